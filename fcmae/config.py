@@ -1,0 +1,356 @@
+"""The settings of a run: one model a kind of run, checked before anything is built.
+
+Nothing here imports torch, so that `--help` and a rejected configuration answer at once.
+`fcmae.settings` fills these models from YAML files and flags.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from fcmae.masking import num_visible
+
+IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+# The grey average of the above: a grey photograph copied into three channels keeps its statistics.
+GREY_MEAN, GREY_STD = [0.449], [0.226]
+
+V2Variant = Literal[
+    "convnextv2_atto",
+    "convnextv2_femto",
+    "convnextv2_pico",
+    "convnextv2_nano",
+    "convnextv2_tiny",
+    "convnextv2_small",
+    "convnextv2_base",
+    "convnextv2_large",
+    "convnextv2_huge",
+]
+V1Variant = Literal["convnext_tiny", "convnext_small", "convnext_base", "convnext_large", "convnext_xlarge"]
+Variant = V2Variant | V1Variant
+
+
+def _square(value: Any) -> Any:
+    """One number is a square: 224 means [224, 224]."""
+    return [value, value] if isinstance(value, int | str) else value
+
+
+Size = Annotated[
+    tuple[Annotated[int, Field(ge=8)], Annotated[int, Field(ge=8)]],
+    BeforeValidator(_square),
+]
+
+
+class Section(BaseModel):
+    """Base of every group of settings: unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+class ImageConfig(Section):
+    """Where the images are and how they are read; shared by pretraining and fine-tuning."""
+
+    image_size: Size = (224, 224)
+    """Height and width the network sees, in pixels; one number is a square."""
+    in_chans: int = Field(3, ge=1, le=4096)
+    """Channels of the images: 1 grey, 3 RGB, any other number for multi-band TIFF and .npy."""
+    mean: list[float] | None = None
+    """Per-channel mean, in units where a format's full range is 1. Default: ImageNet's (3 channels) or its grey average (1)."""
+    std: list[Annotated[float, Field(gt=0)]] | None = None
+    """Per-channel standard deviation, in the same units."""
+    crop_scale: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]] = (0.2, 1.0)
+    """Share of the image's area that a training crop covers, smallest and largest."""
+    hflip: float = Field(0.5, ge=0, le=1)
+    """Probability of a horizontal flip in training."""
+    val_share: float = Field(0.01, ge=0, lt=1)
+    """Share of the images held out for validation, drawn with the run's seed."""
+    max_bad_share: float = Field(0.01, ge=0, le=1)
+    """Share of unreadable files above which the run stops."""
+    num_workers: int | None = Field(None, ge=0)
+    """Processes that decode images, for each training process. Default: 1 on CPU, up to 8 on a GPU."""
+
+    def statistics(self) -> tuple[list[float], list[float]]:
+        """Mean and std that are in force, per channel."""
+        default = (IMAGENET_MEAN, IMAGENET_STD) if self.in_chans == 3 else (GREY_MEAN, GREY_STD)
+        return self.mean or default[0], self.std or default[1]
+
+
+class PretrainData(ImageConfig):
+    path: list[str] = Field(default_factory=list)
+    """Folders (searched recursively), text files that list paths, or glob patterns. No labels are needed."""
+
+
+class FinetuneData(ImageConfig):
+    path: str | None = None
+    """A folder with one sub-folder a class, or a CSV file with the columns path,label."""
+    val_path: str | None = None
+    """Held-out images, of the same form. Default: a stratified share (val_share) of `path`."""
+    crop_scale: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]] = (0.08, 1.0)
+    """Share of the image's area that a training crop covers, smallest and largest."""
+    val_share: float = Field(0.2, ge=0, lt=1)
+    """Share of each class held out when no val_path is given, drawn with the run's seed."""
+    crop_pct: float = Field(0.875, gt=0, le=1)
+    """Share of the shorter side that the evaluation's centre crop keeps."""
+    auto_augment: str | None = "rand-m9-mstd0.5-inc1"
+    """timm's RandAugment policy for 1 and 3 channels, or none."""
+    vflip: float = Field(0.0, ge=0, le=1)
+    """Probability of a vertical flip in training."""
+    random_erasing: float = Field(0.25, ge=0, le=1)
+    """Probability of erasing a rectangle of a training image."""
+
+
+class PretrainModel(Section):
+    variant: Variant = "convnextv2_atto"
+    """The encoder: ConvNeXt V2 atto to huge, or V1 (LayerScale instead of GRN) tiny to xlarge."""
+    stem_stride: Literal[1, 2, 4] = 4
+    """Stride of the stem: 4 as published; 1 or 2 for small images. The total stride is 8 times this."""
+    backend: Literal["packed", "masked"] = "packed"
+    """How the sparse encoder computes: packed (fast) or masked (the dense reference). A resumed run may switch."""
+    mask_patch: int = Field(32, ge=8)
+    """Side of a mask patch in pixels: a multiple of the total stride."""
+    mask_ratio: float = Field(0.6, ge=0, lt=1)
+    """Share of the patches that is hidden."""
+    drop_path_rate: float = Field(0.0, ge=0, lt=1)
+    """Stochastic depth in the encoder, rising linearly to this."""
+    decoder_depth: int = Field(1, ge=1)
+    """Number of decoder blocks."""
+    decoder_dim: int = Field(512, ge=8)
+    """Width of the decoder."""
+    normalize_target: bool = True
+    """Standardise each target patch by its own mean and variance."""
+    grad_checkpointing: bool = False
+    """Recompute the encoder's blocks in backward: less memory, more time."""
+    compile: bool = False
+    """torch.compile the model."""
+
+
+class FinetuneModel(Section):
+    variant: Variant | None = None
+    """The network. Default: the one that `init` holds."""
+    init: str | None = None
+    """Starting weights: a pretraining run or checkpoint, a conversion, a timm directory, or FAIR-keyed weights. Default: from scratch."""
+    stem_stride: Literal[1, 2, 4] | None = None
+    """Stride of the stem. Default: that of `init`, or 4."""
+    drop_path_rate: float = Field(0.0, ge=0, lt=1)
+    """Stochastic depth, rising linearly to this."""
+    head_init_scale: float | None = Field(None, gt=0)
+    """Factor on the classifier's first weights. Default: .001 with `init`, 1 from scratch."""
+    grad_checkpointing: bool = False
+    """Recompute activations in backward: less memory, more time."""
+    compile: bool = False
+    """torch.compile the model."""
+
+
+class Optim(Section):
+    """AdamW with a half-cosine learning rate after a linear warm-up."""
+
+    base_lr: float = Field(1.5e-4, gt=0)
+    """Peak learning rate for 256 images a step; the one used is base_lr * batch_size / 256."""
+    min_lr: float = Field(0.0, ge=0)
+    """Learning rate at the last step (absolute)."""
+    warmup_epochs: float = Field(40, ge=0)
+    """Epochs of linear warm-up."""
+    weight_decay: float = Field(0.05, ge=0)
+    """Decay of weights; biases, norms, GRN and the mask token are exempt."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    """AdamW's decay rates."""
+    clip_grad: float | None = Field(None, gt=0)
+    """Largest norm of the gradient."""
+
+
+class FinetuneOptim(Optim):
+    base_lr: float = Field(2e-4, gt=0)
+    """Peak learning rate for 256 images a step; the one used is base_lr * batch_size / 256."""
+    min_lr: float = Field(1e-6, ge=0)
+    """Learning rate at the last step (absolute)."""
+    warmup_epochs: float = Field(0, ge=0)
+    """Epochs of linear warm-up."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """AdamW's decay rates."""
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    """Factor on the learning rate from each layer to the one below it."""
+    layer_decay_mode: Literal["single", "group"] = "single"
+    """What a layer is: each block (single), or 12 groups of three blocks as for base and larger (group)."""
+
+
+class Regularization(Section):
+    """What keeps a classifier from learning its training images by heart."""
+
+    label_smoothing: float = Field(0.1, ge=0, lt=1)
+    """Share of the target spread over all classes."""
+    mixup: float = Field(0.0, ge=0)
+    """Beta parameter of mixup, 0 for none."""
+    cutmix: float = Field(0.0, ge=0)
+    """Beta parameter of cutmix, 0 for none."""
+    class_weights: Literal["balanced"] | list[Annotated[float, Field(ge=0)]] | None = None
+    """Weights of the classes in the loss: a list, or balanced (inverse to their frequency)."""
+    ema_decay: float = Field(0.0, ge=0, lt=1)
+    """Decay of the moving average of the weights, 0 for none; evaluated beside the weights themselves."""
+
+
+class CheckpointConfig(Section):
+    every_epochs: float = Field(1.0, gt=0)
+    """Epochs between checkpoints; a fraction is allowed."""
+    keep: int = Field(2, ge=1)
+    """How many of the newest checkpoints stay."""
+    milestone_epochs: int = Field(0, ge=0)
+    """Every how many epochs a checkpoint stays for good; 0 for never."""
+
+
+class LogConfig(Section):
+    every_steps: int = Field(10, ge=1)
+    """Steps between lines of train.log and metrics.jsonl."""
+    eval_epochs: float = Field(1.0, gt=0)
+    """Epochs between evaluations (validation loss and reconstructions, or accuracy)."""
+    trackers: list[str] = Field(default_factory=lambda: ["tensorboard"])
+    """accelerate's trackers, by name (tensorboard, wandb, mlflow, ...)."""
+
+
+class RunConfig(Section):
+    """What both kinds of run share."""
+
+    out: Path | None = None
+    """The run directory: everything a run writes goes here. The same command again resumes it."""
+    overwrite: bool = False
+    """Delete the run that is in `out` and start anew."""
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Seeds the weights, the order of the images, the crops and the masks."""
+    epochs: int = Field(800, ge=1)
+    """Passes over the training images."""
+    batch_size: int = Field(4096, ge=1)
+    """Images a step, over all processes and accumulated batches."""
+    grad_accum: int = Field(1, ge=1)
+    """Parts that a process's share of the batch is computed in."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Arithmetic: auto is bf16 on a GPU that has it, else fp32. GRN, LayerNorm and the loss are always fp32."""
+    device: Literal["auto", "cpu"] = "auto"
+    """auto takes a GPU when there is one."""
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    log: LogConfig = Field(default_factory=LogConfig)
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        """Combinations that cannot work, as (key, sentence)."""
+        if self.out is None:
+            yield "out", "missing: the run directory, e.g. --out runs/first"
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        parts = processes * self.grad_accum
+        if self.batch_size < processes:
+            yield "batch_size", f"{self.batch_size} is smaller than the {processes} processes: give each at least one image"
+        elif self.batch_size % parts:
+            yield (
+                "batch_size",
+                f"{self.batch_size} is not a multiple of processes x grad_accum = {processes} x {self.grad_accum}: "
+                f"the nearest is {max(1, round(self.batch_size / parts)) * parts}",
+            )
+
+
+def _image_conflicts(data: ImageConfig) -> Iterator[tuple[str, str]]:
+    for name in ("mean", "std"):
+        value = getattr(data, name)
+        if value is None and data.in_chans not in (1, 3):
+            yield f"data.{name}", f"missing for in_chans = {data.in_chans}: compute it with `fcmae stats`"
+        if value is not None and len(value) != data.in_chans:
+            yield f"data.{name}", f"{value} has {len(value)} values, in_chans = {data.in_chans} needs {data.in_chans}"
+    if data.crop_scale[0] > data.crop_scale[1]:
+        yield "data.crop_scale", f"{list(data.crop_scale)} is not in rising order"
+
+
+def _nearest_multiples(value: int, unit: int) -> str:
+    below = value // unit * unit
+    return f"{below} or {below + unit}" if below else f"{unit}"
+
+
+class PretrainConfig(RunConfig):
+    """Masked pretraining of a ConvNeXt V2 (or V1) encoder on unlabeled images."""
+
+    data: PretrainData = Field(default_factory=PretrainData)
+    model: PretrainModel = Field(default_factory=PretrainModel)
+    optim: Optim = Field(default_factory=Optim)
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        yield from super().conflicts()
+        if not self.data.path:
+            yield "data.path", "missing: a folder of images, e.g. --data.path photos"
+        yield from _image_conflicts(self.data)
+        stride, patch, size = 8 * self.model.stem_stride, self.model.mask_patch, self.data.image_size
+        if patch % stride:
+            yield (
+                "model.mask_patch",
+                f"{patch} is not a multiple of the total stride {stride} (8 x stem_stride): "
+                f"use {_nearest_multiples(patch, stride)}",
+            )
+        for side in dict.fromkeys(size):
+            if side % patch:
+                yield (
+                    "data.image_size",
+                    f"{side} is not a multiple of mask_patch {patch}: use {_nearest_multiples(side, patch)}",
+                )
+        num_patches = (size[0] // patch) * (size[1] // patch)
+        if num_patches and num_visible(num_patches, self.model.mask_ratio) < 1:
+            yield (
+                "model.mask_ratio",
+                f"{self.model.mask_ratio} leaves none of {num_patches} patches visible: "
+                f"at most {1 - 1 / num_patches:.3g}",
+            )
+
+
+class FinetuneConfig(RunConfig):
+    """Fine-tuning of a dense ConvNeXt for classification, GRN kept in place."""
+
+    epochs: int = Field(100, ge=1)
+    """Passes over the training images."""
+    batch_size: int = Field(1024, ge=1)
+    """Images a step, over all processes and accumulated batches."""
+    eval_only: bool = False
+    """Evaluate `model.init` on the held-out images and stop."""
+    data: FinetuneData = Field(default_factory=FinetuneData)
+    model: FinetuneModel = Field(default_factory=FinetuneModel)
+    optim: FinetuneOptim = Field(default_factory=FinetuneOptim)
+    regularization: Regularization = Field(default_factory=Regularization)
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        yield from super().conflicts()
+        if not self.data.path and not (self.eval_only and self.data.val_path):
+            yield "data.path", "missing: a folder of class folders or a CSV file, e.g. --data.path labelled"
+        yield from _image_conflicts(self.data)
+        if self.data.auto_augment and self.data.in_chans not in (1, 3):
+            yield "data.auto_augment", f"{self.data.auto_augment} needs 1 or 3 channels, not {self.data.in_chans}: set it to none"
+        if self.data.val_path is None and self.data.val_share == 0:
+            yield "data.val_share", "0 leaves nothing to evaluate on: give a share or data.val_path"
+        if self.model.variant is None and self.model.init is None:
+            yield "model.variant", "missing: name a variant (convnextv2_atto) or give model.init"
+        if self.eval_only and self.model.init is None:
+            yield "model.init", "missing: --eval-only evaluates the weights it names"
+        mixing = self.regularization.mixup or self.regularization.cutmix
+        if mixing and (self.batch_size // self.grad_accum) % 2:
+            yield "regularization.mixup", f"pairs images, but the batch of {self.batch_size} in {self.grad_accum} parts is odd: use an even batch_size"
+
+
+# Settings that change where or how fast a run computes but not what it computes: a resumed run may change them.
+# The images themselves are compared by the fingerprint of the file index, so that a folder may move.
+FREE_ON_RESUME = frozenset(
+    {
+        "out",
+        "overwrite",
+        "grad_accum",
+        "device",
+        "data.path",
+        "data.val_path",
+        "data.num_workers",
+        "data.max_bad_share",
+        "model.backend",
+        "model.compile",
+        "model.grad_checkpointing",
+        "model.init",
+        "checkpoint.every_epochs",
+        "checkpoint.keep",
+        "checkpoint.milestone_epochs",
+        "log.every_steps",
+        "log.eval_epochs",
+        "log.trackers",
+    }
+)
