@@ -239,7 +239,10 @@ class RunConfig(Section):
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         parts = processes * self.grad_accum
         if self.batch_size < processes:
-            yield "batch_size", f"{self.batch_size} is smaller than the {processes} processes: give each at least one image"
+            yield (
+                "batch_size",
+                f"{self.batch_size} is smaller than the {processes} processes: give each at least one image",
+            )
         elif self.batch_size % parts:
             yield (
                 "batch_size",
@@ -318,7 +321,10 @@ class FinetuneConfig(RunConfig):
             yield "data.path", "missing: a folder of class folders or a CSV file, e.g. --data.path labelled"
         yield from _image_conflicts(self.data)
         if self.data.auto_augment and self.data.in_chans not in (1, 3):
-            yield "data.auto_augment", f"{self.data.auto_augment} needs 1 or 3 channels, not {self.data.in_chans}: set it to none"
+            yield (
+                "data.auto_augment",
+                f"{self.data.auto_augment} needs 1 or 3 channels, not {self.data.in_chans}: set it to none",
+            )
         if self.data.val_path is None and self.data.val_share == 0:
             yield "data.val_share", "0 leaves nothing to evaluate on: give a share or data.val_path"
         if self.model.variant is None and self.model.init is None:
@@ -327,7 +333,10 @@ class FinetuneConfig(RunConfig):
             yield "model.init", "missing: --eval-only evaluates the weights it names"
         mixing = self.regularization.mixup or self.regularization.cutmix
         if mixing and (self.batch_size // self.grad_accum) % 2:
-            yield "regularization.mixup", f"pairs images, but the batch of {self.batch_size} in {self.grad_accum} parts is odd: use an even batch_size"
+            yield (
+                "regularization.mixup",
+                f"pairs images, but the batch of {self.batch_size} in {self.grad_accum} parts is odd: use an even batch_size",
+            )
 
 
 # Settings that change where or how fast a run computes but not what it computes: a resumed run may change them.
