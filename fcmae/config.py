@@ -59,7 +59,7 @@ class ImageConfig(Section):
     in_chans: int = Field(3, ge=1, le=4096)
     """Channels of the images: 1 grey, 3 RGB, any other number for multi-band TIFF and .npy."""
     mean: list[float] | None = None
-    """Per-channel mean, in units where a format's full range is 1. Default: ImageNet's (3 channels) or its grey average (1)."""
+    """Per-channel mean, where a format's full range is 1. Default: ImageNet's (3 channels) or its grey average (1)."""
     std: list[Annotated[float, Field(gt=0)]] | None = None
     """Per-channel standard deviation, in the same units."""
     crop_scale: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]] = (0.2, 1.0)
@@ -132,7 +132,7 @@ class FinetuneModel(Section):
     variant: Variant | None = None
     """The network. Default: the one that `init` holds."""
     init: str | None = None
-    """Starting weights: a pretraining run or checkpoint, a conversion, a timm directory, or FAIR-keyed weights. Default: from scratch."""
+    """Starting weights: a run, a checkpoint, a conversion, a timm directory or FAIR-keyed weights. Default: from scratch."""
     stem_stride: Literal[1, 2, 4] | None = None
     """Stride of the stem. Default: that of `init`, or 4."""
     drop_path_rate: float = Field(0.0, ge=0, lt=1)
@@ -241,7 +241,7 @@ class RunConfig(Section):
         if self.batch_size < processes:
             yield (
                 "batch_size",
-                f"{self.batch_size} is smaller than the {processes} processes: give each at least one image",
+                f"{self.batch_size} is smaller than the {processes} processes: give each an image",
             )
         elif self.batch_size % parts:
             yield (
@@ -333,10 +333,8 @@ class FinetuneConfig(RunConfig):
             yield "model.init", "missing: --eval-only evaluates the weights it names"
         mixing = self.regularization.mixup or self.regularization.cutmix
         if mixing and (self.batch_size // self.grad_accum) % 2:
-            yield (
-                "regularization.mixup",
-                f"pairs images, but the batch of {self.batch_size} in {self.grad_accum} parts is odd: use an even batch_size",
-            )
+            parts = f"{self.batch_size} in {self.grad_accum} parts"
+            yield "regularization.mixup", f"pairs images, but the batch of {parts} is odd: use an even batch_size"
 
 
 # Settings that change where or how fast a run computes but not what it computes: a resumed run may change them.

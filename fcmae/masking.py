@@ -1,4 +1,4 @@
-"""Which patches are hidden. numpy only: masks are drawn where images are decoded, and counted before torch is imported."""
+"""Which patches are hidden. numpy only: masks are drawn where images are decoded and counted before torch loads."""
 
 from __future__ import annotations
 
