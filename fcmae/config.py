@@ -132,7 +132,7 @@ class FinetuneModel(Section):
     variant: Variant | None = None
     """The network. Default: the one that `init` holds."""
     init: str | None = None
-    """Starting weights: a run, a checkpoint, a conversion, a timm directory or FAIR-keyed weights. Default: from scratch."""
+    """Starting weights: a run, a checkpoint, a timm directory or FAIR-keyed weights. Default: from scratch."""
     stem_stride: Literal[1, 2, 4] | None = None
     """Stride of the stem. Default: that of `init`, or 4."""
     drop_path_rate: float = Field(0.0, ge=0, lt=1)

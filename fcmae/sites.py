@@ -1,0 +1,38 @@
+"""Indices of the visible or hidden sites of a batch of masks.
+
+Every image of a batch has the same number of each, so all shapes here are static: nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def true_rows(mask: Tensor, count: int) -> Tensor:
+    """Flat indices of the True sites, image by image in row-major order.
+
+    mask: (B, ...) bool with exactly `count` True sites in each image (not checked: that would wait for the device).
+    Returns (B * count,) int64, indices into the B * L sites of the flattened mask.
+    """
+    flat = mask.flatten(1)
+    # A stable sort puts the True sites first and keeps their order.
+    sites = flat.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :count]
+    offsets = torch.arange(flat.shape[0], device=mask.device)[:, None] * flat.shape[1]
+    return (sites + offsets).flatten()
+
+
+def count_visible(mask: Tensor) -> int:
+    """Number of visible (False) sites, which must be the same in every image. Waits for the device.
+
+    mask: (B, gh, gw) bool, True = hidden. Raises ValueError if the images differ or nothing is visible.
+    """
+    counts = mask.logical_not().flatten(1).sum(1).unique().tolist()
+    if len(counts) != 1 or counts[0] == 0:
+        raise ValueError(f"mask leaves {counts} patches visible: every image needs the same number, at least 1")
+    return int(counts[0])
+
+
+def refine(mask: Tensor, factor: int) -> Tensor:
+    """Repeat every site `factor` times along both axes: (B, gh, gw) -> (B, gh * factor, gw * factor)."""
+    return mask.repeat_interleave(factor, 1).repeat_interleave(factor, 2)

@@ -1,0 +1,48 @@
+"""The layouts in which the encoder sees visible patches only.
+
+A layout is made for one batch of masks and offers the five operations that depend on geometry; everything else in the
+encoder acts on the last dimension and does not know which layout it runs in:
+
+    pack(x)                          (B, H, W, C) dense map  -> features of the visible sites
+    unpack(f)                        features                -> (B, H, W, C), zero at hidden sites
+    depthwise_conv(f, weight, bias)  7x7, hidden sites and the outside count as zero
+    downsample(f, weight, bias)      2x2, stride 2
+    image_norm(f)                    L2 norm of each channel over the visible sites of one image, broadcastable to f
+
+Parameters stay in dense layout, (C, 1, 7, 7) and (Cout, Cin, 2, 2), whatever the layout of the features.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from fcmae.sites import count_visible
+from fcmae.sparse.masked import Masked
+from fcmae.sparse.packed import Packed
+
+__all__ = ["Layout", "Masked", "Packed", "make_layout"]
+
+
+class Layout(Protocol):
+    """What the encoder asks of a backend; see the module's docstring."""
+
+    def pack(self, x: Tensor) -> Tensor: ...
+    def unpack(self, f: Tensor) -> Tensor: ...
+    def depthwise_conv(self, f: Tensor, weight: Tensor, bias: Tensor) -> Tensor: ...
+    def downsample(self, f: Tensor, weight: Tensor, bias: Tensor) -> Tensor: ...
+    def image_norm(self, f: Tensor) -> Tensor: ...
+
+
+def make_layout(backend: str, mask: Tensor, num_visible: int | None = None) -> Layout:
+    """The layout named `backend` for one batch.
+
+    mask: (B, gh, gw) bool, True = hidden. num_visible: visible patches an image; None counts them, which waits for
+    the device. Raises ValueError for an unknown backend or a mask whose images differ in their number of patches.
+    """
+    if backend == "packed":
+        return Packed(mask, count_visible(mask) if num_visible is None else num_visible)
+    if backend == "masked":
+        return Masked(mask)
+    raise ValueError(f"backend = {backend!r}: use packed or masked")

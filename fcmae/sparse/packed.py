@@ -1,0 +1,67 @@
+"""Visible patches as a plain dense tensor: the default layout.
+
+The mask patch is a whole multiple of the total stride and every image keeps the same number K of patches, so a stage's
+features are (B, K, b, b, C) with b = mask_patch / stride of the stage. LayerNorm, Linear, GELU, GRN and the 2x2
+stride-2 downsampling never cross a patch border: on this layout they are ordinary dense algebra over visible rows.
+Only the 7x7 depthwise convolution looks at neighbouring patches.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fcmae.sites import true_rows
+
+
+class Packed:
+    """Features are (B, K, b, b, C): the K visible patches of each image in row-major order.
+
+    mask: (B, gh, gw) bool, True = hidden, with exactly num_visible False in each image.
+    """
+
+    def __init__(self, mask: Tensor, num_visible: int) -> None:
+        self.batch, *self.grid = mask.shape
+        self.num_visible = num_visible
+        self.visible = true_rows(mask.logical_not(), num_visible)  # (B*K,) indices into the B*gh*gw patches
+        self._rows: dict[int, Tensor] = {}
+
+    def pack(self, x: Tensor) -> Tensor:
+        b = x.shape[1] // self.grid[0]
+        rows = x.reshape(-1, b * x.shape[-1]).index_select(0, self._row_indices(b))
+        return rows.view(self.batch, self.num_visible, b, b, x.shape[-1])
+
+    def unpack(self, f: Tensor) -> Tensor:
+        b, channels = f.shape[-2:]
+        gh, gw = self.grid
+        canvas = f.new_zeros(self.batch * gh * b * gw, b * channels)
+        canvas = canvas.index_copy(0, self._row_indices(b), f.reshape(-1, b * channels))
+        return canvas.view(self.batch, gh * b, gw * b, channels)
+
+    def depthwise_conv(self, f: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        # Hidden sites of the canvas are zero, which is all that the convolution may know of them.
+        x = self.unpack(f).permute(0, 3, 1, 2)  # (B, C, H, W), channels last in memory
+        y = F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
+        return self.pack(y.permute(0, 2, 3, 1))
+
+    def downsample(self, f: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        B, K, b, _, C = f.shape
+        x = f.view(B, K, b // 2, 2, b // 2, 2, C).transpose(3, 4)  # (B, K, b/2, b/2, 2, 2, C)
+        return F.linear(x.reshape(B, K, b // 2, b // 2, 4 * C), weight.permute(0, 2, 3, 1).flatten(1), bias)
+
+    def image_norm(self, f: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(f, dim=(1, 2, 3), keepdim=True)  # (B, 1, 1, 1, C)
+
+    def _row_indices(self, b: int) -> Tensor:
+        """Where the pixel rows of the visible patches lie in a dense map.
+
+        A patch of side b is b rows of b sites; cut into such pieces, a dense map is a table of B*gh*b*gw rows, and
+        packing is one gather from it. Returns (B*K*b,) int64.
+        """
+        if b not in self._rows:
+            gw = self.grid[1]
+            image_row, column = self.visible // gw, self.visible % gw  # (image, row of patches), column of patches
+            rows = (image_row[:, None] * b + torch.arange(b, device=self.visible.device)) * gw + column[:, None]
+            self._rows[b] = rows.flatten()
+        return self._rows[b]

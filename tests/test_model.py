@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import randomize
+from torch import Tensor, nn
+
+from fcmae.encoder import Encoder
+from fcmae.layers import GRN, Block
+from fcmae.loss import reconstruction_loss
+from fcmae.masking import random_mask
+from fcmae.model import FCMAE
+from fcmae.sites import true_rows
+
+
+def masks(batch: int, grid: tuple[int, int], visible: int) -> Tensor:
+    return torch.from_numpy(random_mask(grid, visible, [(1, i) for i in range(batch)]))
+
+
+def small(**changes: object) -> FCMAE:
+    settings = {"variant": "convnextv2_atto", "stem_stride": 1, "in_chans": 2, "decoder_depth": 2, "decoder_dim": 16}
+    settings |= changes
+    decoder = {key: settings.pop(key) for key in ("decoder_depth", "decoder_dim", "backend") if key in settings}
+    return FCMAE(Encoder(**settings), **decoder)
+
+
+@pytest.mark.parametrize("mask_patch", [8, 16])
+def test_both_backends_give_the_same_loss_and_gradients(mask_patch: int) -> None:
+    packed, masked = small(backend="packed").double(), small(backend="masked").double()
+    randomize(packed, std=0.1)
+    masked.load_state_dict(packed.state_dict())
+    mask = masks(2, (2, 3), 2)
+    images = torch.randn(2, 2, 2 * mask_patch, 3 * mask_patch, dtype=torch.float64)
+    for model in (packed, masked):
+        pred, site_mask = model(images, mask)
+        reconstruction_loss(pred, images, site_mask).backward()
+    for (name, p), m in zip(packed.named_parameters(), masked.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, m.grad, atol=1e-9, rtol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_predicting_hidden_sites_only_changes_nothing(depth: int) -> None:
+    model = small(decoder_depth=depth).double()
+    randomize(model, std=0.1)
+    mask = masks(2, (3, 2), 2)
+    images = torch.randn(2, 2, 24, 16, dtype=torch.float64)
+    hidden, site_mask = model(images, mask, num_visible=2)
+    everywhere, _ = model(images, mask, hidden_only=False)
+    assert everywhere.shape == (2, 6, 8 * 8 * 2)
+    torch.testing.assert_close(hidden, everywhere.flatten(0, 1)[true_rows(site_mask, 4)].view_as(hidden))
+
+
+def test_hidden_pixels_cannot_reach_the_prediction() -> None:
+    model = small()
+    randomize(model, std=0.1)
+    mask = masks(1, (2, 2), 1)
+    images = torch.randn(1, 2, 16, 16)
+    changed = torch.where(mask.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None], 7.0, images)
+    assert torch.equal(model(images, mask)[0], model(changed, mask)[0])
+
+
+@pytest.mark.parametrize("variant", ["convnextv2_atto", "convnext_tiny"])
+@pytest.mark.parametrize("backend", ["packed", "masked"])
+def test_every_parameter_gets_a_gradient(variant: str, backend: str) -> None:
+    model = small(variant=variant, backend=backend)
+    # GRN and biases start at zero, where some gradients vanish by design; draw them.
+    randomize(model, std=0.05)
+    images = torch.randn(2, 2, 24, 24)
+    pred, site_mask = model(images, masks(2, (3, 3), 4))
+    reconstruction_loss(pred, images, site_mask).backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.ne(0).any()]
+    assert without == []
+
+
+def test_parameters_carry_the_released_names_and_shapes() -> None:
+    state = FCMAE(Encoder("convnextv2_atto")).state_dict()
+    expected = {
+        "encoder.downsample_layers.0.0.weight": (40, 3, 4, 4),
+        "encoder.downsample_layers.0.1.weight": (40,),
+        "encoder.downsample_layers.1.0.weight": (40,),
+        "encoder.downsample_layers.1.1.weight": (80, 40, 2, 2),
+        "encoder.stages.0.0.dwconv.weight": (40, 1, 7, 7),
+        "encoder.stages.0.0.norm.bias": (40,),
+        "encoder.stages.0.0.pwconv1.weight": (160, 40),
+        "encoder.stages.0.0.grn.gamma": (1, 1, 1, 160),
+        "encoder.stages.0.0.pwconv2.weight": (40, 160),
+        "proj.weight": (512, 320, 1, 1),
+        "mask_token": (1, 512, 1, 1),
+        "decoder.0.dwconv.weight": (512, 1, 7, 7),
+        "decoder.0.grn.beta": (1, 1, 1, 2048),
+        "pred.weight": (3072, 512, 1, 1),
+        "pred.bias": (3072,),
+    }
+    assert {key: tuple(state[key].shape) for key in expected} == expected
+
+
+def test_initial_distributions_are_as_documented() -> None:
+    model = FCMAE(Encoder("convnextv2_pico"))
+    drawn = [model.mask_token]
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            drawn.append(module.weight)
+            assert module.bias.eq(0).all()
+        elif isinstance(module, nn.LayerNorm):
+            assert module.weight.eq(1).all()
+            assert module.bias.eq(0).all()
+        elif isinstance(module, GRN):
+            assert module.gamma.eq(0).all()
+            assert module.beta.eq(0).all()
+    for weight in drawn:
+        # Five standard errors of a sample mean and of a sample standard deviation of n normal draws.
+        n = weight.numel()
+        assert abs(weight.mean().item()) < 5 * 0.02 / n**0.5
+        assert abs(weight.std().item() - 0.02) < 5 * 0.02 / (2 * n) ** 0.5
+    v1 = Encoder("convnext_tiny")
+    assert all(b.gamma.eq(1e-6).all() for b in v1.modules() if isinstance(b, Block))
+
+
+def test_grn_by_hand() -> None:
+    grn = GRN(2)
+    with torch.no_grad():
+        grn.gamma.fill_(2)
+        grn.beta.fill_(1)
+    x = torch.tensor([[[[3.0, 0.0], [4.0, 1.0]]]])  # channel norms 5 and 1, their mean 3
+    y = grn(x, torch.tensor([[[[5.0, 1.0]]]]))
+    expected = [[3 + 2 * 3 * 5 / 3 + 1, 1.0], [4 + 2 * 4 * 5 / 3 + 1, 1 + 2 * 1 / 3 + 1]]
+    torch.testing.assert_close(y[0, 0], torch.tensor(expected), atol=1e-5, rtol=1e-5)
+
+
+def test_norms_and_loss_are_float32_under_autocast() -> None:
+    model = small()
+    with torch.no_grad():
+        model.encoder.stages[0][0].pwconv1.weight.normal_(std=100)  # expanded features whose squares overflow float16
+    images, mask = torch.randn(1, 2, 16, 16), masks(1, (2, 2), 2)
+    with torch.autocast("cpu", dtype=torch.float16):
+        pred, site_mask = model(images, mask)
+    loss = reconstruction_loss(pred, images, site_mask)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert torch.isfinite(loss)
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_bf16_is_close_to_float32() -> None:
+    model = small()
+    images, mask = torch.randn(2, 2, 24, 24), masks(2, (3, 3), 4)
+    exact, _ = model(images, mask)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded, _ = model(images, mask)
+    # bf16 keeps 8 bits: .4% an operation; some twenty blocks add up to a few percent of the spread.
+    assert (rounded.float() - exact).abs().max() < 0.1 * exact.std()
+
+
+@pytest.mark.parametrize("option", ["grad_checkpointing", "compile"])
+def test_memory_and_speed_options_change_nothing(option: str) -> None:
+    plain = small(drop_path_rate=0.3)
+    randomize(plain, std=0.1)
+    other = small(drop_path_rate=0.3 if option != "compile" else 0.0, grad_checkpointing=option == "grad_checkpointing")
+    if option == "compile":
+        plain = small()
+        randomize(plain, std=0.1)
+    other.load_state_dict(plain.state_dict())
+    if option == "compile":
+        # aot_eager traces and differentiates the same graph without waiting for a C++ compiler.
+        other.compile(backend="aot_eager", fullgraph=True)
+    images, mask = torch.randn(2, 2, 24, 24), masks(2, (3, 3), 4)
+    for model in (plain, other):
+        torch.manual_seed(1)
+        pred, site_mask = model(images, mask, num_visible=4)
+        reconstruction_loss(pred, images, site_mask).backward()
+    for p, o in zip(plain.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, o.grad, atol=1e-6, rtol=1e-4)
