@@ -5,7 +5,6 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -71,7 +70,7 @@ class Encoder(nn.Module):
         for dim, next_dim in pairwise(dims):
             self.downsample_layers.append(nn.Sequential(LayerNorm(dim), nn.Conv2d(dim, next_dim, 2, 2)))
 
-        rates = iter(torch.linspace(0, drop_path_rate, sum(depths)).tolist())
+        rates = iter(drop_path_rate * i / (sum(depths) - 1) for i in range(sum(depths)))
         self.stages = nn.ModuleList(
             nn.ModuleList(Block(dim, next(rates), use_grn) for _ in range(depth))
             for depth, dim in zip(depths, dims, strict=True)

@@ -1,0 +1,146 @@
+"""Checkpoints: one directory a step, safetensors and JSON only, complete or absent.
+
+    RUN/checkpoints/step-00001000/
+        model.safetensors       weights
+        optimizer.safetensors   AdamW's moments, named PARAMETER/MOMENT
+        ema.safetensors         moving average of the weights, where there is one
+        checkpoint.json         kind, format, version, step, configuration, data fingerprint, progress
+
+A checkpoint is written in a directory beside its place and renamed into it, and renamed away before it is deleted: a
+process killed at any moment leaves whole checkpoints and perhaps a temporary directory, which the next run removes.
+Random states are not stored: everything random is a function of the seed and the step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import fcmae
+
+FORMAT = 1
+DIRECTORY = "checkpoints"
+META = "checkpoint.json"
+
+
+@dataclass(frozen=True)
+class Meta:
+    """What a checkpoint says of itself.
+
+    kind: "pretrain" or "finetune". step: optimizer steps taken. config: the run's settings. data_fingerprint: of the
+    training images. progress: whatever else the loop needs to go on, as JSON values.
+    """
+
+    kind: str
+    step: int
+    config: dict[str, Any]
+    data_fingerprint: str
+    progress: dict[str, Any] = field(default_factory=dict)
+    format: int = FORMAT
+    version: str = fcmae.__version__
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """The optimizer's tensors, flat, named PARAMETER/MOMENT."""
+    return {
+        f"{name}/{key}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Inverse of `optimizer_state`. Raises ValueError if a name belongs to no parameter of the model."""
+    parameters = dict(model.named_parameters())
+    for flat, value in state.items():
+        name, key = flat.rsplit("/", 1)
+        if name not in parameters:
+            raise ValueError(f"the optimizer's state has {name}, which is no parameter of the model")
+        # AdamW keeps its step counts on the CPU and its moments beside the parameters.
+        device = "cpu" if key == "step" else parameters[name].device
+        optimizer.state[parameters[name]][key] = value.to(device)
+
+
+def save(run: Path, meta: Meta, tensors: dict[str, dict[str, Tensor]]) -> Path:
+    """Write the checkpoint of `meta.step` and return its directory; one that is there already stays as it is.
+
+    tensors: a name ("model", "optimizer", "ema") to flat named tensors; each becomes NAME.safetensors.
+    """
+    place = run / DIRECTORY / f"step-{meta.step:08d}"
+    if place.exists():
+        return place
+    aside = place.with_name(f".tmp-{place.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    for name, flat in tensors.items():
+        contiguous = {key: value.detach().contiguous() for key, value in flat.items()}
+        save_file(contiguous, aside / f"{name}.safetensors", metadata={"format": "pt"})
+    (aside / META).write_text(json.dumps(asdict(meta), indent=2))
+    for path in [*aside.iterdir(), aside]:
+        _sync(path)  # the rename must not reach the disk before the contents do
+    aside.rename(place)
+    _sync(place.parent)
+    return place
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def steps(run: Path) -> dict[int, Path]:
+    """The checkpoints of a run by step, oldest first."""
+    found = {}
+    for path in (run / DIRECTORY).glob("step-*"):
+        if match := re.fullmatch(r"step-(\d+)", path.name):
+            found[int(match[1])] = path
+    return dict(sorted(found.items()))
+
+
+def latest(run: Path) -> Path | None:
+    """The newest checkpoint of a run, or None."""
+    return next(reversed(steps(run).values()), None)
+
+
+def read_meta(checkpoint: Path) -> Meta:
+    """What the checkpoint says of itself. Raises ValueError for a file of another format or none of ours."""
+    path = checkpoint / META
+    try:
+        fields = json.loads(path.read_text())
+        meta = Meta(**fields)
+    except (OSError, json.JSONDecodeError, TypeError) as error:
+        raise ValueError(f"{checkpoint} is not a checkpoint of fcmae: {path.name}: {error}") from error
+    if meta.format != FORMAT:
+        raise ValueError(
+            f"{path} has format {meta.format}, this version of fcmae reads {FORMAT}: use fcmae {meta.version}"
+        )
+    return meta
+
+
+def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
+    """The tensors of NAME.safetensors, on the CPU."""
+    tensors: dict[str, Tensor] = load_file(checkpoint / f"{name}.safetensors")
+    return tensors
+
+
+def prune(run: Path, keep: int, milestone_steps: int) -> None:
+    """Delete all but the newest `keep` checkpoints and those at multiples of `milestone_steps` (0: none)."""
+    for path in (run / DIRECTORY).glob(".tmp-*"):
+        shutil.rmtree(path, ignore_errors=True)
+    for step, path in list(steps(run).items())[:-keep]:
+        if milestone_steps == 0 or step % milestone_steps:
+            aside = path.with_name(f".tmp-{path.name}")
+            path.rename(aside)
+            shutil.rmtree(aside)

@@ -1,0 +1,235 @@
+"""What a pretraining and a fine-tuning run share: the run directory, its logs, devices, seeds and signals.
+
+RUN/
+    config.yaml       the resolved settings
+    files.json        the index of the images
+    train.log         what the terminal showed
+    metrics.jsonl     one JSON object a line
+    tensorboard/      the same for TensorBoard
+    bad_files.txt     images that could not be read, and why
+    checkpoints/      see fcmae.checkpoint
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import random
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from tqdm import tqdm
+
+import fcmae
+from fcmae import checkpoint, settings
+from fcmae.config import RunConfig
+
+logger = logging.getLogger("fcmae")
+
+# All that a run writes, so that --overwrite deletes nothing else.
+FILES = ("config.yaml", "files.json", "train.log", "metrics.jsonl", "bad_files.txt", "predictions.csv", ".lock")
+DIRECTORIES = ("checkpoints", "tensorboard", "reconstructions", "best", "last")
+
+
+class RunDirectory:
+    """A directory that holds one run. Making the object only looks; `open` writes.
+
+    Raises ValueError if `cfg.out` holds something other than this run: files that are no run's, a run of the other
+    kind, or one with other settings (named one by one).
+    """
+
+    def __init__(self, cfg: RunConfig, kind: str) -> None:
+        assert cfg.out is not None  # conflicts() has seen to it
+        self.cfg = cfg
+        self.kind = kind
+        self.path = cfg.out
+        config = self.path / "config.yaml"
+        self.exists = config.is_file()
+        if not self.exists and self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise ValueError(f"out = {self.path} is not empty and holds no run of fcmae: give another directory")
+        if cfg.overwrite:
+            self.exists = False
+        if self.exists:
+            self._check_same_run(config.read_text())
+
+    def _check_same_run(self, text: str) -> None:
+        header = text.splitlines()[0]
+        remedy = "give another --out, the same settings, or --overwrite to delete it"
+        if f"fcmae {self.kind} " not in header:
+            raise ValueError(f"out = {self.path} holds another kind of run ({header.lstrip('# ')}): {remedy}")
+        saved = type(self.cfg).model_validate(yaml.safe_load(text))
+        if different := settings.diff(saved, self.cfg):
+            raise ValueError(
+                f"out = {self.path} holds a run with other settings: {remedy}\n  " + "\n  ".join(different)
+            )
+
+    @property
+    def resume_from(self) -> Path | None:
+        """The checkpoint to go on from."""
+        return checkpoint.latest(self.path) if self.exists else None
+
+    @contextmanager
+    def open(self, is_main: bool) -> Iterator[None]:
+        """Write the settings and keep the logs while the run lasts; one process at a time.
+
+        is_main: false in the other processes of a distributed run, which write nothing.
+        """
+        if not is_main:
+            logger.setLevel(logging.WARNING)
+            yield
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(
+                    f"out = {self.path} is in use by another process: wait for it or give another directory"
+                ) from None
+            if not self.exists:
+                self._clear()
+                text = f"# fcmae {self.kind} {fcmae.__version__}\n{settings.dump(self.cfg)}"
+                write_text(self.path / "config.yaml", text)
+            with _logging_to(self.path / "train.log"):
+                yield
+
+    def _clear(self) -> None:
+        for name in FILES:
+            if name != ".lock":
+                (self.path / name).unlink(missing_ok=True)
+        for name in DIRECTORIES:
+            shutil.rmtree(self.path / name, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it is there whole or not at all."""
+    aside = path.with_name(f".tmp-{path.name}")
+    aside.write_text(text)
+    aside.replace(path)
+
+
+class _TerminalHandler(logging.Handler):
+    """Log lines above the progress bar, where there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+@contextmanager
+def _logging_to(path: Path) -> Iterator[None]:
+    handlers: list[logging.Handler] = [logging.FileHandler(path), _TerminalHandler()]
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            logger.removeHandler(handler)
+            handler.close()
+
+
+class Metrics:
+    """metrics.jsonl and the trackers. Lines after `step`, of a run that was cut off there, are removed."""
+
+    def __init__(self, path: Path, accelerator: Accelerator, step: int) -> None:
+        self.path = path
+        self.accelerator = accelerator
+        if accelerator.is_main_process and path.exists():
+            # The last line may be half written; what follows the resumed step will be written again.
+            kept = [line for line in read_metrics(path) if line["step"] <= step]
+            write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        # Each tracker numbers by step; TensorBoard is told to forget what follows the resumed one.
+        purge = {"tensorboard": {"purge_step": step + 1}} if step else {}
+        accelerator.init_trackers("tensorboard", init_kwargs=purge)
+
+    def write(self, step: int, epoch: float, **values: float) -> None:
+        """Append one line; values are finite numbers by name."""
+        if self.accelerator.is_main_process:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": step, "epoch": round(epoch, 4), **values}) + "\n")
+            self.accelerator.log(values, step=step)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, without a last one that was cut off."""
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def make_accelerator(cfg: RunConfig) -> Accelerator:
+    """accelerate's view of the devices, for cfg.device, cfg.precision and the trackers.
+
+    Raises ValueError for fp16 on a CPU.
+    """
+    cpu = cfg.device == "cpu" or not torch.accelerator.is_available()
+    precision = {"fp32": "no", "auto": "no"}.get(cfg.precision, cfg.precision)
+    if cfg.precision == "auto" and not cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported():
+        precision = "bf16"
+    if cpu and precision == "fp16":
+        raise ValueError("precision = fp16 needs a GPU: use fp32 or bf16 on a CPU")
+    out = str(cfg.out)
+    return Accelerator(
+        cpu=cpu,
+        mixed_precision=precision,
+        log_with=cfg.log.trackers or None,  # type: ignore[arg-type]  # its annotation leaves out a list of names
+        project_config=ProjectConfiguration(project_dir=out, logging_dir=out),
+    )
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed every generator for one step.
+
+    Drop path, mixup and the like then depend on (seed, step, rank) alone, so a resumed run draws what an
+    uninterrupted one does, and no random state needs to be stored.
+    """
+    number = int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
+    random.seed(number)
+    np.random.seed(number)  # noqa: NPY002  # timm's mixup draws from numpy's global generator
+    torch.manual_seed(number)
+
+
+class StopSignal:
+    """SIGTERM, SIGINT and SIGUSR1 ask the loop to finish its step; a second SIGINT interrupts at once."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+
+    def __enter__(self) -> StopSignal:
+        self._previous = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
+
+
+def local_processes() -> int:
+    """Training processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
