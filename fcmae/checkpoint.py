@@ -135,6 +135,19 @@ def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
     return tensors
 
 
+def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, data_fingerprint: str) -> Meta:
+    """Load weights and optimizer state, and return what the checkpoint says of itself.
+
+    Raises ValueError if it was made with other images.
+    """
+    meta = read_meta(checkpoint)
+    if meta.data_fingerprint != data_fingerprint:
+        raise ValueError(f"data.path no longer gives the images of {checkpoint}: restore them, or give another --out")
+    model.load_state_dict(read_tensors(checkpoint, "model"))
+    load_optimizer_state(optimizer, model, read_tensors(checkpoint, "optimizer"))
+    return meta
+
+
 def prune(run: Path, keep: int, milestone_steps: int) -> None:
     """Delete all but the newest `keep` checkpoints and those at multiples of `milestone_steps` (0: none)."""
     for path in (run / DIRECTORY).glob(".tmp-*"):

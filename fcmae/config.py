@@ -31,24 +31,49 @@ V2Variant = Literal[
     "convnextv2_huge",
 ]
 V1Variant = Literal["convnext_tiny", "convnext_small", "convnext_base", "convnext_large", "convnext_xlarge"]
-Variant = V2Variant | V1Variant
+Variant = Literal[V2Variant, V1Variant]
 
 
 def _square(value: Any) -> Any:
-    """One number is a square: 224 means [224, 224]."""
-    return [value, value] if isinstance(value, int | str) else value
+    """One number is a square: 224, or [224] as a flag gives it, means [224, 224]."""
+    if isinstance(value, int | str):
+        return [value, value]
+    return value * 2 if isinstance(value, list) and len(value) == 1 else value
+
+
+def _balanced(value: Any) -> Any:
+    return "balanced" if value == ["balanced"] else value
+
+
+def _no_items(value: Any) -> Any:
+    return [] if value is None else value
 
 
 Size = Annotated[
     tuple[Annotated[int, Field(ge=8)], Annotated[int, Field(ge=8)]],
     BeforeValidator(_square),
 ]
+Span = tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]]
+Betas = tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
+ClassWeights = Annotated[Literal["balanced"] | list[Annotated[float, Field(ge=0)]], BeforeValidator(_balanced)]
+
+
+# A combination that cannot work: the keys it involves, the one to change first, and a sentence about that one.
+Conflict = tuple[tuple[str, ...], str]
+
+
+def _number(value: Any) -> Any:
+    """A flag's text as a number: pydantic compares a Literal's values as they are."""
+    return int(value) if isinstance(value, str) and value.isdigit() else value
+
+
+StemStride = Annotated[Literal[1, 2, 4], BeforeValidator(_number)]
 
 
 class Section(BaseModel):
-    """Base of every group of settings: unknown keys are errors."""
+    """Base of every group of settings: unknown keys, infinities and NaN are errors."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class ImageConfig(Section):
@@ -62,7 +87,7 @@ class ImageConfig(Section):
     """Per-channel mean, where a format's full range is 1. Default: ImageNet's (3 channels) or its grey average (1)."""
     std: list[Annotated[float, Field(gt=0)]] | None = None
     """Per-channel standard deviation, in the same units."""
-    crop_scale: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]] = (0.2, 1.0)
+    crop_scale: Span = (0.2, 1.0)
     """Share of the image's area that a training crop covers, smallest and largest."""
     hflip: float = Field(0.5, ge=0, le=1)
     """Probability of a horizontal flip in training."""
@@ -80,7 +105,7 @@ class ImageConfig(Section):
 
 
 class PretrainData(ImageConfig):
-    path: list[str] = Field(default_factory=list)
+    path: list[str] = []
     """Folders (searched recursively), text files that list paths, or glob patterns. No labels are needed."""
 
 
@@ -89,7 +114,7 @@ class FinetuneData(ImageConfig):
     """A folder with one sub-folder a class, or a CSV file with the columns path,label."""
     val_path: str | None = None
     """Held-out images, of the same form. Default: a stratified share (val_share) of `path`."""
-    crop_scale: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]] = (0.08, 1.0)
+    crop_scale: Span = (0.08, 1.0)
     """Share of the image's area that a training crop covers, smallest and largest."""
     val_share: float = Field(0.2, ge=0, lt=1)
     """Share of each class held out when no val_path is given, drawn with the run's seed."""
@@ -105,14 +130,14 @@ class FinetuneData(ImageConfig):
 
 class PretrainModel(Section):
     variant: Variant = "convnextv2_atto"
-    """The encoder: ConvNeXt V2 atto to huge, or V1 (LayerScale instead of GRN) tiny to xlarge."""
-    stem_stride: Literal[1, 2, 4] = 4
+    """The encoder: convnextv2_atto to _huge, or V1 (LayerScale, no GRN): convnext_tiny to _xlarge."""
+    stem_stride: StemStride = 4
     """Stride of the stem: 4 as published; 1 or 2 for small images. The total stride is 8 times this."""
     backend: Literal["packed", "masked"] = "packed"
     """How the sparse encoder computes: packed (fast) or masked (the dense reference). A resumed run may switch."""
     mask_patch: int = Field(32, ge=8)
     """Side of a mask patch in pixels: a multiple of the total stride."""
-    mask_ratio: float = Field(0.6, ge=0, lt=1)
+    mask_ratio: float = Field(0.6, gt=0, lt=1)
     """Share of the patches that is hidden."""
     drop_path_rate: float = Field(0.0, ge=0, lt=1)
     """Stochastic depth in the encoder, rising linearly to this."""
@@ -133,7 +158,7 @@ class FinetuneModel(Section):
     """The network. Default: the one that `init` holds."""
     init: str | None = None
     """Starting weights: a run, a checkpoint, a timm directory or FAIR-keyed weights. Default: from scratch."""
-    stem_stride: Literal[1, 2, 4] | None = None
+    stem_stride: StemStride | None = None
     """Stride of the stem. Default: that of `init`, or 4."""
     drop_path_rate: float = Field(0.0, ge=0, lt=1)
     """Stochastic depth, rising linearly to this."""
@@ -156,7 +181,7 @@ class Optim(Section):
     """Epochs of linear warm-up."""
     weight_decay: float = Field(0.05, ge=0)
     """Decay of weights; biases, norms, GRN and the mask token are exempt."""
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    betas: Betas = (0.9, 0.95)
     """AdamW's decay rates."""
     clip_grad: float | None = Field(None, gt=0)
     """Largest norm of the gradient."""
@@ -169,7 +194,7 @@ class FinetuneOptim(Optim):
     """Learning rate at the last step (absolute)."""
     warmup_epochs: float = Field(0, ge=0)
     """Epochs of linear warm-up."""
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    betas: Betas = (0.9, 0.999)
     """AdamW's decay rates."""
     layer_decay: float = Field(1.0, gt=0, le=1)
     """Factor on the learning rate from each layer to the one below it."""
@@ -186,7 +211,7 @@ class Regularization(Section):
     """Beta parameter of mixup, 0 for none."""
     cutmix: float = Field(0.0, ge=0)
     """Beta parameter of cutmix, 0 for none."""
-    class_weights: Literal["balanced"] | list[Annotated[float, Field(ge=0)]] | None = None
+    class_weights: ClassWeights | None = None
     """Weights of the classes in the loss: a list, or balanced (inverse to their frequency)."""
     ema_decay: float = Field(0.0, ge=0, lt=1)
     """Decay of the moving average of the weights, 0 for none; evaluated beside the weights themselves."""
@@ -206,8 +231,8 @@ class LogConfig(Section):
     """Steps between lines of train.log and metrics.jsonl."""
     eval_epochs: float = Field(1.0, gt=0)
     """Epochs between evaluations (validation loss and reconstructions, or accuracy)."""
-    trackers: list[str] = Field(default_factory=lambda: ["tensorboard"])
-    """accelerate's trackers, by name (tensorboard, wandb, mlflow, ...)."""
+    trackers: Annotated[list[str], BeforeValidator(_no_items)] = ["tensorboard"]
+    """accelerate's trackers, by name (tensorboard, wandb, mlflow, ...), or none."""
 
 
 class RunConfig(Section):
@@ -232,39 +257,43 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     log: LogConfig = Field(default_factory=LogConfig)
 
-    def conflicts(self) -> Iterator[tuple[str, str]]:
-        """Combinations that cannot work, as (key, sentence)."""
+    def conflicts(self) -> Iterator[Conflict]:
+        """Combinations that cannot work; the number of processes is the environment's WORLD_SIZE."""
         if self.out is None:
-            yield "out", "missing: the run directory, e.g. --out runs/first"
+            yield ("out",), "missing: the run directory, e.g. --out runs/first"
+        if self.device == "cpu" and self.precision == "fp16":
+            yield ("precision", "device"), "fp16 needs a GPU and device is cpu: use auto, fp32 or bf16"
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         parts = processes * self.grad_accum
         if self.batch_size < processes:
-            yield (
-                "batch_size",
-                f"{self.batch_size} is smaller than the {processes} processes: give each an image",
-            )
+            yield ("batch_size",), f"{self.batch_size} is smaller than the {processes} processes: give each an image"
         elif self.batch_size % parts:
             yield (
-                "batch_size",
+                ("batch_size", "grad_accum"),
                 f"{self.batch_size} is not a multiple of processes x grad_accum = {processes} x {self.grad_accum}: "
                 f"the nearest is {max(1, round(self.batch_size / parts)) * parts}",
             )
 
 
-def _image_conflicts(data: ImageConfig) -> Iterator[tuple[str, str]]:
-    for name in ("mean", "std"):
-        value = getattr(data, name)
-        if value is None and data.in_chans not in (1, 3):
-            yield f"data.{name}", f"missing for in_chans = {data.in_chans}: compute it with `fcmae stats`"
-        if value is not None and len(value) != data.in_chans:
-            yield f"data.{name}", f"{value} has {len(value)} values, in_chans = {data.in_chans} needs {data.in_chans}"
+def _image_conflicts(data: ImageConfig) -> Iterator[Conflict]:
+    for name, values in (("mean", data.mean), ("std", data.std)):
+        keys = (f"data.{name}", "data.in_chans")
+        if values is None and data.in_chans not in (1, 3):
+            yield keys, f"missing for in_chans = {data.in_chans}: compute it with `fcmae stats`"
+        if values is not None and len(values) != data.in_chans:
+            yield keys, f"{values} has {len(values)} values, in_chans = {data.in_chans} needs {data.in_chans}"
     if data.crop_scale[0] > data.crop_scale[1]:
-        yield "data.crop_scale", f"{list(data.crop_scale)} is not in rising order"
+        yield ("data.crop_scale",), f"{list(data.crop_scale)} is not in rising order"
 
 
 def _nearest_multiples(value: int, unit: int) -> str:
     below = value // unit * unit
     return f"{below} or {below + unit}" if below else f"{unit}"
+
+
+def _floor(share: float) -> str:
+    """Three decimals, rounded down: a limit that may be used as printed."""
+    return f"{int(share * 1000) / 1000:g}"
 
 
 class PretrainConfig(RunConfig):
@@ -274,30 +303,35 @@ class PretrainConfig(RunConfig):
     model: PretrainModel = Field(default_factory=PretrainModel)
     optim: Optim = Field(default_factory=Optim)
 
-    def conflicts(self) -> Iterator[tuple[str, str]]:
+    def conflicts(self) -> Iterator[Conflict]:
         yield from super().conflicts()
         if not self.data.path:
-            yield "data.path", "missing: a folder of images, e.g. --data.path photos"
+            yield ("data.path",), "missing: a folder of images, e.g. --data.path photos"
         yield from _image_conflicts(self.data)
         stride, patch, size = 8 * self.model.stem_stride, self.model.mask_patch, self.data.image_size
         if patch % stride:
             yield (
-                "model.mask_patch",
+                ("model.mask_patch", "model.stem_stride"),
                 f"{patch} is not a multiple of the total stride {stride} (8 x stem_stride): "
                 f"use {_nearest_multiples(patch, stride)}",
             )
-        for side in dict.fromkeys(size):
-            if side % patch:
-                yield (
-                    "data.image_size",
-                    f"{side} is not a multiple of mask_patch {patch}: use {_nearest_multiples(side, patch)}",
-                )
-        num_patches = (size[0] // patch) * (size[1] // patch)
-        if num_patches and num_visible(num_patches, self.model.mask_ratio) < 1:
+        uneven = [side for side in dict.fromkeys(size) if side % patch]
+        for side in uneven:
             yield (
-                "model.mask_ratio",
+                ("data.image_size", "model.mask_patch"),
+                f"{side} is not a multiple of mask_patch {patch}: use {_nearest_multiples(side, patch)}",
+            )
+        num_patches = (size[0] // patch) * (size[1] // patch)
+        if num_patches == 1 and not uneven:
+            yield (
+                ("data.image_size", "model.mask_patch"),
+                f"{list(size)} is a single patch of {patch} pixels: nothing is left visible when it is hidden",
+            )
+        elif num_patches and num_visible(num_patches, self.model.mask_ratio) < 1:
+            yield (
+                ("model.mask_ratio", "data.image_size", "model.mask_patch"),
                 f"{self.model.mask_ratio} leaves none of {num_patches} patches visible: "
-                f"at most {1 - 1 / num_patches:.3g}",
+                f"at most {_floor(1 - 1 / num_patches)}",
             )
 
 
@@ -315,26 +349,44 @@ class FinetuneConfig(RunConfig):
     optim: FinetuneOptim = Field(default_factory=FinetuneOptim)
     regularization: Regularization = Field(default_factory=Regularization)
 
-    def conflicts(self) -> Iterator[tuple[str, str]]:
+    def conflicts(self) -> Iterator[Conflict]:
         yield from super().conflicts()
-        if not self.data.path and not (self.eval_only and self.data.val_path):
-            yield "data.path", "missing: a folder of class folders or a CSV file, e.g. --data.path labelled"
-        yield from _image_conflicts(self.data)
-        if self.data.auto_augment and self.data.in_chans not in (1, 3):
+        data, model = self.data, self.model
+        if not data.path and not (self.eval_only and data.val_path):
             yield (
-                "data.auto_augment",
-                f"{self.data.auto_augment} needs 1 or 3 channels, not {self.data.in_chans}: set it to none",
+                ("data.path", "eval_only", "data.val_path"),
+                "missing: a folder of class folders or a CSV file, e.g. --data.path labelled",
             )
-        if self.data.val_path is None and self.data.val_share == 0:
-            yield "data.val_share", "0 leaves nothing to evaluate on: give a share or data.val_path"
-        if self.model.variant is None and self.model.init is None:
-            yield "model.variant", "missing: name a variant (convnextv2_atto) or give model.init"
-        if self.eval_only and self.model.init is None:
-            yield "model.init", "missing: --eval-only evaluates the weights it names"
-        mixing = self.regularization.mixup or self.regularization.cutmix
-        if mixing and (self.batch_size // self.grad_accum) % 2:
-            parts = f"{self.batch_size} in {self.grad_accum} parts"
-            yield "regularization.mixup", f"pairs images, but the batch of {parts} is odd: use an even batch_size"
+        yield from _image_conflicts(data)
+        stride = 8 * (model.stem_stride or 4)
+        if min(data.image_size) < stride and (model.stem_stride or not model.init):
+            yield (
+                ("data.image_size", "model.stem_stride", "model.init"),
+                f"{list(data.image_size)} is smaller than the total stride {stride} (8 x stem_stride)",
+            )
+        if data.auto_augment and data.in_chans not in (1, 3):
+            yield (
+                ("data.auto_augment", "data.in_chans"),
+                f"{data.auto_augment} needs 1 or 3 channels, not {data.in_chans}: set it to none",
+            )
+        if data.val_path is None and data.val_share == 0:
+            yield (
+                ("data.val_share", "data.val_path"),
+                "0 leaves nothing to evaluate on: give a share or data.val_path",
+            )
+        if model.variant is None and model.init is None:
+            yield (
+                ("model.variant", "model.init"),
+                "missing: name a variant, e.g. convnextv2_atto, or give model.init",
+            )
+        if self.eval_only and model.init is None:
+            yield ("model.init", "eval_only"), "missing: eval_only evaluates the weights it names"
+        images = self.batch_size // int(os.environ.get("WORLD_SIZE", "1")) // self.grad_accum
+        if (self.regularization.mixup or self.regularization.cutmix) and images % 2:
+            yield (
+                ("batch_size", "grad_accum", "regularization.mixup", "regularization.cutmix"),
+                f"{self.batch_size} gives {images} images a part, and mixup and cutmix pair them: use an even number",
+            )
 
 
 # Settings that change where or how fast a run computes but not what it computes: a resumed run may change them.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -86,9 +87,9 @@ class Encoder(nn.Module):
         f = self.stem(images, layout)
         for i, stage in enumerate(self.stages):
             if i > 0:
-                norm, conv = self.downsample_layers[i]
+                norm, conv = cast("tuple[LayerNorm, nn.Conv2d]", self.downsample_layers[i])
                 f = layout.downsample(norm(f), conv.weight, conv.bias)
-            for block in stage:
+            for block in cast(nn.ModuleList, stage):
                 if self.grad_checkpointing and self.training:
                     f = checkpoint(block, f, layout, use_reentrant=False)
                 else:
@@ -101,12 +102,13 @@ class Encoder(nn.Module):
         Its patches do not overlap, so it is one Linear over each patch's pixels, and hiding pixels is the same as
         hiding its outputs. Only visible pixels are packed: hidden ones enter no computation.
         """
-        conv, norm = self.downsample_layers[0]
+        conv, norm = cast("tuple[nn.Conv2d, LayerNorm]", self.downsample_layers[0])
         B, C, H, W = images.shape
         s = self.stem_stride
         x = images.view(B, C, H // s, s, W // s, s).permute(0, 2, 4, 1, 3, 5)
         x = layout.pack(x.reshape(B, H // s, W // s, C * s * s))
-        return norm(nn.functional.linear(x, conv.weight.flatten(1), conv.bias))
+        f: Tensor = norm(F.linear(x, conv.weight.flatten(1), conv.bias))
+        return f
 
 
 def init_weights(module: nn.Module) -> None:

@@ -76,7 +76,8 @@ class Block(nn.Module):
         """
         h = layout.depthwise_conv(x, self.dwconv.weight, self.dwconv.bias)
         h = F.gelu(self.pwconv1(self.norm(h)))
-        norm = layout.image_norm(at_least_float32(h)) if self.grn is not None else None
+        if self.grn is not None:
+            norm = layout.image_norm(at_least_float32(h))
         if select is not None:
             x, h = select(x), select(h)
         if self.grn is not None:
@@ -84,4 +85,5 @@ class Block(nn.Module):
         h = self.pwconv2(h)
         if self.gamma is not None:
             h = self.gamma * h
-        return x + self.drop_path(h)
+        out: Tensor = x + self.drop_path(h)
+        return out

@@ -28,7 +28,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from tqdm import tqdm
@@ -40,7 +39,7 @@ from fcmae.config import RunConfig
 logger = logging.getLogger("fcmae")
 
 # All that a run writes, so that --overwrite deletes nothing else.
-FILES = ("config.yaml", "files.json", "train.log", "metrics.jsonl", "bad_files.txt", "predictions.csv", ".lock")
+FILES = ("config.yaml", "files.json", "train.log", "metrics.jsonl", "bad_files.txt", "loss.png", "predictions.csv")
 DIRECTORIES = ("checkpoints", "tensorboard", "reconstructions", "best", "last")
 
 
@@ -63,14 +62,14 @@ class RunDirectory:
         if cfg.overwrite:
             self.exists = False
         if self.exists:
-            self._check_same_run(config.read_text())
+            self._check_same_run(config)
 
-    def _check_same_run(self, text: str) -> None:
-        header = text.splitlines()[0]
+    def _check_same_run(self, config: Path) -> None:
+        header = config.read_text().splitlines()[0]
         remedy = "give another --out, the same settings, or --overwrite to delete it"
         if f"fcmae {self.kind} " not in header:
             raise ValueError(f"out = {self.path} holds another kind of run ({header.lstrip('# ')}): {remedy}")
-        saved = type(self.cfg).model_validate(yaml.safe_load(text))
+        saved = settings.read(type(self.cfg), config)
         if different := settings.diff(saved, self.cfg):
             raise ValueError(
                 f"out = {self.path} holds a run with other settings: {remedy}\n  " + "\n  ".join(different)
@@ -108,8 +107,7 @@ class RunDirectory:
 
     def _clear(self) -> None:
         for name in FILES:
-            if name != ".lock":
-                (self.path / name).unlink(missing_ok=True)
+            (self.path / name).unlink(missing_ok=True)
         for name in DIRECTORIES:
             shutil.rmtree(self.path / name, ignore_errors=True)
 
@@ -164,6 +162,12 @@ class Metrics:
                 file.write(json.dumps({"step": step, "epoch": round(epoch, 4), **values}) + "\n")
             self.accelerator.log(values, step=step)
 
+    def curves(self, *names: str) -> dict[str, tuple[list[float], list[float]]]:
+        """Epochs and values of each name that was written."""
+        lines = read_metrics(self.path)
+        found = {name: [(line["epoch"], line[name]) for line in lines if name in line] for name in names}
+        return {name: ([e for e, _ in points], [v for _, v in points]) for name, points in found.items() if points}
+
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl, without a last one that was cut off."""
@@ -191,7 +195,7 @@ def make_accelerator(cfg: RunConfig) -> Accelerator:
     return Accelerator(
         cpu=cpu,
         mixed_precision=precision,
-        log_with=cfg.log.trackers or None,  # type: ignore[arg-type]  # its annotation leaves out a list of names
+        log_with=cfg.log.trackers or None,
         project_config=ProjectConfiguration(project_dir=out, logging_dir=out),
     )
 

@@ -27,7 +27,7 @@ def count_visible(mask: Tensor) -> int:
 
     mask: (B, gh, gw) bool, True = hidden. Raises ValueError if the images differ or nothing is visible.
     """
-    counts = mask.logical_not().flatten(1).sum(1).unique().tolist()
+    counts = sorted(set(mask.logical_not().flatten(1).sum(1).tolist()))
     if len(counts) != 1 or counts[0] == 0:
         raise ValueError(f"mask leaves {counts} patches visible: every image needs the same number, at least 1")
     return int(counts[0])

@@ -29,17 +29,18 @@ class Masked:
     def unpack(self, f: Tensor) -> Tensor:
         return self._hide(f)
 
-    def depthwise_conv(self, f: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def depthwise_conv(self, f: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         # As (B, C, H, W) in channels-last memory: the permutes are views and the convolution takes its fast path.
         x = self._hide(f).permute(0, 3, 1, 2)
         return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0]).permute(0, 2, 3, 1)
 
-    def downsample(self, f: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def downsample(self, f: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         x = self._hide(f).permute(0, 3, 1, 2)
         return F.conv2d(x, weight, bias, stride=2).permute(0, 2, 3, 1)
 
     def image_norm(self, f: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(self._hide(f), dim=(1, 2), keepdim=True)  # (B, 1, 1, C)
+        norm: Tensor = torch.linalg.vector_norm(self._hide(f), dim=(1, 2), keepdim=True)
+        return norm  # (B, 1, 1, C)
 
     def _hide(self, f: Tensor) -> Tensor:
         if self.mask is None:

@@ -39,19 +39,20 @@ class Packed:
         canvas = canvas.index_copy(0, self._row_indices(b), f.reshape(-1, b * channels))
         return canvas.view(self.batch, gh * b, gw * b, channels)
 
-    def depthwise_conv(self, f: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def depthwise_conv(self, f: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         # Hidden sites of the canvas are zero, which is all that the convolution may know of them.
         x = self.unpack(f).permute(0, 3, 1, 2)  # (B, C, H, W), channels last in memory
         y = F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
         return self.pack(y.permute(0, 2, 3, 1))
 
-    def downsample(self, f: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def downsample(self, f: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         B, K, b, _, C = f.shape
         x = f.view(B, K, b // 2, 2, b // 2, 2, C).transpose(3, 4)  # (B, K, b/2, b/2, 2, 2, C)
         return F.linear(x.reshape(B, K, b // 2, b // 2, 4 * C), weight.permute(0, 2, 3, 1).flatten(1), bias)
 
     def image_norm(self, f: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(f, dim=(1, 2, 3), keepdim=True)  # (B, 1, 1, 1, C)
+        norm: Tensor = torch.linalg.vector_norm(f, dim=(1, 2, 3), keepdim=True)
+        return norm  # (B, 1, 1, 1, C)
 
     def _row_indices(self, b: int) -> Tensor:
         """Where the pixel rows of the visible patches lie in a dense map.

@@ -1,0 +1,160 @@
+"""The `fcmae` command: one subcommand for each thing to do. torch is imported only by the one that runs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import fcmae
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command line, by default the process's own; return its exit status.
+
+    A ValueError or OSError, which the user can mend, is printed without its traceback and gives 2; `--debug`
+    anywhere on the line lets it through. Raises SystemExit as argparse does: 0 for `--help`, 2 for a usage error.
+    """
+    words = sys.argv[1:] if argv is None else argv
+    debug = "--debug" in words
+    try:
+        _run([word for word in words if word != "--debug"])
+    except (ValueError, OSError) as error:
+        if debug:
+            raise
+        for line in str(error).splitlines() or [type(error).__name__]:
+            print(f"fcmae: error: {line}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run(words: list[str]) -> None:
+    # These two have a flag for each setting, so the rest of their line is not argparse's to read here.
+    if words[:1] == ["pretrain"]:
+        _pretrain(words[1:])
+    elif words[:1] == ["finetune"]:
+        _finetune(words[1:])
+    else:
+        args = _parser().parse_args(words)
+        run: Callable[[argparse.Namespace], None] = args.run
+        run(args)
+
+
+def _pretrain(flags: list[str]) -> None:
+    from fcmae import settings
+    from fcmae.config import PretrainConfig
+
+    config = settings.load(PretrainConfig, flags, prog="fcmae pretrain")
+
+    from fcmae import pretrain
+
+    pretrain.main(config)
+
+
+def _finetune(flags: list[str]) -> None:
+    from fcmae import settings
+    from fcmae.config import FinetuneConfig
+
+    config = settings.load(FinetuneConfig, flags, prog="fcmae finetune")
+
+    from fcmae import finetune
+
+    finetune.main(config)
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from fcmae.convert import convert
+
+    print(convert(args.source, args.dest, args.to))
+
+
+def _predict(args: argparse.Namespace) -> None:
+    from fcmae.predict import predict
+
+    predict(args.model, args.images, args.csv, args.batch_size)
+
+
+def _stats(args: argparse.Namespace) -> None:
+    from fcmae.data.index import find_images
+    from fcmae.data.stats import channel_statistics
+
+    mean, std, num_images = channel_statistics(
+        find_images(args.path), args.in_chans, max_images=args.max_images, num_workers=args.num_workers
+    )
+    print(f"# {num_images} images\ndata:\n  in_chans: {args.in_chans}")
+    for name, values in (("mean", mean), ("std", std)):
+        print(f"  {name}: [{', '.join(f'{value:.4g}' for value in values)}]")
+
+
+def _configs(args: argparse.Namespace) -> None:
+    from fcmae.settings import shipped_configs
+
+    shipped = shipped_configs()
+    width = max(map(len, shipped), default=0)
+    for name, path in shipped.items():
+        print(f"{name:{width}}  {path.read_text(encoding='utf-8').partition(chr(10))[0].removeprefix('# ')}")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"received {text}; allowed: >= 1")
+    return int(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fcmae", description=fcmae.__doc__)
+    parser.add_argument("--version", action="version", version=f"fcmae {fcmae.__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def add(
+        name: str, run: Callable[[argparse.Namespace], None], summary: str, example: str
+    ) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=summary, description=f"{summary}.", epilog=f"example: fcmae {example}")
+        command.set_defaults(run=run)
+        return command
+
+    # Listed for the help; _run has taken them before the parser sees them.
+    commands.add_parser("pretrain", help="Pretrain an encoder on unlabeled images (fcmae pretrain --help)")
+    commands.add_parser("finetune", help="Train or evaluate a classifier (fcmae finetune --help)")
+
+    command = add(
+        "convert",
+        _convert,
+        "Turn a pretrained encoder into a dense model that timm reads",
+        "convert runs/first encoder",
+    )
+    command.add_argument("source", type=Path, metavar="SRC", help="a run directory, a checkpoint or a weights file")
+    command.add_argument("dest", type=Path, metavar="DEST", help="where to write it")
+    command.add_argument("--to", choices=("timm", "fair"), default="timm", help="the keys of the result [timm]")
+
+    command = add(
+        "predict", _predict, "Classify images with a fine-tuned model", "predict runs/tuned photos --csv labels.csv"
+    )
+    command.add_argument("model", type=Path, metavar="MODEL", help="a fine-tuning run, or its exported model")
+    command.add_argument("images", nargs="+", metavar="IMAGES", help="images, folders, lists or glob patterns")
+    command.add_argument("--csv", type=Path, metavar="FILE", help="write the predictions here too")
+    command.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="images at a time [64]")
+
+    command = add(
+        "stats", _stats, "Print the images' mean and std, as lines for a configuration", "stats photos --in-chans 4"
+    )
+    command.add_argument("path", nargs="+", metavar="PATH", help="folders, lists or glob patterns")
+    command.add_argument("--in-chans", type=_positive, default=3, metavar="N", help="channels of the images [3]")
+    command.add_argument("--max-images", type=_positive, default=2000, metavar="N", help="images to read [2000]")
+    command.add_argument(
+        "--num-workers",
+        type=_positive,
+        default=min(8, os.cpu_count() or 1),
+        metavar="N",
+        help="processes that decode [%(default)s]",
+    )
+
+    add("configs", _configs, "List the configurations that come with fcmae", "configs")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,187 @@
+"""What happens to a training image: crops, flips, RandAugment, erasing. Every choice comes from the sample's seed."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from timm.data import create_transform
+from timm.data.random_erasing import RandomErasing
+
+from fcmae.data.decode import Box, read_crop, to_pil
+
+
+def random_resized_box(
+    height: int,
+    width: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    *,
+    rng: np.random.Generator,
+) -> Box:
+    """A random box of an image, as torchvision's RandomResizedCrop draws it.
+
+    scale: smallest and largest share of the area. ratio: smallest and largest width / height, drawn log-uniformly.
+    After ten boxes that do not fit, the largest centred one whose ratio is allowed.
+    Returns (top, left, height, width) in pixels.
+    """
+    for _ in range(10):
+        area = height * width * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+    w = min(width, max(1, round(height * ratio[1])))
+    h = min(height, max(1, round(width / ratio[0])))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def center_box(height: int, width: int, size: tuple[int, int], crop_pct: float = 1.0) -> Box:
+    """The box that "resize until it covers size / crop_pct, then crop the centre" keeps of an image.
+
+    size: height and width of the result, whose aspect the box has. crop_pct: share of the limiting side that stays.
+    Returns (top, left, height, width) in pixels.
+    """
+    unit = min(height / size[0], width / size[1]) * crop_pct
+    h, w = max(1, round(size[0] * unit)), max(1, round(size[1] * unit))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+@contextmanager
+def seeded(seed: Sequence[int]) -> Iterator[None]:
+    """Seed the global generators of Python, numpy and torch (CPU) inside the block; restore their states after it.
+
+    For timm's augmentations, which draw from all three.
+    """
+    python, old, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    words = np.random.SeedSequence(seed).generate_state(3)
+    random.seed(int(words[0]))
+    np.random.seed(words[1])  # noqa: NPY002
+    # Not torch.manual_seed, which would seed the GPUs too, and they could not be restored.
+    torch.default_generator.manual_seed(int(words[2]))
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(old)  # noqa: NPY002
+        torch.set_rng_state(cpu)
+
+
+@dataclass(frozen=True)
+class CenterCrop:
+    """The centre of an image, for evaluation: see `center_box`."""
+
+    in_chans: int
+    image_size: tuple[int, int]
+    crop_pct: float
+
+    def __call__(self, path: str, rng: np.random.Generator) -> NDArray[Any]:
+        """(C, H, W) uint8 or float32, units of `read_crop`; draws nothing. Raises BadImage."""
+
+        def choose_box(height: int, width: int) -> Box:
+            return center_box(height, width, self.image_size, self.crop_pct)
+
+        return read_crop(path, self.in_chans, choose_box, self.image_size)
+
+
+@dataclass(frozen=True)
+class CropAndFlip:
+    """Random resized crop (bicubic) and random flips, on the scaled decode of a file.
+
+    image_size: height and width of the result. crop_scale: share of the area. hflip, vflip: probabilities.
+    """
+
+    in_chans: int
+    image_size: tuple[int, int]
+    crop_scale: tuple[float, float]
+    hflip: float
+    vflip: float = 0.0
+
+    def __call__(self, path: str, rng: np.random.Generator) -> NDArray[Any]:
+        """(C, H, W) uint8 or float32, units of `read_crop`. Raises BadImage."""
+
+        def choose_box(height: int, width: int) -> Box:
+            return random_resized_box(height, width, self.crop_scale, rng=rng)
+
+        image = read_crop(path, self.in_chans, choose_box, self.image_size)
+        flip_columns, flip_rows = rng.random(2) < (self.hflip, self.vflip)
+        if flip_columns:
+            image = image[:, :, ::-1]
+        if flip_rows:
+            image = image[:, ::-1]
+        return np.ascontiguousarray(image)
+
+
+class FinetuneAugment:
+    """Crop and flip, then timm's automatic augmentation, then random erasing: timm's recipe for fine-tuning.
+
+    auto_augment: a policy in timm's notation such as rand-m9-mstd0.5-inc1, for 1 and 3 channels; it works on 8-bit RGB,
+    so grey images pass through RGB and back, and deeper ones lose their depth. random_erasing: probability that a
+    rectangle becomes noise, normal in normalised units, which mean and std (C,) define in units of `read_crop`.
+    """
+
+    def __init__(
+        self,
+        crop: CropAndFlip,
+        *,
+        auto_augment: str | None,
+        random_erasing: float,
+        mean: Sequence[float],
+        std: Sequence[float],
+    ) -> None:
+        assert auto_augment is None or crop.in_chans in (1, 3)
+        self._crop = crop
+        self._policy = None if auto_augment is None else _policy(auto_augment, crop.image_size, mean)
+        self._random_erasing = random_erasing
+        self._erase = RandomErasing(probability=1.0, mode="pixel", device="cpu")
+        self._mean = torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1)
+        self._std = torch.tensor(std, dtype=torch.float32).view(-1, 1, 1)
+
+    def __call__(self, path: str, rng: np.random.Generator) -> NDArray[Any]:
+        """(C, H, W) uint8 or float32, units of `read_crop`. Raises BadImage."""
+        image = self._crop(path, rng)
+        erases = rng.random() < self._random_erasing
+        if self._policy is None and not erases:
+            return image
+        with seeded(rng.integers(2**32, size=4).tolist()):
+            if self._policy is not None:
+                image = self._augmented(image)
+            return self._erased(image) if erases else image
+
+    def _augmented(self, image: NDArray[Any]) -> NDArray[Any]:
+        assert self._policy is not None
+        augmented: Image.Image = self._policy(to_pil(image).convert("RGB"))
+        array = np.asarray(augmented.convert("L" if len(image) == 1 else "RGB"))
+        return np.ascontiguousarray(array[None] if array.ndim == 2 else array.transpose(2, 0, 1))
+
+    def _erased(self, image: NDArray[Any]) -> NDArray[Any]:
+        unit = 255.0 if image.dtype == np.uint8 else 1.0
+        pixels = (torch.from_numpy(image).float() / unit - self._mean) / self._std
+        erased: NDArray[np.float32] = ((self._erase(pixels) * self._std + self._mean) * unit).numpy()
+        # Back to uint8, so that a batch stays a quarter of the size on its way to the device.
+        return erased.round().clip(0, 255).astype(np.uint8) if image.dtype == np.uint8 else erased
+
+
+def _policy(auto_augment: str, image_size: tuple[int, int], mean: Sequence[float]) -> Any:
+    try:
+        # Of the three stages that timm makes (crop and flip, policy, normalise) only the second.
+        return create_transform(
+            image_size,
+            is_training=True,
+            auto_augment=auto_augment,
+            interpolation="bicubic",
+            mean=tuple(mean) * (3 // len(mean)),
+            separate=True,
+        )[1]
+    except (AssertionError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"data.auto_augment: {auto_augment!r} is no policy of timm: use one like rand-m9-mstd0.5-inc1, or none"
+        ) from error

@@ -1,0 +1,209 @@
+"""Samples by key (epoch, index), and batches of them. What a sample is depends on (seed, epoch, index) alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fcmae.data.augment import CenterCrop, CropAndFlip, FinetuneAugment
+from fcmae.data.decode import BadImage
+from fcmae.data.index import FileIndex
+from fcmae.data.sampler import SAMPLE_STREAM, Key
+from fcmae.masking import random_mask
+
+MAX_TRIES = 16  # files that a training sample tries before it gives up
+
+View = Callable[[str, np.random.Generator], NDArray[Any]]  # path -> (C, H, W), drawing from the generator
+
+
+@dataclass(frozen=True)
+class Sample:
+    """image: (C, H, W) uint8 or float32. mask: (gh, gw) bool, True = hidden. index: that of the key.
+
+    valid: false if the image could not be read and was not replaced; it is then zero. bad: files that could not be
+    read, with reasons.
+    """
+
+    image: NDArray[Any]
+    mask: NDArray[np.bool_] | None
+    label: int | None
+    index: int
+    valid: bool
+    bad: list[tuple[str, str]]
+
+
+@dataclass
+class Batch:
+    """Samples together. images: (B, C, H, W) uint8, or float32 if any is. masks: (B, gh, gw) bool, True = hidden.
+
+    labels, index: (B,) int64. valid: (B,) bool, false for images that could not be read. bad: (path, reason) of files
+    that could not be read.
+    """
+
+    images: Tensor
+    masks: Tensor | None
+    labels: Tensor | None
+    index: Tensor
+    valid: Tensor
+    bad: list[tuple[str, str]]
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        masks = None if self.masks is None else function(self.masks)
+        labels = None if self.labels is None else function(self.labels)
+        return Batch(function(self.images), masks, labels, function(self.index), function(self.valid), self.bad)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch on a device; the copy does not block if the batch is pinned."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def select(self, keep: Tensor) -> Batch:
+        """The images where keep, (B,) bool, is true."""
+        return self._map(lambda tensor: tensor[keep])
+
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked memory; DataLoader calls this."""
+        return self._map(Tensor.pin_memory)
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Samples to a Batch. If images of 8 bits and deeper ones meet, those of 8 bits are divided by 255."""
+    images = [sample.image for sample in samples]
+    if any(image.dtype != np.uint8 for image in images):
+        images = [image / np.float32(255) if image.dtype == np.uint8 else image for image in images]
+    masks = [sample.mask for sample in samples if sample.mask is not None]
+    labels = [sample.label for sample in samples if sample.label is not None]
+    return Batch(
+        images=torch.from_numpy(np.stack(images)),
+        masks=torch.from_numpy(np.stack(masks)) if masks else None,
+        labels=torch.tensor(labels, dtype=torch.int64) if labels else None,
+        index=torch.tensor([sample.index for sample in samples], dtype=torch.int64),
+        valid=torch.tensor([sample.valid for sample in samples], dtype=torch.bool),
+        bad=[bad for sample in samples for bad in sample.bad],
+    )
+
+
+def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """(images - mean) / std as float32, on the images' device, after dividing uint8 images by 255.
+
+    images: (B, C, H, W) or (C, H, W), uint8 or float. mean, std: (C, 1, 1) float32, in units of a full range of 1.
+    """
+    pixels = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+    return (pixels - mean) / std
+
+
+def denormalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """The inverse of `normalize`: float32 in units of a full range of 1."""
+    return images.float() * std + mean
+
+
+class NoUsableImage(ValueError):  # noqa: N818
+    """A training sample found MAX_TRIES bad files in a row."""
+
+    def __init__(self, message: str) -> None:
+        # A DataLoader makes the error of a worker anew, with the worker's traceback as message: keep its last line.
+        super().__init__(message.rpartition("NoUsableImage: ")[2].strip())
+
+
+class _ImageDataset(Dataset[Sample]):
+    """Reads the files of an index through a view. Training replaces what it cannot read; evaluation marks it."""
+
+    def __init__(self, index: FileIndex, view: View, *, shape: tuple[int, int, int], seed: int, replaces: bool) -> None:
+        # One block of bytes. A tuple of strings would be copied into every worker, page by page, as each use of a
+        # string writes its reference count.
+        self._paths = np.array([os.fsencode(path) for path in index.paths], dtype=np.bytes_)
+        self._labels = None if index.labels is None else np.array(index.labels, dtype=np.int64)
+        self._view, self._shape, self._seed, self._replaces = view, shape, seed, replaces
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def _read(self, key: Key) -> Sample:
+        """The sample of a key, without a mask.
+
+        Raises NoUsableImage, a ValueError, if replacing is allowed and none of MAX_TRIES files can be read.
+        """
+        epoch, index = key
+        rng = np.random.default_rng([self._seed, epoch, index, SAMPLE_STREAM])
+        bad: list[tuple[str, str]] = []
+        used = index
+        while len(bad) < (MAX_TRIES if self._replaces else 1):
+            path = os.fsdecode(self._paths[used])
+            try:
+                image = self._view(path, rng)
+            except BadImage as error:
+                bad.append((path, str(error)))
+                used = int(rng.integers(len(self)))
+            else:
+                return Sample(image, None, self._label(used), index, True, bad)
+        if self._replaces:
+            raise NoUsableImage(
+                f"data.path: {MAX_TRIES} files drawn in a row cannot be used, the first is {bad[0][0]}: {bad[0][1]}; "
+                "give images that can be read, or the in_chans they have"
+            )
+        return Sample(np.zeros(self._shape, np.uint8), None, self._label(index), index, False, bad)
+
+    def _label(self, index: int) -> int | None:
+        return None if self._labels is None else int(self._labels[index])
+
+
+class PretrainDataset(_ImageDataset):
+    """Images and masks for pretraining, by key (epoch, index).
+
+    in_chans, image_size (height, width): of the samples. crop_scale, hflip: see CropAndFlip. grid (gh, gw), visible:
+    see random_mask. augment: False takes the centre of each image (crop_pct .875) instead of a random crop, and marks
+    files that cannot be read; True replaces them by others, drawn from the sample's own generator.
+    """
+
+    def __init__(
+        self,
+        index: FileIndex,
+        *,
+        in_chans: int,
+        image_size: tuple[int, int],
+        crop_scale: tuple[float, float],
+        hflip: float,
+        grid: tuple[int, int],
+        visible: int,
+        seed: int,
+        augment: bool = True,
+    ) -> None:
+        crop = CropAndFlip(in_chans, image_size, crop_scale, hflip)
+        view = crop if augment else CenterCrop(in_chans, image_size, 0.875)
+        super().__init__(index, view, shape=(in_chans, *image_size), seed=seed, replaces=augment)
+        self._grid, self.visible = grid, visible
+
+    def __getitem__(self, key: Key) -> Sample:
+        mask = random_mask(self._grid, self.visible, [(self._seed, *key)])[0]
+        return replace(self._read(key), mask=mask)
+
+
+class FinetuneDataset(_ImageDataset):
+    """Images and labels for fine-tuning, by key (epoch, index).
+
+    augment: what training images go through; files that cannot be read are replaced by others, drawn from the sample's
+    own generator. None takes the centre of each image (see center_box for crop_pct) and marks such files.
+    """
+
+    def __init__(
+        self,
+        index: FileIndex,
+        *,
+        in_chans: int,
+        image_size: tuple[int, int],
+        seed: int,
+        augment: FinetuneAugment | None = None,
+        crop_pct: float = 0.875,
+    ) -> None:
+        view = augment or CenterCrop(in_chans, image_size, crop_pct)
+        super().__init__(index, view, shape=(in_chans, *image_size), seed=seed, replaces=augment is not None)
+
+    def __getitem__(self, key: Key) -> Sample:
+        return self._read(key)

@@ -1,0 +1,65 @@
+"""One image file to one array, whatever the file: any format, any depth, any number of channels, or BadImage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from fcmae.data.geometry import Box, decode_scale
+from fcmae.data.readers import BadImage, open_image, reading
+
+__all__ = ["BadImage", "Box", "ChooseBox", "open_image", "read_crop", "read_pil", "to_pil"]
+
+ChooseBox = Callable[[int, int], Box]  # (height, width) -> box
+
+
+def read_crop(path: str, in_chans: int, choose_box: ChooseBox, size: tuple[int, int] | None) -> NDArray[Any]:
+    """Read part of an image and resize it (bicubic, antialiased).
+
+    choose_box: called with the upright height and width before anything is decoded; returns (top, left, height, width).
+    size: height and width of the result, or None for the box's own. JPEGs are decoded at the smallest of the scales
+    1, 1/2, 1/4, 1/8 that keeps the box at or above `size`.
+
+    Returns (in_chans, height, width). uint8 images stay uint8 (bool becomes 0 and 255). 16-bit unsigned ones become
+    float32 in 0..1, full range = 1. Floats are taken as they are and other integers unscaled, both as float32. 16-bit
+    RGB PNGs are the exception: Pillow reads them as 8 bits.
+    Channels: grey is copied into 3; RGB becomes grey for 1; alpha is dropped for 1 and 3; CMYK and palettes become
+    RGB for 1 and 3. For any other in_chans the file must have that many channels. An array of three axes in a .npy
+    file is (H, W, C) if its last axis fits in_chans, else (C, H, W). The pages of a TIFF are its bands when in_chans
+    is neither 1 nor 3; else the first page is read.
+    Raises BadImage for a file that is missing, broken, not an image, has other channels, holds values that are not
+    finite in the box, or has more than PIL.Image.MAX_IMAGE_PIXELS pixels.
+    """
+    with open_image(path, in_chans) as image:
+        box = choose_box(image.height, image.width)
+        with reading():
+            pixels = image.read(box, size or box[2:])
+    if pixels.dtype != np.uint8 and not np.isfinite(pixels).all():
+        raise BadImage("it holds values that are not finite")
+    return pixels
+
+
+def read_pil(path: str, in_chans: int, min_size: tuple[int, int] | None = None) -> Image.Image:
+    """Read a whole image, upright and in 8 bits, as a Pillow image of mode L (in_chans 1) or RGB (in_chans 3).
+
+    min_size: reduce it by 2, 4 or 8, as long as it stays at or above this height and width. Values of 16-bit and float
+    images are clipped to 0..1. Raises BadImage as `read_crop` does.
+    """
+    assert in_chans in (1, 3)
+    with open_image(path, in_chans) as image:
+        height, width = image.height, image.width
+        scale = decode_scale(height, width, min_size) if min_size else 1
+        with reading():
+            pixels = image.read((0, 0, height, width), (height // scale, width // scale))
+    return to_pil(pixels)
+
+
+def to_pil(pixels: NDArray[Any]) -> Image.Image:
+    """(1 or 3, H, W), uint8 or float32 with full range 1, to a Pillow image of mode L or RGB."""
+    if pixels.dtype != np.uint8:
+        pixels = np.rint(np.nan_to_num(pixels).clip(0, 1) * 255).astype(np.uint8)
+    return Image.fromarray(np.ascontiguousarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)))

@@ -1,0 +1,38 @@
+"""Boxes of an image, how it is turned, and how small it may be decoded. Plain arithmetic."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numpy.typing import NDArray
+
+Box = tuple[int, int, int, int]  # top, left, height, width, in pixels of the upright image
+
+# EXIF orientation: a stored image becomes upright by mirroring its columns (2, 3, 7, 8) and its rows (3, 4, 6, 7), and
+# then exchanging rows and columns (5 to 8).
+
+
+def make_upright(image: NDArray[Any], orientation: int) -> NDArray[Any]:
+    """Turn a stored image (H, W, ...) by its EXIF orientation; anything but 2 to 8 leaves it. Returns a view."""
+    if orientation in (2, 3, 7, 8):
+        image = image[:, ::-1]
+    if orientation in (3, 4, 6, 7):
+        image = image[::-1]
+    return image.swapaxes(0, 1) if orientation in (5, 6, 7, 8) else image
+
+
+def stored_box(box: Box, orientation: int, stored_height: int, stored_width: int) -> Box:
+    """Where a box of the upright image lies in the image as stored."""
+    top, left, height, width = box
+    if orientation in (5, 6, 7, 8):
+        top, left, height, width = left, top, width, height
+    if orientation in (2, 3, 7, 8):
+        left = stored_width - left - width
+    if orientation in (3, 4, 6, 7):
+        top = stored_height - top - height
+    return top, left, height, width
+
+
+def decode_scale(height: float, width: float, size: tuple[int, int]) -> int:
+    """How many times smaller (8, 4, 2 or 1) an image may be decoded so that height x width of it still fill `size`."""
+    return next((scale for scale in (8, 4, 2) if height / scale >= size[0] and width / scale >= size[1]), 1)

@@ -1,0 +1,259 @@
+"""Which images a run uses: found once, sorted, kept in the run directory. No image is opened here."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".npy")
+
+
+@dataclass(frozen=True)
+class FileIndex:
+    """Files in a fixed order, which numbers them.
+
+    paths: absolute. labels: for each path the position of its class in class_names, or None for images without labels.
+    """
+
+    paths: tuple[str, ...]
+    labels: tuple[int, ...] | None = None
+    class_names: tuple[str, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def fingerprint(self) -> str:
+        """SHA-256 in hex of paths, labels and class names; the paths count from their common parent.
+
+        A folder that moves as a whole keeps its fingerprint; a file added, removed or renamed changes it.
+        """
+        relative: list[str] = []
+        if self.paths:
+            # The parent's length is cut off, which for 10 million paths is far quicker than os.path.relpath.
+            parent = os.path.commonpath([os.path.dirname(path) for path in self.paths])  # noqa: PTH120
+            start = len(os.path.join(parent, ""))  # noqa: PTH118
+            relative = [path[start:].replace(os.sep, "/") for path in self.paths]
+        text = json.dumps([relative, self.labels, self.class_names])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def subset(self, positions: Iterable[int]) -> FileIndex:
+        """The files at the given positions, in the given order, with the same classes."""
+        positions = list(positions)
+        labels = None if self.labels is None else tuple(self.labels[i] for i in positions)
+        return FileIndex(tuple(self.paths[i] for i in positions), labels, self.class_names)
+
+    def save(self, path: str | Path) -> None:
+        """Write the index as JSON, whole or not at all."""
+        path = Path(path)
+        aside = path.with_name(f".tmp-{path.name}")
+        aside.write_text(json.dumps({"paths": self.paths, "labels": self.labels, "class_names": self.class_names}))
+        aside.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> FileIndex:
+        """Read what `save` wrote. Raises ValueError if the file is something else."""
+        try:
+            values = json.loads(Path(path).read_text())
+            labels, class_names = values["labels"], values["class_names"]
+            return cls(
+                tuple(values["paths"]),
+                None if labels is None else tuple(labels),
+                None if class_names is None else tuple(class_names),
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not an index of images ({error}): delete it to have it made anew") from error
+
+
+def find_images(sources: Sequence[str], *, key: str = "data.path") -> FileIndex:
+    """All images of one or several sources, sorted by path and without duplicates.
+
+    sources: folders (searched recursively; links are followed, hidden files and folders skipped), .txt files with one
+    path a line (relative ones start at the list's folder; any suffix), glob patterns (`**` is recursive; a folder that
+    matches is searched) or single images. key: the setting that errors name.
+    Raises ValueError for a source that is missing, cannot be listed, or holds no image.
+    """
+    found: set[str] = set()
+    for source in sources:
+        paths = list(_expand(source, key))
+        if not paths:
+            raise ValueError(
+                f"{key}: {source!r} holds no image ({' '.join(SUFFIXES)}): "
+                "give a folder of images, a .txt file that lists paths, or a glob pattern"
+            )
+        found.update(paths)
+    return FileIndex(tuple(sorted(found)))
+
+
+def _expand(source: str, key: str) -> Iterator[str]:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        yield from _walk(path, key)
+    elif path.suffix.lower() == ".txt" and path.is_file():
+        yield from _read_list(path, key)
+    elif path.is_file():
+        yield from [_absolute(path)] if _is_image(path.name) else []
+    elif glob.has_magic(source):
+        # Not Path.glob: it takes no absolute pattern.
+        for match in glob.glob(str(path), recursive=True):  # noqa: PTH207
+            if Path(match).is_dir():
+                yield from _walk(Path(match), key)
+            elif _is_image(Path(match).name):
+                yield _absolute(match)
+    else:
+        raise ValueError(
+            f"{key}: {source!r} does not exist: "
+            "give a folder of images, a .txt file that lists paths, or a glob pattern"
+        )
+
+
+def _absolute(path: str | Path) -> str:
+    # Links are kept: Path.resolve would ask the file system about every part of every path.
+    return os.path.abspath(path)  # noqa: PTH100
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
+
+
+def _walk(root: Path, key: str) -> Iterator[str]:
+    def refuse(error: OSError) -> None:
+        raise ValueError(f"{key}: {error.filename!r} cannot be listed ({error.strerror}): make it readable")
+
+    seen: set[tuple[int, int]] = set()
+    for folder, subfolders, files in os.walk(_absolute(root), followlinks=True, onerror=refuse):
+        status = os.stat(folder)  # noqa: PTH116
+        if (status.st_dev, status.st_ino) in seen:  # a link to a folder that was searched, or is being searched
+            subfolders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        yield from (os.path.join(folder, name) for name in files if _is_image(name))  # noqa: PTH118
+
+
+def _read_list(path: Path, key: str) -> Iterator[str]:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{key}: {path} cannot be read ({error}): give a UTF-8 text file with one path a line"
+        ) from error
+    folder = path.parent
+    for line in lines:
+        if line.strip():
+            yield _absolute(folder / Path(line.strip()).expanduser())
+
+
+def find_labelled(source: str, class_names: Sequence[str] | None = None) -> FileIndex:
+    """Labelled images, sorted by path: one folder a class, or a CSV file with the columns path and label.
+
+    source: a folder whose sub-folders are the classes (images at any depth below each), or a .csv file whose relative
+    paths start at its folder. class_names: the classes of the training set, for images held out; labels then point into
+    it. By default the classes are the labels found, in alphabetical order, or in numerical order if all are integers.
+    Raises ValueError for a source that is missing or malformed, a label not in class_names, or fewer than two classes.
+    """
+    key = "data.path" if class_names is None else "data.val_path"
+    path = Path(source).expanduser()
+    if path.is_dir():
+        label_of = _class_folders(path, key, may_be_empty=class_names is not None)
+    elif path.suffix.lower() == ".csv" and path.is_file():
+        label_of = _read_csv(path, key)
+    else:
+        problem = "is neither a folder nor a .csv file" if path.exists() else "does not exist"
+        raise ValueError(
+            f"{key}: {source!r} {problem}: give a folder with one sub-folder a class, or a CSV with columns path,label"
+        )
+    names = _sort_classes(set(label_of.values())) if class_names is None else list(class_names)
+    if unknown := sorted(set(label_of.values()) - set(names)):
+        raise ValueError(
+            f"{key}: label {unknown[0]!r} of {source!r} is no class of the training images ({_some(names)})"
+        )
+    if len(names) < 2:
+        raise ValueError(f"{key}: {source!r} has only the class {names[0]!r}: a classifier needs at least two")
+    number = {name: i for i, name in enumerate(names)}
+    paths = sorted(label_of)
+    return FileIndex(tuple(paths), tuple(number[label_of[p]] for p in paths), tuple(names))
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+
+
+def _sort_classes(names: set[str]) -> list[str]:
+    if all(name.isascii() and name.isdigit() for name in names):
+        return sorted(names, key=lambda name: (int(name), name))
+    return sorted(names)
+
+
+def _class_folders(root: Path, key: str, *, may_be_empty: bool) -> dict[str, str]:
+    label_of: dict[str, str] = {}
+    for folder in sorted(root.iterdir()):
+        if folder.name.startswith(".") or not folder.is_dir():
+            continue
+        images = list(_walk(folder, key))
+        if not images and not may_be_empty:
+            raise ValueError(f"{key}: the class folder {str(folder)!r} holds no image: fill or remove it")
+        label_of.update(dict.fromkeys(images, folder.name))
+    if not label_of:
+        raise ValueError(f"{key}: {str(root)!r} has no sub-folder with images: put each class in a folder of its own")
+    return label_of
+
+
+def _read_csv(path: Path, key: str) -> dict[str, str]:
+    label_of: dict[str, str] = {}
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = csv.DictReader(file, skipinitialspace=True)
+            columns = rows.fieldnames or []
+            if not {"path", "label"} <= set(columns):
+                raise ValueError(f"{key}: the header of {path} is {','.join(columns)!r}: it needs path and label")
+            for row in rows:
+                image, label = (row["path"] or "").strip(), (row["label"] or "").strip()
+                if not image or not label:
+                    raise ValueError(f"{key}: line {rows.line_num} of {path} lacks its path or label: complete it")
+                image = _absolute(path.parent / Path(image).expanduser())
+                if label_of.setdefault(image, label) != label:
+                    raise ValueError(
+                        f"{key}: line {rows.line_num} of {path} gives {image} the label {label!r}, "
+                        f"an earlier one {label_of[image]!r}: keep one"
+                    )
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{key}: {path} cannot be read ({error}): give a UTF-8 CSV with columns path,label") from error
+    if not label_of:
+        raise ValueError(f"{key}: {path} lists no image: give one path,label a line")
+    return label_of
+
+
+def split(index: FileIndex, share: float, seed: int) -> tuple[FileIndex, FileIndex]:
+    """Draw held-out images: (training, held out), each in the order of the index.
+
+    share: of the images, in [0, 1); 0 holds out none, more holds out at least one image where there are two. With
+    labels every class is held out in proportion (a count is less than one image off), and at least one image of each
+    class stays in training. The same index and seed draw the same images.
+
+    scikit-learn's stratified split is not used: it refuses classes with one image and shares smaller than one image a
+    class, and may leave a class out of training.
+    """
+    labels = np.zeros(len(index), dtype=np.int64) if index.labels is None else np.asarray(index.labels, dtype=np.int64)
+    if share == 0 or len(index) == 0:
+        return index, index.subset([])
+    counts = np.bincount(labels)
+    quota = share * counts
+    held = np.floor(quota).astype(np.int64)
+    # Largest remainders: the classes that lose most by rounding down get the images that are left of the total.
+    missing = max(1, round(share * len(index))) - int(held.sum())
+    held[np.argsort(held - quota, kind="stable")[: max(0, missing)]] += 1
+    held = np.minimum(held, np.maximum(counts - 1, 0))
+
+    rng = np.random.default_rng(seed)
+    chosen = np.zeros(len(index), dtype=np.bool_)
+    for label, count in enumerate(held):
+        chosen[rng.permutation(np.flatnonzero(labels == label))[:count]] = True
+    return index.subset(np.flatnonzero(~chosen).tolist()), index.subset(np.flatnonzero(chosen).tolist())

@@ -1,0 +1,55 @@
+"""Datasets to batches, with or without worker processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterable
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from fcmae.data.dataset import Batch, Sample, collate
+from fcmae.data.sampler import Key
+
+
+def build_loader(
+    dataset: Dataset[Sample], batch_sampler: Iterable[list[Key]], *, num_workers: int, device_type: str
+) -> DataLoader[Batch]:
+    """A loader of Batch objects, one for each list of keys, in the sampler's order.
+
+    num_workers: processes that decode; 0 decodes in this one. The batches are the same for any number. device_type:
+    "cuda" pins the batches. The global random generators are left alone.
+    """
+    return DataLoader(
+        dataset,  # type: ignore[arg-type]  # collate makes a Batch of Samples
+        batch_sampler=batch_sampler,
+        collate_fn=collate,
+        num_workers=num_workers,
+        pin_memory=device_type == "cuda",
+        persistent_workers=num_workers > 0,
+        prefetch_factor=4 if num_workers > 0 else None,
+        worker_init_fn=_init_worker if num_workers > 0 else None,
+        # Each iterator draws a seed for its workers. From torch's global generator, that would change what follows.
+        generator=torch.Generator(),
+    )
+
+
+def _init_worker(worker: int) -> None:
+    # Ctrl-C and a cluster's stop reach every process of the job. The main process finishes its step, for which it needs
+    # its workers; they end with it. DataLoader has set torch to one thread, and Pillow has no more.
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):  # not all on Windows
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+def default_num_workers(device_type: str, num_local_processes: int = 1) -> int:
+    """Workers for one training process: 1 on a CPU, which the model needs itself; else its share of the cores, up to 8.
+
+    num_local_processes: training processes on this machine.
+    """
+    if device_type == "cpu":
+        return 1
+    # What this process may use, not what the machine has.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(8, cores // num_local_processes))

@@ -1,0 +1,277 @@
+"""What read_crop opens: an image whose header is read, by Pillow, tifffile or numpy, and whose pixels follow on demand.
+
+Files are told apart by their contents, not their names. Pillow reads what it reads in full; TIFFs with other numbers
+of bands or depths go to tifffile, and .npy files are mapped into memory.
+"""
+
+from __future__ import annotations
+
+import struct
+import tokenize
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+import tifffile
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from fcmae.data.geometry import Box, decode_scale, make_upright, stored_box
+
+# No format that runs a program or a script (EPS, PDF), whatever the file is called.
+_PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+_TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_GREY_WEIGHTS = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R 601, as Pillow's mode L
+
+# What Pillow, tifffile and numpy raise on files that are broken or lie about their contents.
+_READ_ERRORS = (
+    OSError,
+    ValueError,
+    TypeError,
+    SyntaxError,
+    ArithmeticError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    EOFError,
+    MemoryError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+    tokenize.TokenError,  # from numpy's reading of .npy headers
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
+
+
+class BadImage(ValueError):  # noqa: N818
+    """A file that cannot be used; the message is the reason in one sentence, without the path."""
+
+
+class OpenImage(Protocol):
+    """An image whose header has been read: its upright size is known, its pixels are not."""
+
+    height: int
+    width: int
+
+    def read(self, box: Box, size: tuple[int, int]) -> NDArray[Any]:
+        """The box resized to size (height, width): (in_chans, height, width), uint8 or float32."""
+        ...
+
+
+@contextmanager
+def open_image(path: str, in_chans: int) -> Iterator[OpenImage]:
+    """Read an image's header. Raises BadImage as `read_crop` does."""
+    with reading():
+        file = open(path, "rb")  # noqa: PTH123, SIM115  # closed below; Path.open costs a Path an image
+    with file:
+        with reading():
+            image = _open(file, path, in_chans)
+        yield image
+
+
+def _open(file: BinaryIO, path: str, in_chans: int) -> OpenImage:
+    start = file.read(6)
+    file.seek(0)
+    if start == b"\x93NUMPY":
+        array = np.lib.format.open_memmap(path, mode="r")  # never unpickles
+        axis = _npy_channel_axis(array.shape, in_chans)
+        return _ArrayImage(lambda: array, array.shape, array.dtype, axis, in_chans)
+    if start[:4] in _TIFF_STARTS:
+        return _open_tiff(file, in_chans)
+    return _PillowImage(Image.open(file, formats=_PILLOW_FORMATS), in_chans)
+
+
+@contextmanager
+def reading() -> Iterator[None]:
+    """Turn whatever a library raises on a bad file into BadImage; silence what it warns of."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about metadata; a file that decodes is good
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            yield
+        except BadImage:
+            raise
+        except UnidentifiedImageError as error:
+            raise BadImage("it is no JPEG, PNG, WebP, BMP, TIFF or .npy file") from error
+        except _READ_ERRORS as error:
+            text = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
+            raise BadImage(f"it cannot be read: {' '.join(text.split())}") from error
+
+
+def _check_size(height: int, width: int) -> None:
+    if height < 1 or width < 1:
+        raise BadImage(f"it is empty: {height} x {width} pixels")
+    if Image.MAX_IMAGE_PIXELS is not None and height * width > Image.MAX_IMAGE_PIXELS:
+        raise BadImage(f"it has {height} x {width} pixels, more than PIL.Image.MAX_IMAGE_PIXELS allows")
+
+
+def _check_channels(channels: int, in_chans: int) -> None:
+    if channels != in_chans and not (in_chans in (1, 3) and channels in (1, 3)):
+        raise BadImage(f"it has {channels} channel{'s' * (channels != 1)}, in_chans is {in_chans}")
+
+
+def _match_channels(pixels: NDArray[Any], in_chans: int) -> NDArray[Any]:
+    """(C, H, W) with the C that _check_channels let through, to (in_chans, H, W)."""
+    if len(pixels) == in_chans:
+        return pixels
+    if in_chans == 3:
+        return np.repeat(pixels, 3, axis=0)
+    grey = np.tensordot(_GREY_WEIGHTS, pixels, axes=1)[None]
+    return np.rint(grey).astype(np.uint8) if pixels.dtype == np.uint8 else grey
+
+
+class _PillowImage:
+    def __init__(self, image: Image.Image, in_chans: int) -> None:
+        self._image, self._in_chans = image, in_chans
+        _check_size(image.height, image.width)
+        _check_channels(_num_channels(image, in_chans), in_chans)
+        # Pillow itself turns TIFFs upright, in their size at once and in their pixels when it decodes them.
+        self._orientation = 1 if image.format == "TIFF" else image.getexif().get(ExifTags.Base.Orientation, 1)
+        self._stored_size = image.height, image.width
+        self._swapped = self._orientation in (5, 6, 7, 8)
+        self.height, self.width = self._stored_size[::-1] if self._swapped else self._stored_size
+
+    def read(self, box: Box, size: tuple[int, int]) -> NDArray[Any]:
+        image = self._image
+        stored_height, stored_width = self._stored_size
+        scale = decode_scale(box[2], box[3], size)
+        draft = image.draft("L" if self._in_chans == 1 else "RGB", (stored_width // scale, stored_height // scale))
+        scale = 1 if draft is None else round(stored_width / draft[1][2])
+        top, left, height, width = stored_box(box, self._orientation, stored_height, stored_width)
+        planes, is_16_bit = _planes(image, self._in_chans)
+        out_size = size if self._swapped else size[::-1]  # Pillow's order, before turning upright
+        # Pillow's corners. The last column of a scaled JPEG may stand for fewer than `scale` stored ones.
+        corners = (left / scale, top / scale, (left + width) / scale, (top + height) / scale)
+        resized = [np.asarray(plane.resize(out_size, Image.Resampling.BICUBIC, corners)) for plane in planes]
+        pixels = np.concatenate([plane.reshape(*plane.shape[:2], -1) for plane in resized], axis=2)  # (H, W, C)
+        if is_16_bit:
+            pixels = (pixels / np.float32(65535)).clip(0, 1)
+        pixels = make_upright(pixels, self._orientation).transpose(2, 0, 1)  # (C, H, W)
+        return np.ascontiguousarray(_match_channels(pixels, self._in_chans))
+
+
+def _num_channels(image: Image.Image, in_chans: int) -> int:
+    """Channels of the planes that _planes makes."""
+    if in_chans in (1, 3):
+        return 1 if image.mode in ("1", "L", "LA", "F") or image.mode.startswith("I") else 3
+    if image.mode == "P":
+        return 4 if "transparency" in image.info else 3
+    return len(image.getbands())
+
+
+def _planes(image: Image.Image, in_chans: int) -> tuple[list[Image.Image], bool]:
+    """Decode into images that Pillow resizes without loss (L, RGB, F), and whether 65535 is their full range."""
+    is_16_bit = image.mode.startswith("I;16")
+    if image.mode == "F" or image.mode.startswith("I"):
+        plane = image.convert("F")
+        if is_16_bit and image.format == "TIFF" and image.tag_v2.get(262) == 0:  # type: ignore[attr-defined]
+            plane = plane.point(lambda value: value * -1 + 65535)  # 0 = white; Pillow itself inverts 8 bits only
+        return [plane], is_16_bit
+    if image.mode == "P":
+        # By way of RGBA where entries are transparent: their colours are kept, only the transparency is dropped.
+        image = image.convert("RGBA" if "transparency" in image.info else "RGB")
+    if in_chans in (1, 3):
+        mode = "L" if in_chans == 1 or image.mode in ("1", "L", "LA") else "RGB"
+        return [image if image.mode == mode else image.convert(mode)], False
+    # One by one: Pillow would weigh the colours of an RGBA image by its alpha.
+    return list(image.split()), False
+
+
+def _open_tiff(file: BinaryIO, in_chans: int) -> OpenImage:
+    try:
+        image = Image.open(file, formats=["TIFF"])
+    except UnidentifiedImageError:  # so Pillow calls bands and depths that it does not know
+        image = None
+    if image is not None and _pillow_reads_all_of(image, in_chans):
+        return _PillowImage(image, in_chans)
+    file.seek(0)
+    return _open_tifffile(tifffile.TiffFile(file), in_chans)
+
+
+def _pillow_reads_all_of(image: Image.Image, in_chans: int) -> bool:
+    """Whether Pillow keeps every band and bit of a TIFF that matters for in_chans."""
+    tags = image.tag_v2  # type: ignore[attr-defined]
+    bits, samples, is_rgb = tags.get(258, (1,)), tags.get(277, 1), tags.get(262) == 2
+    if max(bits) > 8 and not (samples == 1 and image.mode in ("I;16", "I;16B", "F")):
+        return False
+    if in_chans in (1, 3):
+        return bool(samples == len(image.getbands()) or is_rgb)
+    return bool(samples == len(image.getbands()) == in_chans)
+
+
+def _open_tifffile(tiff: tifffile.TiffFile, in_chans: int) -> OpenImage:
+    colour = in_chans in (1, 3)
+    page = tiff.pages[0]
+    source = page if colour else tiff.series[0]
+    axes, shape = source.axes, source.shape
+    band_axes = [i for i, axis in enumerate(axes) if axis not in "YX"]
+    if axes.count("Y") != 1 or axes.count("X") != 1 or axes.index("Y") > axes.index("X") or len(band_axes) > 1:
+        raise BadImage(f"it has the axes {axes}, not rows, columns and at most one of bands")
+    axis = band_axes[0] if band_axes else None
+    extra = colour and page.photometric == 2 and axis is not None and shape[axis] > 3  # RGB and more, such as alpha
+    inverted = page.photometric == 0  # 0 = white
+
+    def load() -> NDArray[Any]:
+        array = source.asarray(maxworkers=1)
+        if inverted and array.dtype.kind in "ub":
+            array = ~array
+        return np.take(array, range(3), axis=axis) if extra else array
+
+    if extra:
+        shape = tuple(3 if i == axis else side for i, side in enumerate(shape))
+    orientation = page.tags.valueof(274, 1)
+    return _ArrayImage(load, shape, np.dtype(source.dtype), axis, in_chans, orientation)
+
+
+def _npy_channel_axis(shape: tuple[int, ...], in_chans: int) -> int | None:
+    if len(shape) == 2:
+        return None
+    if len(shape) != 3:
+        raise BadImage(f"it has the shape {shape}, not (H, W), (H, W, C) or (C, H, W)")
+    for channels in (in_chans, 1, 3) if in_chans in (1, 3) else (in_chans,):
+        for axis in (2, 0):
+            if shape[axis] == channels:
+                return axis
+    return 2 if shape[2] <= shape[0] else 0
+
+
+class _ArrayImage:
+    def __init__(
+        self,
+        load: Callable[[], NDArray[Any]],
+        shape: tuple[int, ...],
+        dtype: np.dtype[Any],
+        channel_axis: int | None,
+        in_chans: int,
+        orientation: int = 1,
+    ) -> None:
+        self._load, self._axis, self._in_chans, self._orientation = load, channel_axis, in_chans, orientation
+        channels = 1 if channel_axis is None else shape[channel_axis]
+        height, width = (side for i, side in enumerate(shape) if i != channel_axis)
+        _check_size(height, width)
+        _check_channels(channels, in_chans)
+        if dtype.kind not in "buif":
+            raise BadImage(f"it holds values of type {dtype}, not numbers")
+        self.height, self.width = (width, height) if orientation in (5, 6, 7, 8) else (height, width)
+
+    def read(self, box: Box, size: tuple[int, int]) -> NDArray[Any]:
+        top, left, height, width = box
+        array = self._load()
+        array = array[..., None] if self._axis is None else np.moveaxis(array, self._axis, -1)  # (H, W, C)
+        array = make_upright(array, self._orientation)[top : top + height, left : left + width]
+        is_16_bit = array.dtype.kind == "u" and array.dtype.itemsize == 2
+        if array.dtype == np.bool_:
+            array = array.astype(np.uint8) * 255
+        if array.dtype != np.uint8:
+            array = array.astype(np.float32)
+        if is_16_bit:
+            array /= np.float32(65535)
+        planes = [Image.fromarray(np.ascontiguousarray(array[..., i])) for i in range(array.shape[-1])]
+        pixels = np.stack([np.asarray(plane.resize(size[::-1], Image.Resampling.BICUBIC)) for plane in planes])
+        if is_16_bit:
+            pixels = pixels.clip(0, 1)  # bicubic weights overshoot
+        return _match_channels(pixels, self._in_chans)

@@ -1,0 +1,91 @@
+"""The order of the samples: a function of (seed, epoch), whose position is one integer, the step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+Key = tuple[int, int]  # (epoch, index): all that a sample depends on besides the run's seed
+
+# Held-out images belong to no epoch: one that training never reaches keeps their masks apart from it.
+EVAL_EPOCH = 2**32 - 1
+
+# Random streams start from (seed, epoch, index, stream). numpy pads seeds with zeros, so stream 0 is (seed, epoch,
+# index) itself, from which masks are drawn; the others must not be 0.
+SAMPLE_STREAM = 1
+ORDER_STREAM = 2
+
+
+def epoch_order(num_images: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """A permutation of range(num_images), the same in every process."""
+    return np.random.default_rng([seed, epoch, 0, ORDER_STREAM]).permutation(num_images)
+
+
+def steps_per_epoch(num_images: int, batch_size: int) -> int:
+    """Whole batches in an epoch. Raises ValueError if there are fewer images than a batch."""
+    if num_images < batch_size:
+        raise ValueError(
+            f"batch_size: {batch_size} is more than the {num_images} training images: "
+            f"use at most {num_images}, or give more images"
+        )
+    return num_images // batch_size
+
+
+class StepSampler:
+    """Keys of the training samples from step start_step up to end_step, for DataLoader(batch_sampler=...).
+
+    batch_size counts the images of one optimizer step over all processes and accumulated batches. Step k of an epoch
+    takes order[k * batch_size : (k + 1) * batch_size]; the images left over at the end of an epoch are dropped. Each
+    process takes its contiguous part and yields it in grad_accum lists. So a step has the same images whatever the
+    number of processes, workers and accumulated batches, and a run resumes anywhere by its step alone.
+    Raises ValueError if batch_size is no multiple of num_processes * grad_accum, or larger than num_images.
+    """
+
+    def __init__(
+        self,
+        num_images: int,
+        batch_size: int,
+        seed: int,
+        *,
+        start_step: int = 0,
+        end_step: int,
+        rank: int = 0,
+        num_processes: int = 1,
+        grad_accum: int = 1,
+    ) -> None:
+        if batch_size % (num_processes * grad_accum):
+            raise ValueError(
+                f"batch_size: {batch_size} is not a multiple of processes x grad_accum = "
+                f"{num_processes} x {grad_accum}: change one of them"
+            )
+        assert 0 <= rank < num_processes
+        self.steps_per_epoch = steps_per_epoch(num_images, batch_size)
+        self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
+        self.start_step, self.end_step = start_step, end_step
+        self.rank, self.num_processes, self.grad_accum = rank, num_processes, grad_accum
+
+    def __len__(self) -> int:
+        return max(0, self.end_step - self.start_step) * self.grad_accum
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        share = self.batch_size // self.num_processes
+        part = share // self.grad_accum
+        epoch = -1
+        for step in range(self.start_step, self.end_step):
+            if step // self.steps_per_epoch != epoch:
+                epoch = step // self.steps_per_epoch
+                order = epoch_order(self.num_images, self.seed, epoch)
+            first = step % self.steps_per_epoch * self.batch_size + self.rank * share
+            for start in range(first, first + share, part):
+                yield [(epoch, index) for index in order[start : start + part].tolist()]
+
+
+def evaluation_batches(num_images: int, batch_size: int, rank: int = 0, num_processes: int = 1) -> list[list[Key]]:
+    """A process's share of all images, in order, in batches of batch_size; the last may be smaller.
+
+    Every image is in exactly one batch of one process; a process may have none.
+    """
+    keys = [(EVAL_EPOCH, index) for index in range(rank, num_images, num_processes)]
+    return [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]

@@ -1,0 +1,207 @@
+"""Masked pretraining, from a folder of images to checkpoints."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+
+from fcmae import checkpoint, optim
+from fcmae.config import PretrainConfig
+from fcmae.data.bad_files import BadFiles
+from fcmae.data.dataset import Batch, PretrainDataset, collate, normalize
+from fcmae.data.index import FileIndex, find_images, split
+from fcmae.data.loader import build_loader, default_num_workers
+from fcmae.data.sampler import EVAL_EPOCH, StepSampler, evaluation_batches, steps_per_epoch
+from fcmae.encoder import Encoder
+from fcmae.loop import fit
+from fcmae.loss import reconstruction_loss
+from fcmae.masking import num_visible
+from fcmae.model import FCMAE
+from fcmae.pictures import reconstruction_panels, save_curves, save_reconstructions
+from fcmae.run import Metrics, RunDirectory, StopSignal, local_processes, make_accelerator
+
+logger = logging.getLogger("fcmae")
+
+PICTURED = 6  # images in a reconstruction grid
+
+
+def main(cfg: PretrainConfig) -> None:
+    """Run or resume the pretraining that `cfg` describes.
+
+    Raises ValueError, before anything is written, if the run directory holds something else or the images cannot make
+    a batch; FloatingPointError if the loss or a gradient stops being finite.
+    """
+    run = RunDirectory(cfg, "pretrain")
+    accelerator = make_accelerator(cfg)
+    index = find_index(cfg, run, accelerator)
+    train_index, val_index = split(index, cfg.data.val_share, cfg.seed)
+    steps_per_epoch(len(train_index), cfg.batch_size)
+    with run.open(accelerator.is_main_process), StopSignal() as stop:
+        if accelerator.is_main_process:
+            index.save(run.path / "files.json")
+        train(cfg, run, accelerator, train_index, val_index, stop)
+    accelerator.end_training()
+
+
+def find_index(cfg: PretrainConfig, run: RunDirectory, accelerator: Accelerator) -> FileIndex:
+    """The images: as listed in the run directory, else found by the first process and sent to the others."""
+    found: list[FileIndex | None] = [None]
+    if accelerator.is_main_process:
+        cached = run.path / "files.json"
+        found = [FileIndex.load(cached) if run.exists and cached.is_file() else find_images(cfg.data.path)]
+    broadcast_object_list(found)
+    assert found[0] is not None
+    return found[0]
+
+
+def build_model(cfg: PretrainConfig) -> FCMAE:
+    """The model of the configuration, its weights drawn from the run's seed."""
+    torch.manual_seed(cfg.seed)
+    encoder = Encoder(
+        cfg.model.variant,
+        in_chans=cfg.data.in_chans,
+        stem_stride=cfg.model.stem_stride,
+        drop_path_rate=cfg.model.drop_path_rate,
+        grad_checkpointing=cfg.model.grad_checkpointing,
+    )
+    return FCMAE(encoder, cfg.model.decoder_depth, cfg.model.decoder_dim, cfg.model.backend)
+
+
+def build_dataset(cfg: PretrainConfig, index: FileIndex, *, augment: bool) -> PretrainDataset:
+    """Images of the index with masks: random crops, or centre crops under masks that never change."""
+    patch, (height, width) = cfg.model.mask_patch, cfg.data.image_size
+    grid = (height // patch, width // patch)
+    return PretrainDataset(
+        index,
+        in_chans=cfg.data.in_chans,
+        image_size=cfg.data.image_size,
+        crop_scale=cfg.data.crop_scale,
+        hflip=cfg.data.hflip,
+        grid=grid,
+        visible=num_visible(grid[0] * grid[1], cfg.model.mask_ratio),
+        seed=cfg.seed,
+        augment=augment,
+    )
+
+
+def train(
+    cfg: PretrainConfig,
+    run: RunDirectory,
+    accelerator: Accelerator,
+    train_index: FileIndex,
+    val_index: FileIndex,
+    stop: StopSignal,
+) -> None:
+    per_epoch = steps_per_epoch(len(train_index), cfg.batch_size)
+    total = per_epoch * cfg.epochs
+    rank, processes, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+
+    net = build_model(cfg).to(device)
+    adamw = torch.optim.AdamW(optim.parameter_groups(net, cfg.optim.weight_decay), lr=0.0, betas=cfg.optim.betas)
+    start = 0
+    if (resume := run.resume_from) is not None:
+        start = checkpoint.restore(resume, net, adamw, train_index.fingerprint()).step
+
+    workers = cfg.data.num_workers
+    if workers is None:
+        workers = default_num_workers(device.type, local_processes())
+    train_set, val_set = build_dataset(cfg, train_index, augment=True), build_dataset(cfg, val_index, augment=False)
+    sampler = StepSampler(
+        len(train_index),
+        cfg.batch_size,
+        cfg.seed,
+        start_step=start,
+        end_step=total,
+        rank=rank,
+        num_processes=processes,
+        grad_accum=cfg.grad_accum,
+    )
+    loader = build_loader(train_set, sampler, num_workers=workers, device_type=device.type)
+    val_batches = evaluation_batches(len(val_index), cfg.batch_size // processes // cfg.grad_accum, rank, processes)
+    val_loader = build_loader(val_set, val_batches, num_workers=workers, device_type=device.type)
+    mean, std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in cfg.data.statistics())
+    visible = train_set.visible
+
+    if cfg.model.compile:
+        net.compile()
+    model, optimizer = accelerator.prepare(net, adamw)
+    metrics = Metrics(run.path / "metrics.jsonl", accelerator, start)
+    bad_files = BadFiles(run.path / "bad_files.txt", len(train_index) + len(val_index), cfg.data.max_bad_share)
+
+    def loss_of(batch: Batch, network: Callable[..., tuple[Tensor, Tensor]] = model) -> Tensor:
+        images = normalize(batch.images, mean, std)
+        pred, site_mask = network(images, batch.masks, visible)
+        return reconstruction_loss(pred, images, site_mask, normalize=cfg.model.normalize_target)
+
+    @torch.no_grad()
+    def evaluate(step: int) -> None:
+        """The loss on the held-out images under their fixed masks, a picture and the curve."""
+        net.eval()
+        sums = torch.zeros(2, device=device)  # loss times images, images
+        for batch in val_loader:
+            if num := int(batch.valid.sum()):
+                loss = loss_of(batch.select(batch.valid).to(device), net)
+                sums += torch.stack([loss * num, loss.new_tensor(num)])
+        loss_sum, num_images = accelerator.reduce(sums, reduction="sum").tolist()
+        if num_images:
+            metrics.write(step, step / per_epoch, val_loss=loss_sum / num_images)
+            logger.info("step %d: validation loss %.4f on %d images", step, loss_sum / num_images, num_images)
+        if accelerator.is_main_process:
+            picture(step)
+        net.train()
+
+    def picture(step: int) -> None:
+        shown = val_set if len(val_set) else build_dataset(cfg, train_index, augment=False)
+        batch = collate([shown[(EVAL_EPOCH, i)] for i in range(min(PICTURED, len(shown)))]).to(device)
+        images = normalize(batch.images, mean, std)
+        pred, site_mask = net(images, batch.masks, visible, hidden_only=False)
+        panels = reconstruction_panels(pred, images, site_mask, mean, std, normalize=cfg.model.normalize_target)
+        title = (
+            f"{cfg.model.variant}, epoch {step / per_epoch:.4g}, {'held-out' if len(val_set) else 'training'} images"
+        )
+        save_reconstructions(run.path / "reconstructions" / f"step-{step:08d}.png", panels, title)
+        save_curves(run.path / "loss.png", metrics.curves("loss", "val_loss"), "loss")
+
+    def save(step: int) -> None:
+        if accelerator.is_main_process:
+            meta = checkpoint.Meta("pretrain", step, cfg.model_dump(mode="json"), train_index.fingerprint())
+            tensors = {"model": net.state_dict(), "optimizer": checkpoint.optimizer_state(adamw, net)}
+            checkpoint.save(run.path, meta, tensors)
+            checkpoint.prune(run.path, cfg.checkpoint.keep, cfg.checkpoint.milestone_epochs * per_epoch)
+
+    logger.info(
+        "%s: %d training images, %d held out, %d steps of %d images on %d x %s in %s",
+        cfg.model.variant,
+        len(train_index),
+        len(val_index),
+        total,
+        cfg.batch_size,
+        processes,
+        device.type,
+        accelerator.mixed_precision.replace("no", "fp32"),
+    )
+    if start:
+        logger.info("resuming after step %d of %d from %s", start, total, resume)
+    fit(
+        cfg,
+        cfg.optim,
+        run,
+        accelerator,
+        model,
+        optimizer,
+        loader,
+        loss_of,
+        start_step=start,
+        steps_per_epoch=per_epoch,
+        metrics=metrics,
+        bad_files=bad_files,
+        stop=stop,
+        evaluate=evaluate,
+        save=save,
+    )
+    logger.info("next: fcmae convert %s DEST, or fcmae finetune --model.init %s", run.path, run.path)

@@ -1,0 +1,156 @@
+import importlib
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import fcmae
+from fcmae.cli import main
+from fcmae.config import FinetuneConfig, PretrainConfig
+
+ROOT = Path(__file__).parent.parent
+
+
+class Recorder(ModuleType):
+    """Stands in for a module of fcmae: notes the calls of one function and answers them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str, function: str, result: object = None) -> None:
+        super().__init__(f"fcmae.{name}")
+        self.calls: list[Any] = []
+        self.result = result
+        setattr(self, function, self._call)
+        monkeypatch.setitem(sys.modules, f"fcmae.{name}", self)
+        parent, _, leaf = f"fcmae.{name}".rpartition(".")
+        monkeypatch.setattr(importlib.import_module(parent), leaf, self, raising=False)
+
+    def _call(self, *args: object, **options: object) -> object:
+        self.calls.append((*args, options) if options else args)
+        if isinstance(self.result, Exception):
+            raise self.result
+        return self.result
+
+
+def test_pretrain_and_finetune_get_their_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretrain, finetune = Recorder(monkeypatch, "pretrain", "main"), Recorder(monkeypatch, "finetune", "main")
+    assert main(["pretrain", "--data.path", "photos", "--out", "run", "--epochs", "3"]) == 0
+    assert main(["finetune", "--config", "finetune_atto", "--data.path", "labelled", "--out", "run"]) == 0
+    (pretrain_config,), (finetune_config,) = pretrain.calls[0], finetune.calls[0]
+    assert isinstance(pretrain_config, PretrainConfig) and pretrain_config.epochs == 3
+    assert isinstance(finetune_config, FinetuneConfig) and finetune_config.epochs == 600
+
+
+def test_settings_that_cannot_be_used_print_a_line_each_and_give_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pretrain", "--model.mask_ration", "2", "--out", "run"]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "fcmae: error: model.mask_ration: received 2; no such setting; did you mean model.mask_ratio?",
+        "fcmae: error: data.path: missing: a folder of images, e.g. --data.path photos",
+    ]
+
+
+@pytest.mark.parametrize("error", [ValueError("no image in photos"), FileNotFoundError("no image in photos")])
+def test_errors_a_user_can_mend_show_a_traceback_only_with_debug(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    Recorder(monkeypatch, "convert", "convert", error)
+    assert main(["convert", "run", "out"]) == 2
+    assert capsys.readouterr().err == "fcmae: error: no image in photos\n"
+    for line in (["--debug", "convert", "run", "out"], ["convert", "run", "out", "--debug"]):
+        with pytest.raises(type(error)):
+            main(line)
+
+
+def test_a_bug_is_not_taken_for_a_users_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    Recorder(monkeypatch, "convert", "convert", KeyError("stem"))
+    with pytest.raises(KeyError):
+        main(["convert", "run", "out"])
+
+
+def test_convert_prints_what_it_did(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    convert = Recorder(monkeypatch, "convert", "convert", "wrote out")
+    assert main(["convert", "run", "out"]) == main(["convert", "run", "out", "--to", "fair"]) == 0
+    assert convert.calls == [(Path("run"), Path("out"), "timm"), (Path("run"), Path("out"), "fair")]
+    assert capsys.readouterr().out == "wrote out\nwrote out\n"
+
+
+def test_predict_passes_its_arguments_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    predict = Recorder(monkeypatch, "predict", "predict")
+    assert main(["predict", "run", "a.png", "b.png", "--csv", "out.csv", "--batch-size", "2"]) == 0
+    assert predict.calls == [(Path("run"), ["a.png", "b.png"], Path("out.csv"), 2)]
+
+
+def test_stats_prints_lines_for_a_configuration(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    Recorder(monkeypatch, "data.index", "find_images", "index")
+    stats = Recorder(monkeypatch, "data.stats", "channel_statistics", ([0.123456, 0.5], [1e-5, 0.25], 7))
+    assert main(["stats", "a", "b", "--in-chans", "2", "--max-images", "9", "--num-workers", "1"]) == 0
+    assert stats.calls == [("index", 2, {"max_images": 9, "num_workers": 1})]
+    config = tmp_path / "stats.yaml"
+    config.write_text(capsys.readouterr().out)
+    assert config.read_text().startswith("# 7 images\n")
+    pretrain = Recorder(monkeypatch, "pretrain", "main")
+    assert main(["pretrain", "--config", str(config), "--data.path", "a", "--out", "run"]) == 0
+    data = pretrain.calls[0][0].data
+    assert (data.in_chans, data.mean, data.std) == (2, [0.1235, 0.5], [1e-5, 0.25])
+
+
+@pytest.mark.parametrize("count", ["0", "-1", "x", "1.5"])
+def test_counts_are_positive(capsys: pytest.CaptureFixture[str], count: str) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["stats", "a", f"--in-chans={count}"])
+    assert stopped.value.code == 2
+    assert f"--in-chans: received {count}; allowed: >= 1" in capsys.readouterr().err
+
+
+def test_configs_lists_every_shipped_file_with_its_title(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["configs"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
+    assert any(line.startswith("pretrain_cpu ") and "laptop" in line for line in lines)
+
+
+def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"fcmae {fcmae.__version__}\n"
+
+
+@pytest.mark.parametrize("command", ["pretrain", "finetune", "convert", "predict", "stats", "configs"])
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--help"])
+    assert not stopped.value.code
+    assert f"usage: fcmae {command} " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", ["--help", "pretrain --help", "finetune", "configs", "pretrain --config nowhere"])
+def test_help_and_rejected_settings_do_not_wait_for_torch(words: str) -> None:
+    code = (
+        f"import sys; from fcmae.cli import main\ntry: main({words.split()!r})\nexcept SystemExit: pass\n"
+        "assert not {'torch', 'timm', 'accelerate'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("script", ["pretrain.py", "finetune.py"])
+def test_the_scripts_in_a_clone_are_the_commands(script: str) -> None:
+    done = subprocess.run([sys.executable, script, "--zzz"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2
+    assert done.stderr.startswith("fcmae: error: zzz: ")
+
+
+def test_a_wheel_brings_the_configurations(tmp_path: Path) -> None:
+    builder = pytest.importorskip("hatchling.builders.wheel").WheelBuilder(str(ROOT))
+    (wheel,) = builder.build(directory=str(tmp_path), versions=["standard"])
+    installed = tmp_path / "installed"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(installed)
+    code = "import fcmae, fcmae.settings as s; print(fcmae.__file__, *s.shipped_configs(), sep='\\n')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=installed, check=True)
+    package, *names = done.stdout.splitlines()
+    assert Path(package).is_relative_to(installed)
+    assert names == sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))

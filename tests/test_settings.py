@@ -1,0 +1,323 @@
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fcmae import settings
+from fcmae.config import FinetuneConfig, PretrainConfig, RunConfig
+from fcmae.settings import ConfigError
+
+NEEDED = ["--data.path", "photos", "--out", "run"]
+
+
+def load(*flags: str) -> PretrainConfig:
+    return settings.load(PretrainConfig, [*NEEDED, *flags], prog="fcmae pretrain")
+
+
+def problems(*flags: str, config_cls: type[RunConfig] = PretrainConfig, needed: Sequence[str] = NEEDED) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        settings.load(config_cls, [*needed, *flags], prog="fcmae")
+    return str(caught.value).splitlines()
+
+
+@pytest.fixture
+def yaml_file(tmp_path: Path) -> Path:
+    return tmp_path / "mine.yaml"
+
+
+def test_flags_override_the_file_and_the_file_the_defaults(yaml_file: Path) -> None:
+    yaml_file.write_text("epochs: 5\nmodel: {mask_ratio: 0.5, decoder_dim: 64}\n")
+    config = load("--config", str(yaml_file), "--model.mask_ratio", "0.75")
+    assert (config.epochs, config.model.mask_ratio, config.model.decoder_dim) == (5, 0.75, 64)
+    assert config.model.mask_patch == 32
+
+
+def test_an_empty_file_changes_nothing(yaml_file: Path) -> None:
+    yaml_file.write_text("# nothing yet\n")
+    assert load("--config", str(yaml_file)) == load()
+
+
+@pytest.mark.parametrize(
+    ("flags", "size"),
+    [
+        (["--data.image_size", "256"], (256, 256)),
+        (["--data.image_size", "192,256"], (192, 256)),
+        (["--data.image_size", "[192, 256]"], (192, 256)),
+        (["--data.image_size=192", "--data.image_size=256"], (192, 256)),
+        (["--data.image-size", "256"], (256, 256)),
+    ],
+)
+def test_a_size_may_be_written_in_several_ways(flags: list[str], size: tuple[int, int]) -> None:
+    assert load(*flags).data.image_size == size
+
+
+def test_paths_are_taken_as_written() -> None:
+    paths = ["2024", "[ab]/*.jpg", "true"]
+    assert load(*[word for path in paths for word in ("--data.path", path)]).data.path == ["photos", *paths]
+    assert load("--data.path", '["with, comma"]').data.path == ["photos", "with, comma"]
+
+
+def test_switches_need_no_value_and_may_have_one() -> None:
+    config = load("--model.compile", "--model.normalize_target", "false", "--overwrite")
+    assert config.model.compile and not config.model.normalize_target and config.overwrite
+
+
+def test_numbers_may_leave_out_the_zero_and_have_an_exponent(yaml_file: Path) -> None:
+    yaml_file.write_text("optim: {base_lr: 1e-4}\n")  # a string in YAML 1.1
+    config = load("--config", str(yaml_file), "--data.mean", ".5,.4,3e-1", "--data.crop_scale", ".2,1")
+    assert config.optim.base_lr == 1e-4
+    assert config.data.mean == [0.5, 0.4, 0.3]
+
+
+def test_none_clears_a_setting_in_flags_and_files(yaml_file: Path) -> None:
+    yaml_file.write_text("data: {mean: [1, 1, 1], std: none}\nlog: {trackers: none}\n")
+    config = load("--config", str(yaml_file), "--data.mean", "none")
+    assert config.data.mean is None and config.data.std is None and config.log.trackers == []
+    assert load("--log.trackers", "none").log.trackers == []
+
+
+def test_class_weights_are_a_name_or_a_list() -> None:
+    for text, value in (("balanced", "balanced"), ("1,.5", [1.0, 0.5])):
+        flags = [*NEEDED, "--model.variant", "convnextv2_atto", "--regularization.class_weights", text]
+        config = settings.load(FinetuneConfig, flags, prog="fcmae finetune")
+        assert config.regularization.class_weights == value
+
+
+def test_everything_wrong_is_reported_at_once(yaml_file: Path) -> None:
+    yaml_file.write_text("optim: {base_lr: fast, wd: 3}\nmodle: {mask_ratio: 1}\nlog: 3\n")
+    lines = problems(
+        *["--config", str(yaml_file), "--mask-ratio", ".5", "--data.hflip", "2", "--data.mean", ".5,x"],
+        *["--model.variant", "atto", "--model.compile=perhaps", "--log.every_steps", "5", "--data", "photos"],
+        *["--data.image_size", "200", "--out"],
+        needed=["--data.path", "photos"],
+    )
+    expected = {
+        "out": "expected one argument",
+        "mask-ratio": "received .5; no such setting; did you mean model.mask_ratio?",
+        "data": "received photos; data holds data.image_size,",
+        "modle": "received {'mask_ratio': 1}; no such setting; did you mean model?",
+        "log": "received 3; log holds log.every_steps,",
+        "optim.wd": "received 3; no such setting; optim holds optim.base_lr,",
+        "optim.base_lr": "received fast; should be a valid number",
+        "data.hflip": "received 2; allowed: >= 0 and <= 1",
+        "data.mean": "received [.5, x]; each item should be a valid number",
+        "model.compile": "received perhaps; should be a valid boolean",
+        "data.image_size": "200 is not a multiple of mask_patch 32",
+    }
+    found = dict(line.split(": ", 1) for line in lines)
+    assert len(found) == len(lines)
+    variant = found.pop("model.variant")
+    assert variant.startswith("received atto; should be 'convnextv2_atto',")
+    assert variant.endswith("did you mean convnextv2_atto?")
+    assert found.keys() == expected.keys()
+    for key, sentence in expected.items():
+        assert found[key].startswith(sentence), key
+
+
+def test_a_wrong_value_does_not_bring_conflicts_of_the_default_in_its_place() -> None:
+    # mask_patch 8 suits stem_stride 1 and not the default 4, which the wrong value leaves in force.
+    assert problems("--model.stem_stride", "3", "--model.mask_patch", "8", "--data.image_size", "64") == [
+        "model.stem_stride: received 3; should be 1, 2 or 4"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--modle.mask_ratio", "1"], "modle.mask_ratio: received 1; no such setting; did you mean model.mask_ratio?"),
+        (["--mask_ration=1"], "mask_ration: received 1; no such setting; did you mean model.mask_ratio?"),
+        (["--lr", "1"], "lr: received 1; no such setting; did you mean optim.base_lr or optim.min_lr?"),
+        (["--epoch", "1"], "epoch: received 1; no such setting; did you mean epochs?"),
+        (["--zzz"], "zzz: received ''; no such setting; sections: checkpoint, log, data, model, optim"),
+        (["stray"], "stray: received ''; no such setting; sections: checkpoint, log, data, model, optim"),
+        (["--print-config=3"], "print-config: ignored explicit argument '3'"),
+        (["--data.crop_scale", ".5"], "data.crop_scale: received [.5]; needs 2 items"),
+        (["--optim.betas", ".9,.9,.9"], "optim.betas: received [.9, .9, .9]; Tuple should have at most 2 items"),
+        (["--data.image_size", "big"], "data.image_size: received [big]; each item should be a valid integer"),
+        (["--optim.base_lr", "nan"], "optim.base_lr: received nan; should be a finite number"),
+    ],
+)
+def test_a_problem_names_key_value_and_remedy(flags: list[str], line: str) -> None:
+    assert problems(*flags) == [line]
+
+
+def test_a_choice_that_is_shared_by_two_variants_names_both() -> None:
+    (line,) = problems("--model.variant", "tiny")
+    assert line.endswith("did you mean convnextv2_tiny or convnext_tiny?")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("seed: 1\nseed: 2\n", "line 2: cannot be read as YAML: seed is given twice"),
+        ("model: {mask_ratio: .5,\n  mask_ratio: .6}\n", "line 2: cannot be read as YAML: mask_ratio is given twice"),
+        ("seed: [1\n", "line 2: cannot be read as YAML: expected ',' or ']'"),
+        ("- seed\n", "received [seed]; a configuration is lines of `key: value`"),
+        ("\xff", "received ÿ"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_named_with_its_line(yaml_file: Path, text: str, sentence: str) -> None:
+    yaml_file.write_text(text, encoding="utf-8")
+    unknown, wrong = problems("--config", str(yaml_file), "--zzz")
+    assert unknown.startswith("zzz: ")
+    assert wrong.startswith(f"{yaml_file}: {sentence}")
+
+
+def test_binary_files_and_python_objects_are_refused(yaml_file: Path) -> None:
+    yaml_file.write_bytes(b"\xff\x00")
+    assert "cannot be read as YAML" in problems("--config", str(yaml_file))[0]
+    yaml_file.write_bytes(b"seed: \x00")
+    assert "special characters are not allowed" in problems("--config", str(yaml_file))[0]
+    yaml_file.write_text("seed: !!python/object/apply:os.getpid []\n")
+    assert "could not determine a constructor" in problems("--config", str(yaml_file))[0]
+
+
+def test_a_dotted_key_in_a_file_is_shown_its_section(yaml_file: Path) -> None:
+    yaml_file.write_text("model.mask_ratio: 0.5\n1: 2\n")
+    assert problems("--config", str(yaml_file)) == [
+        "model.mask_ratio: received 0.5; in a file write `mask_ratio:` in the section `model:`",
+        "1: received 2; no such setting; sections: checkpoint, log, data, model, optim",
+    ]
+
+
+def test_an_unknown_configuration_lists_the_shipped_ones() -> None:
+    (line,) = problems("--config", "pretrain_ato.yaml")
+    assert "pretrain_ato.yaml; no such file, nor one of finetune_atto, " in line
+    assert line.endswith("did you mean pretrain_atto?")
+
+
+def test_print_config_prints_what_the_run_would_use(capsys: pytest.CaptureFixture[str], yaml_file: Path) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        load("--print-config", "--model.mask_ratio", "0.75")
+    assert not stopped.value.code
+    yaml_file.write_text(capsys.readouterr().out)
+    assert settings.read(PretrainConfig, yaml_file) == load("--model.mask_ratio", "0.75")
+
+
+def test_print_config_reports_problems_as_a_run_does() -> None:
+    assert problems("--print-config", needed=["--out", "run"]) == [
+        "data.path: missing: a folder of images, e.g. --data.path photos"
+    ]
+
+
+def test_help_shows_every_setting_once_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        load("--help")
+    shown = capsys.readouterr().out
+    assert not stopped.value.code
+    for flag in ("--config", "--print-config", "--out", "--data.path", "--model.mask_ratio", "--optim.betas"):
+        assert shown.count(f"  {flag} ") == 1
+    assert "[0.9,0.95]" in shown and "Share of the patches that is hidden. [0.6]" in shown
+    assert max(map(len, shown.splitlines())) <= 100
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+shares = st.floats(0, 1, exclude_min=True, exclude_max=True)
+
+
+@given(
+    paths=st.lists(texts),
+    ratio=shares,
+    mean=st.none() | st.lists(st.floats(-9, 9), max_size=3),
+    rate=st.floats(1e-12, 1e3),
+    name=texts,
+)
+def test_dumped_settings_load_back_equal(
+    tmp_path_factory: pytest.TempPathFactory,
+    paths: list[str],
+    ratio: float,
+    mean: list[float] | None,
+    rate: float,
+    name: str,
+) -> None:
+    config = PretrainConfig.model_validate(
+        {
+            "out": Path("runs") / f"run {name}",
+            "data": {"path": paths, "mean": mean, "image_size": [64, 96]},
+            "model": {"mask_ratio": ratio},
+            "optim": {"base_lr": rate},
+        }
+    )
+    file = tmp_path_factory.getbasetemp() / "dumped.yaml"
+    file.write_text(settings.dump(config), encoding="utf-8")
+    assert settings.read(PretrainConfig, file) == config
+
+
+def test_a_saved_run_is_read_whatever_this_machine_has(yaml_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load("--batch_size", "6")
+    yaml_file.write_text(settings.dump(config))
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert settings.read(PretrainConfig, yaml_file) == config
+    with pytest.raises(ConfigError, match=r"mine\.yaml: regularization"):
+        yaml_file.write_text("regularization: {mixup: 1}")
+        settings.read(PretrainConfig, yaml_file)
+
+
+def test_differences_name_what_changes_the_result_and_nothing_else() -> None:
+    saved = load()
+    moved = load("--out", "other", "--data.path", "elsewhere", "--model.backend", "masked", "--log.every_steps", "1")
+    assert settings.diff(saved, moved) == []
+    changed = load("--model.mask_ratio", "0.75", "--data.image_size", "192,256", "--data.mean", "0,0,0")
+    assert settings.diff(saved, changed) == [
+        "data.image_size: the run has [224, 224], this command [192, 256]",
+        "data.mean: the run has none, this command [0.0, 0.0, 0.0]",
+        "model.mask_ratio: the run has 0.6, this command 0.75",
+    ]
+
+
+SHIPPED = settings.shipped_configs()
+# base lr, weight decay, layer decay, mode, warm-up, epochs, label smoothing, mixup, cutmix, drop path
+PUBLISHED = {
+    "atto": (2e-4, 0.3, 0.9, "single", 0, 600, 0.2, 0, 0, 0.1),
+    "femto": (2e-4, 0.05, 0.9, "single", 0, 600, 0.2, 0.3, 0.3, 0),
+    "pico": (2e-4, 0.3, 0.9, "single", 0, 600, 0.2, 0.3, 0.3, 0),
+    "nano": (2e-4, 0.3, 0.9, "single", 0, 600, 0.2, 0.5, 0.5, 0.1),
+    "tiny": (8e-4, 0.05, 0.9, "single", 40, 300, 0.1, 0.8, 1.0, 0.2),
+    "base": (6.25e-4, 0.05, 0.6, "group", 20, 100, 0.1, 0.8, 1.0, 0.1),
+    "large": (6.25e-4, 0.05, 0.6, "group", 20, 100, 0.1, 0.8, 1.0, 0.2),
+    "huge": (1.25e-3, 0.05, 0.75, "group", 10, 50, 0.1, 0.8, 1.0, 0.3),
+}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_configuration_loads_with_images_and_out_alone(name: str) -> None:
+    config_cls = FinetuneConfig if name.startswith("finetune") else PretrainConfig
+    by_name = settings.load(config_cls, ["--config", name, *NEEDED], prog="fcmae")
+    assert by_name == settings.load(config_cls, ["--config", str(SHIPPED[name]), *NEEDED], prog="fcmae")
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_configuration_is_headed_by_what_to_expect(name: str) -> None:
+    head = SHIPPED[name].read_text(encoding="utf-8").splitlines()
+    comments = [line for line in head if line.startswith("#")]
+    assert head[0].startswith("# ") and len(head[0]) < 100
+    for label in ("# Command:", "# Hardware:", "# Expected time:", "# Expected result:"):
+        assert sum(line.startswith(label) for line in comments) == 1, label
+
+
+@pytest.mark.parametrize("variant", PUBLISHED)
+def test_published_fine_tuning_numbers_are_in_force(variant: str) -> None:
+    flags = ["--config", f"finetune_{variant}", *NEEDED]
+    cfg = settings.load(FinetuneConfig, flags, prog="fcmae finetune")
+    optim, reg = cfg.optim, cfg.regularization
+    assert PUBLISHED[variant] == (
+        *(optim.base_lr, optim.weight_decay, optim.layer_decay, optim.layer_decay_mode, optim.warmup_epochs),
+        *(cfg.epochs, reg.label_smoothing, reg.mixup, reg.cutmix, cfg.model.drop_path_rate),
+    )
+    assert (cfg.model.variant, cfg.batch_size, reg.ema_decay) == (f"convnextv2_{variant}", 1024, 0.9999)
+    assert (cfg.data.auto_augment, cfg.data.random_erasing) == ("rand-m9-mstd0.5-inc1", 0.25)
+    assert cfg.model.head_init_scale is None  # .001 with weights to start from, 1 without
+
+
+@pytest.mark.parametrize("variant", ["atto", "tiny", "base"])
+def test_published_pretraining_is_the_default_of_every_setting_but_the_variant(variant: str) -> None:
+    flags = [*NEEDED, "--checkpoint.every_epochs", "5", "--model.variant", f"convnextv2_{variant}"]
+    default = settings.load(PretrainConfig, flags, prog="fcmae")
+    assert load("--config", f"pretrain_{variant}") == default
+
+
+def test_small_images_keep_a_grid_of_four_by_four_or_more() -> None:
+    config = load("--config", "pretrain_small_images")
+    assert min(config.data.image_size) // config.model.mask_patch >= 4
