@@ -404,7 +404,6 @@ FREE_ON_RESUME = frozenset(
         "model.backend",
         "model.compile",
         "model.grad_checkpointing",
-        "model.init",
         "checkpoint.every_epochs",
         "checkpoint.keep",
         "checkpoint.milestone_epochs",

@@ -135,10 +135,12 @@ def _reported(key: str, problems: Sequence[str]) -> bool:
 
 
 def read_weights(path: Path) -> Weights:
-    """Weights of a pretraining run, one of its checkpoints, or a timm directory.
+    """Weights of a run, a pretraining checkpoint, or a timm directory. Of a fine-tuning run, the best ones.
 
     Raises ValueError when `path` is none of them or its weights are incomplete.
     """
+    if (path / "best" / "config.json").is_file():
+        path = path / "best"  # of a fine-tuning run
     if (path / "config.yaml").is_file():
         newest = checkpoint.latest(path)
         if newest is None:

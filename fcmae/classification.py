@@ -1,0 +1,92 @@
+"""Class probabilities of images, and how good they are; shared by fine-tuning and prediction."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fcmae.data.dataset import Batch, normalize
+
+
+@torch.no_grad()
+def class_probabilities(
+    model: nn.Module, batches: Iterable[Batch], mean: Tensor, std: Tensor, accelerator: Accelerator
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Softmax outputs for all images that could be read, of all processes together, in the order of the index.
+
+    mean, std: (C, 1, 1), on the model's device. Returns the images' positions in the index (N,) and their
+    probabilities (N, classes).
+    """
+    training = model.training
+    model.eval()
+    found: list[tuple[NDArray[np.int64], NDArray[np.float32]]] = []
+    for batch in batches:
+        readable = batch.select(batch.valid)
+        if len(readable.index):
+            images = normalize(readable.images.to(accelerator.device, non_blocking=True), mean, std)
+            probabilities = model(images).float().softmax(-1)
+            found.append((readable.index.numpy(), probabilities.cpu().numpy()))
+    model.train(training)
+    if accelerator.num_processes > 1:
+        found = gather_object(found)
+    if not found:
+        return np.empty(0, np.int64), np.empty((0, 0), np.float32)
+    index = np.concatenate([i for i, _ in found])
+    order = np.argsort(index)
+    return index[order], np.concatenate([p for _, p in found])[order]
+
+
+def scores(labels: Sequence[int] | NDArray[np.int64], probabilities: NDArray[np.float32]) -> dict[str, float]:
+    """What is usually reported of a classifier, by name, each in 0..1 but the loss.
+
+    labels: (N,) class indices. probabilities: (N, classes). top1; top5 where there are more than five classes;
+    balanced_accuracy, the mean recall of the classes that occur; auroc for two classes that both occur; val_loss, the
+    mean cross-entropy in nats.
+    """
+    from sklearn.metrics import recall_score, roc_auc_score
+
+    truth = np.asarray(labels)
+    num_classes = probabilities.shape[1]
+    predicted = probabilities.argmax(1)
+    present = np.unique(truth)
+    chosen = probabilities[np.arange(len(truth)), truth]
+    found = {
+        "val_loss": float(-np.log(np.maximum(chosen, 1e-12)).mean()),
+        "top1": float((predicted == truth).mean()),
+        "balanced_accuracy": float(recall_score(truth, predicted, labels=present, average="macro", zero_division=0)),
+    }
+    if num_classes > 5:
+        best = np.argpartition(probabilities, -5, axis=1)[:, -5:]
+        found["top5"] = float((best == truth[:, None]).any(1).mean())
+    if num_classes == 2 and len(present) == 2:
+        found["auroc"] = float(roc_auc_score(truth, probabilities[:, 1]))
+    return found
+
+
+def write_predictions(
+    path: Path,
+    image_paths: Sequence[str],
+    probabilities: NDArray[np.float32],
+    class_names: Sequence[str],
+    labels: Sequence[int] | None = None,
+) -> None:
+    """Write a CSV file: path, label where known, predicted class, its probability, and that of every class."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".tmp-{path.name}")
+    with aside.open("w", newline="") as file:
+        writer = csv.writer(file)
+        known = ["label"] if labels is not None else []
+        writer.writerow(["path", *known, "predicted", "probability", *(f"p({name})" for name in class_names)])
+        for i, (image, row) in enumerate(zip(image_paths, probabilities, strict=True)):
+            best = int(row.argmax())
+            label = [class_names[labels[i]]] if labels is not None else []
+            writer.writerow([image, *label, class_names[best], f"{row[best]:.4f}", *(f"{p:.4f}" for p in row)])
+    aside.replace(path)

@@ -1,0 +1,336 @@
+"""Fine-tuning of a dense ConvNeXt for classification, with GRN kept in place."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from timm.data import Mixup
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from fcmae import checkpoint, optim
+from fcmae.classification import class_probabilities, scores, write_predictions
+from fcmae.config import FinetuneConfig
+from fcmae.convert import (
+    Weights,
+    build_dense,
+    create_dense,
+    read_fair,
+    read_weights,
+    safetensors_variant,
+    save_timm_directory,
+)
+from fcmae.data.augment import CropAndFlip, FinetuneAugment
+from fcmae.data.bad_files import BadFiles
+from fcmae.data.dataset import Batch, FinetuneDataset, normalize
+from fcmae.data.index import FileIndex, find_labelled, split
+from fcmae.data.loader import build_loader, default_num_workers
+from fcmae.data.sampler import StepSampler, evaluation_batches, steps_per_epoch
+from fcmae.encoder import VARIANTS
+from fcmae.loop import fit
+from fcmae.run import Metrics, RunDirectory, StopSignal, local_processes, make_accelerator
+
+logger = logging.getLogger("fcmae")
+
+
+def main(cfg: FinetuneConfig) -> None:
+    """Run or resume the fine-tuning that `cfg` describes, or evaluate only.
+
+    Raises ValueError, before anything is written, if the run directory holds something else, the images cannot make a
+    batch or `model.init` does not fit; FloatingPointError if the loss or a gradient stops being finite.
+    """
+    run = RunDirectory(cfg, "finetune")
+    accelerator = make_accelerator(cfg)
+    weights = starting_weights(cfg)
+    train_index, val_index = find_indices(cfg, run, accelerator, weights)
+    names = val_index.class_names
+    assert names is not None
+    if not cfg.eval_only:
+        steps_per_epoch(len(train_index), cfg.batch_size)
+    if weights is None:
+        assert cfg.model.variant is not None
+        weights = Weights({}, cfg.model.variant, cfg.data.in_chans, cfg.model.stem_stride or 4)
+    mean, std = cfg.data.statistics()
+    if cfg.data.mean is None and "mean" in weights.image:
+        mean, std = weights.image["mean"], weights.image["std"]  # what the weights were trained with
+    size = [cfg.data.in_chans, *cfg.data.image_size]
+    image = {"input_size": size, "mean": list(mean), "std": list(std), "crop_pct": cfg.data.crop_pct}
+    model = build_model(cfg, weights, len(names))
+    weights = replace(weights, state={}, image=image, class_names=names)
+    with run.open(accelerator.is_main_process), StopSignal() as stop:
+        if accelerator.is_main_process:
+            train_index.save(run.path / "files.json")
+            val_index.save(run.path / "val_files.json")
+        train(cfg, run, accelerator, model, weights, train_index, val_index, stop)
+    accelerator.end_training()
+
+
+def starting_weights(cfg: FinetuneConfig) -> Weights | None:
+    """What `model.init` names, or None from scratch. Raises ValueError if it does not fit the settings."""
+    if cfg.model.init is None:
+        return None
+    path = Path(cfg.model.init)
+    if not path.exists():
+        raise ValueError(
+            f"model.init = {path} does not exist: give a run, a checkpoint, a timm directory or a weights file"
+        )
+    if path.is_dir():
+        weights = read_weights(path)
+    else:
+        variant = cfg.model.variant or (safetensors_variant(path) if path.suffix == ".safetensors" else None)
+        if variant is None:
+            raise ValueError(f"model.init = {path} does not say its variant: give model.variant")
+        weights = read_fair(path, variant)
+    asked = {
+        "model.variant": (cfg.model.variant, weights.variant),
+        "model.stem_stride": (cfg.model.stem_stride, weights.stem_stride),
+        "data.in_chans": (cfg.data.in_chans, weights.in_chans),
+    }
+    for key, (setting, held) in asked.items():
+        if setting not in (None, held):
+            raise ValueError(f"{key} = {setting}, but model.init = {path} has {held}: set {key} to {held}")
+    if cfg.eval_only and not weights.class_names:
+        raise ValueError(f"model.init = {path} has no classifier to evaluate: give a fine-tuned model")
+    return weights
+
+
+def find_indices(
+    cfg: FinetuneConfig, run: RunDirectory, accelerator: Accelerator, weights: Weights | None
+) -> tuple[FileIndex, FileIndex]:
+    """Training and held-out images: as listed in the run directory, else found by the first process for all.
+
+    When only evaluating, the classes are those of the weights.
+    """
+    found: list[tuple[FileIndex, FileIndex] | None] = [None]
+    if accelerator.is_main_process:
+        cached = (run.path / "files.json", run.path / "val_files.json")
+        if run.exists and all(path.is_file() for path in cached):
+            found = [(FileIndex.load(cached[0]), FileIndex.load(cached[1]))]
+        else:
+            names = weights.class_names if weights is not None and cfg.eval_only else None
+            if cfg.data.val_path is None:
+                assert cfg.data.path is not None
+                found = [split(find_labelled(cfg.data.path, names), cfg.data.val_share, cfg.seed)]
+            else:
+                train = find_labelled(cfg.data.path, names) if cfg.data.path else FileIndex((), (), names)
+                found = [(train, find_labelled(cfg.data.val_path, train.class_names))]
+    broadcast_object_list(found)
+    assert found[0] is not None
+    return found[0]
+
+
+def build_model(cfg: FinetuneConfig, weights: Weights, num_classes: int) -> nn.Module:
+    """timm's model with the weights and a new head; from scratch where the weights are empty.
+
+    The head of the weights is kept only for evaluation. Everything random is drawn from the run's seed.
+    """
+    torch.manual_seed(cfg.seed)
+    scale = cfg.model.head_init_scale or (0.001 if weights.state else 1.0)
+    if not weights.state:
+        model = create_dense(
+            weights.variant,
+            in_chans=weights.in_chans,
+            num_classes=num_classes,
+            stem_stride=weights.stem_stride,
+            drop_path_rate=cfg.model.drop_path_rate,
+            head_init_scale=scale,
+        )
+    else:
+        model, lines = build_dense(
+            weights,
+            num_classes=None if cfg.eval_only else num_classes,
+            drop_path_rate=cfg.model.drop_path_rate,
+            head_init_scale=scale,
+        )
+        logger.info("loaded %d tensors from %s", len(lines), cfg.model.init)
+    if cfg.model.grad_checkpointing:
+        model.set_grad_checkpointing(True)  # type: ignore[operator]  # timm is not typed
+    return model
+
+
+def class_weights(setting: str | list[float] | None, labels: tuple[int, ...], num_classes: int) -> list[float] | None:
+    """Weights of the classes in the loss; "balanced" is inverse to their frequency, with a mean of 1 over the images.
+
+    Raises ValueError if a list has not one weight a class.
+    """
+    if setting is None:
+        return None
+    if isinstance(setting, str):
+        counts = np.bincount(labels, minlength=num_classes)
+        balanced: list[float] = (len(labels) / (num_classes * np.maximum(counts, 1))).tolist()
+        return balanced
+    if len(setting) != num_classes:
+        raise ValueError(
+            f"regularization.class_weights has {len(setting)} values for {num_classes} classes: give one a class"
+        )
+    return setting
+
+
+def train(
+    cfg: FinetuneConfig,
+    run: RunDirectory,
+    accelerator: Accelerator,
+    net: nn.Module,
+    weights: Weights,
+    train_index: FileIndex,
+    val_index: FileIndex,
+    stop: StopSignal,
+) -> None:
+    rank, processes, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    names, labels, regularization = weights.class_names, train_index.labels or (), cfg.regularization
+    per_epoch = 0 if cfg.eval_only else steps_per_epoch(len(train_index), cfg.batch_size)
+    total = per_epoch * cfg.epochs
+
+    net = net.to(device)
+    ema = ModelEmaV3(net, decay=regularization.ema_decay) if regularization.ema_decay and not cfg.eval_only else None
+    scale = optim.layer_decay_scale(VARIANTS[weights.variant].depths, cfg.optim.layer_decay, cfg.optim.layer_decay_mode)
+    groups = optim.parameter_groups(net, cfg.optim.weight_decay, scale)
+    adamw = torch.optim.AdamW(groups, lr=0.0, betas=cfg.optim.betas)
+    start, best = 0, {"balanced_accuracy": -1.0, "step": 0}
+    if (resume := run.resume_from) is not None:
+        meta = checkpoint.restore(resume, net, adamw, train_index.fingerprint())
+        start, best = meta.step, meta.progress["best"]
+        if ema is not None:
+            ema.module.load_state_dict(checkpoint.read_tensors(resume, "ema"))
+
+    workers = cfg.data.num_workers
+    if workers is None:
+        workers = default_num_workers(device.type, local_processes())
+    crop = CropAndFlip(cfg.data.in_chans, cfg.data.image_size, cfg.data.crop_scale, cfg.data.hflip, cfg.data.vflip)
+    augment = FinetuneAugment(
+        crop,
+        auto_augment=cfg.data.auto_augment,
+        random_erasing=cfg.data.random_erasing,
+        mean=weights.image["mean"],
+        std=weights.image["std"],
+    )
+    sizes: dict[str, Any] = {"in_chans": cfg.data.in_chans, "image_size": cfg.data.image_size, "seed": cfg.seed}
+    train_set = FinetuneDataset(train_index, augment=augment, **sizes)
+    val_set = FinetuneDataset(val_index, crop_pct=cfg.data.crop_pct, **sizes)
+    val_batches = evaluation_batches(len(val_index), max(1, cfg.batch_size // processes), rank, processes)
+    val_loader = build_loader(val_set, val_batches, num_workers=workers, device_type=device.type)
+    mean, std = (torch.tensor(weights.image[k], device=device).view(-1, 1, 1) for k in ("mean", "std"))
+
+    balance = class_weights(regularization.class_weights, labels, len(names))
+    balance_tensor = None if balance is None else torch.tensor(balance, device=device)
+    mixup = None
+    if regularization.mixup or regularization.cutmix:
+        mixup = Mixup(
+            mixup_alpha=regularization.mixup,
+            cutmix_alpha=regularization.cutmix,
+            label_smoothing=regularization.label_smoothing,
+            num_classes=len(names),
+        )
+
+    if cfg.model.compile:
+        net.compile()
+    model, optimizer = accelerator.prepare(net, adamw)
+    metrics = Metrics(run.path / "metrics.jsonl", accelerator, start)
+    bad_files = BadFiles(run.path / "bad_files.txt", len(train_index) + len(val_index), cfg.data.max_bad_share)
+
+    def loss_of(batch: Batch) -> Tensor:
+        assert batch.labels is not None
+        images, target, smoothing = normalize(batch.images, mean, std), batch.labels, regularization.label_smoothing
+        if mixup is not None:
+            images, target = mixup(images, target)  # the targets come smoothed
+            smoothing = 0.0
+        return F.cross_entropy(model(images).float(), target, weight=balance_tensor, label_smoothing=smoothing)
+
+    def evaluate(step: int, place: str = "") -> None:
+        """Scores on the held-out images, of the moving average too; the best and the last model are exported."""
+        assert val_index.labels is not None
+        values: dict[str, float] = {}
+        for prefix, network in (("", net), ("ema_", ema.module if ema is not None else None)):
+            if network is not None:
+                positions, probabilities = class_probabilities(network, val_loader, mean, std, accelerator)
+                if len(positions) == 0:
+                    raise ValueError(f"none of the {len(val_index)} held-out images can be read: see data.val_path")
+                truth = np.asarray(val_index.labels)[positions]
+                found = scores(truth, probabilities)
+                values |= {prefix + name: value for name, value in found.items()}
+        metrics.write(step, step / max(per_epoch, 1), **values)
+        text = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+        logger.info("step %d: %s on %d images", step, text, len(positions))
+        if not accelerator.is_main_process:
+            return
+        # What is exported and compared is the moving average where there is one, the weights themselves otherwise.
+        places = [place] if place else []
+        if not cfg.eval_only:
+            exported = ema.module if ema is not None else net
+            if found["balanced_accuracy"] > best["balanced_accuracy"]:
+                best.update(balanced_accuracy=found["balanced_accuracy"], step=step)
+                places.append("best")
+            if step == total:
+                places.append("last")
+            for name in places:
+                source = {"run": str(run.path), "init": cfg.model.init, "step": step, **found}
+                save_timm_directory(run.path / name, exported, replace(weights, source=source))
+        for name in places:
+            paths = [val_index.paths[i] for i in positions]
+            write_predictions(run.path / name / "predictions.csv", paths, probabilities, names, truth.tolist())
+
+    def save(step: int) -> None:
+        if accelerator.is_main_process:
+            config = cfg.model_dump(mode="json")
+            meta = checkpoint.Meta("finetune", step, config, train_index.fingerprint(), {"best": best})
+            tensors = {"model": net.state_dict(), "optimizer": checkpoint.optimizer_state(adamw, net)}
+            if ema is not None:
+                tensors["ema"] = ema.module.state_dict()
+            checkpoint.save(run.path, meta, tensors)
+            checkpoint.prune(run.path, cfg.checkpoint.keep, cfg.checkpoint.milestone_epochs * per_epoch)
+
+    if cfg.eval_only:
+        evaluate(0, ".")
+        return
+    sampler = StepSampler(
+        len(train_index),
+        cfg.batch_size,
+        cfg.seed,
+        start_step=start,
+        end_step=total,
+        rank=rank,
+        num_processes=processes,
+        grad_accum=cfg.grad_accum,
+    )
+    loader = build_loader(train_set, sampler, num_workers=workers, device_type=device.type)
+    logger.info(
+        "%s: %d training images of %d classes, %d held out, %d steps of %d images on %d x %s in %s",
+        weights.variant,
+        len(train_index),
+        len(names),
+        len(val_index),
+        total,
+        cfg.batch_size,
+        processes,
+        device.type,
+        accelerator.mixed_precision.replace("no", "fp32"),
+    )
+    if start:
+        logger.info("resuming after step %d of %d from %s", start, total, resume)
+    fit(
+        cfg,
+        cfg.optim,
+        run,
+        accelerator,
+        model,
+        optimizer,
+        loader,
+        loss_of,
+        start_step=start,
+        steps_per_epoch=per_epoch,
+        metrics=metrics,
+        bad_files=bad_files,
+        stop=stop,
+        evaluate=evaluate,
+        save=save,
+        after_step=(lambda: ema.update(net)) if ema is not None else lambda: None,
+    )
+    logger.info("best and last model: %s, %s", run.path / "best", run.path / "last")

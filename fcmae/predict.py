@@ -1,0 +1,70 @@
+"""Classify images with a fine-tuned model."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from fcmae.classification import class_probabilities, write_predictions
+from fcmae.convert import build_dense, read_weights
+from fcmae.data.dataset import Batch, FinetuneDataset
+from fcmae.data.index import find_images
+from fcmae.data.loader import build_loader, default_num_workers
+from fcmae.data.sampler import evaluation_batches
+
+
+def predict(model_dir: Path, paths: list[str], csv: Path | None = None, batch_size: int = 64) -> None:
+    """Print path, class and probability of every image, and write them to a CSV file if one is named.
+
+    model_dir: a fine-tuning run (its best model), or a timm directory with a classifier. paths: images, folders,
+    lists or globs. Files that cannot be read are named on stderr. Raises ValueError if the model has no classifier, or
+    csv exists.
+    """
+    if csv is not None and csv.exists():
+        raise ValueError(f"csv = {csv} exists: give a new path, or remove it")
+    weights = read_weights(model_dir)
+    if not weights.class_names:
+        raise ValueError(f"{model_dir} has no classifier: give a fine-tuned model")
+    accelerator = Accelerator()
+    model, _ = build_dense(weights)
+    model.to(accelerator.device).eval()
+
+    index = find_images(paths)
+    _, height, width = weights.image["input_size"]
+    dataset = FinetuneDataset(
+        index,
+        in_chans=weights.in_chans,
+        image_size=(height, width),
+        seed=0,
+        crop_pct=weights.image.get("crop_pct", 1.0),
+    )
+    device = accelerator.device.type
+    loader = build_loader(
+        dataset,
+        evaluation_batches(len(index), batch_size),
+        num_workers=default_num_workers(device) if len(index) > batch_size else 0,
+        device_type=device,
+    )
+    mean, std = (torch.tensor(weights.image[k], device=accelerator.device).view(-1, 1, 1) for k in ("mean", "std"))
+    bad: list[tuple[str, str]] = []
+
+    def readable() -> Iterator[Batch]:
+        for batch in tqdm(loader, unit="batch", disable=None):
+            bad.extend(batch.bad)
+            yield batch
+
+    positions, probabilities = class_probabilities(model, readable(), mean, std, accelerator)
+    names = weights.class_names
+    read = [index.paths[i] for i in positions]
+    for path, row in zip(read, probabilities, strict=True):
+        best = int(row.argmax())
+        print(f"{path}\t{names[best]}\t{row[best]:.4f}")
+    for path, reason in bad:
+        print(f"{path}: {reason}", file=sys.stderr)
+    if csv is not None:
+        write_predictions(csv, read, probabilities, names)
