@@ -7,12 +7,14 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from timm.data import auto_augment as timm_auto_augment
 from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
 
@@ -159,7 +161,7 @@ class FinetuneAugment:
     def _augmented(self, image: NDArray[Any]) -> NDArray[Any]:
         assert self._policy is not None
         augmented: Image.Image = self._policy(to_pil(image).convert("RGB"))
-        array = np.asarray(augmented.convert("L" if len(image) == 1 else "RGB"))
+        array = np.array(augmented.convert("L" if len(image) == 1 else "RGB"))  # a copy: Pillow's is read-only
         return np.ascontiguousarray(array[None] if array.ndim == 2 else array.transpose(2, 0, 1))
 
     def _erased(self, image: NDArray[Any]) -> NDArray[Any]:
@@ -171,9 +173,10 @@ class FinetuneAugment:
 
 
 def _policy(auto_augment: str, image_size: tuple[int, int], mean: Sequence[float]) -> Any:
+    """timm's transform for a policy, on RGB images of image_size. Raises ValueError for one that timm does not know."""
     try:
         # Of the three stages that timm makes (crop and flip, policy, normalise) only the second.
-        return create_transform(
+        transform = create_transform(
             image_size,
             is_training=True,
             auto_augment=auto_augment,
@@ -185,3 +188,15 @@ def _policy(auto_augment: str, image_size: tuple[int, int], mean: Sequence[float
         raise ValueError(
             f"data.auto_augment: {auto_augment!r} is no policy of timm: use one like rand-m9-mstd0.5-inc1, or none"
         ) from error
+    policy = transform.transforms[0]
+    steps = policy.ops if hasattr(policy, "ops") else chain.from_iterable(policy.policy)
+    for step in steps:
+        if step.aug_fn is timm_auto_augment.posterize:
+            step.aug_fn = _posterize
+    return transform
+
+
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """timm's, but never 0 bits, which its policies draw at full strength: black in older Pillows, an error in 13."""
+    posterized: Image.Image = timm_auto_augment.posterize(image, max(1, bits))
+    return posterized

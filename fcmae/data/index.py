@@ -235,7 +235,7 @@ def split(index: FileIndex, share: float, seed: int) -> tuple[FileIndex, FileInd
     """Draw held-out images: (training, held out), each in the order of the index.
 
     share: of the images, in [0, 1); 0 holds out none, more holds out at least one image where there are two. With
-    labels every class is held out in proportion (a count is less than one image off), and at least one image of each
+    labels every class is held out in proportion (at most one image off), and at least one image of each
     class stays in training. The same index and seed draw the same images.
 
     scikit-learn's stratified split is not used: it refuses classes with one image and shares smaller than one image a

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import os
 import signal
 from collections.abc import Iterable
@@ -21,6 +23,9 @@ def build_loader(
     num_workers: processes that decode; 0 decodes in this one. The batches are the same for any number. device_type:
     "cuda" pins the batches. The global random generators are left alone.
     """
+    if num_workers > 0:
+        atexit.unregister(_end_workers)
+        atexit.register(_end_workers)
     return DataLoader(
         dataset,  # type: ignore[arg-type]  # collate makes a Batch of Samples
         batch_sampler=batch_sampler,
@@ -41,6 +46,15 @@ def _init_worker(worker: int) -> None:
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):  # not all on Windows
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+def _end_workers() -> None:
+    # At exit, multiprocessing asks the workers that are left to end with SIGTERM, which they ignore, and waits for
+    # them: after an error it would wait for ever. They hold nothing that could be lost.
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler would report their end as a failure
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 def default_num_workers(device_type: str, num_local_processes: int = 1) -> int:

@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from torchvision.transforms import v2
+from torchvision.transforms.functional import center_crop, resize
+
+from fcmae.data.augment import CenterCrop, CropAndFlip, FinetuneAugment, center_box, random_resized_box, seeded
+
+POLICY = "rand-m9-mstd0.5-inc1"
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def write(path: Path, *shape: int, dtype: type = np.uint8) -> str:
+    image = rng().integers(0, np.iinfo(dtype).max, shape, dtype=dtype)
+    if path.suffix == ".npy":
+        np.save(path, image)
+    else:
+        Image.fromarray(image).save(path)
+    return str(path)
+
+
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(0, 1000))
+def test_random_boxes_lie_inside_the_image(height: int, width: int, seed: int) -> None:
+    top, left, h, w = random_resized_box(height, width, (0.2, 1.0), rng=rng(seed))
+    assert min(top, left) >= 0 and min(h, w) >= 1 and top + h <= height and left + w <= width
+
+
+def test_random_boxes_are_distributed_as_torchvisions() -> None:
+    generator = rng()
+    ours = np.array([random_resized_box(300, 400, (0.2, 1.0), rng=generator) for _ in range(4000)], dtype=float)
+    image = torch.empty(1, 300, 400)
+    crop = v2.RandomResizedCrop(8, scale=(0.2, 1.0))
+    theirs = np.array(
+        [[p["top"], p["left"], p["height"], p["width"]] for p in (crop.make_params([image]) for _ in range(4000))],
+        dtype=float,
+    )
+    # Standard errors of the means are about 1 pixel, of the deviations .7; five of them.
+    np.testing.assert_allclose(ours.mean(axis=0), theirs.mean(axis=0), atol=7)
+    np.testing.assert_allclose(ours.std(axis=0), theirs.std(axis=0), atol=5)
+
+
+def test_an_image_that_no_box_fits_gives_its_centre() -> None:
+    assert random_resized_box(1000, 10, (1.0, 1.0), rng=rng()) == (493, 0, 13, 10)
+    assert random_resized_box(10, 1000, (1.0, 1.0), rng=rng()) == (0, 493, 10, 13)
+
+
+def test_center_box_agrees_with_resize_and_centre_crop() -> None:
+    image = torch.stack(torch.meshgrid(torch.arange(300.0), torch.arange(400.0), indexing="ij"))  # its coordinates
+    rows, columns = center_crop(resize(image, 128), [112, 112])
+    top, left, height, width = center_box(300, 400, (112, 112), 112 / 128)
+    assert abs((top + height / 2) - 150) <= 1 and abs((left + width / 2) - 200) <= 1
+    assert abs(float(rows[-1, 0] - rows[0, 0]) * 112 / 111 - height) < 3
+    assert abs(float(columns[0, -1] - columns[0, 0]) * 112 / 111 - width) < 3
+
+
+@given(st.integers(1, 500), st.integers(1, 500), st.integers(8, 64), st.integers(8, 64), st.floats(0.1, 1))
+def test_center_box_is_inside_central_and_of_the_right_aspect(
+    height: int, width: int, out_h: int, out_w: int, crop_pct: float
+) -> None:
+    top, left, h, w = center_box(height, width, (out_h, out_w), crop_pct)
+    assert min(top, left) >= 0 and 1 <= h <= height and 1 <= w <= width
+    assert abs(height - h - 2 * top) <= 1 and abs(width - w - 2 * left) <= 1
+    if min(h, w) > 1:
+        assert abs(h * out_w - w * out_h) <= max(out_w, out_h)  # less than a pixel off
+
+
+def test_seeded_decides_all_generators_and_restores_them() -> None:
+    def draw() -> tuple[float, float, float]:
+        return random.random(), float(np.random.rand()), float(torch.rand(()))  # noqa: NPY002
+
+    def state() -> tuple[object, ...]:
+        return random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()  # noqa: NPY002
+
+    before = state()
+    with seeded([1, 2]):
+        first = draw()
+    with seeded([1, 2]):
+        again = draw()
+    with seeded([1, 3]):
+        other = draw()
+    with pytest.raises(RuntimeError, match="inside"), seeded([1]):
+        draw()
+        raise RuntimeError("inside")
+    assert first == again and all(a != b for a, b in zip(first, other, strict=True))
+    assert state() == before
+
+
+def test_flips_have_their_probabilities(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.png", 12, 16)
+    image = np.asarray(Image.open(path))[None]
+    seen = set()
+    for seed in range(40):
+        out = CropAndFlip(1, (12, 16), (1.0, 1.0), hflip=1.0, vflip=0.0)(path, rng(seed))
+        if out.tobytes() == image[..., ::-1].tobytes():
+            seen.add("whole")  # the box drawn was the whole image
+    assert seen == {"whole"}
+    view = CropAndFlip(1, (12, 16), (0.2, 1.0), hflip=0.5, vflip=0.5)
+    plain = CropAndFlip(1, (12, 16), (0.2, 1.0), hflip=0.0)
+    kinds = []
+    for seed in range(200):
+        out, base = view(path, rng(seed)), plain(path, rng(seed))
+        turned = [base, base[:, :, ::-1], base[:, ::-1], base[:, ::-1, ::-1]]
+        kinds.append(next(i for i, item in enumerate(turned) if np.array_equal(item, out)))
+    assert np.bincount(kinds, minlength=4).min() > 30  # of 50 expected
+
+
+def test_centre_crop_draws_nothing_and_reads_the_centre(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.png", 20, 30, 3)
+    generator = rng()
+    out = CenterCrop(3, (10, 10), 0.5)(path, generator)
+    np.testing.assert_array_equal(out, np.asarray(Image.open(path)).transpose(2, 0, 1)[:, 5:15, 10:20])
+    assert generator.random() == rng().random()
+
+
+def finetune(in_chans: int, policy: str | None = POLICY, erasing: float = 0.5) -> FinetuneAugment:
+    crop = CropAndFlip(in_chans, (24, 20), (0.08, 1.0), hflip=0.5, vflip=0.1)
+    return FinetuneAugment(
+        crop, auto_augment=policy, random_erasing=erasing, mean=[0.4] * in_chans, std=[0.2] * in_chans
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "in_chans", "policy", "dtype"),
+    [
+        ("a.png", (40, 50, 3), 3, POLICY, np.uint8),
+        ("a.png", (40, 50), 1, POLICY, np.uint8),
+        ("a.npy", (40, 50, 5), 5, None, np.uint8),
+        ("a.npy", (40, 50), 1, POLICY, np.uint16),
+        ("a.npy", (40, 50, 5), 5, None, np.uint16),
+        ("a.png", (40, 50, 3), 3, "augmix-m3-w3", np.uint8),
+        ("a.png", (40, 50, 3), 3, "original", np.uint8),
+    ],
+)
+def test_finetune_augment_depends_on_the_generator_alone(
+    tmp_path: Path, name: str, shape: tuple[int, ...], in_chans: int, policy: str | None, dtype: type
+) -> None:
+    path = write(tmp_path / name, *shape, dtype=dtype)
+    outs: list[NDArray] = []
+    for seed in range(6):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        first = finetune(in_chans, policy)(path, rng(seed))
+        random.seed(99)
+        np.testing.assert_array_equal(finetune(in_chans, policy)(path, rng(seed)), first)
+        outs.append(first)
+        assert first.shape == (in_chans, 24, 20) and first.flags.c_contiguous
+        assert first.dtype == (np.float32 if dtype == np.uint16 and policy is None else np.uint8)
+    assert len({out.tobytes() for out in outs}) == 6
+
+
+def test_erasing_writes_normal_noise_in_normalised_units_and_leaves_the_rest(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.png", 24, 20, 3)
+    values = []
+    for seed in range(40):
+        plain = finetune(3, None, 0.0)(path, rng(seed))
+        erased = finetune(3, None, 1.0)(path, rng(seed))
+        rows, columns = np.nonzero((plain != erased).any(axis=0))
+        box = erased[:, rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+        assert box[0].size <= 24 * 20 / 2
+        values.append(box.ravel())
+    pixels = np.concatenate(values) / 255
+    assert abs(pixels.mean() - 0.4) < 0.01
+    assert abs(pixels.std() - 0.2) < 0.01  # a little less: clipped at 0
+
+
+def test_an_unknown_policy_is_an_error_that_names_it() -> None:
+    with pytest.raises(ValueError, match=r"data\.auto_augment: 'nonsense' is no policy of timm"):
+        finetune(3, "nonsense")
+
+
+@pytest.mark.parametrize("policy", ["rand-m10-n15-p1-inc1", "rand-m0-n15-p1", "v0", "augmix-m10-w3"])
+def test_policies_at_full_strength_keep_at_least_one_bit(
+    tmp_path: Path, policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    posterize = ImageOps.posterize
+
+    def strict(image: Image.Image, bits: int) -> Image.Image:
+        assert bits >= 1  # Pillow 13 refuses less
+        return posterize(image, bits)
+
+    monkeypatch.setattr(ImageOps, "posterize", strict)
+    path = write(tmp_path / "a.png", 24, 20, 3)
+    augment = finetune(3, policy, 0.0)
+    for seed in range(60):
+        assert augment(path, rng(seed)).shape == (3, 24, 20)

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fcmae.data.index import FileIndex, find_images
+from fcmae.data.stats import channel_statistics
+
+
+def test_statistics_agree_with_numpy_and_skip_broken_files(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 200, (5, 12, 16, 3), dtype=np.uint8)
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
+    (tmp_path / "broken.png").write_bytes(b"no")
+    index = find_images([str(tmp_path)])
+    for num_workers in (0, 1):
+        mean, std, num_images = channel_statistics(index, 3, num_workers=num_workers)
+        assert num_images == 5
+        np.testing.assert_allclose(mean, (images / 255).mean(axis=(0, 1, 2)), atol=1e-12)
+        np.testing.assert_allclose(std, (images / 255).std(axis=(0, 1, 2)), atol=1e-12)
+
+
+def test_deeper_images_count_in_the_units_they_are_read_in(tmp_path: Path) -> None:
+    image = np.random.default_rng(0).normal(1000, 3, (12, 16, 5)).astype(np.float32)
+    np.save(tmp_path / "a.npy", image)
+    mean, std, _ = channel_statistics(find_images([str(tmp_path)]), 5)
+    np.testing.assert_allclose(mean, image.mean(axis=(0, 1), dtype=np.float64), rtol=1e-6)
+    np.testing.assert_allclose(std, image.std(axis=(0, 1), dtype=np.float64), rtol=1e-4)
+
+
+def test_every_image_counts_the_same_whatever_its_size(tmp_path: Path) -> None:
+    np.save(tmp_path / "small.npy", np.zeros((2, 2), np.float32))
+    np.save(tmp_path / "large.npy", np.ones((40, 40), np.float32))
+    assert channel_statistics(find_images([str(tmp_path)]), 1) == ([0.5], [0.5], 2)
+
+
+def test_of_many_images_some_are_drawn_always_the_same(tmp_path: Path) -> None:
+    for i in range(20):
+        np.save(tmp_path / f"{i}.npy", np.full((2, 2), i, np.float32))
+    index = find_images([str(tmp_path)])
+    drawn = channel_statistics(index, 1, max_images=8)
+    assert drawn[2] == 8 and drawn == channel_statistics(index, 1, max_images=8)
+
+
+def test_no_readable_image_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"none of 1 files can be read; /missing\.png: .*No such file"):
+        channel_statistics(FileIndex(("/missing.png",)), 3)
