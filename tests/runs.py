@@ -1,0 +1,175 @@
+"""Shared by the tests of training runs: images, settings, a tiny model, and real processes that can be killed."""
+
+from __future__ import annotations
+
+import io
+import json
+import multiprocessing
+import os
+import signal
+import sys
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+import fcmae.checkpoint
+import fcmae.encoder
+from fcmae.config import PretrainConfig
+
+TINY = fcmae.encoder.Variant((1, 1, 1, 1), (8, 8, 8, 8), True)
+
+# A server that has imported everything once and forks at each call: a process in a tenth of a second instead of ten,
+# and without the threads that this one has.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["fcmae.pretrain", "matplotlib.figure", "torch.utils.tensorboard"])
+
+
+def write_images(folder: Path, num_images: int = 13, seed: int = 0) -> Path:
+    """Noise of 24 x 20 pixels, every third file a JPEG; returns the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    for number in range(num_images):
+        pixels = rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:02}.{'png' if number % 3 else 'jpg'}")
+    return folder
+
+
+def flags(images: Path, out: Path, **settings: Any) -> list[str]:
+    """The smallest run: 3 epochs of 3 steps on 4 images of 16 pixels. Keys write `__` for the dot."""
+    values = {
+        "data__path": images,
+        "out": out,
+        "device": "cpu",
+        "data__image_size": 16,
+        "data__num_workers": 0,
+        "model__stem_stride": 1,
+        "model__mask_patch": 8,
+        "model__decoder_dim": 8,
+        "batch_size": 4,
+        "epochs": 3,
+        "optim__base_lr": 0.5,
+        "optim__warmup_epochs": 1,
+        "log__every_steps": 1,
+        "log__eval_epochs": 99,
+        "log__trackers": "none",
+    } | settings
+    return [word for key, value in values.items() for word in (f"--{key.replace('__', '.')}", str(value))]
+
+
+def config(images: Path, out: Path, **settings: Any) -> PretrainConfig:
+    """The settings that `flags` gives."""
+    from fcmae.settings import load
+
+    return load(PretrainConfig, flags(images, out, **settings), prog="test")
+
+
+def setup_process() -> None:
+    """Make runs of this process small and repeatable: the tiny model under atto's name, and one thread."""
+    fcmae.encoder.VARIANTS["convnextv2_atto"] = TINY
+    torch.set_num_threads(1)
+
+
+def forget_accelerator() -> None:
+    """accelerate keeps the devices and precision of a process's first run."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def start(command: list[str], log: Path, kill_at: int | None = None) -> BaseProcess:
+    """Start `fcmae COMMAND` in a process of its own. log: its output. kill_at: see `_kill_in_save`."""
+    process = PROCESSES.Process(target=_child, args=(command, str(log), kill_at))
+    process.start()
+    return process
+
+
+def _child(command: list[str], log: str, kill_at: int | None) -> None:
+    with Path(log).open("ab", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stderr = io.TextIOWrapper(os.fdopen(2, "wb", 0, closefd=False), write_through=True)
+    multiprocessing.set_start_method("fork", force=True)  # for data workers; else they import everything anew
+    from fcmae.cli import main
+
+    setup_process()
+    if kill_at is not None:
+        _kill_in_save(kill_at)
+    sys.exit(main(command))
+
+
+def _kill_in_save(number: int) -> None:
+    """Have this process killed, as by kill -9, just before its `number`-th file operation while it saves checkpoints.
+
+    Operations are what Python audits (opening, making, renaming, removing) and each writing of tensors, which leaves
+    half of the file.
+    """
+    saving, count = False, 0
+
+    def step() -> None:
+        nonlocal count
+        count += saving
+        if count == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def audit(event: str, args: tuple[Any, ...]) -> None:
+        if saving and event in {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}:
+            step()
+
+    save_file, save, prune = fcmae.checkpoint.save_file, fcmae.checkpoint.save, fcmae.checkpoint.prune
+
+    def save_half_first(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+        nonlocal saving
+        save_file(tensors, path, metadata)
+        saving = False
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+        saving = True
+        step()
+        saving = False
+        path.write_bytes(whole)
+        saving = True
+
+    def marked(function: Any) -> Any:
+        def run(*args: Any) -> Any:
+            nonlocal saving
+            saving = True
+            result = function(*args)
+            saving = False
+            return result
+
+        return run
+
+    sys.addaudithook(audit)
+    fcmae.checkpoint.save_file = save_half_first
+    fcmae.checkpoint.save = marked(save)
+    fcmae.checkpoint.prune = marked(prune)
+
+
+def tensors(checkpoint: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, as FILE:NAME."""
+    return {f"{f.stem}:{k}": v for f in sorted(checkpoint.glob("*.safetensors")) for k, v in load_file(f).items()}
+
+
+def final_state(run: Path) -> dict[str, Tensor]:
+    """All tensors of the newest checkpoint."""
+    latest = fcmae.checkpoint.latest(run)
+    assert latest is not None
+    return tensors(latest)
+
+
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Equal to the last bit."""
+    assert actual.keys() == expected.keys()
+    different = [name for name in expected if not torch.equal(actual[name], expected[name])]
+    assert not different, f"{len(different)} of {len(expected)} tensors differ: {different[:5]}"
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    """(step, loss) of each line of metrics.jsonl that has a loss."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"]) for line in lines if "loss" in line]
