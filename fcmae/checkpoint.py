@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -119,20 +120,32 @@ def read_meta(checkpoint: Path) -> Meta:
     path = checkpoint / META
     try:
         fields = json.loads(path.read_text())
-        meta = Meta(**fields)
-    except (OSError, json.JSONDecodeError, TypeError) as error:
+        # Looked at first: another format may have other fields.
+        number, version = fields["format"], fields["version"]
+        meta = Meta(**fields) if number == FORMAT else None
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{checkpoint} is not a checkpoint of fcmae: {path.name}: {error}") from error
-    if meta.format != FORMAT:
-        raise ValueError(
-            f"{path} has format {meta.format}, this version of fcmae reads {FORMAT}: use fcmae {meta.version}"
-        )
+    if meta is None:
+        raise ValueError(f"{path} has format {number}, this version of fcmae reads {FORMAT}: use fcmae {version}")
     return meta
 
 
 def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
-    """The tensors of NAME.safetensors, on the CPU."""
-    tensors: dict[str, Tensor] = load_file(checkpoint / f"{name}.safetensors")
+    """The tensors of NAME.safetensors, on the CPU. Raises ValueError if the file is missing or damaged."""
+    path = checkpoint / f"{name}.safetensors"
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({error}): delete {checkpoint} to go on from an earlier one"
+        ) from error
     return tensors
+
+
+def check_images(checkpoint: Path, data_fingerprint: str) -> None:
+    """Raises ValueError if the checkpoint was made with other images."""
+    if read_meta(checkpoint).data_fingerprint != data_fingerprint:
+        raise ValueError(f"data.path no longer gives the images of {checkpoint}: restore them, or give another --out")
 
 
 def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, data_fingerprint: str) -> Meta:
@@ -140,12 +153,10 @@ def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer
 
     Raises ValueError if it was made with other images.
     """
-    meta = read_meta(checkpoint)
-    if meta.data_fingerprint != data_fingerprint:
-        raise ValueError(f"data.path no longer gives the images of {checkpoint}: restore them, or give another --out")
+    check_images(checkpoint, data_fingerprint)
     model.load_state_dict(read_tensors(checkpoint, "model"))
     load_optimizer_state(optimizer, model, read_tensors(checkpoint, "optimizer"))
-    return meta
+    return read_meta(checkpoint)
 
 
 def prune(run: Path, keep: int, milestone_steps: int) -> None:

@@ -14,19 +14,25 @@ import fcmae
 def main(argv: list[str] | None = None) -> int:
     """Run a command line, by default the process's own; return its exit status.
 
-    A ValueError or OSError, which the user can mend, is printed without its traceback and gives 2; `--debug`
-    anywhere on the line lets it through. Raises SystemExit as argparse does: 0 for `--help`, 2 for a usage error.
+    A ValueError or OSError, which the user can mend, and a FloatingPointError, which says where training broke down,
+    are printed without their traceback and give 2; an interrupt gives 130. `--debug` anywhere on the line lets them
+    through. Raises SystemExit as argparse does: 0 for `--help`, 2 for a usage error.
     """
     words = sys.argv[1:] if argv is None else argv
     debug = "--debug" in words
     try:
         _run([word for word in words if word != "--debug"])
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         if debug:
             raise
         for line in str(error).splitlines() or [type(error).__name__]:
             print(f"fcmae: error: {line}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("fcmae: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -46,12 +46,13 @@ def fit(
     evaluate: Callable[[int], None],
     save: Callable[[int], None],
     after_step: Callable[[], None] = lambda: None,
-) -> None:
+) -> bool:
     """Train from start_step to the end of cfg.epochs, or until a signal asks to stop.
 
     model, optimizer: as accelerate prepared them. loader: this process's batches from start_step on, cfg.grad_accum
     for each step. loss_of: the mean loss of a batch, a scalar with gradients. evaluate, save: called on every process
     with the number of steps taken. after_step: called after each change of the weights.
+    Returns whether the end was reached.
     Raises FloatingPointError, before the weights change, if the loss or a gradient is not finite.
     """
     total = steps_per_epoch * cfg.epochs
@@ -60,6 +61,14 @@ def fit(
     window = Window()
     batches = window.timed(iter(loader))
     unread: list[tuple[str, str]] = []
+    if warmup >= total and accelerator.is_main_process:
+        logger.warning(
+            "the learning rate never reaches its peak of %.3g: the warm-up takes %g epochs and the run has %d; "
+            "lower optim.warmup_epochs or raise epochs",
+            peak,
+            schedule.warmup_epochs,
+            cfg.epochs,
+        )
 
     def losses() -> Iterator[Tensor]:
         for batch in islice(batches, cfg.grad_accum):
@@ -84,13 +93,21 @@ def fit(
                 )
             except FloatingPointError as error:
                 good = checkpoint.latest(run.path)
-                raise FloatingPointError(f"step {step + 1}: {error}; the last good checkpoint is {good}") from None
+                kept = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
+                raise FloatingPointError(f"step {step + 1}: {error}; {kept}") from None
             after_step()
             done, epoch = step + 1, (step + 1) / steps_per_epoch
             window.add(result.loss, cfg.batch_size)
             bar.update()
 
-            if done % cfg.log.every_steps == 0 or done == total:
+            milestone = cfg.checkpoint.milestone_epochs * steps_per_epoch
+            saves = (
+                due(done, cfg.checkpoint.every_epochs * steps_per_epoch, total)
+                or (milestone > 0 and done % milestone == 0)
+                or result.stop
+            )
+            # A checkpoint ends the window, so that the lines of a resumed run are over the same steps.
+            if done % cfg.log.every_steps == 0 or saves:
                 found = gather_object(unread) if accelerator.num_processes > 1 else unread
                 if accelerator.is_main_process:
                     bad_files.add(found)
@@ -107,18 +124,14 @@ def fit(
             if due(done, cfg.log.eval_epochs * steps_per_epoch, total):
                 with window.paused():
                     evaluate(done)
-            milestone = cfg.checkpoint.milestone_epochs * steps_per_epoch
-            if (
-                due(done, cfg.checkpoint.every_epochs * steps_per_epoch, total)
-                or (milestone and done % milestone == 0)
-                or result.stop
-            ):
+            if saves:
                 with window.paused():
                     save(done)
             if result.stop and done < total:
                 logger.info("stopped by %s after step %d; the same command resumes", stop.received or "a signal", done)
-                return
+                return False
     logger.info("finished %d steps", total)
+    return True
 
 
 class StepResult(NamedTuple):
@@ -152,8 +165,9 @@ def optimizer_step(
             loss = next(losses) / num_parts
             accelerator.backward(loss)
         total += loss.detach()
-    norm = accelerator.clip_grad_norm_(model.parameters(), math.inf if clip_grad is None else clip_grad)
-    assert isinstance(norm, Tensor)
+    accelerator.unscale_gradients(optimizer)
+    # Not clip_grad_norm_, which would spread a NaN to every gradient before the check below names where it is.
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     # One reduction and one wait for the device a step. The norm is the same everywhere: gradients are averaged.
     told = torch.tensor(float(stop), device=total.device)
     reduced = accelerator.reduce(torch.stack([total, norm.float(), told]), reduction="mean")
@@ -161,9 +175,12 @@ def optimizer_step(
     if not math.isfinite(loss_value):
         raise FloatingPointError(f"the loss is {loss_value}")
     if not math.isfinite(norm_value) and accelerator.scaler is None:
-        bad = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        net = accelerator.unwrap_model(model)  # without DDP's prefix to the names
+        bad = [n for n, p in net.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
         names = ", ".join(bad[:3]) or "its norm"
-        raise FloatingPointError(f"the gradient is {norm_value} in {names} ({len(bad)} parameters in all)")
+        raise FloatingPointError(f"the gradient is not finite in {names} ({len(bad)} parameters in all)")
+    if clip_grad is not None:
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), clip_grad, norm)
     optimizer.step()
     optimizer.zero_grad()
     return StepResult(loss_value, norm_value, stopping > 0)
@@ -217,4 +234,5 @@ class Window:
 
 def due(done: int, every: float, total: int) -> bool:
     """Whether `done` steps just reached a multiple of `every` steps, which may be fractional, or the end."""
-    return done == total or math.floor(done / every) > math.floor((done - 1) / every)
+    # The small term keeps a multiple that is whole in decimals whole in binary: 3 / (.1 * 30) is just below 1.
+    return done == total or math.floor(done / every + 1e-9) > math.floor((done - 1) / every + 1e-9)

@@ -82,7 +82,8 @@ def save_curves(path: Path, curves: Mapping[str, tuple[Sequence[float], Sequence
     axis.set_xlabel("epoch")
     axis.set_ylabel(ylabel)
     axis.grid(alpha=0.3)
-    axis.legend()
+    if curves:  # matplotlib warns of a legend without entries
+        axis.legend()
     _save(figure, path)
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
 from fcmae import checkpoint, optim
@@ -41,6 +42,8 @@ def main(cfg: PretrainConfig) -> None:
     index = find_index(cfg, run, accelerator)
     train_index, val_index = split(index, cfg.data.val_share, cfg.seed)
     steps_per_epoch(len(train_index), cfg.batch_size)
+    if run.resume_from is not None:
+        checkpoint.check_images(run.resume_from, train_index.fingerprint())
     with run.open(accelerator.is_main_process), StopSignal() as stop:
         if accelerator.is_main_process:
             index.save(run.path / "files.json")
@@ -53,7 +56,8 @@ def find_index(cfg: PretrainConfig, run: RunDirectory, accelerator: Accelerator)
     found: list[FileIndex | None] = [None]
     if accelerator.is_main_process:
         cached = run.path / "files.json"
-        found = [FileIndex.load(cached) if run.exists and cached.is_file() else find_images(cfg.data.path)]
+        usable = run.kept("data.path") and cached.is_file()
+        found = [FileIndex.load(cached) if usable else find_images(cfg.data.path)]
     broadcast_object_list(found)
     assert found[0] is not None
     return found[0]
@@ -143,14 +147,23 @@ def train(
         """The loss on the held-out images under their fixed masks, a picture and the curve."""
         net.eval()
         sums = torch.zeros(2, device=device)  # loss times images, images
+        bad: list[tuple[str, str]] = []
         for batch in val_loader:
+            bad += batch.bad
             if num := int(batch.valid.sum()):
                 loss = loss_of(batch.select(batch.valid).to(device), net)
                 sums += torch.stack([loss * num, loss.new_tensor(num)])
         loss_sum, num_images = accelerator.reduce(sums, reduction="sum").tolist()
+        if processes > 1:
+            bad = gather_object(bad)
+        if accelerator.is_main_process:
+            bad_files.add(bad)
         if num_images:
-            metrics.write(step, step / per_epoch, val_loss=loss_sum / num_images)
-            logger.info("step %d: validation loss %.4f on %d images", step, loss_sum / num_images, num_images)
+            val_loss = loss_sum / num_images
+            if not math.isfinite(val_loss):
+                raise FloatingPointError(f"step {step}: the validation loss is {val_loss}")
+            metrics.write(step, step / per_epoch, val_loss=val_loss)
+            logger.info("step %d: validation loss %.4f on %d images", step, val_loss, num_images)
         if accelerator.is_main_process:
             picture(step)
         net.train()
@@ -187,7 +200,7 @@ def train(
     )
     if start:
         logger.info("resuming after step %d of %d from %s", start, total, resume)
-    fit(
+    finished = fit(
         cfg,
         cfg.optim,
         run,
@@ -204,4 +217,5 @@ def train(
         evaluate=evaluate,
         save=save,
     )
-    logger.info("next: fcmae convert %s DEST, or fcmae finetune --model.init %s", run.path, run.path)
+    if finished:
+        logger.info("next: fcmae convert %s DEST, or fcmae finetune --model.init %s", run.path, run.path)

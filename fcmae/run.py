@@ -2,7 +2,7 @@
 
 RUN/
     config.yaml       the resolved settings
-    files.json        the index of the images
+    files.json        the index of the images (val_files.json: of labelled ones held out)
     train.log         what the terminal showed
     metrics.jsonl     one JSON object a line
     tensorboard/      the same for TensorBoard
@@ -20,8 +20,10 @@ import random
 import shutil
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import attrgetter
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -38,9 +40,17 @@ from fcmae.config import RunConfig
 
 logger = logging.getLogger("fcmae")
 
-# All that a run writes, so that --overwrite deletes nothing else.
-FILES = ("config.yaml", "files.json", "train.log", "metrics.jsonl", "bad_files.txt", "loss.png", "predictions.csv")
-DIRECTORIES = ("checkpoints", "tensorboard", "reconstructions", "best", "last")
+# All that a run writes beside config.yaml, so that --overwrite deletes nothing else.
+DIRECTORIES = ("tensorboard", "reconstructions", "best", "last")
+FILES = (
+    "files.json",
+    "val_files.json",
+    "train.log",
+    "metrics.jsonl",
+    "bad_files.txt",
+    "loss.png",
+    "predictions.csv",
+)
 
 
 class RunDirectory:
@@ -56,24 +66,37 @@ class RunDirectory:
         self.kind = kind
         self.path = cfg.out
         config = self.path / "config.yaml"
-        self.exists = config.is_file()
-        if not self.exists and self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        header = ""
+        if config.is_file():
+            with config.open(encoding="utf-8", errors="replace") as file:
+                header = file.readline().strip()
+        holds_run = header.startswith("# fcmae ")
+        if not holds_run and self.path.exists() and not self._is_unused():
             raise ValueError(f"out = {self.path} is not empty and holds no run of fcmae: give another directory")
-        if cfg.overwrite:
-            self.exists = False
-        if self.exists:
-            self._check_same_run(config)
+        self.exists = holds_run and not cfg.overwrite
+        self.saved = self._read_same_run(config, header) if self.exists else None
 
-    def _check_same_run(self, config: Path) -> None:
-        header = config.read_text().splitlines()[0]
+    def _is_unused(self) -> bool:
+        """Whether there is nothing but what a run leaves that was killed before it wrote its config.yaml."""
+        return self.path.is_dir() and all(path.name.startswith((".lock", ".tmp-")) for path in self.path.iterdir())
+
+    def _read_same_run(self, config: Path, header: str) -> RunConfig:
         remedy = "give another --out, the same settings, or --overwrite to delete it"
-        if f"fcmae {self.kind} " not in header:
+        if not header.startswith(f"# fcmae {self.kind} "):
             raise ValueError(f"out = {self.path} holds another kind of run ({header.lstrip('# ')}): {remedy}")
         saved = settings.read(type(self.cfg), config)
         if different := settings.diff(saved, self.cfg):
             raise ValueError(
                 f"out = {self.path} holds a run with other settings: {remedy}\n  " + "\n  ".join(different)
             )
+        return saved
+
+    def kept(self, *keys: str) -> bool:
+        """Whether this run is resumed with the same values of these settings, so that what was made from them stands.
+
+        keys: dotted names of settings.
+        """
+        return self.saved is not None and attrgetter(*keys)(self.saved) == attrgetter(*keys)(self.cfg)
 
     @property
     def resume_from(self) -> Path | None:
@@ -92,30 +115,39 @@ class RunDirectory:
             return
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / ".lock").open("w") as lock:
+            in_use = f"out = {self.path} is in use by another process: wait for it or give another directory"
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(
-                    f"out = {self.path} is in use by another process: wait for it or give another directory"
-                ) from None
+                # Not flock: the data workers would inherit it, and hold it for seconds after this process is killed.
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                raise ValueError(in_use) from None
+            # Another process may have made, or deleted, a run here since this one looked.
+            if RunDirectory(self.cfg, self.kind).exists != self.exists:
+                raise ValueError(in_use)
             if not self.exists:
                 self._clear()
-                text = f"# fcmae {self.kind} {fcmae.__version__}\n{settings.dump(self.cfg)}"
-                write_text(self.path / "config.yaml", text)
+            text = f"# fcmae {self.kind} {fcmae.__version__}\n{settings.dump(self.cfg)}"
+            write_text(self.path / "config.yaml", text)
             with _logging_to(self.path / "train.log"):
                 yield
 
     def _clear(self) -> None:
-        for name in FILES:
-            (self.path / name).unlink(missing_ok=True)
+        # The checkpoints go in one rename: killed at any moment, this leaves the old run with all of them or none.
+        aside = self.path / ".tmp-checkpoints"
+        shutil.rmtree(aside, ignore_errors=True)
+        if (checkpoints := self.path / checkpoint.DIRECTORY).exists():
+            checkpoints.rename(aside)
+            shutil.rmtree(aside)
         for name in DIRECTORIES:
             shutil.rmtree(self.path / name, ignore_errors=True)
+        for name in FILES:
+            (self.path / name).unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a file so that it is there whole or not at all."""
     aside = path.with_name(f".tmp-{path.name}")
-    aside.write_text(text)
+    aside.write_text(text, encoding="utf-8")
     aside.replace(path)
 
 
@@ -128,13 +160,18 @@ class _TerminalHandler(logging.Handler):
 
 @contextmanager
 def _logging_to(path: Path) -> Iterator[None]:
-    handlers: list[logging.Handler] = [logging.FileHandler(path), _TerminalHandler()]
+    terminal = _TerminalHandler()
+    handlers: list[logging.Handler] = [logging.FileHandler(path, encoding="utf-8"), terminal]
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
         yield
+    except Exception as error:
+        logger.removeHandler(terminal)  # the command shows it there
+        logger.error("%s: %s", type(error).__name__, error)
+        raise
     finally:
         for handler in handlers:
             logger.removeHandler(handler)
@@ -151,9 +188,8 @@ class Metrics:
             # The last line may be half written; what follows the resumed step will be written again.
             kept = [line for line in read_metrics(path) if line["step"] <= step]
             write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-        # Each tracker numbers by step; TensorBoard is told to forget what follows the resumed one.
-        purge = {"tensorboard": {"purge_step": step + 1}} if step else {}
-        accelerator.init_trackers("tensorboard", init_kwargs=purge)
+        # TensorBoard is told to forget what follows the resumed step.
+        accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": step + 1}})
 
     def write(self, step: int, epoch: float, **values: float) -> None:
         """Append one line; values are finite numbers by name."""
@@ -191,6 +227,8 @@ def make_accelerator(cfg: RunConfig) -> Accelerator:
         precision = "bf16"
     if cpu and precision == "fp16":
         raise ValueError("precision = fp16 needs a GPU: use fp32 or bf16 on a CPU")
+    # DDP remarks on the strides of the gradients of depthwise weights, in their dimension of size 1: they cost nothing.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     out = str(cfg.out)
     return Accelerator(
         cpu=cpu,

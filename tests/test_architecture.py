@@ -1,0 +1,97 @@
+"""Data flows one way: a module imports only from those before it in ORDER. The README's tree has the same order."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+ORDER = [
+    "fcmae",
+    "fcmae.masking",
+    "fcmae.config",
+    "fcmae.flags",
+    "fcmae.settings",
+    "fcmae.data",
+    "fcmae.data.geometry",
+    "fcmae.data.readers",
+    "fcmae.data.decode",
+    "fcmae.data.augment",
+    "fcmae.data.index",
+    "fcmae.data.sampler",
+    "fcmae.data.bad_files",
+    "fcmae.data.dataset",
+    "fcmae.data.loader",
+    "fcmae.data.stats",
+    "fcmae.sites",
+    "fcmae.sparse.masked",
+    "fcmae.sparse.packed",
+    "fcmae.sparse",
+    "fcmae.layers",
+    "fcmae.encoder",
+    "fcmae.model",
+    "fcmae.loss",
+    "fcmae.optim",
+    "fcmae.checkpoint",
+    "fcmae.run",
+    "fcmae.loop",
+    "fcmae.pictures",
+    "fcmae.convert",
+    "fcmae.pretrain",
+    "fcmae.classification",
+    "fcmae.finetune",
+    "fcmae.predict",
+    "fcmae.cli",
+]
+
+# They take plain arguments or finished parts; a configuration is translated once, in the loops.
+NUMERICAL = (
+    "masking",
+    "data",
+    "sites",
+    "sparse",
+    "layers",
+    "encoder",
+    "model",
+    "loss",
+    "optim",
+    "pictures",
+    "classification",
+)
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_name(path): path for path in sorted((ROOT / "fcmae").rglob("*.py"))}
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Modules of ours that a file imports, inside functions too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "fcmae")
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: imports are absolute"
+            base = node.module or ""
+            if base.split(".")[0] == "fcmae":
+                names = (f"{base}.{alias.name}" for alias in node.names)
+                yield from (name if name in MODULES else base for name in names)
+
+
+def test_every_module_has_a_place_in_the_order() -> None:
+    assert sorted(ORDER) == sorted(MODULES)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_point_back_along_the_flow_of_data(name: str) -> None:
+    later = [found for found in imports(MODULES[name]) if ORDER.index(found) >= ORDER.index(name)]
+    assert not later, f"{name} imports {later}, which come after it"
+
+
+@pytest.mark.parametrize("name", [n for n in MODULES if n.removeprefix("fcmae.").split(".")[0] in NUMERICAL])
+def test_numerical_modules_know_no_configuration(name: str) -> None:
+    assert not {"fcmae.config", "fcmae.flags", "fcmae.settings"} & set(imports(MODULES[name]))
