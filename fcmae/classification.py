@@ -19,16 +19,18 @@ from fcmae.data.dataset import Batch, normalize
 @torch.no_grad()
 def class_probabilities(
     model: nn.Module, batches: Iterable[Batch], mean: Tensor, std: Tensor, accelerator: Accelerator
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+) -> tuple[NDArray[np.int64], NDArray[np.float32], list[tuple[str, str]]]:
     """Softmax outputs for all images that could be read, of all processes together, in the order of the index.
 
-    mean, std: (C, 1, 1), on the model's device. Returns the images' positions in the index (N,) and their
-    probabilities (N, classes).
+    mean, std: (C, 1, 1), on the model's device. Returns the images' positions in the index (N,), their
+    probabilities (N, classes), and the files that could not be read, with reasons.
     """
     training = model.training
     model.eval()
     found: list[tuple[NDArray[np.int64], NDArray[np.float32]]] = []
+    bad: list[tuple[str, str]] = []
     for batch in batches:
+        bad += batch.bad
         readable = batch.select(batch.valid)
         if len(readable.index):
             images = normalize(readable.images.to(accelerator.device, non_blocking=True), mean, std)
@@ -36,12 +38,12 @@ def class_probabilities(
             found.append((readable.index.numpy(), probabilities.cpu().numpy()))
     model.train(training)
     if accelerator.num_processes > 1:
-        found = gather_object(found)
+        found, bad = gather_object(found), gather_object(bad)
     if not found:
-        return np.empty(0, np.int64), np.empty((0, 0), np.float32)
+        return np.empty(0, np.int64), np.empty((0, 0), np.float32), bad
     index = np.concatenate([i for i, _ in found])
     order = np.argsort(index)
-    return index[order], np.concatenate([p for _, p in found])[order]
+    return index[order], np.concatenate([p for _, p in found])[order], bad
 
 
 def scores(labels: Sequence[int] | NDArray[np.int64], probabilities: NDArray[np.float32]) -> dict[str, float]:

@@ -33,7 +33,7 @@ from fcmae.data.bad_files import BadFiles
 from fcmae.data.dataset import Batch, FinetuneDataset, normalize
 from fcmae.data.index import FileIndex, find_labelled, split
 from fcmae.data.loader import build_loader, default_num_workers
-from fcmae.data.sampler import StepSampler, evaluation_batches, steps_per_epoch
+from fcmae.data.sampler import evaluation_batches, steps_per_epoch
 from fcmae.encoder import VARIANTS
 from fcmae.loop import fit
 from fcmae.run import Metrics, RunDirectory, StopSignal, local_processes, make_accelerator
@@ -250,7 +250,9 @@ def train(
         values: dict[str, float] = {}
         for prefix, network in (("", net), ("ema_", ema.module if ema is not None else None)):
             if network is not None:
-                positions, probabilities = class_probabilities(network, val_loader, mean, std, accelerator)
+                positions, probabilities, bad = class_probabilities(network, val_loader, mean, std, accelerator)
+                if accelerator.is_main_process:
+                    bad_files.add(bad)
                 if len(positions) == 0:
                     raise ValueError(f"none of the {len(val_index)} held-out images can be read: see data.val_path")
                 truth = np.asarray(val_index.labels)[positions]
@@ -290,31 +292,13 @@ def train(
     if cfg.eval_only:
         evaluate(0, ".")
         return
-    sampler = StepSampler(
-        len(train_index),
-        cfg.batch_size,
-        cfg.seed,
-        start_step=start,
-        end_step=total,
-        rank=rank,
-        num_processes=processes,
-        grad_accum=cfg.grad_accum,
-    )
-    loader = build_loader(train_set, sampler, num_workers=workers, device_type=device.type)
     logger.info(
-        "%s: %d training images of %d classes, %d held out, %d steps of %d images on %d x %s in %s",
+        "%s: %d training images of %d classes, %d held out",
         weights.variant,
         len(train_index),
         len(names),
         len(val_index),
-        total,
-        cfg.batch_size,
-        processes,
-        device.type,
-        accelerator.mixed_precision.replace("no", "fp32"),
     )
-    if start:
-        logger.info("resuming after step %d of %d from %s", start, total, resume)
     fit(
         cfg,
         cfg.optim,
@@ -322,10 +306,12 @@ def train(
         accelerator,
         model,
         optimizer,
-        loader,
+        train_set,
         loss_of,
         start_step=start,
         steps_per_epoch=per_epoch,
+        num_images=len(train_index),
+        num_workers=workers,
         metrics=metrics,
         bad_files=bad_files,
         stop=stop,

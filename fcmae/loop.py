@@ -15,13 +15,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from fcmae import checkpoint
 from fcmae.config import Optim, RunConfig
 from fcmae.data.bad_files import BadFiles
-from fcmae.data.dataset import Batch
+from fcmae.data.dataset import Batch, Sample
+from fcmae.data.loader import build_loader
+from fcmae.data.sampler import StepSampler
 from fcmae.optim import learning_rate, set_learning_rate
 from fcmae.run import Metrics, RunDirectory, StopSignal, seed_step
 
@@ -35,11 +37,13 @@ def fit(
     accelerator: Accelerator,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    loader: DataLoader[Batch],
+    train_set: Dataset[Sample],
     loss_of: Callable[[Batch], Tensor],
     *,
     start_step: int,
     steps_per_epoch: int,
+    num_images: int,
+    num_workers: int,
     metrics: Metrics,
     bad_files: BadFiles,
     stop: StopSignal,
@@ -49,8 +53,8 @@ def fit(
 ) -> bool:
     """Train from start_step to the end of cfg.epochs, or until a signal asks to stop.
 
-    model, optimizer: as accelerate prepared them. loader: this process's batches from start_step on, cfg.grad_accum
-    for each step. loss_of: the mean loss of a batch, a scalar with gradients. evaluate, save: called on every process
+    model, optimizer: as accelerate prepared them. train_set: num_images samples by key, read by num_workers processes.
+    loss_of: the mean loss of a batch, a scalar with gradients. evaluate, save: called on every process
     with the number of steps taken. after_step: called after each change of the weights.
     Returns whether the end was reached.
     Raises FloatingPointError, before the weights change, if the loss or a gradient is not finite.
@@ -58,9 +62,31 @@ def fit(
     total = steps_per_epoch * cfg.epochs
     peak = schedule.base_lr * cfg.batch_size / 256
     warmup = round(schedule.warmup_epochs * steps_per_epoch)
+    sampler = StepSampler(
+        num_images,
+        cfg.batch_size,
+        cfg.seed,
+        start_step=start_step,
+        end_step=total,
+        rank=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+        grad_accum=cfg.grad_accum,
+    )
+    device = accelerator.device
     window = Window()
-    batches = window.timed(iter(loader))
+    batches = window.timed(iter(build_loader(train_set, sampler, num_workers=num_workers, device_type=device.type)))
     unread: list[tuple[str, str]] = []
+    logger.info(
+        "%d steps of %d of %d images on %d x %s in %s",
+        total,
+        cfg.batch_size,
+        num_images,
+        accelerator.num_processes,
+        device.type,
+        accelerator.mixed_precision.replace("no", "fp32"),
+    )
+    if start_step:
+        logger.info("resuming after step %d", start_step)
     if warmup >= total and accelerator.is_main_process:
         logger.warning(
             "the learning rate never reaches its peak of %.3g: the warm-up takes %g epochs and the run has %d; "
@@ -73,7 +99,7 @@ def fit(
     def losses() -> Iterator[Tensor]:
         for batch in islice(batches, cfg.grad_accum):
             unread.extend(batch.bad)
-            yield loss_of(batch.to(accelerator.device))
+            yield loss_of(batch.to(device))
 
     hidden = None if accelerator.is_main_process else True  # None: where there is no terminal
     with tqdm(total=total, initial=start_step, unit="step", disable=hidden) as bar:

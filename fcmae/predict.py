@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -12,7 +11,7 @@ from tqdm import tqdm
 
 from fcmae.classification import class_probabilities, write_predictions
 from fcmae.convert import build_dense, read_weights
-from fcmae.data.dataset import Batch, FinetuneDataset
+from fcmae.data.dataset import FinetuneDataset
 from fcmae.data.index import find_images
 from fcmae.data.loader import build_loader, default_num_workers
 from fcmae.data.sampler import evaluation_batches
@@ -51,14 +50,8 @@ def predict(model_dir: Path, paths: list[str], csv: Path | None = None, batch_si
         device_type=device,
     )
     mean, std = (torch.tensor(weights.image[k], device=accelerator.device).view(-1, 1, 1) for k in ("mean", "std"))
-    bad: list[tuple[str, str]] = []
-
-    def readable() -> Iterator[Batch]:
-        for batch in tqdm(loader, unit="batch", disable=None):
-            bad.extend(batch.bad)
-            yield batch
-
-    positions, probabilities = class_probabilities(model, readable(), mean, std, accelerator)
+    batches = tqdm(loader, unit="batch", disable=None)
+    positions, probabilities, bad = class_probabilities(model, batches, mean, std, accelerator)
     names = weights.class_names
     read = [index.paths[i] for i in positions]
     for path, row in zip(read, probabilities, strict=True):

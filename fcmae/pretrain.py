@@ -17,7 +17,7 @@ from fcmae.data.bad_files import BadFiles
 from fcmae.data.dataset import Batch, PretrainDataset, collate, normalize
 from fcmae.data.index import FileIndex, find_images, split
 from fcmae.data.loader import build_loader, default_num_workers
-from fcmae.data.sampler import EVAL_EPOCH, StepSampler, evaluation_batches, steps_per_epoch
+from fcmae.data.sampler import EVAL_EPOCH, evaluation_batches, steps_per_epoch
 from fcmae.encoder import Encoder
 from fcmae.loop import fit
 from fcmae.loss import reconstruction_loss
@@ -102,7 +102,6 @@ def train(
     stop: StopSignal,
 ) -> None:
     per_epoch = steps_per_epoch(len(train_index), cfg.batch_size)
-    total = per_epoch * cfg.epochs
     rank, processes, device = accelerator.process_index, accelerator.num_processes, accelerator.device
 
     net = build_model(cfg).to(device)
@@ -115,17 +114,6 @@ def train(
     if workers is None:
         workers = default_num_workers(device.type, local_processes())
     train_set, val_set = build_dataset(cfg, train_index, augment=True), build_dataset(cfg, val_index, augment=False)
-    sampler = StepSampler(
-        len(train_index),
-        cfg.batch_size,
-        cfg.seed,
-        start_step=start,
-        end_step=total,
-        rank=rank,
-        num_processes=processes,
-        grad_accum=cfg.grad_accum,
-    )
-    loader = build_loader(train_set, sampler, num_workers=workers, device_type=device.type)
     val_batches = evaluation_batches(len(val_index), cfg.batch_size // processes // cfg.grad_accum, rank, processes)
     val_loader = build_loader(val_set, val_batches, num_workers=workers, device_type=device.type)
     mean, std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in cfg.data.statistics())
@@ -187,19 +175,7 @@ def train(
             checkpoint.save(run.path, meta, tensors)
             checkpoint.prune(run.path, cfg.checkpoint.keep, cfg.checkpoint.milestone_epochs * per_epoch)
 
-    logger.info(
-        "%s: %d training images, %d held out, %d steps of %d images on %d x %s in %s",
-        cfg.model.variant,
-        len(train_index),
-        len(val_index),
-        total,
-        cfg.batch_size,
-        processes,
-        device.type,
-        accelerator.mixed_precision.replace("no", "fp32"),
-    )
-    if start:
-        logger.info("resuming after step %d of %d from %s", start, total, resume)
+    logger.info("%s: %d training images, %d held out", cfg.model.variant, len(train_index), len(val_index))
     finished = fit(
         cfg,
         cfg.optim,
@@ -207,10 +183,12 @@ def train(
         accelerator,
         model,
         optimizer,
-        loader,
+        train_set,
         loss_of,
         start_step=start,
         steps_per_epoch=per_epoch,
+        num_images=len(train_index),
+        num_workers=workers,
         metrics=metrics,
         bad_files=bad_files,
         stop=stop,

@@ -73,7 +73,9 @@ class RunDirectory:
         holds_run = header.startswith("# fcmae ")
         if not holds_run and self.path.exists() and not self._is_unused():
             raise ValueError(f"out = {self.path} is not empty and holds no run of fcmae: give another directory")
-        self.exists = holds_run and not cfg.overwrite
+        # A run that was refused or killed before its first line of metrics has nothing to lose: it may be replaced.
+        begun = (self.path / "metrics.jsonl").exists() or checkpoint.latest(self.path) is not None
+        self.exists = holds_run and begun and not cfg.overwrite
         self.saved = self._read_same_run(config, header) if self.exists else None
 
     def _is_unused(self) -> bool:

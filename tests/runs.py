@@ -113,7 +113,6 @@ def _kill_in_save(number: int) -> None:
     def step() -> None:
         nonlocal count
         count += saving
-        if os.environ.get('DBG'): print('OP', count, flush=True)
         if count == number:
             os.kill(os.getpid(), signal.SIGKILL)
 

@@ -169,7 +169,7 @@ def test_an_overwrite_cut_off_anywhere_leaves_the_old_run_with_all_its_checkpoin
             except Cut:
                 pass
         assert set(OWN[-1:]) <= names(out) or not (out / "checkpoints").exists()
-        assert RunDirectory(old, "pretrain").exists
+        assert RunDirectory(old, "pretrain").path == out  # still taken for a run, not for somebody's files
         with RunDirectory(new, "pretrain").open(is_main=True):
             assert names(out) == {"config.yaml", "train.log", ".lock", "notes.txt"}
     assert limit > 10  # it was cut in many places
