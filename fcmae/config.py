@@ -275,13 +275,17 @@ class RunConfig(Section):
             )
 
 
-def _image_conflicts(data: ImageConfig) -> Iterator[Conflict]:
+def _image_conflicts(data: ImageConfig, *, known_statistics: bool = False) -> Iterator[Conflict]:
+    """known_statistics: mean and std may be absent for any number of channels, as the starting weights bring them."""
     for name, values in (("mean", data.mean), ("std", data.std)):
         keys = (f"data.{name}", "data.in_chans")
-        if values is None and data.in_chans not in (1, 3):
+        if values is None and data.in_chans not in (1, 3) and not known_statistics:
             yield keys, f"missing for in_chans = {data.in_chans}: compute it with `fcmae stats`"
         if values is not None and len(values) != data.in_chans:
             yield keys, f"{values} has {len(values)} values, in_chans = {data.in_chans} needs {data.in_chans}"
+    if (data.mean is None) != (data.std is None) and data.in_chans in (1, 3):
+        given, absent = ("std", "mean") if data.mean is None else ("mean", "std")
+        yield (f"data.{absent}", f"data.{given}"), f"missing beside data.{given}: give both or neither"
     if data.crop_scale[0] > data.crop_scale[1]:
         yield ("data.crop_scale",), f"{list(data.crop_scale)} is not in rising order"
 
@@ -357,7 +361,7 @@ class FinetuneConfig(RunConfig):
                 ("data.path", "eval_only", "data.val_path"),
                 "missing: a folder of class folders or a CSV file, e.g. --data.path labelled",
             )
-        yield from _image_conflicts(data)
+        yield from _image_conflicts(data, known_statistics=model.init is not None)
         stride = 8 * (model.stem_stride or 4)
         if min(data.image_size) < stride and (model.stem_stride or not model.init):
             yield (

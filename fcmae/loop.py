@@ -144,9 +144,10 @@ def fit(
                 metrics.write(done, epoch, **line)
                 text = f"loss {line['loss']:.4f}, {line['images_per_s']:.1f} images/s"
                 bar.set_postfix_str(text)
-                if bar.disable:
-                    left = timedelta(seconds=round((total - done) * cfg.batch_size / line["images_per_s"]))
-                    logger.info("step %d/%d, epoch %.2f, %s, lr %.3g, %s left", done, total, epoch, text, lr, left)
+                left = timedelta(seconds=round((total - done) * cfg.batch_size / line["images_per_s"]))
+                level = logging.INFO if bar.disable else logging.DEBUG  # the terminal has the bar, train.log has lines
+                message = "step %d/%d, epoch %.2f, %s, lr %.3g, %s left"
+                logger.log(level, message, done, total, epoch, text, lr, left)
             if due(done, cfg.log.eval_epochs * steps_per_epoch, total):
                 with window.paused():
                     evaluate(done)

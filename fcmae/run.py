@@ -162,12 +162,12 @@ class _TerminalHandler(logging.Handler):
 
 @contextmanager
 def _logging_to(path: Path) -> Iterator[None]:
-    terminal = _TerminalHandler()
+    terminal = _TerminalHandler(logging.INFO)
     handlers: list[logging.Handler] = [logging.FileHandler(path, encoding="utf-8"), terminal]
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.DEBUG)
     try:
         yield
     except Exception as error:
@@ -191,7 +191,7 @@ class Metrics:
             kept = [line for line in read_metrics(path) if line["step"] <= step]
             write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         # TensorBoard is told to forget what follows the resumed step.
-        accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": step + 1}})
+        accelerator.init_trackers("fcmae", init_kwargs={"tensorboard": {"purge_step": step + 1}})
 
     def write(self, step: int, epoch: float, **values: float) -> None:
         """Append one line; values are finite numbers by name."""
@@ -231,12 +231,11 @@ def make_accelerator(cfg: RunConfig) -> Accelerator:
         raise ValueError("precision = fp16 needs a GPU: use fp32 or bf16 on a CPU")
     # DDP remarks on the strides of the gradients of depthwise weights, in their dimension of size 1: they cost nothing.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-    out = str(cfg.out)
     return Accelerator(
         cpu=cpu,
         mixed_precision=precision,
         log_with=cfg.log.trackers or None,
-        project_config=ProjectConfiguration(project_dir=out, logging_dir=out),
+        project_config=ProjectConfiguration(project_dir=str(cfg.out), logging_dir=f"{cfg.out}/tensorboard"),
     )
 
 

@@ -50,12 +50,13 @@ def test_a_learning_rate_is_finite_and_positive(value: float) -> None:
 def test_statistics_default_to_imagenets_and_its_grey_average() -> None:
     assert ImageConfig().statistics()[0] == IMAGENET_MEAN
     assert ImageConfig(in_chans=1).statistics() == (GREY_MEAN, GREY_STD)
-    assert ImageConfig(in_chans=1, mean=[0.2]).statistics() == ([0.2], GREY_STD)
+    assert ImageConfig(in_chans=1, mean=[0.2], std=[0.1]).statistics() == ([0.2], [0.1])
 
 
 @pytest.mark.parametrize(
     ("sections", "key", "sentence"),
     [
+        ({"data": {"mean": [0.1, 0.2, 0.3]}}, "data.std", "give both or neither"),
         ({"model": {"mask_patch": 48}, "data": {"image_size": 192}}, "model.mask_patch", "use 32 or 64"),
         ({"data": {"image_size": 200}}, "data.image_size", "use 192 or 224"),
         ({"data": {"image_size": [224, 16]}}, "data.image_size", "16 is not a multiple of mask_patch 32: use 32"),

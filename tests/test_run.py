@@ -300,3 +300,12 @@ def test_signals_are_noted_and_the_old_handlers_return(number: signal.Signals) -
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(number) is before
+
+
+def test_a_run_that_was_refused_before_its_first_line_takes_other_settings(tmp_path: Path) -> None:
+    with RunDirectory(config(Path("photos"), tmp_path), "pretrain").open(is_main=True):
+        pass
+    corrected = config(Path("photos"), tmp_path, seed=5)
+    with RunDirectory(corrected, "pretrain").open(is_main=True):
+        pass
+    assert settings.read(PretrainConfig, tmp_path / "config.yaml") == corrected
