@@ -34,7 +34,8 @@ def class_probabilities(
         readable = batch.select(batch.valid)
         if len(readable.index):
             images = normalize(readable.images.to(accelerator.device, non_blocking=True), mean, std)
-            probabilities = model(images).float().softmax(-1)
+            with accelerator.autocast():  # a moving average has not been through accelerate
+                probabilities = model(images).float().softmax(-1)
             found.append((readable.index.numpy(), probabilities.cpu().numpy()))
     model.train(training)
     if accelerator.num_processes > 1:
@@ -83,7 +84,8 @@ def write_predictions(
     """Write a CSV file: path, label where known, predicted class, its probability, and that of every class."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".tmp-{path.name}")
-    with aside.open("w", newline="") as file:
+    # A path that is not valid Unicode keeps its bytes.
+    with aside.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         known = ["label"] if labels is not None else []
         writer.writerow(["path", *known, "predicted", "probability", *(f"p({name})" for name in class_names)])

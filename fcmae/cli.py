@@ -132,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
         "Turn a pretrained encoder into a dense model that timm reads",
         "convert runs/first encoder",
     )
-    command.add_argument("source", type=Path, metavar="SRC", help="a run directory, a checkpoint or a weights file")
+    command.add_argument("source", type=Path, metavar="SRC", help="a run directory or a checkpoint")
     command.add_argument("dest", type=Path, metavar="DEST", help="where to write it")
     command.add_argument("--to", choices=("timm", "fair"), default="timm", help="the keys of the result [timm]")
 

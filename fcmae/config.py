@@ -393,7 +393,8 @@ class FinetuneConfig(RunConfig):
             )
 
 
-# Settings that change where or how fast a run computes but not what it computes: a resumed run may change them.
+# Settings that change where or how fast a run computes but not what it computes: a resumed run may change them. (Under
+# another grad_accum, sums round in another order, and mixup and drop path are drawn in other parts.)
 # The images themselves are compared by the fingerprint of the file index, so that a folder may move.
 FREE_ON_RESUME = frozenset(
     {

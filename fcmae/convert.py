@@ -13,14 +13,14 @@ import hashlib
 import json
 import pickle
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -104,7 +104,7 @@ def load_dense(model: nn.Module, state: Mapping[str, Tensor], *, new_head: bool 
     model unchanged. Returns one line for each tensor: source name, name in timm, shape.
     """
     target = model.state_dict()
-    mapped, lines, problems = {}, [], []
+    mapped, lines, problems, misshapen = {}, [], [], set()
     for name, value in state.items():
         key = fair_to_timm(name)
         if new_head and key.startswith("head.fc."):
@@ -113,12 +113,13 @@ def load_dense(model: nn.Module, state: Mapping[str, Tensor], *, new_head: bool 
             problems.append(f"extra: {name} {tuple(value.shape)}")
         elif _shape(value) != _shape(target[key]):
             problems.append(f"shape: {name} is {tuple(value.shape)}, {key} needs {tuple(target[key].shape)}")
+            misshapen.add(key)
         else:
             mapped[key] = value.reshape(target[key].shape)
             lines.append(f"{name} -> {key} {tuple(target[key].shape)}")
     optional = ("head.norm.", "head.fc.") if new_head else ("head.norm.",)
-    missing = [key for key in target if key not in mapped and not key.startswith(optional)]
-    problems += [f"missing: {key} {tuple(target[key].shape)}" for key in missing if not _reported(key, problems)]
+    missing = [key for key in target if key not in mapped and key not in misshapen and not key.startswith(optional)]
+    problems += [f"missing: {key} {tuple(target[key].shape)}" for key in missing]
     if problems:
         raise ValueError(f"the weights do not fit {type(model).__name__}:\n  " + "\n  ".join(problems))
     model.load_state_dict(target | mapped)
@@ -128,10 +129,6 @@ def load_dense(model: nn.Module, state: Mapping[str, Tensor], *, new_head: bool 
 def _shape(value: Tensor) -> tuple[int, ...]:
     """The shape without singletons, of which the formats have more or fewer."""
     return tuple(size for size in value.shape if size != 1)
-
-
-def _reported(key: str, problems: Sequence[str]) -> bool:
-    return any(f", {key} needs" in problem for problem in problems)
 
 
 def read_weights(path: Path) -> Weights:
@@ -177,39 +174,70 @@ def _read_checkpoint(path: Path) -> Weights:
 
 
 def _read_timm_directory(path: Path) -> Weights:
-    config = json.loads((path / "config.json").read_text())
-    variant = str(config.get("architecture", "")).split(".")[0]
-    if variant not in VARIANTS:
-        raise ValueError(f"{path / 'config.json'} names architecture {variant!r}: use one of {', '.join(VARIANTS)}")
-    state = load_file(path / "model.safetensors")
-    if "stem.0.weight" not in state:
-        raise ValueError(f"{path / 'model.safetensors'} has no stem.0.weight: it is no ConvNeXt of timm's")
-    _, in_chans, stem_stride, _ = state["stem.0.weight"].shape
-    image = {
-        k: v for k, v in config.get("pretrained_cfg", {}).items() if k in ("mean", "std", "input_size", "crop_pct")
-    }
-    return Weights(
-        state, variant, in_chans, stem_stride, image, tuple(config.get("label_names", ())), config.get("fcmae", {})
-    )
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        variant = str(config["architecture"]).split(".")[0]
+        pretrained = dict(config.get("pretrained_cfg", {}))
+        names, source = tuple(config.get("label_names", ())), dict(config.get("fcmae", {}))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path / 'config.json'} is not one that timm writes: {error!r}") from error
+    state = _load_safetensors(path / "model.safetensors")
+    image = {key: pretrained[key] for key in ("mean", "std", "input_size", "crop_pct") if key in pretrained}
+    return _weights(path, state, "stem.0.weight", variant, image, names, source)
 
 
-def read_fair(path: Path, variant: str) -> Weights:
+def read_fair(path: Path, variant: str | None = None) -> Weights:
     """Weights under the released dense names: a .safetensors file, or a .pth with tensors only, bare or in "model".
 
-    Raises ValueError if the file holds no such tensors. A .pth is unpickled with weights_only, which runs no code.
+    variant: may be left out for files that `convert` wrote. Raises ValueError if the file holds no such tensors or
+    does not say its variant. A .pth is unpickled with weights_only, which runs no code.
     """
+    header: dict[str, str] = {}
     if path.suffix == ".safetensors":
-        state = load_file(path)
+        state = _load_safetensors(path)
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
     else:
         try:
             loaded = torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             raise ValueError(f"{path} holds more than tensors and was not loaded: save its state dict alone") from error
-        state = loaded.get("model", loaded)
-    if "downsample_layers.0.0.weight" not in state:
-        raise ValueError(f"{path} has no downsample_layers.0.0.weight: it does not hold FAIR-keyed dense weights")
-    _, in_chans, stem_stride, _ = state["downsample_layers.0.0.weight"].shape
-    return Weights(state, variant, in_chans, stem_stride)
+        except (RuntimeError, KeyError, EOFError) as error:
+            raise ValueError(f"{path} is damaged or no checkpoint of torch: {error!r}") from error
+        state = loaded.get("model", loaded) if isinstance(loaded, dict) else {}
+        state = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    variant = variant or header.get("variant")
+    if variant is None:
+        raise ValueError(f"{path} does not say its variant: give model.variant")
+    image = json.loads(header.get("image", "{}"))
+    return _weights(path, state, "downsample_layers.0.0.weight", variant, image)
+
+
+def _load_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        state: dict[str, Tensor] = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    return state
+
+
+def _weights(
+    path: Path,
+    state: dict[str, Tensor],
+    stem: str,
+    variant: str,
+    image: dict[str, Any],
+    class_names: tuple[str, ...] = (),
+    source: dict[str, Any] | None = None,
+) -> Weights:
+    """The weights that a file holds, if it names a variant of ours and has that stem."""
+    # A name goes to timm.create_model, which would also take one that reads another directory or the network.
+    if variant not in VARIANTS:
+        raise ValueError(f"{path} is of variant {variant!r}: use one of {', '.join(VARIANTS)}")
+    if stem not in state or state[stem].ndim != 4:
+        raise ValueError(f"{path} has no {stem}: it holds no dense ConvNeXt in this format")
+    _, in_chans, stem_stride, _ = state[stem].shape
+    return Weights(state, variant, in_chans, stem_stride, image, class_names, source or {})
 
 
 def build_dense(weights: Weights, num_classes: int | None = None, **options: float) -> tuple[nn.Module, list[str]]:
@@ -232,7 +260,7 @@ def build_dense(weights: Weights, num_classes: int | None = None, **options: flo
 
 
 def save_timm_directory(dest: Path, model: nn.Module, weights: Weights) -> None:
-    """Write config.json and model.safetensors; weights that are there already are replaced in one move.
+    """Write config.json and model.safetensors, each beside its place and then moved into it.
 
     model: timm's, whose parameters are written. weights: describes it (its own tensors are not used).
     """
@@ -258,10 +286,12 @@ def save_timm_directory(dest: Path, model: nn.Module, weights: Weights) -> None:
         "fcmae": weights.source | {"exported_by": fcmae.__version__},
     }
     dest.mkdir(parents=True, exist_ok=True)
-    aside = dest / ".tmp-model.safetensors"
-    save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, aside, {"format": "pt"})
-    (dest / "config.json").write_text(json.dumps(config, indent=2))
-    aside.replace(dest / "model.safetensors")
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    aside = {name: dest / f".tmp-{name}" for name in ("model.safetensors", "config.json")}
+    save_file(state, aside["model.safetensors"], {"format": "pt"})
+    aside["config.json"].write_text(json.dumps(config, indent=2), encoding="utf-8")
+    for name, path in aside.items():
+        path.replace(dest / name)
 
 
 def convert(source: Path, dest: Path, to: str = "timm") -> str:
@@ -284,7 +314,8 @@ def convert(source: Path, dest: Path, to: str = "timm") -> str:
             raise ValueError(f"{source} is in timm's layout: give the run or checkpoint that it was made from")
         dest.parent.mkdir(parents=True, exist_ok=True)
         aside = dest.with_name(f".tmp-{dest.name}")
-        metadata = {"format": "pt", "variant": weights.variant, **{k: str(v) for k, v in weights.source.items()}}
+        metadata = {"format": "pt", "variant": weights.variant, "image": json.dumps(weights.image)}
+        metadata |= {key: str(value) for key, value in weights.source.items()}
         save_file({k: v.contiguous() for k, v in weights.state.items()}, aside, metadata)
         aside.replace(dest)
         lines = [f"{name} {tuple(value.shape)}" for name, value in weights.state.items()]
@@ -295,10 +326,3 @@ def convert(source: Path, dest: Path, to: str = "timm") -> str:
     return "\n".join(
         [*lines, f"{len(lines)} tensors of {weights.variant} ({source_text})", f"wrote {dest}", f"use: {use}"]
     )
-
-
-def safetensors_variant(path: Path) -> str | None:
-    """The variant that our FAIR-keyed export names in its header, or None."""
-    with safe_open(path, framework="pt") as file:
-        variant: str | None = (file.metadata() or {}).get("variant")
-    return variant

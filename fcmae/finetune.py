@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,6 @@ from fcmae.convert import (
     create_dense,
     read_fair,
     read_weights,
-    safetensors_variant,
     save_timm_directory,
 )
 from fcmae.data.augment import CropAndFlip, FinetuneAugment
@@ -58,15 +58,12 @@ def main(cfg: FinetuneConfig) -> None:
     if weights is None:
         assert cfg.model.variant is not None
         weights = Weights({}, cfg.model.variant, cfg.data.in_chans, cfg.model.stem_stride or 4)
-    mean, std = cfg.data.statistics()
-    if cfg.data.mean is None and "mean" in weights.image:
-        mean, std = weights.image["mean"], weights.image["std"]  # what the weights were trained with
-    size = [cfg.data.in_chans, *cfg.data.image_size]
-    image = {"input_size": size, "mean": list(mean), "std": list(std), "crop_pct": cfg.data.crop_pct}
+    if len(val_index) == 0:
+        raise ValueError(f"data.val_share = {cfg.data.val_share} holds out none of {len(train_index)} images: raise it")
     model = build_model(cfg, weights, len(names))
-    weights = replace(weights, state={}, image=image, class_names=names)
+    weights = replace(weights, state={}, image=image_settings(cfg, weights), class_names=names)
     if run.resume_from is not None:
-        checkpoint.check_images(run.resume_from, train_index.fingerprint())
+        checkpoint.check_images(run.resume_from, fingerprint(train_index, val_index))
     with run.open(accelerator.is_main_process), StopSignal() as stop:
         if accelerator.is_main_process:
             train_index.save(run.path / "files.json")
@@ -84,13 +81,7 @@ def starting_weights(cfg: FinetuneConfig) -> Weights | None:
         raise ValueError(
             f"model.init = {path} does not exist: give a run, a checkpoint, a timm directory or a weights file"
         )
-    if path.is_dir():
-        weights = read_weights(path)
-    else:
-        variant = cfg.model.variant or (safetensors_variant(path) if path.suffix == ".safetensors" else None)
-        if variant is None:
-            raise ValueError(f"model.init = {path} does not say its variant: give model.variant")
-        weights = read_fair(path, variant)
+    weights = read_weights(path) if path.is_dir() else read_fair(path, cfg.model.variant)
     asked = {
         "model.variant": (cfg.model.variant, weights.variant),
         "model.stem_stride": (cfg.model.stem_stride, weights.stem_stride),
@@ -102,6 +93,32 @@ def starting_weights(cfg: FinetuneConfig) -> Weights | None:
     if cfg.eval_only and not weights.class_names:
         raise ValueError(f"model.init = {path} has no classifier to evaluate: give a fine-tuned model")
     return weights
+
+
+def image_settings(cfg: FinetuneConfig, weights: Weights) -> dict[str, Any]:
+    """Mean, std, input size and crop: the configuration's, else those that the weights were trained with.
+
+    Size and crop of the weights are taken only to evaluate them as they are. Raises ValueError if neither side has the
+    mean and std of images that are not grey or RGB.
+    """
+    (mean, std), size, crop_pct = cfg.data.statistics(), [cfg.data.in_chans, *cfg.data.image_size], cfg.data.crop_pct
+    if cfg.data.mean is None and "mean" in weights.image:
+        mean, std = weights.image["mean"], weights.image["std"]
+    if len(mean) != cfg.data.in_chans:
+        raise ValueError(
+            f"data.mean is missing for in_chans = {cfg.data.in_chans}, and model.init does not hold it: "
+            "compute it with `fcmae stats`"
+        )
+    if cfg.eval_only and "image_size" not in cfg.data.model_fields_set:
+        size = list(weights.image.get("input_size", size))
+    if cfg.eval_only and "crop_pct" not in cfg.data.model_fields_set:
+        crop_pct = weights.image.get("crop_pct", crop_pct)
+    return {"input_size": size, "mean": list(mean), "std": list(std), "crop_pct": crop_pct}
+
+
+def fingerprint(train_index: FileIndex, val_index: FileIndex) -> str:
+    """Of the training and the held-out images: the best model is chosen by the latter."""
+    return f"{train_index.fingerprint()}-{val_index.fingerprint()}"
 
 
 def find_indices(
@@ -191,16 +208,17 @@ def train(
     per_epoch = 0 if cfg.eval_only else steps_per_epoch(len(train_index), cfg.batch_size)
     total = per_epoch * cfg.epochs
 
-    # Depthwise convolutions take their fast path in this layout; on a CPU they are several times slower without it.
-    net = net.to(device, memory_format=torch.channels_last)
+    net = net.to(device)
     ema = ModelEmaV3(net, decay=regularization.ema_decay) if regularization.ema_decay and not cfg.eval_only else None
     scale = optim.layer_decay_scale(VARIANTS[weights.variant].depths, cfg.optim.layer_decay, cfg.optim.layer_decay_mode)
     groups = optim.parameter_groups(net, cfg.optim.weight_decay, scale)
     adamw = torch.optim.AdamW(groups, lr=0.0, betas=cfg.optim.betas)
     start, best = 0, {"balanced_accuracy": -1.0, "step": 0}
     if (resume := run.resume_from) is not None:
-        meta = checkpoint.restore(resume, net, adamw, train_index.fingerprint())
+        meta = checkpoint.restore(resume, net, adamw, fingerprint(train_index, val_index))
         start, best = meta.step, meta.progress["best"]
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(meta.progress["scaler"])
         if ema is not None:
             ema.module.load_state_dict(checkpoint.read_tensors(resume, "ema"))
 
@@ -215,10 +233,13 @@ def train(
         mean=weights.image["mean"],
         std=weights.image["std"],
     )
-    sizes: dict[str, Any] = {"in_chans": cfg.data.in_chans, "image_size": cfg.data.image_size, "seed": cfg.seed}
+    in_chans, height, width = weights.image["input_size"]
+    sizes: dict[str, Any] = {"in_chans": in_chans, "image_size": (height, width), "seed": cfg.seed}
     train_set = FinetuneDataset(train_index, augment=augment, **sizes)
-    val_set = FinetuneDataset(val_index, crop_pct=cfg.data.crop_pct, **sizes)
-    val_batches = evaluation_batches(len(val_index), max(1, cfg.batch_size // processes), rank, processes)
+    val_set = FinetuneDataset(val_index, crop_pct=weights.image["crop_pct"], **sizes)
+    val_batches = evaluation_batches(
+        len(val_index), max(1, cfg.batch_size // processes // cfg.grad_accum), rank, processes
+    )
     val_loader = build_loader(val_set, val_batches, num_workers=workers, device_type=device.type)
     mean, std = (torch.tensor(weights.image[k], device=device).view(-1, 1, 1) for k in ("mean", "std"))
 
@@ -235,7 +256,8 @@ def train(
 
     if cfg.model.compile:
         net.compile()
-    model, optimizer = accelerator.prepare(net, adamw)
+    # The optimizer's state is where torch put it; accelerate would move its step counts to the device.
+    model, optimizer = accelerator.prepare(net, adamw, device_placement=[True, False])
     metrics = Metrics(run.path / "metrics.jsonl", accelerator, start)
     bad_files = BadFiles(run.path / "bad_files.txt", len(train_index) + len(val_index), cfg.data.max_bad_share)
 
@@ -245,7 +267,11 @@ def train(
         if mixup is not None:
             images, target = mixup(images, target)  # the targets come smoothed
             smoothing = 0.0
-        return F.cross_entropy(model(images).float(), target, weight=balance_tensor, label_smoothing=smoothing)
+        logits = model(images).float()
+        # The sum over the number of images, not torch's weighted mean: its divisor would differ between the parts and
+        # processes that a batch is computed in.
+        loss = F.cross_entropy(logits, target, weight=balance_tensor, label_smoothing=smoothing, reduction="sum")
+        return loss / len(images)
 
     def evaluate(step: int, place: str = "") -> None:
         """Scores on the held-out images, of the moving average too; the best and the last model are exported."""
@@ -261,6 +287,8 @@ def train(
                 truth = np.asarray(val_index.labels)[positions]
                 found = scores(truth, probabilities)
                 values |= {prefix + name: value for name, value in found.items()}
+        if not all(map(math.isfinite, values.values())):
+            raise FloatingPointError(f"step {step}: the validation loss is not finite: {values}")
         metrics.write(step, step / max(per_epoch, 1), **values)
         text = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
         logger.info("step %d: %s on %d images", step, text, len(positions))
@@ -284,8 +312,9 @@ def train(
 
     def save(step: int) -> None:
         if accelerator.is_main_process:
-            config = cfg.model_dump(mode="json")
-            meta = checkpoint.Meta("finetune", step, config, train_index.fingerprint(), {"best": best})
+            progress = {"best": best, "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None}
+            images = fingerprint(train_index, val_index)
+            meta = checkpoint.Meta("finetune", step, cfg.model_dump(mode="json"), images, progress)
             tensors = {"model": net.state_dict(), "optimizer": checkpoint.optimizer_state(adamw, net)}
             if ema is not None:
                 tensors["ema"] = ema.module.state_dict()
@@ -302,7 +331,7 @@ def train(
         len(names),
         len(val_index),
     )
-    fit(
+    finished = fit(
         cfg,
         cfg.optim,
         run,
@@ -322,4 +351,5 @@ def train(
         save=save,
         after_step=(lambda: ema.update(net)) if ema is not None else lambda: None,
     )
-    logger.info("best and last model: %s, %s", run.path / "best", run.path / "last")
+    if finished:
+        logger.info("best and last model: %s, %s", run.path / "best", run.path / "last")

@@ -206,6 +206,8 @@ def optimizer_step(
         bad = [n for n, p in net.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
         names = ", ".join(bad[:3]) or "its norm"
         raise FloatingPointError(f"the gradient is not finite in {names} ({len(bad)} parameters in all)")
+    if not math.isfinite(norm_value) and accelerator.scaler is not None and accelerator.scaler.get_scale() < 1:
+        raise FloatingPointError("the gradient is not finite however far fp16's loss is scaled down")
     if clip_grad is not None:
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), clip_grad, norm)
     optimizer.step()

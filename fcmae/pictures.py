@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fcmae.data.dataset import denormalize
 from fcmae.loss import patch_statistics, patchify, unpatchify
 from fcmae.sites import refine
 
@@ -32,8 +33,8 @@ def reconstruction_panels(
     if normalize:
         target_mean, target_std = patch_statistics(patchify(images, patch))
         pred = pred * target_std + target_mean
-    original = images * std + mean
-    reconstruction = unpatchify(pred, patch, size) * std + mean
+    original = denormalize(images, mean, std)
+    reconstruction = denormalize(unpatchify(pred, patch, size), mean, std)
     hidden = refine(mask, patch)[:, None]
     masked = torch.where(hidden, float(original.min()) * (1 - GREY) + float(original.max()) * GREY, original)
     pasted = torch.where(hidden, reconstruction, original)

@@ -31,7 +31,7 @@ def predict(model_dir: Path, paths: list[str], csv: Path | None = None, batch_si
         raise ValueError(f"{model_dir} has no classifier: give a fine-tuned model")
     accelerator = Accelerator()
     model, _ = build_dense(weights)
-    model.to(accelerator.device, memory_format=torch.channels_last).eval()
+    model.to(accelerator.device).eval()
 
     index = find_images(paths)
     _, height, width = weights.image["input_size"]

@@ -108,7 +108,10 @@ def train(
     adamw = torch.optim.AdamW(optim.parameter_groups(net, cfg.optim.weight_decay), lr=0.0, betas=cfg.optim.betas)
     start = 0
     if (resume := run.resume_from) is not None:
-        start = checkpoint.restore(resume, net, adamw, train_index.fingerprint()).step
+        meta = checkpoint.restore(resume, net, adamw, train_index.fingerprint())
+        start = meta.step
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(meta.progress["scaler"])
 
     workers = cfg.data.num_workers
     if workers is None:
@@ -121,7 +124,8 @@ def train(
 
     if cfg.model.compile:
         net.compile()
-    model, optimizer = accelerator.prepare(net, adamw)
+    # The optimizer's state is where torch put it; accelerate would move its step counts to the device.
+    model, optimizer = accelerator.prepare(net, adamw, device_placement=[True, False])
     metrics = Metrics(run.path / "metrics.jsonl", accelerator, start)
     bad_files = BadFiles(run.path / "bad_files.txt", len(train_index) + len(val_index), cfg.data.max_bad_share)
 
@@ -170,7 +174,8 @@ def train(
 
     def save(step: int) -> None:
         if accelerator.is_main_process:
-            meta = checkpoint.Meta("pretrain", step, cfg.model_dump(mode="json"), train_index.fingerprint())
+            progress = {"scaler": accelerator.scaler.state_dict() if accelerator.scaler else None}
+            meta = checkpoint.Meta("pretrain", step, cfg.model_dump(mode="json"), train_index.fingerprint(), progress)
             tensors = {"model": net.state_dict(), "optimizer": checkpoint.optimizer_state(adamw, net)}
             checkpoint.save(run.path, meta, tensors)
             checkpoint.prune(run.path, cfg.checkpoint.keep, cfg.checkpoint.milestone_epochs * per_epoch)

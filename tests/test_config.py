@@ -63,7 +63,7 @@ def test_statistics_default_to_imagenets_and_its_grey_average() -> None:
         ({"data": {"image_size": 32}}, "data.image_size", "single patch"),
         ({"model": {"mask_ratio": 0.98}}, "model.mask_ratio", "leaves none of 49 patches visible: at most 0.979"),
         ({"data": {"crop_scale": [1, 0.2]}}, "data.crop_scale", "rising order"),
-        ({"data": {"mean": [0.5]}}, "data.mean", "has 1 values, in_chans = 3 needs 3"),
+        ({"data": {"std": [0.2] * 3, "mean": [0.5]}}, "data.mean", "has 1 values, in_chans = 3 needs 3"),
         ({"batch_size": 65, "grad_accum": 2}, "batch_size", "the nearest is 64"),
         ({"device": "cpu", "precision": "fp16"}, "precision", "needs a GPU"),
     ],

@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 from conftest import randomize
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from timm.models.convnext import checkpoint_filter_fn
 
 from fcmae import checkpoint
@@ -180,6 +180,36 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds more than tensors"):
         read_fair(tmp_path / "bad.pth", "convnextv2_atto")
     assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pth"])
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", b"\x00" * 64])
+def test_damaged_files_are_refused_in_a_sentence(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=name):
+        read_fair(tmp_path / name, "convnextv2_atto")
+
+
+@pytest.mark.parametrize("config", ["", "[]", "{}", '{"architecture": "resnet50"}', '{"architecture": "local-dir:x"}'])
+def test_a_directory_with_another_config_is_refused(tmp_path: Path, config: str) -> None:
+    (tmp_path / "config.json").write_text(config)
+    save_file({"stem.0.weight": torch.ones(1, 1, 1, 1)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        read_weights(tmp_path)
+
+
+def test_a_file_cannot_have_timm_load_something_else(tmp_path: Path) -> None:
+    state = {"downsample_layers.0.0.weight": torch.ones(40, 3, 4, 4)}
+    save_file(state, tmp_path / "a.safetensors", {"variant": "hf-hub:somebody/something"})
+    with pytest.raises(ValueError, match="is of variant 'hf-hub:somebody/something'"):
+        read_fair(tmp_path / "a.safetensors")
+
+
+def test_the_fair_file_keeps_variant_and_statistics(tmp_path: Path) -> None:
+    place, _ = write_checkpoint(tmp_path / "run", in_chans=5)
+    convert(place, tmp_path / "fair.safetensors", "fair")
+    read = read_fair(tmp_path / "fair.safetensors")
+    assert (read.variant, read.in_chans, read.image["mean"]) == ("convnextv2_atto", 5, [0.5] * 5)
 
 
 def test_the_head_is_kept_or_made_new(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import tifffile
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps
 
-from fcmae.data.decode import BadImage, read_crop, read_pil
+from fcmae.data.decode import BadImage, read_crop
 from fcmae.data.geometry import Box, decode_scale, make_upright, stored_box
 
 H, W = 24, 36  # not square
@@ -306,16 +306,6 @@ def test_16_bit_values_stay_in_range_when_enlarged(tmp_path: Path) -> None:
     for name in ("a.npy", "a.png"):
         out = read_crop(str(tmp_path / name), 1, whole, (3 * H, 3 * W))
         assert out.min() == 0 and out.max() == 1
-
-
-def test_read_pil_gives_mode_depth_and_least_size(tmp_path: Path) -> None:
-    photo(512, 640).save(tmp_path / "a.jpg")
-    assert (read_pil(str(tmp_path / "a.jpg"), 3).mode, read_pil(str(tmp_path / "a.jpg"), 1).mode) == ("RGB", "L")
-    assert read_pil(str(tmp_path / "a.jpg"), 3).size == (640, 512)
-    assert read_pil(str(tmp_path / "a.jpg"), 3, (100, 100)).size == (160, 128)
-    deep = noise(H, W, dtype=np.uint16)
-    np.save(tmp_path / "a.npy", deep)
-    np.testing.assert_allclose(np.asarray(read_pil(str(tmp_path / "a.npy"), 1)), deep / 257, atol=0.51)
 
 
 def test_channels_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:

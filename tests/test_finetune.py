@@ -5,7 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -110,7 +113,7 @@ def test_evaluating_only_and_predicting_repeat_the_last_evaluation(
     out = tmp_path / "evaluated"
     status = cli.main(
         f"finetune --eval_only --model.init {tuned / 'last'} --data.val_path {tmp_path / 'held_out.csv'} --out {out} "
-        "--device cpu --data.image_size 32 --log.trackers none --batch_size 3 --data.num_workers 0".split()
+        "--device cpu --log.trackers none --batch_size 3 --data.num_workers 0".split()  # the size is the model's own
     )
     assert status == 0
     assert metrics(out)[-1]["val_loss"] == pytest.approx(metrics(tuned)[-1]["val_loss"], rel=1e-5)
@@ -232,6 +235,71 @@ def test_an_encoder_alone_cannot_predict(labelled: Path, tmp_path: Path, capsys:
     convert(place, tmp_path / "encoder", "timm")
     assert cli.main(["predict", str(tmp_path / "encoder"), str(labelled)]) == 2
     assert "has no classifier" in capsys.readouterr().err
+
+
+def test_a_split_that_holds_out_nothing_is_refused_at_once(
+    labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    single = tmp_path / "single.csv"
+    single.write_text("path,label\n" + "".join(f"{labelled / name / '0.png'},{name}\n" for name in COLORS))
+    assert finetune(single, tmp_path / "out", model__variant="convnextv2_atto", batch_size=2) == 2
+    assert "holds out none of 2 images" in capsys.readouterr().err
+
+
+def test_other_held_out_images_are_refused_on_resume(
+    labelled: Path, tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(tuned, copy)
+    settings: dict[str, Any] = {"model__variant": "convnextv2_atto", "epochs": 4, "data__auto_augment": "rand-m9-inc1"}
+    assert finetune(labelled, copy, **settings) == 0  # it is finished, and says so
+    runs.forget_accelerator()
+    capsys.readouterr()
+    assert finetune(labelled, copy, **settings, data__val_path=labelled) == 2
+    assert "no longer gives the images" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_makes_no_best_model(
+    labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(fcmae.finetune, "scores", lambda *_: {"val_loss": float("nan"), "balanced_accuracy": 1.0})
+    assert finetune(labelled, tmp_path / "out", model__variant="convnextv2_atto") == 2
+    assert "step 4: the validation loss is not finite" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "best").exists()
+
+
+def test_two_processes_train_and_score_like_one(labelled: Path, tmp_path: Path) -> None:
+    flags = {
+        "data.path": labelled,
+        "device": "cpu",
+        "data.image_size": 32,
+        "data.num_workers": 0,
+        "data.auto_augment": "none",
+        "model.variant": "convnextv2_atto",
+        "batch_size": 4,
+        "epochs": 1,
+        "optim.base_lr": 0.03,
+        "regularization.class_weights": "balanced",
+        "regularization.ema_decay": 0.5,
+        "log.every_steps": 1,
+        "log.trackers": "none",
+    }
+    words = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
+    assert cli.main(["finetune", *words, "--out", str(tmp_path / "one")]) == 0
+    script = Path(__file__).parents[1] / "finetune.py"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run([*launch, *words, "--out", str(tmp_path / "two")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "2 x cpu" in done.stderr
+    timings = {"images_per_s", "data_wait_s"}
+    for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        # The same sums in another order; four AdamW steps at a high rate amplify the rounding.
+        assert {k: v for k, v in two.items() if k not in timings} == pytest.approx(
+            {k: v for k, v in one.items() if k not in timings}, rel=1e-3, abs=1e-5
+        )
+    for place in ("best", "last"):
+        rows = [(tmp_path / run / place / "predictions.csv").read_text().count("\n") for run in ("one", "two")]
+        assert rows == [5, 5]
 
 
 def test_class_weights_by_hand() -> None:

@@ -112,7 +112,7 @@ def test_the_commands_for_several_gpus_run_on_two_cpu_processes(workplace: Path)
     assert launched
     for _, launch, *words in launched:
         words = with_flags(with_flags(words, LAUNCH), SMALL)
-        line = [sys.executable, "-m", "accelerate.commands.accelerate_cli", launch, "--multi_gpu", *words]
+        line = [sys.executable, "-m", "accelerate.commands.accelerate_cli", launch, *words]
         done = subprocess.run(line, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         assert done.returncode == 0, done.stderr
         assert "2 x cpu" in done.stderr

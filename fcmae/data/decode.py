@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fcmae.data.geometry import Box, decode_scale
+from fcmae.data.geometry import Box
 from fcmae.data.readers import BadImage, open_image, reading
 
-__all__ = ["BadImage", "Box", "ChooseBox", "open_image", "read_crop", "read_pil", "to_pil"]
+__all__ = ["BadImage", "Box", "ChooseBox", "open_image", "read_crop", "to_pil"]
 
 ChooseBox = Callable[[int, int], Box]  # (height, width) -> box
 
@@ -41,21 +41,6 @@ def read_crop(path: str, in_chans: int, choose_box: ChooseBox, size: tuple[int, 
     if pixels.dtype != np.uint8 and not np.isfinite(pixels).all():
         raise BadImage("it holds values that are not finite")
     return pixels
-
-
-def read_pil(path: str, in_chans: int, min_size: tuple[int, int] | None = None) -> Image.Image:
-    """Read a whole image, upright and in 8 bits, as a Pillow image of mode L (in_chans 1) or RGB (in_chans 3).
-
-    min_size: reduce it by 2, 4 or 8, as long as it stays at or above this height and width. Values of 16-bit and float
-    images are clipped to 0..1. Raises BadImage as `read_crop` does.
-    """
-    assert in_chans in (1, 3)
-    with open_image(path, in_chans) as image:
-        height, width = image.height, image.width
-        scale = decode_scale(height, width, min_size) if min_size else 1
-        with reading():
-            pixels = image.read((0, 0, height, width), (height // scale, width // scale))
-    return to_pil(pixels)
 
 
 def to_pil(pixels: NDArray[Any]) -> Image.Image:
