@@ -120,7 +120,7 @@ def main() -> None:
     write_csv(out / "test.csv", test, paths, labels)
     print(f"{len(training)} cells to learn from, {len(test)} to test on ({labels.count('defective')} defective in all)")
 
-    fcmae("pretrain", "--config", "demo_pretrain", "--data.path", out / "unlabeled.txt", "--out", out / "pretrain")
+    fcmae("pretrain", "--config", "pretrain_demo", "--data.path", out / "unlabeled.txt", "--out", out / "pretrain")
     shutil.rmtree(out / "encoder", ignore_errors=True)
     fcmae("convert", out / "pretrain", out / "encoder")
     for seed in range(args.seeds):
@@ -130,10 +130,10 @@ def main() -> None:
         for start, flags in (
             ("pretrained", ["--model.init", out / "encoder"]),
             # Layers that start from nothing have nothing that a lower learning rate would keep.
-            ("scratch", ["--model.variant", "convnextv2_atto", "--optim.layer_decay", 1]),
+            ("scratch", ["--optim.layer_decay", 1]),
         ):
             run = out / f"finetune-{start}-{seed}"
-            fcmae("finetune", "--config", "demo_finetune", *common, *flags, "--out", run)
+            fcmae("finetune", "--config", "finetune_demo", *common, *flags, "--out", run)
 
     text = report(out, args.seeds, args.labels, (time.perf_counter() - started) / 60)
     (out / "report.md").write_text(text + "\n")

@@ -35,7 +35,8 @@ def class_probabilities(
         if len(readable.index):
             images = normalize(readable.images.to(accelerator.device, non_blocking=True), mean, std)
             with accelerator.autocast():  # a moving average has not been through accelerate
-                probabilities = model(images).float().softmax(-1)
+                # forward, as calling a compiled model would compile it again for another batch size
+                probabilities = model.forward(images).float().softmax(-1)
             found.append((readable.index.numpy(), probabilities.cpu().numpy()))
     model.train(training)
     if accelerator.num_processes > 1:

@@ -143,7 +143,8 @@ def train(
         for batch in val_loader:
             bad += batch.bad
             if num := int(batch.valid.sum()):
-                loss = loss_of(batch.select(batch.valid).to(device), net)
+                # net.forward, not net: a compiled model would be compiled again for this batch's size.
+                loss = loss_of(batch.select(batch.valid).to(device), net.forward)
                 sums += torch.stack([loss * num, loss.new_tensor(num)])
         loss_sum, num_images = accelerator.reduce(sums, reduction="sum").tolist()
         if processes > 1:
@@ -163,8 +164,9 @@ def train(
     def picture(step: int) -> None:
         shown = val_set if len(val_set) else build_dataset(cfg, train_index, augment=False)
         batch = collate([shown[(EVAL_EPOCH, i)] for i in range(min(PICTURED, len(shown)))]).to(device)
+        assert batch.masks is not None
         images = normalize(batch.images, mean, std)
-        pred, site_mask = net(images, batch.masks, visible, hidden_only=False)
+        pred, site_mask = net.forward(images, batch.masks, visible, hidden_only=False)
         panels = reconstruction_panels(pred, images, site_mask, mean, std, normalize=cfg.model.normalize_target)
         title = (
             f"{cfg.model.variant}, epoch {step / per_epoch:.4g}, {'held-out' if len(val_set) else 'training'} images"

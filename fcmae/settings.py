@@ -83,7 +83,8 @@ class _Dumper(yaml.SafeDumper):
 
 def dump(config: RunConfig) -> str:
     """The settings as YAML, which loads back equal."""
-    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    # ASCII only: PyYAML writes some line breaks of Unicode as they are and reads them as spaces.
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, width=120)
 
 
 def diff(saved: RunConfig, new: RunConfig) -> list[str]:

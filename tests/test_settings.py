@@ -66,7 +66,9 @@ def test_switches_need_no_value_and_may_have_one() -> None:
 
 def test_numbers_may_leave_out_the_zero_and_have_an_exponent(yaml_file: Path) -> None:
     yaml_file.write_text("optim: {base_lr: 1e-4}\n")  # a string in YAML 1.1
-    config = load("--config", str(yaml_file), "--data.mean", ".5,.4,3e-1", "--data.crop_scale", ".2,1")
+    config = load(
+        "--config", str(yaml_file), "--data.mean", ".5,.4,3e-1", "--data.std", "1,1,1", "--data.crop_scale", ".2,1"
+    )
     assert config.optim.base_lr == 1e-4
     assert config.data.mean == [0.5, 0.4, 0.3]
 
@@ -259,10 +261,13 @@ def test_differences_name_what_changes_the_result_and_nothing_else() -> None:
     saved = load()
     moved = load("--out", "other", "--data.path", "elsewhere", "--model.backend", "masked", "--log.every_steps", "1")
     assert settings.diff(saved, moved) == []
-    changed = load("--model.mask_ratio", "0.75", "--data.image_size", "192,256", "--data.mean", "0,0,0")
+    changed = load(
+        "--model.mask_ratio", "0.75", "--data.image_size", "192,256", "--data.mean", "0,0,0", "--data.std", "1,1,1"
+    )
     assert settings.diff(saved, changed) == [
         "data.image_size: the run has [224, 224], this command [192, 256]",
         "data.mean: the run has none, this command [0.0, 0.0, 0.0]",
+        "data.std: the run has none, this command [1.0, 1.0, 1.0]",
         "model.mask_ratio: the run has 0.6, this command 0.75",
     ]
 
