@@ -55,7 +55,7 @@ def write_images(folder: Path, count: int, size: tuple[int, int], mode: str = "R
 
 
 @pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folders that the page names, and the scripts of a clone."""
     write_images(tmp_path / "photos", 6, (60, 50))
     write_images(tmp_path / "small", 6, (32, 32))
@@ -92,7 +92,7 @@ def run_fcmae(words: list[str]) -> None:
     assert status == 0, shlex.join(words)
 
 
-def test_the_commands_run(workplace: Path) -> None:
+def test_the_commands_run(folder: Path) -> None:
     ran = set()
     for words in commands():
         if words[0] == "fcmae":
@@ -103,11 +103,11 @@ def test_the_commands_run(workplace: Path) -> None:
     assert ran == {"pretrain", "convert", "finetune", "predict", "stats", "configs"}
     for block in blocks("python"):
         exec(block, {})
-    assert (workplace / "new.csv").read_text().startswith("path,")
-    assert list((workplace / "runs" / "try" / "reconstructions").glob("*.png"))
+    assert (folder / "new.csv").read_text().startswith("path,")
+    assert list((folder / "runs" / "try" / "reconstructions").glob("*.png"))
 
 
-def test_the_commands_for_several_gpus_run_on_two_cpu_processes(workplace: Path) -> None:
+def test_the_commands_for_several_gpus_run_on_two_cpu_processes(folder: Path) -> None:
     launched = [words for words in commands() if words[0] == "accelerate"]
     assert launched
     for _, launch, *words in launched:
