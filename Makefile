@@ -13,7 +13,7 @@ help:
 	@echo 'make demo     pretrain, convert and fine-tune on photographs of solar cells'
 	@echo 'make test     run the tests'
 	@echo 'make check    ruff and mypy'
-	@echo 'make bench    time the encoder, packed against masked, about a minute'
+	@echo 'make bench    time the encoder, packed against masked, a minute or two'
 
 setup: $(READY)
 	@:

@@ -65,7 +65,7 @@ class Block(nn.Module):
         self.pwconv1 = nn.Linear(dim, 4 * dim)
         self.grn = GRN(4 * dim) if use_grn else None
         self.pwconv2 = nn.Linear(4 * dim, dim)
-        self.gamma = None if use_grn else nn.Parameter(torch.full((dim,), EPS))
+        self.gamma = None if use_grn else nn.Parameter(torch.full((dim,), 1e-6))
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, layout: Layout, select: Callable[[Tensor], Tensor] | None = None) -> Tensor:
