@@ -1,10 +1,11 @@
-"""Time the encoder's forward and backward, packed against masked.
+"""Time the encoder's forward and backward, packed against the other backends.
 
     python benchmarks/encoder.py
+    python benchmarks/encoder.py --backends packed masked minkowski
     python benchmarks/encoder.py --variant convnextv2_tiny --batch 8 --json tiny.json
 
-The two backends are timed in turn within each repeat, so that whatever else slows the machine slows both; the ratio is
-taken repeat by repeat, and quartiles tell the spread. Speed is reported, never asserted.
+The backends are timed in turn within each repeat, so that whatever else slows the machine slows all of them; ratios to
+the first are taken repeat by repeat, and quartiles tell the spread. Speed is reported, never asserted.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from fcmae.encoder import VARIANTS, Encoder
 from fcmae.masking import num_visible, random_mask
 from fcmae.sparse import make_layout
 
-BACKENDS = ("packed", "masked")
+BACKENDS = ("packed", "masked", "minkowski")
 WARMUP = 2  # repeats that are not counted: allocation and the choice of kernels
 
 
@@ -56,23 +57,25 @@ def main(argv: list[str] | None = None) -> None:
 
         return run
 
-    steps = {backend: step(backend) for backend in BACKENDS}
-    times: dict[str, list[float]] = {backend: [] for backend in BACKENDS}
+    steps = {backend: step(backend) for backend in args.backends}
+    times: dict[str, list[float]] = {backend: [] for backend in args.backends}
     for repeat in range(WARMUP + args.repeats):
-        for backend in BACKENDS:
+        for backend in args.backends:
             elapsed = timed(steps[backend], device)
             if repeat >= WARMUP:
                 times[backend].append(elapsed)
-    ratios = [masked / packed for packed, masked in zip(times["packed"], times["masked"], strict=True)]
+    first, *others = args.backends
+    ratios = {other: [b / a for a, b in zip(times[first], times[other], strict=True)] for other in others}
 
-    print(f"\n{'':8}{'median':>12}{'quartiles':>22}{'images/s':>12}")
+    width = 5 + max(map(len, args.backends))
+    print(f"\n{'':{width}}{'median':>12}{'quartiles':>22}{'images/s':>12}")
     for backend, seconds in times.items():
         low, middle, high = (1000 * value for value in statistics.quantiles(seconds, n=4))
-        print(
-            f"{backend:8}{f'{middle:.1f} ms':>12}{f'{low:.1f} - {high:.1f} ms':>22}{1000 * args.batch / middle:12.1f}"
-        )
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    print(f"{'ratio':8}{f'{middle:.2f} x':>12}{f'{low:.2f} - {high:.2f} x':>22}")
+        spread, images_per_s = f"{low:.1f} - {high:.1f} ms", 1000 * args.batch / middle
+        print(f"{backend:{width}}{f'{middle:.1f} ms':>12}{spread:>22}{images_per_s:12.1f}")
+    for other, values in ratios.items():
+        low, middle, high = statistics.quantiles(values, n=4)
+        print(f"{other:{width}}{f'{middle:.2f} x':>12}{f'{low:.2f} - {high:.2f} x':>22}  the time of {first}")
     if args.json:
         settings = {key: value for key, value in vars(args).items() if key != "json"}
         result = {"settings": settings, "machine": info, "visible": visible, "seconds": times, "ratios": ratios}
@@ -116,10 +119,18 @@ def cpu_name() -> str:
 
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(
-        description="Time the encoder's forward and backward, packed against masked.",
+        description="Time the encoder's forward and backward, packed against the other backends.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     found.add_argument("--variant", choices=VARIANTS, default="convnextv2_atto", metavar="NAME", help="the encoder")
+    found.add_argument(
+        "--backends",
+        nargs="+",
+        choices=BACKENDS,
+        default=["packed", "masked"],
+        metavar="NAME",
+        help=f"what to time, the reference first: {', '.join(BACKENDS)}",
+    )
     found.add_argument("--batch", type=int, default=16, help="images at a time")
     found.add_argument("--size", type=int, default=224, help="height and width of the images")
     found.add_argument("--patch", type=int, default=32, help="side of a mask patch")

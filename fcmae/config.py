@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -133,8 +134,10 @@ class PretrainModel(Section):
     """The encoder: convnextv2_atto to _huge, or V1 (LayerScale, no GRN): convnext_tiny to _xlarge."""
     stem_stride: StemStride = 4
     """Stride of the stem: 4 as published; 1 or 2 for small images. The total stride is 8 times this."""
-    backend: Literal["packed", "masked"] = "packed"
-    """How the sparse encoder computes: packed (fast) or masked (the dense reference). A resumed run may switch."""
+    backend: Literal["packed", "masked", "minkowski"] = "packed"
+    """How the sparse encoder computes: packed (fast), masked (dense) or minkowski. A resumed run may switch."""
+    grn_scope: Literal["image", "batch"] = "image"
+    """What the encoder's GRN pools over: image, or batch to continue a run of the released PyTorch code."""
     mask_patch: int = Field(32, ge=8)
     """Side of a mask patch in pixels: a multiple of the total stride."""
     mask_ratio: float = Field(0.6, gt=0, lt=1)
@@ -312,6 +315,11 @@ class PretrainConfig(RunConfig):
         if not self.data.path:
             yield ("data.path",), "missing: a folder of images, e.g. --data.path photos"
         yield from _image_conflicts(self.data)
+        if self.model.backend == "minkowski" and find_spec("MinkowskiEngine") is None:
+            yield (
+                ("model.backend",),
+                "minkowski needs MinkowskiEngine, which is not installed: build it with `make minkowski` or use packed",
+            )
         stride, patch, size = 8 * self.model.stem_stride, self.model.mask_patch, self.data.image_size
         if patch % stride:
             yield (

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath
 from torch import Tensor, nn
 
 from fcmae.sparse import Layout
@@ -35,7 +34,8 @@ class GRN(nn.Module):
     G = L2 norm of each channel over the image's sites; N = G / (mean of G over channels + 1e-6);
     y = gamma * (x * N) + beta + x, with gamma = beta = 0 at the start. The paper prints a sum where this has a mean,
     as its code does; they differ by a factor that gamma absorbs. The released PyTorch code takes G over the whole
-    batch in pretraining and over one image in fine-tuning; here it is one image in both.
+    batch in pretraining and over one image in fine-tuning; here it is one image in both, unless the layout's grn_scope
+    is "batch".
 
     gamma, beta: (1, 1, 1, C), the released code's shape.
     """
@@ -49,7 +49,8 @@ class GRN(nn.Module):
         """Normalise x (..., C) by norm, the float32 G of its images, broadcastable to x. Returns x's dtype."""
         scale = norm / (norm.mean(dim=-1, keepdim=True) + EPS)
         wide = at_least_float32(x)
-        return (wide + self.gamma * (wide * scale) + self.beta).to(x.dtype)
+        gamma, beta = self.gamma.flatten(), self.beta.flatten()  # (C,), which broadcasts to features of any rank
+        return (wide + gamma * (wide * scale) + beta).to(x.dtype)
 
 
 class Block(nn.Module):
@@ -66,7 +67,7 @@ class Block(nn.Module):
         self.grn = GRN(4 * dim) if use_grn else None
         self.pwconv2 = nn.Linear(4 * dim, dim)
         self.gamma = None if use_grn else nn.Parameter(torch.full((dim,), 1e-6))
-        self.drop_path = DropPath(drop_path)
+        self.drop_path_rate = drop_path
 
     def forward(self, x: Tensor, layout: Layout, select: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Features of all sites of x, or of those that `select` keeps.
@@ -85,5 +86,6 @@ class Block(nn.Module):
         h = self.pwconv2(h)
         if self.gamma is not None:
             h = self.gamma * h
-        out: Tensor = x + self.drop_path(h)
-        return out
+        if self.training and self.drop_path_rate > 0:
+            h = layout.drop_path(h, self.drop_path_rate)
+        return x + h

@@ -39,18 +39,23 @@ def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
 def reconstruction_loss(pred: Tensor, images: Tensor, mask: Tensor, *, normalize: bool = True) -> Tensor:
     """Mean squared error over hidden patches only (arXiv 2301.00808, Sec. 3).
 
-    pred: (B, M, p * p * C) float, the predictions for the M hidden patches of each image, in row-major order.
-    images: (B, C, H, W) float. mask: (B, H / p, W / p) bool, True = hidden, M True in each image.
+    pred: (B, M, p * p * C) float, the predictions for the M hidden patches of each image, or for every patch if images
+    differ in their number of hidden ones, in row-major order. images: (B, C, H, W) float.
+    mask: (B, H / p, W / p) bool, True = hidden.
     normalize: standardise each target patch by its own mean and unbiased variance (eps 1e-6).
     Returns a float32 scalar. Raises ValueError if no patch is hidden.
     """
-    B, M = pred.shape[:2]
-    if M == 0:
+    M, pred = pred.shape[1], pred.flatten(0, 1)
+    if mask[0].numel() > M:
+        hidden = true_rows(mask, M)
+    else:  # every patch is predicted, and only the mask tells how many are hidden
+        hidden = mask.flatten().nonzero()[:, 0]
+        pred = pred.index_select(0, hidden)
+    if len(hidden) == 0:
         raise ValueError("mask hides no patch: the loss is over hidden patches, so hide at least one")
     patch = images.shape[2] // mask.shape[1]
     # Only hidden patches are gathered, so no target is computed and thrown away.
-    target = patchify(images, patch).flatten(0, 1).index_select(0, true_rows(mask, M)).view(B, M, -1)
-    target = at_least_float32(target)
+    target = at_least_float32(patchify(images, patch).flatten(0, 1).index_select(0, hidden))  # (num_hidden, p * p * C)
     if normalize:
         mean, std = patch_statistics(target)
         target = (target - mean) / std

@@ -73,7 +73,7 @@ def build_model(cfg: PretrainConfig) -> FCMAE:
         drop_path_rate=cfg.model.drop_path_rate,
         grad_checkpointing=cfg.model.grad_checkpointing,
     )
-    return FCMAE(encoder, cfg.model.decoder_depth, cfg.model.decoder_dim, cfg.model.backend)
+    return FCMAE(encoder, cfg.model.decoder_depth, cfg.model.decoder_dim, cfg.model.backend, cfg.model.grn_scope)
 
 
 def build_dataset(cfg: PretrainConfig, index: FileIndex, *, augment: bool) -> PretrainDataset:

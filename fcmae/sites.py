@@ -1,6 +1,6 @@
 """Indices of the visible or hidden sites of a batch of masks.
 
-Every image of a batch has the same number of each, so all shapes here are static: nothing waits for the device.
+Where every image has the same number of each, shapes are static and `true_rows` does not wait for the device.
 """
 
 from __future__ import annotations
@@ -27,10 +27,24 @@ def count_visible(mask: Tensor) -> int:
 
     mask: (B, gh, gw) bool, True = hidden. Raises ValueError if the images differ or nothing is visible.
     """
+    counts = visible_counts(mask)
+    if len(counts) != 1:
+        raise ValueError(
+            f"mask leaves {counts} patches visible: every image needs the same number; "
+            "the backends masked and minkowski take any"
+        )
+    return counts[0]
+
+
+def visible_counts(mask: Tensor) -> list[int]:
+    """The different numbers of visible (False) sites that images have, in rising order. Waits for the device.
+
+    Raises ValueError if nothing is visible in any image.
+    """
     counts = sorted(set(mask.logical_not().flatten(1).sum(1).tolist()))
-    if len(counts) != 1 or counts[0] == 0:
-        raise ValueError(f"mask leaves {counts} patches visible: every image needs the same number, at least 1")
-    return int(counts[0])
+    if counts == [0]:
+        raise ValueError("mask leaves no patch visible: leave at least 1")
+    return counts
 
 
 def refine(mask: Tensor, factor: int) -> Tensor:

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import os
+from importlib.util import find_spec
+
 import pytest
 import torch
 from torch import nn
+
+# MinkowskiEngine is a build from source. Where it must be there, as in the image that builds it, a skip would hide that
+# the build is broken: FCMAE_REQUIRE_MINKOWSKI=1 lets the tests run and fail.
+requires_minkowski = pytest.mark.skipif(
+    find_spec("MinkowskiEngine") is None and not os.environ.get("FCMAE_REQUIRE_MINKOWSKI"),
+    reason="MinkowskiEngine is not installed",
+)
+MINKOWSKI = pytest.param("minkowski", marks=requires_minkowski)
 
 
 def randomize(module: nn.Module, seed: int = 0, std: float = 0.3) -> None:

@@ -28,6 +28,7 @@ ORDER = [
     "fcmae.sites",
     "fcmae.sparse.masked",
     "fcmae.sparse.packed",
+    "fcmae.sparse.minkowski",
     "fcmae.sparse",
     "fcmae.layers",
     "fcmae.encoder",

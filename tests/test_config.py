@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 from pydantic import ValidationError
 
@@ -73,6 +75,11 @@ def test_impossible_combinations_are_named_with_a_remedy(sections: dict[str, obj
     assert isinstance(data, dict)
     found = sentences(pretrain(data={"path": ["photos"], **data}, **sections))
     assert found.startswith(f"{key}: ") and sentence in found and "\n" not in found
+
+
+def test_an_engine_that_is_not_installed_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "MinkowskiEngine", None)
+    assert "build it with `make minkowski`" in sentences(pretrain(model={"backend": "minkowski"}))
 
 
 def test_the_largest_ratio_that_is_named_leaves_a_patch_visible() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
-from conftest import randomize
+from conftest import MINKOWSKI, randomize
 from torch import Tensor
 
 from fcmae.encoder import VARIANTS, Encoder
@@ -12,6 +14,9 @@ from fcmae.layers import Block
 from fcmae.masking import num_visible, random_mask
 from fcmae.sites import count_visible, refine, true_rows
 from fcmae.sparse import Masked, Packed, make_layout
+
+BACKENDS = ["packed", "masked", MINKOWSKI]
+AGAINST_MASKED = ["packed", MINKOWSKI]
 
 # Exact algebra in another order: float64 leaves a few ulps times the length of the sums.
 TOLERANCE = {"atol": 1e-10, "rtol": 1e-10}
@@ -27,8 +32,9 @@ def masks(batch: int, grid: tuple[int, int], visible: int) -> Tensor:
 )
 @pytest.mark.parametrize("b", [1, 2, 4, 8])
 @pytest.mark.parametrize("use_grn", [True, False])
-def test_packed_block_equals_masked_block(
-    grid: tuple[int, int], visible: int, batch: int, b: int, use_grn: bool
+@pytest.mark.parametrize("backend", AGAINST_MASKED)
+def test_block_equals_masked_block(
+    backend: str, grid: tuple[int, int], visible: int, batch: int, b: int, use_grn: bool
 ) -> None:
     mask = masks(batch, grid, visible)
     block = Block(6, use_grn=use_grn).double()
@@ -36,46 +42,109 @@ def test_packed_block_equals_masked_block(
     dense = torch.randn(batch, grid[0] * b, grid[1] * b, 6, dtype=torch.float64)
     cotangent = torch.randn_like(dense)
     results = []
-    for layout in (Packed(mask, visible), Masked(mask)):
+    for layout in (make_layout(backend, mask, visible), Masked(mask)):
         x = dense.clone().requires_grad_()
         block.zero_grad()
         y = layout.unpack(block(layout.pack(x), layout))
         y.backward(cotangent)
         results.append([y.detach(), x.grad, *(p.grad.clone() for p in block.parameters())])
-    for packed, masked in zip(*results, strict=True):
-        torch.testing.assert_close(packed, masked, **TOLERANCE)
+    for other, masked in zip(*results, strict=True):
+        torch.testing.assert_close(other, masked, **TOLERANCE)
 
 
 @pytest.mark.parametrize("grid", [(2, 3), (3, 1)])
-def test_packed_downsample_equals_convolution(grid: tuple[int, int]) -> None:
+@pytest.mark.parametrize("backend", AGAINST_MASKED)
+def test_downsample_equals_convolution(backend: str, grid: tuple[int, int]) -> None:
     mask = masks(2, grid, 2)
     weight = torch.randn(5, 3, 2, 2, dtype=torch.float64)  # asymmetric: a transposed kernel would show
     bias = torch.randn(5, dtype=torch.float64)
     x = torch.randn(2, grid[0] * 4, grid[1] * 4, 3, dtype=torch.float64)
-    packed, masked = Packed(mask, 2), Masked(mask)
+    layout, masked = make_layout(backend, mask), Masked(mask)
     torch.testing.assert_close(
-        packed.unpack(packed.downsample(packed.pack(x), weight, bias)),
+        layout.unpack(layout.downsample(layout.pack(x), weight, bias)),
         masked.unpack(masked.downsample(masked.pack(x), weight, bias)),
         **TOLERANCE,
     )
 
 
-def test_unpack_inverts_pack_and_zeroes_hidden_sites() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_unpack_inverts_pack_and_zeroes_hidden_sites(backend: str) -> None:
     mask = masks(3, (2, 4), 3)
     x = torch.randn(3, 6, 12, 2)
-    layout = Packed(mask, 3)
+    layout = make_layout(backend, mask)
     expected = x * refine(~mask, 3)[..., None]
     assert torch.equal(layout.unpack(layout.pack(x)), expected)
     assert torch.equal(Masked(mask).unpack(x), expected)
 
 
-def test_image_norm_is_over_one_image() -> None:
-    mask = masks(2, (2, 2), 2)
-    x = torch.randn(2, 4, 4, 3)
-    for layout in (Packed(mask, 2), Masked(mask)):
-        both = layout.image_norm(layout.pack(x)).view(2, 3)
-        expected = (x * refine(~mask, 2)[..., None]).square().sum((1, 2)).sqrt()
-        torch.testing.assert_close(both, expected)
+def norms(backend: str, mask: Tensor, x: Tensor, scope: str) -> Tensor:
+    """The norm that each site is divided by, (B, H, W, C), zero at hidden sites."""
+    layout = make_layout(backend, mask, grn_scope=scope)
+    f = layout.pack(x)
+    return layout.unpack(layout.image_norm(f).expand_as(f))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("scope", "dims"), [("image", (1, 2)), ("batch", (0, 1, 2))])
+def test_image_norm_is_over_the_visible_sites_of_an_image_or_of_the_batch(
+    backend: str, scope: str, dims: tuple[int, ...]
+) -> None:
+    mask = masks(2, (2, 3), 2)
+    x = torch.randn(2, 4, 6, 3, dtype=torch.float64)
+    visible = refine(~mask, 2)[..., None]
+    expected = (x * visible).square().sum(dims, keepdim=True).sqrt() * visible
+    torch.testing.assert_close(norms(backend, mask, x, scope), expected)
+    alone = [norms(backend, mask[:1], x[:1], scope) for scope in ("image", "batch")]
+    torch.testing.assert_close(*alone)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scope", ["image", "batch"])
+def test_a_channel_that_is_zero_has_no_gradient_rather_than_an_infinite_one(backend: str, scope: str) -> None:
+    x = torch.randn(2, 4, 4, 3, dtype=torch.float64)
+    x[0, ..., 1] = 0
+    x[..., 2] = 0
+    gradients = []
+    for name in (backend, "masked"):
+        leaf = x.clone().requires_grad_()
+        norms(name, masks(2, (2, 2), 2), leaf, scope).sum().backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients)
+    assert gradients[0][..., 2].eq(0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_drop_path_drops_whole_images_and_scales_the_others(backend: str) -> None:
+    mask = masks(64, (1, 3), 2)
+    layout = make_layout(backend, mask)
+    x = torch.ones(64, 2, 6, 5)
+    y = layout.unpack(layout.drop_path(layout.pack(x), 0.25))
+    visible = refine(~mask, 2)
+    images = torch.stack([image[sites].flatten() for image, sites in zip(y, visible, strict=True)])
+    kept = images.ne(0).any(1)
+    torch.testing.assert_close(images, kept[:, None].expand_as(images) / 0.75)  # one value an image
+    assert 31 <= kept.sum() < 64  # of 64 draws of probability .75: five standard deviations are 17
+
+
+@pytest.mark.parametrize("backend", AGAINST_MASKED)
+def test_drop_path_draws_the_same_images_in_every_layout(backend: str) -> None:
+    mask = masks(16, (1, 3), 2)
+    dropped = []
+    for name in (backend, "masked"):
+        layout = make_layout(name, mask)
+        torch.manual_seed(3)
+        dropped.append(layout.unpack(layout.drop_path(layout.pack(torch.ones(16, 1, 3, 1)), 0.5)))
+    assert torch.equal(*dropped)
+
+
+def test_drop_path_acts_in_training_only() -> None:
+    mask = masks(32, (1, 2), 1)
+    block = Block(4, drop_path=0.9)
+    layout = Packed(mask, 1)
+    x = layout.pack(torch.randn(32, 1, 2, 4))
+    changed = (block.train()(x, layout) != x).flatten(1).any(1)
+    assert 0 < changed.sum() < 16
+    assert (block.eval()(x, layout) != x).flatten(1).any(1).all()
 
 
 # One case for each set of stage widths and each kind of geometry; the deep variants differ only in depth.
@@ -91,8 +160,9 @@ def test_image_norm_is_over_one_image() -> None:
         ("convnextv2_tiny", 4, 32, (32, 96), 0.6, 1),
     ],
 )
-def test_packed_encoder_equals_masked_encoder(
-    variant: str, stem_stride: int, mask_patch: int, size: tuple[int, int], ratio: float, batch: int
+@pytest.mark.parametrize("backend", AGAINST_MASKED)
+def test_encoder_equals_masked_encoder(
+    backend: str, variant: str, stem_stride: int, mask_patch: int, size: tuple[int, int], ratio: float, batch: int
 ) -> None:
     encoder = Encoder(variant, stem_stride=stem_stride).double()
     randomize(encoder, std=0.1)
@@ -101,18 +171,19 @@ def test_packed_encoder_equals_masked_encoder(
     mask = masks(batch, grid, visible)
     images = torch.randn(batch, 3, *size, dtype=torch.float64)
     results = []
-    for backend in ("packed", "masked"):
-        layout = make_layout(backend, mask, visible)
+    for name in (backend, "masked"):
+        layout = make_layout(name, mask, visible)
         encoder.zero_grad()
         y = layout.unpack(encoder(images, layout))
         y.backward(torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view_as(y))
         results.append([y.detach(), *(p.grad.clone() for p in encoder.parameters())])
-    for packed, masked in zip(*results, strict=True):
-        torch.testing.assert_close(packed, masked, atol=1e-9, rtol=1e-7)
+    for other, masked in zip(*results, strict=True):
+        torch.testing.assert_close(other, masked, atol=1e-9, rtol=1e-7)
 
 
 @pytest.mark.parametrize("dim", sorted({dim for v in VARIANTS.values() for dim in v.dims}))
-def test_packed_equals_masked_at_every_stage_width(dim: int) -> None:
+@pytest.mark.parametrize("backend", AGAINST_MASKED)
+def test_block_equals_masked_block_at_every_stage_width(backend: str, dim: int) -> None:
     stage = next(i for v in VARIANTS.values() for i, d in enumerate(v.dims) if d == dim)
     b = 8 >> stage
     mask = masks(2, (2, 3), 2)
@@ -120,17 +191,17 @@ def test_packed_equals_masked_at_every_stage_width(dim: int) -> None:
     randomize(block, std=dim**-0.5)
     x = torch.randn(2, 2 * b, 3 * b, dim)
     results = []
-    for layout in (Packed(mask, 2), Masked(mask)):
+    for layout in (make_layout(backend, mask, 2), Masked(mask)):
         block.zero_grad()
         y = layout.unpack(block(layout.pack(x), layout))
         y.square().mean().backward()
         results.append([y.detach(), *(p.grad.clone() for p in block.parameters())])
-    for packed, masked in zip(*results, strict=True):
+    for other, masked in zip(*results, strict=True):
         # float32 sums of up to 4 * 2816 terms in another order.
-        torch.testing.assert_close(packed, masked, atol=2e-4 * float(masked.abs().max()), rtol=1e-3)
+        torch.testing.assert_close(other, masked, atol=2e-4 * float(masked.abs().max()), rtol=1e-3)
 
 
-@pytest.mark.parametrize("backend", ["packed", "masked"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_hidden_pixels_cannot_reach_visible_features(backend: str) -> None:
     encoder = Encoder("convnextv2_atto")
     randomize(encoder, std=0.1)
@@ -147,7 +218,7 @@ def test_hidden_pixels_cannot_reach_visible_features(backend: str) -> None:
     torch.testing.assert_close(layout.unpack(encoder(poisoned, layout)), features)
 
 
-@pytest.mark.parametrize("backend", ["packed", "masked"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_an_image_alone_equals_the_same_image_in_a_batch(backend: str) -> None:
     encoder = Encoder("convnextv2_atto").double()
     randomize(encoder, std=0.1)
@@ -172,8 +243,19 @@ def test_masks_of_unequal_count_are_refused() -> None:
         count_visible(uneven)
     with pytest.raises(ValueError, match="at least 1"):
         count_visible(torch.ones(1, 2, 2, dtype=torch.bool))
+    with pytest.raises(ValueError, match="masked and minkowski take any"):
+        make_layout("packed", uneven)
 
 
 def test_an_unknown_backend_is_refused() -> None:
-    with pytest.raises(ValueError, match="backend = 'dense': use packed or masked"):
+    with pytest.raises(ValueError, match="backend = 'dense': use packed, masked or minkowski"):
         make_layout("dense", masks(1, (2, 2), 1))
+    with pytest.raises(ValueError, match="grn_scope = 'layer': use image or batch"):
+        make_layout("packed", masks(1, (2, 2), 1), grn_scope="layer")
+
+
+def test_a_missing_engine_is_told_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "MinkowskiEngine", None)  # as if it were not installed
+    monkeypatch.delitem(sys.modules, "fcmae.sparse.minkowski", raising=False)
+    with pytest.raises(ValueError, match="make minkowski"):
+        make_layout("minkowski", masks(1, (2, 2), 1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from timm.layers import drop_path
 from torch import Tensor
 
 from fcmae.sites import refine
@@ -17,11 +18,13 @@ class Masked:
     Sec. 3.1). This is the whole difference from a dense network, and the definition every other layout is tested
     against.
 
-    mask: (B, gh, gw) bool, True = hidden; None for a dense map, as in the decoder.
+    mask: (B, gh, gw) bool, True = hidden; None for a dense map, as in the decoder. grn_scope: sites that
+    image_norm takes together, "image" or "batch".
     """
 
-    def __init__(self, mask: Tensor | None) -> None:
+    def __init__(self, mask: Tensor | None, grn_scope: str = "image") -> None:
         self.mask = mask
+        self.norm_dims = (0, 1, 2) if grn_scope == "batch" else (1, 2)
 
     def pack(self, x: Tensor) -> Tensor:
         return self._hide(x)
@@ -39,8 +42,12 @@ class Masked:
         return F.conv2d(x, weight, bias, stride=2).permute(0, 2, 3, 1)
 
     def image_norm(self, f: Tensor) -> Tensor:
-        norm: Tensor = torch.linalg.vector_norm(self._hide(f), dim=(1, 2), keepdim=True)
-        return norm  # (B, 1, 1, C)
+        norm: Tensor = torch.linalg.vector_norm(self._hide(f), dim=self.norm_dims, keepdim=True)
+        return norm  # (B or 1, 1, 1, C)
+
+    def drop_path(self, f: Tensor, rate: float) -> Tensor:
+        out: Tensor = drop_path(f, rate, training=True)
+        return out
 
     def _hide(self, f: Tensor) -> Tensor:
         if self.mask is None:

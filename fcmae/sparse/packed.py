@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from timm.layers import drop_path
 from torch import Tensor
 
 from fcmae.sites import true_rows
@@ -19,10 +20,12 @@ class Packed:
     """Features are (B, K, b, b, C): the K visible patches of each image in row-major order.
 
     mask: (B, gh, gw) bool, True = hidden, with exactly num_visible False in each image.
+    grn_scope: sites that image_norm takes together, "image" or "batch".
     """
 
-    def __init__(self, mask: Tensor, num_visible: int) -> None:
+    def __init__(self, mask: Tensor, num_visible: int, grn_scope: str = "image") -> None:
         self.batch, *self.grid = mask.shape
+        self.norm_dims = (0, 1, 2, 3) if grn_scope == "batch" else (1, 2, 3)
         self.num_visible = num_visible
         self.visible = true_rows(mask.logical_not(), num_visible)  # (B*K,) indices into the B*gh*gw patches
         self._rows: dict[int, Tensor] = {}
@@ -51,8 +54,12 @@ class Packed:
         return F.linear(x.reshape(B, K, b // 2, b // 2, 4 * C), weight.permute(0, 2, 3, 1).flatten(1), bias)
 
     def image_norm(self, f: Tensor) -> Tensor:
-        norm: Tensor = torch.linalg.vector_norm(f, dim=(1, 2, 3), keepdim=True)
-        return norm  # (B, 1, 1, 1, C)
+        norm: Tensor = torch.linalg.vector_norm(f, dim=self.norm_dims, keepdim=True)
+        return norm  # (B or 1, 1, 1, 1, C)
+
+    def drop_path(self, f: Tensor, rate: float) -> Tensor:
+        out: Tensor = drop_path(f, rate, training=True)
+        return out
 
     def _row_indices(self, b: int) -> Tensor:
         """Where the pixel rows of the visible patches lie in a dense map.
