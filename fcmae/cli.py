@@ -71,9 +71,17 @@ def _finetune(flags: list[str]) -> None:
 
 
 def _convert(args: argparse.Namespace) -> None:
+    if args.check:
+        from fcmae.convert import check
+
+        print(check(args.source))
+        return
+    if args.dest is None and not args.dry_run:
+        raise ValueError("DEST is missing: name a new path, or give --dry-run or --check")
+
     from fcmae.convert import convert
 
-    print(convert(args.source, args.dest, args.to))
+    print(convert(args.source, None if args.dry_run else args.dest, args.to, args.variant))
 
 
 def _predict(args: argparse.Namespace) -> None:
@@ -129,12 +137,28 @@ def _parser() -> argparse.ArgumentParser:
     command = add(
         "convert",
         _convert,
-        "Turn a pretrained encoder into a dense model that timm reads",
+        "Turn weights of any format into any other, from a run to timm by default",
         "convert runs/first encoder",
     )
-    command.add_argument("source", type=Path, metavar="SRC", help="a run directory or a checkpoint")
-    command.add_argument("dest", type=Path, metavar="DEST", help="where to write it")
-    command.add_argument("--to", choices=("timm", "fair"), default="timm", help="the keys of the result [timm]")
+    command.add_argument(
+        "source",
+        type=Path,
+        metavar="SRC",
+        help="a run, a checkpoint, a timm or transformers directory, or a .safetensors or .pth file of any format, "
+        "the released sparse and dense checkpoints too",
+    )
+    command.add_argument("dest", type=Path, nargs="?", metavar="DEST", help="where to write it")
+    command.add_argument(
+        "--to",
+        choices=("fcmae", "timm", "fair", "transformers", "minkowski"),
+        default="timm",
+        help="timm and transformers: a directory; the others: a file that ends in .safetensors or .pth [timm]",
+    )
+    command.add_argument("--variant", metavar="NAME", help="what SRC must be of, e.g. convnextv2_atto [found out]")
+    command.add_argument("--dry-run", action="store_true", help="print the mapping and write nothing")
+    command.add_argument(
+        "--check", action="store_true", help="compare SRC's output on a fixed image with the one stored in it, and stop"
+    )
 
     command = add(
         "predict", _predict, "Classify images with a fine-tuned model", "predict runs/tuned photos --csv labels.csv"

@@ -132,6 +132,11 @@ class FinetuneData(ImageConfig):
 class PretrainModel(Section):
     variant: Variant = "convnextv2_atto"
     """The encoder: convnextv2_atto to _huge, or V1 (LayerScale, no GRN): convnext_tiny to _xlarge."""
+    init: str | None = None
+    """Starting weights: a run, a checkpoint, or weights in any format that `fcmae convert` reads; a decoder that they
+    do not have, or that does not fit, starts fresh. Default: all from scratch."""
+    freeze_encoder_steps: int = Field(0, ge=0)
+    """Steps at the start in which only the decoder learns."""
     stem_stride: StemStride = 4
     """Stride of the stem: 4 as published; 1 or 2 for small images. The total stride is 8 times this."""
     backend: Literal["packed", "masked", "minkowski"] = "packed"
@@ -160,7 +165,8 @@ class FinetuneModel(Section):
     variant: Variant | None = None
     """The network. Default: the one that `init` holds."""
     init: str | None = None
-    """Starting weights: a run, a checkpoint, a timm directory or FAIR-keyed weights. Default: from scratch."""
+    """Starting weights: a run, a checkpoint, or weights in any format that `fcmae convert` reads. Default: from
+    scratch."""
     stem_stride: StemStride | None = None
     """Stride of the stem. Default: that of `init`, or 4."""
     drop_path_rate: float = Field(0.0, ge=0, lt=1)
@@ -344,6 +350,11 @@ class PretrainConfig(RunConfig):
                 ("model.mask_ratio", "data.image_size", "model.mask_patch"),
                 f"{self.model.mask_ratio} leaves none of {num_patches} patches visible: "
                 f"at most {_floor(1 - 1 / num_patches)}",
+            )
+        if self.model.freeze_encoder_steps and self.model.init is None:
+            yield (
+                ("model.freeze_encoder_steps", "model.init"),
+                f"{self.model.freeze_encoder_steps} freezes an encoder that has learnt nothing: give model.init",
             )
 
 

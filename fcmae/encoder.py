@@ -59,6 +59,7 @@ class Encoder(nn.Module):
     ) -> None:
         super().__init__()
         depths, dims, use_grn = VARIANTS[variant]
+        self.variant = variant
         self.in_chans = in_chans
         self.stem_stride = stem_stride
         self.total_stride = 8 * stem_stride

@@ -20,14 +20,7 @@ from torch import Tensor, nn
 from fcmae import checkpoint, optim
 from fcmae.classification import class_probabilities, scores, write_predictions
 from fcmae.config import FinetuneConfig
-from fcmae.convert import (
-    Weights,
-    build_dense,
-    create_dense,
-    read_fair,
-    read_weights,
-    save_timm_directory,
-)
+from fcmae.convert import Weights, adapt_in_chans, build_dense, create_dense, read_weights, save_dense
 from fcmae.data.augment import CropAndFlip, FinetuneAugment
 from fcmae.data.bad_files import BadFiles
 from fcmae.data.dataset import Batch, FinetuneDataset, normalize
@@ -35,6 +28,7 @@ from fcmae.data.index import FileIndex, find_labelled, split
 from fcmae.data.loader import build_loader, default_num_workers
 from fcmae.data.sampler import evaluation_batches, steps_per_epoch
 from fcmae.encoder import VARIANTS
+from fcmae.formats import Architecture
 from fcmae.loop import fit
 from fcmae.run import Metrics, RunDirectory, StopSignal, local_processes, make_accelerator
 
@@ -57,7 +51,7 @@ def main(cfg: FinetuneConfig) -> None:
         steps_per_epoch(len(train_index), cfg.batch_size)
     if weights is None:
         assert cfg.model.variant is not None
-        weights = Weights({}, cfg.model.variant, cfg.data.in_chans, cfg.model.stem_stride or 4)
+        weights = Weights({}, Architecture(cfg.model.variant, cfg.data.in_chans, cfg.model.stem_stride or 4))
     if len(val_index) == 0:
         raise ValueError(f"data.val_share = {cfg.data.val_share} holds out none of {len(train_index)} images: raise it")
     model = build_model(cfg, weights, len(names))
@@ -79,17 +73,24 @@ def starting_weights(cfg: FinetuneConfig) -> Weights | None:
     path = Path(cfg.model.init)
     if not path.exists():
         raise ValueError(
-            f"model.init = {path} does not exist: give a run, a checkpoint, a timm directory or a weights file"
+            f"model.init = {path} does not exist: give a run, a checkpoint, a directory or a file of weights"
         )
-    weights = read_weights(path) if path.is_dir() else read_fair(path, cfg.model.variant)
-    asked = {
-        "model.variant": (cfg.model.variant, weights.variant),
-        "model.stem_stride": (cfg.model.stem_stride, weights.stem_stride),
-        "data.in_chans": (cfg.data.in_chans, weights.in_chans),
-    }
-    for key, (setting, held) in asked.items():
-        if setting not in (None, held):
-            raise ValueError(f"{key} = {setting}, but model.init = {path} has {held}: set {key} to {held}")
+    weights = read_weights(path)
+    held = weights.architecture
+    for key, setting, value in (
+        ("variant", cfg.model.variant, held.variant),
+        ("stem_stride", cfg.model.stem_stride, held.stem_stride),
+    ):
+        if setting not in (None, value):
+            raise ValueError(f"model.{key} = {setting}, but model.init = {path} has {value}: set it to {value}")
+    if cfg.data.in_chans != held.in_chans:
+        if cfg.eval_only or held.in_chans != 3:
+            raise ValueError(
+                f"data.in_chans = {cfg.data.in_chans}, but model.init = {path} has {held.in_chans}: "
+                f"set it to {held.in_chans}"
+            )
+        weights = adapt_in_chans(weights, cfg.data.in_chans)
+        logger.info("the stem of %s, for 3 channels, was adapted to %d", path, cfg.data.in_chans)
     if cfg.eval_only and not weights.class_names:
         raise ValueError(f"model.init = {path} has no classifier to evaluate: give a fine-tuned model")
     return weights
@@ -155,21 +156,21 @@ def build_model(cfg: FinetuneConfig, weights: Weights, num_classes: int) -> nn.M
     scale = cfg.model.head_init_scale or (0.001 if weights.state else 1.0)
     if not weights.state:
         model = create_dense(
-            weights.variant,
-            in_chans=weights.in_chans,
+            weights.architecture.variant,
+            in_chans=weights.architecture.in_chans,
             num_classes=num_classes,
-            stem_stride=weights.stem_stride,
+            stem_stride=weights.architecture.stem_stride,
             drop_path_rate=cfg.model.drop_path_rate,
             head_init_scale=scale,
         )
     else:
-        model, lines = build_dense(
+        model = build_dense(
             weights,
             num_classes=None if cfg.eval_only else num_classes,
             drop_path_rate=cfg.model.drop_path_rate,
             head_init_scale=scale,
         )
-        logger.info("loaded %d tensors from %s", len(lines), cfg.model.init)
+        logger.info("loaded %d tensors from %s", len(weights.state), cfg.model.init)
     if cfg.model.grad_checkpointing:
         model.set_grad_checkpointing(True)  # type: ignore[operator]  # timm is not typed
     return model
@@ -210,7 +211,8 @@ def train(
 
     net = net.to(device)
     ema = ModelEmaV3(net, decay=regularization.ema_decay) if regularization.ema_decay and not cfg.eval_only else None
-    scale = optim.layer_decay_scale(VARIANTS[weights.variant].depths, cfg.optim.layer_decay, cfg.optim.layer_decay_mode)
+    depths = VARIANTS[weights.architecture.variant].depths
+    scale = optim.layer_decay_scale(depths, cfg.optim.layer_decay, cfg.optim.layer_decay_mode)
     groups = optim.parameter_groups(net, cfg.optim.weight_decay, scale)
     adamw = torch.optim.AdamW(groups, lr=0.0, betas=cfg.optim.betas)
     start, best = 0, {"balanced_accuracy": -1.0, "step": 0}
@@ -304,8 +306,8 @@ def train(
             if step == total:
                 places.append("last")
             for name in places:
-                source = {"run": str(run.path), "init": cfg.model.init, "step": step, **found}
-                save_timm_directory(run.path / name, exported, replace(weights, source=source))
+                origin = {"run": str(run.path), "init": cfg.model.init, "step": step, **found}
+                save_dense(run.path / name, exported, replace(weights, origin=origin))
         for name in places:
             paths = [val_index.paths[i] for i in positions]
             write_predictions(run.path / name / "predictions.csv", paths, probabilities, names, truth.tolist())
@@ -326,7 +328,7 @@ def train(
         return
     logger.info(
         "%s: %d training images of %d classes, %d held out",
-        weights.variant,
+        weights.architecture.variant,
         len(train_index),
         len(names),
         len(val_index),

@@ -45,8 +45,9 @@ def parse_flags(
             break
         except ArgumentError as error:  # note it, leave the flag out and go on
             name = error.argument_name or ""
-            line.unreadable[name.removeprefix("--")] = error.message
-            words = [word for word in words if word.partition("=")[0] != name]
+            names = name.split("/")  # a flag and its short form
+            line.unreadable[names[-1].removeprefix("--")] = error.message
+            words = [word for word in words if word.partition("=")[0] not in names]
     while extras:
         flag, equals, value = extras.pop(0).partition("=")
         if flag.startswith("--") and not equals and extras and not extras[0].startswith("--"):
@@ -105,6 +106,8 @@ def _flag_adder(fields: Mapping[str, FieldInfo]) -> Callable[..., None]:
         options["metavar"] = kind if len(kind) < 40 else "NAME"  # the many variants
         if kind == "bool":
             options |= {"nargs": "?", "const": "true", "metavar": "true|false"}
+        if names == ("--model.init",):
+            names = ("--init", *names)  # where most runs start
         parser.add_argument(*names, **options)
 
     return add

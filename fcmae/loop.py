@@ -106,7 +106,7 @@ def fit(
         for step in range(start_step, total):
             seed_step(cfg.seed, step, accelerator.process_index)
             lr = learning_rate(step, peak=peak, minimum=schedule.min_lr, warmup_steps=warmup, total_steps=total)
-            set_learning_rate(optimizer, lr)
+            set_learning_rate(optimizer, lr, step)
             try:
                 result = optimizer_step(
                     accelerator,

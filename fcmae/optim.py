@@ -15,21 +15,26 @@ NO_DECAY = re.compile(r"(^|\.)(mask_token|gamma|beta)$|\.grn\.")
 
 
 def parameter_groups(
-    model: nn.Module, weight_decay: float, lr_scale: Callable[[str], float] | None = None
+    model: nn.Module,
+    weight_decay: float,
+    lr_scale: Callable[[str], float] | None = None,
+    first_step: Callable[[str], int] | None = None,
 ) -> list[dict[str, Any]]:
     """Groups for AdamW: no decay on biases, norms, LayerScale, GRN and the mask token.
 
-    lr_scale: factor on the learning rate of the parameter of that name; None is 1 for all. Each group carries it as
-    "lr_scale", for `set_learning_rate`. Frozen parameters are left out.
+    lr_scale: factor on the learning rate of the parameter of that name; None is 1 for all. first_step: the step from
+    which it learns; None is 0 for all. Each group carries both under these names, for `set_learning_rate`. Parameters
+    that need no gradient are left out.
     """
-    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    groups: dict[tuple[float, float, int], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         decay = 0.0 if parameter.ndim <= 1 or NO_DECAY.search(name) else weight_decay
         scale = lr_scale(name) if lr_scale else 1.0
-        group = groups.setdefault((decay, scale), {"params": [], "weight_decay": decay, "lr_scale": scale})
-        group["params"].append(parameter)
+        first = first_step(name) if first_step else 0
+        settings = {"weight_decay": decay, "lr_scale": scale, "first_step": first}
+        groups.setdefault((decay, scale, first), {"params": [], **settings})["params"].append(parameter)
     return list(groups.values())
 
 
@@ -68,7 +73,10 @@ def learning_rate(step: int, *, peak: float, minimum: float, warmup_steps: int, 
     return minimum + (peak - minimum) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every group `lr` times its "lr_scale"."""
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float, step: int) -> None:
+    """Give every group `lr` times its "lr_scale", or 0 before its "first_step".
+
+    At a rate of 0 AdamW changes no weight, but its moments follow the gradients, so they are warm when learning starts.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
+        group["lr"] = lr * group["lr_scale"] if step >= group["first_step"] else 0.0

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from fcmae.classification import class_probabilities, write_predictions
+from fcmae.config import ImageConfig
 from fcmae.convert import build_dense, read_weights
 from fcmae.data.dataset import FinetuneDataset
 from fcmae.data.index import find_images
@@ -27,20 +28,26 @@ def predict(model_dir: Path, paths: list[str], csv: Path | None = None, batch_si
     if csv is not None and csv.exists():
         raise ValueError(f"csv = {csv} exists: give a new path, or remove it")
     weights = read_weights(model_dir)
-    if not weights.class_names:
+    if not weights.architecture.num_classes:
         raise ValueError(f"{model_dir} has no classifier: give a fine-tuned model")
     accelerator = Accelerator()
-    model, _ = build_dense(weights)
+    model = build_dense(weights)
     model.to(accelerator.device).eval()
 
     index = find_images(paths)
-    _, height, width = weights.image["input_size"]
+    # What the file does not say of its images is as published.
+    image = weights.image
+    defaults = ImageConfig(in_chans=weights.architecture.in_chans)
+    in_chans, height, width = image.get("input_size", (defaults.in_chans, *defaults.image_size))
+    mean, std = (torch.tensor(image.get(k, v)) for k, v in zip(("mean", "std"), defaults.statistics(), strict=True))
+    if len(mean) != in_chans:
+        raise ValueError(f"{model_dir} does not say the mean and std of its {in_chans} channels: export it with fcmae")
     dataset = FinetuneDataset(
         index,
-        in_chans=weights.in_chans,
+        in_chans=in_chans,
         image_size=(height, width),
         seed=0,
-        crop_pct=weights.image.get("crop_pct", 1.0),
+        crop_pct=image.get("crop_pct", 1.0),
     )
     device = accelerator.device.type
     loader = build_loader(
@@ -49,7 +56,7 @@ def predict(model_dir: Path, paths: list[str], csv: Path | None = None, batch_si
         num_workers=default_num_workers(device) if len(index) > batch_size else 0,
         device_type=device,
     )
-    mean, std = (torch.tensor(weights.image[k], device=accelerator.device).view(-1, 1, 1) for k in ("mean", "std"))
+    mean, std = (values.view(-1, 1, 1).to(accelerator.device) for values in (mean, std))
     batches = tqdm(loader, unit="batch", disable=None)
     positions, probabilities, bad = class_probabilities(model, batches, mean, std, accelerator)
     names = weights.class_names

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from fcmae import checkpoint, optim
 from fcmae.config import PretrainConfig
+from fcmae.convert import read_weights, start_from
 from fcmae.data.bad_files import BadFiles
 from fcmae.data.dataset import Batch, PretrainDataset, collate, normalize
 from fcmae.data.index import FileIndex, find_images, split
@@ -34,20 +36,25 @@ PICTURED = 6  # images in a reconstruction grid
 def main(cfg: PretrainConfig) -> None:
     """Run or resume the pretraining that `cfg` describes.
 
-    Raises ValueError, before anything is written, if the run directory holds something else or the images cannot make
-    a batch; FloatingPointError if the loss or a gradient stops being finite.
+    Raises ValueError, before anything is written, if the run directory holds something else, the images cannot make a
+    batch or `model.init` does not fit; FloatingPointError if the loss or a gradient stops being finite.
     """
     run = RunDirectory(cfg, "pretrain")
     accelerator = make_accelerator(cfg)
     index = find_index(cfg, run, accelerator)
     train_index, val_index = split(index, cfg.data.val_share, cfg.seed)
     steps_per_epoch(len(train_index), cfg.batch_size)
+    net, started = build_model(cfg), "from scratch"
+    if run.resume_from is None and cfg.model.init is not None:
+        started = start_from(net, read_weights(Path(cfg.model.init)))
     if run.resume_from is not None:
         checkpoint.check_images(run.resume_from, train_index.fingerprint())
     with run.open(accelerator.is_main_process), StopSignal() as stop:
         if accelerator.is_main_process:
             index.save(run.path / "files.json")
-        train(cfg, run, accelerator, train_index, val_index, stop)
+        if run.resume_from is None:
+            logger.info("start: %s", started)
+        train(cfg, run, accelerator, net, train_index, val_index, stop)
     accelerator.end_training()
 
 
@@ -97,6 +104,7 @@ def train(
     cfg: PretrainConfig,
     run: RunDirectory,
     accelerator: Accelerator,
+    net: FCMAE,
     train_index: FileIndex,
     val_index: FileIndex,
     stop: StopSignal,
@@ -104,8 +112,12 @@ def train(
     per_epoch = steps_per_epoch(len(train_index), cfg.batch_size)
     rank, processes, device = accelerator.process_index, accelerator.num_processes, accelerator.device
 
-    net = build_model(cfg).to(device)
-    adamw = torch.optim.AdamW(optim.parameter_groups(net, cfg.optim.weight_decay), lr=0.0, betas=cfg.optim.betas)
+    def first_step(name: str) -> int:
+        return cfg.model.freeze_encoder_steps if name.startswith("encoder.") else 0
+
+    net = net.to(device)
+    groups = optim.parameter_groups(net, cfg.optim.weight_decay, first_step=first_step)
+    adamw = torch.optim.AdamW(groups, lr=0.0, betas=cfg.optim.betas)
     start = 0
     if (resume := run.resume_from) is not None:
         meta = checkpoint.restore(resume, net, adamw, train_index.fingerprint())

@@ -72,8 +72,18 @@ def test_a_bug_is_not_taken_for_a_users_error(monkeypatch: pytest.MonkeyPatch) -
 def test_convert_prints_what_it_did(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     convert = Recorder(monkeypatch, "convert", "convert", "wrote out")
     assert main(["convert", "run", "out"]) == main(["convert", "run", "out", "--to", "fair"]) == 0
-    assert convert.calls == [(Path("run"), Path("out"), "timm"), (Path("run"), Path("out"), "fair")]
-    assert capsys.readouterr().out == "wrote out\nwrote out\n"
+    assert main(["convert", "run", "--dry-run", "--variant", "convnextv2_atto"]) == 0
+    assert convert.calls == [
+        (Path("run"), Path("out"), "timm", None),
+        (Path("run"), Path("out"), "fair", None),
+        (Path("run"), None, "timm", "convnextv2_atto"),
+    ]
+    assert capsys.readouterr().out == "wrote out\n" * 3
+    assert main(["convert", "run"]) == 2
+    assert "DEST is missing: name a new path" in capsys.readouterr().err
+    check = Recorder(monkeypatch, "convert", "check", "as expected")
+    assert main(["convert", "--check", "run"]) == 0
+    assert check.calls == [(Path("run"),)]
 
 
 def test_predict_passes_its_arguments_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +129,9 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"fcmae {fcmae.__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["pretrain", "finetune", "convert", "predict", "stats", "configs"])
+@pytest.mark.parametrize(
+    "command", ["pretrain", "finetune", "convert", "predict", "stats", "configs"]
+)
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main([command, "--help"])

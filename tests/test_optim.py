@@ -60,8 +60,23 @@ def test_groups_carry_their_own_factor_on_the_learning_rate() -> None:
     groups = parameter_groups(model, 0.1, lambda name: 0.5 if name.startswith("0.") else 1.0)
     assert {(g["weight_decay"], g["lr_scale"]) for g in groups} == {(0.0, 0.5), (0.1, 0.5), (0.0, 1.0), (0.1, 1.0)}
     adamw = torch.optim.AdamW(groups, lr=0.0)
-    set_learning_rate(adamw, 0.2)
+    set_learning_rate(adamw, 0.2, 0)
     assert all(group["lr"] == 0.2 * group["lr_scale"] for group in adamw.param_groups)
+
+
+def test_before_its_first_step_a_group_does_not_move() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    adamw = torch.optim.AdamW(parameter_groups(model, 0.1, first_step=lambda name: 2 if name[0] == "0" else 0), lr=0.0)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    moved = []
+    for step in range(3):
+        adamw.zero_grad()
+        model(torch.ones(1, 2)).square().sum().backward()
+        set_learning_rate(adamw, 0.2, step)
+        adamw.step()
+        moved.append([not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True)])
+    # Not even its decay acts before.
+    assert moved == [[False, False, True, True]] * 2 + [[True] * 4]
 
 
 def layers_below(model: str, depths: tuple[int, ...], mode: str) -> dict[str, set[int]]:

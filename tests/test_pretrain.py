@@ -86,6 +86,72 @@ def assert_equal_runs(actual: Path, expected: Path) -> None:
     assert losses(actual) == losses(expected)
 
 
+# Where a run starts
+
+
+@pytest.mark.parametrize("in_chans", [3, 1])
+def test_a_run_goes_on_from_anothers_weights(uninterrupted: Path, images: Path, tmp_path: Path, in_chans: int) -> None:
+    """At a learning rate of nothing, its first checkpoint still holds what it started from."""
+    options = {"init": uninterrupted, "optim__base_lr": 1e-30, "epochs": 1, "data__in_chans": in_chans, "seed": 5}
+    assert run(images, tmp_path / "out", **options) == 0  # --init is short for --model.init
+    found, given = final_state(tmp_path / "out"), final_state(uninterrupted)
+    encoder = [name for name in given if name.startswith("model:encoder.")]
+    stem = "model:encoder.downsample_layers.0.0.weight"
+    assert len(encoder) > 40
+    for name in encoder:
+        if in_chans == 1 and name == stem:
+            torch.testing.assert_close(found[name], given[name].sum(1, keepdim=True))
+        else:
+            assert torch.equal(found[name], given[name]), name
+    assert torch.equal(found["model:mask_token"], given["model:mask_token"]) == (in_chans == 3)
+    log = (tmp_path / "out" / "train.log").read_text()
+    assert "start: encoder from convnextv2_atto in fcmae's layout" in log
+    assert ("; decoder too" if in_chans == 3 else "; a fresh decoder") in log
+
+
+def test_only_the_decoder_learns_at_first(uninterrupted: Path, images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = {"model__init": uninterrupted, "model__freeze_encoder_steps": 6}
+    assert run(images, out, **options, checkpoint__keep=9) == 0
+    given = tensors(uninterrupted / "checkpoints" / "step-00000009")
+    moved = {}
+    for step in (3, 6, 9):
+        state = tensors(out / "checkpoints" / f"step-{step:08d}")
+        changed = {name for name in given if name.startswith("model:") and not torch.equal(state[name], given[name])}
+        moved[step] = {name.removeprefix("model:").split(".")[0] for name in changed}
+    assert "encoder" not in moved[3] | moved[6]
+    assert {"pred", "proj", "decoder", "mask_token"} <= moved[3]
+    assert "encoder" in moved[9]
+
+
+def test_a_start_that_does_not_fit_writes_nothing(
+    uninterrupted: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    other = {"model__stem_stride": 2, "model__mask_patch": 16, "data__image_size": 32}
+    assert run(images, out, model__init=uninterrupted, **other) == 2
+    assert "set model.variant and model.stem_stride to those of model.init" in capsys.readouterr().err
+    assert run(images, out, model__init=tmp_path / "nowhere") == 2
+    assert "nowhere is no run, checkpoint" in capsys.readouterr().err
+    assert run(images, out, model__freeze_encoder_steps=3) == 2
+    assert "model.freeze_encoder_steps: 3 freezes an encoder that has learnt nothing" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_resumed_run_no_longer_needs_what_it_started_from(
+    uninterrupted: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(uninterrupted, tmp_path / "init")
+    options = {"model__init": tmp_path / "init", "model__freeze_encoder_steps": 6}
+    assert run(images, tmp_path / "whole", **options) == 0
+    with monkeypatch.context() as patch:
+        at_step(patch, 5, kill_self(signal.SIGTERM))
+        assert run(images, tmp_path / "cut", **options) == 0
+    shutil.rmtree(tmp_path / "init")
+    assert run(images, tmp_path / "cut", **options) == 0
+    assert_equal_runs(tmp_path / "cut", tmp_path / "whole")
+
+
 # What a run writes
 
 
