@@ -16,7 +16,8 @@ def main(argv: list[str] | None = None) -> int:
 
     A ValueError or OSError, which the user can mend, and a FloatingPointError, which says where training broke down,
     are printed without their traceback and give 2; an interrupt gives 130. `--debug` anywhere on the line lets them
-    through. Raises SystemExit as argparse does: 0 for `--help`, 2 for a usage error.
+    through. Raises SystemExit as argparse does: 0 for `--help`, 2 for a usage error; 1 if `doctor` finds
+    that nothing can be pretrained here.
     """
     words = sys.argv[1:] if argv is None else argv
     debug = "--debug" in words
@@ -102,6 +103,20 @@ def _stats(args: argparse.Namespace) -> None:
         print(f"  {name}: [{', '.join(f'{value:.4g}' for value in values)}]")
 
 
+def _doctor(args: argparse.Namespace) -> None:
+    from fcmae.doctor import doctor
+
+    if not doctor(args.out, args.quick, args.json):
+        sys.exit(1)
+
+
+def _verify(args: argparse.Namespace) -> None:
+    from fcmae.verify import verify
+
+    if not all(result.ok for result in verify(args.backend, args.device)):
+        sys.exit(1)
+
+
 def _configs(args: argparse.Namespace) -> None:
     from fcmae.settings import shipped_configs
 
@@ -181,6 +196,33 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="processes that decode [%(default)s]",
     )
+
+    command = add(
+        "doctor",
+        _doctor,
+        "Tell what this machine has for pretraining, what it lacks and how to mend it",
+        "doctor --quick",
+    )
+    command.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="where runs are to be written [.]")
+    command.add_argument(
+        "--quick", action="store_true", help="try neither torch.compile, processes nor MinkowskiEngine"
+    )
+    command.add_argument("--json", action="store_true", help="print JSON")
+
+    command = add(
+        "verify",
+        _verify,
+        "Check that every backend computes the same on this machine, and time them",
+        "verify --backend packed minkowski --device cuda",
+    )
+    command.add_argument(
+        "--backend",
+        nargs="+",
+        choices=("packed", "masked", "minkowski"),
+        metavar="NAME",
+        help="packed, masked, minkowski [those that can run here]",
+    )
+    command.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where they run [cpu]")
 
     add("configs", _configs, "List the configurations that come with fcmae", "configs")
     return parser

@@ -225,7 +225,9 @@ def make_accelerator(cfg: RunConfig) -> Accelerator:
     """
     cpu = cfg.device == "cpu" or not torch.accelerator.is_available()
     precision = {"fp32": "no", "auto": "no"}.get(cfg.precision, cfg.precision)
-    if cfg.precision == "auto" and not cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported():
+    # GPUs without bf16 emulate it, slower than float32.
+    has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    if cfg.precision == "auto" and not cpu and has_bf16:
         precision = "bf16"
     if cpu and precision == "fp16":
         raise ValueError("precision = fp16 needs a GPU: use fp32 or bf16 on a CPU")

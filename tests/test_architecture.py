@@ -41,10 +41,12 @@ ORDER = [
     "fcmae.loop",
     "fcmae.pictures",
     "fcmae.convert",
+    "fcmae.verify",
     "fcmae.pretrain",
     "fcmae.classification",
     "fcmae.finetune",
     "fcmae.predict",
+    "fcmae.doctor",
     "fcmae.cli",
 ]
 

@@ -130,7 +130,7 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["pretrain", "finetune", "convert", "predict", "stats", "configs"]
+    "command", ["pretrain", "finetune", "convert", "predict", "stats", "configs", "verify", "doctor"]
 )
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:

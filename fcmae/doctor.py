@@ -1,0 +1,447 @@
+"""What this machine has for pretraining and what it lacks; what that costs and how to mend it.
+
+What may crash or block an interpreter (compiled packages, compilers, process groups) is tried in another one, so that a
+broken part becomes a row of the table. A check imports what it needs itself: torch may be what is broken.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+# FCMAE's parameters with the default decoder. A checkpoint holds each three times in float32: weights and two moments.
+NUM_PARAMETERS = {"atto": 7_257_992, "base": 91_922_432}
+# What pretrain_cpu (atto, 64 images of 128 pixels) and its worker took on Linux.
+MIN_MEMORY = 1_500_000_000
+CGROUP = Path("/sys/fs/cgroup")
+SHARED_MEMORY = Path("/dev/shm")
+
+_PAIR = (
+    "install torch and torchvision together, of one release and from one source (pytorch.org/get-started/locally): "
+    "pip install --force-reinstall torch torchvision"
+)
+
+
+State = Literal["ok", "note", "missing", "broken"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One row of the table.
+
+    state: note = works, at a cost; missing = not there; broken = there, but does not work. found: versions, sizes or
+    the error. cost, mend: what it costs and how to mend it, where there is something to say. needed: while this is
+    missing or broken, nothing can be pretrained.
+    """
+
+    name: str
+    state: State
+    found: str
+    cost: str = ""
+    mend: str = ""
+    needed: bool = False
+
+
+Check = Callable[[], Iterator[Finding]]
+
+
+def doctor(out: Path = Path(), quick: bool = False, as_json: bool = False) -> bool:
+    """Print what `diagnose` finds, as it finds it, or as one JSON object; return whether this machine can pretrain."""
+    findings = []
+    for finding in diagnose(out, quick):
+        findings.append(finding)
+        if not as_json:
+            print(_row(finding), flush=True)
+    lacking = [f.name for f in findings if f.needed and f.state in ("missing", "broken")]
+    if as_json:
+        print(json.dumps({"can_pretrain": not lacking, "findings": [asdict(f) for f in findings]}, indent=2))
+    else:
+        verdict = f"cannot pretrain: mend {', '.join(lacking)}" if lacking else "can pretrain"
+        print(f"\nThis machine {verdict}.")
+    return not lacking
+
+
+def _row(finding: Finding) -> str:
+    head = f"{finding.name:15}  {finding.state:7}  "
+    room = max(60, min(shutil.get_terminal_size().columns, 120)) - len(head)
+    wrap = partial(textwrap.wrap, width=room, break_on_hyphens=False, break_long_words=False)
+    lines = wrap(finding.found)
+    lines += wrap(f"costs: {finding.cost}") if finding.cost else []
+    lines += wrap(f"mend: {finding.mend}") if finding.mend else []
+    return head + f"\n{'':{len(head)}}".join(lines)
+
+
+def diagnose(out: Path = Path(), quick: bool = False) -> Iterator[Finding]:
+    """Look at everything, one thing after the other; a part that is broken is a finding, never an exception.
+
+    out: where runs are to be written; it need not exist yet. quick: try neither torch.compile nor a process group
+    nor MinkowskiEngine, which take most of the time.
+    """
+    checks: dict[str, Check] = {"Python": _python, "packages": _packages, "torch": _torch}
+    if not quick:
+        checks |= {"torch.compile": _compile, "processes": _processes}
+    checks |= {"launcher": _launcher, "MinkowskiEngine": partial(_minkowski, quick)}
+    checks |= {"Pillow": _pillow, "imagecodecs": _imagecodecs}
+    checks |= {"disk": partial(_disk, out), "/dev/shm": _shared_memory, "memory": _memory, "CPU": _cpu}
+    checks |= {"open files": _open_files}
+    for name, check in checks.items():
+        try:
+            yield from check()
+        except Exception as error:
+            yield Finding(name, "broken", f"it could not be looked at: {_sentence(error)}")
+
+
+def _judge(name: str, found: str, bad: bool, cost: str, mend: str = "") -> Finding:
+    return Finding(name, "note", found, cost, mend) if bad else Finding(name, "ok", found)
+
+
+def _sentence(error: Exception) -> str:
+    return f"{type(error).__name__}: {textwrap.shorten(str(error), 240)}"
+
+
+def _gb(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.3g} GB"
+
+
+def _in_child(check: Check, timeout_s: float, failed: Finding) -> Iterator[Finding]:
+    """The findings of a check that runs in another Python.
+
+    failed: a finding too, with the reason added, if the check raises, dies or is not done after timeout_s.
+    """
+    # The same sys.path: `-c` alone would put the current directory first, with whatever packages lie there.
+    code = f"import sys; sys.path[:] = {sys.path!r}; from fcmae import doctor; doctor._answer(doctor.{check.__name__})"
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
+        # What was compiled once needs no compiler: only an empty cache shows whether there is one that works.
+        env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": directory, "TRITON_CACHE_DIR": directory}
+        answers, log = Path(directory, "answers"), Path(directory, "log")
+        with answers.open("w") as stdout, log.open("w") as stderr:
+            process = subprocess.Popen(
+                [sys.executable, "-c", code], stdout=stdout, stderr=stderr, env=env, start_new_session=True
+            )
+            try:
+                status = process.wait(timeout_s)
+                reason = f"Python was killed by {signal.Signals(-status).name}" if status < 0 else ""
+            except subprocess.TimeoutExpired:
+                status, reason = 1, f"it was not done after {timeout_s:g} s"
+            finally:
+                with suppress(ProcessLookupError, PermissionError):
+                    os.killpg(process.pid, signal.SIGKILL)  # its compilers and workers too
+                process.wait()
+        for line in answers.read_text(errors="replace").splitlines():
+            if line.startswith('{"name": '):  # packages may print too
+                yield Finding(**json.loads(line))
+        if status:
+            yield replace(failed, found=reason or log.read_text(errors="replace").strip().rpartition("\n")[2])
+
+
+def _answer(check: Check) -> None:
+    status = 0
+    try:
+        for finding in check():
+            print(json.dumps(asdict(finding)), flush=True)  # at once: what was found outlives a crash
+    except Exception as error:
+        print(_sentence(error), file=sys.stderr, flush=True)
+        status = 1
+    os._exit(status)  # some packages crash, or wait, while the interpreter is taken down
+
+
+def _python() -> Iterator[Finding]:
+    yield Finding("Python", "ok", f"{platform.python_version()} ({sys.executable}) on {platform.platform()}")
+
+
+def _packages() -> Iterator[Finding]:
+    from packaging.requirements import Requirement
+
+    missing, old = [], []
+    for requirement in map(Requirement, metadata.requires("fcmae") or []):
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            try:
+                version = metadata.version(requirement.name)
+            except metadata.PackageNotFoundError:
+                missing.append(str(requirement))
+            else:
+                if not requirement.specifier.contains(version, prereleases=True):
+                    old.append(f"{requirement.name} is {version}, not {requirement.specifier}")
+    if missing:
+        mend = "pip install " + " ".join(map(repr, missing))
+        yield Finding("packages", "missing", ", ".join(missing), "nothing can be pretrained", mend, needed=True)
+    if old or not missing:
+        found = "; ".join(old) or f"all that fcmae {metadata.version('fcmae')} needs, none too old"
+        yield _judge("packages", found, bool(old), "fcmae is not tested with these", "pip install --upgrade fcmae")
+
+
+def _torch() -> Iterator[Finding]:
+    # It is here that a driver may block, or a package kill Python; the rows that came before tell which.
+    failed = Finding("torch", "broken", "", "nothing can be pretrained", _PAIR, needed=True)
+    return _in_child(_import_torch, 120, failed)
+
+
+def _import_torch() -> Iterator[Finding]:
+    works = True
+    for name in ("torch", "torchvision", "timm", "accelerate"):
+        try:
+            module = importlib.import_module(name)
+        except Exception as error:
+            state: State = "missing" if isinstance(error, ModuleNotFoundError) and error.name == name else "broken"
+            mend = _PAIR if "torch" in name else f"once torch and torchvision work: pip install --upgrade {name}"
+            yield Finding(name, state, _sentence(error), "nothing can be pretrained", mend, needed=True)
+            works = False
+        else:
+            yield Finding(name, "ok", module.__version__)
+            if name == "torch":
+                yield from _gpus()  # before anything else can take the driver's warnings
+    if works:
+        import torch
+
+        from fcmae.data.loader import default_num_workers
+        from fcmae.run import local_processes
+
+        device = torch.accelerator.current_accelerator(check_available=True)
+        workers = default_num_workers(device.type if device else "cpu", local_processes())
+        yield Finding("loader workers", "ok", f"{workers} for each training process, unless data.num_workers is set")
+
+
+def _gpus() -> Iterator[Finding]:
+    import torch
+
+    with warnings.catch_warnings(record=True) as remarks:
+        warnings.simplefilter("always")
+        has_cuda = torch.cuda.is_available()  # ROCm too
+        device = torch.accelerator.current_accelerator(check_available=True)
+    if has_cuda:
+        yield from (_gpu(index) for index in range(torch.cuda.device_count()))
+        return
+    if device is not None:
+        yield Finding("GPU", "ok", device.type)
+        return
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else torch.version.hip and f"ROCm {torch.version.hip}"
+    found = f"none that torch (built for {build or 'CPUs'}) can use"
+    found += "".join(f"; {textwrap.shorten(str(remark.message), 240)}" for remark in remarks[-1:])
+    mend = "if there is one: install its driver; in a container, docker run --gpus all"
+    state: State = "note"
+    if files := [*Path("/dev").glob("nvidia[0-9]*"), *Path("/dev").glob("kfd")]:
+        state, found = "broken", f"{found}; but there is {files[0]}"
+        mend = "install a build of torch and torchvision for it (pytorch.org/get-started/locally)"
+        if build:
+            mend = f"see that nvidia-smi works and names this CUDA or a later one, and CUDA_VISIBLE_DEVICES; or {mend}"
+    cost = "training runs on the CPU: enough to try atto on small images, too slow for the published recipes"
+    yield Finding("GPU", state, found, cost, mend)
+    cpuinfo = Path("/proc/cpuinfo")
+    native = {"amx_bf16", "avx512_bf16", "bf16"} & set(cpuinfo.read_text().split() if cpuinfo.exists() else ())
+    found = f"on the CPU: {', '.join(sorted(native)) or 'no instructions for it (AMX, AVX512-BF16)'}"
+    yield _judge("bf16", found, not native, "--precision bf16 works, but slower; by default a CPU trains in fp32")
+
+
+def _gpu(index: int) -> Finding:
+    import torch
+
+    name = f"GPU {index}"
+    try:
+        gpu = torch.cuda.get_device_properties(index)
+        free, total = torch.cuda.mem_get_info(index)
+        x = torch.ones(1, 8, 8, 8, device=f"cuda:{index}")
+        torch.nn.functional.conv2d(x, x).sum().item()  # fails where torch has no kernels for the GPU
+        with torch.cuda.device(index):
+            bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    except Exception as error:
+        mend = "see that no one else fills it; install a build of torch for it (pytorch.org/get-started/locally)"
+        return Finding(name, "broken", _sentence(error), "training cannot use it", mend)
+    found = f"{gpu.name}, {_gb(free)} of {_gb(total)} free, compute capability {gpu.major}.{gpu.minor}, bf16: "
+    cost = "bf16 is emulated, and slower than fp32; fp16 can overflow in GRN"
+    return _judge(name, found + ("yes" if bf16 else "no"), not bf16, cost, "train with --precision fp32")
+
+
+def _compile() -> Iterator[Finding]:
+    cost = "--model.compile cannot be used; everything else can"
+    mend = "install g++ and Python's headers (on Debian and Ubuntu: apt install g++ python3-dev), or set CXX"
+    # g++ for a CPU; for a GPU Triton is content with a C compiler.
+    if not any(map(shutil.which, (os.environ.get("CXX", "g++"), os.environ.get("CC", "gcc"), "clang"))):
+        return iter([Finding("torch.compile", "missing", "there is no C++ compiler (g++)", cost, mend)])
+    return _in_child(_compile_gelu, 120, Finding("torch.compile", "broken", "", cost, mend))
+
+
+def _compile_gelu() -> Iterator[Finding]:
+    torch: Any = importlib.import_module("torch")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    gelu, x = torch.nn.functional.gelu, torch.linspace(-3, 3, 64, device=device)
+    start = time.perf_counter()
+    torch.testing.assert_close(torch.compile(gelu)(x), gelu(x))
+    seconds = time.perf_counter() - start
+    yield Finding("torch.compile", "ok", f"took {seconds:.0f} s for a small function, on {device} with nothing cached")
+
+
+def _processes() -> Iterator[Finding]:
+    cost = "several processes cannot train together on this machine; one can"
+    mend = (
+        "see that localhost and this host's name resolve (/etc/hosts) and that no firewall is between them, or name a "
+        "network interface that works: GLOO_SOCKET_IFNAME=lo NCCL_SOCKET_IFNAME=lo"
+    )
+    return _in_child(_form_group, 30, Finding("processes", "broken", "", cost, mend))
+
+
+def _form_group() -> Iterator[Finding]:
+    torch: Any = importlib.import_module("torch")
+    mp: Any = importlib.import_module("torch.multiprocessing")
+    store = torch.distributed.TCPStore("localhost", 0, 2, is_master=True, wait_for_workers=False)
+    try:
+        mp.start_processes(_join_group, (store.port,), nprocs=2, start_method="fork")
+    except mp.ProcessRaisedException as error:  # its message is a traceback
+        raise ConnectionError(str(error).strip().rpartition("\n")[2]) from error
+    found, slow = "two form a gloo group on this machine", False
+    if torch.cuda.is_available():
+        slow = not torch.distributed.is_nccl_available()
+        found += "; no NCCL" if slow else f"; NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"
+    yield _judge("processes", found, slow, "several GPUs train slowly", _PAIR)
+
+
+def _join_group(rank: int, port: int) -> None:
+    torch: Any = importlib.import_module("torch")
+    store = torch.distributed.TCPStore("localhost", port, 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    total = torch.ones(1)
+    torch.distributed.all_reduce(total)
+    assert total.item() == 2, total
+
+
+def _launcher() -> Iterator[Finding]:
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID")
+    found = " ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
+    yield Finding("launcher", "ok", found or "none around this command")
+
+
+_NO_MINKOWSKI = Finding(
+    "MinkowskiEngine",
+    "missing",
+    "not installed",
+    "nothing for the packed backend, which is the default; --model.backend minkowski cannot be used",
+    "make minkowski in a clone, or docker/install_minkowski.sh",
+)
+
+
+def _minkowski(quick: bool) -> Iterator[Finding]:
+    if find_spec("MinkowskiEngine") is None:
+        return iter([_NO_MINKOWSKI])
+    if quick:
+        return iter([Finding("MinkowskiEngine", "ok", "installed; not tried")])
+    mend = f"build it again, for this torch: {_NO_MINKOWSKI.mend}"
+    return _in_child(_convolve_sparsely, 60, replace(_NO_MINKOWSKI, state="broken", mend=mend))
+
+
+def _convolve_sparsely() -> Iterator[Finding]:
+    torch: Any = importlib.import_module("torch")
+    engine = importlib.import_module("MinkowskiEngine")
+    build = "CUDA" if engine.is_cuda_available() else "CPUs"
+    device = "cuda" if build == "CUDA" and torch.cuda.is_available() else "cpu"
+    coordinates = torch.tensor([[0, 0, 0], [0, 0, 1], [0, 1, 1]], dtype=torch.int32)
+    x = engine.SparseTensor(torch.ones(3, 2), coordinates, device=device)
+    engine.MinkowskiConvolution(2, 4, kernel_size=3, dimension=2).to(device)(x).F.sum().item()
+    found = f"{engine.__version__}, built for {build}; a convolution runs on {device}"
+    idle = device == "cpu" and torch.cuda.is_available()
+    yield _judge("MinkowskiEngine", found, idle, "the minkowski backend cannot use the GPU", _NO_MINKOWSKI.mend)
+
+
+def _pillow() -> Iterator[Finding]:
+    from PIL import features
+
+    lacking = [name for name in ("jpg", "libjpeg_turbo", "webp", "libtiff") if not features.check(name)]
+    found = f"{metadata.version('pillow')}, libjpeg-turbo {features.version('libjpeg_turbo')}"
+    if lacking:
+        found = f"{metadata.version('pillow')}, built without {', '.join(lacking)}"
+    elif find_spec("simplejpeg"):
+        found += f"; simplejpeg {metadata.version('simplejpeg')}"
+    cost = "without libjpeg_turbo JPEGs decode slowly; without the others these formats cannot be read"
+    yield _judge("Pillow", found, bool(lacking), cost, "pip install --force-reinstall --only-binary :all: pillow")
+
+
+def _imagecodecs() -> Iterator[Finding]:
+    if find_spec("imagecodecs"):
+        yield Finding("imagecodecs", "ok", metadata.version("imagecodecs"))
+    else:
+        cost = "multi-band and 16-bit colour TIFFs with LZW and other compressions cannot be read; the rest can"
+        yield Finding("imagecodecs", "missing", "not installed", cost, "pip install imagecodecs")
+
+
+def _disk(out: Path) -> Iterator[Finding]:
+    path = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    free = shutil.disk_usage(path).free
+    # A run keeps two by default, and writes the third before it deletes one.
+    atto, base = (3 * 3 * 4 * count for count in NUM_PARAMETERS.values())
+    found = f"{_gb(free)} free at {path}; a run's checkpoints take {_gb(atto)} for atto, {_gb(base)} for base"
+    cost, mend = "the checkpoints of larger models do not fit", "free some, or choose another place: --out DIR"
+    writable = path.is_dir() and os.access(path, os.W_OK)
+    if writable and free >= atto:
+        yield _judge("disk", found, free < base, cost, mend)
+    else:
+        found = found if writable else f"{path} cannot be written to"
+        yield Finding("disk", "broken", found, "runs cannot be saved there", mend, needed=True)
+
+
+def _shared_memory() -> Iterator[Finding]:
+    if SHARED_MEMORY.exists():  # on Linux
+        usage = shutil.disk_usage(SHARED_MEMORY)
+        cost = "loader workers pass their batches through it, and die of a bus error when it is full"
+        mend = "docker run --shm-size 2g, mount -o remount,size=2g /dev/shm, or --data.num_workers 0, which is slower"
+        yield _judge("/dev/shm", f"{_gb(usage.free)} of {_gb(usage.total)} free", usage.free < 5e8, cost, mend)
+
+
+def _cgroup(*names: str) -> list[str]:
+    """The words of a container's limit, under version 2 (the first name) or 1 (the others); none if there is none."""
+    files = [CGROUP / name for name in names]
+    if files[0].is_file():
+        return files[0].read_text().split()
+    return [file.read_text().strip() for file in files[1:] if file.is_file()]
+
+
+def _memory() -> Iterator[Finding]:
+    import psutil  # type: ignore[import-untyped]  # comes with accelerate
+
+    memory = psutil.virtual_memory()
+    limits = [int(word) for word in _cgroup("memory.max", "memory/memory.limit_in_bytes") if word.isdecimal()]
+    total = min([memory.total, *limits])
+    found = f"{_gb(min(memory.available, total))} of {_gb(total)} available"
+    if total < memory.total:
+        found += f" in this container; the machine has {_gb(memory.total)}"
+    cost = f"training is killed: atto takes {_gb(MIN_MEMORY)} for 64 images of 128 pixels"
+    if total < MIN_MEMORY:
+        yield Finding("memory", "broken", found, cost, "a larger machine, or docker run --memory 8g", needed=True)
+    else:
+        yield _judge("memory", found, memory.available < MIN_MEMORY, cost, "end other programs")
+
+
+def _cpu() -> Iterator[Finding]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota, period = _cgroup("cpu.max", "cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us") or ("max", "1")
+    share = int(quota) / int(period) if quota.isdecimal() else cores
+    found = f"{cores} of {os.cpu_count()} cores"
+    if share < cores:
+        found += f", of which this container gets the time of {share:g}"
+    cost = "threads and loader workers, as many as there are cores, wait for each other"
+    mend = f"set OMP_NUM_THREADS={max(1, int(share))} and --data.num_workers {max(1, int(share))}"
+    yield _judge("CPU", found, share < cores, cost, mend)
+
+
+def _open_files() -> Iterator[Finding]:
+    import resource
+
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    found = "no limit" if limit == resource.RLIM_INFINITY else f"at most {limit}"
+    cost = "with many loader workers: Too many open files"
+    yield _judge("open files", found, 0 <= limit < 1024, cost, "ulimit -n 4096")

@@ -1,0 +1,218 @@
+"""Check on this machine that every backend computes what the definition says, and time them: `fcmae verify`.
+
+The definition is the masked backend in float64 on the CPU and, where nothing is hidden, timm's dense network. Values
+and every gradient are compared, of the encoder and of the whole model.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from fcmae.encoder import Encoder
+from fcmae.formats import rename
+from fcmae.loss import reconstruction_loss
+from fcmae.masking import num_visible, random_mask
+from fcmae.model import FCMAE
+from fcmae.sparse import make_layout
+
+BACKENDS = ("packed", "masked", "minkowski")
+PATCH = 32  # pixels, side of a mask patch
+
+
+class Case(NamedTuple):
+    """One comparison. ratio 0 hides nothing: the encoder's reference is then timm's network."""
+
+    variant: str
+    grid: tuple[int, int]
+    ratio: float
+    batch: int
+    whole: bool  # the whole model and its loss, or the encoder and its features
+
+    def __str__(self) -> str:
+        part = "model" if self.whole else "encoder"
+        (rows, columns), hidden = self.grid, f"{100 * self.ratio:.0f} %"
+        return f"{self.variant}, {part}, {rows} x {columns} patches, {hidden} hidden, batch {self.batch}"
+
+
+# V2 and V1; square and not; one image and several; little, much and nothing hidden.
+CASES = (
+    Case("convnextv2_atto", (3, 5), 0.6, 2, whole=False),
+    Case("convnextv2_atto", (3, 2), 0.6, 3, whole=True),
+    Case("convnextv2_atto", (4, 4), 0.9, 1, whole=True),
+    Case("convnextv2_atto", (2, 3), 0, 2, whole=False),
+    Case("convnext_tiny", (1, 3), 0.4, 2, whole=False),  # the smallest V1, eight times atto's parameters
+)
+
+# Largest error allowed, relative to the largest element of the tensor that is compared. Rounding grows over some twenty
+# blocks: of float64 from 1e-16 to 1e-14, of float32 from 6e-8 to 5e-6, of bfloat16 from 4e-3 to 5e-2.
+TOLERANCES = {"float64": 1e-11, "float32": 1e-4, "bfloat16": 0.2}
+
+
+@dataclass(frozen=True)
+class Result:
+    """How far one backend is from the reference in one precision, the largest over all cases."""
+
+    backend: str
+    precision: str
+    values: float
+    gradients: float
+    worst: str  # the case and tensor that is farthest off
+
+    @property
+    def tolerance(self) -> float:
+        return TOLERANCES[self.precision]
+
+    @property
+    def ok(self) -> bool:
+        return self.values <= self.tolerance and self.gradients <= self.tolerance
+
+    def __str__(self) -> str:
+        verdict = "ok" if self.ok else f"WRONG: {self.worst}"
+        return (
+            f"{self.backend:10} {self.precision:9} {self.values:9.1e} {self.gradients:10.1e} {self.tolerance:10.0e}"
+            f"  {verdict}"
+        )
+
+
+def verify(backends: Sequence[str] | None = None, device: str = "cpu") -> list[Result]:
+    """Compare and time backends, and print a table line by line as the results come.
+
+    backends: names; None takes all, leaving out with a remark the one that cannot run here. device: cpu or cuda, where
+    the backends run; the reference always runs on the CPU. Returns a result for each backend and precision: float64,
+    float32 and, on a GPU, float32 under bfloat16 autocast. Raises ValueError if a backend that was named, or the
+    device, cannot be used.
+    """
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device = {device!r}: torch finds no GPU here: use cpu")
+    usable = []
+    for backend in backends or BACKENDS:
+        try:
+            make_layout(backend, torch.zeros(1, 1, 1, dtype=torch.bool, device=device))
+            usable.append(backend)
+        except ValueError as error:
+            if backends:
+                raise
+            print(f"{backend}: not checked: {error}")
+
+    print("largest relative error of values and of gradients against the reference (masked and timm, float64, CPU)\n")
+    print(f"{'backend':10} {'precision':9} {'values':>9} {'gradients':>10} {'tolerance':>10}")
+    references = [reference(case) for case in CASES]
+    results = []
+    for precision in ("float64", "float32", *(["bfloat16"] if device != "cpu" else [])):
+        for backend in usable:
+            results.append(compare(backend, device, precision, references))
+            print(results[-1], flush=True)
+
+    print("\nmilliseconds for forward + backward of convnextv2_atto, 8 images of 224 px, 19 of 49 patches visible\n")
+    for backend, ms in speeds(usable, device).items():
+        print(f"{backend:10} {ms:9.1f}")
+    return results
+
+
+def compare(backend: str, device: str, precision: str, references: Sequence[dict[str, Tensor]]) -> Result:
+    """The largest errors of a backend over all CASES, whose reference tensors are given in their order."""
+    values = gradients = (0.0, "")
+    for case, expected in zip(CASES, references, strict=True):
+        found = tensors(case, backend, device, precision)
+        for name, tensor in expected.items():
+            # A gradient that is absent is wrong, and so is NaN, which max() would pass over.
+            error = float((found[name] - tensor).abs().max() / tensor.abs().max()) if name in found else math.inf
+            error = math.inf if math.isnan(error) else error
+            if name == "values":
+                values = max(values, (error, f"{case}: values"))
+            else:
+                gradients = max(gradients, (error, f"{case}: gradient of {name}"))
+    return Result(backend, precision, values[0], gradients[0], max(values, gradients)[1])
+
+
+def tensors(case: Case, backend: str, device: str, precision: str) -> dict[str, Tensor]:
+    """What a backend computes in a case: its "values" and the gradient of each parameter, float64 on the CPU."""
+    net, images, mask = make(case, backend)
+    dtype = torch.float64 if precision == "float64" else torch.float32
+    net.to(device, dtype)
+    images, mask = images.to(device, dtype), mask.to(device)
+    autocast = torch.autocast("cuda", torch.bfloat16) if precision == "bfloat16" else nullcontext()
+    # cuDNN's convolutions take TF32, with 10 of float32's 23 bits, unless told otherwise.
+    with torch.backends.cudnn.flags(allow_tf32=False), autocast:
+        if isinstance(net, FCMAE):
+            pred, site_mask = net(images, mask)
+            values = reconstruction_loss(pred, images, site_mask)
+        else:
+            layout = make_layout(backend, mask)
+            values = layout.unpack(net(images, layout))  # (B, h, w, C)
+    torch.autograd.backward(values, cotangent(values))
+    return collected(values, ((name, p.grad) for name, p in net.named_parameters()))
+
+
+def reference(case: Case) -> dict[str, Tensor]:
+    """What `tensors` should be: of the masked backend or, with nothing hidden, of timm's dense network."""
+    if case.ratio > 0:
+        return tensors(case, "masked", "cpu", "float64")
+    encoder, images, _ = make(case, "masked")
+    dense = timm.create_model(case.variant, num_classes=0)
+    names = {name: rename(f"encoder.{name}", "timm") for name, _ in encoder.named_parameters()}
+    own = dense.state_dict()
+    own |= {names[name]: p.detach().view_as(own[names[name]]) for name, p in encoder.named_parameters()}
+    dense.load_state_dict(own)
+    dense.double()
+    values = dense.forward_features(images.double()).permute(0, 2, 3, 1)  # (B, h, w, C)
+    values.backward(cotangent(values))
+    theirs = dict(dense.named_parameters())
+    return collected(values, ((n, theirs[names[n]].grad.view_as(p)) for n, p in encoder.named_parameters()))
+
+
+def make(case: Case, backend: str) -> tuple[Encoder | FCMAE, Tensor, Tensor]:
+    """The network, images and mask of a case, the same at every call, in float32 on the CPU."""
+    rows, columns = case.grid
+    with torch.device("meta"):
+        encoder = Encoder(case.variant)
+        net = FCMAE(encoder, decoder_dim=32, backend=backend) if case.whole else encoder
+    net.to_empty(device="cpu")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for parameter in net.parameters():
+            # None at the zero or one that it starts from, which would hide a mistake.
+            nn.init.normal_(parameter, std=0.1)
+        images = torch.randn(case.batch, 3, rows * PATCH, columns * PATCH)
+    mask = torch.zeros(case.batch, rows, columns, dtype=torch.bool)
+    if case.ratio > 0:
+        visible = num_visible(rows * columns, case.ratio)
+        mask = torch.from_numpy(random_mask(case.grid, visible, [(0, i) for i in range(case.batch)]))
+    return net, images, mask
+
+
+def cotangent(values: Tensor) -> Tensor:
+    """The gradient that backward starts from: another number for each value, 1 for a scalar."""
+    return torch.linspace(1, -1, values.numel(), dtype=values.dtype, device=values.device).view_as(values)
+
+
+def collected(values: Tensor, gradients: Iterable[tuple[str, Tensor | None]]) -> dict[str, Tensor]:
+    named = {"values": values.detach(), **{name: grad for name, grad in gradients if grad is not None}}
+    return {name: tensor.cpu().double() for name, tensor in named.items()}
+
+
+def speeds(backends: Sequence[str], device: str, repeats: int = 5) -> dict[str, float]:
+    """Median milliseconds of the encoder's forward + backward; backends take turns, so that a load slows them all."""
+    encoder = Encoder("convnextv2_atto").to(device)
+    images = torch.randn(8, 3, 224, 224, device=device)
+    mask = torch.from_numpy(random_mask((7, 7), 19, [(0, i) for i in range(8)])).to(device)
+    times: dict[str, list[float]] = {backend: [] for backend in backends}
+    for _ in range(1 + repeats):  # the first is a warm-up
+        for backend in backends:
+            start = time.perf_counter()
+            encoder.zero_grad()
+            encoder(images, make_layout(backend, mask, 19)).square().mean().backward()
+            if device != "cpu":
+                torch.cuda.synchronize()
+            times[backend].append(1000 * (time.perf_counter() - start))
+    return {backend: statistics.median(ms[1:]) for backend, ms in times.items()}

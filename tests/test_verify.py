@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import MINKOWSKI
+from torch import Tensor
+
+from fcmae import verify
+from fcmae.cli import main
+from fcmae.sparse import Masked, Packed
+
+FEW = (
+    verify.Case("convnextv2_atto", (1, 3), 0.6, 2, whole=True),
+    verify.Case("convnextv2_atto", (1, 2), 0, 1, whole=False),
+)
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two small cases in place of all, and no timings."""
+    monkeypatch.setattr(verify, "CASES", FEW)
+    monkeypatch.setattr(verify, "speeds", lambda backends, device: dict.fromkeys(backends, 1.5))
+
+
+@pytest.mark.parametrize("backend", ["packed", "masked", MINKOWSKI])
+def test_a_backend_that_computes_right_is_ok(backend: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "--backend", backend]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    rows = [line for line in lines if line[:1] == [backend]]
+    assert [(row[1], row[-1]) for row in rows] == [("float64", "ok"), ("float32", "ok"), ("1.5", "1.5")]
+
+
+def transposed(self: Packed, f: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return downsample(self, f, weight.transpose(2, 3), bias)
+
+
+def without_gradient(self: Packed, f: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return depthwise_conv(self, f, weight.detach(), bias)
+
+
+def over_the_batch(self: Packed, f: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(f, dim=(0, 1, 2, 3), keepdim=True)
+
+
+def not_a_number(self: Packed, f: Tensor) -> Tensor:
+    return image_norm(self, f) * torch.nan
+
+
+depthwise_conv, downsample, image_norm = Packed.depthwise_conv, Packed.downsample, Packed.image_norm
+
+
+@pytest.mark.parametrize(
+    ("name", "broken"),
+    [
+        ("downsample", transposed),
+        ("depthwise_conv", without_gradient),
+        ("image_norm", over_the_batch),
+        ("image_norm", not_a_number),
+    ],
+)
+def test_a_backend_that_computes_wrong_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, broken: Callable[..., Tensor]
+) -> None:
+    monkeypatch.setattr(Packed, name, broken)
+    with pytest.raises(SystemExit) as stop:
+        main(["verify", "--backend", "packed", "masked"])
+    assert stop.value.code == 1
+    rows = [line for line in capsys.readouterr().out.splitlines() if " float" in line]
+    assert ["WRONG" in row for row in rows] == [row.startswith("packed") for row in rows]
+
+
+def test_the_reference_itself_is_held_to_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+    convolution = Masked.depthwise_conv
+    monkeypatch.setattr(
+        Masked, "depthwise_conv", lambda self, f, weight, bias: convolution(self, f, weight.transpose(2, 3), bias)
+    )
+    results = verify.verify(["masked"])
+    assert not any(result.ok for result in results)
+    assert all("0 % hidden" in result.worst for result in results)
+
+
+def test_a_missing_engine_is_left_out_unless_it_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "MinkowskiEngine", None)  # as if it were not installed
+    monkeypatch.delitem(sys.modules, "fcmae.sparse.minkowski", raising=False)
+    assert {result.backend for result in verify.verify()} == {"packed", "masked"}
+    assert "minkowski: not checked" in capsys.readouterr().out
+    assert main(["verify", "--backend", "minkowski"]) == 2
+    error = capsys.readouterr().err
+    assert "not installed" in error
+    assert "make minkowski" in error
+
+
+def test_a_missing_gpu_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["verify", "--device", "cuda"]) == 2
+    assert "torch finds no GPU here" in capsys.readouterr().err
