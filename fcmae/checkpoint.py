@@ -84,13 +84,21 @@ def save(run: Path, meta: Meta, tensors: dict[str, dict[str, Tensor]]) -> Path:
     aside.mkdir(parents=True)
     for name, flat in tensors.items():
         contiguous = {key: value.detach().contiguous() for key, value in flat.items()}
-        save_file(contiguous, aside / f"{name}.safetensors", metadata={"format": "pt"})
+        write_tensors(aside / f"{name}.safetensors", contiguous)
     (aside / META).write_text(json.dumps(asdict(meta), indent=2))
     for path in [*aside.iterdir(), aside]:
         _sync(path)  # the rename must not reach the disk before the contents do
     aside.rename(place)
     _sync(place.parent)
     return place
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a .safetensors file that whoever may read the user's other new files may read."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, {"format": "pt"} | (metadata or {}))  # which lets its owner alone read it
+    path.chmod(mode)
 
 
 def _sync(path: Path) -> None:

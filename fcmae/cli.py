@@ -82,7 +82,7 @@ def _convert(args: argparse.Namespace) -> None:
 
     from fcmae.convert import convert
 
-    print(convert(args.source, None if args.dry_run else args.dest, args.to, args.variant))
+    print(convert(args.source, None if args.dry_run else args.dest, args.to, args.variant, args.key))
 
 
 def _predict(args: argparse.Namespace) -> None:
@@ -167,10 +167,13 @@ def _parser() -> argparse.ArgumentParser:
         "--to",
         choices=("fcmae", "timm", "fair", "transformers", "minkowski"),
         default="timm",
-        help="timm and transformers: a directory; the others: a file that ends in .safetensors or .pth [timm]",
+        help="timm and transformers: a directory; the others: a file that ends in .safetensors, .pth or .pt [timm]",
     )
     command.add_argument("--variant", metavar="NAME", help="what SRC must be of, e.g. convnextv2_atto [found out]")
-    command.add_argument("--dry-run", action="store_true", help="print the mapping and write nothing")
+    command.add_argument(
+        "--key", metavar="NAME", help="the entry of a .pth file that holds the weights, e.g. model_ema [model]"
+    )
+    command.add_argument("--dry-run", action="store_true", help="print what goes where and write nothing")
     command.add_argument(
         "--check", action="store_true", help="compare SRC's output on a fixed image with the one stored in it, and stop"
     )

@@ -132,7 +132,7 @@ class FinetuneData(ImageConfig):
 class PretrainModel(Section):
     variant: Variant = "convnextv2_atto"
     """The encoder: convnextv2_atto to _huge, or V1 (LayerScale, no GRN): convnext_tiny to _xlarge."""
-    init: str | None = None
+    init: str | None = Field(None, min_length=1)
     """Starting weights: a run, a checkpoint, or weights in any format that `fcmae convert` reads; a decoder that they
     do not have, or that does not fit, starts fresh. Default: all from scratch."""
     freeze_encoder_steps: int = Field(0, ge=0)
@@ -142,7 +142,8 @@ class PretrainModel(Section):
     backend: Literal["packed", "masked", "minkowski"] = "packed"
     """How the sparse encoder computes: packed (fast), masked (dense) or minkowski. A resumed run may switch."""
     grn_scope: Literal["image", "batch"] = "image"
-    """What the encoder's GRN pools over: image, or batch to continue a run of the released PyTorch code."""
+    """What the encoder's GRN pools over: image; or batch, the images that a process computes at once, to continue a run
+    of the released PyTorch code."""
     mask_patch: int = Field(32, ge=8)
     """Side of a mask patch in pixels: a multiple of the total stride."""
     mask_ratio: float = Field(0.6, gt=0, lt=1)
@@ -164,7 +165,7 @@ class PretrainModel(Section):
 class FinetuneModel(Section):
     variant: Variant | None = None
     """The network. Default: the one that `init` holds."""
-    init: str | None = None
+    init: str | None = Field(None, min_length=1)
     """Starting weights: a run, a checkpoint, or weights in any format that `fcmae convert` reads. Default: from
     scratch."""
     stem_stride: StemStride | None = None

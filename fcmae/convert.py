@@ -1,182 +1,24 @@
-"""Weights from any source, into timm's dense model and into files of any format.
-
-`fcmae.formats` knows names and shapes; here are files and directories. Nothing that is read can run code: .pth files
-are unpickled with weights_only, and of all classes only argparse.Namespace, which the released checkpoints hold their
-flags in, is let through. Files are mapped into memory, not read into it.
-
-What we write says what it is in one record, FCMAE: in config.json, in the header of a .safetensors file, beside
-"model" in a .pth file. It holds the encoder's output on a fixed input, so that a reader can tell that it computes what
-the writer did.
-"""
+"""Weights into models: into timm's dense network, into an FCMAE, and from one format into another."""
 
 from __future__ import annotations
 
-import argparse
-import hashlib
-import json
-import pickle
-import zipfile
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+import math
+import shlex
+import shutil
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from timm.models import adapt_input_conv
-from torch import Tensor, nn
+from torch import nn
 
-import fcmae
-from fcmae import checkpoint
-from fcmae.config import PretrainConfig
-from fcmae.encoder import VARIANTS, Encoder, init_weights
-from fcmae.formats import FORMATS, Architecture, from_state, holds, rename, to_state
+from fcmae.encoder import VARIANTS, init_weights
+from fcmae.formats import DECODER, FORMATS, from_state, holds, rename, to_state, unwrapped
 from fcmae.model import FCMAE
-from fcmae.sparse import Masked
+from fcmae.weights import DIRECTORIES, FILE_SUFFIXES, Weights, encoder_output, read_weights, save_weights
 
-RECORD = "fcmae"  # the key of what we say of our own files
 STEM = "encoder.downsample_layers.0.0.weight"
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Weights under our names, and what is known of them.
-
-    state: encoder.*, and where they are there the decoder's proj, mask_token, decoder.*, pred, and norm.*, head.*.
-    image: mean, std, input_size (C, H, W) and crop_pct, where known. class_names: of the head, numbers where the file
-    names none. origin: what they were made from. expected_output: see `encoder_output`; empty if the file does not
-    say. format: what it was in. names: our names to those in the file.
-    """
-
-    state: dict[str, Tensor]
-    architecture: Architecture
-    image: dict[str, Any] = field(default_factory=dict)
-    class_names: tuple[str, ...] = ()
-    origin: dict[str, Any] = field(default_factory=dict)
-    expected_output: tuple[float, ...] = ()
-    format: str = "fcmae"
-    names: dict[str, str] = field(default_factory=dict)
-
-
-def read_weights(path: Path, variant: str | None = None) -> Weights:
-    """Weights of a run, a checkpoint, a timm or transformers directory, or a .safetensors or .pth file of any format.
-
-    Of a fine-tuning run, the best ones. variant: what they must be of; None finds out. Raises ValueError if `path` is
-    none of these, may not be unpickled, or an entry is missing, extra or of another shape (all are listed).
-    """
-    if (path / "best" / "config.json").is_file():
-        path = path / "best"  # of a fine-tuning run
-    if (path / "config.yaml").is_file():
-        newest = checkpoint.latest(path)
-        if newest is None:
-            raise ValueError(f"{path} is a run without a checkpoint: let it reach its first one")
-        path = newest
-    if (path / checkpoint.META).is_file():
-        return _read_checkpoint(path, variant)
-    if (path / "config.json").is_file():
-        return _read_directory(path, variant)
-    if path.is_file():
-        return _read_file(path, variant)
-    raise ValueError(
-        f"{path} is no run, checkpoint, timm or transformers directory, or file of weights: give one of these"
-    )
-
-
-def _weights(path: Path, state: Mapping[str, Tensor], variant: str | None, known: dict[str, Any]) -> Weights:
-    if variant is not None and variant not in VARIANTS:
-        raise ValueError(f"{path} is of variant {variant!r}: use one of {', '.join(VARIANTS)}")
-    try:
-        architecture, source, ours, names = from_state(state, variant)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    weights = Weights(ours, architecture, format=source, names=names, **known)
-    if len(weights.class_names) != architecture.num_classes:  # no names, or names of a head that is not there
-        weights = replace(weights, class_names=tuple(map(str, range(architecture.num_classes))))
-    return weights
-
-
-def _read_checkpoint(path: Path, variant: str | None) -> Weights:
-    meta = checkpoint.read_meta(path)
-    if meta.kind != "pretrain":
-        raise ValueError(f"{path} is a {meta.kind} checkpoint: use the run's `best` or `last` directory")
-    cfg = PretrainConfig.model_validate(meta.config)
-    mean, std = cfg.data.statistics()
-    origin = {
-        "run": str(cfg.out),
-        "step": meta.step,
-        "epochs": cfg.epochs,
-        "config_sha256": hashlib.sha256(json.dumps(meta.config, sort_keys=True).encode()).hexdigest(),
-        "version": meta.version,
-    }
-    image = {"mean": mean, "std": std, "input_size": [cfg.data.in_chans, *cfg.data.image_size], "crop_pct": 1.0}
-    state = checkpoint.read_tensors(path, "model")
-    return _weights(path, state, variant or cfg.model.variant, {"image": image, "origin": origin})
-
-
-def _read_directory(path: Path, variant: str | None) -> Weights:
-    """A directory as timm or transformers write it."""
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        known = _known(config.get(RECORD))
-        if "architecture" in config:  # timm
-            # Not handed to timm.create_model: a name can make it read another directory, or the network.
-            variant = variant or str(config["architecture"]).split(".")[0]
-            pretrained = dict(config.get("pretrained_cfg") or {})
-            found = {key: pretrained[key] for key in ("mean", "std", "input_size", "crop_pct") if pretrained.get(key)}
-            known = {"image": found, "class_names": tuple(config.get("label_names") or ())} | known
-        elif str(config["model_type"]).startswith("convnext"):  # transformers
-            labels = config.get("id2label") or {}
-            known = {"class_names": tuple(str(labels[key]) for key in sorted(labels, key=int))} | known
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path / 'config.json'} is not one of a timm or transformers ConvNeXt: {error!r}") from error
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (path / name).is_file():
-            state, _ = _load(path / name)
-            return _weights(path, state, variant, known)
-    raise ValueError(f"{path} has a config.json but no model.safetensors or pytorch_model.bin")
-
-
-def _read_file(path: Path, variant: str | None) -> Weights:
-    state, record = _load(path)
-    known = _known(record)
-    known.setdefault("origin", {"file": path.name})
-    return _weights(path, state, variant, known)
-
-
-def _known(record: Any) -> dict[str, Any]:
-    """What our own record of a file says, as arguments of Weights; nothing for others' files."""
-    if record is None:
-        return {}
-    return {
-        "image": dict(record["image"]),
-        "class_names": tuple(map(str, record["class_names"])),
-        "origin": dict(record["origin"]),
-        "expected_output": tuple(map(float, record["expected_output"])),
-    }
-
-
-def _load(path: Path) -> tuple[dict[str, Tensor], Any]:
-    """The tensors of a file, mapped into memory, and our record of it or None."""
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                header = (file.metadata() or {}).get(RECORD)
-            return load_file(path), json.loads(header) if header else None
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} holds more than tensors and was not loaded: save its state dict alone") from error
-    except (SafetensorError, OSError, RuntimeError, KeyError, EOFError, ValueError) as error:
-        raise ValueError(f"{path} is damaged or holds no weights: {error}") from error
-    record, state = None, loaded
-    if isinstance(loaded, dict):
-        record = loaded.get(RECORD)
-        state = next((loaded[key] for key in ("model", "state_dict") if isinstance(loaded.get(key), dict)), loaded)
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f'{path} holds no state dict: expected named tensors, bare or under "model" or "state_dict"')
-    return state, record
 
 
 def adapt_in_chans(weights: Weights, in_chans: int) -> Weights:
@@ -215,7 +57,7 @@ def start_from(model: FCMAE, weights: Weights) -> str:
     if held.in_chans != encoder.in_chans:
         text += f", its stem adapted from {held.in_chans} channels to {encoder.in_chans}"
     # What an FCMAE has no place for, the norm and head of a dense model, is left out.
-    found = {name: value for name, value in weights.state.items() if holds(name, "minkowski")}
+    found = {name: value for name, value in weights.state.items() if name.partition(".")[0] in ("encoder", *DECODER)}
     own = model.state_dict()
     fits = {name: value.shape for name, value in found.items()} == {name: value.shape for name, value in own.items()}
     if not fits:
@@ -283,28 +125,6 @@ def build_dense(weights: Weights, num_classes: int | None = None, **options: flo
     return model
 
 
-@torch.no_grad()
-def encoder_output(weights: Weights) -> tuple[float, ...]:
-    """What the encoder makes of a fixed image with nothing masked: 16 of its channels, averaged over the image.
-
-    The image, (1, C, 2s, 2s) at total stride s, is sin(i) at its i-th value in row-major order. Every weight of the
-    encoder takes part, so a damaged, renamed or transposed one shows.
-    """
-    architecture = weights.architecture
-    with torch.device("meta"):
-        encoder = Encoder(architecture.variant, architecture.in_chans, architecture.stem_stride)
-    state = {k.removeprefix("encoder."): v for k, v in weights.state.items() if k.startswith("encoder.")}
-    # The mapped tensors become the parameters: huge has 2.6 GB of them.
-    encoder.load_state_dict(state, assign=True)
-    encoder.float()
-    side = 2 * encoder.total_stride
-    values = torch.arange(encoder.in_chans * side * side, dtype=torch.float64).sin()
-    image = values.view(1, encoder.in_chans, side, side)
-    features = encoder(image.float(), Masked(None)).mean((0, 1, 2))
-    output: list[float] = features[:: max(1, encoder.dim // 16)][:16].tolist()
-    return tuple(output)
-
-
 def check(path: Path) -> str:
     """Compare the encoder's output on a fixed image with the one that the file's writer saw, and say how they agree.
 
@@ -314,59 +134,18 @@ def check(path: Path) -> str:
     weights = read_weights(path)
     if not weights.expected_output:
         raise ValueError(f"{path} does not say what to expect of it: only what `fcmae convert` and finetune write does")
-    error, allowed = _difference(encoder_output(weights), weights.expected_output)
+    return _compare(path, weights)
+
+
+def _compare(path: Path, weights: Weights) -> str:
+    found, expected = (
+        torch.tensor(values, dtype=torch.float64) for values in (encoder_output(weights), weights.expected_output)
+    )
+    allowed = 1e-4 * float(expected.abs().max())
+    error = float((found - expected).abs().max()) if found.shape == expected.shape else math.inf
     if not error <= allowed:
         raise ValueError(f"{path}: the encoder's output is off by {error:.3g}, more than {allowed:.3g}: it is damaged")
     return f"{path}: the encoder's output is as expected, to {error:.1e} (allowed {allowed:.1e})"
-
-
-def _difference(found: tuple[float, ...], expected: tuple[float, ...]) -> tuple[float, float]:
-    a, b = torch.tensor(found, dtype=torch.float64), torch.tensor(expected, dtype=torch.float64)
-    if a.shape != b.shape:
-        return float("inf"), 0.0
-    return float((a - b).abs().max()), 1e-4 * float(b.abs().max())
-
-
-def _record(weights: Weights) -> dict[str, Any]:
-    return {
-        "variant": weights.architecture.variant,
-        "image": weights.image,
-        "class_names": list(weights.class_names),
-        "origin": weights.origin,
-        "expected_output": list(weights.expected_output or encoder_output(weights)),
-        "exported_by": fcmae.__version__,
-    }
-
-
-def save_weights(dest: Path, weights: Weights, to: str) -> None:
-    """Write the weights in a format: what it has no place for is left out.
-
-    dest: a directory for timm and transformers; for the others a file, .safetensors or .pth (a dict with "model").
-    Each file is written beside its place and then moved into it, and replaces one that is there.
-    """
-    state = to_state(weights.state, weights.architecture.variant, to)
-    state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    record = _record(weights)
-    if to in ("timm", "transformers"):
-        dest.mkdir(parents=True, exist_ok=True)
-        if to == "transformers" and weights.architecture.num_classes:
-            # As its classifiers name them; its bare model has no prefix.
-            name = weights.architecture.variant.partition("_")[0]
-            state = {key if key.startswith("classifier.") else f"{name}.{key}": value for key, value in state.items()}
-        config = _timm_config(weights) if to == "timm" else _transformers_config(weights)
-        aside = {name: dest / f".tmp-{name}" for name in ("model.safetensors", "config.json")}
-        save_file(state, aside["model.safetensors"], {"format": "pt"})
-        aside["config.json"].write_text(json.dumps(config | {RECORD: record}, indent=2), encoding="utf-8")
-        for name, path in aside.items():
-            path.replace(dest / name)
-        return
-    dest.parent.mkdir(parents=True, exist_ok=True)
-    path = dest.with_name(f".tmp-{dest.name}")
-    if dest.suffix == ".safetensors":
-        save_file(state, path, {"format": "pt", RECORD: json.dumps(record)})
-    else:
-        torch.save({"model": state, RECORD: record}, path)
-    path.replace(dest)
 
 
 def save_dense(dest: Path, model: nn.Module, weights: Weights) -> None:
@@ -376,81 +155,62 @@ def save_dense(dest: Path, model: nn.Module, weights: Weights) -> None:
     save_weights(dest, replace(weights, state=ours, architecture=architecture, expected_output=()), "timm")
 
 
-def _timm_config(weights: Weights) -> dict[str, Any]:
-    """As timm's own writer, which would also put the licence and the origin of its published weights here."""
-    architecture = weights.architecture
-    return {
-        "architecture": architecture.variant,
-        "num_classes": architecture.num_classes,
-        "num_features": VARIANTS[architecture.variant].dims[-1],
-        "global_pool": "avg",
-        **({"label_names": list(weights.class_names)} if weights.class_names else {}),
-        "model_args": {"in_chans": architecture.in_chans, "patch_size": architecture.stem_stride},
-        "pretrained_cfg": {
-            "custom_load": False,
-            "fixed_input_size": False,
-            "interpolation": "bicubic",
-            "crop_mode": "center",
-            **weights.image,
-            "num_classes": architecture.num_classes,
-            "pool_size": None,
-            # timm adapts RGB stems to other channel counts; weights of another count are loaded as they are.
-            "first_conv": "stem.0" if architecture.in_chans == 3 else None,
-            "classifier": "head.fc",
-        },
-    }
+def convert(
+    source: Path, dest: Path | None, to: str = "timm", variant: str | None = None, key: str | None = None
+) -> str:
+    """Write the weights of any source in another format, read them back, and describe what was done.
 
-
-def _transformers_config(weights: Weights) -> dict[str, Any]:
-    architecture = weights.architecture
-    depths, dims, use_grn = VARIANTS[architecture.variant]
-    family = "ConvNextV2" if use_grn else "ConvNext"
-    names = weights.class_names or tuple(f"LABEL_{i}" for i in range(architecture.num_classes))
-    classes = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
-    return {
-        "architectures": [f"{family}ForImageClassification" if architecture.num_classes else f"{family}Model"],
-        "model_type": family.lower(),
-        "num_channels": architecture.in_chans,
-        "patch_size": architecture.stem_stride,
-        "num_stages": len(depths),
-        "depths": list(depths),
-        "hidden_sizes": list(dims),
-        "hidden_act": "gelu",
-        "layer_norm_eps": 1e-6,  # of the final norm; the others are fixed
-        **({"image_size": weights.image["input_size"][-1]} if "input_size" in weights.image else {}),
-        **(classes if architecture.num_classes else {}),
-    }
-
-
-def convert(source: Path, dest: Path | None, to: str = "timm", variant: str | None = None) -> str:
-    """Write the weights of any source in another format, read them back, and describe what was mapped.
-
-    dest: None writes nothing. variant: what the source must be of; None finds out. Raises ValueError if the source
-    cannot be read or does not fit (see `read_weights`), dest exists or has another kind of name than the format needs,
-    or what was written does not compute the same.
+    dest: None writes nothing and describes what goes where. variant, key: see `read_weights`. Raises ValueError if the
+    source cannot be read, does not fit or is damaged, dest exists or has another kind of name than the format needs, or
+    what is read back differs; dest is then not there.
     """
     if to not in FORMATS:
         raise ValueError(f"to = {to!r}: use one of {', '.join(FORMATS)}")
-    if dest is not None and dest.exists():
-        raise ValueError(f"{dest} exists: give a new path, or remove it")
-    if dest is not None and to in ("fcmae", "fair", "minkowski") and dest.suffix not in (".safetensors", ".pth"):
-        raise ValueError(f"{dest}: the format {to} is one file: give it a name that ends in .safetensors or .pth")
-    weights = read_weights(source, variant)
-    state = to_state(weights.state, weights.architecture.variant, to)
-    named = {rename(name, to): weights.names[name] for name in weights.state if holds(name, to)}
-    lines = [f"{named.get(key, 'identity')} -> {key} {tuple(value.shape)}" for key, value in state.items()]
+    if dest is not None:
+        if dest.exists():
+            raise ValueError(f"{dest} exists: give a new path, or remove it")
+        if to in DIRECTORIES and dest.suffix in FILE_SUFFIXES:
+            raise ValueError(f"{dest}: the format {to} is a directory: give it another name, or --to fcmae for a file")
+        if to not in DIRECTORIES and dest.suffix not in FILE_SUFFIXES:
+            raise ValueError(f"{dest}: the format {to} is one file: give it a name in {', '.join(FILE_SUFFIXES)}")
+    weights = read_weights(source, variant, key)
+    variant = weights.architecture.variant
+    if weights.expected_output:
+        _compare(source, weights)
+    weights = replace(weights, expected_output=encoder_output(weights))
+    if not all(map(math.isfinite, weights.expected_output)):
+        raise ValueError(f"{source}: the encoder's output is not finite: its weights are of a run that broke down")
+    state = to_state(weights.state, variant, to)
+    lines = []
+    if dest is None:
+        theirs = {rename(name, to): weights.names[name] for name in weights.state}
+        for name, value in state.items():
+            lines.append(f"{theirs.get(unwrapped(name), 'identity')} -> {name} {tuple(value.shape)}")
     if left_out := [weights.names[name] for name in weights.state if not holds(name, to)]:
         lines.append(f"left out, as {to} has no place for them: {', '.join(left_out)}")
-    origin = ", ".join(f"{key} {value}" for key, value in weights.origin.items())
-    lines.append(f"{len(state)} tensors of {weights.architecture.variant} from {weights.format}'s layout ({origin})")
+    origin = ", ".join(f"{name} {value}" for name, value in weights.origin.items())
+    lines.append(f"{len(state)} tensors of {variant} from {weights.format}'s layout ({origin})")
     if dest is None:
         return "\n".join([*lines, "dry run: nothing was written"])
-    save_weights(dest, weights, to)
-    lines += [f"wrote {dest}", check(dest)]
-    use = {
-        "timm": f'timm.create_model("local-dir:{dest}", pretrained=True)',
-        "transformers": f'transformers.AutoModel.from_pretrained("{dest}")',
-    }.get(to, f"fcmae pretrain --model.init {dest}")
-    if to == "timm" and weights.architecture.stem_stride == 2:
-        use = f'fcmae.convert.build_dense(fcmae.convert.read_weights(Path("{dest}")))  # timm has no such stem'
-    return "\n".join([*lines, f"use: {use}"])
+    try:
+        save_weights(dest, weights, to)
+        back = read_weights(dest)
+        wrong = [name for name, value in back.state.items() if not torch.equal(value, weights.state[name])]
+        if wrong or len(back.state) != sum(holds(name, to) for name in weights.state):
+            raise ValueError(f"{dest}: what was written is not what is read back: {', '.join(wrong) or 'less'}")
+    except BaseException:
+        if dest.is_dir():
+            shutil.rmtree(dest)
+        dest.unlink(missing_ok=True)
+        raise
+    quoted = shlex.quote(str(dest))
+    use = f"fcmae pretrain --init {quoted} --model.variant {variant}"
+    if weights.architecture.stem_stride != 4:
+        use += f" --model.stem_stride {weights.architecture.stem_stride}"
+    if to == "transformers":
+        use = f"transformers.AutoModel.from_pretrained({str(dest)!r})"
+    elif to == "timm" and weights.architecture.stem_stride != 2:
+        use = f'timm.create_model("local-dir:{dest}", pretrained=True)'
+    elif to == "timm":
+        use = f"fcmae.convert.build_dense(fcmae.weights.read_weights(Path({str(dest)!r})))  # timm has no such stem"
+    return "\n".join([*lines, f"wrote {dest}, and read the same tensors back", f"use: {use}"])

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fcmae import checkpoint, optim
 from fcmae.classification import class_probabilities, scores, write_predictions
 from fcmae.config import FinetuneConfig
-from fcmae.convert import Weights, adapt_in_chans, build_dense, create_dense, read_weights, save_dense
+from fcmae.convert import adapt_in_chans, build_dense, create_dense, save_dense
 from fcmae.data.augment import CropAndFlip, FinetuneAugment
 from fcmae.data.bad_files import BadFiles
 from fcmae.data.dataset import Batch, FinetuneDataset, normalize
@@ -31,6 +31,7 @@ from fcmae.encoder import VARIANTS
 from fcmae.formats import Architecture
 from fcmae.loop import fit
 from fcmae.run import Metrics, RunDirectory, StopSignal, local_processes, make_accelerator
+from fcmae.weights import Weights, read_weights
 
 logger = logging.getLogger("fcmae")
 

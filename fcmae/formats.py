@@ -30,11 +30,11 @@ from fcmae.model import FCMAE
 
 FORMATS = ("fcmae", "timm", "fair", "transformers", "minkowski")
 
-_DECODER = ("proj", "mask_token", "decoder", "pred")
+DECODER = ("proj", "mask_token", "decoder", "pred")
 _DENSE = ("encoder", "norm", "head")
 _HOLDS = {
-    "fcmae": (*_DENSE, *_DECODER),
-    "minkowski": ("encoder", *_DECODER),
+    "fcmae": (*_DENSE, *DECODER),
+    "minkowski": ("encoder", *DECODER),
     "fair": _DENSE,
     "timm": _DENSE,
     "transformers": _DENSE,
@@ -75,8 +75,8 @@ _FROM_OURS: dict[str, tuple[tuple[str, str], ...]] = {
     ),
 }
 
-# What training code wraps around a model; transformers' classifiers hold the encoder under the model's name.
-_WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod|convnextv2|convnext)\.)+")
+# What DDP, torch.compile, Lightning and transformers' classifiers put before the names of a model's parameters.
+_WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod|model|convnextv2|convnext)\.)+")
 
 # timm computes the MLP of its small models as 1x1 convolutions.
 _TIMM_CONVOLUTIONAL = ("convnextv2_atto", "convnextv2_femto", "convnextv2_pico", "convnextv2_nano")
@@ -119,6 +119,11 @@ def rename(name: str, to: str) -> str:
     return name
 
 
+def unwrapped(name: str) -> str:
+    """A parameter's name without what wrappers put before it."""
+    return _WRAPPERS.sub("", name)
+
+
 def holds(name: str, to: str) -> bool:
     """Whether a format has a place for our parameter `name`."""
     return name.partition(".")[0] in _HOLDS[to]
@@ -153,17 +158,18 @@ def from_state(
     and our names to theirs. A final norm that is the identity, without a head, counts as none.
     Raises ValueError, with a list, if an entry is missing, extra or of another shape.
     """
-    original = {_WRAPPERS.sub("", name): name for name in state}
+    original = {unwrapped(name): name for name in state}
     if len(original) < len(state):
         raise ValueError("the weights hold entries that differ only in a wrapper's prefix: keep one of each")
-    tensors = {name: state[key] for name, key in original.items()}
-    source = detect(tensors)
-    architecture = _architecture(tensors, source, variant)
+    named = {name: state[key] for name, key in original.items()}
+    source = detect(named)
+    architecture = _architecture(named, source, variant)
+    rest = dict(named)
     ours: dict[str, Tensor] = {}
     problems = []
     for name, shape in architecture.shapes().items():
         theirs = rename(name, source)
-        value = tensors.pop(theirs, None)
+        value = rest.pop(theirs, None)
         needed = _shape_in(source, architecture.variant, name, shape)
         if value is None:
             problems.append(f"missing: {theirs} {needed}")
@@ -173,10 +179,13 @@ def from_state(
             ours[name] = (
                 _from_kernel(value.reshape(needed), shape) if theirs.endswith(".kernel") else value.reshape(shape)
             )
-    problems += [f"extra: {name} {tuple(value.shape)}" for name, value in tensors.items()]
+    problems += [f"extra: {name} {tuple(value.shape)}" for name, value in rest.items()]
     if problems:
+        found = _architecture(named, source, None).variant
+        looks = "" if found == architecture.variant else f" (they look like {found})"
         raise ValueError(
-            f"the weights, in {source}'s layout, are not those of {architecture.variant}:\n  " + "\n  ".join(problems)
+            f"the weights, in {source}'s layout, are not those of {architecture.variant}{looks}:\n  "
+            + "\n  ".join(problems)
         )
     if (
         not architecture.num_classes
@@ -197,7 +206,9 @@ def to_state(state: Mapping[str, Tensor], variant: str, to: str) -> dict[str, Te
     """Our tensors under a format's names and in its shapes; what the format has no place for is left out.
 
     timm and transformers always have a final norm, which FCMAE does not train: it is then the identity.
+    transformers' classifiers hold the encoder under the model's name.
     """
+    prefix = f"{variant.partition('_')[0]}." if to == "transformers" and "head.weight" in state else ""
     named = dict(state)
     if to in ("timm", "transformers") and "norm.weight" not in named:
         like = named["encoder.downsample_layers.3.1.bias"]
@@ -206,7 +217,8 @@ def to_state(state: Mapping[str, Tensor], variant: str, to: str) -> dict[str, Te
     for name, value in named.items():
         if holds(name, to):
             theirs, shape = rename(name, to), _shape_in(to, variant, name, tuple(value.shape))
-            result[theirs] = _to_kernel(value) if theirs.endswith(".kernel") else value.reshape(shape)
+            key = theirs if theirs.startswith("classifier.") else prefix + theirs
+            result[key] = _to_kernel(value) if theirs.endswith(".kernel") else value.reshape(shape)
     return result
 
 
@@ -228,8 +240,8 @@ def _architecture(tensors: Mapping[str, Tensor], source: str, variant: str | Non
 
     if variant is None:
         variant = max(VARIANTS, key=agreement)
-    decoder = [name for name in tensors if source in ("fcmae", "minkowski") and name.partition(".")[0] in _DECODER]
-    mask_token = tensors.get("mask_token")
+    decoder = [name for name in tensors if source in ("fcmae", "minkowski") and name.partition(".")[0] in DECODER]
+    mask_token, num_classes = tensors.get("mask_token"), max(size("head.weight", 0, 0), size("head.bias", 0, 0))
     stem_stride = size("encoder.downsample_layers.0.0.weight", 2, 4)
     return Architecture(
         variant,
@@ -239,8 +251,8 @@ def _architecture(tensors: Mapping[str, Tensor], source: str, variant: str | Non
         if decoder
         else 0,
         decoder_dim=(512 if mask_token is None else mask_token.numel()) if decoder else 0,
-        final_norm=any(rename(f"norm.{p}", source) in tensors for p in ("weight", "bias")),
-        num_classes=max(size("head.weight", 0, 0), size("head.bias", 0, 0)),
+        final_norm=num_classes > 0 or any(rename(f"norm.{p}", source) in tensors for p in ("weight", "bias")),
+        num_classes=num_classes,
     )
 
 

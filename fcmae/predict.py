@@ -10,12 +10,13 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from fcmae.classification import class_probabilities, write_predictions
-from fcmae.config import ImageConfig
-from fcmae.convert import build_dense, read_weights
+from fcmae.config import FinetuneData
+from fcmae.convert import build_dense
 from fcmae.data.dataset import FinetuneDataset
 from fcmae.data.index import find_images
 from fcmae.data.loader import build_loader, default_num_workers
 from fcmae.data.sampler import evaluation_batches
+from fcmae.weights import read_weights
 
 
 def predict(model_dir: Path, paths: list[str], csv: Path | None = None, batch_size: int = 64) -> None:
@@ -37,7 +38,7 @@ def predict(model_dir: Path, paths: list[str], csv: Path | None = None, batch_si
     index = find_images(paths)
     # What the file does not say of its images is as published.
     image = weights.image
-    defaults = ImageConfig(in_chans=weights.architecture.in_chans)
+    defaults = FinetuneData(in_chans=weights.architecture.in_chans)
     in_chans, height, width = image.get("input_size", (defaults.in_chans, *defaults.image_size))
     mean, std = (torch.tensor(image.get(k, v)) for k, v in zip(("mean", "std"), defaults.statistics(), strict=True))
     if len(mean) != in_chans:
@@ -47,7 +48,7 @@ def predict(model_dir: Path, paths: list[str], csv: Path | None = None, batch_si
         in_chans=in_chans,
         image_size=(height, width),
         seed=0,
-        crop_pct=image.get("crop_pct", 1.0),
+        crop_pct=image.get("crop_pct", defaults.crop_pct),
     )
     device = accelerator.device.type
     loader = build_loader(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fcmae import checkpoint, optim
 from fcmae.config import PretrainConfig
-from fcmae.convert import read_weights, start_from
+from fcmae.convert import start_from
 from fcmae.data.bad_files import BadFiles
 from fcmae.data.dataset import Batch, PretrainDataset, collate, normalize
 from fcmae.data.index import FileIndex, find_images, split
@@ -27,6 +27,7 @@ from fcmae.masking import num_visible
 from fcmae.model import FCMAE
 from fcmae.pictures import reconstruction_panels, save_curves, save_reconstructions
 from fcmae.run import Metrics, RunDirectory, StopSignal, local_processes, make_accelerator
+from fcmae.weights import read_weights
 
 logger = logging.getLogger("fcmae")
 
@@ -43,17 +44,22 @@ def main(cfg: PretrainConfig) -> None:
     accelerator = make_accelerator(cfg)
     index = find_index(cfg, run, accelerator)
     train_index, val_index = split(index, cfg.data.val_share, cfg.seed)
-    steps_per_epoch(len(train_index), cfg.batch_size)
-    net, started = build_model(cfg), "from scratch"
+    total = cfg.epochs * steps_per_epoch(len(train_index), cfg.batch_size)
+    if cfg.model.freeze_encoder_steps >= total:
+        raise ValueError(
+            f"model.freeze_encoder_steps = {cfg.model.freeze_encoder_steps}, but the run has {total} steps: "
+            "its encoder would never learn"
+        )
+    net, started = build_model(cfg), ["from scratch"]
     if run.resume_from is None and cfg.model.init is not None:
-        started = start_from(net, read_weights(Path(cfg.model.init)))
+        started = start(cfg, net, Path(cfg.model.init))
     if run.resume_from is not None:
         checkpoint.check_images(run.resume_from, train_index.fingerprint())
     with run.open(accelerator.is_main_process), StopSignal() as stop:
         if accelerator.is_main_process:
             index.save(run.path / "files.json")
         if run.resume_from is None:
-            logger.info("start: %s", started)
+            logger.info("start: %s", "; ".join(started))
         train(cfg, run, accelerator, net, train_index, val_index, stop)
     accelerator.end_training()
 
@@ -81,6 +87,18 @@ def build_model(cfg: PretrainConfig) -> FCMAE:
         grad_checkpointing=cfg.model.grad_checkpointing,
     )
     return FCMAE(encoder, cfg.model.decoder_depth, cfg.model.decoder_dim, cfg.model.backend, cfg.model.grn_scope)
+
+
+def start(cfg: PretrainConfig, net: FCMAE, path: Path) -> list[str]:
+    """Load the weights that `model.init` names and say what was done."""
+    if not path.exists():
+        raise ValueError(f"model.init = {path} does not exist: give a run, a checkpoint, or weights in another format")
+    weights = read_weights(path)
+    done = [start_from(net, weights)]
+    trained, here = [weights.image.get(key) for key in ("mean", "std")], list(cfg.data.statistics())
+    if None not in trained and trained != here and weights.architecture.in_chans == cfg.data.in_chans:
+        done.append(f"it was trained with [mean, std] {trained} and goes on with {here} (data.mean, data.std)")
+    return done
 
 
 def build_dataset(cfg: PretrainConfig, index: FileIndex, *, augment: bool) -> PretrainDataset:

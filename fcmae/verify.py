@@ -114,7 +114,8 @@ def verify(backends: Sequence[str] | None = None, device: str = "cpu") -> list[R
             print(results[-1], flush=True)
 
     print("\nmilliseconds for forward + backward of convnextv2_atto, 8 images of 224 px, 19 of 49 patches visible\n")
-    for backend, ms in speeds(usable, device).items():
+    working = [name for name in usable if all(math.isfinite(r.values) for r in results if r.backend == name)]
+    for backend, ms in speeds(working, device).items():
         print(f"{backend:10} {ms:9.1f}")
     return results
 
@@ -123,15 +124,20 @@ def compare(backend: str, device: str, precision: str, references: Sequence[dict
     """The largest errors of a backend over all CASES, whose reference tensors are given in their order."""
     values = gradients = (0.0, "")
     for case, expected in zip(CASES, references, strict=True):
-        found = tensors(case, backend, device, precision)
+        try:
+            found = tensors(case, backend, device, precision)
+        except RuntimeError as error:  # torch's and the engine's, of a bad build or a full device
+            reason = " ".join(str(error).split())[:200]
+            return Result(backend, precision, math.inf, math.inf, f"{case}: {reason}")
         for name, tensor in expected.items():
             # A gradient that is absent is wrong, and so is NaN, which max() would pass over.
-            error = float((found[name] - tensor).abs().max() / tensor.abs().max()) if name in found else math.inf
-            error = math.inf if math.isnan(error) else error
+            same_shape = name in found and found[name].shape == tensor.shape
+            off = float((found[name] - tensor).abs().max() / tensor.abs().max()) if same_shape else math.inf
+            off = math.inf if math.isnan(off) else off
             if name == "values":
-                values = max(values, (error, f"{case}: values"))
+                values = max(values, (off, f"{case}: values"))
             else:
-                gradients = max(gradients, (error, f"{case}: gradient of {name}"))
+                gradients = max(gradients, (off, f"{case}: gradient of {name}"))
     return Result(backend, precision, values[0], gradients[0], max(values, gradients)[1])
 
 
@@ -143,7 +149,7 @@ def tensors(case: Case, backend: str, device: str, precision: str) -> dict[str, 
     images, mask = images.to(device, dtype), mask.to(device)
     autocast = torch.autocast("cuda", torch.bfloat16) if precision == "bfloat16" else nullcontext()
     # cuDNN's convolutions take TF32, with 10 of float32's 23 bits, unless told otherwise.
-    with torch.backends.cudnn.flags(allow_tf32=False), autocast:
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), autocast:
         if isinstance(net, FCMAE):
             pred, site_mask = net(images, mask)
             values = reconstruction_loss(pred, images, site_mask)

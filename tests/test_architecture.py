@@ -40,6 +40,7 @@ ORDER = [
     "fcmae.run",
     "fcmae.loop",
     "fcmae.pictures",
+    "fcmae.weights",
     "fcmae.convert",
     "fcmae.verify",
     "fcmae.pretrain",

@@ -74,9 +74,9 @@ def test_convert_prints_what_it_did(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert main(["convert", "run", "out"]) == main(["convert", "run", "out", "--to", "fair"]) == 0
     assert main(["convert", "run", "--dry-run", "--variant", "convnextv2_atto"]) == 0
     assert convert.calls == [
-        (Path("run"), Path("out"), "timm", None),
-        (Path("run"), Path("out"), "fair", None),
-        (Path("run"), None, "timm", "convnextv2_atto"),
+        (Path("run"), Path("out"), "timm", None, None),
+        (Path("run"), Path("out"), "fair", None, None),
+        (Path("run"), None, "timm", "convnextv2_atto", None),
     ]
     assert capsys.readouterr().out == "wrote out\n" * 3
     assert main(["convert", "run"]) == 2

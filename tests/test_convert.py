@@ -8,28 +8,26 @@ import pytest
 import timm
 import torch
 from conftest import randomize
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from timm.models.convnext import checkpoint_filter_fn
 
 from fcmae import checkpoint
 from fcmae.config import PretrainConfig
 from fcmae.convert import (
-    Weights,
     adapt_in_chans,
     build_dense,
     check,
     convert,
     create_dense,
-    encoder_output,
-    read_weights,
     save_dense,
-    save_weights,
     start_from,
 )
 from fcmae.encoder import VARIANTS, Encoder
 from fcmae.formats import FORMATS, Architecture, rename, to_state
 from fcmae.model import FCMAE
 from fcmae.sparse import make_layout
+from fcmae.weights import Weights, encoder_output, read_weights
 
 
 def write_checkpoint(out: Path, **model: object) -> tuple[Path, FCMAE]:
@@ -98,10 +96,9 @@ def test_timm_loads_the_directory_strictly(tmp_path: Path, in_chans: int, stem_s
     assert model.pretrained_cfg["input_size"] == (in_chans, 64, 64)
     assert len(model.pretrained_cfg["mean"]) == in_chans
     assert model.head.norm.weight.eq(1).all()
-    assert "encoder.stages.0.0.grn.gamma -> stages.0.blocks.0.mlp.grn.weight (160,)" in text
-    assert "identity -> head.norm.weight (320,)" in text
     assert "left out, as timm has no place for them: mask_token, proj.weight" in text
-    origin = json.loads((tmp_path / "out" / "config.json").read_text())["fcmae"]["origin"]
+    assert "read the same tensors back" in text
+    origin = read_weights(tmp_path / "out").origin
     assert origin["step"] == 3
     assert len(origin["config_sha256"]) == 64
 
@@ -219,7 +216,8 @@ def test_what_a_file_says_of_itself_survives_every_format(tmp_path: Path, to: st
     place, net = write_checkpoint(tmp_path / "run", in_chans=5)
     dest = tmp_path / ("out" if to in ("timm", "transformers") else "out.safetensors")
     text = convert(place, dest, to)
-    assert "the encoder's output is as expected" in text
+    assert "read the same tensors back" in text
+    assert "is as expected" in check(dest)
     read = read_weights(dest)
     assert (read.format, read.architecture.variant, read.architecture.in_chans) == (to, "convnextv2_atto", 5)
     assert (read.image["mean"], read.image["input_size"], read.origin["step"]) == ([0.5] * 5, [5, 64, 64], 3)
@@ -274,6 +272,9 @@ def test_transformers_classifies_as_our_fine_tuned_export(tmp_path: Path) -> Non
 def test_a_dry_run_prints_the_mapping_and_writes_nothing(tmp_path: Path) -> None:
     place, _ = write_checkpoint(tmp_path / "run")
     before = sorted(tmp_path.rglob("*"))
+    text = convert(place, None, "timm")
+    assert "encoder.stages.0.0.grn.gamma -> stages.0.blocks.0.mlp.grn.weight (160,)" in text
+    assert "identity -> head.norm.weight (320,)" in text
     text = convert(place, None, "minkowski")
     assert "encoder.stages.0.1.dwconv.weight -> encoder.stages.0.1.dwconv.kernel (49, 40)" in text
     assert text.endswith("dry run: nothing was written")
@@ -283,8 +284,10 @@ def test_a_dry_run_prints_the_mapping_and_writes_nothing(tmp_path: Path) -> None
 @pytest.mark.parametrize("dest", ["out", "out.bin"])
 def test_a_file_needs_a_files_name(tmp_path: Path, dest: str) -> None:
     place, _ = write_checkpoint(tmp_path / "run")
-    with pytest.raises(ValueError, match=r"give it a name that ends in \.safetensors or \.pth"):
+    with pytest.raises(ValueError, match=r"give it a name in \.safetensors, \.pth, \.pt"):
         convert(place, tmp_path / dest, "fair")
+    with pytest.raises(ValueError, match="the format timm is a directory"):
+        convert(place, tmp_path / "out.safetensors", "timm")
 
 
 def test_the_expected_output_is_that_of_the_encoder_with_nothing_masked() -> None:
@@ -305,7 +308,9 @@ def test_check_finds_a_damaged_or_transposed_weight(tmp_path: Path, damaged: str
     file = tmp_path / "out" / "model.safetensors"
     state = {name: value.clone() for name, value in load_file(file).items()}
     state[damaged] = state[damaged].transpose(2, 3).contiguous()
-    save_file(state, file, {"format": "pt"})
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata()
+    save_file(state, file, metadata)
     with pytest.raises(ValueError, match="the encoder's output is off by"):
         check(tmp_path / "out")
 
@@ -375,13 +380,129 @@ def test_weights_of_16_bits_are_read_and_kept(tmp_path: Path) -> None:
     assert all(value.dtype == torch.bfloat16 for value in load_file(tmp_path / "out" / "model.safetensors").values())
 
 
-def test_half_written_exports_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("to", ["timm", "fair"])
+def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str) -> None:
     place, _ = write_checkpoint(tmp_path / "run")
+    before = sorted(tmp_path.rglob("*"))
 
-    def broken(*_: object, **__: object) -> None:
+    def broken(path: Path, *_: object) -> None:
+        path.write_text("half")
         raise OSError("the disk is full")
 
-    monkeypatch.setattr(torch, "save", broken)
+    monkeypatch.setattr(checkpoint, "write_tensors", broken)
     with pytest.raises(OSError, match="the disk is full"):
-        save_weights(tmp_path / "a.pth", read_weights(place), "fair")
-    assert not (tmp_path / "a.pth").exists()
+        convert(place, tmp_path / ("out" if to == "timm" else "out.safetensors"), to)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_reads_back_otherwise_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place, _ = write_checkpoint(tmp_path / "run")
+    write = checkpoint.write_tensors
+
+    def zeroed(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+        write(path, tensors | {"pred.weight": torch.zeros_like(tensors["pred.weight"])}, metadata)
+
+    monkeypatch.setattr(checkpoint, "write_tensors", zeroed)
+    with pytest.raises(ValueError, match=r"is not what is read back: pred\.weight"):
+        convert(place, tmp_path / "out.safetensors", "fcmae")
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_damaged_source_is_not_converted(tmp_path: Path) -> None:
+    place, net = write_checkpoint(tmp_path / "run")
+    convert(place, tmp_path / "a.pth", "fcmae")
+    content = torch.load(tmp_path / "a.pth", weights_only=True)
+    content["model"]["encoder.stages.1.0.pwconv1.weight"].mul_(1.5)
+    torch.save(content, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"a\.pth: the encoder's output is off by"):
+        convert(tmp_path / "a.pth", tmp_path / "out")
+    torch.save({"model": {k: v * torch.nan for k, v in net.state_dict().items()}}, tmp_path / "b.pth")
+    with pytest.raises(ValueError, match=r"b\.pth: the encoder's output is not finite"):
+        convert(tmp_path / "b.pth", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_tensors_that_share_memory_are_written(tmp_path: Path) -> None:
+    state = Encoder("convnextv2_atto").state_dict()
+    zeros = torch.zeros(40)
+    state |= {"stages.0.0.dwconv.bias": zeros, "stages.0.1.dwconv.bias": zeros}
+    torch.save(state, tmp_path / "a.pth")
+    convert(tmp_path / "a.pth", tmp_path / "out", "timm")
+    assert load_file(tmp_path / "out" / "model.safetensors")["stages.0.blocks.1.conv_dw.bias"].eq(0).all()
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        3,
+        "{",
+        "[1]",
+        '{"image": {"input_size": 7}}',
+        '{"image": {"input_size": [3, -64, 64]}}',
+        '{"image": {"std": [0, 0, 0]}}',
+        '{"expected_output": "none"}',
+    ],
+)
+def test_a_record_that_is_not_ours_is_refused_in_a_sentence(tmp_path: Path, record: object) -> None:
+    torch.save({"model": Encoder("convnextv2_atto").state_dict(), "fcmae": record}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"a\.pth: its record 'fcmae' is not one of ours"):
+        read_weights(tmp_path / "a.pth")
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.ones(40, dtype=torch.int64),
+        torch.ones(40).to_sparse(),
+        torch.ones(1).expand(40),
+        1.0,
+    ],
+)
+def test_weights_that_are_no_plain_numbers_are_refused(tmp_path: Path, value: object) -> None:
+    state = Encoder("convnextv2_atto").state_dict() | {"stages.0.0.dwconv.bias": value}
+    torch.save(state, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match="holds no state dict"):
+        read_weights(tmp_path / "a.pth")
+
+
+def test_another_entry_of_a_file_is_read_when_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    state = Encoder("convnextv2_atto").state_dict()
+    average = {name: value * 2 for name, value in state.items()}
+    torch.save({"model": state, "model_ema": average, "optimizer": {"lr": 1}}, tmp_path / "a.pth")
+    with caplog.at_level("WARNING", logger="fcmae"):
+        assert torch.equal(read_weights(tmp_path / "a.pth").state["encoder.stages.0.0.norm.weight"], torch.ones(40))
+    assert "reading 'model'; it also has 'model_ema'" in caplog.text
+    read = read_weights(tmp_path / "a.pth", key="model_ema")
+    assert torch.equal(read.state["encoder.stages.0.0.norm.weight"], torch.full((40,), 2.0))
+    with pytest.raises(ValueError, match="has no entry 'ema': it has 'model', 'model_ema', 'optimizer'"):
+        read_weights(tmp_path / "a.pth", key="ema")
+
+
+def test_transformers_shards_are_joined_and_stay_in_their_directory(tmp_path: Path) -> None:
+    place, net = write_checkpoint(tmp_path / "run")
+    convert(place, tmp_path / "hf", "transformers")
+    file = tmp_path / "hf" / "model.safetensors"
+    state = load_file(file)
+    names = list(state)
+    parts = {"a.safetensors": names[:50], "b.safetensors": names[50:]}
+    for part, held in parts.items():
+        save_file({name: state[name].clone() for name in held}, tmp_path / "hf" / part)
+    file.unlink()
+    index = tmp_path / "hf" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {name: part for part, held in parts.items() for name in held}}))
+    read = read_weights(tmp_path / "hf")
+    assert all(torch.equal(value, net.state_dict()[name]) for name, value in read.state.items())
+    assert read.image["mean"] == pytest.approx([0.485, 0.456, 0.406])  # of preprocessor_config.json
+    index.write_text(json.dumps({"weight_map": {"a": "../a.safetensors"}}))
+    with pytest.raises(ValueError, match="names files of other directories"):
+        read_weights(tmp_path / "hf")
+
+
+def test_others_may_read_what_is_written(tmp_path: Path) -> None:
+    place, _ = write_checkpoint(tmp_path / "run")
+    convert(place, tmp_path / "out", "timm")
+    (tmp_path / "new").touch()
+    mode = (tmp_path / "new").stat().st_mode
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mode == mode
+    assert (place / "model.safetensors").stat().st_mode == mode

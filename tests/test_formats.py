@@ -10,11 +10,12 @@ import torch
 from conftest import randomize, requires_minkowski
 from torch import Tensor
 
-from fcmae.convert import Weights, build_dense, read_weights
+from fcmae.convert import build_dense
 from fcmae.encoder import VARIANTS, Encoder, Variant
-from fcmae.formats import FORMATS, Architecture, detect, from_state, holds, rename, to_state
+from fcmae.formats import FORMATS, Architecture, detect, from_state, holds, rename, to_state, unwrapped
 from fcmae.model import FCMAE
 from fcmae.sparse import Masked, make_layout
+from fcmae.weights import Weights, read_weights
 
 V1_AND_V2 = ["convnextv2_atto", "convnext_tiny"]
 
@@ -97,7 +98,7 @@ def test_a_round_trip_is_exact_to_the_bit(
     assert (architecture.in_chans, architecture.stem_stride) == (5, 2)
     assert ours.keys() == {name for name in state if holds(name, to)}
     assert all(torch.equal(value, state[name]) for name, value in ours.items())
-    assert names == {name: rename(name, to) for name in ours}
+    assert {name: unwrapped(theirs) for name, theirs in names.items()} == {name: rename(name, to) for name in ours}
     again = to_state(ours, variant, to)
     assert list(again) == list(theirs)
     assert all(torch.equal(value, theirs[name]) and value.shape == theirs[name].shape for name, value in again.items())
@@ -184,10 +185,7 @@ def test_names_and_shapes_are_those_of_transformers(variant: str, num_classes: i
     _, source, ours, _ = from_state(theirs)
     assert source == "transformers"
     again = to_state(ours, variant, "transformers")
-    prefix = family.lower() + "."
-    assert {name.removeprefix(prefix): value.shape for name, value in theirs.items()} == {
-        name: value.shape for name, value in again.items()
-    }
+    assert {name: value.shape for name, value in theirs.items()} == {name: value.shape for name, value in again.items()}
 
 
 def test_wrappers_prefixes_are_no_part_of_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,8 +204,9 @@ def test_wrappers_prefixes_are_no_part_of_a_name(monkeypatch: pytest.MonkeyPatch
 def test_everything_missing_extra_and_misshapen_is_listed(monkeypatch: pytest.MonkeyPatch, source: str) -> None:
     small(monkeypatch, "convnextv2_atto")
     state = to_state(weights("convnextv2_atto", num_classes=3), "convnextv2_atto", source)
-    lost = rename("encoder.stages.2.2.pwconv2.bias", source)
-    odd = rename("encoder.downsample_layers.2.1.weight", source)
+    prefix = "convnextv2." if source == "transformers" else ""
+    lost = prefix + rename("encoder.stages.2.2.pwconv2.bias", source)
+    odd = prefix + rename("encoder.downsample_layers.2.1.weight", source)
     shape = tuple(state[odd].shape)
     del state[lost]
     state[odd] = torch.ones(2, 3)
@@ -215,16 +214,24 @@ def test_everything_missing_extra_and_misshapen_is_listed(monkeypatch: pytest.Mo
     with pytest.raises(ValueError, match=f"in {source}'s layout, are not those of convnextv2_atto") as error:
         from_state(state, "convnextv2_atto")
     assert [line.strip() for line in str(error.value).splitlines()[1:]] == [
-        f"shape: {odd} is (2, 3), convnextv2_atto needs {shape}",
-        f"missing: {lost} (14,)",
+        f"shape: {odd.removeprefix(prefix)} is (2, 3), convnextv2_atto needs {shape}",
+        f"missing: {lost.removeprefix(prefix)} (14,)",
         "extra: surplus (4,)",
     ]
+
+
+def test_a_head_without_its_norm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    small(monkeypatch, "convnextv2_atto")
+    state = to_state(weights("convnextv2_atto", num_classes=3), "convnextv2_atto", "fair")
+    del state["norm.weight"], state["norm.bias"]
+    with pytest.raises(ValueError, match=r"missing: norm\.weight \(18,\)"):
+        from_state(state, "convnextv2_atto")
 
 
 def test_another_variant_is_refused() -> None:
     with torch.device("meta"):
         state = {name: torch.empty(shape) for name, shape in Architecture("convnextv2_atto").shapes().items()}
-    with pytest.raises(ValueError, match="are not those of convnextv2_femto") as error:
+    with pytest.raises(ValueError, match=r"not those of convnextv2_femto \(they look like convnextv2_atto\)") as error:
         from_state(state, "convnextv2_femto")
     assert "shape: encoder.stages.0.0.dwconv.bias is (40,), convnextv2_femto needs (48,)" in str(error.value)
 

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import runs
 import torch
+from conftest import requires_minkowski
 from PIL import Image
 from runs import assert_same, config, final_state, flags, losses, start, tensors, write_images
 
@@ -132,7 +133,9 @@ def test_a_start_that_does_not_fit_writes_nothing(
     assert run(images, out, model__init=uninterrupted, **other) == 2
     assert "set model.variant and model.stem_stride to those of model.init" in capsys.readouterr().err
     assert run(images, out, model__init=tmp_path / "nowhere") == 2
-    assert "nowhere is no run, checkpoint" in capsys.readouterr().err
+    assert "nowhere does not exist: give a run" in capsys.readouterr().err
+    assert run(images, out, model__init=uninterrupted, model__freeze_encoder_steps=9) == 2
+    assert "but the run has 9 steps: its encoder would never learn" in capsys.readouterr().err
     assert run(images, out, model__freeze_encoder_steps=3) == 2
     assert "model.freeze_encoder_steps: 3 freezes an encoder that has learnt nothing" in capsys.readouterr().err
     assert not out.exists()
@@ -150,6 +153,22 @@ def test_a_resumed_run_no_longer_needs_what_it_started_from(
     shutil.rmtree(tmp_path / "init")
     assert run(images, tmp_path / "cut", **options) == 0
     assert_equal_runs(tmp_path / "cut", tmp_path / "whole")
+
+
+@requires_minkowski
+def test_a_run_may_switch_its_backend(
+    uninterrupted: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    for backend, stop_at in (("minkowski", 4), ("masked", 7), ("minkowski", None)):
+        with monkeypatch.context() as patch:
+            if stop_at is not None:
+                at_step(patch, stop_at, kill_self(signal.SIGTERM))
+            assert run(images, out, model__backend=backend) == 0
+    # The same sums in another order, through nine steps at a learning rate that moves every weight.
+    assert [step for step, _ in losses(out)] == [step for step, _ in losses(uninterrupted)]
+    found, expected = (torch.tensor([loss for _, loss in losses(path)]) for path in (out, uninterrupted))
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
 
 
 # What a run writes

@@ -45,6 +45,10 @@ def over_the_batch(self: Packed, f: Tensor) -> Tensor:
     return torch.linalg.vector_norm(f, dim=(0, 1, 2, 3), keepdim=True)
 
 
+def failing(self: Packed, f: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    raise RuntimeError("CUDA error: no kernel image is available")
+
+
 def not_a_number(self: Packed, f: Tensor) -> Tensor:
     return image_norm(self, f) * torch.nan
 
@@ -59,6 +63,7 @@ depthwise_conv, downsample, image_norm = Packed.depthwise_conv, Packed.downsampl
         ("depthwise_conv", without_gradient),
         ("image_norm", over_the_batch),
         ("image_norm", not_a_number),
+        ("downsample", failing),
     ],
 )
 def test_a_backend_that_computes_wrong_is_named(
