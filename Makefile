@@ -6,14 +6,15 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench
+.PHONY: help setup demo test check bench minkowski
 
 help:
-	@echo 'make setup    create .venv with the package and its tools (PYTHON=python3.12 names another Python)'
-	@echo 'make demo     pretrain, convert and fine-tune on photographs of solar cells'
-	@echo 'make test     run the tests'
-	@echo 'make check    ruff and mypy'
-	@echo 'make bench    time the encoder, packed against masked, a minute or two'
+	@echo 'make setup      create .venv with the package and its tools (PYTHON=python3.12 names another Python)'
+	@echo 'make demo       pretrain, convert and fine-tune on photographs of solar cells'
+	@echo 'make test       run the tests'
+	@echo 'make check      ruff and mypy'
+	@echo 'make bench      time the encoder, packed against masked, a minute or two'
+	@echo 'make minkowski  build and install MinkowskiEngine for the minkowski backend: minutes, the first time'
 
 setup: $(READY)
 	@:
@@ -43,3 +44,6 @@ check: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/encoder.py
+
+minkowski: $(READY)
+	PYTHON=$(BIN)/python docker/install_minkowski.sh
