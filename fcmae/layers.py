@@ -48,9 +48,9 @@ class GRN(nn.Module):
     def forward(self, x: Tensor, norm: Tensor) -> Tensor:
         """Normalise x (..., C) by norm, the float32 G of its images, broadcastable to x. Returns x's dtype."""
         scale = norm / (norm.mean(dim=-1, keepdim=True) + EPS)
-        wide = at_least_float32(x)
         gamma, beta = self.gamma.flatten(), self.beta.flatten()  # (C,), which broadcasts to features of any rank
-        return (wide + gamma * (wide * scale) + beta).to(x.dtype)
+        # gamma * (x * scale) + beta + x in one pass over x.
+        return torch.addcmul(beta, at_least_float32(x), 1 + gamma * scale).to(x.dtype)
 
 
 class Block(nn.Module):

@@ -8,6 +8,8 @@ Only the 7x7 depthwise convolution looks at neighbouring patches.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from timm.layers import drop_path
@@ -32,14 +34,13 @@ class Packed:
 
     def pack(self, x: Tensor) -> Tensor:
         b = x.shape[1] // self.grid[0]
-        rows = x.reshape(-1, b * x.shape[-1]).index_select(0, self._row_indices(b))
+        rows = _gather(x.reshape(-1, b * x.shape[-1]), self._row_indices(b))
         return rows.view(self.batch, self.num_visible, b, b, x.shape[-1])
 
     def unpack(self, f: Tensor) -> Tensor:
         b, channels = f.shape[-2:]
         gh, gw = self.grid
-        canvas = f.new_zeros(self.batch * gh * b * gw, b * channels)
-        canvas = canvas.index_copy(0, self._row_indices(b), f.reshape(-1, b * channels))
+        canvas = _scatter(f.reshape(-1, b * channels), self._row_indices(b), self.batch * gh * b * gw)
         return canvas.view(self.batch, gh * b, gw * b, channels)
 
     def depthwise_conv(self, f: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -73,3 +74,40 @@ class Packed:
             rows = (image_row[:, None] * b + torch.arange(b, device=self.visible.device)) * gw + column[:, None]
             self._rows[b] = rows.flatten()
         return self._rows[b]
+
+
+class _Gather(torch.autograd.Function):
+    """table[rows] for rows that differ: the gradient is then a copy to its place, where torch's would add."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.num_rows = table.shape[0]
+        return table.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _scatter(grad, ctx.saved_tensors[0], ctx.num_rows), None
+
+
+class _Scatter(torch.autograd.Function):
+    """Zeros (num_rows, ...) with `values` in the given rows, which differ: the inverse of _Gather, and its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, rows: Tensor, num_rows: int) -> Tensor:
+        ctx.save_for_backward(rows)
+        return values.new_zeros(num_rows, *values.shape[1:]).index_copy_(0, rows, values)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _gather(grad, ctx.saved_tensors[0]), None, None
+
+
+def _gather(table: Tensor, rows: Tensor) -> Tensor:
+    out: Tensor = _Gather.apply(table, rows)
+    return out
+
+
+def _scatter(values: Tensor, rows: Tensor, num_rows: int) -> Tensor:
+    out: Tensor = _Scatter.apply(values, rows, num_rows)
+    return out
