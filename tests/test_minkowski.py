@@ -59,6 +59,16 @@ def test_depthwise_conv_equals_the_engines_module(engine: Any) -> None:
     torch.testing.assert_close(weight.grad, module.kernel.grad.permute(1, 0).reshape(3, 1, 7, 7).transpose(2, 3))
 
 
+def test_the_engine_leaves_the_number_of_threads_alone() -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    layout = make_layout("minkowski", UNEVEN)
+    layout.depthwise_conv(layout.pack(torch.randn(4, 8, 16, 3)), torch.randn(3, 1, 7, 7), None)
+    found = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    assert found == 1
+
+
 def test_downsample_equals_the_engines_module(engine: Any) -> None:
     layout, f, sparse = layout_and_features(engine, UNEVEN, 4, 3)
     module = engine.MinkowskiConvolution(3, 5, kernel_size=2, stride=2, bias=True, dimension=2).double()

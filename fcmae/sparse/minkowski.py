@@ -47,7 +47,8 @@ class Minkowski:
         if mask.is_cuda and not MinkowskiEngine.is_cuda_available():
             raise ValueError("backend = 'minkowski' is built for the CPU only: set device to cpu, or build it for CUDA")
         place = MinkowskiEngine.CoordinateMapType.CUDA if mask.is_cuda else MinkowskiEngine.CoordinateMapType.CPU
-        self.manager = MinkowskiEngine.CoordinateManager(D=2, coordinate_map_type=place)
+        # By default it would set the number of threads of the whole process.
+        self.manager = MinkowskiEngine.CoordinateManager(D=2, num_threads=0, coordinate_map_type=place)
         self._levels: dict[int, _Level] = {}
 
     def pack(self, x: Tensor) -> Tensor:
