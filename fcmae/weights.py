@@ -91,6 +91,8 @@ def read_weights(path: Path, variant: str | None = None, key: str | None = None)
     Raises ValueError if `path` is none of these, may not be unpickled, or an entry is missing, extra or of another
     shape (all are listed).
     """
+    if key is not None and path.is_dir():
+        raise ValueError(f"{path} is a directory, and {key!r} names an entry of a .pth file: give the file")
     if (path / "best" / "config.json").is_file():
         path = path / "best"  # of a fine-tuning run
     if (path / "config.yaml").is_file():
@@ -186,7 +188,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _from_processor(config: dict[str, Any]) -> ImageRecord:
     """What transformers' image processor says: sizes below 384 are cropped, the others are not."""
-    side, mean = config["size"]["shortest_edge"], config["image_mean"]
+    size, mean = config["size"], config["image_mean"]
+    side = size if isinstance(size, int) else size.get("shortest_edge") or size["height"]  # as releases have written it
     crop_pct = config.get("crop_pct") if side < 384 else 1.0
     return ImageRecord(mean=mean, std=config["image_std"], input_size=(len(mean), side, side), crop_pct=crop_pct)
 

@@ -477,6 +477,22 @@ def test_another_entry_of_a_file_is_read_when_named(tmp_path: Path, caplog: pyte
     assert torch.equal(read.state["encoder.stages.0.0.norm.weight"], torch.full((40,), 2.0))
     with pytest.raises(ValueError, match="has no entry 'ema': it has 'model', 'model_ema', 'optimizer'"):
         read_weights(tmp_path / "a.pth", key="ema")
+    with pytest.raises(ValueError, match="is a directory, and 'ema' names an entry"):
+        read_weights(tmp_path, key="ema")
+
+
+@pytest.mark.parametrize("size", [96, {"shortest_edge": 96}, {"height": 96, "width": 96}])
+def test_the_image_processor_of_transformers_is_read(tmp_path: Path, size: object) -> None:
+    place, _ = write_checkpoint(tmp_path / "run")
+    convert(place, tmp_path / "hf", "transformers")
+    written = json.loads((tmp_path / "hf" / "preprocessor_config.json").read_text())
+    assert (written["size"], written["crop_pct"]) == ({"shortest_edge": 64}, 1.0)
+    state = load_file(tmp_path / "hf" / "model.safetensors")
+    save_file(state, tmp_path / "hf" / "model.safetensors")  # as others write it, without our record
+    changed = written | {"size": size, "image_std": [0.5] * 3}
+    (tmp_path / "hf" / "preprocessor_config.json").write_text(json.dumps(changed))
+    image = read_weights(tmp_path / "hf").image
+    assert (image["input_size"], image["std"], image["crop_pct"]) == ([3, 96, 96], [0.5] * 3, 1.0)
 
 
 def test_transformers_shards_are_joined_and_stay_in_their_directory(tmp_path: Path) -> None:
