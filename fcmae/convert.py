@@ -177,7 +177,8 @@ def convert(
     variant = weights.architecture.variant
     if weights.expected_output:
         _compare(source, weights)
-    weights = replace(weights, expected_output=encoder_output(weights))
+    else:
+        weights = replace(weights, expected_output=encoder_output(weights))
     if not all(map(math.isfinite, weights.expected_output)):
         raise ValueError(f"{source}: the encoder's output is not finite: its weights are of a run that broke down")
     state = to_state(weights.state, variant, to)

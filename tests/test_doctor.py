@@ -3,13 +3,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
+from conftest import requires_minkowski
 
 from fcmae import doctor
 from fcmae.cli import main
@@ -111,7 +111,7 @@ def test_a_broken_minkowski_engine_costs_pretraining_nothing(fake: Fake) -> None
     assert "make minkowski" in found.mend
 
 
-@pytest.mark.skipif(find_spec("MinkowskiEngine") is None, reason="MinkowskiEngine is not installed")
+@requires_minkowski
 def test_an_installed_minkowski_engine_convolves() -> None:
     (found,) = doctor._minkowski(quick=False)
     assert found.state in ("ok", "note") and "a convolution runs on" in found.found
