@@ -27,11 +27,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+from fcmae.data.cores import cgroup, core_time, num_cores
+
 # FCMAE's parameters with the default decoder. A checkpoint holds each three times in float32: weights and two moments.
 NUM_PARAMETERS = {"atto": 7_257_992, "base": 91_922_432}
 # What pretrain_cpu (atto, 64 images of 128 pixels) and its worker took on Linux.
 MIN_MEMORY = 1_500_000_000
-CGROUP = Path("/sys/fs/cgroup")
 SHARED_MEMORY = Path("/dev/shm")
 
 _PAIR = (
@@ -99,7 +100,7 @@ def diagnose(out: Path = Path(), quick: bool = False) -> Iterator[Finding]:
     if not quick:
         checks |= {"torch.compile": _compile, "processes": _processes}
     checks |= {"launcher": _launcher, "MinkowskiEngine": partial(_minkowski, quick)}
-    checks |= {"Pillow": _pillow, "imagecodecs": _imagecodecs}
+    checks |= {"C compiler": _native, "Pillow": _pillow, "imagecodecs": _imagecodecs}
     checks |= {"disk": partial(_disk, out), "/dev/shm": _shared_memory, "memory": _memory, "CPU": _cpu}
     checks |= {"open files": _open_files}
     for name, check in checks.items():
@@ -288,6 +289,13 @@ def _compile_gelu() -> Iterator[Finding]:
     yield Finding("torch.compile", "ok", f"took {seconds:.0f} s for a small function, on {device} with nothing cached")
 
 
+def _native() -> Iterator[Finding]:
+    loop = importlib.import_module("fcmae.sparse.native").library()
+    found = "the loop for the depthwise weight's gradient " + ("is compiled" if loop else "cannot be compiled here")
+    cost, mend = "a training step on a CPU takes about a fifth longer", "install gcc, or name a C compiler in CC"
+    yield _judge("C compiler", found, loop is None, cost, mend)
+
+
 def _processes() -> Iterator[Finding]:
     cost = "several processes cannot train together on this machine; one can"
     mend = (
@@ -402,19 +410,11 @@ def _shared_memory() -> Iterator[Finding]:
         yield _judge("/dev/shm", f"{_gb(usage.free)} of {_gb(usage.total)} free", usage.free < 5e8, cost, mend)
 
 
-def _cgroup(*names: str) -> list[str]:
-    """The words of a container's limit, under version 2 (the first name) or 1 (the others); none if there is none."""
-    files = [CGROUP / name for name in names]
-    if files[0].is_file():
-        return files[0].read_text().split()
-    return [file.read_text().strip() for file in files[1:] if file.is_file()]
-
-
 def _memory() -> Iterator[Finding]:
     import psutil  # type: ignore[import-untyped]  # comes with accelerate
 
     memory = psutil.virtual_memory()
-    limits = [int(word) for word in _cgroup("memory.max", "memory/memory.limit_in_bytes") if word.isdecimal()]
+    limits = [int(word) for word in cgroup("memory.max", "memory/memory.limit_in_bytes") if word.isdecimal()]
     total = min([memory.total, *limits])
     found = f"{_gb(min(memory.available, total))} of {_gb(total)} available"
     if total < memory.total:
@@ -427,9 +427,7 @@ def _memory() -> Iterator[Finding]:
 
 
 def _cpu() -> Iterator[Finding]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota, period = _cgroup("cpu.max", "cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us") or ("max", "1")
-    share = int(quota) / int(period) if quota.isdecimal() else cores
+    cores, share = num_cores(), core_time()
     found = f"{cores} of {os.cpu_count()} cores"
     if share < cores:
         found += f", of which this container gets the time of {share:g}"

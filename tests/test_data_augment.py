@@ -116,6 +116,18 @@ def test_flips_have_their_probabilities(tmp_path: Path) -> None:
     assert np.bincount(kinds, minlength=4).min() > 30  # of 50 expected
 
 
+def test_a_crop_of_a_large_jpeg_is_the_box_that_was_drawn_to_half_a_pixel(tmp_path: Path) -> None:
+    ramp = np.stack([np.indices((255, 253)).sum(0) % 256, *np.indices((255, 253))], axis=2).astype(np.uint8)
+    Image.fromarray(ramp).save(tmp_path / "a.jpg", quality=100, subsampling=0)
+    for seed in range(20):
+        out = CropAndFlip(3, (32, 32), (0.3, 1.0), hflip=0.0)(str(tmp_path / "a.jpg"), rng(seed)).astype(float)
+        top, left, height, width = random_resized_box(255, 253, (0.3, 1.0), rng=rng(seed))
+        # Rows and columns are written in the second and third channel: in the middle of the crop, those of the box.
+        # One of scale 4 moves by 2 pixels at most, or 3 at the border.
+        assert abs(out[1, 15:17].mean() - (top + (height - 1) / 2)) < 2.6
+        assert abs(out[2, :, 15:17].mean() - (left + (width - 1) / 2)) < 2.6
+
+
 def test_centre_crop_draws_nothing_and_reads_the_centre(tmp_path: Path) -> None:
     path = write(tmp_path / "a.png", 20, 30, 3)
     generator = rng()

@@ -39,7 +39,9 @@ def index(tmp_path: Path) -> FileIndex:
     return find_images([str(tmp_path / "images")])
 
 
-def pretrain(index: FileIndex, *, seed: int = 0, augment: bool = True, in_chans: int = 3) -> PretrainDataset:
+def pretrain(
+    index: FileIndex, *, seed: int = 0, augment: bool = True, in_chans: int = 3, masks_per_image: int = 1
+) -> PretrainDataset:
     return PretrainDataset(
         index,
         in_chans=in_chans,
@@ -50,6 +52,7 @@ def pretrain(index: FileIndex, *, seed: int = 0, augment: bool = True, in_chans:
         visible=VISIBLE,
         seed=seed,
         augment=augment,
+        masks_per_image=masks_per_image,
     )
 
 
@@ -62,7 +65,7 @@ def finetune(index: FileIndex, *, train: bool) -> FinetuneDataset:
 
 
 def same(a: Sample, b: Sample) -> bool:
-    return np.array_equal(a.image, b.image) and np.array_equal(a.mask, b.mask)
+    return np.array_equal(a.image, b.image) and np.array_equal(a.masks, b.masks)
 
 
 def test_a_sample_depends_on_seed_epoch_and_index_alone(index: FileIndex) -> None:
@@ -81,7 +84,27 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(index: FileIndex) -> Non
 
 def test_masks_are_those_of_random_mask(index: FileIndex) -> None:
     for key in ((0, 0), (3, 2), (EVAL_EPOCH, 5)):
-        np.testing.assert_array_equal(pretrain(index)[key].mask, random_mask(GRID, VISIBLE, [(0, *key)])[0])
+        np.testing.assert_array_equal(pretrain(index)[key].masks, random_mask(GRID, VISIBLE, [(0, *key)]))
+
+
+def test_an_image_under_several_masks_is_the_same_and_its_first_mask_too(index: FileIndex) -> None:
+    once, often = pretrain(index), pretrain(index, masks_per_image=5)
+    seen = set()
+    for key in ((0, 0), (0, 2), (1, 0), (1, 2)):
+        sample = often[key]
+        np.testing.assert_array_equal(sample.image, once[key].image)
+        np.testing.assert_array_equal(sample.masks[:1], once[key].masks)
+        np.testing.assert_array_equal(sample.masks, pretrain(index, masks_per_image=9)[key].masks[:5])
+        assert sample.masks.shape == (5, *GRID) and (sample.masks.sum(axis=(1, 2)) == 6 - VISIBLE).all()
+        seen |= {mask.tobytes() for mask in sample.masks}
+    assert len(seen) >= 10  # of the 15 there are, by 20 independent draws
+
+
+def test_masks_of_a_batch_follow_their_images(index: FileIndex) -> None:
+    samples = [pretrain(index, masks_per_image=3)[0, i] for i in (0, 2)]
+    batch = collate(samples)
+    assert batch.images.shape == (2, 3, *SIZE) and batch.masks is not None
+    np.testing.assert_array_equal(batch.masks, np.concatenate([sample.masks for sample in samples]))
 
 
 def test_broken_training_files_are_replaced_deterministically_and_reported(index: FileIndex) -> None:
@@ -142,7 +165,7 @@ def test_paths_that_are_no_unicode_are_read(index: FileIndex, tmp_path: Path) ->
 
 
 def image_sample(image: np.ndarray, **values: object) -> Sample:
-    return Sample(**{"image": image, "mask": None, "label": None, "index": 0, "valid": True, "bad": [], **values})
+    return Sample(**{"image": image, "masks": None, "label": None, "index": 0, "valid": True, "bad": [], **values})
 
 
 def test_collate_keeps_uint8_and_joins_depths() -> None:
@@ -170,7 +193,9 @@ def test_normalize_in_units_of_the_full_range_and_back() -> None:
     mean, std = torch.tensor([0.4, 0.5]).view(2, 1, 1), torch.tensor([0.2, 0.1]).view(2, 1, 1)
     images = torch.randint(0, 256, (3, 2, 4, 5), dtype=torch.uint8)
     expected = (images.numpy() / 255 - mean.numpy()) / std.numpy()
+    before = images.clone()
     normalized = normalize(images, mean, std)
+    assert torch.equal(images, before)
     assert normalized.dtype == torch.float32
     np.testing.assert_allclose(normalized.numpy(), expected, atol=1e-6)
     torch.testing.assert_close(normalize(images / 255, mean, std), normalized)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch.utils.data import Dataset
 
 from fcmae.data.dataset import Batch, NoUsableImage, PretrainDataset, Sample
 from fcmae.data.index import FileIndex, find_images
-from fcmae.data.loader import build_loader, default_num_workers
+from fcmae.data.loader import build_loader, default_num_workers, prefetched
 from fcmae.data.sampler import StepSampler
 
 
@@ -98,7 +99,76 @@ def test_workers_outlive_the_signals_that_stop_a_job_and_have_one_thread() -> No
     assert batches[0].labels is not None and batches[0].labels.item() == 1
 
 
-def test_default_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+class _Stream:
+    """Writes what is done with it, in place of a CUDA stream."""
+
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name, self.log = name, log
+
+    def record_event(self) -> int:
+        return len(self.log)
+
+    def wait_event(self, event: int) -> None:
+        self.log.append(f"{self.name} waits for {self.log[event - 1]}")
+
+    def __enter__(self) -> None:
+        self.log.append(f"on {self.name}")
+
+    def __exit__(self, *args: object) -> None:
+        self.log.append(f"off {self.name}")
+
+
+class _Copied:
+    def __init__(self, number: int, log: list[str]) -> None:
+        self.number, self.log = number, log
+
+    def to(self, device: torch.device) -> _Copied:
+        self.log.append(f"copy {self.number}")
+        return self
+
+    def record_stream(self, stream: _Stream) -> None:
+        self.log.append(f"keep {self.number} for {stream.name}")
+
+
+def test_on_cuda_the_next_batch_is_on_its_way_before_one_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+    side, main = _Stream("side", log), _Stream("main", log)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: side)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+    given = prefetched((_Copied(i, log) for i in range(3)), torch.device("cuda"))  # type: ignore[misc]
+    for batch in given:
+        log.append(f"compute {batch.number}")  # type: ignore[attr-defined]
+    steps = [step for step in log if not step.startswith(("on", "off"))]
+    arrivals = [[f"main waits for copy {i}", f"keep {i} for main", f"compute {i}"] for i in range(3)]
+    assert steps == ["copy 0", "copy 1", *arrivals[0], "copy 2", *arrivals[1], *arrivals[2]]
+    assert log[:3] == ["on side", "copy 0", "off side"]
+
+
+def test_on_a_cpu_prefetching_gives_the_batches_as_they_come(index: FileIndex) -> None:
+    read: list[int] = []
+    plain = batches(index, 0)
+
+    def counted() -> Iterator[Batch]:
+        for number, batch in enumerate(plain):
+            read.append(number)
+            yield batch
+
+    given = prefetched(counted(), torch.device("cpu"))
+    assert next(given).images is plain[0].images and read == [0]
+    assert_same(list(given), plain[1:])
+
+
+def test_a_containers_quota_counts_as_its_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(20)), raising=False)
+    monkeypatch.setattr("fcmae.data.cores.CGROUP", tmp_path)
+    for quota, workers in {"400000": 4, "50000": 1, "max": 8, "9900000": 8}.items():
+        (tmp_path / "cpu.max").write_text(f"{quota} 100000\n")
+        assert default_num_workers("cuda") == workers
+
+
+def test_default_number_of_workers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("fcmae.data.cores.CGROUP", tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(20)), raising=False)
     assert default_num_workers("cpu", 1) == 1
     assert [default_num_workers("cuda", processes) for processes in (1, 4, 8, 40)] == [8, 5, 2, 1]

@@ -42,6 +42,30 @@ def test_order_is_equal_for_any_layout_and_resume_continues_it(
     assert steps(num_images, 8, *layout, 0, cut) + steps(num_images, 8, 2, 1, cut, 20) == uninterrupted
 
 
+@given(st.sampled_from([1, 2, 4]), st.sampled_from([(1, 1), (2, 1), (1, 2)]), st.integers(0, 12))
+def test_an_epoch_stays_one_pass_over_the_images_whatever_the_masks(
+    masks: int, layout: tuple[int, int], cut: int
+) -> None:
+    def step_keys(start: int, end: int) -> list[list[Key]]:
+        out: list[list[Key]] = [[] for _ in range(start, end)]
+        for rank in range(layout[0]):
+            sampler = StepSampler(
+                21, 8, 5, start_step=start, end_step=end, rank=rank, num_processes=layout[0], grad_accum=layout[1],
+                masks_per_image=masks,
+            )  # fmt: skip
+            for i, batch in enumerate(sampler):
+                out[i // layout[1]] += batch
+        return out
+
+    per_epoch = steps_per_epoch(21, 8, masks)
+    assert per_epoch == 21 * masks // 8
+    # batch_size counts an image under each of its masks: the same keys as with that many fewer of them.
+    assert step_keys(0, 12) == steps(21, 8 // masks, 1, 1, 0, 12)
+    assert step_keys(0, cut) + step_keys(cut, 12) == step_keys(0, 12)
+    first = [index for step in step_keys(0, min(12, per_epoch)) for _, index in step]
+    assert len(set(first)) == len(first)
+
+
 def test_every_epoch_sees_each_image_once_but_for_the_incomplete_batch() -> None:
     keys = [key for step in steps(10, 4, 1, 1, 0, 6) for key in step]
     for epoch in range(3):
@@ -70,6 +94,10 @@ def test_sizes_that_cannot_work_are_errors_with_the_remedy() -> None:
         StepSampler(7, 8, 0, end_step=1)
     with pytest.raises(ValueError, match=r"batch_size: 8 is not a multiple of processes x grad_accum = 3 x 2"):
         StepSampler(70, 8, 0, end_step=1, num_processes=3, grad_accum=2)
+    with pytest.raises(ValueError, match=r"16 is more than the 3 training images under 4 masks each: use at most 12"):
+        steps_per_epoch(3, 16, 4)
+    with pytest.raises(ValueError, match=r"processes x grad_accum x masks_per_image = 2 x 1 x 3: change one"):
+        StepSampler(70, 8, 0, end_step=1, num_processes=2, masks_per_image=3)
 
 
 @given(st.integers(0, 40), st.integers(1, 9), st.integers(1, 5))

@@ -34,7 +34,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
 @pytest.fixture
 def cgroup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
     """Writes a file of the container's limits."""
-    monkeypatch.setattr(doctor, "CGROUP", tmp_path)
+    monkeypatch.setattr("fcmae.data.cores.CGROUP", tmp_path)
 
     def write(name: str, text: str) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -19,6 +19,7 @@ from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
 
 from fcmae.data.decode import Box, read_crop, to_pil
+from fcmae.data.geometry import align, decode_scale
 
 
 def random_resized_box(
@@ -111,7 +112,10 @@ class CropAndFlip:
         """(C, H, W) uint8 or float32, units of `read_crop`. Raises BadImage."""
 
         def choose_box(height: int, width: int) -> Box:
-            return random_resized_box(height, width, self.crop_scale, rng=rng)
+            box = random_resized_box(height, width, self.crop_scale, rng=rng)
+            # Where it is decoded smaller, a box of whole pixels is resized several times as fast (see _resize).
+            aligned = align(box, scale := decode_scale(*box[2:], self.image_size), height, width)
+            return aligned if decode_scale(*aligned[2:], self.image_size) == scale else box
 
         image = read_crop(path, self.in_chans, choose_box, self.image_size)
         flip_columns, flip_rows = rng.random(2) < (self.hflip, self.vflip)

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from fcmae.data.augment import CenterCrop, CropAndFlip, FinetuneAugment
 from fcmae.data.decode import BadImage
 from fcmae.data.index import FileIndex
-from fcmae.data.sampler import SAMPLE_STREAM, Key
+from fcmae.data.sampler import MASK_STREAM, SAMPLE_STREAM, Key
 from fcmae.masking import random_mask
 
 MAX_TRIES = 16  # files that a training sample tries before it gives up
@@ -26,14 +26,14 @@ View = Callable[[str, np.random.Generator], NDArray[Any]]  # path -> (C, H, W), 
 
 @dataclass(frozen=True)
 class Sample:
-    """image: (C, H, W) uint8 or float32. mask: (gh, gw) bool, True = hidden. index: that of the key.
+    """image: (C, H, W) uint8 or float32. masks: (n, gh, gw) bool, True = hidden. index: that of the key.
 
     valid: false if the image could not be read and was not replaced; it is then zero. bad: files that could not be
     read, with reasons.
     """
 
     image: NDArray[Any]
-    mask: NDArray[np.bool_] | None
+    masks: NDArray[np.bool_] | None
     label: int | None
     index: int
     valid: bool
@@ -42,10 +42,10 @@ class Sample:
 
 @dataclass
 class Batch:
-    """Samples together. images: (B, C, H, W) uint8, or float32 if any is. masks: (B, gh, gw) bool, True = hidden.
+    """Samples together. images: (B, C, H, W) uint8, or float32 if any is. masks: (B * n, gh, gw) bool, True = hidden.
 
-    labels, index: (B,) int64. valid: (B,) bool, false for images that could not be read. bad: (path, reason) of files
-    that could not be read.
+    The n masks of an image follow each other. labels, index: (B,) int64. valid: (B,) bool, false for images that could
+    not be read. bad: (path, reason) of files that could not be read.
     """
 
     images: Tensor
@@ -65,12 +65,19 @@ class Batch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def select(self, keep: Tensor) -> Batch:
-        """The images where keep, (B,) bool, is true."""
+        """The images where keep, (B,) bool, is true; each with one mask at most."""
+        assert self.masks is None or len(self.masks) == len(self.images)
         return self._map(lambda tensor: tensor[keep])
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory; DataLoader calls this."""
         return self._map(Tensor.pin_memory)
+
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Keep the memory, which another stream filled, until what `stream` has queued by then has used it."""
+        for tensor in (self.images, self.masks, self.labels, self.index, self.valid):
+            if tensor is not None:
+                tensor.record_stream(stream)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
@@ -78,11 +85,11 @@ def collate(samples: Sequence[Sample]) -> Batch:
     images = [sample.image for sample in samples]
     if any(image.dtype != np.uint8 for image in images):
         images = [image / np.float32(255) if image.dtype == np.uint8 else image for image in images]
-    masks = [sample.mask for sample in samples if sample.mask is not None]
+    masks = [sample.masks for sample in samples if sample.masks is not None]
     labels = [sample.label for sample in samples if sample.label is not None]
     return Batch(
         images=torch.from_numpy(np.stack(images)),
-        masks=torch.from_numpy(np.stack(masks)) if masks else None,
+        masks=torch.from_numpy(np.concatenate(masks)) if masks else None,
         labels=torch.tensor(labels, dtype=torch.int64) if labels else None,
         index=torch.tensor([sample.index for sample in samples], dtype=torch.int64),
         valid=torch.tensor([sample.valid for sample in samples], dtype=torch.bool),
@@ -95,8 +102,10 @@ def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
     images: (B, C, H, W) or (C, H, W), uint8 or float. mean, std: (C, 1, 1) float32, in units of a full range of 1.
     """
-    pixels = images.float() / 255 if images.dtype == torch.uint8 else images.float()
-    return (pixels - mean) / std
+    if images.dtype == torch.uint8:
+        mean, std = mean * 255, std * 255
+    # One buffer: on a CPU, memory that is new to the process takes most of the time.
+    return images.to(torch.float32, copy=True).sub_(mean).div_(std)
 
 
 def denormalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -158,8 +167,9 @@ class PretrainDataset(_ImageDataset):
     """Images and masks for pretraining, by key (epoch, index).
 
     in_chans, image_size (height, width): of the samples. crop_scale, hflip: see CropAndFlip. grid (gh, gw), visible:
-    see random_mask. augment: False takes the centre of each image (crop_pct .875) instead of a random crop, and marks
-    files that cannot be read; True replaces them by others, drawn from the sample's own generator.
+    see random_mask. masks_per_image: masks of each sample, drawn independently. augment: False takes the centre of each
+    image (crop_pct .875) instead of a random crop, and marks files that cannot be read; True replaces them by others,
+    drawn from the sample's own generator.
     """
 
     def __init__(
@@ -174,15 +184,17 @@ class PretrainDataset(_ImageDataset):
         visible: int,
         seed: int,
         augment: bool = True,
+        masks_per_image: int = 1,
     ) -> None:
         crop = CropAndFlip(in_chans, image_size, crop_scale, hflip)
         view = crop if augment else CenterCrop(in_chans, image_size, 0.875)
         super().__init__(index, view, shape=(in_chans, *image_size), seed=seed, replaces=augment)
-        self._grid, self.visible = grid, visible
+        self._grid, self.visible, self._masks_per_image = grid, visible, masks_per_image
 
     def __getitem__(self, key: Key) -> Sample:
-        mask = random_mask(self._grid, self.visible, [(self._seed, *key)])[0]
-        return replace(self._read(key), mask=mask)
+        first = (self._seed, *key)
+        seeds = [first, *((*first, MASK_STREAM, number) for number in range(1, self._masks_per_image))]
+        return replace(self._read(key), masks=random_mask(self._grid, self.visible, seeds))
 
 
 class FinetuneDataset(_ImageDataset):

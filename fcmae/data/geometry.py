@@ -33,6 +33,17 @@ def stored_box(box: Box, orientation: int, stored_height: int, stored_width: int
     return top, left, height, width
 
 
+def align(box: Box, scale: int, height: int, width: int) -> Box:
+    """The nearest box of a (height, width) image with whole pixels at its ends when decoded `scale` times smaller.
+
+    Each side moves by at most half such a pixel, but for one at the border whose last pixel is not whole.
+    """
+    top, left = round(box[0] / scale), round(box[1] / scale)
+    bottom = min(round((box[0] + box[2]) / scale), height // scale)
+    right = min(round((box[1] + box[3]) / scale), width // scale)
+    return top * scale, left * scale, (bottom - top) * scale, (right - left) * scale
+
+
 def decode_scale(height: float, width: float, size: tuple[int, int]) -> int:
     """How many times smaller (8, 4, 2 or 1) an image may be decoded so that height x width of it still fill `size`."""
     return next((scale for scale in (8, 4, 2) if height / scale >= size[0] and width / scale >= size[1]), 1)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import atexit
 import multiprocessing
-import os
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import chain
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from fcmae.data.cores import core_time
 from fcmae.data.dataset import Batch, Sample, collate
 from fcmae.data.sampler import Key
 
@@ -60,10 +61,32 @@ def _end_workers() -> None:
 def default_num_workers(device_type: str, num_local_processes: int = 1) -> int:
     """Workers for one training process: 1 on a CPU, which the model needs itself; else its share of the cores, up to 8.
 
-    num_local_processes: training processes on this machine.
+    One worker crops some 300 photographs of 500 x 375 pixels a second (benchmarks/input_pipeline.py), about ten
+    times what atto trains on two cores. num_local_processes: training processes on this machine.
     """
     if device_type == "cpu":
         return 1
-    # What this process may use, not what the machine has.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(8, cores // num_local_processes))
+    return max(1, min(8, int(core_time() / num_local_processes)))
+
+
+def prefetched(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """The batches on the device. On CUDA the next one is copied, on a stream of its own, while the device computes.
+
+    batches: pinned for CUDA, as `build_loader` makes them; one more is read than was asked for.
+    """
+    if device.type != "cuda":
+        yield from (batch.to(device) for batch in batches)
+        return
+    stream, ready = torch.cuda.Stream(device), None  # type: ignore[no-untyped-call]
+    for batch in chain(batches, [None]):
+        following = None
+        if batch is not None:
+            with torch.cuda.stream(stream):
+                following = batch.to(device), stream.record_event()
+        if ready is not None:
+            moved, arrived = ready
+            # Not wait_stream, which would wait for the copy of the following batch as well.
+            torch.cuda.current_stream(device).wait_event(arrived)
+            moved.record_stream(torch.cuda.current_stream(device))
+            yield moved
+        ready = following

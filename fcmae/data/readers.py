@@ -1,25 +1,36 @@
 """What read_crop opens: an image whose header is read, by Pillow, tifffile or numpy, and whose pixels follow on demand.
 
 Files are told apart by their contents, not their names. Pillow reads what it reads in full; TIFFs with other numbers
-of bands or depths go to tifffile, and .npy files are mapped into memory.
+of bands or depths go to tifffile, and .npy files are mapped into memory. Where simplejpeg is installed it decodes the
+JPEGs whose headers Pillow has read: the same pixels, sooner.
 """
 
 from __future__ import annotations
 
+import math
 import struct
 import tokenize
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from io import BytesIO
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import tifffile
+import torch
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
+from torch.nn import functional as F
 
 from fcmae.data.geometry import Box, decode_scale, make_upright, stored_box
+
+try:
+    import simplejpeg
+except ImportError:  # without the extra `jpeg`
+    simplejpeg = None
+decode_jpeg: Callable[..., NDArray[np.uint8]] | None = None if simplejpeg is None else simplejpeg.decode_jpeg
 
 # No format that runs a program or a script (EPS, PDF), whatever the file is called.
 _PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
@@ -43,7 +54,6 @@ _READ_ERRORS = (
     zlib.error,
     tokenize.TokenError,  # from numpy's reading of .npy headers
     Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
 )
 
 
@@ -65,10 +75,10 @@ class OpenImage(Protocol):
 @contextmanager
 def open_image(path: str, in_chans: int) -> Iterator[OpenImage]:
     """Read an image's header. Raises BadImage as `read_crop` does."""
-    with reading():
-        file = open(path, "rb")  # noqa: PTH123, SIM115  # closed below; Path.open costs a Path an image
-    with file:
+    with ExitStack() as stack:
         with reading():
+            # Path.open would cost a Path an image.
+            file = stack.enter_context(open(path, "rb"))  # noqa: PTH123
             image = _open(file, path, in_chans)
         yield image
 
@@ -76,6 +86,9 @@ def open_image(path: str, in_chans: int) -> Iterator[OpenImage]:
 def _open(file: BinaryIO, path: str, in_chans: int) -> OpenImage:
     start = file.read(6)
     file.seek(0)
+    if start[:3] == b"\xff\xd8\xff":
+        data = file.read()
+        return _PillowImage(Image.open(BytesIO(data), formats=_PILLOW_FORMATS), in_chans, data)
     if start == b"\x93NUMPY":
         array = np.lib.format.open_memmap(path, mode="r")  # never unpickles
         axis = _npy_channel_axis(array.shape, in_chans)
@@ -89,8 +102,7 @@ def _open(file: BinaryIO, path: str, in_chans: int) -> OpenImage:
 def reading() -> Iterator[None]:
     """Turn whatever a library raises on a bad file into BadImage; silence what it warns of."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about metadata; a file that decodes is good
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        warnings.simplefilter("ignore")  # about metadata; a file that decodes is good. Bombs: _check_size
         try:
             yield
         except BadImage:
@@ -125,8 +137,8 @@ def _match_channels(pixels: NDArray[Any], in_chans: int) -> NDArray[Any]:
 
 
 class _PillowImage:
-    def __init__(self, image: Image.Image, in_chans: int) -> None:
-        self._image, self._in_chans = image, in_chans
+    def __init__(self, image: Image.Image, in_chans: int, jpeg: bytes | None = None) -> None:
+        self._image, self._in_chans, self._jpeg = image, in_chans, jpeg
         _check_size(image.height, image.width)
         _check_channels(_num_channels(image, in_chans), in_chans)
         # Pillow itself turns TIFFs upright, in their size at once and in their pixels when it decodes them.
@@ -136,22 +148,62 @@ class _PillowImage:
         self.height, self.width = self._stored_size[::-1] if self._swapped else self._stored_size
 
     def read(self, box: Box, size: tuple[int, int]) -> NDArray[Any]:
-        image = self._image
         stored_height, stored_width = self._stored_size
-        scale = decode_scale(box[2], box[3], size)
-        draft = image.draft("L" if self._in_chans == 1 else "RGB", (stored_width // scale, stored_height // scale))
-        scale = 1 if draft is None else round(stored_width / draft[1][2])
+        planes, scale, is_16_bit = self._decode(decode_scale(box[2], box[3], size))
         top, left, height, width = stored_box(box, self._orientation, stored_height, stored_width)
-        planes, is_16_bit = _planes(image, self._in_chans)
-        out_size = size if self._swapped else size[::-1]  # Pillow's order, before turning upright
-        # Pillow's corners. The last column of a scaled JPEG may stand for fewer than `scale` stored ones.
+        # The last column of a scaled JPEG may stand for fewer than `scale` stored ones.
         corners = (left / scale, top / scale, (left + width) / scale, (top + height) / scale)
-        resized = [np.asarray(plane.resize(out_size, Image.Resampling.BICUBIC, corners)) for plane in planes]
-        pixels = np.concatenate([plane.reshape(*plane.shape[:2], -1) for plane in resized], axis=2)  # (H, W, C)
+        stored_size = size[::-1] if self._swapped else size
+        resized = [_resize(plane, corners, stored_size) for plane in planes]
+        pixels = resized[0] if len(resized) == 1 else np.concatenate(resized)  # (C, H, W)
         if is_16_bit:
             pixels = (pixels / np.float32(65535)).clip(0, 1)
-        pixels = make_upright(pixels, self._orientation).transpose(2, 0, 1)  # (C, H, W)
+        if self._orientation != 1:
+            pixels = make_upright(pixels.transpose(1, 2, 0), self._orientation).transpose(2, 0, 1)
         return np.ascontiguousarray(_match_channels(pixels, self._in_chans))
+
+    def _decode(self, scale: int) -> tuple[Sequence[Image.Image | NDArray[np.uint8]], int, bool]:
+        """Planes, how many times smaller than stored (1; JPEGs `scale`), and whether their full range is 65535."""
+        image, grey = self._image, self._in_chans == 1
+        if decode_jpeg is not None and self._jpeg is not None and image.mode in ("L", "RGB"):
+            # It is libjpeg-turbo, as in Pillow, and gives the same pixels, but leaves them packed and in one array.
+            # The smallest that is at least so large, and at least `scale` times smaller: exactly that scale.
+            height, width = (-(-side // scale) for side in self._stored_size)
+            colours = "GRAY" if grey or image.mode == "L" else "RGB"
+            # It raises ValueError for all that libjpeg warns of; Pillow decides which of that is good enough.
+            with suppress(ValueError):
+                decoded = decode_jpeg(self._jpeg, colours, min_height=height, min_width=width, min_factor=scale)
+                if decoded.shape[:2] == (height, width):
+                    return [decoded], scale, False
+        height, width = self._stored_size
+        draft = image.draft("L" if grey else "RGB", (width // scale, height // scale))
+        planes, is_16_bit = _planes(image, self._in_chans)
+        return planes, 1 if draft is None else round(width / draft[1][2]), is_16_bit
+
+
+def _resize(
+    plane: Image.Image | NDArray[np.uint8], corners: tuple[float, float, float, float], size: tuple[int, int]
+) -> NDArray[Any]:
+    """Part of a plane resized (bicubic, antialiased); pixels outside of it do not count, as if it had been cut out.
+
+    plane: of mode L, RGB or F; or (H, W, C) uint8. corners: left, top, right, bottom, in pixels of the plane; fractions
+    of a pixel are kept. size: height and width of the result.
+    Returns (C, height, width), uint8 or float32.
+    """
+    left, top, right, bottom = (math.floor(corners[0]), math.floor(corners[1]), *map(math.ceil, corners[2:]))
+    inner = (corners[0] - left, corners[1] - top, corners[2] - left, corners[3] - top)
+    if isinstance(plane, Image.Image):
+        part = np.array(plane.crop((left, top, right, bottom)))
+        part = part.reshape(*part.shape[:2], -1)
+    else:
+        part = plane[top:bottom, left:right]  # (h, w, C)
+    if part.dtype == np.uint8 and inner == (0, 0, right - left, bottom - top):
+        # Vectorised, three to four times as fast as Pillow. They differ by 1 in a few of a thousand values.
+        images = torch.from_numpy(np.ascontiguousarray(part)).permute(2, 0, 1)[None]  # (1, C, h, w), channels last
+        return F.interpolate(images, size, mode="bicubic", antialias=True)[0].numpy()
+    image = Image.fromarray(np.ascontiguousarray(part[..., 0] if part.shape[2] == 1 else part))
+    out = np.asarray(image.resize(size[::-1], Image.Resampling.BICUBIC, inner))
+    return out[None] if out.ndim == 2 else out.transpose(2, 0, 1)
 
 
 def _num_channels(image: Image.Image, in_chans: int) -> int:

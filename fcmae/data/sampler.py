@@ -13,9 +13,11 @@ Key = tuple[int, int]  # (epoch, index): all that a sample depends on besides th
 EVAL_EPOCH = 2**32 - 1
 
 # Random streams start from (seed, epoch, index, stream). numpy pads seeds with zeros, so stream 0 is (seed, epoch,
-# index) itself, from which masks are drawn; the others must not be 0.
+# index) itself, from which masks are drawn; the others must not be 0. Further masks of an image add their number, 1
+# and so on.
 SAMPLE_STREAM = 1
 ORDER_STREAM = 2
+MASK_STREAM = 3
 
 
 def epoch_order(num_images: int, seed: int, epoch: int) -> NDArray[np.int64]:
@@ -23,24 +25,27 @@ def epoch_order(num_images: int, seed: int, epoch: int) -> NDArray[np.int64]:
     return np.random.default_rng([seed, epoch, 0, ORDER_STREAM]).permutation(num_images)
 
 
-def steps_per_epoch(num_images: int, batch_size: int) -> int:
-    """Whole batches in an epoch. Raises ValueError if there are fewer images than a batch."""
-    if num_images < batch_size:
+def steps_per_epoch(num_images: int, batch_size: int, masks_per_image: int = 1) -> int:
+    """Whole batches in an epoch, one pass over the images. Raises ValueError if there are fewer than a batch takes."""
+    if num_images * masks_per_image < batch_size:
         raise ValueError(
-            f"batch_size: {batch_size} is more than the {num_images} training images: "
-            f"use at most {num_images}, or give more images"
+            f"batch_size: {batch_size} is more than the {num_images} training images"
+            f"{f' under {masks_per_image} masks each' if masks_per_image > 1 else ''}: "
+            f"use at most {num_images * masks_per_image}, or give more images"
         )
-    return num_images // batch_size
+    return num_images * masks_per_image // batch_size
 
 
 class StepSampler:
     """Keys of the training samples from step start_step up to end_step, for DataLoader(batch_sampler=...).
 
-    batch_size counts the images of one optimizer step over all processes and accumulated batches. Step k of an epoch
-    takes order[k * batch_size : (k + 1) * batch_size]; the images left over at the end of an epoch are dropped. Each
+    batch_size counts the images of one optimizer step over all processes and accumulated batches, each as often as it
+    has masks; a step takes n = batch_size / masks_per_image images. Step k of an epoch takes
+    order[k * n : (k + 1) * n]; the images left over at the end of an epoch are dropped. Each
     process takes its contiguous part and yields it in grad_accum lists. So a step has the same images whatever the
     number of processes, workers and accumulated batches, and a run resumes anywhere by its step alone.
-    Raises ValueError if batch_size is no multiple of num_processes * grad_accum, or larger than num_images.
+    Raises ValueError if batch_size is no multiple of num_processes * grad_accum * masks_per_image, or larger than
+    num_images * masks_per_image.
     """
 
     def __init__(
@@ -54,15 +59,16 @@ class StepSampler:
         rank: int = 0,
         num_processes: int = 1,
         grad_accum: int = 1,
+        masks_per_image: int = 1,
     ) -> None:
-        if batch_size % (num_processes * grad_accum):
-            raise ValueError(
-                f"batch_size: {batch_size} is not a multiple of processes x grad_accum = "
-                f"{num_processes} x {grad_accum}: change one of them"
-            )
+        if batch_size % (num_processes * grad_accum * masks_per_image):
+            names, numbers = "processes x grad_accum", f"{num_processes} x {grad_accum}"
+            if masks_per_image > 1:
+                names, numbers = f"{names} x masks_per_image", f"{numbers} x {masks_per_image}"
+            raise ValueError(f"batch_size: {batch_size} is not a multiple of {names} = {numbers}: change one of them")
         assert 0 <= rank < num_processes
-        self.steps_per_epoch = steps_per_epoch(num_images, batch_size)
-        self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
+        self.steps_per_epoch = steps_per_epoch(num_images, batch_size, masks_per_image)
+        self.num_images, self.images_per_step, self.seed = num_images, batch_size // masks_per_image, seed
         self.start_step, self.end_step = start_step, end_step
         self.rank, self.num_processes, self.grad_accum = rank, num_processes, grad_accum
 
@@ -70,14 +76,14 @@ class StepSampler:
         return max(0, self.end_step - self.start_step) * self.grad_accum
 
     def __iter__(self) -> Iterator[list[Key]]:
-        share = self.batch_size // self.num_processes
+        share = self.images_per_step // self.num_processes
         part = share // self.grad_accum
         epoch = -1
         for step in range(self.start_step, self.end_step):
             if step // self.steps_per_epoch != epoch:
                 epoch = step // self.steps_per_epoch
                 order = epoch_order(self.num_images, self.seed, epoch)
-            first = step % self.steps_per_epoch * self.batch_size + self.rank * share
+            first = step % self.steps_per_epoch * self.images_per_step + self.rank * share
             for start in range(first, first + share, part):
                 yield [(epoch, index) for index in order[start : start + part].tolist()]
 

@@ -1,0 +1,262 @@
+"""What the benchmarks share: timings taken in turn, their spread, memory, the machine, tables and JSON.
+
+A script is run as `python benchmarks/NAME.py`, so `import timing` finds this file beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import timm
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import ProfilerActivity, profile
+
+from fcmae.encoder import VARIANTS
+from fcmae.masking import num_visible, random_mask
+
+Key = TypeVar("Key")
+CPU = torch.device("cpu")
+WARMUP = 2  # repeats that are not counted: allocation, the choice of kernels, compilation
+
+
+def interleaved(
+    steps: Mapping[Key, Callable[[], object]], repeats: int, warmup: int = WARMUP, device: torch.device = CPU
+) -> dict[Key, list[float]]:
+    """Seconds of each step in each repeat. The steps take turns, so that what slows the machine slows all of them."""
+    seconds: dict[Key, list[float]] = {name: [] for name in steps}
+    for repeat in range(warmup + repeats):
+        for name, step in steps.items():
+            wait(device)
+            start = time.perf_counter()
+            step()
+            wait(device)
+            if repeat >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """First quartile, median, third quartile."""
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
+def summary(seconds: Sequence[float]) -> dict[str, Any]:
+    """What a JSON file holds of one step: every timing, their median and quartiles."""
+    low, middle, high = quartiles(seconds)
+    return {"median_s": middle, "quartiles_s": [low, high], "seconds": list(seconds)}
+
+
+def ratio(seconds: Sequence[float], reference: Sequence[float]) -> dict[str, Any]:
+    """How many times the reference's time a step takes: the ratio of medians, and quartiles repeat by repeat."""
+    low, _, high = quartiles([a / b for a, b in zip(seconds, reference, strict=True)])
+    return {"time": statistics.median(seconds) / statistics.median(reference), "quartiles": [low, high]}
+
+
+class Side(NamedTuple):
+    """One side of a comparison. A step leaves no gradients behind, so that memory is counted from the same start.
+
+    forward: the part of the step that ends with the loss. given: parameters and inputs.
+    """
+
+    step: Callable[[], object]
+    forward: Callable[[], object]
+    given: list[Tensor]
+
+
+def compare(sides: Mapping[str, Side], repeats: int, device: torch.device, batch: int) -> dict[str, Any]:
+    """Time the sides in turn, count their memory, print both, and return them for `write_json`.
+
+    Ratios are to the first side. batch: images of one step.
+    """
+    seconds = interleaved({name: side.step for name, side in sides.items()}, repeats, device=device)
+    first = next(iter(sides))
+    results, ratios, rows = {}, {}, []
+    for name, side in sides.items():
+        saved, peak = saved_bytes(side.forward, side.given), peak_bytes(side.step, device)
+        results[name] = {**summary(seconds[name]), "saved_bytes": saved, "peak_bytes": peak}
+        ratios[name] = ratio(seconds[name], seconds[first])
+        (low, high), middle = results[name]["quartiles_s"], results[name]["median_s"]
+        times = [f"{1000 * middle:.1f} ms", f"{1000 * low:.1f} - {1000 * high:.1f}", f"{batch / middle:.1f}"]
+        spread = "{:.2f} - {:.2f}".format(*ratios[name]["quartiles"])
+        memory = [f"{saved / 1e6:.1f} MB", f"{peak / 1e6:.1f} MB"]
+        rows.append([name, *times, f"{ratios[name]['time']:.2f}", spread, *memory])
+    header = [
+        "",
+        "median",
+        "quartiles",
+        "images/s",
+        f"time / {first}",
+        "quartiles",
+        "saved for backward",
+        "peak memory",
+    ]
+    print("\n" + table(header, rows))
+    return {"results": results, "ratios": ratios}
+
+
+def saved_bytes(forward: Callable[[], object], leave_out: Iterable[Tensor]) -> int:
+    """Bytes that one forward pass keeps for its backward pass.
+
+    A storage counts once and whole, however many views of it are kept. leave_out: tensors that are there anyway,
+    parameters and inputs. Casts and copies of them count.
+    """
+    there = {tensor.untyped_storage().data_ptr() for tensor in leave_out}
+    kept: dict[int, torch.UntypedStorage] = {}  # holding them, so that no address is used twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = forward()
+    del result
+    return sum(storage.nbytes() for address, storage in kept.items() if address not in there)
+
+
+def peak_bytes(step: Callable[[], object], device: torch.device = CPU) -> int:
+    """The most memory that one step holds beyond what was held before it, as PyTorch's allocator counts it.
+
+    Of a GPU, what torch.cuda.max_memory_allocated counts; of a CPU, the same from the profiler's allocations. What a
+    library takes without asking PyTorch is not in it. The step should leave no gradients behind.
+    """
+    wait(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        wait(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # or the profiler reports each start and stop
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiled.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    # An allocation has a positive number of bytes, and its release a negative one.
+    changes = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]")
+    held = peak = 0
+    for _, change in changes:
+        held += change
+        peak = max(peak, held)
+    return peak
+
+
+def machine(device: torch.device = CPU) -> dict[str, str]:
+    """What a timing depends on besides the code."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
+    gpu = {"gpu": torch.cuda.get_device_name(device), "cuda": str(torch.version.cuda)} if device.type == "cuda" else {}
+    return {
+        **gpu,
+        "cpu": cpu_name(),
+        "cores": str(os.cpu_count()),
+        "threads": str(torch.get_num_threads()),
+        "load": f"{load:.2f}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+    }
+
+
+def cpu_name() -> str:
+    """The processor's name, as exactly as the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    """A Markdown table, aligned to be read on a terminal too: the first `left` columns left, the others right."""
+    lines = [list(header), *map(list, rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    lines.insert(1, ["-" * width if i < left else "-" * (width - 1) + ":" for i, width in enumerate(widths)])
+    aligned = (
+        [
+            f"{cell:<{width}}" if i < left else f"{cell:>{width}}"
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        for line in lines
+    )
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in aligned)
+
+
+def add_flags(parser: argparse.ArgumentParser, *, repeats: int) -> None:
+    """The flags that the benchmarks of the network share. repeats: the default."""
+    parser.add_argument("--variant", choices=VARIANTS, default="convnextv2_atto", metavar="NAME", help="the encoder")
+    parser.add_argument("--batch", type=int, default=16, help="images at a time")
+    parser.add_argument("--size", type=int, default=224, help="height and width of the images")
+    parser.add_argument("--patch", type=int, default=32, help="side of a mask patch")
+    parser.add_argument("--ratio", type=float, default=0.6, help="share of the patches that is hidden")
+    parser.add_argument("--repeats", type=int, default=repeats, help="timings of each")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast")
+    parser.add_argument("--compile", action="store_true", help="each side through torch.compile")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure here")
+
+
+def batch_of(args: argparse.Namespace) -> tuple[Tensor, Tensor, int]:
+    """Random images, their mask and the number of visible patches, as the flags say."""
+    if args.patch % 32 or args.size % args.patch:
+        raise SystemExit(f"--size {args.size} --patch {args.patch}: give a multiple of --patch and of 32")
+    if args.repeats < 2:
+        raise SystemExit(f"--repeats {args.repeats}: quartiles need at least 2")
+    grid = (args.size // args.patch, args.size // args.patch)
+    visible = num_visible(grid[0] * grid[1], args.ratio)
+    images = torch.randn(args.batch, 3, args.size, args.size, device=args.device)
+    mask = torch.from_numpy(random_mask(grid, visible, [(0, i) for i in range(args.batch)])).to(args.device)
+    return images, mask, visible
+
+
+def autocast(args: argparse.Namespace) -> torch.autocast:
+    return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.precision == "bf16")
+
+
+def headline(args: argparse.Namespace, visible: int, what: str) -> str:
+    """What is timed, in one line."""
+    compiled = "compiled" if args.compile else "eager"
+    return (
+        f"{what}, {args.variant}, batch {args.batch}, {args.size} px, {visible} of {(args.size // args.patch) ** 2} "
+        f"patches visible, {args.precision}, {compiled}, {args.repeats} repeats"
+    )
+
+
+def write_json(
+    path: Path | None,
+    script: str,
+    argv: Sequence[str],
+    settings: Mapping[str, Any],
+    info: Mapping[str, str],
+    **results: Any,
+) -> None:
+    """Write a benchmark's figures, if a path is given.
+
+    script: its file. argv: the flags that it was given. settings: all flags, the path left out. info: of `machine`.
+    results: what it found, under names that report.py knows.
+    """
+    if path is None:
+        return
+    command = shlex.join(["python", f"benchmarks/{Path(script).name}", *argv])
+    chosen = {key: value for key, value in settings.items() if key != "json"}
+    content = {"command": command, "settings": chosen, "machine": dict(info), **results}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2, default=str) + "\n")

@@ -1,0 +1,27 @@
+"""How many cores this process may use, and how much of their time. No torch: the doctor asks, whatever is broken."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def cgroup(*names: str) -> list[str]:
+    """The words of a container's limit, under version 2 (the first name) or 1 (the others); none if there is none."""
+    files = [CGROUP / name for name in names]
+    if files[0].is_file():
+        return files[0].read_text().split()
+    return [file.read_text().strip() for file in files[1:] if file.is_file()]
+
+
+def num_cores() -> int:
+    """Cores that this process may run on: not all that the machine has, under taskset or a cluster's scheduler."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def core_time() -> float:
+    """Seconds of core time in a second: `num_cores`, or what a container's quota leaves of them (docker run --cpus)."""
+    quota, period = cgroup("cpu.max", "cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us") or ("max", "1")
+    return min(num_cores(), int(quota) / int(period)) if quota.isdecimal() else num_cores()
