@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fcmae.norms import at_least_float32, l2_norm
 from fcmae.sparse import Layout
 
 EPS = 1e-6
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """x in float32, or unchanged where it is wider: norms of 16-bit features overflow or lose their small terms."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class LayerNorm(nn.LayerNorm):
@@ -53,6 +50,74 @@ class GRN(nn.Module):
         return torch.addcmul(beta, at_least_float32(x), 1 + gamma * scale).to(x.dtype)
 
 
+def grn_linear(rows: Tensor, grn: GRN, linear: nn.Linear) -> Tensor:
+    """linear(grn(rows)), with fewer passes over the features and fewer of them kept than layer after layer.
+
+    rows: (B, n, C), all the sites of each image, hidden ones zero. Returns (B, n, linear's width).
+    """
+    gamma, beta = grn.gamma.flatten(), grn.beta.flatten()
+    weight: Tensor = linear.weight
+    bias: Tensor = linear.bias
+    device = rows.device.type
+    if torch.is_autocast_enabled(device):  # as it would for F.linear
+        dtype = torch.get_autocast_dtype(device)
+        rows, weight, bias = rows.to(dtype), weight.to(dtype), bias.to(dtype)
+    out: Tensor = _GRNLinear.apply(rows, gamma, beta, weight, bias)
+    return out
+
+
+class _GRNLinear(torch.autograd.Function):
+    """(rows * scale + beta) @ weight^T + bias, scale = 1 + gamma * G / (mean of G + eps), G the norm of an image.
+
+    An image with more sites than the Linear has outputs scales the weight instead, as
+
+        (rows * scale + beta) @ weight^T + bias = rows @ (weight * scale)^T + (weight @ beta + bias).
+
+    The gradient of that, P = grad^T @ rows for each image, gives those of scale and weight as sums of P * weight and
+    P * scale. The others scale the rows again for the backward pass: keeping them would double what a block keeps.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        norm = l2_norm(rows.to(gamma.dtype), (1,))  # (B, 1, C)
+        scale = 1 + gamma * norm / (norm.mean(dim=-1, keepdim=True) + EPS)
+        ctx.save_for_backward(rows, gamma, beta, weight, norm, scale)
+        if _scales_weight(rows, weight):
+            shift = (weight @ beta.to(weight.dtype)) + bias
+            return torch.baddbmm(shift, rows, (weight * scale).to(weight.dtype).transpose(1, 2))
+        return F.linear(torch.addcmul(beta, rows, scale).to(rows.dtype), weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        rows, gamma, beta, weight, norm, scale = ctx.saved_tensors
+        grad_bias = grad.sum((0, 1))
+        grad_beta = grad_bias.to(gamma.dtype) @ weight.to(gamma.dtype)
+        if _scales_weight(rows, weight):
+            grad_rows = torch.bmm(grad, (weight * scale).to(weight.dtype))
+            products = torch.bmm(grad.transpose(1, 2), rows).to(gamma.dtype)  # (B, width, C)
+            grad_scale = (products * weight).sum(1, keepdim=True)  # (B, 1, C)
+            grad_weight = (products * scale).sum(0) + grad_bias[:, None] * beta
+        else:
+            grad_rows = grad @ weight
+            grad_scale = (grad_rows * rows).sum(1, keepdim=True, dtype=gamma.dtype)
+            scaled = torch.addcmul(beta, rows, scale).to(rows.dtype)
+            grad_weight = grad.flatten(0, 1).t() @ scaled.flatten(0, 1)
+            grad_rows *= scale
+        # Back through scale = 1 + gamma * norm / mean.
+        mean = norm.mean(dim=-1, keepdim=True) + EPS
+        grad_gamma = (grad_scale * norm / mean).sum((0, 1))
+        grad_ratio = grad_scale * gamma
+        around = (grad_ratio * norm).sum(-1, keepdim=True) / (mean.square() * norm.shape[-1])
+        # The gradient of a norm is rows / norm, and 0 where the norm is.
+        pull = torch.where(norm == 0, 0, (grad_ratio / mean - around) / norm).to(rows.dtype)
+        return grad_rows.addcmul_(rows, pull), grad_gamma, grad_beta, grad_weight.to(weight.dtype), grad_bias
+
+
+def _scales_weight(rows: Tensor, weight: Tensor) -> bool:
+    """Whether a scaled copy of the weight for each image, (B, width, C), is smaller than the rows, (B, n, C)."""
+    return rows.shape[1] >= weight.shape[0]
+
+
 class Block(nn.Module):
     """x + DropPath(pwconv2(GRN(GELU(pwconv1(LayerNorm(dwconv(x))))))); V1 has LayerScale at the end instead of GRN.
 
@@ -77,13 +142,16 @@ class Block(nn.Module):
         """
         h = layout.depthwise_conv(x, self.dwconv.weight, self.dwconv.bias)
         h = F.gelu(self.pwconv1(self.norm(h)))
-        if self.grn is not None:
-            norm = layout.image_norm(at_least_float32(h))
+        rows = layout.image_rows(h) if self.grn is not None and select is None else None
+        if self.grn is not None and rows is not None:
+            h = grn_linear(rows, self.grn, self.pwconv2).view(x.shape)
+        else:
+            if self.grn is not None:
+                norm = layout.image_norm(at_least_float32(h))
+            h = h if select is None else select(h)
+            h = self.pwconv2(h if self.grn is None else self.grn(h, norm))
         if select is not None:
-            x, h = select(x), select(h)
-        if self.grn is not None:
-            h = self.grn(h, norm)
-        h = self.pwconv2(h)
+            x = select(x)
         if self.gamma is not None:
             h = self.gamma * h
         if self.training and self.drop_path_rate > 0:

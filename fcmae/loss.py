@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fcmae.layers import at_least_float32
+from fcmae.norms import at_least_float32
 from fcmae.sites import true_rows
 
 EPS = 1e-6

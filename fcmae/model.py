@@ -18,7 +18,7 @@ class FCMAE(nn.Module):
     Parameters carry the released code's names: encoder.*, proj, mask_token, decoder.i.*, pred.
 
     encoder: sees visible sites only. decoder_depth, decoder_dim: number and width of the decoder's ConvNeXt V2
-    blocks, which see the whole grid. backend: layout of the encoder's features, packed, masked or minkowski.
+    blocks, which see the whole grid. backend: layout of the encoder's features, packed, triton, masked or minkowski.
     grn_scope: sites that the encoder's GRN takes together, of one image ("image") or of the whole batch ("batch"), as
     the released PyTorch code does; the decoder's takes one image's.
     """

@@ -25,7 +25,7 @@ from fcmae.masking import num_visible, random_mask
 from fcmae.model import FCMAE
 from fcmae.sparse import make_layout
 
-BACKENDS = ("packed", "masked", "minkowski")
+BACKENDS = ("packed", "triton", "masked", "minkowski")
 PATCH = 32  # pixels, side of a mask patch
 
 

@@ -4,9 +4,11 @@ import pytest
 import torch
 from conftest import MINKOWSKI, randomize
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from fcmae.config import PretrainConfig
-from fcmae.encoder import Encoder
+from fcmae.encoder import VARIANTS, Encoder, Variant
 from fcmae.layers import GRN, Block
 from fcmae.loss import reconstruction_loss
 from fcmae.masking import random_mask
@@ -264,3 +266,30 @@ def test_memory_and_speed_options_change_nothing(option: str) -> None:
         reconstruction_loss(pred, images, site_mask).backward()
     for p, o in zip(plain.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(p.grad, o.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_a_step_is_one_graph_that_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(VARIANTS, "convnextv2_atto", Variant((1, 1, 2, 1), (4, 8, 8, 16), True))  # sooner compiled
+    model = small(drop_path_rate=0.3)
+    counter = CompileCounterWithBackend("aot_eager")
+    model.compile(backend=counter, fullgraph=True)
+    for batch in range(3):
+        images = torch.randn(2, 2, 24, 24, generator=torch.Generator().manual_seed(batch))
+        mask = torch.from_numpy(random_mask((3, 3), 4, [(batch, i) for i in range(2)]))
+        pred, site_mask = model(images, mask, num_visible=4)
+        reconstruction_loss(pred, images, site_mask).backward()
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("backend", ["packed", "masked"])
+def test_a_step_never_waits_for_the_device(backend: str) -> None:
+    # Fake tensors have shapes and no values: whatever asked for a value would have to wait for the device, and raises.
+    with FakeTensorMode():
+        model = small(backend=backend)
+        images, mask = torch.empty(2, 2, 24, 24), torch.empty(2, 3, 3, dtype=torch.bool)
+        pred, site_mask = model(images, mask, num_visible=4)
+        loss = reconstruction_loss(pred, images, site_mask)
+        loss.backward()
+        with pytest.raises(DataDependentOutputException):
+            loss.item()
+    assert all(parameter.grad is not None for parameter in model.parameters())

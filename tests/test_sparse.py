@@ -248,7 +248,7 @@ def test_masks_of_unequal_count_are_refused() -> None:
 
 
 def test_an_unknown_backend_is_refused() -> None:
-    with pytest.raises(ValueError, match="backend = 'dense': use packed, masked or minkowski"):
+    with pytest.raises(ValueError, match="backend = 'dense': use packed, triton, masked or minkowski"):
         make_layout("dense", masks(1, (2, 2), 1))
     with pytest.raises(ValueError, match="grn_scope = 'layer': use image or batch"):
         make_layout("packed", masks(1, (2, 2), 1), grn_scope="layer")

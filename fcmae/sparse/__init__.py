@@ -1,8 +1,8 @@
 """The layouts in which the encoder sees visible patches only.
 
 A layout is made for one batch of masks and offers the operations that depend on geometry: the five that make the
-network, and drop_path, which needs to know the images apart. Everything else in the encoder acts on the last dimension
-and does not know which layout it runs in:
+network, and two that know the images apart, for speed and for stochastic depth. Everything else in the encoder acts on
+the last dimension and does not know which layout it runs in:
 
     pack(x)                          (B, H, W, C) dense map  -> features of the visible sites
     unpack(f)                        features                -> (B, H, W, C), zero at hidden sites
@@ -10,6 +10,8 @@ and does not know which layout it runs in:
     downsample(f, weight, bias)      2x2, stride 2
     image_norm(f)                    L2 norm of each channel over the visible sites of one image, broadcastable to f;
                                      of the whole batch if grn_scope is "batch", as in the released PyTorch code
+    image_rows(f)                    f as (B, n, C), all sites of each image with hidden ones zero, where it can be
+                                     seen so at no cost and GRN takes one image; else None
     drop_path(f, rate)               stochastic depth: zero at all sites of an image with probability rate, else
                                      divided by 1 - rate
 
@@ -37,27 +39,36 @@ class Layout(Protocol):
     def depthwise_conv(self, f: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
     def downsample(self, f: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
     def image_norm(self, f: Tensor) -> Tensor: ...
+    def image_rows(self, f: Tensor) -> Tensor | None: ...
     def drop_path(self, f: Tensor, rate: float) -> Tensor: ...
 
 
 def make_layout(backend: str, mask: Tensor, num_visible: int | None = None, grn_scope: str = "image") -> Layout:
     """The layout named `backend` for one batch.
 
-    mask: (B, gh, gw) bool, True = hidden. num_visible: visible patches an image, which only packed needs; None counts
-    them, which waits for the device. grn_scope: "image", or "batch" to continue a run of the released PyTorch code,
-    whose GRN pools over the images that a process computes together.
+    mask: (B, gh, gw) bool, True = hidden. num_visible: visible patches an image, which only packed and triton (packed
+    with kernels for GPUs) need; None counts them, which waits for the device. grn_scope: "image", or "batch" to
+    continue a run of the released PyTorch code, whose GRN pools over the images that a process computes together.
 
-    Raises ValueError for an unknown backend or scope, for minkowski where MinkowskiEngine is missing, and for packed
-    if the images differ in their number of visible patches.
+    Raises ValueError for an unknown backend or scope, for minkowski where MinkowskiEngine is missing, for triton
+    without Triton or a GPU that runs its kernels, and for packed and triton if the images differ in their number of
+    visible patches.
     """
     if grn_scope not in ("image", "batch"):
         raise ValueError(f"grn_scope = {grn_scope!r}: use image or batch")
     if backend == "packed":
         return Packed(mask, count_visible(mask) if num_visible is None else num_visible, grn_scope)
+    if backend == "triton":
+        try:
+            from fcmae.sparse.kernels import PackedTriton
+        except ImportError as error:
+            raise ValueError(f"backend = 'triton' needs Triton ({error}): pip install triton, or use packed") from error
+
+        return PackedTriton(mask, count_visible(mask) if num_visible is None else num_visible, grn_scope)
     if backend == "masked":
         return Masked(mask, grn_scope)
     if backend == "minkowski":
         from fcmae.sparse.minkowski import Minkowski
 
         return Minkowski(mask, grn_scope)
-    raise ValueError(f"backend = {backend!r}: use packed, masked or minkowski")
+    raise ValueError(f"backend = {backend!r}: use packed, triton, masked or minkowski")

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from timm.layers import drop_path
 from torch import Tensor
 
+from fcmae.norms import l2_norm
 from fcmae.sites import refine
 
 
@@ -42,8 +43,10 @@ class Masked:
         return F.conv2d(x, weight, bias, stride=2).permute(0, 2, 3, 1)
 
     def image_norm(self, f: Tensor) -> Tensor:
-        norm: Tensor = torch.linalg.vector_norm(self._hide(f), dim=self.norm_dims, keepdim=True)
-        return norm  # (B or 1, 1, 1, C)
+        return l2_norm(self._hide(f), self.norm_dims)  # (B or 1, 1, 1, C)
+
+    def image_rows(self, f: Tensor) -> Tensor | None:
+        return self._hide(f).flatten(1, 2) if self.norm_dims[0] == 1 else None
 
     def drop_path(self, f: Tensor, rate: float) -> Tensor:
         out: Tensor = drop_path(f, rate, training=True)

@@ -16,6 +16,8 @@ import torch
 from timm.layers import drop_path
 from torch import Tensor
 
+from fcmae.norms import l2_norm, root
+
 try:
     with warnings.catch_warnings():
         # One built for the CPU says so at every import.
@@ -94,14 +96,13 @@ class Minkowski:
 
     def image_norm(self, f: Tensor) -> Tensor:
         if self.grn_scope == "batch":
-            norm: Tensor = torch.linalg.vector_norm(f, dim=0, keepdim=True)
-            return norm  # (1, C)
+            return l2_norm(f, (0,))  # (1, C)
         image = self._level(f).image
         squares = f.new_zeros(self.batch, f.shape[-1]).index_add(0, image, f.square())
-        # As vector_norm has it: where a channel is zero in a whole image, so is the gradient, not sqrt's infinity.
-        zero = squares == 0
-        norm = squares.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)  # (B, C)
-        return norm.index_select(0, image)  # (N, C)
+        return root(squares).index_select(0, image)  # (N, C)
+
+    def image_rows(self, f: Tensor) -> Tensor | None:
+        return None  # the rows of one image need not lie together
 
     def drop_path(self, f: Tensor, rate: float) -> Tensor:
         keep: Tensor = drop_path(f.new_ones(self.batch, 1), rate, training=True)

@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from timm.layers import drop_path
 from torch import Tensor
 
+from fcmae.norms import l2_norm
 from fcmae.sites import true_rows
+from fcmae.sparse import native
 
 
 class Packed:
@@ -44,10 +46,14 @@ class Packed:
         return canvas.view(self.batch, gh * b, gw * b, channels)
 
     def depthwise_conv(self, f: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        # Hidden sites of the canvas are zero, which is all that the convolution may know of them.
-        x = self.unpack(f).permute(0, 3, 1, 2)  # (B, C, H, W), channels last in memory
-        y = F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
-        return self.pack(y.permute(0, 2, 3, 1))
+        device = f.device.type
+        if torch.is_autocast_enabled(device):  # as it would for conv2d
+            dtype = torch.get_autocast_dtype(device)
+            f, weight, bias = f.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        b = f.shape[-2]
+        size = (self.batch, self.grid[0] * b, self.grid[1] * b)
+        out: Tensor = _DepthwiseConv.apply(f, weight, bias, self._row_indices(b), size)
+        return out
 
     def downsample(self, f: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         B, K, b, _, C = f.shape
@@ -55,8 +61,10 @@ class Packed:
         return F.linear(x.reshape(B, K, b // 2, b // 2, 4 * C), weight.permute(0, 2, 3, 1).flatten(1), bias)
 
     def image_norm(self, f: Tensor) -> Tensor:
-        norm: Tensor = torch.linalg.vector_norm(f, dim=self.norm_dims, keepdim=True)
-        return norm  # (B or 1, 1, 1, 1, C)
+        return l2_norm(f, self.norm_dims)  # (B or 1, 1, 1, 1, C)
+
+    def image_rows(self, f: Tensor) -> Tensor | None:
+        return f.flatten(1, 3) if self.norm_dims[0] == 1 else None
 
     def drop_path(self, f: Tensor, rate: float) -> Tensor:
         out: Tensor = drop_path(f, rate, training=True)
@@ -101,6 +109,61 @@ class _Scatter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return _gather(grad, ctx.saved_tensors[0]), None, None
+
+
+class _DepthwiseConv(torch.autograd.Function):
+    """conv2d on the dense map (B, H, W) of which f, (B, K, b, b, C), are the given pixel rows and the rest is zero.
+
+    For the backward pass it keeps f, not the map, which is B * gh * gw / K times as large, and lays f out again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, f: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, size: tuple[int, int, int]
+    ) -> Tensor:
+        ctx.save_for_backward(f, weight, rows)
+        ctx.has_bias, ctx.size = bias is not None, size
+        y = F.conv2d(_canvas(f, rows, size), weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
+        return _rows_of(y, rows, f)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
+        f, weight, rows = ctx.saved_tensors
+        channels, padding = weight.shape[0], weight.shape[-1] // 2
+        x = _canvas(f, rows, ctx.size)
+        has_loop = padding == 3 and native.available(f.device, f.dtype)
+        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+            _canvas(grad, rows, ctx.size),
+            x,
+            weight,
+            None,
+            [1, 1],
+            [padding, padding],
+            [1, 1],
+            False,
+            [0, 0],
+            channels,
+            [True, not has_loop, False],
+        )
+        if has_loop:
+            grad_weight = native.weight_gradient(grad.flatten(0, 2), x.permute(0, 2, 3, 1), rows)
+        grad_bias = grad.flatten(0, -2).sum(0) if ctx.has_bias else None
+        return _rows_of(grad_x, rows, f), grad_weight, grad_bias, None, None
+
+
+def _canvas(f: Tensor, rows: Tensor, size: tuple[int, int, int]) -> Tensor:
+    """The map (B, C, H, W), channels last in memory, that has f's pixel rows in the given places and zero elsewhere."""
+    b, channels = f.shape[-2:]
+    batch, height, width = size
+    canvas = f.new_zeros(batch * height * width // b, b * channels)
+    canvas.index_copy_(0, rows, f.reshape(-1, b * channels))
+    return canvas.view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+def _rows_of(x: Tensor, rows: Tensor, f: Tensor) -> Tensor:
+    """The pixel rows of a map (B, C, H, W) that f's lie in, in f's shape."""
+    b, channels = f.shape[-2:]
+    return x.permute(0, 2, 3, 1).reshape(-1, b * channels).index_select(0, rows).view(f.shape)
 
 
 def _gather(table: Tensor, rows: Tensor) -> Tensor:

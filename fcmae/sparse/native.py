@@ -1,0 +1,92 @@
+"""One loop in C for CPUs: the gradient of the depthwise weight, which oneDNN takes four times as long for.
+
+native.c is compiled for this machine at its first use, in a second, and kept in ~/.cache/fcmae (FCMAE_CACHE or
+XDG_CACHE_HOME name another place). Where that is not possible, torch computes the same.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("native.c")
+FLAGS = ("-O3", "-march=native", "-fPIC", "-fopenmp")
+SIZE = 7  # side of the window
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def available(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the loop can be had for tensors of this kind: float32 on a CPU, with a C compiler."""
+    return device.type == "cpu" and dtype == torch.float32 and library() is not None
+
+
+@torch.library.custom_op("fcmae::depthwise_weight_gradient", mutates_args=())
+def weight_gradient(grad: Tensor, canvas: Tensor, rows: Tensor) -> Tensor:
+    """The gradient of the weight (C, 1, 7, 7) of a depthwise convolution of which only some pixel rows are wanted.
+
+    grad: (N, b, C) float32, the gradient of the output at N rows of b sites. canvas: (B, H, W, C) float32, its whole
+    input, zero at hidden sites. rows: (N,) int64, where the rows lie in the canvas, cut into rows of b sites. All on a
+    CPU for which `available` holds.
+    """
+    loop = library()
+    assert loop is not None
+    num_rows, side, channels = grad.shape
+    _, height, width, _ = canvas.shape
+    parts = torch.get_num_threads()
+    sums = grad.new_zeros(parts, SIZE * SIZE, channels)
+    tensors = [x.contiguous() for x in (grad, canvas, rows)]  # held until the loop is done
+    sizes = (num_rows, side, height, width, channels, parts)
+    loop.weight_gradient(*(ctypes.c_void_p(x.data_ptr()) for x in (*tensors, sums)), *map(ctypes.c_int64, sizes))
+    return sums.sum(0).t().contiguous().view(channels, 1, SIZE, SIZE)
+
+
+@weight_gradient.register_fake
+def _(grad: Tensor, canvas: Tensor, rows: Tensor) -> Tensor:
+    return grad.new_empty(grad.shape[-1], 1, SIZE, SIZE)
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled loop, or None if there is no compiler, or if what it makes does not load."""
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if sys.platform != "linux" or compiler is None:
+        return None
+    try:
+        return ctypes.CDLL(str(_compiled(compiler)))
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _compiled(compiler: str) -> Path:
+    """The library's file, made if it is not there. Raises OSError or SubprocessError if it cannot be."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, timeout=60, check=True).stdout
+    # What -march=native takes: a home directory may be shared by machines of several kinds.
+    processor = [
+        line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Features"))
+    ]
+    key = repr((SOURCE.read_text(), FLAGS, compiler, version, platform.machine(), processor[:1]))
+    root = os.environ.get("FCMAE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "fcmae")
+    place = Path(root, "native", f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.so")
+    if not place.exists():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=place.parent) as folder:
+            objects, made = Path(folder, "native.o"), Path(folder, "native.so")
+            # Not linked with OpenMP: it shall use the threads of torch's, which are there already.
+            for command in (
+                [*FLAGS, "-c", str(SOURCE), "-o", str(objects)],
+                ["-shared", str(objects), "-o", str(made)],
+            ):
+                subprocess.run([compiler, *command], capture_output=True, timeout=60, check=True)
+            made.replace(place)  # whole or not at all
+    return place
