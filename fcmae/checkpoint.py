@@ -66,9 +66,8 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, sta
         name, key = flat.rsplit("/", 1)
         if name not in parameters:
             raise ValueError(f"the optimizer's state has {name}, which is no parameter of the model")
-        # AdamW keeps its step counts on the CPU and its moments beside the parameters.
-        device = "cpu" if key == "step" else parameters[name].device
-        optimizer.state[parameters[name]][key] = value.to(device)
+        # The fused AdamW keeps its step counts beside the parameters too.
+        optimizer.state[parameters[name]][key] = value.to(parameters[name].device)
 
 
 def save(run: Path, meta: Meta, tensors: dict[str, dict[str, Tensor]]) -> Path:

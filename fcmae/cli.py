@@ -38,11 +38,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> None:
-    # These two have a flag for each setting, so the rest of their line is not argparse's to read here.
+    # These three have a flag for each setting, so the rest of their line is not argparse's to read here.
     if words[:1] == ["pretrain"]:
         _pretrain(words[1:])
     elif words[:1] == ["finetune"]:
         _finetune(words[1:])
+    elif words[:1] == ["bench"]:
+        _bench(words[1:])
     else:
         args = _parser().parse_args(words)
         run: Callable[[argparse.Namespace], None] = args.run
@@ -69,6 +71,13 @@ def _finetune(flags: list[str]) -> None:
     from fcmae import finetune
 
     finetune.main(config)
+
+
+def _bench(flags: list[str]) -> None:
+    from fcmae import settings
+    from fcmae.bench import BenchConfig, bench
+
+    bench(settings.load(BenchConfig, flags, prog="fcmae bench"))
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -148,6 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     # Listed for the help; _run has taken them before the parser sees them.
     commands.add_parser("pretrain", help="Pretrain an encoder on unlabeled images (fcmae pretrain --help)")
     commands.add_parser("finetune", help="Train or evaluate a classifier (fcmae finetune --help)")
+    commands.add_parser("bench", help="Time a pretraining run before it starts (fcmae bench --help)")
 
     command = add(
         "convert",
@@ -221,9 +231,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--backend",
         nargs="+",
-        choices=("packed", "masked", "minkowski"),
+        choices=("packed", "triton", "masked", "minkowski"),
         metavar="NAME",
-        help="packed, masked, minkowski [those that can run here]",
+        help="packed, triton, masked, minkowski [those that can run here]",
     )
     command.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where they run [cpu]")
 

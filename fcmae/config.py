@@ -71,6 +71,14 @@ def _number(value: Any) -> Any:
 StemStride = Annotated[Literal[1, 2, 4], BeforeValidator(_number)]
 
 
+def _flag(value: Any) -> Any:
+    """A flag's text as a bool: pydantic takes a str that a Literal beside it does not name as none."""
+    return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
+
+
+Compile = Annotated[bool | Literal["auto", "cudagraphs"], BeforeValidator(_flag)]
+
+
 class Section(BaseModel):
     """Base of every group of settings: unknown keys, infinities and NaN are errors."""
 
@@ -108,6 +116,9 @@ class ImageConfig(Section):
 class PretrainData(ImageConfig):
     path: list[str] = []
     """Folders (searched recursively), text files that list paths, or glob patterns. No labels are needed."""
+    masks_per_image: int = Field(1, ge=1)
+    """Masks that each decoded crop is trained under within a step: n of them decode n times fewer images. batch_size
+    counts an image under each of its masks."""
 
 
 class FinetuneData(ImageConfig):
@@ -139,8 +150,9 @@ class PretrainModel(Section):
     """Steps at the start in which only the decoder learns."""
     stem_stride: StemStride = 4
     """Stride of the stem: 4 as published; 1 or 2 for small images. The total stride is 8 times this."""
-    backend: Literal["packed", "masked", "minkowski"] = "packed"
-    """How the sparse encoder computes: packed (fast), masked (dense) or minkowski. A resumed run may switch."""
+    backend: Literal["packed", "triton", "masked", "minkowski"] = "packed"
+    """How the sparse encoder computes: packed (fast), triton (packed, with kernels for NVIDIA GPUs), masked (dense) or
+    minkowski. A resumed run may switch."""
     grn_scope: Literal["image", "batch"] = "image"
     """What the encoder's GRN pools over: image; or batch, the images that a process computes at once, to continue a run
     of the released PyTorch code."""
@@ -158,8 +170,9 @@ class PretrainModel(Section):
     """Standardise each target patch by its own mean and variance."""
     grad_checkpointing: bool = False
     """Recompute the encoder's blocks in backward: less memory, more time."""
-    compile: bool = False
-    """torch.compile the model."""
+    compile: Compile = False
+    """torch.compile the model: true, false, auto (times a few steps both ways, in runs of more than ten minutes) or
+    cudagraphs (a GPU's kernels are recorded once and replayed)."""
 
 
 class FinetuneModel(Section):
@@ -176,8 +189,9 @@ class FinetuneModel(Section):
     """Factor on the classifier's first weights. Default: .001 with `init`, 1 from scratch."""
     grad_checkpointing: bool = False
     """Recompute activations in backward: less memory, more time."""
-    compile: bool = False
-    """torch.compile the model."""
+    compile: Compile = False
+    """torch.compile the model: true, false, auto (times a few steps both ways, in runs of more than ten minutes) or
+    cudagraphs (a GPU's kernels are recorded once and replayed)."""
 
 
 class Optim(Section):
@@ -260,8 +274,9 @@ class RunConfig(Section):
     """Images a step, over all processes and accumulated batches."""
     grad_accum: int = Field(1, ge=1)
     """Parts that a process's share of the batch is computed in."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Arithmetic: auto is bf16 on a GPU that has it, else fp32. GRN, LayerNorm and the loss are always fp32."""
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
+    """Arithmetic: auto is bf16 on a GPU that has it, else fp32. tf32 is fp32 whose products a GPU rounds to 10 bits.
+    GRN, LayerNorm and the loss are always fp32."""
     device: Literal["auto", "cpu"] = "auto"
     """auto takes a GPU when there is one."""
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
@@ -271,8 +286,8 @@ class RunConfig(Section):
         """Combinations that cannot work; the number of processes is the environment's WORLD_SIZE."""
         if self.out is None:
             yield ("out",), "missing: the run directory, e.g. --out runs/first"
-        if self.device == "cpu" and self.precision == "fp16":
-            yield ("precision", "device"), "fp16 needs a GPU and device is cpu: use auto, fp32 or bf16"
+        if self.device == "cpu" and self.precision in ("fp16", "tf32"):
+            yield ("precision", "device"), f"{self.precision} needs a GPU and device is cpu: use auto, fp32 or bf16"
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         parts = processes * self.grad_accum
         if self.batch_size < processes:
@@ -322,6 +337,15 @@ class PretrainConfig(RunConfig):
         if not self.data.path:
             yield ("data.path",), "missing: a folder of images, e.g. --data.path photos"
         yield from _image_conflicts(self.data)
+        parts = int(os.environ.get("WORLD_SIZE", "1")) * self.grad_accum
+        if not self.batch_size % parts and self.batch_size % (unit := parts * self.data.masks_per_image):
+            yield (
+                ("batch_size", "data.masks_per_image", "grad_accum"),
+                f"{self.batch_size} is not a multiple of masks_per_image x processes x grad_accum = {unit}: "
+                f"use {_nearest_multiples(self.batch_size, unit)}",
+            )
+        if self.model.backend == "triton" and self.device == "cpu":
+            yield ("model.backend", "device"), "triton needs a GPU and device is cpu: use packed"
         if self.model.backend == "minkowski" and find_spec("MinkowskiEngine") is None:
             yield (
                 ("model.backend",),

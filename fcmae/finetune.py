@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fcmae import checkpoint, optim
 from fcmae.classification import class_probabilities, scores, write_predictions
+from fcmae.compiling import compile_model
 from fcmae.config import FinetuneConfig
 from fcmae.convert import adapt_in_chans, build_dense, create_dense, save_dense
 from fcmae.data.augment import CropAndFlip, FinetuneAugment
@@ -215,7 +216,7 @@ def train(
     depths = VARIANTS[weights.architecture.variant].depths
     scale = optim.layer_decay_scale(depths, cfg.optim.layer_decay, cfg.optim.layer_decay_mode)
     groups = optim.parameter_groups(net, cfg.optim.weight_decay, scale)
-    adamw = torch.optim.AdamW(groups, lr=0.0, betas=cfg.optim.betas)
+    adamw = torch.optim.AdamW(groups, lr=0.0, betas=cfg.optim.betas, fused=True)
     start, best = 0, {"balanced_accuracy": -1.0, "step": 0}
     if (resume := run.resume_from) is not None:
         meta = checkpoint.restore(resume, net, adamw, fingerprint(train_index, val_index))
@@ -257,9 +258,14 @@ def train(
             num_classes=len(names),
         )
 
-    if cfg.model.compile:
-        net.compile()
-    # The optimizer's state is where torch put it; accelerate would move its step counts to the device.
+    def trial() -> None:
+        num = cfg.batch_size // processes // cfg.grad_accum
+        with accelerator.autocast():
+            logits = net(torch.randn(num, in_chans, height, width, device=device))
+        logits.float().mean().backward()
+
+    compile_model(net, cfg.model.compile, trial, total - start)
+    # The optimizer's state is where it has to be, beside the parameters.
     model, optimizer = accelerator.prepare(net, adamw, device_placement=[True, False])
     metrics = Metrics(run.path / "metrics.jsonl", accelerator, start)
     bad_files = BadFiles(run.path / "bad_files.txt", len(train_index) + len(val_index), cfg.data.max_bad_share)

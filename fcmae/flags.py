@@ -106,6 +106,8 @@ def _flag_adder(fields: Mapping[str, FieldInfo]) -> Callable[..., None]:
         options["metavar"] = kind if len(kind) < 40 else "NAME"  # the many variants
         if kind == "bool":
             options |= {"nargs": "?", "const": "true", "metavar": "true|false"}
+        elif default is False:  # a switch with other values beside true and false
+            options |= {"nargs": "?", "const": "true"}
         if names == ("--model.init",):
             names = ("--init", *names)  # where most runs start
         parser.add_argument(*names, **options)

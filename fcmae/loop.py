@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -22,7 +22,7 @@ from fcmae import checkpoint
 from fcmae.config import Optim, RunConfig
 from fcmae.data.bad_files import BadFiles
 from fcmae.data.dataset import Batch, Sample
-from fcmae.data.loader import build_loader
+from fcmae.data.loader import build_loader, prefetched
 from fcmae.data.sampler import StepSampler
 from fcmae.optim import learning_rate, set_learning_rate
 from fcmae.run import Metrics, RunDirectory, StopSignal, seed_step
@@ -50,14 +50,17 @@ def fit(
     evaluate: Callable[[int], None],
     save: Callable[[int], None],
     after_step: Callable[[], None] = lambda: None,
+    masks_per_image: int = 1,
 ) -> bool:
     """Train from start_step to the end of cfg.epochs, or until a signal asks to stop.
 
     model, optimizer: as accelerate prepared them. train_set: num_images samples by key, read by num_workers processes.
     loss_of: the mean loss of a batch, a scalar with gradients. evaluate, save: called on every process
-    with the number of steps taken. after_step: called after each change of the weights.
+    with the number of steps taken. after_step: called after each change of the weights. masks_per_image: how often
+    batch_size counts an image.
     Returns whether the end was reached.
-    Raises FloatingPointError, before the weights change, if the loss or a gradient is not finite.
+    Raises FloatingPointError, before anything is saved, if the loss or a gradient is not finite; that step changes no
+    weight.
     """
     total = steps_per_epoch * cfg.epochs
     peak = schedule.base_lr * cfg.batch_size / 256
@@ -71,11 +74,13 @@ def fit(
         rank=accelerator.process_index,
         num_processes=accelerator.num_processes,
         grad_accum=cfg.grad_accum,
+        masks_per_image=masks_per_image,
     )
     device = accelerator.device
     window = Window()
-    batches = window.timed(iter(build_loader(train_set, sampler, num_workers=num_workers, device_type=device.type)))
-    unread: list[tuple[str, str]] = []
+    loader = build_loader(train_set, sampler, num_workers=num_workers, device_type=device.type)
+    batches = window.timed(prefetched(loader, device))
+    unread_files: list[tuple[str, str]] = []
     logger.info(
         "%d steps of %d of %d images on %d x %s in %s",
         total,
@@ -98,46 +103,61 @@ def fit(
 
     def losses() -> Iterator[Tensor]:
         for batch in islice(batches, cfg.grad_accum):
-            unread.extend(batch.bad)
-            yield loss_of(batch.to(device))
+            # CUDA graphs may use the memory of the part before again.
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+            unread_files.extend(batch.bad)
+            yield loss_of(batch)
 
+    def read(started: StartedStep, number: int) -> StepResult:
+        try:
+            result = started.result()
+        except FloatingPointError as error:
+            good = checkpoint.latest(run.path)
+            kept = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
+            raise FloatingPointError(f"step {number}: {error}; {kept}") from None
+        window.add(result.loss, cfg.batch_size)
+        return result
+
+    unread_step: StartedStep | None = None
     hidden = None if accelerator.is_main_process else True  # None: where there is no terminal
     with tqdm(total=total, initial=start_step, unit="step", disable=hidden) as bar:
         for step in range(start_step, total):
             seed_step(cfg.seed, step, accelerator.process_index)
             lr = learning_rate(step, peak=peak, minimum=schedule.min_lr, warmup_steps=warmup, total_steps=total)
             set_learning_rate(optimizer, lr, step)
-            try:
-                result = optimizer_step(
-                    accelerator,
-                    model,
-                    optimizer,
-                    losses(),
-                    num_parts=cfg.grad_accum,
-                    clip_grad=schedule.clip_grad,
-                    stop=stop.received is not None,
-                )
-            except FloatingPointError as error:
-                good = checkpoint.latest(run.path)
-                kept = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
-                raise FloatingPointError(f"step {step + 1}: {error}; {kept}") from None
-            after_step()
-            done, epoch = step + 1, (step + 1) / steps_per_epoch
-            window.add(result.loss, cfg.batch_size)
-            bar.update()
-
-            milestone = cfg.checkpoint.milestone_epochs * steps_per_epoch
-            saves = (
-                due(done, cfg.checkpoint.every_epochs * steps_per_epoch, total)
-                or (milestone > 0 and done % milestone == 0)
-                or result.stop
+            started = optimizer_step(
+                accelerator,
+                model,
+                optimizer,
+                losses(),
+                num_parts=cfg.grad_accum,
+                clip_grad=schedule.clip_grad,
+                stop=stop.received is not None,
             )
+            after_step()
+            bar.update()
+            done, epoch = step + 1, (step + 1) / steps_per_epoch
+            milestone = cfg.checkpoint.milestone_epochs * steps_per_epoch
+            evaluates = due(done, cfg.log.eval_epochs * steps_per_epoch, total)
+            saves = due(done, cfg.checkpoint.every_epochs * steps_per_epoch, total) or (
+                milestone > 0 and done % milestone == 0
+            )
+            # While the device computes this step the host reads the one before; where something is written, this one.
+            stopping = False
+            if unread_step is not None:
+                stopping = read(unread_step, step).stop
+            unread_step = started
+            if not (saves or evaluates or stopping or done % cfg.log.every_steps == 0):
+                continue
+            result, unread_step = read(started, done), None
+            stopping = stopping or result.stop
+            saves = saves or stopping
             # A checkpoint ends the window, so that the lines of a resumed run are over the same steps.
             if done % cfg.log.every_steps == 0 or saves:
-                found = gather_object(unread) if accelerator.num_processes > 1 else unread
+                found = gather_object(unread_files) if accelerator.num_processes > 1 else unread_files
                 if accelerator.is_main_process:
                     bad_files.add(found)
-                unread.clear()
+                unread_files.clear()
                 line = window.summary() | {"lr": lr}
                 if math.isfinite(result.grad_norm):  # under fp16 it may not be
                     line["grad_norm"] = result.grad_norm
@@ -148,13 +168,13 @@ def fit(
                 level = logging.INFO if bar.disable else logging.DEBUG  # the terminal has the bar, train.log has lines
                 message = "step %d/%d, epoch %.2f, %s, lr %.3g, %s left"
                 logger.log(level, message, done, total, epoch, text, lr, left)
-            if due(done, cfg.log.eval_epochs * steps_per_epoch, total):
+            if evaluates:
                 with window.paused():
                     evaluate(done)
             if saves:
                 with window.paused():
                     save(done)
-            if result.stop and done < total:
+            if stopping and done < total:
                 logger.info("stopped by %s after step %d; the same command resumes", stop.received or "a signal", done)
                 return False
     logger.info("finished %d steps", total)
@@ -169,6 +189,37 @@ class StepResult(NamedTuple):
     stop: bool
 
 
+class StartedStep:
+    """A step that the device has been given; its numbers are on their way to the host."""
+
+    def __init__(self, numbers: Tensor, names: list[str], scaler: torch.amp.GradScaler | None) -> None:
+        # Into page-locked memory, behind the step's work: the host goes on meanwhile.
+        self._numbers = numbers.to("cpu", non_blocking=True)
+        self._names, self._scaler = names, scaler
+        self._copied: torch.cuda.Event | None = torch.cuda.Event() if numbers.is_cuda else None  # type: ignore[no-untyped-call]
+        if self._copied is not None:
+            self._copied.record()
+
+    def result(self) -> StepResult:
+        """Wait for the step. Raises FloatingPointError if it changed no weight as its loss or gradient is not finite.
+
+        Under fp16 a gradient may be: the scaler then skips the step and scales the next loss down.
+        """
+        if self._copied is not None:
+            self._copied.synchronize()
+        loss, stop, norm, *norms = self._numbers.tolist()
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss}")
+        if not math.isfinite(norm):
+            if self._scaler is None:
+                bad = [name for name, value in zip(self._names, norms, strict=True) if not math.isfinite(value)]
+                names = ", ".join(bad[:3]) or "its norm"
+                raise FloatingPointError(f"the gradient is not finite in {names} ({len(bad)} parameters in all)")
+            if self._scaler.get_scale() < 1:
+                raise FloatingPointError("the gradient is not finite however far fp16's loss is scaled down")
+        return StepResult(loss, norm, stop > 0)
+
+
 def optimizer_step(
     accelerator: Accelerator,
     model: nn.Module,
@@ -178,12 +229,13 @@ def optimizer_step(
     num_parts: int,
     clip_grad: float | None,
     stop: bool,
-) -> StepResult:
-    """Backward through `num_parts` losses, then one step, on every process at once.
+) -> StartedStep:
+    """Backward through `num_parts` losses, then one step, on every process at once, without waiting for the device.
 
-    losses: computed as they are asked for, so that only the last part synchronises gradients. clip_grad: largest norm
-    of the gradient. stop: this process was told to stop. Raises FloatingPointError, before any weight changes, if the
-    loss or a gradient is not finite; under fp16 a gradient may be, and accelerate's scaler then skips the step.
+    optimizer: one of torch's fused ones, which can be told on the device to change nothing: so a loss or a gradient
+    that is not finite leaves the weights as they are, and the host reads of it later. losses: computed as they are
+    asked for, so that only the last part synchronises gradients. clip_grad: largest norm of the gradient. stop: this
+    process was told to stop.
     """
     total = torch.zeros((), device=accelerator.device)
     for part in range(num_parts):
@@ -193,26 +245,22 @@ def optimizer_step(
             accelerator.backward(loss)
         total += loss.detach()
     accelerator.unscale_gradients(optimizer)
-    # Not clip_grad_norm_, which would spread a NaN to every gradient before the check below names where it is.
-    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    # One reduction and one wait for the device a step. The norm is the same everywhere: gradients are averaged.
-    told = torch.tensor(float(stop), device=total.device)
-    reduced = accelerator.reduce(torch.stack([total, norm.float(), told]), reduction="mean")
-    loss_value, norm_value, stopping = reduced.tolist()
-    if not math.isfinite(loss_value):
-        raise FloatingPointError(f"the loss is {loss_value}")
-    if not math.isfinite(norm_value) and accelerator.scaler is None:
-        net = accelerator.unwrap_model(model)  # without DDP's prefix to the names
-        bad = [n for n, p in net.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-        names = ", ".join(bad[:3]) or "its norm"
-        raise FloatingPointError(f"the gradient is not finite in {names} ({len(bad)} parameters in all)")
-    if not math.isfinite(norm_value) and accelerator.scaler is not None and accelerator.scaler.get_scale() < 1:
-        raise FloatingPointError("the gradient is not finite however far fp16's loss is scaled down")
+    grads = {n: p.grad for n, p in accelerator.unwrap_model(model).named_parameters() if p.grad is not None}
+    # Not clip_grad_norm_, which would spread a NaN to every gradient and give no norm of each.
+    norms = torch.stack(torch._foreach_norm(list(grads.values())))
+    norm = torch.linalg.vector_norm(norms)
+    # One reduction a step. The norms are the same everywhere: gradients are averaged.
+    shared = accelerator.reduce(torch.stack([total, torch.full_like(total, float(stop))]), reduction="mean")
+    if accelerator.scaler is None:
+        # What a GradScaler sets: the fused optimizers change nothing where it is 1.
+        raw: Any = getattr(optimizer, "optimizer", optimizer)  # inside accelerate's
+        raw.grad_scale, raw.found_inf = None, (~(shared[0] + norm).isfinite()).float()
     if clip_grad is not None:
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), clip_grad, norm)
+    started = StartedStep(torch.cat([shared, norm[None].float(), norms.float()]), list(grads), accelerator.scaler)
     optimizer.step()
     optimizer.zero_grad()
-    return StepResult(loss_value, norm_value, stopping > 0)
+    return started
 
 
 class Window:

@@ -13,6 +13,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
 from fcmae import checkpoint, optim
+from fcmae.compiling import compile_model
 from fcmae.config import PretrainConfig
 from fcmae.convert import start_from
 from fcmae.data.bad_files import BadFiles
@@ -23,7 +24,7 @@ from fcmae.data.sampler import EVAL_EPOCH, evaluation_batches, steps_per_epoch
 from fcmae.encoder import Encoder
 from fcmae.loop import fit
 from fcmae.loss import reconstruction_loss
-from fcmae.masking import num_visible
+from fcmae.masking import num_visible, random_mask
 from fcmae.model import FCMAE
 from fcmae.pictures import reconstruction_panels, save_curves, save_reconstructions
 from fcmae.run import Metrics, RunDirectory, StopSignal, local_processes, make_accelerator
@@ -44,7 +45,7 @@ def main(cfg: PretrainConfig) -> None:
     accelerator = make_accelerator(cfg)
     index = find_index(cfg, run, accelerator)
     train_index, val_index = split(index, cfg.data.val_share, cfg.seed)
-    total = cfg.epochs * steps_per_epoch(len(train_index), cfg.batch_size)
+    total = cfg.epochs * steps_per_epoch(len(train_index), cfg.batch_size, cfg.data.masks_per_image)
     if cfg.model.freeze_encoder_steps >= total:
         raise ValueError(
             f"model.freeze_encoder_steps = {cfg.model.freeze_encoder_steps}, but the run has {total} steps: "
@@ -102,7 +103,7 @@ def start(cfg: PretrainConfig, net: FCMAE, path: Path) -> list[str]:
 
 
 def build_dataset(cfg: PretrainConfig, index: FileIndex, *, augment: bool) -> PretrainDataset:
-    """Images of the index with masks: random crops, or centre crops under masks that never change."""
+    """Images of the index with masks: random crops, or centre crops under one mask each that never changes."""
     patch, (height, width) = cfg.model.mask_patch, cfg.data.image_size
     grid = (height // patch, width // patch)
     return PretrainDataset(
@@ -115,7 +116,18 @@ def build_dataset(cfg: PretrainConfig, index: FileIndex, *, augment: bool) -> Pr
         visible=num_visible(grid[0] * grid[1], cfg.model.mask_ratio),
         seed=cfg.seed,
         augment=augment,
+        masks_per_image=cfg.data.masks_per_image if augment else 1,
     )
+
+
+def noise_batch(cfg: PretrainConfig, visible: int, num: int) -> Batch:
+    """`num` images of noise under masks, of the run's shapes: for trying how fast it is."""
+    (height, width), patch = cfg.data.image_size, cfg.model.mask_patch
+    num_images = num // cfg.data.masks_per_image
+    images = torch.randint(256, (num_images, cfg.data.in_chans, height, width), dtype=torch.uint8)
+    masks = random_mask((height // patch, width // patch), visible, [(cfg.seed, i) for i in range(num)])
+    index = torch.arange(num_images)
+    return Batch(images, torch.from_numpy(masks), None, index, torch.ones_like(index, dtype=torch.bool), [])
 
 
 def train(
@@ -127,7 +139,8 @@ def train(
     val_index: FileIndex,
     stop: StopSignal,
 ) -> None:
-    per_epoch = steps_per_epoch(len(train_index), cfg.batch_size)
+    per_epoch = steps_per_epoch(len(train_index), cfg.batch_size, cfg.data.masks_per_image)
+    total = cfg.epochs * per_epoch
     rank, processes, device = accelerator.process_index, accelerator.num_processes, accelerator.device
 
     def first_step(name: str) -> int:
@@ -135,7 +148,7 @@ def train(
 
     net = net.to(device)
     groups = optim.parameter_groups(net, cfg.optim.weight_decay, first_step=first_step)
-    adamw = torch.optim.AdamW(groups, lr=0.0, betas=cfg.optim.betas)
+    adamw = torch.optim.AdamW(groups, lr=0.0, betas=cfg.optim.betas, fused=True)
     start = 0
     if (resume := run.resume_from) is not None:
         meta = checkpoint.restore(resume, net, adamw, train_index.fingerprint())
@@ -152,17 +165,25 @@ def train(
     mean, std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in cfg.data.statistics())
     visible = train_set.visible
 
-    if cfg.model.compile:
-        net.compile()
-    # The optimizer's state is where torch put it; accelerate would move its step counts to the device.
+    def loss_of(batch: Batch, network: Callable[..., tuple[Tensor, Tensor]]) -> Tensor:
+        assert batch.masks is not None
+        images = normalize(batch.images, mean, std)
+        if (num_masks := len(batch.masks) // len(images)) > 1:
+            images = images.repeat_interleave(num_masks, dim=0)
+        pred, site_mask = network(images, batch.masks, visible)
+        return reconstruction_loss(pred, images, site_mask, normalize=cfg.model.normalize_target)
+
+    def trial() -> None:
+        noise = noise_batch(cfg, visible, cfg.batch_size // processes // cfg.grad_accum)
+        with accelerator.autocast():
+            loss = loss_of(noise.to(device), net)
+        torch.autograd.backward(loss)
+
+    compile_model(net, cfg.model.compile, trial, total - start)
+    # The optimizer's state is where it has to be, beside the parameters.
     model, optimizer = accelerator.prepare(net, adamw, device_placement=[True, False])
     metrics = Metrics(run.path / "metrics.jsonl", accelerator, start)
     bad_files = BadFiles(run.path / "bad_files.txt", len(train_index) + len(val_index), cfg.data.max_bad_share)
-
-    def loss_of(batch: Batch, network: Callable[..., tuple[Tensor, Tensor]] = model) -> Tensor:
-        images = normalize(batch.images, mean, std)
-        pred, site_mask = network(images, batch.masks, visible)
-        return reconstruction_loss(pred, images, site_mask, normalize=cfg.model.normalize_target)
 
     @torch.no_grad()
     def evaluate(step: int) -> None:
@@ -221,7 +242,7 @@ def train(
         model,
         optimizer,
         train_set,
-        loss_of,
+        lambda batch: loss_of(batch, model),
         start_step=start,
         steps_per_epoch=per_epoch,
         num_images=len(train_index),
@@ -231,6 +252,7 @@ def train(
         stop=stop,
         evaluate=evaluate,
         save=save,
+        masks_per_image=cfg.data.masks_per_image,
     )
     if finished:
         logger.info("next: fcmae convert %s DEST, or fcmae finetune --model.init %s", run.path, run.path)

@@ -221,16 +221,19 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def make_accelerator(cfg: RunConfig) -> Accelerator:
     """accelerate's view of the devices, for cfg.device, cfg.precision and the trackers.
 
-    Raises ValueError for fp16 on a CPU.
+    Raises ValueError for fp16 and tf32 on a CPU.
     """
     cpu = cfg.device == "cpu" or not torch.accelerator.is_available()
-    precision = {"fp32": "no", "auto": "no"}.get(cfg.precision, cfg.precision)
+    precision = {"fp32": "no", "tf32": "no", "auto": "no"}.get(cfg.precision, cfg.precision)
     # GPUs without bf16 emulate it, slower than float32.
     has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     if cfg.precision == "auto" and not cpu and has_bf16:
         precision = "bf16"
-    if cpu and precision == "fp16":
-        raise ValueError("precision = fp16 needs a GPU: use fp32 or bf16 on a CPU")
+    if cpu and cfg.precision in ("fp16", "tf32"):
+        raise ValueError(f"precision = {cfg.precision} needs a GPU: use fp32 or bf16 on a CPU")
+    # Explicit, as torch's own default has TF32 in convolutions and not in matrix products.
+    torch.set_float32_matmul_precision("high" if cfg.precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = cfg.precision == "tf32"
     # DDP remarks on the strides of the gradients of depthwise weights, in their dimension of size 1: they cost nothing.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     return Accelerator(

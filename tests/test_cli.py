@@ -130,7 +130,7 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["pretrain", "finetune", "convert", "predict", "stats", "configs", "verify", "doctor"]
+    "command", ["pretrain", "finetune", "bench", "convert", "predict", "stats", "configs", "verify", "doctor"]
 )
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
@@ -139,7 +139,9 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     assert f"usage: fcmae {command} " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("words", ["--help", "pretrain --help", "finetune", "configs", "pretrain --config nowhere"])
+@pytest.mark.parametrize(
+    "words", ["--help", "pretrain --help", "bench --help", "finetune", "configs", "pretrain --config nowhere"]
+)
 def test_help_and_rejected_settings_do_not_wait_for_torch(words: str) -> None:
     code = (
         f"import sys; from fcmae.cli import main\ntry: main({words.split()!r})\nexcept SystemExit: pass\n"

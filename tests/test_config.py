@@ -67,7 +67,14 @@ def test_statistics_default_to_imagenets_and_its_grey_average() -> None:
         ({"data": {"crop_scale": [1, 0.2]}}, "data.crop_scale", "rising order"),
         ({"data": {"std": [0.2] * 3, "mean": [0.5]}}, "data.mean", "has 1 values, in_chans = 3 needs 3"),
         ({"batch_size": 65, "grad_accum": 2}, "batch_size", "the nearest is 64"),
+        (
+            {"batch_size": 68, "grad_accum": 2, "data": {"masks_per_image": 4}},
+            "batch_size",
+            "grad_accum = 8: use 64 or 72",
+        ),
+        ({"batch_size": 65, "grad_accum": 2, "data": {"masks_per_image": 4}}, "batch_size", "the nearest is 64"),
         ({"device": "cpu", "precision": "fp16"}, "precision", "needs a GPU"),
+        ({"device": "cpu", "precision": "tf32"}, "precision", "needs a GPU"),
     ],
 )
 def test_impossible_combinations_are_named_with_a_remedy(sections: dict[str, object], key: str, sentence: str) -> None:

@@ -33,9 +33,12 @@ def model_and_batch() -> tuple[nn.Module, Tensor]:
 def take_step(
     accelerator: Accelerator, net: nn.Module, batch: Tensor, num_parts: int = 1, clip_grad: float | None = None
 ) -> StepResult:
-    model, optimizer = accelerator.prepare(net, torch.optim.SGD(net.parameters(), lr=0.1))
+    model, optimizer = accelerator.prepare(net, torch.optim.SGD(net.parameters(), lr=0.1, fused=True))
     losses = (model(part).square().mean() for part in batch.chunk(num_parts))
-    return optimizer_step(accelerator, model, optimizer, losses, num_parts=num_parts, clip_grad=clip_grad, stop=False)
+    started = optimizer_step(
+        accelerator, model, optimizer, losses, num_parts=num_parts, clip_grad=clip_grad, stop=False
+    )
+    return started.result()
 
 
 def plain_step(net: nn.Module, batch: Tensor, clip_grad: float | None = None) -> tuple[float, float]:
@@ -71,9 +74,9 @@ def test_gradients_are_cleared_for_the_next_step(accelerator: Accelerator) -> No
 
 def test_a_signal_to_one_process_is_known_to_all(accelerator: Accelerator) -> None:
     net, batch = model_and_batch()
-    optimizer = accelerator.prepare(torch.optim.SGD(net.parameters(), lr=0.1))
+    optimizer = accelerator.prepare(torch.optim.SGD(net.parameters(), lr=0.1, fused=True))
     losses = iter([net(batch).mean()])
-    assert optimizer_step(accelerator, net, optimizer, losses, num_parts=1, clip_grad=None, stop=True).stop
+    assert optimizer_step(accelerator, net, optimizer, losses, num_parts=1, clip_grad=None, stop=True).result().stop
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -246,6 +246,29 @@ def test_accumulated_parts_train_as_the_whole_batch(uninterrupted: Path, images:
     np.testing.assert_allclose(losses(tmp_path / "out"), losses(uninterrupted), rtol=1e-5)
 
 
+def test_several_masks_an_image_take_more_steps_over_the_same_images_and_resume(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """13 images of which each step takes 2, under 2 masks each: 6 steps an epoch instead of 3."""
+    options = {"data__masks_per_image": 2, "data__val_share": 0.1}
+    assert run(images, tmp_path / "whole", **options) == 0
+    log = (tmp_path / "whole" / "train.log").read_text()
+    assert "18 steps of 4 of 12 images on" in log
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines if "loss" in line][5::6] == [1, 2, 3]
+    with monkeypatch.context() as patch:
+        at_step(patch, 8, kill_self(signal.SIGTERM))
+        assert run(images, tmp_path / "cut", **options) == 0
+    assert list(checkpoint.steps(tmp_path / "cut")) == [6, 8]
+    assert run(images, tmp_path / "cut", **options, data__num_workers=1) == 0
+    assert_equal_runs(tmp_path / "cut", tmp_path / "whole")
+    # In two parts of an image each: the same sums in another order.
+    assert run(images, tmp_path / "parts", **options, grad_accum=2) == 0
+    np.testing.assert_allclose(losses(tmp_path / "parts"), losses(tmp_path / "whole"), rtol=1e-5)
+    # What is trained is another: it may not change on resuming.
+    assert run(images, tmp_path / "whole", data__val_share=0.1) == 2
+
+
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     """The real launcher, script and model; images that only the second process fails to read are reported too."""
     images = write_images(tmp_path / "images", 12)

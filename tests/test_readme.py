@@ -25,7 +25,7 @@ README = (ROOT / "README.md").read_text()
 SMALL = {"--epochs": "1", "--batch_size": "4", "--device": "cpu", "--data.num_workers": "0"}
 LAUNCH = {"--num_processes": "2"}
 # What these commands do in full is for their own tests; these flags keep them short here.
-QUICK = {"doctor": ["--quick"], "verify": ["--backend", "packed"]}
+QUICK = {"doctor": ["--quick"], "verify": ["--backend", "packed"], "bench": ["--vary", "none", "--seconds", "0.1"]}
 INSTALLS = ("make", "pip", "source", "git")
 
 
@@ -79,7 +79,7 @@ def run_fcmae(words: list[str]) -> None:
     output = None
     if ">" in words:
         words, (_, output) = words[:-2], words[-2:]
-    if words[0] in ("pretrain", "finetune") and "--help" not in words:
+    if words[0] in ("pretrain", "finetune", "bench") and "--help" not in words:
         words = with_flags(words, SMALL)
     with contextlib.ExitStack() as stack:
         if output is not None:
@@ -102,7 +102,7 @@ def test_the_commands_run(folder: Path) -> None:
             ran.add(words[1])
         else:
             assert words[0] in (*INSTALLS, "accelerate"), f"README runs {words[0]}, which this test does not know"
-    assert ran == {"pretrain", "convert", "finetune", "predict", "stats", "configs", "doctor", "verify"}
+    assert ran == {"pretrain", "convert", "finetune", "predict", "stats", "configs", "doctor", "verify", "bench"}
     for block in blocks("python"):
         exec(block, {})
     assert (folder / "new.csv").read_text().startswith("path,")

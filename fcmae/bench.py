@@ -1,0 +1,499 @@
+"""Which backend, precision and number of images at once is fastest for a run on this machine: `fcmae bench`.
+
+Each candidate is timed in a process of its own, so that one that runs out of memory is a row of the table and its peak
+of memory is its own. Only those processes import torch: a process on Linux starts with its parent's peak.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import platform
+import resource
+import shlex
+import signal
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from itertools import islice, repeat
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+
+from pydantic import BeforeValidator, Field
+
+from fcmae.config import Conflict, PretrainConfig, PretrainModel
+
+if TYPE_CHECKING:
+    import torch
+
+    from fcmae.data.dataset import Batch
+    from fcmae.data.index import FileIndex
+
+GAIN = 1.02  # a smaller difference is taken for noise
+CPU_IMAGES = 32  # at once, to start from on a CPU: more gain little there, and a step of thousands takes minutes
+LOADER_IMAGES = 32  # in a batch of the loader when it is timed alone
+ENDLESS = 10**9  # steps: more than are timed
+OUT_OF_MEMORY = "out of memory"
+HEADER = f"{'backend':10} {'precision':9} {'compiled':10} {'at once':>7}  {'images/s':>8}  {'slowest - fastest':>17}"
+HEADER += f"  {'s/step':>7}  {'memory':>8}"
+
+Stage = Literal["backend", "precision", "images", "compile"]
+
+
+class BenchConfig(PretrainConfig):
+    """Time a pretraining run on this machine and name the fastest way to compute it. The settings are those of `fcmae
+    pretrain`, and --seconds and --vary; --out and --data.path may be left out."""
+
+    seconds: float = Field(3.0, gt=0)
+    """Only for bench: how long each candidate is timed, after its warm-up."""
+    vary: Annotated[list[Stage], BeforeValidator(lambda value: [] if value is None else value)] = Field(
+        default_factory=lambda: list(get_args(Stage))
+    )
+    """Only for bench: what to try other values of, in this order, each with the best of those before, or none. images:
+    how many are computed at once, which grad_accum sets."""
+
+    def conflicts(self) -> Iterator[Conflict]:
+        yield from (conflict for conflict in super().conflicts() if conflict[0] not in (("out",), ("data.path",)))
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to compute a step. images: computed at once, a divisor of batch_size, and counted as it counts them."""
+
+    backend: str
+    precision: str
+    images: int
+    compile: bool | Literal["cudagraphs"] = False
+
+    def settings(self, batch_size: int) -> dict[str, str]:
+        """The flags of `fcmae pretrain` that make it compute so."""
+        return {
+            "--model.backend": self.backend,
+            "--precision": self.precision,
+            "--grad_accum": str(batch_size // self.images),
+            "--model.compile": str(self.compile).lower(),
+        }
+
+    def __str__(self) -> str:
+        compiled = self.compile if isinstance(self.compile, str) else "yes" if self.compile else "no"
+        return f"{self.backend:10} {self.precision:9} {compiled:10} {self.images:7}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a candidate.
+
+    step_s: each timed step, at least one unless it failed. first_s: the first step, with compilation. memory: peak in
+    bytes, of the process on a CPU or of tensors on a GPU. failure: why it could not run, or empty.
+    """
+
+    candidate: Candidate
+    batch_size: int
+    step_s: tuple[float, ...] = ()
+    first_s: float = 0.0
+    memory: int = 0
+    failure: str = ""
+
+    @property
+    def median_s(self) -> float:
+        return statistics.median(self.step_s)
+
+    @property
+    def images_per_s(self) -> float:
+        """0 if it failed."""
+        return 0.0 if self.failure else self.batch_size / self.median_s
+
+    def __str__(self) -> str:
+        if self.failure:
+            return self.failure
+        slowest, fastest = self.batch_size / max(self.step_s), self.batch_size / min(self.step_s)
+        compiled = f"  compiled in {self.first_s - self.median_s:.0f} s" if self.candidate.compile else ""
+        return (
+            f"{self.images_per_s:8.1f}  {slowest:8.1f} -{fastest:7.1f}  {self.median_s:7.3f}"
+            f"  {self.memory / 1e9:5.1f} GB{compiled}"
+        )
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What was found before anything is timed.
+
+    precision: the configured one, auto resolved. precisions: those that it has instructions for. num_workers,
+    loader_images_per_s, steps_per_epoch: of the user's images; 0 and None without data.path.
+    """
+
+    device: str
+    name: str
+    precision: str
+    precisions: tuple[str, ...]
+    num_workers: int = 0
+    loader_images_per_s: float | None = None
+    steps_per_epoch: int | None = None
+
+
+def bench(cfg: BenchConfig) -> None:
+    """Time candidates, printing a row for each, then the flags of the fastest and how long the run takes with them.
+
+    Raises ValueError under a launcher, if the images cannot make a batch, or if no candidate can run.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("bench times one process: start it without a launcher, with batch_size that of one process")
+    try:
+        machine: Machine = in_process(survey, cfg)
+    except Failed as error:
+        raise ValueError(str(error)) from None
+    backends, skipped = [str(cfg.model.backend)], list[str]()
+    if "backend" in cfg.vary:
+        backends += [name for name in ("packed", "triton", "masked", "minkowski") if name not in backends]
+        if machine.device != "cuda" and "triton" in backends[1:]:
+            backends.remove("triton")
+            skipped.append("triton: its kernels are for NVIDIA GPUs")
+        if find_spec("MinkowskiEngine") is None:
+            backends.remove("minkowski")
+            skipped.append("minkowski: MinkowskiEngine is not installed")
+    precisions = [machine.precision]
+    if "precision" in cfg.vary:
+        precisions += [name for name in machine.precisions if name != machine.precision]
+        if "bf16" not in precisions:
+            skipped.append(f"bf16: {machine.name} has no instructions for it")
+
+    height, width = cfg.data.image_size
+    print(f"{cfg.model.variant}, {height} x {width} pixels, steps of {cfg.batch_size} images, on {machine.name}")
+    print(*(f"not timed: {sentence}" for sentence in skipped), HEADER, sep="\n", flush=True)
+
+    def measure(candidate: Candidate, from_files: bool = False) -> Result:
+        if sys.stdout.isatty():
+            print(candidate, end="\r", flush=True)  # what is being timed; its row takes the place
+        try:
+            result: Result = in_process(time_candidate, cfg, candidate, from_files)
+        except Failed as error:
+            result = Result(candidate, cfg.batch_size, failure=str(error))
+        print(f"{candidate}  {result}{'  with your images' if from_files else ''}", flush=True)
+        return result
+
+    # GRN over the batch is over the images at once, so their number changes what is computed.
+    sizes = "images" in cfg.vary and cfg.model.grn_scope == "image"
+    images, unit = cfg.batch_size // cfg.grad_accum, cfg.data.masks_per_image
+    while sizes and machine.device == "cpu" and images > CPU_IMAGES and images % (2 * unit) == 0:
+        images //= 2
+    first = Candidate(cfg.model.backend, machine.precision, images)
+    best = search(
+        first,
+        measure,
+        backends=backends,
+        precisions=precisions,
+        batch_size=cfg.batch_size if sizes else None,
+        unit=unit,
+        compiled=[] if "compile" not in cfg.vary else [True] if machine.device != "cuda" else [True, "cudagraphs"],
+    )
+    fed = measure(best.candidate, from_files=True) if machine.steps_per_epoch else None
+    print(*report(cfg, machine, best, fed), sep="\n")
+
+
+def search(
+    first: Candidate,
+    measure: Callable[[Candidate], Result],
+    *,
+    backends: Sequence[str],
+    precisions: Sequence[str],
+    batch_size: int | None,
+    unit: int,
+    compiled: Sequence[Literal[True, "cudagraphs"]],
+) -> Result:
+    """The fastest of the candidates, of which few are measured: one property is varied at a time.
+
+    First the backends, at half the images as often as all of them run out of memory; then, each with the best so far,
+    the precisions, the number of images at once (doubled while that is faster, else halved), and compilation.
+    batch_size: what the number of images at once must divide, while it is a multiple of unit; None leaves that number
+    as it is. Raises ValueError if no candidate runs.
+    """
+    results = [measure(replace(first, backend=backend)) for backend in backends]
+    images = first.images
+    while not any(result.images_per_s for result in results):
+        lacks_memory = any(result.failure.startswith(OUT_OF_MEMORY) for result in results)
+        if batch_size is None or not lacks_memory or images % (2 * unit):
+            raise ValueError(
+                f"no candidate runs, {first.backend} for this reason: {results[0].failure}; if memory is what lacks, "
+                "try --model.grad_checkpointing true, a smaller batch_size, data.image_size or model.variant"
+            )
+        images //= 2
+        results = [measure(replace(first, backend=backend, images=images)) for backend in backends]
+    best = max(results, key=lambda result: result.images_per_s)
+
+    for precision in precisions:
+        if precision != best.candidate.precision:
+            best = faster(best, measure(replace(best.candidate, precision=precision)))
+
+    if batch_size is not None:
+        start = best.candidate.images
+        while batch_size % (2 * (images := best.candidate.images)) == 0:
+            previous, best = best, faster(best, measure(replace(best.candidate, images=2 * images)))
+            if best is previous:
+                break
+        while best.candidate.images <= start and (images := best.candidate.images) % (2 * unit) == 0:
+            previous, best = best, faster(best, measure(replace(best.candidate, images=images // 2)))
+            if best is previous:
+                break
+
+    for setting in compiled:
+        best = faster(best, measure(replace(best.candidate, compile=setting)))
+    return best
+
+
+def faster(best: Result, other: Result) -> Result:
+    return other if other.images_per_s > GAIN * best.images_per_s else best
+
+
+def report(cfg: BenchConfig, machine: Machine, best: Result, fed: Result | None) -> Iterator[str]:
+    """The flags of the fastest candidate and, if the user's images were read, what limits the run and its hours.
+
+    fed: the same candidate, fed with those images.
+    """
+    flags = best.candidate.settings(cfg.batch_size)
+    if best.candidate.compile == cfg.model.compile:
+        del flags["--model.compile"]
+    yield f"\nfastest: {shlex.join(word for flag in flags.items() for word in flag)}"
+    yield f"{best.images_per_s:.1f} images/s, {best.median_s:.3g} s a step, {best.memory / 1e9:.1f} GB of memory"
+    loader, steps = machine.loader_images_per_s, machine.steps_per_epoch
+    if loader is None or steps is None or fed is None:
+        yield "With --data.path this command also times the reading of your images, and tells the hours of the run."
+        return
+    speed = min(loader, fed.images_per_s or best.images_per_s)
+    limit = "the model is the limit"
+    if loader < best.images_per_s:
+        limit = "the data are the limit: more workers, if there are cores, or smaller files help"
+    yield f"loader alone (data.num_workers = {machine.num_workers}): {loader:.1f} images/s; with the model: {speed:.1f}"
+    yield limit
+    hours = run_hours(cfg.epochs, steps, cfg.batch_size, speed)
+    took = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
+    yield f"{cfg.epochs} epochs of {steps} steps: {took}, without evaluations and checkpoints"
+
+
+def run_hours(epochs: int, steps_per_epoch: int, batch_size: int, images_per_s: float) -> float:
+    """Hours of training, without evaluations and checkpoints."""
+    return epochs * steps_per_epoch * batch_size / images_per_s / 3600
+
+
+# Processes
+
+
+class Failed(Exception):  # noqa: N818
+    """What happened in another process, in a sentence."""
+
+
+def in_process(function: Callable[..., Any], *args: Any) -> Any:
+    """What function(*args) returns in a fresh process. Raises Failed if it raises or the process is killed."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(sender, function, args))
+    process.start()
+    sender.close()
+    try:
+        value, failure = receiver.recv()
+        process.join(10)
+    except EOFError:
+        process.join()
+        killed = process.exitcode == -signal.SIGKILL
+        failure = f"{OUT_OF_MEMORY}, or killed by somebody" if killed else f"ended with status {process.exitcode}"
+    finally:
+        process.kill()
+        process.join()
+    if failure:
+        raise Failed(failure)
+    return value
+
+
+def _answer(sender: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # after Ctrl-C the parent kills it
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    with contextlib.suppress(OSError):  # where memory runs out, Linux kills this process and no other
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    try:
+        answer = function(*args), ""
+    except Exception as error:
+        text = " ".join(str(error).split())
+        if isinstance(error, MemoryError) or "out of memory" in text.lower() or "can't allocate memory" in text:
+            answer = None, OUT_OF_MEMORY
+        else:
+            kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+            answer = None, kind + (text[:200] or "no reason given")
+    sender.send(answer)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+# What runs in them
+
+
+def survey(cfg: BenchConfig) -> Machine:
+    """Look at the device and time the loader on the user's images, if there are any.
+
+    Raises ValueError if there are images, but too few for a batch or none that can be read.
+    """
+    import torch
+
+    from fcmae.run import make_accelerator
+
+    accelerator = make_accelerator(_quiet(cfg))
+    device = accelerator.device
+    name, precisions = platform.processor() or platform.machine(), ["fp32"]
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        known = get_args(PretrainConfig.model_fields["precision"].annotation)
+        precisions += [p for p in ("tf32", "bf16") if p in known] if has_bf16 else ["fp16"]
+    elif device.type == "cpu":
+        name = f"{name}, threads: {torch.get_num_threads()}"
+        if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+            precisions.append("bf16")
+    precision = cfg.precision
+    if precision == "auto":
+        precision = "bf16" if accelerator.mixed_precision == "bf16" else "fp32"
+    found = Machine(device.type, f"{device.type} ({name})", precision, tuple(precisions))
+    if not cfg.data.path:
+        return found
+
+    from fcmae.data.loader import build_loader
+    from fcmae.data.sampler import StepSampler, steps_per_epoch
+    from fcmae.pretrain import build_dataset
+
+    index, workers = _train_index(cfg), _num_workers(cfg, device.type)
+    steps = steps_per_epoch(len(index), cfg.batch_size, cfg.data.masks_per_image)
+    sampler = StepSampler(len(index), min(LOADER_IMAGES, len(index)), cfg.seed, end_step=ENDLESS)
+    dataset = build_dataset(cfg, index, augment=True)
+    batches = iter(build_loader(dataset, sampler, num_workers=workers, device_type=device.type))
+    for _ in islice(batches, max(1, 2 * workers)):
+        pass  # workers start, and open their first files
+    start, images = time.perf_counter(), 0
+    while (passed := time.perf_counter() - start) < cfg.seconds or not images:
+        images += len(next(batches).index)
+    speed = images * cfg.data.masks_per_image / passed
+    return replace(found, num_workers=workers, loader_images_per_s=speed, steps_per_epoch=steps)
+
+
+def time_candidate(cfg: BenchConfig, candidate: Candidate, from_files: bool) -> Result:
+    """Optimizer steps as pretraining takes them, on made-up images or on the user's, at a learning rate of 0.
+
+    On a CPU a step has at most two parts, whatever grad_accum says: those that are left out take as long as the first.
+    """
+    import torch
+
+    from fcmae import optim
+    from fcmae.compiling import compile_model
+    from fcmae.data.dataset import normalize
+    from fcmae.data.loader import prefetched
+    from fcmae.loop import StartedStep, optimizer_step
+    from fcmae.loss import reconstruction_loss
+    from fcmae.masking import num_visible
+    from fcmae.pretrain import build_model, noise_batch
+    from fcmae.run import make_accelerator
+
+    grad_accum = cfg.batch_size // candidate.images
+    model_settings: PretrainModel = cfg.model.model_copy(
+        update={"backend": candidate.backend, "compile": candidate.compile}
+    )
+    cfg = _quiet(cfg).model_copy(
+        update={"precision": candidate.precision, "grad_accum": grad_accum, "model": model_settings}
+    )
+    accelerator = make_accelerator(cfg)
+    device = accelerator.device
+    net = build_model(cfg).to(device)
+    groups = optim.parameter_groups(net, cfg.optim.weight_decay)
+    adamw = torch.optim.AdamW(groups, lr=0.0, betas=cfg.optim.betas, fused=True)
+    mean, std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in cfg.data.statistics())
+    patch, (height, width) = cfg.model.mask_patch, cfg.data.image_size
+    grid = (height // patch, width // patch)
+    visible = num_visible(grid[0] * grid[1], cfg.model.mask_ratio)
+    compile_model(net, candidate.compile, lambda: None, 0)
+    model, optimizer = accelerator.prepare(net, adamw, device_placement=[True, False])
+    noise = noise_batch(cfg, visible, candidate.images)
+    noise = noise.pin_memory() if device.type == "cuda" else noise
+    batches = prefetched(_files(cfg, device) if from_files else repeat(noise), device)
+    num_parts = min(grad_accum, 2) if device.type == "cpu" else grad_accum
+    unread: StartedStep | None = None
+
+    def step() -> float:
+        """Seconds of a whole step. As in training, the device computes it while the host reads the one before."""
+        nonlocal unread
+        asked: list[float] = []
+
+        def losses() -> Iterator[torch.Tensor]:
+            for _ in range(num_parts):
+                asked.append(time.perf_counter())
+                batch = next(batches)
+                assert batch.masks is not None
+                images = normalize(batch.images, mean, std)
+                if (num_masks := len(batch.masks) // len(images)) > 1:
+                    images = images.repeat_interleave(num_masks, dim=0)
+                pred, site_mask = model(images, batch.masks, visible)
+                yield reconstruction_loss(pred, images, site_mask, normalize=cfg.model.normalize_target)
+
+        clip = cfg.optim.clip_grad
+        started = optimizer_step(
+            accelerator, model, optimizer, losses(), num_parts=num_parts, clip_grad=clip, stop=False
+        )
+        if unread is not None:
+            unread.result()
+        unread = started
+        return time.perf_counter() - asked[0] + (grad_accum - num_parts) * (asked[-1] - asked[0])
+
+    start = time.perf_counter()
+    first_s = step()
+    step()
+    times: list[float] = []
+    warm = time.perf_counter()
+    # At least three; one, if they are so slow that the warm-up took five times what was asked for.
+    while time.perf_counter() - warm < cfg.seconds or len(times) < (3 if warm - start < 5 * cfg.seconds else 1):
+        times.append(step())
+    if device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated()
+    else:  # counted in bytes on macOS, in units of 1024 elsewhere
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return Result(candidate, cfg.batch_size, tuple(times), first_s, memory)
+
+
+def _quiet(cfg: BenchConfig) -> BenchConfig:
+    return cfg.model_copy(update={"log": cfg.log.model_copy(update={"trackers": []})})
+
+
+def _train_index(cfg: BenchConfig) -> FileIndex:
+    from fcmae.data.index import find_images, split
+
+    return split(find_images(cfg.data.path), cfg.data.val_share, cfg.seed)[0]
+
+
+def _num_workers(cfg: BenchConfig, device_type: str) -> int:
+    from fcmae.data.loader import default_num_workers
+
+    return default_num_workers(device_type) if cfg.data.num_workers is None else cfg.data.num_workers
+
+
+def _files(cfg: BenchConfig, device: torch.device) -> Iterator[Batch]:
+    """The user's images, as a run reads them."""
+    from fcmae.data.loader import build_loader
+    from fcmae.data.sampler import StepSampler
+    from fcmae.pretrain import build_dataset
+
+    index = _train_index(cfg)
+    sampler = StepSampler(
+        len(index),
+        cfg.batch_size,
+        cfg.seed,
+        end_step=ENDLESS,
+        grad_accum=cfg.grad_accum,
+        masks_per_image=cfg.data.masks_per_image,
+    )
+    workers = _num_workers(cfg, device.type)
+    dataset = build_dataset(cfg, index, augment=True)
+    return iter(build_loader(dataset, sampler, num_workers=workers, device_type=device.type))

@@ -1,0 +1,305 @@
+import math
+import os
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import runs
+import torch
+
+import fcmae.bench
+import fcmae.encoder
+import fcmae.loop
+from fcmae.bench import (
+    BenchConfig,
+    Candidate,
+    Failed,
+    Machine,
+    Result,
+    bench,
+    in_process,
+    report,
+    run_hours,
+    search,
+    survey,
+    time_candidate,
+)
+from fcmae.cli import main
+from fcmae.config import PretrainConfig
+from fcmae.settings import ConfigError, load
+
+CPU = Machine("cpu", "cpu (test)", "fp32", ("fp32",))
+
+
+def config(**settings: Any) -> BenchConfig:
+    """The smallest step: 8 images of 16 pixels."""
+    values = {"batch_size": 8, "device": "cpu", "data.image_size": 16, "seconds": 0.01}
+    values |= {"model.stem_stride": 1, "model.mask_patch": 8, "model.decoder_dim": 8}
+    words = [word for key, value in (values | settings).items() for word in (f"--{key}", str(value))]
+    return load(BenchConfig, words, prog="test")
+
+
+class Made:
+    """Stands in for the measuring: the speed of a candidate is a function of it; 0 runs out of memory."""
+
+    def __init__(self, images_per_s: Callable[[Candidate], float], failure: str = "out of memory") -> None:
+        self.images_per_s, self.failure = images_per_s, failure
+        self.seen: list[Candidate] = []
+
+    def __call__(self, candidate: Candidate) -> Result:
+        self.seen.append(candidate)
+        speed = self.images_per_s(candidate)
+        if speed == 0:
+            return Result(candidate, 64, failure=self.failure)
+        return Result(candidate, 64, (64 / speed,), first_s=1.0, memory=10**9)
+
+
+def find(made: Made, first: Candidate, **options: Any) -> Candidate:
+    space = {
+        "backends": ["packed", "masked"],
+        "precisions": ["fp32", "bf16"],
+        "batch_size": 64,
+        "unit": 1,
+        "compiled": [True],
+    }
+    return search(first, made, **(space | options)).candidate
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setitem(fcmae.encoder.VARIANTS, "convnextv2_atto", runs.TINY)
+    yield
+    runs.forget_accelerator()
+
+
+def test_each_property_is_varied_with_the_best_of_the_ones_before() -> None:
+    def speed(candidate: Candidate) -> float:
+        factors = {"masked": 2, "bf16": 2, "cudagraphs": 2, 16: 1.5, 32: 1.51}
+        found = (candidate.backend, candidate.precision, candidate.compile, candidate.images)
+        return math.prod(factors.get(value, 1) for value in found)
+
+    made = Made(speed)
+    # 32 images at once gain less than 2 % on 16: noise, and twice the memory.
+    best = find(made, Candidate("packed", "fp32", 8), compiled=[True, "cudagraphs"])
+    assert best == Candidate("masked", "bf16", 16, "cudagraphs")
+    assert made.seen == [
+        Candidate("packed", "fp32", 8),
+        Candidate("masked", "fp32", 8),
+        Candidate("masked", "bf16", 8),
+        Candidate("masked", "bf16", 16),
+        Candidate("masked", "bf16", 32),
+        Candidate("masked", "bf16", 16, True),
+        Candidate("masked", "bf16", 16, "cudagraphs"),
+    ]
+
+
+def test_fewer_images_at_once_are_tried_when_more_are_not_faster() -> None:
+    made = Made(lambda candidate: 100 / candidate.images)
+    assert find(made, Candidate("packed", "fp32", 8)).images == 1
+    assert [c.images for c in made.seen if c.backend == "packed" and not c.compile] == [8, 8, 16, 4, 2, 1]
+
+
+def test_images_at_once_are_divisors_of_the_batch() -> None:
+    made = Made(lambda candidate: candidate.images)
+    assert find(made, Candidate("packed", "fp32", 6), batch_size=36).images == 12
+    assert [c.images for c in made.seen if not c.compile] == [6, 6, 6, 12]
+    made = Made(lambda candidate: 1 / candidate.images)
+    assert find(made, Candidate("packed", "fp32", 12), batch_size=36).images == 3
+    assert find(made, Candidate("packed", "fp32", 12), batch_size=36, unit=2).images == 6
+
+
+def test_images_at_once_stay_where_they_change_what_is_computed() -> None:
+    made = Made(lambda candidate: 1.0)
+    assert find(made, Candidate("packed", "fp32", 8), batch_size=None).images == 8
+    assert {candidate.images for candidate in made.seen} == {8}
+
+
+def test_running_out_of_memory_halves_the_images_at_once_or_ends_their_growth() -> None:
+    made = Made(lambda candidate: candidate.images if candidate.images <= 8 else 0)
+    assert find(made, Candidate("packed", "fp32", 32)) == Candidate("packed", "fp32", 8)
+    assert [c.images for c in made.seen if c.backend == "masked"] == [32, 16, 8]
+
+
+@pytest.mark.parametrize(("failure", "tried"), [("out of memory", [8, 4, 2, 1]), ("no compiler", [8])])
+def test_an_error_says_that_nothing_runs_and_why(failure: str, tried: list[int]) -> None:
+    made = Made(lambda candidate: 0, failure)
+    with pytest.raises(ValueError, match=f"no candidate runs, packed for this reason: {failure}; .*grad_checkpointing"):
+        find(made, Candidate("packed", "fp32", 8))
+    assert [c.images for c in made.seen if c.backend == "packed"] == tried
+
+
+def test_hours_are_those_worked_by_hand() -> None:
+    assert run_hours(epochs=100, steps_per_epoch=30, batch_size=64, images_per_s=64 / 1.2) == pytest.approx(1.0)
+
+
+def test_the_slower_of_loader_and_model_sets_the_hours() -> None:
+    cfg = config(batch_size=64, epochs=100)
+    best = Result(Candidate("packed", "fp32", 64), 64, (1.0,), memory=10**9)  # 64 images/s
+    fed = replace(best, step_s=(1.2,))
+    machine = replace(CPU, num_workers=2, loader_images_per_s=500.0, steps_per_epoch=30)
+    text = "\n".join(report(cfg, machine, best, fed))
+    assert "the model is the limit" in text
+    assert "100 epochs of 30 steps: 1.0 hours" in text  # 3000 steps of 1.2 s
+    text = "\n".join(report(cfg, replace(machine, loader_images_per_s=32.0), best, fed))
+    assert "the data are the limit" in text
+    assert "100 epochs of 30 steps: 1.7 hours" in text  # 3000 steps of 2 s
+    assert "--data.path" in "\n".join(report(cfg, CPU, best, None))
+
+
+@pytest.mark.parametrize("configured", [True, False, "auto"])
+@pytest.mark.parametrize("compiled", [True, False, "cudagraphs"])
+def test_the_printed_flags_are_settings_of_pretraining(compiled: Any, configured: Any) -> None:
+    cfg = config(batch_size=64, **{"model.compile": configured})
+    candidate = Candidate("masked", "bf16", 16, compiled)
+    fastest = next(report(cfg, CPU, Result(candidate, 64, (1.0,)), None))
+    flags = fastest.removeprefix("\nfastest: ").split()
+    words = ["--data.path", "photos", "--out", "run", "--batch_size", "64", "--model.compile", str(configured)]
+    found = load(PretrainConfig, [*words, *flags], prog="test")
+    assert (found.model.backend, found.precision, found.model.compile) == ("masked", "bf16", compiled)
+    assert found.batch_size // found.grad_accum == 16
+    assert ("--model.compile" in flags) == (compiled != configured)
+
+
+def test_a_step_is_computed_under_several_masks_an_image(tiny: None, tmp_path: Path) -> None:
+    settings = {"data.path": runs.write_images(tmp_path), "data.num_workers": 0, "data.masks_per_image": 2}
+    cfg = config(**settings)
+    assert survey(cfg).steps_per_epoch == 3  # 13 images under 2 masks, in steps of 8
+    for from_files in (False, True):
+        assert time_candidate(cfg, Candidate("packed", "fp32", 4), from_files).images_per_s > 0
+
+
+def test_only_the_images_and_the_run_directory_may_be_missing() -> None:
+    assert config().out is None
+    with pytest.raises(ConfigError, match=r"model.mask_ratio: .*visible"):
+        config(**{"model.mask_ratio": 0.99})
+    with pytest.raises(ConfigError, match="grad_accum"):
+        config(grad_accum=3)
+
+
+def test_what_a_process_returns_comes_back() -> None:
+    assert in_process(max, 2, 3) == 3
+
+
+@pytest.mark.parametrize(
+    ("function", "argument", "reason"),
+    [
+        (bytearray, 2**62, "^out of memory$"),
+        (signal.raise_signal, signal.SIGKILL, "^out of memory, or killed"),
+        (os._exit, 3, "^ended with status 3$"),
+        (os.stat, "/nowhere", "No such file"),
+        (len, 3, "^TypeError: object of type 'int' has no len"),
+    ],
+)
+def test_a_process_that_fails_says_why(function: Callable[[Any], Any], argument: Any, reason: str) -> None:
+    with pytest.raises(Failed, match=reason):
+        in_process(function, argument)
+
+
+def test_a_candidate_out_of_memory_is_a_row(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fake(function: Callable[..., Any], cfg: BenchConfig, *args: Any) -> Any:
+        if function is fcmae.bench.survey:
+            return CPU
+        candidate, from_files = args
+        assert not from_files
+        if candidate.images > 4 or candidate.backend == "masked":
+            raise Failed("out of memory")
+        return Result(candidate, cfg.batch_size, (0.5, 0.25, 1.0), memory=2 * 10**9)
+
+    monkeypatch.setattr(fcmae.bench, "in_process", fake)
+    monkeypatch.setattr(fcmae.bench, "find_spec", lambda name: None)
+    bench(config(vary="backend,images"))
+    out = capsys.readouterr().out
+    rows = [line.split() for line in out.splitlines() if line.startswith(("packed", "masked"))]
+    numbers = ["16.0", "8.0", "-", "32.0", "0.500", "2.0", "GB"]
+    assert rows == [
+        ["packed", "fp32", "no", "8", "out", "of", "memory"],
+        ["masked", "fp32", "no", "8", "out", "of", "memory"],
+        ["packed", "fp32", "no", "4", *numbers],
+        ["masked", "fp32", "no", "4", "out", "of", "memory"],
+        ["packed", "fp32", "no", "8", "out", "of", "memory"],
+        ["packed", "fp32", "no", "2", *numbers],
+    ]
+    assert "minkowski: MinkowskiEngine is not installed" in out
+    assert "fastest: --model.backend packed --precision fp32 --grad_accum 2\n" in out
+
+
+def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["bench", "--config", "pretrain_cpu"]) == 2
+    assert "without a launcher" in capsys.readouterr().err
+
+
+def test_steps_that_are_timed_are_those_of_training(tiny: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients flow to every weight, of as many images as the candidate says; the weights stay."""
+    seen: list[tuple[int, ...]] = []
+    real = fcmae.loop.optimizer_step
+
+    def spy(accelerator: Any, model: torch.nn.Module, optimizer: Any, losses: Any, **options: Any) -> Any:
+        before = [p.detach().clone() for p in model.parameters()]
+        hook = model.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape)))
+        steps: list[Any] = []
+        monkeypatch.setattr(
+            optimizer.optimizer, "zero_grad", lambda: steps.append([p.grad for p in model.parameters()])
+        )
+        result = real(accelerator, model, optimizer, losses, **options)
+        hook.remove()
+        assert all(grad is not None for grad in steps[0])
+        assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+        return result
+
+    monkeypatch.setattr(fcmae.loop, "optimizer_step", spy)
+    result = time_candidate(config(seconds=1), Candidate("masked", "fp32", 4), False)
+    assert set(seen) == {(4, 3, 16, 16)}
+    assert len(result.step_s) >= 3 and min(result.step_s) > 0 and result.memory > 10**7
+
+
+def test_parts_that_are_left_out_take_as_long_as_the_first(tiny: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now=0.0)
+
+    def step(accelerator: Any, model: Any, optimizer: Any, losses: Any, *, num_parts: int, **options: Any) -> None:
+        for _ in range(num_parts):
+            next(losses)
+            clock.now += 2
+        clock.now += 5  # the optimizer
+
+    monkeypatch.setattr(fcmae.loop, "optimizer_step", step)
+    monkeypatch.setattr(fcmae.bench, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    result = time_candidate(config(seconds=10), Candidate("packed", "fp32", 2), False)
+    assert set(result.step_s) == {4 * 2 + 5}
+    assert time_candidate(config(), Candidate("packed", "fp32", 8), False).step_s == (2 + 5,)  # slow: one is enough
+
+
+def test_the_users_images_are_read_as_the_run_reads_them(tiny: None, tmp_path: Path) -> None:
+    photos = runs.write_images(tmp_path / "photos")  # 13, one of them held out
+    cfg = config(batch_size=4, grad_accum=2, **{"data.path": photos, "data.num_workers": 0, "data.val_share": 0.05})
+    machine = survey(cfg)
+    assert (machine.device, machine.precision, machine.num_workers, machine.steps_per_epoch) == ("cpu", "fp32", 0, 3)
+    assert machine.loader_images_per_s is not None and machine.loader_images_per_s > 0
+    assert time_candidate(cfg, Candidate("packed", "fp32", 1), True).images_per_s > 0
+    with pytest.raises(ValueError, match="batch_size: 64 is more than the 12 training images"):
+        survey(cfg.model_copy(update={"batch_size": 64}))
+
+
+def test_the_command_times_each_candidate_in_a_process(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--data.image_size", "64", "--batch_size", "4", "--grad_accum", "2", "--device", "cpu"]
+    assert main(["bench", *words, "--seconds", "0.1", "--vary", "none"]) == 0
+    out = capsys.readouterr().out
+    assert len([line for line in out.splitlines() if line.startswith("packed") and line.endswith("GB")]) == 1
+    assert "fastest: --model.backend packed --precision fp32 --grad_accum 2\n" in out
+
+
+def test_an_error_that_ends_the_command_is_the_users_to_mend(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*args: Any) -> Any:
+        raise Failed("no image in photos")
+
+    monkeypatch.setattr(fcmae.bench, "in_process", fail)
+    assert main(["bench", "--config", "pretrain_cpu", "--data.path", "photos"]) == 2
+    assert capsys.readouterr().err == "fcmae: error: no image in photos\n"
