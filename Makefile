@@ -13,7 +13,7 @@ help:
 	@echo 'make demo       pretrain, convert and fine-tune on photographs of solar cells'
 	@echo 'make test       run the tests'
 	@echo 'make check      ruff and mypy'
-	@echo 'make bench      time the encoder, packed against masked, a minute or two'
+	@echo 'make bench      time everything that a CPU can, and write docs/benchmarks.md: 8 minutes'
 	@echo 'make minkowski  build and install MinkowskiEngine for the minkowski backend: minutes, the first time'
 
 setup: $(READY)
@@ -42,8 +42,22 @@ check: $(READY)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+# Each prints a table and writes its JSON; docs/benchmarks.md is made from the JSON.
+TIME := $(BIN)/python benchmarks
+RESULTS := docs/benchmarks
+ENGINE = $(shell $(BIN)/python -c 'from importlib.util import find_spec as f; print("minkowski engine" * bool(f("MinkowskiEngine")))')
+
 bench: $(READY)
-	$(BIN)/python benchmarks/encoder.py
+	$(TIME)/encoder.py --batch 16 --repeats 12 --json $(RESULTS)/encoder-atto.json
+	$(TIME)/encoder.py --variant convnextv2_tiny --batch 8 --repeats 7 --json $(RESULTS)/encoder-tiny.json
+	$(TIME)/encoder.py --variant convnextv2_base --batch 4 --repeats 5 --json $(RESULTS)/encoder-base.json
+	$(TIME)/encoder.py --ratio 0 --sides packed timm --repeats 9 --json $(RESULTS)/encoder-dense.json
+	@$(if $(ENGINE),,echo 'MinkowskiEngine is not installed (make minkowski): the next comparison is without it')
+	$(TIME)/train_step.py --sides packed masked $(ENGINE) timm --repeats 6 --json $(RESULTS)/step.json
+	$(TIME)/train_step.py --ratio 0.02 --sides packed timm-gradients --repeats 9 --json $(RESULTS)/step-dense.json
+	$(TIME)/scaling.py --json $(RESULTS)/scaling.json
+	$(TIME)/input_pipeline.py --json $(RESULTS)/input_pipeline.json
+	$(TIME)/report.py
 
 minkowski: $(READY)
 	PYTHON=$(BIN)/python docker/install_minkowski.sh

@@ -1,0 +1,358 @@
+"""Write docs/benchmarks.md, and the figures in it, from the JSON files that the benchmarks wrote.
+
+    python benchmarks/report.py
+
+The page is a function of those files alone. A benchmark whose file is missing is a target that was not measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from timing import table
+
+DOCS = Path(__file__).parents[1] / "docs"
+LINEAR = 0.99  # R^2 from which a sweep counts as linear
+
+Json = dict[str, Any]
+Value = tuple[float, float | None, float | None]  # a figure and its quartiles, where it has any
+
+
+class Target(NamedTuple):
+    """A row of the table of targets. limit: the least value if it is an advantage, else the greatest."""
+
+    what: str
+    against: str
+    file: str
+    measure: Callable[[Json], Value | None]
+    limit: float
+    at_least: bool = True
+    unit: str = "x"
+
+    def row(self, results: dict[str, Json]) -> list[str]:
+        found = self.measure(results[self.file]) if self.file in results else None
+        goal = f"{'at least' if self.at_least else 'at most'} {self.limit:g}{self.unit}"
+        if found is None:
+            return [self.what, self.against, goal, "not measured", ""]
+        value, low, high = found
+        met = value >= self.limit if self.at_least else value <= self.limit
+        digits = 2 if self.unit else 4
+        spread = "" if low is None or high is None else f" ({low:.{digits}f} - {high:.{digits}f})"
+        return [
+            self.what,
+            self.against,
+            goal,
+            f"{value:.{digits}f}{self.unit}{spread}",
+            "met" if met else "**not met**",
+        ]
+
+
+def slower(side: str) -> Callable[[Json], Value | None]:
+    """How many times packed's time the side takes."""
+
+    def measure(result: Json) -> Value | None:
+        if side not in result["ratios"]:
+            return None
+        low, high = result["ratios"][side]["quartiles"]
+        return result["ratios"][side]["time"], low, high
+
+    return measure
+
+
+def share_of_time(side: str) -> Callable[[Json], Value | None]:
+    """Packed's time as a share of the side's."""
+
+    def measure(result: Json) -> Value | None:
+        if side not in result["ratios"]:
+            return None
+        low, high = result["ratios"][side]["quartiles"]
+        return 1 / result["ratios"][side]["time"], 1 / high, 1 / low
+
+    return measure
+
+
+def share_of_saved(side: str) -> Callable[[Json], Value | None]:
+    """Packed's saved activations as a share of the side's: counted, so without a spread."""
+
+    def measure(result: Json) -> Value | None:
+        sides = result["results"]
+        return (sides["packed"]["saved_bytes"] / sides[side]["saved_bytes"], None, None) if side in sides else None
+
+    return measure
+
+
+def straightness(sweep: str) -> Callable[[Json], Value | None]:
+    """The smaller R^2 of the packed encoder and of the whole model with its loss."""
+    return lambda result: (min(result["sweeps"][sweep][curve]["r2"] for curve in ("packed", "whole model")), None, None)
+
+
+def pipeline(size: str, loader: str) -> Callable[[Json], Value | None]:
+    """How many times the images a second of torchvision, which come normalised in float32."""
+
+    def measure(result: Json) -> Value | None:
+        if size not in result["pipeline"]:
+            return None
+        speedup = result["pipeline"][size]["loaders"][loader]["speedup"]
+        return speedup["time"], *speedup["quartiles"]
+
+    return measure
+
+
+ENCODER = "encoder forward + backward, {}, 224 px, ratio .6"
+SAVED = "activations saved for backward, encoder, {}, ratio .6"
+STEP = "whole step, atto, batch 16, ratio .6"
+GPU = "whole step, base, 224 px, ratio .6, GPU, bf16, compiled"
+TARGETS = [
+    Target(ENCODER.format("atto"), "masked", "encoder-atto", slower("masked"), 2.3),
+    Target(ENCODER.format("tiny"), "masked", "encoder-tiny", slower("masked"), 2.55),
+    Target(ENCODER.format("base"), "masked", "encoder-base", slower("masked"), 2.55),
+    Target(STEP, "minkowski, our backend", "step", slower("minkowski"), 6),
+    Target(STEP, "MinkowskiEngine's own depthwise convolution", "step", slower("engine"), 6),
+    Target(SAVED.format("atto"), "masked", "encoder-atto", share_of_saved("masked"), 0.42, False),
+    Target(SAVED.format("tiny"), "masked", "encoder-tiny", share_of_saved("masked"), 0.42, False),
+    Target(SAVED.format("base"), "masked", "encoder-base", share_of_saved("masked"), 0.42, False),
+    Target(
+        "whole step, atto, 48 of 49 patches visible: its time",
+        "timm, forward + backward, no optimizer",
+        "step-dense",
+        share_of_time("timm-gradients"),
+        1.1,
+        False,
+    ),
+    *(
+        Target(
+            f"cost grows linearly with the {sweep}: R^2",
+            "a straight line",
+            "scaling",
+            straightness(sweep),
+            LINEAR,
+            unit="",
+        )
+        for sweep in ("images", "resolution", "visible share")
+    ),
+    *(
+        Target(
+            f"input pipeline, JPEG {size} to 224, {what}",
+            "torchvision ImageFolder",
+            "input_pipeline",
+            pipeline(size, loader),
+            limit,
+        )
+        for size, limit in (("500x375", 2), ("2000x1500", 5))
+        for what, loader in (("bytes out", "fcmae"), ("normalised on the same core", "fcmae, and normalised"))
+    ),
+    Target(GPU, "masked", "step-gpu", slower("masked"), 2.2),
+    Target(GPU, "timm's dense train step", "step-gpu", slower("timm"), 3),
+]
+
+TITLES = {
+    "encoder-atto": "Encoder, atto",
+    "encoder-tiny": "Encoder, tiny",
+    "encoder-base": "Encoder, base",
+    "encoder-dense": "Encoder, atto, nothing masked",
+    "step": "Whole step, atto",
+    "step-dense": "Whole step, atto, one patch of 49 masked",
+    "step-gpu": "Whole step, base, GPU",
+    "scaling": "Cost as the work grows",
+    "input_pipeline": "Input pipeline, one core",
+}
+
+HEAD = """# Benchmarks
+
+Written by `benchmarks/report.py` from `docs/benchmarks/*.json`; `make bench` runs the benchmarks of the CPU and writes
+this page anew.
+
+{machines}
+
+The sides of a comparison are timed in turn, repeat by repeat, in one process, in the same dtype and mode. A ratio is
+that of the medians; in brackets, and where a table says quartiles, are the first and third quartile over the repeats.
+[performance.md](performance.md) explains what is not met.
+
+## Targets
+
+{targets}
+
+{figure}## What the columns are
+
+*Saved for backward* is the bytes that autograd's saved-tensor hooks see in one forward pass, each storage once, without
+parameters and inputs. *Peak memory* is the most that PyTorch's allocator holds during one step beyond what was there
+before it: gradients are in it, parameters and AdamW's moments are not.
+
+| side | what it is |
+| --- | --- |
+| `packed` | the default backend |
+| `masked` | the definition: a dense network whose hidden sites are zeroed |
+| `minkowski` | our backend on MinkowskiEngine, with a depthwise convolution of its own |
+| `engine` | the same with MinkowskiEngine's MinkowskiChannelwiseConvolution |
+| `timm` | timm's dense model on whole images, without a decoder; with AdamW where the step has it |
+| `timm-gradients` | the same without AdamW |
+"""
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Write docs/benchmarks.md from docs/benchmarks/*.json.")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="the folder docs")
+    docs: Path = parser.parse_args(argv).docs
+    found = {path.stem: json.loads(path.read_text()) for path in sorted((docs / "benchmarks").glob("*.json"))}
+    results = {name: found[name] for name in TITLES if name in found}
+    bars, scaling = draw_bars(results, docs / "benchmarks.svg"), draw_scaling(results, docs / "scaling.svg")
+    parts = [
+        HEAD.format(
+            machines="\n".join(f"- {text}" for text in dict.fromkeys(map(machine, results.values()))),
+            targets=table(
+                ["", "against", "target", "measured", ""], (target.row(results) for target in TARGETS), left=2
+            ),
+            figure="![Milliseconds an image: medians, with quartiles](benchmarks.svg)\n\n" if bars else "",
+        )
+    ]
+    for name, result in results.items():
+        parts += [f"## {TITLES[name]}\n", f"```bash\n{result['command']}\n```\n"]
+        parts += [f"{num_repeats(result)} repeats; load when it started: {result['machine']['load']}.\n", *body(result)]
+    if scaling:
+        parts.append("![Time against images, resolution and visible share, with the fitted lines](scaling.svg)\n")
+    (docs / "benchmarks.md").write_text("\n".join(parts))
+    print(f"{docs / 'benchmarks.md'}: {len(results)} of {len(TITLES)} benchmarks")
+
+
+def machine(result: Json) -> str:
+    """The machine without its load, which differs from one benchmark to the next."""
+    return ", ".join(f"{key} {value}" for key, value in result["machine"].items() if key != "load")
+
+
+def num_repeats(result: Json) -> int:
+    repeats: int = result["settings"]["repeats"]
+    return repeats
+
+
+def body(result: Json) -> Iterator[str]:
+    """A benchmark's tables."""
+    if "results" in result:
+        yield compared(result) + "\n"
+    if "sweeps" in result:
+        yield swept(result["sweeps"]) + "\n"
+    for size, found in result.get("pipeline", {}).items():
+        yield f"JPEGs of {size}, {found['count']} at a time:\n"
+        yield loaded(found["loaders"]) + "\n"
+
+
+def compared(result: Json) -> str:
+    first = next(iter(result["results"]))
+    rows = []
+    for name, side in result["results"].items():
+        ratio = result["ratios"][name]
+        rows.append(
+            [
+                name,
+                f"{1000 * side['median_s']:.1f}",
+                "{:.1f} - {:.1f}".format(*(1000 * value for value in side["quartiles_s"])),
+                f"{ratio['time']:.2f}x",
+                "{:.2f} - {:.2f}".format(*ratio["quartiles"]),
+                f"{side['saved_bytes'] / 1e6:.1f}",
+                f"{side['peak_bytes'] / 1e6:.1f}",
+            ]
+        )
+    header = [
+        "",
+        "median, ms",
+        "quartiles",
+        f"time / {first}",
+        "quartiles",
+        "saved for backward, MB",
+        "peak memory, MB",
+    ]
+    return table(header, rows)
+
+
+def swept(sweeps: Json) -> str:
+    rows = []
+    for sweep, curves in sweeps.items():
+        for curve, found in curves.items():
+            ends = [found["points"][i]["median_s"] * 1000 for i in (0, -1)]
+            line = [f"{found['r2']:.4f}", f"{100 * found['deviation']:.1f} %"]
+            rows.append([f"{sweep}, {curve}", "{:.1f} - {:.1f}".format(*ends), *line])
+    return table(["sweep", "first - last point, ms", "R^2", "largest deviation from the line"], rows)
+
+
+def loaded(loaders: Json) -> str:
+    rows = []
+    for name, found in loaders.items():
+        rows.append([name, f"{found['images_per_s']:.0f}", f"{found['speedup']['time']:.2f}x"])
+        rows[-1].append("{:.2f} - {:.2f}".format(*found["speedup"]["quartiles"]))
+    return table(["", "images/s", "speed / torchvision", "quartiles"], rows)
+
+
+def comparisons(results: dict[str, Json]) -> Iterator[tuple[str, int, Json]]:
+    """Title, images of one step, and the sides of every comparison."""
+    for name, result in results.items():
+        if "results" in result:
+            yield TITLES[name], result["settings"]["batch"], result["results"]
+        for size, found in result.get("pipeline", {}).items():
+            yield f"{TITLES[name]}, {size}", found["count"], found["loaders"]
+
+
+def draw_bars(results: dict[str, Json], path: Path) -> bool:
+    """Milliseconds an image, a panel a comparison. Returns whether there was anything to draw."""
+    panels = list(comparisons(results))
+    if not panels:
+        return False
+    from matplotlib.figure import Figure
+
+    rows = -(-len(panels) // 2)
+    figure = Figure(figsize=(10, 2 * rows), layout="constrained")
+    for axes, (title, images, sides) in zip(figure.subplots(rows, 2, squeeze=False).flat, panels, strict=False):
+        medians = np.array([side["median_s"] for side in sides.values()])
+        spread = np.array([side["quartiles_s"] for side in sides.values()]).T
+        whiskers = np.abs(spread - medians)
+        axes.barh(list(sides), 1000 / images * medians, xerr=1000 / images * whiskers, color="#3f7fbf", capsize=3)
+        axes.invert_yaxis()
+        axes.set(title=title, xlabel="ms an image")
+    for axes in figure.axes[len(panels) :]:
+        axes.remove()
+    save(figure, path)
+    return True
+
+
+def draw_scaling(results: dict[str, Json], path: Path) -> bool:
+    """The sweeps, each with its fitted lines. Returns whether there was anything to draw."""
+    if "scaling" not in results:
+        return False
+    from matplotlib.figure import Figure
+
+    result = results["scaling"]
+    settings = result["settings"]
+    labels = {
+        "images": f"images of {settings['size']} px",
+        "resolution": f"visible patches an image, {min(settings['sizes'])} to {max(settings['sizes'])} px",
+        "visible share": "share of the patches that is visible",
+    }
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    colors = {"packed": "#3f7fbf", "whole model": "#5a9a6e", "masked": "#c65d3b"}
+    for axes, (sweep, curves) in zip(figure.subplots(1, 3), result["sweeps"].items(), strict=True):
+        for curve, found in curves.items():
+            x = np.array(found["x"])
+            axes.plot(x, 1000 * (found["slope"] * x + found["intercept"]), color=colors[curve], linewidth=1)
+            points = [1000 * point["median_s"] for point in found["points"]]
+            whiskers = np.abs(1000 * np.array([p["quartiles_s"] for p in found["points"]]).T - points)
+            label = f"{curve}, R² {found['r2']:.4f}"
+            axes.errorbar(x, points, whiskers, fmt="o", color=colors[curve], markersize=4, capsize=2, label=label)
+        axes.set(xlabel=labels[sweep], ylabel="ms, forward + backward", xlim=(0, None), ylim=(0, None))
+        axes.legend(fontsize="small")
+    save(figure, path)
+    return True
+
+
+def save(figure: Any, path: Path) -> None:
+    """As SVG, the same bytes each time. The page behind it may be dark, so the card is opaque, as matplotlib has it."""
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.hashsalt": "fcmae", "svg.fonttype": "none"}):
+        figure.savefig(path, format="svg", metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()
