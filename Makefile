@@ -50,12 +50,12 @@ ENGINE = $(shell $(BIN)/python -c 'from importlib.util import find_spec as f; pr
 bench: $(READY)
 	$(TIME)/encoder.py --batch 16 --repeats 12 --json $(RESULTS)/encoder-atto.json
 	$(TIME)/encoder.py --variant convnextv2_tiny --batch 8 --repeats 7 --json $(RESULTS)/encoder-tiny.json
-	$(TIME)/encoder.py --variant convnextv2_base --batch 4 --repeats 5 --json $(RESULTS)/encoder-base.json
+	$(TIME)/encoder.py --variant convnextv2_base --batch 8 --repeats 5 --json $(RESULTS)/encoder-base.json
 	$(TIME)/encoder.py --ratio 0 --sides packed timm --repeats 9 --json $(RESULTS)/encoder-dense.json
 	@$(if $(ENGINE),,echo 'MinkowskiEngine is not installed (make minkowski): the next comparison is without it')
 	$(TIME)/train_step.py --sides packed masked $(ENGINE) timm --repeats 6 --json $(RESULTS)/step.json
 	$(TIME)/train_step.py --ratio 0.02 --sides packed timm-gradients --repeats 9 --json $(RESULTS)/step-dense.json
-	$(TIME)/scaling.py --json $(RESULTS)/scaling.json
+	$(TIME)/scaling.py --repeats 9 --json $(RESULTS)/scaling.json
 	$(TIME)/input_pipeline.py --json $(RESULTS)/input_pipeline.json
 	$(TIME)/report.py
 

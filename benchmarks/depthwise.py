@@ -7,7 +7,8 @@
 
 | way | what it does |
 | --- | --- |
-| canvas | what the packed layout does: a zero canvas, conv2d, a gather |
+| canvas | a zero canvas, conv2d, a gather, and what autograd makes of them |
+| packed | what the packed layout does: the same, and on a CPU the weight gradient by the loop in C |
 | windows | each patch with its halo, (b + 6) x (b + 6), cut out of the canvas; conv2d without padding |
 | table | no canvas: for each of 49 offsets a gather of all sites' neighbours and a multiply-add |
 | matmul | canvas, but the weight gradient is a matrix product for each channel, over the windows' rows |
@@ -39,7 +40,7 @@ from torch import Tensor
 from fcmae.encoder import VARIANTS
 from fcmae.sparse import Packed
 
-WAYS = ("canvas", "windows", "table", "matmul", "shifts", "kernels")
+WAYS = ("canvas", "packed", "windows", "table", "matmul", "shifts", "kernels")
 TOLERANCES = {"fp32": 1e-4, "bf16": 2e-2}  # of the largest value: two orders of summation, and one rounding
 Conv = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -143,8 +144,9 @@ def rows(found: dict[str, Any], speed: float | None) -> str:
 
 def conv_of(way: str, layout: Packed, b: int) -> Conv:
     if way == "canvas":
-        # Not layout.depthwise_conv, which may use the kernels.
         return lambda f, weight, bias: layout.pack(dense(layout.unpack(f), weight, bias, 3))
+    if way == "packed":
+        return layout.depthwise_conv
     if way == "windows":
         return lambda f, weight, bias: dense(windows(layout, f), weight, bias, 0).reshape(f.shape)
     if way == "table":

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from fcmae.encoder import Encoder
 from fcmae.sparse import make_layout
 
-SIDES = ("packed", "masked", "minkowski", "timm")
+SIDES = ("packed", "triton", "masked", "minkowski", "timm")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,9 +1,10 @@
 """Images a second that one core brings from JPEG files to batches, against torchvision's ImageFolder.
 
-    python benchmarks/input_pipeline.py --images FOLDER
+    python benchmarks/input_pipeline.py
+    python benchmarks/input_pipeline.py --images FOLDER --quality 75
     python benchmarks/input_pipeline.py --sizes 500x375 --repeats 50 --stages
 
-Both read the same temporary files, of quality 90 and 4:2:0, in this process and on one thread, and make batches of
+Both read the same temporary files, of 4:2:0, in this process and on one thread, and make batches of
 crops of 224 pixels (scale .2 to 1, bicubic, flipped or not). torchvision's are normalised floats; ours are bytes and
 masks, which the training loop normalises where the model is, so that is timed too, on the same core. All take turns
 within a repeat. The files are in the page cache: no disk is timed.
@@ -23,8 +24,8 @@ from typing import Any
 import numpy as np
 import PIL
 import torch
-from numpy.typing import NDArray
 from PIL import Image, features
+from sklearn.datasets import load_sample_images
 from timing import interleaved, machine, quartiles, ratio, summary, table, write_json
 from torch.utils.data import DataLoader
 from torchvision import transforms
@@ -55,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
             # Large files take longer: fewer of them make up for it.
             count = max(4, args.count * 500 * 375 // max(width * height, 500 * 375))
             files = Path(folder) / f"{width}x{height}"
-            num_bytes = write_jpegs(files / "class", photographs(args.images), width, height, count)
+            num_bytes = write_jpegs(files / "class", photographs(args.images), width, height, count, args.quality)
             name = f"{width}x{height}"
             print(f"\n{count} JPEGs of {name}, {num_bytes / count / 1e3:.0f} kB each, {args.repeats} repeats\n")
             results[name] = compare(files, count, args.repeats)
@@ -155,25 +156,13 @@ def stages(files: Path, count: int, repeats: int) -> dict[str, float]:
 
 
 def photographs(folder: Path | None) -> list[Image.Image]:
-    """The folder's images, or one with the spectrum of photographs (amplitude 1/f) where none is given."""
-    if folder is not None:
-        paths = find_images([str(folder)]).paths
-        return [Image.open(path).convert("RGB") for path in paths[:64]]
-    return [Image.fromarray(natural(np.random.default_rng(seed))) for seed in range(8)]
+    """The folder's images, or the two photographs that come with scikit-learn (640 x 427) where none is given."""
+    if folder is None:
+        return [Image.fromarray(pixels) for pixels in load_sample_images().images]
+    return [Image.open(path).convert("RGB") for path in find_images([str(folder)]).paths[:64]]
 
 
-def natural(rng: np.random.Generator, height: int = 384, width: int = 512) -> NDArray[np.uint8]:
-    """(H, W, 3) noise whose amplitude falls as 1/f, its colours weaker than its brightness."""
-    rows, columns = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)
-    frequency = np.maximum(np.hypot(rows, columns), 1 / width)
-    waves = np.fft.irfft2(np.fft.rfft2(rng.normal(size=(3, height, width))) / frequency, (height, width))
-    waves /= waves.std(axis=(1, 2), keepdims=True)
-    waves = waves.transpose(1, 2, 0)  # (H, W, 3)
-    pixels: NDArray[np.uint8] = np.asarray(120 + 25 * waves[..., :1] + 5 * waves).clip(0, 255).astype(np.uint8)
-    return pixels
-
-
-def write_jpegs(folder: Path, images: list[Image.Image], width: int, height: int, count: int) -> int:
+def write_jpegs(folder: Path, images: list[Image.Image], width: int, height: int, count: int, quality: int) -> int:
     """Write `count` JPEGs and return their bytes. A small image is mirrored at its borders, not enlarged: that would
     leave a JPEG with fewer bytes, which decode faster, than a photograph of that size has."""
     folder.mkdir(parents=True)
@@ -183,7 +172,7 @@ def write_jpegs(folder: Path, images: list[Image.Image], width: int, height: int
         pixels = np.asarray(image.resize((round(image.width * scale), round(image.height * scale))))
         more = (max(0, height - pixels.shape[0]), max(0, width - pixels.shape[1]))
         pixels = np.pad(pixels, ((0, more[0]), (0, more[1]), (0, 0)), mode="symmetric")[:height, :width]
-        Image.fromarray(pixels).save(folder / f"{number:03}.jpg", quality=90, subsampling="4:2:0")
+        Image.fromarray(pixels).save(folder / f"{number:03}.jpg", quality=quality, subsampling="4:2:0")
     return sum(path.stat().st_size for path in folder.iterdir())
 
 
@@ -197,7 +186,8 @@ def parser() -> argparse.ArgumentParser:
         description="Time JPEG files to batches on one core, against torchvision's ImageFolder.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    found.add_argument("--images", type=Path, metavar="FOLDER", help="photographs; without it, noise of their spectrum")
+    found.add_argument("--quality", type=int, default=90, help="of the JPEGs: their bytes a pixel decide")
+    found.add_argument("--images", type=Path, metavar="FOLDER", help="photographs; without it, scikit-learn's two")
     found.add_argument(
         "--sizes", nargs="+", type=size, default=[(500, 375), (2000, 1500)], metavar="WxH", help="of the JPEGs"
     )

@@ -33,7 +33,7 @@ from fcmae.loss import reconstruction_loss
 from fcmae.model import FCMAE
 from fcmae.optim import parameter_groups
 
-SIDES = ("packed", "masked", "minkowski", "engine", "timm", "timm-gradients")
+SIDES = ("packed", "triton", "masked", "minkowski", "engine", "timm", "timm-gradients")
 TOLERANCE = 1e-4  # of the largest value, between the engine's convolution and ours, in float32
 
 

@@ -182,7 +182,8 @@ def bench(cfg: BenchConfig) -> None:
     images, unit = cfg.batch_size // cfg.grad_accum, cfg.data.masks_per_image
     while sizes and machine.device == "cpu" and images > CPU_IMAGES and images % (2 * unit) == 0:
         images //= 2
-    first = Candidate(cfg.model.backend, machine.precision, images)
+    compiled = False if cfg.model.compile == "auto" else cfg.model.compile
+    first = Candidate(cfg.model.backend, machine.precision, images, compiled)
     best = search(
         first,
         measure,
@@ -191,6 +192,7 @@ def bench(cfg: BenchConfig) -> None:
         batch_size=cfg.batch_size if sizes else None,
         unit=unit,
         compiled=[] if "compile" not in cfg.vary else [True] if machine.device != "cuda" else [True, "cudagraphs"],
+        num_images=cfg.batch_size,
     )
     fed = measure(best.candidate, from_files=True) if machine.steps_per_epoch else None
     print(*report(cfg, machine, best, fed), sep="\n")
@@ -205,13 +207,14 @@ def search(
     batch_size: int | None,
     unit: int,
     compiled: Sequence[Literal[True, "cudagraphs"]],
+    num_images: int,
 ) -> Result:
     """The fastest of the candidates, of which few are measured: one property is varied at a time.
 
     First the backends, at half the images as often as all of them run out of memory; then, each with the best so far,
     the precisions, the number of images at once (doubled while that is faster, else halved), and compilation.
     batch_size: what the number of images at once must divide, while it is a multiple of unit; None leaves that number
-    as it is. Raises ValueError if no candidate runs.
+    as it is. num_images: of a whole step. Raises ValueError if no candidate runs.
     """
     results = [measure(replace(first, backend=backend)) for backend in backends]
     images = first.images
@@ -242,6 +245,8 @@ def search(
                 break
 
     for setting in compiled:
+        if setting == best.candidate.compile or (setting == "cudagraphs" and best.candidate.images < num_images):
+            continue  # a graph cannot add up the gradients of several parts
         best = faster(best, measure(replace(best.candidate, compile=setting)))
     return best
 
@@ -256,7 +261,7 @@ def report(cfg: BenchConfig, machine: Machine, best: Result, fed: Result | None)
     fed: the same candidate, fed with those images.
     """
     flags = best.candidate.settings(cfg.batch_size)
-    if best.candidate.compile == cfg.model.compile:
+    if best.candidate.compile == cfg.model.compile or "compile" not in cfg.vary:
         del flags["--model.compile"]
     yield f"\nfastest: {shlex.join(word for flag in flags.items() for word in flag)}"
     yield f"{best.images_per_s:.1f} images/s, {best.median_s:.3g} s a step, {best.memory / 1e9:.1f} GB of memory"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -26,7 +27,8 @@ def compile_model(net: nn.Module, setting: Setting, step: Callable[[], None], nu
 
     setting: True and False are what they say; "cudagraphs" also records the kernels of a step and replays them, which
     saves the host's time a kernel; "auto" times a few steps of both kinds if the run is long enough. step: forward and
-    backward on a batch as the run will see them; its gradients are dropped. num_steps: steps that the run has left. Of
+    backward on a part of a batch as the run will see them; its gradients are dropped. num_steps: as many as the run has
+    left. Of
     several processes the first decides. Raises ValueError for "cudagraphs" without a GPU.
     """
     if setting == "cudagraphs":
@@ -37,16 +39,20 @@ def compile_model(net: nn.Module, setting: Setting, step: Callable[[], None], nu
         net.compile()
 
 
+def wait() -> None:
+    """Until the device has done what it was given."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
 def _pays(net: nn.Module, step: Callable[[], None], num_steps: int) -> bool:
     """Whether a compiled step is shorter than an eager one. Leaves `net` eager."""
 
     def seconds() -> float:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        wait()
         start = time.perf_counter()
         step()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        wait()
         elapsed = time.perf_counter() - start
         net.zero_grad()
         return elapsed
@@ -59,11 +65,16 @@ def _pays(net: nn.Module, step: Callable[[], None], num_steps: int) -> bool:
         logger.info("compile: no, the run takes about %.0f s and compiling a minute or two", eager * num_steps)
         return False
     net.compile()
-    first = seconds()
-    compiled = statistics.median(seconds() for _ in range(TIMED))
+    first = compiled = math.inf
+    try:
+        first = seconds()
+        compiled = statistics.median(seconds() for _ in range(TIMED))
+    except Exception as error:  # whatever the compilers on this machine run into: it is no reason not to train
+        logger.warning("compile: it fails here (%s), see fcmae doctor", " ".join(str(error).split())[:200])
+        net.zero_grad()
     net._compiled_call_impl = None  # the way back, which torch does not offer
     pays = [compiled < eager]
     broadcast_object_list(pays)
-    message = "compile: %s, a step takes %.0f ms compiled (after %.0f s) and %.0f ms as it is"
+    message = "compile: %s, forward and backward take %.0f ms compiled (after %.0f s) and %.0f ms as it is"
     logger.info(message, "yes" if pays[0] else "no", 1000 * compiled, first, 1000 * eager)
     return pays[0]

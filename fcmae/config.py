@@ -171,8 +171,8 @@ class PretrainModel(Section):
     grad_checkpointing: bool = False
     """Recompute the encoder's blocks in backward: less memory, more time."""
     compile: Compile = False
-    """torch.compile the model: true, false, auto (times a few steps both ways, in runs of more than ten minutes) or
-    cudagraphs (a GPU's kernels are recorded once and replayed)."""
+    """torch.compile the model: true, false, auto (times a few steps both ways, in runs of more than ten minutes, also
+    at a resume) or cudagraphs (a GPU's kernels are recorded once and replayed)."""
 
 
 class FinetuneModel(Section):
@@ -190,8 +190,8 @@ class FinetuneModel(Section):
     grad_checkpointing: bool = False
     """Recompute activations in backward: less memory, more time."""
     compile: Compile = False
-    """torch.compile the model: true, false, auto (times a few steps both ways, in runs of more than ten minutes) or
-    cudagraphs (a GPU's kernels are recorded once and replayed)."""
+    """torch.compile the model: true, false, auto (times a few steps both ways, in runs of more than ten minutes, also
+    at a resume) or cudagraphs (a GPU's kernels are recorded once and replayed)."""
 
 
 class Optim(Section):
@@ -276,7 +276,7 @@ class RunConfig(Section):
     """Parts that a process's share of the batch is computed in."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
     """Arithmetic: auto is bf16 on a GPU that has it, else fp32. tf32 is fp32 whose products a GPU rounds to 10 bits.
-    GRN, LayerNorm and the loss are always fp32."""
+    GRN's norms, LayerNorm and the loss are always fp32."""
     device: Literal["auto", "cpu"] = "auto"
     """auto takes a GPU when there is one."""
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
@@ -298,6 +298,14 @@ class RunConfig(Section):
                 f"{self.batch_size} is not a multiple of processes x grad_accum = {processes} x {self.grad_accum}: "
                 f"the nearest is {max(1, round(self.batch_size / parts)) * parts}",
             )
+
+
+def _compile_conflicts(cfg: RunConfig, setting: bool | str) -> Iterator[Conflict]:
+    if setting == "cudagraphs" and cfg.device == "cpu":
+        yield ("model.compile", "device"), "cudagraphs needs a GPU and device is cpu: use true or auto"
+    if setting == "cudagraphs" and cfg.grad_accum > 1:
+        # The gradients of one part lie in memory that the next part's graph writes.
+        yield ("model.compile", "grad_accum"), f"cudagraphs needs grad_accum 1, not {cfg.grad_accum}: use true or auto"
 
 
 def _image_conflicts(data: ImageConfig, *, known_statistics: bool = False) -> Iterator[Conflict]:
@@ -344,6 +352,7 @@ class PretrainConfig(RunConfig):
                 f"{self.batch_size} is not a multiple of masks_per_image x processes x grad_accum = {unit}: "
                 f"use {_nearest_multiples(self.batch_size, unit)}",
             )
+        yield from _compile_conflicts(self, self.model.compile)
         if self.model.backend == "triton" and self.device == "cpu":
             yield ("model.backend", "device"), "triton needs a GPU and device is cpu: use packed"
         if self.model.backend == "minkowski" and find_spec("MinkowskiEngine") is None:
@@ -399,6 +408,7 @@ class FinetuneConfig(RunConfig):
 
     def conflicts(self) -> Iterator[Conflict]:
         yield from super().conflicts()
+        yield from _compile_conflicts(self, self.model.compile)
         data, model = self.data, self.model
         if not data.path and not (self.eval_only and data.val_path):
             yield (

@@ -264,7 +264,7 @@ def train(
             logits = net(torch.randn(num, in_chans, height, width, device=device))
         logits.float().mean().backward()
 
-    compile_model(net, cfg.model.compile, trial, total - start)
+    compile_model(net, cfg.model.compile, trial, (total - start) * cfg.grad_accum)
     # The optimizer's state is where it has to be, beside the parameters.
     model, optimizer = accelerator.prepare(net, adamw, device_placement=[True, False])
     metrics = Metrics(run.path / "metrics.jsonl", accelerator, start)

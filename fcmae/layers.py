@@ -108,9 +108,14 @@ class _GRNLinear(torch.autograd.Function):
         grad_gamma = (grad_scale * norm / mean).sum((0, 1))
         grad_ratio = grad_scale * gamma
         around = (grad_ratio * norm).sum(-1, keepdim=True) / (mean.square() * norm.shape[-1])
-        # The gradient of a norm is rows / norm, and 0 where the norm is.
-        pull = torch.where(norm == 0, 0, (grad_ratio / mean - around) / norm).to(rows.dtype)
-        return grad_rows.addcmul_(rows, pull), grad_gamma, grad_beta, grad_weight.to(weight.dtype), grad_bias
+        # The gradient of a norm is rows / norm, and 0 where the norm is. For a channel that is nearly dead, 1 / norm is
+        # more than 16 bits can hold.
+        pull = torch.where(norm == 0, 0, (grad_ratio / mean - around) / norm)
+        if rows.dtype == pull.dtype:
+            grad_rows.addcmul_(rows, pull)
+        else:
+            grad_rows = torch.addcmul(grad_rows, rows, pull).to(rows.dtype)
+        return grad_rows, grad_gamma, grad_beta, grad_weight.to(weight.dtype), grad_bias
 
 
 def _scales_weight(rows: Tensor, weight: Tensor) -> bool:

@@ -146,6 +146,8 @@ def fit(
             stopping = False
             if unread_step is not None:
                 stopping = read(unread_step, step).stop
+            if accelerator.num_processes == 1 and stop.received is not None:
+                stopping = True  # no other process has to hear of it first
             unread_step = started
             if not (saves or evaluates or stopping or done % cfg.log.every_steps == 0):
                 continue
@@ -194,7 +196,7 @@ class StartedStep:
 
     def __init__(self, numbers: Tensor, names: list[str], scaler: torch.amp.GradScaler | None) -> None:
         # Into page-locked memory, behind the step's work: the host goes on meanwhile.
-        self._numbers = numbers.to("cpu", non_blocking=True)
+        self._numbers = numbers.to("cpu", non_blocking=numbers.is_cuda)
         self._names, self._scaler = names, scaler
         self._copied: torch.cuda.Event | None = torch.cuda.Event() if numbers.is_cuda else None  # type: ignore[no-untyped-call]
         if self._copied is not None:

@@ -179,7 +179,7 @@ def train(
             loss = loss_of(noise.to(device), net)
         torch.autograd.backward(loss)
 
-    compile_model(net, cfg.model.compile, trial, total - start)
+    compile_model(net, cfg.model.compile, trial, (total - start) * cfg.grad_accum)
     # The optimizer's state is where it has to be, beside the parameters.
     model, optimizer = accelerator.prepare(net, adamw, device_placement=[True, False])
     metrics = Metrics(run.path / "metrics.jsonl", accelerator, start)

@@ -65,6 +65,7 @@ def find(made: Made, first: Candidate, **options: Any) -> Candidate:
         "batch_size": 64,
         "unit": 1,
         "compiled": [True],
+        "num_images": 64,
     }
     return search(first, made, **(space | options)).candidate
 

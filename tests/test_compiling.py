@@ -79,3 +79,16 @@ def test_cuda_graphs_are_torchs_mode_for_them(monkeypatch: pytest.MonkeyPatch) -
     net = Sleeper(0.0)
     assert compiled(net, "cudagraphs")
     assert net.modes == ["reduce-overhead"]
+
+
+def test_auto_goes_on_eager_where_compiling_fails() -> None:
+    net = Sleeper(0.0)
+
+    def broken(mode: str | None = None) -> None:
+        def call() -> Tensor:
+            raise RuntimeError("no C++ compiler")
+
+        net._compiled_call_impl = call
+
+    net.compile = broken  # type: ignore[method-assign]
+    assert not compiled(net, "auto")

@@ -75,6 +75,9 @@ def test_statistics_default_to_imagenets_and_its_grey_average() -> None:
         ({"batch_size": 65, "grad_accum": 2, "data": {"masks_per_image": 4}}, "batch_size", "the nearest is 64"),
         ({"device": "cpu", "precision": "fp16"}, "precision", "needs a GPU"),
         ({"device": "cpu", "precision": "tf32"}, "precision", "needs a GPU"),
+        ({"device": "cpu", "model": {"compile": "cudagraphs"}}, "model.compile", "needs a GPU"),
+        ({"grad_accum": 2, "model": {"compile": "cudagraphs"}}, "model.compile", "needs grad_accum 1"),
+        ({"device": "cpu", "model": {"backend": "triton"}}, "model.backend", "needs a GPU"),
     ],
 )
 def test_impossible_combinations_are_named_with_a_remedy(sections: dict[str, object], key: str, sentence: str) -> None:

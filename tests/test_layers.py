@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fcmae.layers import GRN, Block, grn_linear
+from fcmae.layers import GRN, Block, _GRNLinear, grn_linear
 from fcmae.norms import l2_norm
 from fcmae.sparse import Masked, Packed
 
@@ -62,6 +62,22 @@ def test_under_autocast_the_scaled_weight_is_rounded_once() -> None:
     for one, other in zip(gradients(out, rows, grn, linear), gradients(exact, rows, grn, linear), strict=True):
         assert one.dtype == torch.float32
         assert (one - other).abs().max() < 2**-4 * other.abs().max()
+
+
+@pytest.mark.parametrize("sites", [2, 8])  # fewer than the Linear's width, and more
+def test_a_channel_that_fp16_can_hardly_hold_has_a_finite_gradient(sites: int) -> None:
+    grn, linear = parts(4, 6, torch.float32)
+    rows = torch.randn(2, sites, 6)
+    rows[:, :, 1] = 0
+    rows[:, 0, 1] = 6e-8  # fp16's smallest number: one over its norm is more than fp16's largest
+    leaf = rows.half().requires_grad_()
+    # Without autocast, which fp16 does not have on every CPU.
+    arguments = [
+        x.detach() for x in (grn.gamma.flatten(), grn.beta.flatten(), linear.weight.half(), linear.bias.half())
+    ]
+    out = _GRNLinear.apply(leaf, *arguments)
+    (found,) = torch.autograd.grad(out, leaf, torch.randn_like(out))
+    assert found.isfinite().all()
 
 
 @pytest.mark.parametrize("grn_scope", ["image", "batch"])

@@ -540,6 +540,35 @@ def test_an_exploding_run_stops_with_the_step_and_keeps_its_last_good_checkpoint
     assert "NaN" not in (out / "metrics.jsonl").read_text()
 
 
+def test_a_step_read_one_later_is_named_and_neither_of_the_two_is_saved(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, spoiled = tmp_path / "out", [False]
+    loss_of = fcmae.pretrain.reconstruction_loss
+
+    def loss(*args: Any, **options: Any) -> torch.Tensor:
+        value = loss_of(*args, **options)
+        return value * torch.nan if spoiled[0] else value
+
+    monkeypatch.setattr(fcmae.pretrain, "reconstruction_loss", loss)
+    at_step(monkeypatch, 2, lambda: spoiled.__setitem__(0, True))
+    # Nothing is logged before step 99, so step 2 is read while step 3 computes.
+    seen: list[int] = []
+    at_step(monkeypatch, 3, lambda: (seen.append(3), spoiled.__setitem__(0, False))[0])
+    assert run(images, out, log__every_steps=99, checkpoint__every_epochs=9, log__eval_epochs=9) == 2
+    assert seen == [3]
+    assert "step 2: the loss is nan; there is no checkpoint yet" in capsys.readouterr().err
+    assert checkpoint.latest(out) is None
+
+
+def test_a_signal_stops_at_the_end_of_its_step_though_nothing_is_logged(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_step(monkeypatch, 2, kill_self(signal.SIGTERM))
+    assert run(images, tmp_path, log__every_steps=99, checkpoint__every_epochs=9, log__eval_epochs=9) == 0
+    assert list(checkpoint.steps(tmp_path)) == [2]
+
+
 def test_an_image_of_huge_numbers_stops_the_run_before_it_spoils_the_weights(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -61,8 +61,10 @@ def make_layout(backend: str, mask: Tensor, num_visible: int | None = None, grn_
     if backend == "triton":
         try:
             from fcmae.sparse.kernels import PackedTriton
-        except ImportError as error:
-            raise ValueError(f"backend = 'triton' needs Triton ({error}): pip install triton, or use packed") from error
+        except (ImportError, AttributeError) as error:  # an old one lacks what the kernels use
+            raise ValueError(
+                f"backend = 'triton' needs a recent Triton ({error}): pip install -U triton, or use packed"
+            ) from error
 
         return PackedTriton(mask, count_visible(mask) if num_visible is None else num_visible, grn_scope)
     if backend == "masked":

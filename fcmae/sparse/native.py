@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -59,18 +60,18 @@ def _(grad: Tensor, canvas: Tensor, rows: Tensor) -> Tensor:
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled loop, or None if there is no compiler, or if what it makes does not load."""
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if sys.platform != "linux" or compiler is None:
+    compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
+    if sys.platform != "linux" or shutil.which(compiler[0]) is None:
         return None
     try:
         return ctypes.CDLL(str(_compiled(compiler)))
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, RuntimeError, subprocess.SubprocessError):  # RuntimeError: there is no home directory
         return None
 
 
-def _compiled(compiler: str) -> Path:
+def _compiled(compiler: list[str]) -> Path:
     """The library's file, made if it is not there. Raises OSError or SubprocessError if it cannot be."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, timeout=60, check=True).stdout
+    version = subprocess.run([*compiler, "--version"], capture_output=True, timeout=60, check=True).stdout
     # What -march=native takes: a home directory may be shared by machines of several kinds.
     processor = [
         line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Features"))
@@ -87,6 +88,6 @@ def _compiled(compiler: str) -> Path:
                 [*FLAGS, "-c", str(SOURCE), "-o", str(objects)],
                 ["-shared", str(objects), "-o", str(made)],
             ):
-                subprocess.run([compiler, *command], capture_output=True, timeout=60, check=True)
+                subprocess.run([*compiler, *command], capture_output=True, timeout=60, check=True)
             made.replace(place)  # whole or not at all
     return place
