@@ -256,8 +256,8 @@ def test_report_says_what_is_met_what_is_not_and_what_was_not_measured(tmp_path:
     assert row(page, "whole step, atto, batch 16", "own depthwise")[3:] == ["7.00x (7.00 - 7.00)", "met"]
     assert row(page, "whole step, atto, batch 16", "our backend")[3:] == ["not measured", ""]
     assert row(page, "48 of 49")[3:] == ["1.20x (1.20 - 1.20)", "**not met**"]
-    assert row(page, "500x375")[3:] == ["4.00x (4.00 - 4.00)", "met"]
-    assert row(page, "2000x1500")[3:] == ["not measured", ""]
+    assert row(page, "500x375", "same core")[3:] == ["4.00x (4.00 - 4.00)", "met"]
+    assert row(page, "2000x1500", "same core")[3:] == ["not measured", ""]
     assert row(page, "GPU", "masked")[3:] == ["not measured", ""]
     assert page.count("one of them") == 1  # benchmarks of one machine name it once
     assert "load when it started: 0.10" in page
