@@ -31,7 +31,17 @@ V2Variant = Literal[
     "convnextv2_large",
     "convnextv2_huge",
 ]
-V1Variant = Literal["convnext_tiny", "convnext_small", "convnext_base", "convnext_large", "convnext_xlarge"]
+V1Variant = Literal[
+    "convnext_atto",
+    "convnext_femto",
+    "convnext_pico",
+    "convnext_nano",
+    "convnext_tiny",
+    "convnext_small",
+    "convnext_base",
+    "convnext_large",
+    "convnext_xlarge",
+]
 Variant = Literal[V2Variant, V1Variant]
 
 
@@ -142,7 +152,7 @@ class FinetuneData(ImageConfig):
 
 class PretrainModel(Section):
     variant: Variant = "convnextv2_atto"
-    """The encoder: convnextv2_atto to _huge, or V1 (LayerScale, no GRN): convnext_tiny to _xlarge."""
+    """The encoder: convnextv2_atto to _huge, or V1 (LayerScale, no GRN): convnext_atto to _xlarge."""
     init: str | None = Field(None, min_length=1)
     """Starting weights: a run, a checkpoint, or weights in any format that `fcmae convert` reads; a decoder that they
     do not have, or that does not fit, starts fresh. Default: all from scratch."""

@@ -19,7 +19,7 @@ class Variant(NamedTuple):
     use_grn: bool
 
 
-# arXiv 2301.00808, Appendix A.1, and arXiv 2201.03545, Sec. 3; `small` of V2 is timm's.
+# arXiv 2301.00808, Appendix A.1, and arXiv 2201.03545, Sec. 3; `small` of V2, and V1 below `tiny`, are timm's.
 VARIANTS = {
     "convnextv2_atto": Variant((2, 2, 6, 2), (40, 80, 160, 320), True),
     "convnextv2_femto": Variant((2, 2, 6, 2), (48, 96, 192, 384), True),
@@ -30,6 +30,10 @@ VARIANTS = {
     "convnextv2_base": Variant((3, 3, 27, 3), (128, 256, 512, 1024), True),
     "convnextv2_large": Variant((3, 3, 27, 3), (192, 384, 768, 1536), True),
     "convnextv2_huge": Variant((3, 3, 27, 3), (352, 704, 1408, 2816), True),
+    "convnext_atto": Variant((2, 2, 6, 2), (40, 80, 160, 320), False),
+    "convnext_femto": Variant((2, 2, 6, 2), (48, 96, 192, 384), False),
+    "convnext_pico": Variant((2, 2, 6, 2), (64, 128, 256, 512), False),
+    "convnext_nano": Variant((2, 2, 8, 2), (80, 160, 320, 640), False),
     "convnext_tiny": Variant((3, 3, 9, 3), (96, 192, 384, 768), False),
     "convnext_small": Variant((3, 3, 27, 3), (96, 192, 384, 768), False),
     "convnext_base": Variant((3, 3, 27, 3), (128, 256, 512, 1024), False),

@@ -79,7 +79,8 @@ _FROM_OURS: dict[str, tuple[tuple[str, str], ...]] = {
 _WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod|model|convnextv2|convnext)\.)+")
 
 # timm computes the MLP of its small models as 1x1 convolutions.
-_TIMM_CONVOLUTIONAL = ("convnextv2_atto", "convnextv2_femto", "convnextv2_pico", "convnextv2_nano")
+_SMALL = ("atto", "femto", "pico", "nano")
+_TIMM_CONVOLUTIONAL = tuple(f"{family}_{size}" for family in ("convnext", "convnextv2") for size in _SMALL)
 
 
 @dataclass(frozen=True)

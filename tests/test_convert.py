@@ -69,7 +69,7 @@ def test_nothing_masked_equals_timm_dense_model(variant: str) -> None:
 
 
 @pytest.mark.parametrize("stem_stride", [1, 2, 4])
-@pytest.mark.parametrize("variant", ["convnextv2_atto", "convnext_tiny"])
+@pytest.mark.parametrize("variant", ["convnextv2_atto", "convnext_atto", "convnext_tiny"])
 def test_gradients_equal_timm_dense_model(variant: str, stem_stride: int) -> None:
     net = FCMAE(Encoder(variant, stem_stride=stem_stride), decoder_dim=8).double()
     randomize(net, std=0.1)

@@ -17,7 +17,7 @@ from fcmae.model import FCMAE
 from fcmae.sparse import Masked, make_layout
 from fcmae.weights import Weights, read_weights
 
-V1_AND_V2 = ["convnextv2_atto", "convnext_tiny"]
+V1_AND_V2 = ["convnextv2_atto", "convnext_atto", "convnext_tiny"]
 
 
 def small(monkeypatch: pytest.MonkeyPatch, variant: str) -> None:
