@@ -25,6 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from fcmae.encoder import VARIANTS
 from fcmae.masking import num_visible, random_mask
+from fcmae.run import cpu_name
 
 Key = TypeVar("Key")
 CPU = torch.device("cpu")
@@ -175,14 +176,6 @@ def machine(device: torch.device = CPU) -> dict[str, str]:
         "torch": torch.__version__,
         "timm": timm.__version__,
     }
-
-
-def cpu_name() -> str:
-    """The processor's name, as exactly as the system tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:

@@ -52,10 +52,10 @@ def scores(labels: Sequence[int] | NDArray[np.int64], probabilities: NDArray[np.
     """What is usually reported of a classifier, by name, each in 0..1 but the loss.
 
     labels: (N,) class indices. probabilities: (N, classes). top1; top5 where there are more than five classes;
-    balanced_accuracy, the mean recall of the classes that occur; auroc for two classes that both occur; val_loss, the
-    mean cross-entropy in nats.
+    balanced_accuracy, the mean recall of the classes that occur; auroc where every class occurs, see `macro_auroc`;
+    val_loss, the mean cross-entropy in nats.
     """
-    from sklearn.metrics import recall_score, roc_auc_score
+    from sklearn.metrics import recall_score
 
     truth = np.asarray(labels)
     num_classes = probabilities.shape[1]
@@ -70,9 +70,23 @@ def scores(labels: Sequence[int] | NDArray[np.int64], probabilities: NDArray[np.
     if num_classes > 5:
         best = np.argpartition(probabilities, -5, axis=1)[:, -5:]
         found["top5"] = float((best == truth[:, None]).any(1).mean())
-    if num_classes == 2 and len(present) == 2:
-        found["auroc"] = float(roc_auc_score(truth, probabilities[:, 1]))
+    # What is not finite is for the caller to report, by the loss.
+    if len(present) == num_classes > 1 and np.isfinite(probabilities).all():
+        found["auroc"] = macro_auroc(truth, probabilities)
     return found
+
+
+def macro_auroc(labels: Sequence[int] | NDArray[np.int64], probabilities: NDArray[np.float32]) -> float:
+    """Area under the ROC curve: of each class that occurs against all others, averaged over these classes.
+
+    labels: (N,) class indices, of two classes at least. probabilities: (N, classes). For two classes it is the usual
+    area, which is the same for both.
+    """
+    from sklearn.metrics import roc_auc_score
+
+    truth = np.asarray(labels)
+    classes = [1] if probabilities.shape[1] == 2 else np.unique(truth)
+    return float(np.mean([roc_auc_score(truth == label, probabilities[:, label]) for label in classes]))
 
 
 def write_predictions(

@@ -100,6 +100,75 @@ def _predict(args: argparse.Namespace) -> None:
     predict(args.model, args.images, args.csv, args.batch_size)
 
 
+def _evaluate(args: argparse.Namespace) -> None:
+    from fcmae.evaluation.evaluate import Data, Options, evaluate
+
+    options = Options(
+        probes=tuple(args.probes),
+        labels=tuple(args.labels),
+        draws=args.draws,
+        stages=_stages(args.stages),
+        image_size=None if args.image_size is None else (args.image_size[0], args.image_size[-1]),
+        seed=args.seed,
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+        device=args.device,
+    )
+    print(evaluate(args.models, Data(args.data, args.test, args.test_share), options, args.out, args.overwrite))
+
+
+def _stages(words: list[str]) -> tuple[int, ...] | None:
+    if words == ["all"]:
+        return None
+    if wrong := [word for word in words if word != "last" and not word.isdecimal()]:
+        raise ValueError(f"stages: {wrong[0]!r} is neither a number nor last: use such as 3 4, last or all")
+    return tuple(-1 if word == "last" else int(word) for word in words)
+
+
+def _embed(args: argparse.Namespace) -> None:
+    from fcmae.evaluation.embed import Pictures, embed
+
+    stages = _stages([args.stage])
+    if stages is None:
+        raise ValueError("stage = all: features of one stage are written: give its number, or last")
+    print(
+        embed(
+            args.model,
+            args.out,
+            images=args.images,
+            data=args.data,
+            pictures=Pictures(args.map, tuple(args.neighbours)),
+            parquet=args.parquet,
+            stage=stages[0],
+            image_size=None if args.image_size is None else (args.image_size[0], args.image_size[-1]),
+            batch_size=args.batch_size,
+            num_workers=args.num_workers,
+            device=args.device,
+            seed=args.seed,
+            overwrite=args.overwrite,
+        )
+    )
+
+
+def _analyze(args: argparse.Namespace) -> None:
+    from fcmae.evaluation.analyze import analyze
+
+    print(
+        analyze(
+            args.models,
+            args.images,
+            args.data,
+            args.out,
+            max_images=args.max_images,
+            image_size=None if args.image_size is None else (args.image_size[0], args.image_size[-1]),
+            batch_size=args.batch_size,
+            num_workers=args.num_workers,
+            device=args.device,
+            overwrite=args.overwrite,
+        )
+    )
+
+
 def _stats(args: argparse.Namespace) -> None:
     from fcmae.data.index import find_images
     from fcmae.data.stats import channel_statistics
@@ -139,6 +208,16 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"received {text}; allowed: >= 1")
     return int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"received {text}; allowed: between 0 and 1")
+    return value
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -195,6 +274,110 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("images", nargs="+", metavar="IMAGES", help="images, folders, lists or glob patterns")
     command.add_argument("--csv", type=Path, metavar="FILE", help="write the predictions here too")
     command.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="images at a time [64]")
+
+    def add_reading(command: argparse.ArgumentParser) -> None:
+        """How images are read and features computed."""
+        command.add_argument(
+            "--image-size", type=_positive, nargs="+", metavar="N", help="side, or height and width [each model's own]"
+        )
+        command.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="images at a time [64]")
+        command.add_argument(
+            "--device", choices=("auto", "cpu"), default="auto", help="auto takes a GPU, if there is one"
+        )
+        command.add_argument("--num-workers", type=_positive, metavar="N", help="processes that decode [found out]")
+
+    command = add(
+        "evaluate",
+        _evaluate,
+        "Tell by kNN, linear and few-label probes how well frozen features separate classes",
+        "evaluate runs/first random:runs/first --data labelled",
+    )
+    command.add_argument(
+        "models",
+        nargs="+",
+        metavar="MODEL",
+        help="runs, checkpoints, exported models, names of timm's models, or random: before one of these, for the same "
+        "network untrained",
+    )
+    command.add_argument(
+        "--data", required=True, metavar="DIR|CSV", help="labelled images: a folder a class, or columns path,label"
+    )
+    command.add_argument("--test", metavar="DIR|CSV", help="images to test on [a share of --data]")
+    command.add_argument("--test-share", type=_share, default=0.2, metavar="X", help="share, of each class [0.2]")
+    command.add_argument(
+        "--probes", nargs="+", choices=("knn", "linear", "few-shot"), default=["knn", "linear"], help="[knn linear]"
+    )
+    command.add_argument(
+        "--labels",
+        nargs="+",
+        default=["1%", "10%"],
+        metavar="N|N%",
+        help="of few-shot: images a class, or a share of the training images [1%% 10%%]",
+    )
+    command.add_argument(
+        "--draws", type=_positive, default=5, metavar="N", help="of few-shot: how often labels are drawn [5]"
+    )
+    command.add_argument(
+        "--stages", nargs="+", default=["last"], metavar="N", help="which outputs: numbers from 1, last, or all [last]"
+    )
+    add_reading(command)
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is drawn [0]")
+    command.add_argument(
+        "--out", type=Path, metavar="DIR", help="where results go [RUN/evaluation, for RUN and random:RUN]"
+    )
+    command.add_argument("--overwrite", action="store_true", help="replace earlier results")
+
+    command = add(
+        "embed",
+        _embed,
+        "Write features of images, a map of them, and pictures of nearest neighbours",
+        "embed runs/first --data labelled --neighbours photo.jpg --out embedded",
+    )
+    command.add_argument("model", metavar="MODEL", help="as for evaluate")
+    source = command.add_mutually_exclusive_group(required=True)
+    source.add_argument("--images", nargs="+", metavar="PATH", help="images, folders, lists or glob patterns")
+    source.add_argument("--data", metavar="DIR|CSV", help="labelled images: a folder a class, or columns path,label")
+    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="where results go")
+    command.add_argument(
+        "--map",
+        choices=("tsne", "umap", "none"),
+        default="tsne",
+        help="how the map is made; umap needs umap-learn [tsne]",
+    )
+    command.add_argument("--neighbours", nargs="+", default=[], metavar="PATH", help="images whose 8 nearest are shown")
+    command.add_argument("--parquet", action="store_true", help="one Parquet file in place of .npy and .csv")
+    command.add_argument("--stage", default="last", metavar="N", help="which output: a number from 1, or last [last]")
+    add_reading(command)
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="of the map [0]")
+    command.add_argument("--overwrite", action="store_true", help="replace earlier results")
+
+    command = add(
+        "analyze",
+        _analyze,
+        "Compare what the channels of ConvNeXts do: diversity, dead ones, effective rank, GRN, class selectivity",
+        "analyze runs/v1 runs/v2 random:runs/v2 --images photos --out compared",
+    )
+    command.add_argument(
+        "models",
+        nargs="+",
+        metavar="MODEL",
+        help="ConvNeXts: runs, checkpoints, exported models, names of timm's models, or random: before one of these",
+    )
+    source = command.add_mutually_exclusive_group(required=True)
+    source.add_argument("--images", nargs="+", metavar="PATH", help="images, folders, lists or glob patterns")
+    source.add_argument(
+        "--data",
+        metavar="DIR|CSV",
+        help="labelled images, for class selectivity too: a folder a class, or columns path,label",
+    )
+    command.add_argument(
+        "--max-images", type=_positive, default=1000, metavar="N", help="of more, N are taken, evenly spread [1000]"
+    )
+    add_reading(command)
+    command.add_argument(
+        "--out", type=Path, metavar="DIR", help="where figures go [RUN/analysis, for RUN and random:RUN]"
+    )
+    command.add_argument("--overwrite", action="store_true", help="replace earlier results")
 
     command = add(
         "stats", _stats, "Print the images' mean and std, as lines for a configuration", "stats photos --in-chans 4"

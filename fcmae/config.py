@@ -260,11 +260,23 @@ class CheckpointConfig(Section):
     """Every how many epochs a checkpoint stays for good; 0 for never."""
 
 
+class MonitorConfig(Section):
+    """What is watched of the encoder at each evaluation."""
+
+    num_images: int = Field(256, ge=0)
+    """Images, held out as far as there are, on which each block's cosine distance, effective rank and dead and
+    saturated channels are measured; 0 for none."""
+    labelled: str | None = Field(None, min_length=1)
+    """Labelled images, a folder with one sub-folder a class or a CSV file with the columns path,label. A quarter of
+    them (of 2,000 if there are more) is classified by its 20 nearest neighbours among the others; nothing is trained on
+    labels."""
+
+
 class LogConfig(Section):
     every_steps: int = Field(10, ge=1)
     """Steps between lines of train.log and metrics.jsonl."""
     eval_epochs: float = Field(1.0, gt=0)
-    """Epochs between evaluations (validation loss and reconstructions, or accuracy)."""
+    """Epochs between evaluations (validation loss, monitors and reconstructions, or accuracy)."""
     trackers: Annotated[list[str], BeforeValidator(_no_items)] = ["tensorboard"]
     """accelerate's trackers, by name (tensorboard, wandb, mlflow, ...), or none."""
 
@@ -349,6 +361,7 @@ class PretrainConfig(RunConfig):
     data: PretrainData = Field(default_factory=PretrainData)
     model: PretrainModel = Field(default_factory=PretrainModel)
     optim: Optim = Field(default_factory=Optim)
+    monitor: MonitorConfig = Field(default_factory=MonitorConfig)
 
     def conflicts(self) -> Iterator[Conflict]:
         yield from super().conflicts()
@@ -479,5 +492,7 @@ FREE_ON_RESUME = frozenset(
         "log.every_steps",
         "log.eval_epochs",
         "log.trackers",
+        "monitor.num_images",
+        "monitor.labelled",
     }
 )

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from itertools import islice
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from fcmae import checkpoint
+from fcmae import checkpoint, health
 from fcmae.config import Optim, RunConfig
 from fcmae.data.bad_files import BadFiles
 from fcmae.data.dataset import Batch, Sample
@@ -77,7 +78,7 @@ def fit(
         masks_per_image=masks_per_image,
     )
     device = accelerator.device
-    window = Window()
+    window = Window(device.type)
     loader = build_loader(train_set, sampler, num_workers=num_workers, device_type=device.type)
     batches = window.timed(prefetched(loader, device))
     unread_files: list[tuple[str, str]] = []
@@ -118,6 +119,8 @@ def fit(
         window.add(result.loss, cfg.batch_size)
         return result
 
+    recent: deque[dict[str, float]] = deque(maxlen=2 * health.STARVED_WINDOWS)
+    told = not accelerator.is_main_process
     unread_step: StartedStep | None = None
     hidden = None if accelerator.is_main_process else True  # None: where there is no terminal
     with tqdm(total=total, initial=start_step, unit="step", disable=hidden) as bar:
@@ -164,6 +167,10 @@ def fit(
                 if math.isfinite(result.grad_norm):  # under fp16 it may not be
                     line["grad_norm"] = result.grad_norm
                 metrics.write(done, epoch, **line)
+                recent.append({"step": done, "epoch": epoch, **line})
+                if not told and (starved := health.starved(recent)) is not None:
+                    told = True
+                    logger.warning(starved.text)
                 text = f"loss {line['loss']:.4f}, {line['images_per_s']:.1f} images/s"
                 bar.set_postfix_str(text)
                 left = timedelta(seconds=round((total - done) * cfg.batch_size / line["images_per_s"]))
@@ -266,26 +273,41 @@ def optimizer_step(
 
 
 class Window:
-    """Means over the steps since the last line of the log."""
+    """Means over the steps since the last line of the log.
 
-    def __init__(self) -> None:
+    device_type: of what computes the steps.
+    """
+
+    def __init__(self, device_type: str = "cpu") -> None:
+        self._on_cuda = device_type == "cuda"
         self._reset()
 
     def _reset(self) -> None:
         self._started = time.perf_counter()
         self._images = self._steps = 0
         self._loss = self._waited = 0.0
+        self._gaps: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The batches, with the time that the loop waits for them counted."""
+        """The batches, with the time counted that the loop, and the device, wait for them."""
         while True:
-            before = time.perf_counter()
+            before, idle_from = time.perf_counter(), self._mark()
             try:
                 batch = next(batches)
             except StopIteration:
                 return
             self._waited += time.perf_counter() - before
+            if idle_from is not None and (idle_to := self._mark()) is not None:
+                self._gaps.append((idle_from, idle_to))
             yield batch
+
+    def _mark(self) -> torch.cuda.Event | None:
+        """On CUDA, the time at which the device has done all that it was given."""
+        if not self._on_cuda:
+            return None
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -300,12 +322,19 @@ class Window:
         self._images += images
 
     def summary(self) -> dict[str, float]:
-        """loss: mean. images_per_s. data_wait_s: seconds waiting for data, in all. Starts the next window."""
+        """Numbers of the window, whose steps the device has done; starts the next.
+
+        loss: mean. images_per_s. data_wait_s: seconds that the loop waited for data, in all. data_wait_share: of the
+        window's time, in which the device stood still for want of data. On CUDA that is less: the loop may wait while
+        the device computes the step before.
+        """
         seconds = time.perf_counter() - self._started
+        idle = sum(start.elapsed_time(end) for start, end in self._gaps) / 1000 if self._on_cuda else self._waited
         values = {
             "loss": self._loss / self._steps,
             "images_per_s": round(self._images / seconds, 2),
             "data_wait_s": round(self._waited, 4),
+            "data_wait_share": round(idle / seconds, 4),
         }
         self._reset()
         return values

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from fcmae.data.dataset import denormalize
@@ -15,6 +17,8 @@ from fcmae.loss import patch_statistics, patchify, unpatchify
 from fcmae.sites import refine
 
 GREY = 0.5  # what hidden patches are shown as, where 0 is black and 1 is white
+TILE = 128  # longest side of an image in a picture over time, in pixels
+MOMENTS = 8  # in such a picture
 
 
 def reconstruction_panels(
@@ -54,15 +58,112 @@ def save_reconstructions(path: Path, panels: Sequence[Tensor], title: str) -> No
         low, high = float(panels[0][row].min()), float(panels[0][row].max())
         for column, (panel, name) in enumerate(zip(panels, names, strict=True)):
             axis = axes[row, column]
-            axis.imshow(_displayable(panel[row], low, high), cmap="gray", vmin=0, vmax=1)
+            axis.imshow(displayable(panel[row], low, high), cmap="gray", vmin=0, vmax=1)
             axis.set_axis_off()
             if row == 0:
                 axis.set_title(name, fontsize=10)
     figure.suptitle(title, fontsize=11)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _displayable(image: Tensor, low: float, high: float) -> NDArray[np.float32]:
+def save_tiles(path: Path, panels: Sequence[Tensor]) -> None:
+    """Keep what `save_over_time` shows of one evaluation: reconstructions with visible patches, below one another.
+
+    panels: of `reconstruction_panels`. Images of more than TILE pixels are scaled down.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".tmp-{path.name}")
+    Image.fromarray(_tiles(panels[3], panels[0])).save(aside, format="png")
+    aside.replace(path)
+
+
+def _tiles(panel: Tensor, originals: Tensor) -> NDArray[np.uint8]:
+    """(B, C, H, W) to (B * h, w) or (B * h, w, 3) uint8, on the scale of the originals."""
+    size = panel.shape[2:]
+    shrink = max(1.0, max(size) / TILE)
+    small = F.interpolate(panel, [round(side / shrink) for side in size], mode="area") if shrink > 1 else panel
+    rows = [
+        displayable(image, float(original.min()), float(original.max()))
+        for image, original in zip(small, originals, strict=True)
+    ]
+    strip: NDArray[np.uint8] = (np.concatenate(rows) * 255).round().astype(np.uint8)
+    return strip
+
+
+def save_over_time(path: Path, panels: Sequence[Tensor], moments: Sequence[tuple[str, Path]], title: str) -> None:
+    """Draw how reconstructions of the same images became what they are, one image a row.
+
+    panels: of `reconstruction_panels`, now: originals and masked images stand first. moments: titles and files of
+    `save_tiles`, in order; of more than MOMENTS, that many are drawn, evenly spread from the first to the last.
+    """
+    from matplotlib.figure import Figure
+
+    if len(moments) > MOMENTS:
+        moments = [moments[round(i)] for i in np.linspace(0, len(moments) - 1, MOMENTS)]
+    columns = [("original", _tiles(panels[0], panels[0])), ("masked", _tiles(panels[1], panels[0]))]
+    for name, file in moments:
+        with Image.open(file) as image:
+            columns.append((name, np.asarray(image)))
+    # One image with white gaps: axes for each of the tiles would take long to lay out.
+    num, (height, width) = panels[0].shape[0], columns[0][1].shape[:2]
+    side, gap = height // num, max(1, width // 16)
+    mosaic = np.full((num * (side + gap), len(columns) * (width + gap), *columns[0][1].shape[2:]), 255, np.uint8)
+    for column, (_, strip) in enumerate(columns):
+        for row, tile in enumerate(np.split(strip, num)):
+            top, left = row * (side + gap), column * (width + gap)
+            mosaic[top : top + side, left : left + width] = tile
+    figure = Figure(figsize=(1.3 * len(columns), 1.3 * num * side / width + 0.7), layout="constrained")
+    axis = figure.subplots()
+    axis.imshow(mosaic[:-gap, :-gap], cmap="gray", vmin=0, vmax=255)
+    middles = [column * (width + gap) + width / 2 for column in range(len(columns))]
+    axis.set_xticks(middles, [name for name, _ in columns], fontsize=9)
+    axis.tick_params(top=False, bottom=False, labeltop=True, labelbottom=False)
+    axis.set_yticks([])
+    axis.spines[:].set_visible(False)
+    figure.suptitle(title, fontsize=11)
+    save_figure(figure, path)
+
+
+def save_heat_map(
+    path: Path,
+    layers: Sequence[str],
+    epochs: Sequence[float],
+    values: NDArray[np.float64],
+    label: str,
+    limits: tuple[float, float] | None = None,
+) -> None:
+    """Draw a statistic of each layer over time, the first layer on top.
+
+    epochs: rising. values: (layers, epochs); NaN is left blank. label: of the colours. limits: values of the first and
+    the last colour; None spreads the colours over the logarithm of the values, which are positive.
+    """
+    from matplotlib.colors import LogNorm, Normalize
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, ScalarFormatter
+
+    # A cell reaches half-way to its neighbours.
+    middles = (np.array(epochs[1:]) + np.array(epochs[:-1])) / 2
+    first = middles[0] - epochs[0] if len(epochs) > 1 else 0.5
+    last = epochs[-1] - middles[-1] if len(epochs) > 1 else 0.5
+    edges = np.concatenate([[epochs[0] - first], middles, [epochs[-1] + last]])
+    figure = Figure(figsize=(8, 1.6 + 0.22 * len(layers)), layout="constrained")
+    axis = figure.subplots()
+    norm = Normalize(*limits) if limits is not None else LogNorm(np.nanmin(values), np.nanmax(values) * 1.001)
+    mesh = axis.pcolormesh(edges, np.arange(len(layers) + 1), values, cmap="viridis", norm=norm)
+    shown = range(0, len(layers), max(1, len(layers) // 24))
+    axis.set_yticks([i + 0.5 for i in shown], [layers[i] for i in shown], fontsize=8)
+    axis.invert_yaxis()
+    axis.xaxis.set_major_locator(MaxNLocator(integer=epochs[-1] - epochs[0] > 2))
+    axis.set_xlabel("epoch")
+    bar = figure.colorbar(mesh, ax=axis)
+    bar.set_label(label, fontsize=9)
+    if limits is None:  # 20 rather than 2 x 10^1
+        bar.ax.yaxis.set_major_formatter(ScalarFormatter())
+        bar.ax.yaxis.set_minor_formatter(ScalarFormatter())
+    save_figure(figure, path)
+
+
+def displayable(image: Tensor, low: float, high: float) -> NDArray[np.float32]:
     """(C, H, W) to (H, W) or (H, W, 3) in 0..1; the original's range decides the scale where it leaves 0..1."""
     if low >= 0 and high <= 1:
         low, high = 0.0, 1.0
@@ -85,10 +186,11 @@ def save_curves(path: Path, curves: Mapping[str, tuple[Sequence[float], Sequence
     axis.grid(alpha=0.3)
     if curves:  # matplotlib warns of a legend without entries
         axis.legend()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _save(figure: object, path: Path) -> None:
+def save_figure(figure: object, path: Path) -> None:
+    """Write matplotlib's figure as PNG, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".tmp-{path.name}")
     figure.savefig(aside, dpi=110, format="png")  # type: ignore[attr-defined]  # matplotlib is not typed here

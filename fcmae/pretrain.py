@@ -7,9 +7,11 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
+from PIL import Image
 from torch import Tensor
 
 from fcmae import checkpoint, optim
@@ -26,8 +28,9 @@ from fcmae.loop import fit
 from fcmae.loss import reconstruction_loss
 from fcmae.masking import num_visible, random_mask
 from fcmae.model import FCMAE
-from fcmae.pictures import reconstruction_panels, save_curves, save_reconstructions
-from fcmae.run import Metrics, RunDirectory, StopSignal, local_processes, make_accelerator
+from fcmae.monitor import Labelled, Monitor, Watch, draw_over_time, find_monitored_labels, monitored_images
+from fcmae.pictures import reconstruction_panels, save_curves, save_over_time, save_reconstructions, save_tiles
+from fcmae.run import Metrics, RunDirectory, StopSignal, local_processes, make_accelerator, read_metrics
 from fcmae.weights import read_weights
 
 logger = logging.getLogger("fcmae")
@@ -39,7 +42,8 @@ def main(cfg: PretrainConfig) -> None:
     """Run or resume the pretraining that `cfg` describes.
 
     Raises ValueError, before anything is written, if the run directory holds something else, the images cannot make a
-    batch or `model.init` does not fit; FloatingPointError if the loss or a gradient stops being finite.
+    batch, or `model.init` or `monitor.labelled` does not fit; FloatingPointError if the loss or a gradient stops being
+    finite.
     """
     run = RunDirectory(cfg, "pretrain")
     accelerator = make_accelerator(cfg)
@@ -56,12 +60,15 @@ def main(cfg: PretrainConfig) -> None:
         started = start(cfg, net, Path(cfg.model.init))
     if run.resume_from is not None:
         checkpoint.check_images(run.resume_from, train_index.fingerprint())
+    labelled = None
+    if cfg.monitor.labelled is not None and accelerator.is_main_process:
+        labelled = find_monitored_labels(cfg.monitor.labelled, cfg.data.in_chans, cfg.data.image_size, cfg.seed)
     with run.open(accelerator.is_main_process), StopSignal() as stop:
         if accelerator.is_main_process:
             index.save(run.path / "files.json")
         if run.resume_from is None:
             logger.info("start: %s", "; ".join(started))
-        train(cfg, run, accelerator, net, train_index, val_index, stop)
+        train(cfg, run, accelerator, net, train_index, val_index, labelled, stop)
     accelerator.end_training()
 
 
@@ -137,6 +144,7 @@ def train(
     net: FCMAE,
     train_index: FileIndex,
     val_index: FileIndex,
+    labelled: Labelled | None,
     stop: StopSignal,
 ) -> None:
     per_epoch = steps_per_epoch(len(train_index), cfg.batch_size, cfg.data.masks_per_image)
@@ -184,10 +192,21 @@ def train(
     model, optimizer = accelerator.prepare(net, adamw, device_placement=[True, False])
     metrics = Metrics(run.path / "metrics.jsonl", accelerator, start)
     bad_files = BadFiles(run.path / "bad_files.txt", len(train_index) + len(val_index), cfg.data.max_bad_share)
+    monitor = Monitor(
+        monitored_images(val_index, train_index, cfg.monitor.num_images),
+        labelled,
+        in_chans=cfg.data.in_chans,
+        image_size=cfg.data.image_size,
+        mean=cfg.data.statistics()[0],
+        std=cfg.data.statistics()[1],
+        device=device,
+        num_workers=workers,
+    )
+    watch = Watch(read_metrics(metrics.path) if accelerator.is_main_process else ())
 
     @torch.no_grad()
     def evaluate(step: int) -> None:
-        """The loss on the held-out images under their fixed masks, a picture and the curve."""
+        """The loss on the held-out images under their fixed masks, what the monitors see, pictures and the curve."""
         net.eval()
         sums = torch.zeros(2, device=device)  # loss times images, images
         bad: list[tuple[str, str]] = []
@@ -202,14 +221,22 @@ def train(
             bad = gather_object(bad)
         if accelerator.is_main_process:
             bad_files.add(bad)
+        values: dict[str, float] = {}
         if num_images:
-            val_loss = loss_sum / num_images
-            if not math.isfinite(val_loss):
-                raise FloatingPointError(f"step {step}: the validation loss is {val_loss}")
-            metrics.write(step, step / per_epoch, val_loss=val_loss)
-            logger.info("step %d: validation loss %.4f on %d images", step, val_loss, num_images)
+            values["val_loss"] = loss_sum / num_images
+            if not math.isfinite(values["val_loss"]):
+                raise FloatingPointError(f"step {step}: the validation loss is {values['val_loss']}")
+            logger.info("step %d: validation loss %.4f on %d images", step, values["val_loss"], num_images)
         if accelerator.is_main_process:
+            values |= monitor.measure(net.encoder)
+            if "knn_top1" in values:
+                logger.info("step %d: nearest neighbours' accuracy %.4f", step, values["knn_top1"])
+            if values:
+                metrics.write(step, step / per_epoch, **values)
             picture(step)
+            lines = read_metrics(metrics.path)
+            draw_over_time(run.path, lines)
+            watch.look(lines)
         net.train()
 
     def picture(step: int) -> None:
@@ -222,8 +249,23 @@ def train(
         title = (
             f"{cfg.model.variant}, epoch {step / per_epoch:.4g}, {'held-out' if len(val_set) else 'training'} images"
         )
-        save_reconstructions(run.path / "reconstructions" / f"step-{step:08d}.png", panels, title)
+        folder = run.path / "reconstructions"
+        save_reconstructions(folder / f"step-{step:08d}.png", panels, title)
+        save_tiles(folder / "tiles" / f"step-{step:08d}.png", panels)
+        # Steps to come may have been seen by a run that was cut off.
+        seen = [(int(path.stem.removeprefix("step-")), path) for path in sorted((folder / "tiles").glob("step-*.png"))]
+        moments = [(f"epoch {number / per_epoch:.4g}", path) for number, path in seen if number <= step]
+        save_over_time(folder / "over-time.png", panels, moments, f"{cfg.model.variant}: the same images over time")
+        show("reconstructions", folder / f"step-{step:08d}.png", step)
         save_curves(run.path / "loss.png", metrics.curves("loss", "val_loss"), "loss")
+
+    def show(name: str, path: Path, step: int) -> None:
+        """Give a picture to TensorBoard."""
+        for tracker in accelerator.trackers:
+            if tracker.name == "tensorboard":
+                with Image.open(path) as image:
+                    pixels = np.asarray(image.convert("RGB"))
+                tracker.log_images({name: pixels[None]}, step, dataformats="NHWC")
 
     def save(step: int) -> None:
         if accelerator.is_main_process:

@@ -2,6 +2,7 @@
 
 RUN/
     config.yaml       the resolved settings
+    environment.json  versions, machine and command, an entry for each start
     files.json        the index of the images (val_files.json: of labelled ones held out)
     train.log         what the terminal showed
     metrics.jsonl     one JSON object a line
@@ -16,13 +17,17 @@ import fcntl
 import json
 import logging
 import os
+import platform
 import random
+import shlex
 import shutil
 import signal
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from importlib import metadata
 from operator import attrgetter
 from pathlib import Path
 from types import FrameType
@@ -37,19 +42,24 @@ from tqdm import tqdm
 import fcmae
 from fcmae import checkpoint, settings
 from fcmae.config import RunConfig
+from fcmae.data.cores import num_cores
 
 logger = logging.getLogger("fcmae")
 
 # All that a run writes beside config.yaml, so that --overwrite deletes nothing else.
-DIRECTORIES = ("tensorboard", "reconstructions", "best", "last")
+DIRECTORIES = ("tensorboard", "reconstructions", "best", "last", "evaluation", "analysis")
 FILES = (
+    "environment.json",
     "files.json",
     "val_files.json",
     "train.log",
     "metrics.jsonl",
     "bad_files.txt",
     "loss.png",
+    "cosine_distance.png",
+    "effective_rank.png",
     "predictions.csv",
+    "report.html",
 )
 
 
@@ -130,6 +140,7 @@ class RunDirectory:
                 self._clear()
             text = f"# fcmae {self.kind} {fcmae.__version__}\n{settings.dump(self.cfg)}"
             write_text(self.path / "config.yaml", text)
+            record_start(self.path / "environment.json", _uses_cpu(self.cfg))
             with _logging_to(self.path / "train.log"):
                 yield
 
@@ -151,6 +162,46 @@ def write_text(path: Path, text: str) -> None:
     aside = path.with_name(f".tmp-{path.name}")
     aside.write_text(text, encoding="utf-8")
     aside.replace(path)
+
+
+def record_start(path: Path, cpu: bool) -> None:
+    """Append to a JSON list what this process runs with: time, versions, machine, command.
+
+    cpu: whether it computes on the CPU whatever else is there. A file that holds no list is begun anew.
+    """
+    started = []
+    with suppress(OSError, ValueError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        started = found if isinstance(found, list) else []
+    device = torch.device("cpu") if cpu else torch.accelerator.current_accelerator() or torch.device("cpu")
+    program = Path(sys.argv[0])
+    record = {
+        "time": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "versions": {
+            "fcmae": fcmae.__version__,
+            "torch": torch.__version__,
+            "timm": metadata.version("timm"),
+            "accelerate": metadata.version("accelerate"),
+            "python": platform.python_version(),
+        },
+        "device": device.type,
+        "device_name": torch.cuda.get_device_name() if device.type == "cuda" else cpu_name(),
+        "num_processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "cpu": cpu_name(),
+        "cores": num_cores(),
+        "directory": str(Path.cwd()),
+        # `python -m fcmae.cli` is another way to say fcmae.
+        "command": shlex.join(["fcmae" if program.name == "cli.py" else program.name, *sys.argv[1:]]),
+    }
+    write_text(path, json.dumps([*started, record], indent=1) + "\n")
+
+
+def cpu_name() -> str:
+    """The processor's name, as exactly as the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 class _TerminalHandler(logging.Handler):
@@ -208,9 +259,9 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, without a last one that was cut off."""
+    """The lines of a metrics.jsonl, without a last one that was cut off; none before the first was written."""
     lines = []
-    for text in path.read_text().splitlines():
+    for text in path.read_text().splitlines() if path.exists() else ():
         try:
             lines.append(json.loads(text))
         except json.JSONDecodeError:
@@ -218,12 +269,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def _uses_cpu(cfg: RunConfig) -> bool:
+    return cfg.device == "cpu" or not torch.accelerator.is_available()
+
+
 def make_accelerator(cfg: RunConfig) -> Accelerator:
     """accelerate's view of the devices, for cfg.device, cfg.precision and the trackers.
 
     Raises ValueError for fp16 and tf32 on a CPU.
     """
-    cpu = cfg.device == "cpu" or not torch.accelerator.is_available()
+    cpu = _uses_cpu(cfg)
     precision = {"fp32": "no", "tf32": "no", "auto": "no"}.get(cfg.precision, cfg.precision)
     # GPUs without bf16 emulate it, slower than float32.
     has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -59,6 +59,7 @@ def flags(images: Path, out: Path, **settings: Any) -> list[str]:
         "log__every_steps": 1,
         "log__eval_epochs": 99,
         "log__trackers": "none",
+        "monitor__num_images": 0,  # timm does not know the tiny model
     } | settings
     return [word for key, value in values.items() for word in (f"--{key.replace('__', '.')}", str(value))]
 

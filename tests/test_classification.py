@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sklearn.metrics import roc_auc_score
 
-from fcmae.classification import scores, write_predictions
+from fcmae.classification import macro_auroc, scores, write_predictions
 
 
 def test_scores_by_hand() -> None:
@@ -35,6 +36,25 @@ def test_top5_counts_the_five_best() -> None:
 
 def test_one_class_alone_has_no_auroc() -> None:
     assert "auroc" not in scores([1, 1], np.full((2, 2), 0.5, np.float32))
+
+
+def test_auroc_of_many_classes_is_the_mean_of_each_against_the_rest() -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(4, size=60)
+    probabilities = rng.dirichlet(np.ones(4), size=60).astype(np.float32)
+    expected = roc_auc_score(labels, probabilities.astype(np.float64), multi_class="ovr", average="macro")
+    assert scores(labels, probabilities)["auroc"] == macro_auroc(labels, probabilities) == pytest.approx(expected)
+    # One class fewer in the labels: of those that occur, and not among the scores of a run, whose classes may vary.
+    some = labels != 3
+    each = [roc_auc_score(labels[some] == label, probabilities[some, label]) for label in range(3)]
+    assert macro_auroc(labels[some], probabilities[some]) == pytest.approx(np.mean(each))
+    assert "auroc" not in scores(labels[some], probabilities[some])
+
+
+def test_probabilities_that_are_not_finite_reach_the_loss() -> None:
+    found = scores([0, 1], np.full((2, 2), np.nan, np.float32))
+    assert np.isnan(found["val_loss"])
+    assert "auroc" not in found
 
 
 def test_predictions_name_classes(tmp_path: Path) -> None:

@@ -137,7 +137,39 @@ def test_a_window_counts_images_and_waiting_but_not_pauses(monkeypatch: pytest.M
         window.add(loss=number, images=10)
     with window.paused():
         clock.now += 60
-    assert window.summary() == {"loss": 0.5, "images_per_s": 5.0, "data_wait_s": 1.0}
+    assert window.summary() == {"loss": 0.5, "images_per_s": 5.0, "data_wait_s": 1.0, "data_wait_share": 0.25}
     clock.now += 2
     window.add(loss=4.0, images=3)
-    assert window.summary() == {"loss": 4.0, "images_per_s": 1.5, "data_wait_s": 0.0}
+    assert window.summary() == {"loss": 4.0, "images_per_s": 1.5, "data_wait_s": 0.0, "data_wait_share": 0.0}
+
+
+def test_on_cuda_the_device_is_not_said_to_wait_while_it_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host is a step ahead: a device that computes for 1.5 s waits for the last half second of the next 2."""
+    clock, busy_until = Clock(), 0.0
+    monkeypatch.setattr(loop.time, "perf_counter", clock)
+
+    class Event:
+        """Stands in for CUDA's: a mark that the device passes when it has done what it was given before."""
+
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.passed = max(clock.now, busy_until)
+
+        def elapsed_time(self, later: Event) -> float:
+            return (later.passed - self.passed) * 1000
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+
+    def slow() -> Iterator[int]:
+        for _ in range(3):
+            clock.now += 2.0
+            yield 0
+
+    window = Window("cuda")
+    for _ in window.timed(slow()):  # type: ignore[arg-type]
+        busy_until = clock.now + 1.5
+        window.add(loss=1.0, images=10)
+    # The first batch is waited for by an idle device, for 2 s.
+    assert window.summary() == {"loss": 1.0, "images_per_s": 5.0, "data_wait_s": 6.0, "data_wait_share": 0.5}

@@ -11,7 +11,14 @@ from PIL import Image
 from torch import Tensor
 
 from fcmae.loss import patch_statistics, patchify
-from fcmae.pictures import reconstruction_panels, save_curves, save_reconstructions
+from fcmae.pictures import (
+    reconstruction_panels,
+    save_curves,
+    save_heat_map,
+    save_over_time,
+    save_reconstructions,
+    save_tiles,
+)
 
 MEAN, STD = torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1), torch.tensor([0.2, 0.3, 0.4]).view(3, 1, 1)
 MASK = torch.tensor([[[True, False, True], [False, True, True]], [[False, True, True], [True, True, False]]])
@@ -83,3 +90,61 @@ def test_curves_are_drawn_even_of_one_point_or_none(tmp_path: Path) -> None:
         save_curves(tmp_path / "loss.png", curves, "loss")
         with Image.open(tmp_path / "loss.png") as image:
             assert image.width > 300
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 5])
+def test_reconstructions_over_time_are_kept_as_tiles_and_drawn_beside_one_another(
+    tmp_path: Path, channels: int
+) -> None:
+    panels = [torch.rand(2, channels, 8, 12) for _ in range(4)]
+    moments = []
+    for number in range(11):
+        path = tmp_path / "tiles" / f"step-{number}.png"
+        save_tiles(path, panels)
+        moments.append((f"epoch {number}", path))
+    assert sorted(path.name for path in (tmp_path / "tiles").iterdir())[0] == "step-0.png"  # nothing left aside
+    with Image.open(path) as image:
+        tile = np.asarray(image)
+    # Rows below one another, in whole levels of grey.
+    shown = panels[3][:, :3] if channels > 2 else panels[3][:, :1]
+    expected = shown.permute(0, 2, 3, 1).flatten(0, 1).squeeze(-1).numpy() * 255
+    np.testing.assert_allclose(tile, expected, atol=0.501)
+    widths = []
+    for kept in (1, 8, 11):
+        save_over_time(tmp_path / "over-time.png", panels, moments[:kept], "title")
+        with Image.open(tmp_path / "over-time.png") as image:
+            widths.append(image.width)
+    assert widths[0] * 3 < widths[1] == widths[2]  # 3, 10 and 10 columns
+
+
+def test_the_moments_drawn_reach_from_the_first_to_the_last(tmp_path: Path) -> None:
+    panels = [torch.zeros(1, 1, 8, 8) for _ in range(4)]
+    for number in range(0, 250, 25):
+        panels[3] = torch.full((1, 1, 8, 8), number / 255)
+        save_tiles(tmp_path / f"{number:03}.png", panels)
+    moments = [(path.stem, path) for path in sorted(tmp_path.glob("*.png"))]
+    save_over_time(tmp_path / "over-time.png", panels, moments, "title")
+    with Image.open(tmp_path / "over-time.png") as image:
+        pixels = np.asarray(image.convert("L"))
+    levels = {level for level in range(0, 250, 25) if (pixels == level).sum() > 100 * 100}
+    assert levels >= {0, 225}
+
+
+def test_large_tiles_are_scaled_down_by_averaging(tmp_path: Path) -> None:
+    panels = [torch.rand(1, 1, 200, 400) for _ in range(4)]
+    save_tiles(tmp_path / "tile.png", panels)
+    with Image.open(tmp_path / "tile.png") as image:
+        assert image.size == (128, 64)
+        assert np.asarray(image).mean() == pytest.approx(float(panels[3].mean()) * 255, abs=1)
+
+
+@pytest.mark.parametrize("limits", [(0.0, 0.5), None])
+@pytest.mark.parametrize("epochs", [[1.0], [0.5, 1.0, 9.0]])
+def test_heat_maps_are_drawn_of_one_moment_or_more_and_with_gaps(
+    tmp_path: Path, epochs: list[float], limits: tuple[float, float] | None
+) -> None:
+    values = np.geomspace(0.01, 0.5, 4 * len(epochs)).reshape(4, -1)
+    values[1, 0] = np.nan
+    save_heat_map(tmp_path / "map.png", ["a", "b", "c", "d"], epochs, values, "label", limits)
+    with Image.open(tmp_path / "map.png") as image:
+        assert len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)) > 50

@@ -180,21 +180,22 @@ def test_a_run_writes_settings_logs_pictures_and_checkpoints(images: Path, tmp_p
     cfg = config(images, out, checkpoint__keep=1, checkpoint__milestone_epochs=2, **options)
     pretrain.main(cfg)
     assert {path.name for path in out.iterdir()} == {
-        *("config.yaml", "files.json", "train.log", "metrics.jsonl", "loss.png", ".lock"),
+        *("config.yaml", "environment.json", "files.json", "train.log", "metrics.jsonl", "loss.png", ".lock"),
         *("checkpoints", "reconstructions", "tensorboard"),
     }
     assert settings.read(PretrainConfig, out / "config.yaml") == cfg
     assert [path.name for path in sorted((out / "checkpoints").iterdir())] == ["step-00000004", "step-00000008"]
-    assert [path.name for path in sorted((out / "reconstructions").iterdir())] == [
-        f"step-0000000{step}.png" for step in (2, 4, 6, 8)
-    ]
+    steps = [f"step-0000000{step}.png" for step in (2, 4, 6, 8)]
+    assert [path.name for path in sorted((out / "reconstructions").iterdir())] == ["over-time.png", *steps, "tiles"]
+    assert [path.name for path in sorted((out / "reconstructions" / "tiles").iterdir())] == steps
     with Image.open(out / "reconstructions" / "step-00000008.png") as picture:
         assert np.asarray(picture.convert("RGB")).std() > 10
 
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     training = [line for line in lines if "loss" in line]
     assert [line["step"] for line in training] == list(range(1, 9))
-    assert training[0].keys() == {"step", "epoch", "loss", "lr", "grad_norm", "images_per_s", "data_wait_s"}
+    timings = {"images_per_s", "data_wait_s", "data_wait_share"}
+    assert training[0].keys() == {"step", "epoch", "loss", "lr", "grad_norm", *timings}
     assert [line["epoch"] for line in training] == [0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4]
     # base_lr .5 for 256 images is 1/128 for 4; warm-up over 2 steps, then half a cosine over 6.
     assert [line["lr"] * 128 for line in training[:4]] == pytest.approx([0, 0.5, 1, (1 + np.sqrt(0.75)) / 2])
@@ -207,6 +208,7 @@ def test_a_run_writes_settings_logs_pictures_and_checkpoints(images: Path, tmp_p
     events.Reload()
     assert [event.step for event in events.Scalars("loss")] == list(range(1, 9))
     assert events.Scalars("val_loss")[-1].value == pytest.approx(validation[-1]["val_loss"])
+    assert [event.step for event in events.Images("reconstructions")] == [2, 4, 6, 8]
 
     log = (out / "train.log").read_text()
     assert "convnextv2_atto: 9 training images, 4 held out" in log
@@ -223,6 +225,21 @@ def test_the_validation_loss_is_of_the_same_pixels_under_the_same_masks_each_tim
     assert len(found) == 3
     assert len(set(found)) == 1
     assert len({line["loss"] for line in lines if "loss" in line}) > 3
+
+
+def test_a_device_that_starves_is_warned_of_once(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(images, tmp_path / "toy") == 0  # its steps take milliseconds: nothing to speak of
+    assert "data starves the device" not in (tmp_path / "toy" / "train.log").read_text()
+    monkeypatch.setattr(fcmae.health, "STARVED_S", 0)
+    monkeypatch.setattr(fcmae.health, "STARVED_SHARE", -1)
+    assert run(images, tmp_path / "out") == 0
+    assert (tmp_path / "out" / "train.log").read_text().count("data starves the device: it waited for images") == 1
+
+
+def test_evaluations_may_come_before_the_first_line_of_the_log(images: Path, tmp_path: Path) -> None:
+    options = {"log__eval_epochs": 0.34, "log__every_steps": 99, "data__val_share": 0, "checkpoint__every_epochs": 9}
+    assert run(images, tmp_path / "out", epochs=1, **options) == 0
+    assert (tmp_path / "out" / "reconstructions" / "step-00000002.png").exists()
 
 
 def test_a_warm_up_as_long_as_the_run_is_warned_of(images: Path, tmp_path: Path) -> None:
@@ -303,7 +320,7 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     )
     assert len(one) == 3  # two steps and an evaluation
     for line, other in zip(one, two, strict=True):
-        timings = {"images_per_s", "data_wait_s"}
+        timings = {"images_per_s", "data_wait_s", "data_wait_share"}
         # Means of two halves instead of one mean: float32 rounding.
         assert {k: v for k, v in other.items() if k not in timings} == pytest.approx(
             {k: v for k, v in line.items() if k not in timings}, rel=1e-5
@@ -435,7 +452,7 @@ def test_a_finished_run_says_so_and_stays_as_it_is(uninterrupted: Path, images: 
     before = {path: path.read_bytes() for path in uninterrupted.rglob("*") if path.is_file()}
     assert run(images, uninterrupted) == 0
     after = {path: path.read_bytes() for path in uninterrupted.rglob("*") if path.is_file()}
-    assert [path.name for path in after if after[path] != before.get(path)] == ["train.log"]
+    assert {path.name for path in after if after[path] != before.get(path)} == {"train.log", "environment.json"}
     assert "finished 9 steps" in (uninterrupted / "train.log").read_text().splitlines()[-2]
 
 

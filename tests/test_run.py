@@ -7,8 +7,11 @@ import logging
 import os
 import random
 import signal
+import sys
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +22,16 @@ from runs import PROCESSES, config, forget_accelerator
 import fcmae.run
 from fcmae import settings
 from fcmae.config import FinetuneConfig, PretrainConfig
-from fcmae.run import Metrics, RunDirectory, StopSignal, make_accelerator, read_metrics, seed_step, write_text
+from fcmae.run import (
+    Metrics,
+    RunDirectory,
+    StopSignal,
+    make_accelerator,
+    read_metrics,
+    record_start,
+    seed_step,
+    write_text,
+)
 
 OWN = ("train.log", "metrics.jsonl", "files.json", "val_files.json", "checkpoints/step-00000001/checkpoint.json")
 
@@ -87,7 +99,7 @@ def test_what_a_run_left_that_was_killed_before_it_began_is_no_hindrance(tmp_pat
     for name in (".lock", ".tmp-config.yaml"):
         (tmp_path / name).write_text("")
     make_run(tmp_path)
-    assert names(tmp_path) == {*OWN, "config.yaml", ".lock"}
+    assert names(tmp_path) == {*OWN, "config.yaml", "environment.json", ".lock"}
 
 
 def test_another_kind_of_run_is_refused(tmp_path: Path) -> None:
@@ -131,7 +143,7 @@ def test_overwrite_deletes_the_run_s_own_files_only(tmp_path: Path) -> None:
     assert run.resume_from is None
     with run.open(is_main=True):
         pass
-    assert names(tmp_path) == {"notes.txt", "plots/mine.png", "config.yaml", "train.log", ".lock"}
+    assert names(tmp_path) == {"notes.txt", "plots/mine.png", "config.yaml", "environment.json", "train.log", ".lock"}
 
 
 def test_an_overwrite_cut_off_anywhere_leaves_the_old_run_with_all_its_checkpoints_or_none(
@@ -171,7 +183,7 @@ def test_an_overwrite_cut_off_anywhere_leaves_the_old_run_with_all_its_checkpoin
         assert set(OWN[-1:]) <= names(out) or not (out / "checkpoints").exists()
         assert RunDirectory(old, "pretrain").path == out  # still taken for a run, not for somebody's files
         with RunDirectory(new, "pretrain").open(is_main=True):
-            assert names(out) == {"config.yaml", "train.log", ".lock", "notes.txt"}
+            assert names(out) == {"config.yaml", "environment.json", "train.log", ".lock", "notes.txt"}
     assert limit > 10  # it was cut in many places
 
 
@@ -309,3 +321,44 @@ def test_a_run_that_was_refused_before_its_first_line_takes_other_settings(tmp_p
     with RunDirectory(corrected, "pretrain").open(is_main=True):
         pass
     assert settings.read(PretrainConfig, tmp_path / "config.yaml") == corrected
+
+
+def starts(path: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((path / "environment.json").read_text())
+    return found
+
+
+def test_each_start_says_what_it_ran_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/opt/bin/fcmae", "pretrain", "--data.path", "my photos", "--seed", "0"])
+    make_run(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["/opt/fcmae/cli.py", "pretrain"])  # python -m fcmae.cli
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    make_run(tmp_path)
+    first, second = starts(tmp_path)
+    assert [first["command"], second["command"]] == [
+        "fcmae pretrain --data.path 'my photos' --seed 0",
+        "fcmae pretrain",
+    ]
+    assert [first["num_processes"], second["num_processes"]] == [1, 2]
+    assert first["versions"]["fcmae"] == fcmae.__version__
+    assert first["versions"].keys() == {"fcmae", "torch", "timm", "accelerate", "python"}
+    assert (first["device"], first["device_name"]) == ("cpu", first["cpu"])
+    assert first["cores"] >= 1 and first["directory"] == str(Path.cwd())
+    assert datetime.fromisoformat(first["time"]) <= datetime.fromisoformat(second["time"])
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", "[1"])
+def test_a_record_of_starts_that_cannot_be_read_is_begun_anew(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "environment.json"
+    path.write_text(content)
+    record_start(path, cpu=True)
+    assert len(starts(tmp_path)) == 1
+
+
+def test_an_overwritten_run_forgets_the_starts_of_the_old_one_and_its_report(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    (tmp_path / "report.html").write_text("of the old run")
+    with RunDirectory(config(Path("photos"), tmp_path, overwrite="true"), "pretrain").open(is_main=True):
+        pass
+    assert len(starts(tmp_path)) == 1
+    assert not (tmp_path / "report.html").exists()

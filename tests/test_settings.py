@@ -132,8 +132,8 @@ def test_a_wrong_value_does_not_bring_conflicts_of_the_default_in_its_place() ->
         (["--mask_ration=1"], "mask_ration: received 1; no such setting; did you mean model.mask_ratio?"),
         (["--lr", "1"], "lr: received 1; no such setting; did you mean optim.base_lr or optim.min_lr?"),
         (["--epoch", "1"], "epoch: received 1; no such setting; did you mean epochs?"),
-        (["--zzz"], "zzz: received ''; no such setting; sections: checkpoint, log, data, model, optim"),
-        (["stray"], "stray: received ''; no such setting; sections: checkpoint, log, data, model, optim"),
+        (["--zzz"], "zzz: received ''; no such setting; sections: checkpoint, log, data, model, optim, monitor"),
+        (["stray"], "stray: received ''; no such setting; sections: checkpoint, log, data, model, optim, monitor"),
         (["--print-config=3"], "print-config: ignored explicit argument '3'"),
         (["--data.crop_scale", ".5"], "data.crop_scale: received [.5]; needs 2 items"),
         (["--optim.betas", ".9,.9,.9"], "optim.betas: received [.9, .9, .9]; Tuple should have at most 2 items"),
@@ -180,7 +180,7 @@ def test_a_dotted_key_in_a_file_is_shown_its_section(yaml_file: Path) -> None:
     yaml_file.write_text("model.mask_ratio: 0.5\n1: 2\n")
     assert problems("--config", str(yaml_file)) == [
         "model.mask_ratio: received 0.5; in a file write `mask_ratio:` in the section `model:`",
-        "1: received 2; no such setting; sections: checkpoint, log, data, model, optim",
+        "1: received 2; no such setting; sections: checkpoint, log, data, model, optim, monitor",
     ]
 
 

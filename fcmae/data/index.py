@@ -151,15 +151,16 @@ def _read_list(path: Path, key: str) -> Iterator[str]:
             yield _absolute(folder / Path(line.strip()).expanduser())
 
 
-def find_labelled(source: str, class_names: Sequence[str] | None = None) -> FileIndex:
+def find_labelled(source: str, class_names: Sequence[str] | None = None, *, key: str | None = None) -> FileIndex:
     """Labelled images, sorted by path: one folder a class, or a CSV file with the columns path and label.
 
     source: a folder whose sub-folders are the classes (images at any depth below each), or a .csv file whose relative
     paths start at its folder. class_names: the classes of the training set, for images held out; labels then point into
     it. By default the classes are the labels found, in alphabetical order, or in numerical order if all are integers.
+    key: the setting that errors name, by default data.path, or data.val_path if class_names are given.
     Raises ValueError for a source that is missing or malformed, a label not in class_names, or fewer than two classes.
     """
-    key = "data.path" if class_names is None else "data.val_path"
+    key = key or ("data.path" if class_names is None else "data.val_path")
     path = Path(source).expanduser()
     if path.is_dir():
         label_of = _class_folders(path, key, may_be_empty=class_names is not None)

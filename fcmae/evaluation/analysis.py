@@ -1,0 +1,293 @@
+"""What the channels of a ConvNeXt do, block by block: are they diverse, dead, saturated, of what rank, how selective.
+
+A layer is a block of timm's dense network, by the name stages.I.J; its features are the expanded ones (4C channels) as
+the block's second Linear sees them, after GRN in V2. Images are streamed: what is kept does not grow with their number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from timm.models import ConvNeXt
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fcmae.data.index import FileIndex
+from fcmae.evaluation.features import BATCH_SIZE, batches_of
+from fcmae.evaluation.models import Backbone
+from fcmae.norms import at_least_float32, l2_norm
+
+DEAD_RMS = 0.01  # of the median channel's
+SATURATED_STD = 0.1  # of the channel's own absolute mean
+
+
+def blocks(model: nn.Module) -> dict[str, Any]:
+    """The blocks of timm's ConvNeXt by name, stages.I.J, in the order that data pass them.
+
+    Raises ValueError if the model is another network.
+    """
+    if not isinstance(model, ConvNeXt):
+        raise ValueError(
+            f"{type(model).__name__} is no ConvNeXt, so it has no blocks with expanded features: "
+            "give a ConvNeXt (V1 or V2) to analyse"
+        )
+    return {f"stages.{i}.{j}": block for i, stage in enumerate(model.stages) for j, block in enumerate(stage.blocks)}
+
+
+def cosine_distance(features: Tensor) -> Tensor:
+    """Mean over all C^2 pairs of channels of (1 - cos(X_i, X_j)) / 2, for each image (arXiv 2301.00808, Sec. 4).
+
+    features: (B, n, C), the n sites of each image; X_i is a channel's values at all of them. Returns (B,), in 0..1: 0
+    if all channels are multiples of one another, about 1/2 if they have nothing in common.
+
+    Computed without the C x C cosines, as they sum to |sum_i X_i / |X_i||^2. A channel that is zero everywhere is the
+    same as others that are (cosine 1) and has nothing in common with the rest (cosine 0).
+    """
+    x = at_least_float32(features)
+    return _distance(x, l2_norm(x, (1,)))
+
+
+def _distance(x: Tensor, norms: Tensor) -> Tensor:
+    """x: (B, n, C). norms: (B, 1, C), of its channels."""
+    zero = norms == 0
+    inverse = norms.masked_fill(zero, 1).reciprocal().masked_fill(zero, 0)
+    units = (x @ inverse.mT).squeeze(-1)  # (B, n)
+    cosines = units.square().sum(1) + zero.sum((1, 2)).square()
+    return ((1 - cosines / x.shape[2] ** 2) / 2).clamp(min=0)
+
+
+def dead_channels(rms: Tensor) -> Tensor:
+    """Which channels carry next to nothing: an RMS below 1 % of the layer's median one, or of zero.
+
+    rms: (C,), each over all sites of all images. Returns (C,) bool.
+    """
+    return (rms < DEAD_RMS * rms.median()) | (rms == 0)
+
+
+def saturated_channels(mean: Tensor, rms: Tensor) -> Tensor:
+    """Which channels are on everywhere: a standard deviation below 10 % of the absolute mean, and not dead.
+
+    mean, rms: (C,), each over all sites of all images. Returns (C,) bool.
+    """
+    variance = (rms.square() - mean.square()).clamp(min=0)
+    return (variance.sqrt() < SATURATED_STD * mean.abs()) & ~dead_channels(rms)
+
+
+def effective_rank(gram: Tensor) -> float:
+    """exp of the entropy of the singular values of Z, divided by their sum (RankMe, arXiv 2210.02885).
+
+    gram: (C, C) float64, Z^T Z for features Z (N, C), which are not centred. Returns 1 to min(N, C), so compare only
+    what was computed of equally many images; NaN if the features are zero or not finite. The paper's epsilon inside
+    the logarithm is left out: 0 log 0 = 0.
+    """
+    if not bool(gram.isfinite().all()):
+        return math.nan
+    singular = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
+    p = singular / singular.sum()
+    return float(torch.special.entr(p).sum().exp())
+
+
+def class_selectivity(class_means: Tensor) -> Tensor:
+    """(mu_max - mu_rest) / (mu_max + mu_rest) for each channel (Morcos et al. 2018, arXiv 1803.06959).
+
+    class_means: (K, C), at least 0, each channel's mean over the images of each class. mu_max: the largest of a
+    channel's; mu_rest: the mean of the other K - 1. Returns (C,), in 0..1; 0 for a channel that is never on.
+    """
+    largest = class_means.amax(0)
+    rest = (class_means.sum(0) - largest) / (len(class_means) - 1)
+    total = largest + rest
+    return (largest - rest).clamp(min=0) / total.masked_fill(total == 0, 1)
+
+
+def grn_norms(model: nn.Module) -> dict[str, tuple[float, float]]:
+    """Root mean squares of GRN's gamma and beta in each block of timm's ConvNeXt; empty for V1.
+
+    The L2 norm over the root of the number of channels, so that blocks of different widths compare.
+    """
+    found = {}
+    for name, block in blocks(model).items():
+        if (grn := getattr(block.mlp, "grn", None)) is not None:
+            gamma, beta = (float(p.detach().double().square().mean().sqrt()) for p in (grn.weight, grn.bias))
+            found[name] = (gamma, beta)
+    return found
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Statistics of one block over all images, NaN where its features are not finite.
+
+    num_channels: 4C, of the expanded features. cosine_distance: see `cosine_distance`; the mean over images.
+    dead_share, saturated_share: of the channels. effective_rank: of the block's output (C channels), averaged over each
+    image's sites. selectivity: (4C,), see `class_selectivity`; None without labels, or if only one class occurred.
+    """
+
+    num_channels: int
+    cosine_distance: float
+    dead_share: float
+    saturated_share: float
+    effective_rank: float
+    selectivity: NDArray[np.float64] | None
+
+
+class _Sums:
+    """What is kept of a block: sums over images in float64, on the CPU."""
+
+    def __init__(self, num_channels: int, num_outputs: int, num_classes: int) -> None:
+        self.num_images = self.num_sites = 0
+        self.distance = 0.0
+        self.mean, self.square = torch.zeros(2, num_channels, dtype=torch.float64)
+        self.gram = torch.zeros(num_outputs, num_outputs, dtype=torch.float64)
+        self.class_sums = torch.zeros(num_classes, num_channels, dtype=torch.float64)
+        self.class_counts = torch.zeros(num_classes, dtype=torch.float64)
+
+    def add_expanded(self, features: Tensor, labels: Tensor | None) -> None:
+        """features: (B, h, w, 4C). Sums over the sites of one image are taken where the features are."""
+        x = at_least_float32(features).flatten(1, 2)
+        norms = l2_norm(x, (1,))
+        self.num_images += x.shape[0]
+        self.num_sites += x.shape[0] * x.shape[1]
+        self.distance += float(_distance(x, norms).cpu().double().sum())
+        self.mean += x.sum(1).cpu().double().sum(0)
+        self.square += norms.squeeze(1).cpu().double().square().sum(0)
+        if labels is not None:
+            # GELU is negative, if little, where a unit is off: that is no response, so it counts as zero.
+            responses = x.clamp(min=0).mean(1).cpu().double()
+            self.class_sums.index_add_(0, labels.cpu(), responses)
+            self.class_counts += torch.bincount(labels.cpu(), minlength=len(self.class_counts))
+
+    def add_output(self, pooled: Tensor) -> None:
+        """pooled: (B, C), a block's output averaged over each image's sites."""
+        z = pooled.cpu().double()
+        self.gram += z.T @ z
+
+    def summary(self) -> Layer:
+        mean, rms = self.mean / self.num_sites, (self.square / self.num_sites).sqrt()
+        finite = bool(rms.isfinite().all())
+        present = self.class_counts > 0
+        selectivity = None
+        if int(present.sum()) > 1:
+            selectivity = class_selectivity(self.class_sums[present] / self.class_counts[present, None]).numpy()
+        return Layer(
+            num_channels=len(mean),
+            cosine_distance=self.distance / self.num_images,
+            dead_share=float(dead_channels(rms).double().mean()) if finite else math.nan,
+            saturated_share=float(saturated_channels(mean, rms).double().mean()) if finite else math.nan,
+            effective_rank=effective_rank(self.gram),
+            selectivity=selectivity,
+        )
+
+
+class Statistics:
+    """Statistics of every block of a model, over as many images as are added.
+
+    model: timm's ConvNeXt, in evaluation mode. num_classes: of the labels that come with the images; 0 without labels.
+    Raises ValueError if the model is another network.
+    """
+
+    def __init__(self, model: nn.Module, num_classes: int = 0) -> None:
+        self._model, self._blocks = model, blocks(model)
+        self._sums = {
+            name: _Sums(block.mlp.fc2.weight.shape[1], block.mlp.fc2.weight.shape[0], num_classes)
+            for name, block in self._blocks.items()
+        }
+
+    @torch.no_grad()
+    def add(self, images: Tensor, labels: Tensor | None = None) -> None:
+        """Pass images through the model and add what its blocks make of them.
+
+        images: (B, C, H, W), normalised, on the model's device. labels: (B,) int64.
+        """
+
+        def expanded(name: str, features: Tensor) -> None:
+            self._sums[name].add_expanded(features, labels)
+
+        def output(name: str, features: Tensor) -> None:
+            self._sums[name].add_output(at_least_float32(features).mean((2, 3)))
+
+        with _watched(self._blocks, expanded, output):
+            self._model.forward_features(images)  # type: ignore[operator]  # timm is not typed
+
+    def layers(self) -> dict[str, Layer]:
+        """The statistics of each block by name; empty before the first image."""
+        return {name: sums.summary() for name, sums in self._sums.items() if sums.num_images}
+
+
+def measure(
+    backbone: Backbone,
+    index: FileIndex,
+    *,
+    device: torch.device,
+    batch_size: int = BATCH_SIZE,
+    num_workers: int = 0,
+    title: str | None = None,
+) -> tuple[dict[str, Layer], list[tuple[str, str]]]:
+    """Statistics of each block on the images of an index; with selectivity, if they have labels.
+
+    The model is on the device. title: of a progress bar; None shows none. Returns the statistics by layer, empty if no
+    image could be read, and the files that could not be, with reasons.
+    """
+    statistics = Statistics(backbone.model, len(index.class_names or ()))
+    bad: list[tuple[str, str]] = []
+    batches = batches_of(backbone, index, device=device, batch_size=batch_size, num_workers=num_workers)
+    hidden = None if title is not None else True
+    for images, batch in tqdm(
+        batches, total=math.ceil(len(index) / batch_size), desc=title, unit="batch", disable=hidden
+    ):
+        bad += batch.bad
+        if len(images):
+            statistics.add(images, batch.labels)
+    return statistics.layers(), bad
+
+
+@torch.no_grad()
+def activation_maps(model: nn.Module, image: Tensor, layers: list[str], num_maps: int = 64) -> list[NDArray[Any]]:
+    """Maps of up to num_maps channels of some layers' features, evenly spread over their channels (the paper's Fig. 3).
+
+    image: (C, H, W), normalised, on the model's device. layers: names of blocks. Returns for each (maps, h, w) float32.
+    """
+    chosen = blocks(model)
+    found: dict[str, NDArray[Any]] = {}
+
+    def expanded(name: str, features: Tensor) -> None:
+        maps = at_least_float32(features)[0].permute(2, 0, 1)  # (4C, h, w)
+        found[name] = maps[spread(len(maps), num_maps)].cpu().numpy()
+
+    with _watched({name: chosen[name] for name in layers}, expanded, lambda *_: None):
+        model.forward_features(image[None])  # type: ignore[operator]
+    return [found[name] for name in layers]
+
+
+def spread(num: int, limit: int) -> list[int]:
+    """Positions of at most `limit` of `num` things, as far from one another as they can be, in order."""
+    return list(range(num)) if num <= limit else [(2 * i + 1) * num // (2 * limit) for i in range(limit)]
+
+
+@contextmanager
+def _watched(
+    chosen: dict[str, Any], expanded: Callable[[str, Tensor], None], output: Callable[[str, Tensor], None]
+) -> Iterator[None]:
+    """Within it, blocks hand their expanded features, (B, h, w, 4C), and output, (B, C, h, w), to two functions."""
+
+    def before_fc2(name: str) -> Callable[[nn.Module, tuple[Tensor]], None]:
+        def hook(linear: nn.Module, inputs: tuple[Tensor]) -> None:
+            (x,) = inputs
+            # timm's small models compute their MLPs as 1x1 convolutions.
+            expanded(name, x.permute(0, 2, 3, 1) if isinstance(linear, nn.Conv2d) else x)  # (B, h, w, 4C)
+
+        return hook
+
+    def after(name: str) -> Callable[[nn.Module, tuple[Tensor], Tensor], None]:
+        return lambda _, inputs, result: output(name, result)
+
+    with ExitStack() as stack:
+        for name, block in chosen.items():
+            stack.callback(block.mlp.fc2.register_forward_pre_hook(before_fc2(name)).remove)
+            stack.callback(block.register_forward_hook(after(name)).remove)
+        yield

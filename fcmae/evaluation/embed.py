@@ -1,0 +1,312 @@
+"""Features of images in a file, a map of them and nearest neighbours as pictures: `fcmae embed`.
+
+OUT/
+    features.npy, paths.csv   (N, C) float32; row, path and label of each row
+    features.parquet          the same in one table, where asked for
+    map.png                   every image a point, coloured by label
+    neighbours-NAME.png       an image and those most like it
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fcmae.data.augment import CenterCrop
+from fcmae.data.index import FileIndex, find_images, find_labelled
+from fcmae.evaluation.features import extract
+from fcmae.evaluation.models import Backbone, choose_device, load_backbone
+from fcmae.evaluation.outputs import TEMPORARY, claim, file_name, shortened
+from fcmae.pictures import displayable, save_figure
+
+FILES = ("features.npy", "paths.csv", "features.parquet", "map.png")
+NEIGHBOURS = "neighbours-"
+NUM_NEIGHBOURS = 8
+MAX_POINTS = 5000  # t-SNE of more takes minutes, and a map of more is a blot
+MIN_POINTS = 5
+MAX_LEGEND = 20  # colours that can be told apart
+ROWS = 16384  # of features in memory at once
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What is drawn. map: tsne, umap or none. neighbours: paths of images whose nearest ones are shown."""
+
+    map: str = "tsne"
+    neighbours: tuple[str, ...] = ()
+
+
+def embed(
+    model: str,
+    out: Path,
+    *,
+    images: Sequence[str] | None = None,
+    data: str | None = None,
+    pictures: Pictures | None = None,
+    parquet: bool = False,
+    stage: int = -1,
+    image_size: tuple[int, int] | None = None,
+    batch_size: int = 64,
+    num_workers: int | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    overwrite: bool = False,
+) -> str:
+    """Write the features of images and pictures of them; say what was written.
+
+    model: see `load_backbone`. images: see `find_images`; or data: labelled ones, see `find_labelled`. stage: from 1;
+    negative counts from the last. image_size: height and width; None is the model's own. seed: of the map. overwrite:
+    replace what an earlier call wrote to out. Raises ValueError, before anything is computed, for what cannot be read
+    or is not installed.
+    """
+    pictures = pictures or Pictures()
+    assert (images is None) != (data is None)
+    index = find_labelled(data, key="data") if data is not None else find_images(images or (), key="images")
+    queries = find_images(pictures.neighbours, key="neighbours") if pictures.neighbours else None
+    if parquet:
+        _require_pyarrow()
+    if pictures.map == "umap":
+        _require_umap()
+    backbone = load_backbone(model, image_size)
+    claim(out, _is_ours, overwrite)
+    chosen_device = choose_device(device)
+    with TemporaryDirectory(prefix=TEMPORARY[0], dir=out) as directory:
+
+        def features_of(found: FileIndex, name: str) -> tuple[FileIndex, NDArray[np.float32]]:
+            aside = Path(directory) / name
+            aside.mkdir()
+            extracted = extract(
+                backbone,
+                found,
+                [stage],
+                device=chosen_device,
+                batch_size=batch_size,
+                num_workers=num_workers,
+                directory=aside,
+                title=f"features of {name}",
+            )
+            for path, reason in extracted.bad:
+                print(f"{path}: {reason}", file=sys.stderr)
+            return found.subset(extracted.positions.tolist()), next(iter(extracted.stages.values()))
+
+        index, features = features_of(index, "images")
+        if parquet:
+            written = [write_parquet(out / "features.parquet", features, index)]
+        else:
+            written = [write_npy(out / "features.npy", features), write_paths(out / "paths.csv", index)]
+        lines = [f"{len(features)} images, {features.shape[1]} features each"]
+        if pictures.map != "none" and len(features) < MIN_POINTS:
+            lines.append(f"no map: {len(features)} images are too few")
+        elif pictures.map != "none":
+            shown = np.arange(len(features))
+            if len(features) > MAX_POINTS:
+                shown = np.sort(np.random.default_rng(seed).choice(len(features), MAX_POINTS, replace=False))
+                lines.append(f"the map shows {MAX_POINTS} of the images, drawn with seed {seed}")
+            points = project(features[shown], pictures.map, seed)
+            name = {"tsne": "t-SNE", "umap": "UMAP"}[pictures.map]
+            some = f"{len(shown)} of {len(features)}" if len(shown) < len(features) else f"{len(shown)}"
+            save_map(
+                out / "map.png",
+                points,
+                index.subset(shown.tolist()),
+                f"{shortened(model, 80)}\n{name} of {some} images",
+            )
+            written.append(out / "map.png")
+        if queries is not None:
+            queries, query_features = features_of(queries, "queries")
+            nearest = neighbours(query_features, features, queries.paths, index.paths)
+            for path, (rows, similarities) in zip(queries.paths, nearest, strict=True):
+                picture = _free(out / f"{NEIGHBOURS}{file_name(Path(path).stem)}.png", written)
+                save_neighbours(picture, path, index.subset(rows), similarities, backbone)
+                written.append(picture)
+    return "\n".join([*lines, *(f"wrote {path}" for path in written)])
+
+
+def _is_ours(path: Path) -> bool:
+    return path.is_file() and (path.name in FILES or (path.name.startswith(NEIGHBOURS) and path.suffix == ".png"))
+
+
+def _free(path: Path, taken: Sequence[Path]) -> Path:
+    """The path, with a number after its name if several images have this name."""
+    number, free = 1, path
+    while free in taken:
+        number += 1
+        free = path.with_name(f"{path.stem}-{number}{path.suffix}")
+    return free
+
+
+def _require_pyarrow() -> None:
+    try:
+        import pyarrow.parquet  # type: ignore[import-untyped] # noqa: F401
+    except ImportError as error:
+        raise ValueError("parquet needs pyarrow: pip install pyarrow, or leave --parquet out for .npy") from error
+
+
+def _require_umap() -> None:
+    try:
+        import umap  # type: ignore[import-not-found] # noqa: F401
+    except ImportError as error:
+        raise ValueError("map = umap needs umap-learn: pip install umap-learn, or use --map tsne") from error
+
+
+def write_npy(path: Path, features: NDArray[np.float32]) -> Path:
+    """Write (N, C) features, chunk by chunk."""
+    aside = path.with_name(f".tmp-{path.name}")
+    array = np.lib.format.open_memmap(aside, "w+", np.float32, features.shape)
+    for start in range(0, len(features), ROWS):
+        array[start : start + ROWS] = features[start : start + ROWS]
+    array.flush()
+    return aside.replace(path)
+
+
+def write_paths(path: Path, index: FileIndex) -> Path:
+    """Write a CSV file: row of the features, path, and label where known."""
+    aside = path.with_name(f".tmp-{path.name}")
+    # A path that is not valid Unicode keeps its bytes.
+    with aside.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.writer(file)
+        writer.writerow(["row", "path", *(["label"] if index.labels is not None else [])])
+        for row, image in enumerate(index.paths):
+            writer.writerow([row, image, *_label(index, row)])
+    return aside.replace(path)
+
+
+def _label(index: FileIndex, row: int) -> list[str]:
+    if index.labels is None or index.class_names is None:
+        return []
+    return [index.class_names[index.labels[row]]]
+
+
+def write_parquet(path: Path, features: NDArray[np.float32], index: FileIndex) -> Path:
+    """Write one table: path, label where known, and feature, a list of floats; a row group a chunk."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    columns = [("path", pa.string()), ("label", pa.string()), ("feature", pa.list_(pa.float32(), features.shape[1]))]
+    schema = pa.schema([column for column in columns if column[0] != "label" or index.labels is not None])
+    aside = path.with_name(f".tmp-{path.name}")
+    with parquet.ParquetWriter(aside, schema) as writer:
+        for start in range(0, len(features), ROWS):
+            rows = range(start, min(start + ROWS, len(features)))
+            values: dict[str, Any] = {
+                # Parquet's text is Unicode: bytes that are none show as escapes.
+                "path": [index.paths[row].encode("utf-8", "backslashreplace").decode() for row in rows],
+                "label": [name for row in rows for name in _label(index, row)],
+                "feature": pa.FixedSizeListArray.from_arrays(
+                    pa.array(np.asarray(features[rows.start : rows.stop]).ravel()), features.shape[1]
+                ),
+            }
+            writer.write_table(pa.table({name: values[name] for name in schema.names}, schema))
+    return aside.replace(path)
+
+
+def project(features: NDArray[np.float32], method: str, seed: int) -> NDArray[np.float32]:
+    """Features (N, C) as points (N, 2), by t-SNE or UMAP of their directions: neighbours are those by cosine."""
+    directions = _directions(features)
+    if method == "umap":
+        import umap
+
+        # With a seed UMAP uses one core, and would warn that it does.
+        reducer = umap.UMAP(n_neighbors=min(15, len(features) - 1), random_state=seed, n_jobs=1)
+    else:
+        from sklearn.manifold import TSNE
+
+        perplexity = min(30.0, (len(features) - 1) / 3)
+        reducer = TSNE(perplexity=perplexity, init="pca", random_state=seed)
+    points: NDArray[np.float32] = reducer.fit_transform(directions)
+    return points
+
+
+def neighbours(
+    queries: NDArray[np.float32],
+    features: NDArray[np.float32],
+    query_paths: Sequence[str],
+    paths: Sequence[str],
+    num: int = NUM_NEIGHBOURS,
+) -> list[tuple[list[int], list[float]]]:
+    """For each query, the rows of the features most like it by cosine, most similar first, and their similarities.
+
+    queries: (Q, C). features: (N, C), may lie on disk. query_paths, paths: a query that is one of the images is not its
+    own neighbour.
+    """
+    wanted = _directions(queries)
+    similarity = np.empty((len(queries), len(features)), np.float32)
+    for start in range(0, len(features), ROWS):
+        similarity[:, start : start + ROWS] = wanted @ _directions(features[start : start + ROWS]).T
+    found = []
+    for values, path in zip(similarity, query_paths, strict=True):
+        best = [int(row) for row in np.argsort(-values, kind="stable")[: num + 1] if paths[row] != path][:num]
+        found.append((best, values[best].tolist()))
+    return found
+
+
+def _directions(features: NDArray[np.float32]) -> NDArray[np.float32]:
+    directions: NDArray[np.float32] = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+    return directions
+
+
+def save_map(path: Path, points: NDArray[np.float32], index: FileIndex, title: str) -> None:
+    """Draw points (N, 2), coloured by label where there is one; of many classes, the largest have a colour."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 7), layout="constrained")
+    axis = figure.subplots()
+    size = min(max(20000 / len(points), 6), 60)  # square points
+    if index.labels is None or index.class_names is None:
+        axis.scatter(points[:, 0], points[:, 1], s=size, linewidths=0)
+    else:
+        labels = np.asarray(index.labels)
+        counts = np.bincount(labels, minlength=len(index.class_names))
+        shown = np.argsort(-counts, kind="stable")[:MAX_LEGEND]
+        colours = colormaps["tab10" if len(shown) <= 10 else "tab20"]
+        for number, label in enumerate(sorted(shown[counts[shown] > 0])):
+            name = f"{shortened(index.class_names[label])} ({counts[label]})"
+            x, y = points[labels == label].T
+            axis.scatter(x, y, s=size, linewidths=0, color=colours(number), label=name)
+        others = ~np.isin(labels, shown)
+        if others.any():
+            x, y = points[others].T
+            name = f"{np.count_nonzero(counts) - len(shown)} more classes ({others.sum()})"
+            axis.scatter(x, y, s=size, marker="x", linewidths=1, color="0.8", zorder=0, label=name)
+        figure.legend(loc="outside right upper", fontsize=8, markerscale=(30 / size) ** 0.5, frameon=False)
+    # What lies near each other is alike; positions and directions mean nothing.
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.set_title(title, fontsize=10)
+    save_figure(figure, path)
+
+
+def save_neighbours(
+    path: Path, query: str, found: FileIndex, similarities: Sequence[float], backbone: Backbone
+) -> None:
+    """Draw an image and its neighbours, as the network sees them, with similarity and label."""
+    from matplotlib.figure import Figure
+
+    read = CenterCrop(backbone.in_chans, backbone.image_size, backbone.crop_pct)
+    figure = Figure(figsize=(10, 4.9), layout="constrained")
+    grid = figure.add_gridspec(2, 6)
+    axes = [figure.add_subplot(grid[:, :2])]
+    axes += [figure.add_subplot(grid[row, column]) for row in range(2) for column in range(2, 6)]
+    titles = [shortened(Path(query).name)]
+    for row, similarity in enumerate(similarities):
+        titles.append("\n".join([f"{similarity:.3f}", *map(shortened, _label(found, row))]))
+    for axis in axes:
+        axis.set_axis_off()
+    for axis, image, title in zip(axes, [query, *found.paths], titles, strict=False):
+        pixels = torch.from_numpy(read(image, np.random.default_rng(0))) / 1.0
+        if pixels.max() > 1:
+            pixels = pixels / 255
+        axis.imshow(displayable(pixels, float(pixels.min()), float(pixels.max())), cmap="gray", vmin=0, vmax=1)
+        axis.set_title(title, fontsize=9)
+    figure.suptitle(f"Nearest by cosine of the features of {shortened(backbone.name, 80)}", fontsize=10)
+    save_figure(figure, path)

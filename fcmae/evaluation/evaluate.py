@@ -1,0 +1,381 @@
+"""How well a model's frozen features tell labels apart, by several probes: `fcmae evaluate`.
+
+OUT/
+    evaluation.json   settings, data, machine and scores
+    confusion.png     which class is taken for which
+With several models these are in OUT/MODEL/, and OUT/table.md has all models side by side.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+import fcmae
+from fcmae.classification import macro_auroc, scores
+from fcmae.data.index import FileIndex, find_labelled, split
+from fcmae.evaluation.features import extract
+from fcmae.evaluation.models import RANDOM, Backbone, choose_device, load_backbone
+from fcmae.evaluation.outputs import TEMPORARY, claim, default_out, file_name, shortened
+from fcmae.evaluation.probes import draw, few_shot_counts, fit_linear, knn_probabilities, mean_and_interval
+from fcmae.pictures import save_figure
+from fcmae.run import cpu_name, write_text
+
+PROBES = ("knn", "linear", "few-shot")
+KS = (10, 20, 100, 200)
+TEMPERATURE = 0.07
+SCORES = ("top1", "balanced_accuracy", "auroc")  # the columns of the table; the file has top5 too
+FILES = ("evaluation.json", "confusion.png")
+TABLE = "table.md"
+MAX_NAMED_CLASSES = 50  # more names are too small to read
+
+Labelled = tuple[NDArray[np.float32], NDArray[np.int64]]  # features (N, D), class indices (N,)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Labelled images, see `find_labelled`. Without test, a stratified share of train is held out."""
+
+    train: str
+    test: str | None = None
+    test_share: float = 0.2
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is asked of every model alike.
+
+    probes: of PROBES. labels, draws: amounts of labels for few-shot (see `few_shot_counts`), each drawn so many times.
+    stages: numbers, from 1; negative ones count from the last; None is all. image_size: height and width; None is each
+    model's own. seed: of everything drawn. num_workers: None chooses. device: auto or cpu.
+    """
+
+    probes: tuple[str, ...] = ("knn", "linear")
+    labels: tuple[str, ...] = ("1%", "10%")
+    draws: int = 5
+    stages: tuple[int, ...] | None = (-1,)
+    image_size: tuple[int, int] | None = None
+    seed: int = 0
+    batch_size: int = 64
+    num_workers: int | None = None
+    device: str = "auto"
+
+
+def evaluate(
+    models: Sequence[str], data: Data, options: Options, out: Path | None = None, overwrite: bool = False
+) -> str:
+    """Probe the models' features, write what was found, and return a table of it.
+
+    models: see `load_backbone`. out: by default RUN/evaluation, for RUN and random:RUN. overwrite: replace an
+    earlier evaluation there. Raises ValueError, before anything is computed, for what cannot be read or used together.
+    """
+    place = default_out(models, out, "evaluation")
+    train_index, test_index = find_data(data, options.seed)
+    if unknown := [probe for probe in options.probes if probe not in PROBES]:
+        raise ValueError(f"probes: {unknown[0]!r} is none of {', '.join(PROBES)}")
+    if "few-shot" in options.probes:
+        for label in options.labels:
+            few_shot_counts(label, np.asarray(train_index.labels))
+    backbones = [load_backbone(model, options.image_size) for model in models]
+    several = len(models) > 1
+    folders = [place / name for name in _folder_names(models)] if several else [place]
+    claim(place, _is_ours, overwrite)
+    records: list[dict[str, Any]] = []
+    for backbone, folder in zip(backbones, folders, strict=True):
+        with TemporaryDirectory(prefix=TEMPORARY[0], dir=place) as directory:
+            record = evaluate_model(backbone, train_index, test_index, data, options, Path(directory))
+        record["command"] = _command(backbone.name, data, options, folder)
+        folder.mkdir(exist_ok=True)
+        if record["confusion"] is not None:
+            save_confusion(folder / "confusion.png", record)
+        write_text(folder / "evaluation.json", json.dumps(record, indent=1) + "\n")
+        records.append(record)
+        if several:
+            write_text(place / TABLE, summary(records) + "\n")
+    return f"{summary(records)}\nwrote {place}"
+
+
+def evaluate_model(
+    backbone: Backbone, train_index: FileIndex, test_index: FileIndex, data: Data, options: Options, directory: Path
+) -> dict[str, Any]:
+    """What evaluation.json says of one model, but for the command. directory: an empty one, for the features."""
+    started = time.perf_counter()
+    device = choose_device(options.device)
+    features, labels = [], []
+    for title, index in (("train", train_index), ("test", test_index)):
+        (directory / title).mkdir()
+        found = extract(
+            backbone,
+            index,
+            options.stages,
+            device=device,
+            batch_size=options.batch_size,
+            num_workers=options.num_workers,
+            directory=directory / title,
+            title=f"{backbone.name}: features, {title}",
+        )
+        if found.bad:
+            path, reason = found.bad[0]
+            print(f"{len(found.bad)} {title} images cannot be read, the first is {path}: {reason}", file=sys.stderr)
+        features.append(found.stages)
+        labels.append(np.asarray(index.labels)[found.positions])
+    backbone.model.cpu()
+    names = train_index.class_names or ()
+    results, confusion = [], None
+    for stage in features[0]:
+        rows, confusion = probe_stage(
+            backbone.name,
+            stage,
+            (features[0][stage], labels[0]),
+            (features[1][stage], labels[1]),
+            len(names),
+            options,
+            device,
+        )
+        results += rows
+    drawn = f"{data.test_share:g} of {data.train}, drawn with seed {options.seed}"
+    return {
+        "fcmae": fcmae.__version__,
+        "model": backbone.name,
+        "architecture": _architecture(backbone),
+        "step": backbone.origin.get("step"),
+        "origin": backbone.origin,
+        "created": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "seconds": round(time.perf_counter() - started, 1),
+        "machine": torch.cuda.get_device_name() if device.type == "cuda" else cpu_name(),
+        "data": {
+            "train": data.train if data.test else f"{data.train} without its test images",
+            "test": data.test or drawn,
+            "num_train": len(labels[0]),
+            "num_test": len(labels[1]),
+            "largest_class": np.bincount(labels[1]).max() / len(labels[1]),
+            "class_names": list(names),
+        },
+        "image_size": list(backbone.image_size),
+        "results": results,
+        "confusion": confusion,
+    }
+
+
+def _folder_names(models: Sequence[str]) -> list[str]:
+    """A name for each model that is a good folder: its last part, or all of it where last parts are the same."""
+    last = [file_name(model.rstrip("/").rpartition("/")[2]) for model in models]
+    if any(model.startswith(RANDOM) for model in models):
+        last = [
+            f"random-{name}" if model.startswith(RANDOM) and not name.startswith("random-") else name
+            for name, model in zip(last, models, strict=True)
+        ]
+    return last if len(set(last)) == len(last) else [file_name(model) for model in models]
+
+
+def find_data(data: Data, seed: int) -> tuple[FileIndex, FileIndex]:
+    """Training and test images. Raises ValueError if there are none of one, or an image is in both."""
+    found = find_labelled(data.train, key="data")
+    if data.test is None:
+        train_index, test_index = split(found, data.test_share, seed)
+        if not len(test_index):
+            raise ValueError(f"test_share = {data.test_share:g} leaves no image of {data.train} to test on: raise it")
+        return train_index, test_index
+    test_index = find_labelled(data.test, found.class_names, key="test")
+    if both := set(found.paths) & set(test_index.paths):
+        raise ValueError(f"test: {len(both)} images are in {data.train} too, such as {min(both)}: take them out of one")
+    return found, test_index
+
+
+def _is_ours(path: Path) -> bool:
+    if path.is_dir():
+        return all(file.name in FILES for file in path.iterdir())
+    return path.name in (*FILES, TABLE)
+
+
+def probe_stage(
+    model: str,
+    stage: int,
+    train: Labelled,
+    test: Labelled,
+    num_classes: int,
+    options: Options,
+    device: torch.device,
+) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    """All probes of one stage's features, as evaluation.json has them, and a confusion matrix.
+
+    model: its name, for the progress bars. The matrix is the linear probe's if there is one, else that of kNN with
+    k = 20 or the next smaller; None if neither was asked for.
+    """
+    results: list[dict[str, Any]] = []
+    predicted: dict[str, NDArray[np.float32]] = {}
+    if "knn" in options.probes:
+        ks = [k for k in KS if k <= len(train[0])] or [len(train[0])]
+        by_k = knn_probabilities(*train, test[0], num_classes, ks=ks, temperature=TEMPERATURE, device=device)
+        for k, probabilities in by_k.items():
+            results.append(_result("knn", stage, {"k": k, "temperature": TEMPERATURE}, score(test[1], probabilities)))
+        predicted["knn"] = by_k[20 if 20 in by_k else ks[0]]
+    if "linear" in options.probes:
+        title = f"{model}: linear, stage {stage}"
+        probe = fit_linear(*train, num_classes, seed=options.seed, device=device, title=title)
+        predicted["linear"] = probe.probabilities(test[0])
+        results.append(_result("linear", stage, asdict(probe.setting), score(test[1], predicted["linear"])))
+    for label in options.labels if "few-shot" in options.probes else ():
+        counts = few_shot_counts(label, train[1])
+        found = []
+        for number in range(options.draws):
+            probe = fit_linear(
+                *train,
+                num_classes,
+                positions=draw(train[1], counts, options.seed + number),
+                seed=options.seed + number,
+                device=device,
+                title=f"{model}: {label} of the labels, draw {number + 1} of {options.draws}, stage {stage}",
+            )
+            found.append(score(test[1], probe.probabilities(test[0])))
+        setting = {"labels": label, "num_images": int(counts.sum()), "draws": options.draws}
+        means, spread = {}, {}
+        for name in found[0]:
+            means[name], interval = mean_and_interval([scores[name] for scores in found])
+            if interval is not None:
+                spread[name] = list(interval)
+        results.append(_result("few-shot", stage, setting, means) | ({"spread": spread} if spread else {}))
+    if not predicted:
+        return results, None
+    from sklearn.metrics import confusion_matrix
+
+    name, probabilities = list(predicted.items())[-1]
+    matrix = confusion_matrix(test[1], probabilities.argmax(1), labels=range(num_classes)).tolist()
+    return results, {"probe": name, "stage": stage, "matrix": matrix}
+
+
+def _result(probe: str, stage: int, setting: dict[str, Any], scores: dict[str, float]) -> dict[str, Any]:
+    return {"probe": probe, "stage": stage, "setting": setting, "scores": scores}
+
+
+def score(labels: NDArray[np.int64], probabilities: NDArray[np.float32]) -> dict[str, float]:
+    """top1, top5 for more than five classes, balanced_accuracy, and auroc unless only one class occurs.
+
+    labels: (N,) class indices. probabilities: (N, classes).
+    """
+    found = scores(labels, probabilities)
+    del found["val_loss"]  # kNN's probabilities of 0 make it a matter of where they are cut off
+    if len(np.unique(labels)) > 1:
+        found["auroc"] = macro_auroc(labels, probabilities)
+    return found
+
+
+def _architecture(backbone: Backbone) -> str:
+    if backbone.architecture is not None:
+        return backbone.architecture.variant
+    return backbone.name.removeprefix(RANDOM)
+
+
+def _command(model: str, data: Data, options: Options, folder: Path) -> str:
+    """The command that evaluates this model alone, to the same result."""
+    words = ["fcmae", "evaluate", model, "--data", data.train]
+    words += ["--test", data.test] if data.test else ["--test-share", f"{data.test_share:g}"]
+    words += ["--probes", *options.probes]
+    if "few-shot" in options.probes:
+        words += ["--labels", *options.labels, "--draws", str(options.draws)]
+    if options.stages != (-1,):
+        words += ["--stages", *_stage_names(options.stages)]
+    if options.image_size:
+        words += ["--image-size", *map(str, options.image_size)]
+    words += ["--seed", str(options.seed), "--device", options.device, "--out", str(folder)]
+    return shlex.join(words)
+
+
+def _stage_names(stages: tuple[int, ...] | None) -> list[str]:
+    return ["all"] if stages is None else ["last" if stage == -1 else str(stage) for stage in stages]
+
+
+def summary(records: Sequence[dict[str, Any]]) -> str:
+    """Table and a line on what it was measured on, in Markdown. records: of the same images."""
+    data = records[0]["data"]
+    lines = [
+        table(records),
+        "",
+        f"{data['num_train']} training and {data['num_test']} test images of {len(data['class_names'])} classes. "
+        f"To answer always with the largest class has a top-1 of {data['largest_class']:.3f}.",
+    ]
+    if any("spread" in result for result in records[0]["results"]):
+        lines.append("[low, high]: 95 % interval of the mean over the draws of labels.")
+    return "\n".join(lines)
+
+
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """The scores of several evaluations on the same images as a Markdown table: a row a model and probe.
+
+    What the models are compared by stands together: the same probe with the same setting on the same stage.
+    """
+    rows: dict[tuple[str, int], list[list[str]]] = {}
+    for record in records:
+        for result in record["results"]:
+            probe, stage, setting = result["probe"], result["stage"], result["setting"]
+            if probe == "knn":
+                probe = f"kNN, k = {setting['k']}"
+            elif probe == "few-shot":
+                amount = setting["labels"] if setting["labels"].endswith("%") else f"{setting['labels']} a class"
+                probe = f"linear, {amount} ({setting['num_images']} labels)"
+            cells = [_cell(result, name) for name in SCORES]
+            rows.setdefault((probe, stage), []).append([probe, str(stage), record["model"], *cells])
+    lines = [["probe", "stage", "model", "top-1", "balanced accuracy", "AUROC"]]
+    lines += [row for group in rows.values() for row in group]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    text = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
+    ]
+    text.insert(1, "| " + " | ".join("-" * width for width in widths) + " |")
+    return "\n".join(text)
+
+
+def _cell(result: dict[str, Any], name: str) -> str:
+    if name not in result["scores"]:
+        return "-"
+    text = f"{result['scores'][name]:.3f}"
+    if name in result.get("spread", {}):
+        low, high = result["spread"][name]
+        text += f" [{low:.3f}, {high:.3f}]"
+    return text
+
+
+def save_confusion(path: Path, record: dict[str, Any]) -> None:
+    """Draw the confusion matrix of an evaluation: colours are shares of the true class, numbers are images."""
+    from matplotlib.figure import Figure
+
+    confusion, names = record["confusion"], record["data"]["class_names"]
+    counts = np.array(confusion["matrix"])
+    totals = counts.sum(1)
+    shares = counts / np.maximum(totals, 1)[:, None]
+    num_classes = len(names)
+    named = num_classes <= MAX_NAMED_CLASSES
+    side = min(max(0.36 * num_classes, 2.4), 15) if named else 8
+    figure = Figure(figsize=(side + 3.2, side + 2.2), layout="constrained")
+    axis = figure.subplots()
+    image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, ax=axis, label="share of the true class", shrink=0.8)
+    if named:
+        axis.set_xticks(range(num_classes), [shortened(name) for name in names], rotation=90, fontsize=8)
+        rows = [f"{shortened(name)} ({total})" for name, total in zip(names, totals, strict=True)]
+        axis.set_yticks(range(num_classes), rows, fontsize=8)
+        for row, column in np.argwhere(counts > 0):
+            colour = "white" if shares[row, column] > 0.5 else "black"
+            text = str(counts[row, column])
+            size = 8 if len(text) < 4 else 6
+            axis.text(column, row, text, ha="center", va="center", fontsize=size, color=colour)
+    axis.set_xlabel("predicted class")
+    axis.set_ylabel("true class (images)" if named else "true class, in the order of the file")
+    probe = {"knn": "kNN", "linear": "linear probe"}[confusion["probe"]]
+    accuracy = counts.trace() / max(counts.sum(), 1)
+    axis.set_title(
+        f"{shortened(record['model'], 60)}\n{probe} on stage {confusion['stage']}: top-1 {accuracy:.3f}", fontsize=10
+    )
+    save_figure(figure, path)

@@ -1,0 +1,126 @@
+"""Features of images: each stage's output, averaged over the image, in arrays that may lie on disk."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fcmae.data.dataset import Batch, FinetuneDataset, normalize
+from fcmae.data.index import FileIndex
+from fcmae.data.loader import build_loader, default_num_workers
+from fcmae.data.sampler import evaluation_batches
+from fcmae.evaluation.models import Backbone
+
+BATCH_SIZE = 64
+
+
+def stage_maps(model: nn.Module, images: Tensor) -> list[Tensor]:
+    """The output of each stage, first to last, (B, C_i, H_i, W_i), before any final norm.
+
+    model: timm's. images: (B, C, H, W), normalised. Networks without stages give what timm has in their place: a ViT
+    the output of each block.
+    """
+    maps: list[Tensor] = model.forward_intermediates(  # type: ignore[operator]  # timm is not typed
+        images, norm=False, intermediates_only=True
+    )
+    return maps
+
+
+def batches_of(
+    backbone: Backbone, index: FileIndex, *, device: torch.device, batch_size: int = BATCH_SIZE, num_workers: int = 0
+) -> Iterator[tuple[Tensor, Batch]]:
+    """The images of an index as a model takes them, centre crops, in batches: normalised on the device, and as read.
+
+    The model's `model` is on the device. What could not be read is left out of both; its batch has it in `bad`.
+    """
+    dataset = FinetuneDataset(
+        index, in_chans=backbone.in_chans, image_size=backbone.image_size, seed=0, crop_pct=backbone.crop_pct
+    )
+    batches = evaluation_batches(len(index), batch_size)
+    mean, std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (backbone.mean, backbone.std))
+    for batch in build_loader(dataset, batches, num_workers=num_workers, device_type=device.type):
+        readable = batch.select(batch.valid)
+        yield normalize(readable.images.to(device, non_blocking=True), mean, std), readable
+
+
+@dataclass(frozen=True)
+class Features:
+    """Of N images that could be read, in the order of the index.
+
+    positions: (N,) int64, of the images in the index. stages: by number, from 1, the stage's output averaged over the
+    image, (N, C) float32. bad: (path, reason) of the files that could not be read.
+    """
+
+    positions: NDArray[np.int64]
+    stages: dict[int, NDArray[np.float32]]
+    bad: list[tuple[str, str]]
+
+
+@torch.no_grad()
+def extract(
+    backbone: Backbone,
+    index: FileIndex,
+    stages: Sequence[int] | None,
+    *,
+    device: torch.device,
+    batch_size: int = BATCH_SIZE,
+    num_workers: int | None = None,
+    directory: Path | None = None,
+    title: str = "features",
+) -> Features:
+    """Pooled features of all images of an index.
+
+    stages: numbers, from 1; negative ones count from the last; None is all. num_workers: processes that decode; None
+    chooses. directory: an empty one, where the features are written as they come and mapped into memory; None keeps
+    them in memory. title: of the progress bar. Raises ValueError if there is no such stage, or none of the images can
+    be read.
+    """
+    backbone.model.to(device)
+    if num_workers is None:
+        num_workers = default_num_workers(device.type) if len(index) > batch_size else 0
+    batches = batches_of(backbone, index, device=device, batch_size=batch_size, num_workers=num_workers)
+    positions = np.empty(len(index), np.int64)
+    arrays: dict[int, NDArray[np.float32]] = {}
+    bad: list[tuple[str, str]] = []
+    count = 0
+    total = math.ceil(len(index) / batch_size)
+    for images, batch in tqdm(batches, total=total, desc=title, unit="batch", disable=None):
+        bad += batch.bad
+        if not len(images):
+            continue
+        maps = stage_maps(backbone.model, images)
+        following = count + len(images)
+        positions[count:following] = batch.index.numpy()
+        for number in _numbers(stages, len(maps)):
+            pooled = maps[number - 1].float().mean((2, 3))  # (B, C)
+            if number not in arrays:
+                shape = (len(index), pooled.shape[1])
+                arrays[number] = _array(None if directory is None else directory / f"stage{number}.npy", shape)
+            arrays[number][count:following] = pooled.cpu().numpy()
+        count = following
+    if not count:
+        raise ValueError(f"none of {len(index)} images can be read: {bad[0][0]}: {bad[0][1]}" if bad else "no images")
+    return Features(positions[:count], {number: array[:count] for number, array in arrays.items()}, bad)
+
+
+def _numbers(stages: Sequence[int] | None, num_stages: int) -> list[int]:
+    if stages is None:
+        return list(range(1, num_stages + 1))
+    if wrong := [stage for stage in stages if not 1 <= abs(stage) <= num_stages]:
+        raise ValueError(f"stages: {wrong[0]} is none of the network's {num_stages}: use 1 to {num_stages}")
+    return sorted({stage if stage > 0 else num_stages + 1 + stage for stage in stages})
+
+
+def _array(path: Path | None, shape: tuple[int, int]) -> NDArray[np.float32]:
+    if path is None:
+        return np.empty(shape, np.float32)
+    array: NDArray[np.float32] = np.lib.format.open_memmap(path, "w+", np.float32, shape)
+    return array

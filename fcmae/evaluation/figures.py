@@ -1,0 +1,171 @@
+"""The figures of `fcmae analyze`: every model in one figure of each kind."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fcmae.pictures import save_figure
+
+LineOf = Mapping[str, Mapping[str, float]]  # of each model the value of each layer
+
+# Okabe and Ito's colours, which people with any kind of colour vision tell apart, and a shape for each.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+MARKERS = "os^Dv<>"
+NAME_LENGTH = 44
+
+
+def save_by_layer(
+    path: Path, models: Sequence[str], panels: Mapping[str, LineOf], title: str, *, shares: bool = False
+) -> None:
+    """Draw values over the layers: a panel for each quantity, a line for each model.
+
+    models: all that are compared, so that each has one colour in all figures. panels: by what the vertical axis says;
+    models may be missing. Those that differ in their layers are drawn over the depth from 0 to 1. shares: values are of
+    0..1 and shown as per cent.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    figure = Figure(figsize=(1.5 + 5.5 * len(panels), 4.4), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    layouts = {tuple(layers) for lines in panels.values() for layers in lines.values()}
+    for axis, (label, lines) in zip(axes, panels.items(), strict=True):
+        for model, layers in lines.items():
+            number = models.index(model)
+            x = np.arange(len(layers)) if len(layouts) == 1 else np.linspace(0, 1, len(layers))
+            colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+            style = ("-", "--", ":")[number // len(COLOURS) % 3]
+            axis.plot(x, list(layers.values()), style, color=colour, marker=marker, markersize=4.5, linewidth=1.5)
+        _layer_axis(axis, next(iter(layouts)) if len(layouts) == 1 else None)
+        top = max((value for layers in lines.values() for value in layers.values()), default=0)
+        axis.set_ylim(-0.03 * (top or 0.01), 1.1 * (top or 0.01))
+        if shares:
+            axis.yaxis.set_major_formatter(PercentFormatter(1))
+        axis.set_ylabel(label)
+        axis.grid(axis="y", alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    shown = [number for number, model in enumerate(models) if any(model in lines for lines in panels.values())]
+    _legend(figure, [_handle(number) for number in shown], [models[number] for number in shown])
+    figure.suptitle(title, fontsize=11)
+    save_figure(figure, path)
+
+
+def _legend(figure: Any, handles: Sequence[Any], names: Sequence[str]) -> None:
+    columns = max(1, int(figure.get_figwidth() / (0.9 + 0.085 * max(len(ending(name)) for name in names))))
+    figure.legend(handles, [*map(ending, names)], loc="outside lower center", frameon=False, ncols=columns)
+
+
+def _handle(number: int) -> Any:
+    from matplotlib.lines import Line2D
+
+    style = ("-", "--", ":")[number // len(COLOURS) % 3]
+    return Line2D([], [], linestyle=style, color=COLOURS[number % len(COLOURS)], marker=MARKERS[number % len(MARKERS)])
+
+
+def _layer_axis(axis: Any, layers: Sequence[str] | None) -> None:
+    """Name the layers along the horizontal axis, with a line between stages; None: of several networks, their depth."""
+    if layers is None:
+        axis.set_xlabel("depth, from the first block (0) to the last (1)")
+        return
+    stages = [layer.split(".")[1] for layer in layers]
+    for position in range(1, len(layers)):
+        if stages[position] != stages[position - 1]:
+            axis.axvline(position - 0.5, color="0.8", linewidth=1, zorder=0)
+    shown = range(0, len(layers), max(1, len(layers) // 18))
+    axis.set_xticks(list(shown), [layers[i].removeprefix("stages.") for i in shown], fontsize=8)
+    axis.set_xlabel("block (stage.number)")
+
+
+def save_selectivity(path: Path, values: Mapping[str, Mapping[str, NDArray[np.float64]]], title: str) -> None:
+    """Draw the distribution of the channels' selectivity: a panel for each layer, an outline for each model.
+
+    values: of each model and layer (C,), in 0..1. Models that differ in their layers share panels for the last layer
+    of each stage.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    layers_of = {model: list(layers) for model, layers in values.items()}
+    names = [layer.removeprefix("stages.") for layer in next(iter(layers_of.values()))]
+    if len(set(map(tuple, layers_of.values()))) > 1:
+        layers_of = {model: last_of_stages(layers) for model, layers in layers_of.items()}
+        names = [f"last of stage {stage}" for stage in range(4)]
+    panels = [{model: values[model][layers_of[model][i]] for model in values} for i in range(len(names))]
+    columns = min(6, max(4, math.ceil(math.sqrt(len(panels)))), len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(1 + 2.1 * columns, 1.6 + 1.7 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat
+    edges = np.linspace(0, 1, 26)
+    for axis, name, panel in zip(axes, names, panels, strict=False):
+        for number, found in enumerate(panel.values()):
+            colour = COLOURS[number % len(COLOURS)]
+            weights = np.full(len(found), 1 / len(found))
+            axis.hist(found, edges, weights=weights, histtype="stepfilled", color=colour, alpha=0.2)
+            axis.hist(found, edges, weights=weights, histtype="step", color=colour, linewidth=1.3)
+            axis.axvline(float(found.mean()), color=colour, linewidth=1, linestyle="--")
+        axis.set_title(name, fontsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8)
+    for axis in list(axes)[len(panels) :]:
+        axis.set_axis_off()
+    figure.supylabel("share of channels", fontsize=9)
+    _legend(figure, [Patch(facecolor=COLOURS[number % len(COLOURS)]) for number in range(len(values))], list(values))
+    figure.suptitle(title, fontsize=11)
+    save_figure(figure, path)
+
+
+def save_activations(
+    path: Path, rows: Sequence[tuple[str, NDArray[Any], Mapping[str, NDArray[np.float32]]]], title: str
+) -> None:
+    """Draw channels' activation maps for one image: a row for each model, its image, a panel for each layer.
+
+    rows: of each model the image as (H, W) or (H, W, 3), to be shown, and its maps (channels, h, w) by layer. All
+    channels of a panel have one scale, so that a dead one is dark and a saturated one bright all over.
+    """
+    from matplotlib.figure import Figure
+
+    columns = 1 + max(len(maps) for _, _, maps in rows)
+    figure = Figure(figsize=(0.4 + 2.5 * columns, 0.7 + 2.75 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for line, (model, image, maps) in zip(axes, rows, strict=True):
+        line[0].imshow(image, cmap="gray", vmin=0, vmax=1)
+        line[0].set_title(ending(model, 30), fontsize=9)
+        for axis, (layer, found) in zip(line[1:], maps.items(), strict=False):
+            low, high = np.quantile(found, [0.005, 0.995])
+            axis.imshow(_mosaic(found), cmap="viridis", vmin=low, vmax=max(high, low + 1e-12), interpolation="nearest")
+            axis.set_title(f"{layer}, {len(found)} channels", fontsize=9)
+        for axis in line:
+            axis.set_axis_off()
+    figure.suptitle(title, fontsize=11)
+    save_figure(figure, path)
+
+
+def _mosaic(maps: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(channels, h, w) side by side, row by row, with gaps that are drawn as nothing."""
+    scale = math.ceil(24 / min(maps.shape[1:]))  # small maps are enlarged, or the gaps would be wide beside them
+    maps = maps.repeat(scale, 1).repeat(scale, 2)
+    num, height, width = maps.shape
+    columns = math.ceil(math.sqrt(num))
+    gap = max(1, min(height, width) // 12)
+    rows = math.ceil(num / columns)
+    mosaic = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap), np.nan, np.float32)
+    for number, found in enumerate(maps):
+        top, left = number // columns * (height + gap), number % columns * (width + gap)
+        mosaic[top : top + height, left : left + width] = found
+    return mosaic
+
+
+def last_of_stages(layers: Sequence[str]) -> list[str]:
+    """The last block of each stage, by name."""
+    return list({layer.split(".")[1]: layer for layer in layers}.values())
+
+
+def ending(name: str, length: int = NAME_LENGTH) -> str:
+    """A model's name for a figure: its end, where paths differ."""
+    return name if len(name) <= length else f"…{name[1 - length :]}"

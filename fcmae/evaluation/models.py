@@ -1,0 +1,173 @@
+"""Networks to look at: our weights of any format, timm's models by name, and the same networks untrained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from fcmae.config import FinetuneData
+from fcmae.convert import build_dense, create_dense
+from fcmae.data.augment import seeded
+from fcmae.encoder import VARIANTS
+from fcmae.formats import Architecture
+from fcmae.weights import Weights, read_weights
+
+RANDOM = "random:"  # before a path or timm's name: the same network, untrained
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A dense network that gives features, and how its images are read.
+
+    name: as it was asked for. model: timm's, without a head, in evaluation mode, on the CPU, without gradients.
+    architecture: None for networks other than ConvNeXt. image_size: height and width. crop_pct: see `center_box`.
+    mean, std: of the channels, in units of a full range of 1. origin: what the weights were made from.
+    """
+
+    name: str
+    model: nn.Module
+    architecture: Architecture | None
+    in_chans: int
+    image_size: tuple[int, int]
+    crop_pct: float
+    mean: list[float]
+    std: list[float]
+    origin: dict[str, Any]
+
+
+def load_backbone(source: str, image_size: tuple[int, int] | None = None, in_chans: int | None = None) -> Backbone:
+    """The network that `source` names.
+
+    source: a path (all that `read_weights` reads); or the name of a timm model, with its pretrained weights, which may
+    be fetched from the network; or either after "random:", untrained, from seed 0. image_size: height and width, where
+    it is not to be that of the weights. in_chans: of a timm model, where it is not to be 3.
+    Raises ValueError if there is no such model, its weights cannot be had, or it cannot take images of that size.
+    """
+    is_random = source.startswith(RANDOM)
+    name = source.removeprefix(RANDOM)
+    path = Path(name).expanduser()
+    if path.exists():
+        backbone = _from_weights(source, path, is_random, image_size, in_chans)
+    elif timm.is_model(name):
+        backbone = _from_timm(source, name, is_random, image_size, in_chans)
+    else:
+        raise ValueError(
+            f"model = {source!r} is neither a path nor a model of timm's: give a run, a checkpoint, a directory or "
+            f"file of weights, a name that timm.list_models() has, or one of these after {RANDOM}"
+        )
+    backbone.model.eval().requires_grad_(False)
+    _try(backbone)
+    return backbone
+
+
+def choose_device(setting: str) -> torch.device:
+    """The accelerator, if there is one, for "auto"; the CPU for "cpu"."""
+    if setting == "cpu" or not torch.accelerator.is_available():
+        return torch.device("cpu")
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
+def _from_weights(
+    source: str, path: Path, is_random: bool, image_size: tuple[int, int] | None, in_chans: int | None
+) -> Backbone:
+    weights = read_weights(path)
+    architecture = weights.architecture
+    if in_chans not in (None, architecture.in_chans):
+        raise ValueError(
+            f"in_chans = {in_chans}, but model = {source!r} is of {architecture.in_chans} channels: leave it out"
+        )
+    # What the file does not say of its images is as published.
+    defaults = FinetuneData(in_chans=architecture.in_chans)
+    mean, std = (weights.image.get(k, v) for k, v in zip(("mean", "std"), defaults.statistics(), strict=True))
+    if len(mean) != architecture.in_chans:
+        raise ValueError(
+            f"model = {source!r} does not say the mean and std of its {architecture.in_chans} channels: "
+            "export it with fcmae"
+        )
+    _, height, width = weights.image.get("input_size", (0, *defaults.image_size))
+    return Backbone(
+        name=source,
+        model=_untrained(architecture) if is_random else build_dense(weights, num_classes=0),
+        architecture=architecture,
+        in_chans=architecture.in_chans,
+        image_size=image_size or (height, width),
+        crop_pct=weights.image.get("crop_pct", defaults.crop_pct),
+        mean=list(mean),
+        std=list(std),
+        origin=_random_origin(source) if is_random else _origin(weights),
+    )
+
+
+def _untrained(architecture: Architecture) -> nn.Module:
+    with seeded([0]):
+        return create_dense(architecture.variant, in_chans=architecture.in_chans, stem_stride=architecture.stem_stride)
+
+
+def _random_origin(source: str) -> dict[str, Any]:
+    return {"untrained": source.removeprefix(RANDOM), "seed": 0}
+
+
+def _origin(weights: Weights) -> dict[str, Any]:
+    return {"format": weights.format, **weights.origin}
+
+
+def _from_timm(
+    source: str, name: str, is_random: bool, image_size: tuple[int, int] | None, in_chans: int | None
+) -> Backbone:
+    in_chans = in_chans or 3
+    config = timm.get_pretrained_cfg(name)
+    # Networks with a table of positions are built for one size; the others take any, and have no such argument.
+    sized = {"img_size": image_size} if image_size and config is not None and config.fixed_input_size else {}
+    try:
+        with seeded([0]):
+            model = timm.create_model(name, pretrained=not is_random, num_classes=0, in_chans=in_chans, **sized)
+    except Exception as error:  # whatever timm, the hub's client and its network library raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if is_random:
+            raise ValueError(f"model = {source!r} cannot be built ({reason}): give another") from error
+        raise ValueError(
+            f"model = {source!r}: its pretrained weights cannot be had ({reason}): give a path, or {RANDOM}{name}"
+        ) from error
+    settings = model.pretrained_cfg
+    statistics = FinetuneData(in_chans=in_chans).statistics()
+    mean, std = (settings["mean"], settings["std"]) if in_chans == 3 else statistics
+    if len(mean) != in_chans:
+        raise ValueError(f"in_chans = {in_chans}: timm's models know the mean and std of 1 and 3 channels only")
+    variant = name.split(".")[0]
+    return Backbone(
+        name=source,
+        model=model,
+        architecture=Architecture(variant, in_chans, final_norm=True) if variant in VARIANTS else None,
+        in_chans=in_chans,
+        image_size=image_size or tuple(settings["input_size"][1:]),
+        crop_pct=settings["crop_pct"],
+        mean=list(mean),
+        std=list(std),
+        origin=_random_origin(source) if is_random else {"timm": f"{settings['architecture']}.{settings['tag']}"},
+    )
+
+
+def _try(backbone: Backbone) -> None:
+    """Raise ValueError if the network has no features of stages, or none of images of this size."""
+    height, width = backbone.image_size
+    if not hasattr(backbone.model, "forward_intermediates"):
+        raise ValueError(f"model = {backbone.name!r}: timm does not give the features of its stages: give another")
+    image = torch.zeros(1, backbone.in_chans, height, width)
+    try:
+        maps = backbone.model.forward_intermediates(  # type: ignore[operator]  # timm is not typed
+            image, norm=False, intermediates_only=True
+        )
+    except (RuntimeError, AssertionError, ValueError, IndexError) as error:
+        raise ValueError(
+            f"model = {backbone.name!r} cannot take images of {height}x{width} pixels "
+            f"({' '.join(str(error).split())[:200]}): give another image size"
+        ) from error
+    if any(0 in found.shape for found in maps):
+        raise ValueError(
+            f"model = {backbone.name!r} leaves nothing of images of {height}x{width} pixels: give a larger image size"
+        )

@@ -1,0 +1,63 @@
+"""Where the commands that look at models write, and what they call things there."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from fcmae.evaluation.models import RANDOM
+
+TEMPORARY = (".features-", ".tmp-")  # how what a killed process leaves begins
+
+
+def default_out(models: Sequence[str], out: Path | None, name: str) -> Path:
+    """`out`, or RUN/NAME where the models are RUN, random:RUN or both.
+
+    Raises ValueError if it is not known, or a model is given twice.
+    """
+    if doubled := [model for number, model in enumerate(models) if model in models[:number]]:
+        raise ValueError(f"model = {doubled[0]!r} is given twice: give each once")
+    if out is not None:
+        return out
+    runs = {Path(model.removeprefix(RANDOM)).expanduser() for model in models}
+    if len(runs) == 1 and ((run := runs.pop()) / "config.yaml").is_file():
+        return run / name
+    raise ValueError(f"out is missing: it is RUN/{name} for RUN and random:RUN, anything else needs --out DIR")
+
+
+def claim(out: Path, is_ours: Callable[[Path], bool], overwrite: bool) -> None:
+    """Make a directory that holds nothing but what a killed process left, which is removed.
+
+    is_ours: whether a path in it is of an earlier call of the same command. Raises ValueError if there is anything
+    else, or something of ours and overwrite is false; with overwrite that is deleted.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out = {out} is a file: give a directory")
+    entries = sorted(out.iterdir()) if out.is_dir() else []
+    left = [path for path in entries if path.name.startswith(TEMPORARY)]
+    entries = [path for path in entries if path not in left]
+    if foreign := [path for path in entries if not is_ours(path)]:
+        raise ValueError(f"out = {out} holds {foreign[0].name!r}, which is not of this command: give another --out")
+    if entries and not overwrite:
+        raise ValueError(f"out = {out} holds earlier results: give another --out, or --overwrite to replace them")
+    for path in [*left, *entries]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def file_name(text: str) -> str:
+    """The text as a name of a file or folder: letters, digits, dots, dashes and underscores."""
+    return re.sub(r"[^\w.-]+", "-", text).strip("-.")
+
+
+def shortened(name: str, length: int = 24) -> str:
+    """A name as matplotlib shows it as it is, with at most so many letters."""
+    text = name if len(name) <= length else f"{name[: length - 3]}..."
+    # Dollars would begin a formula, and a leading underscore hides an entry of a legend.
+    text = text.replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text

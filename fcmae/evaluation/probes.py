@@ -1,0 +1,265 @@
+"""What frozen features tell of labels: nearest neighbours, a linear classifier, and one on few labels.
+
+All read features row by row or in chunks, so that they may be arrays on disk. None sees the labels of the images that
+it is tested on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import trange
+
+from fcmae.data.sampler import epoch_order
+
+TEST_ROWS = 2048  # rows of test features, and of training features, that a similarity matrix is computed of at once
+TRAIN_ROWS = 16384
+
+
+@torch.inference_mode()
+def knn_probabilities(
+    train: NDArray[np.float32],
+    train_labels: NDArray[np.int64],
+    test: NDArray[np.float32],
+    num_classes: int,
+    *,
+    ks: Sequence[int],
+    temperature: float = 0.07,
+    device: torch.device | str = "cpu",
+) -> dict[int, NDArray[np.float32]]:
+    """Class probabilities by weighted votes of the k nearest training images, for each k.
+
+    The vote of a neighbour at cosine similarity s has the weight exp(s / temperature), as in instance discrimination
+    (arXiv 1805.01978, Sec. 3.4) and most papers since. train: (N, D). train_labels: (N,) class indices. test: (M, D).
+    ks: each at most N. Returns (M, num_classes) by k, each row summing to 1.
+    """
+    assert max(ks) <= len(train)
+    labels = torch.from_numpy(np.asarray(train_labels, np.int64)).to(device)
+    found: dict[int, list[NDArray[np.float32]]] = {k: [] for k in ks}
+    for query in _chunks(test, TEST_ROWS, device):
+        query = F.normalize(query)
+        best = query.new_empty((len(query), 0))
+        votes = labels.new_empty((len(query), 0))
+        start = 0
+        for rows in _chunks(train, TRAIN_ROWS, device):
+            similarity = query @ F.normalize(rows).T  # (M', N')
+            nearest = similarity.topk(min(max(ks), len(rows)), dim=1)
+            best = torch.cat([best, nearest.values], 1)
+            votes = torch.cat([votes, labels[start + nearest.indices]], 1)
+            best, order = best.topk(min(max(ks), best.shape[1]), dim=1)
+            votes = votes.gather(1, order)
+            start += len(rows)
+        weights = ((best - best[:, :1]) / temperature).exp()  # the nearest has 1: no overflow at any temperature
+        for k in ks:
+            sums = query.new_zeros((len(query), num_classes)).scatter_add_(1, votes[:, :k], weights[:, :k])
+            found[k].append((sums / sums.sum(1, keepdim=True)).cpu().numpy())
+    return {k: np.concatenate(parts) for k, parts in found.items()}
+
+
+def _chunks(features: NDArray[np.float32], rows: int, device: torch.device | str) -> Iterator[Tensor]:
+    for start in range(0, len(features), rows):
+        yield torch.tensor(features[start : start + rows], dtype=torch.float32, device=device)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """lr: largest learning rate. l2: the penalty l2 / 2 * |weight|^2 is added to the mean cross-entropy."""
+
+    lr: float
+    l2: float
+
+
+GRID = tuple(Setting(lr, l2) for lr, l2 in product((1e-4, 1e-3, 1e-2), (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)))
+DEFAULT = Setting(1e-3, 1e-1)  # where there is too little to choose on
+HELD_OUT_SHARE = 0.2
+BATCH_SIZE = 512
+MIN_STEPS, MIN_EPOCHS = 1000, 20
+
+
+@dataclass(frozen=True)
+class LinearProbe:
+    """Softmax regression on standardised features. weight: (classes, D). bias: (classes,). mean, std: (D,)."""
+
+    weight: Tensor
+    bias: Tensor
+    mean: Tensor
+    std: Tensor
+    setting: Setting
+
+    @torch.inference_mode()
+    def probabilities(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(M, D) features to (M, classes), each row summing to 1."""
+        device = self.weight.device
+        parts = [
+            F.linear((rows - self.mean) / self.std, self.weight, self.bias).softmax(1).cpu().numpy()
+            for rows in _chunks(features, TEST_ROWS, device)
+        ]
+        return np.concatenate(parts)
+
+
+def fit_linear(
+    features: NDArray[np.float32],
+    labels: NDArray[np.int64],
+    num_classes: int,
+    *,
+    positions: NDArray[np.int64] | None = None,
+    grid: Sequence[Setting] = GRID,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    title: str | None = None,
+) -> LinearProbe:
+    """A linear classifier on the features, its learning rate and penalty chosen on a part of them.
+
+    A stratified fifth is held out, all settings of the grid are trained on the rest, and the one with the least
+    cross-entropy on the held-out fifth (a score that class imbalance does not distort) is trained again on everything.
+    Where a class has one image only there is nothing to choose on, and the setting is DEFAULT.
+    features: (N, D), may lie on disk. labels: (N,) class indices. positions: the rows to use; None uses all.
+    seed: of the held-out part and the order. title: of the progress bars; None shows none.
+    """
+    rows = np.arange(len(labels)) if positions is None else np.sort(positions)
+    counts = np.bincount(labels[rows])
+    if len(grid) == 1:
+        setting = grid[0]
+    elif counts[counts > 0].min() < 2:
+        setting = DEFAULT
+    else:
+        held_counts = np.minimum(np.maximum(1, np.round(HELD_OUT_SHARE * counts)), np.maximum(counts - 1, 0))
+        held = rows[draw(labels[rows], held_counts.astype(np.int64), seed)]
+        kept = np.setdiff1d(rows, held)
+        chosen_from = _train(features, labels, kept, num_classes, grid, seed, device, title and f"{title}, choosing")
+        setting = grid[int(_losses(*chosen_from, features, labels, held).argmin())]
+    weight, bias, mean, std = _train(features, labels, rows, num_classes, [setting], seed, device, title)
+    return LinearProbe(weight[0], bias[0], mean, std, setting)
+
+
+def draw(labels: NDArray[np.int64], counts: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
+    """Positions of images drawn at random, so many of each class, or all where a class has fewer; in order.
+
+    labels: (N,) class indices. counts: (classes,).
+    """
+    rng = np.random.default_rng(seed)
+    drawn = [rng.permutation(np.flatnonzero(labels == label))[:count] for label, count in enumerate(counts)]
+    return np.sort(np.concatenate(drawn))
+
+
+def _train(
+    features: NDArray[np.float32],
+    labels: NDArray[np.int64],
+    rows: NDArray[np.int64],
+    num_classes: int,
+    settings: Sequence[Setting],
+    seed: int,
+    device: torch.device | str,
+    title: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Train a classifier for each setting, all on the same batches.
+
+    Returns weight (G, classes, D), bias (G, classes), and mean and std (D,) of the features in `rows`.
+    """
+    mean, std = (values.to(device) for values in _statistics(features, rows))
+    num_settings, dim = len(settings), features.shape[1]
+    lr = torch.tensor([setting.lr for setting in settings], device=device).view(-1, 1, 1)
+    l2 = torch.tensor([setting.l2 for setting in settings], device=device)
+    # Adam's steps do not depend on the gradient's scale. So one optimizer with the rate 1 on weight / lr takes the
+    # steps of rate lr on each weight.
+    scaled = torch.zeros(num_settings, num_classes, dim + 1, device=device, requires_grad=True)
+    optimizer = torch.optim.Adam([scaled], lr=1.0, eps=1e-15)
+    batch_size = min(BATCH_SIZE, len(rows))
+    per_epoch = len(rows) // batch_size
+    num_steps = max(MIN_STEPS, MIN_EPOCHS * per_epoch)
+    for step in trange(num_steps, desc=title, unit="step", disable=True if title is None else None, leave=False):
+        if step % per_epoch == 0:
+            order = epoch_order(len(rows), seed, step // per_epoch)
+        first = step % per_epoch * batch_size
+        batch = rows[np.sort(order[first : first + batch_size])]  # sorted: features on disk are read in order
+        optimizer.param_groups[0]["lr"] = 0.5 * (1 + math.cos(math.pi * step / num_steps))
+        images = (torch.tensor(features[batch], dtype=torch.float32, device=device) - mean) / std  # (B, D)
+        target = torch.from_numpy(labels[batch]).to(device)
+        weight, bias = (scaled * lr)[..., :-1], (scaled * lr)[..., -1]
+        logits = F.linear(images, weight.flatten(0, 1), bias.flatten()).view(len(batch), num_settings, num_classes)
+        # The sum over the settings, whose gradients do not meet.
+        loss = F.cross_entropy(logits.flatten(0, 1), target.repeat_interleave(num_settings), reduction="sum")
+        loss = loss / len(batch) + (l2 * weight.square().sum((1, 2))).sum() / 2
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    with torch.no_grad():
+        found = scaled * lr
+    return found[..., :-1], found[..., -1], mean, std
+
+
+def _statistics(features: NDArray[np.float32], rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each feature over the rows, (D,) float32; deviation 1 for one that does not vary."""
+    total, squares = np.zeros(features.shape[1]), np.zeros(features.shape[1])
+    for start in range(0, len(rows), TRAIN_ROWS):
+        part = np.asarray(features[rows[start : start + TRAIN_ROWS]], np.float64)
+        total += part.sum(0)
+        squares += (part**2).sum(0)
+    mean = total / len(rows)
+    std = np.sqrt(np.maximum(squares / len(rows) - mean**2, 0))
+    # What float32 rounds is no variation.
+    std[std <= 1e-6 * np.abs(mean)] = 1
+    return torch.tensor(mean, dtype=torch.float32), torch.tensor(std, dtype=torch.float32)
+
+
+@torch.inference_mode()
+def _losses(
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    features: NDArray[np.float32],
+    labels: NDArray[np.int64],
+    rows: NDArray[np.int64],
+) -> NDArray[np.float64]:
+    """Mean cross-entropy of each setting's classifier on the rows, (G,)."""
+    total = np.zeros(len(weight))
+    for start in range(0, len(rows), TEST_ROWS):
+        part = rows[start : start + TEST_ROWS]
+        images = (torch.tensor(features[part], dtype=torch.float32, device=weight.device) - mean) / std
+        target = torch.from_numpy(labels[part]).to(weight.device)
+        for number in range(len(weight)):
+            logits = F.linear(images, weight[number], bias[number])
+            total[number] += float(F.cross_entropy(logits, target, reduction="sum"))
+    return total / len(rows)
+
+
+def few_shot_counts(label: str, labels: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How many images of each class an amount of labels stands for, (classes,).
+
+    label: a share of each class ("1%"), at least one image of it, or a number of images a class ("5"), at most those
+    that there are. Raises ValueError if it is neither.
+    """
+    counts = np.bincount(labels)
+    number = label.removesuffix("%")
+    try:
+        value = float(number)
+    except ValueError:
+        value = math.nan
+    if label.endswith("%") and 0 < value <= 100:
+        return np.minimum(np.maximum(1, np.round(value / 100 * counts)), counts).astype(np.int64)
+    if number.isdecimal() and value >= 1 and not label.endswith("%"):
+        return np.minimum(int(value), counts).astype(np.int64)
+    raise ValueError(f"labels: {label!r} is neither a share such as 1% nor a number of images a class such as 5")
+
+
+def mean_and_interval(values: Sequence[float]) -> tuple[float, tuple[float, float] | None]:
+    """Mean of scores in 0..1 and its 95 % interval, within 0..1, by Student's t; None for one value.
+
+    The t distribution has one degree of freedom less than there are values.
+    """
+    from scipy import stats  # type: ignore[import-untyped]
+
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return mean, None
+    half = float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
+    return mean, (max(0.0, mean - half), min(1.0, mean + half))

@@ -1,0 +1,193 @@
+"""What is watched while an encoder is pretrained: its features on the same images at each evaluation."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fcmae import health
+from fcmae.classification import scores
+from fcmae.convert import create_dense
+from fcmae.data.dataset import FinetuneDataset
+from fcmae.data.index import FileIndex, find_labelled, split
+from fcmae.data.sampler import EVAL_EPOCH
+from fcmae.encoder import Encoder
+from fcmae.evaluation.analysis import measure, spread
+from fcmae.evaluation.features import batches_of, stage_maps
+from fcmae.evaluation.models import Backbone
+from fcmae.evaluation.probes import knn_probabilities
+from fcmae.formats import Architecture, to_state
+from fcmae.pictures import save_heat_map
+
+logger = logging.getLogger("fcmae")
+
+MAX_LABELLED = 2000
+TEST_SHARE = 0.25
+NEIGHBOURS = 20
+STATISTICS = ("cosine_distance", "effective_rank", "dead_share", "saturated_share")
+HEAT_MAPS = {
+    "cosine_distance": ("mean cosine distance of channel pairs (0: collapsed)", (0.0, 0.5)),
+    "effective_rank": ("effective rank of the pooled output", None),
+}
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Images that nearest neighbours are tried on: those that vote, and those that are classified."""
+
+    train: FileIndex
+    test: FileIndex
+
+
+def find_monitored_labels(source: str, in_chans: int, image_size: tuple[int, int], seed: int) -> Labelled:
+    """The labelled images of `monitor.labelled`: at most MAX_LABELLED, drawn by class, of which a quarter is held out.
+
+    Raises ValueError if there are none, too few to hold any out, or the first cannot be read as the network needs it.
+    """
+    key = "monitor.labelled"
+    index = find_labelled(source, key=key)
+    if len(index) > MAX_LABELLED:
+        _, index = split(index, MAX_LABELLED / len(index), seed)
+    train, test = split(index, TEST_SHARE, seed)
+    if not len(test):
+        raise ValueError(f"{key}: {source!r} has no class of two images or more: give more of them")
+    sample = FinetuneDataset(train, in_chans=in_chans, image_size=image_size, seed=seed)[(EVAL_EPOCH, 0)]
+    if not sample.valid:
+        path, reason = sample.bad[0]
+        raise ValueError(f"{key}: {path} cannot be used: {reason}")
+    return Labelled(train, test)
+
+
+def monitored_images(held_out: FileIndex, training: FileIndex, num: int) -> FileIndex:
+    """`num` images, or as many as there are: held out as far as they go, then of training; each evenly spread."""
+    first = held_out.subset(spread(len(held_out), num)).paths
+    rest = training.subset(spread(len(training), num - len(first))).paths if num > len(first) else ()
+    return FileIndex((*first, *rest))
+
+
+def dense_model(encoder: Encoder) -> torch.nn.Module:
+    """timm's dense network on the encoder's own parameters, not on copies of them, in evaluation mode."""
+    architecture = Architecture(encoder.variant, encoder.in_chans, encoder.stem_stride)
+    state = {f"encoder.{name}": value for name, value in encoder.state_dict().items()}
+    with torch.device("meta"):  # nothing is drawn and nothing is allocated
+        model = create_dense(architecture.variant, in_chans=architecture.in_chans, stem_stride=architecture.stem_stride)
+    model.load_state_dict(to_state(state, architecture.variant, "timm"), assign=True)
+    return model.eval().requires_grad_(False)
+
+
+class Monitor:
+    """Measures an encoder as `fcmae analyze` and `fcmae evaluate` measure its checkpoint: dense, nothing is masked.
+
+    images: for the statistics of every block; may be empty. labelled: for nearest neighbours, or None. in_chans,
+    image_size, mean, std: of the images as the encoder takes them; they are centre crops of the full shorter side.
+    device: the encoder's. num_workers: processes that decode.
+    """
+
+    def __init__(
+        self,
+        images: FileIndex,
+        labelled: Labelled | None,
+        *,
+        in_chans: int,
+        image_size: tuple[int, int],
+        mean: Sequence[float],
+        std: Sequence[float],
+        device: torch.device,
+        num_workers: int,
+    ) -> None:
+        self._images, self._labelled, self._device, self._num_workers = images, labelled, device, num_workers
+        self._in_chans, self._image_size, self._mean, self._std = in_chans, image_size, list(mean), list(std)
+
+    @torch.no_grad()
+    def measure(self, encoder: Encoder) -> dict[str, float]:
+        """Finite numbers by name: STATISTICS/LAYER of each block, knn_top1, knn_balanced_accuracy, knn_auroc."""
+        if not self._images and self._labelled is None:
+            return {}
+        backbone = Backbone(
+            name="encoder",
+            model=dense_model(encoder),
+            architecture=None,
+            in_chans=self._in_chans,
+            image_size=self._image_size,
+            crop_pct=1.0,  # as read_weights has it for checkpoints of pretraining
+            mean=self._mean,
+            std=self._std,
+            origin={},
+        )
+        values: dict[str, float] = {}
+        if self._images:
+            layers, _ = measure(backbone, self._images, device=self._device, num_workers=self._num_workers)
+            for statistic in STATISTICS:
+                values |= {f"{statistic}/{name}": getattr(layer, statistic) for name, layer in layers.items()}
+        if self._labelled is not None:
+            values |= self._neighbours(backbone, self._labelled)
+        return {name: value for name, value in values.items() if math.isfinite(value)}
+
+    def _neighbours(self, backbone: Backbone, labelled: Labelled) -> dict[str, float]:
+        """Scores of the last stage's features, averaged over each image; none if too few files can be read."""
+        assert labelled.train.class_names is not None
+        num_classes = len(labelled.train.class_names)
+        (train, train_labels), (test, test_labels) = (
+            self._pooled(backbone, i) for i in (labelled.train, labelled.test)
+        )
+        if not len(train) or not len(test):
+            return {}
+        k = min(NEIGHBOURS, len(train))
+        found = knn_probabilities(train, train_labels, test, num_classes, ks=[k], device=self._device)[k]
+        names = ("top1", "balanced_accuracy", "auroc")
+        return {f"knn_{name}": value for name, value in scores(test_labels, found).items() if name in names}
+
+    def _pooled(self, backbone: Backbone, index: FileIndex) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        features, labels = [np.empty((0, 0), np.float32)], [np.empty(0, np.int64)]
+        for images, batch in batches_of(backbone, index, device=self._device, num_workers=self._num_workers):
+            if len(images):
+                assert batch.labels is not None
+                features.append(stage_maps(backbone.model, images)[-1].float().mean((2, 3)).cpu().numpy())
+                labels.append(batch.labels.numpy())
+        return np.concatenate(features[1:] or features), np.concatenate(labels)
+
+
+def over_time(lines: Sequence[Mapping[str, Any]], statistic: str) -> tuple[list[str], list[float], NDArray[np.float64]]:
+    """A statistic of each layer at each evaluation: layers, epochs, values (layers, epochs), NaN where there is none.
+
+    lines: of metrics.jsonl.
+    """
+    prefix = f"{statistic}/"
+    found = [line for line in lines if any(name.startswith(prefix) for name in line)]
+    names = list(dict.fromkeys(name for line in found for name in line if name.startswith(prefix)))
+    values = np.array([[line.get(name, math.nan) for line in found] for name in names], np.float64)
+    return [name.removeprefix(prefix) for name in names], [line["epoch"] for line in found], values
+
+
+def draw_over_time(run: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Draw RUN/cosine_distance.png and RUN/effective_rank.png, layer by time, if the lines have them."""
+    for statistic, (label, limits) in HEAT_MAPS.items():
+        layers, epochs, values = over_time(lines, statistic)
+        if layers:
+            save_heat_map(run / f"{statistic}.png", layers, epochs, values, label, limits)
+
+
+class Watch:
+    """Logs each kind of warning once.
+
+    lines: of metrics.jsonl, as far as a resumed run has come: what they show is known. Starving for data is told by the
+    loop, which looks more often.
+    """
+
+    def __init__(self, lines: Sequence[Mapping[str, Any]] = ()) -> None:
+        self._known = {"data", *(finding.kind for finding in health.warnings(lines))}
+
+    def look(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Warn of what the lines so far newly show."""
+        for finding in health.warnings(lines):
+            if finding.kind not in self._known:
+                self._known.add(finding.kind)
+                logger.warning(finding.text)

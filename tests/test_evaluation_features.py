@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import runs
+import torch
+from test_convert import dense_features, write_checkpoint
+
+from fcmae.data.augment import CenterCrop
+from fcmae.data.dataset import normalize
+from fcmae.data.index import FileIndex, find_images
+from fcmae.evaluation.features import extract, stage_maps
+from fcmae.evaluation.models import Backbone, load_backbone
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    return load_backbone("random:convnextv2_atto", (32, 64))
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> FileIndex:
+    return find_images([str(runs.write_images(tmp_path_factory.mktemp("images"), 7))])
+
+
+@pytest.mark.parametrize("stem_stride", [1, 2, 4])
+def test_the_last_stage_is_what_pretraining_saw_with_nothing_masked(tmp_path: Path, stem_stride: int) -> None:
+    checkpoint, net = write_checkpoint(tmp_path, stem_stride=stem_stride)
+    images = torch.randn(2, 3, 64, 32)
+    with torch.no_grad():
+        maps = stage_maps(load_backbone(str(checkpoint)).model, images)
+        expected = dense_features(net, images)
+    assert [found.shape[1] for found in maps] == [40, 80, 160, 320]
+    assert [found.shape[2] for found in maps] == [64 // stem_stride // 2**i for i in range(4)]
+    # float32, two ways to compute the same
+    torch.testing.assert_close(maps[3], expected, atol=1e-5 * float(expected.abs().max()), rtol=1e-4)
+
+
+def test_features_are_means_over_each_image_in_the_order_of_the_index(backbone: Backbone, index: FileIndex) -> None:
+    found = extract(backbone, index, [1, 4], device=CPU, batch_size=3)
+    assert found.positions.tolist() == list(range(7))
+    assert not found.bad
+    crop = CenterCrop(3, backbone.image_size, backbone.crop_pct)
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (backbone.mean, backbone.std))
+    for row in (0, 6):
+        image = torch.from_numpy(crop(index.paths[row], np.random.default_rng(0)))
+        maps = stage_maps(backbone.model, normalize(image[None], mean, std))
+        for stage in (1, 4):
+            expected = maps[stage - 1][0].double().mean((1, 2)).numpy()
+            np.testing.assert_allclose(found.stages[stage][row], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_features_on_disk_are_those_in_memory(backbone: Backbone, index: FileIndex, tmp_path: Path) -> None:
+    in_memory = extract(backbone, index, None, device=CPU, batch_size=3)
+    on_disk = extract(backbone, index, None, device=CPU, batch_size=3, directory=tmp_path)
+    assert list(on_disk.stages) == [1, 2, 3, 4]
+    for stage, values in on_disk.stages.items():
+        assert isinstance(values, np.memmap)
+        np.testing.assert_array_equal(values, in_memory.stages[stage])
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_files_that_cannot_be_read_are_left_out_and_named(
+    backbone: Backbone, index: FileIndex, tmp_path: Path, num_workers: int
+) -> None:
+    damaged = tmp_path / "damaged.png"
+    damaged.write_bytes(b"no image")
+    mixed = FileIndex((index.paths[0], str(damaged), index.paths[1]))
+    found = extract(backbone, mixed, [-1], device=CPU, batch_size=2, num_workers=num_workers)
+    whole = extract(backbone, index, [4], device=CPU)
+    assert found.positions.tolist() == [0, 2]
+    assert [path for path, _ in found.bad] == [str(damaged)]
+    np.testing.assert_allclose(found.stages[4], whole.stages[4][:2], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"none of 1 images can be read: .*damaged.png"):
+        extract(backbone, mixed.subset([1]), [-1], device=CPU)
+
+
+@pytest.mark.parametrize("stage", [0, 5, -5])
+def test_stages_that_are_not_there_are_refused(backbone: Backbone, index: FileIndex, stage: int) -> None:
+    with pytest.raises(ValueError, match=f"stages: {stage} is none of the network's 4: use 1 to 4"):
+        extract(backbone, index, [stage], device=CPU)
