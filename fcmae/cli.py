@@ -169,6 +169,12 @@ def _analyze(args: argparse.Namespace) -> None:
     )
 
 
+def _report(args: argparse.Namespace) -> None:
+    from fcmae.evaluation.report import report
+
+    print(f"report: {report(args.runs, args.out)}")
+
+
 def _stats(args: argparse.Namespace) -> None:
     from fcmae.data.index import find_images
     from fcmae.data.stats import channel_statistics
@@ -378,6 +384,15 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, metavar="DIR", help="where figures go [RUN/analysis, for RUN and random:RUN]"
     )
     command.add_argument("--overwrite", action="store_true", help="replace earlier results")
+
+    command = add(
+        "report",
+        _report,
+        "Write one HTML page on runs: settings, curves, reconstructions, scores, and what they say",
+        "report runs/first runs/tuned runs/scratch --out report.html",
+    )
+    command.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="directories of pretraining or fine-tuning")
+    command.add_argument("--out", type=Path, metavar="FILE", help="the page [RUN/report.html, for one run]")
 
     command = add(
         "stats", _stats, "Print the images' mean and std, as lines for a configuration", "stats photos --in-chans 4"

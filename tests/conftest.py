@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from importlib.util import find_spec
 
 import pytest
@@ -14,6 +15,11 @@ from torch import nn
 requires_minkowski = pytest.mark.skipif(
     find_spec("MinkowskiEngine") is None and not os.environ.get("FCMAE_REQUIRE_MINKOWSKI"),
     reason="MinkowskiEngine is not installed",
+)
+# Chromium is a program, not a package. Where it must be there: FCMAE_REQUIRE_CHROMIUM=1.
+requires_chromium = pytest.mark.skipif(
+    not (shutil.which("chromium") and find_spec("playwright")) and not os.environ.get("FCMAE_REQUIRE_CHROMIUM"),
+    reason="Chromium or playwright is not installed",
 )
 MINKOWSKI = pytest.param("minkowski", marks=requires_minkowski)
 

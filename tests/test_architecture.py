@@ -66,6 +66,10 @@ ORDER = [
     "fcmae.evaluation.analyze",
     "fcmae.bench",
     "fcmae.doctor",
+    "fcmae.evaluation.charts",
+    "fcmae.evaluation.runs",
+    "fcmae.evaluation.verdicts",
+    "fcmae.evaluation.report",
     "fcmae.cli",
 ]
 

@@ -92,6 +92,21 @@ def test_predict_passes_its_arguments_on(monkeypatch: pytest.MonkeyPatch) -> Non
     assert predict.calls == [(Path("run"), ["a.png", "b.png"], Path("out.csv"), 2)]
 
 
+def test_analyze_passes_its_arguments_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    analyze = Recorder(monkeypatch, "evaluation.analyze", "analyze", "a table")
+    assert main(["analyze", "a", "b", "--images", "x", "y", "--image-size", "64"]) == 0
+    assert main(["analyze", "a", "--data", "d", "--out", "o", "--image-size", "64", "96", "--overwrite"]) == 0
+    options = {"max_images": 1000, "image_size": (64, 64), "batch_size": 64, "num_workers": None, "device": "auto"}
+    assert analyze.calls == [
+        (["a", "b"], ["x", "y"], None, None, options | {"overwrite": False}),
+        (["a"], None, "d", Path("o"), options | {"image_size": (64, 96), "overwrite": True}),
+    ]
+    assert capsys.readouterr().out == "a table\n" * 2
+    for words in (["a"], ["a", "--images", "x", "--data", "d"]):
+        with pytest.raises(SystemExit):
+            main(["analyze", *words])
+
+
 def test_stats_prints_lines_for_a_configuration(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -130,7 +145,22 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["pretrain", "finetune", "bench", "convert", "predict", "stats", "configs", "verify", "doctor"]
+    "command",
+    [
+        "pretrain",
+        "finetune",
+        "bench",
+        "convert",
+        "predict",
+        "evaluate",
+        "embed",
+        "analyze",
+        "report",
+        "stats",
+        "configs",
+        "verify",
+        "doctor",
+    ],
 )
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
@@ -157,7 +187,7 @@ def test_the_scripts_in_a_clone_are_the_commands(script: str) -> None:
     assert done.stderr.startswith("fcmae: error: zzz: ")
 
 
-def test_a_wheel_brings_the_configurations(tmp_path: Path) -> None:
+def test_a_wheel_brings_the_configurations_and_the_parts_of_the_report(tmp_path: Path) -> None:
     builder = pytest.importorskip("hatchling.builders.wheel").WheelBuilder(str(ROOT))
     (wheel,) = builder.build(directory=str(tmp_path), versions=["standard"])
     installed = tmp_path / "installed"
@@ -168,3 +198,4 @@ def test_a_wheel_brings_the_configurations(tmp_path: Path) -> None:
     package, *names = done.stdout.splitlines()
     assert Path(package).is_relative_to(installed)
     assert names == sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
+    assert {"report.html.j2", "report.css", "report.js"} <= {path.name for path in installed.glob("fcmae/evaluation/*")}

@@ -1,0 +1,539 @@
+"""The page holds what the run's files hold, runs nothing that they say, and serves eyes, keyboards, ears and paper."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import requires_chromium
+from reported import evaluation, finetune_run, picture, pretrain_run, write_lines
+from runs import flags
+
+from fcmae import settings
+from fcmae.cli import main
+from fcmae.config import FinetuneConfig, PretrainConfig
+from fcmae.evaluation.report import MARK, MOST_PICTURES, command, report, wrapped
+from fcmae.evaluation.runs import CONFIGS, read_run
+
+HOSTILE = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">'&"
+
+
+def text(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def charts(page: str) -> list[dict[str, Any]]:
+    return [json.loads(found) for found in re.findall(r'<script type="application/json">(.*?)</script>', page, re.S)]
+
+
+def series(path: Path, key: str) -> dict[str, list[float]]:
+    """What metrics.jsonl has under a key, as a chart should hold it."""
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    found = [(line["step"], line["epoch"], line[key]) for line in lines if key in line]
+    return {name: [line[i] for line in found] for i, name in enumerate(("steps", "epochs", "values"))}
+
+
+# Where it is written
+
+
+def test_the_page_of_one_run_lies_in_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = pretrain_run(tmp_path / "run")
+    assert main(["report", str(path)]) == 0
+    assert capsys.readouterr().out == f"report: {path / 'report.html'}\n"
+    assert text(path / "report.html").startswith("<!DOCTYPE html>")
+
+
+def test_several_runs_need_a_name_for_the_page(tmp_path: Path) -> None:
+    runs = [pretrain_run(tmp_path / "a"), pretrain_run(tmp_path / "b")]
+    with pytest.raises(ValueError, match="--out is missing for 2 runs: name the file to write"):
+        report(runs)
+    assert report(runs, tmp_path / "new" / "page.html").is_file()
+
+
+def test_a_file_that_is_no_report_is_refused_and_a_report_is_replaced(tmp_path: Path) -> None:
+    path, out = pretrain_run(tmp_path / "run"), tmp_path / "page.html"
+    for content in ("<html>my thesis</html>", ""):
+        out.write_text(content)
+        with pytest.raises(ValueError, match="is there and no report of fcmae: name another file with --out"):
+            report([path], out)
+        assert text(out) == content
+    with pytest.raises(ValueError, match="is a directory: name the file to write"):
+        report([path], tmp_path)
+    out.unlink()
+    before = text(report([path], out))
+    write_lines(path, [])
+    assert text(report([path], out)) != before
+    assert {entry.name for entry in tmp_path.iterdir()} == {"run", "page.html"}
+
+
+def test_a_directory_that_is_no_run_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == (
+        f"fcmae: error: {tmp_path} holds no run of fcmae: give the directory that --out named\n"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+# What it holds
+
+
+def test_the_numbers_are_those_of_metrics_jsonl(tmp_path: Path) -> None:
+    path = pretrain_run(tmp_path / "run")
+    found = charts(text(report([path])))
+    curves = {curve.pop("name"): curve for chart in found for curve in chart.get("curves", [])}
+    assert curves == {
+        key: series(path, key)
+        for key in ("loss", "val_loss", "lr", "grad_norm", "images_per_s", "data_wait_share", "knn_top1")
+    }
+    maps = [chart for chart in found if "layers" in chart]
+    for chart, prefix in zip(maps, ("cosine_distance", "effective_rank"), strict=True):
+        for layer, values in zip(chart["layers"], chart["values"], strict=True):
+            expected = series(path, f"{prefix}/{layer}")
+            assert {"steps": chart["steps"], "epochs": chart["epochs"], "values": values} == expected
+
+
+def test_scores_of_probes_have_their_spread(tmp_path: Path) -> None:
+    path = pretrain_run(tmp_path / "run")
+    evaluation(path / "evaluation", "runs/run", 0.7312)
+    page = text(report([path]))
+    assert "<td>0.731</td>" in page
+    assert "<td>0.610 [0.580, 0.640]</td>" in page
+    assert "Confusion matrix: which class is taken for which" in page
+    assert "800 labelled images to learn from (labelled), 400 to test on (held), 2 classes" in page
+
+
+def test_figures_and_numbers_of_an_analysis_are_shown(tmp_path: Path) -> None:
+    path = pretrain_run(tmp_path / "run")
+    picture(path / "analysis" / "cosine_distance.png")
+    layer = {"name": "stages.0.0", "cosine_distance": 0.41234, "effective_rank": None}
+    record = {"models": [{"name": "runs/run", "layers": [layer]}]}
+    (path / "analysis" / "analysis.json").write_text(json.dumps(record))
+    page = text(report([path]))
+    assert "Cosine distance between channels, by layer</figcaption>" in page
+    assert '<th scope="row">stages.0.0</th><td>runs/run</td><td>0.4123</td><td></td>' in page
+
+
+def test_fine_tuning_shows_its_last_and_its_best_scores(tmp_path: Path) -> None:
+    page = text(report([finetune_run(tmp_path / "run", 0.7)]))
+    assert '<th scope="row">last</th><td>3</td><td>0.7</td>' in page
+    assert '<th scope="row">best by balanced_accuracy</th><td>2</td><td>0.75</td>' in page
+    assert "Are the features collapsing?" not in page
+
+
+def test_runs_are_compared_in_curves_scores_and_settings(tmp_path: Path) -> None:
+    runs = [pretrain_run(tmp_path / "a"), pretrain_run(tmp_path / "b", seed=7), finetune_run(tmp_path / "c", 0.7)]
+    page = text(report(runs, tmp_path / "page.html"))
+    overlaid = [chart for chart in charts(page) if [c["name"] for c in chart.get("curves", [])] == ["a", "b"]]
+    for number, key in enumerate(("loss", "val_loss")):
+        assert [{k: c[k] for k in ("steps", "epochs", "values")} for c in overlaid[number]["curves"]] == [
+            series(run, key) for run in runs[:2]
+        ]
+    assert '<th scope="row">seed</th><td>0</td><td>7</td>' in page
+    different = page.partition("Settings that differ")[2].partition("</table>")[0]
+    assert re.findall('<th scope="row">(.*?)</th>', different) == ["seed", "data.path"]
+
+
+def test_runs_of_one_name_go_by_their_paths(tmp_path: Path) -> None:
+    runs = [pretrain_run(tmp_path / "a" / "run"), pretrain_run(tmp_path / "b" / "run")]
+    page = text(report(runs, tmp_path / "page.html"))
+    for run in runs:
+        assert f">{run} (pretraining)</h2>" in page
+
+
+def test_many_pictures_are_thinned_and_the_last_is_there(tmp_path: Path) -> None:
+    path = pretrain_run(tmp_path / "run", num_epochs=30)
+    page = text(report([path]))
+    labels = re.findall('data-label="(.*?)"', page)
+    assert len(labels) == MOST_PICTURES
+    assert (labels[0], labels[-1]) == ("step 10, epoch 1", "step 300, epoch 30")
+    assert f"{MOST_PICTURES} of 30 pictures, evenly spaced" in page
+
+
+def test_a_name_that_is_no_unicode_is_shown_as_far_as_it_can_be(tmp_path: Path) -> None:
+    path = pretrain_run(tmp_path / "run").rename(tmp_path / os.fsdecode(b"caf\xe9"))
+    assert "<h1>Report on caf?</h1>" in text(report([path]))
+
+
+def test_an_evaluation_alone_shows_its_scores(tmp_path: Path) -> None:
+    path = finetune_run(tmp_path / "run", 0.7)
+    config = path / "config.yaml"
+    config.write_text(config.read_text().replace("eval_only: false", "eval_only: true"))
+    write_lines(path, [{"step": 0, "epoch": 0.0, "val_loss": 0.5, "top1": 0.71, "balanced_accuracy": 0.72}])
+    page = text(report([path]))
+    assert '<th scope="row">scores</th><td>0</td><td>0.72</td><td>0.71</td>' in page
+    assert "too high" not in page
+
+
+@pytest.mark.parametrize("missing", ["metrics.jsonl", "files.json", "environment.json", "reconstructions"])
+def test_what_is_missing_hinders_nothing(tmp_path: Path, missing: str) -> None:
+    path = pretrain_run(tmp_path / "run")
+    if (path / missing).is_dir():
+        shutil.rmtree(path / missing)
+    else:
+        (path / missing).unlink()
+    assert "<h3>What was run</h3>" in text(report([path]))
+
+
+def test_what_cannot_be_read_is_a_sentence_in_its_place(tmp_path: Path) -> None:
+    path = pretrain_run(tmp_path / "run")
+    for name, content in (("a", "{"), ("b", '{"model": "m"}'), ("c", '{"data": 3, "results": 4}')):
+        evaluation(path / "evaluation" / name, "run", 0.5)
+        (path / "evaluation" / name / "evaluation.json").write_text(content)
+    (path / "analysis").mkdir()
+    (path / "analysis" / "analysis.json").write_text('{"models": 3}')
+    (path / "analysis" / "grn.png").write_text("no picture")
+    (path / "reconstructions" / "step-00000010.png").write_bytes(b"\x89PNG")
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 62, "ep')
+    page = text(report([path]))
+    assert page.count("run <code>fcmae evaluate</code> again") == 3
+    assert page.count("run <code>fcmae analyze</code> again") == 1
+    assert page.count("cannot be shown") == 2
+
+
+# Commands to reproduce
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["pretrain", *flags(Path("photos"), Path("out"), log__trackers="tensorboard,wandb", seed=5)],
+        ["pretrain", *flags(Path("a b's"), Path("o"), model__compile="auto", optim__clip_grad=1e-5), "--out=-out"],
+        ["pretrain", "--out", "x", "--data.path", '["one,two", "[three]", "none"]', "--data.path", "a*"],
+        [
+            "pretrain",
+            "--out",
+            "x",
+            "--data.path",
+            '["none"]',
+            "--data.in_chans",
+            "1",
+            "--data.mean=-.5",
+            "--data.std=1",
+        ],
+        ["finetune", "--config", "finetune_cpu", "--data.path", "l", "--model.init", "run", "--out", "o"],
+        [
+            *("finetune", "--out", "o", "--data.path", "l", "--model.variant", "convnextv2_atto"),
+            *("--regularization.class_weights", "1,2", "--data.auto_augment", "none", "--eval-only", "false"),
+        ],
+    ],
+)
+def test_the_command_gives_the_same_settings(words: list[str], tmp_path: Path) -> None:
+    kind: type[PretrainConfig] | type[FinetuneConfig] = CONFIGS[words[0]]
+    cfg = settings.load(kind, words[1:], prog="test")
+    (tmp_path / "config.yaml").write_text(f"# fcmae {words[0]} 0.1.0\n{settings.dump(cfg)}")
+    run = read_run(tmp_path, "run")
+    program, subcommand, *rest = shlex.split(command(run.kind, run.changed))
+    assert (program, subcommand) == ("fcmae", words[0])
+    assert settings.load(kind, rest, prog="test") == cfg
+    assert "--config" not in rest
+
+
+def test_a_long_command_is_broken_before_flags_and_stays_the_same() -> None:
+    words = ["fcmae", "pretrain", *(word for i in range(12) for word in (f"--some.setting_{i}", f"it's {i}"))]
+    text = wrapped(shlex.join(words))
+    assert shlex.split(text.replace("\\\n", "")) == words  # as a shell reads it
+    lines = text.splitlines()
+    assert len(lines) > 3 and all(line.startswith("    --some") for line in lines[1:])
+    for short in ("fcmae pretrain --out run", "it's no command"):
+        assert wrapped(short) == short
+
+
+def test_several_processes_are_launched() -> None:
+    assert command("pretrain", {"seed": 1}, 4) == "accelerate launch --num_processes 4 pretrain.py --seed 1"
+
+
+def test_the_commands_are_on_the_page_as_they_were_typed(tmp_path: Path) -> None:
+    path = pretrain_run(tmp_path / "run")
+    evaluation(path / "evaluation", "run", 0.5)
+    commands = re.findall('<pre tabindex="0"><code>(.*?)</code>', text(report([path])), re.S)
+    assert commands[0] == "fcmae pretrain --out run"
+    assert commands[1].startswith("fcmae pretrain --out ")
+    assert commands[2] == "fcmae evaluate run --data labelled"
+
+
+# In a browser
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        program = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        yield program
+        program.close()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that has everything a page can show, with names that try to run something."""
+    path = pretrain_run(tmp_path_factory.mktemp("runs") / HOSTILE.replace("/", "∕"), data__in_chans=3)
+    evaluation(path / "evaluation", HOSTILE, 0.7, (HOSTILE, "</script>"))
+    picture(path / "analysis" / f"{HOSTILE.replace('/', '∕')}.png")
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    named = [{key.replace("stages.0.0", f"</script>{HOSTILE}"): value for key, value in line.items()} for line in lines]
+    write_lines(path, named)
+    report([path])
+    return path
+
+
+@pytest.fixture
+def page(browser: Any, run: Path) -> Iterator[Any]:
+    """The page, opened from the disk; whatever the browser complains of or asks for fails the test."""
+    context = browser.new_context(viewport={"width": 1200, "height": 900}, color_scheme="light")
+    opened = context.new_page()
+    noted: list[str] = []
+    opened.on("console", lambda message: noted.append(f"{message.type}: {message.text}"))
+    opened.on("pageerror", lambda error: noted.append(f"error: {error}"))
+    opened.on("request", lambda request: noted.append(request.url[:80]))
+    opened.goto((run / "report.html").as_uri())
+    yield opened
+    asked = [line for line in noted if not line.startswith(("file:", "data:"))]
+    assert not asked
+    assert sum(line.startswith("file:") for line in noted) == 1
+    context.close()
+
+
+@requires_chromium
+def test_names_cannot_run_anything(page: Any) -> None:
+    assert page.title().startswith("Report on <script>")
+    assert page.locator("script").count() == page.locator("figure script[type='application/json']").count() + 1
+    assert page.evaluate("[...document.querySelectorAll('img')].every((img) => img.src.startsWith('data:image/'))")
+    assert page.evaluate("document.querySelectorAll('[onerror], [onclick], [onload]').length") == 0
+
+
+@requires_chromium
+def test_the_policy_stops_what_would_get_in(page: Any, browser: Any, run: Path) -> None:
+    """Even a page into which something was put runs our script alone."""
+    bad = run / "bad.html"
+    bad.write_text(text(run / "report.html").replace("<main", f"{HOSTILE.replace('∕', '/')}<img src='bad.png'><main"))
+    opened = browser.new_page()
+    blocked: list[str] = []
+    opened.on("console", lambda message: blocked.append(message.text))
+    opened.goto(bad.as_uri())
+    assert opened.title() != "owned"
+    assert sum("Content Security Policy" in line for line in blocked) >= 3
+    opened.close()
+
+
+@requires_chromium
+def test_every_picture_is_there(page: Any) -> None:
+    found = page.evaluate(
+        "Promise.all([...document.querySelectorAll('img')].map((img) => img.decode().then(() => img.naturalWidth)))"
+    )
+    assert len(found) == 6 + 2 and all(width == 16 for width in found)
+
+
+@requires_chromium
+def test_the_pointer_reads_the_value_nearest_to_it(page: Any, run: Path) -> None:
+    figure = page.locator("figure[data-chart=lines]").first
+    loss, val_loss = series(run, "loss"), series(run, "val_loss")
+    figure.scroll_into_view_if_needed()
+    area = figure.locator(".pointer").bounding_box()
+    low, high = loss["epochs"][0], loss["epochs"][-1]
+    i = loss["epochs"].index(3.2)
+    # A little beside the point, which is between two evaluations.
+    x = area["x"] + area["width"] * (3.23 - low) / (high - low)
+    page.mouse.move(x, area["y"] + area["height"] / 2)
+    assert figure.locator(".at").inner_text() == f"Epoch 3.2, step {loss['steps'][i]}"
+    values = [float(value.partition(" ")[0]) for value in figure.locator(".legend .value").all_inner_texts()]
+    assert values == [float(f"{loss['values'][i]:.4g}"), float(f"{val_loss['values'][2]:.4g}")]
+    assert "(epoch 3)" in figure.locator(".legend .value").nth(1).inner_text()
+    cross = figure.locator(".cross").bounding_box()
+    assert cross["x"] == pytest.approx(area["x"] + area["width"] * (3.2 - low) / (high - low), abs=1)
+    page.mouse.move(5, 5)
+    assert figure.locator(".at").inner_text() == "" and figure.locator(".cross").count() == 0
+
+
+@requires_chromium
+def test_the_drawn_line_ends_where_its_last_value_lies(page: Any, run: Path) -> None:
+    figure = page.locator("figure[data-chart=lines]").first
+    data = json.loads(figure.locator("script").inner_text())
+    area, last = figure.locator(".pointer").bounding_box(), series(run, "val_loss")
+    dot = figure.locator("circle.s1").last.bounding_box()
+    down = 1 - (last["values"][-1] - data["y"][0]) / (data["y"][1] - data["y"][0])
+    assert dot["x"] + dot["width"] / 2 == pytest.approx(area["x"] + area["width"], abs=1)
+    assert dot["y"] + dot["height"] / 2 == pytest.approx(area["y"] + down * area["height"], abs=1)
+
+
+@requires_chromium
+def test_keys_move_along_the_points_and_are_announced(page: Any, run: Path) -> None:
+    figure, loss = page.locator("figure[data-chart=lines]").first, series(run, "loss")
+    plot, live = figure.locator(".plot"), page.locator("#live")
+    plot.focus()
+    assert plot.evaluate("(e) => getComputedStyle(e).outlineStyle") == "solid"
+    for key, position in (
+        ("Home", 0),
+        ("ArrowLeft", 0),
+        ("ArrowRight", 1),
+        ("End", -1),
+        ("ArrowRight", -1),
+        ("ArrowLeft", -2),
+    ):
+        page.keyboard.press(key)
+        words = live.inner_text()
+        assert words.startswith(f"Epoch {loss['epochs'][position]:.4g}, step {loss['steps'][position]}: loss ")
+        assert float(words.split("loss ")[1].split(",")[0]) == float(f"{loss['values'][position]:.4g}")
+    assert figure.locator(".cross").count() == 1
+    page.keyboard.press("Tab")
+    assert figure.locator(".cross").count() == 0
+
+
+@requires_chromium
+def test_cells_of_a_heat_map_are_read_by_pointer_and_keys(page: Any, run: Path) -> None:
+    figure = page.locator("figure[data-chart=heat]").first
+    figure.scroll_into_view_if_needed()
+    area = figure.locator(".pointer").bounding_box()
+    # Six evaluations of four layers.
+    page.mouse.move(area["x"] + area["width"] * 2.5 / 6, area["y"] + area["height"] * 1.5 / 4)
+    assert figure.locator(".at").inner_text() == "Epoch 3, step 30, stages.1.0: 0.44"
+    figure.locator(".plot").focus()
+    for key in ("End", "ArrowDown", "ArrowLeft"):
+        page.keyboard.press(key)
+    assert page.locator("#live").inner_text() == "Epoch 5, step 50, stages.2.0: 0.43"
+    box = figure.locator(".cell").bounding_box()
+    assert box["x"] == pytest.approx(area["x"] + area["width"] * 4 / 6, abs=2)
+
+
+@requires_chromium
+def test_the_slider_shows_the_picture_of_its_step(page: Any) -> None:
+    shown = page.locator(".series img:visible")
+    assert [shown.count(), shown.get_attribute("data-label")] == [1, "step 60, epoch 6"]
+    slider = page.locator("input[type=range]")
+    slider.focus()
+    page.keyboard.press("Home")
+    assert [shown.count(), shown.get_attribute("data-label")] == [1, "step 10, epoch 1"]
+    assert slider.get_attribute("aria-valuetext") == page.locator("output").inner_text() == "step 10, epoch 1"
+
+
+@requires_chromium
+def test_without_a_script_everything_but_the_slider_is_there(browser: Any, run: Path) -> None:
+    context = browser.new_context(java_script_enabled=False)
+    opened = context.new_page()
+    opened.goto((run / "report.html").as_uri())
+    assert opened.locator(".series img:visible").get_attribute("data-label") == "step 60, epoch 6"
+    assert not opened.locator("input[type=range]").is_visible()
+    assert opened.locator("polyline").first.is_visible()
+    context.close()
+
+
+def luminance(colour: str) -> float:
+    """WCAG 2's relative luminance of rgb(...)."""
+    channels = [int(value) / 255 for value in re.findall(r"\d+", colour)[:3]]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(a: str, b: str) -> float:
+    low, high = sorted((luminance(a), luminance(b)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@requires_chromium
+def test_both_schemes_have_their_ground_and_enough_contrast(page: Any) -> None:
+    variables = ["text", "quiet", "link", "good", "attention", "unknown", *(f"c{i}" for i in range(8))]
+    grounds = set()
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        # The probe takes each variable as its colour, so that the browser says what it is.
+        colours = page.evaluate(
+            """(names) => names.map((name) => {
+                 const probe = document.body.appendChild(document.createElement('i'));
+                 probe.style.color = `var(--${name})`;
+                 const colour = getComputedStyle(probe).color;
+                 probe.remove();
+                 return colour;
+               })""",
+            [*variables, "page", "card", "code"],
+        )
+        assert page.evaluate("getComputedStyle(document.body).backgroundColor") == colours[-3]
+        grounds.add(colours[-3])
+        for name, colour in zip(variables, colours, strict=False):
+            for ground in colours[-3:-1]:
+                assert contrast(colour, ground) >= 4.5, (scheme, name, colour, ground)
+        assert contrast(colours[0], colours[-1]) >= 4.5
+    assert len(grounds) == 2
+
+
+@requires_chromium
+def test_on_paper_all_is_open_and_light(page: Any) -> None:
+    assert page.locator("details[open]").count() == 0
+    number = page.locator("details").count()
+    page.emulate_media(media="print", color_scheme="dark")
+    page.locator("details[open]").nth(number - 1).wait_for(state="attached")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert luminance(page.evaluate("getComputedStyle(document.body).color")) < 0.05
+    assert page.locator("figure").first.evaluate("(e) => getComputedStyle(e).breakInside") == "avoid"
+    assert not page.locator("nav").is_visible()
+    page.emulate_media(media="screen")
+    page.locator("details[open]").first.wait_for(state="detached")
+
+
+@requires_chromium
+@pytest.mark.parametrize("width", [320, 400, 1200])
+def test_no_width_makes_the_page_scroll_sideways(page: Any, width: int) -> None:
+    page.set_viewport_size({"width": width, "height": 800})
+    for element in page.locator("details").all():
+        element.evaluate("(e) => { e.open = true; }")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@requires_chromium
+def test_motion_is_left_out_for_those_who_ask(page: Any) -> None:
+    behaviour = "getComputedStyle(document.documentElement).scrollBehavior"
+    assert page.evaluate(behaviour) == "smooth"
+    page.emulate_media(reduced_motion="reduce")
+    assert page.evaluate(behaviour) == "auto"
+
+
+@requires_chromium
+def test_the_structure_is_there_for_those_who_cannot_see_it(page: Any) -> None:
+    assert page.evaluate("document.documentElement.lang") == "en"
+    levels = [
+        int(name[1]) for name in page.evaluate("[...document.querySelectorAll('h1,h2,h3,h4')].map(h => h.tagName)")
+    ]
+    assert levels.count(1) == 1 and levels[0] == 1
+    assert all(after <= before + 1 for before, after in pairwise(levels))
+    for landmark in ("header", "nav[aria-label]", "main"):
+        assert page.locator(landmark).count() == 1
+    # What each selector finds is a fault.
+    for fault in (
+        "img:not([alt]), img[alt='']",
+        "table:not(:has(caption))",
+        "th:not([scope])",
+        "figure:not(:has(figcaption))",
+        "figure[data-chart]:not(:has([role=img][aria-label][tabindex='0']))",
+        "figure[data-chart]:not(:has(details table))",
+        "section:not([aria-labelledby])",
+        "[style]",
+    ):
+        assert page.locator(fault).count() == 0, fault
+    assert page.evaluate("[...document.querySelectorAll('input')].every((input) => input.labels.length > 0)")
+    ids = page.evaluate("[...document.querySelectorAll('[id]')].map((e) => e.id)")
+    assert len(ids) == len(set(ids))
+    targets = page.evaluate(
+        "[...document.querySelectorAll('a[href], [aria-labelledby], [for]')].map((e) => "
+        "(e.getAttribute('href') ?? e.getAttribute('aria-labelledby') ?? e.htmlFor).toString()"
+        ".replace('#', ''))"
+    )
+    assert set(targets) <= set(ids)
+    page.keyboard.press("Tab")
+    assert page.locator(".skip").evaluate("(e) => e === document.activeElement && e.getBoundingClientRect().left >= 0")
+    page.keyboard.press("Enter")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.closest('main') !== null")
+
+
+def test_the_page_names_no_address_but_that_of_svg(run: Path) -> None:
+    page = text(run / "report.html")
+    assert MARK in page[:1000]
+    assert set(re.findall(r"https?:[^\s\"'`<)]*", page)) <= {"http://www.w3.org/2000/svg"}

@@ -1,0 +1,172 @@
+"""The summary says what the numbers show, and no more."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from reported import LAYERS, evaluation, finetune_run, pretrain_run, write_lines
+
+from fcmae.evaluation.runs import Run, read_run
+from fcmae.evaluation.verdicts import is_collapsing, is_working, trend, was_worth_it
+
+
+def read(*paths: Path) -> list[Run]:
+    return [read_run(path, path.name) for path in paths]
+
+
+def test_a_trend_needs_more_than_noise() -> None:
+    noise = np.random.default_rng(0).standard_normal(100) * 0.01
+    assert trend((1 - np.arange(100) / 100 + noise).tolist()) == " and is still falling"
+    assert trend((1 + np.arange(100) / 100 + noise).tolist()) == "; of late it has been rising"
+    assert trend((1 + noise).tolist()) == "; of late it has not changed by more than its noise"
+    assert trend([3, 2, 1]) == ""
+
+
+def test_a_loss_below_that_of_mean_colours_is_learning(tmp_path: Path) -> None:
+    verdict = is_working(read(pretrain_run(tmp_path / "run")))
+    assert verdict.state == "good" and verdict.answer == "✓ Yes"
+    assert "by epoch 6 of 6" in verdict.sentences[0]
+    assert verdict.sentences[0].endswith("Painting every patch in its own mean colour scores 1.")
+
+
+def test_a_loss_near_that_of_mean_colours_is_not_yet(tmp_path: Path) -> None:
+    path = pretrain_run(tmp_path / "run")
+    write_lines(path, [{"step": 1, "epoch": 0.1, "loss": 1.0}, {"step": 2, "epoch": 0.2, "loss": 0.99}])
+    verdict = is_working(read(path))
+    assert verdict.state == "unknown"
+    assert verdict.sentences == [
+        "The loss went from 1 to 0.99 by epoch 0.2 of 6. Painting every patch in its own mean colour scores 1, so next "
+        "to nothing is learnt yet."
+    ]
+
+
+def test_a_run_that_has_only_begun_is_too_early_to_judge(tmp_path: Path) -> None:
+    path = pretrain_run(tmp_path / "run")
+    write_lines(path, [])
+    assert is_working(read(path)).sentences == ["Nothing is logged yet."]
+    assert is_working(read(path)).state == "unknown"
+
+
+def test_a_device_that_waits_for_data_wants_a_look(tmp_path: Path) -> None:
+    path = pretrain_run(tmp_path / "run")
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    write_lines(path, [line | ({"data_wait_share": 0.6, "data_wait_s": 9} if "loss" in line else {}) for line in lines])
+    verdict = is_working(read(path))
+    assert verdict.state == "attention"
+    assert any("Data starves the device" in sentence for sentence in verdict.sentences)
+
+
+@pytest.mark.parametrize(("score", "state"), [(0.9, "good"), (0.55, "attention")])
+def test_a_classifier_works_if_it_is_better_than_a_guess(tmp_path: Path, score: float, state: str) -> None:
+    # Two standard errors of guessing on 100 images of two classes are .1.
+    verdict = is_working(read(finetune_run(tmp_path / "run", score)))
+    assert verdict.state == state
+    assert verdict.sentences[0] == f"Balanced accuracy is {score:.3f} on 100 held-out images; a guess scores 0.500."
+
+
+def test_healthy_features_show_no_sign_of_collapse(tmp_path: Path) -> None:
+    verdict = is_collapsing(read(pretrain_run(tmp_path / "run")))
+    assert verdict.state == "good"
+    assert "lowest in stages.3.0: 0.420" in verdict.sentences[0]
+
+
+def test_collapse_is_told_in_the_words_of_the_monitor(tmp_path: Path) -> None:
+    path = pretrain_run(tmp_path / "run")
+    lines = [
+        {"step": i, "epoch": i, **{f"cosine_distance/{layer}": 0.4 / i**2 for layer in LAYERS}} for i in range(1, 9)
+    ]
+    write_lines(path, lines)
+    verdict = is_collapsing(read(path))
+    assert verdict.state == "attention"
+    assert verdict.sentences[0].startswith("Features collapse: ")
+
+
+def test_few_evaluations_are_no_judgement_and_none_says_how_to_measure(tmp_path: Path) -> None:
+    verdict = is_collapsing(read(pretrain_run(tmp_path / "short", num_epochs=2)))
+    assert verdict.state == "unknown" and "evaluation 2" in verdict.sentences[-1]
+    path = pretrain_run(tmp_path / "none")
+    write_lines(path, [])
+    assert "monitor.num_images" in is_collapsing(read(path)).sentences[0]
+
+
+def test_collapse_is_no_question_for_classifiers(tmp_path: Path) -> None:
+    assert is_collapsing(read(finetune_run(tmp_path / "run", 0.9))).sentences == []
+
+
+def tuned(folder: Path, given: list[float], scratch: list[float]) -> list[Run]:
+    runs = [finetune_run(folder / f"given-{i}", s, init="first", seed=i) for i, s in enumerate(given)]
+    return read(*runs, *(finetune_run(folder / f"scratch-{i}", s, seed=i) for i, s in enumerate(scratch)))
+
+
+@pytest.mark.parametrize(
+    ("given", "scratch", "state"),
+    [
+        ([0.8, 0.9], [0.6, 0.7], "good"),
+        ([0.8, 0.65], [0.6, 0.7], "attention"),
+        ([0.5, 0.5], [0.6, 0.7], "attention"),
+        ([0.8], [0.6], "unknown"),  # seeds may turn it round
+        ([0.5], [0.6], "attention"),
+    ],
+)
+def test_given_weights_help_if_every_run_beats_every_one_from_scratch(
+    tmp_path: Path, given: list[float], scratch: list[float], state: str
+) -> None:
+    verdict = was_worth_it(tuned(tmp_path, given, scratch))
+    assert verdict.state == state
+    (sentence,) = verdict.sentences
+    assert f"{np.mean(given):.3f} (" in sentence and f"{np.mean(scratch):.3f} (" in sentence
+    assert ("other seeds" in sentence) == (len(given) == 1)
+
+
+def test_runs_that_are_scored_on_other_images_are_not_compared(tmp_path: Path) -> None:
+    given, scratch = tuned(tmp_path, [0.8], [0.6])
+    (scratch.path / "val_files.json").write_text('{"paths": ["/a", "/b"], "labels": [0, 1], "class_names": ["a", "b"]}')
+    assert was_worth_it([given, *read(scratch.path)]).sentences[0].startswith("Not measured yet")
+
+
+@pytest.mark.parametrize(("score", "untrained", "state"), [(0.8, 0.6, "good"), (0.62, 0.6, "attention")])
+def test_probes_are_held_against_those_of_an_untrained_network(
+    tmp_path: Path, score: float, untrained: float, state: str
+) -> None:
+    path = pretrain_run(tmp_path / "run")
+    evaluation(path / "evaluation" / "run", "runs/run", score)
+    evaluation(path / "evaluation" / "random-run", "random:runs/run", untrained)
+    verdict = was_worth_it(read(path))
+    assert verdict.state == state
+    (sentence,) = verdict.sentences
+    assert f"score {score:.3f}" in sentence and f"An untrained network scores {untrained:.3f}" in sentence
+
+
+def test_probes_alone_answer_nothing(tmp_path: Path) -> None:
+    path = pretrain_run(tmp_path / "run")
+    evaluation(path / "evaluation", "run", 0.9)
+    verdict = was_worth_it(read(path))
+    assert verdict.state == "unknown"
+    assert verdict.sentences[0].endswith("What an untrained network scores was not measured.")
+
+
+def test_an_evaluation_that_lacks_its_scores_is_passed_over(tmp_path: Path) -> None:
+    path = pretrain_run(tmp_path / "run")
+    (path / "evaluation").mkdir()
+    (path / "evaluation" / "evaluation.json").write_text('{"model": "run", "results": [{"probe": "linear"}]}')
+    assert was_worth_it(read(path)).sentences[0].startswith("Not measured yet")
+
+
+def test_neighbours_watched_while_training_are_told_and_decide_nothing(tmp_path: Path) -> None:
+    path = pretrain_run(tmp_path / "run")
+    write_lines(path, [{"step": i, "epoch": i / 2, "knn_balanced_accuracy": i / 10} for i in (1, 2, 5)])
+    verdict = was_worth_it(read(path))
+    assert verdict.state == "unknown"
+    assert verdict.sentences[1:] == [
+        "While training, nearest neighbours had a balanced accuracy of 0.100 at epoch 0.5 and 0.500 at epoch 2.5."
+    ]
+
+
+def test_several_runs_are_named_and_the_worst_decides(tmp_path: Path) -> None:
+    good, bad = finetune_run(tmp_path / "good", 0.9), finetune_run(tmp_path / "bad", 0.5)
+    verdict = is_working(read(good, bad))
+    assert verdict.state == "attention"
+    assert {sentence.partition(":")[0] for sentence in verdict.sentences} == {"good", "bad"}
