@@ -1,0 +1,357 @@
+"""Run the studies of docs/results.md: pretraining, fine-tuning and probes, each a command that can be typed.
+
+    python studies/run_all.py --tiny20 SHARDS                 # 2 cores, about 2 hours
+    python studies/run_all.py --tiny20 SHARDS --scale gpu     # one GPU: hundreds of epochs, five seeds
+    python studies/run_all.py --tiny20 SHARDS --list          # the commands, without running them
+
+SHARDS: the folder of tiny20's shards (see studies/datasets.py). Everything is written below --out; what is finished is
+not done again, and what was cut off resumes. studies/collect.py then takes the numbers, and studies/results.py writes
+the page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+STUDIES = Path(__file__).parent
+LABELS = (1, 10, 100)  # percent of the training set
+
+
+class Budget(NamedTuple):
+    """Fine-tuning on a share of the labels: pretrained or not, the same."""
+
+    batch_size: int
+    epochs: int
+    seeds: int
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much of everything. epochs: of pretraining. short_epochs: of the runs that vary one thing of it."""
+
+    epochs: int
+    short_epochs: int
+    solar_epochs: int
+    batch_size: int
+    base_lr: float
+    warmup_epochs: int
+    finetune_lr: float
+    tiny20: dict[int, Budget]
+    solar: dict[int, Budget]
+    grn_seeds: int
+    stem_stride: int
+    decoder_dim: int
+    curve_minutes: float | None
+
+
+SCALES = {
+    "cpu": Scale(
+        epochs=10,
+        short_epochs=1,
+        solar_epochs=16,
+        batch_size=32,
+        base_lr=6e-3,
+        warmup_epochs=1,
+        finetune_lr=8e-3,
+        tiny20={1: Budget(20, 20, 3), 10: Budget(32, 6, 3), 100: Budget(32, 1, 2)},
+        solar={1: Budget(10, 20, 3), 10: Budget(16, 8, 3), 100: Budget(32, 2, 3)},
+        grn_seeds=2,
+        stem_stride=2,
+        decoder_dim=128,
+        curve_minutes=4,
+    ),
+    "gpu": Scale(
+        epochs=400,
+        short_epochs=100,
+        solar_epochs=800,
+        batch_size=256,
+        base_lr=6e-4,
+        warmup_epochs=20,
+        finetune_lr=8e-4,
+        tiny20={1: Budget(50, 200, 5), 10: Budget(128, 100, 5), 100: Budget(256, 100, 5)},
+        solar={1: Budget(10, 200, 5), 10: Budget(64, 100, 5), 100: Budget(128, 100, 5)},
+        grn_seeds=5,
+        stem_stride=1,
+        decoder_dim=256,
+        curve_minutes=None,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command that writes below runs/NAME.
+
+    words: the command; patterns of paths are expanded when it starts. needs: names of the jobs whose results it reads.
+    minutes: how long it may run; it is then told to stop, which saves what it has.
+    """
+
+    name: str
+    words: tuple[str, ...]
+    needs: tuple[str, ...] = ()
+    minutes: float | None = None
+
+
+def jobs(out: Path, scale: Scale) -> list[Job]:
+    """All of the studies, what matters most first."""
+    found = [*pretraining(out, scale), *probes(out, scale), *finetuning(out, scale), *curves(out, scale)]
+    order = (
+        "main-tiny20-v2",
+        "main-solar",
+        "tune",
+        "main",
+        "grn",
+        "probe-main",
+        "probe-tiny20",
+        "probe-solar",
+        "time",
+        "short",
+        "probe",
+        "curve",
+    )
+    return sorted(found, key=lambda job: next(i for i, prefix in enumerate(order) if job.name.startswith(prefix)))
+
+
+def pretrain(
+    out: Path, scale: Scale, name: str, data: str, epochs: int, ablated: str | None = None, **more: str
+) -> Job:
+    """Pretraining of atto; more: settings by key, `__` for the dot."""
+    flags = {
+        "data.path": f"{out}/{data}/unlabeled.txt",
+        "epochs": epochs,
+        "batch_size": scale.batch_size,
+        "optim.base_lr": scale.base_lr,
+        "optim.warmup_epochs": min(scale.warmup_epochs, epochs / 2),
+        "data.val_share": 0.02,
+        "model.decoder_dim": scale.decoder_dim,
+        "checkpoint.milestone_epochs": max(1, epochs // 10),
+        "log.eval_epochs": max(0.5, epochs / 10),
+        **(geometry(scale) if data == "tiny20" else {"data.image_size": 128, "data.in_chans": 1}),
+    }
+    flags |= {key.replace("__", "."): value for key, value in more.items()}
+    return Job(name, command(out, name, "pretrain", flags, ablated))
+
+
+def geometry(scale: Scale) -> dict[str, object]:
+    """Of tiny20's 64 pixels: a grid of 4 x 4 patches of 16 on a CPU, of 8 x 8 patches of 8 on a GPU."""
+    stride = scale.stem_stride
+    return {"data.image_size": 64, "model.stem_stride": stride, "model.mask_patch": 8 * stride}
+
+
+def command(out: Path, name: str, verb: str, flags: dict[str, object], ablated: str | None = None) -> tuple[str, ...]:
+    program = ["-m", "fcmae.cli"] if ablated is None else [str(STUDIES / "ablated.py"), ablated]
+    flags = {"model.variant": "convnextv2_atto", "data.num_workers": 0, "log.every_steps": 20} | flags
+    words = [f"--{key}={value}" for key, value in flags.items() if value is not None]
+    return (sys.executable, *program, verb, *words, f"--out={out}/runs/{name}")
+
+
+def pretraining(out: Path, scale: Scale) -> Iterator[Job]:
+    yield pretrain(out, scale, "main-tiny20-v2", "tiny20", scale.epochs)
+    yield pretrain(out, scale, "main-solar-v2", "solar", scale.solar_epochs)
+    yield pretrain(out, scale, "main-tiny20-v1", "tiny20", scale.epochs, model__variant="convnext_atto")
+    yield pretrain(out, scale, "main-tiny20-no-grn", "tiny20", scale.epochs, "drop-grn")
+    yield pretrain(out, scale, "short-dense", "tiny20", scale.short_epochs, "dense")
+    for ratio in (0.3, 0.6, 0.75, 0.9):
+        yield pretrain(
+            out, scale, f"short-ratio-{ratio:g}", "tiny20", scale.short_epochs, model__mask_ratio=f"{ratio:g}"
+        )
+    yield pretrain(out, scale, "short-depth-2", "tiny20", scale.short_epochs, model__decoder_depth="2")
+
+
+def finetune(
+    out: Path, scale: Scale, name: str, data: str, percent: int, seed: int, budget: Budget, init: str | None,
+    ablated: str | None = None, variant: str = "convnextv2_atto",
+) -> Job:  # fmt: skip
+    """Fine-tuning on the training images with the labels of a draw, tested on all test images at the end."""
+    # The data of 100 % are the same for every seed.
+    labelled = f"{out}/{data}/train-{percent}-{0 if percent == 100 else seed}.csv"
+    flags: dict[str, object] = {
+        "data.path": labelled,
+        "data.val_path": f"{out}/{data}/test.csv",
+        "seed": seed,
+        "model.init": None if init is None else f"{out}/runs/{init}",
+        "epochs": budget.epochs,
+        "batch_size": budget.batch_size,
+        # The rate is for 256 images: the same for every size of batch.
+        "optim.base_lr": scale.finetune_lr,
+        "optim.warmup_epochs": budget.epochs / 8,
+        # Layers that start from nothing have nothing that a lower learning rate would keep.
+        "optim.layer_decay": 1 if init is None else 0.9,
+        "model.variant": variant,
+        "model.drop_path_rate": 0.1,
+        "data.random_erasing": 0,
+        "data.auto_augment": "none",
+        "checkpoint.every_epochs": budget.epochs,
+        "log.eval_epochs": budget.epochs,
+        "log.every_steps": 10,
+    }
+    if data == "tiny20":
+        flags |= {
+            "data.image_size": 64,
+            "model.stem_stride": scale.stem_stride,
+            "data.crop_scale": "0.35,1",
+            "data.crop_pct": 1,
+        }
+    else:
+        flags |= {"data.image_size": 128, "data.in_chans": 1, "data.crop_scale": "0.6,1", "data.crop_pct": 1}
+        flags |= {"data.vflip": 0.5, "regularization.class_weights": "balanced"}
+    return Job(name, command(out, name, "finetune", flags, ablated), () if init is None else (init,))
+
+
+def finetuning(out: Path, scale: Scale) -> Iterator[Job]:
+    for percent in LABELS:
+        for data, budgets in (("tiny20", scale.tiny20), ("solar", scale.solar)):
+            for seed in range(budgets[percent].seeds):
+                for start, init in (("pretrained", f"main-{data}-v2"), ("scratch", None)):
+                    name = f"tune-{data}-{percent}-{start}-{seed}"
+                    yield finetune(out, scale, name, data, percent, seed, budgets[percent], init)
+    v2, v1, none = "main-tiny20-v2", "main-tiny20-v1", "main-tiny20-no-grn"
+    # V2 with GRN in both is tune-tiny20-10-pretrained.
+    for seed in range(scale.grn_seeds):
+        for name, init, ablated, variant in (
+            ("grn-v1", v1, None, "convnext_atto"),
+            ("grn-none", none, "drop-grn", "convnextv2_atto"),
+            ("grn-dropped", v2, "drop-grn", "convnextv2_atto"),
+            ("grn-new", v2, "new-grn", "convnextv2_atto"),
+        ):
+            yield finetune(out, scale, f"{name}-{seed}", "tiny20", 10, seed, scale.tiny20[10], init, ablated, variant)
+
+
+def probes(out: Path, scale: Scale) -> Iterator[Job]:
+    """kNN and a linear classifier on the frozen features of every pretrained encoder, and of none."""
+    for job in pretraining(out, scale):
+        data = "solar" if "solar" in job.name else "tiny20"
+        stages = "all" if job.name == f"main-{data}-v2" else "last"
+        yield probe(out, f"probe-{job.name}", f"{out}/runs/{job.name}", data, (job.name,), stages)
+    for data in ("tiny20", "solar"):
+        init = f"main-{data}-v2"
+        yield probe(out, f"probe-{data}-random", f"random:{out}/runs/{init}", data, (init,), "all")
+    for data in ("tiny20", "solar"):
+        place = out / "runs" / f"probe-{data}-pixels"
+        words = [str(STUDIES / "pixels.py"), f"{out}/{data}/train-100-0.csv", f"{out}/{data}/test.csv", str(place)]
+        words += ["--in-chans", "3" if data == "tiny20" else "1"]
+        yield Job(place.name, (sys.executable, *words))
+    for name in ("v2", "v1", "no-grn"):
+        init = f"main-tiny20-{name}"
+        words = ["analyze", f"{out}/runs/{init}/checkpoints/step-*", "--data", f"{out}/tiny20/test.csv"]
+        words += ["--out", f"{out}/runs/time-{name}"]
+        yield Job(f"time-{name}", (sys.executable, "-m", "fcmae.cli", *words), (init,))
+
+
+def curves(out: Path, scale: Scale) -> Iterator[Job]:
+    """The shipped configurations for small machines, or the beginning of their runs."""
+    for name, data in (("pretrain_demo", "solar"), ("pretrain_cpu", "solar"), ("pretrain_small_images", "tiny20")):
+        flags: dict[str, object] = {"config": name, "data.path": f"{out}/{data}/unlabeled.txt", "device": "auto"}
+        job = f"curve-{name}"
+        yield Job(job, command(out, job, "pretrain", flags), minutes=scale.curve_minutes)
+
+
+def probe(out: Path, name: str, model: str, data: str, needs: tuple[str, ...], stages: str) -> Job:
+    words = ["evaluate", model, "--data", f"{out}/{data}/train-100-0.csv", "--test", f"{out}/{data}/test.csv"]
+    words += ["--stages", stages, "--num-workers", "1", "--overwrite", "--out", f"{out}/runs/{name}"]
+    return Job(name, (sys.executable, "-m", "fcmae.cli", *words), needs)
+
+
+def run(job: Job, out: Path, threads: int | None) -> bool:
+    """Run one job; its output and a record of it go to OUT/jobs. Returns whether it succeeded."""
+    environment = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
+    log, started = out / "jobs" / f"{job.name}.log", time.time()
+    with log.open("ab") as file:
+        process = subprocess.Popen(expanded(job.words), stdout=file, stderr=file, env=environment)
+        try:
+            status = process.wait(None if job.minutes is None else 60 * job.minutes)
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            status = process.wait()
+    if status:
+        print(f"{job.name}: status {status}, see {log}", file=sys.stderr, flush=True)
+        return False
+    record = {
+        "name": job.name,
+        "command": shown(job, out),
+        "seconds": round(time.time() - started, 1),
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        "threads": threads,
+    }
+    aside = out / "jobs" / f".tmp-{job.name}.json"
+    aside.write_text(json.dumps(record, indent=1))
+    aside.replace(out / "jobs" / f"{job.name}.json")
+    return True
+
+
+def expanded(words: Sequence[str]) -> list[str]:
+    """As a shell would: a pattern becomes the paths that match it, in order, or stays as it is."""
+    return [path for word in words for path in sorted(glob.glob(word)) or [word]]  # noqa: PTH207
+
+
+def shown(job: Job, out: Path) -> str:
+    """The command as one would type it."""
+    words = ["python" if word == sys.executable else word for word in job.words]
+    text = shlex.join(words).replace("python -m fcmae.cli", "fcmae").replace(str(STUDIES), "studies")
+    return text.replace(f"{out}/", "runs/studies/")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny20", type=Path, required=True, metavar="SHARDS", help="the folder of tiny20's shards")
+    parser.add_argument("--out", type=Path, default=Path("runs/studies"), help="where to write [runs/studies]")
+    parser.add_argument("--scale", choices=SCALES, default="cpu", help="how much of everything [cpu]")
+    parser.add_argument("--jobs", type=int, help="commands at a time, each with an equal share of the cores [2 or 1]")
+    parser.add_argument("--only", nargs="*", default=[""], metavar="PREFIX", help="jobs whose names begin so")
+    parser.add_argument("--list", action="store_true", help="print the commands and stop")
+    args = parser.parse_args()
+    out, scale = args.out.absolute(), SCALES[args.scale]
+    wanted = [job for job in jobs(out, scale) if job.name.startswith(tuple(args.only))]
+    if args.list:
+        for job in wanted:
+            print(f"# {job.name}\n{shown(job, out)}")
+        return
+    (out / "jobs").mkdir(parents=True, exist_ok=True)
+    for words in (["tiny20", str(args.tiny20)], ["solar"]):
+        seeds = str(max(budget.seeds for budget in (*scale.tiny20.values(), *scale.solar.values())))
+        subprocess.run(
+            [sys.executable, str(STUDIES / "datasets.py"), *words, str(out / words[0]), "--seeds", seeds], check=True
+        )
+    at_once = args.jobs or (2 if args.scale == "cpu" else 1)
+    threads = max(1, (os.cpu_count() or 1) // at_once) if args.scale == "cpu" else None
+    schedule(wanted, out, at_once, threads)
+
+
+def schedule(wanted: list[Job], out: Path, at_once: int, threads: int | None) -> None:
+    """Run the jobs in their order, each as soon as what it needs is done."""
+    done = {path.stem for path in (out / "jobs").glob("*.json") if not path.name.startswith(".")}
+    waiting, running, started = [job for job in wanted if job.name not in done], dict[Future[bool], Job](), time.time()
+    total = len(waiting)
+    with ThreadPoolExecutor(at_once) as pool:
+        while waiting or running:
+            ready = [job for job in waiting if done.issuperset(job.needs)][: at_once - len(running)]
+            for job in ready:
+                waiting.remove(job)
+                running[pool.submit(run, job, out, threads)] = job
+            if not running:
+                print("not run, as what they need failed: " + ", ".join(job.name for job in waiting), file=sys.stderr)
+                return
+            finished, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in finished:
+                job = running.pop(future)
+                if future.result():
+                    done.add(job.name)
+                minutes = (time.time() - started) / 60
+                print(f"{minutes:6.1f} min, {total - len(waiting) - len(running)} of {total}: {job.name}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""The studies: their images, their ablations, the order of their jobs, and what the page makes of their numbers."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import randomize
+from torch import Tensor
+
+import fcmae.finetune
+import fcmae.model
+import fcmae.pretrain
+from fcmae.convert import create_dense
+from fcmae.encoder import Encoder
+from fcmae.masking import random_mask
+from fcmae.model import FCMAE
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
+pytest.importorskip("elpv_dataset")
+import ablated
+import collect
+import datasets
+import results
+import run_all
+
+# Images
+
+
+def write_shards(folder: Path, members: dict[str, bytes]) -> Path:
+    folder.mkdir()
+    (folder / "classes.json").write_text(json.dumps([{"name": "tabby, tabby cat"}, {"name": "academic gown"}]))
+    for part in ("train", "val"):
+        with tarfile.open(folder / f"{part}-000.tar", "w") as tar:
+            for name, content in members.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return folder
+
+
+def test_shards_become_folders_of_classes(tmp_path: Path) -> None:
+    members = {"000007.jpg": b"cat", "000007.cls": b"0", "000008.cls": b"1", "000008.jpg": b"gown"}
+    datasets.unpack_shards(write_shards(tmp_path / "shards", members), tmp_path / "out")
+    assert (tmp_path / "out" / "val" / "tabby" / "000007.jpg").read_bytes() == b"cat"
+    assert (tmp_path / "out" / "train" / "academic_gown" / "000008.jpg").read_bytes() == b"gown"
+
+
+def test_a_shard_writes_nothing_outside_and_says_when_it_is_cut_off(tmp_path: Path) -> None:
+    members = {"../../escaped.jpg": b"x", "/tmp/000001.jpg": b"x", "000002.jpg.sh": b"x"}
+    datasets.unpack_shards(write_shards(tmp_path / "hostile", members), tmp_path / "out")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.parent.name != "hostile"]
+    half = write_shards(tmp_path / "half", {"000001.jpg": b"x"})
+    with pytest.raises(ValueError, match=r"000001 is not a pair of .jpg and .cls"):
+        datasets.unpack_shards(half, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"holds no train-\*.tar"):
+        (half / "train-000.tar").unlink()
+        datasets.unpack_shards(half, tmp_path / "out")
+
+
+def test_few_labels_are_drawn_of_each_class_alike() -> None:
+    rows = [(str(i), "ab"[i % 2]) for i in range(100)]
+    drawn = datasets.few(rows, 0.1, seed=0)
+    assert sorted(label for _, label in drawn) == ["a"] * 5 + ["b"] * 5
+    assert set(drawn) < set(rows)
+    assert drawn == datasets.few(rows, 0.1, seed=0) != datasets.few(rows, 0.1, seed=1)
+    assert len(datasets.few(rows, 0.001, seed=0)) == 2  # one of each at the least
+
+
+# Ablations
+
+
+@pytest.fixture
+def _restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for module, name in (
+        (fcmae.model, "make_layout"),
+        (fcmae.pretrain, "build_model"),
+        (fcmae.finetune, "build_model"),
+    ):
+        monkeypatch.setattr(module, name, getattr(module, name))
+    yield
+
+
+def visible_features(images: Tensor, mask: Tensor) -> Tensor:
+    """The encoder's features at visible sites through the layout that FCMAE now takes."""
+    torch.manual_seed(0)
+    model = FCMAE(Encoder("convnextv2_atto", stem_stride=1), 1, 8)
+    randomize(model, std=0.1)
+    layout = fcmae.model.make_layout("masked", mask)  # type: ignore[attr-defined]
+    return layout.unpack(model.encoder(images, layout))[~mask]
+
+
+@pytest.mark.usefixtures("_restored")
+def test_dense_sees_no_hidden_pixel_but_lets_features_into_hidden_places() -> None:
+    images = torch.randn(1, 3, 32, 32)
+    mask = torch.from_numpy(random_mask((4, 4), 6, [(0, 0, 0)]))
+    hidden = mask.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None]
+    sparse = visible_features(images, mask)
+    ablated.ablate("dense")
+    dense = visible_features(images, mask)
+    torch.testing.assert_close(visible_features(torch.where(hidden, 9.0, images), mask), dense)
+    assert not torch.allclose(dense, sparse, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_grn_is_the_identity_in_ours_and_in_timms(learns: bool) -> None:
+    ours, timms = Encoder("convnextv2_atto"), create_dense("convnextv2_atto")
+    for model in (ours, timms):
+        randomize(model)
+        assert ablated.reset_grn(model, learns=learns) == 12  # blocks of atto
+        found = [p for name, p in model.named_parameters() if ".grn." in name]
+        assert len(found) == 24
+        assert all((p == 0).all() and p.requires_grad == learns for p in found)
+    assert ablated.reset_grn(create_dense("convnext_atto"), learns=learns) == 0
+
+
+# Jobs
+
+
+def test_jobs_run_in_order_once_and_not_without_what_they_need(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "a.txt").touch()
+    said = tmp_path / "said"
+    append = "import sys; open(sys.argv[1], 'a').write(' '.join(sys.argv[2:]) + ';')"
+
+    def job(name: str, *words: str, needs: tuple[str, ...] = ()) -> run_all.Job:
+        return run_all.Job(name, (sys.executable, "-c", append, str(said), *words), needs)
+
+    broken = run_all.Job("broken", (sys.executable, "-c", "raise SystemExit(3)"))
+    wanted = [
+        job("last", "last", needs=("first",)),
+        broken,
+        job("never", "never", needs=("broken",)),
+        job("first", "first"),
+    ]
+    run_all.schedule(wanted, tmp_path, at_once=1, threads=1)
+    assert said.read_text() == "first;last;"
+    assert "not run, as what they need failed: never" in capsys.readouterr().err
+    record = json.loads((tmp_path / "jobs" / "first.json").read_text())
+    assert record["command"].startswith("python -c")
+    run_all.schedule([job("first", "again"), job("glob", str(tmp_path / "*.txt"))], tmp_path, at_once=2, threads=None)
+    assert said.read_text() == f"first;last;{tmp_path / 'a.txt'};"
+
+
+def test_a_job_is_told_to_stop_when_its_time_is_up(tmp_path: Path) -> None:
+    (tmp_path / "jobs").mkdir()
+    stops = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); time.sleep(60)"
+    assert run_all.run(run_all.Job("long", (sys.executable, "-c", stops), minutes=0.03), tmp_path, None)
+
+
+@pytest.mark.parametrize("scale", run_all.SCALES)
+def test_every_job_needs_jobs_that_are_there_and_its_flags_are_settings(scale: str, tmp_path: Path) -> None:
+    from fcmae.config import FinetuneConfig, PretrainConfig
+    from fcmae.settings import load
+
+    found = run_all.jobs(tmp_path, run_all.SCALES[scale])
+    names = [job.name for job in found]
+    assert len(set(names)) == len(names)
+    for job in found:
+        assert set(job.needs) <= set(names[: names.index(job.name)])
+        for verb, kind in (("pretrain", PretrainConfig), ("finetune", FinetuneConfig)):
+            if verb in job.words:
+                load(kind, job.words[job.words.index(verb) + 1 :], prog="test")
+
+
+# The page
+
+
+def made_up() -> collect.Json:
+    scores = {}
+    for seed, (pretrained, scratch) in enumerate([(0.5, 0.3), (0.6, 0.4), (0.55, 0.33)]):
+        scores[f"tune-tiny20-10-pretrained-{seed}"] = {"top1": pretrained, "steps": 100}
+        scores[f"tune-tiny20-10-scratch-{seed}"] = {"top1": scratch, "steps": 100}
+        scores[f"grn-v1-{seed}"] = {"top1": pretrained + (-1) ** seed * 0.1}
+    probe = [{"probe": "knn", "stage": 4, "setting": {"k": k}, "scores": {"top1": k / 1000}} for k in (10, 20)]
+    curve = {"loss": [[0.5, 1.0], [1.0, 0.8]], "val_loss": [[1.0, 0.75]], "steps": 9}
+    time = {str(step): {f"stages.{i}.0": 0.1 * i + step for i in range(4)} for step in (0, 1, 2)}
+    return {
+        "scale": "cpu",
+        "machine": {"CPU": "made up"},
+        "jobs": {
+            name: {"name": name, "command": f"fcmae {name}", "seconds": 3600} for name in ("tune-a-0", "tune-a-1")
+        },
+        "scores": scores,
+        "probes": {"main-tiny20-v2": probe, "short-dense": probe},
+        "curves": {"main-tiny20-v2": curve, "short-dense": curve, "curve-pretrain_cpu": curve},
+        "time": {"v2": time},
+    }
+
+
+def test_the_page_says_what_the_numbers_say(tmp_path: Path) -> None:
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "cpu.json").write_text(json.dumps(made_up()))
+    (tmp_path / "results" / "cpu.md").write_text("What we read in it.\n")
+    results.main(["--docs", str(tmp_path)])
+    page = (tmp_path / "results.md").read_text()
+    # Differences .2, .2, .22: mean .2067, deviation .01155, t(.975, 2) = 4.3027: +- .0287.
+    assert "| 10 % | 100 | 3 | 55.0 ± 12.4 | 34.3 ± 12.7 | 20.7 ± 2.9 | better |" in page
+    assert "V1 (LayerScale)" in page
+    assert "no difference seen" in page
+    assert "| dense encoder, not masked inside | 0.7500 | 2.0 |  |" in page
+    assert "V2, step 0 | 0.000 | 0.100 | 0.200 | 0.300" in page
+    assert "V2, step 2" in page
+    assert "step 1" not in page
+    assert "What we read in it." in page
+    assert "made up; 2.0 hours" in page
+    assert "fcmae tune-a-0" in page
+    assert "fcmae tune-a-1" not in page
+    assert "solar**" not in page.partition("## Is pretraining")[2]  # nothing of it was run
+    for figure in ("loss", "distance"):
+        assert (tmp_path / "results" / f"cpu-{figure}.svg").read_text().startswith("<?xml")
+
+
+def test_curves_are_thinned_to_means(tmp_path: Path) -> None:
+    lines = [{"step": i, "epoch": i / 10, "loss": float(i)} for i in range(1, 1001)]
+    lines.append({"step": 1000, "epoch": 100.0, "val_loss": 0.5})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = collect.curve(tmp_path)
+    assert len(found["loss"]) == collect.POINTS
+    assert found["loss"][0] == [0.3, 3.0]  # the mean of the first five lines
+    assert found["val_loss"] == [[100.0, 0.5]]
