@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from fcmae.data.dataset import Batch, normalize
 
+MAX_AUROC_CLASSES = 100  # of more, it takes as long as the images
+
 
 @torch.no_grad()
 def class_probabilities(
@@ -52,8 +54,8 @@ def scores(labels: Sequence[int] | NDArray[np.int64], probabilities: NDArray[np.
     """What is usually reported of a classifier, by name, each in 0..1 but the loss.
 
     labels: (N,) class indices. probabilities: (N, classes). top1; top5 where there are more than five classes;
-    balanced_accuracy, the mean recall of the classes that occur; auroc where every class occurs, see `macro_auroc`;
-    val_loss, the mean cross-entropy in nats.
+    balanced_accuracy, the mean recall of the classes that occur; auroc where every class of at most
+    MAX_AUROC_CLASSES occurs, see `macro_auroc`; val_loss, the mean cross-entropy in nats.
     """
     from sklearn.metrics import recall_score
 
@@ -71,7 +73,7 @@ def scores(labels: Sequence[int] | NDArray[np.int64], probabilities: NDArray[np.
         best = np.argpartition(probabilities, -5, axis=1)[:, -5:]
         found["top5"] = float((best == truth[:, None]).any(1).mean())
     # What is not finite is for the caller to report, by the loss.
-    if len(present) == num_classes > 1 and np.isfinite(probabilities).all():
+    if 1 < len(present) == num_classes <= MAX_AUROC_CLASSES and np.isfinite(probabilities).all():
         found["auroc"] = macro_auroc(truth, probabilities)
     return found
 

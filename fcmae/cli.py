@@ -108,13 +108,19 @@ def _evaluate(args: argparse.Namespace) -> None:
         labels=tuple(args.labels),
         draws=args.draws,
         stages=_stages(args.stages),
-        image_size=None if args.image_size is None else (args.image_size[0], args.image_size[-1]),
+        image_size=_image_size(args.image_size),
         seed=args.seed,
         batch_size=args.batch_size,
         num_workers=args.num_workers,
         device=args.device,
     )
     print(evaluate(args.models, Data(args.data, args.test, args.test_share), options, args.out, args.overwrite))
+
+
+def _image_size(sides: list[int] | None) -> tuple[int, int] | None:
+    if sides is not None and len(sides) > 2:
+        raise ValueError(f"image_size: received {sides}; give one side, or height and width")
+    return None if sides is None else (sides[0], sides[-1])
 
 
 def _stages(words: list[str]) -> tuple[int, ...] | None:
@@ -140,7 +146,7 @@ def _embed(args: argparse.Namespace) -> None:
             pictures=Pictures(args.map, tuple(args.neighbours)),
             parquet=args.parquet,
             stage=stages[0],
-            image_size=None if args.image_size is None else (args.image_size[0], args.image_size[-1]),
+            image_size=_image_size(args.image_size),
             batch_size=args.batch_size,
             num_workers=args.num_workers,
             device=args.device,
@@ -160,7 +166,7 @@ def _analyze(args: argparse.Namespace) -> None:
             args.data,
             args.out,
             max_images=args.max_images,
-            image_size=None if args.image_size is None else (args.image_size[0], args.image_size[-1]),
+            image_size=_image_size(args.image_size),
             batch_size=args.batch_size,
             num_workers=args.num_workers,
             device=args.device,

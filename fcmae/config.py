@@ -492,7 +492,6 @@ FREE_ON_RESUME = frozenset(
         "log.every_steps",
         "log.eval_epochs",
         "log.trackers",
-        "monitor.num_images",
         "monitor.labelled",
     }
 )

@@ -48,15 +48,17 @@ class Labelled:
 
 
 def find_monitored_labels(source: str, in_chans: int, image_size: tuple[int, int], seed: int) -> Labelled:
-    """The labelled images of `monitor.labelled`: at most MAX_LABELLED, drawn by class, of which a quarter is held out.
+    """The labelled images of `monitor.labelled`: a quarter of each class held out, at most MAX_LABELLED in all.
 
     Raises ValueError if there are none, too few to hold any out, or the first cannot be read as the network needs it.
     """
     key = "monitor.labelled"
     index = find_labelled(source, key=key)
-    if len(index) > MAX_LABELLED:
-        _, index = split(index, MAX_LABELLED / len(index), seed)
     train, test = split(index, TEST_SHARE, seed)
+    num_test = round(MAX_LABELLED * TEST_SHARE)
+    train, test = (
+        part.subset(spread(len(part), n)) for part, n in ((train, MAX_LABELLED - num_test), (test, num_test))
+    )
     if not len(test):
         raise ValueError(f"{key}: {source!r} has no class of two images or more: give more of them")
     sample = FinetuneDataset(train, in_chans=in_chans, image_size=image_size, seed=seed)[(EVAL_EPOCH, 0)]
@@ -88,7 +90,7 @@ class Monitor:
 
     images: for the statistics of every block; may be empty. labelled: for nearest neighbours, or None. in_chans,
     image_size, mean, std: of the images as the encoder takes them; they are centre crops of the full shorter side.
-    device: the encoder's. num_workers: processes that decode.
+    device: the encoder's. batch_size: images at a time. num_workers: processes that decode.
     """
 
     def __init__(
@@ -101,9 +103,11 @@ class Monitor:
         mean: Sequence[float],
         std: Sequence[float],
         device: torch.device,
+        batch_size: int,
         num_workers: int,
     ) -> None:
-        self._images, self._labelled, self._device, self._num_workers = images, labelled, device, num_workers
+        self._images, self._labelled = images, labelled
+        self._device, self._batch_size, self._num_workers = device, batch_size, num_workers
         self._in_chans, self._image_size, self._mean, self._std = in_chans, image_size, list(mean), list(std)
 
     @torch.no_grad()
@@ -124,7 +128,13 @@ class Monitor:
         )
         values: dict[str, float] = {}
         if self._images:
-            layers, _ = measure(backbone, self._images, device=self._device, num_workers=self._num_workers)
+            layers, _ = measure(
+                backbone,
+                self._images,
+                device=self._device,
+                batch_size=self._batch_size,
+                num_workers=self._num_workers,
+            )
             for statistic in STATISTICS:
                 values |= {f"{statistic}/{name}": getattr(layer, statistic) for name, layer in layers.items()}
         if self._labelled is not None:
@@ -147,7 +157,10 @@ class Monitor:
 
     def _pooled(self, backbone: Backbone, index: FileIndex) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         features, labels = [np.empty((0, 0), np.float32)], [np.empty(0, np.int64)]
-        for images, batch in batches_of(backbone, index, device=self._device, num_workers=self._num_workers):
+        batches = batches_of(
+            backbone, index, device=self._device, batch_size=self._batch_size, num_workers=self._num_workers
+        )
+        for images, batch in batches:
             if len(images):
                 assert batch.labels is not None
                 features.append(stage_maps(backbone.model, images)[-1].float().mean((2, 3)).cpu().numpy())
@@ -167,12 +180,15 @@ def over_time(lines: Sequence[Mapping[str, Any]], statistic: str) -> tuple[list[
     return [name.removeprefix(prefix) for name in names], [line["epoch"] for line in found], values
 
 
-def draw_over_time(run: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Draw RUN/cosine_distance.png and RUN/effective_rank.png, layer by time, if the lines have them."""
+def draw_over_time(run: Path, lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Draw RUN/NAME.png, layer by time, of each statistic of HEAT_MAPS that the lines have; their names."""
+    drawn = []
     for statistic, (label, limits) in HEAT_MAPS.items():
         layers, epochs, values = over_time(lines, statistic)
         if layers:
             save_heat_map(run / f"{statistic}.png", layers, epochs, values, label, limits)
+            drawn.append(statistic)
+    return drawn
 
 
 class Watch:

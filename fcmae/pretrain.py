@@ -24,6 +24,7 @@ from fcmae.data.index import FileIndex, find_images, split
 from fcmae.data.loader import build_loader, default_num_workers
 from fcmae.data.sampler import EVAL_EPOCH, evaluation_batches, steps_per_epoch
 from fcmae.encoder import Encoder
+from fcmae.evaluation.features import BATCH_SIZE
 from fcmae.loop import fit
 from fcmae.loss import reconstruction_loss
 from fcmae.masking import num_visible, random_mask
@@ -200,6 +201,8 @@ def train(
         mean=cfg.data.statistics()[0],
         std=cfg.data.statistics()[1],
         device=device,
+        # Not more at a time than training has, which also keeps what its backward pass needs.
+        batch_size=max(1, min(BATCH_SIZE, cfg.batch_size // processes // cfg.grad_accum)),
         num_workers=workers,
     )
     watch = Watch(read_metrics(metrics.path) if accelerator.is_main_process else ())
@@ -235,7 +238,8 @@ def train(
                 metrics.write(step, step / per_epoch, **values)
             picture(step)
             lines = read_metrics(metrics.path)
-            draw_over_time(run.path, lines)
+            for name in draw_over_time(run.path, lines):
+                show(f"over_time/{name}", run.path / f"{name}.png", step)
             watch.look(lines)
         net.train()
 
@@ -257,6 +261,7 @@ def train(
         moments = [(f"epoch {number / per_epoch:.4g}", path) for number, path in seen if number <= step]
         save_over_time(folder / "over-time.png", panels, moments, f"{cfg.model.variant}: the same images over time")
         show("reconstructions", folder / f"step-{step:08d}.png", step)
+        show("over_time/reconstructions", folder / "over-time.png", step)
         save_curves(run.path / "loss.png", metrics.curves("loss", "val_loss"), "loss")
 
     def show(name: str, path: Path, step: int) -> None:

@@ -47,7 +47,7 @@ from fcmae.data.cores import num_cores
 logger = logging.getLogger("fcmae")
 
 # All that a run writes beside config.yaml, so that --overwrite deletes nothing else.
-DIRECTORIES = ("tensorboard", "reconstructions", "best", "last", "evaluation", "analysis")
+DIRECTORIES = ("tensorboard", "reconstructions", "best", "last")
 FILES = (
     "environment.json",
     "files.json",
@@ -59,8 +59,18 @@ FILES = (
     "cosine_distance.png",
     "effective_rank.png",
     "predictions.csv",
-    "report.html",
 )
+# What evaluate and analyze write into a run, of its old weights then.
+FOUND = {
+    "evaluation": ("evaluation.json", "confusion.png", "table.md"),
+    "analysis": (
+        "analysis.json",
+        *(
+            f"{name}.png"
+            for name in ("cosine_distance", "channels", "effective_rank", "grn", "selectivity", "activations")
+        ),
+    ),
+}
 
 
 class RunDirectory:
@@ -155,6 +165,13 @@ class RunDirectory:
             shutil.rmtree(self.path / name, ignore_errors=True)
         for name in FILES:
             (self.path / name).unlink(missing_ok=True)
+        for folder, names in FOUND.items():
+            for path in [*(self.path / folder).glob("*/*"), *(self.path / folder).glob("*")]:
+                if path.name in names:
+                    path.unlink()
+            for path in [*(self.path / folder).glob("*/"), self.path / folder]:
+                with suppress(OSError):  # not empty: something else is there
+                    path.rmdir()
 
 
 def write_text(path: Path, text: str) -> None:

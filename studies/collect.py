@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fcmae.run import cpu_name, read_metrics
+from fcmae.run import read_metrics
 
 DOCS = Path(__file__).parents[1] / "docs"
 Json = dict[str, Any]
@@ -27,7 +25,7 @@ def collect(runs: Path, scale: str) -> Json:
     jobs = {path.stem: json.loads(path.read_text()) for path in sorted((runs / "jobs").glob("[!.]*.json"))}
     found: Json = {
         "scale": scale,
-        "machine": machine(),
+        "machine": machine(runs),
         "jobs": jobs,
         "scores": {},
         "probes": {},
@@ -41,20 +39,19 @@ def collect(runs: Path, scale: str) -> Json:
             found["scores"][name] = final_scores(run)
         elif kind in ("main", "short", "curve"):
             found["curves"][name] = curve(run)
-        elif kind == "probe":
+        elif kind in ("probe", "few"):
             found["probes"][name.removeprefix("probe-")] = evaluation(run / "evaluation.json")
         elif kind == "time":
             found["time"][name.removeprefix("time-")] = over_time(run / "analysis.json")
     return found
 
 
-def machine() -> Json:
-    import timm
-    import torch
-
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    versions = {"torch": torch.__version__, "timm": timm.__version__, "python": platform.python_version()}
-    return {"CPU": cpu_name(), "cores": os.cpu_count(), "GPU": gpu, **versions}
+def machine(runs: Path) -> Json:
+    """What the newest run was trained with, as it says itself."""
+    files = sorted((runs / "runs").glob("*/environment.json"), key=lambda path: path.stat().st_mtime)
+    start = json.loads(files[-1].read_text())[-1]
+    gpu = start["device_name"] if start["device"] != "cpu" else "none"
+    return {"CPU": start["cpu"], "cores": start["cores"], "GPU": gpu, **start["versions"]}
 
 
 def final_scores(run: Path) -> Json:
@@ -68,7 +65,7 @@ def curve(run: Path) -> Json:
     """Training loss against epochs, thinned to the mean of neighbouring lines, and every validation loss."""
     lines = read_metrics(run / "metrics.jsonl")
     train = np.array([(line["epoch"], line["loss"]) for line in lines if "loss" in line])
-    parts = [part.mean(0) for part in np.array_split(train, min(POINTS, len(train)))]
+    parts = [part.mean(0) for part in np.array_split(train, max(1, min(POINTS, len(train))))]
     return {
         "loss": [[round(float(epoch), 3), round(float(loss), 4)] for epoch, loss in parts],
         "val_loss": [[line["epoch"], round(line["val_loss"], 4)] for line in lines if "val_loss" in line],
@@ -78,7 +75,7 @@ def curve(run: Path) -> Json:
 
 def evaluation(path: Path) -> list[Json]:
     results: list[Json] = json.loads(path.read_text())["results"]
-    return [{key: r[key] for key in ("probe", "stage", "setting", "scores") if key in r} for r in results]
+    return [{key: r[key] for key in ("probe", "stage", "setting", "scores", "spread") if key in r} for r in results]
 
 
 def over_time(path: Path) -> Json:

@@ -52,7 +52,9 @@ def unpack_shards(shards: Path, out: Path) -> None:
                     raise ValueError(f"{path}: {number} is not a pair of .jpg and .cls: the shard is cut off")
                 place = out / part / names[int(pair["cls"])] / f"{number}.jpg"
                 if not place.exists():
-                    place.write_bytes(pair["jpg"])
+                    aside = place.with_suffix(".tmp")
+                    aside.write_bytes(pair["jpg"])
+                    aside.replace(place)
 
 
 def write_csv(path: Path, rows: Sequence[tuple[str, str]]) -> None:

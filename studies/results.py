@@ -81,6 +81,12 @@ def of_probe(found: Sequence[Json], probe: str, metric: str, stage: int | None) 
     return None
 
 
+def half_width(result: Json, metric: str) -> str:
+    """Mean and 95 % interval of a score over draws of labels."""
+    mean, (low, high) = result["scores"][metric], result["spread"][metric]
+    return f"{100 * mean:.1f} ± {100 * (high - low) / 2:.1f}"
+
+
 def percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f}"
 
@@ -107,6 +113,14 @@ def frozen(results: Json) -> Iterator[str]:
         if rows:
             header = [f"{probe}, {TITLES[m]}" for probe in (f"kNN, k = {K}", "linear") for m in metrics]
             yield f"**{data}**, in %, all labels:\n\n{table(['features', *header], rows)}"
+        rows = []
+        for name, label in ((f"few-{data}-v2", "pretrained"), (f"few-{data}-random", "random weights")):
+            for result in results["probes"].get(name, []):
+                spreads = [half_width(result, metric) for metric in metrics]
+                rows.append([f"{label}, {result['setting']['labels']}", str(result["setting"]["draws"]), *spreads])
+        if rows:
+            header = ["features, labels", "draws", *(f"linear, {TITLES[metric]}" for metric in metrics)]
+            yield f"**{data}**, in %, few labels, stage 4:\n\n{table(header, rows)}"
 
 
 WITH_GRN = "tune-tiny20-10-pretrained"
@@ -324,7 +338,8 @@ def page(found: Mapping[str, Json], folder: Path) -> str:
                 ]
         parts += ["## Commands\n", f"All of them: `python studies/run_all.py --tiny20 SHARDS --scale {scale}`, then"]
         parts.append(
-            f"`python studies/results.py --runs runs/studies --scale {scale}`. One by one (seed 0; the others differ in"
+            f"`python studies/collect.py runs/studies --scale {scale}` and `python studies/results.py`. "
+            "One by one (seed 0; the others differ in"
         )
         parts.append(f"`--seed` and the CSV file):\n\n```bash\n{commands(results)}\n```\n")
     return "\n".join(parts)

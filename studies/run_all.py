@@ -55,6 +55,7 @@ class Scale:
     stem_stride: int
     decoder_dim: int
     curve_minutes: float | None
+    num_workers: int | None
 
 
 SCALES = {
@@ -72,6 +73,7 @@ SCALES = {
         stem_stride=2,
         decoder_dim=128,
         curve_minutes=4,
+        num_workers=0,
     ),
     "gpu": Scale(
         epochs=400,
@@ -87,6 +89,7 @@ SCALES = {
         stem_stride=1,
         decoder_dim=256,
         curve_minutes=None,
+        num_workers=None,
     ),
 }
 
@@ -117,6 +120,7 @@ def jobs(out: Path, scale: Scale) -> list[Job]:
         "probe-main",
         "probe-tiny20",
         "probe-solar",
+        "few",
         "time",
         "short",
         "probe",
@@ -136,6 +140,7 @@ def pretrain(
         "optim.base_lr": scale.base_lr,
         "optim.warmup_epochs": min(scale.warmup_epochs, epochs / 2),
         "data.val_share": 0.02,
+        "data.num_workers": scale.num_workers,
         "model.decoder_dim": scale.decoder_dim,
         "checkpoint.milestone_epochs": max(1, epochs // 10),
         "log.eval_epochs": max(0.5, epochs / 10),
@@ -153,7 +158,7 @@ def geometry(scale: Scale) -> dict[str, object]:
 
 def command(out: Path, name: str, verb: str, flags: dict[str, object], ablated: str | None = None) -> tuple[str, ...]:
     program = ["-m", "fcmae.cli"] if ablated is None else [str(STUDIES / "ablated.py"), ablated]
-    flags = {"model.variant": "convnextv2_atto", "data.num_workers": 0, "log.every_steps": 20} | flags
+    flags = {"model.variant": "convnextv2_atto", "log.every_steps": 20} | flags
     words = [f"--{key}={value}" for key, value in flags.items() if value is not None]
     return (sys.executable, *program, verb, *words, f"--out={out}/runs/{name}")
 
@@ -195,6 +200,7 @@ def finetune(
         "data.random_erasing": 0,
         "data.auto_augment": "none",
         "checkpoint.every_epochs": budget.epochs,
+        "data.num_workers": scale.num_workers,
         "log.eval_epochs": budget.epochs,
         "log.every_steps": 10,
     }
@@ -240,6 +246,10 @@ def probes(out: Path, scale: Scale) -> Iterator[Job]:
         init = f"main-{data}-v2"
         yield probe(out, f"probe-{data}-random", f"random:{out}/runs/{init}", data, (init,), "all")
     for data in ("tiny20", "solar"):
+        init = f"main-{data}-v2"
+        for name, model in (("v2", f"{out}/runs/{init}"), ("random", f"random:{out}/runs/{init}")):
+            yield probe(out, f"few-{data}-{name}", model, data, (init,), "last", "few-shot")
+    for data in ("tiny20", "solar"):
         place = out / "runs" / f"probe-{data}-pixels"
         words = [str(STUDIES / "pixels.py"), f"{out}/{data}/train-100-0.csv", f"{out}/{data}/test.csv", str(place)]
         words += ["--in-chans", "3" if data == "tiny20" else "1"]
@@ -255,13 +265,15 @@ def curves(out: Path, scale: Scale) -> Iterator[Job]:
     """The shipped configurations for small machines, or the beginning of their runs."""
     for name, data in (("pretrain_demo", "solar"), ("pretrain_cpu", "solar"), ("pretrain_small_images", "tiny20")):
         flags: dict[str, object] = {"config": name, "data.path": f"{out}/{data}/unlabeled.txt", "device": "auto"}
+        flags |= {"data.num_workers": scale.num_workers}
         job = f"curve-{name}"
         yield Job(job, command(out, job, "pretrain", flags), minutes=scale.curve_minutes)
 
 
-def probe(out: Path, name: str, model: str, data: str, needs: tuple[str, ...], stages: str) -> Job:
+def probe(out: Path, name: str, model: str, data: str, needs: tuple[str, ...], stages: str, *probes: str) -> Job:
     words = ["evaluate", model, "--data", f"{out}/{data}/train-100-0.csv", "--test", f"{out}/{data}/test.csv"]
     words += ["--stages", stages, "--num-workers", "1", "--overwrite", "--out", f"{out}/runs/{name}"]
+    words += ["--probes", *probes] if probes else []
     return Job(name, (sys.executable, "-m", "fcmae.cli", *words), needs)
 
 

@@ -103,6 +103,9 @@ def evaluation(path: Path, model: str, score: float, class_names: tuple[str, ...
     ]
     data = {"train": "labelled", "test": "held", "num_train": 800, "num_test": 400, "class_names": list(class_names)}
     record = {"model": model, "command": f"fcmae evaluate {model} --data labelled", "data": data, "results": probes}
+    size = 400 // len(class_names)
+    matrix = [[size * (row == column) for column in range(len(class_names))] for row in range(len(class_names))]
+    record["confusion"] = {"probe": "linear", "stage": 4, "matrix": matrix}
     path.mkdir(parents=True)
     (path / "evaluation.json").write_text(json.dumps(record))
     picture(path / "confusion.png")

@@ -163,7 +163,13 @@ def test_a_run_is_evaluated_into_its_directory_and_nothing_of_the_users_is_overw
     assert evaluate(*command) == 2
     assert "holds earlier results: give another --out, or --overwrite" in capsys.readouterr().err
     assert read(out) == first
-    (out / ".features-killed").mkdir()
+    (out / ".features-1").mkdir()
+    assert evaluate(*command, "--overwrite") == 2
+    assert "of a command that is running or was killed" in capsys.readouterr().err
+    (out / ".features-1").rmdir()
+    assert evaluate(*command, "--stages", "5", "--overwrite") == 2
+    assert "stages: 5 is none of the network's 4" in capsys.readouterr().err
+    assert read(out) == first
     assert evaluate(*command, "--overwrite") == 0
     assert read(out)["created"] >= first["created"]
     assert sorted(path.name for path in out.iterdir()) == ["confusion.png", "evaluation.json"]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -115,10 +116,36 @@ def test_scale_shift_and_dead_channels_change_nothing() -> None:
     np.testing.assert_allclose(found, expected, atol=1e-3)
 
 
-def test_a_class_with_one_image_leaves_nothing_to_choose_on() -> None:
+def test_classes_of_one_image_leave_nothing_to_choose_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probes, "MIN_STEPS", 100)
+    train, _ = clusters(3, 0)
+    assert fit_linear(train, np.array([0, 1, 2]), 3).setting == DEFAULT
+
+
+def test_a_class_of_one_image_keeps_it_and_the_others_choose(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probes, "MIN_STEPS", 100)
     train, _ = clusters(11, 0)
     labels = np.array([0] * 5 + [1] * 5 + [2])
-    assert fit_linear(train, labels, 3).setting == DEFAULT
+    seen: list[list[int]] = []
+    original = probes._losses
+
+    def spy(*args: Any) -> Any:
+        seen.append(sorted(set(labels[args[-1]].tolist())))
+        return original(*args)
+
+    monkeypatch.setattr(probes, "_losses", spy)
+    fit_linear(train, labels, 3)
+    assert seen == [[0, 1]]
+
+
+def test_a_grid_in_parts_chooses_what_it_chooses_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probes, "MIN_STEPS", 100)
+    train, labels = clusters(100, 0)
+    whole = fit_linear(train, labels, 3)
+    monkeypatch.setattr(probes, "MAX_WEIGHTS", 5 * 3 * train.shape[1])
+    in_parts = fit_linear(train, labels, 3)
+    assert in_parts.setting == whole.setting
+    torch.testing.assert_close(in_parts.weight, whole.weight)
 
 
 def test_features_on_disk_give_the_same_classifier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,5 +194,5 @@ def test_interval_by_hand() -> None:
     assert mean == pytest.approx(0.5)
     # The 97.5 % quantile of Student's t with 2 degrees of freedom is 4.302653, the deviation .1.
     assert interval == pytest.approx((0.5 - 4.302653 * 0.1 / 3**0.5, 0.5 + 4.302653 * 0.1 / 3**0.5), rel=1e-6)
-    assert mean_and_interval([0.0, 1.0])[1] == (0.0, 1.0)  # scores do not leave 0..1
+    assert mean_and_interval([0.0, 1.0])[1] == pytest.approx((0.5 - 12.7062 * 0.5, 0.5 + 12.7062 * 0.5), rel=1e-5)
     assert mean_and_interval([0.3]) == (0.3, None)

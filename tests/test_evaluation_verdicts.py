@@ -10,7 +10,7 @@ import pytest
 from reported import LAYERS, evaluation, finetune_run, pretrain_run, write_lines
 
 from fcmae.evaluation.runs import Run, read_run
-from fcmae.evaluation.verdicts import is_collapsing, is_working, trend, was_worth_it
+from fcmae.evaluation.verdicts import is_collapsing, is_working, standard_error, trend, was_worth_it
 
 
 def read(*paths: Path) -> list[Run]:
@@ -104,9 +104,10 @@ def tuned(folder: Path, given: list[float], scratch: list[float]) -> list[Run]:
 @pytest.mark.parametrize(
     ("given", "scratch", "state"),
     [
-        ([0.8, 0.9], [0.6, 0.7], "good"),
-        ([0.8, 0.65], [0.6, 0.7], "attention"),
-        ([0.5, 0.5], [0.6, 0.7], "attention"),
+        ([0.8, 0.9, 0.85], [0.6, 0.7, 0.65], "good"),
+        ([0.8, 0.65, 0.9], [0.6, 0.7, 0.5], "attention"),
+        ([0.5, 0.5, 0.5], [0.6, 0.7, 0.5], "attention"),
+        ([0.8, 0.9], [0.6, 0.7], "unknown"),  # so by chance once in six times
         ([0.8], [0.6], "unknown"),  # seeds may turn it round
         ([0.5], [0.6], "attention"),
     ],
@@ -118,7 +119,20 @@ def test_given_weights_help_if_every_run_beats_every_one_from_scratch(
     assert verdict.state == state
     (sentence,) = verdict.sentences
     assert f"{np.mean(given):.3f} (" in sentence and f"{np.mean(scratch):.3f} (" in sentence
-    assert ("other seeds" in sentence) == (len(given) == 1)
+    assert ("other seeds" in sentence) == (len(given) < 3)
+
+
+def test_runs_of_other_budgets_are_not_compared(tmp_path: Path) -> None:
+    given, scratch = tuned(tmp_path, [0.8], [0.6])
+    config = scratch.path / "config.yaml"
+    config.write_text(config.read_text().replace("epochs: 3", "epochs: 2"))
+    assert was_worth_it([given, *read(scratch.path)]).sentences[0].startswith("Not measured yet")
+
+
+def test_the_error_of_a_balanced_accuracy_is_that_of_its_small_classes() -> None:
+    # Recalls of 20 and of 980 images near .5: variances .0125 and .000255; the mean of two has a quarter of their sum.
+    assert standard_error(0.5, [20, 980]) == pytest.approx(((0.0125 + 0.25 / 980) / 4) ** 0.5)
+    assert standard_error(0.5, [50, 50, 0]) == pytest.approx((0.25 / 100) ** 0.5)
 
 
 def test_runs_that_are_scored_on_other_images_are_not_compared(tmp_path: Path) -> None:

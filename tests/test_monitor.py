@@ -254,13 +254,15 @@ def test_a_resumed_run_watches_as_an_uninterrupted_one(
         assert (out / name).read_bytes() == (monitored / name).read_bytes()
 
 
-def test_what_is_watched_may_change_on_resuming_and_overwrite_deletes_the_pictures(
-    images: Path, tmp_path: Path
+def test_overwrite_deletes_the_pictures_and_another_number_of_images_is_another_run(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
     assert run(images, out, epochs=1) == 0
     assert (out / "effective_rank.png").exists()
-    assert run(images, out, epochs=1, monitor__num_images=3) == 0
+    # An effective rank is at most the number of images, so a jump in it would look like a collapse.
+    assert run(images, out, epochs=1, monitor__num_images=3) == 2
+    assert "monitor.num_images: the run has" in capsys.readouterr().err
     assert run(images, out, epochs=1, monitor__num_images=0, overwrite="true") == 0
     assert not (out / "effective_rank.png").exists()
     assert [set(line) for line in evaluations(out)] == [{"step", "epoch", "val_loss"}]

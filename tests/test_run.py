@@ -355,10 +355,18 @@ def test_a_record_of_starts_that_cannot_be_read_is_begun_anew(tmp_path: Path, co
     assert len(starts(tmp_path)) == 1
 
 
-def test_an_overwritten_run_forgets_the_starts_of_the_old_one_and_its_report(tmp_path: Path) -> None:
+def test_an_overwritten_run_forgets_its_starts_and_what_was_found_of_it_and_nothing_else(tmp_path: Path) -> None:
     make_run(tmp_path)
-    (tmp_path / "report.html").write_text("of the old run")
+    for name in (
+        "evaluation/run/evaluation.json",
+        "evaluation/table.md",
+        "analysis/channels.png",
+        "analysis/mine.ipynb",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("of the old run")
     with RunDirectory(config(Path("photos"), tmp_path, overwrite="true"), "pretrain").open(is_main=True):
         pass
     assert len(starts(tmp_path)) == 1
-    assert not (tmp_path / "report.html").exists()
+    assert not (tmp_path / "evaluation").exists()
+    assert [path.name for path in (tmp_path / "analysis").iterdir()] == ["mine.ipynb"]

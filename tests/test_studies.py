@@ -182,6 +182,7 @@ def made_up() -> collect.Json:
         scores[f"grn-v1-{seed}"] = {"top1": pretrained + (-1) ** seed * 0.1}
     probe = [{"probe": "knn", "stage": 4, "setting": {"k": k}, "scores": {"top1": k / 1000}} for k in (10, 20)]
     curve = {"loss": [[0.5, 1.0], [1.0, 0.8]], "val_loss": [[1.0, 0.75]], "steps": 9}
+    few = {"probe": "few-shot", "stage": 4, "setting": {"labels": "1%", "draws": 5}, "scores": {"top1": 0.2}}
     time = {str(step): {f"stages.{i}.0": 0.1 * i + step for i in range(4)} for step in (0, 1, 2)}
     return {
         "scale": "cpu",
@@ -190,7 +191,11 @@ def made_up() -> collect.Json:
             name: {"name": name, "command": f"fcmae {name}", "seconds": 3600} for name in ("tune-a-0", "tune-a-1")
         },
         "scores": scores,
-        "probes": {"main-tiny20-v2": probe, "short-dense": probe},
+        "probes": {
+            "main-tiny20-v2": probe,
+            "short-dense": probe,
+            "few-tiny20-v2": [few | {"spread": {"top1": [0.15, 0.25]}}],
+        },
         "curves": {"main-tiny20-v2": curve, "short-dense": curve, "curve-pretrain_cpu": curve},
         "time": {"v2": time},
     }
@@ -207,6 +212,7 @@ def test_the_page_says_what_the_numbers_say(tmp_path: Path) -> None:
     assert "V1 (LayerScale)" in page
     assert "no difference seen" in page
     assert "| dense encoder, not masked inside | 0.7500 | 2.0 |  |" in page
+    assert "| pretrained, 1% | 5 | 20.0 ± 5.0 |" in page
     assert "V2, step 0 | 0.000 | 0.100 | 0.200 | 0.300" in page
     assert "V2, step 2" in page
     assert "step 1" not in page

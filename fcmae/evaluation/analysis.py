@@ -83,9 +83,9 @@ def saturated_channels(mean: Tensor, rms: Tensor) -> Tensor:
 def effective_rank(gram: Tensor) -> float:
     """exp of the entropy of the singular values of Z, divided by their sum (RankMe, arXiv 2210.02885).
 
-    gram: (C, C) float64, Z^T Z for features Z (N, C), which are not centred. Returns 1 to min(N, C), so compare only
-    what was computed of equally many images; NaN if the features are zero or not finite. The paper's epsilon inside
-    the logarithm is left out: 0 log 0 = 0.
+    gram: (C, C) float64, Z^T Z for features Z (N, C), which are not centred; or Z Z^T, (N, N). Returns 1 to
+    min(N, C), so compare only what was computed of equally many images; NaN if the features are zero or not finite.
+    The paper's epsilon inside the logarithm is left out: 0 log 0 = 0.
     """
     if not bool(gram.isfinite().all()):
         return math.nan
@@ -143,7 +143,8 @@ class _Sums:
         self.num_images = self.num_sites = 0
         self.distance = 0.0
         self.mean, self.square = torch.zeros(2, num_channels, dtype=torch.float64)
-        self.gram = torch.zeros(num_outputs, num_outputs, dtype=torch.float64)
+        # Pooled outputs while there are fewer of them than channels, then their Gram matrix.
+        self.rows, self.gram = torch.zeros(0, num_outputs, dtype=torch.float64), torch.zeros(0, dtype=torch.float64)
         self.class_sums = torch.zeros(num_classes, num_channels, dtype=torch.float64)
         self.class_counts = torch.zeros(num_classes, dtype=torch.float64)
 
@@ -164,8 +165,11 @@ class _Sums:
 
     def add_output(self, pooled: Tensor) -> None:
         """pooled: (B, C), a block's output averaged over each image's sites."""
-        z = pooled.cpu().double()
-        self.gram += z.T @ z
+        self.rows = torch.cat([self.rows, pooled.cpu().double()])
+        if len(self.gram) or len(self.rows) >= self.rows.shape[1]:
+            gram = self.rows.T @ self.rows
+            self.gram = self.gram + gram if len(self.gram) else gram
+            self.rows = self.rows[:0]
 
     def summary(self) -> Layer:
         mean, rms = self.mean / self.num_sites, (self.square / self.num_sites).sqrt()
@@ -179,7 +183,8 @@ class _Sums:
             cosine_distance=self.distance / self.num_images,
             dead_share=float(dead_channels(rms).double().mean()) if finite else math.nan,
             saturated_share=float(saturated_channels(mean, rms).double().mean()) if finite else math.nan,
-            effective_rank=effective_rank(self.gram),
+            # Z Z^T has the eigenvalues of Z^T Z, but for zeros, which add nothing.
+            effective_rank=effective_rank(self.gram if len(self.gram) else self.rows @ self.rows.T),
             selectivity=selectivity,
         )
 

@@ -30,6 +30,7 @@ from fcmae.pictures import displayable
 from fcmae.run import cpu_name, write_text
 
 RECORD = "analysis.json"
+FEW = 10  # images a class, below which the largest of their means is mostly chance
 FIGURES = (
     "cosine_distance.png",
     "channels.png",
@@ -94,7 +95,6 @@ def analyze(
             raise ValueError(f"model = {backbone.name!r}: {error}") from None
     claim(place, lambda path: path.name in (RECORD, *FIGURES), overwrite)
     found = [_analyze(backbone, index, where, batch_size, num_workers) for backbone in backbones]
-    _draw(place, found, f"{found[0].num_images:,} images")
     record = {
         "fcmae": fcmae.__version__,
         "command": _command(models, images, data, place, max_images, image_size),
@@ -109,7 +109,15 @@ def analyze(
         "models": [_record(analysis) for analysis in found],
     }
     write_text(place / RECORD, json.dumps(record, indent=1, allow_nan=False) + "\n")
-    return f"{_table(found)}\nwrote {place}"
+    _draw(place, found, f"{found[0].num_images:,} images")
+    lines = [_table(found), f"wrote {place}"]
+    num_classes = len(set(index.labels or ()))
+    if num_classes and len(index) < FEW * num_classes:
+        lines.insert(
+            1,
+            f"class selectivity is too high, of {len(index) / num_classes:.3g} images a class: raise --max-images",
+        )
+    return "\n".join(lines)
 
 
 def _analyze(backbone: Backbone, index: FileIndex, device: torch.device, batch_size: int, num_workers: int) -> Analysis:
@@ -128,6 +136,7 @@ def _analyze(backbone: Backbone, index: FileIndex, device: torch.device, batch_s
     shown = denormalize(images[0], mean, std)
     chosen = last_of_stages(list(layers))
     maps = activation_maps(backbone.model, images[0], chosen)
+    backbone.model.cpu()
     return Analysis(
         backbone=backbone,
         layers=layers,

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from fcmae.data.augment import CenterCrop
 from fcmae.data.index import FileIndex, find_images, find_labelled
-from fcmae.evaluation.features import extract
+from fcmae.evaluation.features import check_stages, extract
 from fcmae.evaluation.models import Backbone, choose_device, load_backbone
 from fcmae.evaluation.outputs import TEMPORARY, claim, file_name, shortened
 from fcmae.pictures import displayable, save_figure
@@ -77,6 +77,7 @@ def embed(
     if pictures.map == "umap":
         _require_umap()
     backbone = load_backbone(model, image_size)
+    check_stages(backbone, [stage])
     claim(out, _is_ours, overwrite)
     chosen_device = choose_device(device)
     with TemporaryDirectory(prefix=TEMPORARY[0], dir=out) as directory:
@@ -303,9 +304,8 @@ def save_neighbours(
     for axis in axes:
         axis.set_axis_off()
     for axis, image, title in zip(axes, [query, *found.paths], titles, strict=False):
-        pixels = torch.from_numpy(read(image, np.random.default_rng(0))) / 1.0
-        if pixels.max() > 1:
-            pixels = pixels / 255
+        values = read(image, np.random.default_rng(0))
+        pixels = torch.from_numpy(values) / (255 if values.dtype == np.uint8 else 1)
         axis.imshow(displayable(pixels, float(pixels.min()), float(pixels.max())), cmap="gray", vmin=0, vmax=1)
         axis.set_title(title, fontsize=9)
     figure.suptitle(f"Nearest by cosine of the features of {shortened(backbone.name, 80)}", fontsize=10)

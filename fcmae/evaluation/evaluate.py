@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 import fcmae
 from fcmae.classification import macro_auroc, scores
 from fcmae.data.index import FileIndex, find_labelled, split
-from fcmae.evaluation.features import extract
+from fcmae.evaluation.features import check_stages, extract
 from fcmae.evaluation.models import RANDOM, Backbone, choose_device, load_backbone
 from fcmae.evaluation.outputs import TEMPORARY, claim, default_out, file_name, shortened
 from fcmae.evaluation.probes import draw, few_shot_counts, fit_linear, knn_probabilities, mean_and_interval
@@ -89,6 +89,8 @@ def evaluate(
         for label in options.labels:
             few_shot_counts(label, np.asarray(train_index.labels))
     backbones = [load_backbone(model, options.image_size) for model in models]
+    for backbone in backbones:
+        check_stages(backbone, options.stages)
     several = len(models) > 1
     folders = [place / name for name in _folder_names(models)] if several else [place]
     claim(place, _is_ours, overwrite)
@@ -267,7 +269,7 @@ def score(labels: NDArray[np.int64], probabilities: NDArray[np.float32]) -> dict
     """
     found = scores(labels, probabilities)
     del found["val_loss"]  # kNN's probabilities of 0 make it a matter of where they are cut off
-    if len(np.unique(labels)) > 1:
+    if "auroc" not in found and len(np.unique(labels)) > 1 and np.isfinite(probabilities).all():
         found["auroc"] = macro_auroc(labels, probabilities)
     return found
 

@@ -111,6 +111,13 @@ def extract(
     return Features(positions[:count], {number: array[:count] for number, array in arrays.items()}, bad)
 
 
+def check_stages(backbone: Backbone, stages: Sequence[int] | None) -> None:
+    """Raise ValueError if the network, which is on the CPU, has no such stage."""
+    blank = torch.zeros(1, backbone.in_chans, *backbone.image_size)
+    with torch.inference_mode():
+        _numbers(stages, len(stage_maps(backbone.model, blank)))
+
+
 def _numbers(stages: Sequence[int] | None, num_stages: int) -> list[int]:
     if stages is None:
         return list(range(1, num_stages + 1))

@@ -43,7 +43,8 @@ def save_by_layer(
             style = ("-", "--", ":")[number // len(COLOURS) % 3]
             axis.plot(x, list(layers.values()), style, color=colour, marker=marker, markersize=4.5, linewidth=1.5)
         _layer_axis(axis, next(iter(layouts)) if len(layouts) == 1 else None)
-        top = max((value for layers in lines.values() for value in layers.values()), default=0)
+        values = [value for layers in lines.values() for value in layers.values() if math.isfinite(value)]
+        top = max(values, default=0)
         axis.set_ylim(-0.03 * (top or 0.01), 1.1 * (top or 0.01))
         if shares:
             axis.yaxis.set_major_formatter(PercentFormatter(1))

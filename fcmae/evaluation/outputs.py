@@ -28,7 +28,7 @@ def default_out(models: Sequence[str], out: Path | None, name: str) -> Path:
 
 
 def claim(out: Path, is_ours: Callable[[Path], bool], overwrite: bool) -> None:
-    """Make a directory that holds nothing but what a killed process left, which is removed.
+    """Make a directory, or take one that is empty or holds what an earlier call of the same command wrote.
 
     is_ours: whether a path in it is of an earlier call of the same command. Raises ValueError if there is anything
     else, or something of ours and overwrite is false; with overwrite that is deleted.
@@ -36,13 +36,16 @@ def claim(out: Path, is_ours: Callable[[Path], bool], overwrite: bool) -> None:
     if out.exists() and not out.is_dir():
         raise ValueError(f"out = {out} is a file: give a directory")
     entries = sorted(out.iterdir()) if out.is_dir() else []
-    left = [path for path in entries if path.name.startswith(TEMPORARY)]
-    entries = [path for path in entries if path not in left]
+    if unfinished := [path for path in entries if path.name.startswith(TEMPORARY)]:
+        raise ValueError(
+            f"out = {out} holds {unfinished[0].name!r}, of a command that is running or was killed: wait for it, or "
+            "delete that"
+        )
     if foreign := [path for path in entries if not is_ours(path)]:
         raise ValueError(f"out = {out} holds {foreign[0].name!r}, which is not of this command: give another --out")
     if entries and not overwrite:
         raise ValueError(f"out = {out} holds earlier results: give another --out, or --overwrite to replace them")
-    for path in [*left, *entries]:
+    for path in entries:
         if path.is_dir():
             shutil.rmtree(path)
         else:

@@ -82,6 +82,7 @@ DEFAULT = Setting(1e-3, 1e-1)  # where there is too little to choose on
 HELD_OUT_SHARE = 0.2
 BATCH_SIZE = 512
 MIN_STEPS, MIN_EPOCHS = 1000, 20
+MAX_WEIGHTS = 2**25  # of all settings that are trained at once: 128 MB, and several times that while training
 
 
 @dataclass(frozen=True)
@@ -120,22 +121,27 @@ def fit_linear(
 
     A stratified fifth is held out, all settings of the grid are trained on the rest, and the one with the least
     cross-entropy on the held-out fifth (a score that class imbalance does not distort) is trained again on everything.
-    Where a class has one image only there is nothing to choose on, and the setting is DEFAULT.
+    A class of one image keeps it for training; where all are such there is nothing to choose on: DEFAULT.
     features: (N, D), may lie on disk. labels: (N,) class indices. positions: the rows to use; None uses all.
     seed: of the held-out part and the order. title: of the progress bars; None shows none.
     """
     rows = np.arange(len(labels)) if positions is None else np.sort(positions)
     counts = np.bincount(labels[rows])
+    held_counts = np.minimum(np.maximum(1, np.round(HELD_OUT_SHARE * counts)), np.maximum(counts - 1, 0))
     if len(grid) == 1:
         setting = grid[0]
-    elif counts[counts > 0].min() < 2:
+    elif not held_counts.any():
         setting = DEFAULT
     else:
-        held_counts = np.minimum(np.maximum(1, np.round(HELD_OUT_SHARE * counts)), np.maximum(counts - 1, 0))
         held = rows[draw(labels[rows], held_counts.astype(np.int64), seed)]
         kept = np.setdiff1d(rows, held)
-        chosen_from = _train(features, labels, kept, num_classes, grid, seed, device, title and f"{title}, choosing")
-        setting = grid[int(_losses(*chosen_from, features, labels, held).argmin())]
+        at_once = max(1, MAX_WEIGHTS // (num_classes * features.shape[1]))
+        losses: list[float] = []
+        for start in range(0, len(grid), at_once):
+            part, progress = grid[start : start + at_once], title and f"{title}, choosing"
+            trained = _train(features, labels, kept, num_classes, part, seed, device, progress)
+            losses += _losses(*trained, features, labels, held).tolist()
+        setting = grid[int(np.argmin(np.nan_to_num(losses, nan=np.inf)))]
     weight, bias, mean, std = _train(features, labels, rows, num_classes, [setting], seed, device, title)
     return LinearProbe(weight[0], bias[0], mean, std, setting)
 
@@ -183,7 +189,8 @@ def _train(
         optimizer.param_groups[0]["lr"] = 0.5 * (1 + math.cos(math.pi * step / num_steps))
         images = (torch.tensor(features[batch], dtype=torch.float32, device=device) - mean) / std  # (B, D)
         target = torch.from_numpy(labels[batch]).to(device)
-        weight, bias = (scaled * lr)[..., :-1], (scaled * lr)[..., -1]
+        unscaled = scaled * lr
+        weight, bias = unscaled[..., :-1], unscaled[..., -1]
         logits = F.linear(images, weight.flatten(0, 1), bias.flatten()).view(len(batch), num_settings, num_classes)
         # The sum over the settings, whose gradients do not meet.
         loss = F.cross_entropy(logits.flatten(0, 1), target.repeat_interleave(num_settings), reduction="sum")
@@ -252,9 +259,9 @@ def few_shot_counts(label: str, labels: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def mean_and_interval(values: Sequence[float]) -> tuple[float, tuple[float, float] | None]:
-    """Mean of scores in 0..1 and its 95 % interval, within 0..1, by Student's t; None for one value.
+    """Mean and its 95 % interval by Student's t, with one degree of freedom less than values; None for one value.
 
-    The t distribution has one degree of freedom less than there are values.
+    The interval is the mean plus and minus the same: of few scores it may leave 0..1.
     """
     from scipy import stats  # type: ignore[import-untyped]
 
@@ -262,4 +269,4 @@ def mean_and_interval(values: Sequence[float]) -> tuple[float, tuple[float, floa
     if len(values) < 2:
         return mean, None
     half = float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
-    return mean, (max(0.0, mean - half), min(1.0, mean + half))
+    return mean, (mean - half, mean + half)

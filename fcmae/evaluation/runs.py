@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from fcmae import settings
@@ -29,8 +30,9 @@ class Run:
 
     name: unique in the report. version: of fcmae, when it last started. settings: by dotted key, as JSON values;
     changed: those that are not the default. lines: of metrics.jsonl. starts: of environment.json. counts: images by
-    what they are for. held_out: fingerprint of the held-out images of a fine-tuning. evaluations: contents of
-    evaluation.json by its directory, those of untrained networks last. problems: what could not be read, in sentences.
+    what they are for. held_out: fingerprint of the held-out images of a fine-tuning; class_counts: those of each
+    class. evaluations: contents of evaluation.json by its directory, those of untrained networks last. problems:
+    what could not be read, in sentences.
     """
 
     path: Path
@@ -43,6 +45,7 @@ class Run:
     starts: list[dict[str, Any]]
     counts: dict[str, int]
     held_out: str | None
+    class_counts: list[int]
     evaluations: dict[Path, dict[str, Any]]
     problems: list[str]
 
@@ -65,14 +68,16 @@ def read_run(path: Path, name: str) -> Run:
     lines = [line for line in read_metrics(metrics) if "epoch" in line] if metrics.is_file() else []
     starts = read_json(path / "environment.json", list, "the run's next start begins it anew", problems) or []
     starts = [start for start in starts if isinstance(start, dict)]
-    counts, held_out = _count_images(path, kind, values, problems)
+    counts, held_out, class_counts = _count_images(path, kind, values, problems)
     evaluations = {}
     for file in sorted((path / "evaluation").glob("**/evaluation.json"), key=lambda file: (len(file.parts), file)):
         found = read_json(file, dict, "run `fcmae evaluate` again", problems)
         if found is not None:
             evaluations[file.parent] = found
     evaluations = dict(sorted(evaluations.items(), key=lambda item: is_untrained(item[1])))
-    return Run(path, name, kind, version, values, changed, lines, starts, counts, held_out, evaluations, problems)
+    return Run(
+        path, name, kind, version, values, changed, lines, starts, counts, held_out, class_counts, evaluations, problems
+    )
 
 
 def is_untrained(evaluation: Mapping[str, Any]) -> bool:
@@ -122,18 +127,18 @@ def flat(nested: Mapping[str, Any]) -> dict[str, Any]:
 
 def _count_images(
     path: Path, kind: str, values: Mapping[str, Any], problems: list[str]
-) -> tuple[dict[str, int], str | None]:
+) -> tuple[dict[str, int], str | None, list[int]]:
     try:
         if kind == "pretrain" and (path / "files.json").is_file():
             parts = split(FileIndex.load(path / "files.json"), values["data.val_share"], values["seed"])
-            return {"to learn from": len(parts[0]), "held out": len(parts[1])}, None
+            return {"to learn from": len(parts[0]), "held out": len(parts[1])}, None, []
         if kind == "finetune" and (path / "val_files.json").is_file():
             train, val = FileIndex.load(path / "files.json"), FileIndex.load(path / "val_files.json")
             counts = {"to learn from": len(train), "held out": len(val), "classes": len(val.class_names or ())}
-            return counts, val.fingerprint()
+            return counts, val.fingerprint(), np.bincount(np.asarray(val.labels or (), np.int64)).tolist()
     except (ValueError, OSError, KeyError) as error:
         problems.append(f"The images cannot be counted: {error}.")
-    return {}, None
+    return {}, None, []
 
 
 def curve(run: Run, key: str, name: str) -> Curve | None:
