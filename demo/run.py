@@ -1,4 +1,5 @@
-"""The whole path on real images: pretrain without labels, convert, fine-tune with few labels, compare with scratch.
+"""The whole path on real images: pretrain without labels, convert, fine-tune with few labels, compare with scratch, and
+put all of it on one page.
 
     make demo                                # or: .venv/bin/python demo/run.py --out runs/demo
 
@@ -100,6 +101,7 @@ def report(out: Path, seeds: int, labels: int, minutes: float) -> str:
     pictures = sorted((out / "pretrain" / "reconstructions").glob("*.png"))
     lines += ["", f"reconstructions   {pictures[-1]}", f"loss curve        {out / 'pretrain' / 'loss.png'}"]
     lines += [f"encoder for timm  {out / 'encoder'}", f"classifier        {out / 'finetune-pretrained-0' / 'last'}"]
+    lines.append(f"everything        {out / 'report.html'}")
     lines.append(f"\n{minutes:.1f} minutes since this command started")
     return "\n".join(lines)
 
@@ -118,9 +120,13 @@ def main() -> None:
     training, test = split_blocks(len(paths))
     (out / "unlabeled.txt").write_text("".join(f"{paths[i]}\n" for i in training))
     write_csv(out / "test.csv", test, paths, labels)
+    write_csv(out / "labelled.csv", training, paths, labels)
     print(f"{len(training)} cells to learn from, {len(test)} to test on ({labels.count('defective')} defective in all)")
 
     fcmae("pretrain", "--config", "pretrain_demo", "--data.path", out / "unlabeled.txt", "--out", out / "pretrain")
+    # Frozen features of the pretrained encoder and of an untrained one, tried with all the labels.
+    compared = [out / "pretrain", f"random:{out / 'pretrain'}"]
+    fcmae("evaluate", *compared, "--data", out / "labelled.csv", "--test", out / "test.csv", "--overwrite")
     shutil.rmtree(out / "encoder", ignore_errors=True)
     fcmae("convert", out / "pretrain", out / "encoder")
     for seed in range(args.seeds):
@@ -135,6 +141,8 @@ def main() -> None:
             run = out / f"finetune-{start}-{seed}"
             fcmae("finetune", "--config", "finetune_demo", *common, *flags, "--out", run)
 
+    tuned = [out / f"finetune-{start}-{seed}" for start in ("pretrained", "scratch") for seed in range(args.seeds)]
+    fcmae("report", out / "pretrain", *tuned, "--out", out / "report.html")
     text = report(out, args.seeds, args.labels, (time.perf_counter() - started) / 60)
     (out / "report.md").write_text(text + "\n")
     print("\n" + text)

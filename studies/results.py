@@ -155,7 +155,7 @@ def grn(results: Json) -> Iterator[str]:
             "linear, top-1",
             "fine-tuned with 10 % of the labels, top-1",
             "seeds",
-            "against the first",
+            "against the first, of each seed",
             "",
         ]
         yield table(header, rows)
@@ -321,7 +321,7 @@ def page(found: Mapping[str, Json], folder: Path) -> str:
         hours = sum(job["seconds"] for job in results["jobs"].values()) / 3600
         at_once = "two commands at a time, one core each" if scale == "cpu" else "one command at a time"
         on = ", ".join(f"{key} {value}" for key, value in results["machine"].items())
-        parts.append(f"# Scale: {scale}\n")
+        parts.append(f"## Scale: {scale}\n")
         parts.append(f"{on}; {hours:.1f} hours of commands, {at_once}.\n")
         reading = folder / f"{scale}.md"
         if reading.exists():
@@ -330,13 +330,13 @@ def page(found: Mapping[str, Json], folder: Path) -> str:
         for title, text, tables in SECTIONS:
             shown = list(tables(results))
             if shown:
-                parts += [f"## {title}\n", text + "\n", *shown]
+                parts += [f"### {title}\n", text + "\n", *shown]
                 parts += [
                     figures[key]
                     for key, at in (("loss", losses), ("distance", distances))
                     if at is tables and key in figures
                 ]
-        parts += ["## Commands\n", f"All of them: `python studies/run_all.py --tiny20 SHARDS --scale {scale}`, then"]
+        parts += ["### Commands\n", f"All of them: `python studies/run_all.py --tiny20 SHARDS --scale {scale}`, then"]
         parts.append(
             f"`python studies/collect.py runs/studies --scale {scale}` and `python studies/results.py`. "
             "One by one (seed 0; the others differ in"

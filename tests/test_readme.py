@@ -102,7 +102,10 @@ def test_the_commands_run(folder: Path) -> None:
             ran.add(words[1])
         else:
             assert words[0] in (*INSTALLS, "accelerate"), f"README runs {words[0]}, which this test does not know"
-    assert ran == {"pretrain", "convert", "finetune", "predict", "stats", "configs", "doctor", "verify", "bench"}
+    assert ran == {
+        *("pretrain", "convert", "finetune", "predict", "stats", "configs", "doctor", "verify", "bench"),
+        *("evaluate", "embed", "analyze", "report"),
+    }
     for block in blocks("python"):
         exec(block, {})
     assert (folder / "new.csv").read_text().startswith("path,")

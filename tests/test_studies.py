@@ -220,7 +220,7 @@ def test_the_page_says_what_the_numbers_say(tmp_path: Path) -> None:
     assert "made up; 2.0 hours" in page
     assert "fcmae tune-a-0" in page
     assert "fcmae tune-a-1" not in page
-    assert "solar**" not in page.partition("## Is pretraining")[2]  # nothing of it was run
+    assert "solar**" not in page.partition("### Is pretraining")[2]  # nothing of it was run
     for figure in ("loss", "distance"):
         assert (tmp_path / "results" / f"cpu-{figure}.svg").read_text().startswith("<?xml")
 
