@@ -312,7 +312,8 @@ def expanded(words: Sequence[str]) -> list[str]:
 def shown(job: Job, out: Path) -> str:
     """The command as one would type it."""
     words = ["python" if word == sys.executable else word for word in job.words]
-    text = shlex.join(words).replace("python -m fcmae.cli", "fcmae").replace(str(STUDIES), "studies")
+    quoted = [word if glob.has_magic(word) else shlex.quote(word) for word in words]
+    text = " ".join(quoted).replace("python -m fcmae.cli", "fcmae").replace(str(STUDIES), "studies")
     return text.replace(f"{out}/", "runs/studies/")
 
 
