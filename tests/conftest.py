@@ -38,9 +38,9 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """One thread: tiny networks are slower on several, and their sums differ."""
+    """One thread: tiny networks are slower on several, and their sums differ. For what a module shares, too."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
