@@ -152,7 +152,7 @@ def render(runs: Sequence[Run]) -> str:
     page = template.render(
         mark=Markup(MARK),
         version=fcmae.__version__,
-        title=f"Report on {', '.join(run.name for run in runs)}",
+        title=f"Report on {', '.join(run.name for run in runs) if len(runs) <= 3 else f'{len(runs)} runs'}",
         made=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %z"),
         names=[str(run.path) for run in runs],
         style=Markup((folder / "report.css").read_text(encoding="utf-8")),
