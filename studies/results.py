@@ -32,9 +32,10 @@ def number(values: Sequence[float]) -> str:
 
 
 def verdict(differences: Sequence[float]) -> str:
+    """What the interval says, of three runs or more: two may agree by chance."""
     interval = mean_and_interval(differences)[1]
-    if interval is None:
-        return "one run"
+    if interval is None or len(differences) < 3:
+        return "too few runs"
     if interval[0] > 0:
         return "better"
     return "worse" if interval[1] < 0 else "no difference seen"
@@ -304,7 +305,7 @@ HEAD = """# Results
 What pretraining gives on two small sets of images, what its parts give, and which losses are normal.
 Written by `studies/results.py` from `docs/results/*.json`, which `studies/run_all.py` and it made. Scores
 are in %; ± is the half width of the 95 % interval of the mean over seeds (Student's t). *Better* and
-*worse* are said where the interval of the differences excludes 0.
+*worse* are said of three runs or more, where the interval of the differences excludes 0.
 
 - **tiny20**: 20 classes of Tiny ImageNet, 10,000 photographs to learn from, 1,000 to test on, 64 pixels.
 - **solar**: 2,624 photographs of solar cells (the package elpv-dataset), 1,968 to learn from, 656 of other
