@@ -98,8 +98,7 @@ def save_over_time(path: Path, panels: Sequence[Tensor], moments: Sequence[tuple
     """
     from matplotlib.figure import Figure
 
-    if len(moments) > MOMENTS:
-        moments = [moments[round(i)] for i in np.linspace(0, len(moments) - 1, MOMENTS)]
+    moments = [moments[i] for i in evenly(len(moments), MOMENTS)]
     columns = [("original", _tiles(panels[0], panels[0])), ("masked", _tiles(panels[1], panels[0]))]
     for name, file in moments:
         with Image.open(file) as image:
@@ -122,6 +121,13 @@ def save_over_time(path: Path, panels: Sequence[Tensor], moments: Sequence[tuple
     axis.spines[:].set_visible(False)
     figure.suptitle(title, fontsize=11)
     save_figure(figure, path)
+
+
+def evenly(number: int, most: int) -> list[int]:
+    """At most `most` positions below `number`, evenly spaced, the first and the last among them."""
+    if number <= most:
+        return list(range(number))
+    return [round(i * (number - 1) / (most - 1)) for i in range(most)]
 
 
 def save_heat_map(

@@ -60,15 +60,17 @@ FILES = (
     "effective_rank.png",
     "predictions.csv",
 )
-# What evaluate and analyze write into a run, of its old weights then.
+# What evaluate and analyze write, by the folder of a run that they do so in by default.
 FOUND = {
     "evaluation": ("evaluation.json", "confusion.png", "table.md"),
     "analysis": (
         "analysis.json",
-        *(
-            f"{name}.png"
-            for name in ("cosine_distance", "channels", "effective_rank", "grn", "selectivity", "activations")
-        ),
+        "cosine_distance.png",
+        "channels.png",
+        "effective_rank.png",
+        "grn.png",
+        "selectivity.png",
+        "activations.png",
     ),
 }
 

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fcmae.evaluation import charts
-from fcmae.evaluation.charts import Chart, Curve, evenly, heat_map, line_chart, shown, thinned
+from fcmae.evaluation.charts import Chart, Curve, heat_map, line_chart, shown, thinned
+from fcmae.pictures import evenly
 
 HOSTILE = "<script>alert('x')</script>&\"`"
 

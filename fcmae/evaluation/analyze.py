@@ -27,18 +27,10 @@ from fcmae.evaluation.figures import last_of_stages, save_activations, save_by_l
 from fcmae.evaluation.models import Backbone, choose_device, load_backbone
 from fcmae.evaluation.outputs import claim, default_out
 from fcmae.pictures import displayable
-from fcmae.run import cpu_name, write_text
+from fcmae.run import FOUND, cpu_name, write_text
 
 RECORD = "analysis.json"
 FEW = 10  # images a class, below which the largest of their means is mostly chance
-FIGURES = (
-    "cosine_distance.png",
-    "channels.png",
-    "effective_rank.png",
-    "grn.png",
-    "selectivity.png",
-    "activations.png",
-)
 
 
 @dataclass(frozen=True)
@@ -93,7 +85,7 @@ def analyze(
             blocks(backbone.model)
         except ValueError as error:
             raise ValueError(f"model = {backbone.name!r}: {error}") from None
-    claim(place, lambda path: path.name in (RECORD, *FIGURES), overwrite)
+    claim(place, lambda path: path.name in FOUND["analysis"], overwrite)
     found = [_analyze(backbone, index, where, batch_size, num_workers) for backbone in backbones]
     record = {
         "fcmae": fcmae.__version__,

@@ -16,6 +16,8 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
+from fcmae.pictures import evenly
+
 COLUMNS = 700  # pixels that a line is drawn for: of more points, each column keeps its first, last, lowest and highest
 MARKED = 30  # a line of fewer points has a dot at each
 MAX_ROWS = 40  # of a chart's table: a page of paper
@@ -180,13 +182,6 @@ def thinned(x: NDArray[np.float64], y: NDArray[np.float64], columns: int) -> lis
         part = y[start:end]
         kept |= {start, start + int(part.argmin()), start + int(part.argmax()), end - 1}
     return sorted(kept)
-
-
-def evenly(number: int, most: int) -> list[int]:
-    """At most `most` positions below `number`, evenly spaced, the first and the last among them."""
-    if number <= most:
-        return list(range(number))
-    return [round(i * (number - 1) / (most - 1)) for i in range(most)]
 
 
 def _span(values: NDArray[np.float64], margin: float) -> tuple[float, float]:

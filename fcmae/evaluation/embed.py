@@ -147,14 +147,14 @@ def _free(path: Path, taken: Sequence[Path]) -> Path:
 
 def _require_pyarrow() -> None:
     try:
-        import pyarrow.parquet  # type: ignore[import-untyped] # noqa: F401
+        import pyarrow.parquet  # noqa: F401
     except ImportError as error:
         raise ValueError("parquet needs pyarrow: pip install pyarrow, or leave --parquet out for .npy") from error
 
 
 def _require_umap() -> None:
     try:
-        import umap  # type: ignore[import-not-found] # noqa: F401
+        import umap  # noqa: F401
     except ImportError as error:
         raise ValueError("map = umap needs umap-learn: pip install umap-learn, or use --map tsne") from error
 

@@ -31,13 +31,12 @@ from fcmae.evaluation.models import RANDOM, Backbone, choose_device, load_backbo
 from fcmae.evaluation.outputs import TEMPORARY, claim, default_out, file_name, shortened
 from fcmae.evaluation.probes import draw, few_shot_counts, fit_linear, knn_probabilities, mean_and_interval
 from fcmae.pictures import save_figure
-from fcmae.run import cpu_name, write_text
+from fcmae.run import FOUND, cpu_name, write_text
 
 PROBES = ("knn", "linear", "few-shot")
 KS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
 SCORES = ("top1", "balanced_accuracy", "auroc")  # the columns of the table; the file has top5 too
-FILES = ("evaluation.json", "confusion.png")
 TABLE = "table.md"
 MAX_NAMED_CLASSES = 50  # more names are too small to read
 
@@ -198,8 +197,8 @@ def find_data(data: Data, seed: int) -> tuple[FileIndex, FileIndex]:
 
 def _is_ours(path: Path) -> bool:
     if path.is_dir():
-        return all(file.name in FILES for file in path.iterdir())
-    return path.name in (*FILES, TABLE)
+        return all(file.name in FOUND["evaluation"] for file in path.iterdir())
+    return path.name in FOUND["evaluation"]
 
 
 def probe_stage(

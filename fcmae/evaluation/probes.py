@@ -263,7 +263,7 @@ def mean_and_interval(values: Sequence[float]) -> tuple[float, tuple[float, floa
 
     The interval is the mean plus and minus the same: of few scores it may leave 0..1.
     """
-    from scipy import stats  # type: ignore[import-untyped]
+    from scipy import stats
 
     mean = float(np.mean(values))
     if len(values) < 2:
