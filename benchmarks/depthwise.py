@@ -37,8 +37,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fcmae.encoder import VARIANTS
-from fcmae.sparse import Packed
+from fcmae.layouts import Packed
+from fcmae.networks.convnext import VARIANTS
 
 WAYS = ("canvas", "packed", "windows", "table", "matmul", "shifts", "kernels")
 TOLERANCES = {"fp32": 1e-4, "bf16": 2e-2}  # of the largest value: two orders of summation, and one rounding
@@ -154,7 +154,7 @@ def conv_of(way: str, layout: Packed, b: int) -> Conv:
         return lambda f, weight, bias: _TableConv.apply(f, weight.flatten(1).t(), table) + bias
     if way in ("matmul", "shifts"):
         return lambda f, weight, bias: _OwnGradient.apply(f, weight, bias, layout, way)
-    from fcmae.sparse import kernels
+    from fcmae.layouts import kernels
 
     mask = torch.ones(layout.batch, *layout.grid, dtype=torch.bool, device=layout.visible.device)
     neighbours = kernels.neighbour_table(
@@ -190,7 +190,7 @@ def site_table(layout: Packed, b: int) -> Tensor:
 
 
 class _TableConv(torch.autograd.Function):
-    """As fcmae/sparse/minkowski.py has it. f: (B, K, b, b, C). kernel: (49, C). table: (49, N)."""
+    """As fcmae/layouts/minkowski.py has it. f: (B, K, b, b, C). kernel: (49, C). table: (49, N)."""
 
     @staticmethod
     def forward(ctx: Any, f: Tensor, kernel: Tensor, table: Tensor) -> Tensor:
@@ -265,7 +265,7 @@ def assemble(args: argparse.Namespace) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from fcmae.sparse import kernels
+    from fcmae.layouts import kernels
 
     wide, narrow = "*fp32", {"fp32": "*fp32", "bf16": "*bf16"}[args.precision]
     types = {"f": wide, "neighbours": "*i32", "partial": "*fp32", "num_cells": "i32", "per_program": "i32"}

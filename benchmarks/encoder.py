@@ -22,8 +22,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from fcmae.encoder import Encoder
-from fcmae.sparse import make_layout
+from fcmae.layouts import make_layout
+from fcmae.networks.convnext import Encoder
 
 SIDES = ("packed", "triton", "masked", "minkowski", "timm")
 

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from fcmae.encoder import Encoder
+from fcmae.networks.convnext import Encoder
 
 CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward
 

@@ -21,11 +21,11 @@ import numpy as np
 import timing
 import torch
 
-from fcmae.encoder import VARIANTS, Encoder
+from fcmae.layouts import make_layout
 from fcmae.loss import reconstruction_loss
 from fcmae.masking import num_visible, random_mask
 from fcmae.model import FCMAE
-from fcmae.sparse import make_layout
+from fcmae.networks.convnext import VARIANTS, Encoder
 
 PATCH = 32
 RATIO = 0.6

@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
-from fcmae.encoder import VARIANTS
 from fcmae.masking import num_visible, random_mask
-from fcmae.run import cpu_name
+from fcmae.networks.convnext import VARIANTS
+from fcmae.training.run import cpu_name
 
 Key = TypeVar("Key")
 CPU = torch.device("cpu")

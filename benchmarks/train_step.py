@@ -28,10 +28,10 @@ import torch
 from encoder import dense
 from torch import Tensor, nn
 
-from fcmae.encoder import Encoder
 from fcmae.loss import reconstruction_loss
 from fcmae.model import FCMAE
-from fcmae.optim import parameter_groups
+from fcmae.networks.convnext import Encoder
+from fcmae.training.optim import parameter_groups
 
 SIDES = ("packed", "triton", "masked", "minkowski", "engine", "timm", "timm-gradients")
 TOLERANCE = 1e-4  # of the largest value, between the engine's convolution and ours, in float32
@@ -90,7 +90,7 @@ def engine() -> mock._patch[type]:
     """Within it, the backend `minkowski` convolves with what the engine offers, MinkowskiChannelwiseConvolution."""
     import MinkowskiEngine
 
-    from fcmae.sparse.minkowski import KERNEL_SIZE, Minkowski
+    from fcmae.layouts.minkowski import KERNEL_SIZE, Minkowski
 
     class Engine(Minkowski):
         def depthwise_conv(self, f: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -102,7 +102,7 @@ def engine() -> mock._patch[type]:
             out: Tensor = torch.func.functional_call(conv, {"kernel": kernel}, sparse).F
             return out if bias is None else out + bias
 
-    return mock.patch("fcmae.sparse.minkowski.Minkowski", Engine)
+    return mock.patch("fcmae.layouts.minkowski.Minkowski", Engine)
 
 
 def engine_error(variant: str, images: Tensor, mask: Tensor) -> float:

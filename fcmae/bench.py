@@ -348,7 +348,7 @@ def survey(cfg: BenchConfig) -> Machine:
     """
     import torch
 
-    from fcmae.run import make_accelerator
+    from fcmae.training.run import make_accelerator
 
     accelerator = make_accelerator(_quiet(cfg))
     device = accelerator.device
@@ -371,7 +371,7 @@ def survey(cfg: BenchConfig) -> Machine:
 
     from fcmae.data.loader import build_loader
     from fcmae.data.sampler import StepSampler, steps_per_epoch
-    from fcmae.pretrain import build_dataset
+    from fcmae.pretraining import build_dataset
 
     index, workers = _train_index(cfg), _num_workers(cfg, device.type)
     steps = steps_per_epoch(len(index), cfg.batch_size, cfg.data.masks_per_image)
@@ -394,15 +394,15 @@ def time_candidate(cfg: BenchConfig, candidate: Candidate, from_files: bool) -> 
     """
     import torch
 
-    from fcmae import optim
-    from fcmae.compiling import compile_model
     from fcmae.data.dataset import normalize
     from fcmae.data.loader import prefetched
-    from fcmae.loop import StartedStep, optimizer_step
     from fcmae.loss import reconstruction_loss
     from fcmae.masking import num_visible
-    from fcmae.pretrain import build_model, noise_batch
-    from fcmae.run import make_accelerator
+    from fcmae.pretraining import build_model, noise_batch
+    from fcmae.training import optim
+    from fcmae.training.compiling import compile_model
+    from fcmae.training.loop import StartedStep, optimizer_step
+    from fcmae.training.run import make_accelerator
 
     grad_accum = cfg.batch_size // candidate.images
     model_settings: PretrainModel = cfg.model.model_copy(
@@ -488,7 +488,7 @@ def _files(cfg: BenchConfig, device: torch.device) -> Iterator[Batch]:
     """The user's images, as a run reads them."""
     from fcmae.data.loader import build_loader
     from fcmae.data.sampler import StepSampler
-    from fcmae.pretrain import build_dataset
+    from fcmae.pretraining import build_dataset
 
     index = _train_index(cfg)
     sampler = StepSampler(

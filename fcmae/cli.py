@@ -57,9 +57,9 @@ def _pretrain(flags: list[str]) -> None:
 
     config = settings.load(PretrainConfig, flags, prog="fcmae pretrain")
 
-    from fcmae import pretrain
+    from fcmae import pretraining
 
-    pretrain.main(config)
+    pretraining.main(config)
 
 
 def _finetune(flags: list[str]) -> None:
@@ -68,9 +68,9 @@ def _finetune(flags: list[str]) -> None:
 
     config = settings.load(FinetuneConfig, flags, prog="fcmae finetune")
 
-    from fcmae import finetune
+    from fcmae import finetuning
 
-    finetune.main(config)
+    finetuning.main(config)
 
 
 def _bench(flags: list[str]) -> None:
@@ -82,20 +82,20 @@ def _bench(flags: list[str]) -> None:
 
 def _convert(args: argparse.Namespace) -> None:
     if args.check:
-        from fcmae.convert import check
+        from fcmae.weights.convert import check
 
         print(check(args.source))
         return
     if args.dest is None and not args.dry_run:
         raise ValueError("DEST is missing: name a new path, or give --dry-run or --check")
 
-    from fcmae.convert import convert
+    from fcmae.weights.convert import convert
 
     print(convert(args.source, None if args.dry_run else args.dest, args.to, args.variant, args.key))
 
 
 def _predict(args: argparse.Namespace) -> None:
-    from fcmae.predict import predict
+    from fcmae.prediction import predict
 
     predict(args.model, args.images, args.csv, args.batch_size)
 

@@ -213,7 +213,7 @@ def _import_torch() -> Iterator[Finding]:
         import torch
 
         from fcmae.data.loader import default_num_workers
-        from fcmae.run import local_processes
+        from fcmae.training.run import local_processes
 
         device = torch.accelerator.current_accelerator(check_available=True)
         workers = default_num_workers(device.type if device else "cpu", local_processes())
@@ -290,7 +290,7 @@ def _compile_gelu() -> Iterator[Finding]:
 
 
 def _native() -> Iterator[Finding]:
-    loop = importlib.import_module("fcmae.sparse.native").library()
+    loop = importlib.import_module("fcmae.layouts.native").library()
     found = "the loop for the depthwise weight's gradient " + ("is compiled" if loop else "cannot be compiled here")
     cost, mend = "a training step on a CPU takes about a fifth longer", "install gcc, or name a C compiler in CC"
     yield _judge("C compiler", found, loop is None, cost, mend)

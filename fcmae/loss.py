@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fcmae.norms import at_least_float32
-from fcmae.sites import true_rows
+from fcmae.layouts.norms import at_least_float32
+from fcmae.layouts.sites import true_rows
 
 EPS = 1e-6
 

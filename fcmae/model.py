@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fcmae.encoder import Encoder, init_weights
-from fcmae.layers import Block
-from fcmae.sites import refine, true_rows, visible_counts
-from fcmae.sparse import Masked, make_layout
+from fcmae.layouts import Masked, make_layout
+from fcmae.layouts.sites import refine, true_rows, visible_counts
+from fcmae.networks.convnext import Encoder, init_weights
+from fcmae.networks.layers import Block
 
 
 class FCMAE(nn.Module):

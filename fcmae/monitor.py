@@ -13,19 +13,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fcmae import health
 from fcmae.classification import scores
-from fcmae.convert import create_dense
 from fcmae.data.dataset import FinetuneDataset
 from fcmae.data.index import FileIndex, find_labelled, split
 from fcmae.data.sampler import EVAL_EPOCH
-from fcmae.encoder import Encoder
 from fcmae.evaluation.analysis import measure, spread
 from fcmae.evaluation.features import batches_of, stage_maps
 from fcmae.evaluation.models import Backbone
 from fcmae.evaluation.probes import knn_probabilities
-from fcmae.formats import Architecture, to_state
+from fcmae.networks.convnext import Encoder
 from fcmae.pictures import save_heat_map
+from fcmae.training import health
+from fcmae.weights.convert import create_dense
+from fcmae.weights.formats import Architecture, to_state
 
 logger = logging.getLogger("fcmae")
 

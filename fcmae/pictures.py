@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from fcmae.data.dataset import denormalize
+from fcmae.layouts.sites import refine
 from fcmae.loss import patch_statistics, patchify, unpatchify
-from fcmae.sites import refine
 
 GREY = 0.5  # what hidden patches are shown as, where 0 is black and 1 is white
 TILE = 128  # longest side of an image in a picture over time, in pixels

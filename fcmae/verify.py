@@ -18,12 +18,12 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from fcmae.encoder import Encoder
-from fcmae.formats import rename
+from fcmae.layouts import make_layout
 from fcmae.loss import reconstruction_loss
 from fcmae.masking import num_visible, random_mask
 from fcmae.model import FCMAE
-from fcmae.sparse import make_layout
+from fcmae.networks.convnext import Encoder
+from fcmae.weights.formats import rename
 
 BACKENDS = ("packed", "triton", "masked", "minkowski")
 PATCH = 32  # pixels, side of a mask patch

@@ -22,15 +22,15 @@ from collections.abc import Callable
 from timm.layers.grn import GlobalResponseNorm
 from torch import Tensor, nn
 
-import fcmae.finetune
+import fcmae.finetuning
 import fcmae.model
-import fcmae.pretrain
+import fcmae.pretraining
 from fcmae import cli
 from fcmae.config import FinetuneConfig, PretrainConfig
-from fcmae.layers import GRN
+from fcmae.layouts import Masked
 from fcmae.model import FCMAE
-from fcmae.sparse import Masked
-from fcmae.weights import Weights
+from fcmae.networks.layers import GRN
+from fcmae.weights.files import Weights
 
 
 class MaskedInput(Masked):
@@ -45,7 +45,7 @@ class MaskedInput(Masked):
 
 
 def dense_layout(backend: str, mask: Tensor, num_visible: int | None = None, grn_scope: str = "image") -> MaskedInput:
-    """In place of `fcmae.sparse.make_layout`."""
+    """In place of `fcmae.layouts.make_layout`."""
     return MaskedInput(mask)
 
 
@@ -65,7 +65,7 @@ def ablate(name: str) -> None:
         fcmae.model.make_layout = dense_layout  # type: ignore[attr-defined]  # an import of that module
         return
     learns = name == "new-grn"
-    pretraining, finetuning = fcmae.pretrain.build_model, fcmae.finetune.build_model
+    pretraining, finetuning = fcmae.pretraining.build_model, fcmae.finetuning.build_model
 
     def build_pretraining(cfg: PretrainConfig) -> FCMAE:
         net = pretraining(cfg)
@@ -77,7 +77,7 @@ def ablate(name: str) -> None:
         assert reset_grn(net, learns=learns), f"{weights.architecture.variant} has no GRN"
         return net
 
-    fcmae.pretrain.build_model, fcmae.finetune.build_model = build_pretraining, build_finetuning
+    fcmae.pretraining.build_model, fcmae.finetuning.build_model = build_pretraining, build_finetuning
 
 
 def main(run: Callable[[list[str]], int] = cli.main) -> int:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fcmae.encoder import VARIANTS
+from fcmae.networks.convnext import VARIANTS
 
 
 def on_features(x: ME.SparseTensor, features: Tensor) -> ME.SparseTensor:

@@ -19,16 +19,16 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-import fcmae.checkpoint
-import fcmae.encoder
+import fcmae.networks.convnext
+import fcmae.training.checkpoint
 from fcmae.config import PretrainConfig
 
-TINY = fcmae.encoder.Variant((1, 1, 1, 1), (8, 8, 8, 8), True)
+TINY = fcmae.networks.convnext.Variant((1, 1, 1, 1), (8, 8, 8, 8), True)
 
 # A server that has imported everything once and forks at each call: a process in a tenth of a second instead of ten,
 # and without the threads that this one has.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["fcmae.pretrain", "matplotlib.figure", "torch.utils.tensorboard"])
+PROCESSES.set_forkserver_preload(["fcmae.pretraining", "matplotlib.figure", "torch.utils.tensorboard"])
 
 
 def write_images(folder: Path, num_images: int = 13, seed: int = 0) -> Path:
@@ -73,7 +73,7 @@ def config(images: Path, out: Path, **settings: Any) -> PretrainConfig:
 
 def setup_process() -> None:
     """Make runs of this process small and repeatable: the tiny model under atto's name, and one thread."""
-    fcmae.encoder.VARIANTS["convnextv2_atto"] = TINY
+    fcmae.networks.convnext.VARIANTS["convnextv2_atto"] = TINY
     torch.set_num_threads(1)
 
 
@@ -121,7 +121,11 @@ def _kill_in_save(number: int) -> None:
         if saving and event in {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}:
             step()
 
-    save_file, save, prune = fcmae.checkpoint.save_file, fcmae.checkpoint.save, fcmae.checkpoint.prune
+    save_file, save, prune = (
+        fcmae.training.checkpoint.save_file,
+        fcmae.training.checkpoint.save,
+        fcmae.training.checkpoint.prune,
+    )
 
     def save_half_first(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
         save_file(tensors, path, metadata)
@@ -140,9 +144,9 @@ def _kill_in_save(number: int) -> None:
         return run
 
     sys.addaudithook(audit)
-    fcmae.checkpoint.save_file = save_half_first
-    fcmae.checkpoint.save = marked(save)
-    fcmae.checkpoint.prune = marked(prune)
+    fcmae.training.checkpoint.save_file = save_half_first
+    fcmae.training.checkpoint.save = marked(save)
+    fcmae.training.checkpoint.prune = marked(prune)
 
 
 def tensors(checkpoint: Path) -> dict[str, Tensor]:
@@ -152,7 +156,7 @@ def tensors(checkpoint: Path) -> dict[str, Tensor]:
 
 def final_state(run: Path) -> dict[str, Tensor]:
     """All tensors of the newest checkpoint."""
-    latest = fcmae.checkpoint.latest(run)
+    latest = fcmae.training.checkpoint.latest(run)
     assert latest is not None
     return tensors(latest)
 

@@ -12,8 +12,8 @@ import runs
 import torch
 
 import fcmae.bench
-import fcmae.encoder
-import fcmae.loop
+import fcmae.networks.convnext
+import fcmae.training.loop
 from fcmae.bench import (
     BenchConfig,
     Candidate,
@@ -72,7 +72,7 @@ def find(made: Made, first: Candidate, **options: Any) -> Candidate:
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setitem(fcmae.encoder.VARIANTS, "convnextv2_atto", runs.TINY)
+    monkeypatch.setitem(fcmae.networks.convnext.VARIANTS, "convnextv2_atto", runs.TINY)
     yield
     runs.forget_accelerator()
 
@@ -252,7 +252,7 @@ def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: 
 def test_steps_that_are_timed_are_those_of_training(tiny: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients flow to every weight, of as many images as the candidate says; the weights stay."""
     seen: list[tuple[int, ...]] = []
-    real = fcmae.loop.optimizer_step
+    real = fcmae.training.loop.optimizer_step
 
     def spy(accelerator: Any, model: torch.nn.Module, optimizer: Any, losses: Any, **options: Any) -> Any:
         before = [p.detach().clone() for p in model.parameters()]
@@ -267,7 +267,7 @@ def test_steps_that_are_timed_are_those_of_training(tiny: None, monkeypatch: pyt
         assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
         return result
 
-    monkeypatch.setattr(fcmae.loop, "optimizer_step", spy)
+    monkeypatch.setattr(fcmae.training.loop, "optimizer_step", spy)
     result = time_candidate(config(seconds=1), Candidate("masked", "fp32", 4), False)
     assert set(seen) == {(4, 3, 16, 16)}
     assert len(result.step_s) >= 3 and min(result.step_s) > 0 and result.memory > 10**7
@@ -282,7 +282,7 @@ def test_parts_that_are_left_out_take_as_long_as_the_first(tiny: None, monkeypat
             clock.now += 2
         clock.now += 5  # the optimizer
 
-    monkeypatch.setattr(fcmae.loop, "optimizer_step", step)
+    monkeypatch.setattr(fcmae.training.loop, "optimizer_step", step)
     monkeypatch.setattr(fcmae.bench, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     result = time_candidate(config(seconds=10), Candidate("packed", "fp32", 2), False)
     assert set(result.step_s) == {4 * 2 + 5}

@@ -14,8 +14,8 @@ import pytest
 import torch
 from conftest import requires_minkowski
 
+from fcmae.layouts import make_layout
 from fcmae.masking import random_mask
-from fcmae.sparse import make_layout
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))  # where the scripts find timing.py

@@ -35,7 +35,7 @@ class Recorder(ModuleType):
 
 
 def test_pretrain_and_finetune_get_their_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretrain, finetune = Recorder(monkeypatch, "pretrain", "main"), Recorder(monkeypatch, "finetune", "main")
+    pretrain, finetune = Recorder(monkeypatch, "pretraining", "main"), Recorder(monkeypatch, "finetuning", "main")
     assert main(["pretrain", "--data.path", "photos", "--out", "run", "--epochs", "3"]) == 0
     assert main(["finetune", "--config", "finetune_atto", "--data.path", "labelled", "--out", "run"]) == 0
     (pretrain_config,), (finetune_config,) = pretrain.calls[0], finetune.calls[0]
@@ -55,7 +55,7 @@ def test_settings_that_cannot_be_used_print_a_line_each_and_give_2(capsys: pytes
 def test_errors_a_user_can_mend_show_a_traceback_only_with_debug(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
 ) -> None:
-    Recorder(monkeypatch, "convert", "convert", error)
+    Recorder(monkeypatch, "weights.convert", "convert", error)
     assert main(["convert", "run", "out"]) == 2
     assert capsys.readouterr().err == "fcmae: error: no image in photos\n"
     for line in (["--debug", "convert", "run", "out"], ["convert", "run", "out", "--debug"]):
@@ -64,13 +64,13 @@ def test_errors_a_user_can_mend_show_a_traceback_only_with_debug(
 
 
 def test_a_bug_is_not_taken_for_a_users_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    Recorder(monkeypatch, "convert", "convert", KeyError("stem"))
+    Recorder(monkeypatch, "weights.convert", "convert", KeyError("stem"))
     with pytest.raises(KeyError):
         main(["convert", "run", "out"])
 
 
 def test_convert_prints_what_it_did(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    convert = Recorder(monkeypatch, "convert", "convert", "wrote out")
+    convert = Recorder(monkeypatch, "weights.convert", "convert", "wrote out")
     assert main(["convert", "run", "out"]) == main(["convert", "run", "out", "--to", "fair"]) == 0
     assert main(["convert", "run", "--dry-run", "--variant", "convnextv2_atto"]) == 0
     assert convert.calls == [
@@ -81,13 +81,13 @@ def test_convert_prints_what_it_did(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert capsys.readouterr().out == "wrote out\n" * 3
     assert main(["convert", "run"]) == 2
     assert "DEST is missing: name a new path" in capsys.readouterr().err
-    check = Recorder(monkeypatch, "convert", "check", "as expected")
+    check = Recorder(monkeypatch, "weights.convert", "check", "as expected")
     assert main(["convert", "--check", "run"]) == 0
     assert check.calls == [(Path("run"),)]
 
 
 def test_predict_passes_its_arguments_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    predict = Recorder(monkeypatch, "predict", "predict")
+    predict = Recorder(monkeypatch, "prediction", "predict")
     assert main(["predict", "run", "a.png", "b.png", "--csv", "out.csv", "--batch-size", "2"]) == 0
     assert predict.calls == [(Path("run"), ["a.png", "b.png"], Path("out.csv"), 2)]
 
@@ -117,7 +117,7 @@ def test_stats_prints_lines_for_a_configuration(
     config = tmp_path / "stats.yaml"
     config.write_text(capsys.readouterr().out)
     assert config.read_text().startswith("# 7 images\n")
-    pretrain = Recorder(monkeypatch, "pretrain", "main")
+    pretrain = Recorder(monkeypatch, "pretraining", "main")
     assert main(["pretrain", "--config", str(config), "--data.path", "a", "--out", "run"]) == 0
     data = pretrain.calls[0][0].data
     assert (data.in_chans, data.mean, data.std) == (2, [0.1235, 0.5], [1e-5, 0.25])

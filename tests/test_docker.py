@@ -81,7 +81,7 @@ def test_the_context_holds_the_package_and_nothing_private() -> None:
     for path in (".git/config", ".venv/bin/python", "runs/first/config.yaml", "data/a.jpg", "tests/test_docker.py"):
         assert not in_context(path), path
     assert not in_context("fcmae/__pycache__/cli.cpython-311.pyc")
-    assert in_context("fcmae/sparse/packed.py")
+    assert in_context("fcmae/layouts/packed.py")
 
 
 def test_what_the_dockerfile_copies_makes_the_package(tmp_path: Path) -> None:

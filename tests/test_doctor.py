@@ -14,8 +14,8 @@ from conftest import requires_minkowski
 from fcmae import doctor
 from fcmae.cli import main
 from fcmae.doctor import Finding, diagnose
-from fcmae.encoder import Encoder
 from fcmae.model import FCMAE
+from fcmae.networks.convnext import Encoder
 
 ROOT = Path(__file__).parent.parent
 

@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 
 from fcmae import cli
-from fcmae.convert import create_dense
 from fcmae.data.index import find_labelled
 from fcmae.evaluation.analysis import Statistics
 from fcmae.evaluation.analyze import analyze
 from fcmae.evaluation.figures import ending, last_of_stages, save_activations, save_by_layer, save_selectivity
-from fcmae.formats import Architecture, from_state
-from fcmae.weights import Weights, save_weights
+from fcmae.weights.convert import create_dense
+from fcmae.weights.files import Weights, save_weights
+from fcmae.weights.formats import Architecture, from_state
 
 FIGURES = {"cosine_distance.png", "channels.png", "effective_rank.png", "activations.png"}
 V2, V1 = "random:convnextv2_atto", "random:convnext_atto"

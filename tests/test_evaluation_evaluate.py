@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_convert import write_checkpoint
+from test_weights_convert import write_checkpoint
 
 import fcmae.evaluation.probes as probes
 from fcmae import cli

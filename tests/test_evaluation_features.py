@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import runs
 import torch
-from test_convert import dense_features, write_checkpoint
+from test_weights_convert import dense_features, write_checkpoint
 
 from fcmae.data.augment import CenterCrop
 from fcmae.data.dataset import normalize

@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 import timm
 import torch
-from test_convert import write_checkpoint
+from test_weights_convert import write_checkpoint
 from torch import nn
 
-from fcmae.convert import save_dense
 from fcmae.evaluation.models import choose_device, load_backbone
-from fcmae.formats import Architecture
-from fcmae.weights import Weights
+from fcmae.weights.convert import save_dense
+from fcmae.weights.files import Weights
+from fcmae.weights.formats import Architecture
 
 
 def test_a_checkpoint_is_read_as_it_was_trained(tmp_path: Path) -> None:

@@ -8,13 +8,13 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from fcmae.config import PretrainConfig
-from fcmae.encoder import VARIANTS, Encoder, Variant
-from fcmae.layers import GRN, Block
+from fcmae.layouts.sites import true_rows
 from fcmae.loss import reconstruction_loss
 from fcmae.masking import random_mask
 from fcmae.model import FCMAE
-from fcmae.pretrain import build_model
-from fcmae.sites import true_rows
+from fcmae.networks.convnext import VARIANTS, Encoder, Variant
+from fcmae.networks.layers import GRN, Block
+from fcmae.pretraining import build_model
 
 
 def masks(batch: int, grid: tuple[int, int], visible: int) -> Tensor:

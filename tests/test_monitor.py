@@ -19,17 +19,18 @@ from conftest import randomize
 from PIL import Image
 from runs import assert_same, final_state, flags, write_images
 
-import fcmae.loop
-from fcmae import checkpoint, cli, health
-from fcmae.convert import build_dense
+import fcmae.training.loop
+from fcmae import cli
 from fcmae.data.index import FileIndex, find_images, find_labelled, split
-from fcmae.encoder import Encoder
 from fcmae.evaluation.features import extract
 from fcmae.evaluation.models import load_backbone
-from fcmae.health import Finding
 from fcmae.monitor import Watch, dense_model, find_monitored_labels, monitored_images, over_time
-from fcmae.run import read_metrics
-from fcmae.weights import read_weights
+from fcmae.networks.convnext import Encoder
+from fcmae.training import checkpoint, health
+from fcmae.training.health import Finding
+from fcmae.training.run import read_metrics
+from fcmae.weights.convert import build_dense
+from fcmae.weights.files import read_weights
 
 LAYERS = [f"stages.{i}.{j}" for i, depth in enumerate((2, 2, 6, 2)) for j in range(depth)]
 
@@ -232,7 +233,7 @@ def test_a_resumed_run_watches_as_an_uninterrupted_one(
     monitored: Path, images: Path, labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, options = tmp_path / "out", {"monitor__labelled": labelled, "log__trackers": "tensorboard", "seed": 3}
-    seed_step = fcmae.loop.seed_step
+    seed_step = fcmae.training.loop.seed_step
 
     def interrupted(seed: int, step: int, rank: int) -> None:
         seed_step(seed, step, rank)
@@ -240,7 +241,7 @@ def test_a_resumed_run_watches_as_an_uninterrupted_one(
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(fcmae.loop, "seed_step", interrupted)
+        patch.setattr(fcmae.training.loop, "seed_step", interrupted)
         assert run(images, out, **options) == 0
     assert [line["step"] for line in evaluations(out)] == [2]
     # One that was cut off further on has left a picture of a step that has not been taken yet.

@@ -14,13 +14,13 @@ import torch
 from conftest import randomize
 from torch import Tensor
 
-import fcmae.finetune
+import fcmae.finetuning
 import fcmae.model
-import fcmae.pretrain
-from fcmae.convert import create_dense
-from fcmae.encoder import Encoder
+import fcmae.pretraining
 from fcmae.masking import random_mask
 from fcmae.model import FCMAE
+from fcmae.networks.convnext import Encoder
+from fcmae.weights.convert import create_dense
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
 pytest.importorskip("elpv_dataset")
@@ -80,8 +80,8 @@ def test_few_labels_are_drawn_of_each_class_alike() -> None:
 def _restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for module, name in (
         (fcmae.model, "make_layout"),
-        (fcmae.pretrain, "build_model"),
-        (fcmae.finetune, "build_model"),
+        (fcmae.pretraining, "build_model"),
+        (fcmae.finetuning, "build_model"),
     ):
         monkeypatch.setattr(module, name, getattr(module, name))
     yield

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fcmae import verify
 from fcmae.cli import main
-from fcmae.sparse import Masked, Packed
+from fcmae.layouts import Masked, Packed
 
 FEW = (
     verify.Case("convnextv2_atto", (1, 3), 0.6, 2, whole=True),
@@ -91,7 +91,7 @@ def test_a_missing_engine_is_left_out_unless_it_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "MinkowskiEngine", None)  # as if it were not installed
-    monkeypatch.delitem(sys.modules, "fcmae.sparse.minkowski", raising=False)
+    monkeypatch.delitem(sys.modules, "fcmae.layouts.minkowski", raising=False)
     assert {result.backend for result in verify.verify()} == {"packed", "masked"}
     assert "minkowski: not checked" in capsys.readouterr().out
     assert main(["verify", "--backend", "minkowski"]) == 2

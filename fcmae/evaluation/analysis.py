@@ -22,7 +22,7 @@ from tqdm import tqdm
 from fcmae.data.index import FileIndex
 from fcmae.evaluation.features import BATCH_SIZE, batches_of
 from fcmae.evaluation.models import Backbone
-from fcmae.norms import at_least_float32, l2_norm
+from fcmae.layouts.norms import at_least_float32, l2_norm
 
 DEAD_RMS = 0.01  # of the median channel's
 SATURATED_STD = 0.1  # of the channel's own absolute mean

@@ -27,7 +27,7 @@ from fcmae.evaluation.figures import last_of_stages, save_activations, save_by_l
 from fcmae.evaluation.models import Backbone, choose_device, load_backbone
 from fcmae.evaluation.outputs import claim, default_out
 from fcmae.pictures import displayable
-from fcmae.run import FOUND, cpu_name, write_text
+from fcmae.training.run import FOUND, cpu_name, write_text
 
 RECORD = "analysis.json"
 FEW = 10  # images a class, below which the largest of their means is mostly chance

@@ -31,7 +31,7 @@ from fcmae.evaluation.models import RANDOM, Backbone, choose_device, load_backbo
 from fcmae.evaluation.outputs import TEMPORARY, claim, default_out, file_name, shortened
 from fcmae.evaluation.probes import draw, few_shot_counts, fit_linear, knn_probabilities, mean_and_interval
 from fcmae.pictures import save_figure
-from fcmae.run import FOUND, cpu_name, write_text
+from fcmae.training.run import FOUND, cpu_name, write_text
 
 PROBES = ("knn", "linear", "few-shot")
 KS = (10, 20, 100, 200)

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from fcmae.config import FinetuneData
-from fcmae.convert import build_dense, create_dense
 from fcmae.data.augment import seeded
-from fcmae.encoder import VARIANTS
-from fcmae.formats import Architecture
-from fcmae.weights import Weights, read_weights
+from fcmae.networks.convnext import VARIANTS
+from fcmae.weights.convert import build_dense, create_dense
+from fcmae.weights.files import Weights, read_weights
+from fcmae.weights.formats import Architecture
 
 RANDOM = "random:"  # before a path or timm's name: the same network, untrained
 

@@ -16,7 +16,7 @@ from fcmae import settings
 from fcmae.config import FinetuneConfig, PretrainConfig
 from fcmae.data.index import FileIndex, split
 from fcmae.evaluation.charts import Curve
-from fcmae.run import read_metrics
+from fcmae.training.run import read_metrics
 
 CONFIGS: dict[str, type[PretrainConfig] | type[FinetuneConfig]] = {
     "pretrain": PretrainConfig,

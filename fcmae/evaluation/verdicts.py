@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from fcmae import health
 from fcmae.evaluation.charts import shown
 from fcmae.evaluation.runs import Run, curve, is_untrained
+from fcmae.training import health
 
 K = 20  # neighbours: to take the best of several would be to choose by the test images
 PROBES = {"linear": "Linear probes", "knn": "Nearest neighbours"}

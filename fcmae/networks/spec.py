@@ -57,7 +57,9 @@ class ConvNeXtSpec(BaseModel):
     @model_validator(mode="after")
     def _fits(self) -> ConvNeXtSpec:
         if len(self.dims) != len(self.depths):
-            raise ValueError(f"dims has {len(self.dims)} stages and depths has {len(self.depths)}: give as many of each")
+            raise ValueError(
+                f"dims has {len(self.dims)} stages and depths has {len(self.depths)}: give as many of each"
+            )
         if self.hidden is not None and tuple(map(len, self.hidden)) != self.depths:
             raise ValueError(
                 f"hidden has {list(map(len, self.hidden))} blocks and depths has {list(self.depths)}: one width a block"

@@ -1,0 +1,176 @@
+"""Visible patches as a plain dense tensor: the default layout.
+
+The mask patch is a whole multiple of the total stride and every image keeps the same number K of patches, so a stage's
+features are (B, K, b, b, C) with b = mask_patch / stride of the stage. LayerNorm, Linear, GELU, GRN and the 2x2
+stride-2 downsampling never cross a patch border: on this layout they are ordinary dense algebra over visible rows.
+Only the 7x7 depthwise convolution looks at neighbouring patches.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import drop_path
+from torch import Tensor
+
+from fcmae.layouts import native
+from fcmae.layouts.norms import l2_norm
+from fcmae.layouts.sites import true_rows
+
+
+class Packed:
+    """Features are (B, K, b, b, C): the K visible patches of each image in row-major order.
+
+    mask: (B, gh, gw) bool, True = hidden, with exactly num_visible False in each image.
+    grn_scope: sites that image_norm takes together, "image" or "batch".
+    """
+
+    def __init__(self, mask: Tensor, num_visible: int, grn_scope: str = "image") -> None:
+        self.batch, *self.grid = mask.shape
+        self.norm_dims = (0, 1, 2, 3) if grn_scope == "batch" else (1, 2, 3)
+        self.num_visible = num_visible
+        self.visible = true_rows(mask.logical_not(), num_visible)  # (B*K,) indices into the B*gh*gw patches
+        self._rows: dict[int, Tensor] = {}
+
+    def pack(self, x: Tensor) -> Tensor:
+        b = x.shape[1] // self.grid[0]
+        rows = _gather(x.reshape(-1, b * x.shape[-1]), self._row_indices(b))
+        return rows.view(self.batch, self.num_visible, b, b, x.shape[-1])
+
+    def unpack(self, f: Tensor) -> Tensor:
+        b, channels = f.shape[-2:]
+        gh, gw = self.grid
+        canvas = _scatter(f.reshape(-1, b * channels), self._row_indices(b), self.batch * gh * b * gw)
+        return canvas.view(self.batch, gh * b, gw * b, channels)
+
+    def depthwise_conv(self, f: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        device = f.device.type
+        if torch.is_autocast_enabled(device):  # as it would for conv2d
+            dtype = torch.get_autocast_dtype(device)
+            f, weight, bias = f.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        b = f.shape[-2]
+        size = (self.batch, self.grid[0] * b, self.grid[1] * b)
+        out: Tensor = _DepthwiseConv.apply(f, weight, bias, self._row_indices(b), size)
+        return out
+
+    def downsample(self, f: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        B, K, b, _, C = f.shape
+        x = f.view(B, K, b // 2, 2, b // 2, 2, C).transpose(3, 4)  # (B, K, b/2, b/2, 2, 2, C)
+        return F.linear(x.reshape(B, K, b // 2, b // 2, 4 * C), weight.permute(0, 2, 3, 1).flatten(1), bias)
+
+    def image_norm(self, f: Tensor) -> Tensor:
+        return l2_norm(f, self.norm_dims)  # (B or 1, 1, 1, 1, C)
+
+    def image_rows(self, f: Tensor) -> Tensor | None:
+        return f.flatten(1, 3) if self.norm_dims[0] == 1 else None
+
+    def drop_path(self, f: Tensor, rate: float) -> Tensor:
+        out: Tensor = drop_path(f, rate, training=True)
+        return out
+
+    def _row_indices(self, b: int) -> Tensor:
+        """Where the pixel rows of the visible patches lie in a dense map.
+
+        A patch of side b is b rows of b sites; cut into such pieces, a dense map is a table of B*gh*b*gw rows, and
+        packing is one gather from it. Returns (B*K*b,) int64.
+        """
+        if b not in self._rows:
+            gw = self.grid[1]
+            image_row, column = self.visible // gw, self.visible % gw  # (image, row of patches), column of patches
+            rows = (image_row[:, None] * b + torch.arange(b, device=self.visible.device)) * gw + column[:, None]
+            self._rows[b] = rows.flatten()
+        return self._rows[b]
+
+
+class _Gather(torch.autograd.Function):
+    """table[rows] for rows that differ: the gradient is then a copy to its place, where torch's would add."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.num_rows = table.shape[0]
+        return table.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _scatter(grad, ctx.saved_tensors[0], ctx.num_rows), None
+
+
+class _Scatter(torch.autograd.Function):
+    """Zeros (num_rows, ...) with `values` in the given rows, which differ: the inverse of _Gather, and its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, rows: Tensor, num_rows: int) -> Tensor:
+        ctx.save_for_backward(rows)
+        return values.new_zeros(num_rows, *values.shape[1:]).index_copy_(0, rows, values)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _gather(grad, ctx.saved_tensors[0]), None, None
+
+
+class _DepthwiseConv(torch.autograd.Function):
+    """conv2d on the dense map (B, H, W) of which f, (B, K, b, b, C), are the given pixel rows and the rest is zero.
+
+    For the backward pass it keeps f, not the map, which is B * gh * gw / K times as large, and lays f out again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, f: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, size: tuple[int, int, int]
+    ) -> Tensor:
+        ctx.save_for_backward(f, weight, rows)
+        ctx.has_bias, ctx.size = bias is not None, size
+        y = F.conv2d(_canvas(f, rows, size), weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
+        return _rows_of(y, rows, f)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
+        f, weight, rows = ctx.saved_tensors
+        channels, padding = weight.shape[0], weight.shape[-1] // 2
+        x = _canvas(f, rows, ctx.size)
+        has_loop = padding == 3 and native.available(f.device, f.dtype)
+        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+            _canvas(grad, rows, ctx.size),
+            x,
+            weight,
+            None,
+            [1, 1],
+            [padding, padding],
+            [1, 1],
+            False,
+            [0, 0],
+            channels,
+            [True, not has_loop, False],
+        )
+        if has_loop:
+            grad_weight = native.weight_gradient(grad.flatten(0, 2), x.permute(0, 2, 3, 1), rows)
+        grad_bias = grad.flatten(0, -2).sum(0) if ctx.has_bias else None
+        return _rows_of(grad_x, rows, f), grad_weight, grad_bias, None, None
+
+
+def _canvas(f: Tensor, rows: Tensor, size: tuple[int, int, int]) -> Tensor:
+    """The map (B, C, H, W), channels last in memory, that has f's pixel rows in the given places and zero elsewhere."""
+    b, channels = f.shape[-2:]
+    batch, height, width = size
+    canvas = f.new_zeros(batch * height * width // b, b * channels)
+    canvas.index_copy_(0, rows, f.reshape(-1, b * channels))
+    return canvas.view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+def _rows_of(x: Tensor, rows: Tensor, f: Tensor) -> Tensor:
+    """The pixel rows of a map (B, C, H, W) that f's lie in, in f's shape."""
+    b, channels = f.shape[-2:]
+    return x.permute(0, 2, 3, 1).reshape(-1, b * channels).index_select(0, rows).view(f.shape)
+
+
+def _gather(table: Tensor, rows: Tensor) -> Tensor:
+    out: Tensor = _Gather.apply(table, rows)
+    return out
+
+
+def _scatter(values: Tensor, rows: Tensor, num_rows: int) -> Tensor:
+    out: Tensor = _Scatter.apply(values, rows, num_rows)
+    return out

@@ -1,0 +1,164 @@
+"""The layers of ConvNeXt V2 and V1, for features (..., C) in any layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fcmae.layouts import Layout
+from fcmae.layouts.norms import at_least_float32, l2_norm
+
+EPS = 1e-6
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm over the last dimension with eps 1e-6, computed and returned in float32 under autocast."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, eps=EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(at_least_float32(x))
+
+
+class GRN(nn.Module):
+    """Global response normalisation (arXiv 2301.00808, Sec. 4.1), over the visible sites of one image.
+
+    G = L2 norm of each channel over the image's sites; N = G / (mean of G over channels + 1e-6);
+    y = gamma * (x * N) + beta + x, with gamma = beta = 0 at the start. The paper prints a sum where this has a mean,
+    as its code does; they differ by a factor that gamma absorbs. The released PyTorch code takes G over the whole
+    batch in pretraining and over one image in fine-tuning; here it is one image in both, unless the layout's grn_scope
+    is "batch".
+
+    gamma, beta: (1, 1, 1, C), the released code's shape.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.zeros(1, 1, 1, dim))
+        self.beta = nn.Parameter(torch.zeros(1, 1, 1, dim))
+
+    def forward(self, x: Tensor, norm: Tensor) -> Tensor:
+        """Normalise x (..., C) by norm, the float32 G of its images, broadcastable to x. Returns x's dtype."""
+        scale = norm / (norm.mean(dim=-1, keepdim=True) + EPS)
+        gamma, beta = self.gamma.flatten(), self.beta.flatten()  # (C,), which broadcasts to features of any rank
+        # gamma * (x * scale) + beta + x in one pass over x.
+        return torch.addcmul(beta, at_least_float32(x), 1 + gamma * scale).to(x.dtype)
+
+
+def grn_linear(rows: Tensor, grn: GRN, linear: nn.Linear) -> Tensor:
+    """linear(grn(rows)), with fewer passes over the features and fewer of them kept than layer after layer.
+
+    rows: (B, n, C), all the sites of each image, hidden ones zero. Returns (B, n, linear's width).
+    """
+    gamma, beta = grn.gamma.flatten(), grn.beta.flatten()
+    weight: Tensor = linear.weight
+    bias: Tensor = linear.bias
+    device = rows.device.type
+    if torch.is_autocast_enabled(device):  # as it would for F.linear
+        dtype = torch.get_autocast_dtype(device)
+        rows, weight, bias = rows.to(dtype), weight.to(dtype), bias.to(dtype)
+    out: Tensor = _GRNLinear.apply(rows, gamma, beta, weight, bias)
+    return out
+
+
+class _GRNLinear(torch.autograd.Function):
+    """(rows * scale + beta) @ weight^T + bias, scale = 1 + gamma * G / (mean of G + eps), G the norm of an image.
+
+    An image with more sites than the Linear has outputs scales the weight instead, as
+
+        (rows * scale + beta) @ weight^T + bias = rows @ (weight * scale)^T + (weight @ beta + bias).
+
+    The gradient of that, P = grad^T @ rows for each image, gives those of scale and weight as sums of P * weight and
+    P * scale. The others scale the rows again for the backward pass: keeping them would double what a block keeps.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        norm = l2_norm(rows.to(gamma.dtype), (1,))  # (B, 1, C)
+        scale = 1 + gamma * norm / (norm.mean(dim=-1, keepdim=True) + EPS)
+        ctx.save_for_backward(rows, gamma, beta, weight, norm, scale)
+        if _scales_weight(rows, weight):
+            shift = (weight @ beta.to(weight.dtype)) + bias
+            return torch.baddbmm(shift, rows, (weight * scale).to(weight.dtype).transpose(1, 2))
+        return F.linear(torch.addcmul(beta, rows, scale).to(rows.dtype), weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        rows, gamma, beta, weight, norm, scale = ctx.saved_tensors
+        grad_bias = grad.sum((0, 1))
+        grad_beta = grad_bias.to(gamma.dtype) @ weight.to(gamma.dtype)
+        if _scales_weight(rows, weight):
+            grad_rows = torch.bmm(grad, (weight * scale).to(weight.dtype))
+            products = torch.bmm(grad.transpose(1, 2), rows).to(gamma.dtype)  # (B, width, C)
+            grad_scale = (products * weight).sum(1, keepdim=True)  # (B, 1, C)
+            grad_weight = (products * scale).sum(0) + grad_bias[:, None] * beta
+        else:
+            grad_rows = grad @ weight
+            grad_scale = (grad_rows * rows).sum(1, keepdim=True, dtype=gamma.dtype)
+            scaled = torch.addcmul(beta, rows, scale).to(rows.dtype)
+            grad_weight = grad.flatten(0, 1).t() @ scaled.flatten(0, 1)
+            grad_rows *= scale
+        # Back through scale = 1 + gamma * norm / mean.
+        mean = norm.mean(dim=-1, keepdim=True) + EPS
+        grad_gamma = (grad_scale * norm / mean).sum((0, 1))
+        grad_ratio = grad_scale * gamma
+        around = (grad_ratio * norm).sum(-1, keepdim=True) / (mean.square() * norm.shape[-1])
+        # The gradient of a norm is rows / norm, and 0 where the norm is. For a channel that is nearly dead, 1 / norm is
+        # more than 16 bits can hold.
+        pull = torch.where(norm == 0, 0, (grad_ratio / mean - around) / norm)
+        if rows.dtype == pull.dtype:
+            grad_rows.addcmul_(rows, pull)
+        else:
+            grad_rows = torch.addcmul(grad_rows, rows, pull).to(rows.dtype)
+        return grad_rows, grad_gamma, grad_beta, grad_weight.to(weight.dtype), grad_bias
+
+
+def _scales_weight(rows: Tensor, weight: Tensor) -> bool:
+    """Whether a scaled copy of the weight for each image, (B, width, C), is smaller than the rows, (B, n, C)."""
+    return rows.shape[1] >= weight.shape[0]
+
+
+class Block(nn.Module):
+    """x + DropPath(pwconv2(GRN(GELU(pwconv1(LayerNorm(dwconv(x))))))); V1 has LayerScale at the end instead of GRN.
+
+    dim: channels C. drop_path: probability of dropping the branch for one image. use_grn: V2 if true, V1 if false.
+    """
+
+    def __init__(self, dim: int, drop_path: float = 0.0, use_grn: bool = True) -> None:
+        super().__init__()
+        self.dwconv = nn.Conv2d(dim, dim, kernel_size=7, padding=3, groups=dim)
+        self.norm = LayerNorm(dim)
+        self.pwconv1 = nn.Linear(dim, 4 * dim)
+        self.grn = GRN(4 * dim) if use_grn else None
+        self.pwconv2 = nn.Linear(4 * dim, dim)
+        self.gamma = None if use_grn else nn.Parameter(torch.full((dim,), 1e-6))
+        self.drop_path_rate = drop_path
+
+    def forward(self, x: Tensor, layout: Layout, select: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Features of all sites of x, or of those that `select` keeps.
+
+        x: features in `layout`. select: picks sites of a feature tensor; what follows the last operation that needs
+        every site (GRN's norm) is then computed for the picked ones only.
+        """
+        h = layout.depthwise_conv(x, self.dwconv.weight, self.dwconv.bias)
+        h = F.gelu(self.pwconv1(self.norm(h)))
+        rows = layout.image_rows(h) if self.grn is not None and select is None else None
+        if self.grn is not None and rows is not None:
+            h = grn_linear(rows, self.grn, self.pwconv2).view(x.shape)
+        else:
+            if self.grn is not None:
+                norm = layout.image_norm(at_least_float32(h))
+            h = h if select is None else select(h)
+            h = self.pwconv2(h if self.grn is None else self.grn(h, norm))
+        if select is not None:
+            x = select(x)
+        if self.gamma is not None:
+            h = self.gamma * h
+        if self.training and self.drop_path_rate > 0:
+            h = layout.drop_path(h, self.drop_path_rate)
+        return x + h

@@ -1,0 +1,1 @@
+"""What training is made of: steps, optimizer, schedules, checkpoints, run directories, logs."""

@@ -1,0 +1,358 @@
+"""What a pretraining and a fine-tuning run share: the run directory, its logs, devices, seeds and signals.
+
+RUN/
+    config.yaml       the resolved settings
+    environment.json  versions, machine and command, an entry for each start
+    files.json        the index of the images (val_files.json: of labelled ones held out)
+    train.log         what the terminal showed
+    metrics.jsonl     one JSON object a line
+    tensorboard/      the same for TensorBoard
+    bad_files.txt     images that could not be read, and why
+    checkpoints/      see fcmae.training.checkpoint
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import platform
+import random
+import shlex
+import shutil
+import signal
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from importlib import metadata
+from operator import attrgetter
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from tqdm import tqdm
+
+import fcmae
+from fcmae import settings
+from fcmae.config import RunConfig
+from fcmae.data.cores import num_cores
+from fcmae.training import checkpoint
+
+logger = logging.getLogger("fcmae")
+
+# All that a run writes beside config.yaml, so that --overwrite deletes nothing else.
+DIRECTORIES = ("tensorboard", "reconstructions", "best", "last")
+FILES = (
+    "environment.json",
+    "files.json",
+    "val_files.json",
+    "train.log",
+    "metrics.jsonl",
+    "bad_files.txt",
+    "loss.png",
+    "cosine_distance.png",
+    "effective_rank.png",
+    "predictions.csv",
+)
+# What evaluate and analyze write, by the folder of a run that they do so in by default.
+FOUND = {
+    "evaluation": ("evaluation.json", "confusion.png", "table.md"),
+    "analysis": (
+        "analysis.json",
+        "cosine_distance.png",
+        "channels.png",
+        "effective_rank.png",
+        "grn.png",
+        "selectivity.png",
+        "activations.png",
+    ),
+}
+
+
+class RunDirectory:
+    """A directory that holds one run. Making the object only looks; `open` writes.
+
+    Raises ValueError if `cfg.out` holds something other than this run: files that are no run's, a run of the other
+    kind, or one with other settings (named one by one).
+    """
+
+    def __init__(self, cfg: RunConfig, kind: str) -> None:
+        assert cfg.out is not None  # conflicts() has seen to it
+        self.cfg = cfg
+        self.kind = kind
+        self.path = cfg.out
+        config = self.path / "config.yaml"
+        header = ""
+        if config.is_file():
+            with config.open(encoding="utf-8", errors="replace") as file:
+                header = file.readline().strip()
+        holds_run = header.startswith("# fcmae ")
+        if not holds_run and self.path.exists() and not self._is_unused():
+            raise ValueError(f"out = {self.path} is not empty and holds no run of fcmae: give another directory")
+        # A run that was refused or killed before its first line of metrics has nothing to lose: it may be replaced.
+        begun = (self.path / "metrics.jsonl").exists() or checkpoint.latest(self.path) is not None
+        self.exists = holds_run and begun and not cfg.overwrite
+        self.saved = self._read_same_run(config, header) if self.exists else None
+
+    def _is_unused(self) -> bool:
+        """Whether there is nothing but what a run leaves that was killed before it wrote its config.yaml."""
+        return self.path.is_dir() and all(path.name.startswith((".lock", ".tmp-")) for path in self.path.iterdir())
+
+    def _read_same_run(self, config: Path, header: str) -> RunConfig:
+        remedy = "give another --out, the same settings, or --overwrite to delete it"
+        if not header.startswith(f"# fcmae {self.kind} "):
+            raise ValueError(f"out = {self.path} holds another kind of run ({header.lstrip('# ')}): {remedy}")
+        saved = settings.read(type(self.cfg), config)
+        if different := settings.diff(saved, self.cfg):
+            raise ValueError(
+                f"out = {self.path} holds a run with other settings: {remedy}\n  " + "\n  ".join(different)
+            )
+        return saved
+
+    def kept(self, *keys: str) -> bool:
+        """Whether this run is resumed with the same values of these settings, so that what was made from them stands.
+
+        keys: dotted names of settings.
+        """
+        return self.saved is not None and attrgetter(*keys)(self.saved) == attrgetter(*keys)(self.cfg)
+
+    @property
+    def resume_from(self) -> Path | None:
+        """The checkpoint to go on from."""
+        return checkpoint.latest(self.path) if self.exists else None
+
+    @contextmanager
+    def open(self, is_main: bool) -> Iterator[None]:
+        """Write the settings and keep the logs while the run lasts; one process at a time.
+
+        is_main: false in the other processes of a distributed run, which write nothing.
+        """
+        if not is_main:
+            logger.setLevel(logging.WARNING)
+            yield
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("w") as lock:
+            in_use = f"out = {self.path} is in use by another process: wait for it or give another directory"
+            try:
+                # Not flock: the data workers would inherit it, and hold it for seconds after this process is killed.
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                raise ValueError(in_use) from None
+            # Another process may have made, or deleted, a run here since this one looked.
+            if RunDirectory(self.cfg, self.kind).exists != self.exists:
+                raise ValueError(in_use)
+            if not self.exists:
+                self._clear()
+            text = f"# fcmae {self.kind} {fcmae.__version__}\n{settings.dump(self.cfg)}"
+            write_text(self.path / "config.yaml", text)
+            record_start(self.path / "environment.json", _uses_cpu(self.cfg))
+            with _logging_to(self.path / "train.log"):
+                yield
+
+    def _clear(self) -> None:
+        # The checkpoints go in one rename: killed at any moment, this leaves the old run with all of them or none.
+        aside = self.path / ".tmp-checkpoints"
+        shutil.rmtree(aside, ignore_errors=True)
+        if (checkpoints := self.path / checkpoint.DIRECTORY).exists():
+            checkpoints.rename(aside)
+            shutil.rmtree(aside)
+        for name in DIRECTORIES:
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        for name in FILES:
+            (self.path / name).unlink(missing_ok=True)
+        for folder, names in FOUND.items():
+            for path in [*(self.path / folder).glob("*/*"), *(self.path / folder).glob("*")]:
+                if path.name in names:
+                    path.unlink()
+            for path in [*(self.path / folder).glob("*/"), self.path / folder]:
+                with suppress(OSError):  # not empty: something else is there
+                    path.rmdir()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it is there whole or not at all."""
+    aside = path.with_name(f".tmp-{path.name}")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
+
+
+def record_start(path: Path, cpu: bool) -> None:
+    """Append to a JSON list what this process runs with: time, versions, machine, command.
+
+    cpu: whether it computes on the CPU whatever else is there. A file that holds no list is begun anew.
+    """
+    started = []
+    with suppress(OSError, ValueError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        started = found if isinstance(found, list) else []
+    device = torch.device("cpu") if cpu else torch.accelerator.current_accelerator() or torch.device("cpu")
+    program = Path(sys.argv[0])
+    record = {
+        "time": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "versions": {
+            "fcmae": fcmae.__version__,
+            "torch": torch.__version__,
+            "timm": metadata.version("timm"),
+            "accelerate": metadata.version("accelerate"),
+            "python": platform.python_version(),
+        },
+        "device": device.type,
+        "device_name": torch.cuda.get_device_name() if device.type == "cuda" else cpu_name(),
+        "num_processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "cpu": cpu_name(),
+        "cores": num_cores(),
+        "directory": str(Path.cwd()),
+        # `python -m fcmae.cli` is another way to say fcmae.
+        "command": shlex.join(["fcmae" if program.name == "cli.py" else program.name, *sys.argv[1:]]),
+    }
+    write_text(path, json.dumps([*started, record], indent=1) + "\n")
+
+
+def cpu_name() -> str:
+    """The processor's name, as exactly as the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+class _TerminalHandler(logging.Handler):
+    """Log lines above the progress bar, where there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+@contextmanager
+def _logging_to(path: Path) -> Iterator[None]:
+    terminal = _TerminalHandler(logging.INFO)
+    handlers: list[logging.Handler] = [logging.FileHandler(path, encoding="utf-8"), terminal]
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    try:
+        yield
+    except Exception as error:
+        logger.removeHandler(terminal)  # the command shows it there
+        logger.error("%s: %s", type(error).__name__, error)
+        raise
+    finally:
+        for handler in handlers:
+            logger.removeHandler(handler)
+            handler.close()
+
+
+class Metrics:
+    """metrics.jsonl and the trackers. Lines after `step`, of a run that was cut off there, are removed."""
+
+    def __init__(self, path: Path, accelerator: Accelerator, step: int) -> None:
+        self.path = path
+        self.accelerator = accelerator
+        if accelerator.is_main_process and path.exists():
+            # The last line may be half written; what follows the resumed step will be written again.
+            kept = [line for line in read_metrics(path) if line["step"] <= step]
+            write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        # TensorBoard is told to forget what follows the resumed step.
+        accelerator.init_trackers("fcmae", init_kwargs={"tensorboard": {"purge_step": step + 1}})
+
+    def write(self, step: int, epoch: float, **values: float) -> None:
+        """Append one line; values are finite numbers by name."""
+        if self.accelerator.is_main_process:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": step, "epoch": round(epoch, 4), **values}) + "\n")
+            self.accelerator.log(values, step=step)
+
+    def curves(self, *names: str) -> dict[str, tuple[list[float], list[float]]]:
+        """Epochs and values of each name that was written."""
+        lines = read_metrics(self.path)
+        found = {name: [(line["epoch"], line[name]) for line in lines if name in line] for name in names}
+        return {name: ([e for e, _ in points], [v for _, v in points]) for name, points in found.items() if points}
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, without a last one that was cut off; none before the first was written."""
+    lines = []
+    for text in path.read_text().splitlines() if path.exists() else ():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def _uses_cpu(cfg: RunConfig) -> bool:
+    return cfg.device == "cpu" or not torch.accelerator.is_available()
+
+
+def make_accelerator(cfg: RunConfig) -> Accelerator:
+    """accelerate's view of the devices, for cfg.device, cfg.precision and the trackers.
+
+    Raises ValueError for fp16 and tf32 on a CPU.
+    """
+    cpu = _uses_cpu(cfg)
+    precision = {"fp32": "no", "tf32": "no", "auto": "no"}.get(cfg.precision, cfg.precision)
+    # GPUs without bf16 emulate it, slower than float32.
+    has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    if cfg.precision == "auto" and not cpu and has_bf16:
+        precision = "bf16"
+    if cpu and cfg.precision in ("fp16", "tf32"):
+        raise ValueError(f"precision = {cfg.precision} needs a GPU: use fp32 or bf16 on a CPU")
+    # Explicit, as torch's own default has TF32 in convolutions and not in matrix products.
+    torch.set_float32_matmul_precision("high" if cfg.precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = cfg.precision == "tf32"
+    # DDP remarks on the strides of the gradients of depthwise weights, in their dimension of size 1: they cost nothing.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+    return Accelerator(
+        cpu=cpu,
+        mixed_precision=precision,
+        log_with=cfg.log.trackers or None,
+        project_config=ProjectConfiguration(project_dir=str(cfg.out), logging_dir=f"{cfg.out}/tensorboard"),
+    )
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed every generator for one step.
+
+    Drop path, mixup and the like then depend on (seed, step, rank) alone, so a resumed run draws what an
+    uninterrupted one does, and no random state needs to be stored.
+    """
+    number = int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
+    random.seed(number)
+    np.random.seed(number)  # noqa: NPY002  # timm's mixup draws from numpy's global generator
+    torch.manual_seed(number)
+
+
+class StopSignal:
+    """SIGTERM, SIGINT and SIGUSR1 ask the loop to finish its step; a second SIGINT interrupts at once."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+
+    def __enter__(self) -> StopSignal:
+        self._previous = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
+
+
+def local_processes() -> int:
+    """Training processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

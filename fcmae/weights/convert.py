@@ -1,0 +1,218 @@
+"""Weights into models: into timm's dense network, into an FCMAE, and from one format into another."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import timm
+import torch
+from timm.models import adapt_input_conv
+from torch import nn
+
+from fcmae.model import FCMAE
+from fcmae.networks.convnext import VARIANTS, init_weights
+from fcmae.weights.files import DIRECTORIES, FILE_SUFFIXES, Weights, encoder_output, read_weights, save_weights
+from fcmae.weights.formats import DECODER, FORMATS, from_state, holds, rename, to_state, unwrapped
+
+STEM = "encoder.downsample_layers.0.0.weight"
+
+
+def adapt_in_chans(weights: Weights, in_chans: int) -> Weights:
+    """The weights for images of another number of channels, as timm does it: RGB summed for 1, repeated for more.
+
+    The decoder predicts pixels of the old channels and statistics are of them: both are left out. Raises ValueError
+    if the weights are not of RGB images.
+    """
+    if weights.architecture.in_chans == in_chans:
+        return weights
+    if weights.architecture.in_chans != 3:
+        raise ValueError(
+            f"data.in_chans = {in_chans}, but the weights are of {weights.architecture.in_chans} channels: "
+            "only those of 3 (RGB) adapt to another number"
+        )
+    state = {name: value for name, value in weights.state.items() if name.split(".")[0] in ("encoder", "norm", "head")}
+    state[STEM] = adapt_input_conv(in_chans, state[STEM])
+    architecture = replace(weights.architecture, in_chans=in_chans, decoder_depth=0, decoder_dim=0)
+    return replace(weights, state=state, architecture=architecture, image={}, expected_output=())
+
+
+def start_from(model: FCMAE, weights: Weights) -> str:
+    """Load the encoder, and the decoder if there is one that fits, into a new FCMAE; say what was done.
+
+    Raises ValueError if the encoder is of another variant or stem stride; its channels adapt from RGB.
+    """
+    encoder = model.encoder
+    held = weights.architecture
+    if (held.variant, held.stem_stride) != (encoder.variant, encoder.stem_stride):
+        raise ValueError(
+            f"model.init is {held.variant} with a stem of stride {held.stem_stride}, but the run is {encoder.variant} "
+            f"with {encoder.stem_stride}: set model.variant and model.stem_stride to those of model.init"
+        )
+    weights = adapt_in_chans(weights, encoder.in_chans)
+    text = f"encoder from {held.variant} in {weights.format}'s layout"
+    if held.in_chans != encoder.in_chans:
+        text += f", its stem adapted from {held.in_chans} channels to {encoder.in_chans}"
+    # What an FCMAE has no place for, the norm and head of a dense model, is left out.
+    found = {name: value for name, value in weights.state.items() if name.partition(".")[0] in ("encoder", *DECODER)}
+    own = model.state_dict()
+    fits = {name: value.shape for name, value in found.items()} == {name: value.shape for name, value in own.items()}
+    if not fits:
+        found = {name: value for name, value in found.items() if name.startswith("encoder.")}
+    model.load_state_dict(own | found)
+    if fits:
+        return f"{text}; decoder too"
+    why = "none"
+    if held.decoder_depth:
+        why = f"one of depth {held.decoder_depth} and width {held.decoder_dim} for {held.in_chans} channels"
+    return f"{text}; a fresh decoder, as model.init has {why}"
+
+
+def create_dense(
+    variant: str,
+    *,
+    in_chans: int = 3,
+    num_classes: int = 0,
+    stem_stride: int = 4,
+    drop_path_rate: float = 0.0,
+    head_init_scale: float = 1.0,
+) -> nn.Module:
+    """timm's dense ConvNeXt with our stem strides, randomly initialised.
+
+    timm's stem of stride 2 comes with one more downsampling layer, for a total stride of 32 instead of 16; so that
+    one is built at stride 4 and given the 2x2 convolution that the encoder has.
+    """
+    model: nn.Module = timm.create_model(
+        variant,
+        in_chans=in_chans,
+        num_classes=num_classes,
+        patch_size=1 if stem_stride == 1 else 4,
+        drop_path_rate=drop_path_rate,
+        head_init_scale=head_init_scale,
+    )
+    if stem_stride == 2:
+        stem = model.get_submodule("stem")
+        assert isinstance(stem, nn.Sequential)
+        stem[0] = nn.Conv2d(in_chans, VARIANTS[variant].dims[0], kernel_size=2, stride=2)
+        init_weights(stem[0])
+    return model
+
+
+def build_dense(weights: Weights, num_classes: int | None = None, **options: float) -> nn.Module:
+    """timm's model holding the weights; a final norm that they do not have stays the identity.
+
+    num_classes: of a new head; None keeps the head that the weights have, or none. options: drop_path_rate,
+    head_init_scale of `create_dense`.
+    """
+    architecture = weights.architecture
+    model = create_dense(
+        architecture.variant,
+        in_chans=architecture.in_chans,
+        num_classes=architecture.num_classes if num_classes is None else num_classes,
+        stem_stride=architecture.stem_stride,
+        drop_path_rate=options.get("drop_path_rate", 0.0),
+        head_init_scale=options.get("head_init_scale", 1.0),
+    )
+    state = to_state(weights.state, architecture.variant, "timm")
+    if num_classes is not None:
+        own = model.state_dict()
+        state = {name: value for name, value in state.items() if not name.startswith("head.fc.")}
+        state |= {name: value for name, value in own.items() if name.startswith("head.fc.")}
+    model.load_state_dict(state)
+    return model
+
+
+def check(path: Path) -> str:
+    """Compare the encoder's output on a fixed image with the one that the file's writer saw, and say how they agree.
+
+    Raises ValueError if they differ by more than 1e-4 of the largest (float32 on another machine, summed in another
+    order, stays within 1e-5), or if the file does not say what to expect, as those of others do not.
+    """
+    weights = read_weights(path)
+    if not weights.expected_output:
+        raise ValueError(f"{path} does not say what to expect of it: only what `fcmae convert` and finetune write does")
+    return _compare(path, weights)
+
+
+def _compare(path: Path, weights: Weights) -> str:
+    found, expected = (
+        torch.tensor(values, dtype=torch.float64) for values in (encoder_output(weights), weights.expected_output)
+    )
+    allowed = 1e-4 * float(expected.abs().max())
+    error = float((found - expected).abs().max()) if found.shape == expected.shape else math.inf
+    if not error <= allowed:
+        raise ValueError(f"{path}: the encoder's output is off by {error:.3g}, more than {allowed:.3g}: it is damaged")
+    return f"{path}: the encoder's output is as expected, to {error:.1e} (allowed {allowed:.1e})"
+
+
+def save_dense(dest: Path, model: nn.Module, weights: Weights) -> None:
+    """Write timm's model as a timm directory; of `weights`, all but the tensors describes it."""
+    state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
+    architecture, _, ours, _ = from_state(state, weights.architecture.variant)
+    save_weights(dest, replace(weights, state=ours, architecture=architecture, expected_output=()), "timm")
+
+
+def convert(
+    source: Path, dest: Path | None, to: str = "timm", variant: str | None = None, key: str | None = None
+) -> str:
+    """Write the weights of any source in another format, read them back, and describe what was done.
+
+    dest: None writes nothing and describes what goes where. variant, key: see `read_weights`. Raises ValueError if the
+    source cannot be read, does not fit or is damaged, dest exists or has another kind of name than the format needs, or
+    what is read back differs; dest is then not there.
+    """
+    if to not in FORMATS:
+        raise ValueError(f"to = {to!r}: use one of {', '.join(FORMATS)}")
+    if dest is not None:
+        if dest.exists():
+            raise ValueError(f"{dest} exists: give a new path, or remove it")
+        if to in DIRECTORIES and dest.suffix in FILE_SUFFIXES:
+            raise ValueError(f"{dest}: the format {to} is a directory: give it another name, or --to fcmae for a file")
+        if to not in DIRECTORIES and dest.suffix not in FILE_SUFFIXES:
+            raise ValueError(f"{dest}: the format {to} is one file: give it a name in {', '.join(FILE_SUFFIXES)}")
+    weights = read_weights(source, variant, key)
+    variant = weights.architecture.variant
+    if weights.expected_output:
+        _compare(source, weights)
+    else:
+        weights = replace(weights, expected_output=encoder_output(weights))
+    if not all(map(math.isfinite, weights.expected_output)):
+        raise ValueError(f"{source}: the encoder's output is not finite: its weights are of a run that broke down")
+    state = to_state(weights.state, variant, to)
+    lines = []
+    if dest is None:
+        theirs = {rename(name, to): weights.names[name] for name in weights.state}
+        for name, value in state.items():
+            lines.append(f"{theirs.get(unwrapped(name), 'identity')} -> {name} {tuple(value.shape)}")
+    if left_out := [weights.names[name] for name in weights.state if not holds(name, to)]:
+        lines.append(f"left out, as {to} has no place for them: {', '.join(left_out)}")
+    origin = ", ".join(f"{name} {value}" for name, value in weights.origin.items())
+    lines.append(f"{len(state)} tensors of {variant} from {weights.format}'s layout ({origin})")
+    if dest is None:
+        return "\n".join([*lines, "dry run: nothing was written"])
+    try:
+        save_weights(dest, weights, to)
+        back = read_weights(dest)
+        wrong = [name for name, value in back.state.items() if not torch.equal(value, weights.state[name])]
+        if wrong or len(back.state) != sum(holds(name, to) for name in weights.state):
+            raise ValueError(f"{dest}: what was written is not what is read back: {', '.join(wrong) or 'less'}")
+    except BaseException:
+        if dest.is_dir():
+            shutil.rmtree(dest)
+        dest.unlink(missing_ok=True)
+        raise
+    quoted = shlex.quote(str(dest))
+    use = f"fcmae pretrain --init {quoted} --model.variant {variant}"
+    if weights.architecture.stem_stride != 4:
+        use += f" --model.stem_stride {weights.architecture.stem_stride}"
+    if to == "transformers":
+        use = f"transformers.AutoModel.from_pretrained({str(dest)!r})"
+    elif to == "timm" and weights.architecture.stem_stride != 2:
+        use = f'timm.create_model("local-dir:{dest}", pretrained=True)'
+    elif to == "timm":
+        loader = "fcmae.weights.convert.build_dense(fcmae.weights.files.read_weights(Path({!r})))"
+        use = f"{loader.format(str(dest))}  # timm has no such stem"
+    return "\n".join([*lines, f"wrote {dest}, and read the same tensors back", f"use: {use}"])

@@ -1,0 +1,391 @@
+"""Weights in files: reading them from any source, writing them in any format.
+
+`fcmae.weights.formats` knows names and shapes; here are files and directories. Nothing that is read can run code: .pth
+files are unpickled with weights_only, and of all classes only argparse.Namespace, which the released checkpoints hold
+their flags in, is let through. Files are mapped into memory, not read into it.
+
+What we write says what it is in one record, RECORD: in the header of a .safetensors file, beside "model" in a .pth
+file. It holds the encoder's output on a fixed image, so that a reader can tell that it computes what the writer did.
+timm's and transformers' config.json are written here: timm's own writer would put the licence and the origin of its
+published weights on them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import pickle
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import BaseModel, Field, PositiveInt
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+import fcmae
+from fcmae.config import PretrainConfig
+from fcmae.layouts import Masked
+from fcmae.networks.convnext import VARIANTS, Encoder
+from fcmae.training import checkpoint
+from fcmae.weights.formats import Architecture, from_state, to_state
+
+logger = logging.getLogger("fcmae")
+
+RECORD = "fcmae"  # the key of what we say of our own files
+STATE_KEYS = ("model", "state_dict", "module", "model_state_dict")  # where training code keeps a model's weights
+DIRECTORIES = ("timm", "transformers")  # the formats that are directories
+FILE_SUFFIXES = (".safetensors", ".pth", ".pt")
+_OF_DAMAGED_PICKLES = (LookupError, EOFError, ValueError, TypeError, AttributeError, AssertionError)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights under our names, and what is known of them.
+
+    state: encoder.*, and where they are there the decoder's proj, mask_token, decoder.*, pred, and norm.*, head.*.
+    image: mean, std, input_size (C, H, W) and crop_pct, where known. class_names: of the head, numbers where the file
+    names none. origin: what they were made from. expected_output: see `encoder_output`; empty if the file does not
+    say. format: what it was in. names: our names to those in the file.
+    """
+
+    state: dict[str, Tensor]
+    architecture: Architecture
+    image: dict[str, Any] = field(default_factory=dict)
+    class_names: tuple[str, ...] = ()
+    origin: dict[str, Any] = field(default_factory=dict)
+    expected_output: tuple[float, ...] = ()
+    format: str = "fcmae"
+    names: dict[str, str] = field(default_factory=dict)
+
+
+class ImageRecord(BaseModel):
+    """How the images were read that weights were trained on, as far as it is known."""
+
+    mean: list[float] | None = None
+    std: list[Annotated[float, Field(gt=0)]] | None = None
+    input_size: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
+    crop_pct: Annotated[float, Field(gt=0, le=1)] | None = None
+
+
+class Record(BaseModel):
+    """What a file of weights says of itself; of others' files nothing."""
+
+    image: ImageRecord = ImageRecord()
+    class_names: tuple[str, ...] = ()
+    origin: dict[str, Any] = {}
+    expected_output: tuple[float, ...] = ()
+
+
+def read_weights(path: Path, variant: str | None = None, key: str | None = None) -> Weights:
+    """Weights of a run, a checkpoint, a timm or transformers directory, or a .safetensors or .pth file of any format.
+
+    Of a fine-tuning run, the best ones. variant: what they must be of; None finds out. key: the entry of a .pth file
+    that holds them, such as "model_ema"; None takes "model" or another usual one, or the file itself.
+    Raises ValueError if `path` is none of these, may not be unpickled, or an entry is missing, extra or of another
+    shape (all are listed).
+    """
+    if key is not None and path.is_dir():
+        raise ValueError(f"{path} is a directory, and {key!r} names an entry of a .pth file: give the file")
+    if (path / "best" / "config.json").is_file():
+        path = path / "best"  # of a fine-tuning run
+    if (path / "config.yaml").is_file():
+        newest = checkpoint.latest(path)
+        if newest is None:
+            raise ValueError(f"{path} is a run without a checkpoint: let it reach its first one")
+        path = newest
+    if (path / checkpoint.META).is_file():
+        return _read_checkpoint(path, variant)
+    if (path / "config.json").is_file():
+        return _read_directory(path, variant)
+    if path.is_file():
+        state, record = _load(path, key)
+        record = record or Record(origin={"file": path.name})
+        return _weights(path, state, variant, record)
+    raise ValueError(
+        f"{path} is no run, checkpoint, timm or transformers directory, or file of weights: give one of these"
+    )
+
+
+def _weights(path: Path, state: Mapping[str, Tensor], variant: str | None, record: Record) -> Weights:
+    if variant is not None and variant not in VARIANTS:
+        raise ValueError(f"{path} is of variant {variant!r}: use one of {', '.join(VARIANTS)}")
+    try:
+        architecture, source, ours, names = from_state(state, variant)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    image = record.image.model_dump(exclude_none=True)
+    # A model made for other channels may still name the statistics of RGB.
+    image = {k: v for k, v in image.items() if k not in ("mean", "std") or len(v) == architecture.in_chans}
+    if "input_size" in image:
+        image["input_size"] = [architecture.in_chans, *image["input_size"][1:]]
+    num_classes = architecture.num_classes
+    if num_classes and record.class_names and len(record.class_names) != num_classes:
+        raise ValueError(f"{path} names {len(record.class_names)} classes, but its head has {num_classes}")
+    # timm and transformers name classes even where there is no head.
+    class_names = (record.class_names or tuple(map(str, range(num_classes)))) if num_classes else ()
+    return Weights(ours, architecture, image, class_names, record.origin, record.expected_output, source, names)
+
+
+def _read_checkpoint(path: Path, variant: str | None) -> Weights:
+    meta = checkpoint.read_meta(path)
+    if meta.kind != "pretrain":
+        raise ValueError(f"{path} is a {meta.kind} checkpoint: use the run's `best` or `last` directory")
+    cfg = PretrainConfig.model_validate(meta.config)
+    mean, std = cfg.data.statistics()
+    origin = {
+        "run": str(cfg.out),
+        "step": meta.step,
+        "epochs": cfg.epochs,
+        "config_sha256": hashlib.sha256(json.dumps(meta.config, sort_keys=True).encode()).hexdigest(),
+        "version": meta.version,
+    }
+    size = (cfg.data.in_chans, *cfg.data.image_size)
+    image = ImageRecord(mean=mean, std=std, input_size=size, crop_pct=1.0)
+    state = checkpoint.read_tensors(path, "model")
+    return _weights(path, state, variant or cfg.model.variant, Record(image=image, origin=origin))
+
+
+def _read_directory(path: Path, variant: str | None) -> Weights:
+    """A directory as timm or transformers write it."""
+    record = Record(origin={"directory": path.name})
+    try:
+        config = _read_json(path / "config.json")
+        if "architecture" in config:  # timm
+            # Not handed to timm.create_model: a name can make it read another directory, or the network.
+            variant = variant or str(config["architecture"]).split(".")[0]
+            image = ImageRecord.model_validate(config.get("pretrained_cfg") or {})
+            record = Record(image=image, class_names=tuple(config.get("label_names") or ()), origin=record.origin)
+        elif str(config["model_type"]).startswith("convnext"):  # transformers
+            labels = config.get("id2label") or {}
+            names = tuple(labels[key] for key in sorted(labels, key=int))
+            processor = path / "preprocessor_config.json"
+            image = _from_processor(_read_json(processor)) if processor.is_file() else ImageRecord()
+            record = Record(image=image, class_names=names, origin=record.origin)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        text = " ".join(str(error).split())
+        raise ValueError(f"{path}: its JSON files are not those of a timm or transformers ConvNeXt: {text}") from error
+    state: dict[str, Tensor] = {}
+    for file in _shards(path):
+        found, own = _load(file)
+        state |= found
+        record = own or record
+    return _weights(path, state, variant, record)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} is no object")
+    return content
+
+
+def _from_processor(config: dict[str, Any]) -> ImageRecord:
+    """What transformers' image processor says: sizes below 384 are cropped, the others are not."""
+    size, mean = config["size"], config["image_mean"]
+    side = size if isinstance(size, int) else size.get("shortest_edge") or size["height"]  # as releases have written it
+    crop_pct = config.get("crop_pct") if side < 384 else 1.0
+    return ImageRecord(mean=mean, std=config["image_std"], input_size=(len(mean), side, side), crop_pct=crop_pct)
+
+
+def _shards(path: Path) -> list[Path]:
+    """The files that a directory's weights are in."""
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(_read_json(index)["weight_map"].values()))
+            if any(Path(name).name != name for name in names):
+                raise ValueError("it names files of other directories")
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index} is not one that transformers writes: {error}") from error
+        return [path / name for name in names]
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (path / name).is_file():
+            return [path / name]
+    raise ValueError(f"{path} has a config.json but no model.safetensors or pytorch_model.bin")
+
+
+def _load(path: Path, key: str | None = None) -> tuple[dict[str, Tensor], Record | None]:
+    """The tensors of a file, mapped into memory, and our record of it or None."""
+    text = None
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                text = (file.metadata() or {}).get(RECORD)
+            loaded = load_file(path)
+        else:
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path} holds more than tensors and was not loaded: save its state dict alone") from error
+    except (SafetensorError, OSError, RuntimeError, *_OF_DAMAGED_PICKLES) as error:
+        raise ValueError(f"{path} is damaged or holds no weights: {error}") from error
+    state = loaded
+    if isinstance(loaded, dict):
+        text = loaded.get(RECORD, text)
+        states = {name: value for name, value in loaded.items() if isinstance(value, dict) and name != RECORD}
+        if key is not None and key not in states:
+            raise ValueError(f"{path} has no entry {key!r}: it has {', '.join(map(repr, states)) or 'tensors only'}")
+        chosen = key or next((name for name in STATE_KEYS if name in states), None)
+        if chosen is not None:
+            state = states[chosen]
+            if others := [repr(name) for name in states if name != chosen and _is_state(states[name])]:
+                logger.warning("%s: reading %r; it also has %s", path, chosen, ", ".join(others))
+    if not _is_state(state):
+        raise ValueError(
+            f"{path} holds no state dict: expected named floating-point tensors, bare or under "
+            f"{', '.join(map(repr, STATE_KEYS))}"
+        )
+    try:
+        record = None if text is None else Record.model_validate_json(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: its record {RECORD!r} is not one of ours: {' '.join(str(error).split())}") from error
+    return state, record
+
+
+def _is_state(value: object) -> bool:
+    """Whether this is a state dict of weights that are all there (an expanded tensor claims more than it stores)."""
+    return isinstance(value, dict) and all(
+        isinstance(name, str)
+        and isinstance(tensor, Tensor)
+        and tensor.is_floating_point()
+        and tensor.layout == torch.strided
+        and tensor.untyped_storage().nbytes() >= tensor.nbytes
+        for name, tensor in value.items()
+    )
+
+
+@torch.no_grad()
+def encoder_output(weights: Weights) -> tuple[float, ...]:
+    """What the encoder makes of a fixed image with nothing masked: 16 of its channels, averaged over the image.
+
+    The image, (1, C, 2s, 2s) at total stride s, is sin(i) at its i-th value in row-major order. Every weight of the
+    encoder takes part, so that one that is damaged, renamed or transposed shows; in V1 not those of blocks that
+    LayerScale still multiplies by 1e-6.
+    """
+    architecture = weights.architecture
+    with torch.device("meta"):
+        encoder = Encoder(architecture.variant, architecture.in_chans, architecture.stem_stride)
+    state = {k.removeprefix("encoder."): v for k, v in weights.state.items() if k.startswith("encoder.")}
+    # The mapped tensors become the parameters: huge has 2.6 GB of them.
+    encoder.load_state_dict(state, assign=True)
+    encoder.float()
+    side = 2 * encoder.total_stride
+    values = torch.arange(encoder.in_chans * side * side, dtype=torch.float64).sin()
+    image = values.view(1, encoder.in_chans, side, side)
+    features = encoder(image.float(), Masked(None)).mean((0, 1, 2))
+    output: list[float] = features[:: max(1, encoder.dim // 16)][:16].tolist()
+    return tuple(output)
+
+
+def save_weights(dest: Path, weights: Weights, to: str) -> None:
+    """Write the weights in a format: what it has no place for is left out.
+
+    dest: a directory for timm and transformers; for the others a file, .safetensors, or .pth or .pt (a dict with
+    "model"). Each file is written beside its place and then moved into it, and replaces one that is there.
+    """
+    state, seen = {}, set()
+    for name, value in to_state(weights.state, weights.architecture.variant, to).items():
+        value = value.detach().cpu().contiguous()
+        # safetensors takes no tensors that share memory.
+        state[name] = value.clone() if value.data_ptr() in seen else value
+        seen.add(value.data_ptr())
+    record = json.dumps(
+        {
+            "image": weights.image,
+            "class_names": weights.class_names,
+            "origin": weights.origin | {"exported_by": f"fcmae {fcmae.__version__}"},
+            "expected_output": weights.expected_output or encoder_output(weights),
+        }
+    )
+    if to in DIRECTORIES:
+        dest.mkdir(parents=True, exist_ok=True)
+        configs = {"config.json": (_timm_config if to == "timm" else _transformers_config)(weights)}
+        if to == "transformers" and "mean" in weights.image:
+            configs["preprocessor_config.json"] = _processor_config(weights)
+        places = [dest / "model.safetensors", *(dest / name for name in configs)]
+    else:
+        dest.parent.mkdir(parents=True, exist_ok=True)
+        places = [dest]
+    aside = [place.with_name(f".tmp-{place.name}") for place in places]
+    try:
+        if places[0].suffix == ".safetensors":
+            checkpoint.write_tensors(aside[0], state, {RECORD: record})
+        else:
+            torch.save({"model": state, RECORD: record}, aside[0])
+        for path, config in zip(aside[1:], configs.values() if to in DIRECTORIES else (), strict=True):
+            path.write_text(json.dumps(config, indent=2), encoding="utf-8")
+        for path, place in zip(aside, places, strict=True):
+            path.replace(place)
+    finally:
+        for path in aside:
+            path.unlink(missing_ok=True)
+
+
+def _timm_config(weights: Weights) -> dict[str, Any]:
+    """As timm's own writer, which would also put the licence and the origin of its published weights here."""
+    architecture = weights.architecture
+    return {
+        "architecture": architecture.variant,
+        "num_classes": architecture.num_classes,
+        "num_features": VARIANTS[architecture.variant].dims[-1],
+        "global_pool": "avg",
+        **({"label_names": list(weights.class_names)} if weights.class_names else {}),
+        "model_args": {"in_chans": architecture.in_chans, "patch_size": architecture.stem_stride},
+        "pretrained_cfg": {
+            "custom_load": False,
+            "fixed_input_size": False,
+            "interpolation": "bicubic",
+            "crop_mode": "center",
+            **weights.image,
+            "num_classes": architecture.num_classes,
+            "pool_size": None,
+            # timm adapts RGB stems to other channel counts; weights of another count are loaded as they are.
+            "first_conv": "stem.0" if architecture.in_chans == 3 else None,
+            "classifier": "head.fc",
+        },
+    }
+
+
+def _transformers_config(weights: Weights) -> dict[str, Any]:
+    architecture = weights.architecture
+    depths, dims, use_grn = VARIANTS[architecture.variant]
+    family = "ConvNextV2" if use_grn else "ConvNext"
+    names = weights.class_names or tuple(f"LABEL_{i}" for i in range(architecture.num_classes))
+    classes = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    return {
+        "architectures": [f"{family}ForImageClassification" if architecture.num_classes else f"{family}Model"],
+        "model_type": family.lower(),
+        "num_channels": architecture.in_chans,
+        "patch_size": architecture.stem_stride,
+        "num_stages": len(depths),
+        "depths": list(depths),
+        "hidden_sizes": list(dims),
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-6,  # of the final norm; the others are fixed
+        **({"image_size": weights.image["input_size"][-1]} if "input_size" in weights.image else {}),
+        **(classes if architecture.num_classes else {}),
+    }
+
+
+def _processor_config(weights: Weights) -> dict[str, Any]:
+    """transformers' description of how images are read, for AutoImageProcessor."""
+    image = weights.image
+    return {
+        "image_processor_type": "ConvNextImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": image.get("input_size", [0, 0, 224])[-1]},
+        "crop_pct": image.get("crop_pct", 0.875),
+        "resample": 3,  # bicubic
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": image["mean"],
+        "image_std": image["std"],
+    }

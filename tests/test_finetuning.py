@@ -1,0 +1,311 @@
+"""Fine-tuning from every kind of start, its results on disk, and prediction with them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import runs
+import timm
+import torch
+from PIL import Image
+from runs import assert_same, final_state
+from test_weights_convert import write_checkpoint
+
+import fcmae.finetuning
+from fcmae import cli
+from fcmae.finetuning import class_weights
+from fcmae.weights.convert import convert
+from fcmae.weights.formats import rename
+
+COLORS = {"blue": (40, 40, 200), "green": (40, 200, 40)}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    runs.forget_accelerator()
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Class folders of noisy colours, which a network tells apart in a few steps."""
+    root = tmp_path_factory.mktemp("labelled")
+    rng = np.random.default_rng(0)
+    for name, color in COLORS.items():
+        (root / name).mkdir()
+        for number in range(10):
+            pixels = np.clip(np.array(color) + rng.normal(0, 30, (36, 40, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{number}.png")
+    return root
+
+
+def finetune(labelled: Path, out: Path, **settings: Any) -> int:
+    """`fcmae finetune` in this process, the smallest run; keys write `__` for the dot. Returns its exit status."""
+    values = {
+        "data__path": labelled,
+        "out": out,
+        "device": "cpu",
+        "data__image_size": 32,
+        "data__num_workers": 0,
+        "data__auto_augment": "none",
+        "batch_size": 4,
+        "epochs": 2,
+        "optim__base_lr": 0.03,
+        "log__every_steps": 1,
+        "log__trackers": "none",
+    } | settings
+    words = [word for key, value in values.items() for word in (f"--{key.replace('__', '.')}", str(value))]
+    return cli.main(["finetune", *words])
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def tuned(labelled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run from scratch, of 16 training and 4 held-out images."""
+    out = tmp_path_factory.mktemp("runs") / "tuned"
+    assert finetune(labelled, out, model__variant="convnextv2_atto", epochs=4, data__auto_augment="rand-m9-inc1") == 0
+    runs.forget_accelerator()
+    return out
+
+
+def test_it_learns_and_reports_what_it_learned(tuned: Path) -> None:
+    last = metrics(tuned)[-1]
+    assert last["step"] == 16
+    assert last["top1"] == last["balanced_accuracy"] == last["auroc"] == 1.0
+    assert "top5" not in last
+    assert "best and last model" in (tuned / "train.log").read_text()
+
+
+def test_timm_loads_the_exports_with_their_class_names(tuned: Path) -> None:
+    for name in ("best", "last"):
+        model = timm.create_model(f"local-dir:{tuned / name}", pretrained=True)
+        assert model.num_classes == 2
+        assert list(model.pretrained_cfg["label_names"]) == ["blue", "green"]
+    trained = final_state(tuned)
+    exported = timm.create_model(f"local-dir:{tuned / 'last'}", pretrained=True).state_dict()
+    assert_same(exported, {k.removeprefix("model:"): v for k, v in trained.items() if k.startswith("model:")})
+
+
+def test_evaluating_only_and_predicting_repeat_the_last_evaluation(
+    tuned: Path, labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (tuned / "last" / "predictions.csv").open() as file:
+        expected = {row["path"]: row for row in csv.DictReader(file)}
+    assert len(expected) == 4
+    with (tmp_path / "held_out.csv").open("w") as file:
+        file.writelines(["path,label\n", *(f"{row['path']},{row['label']}\n" for row in expected.values())])
+    out = tmp_path / "evaluated"
+    status = cli.main(
+        f"finetune --eval_only --model.init {tuned / 'last'} --data.val_path {tmp_path / 'held_out.csv'} --out {out} "
+        "--device cpu --log.trackers none --batch_size 3 --data.num_workers 0".split()  # the size is the model's own
+    )
+    assert status == 0
+    assert metrics(out)[-1]["val_loss"] == pytest.approx(metrics(tuned)[-1]["val_loss"], rel=1e-5)
+    assert (out / "predictions.csv").read_text().splitlines()[0] == "path,label,predicted,probability,p(blue),p(green)"
+    assert not (out / "best").exists()
+
+    capsys.readouterr()
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    words = ["predict", str(tuned / "last"), *expected, str(tmp_path / "broken.png"), "--csv", str(tmp_path / "p.csv")]
+    assert cli.main(words) == 0
+    captured = capsys.readouterr()
+    assert str(tmp_path / "broken.png") in captured.err
+    assert sorted(line.split("\t")[:2] for line in captured.out.splitlines()) == sorted(
+        [path, row["predicted"]] for path, row in expected.items()
+    )
+    with (tmp_path / "p.csv").open() as file:
+        for row in csv.DictReader(file):
+            assert row["p(blue)"] == expected[row["path"]]["p(blue)"]
+    assert cli.main(words) == 2
+    assert "exists" in capsys.readouterr().err
+
+
+def test_it_starts_from_a_run_a_conversion_and_a_fair_file_alike(
+    labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, net = write_checkpoint(tmp_path / "run")
+    (tmp_path / "run" / "config.yaml").write_text("# fcmae pretrain\n")
+    convert(place, tmp_path / "timm", "timm")
+    convert(place, tmp_path / "fair.safetensors", "fair")
+    torch.save({"model": net.encoder.state_dict()}, tmp_path / "fair.pth")
+    starts: list[dict[str, torch.Tensor]] = []
+
+    def instead_of_train(cfg: object, run: object, accelerator: object, model: torch.nn.Module, *rest: object) -> None:
+        starts.append(model.state_dict())
+
+    monkeypatch.setattr(fcmae.finetuning, "train", instead_of_train)
+    for init in ("run", str(place.relative_to(tmp_path)), "timm", "fair.safetensors"):
+        assert finetune(labelled, tmp_path / f"out{len(starts)}", model__init=tmp_path / init) == 0
+    named = {"model__init": tmp_path / "fair.pth", "model__variant": "convnextv2_atto"}
+    assert finetune(labelled, tmp_path / "named", **named) == 0
+    assert len(starts) == 5
+    for state in starts[1:]:
+        assert_same(state, starts[0])  # the new head too: it is drawn from the run's seed
+    for name, value in net.encoder.state_dict().items():
+        assert torch.equal(starts[0][rename(f"encoder.{name}", "timm")].flatten(), value.flatten()), name
+    assert starts[0]["head.fc.weight"].abs().max() < 0.001
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {
+        "model__variant": "convnextv2_atto",
+        "model__drop_path_rate": 0.2,
+        "regularization__mixup": 0.8,
+        "regularization__cutmix": 1.0,
+        "regularization__ema_decay": 0.9,
+        "optim__layer_decay": 0.8,
+        "data__auto_augment": "rand-m9-mstd0.5-inc1",
+    }
+    assert finetune(labelled, tmp_path / "whole", **settings) == 0
+    runs.forget_accelerator()
+
+    calls = 0
+    step = fcmae.training.loop.optimizer_step
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args, **options)
+
+    monkeypatch.setattr(fcmae.training.loop, "optimizer_step", interrupted)
+    assert finetune(labelled, tmp_path / "cut", **settings) == 0
+    assert 3 <= metrics(tmp_path / "cut")[-1]["step"] <= 4  # within the first of two epochs of 4 steps
+    runs.forget_accelerator()
+    assert finetune(labelled, tmp_path / "cut", **settings, data__num_workers=1) == 0
+
+    assert_same(final_state(tmp_path / "cut"), final_state(tmp_path / "whole"))
+    for name in ("best", "last"):
+        cut, whole = (tmp_path / run / name / "predictions.csv" for run in ("cut", "whole"))
+        assert cut.read_text() == whole.read_text()
+    assert any(name.startswith("ema:") for name in final_state(tmp_path / "cut"))
+    assert "ema_auroc" in metrics(tmp_path / "cut")[-1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model__variant": "convnextv2_femto"}, "model.variant = convnextv2_femto, but model.init"),
+        ({"data__in_chans": 1, "eval_only": True}, "data.in_chans = 1, but model.init"),
+        ({"model__stem_stride": 2}, "model.stem_stride = 2, but model.init"),
+        ({"model__init": "nowhere"}, "model.init = nowhere does not exist"),
+        ({"regularization__class_weights": "1,2,3"}, "class_weights has 3 values for 2 classes"),
+        ({"batch_size": 64}, "batch_size: 64 is more than the 16 training images"),
+    ],
+)
+def test_what_does_not_fit_is_named(
+    labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: dict[str, Any], message: str
+) -> None:
+    place, _ = write_checkpoint(tmp_path / "run")
+    assert finetune(labelled, tmp_path / "out", **({"model__init": place} | settings)) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_pretraining_run_is_no_fine_tuning_run(
+    labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("# fcmae pretrain 0.1.0\n")
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    assert finetune(labelled, tmp_path / "run", model__variant="convnextv2_atto") == 2
+    assert "holds another kind of run" in capsys.readouterr().err
+
+
+def test_an_encoder_alone_cannot_predict(labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place, _ = write_checkpoint(tmp_path / "run")
+    convert(place, tmp_path / "encoder", "timm")
+    assert cli.main(["predict", str(tmp_path / "encoder"), str(labelled)]) == 2
+    assert "has no classifier" in capsys.readouterr().err
+
+
+def test_a_split_that_holds_out_nothing_is_refused_at_once(
+    labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    single = tmp_path / "single.csv"
+    single.write_text("path,label\n" + "".join(f"{labelled / name / '0.png'},{name}\n" for name in COLORS))
+    assert finetune(single, tmp_path / "out", model__variant="convnextv2_atto", batch_size=2) == 2
+    assert "holds out none of 2 images" in capsys.readouterr().err
+
+
+def test_other_held_out_images_are_refused_on_resume(
+    labelled: Path, tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(tuned, copy)
+    settings: dict[str, Any] = {"model__variant": "convnextv2_atto", "epochs": 4, "data__auto_augment": "rand-m9-inc1"}
+    assert finetune(labelled, copy, **settings) == 0  # it is finished, and says so
+    runs.forget_accelerator()
+    capsys.readouterr()
+    assert finetune(labelled, copy, **settings, data__val_path=labelled) == 2
+    assert "no longer gives the images" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_makes_no_best_model(
+    labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(fcmae.finetuning, "scores", lambda *_: {"val_loss": float("nan"), "balanced_accuracy": 1.0})
+    assert finetune(labelled, tmp_path / "out", model__variant="convnextv2_atto") == 2
+    assert "step 4: the validation loss is not finite" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "best").exists()
+
+
+def test_two_processes_train_and_score_like_one(labelled: Path, tmp_path: Path) -> None:
+    flags = {
+        "data.path": labelled,
+        "device": "cpu",
+        "data.image_size": 32,
+        "data.num_workers": 0,
+        "data.auto_augment": "none",
+        "model.variant": "convnextv2_atto",
+        "batch_size": 4,
+        "epochs": 1,
+        "optim.base_lr": 0.03,
+        "regularization.class_weights": "balanced",
+        "regularization.ema_decay": 0.5,
+        "log.every_steps": 1,
+        "log.trackers": "none",
+    }
+    words = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
+    assert cli.main(["finetune", *words, "--out", str(tmp_path / "one")]) == 0
+    script = Path(__file__).parents[1] / "finetune.py"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run([*launch, *words, "--out", str(tmp_path / "two")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "2 x cpu" in done.stderr
+    timings = {"images_per_s", "data_wait_s", "data_wait_share"}
+    for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        # The same sums in another order; four AdamW steps at a high rate amplify the rounding.
+        assert {k: v for k, v in two.items() if k not in timings} == pytest.approx(
+            {k: v for k, v in one.items() if k not in timings}, rel=1e-3, abs=1e-5
+        )
+    for place in ("best", "last"):
+        rows = [(tmp_path / run / place / "predictions.csv").read_text().count("\n") for run in ("one", "two")]
+        assert rows == [5, 5]
+
+
+def test_class_weights_by_hand() -> None:
+    assert class_weights(None, (0, 1), 2) is None
+    weights = class_weights("balanced", (0, 0, 0, 1), 2)
+    assert weights == [4 / 6, 2.0]
+    assert np.mean([weights[label] for label in (0, 0, 0, 1)]) == 1.0
+    assert class_weights([1.0, 3.0], (0, 1), 2) == [1.0, 3.0]

@@ -1,0 +1,620 @@
+"""Whole runs: what they write, that they resume to the last bit, and how they end when something goes wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import runs
+import torch
+from conftest import requires_minkowski
+from PIL import Image
+from runs import assert_same, config, final_state, flags, losses, start, tensors, write_images
+
+import fcmae.training.loop
+from fcmae import cli, pretraining, settings
+from fcmae.config import PretrainConfig
+from fcmae.data.index import find_images, split
+from fcmae.data.sampler import epoch_order
+from fcmae.training import checkpoint
+
+STEPS = 9  # of runs.flags: 3 epochs of 3 steps
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    threads = torch.get_num_threads()
+    monkeypatch.setitem(fcmae.networks.convnext.VARIANTS, "convnextv2_atto", runs.TINY)
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    runs.forget_accelerator()
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing disturbed, of `runs.flags`, in a process of its own."""
+    out = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    process = start(["pretrain", *flags(images, out)], out.with_suffix(".txt"))
+    process.join()
+    assert process.exitcode == 0, out.with_suffix(".txt").read_text()
+    return out
+
+
+def run(images: Path, out: Path, **changed: Any) -> int:
+    """`fcmae pretrain`, in this process; returns its exit status."""
+    return cli.main(["pretrain", *flags(images, out, **changed)])
+
+
+def at_step(monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[[], None]) -> None:
+    """Have `action` called at the beginning of a step (1 is the first)."""
+    seed_step = fcmae.training.loop.seed_step
+
+    def wrapped(seed: int, step: int, rank: int) -> None:
+        seed_step(seed, step, rank)
+        if step + 1 == number:
+            action()
+
+    monkeypatch.setattr(fcmae.training.loop, "seed_step", wrapped)
+
+
+def kill_self(*signals: signal.Signals) -> Callable[[], None]:
+    def action() -> None:
+        for number in signals:
+            os.kill(os.getpid(), number)
+
+    return action
+
+
+def assert_equal_runs(actual: Path, expected: Path) -> None:
+    """The same weights, moments, step counts and losses, to the last bit; every step is in metrics.jsonl once."""
+    assert_same(final_state(actual), final_state(expected))
+    assert losses(actual) == losses(expected)
+
+
+# Where a run starts
+
+
+@pytest.mark.parametrize("in_chans", [3, 1])
+def test_a_run_goes_on_from_anothers_weights(uninterrupted: Path, images: Path, tmp_path: Path, in_chans: int) -> None:
+    """At a learning rate of nothing, its first checkpoint still holds what it started from."""
+    options = {"init": uninterrupted, "optim__base_lr": 1e-30, "epochs": 1, "data__in_chans": in_chans, "seed": 5}
+    assert run(images, tmp_path / "out", **options) == 0  # --init is short for --model.init
+    found, given = final_state(tmp_path / "out"), final_state(uninterrupted)
+    encoder = [name for name in given if name.startswith("model:encoder.")]
+    stem = "model:encoder.downsample_layers.0.0.weight"
+    assert len(encoder) > 40
+    for name in encoder:
+        if in_chans == 1 and name == stem:
+            torch.testing.assert_close(found[name], given[name].sum(1, keepdim=True))
+        else:
+            assert torch.equal(found[name], given[name]), name
+    assert torch.equal(found["model:mask_token"], given["model:mask_token"]) == (in_chans == 3)
+    log = (tmp_path / "out" / "train.log").read_text()
+    assert "start: encoder from convnextv2_atto in fcmae's layout" in log
+    assert ("; decoder too" if in_chans == 3 else "; a fresh decoder") in log
+
+
+def test_only_the_decoder_learns_at_first(uninterrupted: Path, images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = {"model__init": uninterrupted, "model__freeze_encoder_steps": 6}
+    assert run(images, out, **options, checkpoint__keep=9) == 0
+    given = tensors(uninterrupted / "checkpoints" / "step-00000009")
+    moved = {}
+    for step in (3, 6, 9):
+        state = tensors(out / "checkpoints" / f"step-{step:08d}")
+        changed = {name for name in given if name.startswith("model:") and not torch.equal(state[name], given[name])}
+        moved[step] = {name.removeprefix("model:").split(".")[0] for name in changed}
+    assert "encoder" not in moved[3] | moved[6]
+    assert {"pred", "proj", "decoder", "mask_token"} <= moved[3]
+    assert "encoder" in moved[9]
+
+
+def test_a_start_that_does_not_fit_writes_nothing(
+    uninterrupted: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    other = {"model__stem_stride": 2, "model__mask_patch": 16, "data__image_size": 32}
+    assert run(images, out, model__init=uninterrupted, **other) == 2
+    assert "set model.variant and model.stem_stride to those of model.init" in capsys.readouterr().err
+    assert run(images, out, model__init=tmp_path / "nowhere") == 2
+    assert "nowhere does not exist: give a run" in capsys.readouterr().err
+    assert run(images, out, model__init=uninterrupted, model__freeze_encoder_steps=9) == 2
+    assert "but the run has 9 steps: its encoder would never learn" in capsys.readouterr().err
+    assert run(images, out, model__freeze_encoder_steps=3) == 2
+    assert "model.freeze_encoder_steps: 3 freezes an encoder that has learnt nothing" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_resumed_run_no_longer_needs_what_it_started_from(
+    uninterrupted: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(uninterrupted, tmp_path / "init")
+    options = {"model__init": tmp_path / "init", "model__freeze_encoder_steps": 6}
+    assert run(images, tmp_path / "whole", **options) == 0
+    with monkeypatch.context() as patch:
+        at_step(patch, 5, kill_self(signal.SIGTERM))
+        assert run(images, tmp_path / "cut", **options) == 0
+    shutil.rmtree(tmp_path / "init")
+    assert run(images, tmp_path / "cut", **options) == 0
+    assert_equal_runs(tmp_path / "cut", tmp_path / "whole")
+
+
+@requires_minkowski
+def test_a_run_may_switch_its_backend(
+    uninterrupted: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    for backend, stop_at in (("minkowski", 4), ("masked", 7), ("minkowski", None)):
+        with monkeypatch.context() as patch:
+            if stop_at is not None:
+                at_step(patch, stop_at, kill_self(signal.SIGTERM))
+            assert run(images, out, model__backend=backend) == 0
+    # The same sums in another order, through nine steps at a learning rate that moves every weight.
+    assert [step for step, _ in losses(out)] == [step for step, _ in losses(uninterrupted)]
+    found, expected = (torch.tensor([loss for _, loss in losses(path)]) for path in (out, uninterrupted))
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+
+
+# What a run writes
+
+
+def test_a_run_writes_settings_logs_pictures_and_checkpoints(images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = {"log__eval_epochs": 1, "log__trackers": "tensorboard", "data__val_share": 0.3, "epochs": 4}
+    cfg = config(images, out, checkpoint__keep=1, checkpoint__milestone_epochs=2, **options)
+    pretraining.main(cfg)
+    assert {path.name for path in out.iterdir()} == {
+        *("config.yaml", "environment.json", "files.json", "train.log", "metrics.jsonl", "loss.png", ".lock"),
+        *("checkpoints", "reconstructions", "tensorboard"),
+    }
+    assert settings.read(PretrainConfig, out / "config.yaml") == cfg
+    assert [path.name for path in sorted((out / "checkpoints").iterdir())] == ["step-00000004", "step-00000008"]
+    steps = [f"step-0000000{step}.png" for step in (2, 4, 6, 8)]
+    assert [path.name for path in sorted((out / "reconstructions").iterdir())] == ["over-time.png", *steps, "tiles"]
+    assert [path.name for path in sorted((out / "reconstructions" / "tiles").iterdir())] == steps
+    with Image.open(out / "reconstructions" / "step-00000008.png") as picture:
+        assert np.asarray(picture.convert("RGB")).std() > 10
+
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    training = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in training] == list(range(1, 9))
+    timings = {"images_per_s", "data_wait_s", "data_wait_share"}
+    assert training[0].keys() == {"step", "epoch", "loss", "lr", "grad_norm", *timings}
+    assert [line["epoch"] for line in training] == [0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4]
+    # base_lr .5 for 256 images is 1/128 for 4; warm-up over 2 steps, then half a cosine over 6.
+    assert [line["lr"] * 128 for line in training[:4]] == pytest.approx([0, 0.5, 1, (1 + np.sqrt(0.75)) / 2])
+    validation = [line for line in lines if "val_loss" in line]
+    assert [line["step"] for line in validation] == [2, 4, 6, 8]
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(out / "tensorboard" / "fcmae"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == list(range(1, 9))
+    assert events.Scalars("val_loss")[-1].value == pytest.approx(validation[-1]["val_loss"])
+    assert [event.step for event in events.Images("reconstructions")] == [2, 4, 6, 8]
+
+    log = (out / "train.log").read_text()
+    assert "convnextv2_atto: 9 training images, 4 held out" in log
+    assert "8 steps of 4 of 9 images on 1 x cpu in fp32" in log
+    assert "step 8/8, epoch 4.00, loss" in log  # plain lines: there is no terminal here
+    assert f"next: fcmae convert {out} DEST" in log
+
+
+def test_the_validation_loss_is_of_the_same_pixels_under_the_same_masks_each_time(images: Path, tmp_path: Path) -> None:
+    # Weights that hardly move: what changes between evaluations could only be the images or the masks.
+    assert run(images, tmp_path / "out", optim__base_lr=1e-30, log__eval_epochs=1, data__val_share=0.3) == 0
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    found = [line["val_loss"] for line in lines if "val_loss" in line]
+    assert len(found) == 3
+    assert len(set(found)) == 1
+    assert len({line["loss"] for line in lines if "loss" in line}) > 3
+
+
+def test_a_device_that_starves_is_warned_of_once(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(images, tmp_path / "toy") == 0  # its steps take milliseconds: nothing to speak of
+    assert "data starves the device" not in (tmp_path / "toy" / "train.log").read_text()
+    monkeypatch.setattr(fcmae.training.health, "STARVED_S", 0)
+    monkeypatch.setattr(fcmae.training.health, "STARVED_SHARE", -1)
+    assert run(images, tmp_path / "out") == 0
+    assert (tmp_path / "out" / "train.log").read_text().count("data starves the device: it waited for images") == 1
+
+
+def test_evaluations_may_come_before_the_first_line_of_the_log(images: Path, tmp_path: Path) -> None:
+    options = {"log__eval_epochs": 0.34, "log__every_steps": 99, "data__val_share": 0, "checkpoint__every_epochs": 9}
+    assert run(images, tmp_path / "out", epochs=1, **options) == 0
+    assert (tmp_path / "out" / "reconstructions" / "step-00000002.png").exists()
+
+
+def test_a_warm_up_as_long_as_the_run_is_warned_of(images: Path, tmp_path: Path) -> None:
+    assert run(images, tmp_path / "out", optim__warmup_epochs=3) == 0
+    log = (tmp_path / "out" / "train.log").read_text()
+    assert "the learning rate never reaches its peak of 0.00781: the warm-up takes 3 epochs and the run has 3" in log
+
+
+def test_reduced_precision_trains(images: Path, tmp_path: Path) -> None:
+    assert run(images, tmp_path / "out", precision="bf16", epochs=1) == 0
+    assert "in bf16" in (tmp_path / "out" / "train.log").read_text()
+    assert {value.dtype for value in final_state(tmp_path / "out").values()} == {torch.float32}
+
+
+# The same training, however it is computed
+
+
+def test_accumulated_parts_train_as_the_whole_batch(uninterrupted: Path, images: Path, tmp_path: Path) -> None:
+    assert run(images, tmp_path / "out", grad_accum=2, epochs=3) == 0
+    # Sums in another order: float32 rounding, amplified by Adam over 9 steps.
+    np.testing.assert_allclose(losses(tmp_path / "out"), losses(uninterrupted), rtol=1e-5)
+
+
+def test_several_masks_an_image_take_more_steps_over_the_same_images_and_resume(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """13 images of which each step takes 2, under 2 masks each: 6 steps an epoch instead of 3."""
+    options = {"data__masks_per_image": 2, "data__val_share": 0.1}
+    assert run(images, tmp_path / "whole", **options) == 0
+    log = (tmp_path / "whole" / "train.log").read_text()
+    assert "18 steps of 4 of 12 images on" in log
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines if "loss" in line][5::6] == [1, 2, 3]
+    with monkeypatch.context() as patch:
+        at_step(patch, 8, kill_self(signal.SIGTERM))
+        assert run(images, tmp_path / "cut", **options) == 0
+    assert list(checkpoint.steps(tmp_path / "cut")) == [6, 8]
+    assert run(images, tmp_path / "cut", **options, data__num_workers=1) == 0
+    assert_equal_runs(tmp_path / "cut", tmp_path / "whole")
+    # In two parts of an image each: the same sums in another order.
+    assert run(images, tmp_path / "parts", **options, grad_accum=2) == 0
+    np.testing.assert_allclose(losses(tmp_path / "parts"), losses(tmp_path / "whole"), rtol=1e-5)
+    # What is trained is another: it may not change on resuming.
+    assert run(images, tmp_path / "whole", data__val_share=0.1) == 2
+
+
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    """The real launcher, script and model; images that only the second process fails to read are reported too."""
+    images = write_images(tmp_path / "images", 12)
+    train, held_out = split(find_images([str(images)]), 0.3, seed=0)
+    # Of each step's four images the second process reads the last two, and of those held out every second.
+    bad = {train.paths[epoch_order(len(train), 0, 0)[3]], held_out.paths[1]}
+    for path in bad:
+        Path(path).write_bytes(b"not an image")
+    options = {"epochs": 1, "optim__warmup_epochs": 0, "optim__clip_grad": 0.04, "optim__base_lr": 0.1}
+    options |= {"data__max_bad_share": 1, "data__val_share": 0.3, "log__eval_epochs": 1}
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    script = str(Path(fcmae.__file__).parent.parent / "pretrain.py")
+    result = subprocess.run(
+        [sys.executable, *launcher, script, *flags(images, tmp_path / "two", **options)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "2 steps of 4 of 8 images on 2 x cpu in fp32" in result.stderr
+    assert "Warning" not in result.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(
+            fcmae.networks.convnext.VARIANTS,
+            "convnextv2_atto",
+            fcmae.networks.convnext.Variant((2, 2, 6, 2), (40, 80, 160, 320), True),
+        )
+        assert run(images, tmp_path / "one", **options) == 0
+    one, two = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    )
+    assert len(one) == 3  # two steps and an evaluation
+    for line, other in zip(one, two, strict=True):
+        timings = {"images_per_s", "data_wait_s", "data_wait_share"}
+        # Means of two halves instead of one mean: float32 rounding.
+        assert {k: v for k, v in other.items() if k not in timings} == pytest.approx(
+            {k: v for k, v in line.items() if k not in timings}, rel=1e-5
+        )
+    for name in ("one", "two"):
+        assert listed_as_bad(tmp_path / name) == bad
+
+
+def listed_as_bad(out: Path) -> set[str]:
+    return {line.partition("\t")[0] for line in (out / "bad_files.txt").read_text().splitlines()}
+
+
+# Stopping and going on
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_finishes_the_step_saves_and_exits_with_0_and_the_run_goes_on_from_there(
+    uninterrupted: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        at_step(patch, 5, kill_self(number))  # in the middle of the second epoch
+        assert run(images, out) == 0
+    assert list(checkpoint.steps(out)) == [3, 5]
+    log = (out / "train.log").read_text()
+    assert f"stopped by {number.name} after step 5; the same command resumes" in log
+    assert "next:" not in log
+    assert run(images, out, data__num_workers=1 if number == signal.SIGTERM else 0) == 0
+    assert "resuming after step 5" in (out / "train.log").read_text()
+    assert_equal_runs(out, uninterrupted)
+
+
+def test_losses_logged_after_a_cut_are_over_the_same_steps(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(images, tmp_path / "whole", log__every_steps=2) == 0
+    with monkeypatch.context() as patch:
+        at_step(patch, 6, kill_self(signal.SIGINT, signal.SIGINT))
+        assert run(images, tmp_path / "cut", log__every_steps=2) == 130
+    assert run(images, tmp_path / "cut", log__every_steps=2) == 0
+    assert [step for step, _ in losses(tmp_path / "cut")] == [2, 3, 4, 6, 8, 9]
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+def test_a_second_interrupt_ends_at_once(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_step(monkeypatch, 5, kill_self(signal.SIGINT, signal.SIGINT))
+    assert run(images, tmp_path / "out") == 130
+    assert list(checkpoint.steps(tmp_path / "out")) == [3]
+
+
+def test_sigterm_from_outside_stops_a_process_with_workers(uninterrupted: Path, images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = ["pretrain", *flags(images, out, data__num_workers=1)]
+    process = start(command, tmp_path / "log.txt")
+    wait_for(lambda: (out / "metrics.jsonl").exists(), process)
+    process.terminate()
+    process.join(60)
+    assert process.exitcode == 0, (tmp_path / "log.txt").read_text()
+    process = start(command, tmp_path / "log.txt")
+    process.join(60)
+    assert process.exitcode == 0, (tmp_path / "log.txt").read_text()
+    assert_equal_runs(out, uninterrupted)
+
+
+def wait_for(condition: Callable[[], bool], process: Any) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert process.is_alive(), "the process has ended"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_a_run_killed_again_and_again_loses_at_most_the_steps_since_its_last_checkpoint(
+    uninterrupted: Path, images: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    # A checkpoint a step. Workers outlive the killed process for a while and must not hinder the next.
+    command = ["pretrain", *flags(images, out, data__num_workers=1, checkpoint__every_epochs=0.1)]
+    newest = 0
+    while newest < STEPS:
+        process = start(command, tmp_path / "log.txt")
+        wait_for(lambda seen=newest: max(checkpoint.steps(out), default=0) > seen, process)  # type: ignore[misc]
+        time.sleep(random.uniform(0, 0.1))
+        process.kill()
+        process.join()
+        newest = max(checkpoint.steps(out))
+        assert newest >= last_logged_step(out) - 1
+        assert_whole_checkpoints(out)
+    process = start(command, tmp_path / "log.txt")
+    process.join(60)
+    assert process.exitcode == 0, (tmp_path / "log.txt").read_text()
+    assert_equal_runs(out, uninterrupted)
+
+
+def last_logged_step(out: Path) -> int:
+    lines = fcmae.training.run.read_metrics(out / "metrics.jsonl")
+    return int(lines[-1]["step"])
+
+
+def assert_whole_checkpoints(out: Path) -> None:
+    for step, path in checkpoint.steps(out).items():
+        assert checkpoint.read_meta(path).step == step
+        assert {name.partition(":")[0] for name in tensors(path)} == {"model", "optimizer"}
+
+
+def test_a_run_killed_at_each_file_operation_of_a_save_goes_on_from_whole_checkpoints(
+    uninterrupted: Path, images: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    # A checkpoint a step, each of which deletes the one before.
+    command = ["pretrain", *flags(images, out, checkpoint__every_epochs=0.1, checkpoint__keep=1)]
+    newest = kills = 0
+    while True:
+        process = start(command, tmp_path / "log.txt", kill_at=kills + 1)
+        process.join(60)
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL, (tmp_path / "log.txt").read_text()
+        kills += 1
+        assert_whole_checkpoints(out)
+        assert max(checkpoint.steps(out), default=0) >= newest
+        newest = max(checkpoint.steps(out), default=0)
+    assert kills >= 20  # a save that deletes the checkpoint before has 16 operations
+    assert not list((out / "checkpoints").glob(".tmp-*"))
+    assert_equal_runs(out, uninterrupted)
+
+
+def test_a_finished_run_says_so_and_stays_as_it_is(uninterrupted: Path, images: Path) -> None:
+    before = {path: path.read_bytes() for path in uninterrupted.rglob("*") if path.is_file()}
+    assert run(images, uninterrupted) == 0
+    after = {path: path.read_bytes() for path in uninterrupted.rglob("*") if path.is_file()}
+    assert {path.name for path in after if after[path] != before.get(path)} == {"train.log", "environment.json"}
+    assert "finished 9 steps" in (uninterrupted / "train.log").read_text().splitlines()[-2]
+
+
+def test_other_settings_are_refused_by_name_and_overwrite_starts_anew(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert run(images, out, epochs=1) == 0
+    before = final_state(out)
+    assert run(images, out, epochs=1, model__mask_ratio=0.5) == 2
+    error = capsys.readouterr().err
+    assert "model.mask_ratio: the run has 0.6, this command 0.5" in error
+    assert "Traceback" not in error
+    assert_same(final_state(out), before)
+    assert run(images, out, epochs=1, model__mask_ratio=0.5, overwrite="true") == 0
+    assert [step for step, _ in losses(out)] == [1, 2, 3]
+
+
+# Images that change or cannot be read
+
+
+def interrupted(images: Path, out: Path, **changed: Any) -> None:
+    """A run that was stopped after step 4 of 9."""
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, 4, kill_self(signal.SIGTERM))
+        assert run(images, out, **changed) == 0
+    assert max(checkpoint.steps(out)) == 4
+
+
+def test_a_resumed_run_keeps_the_images_it_began_with(uninterrupted: Path, images: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(images, tmp_path / "images")
+    interrupted(folder, tmp_path / "out")
+    shutil.copy(folder / "01.png", folder / "new.png")
+    assert run(folder, tmp_path / "out") == 0
+    assert_equal_runs(tmp_path / "out", uninterrupted)
+
+
+def test_a_folder_may_move_between_stop_and_resume(
+    uninterrupted: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = shutil.copytree(images, tmp_path / "first"), tmp_path / "second"
+    interrupted(first, tmp_path / "out")
+    first.rename(second)
+    (second / "extra.png").write_bytes((second / "01.png").read_bytes())
+    assert run(second, tmp_path / "out") == 2
+    assert "data.path no longer gives the images of" in capsys.readouterr().err
+    (second / "extra.png").unlink()
+    assert run(second, tmp_path / "out") == 0
+    assert_equal_runs(tmp_path / "out", uninterrupted)
+
+
+def test_broken_images_are_listed_wherever_they_are_used_and_the_run_goes_on(images: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(images, tmp_path / "images")
+    out = tmp_path / "out"
+    options = {"data__val_share": 0.3, "data__max_bad_share": 0.5, "log__every_steps": 99, "log__eval_epochs": 1}
+    cfg = config(folder, out, **options)
+    train, held_out = split(find_images(cfg.data.path), 0.3, cfg.seed)
+    for path in (train.paths[2], held_out.paths[1]):
+        Path(path).write_bytes(b"not an image")
+    pretraining.main(cfg)
+    assert listed_as_bad(out) == {train.paths[2], held_out.paths[1]}
+    assert "validation loss" in (out / "train.log").read_text()
+    assert "on 3 images" in (out / "train.log").read_text()
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_too_many_broken_images_stop_the_run_with_one_sentence(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], num_workers: int
+) -> None:
+    folder = shutil.copytree(images, tmp_path / "images")
+    for path in sorted(folder.iterdir())[:6]:
+        path.write_bytes(b"not an image")
+    assert run(folder, tmp_path / "out", data__num_workers=num_workers) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fcmae: error")]
+    assert "more than the share 0.01" in line
+    for path in folder.iterdir():
+        path.write_bytes(b"not an image")
+    assert run(folder, tmp_path / "out", data__num_workers=num_workers, overwrite="true") == 2
+    error = capsys.readouterr().err
+    (line,) = [line for line in error.splitlines() if line.startswith("fcmae: error")]
+    assert "files drawn in a row cannot be used" in line
+    assert "Traceback" not in error
+
+
+# Numbers that are not finite
+
+
+def test_an_exploding_run_stops_with_the_step_and_keeps_its_last_good_checkpoint(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    # The rate of the first step is 0, so its checkpoint is sound.
+    assert run(images, out, optim__base_lr=1e25, checkpoint__every_epochs=0.1) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fcmae: error")]
+    steps = list(checkpoint.steps(out))
+    assert f"step {steps[-1] + 1}: the " in line
+    assert "not finite" in line or "loss is" in line
+    assert line.endswith(f"the last good checkpoint is {checkpoint.latest(out)}")
+    assert line.partition("error: ")[2] in (out / "train.log").read_text().splitlines()[-1]
+    assert_whole_checkpoints(out)
+    assert all(value.isfinite().all() for value in final_state(out).values())
+    assert "NaN" not in (out / "metrics.jsonl").read_text()
+
+
+def test_a_step_read_one_later_is_named_and_neither_of_the_two_is_saved(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, spoiled = tmp_path / "out", [False]
+    loss_of = fcmae.pretraining.reconstruction_loss
+
+    def loss(*args: Any, **options: Any) -> torch.Tensor:
+        value = loss_of(*args, **options)
+        return value * torch.nan if spoiled[0] else value
+
+    monkeypatch.setattr(fcmae.pretraining, "reconstruction_loss", loss)
+    at_step(monkeypatch, 2, lambda: spoiled.__setitem__(0, True))
+    # Nothing is logged before step 99, so step 2 is read while step 3 computes.
+    seen: list[int] = []
+    at_step(monkeypatch, 3, lambda: (seen.append(3), spoiled.__setitem__(0, False))[0])
+    assert run(images, out, log__every_steps=99, checkpoint__every_epochs=9, log__eval_epochs=9) == 2
+    assert seen == [3]
+    assert "step 2: the loss is nan; there is no checkpoint yet" in capsys.readouterr().err
+    assert checkpoint.latest(out) is None
+
+
+def test_a_signal_stops_at_the_end_of_its_step_though_nothing_is_logged(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_step(monkeypatch, 2, kill_self(signal.SIGTERM))
+    assert run(images, tmp_path, log__every_steps=99, checkpoint__every_epochs=9, log__eval_epochs=9) == 0
+    assert list(checkpoint.steps(tmp_path)) == [2]
+
+
+def test_an_image_of_huge_numbers_stops_the_run_before_it_spoils_the_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "images").mkdir()
+    for number in range(4):
+        # Finite, so it is no broken file; but the variance of its patches is not.
+        pixels = np.full((16, 16, 3), 1.0 if number else 1e30, np.float32)
+        np.save(
+            tmp_path / "images" / f"{number}.npy",
+            pixels * np.random.default_rng(number).random((16, 16, 3), np.float32),
+        )
+    assert run(tmp_path / "images", tmp_path / "out", data__val_share=0) == 2
+    error = capsys.readouterr().err
+    assert "step 1: the loss is nan; there is no checkpoint yet" in error
+    assert not list((tmp_path / "out").glob("checkpoints/*"))
+
+
+def test_a_validation_loss_that_is_not_finite_stops_the_run_before_it_is_saved(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    normalize = pretraining.normalize
+
+    def spoiled(pixels: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+        return normalize(pixels, mean, std) * (1 if torch.is_grad_enabled() else torch.nan)
+
+    monkeypatch.setattr(pretraining, "normalize", spoiled)
+    assert run(images, tmp_path / "out", log__eval_epochs=1) == 2
+    assert "step 3: the validation loss is nan" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("checkpoints/*"))

@@ -1,0 +1,188 @@
+"""Checkpoints hold everything, are whole or absent, and say what is wrong with them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import assert_same
+from torch import nn
+
+import fcmae
+from fcmae.training import checkpoint
+from fcmae.training.checkpoint import Meta, latest, prune, read_meta, read_tensors, restore, save, steps
+from fcmae.training.optim import parameter_groups
+
+
+def trained(num_steps: int = 3) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=0.01)
+    step(model, optimizer, num_steps)
+    return model, optimizer
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, num_steps: int) -> None:
+    for seed in range(num_steps):
+        x = torch.randn(5, 3, generator=torch.Generator().manual_seed(seed))
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def write(run: Path, number: int = 7, **fields: Any) -> Path:
+    model, optimizer = trained()
+    meta = Meta("pretrain", number, {"seed": 3}, "fingerprint", **fields)
+    return save(run, meta, {"model": model.state_dict(), "optimizer": checkpoint.optimizer_state(optimizer, model)})
+
+
+def test_a_restored_model_trains_on_as_the_saved_one(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    meta = Meta("pretrain", 3, {}, "fingerprint")
+    place = save(
+        tmp_path, meta, {"model": model.state_dict(), "optimizer": checkpoint.optimizer_state(optimizer, model)}
+    )
+    other, other_optimizer = trained(num_steps=0)
+    assert restore(place, other, other_optimizer, "fingerprint") == meta
+    for net, adamw in ((model, optimizer), (other, other_optimizer)):
+        step(net, adamw, 4)
+    assert_same(other.state_dict(), model.state_dict())
+    assert_same(checkpoint.optimizer_state(other_optimizer, other), checkpoint.optimizer_state(optimizer, model))
+    assert float(checkpoint.optimizer_state(other_optimizer, other)["0.weight/step"]) == 7
+
+
+def test_a_checkpoint_is_safetensors_and_json_that_says_what_it_is(tmp_path: Path) -> None:
+    place = write(tmp_path, progress={"best": 0.5})
+    assert place == tmp_path / "checkpoints" / "step-00000007"
+    assert {path.name for path in place.iterdir()} == {
+        "model.safetensors",
+        "optimizer.safetensors",
+        "checkpoint.json",
+    }
+    assert json.loads((place / "checkpoint.json").read_text()) == {
+        "kind": "pretrain",
+        "step": 7,
+        "config": {"seed": 3},
+        "data_fingerprint": "fingerprint",
+        "progress": {"best": 0.5},
+        "format": 1,
+        "version": fcmae.__version__,
+    }
+    assert read_tensors(place, "optimizer").keys() == {
+        f"{name}/{key}" for name in read_tensors(place, "model") for key in ("step", "exp_avg", "exp_avg_sq")
+    }
+
+
+def test_a_checkpoint_that_is_there_is_not_written_again(tmp_path: Path) -> None:
+    place = write(tmp_path)
+    before = (place / "checkpoint.json").stat().st_mtime_ns
+    assert write(tmp_path) == place
+    assert (place / "checkpoint.json").stat().st_mtime_ns == before
+
+
+class Cut(BaseException):
+    """Stands for a process that ends here."""
+
+
+@pytest.mark.parametrize("operation", ["save_file", "_sync", "rename"])
+def test_a_save_that_is_cut_off_leaves_no_checkpoint_and_does_not_hinder_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str
+) -> None:
+    write(tmp_path, 1)
+    target = Path if operation == "rename" else checkpoint
+
+    def cut(*_: object, **__: object) -> None:
+        raise Cut
+
+    with monkeypatch.context() as patch:
+        patch.setattr(target, operation, cut)
+        with pytest.raises(Cut):
+            write(tmp_path, 2)
+    assert list(steps(tmp_path)) == [1]
+    write(tmp_path, 2)
+    assert list(steps(tmp_path)) == [1, 2]
+    prune(tmp_path, 2, 0)
+    assert not list(tmp_path.glob("checkpoints/.tmp-*"))
+
+
+@pytest.mark.parametrize(
+    ("keep", "milestone", "expected"),
+    [(1, 0, [9]), (2, 0, [6, 9]), (1, 4, [4, 9]), (2, 3, [3, 6, 9]), (9, 0, [3, 4, 6, 9])],
+)
+def test_the_newest_and_the_milestones_stay(tmp_path: Path, keep: int, milestone: int, expected: list[int]) -> None:
+    for number in (3, 4, 6, 9):
+        (tmp_path / "checkpoints" / f"step-{number:08d}").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-notes").mkdir()  # not ours
+    prune(tmp_path, keep, milestone)
+    assert list(steps(tmp_path)) == expected
+    assert (tmp_path / "checkpoints" / "step-notes").exists()
+
+
+def test_a_checkpoint_that_is_half_deleted_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, 1), write(tmp_path, 2)
+
+    def cut(path: Path) -> None:
+        next(path.iterdir()).unlink()
+        raise Cut
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", cut)
+        with pytest.raises(Cut):
+            prune(tmp_path, 1, 0)
+    assert list(steps(tmp_path)) == [2]
+    prune(tmp_path, 1, 0)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+def test_steps_are_ordered_as_numbers(tmp_path: Path) -> None:
+    for number in (99999999, 100000000, 2):
+        (tmp_path / "checkpoints" / f"step-{number:08d}").mkdir(parents=True)
+    assert list(steps(tmp_path)) == [2, 99999999, 100000000]
+    newest = latest(tmp_path)
+    assert newest is not None
+    assert newest.name == "step-100000000"
+    assert latest(tmp_path / "absent") is None
+
+
+def test_other_images_are_refused(tmp_path: Path) -> None:
+    place = write(tmp_path)
+    with pytest.raises(ValueError, match=r"data.path no longer gives the images of .*step-00000007"):
+        restore(place, *trained(), "other")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "is not a checkpoint of fcmae: checkpoint.json: .*No such file"),
+        ("{", "is not a checkpoint of fcmae"),
+        ("[]", "is not a checkpoint of fcmae"),
+        ("{}", "is not a checkpoint of fcmae"),
+        ('{"format": 1, "version": "1", "colour": "red"}', "is not a checkpoint of fcmae"),
+        ('{"format": 2, "version": "9.0", "colour": "red"}', "has format 2, .* reads 1: use fcmae 9.0"),
+    ],
+)
+def test_what_is_no_checkpoint_of_this_format_is_said_in_a_sentence(
+    tmp_path: Path, content: str | None, message: str
+) -> None:
+    if content is not None:
+        (tmp_path / "checkpoint.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_meta(tmp_path)
+
+
+def test_damaged_tensors_are_said_in_a_sentence(tmp_path: Path) -> None:
+    place = write(tmp_path)
+    file = place / "optimizer.safetensors"
+    file.write_bytes(file.read_bytes()[:50])
+    with pytest.raises(ValueError, match=r"optimizer.safetensors cannot be read .* delete .*step-00000007"):
+        restore(place, *trained(), "fingerprint")
+
+
+def test_optimizer_state_of_another_model_is_refused() -> None:
+    model, optimizer = trained()
+    with pytest.raises(ValueError, match=r"5[.]weight, which is no parameter"):
+        checkpoint.load_optimizer_state(optimizer, model, {"5.weight/step": torch.zeros(())})

@@ -1,0 +1,94 @@
+"""Whether a model is compiled, with a compiler that only sleeps."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fcmae.training import compiling
+from fcmae.training.compiling import Setting, compile_model
+
+
+class Sleeper(nn.Module):
+    """Takes 20 ms as it is and `compiled_s` seconds once "compiled"; counts both."""
+
+    def __init__(self, compiled_s: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+        self.compiled_s, self.modes = compiled_s, []
+        self.calls = {"eager": 0, "compiled": 0}
+
+    def _take(self, kind: str, seconds: float) -> Tensor:
+        self.calls[kind] += 1
+        time.sleep(seconds)
+        return self.weight
+
+    def forward(self) -> Tensor:
+        return self._take("eager", 0.02)
+
+    def compile(self, mode: str | None = None) -> None:  # type: ignore[override]  # as much of torch's as is used
+        self.modes.append(mode)
+        self._compiled_call_impl = lambda: self._take("compiled", self.compiled_s)
+
+
+def compiled(net: Sleeper, setting: Setting, num_steps: int = 10**6) -> bool:
+    compile_model(net, setting, lambda: net().backward(), num_steps)
+    net.calls = {"eager": 0, "compiled": 0}
+    net()
+    return net.calls["compiled"] == 1
+
+
+@pytest.mark.parametrize("setting", [True, False])
+def test_true_and_false_are_done_without_a_trial(setting: bool) -> None:
+    assert compiled(Sleeper(1.0), setting) is setting
+
+
+def test_auto_compiles_what_gets_faster() -> None:
+    assert compiled(Sleeper(0.0), "auto")
+
+
+def test_auto_goes_back_to_eager_where_compiling_does_not_help() -> None:
+    net = Sleeper(0.06)
+    assert not compiled(net, "auto")
+    assert net.modes == [None]
+
+
+def test_auto_does_not_try_in_a_run_that_is_over_before_it_pays() -> None:
+    net = Sleeper(0.0)
+    assert not compiled(net, "auto", num_steps=int(compiling.LEAST_RUN_S / 0.02 / 10))
+    assert net.modes == []
+
+
+def test_a_trial_leaves_no_gradient() -> None:
+    net = Sleeper(0.0)
+    compiled(net, "auto")
+    assert net.weight.grad is None
+
+
+def test_cuda_graphs_without_a_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"^model.compile = cudagraphs needs a GPU"):
+        compiled(Sleeper(0.0), "cudagraphs")
+
+
+def test_cuda_graphs_are_torchs_mode_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    net = Sleeper(0.0)
+    assert compiled(net, "cudagraphs")
+    assert net.modes == ["reduce-overhead"]
+
+
+def test_auto_goes_on_eager_where_compiling_fails() -> None:
+    net = Sleeper(0.0)
+
+    def broken(mode: str | None = None) -> None:
+        def call() -> Tensor:
+            raise RuntimeError("no C++ compiler")
+
+        net._compiled_call_impl = call
+
+    net.compile = broken  # type: ignore[method-assign]
+    assert not compiled(net, "auto")

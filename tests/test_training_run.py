@@ -1,0 +1,372 @@
+"""A directory holds one run, of one process at a time, and nothing that is not the run's is ever lost."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import signal
+import sys
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from runs import PROCESSES, config, forget_accelerator
+
+import fcmae.training.run
+from fcmae import settings
+from fcmae.config import FinetuneConfig, PretrainConfig
+from fcmae.training.run import (
+    Metrics,
+    RunDirectory,
+    StopSignal,
+    make_accelerator,
+    read_metrics,
+    record_start,
+    seed_step,
+    write_text,
+)
+
+OWN = ("train.log", "metrics.jsonl", "files.json", "val_files.json", "checkpoints/step-00000001/checkpoint.json")
+
+
+@pytest.fixture(autouse=True)
+def _accelerator() -> Iterator[None]:
+    yield
+    forget_accelerator()
+
+
+def names(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def make_run(out: Path, **changed: object) -> PretrainConfig:
+    """A run with a checkpoint in `out`."""
+    cfg = config(Path("photos"), out, **changed)
+    with RunDirectory(cfg, "pretrain").open(is_main=True):
+        for name in OWN:
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            (out / name).write_text("")
+    return cfg
+
+
+def test_the_settings_are_written_with_the_kind_of_run(tmp_path: Path) -> None:
+    cfg = make_run(tmp_path / "deep" / "out")
+    path = tmp_path / "deep" / "out" / "config.yaml"
+    assert path.read_text().startswith(f"# fcmae pretrain {fcmae.__version__}\n")
+    assert settings.read(PretrainConfig, path) == cfg
+
+
+def test_looking_at_a_directory_changes_nothing(tmp_path: Path) -> None:
+    run = RunDirectory(config(Path("photos"), tmp_path / "out"), "pretrain")
+    assert not run.exists
+    assert run.resume_from is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_same_settings_find_the_run_and_its_newest_checkpoint(tmp_path: Path) -> None:
+    cfg = make_run(tmp_path)
+    run = RunDirectory(cfg, "pretrain")
+    assert run.exists
+    assert run.resume_from == tmp_path / "checkpoints" / "step-00000001"
+
+
+def test_a_directory_with_anything_else_is_refused_and_stays(tmp_path: Path) -> None:
+    cfg = config(Path("photos"), tmp_path)
+    # config.yaml is a common name: one of another program makes no run.
+    for name, text in (("thesis.tex", "years of work"), ("config.yaml", "seed: 1\n"), ("config.yaml", "")):
+        (tmp_path / name).write_text(text)
+        for overwrite in (False, True):
+            with pytest.raises(ValueError, match="is not empty and holds no run of fcmae: give another directory"):
+                RunDirectory(cfg.model_copy(update={"overwrite": overwrite}), "pretrain")
+        assert (tmp_path / name).read_text() == text
+        (tmp_path / name).unlink()
+
+
+def test_a_file_in_place_of_the_directory_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("")
+    with pytest.raises(ValueError, match="holds no run of fcmae"):
+        RunDirectory(config(Path("photos"), tmp_path / "out"), "pretrain")
+
+
+def test_what_a_run_left_that_was_killed_before_it_began_is_no_hindrance(tmp_path: Path) -> None:
+    for name in (".lock", ".tmp-config.yaml"):
+        (tmp_path / name).write_text("")
+    make_run(tmp_path)
+    assert names(tmp_path) == {*OWN, "config.yaml", "environment.json", ".lock"}
+
+
+def test_another_kind_of_run_is_refused(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    with pytest.raises(ValueError, match=r"holds another kind of run \(fcmae pretrain .*--overwrite"):
+        RunDirectory(FinetuneConfig(out=tmp_path), "finetune")
+
+
+def test_every_other_setting_that_matters_is_named(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    with pytest.raises(ValueError, match="holds a run with other settings") as error:
+        RunDirectory(config(Path("photos"), tmp_path, seed=5, optim__base_lr=0.1), "pretrain")
+    _, *lines = str(error.value).splitlines()
+    assert [line.strip() for line in lines] == [
+        "seed: the run has 0, this command 5",
+        "optim.base_lr: the run has 0.5, this command 0.1",
+    ]
+
+
+def test_settings_that_only_say_where_and_how_fast_may_change(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    changed = config(Path("elsewhere"), tmp_path, data__num_workers=3, checkpoint__keep=7)
+    run = RunDirectory(changed, "pretrain")
+    assert run.exists
+    assert run.kept("seed", "model.variant")
+    assert not run.kept("seed", "data.path")
+    with run.open(is_main=True):
+        pass
+    # The settings in force are those in the file.
+    assert settings.read(PretrainConfig, tmp_path / "config.yaml") == changed
+    assert RunDirectory(changed, "pretrain").kept("data.path")
+    assert set(OWN) < names(tmp_path)
+
+
+def test_overwrite_deletes_the_run_s_own_files_only(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    for name in ("notes.txt", "plots/mine.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    run = RunDirectory(config(Path("photos"), tmp_path, overwrite="true", seed=5), "pretrain")
+    assert run.resume_from is None
+    with run.open(is_main=True):
+        pass
+    assert names(tmp_path) == {"notes.txt", "plots/mine.png", "config.yaml", "environment.json", "train.log", ".lock"}
+
+
+def test_an_overwrite_cut_off_anywhere_leaves_the_old_run_with_all_its_checkpoints_or_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Cut(BaseException):
+        pass
+
+    operations = 0
+
+    def counted(function: object) -> object:
+        def call(*args: object, **options: object) -> object:
+            nonlocal operations
+            operations += 1
+            if operations == limit:
+                raise Cut
+            return function(*args, **options)  # type: ignore[operator]
+
+        return call
+
+    for limit in range(1, 100):
+        out = tmp_path / str(limit)
+        old = make_run(out)
+        (out / "notes.txt").write_text("mine")
+        new = config(Path("photos"), out, overwrite="true", seed=5)
+        operations = 0
+        with monkeypatch.context() as patch:
+            for name in ("rename", "unlink", "replace"):
+                patch.setattr(Path, name, counted(getattr(Path, name)))
+            patch.setattr(os, "unlink", counted(os.unlink))  # what shutil.rmtree calls
+            patch.setattr(os, "rmdir", counted(os.rmdir))
+            try:
+                with RunDirectory(new, "pretrain").open(is_main=True):
+                    break
+            except Cut:
+                pass
+        assert set(OWN[-1:]) <= names(out) or not (out / "checkpoints").exists()
+        assert RunDirectory(old, "pretrain").path == out  # still taken for a run, not for somebody's files
+        with RunDirectory(new, "pretrain").open(is_main=True):
+            assert names(out) == {"config.yaml", "environment.json", "train.log", ".lock", "notes.txt"}
+    assert limit > 10  # it was cut in many places
+
+
+def hold(out: str, opened: object, release: object) -> None:
+    with RunDirectory(config(Path("photos"), Path(out)), "pretrain").open(is_main=True):
+        opened.set()  # type: ignore[attr-defined]
+        release.wait(60)  # type: ignore[attr-defined]
+
+
+def test_a_second_process_is_refused_until_the_first_has_ended(tmp_path: Path) -> None:
+    opened, release = PROCESSES.Event(), PROCESSES.Event()
+    process = PROCESSES.Process(target=hold, args=(str(tmp_path), opened, release))
+    process.start()
+    assert opened.wait(60)
+    run = RunDirectory(config(Path("photos"), tmp_path), "pretrain")
+    with pytest.raises(ValueError, match="is in use by another process"), run.open(is_main=True):
+        pass
+    process.kill()  # a lock that outlived its process would need a hand to remove it
+    process.join()
+    with run.open(is_main=True):
+        pass
+
+
+def test_a_run_that_was_made_since_the_first_look_is_not_deleted(tmp_path: Path) -> None:
+    cfg = config(Path("photos"), tmp_path)
+    early = RunDirectory(cfg, "pretrain")
+    make_run(tmp_path)
+    with pytest.raises(ValueError, match="in use by another process"), early.open(is_main=True):
+        pass
+    assert set(OWN) < names(tmp_path)
+
+
+def test_other_processes_of_a_run_write_nothing(tmp_path: Path) -> None:
+    level = logging.getLogger("fcmae").level
+    with RunDirectory(config(Path("photos"), tmp_path), "pretrain").open(is_main=False):
+        pass
+    logging.getLogger("fcmae").setLevel(level)
+    assert not names(tmp_path)
+
+
+def test_the_log_is_on_the_terminal_and_in_the_file_which_ends_with_what_stopped_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunDirectory(config(Path("photos"), tmp_path), "pretrain")
+    with pytest.raises(FloatingPointError), run.open(is_main=True):
+        logging.getLogger("fcmae.somewhere").info("größer")
+        raise FloatingPointError("step 3: the loss is nan")
+    assert capsys.readouterr().err.endswith(" größer\n")  # the command itself prints what it raised
+    lines = (tmp_path / "train.log").read_text(encoding="utf-8").splitlines()
+    assert [line.split(" ", 2)[2] for line in lines] == ["größer", "FloatingPointError: step 3: the loss is nan"]
+    assert not logging.getLogger("fcmae").handlers
+
+
+def test_a_text_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
+    write_text(tmp_path / "a", "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(tmp_path / "a", "new \ud800")
+    assert (tmp_path / "a").read_text() == "old"
+
+
+def metrics_at(path: Path, step: int, trackers: list[str] | None = None) -> Metrics:
+    return Metrics(path, Accelerator(cpu=True, log_with=trackers, project_dir=path.parent), step)
+
+
+def test_a_resumed_run_drops_what_follows_its_step_and_a_half_written_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    metrics = metrics_at(path, 0)
+    for step in (1, 2, 3):
+        metrics.write(step, step / 3, loss=0.1 * step)
+    with path.open("a") as file:
+        file.write('{"step": 4, "ep')
+    assert [line["step"] for line in read_metrics(path)] == [1, 2, 3]
+    metrics = metrics_at(path, 2)
+    metrics.write(3, 1, loss=7.0)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(line["step"], line["epoch"], line["loss"]) for line in lines] == [
+        (1, 0.3333, 0.1),
+        (2, 0.6667, 0.2),
+        (3, 1, 7.0),
+    ]
+
+
+def test_curves_are_the_epochs_and_values_of_each_name_that_was_written(tmp_path: Path) -> None:
+    metrics = metrics_at(tmp_path / "metrics.jsonl", 0)
+    metrics.write(1, 0.5, loss=3.0)
+    metrics.write(2, 1.0, loss=2.0)
+    metrics.write(2, 1.0, val_loss=2.5)
+    assert metrics.curves("loss", "val_loss", "other") == {"loss": ([0.5, 1.0], [3.0, 2.0]), "val_loss": ([1.0], [2.5])}
+
+
+def test_half_precision_on_a_cpu_is_refused(tmp_path: Path) -> None:
+    cfg = config(Path("photos"), tmp_path).model_copy(update={"precision": "fp16"})
+    with pytest.raises(ValueError, match="precision = fp16 needs a GPU: use fp32 or bf16"):
+        make_accelerator(cfg)
+
+
+def test_automatic_precision_on_a_cpu_is_full(tmp_path: Path) -> None:
+    accelerator = make_accelerator(config(Path("photos"), tmp_path))
+    assert (accelerator.mixed_precision, accelerator.device.type) == ("no", "cpu")
+    assert not list(tmp_path.iterdir())
+
+
+def draws() -> tuple[float, float, float]:
+    return random.random(), float(np.random.rand()), float(torch.rand(()))  # noqa: NPY002
+
+
+def test_every_generator_depends_on_seed_step_and_process_alone() -> None:
+    found = []
+    for key in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 0)):
+        seed_step(*key)
+        found.append(draws())
+    assert found[0] == found[4]
+    for values in zip(*found[:4], strict=True):
+        assert len(set(values)) == 4
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_signals_are_noted_and_the_old_handlers_return(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with StopSignal() as stop:
+        assert stop.received is None
+        os.kill(os.getpid(), number)
+        assert stop.received == number.name
+        if number != signal.SIGINT:
+            os.kill(os.getpid(), number)  # again: nothing more
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(number) is before
+
+
+def test_a_run_that_was_refused_before_its_first_line_takes_other_settings(tmp_path: Path) -> None:
+    with RunDirectory(config(Path("photos"), tmp_path), "pretrain").open(is_main=True):
+        pass
+    corrected = config(Path("photos"), tmp_path, seed=5)
+    with RunDirectory(corrected, "pretrain").open(is_main=True):
+        pass
+    assert settings.read(PretrainConfig, tmp_path / "config.yaml") == corrected
+
+
+def starts(path: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((path / "environment.json").read_text())
+    return found
+
+
+def test_each_start_says_what_it_ran_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/opt/bin/fcmae", "pretrain", "--data.path", "my photos", "--seed", "0"])
+    make_run(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["/opt/fcmae/cli.py", "pretrain"])  # python -m fcmae.cli
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    make_run(tmp_path)
+    first, second = starts(tmp_path)
+    assert [first["command"], second["command"]] == [
+        "fcmae pretrain --data.path 'my photos' --seed 0",
+        "fcmae pretrain",
+    ]
+    assert [first["num_processes"], second["num_processes"]] == [1, 2]
+    assert first["versions"]["fcmae"] == fcmae.__version__
+    assert first["versions"].keys() == {"fcmae", "torch", "timm", "accelerate", "python"}
+    assert (first["device"], first["device_name"]) == ("cpu", first["cpu"])
+    assert first["cores"] >= 1 and first["directory"] == str(Path.cwd())
+    assert datetime.fromisoformat(first["time"]) <= datetime.fromisoformat(second["time"])
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", "[1"])
+def test_a_record_of_starts_that_cannot_be_read_is_begun_anew(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "environment.json"
+    path.write_text(content)
+    record_start(path, cpu=True)
+    assert len(starts(tmp_path)) == 1
+
+
+def test_an_overwritten_run_forgets_its_starts_and_what_was_found_of_it_and_nothing_else(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    for name in (
+        "evaluation/run/evaluation.json",
+        "evaluation/table.md",
+        "analysis/channels.png",
+        "analysis/mine.ipynb",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("of the old run")
+    with RunDirectory(config(Path("photos"), tmp_path, overwrite="true"), "pretrain").open(is_main=True):
+        pass
+    assert len(starts(tmp_path)) == 1
+    assert not (tmp_path / "evaluation").exists()
+    assert [path.name for path in (tmp_path / "analysis").iterdir()] == ["mine.ipynb"]
