@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent
 
 ORDER = [
     "fcmae",
+    "fcmae.atomic",
     "fcmae.masking",
     "fcmae.networks",
     "fcmae.networks.spec",

@@ -1,0 +1,26 @@
+"""Files that are there whole or not at all."""
+
+from pathlib import Path
+
+import pytest
+
+from fcmae.atomic import replacing, write_text
+
+
+def test_a_file_is_replaced_only_when_it_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "file.txt"
+    write_text(path, "old")
+    with pytest.raises(KeyError), replacing(path) as aside:
+        aside.write_text("half")
+        assert path.read_text() == "old"
+        raise KeyError
+    assert [found.name for found in path.parent.iterdir()] == ["file.txt"]
+    assert path.read_text() == "old"
+    with replacing(path) as aside:
+        aside.write_text("new")
+    assert path.read_text() == "new"
+
+
+def test_names_that_are_no_unicode_keep_their_bytes(tmp_path: Path) -> None:
+    write_text(tmp_path / "names", "caf\udce9")
+    assert (tmp_path / "names").read_bytes() == b"caf\xe9"
