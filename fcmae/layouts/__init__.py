@@ -6,7 +6,7 @@ the last dimension and does not know which layout it runs in:
 
     pack(x)                          (B, H, W, C) dense map  -> features of the visible sites
     unpack(f)                        features                -> (B, H, W, C), zero at hidden sites
-    depthwise_conv(f, weight, bias)  7x7, hidden sites and the outside count as zero
+    depthwise_conv(f, weight, bias)  any odd kernel, hidden sites and the outside count as zero
     downsample(f, weight, bias)      2x2, stride 2
     image_norm(f)                    L2 norm of each channel over the visible sites of one image, broadcastable to f;
                                      of the whole batch if grn_scope is "batch", as in the released PyTorch code
@@ -15,20 +15,24 @@ the last dimension and does not know which layout it runs in:
     drop_path(f, rate)               stochastic depth: zero at all sites of an image with probability rate, else
                                      divided by 1 - rate
 
-Parameters stay in dense layout, (C, 1, 7, 7) and (Cout, Cin, 2, 2), whatever the layout of the features.
+Parameters stay in dense layout, (C, 1, k, k) and (Cout, Cin, 2, 2), whatever the layout of the features.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
 
+from fcmae.layouts.dense import Dense
 from fcmae.layouts.masked import Masked
 from fcmae.layouts.packed import Packed
 from fcmae.layouts.sites import count_visible
 
-__all__ = ["Layout", "Masked", "Packed", "make_layout"]
+__all__ = ["DENSE", "Layout", "MakeLayout", "Masked", "Packed", "make_layout"]
+
+DENSE = Dense()  # nothing hidden; it holds nothing of a batch
 
 
 class Layout(Protocol):
@@ -43,16 +47,25 @@ class Layout(Protocol):
     def drop_path(self, f: Tensor, rate: float) -> Tensor: ...
 
 
+# (mask, num_visible) -> the layout of one batch; see `make_layout`.
+MakeLayout = Callable[[Tensor, int | None], Layout]
+
+
 def make_layout(backend: str, mask: Tensor, num_visible: int | None = None, grn_scope: str = "image") -> Layout:
     """The layout named `backend` for one batch.
 
-    mask: (B, gh, gw) bool, True = hidden. num_visible: visible patches an image, which only packed and triton (packed
-    with kernels for GPUs) need; None counts them, which waits for the device. grn_scope: "image", or "batch" to
-    continue a run of the released PyTorch code, whose GRN pools over the images that a process computes together.
+    Args:
+        backend: packed, triton (packed with kernels for GPUs), masked or minkowski.
+        mask: (B, gh, gw) bool, True = hidden.
+        num_visible: visible patches of each image, which only packed and triton need; None counts them, which waits
+            for the device.
+        grn_scope: "image", or "batch" to continue a run of the released PyTorch code, whose GRN pools over the images
+            that a process computes together.
 
-    Raises ValueError for an unknown backend or scope, for minkowski where MinkowskiEngine is missing, for triton
-    without Triton or a GPU that runs its kernels, and for packed and triton if the images differ in their number of
-    visible patches.
+    Raises:
+        ValueError: for an unknown backend or scope, for minkowski where MinkowskiEngine is missing, for triton without
+            Triton or a GPU that runs its kernels, and for packed and triton if the images differ in their number of
+            visible patches.
     """
     if grn_scope not in ("image", "batch"):
         raise ValueError(f"grn_scope = {grn_scope!r}: use image or batch")

@@ -8,7 +8,6 @@ from the manager's coordinates (image, y, x), never assumed.
 from __future__ import annotations
 
 import warnings
-from functools import cached_property
 from math import isqrt
 from typing import Any
 
@@ -29,8 +28,6 @@ except ImportError as error:
         f"backend = 'minkowski' needs MinkowskiEngine, which is not installed here ({error}): "
         "build it with `make minkowski` (docker/install_minkowski.sh) or use packed"
     ) from error
-
-KERNEL_SIZE = 7  # of the encoder's depthwise convolution
 
 
 class Minkowski:
@@ -71,9 +68,9 @@ class Minkowski:
         return canvas.index_copy(0, level.site, f).view(self.batch, height, width, f.shape[-1])
 
     def depthwise_conv(self, f: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        kernel = weight[:, 0].permute(2, 1, 0).flatten(0, 1)  # (49, C); the engine's offsets run along y first
+        kernel = weight[:, 0].permute(2, 1, 0).flatten(0, 1)  # (k * k, C); the engine's offsets run along y first
         # The parameters' precision: under autocast the engine has no 16-bit arithmetic on a CPU.
-        out: Tensor = _DepthwiseConv.apply(f.to(weight.dtype), kernel, self._level(f).neighbours)
+        out: Tensor = _DepthwiseConv.apply(f.to(weight.dtype), kernel, self._level(f).neighbours(weight.shape[-1]))
         return out if bias is None else out + bias
 
     def downsample(self, f: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -122,20 +119,22 @@ class _Level:
         self.image, y, x = coordinates.unbind(1)
         stride = key.get_tensor_stride()[0]
         self.site = (self.image * size[0] + y // stride) * size[1] + x // stride  # index into B * height * width
+        self._neighbours: dict[int, Tensor] = {}
 
-    @cached_property
-    def neighbours(self) -> Tensor:
-        """The engine's kernel map as a table (49, N): the row that each row sees at each offset, N if it is hidden.
+    def neighbours(self, kernel_size: int) -> Tensor:
+        """The engine's kernel map as a table (k * k, N): the row that each row sees at each offset, N if it is hidden.
 
         The engine lists pairs of rows for each offset. As a table they need no scatter, and every block of a stage
         uses the same one, forward and backward.
         """
-        num_rows = self.site.shape[0]
-        table: Tensor = self.site.new_full((KERNEL_SIZE**2, num_rows), num_rows)
-        for offset, pairs in self.manager.kernel_map(self.key, self.key, kernel_size=KERNEL_SIZE).items():
-            seen, seeing = pairs.long()
-            table[offset, seeing] = seen
-        return table
+        if kernel_size not in self._neighbours:
+            num_rows = self.site.shape[0]
+            table: Tensor = self.site.new_full((kernel_size**2, num_rows), num_rows)
+            for offset, pairs in self.manager.kernel_map(self.key, self.key, kernel_size=kernel_size).items():
+                seen, seeing = pairs.long()
+                table[offset, seeing] = seen
+            self._neighbours[kernel_size] = table
+        return self._neighbours[kernel_size]
 
 
 class _DepthwiseConv(torch.autograd.Function):

@@ -43,7 +43,7 @@ SITES = 64  # a program's share of sites, if there are enough of them: over so m
 
 
 class PackedTriton(Packed):
-    """`Packed` with these kernels for its depthwise convolution. Raises ValueError on a device that cannot run them."""
+    """`Packed` with these kernels for its 7x7 depthwise convolution. Raises ValueError on a device that cannot run them."""
 
     def __init__(self, mask: Tensor, num_visible: int, grn_scope: str = "image") -> None:
         if not available(mask.device):
@@ -55,6 +55,8 @@ class PackedTriton(Packed):
         self.neighbours = neighbour_table(mask, self.visible)
 
     def depthwise_conv(self, f: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if weight.shape[-1] != SIZE:
+            return super().depthwise_conv(f, weight, bias)
         return depthwise_conv(f, weight, bias, self.neighbours)
 
 

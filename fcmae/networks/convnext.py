@@ -1,104 +1,91 @@
-"""The ConvNeXt encoder that sees only visible patches: V2 (GRN) and V1 (LayerScale), in any layout."""
+"""The ConvNeXt encoder, V2 (GRN) and V1 (LayerScale): sparse on the visible patches, or dense, by its layout alone."""
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Iterator
 from itertools import pairwise
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fcmae.layouts import Layout
+from fcmae.layouts import DENSE, Layout
 from fcmae.networks.layers import GRN, Block, LayerNorm
-
-
-class Variant(NamedTuple):
-    depths: tuple[int, int, int, int]
-    dims: tuple[int, int, int, int]
-    use_grn: bool
-
-
-# arXiv 2301.00808, Appendix A.1, and arXiv 2201.03545, Sec. 3; `small` of V2, and V1 below `tiny`, are timm's.
-VARIANTS = {
-    "convnextv2_atto": Variant((2, 2, 6, 2), (40, 80, 160, 320), True),
-    "convnextv2_femto": Variant((2, 2, 6, 2), (48, 96, 192, 384), True),
-    "convnextv2_pico": Variant((2, 2, 6, 2), (64, 128, 256, 512), True),
-    "convnextv2_nano": Variant((2, 2, 8, 2), (80, 160, 320, 640), True),
-    "convnextv2_tiny": Variant((3, 3, 9, 3), (96, 192, 384, 768), True),
-    "convnextv2_small": Variant((3, 3, 27, 3), (96, 192, 384, 768), True),
-    "convnextv2_base": Variant((3, 3, 27, 3), (128, 256, 512, 1024), True),
-    "convnextv2_large": Variant((3, 3, 27, 3), (192, 384, 768, 1536), True),
-    "convnextv2_huge": Variant((3, 3, 27, 3), (352, 704, 1408, 2816), True),
-    "convnext_atto": Variant((2, 2, 6, 2), (40, 80, 160, 320), False),
-    "convnext_femto": Variant((2, 2, 6, 2), (48, 96, 192, 384), False),
-    "convnext_pico": Variant((2, 2, 6, 2), (64, 128, 256, 512), False),
-    "convnext_nano": Variant((2, 2, 8, 2), (80, 160, 320, 640), False),
-    "convnext_tiny": Variant((3, 3, 9, 3), (96, 192, 384, 768), False),
-    "convnext_small": Variant((3, 3, 27, 3), (96, 192, 384, 768), False),
-    "convnext_base": Variant((3, 3, 27, 3), (128, 256, 512, 1024), False),
-    "convnext_large": Variant((3, 3, 27, 3), (192, 384, 768, 1536), False),
-    "convnext_xlarge": Variant((3, 3, 27, 3), (256, 512, 1024, 2048), False),
-}
+from fcmae.networks.spec import ConvNeXtSpec
 
 
 class Encoder(nn.Module):
-    """Stem and four stages, with parameters under the released dense code's names.
+    """Stem and stages, with parameters under the released dense code's names.
 
     `downsample_layers.0` is the stem (convolution, LayerNorm); `downsample_layers.1..3` are LayerNorm and a 2x2
     stride-2 convolution; `stages.i.j` are blocks. There is no final norm: FCMAE does not train one.
 
-    variant: a key of VARIANTS. in_chans: image channels. stem_stride: side and stride of the stem's convolution.
-    drop_path_rate: stochastic depth, rising linearly over the blocks to this. grad_checkpointing: recompute each
-    block in backward instead of keeping its activations.
+    Args:
+        spec: the numbers of the network.
+        in_chans: image channels.
+        drop_path_rate: stochastic depth, rising linearly over the blocks to this.
+        grad_checkpointing: recompute each block in backward instead of keeping its activations.
     """
 
     def __init__(
         self,
-        variant: str,
+        spec: ConvNeXtSpec,
         in_chans: int = 3,
-        stem_stride: int = 4,
         drop_path_rate: float = 0.0,
         grad_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        depths, dims, use_grn = VARIANTS[variant]
-        self.variant = variant
+        self.spec = spec
         self.in_chans = in_chans
-        self.stem_stride = stem_stride
-        self.total_stride = 8 * stem_stride
-        self.dim = dims[-1]
+        self.total_stride = spec.total_stride
+        self.dim = spec.dims[-1]
         self.grad_checkpointing = grad_checkpointing
 
-        stem = nn.Sequential(nn.Conv2d(in_chans, dims[0], stem_stride, stem_stride), LayerNorm(dims[0]))
+        stride = spec.stem_stride
+        stem = nn.Sequential(nn.Conv2d(in_chans, spec.dims[0], stride, stride), LayerNorm(spec.dims[0]))
         self.downsample_layers = nn.ModuleList([stem])
-        for dim, next_dim in pairwise(dims):
+        for dim, next_dim in pairwise(spec.dims):
             self.downsample_layers.append(nn.Sequential(LayerNorm(dim), nn.Conv2d(dim, next_dim, 2, 2)))
 
-        rates = iter(drop_path_rate * i / (sum(depths) - 1) for i in range(sum(depths)))
+        num_blocks = sum(spec.depths)
+        rates = iter(drop_path_rate * i / max(1, num_blocks - 1) for i in range(num_blocks))
         self.stages = nn.ModuleList(
-            nn.ModuleList(Block(dim, next(rates), use_grn) for _ in range(depth))
-            for depth, dim in zip(depths, dims, strict=True)
+            nn.ModuleList(Block(dim, width, spec.kernel_size, next(rates), spec.use_grn) for width in widths)
+            for widths, dim in zip(spec.hidden_widths, spec.dims, strict=True)
         )
         self.apply(init_weights)
 
-    def forward(self, images: Tensor, layout: Layout) -> Tensor:
-        """Features of the visible sites at the total stride.
+    def forward(self, images: Tensor, layout: Layout = DENSE) -> Tensor:
+        """Features at the total stride.
 
-        images: (B, in_chans, H, W) float; H and W are multiples of the mask patch. layout: made from the mask; its
-        grid times the mask patch is (H, W). Returns features in `layout` with `dim` channels.
+        Args:
+            images: (B, in_chans, H, W) float, normalised. Under a mask H and W are multiples of the mask patch;
+                otherwise the last rows and columns that fill no site are left out, as a strided convolution does.
+            layout: made from the mask; the default sees the whole image.
+
+        Returns:
+            Features of the visible sites in `layout`, `dim` channels; (B, H / total_stride, W / total_stride, dim)
+            where nothing is hidden.
         """
-        f = self.stem(images, layout)
+        return self.pyramid(images, layout)[-1]
+
+    def pyramid(self, images: Tensor, layout: Layout = DENSE) -> list[Tensor]:
+        """The output of each stage, first to last, in `layout`; without a mask (B, h_i, w_i, dims[i]). See `forward`."""
+        maps = []
+        f = self.stem(images, layout)  # (B, h, w, dims[0]) where nothing is hidden
         for i, stage in enumerate(self.stages):
             if i > 0:
-                norm, conv = cast("tuple[LayerNorm, nn.Conv2d]", self.downsample_layers[i])
-                f = layout.downsample(norm(f), conv.weight, conv.bias)
-            for block in cast(nn.ModuleList, stage):
+                f = self.downsample(i, f, layout)  # half the height and width, dims[i]
+            for block in cast("Iterator[Block]", stage):
                 if self.grad_checkpointing and self.training:
                     f = checkpoint(block, f, layout, use_reentrant=False)
                 else:
                     f = block(f, layout)
-        return f
+            maps.append(f)
+        return maps
 
     def stem(self, images: Tensor, layout: Layout) -> Tensor:
         """The stem's convolution and norm at visible sites.
@@ -107,12 +94,18 @@ class Encoder(nn.Module):
         hiding its outputs. Only visible pixels are packed: hidden ones enter no computation.
         """
         conv, norm = cast("tuple[nn.Conv2d, LayerNorm]", self.downsample_layers[0])
+        s = self.spec.stem_stride
         B, C, H, W = images.shape
-        s = self.stem_stride
-        x = images.view(B, C, H // s, s, W // s, s).permute(0, 2, 4, 1, 3, 5)
-        x = layout.pack(x.reshape(B, H // s, W // s, C * s * s))
+        h, w = H // s, W // s
+        x = images[:, :, : h * s, : w * s].reshape(B, C, h, s, w, s).permute(0, 2, 4, 1, 3, 5)  # (B, h, w, C, s, s)
+        x = layout.pack(x.reshape(B, h, w, C * s * s))
         f: Tensor = norm(F.linear(x, conv.weight.flatten(1), conv.bias))
         return f
+
+    def downsample(self, stage: int, f: Tensor, layout: Layout) -> Tensor:
+        """The LayerNorm and 2x2 stride-2 convolution before a stage, numbered from 0 and not the first."""
+        norm, conv = cast("tuple[LayerNorm, nn.Conv2d]", self.downsample_layers[stage])
+        return layout.downsample(norm(f), conv.weight, conv.bias)
 
 
 def init_weights(module: nn.Module) -> None:
@@ -125,8 +118,8 @@ def init_weights(module: nn.Module) -> None:
     | GRN | gamma 0 | beta 0 |
     | LayerScale (Block.gamma, V1) | 1e-6 | - |
 
-    The mask token, a bare parameter of FCMAE, is normal with std .02. The paper's recipe truncates at +-2, which is
-    100 standard deviations and never reached; the released PyTorch code instead draws almost every weight with
+    The mask token, a bare parameter of the decoder, is normal with std .02. The paper's recipe truncates at +-2, which
+    is 100 standard deviations and never reached; the released PyTorch code instead draws almost every weight with
     std 1, because its second pass falls back on a default, and that is not followed here.
     """
     if isinstance(module, nn.Conv2d | nn.Linear):
@@ -141,3 +134,34 @@ def init_weights(module: nn.Module) -> None:
         nn.init.zeros_(module.beta)
     elif isinstance(module, Block) and module.gamma is not None:
         nn.init.constant_(module.gamma, 1e-6)
+
+
+def num_layers(spec: ConvNeXtSpec, mode: str) -> int:
+    """How many layers `layer_of` tells apart below the norm and head, which are one more."""
+    if mode == "single":
+        return sum(spec.depths) + 1
+    return 1 + sum(math.ceil(depth / 3) for depth in spec.depths)
+
+
+def layer_of(name: str, spec: ConvNeXtSpec, mode: str) -> int:
+    """The layer of a parameter for layer-wise learning-rate decay, from 0 at the bottom.
+
+    Args:
+        name: of a parameter, with "encoder." before the encoder's.
+        spec: of the network.
+        mode: "single" gives every block a layer of its own, with the downsampling before it; the stem is in the first
+            block's. "group" makes every three consecutive blocks of a stage a layer, with the downsampling before
+            them; the stem is below. With depths 3 3 27 3 these are the 12 groups of the released recipes.
+
+    Returns:
+        0 to num_layers(spec, mode) - 1 for the encoder's, num_layers(spec, mode) for the norm's and the head's.
+    """
+    match = re.match(r"encoder\.(downsample_layers|stages)\.(\d)\.(\d+)", name)
+    if match is None:
+        return num_layers(spec, mode)
+    stage, block = int(match[2]), int(match[3]) if match[1] == "stages" else 0
+    if mode == "single":
+        return sum(spec.depths[:stage]) + block + 1
+    if match[1] == "downsample_layers" and stage == 0:
+        return 0
+    return 1 + sum(math.ceil(depth / 3) for depth in spec.depths[:stage]) + block // 3

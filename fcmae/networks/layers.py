@@ -1,8 +1,7 @@
-"""The layers of ConvNeXt V2 and V1, for features (..., C) in any layout."""
+"""The layers of ConvNeXt V2 and V1, and their block, for features (..., C) in any layout."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from fcmae.layouts import Layout
 from fcmae.layouts.norms import at_least_float32, l2_norm
+from fcmae.networks.spec import MLP_RATIO
 
 EPS = 1e-6
 
@@ -123,42 +123,71 @@ def _scales_weight(rows: Tensor, weight: Tensor) -> bool:
     return rows.shape[1] >= weight.shape[0]
 
 
-class Block(nn.Module):
-    """x + DropPath(pwconv2(GRN(GELU(pwconv1(LayerNorm(dwconv(x))))))); V1 has LayerScale at the end instead of GRN.
+def project(features: Tensor, grn: GRN, linear: nn.Linear, layout: Layout) -> Tensor:
+    """linear(grn(features)): as one operation where the layout has the rows of each image together, else one by one.
 
-    dim: channels C. drop_path: probability of dropping the branch for one image. use_grn: V2 if true, V1 if false.
+    Args:
+        features: (..., C) in `layout`, with any value at hidden sites.
+        grn: of C channels.
+        linear: from C to D channels.
+        layout: that of the features.
+
+    Returns:
+        (..., D), in `layout`.
+    """
+    rows = layout.image_rows(features)
+    if rows is not None:
+        return grn_linear(rows, grn, linear).view(*features.shape[:-1], -1)
+    out: Tensor = linear(grn(features, layout.image_norm(at_least_float32(features))))
+    return out
+
+
+class Block(nn.Module):
+    """V2: x + pwconv2(GRN(GELU(pwconv1(LayerNorm(dwconv(x)))))). V1: x + gamma * pwconv2(GELU(...)), LayerScale.
+
+    Drop path multiplies what is added to x.
+
+    Args:
+        dim: channels C.
+        hidden: expanded channels; None is 4C.
+        kernel_size: side of the depthwise kernel, odd.
+        drop_path_rate: probability of dropping the branch for one image.
+        use_grn: V2 if true, V1 if false.
     """
 
-    def __init__(self, dim: int, drop_path: float = 0.0, use_grn: bool = True) -> None:
+    def __init__(
+        self,
+        dim: int,
+        hidden: int | None = None,
+        kernel_size: int = 7,
+        drop_path_rate: float = 0.0,
+        use_grn: bool = True,
+    ) -> None:
         super().__init__()
-        self.dwconv = nn.Conv2d(dim, dim, kernel_size=7, padding=3, groups=dim)
+        hidden = hidden or MLP_RATIO * dim
+        self.dwconv = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
         self.norm = LayerNorm(dim)
-        self.pwconv1 = nn.Linear(dim, 4 * dim)
-        self.grn = GRN(4 * dim) if use_grn else None
-        self.pwconv2 = nn.Linear(4 * dim, dim)
+        self.pwconv1 = nn.Linear(dim, hidden)
+        self.grn = GRN(hidden) if use_grn else None
+        self.pwconv2 = nn.Linear(hidden, dim)
         self.gamma = None if use_grn else nn.Parameter(torch.full((dim,), 1e-6))
-        self.drop_path_rate = drop_path
+        self.drop_path_rate = drop_path_rate
 
-    def forward(self, x: Tensor, layout: Layout, select: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """Features of all sites of x, or of those that `select` keeps.
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        """Features (..., C) in `layout` to features of the same shape."""
+        h = self.expand(x, layout)  # (..., hidden)
+        h = project(h, self.grn, self.pwconv2, layout) if self.grn is not None else self.pwconv2(h)  # (..., C)
+        return self.add(x, h, layout)
 
-        x: features in `layout`. select: picks sites of a feature tensor; what follows the last operation that needs
-        every site (GRN's norm) is then computed for the picked ones only.
-        """
+    def expand(self, x: Tensor, layout: Layout) -> Tensor:
+        """GELU(pwconv1(LayerNorm(dwconv(x)))): (..., C) to (..., hidden), in `layout`."""
         h = layout.depthwise_conv(x, self.dwconv.weight, self.dwconv.bias)
-        h = F.gelu(self.pwconv1(self.norm(h)))
-        rows = layout.image_rows(h) if self.grn is not None and select is None else None
-        if self.grn is not None and rows is not None:
-            h = grn_linear(rows, self.grn, self.pwconv2).view(x.shape)
-        else:
-            if self.grn is not None:
-                norm = layout.image_norm(at_least_float32(h))
-            h = h if select is None else select(h)
-            h = self.pwconv2(h if self.grn is None else self.grn(h, norm))
-        if select is not None:
-            x = select(x)
+        return F.gelu(self.pwconv1(self.norm(h)))
+
+    def add(self, x: Tensor, branch: Tensor, layout: Layout) -> Tensor:
+        """x + DropPath(branch), or x + DropPath(gamma * branch) in V1: both (..., C)."""
         if self.gamma is not None:
-            h = self.gamma * h
+            branch = self.gamma * branch
         if self.training and self.drop_path_rate > 0:
-            h = layout.drop_path(h, self.drop_path_rate)
-        return x + h
+            branch = layout.drop_path(branch, self.drop_path_rate)
+        return x + branch

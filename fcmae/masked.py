@@ -1,0 +1,240 @@
+"""The method (FCMAE, arXiv 2301.00808, Sec. 3), in reading order: decoder, masked autoencoder, target, loss, objective.
+
+Which patches are hidden is drawn in `fcmae.masking`; the encoder is any of `fcmae.networks`, and sees visible patches
+only, by the layout (`fcmae.layouts`) that is made from the mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fcmae.layouts import DENSE, Layout, MakeLayout, make_layout
+from fcmae.layouts.norms import at_least_float32
+from fcmae.layouts.sites import refine, true_rows, visible_counts
+from fcmae.networks.convnext import Encoder, init_weights
+from fcmae.networks.layers import Block
+
+EPS = 1e-6  # beside a target patch's variance
+
+
+class Decoder(nn.Module):
+    """Projection -> mask token at hidden sites -> dense ConvNeXt V2 blocks on the whole grid -> prediction.
+
+    Args:
+        encoder_dim: channels of the encoder's output.
+        num_values: predicted values a site, p * p * C.
+        dim: width.
+        depth: number of blocks.
+    """
+
+    def __init__(self, encoder_dim: int, num_values: int, dim: int = 512, depth: int = 1) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(encoder_dim, dim, kernel_size=1)
+        self.mask_token = nn.Parameter(torch.empty(1, dim, 1, 1))
+        self.blocks = nn.ModuleList(Block(dim) for _ in range(depth))
+        self.pred = nn.Conv2d(dim, num_values, kernel_size=1)
+        self.apply(init_weights)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(self, f: Tensor, layout: Layout, site_mask: Tensor, num_hidden: int | None) -> Tensor:
+        """Predict hidden sites from the visible ones.
+
+        Args:
+            f: the encoder's output, in `layout`.
+            layout: that of f.
+            site_mask: (B, h, w) bool, True = hidden.
+            num_hidden: hidden sites of each image, which alone are then predicted; None predicts all.
+
+        Returns:
+            (B, M, num_values), the M = num_hidden hidden sites, or all h * w, in row-major order.
+        """
+        x = layout.unpack(_pointwise(f, self.proj))  # (B, h, w, dim), zero at hidden sites
+        x = torch.where(site_mask[..., None], self.mask_token.view(-1).to(x.dtype), x)
+        *blocks, last = cast("list[Block]", list(self.blocks))
+        for block in blocks:
+            x = block(x, DENSE)
+        x = last(x, DENSE) if num_hidden is None else _at_sites(last, x, true_rows(site_mask, num_hidden))
+        return _pointwise(x, self.pred).reshape(len(site_mask), -1, self.pred.out_channels)
+
+
+def _at_sites(block: Block, x: Tensor, rows: Tensor) -> Tensor:
+    """A V2 block's output at some sites of a dense map: its GRN needs the expanded features everywhere, the rest not.
+
+    x: (B, h, w, C). rows: (N,) int64, indices into its B * h * w sites, equally many of each image. Returns (N, C)
+    as (B, N / B, 1, C).
+    """
+
+    def pick(features: Tensor) -> Tensor:
+        return features.flatten(0, 2).index_select(0, rows).view(len(x), -1, 1, features.shape[-1])
+
+    h = block.expand(x, DENSE)  # (B, h, w, hidden)
+    assert block.grn is not None
+    branch = block.pwconv2(block.grn(pick(h), DENSE.image_norm(at_least_float32(h))))  # (B, N / B, 1, C)
+    return block.add(pick(x), branch, DENSE)
+
+
+def _pointwise(f: Tensor, conv: nn.Conv2d) -> Tensor:
+    """A 1x1 convolution on features (..., C)."""
+    return F.linear(f, conv.weight.flatten(1), conv.bias)
+
+
+class FCMAE(nn.Module):
+    """A fully convolutional masked autoencoder of finished parts.
+
+    Args:
+        encoder: sees visible sites only.
+        decoder: predicts hidden sites, of the encoder's total stride, from the encoder's output.
+        make_layout: (mask, num_visible) to the layout of the encoder's features; by default packed.
+    """
+
+    def __init__(
+        self, encoder: Encoder, decoder: Decoder, make_layout: MakeLayout = partial(make_layout, "packed")
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+        self.make_layout = make_layout
+
+    def forward(
+        self, images: Tensor, mask: Tensor, num_visible: int | None = None, hidden_only: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Predict the pixels of hidden patches from the visible ones.
+
+        One site is a patch of p = total_stride pixels; a mask patch is one or more sites.
+
+        Args:
+            images: (B, C, H, W) float, normalised; H and W are multiples of the mask patch.
+            mask: (B, gh, gw) bool, True = hidden, one element a mask patch.
+            num_visible: visible patches of each image; None counts them, which waits for the device. If images differ
+                in that number, which packed refuses, leave it None.
+            hidden_only: predict hidden sites only, as the loss needs; False predicts every site, for pictures, as
+                happens too if images differ.
+
+        Returns:
+            pred: (B, M, p * p * C), the M hidden sites (or all) in row-major order, values ordered (row, column,
+            channel). site_mask: (B, H / p, W / p) bool, the mask at the sites.
+        """
+        if num_visible is None and len(counts := visible_counts(mask)) == 1:
+            num_visible = counts[0]
+        factor = images.shape[2] // self.encoder.total_stride // mask.shape[1]  # sites along a side of a mask patch
+        site_mask = refine(mask, factor)  # (B, h, w)
+        num_hidden = None
+        if hidden_only and num_visible is not None:
+            num_hidden = site_mask[0].numel() - num_visible * factor**2
+        layout = self.make_layout(mask, num_visible)
+        return self.decoder(self.encoder(images, layout), layout, site_mask, num_hidden), site_mask
+
+
+def build_fcmae(
+    encoder: Encoder,
+    decoder_dim: int = 512,
+    decoder_depth: int = 1,
+    make_layout: MakeLayout = partial(make_layout, "packed"),
+) -> FCMAE:
+    """The paper's model around an encoder: its plain decoder predicts the pixels of one site of the total stride."""
+    decoder = Decoder(encoder.dim, encoder.total_stride**2 * encoder.in_chans, decoder_dim, decoder_depth)
+    return FCMAE(encoder, decoder, make_layout)
+
+
+# What is to be predicted
+
+
+def patchify(images: Tensor, patch: int) -> Tensor:
+    """Cut images into non-overlapping patches.
+
+    Args:
+        images: (B, C, H, W), H and W multiples of patch.
+        patch: side in pixels.
+
+    Returns:
+        (B, L, patch * patch * C), patches in row-major order, the values of each ordered (row, column, channel): the
+        released decoders' order.
+    """
+    B, C, H, W = images.shape
+    x = images.reshape(B, C, H // patch, patch, W // patch, patch).permute(0, 2, 4, 3, 5, 1)
+    return x.reshape(B, (H // patch) * (W // patch), patch * patch * C)
+
+
+def unpatchify(patches: Tensor, patch: int, size: tuple[int, int]) -> Tensor:
+    """Inverse of `patchify`. patches: (B, L, patch * patch * C). size: (H, W). Returns (B, C, H, W)."""
+    B = patches.shape[0]
+    H, W = size
+    x = patches.reshape(B, H // patch, W // patch, patch, patch, -1).permute(0, 5, 1, 3, 2, 4)
+    return x.reshape(B, -1, H, W)
+
+
+def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean, and root of the unbiased variance plus 1e-6, of each patch over all its values: each (..., 1) float32."""
+    var, mean = torch.var_mean(at_least_float32(patches), dim=-1, keepdim=True)
+    return mean, (var + EPS).sqrt()
+
+
+# How the answer is judged
+
+
+def reconstruction_loss(pred: Tensor, images: Tensor, mask: Tensor, *, normalize: bool = True) -> Tensor:
+    """Mean squared error over hidden patches only (arXiv 2301.00808, Sec. 3).
+
+    Args:
+        pred: (B, M, p * p * C) float, the predictions for the M hidden patches of each image, or for every patch if
+            images differ in their number of hidden ones, in row-major order.
+        images: (B, C, H, W) float.
+        mask: (B, H / p, W / p) bool, True = hidden.
+        normalize: standardise each target patch by its own mean and unbiased variance (eps 1e-6).
+
+    Returns:
+        A float32 scalar.
+
+    Raises:
+        ValueError: if no patch is hidden.
+    """
+    M, pred = pred.shape[1], pred.flatten(0, 1)
+    if mask[0].numel() > M:
+        hidden = true_rows(mask, M)
+    else:  # every patch is predicted, and only the mask tells how many are hidden
+        hidden = mask.flatten().nonzero()[:, 0]
+        pred = pred.index_select(0, hidden)
+    if len(hidden) == 0:
+        raise ValueError("mask hides no patch: the loss is over hidden patches, so hide at least one")
+    patch = images.shape[2] // mask.shape[1]
+    # Only hidden patches are gathered, so no target is computed and thrown away.
+    target = at_least_float32(patchify(images, patch).flatten(0, 1).index_select(0, hidden))  # (num_hidden, p * p * C)
+    if normalize:
+        mean, std = patch_statistics(target)
+        target = (target - mean) / std
+    return (at_least_float32(pred) - target).square().mean()
+
+
+def masked_loss(
+    model: Callable[[Tensor, Tensor, int | None], tuple[Tensor, Tensor]],
+    images: Tensor,
+    masks: Tensor,
+    num_visible: int | None = None,
+    *,
+    normalize_target: bool = True,
+) -> Tensor:
+    """The objective of pretraining: how well `model` reconstructs what the masks hide.
+
+    Args:
+        model: an FCMAE, as it is, compiled, or wrapped for several processes.
+        images: (B, C, H, W) float, normalised.
+        masks: (B * n, gh, gw) bool, True = hidden; the n masks of an image follow each other.
+        num_visible: visible patches under each mask; None counts them, which waits for the device.
+        normalize_target: see `reconstruction_loss`.
+
+    Returns:
+        A float32 scalar with gradients, the mean over all hidden patches.
+
+    Raises:
+        ValueError: if a mask hides nothing, or all.
+    """
+    if (num_masks := len(masks) // len(images)) > 1:
+        images = images.repeat_interleave(num_masks, dim=0)  # (B * n, C, H, W)
+    pred, site_mask = model(images, masks, num_visible)
+    return reconstruction_loss(pred, images, site_mask, normalize=normalize_target)
