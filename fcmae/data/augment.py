@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -18,8 +18,9 @@ from timm.data import auto_augment as timm_auto_augment
 from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
 
-from fcmae.data.decode import Box, read_crop, to_pil
-from fcmae.data.geometry import align, decode_scale
+from fcmae.data.decode import read_crop, to_pil
+from fcmae.data.geometry import Box, align, decode_scale
+from fcmae.data.normalize import Normalize
 
 
 def random_resized_box(
@@ -86,13 +87,13 @@ class CenterCrop:
     image_size: tuple[int, int]
     crop_pct: float
 
-    def __call__(self, path: str, rng: np.random.Generator) -> NDArray[Any]:
+    def __call__(self, file: BinaryIO | bytes, rng: np.random.Generator) -> NDArray[Any]:
         """(C, H, W) uint8 or float32, units of `read_crop`; draws nothing. Raises BadImage."""
 
         def choose_box(height: int, width: int) -> Box:
             return center_box(height, width, self.image_size, self.crop_pct)
 
-        return read_crop(path, self.in_chans, choose_box, self.image_size)
+        return read_crop(file, self.in_chans, choose_box, self.image_size)
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class CropAndFlip:
     hflip: float
     vflip: float = 0.0
 
-    def __call__(self, path: str, rng: np.random.Generator) -> NDArray[Any]:
+    def __call__(self, file: BinaryIO | bytes, rng: np.random.Generator) -> NDArray[Any]:
         """(C, H, W) uint8 or float32, units of `read_crop`. Raises BadImage."""
 
         def choose_box(height: int, width: int) -> Box:
@@ -117,7 +118,7 @@ class CropAndFlip:
             aligned = align(box, scale := decode_scale(*box[2:], self.image_size), height, width)
             return aligned if decode_scale(*aligned[2:], self.image_size) == scale else box
 
-        image = read_crop(path, self.in_chans, choose_box, self.image_size)
+        image = read_crop(file, self.in_chans, choose_box, self.image_size)
         flip_columns, flip_rows = rng.random(2) < (self.hflip, self.vflip)
         if flip_columns:
             image = image[:, :, ::-1]
@@ -148,12 +149,11 @@ class FinetuneAugment:
         self._policy = None if auto_augment is None else _policy(auto_augment, crop.image_size, mean)
         self._random_erasing = random_erasing
         self._erase = RandomErasing(probability=1.0, mode="pixel", device="cpu")
-        self._mean = torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1)
-        self._std = torch.tensor(std, dtype=torch.float32).view(-1, 1, 1)
+        self._normalize = Normalize(mean, std)
 
-    def __call__(self, path: str, rng: np.random.Generator) -> NDArray[Any]:
+    def __call__(self, file: BinaryIO | bytes, rng: np.random.Generator) -> NDArray[Any]:
         """(C, H, W) uint8 or float32, units of `read_crop`. Raises BadImage."""
-        image = self._crop(path, rng)
+        image = self._crop(file, rng)
         erases = rng.random() < self._random_erasing
         if self._policy is None and not erases:
             return image
@@ -169,11 +169,9 @@ class FinetuneAugment:
         return np.ascontiguousarray(array[None] if array.ndim == 2 else array.transpose(2, 0, 1))
 
     def _erased(self, image: NDArray[Any]) -> NDArray[Any]:
-        unit = 255.0 if image.dtype == np.uint8 else 1.0
-        pixels = (torch.from_numpy(image).float() / unit - self._mean) / self._std
-        erased: NDArray[np.float32] = ((self._erase(pixels) * self._std + self._mean) * unit).numpy()
+        erased = self._normalize.inverse(self._erase(self._normalize(torch.from_numpy(image)))).numpy()
         # Back to uint8, so that a batch stays a quarter of the size on its way to the device.
-        return erased.round().clip(0, 255).astype(np.uint8) if image.dtype == np.uint8 else erased
+        return (erased * np.float32(255)).round().clip(0, 255).astype(np.uint8) if image.dtype == np.uint8 else erased
 
 
 def _policy(auto_augment: str, image_size: tuple[int, int], mean: Sequence[float]) -> Any:
