@@ -283,8 +283,9 @@ def _open_tifffile(tiff: tifffile.TiffFile, in_chans: int) -> OpenImage:
 def _map_npy(file: BinaryIO) -> NDArray[Any]:
     """The array of a .npy file, of which only the pages that are used are read where the file is on disk."""
     version = np.lib.format.read_magic(file)
-    if version not in ((1, 0), (2, 0)):
-        raise BadImage(f"it is of version {version[0]}.{version[1]} of the .npy format, which is not for numbers")
+    if version not in ((1, 0), (2, 0), (3, 0)):
+        raise BadImage(f"it is of version {version[0]}.{version[1]} of the .npy format, which is not known")
+    # 3.0 differs from 2.0 in the names of fields, which arrays of numbers do not have.
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, by_column, dtype = read_header(file)
     if dtype.hasobject:  # never unpickled
