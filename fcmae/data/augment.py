@@ -33,9 +33,16 @@ def random_resized_box(
 ) -> Box:
     """A random box of an image, as torchvision's RandomResizedCrop draws it.
 
-    scale: smallest and largest share of the area. ratio: smallest and largest width / height, drawn log-uniformly.
-    After ten boxes that do not fit, the largest centred one whose ratio is allowed.
-    Returns (top, left, height, width) in pixels.
+    Args:
+        height: of the image, in pixels.
+        width: of the image, in pixels.
+        scale: smallest and largest share of the area.
+        ratio: smallest and largest width / height, drawn log-uniformly.
+        rng: what it is drawn from.
+
+    Returns:
+        (top, left, height, width) in pixels; after ten boxes that do not fit, the largest centred one whose ratio is
+        allowed.
     """
     for _ in range(10):
         area = height * width * rng.uniform(*scale)
@@ -51,8 +58,14 @@ def random_resized_box(
 def center_box(height: int, width: int, size: tuple[int, int], crop_pct: float = 1.0) -> Box:
     """The box that "resize until it covers size / crop_pct, then crop the centre" keeps of an image.
 
-    size: height and width of the result, whose aspect the box has. crop_pct: share of the limiting side that stays.
-    Returns (top, left, height, width) in pixels.
+    Args:
+        height: of the image, in pixels.
+        width: of the image, in pixels.
+        size: height and width of the result, whose aspect the box has.
+        crop_pct: share of the limiting side that stays.
+
+    Returns:
+        (top, left, height, width) in pixels.
     """
     unit = min(height / size[0], width / size[1]) * crop_pct
     h, w = max(1, round(size[0] * unit)), max(1, round(size[1] * unit))
@@ -81,7 +94,13 @@ def seeded(seed: Sequence[int]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class CenterCrop:
-    """The centre of an image, for evaluation: see `center_box`."""
+    """The centre of an image, for evaluation: see `center_box`.
+
+    Attributes:
+        in_chans: see `read_crop`.
+        image_size: height and width of the result.
+        crop_pct: see `center_box`.
+    """
 
     in_chans: int
     image_size: tuple[int, int]
@@ -100,7 +119,12 @@ class CenterCrop:
 class CropAndFlip:
     """Random resized crop (bicubic) and random flips, on the scaled decode of a file.
 
-    image_size: height and width of the result. crop_scale: share of the area. hflip, vflip: probabilities.
+    Attributes:
+        in_chans: see `read_crop`.
+        image_size: height and width of the result.
+        crop_scale: smallest and largest share of the area.
+        hflip: probability that columns are mirrored.
+        vflip: probability that rows are.
     """
 
     in_chans: int
@@ -128,12 +152,7 @@ class CropAndFlip:
 
 
 class FinetuneAugment:
-    """Crop and flip, then timm's automatic augmentation, then random erasing: timm's recipe for fine-tuning.
-
-    auto_augment: a policy in timm's notation such as rand-m9-mstd0.5-inc1, for 1 and 3 channels; it works on 8-bit RGB,
-    so grey images pass through RGB and back, and deeper ones lose their depth. random_erasing: probability that a
-    rectangle becomes noise, normal in normalised units, which mean and std (C,) define in units of `read_crop`.
-    """
+    """Crop and flip, then timm's automatic augmentation, then random erasing: timm's recipe for fine-tuning."""
 
     def __init__(
         self,
@@ -144,6 +163,19 @@ class FinetuneAugment:
         mean: Sequence[float],
         std: Sequence[float],
     ) -> None:
+        """Set it up.
+
+        Args:
+            crop: what comes first.
+            auto_augment: a policy in timm's notation such as rand-m9-mstd0.5-inc1, for 1 and 3 channels; it works on
+                8-bit RGB, so grey images pass through RGB and back, and deeper ones lose their depth.
+            random_erasing: probability that a rectangle becomes noise, normal in normalised units.
+            mean: (C,), which defines them, in units of a full range of 1.
+            std: (C,), likewise.
+
+        Raises:
+            ValueError: for a policy that timm does not know.
+        """
         assert auto_augment is None or crop.in_chans in (1, 3)
         self._crop = crop
         self._policy = None if auto_augment is None else _policy(auto_augment, crop.image_size, mean)

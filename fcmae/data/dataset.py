@@ -25,10 +25,15 @@ View = Callable[[BinaryIO, np.random.Generator], NDArray[Any]]  # file -> (C, H,
 
 @dataclass(frozen=True)
 class Sample:
-    """image: (C, H, W) uint8 or float32. masks: (n, gh, gw) bool, True = hidden. index: that of the key.
+    """An image, and what is known of it.
 
-    valid: false if the image could not be read and was not replaced; it is then zero. bad: names of images that could
-    not be read, with reasons.
+    Attributes:
+        image: (C, H, W) uint8 or float32.
+        masks: (n, gh, gw) bool, True = hidden.
+        label: its class by number.
+        index: that of the key.
+        valid: false if the image could not be read and was not replaced; it is then zero.
+        bad: names of images that could not be read, with reasons.
     """
 
     image: NDArray[Any]
@@ -41,10 +46,15 @@ class Sample:
 
 @dataclass
 class Batch:
-    """Samples together. images: (B, C, H, W) uint8, or float32 if any is. masks: (B * n, gh, gw) bool, True = hidden.
+    """Samples together.
 
-    The n masks of an image follow each other. labels, index: (B,) int64. valid: (B,) bool, false for images that could
-    not be read. bad: (name, reason) of images that could not be read.
+    Attributes:
+        images: (B, C, H, W) uint8, or float32 if any is.
+        masks: (B * n, gh, gw) bool, True = hidden; the n masks of an image follow each other.
+        labels: (B,) int64.
+        index: (B,) int64.
+        valid: (B,) bool, false for images that could not be read.
+        bad: (name, reason) of images that could not be read.
     """
 
     images: Tensor
@@ -140,13 +150,7 @@ class _ImageDataset(Dataset[Sample]):
 
 
 class PretrainDataset(_ImageDataset):
-    """Images and masks for pretraining, by key (epoch, index).
-
-    in_chans, image_size (height, width): of the samples. crop_scale, hflip: see CropAndFlip. grid (gh, gw), visible:
-    see random_mask. masks_per_image: masks of each sample, drawn independently. augment: False takes the centre of each
-    image (crop_pct .875) instead of a random crop, and marks files that cannot be read; True replaces them by others,
-    drawn from the sample's own generator.
-    """
+    """Images and masks for pretraining, by key (epoch, index)."""
 
     def __init__(
         self,
@@ -162,6 +166,21 @@ class PretrainDataset(_ImageDataset):
         augment: bool = True,
         masks_per_image: int = 1,
     ) -> None:
+        """Nothing is read yet.
+
+        Args:
+            images: what to read.
+            in_chans: channels of the samples.
+            image_size: height and width of the samples.
+            crop_scale: see CropAndFlip.
+            hflip: see CropAndFlip.
+            grid: (gh, gw), see random_mask.
+            visible: see random_mask.
+            seed: of crops, flips, masks and replacements.
+            augment: False takes the centre of each image (crop_pct .875) instead of a random crop, and marks images
+                that cannot be read; True replaces them by others, drawn from the sample's own generator.
+            masks_per_image: masks of each sample, drawn independently.
+        """
         crop = CropAndFlip(in_chans, image_size, crop_scale, hflip)
         view = crop if augment else CenterCrop(in_chans, image_size, 0.875)
         super().__init__(images, view, shape=(in_chans, *image_size), seed=seed, replaces=augment)
@@ -174,11 +193,7 @@ class PretrainDataset(_ImageDataset):
 
 
 class FinetuneDataset(_ImageDataset):
-    """Images and labels for fine-tuning, by key (epoch, index).
-
-    augment: what training images go through; files that cannot be read are replaced by others, drawn from the sample's
-    own generator. None takes the centre of each image (see center_box for crop_pct) and marks such files.
-    """
+    """Images and labels for fine-tuning, by key (epoch, index)."""
 
     def __init__(
         self,
@@ -190,6 +205,17 @@ class FinetuneDataset(_ImageDataset):
         augment: FinetuneAugment | None = None,
         crop_pct: float = 0.875,
     ) -> None:
+        """Nothing is read yet.
+
+        Args:
+            images: what to read.
+            in_chans: channels of the samples.
+            image_size: height and width of the samples.
+            seed: of augmentations and replacements.
+            augment: what training images go through; images that cannot be read are replaced by others, drawn from the
+                sample's own generator. None takes the centre of each image and marks such images.
+            crop_pct: of that centre, see center_box.
+        """
         view = augment or CenterCrop(in_chans, image_size, crop_pct)
         super().__init__(images, view, shape=(in_chans, *image_size), seed=seed, replaces=augment is not None)
 

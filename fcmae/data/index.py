@@ -25,8 +25,11 @@ SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", 
 class Images:
     """Images of a source in a fixed order, which numbers them, with labels or without.
 
-    source: what their bytes come from. positions: (N,) int64, which images of the source; None is all, in its order.
-    labels: (N,) int64, for each image the position of its class in class_names; None for images without labels.
+    Attributes:
+        source: what their bytes come from.
+        positions: (N,) int64, which images of the source; None is all, in its order.
+        labels: (N,) int64, for each image the position of its class in class_names; None for images without labels.
+        class_names: of all classes, those without an image too.
     """
 
     source: Source

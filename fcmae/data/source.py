@@ -6,11 +6,11 @@ Another kind of place (the shards of an archive, a bucket, a table) is one class
 from __future__ import annotations
 
 import os
+from array import array
 from collections.abc import Sequence
 from io import BytesIO
+from itertools import accumulate
 from typing import BinaryIO, Protocol
-
-import numpy as np
 
 
 class BadImage(ValueError):  # noqa: N818
@@ -60,7 +60,7 @@ class Files(Source):
         # reference count; and ten million of them take gigabytes.
         names = [os.fsencode(path) for path in paths]
         self._block = b"".join(names)
-        self._bounds = np.cumsum([0, *map(len, names)], dtype=np.int64)
+        self._bounds = array("q", accumulate(map(len, names), initial=0))
 
     def __len__(self) -> int:
         return len(self._bounds) - 1
