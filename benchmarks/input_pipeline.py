@@ -33,9 +33,10 @@ from torchvision.datasets import ImageFolder
 
 from fcmae.config import IMAGENET_MEAN, IMAGENET_STD
 from fcmae.data import readers
-from fcmae.data.dataset import Batch, PretrainDataset, normalize
+from fcmae.data.dataset import Batch, PretrainDataset
 from fcmae.data.index import find_images
 from fcmae.data.loader import build_loader
+from fcmae.data.normalize import Normalize
 
 CROP, SCALE = 224, (0.2, 1.0)
 
@@ -68,10 +69,10 @@ def main(argv: list[str] | None = None) -> None:
 def compare(files: Path, count: int, repeats: int) -> dict[str, Any]:
     """Time every way to make one batch of all the files; print and return images a second and ratios."""
     ours, theirs = our_batches(files, count), their_batches(files, count)
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    normalize = Normalize(IMAGENET_MEAN, IMAGENET_STD)
 
     def normalized() -> None:
-        normalize(next(ours).images, mean, std)
+        normalize(next(ours).images)
 
     steps: dict[str, Callable[[], object]] = {"torchvision": lambda: next(theirs), "fcmae": lambda: next(ours)}
     steps["fcmae, and normalised"] = normalized
@@ -159,7 +160,7 @@ def photographs(folder: Path | None) -> list[Image.Image]:
     """The folder's images, or the two photographs that come with scikit-learn (640 x 427) where none is given."""
     if folder is None:
         return [Image.fromarray(pixels) for pixels in load_sample_images().images]
-    return [Image.open(path).convert("RGB") for path in find_images([str(folder)]).paths[:64]]
+    return [Image.open(path).convert("RGB") for path in find_images([str(folder)]).names()[:64]]
 
 
 def write_jpegs(folder: Path, images: list[Image.Image], width: int, height: int, count: int, quality: int) -> int:

@@ -26,6 +26,8 @@ from pathlib import Path
 import elpv_dataset
 import numpy as np
 
+from fcmae.data.split import draw, share_of_each
+
 NUM_BLOCKS = 24  # about 109 cells each; one module has 60 or 72
 TEST_BLOCKS = 6
 METRICS = ("auroc", "balanced_accuracy")
@@ -49,13 +51,8 @@ def split_blocks(num_images: int) -> tuple[list[int], list[int]]:
 
 def few_labels(positions: Sequence[int], labels: Sequence[str], number: int, seed: int) -> list[int]:
     """A random `number` of the positions, the classes in proportion."""
-    rng = np.random.default_rng(seed)
-    chosen: list[int] = []
-    for name in sorted(set(labels)):
-        of_class = [i for i in positions if labels[i] == name]
-        count = round(number * len(of_class) / len(positions))
-        chosen += rng.choice(of_class, count, replace=False).tolist()
-    return sorted(chosen)
+    _, classes, counts = np.unique([labels[i] for i in positions], return_inverse=True, return_counts=True)
+    return [positions[i] for i in draw(classes, share_of_each(counts, number / len(positions)), seed)]
 
 
 def write_csv(path: Path, positions: Sequence[int], paths: Sequence[Path], labels: Sequence[str]) -> None:

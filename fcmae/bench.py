@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import torch
 
     from fcmae.data.dataset import Batch
-    from fcmae.data.index import FileIndex
+    from fcmae.data.index import Images
 
 GAIN = 1.02  # a smaller difference is taken for noise
 CPU_IMAGES = 32  # at once, to start from on a CPU: more gain little there, and a step of thousands takes minutes
@@ -394,8 +394,8 @@ def time_candidate(cfg: BenchConfig, candidate: Candidate, from_files: bool) -> 
     """
     import torch
 
-    from fcmae.data.dataset import normalize
     from fcmae.data.loader import prefetched
+    from fcmae.data.normalize import Normalize
     from fcmae.loss import reconstruction_loss
     from fcmae.masking import num_visible
     from fcmae.pretraining import build_model, noise_batch
@@ -416,7 +416,7 @@ def time_candidate(cfg: BenchConfig, candidate: Candidate, from_files: bool) -> 
     net = build_model(cfg).to(device)
     groups = optim.parameter_groups(net, cfg.optim.weight_decay)
     adamw = torch.optim.AdamW(groups, lr=0.0, betas=cfg.optim.betas, fused=True)
-    mean, std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in cfg.data.statistics())
+    normalize = Normalize(*cfg.data.statistics()).to(device)
     patch, (height, width) = cfg.model.mask_patch, cfg.data.image_size
     grid = (height // patch, width // patch)
     visible = num_visible(grid[0] * grid[1], cfg.model.mask_ratio)
@@ -438,7 +438,7 @@ def time_candidate(cfg: BenchConfig, candidate: Candidate, from_files: bool) -> 
                 asked.append(time.perf_counter())
                 batch = next(batches)
                 assert batch.masks is not None
-                images = normalize(batch.images, mean, std)
+                images = normalize(batch.images)
                 if (num_masks := len(batch.masks) // len(images)) > 1:
                     images = images.repeat_interleave(num_masks, dim=0)
                 pred, site_mask = model(images, batch.masks, visible)
@@ -472,8 +472,9 @@ def _quiet(cfg: BenchConfig) -> BenchConfig:
     return cfg.model_copy(update={"log": cfg.log.model_copy(update={"trackers": []})})
 
 
-def _train_index(cfg: BenchConfig) -> FileIndex:
-    from fcmae.data.index import find_images, split
+def _train_index(cfg: BenchConfig) -> Images:
+    from fcmae.data.index import find_images
+    from fcmae.data.split import split
 
     return split(find_images(cfg.data.path), cfg.data.val_share, cfg.seed)[0]
 

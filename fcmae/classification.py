@@ -11,21 +11,30 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
-from fcmae.data.dataset import Batch, normalize
+from fcmae.atomic import replacing
+from fcmae.data.dataset import Batch
+from fcmae.data.normalize import Normalize
 
 MAX_AUROC_CLASSES = 100  # of more, it takes as long as the images
 
 
 @torch.no_grad()
 def class_probabilities(
-    model: nn.Module, batches: Iterable[Batch], mean: Tensor, std: Tensor, accelerator: Accelerator
+    model: nn.Module, batches: Iterable[Batch], normalize: Normalize, accelerator: Accelerator
 ) -> tuple[NDArray[np.int64], NDArray[np.float32], list[tuple[str, str]]]:
-    """Softmax outputs for all images that could be read, of all processes together, in the order of the index.
+    """Softmax outputs for all images that could be read, of all processes together, in their order.
 
-    mean, std: (C, 1, 1), on the model's device. Returns the images' positions in the index (N,), their
-    probabilities (N, classes), and the files that could not be read, with reasons.
+    Args:
+        model: images, normalised, to logits (B, classes); on the accelerator's device.
+        batches: this process's share.
+        normalize: on the model's device.
+        accelerator: of this process.
+
+    Returns:
+        The images' positions (N,), their probabilities (N, classes), and names of those that could not be read, with
+        reasons.
     """
     training = model.training
     model.eval()
@@ -35,7 +44,7 @@ def class_probabilities(
         bad += batch.bad
         readable = batch.select(batch.valid)
         if len(readable.index):
-            images = normalize(readable.images.to(accelerator.device, non_blocking=True), mean, std)
+            images = normalize(readable.images.to(accelerator.device, non_blocking=True))
             with accelerator.autocast():  # a moving average has not been through accelerate
                 # forward, as calling a compiled model would compile it again for another batch size
                 probabilities = model.forward(images).float().softmax(-1)
@@ -99,10 +108,8 @@ def write_predictions(
     labels: Sequence[int] | None = None,
 ) -> None:
     """Write a CSV file: path, label where known, predicted class, its probability, and that of every class."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".tmp-{path.name}")
     # A path that is not valid Unicode keeps its bytes.
-    with aside.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+    with replacing(path) as aside, aside.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         known = ["label"] if labels is not None else []
         writer.writerow(["path", *known, "predicted", "probability", *(f"p({name})" for name in class_names)])
@@ -110,4 +117,3 @@ def write_predictions(
             best = int(row.argmax())
             label = [class_names[labels[i]]] if labels is not None else []
             writer.writerow([image, *label, class_names[best], f"{row[best]:.4f}", *(f"{p:.4f}" for p in row)])
-    aside.replace(path)

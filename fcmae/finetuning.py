@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from numpy.typing import NDArray
 from timm.data import Mixup
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -21,10 +23,12 @@ from fcmae.classification import class_probabilities, scores, write_predictions
 from fcmae.config import FinetuneConfig
 from fcmae.data.augment import CropAndFlip, FinetuneAugment
 from fcmae.data.bad_files import BadFiles
-from fcmae.data.dataset import Batch, FinetuneDataset, normalize
-from fcmae.data.index import FileIndex, find_labelled, split
+from fcmae.data.dataset import Batch, FinetuneDataset
+from fcmae.data.index import Images, find_labelled
 from fcmae.data.loader import build_loader, default_num_workers
+from fcmae.data.normalize import Normalize
 from fcmae.data.sampler import evaluation_batches, steps_per_epoch
+from fcmae.data.split import split
 from fcmae.networks.convnext import VARIANTS
 from fcmae.training import checkpoint, optim
 from fcmae.training.compiling import compile_model
@@ -119,30 +123,30 @@ def image_settings(cfg: FinetuneConfig, weights: Weights) -> dict[str, Any]:
     return {"input_size": size, "mean": list(mean), "std": list(std), "crop_pct": crop_pct}
 
 
-def fingerprint(train_index: FileIndex, val_index: FileIndex) -> str:
+def fingerprint(train_index: Images, val_index: Images) -> str:
     """Of the training and the held-out images: the best model is chosen by the latter."""
     return f"{train_index.fingerprint()}-{val_index.fingerprint()}"
 
 
 def find_indices(
     cfg: FinetuneConfig, run: RunDirectory, accelerator: Accelerator, weights: Weights | None
-) -> tuple[FileIndex, FileIndex]:
+) -> tuple[Images, Images]:
     """Training and held-out images: as listed in the run directory, else found by the first process for all.
 
     When only evaluating, the classes are those of the weights.
     """
-    found: list[tuple[FileIndex, FileIndex] | None] = [None]
+    found: list[tuple[Images, Images] | None] = [None]
     if accelerator.is_main_process:
         cached = (run.path / "files.json", run.path / "val_files.json")
         if run.kept("data.path", "data.val_path") and all(path.is_file() for path in cached):
-            found = [(FileIndex.load(cached[0]), FileIndex.load(cached[1]))]
+            found = [(Images.load(cached[0]), Images.load(cached[1]))]
         else:
             names = weights.class_names if weights is not None and cfg.eval_only else None
             if cfg.data.val_path is None:
                 assert cfg.data.path is not None
                 found = [split(find_labelled(cfg.data.path, names), cfg.data.val_share, cfg.seed)]
             else:
-                train = find_labelled(cfg.data.path, names) if cfg.data.path else FileIndex((), (), names)
+                train = find_labelled(cfg.data.path, names) if cfg.data.path else Images.of_files((), (), names)
                 found = [(train, find_labelled(cfg.data.val_path, train.class_names))]
     broadcast_object_list(found)
     assert found[0] is not None
@@ -178,7 +182,9 @@ def build_model(cfg: FinetuneConfig, weights: Weights, num_classes: int) -> nn.M
     return model
 
 
-def class_weights(setting: str | list[float] | None, labels: tuple[int, ...], num_classes: int) -> list[float] | None:
+def class_weights(
+    setting: str | list[float] | None, labels: Sequence[int] | NDArray[np.int64], num_classes: int
+) -> list[float] | None:
     """Weights of the classes in the loss; "balanced" is inverse to their frequency, with a mean of 1 over the images.
 
     Raises ValueError if a list has not one weight a class.
@@ -202,12 +208,13 @@ def train(
     accelerator: Accelerator,
     net: nn.Module,
     weights: Weights,
-    train_index: FileIndex,
-    val_index: FileIndex,
+    train_index: Images,
+    val_index: Images,
     stop: StopSignal,
 ) -> None:
     rank, processes, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    names, labels, regularization = weights.class_names, train_index.labels or (), cfg.regularization
+    names, labels, regularization = weights.class_names, train_index.labels, cfg.regularization
+    assert labels is not None
     per_epoch = 0 if cfg.eval_only else steps_per_epoch(len(train_index), cfg.batch_size)
     total = per_epoch * cfg.epochs
 
@@ -245,7 +252,7 @@ def train(
         len(val_index), max(1, cfg.batch_size // processes // cfg.grad_accum), rank, processes
     )
     val_loader = build_loader(val_set, val_batches, num_workers=workers, device_type=device.type)
-    mean, std = (torch.tensor(weights.image[k], device=device).view(-1, 1, 1) for k in ("mean", "std"))
+    normalize = Normalize(weights.image["mean"], weights.image["std"]).to(device)
 
     balance = class_weights(regularization.class_weights, labels, len(names))
     balance_tensor = None if balance is None else torch.tensor(balance, device=device)
@@ -272,7 +279,7 @@ def train(
 
     def loss_of(batch: Batch) -> Tensor:
         assert batch.labels is not None
-        images, target, smoothing = normalize(batch.images, mean, std), batch.labels, regularization.label_smoothing
+        images, target, smoothing = normalize(batch.images), batch.labels, regularization.label_smoothing
         if mixup is not None:
             images, target = mixup(images, target)  # the targets come smoothed
             smoothing = 0.0
@@ -288,12 +295,12 @@ def train(
         values: dict[str, float] = {}
         for prefix, network in (("", net), ("ema_", ema.module if ema is not None else None)):
             if network is not None:
-                positions, probabilities, bad = class_probabilities(network, val_loader, mean, std, accelerator)
+                positions, probabilities, bad = class_probabilities(network, val_loader, normalize, accelerator)
                 if accelerator.is_main_process:
                     bad_files.add(bad)
                 if len(positions) == 0:
                     raise ValueError(f"none of the {len(val_index)} held-out images can be read: see data.val_path")
-                truth = np.asarray(val_index.labels)[positions]
+                truth = val_index.labels[positions]
                 found = scores(truth, probabilities)
                 values |= {prefix + name: value for name, value in found.items()}
         if not all(map(math.isfinite, values.values())):
@@ -316,7 +323,7 @@ def train(
                 origin = {"run": str(run.path), "init": cfg.model.init, "step": step, **found}
                 save_dense(run.path / name, exported, replace(weights, origin=origin))
         for name in places:
-            paths = [val_index.paths[i] for i in positions]
+            paths = val_index.subset(positions).names()
             write_predictions(run.path / name / "predictions.csv", paths, probabilities, names, truth.tolist())
 
     def save(step: int) -> None:

@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 
 from fcmae.classification import scores
 from fcmae.data.dataset import FinetuneDataset
-from fcmae.data.index import FileIndex, find_labelled, split
+from fcmae.data.index import Images, find_labelled
+from fcmae.data.normalize import Normalize
 from fcmae.data.sampler import EVAL_EPOCH
-from fcmae.evaluation.analysis import measure, spread
+from fcmae.data.split import evenly, split
+from fcmae.evaluation.analysis import measure
 from fcmae.evaluation.features import batches_of, stage_maps
 from fcmae.evaluation.models import Backbone
 from fcmae.evaluation.probes import knn_probabilities
@@ -43,8 +45,8 @@ HEAT_MAPS = {
 class Labelled:
     """Images that nearest neighbours are tried on: those that vote, and those that are classified."""
 
-    train: FileIndex
-    test: FileIndex
+    train: Images
+    test: Images
 
 
 def find_monitored_labels(source: str, in_chans: int, image_size: tuple[int, int], seed: int) -> Labelled:
@@ -53,26 +55,27 @@ def find_monitored_labels(source: str, in_chans: int, image_size: tuple[int, int
     Raises ValueError if there are none, too few to hold any out, or the first cannot be read as the network needs it.
     """
     key = "monitor.labelled"
-    index = find_labelled(source, key=key)
-    train, test = split(index, TEST_SHARE, seed)
+    train, test = split(find_labelled(source, key=key), TEST_SHARE, seed)
     num_test = round(MAX_LABELLED * TEST_SHARE)
     train, test = (
-        part.subset(spread(len(part), n)) for part, n in ((train, MAX_LABELLED - num_test), (test, num_test))
+        part.subset(evenly(len(part), n)) for part, n in ((train, MAX_LABELLED - num_test), (test, num_test))
     )
     if not len(test):
         raise ValueError(f"{key}: {source!r} has no class of two images or more: give more of them")
     sample = FinetuneDataset(train, in_chans=in_chans, image_size=image_size, seed=seed)[(EVAL_EPOCH, 0)]
     if not sample.valid:
-        path, reason = sample.bad[0]
-        raise ValueError(f"{key}: {path} cannot be used: {reason}")
+        name, reason = sample.bad[0]
+        raise ValueError(f"{key}: {name} cannot be used: {reason}")
     return Labelled(train, test)
 
 
-def monitored_images(held_out: FileIndex, training: FileIndex, num: int) -> FileIndex:
-    """`num` images, or as many as there are: held out as far as they go, then of training; each evenly spread."""
-    first = held_out.subset(spread(len(held_out), num)).paths
-    rest = training.subset(spread(len(training), num - len(first))).paths if num > len(first) else ()
-    return FileIndex((*first, *rest))
+def monitored_images(held_out: Images, training: Images, num: int) -> Images:
+    """`num` images, or as many as there are: held out as far as they go, then of training; each evenly spread.
+
+    held_out, training: parts of one source.
+    """
+    first = evenly(len(held_out), num)
+    return held_out.subset(first).joined(training.subset(evenly(len(training), num - len(first))))
 
 
 def dense_model(encoder: Encoder) -> torch.nn.Module:
@@ -89,26 +92,25 @@ class Monitor:
     """Measures an encoder as `fcmae analyze` and `fcmae evaluate` measure its checkpoint: dense, nothing is masked.
 
     images: for the statistics of every block; may be empty. labelled: for nearest neighbours, or None. in_chans,
-    image_size, mean, std: of the images as the encoder takes them; they are centre crops of the full shorter side.
+    image_size, normalize: of the images as the encoder takes them; they are centre crops of the full shorter side.
     device: the encoder's. batch_size: images at a time. num_workers: processes that decode.
     """
 
     def __init__(
         self,
-        images: FileIndex,
+        images: Images,
         labelled: Labelled | None,
         *,
         in_chans: int,
         image_size: tuple[int, int],
-        mean: Sequence[float],
-        std: Sequence[float],
+        normalize: Normalize,
         device: torch.device,
         batch_size: int,
         num_workers: int,
     ) -> None:
         self._images, self._labelled = images, labelled
         self._device, self._batch_size, self._num_workers = device, batch_size, num_workers
-        self._in_chans, self._image_size, self._mean, self._std = in_chans, image_size, list(mean), list(std)
+        self._in_chans, self._image_size, self._normalize = in_chans, image_size, normalize
 
     @torch.no_grad()
     def measure(self, encoder: Encoder) -> dict[str, float]:
@@ -122,8 +124,7 @@ class Monitor:
             in_chans=self._in_chans,
             image_size=self._image_size,
             crop_pct=1.0,  # as read_weights has it for checkpoints of pretraining
-            mean=self._mean,
-            std=self._std,
+            normalize=self._normalize,
             origin={},
         )
         values: dict[str, float] = {}
@@ -155,10 +156,10 @@ class Monitor:
         names = ("top1", "balanced_accuracy", "auroc")
         return {f"knn_{name}": value for name, value in scores(test_labels, found).items() if name in names}
 
-    def _pooled(self, backbone: Backbone, index: FileIndex) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def _pooled(self, backbone: Backbone, labelled: Images) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         features, labels = [np.empty((0, 0), np.float32)], [np.empty(0, np.int64)]
         batches = batches_of(
-            backbone, index, device=self._device, batch_size=self._batch_size, num_workers=self._num_workers
+            backbone, labelled, device=self._device, batch_size=self._batch_size, num_workers=self._num_workers
         )
         for images, batch in batches:
             if len(images):

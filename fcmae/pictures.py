@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from fcmae.data.dataset import denormalize
+from fcmae.atomic import replacing
+from fcmae.data.normalize import Normalize
+from fcmae.data.split import evenly
 from fcmae.layouts.sites import refine
 from fcmae.loss import patch_statistics, patchify, unpatchify
 
@@ -22,23 +24,29 @@ MOMENTS = 8  # in such a picture
 
 
 def reconstruction_panels(
-    pred: Tensor, images: Tensor, mask: Tensor, mean: Tensor, std: Tensor, *, normalize: bool = True
+    pred: Tensor, images: Tensor, mask: Tensor, normalize: Normalize, *, normalize_target: bool = True
 ) -> list[Tensor]:
     """Original, masked, reconstruction, and reconstruction with the visible patches pasted.
 
-    pred: (B, L, p * p * C), predictions of every site. images: (B, C, H, W), normalised with mean and std (C, 1, 1).
-    mask: (B, H / p, W / p) bool, True = hidden. normalize: the model predicts standardised patches; they are given
-    the mean and deviation of the target patch they stand for. Returns four (B, C, H, W) float32 tensors in the
-    images' own range.
+    Args:
+        pred: (B, L, p * p * C), predictions of every site.
+        images: (B, C, H, W), as `normalize` gives them.
+        mask: (B, H / p, W / p) bool, True = hidden.
+        normalize: what the images went through.
+        normalize_target: the model predicts standardised patches; they are given the mean and deviation of the target
+            patch they stand for.
+
+    Returns:
+        Four (B, C, H, W) float32 tensors in the images' own range.
     """
     size = (images.shape[2], images.shape[3])
     patch = size[0] // mask.shape[1]
     pred = pred.float()
-    if normalize:
+    if normalize_target:
         target_mean, target_std = patch_statistics(patchify(images, patch))
         pred = pred * target_std + target_mean
-    original = denormalize(images, mean, std)
-    reconstruction = denormalize(unpatchify(pred, patch, size), mean, std)
+    original = normalize.inverse(images)
+    reconstruction = normalize.inverse(unpatchify(pred, patch, size))
     hidden = refine(mask, patch)[:, None]
     masked = torch.where(hidden, float(original.min()) * (1 - GREY) + float(original.max()) * GREY, original)
     pasted = torch.where(hidden, reconstruction, original)
@@ -71,10 +79,8 @@ def save_tiles(path: Path, panels: Sequence[Tensor]) -> None:
 
     panels: of `reconstruction_panels`. Images of more than TILE pixels are scaled down.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".tmp-{path.name}")
-    Image.fromarray(_tiles(panels[3], panels[0])).save(aside, format="png")
-    aside.replace(path)
+    with replacing(path) as aside:
+        Image.fromarray(_tiles(panels[3], panels[0])).save(aside, format="png")
 
 
 def _tiles(panel: Tensor, originals: Tensor) -> NDArray[np.uint8]:
@@ -123,13 +129,6 @@ def save_over_time(path: Path, panels: Sequence[Tensor], moments: Sequence[tuple
     save_figure(figure, path)
 
 
-def evenly(number: int, most: int) -> list[int]:
-    """At most `most` positions below `number`, evenly spaced, the first and the last among them."""
-    if number <= most:
-        return list(range(number))
-    return [round(i * (number - 1) / (most - 1)) for i in range(most)]
-
-
 def save_heat_map(
     path: Path,
     layers: Sequence[str],
@@ -143,7 +142,7 @@ def save_heat_map(
     epochs: rising. values: (layers, epochs); NaN is left blank. label: of the colours. limits: values of the first and
     the last colour; None spreads the colours over the logarithm of the values, which are positive.
     """
-    from matplotlib.colors import LogNorm, Normalize
+    from matplotlib import colors
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
@@ -154,7 +153,8 @@ def save_heat_map(
     edges = np.concatenate([[epochs[0] - first], middles, [epochs[-1] + last]])
     figure = Figure(figsize=(8, 1.6 + 0.22 * len(layers)), layout="constrained")
     axis = figure.subplots()
-    norm = Normalize(*limits) if limits is not None else LogNorm(np.nanmin(values), np.nanmax(values) * 1.001)
+    low, high = np.nanmin(values), np.nanmax(values) * 1.001
+    norm = colors.LogNorm(low, high) if limits is None else colors.Normalize(*limits)
     mesh = axis.pcolormesh(edges, np.arange(len(layers) + 1), values, cmap="viridis", norm=norm)
     shown = range(0, len(layers), max(1, len(layers) // 24))
     axis.set_yticks([i + 0.5 for i in shown], [layers[i] for i in shown], fontsize=8)
@@ -197,7 +197,5 @@ def save_curves(path: Path, curves: Mapping[str, tuple[Sequence[float], Sequence
 
 def save_figure(figure: object, path: Path) -> None:
     """Write matplotlib's figure as PNG, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".tmp-{path.name}")
-    figure.savefig(aside, dpi=110, format="png")  # type: ignore[attr-defined]  # matplotlib is not typed here
-    aside.replace(path)
+    with replacing(path) as aside:
+        figure.savefig(aside, dpi=110, format="png")  # type: ignore[attr-defined]  # matplotlib is not typed here

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
@@ -14,6 +13,7 @@ from fcmae.config import FinetuneData
 from fcmae.data.dataset import FinetuneDataset
 from fcmae.data.index import find_images
 from fcmae.data.loader import build_loader, default_num_workers
+from fcmae.data.normalize import Normalize
 from fcmae.data.sampler import evaluation_batches
 from fcmae.weights.convert import build_dense
 from fcmae.weights.files import read_weights
@@ -35,16 +35,16 @@ def predict(model_dir: Path, paths: list[str], csv: Path | None = None, batch_si
     model = build_dense(weights)
     model.to(accelerator.device).eval()
 
-    index = find_images(paths)
+    images = find_images(paths)
     # What the file does not say of its images is as published.
     image = weights.image
     defaults = FinetuneData(in_chans=weights.architecture.in_chans)
     in_chans, height, width = image.get("input_size", (defaults.in_chans, *defaults.image_size))
-    mean, std = (torch.tensor(image.get(k, v)) for k, v in zip(("mean", "std"), defaults.statistics(), strict=True))
+    mean, std = (image.get(k, v) for k, v in zip(("mean", "std"), defaults.statistics(), strict=True))
     if len(mean) != in_chans:
         raise ValueError(f"{model_dir} does not say the mean and std of its {in_chans} channels: export it with fcmae")
     dataset = FinetuneDataset(
-        index,
+        images,
         in_chans=in_chans,
         image_size=(height, width),
         seed=0,
@@ -53,15 +53,15 @@ def predict(model_dir: Path, paths: list[str], csv: Path | None = None, batch_si
     device = accelerator.device.type
     loader = build_loader(
         dataset,
-        evaluation_batches(len(index), batch_size),
-        num_workers=default_num_workers(device) if len(index) > batch_size else 0,
+        evaluation_batches(len(images), batch_size),
+        num_workers=default_num_workers(device) if len(images) > batch_size else 0,
         device_type=device,
     )
-    mean, std = (values.view(-1, 1, 1).to(accelerator.device) for values in (mean, std))
     batches = tqdm(loader, unit="batch", disable=None)
-    positions, probabilities, bad = class_probabilities(model, batches, mean, std, accelerator)
+    normalize = Normalize(mean, std).to(accelerator.device)
+    positions, probabilities, bad = class_probabilities(model, batches, normalize, accelerator)
     names = weights.class_names
-    read = [index.paths[i] for i in positions]
+    read = images.subset(positions).names()
     for path, row in zip(read, probabilities, strict=True):
         best = int(row.argmax())
         print(f"{path}\t{names[best]}\t{row[best]:.4f}")

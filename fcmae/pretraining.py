@@ -16,10 +16,12 @@ from torch import Tensor
 
 from fcmae.config import PretrainConfig
 from fcmae.data.bad_files import BadFiles
-from fcmae.data.dataset import Batch, PretrainDataset, collate, normalize
-from fcmae.data.index import FileIndex, find_images, split
+from fcmae.data.dataset import Batch, PretrainDataset, collate
+from fcmae.data.index import Images, find_images
 from fcmae.data.loader import build_loader, default_num_workers
+from fcmae.data.normalize import Normalize
 from fcmae.data.sampler import EVAL_EPOCH, evaluation_batches, steps_per_epoch
+from fcmae.data.split import split
 from fcmae.evaluation.features import BATCH_SIZE
 from fcmae.loss import reconstruction_loss
 from fcmae.masking import num_visible, random_mask
@@ -73,13 +75,13 @@ def main(cfg: PretrainConfig) -> None:
     accelerator.end_training()
 
 
-def find_index(cfg: PretrainConfig, run: RunDirectory, accelerator: Accelerator) -> FileIndex:
+def find_index(cfg: PretrainConfig, run: RunDirectory, accelerator: Accelerator) -> Images:
     """The images: as listed in the run directory, else found by the first process and sent to the others."""
-    found: list[FileIndex | None] = [None]
+    found: list[Images | None] = [None]
     if accelerator.is_main_process:
         cached = run.path / "files.json"
         usable = run.kept("data.path") and cached.is_file()
-        found = [FileIndex.load(cached) if usable else find_images(cfg.data.path)]
+        found = [Images.load(cached) if usable else find_images(cfg.data.path)]
     broadcast_object_list(found)
     assert found[0] is not None
     return found[0]
@@ -110,7 +112,7 @@ def start(cfg: PretrainConfig, net: FCMAE, path: Path) -> list[str]:
     return done
 
 
-def build_dataset(cfg: PretrainConfig, index: FileIndex, *, augment: bool) -> PretrainDataset:
+def build_dataset(cfg: PretrainConfig, index: Images, *, augment: bool) -> PretrainDataset:
     """Images of the index with masks: random crops, or centre crops under one mask each that never changes."""
     patch, (height, width) = cfg.model.mask_patch, cfg.data.image_size
     grid = (height // patch, width // patch)
@@ -143,8 +145,8 @@ def train(
     run: RunDirectory,
     accelerator: Accelerator,
     net: FCMAE,
-    train_index: FileIndex,
-    val_index: FileIndex,
+    train_index: Images,
+    val_index: Images,
     labelled: Labelled | None,
     stop: StopSignal,
 ) -> None:
@@ -171,12 +173,12 @@ def train(
     train_set, val_set = build_dataset(cfg, train_index, augment=True), build_dataset(cfg, val_index, augment=False)
     val_batches = evaluation_batches(len(val_index), cfg.batch_size // processes // cfg.grad_accum, rank, processes)
     val_loader = build_loader(val_set, val_batches, num_workers=workers, device_type=device.type)
-    mean, std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in cfg.data.statistics())
+    normalize = Normalize(*cfg.data.statistics()).to(device)
     visible = train_set.visible
 
     def loss_of(batch: Batch, network: Callable[..., tuple[Tensor, Tensor]]) -> Tensor:
         assert batch.masks is not None
-        images = normalize(batch.images, mean, std)
+        images = normalize(batch.images)
         if (num_masks := len(batch.masks) // len(images)) > 1:
             images = images.repeat_interleave(num_masks, dim=0)
         pred, site_mask = network(images, batch.masks, visible)
@@ -198,8 +200,7 @@ def train(
         labelled,
         in_chans=cfg.data.in_chans,
         image_size=cfg.data.image_size,
-        mean=cfg.data.statistics()[0],
-        std=cfg.data.statistics()[1],
+        normalize=normalize,
         device=device,
         # Not more at a time than training has, which also keeps what its backward pass needs.
         batch_size=max(1, min(BATCH_SIZE, cfg.batch_size // processes // cfg.grad_accum)),
@@ -247,9 +248,9 @@ def train(
         shown = val_set if len(val_set) else build_dataset(cfg, train_index, augment=False)
         batch = collate([shown[(EVAL_EPOCH, i)] for i in range(min(PICTURED, len(shown)))]).to(device)
         assert batch.masks is not None
-        images = normalize(batch.images, mean, std)
+        images = normalize(batch.images)
         pred, site_mask = net.forward(images, batch.masks, visible, hidden_only=False)
-        panels = reconstruction_panels(pred, images, site_mask, mean, std, normalize=cfg.model.normalize_target)
+        panels = reconstruction_panels(pred, images, site_mask, normalize, normalize_target=cfg.model.normalize_target)
         title = (
             f"{cfg.model.variant}, epoch {step / per_epoch:.4g}, {'held-out' if len(val_set) else 'training'} images"
         )

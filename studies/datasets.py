@@ -23,6 +23,9 @@ from pathlib import Path
 
 import numpy as np
 
+from fcmae.atomic import replacing
+from fcmae.data.split import draw, share_of_each
+
 
 def unpack_shards(shards: Path, out: Path) -> None:
     """Write SHARDS/{train,val}-*.tar as OUT/{train,val}/CLASS/NNNNNN.jpg; what is there already stays.
@@ -52,9 +55,8 @@ def unpack_shards(shards: Path, out: Path) -> None:
                     raise ValueError(f"{path}: {number} is not a pair of .jpg and .cls: the shard is cut off")
                 place = out / part / names[int(pair["cls"])] / f"{number}.jpg"
                 if not place.exists():
-                    aside = place.with_suffix(".tmp")
-                    aside.write_bytes(pair["jpg"])
-                    aside.replace(place)
+                    with replacing(place) as aside:
+                        aside.write_bytes(pair["jpg"])
 
 
 def write_csv(path: Path, rows: Sequence[tuple[str, str]]) -> None:
@@ -83,14 +85,9 @@ def solar_rows() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
 
 
 def few(rows: Sequence[tuple[str, str]], share: float, seed: int) -> list[tuple[str, str]]:
-    """A random share of the rows, of each class alike and at least one of each."""
-    rng = np.random.default_rng(seed)
-    chosen: list[tuple[str, str]] = []
-    for name in sorted({label for _, label in rows}):
-        own = [row for row in rows if row[1] == name]
-        count = max(1, round(share * len(own)))
-        chosen += [own[i] for i in sorted(rng.choice(len(own), count, replace=False))]
-    return chosen
+    """A random share of the rows, of each class alike and at least one of each, in their order."""
+    _, labels, counts = np.unique([label for _, label in rows], return_inverse=True, return_counts=True)
+    return [rows[i] for i in draw(labels, share_of_each(counts, share), seed)]
 
 
 def write_csvs(out: Path, training: Sequence[tuple[str, str]], test: Sequence[tuple[str, str]], seeds: int) -> None:

@@ -14,7 +14,7 @@ from runs import config
 import fcmae
 from fcmae import settings
 from fcmae.config import FinetuneConfig
-from fcmae.data.index import FileIndex
+from fcmae.data.index import Images
 
 LAYERS = ("stages.0.0", "stages.1.0", "stages.2.0", "stages.3.0")
 START = {
@@ -35,7 +35,7 @@ def pretrain_run(path: Path, num_epochs: int = 6, **changed: Any) -> Path:
     images = [str(path / f"{number}.png") for number in range(50)]
     cfg = config(path / "photos", path, epochs=num_epochs, data__val_share=0.2, **changed)
     _begin(path, "pretrain", settings.dump(cfg))
-    FileIndex(tuple(images)).save(path / "files.json")
+    Images.of_files(images).save(path / "files.json")
     lines: list[dict[str, float]] = []
     rng = np.random.default_rng(0)
     for step in range(2, 10 * num_epochs + 1, 2):
@@ -63,8 +63,8 @@ def finetune_run(path: Path, score: float, *, init: str | None = None, seed: int
     cfg.model.variant = None if init else "convnextv2_atto"
     _begin(path, "finetune", settings.dump(cfg))
     images = [f"/labelled/{number}.png" for number in range(120)]
-    FileIndex(tuple(images[:20]), (0, 1) * 10, ("a", "b")).save(path / "files.json")
-    FileIndex(tuple(images[20:]), (0, 1) * 50, ("a", "b")).save(path / "val_files.json")
+    Images.of_files(images[:20], (0, 1) * 10, ("a", "b")).save(path / "files.json")
+    Images.of_files(images[20:], (0, 1) * 50, ("a", "b")).save(path / "val_files.json")
     lines: list[dict[str, float]] = []
     for epoch, found in ((1, score - 0.1), (2, score + 0.05), (3, score)):
         place = {"step": 5 * epoch, "epoch": float(epoch)}

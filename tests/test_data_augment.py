@@ -22,13 +22,13 @@ def rng(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-def write(path: Path, *shape: int, dtype: type = np.uint8) -> str:
+def write(path: Path, *shape: int, dtype: type = np.uint8) -> bytes:
     image = rng().integers(0, np.iinfo(dtype).max, shape, dtype=dtype)
     if path.suffix == ".npy":
         np.save(path, image)
     else:
         Image.fromarray(image).save(path)
-    return str(path)
+    return path.read_bytes()
 
 
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(0, 1000))
@@ -98,11 +98,11 @@ def test_seeded_decides_all_generators_and_restores_them() -> None:
 
 
 def test_flips_have_their_probabilities(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.png", 12, 16)
-    image = np.asarray(Image.open(path))[None]
+    file = write(tmp_path / "a.png", 12, 16)
+    image = np.asarray(Image.open(tmp_path / "a.png"))[None]
     seen = set()
     for seed in range(40):
-        out = CropAndFlip(1, (12, 16), (1.0, 1.0), hflip=1.0, vflip=0.0)(path, rng(seed))
+        out = CropAndFlip(1, (12, 16), (1.0, 1.0), hflip=1.0, vflip=0.0)(file, rng(seed))
         if out.tobytes() == image[..., ::-1].tobytes():
             seen.add("whole")  # the box drawn was the whole image
     assert seen == {"whole"}
@@ -110,7 +110,7 @@ def test_flips_have_their_probabilities(tmp_path: Path) -> None:
     plain = CropAndFlip(1, (12, 16), (0.2, 1.0), hflip=0.0)
     kinds = []
     for seed in range(200):
-        out, base = view(path, rng(seed)), plain(path, rng(seed))
+        out, base = view(file, rng(seed)), plain(file, rng(seed))
         turned = [base, base[:, :, ::-1], base[:, ::-1], base[:, ::-1, ::-1]]
         kinds.append(next(i for i, item in enumerate(turned) if np.array_equal(item, out)))
     assert np.bincount(kinds, minlength=4).min() > 30  # of 50 expected
@@ -120,7 +120,9 @@ def test_a_crop_of_a_large_jpeg_is_the_box_that_was_drawn_to_half_a_pixel(tmp_pa
     ramp = np.stack([np.indices((255, 253)).sum(0) % 256, *np.indices((255, 253))], axis=2).astype(np.uint8)
     Image.fromarray(ramp).save(tmp_path / "a.jpg", quality=100, subsampling=0)
     for seed in range(20):
-        out = CropAndFlip(3, (32, 32), (0.3, 1.0), hflip=0.0)(str(tmp_path / "a.jpg"), rng(seed)).astype(float)
+        out = CropAndFlip(3, (32, 32), (0.3, 1.0), hflip=0.0)((tmp_path / "a.jpg").read_bytes(), rng(seed)).astype(
+            float
+        )
         top, left, height, width = random_resized_box(255, 253, (0.3, 1.0), rng=rng(seed))
         # Rows and columns are written in the second and third channel: in the middle of the crop, those of the box.
         # One of scale 4 moves by 2 pixels at most, or 3 at the border.
@@ -129,10 +131,10 @@ def test_a_crop_of_a_large_jpeg_is_the_box_that_was_drawn_to_half_a_pixel(tmp_pa
 
 
 def test_centre_crop_draws_nothing_and_reads_the_centre(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.png", 20, 30, 3)
+    file = write(tmp_path / "a.png", 20, 30, 3)
     generator = rng()
-    out = CenterCrop(3, (10, 10), 0.5)(path, generator)
-    np.testing.assert_array_equal(out, np.asarray(Image.open(path)).transpose(2, 0, 1)[:, 5:15, 10:20])
+    out = CenterCrop(3, (10, 10), 0.5)(file, generator)
+    np.testing.assert_array_equal(out, np.asarray(Image.open(tmp_path / "a.png")).transpose(2, 0, 1)[:, 5:15, 10:20])
     assert generator.random() == rng().random()
 
 
@@ -158,14 +160,14 @@ def finetune(in_chans: int, policy: str | None = POLICY, erasing: float = 0.5) -
 def test_finetune_augment_depends_on_the_generator_alone(
     tmp_path: Path, name: str, shape: tuple[int, ...], in_chans: int, policy: str | None, dtype: type
 ) -> None:
-    path = write(tmp_path / name, *shape, dtype=dtype)
+    file = write(tmp_path / name, *shape, dtype=dtype)
     outs: list[NDArray] = []
     for seed in range(6):
         torch.manual_seed(seed)
         random.seed(seed)
-        first = finetune(in_chans, policy)(path, rng(seed))
+        first = finetune(in_chans, policy)(file, rng(seed))
         random.seed(99)
-        np.testing.assert_array_equal(finetune(in_chans, policy)(path, rng(seed)), first)
+        np.testing.assert_array_equal(finetune(in_chans, policy)(file, rng(seed)), first)
         outs.append(first)
         assert first.shape == (in_chans, 24, 20) and first.flags.c_contiguous
         assert first.dtype == (np.float32 if dtype == np.uint16 and policy is None else np.uint8)
@@ -173,11 +175,11 @@ def test_finetune_augment_depends_on_the_generator_alone(
 
 
 def test_erasing_writes_normal_noise_in_normalised_units_and_leaves_the_rest(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.png", 24, 20, 3)
+    file = write(tmp_path / "a.png", 24, 20, 3)
     values = []
     for seed in range(40):
-        plain = finetune(3, None, 0.0)(path, rng(seed))
-        erased = finetune(3, None, 1.0)(path, rng(seed))
+        plain = finetune(3, None, 0.0)(file, rng(seed))
+        erased = finetune(3, None, 1.0)(file, rng(seed))
         rows, columns = np.nonzero((plain != erased).any(axis=0))
         box = erased[:, rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
         assert box[0].size <= 24 * 20 / 2
@@ -203,7 +205,7 @@ def test_policies_at_full_strength_keep_at_least_one_bit(
         return posterize(image, bits)
 
     monkeypatch.setattr(ImageOps, "posterize", strict)
-    path = write(tmp_path / "a.png", 24, 20, 3)
+    file = write(tmp_path / "a.png", 24, 20, 3)
     augment = finetune(3, policy, 0.0)
     for seed in range(60):
-        assert augment(path, rng(seed)).shape == (3, 24, 20)
+        assert augment(file, rng(seed)).shape == (3, 24, 20)

@@ -16,10 +16,8 @@ from fcmae.data.dataset import (
     PretrainDataset,
     Sample,
     collate,
-    denormalize,
-    normalize,
 )
-from fcmae.data.index import FileIndex, find_images
+from fcmae.data.index import Images, find_images
 from fcmae.data.sampler import EVAL_EPOCH
 from fcmae.masking import random_mask
 
@@ -27,7 +25,7 @@ SIZE, GRID, VISIBLE = (16, 24), (2, 3), 2
 
 
 @pytest.fixture
-def index(tmp_path: Path) -> FileIndex:
+def index(tmp_path: Path) -> Images:
     """Six images; 1 and 4 are broken."""
     rng = np.random.default_rng(0)
     for i in range(6):
@@ -40,7 +38,7 @@ def index(tmp_path: Path) -> FileIndex:
 
 
 def pretrain(
-    index: FileIndex, *, seed: int = 0, augment: bool = True, in_chans: int = 3, masks_per_image: int = 1
+    index: Images, *, seed: int = 0, augment: bool = True, in_chans: int = 3, masks_per_image: int = 1
 ) -> PretrainDataset:
     return PretrainDataset(
         index,
@@ -56,7 +54,7 @@ def pretrain(
     )
 
 
-def finetune(index: FileIndex, *, train: bool) -> FinetuneDataset:
+def finetune(index: Images, *, train: bool) -> FinetuneDataset:
     crop = CropAndFlip(3, SIZE, (0.08, 1.0), 0.5)
     augment = FinetuneAugment(
         crop, auto_augment="rand-m9-mstd0.5-inc1", random_erasing=0.25, mean=[0.5] * 3, std=[0.2] * 3
@@ -68,7 +66,7 @@ def same(a: Sample, b: Sample) -> bool:
     return np.array_equal(a.image, b.image) and np.array_equal(a.masks, b.masks)
 
 
-def test_a_sample_depends_on_seed_epoch_and_index_alone(index: FileIndex) -> None:
+def test_a_sample_depends_on_seed_epoch_and_index_alone(index: Images) -> None:
     dataset = pretrain(index)
     sample = dataset[3, 2]
     dataset[0, 5]  # what was read before does not matter
@@ -82,12 +80,12 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(index: FileIndex) -> Non
     assert sample.index == 2 and sample.valid and sample.bad == [] and sample.label is None
 
 
-def test_masks_are_those_of_random_mask(index: FileIndex) -> None:
+def test_masks_are_those_of_random_mask(index: Images) -> None:
     for key in ((0, 0), (3, 2), (EVAL_EPOCH, 5)):
         np.testing.assert_array_equal(pretrain(index)[key].masks, random_mask(GRID, VISIBLE, [(0, *key)]))
 
 
-def test_an_image_under_several_masks_is_the_same_and_its_first_mask_too(index: FileIndex) -> None:
+def test_an_image_under_several_masks_is_the_same_and_its_first_mask_too(index: Images) -> None:
     once, often = pretrain(index), pretrain(index, masks_per_image=5)
     seen = set()
     for key in ((0, 0), (0, 2), (1, 0), (1, 2)):
@@ -100,68 +98,68 @@ def test_an_image_under_several_masks_is_the_same_and_its_first_mask_too(index: 
     assert len(seen) >= 10  # of the 15 there are, by 20 independent draws
 
 
-def test_masks_of_a_batch_follow_their_images(index: FileIndex) -> None:
+def test_masks_of_a_batch_follow_their_images(index: Images) -> None:
     samples = [pretrain(index, masks_per_image=3)[0, i] for i in (0, 2)]
     batch = collate(samples)
     assert batch.images.shape == (2, 3, *SIZE) and batch.masks is not None
     np.testing.assert_array_equal(batch.masks, np.concatenate([sample.masks for sample in samples]))
 
 
-def test_broken_training_files_are_replaced_deterministically_and_reported(index: FileIndex) -> None:
+def test_broken_training_files_are_replaced_deterministically_and_reported(index: Images) -> None:
     dataset, replacements = pretrain(index), set()
     for epoch in range(20):
         sample = dataset[epoch, 1]
         assert sample.valid and sample.index == 1
-        assert sample.bad[0][0] == index.paths[1] and "cannot be read" in sample.bad[0][1]
-        assert {path for path, _ in sample.bad} <= {index.paths[1], index.paths[4]}
+        assert sample.bad[0][0] == index.name(1) and "cannot be read" in sample.bad[0][1]
+        assert {path for path, _ in sample.bad} <= {index.name(1), index.name(4)}
         again = dataset[epoch, 1]
         assert same(again, sample) and again.bad == sample.bad
         replacements.add(sample.image.tobytes())
     assert len(replacements) > 10
 
 
-def test_a_replaced_image_brings_its_own_label(index: FileIndex) -> None:
-    labelled = FileIndex(index.paths, (0, 5, 0, 0, 5, 0), tuple("abcdef"))  # only the broken ones have label 5
+def test_a_replaced_image_brings_its_own_label(index: Images) -> None:
+    labelled = Images.of_files(index.names(), (0, 5, 0, 0, 5, 0), "abcdef")  # only the broken ones have label 5
     assert finetune(labelled, train=True)[0, 1].label == 0
     assert finetune(labelled, train=False)[EVAL_EPOCH, 1].label == 5
 
 
 @pytest.mark.parametrize("kind", ["pretrain", "finetune"])
-def test_broken_evaluation_files_are_marked_not_replaced(index: FileIndex, kind: str) -> None:
+def test_broken_evaluation_files_are_marked_not_replaced(index: Images, kind: str) -> None:
     dataset = pretrain(index, augment=False) if kind == "pretrain" else finetune(index, train=False)
     sample = dataset[EVAL_EPOCH, 4]
     assert not sample.valid and not sample.image.any() and sample.image.shape == (3, *SIZE)
-    assert [path for path, _ in sample.bad] == [index.paths[4]]
+    assert [path for path, _ in sample.bad] == [index.name(4)]
     assert dataset[EVAL_EPOCH, 0].valid
 
 
-def test_evaluation_does_not_crop_at_random(index: FileIndex) -> None:
+def test_evaluation_does_not_crop_at_random(index: Images) -> None:
     for dataset in (pretrain(index, augment=False), finetune(index, train=False)):
         np.testing.assert_array_equal(dataset[0, 2].image, dataset[1, 2].image)
 
 
-def test_training_gives_up_when_no_file_can_be_used(index: FileIndex) -> None:
+def test_training_gives_up_when_no_file_can_be_used(index: Images) -> None:
     with pytest.raises(
         NoUsableImage, match=r"^data\.path: 16 files drawn .* the first is .*0\.png: it has 3 channels, in"
     ):
         pretrain(index, in_chans=5)[0, 0]
 
 
-def test_reading_writes_nothing_beside_the_images(index: FileIndex) -> None:
-    folder = Path(index.paths[0]).parent
+def test_reading_writes_nothing_beside_the_images(index: Images) -> None:
+    folder = Path(index.name(0)).parent
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     for i in range(len(index)):
         pretrain(index)[0, i]
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
-def test_paths_that_are_no_unicode_are_read(index: FileIndex, tmp_path: Path) -> None:
+def test_paths_that_are_no_unicode_are_read(index: Images, tmp_path: Path) -> None:
     odd = str(tmp_path / "\udcff ü.png")
     try:
-        Path(odd).write_bytes(Path(index.paths[0]).read_bytes())
+        Path(odd).write_bytes(Path(index.name(0)).read_bytes())
     except OSError:
         pytest.skip("the file system takes Unicode names only")
-    assert pretrain(FileIndex((odd,)))[0, 0].bad == []
+    assert pretrain(Images.of_files([odd]))[0, 0].bad == []
 
 
 def image_sample(image: np.ndarray, **values: object) -> Sample:
@@ -176,27 +174,14 @@ def test_collate_keeps_uint8_and_joins_depths() -> None:
     torch.testing.assert_close(joined[:, 0, 0, 0], torch.tensor([0.2, 0.5]))
 
 
-def test_collate_makes_a_batch_of_tensors(index: FileIndex) -> None:
+def test_collate_makes_a_batch_of_tensors(index: Images) -> None:
     batch = collate([pretrain(index)[0, i] for i in range(3)])
     assert batch.images.shape == (3, 3, *SIZE)
     assert batch.masks is not None and batch.masks.shape == (3, *GRID) and batch.masks.dtype == torch.bool
     assert batch.labels is None and batch.index.tolist() == [0, 1, 2] and batch.valid.tolist() == [True] * 3
-    assert index.paths[1] in [path for path, _ in batch.bad]
+    assert index.name(1) in [path for path, _ in batch.bad]
     labels = collate([image_sample(np.zeros((1, 2, 2), np.uint8), label=i, valid=i > 0) for i in range(2)])
     assert labels.labels is not None and labels.labels.dtype == torch.int64 and labels.labels.tolist() == [0, 1]
     assert labels.masks is None and labels.valid.tolist() == [False, True]
     moved = batch.to("meta")
     assert isinstance(moved, Batch) and moved.images.is_meta and moved.bad == batch.bad
-
-
-def test_normalize_in_units_of_the_full_range_and_back() -> None:
-    mean, std = torch.tensor([0.4, 0.5]).view(2, 1, 1), torch.tensor([0.2, 0.1]).view(2, 1, 1)
-    images = torch.randint(0, 256, (3, 2, 4, 5), dtype=torch.uint8)
-    expected = (images.numpy() / 255 - mean.numpy()) / std.numpy()
-    before = images.clone()
-    normalized = normalize(images, mean, std)
-    assert torch.equal(images, before)
-    assert normalized.dtype == torch.float32
-    np.testing.assert_allclose(normalized.numpy(), expected, atol=1e-6)
-    torch.testing.assert_close(normalize(images / 255, mean, std), normalized)
-    torch.testing.assert_close(denormalize(normalized, mean, std), images / 255)

@@ -12,13 +12,13 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from fcmae.data.dataset import Batch, NoUsableImage, PretrainDataset, Sample
-from fcmae.data.index import FileIndex, find_images
+from fcmae.data.index import Images, find_images
 from fcmae.data.loader import build_loader, default_num_workers, prefetched
 from fcmae.data.sampler import StepSampler
 
 
 @pytest.fixture(scope="module")
-def index(tmp_path_factory: pytest.TempPathFactory) -> FileIndex:
+def index(tmp_path_factory: pytest.TempPathFactory) -> Images:
     """Ten images, one of them broken."""
     folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     for i in range(9):
@@ -28,7 +28,7 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> FileIndex:
 
 
 def batches(
-    index: FileIndex, num_workers: int, start: int = 0, end: int = 7, rank: int = 0, processes: int = 1, chans: int = 1
+    index: Images, num_workers: int, start: int = 0, end: int = 7, rank: int = 0, processes: int = 1, chans: int = 1
 ) -> list[Batch]:
     dataset = PretrainDataset(
         index,
@@ -52,25 +52,25 @@ def assert_same(a: list[Batch], b: list[Batch]) -> None:
             torch.testing.assert_close(getattr(x, name), getattr(y, name), rtol=0, atol=0)
 
 
-def test_batches_are_identical_for_any_number_of_workers(index: FileIndex) -> None:
+def test_batches_are_identical_for_any_number_of_workers(index: Images) -> None:
     alone = batches(index, 0)
     assert any(batch.bad for batch in alone)
     assert_same(alone, batches(index, 1))
     assert_same(alone, batches(index, 2))
 
 
-def test_resuming_mid_epoch_with_other_workers_equals_an_uninterrupted_run(index: FileIndex) -> None:
+def test_resuming_mid_epoch_with_other_workers_equals_an_uninterrupted_run(index: Images) -> None:
     # Two steps an epoch: step 3 is in the middle of the second.
     assert_same(batches(index, 1, end=3) + batches(index, 2, start=3), batches(index, 0))
 
 
-def test_processes_together_have_the_batches_of_one(index: FileIndex) -> None:
+def test_processes_together_have_the_batches_of_one(index: Images) -> None:
     parts = [batches(index, 0, rank=rank, processes=2) for rank in range(2)]
     for whole, first, second in zip(batches(index, 0), *parts, strict=True):
         torch.testing.assert_close(torch.cat([first.images, second.images]), whole.images, rtol=0, atol=0)
 
 
-def test_loading_leaves_the_global_generators_alone(index: FileIndex) -> None:
+def test_loading_leaves_the_global_generators_alone(index: Images) -> None:
     before = torch.get_rng_state()
     batches(index, 1, end=1)
     batches(index, 0, end=1)
@@ -78,7 +78,7 @@ def test_loading_leaves_the_global_generators_alone(index: FileIndex) -> None:
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_the_error_of_a_worker_is_one_sentence(index: FileIndex, num_workers: int) -> None:
+def test_the_error_of_a_worker_is_one_sentence(index: Images, num_workers: int) -> None:
     with pytest.raises(NoUsableImage) as error:
         batches(index, num_workers, chans=5)
     assert str(error.value).startswith("data.path: 16 files drawn in a row cannot be used")
@@ -145,7 +145,7 @@ def test_on_cuda_the_next_batch_is_on_its_way_before_one_is_given(monkeypatch: p
     assert log[:3] == ["on side", "copy 0", "off side"]
 
 
-def test_on_a_cpu_prefetching_gives_the_batches_as_they_come(index: FileIndex) -> None:
+def test_on_a_cpu_prefetching_gives_the_batches_as_they_come(index: Images) -> None:
     read: list[int] = []
     plain = batches(index, 0)
 

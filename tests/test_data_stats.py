@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fcmae.data.index import FileIndex, find_images
+from fcmae.data.index import Images, find_images
 from fcmae.data.stats import channel_statistics
 
 
@@ -48,4 +48,4 @@ def test_of_many_images_some_are_drawn_always_the_same(tmp_path: Path) -> None:
 
 def test_no_readable_image_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"none of 1 files can be read; /missing\.png: .*No such file"):
-        channel_statistics(FileIndex(("/missing.png",)), 3)
+        channel_statistics(Images.of_files(["/missing.png"]), 3)

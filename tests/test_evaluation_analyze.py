@@ -77,7 +77,7 @@ def test_the_numbers_are_those_of_the_streamed_statistics(compared: Path, labell
     index = find_labelled(str(labelled))
     assert index.labels is not None
     pixels = []
-    for path in index.paths:  # the whole 40 x 48 image covers 32 / .875 pixels; its centre is taken
+    for path in index.names():  # the whole 40 x 48 image covers 32 / .875 pixels; its centre is taken
         with Image.open(path) as image:
             box = ((48 - 35) / 2, (40 - 35) / 2)
             crop = image.crop((int(box[0]), int(box[1]), int(box[0]) + 35, int(box[1]) + 35))

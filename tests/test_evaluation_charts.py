@@ -8,12 +8,10 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
+from fcmae.data.split import evenly
 from fcmae.evaluation import charts
 from fcmae.evaluation.charts import Chart, Curve, heat_map, line_chart, shown, thinned
-from fcmae.pictures import evenly
 
 HOSTILE = "<script>alert('x')</script>&\"`"
 
@@ -91,13 +89,6 @@ def test_a_thinned_line_keeps_what_each_pixel_column_spans() -> None:
 
 def test_few_points_are_all_drawn() -> None:
     assert thinned(np.linspace(0, 1, 200), np.zeros(200), 100) == list(range(200))
-
-
-@given(st.integers(1, 500), st.integers(2, 60))
-def test_evenly_takes_both_ends_and_no_position_twice(number: int, most: int) -> None:
-    found = evenly(number, most)
-    assert len(found) == len(set(found)) == min(number, most)
-    assert found == sorted(found) and found[0] == 0 and found[-1] == number - 1
 
 
 def test_the_table_has_the_values_of_its_steps_and_says_what_it_leaves_out() -> None:

@@ -13,7 +13,7 @@ from sklearn.neighbors import NearestNeighbors
 
 import fcmae.evaluation.embed as embedding
 from fcmae import cli
-from fcmae.data.index import FileIndex, find_labelled
+from fcmae.data.index import Images, find_labelled
 from fcmae.evaluation.embed import neighbours, project, save_map
 from fcmae.evaluation.features import extract
 from fcmae.evaluation.models import load_backbone
@@ -53,7 +53,7 @@ def test_features_lie_beside_the_paths_they_are_of(labelled: Path, tmp_path: Pat
     expected = extract(load_backbone(ATTO, (32, 32)), index, [2], device=torch.device("cpu"))
     np.testing.assert_array_equal(features, expected.stages[2])
     assert features.dtype == np.float32 and features.shape == (12, 80)
-    assert [row["path"] for row in rows] == [index.paths[i] for i in expected.positions]
+    assert [row["path"] for row in rows] == [index.name(i) for i in expected.positions]
     assert [row["label"] for row in rows] == ["a"] * 6 + ["b"] * 6
     assert [row["row"] for row in rows] == list(map(str, range(12)))
 
@@ -138,7 +138,7 @@ def test_maps_keep_groups_together_and_are_the_same_each_time() -> None:
 def test_maps_of_any_number_of_classes_are_drawn(tmp_path: Path, num_classes: int) -> None:
     labels = np.arange(40) % num_classes if num_classes else None
     names = tuple(f"_${number} of a class with quite a long name" for number in range(num_classes))
-    index = FileIndex(
+    index = Images.of_files(
         tuple(f"{n}.png" for n in range(40)),
         None if labels is None else tuple(labels.tolist()),
         None if labels is None else names,

@@ -112,7 +112,7 @@ def test_labels_of_test_images_cannot_influence_what_is_predicted(labelled: Path
     for shift in range(2):
         for name, index, moved in (("train", train, 0), ("test", test, shift)):
             with (tmp_path / f"{name}.csv").open("w", newline="") as file:
-                rows = [(p, names[(n + moved) % 3]) for p, n in zip(index.paths, index.labels or (), strict=True)]
+                rows = [(p, names[(n + moved) % 3]) for p, n in zip(index.names(), index.labels, strict=True)]
                 csv.writer(file).writerows([("path", "label"), *rows])
         out = tmp_path / str(shift)
         data = ["--data", tmp_path / "train.csv", "--test", tmp_path / "test.csv"]
@@ -185,7 +185,7 @@ def test_images_that_cannot_be_read_are_left_out(
     (tmp_path / "bad.png").write_bytes(b"")
     index = find_labelled(str(labelled))
     assert index.labels is not None
-    rows = [(path, label) for path, label in zip(index.paths, index.labels, strict=True)]
+    rows = [(path, label) for path, label in zip(index.names(), index.labels, strict=True)]
     with (tmp_path / "data.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("path", "label"), *rows, (tmp_path / "bad.png", 2)])
     with (tmp_path / "test.csv").open("w", newline="") as file:

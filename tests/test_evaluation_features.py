@@ -9,8 +9,7 @@ import torch
 from test_weights_convert import dense_features, write_checkpoint
 
 from fcmae.data.augment import CenterCrop
-from fcmae.data.dataset import normalize
-from fcmae.data.index import FileIndex, find_images
+from fcmae.data.index import Images, find_images
 from fcmae.evaluation.features import extract, stage_maps
 from fcmae.evaluation.models import Backbone, load_backbone
 
@@ -23,7 +22,7 @@ def backbone() -> Backbone:
 
 
 @pytest.fixture(scope="module")
-def index(tmp_path_factory: pytest.TempPathFactory) -> FileIndex:
+def index(tmp_path_factory: pytest.TempPathFactory) -> Images:
     return find_images([str(runs.write_images(tmp_path_factory.mktemp("images"), 7))])
 
 
@@ -40,21 +39,20 @@ def test_the_last_stage_is_what_pretraining_saw_with_nothing_masked(tmp_path: Pa
     torch.testing.assert_close(maps[3], expected, atol=1e-5 * float(expected.abs().max()), rtol=1e-4)
 
 
-def test_features_are_means_over_each_image_in_the_order_of_the_index(backbone: Backbone, index: FileIndex) -> None:
+def test_features_are_means_over_each_image_in_the_order_of_the_index(backbone: Backbone, index: Images) -> None:
     found = extract(backbone, index, [1, 4], device=CPU, batch_size=3)
     assert found.positions.tolist() == list(range(7))
     assert not found.bad
     crop = CenterCrop(3, backbone.image_size, backbone.crop_pct)
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (backbone.mean, backbone.std))
     for row in (0, 6):
-        image = torch.from_numpy(crop(index.paths[row], np.random.default_rng(0)))
-        maps = stage_maps(backbone.model, normalize(image[None], mean, std))
+        image = torch.from_numpy(crop(Path(index.name(row)).read_bytes(), np.random.default_rng(0)))
+        maps = stage_maps(backbone.model, backbone.normalize(image[None]))
         for stage in (1, 4):
             expected = maps[stage - 1][0].double().mean((1, 2)).numpy()
             np.testing.assert_allclose(found.stages[stage][row], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_features_on_disk_are_those_in_memory(backbone: Backbone, index: FileIndex, tmp_path: Path) -> None:
+def test_features_on_disk_are_those_in_memory(backbone: Backbone, index: Images, tmp_path: Path) -> None:
     in_memory = extract(backbone, index, None, device=CPU, batch_size=3)
     on_disk = extract(backbone, index, None, device=CPU, batch_size=3, directory=tmp_path)
     assert list(on_disk.stages) == [1, 2, 3, 4]
@@ -65,11 +63,11 @@ def test_features_on_disk_are_those_in_memory(backbone: Backbone, index: FileInd
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_files_that_cannot_be_read_are_left_out_and_named(
-    backbone: Backbone, index: FileIndex, tmp_path: Path, num_workers: int
+    backbone: Backbone, index: Images, tmp_path: Path, num_workers: int
 ) -> None:
     damaged = tmp_path / "damaged.png"
     damaged.write_bytes(b"no image")
-    mixed = FileIndex((index.paths[0], str(damaged), index.paths[1]))
+    mixed = Images.of_files([index.name(0), str(damaged), index.name(1)])
     found = extract(backbone, mixed, [-1], device=CPU, batch_size=2, num_workers=num_workers)
     whole = extract(backbone, index, [4], device=CPU)
     assert found.positions.tolist() == [0, 2]
@@ -80,6 +78,6 @@ def test_files_that_cannot_be_read_are_left_out_and_named(
 
 
 @pytest.mark.parametrize("stage", [0, 5, -5])
-def test_stages_that_are_not_there_are_refused(backbone: Backbone, index: FileIndex, stage: int) -> None:
+def test_stages_that_are_not_there_are_refused(backbone: Backbone, index: Images, stage: int) -> None:
     with pytest.raises(ValueError, match=f"stages: {stage} is none of the network's 4: use 1 to 4"):
         extract(backbone, index, [stage], device=CPU)

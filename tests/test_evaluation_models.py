@@ -21,7 +21,7 @@ def test_a_checkpoint_is_read_as_it_was_trained(tmp_path: Path) -> None:
     assert backbone.architecture is not None
     assert (backbone.architecture.variant, backbone.architecture.stem_stride) == ("convnextv2_atto", 2)
     assert (backbone.image_size, backbone.in_chans, backbone.crop_pct) == ((64, 64), 3, 1.0)
-    assert backbone.mean == [0.485, 0.456, 0.406]
+    assert backbone.normalize.mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])
     assert backbone.origin["step"] == 3
     assert not backbone.model.training
     assert not any(parameter.requires_grad for parameter in backbone.model.parameters())
@@ -32,7 +32,8 @@ def test_a_classifier_loses_its_head_and_keeps_its_image_settings(tmp_path: Path
     model = timm.create_model("convnextv2_atto", num_classes=3)
     save_dense(tmp_path / "tuned", model, Weights({}, Architecture("convnextv2_atto"), image, ("a", "b", "c")))
     backbone = load_backbone(str(tmp_path / "tuned"))
-    assert (backbone.image_size, backbone.crop_pct, backbone.std) == ((64, 96), 0.9, [0.4, 0.5, 0.6])
+    assert (backbone.image_size, backbone.crop_pct) == ((64, 96), 0.9)
+    assert backbone.normalize.std.flatten().tolist() == pytest.approx([0.4, 0.5, 0.6])
     assert backbone.model(torch.zeros(1, 3, 64, 96)).shape == (1, 320)
 
 
@@ -53,9 +54,9 @@ def test_any_network_of_timm_is_taken_at_other_sizes() -> None:
     backbone = load_backbone("random:vit_tiny_patch16_224", (64, 32))
     assert backbone.architecture is None
     assert backbone.image_size == (64, 32)
-    assert backbone.mean == [0.5, 0.5, 0.5]  # that network's own
+    assert backbone.normalize.mean.flatten().tolist() == [0.5, 0.5, 0.5]  # that network's own
     grey = load_backbone("random:convnextv2_atto", (64, 64), in_chans=1)
-    assert (grey.in_chans, grey.mean) == (1, [0.449])
+    assert (grey.in_chans, grey.normalize.mean.tolist()) == (1, [[[pytest.approx(0.449)]]])
     assert grey.architecture == Architecture("convnextv2_atto", 1, final_norm=True)
 
 

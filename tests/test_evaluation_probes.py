@@ -6,8 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
@@ -16,7 +14,6 @@ import fcmae.evaluation.probes as probes
 from fcmae.evaluation.probes import (
     DEFAULT,
     Setting,
-    draw,
     few_shot_counts,
     fit_linear,
     knn_probabilities,
@@ -154,25 +151,6 @@ def test_features_on_disk_give_the_same_classifier(tmp_path: Path, monkeypatch: 
     np.save(tmp_path / "f.npy", train)
     on_disk = fit_linear(np.load(tmp_path / "f.npy", mmap_mode="r"), labels, 3)
     torch.testing.assert_close(on_disk.weight, fit_linear(train, labels, 3).weight, rtol=0, atol=0)
-
-
-@given(
-    st.lists(st.integers(0, 3), min_size=1, max_size=30),
-    st.lists(st.integers(0, 5), min_size=4, max_size=4),
-    st.integers(0, 100),
-)
-def test_draws_have_so_many_of_each_class(labels: list[int], counts: list[int], seed: int) -> None:
-    array = np.array(labels)
-    drawn = draw(array, np.array(counts), seed)
-    assert (np.diff(drawn) > 0).all()
-    found, there = np.bincount(array[drawn], minlength=4), np.bincount(array, minlength=4)
-    assert found.tolist() == np.minimum(counts, there).tolist()
-    assert drawn.tolist() == draw(array, np.array(counts), seed).tolist()
-
-
-def test_other_seeds_draw_other_images() -> None:
-    labels = np.repeat([0, 1], 50)
-    assert len({tuple(draw(labels, np.array([3, 3]), seed)) for seed in range(5)}) == 5
 
 
 def test_amounts_of_labels_by_hand() -> None:

@@ -21,7 +21,8 @@ from runs import assert_same, final_state, flags, write_images
 
 import fcmae.training.loop
 from fcmae import cli
-from fcmae.data.index import FileIndex, find_images, find_labelled, split
+from fcmae.data.index import Images, find_images, find_labelled
+from fcmae.data.split import split
 from fcmae.evaluation.features import extract
 from fcmae.evaluation.models import load_backbone
 from fcmae.monitor import Watch, dense_model, find_monitored_labels, monitored_images, over_time
@@ -110,7 +111,7 @@ def test_monitors_give_the_numbers_that_analyze_gives_of_the_checkpoint_of_that_
     monitored: Path, images: Path, tmp_path: Path
 ) -> None:
     train, held_out = split(find_images([str(images)]), 0.3, seed=3)
-    (tmp_path / "list.txt").write_text("\n".join(monitored_images(held_out, train, 8).paths))
+    (tmp_path / "list.txt").write_text("\n".join(monitored_images(held_out, train, 8).names()))
     for line in evaluations(monitored)[1:]:
         place = checkpoint.steps(monitored)[line["step"]]
         out = str(tmp_path / place.name)
@@ -131,7 +132,7 @@ def test_neighbours_are_those_of_the_checkpoints_features(monitored: Path, label
     known, asked = (f / np.linalg.norm(f, axis=1, keepdims=True) for f in (known, asked))
     # 12 images vote, fewer than 20: all of them.
     weights = np.exp(asked @ known.T / 0.07)
-    votes = np.stack([weights[:, np.array(train.labels) == label].sum(1) for label in (0, 1)], 1)
+    votes = np.stack([weights[:, train.labels == label].sum(1) for label in (0, 1)], 1)
     assert line["knn_top1"] == (votes.argmax(1) == test.labels).mean()
 
 
@@ -158,10 +159,11 @@ def test_the_dense_network_is_the_converted_encoder_on_the_same_memory(images: P
 
 
 def test_held_out_images_are_watched_first_and_training_ones_fill_up() -> None:
-    held_out, training = FileIndex(tuple("abcd")), FileIndex(tuple("uvwxyz"))
-    assert monitored_images(held_out, training, 2).paths == ("b", "d")
-    assert monitored_images(held_out, training, 6).paths == ("a", "b", "c", "d", "v", "y")
-    assert monitored_images(held_out, training, 99).paths == tuple("abcduvwxyz")
+    images = Images.of_files("aubvcwdxyz")
+    held_out, training = images.subset([0, 2, 4, 6]), images.subset([1, 3, 5, 7, 8, 9])
+    assert monitored_images(held_out, training, 2).names() == ["a", "d"]
+    assert monitored_images(held_out, training, 6).names() == ["a", "b", "c", "d", "u", "z"]
+    assert monitored_images(held_out, training, 99).names() == [*"abcduvwxyz"]
     assert len(monitored_images(held_out, training, 0)) == 0
 
 
@@ -170,7 +172,7 @@ def test_images_that_cannot_be_read_are_left_out_of_what_is_watched(
 ) -> None:
     folder, classes = shutil.copytree(images, tmp_path / "images"), shutil.copytree(labelled, tmp_path / "labelled")
     index = find_images([str(folder)])
-    Path(index.paths[5]).write_bytes(b"not an image")
+    Path(index.name(5)).write_bytes(b"not an image")
     for path in (*(classes / "dark").glob("[1-7].png"), *(classes / "light").glob("[1-7].png")):
         path.write_bytes(b"not an image")
     # Which of the two that are left votes, and which is classified, the seed decides.
@@ -208,9 +210,9 @@ def test_labelled_images_that_cannot_be_used_are_reported_before_anything_is_wri
 def test_of_many_labelled_images_some_of_each_class_are_drawn(labelled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fcmae.monitor.MAX_LABELLED", 8)
     found = find_monitored_labels(str(labelled), 3, (16, 16), seed=0)
-    assert found.train.labels == (0, 0, 0, 1, 1, 1)
-    assert found.test.labels == (0, 1)
-    assert found != find_monitored_labels(str(labelled), 3, (16, 16), seed=1)
+    assert found.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert found.test.labels.tolist() == [0, 1]
+    assert found.train.names() != find_monitored_labels(str(labelled), 3, (16, 16), seed=1).train.names()
 
 
 # Training is as without

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fcmae.data.normalize import Normalize
 from fcmae.loss import patch_statistics, patchify
 from fcmae.pictures import (
     reconstruction_panels,
@@ -20,14 +21,14 @@ from fcmae.pictures import (
     save_tiles,
 )
 
-MEAN, STD = torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1), torch.tensor([0.2, 0.3, 0.4]).view(3, 1, 1)
+NORMALIZE = Normalize([0.5, 0.4, 0.3], [0.2, 0.3, 0.4])
 MASK = torch.tensor([[[True, False, True], [False, True, True]], [[False, True, True], [True, True, False]]])
 
 
 def pictures() -> tuple[Tensor, Tensor]:
     """Two images of 8 x 12 pixels in 0..1, and the same normalised: 2 x 3 patches of 4."""
     original = torch.rand(2, 3, 8, 12)
-    return original, (original - MEAN) / STD
+    return original, NORMALIZE(original)
 
 
 def hidden_pixels() -> Tensor:
@@ -38,7 +39,7 @@ def test_a_perfect_standardised_prediction_gives_back_the_original() -> None:
     original, images = pictures()
     target = patchify(images, 4)
     mean, std = patch_statistics(target)
-    panels = reconstruction_panels((target - mean) / std, images, MASK, MEAN, STD)
+    panels = reconstruction_panels((target - mean) / std, images, MASK, NORMALIZE)
     # Float32: two affine maps forth and back on values around 1.
     for panel in (panels[0], panels[2], panels[3]):
         torch.testing.assert_close(panel, original, atol=2e-6, rtol=0)
@@ -46,21 +47,21 @@ def test_a_perfect_standardised_prediction_gives_back_the_original() -> None:
 
 def test_a_prediction_of_zero_shows_each_patch_s_own_mean() -> None:
     _, images = pictures()
-    reconstruction = reconstruction_panels(torch.zeros(2, 6, 48), images, MASK, MEAN, STD)[2]
+    reconstruction = reconstruction_panels(torch.zeros(2, 6, 48), images, MASK, NORMALIZE)[2]
     # The statistics are over all pixels and channels of a normalised patch.
-    expected = images[1, :, 4:8, 8:12].mean() * STD + MEAN
+    expected = images[1, :, 4:8, 8:12].mean() * NORMALIZE.std + NORMALIZE.mean
     torch.testing.assert_close(reconstruction[1, :, 4:8, 8:12], expected.expand(3, 4, 4), atol=1e-6, rtol=0)
 
 
 def test_without_normalised_targets_the_prediction_is_the_image() -> None:
     original, images = pictures()
-    panels = reconstruction_panels(patchify(images, 4), images, MASK, MEAN, STD, normalize=False)
+    panels = reconstruction_panels(patchify(images, 4), images, MASK, NORMALIZE, normalize_target=False)
     torch.testing.assert_close(panels[2], original, atol=1e-6, rtol=0)
 
 
 def test_visible_patches_are_pasted_and_hidden_ones_greyed() -> None:
     _, images = pictures()
-    panels = reconstruction_panels(torch.randn(2, 6, 48), images, MASK, MEAN, STD)
+    panels = reconstruction_panels(torch.randn(2, 6, 48), images, MASK, NORMALIZE)
     shown, masked, reconstruction, pasted = panels
     hidden = hidden_pixels()
     assert torch.equal(pasted[~hidden], shown[~hidden])

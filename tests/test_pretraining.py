@@ -25,8 +25,10 @@ from runs import assert_same, config, final_state, flags, losses, start, tensors
 import fcmae.training.loop
 from fcmae import cli, pretraining, settings
 from fcmae.config import PretrainConfig
-from fcmae.data.index import find_images, split
+from fcmae.data.index import find_images
+from fcmae.data.normalize import Normalize
 from fcmae.data.sampler import epoch_order
+from fcmae.data.split import split
 from fcmae.training import checkpoint
 
 STEPS = 9  # of runs.flags: 3 epochs of 3 steps
@@ -292,7 +294,7 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     images = write_images(tmp_path / "images", 12)
     train, held_out = split(find_images([str(images)]), 0.3, seed=0)
     # Of each step's four images the second process reads the last two, and of those held out every second.
-    bad = {train.paths[epoch_order(len(train), 0, 0)[3]], held_out.paths[1]}
+    bad = {train.name(epoch_order(len(train), 0, 0)[3]), held_out.name(1)}
     for path in bad:
         Path(path).write_bytes(b"not an image")
     options = {"epochs": 1, "optim__warmup_epochs": 0, "optim__clip_grad": 0.04, "optim__base_lr": 0.1}
@@ -513,10 +515,10 @@ def test_broken_images_are_listed_wherever_they_are_used_and_the_run_goes_on(ima
     options = {"data__val_share": 0.3, "data__max_bad_share": 0.5, "log__every_steps": 99, "log__eval_epochs": 1}
     cfg = config(folder, out, **options)
     train, held_out = split(find_images(cfg.data.path), 0.3, cfg.seed)
-    for path in (train.paths[2], held_out.paths[1]):
+    for path in (train.name(2), held_out.name(1)):
         Path(path).write_bytes(b"not an image")
     pretraining.main(cfg)
-    assert listed_as_bad(out) == {train.paths[2], held_out.paths[1]}
+    assert listed_as_bad(out) == {train.name(2), held_out.name(1)}
     assert "validation loss" in (out / "train.log").read_text()
     assert "on 3 images" in (out / "train.log").read_text()
 
@@ -609,12 +611,11 @@ def test_an_image_of_huge_numbers_stops_the_run_before_it_spoils_the_weights(
 def test_a_validation_loss_that_is_not_finite_stops_the_run_before_it_is_saved(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    normalize = pretraining.normalize
+    class Spoiled(Normalize):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return super().forward(images) * (1 if torch.is_grad_enabled() else torch.nan)
 
-    def spoiled(pixels: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-        return normalize(pixels, mean, std) * (1 if torch.is_grad_enabled() else torch.nan)
-
-    monkeypatch.setattr(pretraining, "normalize", spoiled)
+    monkeypatch.setattr(pretraining, "Normalize", Spoiled)
     assert run(images, tmp_path / "out", log__eval_epochs=1) == 2
     assert "step 3: the validation loss is nan" in capsys.readouterr().err
     assert not list((tmp_path / "out").glob("checkpoints/*"))

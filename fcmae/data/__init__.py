@@ -1,1 +1,1 @@
-"""From files to batches: index -> sampler -> decode -> augment -> dataset -> loader. uint8 comes out."""
+"""From bytes to batches: source -> index -> sampler -> decode -> augment -> dataset -> loader. uint8 comes out."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -18,8 +18,9 @@ from timm.data import auto_augment as timm_auto_augment
 from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
 
-from fcmae.data.decode import Box, read_crop, to_pil
-from fcmae.data.geometry import align, decode_scale
+from fcmae.data.decode import read_crop, to_pil
+from fcmae.data.geometry import Box, align, decode_scale
+from fcmae.data.normalize import Normalize
 
 
 def random_resized_box(
@@ -32,9 +33,16 @@ def random_resized_box(
 ) -> Box:
     """A random box of an image, as torchvision's RandomResizedCrop draws it.
 
-    scale: smallest and largest share of the area. ratio: smallest and largest width / height, drawn log-uniformly.
-    After ten boxes that do not fit, the largest centred one whose ratio is allowed.
-    Returns (top, left, height, width) in pixels.
+    Args:
+        height: of the image, in pixels.
+        width: of the image, in pixels.
+        scale: smallest and largest share of the area.
+        ratio: smallest and largest width / height, drawn log-uniformly.
+        rng: what it is drawn from.
+
+    Returns:
+        (top, left, height, width) in pixels; after ten boxes that do not fit, the largest centred one whose ratio is
+        allowed.
     """
     for _ in range(10):
         area = height * width * rng.uniform(*scale)
@@ -50,8 +58,14 @@ def random_resized_box(
 def center_box(height: int, width: int, size: tuple[int, int], crop_pct: float = 1.0) -> Box:
     """The box that "resize until it covers size / crop_pct, then crop the centre" keeps of an image.
 
-    size: height and width of the result, whose aspect the box has. crop_pct: share of the limiting side that stays.
-    Returns (top, left, height, width) in pixels.
+    Args:
+        height: of the image, in pixels.
+        width: of the image, in pixels.
+        size: height and width of the result, whose aspect the box has.
+        crop_pct: share of the limiting side that stays.
+
+    Returns:
+        (top, left, height, width) in pixels.
     """
     unit = min(height / size[0], width / size[1]) * crop_pct
     h, w = max(1, round(size[0] * unit)), max(1, round(size[1] * unit))
@@ -80,26 +94,37 @@ def seeded(seed: Sequence[int]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class CenterCrop:
-    """The centre of an image, for evaluation: see `center_box`."""
+    """The centre of an image, for evaluation: see `center_box`.
+
+    Attributes:
+        in_chans: see `read_crop`.
+        image_size: height and width of the result.
+        crop_pct: see `center_box`.
+    """
 
     in_chans: int
     image_size: tuple[int, int]
     crop_pct: float
 
-    def __call__(self, path: str, rng: np.random.Generator) -> NDArray[Any]:
+    def __call__(self, file: BinaryIO | bytes, rng: np.random.Generator) -> NDArray[Any]:
         """(C, H, W) uint8 or float32, units of `read_crop`; draws nothing. Raises BadImage."""
 
         def choose_box(height: int, width: int) -> Box:
             return center_box(height, width, self.image_size, self.crop_pct)
 
-        return read_crop(path, self.in_chans, choose_box, self.image_size)
+        return read_crop(file, self.in_chans, choose_box, self.image_size)
 
 
 @dataclass(frozen=True)
 class CropAndFlip:
     """Random resized crop (bicubic) and random flips, on the scaled decode of a file.
 
-    image_size: height and width of the result. crop_scale: share of the area. hflip, vflip: probabilities.
+    Attributes:
+        in_chans: see `read_crop`.
+        image_size: height and width of the result.
+        crop_scale: smallest and largest share of the area.
+        hflip: probability that columns are mirrored.
+        vflip: probability that rows are.
     """
 
     in_chans: int
@@ -108,7 +133,7 @@ class CropAndFlip:
     hflip: float
     vflip: float = 0.0
 
-    def __call__(self, path: str, rng: np.random.Generator) -> NDArray[Any]:
+    def __call__(self, file: BinaryIO | bytes, rng: np.random.Generator) -> NDArray[Any]:
         """(C, H, W) uint8 or float32, units of `read_crop`. Raises BadImage."""
 
         def choose_box(height: int, width: int) -> Box:
@@ -117,7 +142,7 @@ class CropAndFlip:
             aligned = align(box, scale := decode_scale(*box[2:], self.image_size), height, width)
             return aligned if decode_scale(*aligned[2:], self.image_size) == scale else box
 
-        image = read_crop(path, self.in_chans, choose_box, self.image_size)
+        image = read_crop(file, self.in_chans, choose_box, self.image_size)
         flip_columns, flip_rows = rng.random(2) < (self.hflip, self.vflip)
         if flip_columns:
             image = image[:, :, ::-1]
@@ -127,12 +152,7 @@ class CropAndFlip:
 
 
 class FinetuneAugment:
-    """Crop and flip, then timm's automatic augmentation, then random erasing: timm's recipe for fine-tuning.
-
-    auto_augment: a policy in timm's notation such as rand-m9-mstd0.5-inc1, for 1 and 3 channels; it works on 8-bit RGB,
-    so grey images pass through RGB and back, and deeper ones lose their depth. random_erasing: probability that a
-    rectangle becomes noise, normal in normalised units, which mean and std (C,) define in units of `read_crop`.
-    """
+    """Crop and flip, then timm's automatic augmentation, then random erasing: timm's recipe for fine-tuning."""
 
     def __init__(
         self,
@@ -143,17 +163,29 @@ class FinetuneAugment:
         mean: Sequence[float],
         std: Sequence[float],
     ) -> None:
+        """Set it up.
+
+        Args:
+            crop: what comes first.
+            auto_augment: a policy in timm's notation such as rand-m9-mstd0.5-inc1, for 1 and 3 channels; it works on
+                8-bit RGB, so grey images pass through RGB and back, and deeper ones lose their depth.
+            random_erasing: probability that a rectangle becomes noise, normal in normalised units.
+            mean: (C,), which defines them, in units of a full range of 1.
+            std: (C,), likewise.
+
+        Raises:
+            ValueError: for a policy that timm does not know.
+        """
         assert auto_augment is None or crop.in_chans in (1, 3)
         self._crop = crop
         self._policy = None if auto_augment is None else _policy(auto_augment, crop.image_size, mean)
         self._random_erasing = random_erasing
         self._erase = RandomErasing(probability=1.0, mode="pixel", device="cpu")
-        self._mean = torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1)
-        self._std = torch.tensor(std, dtype=torch.float32).view(-1, 1, 1)
+        self._normalize = Normalize(mean, std)
 
-    def __call__(self, path: str, rng: np.random.Generator) -> NDArray[Any]:
+    def __call__(self, file: BinaryIO | bytes, rng: np.random.Generator) -> NDArray[Any]:
         """(C, H, W) uint8 or float32, units of `read_crop`. Raises BadImage."""
-        image = self._crop(path, rng)
+        image = self._crop(file, rng)
         erases = rng.random() < self._random_erasing
         if self._policy is None and not erases:
             return image
@@ -169,11 +201,9 @@ class FinetuneAugment:
         return np.ascontiguousarray(array[None] if array.ndim == 2 else array.transpose(2, 0, 1))
 
     def _erased(self, image: NDArray[Any]) -> NDArray[Any]:
-        unit = 255.0 if image.dtype == np.uint8 else 1.0
-        pixels = (torch.from_numpy(image).float() / unit - self._mean) / self._std
-        erased: NDArray[np.float32] = ((self._erase(pixels) * self._std + self._mean) * unit).numpy()
+        erased = self._normalize.inverse(self._erase(self._normalize(torch.from_numpy(image)))).numpy()
         # Back to uint8, so that a batch stays a quarter of the size on its way to the device.
-        return erased.round().clip(0, 255).astype(np.uint8) if image.dtype == np.uint8 else erased
+        return (erased * np.float32(255)).round().clip(0, 255).astype(np.uint8) if image.dtype == np.uint8 else erased
 
 
 def _policy(auto_augment: str, image_size: tuple[int, int], mean: Sequence[float]) -> Any:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -14,22 +13,27 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fcmae.data.augment import CenterCrop, CropAndFlip, FinetuneAugment
-from fcmae.data.decode import BadImage
-from fcmae.data.index import FileIndex
+from fcmae.data.index import Images
 from fcmae.data.sampler import MASK_STREAM, SAMPLE_STREAM, Key
+from fcmae.data.source import BadImage
 from fcmae.masking import random_mask
 
 MAX_TRIES = 16  # files that a training sample tries before it gives up
 
-View = Callable[[str, np.random.Generator], NDArray[Any]]  # path -> (C, H, W), drawing from the generator
+View = Callable[[BinaryIO, np.random.Generator], NDArray[Any]]  # file -> (C, H, W), drawing from the generator
 
 
 @dataclass(frozen=True)
 class Sample:
-    """image: (C, H, W) uint8 or float32. masks: (n, gh, gw) bool, True = hidden. index: that of the key.
+    """An image, and what is known of it.
 
-    valid: false if the image could not be read and was not replaced; it is then zero. bad: files that could not be
-    read, with reasons.
+    Attributes:
+        image: (C, H, W) uint8 or float32.
+        masks: (n, gh, gw) bool, True = hidden.
+        label: its class by number.
+        index: that of the key.
+        valid: false if the image could not be read and was not replaced; it is then zero.
+        bad: names of images that could not be read, with reasons.
     """
 
     image: NDArray[Any]
@@ -42,10 +46,15 @@ class Sample:
 
 @dataclass
 class Batch:
-    """Samples together. images: (B, C, H, W) uint8, or float32 if any is. masks: (B * n, gh, gw) bool, True = hidden.
+    """Samples together.
 
-    The n masks of an image follow each other. labels, index: (B,) int64. valid: (B,) bool, false for images that could
-    not be read. bad: (path, reason) of files that could not be read.
+    Attributes:
+        images: (B, C, H, W) uint8, or float32 if any is.
+        masks: (B * n, gh, gw) bool, True = hidden; the n masks of an image follow each other.
+        labels: (B,) int64.
+        index: (B,) int64.
+        valid: (B,) bool, false for images that could not be read.
+        bad: (name, reason) of images that could not be read.
     """
 
     images: Tensor
@@ -97,22 +106,6 @@ def collate(samples: Sequence[Sample]) -> Batch:
     )
 
 
-def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """(images - mean) / std as float32, on the images' device, after dividing uint8 images by 255.
-
-    images: (B, C, H, W) or (C, H, W), uint8 or float. mean, std: (C, 1, 1) float32, in units of a full range of 1.
-    """
-    if images.dtype == torch.uint8:
-        mean, std = mean * 255, std * 255
-    # One buffer: on a CPU, memory that is new to the process takes most of the time.
-    return images.to(torch.float32, copy=True).sub_(mean).div_(std)
-
-
-def denormalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """The inverse of `normalize`: float32 in units of a full range of 1."""
-    return images.float() * std + mean
-
-
 class NoUsableImage(ValueError):  # noqa: N818
     """A training sample found MAX_TRIES bad files in a row."""
 
@@ -122,17 +115,13 @@ class NoUsableImage(ValueError):  # noqa: N818
 
 
 class _ImageDataset(Dataset[Sample]):
-    """Reads the files of an index through a view. Training replaces what it cannot read; evaluation marks it."""
+    """Reads images through a view. Training replaces what it cannot read; evaluation marks it."""
 
-    def __init__(self, index: FileIndex, view: View, *, shape: tuple[int, int, int], seed: int, replaces: bool) -> None:
-        # One block of bytes. A tuple of strings would be copied into every worker, page by page, as each use of a
-        # string writes its reference count.
-        self._paths = np.array([os.fsencode(path) for path in index.paths], dtype=np.bytes_)
-        self._labels = None if index.labels is None else np.array(index.labels, dtype=np.int64)
-        self._view, self._shape, self._seed, self._replaces = view, shape, seed, replaces
+    def __init__(self, images: Images, view: View, *, shape: tuple[int, int, int], seed: int, replaces: bool) -> None:
+        self._images, self._view, self._shape, self._seed, self._replaces = images, view, shape, seed, replaces
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return len(self._images)
 
     def _read(self, key: Key) -> Sample:
         """The sample of a key, without a mask.
@@ -144,37 +133,28 @@ class _ImageDataset(Dataset[Sample]):
         bad: list[tuple[str, str]] = []
         used = index
         while len(bad) < (MAX_TRIES if self._replaces else 1):
-            path = os.fsdecode(self._paths[used])
             try:
-                image = self._view(path, rng)
+                with self._images.open(used) as file:
+                    image = self._view(file, rng)
             except BadImage as error:
-                bad.append((path, str(error)))
+                bad.append((self._images.name(used), str(error)))
                 used = int(rng.integers(len(self)))
             else:
-                return Sample(image, None, self._label(used), index, True, bad)
+                return Sample(image, None, self._images.label(used), index, True, bad)
         if self._replaces:
             raise NoUsableImage(
                 f"data.path: {MAX_TRIES} files drawn in a row cannot be used, the first is {bad[0][0]}: {bad[0][1]}; "
                 "give images that can be read, or the in_chans they have"
             )
-        return Sample(np.zeros(self._shape, np.uint8), None, self._label(index), index, False, bad)
-
-    def _label(self, index: int) -> int | None:
-        return None if self._labels is None else int(self._labels[index])
+        return Sample(np.zeros(self._shape, np.uint8), None, self._images.label(index), index, False, bad)
 
 
 class PretrainDataset(_ImageDataset):
-    """Images and masks for pretraining, by key (epoch, index).
-
-    in_chans, image_size (height, width): of the samples. crop_scale, hflip: see CropAndFlip. grid (gh, gw), visible:
-    see random_mask. masks_per_image: masks of each sample, drawn independently. augment: False takes the centre of each
-    image (crop_pct .875) instead of a random crop, and marks files that cannot be read; True replaces them by others,
-    drawn from the sample's own generator.
-    """
+    """Images and masks for pretraining, by key (epoch, index)."""
 
     def __init__(
         self,
-        index: FileIndex,
+        images: Images,
         *,
         in_chans: int,
         image_size: tuple[int, int],
@@ -186,9 +166,24 @@ class PretrainDataset(_ImageDataset):
         augment: bool = True,
         masks_per_image: int = 1,
     ) -> None:
+        """Nothing is read yet.
+
+        Args:
+            images: what to read.
+            in_chans: channels of the samples.
+            image_size: height and width of the samples.
+            crop_scale: see CropAndFlip.
+            hflip: see CropAndFlip.
+            grid: (gh, gw), see random_mask.
+            visible: see random_mask.
+            seed: of crops, flips, masks and replacements.
+            augment: False takes the centre of each image (crop_pct .875) instead of a random crop, and marks images
+                that cannot be read; True replaces them by others, drawn from the sample's own generator.
+            masks_per_image: masks of each sample, drawn independently.
+        """
         crop = CropAndFlip(in_chans, image_size, crop_scale, hflip)
         view = crop if augment else CenterCrop(in_chans, image_size, 0.875)
-        super().__init__(index, view, shape=(in_chans, *image_size), seed=seed, replaces=augment)
+        super().__init__(images, view, shape=(in_chans, *image_size), seed=seed, replaces=augment)
         self._grid, self.visible, self._masks_per_image = grid, visible, masks_per_image
 
     def __getitem__(self, key: Key) -> Sample:
@@ -198,15 +193,11 @@ class PretrainDataset(_ImageDataset):
 
 
 class FinetuneDataset(_ImageDataset):
-    """Images and labels for fine-tuning, by key (epoch, index).
-
-    augment: what training images go through; files that cannot be read are replaced by others, drawn from the sample's
-    own generator. None takes the centre of each image (see center_box for crop_pct) and marks such files.
-    """
+    """Images and labels for fine-tuning, by key (epoch, index)."""
 
     def __init__(
         self,
-        index: FileIndex,
+        images: Images,
         *,
         in_chans: int,
         image_size: tuple[int, int],
@@ -214,8 +205,19 @@ class FinetuneDataset(_ImageDataset):
         augment: FinetuneAugment | None = None,
         crop_pct: float = 0.875,
     ) -> None:
+        """Nothing is read yet.
+
+        Args:
+            images: what to read.
+            in_chans: channels of the samples.
+            image_size: height and width of the samples.
+            seed: of augmentations and replacements.
+            augment: what training images go through; images that cannot be read are replaced by others, drawn from the
+                sample's own generator. None takes the centre of each image and marks such images.
+            crop_pct: of that centre, see center_box.
+        """
         view = augment or CenterCrop(in_chans, image_size, crop_pct)
-        super().__init__(index, view, shape=(in_chans, *image_size), seed=seed, replaces=augment is not None)
+        super().__init__(images, view, shape=(in_chans, *image_size), seed=seed, replaces=augment is not None)
 
     def __getitem__(self, key: Key) -> Sample:
         return self._read(key)

@@ -3,41 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from fcmae.data.geometry import Box
-from fcmae.data.readers import BadImage, open_image, reading
-
-__all__ = ["BadImage", "Box", "ChooseBox", "open_image", "read_crop", "to_pil"]
+from fcmae.data.readers import open_image, reading
+from fcmae.data.source import BadImage
 
 ChooseBox = Callable[[int, int], Box]  # (height, width) -> box
 
 
-def read_crop(path: str, in_chans: int, choose_box: ChooseBox, size: tuple[int, int] | None) -> NDArray[Any]:
+def read_crop(
+    file: BinaryIO | bytes, in_chans: int, choose_box: ChooseBox, size: tuple[int, int] | None
+) -> NDArray[Any]:
     """Read part of an image and resize it (bicubic, antialiased).
 
-    choose_box: called with the upright height and width before anything is decoded; returns (top, left, height, width).
-    size: height and width of the result, or None for the box's own. JPEGs are decoded at the smallest of the scales
-    1, 1/2, 1/4, 1/8 that keeps the box at or above `size`.
-
-    Returns (in_chans, height, width). uint8 images stay uint8 (bool becomes 0 and 255). 16-bit unsigned ones become
-    float32 in 0..1, full range = 1. Floats are taken as they are and other integers unscaled, both as float32. 16-bit
-    RGB PNGs are the exception: Pillow reads them as 8 bits.
     Channels: grey is copied into 3; RGB becomes grey for 1; alpha is dropped for 1 and 3; CMYK and palettes become
     RGB for 1 and 3. For any other in_chans the file must have that many channels. An array of three axes in a .npy
     file is (H, W, C) if its last axis fits in_chans, else (C, H, W). The pages of a TIFF are its bands when in_chans
     is neither 1 nor 3; else the first page is read.
-    Raises BadImage for a file that is missing, broken, not an image, has other channels, holds values that are not
-    finite in the box, or has more than PIL.Image.MAX_IMAGE_PIXELS pixels.
+
+    Args:
+        file: the image, or a file of it that can seek, at its start.
+        in_chans: channels of the result.
+        choose_box: called with the upright height and width before anything is decoded; returns
+            (top, left, height, width).
+        size: height and width of the result, or None for the box's own. JPEGs are decoded at the smallest of the
+            scales 1, 1/2, 1/4, 1/8 that keeps the box at or above `size`.
+
+    Returns:
+        (in_chans, height, width). uint8 images stay uint8 (bool becomes 0 and 255). 16-bit unsigned ones become float32
+        in 0..1, full range = 1. Floats are taken as they are and other integers unscaled, both as float32. 16-bit RGB
+        PNGs are the exception: Pillow reads them as 8 bits.
+
+    Raises:
+        BadImage: for a file that is broken, not an image, has other channels, holds values that are not finite in the
+            box, or has more than PIL.Image.MAX_IMAGE_PIXELS pixels.
     """
-    with open_image(path, in_chans) as image:
-        box = choose_box(image.height, image.width)
-        with reading():
-            pixels = image.read(box, size or box[2:])
+    image = open_image(file, in_chans)
+    box = choose_box(image.height, image.width)
+    with reading():
+        pixels = image.read(box, size or box[2:])
     if pixels.dtype != np.uint8 and not np.isfinite(pixels).all():
         raise BadImage("it holds values that are not finite")
     return pixels

@@ -1,4 +1,4 @@
-"""Which images a run uses: found once, sorted, kept in the run directory. No image is opened here."""
+"""Which images a run uses: found once, sorted, kept in the run directory. No image is opened to find it."""
 
 from __future__ import annotations
 
@@ -7,78 +7,147 @@ import glob
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
+
+from fcmae.atomic import write_text
+from fcmae.data.source import BadImage, Files, Source
 
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".npy")
 
 
-@dataclass(frozen=True)
-class FileIndex:
-    """Files in a fixed order, which numbers them.
+@dataclass(frozen=True, eq=False)
+class Images:
+    """Images of a source in a fixed order, which numbers them, with labels or without.
 
-    paths: absolute. labels: for each path the position of its class in class_names, or None for images without labels.
+    Attributes:
+        source: what their bytes come from.
+        positions: (N,) int64, which images of the source; None is all, in its order.
+        labels: (N,) int64, for each image the position of its class in class_names; None for images without labels.
+        class_names: of all classes, those without an image too.
     """
 
-    paths: tuple[str, ...]
-    labels: tuple[int, ...] | None = None
+    source: Source
+    positions: NDArray[np.int64] | None = None
+    labels: NDArray[np.int64] | None = None
     class_names: tuple[str, ...] | None = None
 
+    @classmethod
+    def of_files(
+        cls,
+        paths: Sequence[str],
+        labels: Sequence[int] | NDArray[np.int64] | None = None,
+        class_names: Sequence[str] | None = None,
+    ) -> Images:
+        """Files by their absolute paths."""
+        return cls(
+            Files(paths),
+            labels=None if labels is None else np.array(labels, dtype=np.int64),
+            class_names=None if class_names is None else tuple(class_names),
+        )
+
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.source) if self.positions is None else len(self.positions)
+
+    def _at(self, i: int) -> int:
+        return i if self.positions is None else int(self.positions[i])
+
+    def name(self, i: int) -> str:
+        """What image i is called: of a file, its path."""
+        return self.source.name(self._at(i))
+
+    def names(self) -> list[str]:
+        """The names of all images, in order."""
+        return [self.name(i) for i in range(len(self))]
+
+    def open(self, i: int) -> BinaryIO:
+        """Image i as a file that can seek; the caller closes it.
+
+        Raises:
+            BadImage: if it is not there or cannot be read.
+        """
+        try:
+            return self.source.open(self._at(i))
+        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+            raise BadImage.unread(error) from error
+
+    def label(self, i: int) -> int | None:
+        """The class of image i by number, if it has one."""
+        return None if self.labels is None else int(self.labels[i])
+
+    def label_name(self, i: int) -> str | None:
+        """The class of image i by name, if it has one."""
+        return None if self.labels is None or self.class_names is None else self.class_names[self.labels[i]]
 
     def fingerprint(self) -> str:
-        """SHA-256 in hex of paths, labels and class names; the paths count from their common parent.
+        """SHA-256 in hex of names, labels and class names; the names count from their common parent.
 
         A folder that moves as a whole keeps its fingerprint; a file added, removed or renamed changes it.
         """
-        relative: list[str] = []
-        if self.paths:
+        names = self.names()
+        if names:
             # The parent's length is cut off, which for 10 million paths is far quicker than os.path.relpath.
-            parent = os.path.commonpath([os.path.dirname(path) for path in self.paths])  # noqa: PTH120
+            parent = os.path.commonpath({os.path.dirname(name) for name in names})  # noqa: PTH120
             start = len(os.path.join(parent, ""))  # noqa: PTH118
-            relative = [path[start:].replace(os.sep, "/") for path in self.paths]
-        text = json.dumps([relative, self.labels, self.class_names])
+            names = [name[start:].replace(os.sep, "/") for name in names]
+        text = json.dumps([names, self._labels(), self.class_names])
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def subset(self, positions: Iterable[int]) -> FileIndex:
-        """The files at the given positions, in the given order, with the same classes."""
-        positions = list(positions)
-        labels = None if self.labels is None else tuple(self.labels[i] for i in positions)
-        return FileIndex(tuple(self.paths[i] for i in positions), labels, self.class_names)
+    def _labels(self) -> list[int] | None:
+        return None if self.labels is None else self.labels.tolist()
+
+    def subset(self, positions: Sequence[int] | NDArray[np.int64]) -> Images:
+        """The images at the given positions, in the given order, of the same source and with the same classes."""
+        chosen = np.asarray(positions, dtype=np.int64)
+        labels = None if self.labels is None else self.labels[chosen]
+        return Images(self.source, self._positions()[chosen], labels, self.class_names)
+
+    def _positions(self) -> NDArray[np.int64]:
+        return np.arange(len(self.source)) if self.positions is None else self.positions
+
+    def joined(self, other: Images) -> Images:
+        """These images and then others of the same source; without labels."""
+        assert self.source is other.source
+        return Images(self.source, np.concatenate([self._positions(), other._positions()]))
 
     def save(self, path: str | Path) -> None:
-        """Write the index as JSON, whole or not at all."""
-        path = Path(path)
-        aside = path.with_name(f".tmp-{path.name}")
-        aside.write_text(json.dumps({"paths": self.paths, "labels": self.labels, "class_names": self.class_names}))
-        aside.replace(path)
+        """Write the names as JSON, whole or not at all."""
+        values = {"paths": self.names(), "labels": self._labels(), "class_names": self.class_names}
+        write_text(Path(path), json.dumps(values))
 
     @classmethod
-    def load(cls, path: str | Path) -> FileIndex:
-        """Read what `save` wrote. Raises ValueError if the file is something else."""
+    def load(cls, path: str | Path) -> Images:
+        """Read what `save` wrote of files.
+
+        Raises:
+            ValueError: if the file holds something else.
+        """
         try:
-            values = json.loads(Path(path).read_text())
-            labels, class_names = values["labels"], values["class_names"]
-            return cls(
-                tuple(values["paths"]),
-                None if labels is None else tuple(labels),
-                None if class_names is None else tuple(class_names),
-            )
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            found = cls.of_files(values["paths"], values["labels"], values["class_names"])
+            if found.labels is not None and found.labels.shape != (len(found),):
+                raise ValueError(f"{len(found.labels)} labels of {len(found)} images")
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not an index of images ({error}): delete it to have it made anew") from error
+        return found
 
 
-def find_images(sources: Sequence[str], *, key: str = "data.path") -> FileIndex:
+def find_images(sources: Sequence[str], *, key: str = "data.path") -> Images:
     """All images of one or several sources, sorted by path and without duplicates.
 
-    sources: folders (searched recursively; links are followed, hidden files and folders skipped), .txt files with one
-    path a line (relative ones start at the list's folder; any suffix), glob patterns (`**` is recursive; a folder that
-    matches is searched) or single images. key: the setting that errors name.
-    Raises ValueError for a source that is missing, cannot be listed, or holds no image.
+    Args:
+        sources: folders (searched recursively; links are followed, hidden files and folders skipped), .txt files with
+            one path a line (relative ones start at the list's folder; any suffix), glob patterns (`**` is recursive; a
+            folder that matches is searched) or single images.
+        key: the setting that errors name.
+
+    Raises:
+        ValueError: for a source that is missing, cannot be listed, or holds no image.
     """
     found: set[str] = set()
     for source in sources:
@@ -89,7 +158,7 @@ def find_images(sources: Sequence[str], *, key: str = "data.path") -> FileIndex:
                 "give a folder of images, a .txt file that lists paths, or a glob pattern"
             )
         found.update(paths)
-    return FileIndex(tuple(sorted(found)))
+    return Images.of_files(sorted(found))
 
 
 def _expand(source: str, key: str) -> Iterator[str]:
@@ -151,14 +220,18 @@ def _read_list(path: Path, key: str) -> Iterator[str]:
             yield _absolute(folder / Path(line.strip()).expanduser())
 
 
-def find_labelled(source: str, class_names: Sequence[str] | None = None, *, key: str | None = None) -> FileIndex:
+def find_labelled(source: str, class_names: Sequence[str] | None = None, *, key: str | None = None) -> Images:
     """Labelled images, sorted by path: one folder a class, or a CSV file with the columns path and label.
 
-    source: a folder whose sub-folders are the classes (images at any depth below each), or a .csv file whose relative
-    paths start at its folder. class_names: the classes of the training set, for images held out; labels then point into
-    it. By default the classes are the labels found, in alphabetical order, or in numerical order if all are integers.
-    key: the setting that errors name, by default data.path, or data.val_path if class_names are given.
-    Raises ValueError for a source that is missing or malformed, a label not in class_names, or fewer than two classes.
+    Args:
+        source: a folder whose sub-folders are the classes (images at any depth below each), or a .csv file whose
+            relative paths start at its folder.
+        class_names: the classes of the training set, for images held out; labels then point into it. By default the
+            classes are the labels found, in alphabetical order, or in numerical order if all are integers.
+        key: the setting that errors name, by default data.path, or data.val_path if class_names are given.
+
+    Raises:
+        ValueError: for a source that is missing or malformed, a label not in class_names, or fewer than two classes.
     """
     key = key or ("data.path" if class_names is None else "data.val_path")
     path = Path(source).expanduser()
@@ -180,7 +253,7 @@ def find_labelled(source: str, class_names: Sequence[str] | None = None, *, key:
         raise ValueError(f"{key}: {source!r} has only the class {names[0]!r}: a classifier needs at least two")
     number = {name: i for i, name in enumerate(names)}
     paths = sorted(label_of)
-    return FileIndex(tuple(paths), tuple(number[label_of[p]] for p in paths), tuple(names))
+    return Images.of_files(paths, [number[label_of[path]] for path in paths], names)
 
 
 def _some(names: Sequence[str]) -> str:
@@ -230,31 +303,3 @@ def _read_csv(path: Path, key: str) -> dict[str, str]:
     if not label_of:
         raise ValueError(f"{key}: {path} lists no image: give one path,label a line")
     return label_of
-
-
-def split(index: FileIndex, share: float, seed: int) -> tuple[FileIndex, FileIndex]:
-    """Draw held-out images: (training, held out), each in the order of the index.
-
-    share: of the images, in [0, 1); 0 holds out none, more holds out at least one image where there are two. With
-    labels every class is held out in proportion (at most one image off), and at least one image of each
-    class stays in training. The same index and seed draw the same images.
-
-    scikit-learn's stratified split is not used: it refuses classes with one image and shares smaller than one image a
-    class, and may leave a class out of training.
-    """
-    labels = np.zeros(len(index), dtype=np.int64) if index.labels is None else np.asarray(index.labels, dtype=np.int64)
-    if share == 0 or len(index) == 0:
-        return index, index.subset([])
-    counts = np.bincount(labels)
-    quota = share * counts
-    held = np.floor(quota).astype(np.int64)
-    # Largest remainders: the classes that lose most by rounding down get the images that are left of the total.
-    missing = max(1, round(share * len(index))) - int(held.sum())
-    held[np.argsort(held - quota, kind="stable")[: max(0, missing)]] += 1
-    held = np.minimum(held, np.maximum(counts - 1, 0))
-
-    rng = np.random.default_rng(seed)
-    chosen = np.zeros(len(index), dtype=np.bool_)
-    for label, count in enumerate(held):
-        chosen[rng.permutation(np.flatnonzero(labels == label))[:count]] = True
-    return index.subset(np.flatnonzero(~chosen).tolist()), index.subset(np.flatnonzero(chosen).tolist())

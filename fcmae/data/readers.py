@@ -1,20 +1,22 @@
 """What read_crop opens: an image whose header is read, by Pillow, tifffile or numpy, and whose pixels follow on demand.
 
-Files are told apart by their contents, not their names. Pillow reads what it reads in full; TIFFs with other numbers
-of bands or depths go to tifffile, and .npy files are mapped into memory. Where simplejpeg is installed it decodes the
-JPEGs whose headers Pillow has read: the same pixels, sooner.
+What comes in is bytes or a file that can seek, wherever it is from. Files are told apart by their contents, not their
+names. Pillow reads what it reads in full; TIFFs with other numbers of bands or depths go to tifffile, and .npy files
+are mapped into memory. Where simplejpeg is installed it decodes the JPEGs whose headers Pillow has read: the same
+pixels, sooner.
 """
 
 from __future__ import annotations
 
 import math
+import mmap
 import struct
 import tokenize
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from io import BytesIO
+from contextlib import contextmanager, suppress
+from io import BytesIO, FileIO
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
@@ -25,6 +27,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from torch.nn import functional as F
 
 from fcmae.data.geometry import Box, decode_scale, make_upright, stored_box
+from fcmae.data.source import BadImage
 
 try:
     import simplejpeg
@@ -57,10 +60,6 @@ _READ_ERRORS = (
 )
 
 
-class BadImage(ValueError):  # noqa: N818
-    """A file that cannot be used; the message is the reason in one sentence, without the path."""
-
-
 class OpenImage(Protocol):
     """An image whose header has been read: its upright size is known, its pixels are not."""
 
@@ -72,25 +71,28 @@ class OpenImage(Protocol):
         ...
 
 
-@contextmanager
-def open_image(path: str, in_chans: int) -> Iterator[OpenImage]:
-    """Read an image's header. Raises BadImage as `read_crop` does."""
-    with ExitStack() as stack:
-        with reading():
-            # Path.open would cost a Path an image.
-            file = stack.enter_context(open(path, "rb"))  # noqa: PTH123
-            image = _open(file, path, in_chans)
-        yield image
+def open_image(file: BinaryIO | bytes, in_chans: int) -> OpenImage:
+    """Read an image's header.
+
+    Args:
+        file: the image, or a file of it that can seek, at its start, which stays open as long as the image is used.
+        in_chans: see `read_crop`.
+
+    Raises:
+        BadImage: as `read_crop` does.
+    """
+    with reading():
+        return _open(BytesIO(file) if isinstance(file, bytes) else file, in_chans)
 
 
-def _open(file: BinaryIO, path: str, in_chans: int) -> OpenImage:
+def _open(file: BinaryIO, in_chans: int) -> OpenImage:
     start = file.read(6)
     file.seek(0)
     if start[:3] == b"\xff\xd8\xff":
         data = file.read()
         return _PillowImage(Image.open(BytesIO(data), formats=_PILLOW_FORMATS), in_chans, data)
     if start == b"\x93NUMPY":
-        array = np.lib.format.open_memmap(path, mode="r")  # never unpickles
+        array = _map_npy(file)
         axis = _npy_channel_axis(array.shape, in_chans)
         return _ArrayImage(lambda: array, array.shape, array.dtype, axis, in_chans)
     if start[:4] in _TIFF_STARTS:
@@ -110,8 +112,7 @@ def reading() -> Iterator[None]:
         except UnidentifiedImageError as error:
             raise BadImage("it is no JPEG, PNG, WebP, BMP, TIFF or .npy file") from error
         except _READ_ERRORS as error:
-            text = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
-            raise BadImage(f"it cannot be read: {' '.join(text.split())}") from error
+            raise BadImage.unread(error) from error
 
 
 def _check_size(height: int, width: int) -> None:
@@ -277,6 +278,24 @@ def _open_tifffile(tiff: tifffile.TiffFile, in_chans: int) -> OpenImage:
         shape = tuple(3 if i == axis else side for i, side in enumerate(shape))
     orientation = page.tags.valueof(274, 1)
     return _ArrayImage(load, shape, np.dtype(source.dtype), axis, in_chans, orientation)
+
+
+def _map_npy(file: BinaryIO) -> NDArray[Any]:
+    """The array of a .npy file, of which only the pages that are used are read where the file is on disk."""
+    version = np.lib.format.read_magic(file)
+    if version not in ((1, 0), (2, 0), (3, 0)):
+        raise BadImage(f"it is of version {version[0]}.{version[1]} of the .npy format, which is not known")
+    # 3.0 differs from 2.0 in the names of fields, which arrays of numbers do not have.
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, by_column, dtype = read_header(file)
+    if dtype.hasobject:  # never unpickled
+        raise BadImage(f"it holds values of type {dtype}, not numbers")
+    start = file.tell()
+    on_disk = isinstance(getattr(file, "raw", file), FileIO)
+    file.seek(0)
+    content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if on_disk else file.read()
+    array: NDArray[Any] = np.ndarray(shape, dtype, content, start, order="F" if by_column else "C")
+    return array
 
 
 def _npy_channel_axis(shape: tuple[int, ...], in_chans: int) -> int | None:

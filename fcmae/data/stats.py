@@ -8,24 +8,37 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from fcmae.data.decode import BadImage, Box, read_crop
-from fcmae.data.index import FileIndex
+from fcmae.data.decode import read_crop
+from fcmae.data.geometry import Box
+from fcmae.data.index import Images
+from fcmae.data.source import BadImage
 
 
 def channel_statistics(
-    index: FileIndex, in_chans: int, *, max_images: int = 10_000, num_workers: int = 0
+    images: Images, in_chans: int, *, max_images: int = 10_000, num_workers: int = 0
 ) -> tuple[list[float], list[float], int]:
     """Mean and standard deviation of each channel, in units of a full range of 1 (uint8 is divided by 255).
 
-    Every image counts the same, whatever its size, because the network sees each at one size. max_images: of more, that
-    many are drawn, always the same. num_workers: processes that decode.
-    Returns (mean, std, number of images used). Files that cannot be read are skipped; raises ValueError if all are.
+    Every image counts the same, whatever its size, because the network sees each at one size. Images that cannot be
+    read are skipped.
+
+    Args:
+        images: what to measure.
+        in_chans: channels that the network sees.
+        max_images: of more, that many are drawn, always the same.
+        num_workers: processes that decode.
+
+    Returns:
+        Mean, std, and the number of images used.
+
+    Raises:
+        ValueError: if no image can be read.
     """
-    if len(index) > max_images:
-        drawn = np.random.default_rng(0).permutation(len(index))[:max_images]
-        index = index.subset(np.sort(drawn).tolist())
+    if len(images) > max_images:
+        drawn = np.random.default_rng(0).permutation(len(images))[:max_images]
+        images = images.subset(np.sort(drawn))
     loader = DataLoader(
-        _Moments(index, in_chans), batch_size=None, num_workers=num_workers, collate_fn=_unchanged
+        _Moments(images, in_chans), batch_size=None, num_workers=num_workers, collate_fn=_unchanged
     )  # batch_size=None: one image at a time, of any size
     total, num_images, first_bad = np.zeros((2, in_chans)), 0, ""
     for moments in loader:
@@ -35,27 +48,27 @@ def channel_statistics(
         total += moments
         num_images += 1
     if num_images == 0:
-        raise ValueError(f"data.path: none of {len(index)} files can be read; {first_bad}")
+        raise ValueError(f"data.path: none of {len(images)} files can be read; {first_bad}")
     mean, mean_square = total / num_images
     std = np.sqrt(np.maximum(mean_square - mean**2, 0))
     return mean.tolist(), std.tolist(), num_images
 
 
 class _Moments(Dataset[NDArray[np.float64] | str]):
-    """Of each file (2, C): the means of its values and of their squares; or why it cannot be read."""
+    """Of each image (2, C): the means of its values and of their squares; or why it cannot be read."""
 
-    def __init__(self, index: FileIndex, in_chans: int) -> None:
-        self._paths, self._in_chans = index.paths, in_chans
+    def __init__(self, images: Images, in_chans: int) -> None:
+        self._images, self._in_chans = images, in_chans
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return len(self._images)
 
     def __getitem__(self, position: int) -> NDArray[np.float64] | str:
-        path = self._paths[position]
         try:
-            image = read_crop(path, self._in_chans, _whole, None)
+            with self._images.open(position) as file:
+                image = read_crop(file, self._in_chans, _whole, None)
         except BadImage as error:
-            return f"{path}: {error}"
+            return f"{self._images.name(position)}: {error}"
         pixels = image.reshape(self._in_chans, -1).astype(np.float64) / (255 if image.dtype == np.uint8 else 1)
         return np.stack([pixels.mean(axis=1), (pixels**2).mean(axis=1)])
 

@@ -19,7 +19,8 @@ from timm.models import ConvNeXt
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fcmae.data.index import FileIndex
+from fcmae.data.index import Images
+from fcmae.data.split import evenly
 from fcmae.evaluation.features import BATCH_SIZE, batches_of
 from fcmae.evaluation.models import Backbone
 from fcmae.layouts.norms import at_least_float32, l2_norm
@@ -226,28 +227,28 @@ class Statistics:
 
 def measure(
     backbone: Backbone,
-    index: FileIndex,
+    images: Images,
     *,
     device: torch.device,
     batch_size: int = BATCH_SIZE,
     num_workers: int = 0,
     title: str | None = None,
 ) -> tuple[dict[str, Layer], list[tuple[str, str]]]:
-    """Statistics of each block on the images of an index; with selectivity, if they have labels.
+    """Statistics of each block on images; with selectivity, if they have labels.
 
     The model is on the device. title: of a progress bar; None shows none. Returns the statistics by layer, empty if no
-    image could be read, and the files that could not be, with reasons.
+    image could be read, and the names of those that could not be, with reasons.
     """
-    statistics = Statistics(backbone.model, len(index.class_names or ()))
+    statistics = Statistics(backbone.model, len(images.class_names or ()))
     bad: list[tuple[str, str]] = []
-    batches = batches_of(backbone, index, device=device, batch_size=batch_size, num_workers=num_workers)
+    batches = batches_of(backbone, images, device=device, batch_size=batch_size, num_workers=num_workers)
     hidden = None if title is not None else True
-    for images, batch in tqdm(
-        batches, total=math.ceil(len(index) / batch_size), desc=title, unit="batch", disable=hidden
+    for pixels, batch in tqdm(
+        batches, total=math.ceil(len(images) / batch_size), desc=title, unit="batch", disable=hidden
     ):
         bad += batch.bad
-        if len(images):
-            statistics.add(images, batch.labels)
+        if len(pixels):
+            statistics.add(pixels, batch.labels)
     return statistics.layers(), bad
 
 
@@ -262,16 +263,11 @@ def activation_maps(model: nn.Module, image: Tensor, layers: list[str], num_maps
 
     def expanded(name: str, features: Tensor) -> None:
         maps = at_least_float32(features)[0].permute(2, 0, 1)  # (4C, h, w)
-        found[name] = maps[spread(len(maps), num_maps)].cpu().numpy()
+        found[name] = maps[evenly(len(maps), num_maps)].cpu().numpy()
 
     with _watched({name: chosen[name] for name in layers}, expanded, lambda *_: None):
         model.forward_features(image[None])  # type: ignore[operator]
     return [found[name] for name in layers]
-
-
-def spread(num: int, limit: int) -> list[int]:
-    """Positions of at most `limit` of `num` things, as far from one another as they can be, in order."""
-    return list(range(num)) if num <= limit else [(2 * i + 1) * num // (2 * limit) for i in range(limit)]
 
 
 @contextmanager

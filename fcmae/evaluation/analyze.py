@@ -18,10 +18,10 @@ import torch
 from numpy.typing import NDArray
 
 import fcmae
-from fcmae.data.dataset import denormalize
-from fcmae.data.index import FileIndex, find_images, find_labelled
+from fcmae.data.index import Images, find_images, find_labelled
 from fcmae.data.loader import default_num_workers
-from fcmae.evaluation.analysis import Layer, activation_maps, blocks, grn_norms, measure, spread
+from fcmae.data.split import evenly
+from fcmae.evaluation.analysis import Layer, activation_maps, blocks, grn_norms, measure
 from fcmae.evaluation.features import BATCH_SIZE, batches_of
 from fcmae.evaluation.figures import last_of_stages, save_activations, save_by_layer, save_selectivity
 from fcmae.evaluation.models import Backbone, choose_device, load_backbone
@@ -75,7 +75,7 @@ def analyze(
     if (images is None) == (data is None):
         raise ValueError("images and data: give one of them, the images without or with labels")
     index = find_images(images, key="images") if images is not None else find_labelled(str(data), key="data")
-    index = index.subset(spread(len(index), max_images))
+    index = index.subset(evenly(len(index), max_images))
     where = choose_device(device)
     if num_workers is None:
         num_workers = default_num_workers(where.type) if len(index) > batch_size else 0
@@ -103,7 +103,7 @@ def analyze(
     write_text(place / RECORD, json.dumps(record, indent=1, allow_nan=False) + "\n")
     _draw(place, found, f"{found[0].num_images:,} images")
     lines = [_table(found), f"wrote {place}"]
-    num_classes = len(set(index.labels or ()))
+    num_classes = 0 if index.labels is None else len(np.unique(index.labels))
     if num_classes and len(index) < FEW * num_classes:
         lines.insert(
             1,
@@ -112,20 +112,19 @@ def analyze(
     return "\n".join(lines)
 
 
-def _analyze(backbone: Backbone, index: FileIndex, device: torch.device, batch_size: int, num_workers: int) -> Analysis:
+def _analyze(backbone: Backbone, index: Images, device: torch.device, batch_size: int, num_workers: int) -> Analysis:
     backbone.model.to(device)
     layers, bad = measure(
         backbone, index, device=device, batch_size=batch_size, num_workers=num_workers, title=backbone.name
     )
-    for path, reason in bad:
-        print(f"{path}: {reason}", file=sys.stderr)
+    for name, reason in bad:
+        print(f"{name}: {reason}", file=sys.stderr)
     if not layers:
         raise ValueError(f"none of {len(index)} images can be read: {bad[0][0]}: {bad[0][1]}")
-    unread = {path for path, _ in bad}
-    first = index.subset([next(i for i, path in enumerate(index.paths) if path not in unread)])
+    unread = {name for name, _ in bad}
+    first = index.subset([next(i for i in range(len(index)) if index.name(i) not in unread)])
     images, _ = next(iter(batches_of(backbone, first, device=device)))
-    mean, std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (backbone.mean, backbone.std))
-    shown = denormalize(images[0], mean, std)
+    shown = backbone.normalize.inverse(images[0])
     chosen = last_of_stages(list(layers))
     maps = activation_maps(backbone.model, images[0], chosen)
     backbone.model.cpu()

@@ -16,7 +16,7 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from fcmae.pictures import evenly
+from fcmae.data.split import evenly
 
 COLUMNS = 700  # pixels that a line is drawn for: of more points, each column keeps its first, last, lowest and highest
 MARKED = 30  # a line of fewer points has a dot at each

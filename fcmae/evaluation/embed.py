@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fcmae.atomic import replacing
 from fcmae.data.augment import CenterCrop
-from fcmae.data.index import FileIndex, find_images, find_labelled
+from fcmae.data.index import Images, find_images, find_labelled
 from fcmae.evaluation.features import check_stages, extract
 from fcmae.evaluation.models import Backbone, choose_device, load_backbone
 from fcmae.evaluation.outputs import TEMPORARY, claim, file_name, shortened
@@ -82,7 +83,7 @@ def embed(
     chosen_device = choose_device(device)
     with TemporaryDirectory(prefix=TEMPORARY[0], dir=out) as directory:
 
-        def features_of(found: FileIndex, name: str) -> tuple[FileIndex, NDArray[np.float32]]:
+        def features_of(found: Images, name: str) -> tuple[Images, NDArray[np.float32]]:
             aside = Path(directory) / name
             aside.mkdir()
             extracted = extract(
@@ -95,9 +96,9 @@ def embed(
                 directory=aside,
                 title=f"features of {name}",
             )
-            for path, reason in extracted.bad:
-                print(f"{path}: {reason}", file=sys.stderr)
-            return found.subset(extracted.positions.tolist()), next(iter(extracted.stages.values()))
+            for bad, reason in extracted.bad:
+                print(f"{bad}: {reason}", file=sys.stderr)
+            return found.subset(extracted.positions), next(iter(extracted.stages.values()))
 
         index, features = features_of(index, "images")
         if parquet:
@@ -118,16 +119,16 @@ def embed(
             save_map(
                 out / "map.png",
                 points,
-                index.subset(shown.tolist()),
+                index.subset(shown),
                 f"{shortened(model, 80)}\n{name} of {some} images",
             )
             written.append(out / "map.png")
         if queries is not None:
             queries, query_features = features_of(queries, "queries")
-            nearest = neighbours(query_features, features, queries.paths, index.paths)
-            for path, (rows, similarities) in zip(queries.paths, nearest, strict=True):
-                picture = _free(out / f"{NEIGHBOURS}{file_name(Path(path).stem)}.png", written)
-                save_neighbours(picture, path, index.subset(rows), similarities, backbone)
+            nearest = neighbours(query_features, features, queries.names(), index.names())
+            for number, (rows, similarities) in enumerate(nearest):
+                picture = _free(out / f"{NEIGHBOURS}{file_name(Path(queries.name(number)).stem)}.png", written)
+                save_neighbours(picture, queries.subset([number]), index.subset(rows), similarities, backbone)
                 written.append(picture)
     return "\n".join([*lines, *(f"wrote {path}" for path in written)])
 
@@ -161,53 +162,50 @@ def _require_umap() -> None:
 
 def write_npy(path: Path, features: NDArray[np.float32]) -> Path:
     """Write (N, C) features, chunk by chunk."""
-    aside = path.with_name(f".tmp-{path.name}")
-    array = np.lib.format.open_memmap(aside, "w+", np.float32, features.shape)
-    for start in range(0, len(features), ROWS):
-        array[start : start + ROWS] = features[start : start + ROWS]
-    array.flush()
-    return aside.replace(path)
+    with replacing(path) as aside:
+        array = np.lib.format.open_memmap(aside, "w+", np.float32, features.shape)
+        for start in range(0, len(features), ROWS):
+            array[start : start + ROWS] = features[start : start + ROWS]
+        array.flush()
+    return path
 
 
-def write_paths(path: Path, index: FileIndex) -> Path:
+def write_paths(path: Path, index: Images) -> Path:
     """Write a CSV file: row of the features, path, and label where known."""
-    aside = path.with_name(f".tmp-{path.name}")
     # A path that is not valid Unicode keeps its bytes.
-    with aside.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+    with replacing(path) as aside, aside.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         writer.writerow(["row", "path", *(["label"] if index.labels is not None else [])])
-        for row, image in enumerate(index.paths):
-            writer.writerow([row, image, *_label(index, row)])
-    return aside.replace(path)
+        for row in range(len(index)):
+            writer.writerow([row, index.name(row), *_label(index, row)])
+    return path
 
 
-def _label(index: FileIndex, row: int) -> list[str]:
-    if index.labels is None or index.class_names is None:
-        return []
-    return [index.class_names[index.labels[row]]]
+def _label(index: Images, row: int) -> list[str]:
+    name = index.label_name(row)
+    return [] if name is None else [name]
 
 
-def write_parquet(path: Path, features: NDArray[np.float32], index: FileIndex) -> Path:
+def write_parquet(path: Path, features: NDArray[np.float32], index: Images) -> Path:
     """Write one table: path, label where known, and feature, a list of floats; a row group a chunk."""
     import pyarrow as pa
     from pyarrow import parquet
 
     columns = [("path", pa.string()), ("label", pa.string()), ("feature", pa.list_(pa.float32(), features.shape[1]))]
     schema = pa.schema([column for column in columns if column[0] != "label" or index.labels is not None])
-    aside = path.with_name(f".tmp-{path.name}")
-    with parquet.ParquetWriter(aside, schema) as writer:
+    with replacing(path) as aside, parquet.ParquetWriter(aside, schema) as writer:
         for start in range(0, len(features), ROWS):
             rows = range(start, min(start + ROWS, len(features)))
             values: dict[str, Any] = {
                 # Parquet's text is Unicode: bytes that are none show as escapes.
-                "path": [index.paths[row].encode("utf-8", "backslashreplace").decode() for row in rows],
+                "path": [index.name(row).encode("utf-8", "backslashreplace").decode() for row in rows],
                 "label": [name for row in rows for name in _label(index, row)],
                 "feature": pa.FixedSizeListArray.from_arrays(
                     pa.array(np.asarray(features[rows.start : rows.stop]).ravel()), features.shape[1]
                 ),
             }
             writer.write_table(pa.table({name: values[name] for name in schema.names}, schema))
-    return aside.replace(path)
+    return path
 
 
 def project(features: NDArray[np.float32], method: str, seed: int) -> NDArray[np.float32]:
@@ -230,13 +228,13 @@ def project(features: NDArray[np.float32], method: str, seed: int) -> NDArray[np
 def neighbours(
     queries: NDArray[np.float32],
     features: NDArray[np.float32],
-    query_paths: Sequence[str],
-    paths: Sequence[str],
+    query_names: Sequence[str],
+    names: Sequence[str],
     num: int = NUM_NEIGHBOURS,
 ) -> list[tuple[list[int], list[float]]]:
     """For each query, the rows of the features most like it by cosine, most similar first, and their similarities.
 
-    queries: (Q, C). features: (N, C), may lie on disk. query_paths, paths: a query that is one of the images is not its
+    queries: (Q, C). features: (N, C), may lie on disk. query_names, names: a query that is one of the images is not its
     own neighbour.
     """
     wanted = _directions(queries)
@@ -244,8 +242,8 @@ def neighbours(
     for start in range(0, len(features), ROWS):
         similarity[:, start : start + ROWS] = wanted @ _directions(features[start : start + ROWS]).T
     found = []
-    for values, path in zip(similarity, query_paths, strict=True):
-        best = [int(row) for row in np.argsort(-values, kind="stable")[: num + 1] if paths[row] != path][:num]
+    for values, name in zip(similarity, query_names, strict=True):
+        best = [int(row) for row in np.argsort(-values, kind="stable")[: num + 1] if names[row] != name][:num]
         found.append((best, values[best].tolist()))
     return found
 
@@ -255,7 +253,7 @@ def _directions(features: NDArray[np.float32]) -> NDArray[np.float32]:
     return directions
 
 
-def save_map(path: Path, points: NDArray[np.float32], index: FileIndex, title: str) -> None:
+def save_map(path: Path, points: NDArray[np.float32], index: Images, title: str) -> None:
     """Draw points (N, 2), coloured by label where there is one; of many classes, the largest have a colour."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -266,7 +264,7 @@ def save_map(path: Path, points: NDArray[np.float32], index: FileIndex, title: s
     if index.labels is None or index.class_names is None:
         axis.scatter(points[:, 0], points[:, 1], s=size, linewidths=0)
     else:
-        labels = np.asarray(index.labels)
+        labels = index.labels
         counts = np.bincount(labels, minlength=len(index.class_names))
         shown = np.argsort(-counts, kind="stable")[:MAX_LEGEND]
         colours = colormaps["tab10" if len(shown) <= 10 else "tab20"]
@@ -288,9 +286,9 @@ def save_map(path: Path, points: NDArray[np.float32], index: FileIndex, title: s
 
 
 def save_neighbours(
-    path: Path, query: str, found: FileIndex, similarities: Sequence[float], backbone: Backbone
+    path: Path, query: Images, found: Images, similarities: Sequence[float], backbone: Backbone
 ) -> None:
-    """Draw an image and its neighbours, as the network sees them, with similarity and label."""
+    """Draw the image of `query` and its neighbours, as the network sees them, with similarity and label."""
     from matplotlib.figure import Figure
 
     read = CenterCrop(backbone.in_chans, backbone.image_size, backbone.crop_pct)
@@ -298,13 +296,15 @@ def save_neighbours(
     grid = figure.add_gridspec(2, 6)
     axes = [figure.add_subplot(grid[:, :2])]
     axes += [figure.add_subplot(grid[row, column]) for row in range(2) for column in range(2, 6)]
-    titles = [shortened(Path(query).name)]
+    titles = [shortened(Path(query.name(0)).name)]
     for row, similarity in enumerate(similarities):
         titles.append("\n".join([f"{similarity:.3f}", *map(shortened, _label(found, row))]))
     for axis in axes:
         axis.set_axis_off()
-    for axis, image, title in zip(axes, [query, *found.paths], titles, strict=False):
-        values = read(image, np.random.default_rng(0))
+    shown = [(query, 0), *((found, row) for row in range(len(found)))]
+    for axis, (images, row), title in zip(axes, shown, titles, strict=False):
+        with images.open(row) as file:
+            values = read(file, np.random.default_rng(0))
         pixels = torch.from_numpy(values) / (255 if values.dtype == np.uint8 else 1)
         axis.imshow(displayable(pixels, float(pixels.min()), float(pixels.max())), cmap="gray", vmin=0, vmax=1)
         axis.set_title(title, fontsize=9)

@@ -25,11 +25,12 @@ from numpy.typing import NDArray
 
 import fcmae
 from fcmae.classification import macro_auroc, scores
-from fcmae.data.index import FileIndex, find_labelled, split
+from fcmae.data.index import Images, find_labelled
+from fcmae.data.split import draw, split
 from fcmae.evaluation.features import check_stages, extract
 from fcmae.evaluation.models import RANDOM, Backbone, choose_device, load_backbone
 from fcmae.evaluation.outputs import TEMPORARY, claim, default_out, file_name, shortened
-from fcmae.evaluation.probes import draw, few_shot_counts, fit_linear, knn_probabilities, mean_and_interval
+from fcmae.evaluation.probes import few_shot_counts, fit_linear, knn_probabilities, mean_and_interval
 from fcmae.pictures import save_figure
 from fcmae.training.run import FOUND, cpu_name, write_text
 
@@ -86,7 +87,7 @@ def evaluate(
         raise ValueError(f"probes: {unknown[0]!r} is none of {', '.join(PROBES)}")
     if "few-shot" in options.probes:
         for label in options.labels:
-            few_shot_counts(label, np.asarray(train_index.labels))
+            few_shot_counts(label, _labels(train_index))
     backbones = [load_backbone(model, options.image_size) for model in models]
     for backbone in backbones:
         check_stages(backbone, options.stages)
@@ -109,7 +110,7 @@ def evaluate(
 
 
 def evaluate_model(
-    backbone: Backbone, train_index: FileIndex, test_index: FileIndex, data: Data, options: Options, directory: Path
+    backbone: Backbone, train_index: Images, test_index: Images, data: Data, options: Options, directory: Path
 ) -> dict[str, Any]:
     """What evaluation.json says of one model, but for the command. directory: an empty one, for the features."""
     started = time.perf_counter()
@@ -128,10 +129,10 @@ def evaluate_model(
             title=f"{backbone.name}: features, {title}",
         )
         if found.bad:
-            path, reason = found.bad[0]
-            print(f"{len(found.bad)} {title} images cannot be read, the first is {path}: {reason}", file=sys.stderr)
+            name, reason = found.bad[0]
+            print(f"{len(found.bad)} {title} images cannot be read, the first is {name}: {reason}", file=sys.stderr)
         features.append(found.stages)
-        labels.append(np.asarray(index.labels)[found.positions])
+        labels.append(_labels(index)[found.positions])
     backbone.model.cpu()
     names = train_index.class_names or ()
     results, confusion = [], None
@@ -181,7 +182,7 @@ def _folder_names(models: Sequence[str]) -> list[str]:
     return last if len(set(last)) == len(last) else [file_name(model) for model in models]
 
 
-def find_data(data: Data, seed: int) -> tuple[FileIndex, FileIndex]:
+def find_data(data: Data, seed: int) -> tuple[Images, Images]:
     """Training and test images. Raises ValueError if there are none of one, or an image is in both."""
     found = find_labelled(data.train, key="data")
     if data.test is None:
@@ -190,9 +191,14 @@ def find_data(data: Data, seed: int) -> tuple[FileIndex, FileIndex]:
             raise ValueError(f"test_share = {data.test_share:g} leaves no image of {data.train} to test on: raise it")
         return train_index, test_index
     test_index = find_labelled(data.test, found.class_names, key="test")
-    if both := set(found.paths) & set(test_index.paths):
+    if both := set(found.names()) & set(test_index.names()):
         raise ValueError(f"test: {len(both)} images are in {data.train} too, such as {min(both)}: take them out of one")
     return found, test_index
+
+
+def _labels(images: Images) -> NDArray[np.int64]:
+    assert images.labels is not None
+    return images.labels
 
 
 def _is_ours(path: Path) -> bool:

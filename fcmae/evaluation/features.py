@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fcmae.data.dataset import Batch, FinetuneDataset, normalize
-from fcmae.data.index import FileIndex
+from fcmae.data.dataset import Batch, FinetuneDataset
+from fcmae.data.index import Images
 from fcmae.data.loader import build_loader, default_num_workers
 from fcmae.data.sampler import evaluation_batches
 from fcmae.evaluation.models import Backbone
@@ -35,28 +35,28 @@ def stage_maps(model: nn.Module, images: Tensor) -> list[Tensor]:
 
 
 def batches_of(
-    backbone: Backbone, index: FileIndex, *, device: torch.device, batch_size: int = BATCH_SIZE, num_workers: int = 0
+    backbone: Backbone, images: Images, *, device: torch.device, batch_size: int = BATCH_SIZE, num_workers: int = 0
 ) -> Iterator[tuple[Tensor, Batch]]:
-    """The images of an index as a model takes them, centre crops, in batches: normalised on the device, and as read.
+    """Images as a model takes them, centre crops, in batches: normalised on the device, and as read.
 
     The model's `model` is on the device. What could not be read is left out of both; its batch has it in `bad`.
     """
     dataset = FinetuneDataset(
-        index, in_chans=backbone.in_chans, image_size=backbone.image_size, seed=0, crop_pct=backbone.crop_pct
+        images, in_chans=backbone.in_chans, image_size=backbone.image_size, seed=0, crop_pct=backbone.crop_pct
     )
-    batches = evaluation_batches(len(index), batch_size)
-    mean, std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (backbone.mean, backbone.std))
+    batches = evaluation_batches(len(images), batch_size)
+    normalize = backbone.normalize.to(device)
     for batch in build_loader(dataset, batches, num_workers=num_workers, device_type=device.type):
         readable = batch.select(batch.valid)
-        yield normalize(readable.images.to(device, non_blocking=True), mean, std), readable
+        yield normalize(readable.images.to(device, non_blocking=True)), readable
 
 
 @dataclass(frozen=True)
 class Features:
-    """Of N images that could be read, in the order of the index.
+    """Of N images that could be read, in their order.
 
-    positions: (N,) int64, of the images in the index. stages: by number, from 1, the stage's output averaged over the
-    image, (N, C) float32. bad: (path, reason) of the files that could not be read.
+    positions: (N,) int64, among all that were given. stages: by number, from 1, the stage's output averaged over the
+    image, (N, C) float32. bad: (name, reason) of the images that could not be read.
     """
 
     positions: NDArray[np.int64]
@@ -67,7 +67,7 @@ class Features:
 @torch.no_grad()
 def extract(
     backbone: Backbone,
-    index: FileIndex,
+    images: Images,
     stages: Sequence[int] | None,
     *,
     device: torch.device,
@@ -76,7 +76,7 @@ def extract(
     directory: Path | None = None,
     title: str = "features",
 ) -> Features:
-    """Pooled features of all images of an index.
+    """Pooled features of all images.
 
     stages: numbers, from 1; negative ones count from the last; None is all. num_workers: processes that decode; None
     chooses. directory: an empty one, where the features are written as they come and mapped into memory; None keeps
@@ -85,29 +85,29 @@ def extract(
     """
     backbone.model.to(device)
     if num_workers is None:
-        num_workers = default_num_workers(device.type) if len(index) > batch_size else 0
-    batches = batches_of(backbone, index, device=device, batch_size=batch_size, num_workers=num_workers)
-    positions = np.empty(len(index), np.int64)
+        num_workers = default_num_workers(device.type) if len(images) > batch_size else 0
+    batches = batches_of(backbone, images, device=device, batch_size=batch_size, num_workers=num_workers)
+    positions = np.empty(len(images), np.int64)
     arrays: dict[int, NDArray[np.float32]] = {}
     bad: list[tuple[str, str]] = []
     count = 0
-    total = math.ceil(len(index) / batch_size)
-    for images, batch in tqdm(batches, total=total, desc=title, unit="batch", disable=None):
+    total = math.ceil(len(images) / batch_size)
+    for pixels, batch in tqdm(batches, total=total, desc=title, unit="batch", disable=None):
         bad += batch.bad
-        if not len(images):
+        if not len(pixels):
             continue
-        maps = stage_maps(backbone.model, images)
-        following = count + len(images)
+        maps = stage_maps(backbone.model, pixels)
+        following = count + len(pixels)
         positions[count:following] = batch.index.numpy()
         for number in _numbers(stages, len(maps)):
             pooled = maps[number - 1].float().mean((2, 3))  # (B, C)
             if number not in arrays:
-                shape = (len(index), pooled.shape[1])
+                shape = (len(images), pooled.shape[1])
                 arrays[number] = _array(None if directory is None else directory / f"stage{number}.npy", shape)
             arrays[number][count:following] = pooled.cpu().numpy()
         count = following
     if not count:
-        raise ValueError(f"none of {len(index)} images can be read: {bad[0][0]}: {bad[0][1]}" if bad else "no images")
+        raise ValueError(f"none of {len(images)} images can be read: {bad[0][0]}: {bad[0][1]}" if bad else "no images")
     return Features(positions[:count], {number: array[:count] for number, array in arrays.items()}, bad)
 
 

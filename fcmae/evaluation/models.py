@@ -12,6 +12,7 @@ from torch import nn
 
 from fcmae.config import FinetuneData
 from fcmae.data.augment import seeded
+from fcmae.data.normalize import Normalize
 from fcmae.networks.convnext import VARIANTS
 from fcmae.weights.convert import build_dense, create_dense
 from fcmae.weights.files import Weights, read_weights
@@ -26,7 +27,7 @@ class Backbone:
 
     name: as it was asked for. model: timm's, without a head, in evaluation mode, on the CPU, without gradients.
     architecture: None for networks other than ConvNeXt. image_size: height and width. crop_pct: see `center_box`.
-    mean, std: of the channels, in units of a full range of 1. origin: what the weights were made from.
+    normalize: what they go through then. origin: what the weights were made from.
     """
 
     name: str
@@ -35,8 +36,7 @@ class Backbone:
     in_chans: int
     image_size: tuple[int, int]
     crop_pct: float
-    mean: list[float]
-    std: list[float]
+    normalize: Normalize
     origin: dict[str, Any]
 
 
@@ -97,8 +97,7 @@ def _from_weights(
         in_chans=architecture.in_chans,
         image_size=image_size or (height, width),
         crop_pct=weights.image.get("crop_pct", defaults.crop_pct),
-        mean=list(mean),
-        std=list(std),
+        normalize=Normalize(mean, std),
         origin=_random_origin(source) if is_random else _origin(weights),
     )
 
@@ -146,8 +145,7 @@ def _from_timm(
         in_chans=in_chans,
         image_size=image_size or tuple(settings["input_size"][1:]),
         crop_pct=settings["crop_pct"],
-        mean=list(mean),
-        std=list(std),
+        normalize=Normalize(mean, std),
         origin=_random_origin(source) if is_random else {"timm": f"{settings['architecture']}.{settings['tag']}"},
     )
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import trange
 
 from fcmae.data.sampler import epoch_order
+from fcmae.data.split import draw, share_of_each
 
 TEST_ROWS = 2048  # rows of test features, and of training features, that a similarity matrix is computed of at once
 TRAIN_ROWS = 16384
@@ -127,13 +128,13 @@ def fit_linear(
     """
     rows = np.arange(len(labels)) if positions is None else np.sort(positions)
     counts = np.bincount(labels[rows])
-    held_counts = np.minimum(np.maximum(1, np.round(HELD_OUT_SHARE * counts)), np.maximum(counts - 1, 0))
+    held_counts = np.minimum(share_of_each(counts, HELD_OUT_SHARE), np.maximum(counts - 1, 0))
     if len(grid) == 1:
         setting = grid[0]
     elif not held_counts.any():
         setting = DEFAULT
     else:
-        held = rows[draw(labels[rows], held_counts.astype(np.int64), seed)]
+        held = rows[draw(labels[rows], held_counts, seed)]
         kept = np.setdiff1d(rows, held)
         at_once = max(1, MAX_WEIGHTS // (num_classes * features.shape[1]))
         losses: list[float] = []
@@ -144,16 +145,6 @@ def fit_linear(
         setting = grid[int(np.argmin(np.nan_to_num(losses, nan=np.inf)))]
     weight, bias, mean, std = _train(features, labels, rows, num_classes, [setting], seed, device, title)
     return LinearProbe(weight[0], bias[0], mean, std, setting)
-
-
-def draw(labels: NDArray[np.int64], counts: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
-    """Positions of images drawn at random, so many of each class, or all where a class has fewer; in order.
-
-    labels: (N,) class indices. counts: (classes,).
-    """
-    rng = np.random.default_rng(seed)
-    drawn = [rng.permutation(np.flatnonzero(labels == label))[:count] for label, count in enumerate(counts)]
-    return np.sort(np.concatenate(drawn))
 
 
 def _train(
@@ -252,7 +243,7 @@ def few_shot_counts(label: str, labels: NDArray[np.int64]) -> NDArray[np.int64]:
     except ValueError:
         value = math.nan
     if label.endswith("%") and 0 < value <= 100:
-        return np.minimum(np.maximum(1, np.round(value / 100 * counts)), counts).astype(np.int64)
+        return share_of_each(counts, value / 100)
     if number.isdecimal() and value >= 1 and not label.endswith("%"):
         return np.minimum(int(value), counts).astype(np.int64)
     raise ValueError(f"labels: {label!r} is neither a share such as 1% nor a number of images a class such as 5")

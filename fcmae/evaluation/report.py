@@ -19,10 +19,10 @@ from markupsafe import Markup, escape
 from PIL import Image
 
 import fcmae
+from fcmae.data.split import evenly
 from fcmae.evaluation.charts import Chart, heat_map, line_chart, shown
 from fcmae.evaluation.runs import Run, curve, read_json, read_run
 from fcmae.evaluation.verdicts import is_collapsing, is_working, was_worth_it
-from fcmae.pictures import evenly
 from fcmae.training.run import write_text
 
 MARK = '<meta name="generator" content="fcmae report'

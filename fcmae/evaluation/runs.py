@@ -14,7 +14,8 @@ import yaml
 
 from fcmae import settings
 from fcmae.config import FinetuneConfig, PretrainConfig
-from fcmae.data.index import FileIndex, split
+from fcmae.data.index import Images
+from fcmae.data.split import split
 from fcmae.evaluation.charts import Curve
 from fcmae.training.run import read_metrics
 
@@ -130,12 +131,12 @@ def _count_images(
 ) -> tuple[dict[str, int], str | None, list[int]]:
     try:
         if kind == "pretrain" and (path / "files.json").is_file():
-            parts = split(FileIndex.load(path / "files.json"), values["data.val_share"], values["seed"])
+            parts = split(Images.load(path / "files.json"), values["data.val_share"], values["seed"])
             return {"to learn from": len(parts[0]), "held out": len(parts[1])}, None, []
         if kind == "finetune" and (path / "val_files.json").is_file():
-            train, val = FileIndex.load(path / "files.json"), FileIndex.load(path / "val_files.json")
+            train, val = Images.load(path / "files.json"), Images.load(path / "val_files.json")
             counts = {"to learn from": len(train), "held out": len(val), "classes": len(val.class_names or ())}
-            return counts, val.fingerprint(), np.bincount(np.asarray(val.labels or (), np.int64)).tolist()
+            return counts, val.fingerprint(), [] if val.labels is None else np.bincount(val.labels).tolist()
     except (ValueError, OSError, KeyError) as error:
         problems.append(f"The images cannot be counted: {error}.")
     return {}, None, []

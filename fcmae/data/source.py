@@ -1,0 +1,77 @@
+"""Where the bytes of images come from: numbered images, each with a name and a file. What they hold is for readers.
+
+Another kind of place (the shards of an archive, a bucket, a table) is one class with `__len__`, `name` and `read`.
+"""
+
+from __future__ import annotations
+
+import os
+from array import array
+from collections.abc import Sequence
+from io import BytesIO
+from itertools import accumulate
+from typing import BinaryIO, Protocol
+
+
+class BadImage(ValueError):  # noqa: N818
+    """An image that cannot be used; the message is the reason in one sentence, without the name."""
+
+    @classmethod
+    def unread(cls, error: Exception) -> BadImage:
+        """That it cannot be read, for the reason that an error of a file, a network or a library gives."""
+        text = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
+        return cls(f"it cannot be read: {' '.join(text.split())}")
+
+
+class Source(Protocol):
+    """Images in a fixed order, as bytes. It is copied into every worker process: it must pickle, and be small."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, i: int) -> str:
+        """What image i is called in messages and tables, and told apart by: the same name is the same image.
+
+        Names are paths, or like paths: parts after slashes.
+        """
+        ...
+
+    def read(self, i: int) -> bytes:
+        """The whole of image i.
+
+        Raises:
+            OSError: if it is not there or cannot be read.
+        """
+        ...
+
+    def open(self, i: int) -> BinaryIO:
+        """Image i as a file that can seek, for what is mapped or read in parts; the caller closes it.
+
+        Raises:
+            OSError: if it is not there or cannot be read.
+        """
+        return BytesIO(self.read(i))
+
+
+class Files(Source):
+    """Files by their paths, which are absolute."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        # One block of bytes. Strings would be copied into every worker, page by page, as each use of one writes its
+        # reference count; and ten million of them take gigabytes.
+        names = [os.fsencode(path) for path in paths]
+        self._block = b"".join(names)
+        self._bounds = array("q", accumulate(map(len, names), initial=0))
+
+    def __len__(self) -> int:
+        return len(self._bounds) - 1
+
+    def name(self, i: int) -> str:
+        start, end = self._bounds[i : i + 2]
+        return os.fsdecode(self._block[start:end])
+
+    def read(self, i: int) -> bytes:
+        with self.open(i) as file:
+            return file.read()
+
+    def open(self, i: int) -> BinaryIO:
+        return open(self.name(i), "rb")  # noqa: PTH123  # Path.open would cost a Path an image
