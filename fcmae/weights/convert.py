@@ -1,4 +1,4 @@
-"""Weights into models: into timm's dense network, into an FCMAE, and from one format into another."""
+"""Weights into models: into an encoder, a classifier, an FCMAE; and from one format into another."""
 
 from __future__ import annotations
 
@@ -8,15 +8,24 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import timm
 import torch
 from timm.models import adapt_input_conv
 from torch import nn
 
-from fcmae.model import FCMAE
-from fcmae.networks.convnext import VARIANTS, init_weights
-from fcmae.weights.files import DIRECTORIES, FILE_SUFFIXES, Weights, encoder_output, read_weights, save_weights
-from fcmae.weights.formats import DECODER, FORMATS, from_state, holds, rename, to_state, unwrapped
+from fcmae.heads import Classifier
+from fcmae.masked import FCMAE
+from fcmae.networks.convnext import Encoder
+from fcmae.networks.spec import describe, variant_of
+from fcmae.weights.files import (
+    DIRECTORIES,
+    FILE_SUFFIXES,
+    Weights,
+    encoder_output,
+    read_weights,
+    save_weights,
+    timm_holds,
+)
+from fcmae.weights.formats import FORMATS, holds, rename, to_state, unwrapped
 
 STEM = "encoder.downsample_layers.0.0.weight"
 
@@ -24,8 +33,10 @@ STEM = "encoder.downsample_layers.0.0.weight"
 def adapt_in_chans(weights: Weights, in_chans: int) -> Weights:
     """The weights for images of another number of channels, as timm does it: RGB summed for 1, repeated for more.
 
-    The decoder predicts pixels of the old channels and statistics are of them: both are left out. Raises ValueError
-    if the weights are not of RGB images.
+    The decoder predicts pixels of the old channels and statistics are of them: both are left out.
+
+    Raises:
+        ValueError: if the weights are not of RGB images.
     """
     if weights.architecture.in_chans == in_chans:
         return weights
@@ -34,7 +45,7 @@ def adapt_in_chans(weights: Weights, in_chans: int) -> Weights:
             f"data.in_chans = {in_chans}, but the weights are of {weights.architecture.in_chans} channels: "
             "only those of 3 (RGB) adapt to another number"
         )
-    state = {name: value for name, value in weights.state.items() if name.split(".")[0] in ("encoder", "norm", "head")}
+    state = {name: value for name, value in weights.state.items() if not name.startswith("decoder.")}
     state[STEM] = adapt_input_conv(in_chans, state[STEM])
     architecture = replace(weights.architecture, in_chans=in_chans, decoder_depth=0, decoder_dim=0)
     return replace(weights, state=state, architecture=architecture, image={}, expected_output=())
@@ -43,21 +54,22 @@ def adapt_in_chans(weights: Weights, in_chans: int) -> Weights:
 def start_from(model: FCMAE, weights: Weights) -> str:
     """Load the encoder, and the decoder if there is one that fits, into a new FCMAE; say what was done.
 
-    Raises ValueError if the encoder is of another variant or stem stride; its channels adapt from RGB.
+    Raises:
+        ValueError: if the encoder is another network; its channels adapt from RGB.
     """
     encoder = model.encoder
     held = weights.architecture
-    if (held.variant, held.stem_stride) != (encoder.variant, encoder.stem_stride):
+    if held.spec != encoder.spec:
         raise ValueError(
-            f"model.init is {held.variant} with a stem of stride {held.stem_stride}, but the run is {encoder.variant} "
-            f"with {encoder.stem_stride}: set model.variant and model.stem_stride to those of model.init"
+            f"model.init is {describe(held.spec)}, but the run is {describe(encoder.spec)}: "
+            "set model.variant and model.stem_stride to those of model.init"
         )
     weights = adapt_in_chans(weights, encoder.in_chans)
-    text = f"encoder from {held.variant} in {weights.format}'s layout"
+    text = f"encoder from {describe(held.spec)} in {weights.format}'s layout"
     if held.in_chans != encoder.in_chans:
         text += f", its stem adapted from {held.in_chans} channels to {encoder.in_chans}"
     # What an FCMAE has no place for, the norm and head of a dense model, is left out.
-    found = {name: value for name, value in weights.state.items() if name.partition(".")[0] in ("encoder", *DECODER)}
+    found = {name: value for name, value in weights.state.items() if name.partition(".")[0] in ("encoder", "decoder")}
     own = model.state_dict()
     fits = {name: value.shape for name, value in found.items()} == {name: value.shape for name, value in own.items()}
     if not fits:
@@ -71,58 +83,36 @@ def start_from(model: FCMAE, weights: Weights) -> str:
     return f"{text}; a fresh decoder, as model.init has {why}"
 
 
-def create_dense(
-    variant: str,
-    *,
-    in_chans: int = 3,
-    num_classes: int = 0,
-    stem_stride: int = 4,
-    drop_path_rate: float = 0.0,
-    head_init_scale: float = 1.0,
-) -> nn.Module:
-    """timm's dense ConvNeXt with our stem strides, randomly initialised.
-
-    timm's stem of stride 2 comes with one more downsampling layer, for a total stride of 32 instead of 16; so that
-    one is built at stride 4 and given the 2x2 convolution that the encoder has.
-    """
-    model: nn.Module = timm.create_model(
-        variant,
-        in_chans=in_chans,
-        num_classes=num_classes,
-        patch_size=1 if stem_stride == 1 else 4,
-        drop_path_rate=drop_path_rate,
-        head_init_scale=head_init_scale,
-    )
-    if stem_stride == 2:
-        stem = model.get_submodule("stem")
-        assert isinstance(stem, nn.Sequential)
-        stem[0] = nn.Conv2d(in_chans, VARIANTS[variant].dims[0], kernel_size=2, stride=2)
-        init_weights(stem[0])
-    return model
-
-
-def build_dense(weights: Weights, num_classes: int | None = None, **options: float) -> nn.Module:
-    """timm's model holding the weights; a final norm that they do not have stays the identity.
-
-    num_classes: of a new head; None keeps the head that the weights have, or none. options: drop_path_rate,
-    head_init_scale of `create_dense`.
-    """
+def build_encoder(weights: Weights, drop_path_rate: float = 0.0, grad_checkpointing: bool = False) -> Encoder:
+    """The encoder that the weights hold."""
     architecture = weights.architecture
-    model = create_dense(
-        architecture.variant,
-        in_chans=architecture.in_chans,
-        num_classes=architecture.num_classes if num_classes is None else num_classes,
-        stem_stride=architecture.stem_stride,
-        drop_path_rate=options.get("drop_path_rate", 0.0),
-        head_init_scale=options.get("head_init_scale", 1.0),
+    encoder = Encoder(architecture.spec, architecture.in_chans, drop_path_rate, grad_checkpointing)
+    encoder.load_state_dict(
+        {name.removeprefix("encoder."): value for name, value in weights.state.items() if name.startswith("encoder.")}
     )
-    state = to_state(weights.state, architecture.variant, "timm")
-    if num_classes is not None:
-        own = model.state_dict()
-        state = {name: value for name, value in state.items() if not name.startswith("head.fc.")}
-        state |= {name: value for name, value in own.items() if name.startswith("head.fc.")}
-    model.load_state_dict(state)
+    return encoder
+
+
+def build_classifier(weights: Weights) -> Classifier:
+    """The classifier that the weights hold.
+
+    Raises:
+        ValueError: if they have no head.
+    """
+    if not weights.architecture.num_classes:
+        raise ValueError("the weights have no classifier: give those of a fine-tuned model")
+    model = Classifier(build_encoder(weights), weights.architecture.num_classes)
+    model.load_state_dict({name: value for name, value in weights.state.items() if not name.startswith("decoder.")})
     return model
+
+
+def save_classifier(dest: Path, model: nn.Module, weights: Weights) -> None:
+    """Write a `Classifier` as a timm directory; of `weights`, all but the tensors describes it."""
+    state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
+    architecture = replace(
+        weights.architecture, decoder_depth=0, decoder_dim=0, final_norm=True, num_classes=len(state["head.bias"])
+    )
+    save_weights(dest, replace(weights, state=state, architecture=architecture, expected_output=()), "timm")
 
 
 def check(path: Path) -> str:
@@ -148,13 +138,6 @@ def _compare(path: Path, weights: Weights) -> str:
     return f"{path}: the encoder's output is as expected, to {error:.1e} (allowed {allowed:.1e})"
 
 
-def save_dense(dest: Path, model: nn.Module, weights: Weights) -> None:
-    """Write timm's model as a timm directory; of `weights`, all but the tensors describes it."""
-    state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
-    architecture, _, ours, _ = from_state(state, weights.architecture.variant)
-    save_weights(dest, replace(weights, state=ours, architecture=architecture, expected_output=()), "timm")
-
-
 def convert(
     source: Path, dest: Path | None, to: str = "timm", variant: str | None = None, key: str | None = None
 ) -> str:
@@ -174,14 +157,14 @@ def convert(
         if to not in DIRECTORIES and dest.suffix not in FILE_SUFFIXES:
             raise ValueError(f"{dest}: the format {to} is one file: give it a name in {', '.join(FILE_SUFFIXES)}")
     weights = read_weights(source, variant, key)
-    variant = weights.architecture.variant
+    spec = weights.architecture.spec
     if weights.expected_output:
         _compare(source, weights)
     else:
         weights = replace(weights, expected_output=encoder_output(weights))
     if not all(map(math.isfinite, weights.expected_output)):
         raise ValueError(f"{source}: the encoder's output is not finite: its weights are of a run that broke down")
-    state = to_state(weights.state, variant, to)
+    state = to_state(weights.state, spec, to)
     lines = []
     if dest is None:
         theirs = {rename(name, to): weights.names[name] for name in weights.state}
@@ -190,7 +173,7 @@ def convert(
     if left_out := [weights.names[name] for name in weights.state if not holds(name, to)]:
         lines.append(f"left out, as {to} has no place for them: {', '.join(left_out)}")
     origin = ", ".join(f"{name} {value}" for name, value in weights.origin.items())
-    lines.append(f"{len(state)} tensors of {variant} from {weights.format}'s layout ({origin})")
+    lines.append(f"{len(state)} tensors of {describe(spec)} from {weights.format}'s layout ({origin})")
     if dest is None:
         return "\n".join([*lines, "dry run: nothing was written"])
     try:
@@ -205,14 +188,16 @@ def convert(
         dest.unlink(missing_ok=True)
         raise
     quoted = shlex.quote(str(dest))
+    variant = variant_of(spec)
     use = f"fcmae pretrain --init {quoted} --model.variant {variant}"
-    if weights.architecture.stem_stride != 4:
-        use += f" --model.stem_stride {weights.architecture.stem_stride}"
+    if spec.stem_stride != 4:
+        use += f" --model.stem_stride {spec.stem_stride}"
     if to == "transformers":
         use = f"transformers.AutoModel.from_pretrained({str(dest)!r})"
-    elif to == "timm" and weights.architecture.stem_stride != 2:
+    elif to == "timm" and timm_holds(spec):
         use = f'timm.create_model("local-dir:{dest}", pretrained=True)'
     elif to == "timm":
-        loader = "fcmae.weights.convert.build_dense(fcmae.weights.files.read_weights(Path({!r})))"
-        use = f"{loader.format(str(dest))}  # timm has no such stem"
+        use = f"fcmae.load({str(dest)!r})  # timm has no such network"
+    elif variant is None:
+        use = f"fcmae.load({str(dest)!r})"
     return "\n".join([*lines, f"wrote {dest}, and read the same tensors back", f"use: {use}"])

@@ -19,6 +19,7 @@ import logging
 import pickle
 import zipfile
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,8 +32,8 @@ from torch import Tensor
 
 import fcmae
 from fcmae.config import PretrainConfig
-from fcmae.layouts import Masked
-from fcmae.networks.convnext import VARIANTS, Encoder
+from fcmae.networks.convnext import Encoder
+from fcmae.networks.spec import VARIANTS, ConvNeXtSpec, variant_of
 from fcmae.training import checkpoint
 from fcmae.weights.formats import Architecture, from_state, to_state
 
@@ -40,6 +41,7 @@ logger = logging.getLogger("fcmae")
 
 RECORD = "fcmae"  # the key of what we say of our own files
 STATE_KEYS = ("model", "state_dict", "module", "model_state_dict")  # where training code keeps a model's weights
+NOT_IN_TIMM = "fcmae_convnext"  # what config.json names as the architecture of a network that timm cannot hold
 DIRECTORIES = ("timm", "transformers")  # the formats that are directories
 FILE_SUFFIXES = (".safetensors", ".pth", ".pt")
 _OF_DAMAGED_PICKLES = (LookupError, EOFError, ValueError, TypeError, AttributeError, AssertionError)
@@ -81,6 +83,7 @@ class Record(BaseModel):
     class_names: tuple[str, ...] = ()
     origin: dict[str, Any] = {}
     expected_output: tuple[float, ...] = ()
+    spec: ConvNeXtSpec | None = None
 
 
 def read_weights(path: Path, variant: str | None = None, key: str | None = None) -> Weights:
@@ -117,7 +120,7 @@ def _weights(path: Path, state: Mapping[str, Tensor], variant: str | None, recor
     if variant is not None and variant not in VARIANTS:
         raise ValueError(f"{path} is of variant {variant!r}: use one of {', '.join(VARIANTS)}")
     try:
-        architecture, source, ours, names = from_state(state, variant)
+        architecture, source, ours, names = from_state(state, record.spec if variant is None else VARIANTS[variant])
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     image = record.image.model_dump(exclude_none=True)
@@ -149,7 +152,7 @@ def _read_checkpoint(path: Path, variant: str | None) -> Weights:
     size = (cfg.data.in_chans, *cfg.data.image_size)
     image = ImageRecord(mean=mean, std=std, input_size=size, crop_pct=1.0)
     state = checkpoint.read_tensors(path, "model")
-    return _weights(path, state, variant or cfg.model.variant, Record(image=image, origin=origin))
+    return _weights(path, state, variant, Record(image=image, origin=origin, spec=cfg.model.spec))
 
 
 def _read_directory(path: Path, variant: str | None) -> Weights:
@@ -159,7 +162,8 @@ def _read_directory(path: Path, variant: str | None) -> Weights:
         config = _read_json(path / "config.json")
         if "architecture" in config:  # timm
             # Not handed to timm.create_model: a name can make it read another directory, or the network.
-            variant = variant or str(config["architecture"]).split(".")[0]
+            arguments, name = config.get("model_args") or {}, str(config["architecture"]).split(".")[0]
+            variant = variant or (None if {"depths", "dims"} & set(arguments) or name == NOT_IN_TIMM else name)
             image = ImageRecord.model_validate(config.get("pretrained_cfg") or {})
             record = Record(image=image, class_names=tuple(config.get("label_names") or ()), origin=record.origin)
         elif str(config["model_type"]).startswith("convnext"):  # transformers
@@ -271,7 +275,7 @@ def encoder_output(weights: Weights) -> tuple[float, ...]:
     """
     architecture = weights.architecture
     with torch.device("meta"):
-        encoder = Encoder(architecture.variant, architecture.in_chans, architecture.stem_stride)
+        encoder = Encoder(architecture.spec, architecture.in_chans)
     state = {k.removeprefix("encoder."): v for k, v in weights.state.items() if k.startswith("encoder.")}
     # The mapped tensors become the parameters: huge has 2.6 GB of them.
     encoder.load_state_dict(state, assign=True)
@@ -279,19 +283,39 @@ def encoder_output(weights: Weights) -> tuple[float, ...]:
     side = 2 * encoder.total_stride
     values = torch.arange(encoder.in_chans * side * side, dtype=torch.float64).sin()
     image = values.view(1, encoder.in_chans, side, side)
-    features = encoder(image.float(), Masked(None)).mean((0, 1, 2))
+    features = encoder(image.float()).mean((0, 1, 2))
     output: list[float] = features[:: max(1, encoder.dim // 16)][:16].tolist()
     return tuple(output)
+
+
+def timm_holds(spec: ConvNeXtSpec) -> bool:
+    """Whether timm can build the network: four stages, 4C hidden channels, and a stem of any stride but 2.
+
+    timm's stem of stride 2 comes with one more downsampling layer.
+    """
+    return spec.num_stages == 4 and spec.hidden is None and spec.stem_stride != 2
 
 
 def save_weights(dest: Path, weights: Weights, to: str) -> None:
     """Write the weights in a format: what it has no place for is left out.
 
-    dest: a directory for timm and transformers; for the others a file, .safetensors, or .pth or .pt (a dict with
-    "model"). Each file is written beside its place and then moved into it, and replaces one that is there.
+    A network that timm cannot hold is written in timm's names and files all the same, for `read_weights`; timm refuses
+    the architecture that its config.json names.
+
+    Args:
+        dest: a directory for timm and transformers; for the others a file, .safetensors, or .pth or .pt (a dict with
+            "model"). Each file is written beside its place and then moved into it, and replaces one that is there.
+        weights: what is written.
+        to: one of FORMATS.
+
+    Raises:
+        ValueError: if transformers cannot hold the network: 7x7 kernels and 4C hidden channels only.
     """
+    spec = weights.architecture.spec
+    if to == "transformers" and (spec.hidden is not None or spec.kernel_size != 7):
+        raise ValueError(f"{dest}: transformers' ConvNeXts have 7x7 kernels and 4C hidden channels: use --to fcmae")
     state, seen = {}, set()
-    for name, value in to_state(weights.state, weights.architecture.variant, to).items():
+    for name, value in to_state(weights.state, spec, to).items():
         value = value.detach().cpu().contiguous()
         # safetensors takes no tensors that share memory.
         state[name] = value.clone() if value.data_ptr() in seen else value
@@ -302,42 +326,41 @@ def save_weights(dest: Path, weights: Weights, to: str) -> None:
             "class_names": weights.class_names,
             "origin": weights.origin | {"exported_by": f"fcmae {fcmae.__version__}"},
             "expected_output": weights.expected_output or encoder_output(weights),
+            "spec": spec.model_dump(),
         }
     )
+    files: dict[Path, dict[str, Any] | None] = {dest: None}  # contents; None: the tensors
     if to in DIRECTORIES:
-        dest.mkdir(parents=True, exist_ok=True)
-        configs = {"config.json": (_timm_config if to == "timm" else _transformers_config)(weights)}
+        files = {dest / "config.json": (_timm_config if to == "timm" else _transformers_config)(weights)}
         if to == "transformers" and "mean" in weights.image:
-            configs["preprocessor_config.json"] = _processor_config(weights)
-        places = [dest / "model.safetensors", *(dest / name for name in configs)]
-    else:
-        dest.parent.mkdir(parents=True, exist_ok=True)
-        places = [dest]
-    aside = [place.with_name(f".tmp-{place.name}") for place in places]
-    try:
-        if places[0].suffix == ".safetensors":
-            checkpoint.write_tensors(aside[0], state, {RECORD: record})
-        else:
-            torch.save({"model": state, RECORD: record}, aside[0])
-        for path, config in zip(aside[1:], configs.values() if to in DIRECTORIES else (), strict=True):
-            path.write_text(json.dumps(config, indent=2), encoding="utf-8")
-        for path, place in zip(aside, places, strict=True):
-            path.replace(place)
-    finally:
-        for path in aside:
-            path.unlink(missing_ok=True)
+            files[dest / "preprocessor_config.json"] = _processor_config(weights)
+        files[dest / "model.safetensors"] = None
+    with ExitStack() as stack:  # all are written before any takes its place
+        for path, config in files.items():
+            aside = stack.enter_context(replacing(path))
+            if config is not None:
+                aside.write_text(json.dumps(config, indent=2), encoding="utf-8")
+            elif path.suffix == ".safetensors":
+                checkpoint.write_tensors(aside, state, {RECORD: record})
+            else:
+                torch.save({"model": state, RECORD: record}, aside)
 
 
 def _timm_config(weights: Weights) -> dict[str, Any]:
     """As timm's own writer, which would also put the licence and the origin of its published weights here."""
-    architecture = weights.architecture
+    architecture, spec = weights.architecture, weights.architecture.spec
+    name = variant_of(spec)
+    arguments: dict[str, Any] = {"in_chans": architecture.in_chans, "patch_size": spec.stem_stride}
+    if name is None:  # a variant of timm's with other numbers
+        name = "convnextv2_tiny" if spec.use_grn else "convnext_tiny"
+        arguments |= {"depths": spec.depths, "dims": spec.dims, "kernel_sizes": spec.kernel_size}
     return {
-        "architecture": architecture.variant,
+        "architecture": name if timm_holds(spec) else NOT_IN_TIMM,
         "num_classes": architecture.num_classes,
-        "num_features": VARIANTS[architecture.variant].dims[-1],
+        "num_features": spec.dims[-1],
         "global_pool": "avg",
         **({"label_names": list(weights.class_names)} if weights.class_names else {}),
-        "model_args": {"in_chans": architecture.in_chans, "patch_size": architecture.stem_stride},
+        "model_args": arguments,
         "pretrained_cfg": {
             "custom_load": False,
             "fixed_input_size": False,
@@ -354,19 +377,18 @@ def _timm_config(weights: Weights) -> dict[str, Any]:
 
 
 def _transformers_config(weights: Weights) -> dict[str, Any]:
-    architecture = weights.architecture
-    depths, dims, use_grn = VARIANTS[architecture.variant]
-    family = "ConvNextV2" if use_grn else "ConvNext"
+    architecture, spec = weights.architecture, weights.architecture.spec
+    family = "ConvNextV2" if spec.use_grn else "ConvNext"
     names = weights.class_names or tuple(f"LABEL_{i}" for i in range(architecture.num_classes))
     classes = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     return {
         "architectures": [f"{family}ForImageClassification" if architecture.num_classes else f"{family}Model"],
         "model_type": family.lower(),
         "num_channels": architecture.in_chans,
-        "patch_size": architecture.stem_stride,
-        "num_stages": len(depths),
-        "depths": list(depths),
-        "hidden_sizes": list(dims),
+        "patch_size": spec.stem_stride,
+        "num_stages": spec.num_stages,
+        "depths": list(spec.depths),
+        "hidden_sizes": list(spec.dims),
         "hidden_act": "gelu",
         "layer_norm_eps": 1e-6,  # of the final norm; the others are fixed
         **({"image_size": weights.image["input_size"][-1]} if "input_size" in weights.image else {}),

@@ -1,8 +1,8 @@
 """Names and layouts of ConvNeXt weights in every format in use, to and from ours.
 
-Ours are the parameters of `FCMAE` (encoder.*, proj.*, mask_token, decoder.*, pred.*), and for dense models norm.* and
-head.*. A format is one function from our name of a parameter to its own, and a few parameters of another shape; the way
-back is the same table, read from the other side.
+Ours are the parameters of `FCMAE` (encoder.*, decoder.*), and for dense models norm.* and head.*. A format is one
+function from our name of a parameter to its own, and a few parameters of another shape; the way back is the same table,
+read from the other side. What network the tensors are of is read off their names and shapes.
 
 | format | encoder | decoder | norm, head | what it is |
 | --- | --- | --- | --- | --- |
@@ -11,6 +11,7 @@ back is the same table, read from the other side.
 | fair | yes | no | yes | the released dense code, self-supervised or fine-tuned |
 | timm | yes | no | yes | timm's ConvNeXt |
 | transformers | yes | no | yes | ConvNextV2Model, ConvNextModel and their classifiers |
+| fcmae 0.1 | yes | yes | yes | ours before the decoder was one part; read only |
 
 No value ever changes: tensors are renamed, reshaped and permuted, so a round trip is exact to the bit.
 """
@@ -19,30 +20,38 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from fcmae.model import FCMAE
-from fcmae.networks.convnext import VARIANTS, Encoder
+from fcmae.masked import build_fcmae
+from fcmae.networks.convnext import Encoder
+from fcmae.networks.spec import ConvNeXtSpec, describe, variant_of
 
 FORMATS = ("fcmae", "timm", "fair", "transformers", "minkowski")
+OLD = "fcmae 0.1"
 
-DECODER = ("proj", "mask_token", "decoder", "pred")
 _DENSE = ("encoder", "norm", "head")
 _HOLDS = {
-    "fcmae": (*_DENSE, *DECODER),
-    "minkowski": ("encoder", *DECODER),
+    "fcmae": (*_DENSE, "decoder"),
+    OLD: (*_DENSE, "decoder"),
+    "minkowski": ("encoder", "decoder"),
     "fair": _DENSE,
     "timm": _DENSE,
     "transformers": _DENSE,
 }
 
+# The released code has the decoder's parts beside the encoder.
+_RELEASED_DECODER = ((r"^decoder\.(?!blocks)", ""), (r"^decoder\.blocks\.", "decoder."))
+
 _FROM_OURS: dict[str, tuple[tuple[str, str], ...]] = {
     "fcmae": (),
+    OLD: _RELEASED_DECODER,
     "minkowski": (
+        *_RELEASED_DECODER,
         (r"^(encoder\.downsample_layers\.[123]\.0)\.", r"\1.ln."),
         (r"^(encoder\.downsample_layers\.[123]\.1)\.weight$", r"\1.kernel"),
         (r"^(encoder\.stages\.\d\.\d+\.dwconv)\.weight$", r"\1.kernel"),
@@ -79,21 +88,28 @@ _FROM_OURS: dict[str, tuple[tuple[str, str], ...]] = {
 _WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod|model|convnextv2|convnext)\.)+")
 
 # timm computes the MLP of its small models as 1x1 convolutions.
-_SMALL = ("atto", "femto", "pico", "nano")
-_TIMM_CONVOLUTIONAL = tuple(f"{family}_{size}" for family in ("convnext", "convnextv2") for size in _SMALL)
+_TIMM_CONVOLUTIONAL = ("_atto", "_femto", "_pico", "_nano")
+
+# Parameters that tell the width of a block and of its expanded features, and in which dimension.
+_WIDTH = (("norm.weight", 0), ("norm.bias", 0), ("dwconv.bias", -1), ("pwconv2.bias", 0), ("pwconv1.weight", 1))
+_HIDDEN = (("pwconv1.bias", 0), ("pwconv1.weight", 0), ("pwconv2.weight", 1), ("grn.gamma", -1))
 
 
 @dataclass(frozen=True)
 class Architecture:
     """What weights are of: enough to name and shape every one of them.
 
-    variant: key of VARIANTS. decoder_depth, decoder_dim: 0 without a decoder. final_norm: whether there is one.
-    num_classes: of the head, 0 without one.
+    Attributes:
+        spec: the encoder's numbers.
+        in_chans: image channels.
+        decoder_depth: blocks of the decoder, 0 without one.
+        decoder_dim: its width, 0 without one.
+        final_norm: whether there is one.
+        num_classes: of the head, 0 without one.
     """
 
-    variant: str
+    spec: ConvNeXtSpec
     in_chans: int = 3
-    stem_stride: int = 4
     decoder_depth: int = 0
     decoder_dim: int = 0
     final_norm: bool = False
@@ -102,8 +118,8 @@ class Architecture:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Our name and shape of every parameter, in the order of the network."""
         with torch.device("meta"):
-            encoder = Encoder(self.variant, self.in_chans, self.stem_stride)
-            model = FCMAE(encoder, self.decoder_depth, self.decoder_dim) if self.decoder_depth else None
+            encoder = Encoder(self.spec, self.in_chans)
+            model = build_fcmae(encoder, self.decoder_dim, self.decoder_depth) if self.decoder_depth else None
         named = model.state_dict() if model else {f"encoder.{k}": v for k, v in encoder.state_dict().items()}
         shapes = {name: tuple(value.shape) for name, value in named.items()}
         if self.final_norm:
@@ -133,15 +149,16 @@ def holds(name: str, to: str) -> bool:
 def detect(names: Iterable[str]) -> str:
     """The format that names are of. Raises ValueError if they are of none."""
     names = set(names)
-    # A few parameters that every variant has: one that is missing must not hide what the file is.
+    # A few parameters that every network has: one that is missing must not hide what the file is.
     common = [
         f"encoder.stages.{i}.0.{layer}.{p}"
-        for i in range(4)
-        for layer in ("dwconv", "pwconv1")
+        for i in range(2)
+        for layer in ("dwconv", "pwconv1", "pwconv2", "norm")
         for p in ("weight", "bias")
     ]
-    found = {to: sum(rename(name, to) in names for name in common) for to in FORMATS}
-    best = max(FORMATS, key=lambda to: found[to])
+    # The decoder tells ours from what ours was.
+    found = {to: sum(rename(name, to) in names for name in (*common, "decoder.mask_token")) for to in _FROM_OURS}
+    best = max(_FROM_OURS, key=lambda to: found[to])
     # Biases of ours and minkowski's have one name, so the one with the kernels too wins; less than half is a chance.
     if found[best] < len(common) // 2:
         shown = ", ".join(sorted(names)[:3]) or "nothing"
@@ -150,43 +167,49 @@ def detect(names: Iterable[str]) -> str:
 
 
 def from_state(
-    state: Mapping[str, Tensor], variant: str | None = None
+    state: Mapping[str, Tensor], spec: ConvNeXtSpec | None = None
 ) -> tuple[Architecture, str, dict[str, Tensor], dict[str, str]]:
     """Weights under any format's names, as ours.
 
-    state: named tensors, under wrappers' prefixes or not. variant: what they must be of; None finds out.
-    Returns the architecture, the format found, the tensors under our names and in our shapes (views where possible),
-    and our names to theirs. A final norm that is the identity, without a head, counts as none.
-    Raises ValueError, with a list, if an entry is missing, extra or of another shape.
+    Args:
+        state: named tensors, under wrappers' prefixes or not.
+        spec: what they must be of, whatever the stem's stride; None finds out.
+
+    Returns:
+        The architecture, the format found, the tensors under our names and in our shapes (views where possible), and
+        our names to theirs. A final norm that is the identity, without a head, counts as none.
+
+    Raises:
+        ValueError: with a list, if an entry is missing, extra or of another shape.
     """
     original = {unwrapped(name): name for name in state}
     if len(original) < len(state):
         raise ValueError("the weights hold entries that differ only in a wrapper's prefix: keep one of each")
     named = {name: state[key] for name, key in original.items()}
     source = detect(named)
-    architecture = _architecture(named, source, variant)
+    found = _find_spec(named, source)
+    spec = found if spec is None else spec.model_copy(update={"stem_stride": found.stem_stride})
+    architecture = _architecture(named, source, spec)
     rest = dict(named)
     ours: dict[str, Tensor] = {}
     problems = []
     for name, shape in architecture.shapes().items():
         theirs = rename(name, source)
         value = rest.pop(theirs, None)
-        needed = _shape_in(source, architecture.variant, name, shape)
+        needed = _shape_in(source, spec, name, shape)
         if value is None:
             problems.append(f"missing: {theirs} {needed}")
         elif _without_ones(value.shape) != _without_ones(needed):
-            problems.append(f"shape: {theirs} is {tuple(value.shape)}, {architecture.variant} needs {needed}")
+            problems.append(f"shape: {theirs} is {tuple(value.shape)}, {describe(spec)} needs {needed}")
         else:
             ours[name] = (
                 _from_kernel(value.reshape(needed), shape) if theirs.endswith(".kernel") else value.reshape(shape)
             )
     problems += [f"extra: {name} {tuple(value.shape)}" for name, value in rest.items()]
     if problems:
-        found = _architecture(named, source, None).variant
-        looks = "" if found == architecture.variant else f" (they look like {found})"
+        looks = "" if found == spec else f" (they look like {describe(found)})"
         raise ValueError(
-            f"the weights, in {source}'s layout, are not those of {architecture.variant}{looks}:\n  "
-            + "\n  ".join(problems)
+            f"the weights, in {source}'s layout, are not those of {describe(spec)}{looks}:\n  " + "\n  ".join(problems)
         )
     if (
         not architecture.num_classes
@@ -203,68 +226,96 @@ def _is_identity(weight: Tensor, bias: Tensor) -> bool:
     return bool(weight.eq(1).all() and bias.eq(0).all())
 
 
-def to_state(state: Mapping[str, Tensor], variant: str, to: str) -> dict[str, Tensor]:
+def to_state(state: Mapping[str, Tensor], spec: ConvNeXtSpec, to: str) -> dict[str, Tensor]:
     """Our tensors under a format's names and in its shapes; what the format has no place for is left out.
 
     timm and transformers always have a final norm, which FCMAE does not train: it is then the identity.
     transformers' classifiers hold the encoder under the model's name.
     """
-    prefix = f"{variant.partition('_')[0]}." if to == "transformers" and "head.weight" in state else ""
+    prefix = ""
+    if to == "transformers" and "head.weight" in state:
+        prefix = "convnextv2." if spec.use_grn else "convnext."
     named = dict(state)
     if to in ("timm", "transformers") and "norm.weight" not in named:
-        like = named["encoder.downsample_layers.3.1.bias"]
+        like = named[f"encoder.downsample_layers.{spec.num_stages - 1}.1.bias"]
         named |= {"norm.weight": torch.ones_like(like), "norm.bias": torch.zeros_like(like)}
     result = {}
     for name, value in named.items():
         if holds(name, to):
-            theirs, shape = rename(name, to), _shape_in(to, variant, name, tuple(value.shape))
+            theirs, shape = rename(name, to), _shape_in(to, spec, name, tuple(value.shape))
             key = theirs if theirs.startswith("classifier.") else prefix + theirs
             result[key] = _to_kernel(value) if theirs.endswith(".kernel") else value.reshape(shape)
     return result
 
 
-def _architecture(tensors: Mapping[str, Tensor], source: str, variant: str | None) -> Architecture:
-    """What the tensors are of, as far as they tell: whatever is missing or misshapen is found by comparing later."""
+def _find_spec(tensors: Mapping[str, Tensor], source: str) -> ConvNeXtSpec:
+    """The network that the tensors look like. Of what several of them tell, most decide: one may be missing or wrong.
+
+    Raises ValueError if they are of no network that can be.
+    """
+
+    def of(name: str) -> Tensor | None:
+        return tensors.get(rename(name, source))
+
+    def most(names: Iterable[tuple[str, int]]) -> int:
+        sizes = [(value, dim) for name, dim in names if (value := of(name)) is not None and value.ndim > max(dim, 0)]
+        counted = Counter(value.shape[dim] for value, dim in sizes if value.numel())
+        return counted.most_common(1)[0][0] if counted else 1
+
+    stages: list[list[str]] = []
+    for i in range(4):
+        there = [j for j in range(64) if any(of(f"encoder.stages.{i}.{j}.{name}") is not None for name, _ in _WIDTH)]
+        if there:
+            stages.append([f"encoder.stages.{i}.{j}" for j in range(there[-1] + 1)])
+    every = [block for stage in stages for block in stage]
+    kernels = [kernel.shape for block in every if (kernel := of(f"{block}.dwconv.weight")) is not None and kernel.ndim]
+    sides = Counter(math.isqrt(shape[0]) if source == "minkowski" else shape[-1] for shape in kernels)
+    odd = [side for side, _ in sides.most_common() if side % 2]
+    stem = of("encoder.downsample_layers.0.0.weight")
+    if len(stages) < 2:
+        raise ValueError(
+            f"the entries, in {source}'s layout, are of a ConvNeXt of {len(stages)} stages: 2 to 4 are known"
+        )
+    return ConvNeXtSpec(
+        depths=tuple(map(len, stages)),
+        dims=tuple(most((f"{block}.{name}", dim) for block in stage for name, dim in _WIDTH) for stage in stages),
+        stem_stride=4 if stem is None or stem.ndim < 3 else stem.shape[2] or 4,
+        kernel_size=odd[0] if odd else 7,
+        hidden=tuple(tuple(most((f"{b}.{name}", dim) for name, dim in _HIDDEN) for b in stage) for stage in stages),
+        use_grn=any(of(f"{block}.grn.{p}") is not None for block in every for p in ("gamma", "beta")),
+    )
+
+
+def _architecture(tensors: Mapping[str, Tensor], source: str, spec: ConvNeXtSpec) -> Architecture:
+    """What else the tensors are of, as far as they tell: what is missing or misshapen is found by comparing later."""
 
     def size(name: str, dim: int, default: int) -> int:
         value = tensors.get(rename(name, source))
         return value.shape[dim] if value is not None and value.ndim > dim else default
 
-    def agreement(candidate: str) -> int:
-        depths, dims, use_grn = VARIANTS[candidate]
-        points = int((rename("encoder.stages.0.0.grn.gamma", source) in tensors) == use_grn)
-        for i, (depth, dim) in enumerate(zip(depths, dims, strict=True)):
-            points += size(f"encoder.stages.{i}.0.norm.weight", 0, 0) == dim
-            points += rename(f"encoder.stages.{i}.{depth - 1}.norm.weight", source) in tensors
-            points += rename(f"encoder.stages.{i}.{depth}.norm.weight", source) not in tensors
-        return points
-
-    if variant is None:
-        variant = max(VARIANTS, key=agreement)
-    decoder = [name for name in tensors if source in ("fcmae", "minkowski") and name.partition(".")[0] in DECODER]
-    mask_token, num_classes = tensors.get("mask_token"), max(size("head.weight", 0, 0), size("head.bias", 0, 0))
-    stem_stride = size("encoder.downsample_layers.0.0.weight", 2, 4)
+    depth = sum(rename(f"decoder.blocks.{i}.norm.weight", source) in tensors for i in range(64))
+    has_decoder = holds("decoder.pred.weight", source) and any(
+        rename(name, source) in tensors for name in ("decoder.mask_token", "decoder.proj.weight", "decoder.pred.weight")
+    )
+    num_classes = max(size("head.weight", 0, 0), size("head.bias", 0, 0))
     return Architecture(
-        variant,
+        spec,
         in_chans=max(1, size("encoder.downsample_layers.0.0.weight", 1, 3)),
-        stem_stride=stem_stride if stem_stride in (1, 2, 4) else 4,
-        decoder_depth=max(1, len({name.split(".")[1] for name in decoder if name.startswith("decoder.")}))
-        if decoder
-        else 0,
-        decoder_dim=(512 if mask_token is None else mask_token.numel()) if decoder else 0,
+        decoder_depth=max(1, depth) if has_decoder else 0,
+        decoder_dim=size("decoder.mask_token", 1, 512) if has_decoder else 0,
         final_norm=num_classes > 0 or any(rename(f"norm.{p}", source) in tensors for p in ("weight", "bias")),
         num_classes=num_classes,
     )
 
 
-def _shape_in(to: str, variant: str, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+def _shape_in(to: str, spec: ConvNeXtSpec, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape in a format of our parameter `name`, whose shape is `shape`."""
     layer, parameter = name.split(".")[-2:] if "." in name else ("", name)
     in_encoder = name.startswith("encoder.") and not name.startswith("encoder.downsample_layers.0.")
     if to == "timm":
         if layer == "grn":
             return shape[-1:]
-        if layer in ("pwconv1", "pwconv2") and parameter == "weight" and variant in _TIMM_CONVOLUTIONAL:
+        if layer in ("pwconv1", "pwconv2") and parameter == "weight" and _is_convolutional_in_timm(spec):
             return (*shape, 1, 1)
     if to == "minkowski" and in_encoder:
         if rename(name, to).endswith(".kernel"):
@@ -273,6 +324,11 @@ def _shape_in(to: str, variant: str, name: str, shape: tuple[int, ...]) -> tuple
         if layer == "grn" or (parameter == "bias" and layer in ("dwconv", "1")):
             return (1, shape[-1])
     return shape
+
+
+def _is_convolutional_in_timm(spec: ConvNeXtSpec) -> bool:
+    name = variant_of(spec)
+    return name is not None and name.endswith(_TIMM_CONVOLUTIONAL)
 
 
 # MinkowskiEngine numbers the offsets of a kernel with the first spatial axis (rows) fastest: hence the transposes.
