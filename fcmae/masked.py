@@ -7,14 +7,13 @@ only, by the layout (`fcmae.layouts`) that is made from the mask.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fcmae.layouts import DENSE, Layout, MakeLayout, make_layout
+from fcmae.layouts import DENSE, PACKED, Layout, MakeLayout
 from fcmae.layouts.norms import at_least_float32
 from fcmae.layouts.sites import refine, true_rows, visible_counts
 from fcmae.networks.convnext import Encoder, init_weights
@@ -93,9 +92,7 @@ class FCMAE(nn.Module):
         make_layout: (mask, num_visible) to the layout of the encoder's features; by default packed.
     """
 
-    def __init__(
-        self, encoder: Encoder, decoder: Decoder, make_layout: MakeLayout = partial(make_layout, "packed")
-    ) -> None:
+    def __init__(self, encoder: Encoder, decoder: Decoder, make_layout: MakeLayout = PACKED) -> None:
         super().__init__()
         self.encoder = encoder
         self.decoder = decoder
@@ -135,7 +132,7 @@ def build_fcmae(
     encoder: Encoder,
     decoder_dim: int = 512,
     decoder_depth: int = 1,
-    make_layout: MakeLayout = partial(make_layout, "packed"),
+    make_layout: MakeLayout = PACKED,
 ) -> FCMAE:
     """The paper's model around an encoder: its plain decoder predicts the pixels of one site of the total stride."""
     decoder = Decoder(encoder.dim, encoder.total_stride**2 * encoder.in_chans, decoder_dim, decoder_depth)

@@ -1,107 +1,188 @@
-"""Masked pretraining, from a folder of images to checkpoints."""
+"""Masked pretraining, from images to checkpoints: build the parts, then the loop, in sight."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Iterable
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
-from PIL import Image
-from torch import Tensor
 
-from fcmae.config import PretrainConfig
-from fcmae.data.bad_files import BadFiles
+from fcmae.config import PretrainConfig, check_launch
 from fcmae.data.dataset import Batch, PretrainDataset, collate
 from fcmae.data.index import Images, find_images
-from fcmae.data.loader import build_loader, default_num_workers
+from fcmae.data.loader import build_loader, num_workers
 from fcmae.data.normalize import Normalize
 from fcmae.data.sampler import EVAL_EPOCH, evaluation_batches, steps_per_epoch
 from fcmae.data.split import split
 from fcmae.evaluation.features import BATCH_SIZE
-from fcmae.loss import reconstruction_loss
+from fcmae.evaluation.monitor import Labelled, Monitor, Watch, draw_over_time, find_monitored_labels, monitored_images
+from fcmae.evaluation.pictures import (
+    reconstruction_panels,
+    save_curves,
+    save_over_time,
+    save_reconstructions,
+    save_tiles,
+)
+from fcmae.layouts import make_layout
+from fcmae.masked import FCMAE, build_fcmae, masked_loss
 from fcmae.masking import num_visible, random_mask
-from fcmae.model import FCMAE
-from fcmae.monitor import Labelled, Monitor, Watch, draw_over_time, find_monitored_labels, monitored_images
 from fcmae.networks.convnext import Encoder
-from fcmae.pictures import reconstruction_panels, save_curves, save_over_time, save_reconstructions, save_tiles
+from fcmae.networks.spec import describe
 from fcmae.training import checkpoint, optim
 from fcmae.training.compiling import compile_model
-from fcmae.training.loop import fit
-from fcmae.training.run import Metrics, RunDirectory, StopSignal, local_processes, make_accelerator, read_metrics
+from fcmae.training.log import Log, read_metrics
+from fcmae.training.run import Run, RunDirectory, StopSignal, make_accelerator, same_everywhere
+from fcmae.training.steps import Schedule, Step, Steps
 from fcmae.weights.convert import start_from
 from fcmae.weights.files import read_weights
+from fcmae.weights.formats import OLD, rename
 
 logger = logging.getLogger("fcmae")
 
 PICTURED = 6  # images in a reconstruction grid
 
 
-def main(cfg: PretrainConfig) -> None:
+def pretrain(cfg: PretrainConfig) -> Run:
     """Run or resume the pretraining that `cfg` describes.
 
-    Raises ValueError, before anything is written, if the run directory holds something else, the images cannot make a
-    batch, or `model.init` or `monitor.labelled` does not fit; FloatingPointError if the loss or a gradient stops being
-    finite.
+    Args:
+        cfg: its settings, with `out` and `data.path`.
+
+    Returns:
+        The run, finished or stopped by a signal.
+
+    Raises:
+        ValueError: before anything is written, if the run directory holds something else, the images cannot make a
+            batch, or `model.init` or `monitor.labelled` does not fit.
+        FloatingPointError: if the loss or a gradient stops being finite.
     """
     run = RunDirectory(cfg, "pretrain")
     accelerator = make_accelerator(cfg)
-    index = find_index(cfg, run, accelerator)
-    train_index, val_index = split(index, cfg.data.val_share, cfg.seed)
-    total = cfg.epochs * steps_per_epoch(len(train_index), cfg.batch_size, cfg.data.masks_per_image)
-    if cfg.model.freeze_encoder_steps >= total:
-        raise ValueError(
-            f"model.freeze_encoder_steps = {cfg.model.freeze_encoder_steps}, but the run has {total} steps: "
-            "its encoder would never learn"
-        )
-    net, started = build_model(cfg), ["from scratch"]
-    if run.resume_from is None and cfg.model.init is not None:
-        started = start(cfg, net, Path(cfg.model.init))
-    if run.resume_from is not None:
-        checkpoint.check_images(run.resume_from, train_index.fingerprint())
+    check_launch(cfg, accelerator.num_processes)
+    images = same_everywhere(accelerator, partial(run_images, cfg, run))
+    train_images, val_images = split(images, cfg.data.val_share, cfg.seed)
+    schedule = build_schedule(cfg, run, train_images)
+    net = build_model(cfg)
+    started = start(cfg, net) if run.resume_from is None else []
     labelled = None
     if cfg.monitor.labelled is not None and accelerator.is_main_process:
         labelled = find_monitored_labels(cfg.monitor.labelled, cfg.data.in_chans, cfg.data.image_size, cfg.seed)
     with run.open(accelerator.is_main_process), StopSignal() as stop:
         if accelerator.is_main_process:
-            index.save(run.path / "files.json")
-        if run.resume_from is None:
-            logger.info("start: %s", "; ".join(started))
-        train(cfg, run, accelerator, net, train_index, val_index, labelled, stop)
+            images.save(run.path / "files.json")
+        for sentence in started:
+            logger.info("start: %s", sentence)
+        finished = train(cfg, run, accelerator, net, schedule, train_images, val_images, labelled, stop)
     accelerator.end_training()
+    return Run(run.path, "pretrain", finished, stop.received)
 
 
-def find_index(cfg: PretrainConfig, run: RunDirectory, accelerator: Accelerator) -> Images:
-    """The images: as listed in the run directory, else found by the first process and sent to the others."""
-    found: list[Images | None] = [None]
-    if accelerator.is_main_process:
-        cached = run.path / "files.json"
-        usable = run.kept("data.path") and cached.is_file()
-        found = [Images.load(cached) if usable else find_images(cfg.data.path)]
-    broadcast_object_list(found)
-    assert found[0] is not None
-    return found[0]
+def train(
+    cfg: PretrainConfig,
+    run: RunDirectory,
+    accelerator: Accelerator,
+    net: FCMAE,
+    schedule: Schedule,
+    train_images: Images,
+    val_images: Images,
+    labelled: Labelled | None,
+    stop: StopSignal,
+) -> bool:
+    """Train `net` from where the run stands to its end, or to a signal; whether the end was reached."""
+    net = net.to(accelerator.device)
+    adamw = build_optimizer(cfg, net)
+    fingerprint = train_images.fingerprint()
+    if run.resume_from is not None:
+        checkpoint.restore(run.resume_from, net, adamw, fingerprint, partial(rename, to=OLD), accelerator.scaler)
+    normalize = Normalize(*cfg.data.statistics()).to(accelerator.device)
+    visible = num_visible(math.prod(mask_grid(cfg)), cfg.model.mask_ratio)
+
+    def trial() -> None:
+        noise = noise_batch(cfg, images_at_once(cfg, accelerator)).to(accelerator.device)
+        with accelerator.autocast():
+            loss = masked_loss(net, normalize(noise.images), noise.given_masks, visible)
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    compile_model(net, cfg.model.compile, trial, (schedule.total - schedule.start) * cfg.grad_accum)
+    # The optimizer's state is where it has to be, beside the parameters.
+    model, optimizer = accelerator.prepare(net, adamw, device_placement=[True, False])
+
+    train_set = build_dataset(cfg, train_images, augment=True)
+    logger.info("%s: %d training images, %d held out", describe(net.encoder.spec), len(train_images), len(val_images))
+    with closing(Log(cfg, accelerator, schedule, len(train_images) + len(val_images))) as log:
+        evaluation = build_evaluation(cfg, accelerator, normalize, train_images, val_images, labelled, log)
+        steps = Steps(cfg, schedule, accelerator, model, optimizer, train_set, log, stop, cfg.data.masks_per_image)
+        for step in steps:
+            for batch in step.batches():
+                images = normalize(batch.images)  # (B, C, H, W) float32
+                loss = masked_loss(
+                    model, images, batch.given_masks, visible, normalize_target=cfg.model.normalize_target
+                )
+                step.backward(loss)
+            step.update()
+            step.log()
+            if step.evaluates:
+                evaluation.run(net, step)
+            if step.saves and accelerator.is_main_process:
+                tensors = {"model": net.state_dict(), "optimizer": checkpoint.optimizer_state(adamw, net)}
+                progress = {"scaler": accelerator.scaler.state_dict() if accelerator.scaler else None}
+                spec = net.encoder.spec.model_dump()
+                config = cfg.model_dump(mode="json")
+                checkpoint.save(
+                    run.path, checkpoint.Meta("pretrain", step.number, config, fingerprint, progress, spec), tensors
+                )
+                checkpoint.prune(run.path, cfg.checkpoint.keep, schedule.milestone_every)
+    if steps.finished:
+        logger.info("next: fcmae convert %s DEST, or fcmae finetune --model.init %s", run.path, run.path)
+    return steps.finished
+
+
+# The parts
+
+
+def run_images(cfg: PretrainConfig, run: RunDirectory) -> Images:
+    """The images: as listed in the run directory, else found."""
+    cached = run.path / "files.json"
+    return Images.load(cached) if run.kept("data.path") and cached.is_file() else find_images(cfg.data.path)
+
+
+def build_schedule(cfg: PretrainConfig, run: RunDirectory, images: Images) -> Schedule:
+    """When what happens, from where the run stands.
+
+    Raises:
+        ValueError: if the images are too few for a batch or are not those of the run, or the encoder would never learn.
+    """
+    per_epoch = steps_per_epoch(len(images), cfg.batch_size, cfg.data.masks_per_image)
+    if cfg.model.freeze_encoder_steps >= (total := cfg.epochs * per_epoch):
+        raise ValueError(
+            f"model.freeze_encoder_steps = {cfg.model.freeze_encoder_steps}, but the run has {total} steps: "
+            "its encoder would never learn"
+        )
+    if run.resume_from is not None:
+        checkpoint.check_images(run.resume_from, images.fingerprint())
+    return Schedule.of(cfg, per_epoch, run.resume_step)
 
 
 def build_model(cfg: PretrainConfig) -> FCMAE:
-    """The model of the configuration, its weights drawn from the run's seed."""
+    """The model of the settings, its weights drawn from the run's seed."""
     torch.manual_seed(cfg.seed)
-    encoder = Encoder(
-        cfg.model.variant,
-        in_chans=cfg.data.in_chans,
-        stem_stride=cfg.model.stem_stride,
-        drop_path_rate=cfg.model.drop_path_rate,
-        grad_checkpointing=cfg.model.grad_checkpointing,
-    )
-    return FCMAE(encoder, cfg.model.decoder_depth, cfg.model.decoder_dim, cfg.model.backend, cfg.model.grn_scope)
+    model = cfg.model
+    encoder = Encoder(model.spec, cfg.data.in_chans, model.drop_path_rate, model.grad_checkpointing)
+    layout = partial(make_layout, model.backend, grn_scope=model.grn_scope)
+    return build_fcmae(encoder, model.decoder_dim, model.decoder_depth, layout)
 
 
-def start(cfg: PretrainConfig, net: FCMAE, path: Path) -> list[str]:
-    """Load the weights that `model.init` names and say what was done."""
+def start(cfg: PretrainConfig, net: FCMAE) -> list[str]:
+    """Load the weights that `model.init` names, if it does, and say what was done."""
+    if cfg.model.init is None:
+        return ["from scratch"]
+    path = Path(cfg.model.init)
     if not path.exists():
         raise ValueError(f"model.init = {path} does not exist: give a run, a checkpoint, or weights in another format")
     weights = read_weights(path)
@@ -112,195 +193,189 @@ def start(cfg: PretrainConfig, net: FCMAE, path: Path) -> list[str]:
     return done
 
 
-def build_dataset(cfg: PretrainConfig, index: Images, *, augment: bool) -> PretrainDataset:
-    """Images of the index with masks: random crops, or centre crops under one mask each that never changes."""
-    patch, (height, width) = cfg.model.mask_patch, cfg.data.image_size
-    grid = (height // patch, width // patch)
+def build_optimizer(cfg: PretrainConfig, net: FCMAE) -> torch.optim.AdamW:
+    """AdamW on the model's parameters; the encoder's may be frozen at first."""
+
+    def first_step(name: str) -> int:
+        return cfg.model.freeze_encoder_steps if name.startswith("encoder.") else 0
+
+    groups = optim.parameter_groups(net, cfg.optim.weight_decay, first_step=first_step)
+    return torch.optim.AdamW(groups, lr=0.0, betas=cfg.optim.betas, fused=True)
+
+
+def mask_grid(cfg: PretrainConfig) -> tuple[int, int]:
+    """Rows and columns of mask patches."""
+    height, width = cfg.data.image_size
+    return height // cfg.model.mask_patch, width // cfg.model.mask_patch
+
+
+def images_at_once(cfg: PretrainConfig, accelerator: Accelerator) -> int:
+    """Images that a process computes together in training, each counted as often as it has masks."""
+    return cfg.batch_size // accelerator.num_processes // cfg.grad_accum
+
+
+def build_dataset(cfg: PretrainConfig, images: Images, *, augment: bool) -> PretrainDataset:
+    """Images with masks: random crops, or centre crops under one mask each that never changes."""
+    grid = mask_grid(cfg)
     return PretrainDataset(
-        index,
+        images,
         in_chans=cfg.data.in_chans,
         image_size=cfg.data.image_size,
         crop_scale=cfg.data.crop_scale,
         hflip=cfg.data.hflip,
         grid=grid,
-        visible=num_visible(grid[0] * grid[1], cfg.model.mask_ratio),
+        visible=num_visible(math.prod(grid), cfg.model.mask_ratio),
         seed=cfg.seed,
         augment=augment,
         masks_per_image=cfg.data.masks_per_image if augment else 1,
     )
 
 
-def noise_batch(cfg: PretrainConfig, visible: int, num: int) -> Batch:
+def noise_batch(cfg: PretrainConfig, num: int) -> Batch:
     """`num` images of noise under masks, of the run's shapes: for trying how fast it is."""
-    (height, width), patch = cfg.data.image_size, cfg.model.mask_patch
+    (height, width), grid = cfg.data.image_size, mask_grid(cfg)
+    visible = num_visible(math.prod(grid), cfg.model.mask_ratio)
     num_images = num // cfg.data.masks_per_image
     images = torch.randint(256, (num_images, cfg.data.in_chans, height, width), dtype=torch.uint8)
-    masks = random_mask((height // patch, width // patch), visible, [(cfg.seed, i) for i in range(num)])
+    masks = random_mask(grid, visible, [(cfg.seed, i) for i in range(num)])
     index = torch.arange(num_images)
     return Batch(images, torch.from_numpy(masks), None, index, torch.ones_like(index, dtype=torch.bool), [])
 
 
-def train(
+# What is looked at while it trains
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The loss on held-out images under masks that stay the same, what the monitors see, pictures and curves.
+
+    Attributes:
+        cfg: the run's settings.
+        accelerator: of its processes.
+        normalize: as in training.
+        batches: this process's share of the held-out images.
+        pictured: images that reconstructions are shown of.
+        title: of these.
+        monitor: of the encoder's features.
+        watch: warns of what the numbers show.
+        log: of the run.
+    """
+
+    cfg: PretrainConfig
+    accelerator: Accelerator
+    normalize: Normalize
+    batches: Iterable[Batch]
+    pictured: PretrainDataset
+    title: str
+    monitor: Monitor
+    watch: Watch
+    log: Log
+
+    @torch.no_grad()
+    def run(self, net: FCMAE, step: Step) -> None:
+        """Evaluate `net` after a step, on every process at once.
+
+        Raises:
+            FloatingPointError: if the loss is not finite.
+        """
+        net.eval()
+        values = self.loss(net, step.number)
+        if self.accelerator.is_main_process:
+            values |= self.monitor.measure(net.encoder)
+            if "knn_top1" in values:
+                logger.info("step %d: nearest neighbours' accuracy %.4f", step.number, values["knn_top1"])
+            if values:
+                self.log.metrics.write(step.number, step.epoch, **values)
+            self.picture(net, step)
+            lines = read_metrics(self.log.metrics.path)
+            for name in draw_over_time(self.log.run, lines):
+                self.log.show(f"over_time/{name}", self.log.run / f"{name}.png", step.number)
+            self.watch.look(lines)
+        net.train()
+
+    def loss(self, net: FCMAE, step: int) -> dict[str, float]:
+        """val_loss: the mean over the images of all processes that could be read; nothing without any."""
+        sums = torch.zeros(2, device=self.accelerator.device)  # loss times images, images
+        bad: list[tuple[str, str]] = []
+        for batch in self.batches:
+            bad += batch.bad
+            if num := int(batch.valid.sum()):
+                read = batch.select(batch.valid).to(self.accelerator.device)
+                # net.forward, not net: a compiled model would be compiled again for this batch's size.
+                loss = masked_loss(
+                    net.forward,
+                    self.normalize(read.images),
+                    read.given_masks,
+                    self.pictured.visible,
+                    normalize_target=self.cfg.model.normalize_target,
+                )
+                sums += torch.stack([loss * num, loss.new_tensor(num)])
+        loss_sum, num_images = self.accelerator.reduce(sums, reduction="sum").tolist()
+        self.log.add_bad_files(bad)
+        if not num_images:
+            return {}
+        value = loss_sum / num_images
+        if not math.isfinite(value):
+            raise FloatingPointError(f"step {step}: the validation loss is {value}")
+        logger.info("step %d: validation loss %.4f on %d images", step, value, num_images)
+        return {"val_loss": value}
+
+    def picture(self, net: FCMAE, step: Step) -> None:
+        """Draw reconstructions, the same over time, and the curves of the loss."""
+        shown = [self.pictured[(EVAL_EPOCH, i)] for i in range(min(PICTURED, len(self.pictured)))]
+        batch = collate(shown).to(self.accelerator.device)
+        images = self.normalize(batch.images)
+        pred, site_mask = net.forward(images, batch.given_masks, self.pictured.visible, hidden_only=False)
+        panels = reconstruction_panels(
+            pred, images, site_mask, self.normalize, normalize_target=self.cfg.model.normalize_target
+        )
+        name, folder = describe(net.encoder.spec), self.log.run / "reconstructions"
+        now, over_time = folder / f"step-{step.number:08d}.png", folder / "over-time.png"
+        save_reconstructions(now, panels, f"{name}, epoch {step.epoch:.4g}, {self.title}")
+        save_tiles(folder / "tiles" / now.name, panels)
+        # Steps to come may have been seen by a run that was cut off.
+        seen = [(int(path.stem.removeprefix("step-")), path) for path in sorted((folder / "tiles").glob("step-*.png"))]
+        per_epoch = step.number / step.epoch
+        moments = [(f"epoch {number / per_epoch:.4g}", path) for number, path in seen if number <= step.number]
+        save_over_time(over_time, panels, moments, f"{name}: the same images over time")
+        self.log.show("reconstructions", now, step.number)
+        self.log.show("over_time/reconstructions", over_time, step.number)
+        save_curves(self.log.run / "loss.png", self.log.metrics.curves("loss", "val_loss"), "loss")
+
+
+def build_evaluation(
     cfg: PretrainConfig,
-    run: RunDirectory,
     accelerator: Accelerator,
-    net: FCMAE,
-    train_index: Images,
-    val_index: Images,
+    normalize: Normalize,
+    train_images: Images,
+    val_images: Images,
     labelled: Labelled | None,
-    stop: StopSignal,
-) -> None:
-    per_epoch = steps_per_epoch(len(train_index), cfg.batch_size, cfg.data.masks_per_image)
-    total = cfg.epochs * per_epoch
+    log: Log,
+) -> Evaluation:
+    """The evaluation of a run, from its settings and images."""
     rank, processes, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-
-    def first_step(name: str) -> int:
-        return cfg.model.freeze_encoder_steps if name.startswith("encoder.") else 0
-
-    net = net.to(device)
-    groups = optim.parameter_groups(net, cfg.optim.weight_decay, first_step=first_step)
-    adamw = torch.optim.AdamW(groups, lr=0.0, betas=cfg.optim.betas, fused=True)
-    start = 0
-    if (resume := run.resume_from) is not None:
-        meta = checkpoint.restore(resume, net, adamw, train_index.fingerprint())
-        start = meta.step
-        if accelerator.scaler is not None:
-            accelerator.scaler.load_state_dict(meta.progress["scaler"])
-
-    workers = cfg.data.num_workers
-    if workers is None:
-        workers = default_num_workers(device.type, local_processes())
-    train_set, val_set = build_dataset(cfg, train_index, augment=True), build_dataset(cfg, val_index, augment=False)
-    val_batches = evaluation_batches(len(val_index), cfg.batch_size // processes // cfg.grad_accum, rank, processes)
-    val_loader = build_loader(val_set, val_batches, num_workers=workers, device_type=device.type)
-    normalize = Normalize(*cfg.data.statistics()).to(device)
-    visible = train_set.visible
-
-    def loss_of(batch: Batch, network: Callable[..., tuple[Tensor, Tensor]]) -> Tensor:
-        assert batch.masks is not None
-        images = normalize(batch.images)
-        if (num_masks := len(batch.masks) // len(images)) > 1:
-            images = images.repeat_interleave(num_masks, dim=0)
-        pred, site_mask = network(images, batch.masks, visible)
-        return reconstruction_loss(pred, images, site_mask, normalize=cfg.model.normalize_target)
-
-    def trial() -> None:
-        noise = noise_batch(cfg, visible, cfg.batch_size // processes // cfg.grad_accum)
-        with accelerator.autocast():
-            loss = loss_of(noise.to(device), net)
-        torch.autograd.backward(loss)
-
-    compile_model(net, cfg.model.compile, trial, (total - start) * cfg.grad_accum)
-    # The optimizer's state is where it has to be, beside the parameters.
-    model, optimizer = accelerator.prepare(net, adamw, device_placement=[True, False])
-    metrics = Metrics(run.path / "metrics.jsonl", accelerator, start)
-    bad_files = BadFiles(run.path / "bad_files.txt", len(train_index) + len(val_index), cfg.data.max_bad_share)
+    at_once, workers = images_at_once(cfg, accelerator), num_workers(cfg.data.num_workers, device.type)
+    val_set = build_dataset(cfg, val_images, augment=False)
+    keys = evaluation_batches(len(val_set), at_once, rank, processes)
     monitor = Monitor(
-        monitored_images(val_index, train_index, cfg.monitor.num_images),
+        monitored_images(val_images, train_images, cfg.monitor.num_images),
         labelled,
         in_chans=cfg.data.in_chans,
         image_size=cfg.data.image_size,
         normalize=normalize,
         device=device,
         # Not more at a time than training has, which also keeps what its backward pass needs.
-        batch_size=max(1, min(BATCH_SIZE, cfg.batch_size // processes // cfg.grad_accum)),
+        batch_size=max(1, min(BATCH_SIZE, at_once)),
         num_workers=workers,
     )
-    watch = Watch(read_metrics(metrics.path) if accelerator.is_main_process else ())
-
-    @torch.no_grad()
-    def evaluate(step: int) -> None:
-        """The loss on the held-out images under their fixed masks, what the monitors see, pictures and the curve."""
-        net.eval()
-        sums = torch.zeros(2, device=device)  # loss times images, images
-        bad: list[tuple[str, str]] = []
-        for batch in val_loader:
-            bad += batch.bad
-            if num := int(batch.valid.sum()):
-                # net.forward, not net: a compiled model would be compiled again for this batch's size.
-                loss = loss_of(batch.select(batch.valid).to(device), net.forward)
-                sums += torch.stack([loss * num, loss.new_tensor(num)])
-        loss_sum, num_images = accelerator.reduce(sums, reduction="sum").tolist()
-        if processes > 1:
-            bad = gather_object(bad)
-        if accelerator.is_main_process:
-            bad_files.add(bad)
-        values: dict[str, float] = {}
-        if num_images:
-            values["val_loss"] = loss_sum / num_images
-            if not math.isfinite(values["val_loss"]):
-                raise FloatingPointError(f"step {step}: the validation loss is {values['val_loss']}")
-            logger.info("step %d: validation loss %.4f on %d images", step, values["val_loss"], num_images)
-        if accelerator.is_main_process:
-            values |= monitor.measure(net.encoder)
-            if "knn_top1" in values:
-                logger.info("step %d: nearest neighbours' accuracy %.4f", step, values["knn_top1"])
-            if values:
-                metrics.write(step, step / per_epoch, **values)
-            picture(step)
-            lines = read_metrics(metrics.path)
-            for name in draw_over_time(run.path, lines):
-                show(f"over_time/{name}", run.path / f"{name}.png", step)
-            watch.look(lines)
-        net.train()
-
-    def picture(step: int) -> None:
-        shown = val_set if len(val_set) else build_dataset(cfg, train_index, augment=False)
-        batch = collate([shown[(EVAL_EPOCH, i)] for i in range(min(PICTURED, len(shown)))]).to(device)
-        assert batch.masks is not None
-        images = normalize(batch.images)
-        pred, site_mask = net.forward(images, batch.masks, visible, hidden_only=False)
-        panels = reconstruction_panels(pred, images, site_mask, normalize, normalize_target=cfg.model.normalize_target)
-        title = (
-            f"{cfg.model.variant}, epoch {step / per_epoch:.4g}, {'held-out' if len(val_set) else 'training'} images"
-        )
-        folder = run.path / "reconstructions"
-        save_reconstructions(folder / f"step-{step:08d}.png", panels, title)
-        save_tiles(folder / "tiles" / f"step-{step:08d}.png", panels)
-        # Steps to come may have been seen by a run that was cut off.
-        seen = [(int(path.stem.removeprefix("step-")), path) for path in sorted((folder / "tiles").glob("step-*.png"))]
-        moments = [(f"epoch {number / per_epoch:.4g}", path) for number, path in seen if number <= step]
-        save_over_time(folder / "over-time.png", panels, moments, f"{cfg.model.variant}: the same images over time")
-        show("reconstructions", folder / f"step-{step:08d}.png", step)
-        show("over_time/reconstructions", folder / "over-time.png", step)
-        save_curves(run.path / "loss.png", metrics.curves("loss", "val_loss"), "loss")
-
-    def show(name: str, path: Path, step: int) -> None:
-        """Give a picture to TensorBoard."""
-        for tracker in accelerator.trackers:
-            if tracker.name == "tensorboard":
-                with Image.open(path) as image:
-                    pixels = np.asarray(image.convert("RGB"))
-                tracker.log_images({name: pixels[None]}, step, dataformats="NHWC")
-
-    def save(step: int) -> None:
-        if accelerator.is_main_process:
-            progress = {"scaler": accelerator.scaler.state_dict() if accelerator.scaler else None}
-            meta = checkpoint.Meta("pretrain", step, cfg.model_dump(mode="json"), train_index.fingerprint(), progress)
-            tensors = {"model": net.state_dict(), "optimizer": checkpoint.optimizer_state(adamw, net)}
-            checkpoint.save(run.path, meta, tensors)
-            checkpoint.prune(run.path, cfg.checkpoint.keep, cfg.checkpoint.milestone_epochs * per_epoch)
-
-    logger.info("%s: %d training images, %d held out", cfg.model.variant, len(train_index), len(val_index))
-    finished = fit(
-        cfg,
-        cfg.optim,
-        run,
-        accelerator,
-        model,
-        optimizer,
-        train_set,
-        lambda batch: loss_of(batch, model),
-        start_step=start,
-        steps_per_epoch=per_epoch,
-        num_images=len(train_index),
-        num_workers=workers,
-        metrics=metrics,
-        bad_files=bad_files,
-        stop=stop,
-        evaluate=evaluate,
-        save=save,
-        masks_per_image=cfg.data.masks_per_image,
+    return Evaluation(
+        cfg=cfg,
+        accelerator=accelerator,
+        normalize=normalize,
+        batches=build_loader(val_set, keys, num_workers=workers, device_type=device.type),
+        pictured=val_set if len(val_set) else build_dataset(cfg, train_images, augment=False),
+        title=f"{'held-out' if len(val_set) else 'training'} images",
+        monitor=monitor,
+        watch=Watch(read_metrics(log.metrics.path) if accelerator.is_main_process else ()),
+        log=log,
     )
-    if finished:
-        logger.info("next: fcmae convert %s DEST, or fcmae finetune --model.init %s", run.path, run.path)

@@ -21,6 +21,7 @@ Parameters stay in dense layout, (C, 1, k, k) and (Cout, Cin, 2, 2), whatever th
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 from torch import Tensor
@@ -30,7 +31,7 @@ from fcmae.layouts.masked import Masked
 from fcmae.layouts.packed import Packed
 from fcmae.layouts.sites import count_visible
 
-__all__ = ["DENSE", "Layout", "MakeLayout", "Masked", "Packed", "make_layout"]
+__all__ = ["DENSE", "PACKED", "Layout", "MakeLayout", "Masked", "Packed", "make_layout"]
 
 DENSE = Dense()  # nothing hidden; it holds nothing of a batch
 
@@ -87,3 +88,6 @@ def make_layout(backend: str, mask: Tensor, num_visible: int | None = None, grn_
 
         return Minkowski(mask, grn_scope)
     raise ValueError(f"backend = {backend!r}: use packed, triton, masked or minkowski")
+
+
+PACKED: MakeLayout = partial(make_layout, "packed")

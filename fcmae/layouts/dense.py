@@ -13,7 +13,7 @@ from fcmae.layouts.masked import Masked
 
 
 class Dense(Masked):
-    """`Masked` without a mask: features are (B, H, W, C) maps. Where the C loop is, it computes the weight's gradient."""
+    """`Masked` without a mask, the weight's gradient by the loop in C where that can be had: (B, H, W, C) maps."""
 
     def __init__(self) -> None:
         super().__init__(None)

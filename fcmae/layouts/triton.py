@@ -43,7 +43,11 @@ SITES = 64  # a program's share of sites, if there are enough of them: over so m
 
 
 class PackedTriton(Packed):
-    """`Packed` with these kernels for its 7x7 depthwise convolution. Raises ValueError on a device that cannot run them."""
+    """`Packed` with these kernels for its 7x7 depthwise convolution.
+
+    Raises:
+        ValueError: on a device that cannot run them.
+    """
 
     def __init__(self, mask: Tensor, num_visible: int, grn_scope: str = "image") -> None:
         if not available(mask.device):

@@ -73,7 +73,7 @@ class Encoder(nn.Module):
         return self.pyramid(images, layout)[-1]
 
     def pyramid(self, images: Tensor, layout: Layout = DENSE) -> list[Tensor]:
-        """The output of each stage, first to last, in `layout`; without a mask (B, h_i, w_i, dims[i]). See `forward`."""
+        """Each stage's output, first to last, in `layout`; (B, h_i, w_i, dims[i]) without a mask. See `forward`."""
         maps = []
         f = self.stem(images, layout)  # (B, h, w, dims[0]) where nothing is hidden
         for i, stage in enumerate(self.stages):

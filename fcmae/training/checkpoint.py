@@ -17,6 +17,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ from torch import Tensor, nn
 
 import fcmae
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, FORMAT)  # 1: decoder.* beside the encoder; classifiers under timm's names
 DIRECTORY = "checkpoints"
 META = "checkpoint.json"
 
@@ -37,8 +39,13 @@ META = "checkpoint.json"
 class Meta:
     """What a checkpoint says of itself.
 
-    kind: "pretrain" or "finetune". step: optimizer steps taken. config: the run's settings. data_fingerprint: of the
-    training images. progress: whatever else the loop needs to go on, as JSON values.
+    Attributes:
+        kind: "pretrain" or "finetune".
+        step: optimizer steps taken.
+        config: the run's settings.
+        data_fingerprint: of the training images.
+        progress: whatever else the loop needs to go on, as JSON values.
+        spec: the numbers of the network; empty in those of format 1.
     """
 
     kind: str
@@ -46,6 +53,7 @@ class Meta:
     config: dict[str, Any]
     data_fingerprint: str
     progress: dict[str, Any] = field(default_factory=dict)
+    spec: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT
     version: str = fcmae.__version__
 
@@ -129,11 +137,11 @@ def read_meta(checkpoint: Path) -> Meta:
         fields = json.loads(path.read_text())
         # Looked at first: another format may have other fields.
         number, version = fields["format"], fields["version"]
-        meta = Meta(**fields) if number == FORMAT else None
+        meta = Meta(**fields) if number in READABLE else None
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{checkpoint} is not a checkpoint of fcmae: {path.name}: {error}") from error
     if meta is None:
-        raise ValueError(f"{path} has format {number}, this version of fcmae reads {FORMAT}: use fcmae {version}")
+        raise ValueError(f"{path} has format {number}, this version of fcmae reads up to {FORMAT}: use fcmae {version}")
     return meta
 
 
@@ -155,15 +163,51 @@ def check_images(checkpoint: Path, data_fingerprint: str) -> None:
         raise ValueError(f"data.path no longer gives the images of {checkpoint}: restore them, or give another --out")
 
 
-def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, data_fingerprint: str) -> Meta:
-    """Load weights and optimizer state, and return what the checkpoint says of itself.
+def restore(
+    checkpoint: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    data_fingerprint: str,
+    from_format_1: Callable[[str], str],
+) -> Meta:
+    """Load weights and optimizer state.
 
-    Raises ValueError if it was made with other images.
+    Args:
+        checkpoint: its directory.
+        model: the run's.
+        optimizer: the run's, of the model's parameters.
+        data_fingerprint: of the run's images.
+        from_format_1: the name in format 1 of a parameter of the model.
+
+    Returns:
+        What the checkpoint says of itself.
+
+    Raises:
+        ValueError: if it was made with other images, or a file is missing or damaged.
     """
     check_images(checkpoint, data_fingerprint)
-    model.load_state_dict(read_tensors(checkpoint, "model"))
-    load_optimizer_state(optimizer, model, read_tensors(checkpoint, "optimizer"))
-    return read_meta(checkpoint)
+    meta = read_meta(checkpoint)
+    model.load_state_dict(read_state(checkpoint, "model", model, from_format_1))
+    load_optimizer_state(optimizer, model, read_state(checkpoint, "optimizer", model, from_format_1))
+    return meta
+
+
+def read_state(
+    checkpoint: Path, name: str, model: nn.Module, from_format_1: Callable[[str], str]
+) -> dict[str, Tensor]:
+    """The tensors of NAME.safetensors under the model's names and in its shapes, whatever the checkpoint's format."""
+    tensors = read_tensors(checkpoint, name)
+    if read_meta(checkpoint).format == FORMAT:
+        return tensors
+    found = {}
+    for ours, parameter in model.named_parameters():
+        theirs = from_format_1(ours)
+        for key in [key for key in tensors if key == theirs or key.rpartition("/")[0] == theirs]:
+            value = tensors.pop(key)
+            # timm's 1x1 convolutions are Linear layers here; a moment has its parameter's shape, a step count none.
+            shaped = value.view_as(parameter) if value.numel() == parameter.numel() > 1 else value
+            found[ours + key.removeprefix(theirs)] = shaped
+    return found | tensors
 
 
 def prune(run: Path, keep: int, milestone_steps: int) -> None:

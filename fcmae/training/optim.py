@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-# GRN's gamma and beta (weight and bias in timm) are 4-D in the released shape, so a rule on dimensions misses them.
+# GRN's gamma and beta are 4-D in the released shape, so a rule on dimensions misses them.
 NO_DECAY = re.compile(r"(^|\.)(mask_token|gamma|beta)$|\.grn\.")
 
 
@@ -22,9 +22,14 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Groups for AdamW: no decay on biases, norms, LayerScale, GRN and the mask token.
 
-    lr_scale: factor on the learning rate of the parameter of that name; None is 1 for all. first_step: the step from
-    which it learns; None is 0 for all. Each group carries both under these names, for `set_learning_rate`. Parameters
-    that need no gradient are left out.
+    Args:
+        model: whose parameters they are; those that need no gradient are left out.
+        weight_decay: of the others.
+        lr_scale: factor on the learning rate of the parameter of that name; None is 1 for all.
+        first_step: the step from which it learns; None is 0 for all.
+
+    Returns:
+        The groups, each with "lr_scale" and "first_step", for `set_learning_rate`.
     """
     groups: dict[tuple[float, float, int], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
@@ -38,34 +43,28 @@ def parameter_groups(
     return list(groups.values())
 
 
-def layer_decay_scale(depths: tuple[int, ...], decay: float, mode: str) -> Callable[[str], float]:
-    """Learning-rate factor of each parameter of a timm ConvNeXt: decay ** (layers above it).
+def layer_decay_scale(
+    layer_of: Callable[[str], int], top: int, decay: float
+) -> Callable[[str], float]:
+    """Learning-rate factor of each parameter, by name: decay ** (layers above it).
 
-    depths: blocks a stage. mode: "single" gives every block a layer of its own, a downsampling layer that of the block
-    after it. "group" makes each of stages 0 and 1 a layer, then one of every three blocks of stage 2, then one of
-    stage 3; the stem is below them all. With depths 3 3 27 3 these are the released recipes' 12 groups.
-    The head is the top layer, with factor 1.
+    Args:
+        layer_of: the layer of a parameter, from 0 at the bottom, as its network defines layers.
+        top: the layer of norm and head, whose factor is 1.
+        decay: factor from each layer to the one below it.
     """
-    top = sum(depths) + 1 if mode == "single" else 4 + math.ceil(depths[2] / 3)
-
-    def layer(name: str) -> int:
-        if name.startswith("stem."):
-            return 1 if mode == "single" else 0
-        match = re.match(r"stages\.(\d)\.(?:(downsample)|blocks\.(\d+))\.", name)
-        if match is None:
-            return top
-        stage, block = int(match[1]), int(match[3] or 0)
-        if mode == "single":
-            return sum(depths[:stage]) + block + 1
-        return (1, 2, 3 + block // 3, top - 1)[stage]
-
-    return lambda name: decay ** (top - layer(name))
+    return lambda name: decay ** (top - layer_of(name))
 
 
 def learning_rate(step: int, *, peak: float, minimum: float, warmup_steps: int, total_steps: int) -> float:
     """Linear warm-up from 0 to `peak`, then half a cosine down to `minimum`; a pure function of the step.
 
-    step: 0 at the first optimizer step. The warm-up ends, and the cosine starts, at step = warmup_steps.
+    Args:
+        step: 0 at the first optimizer step.
+        peak: the rate at the end of the warm-up.
+        minimum: the rate at the end of the run.
+        warmup_steps: at which the warm-up ends and the cosine starts.
+        total_steps: of the run.
     """
     if step < warmup_steps:
         return peak * step / warmup_steps

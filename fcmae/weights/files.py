@@ -31,6 +31,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import fcmae
+from fcmae.atomic import replacing
 from fcmae.config import PretrainConfig
 from fcmae.networks.convnext import Encoder
 from fcmae.networks.spec import VARIANTS, ConvNeXtSpec, variant_of

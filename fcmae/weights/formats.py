@@ -273,9 +273,7 @@ def _find_spec(tensors: Mapping[str, Tensor], source: str) -> ConvNeXtSpec:
     odd = [side for side, _ in sides.most_common() if side % 2]
     stem = of("encoder.downsample_layers.0.0.weight")
     if len(stages) < 2:
-        raise ValueError(
-            f"the entries, in {source}'s layout, are of a ConvNeXt of {len(stages)} stages: 2 to 4 are known"
-        )
+        raise ValueError(f"the entries, in {source}'s layout, have {len(stages)} stages: a ConvNeXt has 2 to 4")
     return ConvNeXtSpec(
         depths=tuple(map(len, stages)),
         dims=tuple(most((f"{block}.{name}", dim) for block in stage for name, dim in _WIDTH) for stage in stages),

@@ -1,0 +1,205 @@
+"""What a run says while it trains: metrics.jsonl and the trackers, lines, a progress bar, unreadable files, warnings."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from PIL import Image
+from tqdm import tqdm
+
+from fcmae.atomic import write_text
+from fcmae.config import RunConfig
+from fcmae.data.bad_files import BadFiles
+from fcmae.data.dataset import Batch
+from fcmae.training import health
+
+logger = logging.getLogger("fcmae")
+
+
+class Log:
+    """Writes a line of numbers every now and then, and all else that a run has to say, on the main process.
+
+    Args:
+        cfg: of the run, with `out`.
+        accelerator: of its processes.
+        start: steps that were done before.
+        per_epoch: steps of an epoch.
+        num_files: images of the run, of which a share may be unreadable.
+    """
+
+    def __init__(self, cfg: RunConfig, accelerator: Accelerator, start: int, per_epoch: int, num_files: int) -> None:
+        assert cfg.out is not None
+        self.run = cfg.out
+        self.metrics = Metrics(self.run / "metrics.jsonl", accelerator, start)
+        self.window = Window(cfg.batch_size, accelerator.device.type)
+        self.unread_files: list[tuple[str, str]] = []
+        self._accelerator, self._batch_size, self._per_epoch = accelerator, cfg.batch_size, per_epoch
+        self._total = cfg.epochs * per_epoch
+        self._bad_files = BadFiles(self.run / "bad_files.txt", num_files, cfg.data.max_bad_share)
+        self._recent: deque[dict[str, float]] = deque(maxlen=2 * health.STARVED_WINDOWS)
+        self._told = not accelerator.is_main_process
+        hidden = None if accelerator.is_main_process else True  # None: where there is no terminal
+        self._bar = tqdm(total=self._total, initial=start, unit="step", disable=hidden)
+
+    def close(self) -> None:
+        self._bar.close()
+
+    def advance(self) -> None:
+        """One more step was started."""
+        self._bar.update()
+
+    def add_bad_files(self, found: list[tuple[str, str]]) -> None:
+        """Take note of (path, reason) of files that could not be read, on every process at once.
+
+        Raises:
+            ValueError: on the main process, if too many files of the run are bad.
+        """
+        found = gather_object(found) if self._accelerator.num_processes > 1 else found
+        if self._accelerator.is_main_process:
+            self._bad_files.add(found)
+
+    def write(self, step: int, lr: float, grad_norm: float) -> None:
+        """One line on the steps since the last one, of which `step` is the last."""
+        self.add_bad_files(self.unread_files)
+        self.unread_files.clear()
+        line = self.window.summary() | {"lr": lr}
+        if math.isfinite(grad_norm):  # under fp16 it may not be
+            line["grad_norm"] = grad_norm
+        epoch = step / self._per_epoch
+        self.metrics.write(step, epoch, **line)
+        self._recent.append({"step": step, "epoch": epoch, **line})
+        if not self._told and (starved := health.starved(self._recent)) is not None:
+            self._told = True
+            logger.warning(starved.text)
+        text = f"loss {line['loss']:.4f}, {line['images_per_s']:.1f} images/s"
+        self._bar.set_postfix_str(text)
+        left = timedelta(seconds=round((self._total - step) * self._batch_size / line["images_per_s"]))
+        level = logging.INFO if self._bar.disable else logging.DEBUG  # the terminal has the bar, train.log has lines
+        message = "step %d/%d, epoch %.2f, %s, lr %.3g, %s left"
+        logger.log(level, message, step, self._total, epoch, text, lr, left)
+
+    def show(self, name: str, path: Path, step: int) -> None:
+        """Give a picture to TensorBoard."""
+        for tracker in self._accelerator.trackers:
+            if tracker.name == "tensorboard":
+                with Image.open(path) as image:
+                    pixels = np.asarray(image.convert("RGB"))
+                tracker.log_images({name: pixels[None]}, step, dataformats="NHWC")
+
+
+class Metrics:
+    """metrics.jsonl and the trackers. Lines after `step`, of a run that was cut off there, are removed."""
+
+    def __init__(self, path: Path, accelerator: Accelerator, step: int) -> None:
+        self.path = path
+        self.accelerator = accelerator
+        if accelerator.is_main_process and path.exists():
+            # The last line may be half written; what follows the resumed step will be written again.
+            kept = [line for line in read_metrics(path) if line["step"] <= step]
+            write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        # TensorBoard is told to forget what follows the resumed step.
+        accelerator.init_trackers("fcmae", init_kwargs={"tensorboard": {"purge_step": step + 1}})
+
+    def write(self, step: int, epoch: float, **values: float) -> None:
+        """Append one line; values are finite numbers by name."""
+        if self.accelerator.is_main_process:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": step, "epoch": round(epoch, 4), **values}) + "\n")
+            self.accelerator.log(values, step=step)
+
+    def curves(self, *names: str) -> dict[str, tuple[list[float], list[float]]]:
+        """Epochs and values of each name that was written."""
+        lines = read_metrics(self.path)
+        found = {name: [(line["epoch"], line[name]) for line in lines if name in line] for name in names}
+        return {name: ([e for e, _ in points], [v for _, v in points]) for name, points in found.items() if points}
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, without a last one that was cut off; none before the first was written."""
+    lines = []
+    for text in path.read_text().splitlines() if path.exists() else ():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+class Window:
+    """Means over the steps since the last line of the log.
+
+    Args:
+        images_per_step: of all processes.
+        device_type: of what computes the steps.
+    """
+
+    def __init__(self, images_per_step: int, device_type: str = "cpu") -> None:
+        self._images_per_step, self._on_cuda = images_per_step, device_type == "cuda"
+        self._reset()
+
+    def _reset(self) -> None:
+        self._started = time.perf_counter()
+        self._steps = 0
+        self._loss = self._waited = 0.0
+        self._gaps: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches, with the time counted that the loop, and the device, wait for them."""
+        while True:
+            before, idle_from = time.perf_counter(), self._mark()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self._waited += time.perf_counter() - before
+            if idle_from is not None and (idle_to := self._mark()) is not None:
+                self._gaps.append((idle_from, idle_to))
+            yield batch
+
+    def _mark(self) -> torch.cuda.Event | None:
+        """On CUDA, the time at which the device has done all that it was given."""
+        if not self._on_cuda:
+            return None
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def skip_since(self, before: float) -> None:
+        """Leave the time since `before`, by time.perf_counter, out of images_per_s: evaluating, saving."""
+        self._started += time.perf_counter() - before
+
+    def add(self, loss: float) -> None:
+        """One more step has this loss."""
+        self._loss += loss
+        self._steps += 1
+
+    def summary(self) -> dict[str, float]:
+        """Numbers of the window, whose steps the device has done; starts the next.
+
+        Returns:
+            loss: mean. images_per_s. data_wait_s: seconds that the loop waited for data, in all. data_wait_share: of
+            the window's time, in which the device stood still for want of data. On CUDA that is less: the loop may
+            wait while the device computes the step before.
+        """
+        seconds = time.perf_counter() - self._started
+        idle = sum(start.elapsed_time(end) for start, end in self._gaps) / 1000 if self._on_cuda else self._waited
+        values = {
+            "loss": self._loss / self._steps,
+            "images_per_s": round(self._steps * self._images_per_step / seconds, 2),
+            "data_wait_s": round(self._waited, 4),
+            "data_wait_share": round(idle / seconds, 4),
+        }
+        self._reset()
+        return values

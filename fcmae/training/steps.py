@@ -1,0 +1,346 @@
+"""The optimizer steps of a run, one by one: their images, seed, learning rate and end; the loop fills them.
+
+    for step in steps:
+        for batch in step.batches():
+            step.backward(loss of the batch)
+        step.update()
+        step.log()
+        ...
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from fcmae.config import RunConfig
+from fcmae.data.dataset import Batch
+from fcmae.training import checkpoint
+from fcmae.training.log import Log
+from fcmae.training.optim import learning_rate, set_learning_rate
+from fcmae.training.run import StopSignal
+
+logger = logging.getLogger("fcmae")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When what happens in a run, in steps: pure functions of how many are done.
+
+    Attributes:
+        start: steps that were done before.
+        per_epoch: steps of an epoch.
+        total: steps of the run.
+        peak_lr: learning rate at the end of the warm-up.
+        min_lr: at the last step.
+        warmup: steps of the warm-up.
+        log_every, eval_every, save_every, milestone_every: steps between; fractions are allowed, 0 is never.
+    """
+
+    start: int
+    per_epoch: int
+    total: int
+    peak_lr: float
+    min_lr: float
+    warmup: int
+    log_every: float
+    eval_every: float
+    save_every: float
+    milestone_every: float
+
+    @classmethod
+    def of(cls, cfg: RunConfig, per_epoch: int, start: int) -> Schedule:
+        """What the settings of a run say.
+
+        Args:
+            cfg: of pretraining or fine-tuning.
+            per_epoch: steps of an epoch.
+            start: steps that were done before.
+        """
+        return cls(
+            start=start,
+            per_epoch=per_epoch,
+            total=cfg.epochs * per_epoch,
+            peak_lr=cfg.optim.base_lr * cfg.batch_size / 256,
+            min_lr=cfg.optim.min_lr,
+            warmup=round(cfg.optim.warmup_epochs * per_epoch),
+            log_every=cfg.log.every_steps,
+            eval_every=cfg.log.eval_epochs * per_epoch,
+            save_every=cfg.checkpoint.every_epochs * per_epoch,
+            milestone_every=cfg.checkpoint.milestone_epochs * per_epoch,
+        )
+
+    def learning_rate(self, step: int) -> float:
+        """Of the step after `step` steps."""
+        return learning_rate(
+            step, peak=self.peak_lr, minimum=self.min_lr, warmup_steps=self.warmup, total_steps=self.total
+        )
+
+    def logs(self, done: int) -> bool:
+        """Whether a line is due after `done` steps."""
+        return done % self.log_every == 0
+
+    def evaluates(self, done: int) -> bool:
+        """Whether an evaluation is due after `done` steps."""
+        return due(done, self.eval_every, self.total)
+
+    def saves(self, done: int) -> bool:
+        """Whether a checkpoint is due after `done` steps."""
+        at_milestone = self.milestone_every > 0 and done % self.milestone_every == 0
+        return at_milestone or due(done, self.save_every, self.total)
+
+
+def due(done: int, every: float, total: int) -> bool:
+    """Whether `done` steps just reached a multiple of `every` steps, which may be fractional, or the end."""
+    # The small term keeps a multiple that is whole in decimals whole in binary: 3 / (.1 * 30) is just below 1.
+    return done == total or math.floor(done / every + 1e-9) > math.floor((done - 1) / every + 1e-9)
+
+
+class Steps:
+    """The steps of a run from where it starts to its end, or until a signal asks to stop.
+
+    Attributes:
+        finished: whether the end was reached.
+
+    Args:
+        schedule: of the run.
+        accelerator: of its processes.
+        model: as accelerate prepared it.
+        optimizer: likewise; one of torch's fused ones.
+        batches: of this process, on its device, in the order of the steps and of the parts of each.
+        log: what the run says.
+        stop: the signals that it has had.
+        seed: of the run.
+        grad_accum: parts of a step.
+        clip_grad: largest norm of the gradient, or None.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        batches: Iterator[Batch],
+        log: Log,
+        stop: StopSignal,
+        *,
+        seed: int,
+        grad_accum: int = 1,
+        clip_grad: float | None = None,
+    ) -> None:
+        self.schedule, self.accelerator, self.model, self.optimizer = schedule, accelerator, model, optimizer
+        self.batches, self.written, self.stop = log.window.timed(batches), log, stop
+        self.seed, self.grad_accum, self.clip_grad = seed, grad_accum, clip_grad
+        self.unread: StartedStep | None = None
+        self.finished = schedule.start >= schedule.total
+
+    def __iter__(self) -> Iterator[Step]:
+        """The steps, each with its seed and learning rate set.
+
+        Raises:
+            FloatingPointError: before anything is saved, if the loss or a gradient is not finite; that step changes no
+                weight.
+        """
+        for number in range(self.schedule.start, self.schedule.total):
+            seed_step(self.seed, number, self.accelerator.process_index)
+            lr = self.schedule.learning_rate(number)
+            set_learning_rate(self.optimizer, lr, number)
+            step = Step(self, number + 1, lr)
+            yield step
+            self.written.window.skip_since(step.logged_at)
+            if step.is_last and number + 1 < self.schedule.total:
+                signal = self.stop.received or "a signal"
+                logger.info("stopped by %s after step %d; the same command resumes", signal, number + 1)
+                return
+        self.finished = True
+        logger.info("finished %d steps", self.schedule.total)
+
+
+class Step:
+    """One optimizer step, in parts that are computed one after the other.
+
+    Attributes:
+        number: steps that are done when this one is.
+        epoch: likewise, in epochs.
+        evaluates: whether an evaluation is due after it.
+        saves: whether a checkpoint is due after it, as `log` has found out.
+        is_last: whether a process was told to stop, as `log` has found out.
+    """
+
+    def __init__(self, steps: Steps, number: int, lr: float) -> None:
+        self._steps, self.number, self.lr = steps, number, lr
+        self.epoch = number / steps.schedule.per_epoch
+        self.evaluates = steps.schedule.evaluates(number)
+        self.saves = steps.schedule.saves(number)
+        self.is_last = False
+        self.logged_at = 0.0
+        self._loss = torch.zeros((), device=steps.accelerator.device)
+
+    def batches(self) -> Iterator[Batch]:
+        """The parts of the step. Between one and the next comes `backward`; only the last synchronises gradients."""
+        steps = self._steps
+        for part in range(steps.grad_accum):
+            last = part == steps.grad_accum - 1
+            with contextlib.nullcontext() if last else steps.accelerator.no_sync(steps.model):
+                # CUDA graphs may use the memory of the part before again.
+                torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+                batch = next(steps.batches)
+                steps.written.unread_files.extend(batch.bad)
+                yield batch
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a part's mean loss, a scalar."""
+        loss = loss / self._steps.grad_accum
+        self._steps.accelerator.backward(loss)
+        self._loss += loss.detach()
+
+    def update(self) -> None:
+        """Change the weights, on every process at once; see `start_update`."""
+        steps = self._steps
+        self._started = start_update(
+            steps.accelerator,
+            steps.model,
+            steps.optimizer,
+            self._loss,
+            clip_grad=steps.clip_grad,
+            stop=steps.stop.received is not None,
+        )
+        steps.written.advance()
+
+    def log(self) -> None:
+        """Read the numbers of the step before while the device computes this one; where something is due, of this one.
+
+        Raises:
+            FloatingPointError: see `Steps`.
+        """
+        steps, number = self._steps, self.number
+        if steps.unread is not None:
+            self.is_last = self._read(steps.unread, number - 1).stop
+        if steps.accelerator.num_processes == 1 and steps.stop.received is not None:
+            self.is_last = True  # no other process has to hear of it first
+        steps.unread = self._started
+        logs = steps.schedule.logs(number)
+        if self.saves or self.evaluates or self.is_last or logs:
+            result, steps.unread = self._read(self._started, number), None
+            self.is_last = self.is_last or result.stop
+            self.saves = self.saves or self.is_last
+            # A checkpoint ends the window, so that the lines of a resumed run are over the same steps.
+            if logs or self.saves:
+                steps.written.write(number, self.lr, result.grad_norm)
+        self.logged_at = time.perf_counter()
+
+    def _read(self, started: StartedStep, number: int) -> StepResult:
+        written = self._steps.written
+        try:
+            result = started.result()
+        except FloatingPointError as error:
+            good = checkpoint.latest(written.run)
+            kept = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
+            raise FloatingPointError(f"step {number}: {error}; {kept}") from None
+        written.window.add(result.loss)
+        return result
+
+
+class StepResult(NamedTuple):
+    """loss: mean over processes and parts. grad_norm: before clipping. stop: whether any process was told to stop."""
+
+    loss: float
+    grad_norm: float
+    stop: bool
+
+
+class StartedStep:
+    """A step that the device has been given; its numbers are on their way to the host."""
+
+    def __init__(self, numbers: Tensor, names: list[str], scaler: torch.amp.GradScaler | None) -> None:
+        # Into page-locked memory, behind the step's work: the host goes on meanwhile.
+        self._numbers = numbers.to("cpu", non_blocking=numbers.is_cuda)
+        self._names, self._scaler = names, scaler
+        self._copied: torch.cuda.Event | None = torch.cuda.Event() if numbers.is_cuda else None  # type: ignore[no-untyped-call]
+        if self._copied is not None:
+            self._copied.record()
+
+    def result(self) -> StepResult:
+        """Wait for the step.
+
+        Under fp16 a gradient may be not finite: the scaler then skips the step and scales the next loss down.
+
+        Raises:
+            FloatingPointError: if the step changed no weight as its loss or gradient is not finite.
+        """
+        if self._copied is not None:
+            self._copied.synchronize()
+        loss, stop, norm, *norms = self._numbers.tolist()
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss}")
+        if not math.isfinite(norm):
+            if self._scaler is None:
+                bad = [name for name, value in zip(self._names, norms, strict=True) if not math.isfinite(value)]
+                names = ", ".join(bad[:3]) or "its norm"
+                raise FloatingPointError(f"the gradient is not finite in {names} ({len(bad)} parameters in all)")
+            if self._scaler.get_scale() < 1:
+                raise FloatingPointError("the gradient is not finite however far fp16's loss is scaled down")
+        return StepResult(loss, norm, stop > 0)
+
+
+def start_update(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss: Tensor,
+    *,
+    clip_grad: float | None = None,
+    stop: bool = False,
+) -> StartedStep:
+    """Change the weights by their gradients, and clear these, without waiting for the device.
+
+    Args:
+        accelerator: of the processes.
+        model: as accelerate prepared it; its gradients are those of all parts.
+        optimizer: one of torch's fused ones, which can be told on the device to change nothing: so a loss or a gradient
+            that is not finite leaves the weights as they are, and the host reads of it later.
+        loss: () of this process, to be reported.
+        clip_grad: largest norm of the gradient.
+        stop: this process was told to stop.
+    """
+    accelerator.unscale_gradients(optimizer)
+    grads = {n: p.grad for n, p in accelerator.unwrap_model(model).named_parameters() if p.grad is not None}
+    # Not clip_grad_norm_, which would spread a NaN to every gradient and give no norm of each.
+    norms = torch.stack(torch._foreach_norm(list(grads.values())))
+    norm = torch.linalg.vector_norm(norms)
+    # One reduction a step. The norms are the same everywhere: gradients are averaged.
+    shared = accelerator.reduce(torch.stack([loss, torch.full_like(loss, float(stop))]), reduction="mean")
+    if accelerator.scaler is None:
+        # What a GradScaler sets: the fused optimizers change nothing where it is 1.
+        raw: Any = getattr(optimizer, "optimizer", optimizer)  # inside accelerate's
+        raw.grad_scale, raw.found_inf = None, (~(shared[0] + norm).isfinite()).float()
+    if clip_grad is not None:
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), clip_grad, norm)
+    started = StartedStep(torch.cat([shared, norm[None].float(), norms.float()]), list(grads), accelerator.scaler)
+    optimizer.step()
+    optimizer.zero_grad()
+    return started
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed every generator for one step.
+
+    Drop path, mixup and the like then depend on (seed, step, rank) alone, so a resumed run draws what an
+    uninterrupted one does, and no random state needs to be stored.
+    """
+    number = int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
+    random.seed(number)
+    np.random.seed(number)  # noqa: NPY002  # timm's mixup draws from numpy's global generator
+    torch.manual_seed(number)
