@@ -14,7 +14,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from PIL import Image
 from torch import Tensor
 
-from fcmae.config import PretrainConfig
+from fcmae.config import PretrainConfig, check_launch
 from fcmae.data.bad_files import BadFiles
 from fcmae.data.dataset import Batch, PretrainDataset, collate, normalize
 from fcmae.data.index import FileIndex, find_images, split
@@ -48,6 +48,7 @@ def main(cfg: PretrainConfig) -> None:
     """
     run = RunDirectory(cfg, "pretrain")
     accelerator = make_accelerator(cfg)
+    check_launch(cfg, accelerator.num_processes)
     index = find_index(cfg, run, accelerator)
     train_index, val_index = split(index, cfg.data.val_share, cfg.seed)
     total = cfg.epochs * steps_per_epoch(len(train_index), cfg.batch_size, cfg.data.masks_per_image)
@@ -89,9 +90,9 @@ def build_model(cfg: PretrainConfig) -> FCMAE:
     """The model of the configuration, its weights drawn from the run's seed."""
     torch.manual_seed(cfg.seed)
     encoder = Encoder(
-        cfg.model.variant,
+        str(cfg.model.variant),
         in_chans=cfg.data.in_chans,
-        stem_stride=cfg.model.stem_stride,
+        stem_stride=cfg.model.spec.stem_stride,
         drop_path_rate=cfg.model.drop_path_rate,
         grad_checkpointing=cfg.model.grad_checkpointing,
     )

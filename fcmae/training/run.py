@@ -40,7 +40,7 @@ from accelerate.utils import ProjectConfiguration
 from tqdm import tqdm
 
 import fcmae
-from fcmae import settings
+from fcmae import options
 from fcmae.config import RunConfig
 from fcmae.data.cores import num_cores
 from fcmae.training import checkpoint
@@ -84,7 +84,7 @@ class RunDirectory:
     """
 
     def __init__(self, cfg: RunConfig, kind: str) -> None:
-        assert cfg.out is not None  # conflicts() has seen to it
+        assert cfg.out is not None  # its settings have seen to it
         self.cfg = cfg
         self.kind = kind
         self.path = cfg.out
@@ -109,8 +109,8 @@ class RunDirectory:
         remedy = "give another --out, the same settings, or --overwrite to delete it"
         if not header.startswith(f"# fcmae {self.kind} "):
             raise ValueError(f"out = {self.path} holds another kind of run ({header.lstrip('# ')}): {remedy}")
-        saved = settings.read(type(self.cfg), config)
-        if different := settings.diff(saved, self.cfg):
+        saved = options.read(type(self.cfg), config)
+        if different := options.diff(saved, self.cfg):
             raise ValueError(
                 f"out = {self.path} holds a run with other settings: {remedy}\n  " + "\n  ".join(different)
             )
@@ -151,7 +151,7 @@ class RunDirectory:
                 raise ValueError(in_use)
             if not self.exists:
                 self._clear()
-            text = f"# fcmae {self.kind} {fcmae.__version__}\n{settings.dump(self.cfg)}"
+            text = f"# fcmae {self.kind} {fcmae.__version__}\n{options.dump(self.cfg)}"
             write_text(self.path / "config.yaml", text)
             record_start(self.path / "environment.json", _uses_cpu(self.cfg))
             with _logging_to(self.path / "train.log"):

@@ -149,7 +149,8 @@ def _read_checkpoint(path: Path, variant: str | None) -> Weights:
     size = (cfg.data.in_chans, *cfg.data.image_size)
     image = ImageRecord(mean=mean, std=std, input_size=size, crop_pct=1.0)
     state = checkpoint.read_tensors(path, "model")
-    return _weights(path, state, variant or cfg.model.variant, Record(image=image, origin=origin))
+    named = cfg.model.variant if isinstance(cfg.model.variant, str) else None
+    return _weights(path, state, variant or named, Record(image=image, origin=origin))
 
 
 def _read_directory(path: Path, variant: str | None) -> Weights:
