@@ -23,11 +23,10 @@ from importlib.util import find_spec
 from itertools import islice, repeat
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from pydantic import BeforeValidator, Field
-
-from fcmae.config import Conflict, PretrainConfig, PretrainModel
+from fcmae.config import BenchConfig, PretrainConfig, PretrainModel
+from fcmae.networks.spec import describe
 
 if TYPE_CHECKING:
     import torch
@@ -42,24 +41,6 @@ ENDLESS = 10**9  # steps: more than are timed
 OUT_OF_MEMORY = "out of memory"
 HEADER = f"{'backend':10} {'precision':9} {'compiled':10} {'at once':>7}  {'images/s':>8}  {'slowest - fastest':>17}"
 HEADER += f"  {'s/step':>7}  {'memory':>8}"
-
-Stage = Literal["backend", "precision", "images", "compile"]
-
-
-class BenchConfig(PretrainConfig):
-    """Time a pretraining run on this machine and name the fastest way to compute it. The settings are those of `fcmae
-    pretrain`, and --seconds and --vary; --out and --data.path may be left out."""
-
-    seconds: float = Field(3.0, gt=0)
-    """Only for bench: how long each candidate is timed, after its warm-up."""
-    vary: Annotated[list[Stage], BeforeValidator(lambda value: [] if value is None else value)] = Field(
-        default_factory=lambda: list(get_args(Stage))
-    )
-    """Only for bench: what to try other values of, in this order, each with the best of those before, or none. images:
-    how many are computed at once, which grad_accum sets."""
-
-    def conflicts(self) -> Iterator[Conflict]:
-        yield from (conflict for conflict in super().conflicts() if conflict[0] not in (("out",), ("data.path",)))
 
 
 @dataclass(frozen=True)
@@ -164,7 +145,7 @@ def bench(cfg: BenchConfig) -> None:
             skipped.append(f"bf16: {machine.name} has no instructions for it")
 
     height, width = cfg.data.image_size
-    print(f"{cfg.model.variant}, {height} x {width} pixels, steps of {cfg.batch_size} images, on {machine.name}")
+    print(f"{describe(cfg.model.spec)}, {height} x {width} pixels, steps of {cfg.batch_size} images, on {machine.name}")
     print(*(f"not timed: {sentence}" for sentence in skipped), HEADER, sep="\n", flush=True)
 
     def measure(candidate: Candidate, from_files: bool = False) -> Result:

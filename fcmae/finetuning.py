@@ -20,7 +20,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from fcmae.classification import class_probabilities, scores, write_predictions
-from fcmae.config import FinetuneConfig
+from fcmae.config import FinetuneConfig, check_launch
 from fcmae.data.augment import CropAndFlip, FinetuneAugment
 from fcmae.data.bad_files import BadFiles
 from fcmae.data.dataset import Batch, FinetuneDataset
@@ -49,6 +49,7 @@ def main(cfg: FinetuneConfig) -> None:
     """
     run = RunDirectory(cfg, "finetune")
     accelerator = make_accelerator(cfg)
+    check_launch(cfg, accelerator.num_processes)
     weights = starting_weights(cfg)
     train_index, val_index = find_indices(cfg, run, accelerator, weights)
     names = val_index.class_names
@@ -56,8 +57,8 @@ def main(cfg: FinetuneConfig) -> None:
     if not cfg.eval_only:
         steps_per_epoch(len(train_index), cfg.batch_size)
     if weights is None:
-        assert cfg.model.variant is not None
-        weights = Weights({}, Architecture(cfg.model.variant, cfg.data.in_chans, cfg.model.stem_stride or 4))
+        assert cfg.model.spec is not None
+        weights = Weights({}, Architecture(str(cfg.model.variant), cfg.data.in_chans, cfg.model.spec.stem_stride))
     if len(val_index) == 0:
         raise ValueError(f"data.val_share = {cfg.data.val_share} holds out none of {len(train_index)} images: raise it")
     model = build_model(cfg, weights, len(names))

@@ -12,8 +12,8 @@ from PIL import Image
 from runs import config
 
 import fcmae
-from fcmae import settings
-from fcmae.config import FinetuneConfig
+from fcmae import options
+from fcmae.config import FinetuneConfig, FinetuneData, FinetuneModel
 from fcmae.data.index import Images
 
 LAYERS = ("stages.0.0", "stages.1.0", "stages.2.0", "stages.3.0")
@@ -34,7 +34,7 @@ def pretrain_run(path: Path, num_epochs: int = 6, **changed: Any) -> Path:
     """A pretraining of 10 steps an epoch, logged every other step and evaluated after each epoch."""
     images = [str(path / f"{number}.png") for number in range(50)]
     cfg = config(path / "photos", path, epochs=num_epochs, data__val_share=0.2, **changed)
-    _begin(path, "pretrain", settings.dump(cfg))
+    _begin(path, "pretrain", options.dump(cfg))
     Images.of_files(images).save(path / "files.json")
     lines: list[dict[str, float]] = []
     rng = np.random.default_rng(0)
@@ -58,10 +58,15 @@ def pretrain_run(path: Path, num_epochs: int = 6, **changed: Any) -> Path:
 
 def finetune_run(path: Path, score: float, *, init: str | None = None, seed: int = 0) -> Path:
     """A fine-tuning of three epochs with two classes, the last evaluation below the best."""
-    cfg = FinetuneConfig(out=path, epochs=3, seed=seed, batch_size=4)
-    cfg.data.path, cfg.model.init = "labelled", init
-    cfg.model.variant = None if init else "convnextv2_atto"
-    _begin(path, "finetune", settings.dump(cfg))
+    cfg = FinetuneConfig(
+        out=path,
+        epochs=3,
+        seed=seed,
+        batch_size=4,
+        data=FinetuneData(path="labelled"),
+        model=FinetuneModel(init=init, variant=None if init else "convnextv2_atto"),
+    )
+    _begin(path, "finetune", options.dump(cfg))
     images = [f"/labelled/{number}.png" for number in range(120)]
     Images.of_files(images[:20], (0, 1) * 10, ("a", "b")).save(path / "files.json")
     Images.of_files(images[20:], (0, 1) * 50, ("a", "b")).save(path / "val_files.json")

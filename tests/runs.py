@@ -66,7 +66,7 @@ def flags(images: Path, out: Path, **settings: Any) -> list[str]:
 
 def config(images: Path, out: Path, **settings: Any) -> PretrainConfig:
     """The settings that `flags` gives."""
-    from fcmae.settings import load
+    from fcmae.options import load
 
     return load(PretrainConfig, flags(images, out, **settings), prog="test")
 

@@ -15,7 +15,6 @@ import fcmae.bench
 import fcmae.networks.convnext
 import fcmae.training.loop
 from fcmae.bench import (
-    BenchConfig,
     Candidate,
     Failed,
     Machine,
@@ -29,8 +28,8 @@ from fcmae.bench import (
     time_candidate,
 )
 from fcmae.cli import main
-from fcmae.config import PretrainConfig
-from fcmae.settings import ConfigError, load
+from fcmae.config import BenchConfig, PretrainConfig
+from fcmae.options import ConfigError, load
 
 CPU = Machine("cpu", "cpu (test)", "fp32", ("fp32",))
 

@@ -1,4 +1,5 @@
 import importlib
+import shlex
 import subprocess
 import sys
 import zipfile
@@ -9,8 +10,10 @@ from typing import Any
 import pytest
 
 import fcmae
-from fcmae.cli import main
+from fcmae.cli import COMMANDS, main
 from fcmae.config import FinetuneConfig, PretrainConfig
+from fcmae.config.commands import AnalyzeConfig, PredictConfig
+from fcmae.options import ConfigError, load
 
 ROOT = Path(__file__).parent.parent
 
@@ -89,22 +92,23 @@ def test_convert_prints_what_it_did(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 def test_predict_passes_its_arguments_on(monkeypatch: pytest.MonkeyPatch) -> None:
     predict = Recorder(monkeypatch, "prediction", "predict")
     assert main(["predict", "run", "a.png", "b.png", "--csv", "out.csv", "--batch-size", "2"]) == 0
-    assert predict.calls == [(Path("run"), ["a.png", "b.png"], Path("out.csv"), 2)]
+    assert predict.calls == [
+        (PredictConfig(model=Path("run"), images=["a.png", "b.png"], csv=Path("out.csv"), batch_size=2),)
+    ]
 
 
 def test_analyze_passes_its_arguments_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     analyze = Recorder(monkeypatch, "evaluation.analyze", "analyze", "a table")
     assert main(["analyze", "a", "b", "--images", "x", "y", "--image-size", "64"]) == 0
     assert main(["analyze", "a", "--data", "d", "--out", "o", "--image-size", "64", "96", "--overwrite"]) == 0
-    options = {"max_images": 1000, "image_size": (64, 64), "batch_size": 64, "num_workers": None, "device": "auto"}
     assert analyze.calls == [
-        (["a", "b"], ["x", "y"], None, None, options | {"overwrite": False}),
-        (["a"], None, "d", Path("o"), options | {"image_size": (64, 96), "overwrite": True}),
+        (AnalyzeConfig(models=["a", "b"], images=["x", "y"], image_size=(64, 64)),),
+        (AnalyzeConfig(models=["a"], data="d", out=Path("o"), image_size=(64, 96), overwrite=True),),
     ]
     assert capsys.readouterr().out == "a table\n" * 2
     for words in (["a"], ["a", "--images", "x", "--data", "d"]):
-        with pytest.raises(SystemExit):
-            main(["analyze", *words])
+        assert main(["analyze", *words]) == 2
+        assert "images: give either images or data" in capsys.readouterr().err
 
 
 def test_stats_prints_lines_for_a_configuration(
@@ -125,10 +129,8 @@ def test_stats_prints_lines_for_a_configuration(
 
 @pytest.mark.parametrize("count", ["0", "-1", "x", "1.5"])
 def test_counts_are_positive(capsys: pytest.CaptureFixture[str], count: str) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(["stats", "a", f"--in-chans={count}"])
-    assert stopped.value.code == 2
-    assert f"--in-chans: received {count}; allowed: >= 1" in capsys.readouterr().err
+    assert main(["stats", "a", f"--in-chans={count}"]) == 2
+    assert f"in_chans: received {count}; " in capsys.readouterr().err
 
 
 def test_configs_lists_every_shipped_file_with_its_title(capsys: pytest.CaptureFixture[str]) -> None:
@@ -144,33 +146,70 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"fcmae {fcmae.__version__}\n"
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        "pretrain",
-        "finetune",
-        "bench",
-        "convert",
-        "predict",
-        "evaluate",
-        "embed",
-        "analyze",
-        "report",
-        "stats",
-        "configs",
-        "verify",
-        "doctor",
-    ],
-)
-def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_and_an_example_that_can_be_used(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stopped:
         main([command, "--help"])
     assert not stopped.value.code
-    assert f"usage: fcmae {command} " in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"usage: fcmae {command} ") and max(map(len, shown.splitlines())) <= 120
+    settings, _ = COMMANDS[command]
+    example = shlex.split(shown.partition("Example: ")[2].splitlines()[0])
+    assert example[:2] == ["fcmae", command]
+    load(settings, example[2:], prog="test")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_is_missing_is_all_that_is_wrong_with_an_empty_line(command: str) -> None:
+    settings, _ = COMMANDS[command]
+    try:
+        load(settings, [], prog="test")
+    except ConfigError as error:
+        assert all("missing" in line or "give either" in line for line in str(error).splitlines())
+
+
+def test_the_commands_are_listed_with_what_they_do(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, status in ((["--help"], 0), ([], 2)):
+        with pytest.raises(SystemExit) as stopped:
+            main(words)
+        assert stopped.value.code == status
+        shown = capsys.readouterr().out
+        for name, (settings, _) in COMMANDS.items():
+            assert f"\n  {name:10}{(settings.__doc__ or '').splitlines()[0]}\n" in shown
+
+
+def test_a_mistyped_command_brings_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pretrian", "photos"]) == main(["zzz"]) == 2
+    near, none = capsys.readouterr().err.splitlines()
+    assert near == "fcmae: error: pretrian: no such command; did you mean pretrain?"
+    assert none.startswith("fcmae: error: zzz: no such command; there are: pretrain, finetune, ")
+
+
+def test_a_commands_own_status_is_returned(monkeypatch: pytest.MonkeyPatch) -> None:
+    for found, status in ((True, 0), (False, 1)):
+        doctor = Recorder(monkeypatch, "doctor", "doctor", found)
+        assert main(["doctor", "--quick", "--json", "--out", "x"]) == status
+        assert doctor.calls == [(Path("x"), True, True)]
+
+
+def test_processes_are_counted_before_anything_is_built(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretrain = Recorder(monkeypatch, "pretraining", "main")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert main(["pretrain", "photos", "--out", "run", "--batch_size", "4"]) == 2
+    assert "4 is not a multiple of processes x grad_accum = 3 x 1: the nearest is 3" in capsys.readouterr().err
+    assert not pretrain.calls
 
 
 @pytest.mark.parametrize(
-    "words", ["--help", "pretrain --help", "bench --help", "finetune", "configs", "pretrain --config nowhere"]
+    "words",
+    [
+        *("--help", "pretrain --help", "bench --help", "evaluate --help", "verify --help", "convert --help"),
+        *("finetune", "configs", "pretrain --config nowhere", "evaluate", "predict --nothing", "pretrian"),
+    ],
 )
 def test_help_and_rejected_settings_do_not_wait_for_torch(words: str) -> None:
     code = (
@@ -193,7 +232,7 @@ def test_a_wheel_brings_the_configurations_and_the_parts_of_the_report(tmp_path:
     installed = tmp_path / "installed"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(installed)
-    code = "import fcmae, fcmae.settings as s; print(fcmae.__file__, *s.shipped_configs(), sep='\\n')"
+    code = "import fcmae, fcmae.options as s; print(fcmae.__file__, *s.shipped_configs(), sep='\\n')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=installed, check=True)
     package, *names = done.stdout.splitlines()
     assert Path(package).is_relative_to(installed)

@@ -1,41 +1,72 @@
 import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
+from fcmae import options
 from fcmae.config import (
     FREE_ON_RESUME,
     GREY_MEAN,
     GREY_STD,
     IMAGENET_MEAN,
+    BenchConfig,
     FinetuneConfig,
+    FinetuneModel,
     ImageConfig,
     PretrainConfig,
-    RunConfig,
+    PretrainData,
+    PretrainModel,
+    check_launch,
 )
+from fcmae.config.commands import AnalyzeConfig, EmbedConfig, EvaluateConfig
+from fcmae.networks.spec import VARIANTS, ConvNeXtSpec
 
 
-def pretrain(**sections: object) -> PretrainConfig:
-    return PretrainConfig.model_validate({"out": "run", "batch_size": 64, **sections})
+def pretrain(**sections: Any) -> PretrainConfig:
+    return PretrainConfig.model_validate({"out": "run", "batch_size": 64, "data": {"path": ["photos"]}, **sections})
 
 
-def first_keys(config: RunConfig) -> list[str]:
-    return [keys[0] for keys, _ in config.conflicts()]
+def finetune(**sections: Any) -> FinetuneConfig:
+    needed = {"out": "run", "data": {"path": "x"}, "model": {"variant": "convnextv2_atto"}}
+    return FinetuneConfig.model_validate({**needed, **sections})
 
 
-def sentences(config: RunConfig) -> str:
-    return "\n".join(f"{keys[0]}: {sentence}" for keys, sentence in config.conflicts())
+def conflicts(make: Callable[..., object], **sections: Any) -> list[tuple[str, str]]:
+    """Key and sentence of each impossible combination."""
+    with pytest.raises(ValidationError) as caught:
+        make(**sections)
+    details = caught.value.errors()
+    assert all(detail["type"] == "conflict" for detail in details), details
+    found = [(".".join(map(str, detail["loc"])), detail["msg"]) for detail in details]
+    assert [key for key, _ in found] == [detail["ctx"]["keys"][0] for detail in details]
+    return found
+
+
+def keys(make: Callable[..., object], **sections: Any) -> list[str]:
+    return [key for key, _ in conflicts(make, **sections)]
 
 
 def test_defaults_are_the_published_pretraining_recipe() -> None:
-    config = PretrainConfig()
+    config = PretrainConfig(out=Path("run"), data=PretrainData(path=["photos"]))
     assert (config.epochs, config.batch_size, config.model.mask_ratio, config.model.mask_patch) == (800, 4096, 0.6, 32)
     assert (config.optim.base_lr, config.optim.betas, config.optim.warmup_epochs) == (1.5e-4, (0.9, 0.95), 40)
 
 
+def test_settings_made_by_hand_are_checked_whole() -> None:
+    with pytest.raises(ValueError, match=r"missing: the run directory, e.g. --out runs/first"):
+        PretrainConfig()
+    with pytest.raises(ValueError, match="250 is not a multiple of mask_patch 32: use 224 or 256"):
+        PretrainConfig(out=Path("run"), data=PretrainData(path=["photos"], image_size=(250, 256)))
+
+
 def test_out_and_images_are_all_that_the_defaults_lack() -> None:
-    assert first_keys(PretrainConfig()) == ["out", "data.path"]
-    assert first_keys(FinetuneConfig()) == ["out", "data.path", "model.variant"]
+    assert keys(PretrainConfig) == ["out", "data.path"]
+    assert keys(FinetuneConfig) == ["out", "data.path", "model.variant"]
+    assert BenchConfig().out is None
 
 
 @pytest.mark.parametrize("value", [224, "224", [224], ["224"], [224, 224]])
@@ -83,37 +114,37 @@ def test_statistics_default_to_imagenets_and_its_grey_average() -> None:
 def test_impossible_combinations_are_named_with_a_remedy(sections: dict[str, object], key: str, sentence: str) -> None:
     data = sections.pop("data", {})
     assert isinstance(data, dict)
-    found = sentences(pretrain(data={"path": ["photos"], **data}, **sections))
-    assert found.startswith(f"{key}: ") and sentence in found and "\n" not in found
+    ((found, text),) = conflicts(pretrain, data={"path": ["photos"], **data}, **sections)
+    assert found == key and sentence in text
 
 
-def test_an_engine_that_is_not_installed_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_is_asked_at_launch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "MinkowskiEngine", None)
-    assert "build it with `make minkowski`" in sentences(pretrain(model={"backend": "minkowski"}))
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    config = pretrain(model={"backend": "minkowski"})
+    with pytest.raises(ValueError, match=r"^model.backend: .* build it with `make minkowski` or use packed$"):
+        check_launch(config, 1)
+    check_launch(pretrain(), 1)
 
 
 def test_the_largest_ratio_that_is_named_leaves_a_patch_visible() -> None:
     for size in range(64, 449, 32):
-        text = sentences(pretrain(data={"path": ["x"], "image_size": size}, model={"mask_ratio": 0.9999}))
-        ratio = float(text.rpartition("at most ")[2])
-        assert not first_keys(pretrain(data={"path": ["x"], "image_size": size}, model={"mask_ratio": ratio}))
+        data = {"path": ["x"], "image_size": size}
+        ((_, text),) = conflicts(pretrain, data=data, model={"mask_ratio": 0.9999})
+        pretrain(data=data, model={"mask_ratio": float(text.rpartition("at most ")[2])})
 
 
 def test_more_bands_need_statistics_of_their_own() -> None:
-    bands = pretrain(data={"path": ["x"], "in_chans": 4})
-    assert first_keys(bands) == ["data.mean", "data.std"]
-    assert not first_keys(pretrain(data={"path": ["x"], "in_chans": 4, "mean": [0.1] * 4, "std": [1] * 4}))
+    assert keys(pretrain, data={"path": ["x"], "in_chans": 4}) == ["data.mean", "data.std"]
+    pretrain(data={"path": ["x"], "in_chans": 4, "mean": [0.1] * 4, "std": [1] * 4})
 
 
-def test_a_batch_holds_an_image_for_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "8")
-    assert "4 is smaller than the 8 processes" in sentences(pretrain(batch_size=4, data={"path": ["x"]}))
-    assert not first_keys(pretrain(batch_size=8, data={"path": ["x"]}))
-
-
-def finetune(**settings: object) -> FinetuneConfig:
-    sections = {"data": {"path": "x"}, "model": {"variant": "convnextv2_atto"}, **settings}
-    return FinetuneConfig.model_validate({"out": "run", **sections})
+def test_a_batch_holds_an_image_for_each_process() -> None:
+    with pytest.raises(ValueError, match=r"^batch_size: 4 is smaller than the 8 processes: give each an image$"):
+        check_launch(pretrain(batch_size=4), 8)
+    with pytest.raises(ValueError, match=r"^batch_size: 12 is not a multiple of processes x grad_accum = 8 x 1: the"):
+        check_launch(pretrain(batch_size=12), 8)
+    check_launch(pretrain(batch_size=8), 8)
 
 
 @pytest.mark.parametrize(
@@ -128,23 +159,114 @@ def finetune(**settings: object) -> FinetuneConfig:
     ],
 )
 def test_impossible_fine_tuning_is_named(settings: dict[str, object], key: str) -> None:
-    assert first_keys(finetune(**settings)) == [key]
+    assert keys(finetune, **settings) == [key]
 
 
 def test_evaluation_alone_needs_no_training_images() -> None:
-    model = {"init": "runs/tuned"}
-    assert not first_keys(finetune(eval_only=True, model=model, data={"val_path": "held-out"}))
+    finetune(eval_only=True, model={"init": "runs/tuned"}, data={"val_path": "held-out"})
 
 
-def test_mixup_needs_an_even_part_of_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert first_keys(finetune(batch_size=6, regularization={"mixup": 0.8})) == ["batch_size"]
-    assert not first_keys(finetune(batch_size=8, regularization={"mixup": 0.8}))
+def test_mixup_needs_an_even_part_of_each_process() -> None:
+    mixed = {"mixup": 0.8}
+    with pytest.raises(ValueError, match=r"^batch_size: 6 gives 3 images a part, and mixup and cutmix pair them"):
+        check_launch(finetune(batch_size=6, regularization=mixed), 2)
+    check_launch(finetune(batch_size=8, regularization=mixed), 2)
+
+
+# Networks
+
+
+@pytest.mark.parametrize(
+    ("word", "name"), [("atto", "convnextv2_atto"), ("xlarge", "convnext_xlarge"), ("convnext_tiny", "convnext_tiny")]
+)
+def test_the_last_word_of_a_variant_is_enough(word: str, name: str) -> None:
+    assert (PretrainModel(variant=word).variant, PretrainModel(variant=word).spec) == (name, VARIANTS[name])
+
+
+def test_a_network_may_be_given_by_its_numbers() -> None:
+    numbers = {"depths": [2, 2, 4], "dims": ["40", "80", "160"], "kernel_size": 5}
+    spec = ConvNeXtSpec(depths=(2, 2, 4), dims=(40, 80, 160), kernel_size=5, stem_stride=2)
+    model = PretrainModel.model_validate({"variant": numbers, "stem_stride": 2})
+    assert (model.spec, model.stem_stride) == (spec, 2)
+    inside = PretrainModel.model_validate({"variant": numbers | {"stem_stride": "2"}})
+    assert inside == model == PretrainModel(variant=spec) == PretrainModel(variant=spec, stem_stride=2)
+    assert model.model_dump()["variant"] == {"depths": [2, 2, 4], "dims": [40, 80, 160], "kernel_size": 5}
+
+
+def test_the_numbers_of_a_published_network_are_its_name() -> None:
+    numbers = VARIANTS["convnextv2_atto"].model_dump()
+    as_text = {"depths": ["2", "2", "6", "2"], "dims": ["40", "80", "160", "320"]}
+    widths = [["160"] * 2, ["320"] * 2, ["640"] * 6, ["1280"] * 2]
+    for given in (numbers, as_text, as_text | {"hidden": widths, "stem_stride": "1"}):
+        model = FinetuneModel.model_validate({"variant": given})
+        assert model.variant == "convnextv2_atto"
+        assert model.stem_stride == (1 if given.get("hidden") else 4)
+
+
+def test_the_stride_of_the_stem_is_said_once() -> None:
+    numbers = {"depths": [1, 1], "dims": [8, 8], "stem_stride": 2}
+    with pytest.raises(ValidationError, match=r"the numbers in model.variant say 2: leave one of the two out"):
+        PretrainModel.model_validate({"variant": numbers, "stem_stride": 4})
+
+
+def test_the_stride_of_the_stem_is_filled_in_where_it_is_known() -> None:
+    assert PretrainModel().stem_stride == PretrainModel(init="run").stem_stride == 4
+    assert FinetuneModel(variant="convnextv2_atto").stem_stride == 4
+    begun = FinetuneModel(variant="convnextv2_atto", init="run")
+    assert begun.stem_stride is None and begun.spec == VARIANTS["convnextv2_atto"]
+    assert FinetuneModel(init="run").spec is None
+
+
+def test_the_total_stride_is_that_of_the_network() -> None:
+    two_stages = {"variant": {"depths": [1, 1], "dims": [8, 8]}, "stem_stride": 3}
+    pretrain(model=two_stages | {"mask_patch": 12}, data={"path": ["x"], "image_size": 48})
+    ((key, text),) = conflicts(pretrain, model=two_stages | {"mask_patch": 8}, data={"path": ["x"], "image_size": 64})
+    assert (key, text) == (
+        "model.mask_patch",
+        "8 is not a multiple of the total stride 6 (2 x stem_stride): use 6 or 12",
+    )
+    finetune(model=two_stages, data={"path": "x", "image_size": 8})
+    assert keys(finetune, model=two_stages | {"stem_stride": 5}, data={"path": "x", "image_size": 8}) == [
+        "data.image_size"
+    ]
+
+
+@pytest.mark.parametrize(
+    "variant",
+    ["convnextv2_nowhere", "", 3, [2, 2], {"depths": [1, 1]}, {"depths": [1, 1], "dims": [8, 8, 8]}, {"dim": 3}],
+)
+def test_what_is_no_network_is_refused(variant: object) -> None:
+    with pytest.raises(ValidationError):
+        PretrainModel.model_validate({"variant": variant})
+
+
+# Other commands
+
+
+def test_images_come_with_labels_or_without() -> None:
+    for kind in (partial(AnalyzeConfig, models=["run"]), partial(EmbedConfig, model="run", out=Path("out"))):
+        assert keys(kind) == keys(kind, images=["x"], data="y") == ["images"]
+        kind(images=["x"])
+        kind(data="y")
+
+
+@pytest.mark.parametrize(
+    ("words", "stages"), [("all", None), (["all"], None), (["3", "last"], (3, -1)), ("last", (-1,)), (2, (2,))]
+)
+def test_stages_are_numbers_last_or_all(words: object, stages: tuple[int, ...] | None) -> None:
+    values = {"models": ["run"], "data": "x"}
+    assert EvaluateConfig.model_validate({**values, "stages": words}).stages == stages
+    with pytest.raises(ValidationError, match="'fourth' is neither a number nor last: use such as 3 4, last or all"):
+        EvaluateConfig.model_validate({**values, "stages": ["fourth"]})
+
+
+def test_one_stage_is_embedded() -> None:
+    values = {"model": "run", "data": "x", "out": "y"}
+    assert EmbedConfig.model_validate({**values, "stage": "last"}) == EmbedConfig.model_validate(values)
+    with pytest.raises(ValidationError, match="features of one stage are written: give its number, or last"):
+        EmbedConfig.model_validate({**values, "stage": "all"})
 
 
 def test_settings_that_a_resumed_run_may_change_exist() -> None:
-    known = set[str]()
-    for config in (PretrainConfig(), FinetuneConfig()):
-        for name, value in config.model_dump().items():
-            known |= {f"{name}.{key}" for key in value} if isinstance(value, dict) else {name}
+    known = {*options.flat(pretrain()), *options.flat(finetune())}
     assert known >= FREE_ON_RESUME

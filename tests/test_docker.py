@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import yaml
 
-from fcmae import settings
+from fcmae import options
 from fcmae.cli import main
 from fcmae.config import PretrainConfig
 
@@ -116,7 +116,7 @@ def test_compose_pretrains_on_data_that_it_cannot_write(service: str) -> None:
     described = compose()[service]
     command, *flags = described["command"]
     assert command == "pretrain"
-    config = settings.load(PretrainConfig, flags, prog="fcmae pretrain")
+    config = options.load(PretrainConfig, flags, prog="fcmae pretrain")
     assert str(config.data.path[0] if isinstance(config.data.path, list) else config.data.path) == "/data"
     assert str(config.out).startswith("/runs/")
     assert any(volume.endswith(":/data:ro") for volume in described["volumes"])

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from fcmae import cli
+from fcmae.config.commands import AnalyzeConfig
 from fcmae.data.index import find_labelled
 from fcmae.evaluation.analysis import Statistics
 from fcmae.evaluation.analyze import analyze
@@ -126,7 +127,7 @@ def test_a_run_and_the_same_untrained_go_into_the_run(labelled: Path, tmp_path: 
     save_weights(best, Weights(state, architecture, image={**weights.image, "mean": [0.4], "std": [0.3]}), "timm")
     (tmp_path / "run" / "config.yaml").write_text("# fcmae finetune 0\n")
     run_dir = str(tmp_path / "run")
-    analyze([run_dir, f"random:{run_dir}"], images=[str(labelled)], device="cpu")
+    analyze(AnalyzeConfig(models=[run_dir, f"random:{run_dir}"], images=[str(labelled)], device="cpu"))
     models = record(tmp_path / "run" / "analysis")["models"]
     assert [model["image_size"] for model in models] == [[32, 48]] * 2
     assert models[0]["layers"] != models[1]["layers"]
@@ -161,8 +162,8 @@ def test_what_cannot_be_analysed_is_said_in_a_sentence(
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("fcmae: error: ") and message in line
     assert not out.exists()
-    with pytest.raises(ValueError, match="images and data: give one of them"):
-        analyze([V1], out=out)
+    with pytest.raises(ValueError, match="give either images or data"):
+        analyze(AnalyzeConfig(models=[V1], out=out))
 
 
 def test_nothing_but_an_earlier_analysis_is_replaced_and_that_when_asked(

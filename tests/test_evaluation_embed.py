@@ -154,7 +154,7 @@ def test_maps_of_any_number_of_classes_are_drawn(tmp_path: Path, num_classes: in
     [
         (["--map", "umap"], "umap", "map = umap needs umap-learn: pip install umap-learn, or use --map tsne"),
         (["--parquet"], "pyarrow.parquet", "parquet needs pyarrow: pip install pyarrow, or leave --parquet out"),
-        (["--stage", "all"], "", "stage = all: features of one stage are written"),
+        (["--stage", "all"], "", "features of one stage are written"),
         (["--neighbours", "missing.png"], "", "neighbours: 'missing.png' does not exist"),
     ],
 )

@@ -16,7 +16,7 @@ from test_weights_convert import write_checkpoint
 import fcmae.evaluation.probes as probes
 from fcmae import cli
 from fcmae.data.index import find_labelled
-from fcmae.evaluation.evaluate import Data, find_data, save_confusion, score, table
+from fcmae.evaluation.evaluate import find_data, save_confusion, score, table
 
 ATTO = "random:convnextv2_atto"
 COLORS = {"blue": (60, 60, 180), "green": (60, 180, 60), "red": (180, 60, 60)}
@@ -105,7 +105,7 @@ def test_the_recorded_command_gives_the_same_results(evaluated: Path, tmp_path: 
 
 
 def test_labels_of_test_images_cannot_influence_what_is_predicted(labelled: Path, tmp_path: Path) -> None:
-    train, test = find_data(Data(str(labelled)), seed=0)
+    train, test = find_data(str(labelled), None, 0.2, seed=0)
     names = train.class_names
     assert names is not None and test.labels is not None and train.labels is not None
     matrices, settings = [], []
@@ -209,7 +209,7 @@ def test_images_that_cannot_be_read_are_left_out(
         ([ATTO, "--test", "missing", "--out", "o"], "test: 'missing' does not exist"),
         ([ATTO, "--test-share", "0.001", "--out", "DATA/blue/0.png"], "is a file: give a directory"),
         ([ATTO, "--probes", "few-shot", "--labels", "0", "--out", "o"], "labels: '0' is neither a share"),
-        ([ATTO, "--stages", "first", "--out", "o"], "stages: 'first' is neither a number nor last"),
+        ([ATTO, "--stages", "first", "--out", "o"], "'first' is neither a number nor last"),
         ([ATTO, "--stages", "5", "--out", "o"], "stages: 5 is none of the network's 4"),
         (["nothing", "--out", "o"], "model = 'nothing' is neither"),
     ],
@@ -229,9 +229,9 @@ def test_what_cannot_be_done_is_said_in_one_sentence(
     assert error.count("fcmae: error:") == 1
 
 
-def test_a_share_outside_0_and_1_is_a_usage_error(labelled: Path) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        evaluate(ATTO, "--data", labelled, "--test-share", "1", "--out", "o")
+def test_a_share_outside_0_and_1_is_a_usage_error(labelled: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate(ATTO, "--data", labelled, "--test-share", "1", "--out", "o") == 2
+    assert "test_share: received 1; allowed: > 0 and < 1" in capsys.readouterr().err
 
 
 def test_scores_of_a_test_set_without_some_classes() -> None:

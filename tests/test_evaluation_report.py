@@ -17,7 +17,7 @@ from conftest import requires_chromium
 from reported import evaluation, finetune_run, picture, pretrain_run, write_lines
 from runs import flags
 
-from fcmae import settings
+from fcmae import options
 from fcmae.cli import main
 from fcmae.config import FinetuneConfig, PretrainConfig
 from fcmae.evaluation.report import MARK, MOST_PICTURES, command, report, wrapped
@@ -228,12 +228,12 @@ def test_what_cannot_be_read_is_a_sentence_in_its_place(tmp_path: Path) -> None:
 )
 def test_the_command_gives_the_same_settings(words: list[str], tmp_path: Path) -> None:
     kind: type[PretrainConfig] | type[FinetuneConfig] = CONFIGS[words[0]]
-    cfg = settings.load(kind, words[1:], prog="test")
-    (tmp_path / "config.yaml").write_text(f"# fcmae {words[0]} 0.1.0\n{settings.dump(cfg)}")
+    cfg = options.load(kind, words[1:], prog="test")
+    (tmp_path / "config.yaml").write_text(f"# fcmae {words[0]} 0.1.0\n{options.dump(cfg)}")
     run = read_run(tmp_path, "run")
     program, subcommand, *rest = shlex.split(command(run.kind, run.changed))
     assert (program, subcommand) == ("fcmae", words[0])
-    assert settings.load(kind, rest, prog="test") == cfg
+    assert options.load(kind, rest, prog="test") == cfg
     assert "--config" not in rest
 
 

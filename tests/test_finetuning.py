@@ -135,6 +135,10 @@ def test_evaluating_only_and_predicting_repeat_the_last_evaluation(
             assert row["p(blue)"] == expected[row["path"]]["p(blue)"]
     assert cli.main(words) == 2
     assert "exists" in capsys.readouterr().err
+    # At another size the network sees other pixels.
+    assert cli.main([*words[:-2], "--image_size", "64,32", "--num_workers", "0", "--device", "cpu"]) == 0
+    other = capsys.readouterr().out.splitlines()
+    assert len(other) == len(expected) and other != captured.out.splitlines()
 
 
 def test_it_starts_from_a_run_a_conversion_and_a_fair_file_alike(

@@ -81,7 +81,8 @@ def test_the_scope_of_grn_matters_in_a_batch_and_not_for_one_image() -> None:
 
 
 def test_the_configuration_names_backend_and_scope() -> None:
-    model = build_model(PretrainConfig.model_validate({"model": {"backend": "masked", "grn_scope": "batch"}}))
+    chosen = {"out": "run", "data": {"path": ["photos"]}, "model": {"backend": "masked", "grn_scope": "batch"}}
+    model = build_model(PretrainConfig.model_validate(chosen))
     assert (model.backend, model.grn_scope) == ("masked", "batch")
 
 

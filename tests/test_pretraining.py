@@ -23,12 +23,13 @@ from PIL import Image
 from runs import assert_same, config, final_state, flags, losses, start, tensors, write_images
 
 import fcmae.training.loop
-from fcmae import cli, pretraining, settings
+from fcmae import cli, pretraining
 from fcmae.config import PretrainConfig
 from fcmae.data.index import find_images
 from fcmae.data.normalize import Normalize
 from fcmae.data.sampler import epoch_order
 from fcmae.data.split import split
+from fcmae.options import read
 from fcmae.training import checkpoint
 
 STEPS = 9  # of runs.flags: 3 epochs of 3 steps
@@ -186,7 +187,7 @@ def test_a_run_writes_settings_logs_pictures_and_checkpoints(images: Path, tmp_p
         *("config.yaml", "environment.json", "files.json", "train.log", "metrics.jsonl", "loss.png", ".lock"),
         *("checkpoints", "reconstructions", "tensorboard"),
     }
-    assert settings.read(PretrainConfig, out / "config.yaml") == cfg
+    assert read(PretrainConfig, out / "config.yaml") == cfg
     assert [path.name for path in sorted((out / "checkpoints").iterdir())] == ["step-00000004", "step-00000008"]
     steps = [f"step-0000000{step}.png" for step in (2, 4, 6, 8)]
     assert [path.name for path in sorted((out / "reconstructions").iterdir())] == ["over-time.png", *steps, "tiles"]

@@ -159,7 +159,7 @@ def test_a_job_is_told_to_stop_when_its_time_is_up(tmp_path: Path) -> None:
 @pytest.mark.parametrize("scale", run_all.SCALES)
 def test_every_job_needs_jobs_that_are_there_and_its_flags_are_settings(scale: str, tmp_path: Path) -> None:
     from fcmae.config import FinetuneConfig, PretrainConfig
-    from fcmae.settings import load
+    from fcmae.options import load
 
     found = run_all.jobs(tmp_path, run_all.SCALES[scale])
     names = [job.name for job in found]

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from runs import PROCESSES, config, forget_accelerator
 
 import fcmae.training.run
-from fcmae import settings
+from fcmae import options
 from fcmae.config import FinetuneConfig, PretrainConfig
 from fcmae.training.run import (
     Metrics,
@@ -60,7 +60,7 @@ def test_the_settings_are_written_with_the_kind_of_run(tmp_path: Path) -> None:
     cfg = make_run(tmp_path / "deep" / "out")
     path = tmp_path / "deep" / "out" / "config.yaml"
     assert path.read_text().startswith(f"# fcmae pretrain {fcmae.__version__}\n")
-    assert settings.read(PretrainConfig, path) == cfg
+    assert options.read(PretrainConfig, path) == cfg
 
 
 def test_looking_at_a_directory_changes_nothing(tmp_path: Path) -> None:
@@ -105,7 +105,10 @@ def test_what_a_run_left_that_was_killed_before_it_began_is_no_hindrance(tmp_pat
 def test_another_kind_of_run_is_refused(tmp_path: Path) -> None:
     make_run(tmp_path)
     with pytest.raises(ValueError, match=r"holds another kind of run \(fcmae pretrain .*--overwrite"):
-        RunDirectory(FinetuneConfig(out=tmp_path), "finetune")
+        RunDirectory(
+            FinetuneConfig.model_validate({"out": tmp_path, "data": {"path": "x"}, "model": {"init": "run"}}),
+            "finetune",
+        )
 
 
 def test_every_other_setting_that_matters_is_named(tmp_path: Path) -> None:
@@ -129,7 +132,7 @@ def test_settings_that_only_say_where_and_how_fast_may_change(tmp_path: Path) ->
     with run.open(is_main=True):
         pass
     # The settings in force are those in the file.
-    assert settings.read(PretrainConfig, tmp_path / "config.yaml") == changed
+    assert options.read(PretrainConfig, tmp_path / "config.yaml") == changed
     assert RunDirectory(changed, "pretrain").kept("data.path")
     assert set(OWN) < names(tmp_path)
 
@@ -320,7 +323,7 @@ def test_a_run_that_was_refused_before_its_first_line_takes_other_settings(tmp_p
     corrected = config(Path("photos"), tmp_path, seed=5)
     with RunDirectory(corrected, "pretrain").open(is_main=True):
         pass
-    assert settings.read(PretrainConfig, tmp_path / "config.yaml") == corrected
+    assert options.read(PretrainConfig, tmp_path / "config.yaml") == corrected
 
 
 def starts(path: Path) -> list[dict[str, Any]]:

@@ -73,6 +73,18 @@ class Batch:
         """The batch on a device; the copy does not block if the batch is pinned."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
+    @property
+    def given_masks(self) -> Tensor:
+        """The masks of a batch that has some."""
+        assert self.masks is not None
+        return self.masks
+
+    @property
+    def given_labels(self) -> Tensor:
+        """The labels of a batch that has some."""
+        assert self.labels is not None
+        return self.labels
+
     def select(self, keep: Tensor) -> Batch:
         """The images where keep, (B,) bool, is true; each with one mask at most."""
         assert self.masks is None or len(self.masks) == len(self.images)
@@ -114,7 +126,7 @@ class NoUsableImage(ValueError):  # noqa: N818
         super().__init__(message.rpartition("NoUsableImage: ")[2].strip())
 
 
-class _ImageDataset(Dataset[Sample]):
+class ImageDataset(Dataset[Sample]):
     """Reads images through a view. Training replaces what it cannot read; evaluation marks it."""
 
     def __init__(self, images: Images, view: View, *, shape: tuple[int, int, int], seed: int, replaces: bool) -> None:
@@ -149,7 +161,7 @@ class _ImageDataset(Dataset[Sample]):
         return Sample(np.zeros(self._shape, np.uint8), None, self._images.label(index), index, False, bad)
 
 
-class PretrainDataset(_ImageDataset):
+class PretrainDataset(ImageDataset):
     """Images and masks for pretraining, by key (epoch, index)."""
 
     def __init__(
@@ -192,7 +204,7 @@ class PretrainDataset(_ImageDataset):
         return replace(self._read(key), masks=random_mask(self._grid, self.visible, seeds))
 
 
-class FinetuneDataset(_ImageDataset):
+class FinetuneDataset(ImageDataset):
     """Images and labels for fine-tuning, by key (epoch, index)."""
 
     def __init__(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import multiprocessing
+import os
 import signal
 from collections.abc import Iterable, Iterator
 from itertools import chain
@@ -58,15 +59,27 @@ def _end_workers() -> None:
         worker.kill()
 
 
-def default_num_workers(device_type: str, num_local_processes: int = 1) -> int:
-    """Workers for one training process: 1 on a CPU, which the model needs itself; else its share of the cores, up to 8.
+def num_workers(setting: int | None, device_type: str) -> int:
+    """Processes that decode for one training process.
 
     One worker crops some 300 photographs of 500 x 375 pixels a second (benchmarks/input_pipeline.py), about ten
-    times what atto trains on two cores. num_local_processes: training processes on this machine.
+    times what atto trains on two cores.
+
+    Args:
+        setting: data.num_workers; None is 1 on a CPU, which the model needs itself, else this process's share of the
+            cores, up to 8.
+        device_type: of what computes.
     """
+    if setting is not None:
+        return setting
     if device_type == "cpu":
         return 1
-    return max(1, min(8, int(core_time() / num_local_processes)))
+    return max(1, min(8, int(core_time() / local_processes())))
+
+
+def local_processes() -> int:
+    """Training processes on this machine, as the launcher says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def prefetched(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:

@@ -18,15 +18,17 @@ import torch
 from numpy.typing import NDArray
 
 import fcmae
+from fcmae import options
+from fcmae.config.commands import AnalyzeConfig
 from fcmae.data.index import Images, find_images, find_labelled
 from fcmae.data.loader import default_num_workers
 from fcmae.data.split import evenly
 from fcmae.evaluation.analysis import Layer, activation_maps, blocks, grn_norms, measure
-from fcmae.evaluation.features import BATCH_SIZE, batches_of
+from fcmae.evaluation.features import batches_of
 from fcmae.evaluation.figures import last_of_stages, save_activations, save_by_layer, save_selectivity
 from fcmae.evaluation.models import Backbone, choose_device, load_backbone
 from fcmae.evaluation.outputs import claim, default_out
-from fcmae.pictures import displayable
+from fcmae.evaluation.pictures import displayable
 from fcmae.training.run import FOUND, cpu_name, write_text
 
 RECORD = "analysis.json"
@@ -48,53 +50,35 @@ class Analysis:
     maps: dict[str, NDArray[np.float32]]
 
 
-def analyze(
-    models: Sequence[str],
-    images: Sequence[str] | None = None,
-    data: str | None = None,
-    out: Path | None = None,
-    *,
-    max_images: int = 1000,
-    image_size: tuple[int, int] | None = None,
-    batch_size: int = BATCH_SIZE,
-    num_workers: int | None = None,
-    device: str = "auto",
-    overwrite: bool = False,
-) -> str:
+def analyze(cfg: AnalyzeConfig) -> str:
     """Measure the models, write figures and analysis.json, and return a table.
 
-    models: see `load_backbone`; ConvNeXts. images: images, folders, lists or glob patterns; or data: labelled images,
-    see `find_labelled`, for class selectivity too. out: by default RUN/analysis, for RUN and random:RUN. max_images: of
-    more, that many are taken, evenly spread over their sorted paths. image_size: height and width; None is each
-    model's own. num_workers: None chooses. device: auto or cpu. overwrite: replace an earlier analysis there.
-    Raises ValueError, before anything is computed, if a model is no ConvNeXt or something cannot be read or used
-    together.
+    Raises:
+        ValueError: Before anything is computed, if a model is no ConvNeXt or something cannot be read or used together.
     """
     began = time.perf_counter()
-    place = default_out(models, out, "analysis")
-    if (images is None) == (data is None):
-        raise ValueError("images and data: give one of them, the images without or with labels")
-    index = find_images(images, key="images") if images is not None else find_labelled(str(data), key="data")
-    index = index.subset(evenly(len(index), max_images))
-    where = choose_device(device)
+    place = default_out(cfg.models, cfg.out, "analysis")
+    index = find_labelled(cfg.data, key="data") if cfg.data is not None else find_images(cfg.images or (), key="images")
+    index = index.subset(evenly(len(index), cfg.max_images))
+    where, num_workers = choose_device(cfg.device), cfg.num_workers
     if num_workers is None:
-        num_workers = default_num_workers(where.type) if len(index) > batch_size else 0
-    backbones = [load_backbone(model, image_size) for model in models]
+        num_workers = default_num_workers(where.type) if len(index) > cfg.batch_size else 0
+    backbones = [load_backbone(model, cfg.image_size) for model in cfg.models]
     for backbone in backbones:
         try:
             blocks(backbone.model)
         except ValueError as error:
             raise ValueError(f"model = {backbone.name!r}: {error}") from None
-    claim(place, lambda path: path.name in FOUND["analysis"], overwrite)
-    found = [_analyze(backbone, index, where, batch_size, num_workers) for backbone in backbones]
+    claim(place, lambda path: path.name in FOUND["analysis"], cfg.overwrite)
+    found = [_analyze(backbone, index, where, cfg.batch_size, num_workers) for backbone in backbones]
     record = {
         "fcmae": fcmae.__version__,
-        "command": _command(models, images, data, place, max_images, image_size),
+        "command": _command(cfg, place),
         "created": datetime.now().astimezone().isoformat(timespec="seconds"),
         "seconds": round(time.perf_counter() - began, 1),
         "machine": torch.cuda.get_device_name() if where.type == "cuda" else cpu_name(),
         "data": {
-            "source": list(images) if images is not None else data,
+            "source": cfg.images if cfg.data is None else cfg.data,
             "num_images": len(index),
             "class_names": list(index.class_names or ()),
         },
@@ -257,16 +241,6 @@ def _table(found: Sequence[Analysis]) -> str:
     return "\n".join(lines)
 
 
-def _command(
-    models: Sequence[str],
-    images: Sequence[str] | None,
-    data: str | None,
-    out: Path,
-    max_images: int,
-    image_size: tuple[int, int] | None,
-) -> str:
-    words = ["fcmae", "analyze", *models, *(["--images", *images] if images is not None else ["--data", str(data)])]
-    words += ["--out", str(out), "--max-images", str(max_images)]
-    if image_size is not None:
-        words += ["--image-size", *map(str, image_size)]
-    return shlex.join(words)
+def _command(cfg: AnalyzeConfig, place: Path) -> str:
+    found = options.changed(cfg.model_copy(update={"out": place, "overwrite": False}))
+    return shlex.join(["fcmae", "analyze", *found.pop("models"), *options.flags(found)])

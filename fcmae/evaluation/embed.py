@@ -12,7 +12,6 @@ from __future__ import annotations
 import csv
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,12 +21,13 @@ import torch
 from numpy.typing import NDArray
 
 from fcmae.atomic import replacing
+from fcmae.config.commands import EmbedConfig
 from fcmae.data.augment import CenterCrop
 from fcmae.data.index import Images, find_images, find_labelled
 from fcmae.evaluation.features import check_stages, extract
 from fcmae.evaluation.models import Backbone, choose_device, load_backbone
 from fcmae.evaluation.outputs import TEMPORARY, claim, file_name, shortened
-from fcmae.pictures import displayable, save_figure
+from fcmae.evaluation.pictures import displayable, save_figure
 
 FILES = ("features.npy", "paths.csv", "features.parquet", "map.png")
 NEIGHBOURS = "neighbours-"
@@ -38,49 +38,23 @@ MAX_LEGEND = 20  # colours that can be told apart
 ROWS = 16384  # of features in memory at once
 
 
-@dataclass(frozen=True)
-class Pictures:
-    """What is drawn. map: tsne, umap or none. neighbours: paths of images whose nearest ones are shown."""
-
-    map: str = "tsne"
-    neighbours: tuple[str, ...] = ()
-
-
-def embed(
-    model: str,
-    out: Path,
-    *,
-    images: Sequence[str] | None = None,
-    data: str | None = None,
-    pictures: Pictures | None = None,
-    parquet: bool = False,
-    stage: int = -1,
-    image_size: tuple[int, int] | None = None,
-    batch_size: int = 64,
-    num_workers: int | None = None,
-    device: str = "auto",
-    seed: int = 0,
-    overwrite: bool = False,
-) -> str:
+def embed(cfg: EmbedConfig) -> str:
     """Write the features of images and pictures of them; say what was written.
 
-    model: see `load_backbone`. images: see `find_images`; or data: labelled ones, see `find_labelled`. stage: from 1;
-    negative counts from the last. image_size: height and width; None is the model's own. seed: of the map. overwrite:
-    replace what an earlier call wrote to out. Raises ValueError, before anything is computed, for what cannot be read
-    or is not installed.
+    Raises:
+        ValueError: Before anything is computed, for what cannot be read or is not installed.
     """
-    pictures = pictures or Pictures()
-    assert (images is None) != (data is None)
-    index = find_labelled(data, key="data") if data is not None else find_images(images or (), key="images")
-    queries = find_images(pictures.neighbours, key="neighbours") if pictures.neighbours else None
-    if parquet:
+    out = cfg.out
+    index = find_labelled(cfg.data, key="data") if cfg.data is not None else find_images(cfg.images or (), key="images")
+    queries = find_images(cfg.neighbours, key="neighbours") if cfg.neighbours else None
+    if cfg.parquet:
         _require_pyarrow()
-    if pictures.map == "umap":
+    if cfg.map == "umap":
         _require_umap()
-    backbone = load_backbone(model, image_size)
-    check_stages(backbone, [stage])
-    claim(out, _is_ours, overwrite)
-    chosen_device = choose_device(device)
+    backbone = load_backbone(cfg.model, cfg.image_size)
+    check_stages(backbone, [cfg.stage])
+    claim(out, _is_ours, cfg.overwrite)
+    device = choose_device(cfg.device)
     with TemporaryDirectory(prefix=TEMPORARY[0], dir=out) as directory:
 
         def features_of(found: Images, name: str) -> tuple[Images, NDArray[np.float32]]:
@@ -89,10 +63,10 @@ def embed(
             extracted = extract(
                 backbone,
                 found,
-                [stage],
-                device=chosen_device,
-                batch_size=batch_size,
-                num_workers=num_workers,
+                [cfg.stage],
+                device=device,
+                batch_size=cfg.batch_size,
+                num_workers=cfg.num_workers,
                 directory=aside,
                 title=f"features of {name}",
             )
@@ -101,26 +75,26 @@ def embed(
             return found.subset(extracted.positions), next(iter(extracted.stages.values()))
 
         index, features = features_of(index, "images")
-        if parquet:
+        if cfg.parquet:
             written = [write_parquet(out / "features.parquet", features, index)]
         else:
             written = [write_npy(out / "features.npy", features), write_paths(out / "paths.csv", index)]
         lines = [f"{len(features)} images, {features.shape[1]} features each"]
-        if pictures.map != "none" and len(features) < MIN_POINTS:
+        if cfg.map is not None and len(features) < MIN_POINTS:
             lines.append(f"no map: {len(features)} images are too few")
-        elif pictures.map != "none":
+        elif cfg.map is not None:
             shown = np.arange(len(features))
             if len(features) > MAX_POINTS:
-                shown = np.sort(np.random.default_rng(seed).choice(len(features), MAX_POINTS, replace=False))
-                lines.append(f"the map shows {MAX_POINTS} of the images, drawn with seed {seed}")
-            points = project(features[shown], pictures.map, seed)
-            name = {"tsne": "t-SNE", "umap": "UMAP"}[pictures.map]
+                shown = np.sort(np.random.default_rng(cfg.seed).choice(len(features), MAX_POINTS, replace=False))
+                lines.append(f"the map shows {MAX_POINTS} of the images, drawn with seed {cfg.seed}")
+            points = project(features[shown], cfg.map, cfg.seed)
+            name = {"tsne": "t-SNE", "umap": "UMAP"}[cfg.map]
             some = f"{len(shown)} of {len(features)}" if len(shown) < len(features) else f"{len(shown)}"
             save_map(
                 out / "map.png",
                 points,
                 index.subset(shown),
-                f"{shortened(model, 80)}\n{name} of {some} images",
+                f"{shortened(cfg.model, 80)}\n{name} of {some} images",
             )
             written.append(out / "map.png")
         if queries is not None:

@@ -13,7 +13,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,17 +24,18 @@ import torch
 from numpy.typing import NDArray
 
 import fcmae
+from fcmae import options
 from fcmae.classification import macro_auroc, scores
+from fcmae.config.commands import EvaluateConfig
 from fcmae.data.index import Images, find_labelled
 from fcmae.data.split import draw, split
 from fcmae.evaluation.features import check_stages, extract
 from fcmae.evaluation.models import RANDOM, Backbone, choose_device, load_backbone
 from fcmae.evaluation.outputs import TEMPORARY, claim, default_out, file_name, shortened
 from fcmae.evaluation.probes import few_shot_counts, fit_linear, knn_probabilities, mean_and_interval
-from fcmae.pictures import save_figure
+from fcmae.evaluation.pictures import save_figure
 from fcmae.training.run import FOUND, cpu_name, write_text
 
-PROBES = ("knn", "linear", "few-shot")
 KS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
 SCORES = ("top1", "balanced_accuracy", "auroc")  # the columns of the table; the file has top5 too
@@ -44,61 +45,28 @@ MAX_NAMED_CLASSES = 50  # more names are too small to read
 Labelled = tuple[NDArray[np.float32], NDArray[np.int64]]  # features (N, D), class indices (N,)
 
 
-@dataclass(frozen=True)
-class Data:
-    """Labelled images, see `find_labelled`. Without test, a stratified share of train is held out."""
-
-    train: str
-    test: str | None = None
-    test_share: float = 0.2
-
-
-@dataclass(frozen=True)
-class Options:
-    """What is asked of every model alike.
-
-    probes: of PROBES. labels, draws: amounts of labels for few-shot (see `few_shot_counts`), each drawn so many times.
-    stages: numbers, from 1; negative ones count from the last; None is all. image_size: height and width; None is each
-    model's own. seed: of everything drawn. num_workers: None chooses. device: auto or cpu.
-    """
-
-    probes: tuple[str, ...] = ("knn", "linear")
-    labels: tuple[str, ...] = ("1%", "10%")
-    draws: int = 5
-    stages: tuple[int, ...] | None = (-1,)
-    image_size: tuple[int, int] | None = None
-    seed: int = 0
-    batch_size: int = 64
-    num_workers: int | None = None
-    device: str = "auto"
-
-
-def evaluate(
-    models: Sequence[str], data: Data, options: Options, out: Path | None = None, overwrite: bool = False
-) -> str:
+def evaluate(cfg: EvaluateConfig) -> str:
     """Probe the models' features, write what was found, and return a table of it.
 
-    models: see `load_backbone`. out: by default RUN/evaluation, for RUN and random:RUN. overwrite: replace an
-    earlier evaluation there. Raises ValueError, before anything is computed, for what cannot be read or used together.
+    Raises:
+        ValueError: Before anything is computed, for what cannot be read or used together.
     """
-    place = default_out(models, out, "evaluation")
-    train_index, test_index = find_data(data, options.seed)
-    if unknown := [probe for probe in options.probes if probe not in PROBES]:
-        raise ValueError(f"probes: {unknown[0]!r} is none of {', '.join(PROBES)}")
-    if "few-shot" in options.probes:
-        for label in options.labels:
+    place = default_out(cfg.models, cfg.out, "evaluation")
+    train_index, test_index = find_data(cfg.data, cfg.test, cfg.test_share, cfg.seed)
+    if "few-shot" in cfg.probes:
+        for label in cfg.labels:
             few_shot_counts(label, _labels(train_index))
-    backbones = [load_backbone(model, options.image_size) for model in models]
+    backbones = [load_backbone(model, cfg.image_size) for model in cfg.models]
     for backbone in backbones:
-        check_stages(backbone, options.stages)
-    several = len(models) > 1
-    folders = [place / name for name in _folder_names(models)] if several else [place]
-    claim(place, _is_ours, overwrite)
+        check_stages(backbone, cfg.stages)
+    several = len(cfg.models) > 1
+    folders = [place / name for name in _folder_names(cfg.models)] if several else [place]
+    claim(place, _is_ours, cfg.overwrite)
     records: list[dict[str, Any]] = []
     for backbone, folder in zip(backbones, folders, strict=True):
         with TemporaryDirectory(prefix=TEMPORARY[0], dir=place) as directory:
-            record = evaluate_model(backbone, train_index, test_index, data, options, Path(directory))
-        record["command"] = _command(backbone.name, data, options, folder)
+            record = evaluate_model(backbone, train_index, test_index, cfg, Path(directory))
+        record["command"] = _command(cfg, backbone.name, folder)
         folder.mkdir(exist_ok=True)
         if record["confusion"] is not None:
             save_confusion(folder / "confusion.png", record)
@@ -110,21 +78,21 @@ def evaluate(
 
 
 def evaluate_model(
-    backbone: Backbone, train_index: Images, test_index: Images, data: Data, options: Options, directory: Path
+    backbone: Backbone, train_index: Images, test_index: Images, cfg: EvaluateConfig, directory: Path
 ) -> dict[str, Any]:
     """What evaluation.json says of one model, but for the command. directory: an empty one, for the features."""
     started = time.perf_counter()
-    device = choose_device(options.device)
+    device = choose_device(cfg.device)
     features, labels = [], []
     for title, index in (("train", train_index), ("test", test_index)):
         (directory / title).mkdir()
         found = extract(
             backbone,
             index,
-            options.stages,
+            cfg.stages,
             device=device,
-            batch_size=options.batch_size,
-            num_workers=options.num_workers,
+            batch_size=cfg.batch_size,
+            num_workers=cfg.num_workers,
             directory=directory / title,
             title=f"{backbone.name}: features, {title}",
         )
@@ -143,11 +111,11 @@ def evaluate_model(
             (features[0][stage], labels[0]),
             (features[1][stage], labels[1]),
             len(names),
-            options,
+            cfg,
             device,
         )
         results += rows
-    drawn = f"{data.test_share:g} of {data.train}, drawn with seed {options.seed}"
+    drawn = f"{cfg.test_share:g} of {cfg.data}, drawn with seed {cfg.seed}"
     return {
         "fcmae": fcmae.__version__,
         "model": backbone.name,
@@ -158,8 +126,8 @@ def evaluate_model(
         "seconds": round(time.perf_counter() - started, 1),
         "machine": torch.cuda.get_device_name() if device.type == "cuda" else cpu_name(),
         "data": {
-            "train": data.train if data.test else f"{data.train} without its test images",
-            "test": data.test or drawn,
+            "train": cfg.data if cfg.test else f"{cfg.data} without its test images",
+            "test": cfg.test or drawn,
             "num_train": len(labels[0]),
             "num_test": len(labels[1]),
             "largest_class": np.bincount(labels[1]).max() / len(labels[1]),
@@ -182,17 +150,27 @@ def _folder_names(models: Sequence[str]) -> list[str]:
     return last if len(set(last)) == len(last) else [file_name(model) for model in models]
 
 
-def find_data(data: Data, seed: int) -> tuple[Images, Images]:
-    """Training and test images. Raises ValueError if there are none of one, or an image is in both."""
-    found = find_labelled(data.train, key="data")
-    if data.test is None:
-        train_index, test_index = split(found, data.test_share, seed)
+def find_data(data: str, test: str | None, test_share: float, seed: int) -> tuple[Images, Images]:
+    """Training and test images.
+
+    Args:
+        data: Labelled images, see `find_labelled`.
+        test: Those to test on; None draws a share of each class.
+        test_share: That share.
+        seed: Of the draw.
+
+    Raises:
+        ValueError: If there are no images of one, or an image is in both.
+    """
+    found = find_labelled(data, key="data")
+    if test is None:
+        train_index, test_index = split(found, test_share, seed)
         if not len(test_index):
-            raise ValueError(f"test_share = {data.test_share:g} leaves no image of {data.train} to test on: raise it")
+            raise ValueError(f"test_share = {test_share:g} leaves no image of {data} to test on: raise it")
         return train_index, test_index
-    test_index = find_labelled(data.test, found.class_names, key="test")
+    test_index = find_labelled(test, found.class_names, key="test")
     if both := set(found.names()) & set(test_index.names()):
-        raise ValueError(f"test: {len(both)} images are in {data.train} too, such as {min(both)}: take them out of one")
+        raise ValueError(f"test: {len(both)} images are in {data} too, such as {min(both)}: take them out of one")
     return found, test_index
 
 
@@ -213,7 +191,7 @@ def probe_stage(
     train: Labelled,
     test: Labelled,
     num_classes: int,
-    options: Options,
+    cfg: EvaluateConfig,
     device: torch.device,
 ) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
     """All probes of one stage's features, as evaluation.json has them, and a confusion matrix.
@@ -223,31 +201,31 @@ def probe_stage(
     """
     results: list[dict[str, Any]] = []
     predicted: dict[str, NDArray[np.float32]] = {}
-    if "knn" in options.probes:
+    if "knn" in cfg.probes:
         ks = [k for k in KS if k <= len(train[0])] or [len(train[0])]
         by_k = knn_probabilities(*train, test[0], num_classes, ks=ks, temperature=TEMPERATURE, device=device)
         for k, probabilities in by_k.items():
             results.append(_result("knn", stage, {"k": k, "temperature": TEMPERATURE}, score(test[1], probabilities)))
         predicted["knn"] = by_k[20 if 20 in by_k else ks[0]]
-    if "linear" in options.probes:
+    if "linear" in cfg.probes:
         title = f"{model}: linear, stage {stage}"
-        probe = fit_linear(*train, num_classes, seed=options.seed, device=device, title=title)
+        probe = fit_linear(*train, num_classes, seed=cfg.seed, device=device, title=title)
         predicted["linear"] = probe.probabilities(test[0])
         results.append(_result("linear", stage, asdict(probe.setting), score(test[1], predicted["linear"])))
-    for label in options.labels if "few-shot" in options.probes else ():
+    for label in cfg.labels if "few-shot" in cfg.probes else ():
         counts = few_shot_counts(label, train[1])
         found = []
-        for number in range(options.draws):
+        for number in range(cfg.draws):
             probe = fit_linear(
                 *train,
                 num_classes,
-                positions=draw(train[1], counts, options.seed + number),
-                seed=options.seed + number,
+                positions=draw(train[1], counts, cfg.seed + number),
+                seed=cfg.seed + number,
                 device=device,
-                title=f"{model}: {label} of the labels, draw {number + 1} of {options.draws}, stage {stage}",
+                title=f"{model}: {label} of the labels, draw {number + 1} of {cfg.draws}, stage {stage}",
             )
             found.append(score(test[1], probe.probabilities(test[0])))
-        setting = {"labels": label, "num_images": int(counts.sum()), "draws": options.draws}
+        setting = {"labels": label, "num_images": int(counts.sum()), "draws": cfg.draws}
         means, spread = {}, {}
         for name in found[0]:
             means[name], interval = mean_and_interval([scores[name] for scores in found])
@@ -285,23 +263,11 @@ def _architecture(backbone: Backbone) -> str:
     return backbone.name.removeprefix(RANDOM)
 
 
-def _command(model: str, data: Data, options: Options, folder: Path) -> str:
+def _command(cfg: EvaluateConfig, model: str, folder: Path) -> str:
     """The command that evaluates this model alone, to the same result."""
-    words = ["fcmae", "evaluate", model, "--data", data.train]
-    words += ["--test", data.test] if data.test else ["--test-share", f"{data.test_share:g}"]
-    words += ["--probes", *options.probes]
-    if "few-shot" in options.probes:
-        words += ["--labels", *options.labels, "--draws", str(options.draws)]
-    if options.stages != (-1,):
-        words += ["--stages", *_stage_names(options.stages)]
-    if options.image_size:
-        words += ["--image-size", *map(str, options.image_size)]
-    words += ["--seed", str(options.seed), "--device", options.device, "--out", str(folder)]
-    return shlex.join(words)
-
-
-def _stage_names(stages: tuple[int, ...] | None) -> list[str]:
-    return ["all"] if stages is None else ["last" if stage == -1 else str(stage) for stage in stages]
+    alone = options.changed(cfg.model_copy(update={"models": [model], "out": folder, "overwrite": False}))
+    del alone["models"]
+    return shlex.join(["fcmae", "evaluate", model, *options.flags(alone)])
 
 
 def summary(records: Sequence[dict[str, Any]]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fcmae.pictures import save_figure
+from fcmae.evaluation.pictures import save_figure
 
 LineOf = Mapping[str, Mapping[str, float]]  # of each model the value of each layer
 

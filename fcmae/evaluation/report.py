@@ -19,6 +19,7 @@ from markupsafe import Markup, escape
 from PIL import Image
 
 import fcmae
+from fcmae import options
 from fcmae.data.split import evenly
 from fcmae.evaluation.charts import Chart, heat_map, line_chart, shown
 from fcmae.evaluation.runs import Run, curve, read_json, read_run
@@ -489,11 +490,7 @@ def command(kind: str, changed: Mapping[str, Any], num_processes: int = 1) -> st
     words = ["fcmae", kind]
     if num_processes > 1:
         words = ["accelerate", "launch", "--num_processes", str(num_processes), f"{kind}.py"]
-    for key, value in changed.items():
-        text = _flag_value(value)
-        # A value that starts with a dash would be read as a flag.
-        words += [f"--{key}={text}"] if text.startswith("-") else [f"--{key}", text]
-    return shlex.join(words)
+    return shlex.join([*words, *options.flags(changed)])
 
 
 def wrapped(command: str) -> str:
@@ -509,13 +506,3 @@ def wrapped(command: str) -> str:
             lines.append("   ")
         lines[-1] += f" {quoted}" if lines[-1] else quoted
     return " \\\n".join(lines)
-
-
-def _flag_value(value: Any) -> str:
-    if isinstance(value, list):
-        plain = [_flag_value(item) for item in value]
-        unclear = not value or plain == ["none"] or any(set(text) & set(',[]"') for text in plain)
-        return json.dumps(value) if unclear else ",".join(plain)
-    if value is None or isinstance(value, bool):
-        return {None: "none", True: "true", False: "false"}[value]
-    return str(value)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from fcmae import settings
+from fcmae import options
 from fcmae.config import FinetuneConfig, PretrainConfig
 from fcmae.data.index import Images
 from fcmae.data.split import split
@@ -104,17 +104,16 @@ def read_json(path: Path, kind: type, remedy: str, problems: list[str]) -> Any:
 def _settings(config: Path, kind: str, problems: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """All settings, and those that are not the default."""
     try:
-        saved: PretrainConfig | FinetuneConfig = settings.read(CONFIGS[kind], config)
-        values = flat(saved.model_dump(mode="json"))
-    except settings.ConfigError as error:
+        saved: PretrainConfig | FinetuneConfig = options.read(CONFIGS[kind], config)
+        return options.flat(saved), options.changed(saved)
+    except options.ConfigError as error:
         problems.append(f"The settings are not those of this version of fcmae: {'; '.join(str(error).splitlines())}.")
         try:
             content = yaml.safe_load(config.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError):
             content = None
         values = flat(content) if isinstance(content, dict) else {}
-    default = flat(CONFIGS[kind]().model_dump(mode="json"))
-    return values, {key: value for key, value in values.items() if key not in default or default[key] != value}
+    return values, values
 
 
 def flat(nested: Mapping[str, Any]) -> dict[str, Any]:

@@ -169,6 +169,7 @@ def restore(
     optimizer: torch.optim.Optimizer,
     data_fingerprint: str,
     from_format_1: Callable[[str], str],
+    scaler: torch.amp.GradScaler | None = None,
 ) -> Meta:
     """Load weights and optimizer state.
 
@@ -178,6 +179,7 @@ def restore(
         optimizer: the run's, of the model's parameters.
         data_fingerprint: of the run's images.
         from_format_1: the name in format 1 of a parameter of the model.
+        scaler: of fp16, which is restored too.
 
     Returns:
         What the checkpoint says of itself.
@@ -189,6 +191,8 @@ def restore(
     meta = read_meta(checkpoint)
     model.load_state_dict(read_state(checkpoint, "model", model, from_format_1))
     load_optimizer_state(optimizer, model, read_state(checkpoint, "optimizer", model, from_format_1))
+    if scaler is not None:
+        scaler.load_state_dict(meta.progress["scaler"])
     return meta
 
 
@@ -210,7 +214,7 @@ def read_state(
     return found | tensors
 
 
-def prune(run: Path, keep: int, milestone_steps: int) -> None:
+def prune(run: Path, keep: int, milestone_steps: float) -> None:
     """Delete all but the newest `keep` checkpoints and those at multiples of `milestone_steps` (0: none)."""
     for path in (run / DIRECTORY).glob(".tmp-*"):
         shutil.rmtree(path, ignore_errors=True)

@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +23,8 @@ from fcmae.config import RunConfig
 from fcmae.data.bad_files import BadFiles
 from fcmae.data.dataset import Batch
 from fcmae.training import health
+from fcmae.training.optim import Schedule
+from fcmae.training.run import read_metrics
 
 logger = logging.getLogger("fcmae")
 
@@ -34,24 +35,22 @@ class Log:
     Args:
         cfg: of the run, with `out`.
         accelerator: of its processes.
-        start: steps that were done before.
-        per_epoch: steps of an epoch.
+        schedule: of its steps.
         num_files: images of the run, of which a share may be unreadable.
     """
 
-    def __init__(self, cfg: RunConfig, accelerator: Accelerator, start: int, per_epoch: int, num_files: int) -> None:
+    def __init__(self, cfg: RunConfig, accelerator: Accelerator, schedule: Schedule, num_files: int) -> None:
         assert cfg.out is not None
         self.run = cfg.out
-        self.metrics = Metrics(self.run / "metrics.jsonl", accelerator, start)
+        self.metrics = Metrics(self.run / "metrics.jsonl", accelerator, schedule.start)
         self.window = Window(cfg.batch_size, accelerator.device.type)
         self.unread_files: list[tuple[str, str]] = []
-        self._accelerator, self._batch_size, self._per_epoch = accelerator, cfg.batch_size, per_epoch
-        self._total = cfg.epochs * per_epoch
+        self._accelerator, self._batch_size, self._schedule = accelerator, cfg.batch_size, schedule
         self._bad_files = BadFiles(self.run / "bad_files.txt", num_files, cfg.data.max_bad_share)
         self._recent: deque[dict[str, float]] = deque(maxlen=2 * health.STARVED_WINDOWS)
         self._told = not accelerator.is_main_process
         hidden = None if accelerator.is_main_process else True  # None: where there is no terminal
-        self._bar = tqdm(total=self._total, initial=start, unit="step", disable=hidden)
+        self._bar = tqdm(total=schedule.total, initial=schedule.start, unit="step", disable=hidden)
 
     def close(self) -> None:
         self._bar.close()
@@ -77,7 +76,7 @@ class Log:
         line = self.window.summary() | {"lr": lr}
         if math.isfinite(grad_norm):  # under fp16 it may not be
             line["grad_norm"] = grad_norm
-        epoch = step / self._per_epoch
+        epoch, total = step / self._schedule.per_epoch, self._schedule.total
         self.metrics.write(step, epoch, **line)
         self._recent.append({"step": step, "epoch": epoch, **line})
         if not self._told and (starved := health.starved(self._recent)) is not None:
@@ -85,10 +84,10 @@ class Log:
             logger.warning(starved.text)
         text = f"loss {line['loss']:.4f}, {line['images_per_s']:.1f} images/s"
         self._bar.set_postfix_str(text)
-        left = timedelta(seconds=round((self._total - step) * self._batch_size / line["images_per_s"]))
+        left = timedelta(seconds=round((total - step) * self._batch_size / line["images_per_s"]))
         level = logging.INFO if self._bar.disable else logging.DEBUG  # the terminal has the bar, train.log has lines
         message = "step %d/%d, epoch %.2f, %s, lr %.3g, %s left"
-        logger.log(level, message, step, self._total, epoch, text, lr, left)
+        logger.log(level, message, step, total, epoch, text, lr, left)
 
     def show(self, name: str, path: Path, step: int) -> None:
         """Give a picture to TensorBoard."""
@@ -124,17 +123,6 @@ class Metrics:
         lines = read_metrics(self.path)
         found = {name: [(line["epoch"], line[name]) for line in lines if name in line] for name in names}
         return {name: ([e for e, _ in points], [v for _, v in points]) for name, points in found.items() if points}
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, without a last one that was cut off; none before the first was written."""
-    lines = []
-    for text in path.read_text().splitlines() if path.exists() else ():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
 
 
 class Window:

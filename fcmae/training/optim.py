@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+
+from fcmae.config import RunConfig
 
 # GRN's gamma and beta are 4-D in the released shape, so a rule on dimensions misses them.
 NO_DECAY = re.compile(r"(^|\.)(mask_token|gamma|beta)$|\.grn\.")
@@ -70,6 +73,79 @@ def learning_rate(step: int, *, peak: float, minimum: float, warmup_steps: int, 
         return peak * step / warmup_steps
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
     return minimum + (peak - minimum) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When what happens in a run, in steps: pure functions of how many are done.
+
+    Attributes:
+        start: steps that were done before.
+        per_epoch: steps of an epoch.
+        total: steps of the run.
+        peak_lr: learning rate at the end of the warm-up.
+        min_lr: at the last step.
+        warmup: steps of the warm-up.
+        log_every, eval_every, save_every, milestone_every: steps between; fractions are allowed, 0 is never.
+    """
+
+    start: int
+    per_epoch: int
+    total: int
+    peak_lr: float
+    min_lr: float
+    warmup: int
+    log_every: float
+    eval_every: float
+    save_every: float
+    milestone_every: float
+
+    @classmethod
+    def of(cls, cfg: RunConfig, per_epoch: int, start: int) -> Schedule:
+        """What the settings of a run say.
+
+        Args:
+            cfg: of pretraining or fine-tuning.
+            per_epoch: steps of an epoch.
+            start: steps that were done before.
+        """
+        return cls(
+            start=start,
+            per_epoch=per_epoch,
+            total=cfg.epochs * per_epoch,
+            peak_lr=cfg.optim.base_lr * cfg.batch_size / 256,
+            min_lr=cfg.optim.min_lr,
+            warmup=round(cfg.optim.warmup_epochs * per_epoch),
+            log_every=cfg.log.every_steps,
+            eval_every=cfg.log.eval_epochs * per_epoch,
+            save_every=cfg.checkpoint.every_epochs * per_epoch,
+            milestone_every=cfg.checkpoint.milestone_epochs * per_epoch,
+        )
+
+    def learning_rate(self, step: int) -> float:
+        """Of the step after `step` steps."""
+        return learning_rate(
+            step, peak=self.peak_lr, minimum=self.min_lr, warmup_steps=self.warmup, total_steps=self.total
+        )
+
+    def logs(self, done: int) -> bool:
+        """Whether a line is due after `done` steps."""
+        return done % self.log_every == 0
+
+    def evaluates(self, done: int) -> bool:
+        """Whether an evaluation is due after `done` steps."""
+        return due(done, self.eval_every, self.total)
+
+    def saves(self, done: int) -> bool:
+        """Whether a checkpoint is due after `done` steps."""
+        at_milestone = self.milestone_every > 0 and done % self.milestone_every == 0
+        return at_milestone or due(done, self.save_every, self.total)
+
+
+def due(done: int, every: float, total: int) -> bool:
+    """Whether `done` steps just reached a multiple of `every` steps, which may be fractional, or the end."""
+    # The small term keeps a multiple that is whole in decimals whole in binary: 3 / (.1 * 30) is just below 1.
+    return done == total or math.floor(done / every + 1e-9) > math.floor((done - 1) / every + 1e-9)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float, step: int) -> None:

@@ -18,34 +18,36 @@ import json
 import logging
 import os
 import platform
-import random
 import shlex
 import shutil
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import datetime
 from importlib import metadata
 from operator import attrgetter
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import ProjectConfiguration, broadcast_object_list
 from tqdm import tqdm
 
 import fcmae
-from fcmae import settings
+from fcmae import options
+from fcmae.atomic import write_text
 from fcmae.config import RunConfig
 from fcmae.data.cores import num_cores
 from fcmae.training import checkpoint
 
 logger = logging.getLogger("fcmae")
+
+Found = TypeVar("Found")
 
 # All that a run writes beside config.yaml, so that --overwrite deletes nothing else.
 DIRECTORIES = ("tensorboard", "reconstructions", "best", "last")
@@ -84,7 +86,7 @@ class RunDirectory:
     """
 
     def __init__(self, cfg: RunConfig, kind: str) -> None:
-        assert cfg.out is not None  # conflicts() has seen to it
+        assert cfg.out is not None  # its settings have seen to it
         self.cfg = cfg
         self.kind = kind
         self.path = cfg.out
@@ -109,8 +111,8 @@ class RunDirectory:
         remedy = "give another --out, the same settings, or --overwrite to delete it"
         if not header.startswith(f"# fcmae {self.kind} "):
             raise ValueError(f"out = {self.path} holds another kind of run ({header.lstrip('# ')}): {remedy}")
-        saved = settings.read(type(self.cfg), config)
-        if different := settings.diff(saved, self.cfg):
+        saved = options.read(type(self.cfg), config)
+        if different := options.diff(saved, self.cfg):
             raise ValueError(
                 f"out = {self.path} holds a run with other settings: {remedy}\n  " + "\n  ".join(different)
             )
@@ -127,6 +129,11 @@ class RunDirectory:
     def resume_from(self) -> Path | None:
         """The checkpoint to go on from."""
         return checkpoint.latest(self.path) if self.exists else None
+
+    @property
+    def resume_step(self) -> int:
+        """The steps that were done there."""
+        return 0 if self.resume_from is None else checkpoint.read_meta(self.resume_from).step
 
     @contextmanager
     def open(self, is_main: bool) -> Iterator[None]:
@@ -151,7 +158,7 @@ class RunDirectory:
                 raise ValueError(in_use)
             if not self.exists:
                 self._clear()
-            text = f"# fcmae {self.kind} {fcmae.__version__}\n{settings.dump(self.cfg)}"
+            text = f"# fcmae {self.kind} {fcmae.__version__}\n{options.dump(self.cfg)}"
             write_text(self.path / "config.yaml", text)
             record_start(self.path / "environment.json", _uses_cpu(self.cfg))
             with _logging_to(self.path / "train.log"):
@@ -175,13 +182,6 @@ class RunDirectory:
             for path in [*(self.path / folder).glob("*/"), self.path / folder]:
                 with suppress(OSError):  # not empty: something else is there
                     path.rmdir()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all."""
-    aside = path.with_name(f".tmp-{path.name}")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
 
 
 def record_start(path: Path, cpu: bool) -> None:
@@ -251,33 +251,6 @@ def _logging_to(path: Path) -> Iterator[None]:
             handler.close()
 
 
-class Metrics:
-    """metrics.jsonl and the trackers. Lines after `step`, of a run that was cut off there, are removed."""
-
-    def __init__(self, path: Path, accelerator: Accelerator, step: int) -> None:
-        self.path = path
-        self.accelerator = accelerator
-        if accelerator.is_main_process and path.exists():
-            # The last line may be half written; what follows the resumed step will be written again.
-            kept = [line for line in read_metrics(path) if line["step"] <= step]
-            write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-        # TensorBoard is told to forget what follows the resumed step.
-        accelerator.init_trackers("fcmae", init_kwargs={"tensorboard": {"purge_step": step + 1}})
-
-    def write(self, step: int, epoch: float, **values: float) -> None:
-        """Append one line; values are finite numbers by name."""
-        if self.accelerator.is_main_process:
-            with self.path.open("a") as file:
-                file.write(json.dumps({"step": step, "epoch": round(epoch, 4), **values}) + "\n")
-            self.accelerator.log(values, step=step)
-
-    def curves(self, *names: str) -> dict[str, tuple[list[float], list[float]]]:
-        """Epochs and values of each name that was written."""
-        lines = read_metrics(self.path)
-        found = {name: [(line["epoch"], line[name]) for line in lines if name in line] for name in names}
-        return {name: ([e for e, _ in points], [v for _, v in points]) for name, points in found.items() if points}
-
-
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl, without a last one that was cut off; none before the first was written."""
     lines = []
@@ -319,20 +292,12 @@ def make_accelerator(cfg: RunConfig) -> Accelerator:
     )
 
 
-def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed every generator for one step.
-
-    Drop path, mixup and the like then depend on (seed, step, rank) alone, so a resumed run draws what an
-    uninterrupted one does, and no random state needs to be stored.
-    """
-    number = int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
-    random.seed(number)
-    np.random.seed(number)  # noqa: NPY002  # timm's mixup draws from numpy's global generator
-    torch.manual_seed(number)
-
-
 class StopSignal:
-    """SIGTERM, SIGINT and SIGUSR1 ask the loop to finish its step; a second SIGINT interrupts at once."""
+    """SIGTERM, SIGINT and SIGUSR1 ask the loop to finish its step; a second SIGINT interrupts at once.
+
+    Attributes:
+        received: the name of the signal that came first, or None.
+    """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -353,6 +318,42 @@ class StopSignal:
         self.received = signal.Signals(number).name
 
 
-def local_processes() -> int:
-    """Training processes on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+@dataclass(frozen=True)
+class Run:
+    """A run that has ended: a path, which everything that starts from a run takes.
+
+    Attributes:
+        path: its directory.
+        kind: "pretrain" or "finetune".
+        finished: whether it came to its end.
+        stopped_by: the name of the signal that stopped it before, or None.
+    """
+
+    path: Path
+    kind: str
+    finished: bool = True
+    stopped_by: str | None = None
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of its metrics.jsonl: step, epoch, and what was measured there, by name."""
+        return read_metrics(self.path / "metrics.jsonl")
+
+    @property
+    def status(self) -> int:
+        """As a process's exit status: 0 at the end; 143 and 130 after SIGTERM and SIGINT, as shells have it.
+
+        0 after SIGUSR1, by which schedulers warn that time is up: the job is to be queued again, not to count as failed.
+        """
+        stopped = not self.finished and self.stopped_by not in (None, "SIGUSR1")
+        return 128 + signal.Signals[str(self.stopped_by)] if stopped else 0
+
+
+def same_everywhere(accelerator: Accelerator, find: Callable[[], Found]) -> Found:
+    """What the first process finds, sent to all."""
+    found: list[Any] = [find() if accelerator.is_main_process else None]
+    broadcast_object_list(found)
+    result: Found = found[0]
+    return result

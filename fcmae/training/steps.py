@@ -16,7 +16,6 @@ import math
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,86 +24,15 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from fcmae.config import RunConfig
-from fcmae.data.dataset import Batch
+from fcmae.data.dataset import Batch, ImageDataset
+from fcmae.data.loader import build_loader, num_workers, prefetched
+from fcmae.data.sampler import StepSampler
 from fcmae.training import checkpoint
 from fcmae.training.log import Log
-from fcmae.training.optim import learning_rate, set_learning_rate
+from fcmae.training.optim import Schedule, set_learning_rate
 from fcmae.training.run import StopSignal
 
 logger = logging.getLogger("fcmae")
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """When what happens in a run, in steps: pure functions of how many are done.
-
-    Attributes:
-        start: steps that were done before.
-        per_epoch: steps of an epoch.
-        total: steps of the run.
-        peak_lr: learning rate at the end of the warm-up.
-        min_lr: at the last step.
-        warmup: steps of the warm-up.
-        log_every, eval_every, save_every, milestone_every: steps between; fractions are allowed, 0 is never.
-    """
-
-    start: int
-    per_epoch: int
-    total: int
-    peak_lr: float
-    min_lr: float
-    warmup: int
-    log_every: float
-    eval_every: float
-    save_every: float
-    milestone_every: float
-
-    @classmethod
-    def of(cls, cfg: RunConfig, per_epoch: int, start: int) -> Schedule:
-        """What the settings of a run say.
-
-        Args:
-            cfg: of pretraining or fine-tuning.
-            per_epoch: steps of an epoch.
-            start: steps that were done before.
-        """
-        return cls(
-            start=start,
-            per_epoch=per_epoch,
-            total=cfg.epochs * per_epoch,
-            peak_lr=cfg.optim.base_lr * cfg.batch_size / 256,
-            min_lr=cfg.optim.min_lr,
-            warmup=round(cfg.optim.warmup_epochs * per_epoch),
-            log_every=cfg.log.every_steps,
-            eval_every=cfg.log.eval_epochs * per_epoch,
-            save_every=cfg.checkpoint.every_epochs * per_epoch,
-            milestone_every=cfg.checkpoint.milestone_epochs * per_epoch,
-        )
-
-    def learning_rate(self, step: int) -> float:
-        """Of the step after `step` steps."""
-        return learning_rate(
-            step, peak=self.peak_lr, minimum=self.min_lr, warmup_steps=self.warmup, total_steps=self.total
-        )
-
-    def logs(self, done: int) -> bool:
-        """Whether a line is due after `done` steps."""
-        return done % self.log_every == 0
-
-    def evaluates(self, done: int) -> bool:
-        """Whether an evaluation is due after `done` steps."""
-        return due(done, self.eval_every, self.total)
-
-    def saves(self, done: int) -> bool:
-        """Whether a checkpoint is due after `done` steps."""
-        at_milestone = self.milestone_every > 0 and done % self.milestone_every == 0
-        return at_milestone or due(done, self.save_every, self.total)
-
-
-def due(done: int, every: float, total: int) -> bool:
-    """Whether `done` steps just reached a multiple of `every` steps, which may be fractional, or the end."""
-    # The small term keeps a multiple that is whole in decimals whole in binary: 3 / (.1 * 30) is just below 1.
-    return done == total or math.floor(done / every + 1e-9) > math.floor((done - 1) / every + 1e-9)
 
 
 class Steps:
@@ -114,35 +42,46 @@ class Steps:
         finished: whether the end was reached.
 
     Args:
-        schedule: of the run.
+        cfg: settings of the run.
+        schedule: what they make of its images.
         accelerator: of its processes.
         model: as accelerate prepared it.
         optimizer: likewise; one of torch's fused ones.
-        batches: of this process, on its device, in the order of the steps and of the parts of each.
+        dataset: samples by (epoch, index).
         log: what the run says.
         stop: the signals that it has had.
-        seed: of the run.
-        grad_accum: parts of a step.
-        clip_grad: largest norm of the gradient, or None.
+        masks_per_image: how often batch_size counts an image.
     """
 
     def __init__(
         self,
+        cfg: RunConfig,
         schedule: Schedule,
         accelerator: Accelerator,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        batches: Iterator[Batch],
+        dataset: ImageDataset,
         log: Log,
         stop: StopSignal,
-        *,
-        seed: int,
-        grad_accum: int = 1,
-        clip_grad: float | None = None,
+        masks_per_image: int = 1,
     ) -> None:
-        self.schedule, self.accelerator, self.model, self.optimizer = schedule, accelerator, model, optimizer
-        self.batches, self.written, self.stop = log.window.timed(batches), log, stop
-        self.seed, self.grad_accum, self.clip_grad = seed, grad_accum, clip_grad
+        self.cfg, self.schedule, self.accelerator = cfg, schedule, accelerator
+        self.model, self.optimizer, self.written, self.stop = model, optimizer, log, stop
+        order = StepSampler(
+            len(dataset),
+            cfg.batch_size,
+            cfg.seed,
+            start_step=schedule.start,
+            end_step=schedule.total,
+            rank=accelerator.process_index,
+            num_processes=accelerator.num_processes,
+            grad_accum=cfg.grad_accum,
+            masks_per_image=masks_per_image,
+        )
+        device = accelerator.device
+        workers = num_workers(cfg.data.num_workers, device.type)
+        loader = build_loader(dataset, order, num_workers=workers, device_type=device.type)
+        self.batches = log.window.timed(prefetched(loader, device))
         self.unread: StartedStep | None = None
         self.finished = schedule.start >= schedule.total
 
@@ -153,8 +92,9 @@ class Steps:
             FloatingPointError: before anything is saved, if the loss or a gradient is not finite; that step changes no
                 weight.
         """
+        self._announce()
         for number in range(self.schedule.start, self.schedule.total):
-            seed_step(self.seed, number, self.accelerator.process_index)
+            seed_step(self.cfg.seed, number, self.accelerator.process_index)
             lr = self.schedule.learning_rate(number)
             set_learning_rate(self.optimizer, lr, number)
             step = Step(self, number + 1, lr)
@@ -166,6 +106,22 @@ class Steps:
                 return
         self.finished = True
         logger.info("finished %d steps", self.schedule.total)
+
+    def _announce(self) -> None:
+        processes, device = self.accelerator.num_processes, self.accelerator.device.type
+        precision = self.accelerator.mixed_precision.replace("no", "fp32")
+        message = "%d steps of %d images on %d x %s in %s"
+        logger.info(message, self.schedule.total, self.cfg.batch_size, processes, device, precision)
+        if self.schedule.start:
+            logger.info("resuming after step %d", self.schedule.start)
+        if self.schedule.warmup >= self.schedule.total and self.accelerator.is_main_process:
+            logger.warning(
+                "the learning rate never reaches its peak of %.3g: the warm-up takes %g epochs and the run has %d; "
+                "lower optim.warmup_epochs or raise epochs",
+                self.schedule.peak_lr,
+                self.cfg.optim.warmup_epochs,
+                self.cfg.epochs,
+            )
 
 
 class Step:
@@ -191,8 +147,8 @@ class Step:
     def batches(self) -> Iterator[Batch]:
         """The parts of the step. Between one and the next comes `backward`; only the last synchronises gradients."""
         steps = self._steps
-        for part in range(steps.grad_accum):
-            last = part == steps.grad_accum - 1
+        for part in range(steps.cfg.grad_accum):
+            last = part == steps.cfg.grad_accum - 1
             with contextlib.nullcontext() if last else steps.accelerator.no_sync(steps.model):
                 # CUDA graphs may use the memory of the part before again.
                 torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
@@ -202,7 +158,7 @@ class Step:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a part's mean loss, a scalar."""
-        loss = loss / self._steps.grad_accum
+        loss = loss / self._steps.cfg.grad_accum
         self._steps.accelerator.backward(loss)
         self._loss += loss.detach()
 
@@ -214,7 +170,7 @@ class Step:
             steps.model,
             steps.optimizer,
             self._loss,
-            clip_grad=steps.clip_grad,
+            clip_grad=steps.cfg.optim.clip_grad,
             stop=steps.stop.received is not None,
         )
         steps.written.advance()

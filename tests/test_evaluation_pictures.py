@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fcmae.data.normalize import Normalize
 from fcmae.loss import patch_statistics, patchify
-from fcmae.pictures import (
+from fcmae.evaluation.pictures import (
     reconstruction_panels,
     save_curves,
     save_heat_map,

@@ -1,98 +1,76 @@
-"""The settings of a run: one model a kind of run, checked before anything is built.
+"""The settings of runs; those of the other commands are in `commands`, and what all are made of is in `base`.
 
-Nothing here imports torch, so that `--help` and a rejected configuration answer at once.
-`fcmae.settings` fills these models from YAML files and flags.
+Each command has one model, which is checked whole when it is made, from a file, flags or Python.
+Nothing here imports torch, so that `--help` and rejected settings answer at once, and nothing reads the environment.
+`fcmae.options` fills these models from YAML files and command lines.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
+from fcmae.config.base import Backend, Conflict, Device, Section, Settings, Size, Spelling
 from fcmae.masking import num_visible
+from fcmae.networks.spec import VARIANTS, ConvNeXtSpec, variant_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 # The grey average of the above: a grey photograph copied into three channels keeps its statistics.
 GREY_MEAN, GREY_STD = [0.449], [0.226]
 
-V2Variant = Literal[
-    "convnextv2_atto",
-    "convnextv2_femto",
-    "convnextv2_pico",
-    "convnextv2_nano",
-    "convnextv2_tiny",
-    "convnextv2_small",
-    "convnextv2_base",
-    "convnextv2_large",
-    "convnextv2_huge",
-]
-V1Variant = Literal[
-    "convnext_atto",
-    "convnext_femto",
-    "convnext_pico",
-    "convnext_nano",
-    "convnext_tiny",
-    "convnext_small",
-    "convnext_base",
-    "convnext_large",
-    "convnext_xlarge",
-]
-Variant = Literal[V2Variant, V1Variant]
 
+def check_launch(cfg: Settings, num_processes: int) -> None:
+    """Check what settings cannot know before a run starts: its processes, and what this machine has installed.
 
-def _square(value: Any) -> Any:
-    """One number is a square: 224, or [224] as a flag gives it, means [224, 224]."""
-    if isinstance(value, int | str):
-        return [value, value]
-    return value * 2 if isinstance(value, list) and len(value) == 1 else value
+    Args:
+        cfg: Settings of pretraining or fine-tuning.
+        num_processes: That share the batch.
 
-
-def _balanced(value: Any) -> Any:
-    return "balanced" if value == ["balanced"] else value
+    Raises:
+        ValueError: With a line for each problem.
+    """
+    if found := list(cfg.conflicts(num_processes)):
+        raise ValueError("\n".join(f"{keys[0]}: {sentence}" for keys, sentence in found))
 
 
 def _no_items(value: Any) -> Any:
     return [] if value is None else value
 
 
-Size = Annotated[
-    tuple[Annotated[int, Field(ge=8)], Annotated[int, Field(ge=8)]],
-    BeforeValidator(_square),
-]
+def _network(value: Any) -> str | ConvNeXtSpec:
+    if isinstance(value, Mapping | ConvNeXtSpec):
+        return ConvNeXtSpec.model_validate(value)
+    found = next((name for name in VARIANTS if value == name or name.endswith(f"_{value}")), None)
+    if found is None:
+        sentence = "should be {names}, or the numbers of a network such as {example}"
+        names, example = ", ".join(VARIANTS), "{depths: [2, 2, 4], dims: [40, 80, 160]}"
+        raise PydanticCustomError("network", sentence, {"names": names, "example": example})
+    return found
+
+
+def _numbers(network: str | ConvNeXtSpec) -> Any:
+    return network if isinstance(network, str) else network.model_dump(mode="json", exclude_defaults=True)
+
+
+Network = Annotated[str | ConvNeXtSpec, PlainValidator(_network), PlainSerializer(_numbers)]
 Span = tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]]
 Betas = tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
-ClassWeights = Annotated[Literal["balanced"] | list[Annotated[float, Field(ge=0)]], BeforeValidator(_balanced)]
-
-
-# A combination that cannot work: the keys it involves, the one to change first, and a sentence about that one.
-Conflict = tuple[tuple[str, ...], str]
-
-
-def _number(value: Any) -> Any:
-    """A flag's text as a number: pydantic compares a Literal's values as they are."""
-    return int(value) if isinstance(value, str) and value.isdigit() else value
-
-
-StemStride = Annotated[Literal[1, 2, 4], BeforeValidator(_number)]
-
-
-def _flag(value: Any) -> Any:
-    """A flag's text as a bool: pydantic takes a str that a Literal beside it does not name as none."""
-    return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
-
-
-Compile = Annotated[bool | Literal["auto", "cudagraphs"], BeforeValidator(_flag)]
-
-
-class Section(BaseModel):
-    """Base of every group of settings: unknown keys, infinities and NaN are errors."""
-
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class ImageConfig(Section):
@@ -124,7 +102,7 @@ class ImageConfig(Section):
 
 
 class PretrainData(ImageConfig):
-    path: list[str] = []
+    path: Annotated[list[str], Spelling("IMAGES", commas=False)] = Field([])
     """Folders (searched recursively), text files that list paths, or glob patterns. No labels are needed."""
     masks_per_image: int = Field(1, ge=1)
     """Masks that each decoded crop is trained under within a step: n of them decode n times fewer images. batch_size
@@ -132,7 +110,7 @@ class PretrainData(ImageConfig):
 
 
 class FinetuneData(ImageConfig):
-    path: str | None = None
+    path: Annotated[str | None, Spelling("IMAGES")] = None
     """A folder with one sub-folder a class, or a CSV file with the columns path,label."""
     val_path: str | None = None
     """Held-out images, of the same form. Default: a stratified share (val_share) of `path`."""
@@ -150,17 +128,57 @@ class FinetuneData(ImageConfig):
     """Probability of erasing a rectangle of a training image."""
 
 
-class PretrainModel(Section):
-    variant: Variant = "convnextv2_atto"
-    """The encoder: convnextv2_atto to _huge, or V1 (LayerScale, no GRN): convnext_atto to _xlarge."""
-    init: str | None = Field(None, min_length=1)
+class EncoderConfig(Section):
+    """The encoder, and what it starts from; shared by pretraining and fine-tuning."""
+
+    variant: Network | None = None
+    """The network. Default: the one that `init` holds."""
+    init: Annotated[str | None, Spelling(short="init")] = Field(None, min_length=1)
     """Starting weights: a run, a checkpoint, or weights in any format that `fcmae convert` reads; a decoder that they
     do not have, or that does not fit, starts fresh. Default: all from scratch."""
+    stem_stride: int | None = Field(None, ge=1, validate_default=True)
+    """Stride of the stem; 1 or 2 for small images. With four stages, the total stride is 8 times this. Default: the
+    variant's, which is 4 as published; in fine-tuning, that of `init`."""
+    drop_path_rate: float = Field(0.0, ge=0, lt=1)
+    """Stochastic depth in the encoder, rising linearly to this."""
+    grad_checkpointing: bool = False
+    """Recompute the encoder's blocks in backward: less memory, more time."""
+    compile: bool | Literal["auto", "cudagraphs"] = False
+    """torch.compile the model: true, false, auto (times a few steps both ways, in runs of more than ten minutes, also
+    at a resume) or cudagraphs (a GPU's kernels are recorded once and replayed)."""
+
+    @field_validator("stem_stride")
+    @classmethod
+    def _agrees(cls, value: int | None, info: ValidationInfo) -> int | None:
+        variant = info.data.get("variant")
+        if not isinstance(variant, ConvNeXtSpec) or "stem_stride" not in variant.model_fields_set:
+            return value
+        if value not in (None, variant.stem_stride):
+            raise ValueError(f"the numbers in model.variant say {variant.stem_stride}: leave one of the two out")
+        return variant.stem_stride
+
+    @model_validator(mode="after")
+    def _spell_once(self) -> Self:
+        """A network is written in one way: by its name if it has one, and without the stride that has a setting."""
+        if isinstance(self.variant, ConvNeXtSpec):
+            # Made anew, as it may have been made from a file's texts.
+            plain = ConvNeXtSpec.model_validate(self.variant.model_dump(exclude={"stem_stride"}))
+            self.variant = variant_of(plain) or plain
+        return self
+
+
+def _spec(variant: str | ConvNeXtSpec, stem_stride: int | None) -> ConvNeXtSpec:
+    spec = VARIANTS[variant] if isinstance(variant, str) else variant
+    return spec if stem_stride is None else spec.model_copy(update={"stem_stride": stem_stride})
+
+
+class PretrainModel(EncoderConfig):
+    variant: Network = "convnextv2_atto"
+    """The encoder: a variant's name, which may be its last word alone, or the numbers of a network, depths and dims,
+    and kernel_size, hidden and use_grn if they are not the usual ones."""
     freeze_encoder_steps: int = Field(0, ge=0)
     """Steps at the start in which only the decoder learns."""
-    stem_stride: StemStride = 4
-    """Stride of the stem: 4 as published; 1 or 2 for small images. The total stride is 8 times this."""
-    backend: Literal["packed", "triton", "masked", "minkowski"] = "packed"
+    backend: Backend = "packed"
     """How the sparse encoder computes: packed (fast), triton (packed, with kernels for NVIDIA GPUs), masked (dense) or
     minkowski. A resumed run may switch."""
     grn_scope: Literal["image", "batch"] = "image"
@@ -170,38 +188,38 @@ class PretrainModel(Section):
     """Side of a mask patch in pixels: a multiple of the total stride."""
     mask_ratio: float = Field(0.6, gt=0, lt=1)
     """Share of the patches that is hidden."""
-    drop_path_rate: float = Field(0.0, ge=0, lt=1)
-    """Stochastic depth in the encoder, rising linearly to this."""
     decoder_depth: int = Field(1, ge=1)
     """Number of decoder blocks."""
     decoder_dim: int = Field(512, ge=8)
     """Width of the decoder."""
     normalize_target: bool = True
     """Standardise each target patch by its own mean and variance."""
-    grad_checkpointing: bool = False
-    """Recompute the encoder's blocks in backward: less memory, more time."""
-    compile: Compile = False
-    """torch.compile the model: true, false, auto (times a few steps both ways, in runs of more than ten minutes, also
-    at a resume) or cudagraphs (a GPU's kernels are recorded once and replayed)."""
+
+    @property
+    def spec(self) -> ConvNeXtSpec:
+        """The encoder's numbers, with the stem's stride that is in force."""
+        return _spec(self.variant, self.stem_stride)
+
+    @model_validator(mode="after")
+    def _settle_stem(self) -> Self:
+        self.stem_stride = self.spec.stem_stride
+        return self
 
 
-class FinetuneModel(Section):
-    variant: Variant | None = None
-    """The network. Default: the one that `init` holds."""
-    init: str | None = Field(None, min_length=1)
-    """Starting weights: a run, a checkpoint, or weights in any format that `fcmae convert` reads. Default: from
-    scratch."""
-    stem_stride: StemStride | None = None
-    """Stride of the stem. Default: that of `init`, or 4."""
-    drop_path_rate: float = Field(0.0, ge=0, lt=1)
-    """Stochastic depth, rising linearly to this."""
+class FinetuneModel(EncoderConfig):
     head_init_scale: float | None = Field(None, gt=0)
     """Factor on the classifier's first weights. Default: .001 with `init`, 1 from scratch."""
-    grad_checkpointing: bool = False
-    """Recompute activations in backward: less memory, more time."""
-    compile: Compile = False
-    """torch.compile the model: true, false, auto (times a few steps both ways, in runs of more than ten minutes, also
-    at a resume) or cudagraphs (a GPU's kernels are recorded once and replayed)."""
+
+    @property
+    def spec(self) -> ConvNeXtSpec | None:
+        """The network's numbers, with the stem's stride if it is given; None without a variant."""
+        return None if self.variant is None else _spec(self.variant, self.stem_stride)
+
+    @model_validator(mode="after")
+    def _settle_stem(self) -> Self:
+        if self.spec is not None and self.init is None:
+            self.stem_stride = self.spec.stem_stride
+        return self
 
 
 class Optim(Section):
@@ -245,7 +263,7 @@ class Regularization(Section):
     """Beta parameter of mixup, 0 for none."""
     cutmix: float = Field(0.0, ge=0)
     """Beta parameter of cutmix, 0 for none."""
-    class_weights: ClassWeights | None = None
+    class_weights: Literal["balanced"] | list[Annotated[float, Field(ge=0)]] | None = None
     """Weights of the classes in the loss: a list, or balanced (inverse to their frequency)."""
     ema_decay: float = Field(0.0, ge=0, lt=1)
     """Decay of the moving average of the weights, 0 for none; evaluated beside the weights themselves."""
@@ -277,11 +295,11 @@ class LogConfig(Section):
     """Steps between lines of train.log and metrics.jsonl."""
     eval_epochs: float = Field(1.0, gt=0)
     """Epochs between evaluations (validation loss, monitors and reconstructions, or accuracy)."""
-    trackers: Annotated[list[str], BeforeValidator(_no_items)] = ["tensorboard"]
+    trackers: Annotated[list[str], BeforeValidator(_no_items)] = Field(["tensorboard"])
     """accelerate's trackers, by name (tensorboard, wandb, mlflow, ...), or none."""
 
 
-class RunConfig(Section):
+class RunConfig(Settings):
     """What both kinds of run share."""
 
     out: Path | None = None
@@ -299,18 +317,17 @@ class RunConfig(Section):
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
     """Arithmetic: auto is bf16 on a GPU that has it, else fp32. tf32 is fp32 whose products a GPU rounds to 10 bits.
     GRN's norms, LayerNorm and the loss are always fp32."""
-    device: Literal["auto", "cpu"] = "auto"
+    device: Device = "auto"
     """auto takes a GPU when there is one."""
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     log: LogConfig = Field(default_factory=LogConfig)
 
-    def conflicts(self) -> Iterator[Conflict]:
-        """Combinations that cannot work; the number of processes is the environment's WORLD_SIZE."""
+    def conflicts(self, num_processes: int | None = None) -> Iterator[Conflict]:
         if self.out is None:
             yield ("out",), "missing: the run directory, e.g. --out runs/first"
         if self.device == "cpu" and self.precision in ("fp16", "tf32"):
             yield ("precision", "device"), f"{self.precision} needs a GPU and device is cpu: use auto, fp32 or bf16"
-        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        processes = num_processes or 1
         parts = processes * self.grad_accum
         if self.batch_size < processes:
             yield ("batch_size",), f"{self.batch_size} is smaller than the {processes} processes: give each an image"
@@ -328,6 +345,10 @@ def _compile_conflicts(cfg: RunConfig, setting: bool | str) -> Iterator[Conflict
     if setting == "cudagraphs" and cfg.grad_accum > 1:
         # The gradients of one part lie in memory that the next part's graph writes.
         yield ("model.compile", "grad_accum"), f"cudagraphs needs grad_accum 1, not {cfg.grad_accum}: use true or auto"
+
+
+def _total_stride(spec: ConvNeXtSpec) -> str:
+    return f"the total stride {spec.total_stride} ({spec.total_stride // spec.stem_stride} x stem_stride)"
 
 
 def _image_conflicts(data: ImageConfig, *, known_statistics: bool = False) -> Iterator[Conflict]:
@@ -356,19 +377,22 @@ def _floor(share: float) -> str:
 
 
 class PretrainConfig(RunConfig):
-    """Masked pretraining of a ConvNeXt V2 (or V1) encoder on unlabeled images."""
+    """Pretrain a ConvNeXt V2 (or V1) encoder on unlabeled images, by filling in what a mask hides.
+
+    Example: fcmae pretrain photos --config pretrain_cpu --out runs/first
+    """
 
     data: PretrainData = Field(default_factory=PretrainData)
     model: PretrainModel = Field(default_factory=PretrainModel)
     optim: Optim = Field(default_factory=Optim)
     monitor: MonitorConfig = Field(default_factory=MonitorConfig)
 
-    def conflicts(self) -> Iterator[Conflict]:
-        yield from super().conflicts()
+    def conflicts(self, num_processes: int | None = None) -> Iterator[Conflict]:
+        yield from super().conflicts(num_processes)
         if not self.data.path:
             yield ("data.path",), "missing: a folder of images, e.g. --data.path photos"
         yield from _image_conflicts(self.data)
-        parts = int(os.environ.get("WORLD_SIZE", "1")) * self.grad_accum
+        parts = (num_processes or 1) * self.grad_accum
         if not self.batch_size % parts and self.batch_size % (unit := parts * self.data.masks_per_image):
             yield (
                 ("batch_size", "data.masks_per_image", "grad_accum"),
@@ -378,17 +402,17 @@ class PretrainConfig(RunConfig):
         yield from _compile_conflicts(self, self.model.compile)
         if self.model.backend == "triton" and self.device == "cpu":
             yield ("model.backend", "device"), "triton needs a GPU and device is cpu: use packed"
-        if self.model.backend == "minkowski" and find_spec("MinkowskiEngine") is None:
+        if num_processes and self.model.backend == "minkowski" and find_spec("MinkowskiEngine") is None:
             yield (
                 ("model.backend",),
                 "minkowski needs MinkowskiEngine, which is not installed: build it with `make minkowski` or use packed",
             )
-        stride, patch, size = 8 * self.model.stem_stride, self.model.mask_patch, self.data.image_size
-        if patch % stride:
+        spec, patch, size = self.model.spec, self.model.mask_patch, self.data.image_size
+        if patch % spec.total_stride:
             yield (
-                ("model.mask_patch", "model.stem_stride"),
-                f"{patch} is not a multiple of the total stride {stride} (8 x stem_stride): "
-                f"use {_nearest_multiples(patch, stride)}",
+                ("model.mask_patch", "model.stem_stride", "model.variant"),
+                f"{patch} is not a multiple of {_total_stride(spec)}: "
+                f"use {_nearest_multiples(patch, spec.total_stride)}",
             )
         uneven = [side for side in dict.fromkeys(size) if side % patch]
         for side in uneven:
@@ -416,7 +440,10 @@ class PretrainConfig(RunConfig):
 
 
 class FinetuneConfig(RunConfig):
-    """Fine-tuning of a dense ConvNeXt for classification, GRN kept in place."""
+    """Train a classifier on labelled images, from pretrained weights or from scratch, or evaluate one.
+
+    Example: fcmae finetune labelled --config finetune_cpu --init runs/first --out runs/tuned
+    """
 
     epochs: int = Field(100, ge=1)
     """Passes over the training images."""
@@ -429,8 +456,8 @@ class FinetuneConfig(RunConfig):
     optim: FinetuneOptim = Field(default_factory=FinetuneOptim)
     regularization: Regularization = Field(default_factory=Regularization)
 
-    def conflicts(self) -> Iterator[Conflict]:
-        yield from super().conflicts()
+    def conflicts(self, num_processes: int | None = None) -> Iterator[Conflict]:
+        yield from super().conflicts(num_processes)
         yield from _compile_conflicts(self, self.model.compile)
         data, model = self.data, self.model
         if not data.path and not (self.eval_only and data.val_path):
@@ -439,11 +466,10 @@ class FinetuneConfig(RunConfig):
                 "missing: a folder of class folders or a CSV file, e.g. --data.path labelled",
             )
         yield from _image_conflicts(data, known_statistics=model.init is not None)
-        stride = 8 * (model.stem_stride or 4)
-        if min(data.image_size) < stride and (model.stem_stride or not model.init):
+        if model.spec and model.stem_stride and min(data.image_size) < model.spec.total_stride:
             yield (
-                ("data.image_size", "model.stem_stride", "model.init"),
-                f"{list(data.image_size)} is smaller than the total stride {stride} (8 x stem_stride)",
+                ("data.image_size", "model.stem_stride", "model.variant", "model.init"),
+                f"{list(data.image_size)} is smaller than {_total_stride(model.spec)}",
             )
         if data.auto_augment and data.in_chans not in (1, 3):
             yield (
@@ -462,12 +488,35 @@ class FinetuneConfig(RunConfig):
             )
         if self.eval_only and model.init is None:
             yield ("model.init", "eval_only"), "missing: eval_only evaluates the weights it names"
-        images = self.batch_size // int(os.environ.get("WORLD_SIZE", "1")) // self.grad_accum
+        images = self.batch_size // (num_processes or 1) // self.grad_accum
         if (self.regularization.mixup or self.regularization.cutmix) and images % 2:
             yield (
                 ("batch_size", "grad_accum", "regularization.mixup", "regularization.cutmix"),
                 f"{self.batch_size} gives {images} images a part, and mixup and cutmix pair them: use an even number",
             )
+
+
+Stage = Literal["backend", "precision", "images", "compile"]
+
+
+class BenchConfig(PretrainConfig):
+    """Time a pretraining run on this machine and name the fastest way to compute it.
+
+    The settings are those of `fcmae pretrain`, and --seconds and --vary; --out and the images may be left out.
+
+    Example: fcmae bench photos --config pretrain_cpu
+    """
+
+    seconds: float = Field(3.0, gt=0)
+    """Only for bench: how long each candidate is timed, after its warm-up."""
+    vary: Annotated[list[Stage], BeforeValidator(_no_items)] = Field(list(get_args(Stage)))
+    """Only for bench: what to try other values of, in this order, each with the best of those before, or none. images:
+    how many are computed at once, which grad_accum sets."""
+
+    def conflicts(self, num_processes: int | None = None) -> Iterator[Conflict]:
+        for keys, sentence in super().conflicts(num_processes):
+            if keys not in (("out",), ("data.path",)):
+                yield keys, sentence
 
 
 # Settings that change where or how fast a run computes but not what it computes: a resumed run may change them. (Under

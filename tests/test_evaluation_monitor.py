@@ -25,7 +25,7 @@ from fcmae.data.index import Images, find_images, find_labelled
 from fcmae.data.split import split
 from fcmae.evaluation.features import extract
 from fcmae.evaluation.models import load_backbone
-from fcmae.monitor import Watch, dense_model, find_monitored_labels, monitored_images, over_time
+from fcmae.evaluation.monitor import Watch, dense_model, find_monitored_labels, monitored_images, over_time
 from fcmae.networks.convnext import Encoder
 from fcmae.training import checkpoint, health
 from fcmae.training.health import Finding
@@ -208,7 +208,7 @@ def test_labelled_images_that_cannot_be_used_are_reported_before_anything_is_wri
 
 
 def test_of_many_labelled_images_some_of_each_class_are_drawn(labelled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fcmae.monitor.MAX_LABELLED", 8)
+    monkeypatch.setattr("fcmae.evaluation.monitor.MAX_LABELLED", 8)
     found = find_monitored_labels(str(labelled), 3, (16, 16), seed=0)
     assert found.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert found.test.labels.tolist() == [0, 1]

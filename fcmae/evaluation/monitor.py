@@ -24,7 +24,7 @@ from fcmae.evaluation.features import batches_of, stage_maps
 from fcmae.evaluation.models import Backbone
 from fcmae.evaluation.probes import knn_probabilities
 from fcmae.networks.convnext import Encoder
-from fcmae.pictures import save_heat_map
+from fcmae.evaluation.pictures import save_heat_map
 from fcmae.training import health
 from fcmae.weights.convert import create_dense
 from fcmae.weights.formats import Architecture, to_state

@@ -1,0 +1,78 @@
+"""What all settings are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """How a command line may write a setting, beside `--its.key VALUE`.
+
+    argument: its name as a word without a flag; empty if it is none. short: another name of its flag. commas: whether
+    they divide a list; names of files may hold them.
+    """
+
+    argument: str = ""
+    short: str = ""
+    commas: bool = True
+
+
+# A combination that cannot work: the keys it involves, the one to change first, and a sentence about that one.
+Conflict = tuple[tuple[str, ...], str]
+
+
+class Section(BaseModel):
+    """Base of every group of settings: unknown keys, infinities and NaN are errors."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class Settings(Section):
+    """Base of the settings of a command: what cannot work together is refused when they are made."""
+
+    def conflicts(self, num_processes: int | None = None) -> Iterator[Conflict]:
+        """Combinations that cannot work.
+
+        Args:
+            num_processes: That a run is started on, here. None is one, on a machine that is not known yet.
+        """
+        yield from ()
+
+    @model_validator(mode="after")
+    def _works(self, info: ValidationInfo) -> Self:
+        """Raise all conflicts. The validation's context may hold num_processes."""
+        if found := list(self.conflicts((info.context or {}).get("num_processes"))):
+            raise ValidationError.from_exception_data(
+                type(self).__name__,
+                [
+                    InitErrorDetails(
+                        type=PydanticCustomError("conflict", "{sentence}", {"sentence": sentence, "keys": keys}),
+                        loc=tuple(keys[0].split(".")),
+                        input=attrgetter(keys[0])(self),
+                    )
+                    for keys, sentence in found
+                ],
+            )
+        return self
+
+
+def _square(value: Any) -> Any:
+    """One number is a square: 224, or [224] as a flag gives it, means [224, 224]."""
+    if isinstance(value, int | str):
+        return [value, value]
+    return value * 2 if isinstance(value, list) and len(value) == 1 else value
+
+
+Size = Annotated[tuple[Annotated[int, Field(ge=8)], Annotated[int, Field(ge=8)]], BeforeValidator(_square)]
+Backend = Literal["packed", "triton", "masked", "minkowski"]
+Device = Literal["auto", "cpu"]

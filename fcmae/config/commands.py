@@ -1,0 +1,232 @@
+"""The settings of the commands that are no runs: what is done with models and images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from fcmae.config.base import Backend, Conflict, Device, Settings, Size, Spelling
+
+
+def _stage(word: Any) -> Any:
+    if word == "all":
+        raise ValueError("features of one stage are written: give its number, or last")
+    return -1 if word == "last" else word
+
+
+def _stages(words: Any) -> Any:
+    if words in (None, "all", ["all"]):
+        return None
+    words = words if isinstance(words, list | tuple) else [words]
+    for word in words:
+        if word != "last" and not str(word).removeprefix("-").isdecimal():
+            raise ValueError(f"{word!r} is neither a number nor last: use such as 3 4, last or all")
+    return [-1 if word == "last" else word for word in words]
+
+
+class Reading(Settings):
+    """How images are read for a model, and where it computes."""
+
+    image_size: Size | None = None
+    """Height and width the network sees, in pixels; one number is a square. Default: the model's own."""
+    batch_size: int = Field(64, ge=1)
+    """Images at a time."""
+    num_workers: int | None = Field(None, ge=0)
+    """Processes that decode images. Default: as many as help."""
+    device: Device = "auto"
+    """auto takes a GPU when there is one."""
+
+
+class Source(Reading):
+    """Images with or without labels."""
+
+    images: Annotated[list[str] | None, Spelling(commas=False)] = Field(None, min_length=1)
+    """Images, folders, lists or glob patterns."""
+    data: str | None = None
+    """Labelled images: a folder with one sub-folder a class, or a CSV file with the columns path,label."""
+
+    def conflicts(self, num_processes: int | None = None) -> Iterator[Conflict]:
+        if (self.images is None) == (self.data is None):
+            yield ("images", "data"), "give either images or data: the images without or with labels"
+
+
+Models = Annotated[list[str], Field(min_length=1, examples=[["runs/first"]]), Spelling("MODEL", commas=False)]
+Stages = Annotated[tuple[int, ...] | None, BeforeValidator(_stages)]
+
+
+class EvaluateConfig(Reading):
+    """Tell by kNN, linear and few-label probes how well frozen features separate classes.
+
+    Example: fcmae evaluate runs/first random:runs/first --data labelled
+    """
+
+    models: Models
+    """Runs, checkpoints, exported models, names of timm's models, or random: before one of these, for the same network
+    untrained."""
+    data: str = Field(examples=["labelled"])
+    """Labelled images: a folder with one sub-folder a class, or a CSV file with the columns path,label."""
+    test: str | None = None
+    """Images to test on, of the same form. Default: a stratified share (test_share) of `data`."""
+    test_share: float = Field(0.2, gt=0, lt=1)
+    """Share of each class to test on."""
+    probes: list[Literal["knn", "linear", "few-shot"]] = Field(["knn", "linear"], min_length=1)
+    """What tells the classes apart by the features."""
+    labels: list[str] = Field(["1%", "10%"], min_length=1)
+    """Of few-shot: images a class, or a share of the training images."""
+    draws: int = Field(5, ge=1)
+    """Of few-shot: how often labels are drawn."""
+    stages: Stages = (-1,)
+    """Which outputs: numbers from 1, last, or all. Default: last."""
+    seed: int = Field(0, ge=0)
+    """Of all that is drawn."""
+    out: Path | None = None
+    """Where results go. Default: RUN/evaluation, for RUN and random:RUN."""
+    overwrite: bool = False
+    """Replace earlier results."""
+
+
+class EmbedConfig(Source):
+    """Write features of images, a map of them, and pictures of nearest neighbours.
+
+    Example: fcmae embed runs/first --data labelled --neighbours photo.jpg --out embedded
+    """
+
+    model: Annotated[str, Spelling("MODEL")] = Field(examples=["runs/first"])
+    """A run, a checkpoint, an exported model, a name of timm's models, or random: before one of these."""
+    out: Path = Field(examples=["embedded"])
+    """Where results go."""
+    map: Literal["tsne", "umap"] | None = "tsne"
+    """How the map is made, or none; umap needs umap-learn."""
+    neighbours: Annotated[list[str], Spelling(commas=False)] = Field([])
+    """Images whose 8 nearest are shown."""
+    parquet: bool = False
+    """One Parquet file in place of .npy and .csv."""
+    stage: Annotated[int, BeforeValidator(_stage)] = -1
+    """Which output: a number from 1, or last. Default: last."""
+    seed: int = Field(0, ge=0)
+    """Of the map."""
+    overwrite: bool = False
+    """Replace earlier results."""
+
+
+class AnalyzeConfig(Source):
+    """Compare what the channels of ConvNeXts do: diversity, dead ones, effective rank, GRN, class selectivity.
+
+    Labels are for class selectivity.
+
+    Example: fcmae analyze runs/v1 runs/v2 random:runs/v2 --images photos --out compared
+    """
+
+    models: Models
+    """ConvNeXts: runs, checkpoints, exported models, names of timm's models, or random: before one of these."""
+    max_images: int = Field(1000, ge=1)
+    """Of more images, that many are taken, evenly spread."""
+    out: Path | None = None
+    """Where figures go. Default: RUN/analysis, for RUN and random:RUN."""
+    overwrite: bool = False
+    """Replace earlier results."""
+
+
+class PredictConfig(Reading):
+    """Classify images with a fine-tuned model.
+
+    Example: fcmae predict runs/tuned photos --csv labels.csv
+    """
+
+    model: Annotated[Path, Spelling("MODEL")] = Field(examples=["runs/tuned"])
+    """A fine-tuning run, or its exported model."""
+    images: Annotated[list[str], Spelling("IMAGES", commas=False)] = Field(min_length=1, examples=[["photos"]])
+    """Images, folders, lists or glob patterns."""
+    csv: Path | None = None
+    """A new file, for the predictions too."""
+
+
+class ConvertConfig(Settings):
+    """Turn weights of any format into any other, from a run to timm by default.
+
+    Example: fcmae convert runs/first encoder
+    """
+
+    source: Annotated[Path, Spelling("SRC")] = Field(examples=["runs/first"])
+    """A run, a checkpoint, a timm or transformers directory, or a .safetensors or .pth file of any format, the released
+    sparse and dense checkpoints too."""
+    dest: Annotated[Path | None, Spelling("DEST")] = None
+    """Where to write it: a new path."""
+    to: Literal["fcmae", "timm", "fair", "transformers", "minkowski"] = "timm"
+    """timm and transformers: a directory; the others: a file that ends in .safetensors, .pth or .pt."""
+    variant: str | None = None
+    """What the source must be of, e.g. convnextv2_atto. Default: found out."""
+    key: str | None = None
+    """The entry of a .pth file that holds the weights, e.g. model_ema. Default: model."""
+    dry_run: bool = False
+    """Print what goes where and write nothing."""
+    check: bool = False
+    """Compare the source's output on a fixed image with the one stored in it, and stop."""
+
+    def conflicts(self, num_processes: int | None = None) -> Iterator[Conflict]:
+        if self.dest is None and not (self.dry_run or self.check):
+            yield ("dest", "dry_run", "check"), "DEST is missing: name a new path, or give --dry_run or --check"
+
+
+class ReportConfig(Settings):
+    """Write one HTML page on runs: settings, curves, reconstructions, scores, and what they say.
+
+    Example: fcmae report runs/first runs/tuned runs/scratch --out report.html
+    """
+
+    runs: Annotated[list[Path], Spelling("RUN", commas=False)] = Field(min_length=1, examples=[["runs/first"]])
+    """Directories of pretraining or fine-tuning."""
+    out: Path | None = None
+    """The page. Default: RUN/report.html, for one run."""
+
+
+class StatsConfig(Settings):
+    """Print the images' mean and std, as lines for a configuration.
+
+    Example: fcmae stats photos --in_chans 4
+    """
+
+    path: Annotated[list[str], Spelling("IMAGES", commas=False)] = Field(min_length=1, examples=[["photos"]])
+    """Folders, lists or glob patterns."""
+    in_chans: int = Field(3, ge=1)
+    """Channels of the images."""
+    max_images: int = Field(2000, ge=1)
+    """Of more images, that many are read."""
+    num_workers: int | None = Field(None, ge=0)
+    """Processes that decode images. Default: one a core, up to 8."""
+
+
+class DoctorConfig(Settings):
+    """Tell what this machine has for pretraining, what it lacks and how to mend it.
+
+    Example: fcmae doctor --quick
+    """
+
+    out: Path = Path()
+    """Where runs are to be written."""
+    quick: bool = False
+    """Try neither torch.compile, processes nor MinkowskiEngine."""
+    as_json: Annotated[bool, Spelling(short="json")] = False
+    """Print JSON."""
+
+
+class VerifyConfig(Settings):
+    """Check that every backend computes the same on this machine, and time them.
+
+    Example: fcmae verify --backend packed minkowski --device cuda
+    """
+
+    backend: list[Backend] | None = Field(None, min_length=1)
+    """What to check. Default: those that can run here."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where they run."""
+
+
+class ConfigsConfig(Settings):
+    """List the configurations that come with fcmae.
+
+    Example: fcmae configs
+    """
