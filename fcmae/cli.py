@@ -62,18 +62,16 @@ def _help() -> str:
     return "\n".join([*head, *lines, "", "`fcmae COMMAND --help` says more, `fcmae --version` which this is."])
 
 
-def _pretrain(cfg: config.PretrainConfig) -> int | None:
+def _pretrain(cfg: config.PretrainConfig) -> int:
     from fcmae import pretraining
 
-    pretraining.main(cfg)
-    return None
+    return pretraining.pretrain(cfg).status
 
 
-def _finetune(cfg: config.FinetuneConfig) -> int | None:
+def _finetune(cfg: config.FinetuneConfig) -> int:
     from fcmae import finetuning
 
-    finetuning.main(cfg)
-    return None
+    return finetuning.finetune(cfg).status
 
 
 def _bench(cfg: config.BenchConfig) -> None:

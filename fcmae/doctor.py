@@ -212,11 +212,10 @@ def _import_torch() -> Iterator[Finding]:
     if works:
         import torch
 
-        from fcmae.data.loader import default_num_workers
-        from fcmae.training.run import local_processes
+        from fcmae.data.loader import choose_num_workers
 
         device = torch.accelerator.current_accelerator(check_available=True)
-        workers = default_num_workers(device.type if device else "cpu", local_processes())
+        workers = choose_num_workers(None, device.type if device else "cpu")
         yield Finding("loader workers", "ok", f"{workers} for each training process, unless data.num_workers is set")
 
 

@@ -1,11 +1,13 @@
-"""Fine-tuning of a dense ConvNeXt for classification, with GRN kept in place."""
+"""Fine-tuning of a dense network for classification, GRN kept in place: build the parts, then the loop, in sight."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,70 +15,183 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from numpy.typing import NDArray
 from timm.data import Mixup
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import Tensor
 
 from fcmae.classification import class_probabilities, scores, write_predictions
 from fcmae.config import FinetuneConfig, check_launch
 from fcmae.data.augment import CropAndFlip, FinetuneAugment
-from fcmae.data.bad_files import BadFiles
-from fcmae.data.dataset import Batch, FinetuneDataset
+from fcmae.data.dataset import Batch, FinetuneDataset, Reading
 from fcmae.data.index import Images, find_labelled
-from fcmae.data.loader import build_loader, default_num_workers
+from fcmae.data.loader import choose_num_workers, evaluation_loader
 from fcmae.data.normalize import Normalize
-from fcmae.data.sampler import evaluation_batches, steps_per_epoch
+from fcmae.data.sampler import steps_per_epoch
 from fcmae.data.split import split
-from fcmae.networks.convnext import VARIANTS
+from fcmae.heads import Classifier
+from fcmae.networks.convnext import Encoder, layer_of, num_layers
+from fcmae.networks.spec import describe
 from fcmae.training import checkpoint, optim
 from fcmae.training.compiling import compile_model
-from fcmae.training.loop import fit
-from fcmae.training.run import Metrics, RunDirectory, StopSignal, local_processes, make_accelerator
-from fcmae.weights.convert import adapt_in_chans, build_dense, create_dense, save_dense
+from fcmae.training.log import Log
+from fcmae.training.run import Run, RunDirectory, StopSignal, make_accelerator, same_everywhere
+from fcmae.training.steps import Steps, schedule_of
+from fcmae.weights.convert import adapt_in_chans, save_classifier
 from fcmae.weights.files import Weights, read_weights
-from fcmae.weights.formats import Architecture
+from fcmae.weights.formats import Architecture, rename
 
 logger = logging.getLogger("fcmae")
 
 
-def main(cfg: FinetuneConfig) -> None:
+def finetune(cfg: FinetuneConfig) -> Run:
     """Run or resume the fine-tuning that `cfg` describes, or evaluate only.
 
-    Raises ValueError, before anything is written, if the run directory holds something else, the images cannot make a
-    batch or `model.init` does not fit; FloatingPointError if the loss or a gradient stops being finite.
+    Args:
+        cfg: its settings, with `out` and `data.path`.
+
+    Returns:
+        The run, finished or stopped by a signal.
+
+    Raises:
+        ValueError: before anything is written, if the run directory holds something else, the images cannot make a
+            batch or `model.init` does not fit.
+        FloatingPointError: if the loss or a gradient stops being finite.
     """
     run = RunDirectory(cfg, "finetune")
     accelerator = make_accelerator(cfg)
     check_launch(cfg, accelerator.num_processes)
     weights = starting_weights(cfg)
-    train_index, val_index = find_indices(cfg, run, accelerator, weights)
-    names = val_index.class_names
-    assert names is not None
-    if not cfg.eval_only:
-        steps_per_epoch(len(train_index), cfg.batch_size)
-    if weights is None:
-        assert cfg.model.spec is not None
-        weights = Weights({}, Architecture(str(cfg.model.variant), cfg.data.in_chans, cfg.model.spec.stem_stride))
-    if len(val_index) == 0:
-        raise ValueError(f"data.val_share = {cfg.data.val_share} holds out none of {len(train_index)} images: raise it")
-    model = build_model(cfg, weights, len(names))
-    weights = replace(weights, state={}, image=image_settings(cfg, weights), class_names=names)
+    train_images, val_images = same_everywhere(accelerator, partial(run_images, cfg, run, weights))
+    assert val_images.class_names is not None
+    per_epoch = 0 if cfg.eval_only else steps_per_epoch(len(train_images), cfg.batch_size)
+    if len(val_images) == 0:
+        raise ValueError(
+            f"data.val_share = {cfg.data.val_share} holds out none of {len(train_images)} images: raise it"
+        )
+    net = build_model(cfg, weights, len(val_images.class_names))
+    weights = replace(weights, state={}, image=image_settings(cfg, weights), class_names=tuple(val_images.class_names))
     if run.resume_from is not None:
-        checkpoint.check_images(run.resume_from, fingerprint(train_index, val_index))
+        checkpoint.check_images(run.resume_from, fingerprint(train_images, val_images))
     with run.open(accelerator.is_main_process), StopSignal() as stop:
         if accelerator.is_main_process:
-            train_index.save(run.path / "files.json")
-            val_index.save(run.path / "val_files.json")
-        train(cfg, run, accelerator, model, weights, train_index, val_index, stop)
+            train_images.save(run.path / "files.json")
+            val_images.save(run.path / "val_files.json")
+        finished = train(cfg, run, accelerator, net, weights, per_epoch, train_images, val_images, stop)
     accelerator.end_training()
+    return Run(run.path, "finetune", finished, stop.received)
 
 
-def starting_weights(cfg: FinetuneConfig) -> Weights | None:
-    """What `model.init` names, or None from scratch. Raises ValueError if it does not fit the settings."""
+def train(
+    cfg: FinetuneConfig,
+    run: RunDirectory,
+    accelerator: Accelerator,
+    net: Classifier,
+    weights: Weights,
+    per_epoch: int,
+    train_images: Images,
+    val_images: Images,
+    stop: StopSignal,
+) -> bool:
+    """Train `net` from where the run stands to its end, or to a signal; whether the end was reached.
+
+    weights: what describes the exported models, without tensors.
+    """
+    net = net.to(accelerator.device)
+    ema_decay = cfg.regularization.ema_decay
+    ema = ModelEmaV3(net, decay=ema_decay) if ema_decay and not cfg.eval_only else None
+    adamw = build_optimizer(cfg, net)
+    images_used, best = fingerprint(train_images, val_images), Best()
+    if (resumed := run.resume_from) is not None:
+        in_format_1 = partial(rename, to="timm")
+        meta = checkpoint.restore(resumed, net, adamw, images_used, in_format_1, accelerator.scaler)
+        best = Best(**meta.progress["best"])
+        if ema is not None:
+            ema.module.load_state_dict(checkpoint.read_state(resumed, "ema", net, in_format_1))
+    schedule = schedule_of(cfg, per_epoch, run.resume_step)
+    normalize = Normalize(weights.image["mean"], weights.image["std"]).to(accelerator.device)
+    at_once = max(1, cfg.batch_size // accelerator.num_processes // cfg.grad_accum)
+
+    def trial() -> None:
+        with accelerator.autocast():
+            logits = net(torch.randn(at_once, *weights.image["input_size"], device=accelerator.device))
+        logits.float().mean().backward()
+
+    compile_model(net, cfg.model.compile, trial, (schedule.total - schedule.start) * cfg.grad_accum)
+    # The optimizer's state is where it has to be, beside the parameters.
+    model, optimizer = accelerator.prepare(net, adamw, device_placement=[True, False])
+    mixup, balance = build_mixup(cfg, len(weights.class_names)), class_balance(cfg, train_images, accelerator.device)
+    smoothing = 0.0 if mixup is not None else cfg.regularization.label_smoothing  # mixup's targets come smoothed
+
+    with closing(Log(cfg, accelerator, schedule, len(train_images) + len(val_images))) as log:
+        evaluation = build_evaluation(cfg, accelerator, normalize, val_images, weights, best, log, at_once)
+        if cfg.eval_only:
+            evaluation.run(net, None, 0, 0.0, (".",))
+            return True
+        message = "%s: %d training images of %d classes, %d held out"
+        name, num_classes = describe(net.encoder.spec), len(weights.class_names)
+        logger.info(message, name, len(train_images), num_classes, len(val_images))
+        train_set = build_train_set(cfg, train_images, weights)
+        steps = Steps(cfg, schedule, accelerator, model, optimizer, train_set, log, stop)
+        for step in steps:
+            for batch in step.batches():
+                images, target = normalize(batch.images), batch.given_labels  # (B, C, H, W) float32, (B,) int64
+                if mixup is not None:
+                    images, target = mixup(images, target)  # (B, classes)
+                loss = classification_loss(model(images), target, balance, smoothing)
+                step.backward(loss)
+            step.update()
+            if ema is not None:
+                ema.update(net)
+            step.log()
+            if step.evaluates:
+                places = ("last",) if step.number == schedule.total else ()
+                evaluation.run(net, ema, step.number, step.epoch, places)
+            if step.saves and accelerator.is_main_process:
+                tensors = {"model": net.state_dict(), "optimizer": checkpoint.optimizer_state(adamw, net)}
+                if ema is not None:
+                    tensors["ema"] = ema.module.state_dict()
+                scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
+                progress = {"best": vars(best), "scaler": scaler}
+                spec, config = net.encoder.spec.model_dump(), cfg.model_dump(mode="json")
+                meta = checkpoint.Meta("finetune", step.number, config, images_used, progress, spec)
+                checkpoint.save(run.path, meta, tensors)
+                checkpoint.prune(run.path, cfg.checkpoint.keep, schedule.milestone_every)
+    if steps.finished:
+        logger.info("best and last model: %s, %s", run.path / "best", run.path / "last")
+    return steps.finished
+
+
+def classification_loss(logits: Tensor, target: Tensor, balance: Tensor | None, label_smoothing: float) -> Tensor:
+    """Cross-entropy, the mean over the images.
+
+    Args:
+        logits: (B, classes).
+        target: (B,) class indices, or (B, classes) shares of classes.
+        balance: (classes,), weights of the classes; None is 1 each. It multiplies an image's loss, and the sum is over
+            the number of images, not torch's weighted mean: its divisor would differ between the parts and processes
+            that a batch is computed in.
+        label_smoothing: share of the target spread over all classes.
+
+    Returns:
+        A float32 scalar.
+    """
+    loss = F.cross_entropy(logits.float(), target, weight=balance, label_smoothing=label_smoothing, reduction="sum")
+    return loss / len(logits)
+
+
+# The parts
+
+
+def starting_weights(cfg: FinetuneConfig) -> Weights:
+    """What `model.init` names; without tensors from scratch.
+
+    Raises:
+        ValueError: if it does not fit the settings.
+    """
     if cfg.model.init is None:
-        return None
+        assert cfg.model.spec is not None  # the settings have seen to it
+        return Weights({}, Architecture(cfg.model.spec, cfg.data.in_chans))
     path = Path(cfg.model.init)
     if not path.exists():
         raise ValueError(
@@ -84,12 +199,15 @@ def starting_weights(cfg: FinetuneConfig) -> Weights | None:
         )
     weights = read_weights(path)
     held = weights.architecture
-    for key, setting, value in (
-        ("variant", cfg.model.variant, held.variant),
-        ("stem_stride", cfg.model.stem_stride, held.stem_stride),
-    ):
-        if setting not in (None, value):
-            raise ValueError(f"model.{key} = {setting}, but model.init = {path} has {value}: set it to {value}")
+    if cfg.model.stem_stride not in (None, held.spec.stem_stride):
+        raise ValueError(
+            f"model.stem_stride = {cfg.model.stem_stride}, but model.init = {path} has {held.spec.stem_stride}: "
+            f"set it to {held.spec.stem_stride}"
+        )
+    asked = None if cfg.model.spec is None else cfg.model.spec.model_copy(update={"stem_stride": held.spec.stem_stride})
+    if asked not in (None, held.spec):
+        name = describe(held.spec)
+        raise ValueError(f"model.variant = {describe(asked)}, but model.init = {path} has {name}: set it to {name}")
     if cfg.data.in_chans != held.in_chans:
         if cfg.eval_only or held.in_chans != 3:
             raise ValueError(
@@ -104,10 +222,12 @@ def starting_weights(cfg: FinetuneConfig) -> Weights | None:
 
 
 def image_settings(cfg: FinetuneConfig, weights: Weights) -> dict[str, Any]:
-    """Mean, std, input size and crop: the configuration's, else those that the weights were trained with.
+    """Mean, std, input size and crop: the settings', else those that the weights were trained with.
 
-    Size and crop of the weights are taken only to evaluate them as they are. Raises ValueError if neither side has the
-    mean and std of images that are not grey or RGB.
+    Size and crop of the weights are taken only to evaluate them as they are.
+
+    Raises:
+        ValueError: if neither side has the mean and std of images that are not grey or RGB.
     """
     (mean, std), size, crop_pct = cfg.data.statistics(), [cfg.data.in_chans, *cfg.data.image_size], cfg.data.crop_pct
     if cfg.data.mean is None and "mean" in weights.image:
@@ -124,74 +244,100 @@ def image_settings(cfg: FinetuneConfig, weights: Weights) -> dict[str, Any]:
     return {"input_size": size, "mean": list(mean), "std": list(std), "crop_pct": crop_pct}
 
 
-def fingerprint(train_index: Images, val_index: Images) -> str:
+def fingerprint(train_images: Images, val_images: Images) -> str:
     """Of the training and the held-out images: the best model is chosen by the latter."""
-    return f"{train_index.fingerprint()}-{val_index.fingerprint()}"
+    return f"{train_images.fingerprint()}-{val_images.fingerprint()}"
 
 
-def find_indices(
-    cfg: FinetuneConfig, run: RunDirectory, accelerator: Accelerator, weights: Weights | None
-) -> tuple[Images, Images]:
-    """Training and held-out images: as listed in the run directory, else found by the first process for all.
+def run_images(cfg: FinetuneConfig, run: RunDirectory, weights: Weights) -> tuple[Images, Images]:
+    """Training and held-out images: as listed in the run directory, else found.
 
     When only evaluating, the classes are those of the weights.
     """
-    found: list[tuple[Images, Images] | None] = [None]
-    if accelerator.is_main_process:
-        cached = (run.path / "files.json", run.path / "val_files.json")
-        if run.kept("data.path", "data.val_path") and all(path.is_file() for path in cached):
-            found = [(Images.load(cached[0]), Images.load(cached[1]))]
-        else:
-            names = weights.class_names if weights is not None and cfg.eval_only else None
-            if cfg.data.val_path is None:
-                assert cfg.data.path is not None
-                found = [split(find_labelled(cfg.data.path, names), cfg.data.val_share, cfg.seed)]
-            else:
-                train = find_labelled(cfg.data.path, names) if cfg.data.path else Images.of_files((), (), names)
-                found = [(train, find_labelled(cfg.data.val_path, train.class_names))]
-    broadcast_object_list(found)
-    assert found[0] is not None
-    return found[0]
+    cached = (run.path / "files.json", run.path / "val_files.json")
+    if run.kept("data.path", "data.val_path") and all(path.is_file() for path in cached):
+        return Images.load(cached[0]), Images.load(cached[1])
+    names = weights.class_names if cfg.eval_only else None
+    if cfg.data.val_path is None:
+        assert cfg.data.path is not None
+        return split(find_labelled(cfg.data.path, names), cfg.data.val_share, cfg.seed)
+    train = find_labelled(cfg.data.path, names) if cfg.data.path else Images.of_files((), (), names)
+    return train, find_labelled(cfg.data.val_path, train.class_names)
 
 
-def build_model(cfg: FinetuneConfig, weights: Weights, num_classes: int) -> nn.Module:
-    """timm's model with the weights and a new head; from scratch where the weights are empty.
+def build_model(cfg: FinetuneConfig, weights: Weights, num_classes: int) -> Classifier:
+    """The classifier: encoder and final norm of the weights, as far as they have them, and a new head.
 
     The head of the weights is kept only for evaluation. Everything random is drawn from the run's seed.
     """
     torch.manual_seed(cfg.seed)
-    scale = cfg.model.head_init_scale or (0.001 if weights.state else 1.0)
-    if not weights.state:
-        model = create_dense(
-            weights.architecture.variant,
-            in_chans=weights.architecture.in_chans,
-            num_classes=num_classes,
-            stem_stride=weights.architecture.stem_stride,
-            drop_path_rate=cfg.model.drop_path_rate,
-            head_init_scale=scale,
-        )
-    else:
-        model = build_dense(
-            weights,
-            num_classes=None if cfg.eval_only else num_classes,
-            drop_path_rate=cfg.model.drop_path_rate,
-            head_init_scale=scale,
-        )
-        logger.info("loaded %d tensors from %s", len(weights.state), cfg.model.init)
-    if cfg.model.grad_checkpointing:
-        model.set_grad_checkpointing(True)  # type: ignore[operator]  # timm is not typed
+    architecture = weights.architecture
+    encoder = Encoder(architecture.spec, architecture.in_chans, cfg.model.drop_path_rate, cfg.model.grad_checkpointing)
+    model = Classifier(encoder, num_classes, cfg.model.head_init_scale or (0.001 if weights.state else 1.0))
+    if weights.state:
+        kept = ("encoder.", "norm.", "head.") if cfg.eval_only else ("encoder.", "norm.")
+        found = {name: value for name, value in weights.state.items() if name.startswith(kept)}
+        model.load_state_dict(model.state_dict() | found)
+        logger.info("loaded %d tensors from %s", len(found), cfg.model.init)
     return model
 
 
-def class_weights(
-    setting: str | list[float] | None, labels: Sequence[int] | NDArray[np.int64], num_classes: int
-) -> list[float] | None:
-    """Weights of the classes in the loss; "balanced" is inverse to their frequency, with a mean of 1 over the images.
+def build_optimizer(cfg: FinetuneConfig, net: Classifier) -> torch.optim.AdamW:
+    """AdamW on the model's parameters, each layer at its rate."""
+    spec, mode = net.encoder.spec, cfg.optim.layer_decay_mode
+    layer = partial(layer_of, spec=spec, mode=mode)
+    scale = optim.layer_decay_scale(layer, num_layers(spec, mode), cfg.optim.layer_decay)
+    groups = optim.parameter_groups(net, cfg.optim.weight_decay, scale)
+    return torch.optim.AdamW(groups, lr=0.0, betas=cfg.optim.betas, fused=True)
 
-    Raises ValueError if a list has not one weight a class.
-    """
-    if setting is None:
+
+def build_train_set(cfg: FinetuneConfig, images: Images, weights: Weights) -> FinetuneDataset:
+    """Training images, cropped and augmented."""
+    data, (in_chans, height, width) = cfg.data, weights.image["input_size"]
+    crop = CropAndFlip(in_chans, (height, width), data.crop_scale, data.hflip, data.vflip)
+    augment = FinetuneAugment(
+        crop,
+        auto_augment=data.auto_augment,
+        random_erasing=data.random_erasing,
+        mean=weights.image["mean"],
+        std=weights.image["std"],
+    )
+    return FinetuneDataset(images, in_chans=in_chans, image_size=(height, width), seed=cfg.seed, augment=augment)
+
+
+def build_mixup(cfg: FinetuneConfig, num_classes: int) -> Mixup | None:
+    """timm's mixup and cutmix, which also smooth the labels; None without either."""
+    regularization = cfg.regularization
+    if not (regularization.mixup or regularization.cutmix):
         return None
+    return Mixup(
+        mixup_alpha=regularization.mixup,
+        cutmix_alpha=regularization.cutmix,
+        label_smoothing=regularization.label_smoothing,
+        num_classes=num_classes,
+    )
+
+
+def class_balance(cfg: FinetuneConfig, images: Images, device: torch.device) -> Tensor | None:
+    """(classes,) weights of the classes in the loss, or None."""
+    if cfg.eval_only or cfg.regularization.class_weights is None:
+        return None
+    assert images.labels is not None and images.class_names is not None
+    weights = class_weights(cfg.regularization.class_weights, images.labels, len(images.class_names))
+    return torch.tensor(weights, device=device)
+
+
+def class_weights(setting: str | list[float], labels: NDArray[np.int64], num_classes: int) -> list[float]:
+    """Weights of the classes in the loss.
+
+    Args:
+        setting: one weight a class; or "balanced", inverse to their frequency, with a mean of 1 over the images.
+        labels: (N,) of the training images.
+        num_classes: of them.
+
+    Raises:
+        ValueError: if a list has not one weight a class.
+    """
     if isinstance(setting, str):
         counts = np.bincount(labels, minlength=num_classes)
         balanced: list[float] = (len(labels) / (num_classes * np.maximum(counts, 1))).tolist()
@@ -203,170 +349,111 @@ def class_weights(
     return setting
 
 
-def train(
-    cfg: FinetuneConfig,
-    run: RunDirectory,
-    accelerator: Accelerator,
-    net: nn.Module,
-    weights: Weights,
-    train_index: Images,
-    val_index: Images,
-    stop: StopSignal,
-) -> None:
-    rank, processes, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    names, labels, regularization = weights.class_names, train_index.labels, cfg.regularization
-    assert labels is not None
-    per_epoch = 0 if cfg.eval_only else steps_per_epoch(len(train_index), cfg.batch_size)
-    total = per_epoch * cfg.epochs
+# What is looked at while it trains
 
-    net = net.to(device)
-    ema = ModelEmaV3(net, decay=regularization.ema_decay) if regularization.ema_decay and not cfg.eval_only else None
-    depths = VARIANTS[weights.architecture.variant].depths
-    scale = optim.layer_decay_scale(depths, cfg.optim.layer_decay, cfg.optim.layer_decay_mode)
-    groups = optim.parameter_groups(net, cfg.optim.weight_decay, scale)
-    adamw = torch.optim.AdamW(groups, lr=0.0, betas=cfg.optim.betas, fused=True)
-    start, best = 0, {"balanced_accuracy": -1.0, "step": 0}
-    if (resume := run.resume_from) is not None:
-        meta = checkpoint.restore(resume, net, adamw, fingerprint(train_index, val_index))
-        start, best = meta.step, meta.progress["best"]
-        if accelerator.scaler is not None:
-            accelerator.scaler.load_state_dict(meta.progress["scaler"])
-        if ema is not None:
-            ema.module.load_state_dict(checkpoint.read_tensors(resume, "ema"))
 
-    workers = cfg.data.num_workers
-    if workers is None:
-        workers = default_num_workers(device.type, local_processes())
-    crop = CropAndFlip(cfg.data.in_chans, cfg.data.image_size, cfg.data.crop_scale, cfg.data.hflip, cfg.data.vflip)
-    augment = FinetuneAugment(
-        crop,
-        auto_augment=cfg.data.auto_augment,
-        random_erasing=cfg.data.random_erasing,
-        mean=weights.image["mean"],
-        std=weights.image["std"],
-    )
-    in_chans, height, width = weights.image["input_size"]
-    sizes: dict[str, Any] = {"in_chans": in_chans, "image_size": (height, width), "seed": cfg.seed}
-    train_set = FinetuneDataset(train_index, augment=augment, **sizes)
-    val_set = FinetuneDataset(val_index, crop_pct=weights.image["crop_pct"], **sizes)
-    val_batches = evaluation_batches(
-        len(val_index), max(1, cfg.batch_size // processes // cfg.grad_accum), rank, processes
-    )
-    val_loader = build_loader(val_set, val_batches, num_workers=workers, device_type=device.type)
-    normalize = Normalize(weights.image["mean"], weights.image["std"]).to(device)
+@dataclass
+class Best:
+    """The evaluation with the highest balanced accuracy so far."""
 
-    balance = class_weights(regularization.class_weights, labels, len(names))
-    balance_tensor = None if balance is None else torch.tensor(balance, device=device)
-    mixup = None
-    if regularization.mixup or regularization.cutmix:
-        mixup = Mixup(
-            mixup_alpha=regularization.mixup,
-            cutmix_alpha=regularization.cutmix,
-            label_smoothing=regularization.label_smoothing,
-            num_classes=len(names),
-        )
+    balanced_accuracy: float = -1.0
+    step: int = 0
 
-    def trial() -> None:
-        num = cfg.batch_size // processes // cfg.grad_accum
-        with accelerator.autocast():
-            logits = net(torch.randn(num, in_chans, height, width, device=device))
-        logits.float().mean().backward()
 
-    compile_model(net, cfg.model.compile, trial, (total - start) * cfg.grad_accum)
-    # The optimizer's state is where it has to be, beside the parameters.
-    model, optimizer = accelerator.prepare(net, adamw, device_placement=[True, False])
-    metrics = Metrics(run.path / "metrics.jsonl", accelerator, start)
-    bad_files = BadFiles(run.path / "bad_files.txt", len(train_index) + len(val_index), cfg.data.max_bad_share)
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores on the held-out images, of the moving average too; the best and the last model are exported.
 
-    def loss_of(batch: Batch) -> Tensor:
-        assert batch.labels is not None
-        images, target, smoothing = normalize(batch.images), batch.labels, regularization.label_smoothing
-        if mixup is not None:
-            images, target = mixup(images, target)  # the targets come smoothed
-            smoothing = 0.0
-        logits = model(images).float()
-        # The sum over the number of images, not torch's weighted mean: its divisor would differ between the parts and
-        # processes that a batch is computed in.
-        loss = F.cross_entropy(logits, target, weight=balance_tensor, label_smoothing=smoothing, reduction="sum")
-        return loss / len(images)
+    Attributes:
+        accelerator: of the run's processes.
+        normalize: as in training.
+        images: the held-out ones.
+        batches: this process's share of them.
+        weights: what describes the exported models.
+        init: what the run started from.
+        best: so far, which `run` moves on.
+        log: of the run.
+    """
 
-    def evaluate(step: int, place: str = "") -> None:
-        """Scores on the held-out images, of the moving average too; the best and the last model are exported."""
-        assert val_index.labels is not None
+    accelerator: Accelerator
+    normalize: Normalize
+    images: Images
+    batches: Iterable[Batch]
+    weights: Weights
+    init: str | None
+    best: Best
+    log: Log
+
+    def run(self, net: Classifier, ema: ModelEmaV3 | None, step: int, epoch: float, places: tuple[str, ...]) -> None:
+        """Score `net`, and its moving average if there is one, after a step, on every process at once.
+
+        What is exported and compared is the moving average where there is one, the weights themselves otherwise.
+
+        Args:
+            net: the classifier.
+            ema: its moving average, or None.
+            step: steps that were done.
+            epoch: likewise, in epochs.
+            places: folders of the run that the predictions are written to; and the model, but for ".", where it is
+                only evaluated.
+
+        Raises:
+            FloatingPointError: if the loss is not finite.
+            ValueError: if none of the images can be read.
+        """
+        assert self.images.labels is not None
         values: dict[str, float] = {}
-        for prefix, network in (("", net), ("ema_", ema.module if ema is not None else None)):
+        for prefix, network in (("", net), ("ema_", None if ema is None else ema.module)):
             if network is not None:
-                positions, probabilities, bad = class_probabilities(network, val_loader, normalize, accelerator)
-                if accelerator.is_main_process:
-                    bad_files.add(bad)
+                positions, probabilities, bad = class_probabilities(
+                    network, self.batches, self.normalize, self.accelerator
+                )
+                self.log.note_bad_files(bad)
                 if len(positions) == 0:
-                    raise ValueError(f"none of the {len(val_index)} held-out images can be read: see data.val_path")
-                truth = val_index.labels[positions]
+                    raise ValueError(f"none of the {len(self.images)} held-out images can be read: see data.val_path")
+                truth = self.images.labels[positions]
                 found = scores(truth, probabilities)
                 values |= {prefix + name: value for name, value in found.items()}
         if not all(map(math.isfinite, values.values())):
             raise FloatingPointError(f"step {step}: the validation loss is not finite: {values}")
-        metrics.write(step, step / max(per_epoch, 1), **values)
+        self.log.metrics.write(step, epoch, **values)
         text = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
         logger.info("step %d: %s on %d images", step, text, len(positions))
-        if not accelerator.is_main_process:
+        if not self.accelerator.is_main_process:
             return
-        # What is exported and compared is the moving average where there is one, the weights themselves otherwise.
-        places = [place] if place else []
-        if not cfg.eval_only:
-            exported = ema.module if ema is not None else net
-            if found["balanced_accuracy"] > best["balanced_accuracy"]:
-                best.update(balanced_accuracy=found["balanced_accuracy"], step=step)
-                places.append("best")
-            if step == total:
-                places.append("last")
-            for name in places:
-                origin = {"run": str(run.path), "init": cfg.model.init, "step": step, **found}
-                save_dense(run.path / name, exported, replace(weights, origin=origin))
-        for name in places:
-            paths = val_index.subset(positions).names()
-            write_predictions(run.path / name / "predictions.csv", paths, probabilities, names, truth.tolist())
+        if step and found["balanced_accuracy"] > self.best.balanced_accuracy:
+            self.best.balanced_accuracy, self.best.step = found["balanced_accuracy"], step
+            places = (*places, "best")
+        for place in places:
+            folder = self.log.run / place
+            if step:
+                origin = {"run": str(self.log.run), "init": self.init, "step": step, **found}
+                save_classifier(folder, net if ema is None else ema.module, replace(self.weights, origin=origin))
+            names = self.images.subset(positions).names()
+            write_predictions(
+                folder / "predictions.csv", names, probabilities, self.weights.class_names, truth.tolist()
+            )
 
-    def save(step: int) -> None:
-        if accelerator.is_main_process:
-            progress = {"best": best, "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None}
-            images = fingerprint(train_index, val_index)
-            meta = checkpoint.Meta("finetune", step, cfg.model_dump(mode="json"), images, progress)
-            tensors = {"model": net.state_dict(), "optimizer": checkpoint.optimizer_state(adamw, net)}
-            if ema is not None:
-                tensors["ema"] = ema.module.state_dict()
-            checkpoint.save(run.path, meta, tensors)
-            checkpoint.prune(run.path, cfg.checkpoint.keep, cfg.checkpoint.milestone_epochs * per_epoch)
 
-    if cfg.eval_only:
-        evaluate(0, ".")
-        return
-    logger.info(
-        "%s: %d training images of %d classes, %d held out",
-        weights.architecture.variant,
-        len(train_index),
-        len(names),
-        len(val_index),
+def build_evaluation(
+    cfg: FinetuneConfig,
+    accelerator: Accelerator,
+    normalize: Normalize,
+    images: Images,
+    weights: Weights,
+    best: Best,
+    log: Log,
+    at_once: int,
+) -> Evaluation:
+    """The evaluation of a run, `at_once` images at a time."""
+    in_chans, height, width = weights.image["input_size"]
+    loader = evaluation_loader(
+        Reading(in_chans, (height, width), weights.image["crop_pct"], normalize),
+        images,
+        at_once,
+        num_workers=choose_num_workers(cfg.data.num_workers, accelerator.device.type),
+        device_type=accelerator.device.type,
+        rank=accelerator.process_index,
+        num_processes=accelerator.num_processes,
     )
-    finished = fit(
-        cfg,
-        cfg.optim,
-        run,
-        accelerator,
-        model,
-        optimizer,
-        train_set,
-        loss_of,
-        start_step=start,
-        steps_per_epoch=per_epoch,
-        num_images=len(train_index),
-        num_workers=workers,
-        metrics=metrics,
-        bad_files=bad_files,
-        stop=stop,
-        evaluate=evaluate,
-        save=save,
-        after_step=(lambda: ema.update(net)) if ema is not None else lambda: None,
-    )
-    if finished:
-        logger.info("best and last model: %s, %s", run.path / "best", run.path / "last")
+    return Evaluation(accelerator, normalize, images, loader, weights, cfg.model.init, best, log)

@@ -14,9 +14,9 @@ import torch
 from accelerate import Accelerator
 
 from fcmae.config import PretrainConfig, check_launch
-from fcmae.data.dataset import Batch, PretrainDataset, collate
+from fcmae.data.dataset import Batch, PretrainDataset, Reading, collate
 from fcmae.data.index import Images, find_images
-from fcmae.data.loader import build_loader, num_workers
+from fcmae.data.loader import build_loader, choose_num_workers
 from fcmae.data.normalize import Normalize
 from fcmae.data.sampler import EVAL_EPOCH, evaluation_batches, steps_per_epoch
 from fcmae.data.split import split
@@ -36,9 +36,10 @@ from fcmae.networks.convnext import Encoder
 from fcmae.networks.spec import describe
 from fcmae.training import checkpoint, optim
 from fcmae.training.compiling import compile_model
-from fcmae.training.log import Log, read_metrics
-from fcmae.training.run import Run, RunDirectory, StopSignal, make_accelerator, same_everywhere
-from fcmae.training.steps import Schedule, Step, Steps
+from fcmae.training.log import Log
+from fcmae.training.optim import Schedule
+from fcmae.training.run import Run, RunDirectory, StopSignal, make_accelerator, read_metrics, same_everywhere
+from fcmae.training.steps import Step, Steps, schedule_of
 from fcmae.weights.convert import start_from
 from fcmae.weights.files import read_weights
 from fcmae.weights.formats import OLD, rename
@@ -166,7 +167,7 @@ def build_schedule(cfg: PretrainConfig, run: RunDirectory, images: Images) -> Sc
         )
     if run.resume_from is not None:
         checkpoint.check_images(run.resume_from, images.fingerprint())
-    return Schedule.of(cfg, per_epoch, run.resume_step)
+    return schedule_of(cfg, per_epoch, run.resume_step)
 
 
 def build_model(cfg: PretrainConfig) -> FCMAE:
@@ -211,7 +212,8 @@ def mask_grid(cfg: PretrainConfig) -> tuple[int, int]:
 
 def images_at_once(cfg: PretrainConfig, accelerator: Accelerator) -> int:
     """Images that a process computes together in training, each counted as often as it has masks."""
-    return cfg.batch_size // accelerator.num_processes // cfg.grad_accum
+    images: int = cfg.batch_size // accelerator.num_processes // cfg.grad_accum
+    return images
 
 
 def build_dataset(cfg: PretrainConfig, images: Images, *, augment: bool) -> PretrainDataset:
@@ -354,15 +356,14 @@ def build_evaluation(
 ) -> Evaluation:
     """The evaluation of a run, from its settings and images."""
     rank, processes, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    at_once, workers = images_at_once(cfg, accelerator), num_workers(cfg.data.num_workers, device.type)
+    at_once, workers = images_at_once(cfg, accelerator), choose_num_workers(cfg.data.num_workers, device.type)
     val_set = build_dataset(cfg, val_images, augment=False)
     keys = evaluation_batches(len(val_set), at_once, rank, processes)
     monitor = Monitor(
         monitored_images(val_images, train_images, cfg.monitor.num_images),
         labelled,
-        in_chans=cfg.data.in_chans,
-        image_size=cfg.data.image_size,
-        normalize=normalize,
+        # Centre crops of the full shorter side, as `read_weights` has it for checkpoints of pretraining.
+        Reading(cfg.data.in_chans, cfg.data.image_size, crop_pct=1.0, normalize=normalize),
         device=device,
         # Not more at a time than training has, which also keeps what its backward pass needs.
         batch_size=max(1, min(BATCH_SIZE, at_once)),

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import timm
@@ -19,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from fcmae.layouts import make_layout
-from fcmae.loss import reconstruction_loss
+from fcmae.masked import FCMAE, build_fcmae, masked_loss
 from fcmae.masking import num_visible, random_mask
-from fcmae.model import FCMAE
 from fcmae.networks.convnext import Encoder
+from fcmae.networks.spec import VARIANTS
 from fcmae.weights.formats import rename
 
 BACKENDS = ("packed", "triton", "masked", "minkowski")
@@ -151,8 +152,7 @@ def tensors(case: Case, backend: str, device: str, precision: str) -> dict[str, 
     # cuDNN's convolutions take TF32, with 10 of float32's 23 bits, unless told otherwise.
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), autocast:
         if isinstance(net, FCMAE):
-            pred, site_mask = net(images, mask)
-            values = reconstruction_loss(pred, images, site_mask)
+            values = masked_loss(net, images, mask)
         else:
             layout = make_layout(backend, mask)
             values = layout.unpack(net(images, layout))  # (B, h, w, C)
@@ -181,8 +181,8 @@ def make(case: Case, backend: str) -> tuple[Encoder | FCMAE, Tensor, Tensor]:
     """The network, images and mask of a case, the same at every call, in float32 on the CPU."""
     rows, columns = case.grid
     with torch.device("meta"):
-        encoder = Encoder(case.variant)
-        net = FCMAE(encoder, decoder_dim=32, backend=backend) if case.whole else encoder
+        encoder = Encoder(VARIANTS[case.variant])
+        net = build_fcmae(encoder, 32, make_layout=partial(make_layout, backend)) if case.whole else encoder
     net.to_empty(device="cpu")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -209,7 +209,7 @@ def collected(values: Tensor, gradients: Iterable[tuple[str, Tensor | None]]) ->
 
 def speeds(backends: Sequence[str], device: str, repeats: int = 5) -> dict[str, float]:
     """Median milliseconds of the encoder's forward + backward; backends take turns, so that a load slows them all."""
-    encoder = Encoder("convnextv2_atto").to(device)
+    encoder = Encoder(VARIANTS["convnextv2_atto"]).to(device)
     images = torch.randn(8, 3, 224, 224, device=device)
     mask = torch.from_numpy(random_mask((7, 7), 19, [(0, i) for i in range(8)])).to(device)
     times: dict[str, list[float]] = {backend: [] for backend in backends}

@@ -319,6 +319,8 @@ class RunConfig(Settings):
     GRN's norms, LayerNorm and the loss are always fp32."""
     device: Device = "auto"
     """auto takes a GPU when there is one."""
+    data: ImageConfig = Field(default_factory=ImageConfig)
+    optim: Optim = Field(default_factory=Optim)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     log: LogConfig = Field(default_factory=LogConfig)
 

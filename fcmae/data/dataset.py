@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from fcmae.data.augment import CenterCrop, CropAndFlip, FinetuneAugment
 from fcmae.data.index import Images
+from fcmae.data.normalize import Normalize
 from fcmae.data.sampler import MASK_STREAM, SAMPLE_STREAM, Key
 from fcmae.data.source import BadImage
 from fcmae.masking import random_mask
@@ -21,6 +22,29 @@ from fcmae.masking import random_mask
 MAX_TRIES = 16  # files that a training sample tries before it gives up
 
 View = Callable[[BinaryIO, np.random.Generator], NDArray[Any]]  # file -> (C, H, W), drawing from the generator
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How images are read for a network that is not being trained on them.
+
+    Attributes:
+        in_chans: channels.
+        image_size: height and width.
+        crop_pct: see `center_box`.
+        normalize: what they go through then.
+    """
+
+    in_chans: int
+    image_size: tuple[int, int]
+    crop_pct: float
+    normalize: Normalize
+
+    def dataset(self, images: Images) -> FinetuneDataset:
+        """Centre crops of the images."""
+        return FinetuneDataset(
+            images, in_chans=self.in_chans, image_size=self.image_size, seed=0, crop_pct=self.crop_pct
+        )
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from fcmae.data.cores import core_time
-from fcmae.data.dataset import Batch, Sample, collate
-from fcmae.data.sampler import Key
+from fcmae.data.dataset import Batch, Reading, Sample, collate
+from fcmae.data.index import Images
+from fcmae.data.sampler import Key, evaluation_batches
 
 
 def build_loader(
@@ -59,7 +60,34 @@ def _end_workers() -> None:
         worker.kill()
 
 
-def num_workers(setting: int | None, device_type: str) -> int:
+def evaluation_loader(
+    reading: Reading,
+    images: Images,
+    batch_size: int,
+    *,
+    num_workers: int | None,
+    device_type: str,
+    rank: int = 0,
+    num_processes: int = 1,
+) -> DataLoader[Batch]:
+    """This process's share of all images, in order, as a network that is not being trained takes them.
+
+    Args:
+        reading: how they are read.
+        images: all.
+        batch_size: images at a time.
+        num_workers: processes that decode; None is none for a single batch, else as `choose_num_workers` has it.
+        device_type: of what computes.
+        rank: of this process.
+        num_processes: that share the images.
+    """
+    if num_workers is None:
+        num_workers = choose_num_workers(None, device_type) if len(images) > batch_size else 0
+    keys = evaluation_batches(len(images), batch_size, rank, num_processes)
+    return build_loader(reading.dataset(images), keys, num_workers=num_workers, device_type=device_type)
+
+
+def choose_num_workers(setting: int | None, device_type: str) -> int:
     """Processes that decode for one training process.
 
     One worker crops some 300 photographs of 500 x 375 pixels a second (benchmarks/input_pipeline.py), about ten

@@ -1,45 +1,75 @@
 """What the channels of a ConvNeXt do, block by block: are they diverse, dead, saturated, of what rank, how selective.
 
-A layer is a block of timm's dense network, by the name stages.I.J; its features are the expanded ones (4C channels) as
-the block's second Linear sees them, after GRN in V2. Images are streamed: what is kept does not grow with their number.
+A layer is a block of the encoder with nothing hidden, by the name stages.I.J; its features are the expanded ones as
+its second Linear sees them, after GRN in V2. Images are streamed: what is kept does not grow with their number.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from timm.models import ConvNeXt
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fcmae.data.dataset import Reading
 from fcmae.data.index import Images
 from fcmae.data.split import evenly
 from fcmae.evaluation.features import BATCH_SIZE, batches_of
-from fcmae.evaluation.models import Backbone
+from fcmae.layouts import DENSE
 from fcmae.layouts.norms import at_least_float32, l2_norm
+from fcmae.networks.convnext import Encoder
+from fcmae.networks.layers import Block
 
 DEAD_RMS = 0.01  # of the median channel's
 SATURATED_STD = 0.1  # of the channel's own absolute mean
 
 
-def blocks(model: nn.Module) -> dict[str, Any]:
-    """The blocks of timm's ConvNeXt by name, stages.I.J, in the order that data pass them.
+def walk(encoder: Encoder, images: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Pass images through an encoder with nothing hidden, block by block.
 
-    Raises ValueError if the model is another network.
+    Args:
+        encoder: in evaluation mode.
+        images: (B, C, H, W), normalised, on its device.
+
+    Yields:
+        Of each block, in order: its name, stages.I.J; its expanded features as its second Linear sees them, after GRN
+        in V2, (B, h, w, hidden); and its output, (B, h, w, C).
     """
-    if not isinstance(model, ConvNeXt):
+    x = encoder.stem(images, DENSE)
+    for i, stage in enumerate(encoder.stages):
+        if i > 0:
+            x = encoder.downsample(i, x, DENSE)
+        for j, block in enumerate(cast("Iterable[Block]", stage)):
+            h = block.expand(x, DENSE)
+            if block.grn is not None:
+                h = block.grn(h, DENSE.image_norm(at_least_float32(h)))
+            x = block.add(x, block.pwconv2(h), DENSE)
+            yield f"stages.{i}.{j}", h, x
+
+
+def layer_names(encoder: Encoder) -> list[str]:
+    """The names of the blocks, in the order that data pass them."""
+    return [f"stages.{i}.{j}" for i, depth in enumerate(encoder.spec.depths) for j in range(depth)]
+
+
+def as_encoder(model: nn.Module) -> Encoder:
+    """The model, if it is a ConvNeXt.
+
+    Raises:
+        ValueError: if it is another network.
+    """
+    if not isinstance(model, Encoder):
         raise ValueError(
             f"{type(model).__name__} is no ConvNeXt, so it has no blocks with expanded features: "
             "give a ConvNeXt (V1 or V2) to analyse"
         )
-    return {f"stages.{i}.{j}": block for i, stage in enumerate(model.stages) for j, block in enumerate(stage.blocks)}
+    return model
 
 
 def cosine_distance(features: Tensor) -> Tensor:
@@ -107,15 +137,16 @@ def class_selectivity(class_means: Tensor) -> Tensor:
     return (largest - rest).clamp(min=0) / total.masked_fill(total == 0, 1)
 
 
-def grn_norms(model: nn.Module) -> dict[str, tuple[float, float]]:
-    """Root mean squares of GRN's gamma and beta in each block of timm's ConvNeXt; empty for V1.
+def grn_norms(encoder: Encoder) -> dict[str, tuple[float, float]]:
+    """Root mean squares of GRN's gamma and beta in each block; empty for V1.
 
     The L2 norm over the root of the number of channels, so that blocks of different widths compare.
     """
     found = {}
-    for name, block in blocks(model).items():
-        if (grn := getattr(block.mlp, "grn", None)) is not None:
-            gamma, beta = (float(p.detach().double().square().mean().sqrt()) for p in (grn.weight, grn.bias))
+    every = (block for stage in encoder.stages for block in cast("Iterable[Block]", stage))
+    for name, block in zip(layer_names(encoder), every, strict=True):
+        if (grn := block.grn) is not None:
+            gamma, beta = (float(p.detach().double().square().mean().sqrt()) for p in (grn.gamma, grn.beta))
             found[name] = (gamma, beta)
     return found
 
@@ -191,34 +222,32 @@ class _Sums:
 
 
 class Statistics:
-    """Statistics of every block of a model, over as many images as are added.
+    """Statistics of every block of an encoder, over as many images as are added.
 
-    model: timm's ConvNeXt, in evaluation mode. num_classes: of the labels that come with the images; 0 without labels.
-    Raises ValueError if the model is another network.
+    Args:
+        encoder: in evaluation mode.
+        num_classes: of the labels that come with the images; 0 without labels.
     """
 
-    def __init__(self, model: nn.Module, num_classes: int = 0) -> None:
-        self._model, self._blocks = model, blocks(model)
+    def __init__(self, encoder: Encoder, num_classes: int = 0) -> None:
+        self._encoder = encoder
+        spec = encoder.spec
+        widths = [(hidden, dim) for dim, stage in zip(spec.dims, spec.hidden_widths, strict=True) for hidden in stage]
         self._sums = {
-            name: _Sums(block.mlp.fc2.weight.shape[1], block.mlp.fc2.weight.shape[0], num_classes)
-            for name, block in self._blocks.items()
+            name: _Sums(*width, num_classes) for name, width in zip(layer_names(encoder), widths, strict=True)
         }
 
     @torch.no_grad()
     def add(self, images: Tensor, labels: Tensor | None = None) -> None:
-        """Pass images through the model and add what its blocks make of them.
+        """Pass images through the encoder and add what its blocks make of them.
 
-        images: (B, C, H, W), normalised, on the model's device. labels: (B,) int64.
+        Args:
+            images: (B, C, H, W), normalised, on the encoder's device.
+            labels: (B,) int64.
         """
-
-        def expanded(name: str, features: Tensor) -> None:
-            self._sums[name].add_expanded(features, labels)
-
-        def output(name: str, features: Tensor) -> None:
-            self._sums[name].add_output(at_least_float32(features).mean((2, 3)))
-
-        with _watched(self._blocks, expanded, output):
-            self._model.forward_features(images)  # type: ignore[operator]  # timm is not typed
+        for name, expanded, output in walk(self._encoder, images):
+            self._sums[name].add_expanded(expanded, labels)
+            self._sums[name].add_output(at_least_float32(output).mean((1, 2)))
 
     def layers(self) -> dict[str, Layer]:
         """The statistics of each block by name; empty before the first image."""
@@ -226,22 +255,32 @@ class Statistics:
 
 
 def measure(
-    backbone: Backbone,
+    encoder: Encoder,
+    reading: Reading,
     images: Images,
     *,
     device: torch.device,
     batch_size: int = BATCH_SIZE,
-    num_workers: int = 0,
+    num_workers: int | None = None,
     title: str | None = None,
 ) -> tuple[dict[str, Layer], list[tuple[str, str]]]:
     """Statistics of each block on images; with selectivity, if they have labels.
 
-    The model is on the device. title: of a progress bar; None shows none. Returns the statistics by layer, empty if no
-    image could be read, and the names of those that could not be, with reasons.
+    Args:
+        encoder: in evaluation mode, on the device.
+        reading: how the images are read.
+        images: what it is measured on.
+        device: the encoder's.
+        batch_size: images at a time.
+        num_workers: processes that decode; None chooses.
+        title: of a progress bar; None shows none.
+
+    Returns:
+        The statistics by layer, empty if no image could be read, and the files that could not be, with reasons.
     """
-    statistics = Statistics(backbone.model, len(images.class_names or ()))
+    statistics = Statistics(encoder, len(images.class_names or ()))
     bad: list[tuple[str, str]] = []
-    batches = batches_of(backbone, images, device=device, batch_size=batch_size, num_workers=num_workers)
+    batches = batches_of(reading, images, device=device, batch_size=batch_size, num_workers=num_workers)
     hidden = None if title is not None else True
     for pixels, batch in tqdm(
         batches, total=math.ceil(len(images) / batch_size), desc=title, unit="batch", disable=hidden
@@ -253,42 +292,21 @@ def measure(
 
 
 @torch.no_grad()
-def activation_maps(model: nn.Module, image: Tensor, layers: list[str], num_maps: int = 64) -> list[NDArray[Any]]:
+def activation_maps(encoder: Encoder, image: Tensor, layers: list[str], num_maps: int = 64) -> list[NDArray[Any]]:
     """Maps of up to num_maps channels of some layers' features, evenly spread over their channels (the paper's Fig. 3).
 
-    image: (C, H, W), normalised, on the model's device. layers: names of blocks. Returns for each (maps, h, w) float32.
+    Args:
+        encoder: in evaluation mode.
+        image: (C, H, W), normalised, on the encoder's device.
+        layers: names of blocks.
+        num_maps: of each.
+
+    Returns:
+        (maps, h, w) float32 for each layer.
     """
-    chosen = blocks(model)
     found: dict[str, NDArray[Any]] = {}
-
-    def expanded(name: str, features: Tensor) -> None:
-        maps = at_least_float32(features)[0].permute(2, 0, 1)  # (4C, h, w)
-        found[name] = maps[evenly(len(maps), num_maps)].cpu().numpy()
-
-    with _watched({name: chosen[name] for name in layers}, expanded, lambda *_: None):
-        model.forward_features(image[None])  # type: ignore[operator]
+    for name, expanded, _ in walk(encoder, image[None]):
+        if name in layers:
+            maps = at_least_float32(expanded)[0].permute(2, 0, 1)  # (hidden, h, w)
+            found[name] = maps[evenly(len(maps), num_maps)].cpu().numpy()
     return [found[name] for name in layers]
-
-
-@contextmanager
-def _watched(
-    chosen: dict[str, Any], expanded: Callable[[str, Tensor], None], output: Callable[[str, Tensor], None]
-) -> Iterator[None]:
-    """Within it, blocks hand their expanded features, (B, h, w, 4C), and output, (B, C, h, w), to two functions."""
-
-    def before_fc2(name: str) -> Callable[[nn.Module, tuple[Tensor]], None]:
-        def hook(linear: nn.Module, inputs: tuple[Tensor]) -> None:
-            (x,) = inputs
-            # timm's small models compute their MLPs as 1x1 convolutions.
-            expanded(name, x.permute(0, 2, 3, 1) if isinstance(linear, nn.Conv2d) else x)  # (B, h, w, 4C)
-
-        return hook
-
-    def after(name: str) -> Callable[[nn.Module, tuple[Tensor], Tensor], None]:
-        return lambda _, inputs, result: output(name, result)
-
-    with ExitStack() as stack:
-        for name, block in chosen.items():
-            stack.callback(block.mlp.fc2.register_forward_pre_hook(before_fc2(name)).remove)
-            stack.callback(block.register_forward_hook(after(name)).remove)
-        yield

@@ -19,17 +19,17 @@ from numpy.typing import NDArray
 
 import fcmae
 from fcmae import options
+from fcmae.atomic import write_text
 from fcmae.config.commands import AnalyzeConfig
 from fcmae.data.index import Images, find_images, find_labelled
-from fcmae.data.loader import default_num_workers
 from fcmae.data.split import evenly
-from fcmae.evaluation.analysis import Layer, activation_maps, blocks, grn_norms, measure
+from fcmae.evaluation.analysis import Layer, activation_maps, as_encoder, grn_norms, measure
 from fcmae.evaluation.features import batches_of
 from fcmae.evaluation.figures import last_of_stages, save_activations, save_by_layer, save_selectivity
 from fcmae.evaluation.models import Backbone, choose_device, load_backbone
 from fcmae.evaluation.outputs import claim, default_out
 from fcmae.evaluation.pictures import displayable
-from fcmae.training.run import FOUND, cpu_name, write_text
+from fcmae.training.run import FOUND, cpu_name
 
 RECORD = "analysis.json"
 FEW = 10  # images a class, below which the largest of their means is mostly chance
@@ -60,17 +60,15 @@ def analyze(cfg: AnalyzeConfig) -> str:
     place = default_out(cfg.models, cfg.out, "analysis")
     index = find_labelled(cfg.data, key="data") if cfg.data is not None else find_images(cfg.images or (), key="images")
     index = index.subset(evenly(len(index), cfg.max_images))
-    where, num_workers = choose_device(cfg.device), cfg.num_workers
-    if num_workers is None:
-        num_workers = default_num_workers(where.type) if len(index) > cfg.batch_size else 0
+    where = choose_device(cfg.device)
     backbones = [load_backbone(model, cfg.image_size) for model in cfg.models]
     for backbone in backbones:
         try:
-            blocks(backbone.model)
+            as_encoder(backbone.model)
         except ValueError as error:
             raise ValueError(f"model = {backbone.name!r}: {error}") from None
     claim(place, lambda path: path.name in FOUND["analysis"], cfg.overwrite)
-    found = [_analyze(backbone, index, where, cfg.batch_size, num_workers) for backbone in backbones]
+    found = [_analyze(backbone, index, where, cfg.batch_size, cfg.num_workers) for backbone in backbones]
     record = {
         "fcmae": fcmae.__version__,
         "command": _command(cfg, place),
@@ -96,10 +94,12 @@ def analyze(cfg: AnalyzeConfig) -> str:
     return "\n".join(lines)
 
 
-def _analyze(backbone: Backbone, index: Images, device: torch.device, batch_size: int, num_workers: int) -> Analysis:
-    backbone.model.to(device)
+def _analyze(
+    backbone: Backbone, index: Images, device: torch.device, batch_size: int, num_workers: int | None
+) -> Analysis:
+    encoder, reading, title = as_encoder(backbone.model).to(device), backbone.reading, backbone.name
     layers, bad = measure(
-        backbone, index, device=device, batch_size=batch_size, num_workers=num_workers, title=backbone.name
+        encoder, reading, index, device=device, batch_size=batch_size, num_workers=num_workers, title=title
     )
     for name, reason in bad:
         print(f"{name}: {reason}", file=sys.stderr)
@@ -107,16 +107,16 @@ def _analyze(backbone: Backbone, index: Images, device: torch.device, batch_size
         raise ValueError(f"none of {len(index)} images can be read: {bad[0][0]}: {bad[0][1]}")
     unread = {name for name, _ in bad}
     first = index.subset([next(i for i in range(len(index)) if index.name(i) not in unread)])
-    images, _ = next(iter(batches_of(backbone, first, device=device)))
-    shown = backbone.normalize.inverse(images[0])
+    images, _ = next(iter(batches_of(reading, first, device=device)))
+    shown = reading.normalize.inverse(images[0])
     chosen = last_of_stages(list(layers))
-    maps = activation_maps(backbone.model, images[0], chosen)
-    backbone.model.cpu()
+    maps = activation_maps(encoder, images[0], chosen)
+    encoder.cpu()
     return Analysis(
         backbone=backbone,
         layers=layers,
         num_images=len(index) - len(bad),
-        grn=grn_norms(backbone.model),
+        grn=grn_norms(encoder),
         image=displayable(shown, float(shown.min()), float(shown.max())),
         maps=dict(zip(chosen, maps, strict=True)),
     )
@@ -198,8 +198,8 @@ def _record(analysis: Analysis) -> dict[str, Any]:
         layers.append(values)
     return {
         "name": backbone.name,
-        "architecture": backbone.architecture.variant if backbone.architecture else type(backbone.model).__name__,
-        "image_size": list(backbone.image_size),
+        "architecture": backbone.kind,
+        "image_size": list(backbone.reading.image_size),
         "num_images": analysis.num_images,
         "origin": backbone.origin,
         "layers": layers,

@@ -265,7 +265,7 @@ def save_neighbours(
     """Draw the image of `query` and its neighbours, as the network sees them, with similarity and label."""
     from matplotlib.figure import Figure
 
-    read = CenterCrop(backbone.in_chans, backbone.image_size, backbone.crop_pct)
+    read = CenterCrop(backbone.reading.in_chans, backbone.reading.image_size, backbone.reading.crop_pct)
     figure = Figure(figsize=(10, 4.9), layout="constrained")
     grid = figure.add_gridspec(2, 6)
     axes = [figure.add_subplot(grid[:, :2])]

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 import fcmae
 from fcmae import options
+from fcmae.atomic import write_text
 from fcmae.classification import macro_auroc, scores
 from fcmae.config.commands import EvaluateConfig
 from fcmae.data.index import Images, find_labelled
@@ -32,9 +33,9 @@ from fcmae.data.split import draw, split
 from fcmae.evaluation.features import check_stages, extract
 from fcmae.evaluation.models import RANDOM, Backbone, choose_device, load_backbone
 from fcmae.evaluation.outputs import TEMPORARY, claim, default_out, file_name, shortened
-from fcmae.evaluation.probes import few_shot_counts, fit_linear, knn_probabilities, mean_and_interval
 from fcmae.evaluation.pictures import save_figure
-from fcmae.training.run import FOUND, cpu_name, write_text
+from fcmae.evaluation.probes import few_shot_counts, fit_linear, knn_probabilities, mean_and_interval
+from fcmae.training.run import FOUND, cpu_name
 
 KS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
@@ -119,7 +120,7 @@ def evaluate_model(
     return {
         "fcmae": fcmae.__version__,
         "model": backbone.name,
-        "architecture": _architecture(backbone),
+        "architecture": backbone.kind,
         "step": backbone.origin.get("step"),
         "origin": backbone.origin,
         "created": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -133,7 +134,7 @@ def evaluate_model(
             "largest_class": np.bincount(labels[1]).max() / len(labels[1]),
             "class_names": list(names),
         },
-        "image_size": list(backbone.image_size),
+        "image_size": list(backbone.reading.image_size),
         "results": results,
         "confusion": confusion,
     }
@@ -255,12 +256,6 @@ def score(labels: NDArray[np.int64], probabilities: NDArray[np.float32]) -> dict
     if "auroc" not in found and len(np.unique(labels)) > 1 and np.isfinite(probabilities).all():
         found["auroc"] = macro_auroc(labels, probabilities)
     return found
-
-
-def _architecture(backbone: Backbone) -> str:
-    if backbone.architecture is not None:
-        return backbone.architecture.variant
-    return backbone.name.removeprefix(RANDOM)
 
 
 def _command(cfg: EvaluateConfig, model: str, folder: Path) -> str:

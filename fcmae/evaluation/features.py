@@ -10,43 +10,31 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from fcmae.data.dataset import Batch, FinetuneDataset
+from fcmae.data.dataset import Batch, Reading
 from fcmae.data.index import Images
-from fcmae.data.loader import build_loader, default_num_workers
-from fcmae.data.sampler import evaluation_batches
-from fcmae.evaluation.models import Backbone
+from fcmae.data.loader import evaluation_loader
+from fcmae.evaluation.models import Backbone, stage_maps
 
 BATCH_SIZE = 64
 
 
-def stage_maps(model: nn.Module, images: Tensor) -> list[Tensor]:
-    """The output of each stage, first to last, (B, C_i, H_i, W_i), before any final norm.
-
-    model: timm's. images: (B, C, H, W), normalised. Networks without stages give what timm has in their place: a ViT
-    the output of each block.
-    """
-    maps: list[Tensor] = model.forward_intermediates(  # type: ignore[operator]  # timm is not typed
-        images, norm=False, intermediates_only=True
-    )
-    return maps
-
-
 def batches_of(
-    backbone: Backbone, images: Images, *, device: torch.device, batch_size: int = BATCH_SIZE, num_workers: int = 0
+    reading: Reading,
+    images: Images,
+    *,
+    device: torch.device,
+    batch_size: int = BATCH_SIZE,
+    num_workers: int | None = None,
 ) -> Iterator[tuple[Tensor, Batch]]:
-    """Images as a model takes them, centre crops, in batches: normalised on the device, and as read.
+    """Images as a network takes them, centre crops, in batches: normalised on the device, and as read.
 
-    The model's `model` is on the device. What could not be read is left out of both; its batch has it in `bad`.
+    What could not be read is left out of both; its batch has it in `bad`.
     """
-    dataset = FinetuneDataset(
-        images, in_chans=backbone.in_chans, image_size=backbone.image_size, seed=0, crop_pct=backbone.crop_pct
-    )
-    batches = evaluation_batches(len(images), batch_size)
-    normalize = backbone.normalize.to(device)
-    for batch in build_loader(dataset, batches, num_workers=num_workers, device_type=device.type):
+    normalize = reading.normalize.to(device)
+    for batch in evaluation_loader(reading, images, batch_size, num_workers=num_workers, device_type=device.type):
         readable = batch.select(batch.valid)
         yield normalize(readable.images.to(device, non_blocking=True)), readable
 
@@ -84,9 +72,7 @@ def extract(
     be read.
     """
     backbone.model.to(device)
-    if num_workers is None:
-        num_workers = default_num_workers(device.type) if len(images) > batch_size else 0
-    batches = batches_of(backbone, images, device=device, batch_size=batch_size, num_workers=num_workers)
+    batches = batches_of(backbone.reading, images, device=device, batch_size=batch_size, num_workers=num_workers)
     positions = np.empty(len(images), np.int64)
     arrays: dict[int, NDArray[np.float32]] = {}
     bad: list[tuple[str, str]] = []
@@ -113,7 +99,7 @@ def extract(
 
 def check_stages(backbone: Backbone, stages: Sequence[int] | None) -> None:
     """Raise ValueError if the network, which is on the CPU, has no such stage."""
-    blank = torch.zeros(1, backbone.in_chans, *backbone.image_size)
+    blank = torch.zeros(1, backbone.reading.in_chans, *backbone.reading.image_size)
     with torch.inference_mode():
         _numbers(stages, len(stage_maps(backbone.model, blank)))
 

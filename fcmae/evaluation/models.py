@@ -8,15 +8,18 @@ from typing import Any
 
 import timm
 import torch
-from torch import nn
+from timm.models import ConvNeXt
+from torch import Tensor, nn
 
 from fcmae.config import FinetuneData
 from fcmae.data.augment import seeded
+from fcmae.data.dataset import Reading
 from fcmae.data.normalize import Normalize
-from fcmae.networks.convnext import VARIANTS
-from fcmae.weights.convert import build_dense, create_dense
+from fcmae.networks.convnext import Encoder
+from fcmae.networks.spec import describe
+from fcmae.weights.convert import build_encoder
 from fcmae.weights.files import Weights, read_weights
-from fcmae.weights.formats import Architecture
+from fcmae.weights.formats import from_state
 
 RANDOM = "random:"  # before a path or timm's name: the same network, untrained
 
@@ -25,19 +28,23 @@ RANDOM = "random:"  # before a path or timm's name: the same network, untrained
 class Backbone:
     """A dense network that gives features, and how its images are read.
 
-    name: as it was asked for. model: timm's, without a head, in evaluation mode, on the CPU, without gradients.
-    architecture: None for networks other than ConvNeXt. image_size: height and width. crop_pct: see `center_box`.
-    normalize: what they go through then. origin: what the weights were made from.
+    Attributes:
+        name: as it was asked for.
+        model: an `Encoder`, which timm's ConvNeXts become too, or another network of timm's without a head; in
+            evaluation mode, on the CPU, without gradients.
+        reading: how its images are read.
+        origin: what the weights were made from.
     """
 
     name: str
     model: nn.Module
-    architecture: Architecture | None
-    in_chans: int
-    image_size: tuple[int, int]
-    crop_pct: float
-    normalize: Normalize
+    reading: Reading
     origin: dict[str, Any]
+
+    @property
+    def kind(self) -> str:
+        """What network it is."""
+        return describe(self.model.spec) if isinstance(self.model, Encoder) else self.name.removeprefix(RANDOM)
 
 
 def load_backbone(source: str, image_size: tuple[int, int] | None = None, in_chans: int | None = None) -> Backbone:
@@ -81,38 +88,18 @@ def _from_weights(
         raise ValueError(
             f"in_chans = {in_chans}, but model = {source!r} is of {architecture.in_chans} channels: leave it out"
         )
-    # What the file does not say of its images is as published.
-    defaults = FinetuneData(in_chans=architecture.in_chans)
-    mean, std = (weights.image.get(k, v) for k, v in zip(("mean", "std"), defaults.statistics(), strict=True))
-    if len(mean) != architecture.in_chans:
-        raise ValueError(
-            f"model = {source!r} does not say the mean and std of its {architecture.in_chans} channels: "
-            "export it with fcmae"
-        )
-    _, height, width = weights.image.get("input_size", (0, *defaults.image_size))
+    with seeded([0]):
+        untrained = Encoder(architecture.spec, architecture.in_chans)
     return Backbone(
         name=source,
-        model=_untrained(architecture) if is_random else build_dense(weights, num_classes=0),
-        architecture=architecture,
-        in_chans=architecture.in_chans,
-        image_size=image_size or (height, width),
-        crop_pct=weights.image.get("crop_pct", defaults.crop_pct),
-        normalize=Normalize(mean, std),
-        origin=_random_origin(source) if is_random else _origin(weights),
+        model=untrained if is_random else build_encoder(weights),
+        reading=weights.reading(f"model = {source!r}", image_size),
+        origin=_random_origin(source) if is_random else {"format": weights.format, **weights.origin},
     )
-
-
-def _untrained(architecture: Architecture) -> nn.Module:
-    with seeded([0]):
-        return create_dense(architecture.variant, in_chans=architecture.in_chans, stem_stride=architecture.stem_stride)
 
 
 def _random_origin(source: str) -> dict[str, Any]:
     return {"untrained": source.removeprefix(RANDOM), "seed": 0}
-
-
-def _origin(weights: Weights) -> dict[str, Any]:
-    return {"format": weights.format, **weights.origin}
 
 
 def _from_timm(
@@ -137,29 +124,53 @@ def _from_timm(
     mean, std = (settings["mean"], settings["std"]) if in_chans == 3 else statistics
     if len(mean) != in_chans:
         raise ValueError(f"in_chans = {in_chans}: timm's models know the mean and std of 1 and 3 channels only")
-    variant = name.split(".")[0]
+    size = image_size or tuple(settings["input_size"][1:])
     return Backbone(
         name=source,
-        model=model,
-        architecture=Architecture(variant, in_chans, final_norm=True) if variant in VARIANTS else None,
-        in_chans=in_chans,
-        image_size=image_size or tuple(settings["input_size"][1:]),
-        crop_pct=settings["crop_pct"],
-        normalize=Normalize(mean, std),
+        model=_as_ours(model),
+        reading=Reading(in_chans, size, settings["crop_pct"], Normalize(mean, std)),
         origin=_random_origin(source) if is_random else {"timm": f"{settings['architecture']}.{settings['tag']}"},
     )
 
 
+def _as_ours(model: nn.Module) -> Any:
+    """timm's ConvNeXt as an `Encoder`, where it is one that we know; others as they are."""
+    if not isinstance(model, ConvNeXt):
+        return model
+    try:
+        architecture, source, state, _ = from_state(model.state_dict())
+    except ValueError:  # an overlapping stem, say
+        return model
+    return build_encoder(Weights(state, architecture, format=source))
+
+
+def stage_maps(model: nn.Module, images: Tensor) -> list[Tensor]:
+    """The output of each stage, first to last, before any final norm.
+
+    Args:
+        model: of a `Backbone`.
+        images: (B, C, H, W), normalised.
+
+    Returns:
+        (B, C_i, H_i, W_i) each. Networks without stages give what timm has in their place: a ViT the output of each
+        block.
+    """
+    if isinstance(model, Encoder):
+        return [f.permute(0, 3, 1, 2) for f in model.pyramid(images)]
+    maps: list[Tensor] = model.forward_intermediates(  # type: ignore[operator]  # timm is not typed
+        images, norm=False, intermediates_only=True
+    )
+    return maps
+
+
 def _try(backbone: Backbone) -> None:
     """Raise ValueError if the network has no features of stages, or none of images of this size."""
-    height, width = backbone.image_size
-    if not hasattr(backbone.model, "forward_intermediates"):
+    height, width = backbone.reading.image_size
+    if not isinstance(backbone.model, Encoder) and not hasattr(backbone.model, "forward_intermediates"):
         raise ValueError(f"model = {backbone.name!r}: timm does not give the features of its stages: give another")
-    image = torch.zeros(1, backbone.in_chans, height, width)
+    image = torch.zeros(1, backbone.reading.in_chans, height, width)
     try:
-        maps = backbone.model.forward_intermediates(  # type: ignore[operator]  # timm is not typed
-            image, norm=False, intermediates_only=True
-        )
+        maps = stage_maps(backbone.model, image)
     except (RuntimeError, AssertionError, ValueError, IndexError) as error:
         raise ValueError(
             f"model = {backbone.name!r} cannot take images of {height}x{width} pixels "

@@ -14,20 +14,16 @@ import torch
 from numpy.typing import NDArray
 
 from fcmae.classification import scores
-from fcmae.data.dataset import FinetuneDataset
+from fcmae.data.dataset import FinetuneDataset, Reading
 from fcmae.data.index import Images, find_labelled
-from fcmae.data.normalize import Normalize
 from fcmae.data.sampler import EVAL_EPOCH
 from fcmae.data.split import evenly, split
 from fcmae.evaluation.analysis import measure
-from fcmae.evaluation.features import batches_of, stage_maps
-from fcmae.evaluation.models import Backbone
+from fcmae.evaluation.features import batches_of
+from fcmae.evaluation.pictures import save_heat_map
 from fcmae.evaluation.probes import knn_probabilities
 from fcmae.networks.convnext import Encoder
-from fcmae.evaluation.pictures import save_heat_map
 from fcmae.training import health
-from fcmae.weights.convert import create_dense
-from fcmae.weights.formats import Architecture, to_state
 
 logger = logging.getLogger("fcmae")
 
@@ -78,59 +74,43 @@ def monitored_images(held_out: Images, training: Images, num: int) -> Images:
     return held_out.subset(first).joined(training.subset(evenly(len(training), num - len(first))))
 
 
-def dense_model(encoder: Encoder) -> torch.nn.Module:
-    """timm's dense network on the encoder's own parameters, not on copies of them, in evaluation mode."""
-    architecture = Architecture(encoder.variant, encoder.in_chans, encoder.stem_stride)
-    state = {f"encoder.{name}": value for name, value in encoder.state_dict().items()}
-    with torch.device("meta"):  # nothing is drawn and nothing is allocated
-        model = create_dense(architecture.variant, in_chans=architecture.in_chans, stem_stride=architecture.stem_stride)
-    model.load_state_dict(to_state(state, architecture.variant, "timm"), assign=True)
-    return model.eval().requires_grad_(False)
-
-
 class Monitor:
     """Measures an encoder as `fcmae analyze` and `fcmae evaluate` measure its checkpoint: dense, nothing is masked.
 
-    images: for the statistics of every block; may be empty. labelled: for nearest neighbours, or None. in_chans,
-    image_size, normalize: of the images as the encoder takes them; they are centre crops of the full shorter side.
-    device: the encoder's. batch_size: images at a time. num_workers: processes that decode.
+    Args:
+        images: for the statistics of every block; may be empty.
+        labelled: for nearest neighbours, or None.
+        reading: of the images as the encoder takes them.
+        device: the encoder's.
+        batch_size: images at a time.
+        num_workers: processes that decode.
     """
 
     def __init__(
         self,
         images: Images,
         labelled: Labelled | None,
+        reading: Reading,
         *,
-        in_chans: int,
-        image_size: tuple[int, int],
-        normalize: Normalize,
         device: torch.device,
         batch_size: int,
         num_workers: int,
     ) -> None:
-        self._images, self._labelled = images, labelled
+        self._images, self._labelled, self._reading = images, labelled, reading
         self._device, self._batch_size, self._num_workers = device, batch_size, num_workers
-        self._in_chans, self._image_size, self._normalize = in_chans, image_size, normalize
 
     @torch.no_grad()
     def measure(self, encoder: Encoder) -> dict[str, float]:
-        """Finite numbers by name: STATISTICS/LAYER of each block, knn_top1, knn_balanced_accuracy, knn_auroc."""
-        if not self._images and self._labelled is None:
-            return {}
-        backbone = Backbone(
-            name="encoder",
-            model=dense_model(encoder),
-            architecture=None,
-            in_chans=self._in_chans,
-            image_size=self._image_size,
-            crop_pct=1.0,  # as read_weights has it for checkpoints of pretraining
-            normalize=self._normalize,
-            origin={},
-        )
+        """Finite numbers by name: STATISTICS/LAYER of each block, knn_top1, knn_balanced_accuracy, knn_auroc.
+
+        Args:
+            encoder: in evaluation mode, on the device.
+        """
         values: dict[str, float] = {}
         if self._images:
             layers, _ = measure(
-                backbone,
+                encoder,
+                self._reading,
                 self._images,
                 device=self._device,
                 batch_size=self._batch_size,
@@ -139,16 +119,14 @@ class Monitor:
             for statistic in STATISTICS:
                 values |= {f"{statistic}/{name}": getattr(layer, statistic) for name, layer in layers.items()}
         if self._labelled is not None:
-            values |= self._neighbours(backbone, self._labelled)
+            values |= self._neighbours(encoder, self._labelled)
         return {name: value for name, value in values.items() if math.isfinite(value)}
 
-    def _neighbours(self, backbone: Backbone, labelled: Labelled) -> dict[str, float]:
+    def _neighbours(self, encoder: Encoder, labelled: Labelled) -> dict[str, float]:
         """Scores of the last stage's features, averaged over each image; none if too few files can be read."""
         assert labelled.train.class_names is not None
         num_classes = len(labelled.train.class_names)
-        (train, train_labels), (test, test_labels) = (
-            self._pooled(backbone, i) for i in (labelled.train, labelled.test)
-        )
+        (train, train_labels), (test, test_labels) = (self._pooled(encoder, i) for i in (labelled.train, labelled.test))
         if not len(train) or not len(test):
             return {}
         k = min(NEIGHBOURS, len(train))
@@ -156,16 +134,15 @@ class Monitor:
         names = ("top1", "balanced_accuracy", "auroc")
         return {f"knn_{name}": value for name, value in scores(test_labels, found).items() if name in names}
 
-    def _pooled(self, backbone: Backbone, labelled: Images) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def _pooled(self, encoder: Encoder, labelled: Images) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         features, labels = [np.empty((0, 0), np.float32)], [np.empty(0, np.int64)]
         batches = batches_of(
-            backbone, labelled, device=self._device, batch_size=self._batch_size, num_workers=self._num_workers
+            self._reading, labelled, device=self._device, batch_size=self._batch_size, num_workers=self._num_workers
         )
         for images, batch in batches:
             if len(images):
-                assert batch.labels is not None
-                features.append(stage_maps(backbone.model, images)[-1].float().mean((2, 3)).cpu().numpy())
-                labels.append(batch.labels.numpy())
+                features.append(encoder(images).float().mean((1, 2)).cpu().numpy())
+                labels.append(batch.given_labels.numpy())
         return np.concatenate(features[1:] or features), np.concatenate(labels)
 
 

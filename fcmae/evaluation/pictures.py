@@ -16,7 +16,7 @@ from fcmae.atomic import replacing
 from fcmae.data.normalize import Normalize
 from fcmae.data.split import evenly
 from fcmae.layouts.sites import refine
-from fcmae.loss import patch_statistics, patchify, unpatchify
+from fcmae.masked import patch_statistics, patchify, unpatchify
 
 GREY = 0.5  # what hidden patches are shown as, where 0 is black and 1 is white
 TILE = 128  # longest side of an image in a picture over time, in pixels

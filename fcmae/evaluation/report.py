@@ -20,11 +20,11 @@ from PIL import Image
 
 import fcmae
 from fcmae import options
+from fcmae.atomic import write_text
 from fcmae.data.split import evenly
 from fcmae.evaluation.charts import Chart, heat_map, line_chart, shown
 from fcmae.evaluation.runs import Run, curve, read_json, read_run
 from fcmae.evaluation.verdicts import is_collapsing, is_working, was_worth_it
-from fcmae.training.run import write_text
 
 MARK = '<meta name="generator" content="fcmae report'
 MOST_PICTURES = 12  # over time

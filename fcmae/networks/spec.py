@@ -73,7 +73,7 @@ class ConvNeXtSpec(BaseModel):
     @property
     def total_stride(self) -> int:
         """Pixels along a side of one site of the last stage."""
-        return self.stem_stride * 2 ** (self.num_stages - 1)
+        return self.stem_stride << (self.num_stages - 1)
 
     @property
     def hidden_widths(self) -> tuple[Widths, ...]:

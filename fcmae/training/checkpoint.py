@@ -196,9 +196,7 @@ def restore(
     return meta
 
 
-def read_state(
-    checkpoint: Path, name: str, model: nn.Module, from_format_1: Callable[[str], str]
-) -> dict[str, Tensor]:
+def read_state(checkpoint: Path, name: str, model: nn.Module, from_format_1: Callable[[str], str]) -> dict[str, Tensor]:
     """The tensors of NAME.safetensors under the model's names and in its shapes, whatever the checkpoint's format."""
     tensors = read_tensors(checkpoint, name)
     if read_meta(checkpoint).format == FORMAT:

@@ -1,4 +1,4 @@
-"""What a run says while it trains: metrics.jsonl and the trackers, lines, a progress bar, unreadable files, warnings."""
+"""What a run says while it trains: numbers for metrics.jsonl and the trackers, lines, unreadable files, warnings."""
 
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ class Log:
         self._bad_files = BadFiles(self.run / "bad_files.txt", num_files, cfg.data.max_bad_share)
         self._recent: deque[dict[str, float]] = deque(maxlen=2 * health.STARVED_WINDOWS)
         self._told = not accelerator.is_main_process
-        hidden = None if accelerator.is_main_process else True  # None: where there is no terminal
+        # None: where there is no terminal.
+        hidden = None if accelerator.is_main_process and schedule.total else True
         self._bar = tqdm(total=schedule.total, initial=schedule.start, unit="step", disable=hidden)
 
     def close(self) -> None:
@@ -65,7 +66,10 @@ class Log:
         Raises:
             ValueError: on the main process, if too many files of the run are bad.
         """
-        found = gather_object(found) if self._accelerator.num_processes > 1 else found
+        self.note_bad_files(gather_object(found) if self._accelerator.num_processes > 1 else found)
+
+    def note_bad_files(self, found: list[tuple[str, str]]) -> None:
+        """Likewise, of files that every process knows of."""
         if self._accelerator.is_main_process:
             self._bad_files.add(found)
 

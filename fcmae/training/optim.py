@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from fcmae.config import RunConfig
-
 # GRN's gamma and beta are 4-D in the released shape, so a rule on dimensions misses them.
 NO_DECAY = re.compile(r"(^|\.)(mask_token|gamma|beta)$|\.grn\.")
 
@@ -46,9 +44,7 @@ def parameter_groups(
     return list(groups.values())
 
 
-def layer_decay_scale(
-    layer_of: Callable[[str], int], top: int, decay: float
-) -> Callable[[str], float]:
+def layer_decay_scale(layer_of: Callable[[str], int], top: int, decay: float) -> Callable[[str], float]:
     """Learning-rate factor of each parameter, by name: decay ** (layers above it).
 
     Args:
@@ -99,28 +95,6 @@ class Schedule:
     eval_every: float
     save_every: float
     milestone_every: float
-
-    @classmethod
-    def of(cls, cfg: RunConfig, per_epoch: int, start: int) -> Schedule:
-        """What the settings of a run say.
-
-        Args:
-            cfg: of pretraining or fine-tuning.
-            per_epoch: steps of an epoch.
-            start: steps that were done before.
-        """
-        return cls(
-            start=start,
-            per_epoch=per_epoch,
-            total=cfg.epochs * per_epoch,
-            peak_lr=cfg.optim.base_lr * cfg.batch_size / 256,
-            min_lr=cfg.optim.min_lr,
-            warmup=round(cfg.optim.warmup_epochs * per_epoch),
-            log_every=cfg.log.every_steps,
-            eval_every=cfg.log.eval_epochs * per_epoch,
-            save_every=cfg.checkpoint.every_epochs * per_epoch,
-            milestone_every=cfg.checkpoint.milestone_epochs * per_epoch,
-        )
 
     def learning_rate(self, step: int) -> float:
         """Of the step after `step` steps."""

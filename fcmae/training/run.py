@@ -345,7 +345,7 @@ class Run:
     def status(self) -> int:
         """As a process's exit status: 0 at the end; 143 and 130 after SIGTERM and SIGINT, as shells have it.
 
-        0 after SIGUSR1, by which schedulers warn that time is up: the job is to be queued again, not to count as failed.
+        0 after SIGUSR1, by which schedulers warn that time is up: the job is queued again and does not count as failed.
         """
         stopped = not self.finished and self.stopped_by not in (None, "SIGUSR1")
         return 128 + signal.Signals[str(self.stopped_by)] if stopped else 0

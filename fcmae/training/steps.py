@@ -1,11 +1,11 @@
 """The optimizer steps of a run, one by one: their images, seed, learning rate and end; the loop fills them.
 
-    for step in steps:
-        for batch in step.batches():
-            step.backward(loss of the batch)
-        step.update()
-        step.log()
-        ...
+for step in steps:
+    for batch in step.batches():
+        step.backward(loss of the batch)
+    step.update()
+    step.log()
+    ...
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from fcmae.config import RunConfig
 from fcmae.data.dataset import Batch, ImageDataset
-from fcmae.data.loader import build_loader, num_workers, prefetched
+from fcmae.data.loader import build_loader, choose_num_workers, prefetched
 from fcmae.data.sampler import StepSampler
 from fcmae.training import checkpoint
 from fcmae.training.log import Log
@@ -33,6 +33,28 @@ from fcmae.training.optim import Schedule, set_learning_rate
 from fcmae.training.run import StopSignal
 
 logger = logging.getLogger("fcmae")
+
+
+def schedule_of(cfg: RunConfig, per_epoch: int, start: int) -> Schedule:
+    """When what happens in a run, as its settings say.
+
+    Args:
+        cfg: of pretraining or fine-tuning.
+        per_epoch: steps of an epoch.
+        start: steps that were done before.
+    """
+    return Schedule(
+        start=start,
+        per_epoch=per_epoch,
+        total=cfg.epochs * per_epoch,
+        peak_lr=cfg.optim.base_lr * cfg.batch_size / 256,
+        min_lr=cfg.optim.min_lr,
+        warmup=round(cfg.optim.warmup_epochs * per_epoch),
+        log_every=cfg.log.every_steps,
+        eval_every=cfg.log.eval_epochs * per_epoch,
+        save_every=cfg.checkpoint.every_epochs * per_epoch,
+        milestone_every=cfg.checkpoint.milestone_epochs * per_epoch,
+    )
 
 
 class Steps:
@@ -79,7 +101,7 @@ class Steps:
             masks_per_image=masks_per_image,
         )
         device = accelerator.device
-        workers = num_workers(cfg.data.num_workers, device.type)
+        workers = choose_num_workers(cfg.data.num_workers, device.type)
         loader = build_loader(dataset, order, num_workers=workers, device_type=device.type)
         self.batches = log.window.timed(prefetched(loader, device))
         self.unread: StartedStep | None = None

@@ -32,7 +32,9 @@ from torch import Tensor
 
 import fcmae
 from fcmae.atomic import replacing
-from fcmae.config import PretrainConfig
+from fcmae.config import FinetuneData, PretrainConfig
+from fcmae.data.dataset import Reading
+from fcmae.data.normalize import Normalize
 from fcmae.networks.convnext import Encoder
 from fcmae.networks.spec import VARIANTS, ConvNeXtSpec, variant_of
 from fcmae.training import checkpoint
@@ -66,6 +68,25 @@ class Weights:
     expected_output: tuple[float, ...] = ()
     format: str = "fcmae"
     names: dict[str, str] = field(default_factory=dict)
+
+    def reading(self, source: str, image_size: tuple[int, int] | None = None) -> Reading:
+        """How images are read for the weights: as they say, and as published where they do not.
+
+        Args:
+            source: what the weights are called in errors.
+            image_size: height and width, where they are not to be the weights' own.
+
+        Raises:
+            ValueError: if nobody knows the mean and std of the channels.
+        """
+        in_chans = self.architecture.in_chans
+        defaults = FinetuneData(in_chans=in_chans)
+        mean, std = (self.image.get(k, v) for k, v in zip(("mean", "std"), defaults.statistics(), strict=True))
+        if len(mean) != in_chans:
+            raise ValueError(f"{source} does not say the mean and std of its {in_chans} channels: export it with fcmae")
+        _, height, width = self.image.get("input_size", (in_chans, *defaults.image_size))
+        crop_pct = self.image.get("crop_pct", defaults.crop_pct)
+        return Reading(in_chans, image_size or (height, width), crop_pct, Normalize(mean, std))
 
 
 class ImageRecord(BaseModel):
