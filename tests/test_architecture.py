@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = [
     "fcmae",
     "fcmae.atomic",
+    "fcmae.tables",
     "fcmae.masking",
     "fcmae.networks",
     "fcmae.networks.spec",

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 import fcmae
+from fcmae.atomic import write_text
 from fcmae.data.dataset import denormalize
 from fcmae.data.index import FileIndex, find_images, find_labelled
 from fcmae.data.loader import default_num_workers
@@ -27,7 +28,8 @@ from fcmae.evaluation.figures import last_of_stages, save_activations, save_by_l
 from fcmae.evaluation.models import Backbone, choose_device, load_backbone
 from fcmae.evaluation.outputs import claim, default_out
 from fcmae.pictures import displayable
-from fcmae.training.run import FOUND, cpu_name, write_text
+from fcmae.tables import table
+from fcmae.training.run import FOUND, cpu_name
 
 RECORD = "analysis.json"
 FEW = 10  # images a class, below which the largest of their means is mostly chance
@@ -229,9 +231,17 @@ def _finite(value: float) -> float | None:
 
 def _table(found: Sequence[Analysis]) -> str:
     """A row for each model: means over its layers, the lowest cosine distance, and the last block's rank."""
-    rows = [
-        ["model", "cosine distance", "lowest, in", "dead", "saturated", "effective rank", "GRN gamma", "selectivity"]
+    header = [
+        "model",
+        "cosine distance",
+        "lowest, in",
+        "dead",
+        "saturated",
+        "effective rank",
+        "GRN gamma",
+        "selectivity",
     ]
+    rows = []
     for analysis in found:
         layers = analysis.layers
         worst = min(layers, key=lambda name: layers[name].cosine_distance)
@@ -250,12 +260,7 @@ def _table(found: Sequence[Analysis]) -> str:
                 f"{np.mean(selective):.3f}" if selective else "-",
             ]
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    return table(header, rows)
 
 
 def _command(

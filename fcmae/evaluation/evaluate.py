@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 
 import fcmae
+from fcmae.atomic import write_text
 from fcmae.classification import macro_auroc, scores
 from fcmae.data.index import FileIndex, find_labelled, split
 from fcmae.evaluation.features import check_stages, extract
@@ -31,12 +32,14 @@ from fcmae.evaluation.models import RANDOM, Backbone, choose_device, load_backbo
 from fcmae.evaluation.outputs import TEMPORARY, claim, default_out, file_name, shortened
 from fcmae.evaluation.probes import draw, few_shot_counts, fit_linear, knn_probabilities, mean_and_interval
 from fcmae.pictures import save_figure
-from fcmae.training.run import FOUND, cpu_name, write_text
+from fcmae.tables import table
+from fcmae.training.run import FOUND, cpu_name
 
 PROBES = ("knn", "linear", "few-shot")
 KS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
-SCORES = ("top1", "balanced_accuracy", "auroc")  # the columns of the table; the file has top5 too
+SCORES = ("top1", "balanced_accuracy", "auroc")  # in tables; the file has top5 too
+COLUMNS = ("probe", "stage", "model", "top-1", "balanced accuracy", "AUROC")
 TABLE = "table.md"
 MAX_NAMED_CLASSES = 50  # more names are too small to read
 
@@ -302,7 +305,7 @@ def summary(records: Sequence[dict[str, Any]]) -> str:
     """Table and a line on what it was measured on, in Markdown. records: of the same images."""
     data = records[0]["data"]
     lines = [
-        table(records),
+        table(COLUMNS, score_rows(records), left=len(COLUMNS)),
         "",
         f"{data['num_train']} training and {data['num_test']} test images of {len(data['class_names'])} classes. "
         f"To answer always with the largest class has a top-1 of {data['largest_class']:.3f}.",
@@ -312,8 +315,8 @@ def summary(records: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def table(records: Sequence[dict[str, Any]]) -> str:
-    """The scores of several evaluations on the same images as a Markdown table: a row a model and probe.
+def score_rows(records: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """The scores of several evaluations on the same images, a row a model and probe, in the columns of COLUMNS.
 
     What the models are compared by stands together: the same probe with the same setting on the same stage.
     """
@@ -328,14 +331,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
                 probe = f"linear, {amount} ({setting['num_images']} labels)"
             cells = [_cell(result, name) for name in SCORES]
             rows.setdefault((probe, stage), []).append([probe, str(stage), record["model"], *cells])
-    lines = [["probe", "stage", "model", "top-1", "balanced accuracy", "AUROC"]]
-    lines += [row for group in rows.values() for row in group]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    text = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
-    ]
-    text.insert(1, "| " + " | ".join("-" * width for width in widths) + " |")
-    return "\n".join(text)
+    return [row for group in rows.values() for row in group]
 
 
 def _cell(result: dict[str, Any], name: str) -> str:
