@@ -72,14 +72,11 @@ def read_run(path: Path, name: str) -> Run:
     lines = [line for line in lines if finite(line, "step") is not None and finite(line, "epoch") is not None]
     starts = read_json(path / "environment.json", list, "the run's next start begins it anew", problems) or []
     starts = [start for start in starts if isinstance(start, dict)]
-    counts, held_out, class_counts = _count_images(path, kind, values, problems)
     files = sorted((path / "evaluation").glob("**/evaluation.json"), key=lambda file: (len(file.parts), file))
     read = {file.parent: read_json(file, dict, "run `fcmae evaluate` again", problems) for file in files}
-    found = {folder: content for folder, content in read.items() if content is not None}
-    found = dict(sorted(found.items(), key=lambda item: is_untrained(item[1])))
-    return Run(
-        path, name, kind, version, values, changed, lines, starts, counts, held_out, class_counts, found, problems
-    )
+    found = sorted(((k, v) for k, v in read.items() if v is not None), key=lambda item: is_untrained(item[1]))
+    images = _count_images(path, kind, values, problems)
+    return Run(path, name, kind, version, values, changed, lines, starts, *images, dict(found), problems)
 
 
 def is_untrained(evaluation: Mapping[str, Any]) -> bool:
