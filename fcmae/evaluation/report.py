@@ -298,7 +298,7 @@ def _monitors(run: Run) -> Section:
     return section
 
 
-def _evaluation(folder: Path, found: Mapping[str, Any]) -> Section:
+def _evaluation(folder: Path, found: dict[str, Any]) -> Section:
     """The tables of an evaluation.json; a sentence in their place if it does not hold what it should."""
     section = Section(f"Evaluation of {found.get('model', folder)}")
     try:
