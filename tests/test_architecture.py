@@ -57,6 +57,7 @@ ORDER = [
     "fcmae.verify",
     "fcmae.classification",
     "fcmae.evaluation",
+    "fcmae.evaluation.records",
     "fcmae.evaluation.models",
     "fcmae.evaluation.features",
     "fcmae.evaluation.probes",

@@ -31,6 +31,7 @@ from fcmae.evaluation.features import check_stages, extract
 from fcmae.evaluation.models import RANDOM, Backbone, choose_device, load_backbone
 from fcmae.evaluation.outputs import TEMPORARY, claim, default_out, file_name, shortened
 from fcmae.evaluation.probes import draw, few_shot_counts, fit_linear, knn_probabilities, mean_and_interval
+from fcmae.evaluation.records import COLUMNS, score_rows
 from fcmae.pictures import save_figure
 from fcmae.tables import table
 from fcmae.training.run import FOUND, cpu_name
@@ -38,8 +39,6 @@ from fcmae.training.run import FOUND, cpu_name
 PROBES = ("knn", "linear", "few-shot")
 KS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
-SCORES = ("top1", "balanced_accuracy", "auroc")  # in tables; the file has top5 too
-COLUMNS = ("probe", "stage", "model", "top-1", "balanced accuracy", "AUROC")
 TABLE = "table.md"
 MAX_NAMED_CLASSES = 50  # more names are too small to read
 
@@ -313,35 +312,6 @@ def summary(records: Sequence[dict[str, Any]]) -> str:
     if any("spread" in result for result in records[0]["results"]):
         lines.append("[low, high]: 95 % interval of the mean over the draws of labels.")
     return "\n".join(lines)
-
-
-def score_rows(records: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """The scores of several evaluations on the same images, a row a model and probe, in the columns of COLUMNS.
-
-    What the models are compared by stands together: the same probe with the same setting on the same stage.
-    """
-    rows: dict[tuple[str, int], list[list[str]]] = {}
-    for record in records:
-        for result in record["results"]:
-            probe, stage, setting = result["probe"], result["stage"], result["setting"]
-            if probe == "knn":
-                probe = f"kNN, k = {setting['k']}"
-            elif probe == "few-shot":
-                amount = setting["labels"] if setting["labels"].endswith("%") else f"{setting['labels']} a class"
-                probe = f"linear, {amount} ({setting['num_images']} labels)"
-            cells = [_cell(result, name) for name in SCORES]
-            rows.setdefault((probe, stage), []).append([probe, str(stage), record["model"], *cells])
-    return [row for group in rows.values() for row in group]
-
-
-def _cell(result: dict[str, Any], name: str) -> str:
-    if name not in result["scores"]:
-        return "-"
-    text = f"{result['scores'][name]:.3f}"
-    if name in result.get("spread", {}):
-        low, high = result["spread"][name]
-        text += f" [{low:.3f}, {high:.3f}]"
-    return text
 
 
 def save_confusion(path: Path, record: dict[str, Any]) -> None:

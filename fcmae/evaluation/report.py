@@ -21,7 +21,7 @@ from PIL import Image
 import fcmae
 from fcmae.atomic import write_text
 from fcmae.evaluation.charts import Chart, Table, heat_map, line_chart, shown
-from fcmae.evaluation.evaluate import COLUMNS, score_rows
+from fcmae.evaluation.records import COLUMNS, score_rows
 from fcmae.evaluation.runs import Run, curve, finite, read_json, read_run
 from fcmae.evaluation.verdicts import is_collapsing, is_working, was_worth_it
 from fcmae.pictures import evenly
