@@ -39,6 +39,7 @@ from torch import Tensor
 
 from fcmae.layouts import Packed
 from fcmae.networks.convnext import VARIANTS
+from fcmae.tables import table
 
 WAYS = ("canvas", "packed", "windows", "table", "matmul", "shifts", "kernels")
 TOLERANCES = {"fp32": 1e-4, "bf16": 2e-2}  # of the largest value: two orders of summation, and one rounding
@@ -139,7 +140,7 @@ def rows(found: dict[str, Any], speed: float | None) -> str:
         line += [f"{result['ratio']['time']:.2f}", "{:.2f} - {:.2f}".format(*result["ratio"]["quartiles"])]
         line += [] if speed is None else [f"{100 * share:.0f} %" for share in result["share"].values()]
         lines.append(line)
-    return timing.table(header, lines)
+    return table(header, lines)
 
 
 def conv_of(way: str, layout: Packed, b: int) -> Conv:
@@ -304,7 +305,7 @@ def assemble(args: argparse.Namespace) -> None:
         "multiply-adds",
         "loads",
     ]
-    print(timing.table(header, lines, left=2))
+    print(table(header, lines, left=2))
 
 
 def usage(cubin: bytes) -> list[str]:

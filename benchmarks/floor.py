@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from fcmae.networks.convnext import Encoder
+from fcmae.tables import table
 
 CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward
 
@@ -108,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
             columns = [f"{flops / 1e9:.2f}", f"{num_bytes / 1e6:.0f}", f"{1000 * floor:.1f}"]
             rows.append([name, str(len(counter.calls[name])), *columns])
     rows.append(["all", "", f"{total[0] / 1e9:.2f}", f"{total[1] / 1e6:.0f}", f"{1000 * total[2]:.1f}"])
-    print(timing.table(["operation", "calls", "GFLOP", "MB", "floor, ms"], rows))
+    print(table(["operation", "calls", "GFLOP", "MB", "floor, ms"], rows))
     alone = 1000 * total[0] / flops_per_s
     print(f"\nmeasured: {1000 * seconds['step']:.1f} ms; the products' arithmetic alone: {alone:.1f} ms")
     operations = {name: {"flops": f, "bytes": b, "floor_s": s} for name, (f, b, s) in found.items()}

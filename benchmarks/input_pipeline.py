@@ -26,7 +26,7 @@ import PIL
 import torch
 from PIL import Image, features
 from sklearn.datasets import load_sample_images
-from timing import interleaved, machine, quartiles, ratio, summary, table, write_json
+from timing import interleaved, machine, quartiles, ratio, summary, write_json
 from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
@@ -37,6 +37,7 @@ from fcmae.data.dataset import Batch, PretrainDataset
 from fcmae.data.index import find_images
 from fcmae.data.loader import build_loader
 from fcmae.data.normalize import Normalize
+from fcmae.tables import table
 
 CROP, SCALE = 224, (0.2, 1.0)
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from timing import table
+
+from fcmae.tables import table
 
 DOCS = Path(__file__).parents[1] / "docs"
 LINEAR = 0.99  # R^2 from which a sweep counts as linear

@@ -20,12 +20,13 @@ from typing import Any
 import numpy as np
 import timing
 import torch
+from fcmae.loss import reconstruction_loss
+from fcmae.model import FCMAE
 
 from fcmae.layouts import make_layout
-from fcmae.loss import reconstruction_loss
 from fcmae.masking import num_visible, random_mask
-from fcmae.model import FCMAE
 from fcmae.networks.convnext import VARIANTS, Encoder
+from fcmae.tables import table
 
 PATCH = 32
 RATIO = 0.6
@@ -72,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
             found.setdefault(sweep, {})[curve] = {"x": list(x), "points": timings, **fit}
             ends = f"{1000 * timings[0]['median_s']:.1f} - {1000 * timings[-1]['median_s']:.1f} ms"
             rows.append([f"{sweep}, {curve}", ends, f"{fit['r2']:.4f}", f"{100 * fit['deviation']:.1f} %"])
-    print("\n" + timing.table(["sweep", "first - last point", "R^2", "largest deviation"], rows))
+    print("\n" + table(["sweep", "first - last point", "R^2", "largest deviation"], rows))
     timing.write_json(args.json, __file__, argv, vars(args), info, sweeps=found)
 
 

@@ -25,6 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from fcmae.masking import num_visible, random_mask
 from fcmae.networks.convnext import VARIANTS
+from fcmae.tables import table
 from fcmae.training.run import cpu_name
 
 Key = TypeVar("Key")
@@ -176,21 +177,6 @@ def machine(device: torch.device = CPU) -> dict[str, str]:
         "torch": torch.__version__,
         "timm": timm.__version__,
     }
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
-    """A Markdown table, aligned to be read on a terminal too: the first `left` columns left, the others right."""
-    lines = [list(header), *map(list, rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    lines.insert(1, ["-" * width if i < left else "-" * (width - 1) + ":" for i, width in enumerate(widths)])
-    aligned = (
-        [
-            f"{cell:<{width}}" if i < left else f"{cell:>{width}}"
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ]
-        for line in lines
-    )
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in aligned)
 
 
 def add_flags(parser: argparse.ArgumentParser, *, repeats: int) -> None:

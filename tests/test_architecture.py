@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = [
     "fcmae",
     "fcmae.atomic",
+    "fcmae.tables",
     "fcmae.masking",
     "fcmae.networks",
     "fcmae.networks.spec",
@@ -60,6 +61,7 @@ ORDER = [
     "fcmae.verify",
     "fcmae.classification",
     "fcmae.evaluation",
+    "fcmae.evaluation.records",
     "fcmae.evaluation.models",
     "fcmae.evaluation.features",
     "fcmae.evaluation.probes",

@@ -75,10 +75,6 @@ def test_peak_bytes_are_the_most_that_is_held_at_once() -> None:
     assert timing.peak_bytes(step) == 2 * 4000
 
 
-def test_a_table_is_markdown() -> None:
-    assert timing.table(["", "n"], [["a", "10"], ["bc", "1"]]) == "|    |  n |\n| -- | -: |\n| a  | 10 |\n| bc |  1 |"
-
-
 def check(found: dict[str, Any], sides: list[str]) -> None:
     """What every comparison writes."""
     assert list(found["results"]) == list(found["ratios"]) == sides

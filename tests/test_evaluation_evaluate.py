@@ -16,7 +16,7 @@ from test_weights_convert import write_checkpoint
 import fcmae.evaluation.probes as probes
 from fcmae import cli
 from fcmae.data.index import find_labelled
-from fcmae.evaluation.evaluate import find_data, save_confusion, score, table
+from fcmae.evaluation.evaluate import find_data, save_confusion, score
 
 ATTO = "random:convnextv2_atto"
 COLORS = {"blue": (60, 60, 180), "green": (60, 180, 60), "red": (180, 60, 60)}
@@ -242,16 +242,6 @@ def test_scores_of_a_test_set_without_some_classes() -> None:
         "auroc": 1.0,
     }
     assert "auroc" not in score(np.array([1, 1, 1]), probabilities)
-
-
-def test_table_shows_intervals_and_gaps() -> None:
-    few = {"probe": "few-shot", "stage": 4, "setting": {"labels": "5", "num_images": 10, "draws": 3}}
-    few |= {"scores": {"top1": 0.5, "balanced_accuracy": 0.25}, "spread": {"top1": [0.4, 0.6]}}
-    lines = table([{"model": "m", "results": [few]}]).splitlines()
-    assert [cell.strip() for cell in lines[2].strip("|").split("|")] == [
-        "linear, 5 a class (10 labels)", "4", "m", "0.500 [0.400, 0.600]", "0.250", "-",
-    ]  # fmt: skip
-    assert len({len(line) for line in lines}) == 1
 
 
 @pytest.mark.parametrize("num_classes", [2, 50, 120])

@@ -29,6 +29,7 @@ from fcmae.evaluation.figures import last_of_stages, save_activations, save_by_l
 from fcmae.evaluation.models import Backbone, choose_device, load_backbone
 from fcmae.evaluation.outputs import claim, default_out
 from fcmae.evaluation.pictures import displayable
+from fcmae.tables import table
 from fcmae.training.run import FOUND, cpu_name
 
 RECORD = "analysis.json"
@@ -212,9 +213,17 @@ def _finite(value: float) -> float | None:
 
 def _table(found: Sequence[Analysis]) -> str:
     """A row for each model: means over its layers, the lowest cosine distance, and the last block's rank."""
-    rows = [
-        ["model", "cosine distance", "lowest, in", "dead", "saturated", "effective rank", "GRN gamma", "selectivity"]
+    header = [
+        "model",
+        "cosine distance",
+        "lowest, in",
+        "dead",
+        "saturated",
+        "effective rank",
+        "GRN gamma",
+        "selectivity",
     ]
+    rows = []
     for analysis in found:
         layers = analysis.layers
         worst = min(layers, key=lambda name: layers[name].cosine_distance)
@@ -233,12 +242,7 @@ def _table(found: Sequence[Analysis]) -> str:
                 f"{np.mean(selective):.3f}" if selective else "-",
             ]
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    return table(header, rows)
 
 
 def _command(cfg: AnalyzeConfig, place: Path) -> str:

@@ -35,11 +35,12 @@ from fcmae.evaluation.models import RANDOM, Backbone, choose_device, load_backbo
 from fcmae.evaluation.outputs import TEMPORARY, claim, default_out, file_name, shortened
 from fcmae.evaluation.pictures import save_figure
 from fcmae.evaluation.probes import few_shot_counts, fit_linear, knn_probabilities, mean_and_interval
+from fcmae.evaluation.records import COLUMNS, score_rows
+from fcmae.tables import table
 from fcmae.training.run import FOUND, cpu_name
 
 KS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
-SCORES = ("top1", "balanced_accuracy", "auroc")  # the columns of the table; the file has top5 too
 TABLE = "table.md"
 MAX_NAMED_CLASSES = 50  # more names are too small to read
 
@@ -269,7 +270,7 @@ def summary(records: Sequence[dict[str, Any]]) -> str:
     """Table and a line on what it was measured on, in Markdown. records: of the same images."""
     data = records[0]["data"]
     lines = [
-        table(records),
+        table(COLUMNS, score_rows(records), left=len(COLUMNS)),
         "",
         f"{data['num_train']} training and {data['num_test']} test images of {len(data['class_names'])} classes. "
         f"To answer always with the largest class has a top-1 of {data['largest_class']:.3f}.",
@@ -277,42 +278,6 @@ def summary(records: Sequence[dict[str, Any]]) -> str:
     if any("spread" in result for result in records[0]["results"]):
         lines.append("[low, high]: 95 % interval of the mean over the draws of labels.")
     return "\n".join(lines)
-
-
-def table(records: Sequence[dict[str, Any]]) -> str:
-    """The scores of several evaluations on the same images as a Markdown table: a row a model and probe.
-
-    What the models are compared by stands together: the same probe with the same setting on the same stage.
-    """
-    rows: dict[tuple[str, int], list[list[str]]] = {}
-    for record in records:
-        for result in record["results"]:
-            probe, stage, setting = result["probe"], result["stage"], result["setting"]
-            if probe == "knn":
-                probe = f"kNN, k = {setting['k']}"
-            elif probe == "few-shot":
-                amount = setting["labels"] if setting["labels"].endswith("%") else f"{setting['labels']} a class"
-                probe = f"linear, {amount} ({setting['num_images']} labels)"
-            cells = [_cell(result, name) for name in SCORES]
-            rows.setdefault((probe, stage), []).append([probe, str(stage), record["model"], *cells])
-    lines = [["probe", "stage", "model", "top-1", "balanced accuracy", "AUROC"]]
-    lines += [row for group in rows.values() for row in group]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    text = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
-    ]
-    text.insert(1, "| " + " | ".join("-" * width for width in widths) + " |")
-    return "\n".join(text)
-
-
-def _cell(result: dict[str, Any], name: str) -> str:
-    if name not in result["scores"]:
-        return "-"
-    text = f"{result['scores'][name]:.3f}"
-    if name in result.get("spread", {}):
-        low, high = result["spread"][name]
-        text += f" [{low:.3f}, {high:.3f}]"
-    return text
 
 
 def save_confusion(path: Path, record: dict[str, Any]) -> None:

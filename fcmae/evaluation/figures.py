@@ -30,6 +30,7 @@ def save_by_layer(
     0..1 and shown as per cent.
     """
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
     from matplotlib.ticker import PercentFormatter
 
     figure = Figure(figsize=(1.5 + 5.5 * len(panels), 4.4), layout="constrained")
@@ -39,9 +40,7 @@ def save_by_layer(
         for model, layers in lines.items():
             number = models.index(model)
             x = np.arange(len(layers)) if len(layouts) == 1 else np.linspace(0, 1, len(layers))
-            colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
-            style = ("-", "--", ":")[number // len(COLOURS) % 3]
-            axis.plot(x, list(layers.values()), style, color=colour, marker=marker, markersize=4.5, linewidth=1.5)
+            axis.plot(x, list(layers.values()), markersize=4.5, linewidth=1.5, **_style(number))
         _layer_axis(axis, next(iter(layouts)) if len(layouts) == 1 else None)
         values = [value for layers in lines.values() for value in layers.values() if math.isfinite(value)]
         top = max(values, default=0)
@@ -52,7 +51,7 @@ def save_by_layer(
         axis.grid(axis="y", alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     shown = [number for number, model in enumerate(models) if any(model in lines for lines in panels.values())]
-    _legend(figure, [_handle(number) for number in shown], [models[number] for number in shown])
+    _legend(figure, [Line2D([], [], **_style(number)) for number in shown], [models[number] for number in shown])
     figure.suptitle(title, fontsize=11)
     save_figure(figure, path)
 
@@ -62,11 +61,13 @@ def _legend(figure: Any, handles: Sequence[Any], names: Sequence[str]) -> None:
     figure.legend(handles, [*map(ending, names)], loc="outside lower center", frameon=False, ncols=columns)
 
 
-def _handle(number: int) -> Any:
-    from matplotlib.lines import Line2D
-
-    style = ("-", "--", ":")[number // len(COLOURS) % 3]
-    return Line2D([], [], linestyle=style, color=COLOURS[number % len(COLOURS)], marker=MARKERS[number % len(MARKERS)])
+def _style(number: int) -> dict[str, Any]:
+    """How the line of a model is drawn."""
+    return {
+        "linestyle": ("-", "--", ":")[number // len(COLOURS) % 3],
+        "color": COLOURS[number % len(COLOURS)],
+        "marker": MARKERS[number % len(MARKERS)],
+    }
 
 
 def _layer_axis(axis: Any, layers: Sequence[str] | None) -> None:

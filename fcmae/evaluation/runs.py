@@ -29,11 +29,15 @@ CONFIGS: dict[str, type[PretrainConfig] | type[FinetuneConfig]] = {
 class Run:
     """What the files of a run say.
 
-    name: unique in the report. version: of fcmae, when it last started. settings: by dotted key, as JSON values;
-    changed: those that are not the default. lines: of metrics.jsonl. starts: of environment.json. counts: images by
-    what they are for. held_out: fingerprint of the held-out images of a fine-tuning; class_counts: those of each
-    class. evaluations: contents of evaluation.json by its directory, those of untrained networks last. problems:
-    what could not be read, in sentences.
+    Attributes:
+        name: unique in the report.
+        version: of fcmae, when it last started.
+        settings: by dotted key, as JSON values; changed: those that are not the default.
+        lines: of metrics.jsonl; starts: of environment.json.
+        counts: images by what they are for; class_counts: held-out ones of each class of a fine-tuning.
+        held_out: fingerprint of the held-out images of a fine-tuning.
+        evaluations: contents of evaluation.json by its directory, those of untrained networks last.
+        problems: what could not be read, in sentences.
     """
 
     path: Path
@@ -52,12 +56,12 @@ class Run:
 
 
 def read_run(path: Path, name: str) -> Run:
-    """All that a run's directory holds, but for pictures. Raises ValueError if it is no run's.
+    """All that a run's directory holds, but for pictures; what cannot be read becomes one of the run's problems.
 
-    What is there and cannot be read becomes a sentence among the run's problems.
+    Raises:
+        ValueError: if it is no run's.
     """
-    config = path / "config.yaml"
-    header: list[str] = []
+    config, header = path / "config.yaml", list[str]()
     if config.is_file():
         with config.open(encoding="utf-8", errors="replace") as text:
             header = text.readline().split()
@@ -65,20 +69,15 @@ def read_run(path: Path, name: str) -> Run:
         raise ValueError(f"{path} holds no run of fcmae: give the directory that --out named")
     kind, version, problems = header[2], header[3], list[str]()
     values, changed = _settings(config, kind, problems)
-    metrics = path / "metrics.jsonl"
-    lines = [line for line in read_metrics(metrics) if "epoch" in line] if metrics.is_file() else []
+    lines = [line for line in read_metrics(path / "metrics.jsonl") if isinstance(line, dict)]
+    lines = [line for line in lines if finite(line, "step") is not None and finite(line, "epoch") is not None]
     starts = read_json(path / "environment.json", list, "the run's next start begins it anew", problems) or []
     starts = [start for start in starts if isinstance(start, dict)]
-    counts, held_out, class_counts = _count_images(path, kind, values, problems)
-    evaluations = {}
-    for file in sorted((path / "evaluation").glob("**/evaluation.json"), key=lambda file: (len(file.parts), file)):
-        found = read_json(file, dict, "run `fcmae evaluate` again", problems)
-        if found is not None:
-            evaluations[file.parent] = found
-    evaluations = dict(sorted(evaluations.items(), key=lambda item: is_untrained(item[1])))
-    return Run(
-        path, name, kind, version, values, changed, lines, starts, counts, held_out, class_counts, evaluations, problems
-    )
+    files = sorted((path / "evaluation").glob("**/evaluation.json"), key=lambda file: (len(file.parts), file))
+    read = {file.parent: read_json(file, dict, "run `fcmae evaluate` again", problems) for file in files}
+    found = sorted(((k, v) for k, v in read.items() if v is not None), key=lambda item: is_untrained(item[1]))
+    images = _count_images(path, kind, values, problems)
+    return Run(path, name, kind, version, values, changed, lines, starts, *images, dict(found), problems)
 
 
 def is_untrained(evaluation: Mapping[str, Any]) -> bool:
@@ -141,9 +140,13 @@ def _count_images(
     return {}, None, []
 
 
+def finite(line: Mapping[str, Any], key: str) -> Any:
+    """A number of a line; None if there is none that is finite."""
+    value = line.get(key)
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
+
+
 def curve(run: Run, key: str, name: str) -> Curve | None:
     """What metrics.jsonl has under a key, where it is finite; None if there is nothing."""
-    points = [line for line in run.lines if isinstance(line.get(key), int | float) and math.isfinite(line[key])]
-    if not points:
-        return None
-    return Curve(name, *([line[k] for line in points] for k in ("step", "epoch", key)))
+    points = [line for line in run.lines if finite(line, key) is not None]
+    return Curve(name, *([line[k] for line in points] for k in ("step", "epoch", key))) if points else None

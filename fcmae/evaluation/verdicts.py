@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,9 +21,10 @@ BUDGET = ("epochs", "batch_size", "data.image_size")  # what runs must share to 
 LEAST_RUNS = 3
 LEARNT = 0.97  # a loss below shows that something was learnt, where predicting each patch's mean scores 1
 
+Found = tuple[str, list[str]]  # a state (good, attention or unknown), and sentences
 
-@dataclass(frozen=True)
-class Verdict:
+
+class Verdict(NamedTuple):
     """An answer in plain words. state: good, attention or unknown."""
 
     question: str
@@ -35,39 +35,45 @@ class Verdict:
 
 def is_working(runs: Sequence[Run]) -> Verdict:
     """Whether the loss of a pretraining falls, and whether a classifier is better than a guess."""
-    return _verdict(
-        "Is it working?",
-        {"good": "✓ Yes", "attention": "! Look closer", "unknown": "? Too early to tell"},
-        _named(runs, [_working(run) for run in runs]),
-    )
+    answers = {"good": "✓ Yes", "attention": "! Look closer", "unknown": "? Too early to tell"}
+    return _verdict("Is it working?", answers, _named(runs, map(_working, runs)))
 
 
-def _working(run: Run) -> tuple[str, list[str]]:
+def _working(run: Run) -> Found:
     loss, val_loss = curve(run, "loss", "loss"), curve(run, "val_loss", "val_loss")
     scored = [line for line in run.lines if "top1" in line]
-    found = [finding.text for finding in health.warnings(run.lines) if finding.kind in ("loss", "data")]
-    state, sentences = "attention" if found else "unknown", [text[0].upper() + text[1:] for text in found]
+    sentences = _warnings(run, "loss", "data")
+    worrying = bool(sentences)
+    state = "attention" if worrying else "unknown"
     if loss is not None:
         held_out = f" ({shown(val_loss.values[-1])} on held-out images)" if val_loss is not None else ""
         sentence = (
             f"The loss went from {shown(loss.values[0])} to {shown(loss.values[-1])}{held_out} by epoch "
             f"{loss.epochs[-1]:.4g} of {run.settings.get('epochs')}{trend(loss.values)}."
         )
+        learnt = run.kind == "pretrain" and loss.values[-1] < loss.values[0]
         if run.kind == "pretrain" and run.settings.get("model.normalize_target"):
             learnt = (val_loss or loss).values[-1] < LEARNT
-            state = "good" if learnt and not found else state
             sentence += " Painting every patch in its own mean colour scores 1"
             sentence += "." if learnt else ", so next to nothing is learnt yet."
-        elif run.kind == "pretrain" and loss.values[-1] < loss.values[0]:
-            state = "attention" if found else "good"
+        state = "good" if learnt and not worrying else state
         sentences.insert(0, sentence)
     if scored and run.counts.get("classes"):
-        score, guess, num = _score(scored[-1]), 1 / run.counts["classes"], run.counts["held out"]
-        noise = 2 * standard_error(guess, run.class_counts)
-        sentences.insert(0, f"Balanced accuracy is {score:.3f} on {num:,} held-out images; a guess scores {guess:.3f}.")
-        if not found:
-            state = "good" if score > guess + noise else "attention"
+        score, guess = _score(scored[-1]), 1 / run.counts["classes"]
+        sentences.insert(
+            0,
+            f"Balanced accuracy is {score:.3f} on {run.counts['held out']:,} held-out images; a guess scores "
+            f"{guess:.3f}.",
+        )
+        better = score > guess + 2 * standard_error(guess, run.class_counts)
+        state = "good" if better and not worrying else "attention"
     return state, sentences or ["Nothing is logged yet."]
+
+
+def _warnings(run: Run, *kinds: str) -> list[str]:
+    """What training warned of, or would have, as sentences."""
+    texts = [finding.text for finding in health.warnings(run.lines) if finding.kind in kinds]
+    return [text[0].upper() + text[1:] for text in texts]
 
 
 def trend(values: Sequence[float]) -> str:
@@ -85,36 +91,32 @@ def trend(values: Sequence[float]) -> str:
 
 def is_collapsing(runs: Sequence[Run]) -> Verdict:
     """What the monitors of the pretraining runs say of their features."""
-    return _verdict(
-        "Are the features collapsing?",
-        {"good": "✓ No sign of it", "attention": "! Look closer", "unknown": "? Not known"},
-        _named(runs, [_collapsing(run) if run.kind == "pretrain" else ("unknown", []) for run in runs]),
-    )
+    answers = {"good": "✓ No sign of it", "attention": "! Look closer", "unknown": "? Not known"}
+    found = (_collapsing(run) if run.kind == "pretrain" else ("unknown", []) for run in runs)
+    return _verdict("Are the features collapsing?", answers, _named(runs, found))
 
 
-def _collapsing(run: Run) -> tuple[str, list[str]]:
+def _collapsing(run: Run) -> Found:
     watched = [line for line in run.lines if any(key.startswith("cosine_distance/") for key in line)]
     if not watched:
-        return "unknown", [
-            "It was not watched: monitor.num_images turns that on, and `fcmae analyze` looks afterwards."
-        ]
-    found = [f.text for f in health.warnings(run.lines) if f.kind in ("cosine_distance", "effective_rank")]
-    sentences = [text[0].upper() + text[1:] for text in found]
-    distances = {key: value for key, value in watched[-1].items() if key.startswith("cosine_distance/")}
-    lowest = min(distances, key=lambda key: distances[key])
+        remedy = "monitor.num_images turns that on, and `fcmae analyze` looks afterwards"
+        return "unknown", [f"It was not watched: {remedy}."]
+    sentences = _warnings(run, "cosine_distance", "effective_rank")
+    state = "attention" if sentences else "good" if len(watched) >= health.LEAST_EVALUATIONS else "unknown"
+    distances = {value: key for key, value in watched[-1].items() if key.startswith("cosine_distance/")}
+    lowest = min(distances)
     sentences.append(
         f"At epoch {watched[-1]['epoch']:.4g} the cosine distance between channels is lowest in "
-        f"{lowest.partition('/')[2]}: {distances[lowest]:.3f}, where 0.5 means unrelated and 0 all the same."
+        f"{distances[lowest].partition('/')[2]}: {lowest:.3f}, where 0.5 means unrelated and 0 all the same."
     )
-    enough = len(watched) >= health.LEAST_EVALUATIONS
-    if not enough:
+    if len(watched) < health.LEAST_EVALUATIONS:
         sentences.append(f"That is evaluation {len(watched)}; a judgement takes {health.LEAST_EVALUATIONS}.")
-    return "attention" if found else "good" if enough else "unknown", sentences
+    return state, sentences
 
 
 def was_worth_it(runs: Sequence[Run]) -> Verdict:
     """Fine-tuning from given weights against scratch, and probes against an untrained network, where they are there."""
-    found = [*_against_scratch(runs), *_named(runs, [_against_untrained(run) for run in runs])]
+    found = [*_against_scratch(runs), *_named(runs, map(_against_untrained, runs))]
     if not any(sentences for _, sentences in found):
         path = next((shlex.quote(str(run.path)) for run in runs if run.kind == "pretrain"), "RUN")
         remedy = (
@@ -122,12 +124,12 @@ def was_worth_it(runs: Sequence[Run]) -> Verdict:
             "with an untrained network; or fine-tune with and without --model.init and give all runs to `fcmae report`."
         )
         found = [("unknown", [remedy])]
-    found += _named(runs, [("unknown", _neighbours(run)) for run in runs])
+    found += _named(runs, (("unknown", _neighbours(run)) for run in runs))
     answers = {"good": "✓ Yes, so far", "attention": "! No clear gain", "unknown": "? Not known"}
     return _verdict("Was it worth it?", answers, found)
 
 
-def _against_scratch(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+def _against_scratch(runs: Sequence[Run]) -> list[Found]:
     """Fine-tuning runs on as many images that are scored on the same ones."""
     groups: dict[tuple[Any, ...], tuple[list[float], list[float]]] = {}
     for run in runs:
@@ -141,10 +143,7 @@ def _against_scratch(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
         if not started or not scratch:
             continue
         few = min(len(started), len(scratch)) < LEAST_RUNS
-        if few:
-            state = "unknown" if np.mean(started) > np.mean(scratch) else "attention"
-        else:
-            state = "good" if min(started) > max(scratch) else "attention"
+        ahead = np.mean(started) > np.mean(scratch) if few else min(started) > max(scratch)
         each = [f"{np.mean(values):.3f} ({', '.join(f'{v:.3f}' for v in values)})" for values in (started, scratch)]
         sentence = (
             f"Fine-tuned on {num_images:,} images, the last balanced accuracy is {each[0]} from given weights and "
@@ -152,23 +151,19 @@ def _against_scratch(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
         )
         if few:
             sentence += f" Fewer than {LEAST_RUNS} runs of a kind show little: other seeds may turn it round."
-        found.append((state, [sentence]))
+        found.append(("attention" if not ahead else "unknown" if few else "good", [sentence]))
     return found
 
 
-def _against_untrained(run: Run) -> tuple[str, list[str]]:
+def _against_untrained(run: Run) -> Found:
     """The run's own probe against the one of an untrained network, on the same test images."""
-    name = run.path.resolve().name
-    own = [
-        (found, best)
-        for folder, found in run.evaluations.items()
-        if folder == run.path / "evaluation" or Path(str(found.get("model"))).name == name
-        if not is_untrained(found) and (best := _best_probe(found)) is not None
-    ]
-    if not own:
+    for folder, evaluation in run.evaluations.items():
+        own = folder == run.path / "evaluation" or Path(str(evaluation.get("model"))).name == run.path.resolve().name
+        if own and not is_untrained(evaluation) and (best := _best_probe(evaluation)) is not None:
+            break
+    else:
         return "unknown", []
-    evaluation, (probe, score) = own[0]
-    data = evaluation["data"]
+    (probe, score), data = best, evaluation["data"]
     sizes = [sum(row) for row in evaluation["confusion"]["matrix"]]  # test images of each class
     sentence = (
         f"{PROBES[probe]} on the last stage's features score {score:.3f} in balanced accuracy on {data['num_test']:,} "
@@ -178,10 +173,10 @@ def _against_untrained(run: Run) -> tuple[str, list[str]]:
         untrained = _best_probe(other, probe)
         if is_untrained(other) and other.get("data") == data and untrained is not None:
             low = untrained[1]
-            noise = 2 * math.hypot(standard_error(score, sizes), standard_error(low, sizes))
-            gain = "more than chance would give" if score > low + noise else "no more than chance would give"
+            more = score > low + 2 * math.hypot(standard_error(score, sizes), standard_error(low, sizes))
+            gain = "more than chance would give" if more else "no more than chance would give"
             sentence += f" An untrained network scores {low:.3f}: the gain is {gain}."
-            return "good" if score > low + noise else "attention", [sentence]
+            return "good" if more else "attention", [sentence]
     return "unknown", [f"{sentence} What an untrained network scores was not measured."]
 
 
@@ -203,14 +198,11 @@ def standard_error(score: float, class_counts: Sequence[int]) -> float:
 def _best_probe(evaluation: Mapping[str, Any], probe: str | None = None) -> tuple[str, float] | None:
     """The linear probe of the last stage, else nearest neighbours, and its balanced accuracy."""
     try:
-        for name in (probe,) if probe else tuple(PROBES):
-            scores = [
-                float(result["scores"]["balanced_accuracy"])
-                for result in evaluation["results"]
-                if result["probe"] == name and result["stage"] == 4 and result["setting"].get("k", K) == K
-            ]
-            if scores and evaluation["data"]["class_names"] and evaluation["confusion"]["matrix"]:
-                return name, scores[0]
+        for name in (probe,) if probe else PROBES:
+            for result in evaluation["results"]:
+                last = result["probe"] == name and result["stage"] == 4 and result["setting"].get("k", K) == K
+                if last and evaluation["data"]["class_names"] and evaluation["confusion"]["matrix"]:
+                    return name, float(result["scores"]["balanced_accuracy"])
     except (KeyError, TypeError, ValueError):
         pass  # the chapter of the run says what is wrong with the file
     return None
@@ -221,15 +213,13 @@ def _score(line: Mapping[str, Any]) -> float:
     return float(line.get("ema_balanced_accuracy", line.get("balanced_accuracy", 0)))
 
 
-def _named(runs: Sequence[Run], found: Iterable[tuple[str, list[str]]]) -> list[tuple[str, list[str]]]:
+def _named(runs: Sequence[Run], found: Iterable[Found]) -> list[Found]:
     """The sentences with the name of their run, where there are several."""
-    if len(runs) == 1:
-        return list(found)
-    named = zip(runs, found, strict=True)
-    return [(state, [f"{run.name}: {sentence}" for sentence in sentences]) for run, (state, sentences) in named]
+    start = ["" if len(runs) == 1 else f"{run.name}: " for run in runs]
+    return [(state, [name + text for text in texts]) for name, (state, texts) in zip(start, found, strict=True)]
 
 
-def _verdict(question: str, answers: Mapping[str, str], found: Sequence[tuple[str, list[str]]]) -> Verdict:
+def _verdict(question: str, answers: Mapping[str, str], found: Sequence[Found]) -> Verdict:
     """Of several runs the state is that of the one that needs most attention."""
     states = [state for state, sentences in found if sentences]
     state = next((state for state in ("attention", "good") if state in states), "unknown")
