@@ -50,6 +50,7 @@ ORDER = [
     "fcmae.training",
     "fcmae.training.optim",
     "fcmae.training.checkpoint",
+    "fcmae.training.own_files",
     "fcmae.training.run",
     "fcmae.training.compiling",
     "fcmae.training.health",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import (
@@ -23,7 +22,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from fcmae.config.base import Backend, Conflict, Device, Section, Settings, Size, Spelling
+from fcmae.config.base import Backend, Conflict, Device, Section, Settings, Size, Spelling, UserPath, UserText
 from fcmae.masking import num_visible
 from fcmae.networks.spec import VARIANTS, ConvNeXtSpec, variant_of
 
@@ -102,7 +101,7 @@ class ImageConfig(Section):
 
 
 class PretrainData(ImageConfig):
-    path: Annotated[list[str], Spelling("IMAGES", commas=False)] = Field([])
+    path: Annotated[list[UserText], Spelling("IMAGES", commas=False)] = Field([])
     """Folders (searched recursively), text files that list paths, or glob patterns. No labels are needed."""
     masks_per_image: int = Field(1, ge=1)
     """Masks that each decoded crop is trained under within a step: n of them decode n times fewer images. batch_size
@@ -110,9 +109,9 @@ class PretrainData(ImageConfig):
 
 
 class FinetuneData(ImageConfig):
-    path: Annotated[str | None, Spelling("IMAGES")] = None
+    path: Annotated[UserText | None, Spelling("IMAGES")] = None
     """A folder with one sub-folder a class, or a CSV file with the columns path,label."""
-    val_path: str | None = None
+    val_path: UserText | None = None
     """Held-out images, of the same form. Default: a stratified share (val_share) of `path`."""
     crop_scale: Span = (0.08, 1.0)
     """Share of the image's area that a training crop covers, smallest and largest."""
@@ -133,7 +132,7 @@ class EncoderConfig(Section):
 
     variant: Network | None = None
     """The network. Default: the one that `init` holds."""
-    init: Annotated[str | None, Spelling(short="init")] = Field(None, min_length=1)
+    init: Annotated[UserText | None, Spelling(short="init")] = Field(None, min_length=1)
     """Starting weights: a run, a checkpoint, or weights in any format that `fcmae convert` reads; a decoder that they
     do not have, or that does not fit, starts fresh. Default: all from scratch."""
     stem_stride: int | None = Field(None, ge=1, validate_default=True)
@@ -284,7 +283,7 @@ class MonitorConfig(Section):
     num_images: int = Field(256, ge=0)
     """Images, held out as far as there are, on which each block's cosine distance, effective rank and dead and
     saturated channels are measured; 0 for none."""
-    labelled: str | None = Field(None, min_length=1)
+    labelled: UserText | None = Field(None, min_length=1)
     """Labelled images, a folder with one sub-folder a class or a CSV file with the columns path,label. A quarter of
     them (of 2,000 if there are more) is classified by its 20 nearest neighbours among the others; nothing is trained on
     labels."""
@@ -302,7 +301,7 @@ class LogConfig(Section):
 class RunConfig(Settings):
     """What both kinds of run share."""
 
-    out: Path | None = None
+    out: UserPath | None = None
     """The run directory: everything a run writes goes here. The same command again resumes it."""
     overwrite: bool = False
     """Delete the run that is in `out` and start anew."""
@@ -319,10 +318,16 @@ class RunConfig(Settings):
     GRN's norms, LayerNorm and the loss are always fp32."""
     device: Device = "auto"
     """auto takes a GPU when there is one."""
-    data: ImageConfig = Field(default_factory=ImageConfig)
-    optim: Optim = Field(default_factory=Optim)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     log: LogConfig = Field(default_factory=LogConfig)
+
+    if TYPE_CHECKING:  # what each kind of run has of its own
+        data: ImageConfig
+        optim: Optim
+
+    def inputs(self) -> dict[str, list[str]]:
+        """Paths that a run reads, by the settings that name them."""
+        return {}
 
     def conflicts(self, num_processes: int | None = None) -> Iterator[Conflict]:
         if self.out is None:
@@ -388,6 +393,11 @@ class PretrainConfig(RunConfig):
     model: PretrainModel = Field(default_factory=PretrainModel)
     optim: Optim = Field(default_factory=Optim)
     monitor: MonitorConfig = Field(default_factory=MonitorConfig)
+
+    def inputs(self) -> dict[str, list[str]]:
+        found = {"data.path": self.data.path}
+        single = {"model.init": self.model.init, "monitor.labelled": self.monitor.labelled}
+        return found | {key: [path] for key, path in single.items() if path}
 
     def conflicts(self, num_processes: int | None = None) -> Iterator[Conflict]:
         yield from super().conflicts(num_processes)
@@ -457,6 +467,10 @@ class FinetuneConfig(RunConfig):
     model: FinetuneModel = Field(default_factory=FinetuneModel)
     optim: FinetuneOptim = Field(default_factory=FinetuneOptim)
     regularization: Regularization = Field(default_factory=Regularization)
+
+    def inputs(self) -> dict[str, list[str]]:
+        single = {"data.path": self.data.path, "data.val_path": self.data.val_path, "model.init": self.model.init}
+        return {key: [path] for key, path in single.items() if path}
 
     def conflicts(self, num_processes: int | None = None) -> Iterator[Conflict]:
         yield from super().conflicts(num_processes)

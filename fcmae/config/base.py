@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import attrgetter
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 if TYPE_CHECKING:
@@ -74,5 +85,8 @@ def _square(value: Any) -> Any:
 
 
 Size = Annotated[tuple[Annotated[int, Field(ge=8)], Annotated[int, Field(ge=8)]], BeforeValidator(_square)]
+# A path that a person writes: ~ is their home.
+UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
+UserText = Annotated[str, AfterValidator(os.path.expanduser)]
 Backend = Literal["packed", "triton", "masked", "minkowski"]
 Device = Literal["auto", "cpu"]

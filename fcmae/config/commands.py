@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from fcmae.config.base import Backend, Conflict, Device, Settings, Size, Spelling
+from fcmae.config.base import Backend, Conflict, Device, Settings, Size, Spelling, UserPath, UserText
 
 
 def _stage(word: Any) -> Any:
@@ -43,9 +43,9 @@ class Reading(Settings):
 class Source(Reading):
     """Images with or without labels."""
 
-    images: Annotated[list[str] | None, Spelling(commas=False)] = Field(None, min_length=1)
+    images: Annotated[list[UserText] | None, Spelling(commas=False)] = Field(None, min_length=1)
     """Images, folders, lists or glob patterns."""
-    data: str | None = None
+    data: UserText | None = None
     """Labelled images: a folder with one sub-folder a class, or a CSV file with the columns path,label."""
 
     def conflicts(self, num_processes: int | None = None) -> Iterator[Conflict]:
@@ -66,9 +66,9 @@ class EvaluateConfig(Reading):
     models: Models
     """Runs, checkpoints, exported models, names of timm's models, or random: before one of these, for the same network
     untrained."""
-    data: str = Field(examples=["labelled"])
+    data: UserText = Field(examples=["labelled"])
     """Labelled images: a folder with one sub-folder a class, or a CSV file with the columns path,label."""
-    test: str | None = None
+    test: UserText | None = None
     """Images to test on, of the same form. Default: a stratified share (test_share) of `data`."""
     test_share: float = Field(0.2, gt=0, lt=1)
     """Share of each class to test on."""
@@ -82,7 +82,7 @@ class EvaluateConfig(Reading):
     """Which outputs: numbers from 1, last, or all. Default: last."""
     seed: int = Field(0, ge=0)
     """Of all that is drawn."""
-    out: Path | None = None
+    out: UserPath | None = None
     """Where results go. Default: RUN/evaluation, for RUN and random:RUN."""
     overwrite: bool = False
     """Replace earlier results."""
@@ -96,11 +96,11 @@ class EmbedConfig(Source):
 
     model: Annotated[str, Spelling("MODEL")] = Field(examples=["runs/first"])
     """A run, a checkpoint, an exported model, a name of timm's models, or random: before one of these."""
-    out: Path = Field(examples=["embedded"])
+    out: UserPath = Field(examples=["embedded"])
     """Where results go."""
     map: Literal["tsne", "umap"] | None = "tsne"
     """How the map is made, or none; umap needs umap-learn."""
-    neighbours: Annotated[list[str], Spelling(commas=False)] = Field([])
+    neighbours: Annotated[list[UserText], Spelling(commas=False)] = Field([])
     """Images whose 8 nearest are shown."""
     parquet: bool = False
     """One Parquet file in place of .npy and .csv."""
@@ -124,7 +124,7 @@ class AnalyzeConfig(Source):
     """ConvNeXts: runs, checkpoints, exported models, names of timm's models, or random: before one of these."""
     max_images: int = Field(1000, ge=1)
     """Of more images, that many are taken, evenly spread."""
-    out: Path | None = None
+    out: UserPath | None = None
     """Where figures go. Default: RUN/analysis, for RUN and random:RUN."""
     overwrite: bool = False
     """Replace earlier results."""
@@ -136,11 +136,11 @@ class PredictConfig(Reading):
     Example: fcmae predict runs/tuned photos --csv labels.csv
     """
 
-    model: Annotated[Path, Spelling("MODEL")] = Field(examples=["runs/tuned"])
+    model: Annotated[UserPath, Spelling("MODEL")] = Field(examples=["runs/tuned"])
     """A fine-tuning run, or its exported model."""
-    images: Annotated[list[str], Spelling("IMAGES", commas=False)] = Field(min_length=1, examples=[["photos"]])
+    images: Annotated[list[UserText], Spelling("IMAGES", commas=False)] = Field(min_length=1, examples=[["photos"]])
     """Images, folders, lists or glob patterns."""
-    csv: Path | None = None
+    csv: UserPath | None = None
     """A new file, for the predictions too."""
 
 
@@ -150,10 +150,10 @@ class ConvertConfig(Settings):
     Example: fcmae convert runs/first encoder
     """
 
-    source: Annotated[Path, Spelling("SRC")] = Field(examples=["runs/first"])
+    source: Annotated[UserPath, Spelling("SRC")] = Field(examples=["runs/first"])
     """A run, a checkpoint, a timm or transformers directory, or a .safetensors or .pth file of any format, the released
     sparse and dense checkpoints too."""
-    dest: Annotated[Path | None, Spelling("DEST")] = None
+    dest: Annotated[UserPath | None, Spelling("DEST")] = None
     """Where to write it: a new path."""
     to: Literal["fcmae", "timm", "fair", "transformers", "minkowski"] = "timm"
     """timm and transformers: a directory; the others: a file that ends in .safetensors, .pth or .pt."""
@@ -177,9 +177,9 @@ class ReportConfig(Settings):
     Example: fcmae report runs/first runs/tuned runs/scratch --out report.html
     """
 
-    runs: Annotated[list[Path], Spelling("RUN", commas=False)] = Field(min_length=1, examples=[["runs/first"]])
+    runs: Annotated[list[UserPath], Spelling("RUN", commas=False)] = Field(min_length=1, examples=[["runs/first"]])
     """Directories of pretraining or fine-tuning."""
-    out: Path | None = None
+    out: UserPath | None = None
     """The page. Default: RUN/report.html, for one run."""
 
 
@@ -189,7 +189,7 @@ class StatsConfig(Settings):
     Example: fcmae stats photos --in_chans 4
     """
 
-    path: Annotated[list[str], Spelling("IMAGES", commas=False)] = Field(min_length=1, examples=[["photos"]])
+    path: Annotated[list[UserText], Spelling("IMAGES", commas=False)] = Field(min_length=1, examples=[["photos"]])
     """Folders, lists or glob patterns."""
     in_chans: int = Field(3, ge=1)
     """Channels of the images."""
@@ -205,7 +205,7 @@ class DoctorConfig(Settings):
     Example: fcmae doctor --quick
     """
 
-    out: Path = Path()
+    out: UserPath = Path()
     """Where runs are to be written."""
     quick: bool = False
     """Try neither torch.compile, processes nor MinkowskiEngine."""

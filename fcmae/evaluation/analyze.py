@@ -30,7 +30,8 @@ from fcmae.evaluation.models import Backbone, choose_device, load_backbone
 from fcmae.evaluation.outputs import claim, default_out
 from fcmae.evaluation.pictures import displayable
 from fcmae.tables import table
-from fcmae.training.run import FOUND, cpu_name
+from fcmae.training.own_files import FOUND
+from fcmae.training.run import cpu_name
 
 RECORD = "analysis.json"
 FEW = 10  # images a class, below which the largest of their means is mostly chance

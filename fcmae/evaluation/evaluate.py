@@ -37,7 +37,8 @@ from fcmae.evaluation.pictures import save_figure
 from fcmae.evaluation.probes import few_shot_counts, fit_linear, knn_probabilities, mean_and_interval
 from fcmae.evaluation.records import COLUMNS, score_rows
 from fcmae.tables import table
-from fcmae.training.run import FOUND, cpu_name
+from fcmae.training.own_files import FOUND
+from fcmae.training.run import cpu_name
 
 KS = (10, 20, 100, 200)
 TEMPERATURE = 0.07

@@ -19,11 +19,10 @@ import logging
 import os
 import platform
 import shlex
-import shutil
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -43,39 +42,11 @@ from fcmae import options
 from fcmae.atomic import write_text
 from fcmae.config import RunConfig
 from fcmae.data.cores import num_cores
-from fcmae.training import checkpoint
+from fcmae.training import checkpoint, own_files
 
 logger = logging.getLogger("fcmae")
 
 Found = TypeVar("Found")
-
-# All that a run writes beside config.yaml, so that --overwrite deletes nothing else.
-DIRECTORIES = ("tensorboard", "reconstructions", "best", "last")
-FILES = (
-    "environment.json",
-    "files.json",
-    "val_files.json",
-    "train.log",
-    "metrics.jsonl",
-    "bad_files.txt",
-    "loss.png",
-    "cosine_distance.png",
-    "effective_rank.png",
-    "predictions.csv",
-)
-# What evaluate and analyze write, by the folder of a run that they do so in by default.
-FOUND = {
-    "evaluation": ("evaluation.json", "confusion.png", "table.md"),
-    "analysis": (
-        "analysis.json",
-        "cosine_distance.png",
-        "channels.png",
-        "effective_rank.png",
-        "grn.png",
-        "selectivity.png",
-        "activations.png",
-    ),
-}
 
 
 class RunDirectory:
@@ -98,10 +69,19 @@ class RunDirectory:
         holds_run = header.startswith("# fcmae ")
         if not holds_run and self.path.exists() and not self._is_unused():
             raise ValueError(f"out = {self.path} is not empty and holds no run of fcmae: give another directory")
-        # A run that was refused or killed before its first line of metrics has nothing to lose: it may be replaced.
         begun = (self.path / "metrics.jsonl").exists() or checkpoint.latest(self.path) is not None
         self.exists = holds_run and begun and not cfg.overwrite
+        if not self.exists:
+            _check_inputs(cfg.out, cfg.inputs(), cfg.overwrite)
         self.saved = self._read_same_run(config, header) if self.exists else None
+        if self.exists:
+            self._check_not_finished()
+        elif not cfg.overwrite and (results := own_files.written(self.path, own_files.RESULTS)):
+            # config.yaml may have been copied here to start the next experiment.
+            raise ValueError(
+                f"out = {self.path} has a config.yaml and {results[0].relative_to(self.path)}, but no run that can go "
+                "on: give another --out, or --overwrite to delete what a run wrote there"
+            )
 
     def _is_unused(self) -> bool:
         """Whether there is nothing but what a run leaves that was killed before it wrote its config.yaml."""
@@ -117,6 +97,19 @@ class RunDirectory:
                 f"out = {self.path} holds a run with other settings: {remedy}\n  " + "\n  ".join(different)
             )
         return saved
+
+    def _check_not_finished(self) -> None:
+        """Refuse to train over a run that had checkpoints which are gone, as of one that is finished and tidied up."""
+        if checkpoint.latest(self.path) is not None:
+            return
+        assert self.saved is not None
+        reached = max((line.get("epoch", 0) for line in read_metrics(self.path / "metrics.jsonl")), default=0)
+        has_models = any((self.path / name).exists() for name in ("best", "last"))
+        if has_models or reached >= min(self.saved.checkpoint.every_epochs, self.saved.epochs):
+            raise ValueError(
+                f"out = {self.path} has the results of {reached:g} epochs and no checkpoint to go on from: "
+                "keep it as it is and give another --out, or --overwrite to delete it"
+            )
 
     def kept(self, *keys: str) -> bool:
         """Whether this run is resumed with the same values of these settings, so that what was made from them stands.
@@ -156,32 +149,30 @@ class RunDirectory:
             # Another process may have made, or deleted, a run here since this one looked.
             if RunDirectory(self.cfg, self.kind).exists != self.exists:
                 raise ValueError(in_use)
-            if not self.exists:
-                self._clear()
+            own_files.remove_aside(self.path)
+            if not self.exists and self.cfg.overwrite:
+                own_files.remove(self.path)
             text = f"# fcmae {self.kind} {fcmae.__version__}\n{options.dump(self.cfg)}"
             write_text(self.path / "config.yaml", text)
             record_start(self.path / "environment.json", _uses_cpu(self.cfg))
             with _logging_to(self.path / "train.log"):
                 yield
 
-    def _clear(self) -> None:
-        # The checkpoints go in one rename: killed at any moment, this leaves the old run with all of them or none.
-        aside = self.path / ".tmp-checkpoints"
-        shutil.rmtree(aside, ignore_errors=True)
-        if (checkpoints := self.path / checkpoint.DIRECTORY).exists():
-            checkpoints.rename(aside)
-            shutil.rmtree(aside)
-        for name in DIRECTORIES:
-            shutil.rmtree(self.path / name, ignore_errors=True)
-        for name in FILES:
-            (self.path / name).unlink(missing_ok=True)
-        for folder, names in FOUND.items():
-            for path in [*(self.path / folder).glob("*/*"), *(self.path / folder).glob("*")]:
-                if path.name in names:
-                    path.unlink()
-            for path in [*(self.path / folder).glob("*/"), self.path / folder]:
-                with suppress(OSError):  # not empty: something else is there
-                    path.rmdir()
+
+def _check_inputs(out: Path, inputs: Mapping[str, Sequence[str]], overwrite: bool) -> None:
+    """Refuse to delete what the run starts from, and to write pictures where training images are searched.
+
+    inputs: paths by the setting that names them.
+    """
+    place = out.resolve()
+    for key, paths in inputs.items():
+        for path in map(Path, paths):
+            if overwrite and path.exists() and path.resolve().is_relative_to(place):
+                raise ValueError(
+                    f"overwrite would delete {key} = {path}, which lies in out = {out}: give another --out"
+                )
+            if path.is_dir() and place.is_relative_to(path.resolve()) and key.startswith("data."):
+                raise ValueError(f"out = {out} lies in {key} = {path}, where images are searched: give another out")
 
 
 def record_start(path: Path, cpu: bool) -> None:

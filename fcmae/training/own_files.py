@@ -1,0 +1,148 @@
+"""Which files of a run directory the run wrote, and how they are removed: nothing else ever is."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import suppress
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+# What evaluate and analyze write, by the folder of a run that they do so in by default.
+FOUND = {
+    "evaluation": ("evaluation.json", "confusion.png", "table.md"),
+    "analysis": (
+        "analysis.json",
+        "cosine_distance.png",
+        "channels.png",
+        "effective_rank.png",
+        "grn.png",
+        "selectivity.png",
+        "activations.png",
+    ),
+}
+# What a start leaves that ended before its first line of numbers.
+STARTED = (
+    ".lock",
+    ".tmp-*",
+    "config.yaml",
+    "environment.json",
+    "files.json",
+    "val_files.json",
+    "train.log",
+    "bad_files.txt",
+    "tensorboard/events.*",
+    "tensorboard/fcmae/events.*",
+)
+# What it leaves after that. Folders end in a slash.
+RESULTS = (
+    "metrics.jsonl",
+    "loss.png",
+    "cosine_distance.png",
+    "effective_rank.png",
+    "predictions.csv",
+    "reconstructions/step-*.png",
+    "reconstructions/over-time.png",
+    "reconstructions/tiles/step-*.png",
+    "checkpoints/step-*/*.safetensors",
+    "checkpoints/step-*/checkpoint.json",
+    "checkpoints/.tmp-step-*/*.safetensors",
+    "checkpoints/.tmp-step-*/checkpoint.json",
+    "best/config.json",
+    "best/model.safetensors",
+    "best/predictions.csv",
+    "last/config.json",
+    "last/model.safetensors",
+    "last/predictions.csv",
+)
+FOLDERS = ("checkpoints", "tensorboard", "reconstructions", "best", "last")
+ASIDE = ".tmp-checkpoints"
+
+
+def written(run: Path, patterns: tuple[str, ...]) -> list[Path]:
+    """Paths of a run that match one of the patterns, in which a star stays within one name."""
+    return [path for path in _below(run) if _matches(path.relative_to(run), patterns)]
+
+
+def strangers(run: Path) -> list[Path]:
+    """What is in the folders that a run writes, or in place of its files, and is not its own."""
+    own = (*STARTED, *RESULTS)
+    ours = {part for pattern in own for part in _parents(pattern)}
+    found = []
+    for path in _below(run):
+        relative = path.relative_to(run)
+        inside = relative.parts[0] in FOLDERS or _matches(relative, own)
+        is_folder = path.is_dir() and not (path.is_symlink() and len(relative.parts) > 1)
+        if inside and not (_matches(relative, tuple(ours)) if is_folder else _matches(relative, own)):
+            found.append(path)
+    return found
+
+
+def remove(run: Path) -> None:
+    """Remove all that a run wrote.
+
+    The checkpoints go first and in one rename, so that the old run is left with all of them or none, wherever this is
+    cut off; where `checkpoints` is a link, to a bigger disk say, the link stays and they go one by one, the oldest
+    first.
+
+    Raises:
+        ValueError: before anything is removed, if the folders hold something else.
+    """
+    if others := strangers(run):
+        names = ", ".join(str(path) for path in others[:5]) + (
+            f" and {len(others) - 5} more" if len(others) > 5 else ""
+        )
+        raise ValueError(
+            f"out = {run} holds files that no run of fcmae wrote ({names}): move them, or give another --out"
+        )
+    remove_aside(run)
+    checkpoints = run / "checkpoints"
+    if checkpoints.is_symlink():
+        for step in sorted(checkpoints.iterdir()):
+            aside = step.with_name(f".tmp-{step.name.removeprefix('.tmp-')}")
+            step.rename(aside)
+            shutil.rmtree(aside)
+    elif checkpoints.exists():
+        checkpoints.rename(run / ASIDE)
+        remove_aside(run)
+    for path in written(run, (*RESULTS, *STARTED)):
+        if path.name != ".lock":
+            path.unlink(missing_ok=True)
+    for place, own in FOUND.items():
+        for path in [*(run / place).glob("*/*"), *(run / place).glob("*")]:
+            if path.name in own and path.is_file():
+                path.unlink()
+    folders = [run / name for name in (*FOLDERS, *FOUND)]
+    for path in [*(inner for folder in folders for inner in folder.glob("*/")), *folders]:
+        with suppress(OSError):  # not empty, or a link
+            path.rmdir()
+
+
+def remove_aside(run: Path) -> None:
+    """Remove what a removal that was cut off has left."""
+    shutil.rmtree(run / ASIDE, ignore_errors=True)
+
+
+def _below(run: Path) -> Iterator[Path]:
+    """Everything in a directory; links to folders are followed at the top only, where `checkpoints` may be one."""
+    if not run.is_dir():
+        return
+    for top in sorted(run.iterdir()):
+        yield top
+        if top.is_dir():
+            for folder, folders, files in os.walk(top):
+                yield from (Path(folder, name) for name in (*folders, *files))
+
+
+def _matches(relative: Path, patterns: tuple[str, ...]) -> bool:
+    parts = relative.parts
+    return any(
+        len(parts) == len(names) and all(map(fnmatchcase, parts, names))
+        for names in (pattern.split("/") for pattern in patterns)
+    )
+
+
+def _parents(pattern: str) -> list[str]:
+    names = pattern.split("/")
+    return ["/".join(names[:end]) for end in range(1, len(names))]
