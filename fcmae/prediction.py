@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from accelerate import Accelerator
@@ -11,6 +12,7 @@ from fcmae.classification import class_probabilities, write_predictions
 from fcmae.config.commands import PredictConfig
 from fcmae.data.index import find_images
 from fcmae.data.loader import evaluation_loader
+from fcmae.data.source import printable
 from fcmae.weights.convert import build_classifier
 from fcmae.weights.files import read_weights
 
@@ -23,7 +25,7 @@ def predict(cfg: PredictConfig) -> None:
     Raises:
         ValueError: if the model has no classifier, or cfg.csv exists.
     """
-    if cfg.csv is not None and cfg.csv.exists():
+    if cfg.csv is not None and os.path.lexists(cfg.csv):  # a link that leads nowhere too
         raise ValueError(f"csv = {cfg.csv} exists: give a new path, or remove it")
     weights = read_weights(cfg.model)
     if not weights.architecture.num_classes:
@@ -39,10 +41,10 @@ def predict(cfg: PredictConfig) -> None:
     batches = tqdm(loader, unit="batch", disable=None)
     positions, probabilities, bad = class_probabilities(model, batches, normalize, accelerator)
     names = images.subset(positions).names()
-    for name, row in zip(names, probabilities, strict=True):
-        best = int(row.argmax())
-        print(f"{name}\t{weights.class_names[best]}\t{row[best]:.4f}")
-    for name, reason in bad:
-        print(f"{name}: {reason}", file=sys.stderr)
     if cfg.csv is not None:
         write_predictions(cfg.csv, names, probabilities, weights.class_names)
+    for name, row in zip(names, probabilities, strict=True):
+        best = int(row.argmax())
+        print(f"{printable(name)}\t{printable(weights.class_names[best])}\t{row[best]:.4f}")
+    for name, reason in bad:
+        print(f"{printable(name)}: {reason}", file=sys.stderr)

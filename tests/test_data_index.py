@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from fcmae.data.index import Images, find_images, find_labelled
+from fcmae.data.source import BadImage
 
 
 def touch(root: Path, *names: str) -> list[str]:
@@ -248,3 +249,63 @@ def test_malformed_class_folders_are_errors(tmp_path: Path) -> None:
     touch(tmp_path, "a/1.jpg", "b/notes.txt")
     with pytest.raises(ValueError, match="b' holds no image: fill or remove it"):
         find_labelled(str(tmp_path))
+
+
+def test_folders_of_systems_and_of_runs_are_passed_over(tmp_path: Path) -> None:
+    touch(tmp_path, "cat/0.png", "cat/@eaDir/0.png/SYNOPHOTO_THUMB_M.jpg", "#recycle/1.png", "$RECYCLE.BIN/2.png")
+    touch(tmp_path, "__MACOSX/3.png", "lost+found/4.png", "runs/a/reconstructions/step-1.png", "other/5.png")
+    (tmp_path / "runs/a/config.yaml").write_text("# fcmae pretrain 0.1.0\n")
+    (tmp_path / "other/config.yaml").write_text("seed: 1\n")
+    assert find_images([str(tmp_path)]).names() == [str(tmp_path / name) for name in ("cat/0.png", "other/5.png")]
+
+
+def test_what_is_no_file_is_no_image_and_a_pipe_does_not_hang(tmp_path: Path) -> None:
+    touch(tmp_path, "0.png")
+    os.mkfifo(tmp_path / "1.png")
+    images = find_images([str(tmp_path)])
+    assert images.names() == [str(tmp_path / "0.png")]
+    listed = tmp_path / "list.txt"
+    listed.write_text("1.png\n")
+    with pytest.raises(BadImage, match="it is a pipe, a socket or a device"):
+        find_images([str(listed)]).open(0)
+
+
+def test_files_of_other_formats_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    touch(tmp_path, "0.png", "1.gif", "2.GIF", "3.dcm", "README")
+    with caplog.at_level("INFO", "fcmae"):
+        find_images([str(tmp_path)])
+    assert "2 .gif, " in caplog.text
+    assert "1 .dcm" in caplog.text
+    assert "1 without a suffix" in caplog.text
+
+
+def test_a_folder_of_splits_is_not_taken_for_classes(tmp_path: Path) -> None:
+    touch(tmp_path, "train/cat/0.png", "train/dog/1.png", "val/cat/2.png", "val/dog/3.png")
+    found = r"holds splits \(train, val\) and no classes.*/train with data.val_path .*/val"
+    with pytest.raises(ValueError, match=found):
+        find_labelled(str(tmp_path))
+    assert find_labelled(str(tmp_path / "train")).class_names == ("cat", "dog")
+
+
+def test_composed_and_decomposed_accents_are_one_class(tmp_path: Path) -> None:
+    touch(tmp_path, "caf\u00e9/0.png")
+    touch(tmp_path, "cafe\u0301/1.png")
+    touch(tmp_path, "tea/2.png")
+    images = find_labelled(str(tmp_path))
+    assert images.class_names == ("caf\u00e9", "tea")
+    assert images.labels is not None
+    assert sorted(images.labels.tolist()) == [0, 0, 1]
+
+
+def test_a_class_whose_name_is_no_utf_8_is_refused(tmp_path: Path) -> None:
+    touch(tmp_path, "tea/0.png")
+    touch(tmp_path, os.fsdecode(b"caf\xe9/1.png"))
+    with pytest.raises(ValueError, match=r"the class caf\\udce9 has a name that is no UTF-8: rename it"):
+        find_labelled(str(tmp_path))
+
+
+def test_names_of_classes_that_may_not_be_meant_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    touch(tmp_path, "nan/0.png", "Cat/1.png", "cat/2.png")
+    find_labelled(str(tmp_path))
+    assert "is that a missing label?" in caplog.text
+    assert "differ in their case only" in caplog.text

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from fcmae.data.dataset import Batch, NoUsableImage, PretrainDataset, Sample
 from fcmae.data.index import Images, find_images
-from fcmae.data.loader import build_loader, default_num_workers, prefetched
+from fcmae.data.loader import build_loader, choose_num_workers, prefetched
 from fcmae.data.sampler import StepSampler
 
 
@@ -164,14 +164,17 @@ def test_a_containers_quota_counts_as_its_cores(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr("fcmae.data.cores.CGROUP", tmp_path)
     for quota, workers in {"400000": 4, "50000": 1, "max": 8, "9900000": 8}.items():
         (tmp_path / "cpu.max").write_text(f"{quota} 100000\n")
-        assert default_num_workers("cuda") == workers
+        assert choose_num_workers(None, "cuda") == workers
 
 
 def test_default_number_of_workers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("fcmae.data.cores.CGROUP", tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(20)), raising=False)
-    assert default_num_workers("cpu", 1) == 1
-    assert [default_num_workers("cuda", processes) for processes in (1, 4, 8, 40)] == [8, 5, 2, 1]
+    assert choose_num_workers(None, "cpu") == 1
+    assert choose_num_workers(0, "cuda") == 0
+    for processes, workers in {1: 8, 4: 5, 8: 2, 40: 1}.items():
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        assert choose_num_workers(None, "cuda") == workers
 
 
 def test_only_cuda_pins(tmp_path: Path) -> None:

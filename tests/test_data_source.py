@@ -19,7 +19,7 @@ from PIL import Image
 import fcmae.data
 from fcmae.data import readers
 from fcmae.data.augment import CropAndFlip, FinetuneAugment
-from fcmae.data.dataset import FinetuneDataset, PretrainDataset, Sample
+from fcmae.data.dataset import FinetuneDataset, PretrainDataset, Reading, Sample
 from fcmae.data.decode import read_crop
 from fcmae.data.geometry import Box
 from fcmae.data.index import Images, find_images
@@ -30,7 +30,6 @@ from fcmae.data.source import BadImage, Files, Source
 from fcmae.data.split import split
 from fcmae.data.stats import channel_statistics
 from fcmae.evaluation.features import batches_of
-from fcmae.evaluation.models import Backbone
 
 SIZE = (16, 24)
 
@@ -226,10 +225,10 @@ def test_parts_of_a_source_are_split_measured_and_evaluated_without_files(folder
     files, memory = find_images([str(folder)]), in_memory(folder)
     assert [part.names() for part in split(memory, 0.4, 1)] == [part.names() for part in split(files, 0.4, 1)]
     assert channel_statistics(memory, 3, num_workers=1) == channel_statistics(files, 3)
-    backbone = Backbone("none", torch.nn.Identity(), None, 3, SIZE, 0.9, Normalize([0.5] * 3, [0.2] * 3), {})
+    reading = Reading(3, SIZE, 0.9, Normalize([0.5] * 3, [0.2] * 3))
     train, _ = split(memory, 0.4, 1)
     found = [
-        list(batches_of(backbone, images, device=torch.device("cpu"), batch_size=4, num_workers=workers))
+        list(batches_of(reading, images, device=torch.device("cpu"), batch_size=4, num_workers=workers))
         for images, workers in ((split(files, 0.4, 1)[0], 0), (train, 1))
     ]
     for (pixels, batch), (from_memory, other) in zip(*found, strict=True):

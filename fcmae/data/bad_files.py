@@ -6,6 +6,8 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path
 
+from fcmae.data.source import printable
+
 logger = logging.getLogger(__name__)
 
 
@@ -43,7 +45,7 @@ class BadFiles:
         with self._path.open("a", encoding="utf-8", errors="surrogateescape") as file:
             file.writelines(f"{name}\t{reason}\n" for name, reason in new.items())
         name, reason = next(iter(new.items()))
-        first = f"{_printable(name)}: {reason}"
+        first = f"{printable(name)}: {reason}"
         if len(self._known) > self._max_share * self._num_files:
             raise ValueError(
                 f"data.max_bad_share: {len(self._known)} of {self._num_files} files cannot be used, more than the "
@@ -56,7 +58,3 @@ class BadFiles:
 
 def _one_line(text: str) -> str:
     return " ".join(text.replace("\t", " ").splitlines())
-
-
-def _printable(text: str) -> str:
-    return text.encode("utf-8", errors="backslashreplace").decode()

@@ -25,3 +25,8 @@ def core_time() -> float:
     """Seconds of core time in a second: `num_cores`, or what a container's quota leaves of them (docker run --cpus)."""
     quota, period = cgroup("cpu.max", "cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us") or ("max", "1")
     return min(num_cores(), int(quota) / int(period)) if quota.isdecimal() else num_cores()
+
+
+def local_processes() -> int:
+    """Training processes on this machine, as the launcher says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -6,7 +6,10 @@ import csv
 import glob
 import hashlib
 import json
+import logging
 import os
+import unicodedata
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fcmae.atomic import write_text
-from fcmae.data.source import BadImage, Files, Source
+from fcmae.data.source import BadImage, Files, Source, printable
 
+logger = logging.getLogger("fcmae")
+
+# What network storage and systems keep in folders beside one's own files: thumbnails, deleted files.
+SYSTEM_FOLDERS = {"@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX", "lost+found", "System Volume Information"}
+SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".npy")
 
 
@@ -149,22 +157,23 @@ def find_images(sources: Sequence[str], *, key: str = "data.path") -> Images:
     Raises:
         ValueError: for a source that is missing, cannot be listed, or holds no image.
     """
-    found: set[str] = set()
+    found, others = set[str](), Counter[str]()
     for source in sources:
-        paths = list(_expand(source, key))
+        paths = list(_expand(source, key, others))
         if not paths:
             raise ValueError(
                 f"{key}: {source!r} holds no image ({' '.join(SUFFIXES)}): "
                 "give a folder of images, a .txt file that lists paths, or a glob pattern"
             )
         found.update(paths)
+    _tell(others, key)
     return Images.of_files(sorted(found))
 
 
-def _expand(source: str, key: str) -> Iterator[str]:
+def _expand(source: str, key: str, others: Counter[str]) -> Iterator[str]:
     path = Path(source).expanduser()
     if path.is_dir():
-        yield from _walk(path, key)
+        yield from _walk(path, key, others)
     elif path.suffix.lower() == ".txt" and path.is_file():
         yield from _read_list(path, key)
     elif path.is_file():
@@ -173,7 +182,7 @@ def _expand(source: str, key: str) -> Iterator[str]:
         # Not Path.glob: it takes no absolute pattern.
         for match in glob.glob(str(path), recursive=True):  # noqa: PTH207
             if Path(match).is_dir():
-                yield from _walk(Path(match), key)
+                yield from _walk(Path(match), key, others)
             elif _is_image(Path(match).name):
                 yield _absolute(match)
     else:
@@ -192,19 +201,46 @@ def _is_image(name: str) -> bool:
     return name.lower().endswith(SUFFIXES) and not name.startswith(".")
 
 
-def _walk(root: Path, key: str) -> Iterator[str]:
-    def refuse(error: OSError) -> None:
-        raise ValueError(f"{key}: {error.filename!r} cannot be listed ({error.strerror}): make it readable")
+def _walk(root: Path, key: str, others: Counter[str]) -> Iterator[str]:
+    """The images below a folder; files of other formats are counted in `others`, by suffix.
 
+    Hidden files and folders, those of systems, and the directories of runs, whose pictures are no images to learn from,
+    are passed over, and so is everything that is no file.
+    """
     seen: set[tuple[int, int]] = set()
-    for folder, subfolders, files in os.walk(_absolute(root), followlinks=True, onerror=refuse):
-        status = os.stat(folder)  # noqa: PTH116
-        if (status.st_dev, status.st_ino) in seen:  # a link to a folder that was searched, or is being searched
-            subfolders.clear()
+    folders = [_absolute(root)]
+    while folders:
+        folder = folders.pop()
+        try:
+            status = os.stat(folder)  # noqa: PTH116
+            if (status.st_dev, status.st_ino) in seen:  # a link to a folder that was searched, or is being searched
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(folder) as entries:
+                shown = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda e: e.name)
+        except OSError as error:
+            where, why = error.filename, error.strerror
+            raise ValueError(f"{key}: {where!r} cannot be listed ({why}): make it readable") from error
+        if any(entry.name == "config.yaml" for entry in shown) and _is_run(folder):
             continue
-        seen.add((status.st_dev, status.st_ino))
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        yield from (os.path.join(folder, name) for name in files if _is_image(name))  # noqa: PTH118
+        folders += [entry.path for entry in shown if entry.is_dir() and entry.name not in SYSTEM_FOLDERS]
+        for entry in shown:
+            if entry.is_file():
+                if _is_image(entry.name):
+                    yield entry.path
+                else:
+                    others[os.path.splitext(entry.name)[1].lower()] += 1  # noqa: PTH122
+
+
+def _is_run(folder: str) -> bool:
+    with Path(folder, "config.yaml").open("rb") as file:
+        return file.read(8) == b"# fcmae "
+
+
+def _tell(others: Counter[str], key: str) -> None:
+    if others:
+        text = ", ".join(f"{number} {suffix or 'without a suffix'}" for suffix, number in others.most_common(8))
+        logger.info("%s: files that are no images were left out: %s", key, text)
 
 
 def _read_list(path: Path, key: str) -> Iterator[str]:
@@ -251,6 +287,8 @@ def find_labelled(source: str, class_names: Sequence[str] | None = None, *, key:
         )
     if len(names) < 2:
         raise ValueError(f"{key}: {source!r} has only the class {names[0]!r}: a classifier needs at least two")
+    if class_names is None:
+        _warn_of_names(names, key)
     number = {name: i for i, name in enumerate(names)}
     paths = sorted(label_of)
     return Images.of_files(paths, [number[label_of[path]] for path in paths], names)
@@ -267,17 +305,42 @@ def _sort_classes(names: set[str]) -> list[str]:
 
 
 def _class_folders(root: Path, key: str, *, may_be_empty: bool) -> dict[str, str]:
-    label_of: dict[str, str] = {}
-    for folder in sorted(root.iterdir()):
-        if folder.name.startswith(".") or not folder.is_dir():
-            continue
-        images = list(_walk(folder, key))
+    label_of, others = dict[str, str](), Counter[str]()
+    folders = [path for path in sorted(root.iterdir()) if path.is_dir() and not path.name.startswith(".")]
+    folders = [path for path in folders if path.name not in SYSTEM_FOLDERS]
+    names = {path.name for path in folders}
+    if len(names) > 1 and {name.lower() for name in names} <= SPLITS:
+        held_out = sorted(names - {"train", "training"})
+        raise ValueError(
+            f"{key}: {str(root)!r} holds splits ({', '.join(sorted(names))}) and no classes: give the folder of one of "
+            f"them, such as data.path {root / sorted(names & {'train', 'training'} or names)[0]} with data.val_path "
+            f"{root / held_out[-1]}"
+        )
+    for folder in folders:
+        images = list(_walk(folder, key, others))
         if not images and not may_be_empty:
             raise ValueError(f"{key}: the class folder {str(folder)!r} holds no image: fill or remove it")
-        label_of.update(dict.fromkeys(images, folder.name))
+        label_of.update(dict.fromkeys(images, _class_name(folder.name, key)))
     if not label_of:
         raise ValueError(f"{key}: {str(root)!r} has no sub-folder with images: put each class in a folder of its own")
+    _tell(others, key)
     return label_of
+
+
+def _class_name(name: str, key: str) -> str:
+    """A class's name as it is kept: accents composed, whichever way a file system has them."""
+    if any("\ud800" <= character <= "\udfff" for character in name):
+        raise ValueError(f"{key}: the class {printable(name)} has a name that is no UTF-8: rename it")
+    return unicodedata.normalize("NFC", name)
+
+
+def _warn_of_names(names: Sequence[str], key: str) -> None:
+    """Of classes that may not be meant: spreadsheets write nan where nothing was."""
+    if odd := [name for name in names if name.lower() in ("nan", "none", "null")]:
+        logger.warning("%s: there is a class %r: is that a missing label?", key, odd[0])
+    same = Counter(name.casefold() for name in names)
+    if twice := [name for name in names if same[name.casefold()] > 1]:
+        logger.warning("%s: the classes %s differ in their case only", key, " and ".join(map(repr, twice[:2])))
 
 
 def _read_csv(path: Path, key: str) -> dict[str, str]:
@@ -289,7 +352,7 @@ def _read_csv(path: Path, key: str) -> dict[str, str]:
             if not {"path", "label"} <= set(columns):
                 raise ValueError(f"{key}: the header of {path} is {','.join(columns)!r}: it needs path and label")
             for row in rows:
-                image, label = (row["path"] or "").strip(), (row["label"] or "").strip()
+                image, label = (row["path"] or "").strip(), _class_name((row["label"] or "").strip(), key)
                 if not image or not label:
                     raise ValueError(f"{key}: line {rows.line_num} of {path} lacks its path or label: complete it")
                 image = _absolute(path.parent / Path(image).expanduser())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import multiprocessing
-import os
 import signal
 from collections.abc import Iterable, Iterator
 from itertools import chain
@@ -12,7 +11,7 @@ from itertools import chain
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from fcmae.data.cores import core_time
+from fcmae.data.cores import core_time, local_processes
 from fcmae.data.dataset import Batch, Reading, Sample, collate
 from fcmae.data.index import Images
 from fcmae.data.sampler import Key, evaluation_batches
@@ -103,11 +102,6 @@ def choose_num_workers(setting: int | None, device_type: str) -> int:
     if device_type == "cpu":
         return 1
     return max(1, min(8, int(core_time() / local_processes())))
-
-
-def local_processes() -> int:
-    """Training processes on this machine, as the launcher says."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def prefetched(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:

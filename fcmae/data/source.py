@@ -6,6 +6,7 @@ Another kind of place (the shards of an archive, a bucket, a table) is one class
 from __future__ import annotations
 
 import os
+import stat
 from array import array
 from collections.abc import Sequence
 from io import BytesIO
@@ -21,6 +22,12 @@ class BadImage(ValueError):  # noqa: N818
         """That it cannot be read, for the reason that an error of a file, a network or a library gives."""
         text = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
         return cls(f"it cannot be read: {' '.join(text.split())}")
+
+
+def printable(name: str) -> str:
+    """A name that any terminal can show: bytes that are no Unicode, and control characters, as escapes."""
+    text = name.encode("utf-8", errors="backslashreplace").decode()
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class Source(Protocol):
@@ -74,4 +81,13 @@ class Files(Source):
             return file.read()
 
     def open(self, i: int) -> BinaryIO:
-        return open(self.name(i), "rb")  # noqa: PTH123  # Path.open would cost a Path an image
+        file = open(self.name(i), "rb", opener=_open_at_once)  # noqa: SIM115  # and a Path costs a while
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            file.close()
+            raise OSError("it is a pipe, a socket or a device, and no file")
+        return file
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Without waiting for whoever may write to a pipe some day; files know no such waiting."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))

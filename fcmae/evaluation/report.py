@@ -78,6 +78,8 @@ def report(paths: Sequence[Path], out: Path | None = None) -> Path:
         out = paths[0] / "report.html"
     if out.is_dir():
         raise ValueError(f"--out {out} is a directory: name the file to write, e.g. {out / 'report.html'}")
+    if out.is_symlink() and not out.exists():
+        raise ValueError(f"out = {out} is a link that leads nowhere: give another --out, or remove it")
     if out.exists() and MARK not in out.read_text(encoding="utf-8", errors="replace")[:1000]:
         raise ValueError(f"{out} is there and no report of fcmae: name another file with --out, or delete it")
     # Directories are named by their last part, or by all of it where two have one name.

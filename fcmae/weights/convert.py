@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shlex
 import shutil
 from dataclasses import replace
@@ -150,7 +151,7 @@ def convert(
     if to not in FORMATS:
         raise ValueError(f"to = {to!r}: use one of {', '.join(FORMATS)}")
     if dest is not None:
-        if dest.exists():
+        if os.path.lexists(dest):  # a link that leads nowhere too
             raise ValueError(f"{dest} exists: give a new path, or remove it")
         if to in DIRECTORIES and dest.suffix in FILE_SUFFIXES:
             raise ValueError(f"{dest}: the format {to} is a directory: give it another name, or --to fcmae for a file")
