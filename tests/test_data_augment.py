@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,7 +14,15 @@ from PIL import Image, ImageOps
 from torchvision.transforms import v2
 from torchvision.transforms.functional import center_crop, resize
 
-from fcmae.data.augment import CenterCrop, CropAndFlip, FinetuneAugment, center_box, random_resized_box, seeded
+from fcmae.data.augment import (
+    CenterCrop,
+    CropAndFlip,
+    DeepImage,
+    FinetuneAugment,
+    center_box,
+    random_resized_box,
+    seeded,
+)
 
 POLICY = "rand-m9-mstd0.5-inc1"
 
@@ -209,3 +218,15 @@ def test_policies_at_full_strength_keep_at_least_one_bit(
     augment = finetune(3, policy, 0.0)
     for seed in range(60):
         assert augment(file, rng(seed)).shape == (3, 24, 20)
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "int16", "float32"])
+def test_policies_that_work_on_8_bits_refuse_deeper_images(tmp_path: Path, dtype: str) -> None:
+    """Computed tomography, from -1000 to 150, came out blank in training and right in evaluation."""
+    tifffile.imwrite(tmp_path / "x.tif", np.linspace(0, 150, 40 * 40).reshape(40, 40).astype(dtype))
+    crop = CropAndFlip(1, (32, 32), (0.5, 1), 0.5)
+    augment = FinetuneAugment(crop, auto_augment="rand-m9", random_erasing=0, mean=[0.4], std=[0.2])
+    with pytest.raises(DeepImage, match=r"^data\.auto_augment: .* set it to none$"):
+        augment((tmp_path / "x.tif").read_bytes(), np.random.default_rng(0))
+    plain = FinetuneAugment(crop, auto_augment=None, random_erasing=0, mean=[0.4], std=[0.2])
+    assert len(np.unique(plain((tmp_path / "x.tif").read_bytes(), np.random.default_rng(0)))) > 500

@@ -21,6 +21,7 @@ from timm.data.random_erasing import RandomErasing
 from fcmae.data.decode import read_crop, to_pil
 from fcmae.data.geometry import Box, align, decode_scale
 from fcmae.data.normalize import Normalize
+from fcmae.data.source import DataError
 
 
 def random_resized_box(
@@ -151,6 +152,10 @@ class CropAndFlip:
         return np.ascontiguousarray(image)
 
 
+class DeepImage(DataError):
+    """An image of more than 8 bits met a policy that works on 8 bits: it would come out blank, or in a few levels."""
+
+
 class FinetuneAugment:
     """Crop and flip, then timm's automatic augmentation, then random erasing: timm's recipe for fine-tuning."""
 
@@ -168,7 +173,7 @@ class FinetuneAugment:
         Args:
             crop: what comes first.
             auto_augment: a policy in timm's notation such as rand-m9-mstd0.5-inc1, for 1 and 3 channels; it works on
-                8-bit RGB, so grey images pass through RGB and back, and deeper ones lose their depth.
+                8-bit RGB, so grey images pass through RGB and back, and deeper ones are refused.
             random_erasing: probability that a rectangle becomes noise, normal in normalised units.
             mean: (C,), which defines them, in units of a full range of 1.
             std: (C,), likewise.
@@ -191,6 +196,11 @@ class FinetuneAugment:
             return image
         with seeded(rng.integers(2**32, size=4).tolist()):
             if self._policy is not None:
+                if image.dtype != np.uint8:
+                    raise DeepImage(
+                        "data.auto_augment: timm's policies work on 8-bit images, and there are deeper ones, which they "
+                        "would clip and round: set it to none"
+                    )
                 image = self._augmented(image)
             return self._erased(image) if erases else image
 

@@ -16,7 +16,7 @@ from fcmae.data.augment import CenterCrop, CropAndFlip, FinetuneAugment
 from fcmae.data.index import Images
 from fcmae.data.normalize import Normalize
 from fcmae.data.sampler import MASK_STREAM, SAMPLE_STREAM, Key
-from fcmae.data.source import BadImage
+from fcmae.data.source import BadImage, DataError
 from fcmae.masking import random_mask
 
 MAX_TRIES = 16  # files that a training sample tries before it gives up
@@ -142,12 +142,8 @@ def collate(samples: Sequence[Sample]) -> Batch:
     )
 
 
-class NoUsableImage(ValueError):  # noqa: N818
+class NoUsableImage(DataError):
     """A training sample found MAX_TRIES bad files in a row."""
-
-    def __init__(self, message: str) -> None:
-        # A DataLoader makes the error of a worker anew, with the worker's traceback as message: keep its last line.
-        super().__init__(message.rpartition("NoUsableImage: ")[2].strip())
 
 
 class ImageDataset(Dataset[Sample]):

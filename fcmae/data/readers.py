@@ -150,21 +150,21 @@ class _PillowImage:
 
     def read(self, box: Box, size: tuple[int, int]) -> NDArray[Any]:
         stored_height, stored_width = self._stored_size
-        planes, scale, is_16_bit = self._decode(decode_scale(box[2], box[3], size))
+        planes, scale, full_range = self._decode(decode_scale(box[2], box[3], size))
         top, left, height, width = stored_box(box, self._orientation, stored_height, stored_width)
         # The last column of a scaled JPEG may stand for fewer than `scale` stored ones.
         corners = (left / scale, top / scale, (left + width) / scale, (top + height) / scale)
         stored_size = size[::-1] if self._swapped else size
         resized = [_resize(plane, corners, stored_size) for plane in planes]
         pixels = resized[0] if len(resized) == 1 else np.concatenate(resized)  # (C, H, W)
-        if is_16_bit:
-            pixels = (pixels / np.float32(65535)).clip(0, 1)
+        if full_range:
+            pixels = (pixels / np.float32(full_range)).clip(0, 1)
         if self._orientation != 1:
             pixels = make_upright(pixels.transpose(1, 2, 0), self._orientation).transpose(2, 0, 1)
         return np.ascontiguousarray(_match_channels(pixels, self._in_chans))
 
-    def _decode(self, scale: int) -> tuple[Sequence[Image.Image | NDArray[np.uint8]], int, bool]:
-        """Planes, how many times smaller than stored (1; JPEGs `scale`), and whether their full range is 65535."""
+    def _decode(self, scale: int) -> tuple[Sequence[Image.Image | NDArray[np.uint8]], int, int]:
+        """Planes, how many times smaller than stored (1; JPEGs `scale`), and their full range if it is not 255, or 0."""
         image, grey = self._image, self._in_chans == 1
         if decode_jpeg is not None and self._jpeg is not None and image.mode in ("L", "RGB"):
             # It is libjpeg-turbo, as in Pillow, and gives the same pixels, but leaves them packed and in one array.
@@ -175,11 +175,11 @@ class _PillowImage:
             with suppress(ValueError):
                 decoded = decode_jpeg(self._jpeg, colours, min_height=height, min_width=width, min_factor=scale)
                 if decoded.shape[:2] == (height, width):
-                    return [decoded], scale, False
+                    return [decoded], scale, 0
         height, width = self._stored_size
         draft = image.draft("L" if grey else "RGB", (width // scale, height // scale))
-        planes, is_16_bit = _planes(image, self._in_chans)
-        return planes, 1 if draft is None else round(width / draft[1][2]), is_16_bit
+        planes, full_range = _planes(image, self._in_chans)
+        return planes, 1 if draft is None else round(width / draft[1][2]), full_range
 
 
 def _resize(
@@ -216,22 +216,25 @@ def _num_channels(image: Image.Image, in_chans: int) -> int:
     return len(image.getbands())
 
 
-def _planes(image: Image.Image, in_chans: int) -> tuple[list[Image.Image], bool]:
-    """Decode into images that Pillow resizes without loss (L, RGB, F), and whether 65535 is their full range."""
-    is_16_bit = image.mode.startswith("I;16")
+def _planes(image: Image.Image, in_chans: int) -> tuple[list[Image.Image], int]:
+    """Decode into images that Pillow resizes without loss (L, RGB, F), and their full range where it is not 255."""
     if image.mode == "F" or image.mode.startswith("I"):
+        full_range = 65535 if image.mode.startswith("I;16") else 0
         plane = image.convert("F")
-        if is_16_bit and image.format == "TIFF" and image.tag_v2.get(262) == 0:  # type: ignore[attr-defined]
-            plane = plane.point(lambda value: value * -1 + 65535)  # 0 = white; Pillow itself inverts 8 bits only
-        return [plane], is_16_bit
+        if full_range and image.format == "TIFF":
+            tags = image.tag_v2  # type: ignore[attr-defined]
+            full_range = 2 ** max(tags.get(258, (16,))) - 1  # of 10, 12 or 14 bits in 16, too
+            if tags.get(262) == 0:  # 0 = white; Pillow itself inverts 8 bits only
+                plane = plane.point(lambda value: value * -1 + full_range)
+        return [plane], full_range
     if image.mode == "P":
         # By way of RGBA where entries are transparent: their colours are kept, only the transparency is dropped.
         image = image.convert("RGBA" if "transparency" in image.info else "RGB")
     if in_chans in (1, 3):
         mode = "L" if in_chans == 1 or image.mode in ("1", "L", "LA") else "RGB"
-        return [image if image.mode == mode else image.convert(mode)], False
+        return [image if image.mode == mode else image.convert(mode)], 0
     # One by one: Pillow would weigh the colours of an RGBA image by its alpha.
-    return list(image.split()), False
+    return list(image.split()), 0
 
 
 def _open_tiff(file: BinaryIO, in_chans: int) -> OpenImage:
@@ -239,15 +242,30 @@ def _open_tiff(file: BinaryIO, in_chans: int) -> OpenImage:
         image = Image.open(file, formats=["TIFF"])
     except UnidentifiedImageError:  # so Pillow calls bands and depths that it does not know
         image = None
-    if image is not None and _pillow_reads_all_of(image, in_chans):
+    if image is not None and not _pillow_reads_all_of(image, in_chans):
+        image = None
+    if image is not None and getattr(image, "n_frames", 1) == 1:
         return _PillowImage(image, in_chans)
     file.seek(0)
-    return _open_tifffile(tifffile.TiffFile(file), in_chans)
+    tiff = tifffile.TiffFile(file)
+    if image is not None and not _channel_pages(tiff.series[0]):
+        return _PillowImage(image, in_chans)
+    return _open_tifffile(tiff, in_chans)
+
+
+def _channel_pages(series: tifffile.TiffPageSeries) -> int:
+    """How many channels a series stores as pages, as ImageJ and OME do; 0 if it does not."""
+    channels: int = series.sizes.get("channel", series.sizes.get("sample", 1))
+    return channels if series.keyframe.samplesperpixel == 1 and channels > 1 else 0
 
 
 def _pillow_reads_all_of(image: Image.Image, in_chans: int) -> bool:
     """Whether Pillow keeps every band and bit of a TIFF that matters for in_chans."""
     tags = image.tag_v2  # type: ignore[attr-defined]
+    if tags.get(254, 0) & 1:
+        return False  # the first page is a thumbnail
+    if image.mode == "F" and tags.prefix == b"MM" and tags.get(259, 1) != 1:
+        return False  # Pillow swaps the bytes of compressed floats twice
     bits, samples, is_rgb = tags.get(258, (1,)), tags.get(277, 1), tags.get(262) == 2
     if max(bits) > 8 and not (samples == 1 and image.mode in ("I;16", "I;16B", "F")):
         return False
@@ -258,8 +276,11 @@ def _pillow_reads_all_of(image: Image.Image, in_chans: int) -> bool:
 
 def _open_tifffile(tiff: tifffile.TiffFile, in_chans: int) -> OpenImage:
     colour = in_chans in (1, 3)
-    page = tiff.pages[0]
-    source = page if colour else tiff.series[0]
+    page = next((page for page in tiff.pages if not page.is_reduced), tiff.pages[0])
+    series = next((series for series in tiff.series if page in series.pages), tiff.series[0])
+    if (channels := _channel_pages(series)) and in_chans == 1:
+        raise BadImage(f"it has {channels} channels as pages, in_chans is 1")
+    source = page if colour and not channels else series
     axes, shape = source.axes, source.shape
     band_axes = [i for i, axis in enumerate(axes) if axis not in "YX"]
     if axes.count("Y") != 1 or axes.count("X") != 1 or axes.index("Y") > axes.index("X") or len(band_axes) > 1:
@@ -268,16 +289,19 @@ def _open_tifffile(tiff: tifffile.TiffFile, in_chans: int) -> OpenImage:
     extra = colour and page.photometric == 2 and axis is not None and shape[axis] > 3  # RGB and more, such as alpha
     inverted = page.photometric == 0  # 0 = white
 
+    bits = page.bitspersample
+    full_range = 2**bits - 1 if np.dtype(source.dtype).kind == "u" and bits in range(9, 17) else 0
+
     def load() -> NDArray[Any]:
         array = source.asarray(maxworkers=1)
         if inverted and array.dtype.kind in "ub":
-            array = ~array
+            array = full_range - array if full_range else ~array
         return np.take(array, range(3), axis=axis) if extra else array
 
     if extra:
         shape = tuple(3 if i == axis else side for i, side in enumerate(shape))
     orientation = page.tags.valueof(274, 1)
-    return _ArrayImage(load, shape, np.dtype(source.dtype), axis, in_chans, orientation)
+    return _ArrayImage(load, shape, np.dtype(source.dtype), axis, in_chans, orientation, full_range)
 
 
 def _map_npy(file: BinaryIO) -> NDArray[Any]:
@@ -319,8 +343,10 @@ class _ArrayImage:
         channel_axis: int | None,
         in_chans: int,
         orientation: int = 1,
+        full_range: int = 65535,
     ) -> None:
         self._load, self._axis, self._in_chans, self._orientation = load, channel_axis, in_chans, orientation
+        self._full_range = full_range  # of unsigned integers of 16 bits
         channels = 1 if channel_axis is None else shape[channel_axis]
         height, width = (side for i, side in enumerate(shape) if i != channel_axis)
         _check_size(height, width)
@@ -340,7 +366,7 @@ class _ArrayImage:
         if array.dtype != np.uint8:
             array = array.astype(np.float32)
         if is_16_bit:
-            array /= np.float32(65535)
+            array /= np.float32(self._full_range)
         planes = [Image.fromarray(np.ascontiguousarray(array[..., i])) for i in range(array.shape[-1])]
         pixels = np.stack([np.asarray(plane.resize(size[::-1], Image.Resampling.BICUBIC)) for plane in planes])
         if is_16_bit:

@@ -24,6 +24,14 @@ class BadImage(ValueError):  # noqa: N818
         return cls(f"it cannot be read: {' '.join(text.split())}")
 
 
+class DataError(ValueError):
+    """What ends a run from within a process that reads its images."""
+
+    def __init__(self, message: str) -> None:
+        # A DataLoader makes the error of a worker anew, with the worker's traceback as message: keep its last line.
+        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
+
+
 def printable(name: str) -> str:
     """A name that any terminal can show: bytes that are no Unicode, and control characters, as escapes."""
     text = name.encode("utf-8", errors="backslashreplace").decode()
