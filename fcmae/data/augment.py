@@ -152,7 +152,7 @@ class CropAndFlip:
         return np.ascontiguousarray(image)
 
 
-class DeepImage(DataError):
+class DeepImageError(DataError):
     """An image of more than 8 bits met a policy that works on 8 bits: it would come out blank, or in a few levels."""
 
 
@@ -197,9 +197,9 @@ class FinetuneAugment:
         with seeded(rng.integers(2**32, size=4).tolist()):
             if self._policy is not None:
                 if image.dtype != np.uint8:
-                    raise DeepImage(
-                        "data.auto_augment: timm's policies work on 8-bit images, and there are deeper ones, which they "
-                        "would clip and round: set it to none"
+                    raise DeepImageError(
+                        "data.auto_augment: timm's policies work on 8-bit images and would clip and round deeper ones, "
+                        "which are among these: set it to none"
                     )
                 image = self._augmented(image)
             return self._erased(image) if erases else image

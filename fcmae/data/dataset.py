@@ -142,7 +142,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
     )
 
 
-class NoUsableImage(DataError):
+class NoUsableImage(DataError):  # noqa: N818
     """A training sample found MAX_TRIES bad files in a row."""
 
 

@@ -164,7 +164,7 @@ class _PillowImage:
         return np.ascontiguousarray(_match_channels(pixels, self._in_chans))
 
     def _decode(self, scale: int) -> tuple[Sequence[Image.Image | NDArray[np.uint8]], int, int]:
-        """Planes, how many times smaller than stored (1; JPEGs `scale`), and their full range if it is not 255, or 0."""
+        """Planes, how many times smaller than stored (1; JPEGs `scale`), and their full range, or 0 if it is 255."""
         image, grey = self._image, self._in_chans == 1
         if decode_jpeg is not None and self._jpeg is not None and image.mode in ("L", "RGB"):
             # It is libjpeg-turbo, as in Pillow, and gives the same pixels, but leaves them packed and in one array.
