@@ -17,7 +17,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,15 +67,57 @@ def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[
     }
 
 
-def load_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Inverse of `optimizer_state`. Raises ValueError if a name belongs to no parameter of the model."""
-    parameters = dict(model.named_parameters())
+def load_optimizer_state(optimizer: torch.optim.AdamW, model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    """Inverse of `optimizer_state`.
+
+    The fused AdamW checks nothing: it would read beyond the end of moments of another shape.
+
+    Args:
+        optimizer: of the model's parameters.
+        model: whose parameters they are.
+        state: named tensors.
+        path: of their file, for errors.
+
+    Raises:
+        ValueError: if a tensor is missing, of no parameter, or of another shape or type.
+    """
+    learnt = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter in learnt}
+    like = {
+        f"{name}/{key}": parameter.new_empty((), dtype=torch.float32) if key == "step" else parameter
+        for name, parameter in parameters.items()
+        for key in ("step", "exp_avg", "exp_avg_sq")
+    }
+    check_tensors(path, state, like)
     for flat, value in state.items():
         name, key = flat.rsplit("/", 1)
-        if name not in parameters:
-            raise ValueError(f"the optimizer's state has {name}, which is no parameter of the model")
         # The fused AdamW keeps its step counts beside the parameters too.
         optimizer.state[parameters[name]][key] = value.to(parameters[name].device)
+
+
+def check_tensors(path: Path, found: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:
+    """Check names, shapes and types of what was read, before anything computes with it.
+
+    Args:
+        path: of the file, for the error.
+        found: what it holds.
+        like: what it must hold.
+
+    Raises:
+        ValueError: in one sentence, which names the first few that are wrong.
+    """
+    problems = [f"{name} is missing" for name in like if name not in found]
+    problems += [f"{name} belongs to nothing" for name in found if name not in like]
+    for name, value in found.items():
+        if (right := like.get(name)) is not None and (value.shape, value.dtype) != (right.shape, right.dtype):
+            is_, needed = (f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in (value, right))
+            problems.append(f"{name} is {is_} and not {needed}")
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError(
+            f"{path} does not fit the run ({', '.join(problems[:3])}{more}): delete {path.parent} to go on from an "
+            "earlier checkpoint"
+        )
 
 
 def save(run: Path, meta: Meta, tensors: dict[str, dict[str, Tensor]]) -> Path:
@@ -166,7 +208,7 @@ def check_images(checkpoint: Path, data_fingerprint: str) -> None:
 def restore(
     checkpoint: Path,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.AdamW,
     data_fingerprint: str,
     from_format_1: Callable[[str], str],
     scaler: torch.amp.GradScaler | None = None,
@@ -190,14 +232,28 @@ def restore(
     check_images(checkpoint, data_fingerprint)
     meta = read_meta(checkpoint)
     model.load_state_dict(read_state(checkpoint, "model", model, from_format_1))
-    load_optimizer_state(optimizer, model, read_state(checkpoint, "optimizer", model, from_format_1))
+    moments = _read_named(checkpoint, "optimizer", model, from_format_1)
+    load_optimizer_state(optimizer, model, moments, checkpoint / "optimizer.safetensors")
     if scaler is not None:
         scaler.load_state_dict(meta.progress["scaler"])
     return meta
 
 
 def read_state(checkpoint: Path, name: str, model: nn.Module, from_format_1: Callable[[str], str]) -> dict[str, Tensor]:
-    """The tensors of NAME.safetensors under the model's names and in its shapes, whatever the checkpoint's format."""
+    """A state of the model in NAME.safetensors, whatever the checkpoint's format.
+
+    Raises:
+        ValueError: if the file is missing or damaged, or does not fit the model.
+    """
+    tensors = _read_named(checkpoint, name, model, from_format_1)
+    check_tensors(checkpoint / f"{name}.safetensors", tensors, model.state_dict())
+    return tensors
+
+
+def _read_named(
+    checkpoint: Path, name: str, model: nn.Module, from_format_1: Callable[[str], str]
+) -> dict[str, Tensor]:
+    """The tensors of NAME.safetensors under the model's names and in its shapes."""
     tensors = read_tensors(checkpoint, name)
     if read_meta(checkpoint).format == FORMAT:
         return tensors
