@@ -24,7 +24,7 @@ from fcmae.data.bad_files import BadFiles
 from fcmae.data.dataset import Batch
 from fcmae.training import health
 from fcmae.training.optim import Schedule
-from fcmae.training.run import read_metrics
+from fcmae.training.run import read_metrics, split_metrics
 
 logger = logging.getLogger("fcmae")
 
@@ -110,7 +110,10 @@ class Metrics:
         self.accelerator = accelerator
         if accelerator.is_main_process and path.exists():
             # The last line may be half written; what follows the resumed step will be written again.
-            kept = [line for line in read_metrics(path) if line["step"] <= step]
+            lines, damaged = split_metrics(path)
+            if len(damaged) > (not path.read_bytes().endswith(b"\n")):
+                logger.warning("%s: %d damaged lines were left out", path, len(damaged))
+            kept = [line for line in lines if line["step"] <= step]
             write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         # TensorBoard is told to forget what follows the resumed step.
         accelerator.init_trackers("fcmae", init_kwargs={"tensorboard": {"purge_step": step + 1}})

@@ -243,14 +243,27 @@ def _logging_to(path: Path) -> Iterator[None]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, without a last one that was cut off; none before the first was written."""
-    lines = []
-    for text in path.read_text().splitlines() if path.exists() else ():
+    """The lines of a metrics.jsonl, without those that are damaged or cut off; none before the first was written."""
+    return split_metrics(path)[0]
+
+
+def split_metrics(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The lines of a metrics.jsonl, and those that are none: cut off, of something else, or without a step."""
+    lines, damaged = list[dict[str, Any]](), list[str]()
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            line = None
+        if isinstance(line, dict) and all(_is_number(line.get(key)) for key in ("step", "epoch")):
+            lines.append(line)
+        else:
+            damaged.append(text)
+    return lines, damaged
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _uses_cpu(cfg: RunConfig) -> bool:
