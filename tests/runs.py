@@ -8,11 +8,13 @@ import multiprocessing
 import os
 import signal
 import sys
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
@@ -20,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import fcmae.training.checkpoint
+import fcmae.training.steps
 from fcmae.config import PretrainConfig
 from fcmae.options import load
 
@@ -140,6 +143,26 @@ def _kill_in_save(number: int) -> None:
     fcmae.training.checkpoint.save_file = save_half_first
     fcmae.training.checkpoint.save = marked(save)
     fcmae.training.checkpoint.prune = marked(prune)
+
+
+def at_step(monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[[], None]) -> None:
+    """Have `action` called at the beginning of a step (1 is the first)."""
+    seed_step = fcmae.training.steps.seed_step
+
+    def wrapped(seed: int, step: int, rank: int) -> None:
+        seed_step(seed, step, rank)
+        if step + 1 == number:
+            action()
+
+    monkeypatch.setattr(fcmae.training.steps, "seed_step", wrapped)
+
+
+def kill_self(*signals: signal.Signals) -> Callable[[], None]:
+    def action() -> None:
+        for number in signals:
+            os.kill(os.getpid(), number)
+
+    return action
 
 
 def tensors(checkpoint: Path) -> dict[str, Tensor]:

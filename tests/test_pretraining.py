@@ -20,7 +20,7 @@ import runs
 import torch
 from conftest import requires_minkowski
 from PIL import Image
-from runs import assert_same, config, final_state, flags, losses, start, tensors, write_images
+from runs import assert_same, at_step, config, final_state, flags, kill_self, losses, start, tensors, write_images
 
 import fcmae
 from fcmae import cli, pretraining
@@ -30,7 +30,7 @@ from fcmae.data.normalize import Normalize
 from fcmae.data.sampler import epoch_order
 from fcmae.data.split import split
 from fcmae.options import read
-from fcmae.training import checkpoint, health, steps
+from fcmae.training import checkpoint, health
 from fcmae.training.run import read_metrics
 
 STEPS = 9  # of runs.flags: 3 epochs of 3 steps
@@ -63,26 +63,6 @@ def uninterrupted(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def run(images: Path, out: Path, **changed: Any) -> int:
     """`fcmae pretrain`, in this process; returns its exit status."""
     return cli.main(["pretrain", *flags(images, out, **changed)])
-
-
-def at_step(monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[[], None]) -> None:
-    """Have `action` called at the beginning of a step (1 is the first)."""
-    seed_step = steps.seed_step
-
-    def wrapped(seed: int, step: int, rank: int) -> None:
-        seed_step(seed, step, rank)
-        if step + 1 == number:
-            action()
-
-    monkeypatch.setattr(steps, "seed_step", wrapped)
-
-
-def kill_self(*signals: signal.Signals) -> Callable[[], None]:
-    def action() -> None:
-        for number in signals:
-            os.kill(os.getpid(), number)
-
-    return action
 
 
 def assert_equal_runs(actual: Path, expected: Path) -> None:

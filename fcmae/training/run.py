@@ -22,6 +22,7 @@ import shlex
 import shutil
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -35,6 +36,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration, broadcast_object_list
 from tqdm import tqdm
 
@@ -269,8 +271,11 @@ def _uses_cpu(cfg: RunConfig) -> bool:
 def make_accelerator(cfg: RunConfig) -> Accelerator:
     """accelerate's view of the devices, for cfg.device, cfg.precision and the trackers.
 
+    It forgets those of a run before in this process, which may have computed elsewhere or in another precision.
+
     Raises ValueError for fp16 and tf32 on a CPU.
     """
+    AcceleratorState._reset_state(reset_partial_state=True)
     cpu = _uses_cpu(cfg)
     precision = {"fp32": "no", "tf32": "no", "auto": "no"}.get(cfg.precision, cfg.precision)
     # GPUs without bf16 emulate it, slower than float32.
@@ -295,6 +300,8 @@ def make_accelerator(cfg: RunConfig) -> Accelerator:
 class StopSignal:
     """SIGTERM, SIGINT and SIGUSR1 ask the loop to finish its step; a second SIGINT interrupts at once.
 
+    Outside the main thread, where Python lets nobody take signals, they stay as they are.
+
     Attributes:
         received: the name of the signal that came first, or None.
     """
@@ -305,7 +312,8 @@ class StopSignal:
         self.received: str | None = None
 
     def __enter__(self) -> StopSignal:
-        self._previous = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+        in_charge = threading.current_thread() is threading.main_thread()
+        self._previous = {n: signal.signal(n, self._receive) for n in self.SIGNALS} if in_charge else {}
         return self
 
     def __exit__(self, *_: object) -> None:
