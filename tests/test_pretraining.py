@@ -356,14 +356,18 @@ def test_a_second_interrupt_ends_at_once(images: Path, tmp_path: Path, monkeypat
     assert list(checkpoint.steps(tmp_path / "out")) == [3]
 
 
-def test_sigterm_from_outside_stops_a_process_with_workers(uninterrupted: Path, images: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 0)])
+def test_a_signal_from_outside_stops_a_process_with_workers(
+    uninterrupted: Path, images: Path, tmp_path: Path, number: signal.Signals, status: int
+) -> None:
     out = tmp_path / "out"
     command = ["pretrain", *flags(images, out, data__num_workers=1)]
     process = start(command, tmp_path / "log.txt")
     wait_for(lambda: (out / "metrics.jsonl").exists(), process)
-    process.terminate()
+    os.kill(process.pid, number)
     process.join(60)
-    assert process.exitcode == 143, (tmp_path / "log.txt").read_text()
+    assert process.exitcode == status, (tmp_path / "log.txt").read_text()
+    assert max(checkpoint.steps(out)) < STEPS, "it was over before the signal"
     process = start(command, tmp_path / "log.txt")
     process.join(60)
     assert process.exitcode == 0, (tmp_path / "log.txt").read_text()
