@@ -77,8 +77,9 @@ def fcmae(*words: object) -> None:
 
     def stop(number: int, frame: FrameType | None) -> None:
         # At a terminal the command has had the interrupt too: another one would end it before it saves.
-        process.send_signal(number if number == signal.SIGINT in received else signal.SIGTERM)
+        again = number == signal.SIGINT in received
         received.append(number)
+        process.send_signal(signal.SIGINT if again else signal.SIGTERM)
 
     previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     status = process.wait()

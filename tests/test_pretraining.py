@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import runs
 import torch
 from conftest import requires_minkowski
 from PIL import Image
 from runs import assert_same, at_step, config, final_state, flags, kill_self, losses, start, tensors, write_images
+from safetensors.torch import load_file, save_file
 
 import fcmae
 from fcmae import cli, pretraining
@@ -32,6 +34,7 @@ from fcmae.data.split import split
 from fcmae.options import read
 from fcmae.training import checkpoint, health
 from fcmae.training.run import read_metrics
+from fcmae.weights.formats import OLD, rename
 
 STEPS = 9  # of runs.flags: 3 epochs of 3 steps
 
@@ -309,6 +312,31 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
         assert listed_as_bad(tmp_path / name) == bad
 
 
+def test_a_signal_to_one_of_two_processes_stops_both_and_they_go_on(tmp_path: Path) -> None:
+    images, out = write_images(tmp_path / "images", 12), tmp_path / "out"
+    options = {"epochs": 400, "data__val_share": 0, "log__every_steps": 1, "checkpoint__every_epochs": 999}
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "-m", "fcmae.cli"]
+    command = [sys.executable, *launcher, "pretrain", *flags(images, out, **options)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with (tmp_path / "log.txt").open("w") as log:
+        launched = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        try:
+            wait_for(lambda: (out / "metrics.jsonl").exists(), launched)
+            _, second = sorted(psutil.Process(launched.pid).children(), key=lambda process: process.pid)
+            second.send_signal(signal.SIGTERM)
+            assert launched.wait(60) != 0
+        finally:
+            launched.kill()
+    ((stopped_at, _),) = checkpoint.steps(out).items()
+    assert stopped_at < 1200
+    assert_whole_checkpoints(out)
+    text = (out / "train.log").read_text()
+    assert f"stopped by a signal after step {stopped_at}; the same command resumes" in text
+    # One process goes on where two stopped, in parts that are as large as theirs.
+    assert run(images, out, **options | {"epochs": 400}, grad_accum=2) == 0
+    assert [step for step, _ in losses(out)] == list(range(1, 1201))
+
+
 def listed_as_bad(out: Path) -> set[str]:
     return {line.partition("\t")[0] for line in (out / "bad_files.txt").read_text().splitlines()}
 
@@ -377,7 +405,8 @@ def test_a_signal_from_outside_stops_a_process_with_workers(
 def wait_for(condition: Callable[[], bool], process: Any) -> None:
     deadline = time.monotonic() + 60
     while not condition():
-        assert process.is_alive(), "the process has ended"
+        alive = process.poll() is None if isinstance(process, subprocess.Popen) else process.is_alive()
+        assert alive, "the process has ended"
         assert time.monotonic() < deadline
         time.sleep(0.005)
 
@@ -401,6 +430,21 @@ def test_a_run_killed_again_and_again_loses_at_most_the_steps_since_its_last_che
     process = start(command, tmp_path / "log.txt")
     process.join(60)
     assert process.exitcode == 0, (tmp_path / "log.txt").read_text()
+    assert_equal_runs(out, uninterrupted)
+
+
+def test_a_run_of_an_earlier_version_goes_on(uninterrupted: Path, images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    interrupted(images, out)
+    for place in checkpoint.steps(out).values():
+        for file in place.glob("*.safetensors"):
+            state = {rename(name, OLD): value for name, value in load_file(file).items()}
+            assert "mask_token" in state or "mask_token/step" in state
+            save_file(state, file)
+        meta = json.loads((place / "checkpoint.json").read_text()) | {"format": 1}
+        del meta["spec"]
+        (place / "checkpoint.json").write_text(json.dumps(meta))
+    assert run(images, out) == 0
     assert_equal_runs(out, uninterrupted)
 
 
