@@ -11,7 +11,7 @@ from fcmae.config import FinetuneConfig, PretrainConfig
 from fcmae.config.base import Settings
 from fcmae.config.commands import ConvertConfig, EvaluateConfig
 from fcmae.networks.spec import ConvNeXtSpec
-from fcmae.options import ConfigError
+from fcmae.options import ConfigError, make
 
 NEEDED = ["--data.path", "photos", "--out", "run"]
 
@@ -492,3 +492,28 @@ def test_published_pretraining_is_the_default_of_every_setting_but_the_variant(v
 def test_small_images_keep_a_grid_of_four_by_four_or_more() -> None:
     config = load("--config", "pretrain_small_images")
     assert min(config.data.image_size) // config.model.mask_patch >= 4
+
+
+# From Python
+
+
+def test_a_mapping_goes_before_the_file_key_by_key(yaml_file: Path) -> None:
+    yaml_file.write_text("seed: 1\ndata: {path: photos, hflip: 0.1}\nout: runs/a\n")
+    settings = {"seed": 2, "data": {"image_size": 64}, "model.variant": {"depths": [1, 1], "dims": [8, 8]}}
+    cfg = make(PretrainConfig, settings | {"data.val_share": 0.5}, str(yaml_file))
+    assert (cfg.seed, cfg.data.path, cfg.data.hflip, cfg.data.val_share) == (2, ["photos"], 0.1, 0.5)
+    assert (cfg.data.image_size, cfg.model.spec.dims) == ((64, 64), (8, 8))
+
+
+def test_a_mapping_may_hold_a_setting_once() -> None:
+    with pytest.raises(ConfigError, match=r"^data.hflip: given twice: leave one out$"):
+        make(PretrainConfig, {"data.hflip": 0.1, "data": {"hflip": 0.1}})
+
+
+def test_mistakes_in_a_mapping_are_told_as_those_of_a_file() -> None:
+    with pytest.raises(ConfigError) as error:
+        make(PretrainConfig, {"out": "x", "data": {"path": ["p"], "image_sise": 3}, "epochs": 0, "model": 5})
+    first, second, third = sorted(str(error.value).splitlines())
+    assert first == "data.image_sise: received 3; no such setting; did you mean data.image_size?"
+    assert second == "epochs: received 0; allowed: >= 1"
+    assert third.startswith("model: received 5; model holds model.variant, ")
