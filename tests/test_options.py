@@ -498,7 +498,7 @@ def test_small_images_keep_a_grid_of_four_by_four_or_more() -> None:
 
 
 def test_a_mapping_goes_before_the_file_key_by_key(yaml_file: Path) -> None:
-    yaml_file.write_text("seed: 1\ndata: {path: photos, hflip: 0.1}\nout: runs/a\n")
+    yaml_file.write_text("seed: 1\ndata: {path: [photos], hflip: 0.1}\nout: runs/a\n")
     settings = {"seed": 2, "data": {"image_size": 64}, "model.variant": {"depths": [1, 1], "dims": [8, 8]}}
     cfg = make(PretrainConfig, settings | {"data.val_share": 0.5}, str(yaml_file))
     assert (cfg.seed, cfg.data.path, cfg.data.hflip, cfg.data.val_share) == (2, ["photos"], 0.1, 0.5)
