@@ -17,11 +17,13 @@ import argparse
 import csv
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 
 import elpv_dataset
 import numpy as np
@@ -63,17 +65,30 @@ def write_csv(path: Path, positions: Sequence[int], paths: Sequence[Path], label
 
 
 def fcmae(*words: object) -> None:
-    """Run a command of the package, shown as one would type it."""
+    """Run a command of the package, shown as one would type it.
+
+    Raises:
+        SystemExit: if it fails, or a signal asks to stop: it has then finished its step and saved.
+    """
     command = [str(word) for word in words]
     print("\n$ fcmae " + " ".join(command), flush=True)
     process = subprocess.Popen([sys.executable, "-m", "fcmae.cli", *command])
-    try:
-        status = process.wait()
-    except KeyboardInterrupt:  # the command has seen it too: it finishes its step and saves
-        process.wait()
-        status = 130
+    received: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        # At a terminal the command has had the interrupt too: another one would end it before it saves.
+        again = number == signal.SIGINT in received
+        received.append(number)
+        process.send_signal(signal.SIGINT if again else signal.SIGTERM)
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    status = process.wait()
+    for number, handler in previous.items():
+        signal.signal(number, handler)
+    if received:
+        raise SystemExit(0 if received[0] == signal.SIGUSR1 else 128 + received[0])
     if status:
-        raise SystemExit(status)
+        raise SystemExit(status if status > 0 else 128 - status)
 
 
 def last_scores(run: Path) -> dict[str, float]:

@@ -78,7 +78,8 @@ def finetune(cfg: FinetuneConfig) -> Run:
             train_images.save(run.path / "files.json")
             val_images.save(run.path / "val_files.json")
         finished = train(cfg, run, accelerator, net, weights, per_epoch, train_images, val_images, stop)
-    accelerator.end_training()
+        accelerator.wait_for_everyone()  # a launcher ends all when the first ends with a signal's status
+        accelerator.end_training()
     return Run(run.path, "finetune", finished, stop.received)
 
 

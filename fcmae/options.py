@@ -1,4 +1,4 @@
-"""YAML files and command lines to the settings of a command, and back.
+"""YAML files, command lines and mappings to the settings of a command, and back.
 
 A flag's text means what it would mean in a file, where it stands without quotes: the setting it is given to reads it.
 Flags override the file, the file overrides the defaults of `fcmae.config`. Everything that is wrong is reported at
@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import re
 import textwrap
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
@@ -73,19 +73,11 @@ def load(model: type[Config], argv: Sequence[str], *, prog: str, num_processes: 
     values, wrong, problems = _parse(model, argv, prog)
     also, invalid = _validate(_Also, {name: values.pop(name) for name in _Also.model_fields if name in values})
     problems += invalid
-    settings: dict[str, Any] = {}
-    if also is not None and also.config is not None:
-        try:
-            settings = _read_yaml(find_config(also.config))
-        except ConfigError as error:
-            raise ConfigError([*problems, str(error)]) from error
-    for key, value in values.items():
-        *sections, name = key.split(".")
-        place: Any = settings
-        for section in sections:  # a non-section in a section's place stays to be reported
-            place = place.setdefault(section, {}) if isinstance(place, dict) else place
-        if isinstance(place, dict):
-            place[name] = value
+    try:
+        settings = _read_yaml(find_config(also.config)) if also is not None and also.config is not None else {}
+    except ConfigError as error:
+        raise ConfigError([*problems, str(error)]) from error
+    _put(settings, values)
     config, invalid = _validate(model, settings, wrong, {"num_processes": num_processes})
     if config is None or problems or invalid:
         raise ConfigError([*problems, *invalid])
@@ -93,6 +85,40 @@ def load(model: type[Config], argv: Sequence[str], *, prog: str, num_processes: 
         print(dump(config), end="")
         raise SystemExit(0)
     return config
+
+
+def make(
+    model: type[Config], settings: Mapping[str, Any], config: str | None = None, num_processes: int | None = None
+) -> Config:
+    """The settings of a command from Python, checked as those of its command line.
+
+    Args:
+        model: The command's settings.
+        settings: Values by key; sections are mappings, or keys are dotted, as in {"data.image_size": 64}.
+        config: A YAML file, or the name of a shipped one, that `settings` goes before.
+        num_processes: See `load`.
+
+    Raises:
+        ConfigError: See `load`.
+    """
+    values = {} if config is None else _read_yaml(find_config(config))
+    _put(values, flattened(model, settings))
+    made, problems = _validate(model, values, (), {"num_processes": num_processes})
+    if made is None or problems:
+        raise ConfigError(problems)
+    return made
+
+
+def flattened(model: type[Settings], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by dotted key, from a mapping whose sections may be mappings.
+
+    Raises:
+        ConfigError: If one is given in both ways.
+    """
+    pairs = list(_pairs(settings, _fields(model)))
+    if twice := [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]:
+        raise ConfigError(f"{key}: given twice: leave one out" for key in twice)
+    return dict(pairs)
 
 
 def read(model: type[Config], path: Path) -> Config:
@@ -409,6 +435,27 @@ def _choices(kinds: Iterable[Any]) -> set[str]:
 def _has_parts(kinds: Iterable[Any]) -> bool:
     """Whether a value may be a mapping."""
     return any(isinstance(kind, type) and issubclass(kind, BaseModel) for kind in kinds)
+
+
+def _pairs(settings: Mapping[str, Any], fields: Fields, section: str = "") -> Iterator[tuple[str, Any]]:
+    """The dotted keys and values of a mapping whose sections may be mappings."""
+    for name, value in settings.items():
+        key = f"{section}{name}"
+        if isinstance(value, Mapping) and any(known.startswith(f"{key}.") for known in fields):
+            yield from _pairs(value, fields, f"{key}.")
+        else:
+            yield key, _plain(value)
+
+
+def _put(settings: dict[str, Any], values: Mapping[str, Any]) -> None:
+    """Set values by dotted key in the sections of `settings`."""
+    for key, value in values.items():
+        *sections, name = key.split(".")
+        place: Any = settings
+        for section in sections:  # a non-section in a section's place stays to be reported
+            place = place.setdefault(section, {}) if isinstance(place, dict) else place
+        if isinstance(place, dict):
+            place[name] = value
 
 
 def _leaves(settings: Mapping[str, Any], fields: Fields) -> Iterator[tuple[str, Any]]:

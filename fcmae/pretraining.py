@@ -80,7 +80,8 @@ def pretrain(cfg: PretrainConfig) -> Run:
         for sentence in started:
             logger.info("start: %s", sentence)
         finished = train(cfg, run, accelerator, net, schedule, train_images, val_images, labelled, stop)
-    accelerator.end_training()
+        accelerator.wait_for_everyone()  # a launcher ends all when the first ends with a signal's status
+        accelerator.end_training()
     return Run(run.path, "pretrain", finished, stop.received)
 
 

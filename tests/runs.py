@@ -8,22 +8,25 @@ import multiprocessing
 import os
 import signal
 import sys
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-import fcmae.networks.convnext
 import fcmae.training.checkpoint
+import fcmae.training.steps
 from fcmae.config import PretrainConfig
+from fcmae.options import load
 
-TINY = fcmae.networks.convnext.Variant((1, 1, 1, 1), (8, 8, 8, 8), True)
+TINY = "{depths: [1, 1, 1, 1], dims: [8, 8, 8, 8]}"  # as a command line gives it
 
 # A server that has imported everything once and forks at each call: a process in a tenth of a second instead of ten,
 # and without the threads that this one has.
@@ -49,6 +52,7 @@ def flags(images: Path, out: Path, **settings: Any) -> list[str]:
         "device": "cpu",
         "data__image_size": 16,
         "data__num_workers": 0,
+        "model__variant": TINY,
         "model__stem_stride": 1,
         "model__mask_patch": 8,
         "model__decoder_dim": 8,
@@ -59,22 +63,14 @@ def flags(images: Path, out: Path, **settings: Any) -> list[str]:
         "log__every_steps": 1,
         "log__eval_epochs": 99,
         "log__trackers": "none",
-        "monitor__num_images": 0,  # timm does not know the tiny model
+        "monitor__num_images": 0,
     } | settings
     return [word for key, value in values.items() for word in (f"--{key.replace('__', '.')}", str(value))]
 
 
 def config(images: Path, out: Path, **settings: Any) -> PretrainConfig:
     """The settings that `flags` gives."""
-    from fcmae.options import load
-
     return load(PretrainConfig, flags(images, out, **settings), prog="test")
-
-
-def setup_process() -> None:
-    """Make runs of this process small and repeatable: the tiny model under atto's name, and one thread."""
-    fcmae.networks.convnext.VARIANTS["convnextv2_atto"] = TINY
-    torch.set_num_threads(1)
 
 
 def forget_accelerator() -> None:
@@ -97,7 +93,7 @@ def _child(command: list[str], log: str, kill_at: int | None) -> None:
     multiprocessing.set_start_method("fork", force=True)  # for data workers; else they import everything anew
     from fcmae.cli import main
 
-    setup_process()
+    torch.set_num_threads(1)
     if kill_at is not None:
         _kill_in_save(kill_at)
     sys.exit(main(command))
@@ -147,6 +143,26 @@ def _kill_in_save(number: int) -> None:
     fcmae.training.checkpoint.save_file = save_half_first
     fcmae.training.checkpoint.save = marked(save)
     fcmae.training.checkpoint.prune = marked(prune)
+
+
+def at_step(monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[[], None]) -> None:
+    """Have `action` called at the beginning of a step (1 is the first)."""
+    seed_step = fcmae.training.steps.seed_step
+
+    def wrapped(seed: int, step: int, rank: int) -> None:
+        seed_step(seed, step, rank)
+        if step + 1 == number:
+            action()
+
+    monkeypatch.setattr(fcmae.training.steps, "seed_step", wrapped)
+
+
+def kill_self(*signals: signal.Signals) -> Callable[[], None]:
+    def action() -> None:
+        for number in signals:
+            os.kill(os.getpid(), number)
+
+    return action
 
 
 def tensors(checkpoint: Path) -> dict[str, Tensor]:

@@ -24,3 +24,10 @@ def test_a_file_is_replaced_only_when_it_is_whole(tmp_path: Path) -> None:
 def test_names_that_are_no_unicode_keep_their_bytes(tmp_path: Path) -> None:
     write_text(tmp_path / "names", "caf\udce9")
     assert (tmp_path / "names").read_bytes() == b"caf\xe9"
+
+
+def test_a_text_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
+    write_text(tmp_path / "a", "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(tmp_path / "a", "new \ud800")
+    assert (tmp_path / "a").read_text() == "old"

@@ -14,6 +14,7 @@ from fcmae.cli import COMMANDS, main
 from fcmae.config import FinetuneConfig, PretrainConfig
 from fcmae.config.commands import AnalyzeConfig, PredictConfig
 from fcmae.options import ConfigError, load
+from fcmae.training.run import Run
 
 ROOT = Path(__file__).parent.parent
 
@@ -38,7 +39,8 @@ class Recorder(ModuleType):
 
 
 def test_pretrain_and_finetune_get_their_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretrain, finetune = Recorder(monkeypatch, "pretraining", "main"), Recorder(monkeypatch, "finetuning", "main")
+    pretrain = Recorder(monkeypatch, "pretraining", "pretrain", Run(Path("run"), "pretrain"))
+    finetune = Recorder(monkeypatch, "finetuning", "finetune", Run(Path("run"), "finetune"))
     assert main(["pretrain", "--data.path", "photos", "--out", "run", "--epochs", "3"]) == 0
     assert main(["finetune", "--config", "finetune_atto", "--data.path", "labelled", "--out", "run"]) == 0
     (pretrain_config,), (finetune_config,) = pretrain.calls[0], finetune.calls[0]
@@ -121,7 +123,7 @@ def test_stats_prints_lines_for_a_configuration(
     config = tmp_path / "stats.yaml"
     config.write_text(capsys.readouterr().out)
     assert config.read_text().startswith("# 7 images\n")
-    pretrain = Recorder(monkeypatch, "pretraining", "main")
+    pretrain = Recorder(monkeypatch, "pretraining", "pretrain", Run(Path("run"), "pretrain"))
     assert main(["pretrain", "--config", str(config), "--data.path", "a", "--out", "run"]) == 0
     data = pretrain.calls[0][0].data
     assert (data.in_chans, data.mean, data.std) == (2, [0.1235, 0.5], [1e-5, 0.25])
@@ -194,10 +196,23 @@ def test_a_commands_own_status_is_returned(monkeypatch: pytest.MonkeyPatch) -> N
         assert doctor.calls == [(Path("x"), True, True)]
 
 
+@pytest.mark.parametrize(
+    ("number", "finished", "status"),
+    [("SIGTERM", False, 143), ("SIGINT", False, 130), ("SIGUSR1", False, 0), ("SIGTERM", True, 0), (None, True, 0)],
+)
+@pytest.mark.parametrize("command", ["pretrain", "finetune"])
+def test_the_status_of_a_run_tells_whether_a_signal_stopped_it(
+    monkeypatch: pytest.MonkeyPatch, command: str, number: str | None, finished: bool, status: int
+) -> None:
+    run = Run(Path("run"), command, finished, number)
+    Recorder(monkeypatch, {"pretrain": "pretraining", "finetune": "finetuning"}[command], command, run)
+    assert main([command, "images", "--out", "run", "--model.variant", "atto"]) == status
+
+
 def test_processes_are_counted_before_anything_is_built(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pretrain = Recorder(monkeypatch, "pretraining", "main")
+    pretrain = Recorder(monkeypatch, "pretraining", "pretrain", Run(Path("run"), "pretrain"))
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert main(["pretrain", "photos", "--out", "run", "--batch_size", "4"]) == 2
     assert "4 is not a multiple of processes x grad_accum = 3 x 1: the nearest is 3" in capsys.readouterr().err

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
-import os
 import shutil
 import signal
 from collections.abc import Iterator
@@ -17,31 +17,33 @@ import runs
 import torch
 from conftest import randomize
 from PIL import Image
-from runs import assert_same, final_state, flags, write_images
+from runs import assert_same, at_step, final_state, flags, kill_self, write_images
 
-import fcmae.training.loop
 from fcmae import cli
+from fcmae.data.dataset import Reading
 from fcmae.data.index import Images, find_images, find_labelled
+from fcmae.data.normalize import Normalize
+from fcmae.data.sampler import EVAL_EPOCH
 from fcmae.data.split import split
-from fcmae.evaluation.features import extract
-from fcmae.evaluation.models import load_backbone
-from fcmae.evaluation.monitor import Watch, dense_model, find_monitored_labels, monitored_images, over_time
+from fcmae.evaluation.monitor import Monitor, Watch, find_monitored_labels, monitored_images, over_time
 from fcmae.networks.convnext import Encoder
+from fcmae.networks.spec import ConvNeXtSpec
 from fcmae.training import checkpoint, health
 from fcmae.training.health import Finding
 from fcmae.training.run import read_metrics
-from fcmae.weights.convert import build_dense
+from fcmae.weights.convert import build_encoder
 from fcmae.weights.files import read_weights
 
-LAYERS = [f"stages.{i}.{j}" for i, depth in enumerate((2, 2, 6, 2)) for j in range(depth)]
+SPEC = "{depths: [1, 1, 2, 2], dims: [8, 16, 16, 32]}"
+LAYERS = [f"stages.{i}.{j}" for i, depth in enumerate((1, 1, 2, 2)) for j in range(depth)]
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _accelerator() -> Iterator[None]:
     yield
-    torch.set_num_threads(threads)
     runs.forget_accelerator()
 
 
@@ -64,8 +66,14 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(images: Path, out: Path, **changed: Any) -> int:
-    """`fcmae pretrain` of the real atto, with an evaluation of 8 images each epoch."""
-    options = {"log__eval_epochs": 1, "data__val_share": 0.3, "monitor__num_images": 8, "checkpoint__keep": 9}
+    """`fcmae pretrain` of a small network, with an evaluation of 8 images each epoch."""
+    options = {
+        "model__variant": SPEC,
+        "log__eval_epochs": 1,
+        "data__val_share": 0.3,
+        "monitor__num_images": 8,
+        "checkpoint__keep": 9,
+    }
     return cli.main(["pretrain", *flags(images, out, **{"optim__base_lr": 0.05} | options | changed)])
 
 
@@ -102,7 +110,7 @@ def test_a_run_writes_every_monitor_at_each_evaluation_to_files_and_tensorboard(
 
     events = EventAccumulator(str(monitored / "tensorboard" / "fcmae"))
     events.Reload()
-    for name in ("effective_rank/stages.2.5", "knn_top1"):
+    for name in ("effective_rank/stages.2.1", "knn_top1"):
         assert [event.value for event in events.Scalars(name)] == pytest.approx([line[name] for line in lines])
     assert [event.step for event in events.Images("reconstructions")] == [2, 4, 6]
 
@@ -127,8 +135,15 @@ def test_monitors_give_the_numbers_that_analyze_gives_of_the_checkpoint_of_that_
 def test_neighbours_are_those_of_the_checkpoints_features(monitored: Path, labelled: Path) -> None:
     line = evaluations(monitored)[-1]
     train, test = split(find_labelled(str(labelled)), 0.25, seed=3)
-    backbone = load_backbone(str(checkpoint.steps(monitored)[line["step"]]))
-    known, asked = (extract(backbone, index, [4], device=torch.device("cpu")).stages[4] for index in (train, test))
+    weights = read_weights(checkpoint.steps(monitored)[line["step"]])
+    encoder, reading = build_encoder(weights).eval(), weights.reading("the checkpoint")
+    found = []
+    for index in (train, test):
+        dataset = reading.dataset(index)
+        batch = torch.stack([torch.as_tensor(dataset[(EVAL_EPOCH, i)].image) for i in range(len(index))])
+        with torch.no_grad():
+            found.append(encoder(reading.normalize(batch)).mean((1, 2)).numpy())
+    known, asked = found
     known, asked = (f / np.linalg.norm(f, axis=1, keepdims=True) for f in (known, asked))
     # 12 images vote, fewer than 20: all of them.
     weights = np.exp(asked @ known.T / 0.07)
@@ -136,26 +151,31 @@ def test_neighbours_are_those_of_the_checkpoints_features(monitored: Path, label
     assert line["knn_top1"] == (votes.argmax(1) == test.labels).mean()
 
 
-def test_the_dense_network_is_the_converted_encoder_on_the_same_memory(images: Path, tmp_path: Path) -> None:
-    assert run(images, tmp_path / "run", epochs=1, model__variant="convnext_atto", monitor__num_images=0) == 0
-    weights = read_weights(tmp_path / "run")
-    for stride in (1, 2):
-        encoder = Encoder("convnextv2_atto", in_chans=2, stem_stride=stride)
-        randomize(encoder, std=0.1)
-        state = torch.get_rng_state()
-        model = dense_model(encoder)
-        assert torch.equal(torch.get_rng_state(), state)
-        assert model(torch.randn(1, 2, 32, 32)).shape == (1, 320)
-        assert not model.training and not any(p.requires_grad for p in model.parameters())
-        own = {p.data_ptr() for p in encoder.parameters()}
-        assert own <= {p.data_ptr() for p in model.parameters()}
-        assert all(p.requires_grad for p in encoder.parameters())
-    encoder = Encoder("convnext_atto", stem_stride=1)
-    encoder.load_state_dict(
-        {n.removeprefix("encoder."): v for n, v in weights.state.items() if n.startswith("encoder")}
+def test_watching_leaves_the_encoder_and_the_draws_as_they_are(images: Path, labelled: Path) -> None:
+    encoder = Encoder(ConvNeXtSpec(depths=(1, 1), dims=(8, 8), stem_stride=2)).eval()
+    randomize(encoder, std=0.1)
+    before, state = copy.deepcopy(encoder), torch.get_rng_state()
+    monitor = Monitor(
+        find_images([str(images)]),
+        find_monitored_labels(str(labelled), 3, (16, 16), seed=0),
+        Reading(3, (16, 16), 1.0, Normalize([0.5] * 3, [0.25] * 3)),
+        device=torch.device("cpu"),
+        batch_size=5,
+        num_workers=0,
     )
-    batch = torch.randn(2, 3, 16, 16)
-    assert torch.equal(dense_model(encoder)(batch), build_dense(weights).eval()(batch))
+    values = monitor.measure(encoder)
+    assert {"cosine_distance/stages.1.0", "knn_top1"} <= values.keys()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not encoder.training and all(p.requires_grad and p.grad is None for p in encoder.parameters())
+    assert_same(encoder.state_dict(), before.state_dict())
+    assert not [m for m in encoder.modules() if m._forward_hooks or m._forward_pre_hooks]
+
+
+def test_a_network_without_grn_is_watched_too(images: Path, tmp_path: Path) -> None:
+    v1 = "{depths: [1, 1, 1, 1], dims: [8, 8, 8, 8], use_grn: false}"
+    assert run(images, tmp_path / "out", epochs=1, model__variant=v1) == 0
+    (line,) = evaluations(tmp_path / "out")
+    assert 0 < line["cosine_distance/stages.3.0"] <= 1
 
 
 def test_held_out_images_are_watched_first_and_training_ones_fill_up() -> None:
@@ -235,16 +255,9 @@ def test_a_resumed_run_watches_as_an_uninterrupted_one(
     monitored: Path, images: Path, labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, options = tmp_path / "out", {"monitor__labelled": labelled, "log__trackers": "tensorboard", "seed": 3}
-    seed_step = fcmae.training.loop.seed_step
-
-    def interrupted(seed: int, step: int, rank: int) -> None:
-        seed_step(seed, step, rank)
-        if step + 1 == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-
     with monkeypatch.context() as patch:
-        patch.setattr(fcmae.training.loop, "seed_step", interrupted)
-        assert run(images, out, **options) == 0
+        at_step(patch, 3, kill_self(signal.SIGTERM))
+        assert run(images, out, **options) == 143
     assert [line["step"] for line in evaluations(out)] == [2]
     # One that was cut off further on has left a picture of a step that has not been taken yet.
     tiles = out / "reconstructions" / "tiles"

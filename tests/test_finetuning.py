@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -19,24 +18,26 @@ import runs
 import timm
 import torch
 from PIL import Image
-from runs import assert_same, final_state
-from test_weights_convert import write_checkpoint
+from runs import assert_same, at_step, final_state, flags, kill_self, write_images
 
-import fcmae.finetuning
-from fcmae import cli
-from fcmae.finetuning import class_weights
+from fcmae import cli, finetuning
+from fcmae.config import FinetuneConfig
+from fcmae.data.index import Images
+from fcmae.finetuning import class_balance, class_weights, classification_loss
+from fcmae.networks.spec import VARIANTS
+from fcmae.training import checkpoint
 from fcmae.weights.convert import convert
-from fcmae.weights.formats import rename
+from fcmae.weights.formats import to_state
 
 COLORS = {"blue": (40, 40, 200), "green": (40, 200, 40)}
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 @pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _accelerator() -> Iterator[None]:
     yield
-    torch.set_num_threads(threads)
     runs.forget_accelerator()
 
 
@@ -51,6 +52,17 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
             pixels = np.clip(np.array(color) + rng.normal(0, 30, (36, 40, 3)), 0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(root / name / f"{number}.png")
     return root
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of pretraining of atto."""
+    root = tmp_path_factory.mktemp("pretrained")
+    model = {"model__variant": "convnextv2_atto", "model__stem_stride": 4, "model__mask_patch": 32}
+    options = {"data__image_size": 64, "epochs": 1, "optim__warmup_epochs": 0, "optim__base_lr": 0.1}
+    assert cli.main(["pretrain", *flags(write_images(root / "images", 9), root / "run", **model, **options)]) == 0
+    runs.forget_accelerator()
+    return root / "run"
 
 
 def finetune(labelled: Path, out: Path, **settings: Any) -> int:
@@ -98,9 +110,9 @@ def test_timm_loads_the_exports_with_their_class_names(tuned: Path) -> None:
         model = timm.create_model(f"local-dir:{tuned / name}", pretrained=True)
         assert model.num_classes == 2
         assert list(model.pretrained_cfg["label_names"]) == ["blue", "green"]
-    trained = final_state(tuned)
+    trained = {k.removeprefix("model:"): v for k, v in final_state(tuned).items() if k.startswith("model:")}
     exported = timm.create_model(f"local-dir:{tuned / 'last'}", pretrained=True).state_dict()
-    assert_same(exported, {k.removeprefix("model:"): v for k, v in trained.items() if k.startswith("model:")})
+    assert_same(exported, to_state(trained, VARIANTS["convnextv2_atto"], "timm"))
 
 
 def test_evaluating_only_and_predicting_repeat_the_last_evaluation(
@@ -142,29 +154,32 @@ def test_evaluating_only_and_predicting_repeat_the_last_evaluation(
 
 
 def test_it_starts_from_a_run_a_conversion_and_a_fair_file_alike(
-    labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pretrained: Path, labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place, net = write_checkpoint(tmp_path / "run")
-    (tmp_path / "run" / "config.yaml").write_text("# fcmae pretrain\n")
-    convert(place, tmp_path / "timm", "timm")
-    convert(place, tmp_path / "fair.safetensors", "fair")
-    torch.save({"model": net.encoder.state_dict()}, tmp_path / "fair.pth")
+    convert(pretrained, tmp_path / "timm", "timm")
+    convert(pretrained, tmp_path / "fair.safetensors", "fair")
+    trained = {k.removeprefix("model:"): v for k, v in final_state(pretrained).items()}
+    encoder = {name: value for name, value in trained.items() if name.startswith("encoder.")}
+    torch.save({"model": {k.removeprefix("encoder."): v for k, v in encoder.items()}}, tmp_path / "fair.pth")
     starts: list[dict[str, torch.Tensor]] = []
 
-    def instead_of_train(cfg: object, run: object, accelerator: object, model: torch.nn.Module, *rest: object) -> None:
-        starts.append(model.state_dict())
+    def instead_of_train(cfg: object, run: object, accelerator: object, net: torch.nn.Module, *rest: object) -> bool:
+        starts.append(net.state_dict())
+        return True
 
-    monkeypatch.setattr(fcmae.finetuning, "train", instead_of_train)
-    for init in ("run", str(place.relative_to(tmp_path)), "timm", "fair.safetensors"):
-        assert finetune(labelled, tmp_path / f"out{len(starts)}", model__init=tmp_path / init) == 0
+    monkeypatch.setattr(finetuning, "train", instead_of_train)
+    (place,) = checkpoint.steps(pretrained).values()
+    for init in (pretrained, place, tmp_path / "timm", tmp_path / "fair.safetensors"):
+        assert finetune(labelled, tmp_path / f"out{len(starts)}", model__init=init) == 0
     named = {"model__init": tmp_path / "fair.pth", "model__variant": "convnextv2_atto"}
     assert finetune(labelled, tmp_path / "named", **named) == 0
     assert len(starts) == 5
     for state in starts[1:]:
         assert_same(state, starts[0])  # the new head too: it is drawn from the run's seed
-    for name, value in net.encoder.state_dict().items():
-        assert torch.equal(starts[0][rename(f"encoder.{name}", "timm")].flatten(), value.flatten()), name
-    assert starts[0]["head.fc.weight"].abs().max() < 0.001
+    assert len(encoder) > 100
+    for name, value in encoder.items():
+        assert torch.equal(starts[0][name], value), name
+    assert starts[0]["head.weight"].abs().max() < 0.001
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(
@@ -182,19 +197,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert finetune(labelled, tmp_path / "whole", **settings) == 0
     runs.forget_accelerator()
 
-    calls = 0
-    step = fcmae.training.loop.optimizer_step
-
-    def interrupted(*args: Any, **options: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(*args, **options)
-
-    monkeypatch.setattr(fcmae.training.loop, "optimizer_step", interrupted)
-    assert finetune(labelled, tmp_path / "cut", **settings) == 0
-    assert 3 <= metrics(tmp_path / "cut")[-1]["step"] <= 4  # within the first of two epochs of 4 steps
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, kill_self(signal.SIGTERM))  # within the first of two epochs of 4 steps
+        assert finetune(labelled, tmp_path / "cut", **settings) == 143
+    assert list(checkpoint.steps(tmp_path / "cut")) == [3]
+    assert not (tmp_path / "cut" / "last").exists()
     runs.forget_accelerator()
     assert finetune(labelled, tmp_path / "cut", **settings, data__num_workers=1) == 0
 
@@ -218,11 +225,16 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     ],
 )
 def test_what_does_not_fit_is_named(
-    labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: dict[str, Any], message: str
+    pretrained: Path,
+    labelled: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    settings: dict[str, Any],
+    message: str,
 ) -> None:
-    place, _ = write_checkpoint(tmp_path / "run")
-    assert finetune(labelled, tmp_path / "out", **({"model__init": place} | settings)) == 2
+    assert finetune(labelled, tmp_path / "out", **({"model__init": pretrained} | settings)) == 2
     assert message in capsys.readouterr().err
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
 def test_a_pretraining_run_is_no_fine_tuning_run(
@@ -235,9 +247,10 @@ def test_a_pretraining_run_is_no_fine_tuning_run(
     assert "holds another kind of run" in capsys.readouterr().err
 
 
-def test_an_encoder_alone_cannot_predict(labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    place, _ = write_checkpoint(tmp_path / "run")
-    convert(place, tmp_path / "encoder", "timm")
+def test_an_encoder_alone_cannot_predict(
+    pretrained: Path, labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    convert(pretrained, tmp_path / "encoder", "timm")
     assert cli.main(["predict", str(tmp_path / "encoder"), str(labelled)]) == 2
     assert "has no classifier" in capsys.readouterr().err
 
@@ -267,7 +280,7 @@ def test_other_held_out_images_are_refused_on_resume(
 def test_a_loss_that_is_not_finite_makes_no_best_model(
     labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(fcmae.finetuning, "scores", lambda *_: {"val_loss": float("nan"), "balanced_accuracy": 1.0})
+    monkeypatch.setattr(finetuning, "scores", lambda *_: {"val_loss": float("nan"), "balanced_accuracy": 1.0})
     assert finetune(labelled, tmp_path / "out", model__variant="convnextv2_atto") == 2
     assert "step 4: the validation loss is not finite" in capsys.readouterr().err
     assert not (tmp_path / "out" / "best").exists()
@@ -308,8 +321,36 @@ def test_two_processes_train_and_score_like_one(labelled: Path, tmp_path: Path) 
 
 
 def test_class_weights_by_hand() -> None:
-    assert class_weights(None, (0, 1), 2) is None
-    weights = class_weights("balanced", (0, 0, 0, 1), 2)
+    weights = class_weights("balanced", np.array([0, 0, 0, 1]), 2)
     assert weights == [4 / 6, 2.0]
     assert np.mean([weights[label] for label in (0, 0, 0, 1)]) == 1.0
-    assert class_weights([1.0, 3.0], (0, 1), 2) == [1.0, 3.0]
+    assert class_weights([1.0, 3.0], np.array([0, 1]), 2) == [1.0, 3.0]
+
+
+def test_without_class_weights_and_where_nothing_is_trained_there_is_no_balance() -> None:
+    images = Images.of_files(["a", "b"], [0, 1], ["x", "y"])
+    for weights, eval_only, expected in ((None, False, None), ([1.0, 3.0], True, None), ([1.0, 3.0], False, [1, 3])):
+        cfg = FinetuneConfig.model_validate(
+            {
+                "out": "out",
+                "eval_only": eval_only,
+                "data": {"path": "x"},
+                "model": {"init": "run"},
+                "regularization": {"class_weights": weights},
+            }
+        )
+        found = class_balance(cfg, images, torch.device("cpu"))
+        assert (found if found is None else found.tolist()) == expected
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_the_loss_is_a_mean_over_images_whatever_parts_they_come_in(soft: bool) -> None:
+    logits, target = torch.randn(6, 3).double(), torch.tensor([0, 1, 2, 0, 0, 1])
+    if soft:
+        target = torch.nn.functional.one_hot(target, 3).double().mul(0.9).add(0.1 / 3)
+    balance = torch.tensor([0.5, 1.0, 3.0])
+    whole = classification_loss(logits, target, balance, 0.1)
+    parts = [classification_loss(x, y, balance, 0.1) for x, y in zip(logits.chunk(3), target.chunk(3), strict=True)]
+    torch.testing.assert_close(torch.stack(parts).mean(), whole)
+    plain = torch.nn.functional.cross_entropy(logits.float(), target.float() if soft else target, label_smoothing=0.1)
+    torch.testing.assert_close(classification_loss(logits, target, None, 0.1).float(), plain)

@@ -11,7 +11,7 @@ from fcmae.config import FinetuneConfig, PretrainConfig
 from fcmae.config.base import Settings
 from fcmae.config.commands import ConvertConfig, EvaluateConfig
 from fcmae.networks.spec import ConvNeXtSpec
-from fcmae.options import ConfigError
+from fcmae.options import ConfigError, make
 
 NEEDED = ["--data.path", "photos", "--out", "run"]
 
@@ -93,7 +93,7 @@ def test_values_may_start_with_a_dash() -> None:
     assert evaluation("run", "--data=-x", "--stages", "-2").stages == (-2,)
     assert problems("--out", "-x") == [
         "out: needs a value",
-        "x: received ''; no such setting; sections: checkpoint, log, data, model, optim, monitor",
+        "x: received ''; no such setting; sections: data, optim, checkpoint, log, model, monitor",
     ]
 
 
@@ -209,7 +209,7 @@ def test_a_wrong_value_does_not_bring_conflicts_of_the_default_in_its_place() ->
         (["--mask_ration=1"], "mask_ration: received 1; no such setting; did you mean model.mask_ratio?"),
         (["--lr", "1"], "lr: received 1; no such setting; did you mean optim.base_lr or optim.min_lr?"),
         (["--epoch", "1"], "epoch: received 1; no such setting; did you mean epochs?"),
-        (["--zzz"], "zzz: received ''; no such setting; sections: checkpoint, log, data, model, optim, monitor"),
+        (["--zzz"], "zzz: received ''; no such setting; sections: data, optim, checkpoint, log, model, monitor"),
         (
             ["stray"],
             "stray: one argument too many; fcmae [IMAGES ...] [--config NAME] [--KEY VALUE ...]",
@@ -220,7 +220,7 @@ def test_a_wrong_value_does_not_bring_conflicts_of_the_default_in_its_place() ->
             ["--overwrite", "perhaps"],
             "perhaps: one argument too many; fcmae [IMAGES ...] [--config NAME] [--KEY VALUE ...]",
         ),
-        (["-e", "5"], "e: received 5; no such setting; sections: checkpoint, log, data, model, optim, monitor"),
+        (["-e", "5"], "e: received 5; no such setting; sections: data, optim, checkpoint, log, model, monitor"),
         (["--data.crop_scale", ".5"], "data.crop_scale: received [.5]; needs 2 items"),
         (["--optim.betas", ".9,.9,.9"], "optim.betas: received [.9, .9, .9]; Tuple should have at most 2 items"),
         (["--data.image_size", "big"], "data.image_size: received [big]; each item should be a valid integer"),
@@ -320,7 +320,7 @@ def test_a_dotted_key_in_a_file_is_shown_its_section(yaml_file: Path) -> None:
     yaml_file.write_text("model.mask_ratio: 0.5\n1: 2\n")
     assert problems("--config", str(yaml_file)) == [
         "model.mask_ratio: received 0.5; in a file write `mask_ratio:` in the section `model:`",
-        "1: received 2; no such setting; sections: checkpoint, log, data, model, optim, monitor",
+        "1: received 2; no such setting; sections: data, optim, checkpoint, log, model, monitor",
     ]
 
 
@@ -492,3 +492,28 @@ def test_published_pretraining_is_the_default_of_every_setting_but_the_variant(v
 def test_small_images_keep_a_grid_of_four_by_four_or_more() -> None:
     config = load("--config", "pretrain_small_images")
     assert min(config.data.image_size) // config.model.mask_patch >= 4
+
+
+# From Python
+
+
+def test_a_mapping_goes_before_the_file_key_by_key(yaml_file: Path) -> None:
+    yaml_file.write_text("seed: 1\ndata: {path: [photos], hflip: 0.1}\nout: runs/a\n")
+    settings = {"seed": 2, "data": {"image_size": 64}, "model.variant": {"depths": [1, 1], "dims": [8, 8]}}
+    cfg = make(PretrainConfig, settings | {"data.val_share": 0.5}, str(yaml_file))
+    assert (cfg.seed, cfg.data.path, cfg.data.hflip, cfg.data.val_share) == (2, ["photos"], 0.1, 0.5)
+    assert (cfg.data.image_size, cfg.model.spec.dims) == ((64, 64), (8, 8))
+
+
+def test_a_mapping_may_hold_a_setting_once() -> None:
+    with pytest.raises(ConfigError, match=r"^data.hflip: given twice: leave one out$"):
+        make(PretrainConfig, {"data.hflip": 0.1, "data": {"hflip": 0.1}})
+
+
+def test_mistakes_in_a_mapping_are_told_as_those_of_a_file() -> None:
+    with pytest.raises(ConfigError) as error:
+        make(PretrainConfig, {"out": "x", "data": {"path": ["p"], "image_sise": 3}, "epochs": 0, "model": 5})
+    first, second, third = sorted(str(error.value).splitlines())
+    assert first == "data.image_sise: received 3; no such setting; did you mean data.image_size?"
+    assert second == "epochs: received 0; allowed: >= 1"
+    assert third.startswith("model: received 5; model holds model.variant, ")

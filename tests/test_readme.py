@@ -1,9 +1,9 @@
 """README.md keeps its word: its commands and Python run, its tree, links and targets exist.
 
-The commands run in the order of the page, in one folder, on a few tiny images. What makes them small is SMALL, whose
-flags take the place of those that the page prints; accelerate starts two processes, which --device cpu
-keeps on the CPU. Commands that install
-(INSTALLS) are not run: their targets and extras are looked up.
+The commands run in the order of the page, in one folder, on a few tiny images, and then the Python. What makes them
+small is SMALL, whose flags take the place of those that the page prints, and of its settings in Python; accelerate
+starts two processes, which --device cpu keeps on the CPU. Commands that install (INSTALLS) are not run: their targets
+and extras are looked up.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ import pytest
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 
+from fcmae import api
 from fcmae.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -94,7 +95,9 @@ def run_fcmae(words: list[str]) -> None:
     assert status == 0, shlex.join(words)
 
 
-def test_the_commands_run(folder: Path) -> None:
+def test_the_commands_and_the_python_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, small = api._settings, {flag.removeprefix("--"): value for flag, value in SMALL.items()}
+    monkeypatch.setattr(api, "_settings", lambda model, given, *rest: made(model, given | small, *rest))
     ran = set()
     for words in commands():
         if words[0] == "fcmae":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import random
 import signal
 import sys
 from collections.abc import Iterator
@@ -13,25 +12,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
-from accelerate import Accelerator
 from runs import PROCESSES, config, forget_accelerator
 
 import fcmae.training.run
 from fcmae import options
 from fcmae.config import FinetuneConfig, PretrainConfig
-from fcmae.training.run import (
-    Metrics,
-    RunDirectory,
-    StopSignal,
-    make_accelerator,
-    read_metrics,
-    record_start,
-    seed_step,
-    write_text,
-)
+from fcmae.training.run import Run, RunDirectory, StopSignal, make_accelerator, record_start
 
 OWN = ("train.log", "metrics.jsonl", "files.json", "val_files.json", "checkpoints/step-00000001/checkpoint.json")
 
@@ -240,43 +227,6 @@ def test_the_log_is_on_the_terminal_and_in_the_file_which_ends_with_what_stopped
     assert not logging.getLogger("fcmae").handlers
 
 
-def test_a_text_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
-    write_text(tmp_path / "a", "old")
-    with pytest.raises(UnicodeEncodeError):
-        write_text(tmp_path / "a", "new \ud800")
-    assert (tmp_path / "a").read_text() == "old"
-
-
-def metrics_at(path: Path, step: int, trackers: list[str] | None = None) -> Metrics:
-    return Metrics(path, Accelerator(cpu=True, log_with=trackers, project_dir=path.parent), step)
-
-
-def test_a_resumed_run_drops_what_follows_its_step_and_a_half_written_line(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    metrics = metrics_at(path, 0)
-    for step in (1, 2, 3):
-        metrics.write(step, step / 3, loss=0.1 * step)
-    with path.open("a") as file:
-        file.write('{"step": 4, "ep')
-    assert [line["step"] for line in read_metrics(path)] == [1, 2, 3]
-    metrics = metrics_at(path, 2)
-    metrics.write(3, 1, loss=7.0)
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [(line["step"], line["epoch"], line["loss"]) for line in lines] == [
-        (1, 0.3333, 0.1),
-        (2, 0.6667, 0.2),
-        (3, 1, 7.0),
-    ]
-
-
-def test_curves_are_the_epochs_and_values_of_each_name_that_was_written(tmp_path: Path) -> None:
-    metrics = metrics_at(tmp_path / "metrics.jsonl", 0)
-    metrics.write(1, 0.5, loss=3.0)
-    metrics.write(2, 1.0, loss=2.0)
-    metrics.write(2, 1.0, val_loss=2.5)
-    assert metrics.curves("loss", "val_loss", "other") == {"loss": ([0.5, 1.0], [3.0, 2.0]), "val_loss": ([1.0], [2.5])}
-
-
 def test_half_precision_on_a_cpu_is_refused(tmp_path: Path) -> None:
     cfg = config(Path("photos"), tmp_path).model_copy(update={"precision": "fp16"})
     with pytest.raises(ValueError, match="precision = fp16 needs a GPU: use fp32 or bf16"):
@@ -287,20 +237,6 @@ def test_automatic_precision_on_a_cpu_is_full(tmp_path: Path) -> None:
     accelerator = make_accelerator(config(Path("photos"), tmp_path))
     assert (accelerator.mixed_precision, accelerator.device.type) == ("no", "cpu")
     assert not list(tmp_path.iterdir())
-
-
-def draws() -> tuple[float, float, float]:
-    return random.random(), float(np.random.rand()), float(torch.rand(()))  # noqa: NPY002
-
-
-def test_every_generator_depends_on_seed_step_and_process_alone() -> None:
-    found = []
-    for key in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 0)):
-        seed_step(*key)
-        found.append(draws())
-    assert found[0] == found[4]
-    for values in zip(*found[:4], strict=True):
-        assert len(set(values)) == 4
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])

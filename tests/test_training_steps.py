@@ -1,22 +1,30 @@
-"""One step on any number of parts, and what is counted between two lines of the log."""
+"""One step on any number of parts is torch's own, waits for nothing, and depends on (seed, step, process) alone."""
 
 from __future__ import annotations
 
 import copy
+import json
 import math
+import random
 from collections.abc import Iterator
 from fractions import Fraction
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import forget_accelerator
+from runs import config, forget_accelerator, write_images
 from torch import Tensor, nn
 
-from fcmae.training import loop
-from fcmae.training.loop import StepResult, Window, due, optimizer_step
+from fcmae.data.index import find_images
+from fcmae.pretraining import build_dataset
+from fcmae.training.log import Log
+from fcmae.training.optim import due
+from fcmae.training.run import StopSignal
+from fcmae.training.steps import StartedStep, Step, Steps, schedule_of, seed_step, start_update
 
 
 @pytest.fixture
@@ -25,20 +33,40 @@ def accelerator() -> Iterator[Accelerator]:
     forget_accelerator()
 
 
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("images"), 16)
+
+
 def model_and_batch() -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(3, 4), nn.GELU(), nn.Linear(4, 1)).double(), torch.randn(8, 3).double()
 
 
-def take_step(
-    accelerator: Accelerator, net: nn.Module, batch: Tensor, num_parts: int = 1, clip_grad: float | None = None
-) -> StepResult:
-    model, optimizer = accelerator.prepare(net, torch.optim.SGD(net.parameters(), lr=0.1, fused=True))
-    losses = (model(part).square().mean() for part in batch.chunk(num_parts))
-    started = optimizer_step(
-        accelerator, model, optimizer, losses, num_parts=num_parts, clip_grad=clip_grad, stop=False
-    )
-    return started.result()
+def steps_of(
+    images: Path, out: Path, accelerator: Accelerator, net: nn.Module, learning_rate: float = 0.1, **settings: object
+) -> tuple[Steps, Log]:
+    """The steps of a run that reads its images and trains any network on whatever a test makes its loss of."""
+    rate = {"optim__base_lr": learning_rate * 256 / 8, "optim__warmup_epochs": 0, "data__val_share": 0, "epochs": 1}
+    cfg = config(images, out, batch_size=8, **(rate | settings))
+    out.mkdir(exist_ok=True)
+    model, optimizer = accelerator.prepare(net, torch.optim.SGD(net.parameters(), lr=0.0, fused=True))
+    for group in optimizer.param_groups:
+        group |= {"lr_scale": 1.0, "first_step": 0}
+    schedule = schedule_of(cfg, per_epoch=2, start=0)
+    log = Log(cfg, accelerator, schedule, 16)
+    dataset = build_dataset(cfg, find_images(cfg.data.path), augment=True)
+    return Steps(cfg, schedule, accelerator, model, optimizer, dataset, log, StopSignal()), log
+
+
+def take(step: Step, net: nn.Module, parts: tuple[Tensor, ...]) -> None:
+    seen = []
+    for part, batch in zip(parts, step.batches(), strict=True):
+        seen += batch.index.tolist()
+        step.backward(net(part).square().mean())
+    assert len(set(seen)) == 8
+    step.update()
+    step.log()
 
 
 def plain_step(net: nn.Module, batch: Tensor, clip_grad: float | None = None) -> tuple[float, float]:
@@ -52,40 +80,81 @@ def plain_step(net: nn.Module, batch: Tensor, clip_grad: float | None = None) ->
 
 
 @pytest.mark.parametrize("num_parts", [1, 2, 8])
-@pytest.mark.parametrize("clip_grad", [None, 0.01, 100.0])
+@pytest.mark.parametrize("clip_grad", ["none", 0.01, 100.0])
 def test_a_step_is_torch_s_own_in_any_number_of_parts(
-    accelerator: Accelerator, num_parts: int, clip_grad: float | None
+    accelerator: Accelerator, images: Path, tmp_path: Path, num_parts: int, clip_grad: str | float
 ) -> None:
     net, batch = model_and_batch()
     reference = copy.deepcopy(net)
-    result = take_step(accelerator, net, batch, num_parts, clip_grad)
-    loss, norm = plain_step(reference, batch, clip_grad)
+    settings = {"optim__clip_grad": clip_grad, "grad_accum": num_parts}
+    steps, log = steps_of(images, tmp_path / "out", accelerator, net, **settings)
+    step = next(iter(steps))
+    take(step, net, batch.chunk(num_parts))
+    log.close()
+    loss, norm = plain_step(reference, batch, None if isinstance(clip_grad, str) else clip_grad)
+    (line,) = map(json.loads, (tmp_path / "out" / "metrics.jsonl").read_text().splitlines())
+    assert (step.number, step.epoch, step.lr) == (1, 0.5, pytest.approx(0.1))
     # The loss and the norm pass through float32.
-    assert result == (pytest.approx(loss, rel=1e-6), pytest.approx(norm, rel=1e-6), False)
+    assert (line["loss"], line["grad_norm"]) == (pytest.approx(loss, rel=1e-6), pytest.approx(norm, rel=1e-6))
     for ours, theirs in zip(net.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+        assert ours.grad is None  # cleared for the next step
 
 
-def test_gradients_are_cleared_for_the_next_step(accelerator: Accelerator) -> None:
+def test_the_numbers_of_a_step_are_read_while_the_next_computes(
+    accelerator: Accelerator, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading waits for the device: between two steps nothing is read of the one that has just been started."""
+    started: list[StartedStep] = []
+    read: list[tuple[int, int]] = []
+    make, result = StartedStep.__init__, StartedStep.result
+
+    def noted(self: StartedStep, *args: object) -> None:
+        make(self, *args)  # type: ignore[arg-type]
+        started.append(self)
+
+    def read_now(self: StartedStep) -> object:
+        read.append((started.index(self) + 1, len(started)))
+        return result(self)
+
+    monkeypatch.setattr(StartedStep, "__init__", noted)
+    monkeypatch.setattr(StartedStep, "result", read_now)
     net, batch = model_and_batch()
-    take_step(accelerator, net, batch)
-    assert all(parameter.grad is None for parameter in net.parameters())
+    seldom = {"log__every_steps": 99, "checkpoint__every_epochs": 9, "epochs": 2}
+    steps, log = steps_of(images, tmp_path / "out", accelerator, net, **seldom)
+    for step in steps:
+        take(step, net, (batch,))
+    log.close()
+    assert steps.finished
+    assert read == [(1, 2), (2, 3), (3, 4), (4, 4)]  # the last one at once, as it is saved
+
+
+def start(accelerator: Accelerator, net: nn.Module, loss: Tensor, clip_grad: float | None = None) -> StartedStep:
+    model, optimizer = accelerator.prepare(net, torch.optim.SGD(net.parameters(), lr=0.1, fused=True))
+    accelerator.backward(loss)
+    return start_update(accelerator, model, optimizer, loss.detach(), clip_grad=clip_grad)
 
 
 def test_a_signal_to_one_process_is_known_to_all(accelerator: Accelerator) -> None:
-    net, batch = model_and_batch()
-    optimizer = accelerator.prepare(torch.optim.SGD(net.parameters(), lr=0.1, fused=True))
-    losses = iter([net(batch).mean()])
-    assert optimizer_step(accelerator, net, optimizer, losses, num_parts=1, clip_grad=None, stop=True).result().stop
+    for stop in (True, False):
+        net, batch = model_and_batch()
+        optimizer = accelerator.prepare(torch.optim.SGD(net.parameters(), lr=0.1, fused=True))
+        loss = net(batch).mean()
+        accelerator.backward(loss)
+        assert start_update(accelerator, net, optimizer, loss.detach(), stop=stop).result().stop is stop
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_stops_before_the_weights_change(accelerator: Accelerator, value: float) -> None:
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change(
+    accelerator: Accelerator, images: Path, tmp_path: Path, value: float
+) -> None:
     net, batch = model_and_batch()
     before = copy.deepcopy(net.state_dict())
     batch[3, 1] = value
-    with pytest.raises(FloatingPointError, match=r"^the loss is (nan|inf)$"):
-        take_step(accelerator, net, batch, num_parts=2)
+    steps, log = steps_of(images, tmp_path / "out", accelerator, net, grad_accum=2)
+    with pytest.raises(FloatingPointError, match=r"^step 1: the loss is (nan|inf); there is no checkpoint yet$"):
+        take(next(iter(steps)), net, batch.chunk(2))
+    log.close()
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
@@ -98,7 +167,7 @@ def test_a_gradient_that_is_not_finite_is_named_and_no_other(
     before = copy.deepcopy(net.state_dict())
     net[2].bias.register_hook(lambda grad: grad * value)  # the loss stays finite
     with pytest.raises(FloatingPointError, match=r"^the gradient is not finite in 2.bias \(1 parameters in all\)$"):
-        take_step(accelerator, net, batch, clip_grad=clip_grad)
+        start(accelerator, net, net(batch).square().mean(), clip_grad).result()
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
@@ -113,63 +182,15 @@ def test_something_is_due_at_each_multiple_rounded_up_and_at_the_end(
     assert {step for step in range(1, total + 1) if due(step, float(epochs) * steps_per_epoch, total)} == expected
 
 
-class Clock:
-    """time.perf_counter that moves when told."""
-
-    now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
+def draws() -> tuple[float, float, float]:
+    return random.random(), float(np.random.rand()), float(torch.rand(()))  # noqa: NPY002
 
 
-def test_a_window_counts_images_and_waiting_but_not_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock()
-    monkeypatch.setattr(loop.time, "perf_counter", clock)
-
-    def slow() -> Iterator[int]:
-        for number in range(2):
-            clock.now += 0.5
-            yield number
-
-    window = Window()
-    for number in window.timed(slow()):  # type: ignore[arg-type]  # the window does not look into batches
-        clock.now += 1.5
-        window.add(loss=number, images=10)
-    with window.paused():
-        clock.now += 60
-    assert window.summary() == {"loss": 0.5, "images_per_s": 5.0, "data_wait_s": 1.0, "data_wait_share": 0.25}
-    clock.now += 2
-    window.add(loss=4.0, images=3)
-    assert window.summary() == {"loss": 4.0, "images_per_s": 1.5, "data_wait_s": 0.0, "data_wait_share": 0.0}
-
-
-def test_on_cuda_the_device_is_not_said_to_wait_while_it_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The host is a step ahead: a device that computes for 1.5 s waits for the last half second of the next 2."""
-    clock, busy_until = Clock(), 0.0
-    monkeypatch.setattr(loop.time, "perf_counter", clock)
-
-    class Event:
-        """Stands in for CUDA's: a mark that the device passes when it has done what it was given before."""
-
-        def __init__(self, enable_timing: bool) -> None:
-            assert enable_timing
-
-        def record(self) -> None:
-            self.passed = max(clock.now, busy_until)
-
-        def elapsed_time(self, later: Event) -> float:
-            return (later.passed - self.passed) * 1000
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-
-    def slow() -> Iterator[int]:
-        for _ in range(3):
-            clock.now += 2.0
-            yield 0
-
-    window = Window("cuda")
-    for _ in window.timed(slow()):  # type: ignore[arg-type]
-        busy_until = clock.now + 1.5
-        window.add(loss=1.0, images=10)
-    # The first batch is waited for by an idle device, for 2 s.
-    assert window.summary() == {"loss": 1.0, "images_per_s": 5.0, "data_wait_s": 6.0, "data_wait_share": 0.5}
+def test_every_generator_depends_on_seed_step_and_process_alone() -> None:
+    found = []
+    for key in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 0)):
+        seed_step(*key)
+        found.append(draws())
+    assert found[0] == found[4]
+    for values in zip(*found[:4], strict=True):
+        assert len(set(values)) == 4

@@ -21,6 +21,7 @@ import platform
 import shlex
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -34,6 +35,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration, broadcast_object_list
 from tqdm import tqdm
 
@@ -273,8 +275,11 @@ def _uses_cpu(cfg: RunConfig) -> bool:
 def make_accelerator(cfg: RunConfig) -> Accelerator:
     """accelerate's view of the devices, for cfg.device, cfg.precision and the trackers.
 
+    It forgets those of a run before in this process, which may have computed elsewhere or in another precision.
+
     Raises ValueError for fp16 and tf32 on a CPU.
     """
+    AcceleratorState._reset_state(reset_partial_state=True)
     cpu = _uses_cpu(cfg)
     precision = {"fp32": "no", "tf32": "no", "auto": "no"}.get(cfg.precision, cfg.precision)
     # GPUs without bf16 emulate it, slower than float32.
@@ -299,6 +304,8 @@ def make_accelerator(cfg: RunConfig) -> Accelerator:
 class StopSignal:
     """SIGTERM, SIGINT and SIGUSR1 ask the loop to finish its step; a second SIGINT interrupts at once.
 
+    Outside the main thread, where Python lets nobody take signals, they stay as they are.
+
     Attributes:
         received: the name of the signal that came first, or None.
     """
@@ -309,7 +316,8 @@ class StopSignal:
         self.received: str | None = None
 
     def __enter__(self) -> StopSignal:
-        self._previous = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+        in_charge = threading.current_thread() is threading.main_thread()
+        self._previous = {n: signal.signal(n, self._receive) for n in self.SIGNALS} if in_charge else {}
         return self
 
     def __exit__(self, *_: object) -> None:

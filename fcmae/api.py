@@ -1,0 +1,223 @@
+"""Use from Python: what `import fcmae` offers, loaded when it is first used.
+
+import fcmae
+
+run = fcmae.pretrain("photos", "runs/first", config="pretrain_cpu", settings={"epochs": 100})
+tuned = fcmae.finetune("labelled", "runs/tuned", config="finetune_cpu", init=run)
+model = fcmae.load(tuned)
+features = model(images)  # (B, h, w, C)
+fcmae.export(run, "encoder")
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fcmae import finetuning, options, pretraining
+from fcmae.config import FinetuneConfig, PretrainConfig, RunConfig
+from fcmae.data.normalize import Normalize
+from fcmae.layouts import DENSE, PACKED
+from fcmae.masked import masked_loss
+from fcmae.networks.convnext import Encoder
+from fcmae.networks.spec import ConvNeXtSpec
+from fcmae.training.run import Run
+from fcmae.weights.convert import build_encoder, convert
+from fcmae.weights.files import read_weights
+
+__all__ = ["Features", "export", "finetune", "load", "masked_loss", "pretrain"]
+
+PathLike = str | os.PathLike[str]
+Config = TypeVar("Config", bound=RunConfig)
+
+
+def pretrain(
+    images: PathLike | Sequence[PathLike],
+    out: PathLike,
+    *,
+    variant: str | ConvNeXtSpec | None = None,
+    config: PathLike | None = None,
+    settings: Mapping[str, Any] | PretrainConfig | None = None,
+) -> Run:
+    """Pretrain an encoder on unlabeled images, or go on with the run in `out`, as `fcmae pretrain` does.
+
+    Args:
+        images: folders (searched recursively), text files that list paths, or glob patterns.
+        out: the run directory.
+        variant: the network; see `model.variant`.
+        config: a YAML file of settings, or the name of a shipped one (`fcmae configs`).
+        settings: more of them, which go before the file's: a mapping, with sections as mappings or keys dotted,
+            {"epochs": 100, "data.image_size": 64}; or a `PretrainConfig`. `fcmae pretrain --help` lists them. The
+            arguments above go before both.
+
+    Returns:
+        The run, finished, or stopped by a signal after a checkpoint (an interrupted notebook sends SIGINT): the same
+        call resumes it. It is a path, and `finetune`, `load` and `export` take it.
+
+    Raises:
+        ValueError: with a line for each problem with settings or images, before anything is written.
+        FloatingPointError: if the loss or a gradient stops being finite.
+    """
+    paths = [images] if isinstance(images, str | os.PathLike) else images
+    given = {"data.path": [os.fspath(path) for path in paths], "out": os.fspath(out), "model.variant": variant}
+    return pretraining.pretrain(_settings(PretrainConfig, given, config, settings))
+
+
+def finetune(
+    labelled: PathLike,
+    out: PathLike,
+    *,
+    init: PathLike | None = None,
+    variant: str | ConvNeXtSpec | None = None,
+    config: PathLike | None = None,
+    settings: Mapping[str, Any] | FinetuneConfig | None = None,
+) -> Run:
+    """Train a classifier on labelled images, or go on with the run in `out`, as `fcmae finetune` does.
+
+    Args:
+        labelled: a folder with one sub-folder a class, or a CSV file with the columns path,label.
+        out: the run directory; see `pretrain`.
+        init: starting weights: a run of `pretrain`, or a path to weights in any format that `fcmae convert` reads.
+        variant: the network; by default that of `init`.
+        config: see `pretrain`.
+        settings: see `pretrain`; or a `FinetuneConfig`.
+
+    Returns:
+        The run; see `pretrain`. Its best and its last model are in best/ and last/.
+
+    Raises:
+        ValueError: with a line for each problem with settings, images or weights, before anything is written.
+        FloatingPointError: if the loss or a gradient stops being finite.
+    """
+    start = None if init is None else os.fspath(init)
+    given = {"data.path": os.fspath(labelled), "out": os.fspath(out), "model.init": start, "model.variant": variant}
+    return finetuning.finetune(_settings(FinetuneConfig, given, config, settings))
+
+
+def _settings(
+    model: type[Config],
+    given: Mapping[str, Any],
+    config: PathLike | None,
+    settings: Mapping[str, Any] | Config | None,
+) -> Config:
+    """The settings of a run: what is given goes before `settings`, and these before the file.
+
+    Raises:
+        ValueError: with a line for each problem.
+    """
+    if settings is None or isinstance(settings, Mapping):
+        values = options.flattened(model, settings or {})
+    elif isinstance(settings, model):
+        values = options.flattened(model, settings.model_dump(exclude_unset=True)) | options.changed(settings)
+    else:
+        raise ValueError(f"settings: received {type(settings).__name__}; give a mapping or a {model.__name__}")
+    values |= {key: value for key, value in given.items() if value is not None}
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    return options.make(model, values, None if config is None else os.fspath(config), processes)
+
+
+class Features(nn.Module):
+    """An encoder that takes images as they are. It is differentiable, and moves to a device like any module.
+
+    Attributes:
+        encoder: the network, on normalised images.
+        normalize: what images go through first.
+    """
+
+    def __init__(self, encoder: Encoder, normalize: Normalize) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.normalize = normalize
+
+    def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Features of the last stage, before any norm.
+
+        Args:
+            images: (B, C, H, W), uint8, or float in units of a full range of 1.
+            mask: (B, gh, gw) bool, True = hidden, a patch of the images each; every image has the same number K of
+                visible ones. None shows the encoder the whole images.
+
+        Returns:
+            (B, h, w, D), a site each total_stride x total_stride pixels; under a mask (B, K, b, b, D), the b x b sites
+            of each visible patch, these in row-major order.
+
+        Raises:
+            ValueError: if images or mask have another type or shape.
+        """
+        images = self._normalized(images)
+        if mask is None:
+            return self.encoder(images)  # type: ignore[no-any-return]
+        return self.encoder(images, PACKED(self._checked(mask, images), None))  # type: ignore[no-any-return]
+
+    def pyramid(self, images: Tensor) -> list[Tensor]:
+        """Feature maps of all stages, first to last, for a detector or a segmenter.
+
+        Args:
+            images: see `forward`.
+
+        Returns:
+            (B, D_i, h_i, w_i) each, half as high and wide as the one before.
+
+        Raises:
+            ValueError: see `forward`.
+        """
+        return [f.permute(0, 3, 1, 2) for f in self.encoder.pyramid(self._normalized(images), DENSE)]
+
+    def _normalized(self, images: Tensor) -> Tensor:
+        in_chans, least, shape = self.encoder.in_chans, self.encoder.total_stride, tuple(images.shape)
+        if len(shape) != 4 or shape[1] != in_chans or min(shape[2:]) < least:
+            raise ValueError(f"images: received the shape {shape}; give (B, {in_chans}, H, W), H and W >= {least}")
+        if images.dtype != torch.uint8 and not images.is_floating_point():
+            raise ValueError(f"images: received {images.dtype}; give uint8, or float in units of a full range of 1")
+        normalized: Tensor = self.normalize(images)
+        return normalized
+
+    def _checked(self, mask: Tensor, images: Tensor) -> Tensor:
+        (B, _, H, W), stride = images.shape, self.encoder.total_stride
+        if mask.dtype != torch.bool or mask.ndim != 3 or len(mask) != B:
+            raise ValueError(
+                f"mask: received {mask.dtype} of the shape {tuple(mask.shape)}; give bool ({B}, gh, gw), True = hidden"
+            )
+        _, gh, gw = mask.shape
+        side = H // max(1, gh)
+        if side == 0 or side % stride or (gh * side, gw * side) != (H, W):
+            raise ValueError(
+                f"mask: received a grid of {gh}x{gw} for images of {H}x{W}; its patches must be squares whose side is "
+                f"a multiple of the total stride {stride}"
+            )
+        return mask
+
+
+def load(source: PathLike) -> Features:
+    """The encoder of a run or of weights in any format that `fcmae convert` reads, for features.
+
+    Args:
+        source: a run, a checkpoint, a directory or a file. Of a fine-tuning run, its best model.
+
+    Returns:
+        The module, on the CPU, in evaluation mode. With `encoder` it normalises as the weights were trained.
+
+    Raises:
+        ValueError: if `source` holds no such weights, or does not say the mean and std of its channels.
+    """
+    weights = read_weights(Path(source))
+    return Features(build_encoder(weights), weights.reading(os.fspath(source)).normalize).eval()
+
+
+def export(source: PathLike, dest: PathLike, to: str = "timm") -> None:
+    """Write weights in another format, and read them back to be sure, as `fcmae convert` does.
+
+    Args:
+        source: see `load`.
+        dest: a new path: a directory for timm and transformers, else a file.
+        to: timm, transformers, fair, minkowski or fcmae.
+
+    Raises:
+        ValueError: if the source cannot be read or is damaged, or `dest` exists or is no name for that format.
+    """
+    convert(Path(source), Path(dest), to)

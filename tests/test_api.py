@@ -1,0 +1,316 @@
+"""Use from Python: the same runs, checks and sentences as from the command line, one run after another."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+import timm
+import torch
+from conftest import randomize
+from runs import TINY, assert_same, config, final_state, write_images
+
+import fcmae
+from fcmae import api, cli, finetuning, pretraining
+from fcmae.api import Features
+from fcmae.config import FinetuneConfig
+from fcmae.data.normalize import Normalize
+from fcmae.layouts import Masked
+from fcmae.networks.convnext import Encoder
+from fcmae.networks.spec import ConvNeXtSpec
+from fcmae.training.run import Run
+from fcmae.weights.files import read_weights
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SPEC = ConvNeXtSpec(depths=(1, 1, 2, 1), dims=(8, 8, 16, 16))
+SMALL: dict[str, Any] = {
+    "epochs": 1,
+    "batch_size": 4,
+    "device": "cpu",
+    "data": {"image_size": 64, "num_workers": 0},
+    "log.trackers": [],
+}
+
+
+@pytest.fixture(autouse=True)
+def _accelerator() -> Iterator[None]:
+    yield
+    runs.forget_accelerator()
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("photos"), 9)
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("labelled")
+    for seed, name in enumerate(("cat", "dog")):
+        write_images(root / name, 4, seed)
+    return root
+
+
+# What `import fcmae` is
+
+
+def test_import_brings_nothing_heavy_until_it_is_used() -> None:
+    code = (
+        "import sys; before = set(sys.modules); import fcmae; found = set(sys.modules) - before\n"
+        "assert not {'torch', 'numpy', 'pydantic', 'yaml', 'timm', 'fcmae.api'} & found, found\n"
+        "assert {'pretrain', 'finetune', 'load', 'export', 'masked_loss'} <= set(dir(fcmae))\n"
+        "assert callable(fcmae.pretrain) and 'torch' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_everything_it_names_is_there_and_nothing_else() -> None:
+    for name in fcmae.__all__:
+        assert getattr(fcmae, name) is getattr(api, name, fcmae.__version__)
+    with pytest.raises(AttributeError, match="module 'fcmae' has no attribute 'train'"):
+        fcmae.train  # noqa: B018
+    with pytest.raises(ImportError):
+        exec("from fcmae import train")
+    assert fcmae.masked_loss is pretraining.masked_loss
+
+
+def test_no_module_takes_the_place_of_a_function() -> None:
+    for module in pkgutil.walk_packages(fcmae.__path__, "fcmae."):
+        if module.name.rpartition(".")[2] not in ("minkowski", "triton"):  # of what need not be installed
+            importlib.import_module(module.name)
+    for name in ("pretrain", "finetune", "load", "export", "masked_loss"):
+        assert callable(getattr(fcmae, name)), name
+
+
+# A notebook
+
+
+def test_a_notebook_from_images_to_features(photos: Path, labelled: Path, tmp_path: Path) -> None:
+    run = fcmae.pretrain(photos, tmp_path / "pretrained", variant=SPEC, settings=SMALL)
+    assert (run.path, run.kind, run.finished, run.status) == (tmp_path / "pretrained", "pretrain", True, 0)
+    assert run.metrics()[-1]["step"] == 2
+    # In the same process, in another precision.
+    tuned = fcmae.finetune(labelled, tmp_path / "tuned", init=run, settings=SMALL | {"precision": "bf16"})
+    assert "in bf16" in (tuned.path / "train.log").read_text()
+    assert {"top1", "val_loss"} <= tuned.metrics()[-1].keys()
+
+    model = fcmae.load(tuned)
+    images = torch.randint(256, (2, 3, 64, 96), dtype=torch.uint8)
+    assert model(images).shape == (2, 2, 3, 16)
+    mask = torch.tensor([[[False, True, True], [True, False, True]]] * 2)
+    assert model(images, mask).shape == (2, 2, 1, 1, 16)
+    assert [tuple(f.shape) for f in model.pyramid(images)] == [
+        (2, 8, 16, 24),
+        (2, 8, 8, 12),
+        (2, 16, 4, 6),
+        (2, 16, 2, 3),
+    ]
+
+    fcmae.export(run, tmp_path / "encoder")
+    theirs = timm.create_model(f"local-dir:{tmp_path / 'encoder'}", pretrained=True, features_only=True).eval()
+    with torch.no_grad():
+        ours = fcmae.load(tmp_path / "encoder")
+        for mine, other in zip(ours.pyramid(images), theirs(ours.normalize(images)), strict=True):
+            torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="exists: give a new path"):
+        fcmae.export(run, tmp_path / "encoder")
+
+
+def test_a_run_from_python_is_that_of_the_command(photos: Path, tmp_path: Path) -> None:
+    assert cli.main(["pretrain", *runs.flags(photos, tmp_path / "command")]) == 0
+    cfg = config(photos, tmp_path / "elsewhere")
+    made = fcmae.pretrain(photos, tmp_path / "python", settings=cfg)
+    assert_same(final_state(made.path), final_state(tmp_path / "command"))
+    # Each finds what the other has finished.
+    assert cli.main(["pretrain", *runs.flags(photos, tmp_path / "python")]) == 0
+    again = fcmae.pretrain(str(photos), str(tmp_path / "command"), settings=cfg)
+    assert again.finished and "resuming after step 6" in (again.path / "train.log").read_text()
+
+
+def test_a_run_outside_the_main_thread_leaves_signals_alone(photos: Path, tmp_path: Path) -> None:
+    found: list[Run | BaseException] = []
+
+    def work() -> None:
+        try:
+            found.append(fcmae.pretrain(photos, tmp_path / "out", settings=config(photos, tmp_path)))
+        except BaseException as error:
+            found.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [Run(tmp_path / "out", "pretrain")]
+
+
+# Settings
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The settings that runs would start with."""
+    found: list[Any] = []
+    monkeypatch.setattr(pretraining, "pretrain", found.append)
+    monkeypatch.setattr(finetuning, "finetune", found.append)
+    return found
+
+
+def test_arguments_go_before_settings_and_these_before_the_file(asked: list[Any], tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text("epochs: 7\nseed: 1\nmodel: {variant: pico, decoder_depth: 2}\n")
+    settings = {"seed": 2, "model": {"variant": "nano"}, "data.hflip": 0.25, "data": {"crop_scale": (0.5, 1)}}
+    fcmae.pretrain(["a", Path("b")], tmp_path, variant="femto", config=tmp_path / "own.yaml", settings=settings)
+    fcmae.finetune("c", "out", init=Run(Path("run"), "pretrain"), config="finetune_cpu", settings={"epochs": 3})
+    fcmae.pretrain("d", "out", settings={"optim.clip_grad": None, "monitor": {"labelled": "none"}})
+    first, second, third = asked
+    assert (first.data.path, first.out, first.epochs, first.seed) == (["a", "b"], tmp_path, 7, 2)
+    assert (first.model.variant, first.model.decoder_depth) == ("convnextv2_femto", 2)
+    assert (first.data.hflip, first.data.crop_scale) == (0.25, (0.5, 1))
+    assert (second.data.path, second.model.init, second.epochs) == ("c", "run", 3)
+    assert second.batch_size != FinetuneConfig.model_fields["batch_size"].default
+    assert (third.optim.clip_grad, third.monitor.labelled) == (None, None)
+
+
+def test_a_configuration_made_by_hand_is_taken_whole(asked: list[Any], tmp_path: Path) -> None:
+    cfg = config(Path("photos"), Path("out"), data__hflip=0.25, model__variant=TINY)
+    fcmae.pretrain("other", tmp_path, settings=cfg)
+    assert asked[0] == cfg.model_copy(update={"out": tmp_path, "data": cfg.data.model_copy(update={"path": ["other"]})})
+    # That a value was given, though it is the usual one, counts in evaluation alone.
+    data = {"path": "x", "image_size": 224}
+    made = FinetuneConfig.model_validate({"out": "o", "eval_only": True, "model": {"init": "run"}, "data": data})
+    fcmae.finetune("y", "o", settings=made)
+    assert "image_size" in asked[1].data.model_fields_set and "crop_pct" not in asked[1].data.model_fields_set
+
+
+def test_all_mistakes_are_told_at_once_in_the_sentences_of_the_command(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = {"epochs": 0, "data": {"image_sise": 3}, "data.hflip": "often", "nothing": 1}
+    with pytest.raises(ValueError) as error:
+        fcmae.pretrain(photos, tmp_path / "out", settings=wrong)
+    words = ["--epochs", "0", "--data.image_sise", "3", "--data.hflip", "often", "--nothing", "1"]
+    assert cli.main(["pretrain", str(photos), "--out", str(tmp_path / "out"), *words]) == 2
+    lines = [line.removeprefix("fcmae: error: ") for line in capsys.readouterr().err.splitlines()]
+    assert sorted(str(error.value).splitlines()) == sorted(lines)
+    assert len(lines) == 4 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"settings": {"data.hflip": 0.1, "data": {"hflip": 0.2}}}, "data.hflip: given twice: leave one out"),
+        ({"settings": FinetuneConfig}, "settings: received .*; give a mapping or a PretrainConfig"),
+        ({"settings": {"model": "atto"}}, "model: received atto; model holds"),
+        ({"config": "nowhere"}, "--config: received nowhere; no such file, nor one of"),
+        ({"variant": "convnextv3"}, "model.variant: received convnextv3; "),
+    ],
+)
+def test_what_python_can_get_wrong_is_told_in_a_sentence(
+    photos: Path, tmp_path: Path, arguments: dict[str, Any], message: str
+) -> None:
+    if arguments.get("settings") is FinetuneConfig:
+        arguments = {
+            "settings": FinetuneConfig.model_validate({"out": "o", "data": {"path": "x"}, "model": {"init": "r"}})
+        }
+    with pytest.raises(ValueError, match=message):
+        fcmae.pretrain(photos, tmp_path / "out", **arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_processes_are_counted(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match="4 is not a multiple of processes x grad_accum = 3 x 1"):
+        fcmae.pretrain(photos, tmp_path / "out", settings=SMALL)
+
+
+# Features
+
+
+@pytest.fixture
+def model() -> Features:
+    encoder = Encoder(SPEC, in_chans=2)
+    randomize(encoder, std=0.2)
+    return Features(encoder, Normalize([0.3, 0.6], [0.2, 0.4])).eval()
+
+
+def test_images_are_normalised_as_they_come(model: Features) -> None:
+    pixels = torch.randint(256, (2, 2, 32, 64), dtype=torch.uint8)
+    mean, std = torch.tensor([0.3, 0.6]).view(2, 1, 1), torch.tensor([0.2, 0.4]).view(2, 1, 1)
+    expected = model.encoder((pixels / 255 - mean) / std)
+    torch.testing.assert_close(model(pixels), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(model(pixels / 255), expected, atol=1e-4, rtol=1e-4)
+    assert torch.equal(model.pyramid(pixels)[-1], model(pixels).permute(0, 3, 1, 2))
+
+
+def test_features_under_a_mask_are_those_of_visible_patches_and_have_gradients(model: Features) -> None:
+    images = torch.rand(2, 2, 64, 192, requires_grad=True)
+    mask = torch.tensor([[[True, False, False]], [[False, True, False]]])  # patches of 64 pixels
+    found = model(images, mask)  # (2, 2, 2, 2, 16)
+    whole = model.encoder(model.normalize(images), Masked(mask))  # (2, 2, 6, 16)
+    expected = torch.stack(
+        [torch.stack([whole[i, :, 2 * j : 2 * j + 2] for j in columns]) for i, columns in enumerate(([1, 2], [0, 2]))]
+    )
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    found.square().sum().backward()
+    assert images.grad is not None
+    seen = images.grad.abs().amax((1, 2)).unflatten(1, (3, 64)).amax(2) > 0
+    assert torch.equal(seen, ~mask[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "message"),
+    [
+        (
+            (1, 3, 32, 32),
+            torch.float32,
+            r"images: received the shape \(1, 3, 32, 32\); give \(B, 2, H, W\), H and W >= 32",
+        ),
+        ((2, 32, 32), torch.float32, r"images: received the shape \(2, 32, 32\)"),
+        ((1, 2, 32, 31), torch.float32, r"images: received the shape \(1, 2, 32, 31\)"),
+        ((1, 2, 32, 32), torch.int64, "images: received torch.int64; give uint8, or float"),
+    ],
+)
+def test_images_that_the_encoder_cannot_take_are_refused(
+    model: Features, shape: tuple[int, ...], dtype: torch.dtype, message: str
+) -> None:
+    for use in (model, model.pyramid):
+        with pytest.raises(ValueError, match=message):
+            use(torch.zeros(shape, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.zeros(1, 2, 2), r"mask: received torch.float32 of the shape \(1, 2, 2\); give bool \(1, gh, gw\)"),
+        (torch.zeros(2, 2, 2, dtype=torch.bool), r"give bool \(1, gh, gw\)"),
+        (
+            torch.zeros(1, 4, 4, dtype=torch.bool),
+            "a grid of 4x4 for images of 64x64; .* a multiple of the total stride 32",
+        ),
+        (torch.zeros(1, 2, 1, dtype=torch.bool), "its patches must be squares"),
+        (torch.zeros(1, 0, 0, dtype=torch.bool), "a grid of 0x0"),
+        (torch.ones(1, 2, 2, dtype=torch.bool), "mask leaves no patch visible"),
+    ],
+)
+def test_masks_that_do_not_fit_are_refused(model: Features, mask: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        model(torch.zeros(1, 2, 64, 64), mask)
+
+
+def test_load_refuses_what_holds_no_weights(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nowhere"):
+        fcmae.load(tmp_path / "nowhere")
+
+
+def test_loaded_features_are_ready_to_be_looked_at_or_trained(photos: Path, tmp_path: Path) -> None:
+    run = fcmae.pretrain(photos, tmp_path / "out", settings=config(photos, tmp_path, epochs=1))
+    model = fcmae.load(run)
+    assert not model.training and all(p.requires_grad for p in model.parameters())
+    state = {f"encoder.{name}": value for name, value in model.encoder.state_dict().items()}
+    assert_same(state, {k: v for k, v in read_weights(run.path).state.items() if k.startswith("encoder.")})
