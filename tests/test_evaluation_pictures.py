@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from fcmae.data.normalize import Normalize
-from fcmae.loss import patch_statistics, patchify
+from fcmae.masked import patch_statistics, patchify
 from fcmae.evaluation.pictures import (
     reconstruction_panels,
     save_curves,
