@@ -14,7 +14,7 @@ from fcmae.layouts.sites import count_visible, refine, true_rows
 from fcmae.masking import num_visible, random_mask
 from fcmae.networks.convnext import Encoder
 from fcmae.networks.layers import Block
-from fcmae.networks.spec import VARIANTS, ConvNeXtSpec
+from fcmae.networks.spec import VARIANTS
 
 ATTO = VARIANTS["convnextv2_atto"]
 BACKENDS = ["packed", "masked", MINKOWSKI]
