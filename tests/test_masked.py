@@ -28,7 +28,6 @@ from fcmae.networks.layers import GRN, Block
 from fcmae.networks.spec import VARIANTS, ConvNeXtSpec
 from fcmae.pretraining import build_model
 
-
 SOON_COMPILED = ConvNeXtSpec(depths=(1, 1, 2, 1), dims=(4, 8, 8, 16), stem_stride=1)
 
 
