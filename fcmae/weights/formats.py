@@ -23,6 +23,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -130,6 +131,7 @@ class Architecture:
         return shapes
 
 
+@cache
 def rename(name: str, to: str) -> str:
     """The name of our parameter `name` in another format."""
     for pattern, replacement in _FROM_OURS[to]:
