@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fcmae.networks.convnext import VARIANTS
+from fcmae.networks.spec import ConvNeXtSpec
 
 
 def on_features(x: ME.SparseTensor, features: Tensor) -> ME.SparseTensor:
@@ -56,9 +56,9 @@ class SparseBlock(nn.Module):
 
 
 class ReleasedEncoder(nn.Module):
-    def __init__(self, variant: str) -> None:
+    def __init__(self, spec: ConvNeXtSpec) -> None:
         super().__init__()
-        depths, dims, _ = VARIANTS[variant]
+        depths, dims = spec.depths, spec.dims
         stem = nn.Sequential(nn.Conv2d(3, dims[0], 4, 4), nn.LayerNorm(dims[0], eps=1e-6))
         self.downsample_layers = nn.ModuleList([stem])
         for i in range(3):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,48 +19,47 @@ from torch import Tensor
 from fcmae.evaluation.analysis import (
     Statistics,
     activation_maps,
-    blocks,
+    as_encoder,
     class_selectivity,
     cosine_distance,
     dead_channels,
     effective_rank,
     grn_norms,
+    layer_names,
     saturated_channels,
+    walk,
 )
+from fcmae.networks.convnext import Encoder
+from fcmae.networks.spec import ConvNeXtSpec
+from fcmae.weights.formats import to_state
 
 LAYERS = ["stages.0.0", "stages.1.0", "stages.1.1", "stages.2.0", "stages.3.0"]
 
 
-def network(conv_mlp: bool = True, use_grn: bool = True) -> Any:
-    """A small ConvNeXt, V2 or V1, in the layout of timm's small or large models, with random parameters."""
-    model = ConvNeXt(
-        depths=(1, 2, 1, 1),
-        dims=(4, 6, 8, 6),
-        num_classes=0,
-        conv_mlp=conv_mlp,
-        use_grn=use_grn,
-        ls_init_value=None if use_grn else 1e-6,
-    )
-    randomize(model)
-    return model.double().eval()
+def network(use_grn: bool = True) -> Encoder:
+    """A small ConvNeXt, V2 or V1, with random parameters."""
+    encoder = Encoder(ConvNeXtSpec(depths=(1, 2, 1, 1), dims=(4, 6, 8, 6), use_grn=use_grn))
+    randomize(encoder)
+    return encoder.double().eval()
 
 
-def by_hand(model: Any, images: Tensor) -> dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]:
-    """Expanded features (B, n, 4C) and pooled outputs (B, C) of each block, computed layer by layer."""
+def by_hand(encoder: Encoder, images: Tensor) -> dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]:
+    """Expanded features (B, n, 4C) and pooled outputs (B, C) of each block, computed layer by layer by timm's."""
+    spec = encoder.spec
+    scale = None if spec.use_grn else 1e-6
+    model = ConvNeXt(depths=spec.depths, dims=spec.dims, num_classes=0, use_grn=spec.use_grn, ls_init_value=scale)
+    state = {f"encoder.{name}": value for name, value in encoder.state_dict().items()}
+    model.double().eval().load_state_dict(to_state(state, spec, "timm"))
     found = {}
     x = model.stem(images)
     for i, stage in enumerate(model.stages):
         x = stage.downsample(x)
         for j, block in enumerate(stage.blocks):
-            h = block.conv_dw(x)
-            if not block.use_conv_mlp:
-                h = h.permute(0, 2, 3, 1)
-            h = block.mlp.act(block.mlp.fc1(block.norm(h)))
-            if hasattr(block.mlp, "grn"):
+            h = block.mlp.act(block.mlp.fc1(block.norm(block.conv_dw(x).permute(0, 2, 3, 1))))
+            if spec.use_grn:
                 h = block.mlp.grn(h)
             x = block(x)
-            last = h.permute(0, 2, 3, 1) if block.use_conv_mlp else h
-            found[f"stages.{i}.{j}"] = (last.flatten(1, 2).detach().numpy(), x.mean((2, 3)).detach().numpy())
+            found[f"stages.{i}.{j}"] = (h.flatten(1, 2).detach().numpy(), x.mean((2, 3)).detach().numpy())
     return found
 
 
@@ -162,12 +160,12 @@ def test_class_selectivity_worked_by_hand() -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 5])
-@pytest.mark.parametrize(("conv_mlp", "use_grn"), [(True, True), (False, True), (False, False)])
+@pytest.mark.parametrize("use_grn", [True, False])
 def test_statistics_streamed_through_a_network_are_those_of_all_features_at_once(
-    conv_mlp: bool, use_grn: bool, batch_size: int
+    use_grn: bool, batch_size: int
 ) -> None:
     model, images, labels = (
-        network(conv_mlp, use_grn),
+        network(use_grn),
         torch.randn(5, 3, 64, 96).double(),
         torch.tensor([2, 0, 2, 0, 2]),
     )
@@ -198,8 +196,8 @@ def test_statistics_streamed_through_a_network_are_those_of_all_features_at_once
 
 def test_dead_and_saturated_channels_of_a_network_are_counted() -> None:
     model = network(use_grn=False)
-    block = blocks(model)["stages.1.1"]
-    fc1 = block.mlp.fc1  # 24 channels
+    block = model.stages[1][1]
+    fc1 = block.pwconv1  # 24 channels
     with torch.no_grad():
         block.norm.weight.fill_(3)  # the others vary
         fc1.weight[:5] = 0
@@ -227,28 +225,32 @@ def test_features_that_are_not_finite_give_nan_and_no_error() -> None:
         assert math.isnan(layer.effective_rank)
 
 
-def test_nothing_stays_on_the_model_even_after_an_error() -> None:
-    model = network()
-    before = model(torch.ones(1, 3, 32, 32).double())
-    statistics = Statistics(model)
+def test_images_that_do_not_fit_add_nothing() -> None:
+    statistics = Statistics(network())
     with pytest.raises(RuntimeError):
         statistics.add(torch.ones(1, 5, 32, 32).double())
-    assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
-    assert torch.equal(model(torch.ones(1, 3, 32, 32).double()), before)
     assert statistics.layers() == {}
+
+
+def test_the_walk_ends_where_the_encoder_does() -> None:
+    model, images = network(), torch.randn(2, 3, 64, 32).double()
+    names, expanded, outputs = zip(*walk(model, images), strict=True)
+    assert list(names) == layer_names(model) == LAYERS
+    torch.testing.assert_close(outputs[-1], model(images), atol=1e-12, rtol=1e-12)
+    assert [h.shape[-1] for h in expanded] == [4 * f.shape[-1] for f in outputs]
 
 
 def test_other_networks_are_refused() -> None:
     with pytest.raises(ValueError, match="ResNet is no ConvNeXt, so it has no blocks with expanded features: give"):
-        Statistics(timm.create_model("resnet10t", num_classes=0))
+        as_encoder(timm.create_model("resnet10t", num_classes=0))
 
 
 # What is drawn
 
 
-@pytest.mark.parametrize("conv_mlp", [True, False])
-def test_activation_maps_are_of_channels_spread_over_the_layer(conv_mlp: bool) -> None:
-    model, image = network(conv_mlp), torch.randn(3, 64, 96).double()
+@pytest.mark.parametrize("use_grn", [True, False])
+def test_activation_maps_are_of_channels_spread_over_the_layer(use_grn: bool) -> None:
+    model, image = network(use_grn), torch.randn(3, 64, 96).double()
     maps = activation_maps(model, image, ["stages.2.0", "stages.0.0"], num_maps=4)
     expanded = by_hand(model, image[None])
     assert [found.shape for found in maps] == [(4, 4, 6), (4, 16, 24)]
@@ -264,6 +266,6 @@ def test_grn_norms_are_root_mean_squares_and_v1_has_none() -> None:
     model = network()
     found = grn_norms(model)
     assert list(found) == LAYERS
-    weight, bias = (p.detach().numpy() for p in model.stages[1].blocks[1].mlp.grn.parameters())
+    weight, bias = (p.detach().numpy() for p in model.stages[1][1].grn.parameters())
     assert found["stages.1.1"] == pytest.approx([np.sqrt((p**2).mean()) for p in (weight, bias)])
     assert grn_norms(network(use_grn=False)) == {}

@@ -10,8 +10,8 @@ from test_weights_convert import dense_features, write_checkpoint
 
 from fcmae.data.augment import CenterCrop
 from fcmae.data.index import Images, find_images
-from fcmae.evaluation.features import extract, stage_maps
-from fcmae.evaluation.models import Backbone, load_backbone
+from fcmae.evaluation.features import extract
+from fcmae.evaluation.models import Backbone, load_backbone, stage_maps
 
 CPU = torch.device("cpu")
 
@@ -43,10 +43,10 @@ def test_features_are_means_over_each_image_in_the_order_of_the_index(backbone: 
     found = extract(backbone, index, [1, 4], device=CPU, batch_size=3)
     assert found.positions.tolist() == list(range(7))
     assert not found.bad
-    crop = CenterCrop(3, backbone.image_size, backbone.crop_pct)
+    crop = CenterCrop(3, backbone.reading.image_size, backbone.reading.crop_pct)
     for row in (0, 6):
         image = torch.from_numpy(crop(Path(index.name(row)).read_bytes(), np.random.default_rng(0)))
-        maps = stage_maps(backbone.model, backbone.normalize(image[None]))
+        maps = stage_maps(backbone.model, backbone.reading.normalize(image[None]))
         for stage in (1, 4):
             expected = maps[stage - 1][0].double().mean((1, 2)).numpy()
             np.testing.assert_allclose(found.stages[stage][row], expected, rtol=1e-4, atol=1e-5)

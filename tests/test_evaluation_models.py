@@ -7,21 +7,30 @@ import pytest
 import timm
 import torch
 from test_weights_convert import write_checkpoint
+from timm.models import ConvNeXt
 from torch import nn
 
-from fcmae.evaluation.models import choose_device, load_backbone
-from fcmae.weights.convert import save_dense
-from fcmae.weights.files import Weights
+from fcmae.data.augment import seeded
+from fcmae.evaluation.models import choose_device, load_backbone, stage_maps
+from fcmae.heads import Classifier
+from fcmae.networks.convnext import Encoder
+from fcmae.networks.spec import VARIANTS, ConvNeXtSpec
+from fcmae.weights.convert import save_classifier
+from fcmae.weights.files import Weights, save_weights
 from fcmae.weights.formats import Architecture
+
+ATTO = VARIANTS["convnextv2_atto"]
 
 
 def test_a_checkpoint_is_read_as_it_was_trained(tmp_path: Path) -> None:
     checkpoint, _ = write_checkpoint(tmp_path, stem_stride=2)
     backbone = load_backbone(str(checkpoint))
-    assert backbone.architecture is not None
-    assert (backbone.architecture.variant, backbone.architecture.stem_stride) == ("convnextv2_atto", 2)
-    assert (backbone.image_size, backbone.in_chans, backbone.crop_pct) == ((64, 64), 3, 1.0)
-    assert backbone.normalize.mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])
+    assert isinstance(backbone.model, Encoder)
+    assert backbone.model.spec == ATTO.model_copy(update={"stem_stride": 2})
+    assert backbone.kind == "convnextv2_atto, stem stride 2"
+    reading = backbone.reading
+    assert (reading.image_size, reading.in_chans, reading.crop_pct) == ((64, 64), 3, 1.0)
+    assert reading.normalize.mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])
     assert backbone.origin["step"] == 3
     assert not backbone.model.training
     assert not any(parameter.requires_grad for parameter in backbone.model.parameters())
@@ -29,12 +38,13 @@ def test_a_checkpoint_is_read_as_it_was_trained(tmp_path: Path) -> None:
 
 def test_a_classifier_loses_its_head_and_keeps_its_image_settings(tmp_path: Path) -> None:
     image = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "input_size": [3, 64, 96], "crop_pct": 0.9}
-    model = timm.create_model("convnextv2_atto", num_classes=3)
-    save_dense(tmp_path / "tuned", model, Weights({}, Architecture("convnextv2_atto"), image, ("a", "b", "c")))
+    model = Classifier(Encoder(ATTO), 3)
+    save_classifier(tmp_path / "tuned", model, Weights({}, Architecture(ATTO), image, ("a", "b", "c")))
     backbone = load_backbone(str(tmp_path / "tuned"))
-    assert (backbone.image_size, backbone.crop_pct) == ((64, 96), 0.9)
-    assert backbone.normalize.std.flatten().tolist() == pytest.approx([0.4, 0.5, 0.6])
-    assert backbone.model(torch.zeros(1, 3, 64, 96)).shape == (1, 320)
+    assert (backbone.reading.image_size, backbone.reading.crop_pct) == ((64, 96), 0.9)
+    assert backbone.reading.normalize.std.flatten().tolist() == pytest.approx([0.4, 0.5, 0.6])
+    images = torch.randn(1, 3, 64, 96)
+    assert torch.equal(backbone.model(images), model.encoder(images))  # (1, 2, 3, 320)
 
 
 def test_untrained_networks_have_the_same_shapes_and_are_the_same_each_time(tmp_path: Path) -> None:
@@ -45,19 +55,51 @@ def test_untrained_networks_have_the_same_shapes_and_are_the_same_each_time(tmp_
     assert torch.equal(torch.get_rng_state(), state)
     assert {name: value.shape for name, value in first.items()} == {name: v.shape for name, v in trained.items()}
     assert all(torch.equal(value, second[name]) for name, value in first.items())
-    weight = "stages.0.blocks.0.conv_dw.weight"
+    weight = "stages.0.0.dwconv.weight"
     assert not torch.equal(first[weight], trained[weight])
     assert float(first[weight].std()) == pytest.approx(0.02, rel=0.1)
 
 
 def test_any_network_of_timm_is_taken_at_other_sizes() -> None:
     backbone = load_backbone("random:vit_tiny_patch16_224", (64, 32))
-    assert backbone.architecture is None
-    assert backbone.image_size == (64, 32)
-    assert backbone.normalize.mean.flatten().tolist() == [0.5, 0.5, 0.5]  # that network's own
+    assert not isinstance(backbone.model, Encoder)
+    assert backbone.kind == "vit_tiny_patch16_224"
+    assert backbone.reading.image_size == (64, 32)
+    assert backbone.reading.normalize.mean.flatten().tolist() == [0.5, 0.5, 0.5]  # that network's own
     grey = load_backbone("random:convnextv2_atto", (64, 64), in_chans=1)
-    assert (grey.in_chans, grey.normalize.mean.tolist()) == (1, [[[pytest.approx(0.449)]]])
-    assert grey.architecture == Architecture("convnextv2_atto", 1, final_norm=True)
+    assert (grey.reading.in_chans, grey.reading.normalize.mean.tolist()) == (1, [[[pytest.approx(0.449)]]])
+
+
+@pytest.mark.parametrize("name", ["convnextv2_atto", "convnext_tiny"])
+def test_timms_convnexts_are_our_encoders_with_the_same_features(name: str) -> None:
+    backbone = load_backbone(f"random:{name}", (64, 64))
+    assert isinstance(backbone.model, Encoder)
+    assert (backbone.model.spec, backbone.kind) == (VARIANTS[name], name)
+    with seeded([0]):
+        theirs = timm.create_model(name, num_classes=0).eval()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = theirs.forward_intermediates(images, norm=False, intermediates_only=True)
+        for found, of_timm in zip(stage_maps(backbone.model, images), expected, strict=True):
+            torch.testing.assert_close(found, of_timm, atol=1e-5 * float(of_timm.abs().max()), rtol=1e-4)
+
+
+def test_a_convnext_of_timms_that_is_none_of_ours_stays_as_it_is() -> None:
+    backbone = load_backbone("random:convnext_atto_ols", (64, 64))  # its stem's convolutions overlap
+    assert isinstance(backbone.model, ConvNeXt)
+    assert backbone.kind == "convnext_atto_ols"
+    assert [found.shape[1] for found in stage_maps(backbone.model, torch.zeros(1, 3, 64, 64))] == [40, 80, 160, 320]
+
+
+def test_three_stages_give_three_maps(tmp_path: Path) -> None:
+    spec = ConvNeXtSpec(depths=(1, 1, 1), dims=(4, 6, 8), stem_stride=2)
+    encoder = Encoder(spec)
+    state = {f"encoder.{name}": value for name, value in encoder.state_dict().items()}
+    save_weights(tmp_path / "a.safetensors", Weights(state, Architecture(spec)), "fcmae")
+    backbone = load_backbone(str(tmp_path / "a.safetensors"), (32, 48))
+    maps = stage_maps(backbone.model, torch.zeros(1, 3, 32, 48))
+    assert [tuple(found.shape[1:]) for found in maps] == [(4, 16, 24), (6, 8, 12), (8, 4, 6)]
+    assert backbone.kind == "ConvNeXt V2 of depths 1-1-1, dims 4-6-8, stem stride 2"
 
 
 def test_a_timm_name_asks_for_pretrained_weights_and_random_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,14 +154,13 @@ def test_what_cannot_be_used_is_refused_by_name(source: str, options: dict[str, 
 
 def test_channels_of_weights_cannot_be_changed(tmp_path: Path) -> None:
     checkpoint, _ = write_checkpoint(tmp_path, in_chans=1)
-    assert load_backbone(str(checkpoint), in_chans=1).in_chans == 1
+    assert load_backbone(str(checkpoint), in_chans=1).reading.in_chans == 1
     with pytest.raises(ValueError, match=r"in_chans = 3, but .* of 1 channels"):
         load_backbone(str(checkpoint), in_chans=3)
 
 
 def test_weights_of_many_channels_must_say_their_statistics(tmp_path: Path) -> None:
-    model = timm.create_model("convnextv2_atto", in_chans=5, num_classes=0)
-    save_dense(tmp_path / "bands", model, Weights({}, Architecture("convnextv2_atto", 5)))
+    save_classifier(tmp_path / "bands", Classifier(Encoder(ATTO, 5), 2), Weights({}, Architecture(ATTO, 5)))
     with pytest.raises(ValueError, match="does not say the mean and std of its 5 channels"):
         load_backbone(str(tmp_path / "bands"))
 

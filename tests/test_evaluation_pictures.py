@@ -11,7 +11,6 @@ from PIL import Image
 from torch import Tensor
 
 from fcmae.data.normalize import Normalize
-from fcmae.loss import patch_statistics, patchify
 from fcmae.evaluation.pictures import (
     reconstruction_panels,
     save_curves,
@@ -20,6 +19,7 @@ from fcmae.evaluation.pictures import (
     save_reconstructions,
     save_tiles,
 )
+from fcmae.masked import patch_statistics, patchify
 
 NORMALIZE = Normalize([0.5, 0.4, 0.3], [0.2, 0.3, 0.4])
 MASK = torch.tensor([[[True, False, True], [False, True, True]], [[False, True, True], [True, True, False]]])

@@ -12,9 +12,11 @@ from torch import Tensor
 from fcmae.layouts import Masked, Packed, make_layout
 from fcmae.layouts.sites import count_visible, refine, true_rows
 from fcmae.masking import num_visible, random_mask
-from fcmae.networks.convnext import VARIANTS, Encoder
+from fcmae.networks.convnext import Encoder
 from fcmae.networks.layers import Block
+from fcmae.networks.spec import VARIANTS
 
+ATTO = VARIANTS["convnextv2_atto"]
 BACKENDS = ["packed", "masked", MINKOWSKI]
 AGAINST_MASKED = ["packed", MINKOWSKI]
 
@@ -139,7 +141,7 @@ def test_drop_path_draws_the_same_images_in_every_layout(backend: str) -> None:
 
 def test_drop_path_acts_in_training_only() -> None:
     mask = masks(32, (1, 2), 1)
-    block = Block(4, drop_path=0.9)
+    block = Block(4, drop_path_rate=0.9)
     layout = Packed(mask, 1)
     x = layout.pack(torch.randn(32, 1, 2, 4))
     changed = (block.train()(x, layout) != x).flatten(1).any(1)
@@ -164,7 +166,7 @@ def test_drop_path_acts_in_training_only() -> None:
 def test_encoder_equals_masked_encoder(
     backend: str, variant: str, stem_stride: int, mask_patch: int, size: tuple[int, int], ratio: float, batch: int
 ) -> None:
-    encoder = Encoder(variant, stem_stride=stem_stride).double()
+    encoder = Encoder(VARIANTS[variant].model_copy(update={"stem_stride": stem_stride})).double()
     randomize(encoder, std=0.1)
     grid = (size[0] // mask_patch, size[1] // mask_patch)
     visible = num_visible(grid[0] * grid[1], ratio)
@@ -203,7 +205,7 @@ def test_block_equals_masked_block_at_every_stage_width(backend: str, dim: int) 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_hidden_pixels_cannot_reach_visible_features(backend: str) -> None:
-    encoder = Encoder("convnextv2_atto")
+    encoder = Encoder(ATTO)
     randomize(encoder, std=0.1)
     mask = masks(2, (2, 3), 2)
     layout = make_layout(backend, mask)
@@ -220,7 +222,7 @@ def test_hidden_pixels_cannot_reach_visible_features(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_image_alone_equals_the_same_image_in_a_batch(backend: str) -> None:
-    encoder = Encoder("convnextv2_atto").double()
+    encoder = Encoder(ATTO).double()
     randomize(encoder, std=0.1)
     mask = masks(3, (2, 2), 2)
     images = torch.randn(3, 3, 64, 64, dtype=torch.float64)

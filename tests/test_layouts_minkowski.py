@@ -11,8 +11,11 @@ from torch import Tensor
 
 from fcmae.layouts import Masked, make_layout
 from fcmae.networks.convnext import Encoder
+from fcmae.networks.spec import VARIANTS
 
 pytestmark = requires_minkowski
+
+SMALL_IMAGES = VARIANTS["convnextv2_atto"].model_copy(update={"stem_stride": 1})
 
 # Images of 2 x 4 patches that show three, none, all and one of them.
 UNEVEN = torch.tensor(
@@ -102,7 +105,7 @@ def encoded(encoder: Encoder, images: Tensor, layout: Any) -> list[Tensor]:
 
 @pytest.mark.parametrize("scope", ["image", "batch"])
 def test_any_mask_gives_what_the_masked_encoder_does(scope: str) -> None:
-    encoder = Encoder("convnextv2_atto", stem_stride=1).double()
+    encoder = Encoder(SMALL_IMAGES).double()
     randomize(encoder, std=0.1)
     images = torch.randn(4, 3, 16, 32, dtype=torch.float64)
     found = encoded(encoder, images, make_layout("minkowski", UNEVEN, grn_scope=scope))
@@ -111,7 +114,7 @@ def test_any_mask_gives_what_the_masked_encoder_does(scope: str) -> None:
 
 
 def test_the_order_of_the_rows_does_not_matter(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    encoder = Encoder("convnextv2_atto", stem_stride=1).double()
+    encoder = Encoder(SMALL_IMAGES).double()
     randomize(encoder, std=0.1)
     images = torch.randn(4, 3, 16, 32, dtype=torch.float64)
     layout = make_layout("minkowski", UNEVEN)

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from fcmae.layouts import Packed, make_layout
 from fcmae.masking import random_mask
-from fcmae.networks.convnext import VARIANTS, Encoder, Variant
+from fcmae.networks.convnext import Encoder
+from fcmae.networks.spec import ConvNeXtSpec
 
 triton = pytest.importorskip("triton")
 
@@ -24,7 +25,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.interpreter import InterpretedFunction  # noqa: E402
 
-from fcmae.layouts import kernels  # noqa: E402
+from fcmae.layouts import triton as kernels  # noqa: E402
 
 KERNELS = ("_convolution_kernel", "_weight_kernel")
 HELPERS = ("_neighbour", "_load_row", "_add_row", "_correlate_row")
@@ -248,9 +249,8 @@ def test_layouts_triton_compile_without_spills(
 
 def test_the_backend_trains_as_packed_does(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "available", lambda _: True)
-    monkeypatch.setitem(VARIANTS, "convnextv2_atto", Variant((1, 1, 1, 1), (2, 3, 4, 5), True))
-    torch.manual_seed(0)
-    encoder = Encoder("convnextv2_atto", in_chans=1, stem_stride=1).double().to(device)
+    spec = ConvNeXtSpec(depths=(1, 1, 1, 1), dims=(2, 3, 4, 5), stem_stride=1)
+    encoder = Encoder(spec, in_chans=1).double().to(device)
     images = torch.randn(2, 1, 8, 16, dtype=torch.float64, device=device)
     mask = torch.tensor([[[True, False]], [[False, True]]], device=device)
     found = []
@@ -258,3 +258,13 @@ def test_the_backend_trains_as_packed_does(device: str, monkeypatch: pytest.Monk
         out = encoder(images, make_layout(backend, mask, 1))
         found.append([out.detach(), *torch.autograd.grad(out.square().sum(), list(encoder.parameters()))])
     assert_near(found[1], [x.cpu() for x in found[0]], 1e-11)
+
+
+def test_other_kernels_take_the_plain_path(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "available", lambda _: True)
+    layout, _ = layout_of((2, 2), 2, 1)
+    f, weight, bias, grad = inputs(layout, 2, 3)
+    small = weight[..., 1:-1, 1:-1]
+    triton_layout = kernels.PackedTriton(torch.from_numpy(random_mask((2, 2), 2, [(5, 0)])), 2)
+    found = results(triton_layout.depthwise_conv, f, small, bias, grad)
+    assert_near(found, results(layout.depthwise_conv, f, small, bias, grad), TOLERANCES[torch.float64])

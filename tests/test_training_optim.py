@@ -10,28 +10,29 @@ import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from timm.optim import param_groups_layer_decay
 from torch import nn
 
-from fcmae.model import FCMAE
-from fcmae.networks.convnext import Encoder
+from fcmae.heads import Classifier
+from fcmae.masked import build_fcmae
+from fcmae.networks.convnext import Encoder, layer_of, num_layers
+from fcmae.networks.spec import VARIANTS, ConvNeXtSpec
 from fcmae.training.optim import layer_decay_scale, learning_rate, parameter_groups, set_learning_rate
-
-BASE = (3, 3, 27, 3)
-ATTO = (2, 2, 6, 2)
+from fcmae.weights.formats import rename
 
 
-def on_meta(name: str) -> nn.Module:
-    """timm's model, without memory for its weights."""
+def classifier_on_meta(variant: str) -> Classifier:
+    """A network without memory for its weights."""
     with torch.device("meta"):
-        return timm.create_model(name, num_classes=3)
+        return Classifier(Encoder(VARIANTS[variant]), 3)
 
 
 def fcmae_on_meta(variant: str) -> nn.Module:
     with torch.device("meta"):
-        return FCMAE(Encoder(variant), decoder_depth=2, decoder_dim=16)
+        return build_fcmae(Encoder(VARIANTS[variant]), 16, 2)
 
 
-@pytest.mark.parametrize("build", [fcmae_on_meta, on_meta])
+@pytest.mark.parametrize("build", [fcmae_on_meta, classifier_on_meta])
 @pytest.mark.parametrize("variant", ["convnextv2_atto", "convnext_tiny"])
 def test_only_the_weights_of_convolutions_and_linear_layers_decay(
     build: Callable[[str], nn.Module], variant: str
@@ -79,49 +80,74 @@ def test_before_its_first_step_a_group_does_not_move() -> None:
     assert moved == [[False, False, True, True]] * 2 + [[True] * 4]
 
 
-def layers_below(model: str, depths: tuple[int, ...], mode: str) -> dict[str, set[int]]:
-    """Layers from the head of every parameter of a timm model, by its module: stem, stages.i.downsample, ..."""
-    scale = layer_decay_scale(depths, 0.5, mode)
+def layers_below(variant: str, mode: str) -> dict[str, set[int]]:
+    """Layers from the head of every parameter of a classifier, by its module: downsample_layers.i, stages.i.j, ..."""
+    spec = VARIANTS[variant]
+    scale = layer_decay_scale(lambda name: layer_of(name, spec, mode), num_layers(spec, mode), 0.5)
     found: dict[str, set[int]] = {}
-    for name, _ in on_meta(model).named_parameters():
-        parts = name.split(".")
-        module = ".".join(parts[: {"stem": 1, "head": 1}.get(parts[0], 4 if parts[2] == "blocks" else 3)])
+    for name, _ in classifier_on_meta(variant).named_parameters():
+        parts = name.removeprefix("encoder.").split(".")
+        module = ".".join(parts[: {"stages": 3, "downsample_layers": 2}.get(parts[0], 1)])
         found.setdefault(module, set()).add(round(-math.log2(scale(name))))
     return found
 
 
+@pytest.mark.parametrize("variant", ["convnextv2_atto", "convnext_tiny"])
+def test_single_mode_is_timms_layer_decay_but_for_the_stem(variant: str) -> None:
+    model = timm.create_model(variant, num_classes=3)
+    groups = param_groups_layer_decay(model, 0.05, layer_decay=0.5)
+    factors = {parameter: group["lr_scale"] for group in groups for parameter in group["params"]}
+    top = max(factors.values())
+    theirs = {name: round(-math.log2(factors[p] / top)) for name, p in model.named_parameters()}
+    spec = VARIANTS[variant]
+    scale = layer_decay_scale(lambda name: layer_of(name, spec, "single"), num_layers(spec, "single"), 0.5)
+    for name, _ in classifier_on_meta(variant).named_parameters():
+        found, other = round(-math.log2(scale(name))), theirs[rename(name, "timm")]
+        below = name.startswith("encoder.downsample_layers.0.")  # timm's stem lies a layer below the first block
+        assert other == found + below, name
+
+
 def test_single_mode_gives_each_block_of_atto_a_layer() -> None:
     # Worked by hand from the released code's rule: 12 blocks, the head above them; the stem shares the first block's.
-    expected = {"head": 0, "stem": 12}
+    expected = {"head": 0, "norm": 0, "downsample_layers.0": 12}
     blocks = ["0.0", "0.1", "1.0", "1.1", "2.0", "2.1", "2.2", "2.3", "2.4", "2.5", "3.0", "3.1"]
     for below, block in enumerate(reversed(blocks), start=1):
-        stage, number = block.split(".")
-        expected[f"stages.{stage}.blocks.{number}"] = below
-    expected |= {"stages.1.downsample": 10, "stages.2.downsample": 8, "stages.3.downsample": 2}
-    assert layers_below("convnextv2_atto", ATTO, "single") == {name: {n} for name, n in expected.items()}
+        expected[f"stages.{block}"] = below
+    expected |= {"downsample_layers.1": 10, "downsample_layers.2": 8, "downsample_layers.3": 2}
+    assert layers_below("convnextv2_atto", "single") == {name: {n} for name, n in expected.items()}
 
 
 def test_group_mode_gives_base_twelve_groups_and_the_stem_below_them() -> None:
     # Released: ids 0 (stem), 1, 2 (stages 0, 1), 3..11 (threes of stage 2), 12 (stage 3), 13 (head); 13 - id here.
-    ids = {"head": 13, "stem": 0, "stages.1.downsample": 2, "stages.2.downsample": 3, "stages.3.downsample": 12}
-    ids |= {f"stages.0.blocks.{j}": 1 for j in range(3)} | {f"stages.1.blocks.{j}": 2 for j in range(3)}
-    ids |= {f"stages.2.blocks.{j}": 3 + j // 3 for j in range(27)} | {f"stages.3.blocks.{j}": 12 for j in range(3)}
-    found = layers_below("convnextv2_base", BASE, "group")
+    ids = {"head": 13, "norm": 13}
+    ids |= {"downsample_layers.0": 0, "downsample_layers.1": 2, "downsample_layers.2": 3, "downsample_layers.3": 12}
+    ids |= {f"stages.0.{j}": 1 for j in range(3)} | {f"stages.1.{j}": 2 for j in range(3)}
+    ids |= {f"stages.2.{j}": 3 + j // 3 for j in range(27)} | {f"stages.3.{j}": 12 for j in range(3)}
+    found = layers_below("convnextv2_base", "group")
     assert found == {name: {13 - number} for name, number in ids.items()}
     assert len(set(ids.values()) - {0, 13}) == 12
 
 
 def test_group_mode_works_for_depths_that_threes_do_not_divide() -> None:
-    found = layers_below("convnextv2_nano", (2, 2, 8, 2), "group")
-    assert found["stages.2.blocks.7"] == {2}  # the third, short group of stage 2
-    assert found["stages.3.blocks.0"] == {1}
-    assert found["stages.2.blocks.0"] == {4}
-    assert found["stem"] == {7}
+    found = layers_below("convnextv2_nano", "group")
+    assert found["stages.2.7"] == {2}  # the third, short group of stage 2
+    assert found["stages.3.0"] == {1}
+    assert found["stages.2.0"] == {4}
+    assert found["downsample_layers.0"] == {7}
 
 
-def test_a_decay_of_one_leaves_every_rate_as_it_is() -> None:
-    scale = layer_decay_scale(ATTO, 1.0, "single")
-    assert {scale(name) for name, _ in on_meta("convnextv2_atto").named_parameters()} == {1.0}
+def test_layers_of_three_stages_decay_too() -> None:
+    spec = ConvNeXtSpec(depths=(1, 2, 1), dims=(8, 8, 8))
+    scale = layer_decay_scale(lambda name: layer_of(name, spec, "single"), num_layers(spec, "single"), 0.5)
+    names = ["encoder.downsample_layers.0.0.weight", "encoder.stages.1.0.norm.bias", "encoder.stages.2.0.norm.bias"]
+    assert [scale(name) for name in (*names, "head.weight")] == [2**-4, 2**-3, 2**-1, 1]
+
+
+@pytest.mark.parametrize("mode", ["single", "group"])
+def test_a_decay_of_one_leaves_every_rate_as_it_is(mode: str) -> None:
+    spec = VARIANTS["convnextv2_atto"]
+    scale = layer_decay_scale(lambda name: layer_of(name, spec, mode), num_layers(spec, mode), 1.0)
+    assert {scale(name) for name, _ in classifier_on_meta("convnextv2_atto").named_parameters()} == {1.0}
 
 
 @pytest.mark.parametrize(

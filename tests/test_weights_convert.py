@@ -13,75 +13,44 @@ from safetensors.torch import load_file, save_file
 from timm.models.convnext import checkpoint_filter_fn
 
 from fcmae.config import PretrainConfig
-from fcmae.layouts import make_layout
-from fcmae.model import FCMAE
-from fcmae.networks.convnext import VARIANTS, Encoder
+from fcmae.heads import Classifier
+from fcmae.masked import FCMAE, build_fcmae
+from fcmae.networks.convnext import Encoder
+from fcmae.networks.spec import VARIANTS, ConvNeXtSpec
 from fcmae.training import checkpoint
 from fcmae.weights.convert import (
     adapt_in_chans,
-    build_dense,
+    build_classifier,
+    build_encoder,
     check,
     convert,
-    create_dense,
-    save_dense,
+    save_classifier,
     start_from,
 )
 from fcmae.weights.files import Weights, encoder_output, read_weights
-from fcmae.weights.formats import FORMATS, Architecture, rename, to_state
+from fcmae.weights.formats import FORMATS, Architecture, to_state
+
+ATTO = VARIANTS["convnextv2_atto"]
 
 
 def write_checkpoint(out: Path, **model: object) -> tuple[Path, FCMAE]:
     """A pretraining checkpoint as a run leaves it, with random weights."""
-    in_chans = int(model.pop("in_chans", 3))
-    data = {"path": ["x"], "in_chans": in_chans, "image_size": 64}
+    in_chans, size = int(model.pop("in_chans", 3)), int(model.pop("image_size", 64))
+    data = {"path": ["x"], "in_chans": in_chans, "image_size": size}
     if in_chans not in (1, 3):
         data |= {"mean": [0.5] * in_chans, "std": [0.25] * in_chans}
     cfg = PretrainConfig.model_validate({"out": out, "data": data, "model": {"decoder_dim": 16, **model}})
-    net = FCMAE(Encoder(cfg.model.variant, in_chans, cfg.model.stem_stride), decoder_dim=16)
+    net = build_fcmae(Encoder(cfg.model.spec, in_chans), 16)
     randomize(net, std=0.1)
-    meta = checkpoint.Meta("pretrain", 3, cfg.model_dump(mode="json"), "fingerprint")
+    config, spec = cfg.model_dump(mode="json"), net.encoder.spec.model_dump()
+    meta = checkpoint.Meta("pretrain", 3, config, "fingerprint", spec=spec)
     return checkpoint.save(out, meta, {"model": net.state_dict()}), net
 
 
 def dense_features(net: FCMAE, images: torch.Tensor) -> torch.Tensor:
-    """The sparse encoder's features with nothing masked, (B, C, h, w)."""
-    stride = net.encoder.total_stride
-    mask = torch.zeros(len(images), images.shape[2] // stride, images.shape[3] // stride, dtype=torch.bool)
-    layout = make_layout("packed", mask)
-    return layout.unpack(net.encoder(images, layout)).permute(0, 3, 1, 2)
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_nothing_masked_equals_timm_dense_model(variant: str) -> None:
-    # Neither is initialised twice, and the state is moved, not copied: huge has 657 million parameters.
-    with torch.device("meta"):
-        encoder, dense = Encoder(variant), create_dense(variant)
-    encoder.to_empty(device="cpu")
-    randomize(encoder, std=0.02)  # keeps activations of the deep variants in float32's comfortable range
-    state = {f"encoder.{name}": value for name, value in encoder.state_dict().items()}
-    dense.load_state_dict(to_state(state, variant, "timm"), assign=True)
-    images = torch.randn(1, 3, 64, 32)
-    with torch.no_grad():
-        layout = make_layout("packed", torch.zeros(1, 2, 1, dtype=torch.bool))
-        ours = layout.unpack(encoder(images, layout)).permute(0, 3, 1, 2)
-        theirs = dense.stages(dense.stem(images))
-    torch.testing.assert_close(ours, theirs, atol=1e-5 * float(theirs.abs().max()), rtol=1e-4)
-
-
-@pytest.mark.parametrize("stem_stride", [1, 2, 4])
-@pytest.mark.parametrize("variant", ["convnextv2_atto", "convnext_atto", "convnext_tiny"])
-def test_gradients_equal_timm_dense_model(variant: str, stem_stride: int) -> None:
-    net = FCMAE(Encoder(variant, stem_stride=stem_stride), decoder_dim=8).double()
-    randomize(net, std=0.1)
-    dense = create_dense(variant, stem_stride=stem_stride).double()
-    dense.load_state_dict(to_state(net.state_dict(), variant, "timm"))
-    images = torch.randn(2, 3, 16 * stem_stride, 8 * stem_stride, dtype=torch.float64)
-    dense_features(net, images).square().mean().backward()
-    dense.stages(dense.stem(images)).square().mean().backward()
-    theirs = dict(dense.named_parameters())
-    for name, p in net.encoder.named_parameters():
-        grad = theirs[rename(f"encoder.{name}", "timm")].grad
-        torch.testing.assert_close(p.grad, grad.view_as(p), atol=1e-10, rtol=1e-8, msg=name)
+    """The encoder's features with nothing masked, (B, C, h, w)."""
+    features: torch.Tensor = net.encoder(images).permute(0, 3, 1, 2)
+    return features
 
 
 @pytest.mark.parametrize(("in_chans", "stem_stride"), [(3, 4), (1, 4), (5, 1)])
@@ -96,7 +65,7 @@ def test_timm_loads_the_directory_strictly(tmp_path: Path, in_chans: int, stem_s
     assert model.pretrained_cfg["input_size"] == (in_chans, 64, 64)
     assert len(model.pretrained_cfg["mean"]) == in_chans
     assert model.head.norm.weight.eq(1).all()
-    assert "left out, as timm has no place for them: mask_token, proj.weight" in text
+    assert "left out, as timm has no place for them: decoder.mask_token, decoder.proj.weight" in text
     assert "read the same tensors back" in text
     origin = read_weights(tmp_path / "out").origin
     assert origin["step"] == 3
@@ -113,11 +82,11 @@ def test_our_export_does_not_claim_timms_licence_and_origin(tmp_path: Path) -> N
 
 def test_a_stride_2_stem_comes_back_through_our_loader(tmp_path: Path) -> None:
     place, net = write_checkpoint(tmp_path / "run", stem_stride=2)
-    convert(place, tmp_path / "out", "timm")
-    model = build_dense(read_weights(tmp_path / "out"))
+    text = convert(place, tmp_path / "out", "timm")
+    assert text.endswith("# timm has no such network")
+    encoder = build_encoder(read_weights(tmp_path / "out"))
     images = torch.randn(1, 3, 32, 16)
-    with torch.no_grad():
-        torch.testing.assert_close(model.stages(model.stem(images)), dense_features(net, images), atol=1e-4, rtol=1e-4)
+    assert torch.equal(encoder(images), net.encoder(images))
 
 
 def test_the_fair_file_is_what_timm_takes_for_released_weights(tmp_path: Path) -> None:
@@ -126,7 +95,7 @@ def test_the_fair_file_is_what_timm_takes_for_released_weights(tmp_path: Path) -
     state = load_file(tmp_path / "fair.safetensors")
     model = timm.create_model("convnextv2_atto", num_classes=0)
     filtered = checkpoint_filter_fn(dict(state), model)
-    ours = build_dense(read_weights(tmp_path / "fair.safetensors")).state_dict()
+    ours = to_state(read_weights(tmp_path / "fair.safetensors").state, ATTO, "timm")
     assert filtered.keys() == {name for name in ours if not name.startswith("head.norm")}
     for name, value in filtered.items():
         assert torch.equal(value, ours[name]), name
@@ -152,7 +121,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path: Path, where: str) -> None:
         def __reduce__(self) -> tuple[object, tuple[str]]:
             return (Path.touch, (tmp_path / "owned",))
 
-    content = {"model": Encoder("convnextv2_atto").state_dict(), where: Malicious()}
+    content = {"model": Encoder(ATTO).state_dict(), where: Malicious()}
     torch.save(content, tmp_path / "bad.pth")
     with pytest.raises(ValueError, match=r"bad\.pth holds more than tensors and was not loaded"):
         read_weights(tmp_path / "bad.pth")
@@ -161,11 +130,11 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path: Path, where: str) -> None:
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_the_flags_beside_released_weights_are_let_through(tmp_path: Path, zipped: bool) -> None:
-    state = Encoder("convnextv2_atto").state_dict()
+    state = Encoder(ATTO).state_dict()
     content = {"model": state, "args": argparse.Namespace(lr=1e-4, model="convnextv2_atto"), "epoch": 799}
     torch.save(content, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
     read = read_weights(tmp_path / "a.pth")
-    assert (read.format, read.architecture.variant, read.origin) == ("fair", "convnextv2_atto", {"file": "a.pth"})
+    assert (read.format, read.architecture.spec, read.origin) == ("fair", ATTO, {"file": "a.pth"})
     assert all(torch.equal(read.state[f"encoder.{name}"], value) for name, value in state.items())
     # Loading one file must not open the door for others' code.
     assert argparse.Namespace not in torch.serialization.get_safe_globals()
@@ -197,18 +166,21 @@ def test_a_directory_with_another_config_is_refused(tmp_path: Path, config: str)
         read_weights(tmp_path)
 
 
-def test_the_head_is_kept_or_made_new(tmp_path: Path) -> None:
-    model = create_dense("convnextv2_atto", num_classes=3)
+def test_a_classifier_comes_back_with_its_classes_and_image_settings(tmp_path: Path) -> None:
+    model = Classifier(Encoder(ATTO), 3)
     randomize(model)
     image = {"mean": [0.5] * 3, "std": [0.5] * 3, "input_size": [3, 64, 64]}
-    save_dense(tmp_path / "tuned", model, Weights({}, Architecture("convnextv2_atto"), image, ("a", "b", "c")))
+    save_classifier(tmp_path / "tuned", model, Weights({}, Architecture(ATTO), image, ("a", "b", "c")))
     read = read_weights(tmp_path / "tuned")
-    assert (read.class_names, read.image) == (("a", "b", "c"), image)
-    kept = build_dense(read)
-    assert all(torch.equal(value, model.state_dict()[name]) for name, value in kept.state_dict().items())
-    fresh = build_dense(read, num_classes=7)
-    assert fresh.head.fc.weight.shape == (7, 320)
-    assert torch.equal(fresh.head.norm.weight, model.head.norm.weight)
+    assert (read.class_names, read.image, read.architecture.num_classes) == (("a", "b", "c"), image, 3)
+    back = build_classifier(read)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in back.state_dict().items())
+
+
+def test_a_classifier_needs_a_head(tmp_path: Path) -> None:
+    place, _ = write_checkpoint(tmp_path / "run")
+    with pytest.raises(ValueError, match="the weights have no classifier: give those of a fine-tuned model"):
+        build_classifier(read_weights(place))
 
 
 @pytest.mark.parametrize("to", FORMATS)
@@ -219,7 +191,7 @@ def test_what_a_file_says_of_itself_survives_every_format(tmp_path: Path, to: st
     assert "read the same tensors back" in text
     assert "is as expected" in check(dest)
     read = read_weights(dest)
-    assert (read.format, read.architecture.variant, read.architecture.in_chans) == (to, "convnextv2_atto", 5)
+    assert (read.format, read.architecture.spec, read.architecture.in_chans) == (to, ATTO, 5)
     assert (read.image["mean"], read.image["input_size"], read.origin["step"]) == ([0.5] * 5, [5, 64, 64], 3)
     assert all(torch.equal(value, net.state_dict()[name]) for name, value in read.state.items())
     # And on from there, as a .pth file.
@@ -244,8 +216,11 @@ def test_transformers_loads_our_export_and_computes_timms_features(
     images = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
         theirs = model.eval()(images)
-        dense = build_dense(read_weights(place)).eval()
-        features = dense.forward_features(images)
+        state, spec = read_weights(place).state, VARIANTS[variant]
+        dense = timm.create_model(variant, num_classes=0)
+        dense.stem[0] = torch.nn.Conv2d(3, spec.dims[0], stem_stride, stem_stride)  # timm's of stride 2 is another
+        dense.load_state_dict(to_state(state, spec, "timm"))
+        features = dense.eval().forward_features(images)
         scale = float(features.abs().max())
         torch.testing.assert_close(theirs.last_hidden_state, features, atol=1e-5 * scale, rtol=1e-5)
         torch.testing.assert_close(theirs.pooler_output, dense(images), atol=1e-5, rtol=1e-5)
@@ -254,9 +229,9 @@ def test_transformers_loads_our_export_and_computes_timms_features(
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_transformers_classifies_as_our_fine_tuned_export(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    model = create_dense("convnextv2_atto", num_classes=3).eval()
+    model = Classifier(Encoder(ATTO), 3).eval()
     randomize(model, std=0.1)
-    save_dense(tmp_path / "timm", model, Weights({}, Architecture("convnextv2_atto"), class_names=("a", "b", "c")))
+    save_classifier(tmp_path / "timm", model, Weights({}, Architecture(ATTO), class_names=("a", "b", "c")))
     convert(tmp_path / "timm", tmp_path / "hf", "transformers")
     theirs = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "hf").eval()
     assert theirs.config.id2label == {0: "a", 1: "b", 2: "c"}
@@ -291,12 +266,12 @@ def test_a_file_needs_a_files_name(tmp_path: Path, dest: str) -> None:
 
 
 def test_the_expected_output_is_that_of_the_encoder_with_nothing_masked() -> None:
-    net = FCMAE(Encoder("convnextv2_atto"), decoder_dim=16)
+    net = build_fcmae(Encoder(ATTO), 16)
     randomize(net, std=0.1)
     image = torch.arange(3 * 64 * 64, dtype=torch.float64).sin().float().view(1, 3, 64, 64)
     with torch.no_grad():
         features = dense_features(net, image).mean((0, 2, 3))
-    output = encoder_output(Weights(net.state_dict(), Architecture("convnextv2_atto", 3, 4, 1, 16)))
+    output = encoder_output(Weights(net.state_dict(), Architecture(ATTO, 3, 1, 16)))
     torch.testing.assert_close(torch.tensor(output), features[::20], atol=1e-5 * float(features.abs().max()), rtol=1e-4)
 
 
@@ -316,7 +291,7 @@ def test_check_finds_a_damaged_or_transposed_weight(tmp_path: Path, damaged: str
 
 
 def test_check_says_when_a_file_does_not_tell(tmp_path: Path) -> None:
-    save_file(Encoder("convnextv2_atto").state_dict(), tmp_path / "a.safetensors")
+    save_file(Encoder(ATTO).state_dict(), tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match="does not say what to expect of it"):
         check(tmp_path / "a.safetensors")
 
@@ -329,14 +304,13 @@ def test_rgb_weights_adapt_as_timm_adapts_them(tmp_path: Path) -> None:
     images = torch.randn(1, 1, 64, 64)
     with torch.no_grad():
         # A grey image gives what its copy in three channels gave.
-        model = build_dense(grey)
-        torch.testing.assert_close(
-            model.forward_features(images), dense_features(net, images.expand(1, 3, 64, 64)), atol=1e-3, rtol=1e-3
-        )
+        found = build_encoder(grey)(images).permute(0, 3, 1, 2)
+        expected = dense_features(net, images.expand(1, 3, 64, 64))
+        torch.testing.assert_close(found, expected, atol=1e-4 * float(expected.abs().max()), rtol=1e-3)
     held = five.state["encoder.downsample_layers.0.0.weight"]
     torch.testing.assert_close(held, stem.data[:, [0, 1, 2, 0, 1]] * 3 / 5)
     assert (five.architecture.in_chans, five.image, five.expected_output) == (5, {}, ())
-    assert "pred.weight" not in five.state
+    assert not any(name.startswith("decoder.") for name in five.state)
     with pytest.raises(ValueError, match=r"only those of 3 \(RGB\) adapt"):
         adapt_in_chans(five, 4)
 
@@ -346,7 +320,7 @@ def test_pretraining_starts_from_every_format(tmp_path: Path, to: str) -> None:
     place, net = write_checkpoint(tmp_path / "run")
     dest = tmp_path / ("out" if to in ("timm", "transformers") else "out.pth")
     convert(place, dest, to)
-    model = FCMAE(Encoder("convnextv2_atto"), decoder_dim=16)
+    model = build_fcmae(Encoder(ATTO), 16)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     text = start_from(model, read_weights(dest))
     has_decoder = to in ("fcmae", "minkowski")
@@ -358,23 +332,30 @@ def test_pretraining_starts_from_every_format(tmp_path: Path, to: str) -> None:
 
 def test_a_decoder_that_does_not_fit_starts_fresh(tmp_path: Path) -> None:
     place, net = write_checkpoint(tmp_path / "run")
-    wider = FCMAE(Encoder("convnextv2_atto"), decoder_dim=24)
+    wider = build_fcmae(Encoder(ATTO), 24)
     assert start_from(wider, read_weights(place)).endswith("model.init has one of depth 1 and width 16 for 3 channels")
-    grey = FCMAE(Encoder("convnextv2_atto", in_chans=1), decoder_dim=16)
+    grey = build_fcmae(Encoder(ATTO, in_chans=1), 16)
     text = start_from(grey, read_weights(place))
     assert "its stem adapted from 3 channels to 1; a fresh decoder" in text
     assert torch.equal(grey.encoder.stages[0][0].dwconv.weight, net.encoder.stages[0][0].dwconv.weight)
 
 
-@pytest.mark.parametrize("other", [{"variant": "convnextv2_femto"}, {"variant": "convnextv2_atto", "stem_stride": 2}])
-def test_starting_from_another_network_is_refused(tmp_path: Path, other: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    "other",
+    [
+        VARIANTS["convnextv2_femto"],
+        ATTO.model_copy(update={"stem_stride": 2}),
+        ConvNeXtSpec(depths=(1, 1), dims=(4, 8)),
+    ],
+)
+def test_starting_from_another_network_is_refused(tmp_path: Path, other: ConvNeXtSpec) -> None:
     place, _ = write_checkpoint(tmp_path / "run")
     with pytest.raises(ValueError, match=r"set model\.variant and model\.stem_stride to those of model\.init"):
-        start_from(FCMAE(Encoder(**other), decoder_dim=16), read_weights(place))
+        start_from(build_fcmae(Encoder(other), 16), read_weights(place))
 
 
 def test_weights_of_16_bits_are_read_and_kept(tmp_path: Path) -> None:
-    state = {name: value.bfloat16() for name, value in Encoder("convnextv2_atto").state_dict().items()}
+    state = {name: value.bfloat16() for name, value in Encoder(ATTO).state_dict().items()}
     save_file(state, tmp_path / "a.safetensors")
     convert(tmp_path / "a.safetensors", tmp_path / "out", "timm")
     assert all(value.dtype == torch.bfloat16 for value in load_file(tmp_path / "out" / "model.safetensors").values())
@@ -400,10 +381,10 @@ def test_what_reads_back_otherwise_is_removed(tmp_path: Path, monkeypatch: pytes
     write = checkpoint.write_tensors
 
     def zeroed(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-        write(path, tensors | {"pred.weight": torch.zeros_like(tensors["pred.weight"])}, metadata)
+        write(path, tensors | {"decoder.pred.weight": torch.zeros_like(tensors["decoder.pred.weight"])}, metadata)
 
     monkeypatch.setattr(checkpoint, "write_tensors", zeroed)
-    with pytest.raises(ValueError, match=r"is not what is read back: pred\.weight"):
+    with pytest.raises(ValueError, match=r"is not what is read back: decoder\.pred\.weight"):
         convert(place, tmp_path / "out.safetensors", "fcmae")
     assert not (tmp_path / "out.safetensors").exists()
 
@@ -423,7 +404,7 @@ def test_a_damaged_source_is_not_converted(tmp_path: Path) -> None:
 
 
 def test_tensors_that_share_memory_are_written(tmp_path: Path) -> None:
-    state = Encoder("convnextv2_atto").state_dict()
+    state = Encoder(ATTO).state_dict()
     zeros = torch.zeros(40)
     state |= {"stages.0.0.dwconv.bias": zeros, "stages.0.1.dwconv.bias": zeros}
     torch.save(state, tmp_path / "a.pth")
@@ -444,7 +425,7 @@ def test_tensors_that_share_memory_are_written(tmp_path: Path) -> None:
     ],
 )
 def test_a_record_that_is_not_ours_is_refused_in_a_sentence(tmp_path: Path, record: object) -> None:
-    torch.save({"model": Encoder("convnextv2_atto").state_dict(), "fcmae": record}, tmp_path / "a.pth")
+    torch.save({"model": Encoder(ATTO).state_dict(), "fcmae": record}, tmp_path / "a.pth")
     with pytest.raises(ValueError, match=r"a\.pth: its record 'fcmae' is not one of ours"):
         read_weights(tmp_path / "a.pth")
 
@@ -460,14 +441,14 @@ def test_a_record_that_is_not_ours_is_refused_in_a_sentence(tmp_path: Path, reco
     ],
 )
 def test_weights_that_are_no_plain_numbers_are_refused(tmp_path: Path, value: object) -> None:
-    state = Encoder("convnextv2_atto").state_dict() | {"stages.0.0.dwconv.bias": value}
+    state = Encoder(ATTO).state_dict() | {"stages.0.0.dwconv.bias": value}
     torch.save(state, tmp_path / "a.pth")
     with pytest.raises(ValueError, match="holds no state dict"):
         read_weights(tmp_path / "a.pth")
 
 
 def test_another_entry_of_a_file_is_read_when_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    state = Encoder("convnextv2_atto").state_dict()
+    state = Encoder(ATTO).state_dict()
     average = {name: value * 2 for name, value in state.items()}
     torch.save({"model": state, "model_ema": average, "optimizer": {"lr": 1}}, tmp_path / "a.pth")
     with caplog.at_level("WARNING", logger="fcmae"):
@@ -522,3 +503,102 @@ def test_others_may_read_what_is_written(tmp_path: Path) -> None:
     mode = (tmp_path / "new").stat().st_mode
     assert (tmp_path / "out" / "model.safetensors").stat().st_mode == mode
     assert (place / "model.safetensors").stat().st_mode == mode
+
+
+# Networks of any numbers
+
+
+CUSTOM = {
+    "four stages": ConvNeXtSpec(depths=(1, 2, 1, 1), dims=(4, 6, 8, 10), kernel_size=5),
+    "four stages, V1, small stem": ConvNeXtSpec(depths=(1, 1, 2, 1), dims=(4, 4, 6, 8), stem_stride=1, use_grn=False),
+    "stem stride 3": ConvNeXtSpec(depths=(1, 1, 1, 1), dims=(4, 6, 8, 10), stem_stride=3, kernel_size=9),
+    "stem stride 2": ConvNeXtSpec(depths=(1, 1, 1, 1), dims=(4, 6, 8, 10), stem_stride=2),
+    "stem stride 8": ConvNeXtSpec(depths=(1, 1, 1, 1), dims=(4, 6, 8, 10), stem_stride=8),
+    "three stages": ConvNeXtSpec(depths=(1, 2, 1), dims=(4, 6, 8)),
+    "two stages": ConvNeXtSpec(depths=(2, 1), dims=(4, 6), stem_stride=2, kernel_size=3, use_grn=False),
+    "own widths": ConvNeXtSpec(depths=(1, 1, 1, 1), dims=(4, 6, 8, 10), hidden=((7,), (24,), (5,), (41,))),
+}
+TIMM_HOLDS = ("four stages", "four stages, V1, small stem", "stem stride 3")
+TRANSFORMERS_HOLDS = ("three stages", "stem stride 2", "stem stride 8", "four stages, V1, small stem")
+
+
+def of_numbers(name: str, out: Path) -> tuple[Path, FCMAE]:
+    """A checkpoint of a custom network."""
+    spec = CUSTOM[name]
+    patch = 2 * spec.total_stride
+    variant = spec.model_dump(exclude={"stem_stride"})
+    return write_checkpoint(out, variant=variant, stem_stride=spec.stem_stride, mask_patch=patch, image_size=2 * patch)
+
+
+@pytest.mark.parametrize("name", CUSTOM)
+@pytest.mark.parametrize("to", ["fcmae", "minkowski", "fair", "timm"])
+def test_networks_of_any_numbers_survive_every_format_that_holds_them(tmp_path: Path, to: str, name: str) -> None:
+    place, net = of_numbers(name, tmp_path / "run")
+    dest = tmp_path / ("out" if to == "timm" else "out.pth")
+    assert "read the same tensors back" in convert(place, dest, to)
+    assert "is as expected" in check(dest)
+    read = read_weights(dest)
+    assert (read.format, read.architecture.spec) == (to, CUSTOM[name])
+    assert (read.architecture.decoder_dim == 16) == (to in ("fcmae", "minkowski"))
+    side = 2 * CUSTOM[name].total_stride
+    images = torch.randn(1, 3, side, side)
+    with torch.no_grad():
+        assert torch.equal(build_encoder(read)(images), net.encoder(images))
+
+
+@pytest.mark.parametrize("name", CUSTOM)
+def test_timm_loads_what_it_can_hold_strictly_and_refuses_the_rest_by_its_name(tmp_path: Path, name: str) -> None:
+    place, net = of_numbers(name, tmp_path / "run")
+    text = convert(place, tmp_path / "out", "timm")
+    source = f"local-dir:{tmp_path / 'out'}"
+    if name in TIMM_HOLDS:
+        assert text.endswith(f'use: timm.create_model("{source}", pretrained=True)')
+        model = timm.create_model(source, pretrained=True).eval()
+        images = torch.randn(1, 3, 96, 120)
+        with torch.no_grad():
+            expected = dense_features(net, images)
+            found = model.forward_features(images)
+        torch.testing.assert_close(found, expected, atol=1e-5 * float(expected.abs().max()), rtol=0)
+        # It is loaded strictly: a tensor less is an error.
+        file = tmp_path / "out" / "model.safetensors"
+        state = load_file(file)
+        save_file({k: v.clone() for k, v in state.items() if k != "stages.0.blocks.0.norm.weight"}, file)
+        with pytest.raises(RuntimeError, match="Missing key"):
+            timm.create_model(source, pretrained=True)
+    else:
+        assert text.endswith("# timm has no such network")
+        with pytest.raises(RuntimeError, match="Unknown model"):
+            timm.create_model(source, pretrained=True)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("name", CUSTOM)
+def test_transformers_loads_other_stages_depths_and_widths_but_no_kernels_and_hidden_widths(
+    tmp_path: Path, name: str
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    place, net = of_numbers(name, tmp_path / "run")
+    if name not in TRANSFORMERS_HOLDS:
+        with pytest.raises(ValueError, match="transformers' ConvNeXts have 7x7 kernels and 4C hidden channels: use"):
+            convert(place, tmp_path / "out", "transformers")
+        assert not (tmp_path / "out").exists()
+        return
+    convert(place, tmp_path / "out", "transformers")
+    model, report = transformers.AutoModel.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    images = torch.randn(1, 3, 128, 192)
+    with torch.no_grad():
+        found, expected = model.eval()(images).last_hidden_state, dense_features(net, images)
+    torch.testing.assert_close(found, expected, atol=1e-5 * float(expected.abs().max()), rtol=0)
+    assert read_weights(tmp_path / "out").architecture.spec == CUSTOM[name]
+
+
+def test_a_classifier_of_three_stages_comes_back(tmp_path: Path) -> None:
+    spec = CUSTOM["three stages"]
+    model = Classifier(Encoder(spec), 3)
+    randomize(model)
+    save_classifier(tmp_path / "tuned", model, Weights({}, Architecture(spec), class_names=("a", "b", "c")))
+    back = build_classifier(read_weights(tmp_path / "tuned"))
+    images = torch.randn(2, 3, 32, 48)
+    assert back.encoder.spec == spec
+    assert torch.equal(back(images), model(images))

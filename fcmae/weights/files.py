@@ -311,11 +311,12 @@ def encoder_output(weights: Weights) -> tuple[float, ...]:
 
 
 def timm_holds(spec: ConvNeXtSpec) -> bool:
-    """Whether timm can build the network: four stages, 4C hidden channels, and a stem of any stride but 2.
+    """Whether timm can build the network: four stages, 4C hidden channels, and a stem of stride 1 or 3 to 7.
 
-    timm's stem of stride 2 comes with one more downsampling layer.
+    timm's stem of stride 2 comes with one more downsampling layer; from 8 on it dilates the last stage instead of
+    downsampling to it, as its total stride is 32 at most.
     """
-    return spec.num_stages == 4 and spec.hidden is None and spec.stem_stride != 2
+    return spec.num_stages == 4 and spec.hidden is None and spec.stem_stride in (1, 3, 4, 5, 6, 7)
 
 
 def save_weights(dest: Path, weights: Weights, to: str) -> None:

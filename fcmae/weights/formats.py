@@ -23,6 +23,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -92,6 +93,7 @@ _TIMM_CONVOLUTIONAL = ("_atto", "_femto", "_pico", "_nano")
 
 # Parameters that tell the width of a block and of its expanded features, and in which dimension.
 _WIDTH = (("norm.weight", 0), ("norm.bias", 0), ("dwconv.bias", -1), ("pwconv2.bias", 0), ("pwconv1.weight", 1))
+_DECODER_WIDTH = (("decoder.mask_token", 1), ("decoder.proj.weight", 0), ("decoder.pred.weight", 1))
 _HIDDEN = (("pwconv1.bias", 0), ("pwconv1.weight", 0), ("pwconv2.weight", 1), ("grn.gamma", -1))
 
 
@@ -129,6 +131,7 @@ class Architecture:
         return shapes
 
 
+@cache
 def rename(name: str, to: str) -> str:
     """The name of our parameter `name` in another format."""
     for pattern, replacement in _FROM_OURS[to]:
@@ -157,7 +160,8 @@ def detect(names: Iterable[str]) -> str:
         for p in ("weight", "bias")
     ]
     # The decoder tells ours from what ours was.
-    found = {to: sum(rename(name, to) in names for name in (*common, "decoder.mask_token")) for to in _FROM_OURS}
+    decoder = ("decoder.mask_token", "decoder.proj.weight", "decoder.pred.weight")
+    found = {to: sum(rename(name, to) in names for name in (*common, *decoder)) for to in _FROM_OURS}
     best = max(_FROM_OURS, key=lambda to: found[to])
     # Biases of ours and minkowski's have one name, so the one with the kernels too wins; less than half is a chance.
     if found[best] < len(common) // 2:
@@ -258,9 +262,7 @@ def _find_spec(tensors: Mapping[str, Tensor], source: str) -> ConvNeXtSpec:
         return tensors.get(rename(name, source))
 
     def most(names: Iterable[tuple[str, int]]) -> int:
-        sizes = [(value, dim) for name, dim in names if (value := of(name)) is not None and value.ndim > max(dim, 0)]
-        counted = Counter(value.shape[dim] for value, dim in sizes if value.numel())
-        return counted.most_common(1)[0][0] if counted else 1
+        return _most_told(tensors, source, names) or 1
 
     stages: list[list[str]] = []
     for i in range(4):
@@ -284,6 +286,14 @@ def _find_spec(tensors: Mapping[str, Tensor], source: str) -> ConvNeXtSpec:
     )
 
 
+def _most_told(tensors: Mapping[str, Tensor], source: str, names: Iterable[tuple[str, int]]) -> int:
+    """The size that most of our parameters `names` have in the dimension beside each; 0 if none is there."""
+    found = [(tensors.get(rename(name, source)), dim) for name, dim in names]
+    counted = Counter(value.shape[dim] for value, dim in found if value is not None and value.ndim > max(dim, 0))
+    counted.pop(0, None)
+    return counted.most_common(1)[0][0] if counted else 0
+
+
 def _architecture(tensors: Mapping[str, Tensor], source: str, spec: ConvNeXtSpec) -> Architecture:
     """What else the tensors are of, as far as they tell: what is missing or misshapen is found by comparing later."""
 
@@ -291,7 +301,12 @@ def _architecture(tensors: Mapping[str, Tensor], source: str, spec: ConvNeXtSpec
         value = tensors.get(rename(name, source))
         return value.shape[dim] if value is not None and value.ndim > dim else default
 
-    depth = sum(rename(f"decoder.blocks.{i}.norm.weight", source) in tensors for i in range(64))
+    blocks = [
+        f"decoder.blocks.{i}"
+        for i in range(64)
+        if any(rename(f"decoder.blocks.{i}.{name}", source) in tensors for name, _ in _WIDTH)
+    ]
+    widths = [(f"{block}.{name}", dim) for block in blocks for name, dim in _WIDTH]
     has_decoder = holds("decoder.pred.weight", source) and any(
         rename(name, source) in tensors for name in ("decoder.mask_token", "decoder.proj.weight", "decoder.pred.weight")
     )
@@ -299,8 +314,8 @@ def _architecture(tensors: Mapping[str, Tensor], source: str, spec: ConvNeXtSpec
     return Architecture(
         spec,
         in_chans=max(1, size("encoder.downsample_layers.0.0.weight", 1, 3)),
-        decoder_depth=max(1, depth) if has_decoder else 0,
-        decoder_dim=size("decoder.mask_token", 1, 512) if has_decoder else 0,
+        decoder_depth=max(1, len(blocks)) if has_decoder else 0,
+        decoder_dim=_most_told(tensors, source, (*_DECODER_WIDTH, *widths)) or 512 if has_decoder else 0,
         final_norm=num_classes > 0 or any(rename(f"norm.{p}", source) in tensors for p in ("weight", "bias")),
         num_classes=num_classes,
     )

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from functools import partial
+
+import numpy as np
 import pytest
 import torch
 from conftest import MINKOWSKI, randomize
@@ -8,26 +11,41 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from fcmae.config import PretrainConfig
+from fcmae.layouts import Masked, make_layout
 from fcmae.layouts.sites import true_rows
-from fcmae.loss import reconstruction_loss
+from fcmae.masked import (
+    FCMAE,
+    build_fcmae,
+    masked_loss,
+    patch_statistics,
+    patchify,
+    reconstruction_loss,
+    unpatchify,
+)
 from fcmae.masking import random_mask
-from fcmae.model import FCMAE
-from fcmae.networks.convnext import VARIANTS, Encoder, Variant
+from fcmae.networks.convnext import Encoder
 from fcmae.networks.layers import GRN, Block
+from fcmae.networks.spec import VARIANTS, ConvNeXtSpec
 from fcmae.pretraining import build_model
+
+SOON_COMPILED = ConvNeXtSpec(depths=(1, 1, 2, 1), dims=(4, 8, 8, 16), stem_stride=1)
 
 
 def masks(batch: int, grid: tuple[int, int], visible: int) -> Tensor:
     return torch.from_numpy(random_mask(grid, visible, [(1, i) for i in range(batch)]))
 
 
-def small(**changes: object) -> FCMAE:
-    settings = {"variant": "convnextv2_atto", "stem_stride": 1, "in_chans": 2, "decoder_depth": 2, "decoder_dim": 16}
-    settings |= changes
-    decoder = {
-        key: settings.pop(key) for key in ("decoder_depth", "decoder_dim", "backend", "grn_scope") if key in settings
-    }
-    return FCMAE(Encoder(**settings), **decoder)
+def small(
+    variant: str | ConvNeXtSpec = "convnextv2_atto",
+    backend: str = "packed",
+    grn_scope: str = "image",
+    decoder_depth: int = 2,
+    **options: object,
+) -> FCMAE:
+    """For images of two channels; total stride 8, if the spec has four stages."""
+    spec = VARIANTS[variant].model_copy(update={"stem_stride": 1}) if isinstance(variant, str) else variant
+    layout = partial(make_layout, backend, grn_scope=grn_scope)
+    return build_fcmae(Encoder(spec, 2, **options), 16, decoder_depth, layout)
 
 
 def losses_and_gradients(models: list[FCMAE], images: Tensor, mask: Tensor) -> list[dict[str, Tensor]]:
@@ -76,14 +94,16 @@ def test_the_scope_of_grn_matters_in_a_batch_and_not_for_one_image() -> None:
     for model in models:
         model.zero_grad()
     image, batch = losses_and_gradients(models, images, mask)
-    there, here = batch["proj.weight"], image["proj.weight"]
+    there, here = batch["decoder.proj.weight"], image["decoder.proj.weight"]
     assert (there - here).abs().max() > 1e-3 * here.abs().max()
 
 
 def test_the_configuration_names_backend_and_scope() -> None:
     chosen = {"out": "run", "data": {"path": ["photos"]}, "model": {"backend": "masked", "grn_scope": "batch"}}
     model = build_model(PretrainConfig.model_validate(chosen))
-    assert (model.backend, model.grn_scope) == ("masked", "batch")
+    layout = model.make_layout(masks(1, (2, 2), 1), 1)
+    assert isinstance(layout, Masked)
+    assert layout.norm_dims == (0, 1, 2)  # of images, rows and columns: the whole batch
 
 
 UNEVEN = torch.tensor([[[0, 1, 1], [1, 0, 1]], [[1, 0, 0], [0, 0, 0]], [[1, 1, 1], [1, 1, 1]]], dtype=torch.bool)
@@ -153,8 +173,8 @@ def test_every_parameter_gets_a_gradient(variant: str, backend: str) -> None:
     assert without == []
 
 
-def test_parameters_carry_the_released_names_and_shapes() -> None:
-    state = FCMAE(Encoder("convnextv2_atto")).state_dict()
+def test_the_encoders_parameters_carry_the_released_names_and_shapes() -> None:
+    state = build_fcmae(Encoder(VARIANTS["convnextv2_atto"])).state_dict()
     expected = {
         "encoder.downsample_layers.0.0.weight": (40, 3, 4, 4),
         "encoder.downsample_layers.0.1.weight": (40,),
@@ -165,19 +185,19 @@ def test_parameters_carry_the_released_names_and_shapes() -> None:
         "encoder.stages.0.0.pwconv1.weight": (160, 40),
         "encoder.stages.0.0.grn.gamma": (1, 1, 1, 160),
         "encoder.stages.0.0.pwconv2.weight": (40, 160),
-        "proj.weight": (512, 320, 1, 1),
-        "mask_token": (1, 512, 1, 1),
-        "decoder.0.dwconv.weight": (512, 1, 7, 7),
-        "decoder.0.grn.beta": (1, 1, 1, 2048),
-        "pred.weight": (3072, 512, 1, 1),
-        "pred.bias": (3072,),
+        "decoder.proj.weight": (512, 320, 1, 1),
+        "decoder.mask_token": (1, 512, 1, 1),
+        "decoder.blocks.0.dwconv.weight": (512, 1, 7, 7),
+        "decoder.blocks.0.grn.beta": (1, 1, 1, 2048),
+        "decoder.pred.weight": (3072, 512, 1, 1),
+        "decoder.pred.bias": (3072,),
     }
     assert {key: tuple(state[key].shape) for key in expected} == expected
 
 
 def test_initial_distributions_are_as_documented() -> None:
-    model = FCMAE(Encoder("convnextv2_pico"))
-    drawn = [model.mask_token]
+    model = build_fcmae(Encoder(VARIANTS["convnextv2_pico"]))
+    drawn = [model.decoder.mask_token]
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             drawn.append(module.weight)
@@ -193,7 +213,7 @@ def test_initial_distributions_are_as_documented() -> None:
         n = weight.numel()
         assert abs(weight.mean().item()) < 5 * 0.02 / n**0.5
         assert abs(weight.std().item() - 0.02) < 5 * 0.02 / (2 * n) ** 0.5
-    v1 = Encoder("convnext_tiny")
+    v1 = Encoder(VARIANTS["convnext_tiny"])
     assert all(b.gamma.eq(1e-6).all() for b in v1.modules() if isinstance(b, Block))
 
 
@@ -250,12 +270,11 @@ def test_recomputing_blocks_changes_nothing_in_the_other_backends(backend: str) 
 
 @pytest.mark.parametrize("option", ["grad_checkpointing", "compile"])
 def test_memory_and_speed_options_change_nothing(option: str) -> None:
-    plain = small(drop_path_rate=0.3)
+    # What is compiled has no drop path, whose draws a compiler orders otherwise.
+    spec, rate = (SOON_COMPILED, 0.0) if option == "compile" else ("convnextv2_atto", 0.3)
+    plain = small(spec, drop_path_rate=rate)
     randomize(plain, std=0.1)
-    other = small(drop_path_rate=0.3 if option != "compile" else 0.0, grad_checkpointing=option == "grad_checkpointing")
-    if option == "compile":
-        plain = small()
-        randomize(plain, std=0.1)
+    other = small(spec, drop_path_rate=rate, grad_checkpointing=option == "grad_checkpointing")
     other.load_state_dict(plain.state_dict())
     if option == "compile":
         # aot_eager traces and differentiates the same graph without waiting for a C++ compiler.
@@ -263,22 +282,19 @@ def test_memory_and_speed_options_change_nothing(option: str) -> None:
     images, mask = torch.randn(2, 2, 24, 24), masks(2, (3, 3), 4)
     for model in (plain, other):
         torch.manual_seed(1)
-        pred, site_mask = model(images, mask, num_visible=4)
-        reconstruction_loss(pred, images, site_mask).backward()
+        masked_loss(model, images, mask, 4).backward()
     for p, o in zip(plain.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(p.grad, o.grad, atol=1e-6, rtol=1e-4)
 
 
-def test_a_step_is_one_graph_that_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(VARIANTS, "convnextv2_atto", Variant((1, 1, 2, 1), (4, 8, 8, 16), True))  # sooner compiled
-    model = small(drop_path_rate=0.3)
+def test_a_step_is_one_graph_that_is_compiled_once() -> None:
+    model = small(SOON_COMPILED, drop_path_rate=0.3)
     counter = CompileCounterWithBackend("aot_eager")
     model.compile(backend=counter, fullgraph=True)
     for batch in range(3):
         images = torch.randn(2, 2, 24, 24, generator=torch.Generator().manual_seed(batch))
         mask = torch.from_numpy(random_mask((3, 3), 4, [(batch, i) for i in range(2)]))
-        pred, site_mask = model(images, mask, num_visible=4)
-        reconstruction_loss(pred, images, site_mask).backward()
+        masked_loss(model, images, mask, 4).backward()
     assert counter.frame_count == 1
 
 
@@ -288,9 +304,106 @@ def test_a_step_never_waits_for_the_device(backend: str) -> None:
     with FakeTensorMode():
         model = small(backend=backend)
         images, mask = torch.empty(2, 2, 24, 24), torch.empty(2, 3, 3, dtype=torch.bool)
-        pred, site_mask = model(images, mask, num_visible=4)
-        loss = reconstruction_loss(pred, images, site_mask)
+        loss = masked_loss(model, images, mask, 4)
         loss.backward()
         with pytest.raises(DataDependentOutputException):
             loss.item()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+# The objective as a function
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_masked_loss_is_the_loss_of_each_image_under_each_of_its_masks(normalize: bool) -> None:
+    model = small(ConvNeXtSpec(depths=(1, 1), dims=(4, 6))).double()
+    randomize(model, std=0.1)
+    images, several = torch.randn(2, 2, 24, 16, dtype=torch.float64), masks(6, (3, 2), 2)
+    one_by_one = []
+    for number, mask in enumerate(several):
+        image = images[number // 3][None]  # the three masks of an image follow each other
+        pred, site_mask = model(image, mask[None])
+        one_by_one.append(reconstruction_loss(pred, image, site_mask, normalize=normalize))
+    found = masked_loss(model, images, several, 2, normalize_target=normalize)
+    torch.testing.assert_close(found, torch.stack(one_by_one).mean())
+    assert torch.equal(masked_loss(model, images, several, normalize_target=normalize), found)  # counted
+
+
+def test_masked_loss_refuses_masks_that_hide_nothing_or_all() -> None:
+    model, images = small(ConvNeXtSpec(depths=(1, 1), dims=(4, 6))), torch.randn(1, 2, 16, 16)
+    with pytest.raises(ValueError, match="hides no patch"):
+        masked_loss(model, images, torch.zeros(1, 2, 2, dtype=torch.bool))
+    with pytest.raises(ValueError, match="leaves no patch visible"):
+        masked_loss(model, images, torch.ones(1, 2, 2, dtype=torch.bool))
+
+
+def test_three_stages_learn_an_8x8_grid_of_8_pixel_patches_on_images_of_64_pixels() -> None:
+    spec = ConvNeXtSpec(depths=(1, 1, 1), dims=(8, 12, 16), stem_stride=2)
+    model = build_fcmae(Encoder(spec), 16)
+    assert model.encoder.total_stride == 8
+    images, mask = torch.randn(4, 3, 64, 64), masks(4, (8, 8), 26)
+    pred, _ = model(images, mask)
+    assert pred.shape == (4, 64 - 26, 8 * 8 * 3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(4):
+        optimizer.zero_grad()
+        loss = masked_loss(model, images, mask, 26)
+        loss.backward()
+        assert all(p.grad is not None for p in model.parameters())
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses == sorted(losses, reverse=True)
+
+
+# Target and loss
+
+
+def test_patch_values_are_ordered_row_column_channel() -> None:
+    images = torch.arange(2 * 3 * 4 * 6, dtype=torch.float32).view(2, 3, 4, 6)
+    patches = patchify(images, 2)
+    assert patches.shape == (2, 6, 12)
+    # Second patch of the first row: pixels (0..1, 2..3), channels fastest.
+    expected = [float(images[1, c, r, col]) for r in (0, 1) for col in (2, 3) for c in range(3)]
+    assert patches[1, 1].tolist() == expected
+
+
+def test_unpatchify_inverts_patchify() -> None:
+    images = torch.randn(2, 5, 6, 9)
+    assert torch.equal(unpatchify(patchify(images, 3), 3, (6, 9)), images)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_the_loss_is_the_mean_over_hidden_patches(normalize: bool) -> None:
+    images = torch.randn(2, 3, 8, 12, dtype=torch.float64)
+    mask = torch.tensor([[[1, 0, 0], [1, 1, 0]], [[0, 1, 1], [0, 0, 1]]], dtype=torch.bool)
+    pred = torch.randn(2, 3, 48, dtype=torch.float64)
+    errors = []
+    for i in range(2):
+        hidden = [(r, c) for r in range(2) for c in range(3) if mask[i, r, c]]
+        for answer, (r, c) in zip(pred[i].numpy(), hidden, strict=True):
+            target = images[i, :, 4 * r : 4 * r + 4, 4 * c : 4 * c + 4].permute(1, 2, 0).reshape(-1).numpy()
+            if normalize:
+                target = (target - target.mean()) / np.sqrt(target.var(ddof=1) + 1e-6)
+            errors.append(((answer - target) ** 2).mean())
+    loss = reconstruction_loss(pred, images, mask, normalize=normalize)
+    assert float(loss) == pytest.approx(np.mean(errors), rel=1e-12)
+
+
+def test_the_loss_of_16_bit_predictions_is_float32() -> None:
+    images = torch.randn(1, 1, 4, 4)
+    mask = torch.tensor([[[True, False], [False, False]]])
+    loss = reconstruction_loss(torch.full((1, 1, 4), 300.0, dtype=torch.float16), images, mask)
+    assert loss.dtype == torch.float32  # 300 squared is infinite in float16
+    assert float(loss) == pytest.approx(90000, rel=0.02)
+
+
+def test_a_constant_patch_has_a_finite_target() -> None:
+    mean, std = patch_statistics(torch.full((1, 4), 0.5))
+    assert mean.item() == 0.5
+    assert std.item() == pytest.approx(1e-3)
+
+
+def test_nothing_hidden_is_refused() -> None:
+    with pytest.raises(ValueError, match="hides no patch"):
+        reconstruction_loss(torch.empty(1, 0, 48), torch.randn(1, 3, 8, 8), torch.zeros(1, 2, 2, dtype=torch.bool))
