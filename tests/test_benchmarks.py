@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,29 @@ import pytest
 import torch
 from conftest import requires_minkowski
 
-from fcmae.layouts import make_layout
+from fcmae.layouts import MakeLayout, make_layout
+from fcmae.masked import masked_loss
 from fcmae.masking import random_mask
+from fcmae.weights.formats import to_state
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))  # where the scripts find timing.py
-encoder, report, scaling, timing, train_step = map(
-    import_module, ("encoder", "report", "scaling", "timing", "train_step")
+depthwise, encoder, finetune_step, floor, input_pipeline, report, scaling, timing, train_step = map(
+    import_module,
+    (
+        "depthwise",
+        "encoder",
+        "finetune_step",
+        "floor",
+        "input_pipeline",
+        "report",
+        "scaling",
+        "timing",
+        "train_step",
+    ),
 )
 TINY = ["--batch", "1", "--size", "64", "--repeats", "2"]
+ZEROED = {"stem.0.weight": torch.zeros(40, 3, 4, 4)}
 
 
 def written(path: Path) -> dict[str, Any]:
@@ -126,26 +141,82 @@ def test_a_step_moves_the_weights_where_it_has_an_optimizer_and_leaves_no_gradie
     assert all(weight.grad is None for weight in weights)
 
 
+@pytest.mark.parametrize("name", ["packed", "masked"])
+def test_the_loss_of_a_step_is_the_objective_of_pretraining(name: str) -> None:
+    args = train_step.parser().parse_args(TINY)
+    images, mask, visible = timing.batch_of(args)
+    torch.manual_seed(3)
+    side = train_step.side(name, images, mask, visible, args)
+    torch.manual_seed(3)
+    assert torch.equal(side.forward(), masked_loss(train_step.fcmae(name, args.variant), images, mask, visible))
+
+
+def test_fine_tuning_steps_of_ours_and_timms_start_from_the_same_weights(tmp_path: Path) -> None:
+    sides = ["fcmae", "timm", "timm-gradients"]
+    finetune_step.main([*TINY, "--sides", *sides, "--json", str(tmp_path / "finetune.json")])
+    check(written(tmp_path / "finetune.json"), sides)
+    args = finetune_step.parser().parse_args(TINY)
+    images, labels = torch.randn(2, 3, 64, 64), torch.tensor([3, 999])
+    ours, theirs = (finetune_step.side(name, images, labels, args) for name in sides[:2])
+    torch.testing.assert_close(ours.forward(), theirs.forward(), rtol=1e-5, atol=1e-5)
+    before = [[weight.clone() for weight in side.given[1:]] for side in (ours, theirs)]
+    for side, kept in zip((ours, theirs), before, strict=True):
+        side.step()
+        assert any(not torch.equal(old, new) for old, new in zip(kept, side.given[1:], strict=True))
+        assert all(weight.grad is None for weight in side.given[1:])
+
+
+def test_models_that_compute_something_else_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finetune_step, "to_state", lambda state, spec, to: to_state(dict(state), spec, to) | ZEROED)
+    with pytest.raises(SystemExit, match="fcmae and timm differ by"):
+        finetune_step.main(TINY)
+
+
+def test_depthwise_times_ways_that_compute_the_same(tmp_path: Path) -> None:
+    flags = ["--stages", "3", "4", "--repeats", "2", "--batch", "2", "--size", "64", "--json", str(tmp_path / "d.json")]
+    ways = ["canvas", "packed", "windows", "table", "matmul", "shifts"]
+    depthwise.main([*flags, "--ways", *ways])
+    stages = written(tmp_path / "d.json")["stages"]
+    assert list(stages) == ["stage 3", "stage 4"]
+    assert all(list(found) == ways for found in stages.values())
+
+
+def test_floor_counts_operations_and_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with floor.Counter() as counter:
+        torch.randn(2, 3) @ torch.randn(3, 5)
+    assert counter.calls["mm"] == [(2 * 2 * 3 * 5, 4 * (2 * 3 + 3 * 5 + 2 * 5))]
+    monkeypatch.setattr(timing, "interleaved", lambda steps, *_: {name: [1.0, 1.0] for name in steps})
+    floor.main([*TINY, "--json", str(tmp_path / "floor.json")])
+    found = written(tmp_path / "floor.json")
+    assert found["step_s"] == 1.0
+    assert found["operations"]["mm"]["flops"] > 0
+
+
+def test_the_input_pipeline_is_timed_beside_torchvisions(tmp_path: Path, one_thread: None) -> None:
+    path = tmp_path / "pipeline.json"
+    input_pipeline.main(["--sizes", "64x48", "--count", "4", "--repeats", "2", "--stages", "--json", str(path)])
+    found = written(path)["pipeline"]["64x48"]
+    assert found["count"] == 4
+    assert {"torchvision", "fcmae", "fcmae, and normalised"} <= set(found["loaders"])
+    assert found["stages_ms"]["all"] > 0
+
+
 @requires_minkowski
 def test_the_engines_own_convolution_computes_the_same_in_values_and_gradients() -> None:
     mask = torch.from_numpy(random_mask((2, 3), 4, [(0, i) for i in range(2)]))
     images = torch.randn(2, 4, 6, 3, dtype=torch.float64)
     weight, bias = torch.randn(3, 1, 7, 7, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
 
-    def run(backend: str) -> list[torch.Tensor]:
+    def run(make: MakeLayout) -> list[torch.Tensor]:
         x, w = images.clone().requires_grad_(), weight.clone().requires_grad_()
-        layout = make_layout(backend, mask)
+        layout = make(mask, None)
         y = layout.unpack(layout.depthwise_conv(layout.pack(x), w, bias))
         y.square().sum().backward()
         assert x.grad is not None
         assert w.grad is not None
         return [y.detach(), x.grad, w.grad]
 
-    expected = run("masked")
-    with train_step.engine():
-        found = run("minkowski")
-        assert type(make_layout("minkowski", mask)).__name__ == "Engine"
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(run(train_step.engine_layout), run(partial(make_layout, "masked")))
 
 
 @requires_minkowski
