@@ -37,7 +37,7 @@ TOLERANCE = 1e-3  # of the largest logit, in float32 on the CPU or with TF32 off
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = parser().parse_args(argv)
-    images, _, _, info = timing.begin(args, "fine-tuning step, nothing hidden: whole step")
+    images, _, _, info = timing.begin(args, "whole fine-tuning step")
     labels = torch.arange(args.batch, device=images.device) % NUM_CLASSES
     print(f"fcmae and timm differ by {difference(args.variant, images[:2]):.0e} at most")
     sides = {name: side(name, images, labels, args) for name in args.sides}
@@ -81,7 +81,7 @@ def difference(variant: str, images: Tensor) -> float:
 def parser() -> argparse.ArgumentParser:
     found = timing.parser_of(__doc__, repeats=20)
     timing.add_sides(found, SIDES, ["fcmae", "timm"])
-    found.set_defaults(batch=32, size=128)
+    found.set_defaults(batch=32, size=128, ratio=0)
     return found
 
 
