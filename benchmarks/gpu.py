@@ -188,7 +188,7 @@ def run_verify(session: Session) -> None:
         {name: getattr(r, name) for name in ("backend", "precision", "values", "gradients", "tolerance", "ok", "worst")}
         for r in results
     ]
-    session.record("verify", rows=rows, ok=all(r.ok for r in results), not_run=why_no_triton(session.device))
+    session.record("verify", rows=rows, ok=all(r.ok for r in results), no_triton=why_no_triton(session.device))
 
 
 def stages_of(session: Session) -> Iterator[tuple[int, int, int]]:
@@ -243,7 +243,7 @@ def run_depthwise(session: Session) -> None:
     cuda = session.device.type == "cuda"
     speed = depthwise.copy_speed(session.device) if cuda else None
     ways = ["packed", *(["kernels"] if why_no_triton(session.device) is None else [])]
-    session.record("depthwise", copy_bytes_per_s=speed, not_run=why_no_triton(session.device), stages={})
+    session.record("depthwise", copy_bytes_per_s=speed, no_triton=why_no_triton(session.device), stages={})
     for precision in ("bf16", "fp32"):
         args = flags(session, depthwise.parser(), session.args.variants[0], f"--precision={precision}")
         _, mask, visible = timing.batch_of(args)
@@ -414,12 +414,12 @@ def write_jpegs(folder: Path, count: int) -> int:
         if number >= 64:
             path.write_bytes(kept[number % 64])
             continue
-        # Coarse and fine shapes of all sizes, each half as strong as the next larger.
-        pixels = np.zeros((375, 500, 3))
+        # Shapes of all sizes, each half as strong as the next larger, and a camera's noise.
+        pixels = rng.normal(0, 14, (375, 500, 3))
         for octave in range(1, 8):
             coarse = Image.fromarray(rng.integers(0, 256, (3 * 2**octave // 2, 2 * 2**octave, 3), dtype=np.uint8))
             pixels += np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC)) / 2**octave
-        Image.fromarray(pixels.astype(np.uint8)).save(path, quality=90, subsampling="4:2:0")
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, quality=90, subsampling="4:2:0")
         kept.append(path.read_bytes())
     return sum(path.stat().st_size for path in folder.iterdir())
 

@@ -321,8 +321,9 @@ def told(part: Json) -> Iterator[str]:
     """What a part of the GPU's says in sentences."""
     if "skipped" in part:
         yield f"left out: {part['skipped']}."
-    if "not_run" in part and part["not_run"]:
-        yield f"Triton not run: {part['not_run']}."
+    for key, what in (("not_run", "not run"), ("no_triton", "without Triton")):
+        if part.get(key):
+            yield f"{what}: {part[key]}."
     if "failed" in part:
         yield f"failed: {part['failed']}."
     for side, reason in part.get("left_out", {}).items():
@@ -463,9 +464,8 @@ def save(figure: Any, path: Path) -> None:
     """As SVG, the same bytes each time. The page behind it may be dark, so the card is opaque, as matplotlib has it."""
     import matplotlib
 
-    with matplotlib.rc_context({"svg.hashsalt": "fcmae", "svg.fonttype": "none"}):
-        with replacing(path) as aside:
-            figure.savefig(aside, format="svg", metadata={"Date": None})
+    with matplotlib.rc_context({"svg.hashsalt": "fcmae", "svg.fonttype": "none"}), replacing(path) as aside:
+        figure.savefig(aside, format="svg", metadata={"Date": None})
 
 
 if __name__ == "__main__":
