@@ -55,6 +55,7 @@ bench: $(READY)
 	@$(if $(ENGINE),,echo 'MinkowskiEngine is not installed (make minkowski): the next comparison is without it')
 	$(TIME)/train_step.py --sides packed masked $(ENGINE) timm --repeats 6 --json $(RESULTS)/step.json
 	$(TIME)/train_step.py --ratio 0.02 --sides packed timm-gradients --repeats 9 --json $(RESULTS)/step-dense.json
+	$(TIME)/finetune_step.py --repeats 9 --json $(RESULTS)/finetune.json
 	$(TIME)/scaling.py --repeats 9 --json $(RESULTS)/scaling.json
 	$(TIME)/input_pipeline.py --json $(RESULTS)/input_pipeline.json
 	$(TIME)/report.py

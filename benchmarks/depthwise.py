@@ -37,8 +37,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fcmae.layouts import Packed
-from fcmae.networks.convnext import VARIANTS
+from fcmae.layouts import Packed, make_layout
+from fcmae.networks.spec import VARIANTS
 from fcmae.tables import table
 
 WAYS = ("canvas", "packed", "windows", "table", "matmul", "shifts", "kernels")
@@ -52,19 +52,14 @@ def main(argv: list[str] | None = None) -> None:
     if args.assemble:
         assemble(args)
         return
-    torch.manual_seed(0)
-    images, mask, visible = timing.batch_of(args)
+    images, mask, visible, info = timing.begin(args, "depthwise convolution, forward + backward")
     device = images.device
-    info = timing.machine(device)
-    print(timing.headline(args, visible, "depthwise convolution, forward + backward"))
-    print(", ".join(f"{key} {value}" for key, value in info.items()))
-    layout = Packed(mask, visible)
     speed = copy_speed(device) if device.type == "cuda" else None
     ways = [way for way in args.ways if way != "kernels" or device.type == "cuda"]
     stages = {}
     for stage in args.stages:
         b, channels = (args.patch // 4) >> (stage - 1), VARIANTS[args.variant].dims[stage - 1]
-        stages[f"stage {stage}"] = found = compare(args, layout, ways, b, channels, speed)
+        stages[f"stage {stage}"] = found = compare(args, mask, visible, ways, b, channels, speed)
         print(f"\nstage {stage}: b = {b}, C = {channels}, {VARIANTS[args.variant].depths[stage - 1]} blocks")
         print(rows(found, speed))
     if len(stages) == 4:
@@ -77,23 +72,29 @@ def main(argv: list[str] | None = None) -> None:
                 for p in ("forward", "backward")
             )
             print(f"{way:10} {1000 * total:8.1f} ms")
-    timing.write_json(
-        args.json, __file__, argv, vars(args), info, visible=visible, copy_bytes_per_s=speed, stages=stages
-    )
+    timing.write_json(__file__, argv, args, info, visible=visible, copy_bytes_per_s=speed, stages=stages)
 
 
 def compare(
-    args: argparse.Namespace, layout: Packed, ways: list[str], b: int, channels: int, speed: float | None
+    args: argparse.Namespace,
+    mask: Tensor,
+    visible: int,
+    ways: list[str],
+    b: int,
+    channels: int,
+    speed: float | None,
 ) -> dict[str, Any]:
-    """Time the ways at one stage, after a check that they compute the same."""
-    device = layout.visible.device
-    f = torch.randn(layout.batch, layout.num_visible, b, b, channels, device=device, requires_grad=True)
+    """Time the ways at one stage, after a check that they compute the same.
+
+    speed: bytes per second of a copy, for the share of it that each has; None leaves that out.
+    """
+    device = mask.device
+    f = torch.randn(len(mask), visible, b, b, channels, device=device, requires_grad=True)
     weight = torch.randn(channels, 1, 7, 7, device=device, requires_grad=True)
     bias = torch.randn(channels, device=device, requires_grad=True)
     leaves = (f, weight, bias)
-    convs = {way: conv_of(way, layout, b) for way in ways}
-    if args.compile:
-        convs = {way: torch.compile(conv, dynamic=False) for way, conv in convs.items()}
+    convs = {way: conv_of(way, mask, visible, b) for way in ways}
+    convs = {way: timing.compiled(args, conv) for way, conv in convs.items()}
 
     def forward(way: str) -> Tensor:
         with timing.autocast(args):
@@ -143,7 +144,10 @@ def rows(found: dict[str, Any], speed: float | None) -> str:
     return table(header, lines)
 
 
-def conv_of(way: str, layout: Packed, b: int) -> Conv:
+def conv_of(way: str, mask: Tensor, visible: int, b: int) -> Conv:
+    if way == "kernels":
+        return make_layout("triton", mask, visible).depthwise_conv
+    layout = Packed(mask, visible)
     if way == "canvas":
         return lambda f, weight, bias: layout.pack(dense(layout.unpack(f), weight, bias, 3))
     if way == "packed":
@@ -153,15 +157,8 @@ def conv_of(way: str, layout: Packed, b: int) -> Conv:
     if way == "table":
         table = site_table(layout, b)
         return lambda f, weight, bias: _TableConv.apply(f, weight.flatten(1).t(), table) + bias
-    if way in ("matmul", "shifts"):
-        return lambda f, weight, bias: _OwnGradient.apply(f, weight, bias, layout, way)
-    from fcmae.layouts import kernels
-
-    mask = torch.ones(layout.batch, *layout.grid, dtype=torch.bool, device=layout.visible.device)
-    neighbours = kernels.neighbour_table(
-        mask.flatten().index_fill(0, layout.visible, False).view_as(mask), layout.visible
-    )
-    return lambda f, weight, bias: kernels.depthwise_conv(f, weight, bias, neighbours)
+    assert way in ("matmul", "shifts")
+    return lambda f, weight, bias: _OwnGradient.apply(f, weight, bias, layout, way)
 
 
 def dense(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
@@ -266,7 +263,7 @@ def assemble(args: argparse.Namespace) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from fcmae.layouts import kernels
+    from fcmae.layouts import triton as kernels
 
     wide, narrow = "*fp32", {"fp32": "*fp32", "bf16": "*bf16"}[args.precision]
     types = {"f": wide, "neighbours": "*i32", "partial": "*fp32", "num_cells": "i32", "per_program": "i32"}
@@ -326,10 +323,7 @@ def usage(cubin: bytes) -> list[str]:
 
 
 def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(
-        description="Time ways to compute the depthwise convolution of packed rows.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    found = timing.parser_of(__doc__, repeats=10)
     found.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="NAME", help=", ".join(WAYS))
     found.add_argument(
         "--stages", nargs="+", type=int, choices=range(1, 5), default=[1, 2, 3, 4], help="of the encoder"
@@ -337,7 +331,6 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         "--assemble", nargs="+", type=int, metavar="CC", help="compile for these capabilities, time nothing"
     )
-    timing.add_flags(found, repeats=10)
     found.set_defaults(batch=8)
     return found
 

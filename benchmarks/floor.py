@@ -13,19 +13,19 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import defaultdict
-from functools import partial
 from statistics import median
 from typing import Any
 
 import timing
 import torch
-from encoder import encode
+from encoder import side
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from fcmae.networks.convnext import Encoder
+from fcmae.networks.spec import VARIANTS
 from fcmae.tables import table
 
 CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward
@@ -63,20 +63,9 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = parser().parse_args(argv)
-    torch.manual_seed(0)
-    images, mask, visible = timing.batch_of(args)
-    info = timing.machine(images.device)
-    print(timing.headline(args, visible, "forward + backward"))
-    print(", ".join(f"{key} {value}" for key, value in info.items()))
-
-    encoder = Encoder(args.variant).to(images.device)
-    forward = partial(encode, encoder, "packed", images, mask, visible)
-
-    def step() -> None:
-        with timing.autocast(args):
-            loss = forward().square().mean()
-        torch.autograd.backward(loss)
-        encoder.zero_grad()
+    images, mask, visible, info = timing.begin(args, "forward + backward")
+    encoder = Encoder(VARIANTS[args.variant]).to(images.device)
+    step = side("packed", encoder, images, mask, visible, args).step
 
     size = 8192 if images.is_cuda else 2048
     square = torch.randn(size, size, device=images.device)
@@ -114,10 +103,9 @@ def main(argv: list[str] | None = None) -> None:
     print(f"\nmeasured: {1000 * seconds['step']:.1f} ms; the products' arithmetic alone: {alone:.1f} ms")
     operations = {name: {"flops": f, "bytes": b, "floor_s": s} for name, (f, b, s) in found.items()}
     timing.write_json(
-        args.json,
         __file__,
         argv,
-        vars(args),
+        args,
         info,
         flops_per_s=flops_per_s,
         bytes_per_s=bytes_per_s,
@@ -127,12 +115,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(
-        description="Count what the encoder has to do, and how long this machine needs for that at best.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    timing.add_flags(found, repeats=8)
-    return found
+    return timing.parser_of(__doc__, repeats=8)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import PIL
 import torch
 from PIL import Image, features
 from sklearn.datasets import load_sample_images
-from timing import interleaved, machine, quartiles, ratio, summary, write_json
+from timing import check_repeats, interleaved, machine, quartiles, ratio, summary, write_json
 from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
@@ -45,8 +45,7 @@ CROP, SCALE = 224, (0.2, 1.0)
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = parser().parse_args(argv)
-    if args.repeats < 2:
-        raise SystemExit(f"--repeats {args.repeats}: quartiles need at least 2")
+    check_repeats(args)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     info = machine() | {"pillow": PIL.__version__, "libjpeg-turbo": str(features.version("libjpeg_turbo"))}
@@ -64,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
             results[name] = compare(files, count, args.repeats)
             if args.stages:
                 results[name]["stages_ms"] = stages(files, count, args.repeats)
-    write_json(args.json, __file__, argv, vars(args), info, pipeline=results)
+    write_json(__file__, argv, args, info, pipeline=results)
 
 
 def compare(files: Path, count: int, repeats: int) -> dict[str, Any]:

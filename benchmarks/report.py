@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from timing import ratio
 
+from fcmae.atomic import replacing, write_text
 from fcmae.tables import table
 
 DOCS = Path(__file__).parents[1] / "docs"
+GPU_EPOCHS = "800 epochs of ImageNet-1k"
 LINEAR = 0.99  # R^2 from which a sweep counts as linear
 
 Json = dict[str, Any]
@@ -66,7 +69,7 @@ def slower(side: str) -> Callable[[Json], Value | None]:
 
 
 def share_of_time(side: str) -> Callable[[Json], Value | None]:
-    """Packed's time as a share of the side's."""
+    """The first side's time as a share of this one's."""
 
     def measure(result: Json) -> Value | None:
         if side not in result["ratios"]:
@@ -104,10 +107,35 @@ def pipeline(size: str, loader: str) -> Callable[[Json], Value | None]:
     return measure
 
 
+def gpu_step(part: str, side: str) -> Callable[[Json], Value | None]:
+    """How many times the time of packed or triton, whichever is faster, the side takes on a GPU."""
+
+    def measure(result: Json) -> Value | None:
+        sides = result["parts"].get(part, {}).get("results", {})
+        ours = [sides[name]["seconds"] for name in ("packed", "triton") if name in sides]
+        if side not in sides or not ours:
+            return None
+        found = ratio(sides[side]["seconds"], min(ours, key=np.median))
+        return found["time"], *found["quartiles"]
+
+    return measure
+
+
+def bandwidth(precision: str) -> Callable[[Json], Value | None]:
+    """The least share of a copy's speed that the depthwise kernels reach, of all stages, forward and backward."""
+
+    def measure(result: Json) -> Value | None:
+        stages = result["parts"].get("depthwise", {}).get("stages", {}).get(precision, {}).values()
+        shares = [share for found in stages for share in found.get("kernels", {}).get("share", {}).values()]
+        return (min(shares), None, None) if shares else None
+
+    return measure
+
+
 ENCODER = "encoder forward + backward, {}, 224 px, ratio .6"
 SAVED = "activations saved for backward, encoder, {}, ratio .6"
 STEP = "whole step, atto, batch 16, ratio .6"
-GPU = "whole step, base, 224 px, ratio .6, GPU, bf16, compiled"
+GPU = "whole step, base, 224 px, ratio .6, GPU, bf16, {}"
 TARGETS = [
     Target(ENCODER.format("atto"), "masked", "encoder-atto", slower("masked"), 2.3),
     Target(ENCODER.format("tiny"), "masked", "encoder-tiny", slower("masked"), 2.55),
@@ -123,6 +151,14 @@ TARGETS = [
         "step-dense",
         share_of_time("timm-gradients"),
         1.1,
+        False,
+    ),
+    Target(
+        "fine-tuning step, atto, 128 px, batch 32: its time",
+        "timm, same weights, whole step",
+        "finetune",
+        share_of_time("timm"),
+        1,
         False,
     ),
     *(
@@ -147,8 +183,15 @@ TARGETS = [
         for size, limit in (("500x375", 2), ("2000x1500", 5))
         for what, loader in (("bytes out", "fcmae"), ("normalised on the same core", "fcmae, and normalised"))
     ),
-    Target(GPU, "masked", "step-gpu", slower("masked"), 2.2),
-    Target(GPU, "timm's dense train step", "step-gpu", slower("timm"), 3),
+    *(
+        Target(GPU.format(how), against, "gpu", gpu_step(part, side), limit)
+        for how, part in (("compiled", "base-compiled"), ("CUDA graphs", "base-cudagraphs"))
+        for against, side, limit in (("masked", "masked", 2.2), ("timm's dense train step", "timm", 3))
+    ),
+    *(
+        Target(f"depthwise kernels, base, GPU, {precision}: slowest stage", "a copy's bytes a second", "gpu", m, 0.6)
+        for precision, m in ((precision, bandwidth(precision)) for precision in ("bf16", "fp32"))
+    ),
 ]
 
 TITLES = {
@@ -158,7 +201,8 @@ TITLES = {
     "encoder-dense": "Encoder, atto, nothing masked",
     "step": "Whole step, atto",
     "step-dense": "Whole step, atto, one patch of 49 masked",
-    "step-gpu": "Whole step, base, GPU",
+    "finetune": "Fine-tuning step, atto",
+    "gpu": "On a GPU",
     "scaling": "Cost as the work grows",
     "input_pipeline": "Input pipeline, one core",
 }
@@ -166,7 +210,7 @@ TITLES = {
 HEAD = """# Benchmarks
 
 Written by `benchmarks/report.py` from `docs/benchmarks/*.json`; `make bench` runs the benchmarks of the CPU and writes
-this page anew.
+this page anew. Those of a GPU are `python benchmarks/gpu.py --out docs/benchmarks/gpu.json`{gpu}.
 
 {machines}
 
@@ -192,6 +236,7 @@ before it: gradients are in it, parameters and AdamW's moments are not.
 | `engine` | the same with MinkowskiEngine's MinkowskiChannelwiseConvolution |
 | `timm` | timm's dense model on whole images, without a decoder; with AdamW where the step has it |
 | `timm-gradients` | the same without AdamW |
+| `fcmae` | our classifier on whole images, in the fine-tuning step |
 """
 
 
@@ -204,6 +249,7 @@ def main(argv: list[str] | None = None) -> None:
     bars, scaling = draw_bars(results, docs / "benchmarks.svg"), draw_scaling(results, docs / "scaling.svg")
     parts = [
         HEAD.format(
+            gpu="" if "gpu" in results else ", which was not run",
             machines="\n".join(f"- {text}" for text in dict.fromkeys(map(machine, results.values()))),
             targets=table(
                 ["", "against", "target", "measured", ""], (target.row(results) for target in TARGETS), left=2
@@ -216,7 +262,7 @@ def main(argv: list[str] | None = None) -> None:
         parts += [f"{num_repeats(result)} repeats; load when it started: {result['machine']['load']}.\n", *body(result)]
     if scaling:
         parts.append("![Time against images, resolution and visible share, with the fitted lines](scaling.svg)\n")
-    (docs / "benchmarks.md").write_text("\n".join(parts))
+    write_text(docs / "benchmarks.md", "\n".join(parts))
     print(f"{docs / 'benchmarks.md'}: {len(results)} of {len(TITLES)} benchmarks")
 
 
@@ -239,6 +285,9 @@ def body(result: Json) -> Iterator[str]:
     for size, found in result.get("pipeline", {}).items():
         yield f"JPEGs of {size}, {found['count']} at a time:\n"
         yield loaded(found["loaders"]) + "\n"
+    for name, part in result.get("parts", {}).items():
+        yield f"**{name}**: " + (" ".join(told(part)) or "done.") + "\n"
+        yield from (text + "\n" for text in gpu_tables(part))
 
 
 def compared(result: Json) -> str:
@@ -267,6 +316,71 @@ def compared(result: Json) -> str:
         "peak memory, MB",
     ]
     return table(header, rows)
+
+
+def told(part: Json) -> Iterator[str]:
+    """What a part of the GPU's says in sentences."""
+    if "skipped" in part:
+        yield f"left out: {part['skipped']}."
+    for key, what in (("not_run", "not run"), ("no_triton", "without Triton")):
+        if part.get(key):
+            yield f"{what}: {part[key]}."
+    if "failed" in part:
+        yield f"failed: {part['failed']}."
+    for side, reason in part.get("left_out", {}).items():
+        yield f"{side} left out: {reason}."
+    if "batch" in part:
+        yield f"{part['variant']}, batch {part['batch']}."
+    if part.get("copy_bytes_per_s"):
+        yield f"A copy moves {part['copy_bytes_per_s'] / 1e12:.2f} TB/s."
+    if "data_wait_share" in part:
+        yield (
+            f"{part['images_per_s']:.0f} images/s, {100 * part['data_wait_share']:.1f} % of the time waiting for data "
+            f"(JPEGs of {part['kb_per_file']:.0f} kB), loss {part['losses'][0]:.3f} - {part['losses'][1]:.3f} in "
+            f"{part['steps']} steps, backend {part['backend']}."
+        )
+    if "ok" in part:
+        yield "All is right." if part["ok"] else "**Not all is right.**"
+
+
+def gpu_tables(part: Json) -> Iterator[str]:
+    if rows := part.get("rows"):
+        header = [name for name in rows[0] if name not in ("ok", "worst")]
+        cells = [[f"{v:.1e}" if isinstance(v := row[name], float) else str(v) for name in header] for row in rows]
+        verdicts = ["ok" if row["ok"] else f"**wrong** {row.get('worst', '')}" for row in rows]
+        yield table([*header, ""], ([*line, verdict] for line, verdict in zip(cells, verdicts, strict=True)), left=2)
+    for precision, stages in part.get("stages", {}).items():
+        lines = []
+        for stage, ways in stages.items():
+            for way, found in ways.items():
+                shares = found.get("share", {})
+                line = [f"{precision}, {stage}", way]
+                for direction in ("forward", "backward"):
+                    share = f"{100 * shares[direction]:.0f} %" if direction in shares else ""
+                    line += [f"{1000 * found[direction]['median_s']:.2f}", share]
+                lines.append(line)
+        yield table(["", "", "forward, ms", "of a copy", "backward, ms", "of a copy"], lines, left=2)
+    header = ["", "images/s", "median, ms", "quartiles", "peak memory, MB", f"hours of {GPU_EPOCHS}"]
+    if "results" in part:
+        first, *_ = part["ratios"]
+        times = ([f"{part['ratios'][side]['time']:.2f}x"] for side in part["results"])
+        lines = [on_gpu(side, found) + time for (side, found), time in zip(part["results"].items(), times, strict=True)]
+        yield table([*header, f"time / {first}"], lines)
+    if "sizes" in part:
+        lines = [on_gpu(f"{side}, {batch}", f) for side, sizes in part["sizes"].items() for batch, f in sizes.items()]
+        yield table(header, lines)
+
+
+def on_gpu(name: str, found: Json) -> list[str]:
+    peak = found.get("peak_bytes")
+    return [
+        name,
+        f"{found['images_per_s']:.0f}",
+        f"{1000 * found['median_s']:.1f}",
+        "{:.1f} - {:.1f}".format(*(1000 * value for value in found["quartiles_s"])),
+        "" if peak is None else f"{peak / 1e6:.0f}",
+        f"{found['hours']:.1f}",
+    ]
 
 
 def swept(sweeps: Json) -> str:
@@ -351,8 +465,8 @@ def save(figure: Any, path: Path) -> None:
     """As SVG, the same bytes each time. The page behind it may be dark, so the card is opaque, as matplotlib has it."""
     import matplotlib
 
-    with matplotlib.rc_context({"svg.hashsalt": "fcmae", "svg.fonttype": "none"}):
-        figure.savefig(path, format="svg", metadata={"Date": None})
+    with matplotlib.rc_context({"svg.hashsalt": "fcmae", "svg.fonttype": "none"}), replacing(path) as aside:
+        figure.savefig(aside, format="svg", metadata={"Date": None})
 
 
 if __name__ == "__main__":

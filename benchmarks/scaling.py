@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 import timing
 import torch
-from fcmae.loss import reconstruction_loss
-from fcmae.model import FCMAE
 
 from fcmae.layouts import make_layout
+from fcmae.masked import FCMAE, build_fcmae, masked_loss
 from fcmae.masking import num_visible, random_mask
-from fcmae.networks.convnext import VARIANTS, Encoder
+from fcmae.networks.convnext import Encoder
+from fcmae.networks.spec import VARIANTS
 from fcmae.tables import table
 
 PATCH = 32
@@ -38,15 +38,14 @@ SHARES = tuple(tenth / 10 for tenth in range(1, 11))
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = parser().parse_args(argv)
-    if args.repeats < 2:
-        raise SystemExit(f"--repeats {args.repeats}: quartiles need at least 2")
+    timing.check_repeats(args)
     device = torch.device(args.device)
     info = timing.machine(device)
     print(f"forward + backward, {args.variant}, fp32, {args.repeats} repeats")
     print(", ".join(f"{key} {value}" for key, value in info.items()))
 
     torch.manual_seed(0)
-    model = FCMAE(Encoder(args.variant)).to(device)
+    model = build_fcmae(Encoder(VARIANTS[args.variant])).to(device)
     sizes = [(args.batch, size, num_visible((size // PATCH) ** 2, RATIO)) for size in args.sizes]
     patches = (args.size // PATCH) ** 2
     # Where nothing is hidden there is nothing to reconstruct, so the last point of all curves hides one patch.
@@ -74,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
             ends = f"{1000 * timings[0]['median_s']:.1f} - {1000 * timings[-1]['median_s']:.1f} ms"
             rows.append([f"{sweep}, {curve}", ends, f"{fit['r2']:.4f}", f"{100 * fit['deviation']:.1f} %"])
     print("\n" + table(["sweep", "first - last point", "R^2", "largest deviation"], rows))
-    timing.write_json(args.json, __file__, argv, vars(args), info, sweeps=found)
+    timing.write_json(__file__, argv, args, info, sweeps=found)
 
 
 def inputs(batch: int, size: int, visible: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,8 +83,7 @@ def inputs(batch: int, size: int, visible: int, device: torch.device) -> tuple[t
 
 def run(model: FCMAE, curve: str, images: torch.Tensor, mask: torch.Tensor, visible: int) -> None:
     if curve == "whole model":
-        pred, site_mask = model(images, mask, visible)
-        loss = reconstruction_loss(pred, images, site_mask)
+        loss = masked_loss(model, images, mask, visible)
     else:
         loss = model.encoder(images, make_layout(curve, mask, visible)).square().mean()
     torch.autograd.backward(loss)

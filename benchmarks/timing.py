@@ -12,52 +12,34 @@ import platform
 import shlex
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
+from fcmae.atomic import write_text
 from fcmae.masking import num_visible, random_mask
-from fcmae.networks.convnext import VARIANTS
+from fcmae.networks.spec import VARIANTS
 from fcmae.tables import table
+from fcmae.timing import CPU, Key, in_turn, wait
+from fcmae.timing import quartiles as quartiles
+from fcmae.training.optim import parameter_groups
 from fcmae.training.run import cpu_name
 
-Key = TypeVar("Key")
-CPU = torch.device("cpu")
-WARMUP = 2  # repeats that are not counted: allocation, the choice of kernels, compilation
+Function = TypeVar("Function", bound=Callable[..., Any])
+WARMUP = 2  # turns that are not counted: one more than else, for what is compiled
 
 
 def interleaved(
     steps: Mapping[Key, Callable[[], object]], repeats: int, warmup: int = WARMUP, device: torch.device = CPU
 ) -> dict[Key, list[float]]:
-    """Seconds of each step in each repeat. The steps take turns, so that what slows the machine slows all of them."""
-    seconds: dict[Key, list[float]] = {name: [] for name in steps}
-    for repeat in range(warmup + repeats):
-        for name, step in steps.items():
-            wait(device)
-            start = time.perf_counter()
-            step()
-            wait(device)
-            if repeat >= warmup:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """First quartile, median, third quartile."""
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, middle, high
+    """`fcmae.timing.in_turn` with the warm-up of the benchmarks."""
+    return in_turn(steps, repeats, warmup, device)
 
 
 def summary(seconds: Sequence[float]) -> dict[str, Any]:
@@ -81,6 +63,43 @@ class Side(NamedTuple):
     step: Callable[[], object]
     forward: Callable[[], object]
     given: list[Tensor]
+
+
+def side(
+    args: argparse.Namespace, model: nn.Module, loss: Callable[[], Tensor], images: Tensor, *, learns: bool
+) -> Side:
+    """Forward and backward pass in the precision of the flags and, if it learns, AdamW's update.
+
+    loss: of the model on the images.
+    """
+    adamw = torch.optim.AdamW(parameter_groups(model, 0.05), lr=1e-4, betas=(0.9, 0.95), fused=True) if learns else None
+
+    def forward() -> Tensor:
+        with autocast(args):
+            return loss()
+
+    def step() -> None:
+        torch.autograd.backward(forward())
+        if adamw is not None:
+            adamw.step()
+        model.zero_grad()
+
+    return Side(step, forward, [images, *model.parameters()])
+
+
+def compiled(args: argparse.Namespace, function: Function) -> Function:
+    """A model, or what calls one, as --compile has it."""
+    if not args.compile:
+        return function
+    mode = "reduce-overhead" if args.compile == "cudagraphs" else None
+    return cast("Function", torch.compile(function, dynamic=False, mode=mode))
+
+
+def dense(variant: str, images: Tensor, num_classes: int = 0, global_pool: str = "") -> tuple[nn.Module, Tensor]:
+    """timm's model, by default without pooling and classifier, and the images, both in the memory format it likes."""
+    model: nn.Module = timm.create_model(variant, num_classes=num_classes, global_pool=global_pool)
+    channels_last = torch.channels_last
+    return model.to(images.device, memory_format=channels_last), images.to(memory_format=channels_last)  # type: ignore[call-overload]
 
 
 def compare(sides: Mapping[str, Side], repeats: int, device: torch.device, batch: int) -> dict[str, Any]:
@@ -179,8 +198,14 @@ def machine(device: torch.device = CPU) -> dict[str, str]:
     }
 
 
-def add_flags(parser: argparse.ArgumentParser, *, repeats: int) -> None:
-    """The flags that the benchmarks of the network share. repeats: the default."""
+def parser_of(doc: str | None, *, repeats: int) -> argparse.ArgumentParser:
+    """A parser with the flags that the benchmarks of the network share.
+
+    doc: the script's docstring, whose first line says what it does. repeats: the default.
+    """
+    parser = argparse.ArgumentParser(
+        description=(doc or "").partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--variant", choices=VARIANTS, default="convnextv2_atto", metavar="NAME", help="the encoder")
     parser.add_argument("--batch", type=int, default=16, help="images at a time")
     parser.add_argument("--size", type=int, default=224, help="height and width of the images")
@@ -189,16 +214,49 @@ def add_flags(parser: argparse.ArgumentParser, *, repeats: int) -> None:
     parser.add_argument("--repeats", type=int, default=repeats, help="timings of each")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast")
-    parser.add_argument("--compile", action="store_true", help="each side through torch.compile")
+    parser.add_argument(
+        "--compile",
+        nargs="?",
+        const="default",
+        choices=("default", "cudagraphs"),
+        help="each side through torch.compile; cudagraphs also records and replays its kernels",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure here")
+    return parser
+
+
+def add_sides(parser: argparse.ArgumentParser, sides: Sequence[str], default: Sequence[str]) -> None:
+    """The flag that chooses what a comparison times."""
+    parser.add_argument(
+        "--sides",
+        nargs="+",
+        choices=sides,
+        default=list(default),
+        metavar="NAME",
+        help=f"what to time, the reference first: {', '.join(sides)}",
+    )
+
+
+def check_repeats(args: argparse.Namespace) -> None:
+    if args.repeats < 2:
+        raise SystemExit(f"--repeats {args.repeats}: quartiles need at least 2")
+
+
+def begin(args: argparse.Namespace, what: str) -> tuple[Tensor, Tensor, int, dict[str, str]]:
+    """Check the flags, seed, print what is timed where, and give `batch_of` and `machine`."""
+    torch.manual_seed(0)
+    images, mask, visible = batch_of(args)
+    info = machine(images.device)
+    print(headline(args, visible, what))
+    print(", ".join(f"{key} {value}" for key, value in info.items()))
+    return images, mask, visible, info
 
 
 def batch_of(args: argparse.Namespace) -> tuple[Tensor, Tensor, int]:
     """Random images, their mask and the number of visible patches, as the flags say."""
     if args.patch % 32 or args.size % args.patch:
         raise SystemExit(f"--size {args.size} --patch {args.patch}: give a multiple of --patch and of 32")
-    if args.repeats < 2:
-        raise SystemExit(f"--repeats {args.repeats}: quartiles need at least 2")
+    check_repeats(args)
     grid = (args.size // args.patch, args.size // args.patch)
     visible = num_visible(grid[0] * grid[1], args.ratio)
     images = torch.randn(args.batch, 3, args.size, args.size, device=args.device)
@@ -212,30 +270,30 @@ def autocast(args: argparse.Namespace) -> torch.autocast:
 
 def headline(args: argparse.Namespace, visible: int, what: str) -> str:
     """What is timed, in one line."""
-    compiled = "compiled" if args.compile else "eager"
+    mode = {None: "eager", "default": "compiled", "cudagraphs": "CUDA graphs"}[args.compile]
     return (
         f"{what}, {args.variant}, batch {args.batch}, {args.size} px, {visible} of {(args.size // args.patch) ** 2} "
-        f"patches visible, {args.precision}, {compiled}, {args.repeats} repeats"
+        f"patches visible, {args.precision}, {mode}, {args.repeats} repeats"
     )
 
 
-def write_json(
-    path: Path | None,
-    script: str,
-    argv: Sequence[str],
-    settings: Mapping[str, Any],
-    info: Mapping[str, str],
-    **results: Any,
-) -> None:
-    """Write a benchmark's figures, if a path is given.
+def content(script: str, argv: Sequence[str], args: argparse.Namespace, info: Mapping[str, str]) -> dict[str, Any]:
+    """What a benchmark's JSON says besides its figures.
 
-    script: its file. argv: the flags that it was given. settings: all flags, the path left out. info: of `machine`.
-    results: what it found, under names that report.py knows.
+    script: its file. argv: the flags that it was given. args: all flags. info: of `machine`.
     """
-    if path is None:
-        return
     command = shlex.join(["python", f"benchmarks/{Path(script).name}", *argv])
-    chosen = {key: value for key, value in settings.items() if key != "json"}
-    content = {"command": command, "settings": chosen, "machine": dict(info), **results}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2, default=str) + "\n")
+    chosen = {key: value for key, value in vars(args).items() if key != "json"}
+    return {"command": command, "settings": chosen, "machine": dict(info)}
+
+
+def write_json(
+    script: str, argv: Sequence[str], args: argparse.Namespace, info: Mapping[str, str], **results: Any
+) -> None:
+    """Write a benchmark's figures to --json, if that is given.
+
+    results: what it found, under names that report.py knows. The others: see `content`.
+    """
+    if args.json is not None:
+        figures = {**content(script, argv, args, info), **results}
+        write_text(args.json, json.dumps(figures, indent=2, default=str) + "\n")

@@ -44,11 +44,13 @@ from fcmae.weights.formats import Architecture, rename
 logger = logging.getLogger("fcmae")
 
 
-def finetune(cfg: FinetuneConfig) -> Run:
+def finetune(cfg: FinetuneConfig, net: Classifier | None = None) -> Run:
     """Run or resume the fine-tuning that `cfg` describes, or evaluate only.
 
     Args:
         cfg: its settings, with `out` and `data.path`.
+        net: a finished model of the spec that `cfg.model` gives, trained instead of the one that `build_model` makes of
+            it. None makes that one.
 
     Returns:
         The run, finished or stopped by a signal.
@@ -69,7 +71,8 @@ def finetune(cfg: FinetuneConfig) -> Run:
         raise ValueError(
             f"data.val_share = {cfg.data.val_share} holds out none of {len(train_images)} images: raise it"
         )
-    net = build_model(cfg, weights, len(val_images.class_names))
+    if net is None:
+        net = build_model(cfg, weights, len(val_images.class_names))
     weights = replace(weights, state={}, image=image_settings(cfg, weights), class_names=tuple(val_images.class_names))
     if run.resume_from is not None:
         checkpoint.check_images(run.resume_from, fingerprint(train_images, val_images))

@@ -49,11 +49,13 @@ logger = logging.getLogger("fcmae")
 PICTURED = 6  # images in a reconstruction grid
 
 
-def pretrain(cfg: PretrainConfig) -> Run:
+def pretrain(cfg: PretrainConfig, net: FCMAE | None = None) -> Run:
     """Run or resume the pretraining that `cfg` describes.
 
     Args:
         cfg: its settings, with `out` and `data.path`.
+        net: a finished model, trained instead of the one that `cfg.model` describes and starts from; the run is then
+            resumed with the same. None builds that one.
 
     Returns:
         The run, finished or stopped by a signal.
@@ -69,8 +71,10 @@ def pretrain(cfg: PretrainConfig) -> Run:
     images = same_everywhere(accelerator, partial(run_images, cfg, run))
     train_images, val_images = split(images, cfg.data.val_share, cfg.seed)
     schedule = build_schedule(cfg, run, train_images)
-    net = build_model(cfg)
-    started = start(cfg, net) if run.resume_from is None else []
+    started = ["from the model that was handed in"]
+    if net is None:
+        net = build_model(cfg)
+        started = start(cfg, net) if run.resume_from is None else []
     labelled = None
     if cfg.monitor.labelled is not None and accelerator.is_main_process:
         labelled = find_monitored_labels(cfg.monitor.labelled, cfg.data.in_chans, cfg.data.image_size, cfg.seed)

@@ -9,28 +9,28 @@ dense      the encoder is a dense network on the image whose hidden pixels are z
 drop-grn   GRN stays the identity: V2 without it; when fine-tuning, what pretraining learnt of it is dropped (Table 3)
 new-grn    fine-tuning starts with GRN as it is before pretraining (Table 3)
 
-These are no settings of fcmae, as nobody would want them for a result. This file replaces a function of the package in
-its own process, and config.yaml does not say so: name the run after it.
+These are no settings of fcmae, as nobody would want them for a result. A model is built of other parts and handed to
+the same loop, and config.yaml does not say so: name the run after it.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 
-from timm.layers.grn import GlobalResponseNorm
 from torch import Tensor, nn
 
-import fcmae.finetuning
-import fcmae.model
-import fcmae.pretraining
-from fcmae import cli
+from fcmae import finetuning, pretraining
 from fcmae.config import FinetuneConfig, PretrainConfig
+from fcmae.data.index import find_labelled
+from fcmae.heads import Classifier
 from fcmae.layouts import Masked
-from fcmae.model import FCMAE
+from fcmae.masked import FCMAE
 from fcmae.networks.layers import GRN
-from fcmae.weights.files import Weights
+from fcmae.networks.spec import describe
+from fcmae.options import load
 
 
 class MaskedInput(Masked):
@@ -44,14 +44,14 @@ class MaskedInput(Masked):
         return self._input.pack(x)
 
 
-def dense_layout(backend: str, mask: Tensor, num_visible: int | None = None, grn_scope: str = "image") -> MaskedInput:
-    """In place of `fcmae.layouts.make_layout`."""
+def masked_input(mask: Tensor, num_visible: int | None) -> MaskedInput:
+    """What FCMAE makes its layout with."""
     return MaskedInput(mask)
 
 
 def reset_grn(model: nn.Module, *, learns: bool) -> int:
-    """Make every GRN of the encoder, ours or timm's, the identity again; the number of them."""
-    found = [module for module in model.modules() if isinstance(module, GRN | GlobalResponseNorm)]
+    """Make every GRN of the model the identity again; the number of them."""
+    found = [module for module in model.modules() if isinstance(module, GRN)]
     for module in found:
         for parameter in module.parameters():
             nn.init.zeros_(parameter)
@@ -59,38 +59,47 @@ def reset_grn(model: nn.Module, *, learns: bool) -> int:
     return len(found)
 
 
-def ablate(name: str) -> None:
-    """Replace what `name` says in the modules of this process."""
-    if name == "dense":
-        fcmae.model.make_layout = dense_layout  # type: ignore[attr-defined]  # an import of that module
-        return
-    learns = name == "new-grn"
-    pretraining, finetuning = fcmae.pretraining.build_model, fcmae.finetuning.build_model
-
-    def build_pretraining(cfg: PretrainConfig) -> FCMAE:
-        net = pretraining(cfg)
-        assert reset_grn(net.encoder, learns=learns), f"{cfg.model.variant} has no GRN"
-        return net
-
-    def build_finetuning(cfg: FinetuneConfig, weights: Weights, num_classes: int) -> nn.Module:
-        net = finetuning(cfg, weights, num_classes)
-        assert reset_grn(net, learns=learns), f"{weights.architecture.variant} has no GRN"
-        return net
-
-    fcmae.pretraining.build_model, fcmae.finetuning.build_model = build_pretraining, build_finetuning
+def pretraining_model(part: str, cfg: PretrainConfig) -> FCMAE:
+    """The model of the settings, with what they start from, but for `part`: dense or drop-grn."""
+    net = pretraining.build_model(cfg)
+    pretraining.start(cfg, net)
+    if part == "dense":
+        return FCMAE(net.encoder, net.decoder, masked_input)
+    if not reset_grn(net.encoder, learns=False):
+        raise ValueError(f"model.variant = {describe(net.encoder.spec)} has no GRN: name a variant of V2")
+    return net
 
 
-def main(run: Callable[[list[str]], int] = cli.main) -> int:
+def finetuning_model(part: str, cfg: FinetuneConfig) -> Classifier:
+    """The classifier of the settings, with what it starts from, but for `part`: drop-grn or new-grn."""
+    if cfg.data.path is None:
+        raise ValueError("data.path is missing: give a folder of class folders or a CSV file")
+    class_names = find_labelled(cfg.data.path).class_names
+    assert class_names is not None
+    net = finetuning.build_model(cfg, finetuning.starting_weights(cfg), len(class_names))
+    if not reset_grn(net, learns=part == "new-grn"):
+        raise ValueError(f"the network, {describe(net.encoder.spec)}, has no GRN: name a variant of V2")
+    return net
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("dense", "drop-grn", "new-grn"))
     parser.add_argument("command", choices=("pretrain", "finetune"))
-    args, flags = parser.parse_known_args()
+    args, flags = parser.parse_known_args(argv)
     if args.command == "finetune" and args.part == "dense":
         parser.error("dense is about pretraining: fine-tuning is dense anyway")
     if args.command == "pretrain" and args.part == "new-grn":
         parser.error("new-grn is about fine-tuning: before pretraining GRN is new anyway")
-    ablate(args.part)
-    return run([args.command, *flags])
+    prog, processes = f"ablated.py {args.part} {args.command}", int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        if args.command == "pretrain":
+            pretrain_cfg = load(PretrainConfig, flags, prog=prog, num_processes=processes)
+            return pretraining.pretrain(pretrain_cfg, pretraining_model(args.part, pretrain_cfg)).status
+        finetune_cfg = load(FinetuneConfig, flags, prog=prog, num_processes=processes)
+        return finetuning.finetune(finetune_cfg, finetuning_model(args.part, finetune_cfg)).status
+    except (ValueError, OSError, FloatingPointError) as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from fcmae.atomic import write_text
 from fcmae.training.run import read_metrics
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -94,9 +95,8 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, default=DOCS, help="the folder docs")
     args = parser.parse_args()
     place: Path = args.docs / "results" / f"{args.scale}.json"
-    place.parent.mkdir(parents=True, exist_ok=True)
     found = collect(args.runs, args.scale)
-    place.write_text(json.dumps(found) + "\n")
+    write_text(place, json.dumps(found) + "\n")
     print(f"{place}: {len(found['jobs'])} jobs")
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fcmae.atomic import write_text
 from fcmae.classification import scores
 from fcmae.data.dataset import FinetuneDataset
 from fcmae.data.index import Images, find_labelled
@@ -52,8 +53,7 @@ def main() -> None:
     probe = fit_linear(train, train_labels, num_classes)
     setting = {"lr": probe.setting.lr, "l2": probe.setting.l2}
     results.append({"probe": "linear", "setting": setting, "scores": scores(test_labels, probe.probabilities(test))})
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "evaluation.json").write_text(json.dumps({"results": results}, indent=1))
+    write_text(args.out / "evaluation.json", json.dumps({"results": results}, indent=1))
     for result in results:
         print(result)
 

@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from fcmae.atomic import write_text
+
 STUDIES = Path(__file__).parent
 LABELS = (1, 10, 100)  # percent of the training set
 
@@ -298,9 +300,7 @@ def run(job: Job, out: Path, threads: int | None) -> bool:
         "machine": f"{os.cpu_count()} cores, {platform.machine()}",
         "threads": threads,
     }
-    aside = out / "jobs" / f".tmp-{job.name}.json"
-    aside.write_text(json.dumps(record, indent=1))
-    aside.replace(out / "jobs" / f"{job.name}.json")
+    write_text(out / "jobs" / f"{job.name}.json", json.dumps(record, indent=1))
     return True
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,31 @@ import pytest
 import torch
 from conftest import requires_minkowski
 
-from fcmae.layouts import make_layout
+from fcmae import verify
+from fcmae.layouts import MakeLayout, Packed, make_layout
+from fcmae.masked import masked_loss
 from fcmae.masking import random_mask
+from fcmae.weights.formats import to_state
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))  # where the scripts find timing.py
-encoder, report, scaling, timing, train_step = map(
-    import_module, ("encoder", "report", "scaling", "timing", "train_step")
+depthwise, encoder, finetune_step, floor, gpu, input_pipeline, report, scaling, timing, train_step = map(
+    import_module,
+    (
+        "depthwise",
+        "encoder",
+        "finetune_step",
+        "floor",
+        "gpu",
+        "input_pipeline",
+        "report",
+        "scaling",
+        "timing",
+        "train_step",
+    ),
 )
 TINY = ["--batch", "1", "--size", "64", "--repeats", "2"]
+ZEROED = {"stem.0.weight": torch.zeros(40, 3, 4, 4)}
 
 
 def written(path: Path) -> dict[str, Any]:
@@ -122,26 +139,82 @@ def test_a_step_moves_the_weights_where_it_has_an_optimizer_and_leaves_no_gradie
     assert all(weight.grad is None for weight in weights)
 
 
+@pytest.mark.parametrize("name", ["packed", "masked"])
+def test_the_loss_of_a_step_is_the_objective_of_pretraining(name: str) -> None:
+    args = train_step.parser().parse_args(TINY)
+    images, mask, visible = timing.batch_of(args)
+    torch.manual_seed(3)
+    side = train_step.side(name, images, mask, visible, args)
+    torch.manual_seed(3)
+    assert torch.equal(side.forward(), masked_loss(train_step.fcmae(name, args.variant), images, mask, visible))
+
+
+def test_fine_tuning_steps_of_ours_and_timms_start_from_the_same_weights(tmp_path: Path) -> None:
+    sides = ["fcmae", "timm", "timm-gradients"]
+    finetune_step.main([*TINY, "--sides", *sides, "--json", str(tmp_path / "finetune.json")])
+    check(written(tmp_path / "finetune.json"), sides)
+    args = finetune_step.parser().parse_args(TINY)
+    images, labels = torch.randn(2, 3, 64, 64), torch.tensor([3, 999])
+    ours, theirs = (finetune_step.side(name, images, labels, args) for name in sides[:2])
+    torch.testing.assert_close(ours.forward(), theirs.forward(), rtol=1e-5, atol=1e-5)
+    before = [[weight.clone() for weight in side.given[1:]] for side in (ours, theirs)]
+    for side, kept in zip((ours, theirs), before, strict=True):
+        side.step()
+        assert any(not torch.equal(old, new) for old, new in zip(kept, side.given[1:], strict=True))
+        assert all(weight.grad is None for weight in side.given[1:])
+
+
+def test_models_that_compute_something_else_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finetune_step, "to_state", lambda state, spec, to: to_state(dict(state), spec, to) | ZEROED)
+    with pytest.raises(SystemExit, match="fcmae and timm differ by"):
+        finetune_step.main(TINY)
+
+
+def test_depthwise_times_ways_that_compute_the_same(tmp_path: Path) -> None:
+    flags = ["--stages", "3", "4", "--repeats", "2", "--batch", "2", "--size", "64", "--json", str(tmp_path / "d.json")]
+    ways = ["canvas", "packed", "windows", "table", "matmul", "shifts"]
+    depthwise.main([*flags, "--ways", *ways])
+    stages = written(tmp_path / "d.json")["stages"]
+    assert list(stages) == ["stage 3", "stage 4"]
+    assert all(list(found) == ways for found in stages.values())
+
+
+def test_floor_counts_operations_and_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with floor.Counter() as counter:
+        torch.randn(2, 3) @ torch.randn(3, 5)
+    assert counter.calls["mm"] == [(2 * 2 * 3 * 5, 4 * (2 * 3 + 3 * 5 + 2 * 5))]
+    monkeypatch.setattr(timing, "interleaved", lambda steps, *_: {name: [1.0, 1.0] for name in steps})
+    floor.main([*TINY, "--json", str(tmp_path / "floor.json")])
+    found = written(tmp_path / "floor.json")
+    assert found["step_s"] == 1.0
+    assert found["operations"]["mm"]["flops"] > 0
+
+
+def test_the_input_pipeline_is_timed_beside_torchvisions(tmp_path: Path, one_thread: None) -> None:
+    path = tmp_path / "pipeline.json"
+    input_pipeline.main(["--sizes", "64x48", "--count", "4", "--repeats", "2", "--stages", "--json", str(path)])
+    found = written(path)["pipeline"]["64x48"]
+    assert found["count"] == 4
+    assert {"torchvision", "fcmae", "fcmae, and normalised"} <= set(found["loaders"])
+    assert found["stages_ms"]["all"] > 0
+
+
 @requires_minkowski
 def test_the_engines_own_convolution_computes_the_same_in_values_and_gradients() -> None:
     mask = torch.from_numpy(random_mask((2, 3), 4, [(0, i) for i in range(2)]))
     images = torch.randn(2, 4, 6, 3, dtype=torch.float64)
     weight, bias = torch.randn(3, 1, 7, 7, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
 
-    def run(backend: str) -> list[torch.Tensor]:
+    def run(make: MakeLayout) -> list[torch.Tensor]:
         x, w = images.clone().requires_grad_(), weight.clone().requires_grad_()
-        layout = make_layout(backend, mask)
+        layout = make(mask, None)
         y = layout.unpack(layout.depthwise_conv(layout.pack(x), w, bias))
         y.square().sum().backward()
         assert x.grad is not None
         assert w.grad is not None
         return [y.detach(), x.grad, w.grad]
 
-    expected = run("masked")
-    with train_step.engine():
-        found = run("minkowski")
-        assert type(make_layout("minkowski", mask)).__name__ == "Engine"
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(run(train_step.engine_layout), run(partial(make_layout, "masked")))
 
 
 @requires_minkowski
@@ -195,6 +268,171 @@ def test_scaling_writes_three_sweeps_and_report_draws_them(tmp_path: Path) -> No
     assert (tmp_path / "scaling.svg").read_text().count("whole model, R²") == 3
 
 
+ON_CPU = ["--device", "cpu", "--variants", "convnextv2_atto", "--batch", "2", "--size", "64", "--repeats", "2"]
+
+
+def test_the_gpus_parts_run_on_a_cpu_and_write_what_they_find(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> None:
+    monkeypatch.setattr(verify, "CASES", verify.CASES[:1])
+    path = tmp_path / "benchmarks" / "gpu.json"
+    flags = ["--out", str(path), *ON_CPU, "--batches", "1", "2", "--every-steps", "1", "--images", "8"]
+    parts = ["verify", "kernels", "depthwise", "atto-eager", "pretrain", "tests", "atto-batches"]
+    assert gpu.main([*flags, "--pretrain-s", "2", "--parts", *parts]) == 0
+    content = written(path)
+    assert list(content["parts"]) == parts
+    assert {"cpu", "torch", "timm", "triton"} <= set(content["machine"])
+    found = content["parts"]
+    assert {row["backend"] for row in found["verify"]["rows"]} >= {"packed", "masked"}
+    assert found["verify"]["ok"]
+    for part, key in (
+        ("verify", "no_triton"),
+        ("kernels", "not_run"),
+        ("depthwise", "no_triton"),
+        ("tests", "not_run"),
+    ):
+        assert "triton" in found[part][key]  # on a CPU nothing of it runs, and the file says so
+    assert list(found["depthwise"]["stages"]) == ["bf16", "fp32"]
+    assert all(len(stages) == 4 for stages in found["depthwise"]["stages"].values())
+    sides = found["atto-eager"]["results"]
+    assert list(sides) == list(found["atto-eager"]["ratios"]) == ["packed", "timm", "masked"]
+    for side in sides.values():
+        assert side["images_per_s"] == 2 / side["median_s"]
+        assert side["hours"] == pytest.approx(800 * 1_281_167 / side["images_per_s"] / 3600)
+        assert side["peak_bytes"] > 0
+    assert {name: list(sizes) for name, sizes in found["atto-batches"]["sizes"].items()} == {
+        name: ["1", "2"] for name in sides
+    }
+    assert found["pretrain"]["steps"] >= 2
+    assert 0 <= found["pretrain"]["data_wait_share"] <= 1
+    report.main(["--docs", str(tmp_path)])
+    page = (tmp_path / "benchmarks.md").read_text()
+    assert "without Triton: backend = 'triton' computes on NVIDIA GPUs" in page
+    assert "hours of 800 epochs of ImageNet-1k" in page
+    assert "which was not run" not in page
+
+
+def test_a_part_of_the_gpus_that_fails_or_has_no_time_says_so_and_leaves_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("a kernel was killed")
+
+    monkeypatch.setattr(verify, "verify", fails)
+    path = tmp_path / "gpu.json"
+    assert gpu.main(["--out", str(path), *ON_CPU, "--parts", "verify", "kernels"]) == 1
+    assert written(path)["parts"]["verify"]["failed"] == "RuntimeError: a kernel was killed"
+    assert "triton" in written(path)["parts"]["kernels"]["not_run"]
+    # Another call keeps what the first one found.
+    assert gpu.main(["--out", str(path), *ON_CPU, "--parts", "pretrain", "--minutes", "0.5"]) == 0
+    parts = written(path)["parts"]
+    assert list(parts) == ["verify", "kernels", "pretrain"]
+    assert parts["pretrain"]["skipped"].startswith("it takes about 90 s, and 30 s were left")
+    path.write_text(json.dumps({"machine": {"gpu": "another"}, "parts": {}}))
+    with pytest.raises(SystemExit, match="is of gpu another"):
+        gpu.main(["--out", str(path), *ON_CPU])
+
+
+def test_wrong_kernels_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrong(Packed):
+        def depthwise_conv(self, f: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+            return super().depthwise_conv(f, weight * (1 + 1e-3), bias)
+
+    monkeypatch.setattr(gpu, "why_no_triton", lambda device: None)
+    for layout, ok in ((Packed, True), (Wrong, False)):
+        monkeypatch.setattr(gpu, "make_layout", lambda backend, mask, visible, layout=layout: layout(mask, visible))
+        path = tmp_path / f"{ok}.json"
+        assert gpu.main(["--out", str(path), *ON_CPU, "--parts", "kernels"]) == (0 if ok else 1)
+        found = written(path)["parts"]["kernels"]
+        assert [(row["stage"], row["precision"]) for row in found["rows"]] == [
+            (stage, precision) for stage in range(1, 5) for precision in ("float64", "float32", "bfloat16")
+        ]
+        assert found["ok"] == ok
+
+
+def test_what_does_not_fit_into_memory_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step_of = train_step.side
+
+    def side(name: str, images: torch.Tensor, *rest: Any) -> Any:
+        if name == "timm" or len(images) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        return step_of(name, images, *rest)
+
+    monkeypatch.setattr(train_step, "side", side)
+    monkeypatch.setattr(timing, "peak_bytes", lambda *_: 1)
+    path = tmp_path / "gpu.json"
+    flags = [
+        "--out",
+        str(path),
+        *ON_CPU,
+        "--batch",
+        "1",
+        "--batches",
+        "1",
+        "2",
+        "--parts",
+        "atto-eager",
+        "atto-batches",
+    ]
+    assert gpu.main(flags) == 0
+    parts = written(path)["parts"]
+    assert list(parts["atto-eager"]["results"]) == ["packed", "masked"]
+    assert parts["atto-eager"]["left_out"] == {"timm": "out of memory: CUDA out of memory"}
+    assert {name: list(sizes) for name, sizes in parts["atto-batches"]["sizes"].items()} == {
+        "packed": ["1"],
+        "masked": ["1"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--parts", "everything"], "--parts everything: there are verify, kernels"),
+        (["--repeats", "1"], "--repeats 1"),
+        (["--device", "cuda"], "torch finds no GPU"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="one of the messages is about a machine without a GPU")
+def test_what_the_gpus_script_cannot_do_is_refused(tmp_path: Path, flags: list[str], message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
+        gpu.main(["--out", str(tmp_path / "gpu.json"), *ON_CPU, *flags])
+
+
+def on_gpu(**seconds: float) -> dict[str, Any]:
+    """Steps as gpu.py writes them, of 4 images."""
+    found = comparison(**seconds)
+    results = {
+        name: side | {"images_per_s": 4 / side["median_s"], "hours": 9.0} for name, side in found["results"].items()
+    }
+    return {"batch": 4, "variant": "convnextv2_base", "results": results, "ratios": found["ratios"]}
+
+
+def test_report_takes_the_gpus_figures_where_they_are(tmp_path: Path) -> None:
+    shares = {stage: {"kernels": {"share": {"forward": 0.7, "backward": 0.5 + stage / 10}}} for stage in range(1, 5)}
+    for way in shares.values():
+        way["kernels"] |= {name: {"median_s": 1e-3} for name in ("forward", "backward")}
+    content = comparison(packed=1) | {
+        "parts": {
+            "verify": {"failed": "RuntimeError: no"},
+            "depthwise": {"copy_bytes_per_s": 3e12, "stages": {"bf16": shares}},
+            "base-compiled": on_gpu(packed=1, triton=0.8, timm=2, masked=2.4),
+            "tiny-eager": {"skipped": "it takes about 40 s, and 3 s were left"},
+        }
+    }
+    del content["results"], content["ratios"]
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "gpu.json").write_text(json.dumps(content))
+    report.main(["--docs", str(tmp_path)])
+    page = (tmp_path / "benchmarks.md").read_text()
+    assert row(page, "GPU", "compiled", "masked")[3:] == ["3.00x (3.00 - 3.00)", "met"]  # of triton, the faster
+    assert row(page, "GPU", "compiled", "timm")[3:] == ["2.50x (2.50 - 2.50)", "**not met**"]
+    assert row(page, "GPU", "CUDA graphs", "masked")[3:] == ["not measured", ""]
+    assert row(page, "depthwise kernels", "bf16")[3:] == ["0.60x", "met"]
+    assert row(page, "depthwise kernels", "fp32")[3:] == ["not measured", ""]
+    assert "**verify**: failed: RuntimeError: no." in page
+    assert "**tiny-eager**: left out: it takes about 40 s" in page
+
+
 def comparison(repeats: int = 2, **seconds: float) -> dict[str, Any]:
     """A file as the scripts write it, from a median for each side; what is saved is a byte a second."""
     first = next(iter(seconds.values()))
@@ -224,6 +462,7 @@ def test_report_says_what_is_met_what_is_not_and_what_was_not_measured(tmp_path:
         "encoder-tiny": comparison(packed=1, masked=2.0),
         "step": comparison(packed=1, engine=7),
         "step-dense": comparison(**{"packed": 1.2, "timm-gradients": 1.0}),
+        "finetune": comparison(fcmae=1, timm=1.25),
         "input_pipeline": {
             **comparison(torchvision=1),
             "pipeline": {
@@ -254,7 +493,9 @@ def test_report_says_what_is_met_what_is_not_and_what_was_not_measured(tmp_path:
     assert row(page, "48 of 49")[3:] == ["1.20x (1.20 - 1.20)", "**not met**"]
     assert row(page, "500x375", "same core")[3:] == ["4.00x (4.00 - 4.00)", "met"]
     assert row(page, "2000x1500", "same core")[3:] == ["not measured", ""]
-    assert row(page, "GPU", "masked")[3:] == ["not measured", ""]
+    assert row(page, "GPU", "compiled", "masked")[3:] == ["not measured", ""]
+    assert "gpu.json`, which was not run" in page
+    assert row(page, "fine-tuning step")[3:] == ["0.80x (0.80 - 0.80)", "met"]
     assert page.count("one of them") == 1  # benchmarks of one machine name it once
     assert "load when it started: 0.10" in page
     figure = (tmp_path / "benchmarks.svg").read_bytes()

@@ -6,27 +6,35 @@ import io
 import json
 import sys
 import tarfile
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import randomize
+from PIL import Image
 from torch import Tensor
 
-import fcmae.finetuning
-import fcmae.model
-import fcmae.pretraining
+from fcmae.cli import COMMANDS
+from fcmae.config import PretrainConfig
+from fcmae.data.index import find_labelled
+from fcmae.heads import Classifier
+from fcmae.layouts import MakeLayout, make_layout
+from fcmae.masked import build_fcmae
 from fcmae.masking import random_mask
-from fcmae.model import FCMAE
 from fcmae.networks.convnext import Encoder
-from fcmae.weights.convert import create_dense
+from fcmae.networks.spec import VARIANTS, ConvNeXtSpec
+from fcmae.options import load
+from fcmae.pretraining import build_model, pretrain
+from fcmae.training import checkpoint
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
 pytest.importorskip("elpv_dataset")
 import ablated
 import collect
 import datasets
+import pixels
 import results
 import run_all
 
@@ -73,51 +81,134 @@ def test_few_labels_are_drawn_of_each_class_alike() -> None:
     assert len(datasets.few(rows, 0.001, seed=0)) == 2  # one of each at the least
 
 
+def test_pixels_are_whole_images_in_rows(labelled: Path) -> None:
+    images = find_labelled(str(labelled))
+    values, labels = pixels.pixels(images, 16, 3)
+    assert labels.tolist() == [0] * 6 + [1] * 6
+    with Image.open(images.name(0)) as image:
+        np.testing.assert_allclose(values[0].reshape(3, 16, 16).transpose(1, 2, 0), np.asarray(image) / 255, rtol=1e-6)
+    assert pixels.pixels(images, 4, 1)[0].shape == (12, 16)
+
+
 # Ablations
 
 
-@pytest.fixture
-def _restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for module, name in (
-        (fcmae.model, "make_layout"),
-        (fcmae.pretraining, "build_model"),
-        (fcmae.finetuning, "build_model"),
-    ):
-        monkeypatch.setattr(module, name, getattr(module, name))
-    yield
-
-
-def visible_features(images: Tensor, mask: Tensor) -> Tensor:
-    """The encoder's features at visible sites through the layout that FCMAE now takes."""
+def visible_features(images: Tensor, mask: Tensor, make_layout: MakeLayout) -> Tensor:
+    """The encoder's features at visible sites."""
     torch.manual_seed(0)
-    model = FCMAE(Encoder("convnextv2_atto", stem_stride=1), 1, 8)
-    randomize(model, std=0.1)
-    layout = fcmae.model.make_layout("masked", mask)  # type: ignore[attr-defined]
+    model = build_fcmae(Encoder(ConvNeXtSpec(depths=(1, 1), dims=(8, 16), stem_stride=4)), 8, 1, make_layout)
+    randomize(model)
+    layout = model.make_layout(mask, None)
     return layout.unpack(model.encoder(images, layout))[~mask]
 
 
-@pytest.mark.usefixtures("_restored")
 def test_dense_sees_no_hidden_pixel_but_lets_features_into_hidden_places() -> None:
     images = torch.randn(1, 3, 32, 32)
     mask = torch.from_numpy(random_mask((4, 4), 6, [(0, 0, 0)]))
     hidden = mask.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None]
-    sparse = visible_features(images, mask)
-    ablated.ablate("dense")
-    dense = visible_features(images, mask)
-    torch.testing.assert_close(visible_features(torch.where(hidden, 9.0, images), mask), dense)
+    sparse = visible_features(images, mask, partial(make_layout, "masked"))
+    dense = visible_features(images, mask, ablated.masked_input)
+    torch.testing.assert_close(visible_features(torch.where(hidden, 9.0, images), mask, ablated.masked_input), dense)
     assert not torch.allclose(dense, sparse, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("learns", [False, True])
-def test_grn_is_the_identity_in_ours_and_in_timms(learns: bool) -> None:
-    ours, timms = Encoder("convnextv2_atto"), create_dense("convnextv2_atto")
-    for model in (ours, timms):
+def test_grn_is_the_identity_of_an_encoder_and_of_a_classifier(learns: bool) -> None:
+    for model in (Encoder(VARIANTS["convnextv2_atto"]), Classifier(Encoder(VARIANTS["convnextv2_atto"]), 2)):
         randomize(model)
         assert ablated.reset_grn(model, learns=learns) == 12  # blocks of atto
         found = [p for name, p in model.named_parameters() if ".grn." in name]
         assert len(found) == 24
         assert all((p == 0).all() and p.requires_grad == learns for p in found)
-    assert ablated.reset_grn(create_dense("convnext_atto"), learns=learns) == 0
+        assert all(p.requires_grad for name, p in model.named_parameters() if ".grn." not in name)
+    assert ablated.reset_grn(Encoder(VARIANTS["convnext_atto"]), learns=learns) == 0
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Noise of 16 pixels, in two classes."""
+    folder, rng = tmp_path_factory.mktemp("labelled"), np.random.default_rng(0)
+    for number in range(12):
+        place = folder / "ab"[number % 2] / f"{number}.png"
+        place.parent.mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(place)
+    return folder
+
+
+def flags(command: str, data: Path, out: Path, *words: str) -> list[str]:
+    """Those of the smallest run: two steps."""
+    given = {
+        "model.variant": "{depths: [1, 1], dims: [8, 8]}",
+        "data.image_size": 16,
+        "data.num_workers": 0,
+        "batch_size": 4,
+        "epochs": 1,
+        "optim.base_lr": 0.5,
+        "optim.warmup_epochs": 0,
+        "log.trackers": "none",
+        "device": "cpu",
+    }
+    if command == "pretrain":
+        given |= {"model.mask_patch": 8, "model.decoder_dim": 8, "monitor.num_images": 0}
+    else:
+        given |= {"data.val_share": 0.3, "data.auto_augment": "none"}
+    return [str(data), "--out", str(out), *(f"--{key}={value}" for key, value in given.items()), *words]
+
+
+def run_ablated(part: str, command: str, data: Path, out: Path, *words: str) -> Path:
+    assert ablated.main([part, command, *flags(command, data, out, *words)]) == 0
+    return out
+
+
+def final_weights(run: Path) -> dict[str, Tensor]:
+    latest = checkpoint.latest(run)
+    assert latest is not None
+    return checkpoint.read_tensors(latest, "model")
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_without_grn_neither_pretraining_nor_fine_tuning_learns_any(labelled: Path, tmp_path: Path) -> None:
+    with_grn = run_ablated("dense", "pretrain", labelled, tmp_path / "dense")
+    for part, command, words, learns in (
+        ("drop-grn", "pretrain", [], False),
+        ("drop-grn", "finetune", ["--init", str(with_grn)], False),
+        ("new-grn", "finetune", ["--init", str(with_grn)], True),
+    ):
+        run = run_ablated(part, command, labelled, tmp_path / f"{part}-{command}", *words)
+        found = [value for name, value in final_weights(run).items() if name.startswith("encoder.") and ".grn." in name]
+        assert len(found) == 4
+        assert all(bool((value != 0).any()) == learns for value in found)
+    assert any((value != 0).any() for name, value in final_weights(with_grn).items() if ".grn." in name)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_loop_trains_the_model_that_it_is_given(labelled: Path, tmp_path: Path) -> None:
+    def settings(name: str) -> PretrainConfig:
+        return load(PretrainConfig, flags("pretrain", labelled, tmp_path / name), prog="test")
+
+    built = final_weights(Path(pretrain(settings("built"))))
+    given = final_weights(Path(pretrain(settings("given"), build_model(settings("given")))))
+    assert built.keys() == given.keys()
+    assert all(torch.equal(built[name], given[name]) for name in built)
+    dense = final_weights(run_ablated("dense", "pretrain", labelled, tmp_path / "dense"))
+    name = "encoder.stages.1.0.dwconv.weight"
+    assert not torch.equal(dense[name], built[name])
+
+
+def test_what_a_study_cannot_run_is_refused(labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words, message in (
+        (["dense", "finetune"], "fine-tuning is dense anyway"),
+        (["new-grn", "pretrain"], "before pretraining GRN is new anyway"),
+        (["drop-grn", "pretrain", "--epohcs=1"], "epohcs"),
+        (
+            ["drop-grn", "pretrain", str(labelled), f"--out={tmp_path}/v1", "--model.variant=convnext_atto"],
+            "has no GRN",
+        ),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            ablated.main(words)
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "v1").exists()
 
 
 # Jobs
@@ -158,17 +249,17 @@ def test_a_job_is_told_to_stop_when_its_time_is_up(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scale", run_all.SCALES)
 def test_every_job_needs_jobs_that_are_there_and_its_flags_are_settings(scale: str, tmp_path: Path) -> None:
-    from fcmae.config import FinetuneConfig, PretrainConfig
-    from fcmae.options import load
-
     found = run_all.jobs(tmp_path, run_all.SCALES[scale])
     names = [job.name for job in found]
     assert len(set(names)) == len(names)
+    given = set()
     for job in found:
         assert set(job.needs) <= set(names[: names.index(job.name)])
-        for verb, kind in (("pretrain", PretrainConfig), ("finetune", FinetuneConfig)):
+        for verb in COMMANDS:
             if verb in job.words:
-                load(kind, job.words[job.words.index(verb) + 1 :], prog="test")
+                given.add(verb)
+                load(COMMANDS[verb][0], job.words[job.words.index(verb) + 1 :], prog="test")
+    assert given == {"pretrain", "finetune", "evaluate", "analyze"}
 
 
 # The page
