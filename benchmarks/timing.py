@@ -12,10 +12,9 @@ import platform
 import shlex
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -25,38 +24,18 @@ from torch.profiler import ProfilerActivity, profile
 
 from fcmae.masking import num_visible, random_mask
 from fcmae.networks.convnext import VARIANTS
+from fcmae.timing import CPU, Key, in_turn, wait
+from fcmae.timing import quartiles as quartiles
 from fcmae.training.run import cpu_name
 
-Key = TypeVar("Key")
-CPU = torch.device("cpu")
-WARMUP = 2  # repeats that are not counted: allocation, the choice of kernels, compilation
+WARMUP = 2  # turns that are not counted: one more than else, for what is compiled
 
 
 def interleaved(
     steps: Mapping[Key, Callable[[], object]], repeats: int, warmup: int = WARMUP, device: torch.device = CPU
 ) -> dict[Key, list[float]]:
-    """Seconds of each step in each repeat. The steps take turns, so that what slows the machine slows all of them."""
-    seconds: dict[Key, list[float]] = {name: [] for name in steps}
-    for repeat in range(warmup + repeats):
-        for name, step in steps.items():
-            wait(device)
-            start = time.perf_counter()
-            step()
-            wait(device)
-            if repeat >= warmup:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """First quartile, median, third quartile."""
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, middle, high
+    """`fcmae.timing.in_turn` with the warm-up of the benchmarks."""
+    return in_turn(steps, repeats, warmup, device)
 
 
 def summary(seconds: Sequence[float]) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -23,7 +22,8 @@ from fcmae.layouts import make_layout
 from fcmae.masked import FCMAE, build_fcmae, masked_loss
 from fcmae.masking import num_visible, random_mask
 from fcmae.networks.convnext import Encoder
-from fcmae.networks.spec import VARIANTS
+from fcmae.networks.spec import VARIANTS, ConvNeXtSpec, describe, variant_of
+from fcmae.timing import in_turn
 from fcmae.weights.formats import rename
 
 BACKENDS = ("packed", "triton", "masked", "minkowski")
@@ -31,9 +31,9 @@ PATCH = 32  # pixels, side of a mask patch
 
 
 class Case(NamedTuple):
-    """One comparison. ratio 0 hides nothing: the encoder's reference is then timm's network."""
+    """One comparison. ratio 0 hides nothing: the reference is then timm's network, which must be a published one."""
 
-    variant: str
+    spec: ConvNeXtSpec
     grid: tuple[int, int]
     ratio: float
     batch: int
@@ -42,16 +42,18 @@ class Case(NamedTuple):
     def __str__(self) -> str:
         part = "model" if self.whole else "encoder"
         (rows, columns), hidden = self.grid, f"{100 * self.ratio:.0f} %"
-        return f"{self.variant}, {part}, {rows} x {columns} patches, {hidden} hidden, batch {self.batch}"
+        return f"{describe(self.spec)}, {part}, {rows} x {columns} patches, {hidden} hidden, batch {self.batch}"
 
 
-# V2 and V1; square and not; one image and several; little, much and nothing hidden.
+ATTO = VARIANTS["convnextv2_atto"]
+# V2, V1 and one of our own; square and not; one image and several; little, much and nothing hidden.
 CASES = (
-    Case("convnextv2_atto", (3, 5), 0.6, 2, whole=False),
-    Case("convnextv2_atto", (3, 2), 0.6, 3, whole=True),
-    Case("convnextv2_atto", (4, 4), 0.9, 1, whole=True),
-    Case("convnextv2_atto", (2, 3), 0, 2, whole=False),
-    Case("convnext_tiny", (1, 3), 0.4, 2, whole=False),  # V1, and an MLP of Linear layers in timm
+    Case(ATTO, (3, 5), 0.6, 2, whole=False),
+    Case(ATTO, (3, 2), 0.6, 3, whole=True),
+    Case(ATTO, (4, 4), 0.9, 1, whole=True),
+    Case(ATTO, (2, 3), 0, 2, whole=False),
+    Case(VARIANTS["convnext_tiny"], (1, 3), 0.4, 2, whole=False),  # V1, and an MLP of Linear layers in timm
+    Case(ConvNeXtSpec(depths=(1, 2, 1), dims=(16, 24, 40), stem_stride=2), (2, 3), 0.5, 2, whole=True),
 )
 
 # Largest error allowed, relative to the largest element of the tensor that is compared. Rounding grows over some twenty
@@ -165,7 +167,7 @@ def reference(case: Case) -> dict[str, Tensor]:
     if case.ratio > 0:
         return tensors(case, "masked", "cpu", "float64")
     encoder, images, _ = make(case, "masked")
-    dense = timm.create_model(case.variant, num_classes=0)
+    dense = timm.create_model(variant_of(case.spec), num_classes=0)
     names = {name: rename(f"encoder.{name}", "timm") for name, _ in encoder.named_parameters()}
     own = dense.state_dict()
     own |= {names[name]: p.detach().view_as(own[names[name]]) for name, p in encoder.named_parameters()}
@@ -181,7 +183,7 @@ def make(case: Case, backend: str) -> tuple[Encoder | FCMAE, Tensor, Tensor]:
     """The network, images and mask of a case, the same at every call, in float32 on the CPU."""
     rows, columns = case.grid
     with torch.device("meta"):
-        encoder = Encoder(VARIANTS[case.variant])
+        encoder = Encoder(case.spec)
         net = build_fcmae(encoder, 32, make_layout=partial(make_layout, backend)) if case.whole else encoder
     net.to_empty(device="cpu")
     with torch.random.fork_rng(devices=[]):
@@ -209,16 +211,13 @@ def collected(values: Tensor, gradients: Iterable[tuple[str, Tensor | None]]) ->
 
 def speeds(backends: Sequence[str], device: str, repeats: int = 5) -> dict[str, float]:
     """Median milliseconds of the encoder's forward + backward; backends take turns, so that a load slows them all."""
-    encoder = Encoder(VARIANTS["convnextv2_atto"]).to(device)
+    encoder = Encoder(ATTO).to(device)
     images = torch.randn(8, 3, 224, 224, device=device)
     mask = torch.from_numpy(random_mask((7, 7), 19, [(0, i) for i in range(8)])).to(device)
-    times: dict[str, list[float]] = {backend: [] for backend in backends}
-    for _ in range(1 + repeats):  # the first is a warm-up
-        for backend in backends:
-            start = time.perf_counter()
-            encoder.zero_grad()
-            encoder(images, make_layout(backend, mask, 19)).square().mean().backward()
-            if device != "cpu":
-                torch.cuda.synchronize()
-            times[backend].append(1000 * (time.perf_counter() - start))
-    return {backend: statistics.median(ms[1:]) for backend, ms in times.items()}
+
+    def step(backend: str) -> None:
+        encoder.zero_grad()
+        encoder(images, make_layout(backend, mask, 19)).square().mean().backward()
+
+    times = in_turn({name: partial(step, name) for name in backends}, repeats, device=torch.device(device))
+    return {backend: 1000 * statistics.median(each) for backend, each in times.items()}

@@ -11,11 +11,15 @@ from torch import Tensor
 from fcmae import verify
 from fcmae.cli import main
 from fcmae.layouts import Masked, Packed
+from fcmae.networks.spec import VARIANTS
 
 FEW = (
-    verify.Case("convnextv2_atto", (1, 3), 0.6, 2, whole=True),
-    verify.Case("convnextv2_atto", (1, 2), 0, 1, whole=False),
+    verify.Case(verify.ATTO, (1, 3), 0.6, 2, whole=True),
+    verify.Case(verify.ATTO, (1, 2), 0, 1, whole=False),
 )
+
+
+OWN = [case for case in verify.CASES if case.spec not in VARIANTS.values()]
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +35,19 @@ def test_a_backend_that_computes_right_is_ok(backend: str, capsys: pytest.Captur
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     rows = [line for line in lines if line[:1] == [backend]]
     assert [(row[1], row[-1]) for row in rows] == [("float64", "ok"), ("float32", "ok"), ("1.5", "1.5")]
+
+
+@pytest.mark.parametrize("backend", ["packed", MINKOWSKI])
+def test_networks_of_other_depth_and_stride_are_compared_too(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {(case.spec.num_stages, case.spec.stem_stride) for case in OWN} == {(3, 2)}
+    monkeypatch.setattr(verify, "CASES", OWN)
+    references = [verify.reference(case) for case in OWN]
+    result = verify.compare(backend, "cpu", "float64", references)
+    assert result.ok
+    for tensors in references:
+        tensors["values"] *= 1 + 1e-9
+    found = verify.compare(backend, "cpu", "float64", references)
+    assert not found.ok and "stem stride 2" in found.worst and found.worst.endswith("values")
 
 
 def transposed(self: Packed, f: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import math
 import statistics
-import time
 from collections.abc import Callable
 from typing import Literal
 
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
+
+from fcmae.timing import in_turn, seconds
 
 logger = logging.getLogger("fcmae")
 
@@ -25,11 +26,17 @@ TIMED = 3
 def compile_model(net: nn.Module, setting: Setting, step: Callable[[], None], num_steps: int) -> None:
     """Compile `net` in place or leave it as it is.
 
-    setting: True and False are what they say; "cudagraphs" also records the kernels of a step and replays them, which
-    saves the host's time a kernel; "auto" times a few steps of both kinds if the run is long enough. step: forward and
-    backward on a part of a batch as the run will see them; its gradients are dropped. num_steps: as many as the run has
-    left. Of
-    several processes the first decides. Raises ValueError for "cudagraphs" without a GPU.
+    Of several processes the first decides.
+
+    Args:
+        net: what is compiled.
+        setting: True and False are what they say; "cudagraphs" also records the kernels of a step and replays them,
+            which saves the host's time a kernel; "auto" times a few steps of both kinds if the run is long enough.
+        step: forward and backward on a part of a batch as the run will see them; its gradients are dropped.
+        num_steps: as many as the run has left.
+
+    Raises:
+        ValueError: for "cudagraphs" without a GPU.
     """
     if setting == "cudagraphs":
         if not torch.cuda.is_available():
@@ -39,36 +46,34 @@ def compile_model(net: nn.Module, setting: Setting, step: Callable[[], None], nu
         net.compile()
 
 
-def wait() -> None:
-    """Until the device has done what it was given."""
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-
-
 def _pays(net: nn.Module, step: Callable[[], None], num_steps: int) -> bool:
     """Whether a compiled step is shorter than an eager one. Leaves `net` eager."""
 
-    def seconds() -> float:
-        wait()
-        start = time.perf_counter()
-        step()
-        wait()
-        elapsed = time.perf_counter() - start
-        net.zero_grad()
-        return elapsed
+    device = next(net.parameters()).device
 
-    seconds()  # memory is allocated and kernels are chosen
-    eager = statistics.median(seconds() for _ in range(TIMED))
+    def trial() -> None:
+        step()
+        net.zero_grad()
+
+    eager = statistics.median(in_turn({"eager": trial}, TIMED, device=device)["eager"])
     tries = [eager * num_steps >= LEAST_RUN_S]
     broadcast_object_list(tries)
     if not tries[0]:
         logger.info("compile: no, the run takes about %.0f s and compiling a minute or two", eager * num_steps)
         return False
     net.compile()
+    compiled_call = net._compiled_call_impl
+
+    def as_it_is() -> None:
+        net._compiled_call_impl = None
+        trial()
+        net._compiled_call_impl = compiled_call
+
     first = compiled = math.inf
     try:
-        first = seconds()
-        compiled = statistics.median(seconds() for _ in range(TIMED))
+        first = seconds(trial, device)
+        times = in_turn({"eager": as_it_is, "compiled": trial}, TIMED, warmup=0, device=device)
+        eager, compiled = map(statistics.median, times.values())
     except Exception as error:  # whatever the compilers on this machine run into: it is no reason not to train
         logger.warning("compile: it fails here (%s), see fcmae doctor", " ".join(str(error).split())[:200])
         net.zero_grad()
