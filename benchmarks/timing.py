@@ -16,6 +16,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fcmae import threads
+
+threads.prepare()  # as runs do, before torch is loaded
+
 import timm
 import torch
 from torch import Tensor
@@ -23,7 +27,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
 from fcmae.masking import num_visible, random_mask
-from fcmae.networks.convnext import VARIANTS
+from fcmae.networks.spec import VARIANTS
 from fcmae.timing import CPU, Key, in_turn, wait
 from fcmae.timing import quartiles as quartiles
 from fcmae.training.run import cpu_name
