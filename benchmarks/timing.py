@@ -16,6 +16,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
+from fcmae import threads
+
+threads.prepare()  # as runs do, before torch is loaded
+
 import timm
 import torch
 from torch import Tensor, nn

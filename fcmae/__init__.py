@@ -17,6 +17,10 @@ if not TYPE_CHECKING:  # a type checker would take every name for one that is he
         """What is in `fcmae.api`, which imports torch, when it is first asked for."""
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from fcmae import threads
+
+        threads.prepare()  # before torch is loaded
+
         from fcmae import api
 
         return getattr(api, name)

@@ -7,30 +7,28 @@ of memory is its own. Only those processes import torch: a process on Linux star
 from __future__ import annotations
 
 import contextlib
+import math
 import multiprocessing
 import os
-import platform
 import resource
 import shlex
 import signal
 import statistics
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from itertools import islice, repeat
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
-from fcmae.config import BenchConfig, PretrainConfig, PretrainModel
+from fcmae.config import BenchConfig
 from fcmae.networks.spec import describe
 
 if TYPE_CHECKING:
-    import torch
-
     from fcmae.data.dataset import Batch
     from fcmae.data.index import Images
 
@@ -45,7 +43,14 @@ HEADER += f"  {'s/step':>7}  {'memory':>8}"
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to compute a step. images: computed at once, a divisor of batch_size, and counted as it counts them."""
+    """One way to compute a step.
+
+    Attributes:
+        backend: its name.
+        precision: likewise.
+        images: computed at once, a divisor of batch_size, and counted as it counts them.
+        compile: as in the settings.
+    """
 
     backend: str
     precision: str
@@ -70,8 +75,13 @@ class Candidate:
 class Result:
     """What came of a candidate.
 
-    step_s: each timed step, at least one unless it failed. first_s: the first step, with compilation. memory: peak in
-    bytes, of the process on a CPU or of tensors on a GPU. failure: why it could not run, or empty.
+    Attributes:
+        candidate: what was timed.
+        batch_size: images of a step.
+        step_s: each timed step, at least one unless it failed.
+        first_s: the first step, with compilation.
+        memory: peak in bytes, of the process on a CPU or of tensors on a GPU.
+        failure: why it could not run, or empty.
     """
 
     candidate: Candidate
@@ -105,8 +115,14 @@ class Result:
 class Machine:
     """What was found before anything is timed.
 
-    precision: the configured one, auto resolved. precisions: those that it has instructions for. num_workers,
-    loader_images_per_s, steps_per_epoch: of the user's images; 0 and None without data.path.
+    Attributes:
+        device: its type.
+        name: in words.
+        precision: the configured one, auto resolved.
+        precisions: those that it has instructions for.
+        num_workers: that read the user's images; 0 without data.path.
+        loader_images_per_s: of these images; None without data.path.
+        steps_per_epoch: likewise.
     """
 
     device: str
@@ -121,10 +137,12 @@ class Machine:
 def bench(cfg: BenchConfig) -> None:
     """Time candidates, printing a row for each, then the flags of the fastest and how long the run takes with them.
 
-    Raises ValueError under a launcher, if the images cannot make a batch, or if no candidate can run.
+    Raises:
+        ValueError: under a launcher, if the images cannot make a batch, or if no candidate can run.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("bench times one process: start it without a launcher, with batch_size that of one process")
+    cfg = cfg.model_copy(update={"log": cfg.log.model_copy(update={"trackers": []})})
     try:
         machine: Machine = in_process(survey, cfg)
     except Failed as error:
@@ -138,10 +156,10 @@ def bench(cfg: BenchConfig) -> None:
         if find_spec("MinkowskiEngine") is None:
             backends.remove("minkowski")
             skipped.append("minkowski: MinkowskiEngine is not installed")
-    precisions = [machine.precision]
+    precisions = []
     if "precision" in cfg.vary:
-        precisions += [name for name in machine.precisions if name != machine.precision]
-        if "bf16" not in precisions:
+        precisions = [name for name in machine.precisions if name != machine.precision]
+        if "bf16" not in (machine.precision, *precisions):
             skipped.append(f"bf16: {machine.name} has no instructions for it")
 
     height, width = cfg.data.image_size
@@ -164,9 +182,8 @@ def bench(cfg: BenchConfig) -> None:
     while sizes and machine.device == "cpu" and images > CPU_IMAGES and images % (2 * unit) == 0:
         images //= 2
     compiled = False if cfg.model.compile == "auto" else cfg.model.compile
-    first = Candidate(cfg.model.backend, machine.precision, images, compiled)
     best = search(
-        first,
+        Candidate(cfg.model.backend, machine.precision, images, compiled),
         measure,
         backends=backends,
         precisions=precisions,
@@ -194,12 +211,26 @@ def search(
 
     First the backends, at half the images as often as all of them run out of memory; then, each with the best so far,
     the precisions, the number of images at once (doubled while that is faster, else halved), and compilation.
-    batch_size: what the number of images at once must divide, while it is a multiple of unit; None leaves that number
-    as it is. num_images: of a whole step. Raises ValueError if no candidate runs.
+
+    Args:
+        first: where to start.
+        measure: times a candidate.
+        backends: all that are tried.
+        precisions: others than the first's.
+        batch_size: what the number of images at once must divide; None leaves that number as it is.
+        unit: what it must be a multiple of.
+        compiled: ways to compile.
+        num_images: of a whole step.
+
+    Raises:
+        ValueError: if no candidate runs.
     """
-    results = [measure(replace(first, backend=backend)) for backend in backends]
     images = first.images
-    while not any(result.images_per_s for result in results):
+    while True:
+        results = [measure(replace(first, backend=backend, images=images)) for backend in backends]
+        best = max(results, key=lambda result: result.images_per_s)
+        if best.images_per_s:
+            break
         lacks_memory = any(result.failure.startswith(OUT_OF_MEMORY) for result in results)
         if batch_size is None or not lacks_memory or images % (2 * unit):
             raise ValueError(
@@ -207,39 +238,39 @@ def search(
                 "try --model.grad_checkpointing true, a smaller batch_size, data.image_size or model.variant"
             )
         images //= 2
-        results = [measure(replace(first, backend=backend, images=images)) for backend in backends]
-    best = max(results, key=lambda result: result.images_per_s)
+
+    def gains(other: Candidate) -> bool:
+        """Whether another candidate is faster; it is the best then."""
+        nonlocal best
+        result = measure(other)
+        is_faster = result.images_per_s > GAIN * best.images_per_s
+        best = result if is_faster else best
+        return is_faster
 
     for precision in precisions:
-        if precision != best.candidate.precision:
-            best = faster(best, measure(replace(best.candidate, precision=precision)))
-
-    if batch_size is not None:
-        start = best.candidate.images
-        while batch_size % (2 * (images := best.candidate.images)) == 0:
-            previous, best = best, faster(best, measure(replace(best.candidate, images=2 * images)))
-            if best is previous:
-                break
-        while best.candidate.images <= start and (images := best.candidate.images) % (2 * unit) == 0:
-            previous, best = best, faster(best, measure(replace(best.candidate, images=images // 2)))
-            if best is previous:
-                break
-
+        gains(replace(best.candidate, precision=precision))
+    while batch_size and batch_size % (2 * (now := best.candidate.images)) == 0:
+        if not gains(replace(best.candidate, images=2 * now)):
+            break
+    while batch_size and (now := best.candidate.images) <= images and now % (2 * unit) == 0:
+        if not gains(replace(best.candidate, images=now // 2)):
+            break
     for setting in compiled:
-        if setting == best.candidate.compile or (setting == "cudagraphs" and best.candidate.images < num_images):
-            continue  # a graph cannot add up the gradients of several parts
-        best = faster(best, measure(replace(best.candidate, compile=setting)))
+        # A graph cannot add up the gradients of several parts.
+        whole = setting != "cudagraphs" or best.candidate.images == num_images
+        if whole and setting != best.candidate.compile:
+            gains(replace(best.candidate, compile=setting))
     return best
-
-
-def faster(best: Result, other: Result) -> Result:
-    return other if other.images_per_s > GAIN * best.images_per_s else best
 
 
 def report(cfg: BenchConfig, machine: Machine, best: Result, fed: Result | None) -> Iterator[str]:
     """The flags of the fastest candidate and, if the user's images were read, what limits the run and its hours.
 
-    fed: the same candidate, fed with those images.
+    Args:
+        cfg: of the run.
+        machine: what it runs on.
+        best: the fastest candidate.
+        fed: the same, fed with those images.
     """
     flags = best.candidate.settings(cfg.batch_size)
     if best.candidate.compile == cfg.model.compile or "compile" not in cfg.vary:
@@ -274,42 +305,38 @@ class Failed(Exception):  # noqa: N818
 
 
 def in_process(function: Callable[..., Any], *args: Any) -> Any:
-    """What function(*args) returns in a fresh process. Raises Failed if it raises or the process is killed."""
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_answer, args=(sender, function, args))
-    process.start()
-    sender.close()
+    """What function(*args) returns in a fresh process, which ends before or with this one.
+
+    Raises:
+        Failed: if it raises or the process is killed.
+    """
+    others = multiprocessing.active_children()
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _begin)
+    answer = pool.submit(_answer, function, args)
+    started = [child for child in multiprocessing.active_children() if child not in others]
     try:
-        value, failure = receiver.recv()
-        process.join(10)
-    except EOFError:
-        process.join()
-        killed = process.exitcode == -signal.SIGKILL
-        failure = f"{OUT_OF_MEMORY}, or killed by somebody" if killed else f"ended with status {process.exitcode}"
-    finally:
-        process.kill()
-        process.join()
-    if failure:
-        raise Failed(failure)
-    return value
+        value = answer.result()
+        pool.shutdown(wait=False)
+        for process in started:
+            process.join(10)  # its data workers end with it
+        return value
+    except BrokenProcessPool:
+        pool.shutdown()
+        (status,) = [process.exitcode for process in started] or [None]
+        killed = status == -signal.SIGKILL
+        raise Failed(f"{OUT_OF_MEMORY}, or killed by somebody" if killed else f"ended with status {status}") from None
+    finally:  # after Ctrl-C too
+        for process in started:
+            process.kill()
+        pool.shutdown()
 
 
-def _answer(sender: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # after Ctrl-C the parent kills it
+def _begin() -> None:
+    """In a new process: leave Ctrl-C to the parent, end with it, and be the one that lack of memory ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    with contextlib.suppress(OSError):  # where memory runs out, Linux kills this process and no other
+    with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
-    try:
-        answer = function(*args), ""
-    except Exception as error:
-        text = " ".join(str(error).split())
-        if isinstance(error, MemoryError) or "out of memory" in text.lower() or "can't allocate memory" in text:
-            answer = None, OUT_OF_MEMORY
-        else:
-            kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
-            answer = None, kind + (text[:200] or "no reason given")
-    sender.send(answer)
 
 
 def _end_with_parent() -> None:
@@ -319,26 +346,39 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
+def _answer(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    try:
+        return function(*args)
+    except Exception as error:  # told in words: not every exception survives the way to another process
+        text = " ".join(str(error).split())
+        if isinstance(error, MemoryError) or "out of memory" in text.lower() or "can't allocate memory" in text:
+            raise Failed(OUT_OF_MEMORY) from None
+        kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+        raise Failed(kind + (text[:200] or "no reason given")) from None
+
+
 # What runs in them
 
 
 def survey(cfg: BenchConfig) -> Machine:
     """Look at the device and time the loader on the user's images, if there are any.
 
-    Raises ValueError if there are images, but too few for a batch or none that can be read.
+    Raises:
+        ValueError: if there are images, but too few for a batch or none that can be read.
     """
     import torch
 
-    from fcmae.training.run import make_accelerator
+    from fcmae.data.loader import choose_num_workers
+    from fcmae.data.sampler import steps_per_epoch
+    from fcmae.timing import for_a_while
+    from fcmae.training.run import cpu_name, make_accelerator
 
-    accelerator = make_accelerator(_quiet(cfg))
+    accelerator = make_accelerator(cfg)
     device = accelerator.device
-    name, precisions = platform.processor() or platform.machine(), ["fp32"]
+    name, precisions = cpu_name(), ["fp32"]
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        known = get_args(PretrainConfig.model_fields["precision"].annotation)
-        precisions += [p for p in ("tf32", "bf16") if p in known] if has_bf16 else ["fp16"]
+        precisions += ["tf32", "bf16"] if torch.cuda.is_bf16_supported(including_emulation=False) else ["fp16"]
     elif device.type == "cpu":
         name = f"{name}, threads: {torch.get_num_threads()}"
         if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
@@ -350,21 +390,14 @@ def survey(cfg: BenchConfig) -> Machine:
     if not cfg.data.path:
         return found
 
-    from fcmae.data.loader import build_loader
-    from fcmae.data.sampler import StepSampler, steps_per_epoch
-    from fcmae.pretraining import build_dataset
-
-    index, workers = _train_index(cfg), _num_workers(cfg, device.type)
-    steps = steps_per_epoch(len(index), cfg.batch_size, cfg.data.masks_per_image)
-    sampler = StepSampler(len(index), min(LOADER_IMAGES, len(index)), cfg.seed, end_step=ENDLESS)
-    dataset = build_dataset(cfg, index, augment=True)
-    batches = iter(build_loader(dataset, sampler, num_workers=workers, device_type=device.type))
+    images, masks = _train_images(cfg), cfg.data.masks_per_image
+    steps = steps_per_epoch(len(images), cfg.batch_size, masks)
+    workers, at_once = choose_num_workers(cfg.data.num_workers, device.type), min(LOADER_IMAGES, len(images))
+    batches = _batches(cfg, images, device.type, at_once * masks)
     for _ in islice(batches, max(1, 2 * workers)):
         pass  # workers start, and open their first files
-    start, images = time.perf_counter(), 0
-    while (passed := time.perf_counter() - start) < cfg.seconds or not images:
-        images += len(next(batches).index)
-    speed = images * cfg.data.masks_per_image / passed
+    times = for_a_while(lambda: next(batches), cfg.seconds)
+    speed = len(times) * at_once * masks / sum(times)
     return replace(found, num_workers=workers, loader_images_per_s=speed, steps_per_epoch=steps)
 
 
@@ -377,110 +410,90 @@ def time_candidate(cfg: BenchConfig, candidate: Candidate, from_files: bool) -> 
 
     from fcmae.data.loader import prefetched
     from fcmae.data.normalize import Normalize
-    from fcmae.loss import reconstruction_loss
+    from fcmae.masked import masked_loss
     from fcmae.masking import num_visible
-    from fcmae.pretraining import build_model, noise_batch
-    from fcmae.training import optim
+    from fcmae.pretraining import build_model, build_optimizer, mask_grid, noise_batch
+    from fcmae.timing import for_a_while, seconds
     from fcmae.training.compiling import compile_model
-    from fcmae.training.loop import StartedStep, optimizer_step
     from fcmae.training.run import make_accelerator
+    from fcmae.training.steps import StartedStep, start_update
 
     grad_accum = cfg.batch_size // candidate.images
-    model_settings: PretrainModel = cfg.model.model_copy(
-        update={"backend": candidate.backend, "compile": candidate.compile}
-    )
-    cfg = _quiet(cfg).model_copy(
-        update={"precision": candidate.precision, "grad_accum": grad_accum, "model": model_settings}
-    )
+    model_settings = cfg.model.model_copy(update={"backend": candidate.backend, "compile": candidate.compile})
+    settings = {"precision": candidate.precision, "grad_accum": grad_accum, "model": model_settings}
+    cfg = cfg.model_copy(update=settings)
     accelerator = make_accelerator(cfg)
     device = accelerator.device
     net = build_model(cfg).to(device)
-    groups = optim.parameter_groups(net, cfg.optim.weight_decay)
-    adamw = torch.optim.AdamW(groups, lr=0.0, betas=cfg.optim.betas, fused=True)
     normalize = Normalize(*cfg.data.statistics()).to(device)
-    patch, (height, width) = cfg.model.mask_patch, cfg.data.image_size
-    grid = (height // patch, width // patch)
-    visible = num_visible(grid[0] * grid[1], cfg.model.mask_ratio)
+    visible = num_visible(math.prod(mask_grid(cfg)), cfg.model.mask_ratio)
     compile_model(net, candidate.compile, lambda: None, 0)
-    model, optimizer = accelerator.prepare(net, adamw, device_placement=[True, False])
-    noise = noise_batch(cfg, visible, candidate.images)
-    noise = noise.pin_memory() if device.type == "cuda" else noise
-    batches = prefetched(_files(cfg, device) if from_files else repeat(noise), device)
+    model, optimizer = accelerator.prepare(net, build_optimizer(cfg, net), device_placement=[True, False])
+    if from_files:
+        given = _batches(cfg, _train_images(cfg), device.type, cfg.batch_size, grad_accum)
+    else:
+        noise = noise_batch(cfg, candidate.images)
+        given = repeat(noise.pin_memory() if device.type == "cuda" else noise)
+    batches = prefetched(given, device)
     num_parts = min(grad_accum, 2) if device.type == "cpu" else grad_accum
     unread: StartedStep | None = None
+    left_out_s: list[float] = []
 
-    def step() -> float:
-        """Seconds of a whole step. As in training, the device computes it while the host reads the one before."""
-        nonlocal unread
-        asked: list[float] = []
-
-        def losses() -> Iterator[torch.Tensor]:
-            for _ in range(num_parts):
-                asked.append(time.perf_counter())
-                batch = next(batches)
-                assert batch.masks is not None
-                images = normalize(batch.images)
-                if (num_masks := len(batch.masks) // len(images)) > 1:
-                    images = images.repeat_interleave(num_masks, dim=0)
-                pred, site_mask = model(images, batch.masks, visible)
-                yield reconstruction_loss(pred, images, site_mask, normalize=cfg.model.normalize_target)
-
-        clip = cfg.optim.clip_grad
-        started = optimizer_step(
-            accelerator, model, optimizer, losses(), num_parts=num_parts, clip_grad=clip, stop=False
+    def part() -> None:
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        batch = next(batches)
+        loss = masked_loss(
+            model,
+            normalize(batch.images),
+            batch.given_masks,
+            visible,
+            normalize_target=cfg.model.normalize_target,
         )
+        accelerator.backward(loss / grad_accum)
+        sum_.add_(loss.detach() / grad_accum)
+
+    def step() -> None:
+        """As in training, the device computes it while the host reads the one before."""
+        nonlocal unread
+        sum_.zero_()
+        left_out_s.append((grad_accum - num_parts) * seconds(part))
+        for _ in range(num_parts - 1):
+            part()
+        started = start_update(accelerator, model, optimizer, sum_, clip_grad=cfg.optim.clip_grad)
         if unread is not None:
             unread.result()
         unread = started
-        return time.perf_counter() - asked[0] + (grad_accum - num_parts) * (asked[-1] - asked[0])
 
-    start = time.perf_counter()
-    first_s = step()
-    step()
-    times: list[float] = []
-    warm = time.perf_counter()
+    sum_ = torch.zeros((), device=device)
+    warm_s = [seconds(step), seconds(step)]
     # At least three; one, if they are so slow that the warm-up took five times what was asked for.
-    while time.perf_counter() - warm < cfg.seconds or len(times) < (3 if warm - start < 5 * cfg.seconds else 1):
-        times.append(step())
+    times = for_a_while(step, cfg.seconds, at_least=3 if sum(warm_s) < 5 * cfg.seconds else 1)
+    whole_s = [sum(both) for both in zip([*warm_s, *times], left_out_s, strict=True)]
     if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated()
     else:  # counted in bytes on macOS, in units of 1024 elsewhere
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return Result(candidate, cfg.batch_size, tuple(times), first_s, memory)
+    return Result(candidate, cfg.batch_size, tuple(whole_s[2:]), whole_s[0], memory)
 
 
-def _quiet(cfg: BenchConfig) -> BenchConfig:
-    return cfg.model_copy(update={"log": cfg.log.model_copy(update={"trackers": []})})
-
-
-def _train_index(cfg: BenchConfig) -> Images:
+def _train_images(cfg: BenchConfig) -> Images:
     from fcmae.data.index import find_images
     from fcmae.data.split import split
 
     return split(find_images(cfg.data.path), cfg.data.val_share, cfg.seed)[0]
 
 
-def _num_workers(cfg: BenchConfig, device_type: str) -> int:
-    from fcmae.data.loader import default_num_workers
-
-    return default_num_workers(device_type) if cfg.data.num_workers is None else cfg.data.num_workers
-
-
-def _files(cfg: BenchConfig, device: torch.device) -> Iterator[Batch]:
-    """The user's images, as a run reads them."""
-    from fcmae.data.loader import build_loader
+def _batches(
+    cfg: BenchConfig, images: Images, device_type: str, batch_size: int, grad_accum: int = 1
+) -> Iterator[Batch]:
+    """The user's images, as a run reads them, without end."""
+    from fcmae.data.loader import build_loader, choose_num_workers
     from fcmae.data.sampler import StepSampler
     from fcmae.pretraining import build_dataset
 
-    index = _train_index(cfg)
-    sampler = StepSampler(
-        len(index),
-        cfg.batch_size,
-        cfg.seed,
-        end_step=ENDLESS,
-        grad_accum=cfg.grad_accum,
-        masks_per_image=cfg.data.masks_per_image,
+    masks, workers = cfg.data.masks_per_image, choose_num_workers(cfg.data.num_workers, device_type)
+    order = StepSampler(
+        len(images), batch_size, cfg.seed, end_step=ENDLESS, grad_accum=grad_accum, masks_per_image=masks
     )
-    workers = _num_workers(cfg, device.type)
-    dataset = build_dataset(cfg, index, augment=True)
-    return iter(build_loader(dataset, sampler, num_workers=workers, device_type=device.type))
+    dataset = build_dataset(cfg, images, augment=True)
+    return iter(build_loader(dataset, order, num_workers=workers, device_type=device_type))

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import fcmae
-from fcmae import config
+from fcmae import config, threads
 from fcmae.config import commands
 from fcmae.config.base import Settings
 from fcmae.options import HELP, hint, load
@@ -55,7 +55,10 @@ def _run(words: list[str]) -> int:
         raise ValueError(f"{name}: no such command{hint(name, COMMANDS) or '; there are: ' + ', '.join(COMMANDS)}")
     settings, run = COMMANDS[name]
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    return run(load(settings, rest, prog=f"fcmae {name}", num_processes=processes)) or 0
+    given = load(settings, rest, prog=f"fcmae {name}", num_processes=processes)
+    if name not in IDLE:
+        threads.prepare()
+    return run(given) or 0
 
 
 def _help() -> str:
@@ -170,6 +173,7 @@ COMMANDS: dict[str, tuple[type[Settings], Callable[[Any], int | None]]] = {
     "verify": (commands.VerifyConfig, _verify),
     "configs": (commands.ConfigsConfig, _configs),
 }
+IDLE = frozenset({"report", "stats", "doctor", "configs"})  # they compute nothing with torch
 
 
 if __name__ == "__main__":

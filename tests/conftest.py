@@ -8,6 +8,11 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 
 import pytest
+
+from fcmae import threads
+
+threads.prepare()  # as runs do, before torch is loaded
+
 import torch
 from torch import nn
 

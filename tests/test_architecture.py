@@ -21,6 +21,8 @@ ORDER = [
     "fcmae.options",
     "fcmae.data",
     "fcmae.data.cores",
+    "fcmae.threads",
+    "fcmae.timing",
     "fcmae.data.source",
     "fcmae.data.index",
     "fcmae.data.split",
@@ -84,6 +86,7 @@ ORDER = [
     "fcmae.verify",
     "fcmae.bench",
     "fcmae.doctor",
+    "fcmae.api",
     "fcmae.cli",
 ]
 

@@ -1,19 +1,24 @@
 import math
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import runs
 import torch
 
 import fcmae.bench
-import fcmae.networks.convnext
-import fcmae.training.loop
+import fcmae.masked
+import fcmae.timing
+import fcmae.training.steps
 from fcmae.bench import (
     Candidate,
     Failed,
@@ -36,8 +41,8 @@ CPU = Machine("cpu", "cpu (test)", "fp32", ("fp32",))
 
 def config(**settings: Any) -> BenchConfig:
     """The smallest step: 8 images of 16 pixels."""
-    values = {"batch_size": 8, "device": "cpu", "data.image_size": 16, "seconds": 0.01}
-    values |= {"model.stem_stride": 1, "model.mask_patch": 8, "model.decoder_dim": 8}
+    values = {"batch_size": 8, "device": "cpu", "data.image_size": 16, "seconds": 0.01, "log.trackers": "none"}
+    values |= {"model.variant": runs.TINY, "model.stem_stride": 1, "model.mask_patch": 8, "model.decoder_dim": 8}
     words = [word for key, value in (values | settings).items() for word in (f"--{key}", str(value))]
     return load(BenchConfig, words, prog="test")
 
@@ -60,7 +65,7 @@ class Made:
 def find(made: Made, first: Candidate, **options: Any) -> Candidate:
     space = {
         "backends": ["packed", "masked"],
-        "precisions": ["fp32", "bf16"],
+        "precisions": ["bf16"],
         "batch_size": 64,
         "unit": 1,
         "compiled": [True],
@@ -69,9 +74,8 @@ def find(made: Made, first: Candidate, **options: Any) -> Candidate:
     return search(first, made, **(space | options)).candidate
 
 
-@pytest.fixture
-def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setitem(fcmae.networks.convnext.VARIANTS, "convnextv2_atto", runs.TINY)
+@pytest.fixture(autouse=True)
+def _forget() -> Iterator[None]:
     yield
     runs.forget_accelerator()
 
@@ -177,7 +181,7 @@ def test_the_printed_flags_are_settings_of_pretraining(compiled: Any, configured
     assert ("--model.compile" in flags) == (compiled != configured)
 
 
-def test_a_step_is_computed_under_several_masks_an_image(tiny: None, tmp_path: Path) -> None:
+def test_a_step_is_computed_under_several_masks_an_image(tmp_path: Path) -> None:
     settings = {"data.path": runs.write_images(tmp_path), "data.num_workers": 0, "data.masks_per_image": 2}
     cfg = config(**settings)
     assert survey(cfg).steps_per_epoch == 3  # 13 images under 2 masks, in steps of 8
@@ -210,6 +214,21 @@ def test_what_a_process_returns_comes_back() -> None:
 def test_a_process_that_fails_says_why(function: Callable[[Any], Any], argument: Any, reason: str) -> None:
     with pytest.raises(Failed, match=reason):
         in_process(function, argument)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_process_ends_with_the_one_that_started_it(number: signal.Signals, tmp_path: Path) -> None:
+    code = "import time; from fcmae.bench import in_process\nif __name__ == '__main__': in_process(time.sleep, 600)"
+    (tmp_path / "main.py").write_text(code)  # spawn needs a file
+    started = subprocess.Popen([sys.executable, str(tmp_path / "main.py")], stderr=subprocess.DEVNULL)
+    parent = psutil.Process(started.pid)
+    while not (children := parent.children(recursive=True)):
+        assert started.poll() is None
+        time.sleep(0.05)
+    time.sleep(1)  # until it sleeps too
+    started.send_signal(number)
+    assert started.wait(20) != 0
+    assert not psutil.wait_procs(children, timeout=20)[1]
 
 
 def test_a_candidate_out_of_memory_is_a_row(
@@ -248,47 +267,56 @@ def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert "without a launcher" in capsys.readouterr().err
 
 
-def test_steps_that_are_timed_are_those_of_training(tiny: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_that_are_timed_are_those_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients flow to every weight, of as many images as the candidate says; the weights stay."""
     seen: list[tuple[int, ...]] = []
-    real = fcmae.training.loop.optimizer_step
+    losses: list[float] = []
+    loss, update = fcmae.masked.masked_loss, fcmae.training.steps.start_update
 
-    def spy(accelerator: Any, model: torch.nn.Module, optimizer: Any, losses: Any, **options: Any) -> Any:
+    def spy_loss(model: Any, images: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        seen.append(tuple(images.shape))
+        value = loss(model, images, *args, **options)
+        losses.append(value.item())
+        return value
+
+    def spy_update(accelerator: Any, model: torch.nn.Module, optimizer: Any, mean: torch.Tensor, **options: Any) -> Any:
+        assert mean.item() == pytest.approx(sum(losses) / 2)  # of both parts
+        losses.clear()
         before = [p.detach().clone() for p in model.parameters()]
-        hook = model.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape)))
-        steps: list[Any] = []
-        monkeypatch.setattr(
-            optimizer.optimizer, "zero_grad", lambda: steps.append([p.grad for p in model.parameters()])
-        )
-        result = real(accelerator, model, optimizer, losses, **options)
-        hook.remove()
-        assert all(grad is not None for grad in steps[0])
+        assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+        result = update(accelerator, model, optimizer, mean, **options)
         assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+        assert all(p.grad is None for p in model.parameters())
         return result
 
-    monkeypatch.setattr(fcmae.training.loop, "optimizer_step", spy)
+    monkeypatch.setattr(fcmae.masked, "masked_loss", spy_loss)
+    monkeypatch.setattr(fcmae.training.steps, "start_update", spy_update)
     result = time_candidate(config(seconds=1), Candidate("masked", "fp32", 4), False)
     assert set(seen) == {(4, 3, 16, 16)}
     assert len(result.step_s) >= 3 and min(result.step_s) > 0 and result.memory > 10**7
 
 
-def test_parts_that_are_left_out_take_as_long_as_the_first(tiny: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_that_are_left_out_take_as_long_as_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = SimpleNamespace(now=0.0)
+    loss, update = fcmae.masked.masked_loss, fcmae.training.steps.start_update
 
-    def step(accelerator: Any, model: Any, optimizer: Any, losses: Any, *, num_parts: int, **options: Any) -> None:
-        for _ in range(num_parts):
-            next(losses)
-            clock.now += 2
-        clock.now += 5  # the optimizer
+    def part(*args: Any, **options: Any) -> Any:
+        clock.now += 2
+        return loss(*args, **options)
 
-    monkeypatch.setattr(fcmae.training.loop, "optimizer_step", step)
-    monkeypatch.setattr(fcmae.bench, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    def optimizer(*args: Any, **options: Any) -> Any:
+        clock.now += 5
+        return update(*args, **options)
+
+    monkeypatch.setattr(fcmae.masked, "masked_loss", part)
+    monkeypatch.setattr(fcmae.training.steps, "start_update", optimizer)
+    monkeypatch.setattr(fcmae.timing, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     result = time_candidate(config(seconds=10), Candidate("packed", "fp32", 2), False)
-    assert set(result.step_s) == {4 * 2 + 5}
+    assert set(result.step_s) == {4 * 2 + 5} and result.first_s == 4 * 2 + 5
     assert time_candidate(config(), Candidate("packed", "fp32", 8), False).step_s == (2 + 5,)  # slow: one is enough
 
 
-def test_the_users_images_are_read_as_the_run_reads_them(tiny: None, tmp_path: Path) -> None:
+def test_the_users_images_are_read_as_the_run_reads_them(tmp_path: Path) -> None:
     photos = runs.write_images(tmp_path / "photos")  # 13, one of them held out
     cfg = config(batch_size=4, grad_accum=2, **{"data.path": photos, "data.num_workers": 0, "data.val_share": 0.05})
     machine = survey(cfg)

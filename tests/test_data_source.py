@@ -103,9 +103,7 @@ def pretraining(images: Images, *, augment: bool = True) -> PretrainDataset:
 
 def finetuning(images: Images, *, train: bool = True) -> FinetuneDataset:
     crop = CropAndFlip(3, SIZE, (0.2, 1.0), 0.5)
-    augment = FinetuneAugment(
-        crop, auto_augment=None, random_erasing=0.25, mean=[0.5] * 3, std=[0.2] * 3
-    )
+    augment = FinetuneAugment(crop, auto_augment=None, random_erasing=0.25, mean=[0.5] * 3, std=[0.2] * 3)
     return FinetuneDataset(images, in_chans=3, image_size=SIZE, seed=0, augment=augment if train else None)
 
 

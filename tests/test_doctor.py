@@ -3,8 +3,10 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -14,8 +16,9 @@ from conftest import requires_minkowski
 from fcmae import doctor
 from fcmae.cli import main
 from fcmae.doctor import Finding, diagnose
-from fcmae.model import FCMAE
+from fcmae.masked import build_fcmae
 from fcmae.networks.convnext import Encoder
+from fcmae.networks.spec import VARIANTS
 
 ROOT = Path(__file__).parent.parent
 
@@ -50,6 +53,11 @@ def set_free(monkeypatch: pytest.MonkeyPatch, num_bytes: float) -> None:
 
 def rows(findings: Iterator[Finding]) -> dict[str, Finding]:
     return {finding.name: finding for finding in findings}
+
+
+def find(name: str, out: Path = Path(), **changes: Any) -> list[Finding]:
+    """What one check finds."""
+    return list(doctor.look(replace(doctor.checks(out)[name], **changes)))
 
 
 def test_this_machine_can_pretrain(tmp_path: Path) -> None:
@@ -103,7 +111,7 @@ def test_a_package_that_kills_python_is_a_row(fake: Fake) -> None:
 def test_a_broken_minkowski_engine_costs_pretraining_nothing(fake: Fake) -> None:
     fake("torch", "")
     fake("MinkowskiEngine", "raise ImportError('undefined symbol: _ZN3c10\\nmore')")
-    (found,) = doctor._minkowski(quick=False)
+    (found,) = find("MinkowskiEngine")
     assert (found.state, found.needed) == ("broken", False)
     assert found.found == "ImportError: undefined symbol: _ZN3c10 more"
     assert "make minkowski" in found.mend
@@ -111,41 +119,42 @@ def test_a_broken_minkowski_engine_costs_pretraining_nothing(fake: Fake) -> None
 
 @requires_minkowski
 def test_an_installed_minkowski_engine_convolves() -> None:
-    (found,) = doctor._minkowski(quick=False)
+    (found,) = find("MinkowskiEngine")
     assert found.state in ("ok", "note") and "a convolution runs on" in found.found
 
 
 def test_minkowski_engine_that_is_not_installed_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "find_spec", lambda name: None)
-    (found,) = doctor._minkowski(quick=False)
+    (found,) = find("MinkowskiEngine", timeout_s=0)
     assert (found.state, found.found, found.needed) == ("missing", "not installed", False)
+    assert found.mend.startswith("make minkowski")
+    assert [found] == list(doctor.look(doctor.checks(quick=True)["MinkowskiEngine"]))
 
 
 def test_a_check_that_does_not_end_is_stopped(fake: Fake) -> None:
     fake("torch", "import time; time.sleep(60)")
-    failed = Finding("torch", "broken", "", needed=True)
-    (found,) = doctor._in_child(doctor._import_torch, 0.5, failed)
-    assert found == Finding("torch", "broken", "it was not done after 0.5 s", needed=True)
+    (found,) = find("torch", timeout_s=0.5)
+    assert (found.state, found.needed, found.found) == ("broken", True, "it was not done after 0.5 s")
 
 
 def test_without_a_compiler_torch_compile_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.delenv("CC", raising=False)
-    (found,) = doctor._compile()
+    (found,) = find("torch.compile")
     assert (found.state, found.needed) == ("missing", False)
     assert found.found == "there is no C++ compiler (g++)"
     assert "apt install g++" in found.mend
 
 
 def test_two_processes_form_a_group() -> None:
-    (found,) = doctor._processes()
+    (found,) = find("processes")
     assert found.state == "ok"
 
 
 def test_processes_without_a_network_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nowhere0")
-    (found,) = doctor._processes()
+    (found,) = find("processes")
     assert (found.state, found.needed) == ("broken", False)
     assert "nowhere0" in found.found
 
@@ -157,14 +166,14 @@ def test_a_disk_must_hold_the_checkpoints_of_atto(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, free: float, state: str, needed: bool
 ) -> None:
     set_free(monkeypatch, free)
-    (found,) = doctor._disk(tmp_path / "not" / "yet")
+    (found,) = find("disk", tmp_path / "not" / "yet")
     assert (found.state, found.needed) == (state, needed)
     assert f"{tmp_path}; a run's checkpoints take 0.261 GB for atto, 3.31 GB for base" in found.found
 
 
 def test_a_place_that_cannot_be_written_to_is_broken(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    (found,) = doctor._disk(tmp_path / "file")
+    (found,) = find("disk", tmp_path / "file")
     assert (found.state, found.needed) == ("broken", True)
     assert "file cannot be written to" in found.found
 
@@ -172,21 +181,21 @@ def test_a_place_that_cannot_be_written_to_is_broken(tmp_path: Path) -> None:
 @pytest.mark.parametrize("variant", doctor.NUM_PARAMETERS)
 def test_checkpoints_are_sized_by_the_models_parameters(variant: str) -> None:
     with torch.device("meta"):
-        model = FCMAE(Encoder(f"convnextv2_{variant}"))
+        model = build_fcmae(Encoder(VARIANTS[f"convnextv2_{variant}"]))
     assert sum(parameter.numel() for parameter in model.parameters()) == doctor.NUM_PARAMETERS[variant]
 
 
 def test_a_containers_small_shared_memory_is_noted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(doctor, "SHARED_MEMORY", tmp_path)
     set_free(monkeypatch, 67e6)
-    (found,) = doctor._shared_memory()
+    (found,) = find("/dev/shm")
     assert found.state == "note" and "--shm-size" in found.mend
 
 
 @pytest.mark.parametrize("name", ["memory.max", "memory/memory.limit_in_bytes"])
 def test_a_container_with_too_little_memory_cannot_pretrain(cgroup: Fake, name: str) -> None:
     cgroup(name, "512000000\n")
-    (found,) = doctor._memory()
+    (found,) = find("memory")
     assert (found.state, found.needed) == ("broken", True)
     assert found.found.startswith("0.512 GB of 0.512 GB available in this container; the machine has ")
 
@@ -195,7 +204,7 @@ def test_a_container_with_too_little_memory_cannot_pretrain(cgroup: Fake, name: 
 def test_memory_that_others_use_is_only_noted(monkeypatch: pytest.MonkeyPatch, cgroup: Fake, limit: str) -> None:
     cgroup("memory.max", limit)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=8e9, available=5e8))
-    (found,) = doctor._memory()
+    (found,) = find("memory")
     assert (found.state, found.needed, found.found) == ("note", False, "0.5 GB of 8 GB available")
 
 
@@ -212,7 +221,7 @@ def test_memory_that_others_use_is_only_noted(monkeypatch: pytest.MonkeyPatch, c
 def test_a_containers_share_of_the_cores_is_noted(cgroup: Fake, files: dict[str, str], state: str) -> None:
     for name, text in files.items():
         cgroup(name, text)
-    (found,) = doctor._cpu()
+    (found,) = find("CPU")
     assert found.state == state
     assert ("the time of 0.5" in found.found) == ("--data.num_workers 1" in found.mend) == (state == "note")
 
@@ -220,7 +229,7 @@ def test_a_containers_share_of_the_cores_is_noted(cgroup: Fake, files: dict[str,
 def test_packages_are_held_to_the_minimum_that_fcmae_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = ["torch>=99", "numpy>=1", "nowhere-to-be-found>=1", "other>=1; extra == 'dev'"]
     monkeypatch.setattr("importlib.metadata.requires", lambda name: asked)
-    missing, old = doctor._packages()
+    missing, old = find("packages")
     assert (missing.state, missing.needed, missing.found) == ("missing", True, "nowhere-to-be-found>=1")
     assert missing.mend == "pip install 'nowhere-to-be-found>=1'"
     assert (old.state, old.needed) == ("note", False)
@@ -229,14 +238,14 @@ def test_packages_are_held_to_the_minimum_that_fcmae_asks_for(monkeypatch: pytes
 
 def test_a_pillow_without_libjpeg_turbo_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("PIL.features.check", lambda name: name != "libjpeg_turbo")
-    (found,) = doctor._pillow()
+    (found,) = find("Pillow")
     assert found.state == "note" and found.found.endswith("built without libjpeg_turbo")
 
 
 def test_the_environment_of_a_launcher_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    (found,) = doctor._launcher()
+    (found,) = find("launcher")
     assert "RANK=1" in found.found and "WORLD_SIZE=2" in found.found
 
 

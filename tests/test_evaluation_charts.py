@@ -8,7 +8,6 @@ import numpy as np
 import plotly.graph_objects as go
 import pytest
 
-from fcmae.data.split import evenly
 from fcmae.evaluation import charts
 from fcmae.evaluation.charts import Curve, heat_map, line_chart, shown
 

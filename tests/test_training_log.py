@@ -89,7 +89,7 @@ def test_files_that_cannot_be_read_are_listed_and_too_many_stop_the_run(tmp_path
     log.write(1, lr=0.1, grad_norm=1.0)
     assert (tmp_path / "bad_files.txt").read_text() == "a.png\tno image\n"
     assert not log.unread_files
-    with pytest.raises(ValueError, match="data.max_bad_share: 2 of 10 files cannot be used"):
+    with pytest.raises(ValueError, match=r"data\.max_bad_share: 2 of 10 files cannot be used"):
         log.add_bad_files([("b.png", "no image")])
     log.close()
 

@@ -18,7 +18,7 @@ from runs import PROCESSES, config, forget_accelerator
 import fcmae.training.run
 from fcmae import options
 from fcmae.config import FinetuneConfig, PretrainConfig
-from fcmae.training.run import Run, RunDirectory, StopSignal, make_accelerator, record_start
+from fcmae.training.run import RunDirectory, StopSignal, make_accelerator, record_start
 
 OWN = ("train.log", "metrics.jsonl", "files.json", "val_files.json", "checkpoints/step-00000001/checkpoint.json")
 

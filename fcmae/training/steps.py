@@ -23,6 +23,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from fcmae import threads
 from fcmae.config import RunConfig
 from fcmae.data.dataset import Batch, ImageDataset
 from fcmae.data.loader import build_loader, choose_num_workers, prefetched
@@ -136,6 +137,9 @@ class Steps:
         logger.info(message, self.schedule.total, self.cfg.batch_size, processes, device, precision)
         if self.schedule.start:
             logger.info("resuming after step %d", self.schedule.start)
+        if processes == 1 and (share := threads.busy()) > threads.BUSY:
+            message = "other processes use %.0f %% of the cores: steps take longer than on an idle machine (%s)"
+            logger.info(message, 100 * share, threads.in_force() or "fcmae doctor says more")
         if self.schedule.warmup >= self.schedule.total and self.accelerator.is_main_process:
             logger.warning(
                 "the learning rate never reaches its peak of %.3g: the warm-up takes %g epochs and the run has %d; "
