@@ -64,7 +64,7 @@ def pretrain(
         FloatingPointError: if the loss or a gradient stops being finite.
     """
     paths = [images] if isinstance(images, str | os.PathLike) else images
-    given = {"data.path": [os.fspath(path) for path in paths], "out": os.fspath(out), "model.variant": variant}
+    given = {"data.path": paths, "out": out, "model.variant": variant}
     return pretraining.pretrain(_settings(PretrainConfig, given, config, settings))
 
 
@@ -94,8 +94,7 @@ def finetune(
         ValueError: with a line for each problem with settings, images or weights, before anything is written.
         FloatingPointError: if the loss or a gradient stops being finite.
     """
-    start = None if init is None else os.fspath(init)
-    given = {"data.path": os.fspath(labelled), "out": os.fspath(out), "model.init": start, "model.variant": variant}
+    given = {"data.path": labelled, "out": out, "model.init": init, "model.variant": variant}
     return finetuning.finetune(_settings(FinetuneConfig, given, config, settings))
 
 

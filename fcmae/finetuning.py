@@ -35,7 +35,7 @@ from fcmae.networks.spec import describe
 from fcmae.training import checkpoint, optim
 from fcmae.training.compiling import compile_model
 from fcmae.training.log import Log
-from fcmae.training.run import Run, RunDirectory, StopSignal, make_accelerator, same_everywhere
+from fcmae.training.run import Run, RunDirectory, StopSignal, finish, make_accelerator, same_everywhere
 from fcmae.training.steps import Steps, schedule_of
 from fcmae.weights.convert import adapt_in_chans, save_classifier
 from fcmae.weights.files import Weights, read_weights
@@ -81,8 +81,7 @@ def finetune(cfg: FinetuneConfig, net: Classifier | None = None) -> Run:
             train_images.save(run.path / "files.json")
             val_images.save(run.path / "val_files.json")
         finished = train(cfg, run, accelerator, net, weights, per_epoch, train_images, val_images, stop)
-        accelerator.wait_for_everyone()  # a launcher ends all when the first ends with a signal's status
-        accelerator.end_training()
+        finish(accelerator)
     return Run(run.path, "finetune", finished, stop.received)
 
 

@@ -8,6 +8,7 @@ once, a line for each problem. Nothing here imports torch.
 from __future__ import annotations
 
 import copy
+import os
 import re
 import textwrap
 from collections import Counter, deque
@@ -444,7 +445,13 @@ def _pairs(settings: Mapping[str, Any], fields: Fields, section: str = "") -> It
         if isinstance(value, Mapping) and any(known.startswith(f"{key}.") for known in fields):
             yield from _pairs(value, fields, f"{key}.")
         else:
-            yield key, _plain(value)
+            yield key, _plain(_paths_as_text(value))
+
+
+def _paths_as_text(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_paths_as_text(item) for item in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def _put(settings: dict[str, Any], values: Mapping[str, Any]) -> None:

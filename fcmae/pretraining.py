@@ -38,7 +38,15 @@ from fcmae.training import checkpoint, optim
 from fcmae.training.compiling import compile_model
 from fcmae.training.log import Log
 from fcmae.training.optim import Schedule
-from fcmae.training.run import Run, RunDirectory, StopSignal, make_accelerator, read_metrics, same_everywhere
+from fcmae.training.run import (
+    Run,
+    RunDirectory,
+    StopSignal,
+    finish,
+    make_accelerator,
+    read_metrics,
+    same_everywhere,
+)
 from fcmae.training.steps import Step, Steps, schedule_of
 from fcmae.weights.convert import start_from
 from fcmae.weights.files import read_weights
@@ -84,8 +92,7 @@ def pretrain(cfg: PretrainConfig, net: FCMAE | None = None) -> Run:
         for sentence in started:
             logger.info("start: %s", sentence)
         finished = train(cfg, run, accelerator, net, schedule, train_images, val_images, labelled, stop)
-        accelerator.wait_for_everyone()  # a launcher ends all when the first ends with a signal's status
-        accelerator.end_training()
+        finish(accelerator)
     return Run(run.path, "pretrain", finished, stop.received)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from fcmae.training.run import Run
 from fcmae.weights.files import read_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+TINY_NUMBERS = {"depths": [1, 1, 1, 1], "dims": [8, 8, 8, 8]}
 SPEC = ConvNeXtSpec(depths=(1, 1, 2, 1), dims=(8, 8, 16, 16))
 SMALL: dict[str, Any] = {
     "epochs": 1,
@@ -124,6 +126,25 @@ def test_a_notebook_from_images_to_features(photos: Path, labelled: Path, tmp_pa
         fcmae.export(run, tmp_path / "encoder")
 
 
+def test_a_script_of_two_processes_makes_one_run_after_another(photos: Path, tmp_path: Path) -> None:
+    lines = [
+        "import fcmae",
+        f"small = {SMALL!r}",
+        f"first = fcmae.pretrain({str(photos)!r}, 'first', variant={TINY_NUMBERS!r}, settings=small)",
+        f"second = fcmae.pretrain({str(photos)!r}, 'second', variant={TINY_NUMBERS!r}, "
+        "settings=small | {'model.init': first, 'precision': 'bf16'})",
+        "assert first.finished and second.finished",
+    ]
+    (tmp_path / "script.py").write_text("\n".join(lines))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "script.py"]
+    done = subprocess.run(
+        launch, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("2 steps of 4 images on 2 x cpu in fp32") == 1
+    assert done.stderr.count("2 steps of 4 images on 2 x cpu in bf16") == 1
+
+
 def test_a_run_from_python_is_that_of_the_command(photos: Path, tmp_path: Path) -> None:
     assert cli.main(["pretrain", *runs.flags(photos, tmp_path / "command")]) == 0
     cfg = config(photos, tmp_path / "elsewhere")
@@ -167,14 +188,14 @@ def test_arguments_go_before_settings_and_these_before_the_file(asked: list[Any]
     settings = {"seed": 2, "model": {"variant": "nano"}, "data.hflip": 0.25, "data": {"crop_scale": (0.5, 1)}}
     fcmae.pretrain(["a", Path("b")], tmp_path, variant="femto", config=tmp_path / "own.yaml", settings=settings)
     fcmae.finetune("c", "out", init=Run(Path("run"), "pretrain"), config="finetune_cpu", settings={"epochs": 3})
-    fcmae.pretrain("d", "out", settings={"optim.clip_grad": None, "monitor": {"labelled": "none"}})
+    fcmae.pretrain("d", "out", settings={"optim.clip_grad": None, "monitor": {"labelled": Path("x")}})
     first, second, third = asked
     assert (first.data.path, first.out, first.epochs, first.seed) == (["a", "b"], tmp_path, 7, 2)
     assert (first.model.variant, first.model.decoder_depth) == ("convnextv2_femto", 2)
     assert (first.data.hflip, first.data.crop_scale) == (0.25, (0.5, 1))
     assert (second.data.path, second.model.init, second.epochs) == ("c", "run", 3)
     assert second.batch_size != FinetuneConfig.model_fields["batch_size"].default
-    assert (third.optim.clip_grad, third.monitor.labelled) == (None, None)
+    assert (third.optim.clip_grad, third.monitor.labelled) == (None, "x")
 
 
 def test_a_configuration_made_by_hand_is_taken_whole(asked: list[Any], tmp_path: Path) -> None:

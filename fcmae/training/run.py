@@ -13,6 +13,7 @@ RUN/
 
 from __future__ import annotations
 
+import atexit
 import fcntl
 import json
 import logging
@@ -299,6 +300,24 @@ def make_accelerator(cfg: RunConfig) -> Accelerator:
         log_with=cfg.log.trackers or None,
         project_config=ProjectConfiguration(project_dir=str(cfg.out), logging_dir=f"{cfg.out}/tensorboard"),
     )
+
+
+def finish(accelerator: Accelerator) -> None:
+    """End a run: close the trackers, and let no process go before the others.
+
+    A launcher that sees one end with a signal's status ends the rest, of which one may still save. The processes stay
+    joined until they end, for another run of the same script: they cannot be joined twice.
+    """
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    accelerator.wait_for_everyone()
+    if accelerator.num_processes > 1:
+        atexit.register(_part)
+
+
+def _part() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 class StopSignal:
