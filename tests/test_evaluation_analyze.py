@@ -18,9 +18,12 @@ from fcmae.data.index import find_labelled
 from fcmae.evaluation.analysis import Statistics
 from fcmae.evaluation.analyze import analyze
 from fcmae.evaluation.figures import ending, last_of_stages, save_activations, save_by_layer, save_selectivity
-from fcmae.weights.convert import create_dense
-from fcmae.weights.files import Weights, save_weights
-from fcmae.weights.formats import Architecture, from_state
+from fcmae.heads import Classifier
+from fcmae.networks.convnext import Encoder
+from fcmae.networks.spec import VARIANTS
+from fcmae.weights.convert import save_classifier
+from fcmae.weights.files import Weights
+from fcmae.weights.formats import Architecture
 
 FIGURES = {"cosine_distance.png", "channels.png", "effective_rank.png", "activations.png"}
 V2, V1 = "random:convnextv2_atto", "random:convnext_atto"
@@ -121,11 +124,10 @@ def test_a_table_is_printed_and_selectivity_needs_labels(
 
 def test_a_run_and_the_same_untrained_go_into_the_run(labelled: Path, tmp_path: Path) -> None:
     """A fine-tuning run's best model; how its images are read is in the file."""
-    weights = Weights({}, Architecture("convnextv2_atto", in_chans=1), image={"input_size": [1, 32, 48]})
-    model = create_dense("convnextv2_atto", in_chans=1)
-    architecture, _, state, _ = from_state(model.state_dict(), "convnextv2_atto")
-    best = tmp_path / "run" / "best"
-    save_weights(best, Weights(state, architecture, image={**weights.image, "mean": [0.4], "std": [0.3]}), "timm")
+    spec = VARIANTS["convnextv2_atto"]
+    image = {"input_size": [1, 32, 48], "mean": [0.4], "std": [0.3]}
+    weights = Weights({}, Architecture(spec, in_chans=1), image, ("a", "b"))
+    save_classifier(tmp_path / "run" / "best", Classifier(Encoder(spec, 1), 2), weights)
     (tmp_path / "run" / "config.yaml").write_text("# fcmae finetune 0\n")
     run_dir = str(tmp_path / "run")
     analyze(AnalyzeConfig(models=[run_dir, f"random:{run_dir}"], images=[str(labelled)], device="cpu"))
