@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+import runs
 
 from fcmae import threads
 from fcmae.cli import main
@@ -149,6 +150,19 @@ def test_the_benchmark_times_pretraining_in_a_process_under_one_setting(monkeypa
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     speed, did = import_module("threads").in_process("prepare", ["--seconds", "0.01", "--batch", "2", "--size", "64"])
     assert speed > 0 and did.endswith("of the cores")
+
+
+@pytest.mark.parametrize("share", [0.1, 0.52])
+def test_a_run_says_at_its_start_that_the_machine_is_busy(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, share: float
+) -> None:
+    set_busy(monkeypatch, share)
+    images = runs.write_images(tmp_path / "photos")
+    assert main(["pretrain", *runs.flags(images, tmp_path / "run", epochs=1, optim__warmup_epochs=0)]) == 0
+    runs.forget_accelerator()
+    lines = (tmp_path / "run" / "train.log").read_text().splitlines()
+    assert sum("other processes use 52 % of the cores" in line for line in lines) == (share > 0.5)
+    assert sum("other processes" in line for line in lines) == (share > 0.5)
 
 
 def test_doctor_names_the_setting_of_a_busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
