@@ -6,6 +6,7 @@
 
 | part | what it shows |
 | --- | --- |
+| warm-up | nothing: it compiles the Triton kernels that the others need, on all cores at once |
 | verify | every layout computes what the definition says, in values and gradients: `fcmae verify` |
 | kernels | the Triton kernels compute what the plain path does in float64, at the shapes of the four stages |
 | depthwise | bytes that the depthwise convolution moves, as a share of what a copy moves a second |
@@ -41,9 +42,11 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -144,6 +147,11 @@ def triton_version() -> str:
     return str(triton.__version__)
 
 
+def short(variant: str) -> str:
+    """A variant's name without its family."""
+    return variant.partition("_")[2]
+
+
 def why_no_triton(device: torch.device) -> str | None:
     """Why the kernels do not run on this device; None if they do."""
     try:
@@ -160,7 +168,7 @@ def parts_of(session: Session) -> list[Part]:
         Part("kernels", 60, partial(run_kernels, session)),
         Part("depthwise", 40, partial(run_depthwise, session)),
     ]
-    names = {variant: variant.partition("_")[2] for variant in session.args.variants}
+    names = {variant: short(variant) for variant in session.args.variants}
     needs = {"eager": 40, "compiled": 150, "cudagraphs": 150}
     steps = {
         (variant, mode): Part(
@@ -180,6 +188,57 @@ def parts_of(session: Session) -> list[Part]:
         for variant, name in names.items()
     ]
     return found
+
+
+class Kernels(NamedTuple):
+    """What kernels are compiled for: side of a patch in sites, channels, and the dtypes of features and weights."""
+
+    side: int
+    channels: int
+    features: str
+    weights: str
+
+
+def kernels_of(session: Session, part: str) -> set[Kernels]:
+    """Those that a part of this name uses; under autocast features are float32 or bfloat16."""
+    plain, mixed = [("float32", "float32")], [("float32", "bfloat16"), ("bfloat16", "bfloat16")]
+    double = [("float64", "float64")]
+    steps = [VARIANTS[name] for name in session.args.variants if part.startswith(f"{short(name)}-")]
+    first = [VARIANTS[session.args.variants[0]]]
+    specs, dtypes = {
+        "verify": ([case.spec for case in verify.CASES], double + plain + mixed),
+        "kernels": (first, double + plain + mixed[1:]),
+        "depthwise": (first, plain + mixed[:1]),
+        "pretrain": (first, mixed),
+    }.get(part, (steps, mixed))
+    return {
+        Kernels((verify.PATCH // spec.stem_stride) >> stage, channels, *pair)
+        for spec in specs
+        for stage, channels in enumerate(spec.dims)
+        for pair in dtypes
+    }
+
+
+def run_warm_up(session: Session, wanted: list[Kernels]) -> None:
+    """Fill Triton's cache: one process compiles a kernel in seconds, and there are a hundred or two of them."""
+    failed: dict[str, str] = {}
+    workers = max(1, min(12, len(wanted), (os.cpu_count() or 1) - 1))
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        futures = {pool.submit(compile_kernels, kernels, session.args.device): kernels for kernels in reversed(wanted)}
+        for future, kernels in futures.items():
+            if (error := future.exception()) is not None:
+                failed[str(kernels)] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    session.record("warm-up", kernels=len(wanted), workers=workers, left_out=failed, ok=not failed)
+
+
+def compile_kernels(kernels: Kernels, device: str) -> None:
+    """By using them once, forward and backward."""
+    mask = torch.zeros(1, 1, 2, dtype=torch.bool, device=device)
+    shapes = [(1, 2, kernels.side, kernels.side, kernels.channels), (kernels.channels, 1, 7, 7), (kernels.channels,)]
+    dtypes = [getattr(torch, name) for name in (kernels.features, kernels.weights, kernels.weights)]
+    leaves = [torch.randn(s, dtype=d, device=device).requires_grad_() for s, d in zip(shapes, dtypes, strict=True)]
+    out = make_layout("triton", mask, 2).depthwise_conv(*leaves)
+    torch.autograd.backward(out, torch.ones_like(out))
 
 
 def run_verify(session: Session) -> None:
@@ -475,7 +534,11 @@ def main(argv: list[str] | None = None) -> int:
     if unknown := set(args.parts or names) - set(names):
         raise SystemExit(f"--parts {' '.join(sorted(unknown))}: there are {', '.join(names)}")
     print(", ".join(f"{key} {value}" for key, value in session.content["machine"].items()))
-    ok = [session.do(part) for part in parts if part.name in (args.parts or names)]
+    chosen = [part for part in parts if part.name in (args.parts or names)]
+    if why_no_triton(session.device) is None:
+        wanted = sorted({kernels for part in chosen for kernels in kernels_of(session, part.name)})
+        chosen.insert(0, Part("warm-up", 30, partial(run_warm_up, session, wanted)))
+    ok = [session.do(part) for part in chosen]
     print(f"\n{args.out}: {len(ok)} parts, {ok.count(False)} of them failed or wrong")
     return 0 if all(ok) else 1
 

@@ -123,6 +123,20 @@ def test_precision_chooses_what_the_sides_compute_in() -> None:
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
 
 
+def test_compile_chooses_what_torch_makes_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = torch.nn.Linear(1, 1)
+    made = []
+    monkeypatch.setattr(torch, "compile", lambda function, **settings: made.append((function, settings)))
+    for words, settings in (
+        (["--compile"], {"dynamic": False, "mode": None}),
+        (["--compile", "cudagraphs"], {"dynamic": False, "mode": "reduce-overhead"}),
+    ):
+        timing.compiled(train_step.parser().parse_args(words), model)
+        assert made.pop() == (model, settings)
+    assert timing.compiled(train_step.parser().parse_args([]), model) is model
+    assert not made
+
+
 def test_train_step_times_whole_steps(tmp_path: Path) -> None:
     train_step.main([*TINY, "--sides", "packed", "timm", "timm-gradients", "--json", str(tmp_path / "step.json")])
     check(written(tmp_path / "step.json"), ["packed", "timm", "timm-gradients"])
@@ -348,6 +362,41 @@ def test_wrong_kernels_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             (stage, precision) for stage in range(1, 5) for precision in ("float64", "float32", "bfloat16")
         ]
         assert found["ok"] == ok
+
+
+def test_what_is_compiled_beforehand_is_what_the_parts_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    used = set()
+
+    class Noted(Packed):
+        def depthwise_conv(self, f: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+            out = super().depthwise_conv(f.to(weight.dtype), weight, bias)
+            names = (str(dtype).removeprefix("torch.") for dtype in (f.dtype, out.dtype))
+            used.add(gpu.Kernels(f.shape[-2], f.shape[-1], *names))
+            return out
+
+    def noted(backend: str, mask: torch.Tensor, visible: int | None = None) -> Any:
+        return Noted(mask, 1 if visible is None else visible) if backend == "triton" else make_layout(backend, mask)
+
+    monkeypatch.setattr(gpu, "why_no_triton", lambda device: None)
+    monkeypatch.setattr(gpu, "run_warm_up", lambda session, wanted: None)
+    for module in (gpu, depthwise, train_step):
+        monkeypatch.setattr(module, "make_layout", noted)
+    monkeypatch.setattr(gpu, "SIDES", ("triton",))
+    monkeypatch.setattr(timing, "peak_bytes", lambda *_: 1)
+    args = gpu.parser().parse_args(["--out", str(tmp_path / "gpu.json"), *ON_CPU])
+    session = gpu.Session(args, [])
+    for part in ("kernels", "depthwise", "atto-eager"):
+        used.clear()
+        assert gpu.main(["--out", str(args.out), *ON_CPU, "--parts", part]) == 0
+        assert used
+        assert used <= gpu.kernels_of(session, part)
+        for kernels in list(used):
+            used.clear()
+            gpu.compile_kernels(kernels, "cpu")
+            assert used == {kernels}
+    both = {("float32", "bfloat16"), ("bfloat16", "bfloat16")}
+    plain = {("float64", "float64"), ("float32", "float32")}
+    assert {(kernels.features, kernels.weights) for kernels in gpu.kernels_of(session, "verify")} == both | plain
 
 
 def test_what_does_not_fit_into_memory_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
