@@ -20,6 +20,10 @@ import os
 import sys
 from collections.abc import Sequence
 
+from fcmae import threads
+
+threads.prepare()  # as the commands do, before torch is loaded
+
 from torch import Tensor, nn
 
 from fcmae import finetuning, pretraining
