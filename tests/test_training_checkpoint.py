@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -212,7 +213,31 @@ def test_damaged_tensors_are_said_in_a_sentence(tmp_path: Path) -> None:
         restore(place, *trained(), "fingerprint", NO_OTHER_NAMES)
 
 
-def test_optimizer_state_of_another_model_is_refused() -> None:
-    model, optimizer = trained()
-    with pytest.raises(ValueError, match=r"5[.]weight, which is no parameter"):
-        checkpoint.load_optimizer_state(optimizer, model, {"5.weight/step": torch.zeros(())})
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (
+            lambda state: state.update({"0.weight/exp_avg": torch.zeros(1)}),
+            r"0\.weight/exp_avg is \(1,\) float32 and not",
+        ),
+        (
+            lambda state: state.update({"0.weight/step": torch.zeros((), dtype=torch.float64)}),
+            r"is \(\) float64 and not",
+        ),
+        (lambda state: state.pop("0.bias/exp_avg_sq"), r"0\.bias/exp_avg_sq is missing"),
+        (lambda state: state.update({"9.weight/step": torch.zeros(())}), r"9\.weight/step belongs to nothing"),
+        (dict.clear, r"0\.weight/step is missing.* and \d+ more"),
+    ],
+)
+def test_moments_that_do_not_fit_are_refused_before_adamw_reads_them(
+    tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], object], problem: str
+) -> None:
+    """The fused AdamW checks nothing: moments that are too small made it read beyond their end."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2))
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    state = checkpoint.optimizer_state(optimizer, model)
+    change(state)
+    with pytest.raises(ValueError, match=problem):
+        checkpoint.load_optimizer_state(optimizer, model, state, tmp_path / "optimizer.safetensors")

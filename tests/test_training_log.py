@@ -190,3 +190,10 @@ def test_on_cuda_the_device_is_not_said_to_wait_while_it_computes(monkeypatch: p
         window.add(loss=1.0)
     # The first batch is waited for by an idle device, for 2 s.
     assert window.summary() == {"loss": 1.0, "images_per_s": 5.0, "data_wait_s": 6.0, "data_wait_share": 0.5}
+
+
+def test_a_damaged_line_costs_itself_and_not_what_follows(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = ['{"step": 1, "epoch": 0.5}', '{"step": 2, "ep', "[1]", '{"step": "3", "epoch": 1}', "null", "[" * 9999]
+    path.write_text("\n".join([*lines, '{"step": 4, "epoch": 2}']) + "\n")
+    assert [line["step"] for line in read_metrics(path)] == [1, 4]
