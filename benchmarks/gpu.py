@@ -35,6 +35,7 @@ import gc
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -68,6 +69,7 @@ from fcmae.atomic import write_text
 from fcmae.layouts import Packed, make_layout
 from fcmae.networks.spec import VARIANTS
 from fcmae.timing import wait
+from fcmae.training.run import read_metrics
 
 SIDES = ("packed", "triton", "timm", "masked")
 MODES = {"eager": None, "compiled": "default", "cudagraphs": "cudagraphs"}
@@ -423,13 +425,11 @@ def run_pretrain(session: Session, variant: str) -> None:
         num_bytes = write_jpegs(images, session.args.images)
         words = [str(images), f"--out={out}", *(f"--{key}={value}" for key, value in settings.items())]
         cfg = load(PretrainConfig, words, prog="fcmae pretrain", num_processes=1)
-        with stopping_after(session.args.pretrain_s):
+        with stopping_after(session.args.pretrain_s, out / "metrics.jsonl"):
             lines = [line for line in pretrain(cfg).metrics() if "images_per_s" in line]
     counted = lines[1:]  # the first has the start in it
-    if not counted:
-        raise ValueError(f"{len(lines)} lines of the log in {session.args.pretrain_s} s: give --pretrain-s more")
-    images_per_s = sorted(line["images_per_s"] for line in counted)[len(counted) // 2]
-    data_wait = sum(line["data_wait_share"] for line in counted) / len(counted)
+    images_per_s = statistics.median(line["images_per_s"] for line in counted)
+    data_wait = statistics.fmean(line["data_wait_share"] for line in counted)
     losses = [lines[0]["loss"], lines[-1]["loss"]]
     print(f"{images_per_s:.0f} images/s, waiting {100 * data_wait:.1f} %, loss {losses}", flush=True)
     session.record(
@@ -439,15 +439,18 @@ def run_pretrain(session: Session, variant: str) -> None:
 
 
 @contextmanager
-def stopping_after(seconds: float) -> Iterator[None]:
-    """Ask the run inside to end, once `seconds` are over, until it has: before and after it nobody listens."""
+def stopping_after(seconds: float, metrics: Path) -> Iterator[None]:
+    """Ask the run inside to end, that long after it has logged its first step, and not before it has three lines."""
     ended = threading.Event()
 
     def ask() -> None:
-        pause = seconds
-        while not ended.wait(pause):
-            os.kill(os.getpid(), signal.SIGUSR1)
-            pause = 1
+        first = None
+        while not ended.wait(0.2):
+            num_lines = len(read_metrics(metrics))
+            if first is None and num_lines:
+                first = time.monotonic()
+            if first is not None and num_lines >= 3 and time.monotonic() > first + seconds:
+                os.kill(os.getpid(), signal.SIGUSR1)
 
     previous = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     thread = threading.Thread(target=ask)

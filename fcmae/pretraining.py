@@ -79,7 +79,7 @@ def pretrain(cfg: PretrainConfig, net: FCMAE | None = None) -> Run:
     images = same_everywhere(accelerator, partial(run_images, cfg, run))
     train_images, val_images = split(images, cfg.data.val_share, cfg.seed)
     schedule = build_schedule(cfg, run, train_images)
-    started = ["from the model that was handed in"]
+    started = ["from the model that was handed in"] if run.resume_from is None else []
     if net is None:
         net = build_model(cfg)
         started = start(cfg, net) if run.resume_from is None else []
