@@ -11,6 +11,8 @@ import pytest
 
 from fcmae import threads
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # one process for each core
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 threads.prepare()  # as runs do, before torch is loaded
 
 import torch

@@ -93,7 +93,7 @@ def test_values_may_start_with_a_dash() -> None:
     assert evaluation("run", "--data=-x", "--stages", "-2").stages == (-2,)
     assert problems("--out", "-x") == [
         "out: needs a value",
-        "x: received ''; no such setting; sections: data, optim, checkpoint, log, model, monitor",
+        "x: received ''; no such setting; sections: checkpoint, log, data, model, optim, monitor",
     ]
 
 
@@ -209,7 +209,7 @@ def test_a_wrong_value_does_not_bring_conflicts_of_the_default_in_its_place() ->
         (["--mask_ration=1"], "mask_ration: received 1; no such setting; did you mean model.mask_ratio?"),
         (["--lr", "1"], "lr: received 1; no such setting; did you mean optim.base_lr or optim.min_lr?"),
         (["--epoch", "1"], "epoch: received 1; no such setting; did you mean epochs?"),
-        (["--zzz"], "zzz: received ''; no such setting; sections: data, optim, checkpoint, log, model, monitor"),
+        (["--zzz"], "zzz: received ''; no such setting; sections: checkpoint, log, data, model, optim, monitor"),
         (
             ["stray"],
             "stray: one argument too many; fcmae [IMAGES ...] [--config NAME] [--KEY VALUE ...]",
@@ -220,7 +220,7 @@ def test_a_wrong_value_does_not_bring_conflicts_of_the_default_in_its_place() ->
             ["--overwrite", "perhaps"],
             "perhaps: one argument too many; fcmae [IMAGES ...] [--config NAME] [--KEY VALUE ...]",
         ),
-        (["-e", "5"], "e: received 5; no such setting; sections: data, optim, checkpoint, log, model, monitor"),
+        (["-e", "5"], "e: received 5; no such setting; sections: checkpoint, log, data, model, optim, monitor"),
         (["--data.crop_scale", ".5"], "data.crop_scale: received [.5]; needs 2 items"),
         (["--optim.betas", ".9,.9,.9"], "optim.betas: received [.9, .9, .9]; Tuple should have at most 2 items"),
         (["--data.image_size", "big"], "data.image_size: received [big]; each item should be a valid integer"),
@@ -320,7 +320,7 @@ def test_a_dotted_key_in_a_file_is_shown_its_section(yaml_file: Path) -> None:
     yaml_file.write_text("model.mask_ratio: 0.5\n1: 2\n")
     assert problems("--config", str(yaml_file)) == [
         "model.mask_ratio: received 0.5; in a file write `mask_ratio:` in the section `model:`",
-        "1: received 2; no such setting; sections: data, optim, checkpoint, log, model, monitor",
+        "1: received 2; no such setting; sections: checkpoint, log, data, model, optim, monitor",
     ]
 
 
