@@ -167,7 +167,7 @@ def test_a_run_writes_settings_logs_pictures_and_checkpoints(images: Path, tmp_p
     cfg = config(images, out, checkpoint__keep=1, checkpoint__milestone_epochs=2, **options)
     pretraining.pretrain(cfg)
     assert {path.name for path in out.iterdir()} == {
-        *("config.yaml", "environment.json", "files.json", "train.log", "metrics.jsonl", "loss.png", ".lock"),
+        *("config.yaml", "environment.json", "files.json", "train.log", "metrics.jsonl", "loss.png", ".lock", ".saved"),
         *("checkpoints", "reconstructions", "tensorboard"),
     }
     assert read(PretrainConfig, out / "config.yaml") == cfg

@@ -56,7 +56,7 @@ def test_overwrite_leaves_nothing_of_the_old_run_and_all_that_is_not_its_own(run
     (run / "figures").mkdir()
     (run / "figures" / "loss.png").write_text("mine")
     own_files.remove(run)
-    assert set(contents(run)) == {"notes.txt", "figures/loss.png", ".lock"}
+    assert set(contents(run)) == {"notes.txt", "figures/loss.png", ".lock", "config.yaml"}
 
 
 @pytest.mark.parametrize(
@@ -114,6 +114,8 @@ def test_results_without_a_checkpoint_are_a_finished_run(
 
 def test_a_run_killed_before_its_first_checkpoint_begins_anew(run: Path, images: Path) -> None:
     shutil.rmtree(run / "checkpoints")
+    (run / own_files.SAVED).unlink()
+    (run / "train.log").unlink()
     lines = (run / "metrics.jsonl").read_text().splitlines()
     (run / "metrics.jsonl").write_text(lines[0] + "\n")
     assert pretrain(images, run) == 0

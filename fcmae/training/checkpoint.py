@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import fcmae
+from fcmae.training import own_files
 
 FORMAT = 2
 READABLE = (1, FORMAT)  # 1: decoder.* beside the encoder; classifiers under timm's names
@@ -139,6 +140,7 @@ def save(run: Path, meta: Meta, tensors: dict[str, dict[str, Tensor]]) -> Path:
         _sync(path)  # the rename must not reach the disk before the contents do
     aside.rename(place)
     _sync(place.parent)
+    (run / own_files.SAVED).touch()
     return place
 
 

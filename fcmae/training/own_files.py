@@ -37,6 +37,7 @@ STARTED = (
 )
 # What it leaves after that. Folders end in a slash.
 RESULTS = (
+    ".saved",
     "metrics.jsonl",
     "loss.png",
     "cosine_distance.png",
@@ -58,6 +59,7 @@ RESULTS = (
 )
 FOLDERS = ("checkpoints", "tensorboard", "reconstructions", "best", "last")
 ASIDE = ".tmp-checkpoints"
+SAVED = ".saved"  # there once a checkpoint was: without one, the run is finished and tidied up, or somebody's loss
 
 
 def written(run: Path, patterns: tuple[str, ...]) -> list[Path]:
@@ -84,7 +86,7 @@ def remove(run: Path) -> None:
 
     The checkpoints go first and in one rename, so that the old run is left with all of them or none, wherever this is
     cut off; where `checkpoints` is a link, to a bigger disk say, the link stays and they go one by one, the oldest
-    first.
+    first. What tells that there were some goes before them, and what tells that there is a run last.
 
     Raises:
         ValueError: before anything is removed, if the folders hold something else.
@@ -97,6 +99,8 @@ def remove(run: Path) -> None:
             f"out = {run} holds files that no run of fcmae wrote ({names}): move them, or give another --out"
         )
     remove_aside(run)
+    for name in (SAVED, "train.log"):
+        (run / name).unlink(missing_ok=True)
     checkpoints = run / "checkpoints"
     if checkpoints.is_symlink():
         for step in sorted(checkpoints.iterdir()):
@@ -107,7 +111,7 @@ def remove(run: Path) -> None:
         checkpoints.rename(run / ASIDE)
         remove_aside(run)
     for path in written(run, (*RESULTS, *STARTED)):
-        if path.name != ".lock":
+        if path.name not in (".lock", "config.yaml", "metrics.jsonl"):
             path.unlink(missing_ok=True)
     for place, own in FOUND.items():
         for path in [*(run / place).glob("*/*"), *(run / place).glob("*")]:
@@ -117,6 +121,7 @@ def remove(run: Path) -> None:
     for path in [*(inner for folder in folders for inner in folder.glob("*/")), *folders]:
         with suppress(OSError):  # not empty, or a link
             path.rmdir()
+    (run / "metrics.jsonl").unlink(missing_ok=True)
 
 
 def remove_aside(run: Path) -> None:

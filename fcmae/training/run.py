@@ -19,6 +19,7 @@ import json
 import logging
 import os
 import platform
+import re
 import shlex
 import signal
 import sys
@@ -102,16 +103,14 @@ class RunDirectory:
         return saved
 
     def _check_not_finished(self) -> None:
-        """Refuse to train over a run that had checkpoints which are gone, as of one that is finished and tidied up."""
-        if checkpoint.latest(self.path) is not None:
-            return
-        assert self.saved is not None
-        reached = max((line.get("epoch", 0) for line in read_metrics(self.path / "metrics.jsonl")), default=0)
-        has_models = any((self.path / name).exists() for name in ("best", "last"))
-        if has_models or reached >= min(self.saved.checkpoint.every_epochs, self.saved.epochs):
+        """Refuse to train over a run whose checkpoints are gone, as of one that is finished and tidied up."""
+        log = self.path / "train.log"
+        finished = log.is_file() and re.search(r" finished \d+ steps$", log.read_text(errors="replace"), re.M)
+        had_some = finished or (self.path / own_files.SAVED).exists()
+        if had_some and checkpoint.latest(self.path) is None:
             raise ValueError(
-                f"out = {self.path} has the results of {reached:g} epochs and no checkpoint to go on from: "
-                "keep it as it is and give another --out, or --overwrite to delete it"
+                f"out = {self.path} has the results of a run and no checkpoint to go on from: leave it and give another "
+                "--out, or --overwrite to delete it"
             )
 
     def kept(self, *keys: str) -> bool:
