@@ -109,7 +109,7 @@ class RunDirectory:
         had_some = finished or (self.path / own_files.SAVED).exists()
         if had_some and checkpoint.latest(self.path) is None:
             raise ValueError(
-                f"out = {self.path} has the results of a run and no checkpoint to go on from: leave it and give another "
+                f"out = {self.path} has the results of a run and no checkpoint to go on from: give another "
                 "--out, or --overwrite to delete it"
             )
 
