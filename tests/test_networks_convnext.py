@@ -34,8 +34,8 @@ def assert_close(found: Tensor, expected: Tensor, tolerance: float, name: str = 
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_variant_equals_timms_in_values(variant: str) -> None:
-    # Neither is initialised twice, and the state is moved, not copied: huge has 657 million parameters.
+def test_every_variant_equals_timms_in_values_and_gradients(variant: str) -> None:
+    # Neither is initialised twice, and both have the same memory: huge has 657 million parameters.
     spec = VARIANTS[variant]
     with torch.device("meta"):
         ours, theirs = Classifier(Encoder(spec), 5), timm.create_model(variant, num_classes=5)
@@ -49,6 +49,12 @@ def test_every_variant_equals_timms_in_values(variant: str) -> None:
         assert_close(ours(images), theirs.forward_head(features), 1e-5)
         packed = Packed(torch.zeros(1, 2, 1, dtype=torch.bool), 2)
         assert_close(packed.unpack(ours.encoder(images, packed)).permute(0, 3, 1, 2), features, 1e-5)
+    cotangent = torch.randn(1, 5)
+    for net in (ours, theirs):
+        net(images).backward(cotangent)
+    gradients = {name: p.grad for name, p in theirs.named_parameters()}
+    for name, p in ours.named_parameters():
+        assert_close(p.grad, gradients[rename(name, "timm")].view_as(p), 1e-4)
 
 
 @pytest.mark.parametrize(
