@@ -156,8 +156,8 @@ class ImageDataset(Dataset[Sample]):
     Args:
         images: what to read.
         view: a file to (C, H, W) uint8 or float32, drawing from the sample's own generator.
-        shape: (C, H, W) of what it returns, zero where an image could not be read and is marked.
-        seed: of what the views draw, and of replacements.
+        shape: (C, H, W) of an image that could not be read and is marked.
+        seed: of what the view draws, and of replacements.
         replaces: whether images that cannot be read are replaced.
     """
 

@@ -258,7 +258,7 @@ class StartedStep:
     """A step that the device has been given; its numbers are on their way to the host.
 
     Args:
-        numbers: (3 + P,) float32 on the device: loss, whether to stop (above 0), norm of the gradient, and the norm of
+        numbers: (3 + P,) float, on the device: loss, whether to stop (above 0), norm of the gradient, and the norm of
             the gradient of each of P parameters.
         names: of the P parameters.
         scaler: of fp16, or None.
