@@ -134,7 +134,14 @@ def build_fcmae(
     decoder_depth: int = 1,
     make_layout: MakeLayout = PACKED,
 ) -> FCMAE:
-    """The paper's model around an encoder: its plain decoder predicts the pixels of one site of the total stride."""
+    """The paper's model around an encoder: its plain decoder predicts the pixels of one site of the total stride.
+
+    Args:
+        encoder: sees visible sites only.
+        decoder_dim: width of the decoder.
+        decoder_depth: number of its blocks.
+        make_layout: (mask, num_visible) to the layout of the encoder's features; by default packed.
+    """
     decoder = Decoder(encoder.dim, encoder.total_stride**2 * encoder.in_chans, decoder_dim, decoder_depth)
     return FCMAE(encoder, decoder, make_layout)
 
@@ -159,7 +166,16 @@ def patchify(images: Tensor, patch: int) -> Tensor:
 
 
 def unpatchify(patches: Tensor, patch: int, size: tuple[int, int]) -> Tensor:
-    """Inverse of `patchify`. patches: (B, L, patch * patch * C). size: (H, W). Returns (B, C, H, W)."""
+    """Inverse of `patchify`.
+
+    Args:
+        patches: (B, L, patch * patch * C), in the order of `patchify`.
+        patch: side in pixels.
+        size: (H, W) of the images.
+
+    Returns:
+        (B, C, H, W).
+    """
     B = patches.shape[0]
     H, W = size
     x = patches.reshape(B, H // patch, W // patch, patch, patch, -1).permute(0, 5, 1, 3, 2, 4)

@@ -20,10 +20,17 @@ def num_visible(num_patches: int, mask_ratio: float) -> int:
 def random_mask(grid: tuple[int, int], visible: int, seeds: Sequence[Sequence[int]]) -> NDArray[np.bool_]:
     """Hide all but `visible` patches of each image, chosen uniformly.
 
-    grid: rows and columns of patches (gh, gw). seeds: one sequence of non-negative integers an image, such as
-    (seed, epoch, index), that alone decides its mask: any number of processes and workers draws the same.
-    Returns (len(seeds), gh, gw) bool, True = hidden, with exactly `visible` False in each image.
-    Raises ValueError unless 1 <= visible <= gh * gw.
+    Args:
+        grid: rows and columns of patches (gh, gw).
+        visible: patches that stay visible in each image.
+        seeds: one sequence of non-negative integers an image, such as (seed, epoch, index), that alone decides its
+            mask: any number of processes and workers draws the same.
+
+    Returns:
+        (len(seeds), gh, gw) bool, True = hidden, with exactly `visible` False in each image.
+
+    Raises:
+        ValueError: unless 1 <= visible <= gh * gw.
     """
     num_patches = grid[0] * grid[1]
     if not 1 <= visible <= num_patches:

@@ -52,10 +52,18 @@ def in_turn(
 
 
 def for_a_while(step: Callable[[], object], duration_s: float, at_least: int = 1) -> list[float]:
-    """Seconds of each call of `step`, for as long as asked and at least so many times.
+    """Time each call of `step`, for as long as asked and at least so many times.
 
     The device is not waited for, as in a loop that gives it the next step while it computes this one: a step that reads
     what the one before it has computed takes as long as the device takes.
+
+    Args:
+        step: what is timed.
+        duration_s: seconds after which no further call begins.
+        at_least: calls that are made however long they take.
+
+    Returns:
+        Seconds of each call, in order.
     """
     times: list[float] = []
     start = now = time.perf_counter()

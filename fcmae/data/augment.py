@@ -108,7 +108,11 @@ class CenterCrop:
     crop_pct: float
 
     def __call__(self, file: BinaryIO | bytes, rng: np.random.Generator) -> NDArray[Any]:
-        """(C, H, W) uint8 or float32, units of `read_crop`; draws nothing. Raises BadImage."""
+        """(C, H, W) uint8 or float32, units of `read_crop`; draws nothing.
+
+        Raises:
+            BadImage: as `read_crop` does.
+        """
 
         def choose_box(height: int, width: int) -> Box:
             return center_box(height, width, self.image_size, self.crop_pct)
@@ -135,7 +139,11 @@ class CropAndFlip:
     vflip: float = 0.0
 
     def __call__(self, file: BinaryIO | bytes, rng: np.random.Generator) -> NDArray[Any]:
-        """(C, H, W) uint8 or float32, units of `read_crop`. Raises BadImage."""
+        """(C, H, W) uint8 or float32, units of `read_crop`.
+
+        Raises:
+            BadImage: as `read_crop` does.
+        """
 
         def choose_box(height: int, width: int) -> Box:
             box = random_resized_box(height, width, self.crop_scale, rng=rng)
@@ -189,7 +197,12 @@ class FinetuneAugment:
         self._normalize = Normalize(mean, std)
 
     def __call__(self, file: BinaryIO | bytes, rng: np.random.Generator) -> NDArray[Any]:
-        """(C, H, W) uint8 or float32, units of `read_crop`. Raises BadImage."""
+        """(C, H, W) uint8 or float32, units of `read_crop`.
+
+        Raises:
+            BadImage: as `read_crop` does.
+            DeepImageError: for an image of more than 8 bits, if there is a policy.
+        """
         image = self._crop(file, rng)
         erases = rng.random() < self._random_erasing
         if self._policy is None and not erases:

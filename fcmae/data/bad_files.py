@@ -12,10 +12,13 @@ logger = logging.getLogger(__name__)
 
 
 class BadFiles:
-    """Keeps the list `path` (path and reason, tab-separated, one file a line).
+    """Keeps the list of a run's bad files. For one process: others hand their findings to it.
 
-    num_files: files of the run, of which max_share may be bad. A list that exists is counted on, so that a resumed run
-    stops at the same count. For one process: others hand their findings to it.
+    Args:
+        path: of the list (path and reason, tab-separated, one file a line). One that exists is counted on, so that a
+            resumed run stops at the same count.
+        num_files: files of the run.
+        max_share: of them that may be bad.
     """
 
     def __init__(self, path: str | Path, num_files: int, max_share: float) -> None:
@@ -29,9 +32,13 @@ class BadFiles:
         return len(self._known)
 
     def add(self, bad: Iterable[tuple[str, str]]) -> None:
-        """Take note of (path, reason) pairs; files known already are ignored.
+        """Take note of bad files, and warn with the first new one.
 
-        Warns with the first new one. Raises ValueError if more than max_share of the files are bad now.
+        Args:
+            bad: (path, reason) pairs; files known already are ignored.
+
+        Raises:
+            ValueError: if more than max_share of the files are bad now.
         """
         new: dict[str, str] = {}
         for path, reason in bad:

@@ -110,7 +110,11 @@ class Batch:
         return self.labels
 
     def select(self, keep: Tensor) -> Batch:
-        """The images where keep, (B,) bool, is true; each with one mask at most."""
+        """Some of the images, each with one mask at most.
+
+        Args:
+            keep: (B,) bool, true for those.
+        """
         assert self.masks is None or len(self.masks) == len(self.images)
         return self._map(lambda tensor: tensor[keep])
 
@@ -147,7 +151,15 @@ class NoUsableImage(DataError):  # noqa: N818
 
 
 class ImageDataset(Dataset[Sample]):
-    """Reads images through a view. Training replaces what it cannot read; evaluation marks it."""
+    """Reads images through a view. Training replaces what it cannot read; evaluation marks it.
+
+    Args:
+        images: what to read.
+        view: a file to (C, H, W) uint8 or float32, drawing from the sample's own generator.
+        shape: (C, H, W) of an image that could not be read and is marked.
+        seed: of what the view draws, and of replacements.
+        replaces: whether images that cannot be read are replaced.
+    """
 
     def __init__(self, images: Images, view: View, *, shape: tuple[int, int, int], seed: int, replaces: bool) -> None:
         self._images, self._view, self._shape, self._seed, self._replaces = images, view, shape, seed, replaces

@@ -13,7 +13,15 @@ Box = tuple[int, int, int, int]  # top, left, height, width, in pixels of the up
 
 
 def make_upright(image: NDArray[Any], orientation: int) -> NDArray[Any]:
-    """Turn a stored image (H, W, ...) by its EXIF orientation; anything but 2 to 8 leaves it. Returns a view."""
+    """Turn a stored image by its EXIF orientation.
+
+    Args:
+        image: (H, W, ...).
+        orientation: anything but 2 to 8 leaves it.
+
+    Returns:
+        A view of the image.
+    """
     if orientation in (2, 3, 7, 8):
         image = image[:, ::-1]
     if orientation in (3, 4, 6, 7):
@@ -22,7 +30,14 @@ def make_upright(image: NDArray[Any], orientation: int) -> NDArray[Any]:
 
 
 def stored_box(box: Box, orientation: int, stored_height: int, stored_width: int) -> Box:
-    """Where a box of the upright image lies in the image as stored."""
+    """Where a box of the upright image lies in the image as stored.
+
+    Args:
+        box: of the upright image.
+        orientation: EXIF's, see `make_upright`.
+        stored_height: of the image as stored, in pixels.
+        stored_width: likewise.
+    """
     top, left, height, width = box
     if orientation in (5, 6, 7, 8):
         top, left, height, width = left, top, width, height
@@ -34,9 +49,15 @@ def stored_box(box: Box, orientation: int, stored_height: int, stored_width: int
 
 
 def align(box: Box, scale: int, height: int, width: int) -> Box:
-    """The nearest box of a (height, width) image with whole pixels at its ends when decoded `scale` times smaller.
+    """The nearest box with whole pixels at its ends when the image is decoded smaller.
 
     Each side moves by at most half such a pixel, but for one at the border whose last pixel is not whole.
+
+    Args:
+        box: of the image.
+        scale: how many times smaller.
+        height: of the image, in pixels.
+        width: of the image, in pixels.
     """
     top, left = round(box[0] / scale), round(box[1] / scale)
     bottom = min(round((box[0] + box[2]) / scale), height // scale)
@@ -45,5 +66,14 @@ def align(box: Box, scale: int, height: int, width: int) -> Box:
 
 
 def decode_scale(height: float, width: float, size: tuple[int, int]) -> int:
-    """How many times smaller (8, 4, 2 or 1) an image may be decoded so that height x width of it still fill `size`."""
+    """How many times smaller an image may be decoded so that a part of it still fills a size.
+
+    Args:
+        height: of the part, in pixels.
+        width: of the part, in pixels.
+        size: height and width that it fills.
+
+    Returns:
+        8, 4, 2 or 1.
+    """
     return next((scale for scale in (8, 4, 2) if height / scale >= size[0] and width / scale >= size[1]), 1)

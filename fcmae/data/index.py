@@ -52,7 +52,13 @@ class Images:
         labels: Sequence[int] | NDArray[np.int64] | None = None,
         class_names: Sequence[str] | None = None,
     ) -> Images:
-        """Files by their absolute paths."""
+        """Images that are files.
+
+        Args:
+            paths: absolute ones.
+            labels: (N,), for each the position of its class in class_names; None for images without labels.
+            class_names: of all classes.
+        """
         return cls(
             Files(paths),
             labels=None if labels is None else np.array(labels, dtype=np.int64),

@@ -20,10 +20,13 @@ from fcmae.data.sampler import Key, evaluation_batches
 def build_loader(
     dataset: Dataset[Sample], batch_sampler: Iterable[list[Key]], *, num_workers: int, device_type: str
 ) -> DataLoader[Batch]:
-    """A loader of Batch objects, one for each list of keys, in the sampler's order.
+    """A loader of Batch objects, one for each list of keys. The global random generators are left alone.
 
-    num_workers: processes that decode; 0 decodes in this one. The batches are the same for any number. device_type:
-    "cuda" pins the batches. The global random generators are left alone.
+    Args:
+        dataset: samples by key.
+        batch_sampler: lists of keys, in whose order the batches come.
+        num_workers: processes that decode; 0 decodes in this one. The batches are the same for any number.
+        device_type: "cuda" pins the batches.
     """
     if num_workers > 0:
         atexit.unregister(_end_workers)
@@ -107,7 +110,9 @@ def choose_num_workers(setting: int | None, device_type: str) -> int:
 def prefetched(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
     """The batches on the device. On CUDA the next one is copied, on a stream of its own, while the device computes.
 
-    batches: pinned for CUDA, as `build_loader` makes them; one more is read than was asked for.
+    Args:
+        batches: pinned for CUDA, as `build_loader` makes them; on CUDA one more is read than was asked for.
+        device: where they go.
     """
     if device.type != "cuda":
         yield from (batch.to(device) for batch in batches)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 class Normalize(nn.Module):
     """Images as a network takes them: (images - mean) / std, channel by channel.
 
-    mean, std: buffers (C, 1, 1) float32, which move with the module and are in no state dict.
+    Attributes:
+        mean, std: buffers (C, 1, 1) float32, which move with the module and are in no state dict.
     """
 
     mean: Tensor

@@ -21,12 +21,30 @@ MASK_STREAM = 3
 
 
 def epoch_order(num_images: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """A permutation of range(num_images), the same in every process."""
+    """The order of the images in an epoch, the same in every process.
+
+    Args:
+        num_images: of the training set.
+        seed: of the run.
+        epoch: from 0.
+
+    Returns:
+        A permutation of range(num_images), int64.
+    """
     return np.random.default_rng([seed, epoch, 0, ORDER_STREAM]).permutation(num_images)
 
 
 def steps_per_epoch(num_images: int, batch_size: int, masks_per_image: int = 1) -> int:
-    """Whole batches in an epoch, one pass over the images. Raises ValueError if there are fewer than a batch takes."""
+    """Whole batches in an epoch, one pass over the images.
+
+    Args:
+        num_images: of the training set.
+        batch_size: images of a step, each as often as it has masks.
+        masks_per_image: how often that is.
+
+    Raises:
+        ValueError: if there are fewer than a batch takes.
+    """
     if num_images * masks_per_image < batch_size:
         raise ValueError(
             f"batch_size: {batch_size} is more than the {num_images} training images"
@@ -39,13 +57,26 @@ def steps_per_epoch(num_images: int, batch_size: int, masks_per_image: int = 1) 
 class StepSampler:
     """Keys of the training samples from step start_step up to end_step, for DataLoader(batch_sampler=...).
 
-    batch_size counts the images of one optimizer step over all processes and accumulated batches, each as often as it
-    has masks; a step takes n = batch_size / masks_per_image images. Step k of an epoch takes
-    order[k * n : (k + 1) * n]; the images left over at the end of an epoch are dropped. Each
-    process takes its contiguous part and yields it in grad_accum lists. So a step has the same images whatever the
-    number of processes, workers and accumulated batches, and a run resumes anywhere by its step alone.
-    Raises ValueError if batch_size is no multiple of num_processes * grad_accum * masks_per_image, or larger than
-    num_images * masks_per_image.
+    A step takes n = batch_size / masks_per_image images. Step k of an epoch takes order[k * n : (k + 1) * n]; the
+    images left over at the end of an epoch are dropped. Each process takes its contiguous part and yields it in
+    grad_accum lists. So a step has the same images whatever the number of processes, workers and accumulated batches,
+    and a run resumes anywhere by its step alone.
+
+    Args:
+        num_images: of the training set.
+        batch_size: images of one optimizer step over all processes and accumulated batches, each as often as it has
+            masks.
+        seed: of the run.
+        start_step: the first one, counted from 0.
+        end_step: the one after the last.
+        rank: of this process.
+        num_processes: that share a step.
+        grad_accum: lists into which a process divides its part of a step.
+        masks_per_image: how often batch_size counts an image.
+
+    Raises:
+        ValueError: if batch_size is no multiple of num_processes * grad_accum * masks_per_image, or larger than
+            num_images * masks_per_image.
     """
 
     def __init__(
@@ -89,9 +120,18 @@ class StepSampler:
 
 
 def evaluation_batches(num_images: int, batch_size: int, rank: int = 0, num_processes: int = 1) -> list[list[Key]]:
-    """A process's share of all images, in order, in batches of batch_size; the last may be smaller.
+    """A process's share of all images, in order, in batches.
 
     Every image is in exactly one batch of one process; a process may have none.
+
+    Args:
+        num_images: of all processes.
+        batch_size: images of a batch; the last may be smaller.
+        rank: of this process.
+        num_processes: that share the images.
+
+    Returns:
+        The keys of each batch, all of EVAL_EPOCH.
     """
     keys = [(EVAL_EPOCH, index) for index in range(rank, num_images, num_processes)]
     return [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]

@@ -1,19 +1,8 @@
 """The layouts in which the encoder sees visible patches only.
 
-A layout is made for one batch of masks and offers the operations that depend on geometry: the five that make the
-network, and two that know the images apart, for speed and for stochastic depth. Everything else in the encoder acts on
-the last dimension and does not know which layout it runs in:
-
-    pack(x)                          (B, H, W, C) dense map  -> features of the visible sites
-    unpack(f)                        features                -> (B, H, W, C), zero at hidden sites
-    depthwise_conv(f, weight, bias)  any odd kernel, hidden sites and the outside count as zero
-    downsample(f, weight, bias)      2x2, stride 2
-    image_norm(f)                    L2 norm of each channel over the visible sites of one image, broadcastable to f;
-                                     of the whole batch if grn_scope is "batch", as in the released PyTorch code
-    image_rows(f)                    f as (B, n, C), all sites of each image with hidden ones zero, where it can be
-                                     seen so at no cost and GRN takes one image; else None
-    drop_path(f, rate)               stochastic depth: zero at all sites of an image with probability rate, else
-                                     divided by 1 - rate
+A layout is made for one batch of masks and offers the operations that depend on geometry (`Layout`): the five that
+make the network, and two that know the images apart, for speed and for stochastic depth. Everything else in the encoder
+acts on the last dimension and does not know which layout it runs in.
 
 Parameters stay in dense layout, (C, 1, k, k) and (Cout, Cin, 2, 2), whatever the layout of the features.
 """
@@ -37,15 +26,59 @@ DENSE = Dense()  # nothing hidden; it holds nothing of a batch
 
 
 class Layout(Protocol):
-    """What the encoder asks of a backend; see the module's docstring."""
+    """What the encoder asks of a backend. Features f hold the channels C in their last dimension."""
 
-    def pack(self, x: Tensor) -> Tensor: ...
-    def unpack(self, f: Tensor) -> Tensor: ...
-    def depthwise_conv(self, f: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
-    def downsample(self, f: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
-    def image_norm(self, f: Tensor) -> Tensor: ...
-    def image_rows(self, f: Tensor) -> Tensor | None: ...
-    def drop_path(self, f: Tensor, rate: float) -> Tensor: ...
+    def pack(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) dense map to features of the visible sites."""
+        ...
+
+    def unpack(self, f: Tensor) -> Tensor:
+        """Features to (B, H, W, C), zero at hidden sites."""
+        ...
+
+    def depthwise_conv(self, f: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Depthwise convolution; hidden sites and the outside count as zero.
+
+        Args:
+            f: features.
+            weight: (C, 1, k, k), k odd.
+            bias: (C,), or None.
+
+        Returns:
+            Features at the same sites, C channels.
+        """
+        ...
+
+    def downsample(self, f: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """2x2 convolution of stride 2.
+
+        Args:
+            f: features.
+            weight: (Cout, Cin, 2, 2).
+            bias: (Cout,), or None.
+
+        Returns:
+            Features at half the height and width, Cout channels.
+        """
+        ...
+
+    def image_norm(self, f: Tensor) -> Tensor:
+        """L2 norm of each channel over the visible sites of one image, broadcastable to f.
+
+        Of the whole batch if grn_scope is "batch", as in the released PyTorch code.
+        """
+        ...
+
+    def image_rows(self, f: Tensor) -> Tensor | None:
+        """All sites of each image, (B, n, C) with hidden ones zero.
+
+        Where f can be seen so at no cost and GRN takes one image; else None.
+        """
+        ...
+
+    def drop_path(self, f: Tensor, rate: float) -> Tensor:
+        """Stochastic depth: zero at all sites of an image with probability rate, else divided by 1 - rate."""
+        ...
 
 
 # (mask, num_visible) -> the layout of one batch; see `make_layout`.

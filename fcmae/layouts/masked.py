@@ -19,8 +19,9 @@ class Masked:
     Sec. 3.1). This is the whole difference from a dense network, and the definition every other layout is tested
     against.
 
-    mask: (B, gh, gw) bool, True = hidden; None for a dense map, as in the decoder. grn_scope: sites that
-    image_norm takes together, "image" or "batch".
+    Args:
+        mask: (B, gh, gw) bool, True = hidden; None for a dense map, as in the decoder.
+        grn_scope: sites that image_norm takes together, "image" or "batch".
     """
 
     def __init__(self, mask: Tensor | None, grn_scope: str = "image") -> None:

@@ -33,8 +33,13 @@ except ImportError as error:
 class Minkowski:
     """Features are (N, C): the visible sites of all images, in the engine's order.
 
-    mask: (B, gh, gw) bool, True = hidden; images may differ in their number of visible patches, and some may have
-    none. grn_scope: sites that image_norm takes together, "image" or "batch". Raises ValueError if all is hidden.
+    Args:
+        mask: (B, gh, gw) bool, True = hidden; images may differ in their number of visible patches, and some may have
+            none.
+        grn_scope: sites that image_norm takes together, "image" or "batch".
+
+    Raises:
+        ValueError: if all is hidden, or for a mask on a GPU if the engine is built for the CPU only.
     """
 
     def __init__(self, mask: Tensor, grn_scope: str = "image") -> None:

@@ -36,9 +36,15 @@ def available(device: torch.device, dtype: torch.dtype) -> bool:
 def weight_gradient(grad: Tensor, canvas: Tensor, rows: Tensor) -> Tensor:
     """The gradient of the weight (C, 1, 7, 7) of a depthwise convolution of which only some pixel rows are wanted.
 
-    grad: (N, b, C) float32, the gradient of the output at N rows of b sites. canvas: (B, H, W, C) float32, its whole
-    input, zero at hidden sites. rows: (N,) int64, where the rows lie in the canvas, cut into rows of b sites. All on a
-    CPU for which `available` holds.
+    All tensors are on a CPU for which `available` holds.
+
+    Args:
+        grad: (N, b, C) float32, the gradient of the output at N rows of b sites.
+        canvas: (B, H, W, C) float32, its whole input, zero at hidden sites.
+        rows: (N,) int64, where the rows lie in the canvas, cut into rows of b sites.
+
+    Returns:
+        (C, 1, 7, 7) float32.
     """
     loop = library()
     assert loop is not None

@@ -23,8 +23,10 @@ from fcmae.layouts.sites import true_rows
 class Packed:
     """Features are (B, K, b, b, C): the K visible patches of each image in row-major order.
 
-    mask: (B, gh, gw) bool, True = hidden, with exactly num_visible False in each image.
-    grn_scope: sites that image_norm takes together, "image" or "batch".
+    Args:
+        mask: (B, gh, gw) bool, True = hidden, with exactly num_visible False in each image.
+        num_visible: K.
+        grn_scope: sites that image_norm takes together, "image" or "batch".
     """
 
     def __init__(self, mask: Tensor, num_visible: int, grn_scope: str = "image") -> None:

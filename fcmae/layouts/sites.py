@@ -12,8 +12,12 @@ from torch import Tensor
 def true_rows(mask: Tensor, count: int) -> Tensor:
     """Flat indices of the True sites, image by image in row-major order.
 
-    mask: (B, ...) bool with exactly `count` True sites in each image (not checked: that would wait for the device).
-    Returns (B * count,) int64, indices into the B * L sites of the flattened mask.
+    Args:
+        mask: (B, ...) bool with exactly `count` True sites in each image (not checked: that would wait for the device).
+        count: True sites of each image.
+
+    Returns:
+        (B * count,) int64, indices into the B * L sites of the flattened mask.
     """
     flat = mask.flatten(1)
     # A stable sort puts the True sites first and keeps their order.
@@ -25,7 +29,11 @@ def true_rows(mask: Tensor, count: int) -> Tensor:
 def count_visible(mask: Tensor) -> int:
     """Number of visible (False) sites, which must be the same in every image. Waits for the device.
 
-    mask: (B, gh, gw) bool, True = hidden. Raises ValueError if the images differ or nothing is visible.
+    Args:
+        mask: (B, gh, gw) bool, True = hidden.
+
+    Raises:
+        ValueError: if the images differ or nothing is visible.
     """
     counts = visible_counts(mask)
     if len(counts) != 1:
@@ -39,7 +47,11 @@ def count_visible(mask: Tensor) -> int:
 def visible_counts(mask: Tensor) -> list[int]:
     """The different numbers of visible (False) sites that images have, in rising order. Waits for the device.
 
-    Raises ValueError if nothing is visible in any image.
+    Args:
+        mask: (B, ...) bool, True = hidden.
+
+    Raises:
+        ValueError: if nothing is visible in any image.
     """
     counts = sorted(set(mask.logical_not().flatten(1).sum(1).tolist()))
     if counts == [0]:
@@ -48,5 +60,13 @@ def visible_counts(mask: Tensor) -> list[int]:
 
 
 def refine(mask: Tensor, factor: int) -> Tensor:
-    """Repeat every site `factor` times along both axes: (B, gh, gw) -> (B, gh * factor, gw * factor)."""
+    """Repeat every site along both axes.
+
+    Args:
+        mask: (B, gh, gw).
+        factor: how many times.
+
+    Returns:
+        (B, gh * factor, gw * factor), of the mask's type.
+    """
     return mask.repeat_interleave(factor, 1).repeat_interleave(factor, 2)

@@ -45,6 +45,11 @@ SITES = 64  # a program's share of sites, if there are enough of them: over so m
 class PackedTriton(Packed):
     """`Packed` with these kernels for its 7x7 depthwise convolution.
 
+    Args:
+        mask: see `Packed`; on the device that computes.
+        num_visible: see `Packed`.
+        grn_scope: see `Packed`.
+
     Raises:
         ValueError: on a device that cannot run them.
     """
@@ -73,9 +78,13 @@ def available(device: torch.device) -> bool:
 def neighbour_table(mask: Tensor, visible: Tensor) -> Tensor:
     """Where the neighbours of each visible patch lie in the packed features. Does not wait for the device.
 
-    mask: (B, gh, gw) bool, True = hidden, with K visible patches in each image. visible: (B * K,) int64, their indices
-    into the B * gh * gw patches, in order (`true_rows`). Returns (B * K, 7, 7) int32: the flat number image * K + k of
-    the visible patch at each offset of -3 to 3 patches down and across, -1 where it is hidden or outside.
+    Args:
+        mask: (B, gh, gw) bool, True = hidden, with K visible patches in each image.
+        visible: (B * K,) int64, their indices into the B * gh * gw patches, in order (`true_rows`).
+
+    Returns:
+        (B * K, 7, 7) int32: the flat number image * K + k of the visible patch at each offset of -3 to 3 patches down
+        and across, -1 where it is hidden or outside.
     """
     shown = mask.logical_not()
     number = shown.flatten().cumsum(0, dtype=torch.int32).sub_(1).view_as(mask)
@@ -87,13 +96,20 @@ def neighbour_table(mask: Tensor, visible: Tensor) -> Tensor:
 def depthwise_conv(f: Tensor, weight: Tensor, bias: Tensor | None, neighbours: Tensor) -> Tensor:
     """7x7 depthwise convolution of packed features; hidden sites and the outside count as zero.
 
-    f: (B, K, b, b, C) float. weight: (C, 1, 7, 7). bias: (C,) or None. neighbours: (B * K, 7, 7) int32, of
-    `neighbour_table`. All on one device that is `available`. Returns (B, K, b, b, C) in the dtype of weight, which
-    under autocast is autocast's.
-
     Differentiable once, in f, weight and bias. Differs from F.conv2d under autocast in that f is not rounded first: its
-    float32 is read as it is, which saves writing and reading a copy.
-    Raises ValueError for another kernel size, or if neighbours is of another batch.
+    float32 is read as it is, which saves writing and reading a copy. All tensors are on one device that is `available`.
+
+    Args:
+        f: (B, K, b, b, C) float.
+        weight: (C, 1, 7, 7).
+        bias: (C,) or None.
+        neighbours: (B * K, 7, 7) int32, of `neighbour_table`.
+
+    Returns:
+        (B, K, b, b, C) in the dtype of weight, which under autocast is autocast's.
+
+    Raises:
+        ValueError: for another kernel size, or if neighbours is of another batch.
     """
     C = f.shape[-1]
     if weight.shape != (C, 1, SIZE, SIZE):

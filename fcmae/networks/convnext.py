@@ -92,6 +92,13 @@ class Encoder(nn.Module):
 
         Its patches do not overlap, so it is one Linear over each patch's pixels, and hiding pixels is the same as
         hiding its outputs. Only visible pixels are packed: hidden ones enter no computation.
+
+        Args:
+            images: (B, in_chans, H, W) float, see `forward`.
+            layout: made from the mask.
+
+        Returns:
+            Features of the visible sites in `layout`, dims[0] channels.
         """
         conv, norm = cast("tuple[nn.Conv2d, LayerNorm]", self.downsample_layers[0])
         s = self.spec.stem_stride
@@ -103,7 +110,16 @@ class Encoder(nn.Module):
         return f
 
     def downsample(self, stage: int, f: Tensor, layout: Layout) -> Tensor:
-        """The LayerNorm and 2x2 stride-2 convolution before a stage, numbered from 0 and not the first."""
+        """The LayerNorm and 2x2 stride-2 convolution before a stage.
+
+        Args:
+            stage: numbered from 0 and not the first.
+            f: the stage before's output, in `layout`.
+            layout: that of f.
+
+        Returns:
+            Features in `layout` at half the height and width, dims[stage] channels.
+        """
         norm, conv = cast("tuple[LayerNorm, nn.Conv2d]", self.downsample_layers[stage])
         return layout.downsample(norm(f), conv.weight, conv.bias)
 

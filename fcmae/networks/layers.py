@@ -34,7 +34,11 @@ class GRN(nn.Module):
     batch in pretraining and over one image in fine-tuning; here it is one image in both, unless the layout's grn_scope
     is "batch".
 
-    gamma, beta: (1, 1, 1, C), the released code's shape.
+    Args:
+        dim: channels C.
+
+    Attributes:
+        gamma, beta: (1, 1, 1, C), the released code's shape.
     """
 
     def __init__(self, dim: int) -> None:
@@ -43,7 +47,15 @@ class GRN(nn.Module):
         self.beta = nn.Parameter(torch.zeros(1, 1, 1, dim))
 
     def forward(self, x: Tensor, norm: Tensor) -> Tensor:
-        """Normalise x (..., C) by norm, the float32 G of its images, broadcastable to x. Returns x's dtype."""
+        """Normalise features by the norms of their images.
+
+        Args:
+            x: (..., C) float.
+            norm: the float32 G of its images, broadcastable to x.
+
+        Returns:
+            (..., C) in x's dtype.
+        """
         scale = norm / (norm.mean(dim=-1, keepdim=True) + EPS)
         gamma, beta = self.gamma.flatten(), self.beta.flatten()  # (C,), which broadcasts to features of any rank
         # gamma * (x * scale) + beta + x in one pass over x.
@@ -53,7 +65,13 @@ class GRN(nn.Module):
 def grn_linear(rows: Tensor, grn: GRN, linear: nn.Linear) -> Tensor:
     """linear(grn(rows)), with fewer passes over the features and fewer of them kept than layer after layer.
 
-    rows: (B, n, C), all the sites of each image, hidden ones zero. Returns (B, n, linear's width).
+    Args:
+        rows: (B, n, C), all the sites of each image, hidden ones zero.
+        grn: of C channels.
+        linear: from C channels.
+
+    Returns:
+        (B, n, linear's width).
     """
     gamma, beta = grn.gamma.flatten(), grn.beta.flatten()
     weight: Tensor = linear.weight
@@ -185,7 +203,16 @@ class Block(nn.Module):
         return F.gelu(self.pwconv1(self.norm(h)))
 
     def add(self, x: Tensor, branch: Tensor, layout: Layout) -> Tensor:
-        """x + DropPath(branch), or x + DropPath(gamma * branch) in V1: both (..., C)."""
+        """x + DropPath(branch), or x + DropPath(gamma * branch) in V1.
+
+        Args:
+            x: (..., C), what the block was given.
+            branch: (..., C), what it adds.
+            layout: that of both.
+
+        Returns:
+            (..., C), in `layout`.
+        """
         if self.gamma is not None:
             branch = self.gamma * branch
         if self.training and self.drop_path_rate > 0:

@@ -47,6 +47,8 @@ class Meta:
         data_fingerprint: of the training images.
         progress: whatever else the loop needs to go on, as JSON values.
         spec: the numbers of the network; empty in those of format 1.
+        format: of the checkpoint, by number.
+        version: of the fcmae that wrote it.
     """
 
     kind: str
@@ -122,9 +124,15 @@ def check_tensors(path: Path, found: Mapping[str, Tensor], like: Mapping[str, Te
 
 
 def save(run: Path, meta: Meta, tensors: dict[str, dict[str, Tensor]]) -> Path:
-    """Write the checkpoint of `meta.step` and return its directory; one that is there already stays as it is.
+    """Write the checkpoint of a step; one that is there already stays as it is.
 
-    tensors: a name ("model", "optimizer", "ema") to flat named tensors; each becomes NAME.safetensors.
+    Args:
+        run: directory of the run.
+        meta: what the checkpoint says of itself, its step too.
+        tensors: a name ("model", "optimizer", "ema") to flat named tensors; each becomes NAME.safetensors.
+
+    Returns:
+        The checkpoint's directory.
     """
     place = run / DIRECTORY / f"step-{meta.step:08d}"
     if place.exists():
@@ -145,7 +153,13 @@ def save(run: Path, meta: Meta, tensors: dict[str, dict[str, Tensor]]) -> Path:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a .safetensors file that whoever may read the user's other new files may read."""
+    """Write a .safetensors file that whoever may read the user's other new files may read.
+
+    Args:
+        path: of the file.
+        tensors: by name, contiguous.
+        metadata: for the file's header, beside the format.
+    """
     path.touch()
     mode = path.stat().st_mode
     save_file(tensors, path, {"format": "pt"} | (metadata or {}))  # which lets its owner alone read it
@@ -175,7 +189,11 @@ def latest(run: Path) -> Path | None:
 
 
 def read_meta(checkpoint: Path) -> Meta:
-    """What the checkpoint says of itself. Raises ValueError for a file of another format or none of ours."""
+    """What the checkpoint says of itself.
+
+    Raises:
+        ValueError: for a file of another format or none of ours.
+    """
     path = checkpoint / META
     try:
         fields = json.loads(path.read_text())
@@ -190,7 +208,11 @@ def read_meta(checkpoint: Path) -> Meta:
 
 
 def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
-    """The tensors of NAME.safetensors, on the CPU. Raises ValueError if the file is missing or damaged."""
+    """The tensors of NAME.safetensors, on the CPU.
+
+    Raises:
+        ValueError: if the file is missing or damaged.
+    """
     path = checkpoint / f"{name}.safetensors"
     try:
         tensors: dict[str, Tensor] = load_file(path)
@@ -202,7 +224,15 @@ def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
 
 
 def check_images(checkpoint: Path, data_fingerprint: str) -> None:
-    """Raises ValueError if the checkpoint was made with other images."""
+    """Refuse a checkpoint that was made with other images.
+
+    Args:
+        checkpoint: its directory.
+        data_fingerprint: of the run's images.
+
+    Raises:
+        ValueError: if the checkpoint was made with other images.
+    """
     if read_meta(checkpoint).data_fingerprint != data_fingerprint:
         raise ValueError(f"data.path no longer gives the images of {checkpoint}: restore them, or give another --out")
 
@@ -244,6 +274,15 @@ def restore(
 def read_state(checkpoint: Path, name: str, model: nn.Module, from_format_1: Callable[[str], str]) -> dict[str, Tensor]:
     """A state of the model in NAME.safetensors, whatever the checkpoint's format.
 
+    Args:
+        checkpoint: its directory.
+        name: of the file, without its suffix.
+        model: whose state it is.
+        from_format_1: the name in format 1 of a parameter of the model.
+
+    Returns:
+        Tensors under the model's names and in its shapes, on the CPU.
+
     Raises:
         ValueError: if the file is missing or damaged, or does not fit the model.
     """
@@ -271,7 +310,13 @@ def _read_named(
 
 
 def prune(run: Path, keep: int, milestone_steps: float) -> None:
-    """Delete all but the newest `keep` checkpoints and those at multiples of `milestone_steps` (0: none)."""
+    """Delete old checkpoints, and what writing or deleting left that was cut off.
+
+    Args:
+        run: directory of the run.
+        keep: the newest checkpoints that stay, at least 1.
+        milestone_steps: those at multiples of it stay too; 0: none.
+    """
     for path in (run / DIRECTORY).glob(".tmp-*"):
         shutil.rmtree(path, ignore_errors=True)
     for step, path in list(steps(run).items())[:-keep]:

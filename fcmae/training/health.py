@@ -31,9 +31,12 @@ STARVED_S = 10.0  # waited in these windows: less is start-up, or a run too shor
 
 
 class Finding(NamedTuple):
-    """kind: cosine_distance, effective_rank, loss or data. step, epoch: of the line that first showed it.
+    """Something that is wrong with a run.
 
-    text: what was seen, what it usually means and what to do, in sentences.
+    Attributes:
+        kind: cosine_distance, effective_rank, loss or data.
+        step, epoch: of the line that first showed it.
+        text: what was seen, what it usually means and what to do, in sentences.
     """
 
     kind: str

@@ -74,7 +74,13 @@ class Log:
             self._bad_files.add(found)
 
     def write(self, step: int, lr: float, grad_norm: float) -> None:
-        """One line on the steps since the last one, of which `step` is the last."""
+        """One line on the steps since the last one.
+
+        Args:
+            step: the last of them; as many are done.
+            lr: learning rate of that step.
+            grad_norm: of that step, before clipping; left out if not finite.
+        """
         self.add_bad_files(self.unread_files)
         self.unread_files.clear()
         line = self.window.summary() | {"lr": lr}
@@ -94,7 +100,13 @@ class Log:
         logger.log(level, message, step, total, epoch, text, lr, left)
 
     def show(self, name: str, path: Path, step: int) -> None:
-        """Give a picture to TensorBoard."""
+        """Give a picture to TensorBoard.
+
+        Args:
+            name: under which it is shown.
+            path: of the picture.
+            step: after which it was made.
+        """
         for tracker in self._accelerator.trackers:
             if tracker.name == "tensorboard":
                 with Image.open(path) as image:
@@ -103,7 +115,13 @@ class Log:
 
 
 class Metrics:
-    """metrics.jsonl and the trackers. Lines after `step`, of a run that was cut off there, are removed."""
+    """metrics.jsonl and the trackers.
+
+    Args:
+        path: of metrics.jsonl.
+        accelerator: of the run's processes, with its trackers.
+        step: steps that are done; lines after it, of a run that was cut off there, are removed.
+    """
 
     def __init__(self, path: Path, accelerator: Accelerator, step: int) -> None:
         self.path = path
@@ -119,7 +137,13 @@ class Metrics:
         accelerator.init_trackers("fcmae", init_kwargs={"tensorboard": {"purge_step": step + 1}})
 
     def write(self, step: int, epoch: float, **values: float) -> None:
-        """Append one line; values are finite numbers by name."""
+        """Append one line.
+
+        Args:
+            step: steps that are done.
+            epoch: likewise, in epochs.
+            values: finite numbers by name.
+        """
         if self.accelerator.is_main_process:
             with self.path.open("a") as file:
                 file.write(json.dumps({"step": step, "epoch": round(epoch, 4), **values}) + "\n")

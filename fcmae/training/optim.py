@@ -117,15 +117,26 @@ class Schedule:
 
 
 def due(done: int, every: float, total: int) -> bool:
-    """Whether `done` steps just reached a multiple of `every` steps, which may be fractional, or the end."""
+    """Whether what happens every so many steps is due now, or the end is reached.
+
+    Args:
+        done: steps that are done.
+        every: steps between, which may be fractional; due where `done` has just reached a multiple of it.
+        total: steps of the run.
+    """
     # The small term keeps a multiple that is whole in decimals whole in binary: 3 / (.1 * 30) is just below 1.
     return done == total or math.floor(done / every + 1e-9) > math.floor((done - 1) / every + 1e-9)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float, step: int) -> None:
-    """Give every group `lr` times its "lr_scale", or 0 before its "first_step".
+    """Give every group its learning rate for one step.
 
     At a rate of 0 AdamW changes no weight, but its moments follow the gradients, so they are warm when learning starts.
+
+    Args:
+        optimizer: of `parameter_groups`.
+        lr: what a group gets times its "lr_scale", or 0 before its "first_step".
+        step: 0 at the first optimizer step.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"] if step >= group["first_step"] else 0.0

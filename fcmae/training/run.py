@@ -56,8 +56,14 @@ Found = TypeVar("Found")
 class RunDirectory:
     """A directory that holds one run. Making the object only looks; `open` writes.
 
-    Raises ValueError if `cfg.out` holds something other than this run: files that are no run's, a run of the other
-    kind, or one with other settings (named one by one).
+    Args:
+        cfg: settings of the run, with `out`.
+        kind: "pretrain" or "finetune".
+
+    Raises:
+        ValueError: if `cfg.out` holds something other than this run: files that are no run's, a run of the other kind,
+            one with other settings (named one by one), or results without a checkpoint to go on from; if
+            `cfg.overwrite` would delete what the run starts from; or if `cfg.out` lies where images are searched.
     """
 
     def __init__(self, cfg: RunConfig, kind: str) -> None:
@@ -116,7 +122,8 @@ class RunDirectory:
     def kept(self, *keys: str) -> bool:
         """Whether this run is resumed with the same values of these settings, so that what was made from them stands.
 
-        keys: dotted names of settings.
+        Args:
+            keys: dotted names of settings.
         """
         return self.saved is not None and attrgetter(*keys)(self.saved) == attrgetter(*keys)(self.cfg)
 
@@ -134,7 +141,11 @@ class RunDirectory:
     def open(self, is_main: bool) -> Iterator[None]:
         """Write the settings and keep the logs while the run lasts; one process at a time.
 
-        is_main: false in the other processes of a distributed run, which write nothing.
+        Args:
+            is_main: false in the other processes of a distributed run, which write nothing.
+
+        Raises:
+            ValueError: if another process uses the directory.
         """
         if not is_main:
             logger.setLevel(logging.WARNING)
@@ -180,7 +191,9 @@ def _check_inputs(out: Path, inputs: Mapping[str, Sequence[str]], overwrite: boo
 def record_start(path: Path, cpu: bool) -> None:
     """Append to a JSON list what this process runs with: time, versions, machine, command.
 
-    cpu: whether it computes on the CPU whatever else is there. A file that holds no list is begun anew.
+    Args:
+        path: of the list; a file that holds none is begun anew.
+        cpu: whether it computes on the CPU whatever else is there.
     """
     started = []
     with suppress(OSError, ValueError):
@@ -277,7 +290,8 @@ def make_accelerator(cfg: RunConfig) -> Accelerator:
 
     It forgets those of a run before in this process, which may have computed elsewhere or in another precision.
 
-    Raises ValueError for fp16 and tf32 on a CPU.
+    Raises:
+        ValueError: for fp16 and tf32 on a CPU.
     """
     AcceleratorState._reset_state(reset_partial_state=True)
     cpu = _uses_cpu(cfg)

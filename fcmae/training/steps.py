@@ -159,6 +159,11 @@ class Step:
         evaluates: whether an evaluation is due after it.
         saves: whether a checkpoint is due after it, as `log` has found out.
         is_last: whether a process was told to stop, as `log` has found out.
+
+    Args:
+        steps: of which it is one.
+        number: see above.
+        lr: its learning rate.
     """
 
     def __init__(self, steps: Steps, number: int, lr: float) -> None:
@@ -236,7 +241,13 @@ class Step:
 
 
 class StepResult(NamedTuple):
-    """loss: mean over processes and parts. grad_norm: before clipping. stop: whether any process was told to stop."""
+    """The numbers of a step that is done.
+
+    Attributes:
+        loss: mean over processes and parts.
+        grad_norm: before clipping.
+        stop: whether any process was told to stop.
+    """
 
     loss: float
     grad_norm: float
@@ -244,7 +255,14 @@ class StepResult(NamedTuple):
 
 
 class StartedStep:
-    """A step that the device has been given; its numbers are on their way to the host."""
+    """A step that the device has been given; its numbers are on their way to the host.
+
+    Args:
+        numbers: (3 + P,) float, on the device: loss, whether to stop (above 0), norm of the gradient, and the norm of
+            the gradient of each of P parameters.
+        names: of the P parameters.
+        scaler: of fp16, or None.
+    """
 
     def __init__(self, numbers: Tensor, names: list[str], scaler: torch.amp.GradScaler | None) -> None:
         # Into page-locked memory, behind the step's work: the host goes on meanwhile.
@@ -321,6 +339,11 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
     Drop path, mixup and the like then depend on (seed, step, rank) alone, so a resumed run draws what an
     uninterrupted one does, and no random state needs to be stored.
+
+    Args:
+        seed: of the run.
+        step: 0 at the first optimizer step.
+        rank: of this process.
     """
     number = int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
     random.seed(number)
