@@ -9,6 +9,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -
     """A Markdown table, aligned to be read on a terminal too.
 
     Args:
+        header: a text for each column.
         rows: texts, as many in each as in the header.
         left: how many columns, from the first, are aligned left; the others are right.
     """

@@ -168,8 +168,8 @@ def convert(
         The description, and how to use what was written.
 
     Raises:
-        ValueError: if the source cannot be read, does not fit or is damaged, dest exists or has another kind of name
-            than the format needs, or what is read back differs; dest is then not there.
+        ValueError: if there is no such format, the source cannot be read, does not fit or is damaged, dest exists or
+            has another kind of name than the format needs, or what is read back differs, which is then deleted.
     """
     if to not in FORMATS:
         raise ValueError(f"to = {to!r}: use one of {', '.join(FORMATS)}")
