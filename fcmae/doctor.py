@@ -77,11 +77,11 @@ class Check:
     """How one thing is looked at, and what is said where it is not as it should be.
 
     Attributes:
-        name: see `Finding`, as of cost, mend and needed.
+        name: of what is looked at.
         find: what is done; a function of this module where there is a timeout.
-        cost: what is said where a finding leaves it open.
+        cost: see `Finding`; for those that leave name and cost to this.
         mend: likewise.
-        needed: of findings that leave their name open, unless they are notes.
+        needed: likewise, unless they are notes.
         timeout_s: it is tried in another Python, for so long; 0 tries it in this one.
     """
 

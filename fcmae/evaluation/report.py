@@ -65,7 +65,7 @@ class Section:
         notes: sentences.
         tables: shown as they are.
         more: tables to be opened.
-        charts: likewise shown.
+        charts: each with its table.
         series: pictures, one at a time.
         pictures: all at once.
         commands: to be copied.

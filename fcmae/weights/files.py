@@ -95,7 +95,14 @@ class Weights:
 
 
 class ImageRecord(BaseModel):
-    """How the images were read that weights were trained on, as far as it is known."""
+    """How the images were read that weights were trained on, as far as it is known.
+
+    Attributes:
+        mean: one a channel, in units of a full range of 1.
+        std: likewise.
+        input_size: (C, H, W).
+        crop_pct: see `fcmae.data.augment.center_box`.
+    """
 
     mean: list[float] | None = None
     std: list[Annotated[float, Field(gt=0)]] | None = None
@@ -104,7 +111,15 @@ class ImageRecord(BaseModel):
 
 
 class Record(BaseModel):
-    """What a file of weights says of itself; of others' files nothing."""
+    """What a file of weights says of itself; of others' files nothing.
+
+    Attributes:
+        image: how its images are read.
+        class_names: see `Weights`.
+        origin: likewise.
+        expected_output: likewise.
+        spec: the encoder's numbers, where the file says them.
+    """
 
     image: ImageRecord = ImageRecord()
     class_names: tuple[str, ...] = ()
