@@ -293,7 +293,14 @@ def report(cfg: BenchConfig, machine: Machine, best: Result, fed: Result | None)
 
 
 def run_hours(epochs: int, steps_per_epoch: int, batch_size: int, images_per_s: float) -> float:
-    """Hours of training, without evaluations and checkpoints."""
+    """Hours of training, without evaluations and checkpoints.
+
+    Args:
+        epochs: of the run.
+        steps_per_epoch: steps of each.
+        batch_size: images of a step.
+        images_per_s: counted as batch_size counts them.
+    """
     return epochs * steps_per_epoch * batch_size / images_per_s / 3600
 
 
@@ -402,9 +409,14 @@ def survey(cfg: BenchConfig) -> Machine:
 
 
 def time_candidate(cfg: BenchConfig, candidate: Candidate, from_files: bool) -> Result:
-    """Optimizer steps as pretraining takes them, on made-up images or on the user's, at a learning rate of 0.
+    """Time optimizer steps as pretraining takes them, at a learning rate of 0.
 
     On a CPU a step has at most two parts, whatever grad_accum says: those that are left out take as long as the first.
+
+    Args:
+        cfg: of the run.
+        candidate: how a step is computed.
+        from_files: on the user's images, or on made-up ones.
     """
     import torch
 

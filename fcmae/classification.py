@@ -60,11 +60,16 @@ def class_probabilities(
 
 
 def scores(labels: Sequence[int] | NDArray[np.int64], probabilities: NDArray[np.float32]) -> dict[str, float]:
-    """What is usually reported of a classifier, by name, each in 0..1 but the loss.
+    """What is usually reported of a classifier.
 
-    labels: (N,) class indices. probabilities: (N, classes). top1; top5 where there are more than five classes;
-    balanced_accuracy, the mean recall of the classes that occur; auroc where every class of at most
-    MAX_AUROC_CLASSES occurs, see `macro_auroc`; val_loss, the mean cross-entropy in nats.
+    Args:
+        labels: (N,) class indices.
+        probabilities: (N, classes).
+
+    Returns:
+        By name, each in 0..1 but the loss: top1; top5 where there are more than five classes; balanced_accuracy, the
+        mean recall of the classes that occur; auroc where every class of at most MAX_AUROC_CLASSES occurs, see
+        `macro_auroc`; val_loss, the mean cross-entropy in nats.
     """
     from sklearn.metrics import recall_score
 
@@ -90,8 +95,11 @@ def scores(labels: Sequence[int] | NDArray[np.int64], probabilities: NDArray[np.
 def macro_auroc(labels: Sequence[int] | NDArray[np.int64], probabilities: NDArray[np.float32]) -> float:
     """Area under the ROC curve: of each class that occurs against all others, averaged over these classes.
 
-    labels: (N,) class indices, of two classes at least. probabilities: (N, classes). For two classes it is the usual
-    area, which is the same for both.
+    For two classes it is the usual area, which is the same for both.
+
+    Args:
+        labels: (N,) class indices, of two classes at least.
+        probabilities: (N, classes).
     """
     from sklearn.metrics import roc_auc_score
 
@@ -107,7 +115,15 @@ def write_predictions(
     class_names: Sequence[str],
     labels: Sequence[int] | None = None,
 ) -> None:
-    """Write a CSV file: path, label where known, predicted class, its probability, and that of every class."""
+    """Write a CSV file: path, label where known, predicted class, its probability, and that of every class.
+
+    Args:
+        path: the file.
+        image_paths: of N images.
+        probabilities: (N, classes).
+        class_names: of the classes.
+        labels: (N,) class indices, where known.
+    """
     # A path that is not valid Unicode keeps its bytes.
     with replacing(path) as aside, aside.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)

@@ -74,10 +74,14 @@ class Finding:
 
 @dataclass(frozen=True)
 class Check:
-    """How one thing is looked at, and what is said where it is not as it should be; see `Finding`.
+    """How one thing is looked at, and what is said where it is not as it should be.
 
     Attributes:
+        name: of what is looked at.
         find: what is done; a function of this module where there is a timeout.
+        cost: see `Finding`; for those that leave name and cost to this.
+        mend: likewise.
+        needed: likewise, unless they are notes.
         timeout_s: it is tried in another Python, for so long; 0 tries it in this one.
     """
 
@@ -97,7 +101,12 @@ class Check:
 
 
 def checks(out: Path = Path(), quick: bool = False) -> dict[str, Check]:
-    """All that is looked at, by name and in order; `quick` leaves out what takes most of the time."""
+    """All that is looked at, by name and in order.
+
+    Args:
+        out: where runs are to be written; it need not exist yet.
+        quick: leaves out what takes most of the time.
+    """
     slow = ("torch.compile", "processes") if quick else ()
     return {check.name: check for check in _table(out, quick) if check.name not in slow}
 
@@ -143,6 +152,11 @@ def _table(out: Path, quick: bool) -> Iterator[Check]:
 
 def doctor(out: Path = Path(), quick: bool = False, as_json: bool = False) -> bool:
     """Print what `diagnose` finds, as it finds it, or as one JSON object.
+
+    Args:
+        out: see `diagnose`.
+        quick: likewise.
+        as_json: one object, at the end.
 
     Returns:
         Whether this machine can pretrain.

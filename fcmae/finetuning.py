@@ -96,9 +96,25 @@ def train(
     val_images: Images,
     stop: StopSignal,
 ) -> bool:
-    """Train `net` from where the run stands to its end, or to a signal; whether the end was reached.
+    """Train `net` from where the run stands to its end, or to a signal; or evaluate only.
 
-    weights: what describes the exported models, without tensors.
+    Args:
+        cfg: the run's settings.
+        run: its directory, open.
+        accelerator: of this process.
+        net: the classifier, which starts as it is or is overwritten by the checkpoint that the run resumes from.
+        weights: what describes the exported models, without tensors.
+        per_epoch: steps of an epoch; 0 to evaluate only.
+        train_images: to learn from.
+        val_images: held out.
+        stop: the signal.
+
+    Returns:
+        Whether the end was reached.
+
+    Raises:
+        FloatingPointError: if the loss or a gradient stops being finite.
+        ValueError: if none of the held-out images can be read.
     """
     net = net.to(accelerator.device)
     ema_decay = cfg.regularization.ema_decay
@@ -255,7 +271,10 @@ def fingerprint(train_images: Images, val_images: Images) -> str:
 def run_images(cfg: FinetuneConfig, run: RunDirectory, weights: Weights) -> tuple[Images, Images]:
     """Training and held-out images: as listed in the run directory, else found.
 
-    When only evaluating, the classes are those of the weights.
+    Args:
+        cfg: the run's settings.
+        run: its directory.
+        weights: when only evaluating, the classes are those of the weights.
     """
     cached = (run.path / "files.json", run.path / "val_files.json")
     if run.kept("data.path", "data.val_path") and all(path.is_file() for path in cached):
@@ -272,6 +291,11 @@ def build_model(cfg: FinetuneConfig, weights: Weights, num_classes: int) -> Clas
     """The classifier: encoder and final norm of the weights, as far as they have them, and a new head.
 
     The head of the weights is kept only for evaluation. Everything random is drawn from the run's seed.
+
+    Args:
+        cfg: the run's settings.
+        weights: see `starting_weights`.
+        num_classes: outputs.
     """
     torch.manual_seed(cfg.seed)
     architecture = weights.architecture
@@ -295,7 +319,13 @@ def build_optimizer(cfg: FinetuneConfig, net: Classifier) -> torch.optim.AdamW:
 
 
 def build_train_set(cfg: FinetuneConfig, images: Images, weights: Weights) -> FinetuneDataset:
-    """Training images, cropped and augmented."""
+    """Training images, cropped and augmented.
+
+    Args:
+        cfg: the run's settings.
+        images: to learn from.
+        weights: the size, mean and std of their images are taken.
+    """
     data, (in_chans, height, width) = cfg.data, weights.image["input_size"]
     crop = CropAndFlip(in_chans, (height, width), data.crop_scale, data.hflip, data.vflip)
     augment = FinetuneAugment(
@@ -322,7 +352,19 @@ def build_mixup(cfg: FinetuneConfig, num_classes: int) -> Mixup | None:
 
 
 def class_balance(cfg: FinetuneConfig, images: Images, device: torch.device) -> Tensor | None:
-    """(classes,) weights of the classes in the loss, or None."""
+    """Weights of the classes in the loss, as the settings have them.
+
+    Args:
+        cfg: the run's settings.
+        images: to learn from, labelled.
+        device: where the weights are to be.
+
+    Returns:
+        (classes,) float32, or None.
+
+    Raises:
+        ValueError: if a list has not one weight a class.
+    """
     if cfg.eval_only or cfg.regularization.class_weights is None:
         return None
     assert images.labels is not None and images.class_names is not None
@@ -448,7 +490,18 @@ def build_evaluation(
     log: Log,
     at_once: int,
 ) -> Evaluation:
-    """The evaluation of a run, `at_once` images at a time."""
+    """The evaluation of a run.
+
+    Args:
+        cfg: the run's settings.
+        accelerator: of this process.
+        normalize: on its device, as in training.
+        images: held out.
+        weights: what describes the exported models, and how images are read.
+        best: the best evaluation so far.
+        log: of the run.
+        at_once: images at a time.
+    """
     in_chans, height, width = weights.image["input_size"]
     loader = evaluation_loader(
         Reading(in_chans, (height, width), weights.image["crop_pct"], normalize),

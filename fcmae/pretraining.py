@@ -107,7 +107,25 @@ def train(
     labelled: Labelled | None,
     stop: StopSignal,
 ) -> bool:
-    """Train `net` from where the run stands to its end, or to a signal; whether the end was reached."""
+    """Train `net` from where the run stands to its end, or to a signal.
+
+    Args:
+        cfg: the run's settings.
+        run: its directory, open.
+        accelerator: of this process.
+        net: the model, which starts as it is or is overwritten by the checkpoint that the run resumes from.
+        schedule: see `build_schedule`.
+        train_images: to learn from.
+        val_images: held out; may be empty.
+        labelled: for the monitor's nearest neighbours, on the main process; or None.
+        stop: the signal.
+
+    Returns:
+        Whether the end was reached.
+
+    Raises:
+        FloatingPointError: if the loss or a gradient stops being finite.
+    """
     net = net.to(accelerator.device)
     adamw = build_optimizer(cfg, net)
     fingerprint = train_images.fingerprint()
@@ -168,6 +186,11 @@ def run_images(cfg: PretrainConfig, run: RunDirectory) -> Images:
 def build_schedule(cfg: PretrainConfig, run: RunDirectory, images: Images) -> Schedule:
     """When what happens, from where the run stands.
 
+    Args:
+        cfg: the run's settings.
+        run: where it stands.
+        images: to learn from.
+
     Raises:
         ValueError: if the images are too few for a batch or are not those of the run, or the encoder would never learn.
     """
@@ -192,7 +215,15 @@ def build_model(cfg: PretrainConfig) -> FCMAE:
 
 
 def start(cfg: PretrainConfig, net: FCMAE) -> list[str]:
-    """Load the weights that `model.init` names, if it does, and say what was done."""
+    """Load the weights that `model.init` names, if it does, and say what was done.
+
+    Args:
+        cfg: the run's settings.
+        net: what they are loaded into.
+
+    Raises:
+        ValueError: if `model.init` does not exist or does not fit.
+    """
     if cfg.model.init is None:
         return ["from scratch"]
     path = Path(cfg.model.init)
@@ -229,7 +260,14 @@ def images_at_once(cfg: PretrainConfig, accelerator: Accelerator) -> int:
 
 
 def build_dataset(cfg: PretrainConfig, images: Images, *, augment: bool) -> PretrainDataset:
-    """Images with masks: random crops, or centre crops under one mask each that never changes."""
+    """Images with masks.
+
+    Args:
+        cfg: the run's settings.
+        images: which.
+        augment: random crops, under as many masks each as the settings say; otherwise centre crops under one mask each
+            that never changes.
+    """
     grid = mask_grid(cfg)
     return PretrainDataset(
         images,
@@ -246,7 +284,12 @@ def build_dataset(cfg: PretrainConfig, images: Images, *, augment: bool) -> Pret
 
 
 def noise_batch(cfg: PretrainConfig, num: int) -> Batch:
-    """`num` images of noise under masks, of the run's shapes: for trying how fast it is."""
+    """Images of noise under masks, of the run's shapes: for trying how fast it is.
+
+    Args:
+        cfg: the run's settings.
+        num: images, each counted as often as it has masks.
+    """
     (height, width), grid = cfg.data.image_size, mask_grid(cfg)
     visible = num_visible(math.prod(grid), cfg.model.mask_ratio)
     num_images = num // cfg.data.masks_per_image
@@ -308,7 +351,18 @@ class Evaluation:
         net.train()
 
     def loss(self, net: FCMAE, step: int) -> dict[str, float]:
-        """val_loss: the mean over the images of all processes that could be read; nothing without any."""
+        """The loss on the held-out images.
+
+        Args:
+            net: the model.
+            step: steps that were done.
+
+        Returns:
+            val_loss: the mean over the images of all processes that could be read; nothing without any.
+
+        Raises:
+            FloatingPointError: if it is not finite.
+        """
         sums = torch.zeros(2, device=self.accelerator.device)  # loss times images, images
         bad: list[tuple[str, str]] = []
         for batch in self.batches:
@@ -366,7 +420,17 @@ def build_evaluation(
     labelled: Labelled | None,
     log: Log,
 ) -> Evaluation:
-    """The evaluation of a run, from its settings and images."""
+    """The evaluation of a run, from its settings and images.
+
+    Args:
+        cfg: the run's settings.
+        accelerator: of this process.
+        normalize: on its device, as in training.
+        train_images: pictured and measured where those that are held out do not suffice.
+        val_images: held out; may be empty.
+        labelled: for the monitor's nearest neighbours, or None.
+        log: of the run.
+    """
     rank, processes, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     at_once, workers = images_at_once(cfg, accelerator), choose_num_workers(cfg.data.num_workers, device.type)
     val_set = build_dataset(cfg, val_images, augment=False)

@@ -31,7 +31,16 @@ PATCH = 32  # pixels, side of a mask patch
 
 
 class Case(NamedTuple):
-    """One comparison. ratio 0 hides nothing: the reference is then timm's network, which must be a published one."""
+    """One comparison.
+
+    Attributes:
+        spec: the network.
+        grid: rows and columns of mask patches.
+        ratio: share of the patches that are hidden. 0 hides nothing: the reference is then timm's network, which must
+            be a published one.
+        batch: images.
+        whole: the whole model and its loss, or the encoder and its features.
+    """
 
     spec: ConvNeXtSpec
     grid: tuple[int, int]
@@ -63,7 +72,15 @@ TOLERANCES = {"float64": 1e-11, "float32": 1e-4, "bfloat16": 0.2}
 
 @dataclass(frozen=True)
 class Result:
-    """How far one backend is from the reference in one precision, the largest over all cases."""
+    """How far one backend is from the reference in one precision, the largest over all cases.
+
+    Attributes:
+        backend: its name.
+        precision: likewise.
+        values: largest error of what is computed, relative to the largest element of its tensor.
+        gradients: likewise, of all gradients.
+        worst: the case and tensor that is farthest off.
+    """
 
     backend: str
     precision: str
@@ -90,10 +107,15 @@ class Result:
 def verify(backends: Sequence[str] | None = None, device: str = "cpu") -> list[Result]:
     """Compare and time backends, and print a table line by line as the results come.
 
-    backends: names; None takes all, leaving out with a remark the one that cannot run here. device: cpu or cuda, where
-    the backends run; the reference always runs on the CPU. Returns a result for each backend and precision: float64,
-    float32 and, on a GPU, float32 under bfloat16 autocast. Raises ValueError if a backend that was named, or the
-    device, cannot be used.
+    Args:
+        backends: names; None takes all, leaving out with a remark the one that cannot run here.
+        device: cpu or cuda, where the backends run; the reference always runs on the CPU.
+
+    Returns:
+        A result for each backend and precision: float64, float32 and, on a GPU, float32 under bfloat16 autocast.
+
+    Raises:
+        ValueError: if a backend that was named, or the device, cannot be used.
     """
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device = {device!r}: torch finds no GPU here: use cpu")
@@ -124,7 +146,14 @@ def verify(backends: Sequence[str] | None = None, device: str = "cpu") -> list[R
 
 
 def compare(backend: str, device: str, precision: str, references: Sequence[dict[str, Tensor]]) -> Result:
-    """The largest errors of a backend over all CASES, whose reference tensors are given in their order."""
+    """The largest errors of a backend over all CASES; infinite if it cannot run one.
+
+    Args:
+        backend: its name.
+        device: where it runs.
+        precision: a key of TOLERANCES.
+        references: the reference tensors of CASES, in their order.
+    """
     values = gradients = (0.0, "")
     for case, expected in zip(CASES, references, strict=True):
         try:
@@ -145,7 +174,17 @@ def compare(backend: str, device: str, precision: str, references: Sequence[dict
 
 
 def tensors(case: Case, backend: str, device: str, precision: str) -> dict[str, Tensor]:
-    """What a backend computes in a case: its "values" and the gradient of each parameter, float64 on the CPU."""
+    """What a backend computes in a case.
+
+    Args:
+        case: the case.
+        backend: the backend's name.
+        device: where it runs.
+        precision: a key of TOLERANCES; "bfloat16" is float32 under CUDA's autocast.
+
+    Returns:
+        Its "values" and the gradient of each parameter, float64 on the CPU.
+    """
     net, images, mask = make(case, backend)
     dtype = torch.float64 if precision == "float64" else torch.float32
     net.to(device, dtype)
@@ -210,7 +249,13 @@ def collected(values: Tensor, gradients: Iterable[tuple[str, Tensor | None]]) ->
 
 
 def speeds(backends: Sequence[str], device: str, repeats: int = 5) -> dict[str, float]:
-    """Median milliseconds of the encoder's forward + backward; backends take turns, so that a load slows them all."""
+    """Median milliseconds of the encoder's forward + backward; backends take turns, so that a load slows them all.
+
+    Args:
+        backends: names.
+        device: where they run.
+        repeats: turns that are counted.
+    """
     encoder = Encoder(ATTO).to(device)
     images = torch.randn(8, 3, 224, 224, device=device)
     mask = torch.from_numpy(random_mask((7, 7), 19, [(0, i) for i in range(8)])).to(device)

@@ -75,11 +75,14 @@ def as_encoder(model: nn.Module) -> Encoder:
 def cosine_distance(features: Tensor) -> Tensor:
     """Mean over all C^2 pairs of channels of (1 - cos(X_i, X_j)) / 2, for each image (arXiv 2301.00808, Sec. 4).
 
-    features: (B, n, C), the n sites of each image; X_i is a channel's values at all of them. Returns (B,), in 0..1: 0
-    if all channels are multiples of one another, about 1/2 if they have nothing in common.
-
     Computed without the C x C cosines, as they sum to |sum_i X_i / |X_i||^2. A channel that is zero everywhere is the
     same as others that are (cosine 1) and has nothing in common with the rest (cosine 0).
+
+    Args:
+        features: (B, n, C), the n sites of each image; X_i is a channel's values at all of them.
+
+    Returns:
+        (B,), in 0..1: 0 if all channels are multiples of one another, about 1/2 if they have nothing in common.
     """
     x = at_least_float32(features)
     return _distance(x, l2_norm(x, (1,)))
@@ -97,7 +100,11 @@ def _distance(x: Tensor, norms: Tensor) -> Tensor:
 def dead_channels(rms: Tensor) -> Tensor:
     """Which channels carry next to nothing: an RMS below 1 % of the layer's median one, or of zero.
 
-    rms: (C,), each over all sites of all images. Returns (C,) bool.
+    Args:
+        rms: (C,), each over all sites of all images.
+
+    Returns:
+        (C,) bool.
     """
     return (rms < DEAD_RMS * rms.median()) | (rms == 0)
 
@@ -105,7 +112,12 @@ def dead_channels(rms: Tensor) -> Tensor:
 def saturated_channels(mean: Tensor, rms: Tensor) -> Tensor:
     """Which channels are on everywhere: a standard deviation below 10 % of the absolute mean, and not dead.
 
-    mean, rms: (C,), each over all sites of all images. Returns (C,) bool.
+    Args:
+        mean: (C,), each over all sites of all images.
+        rms: (C,), likewise.
+
+    Returns:
+        (C,) bool.
     """
     variance = (rms.square() - mean.square()).clamp(min=0)
     return (variance.sqrt() < SATURATED_STD * mean.abs()) & ~dead_channels(rms)
@@ -114,9 +126,14 @@ def saturated_channels(mean: Tensor, rms: Tensor) -> Tensor:
 def effective_rank(gram: Tensor) -> float:
     """exp of the entropy of the singular values of Z, divided by their sum (RankMe, arXiv 2210.02885).
 
-    gram: (C, C) float64, Z^T Z for features Z (N, C), which are not centred; or Z Z^T, (N, N). Returns 1 to
-    min(N, C), so compare only what was computed of equally many images; NaN if the features are zero or not finite.
     The paper's epsilon inside the logarithm is left out: 0 log 0 = 0.
+
+    Args:
+        gram: (C, C) float64, Z^T Z for features Z (N, C), which are not centred; or Z Z^T, (N, N).
+
+    Returns:
+        1 to min(N, C), so compare only what was computed of equally many images; NaN if the features are zero or not
+        finite.
     """
     if not bool(gram.isfinite().all()):
         return math.nan
@@ -128,8 +145,13 @@ def effective_rank(gram: Tensor) -> float:
 def class_selectivity(class_means: Tensor) -> Tensor:
     """(mu_max - mu_rest) / (mu_max + mu_rest) for each channel (Morcos et al. 2018, arXiv 1803.06959).
 
-    class_means: (K, C), at least 0, each channel's mean over the images of each class. mu_max: the largest of a
-    channel's; mu_rest: the mean of the other K - 1. Returns (C,), in 0..1; 0 for a channel that is never on.
+    mu_max is the largest of a channel's means, mu_rest the mean of the other K - 1.
+
+    Args:
+        class_means: (K, C), at least 0, each channel's mean over the images of each class.
+
+    Returns:
+        (C,), in 0..1; 0 for a channel that is never on.
     """
     largest = class_means.amax(0)
     rest = (class_means.sum(0) - largest) / (len(class_means) - 1)
@@ -155,9 +177,13 @@ def grn_norms(encoder: Encoder) -> dict[str, tuple[float, float]]:
 class Layer:
     """Statistics of one block over all images, NaN where its features are not finite.
 
-    num_channels: 4C, of the expanded features. cosine_distance: see `cosine_distance`; the mean over images.
-    dead_share, saturated_share: of the channels. effective_rank: of the block's output (C channels), averaged over each
-    image's sites. selectivity: (4C,), see `class_selectivity`; None without labels, or if only one class occurred.
+    Attributes:
+        num_channels: 4C, of the expanded features.
+        cosine_distance: see `cosine_distance`; the mean over images.
+        dead_share: of the channels.
+        saturated_share: likewise.
+        effective_rank: of the block's output (C channels), averaged over each image's sites.
+        selectivity: (4C,), see `class_selectivity`; None without labels, or if only one class occurred.
     """
 
     num_channels: int

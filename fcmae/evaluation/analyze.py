@@ -39,9 +39,15 @@ FEW = 10  # images a class, below which the largest of their means is mostly cha
 
 @dataclass(frozen=True)
 class Analysis:
-    """Of one model. grn: of each block, gamma and beta (see `grn_norms`). image: (H, W) or (H, W, 3), in 0..1.
+    """What was found of one model.
 
-    maps: of some layers for that image, (channels, h, w).
+    Attributes:
+        backbone: the model.
+        layers: statistics of each block.
+        num_images: that could be read.
+        grn: of each block, gamma and beta (see `grn_norms`).
+        image: (H, W) or (H, W, 3), in 0..1.
+        maps: of some layers for that image, (channels, h, w).
     """
 
     backbone: Backbone
@@ -56,7 +62,7 @@ def analyze(cfg: AnalyzeConfig) -> str:
     """Measure the models, write figures and analysis.json, and return a table.
 
     Raises:
-        ValueError: Before anything is computed, if a model is no ConvNeXt or something cannot be read or used together.
+        ValueError: before anything is computed, if a model is no ConvNeXt or something cannot be read or used together.
     """
     began = time.perf_counter()
     place = default_out(cfg.models, cfg.out, "analysis")

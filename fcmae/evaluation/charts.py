@@ -21,7 +21,14 @@ LAYOUT = {"paper_bgcolor": CLEAR, "plot_bgcolor": CLEAR, "margin": dict.fromkeys
 
 
 class Curve(NamedTuple):
-    """Steps, epochs and values of equal length, in rising order of the steps; none is empty."""
+    """A named line; its steps, epochs and values are of equal length, and none is empty.
+
+    Attributes:
+        name: what it is called.
+        steps: rising.
+        epochs: of the same moments.
+        values: likewise.
+    """
 
     name: str
     steps: Sequence[int]
@@ -35,7 +42,13 @@ class Curve(NamedTuple):
 
 
 class Table(NamedTuple):
-    """A caption, and texts; the first of a row is its heading."""
+    """A caption, and texts.
+
+    Attributes:
+        caption: what it shows.
+        columns: headings.
+        rows: the first text of a row is its heading.
+    """
 
     caption: str
     columns: Sequence[str]
@@ -43,7 +56,13 @@ class Table(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """A figure, with every value as it came, and a table that may be thinned out and then says how."""
+    """A figure and its numbers.
+
+    Attributes:
+        caption: what it shows.
+        figure: data and layout, with every value as it came.
+        table: of the same numbers; it may be thinned out and then says how.
+    """
 
     caption: str
     figure: dict[str, Any]
@@ -59,6 +78,8 @@ def line_chart(curves: Sequence[Curve], caption: str, *, may_be_log: bool = True
     """Draw curves over epochs.
 
     Args:
+        curves: what is drawn, one at least.
+        caption: what it shows.
         may_be_log: the vertical axis is logarithmic where positive values span more than two decades.
     """
     values = [value for curve in curves for value in curve.values]
@@ -88,6 +109,7 @@ def heat_map(layers: Sequence[Curve], caption: str, least_top: float) -> Chart:
 
     Args:
         layers: the values are >= 0.
+        caption: what it shows.
         least_top: the value that the last colour stands for at least, so that small values look small.
     """
     columns = [layer.by_place for layer in layers]

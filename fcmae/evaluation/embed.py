@@ -42,7 +42,7 @@ def embed(cfg: EmbedConfig) -> str:
     """Write the features of images and pictures of them; say what was written.
 
     Raises:
-        ValueError: Before anything is computed, for what cannot be read or is not installed.
+        ValueError: before anything is computed, for what cannot be read or is not installed.
     """
     out = cfg.out
     index = find_labelled(cfg.data, key="data") if cfg.data is not None else find_images(cfg.images or (), key="images")
@@ -161,7 +161,16 @@ def _label(index: Images, row: int) -> list[str]:
 
 
 def write_parquet(path: Path, features: NDArray[np.float32], index: Images) -> Path:
-    """Write one table: path, label where known, and feature, a list of floats; a row group a chunk."""
+    """Write one table: path, label where known, and feature, a list of floats; a row group a chunk.
+
+    Args:
+        path: the file.
+        features: (N, C), may lie on disk.
+        index: the N images.
+
+    Returns:
+        The path.
+    """
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -183,7 +192,16 @@ def write_parquet(path: Path, features: NDArray[np.float32], index: Images) -> P
 
 
 def project(features: NDArray[np.float32], method: str, seed: int) -> NDArray[np.float32]:
-    """Features (N, C) as points (N, 2), by t-SNE or UMAP of their directions: neighbours are those by cosine."""
+    """Features as points, by t-SNE or UMAP of their directions: neighbours are those by cosine.
+
+    Args:
+        features: (N, C).
+        method: tsne or umap.
+        seed: of the projection.
+
+    Returns:
+        (N, 2).
+    """
     directions = _directions(features)
     if method == "umap":
         import umap
@@ -208,8 +226,12 @@ def neighbours(
 ) -> list[tuple[list[int], list[float]]]:
     """For each query, the rows of the features most like it by cosine, most similar first, and their similarities.
 
-    queries: (Q, C). features: (N, C), may lie on disk. query_names, names: a query that is one of the images is not its
-    own neighbour.
+    Args:
+        queries: (Q, C).
+        features: (N, C), may lie on disk.
+        query_names: of the queries' images.
+        names: of the images; a query that is one of them is not its own neighbour.
+        num: neighbours of each query, fewer if there are fewer.
     """
     wanted = _directions(queries)
     similarity = np.empty((len(queries), len(features)), np.float32)
@@ -228,7 +250,14 @@ def _directions(features: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def save_map(path: Path, points: NDArray[np.float32], index: Images, title: str) -> None:
-    """Draw points (N, 2), coloured by label where there is one; of many classes, the largest have a colour."""
+    """Draw points, coloured by label where there is one; of many classes, the largest have a colour.
+
+    Args:
+        path: the file.
+        points: (N, 2).
+        index: the N images.
+        title: above the picture.
+    """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -262,7 +291,15 @@ def save_map(path: Path, points: NDArray[np.float32], index: Images, title: str)
 def save_neighbours(
     path: Path, query: Images, found: Images, similarities: Sequence[float], backbone: Backbone
 ) -> None:
-    """Draw the image of `query` and its neighbours, as the network sees them, with similarity and label."""
+    """Draw an image and its neighbours, as the network sees them, with similarity and label.
+
+    Args:
+        path: the file.
+        query: the image, alone.
+        found: its neighbours, in the order in which they are shown.
+        similarities: of each.
+        backbone: the network that the features are of.
+    """
     from matplotlib.figure import Figure
 
     read = CenterCrop(backbone.reading.in_chans, backbone.reading.image_size, backbone.reading.crop_pct)

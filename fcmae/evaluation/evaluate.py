@@ -52,7 +52,7 @@ def evaluate(cfg: EvaluateConfig) -> str:
     """Probe the models' features, write what was found, and return a table of it.
 
     Raises:
-        ValueError: Before anything is computed, for what cannot be read or used together.
+        ValueError: before anything is computed, for what cannot be read or used together.
     """
     place = default_out(cfg.models, cfg.out, "evaluation")
     train_index, test_index = find_data(cfg.data, cfg.test, cfg.test_share, cfg.seed)
@@ -83,7 +83,15 @@ def evaluate(cfg: EvaluateConfig) -> str:
 def evaluate_model(
     backbone: Backbone, train_index: Images, test_index: Images, cfg: EvaluateConfig, directory: Path
 ) -> dict[str, Any]:
-    """What evaluation.json says of one model, but for the command. directory: an empty one, for the features."""
+    """What evaluation.json says of one model, but for the command.
+
+    Args:
+        backbone: the model.
+        train_index: images to learn from.
+        test_index: images to test on.
+        cfg: the probes and stages, and how features are computed.
+        directory: an empty one, for the features.
+    """
     started = time.perf_counter()
     device = choose_device(cfg.device)
     features, labels = [], []
@@ -157,13 +165,13 @@ def find_data(data: str, test: str | None, test_share: float, seed: int) -> tupl
     """Training and test images.
 
     Args:
-        data: Labelled images, see `find_labelled`.
-        test: Those to test on; None draws a share of each class.
-        test_share: That share.
-        seed: Of the draw.
+        data: labelled images, see `find_labelled`.
+        test: those to test on; None draws a share of each class.
+        test_share: that share.
+        seed: of the draw.
 
     Raises:
-        ValueError: If there are no images of one, or an image is in both.
+        ValueError: if there are no images of one, or an image is in both.
     """
     found = find_labelled(data, key="data")
     if test is None:
@@ -199,8 +207,18 @@ def probe_stage(
 ) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
     """All probes of one stage's features, as evaluation.json has them, and a confusion matrix.
 
-    model: its name, for the progress bars. The matrix is the linear probe's if there is one, else that of kNN with
-    k = 20 or the next smaller; None if neither was asked for.
+    Args:
+        model: its name, for the progress bars.
+        stage: its number, for the results.
+        train: features and labels to learn from.
+        test: those to test on.
+        num_classes: of the labels.
+        cfg: which probes, and their settings.
+        device: where they are computed.
+
+    Returns:
+        The results, and the matrix of the linear probe if there is one, else that of kNN with k = 20 or the next
+        smaller; None if neither was asked for.
     """
     results: list[dict[str, Any]] = []
     predicted: dict[str, NDArray[np.float32]] = {}
@@ -249,9 +267,14 @@ def _result(probe: str, stage: int, setting: dict[str, Any], scores: dict[str, f
 
 
 def score(labels: NDArray[np.int64], probabilities: NDArray[np.float32]) -> dict[str, float]:
-    """top1, top5 for more than five classes, balanced_accuracy, and auroc unless only one class occurs.
+    """What a probe is judged by: top1, top5 for more than five classes, balanced_accuracy, and auroc.
 
-    labels: (N,) class indices. probabilities: (N, classes).
+    Args:
+        labels: (N,) class indices.
+        probabilities: (N, classes).
+
+    Returns:
+        The scores by name; without auroc if only one class occurs.
     """
     found = scores(labels, probabilities)
     del found["val_loss"]  # kNN's probabilities of 0 make it a matter of where they are cut off
@@ -268,7 +291,11 @@ def _command(cfg: EvaluateConfig, model: str, folder: Path) -> str:
 
 
 def summary(records: Sequence[dict[str, Any]]) -> str:
-    """Table and a line on what it was measured on, in Markdown. records: of the same images."""
+    """Table and a line on what it was measured on, in Markdown.
+
+    Args:
+        records: of the same images.
+    """
     data = records[0]["data"]
     lines = [
         table(COLUMNS, score_rows(records), left=len(COLUMNS)),

@@ -29,9 +29,18 @@ def batches_of(
     batch_size: int = BATCH_SIZE,
     num_workers: int | None = None,
 ) -> Iterator[tuple[Tensor, Batch]]:
-    """Images as a network takes them, centre crops, in batches: normalised on the device, and as read.
+    """Images as a network takes them, centre crops, in batches.
 
-    What could not be read is left out of both; its batch has it in `bad`.
+    Args:
+        reading: how they are read.
+        images: which.
+        device: where they are normalised.
+        batch_size: images at a time.
+        num_workers: processes that decode; None chooses.
+
+    Yields:
+        The images (B, C, H, W), normalised on the device, and the batch as it was read. What could not be read is left
+        out of both; its batch has it in `bad`.
     """
     normalize = reading.normalize.to(device)
     for batch in evaluation_loader(reading, images, batch_size, num_workers=num_workers, device_type=device.type):
@@ -43,8 +52,10 @@ def batches_of(
 class Features:
     """Of N images that could be read, in their order.
 
-    positions: (N,) int64, among all that were given. stages: by number, from 1, the stage's output averaged over the
-    image, (N, C) float32. bad: (name, reason) of the images that could not be read.
+    Attributes:
+        positions: (N,) int64, among all that were given.
+        stages: by number, from 1, the stage's output averaged over the image, (N, C) float32.
+        bad: (name, reason) of the images that could not be read.
     """
 
     positions: NDArray[np.int64]
@@ -66,10 +77,19 @@ def extract(
 ) -> Features:
     """Pooled features of all images.
 
-    stages: numbers, from 1; negative ones count from the last; None is all. num_workers: processes that decode; None
-    chooses. directory: an empty one, where the features are written as they come and mapped into memory; None keeps
-    them in memory. title: of the progress bar. Raises ValueError if there is no such stage, or none of the images can
-    be read.
+    Args:
+        backbone: the network, which is moved to the device.
+        images: what features are computed of.
+        stages: numbers, from 1; negative ones count from the last; None is all.
+        device: where the network computes.
+        batch_size: images at a time.
+        num_workers: processes that decode; None chooses.
+        directory: an empty one, where the features are written as they come and mapped into memory; None keeps them in
+            memory.
+        title: of the progress bar.
+
+    Raises:
+        ValueError: if there is no such stage, or none of the images can be read.
     """
     backbone.model.to(device)
     batches = batches_of(backbone.reading, images, device=device, batch_size=batch_size, num_workers=num_workers)
@@ -98,7 +118,15 @@ def extract(
 
 
 def check_stages(backbone: Backbone, stages: Sequence[int] | None) -> None:
-    """Raise ValueError if the network, which is on the CPU, has no such stage."""
+    """See that the network, which is on the CPU, has some stages.
+
+    Args:
+        backbone: the network.
+        stages: numbers, as in `extract`.
+
+    Raises:
+        ValueError: if it has no such stage.
+    """
     blank = torch.zeros(1, backbone.reading.in_chans, *backbone.reading.image_size)
     with torch.inference_mode():
         _numbers(stages, len(stage_maps(backbone.model, blank)))

@@ -25,9 +25,13 @@ def save_by_layer(
 ) -> None:
     """Draw values over the layers: a panel for each quantity, a line for each model.
 
-    models: all that are compared, so that each has one colour in all figures. panels: by what the vertical axis says;
-    models may be missing. Those that differ in their layers are drawn over the depth from 0 to 1. shares: values are of
-    0..1 and shown as per cent.
+    Args:
+        path: the file.
+        models: all that are compared, so that each has one colour in all figures.
+        panels: by what the vertical axis says; models may be missing. Those that differ in their layers are drawn over
+            the depth from 0 to 1.
+        title: above the panels.
+        shares: values are of 0..1 and shown as per cent.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -87,8 +91,11 @@ def _layer_axis(axis: Any, layers: Sequence[str] | None) -> None:
 def save_selectivity(path: Path, values: Mapping[str, Mapping[str, NDArray[np.float64]]], title: str) -> None:
     """Draw the distribution of the channels' selectivity: a panel for each layer, an outline for each model.
 
-    values: of each model and layer (C,), in 0..1. Models that differ in their layers share panels for the last layer
-    of each stage.
+    Args:
+        path: the file.
+        values: of each model and layer (C,), in 0..1. Models that differ in their layers share panels for the last
+            layer of each stage.
+        title: above the panels.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
@@ -127,8 +134,13 @@ def save_activations(
 ) -> None:
     """Draw channels' activation maps for one image: a row for each model, its image, a panel for each layer.
 
-    rows: of each model the image as (H, W) or (H, W, 3), to be shown, and its maps (channels, h, w) by layer. All
-    channels of a panel have one scale, so that a dead one is dark and a saturated one bright all over.
+    All channels of a panel have one scale, so that a dead one is dark and a saturated one bright all over.
+
+    Args:
+        path: the file.
+        rows: of each model its name, the image as (H, W) or (H, W, 3), to be shown, and its maps (channels, h, w) by
+            layer.
+        title: above the rows.
     """
     from matplotlib.figure import Figure
 

@@ -50,10 +50,14 @@ class Backbone:
 def load_backbone(source: str, image_size: tuple[int, int] | None = None, in_chans: int | None = None) -> Backbone:
     """The network that `source` names.
 
-    source: a path (all that `read_weights` reads); or the name of a timm model, with its pretrained weights, which may
-    be fetched from the network; or either after "random:", untrained, from seed 0. image_size: height and width, where
-    it is not to be that of the weights. in_chans: of a timm model, where it is not to be 3.
-    Raises ValueError if there is no such model, its weights cannot be had, or it cannot take images of that size.
+    Args:
+        source: a path (all that `read_weights` reads); or the name of a timm model, with its pretrained weights, which
+            may be fetched from the network; or either after "random:", untrained, from seed 0.
+        image_size: height and width, where it is not to be that of the weights.
+        in_chans: of a timm model, where it is not to be 3.
+
+    Raises:
+        ValueError: if there is no such model, its weights cannot be had, or it cannot take images of that size.
     """
     is_random = source.startswith(RANDOM)
     name = source.removeprefix(RANDOM)

@@ -39,7 +39,12 @@ HEAT_MAPS = {
 
 @dataclass(frozen=True)
 class Labelled:
-    """Images that nearest neighbours are tried on: those that vote, and those that are classified."""
+    """Images that nearest neighbours are tried on.
+
+    Attributes:
+        train: those that vote.
+        test: those that are classified.
+    """
 
     train: Images
     test: Images
@@ -48,7 +53,14 @@ class Labelled:
 def find_monitored_labels(source: str, in_chans: int, image_size: tuple[int, int], seed: int) -> Labelled:
     """The labelled images of `monitor.labelled`: a quarter of each class held out, at most MAX_LABELLED in all.
 
-    Raises ValueError if there are none, too few to hold any out, or the first cannot be read as the network needs it.
+    Args:
+        source: see `find_labelled`.
+        in_chans: channels that the network needs.
+        image_size: height and width, likewise.
+        seed: of the draw.
+
+    Raises:
+        ValueError: if there are none, too few to hold any out, or the first cannot be read as the network needs it.
     """
     key = "monitor.labelled"
     train, test = split(find_labelled(source, key=key), TEST_SHARE, seed)
@@ -66,9 +78,12 @@ def find_monitored_labels(source: str, in_chans: int, image_size: tuple[int, int
 
 
 def monitored_images(held_out: Images, training: Images, num: int) -> Images:
-    """`num` images, or as many as there are: held out as far as they go, then of training; each evenly spread.
+    """Images to measure on: held out as far as they go, then of training; each evenly spread.
 
-    held_out, training: parts of one source.
+    Args:
+        held_out: a part of a source.
+        training: the other part of it.
+        num: how many; if there are fewer, all.
     """
     first = evenly(len(held_out), num)
     return held_out.subset(first).joined(training.subset(evenly(len(training), num - len(first))))
@@ -147,9 +162,14 @@ class Monitor:
 
 
 def over_time(lines: Sequence[Mapping[str, Any]], statistic: str) -> tuple[list[str], list[float], NDArray[np.float64]]:
-    """A statistic of each layer at each evaluation: layers, epochs, values (layers, epochs), NaN where there is none.
+    """A statistic of each layer at each evaluation.
 
-    lines: of metrics.jsonl.
+    Args:
+        lines: of metrics.jsonl.
+        statistic: its name.
+
+    Returns:
+        Layers, epochs, and values (layers, epochs), NaN where there is none.
     """
     prefix = f"{statistic}/"
     found = [line for line in lines if any(name.startswith(prefix) for name in line)]
@@ -172,8 +192,10 @@ def draw_over_time(run: Path, lines: Sequence[Mapping[str, Any]]) -> list[str]:
 class Watch:
     """Logs each kind of warning once.
 
-    lines: of metrics.jsonl, as far as a resumed run has come: what they show is known. Starving for data is told by the
-    loop, which looks more often.
+    Starving for data is told by the loop, which looks more often.
+
+    Args:
+        lines: of metrics.jsonl, as far as a resumed run has come: what they show is known.
     """
 
     def __init__(self, lines: Sequence[Mapping[str, Any]] = ()) -> None:

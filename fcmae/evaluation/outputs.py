@@ -13,9 +13,15 @@ TEMPORARY = (".features-", ".tmp-")  # how what a killed process leaves begins
 
 
 def default_out(models: Sequence[str], out: Path | None, name: str) -> Path:
-    """`out`, or RUN/NAME where the models are RUN, random:RUN or both.
+    """Where a command writes: `out`, or RUN/NAME where the models are RUN, random:RUN or both.
 
-    Raises ValueError if it is not known, or a model is given twice.
+    Args:
+        models: as they were given.
+        out: what was asked for, if anything.
+        name: of the directory in RUN.
+
+    Raises:
+        ValueError: if it is not known, or a model is given twice.
     """
     if doubled := [model for number, model in enumerate(models) if model in models[:number]]:
         raise ValueError(f"model = {doubled[0]!r} is given twice: give each once")
@@ -30,8 +36,13 @@ def default_out(models: Sequence[str], out: Path | None, name: str) -> Path:
 def claim(out: Path, is_ours: Callable[[Path], bool], overwrite: bool) -> None:
     """Make a directory, or take one that is empty or holds what an earlier call of the same command wrote.
 
-    is_ours: whether a path in it is of an earlier call of the same command. Raises ValueError if there is anything
-    else, or something of ours and overwrite is false; with overwrite that is deleted.
+    Args:
+        out: the directory.
+        is_ours: whether a path in it is of an earlier call of the same command.
+        overwrite: what is ours is deleted.
+
+    Raises:
+        ValueError: if there is anything else, or something of ours and overwrite is false.
     """
     if out.exists() and not out.is_dir():
         raise ValueError(f"out = {out} is a file: give a directory")

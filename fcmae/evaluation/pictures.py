@@ -54,7 +54,13 @@ def reconstruction_panels(
 
 
 def save_reconstructions(path: Path, panels: Sequence[Tensor], title: str) -> None:
-    """Draw the panels of `reconstruction_panels`, one image a row. Multi-band images show their first three bands."""
+    """Draw reconstructions, one image a row. Multi-band images show their first three bands.
+
+    Args:
+        path: the file.
+        panels: of `reconstruction_panels`.
+        title: above the rows.
+    """
     from matplotlib.figure import Figure
 
     names = ("original", "masked", "reconstruction", "with visible patches")
@@ -77,7 +83,11 @@ def save_reconstructions(path: Path, panels: Sequence[Tensor], title: str) -> No
 def save_tiles(path: Path, panels: Sequence[Tensor]) -> None:
     """Keep what `save_over_time` shows of one evaluation: reconstructions with visible patches, below one another.
 
-    panels: of `reconstruction_panels`. Images of more than TILE pixels are scaled down.
+    Images of more than TILE pixels are scaled down.
+
+    Args:
+        path: the file.
+        panels: of `reconstruction_panels`.
     """
     with replacing(path) as aside:
         Image.fromarray(_tiles(panels[3], panels[0])).save(aside, format="png")
@@ -99,8 +109,12 @@ def _tiles(panel: Tensor, originals: Tensor) -> NDArray[np.uint8]:
 def save_over_time(path: Path, panels: Sequence[Tensor], moments: Sequence[tuple[str, Path]], title: str) -> None:
     """Draw how reconstructions of the same images became what they are, one image a row.
 
-    panels: of `reconstruction_panels`, now: originals and masked images stand first. moments: titles and files of
-    `save_tiles`, in order; of more than MOMENTS, that many are drawn, evenly spread from the first to the last.
+    Args:
+        path: the file.
+        panels: of `reconstruction_panels`, now: originals and masked images stand first.
+        moments: titles and files of `save_tiles`, in order; of more than MOMENTS, that many are drawn, evenly spread
+            from the first to the last.
+        title: above the rows.
     """
     from matplotlib.figure import Figure
 
@@ -139,8 +153,14 @@ def save_heat_map(
 ) -> None:
     """Draw a statistic of each layer over time, the first layer on top.
 
-    epochs: rising. values: (layers, epochs); NaN is left blank. label: of the colours. limits: values of the first and
-    the last colour; None spreads the colours over the logarithm of the values, which are positive.
+    Args:
+        path: the file.
+        layers: their names.
+        epochs: rising.
+        values: (layers, epochs); NaN is left blank.
+        label: of the colours.
+        limits: values of the first and the last colour; None spreads the colours over the logarithm of the values,
+            which are positive.
     """
     from matplotlib import colors
     from matplotlib.figure import Figure
@@ -170,7 +190,16 @@ def save_heat_map(
 
 
 def displayable(image: Tensor, low: float, high: float) -> NDArray[np.float32]:
-    """(C, H, W) to (H, W) or (H, W, 3) in 0..1; the original's range decides the scale where it leaves 0..1."""
+    """An image as matplotlib shows it; one of three channels or more by its first three, others by their first.
+
+    Args:
+        image: (C, H, W).
+        low: least value of the original, which is shown black.
+        high: largest value of the original, which is shown white. If both are in 0..1, black is 0 and white is 1.
+
+    Returns:
+        (H, W) or (H, W, 3), in 0..1.
+    """
     if low >= 0 and high <= 1:
         low, high = 0.0, 1.0
     channels = image[:3] if image.shape[0] >= 3 else image[:1]
@@ -180,7 +209,13 @@ def displayable(image: Tensor, low: float, high: float) -> NDArray[np.float32]:
 
 
 def save_curves(path: Path, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], ylabel: str) -> None:
-    """Draw named curves, each (epochs, values), in one plot."""
+    """Draw named curves in one plot.
+
+    Args:
+        path: the file.
+        curves: (epochs, values) by name; may be empty.
+        ylabel: what the vertical axis says.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")

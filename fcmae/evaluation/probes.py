@@ -39,8 +39,19 @@ def knn_probabilities(
     """Class probabilities by weighted votes of the k nearest training images, for each k.
 
     The vote of a neighbour at cosine similarity s has the weight exp(s / temperature), as in instance discrimination
-    (arXiv 1805.01978, Sec. 3.4) and most papers since. train: (N, D). train_labels: (N,) class indices. test: (M, D).
-    ks: each at most N. Returns (M, num_classes) by k, each row summing to 1.
+    (arXiv 1805.01978, Sec. 3.4) and most papers since.
+
+    Args:
+        train: (N, D).
+        train_labels: (N,) class indices.
+        test: (M, D).
+        num_classes: of the labels.
+        ks: numbers of neighbours, each at most N.
+        temperature: of the weights.
+        device: where it is computed.
+
+    Returns:
+        (M, num_classes) by k, each row summing to 1.
     """
     assert max(ks) <= len(train)
     labels = torch.from_numpy(np.asarray(train_labels, np.int64)).to(device)
@@ -72,7 +83,12 @@ def _chunks(features: NDArray[np.float32], rows: int, device: torch.device | str
 
 @dataclass(frozen=True)
 class Setting:
-    """lr: largest learning rate. l2: the penalty l2 / 2 * |weight|^2 is added to the mean cross-entropy."""
+    """What a linear probe is trained with.
+
+    Attributes:
+        lr: largest learning rate.
+        l2: the penalty l2 / 2 * |weight|^2 is added to the mean cross-entropy.
+    """
 
     lr: float
     l2: float
@@ -88,7 +104,15 @@ MAX_WEIGHTS = 2**25  # of all settings that are trained at once: 128 MB, and sev
 
 @dataclass(frozen=True)
 class LinearProbe:
-    """Softmax regression on standardised features. weight: (classes, D). bias: (classes,). mean, std: (D,)."""
+    """Softmax regression on standardised features.
+
+    Attributes:
+        weight: (classes, D).
+        bias: (classes,).
+        mean: (D,), of the features.
+        std: (D,), likewise.
+        setting: what it was trained with.
+    """
 
     weight: Tensor
     bias: Tensor
@@ -123,8 +147,16 @@ def fit_linear(
     A stratified fifth is held out, all settings of the grid are trained on the rest, and the one with the least
     cross-entropy on the held-out fifth (a score that class imbalance does not distort) is trained again on everything.
     A class of one image keeps it for training; where all are such there is nothing to choose on: DEFAULT.
-    features: (N, D), may lie on disk. labels: (N,) class indices. positions: the rows to use; None uses all.
-    seed: of the held-out part and the order. title: of the progress bars; None shows none.
+
+    Args:
+        features: (N, D), may lie on disk.
+        labels: (N,) class indices.
+        num_classes: of the labels.
+        positions: the rows to use; None uses all.
+        grid: the settings; a single one is taken without choosing.
+        seed: of the held-out part and the order.
+        device: where it is trained, and where the probe is.
+        title: of the progress bars; None shows none.
     """
     rows = np.arange(len(labels)) if positions is None else np.sort(positions)
     counts = np.bincount(labels[rows])
@@ -231,10 +263,18 @@ def _losses(
 
 
 def few_shot_counts(label: str, labels: NDArray[np.int64]) -> NDArray[np.int64]:
-    """How many images of each class an amount of labels stands for, (classes,).
+    """How many images of each class an amount of labels stands for.
 
-    label: a share of each class ("1%"), at least one image of it, or a number of images a class ("5"), at most those
-    that there are. Raises ValueError if it is neither.
+    Args:
+        label: a share of each class ("1%"), at least one image of it, or a number of images a class ("5"), at most
+            those that there are.
+        labels: (N,) class indices of all images.
+
+    Returns:
+        (classes,).
+
+    Raises:
+        ValueError: if `label` is neither.
     """
     counts = np.bincount(labels)
     number = label.removesuffix("%")

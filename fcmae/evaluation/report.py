@@ -39,7 +39,15 @@ LAYERED = {"cosine_distance": 0.5, "effective_rank": 1.0, "dead_share": 0.5, "sa
 
 
 class Picture(NamedTuple):
-    """A picture as a data URI, and its size in pixels."""
+    """A picture in the page.
+
+    Attributes:
+        label: what is written beside it.
+        alt: what is read out in its place.
+        uri: a data URI.
+        width: in pixels.
+        height: likewise.
+    """
 
     label: str
     alt: str
@@ -50,7 +58,18 @@ class Picture(NamedTuple):
 
 @dataclass
 class Section:
-    """A part of a chapter, in the order in which it is shown; more: tables to be opened; series: one at a time."""
+    """A part of a chapter, in the order in which it is shown.
+
+    Attributes:
+        title: above it; a section without anything else is false.
+        notes: sentences.
+        tables: shown as they are.
+        more: tables to be opened.
+        charts: each with its table.
+        series: pictures, one at a time.
+        pictures: all at once.
+        commands: to be copied.
+    """
 
     title: str
     notes: list[str] = field(default_factory=list)
@@ -130,7 +149,17 @@ def _source_hash(text: str) -> str:
 
 
 def read_picture(path: Path, label: str, alt: str, problems: list[str]) -> list[Picture]:
-    """A picture, as it is or as JPEG, whichever is smaller; none, and a problem, if it cannot be read."""
+    """A picture, as it is or as JPEG, whichever is smaller.
+
+    Args:
+        path: the file.
+        label: see `Picture`.
+        alt: likewise.
+        problems: a sentence is added if it cannot be read.
+
+    Returns:
+        The picture alone; none if it cannot be read.
+    """
     try:
         content = path.read_bytes()
         with Image.open(io.BytesIO(content)) as image:
@@ -391,7 +420,13 @@ def reproduce(run: Run) -> Section:
 
 
 def command(kind: str, changed: Mapping[str, Any], num_processes: int = 1) -> str:
-    """The command that gives a run with these settings, and the default of all others."""
+    """The command that gives a run with these settings, and the default of all others.
+
+    Args:
+        kind: pretrain or finetune.
+        changed: settings by dotted key.
+        num_processes: of the run; more than one are launched by accelerate.
+    """
     words = ["fcmae", kind]
     if num_processes > 1:
         words = ["accelerate", "launch", "--num_processes", str(num_processes), f"{kind}.py"]

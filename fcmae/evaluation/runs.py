@@ -30,12 +30,17 @@ class Run:
     """What the files of a run say.
 
     Attributes:
+        path: its directory.
         name: unique in the report.
+        kind: pretrain or finetune.
         version: of fcmae, when it last started.
-        settings: by dotted key, as JSON values; changed: those that are not the default.
-        lines: of metrics.jsonl; starts: of environment.json.
-        counts: images by what they are for; class_counts: held-out ones of each class of a fine-tuning.
+        settings: by dotted key, as JSON values.
+        changed: those that are not the default.
+        lines: of metrics.jsonl.
+        starts: of environment.json.
+        counts: images by what they are for.
         held_out: fingerprint of the held-out images of a fine-tuning.
+        class_counts: held-out ones of each class of a fine-tuning.
         evaluations: contents of evaluation.json by its directory, those of untrained networks last.
         problems: what could not be read, in sentences.
     """
@@ -86,7 +91,17 @@ def is_untrained(evaluation: Mapping[str, Any]) -> bool:
 
 
 def read_json(path: Path, kind: type, remedy: str, problems: list[str]) -> Any:
-    """The content, or None if there is none of that kind; remedy: what a problem ends with."""
+    """The content of a JSON file.
+
+    Args:
+        path: the file.
+        kind: what it must hold, such as dict.
+        remedy: what a problem ends with.
+        problems: a sentence is added if the file is there and cannot be read or holds something else.
+
+    Returns:
+        The content, or None if there is none of that kind.
+    """
     if not path.is_file():
         return None
     try:
@@ -147,6 +162,12 @@ def finite(line: Mapping[str, Any], key: str) -> Any:
 
 
 def curve(run: Run, key: str, name: str) -> Curve | None:
-    """What metrics.jsonl has under a key, where it is finite; None if there is nothing."""
+    """What metrics.jsonl has under a key, where it is finite; None if there is nothing.
+
+    Args:
+        run: whose it is.
+        key: of the lines.
+        name: of the curve.
+    """
     points = [line for line in run.lines if finite(line, key) is not None]
     return Curve(name, *([line[k] for line in points] for k in ("step", "epoch", key))) if points else None

@@ -25,7 +25,14 @@ Found = tuple[str, list[str]]  # a state (good, attention or unknown), and sente
 
 
 class Verdict(NamedTuple):
-    """An answer in plain words. state: good, attention or unknown."""
+    """An answer in plain words.
+
+    Attributes:
+        question: what is answered.
+        state: good, attention or unknown.
+        answer: in a few words.
+        sentences: what it rests on.
+    """
 
     question: str
     state: str

@@ -85,7 +85,13 @@ def start_from(model: FCMAE, weights: Weights) -> str:
 
 
 def build_encoder(weights: Weights, drop_path_rate: float = 0.0, grad_checkpointing: bool = False) -> Encoder:
-    """The encoder that the weights hold."""
+    """The encoder that the weights hold.
+
+    Args:
+        weights: with tensors of an encoder; others are left out.
+        drop_path_rate: stochastic depth, see `Encoder`.
+        grad_checkpointing: likewise.
+    """
     architecture = weights.architecture
     encoder = Encoder(architecture.spec, architecture.in_chans, drop_path_rate, grad_checkpointing)
     encoder.load_state_dict(
@@ -108,7 +114,13 @@ def build_classifier(weights: Weights) -> Classifier:
 
 
 def save_classifier(dest: Path, model: nn.Module, weights: Weights) -> None:
-    """Write a `Classifier` as a timm directory; of `weights`, all but the tensors describes it."""
+    """Write a `Classifier` as a timm directory.
+
+    Args:
+        dest: the directory.
+        model: the `Classifier`, on any device.
+        weights: all but the tensors describes it; decoder, norm and number of classes are the model's own.
+    """
     state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
     architecture = replace(
         weights.architecture, decoder_depth=0, decoder_dim=0, final_norm=True, num_classes=len(state["head.bias"])
@@ -119,8 +131,9 @@ def save_classifier(dest: Path, model: nn.Module, weights: Weights) -> None:
 def check(path: Path) -> str:
     """Compare the encoder's output on a fixed image with the one that the file's writer saw, and say how they agree.
 
-    Raises ValueError if they differ by more than 1e-4 of the largest (float32 on another machine, summed in another
-    order, stays within 1e-5), or if the file does not say what to expect, as those of others do not.
+    Raises:
+        ValueError: if they differ by more than 1e-4 of the largest (float32 on another machine, summed in another
+            order, stays within 1e-5), or if the file does not say what to expect, as those of others do not.
     """
     weights = read_weights(path)
     if not weights.expected_output:
@@ -144,9 +157,19 @@ def convert(
 ) -> str:
     """Write the weights of any source in another format, read them back, and describe what was done.
 
-    dest: None writes nothing and describes what goes where. variant, key: see `read_weights`. Raises ValueError if the
-    source cannot be read, does not fit or is damaged, dest exists or has another kind of name than the format needs, or
-    what is read back differs; dest is then not there.
+    Args:
+        source: what `read_weights` reads.
+        dest: a new path; None writes nothing and describes what goes where.
+        to: one of FORMATS.
+        variant: see `read_weights`.
+        key: likewise.
+
+    Returns:
+        The description, and how to use what was written.
+
+    Raises:
+        ValueError: if there is no such format, the source cannot be read, does not fit or is damaged, dest exists or
+            has another kind of name than the format needs, or what is read back differs, which is then deleted.
     """
     if to not in FORMATS:
         raise ValueError(f"to = {to!r}: use one of {', '.join(FORMATS)}")

@@ -54,10 +54,15 @@ _OF_DAMAGED_PICKLES = (LookupError, EOFError, ValueError, TypeError, AttributeEr
 class Weights:
     """Weights under our names, and what is known of them.
 
-    state: encoder.*, and where they are there the decoder's proj, mask_token, decoder.*, pred, and norm.*, head.*.
-    image: mean, std, input_size (C, H, W) and crop_pct, where known. class_names: of the head, numbers where the file
-    names none. origin: what they were made from. expected_output: see `encoder_output`; empty if the file does not
-    say. format: what it was in. names: our names to those in the file.
+    Attributes:
+        state: encoder.*, and where they are there decoder.*, norm.*, head.*.
+        architecture: what they are of.
+        image: mean, std, input_size (C, H, W) and crop_pct, where known.
+        class_names: of the head, numbers where the file names none.
+        origin: what they were made from.
+        expected_output: see `encoder_output`; empty if the file does not say.
+        format: what it was in.
+        names: our names to those in the file.
     """
 
     state: dict[str, Tensor]
@@ -90,7 +95,14 @@ class Weights:
 
 
 class ImageRecord(BaseModel):
-    """How the images were read that weights were trained on, as far as it is known."""
+    """How the images were read that weights were trained on, as far as it is known.
+
+    Attributes:
+        mean: one a channel, in units of a full range of 1.
+        std: likewise.
+        input_size: (C, H, W).
+        crop_pct: see `fcmae.data.augment.center_box`.
+    """
 
     mean: list[float] | None = None
     std: list[Annotated[float, Field(gt=0)]] | None = None
@@ -99,7 +111,15 @@ class ImageRecord(BaseModel):
 
 
 class Record(BaseModel):
-    """What a file of weights says of itself; of others' files nothing."""
+    """What a file of weights says of itself; of others' files nothing.
+
+    Attributes:
+        image: how its images are read.
+        class_names: see `Weights`.
+        origin: likewise.
+        expected_output: likewise.
+        spec: the encoder's numbers, where the file says them.
+    """
 
     image: ImageRecord = ImageRecord()
     class_names: tuple[str, ...] = ()
@@ -111,10 +131,15 @@ class Record(BaseModel):
 def read_weights(path: Path, variant: str | None = None, key: str | None = None) -> Weights:
     """Weights of a run, a checkpoint, a timm or transformers directory, or a .safetensors or .pth file of any format.
 
-    Of a fine-tuning run, the best ones. variant: what they must be of; None finds out. key: the entry of a .pth file
-    that holds them, such as "model_ema"; None takes "model" or another usual one, or the file itself.
-    Raises ValueError if `path` is none of these, may not be unpickled, or an entry is missing, extra or of another
-    shape (all are listed).
+    Args:
+        path: one of these; of a fine-tuning run, the best ones are read.
+        variant: what they must be of; None finds out.
+        key: the entry of a .pth file that holds them, such as "model_ema"; None takes "model" or another usual one, or
+            the file itself.
+
+    Raises:
+        ValueError: if `path` is none of these, may not be unpickled, or an entry is missing, extra or of another shape
+            (all are listed).
     """
     if key is not None and path.is_dir():
         raise ValueError(f"{path} is a directory, and {key!r} names an entry of a .pth file: give the file")

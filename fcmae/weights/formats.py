@@ -150,7 +150,14 @@ def holds(name: str, to: str) -> bool:
 
 
 def detect(names: Iterable[str]) -> str:
-    """The format that names are of. Raises ValueError if they are of none."""
+    """The format that names are of.
+
+    Args:
+        names: of a file's entries, `unwrapped`.
+
+    Raises:
+        ValueError: if they are of none.
+    """
     names = set(names)
     # A few parameters that every network has: one that is missing must not hide what the file is.
     common = [
@@ -235,6 +242,11 @@ def to_state(state: Mapping[str, Tensor], spec: ConvNeXtSpec, to: str) -> dict[s
 
     timm and transformers always have a final norm, which FCMAE does not train: it is then the identity.
     transformers' classifiers hold the encoder under the model's name.
+
+    Args:
+        state: tensors under our names.
+        spec: the network that they are of.
+        to: the format.
     """
     prefix = ""
     if to == "transformers" and "head.weight" in state:
