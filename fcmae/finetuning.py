@@ -31,7 +31,7 @@ from fcmae.data.sampler import steps_per_epoch
 from fcmae.data.split import split
 from fcmae.heads import Classifier
 from fcmae.networks.convnext import Encoder, layer_of, num_layers
-from fcmae.networks.spec import describe
+from fcmae.networks.spec import describe, variant_of
 from fcmae.training import checkpoint, optim
 from fcmae.training.compiling import compile_model
 from fcmae.training.log import Log
@@ -225,8 +225,9 @@ def starting_weights(cfg: FinetuneConfig) -> Weights:
         )
     asked = None if cfg.model.spec is None else cfg.model.spec.model_copy(update={"stem_stride": held.spec.stem_stride})
     if asked not in (None, held.spec):
-        name = describe(held.spec)
-        raise ValueError(f"model.variant = {describe(asked)}, but model.init = {path} has {name}: set it to {name}")
+        remedy = variant_of(held.spec) or "none, which takes that of model.init"
+        found = describe(held.spec)
+        raise ValueError(f"model.variant = {describe(asked)}, but model.init = {path} has {found}: set it to {remedy}")
     if cfg.data.in_chans != held.in_chans:
         if cfg.eval_only or held.in_chans != 3:
             raise ValueError(

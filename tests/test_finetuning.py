@@ -217,6 +217,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     ("settings", "message"),
     [
         ({"model__variant": "convnextv2_femto"}, "model.variant = convnextv2_femto, but model.init"),
+        ({"model__variant": "convnextv2_femto"}, "has convnextv2_atto: set it to convnextv2_atto"),
         ({"data__in_chans": 1, "eval_only": True}, "data.in_chans = 1, but model.init"),
         ({"model__stem_stride": 2}, "model.stem_stride = 2, but model.init"),
         ({"model__init": "nowhere"}, "model.init = nowhere does not exist"),
@@ -354,3 +355,18 @@ def test_the_loss_is_a_mean_over_images_whatever_parts_they_come_in(soft: bool) 
     torch.testing.assert_close(torch.stack(parts).mean(), whole)
     plain = torch.nn.functional.cross_entropy(logits.float(), target.float() if soft else target, label_smoothing=0.1)
     torch.testing.assert_close(classification_loss(logits, target, None, 0.1).float(), plain)
+
+
+def test_a_network_without_a_name_is_taken_by_naming_none(
+    labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a shipped configuration names a variant, and the starting weights are of a network of one's own."""
+    images = write_images(tmp_path / "images", 9)
+    model = {"model__variant": "{depths: [1, 1], dims: [8, 16]}", "epochs": 1}
+    assert cli.main(["pretrain", *flags(images, tmp_path / "run", **model)]) == 0
+    runs.forget_accelerator()
+    init = {"model__init": tmp_path / "run", "epochs": 1}
+    assert finetune(labelled, tmp_path / "out", model__variant="convnextv2_atto", **init) == 2
+    assert "set it to none, which takes that of model.init" in capsys.readouterr().err
+    runs.forget_accelerator()
+    assert finetune(labelled, tmp_path / "out", model__variant="none", **init) == 0
