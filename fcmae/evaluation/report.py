@@ -109,7 +109,11 @@ def report(paths: Sequence[Path], out: Path | None = None) -> Path:
 
 
 def render(runs: Sequence[Run]) -> str:
-    """The page. Everything in it that came from the user is escaped, and its policy lets only its own scripts run."""
+    """The page. Everything in it that came from the user is escaped, and its policy lets only its own scripts run.
+
+    Raises:
+        ValueError: if plotly is missing.
+    """
     try:
         from plotly.offline import get_plotlyjs
     except ImportError as error:

@@ -40,14 +40,14 @@ class Masked:
         return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0]).permute(0, 2, 3, 1)
 
     def downsample(self, f: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        x = self._hide(f).permute(0, 3, 1, 2)
+        x = self._hide(f).permute(0, 3, 1, 2)  # (B, C, H, W)
         return F.conv2d(x, weight, bias, stride=2).permute(0, 2, 3, 1)
 
     def image_norm(self, f: Tensor) -> Tensor:
         return l2_norm(self._hide(f), self.norm_dims)  # (B or 1, 1, 1, C)
 
     def image_rows(self, f: Tensor) -> Tensor | None:
-        return self._hide(f).flatten(1, 2) if self.norm_dims[0] == 1 else None
+        return self._hide(f).flatten(1, 2) if self.norm_dims[0] == 1 else None  # (B, H * W, C)
 
     def drop_path(self, f: Tensor, rate: float) -> Tensor:
         out: Tensor = drop_path(f, rate, training=True)

@@ -38,14 +38,14 @@ class Packed:
 
     def pack(self, x: Tensor) -> Tensor:
         b = x.shape[1] // self.grid[0]
-        rows = _gather(x.reshape(-1, b * x.shape[-1]), self._row_indices(b))
+        rows = _gather(x.reshape(-1, b * x.shape[-1]), self._row_indices(b))  # (B*K*b, b*C)
         return rows.view(self.batch, self.num_visible, b, b, x.shape[-1])
 
     def unpack(self, f: Tensor) -> Tensor:
         b, channels = f.shape[-2:]
         gh, gw = self.grid
         canvas = _scatter(f.reshape(-1, b * channels), self._row_indices(b), self.batch * gh * b * gw)
-        return canvas.view(self.batch, gh * b, gw * b, channels)
+        return canvas.view(self.batch, gh * b, gw * b, channels)  # (B, H, W, C)
 
     def depthwise_conv(self, f: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         device = f.device.type
@@ -66,7 +66,7 @@ class Packed:
         return l2_norm(f, self.norm_dims)  # (B or 1, 1, 1, 1, C)
 
     def image_rows(self, f: Tensor) -> Tensor | None:
-        return f.flatten(1, 3) if self.norm_dims[0] == 1 else None
+        return f.flatten(1, 3) if self.norm_dims[0] == 1 else None  # (B, K*b*b, C)
 
     def drop_path(self, f: Tensor, rate: float) -> Tensor:
         out: Tensor = drop_path(f, rate, training=True)

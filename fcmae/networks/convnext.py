@@ -105,7 +105,7 @@ class Encoder(nn.Module):
         B, C, H, W = images.shape
         h, w = H // s, W // s
         x = images[:, :, : h * s, : w * s].reshape(B, C, h, s, w, s).permute(0, 2, 4, 1, 3, 5)  # (B, h, w, C, s, s)
-        x = layout.pack(x.reshape(B, h, w, C * s * s))
+        x = layout.pack(x.reshape(B, h, w, C * s * s))  # visible sites, C * s * s values each
         f: Tensor = norm(F.linear(x, conv.weight.flatten(1), conv.bias))
         return f
 

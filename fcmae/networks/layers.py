@@ -199,7 +199,7 @@ class Block(nn.Module):
 
     def expand(self, x: Tensor, layout: Layout) -> Tensor:
         """GELU(pwconv1(LayerNorm(dwconv(x)))): (..., C) to (..., hidden), in `layout`."""
-        h = layout.depthwise_conv(x, self.dwconv.weight, self.dwconv.bias)
+        h = layout.depthwise_conv(x, self.dwconv.weight, self.dwconv.bias)  # (..., C)
         return F.gelu(self.pwconv1(self.norm(h)))
 
     def add(self, x: Tensor, branch: Tensor, layout: Layout) -> Tensor:
