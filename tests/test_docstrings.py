@@ -1,4 +1,4 @@
-"""Docstrings keep up with signatures: an Args section names every parameter, in order, and nothing else."""
+"""Docstrings keep up with the code: Args names every parameter, in order, and nothing else; Raises, a ValueError."""
 
 import ast
 import inspect
@@ -43,6 +43,43 @@ def documented(docstring: str) -> list[str] | None:
     return names
 
 
+def raises_value_error(function: Function) -> bool:
+    """Whether a raise ValueError stands in its own body: not in a function, class or lambda inside it."""
+    todo: list[ast.AST] = list(function.body)
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.Raise):
+            error = node.exc.func if isinstance(node.exc, ast.Call) else node.exc
+            if isinstance(error, ast.Name) and error.id == "ValueError":
+                return True
+        if not isinstance(node, Function | ast.ClassDef | ast.Lambda):
+            todo += ast.iter_child_nodes(node)
+    return False
+
+
+def says_value_error(docstring: str) -> bool:
+    """Whether the Raises section has a line for ValueError."""
+    section = re.search(r"^Raises:\n((?:(?: .*)?(?:\n|$))+)", docstring, re.M)
+    return section is not None and re.search(r"^ {4}ValueError: \S", section[1], re.M) is not None
+
+
+def undeclared(body: list[ast.stmt], inside: str = "", of_class: str = "") -> Iterator[str]:
+    """Public functions and methods that raise a ValueError and do not say so.
+
+    An __init__ may say it in the class's docstring (of_class). A method without a docstring has that of the method that
+    it overrides.
+    """
+    for node in body:
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            yield from undeclared(node.body, f"{inside}{node.name}.", ast.get_docstring(node) or "")
+        elif isinstance(node, Function) and (not node.name.startswith("_") or node.name == "__init__"):
+            docstring = ast.get_docstring(node) or ""
+            texts = [docstring, of_class] if node.name == "__init__" else [docstring]
+            overrides = inside and not docstring and node.name != "__init__"
+            if raises_value_error(node) and not overrides and not any(map(says_value_error, texts)):
+                yield inside + node.name
+
+
 def public(body: list[ast.stmt], inside: str = "") -> Iterator[tuple[str, str, list[str]]]:
     """Name, docstring and parameters of every public function, method and class; a class has those of its __init__."""
     for node in body:
@@ -65,16 +102,14 @@ def problems(source: str) -> list[str]:
         said = documented(docstring)
         if said is not None and said != names:
             found.append(f"{name}: Args has {', '.join(said)} and the signature {', '.join(names)}")
-    for node in tree.body:
-        if isinstance(node, Function) and not node.name.startswith("_"):
-            names = parameters(node, is_method=False)
-            if len(names) > MOST and documented(ast.get_docstring(node) or "") is None:
-                found.append(f"{node.name}: {len(names)} parameters and no Args")
-    return found
+        is_function = name.rpartition(".")[2][0].islower()
+        if is_function and len(names) > MOST and said is None and (docstring or "." not in name):
+            found.append(f"{name}: {len(names)} parameters and no Args")
+    return found + [f"{name}: raises ValueError and has no Raises" for name in undeclared(tree.body)]
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_docstrings_name_the_parameters(path: Path) -> None:
+def test_docstrings_name_the_parameters_and_the_errors(path: Path) -> None:
     assert problems(path.read_text(encoding="utf-8")) == []
 
 
@@ -94,22 +129,52 @@ def scale(x, by, *rest, low=0, high=1, **more):
 
     Returns:
         (N,) float.
+
+    Raises:
+        TypeError: if x is none.
+        ValueError: if low is more
+            than high.
     """
+    if low > high:
+        raise ValueError("low is more than high")
 
 def short(x, by):
     """Two need no section."""
 
 def _private(x, y, z):
     """Nor does this."""
+    raise ValueError
+
+def outer(x):
+    """What a function inside raises is its own."""
+    def inner():
+        raise ValueError
+    return inner
 
 class Scale:
     """Scales.
 
     Args:
-        by: a factor."""
+        by: a factor.
+
+    Raises:
+        ValueError: if it is negative."""
 
     def __init__(self, by):
-        pass
+        if by < 0:
+            raise ValueError("negative")
+
+    def overridden(self, x, y, z):
+        raise ValueError("as its base says")
+
+    def between(self, x, low, high):
+        """Clip.
+
+        Args:
+            x: a row.
+            low: least.
+            high: largest.
+        """
 
     def __call__(self, x):
         """Scale.
@@ -136,6 +201,8 @@ class Scale:
         Raises:
             ValueError: if it is zero.
         """
+        if not by:
+            raise ValueError
 '''
 
 
@@ -163,6 +230,15 @@ def test_a_right_docstring_passes() -> None:
         ("        by: a factor.", "        factor: it.", "Scale: Args has"),
         ("            x: (N,) float.\n", "            y: (N,) float.\n", "Scale.__call__: Args has"),
         ("def default(x)", "def default(y)", "Scale.default: Args has"),
+        ("        ValueError: if low is more\n", "        KeyError: if low is more\n", "scale: raises ValueError"),
+        ("    Raises:\n        TypeError", "    Errors:\n        TypeError", "scale: raises ValueError"),
+        ("        ValueError: if it is negative.", "        It may.", "Scale.__init__: raises ValueError"),
+        ("            ValueError: if it is zero.", "            ValueError", "Scale.make: raises ValueError"),
+        (
+            "        Args:\n            x: a row.\n",
+            "            x: a row.\n",
+            "Scale.between: 3 parameters and no Args",
+        ),
         ("            by: a factor.\n", "            cls: this.\n            by: a factor.\n", "Scale.make: Args has"),
     ],
 )
