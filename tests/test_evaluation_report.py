@@ -516,3 +516,11 @@ def test_the_page_names_no_address_but_those_in_plotly(run: Path) -> None:
     page = text(run / "report.html")
     assert MARK in page[:1000] and page.count(get_plotlyjs()) == 1
     assert not re.findall(r"https?:[^\s\"'`<)]*", page.replace(get_plotlyjs(), ""))
+
+
+def test_a_link_that_leads_nowhere_is_not_written_over(tmp_path: Path) -> None:
+    run, page = pretrain_run(tmp_path / "run"), tmp_path / "page.html"
+    page.symlink_to(tmp_path / "unplugged" / "page.html")
+    with pytest.raises(ValueError, match="a link that leads nowhere"):
+        report([run], page)
+    assert page.is_symlink() and not page.exists()

@@ -370,3 +370,13 @@ def test_a_network_without_a_name_is_taken_by_naming_none(
     assert "set it to none, which takes that of model.init" in capsys.readouterr().err
     runs.forget_accelerator()
     assert finetune(labelled, tmp_path / "out", model__variant="none", **init) == 0
+
+
+def test_predictions_are_not_written_over_a_link_that_leads_nowhere(
+    tuned: Path, labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "table.csv"
+    table.symlink_to(tmp_path / "unplugged" / "table.csv")
+    assert cli.main(["predict", str(tuned), str(labelled), "--csv", str(table)]) == 2
+    assert "exists: give a new path" in capsys.readouterr().err
+    assert table.is_symlink() and not table.exists()

@@ -602,3 +602,11 @@ def test_a_classifier_of_three_stages_comes_back(tmp_path: Path) -> None:
     images = torch.randn(2, 3, 32, 48)
     assert back.encoder.spec == spec
     assert torch.equal(back(images), model(images))
+
+
+def test_a_link_that_leads_nowhere_is_not_written_over(tmp_path: Path) -> None:
+    link = tmp_path / "encoder"
+    link.symlink_to(tmp_path / "unplugged" / "encoder")
+    with pytest.raises(ValueError, match="exists"):
+        convert(tmp_path / "run", link)
+    assert link.is_symlink() and not link.exists()

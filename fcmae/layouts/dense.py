@@ -39,20 +39,7 @@ class _DepthwiseConv(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         f, weight = ctx.saved_tensors
-        padding = weight.shape[-1] // 2
-        grad_f, _, _ = torch.ops.aten.convolution_backward(
-            grad.permute(0, 3, 1, 2),
-            f.permute(0, 3, 1, 2),
-            weight,
-            None,
-            [1, 1],
-            [padding, padding],
-            [1, 1],
-            False,
-            [0, 0],
-            weight.shape[0],
-            [True, False, False],
-        )
+        grad_f, _ = native.conv_gradients(grad.permute(0, 3, 1, 2), f.permute(0, 3, 1, 2), weight, with_weight=False)
         rows = torch.arange(f.shape[0] * f.shape[1], device=f.device)  # whole lines of the maps
         grad_weight = native.weight_gradient(grad.flatten(0, 1), f, rows)
         grad_bias = grad.sum((0, 1, 2)) if ctx.has_bias else None

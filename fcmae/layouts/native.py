@@ -63,6 +63,25 @@ def _(grad: Tensor, canvas: Tensor, rows: Tensor) -> Tensor:
     return grad.new_empty(grad.shape[-1], 1, SIZE, SIZE)
 
 
+def conv_gradients(grad: Tensor, x: Tensor, weight: Tensor, *, with_weight: bool) -> tuple[Tensor, Tensor | None]:
+    """torch's gradients of a depthwise convolution that keeps its input's size.
+
+    Args:
+        grad: (B, C, H, W), of the output.
+        x: (B, C, H, W), the input.
+        weight: (C, 1, k, k), k odd.
+        with_weight: whether the weight's is wanted, which `weight_gradient` computes sooner.
+
+    Returns:
+        The gradient of x, and of weight or None.
+    """
+    padding, wanted = weight.shape[-1] // 2, [True, with_weight, False]
+    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+        grad, x, weight, None, [1, 1], [padding, padding], [1, 1], False, [0, 0], weight.shape[0], wanted
+    )
+    return grad_x, grad_weight
+
+
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled loop, or None if there is no compiler, or if what it makes does not load."""

@@ -129,24 +129,11 @@ class _DepthwiseConv(torch.autograd.Function):
         return _rows_of(y, rows, f)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
         f, weight, rows = ctx.saved_tensors
-        channels, padding = weight.shape[0], weight.shape[-1] // 2
         x = _canvas(f, rows, ctx.size)
-        has_loop = padding == 3 and native.available(f.device, f.dtype)
-        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-            _canvas(grad, rows, ctx.size),
-            x,
-            weight,
-            None,
-            [1, 1],
-            [padding, padding],
-            [1, 1],
-            False,
-            [0, 0],
-            channels,
-            [True, not has_loop, False],
-        )
+        has_loop = weight.shape[-1] == native.SIZE and native.available(f.device, f.dtype)
+        grad_x, grad_weight = native.conv_gradients(_canvas(grad, rows, ctx.size), x, weight, with_weight=not has_loop)
         if has_loop:
             grad_weight = native.weight_gradient(grad.flatten(0, 2), x.permute(0, 2, 3, 1), rows)
         grad_bias = grad.flatten(0, -2).sum(0) if ctx.has_bias else None
