@@ -256,7 +256,9 @@ def test_folders_of_systems_and_of_runs_are_passed_over(tmp_path: Path) -> None:
     touch(tmp_path, "__MACOSX/3.png", "lost+found/4.png", "runs/a/reconstructions/step-1.png", "other/5.png")
     (tmp_path / "runs/a/config.yaml").write_text("# fcmae pretrain 0.1.0\n")
     (tmp_path / "other/config.yaml").write_text("seed: 1\n")
-    assert find_images([str(tmp_path)]).names() == [str(tmp_path / name) for name in ("cat/0.png", "other/5.png")]
+    touch(tmp_path, "odd/config.yaml/6.png", "odd/7.png")
+    names = ("cat/0.png", "odd/7.png", "odd/config.yaml/6.png", "other/5.png")
+    assert find_images([str(tmp_path)]).names() == [str(tmp_path / name) for name in names]
 
 
 def test_what_is_no_file_is_no_image_and_a_pipe_does_not_hang(tmp_path: Path) -> None:

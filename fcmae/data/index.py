@@ -227,7 +227,7 @@ def _walk(root: Path, key: str, others: Counter[str]) -> Iterator[str]:
         except OSError as error:
             where, why = error.filename, error.strerror
             raise ValueError(f"{key}: {where!r} cannot be listed ({why}): make it readable") from error
-        if any(entry.name == "config.yaml" for entry in shown) and _is_run(folder):
+        if any(entry.name == "config.yaml" and _is_of_run(entry) for entry in shown):
             continue
         folders += [entry.path for entry in shown if entry.is_dir() and entry.name not in SYSTEM_FOLDERS]
         for entry in shown:
@@ -238,9 +238,15 @@ def _walk(root: Path, key: str, others: Counter[str]) -> Iterator[str]:
                     others[os.path.splitext(entry.name)[1].lower()] += 1  # noqa: PTH122
 
 
-def _is_run(folder: str) -> bool:
-    with Path(folder, "config.yaml").open("rb") as file:
-        return file.read(8) == b"# fcmae "
+def _is_of_run(entry: os.DirEntry[str]) -> bool:
+    """Whether a file is the config.yaml of a run; one that cannot be read is somebody else's."""
+    try:
+        if entry.is_file():
+            with Path(entry.path).open("rb") as file:
+                return file.read(8) == b"# fcmae "
+    except OSError:
+        pass
+    return False
 
 
 def _tell(others: Counter[str], key: str) -> None:

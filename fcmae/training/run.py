@@ -110,10 +110,11 @@ class RunDirectory:
 
     def _check_not_finished(self) -> None:
         """Refuse to train over a run whose checkpoints are gone, as of one that is finished and tidied up."""
+        if checkpoint.latest(self.path) is not None:
+            return
         log = self.path / "train.log"
         finished = log.is_file() and re.search(r" finished \d+ steps$", log.read_text(errors="replace"), re.M)
-        had_some = finished or (self.path / own_files.SAVED).exists()
-        if had_some and checkpoint.latest(self.path) is None:
+        if finished or (self.path / own_files.SAVED).exists():
             raise ValueError(
                 f"out = {self.path} has the results of a run and no checkpoint to go on from: give another "
                 "--out, or --overwrite to delete it"
