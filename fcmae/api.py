@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fcmae import finetuning, options, pretraining
+from fcmae import finetuning, options, planning, pretraining
 from fcmae.config import FinetuneConfig, PretrainConfig, RunConfig
 from fcmae.data.normalize import Normalize
 from fcmae.layouts import DENSE, PACKED
@@ -50,7 +50,8 @@ def pretrain(
         images: folders (searched recursively), text files that list paths, or glob patterns.
         out: the run directory.
         variant: the network; see `model.variant`.
-        config: a YAML file of settings, or the name of a shipped one (`fcmae configs`).
+        config: a YAML file of settings, or the name of a shipped one (`fcmae configs`). Without it, or with `hours`
+            in `settings`, what is not given is chosen for the images, the machine and the hours.
         settings: more of them, which go before the file's: a mapping, with sections as mappings or keys dotted,
             {"epochs": 100, "data.image_size": 64}; or a `PretrainConfig`. `fcmae pretrain --help` lists them. The
             arguments above go before both.
@@ -65,7 +66,7 @@ def pretrain(
     """
     paths = [images] if isinstance(images, str | os.PathLike) else images
     given = {"data.path": paths, "out": out, "model.variant": variant}
-    return pretraining.pretrain(_settings(PretrainConfig, given, config, settings))
+    return pretraining.pretrain(_settings(PretrainConfig, given, config, settings, planning.pretraining))
 
 
 def finetune(
@@ -95,7 +96,7 @@ def finetune(
         FloatingPointError: if the loss or a gradient stops being finite.
     """
     given = {"data.path": labelled, "out": out, "model.init": init, "model.variant": variant}
-    return finetuning.finetune(_settings(FinetuneConfig, given, config, settings))
+    return finetuning.finetune(_settings(FinetuneConfig, given, config, settings, planning.finetuning))
 
 
 def _settings(
@@ -103,8 +104,11 @@ def _settings(
     given: Mapping[str, Any],
     config: PathLike | None,
     settings: Mapping[str, Any] | Config | None,
+    complete: options.Complete,
 ) -> Config:
     """The settings of a run: what is given goes before `settings`, and these before the file.
+
+    Without a file or whole settings, or with hours, the rest is chosen.
 
     Raises:
         ValueError: with a line for each problem.
@@ -117,7 +121,9 @@ def _settings(
         raise ValueError(f"settings: received {type(settings).__name__}; give a mapping or a {model.__name__}")
     values |= {key: value for key, value in given.items() if value is not None}
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    return options.make(model, values, None if config is None else os.fspath(config), processes)
+    whole = isinstance(settings, model) or not values.get("data.path") or values.get("eval_only")
+    name = None if config is None else os.fspath(config)
+    return options.make(model, values, name, processes, None if whole else complete)
 
 
 class Features(nn.Module):

@@ -29,6 +29,8 @@ from fcmae.config import BenchConfig
 from fcmae.networks.spec import describe
 
 if TYPE_CHECKING:
+    import torch
+
     from fcmae.data.dataset import Batch
     from fcmae.data.index import Images
 
@@ -481,11 +483,17 @@ def time_candidate(cfg: BenchConfig, candidate: Candidate, from_files: bool) -> 
     # At least three; one, if they are so slow that the warm-up took five times what was asked for.
     times = for_a_while(step, cfg.seconds, at_least=3 if sum(warm_s) < 5 * cfg.seconds else 1)
     whole_s = [sum(both) for both in zip([*warm_s, *times], left_out_s, strict=True)]
+    return Result(candidate, cfg.batch_size, tuple(whole_s[2:]), whole_s[0], peak_memory(device))
+
+
+def peak_memory(device: torch.device) -> int:
+    """The peak so far in bytes, of this process on a CPU or of tensors on a GPU."""
+    import torch
+
     if device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated()
-    else:  # counted in bytes on macOS, in units of 1024 elsewhere
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return Result(candidate, cfg.batch_size, tuple(whole_s[2:]), whole_s[0], memory)
+        return torch.cuda.max_memory_allocated()
+    # Counted in bytes on macOS, in units of 1024 elsewhere.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _train_images(cfg: BenchConfig) -> Images:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import fcmae
 from fcmae import config, threads
 from fcmae.config import commands
 from fcmae.config.base import Settings
-from fcmae.options import HELP, hint, load
+from fcmae.options import HELP, Complete, hint, load
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -55,9 +55,9 @@ def _run(words: list[str]) -> int:
         raise ValueError(f"{name}: no such command{hint(name, COMMANDS) or '; there are: ' + ', '.join(COMMANDS)}")
     settings, run = COMMANDS[name]
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    given = load(settings, rest, prog=f"fcmae {name}", num_processes=processes)
     if name not in IDLE:
-        threads.prepare()
+        threads.prepare()  # before what is not given is measured
+    given = load(settings, rest, prog=f"fcmae {name}", num_processes=processes, complete=COMPLETE.get(name))
     return run(given) or 0
 
 
@@ -173,6 +173,27 @@ COMMANDS: dict[str, tuple[type[Settings], Callable[[Any], int | None]]] = {
     "verify": (commands.VerifyConfig, _verify),
     "configs": (commands.ConfigsConfig, _configs),
 }
+
+
+def _complete_pretraining(sketch: config.PretrainConfig, given: Mapping[str, Any]) -> Mapping[str, Any]:
+    if not sketch.data.path:
+        return {}  # the settings say so, without torch
+
+    from fcmae import planning
+
+    return planning.pretraining(sketch, given)
+
+
+def _complete_finetuning(sketch: config.FinetuneConfig, given: Mapping[str, Any]) -> Mapping[str, Any]:
+    if not sketch.data.path or sketch.eval_only:
+        return {}
+
+    from fcmae import planning
+
+    return planning.finetuning(sketch, given)
+
+
+COMPLETE: dict[str, Complete] = {"pretrain": _complete_pretraining, "finetune": _complete_finetuning}
 IDLE = frozenset({"report", "stats", "doctor", "configs"})  # they compute nothing with torch
 
 

@@ -474,7 +474,7 @@ def _shared_memory() -> Iterator[Finding]:
 
 
 def _memory() -> Iterator[Finding]:
-    import psutil  # type: ignore[import-untyped]  # comes with accelerate
+    import psutil  # comes with accelerate
 
     memory = psutil.virtual_memory()
     limits = [int(word) for word in cgroup("memory.max", "memory/memory.limit_in_bytes") if word.isdecimal()]

@@ -12,7 +12,7 @@ import os
 import re
 import textwrap
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from functools import cache
@@ -32,6 +32,8 @@ from fcmae.config.base import Section, Settings, Spelling
 Config = TypeVar("Config", bound=Settings)
 Model = TypeVar("Model", bound=BaseModel)
 Fields = dict[str, FieldInfo]
+# From settings that are checked one by one only, and from those that were given, by dotted key: the rest, likewise.
+Complete = Callable[[Any, Mapping[str, Any]], Mapping[str, Any]]
 HELP = ("-h", "--help")
 SWITCHED = {"true", "false", "yes", "no", "on", "off", "1", "0"}  # what a switch takes for its value
 NONE = {"none", "null", "~"}
@@ -55,7 +57,14 @@ class _Also(Section):
     """Show the traceback of an error."""
 
 
-def load(model: type[Config], argv: Sequence[str], *, prog: str, num_processes: int | None = None) -> Config:
+def load(
+    model: type[Config],
+    argv: Sequence[str],
+    *,
+    prog: str,
+    num_processes: int | None = None,
+    complete: Complete | None = None,
+) -> Config:
     """Read the settings of a command from its command line and the file that `--config` names.
 
     Args:
@@ -63,6 +72,7 @@ def load(model: type[Config], argv: Sequence[str], *, prog: str, num_processes: 
         argv: Its words, e.g. ["photos", "--config", "pretrain_atto", "--out", "runs/first"].
         prog: The command, for `--help`.
         num_processes: That a run is started on; None checks neither that nor what is installed here.
+        complete: Chooses what was not given, where there is no file or hours are given.
 
     Raises:
         ConfigError: With every unknown key, wrong value and impossible combination in file and command line.
@@ -79,6 +89,8 @@ def load(model: type[Config], argv: Sequence[str], *, prog: str, num_processes: 
     except ConfigError as error:
         raise ConfigError([*problems, str(error)]) from error
     _put(settings, values)
+    if complete is not None and not problems:
+        _complete(model, settings, complete, has_file=also is not None and also.config is not None)
     config, invalid = _validate(model, settings, wrong, {"num_processes": num_processes})
     if config is None or problems or invalid:
         raise ConfigError([*problems, *invalid])
@@ -89,7 +101,11 @@ def load(model: type[Config], argv: Sequence[str], *, prog: str, num_processes: 
 
 
 def make(
-    model: type[Config], settings: Mapping[str, Any], config: str | None = None, num_processes: int | None = None
+    model: type[Config],
+    settings: Mapping[str, Any],
+    config: str | None = None,
+    num_processes: int | None = None,
+    complete: Complete | None = None,
 ) -> Config:
     """The settings of a command from Python, checked as those of its command line.
 
@@ -98,16 +114,28 @@ def make(
         settings: Values by key; sections are mappings, or keys are dotted, as in {"data.image_size": 64}.
         config: A YAML file, or the name of a shipped one, that `settings` goes before.
         num_processes: See `load`.
+        complete: See `load`.
 
     Raises:
         ConfigError: See `load`.
     """
     values = {} if config is None else _read_yaml(find_config(config))
     _put(values, flattened(model, settings))
+    if complete is not None:
+        _complete(model, values, complete, has_file=config is not None)
     made, problems = _validate(model, values, (), {"num_processes": num_processes})
     if made is None or problems:
         raise ConfigError(problems)
     return made
+
+
+def _complete(model: type[Settings], settings: dict[str, Any], complete: Complete, *, has_file: bool) -> None:
+    """Put into `settings` what is chosen, unless a file without hours says that all is as it is."""
+    sketch, problems = _validate(model, settings, (), {"sketch": True})
+    if sketch is None or problems or (has_file and getattr(sketch, "hours", None) is None):
+        return  # what is wrong is reported with the rest
+    given = {key for key, _ in _pairs(settings, _fields(model))}
+    _put(settings, complete(sketch, {key: value for key, value in flat(sketch).items() if key in given}))
 
 
 def flattened(model: type[Settings], settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -182,7 +210,7 @@ def flags(values: Mapping[str, Any]) -> list[str]:
     words = []
     for key, value in values.items():
         items = value if isinstance(value, list) else [value]
-        texts = [item if isinstance(item, str) else _text(item) for item in items]
+        texts = [item if isinstance(item, str) else text(item) for item in items]
         if isinstance(value, list) and (not texts or texts[0] in NONE or any(set(text) & set(",[{") for text in texts)):
             texts = [yaml.safe_dump(value, default_flow_style=True, width=10**9).strip()]
         # What looks like a flag must not stand alone.
@@ -281,7 +309,8 @@ def _parse(model: type[Settings], argv: Sequence[str], prog: str) -> tuple[dict[
     """Read a command line to its end: values by key, the keys that could not be read, and what is wrong."""
     fields = _fields(model)
     known = {**fields, **_fields(_Also)}
-    names = {name: key for key, field in known.items() for name in (key, _spelling(field).short) if name}
+    shown = {key: field for key, field in known.items() if not _spelling(field).hidden}
+    names = {name: key for key, field in shown.items() for name in (key, _spelling(field).short) if name}
     given: dict[str, list[str]] = {}
     words, loose, wrong, unknown = deque(argv), list[str](), dict[str, str](), list[str]()
     while words:
@@ -345,7 +374,7 @@ def usage(model: type[Settings], prog: str) -> str:
         lines += ["", "arguments:", *(_row(_argument(field), field) for field in arguments.values())]
     for key, field in [*fields.items(), *_fields(_Also).items()]:
         title = "also" if key in _Also.model_fields else key.rpartition(".")[0] or "settings"
-        if key in arguments and "." not in key:
+        if (key in arguments and "." not in key) or _spelling(field).hidden:
             continue
         if title != section:
             lines += ["", f"{title}:"]
@@ -576,20 +605,20 @@ def hint(word: str, choices: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
-def _text(value: Any) -> str:
+def text(value: Any) -> str:
     """A value as it is written in YAML."""
     if isinstance(value, str):
         return value or "''"
     if value is None or isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_text, value))}]"
+        return f"[{', '.join(map(text, value))}]"
     if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{key}: {_text(item)}' for key, item in value.items())}}}"
+        return f"{{{', '.join(f'{key}: {text(item)}' for key, item in value.items())}}}"
     return str(value)
 
 
 def _shown(value: Any) -> str:
     """The same, shortened to 60 characters."""
-    text = _text(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    words = text(value)
+    return words if len(words) <= 60 else f"{words[:57]}..."

@@ -62,7 +62,7 @@ def busy(sample_s: float = SAMPLE_S) -> float:
 
 def _idle_s() -> float:
     """Seconds that the cores that this process may run on have had nothing to do."""
-    import psutil  # type: ignore[import-untyped]  # here, as the doctor may have to tell that it is missing
+    import psutil  # here, as the doctor may have to tell that it is missing
 
     times = psutil.cpu_times(percpu=True)
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(times))

@@ -26,6 +26,8 @@ import fcmae.training.steps
 from fcmae.config import PretrainConfig
 from fcmae.options import load
 
+# Nothing is chosen beside a file of settings, and this one has none.
+DEFAULTS = Path(__file__).parent / "data" / "defaults.yaml"
 TINY = "{depths: [1, 1, 1, 1], dims: [8, 8, 8, 8]}"  # as a command line gives it
 
 # A server that has imported everything once and forks at each call: a process in a tenth of a second instead of ten,
@@ -65,7 +67,8 @@ def flags(images: Path, out: Path, **settings: Any) -> list[str]:
         "log__trackers": "none",
         "monitor__num_images": 0,
     } | settings
-    return [word for key, value in values.items() for word in (f"--{key.replace('__', '.')}", str(value))]
+    words = [word for key, value in values.items() for word in (f"--{key.replace('__', '.')}", str(value))]
+    return ["--config", str(DEFAULTS), *words]
 
 
 def config(images: Path, out: Path, **settings: Any) -> PretrainConfig:

@@ -96,11 +96,13 @@ def test_no_module_takes_the_place_of_a_function() -> None:
 
 
 def test_a_notebook_from_images_to_features(photos: Path, labelled: Path, tmp_path: Path) -> None:
-    run = fcmae.pretrain(photos, tmp_path / "pretrained", variant=SPEC, settings=SMALL)
+    run = fcmae.pretrain(photos, tmp_path / "pretrained", variant=SPEC, config=runs.DEFAULTS, settings=SMALL)
     assert (run.path, run.kind, run.finished, run.status) == (tmp_path / "pretrained", "pretrain", True, 0)
     assert run.metrics()[-1]["step"] == 2
     # In the same process, in another precision.
-    tuned = fcmae.finetune(labelled, tmp_path / "tuned", init=run, settings=SMALL | {"precision": "bf16"})
+    tuned = fcmae.finetune(
+        labelled, tmp_path / "tuned", init=run, config=runs.DEFAULTS, settings=SMALL | {"precision": "bf16"}
+    )
     assert "in bf16" in (tuned.path / "train.log").read_text()
     assert {"top1", "val_loss"} <= tuned.metrics()[-1].keys()
 
@@ -129,10 +131,10 @@ def test_a_notebook_from_images_to_features(photos: Path, labelled: Path, tmp_pa
 def test_a_script_of_two_processes_makes_one_run_after_another(photos: Path, tmp_path: Path) -> None:
     lines = [
         "import fcmae",
-        f"small = {SMALL!r}",
-        f"first = fcmae.pretrain({str(photos)!r}, 'first', variant={TINY_NUMBERS!r}, settings=small)",
+        f"small, defaults = {SMALL!r}, {str(runs.DEFAULTS)!r}",
+        f"first = fcmae.pretrain({str(photos)!r}, 'first', variant={TINY_NUMBERS!r}, config=defaults, settings=small)",
         f"second = fcmae.pretrain({str(photos)!r}, 'second', variant={TINY_NUMBERS!r}, "
-        "settings=small | {'model.init': first, 'precision': 'bf16'})",
+        "config=defaults, settings=small | {'model.init': first, 'precision': 'bf16'})",
         "assert first.finished and second.finished",
     ]
     (tmp_path / "script.py").write_text("\n".join(lines))
@@ -188,7 +190,9 @@ def test_arguments_go_before_settings_and_these_before_the_file(asked: list[Any]
     settings = {"seed": 2, "model": {"variant": "nano"}, "data.hflip": 0.25, "data": {"crop_scale": (0.5, 1)}}
     fcmae.pretrain(["a", Path("b")], tmp_path, variant="femto", config=tmp_path / "own.yaml", settings=settings)
     fcmae.finetune("c", "out", init=Run(Path("run"), "pretrain"), config="finetune_cpu", settings={"epochs": 3})
-    fcmae.pretrain("d", "out", settings={"optim.clip_grad": None, "monitor": {"labelled": Path("x")}})
+    fcmae.pretrain(
+        "d", "out", config=runs.DEFAULTS, settings={"optim.clip_grad": None, "monitor": {"labelled": Path("x")}}
+    )
     first, second, third = asked
     assert (first.data.path, first.out, first.epochs, first.seed) == (["a", "b"], tmp_path, 7, 2)
     assert (first.model.variant, first.model.decoder_depth) == ("convnextv2_femto", 2)
@@ -247,7 +251,7 @@ def test_what_python_can_get_wrong_is_told_in_a_sentence(
 def test_processes_are_counted(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ValueError, match="4 is not a multiple of processes x grad_accum = 3 x 1"):
-        fcmae.pretrain(photos, tmp_path / "out", settings=SMALL)
+        fcmae.pretrain(photos, tmp_path / "out", config=runs.DEFAULTS, settings=SMALL)
 
 
 # Features

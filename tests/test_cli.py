@@ -41,7 +41,7 @@ class Recorder(ModuleType):
 def test_pretrain_and_finetune_get_their_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     pretrain = Recorder(monkeypatch, "pretraining", "pretrain", Run(Path("run"), "pretrain"))
     finetune = Recorder(monkeypatch, "finetuning", "finetune", Run(Path("run"), "finetune"))
-    assert main(["pretrain", "--data.path", "photos", "--out", "run", "--epochs", "3"]) == 0
+    assert main(["pretrain", "--config", "pretrain_cpu", "--data.path", "photos", "--out", "run", "--epochs", "3"]) == 0
     assert main(["finetune", "--config", "finetune_atto", "--data.path", "labelled", "--out", "run"]) == 0
     (pretrain_config,), (finetune_config,) = pretrain.calls[0], finetune.calls[0]
     assert isinstance(pretrain_config, PretrainConfig) and pretrain_config.epochs == 3
@@ -206,7 +206,7 @@ def test_the_status_of_a_run_tells_whether_a_signal_stopped_it(
 ) -> None:
     run = Run(Path("run"), command, finished, number)
     Recorder(monkeypatch, {"pretrain": "pretraining", "finetune": "finetuning"}[command], command, run)
-    assert main([command, "images", "--out", "run", "--model.variant", "atto"]) == status
+    assert main([command, "images", "--config", f"{command}_cpu", "--out", "run", "--model.variant", "atto"]) == status
 
 
 def test_processes_are_counted_before_anything_is_built(
@@ -214,7 +214,7 @@ def test_processes_are_counted_before_anything_is_built(
 ) -> None:
     pretrain = Recorder(monkeypatch, "pretraining", "pretrain", Run(Path("run"), "pretrain"))
     monkeypatch.setenv("WORLD_SIZE", "3")
-    assert main(["pretrain", "photos", "--out", "run", "--batch_size", "4"]) == 2
+    assert main(["pretrain", "photos", "--config", "pretrain_cpu", "--out", "run", "--batch_size", "4"]) == 2
     assert "4 is not a multiple of processes x grad_accum = 3 x 1: the nearest is 3" in capsys.readouterr().err
     assert not pretrain.calls
 

@@ -313,6 +313,9 @@ class RunConfig(Settings):
     """Images a step, over all processes and accumulated batches."""
     grad_accum: int = Field(1, ge=1)
     """Parts that a process's share of the batch is computed in."""
+    hours: float | None = Field(None, gt=0)
+    """How long the run may take. Without --config, or where this is given, all that is not given is chosen for the
+    images, the machine and these hours, and `epochs` among it; a default is said at the start."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
     """Arithmetic: auto is bf16 on a GPU that has it, else fp32. tf32 is fp32 whose products a GPU rounds to 10 bits.
     GRN's norms, LayerNorm and the loss are always fp32."""
@@ -320,6 +323,8 @@ class RunConfig(Settings):
     """auto takes a GPU when there is one."""
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     log: LogConfig = Field(default_factory=LogConfig)
+    chosen: Annotated[dict[str, str], Spelling(hidden=True)] = Field(default_factory=dict)
+    """Settings that nobody gave, each with the reason for its value; written by `fcmae.planning`."""
 
     if TYPE_CHECKING:  # what each kind of run has of its own
         data: ImageConfig
@@ -543,6 +548,8 @@ FREE_ON_RESUME = frozenset(
         "out",
         "overwrite",
         "grad_accum",
+        "hours",
+        "chosen",
         "device",
         "data.path",
         "data.val_path",

@@ -30,12 +30,13 @@ class Spelling:
     """How a command line may write a setting, beside `--its.key VALUE`.
 
     argument: its name as a word without a flag; empty if it is none. short: another name of its flag. commas: whether
-    they divide a list; names of files may hold them.
+    they divide a list; names of files may hold them. hidden: that no command line gives it.
     """
 
     argument: str = ""
     short: str = ""
     commas: bool = True
+    hidden: bool = False
 
 
 # A combination that cannot work: the keys it involves, the one to change first, and a sentence about that one.
@@ -61,7 +62,9 @@ class Settings(Section):
 
     @model_validator(mode="after")
     def _works(self, info: ValidationInfo) -> Self:
-        """Raise all conflicts. The validation's context may hold num_processes."""
+        """Raise all conflicts. The validation's context may hold num_processes, or sketch, which has none."""
+        if (info.context or {}).get("sketch"):
+            return self
         if found := list(self.conflicts((info.context or {}).get("num_processes"))):
             raise ValidationError.from_exception_data(
                 type(self).__name__,

@@ -30,3 +30,18 @@ def core_time() -> float:
 def local_processes() -> int:
     """Training processes on this machine, as the launcher says."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def free_memory() -> int:
+    """Bytes that this process may still take: what the system can give, or what a container's limit leaves of it."""
+    import psutil  # here, as the doctor may have to tell that it is missing
+
+    free: int = psutil.virtual_memory().available
+    limit = cgroup("memory.max", "memory/memory.limit_in_bytes")
+    used = cgroup("memory.current", "memory/memory.usage_in_bytes")
+    # Files that were read count as used until their place is needed.
+    statistics = cgroup("memory.stat", "memory/memory.stat")
+    cached = dict(zip(statistics[::2], statistics[1::2], strict=False)).get("inactive_file", "0")
+    if limit and used and limit[0].isdecimal():
+        free = min(free, int(limit[0]) - int(used[0]) + int(cached))
+    return max(free, 0)

@@ -27,7 +27,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from torch.nn import functional as F
 
 from fcmae.data.geometry import Box, decode_scale, make_upright, stored_box
-from fcmae.data.source import BadImage
+from fcmae.data.source import BadImage, OtherChannels
 
 try:
     import simplejpeg
@@ -61,10 +61,19 @@ _READ_ERRORS = (
 
 
 class OpenImage(Protocol):
-    """An image whose header has been read: its upright size is known, its pixels are not."""
+    """An image whose header has been read: its upright size is known, its pixels are not.
+
+    Attributes:
+        height: upright, in pixels.
+        width: likewise.
+        channels: that the file has; 3 for colours of any kind where 1 or 3 are asked for.
+        is_deep: whether its values are other than 8 bits.
+    """
 
     height: int
     width: int
+    channels: int
+    is_deep: bool
 
     def read(self, box: Box, size: tuple[int, int]) -> NDArray[Any]:
         """The box resized to size (height, width): (in_chans, height, width), uint8 or float32."""
@@ -124,7 +133,7 @@ def _check_size(height: int, width: int) -> None:
 
 def _check_channels(channels: int, in_chans: int) -> None:
     if channels != in_chans and not (in_chans in (1, 3) and channels in (1, 3)):
-        raise BadImage(f"it has {channels} channel{'s' * (channels != 1)}, in_chans is {in_chans}")
+        raise OtherChannels(channels, in_chans)
 
 
 def _match_channels(pixels: NDArray[Any], in_chans: int) -> NDArray[Any]:
@@ -141,7 +150,9 @@ class _PillowImage:
     def __init__(self, image: Image.Image, in_chans: int, jpeg: bytes | None = None) -> None:
         self._image, self._in_chans, self._jpeg = image, in_chans, jpeg
         _check_size(image.height, image.width)
-        _check_channels(_num_channels(image, in_chans), in_chans)
+        self.channels = _num_channels(image, in_chans)
+        self.is_deep = image.mode == "F" or image.mode.startswith("I")
+        _check_channels(self.channels, in_chans)
         # Pillow itself turns TIFFs upright, in their size at once and in their pixels when it decodes them.
         self._orientation = 1 if image.format == "TIFF" else image.getexif().get(ExifTags.Base.Orientation, 1)
         self._stored_size = image.height, image.width
@@ -347,10 +358,11 @@ class _ArrayImage:
     ) -> None:
         self._load, self._axis, self._in_chans, self._orientation = load, channel_axis, in_chans, orientation
         self._full_range = full_range  # of unsigned integers of 16 bits
-        channels = 1 if channel_axis is None else shape[channel_axis]
+        self.channels = 1 if channel_axis is None else shape[channel_axis]
+        self.is_deep = dtype not in (np.uint8, np.bool_)
         height, width = (side for i, side in enumerate(shape) if i != channel_axis)
         _check_size(height, width)
-        _check_channels(channels, in_chans)
+        _check_channels(self.channels, in_chans)
         if dtype.kind not in "buif":
             raise BadImage(f"it holds values of type {dtype}, not numbers")
         self.height, self.width = (width, height) if orientation in (5, 6, 7, 8) else (height, width)

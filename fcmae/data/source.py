@@ -24,6 +24,18 @@ class BadImage(ValueError):  # noqa: N818
         return cls(f"it cannot be read: {' '.join(text.split())}")
 
 
+class OtherChannels(BadImage):
+    """An image with another number of channels than was asked for.
+
+    Attributes:
+        channels: that it has.
+    """
+
+    def __init__(self, channels: int, in_chans: int) -> None:
+        super().__init__(f"it has {channels} channel{'s' * (channels != 1)}, in_chans is {in_chans}")
+        self.channels = channels
+
+
 class DataError(ValueError):
     """What ends a run from within a process that reads its images."""
 

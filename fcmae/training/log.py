@@ -18,6 +18,7 @@ from accelerate.utils import gather_object
 from PIL import Image
 from tqdm import tqdm
 
+from fcmae import threads
 from fcmae.atomic import write_text
 from fcmae.config import RunConfig
 from fcmae.data.bad_files import BadFiles
@@ -27,6 +28,8 @@ from fcmae.training.optim import Schedule
 from fcmae.training.run import read_metrics, split_metrics
 
 logger = logging.getLogger("fcmae")
+
+LATE = 1.2  # times the planned hours
 
 
 class Log:
@@ -48,7 +51,10 @@ class Log:
         self._accelerator, self._batch_size, self._schedule = accelerator, cfg.batch_size, schedule
         self._bad_files = BadFiles(self.run / "bad_files.txt", num_files, cfg.data.max_bad_share)
         self._recent: deque[dict[str, float]] = deque(maxlen=2 * health.STARVED_WINDOWS)
-        self._told = not accelerator.is_main_process
+        self._told = self._told_late = not accelerator.is_main_process
+        # What a run that was planned for some hours may take before it says so; a resumed one has no such plan.
+        planned = cfg.hours if cfg.hours and "epochs" in cfg.chosen and schedule.start == 0 else math.inf
+        self._begun, self._latest_s = time.time(), planned * 3600 * LATE
         # None: where there is no terminal.
         hidden = None if accelerator.is_main_process and schedule.total else True
         self._bar = tqdm(total=schedule.total, initial=schedule.start, unit="step", disable=hidden)
@@ -92,9 +98,19 @@ class Log:
         if not self._told and (starved := health.starved(self._recent)) is not None:
             self._told = True
             logger.warning(starved.text)
+        left = timedelta(seconds=round((total - step) * self._batch_size / line["images_per_s"]))
+        took = time.time() - self._begun + left.total_seconds()
+        if not self._told_late and step >= total / 20 and took > self._latest_s:
+            self._told_late = True
+            logger.warning(
+                "the run takes %s at this speed, longer than planned: other programs use %.0f %% of the cores, and it "
+                "waits for images %.0f %% of its time",
+                timedelta(seconds=round(took)),
+                100 * threads.busy(),
+                100 * line["data_wait_share"],
+            )
         text = f"loss {line['loss']:.4f}, {line['images_per_s']:.1f} images/s"
         self._bar.set_postfix_str(text)
-        left = timedelta(seconds=round((total - step) * self._batch_size / line["images_per_s"]))
         level = logging.INFO if self._bar.disable else logging.DEBUG  # the terminal has the bar, train.log has lines
         message = "step %d/%d, epoch %.2f, %s, lr %.3g, %s left"
         logger.log(level, message, step, total, epoch, text, lr, left)

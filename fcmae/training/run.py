@@ -28,7 +28,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from importlib import metadata
 from operator import attrgetter
 from pathlib import Path
@@ -46,6 +46,7 @@ from fcmae import options
 from fcmae.atomic import write_text
 from fcmae.config import RunConfig
 from fcmae.data.cores import num_cores
+from fcmae.tables import table
 from fcmae.training import checkpoint, own_files
 
 logger = logging.getLogger("fcmae")
@@ -170,7 +171,20 @@ class RunDirectory:
             write_text(self.path / "config.yaml", text)
             record_start(self.path / "environment.json", _uses_cpu(self.cfg))
             with _logging_to(self.path / "train.log"):
+                _tell_choices(self.cfg)
                 yield
+
+
+def _tell_choices(cfg: RunConfig) -> None:
+    """What was chosen as nobody gave it, and when the run ends by that."""
+    if not cfg.chosen:
+        return
+    values = options.flat(cfg)
+    rows = [(key, options.text(values[key]), why) for key, why in cfg.chosen.items() if key in values]
+    logger.info("not given, so chosen:\n%s", table(("setting", "value", "why"), rows, left=3))
+    if cfg.hours and "epochs" in cfg.chosen:
+        ends = datetime.now() + timedelta(hours=cfg.hours)
+        logger.info("planned: %g hours, to %s", cfg.hours, ends.strftime("%H:%M"))
 
 
 def _check_inputs(out: Path, inputs: Mapping[str, Sequence[str]], overwrite: bool) -> None:

@@ -1,0 +1,284 @@
+"""What a run is like where nobody says: the rules, each with its reason. Nothing is measured here.
+
+`fcmae.planning` finds the facts, applies these rules to what was not given, and records what was chosen and why.
+Published recipes are files in configs/, and what a file or a flag gives is never touched.
+
+Where a rule has a source, its reason names it. The others are our choice: small strides and a grid of 6 x 6 patches or
+more for small images, random crops and one decoder block, as published small-scale runs have them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from fcmae.config import IMAGENET_MEAN, IMAGENET_STD
+from fcmae.networks.spec import VARIANTS, ConvNeXtSpec
+
+SMALL = ConvNeXtSpec(depths=(2, 2, 6), dims=(40, 80, 160))  # three stages: for a fine grid on small images
+WIDE = ConvNeXtSpec(depths=(2, 2, 8), dims=(80, 160, 320))  # the same, for many images on a GPU
+# Sides of images that divide into 6, 7 or 8 patches a side, with the stem's stride and the side of a patch.
+GRIDS = {48: (2, 8), 64: (2, 8), 96: (4, 16), 128: (4, 16), 192: (4, 32), 224: (4, 32)}
+LARGEST = {"cpu": 128}  # sides; elsewhere the largest of GRIDS
+MAX_EPOCHS = 1600  # the longest that masked autoencoders of images were published with
+TRAINING_SHARE = 0.88  # of the hours; the rest is for evaluations, pictures and checkpoints
+
+
+def default_hours(device: str) -> float:
+    """How long a run takes that is not told: an evening on a CPU, a night on a GPU."""
+    return 2.0 if device == "cpu" else 8.0
+
+
+class Choice(NamedTuple):
+    """A setting that nobody gave, by its dotted key."""
+
+    key: str
+    value: Any
+    why: str
+
+
+@dataclass(frozen=True)
+class Images:
+    """What the images are like.
+
+    Attributes:
+        num: how many to learn from and to hold out.
+        short_side: the median over a sample, in pixels.
+        in_chans: channels of most of the sample.
+        is_deep: whether they are other than 8 bits a channel.
+        mean: of each channel, where a format's full range is 1.
+        std: likewise.
+        class_counts: labelled images of each class; empty without labels.
+    """
+
+    num: int
+    short_side: int
+    in_chans: int
+    is_deep: bool
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    class_counts: tuple[int, ...] = ()
+
+
+class Choices:
+    """Takes what is given, and chooses the rest.
+
+    Attributes:
+        settings: by dotted key, what was given and what was chosen so far.
+        made: what was chosen, in order.
+    """
+
+    def __init__(self, given: Mapping[str, Any]) -> None:
+        self.settings = dict(given)
+        self.made: list[Choice] = []
+
+    def take(self, key: str, value: Any, why: str) -> Any:
+        """The given value of a setting, else this one."""
+        if key not in self.settings:
+            self.settings[key] = value
+            self.made.append(Choice(key, value, why))
+        return self.settings[key]
+
+
+def image_settings(choices: Choices, images: Images) -> None:
+    """How images are read: channels, mean and std.
+
+    Args:
+        choices: goes on.
+        images: their facts.
+    """
+    in_chans = choices.take("data.in_chans", images.in_chans, "that most of the images have")
+    if "data.mean" in choices.settings or "data.std" in choices.settings:
+        return
+    if len(images.mean) != in_chans:
+        return  # the settings say what is missing
+    if in_chans not in (1, 3):
+        why = f"measured: {in_chans} channels have no usual values"
+    elif images.is_deep:
+        why = "measured: the images are not of 8 bits"
+    elif far_from_usual(images.mean, images.std):
+        why = "measured: far from ImageNet's"
+    else:
+        return
+    choices.take("data.mean", [float(f"{value:.4g}") for value in images.mean], why)
+    choices.take("data.std", [max(float(f"{value:.4g}"), 1e-6) for value in images.std], why)
+
+
+def far_from_usual(mean: Sequence[float], std: Sequence[float]) -> bool:
+    """Whether ImageNet's statistics would leave images more than half a std off the middle, or 1.5 times as wide."""
+    usual_mean, usual_std = sum(IMAGENET_MEAN) / 3, sum(IMAGENET_STD) / 3
+    return any(
+        abs(m - usual_mean) > usual_std / 2 or not 2 / 3 < s / usual_std < 3 / 2 for m, s in zip(mean, std, strict=True)
+    )
+
+
+def pretraining_network(choices: Choices, images: Images, device: str, held: ConvNeXtSpec | None) -> None:
+    """Image size, network, patches, masks and decoder: what a step costs.
+
+    Args:
+        choices: goes on.
+        images: their facts.
+        device: "cpu", or another type.
+        held: the network of the starting weights, if there are any.
+    """
+    side = choices.take("data.image_size", *_image_size(images.short_side, device))
+    side = min(side) if isinstance(side, list) else side
+    stem_stride, patch = GRIDS[max([known for known in GRIDS if known <= side], default=min(GRIDS))]
+    if held is not None:
+        spec, why = held, "that of model.init"
+    elif side < 192:
+        spec = WIDE if device != "cpu" and images.num >= 50_000 else SMALL
+        why = "three stages: a fine grid of patches on small images"
+    elif device == "cpu" or images.num < 100_000:
+        spec, why = VARIANTS["convnextv2_atto"], "the smallest published one, as the images are few or the device a CPU"
+    elif images.num < 1_000_000:
+        spec, why = VARIANTS["convnextv2_nano"], "100,000 images and more"
+    else:
+        spec, why = VARIANTS["convnextv2_tiny"], "a million images and more"
+    chosen = choices.take("model.variant", _written(spec), why)
+    spec = _read(chosen)
+    if held is None:
+        stride = choices.take("model.stem_stride", stem_stride, f"{side} pixels: {side // patch} patches a side")
+    else:
+        stride = choices.take("model.stem_stride", held.stem_stride, "that of model.init")
+    total = (stride or spec.stem_stride) << (spec.num_stages - 1)
+    choices.take("model.mask_patch", *_mask_patch(side, total))
+    choices.take("model.mask_ratio", 0.6, "as published")
+    narrow = max(spec.dims) <= 160
+    choices.take(
+        "model.decoder_dim", 128 if narrow else 256 if device == "cpu" else 512, "about the encoder's last width"
+    )
+
+
+def _image_size(short_side: int, device: str) -> tuple[int, str]:
+    largest = LARGEST.get(device, max(GRIDS))
+    fitting = [side for side in GRIDS if side <= min(short_side, largest)]
+    side = max(fitting, default=min(GRIDS))
+    if not fitting:
+        return side, f"the images' {short_side} pixels enlarged: 6 patches of 8 pixels a side"
+    if side == largest and short_side > largest:
+        return side, f"of {short_side} pixels; {'a CPU has no time for more' if device == 'cpu' else 'as published'}"
+    return side, f"the images' shorter side is {short_side}"
+
+
+def _mask_patch(side: int, total_stride: int) -> tuple[int, str]:
+    """The multiple of the total stride that divides the side into a number of patches nearest to 7, as published."""
+    fitting = [patch for patch in range(total_stride, side, total_stride) if patch >= 8 and side % patch == 0]
+    patch = min(fitting, key=lambda patch: abs(side / patch - 7), default=total_stride)
+    return patch, f"{side // patch} x {side // patch} patches (published: 7 x 7)"
+
+
+def _written(spec: ConvNeXtSpec) -> Any:
+    """As the setting has it: a name where there is one."""
+    name = next((name for name, known in VARIANTS.items() if known == spec), None)
+    return name or spec.model_dump(mode="json", exclude_defaults=True, exclude={"stem_stride"})
+
+
+def _read(variant: Any) -> ConvNeXtSpec:
+    return VARIANTS[variant] if isinstance(variant, str) else ConvNeXtSpec.model_validate(variant)
+
+
+def pretraining_batch(choices: Choices, images: Images, device: str) -> None:
+    """Batch and learning rate, and what is held out.
+
+    Args:
+        choices: goes on.
+        images: their facts.
+        device: "cpu", or another type.
+    """
+    share = min(0.2, max(0.01, 32 / images.num))
+    share = choices.take("data.val_share", float(f"{share:.2g}"), "some 32 images for the validation loss, 1 % of many")
+    num = images.num - round(images.num * share)
+    largest = 128 if device == "cpu" else 4096
+    batch = min(largest, max(1, _power_of_two_below(num / (8 if device == "cpu" else 20))))
+    why = "8 steps an epoch or more" if batch < largest else "the most that is useful on a CPU"
+    batch = choices.take(
+        "batch_size", batch, why if device == "cpu" else "20 steps an epoch or more, 4,096 as published"
+    )
+    # Above some hundred images AdamW's best rate grows slowly: from 1e-3 to the published 2.4e-3 at 4,096.
+    rate = 1e-3 * max(1.0, batch / 256) ** (math.log(2.4) / math.log(16))
+    why = f"a peak of {rate:.2g} at this batch; published: 2.4e-3 at 4,096"
+    choices.take("optim.base_lr", float(f"{rate * 256 / batch:.3g}"), why)
+
+
+def finetuning_settings(
+    choices: Choices, images: Images, device: str, held: ConvNeXtSpec | None, held_side: int | None
+) -> None:
+    """Everything of a fine-tuning but its epochs, by the number of labels and their balance.
+
+    Args:
+        choices: goes on.
+        images: their facts, with class_counts.
+        device: "cpu", or another type.
+        held: the network of the starting weights, if there are any.
+        held_side: the image size that these were trained at, if they say.
+    """
+    if held_side is not None:
+        side = choices.take("data.image_size", held_side, "that of model.init")
+    else:
+        side = choices.take("data.image_size", *_image_size(images.short_side, device))
+    side = min(side) if isinstance(side, list) else side
+    if held is None:
+        stem_stride, _ = GRIDS[max([known for known in GRIDS if known <= side], default=min(GRIDS))]
+        spec = SMALL if side < 192 else VARIANTS["convnextv2_atto"]
+        choices.take("model.variant", _written(spec), "from scratch: small, for few labels")
+        choices.take("model.stem_stride", stem_stride, f"{side} pixels")
+    num = sum(images.class_counts)
+    few = num < 10_000
+    batch = min(128 if device == "cpu" else 512, max(8, _power_of_two_below(num / 16)))
+    batch = choices.take("batch_size", batch, f"{num:,} labels: 16 steps an epoch or more")
+    rate = 1e-3
+    choices.take("optim.base_lr", float(f"{rate * 256 / batch:.3g}"), f"a peak of {rate:g} at this batch")
+    if held is not None:
+        choices.take("optim.layer_decay", 0.9, "as published: layers near the images change less")
+    choices.take("model.drop_path_rate", 0.1, "as published for the smallest networks")
+    choices.take("data.crop_scale", [0.35, 1.0], "objects are not to be cut off" if few else "many labels")
+    augments = images.in_chans in (1, 3) and not images.is_deep and side >= 96 and num >= 1000
+    if augments:
+        choices.take("data.auto_augment", "rand-m9-mstd0.5-inc1", "as published, 8-bit images of 96 pixels and more")
+    else:
+        choices.take("data.auto_augment", None, "made for 8-bit photographs; here they are small, few, deep or banded")
+    choices.take("data.random_erasing", 0.0 if few else 0.25, "fewer than 10,000 labels" if few else "as published")
+    choices.take("data.crop_pct", 1.0, "the whole shorter side, as pretraining has it")
+    smallest, largest = min(images.class_counts), max(images.class_counts)
+    if largest >= 3 * smallest:
+        why = f"classes have {smallest:,} to {largest:,} images"
+        choices.take("regularization.class_weights", "balanced", why)
+
+
+def finetuning_epochs(images: Images) -> int:
+    """How long labels are worth learning from, if there is time: 100 epochs of few labels, 30 of a hundred thousand."""
+    num = sum(images.class_counts)
+    return 100 if num <= 5_000 else 50 if num <= 50_000 else 30
+
+
+def duration(choices: Choices, num_images: int, hours: float, images_per_s: float, most: int = MAX_EPOCHS) -> None:
+    """Epochs, warm-up, and how often is saved, evaluated and logged, for the hours that there are.
+
+    Args:
+        choices: goes on.
+        num_images: to learn from, each as often as it has masks.
+        hours: that the run may take.
+        images_per_s: measured, counted as batch_size counts them.
+        most: epochs that are of use.
+    """
+    batch = choices.settings["batch_size"]
+    views = images_per_s * hours * 3600 * TRAINING_SHARE
+    epochs = min(most, max(1, int(views / num_images)))
+    why = f"{epochs * num_images:,} views at {images_per_s:,.0f} images/s"
+    epochs = choices.take("epochs", epochs, why if epochs < most else f"{why}; more is of no use")
+    seconds = epochs * num_images / images_per_s
+    warmup = min(40, epochs / 20)
+    choices.take("optim.warmup_epochs", float(f"{warmup:.3g}"), "a twentieth of the run, as published")
+    every = epochs / max(1, min(epochs, seconds / 600))
+    choices.take("checkpoint.every_epochs", float(f"{every:.3g}"), "every ten minutes or so")
+    looks = max(3, min(20, seconds / 180))
+    choices.take("log.eval_epochs", float(f"{max(epochs / looks, 1e-3):.3g}"), f"about {looks:.0f} times in the run")
+    lines = epochs * num_images / batch / max(1.0, seconds / 10)
+    choices.take("log.every_steps", max(1, min(50, round(lines))), "a line every ten seconds or so")
+
+
+def _power_of_two_below(value: float) -> int:
+    return 1 << int(math.log2(value)) if value >= 1 else 1

@@ -1,0 +1,76 @@
+"""What a set of images is like, from a sample of them: sizes, channels, depth, mean and std."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from dataclasses import dataclass
+from typing import BinaryIO
+
+from fcmae.data.index import Images
+from fcmae.data.readers import OpenImage, open_image
+from fcmae.data.source import BadImage, OtherChannels
+from fcmae.data.split import evenly
+from fcmae.data.stats import channel_statistics
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Of the images that could be read.
+
+    Attributes:
+        num_seen: how many these are.
+        short_side: the median, in pixels.
+        in_chans: channels of most of them.
+        is_deep: whether most have more than 8 bits a channel.
+        mean: of each channel, as in `channel_statistics`.
+        std: likewise.
+    """
+
+    num_seen: int
+    short_side: int
+    in_chans: int
+    is_deep: bool
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def survey(images: Images, in_chans: int | None = None, max_images: int = 200) -> Survey:
+    """Look at a sample, evenly spread.
+
+    Args:
+        images: all.
+        in_chans: channels, where they are known; None finds out.
+        max_images: of the sample.
+
+    Raises:
+        ValueError: if none of the sample can be read.
+    """
+    sample = images.subset(evenly(len(images), max_images))
+    sides, channels, deep = list[int](), Counter[int](), Counter[bool]()
+    reason = ""
+    for i in range(len(sample)):
+        try:
+            with sample.open(i) as file:
+                image = _open(file)
+                sides.append(min(image.height, image.width))
+                channels[image.channels] += 1
+                deep[image.is_deep] += 1
+        except BadImage as error:
+            reason = reason or f"{sample.name(i)}: {error}"
+    if not sides:
+        raise ValueError(f"data.path: none of {len(sample)} images can be read; {reason}")
+    in_chans = in_chans or channels.most_common(1)[0][0]
+    mean, std, _ = channel_statistics(sample, in_chans, max_images=max_images)
+    return Survey(
+        len(sides), round(statistics.median(sides)), in_chans, deep.most_common(1)[0][0], tuple(mean), tuple(std)
+    )
+
+
+def _open(file: BinaryIO) -> OpenImage:
+    """With as many channels as it has: 1, 3 for colours with or without alpha, or another number of bands."""
+    try:
+        return open_image(file, 3)
+    except OtherChannels as error:
+        file.seek(0)
+        return open_image(file, error.channels)

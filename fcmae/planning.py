@@ -1,0 +1,270 @@
+"""A run's settings from its images, this machine and the time there is: what is found and measured for `choices`.
+
+Without --config, or where `hours` is given, what is not given is chosen before the run starts. It is written to the
+run's config.yaml with the reasons, and the same command takes it from there when it resumes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from fcmae import bench, choices, options
+from fcmae.config import BenchConfig, FinetuneConfig, PretrainConfig, RunConfig
+from fcmae.data.cores import free_memory
+from fcmae.data.index import Images, find_images, find_labelled
+from fcmae.data.survey import survey
+from fcmae.networks.spec import ConvNeXtSpec
+
+AT_ONCE = {"cpu": 64, "cuda": 256}  # images computed at once, to start from: more gain little
+MEMORY_SHARE = 0.7  # of what is free, for the run as it was measured
+Measure = Callable[[int], bench.Result]
+
+
+def pretraining(sketch: PretrainConfig, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What `fcmae pretrain` was not given, by dotted key.
+
+    Args:
+        sketch: its settings, checked one by one but not together, with `data.path`.
+        given: those that were given, by dotted key.
+
+    Raises:
+        ValueError: if there are no images, none can be read, or a step does not fit into the memory.
+    """
+    began = time.monotonic()
+    out = _run_directory(sketch, given, sketch.data.path[0])
+    if (saved := _saved(sketch, out, "pretrain")) is not None:
+        return {key: value for key, value in saved.items() if key not in given} | {"out": out}
+    _refuse_launcher()
+    images = find_images(sketch.data.path)
+    device = _device(sketch)
+    plan = choices.Choices(given)
+    facts = _facts(images, given.get("data.in_chans") and sketch.data.in_chans)
+    held = None if sketch.model.init is None else _held(sketch.model.init)[0]
+    choices.image_settings(plan, facts)
+    choices.pretraining_network(plan, facts, device, held)
+    choices.pretraining_batch(plan, facts, device)
+    hours = float(plan.take("hours", choices.default_hours(device), "give --hours for more or less"))
+    draft = {"epochs": 1} | plan.settings | {"out": out, "seconds": _measured_s(hours), "log.trackers": "none"}
+    cfg = options.make(BenchConfig, draft)
+    result = _fit(plan, cfg, lambda at_once: _pretraining_step(cfg, at_once))
+    num_train = len(images) - round(len(images) * cfg.data.val_share)
+    hours -= (time.monotonic() - began) / 3600
+    choices.duration(plan, num_train * cfg.data.masks_per_image, hours, result.images_per_s)
+    return _chosen(plan) | {"out": out}
+
+
+def finetuning(sketch: FinetuneConfig, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What `fcmae finetune` was not given, by dotted key.
+
+    Args:
+        sketch: its settings, checked one by one but not together, with `data.path`.
+        given: those that were given, by dotted key.
+
+    Raises:
+        ValueError: as in `pretraining`.
+    """
+    began = time.monotonic()
+    assert sketch.data.path is not None
+    out = _run_directory(sketch, given, sketch.data.path)
+    if (saved := _saved(sketch, out, "finetune")) is not None:
+        return {key: value for key, value in saved.items() if key not in given} | {"out": out}
+    _refuse_launcher()
+    images = find_labelled(sketch.data.path)
+    device = _device(sketch)
+    plan = choices.Choices(given)
+    held, image = (None, {}) if sketch.model.init is None else _held(sketch.model.init)
+    if "input_size" in image:
+        plan.take("data.in_chans", image["input_size"][0], "that of model.init")
+    facts = _facts(images, plan.settings.get("data.in_chans"))
+    if "mean" not in image:
+        choices.image_settings(plan, facts)
+    choices.finetuning_settings(plan, facts, device, held, image.get("input_size", [None])[-1])
+    hours = float(plan.take("hours", choices.default_hours(device), "give --hours for more or less"))
+    cfg = options.make(FinetuneConfig, {"epochs": 1} | plan.settings | {"out": out, "log.trackers": "none"})
+    result = _fit(plan, cfg, lambda at_once: _finetuning_step(cfg, at_once, _measured_s(hours)))
+    num_train = len(images) if cfg.data.val_path else len(images) - round(len(images) * cfg.data.val_share)
+    hours -= (time.monotonic() - began) / 3600
+    choices.duration(plan, num_train, hours, result.images_per_s, choices.finetuning_epochs(facts))
+    return _chosen(plan) | {"out": out}
+
+
+def _chosen(plan: choices.Choices) -> dict[str, Any]:
+    values = {choice.key: choice.value for choice in plan.made}
+    return values | {"chosen": {choice.key: choice.why for choice in plan.made}}
+
+
+# Where the run is
+
+
+def _run_directory(sketch: RunConfig, given: Mapping[str, Any], images: str) -> Path:
+    """`out`, by default runs/NAME of the images; with a number where NAME is taken by another run."""
+    if sketch.out is not None:
+        return sketch.out
+    name = re.sub(r"[*?\[\]]", "", Path(images).expanduser().absolute().stem) or "images"
+    kind = "finetune" if isinstance(sketch, FinetuneConfig) else "pretrain"
+    name = name if kind == "pretrain" else f"{name}-tuned"
+    number, place = 1, Path("runs") / name
+    while place.exists() and not _goes_on(sketch, given, place, kind):
+        number += 1
+        place = Path("runs") / f"{name}-{number}"
+    return place
+
+
+def _goes_on(sketch: RunConfig, given: Mapping[str, Any], place: Path, kind: str) -> bool:
+    """Whether the run there is the one that this command began and did not end."""
+    saved = _saved(sketch, place, kind)
+    if saved is None:
+        return False
+    wanted = options.flat(sketch)
+    same = all(saved.get(key) == wanted[key] for key in given if key in wanted and key not in ("out", "overwrite"))
+    return same and not _finished(place)
+
+
+def _finished(place: Path) -> bool:
+    with suppress(OSError):
+        return re.search(r" finished \d+ steps$", (place / "train.log").read_text(errors="replace"), re.M) is not None
+    return False
+
+
+def _saved(sketch: RunConfig, place: Path, kind: str) -> dict[str, Any] | None:
+    """The settings of the run in a directory, by dotted key; None without one of this kind, or if it is to go."""
+    config = place / "config.yaml"
+    if sketch.overwrite or not config.is_file() or not (place / "metrics.jsonl").exists():
+        return None
+    with config.open(encoding="utf-8", errors="replace") as file:
+        if not file.readline().startswith(f"# fcmae {kind} "):
+            return None
+    return options.flat(options.read(type(sketch), config))
+
+
+# What is found and measured
+
+
+def _facts(images: Images, in_chans: int | None) -> choices.Images:
+    found = survey(images, in_chans)
+    counts: tuple[int, ...] = ()
+    if images.labels is not None and images.class_names is not None:
+        counts = tuple(int((images.labels == number).sum()) for number in range(len(images.class_names)))
+    return choices.Images(len(images), found.short_side, found.in_chans, found.is_deep, found.mean, found.std, counts)
+
+
+def _held(init: str) -> tuple[ConvNeXtSpec, dict[str, Any]]:
+    """The network of starting weights, and how their images were read."""
+    from fcmae.weights.files import read_weights
+
+    if not Path(init).exists():
+        raise ValueError(
+            f"model.init = {init} does not exist: give a run, a checkpoint, a directory or a file of weights"
+        )
+    weights = read_weights(Path(init))
+    return weights.architecture.spec, weights.image
+
+
+def _device(sketch: RunConfig) -> str:
+    import torch
+
+    return "cuda" if sketch.device == "auto" and torch.cuda.is_available() else "cpu"
+
+
+def _refuse_launcher() -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            "hours: settings are chosen by one process: print them with it (--print-config > FILE), and start the "
+            "others with --config FILE"
+        )
+
+
+def _measured_s(hours: float) -> float:
+    return min(10.0, max(2.0, 36 * hours))
+
+
+def _fit(plan: choices.Choices, cfg: RunConfig, measure: Measure) -> bench.Result:
+    """Time a step, and set grad_accum so that it fits into the memory.
+
+    Raises:
+        ValueError: if one image at a time does not, or a step cannot run.
+    """
+    device, free = _device(cfg), free_memory()
+    unit = getattr(cfg.data, "masks_per_image", 1)
+    at_once = cfg.batch_size // cfg.grad_accum
+    while "grad_accum" not in plan.settings and at_once > AT_ONCE[device] and at_once % (2 * unit) == 0:
+        at_once //= 2
+    while True:
+        try:
+            result = measure(at_once)
+            if device != "cpu" or result.memory <= MEMORY_SHARE * free:
+                break
+            why = f"{at_once} images at once take {result.memory / 1e9:.1f} GB of {free / 1e9:.1f} GB"
+        except bench.Failed as error:
+            why = f"{at_once} images at once: {error}"
+            if bench.OUT_OF_MEMORY not in why:
+                raise ValueError(f"a step does not run: {error}") from None
+        if "grad_accum" in plan.settings or at_once % (2 * unit):
+            raise ValueError(
+                f"a step does not run: {why}; try --model.grad_checkpointing true, a smaller data.image_size or variant"
+            )
+        at_once //= 2
+    plan.take("grad_accum", cfg.batch_size // at_once, f"{at_once} images at once take {result.memory / 1e9:.1f} GB")
+    return result
+
+
+def _pretraining_step(cfg: BenchConfig, at_once: int) -> bench.Result:
+    candidate = bench.Candidate(cfg.model.backend, cfg.precision, at_once)
+    result: bench.Result = bench.in_process(bench.time_candidate, cfg, candidate, True)
+    return result
+
+
+def _finetuning_step(cfg: FinetuneConfig, at_once: int, measured_s: float) -> bench.Result:
+    result: bench.Result = bench.in_process(time_finetuning, cfg, at_once, measured_s)
+    return result
+
+
+def time_finetuning(cfg: FinetuneConfig, at_once: int, duration_s: float) -> bench.Result:
+    """Time steps of fine-tuning on the user's images, at a learning rate of 0.
+
+    Args:
+        cfg: of the run.
+        at_once: images computed at once.
+        duration_s: how long is timed, after a warm-up.
+    """
+    from fcmae import finetuning as run
+    from fcmae.data.loader import build_loader, choose_num_workers, prefetched
+    from fcmae.data.normalize import Normalize
+    from fcmae.data.sampler import StepSampler
+    from fcmae.timing import for_a_while
+    from fcmae.training.run import make_accelerator
+
+    accelerator = make_accelerator(cfg)
+    device = accelerator.device
+    weights = run.starting_weights(cfg)
+    images = find_labelled(cfg.data.path or "")
+    assert images.class_names is not None
+    net = run.build_model(cfg, weights, len(images.class_names)).to(device)
+    weights.image.update(run.image_settings(cfg, weights))
+    normalize = Normalize(weights.image["mean"], weights.image["std"]).to(device)
+    model, optimizer = accelerator.prepare(net, run.build_optimizer(cfg, net), device_placement=[True, False])
+    order = StepSampler(len(images), min(at_once, len(images)), cfg.seed, end_step=bench.ENDLESS)
+    workers = choose_num_workers(cfg.data.num_workers, device.type)
+    loader = build_loader(
+        run.build_train_set(cfg, images, weights), order, num_workers=workers, device_type=device.type
+    )
+    batches = prefetched(loader, device)
+
+    def step() -> None:
+        batch = next(batches)
+        loss = run.classification_loss(model(normalize(batch.images)), batch.given_labels, None, 0.0)
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()
+
+    for _ in range(2):
+        step()
+    times = for_a_while(step, duration_s, at_least=3)
+    return bench.Result(bench.Candidate("dense", "", at_once), at_once, tuple(times), 0.0, bench.peak_memory(device))
