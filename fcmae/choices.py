@@ -75,7 +75,13 @@ class Choices:
         self.made: list[Choice] = []
 
     def take(self, key: str, value: Any, why: str) -> Any:
-        """The given value of a setting, else this one."""
+        """The given value of a setting, else this one.
+
+        Args:
+            key: dotted.
+            value: to choose.
+            why: for the user.
+        """
         if key not in self.settings:
             self.settings[key] = value
             self.made.append(Choice(key, value, why))
