@@ -294,7 +294,7 @@ def report(cfg: BenchConfig, machine: Machine, best: Result, fed: Result | None)
     yield f"{cfg.epochs} epochs of {steps} steps: {took}, without evaluations and checkpoints"
 
 
-def run_hours(epochs: int, steps_per_epoch: int, batch_size: int, images_per_s: float) -> float:
+def run_hours(epochs: float, steps_per_epoch: int, batch_size: int, images_per_s: float) -> float:
     """Hours of training, without evaluations and checkpoints.
 
     Args:

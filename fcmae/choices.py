@@ -272,8 +272,9 @@ def duration(choices: Choices, num_images: int, hours: float, images_per_s: floa
     """
     batch = choices.settings["batch_size"]
     views = images_per_s * hours * 3600 * TRAINING_SHARE
-    epochs = min(most, max(1, int(views / num_images)))
-    why = f"{epochs * num_images:,} views at {images_per_s:,.0f} images/s"
+    epochs = min(most, max(views, batch) / num_images)
+    epochs = float(f"{epochs:.3g}") if epochs < 10 else round(epochs)
+    why = f"{epochs * num_images:,.0f} views at {images_per_s:,.0f} images/s"
     epochs = choices.take("epochs", epochs, why if epochs < most else f"{why}; more is of no use")
     seconds = epochs * num_images / images_per_s
     warmup = min(40, epochs / 20)

@@ -195,14 +195,15 @@ def build_schedule(cfg: PretrainConfig, run: RunDirectory, images: Images) -> Sc
         ValueError: if the images are too few for a batch or are not those of the run, or the encoder would never learn.
     """
     per_epoch = steps_per_epoch(len(images), cfg.batch_size, cfg.data.masks_per_image)
-    if cfg.model.freeze_encoder_steps >= (total := cfg.epochs * per_epoch):
+    schedule = schedule_of(cfg, per_epoch, run.resume_step)
+    if cfg.model.freeze_encoder_steps >= schedule.total:
         raise ValueError(
-            f"model.freeze_encoder_steps = {cfg.model.freeze_encoder_steps}, but the run has {total} steps: "
+            f"model.freeze_encoder_steps = {cfg.model.freeze_encoder_steps}, but the run has {schedule.total} steps: "
             "its encoder would never learn"
         )
     if run.resume_from is not None:
         checkpoint.check_images(run.resume_from, images.fingerprint())
-    return schedule_of(cfg, per_epoch, run.resume_step)
+    return schedule
 
 
 def build_model(cfg: PretrainConfig) -> FCMAE:

@@ -307,8 +307,8 @@ class RunConfig(Settings):
     """Delete the run that is in `out` and start anew."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Seeds the weights, the order of the images, the crops and the masks."""
-    epochs: int = Field(800, ge=1)
-    """Passes over the training images."""
+    epochs: int | float = Field(800, gt=0)
+    """Passes over the training images; a fraction is allowed."""
     batch_size: int = Field(4096, ge=1)
     """Images a step, over all processes and accumulated batches."""
     grad_accum: int = Field(1, ge=1)
@@ -462,8 +462,8 @@ class FinetuneConfig(RunConfig):
     Example: fcmae finetune labelled --config finetune_cpu --init runs/first --out runs/tuned
     """
 
-    epochs: int = Field(100, ge=1)
-    """Passes over the training images."""
+    epochs: int | float = Field(100, gt=0)
+    """Passes over the training images; a fraction is allowed."""
     batch_size: int = Field(1024, ge=1)
     """Images a step, over all processes and accumulated batches."""
     eval_only: bool = False

@@ -47,7 +47,7 @@ def schedule_of(cfg: RunConfig, per_epoch: int, start: int) -> Schedule:
     return Schedule(
         start=start,
         per_epoch=per_epoch,
-        total=cfg.epochs * per_epoch,
+        total=max(1, round(cfg.epochs * per_epoch)),
         peak_lr=cfg.optim.base_lr * cfg.batch_size / 256,
         min_lr=cfg.optim.min_lr,
         warmup=round(cfg.optim.warmup_epochs * per_epoch),
@@ -142,7 +142,7 @@ class Steps:
             logger.info(message, 100 * share, threads.in_force() or "fcmae doctor says more")
         if self.schedule.warmup >= self.schedule.total and self.accelerator.is_main_process:
             logger.warning(
-                "the learning rate never reaches its peak of %.3g: the warm-up takes %g epochs and the run has %d; "
+                "the learning rate never reaches its peak of %.3g: the warm-up takes %g epochs and the run has %g; "
                 "lower optim.warmup_epochs or raise epochs",
                 self.schedule.peak_lr,
                 self.cfg.optim.warmup_epochs,
