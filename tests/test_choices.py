@@ -1,0 +1,137 @@
+"""Rules for what a run is not given: what they choose, what they leave alone, and that they fit together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fcmae import choices
+from fcmae.choices import Choices, Images
+from fcmae.config import FinetuneConfig, PretrainConfig
+from fcmae.networks.spec import ConvNeXtSpec
+from fcmae.options import make
+
+USUAL = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+
+
+def images(num: int = 1000, short_side: int = 224, in_chans: int = 3, **changed: Any) -> Images:
+    return Images(num, short_side, in_chans, **({"is_deep": False, **USUAL} | changed))
+
+
+def pretraining(
+    facts: Images, device: str = "cpu", given: dict[str, Any] | None = None, speed: float = 100, hours: float = 1
+) -> PretrainConfig:
+    """The settings of a run, through all rules."""
+    plan = Choices(given or {})
+    choices.image_settings(plan, facts)
+    choices.pretraining_network(plan, facts, device, None)
+    choices.pretraining_batch(plan, facts, device)
+    choices.duration(plan, facts.num, hours, speed)
+    return make(PretrainConfig, plan.settings | {"data.path": ["photos"], "out": "out"})
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("num", [2, 50, 990, 10_000, 10**7])
+@pytest.mark.parametrize("short_side", [8, 28, 64, 100, 150, 200, 4000])
+def test_whatever_the_images_the_settings_fit_together(device: str, num: int, short_side: int) -> None:
+    cfg = pretraining(images(num, short_side), device)
+    side = cfg.data.image_size[0]
+    assert 6 <= side // cfg.model.mask_patch <= 8
+    assert cfg.batch_size <= num
+    assert side <= max(48, short_side)
+
+
+def test_what_is_given_stays_and_the_rest_fits_it() -> None:
+    given = {"data.image_size": [160, 160], "batch_size": 7, "optim.base_lr": 1.0, "epochs": 3}
+    cfg = pretraining(images(), given=given)
+    assert (cfg.data.image_size, cfg.batch_size, cfg.optim.base_lr, cfg.epochs) == ((160, 160), 7, 1.0, 3)
+    assert 160 % cfg.model.mask_patch == 0
+    assert cfg.optim.warmup_epochs == pytest.approx(3 / 20)
+
+
+def test_a_given_network_gets_patches_of_whole_strides() -> None:
+    cfg = pretraining(images(), given={"model.variant": "convnextv2_nano", "model.stem_stride": 2})
+    assert cfg.model.mask_patch % 16 == 0
+
+
+def test_the_hours_are_filled_and_no_more() -> None:
+    cfg = pretraining(images(5000), speed=100, hours=2)
+    assert cfg.epochs == pytest.approx(2 * 3600 * 100 * choices.TRAINING_SHARE / 5000, rel=0.02)
+    assert pretraining(images(10**6), speed=100, hours=0.1).epochs < 1
+    assert pretraining(images(50), speed=1000, hours=24).epochs == choices.MAX_EPOCHS
+
+
+def test_the_learning_rate_is_the_published_one_at_the_published_batch() -> None:
+    cfg = pretraining(images(10**7), "cuda")
+    assert cfg.batch_size == 4096
+    assert cfg.optim.base_lr == pytest.approx(1.5e-4, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("changed", "is_measured"),
+    [
+        ({}, False),
+        ({"mean": (0.1, 0.1, 0.1)}, True),
+        ({"std": (0.05, 0.05, 0.05)}, True),
+        ({"is_deep": True}, True),
+        ({"in_chans": 4, "mean": (0.4,) * 4, "std": (0.2,) * 4}, True),
+    ],
+)
+def test_statistics_are_those_of_the_images_where_the_usual_ones_are_wrong(
+    changed: dict[str, Any], is_measured: bool
+) -> None:
+    facts = images(**changed)
+    cfg = pretraining(facts)
+    assert (cfg.data.mean is not None) == is_measured
+    if is_measured:
+        assert cfg.data.statistics() == (list(facts.mean), list(facts.std))
+
+
+def test_statistics_that_are_given_are_left_alone() -> None:
+    cfg = pretraining(images(is_deep=True), given={"data.mean": [0, 0, 0], "data.std": [1, 1, 1]})
+    assert cfg.data.statistics() == ([0, 0, 0], [1, 1, 1])
+
+
+def tuning(facts: Images, held: ConvNeXtSpec | None = None, side: int | None = None, **given: Any) -> FinetuneConfig:
+    plan = Choices(given)
+    choices.image_settings(plan, facts)
+    choices.finetuning_settings(plan, facts, "cpu", held, side)
+    choices.duration(plan, facts.num, 1, 100, choices.finetuning_epochs(facts))
+    init = {} if held is None else {"model.init": "run"}
+    return make(FinetuneConfig, plan.settings | init | {"data.path": "labelled", "out": "out"})
+
+
+def test_classes_are_balanced_where_one_has_three_times_the_images_of_another() -> None:
+    assert tuning(images(class_counts=(30, 10))).regularization.class_weights == "balanced"
+    assert tuning(images(class_counts=(29, 10))).regularization.class_weights is None
+
+
+def test_fine_tuning_takes_network_and_size_of_its_weights() -> None:
+    cfg = tuning(images(class_counts=(500, 500)), choices.SMALL, 64)
+    assert (cfg.model.variant, cfg.data.image_size, cfg.optim.layer_decay) == (None, (64, 64), 0.9)
+    scratch = tuning(images(class_counts=(500, 500)))
+    assert scratch.model.spec is not None and scratch.optim.layer_decay == 1
+
+
+@pytest.mark.parametrize(
+    ("facts", "augments"),
+    [
+        (images(class_counts=(5000, 5000)), True),
+        (images(class_counts=(50, 50)), False),
+        (images(class_counts=(5000, 5000), is_deep=True), False),
+        (images(class_counts=(5000, 5000), short_side=64), False),
+    ],
+)
+def test_photographs_alone_are_augmented_as_photographs(facts: Images, augments: bool) -> None:
+    assert (tuning(facts).data.auto_augment is not None) == augments
+
+
+def test_every_choice_has_a_reason() -> None:
+    plan = Choices({})
+    choices.image_settings(plan, images(is_deep=True))
+    choices.pretraining_network(plan, images(), "cuda", None)
+    choices.pretraining_batch(plan, images(), "cuda")
+    choices.duration(plan, 1000, 1, 100)
+    assert len(plan.made) >= 14 and all(choice.why for choice in plan.made)
+    assert len({choice.key for choice in plan.made}) == len(plan.made)

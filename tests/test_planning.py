@@ -1,0 +1,163 @@
+"""Runs that are told nothing but their images: what is found out, what a resume keeps, where they go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+
+import fcmae
+from fcmae import bench, cli, planning
+from fcmae.config import PretrainConfig
+from fcmae.data.index import find_images
+from fcmae.data.survey import survey
+from fcmae.options import load, read
+from tests.runs import TINY, forget_accelerator, write_images
+
+Write = Callable[[Path, np.random.Generator], None]
+
+
+def photo(path: Path, rng: np.random.Generator) -> None:
+    Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(path.with_suffix(".jpg"))
+
+
+def alpha(path: Path, rng: np.random.Generator) -> None:
+    Image.fromarray(rng.integers(0, 256, (40, 60, 4), dtype=np.uint8)).save(path.with_suffix(".png"))
+
+
+def grey(path: Path, rng: np.random.Generator) -> None:
+    Image.fromarray(rng.integers(0, 256, (40, 60), dtype=np.uint8)).save(path.with_suffix(".png"))
+
+
+def deep(path: Path, rng: np.random.Generator) -> None:
+    tifffile.imwrite(path.with_suffix(".tif"), rng.integers(0, 4096, (40, 60), dtype=np.uint16))
+
+
+def bands(path: Path, rng: np.random.Generator) -> None:
+    pixels = rng.random((40, 60, 5), dtype=np.float32)
+    tifffile.imwrite(path.with_suffix(".tif"), pixels, photometric="minisblack", planarconfig="contig")
+
+
+@pytest.mark.parametrize(
+    ("write", "in_chans", "is_deep"),
+    [(photo, 3, False), (alpha, 3, False), (grey, 1, False), (deep, 1, True), (bands, 5, True)],
+)
+def test_a_survey_finds_channels_depth_and_size(tmp_path: Path, write: Write, in_chans: int, is_deep: bool) -> None:
+    rng = np.random.default_rng(0)
+    for number in range(3):
+        write(tmp_path / f"{number}.x", rng)
+    found = survey(find_images([str(tmp_path)]))
+    assert (found.in_chans, found.is_deep, found.short_side, found.num_seen) == (in_chans, is_deep, 40, 3)
+    assert len(found.mean) == len(found.std) == in_chans
+
+
+def test_a_survey_passes_over_what_cannot_be_read(tmp_path: Path) -> None:
+    write_images(tmp_path, 4)
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff")
+    assert survey(find_images([str(tmp_path)])).num_seen == 4
+    with pytest.raises(ValueError, match=r"none of 1 images can be read; .*broken.jpg"):
+        survey(find_images([str(tmp_path / "broken.jpg")]))
+
+
+SMALL = ["--model.variant", TINY, "--model.stem_stride", "1", "--model.decoder_dim", "8", "--device", "cpu"]
+SMALL += ["--data.num_workers", "0", "--log.trackers", "none", "--monitor.num_images", "0"]
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Steps are not timed; the numbers of images at once that would have been."""
+    asked: list[int] = []
+
+    def step(cfg: Any, at_once: int, *rest: Any) -> bench.Result:
+        asked.append(at_once)
+        return bench.Result(bench.Candidate("packed", "fp32", at_once), at_once, (at_once / 10,), 0.0, 10**9)
+
+    monkeypatch.setattr(planning, "_pretraining_step", step)
+    monkeypatch.setattr(planning, "_finetuning_step", step)
+    monkeypatch.setattr(planning, "free_memory", lambda: 8 * 10**9)
+    return asked
+
+
+@pytest.fixture
+def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of 13 images in the current directory."""
+    monkeypatch.chdir(tmp_path)
+    return write_images(tmp_path / "photos")
+
+
+def test_a_folder_alone_makes_a_run_that_records_and_keeps_its_choices(
+    photos: Path, measured: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["pretrain", "photos", "--hours", "0.001", *SMALL]
+    assert cli.main(words) == 0
+    forget_accelerator()
+    saved = read(PretrainConfig, Path("runs/photos/config.yaml"))
+    assert saved.epochs < 10 and "epochs" in saved.chosen and "data.num_workers" not in saved.chosen
+    log = Path("runs/photos/train.log").read_text()
+    assert "not given, so chosen" in log and saved.chosen["batch_size"] in log
+    # It is finished: the same command begins another.
+    assert cli.main(words) == 0
+    forget_accelerator()
+    assert Path("runs/photos-2/config.yaml").exists()
+    assert len(measured) == 2
+
+
+def test_a_run_that_was_cut_off_goes_on_with_what_was_chosen(photos: Path, measured: list[int]) -> None:
+    words = ["photos", "--hours", "0.001", *SMALL]
+    first = load(PretrainConfig, words, prog="x", complete=planning.pretraining)
+    assert first.out == Path("runs/photos")
+    run = Path("runs/photos")
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text(f"# fcmae pretrain {fcmae.__version__}\n{fcmae.options.dump(first)}")
+    (run / "metrics.jsonl").write_text('{"step": 1, "epoch": 0.5}\n')
+    again = load(PretrainConfig, words, prog="x", complete=planning.pretraining)
+    assert again == first and len(measured) == 1
+    other = load(PretrainConfig, [*words, "--seed", "1"], prog="x", complete=planning.pretraining)
+    assert other.out == Path("runs/photos-2")
+
+
+def test_a_file_of_settings_leaves_nothing_to_choose_unless_hours_are_given(photos: Path, measured: list[int]) -> None:
+    words = ["photos", "--config", "pretrain_cpu", "--out", "out"]
+    assert load(PretrainConfig, words, prog="x", complete=planning.pretraining).chosen == {}
+    cfg = load(PretrainConfig, [*words, "--hours", "1", "--batch_size", "4"], prog="x", complete=planning.pretraining)
+    assert "data.val_share" in cfg.chosen and "epochs" not in cfg.chosen and cfg.epochs == 100
+
+
+def test_images_at_once_are_halved_until_they_fit(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, measured: list[int]
+) -> None:
+    def step(cfg: Any, at_once: int) -> bench.Result:
+        measured.append(at_once)
+        if at_once == 8:
+            raise bench.Failed(bench.OUT_OF_MEMORY)
+        memory = (10 if at_once > 2 else 1) * 10**9
+        return bench.Result(bench.Candidate("packed", "fp32", at_once), 8, (1.0,), 0.0, memory)
+
+    monkeypatch.setattr(planning, "_pretraining_step", step)
+    words = ["photos", "--batch_size", "8", *SMALL]
+    cfg = load(PretrainConfig, words, prog="x", complete=planning.pretraining)
+    assert (measured, cfg.grad_accum) == ([8, 4, 2], 4)
+    with pytest.raises(ValueError, match=r"a step does not run: 8 images at once: out of memory; try"):
+        load(PretrainConfig, [*words, "--grad_accum", "1"], prog="x", complete=planning.pretraining)
+
+
+def test_a_launcher_is_told_to_print_the_settings_first(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(["pretrain", "photos", *SMALL]) == 2
+    assert "print them with it (--print-config > FILE)" in capsys.readouterr().err
+
+
+def test_steps_are_really_timed_and_their_memory_measured(photos: Path) -> None:
+    for name in ("a", "b"):
+        write_images(Path("labelled") / name, 9)
+    pretraining = ["pretrain", "photos", "--hours", "0.001", *SMALL, "--data.image_size", "48", "--print-config"]
+    for words in (pretraining, ["finetune", "labelled", "--hours", "0.001", "--device", "cpu", "--print-config"]):
+        with pytest.raises(SystemExit):
+            cli.main(words)
