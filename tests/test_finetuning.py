@@ -304,7 +304,8 @@ def test_two_processes_train_and_score_like_one(labelled: Path, tmp_path: Path) 
         "log.trackers": "none",
     }
     words = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
-    assert cli.main(["finetune", "--config", str(runs.DEFAULTS), *words, "--out", str(tmp_path / "one")]) == 0
+    words += ["--config", str(runs.DEFAULTS)]
+    assert cli.main(["finetune", *words, "--out", str(tmp_path / "one")]) == 0
     script = Path(__file__).parents[1] / "finetune.py"
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)]
     done = subprocess.run([*launch, *words, "--out", str(tmp_path / "two")], capture_output=True, text=True)
