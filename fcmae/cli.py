@@ -124,6 +124,12 @@ def _report(cfg: commands.ReportConfig) -> None:
     print(f"report: {report(cfg.runs, cfg.out)}")
 
 
+def _status(cfg: commands.StatusConfig) -> None:
+    from fcmae.evaluation.status import status
+
+    print(status(cfg.run))
+
+
 def _stats(cfg: commands.StatsConfig) -> None:
     from fcmae.data.cores import num_cores
     from fcmae.data.index import find_images
@@ -168,6 +174,7 @@ COMMANDS: dict[str, tuple[type[Settings], Callable[[Any], int | None]]] = {
     "embed": (commands.EmbedConfig, _embed),
     "analyze": (commands.AnalyzeConfig, _analyze),
     "report": (commands.ReportConfig, _report),
+    "status": (commands.StatusConfig, _status),
     "stats": (commands.StatsConfig, _stats),
     "doctor": (commands.DoctorConfig, _doctor),
     "verify": (commands.VerifyConfig, _verify),
@@ -194,7 +201,7 @@ def _complete_finetuning(sketch: config.FinetuneConfig, given: Mapping[str, Any]
 
 
 COMPLETE: dict[str, Complete] = {"pretrain": _complete_pretraining, "finetune": _complete_finetuning}
-IDLE = frozenset({"report", "stats", "doctor", "configs"})  # they compute nothing with torch
+IDLE = frozenset({"report", "status", "stats", "doctor", "configs"})  # they compute nothing with torch
 
 
 if __name__ == "__main__":

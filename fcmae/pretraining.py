@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shlex
 from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass
@@ -170,7 +171,8 @@ def train(
                 )
                 checkpoint.prune(run.path, cfg.checkpoint.keep, schedule.milestone_every)
     if steps.finished:
-        logger.info("next: fcmae convert %s DEST, or fcmae finetune --model.init %s", run.path, run.path)
+        place = shlex.quote(str(run.path))
+        logger.info("next: fcmae finetune LABELLED --init %s, or fcmae convert %s DEST; fcmae status %s", *[place] * 3)
     return steps.finished
 
 

@@ -84,6 +84,7 @@ ORDER = [
     "fcmae.evaluation.charts",
     "fcmae.evaluation.runs",
     "fcmae.evaluation.verdicts",
+    "fcmae.evaluation.status",
     "fcmae.evaluation.report",
     "fcmae.verify",
     "fcmae.bench",

@@ -183,6 +183,16 @@ class ReportConfig(Settings):
     """The page. Default: RUN/report.html, for one run."""
 
 
+class StatusConfig(Settings):
+    """Tell where a run stands, whether it works and what to do next; or list the runs below a folder.
+
+    Example: fcmae status runs/first
+    """
+
+    run: Annotated[UserPath, Spelling("RUN")] = Path("runs")
+    """The directory of a run, its name below runs/, or a folder of runs."""
+
+
 class StatsConfig(Settings):
     """Print the images' mean and std, as lines for a configuration.
 

@@ -1,0 +1,173 @@
+"""Where runs stand, whether they work, and what to type next: `fcmae status`."""
+
+from __future__ import annotations
+
+import fcntl
+import re
+import shlex
+from collections.abc import Iterator
+from datetime import datetime, timedelta
+from pathlib import Path
+
+from fcmae.data.source import printable
+from fcmae.evaluation.runs import Run, curve, finite, read_run
+from fcmae.evaluation.verdicts import is_collapsing, is_working
+from fcmae.tables import table
+from fcmae.training import checkpoint
+
+DEPTH = 3  # folders below the given one in which runs are looked for
+
+
+def status(place: Path) -> str:
+    """What is to be said of a run, or a table of the runs below a folder.
+
+    Args:
+        place: the directory of a run, or of runs.
+
+    Raises:
+        ValueError: if there is no run.
+    """
+    if (place / "config.yaml").is_file():
+        return "\n".join(_lines(read_run(place, printable(str(place)))))
+    runs = list(find_runs(place))
+    if not runs:
+        raise ValueError(f"{place} holds no run: give the directory of one, or of runs")
+    rows = [_row(run) for run in sorted(runs, key=lambda run: str(run.path))]
+    return table(("run", "kind", "state", "epoch", "loss", "best score"), rows, left=3)
+
+
+def find_runs(place: Path) -> Iterator[Run]:
+    """The runs in and below a folder, as far as they can be read."""
+    for depth in range(DEPTH + 1):
+        for config in sorted(place.glob("*/" * depth + "config.yaml")):
+            try:
+                yield read_run(config.parent, printable(str(config.parent.relative_to(place))))
+            except (ValueError, OSError):
+                continue  # of something else
+
+
+def state_of(path: Path) -> str:
+    """running, finished, stopped, failed, or cut off: it ended without a word.
+
+    Args:
+        path: of a run.
+    """
+    if _is_locked(path / ".lock"):
+        return "running"
+    last = _last_line(path / "train.log")
+    if re.search(r"\d finished \d+ steps$", last):
+        return "finished"
+    if " stopped by " in last:
+        return "stopped"
+    if re.search(r"\d \w+(Error|Exception): ", last):
+        return "failed"
+    return "cut off" if last else "not begun"
+
+
+def _is_locked(lock: Path) -> bool:
+    """Whether another process holds the lock that a run has while it lasts."""
+    try:
+        with lock.open("r+") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return False
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+
+
+def _last_line(log: Path) -> str:
+    """The last line of a log that says how a run ended or is going; what it advises to do next is no such line."""
+    try:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    stamped = [line for line in lines if re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line)]
+    return next(
+        (line for line in reversed(stamped) if not re.search(r":\d\d (next: |best and last model: )", line)), ""
+    )
+
+
+def _row(run: Run) -> tuple[str, ...]:
+    epochs = run.settings.get("epochs")
+    epoch = f"{run.lines[-1]['epoch']:.4g} of {epochs}" if run.lines else f"0 of {epochs}"
+    loss = curve(run, "loss", "")
+    score = _best_score(run)
+    return (
+        run.name,
+        run.kind,
+        state_of(run.path),
+        epoch,
+        f"{loss.values[-1]:.4f}" if loss else "",
+        "" if score is None else f"{score[0]} {score[1]:.4f}",
+    )
+
+
+def _best_score(run: Run) -> tuple[str, float] | None:
+    for key in ("balanced_accuracy", "knn_top1"):
+        values = [value for line in run.lines if (value := finite(line, key)) is not None]
+        if values:
+            return key, max(values)
+    return None
+
+
+def _lines(run: Run) -> Iterator[str]:
+    state = state_of(run.path)
+    step, epoch = (run.lines[-1][key] for key in ("step", "epoch")) if run.lines else (0, 0)
+    yield f"{run.name}: {run.kind}, {state} at step {step}, epoch {epoch:.4g} of {run.settings.get('epochs')}"
+    yield from _time(run, state)
+    if (score := _best_score(run)) is not None:
+        yield f"best {score[0]}: {score[1]:.4f}"
+    for verdict in (is_working([run]), *([is_collapsing([run])] if run.kind == "pretrain" else [])):
+        yield f"\n{verdict.question} {verdict.answer}"
+        yield from (f"  {sentence}" for sentence in verdict.sentences)
+    if state == "cut off":
+        yield "\nThe last start ended without a word, probably for want of memory, or as the machine went off."
+    for problem in run.problems:
+        yield f"\nproblem: {problem}"
+    yield "\nnext:"
+    yield from (f"  {command}" for command in next_commands(run, state))
+
+
+def _time(run: Run, state: str) -> Iterator[str]:
+    speeds = curve(run, "images_per_s", "")
+    if speeds is None:
+        return
+    seconds, before = 0.0, 0
+    for step, speed in zip(speeds.steps, speeds.values, strict=True):
+        seconds += (step - before) * float(run.settings.get("batch_size", 0)) / max(speed, 1e-9)
+        before = step
+    text = f"trained for {timedelta(seconds=round(seconds))}, {speeds.values[-1]:.1f} images/s"
+    epoch, epochs = run.lines[-1]["epoch"], run.settings.get("epochs")
+    if state == "running" and isinstance(epochs, int | float) and epoch:
+        left = timedelta(seconds=round(seconds * (epochs - epoch) / epoch))
+        text += f"; {left} left, to {(datetime.now() + left).strftime('%H:%M')}"
+    yield text
+
+
+def next_commands(run: Run, state: str) -> list[str]:
+    """What to type next, ready to be copied.
+
+    Args:
+        run: that stands where it stands.
+        state: see `state_of`.
+    """
+    path = shlex.quote(str(run.path))
+    if state == "running":
+        return [f"fcmae status {path}", f"fcmae report {path}"]
+    if state in ("stopped", "cut off", "failed", "not begun") or checkpoint.latest(run.path) is None:
+        if state != "finished" and run.starts and (given := run.starts[-1].get("command")):
+            return [f"{given}  # goes on", f"fcmae report {path}"]
+        return [f"fcmae report {path}"]
+    if run.kind == "finetune":
+        return [
+            f"fcmae predict {path} IMAGES --csv predictions.csv",
+            f"fcmae convert {path} DEST",
+            f"fcmae report {path}",
+        ]
+    return [
+        f"fcmae evaluate {path} random:{path} --data LABELLED",
+        f"fcmae finetune LABELLED --init {path}",
+        f"fcmae convert {path} DEST",
+        f"fcmae report {path}",
+    ]
