@@ -281,7 +281,7 @@ def duration(choices: Choices, num_images: int, hours: float, images_per_s: floa
     choices.take("optim.warmup_epochs", float(f"{warmup:.3g}"), "a twentieth of the run, as published")
     every = epochs / max(1, min(epochs, seconds / 600))
     choices.take("checkpoint.every_epochs", float(f"{every:.3g}"), "every ten minutes or so")
-    looks = max(3, min(20, seconds / 180))
+    looks = max(5, min(20, seconds / 180))  # of which a judgement on the features takes four
     choices.take("log.eval_epochs", float(f"{max(epochs / looks, 1e-3):.3g}"), f"about {looks:.0f} times in the run")
     lines = epochs * num_images / batch / max(1.0, seconds / 10)
     choices.take("log.every_steps", max(1, min(50, round(lines))), "a line every ten seconds or so")

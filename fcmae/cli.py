@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -161,7 +162,19 @@ def _configs(cfg: commands.ConfigsConfig) -> None:
     shipped = shipped_configs()
     width = max(map(len, shipped), default=0)
     for name, path in shipped.items():
-        print(f"{name:{width}}  {path.read_text(encoding='utf-8').partition(chr(10))[0].removeprefix('# ')}")
+        lines = path.read_text(encoding="utf-8").splitlines()
+        title = next(line for line in lines if not line.startswith("# yaml-language-server"))
+        print(f"{name:{width}}  {title.removeprefix('# ')}")
+
+
+def _completion(cfg: commands.CompletionConfig) -> None:
+    from fcmae.completion import script
+
+    print(script(cfg.shell, {name: settings for name, (settings, _) in COMMANDS.items()}), end="")
+
+
+def _schema(cfg: commands.SchemaConfig) -> None:
+    print(json.dumps(COMMANDS[cfg.command][0].model_json_schema(), indent=1))
 
 
 COMMANDS: dict[str, tuple[type[Settings], Callable[[Any], int | None]]] = {
@@ -179,6 +192,8 @@ COMMANDS: dict[str, tuple[type[Settings], Callable[[Any], int | None]]] = {
     "doctor": (commands.DoctorConfig, _doctor),
     "verify": (commands.VerifyConfig, _verify),
     "configs": (commands.ConfigsConfig, _configs),
+    "schema": (commands.SchemaConfig, _schema),
+    "completion": (commands.CompletionConfig, _completion),
 }
 
 
@@ -201,7 +216,9 @@ def _complete_finetuning(sketch: config.FinetuneConfig, given: Mapping[str, Any]
 
 
 COMPLETE: dict[str, Complete] = {"pretrain": _complete_pretraining, "finetune": _complete_finetuning}
-IDLE = frozenset({"report", "status", "stats", "doctor", "configs"})  # they compute nothing with torch
+IDLE = frozenset(
+    {"report", "status", "stats", "doctor", "configs", "schema", "completion"}
+)  # they compute nothing with torch
 
 
 if __name__ == "__main__":

@@ -228,6 +228,20 @@ def diff(saved: RunConfig, new: RunConfig) -> list[str]:
     ]
 
 
+def words_of(model: type[Settings]) -> dict[str, list[str]]:
+    """Every flag of a command, for the completion of its line, each with the words that its value may be, if few."""
+    found: dict[str, list[str]] = {}
+    for key, field in {**_fields(model), **_fields(_Also)}.items():
+        if _spelling(field).hidden:
+            continue
+        kinds = _kinds(field.annotation)
+        items = [item for kind in kinds for arg in get_args(kind) for item in _kinds(arg)]
+        words = sorted(map(str, _choices([*kinds, *items]))) + (["true", "false"] if bool in kinds else [])
+        words = [*shipped_configs()] if key == "config" else words
+        found |= {f"--{name}": words for name in (_spelling(field).short, key) if name}
+    return found
+
+
 def shipped_configs() -> dict[str, Path]:
     """The configurations that come with the package, by name: from fcmae/configs, or configs/ in a clone."""
     package = Path(__file__).parent
@@ -416,7 +430,7 @@ def _metavar(kind: Any) -> str:
     if origin is Literal:
         return "|".join(map(str, args))
     if origin in (Union, UnionType):
-        return "|".join(dict.fromkeys(_metavar(arg) for arg in args if arg is not type(None)))
+        return "|".join(dict.fromkeys(_metavar(arg) for arg in args if arg is not type(None))).replace("N|X", "X")
     if origin is list or Ellipsis in args:
         return f"{_metavar(args[0])},..."
     if origin is tuple:

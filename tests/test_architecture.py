@@ -19,6 +19,7 @@ ORDER = [
     "fcmae.config",
     "fcmae.config.commands",
     "fcmae.options",
+    "fcmae.completion",
     "fcmae.choices",
     "fcmae.data",
     "fcmae.data.cores",

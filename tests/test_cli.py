@@ -1,4 +1,5 @@
 import importlib
+import json
 import shlex
 import subprocess
 import sys
@@ -140,6 +141,16 @@ def test_configs_lists_every_shipped_file_with_its_title(capsys: pytest.CaptureF
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
     assert any(line.startswith("pretrain_cpu ") and "laptop" in line for line in lines)
+
+
+@pytest.mark.parametrize("command", ["pretrain", "finetune"])
+def test_the_schema_that_editors_read_is_that_of_the_settings(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["schema", command]) == 0
+    printed = capsys.readouterr().out
+    assert (ROOT / "configs" / "schema" / f"{command}.json").read_text() == printed
+    schema = json.loads(printed)
+    assert {"out", "data", "model", "optim", "epochs"} <= schema["properties"].keys()
+    assert schema["additionalProperties"] is False
 
 
 def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

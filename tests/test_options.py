@@ -461,7 +461,9 @@ def test_every_shipped_configuration_loads_with_images_and_out_alone(name: str) 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_shipped_configuration_is_headed_by_what_to_expect(name: str) -> None:
-    head = SHIPPED[name].read_text(encoding="utf-8").splitlines()
+    kind = name.partition("_")[0]
+    modeline, *head = SHIPPED[name].read_text(encoding="utf-8").splitlines()
+    assert modeline == f"# yaml-language-server: $schema=schema/{kind}.json"
     comments = [line for line in head if line.startswith("#")]
     assert head[0].startswith("# ") and len(head[0]) < 100
     for label in ("# Command:", "# Hardware:", "# Expected time:", "# Expected result:"):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tifffile
 from PIL import Image
+from runs import TINY, forget_accelerator, write_images
 
 import fcmae
 from fcmae import bench, cli, planning
@@ -17,7 +18,6 @@ from fcmae.config import PretrainConfig
 from fcmae.data.index import find_images
 from fcmae.data.survey import survey
 from fcmae.options import load, read
-from tests.runs import TINY, forget_accelerator, write_images
 
 Write = Callable[[Path, np.random.Generator], None]
 

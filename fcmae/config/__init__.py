@@ -22,7 +22,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from fcmae.config.base import Backend, Conflict, Device, Section, Settings, Size, Spelling, UserPath, UserText
+from fcmae.config.base import Backend, Conflict, Device, RunText, Section, Settings, Size, Spelling, UserPath, UserText
 from fcmae.masking import num_visible
 from fcmae.networks.spec import VARIANTS, ConvNeXtSpec, variant_of
 
@@ -132,7 +132,7 @@ class EncoderConfig(Section):
 
     variant: Network | None = None
     """The network. Default: the one that `init` holds."""
-    init: Annotated[UserText | None, Spelling(short="init")] = Field(None, min_length=1)
+    init: Annotated[RunText | None, Spelling(short="init")] = Field(None, min_length=1)
     """Starting weights: a run, a checkpoint, or weights in any format that `fcmae convert` reads; a decoder that they
     do not have, or that does not fit, starts fresh. Default: all from scratch."""
     stem_stride: int | None = Field(None, ge=1, validate_default=True)
@@ -302,7 +302,8 @@ class RunConfig(Settings):
     """What both kinds of run share."""
 
     out: UserPath | None = None
-    """The run directory: everything a run writes goes here. The same command again resumes it."""
+    """The run directory: everything a run writes goes here. The same command again resumes it. Where settings are
+    chosen, runs/NAME of the images by default."""
     overwrite: bool = False
     """Delete the run that is in `out` and start anew."""
     seed: int = Field(0, ge=0, lt=2**32)
@@ -391,7 +392,10 @@ def _floor(share: float) -> str:
 class PretrainConfig(RunConfig):
     """Pretrain a ConvNeXt V2 (or V1) encoder on unlabeled images, by filling in what a mask hides.
 
-    Example: fcmae pretrain photos --config pretrain_cpu --out runs/first
+    Without --config, what is not given is chosen for the images, the machine and the hours;
+    --print-config shows it. `fcmae configs` lists recipes.
+
+    Example: fcmae pretrain photos --hours 4
     """
 
     data: PretrainData = Field(default_factory=PretrainData)
@@ -459,7 +463,10 @@ class PretrainConfig(RunConfig):
 class FinetuneConfig(RunConfig):
     """Train a classifier on labelled images, from pretrained weights or from scratch, or evaluate one.
 
-    Example: fcmae finetune labelled --config finetune_cpu --init runs/first --out runs/tuned
+    Without --config, what is not given is chosen for the images, the machine and the hours;
+    --print-config shows it. `fcmae configs` lists recipes.
+
+    Example: fcmae finetune labelled --init runs/photos --hours 1
     """
 
     epochs: int | float = Field(100, gt=0)

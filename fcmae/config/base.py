@@ -91,5 +91,25 @@ Size = Annotated[tuple[Annotated[int, Field(ge=8)], Annotated[int, Field(ge=8)]]
 # A path that a person writes: ~ is their home.
 UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
 UserText = Annotated[str, AfterValidator(os.path.expanduser)]
+
+
+def _find_run(name: str) -> str:
+    """A run may be named without the folder runs/, unless that names a file, a run or an exported model; random: stays.
+
+    The images of a run are often in a folder of the same name.
+    """
+    kind, colon, path = name.rpartition("random:")
+    text = os.path.expanduser(path)  # noqa: PTH111  # as UserText has it
+    given = Path(text)
+    place = Path("runs") / given
+    found = given.is_file() or any(
+        (given / file).is_file() for file in ("config.yaml", "config.json", "checkpoint.json")
+    )
+    return f"{kind}{colon}{text if found or not (place / 'config.yaml').is_file() else place}"
+
+
+# A run, by its path or its name below runs/, or what else a setting takes in its place.
+RunText = Annotated[str, AfterValidator(_find_run)]
+RunPath = Annotated[Path, AfterValidator(lambda path: Path(_find_run(str(path))))]
 Backend = Literal["packed", "triton", "masked", "minkowski"]
 Device = Literal["auto", "cpu"]

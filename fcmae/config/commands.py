@@ -8,7 +8,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from fcmae.config.base import Backend, Conflict, Device, Settings, Size, Spelling, UserPath, UserText
+from fcmae.config.base import (
+    Backend,
+    Conflict,
+    Device,
+    RunPath,
+    RunText,
+    Settings,
+    Size,
+    Spelling,
+    UserPath,
+    UserText,
+)
 
 
 def _stage(word: Any) -> Any:
@@ -53,7 +64,7 @@ class Source(Reading):
             yield ("images", "data"), "give either images or data: the images without or with labels"
 
 
-Models = Annotated[list[str], Field(min_length=1, examples=[["runs/first"]]), Spelling("MODEL", commas=False)]
+Models = Annotated[list[RunText], Field(min_length=1, examples=[["runs/first"]]), Spelling("MODEL", commas=False)]
 Stages = Annotated[tuple[int, ...] | None, BeforeValidator(_stages)]
 
 
@@ -94,7 +105,7 @@ class EmbedConfig(Source):
     Example: fcmae embed runs/first --data labelled --neighbours photo.jpg --out embedded
     """
 
-    model: Annotated[str, Spelling("MODEL")] = Field(examples=["runs/first"])
+    model: Annotated[RunText, Spelling("MODEL")] = Field(examples=["runs/first"])
     """A run, a checkpoint, an exported model, a name of timm's models, or random: before one of these."""
     out: UserPath = Field(examples=["embedded"])
     """Where results go."""
@@ -136,7 +147,7 @@ class PredictConfig(Reading):
     Example: fcmae predict runs/tuned photos --csv labels.csv
     """
 
-    model: Annotated[UserPath, Spelling("MODEL")] = Field(examples=["runs/tuned"])
+    model: Annotated[RunPath, Spelling("MODEL")] = Field(examples=["runs/tuned"])
     """A fine-tuning run, or its exported model."""
     images: Annotated[list[UserText], Spelling("IMAGES", commas=False)] = Field(min_length=1, examples=[["photos"]])
     """Images, folders, lists or glob patterns."""
@@ -150,7 +161,7 @@ class ConvertConfig(Settings):
     Example: fcmae convert runs/first encoder
     """
 
-    source: Annotated[UserPath, Spelling("SRC")] = Field(examples=["runs/first"])
+    source: Annotated[RunPath, Spelling("SRC")] = Field(examples=["runs/first"])
     """A run, a checkpoint, a timm or transformers directory, or a .safetensors or .pth file of any format, the released
     sparse and dense checkpoints too."""
     dest: Annotated[UserPath | None, Spelling("DEST")] = None
@@ -177,7 +188,7 @@ class ReportConfig(Settings):
     Example: fcmae report runs/first runs/tuned runs/scratch --out report.html
     """
 
-    runs: Annotated[list[UserPath], Spelling("RUN", commas=False)] = Field(min_length=1, examples=[["runs/first"]])
+    runs: Annotated[list[RunPath], Spelling("RUN", commas=False)] = Field(min_length=1, examples=[["runs/first"]])
     """Directories of pretraining or fine-tuning."""
     out: UserPath | None = None
     """The page. Default: RUN/report.html, for one run."""
@@ -189,7 +200,7 @@ class StatusConfig(Settings):
     Example: fcmae status runs/first
     """
 
-    run: Annotated[UserPath, Spelling("RUN")] = Path("runs")
+    run: Annotated[RunPath, Spelling("RUN")] = Path("runs")
     """The directory of a run, its name below runs/, or a folder of runs."""
 
 
@@ -240,3 +251,23 @@ class ConfigsConfig(Settings):
 
     Example: fcmae configs
     """
+
+
+class CompletionConfig(Settings):
+    """Print the script by which a shell completes our commands: source it where the shell starts.
+
+    Example: fcmae completion bash
+    """
+
+    shell: Annotated[Literal["bash", "zsh", "fish"], Spelling("SHELL")] = "bash"
+    """Of which kind."""
+
+
+class SchemaConfig(Settings):
+    """Print the JSON schema of a command's settings, by which editors check and complete YAML files.
+
+    Example: fcmae schema pretrain
+    """
+
+    command: Annotated[Literal["pretrain", "finetune"], Spelling("COMMAND")] = "pretrain"
+    """Whose settings."""

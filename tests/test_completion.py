@@ -1,0 +1,57 @@
+"""Scripts of shells, run by the shells that are here."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from fcmae.cli import COMMANDS
+from fcmae.completion import script
+
+SETTINGS = {name: settings for name, (settings, _) in COMMANDS.items()}
+
+
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [
+        (["pre"], {"pretrain", "predict"}),
+        (["pretrain", "--device", ""], {"auto", "cpu"}),
+        (["pretrain", "--overwrite", "t"], {"true"}),
+        (["finetune", "--model.hea"], {"--model.head_init_scale"}),
+        (["convert", "--to", "ti"], {"timm"}),
+        (["pretrain", "--config", "pretrain_c"], {"pretrain_cpu"}),
+        (["pretrain", "--chos"], set()),
+    ],
+)
+def test_bash_completes_commands_flags_and_values(words: list[str], completed: set[str], tmp_path: Path) -> None:
+    line = " ".join(f"'{word}'" for word in ("fcmae", *words))
+    ask = f"COMP_WORDS=({line}); COMP_CWORD={len(words)}; _fcmae; printf '%s\\n' \"${{COMPREPLY[@]}}\""
+    done = subprocess.run(
+        ["bash", "-c", script("bash", SETTINGS) + ask], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    assert set(done.stdout.split()) == completed
+
+
+def test_files_are_completed_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    ask = "COMP_WORDS=(fcmae pretrain pho); COMP_CWORD=2; _fcmae; echo ${COMPREPLY[@]}"
+    done = subprocess.run(
+        ["bash", "-c", script("bash", SETTINGS) + ask], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    assert done.stdout.split() == ["photos"]
+
+
+def test_zsh_takes_the_script_of_bash_and_fish_has_a_line_a_flag() -> None:
+    assert script("zsh", SETTINGS).endswith(script("bash", SETTINGS))
+    lines = script("fish", SETTINGS).splitlines()
+    assert "complete -c fcmae -n '__fish_seen_subcommand_from pretrain' -l device -x -a 'auto cpu'" in lines
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_shell_that_is_here_can_read_its_script(shell: str) -> None:
+    if shutil.which(shell) is None:
+        return  # nothing to read it
+    subprocess.run([shell, "-n"], input=script(shell, SETTINGS), text=True, check=True)

@@ -1,0 +1,104 @@
+"""What `fcmae status` says of runs in every state."""
+
+from __future__ import annotations
+
+import fcntl
+import multiprocessing
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+from reported import finetune_run, pretrain_run
+
+from fcmae import cli
+from fcmae.evaluation.status import state_of, status
+
+STAMP = "2030-01-02 03:04:05 "
+
+
+def log(run: Path, *lines: str) -> Path:
+    (run / "train.log").write_text("".join(f"{STAMP}{line}\n" for line in lines))
+    return run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pretrain_run(tmp_path_factory.mktemp("runs") / "first")
+
+
+@pytest.mark.parametrize(
+    ("lines", "state"),
+    [
+        (["step 60/60, epoch 6", "finished 60 steps", "next: fcmae convert"], "finished"),
+        (["step 9/60", "stopped by SIGTERM after step 9; the same command resumes"], "stopped"),
+        (["step 9/60", "FloatingPointError: step 10: the loss is nan"], "failed"),
+        (["finished 60 steps", "resuming after step 60", "step 9/60, epoch 1"], "cut off"),
+        ([], "not begun"),
+    ],
+)
+def test_the_log_tells_how_a_run_ended(run: Path, lines: list[str], state: str) -> None:
+    assert state_of(log(run, *lines)) == state
+
+
+def _hold(path: str, pipe: Connection) -> None:
+    with Path(path).open("w") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        pipe.send(True)
+        pipe.recv()
+
+
+@pytest.fixture
+def running(run: Path) -> Iterator[Path]:
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(target=_hold, args=(str(run / ".lock"), theirs))
+    process.start()
+    assert ours.recv()
+    yield log(run, "step 30/60, epoch 3.00")
+    ours.send(True)
+    process.join()
+
+
+def test_a_run_whose_lock_is_held_is_running_and_tells_its_end(running: Path) -> None:
+    assert state_of(running) == "running"
+    said = status(running)
+    assert "running at step 60" in said and " left, to " in said
+
+
+def test_a_finished_pretraining_names_what_can_be_done_with_it(run: Path) -> None:
+    log(run, "finished 60 steps")
+    (run / "checkpoints" / "step-00000060").mkdir(parents=True, exist_ok=True)
+    (run / "checkpoints" / "step-00000060" / "checkpoint.json").write_text("{}")
+    said = status(run)
+    assert "Is it working? " in said and "The loss went from" in said
+    for command in ("evaluate", "finetune LABELLED --init", "convert", "report"):
+        assert f"fcmae {command} " in said
+
+
+def test_a_run_that_was_cut_off_names_its_command(run: Path) -> None:
+    said = status(log(run, "step 30/60, epoch 3.00"))
+    assert "ended without a word, probably for want of memory" in said
+    assert "fcmae pretrain --out run  # goes on" in said
+
+
+def test_the_runs_below_a_folder_are_a_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pretrain_run(Path("runs/b"))
+    finetune_run(Path("runs/group/a"), 0.8)
+    (Path("runs") / "damaged").mkdir()
+    (Path("runs") / "damaged" / "config.yaml").write_bytes(b"\xff\x00")
+    assert cli.main(["status"]) == 0
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[:2] for row in rows] == [["b", "pretrain"], ["group/a", "finetune"]]
+    assert rows[1][5].startswith("balanced_accuracy 0.8")
+    # A run's name stands for its path, though images are in a folder of that name.
+    Path("b").mkdir()
+    assert cli.main(["status", "b"]) == 0
+    assert capsys.readouterr().out.startswith("runs/b: pretrain")
+
+
+def test_no_run_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no run: give the directory of one, or of runs"):
+        status(tmp_path)
