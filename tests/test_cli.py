@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import fcmae
-from fcmae.cli import COMMANDS, main
+from fcmae.cli import COMMANDS, COMPLETE, main
 from fcmae.config import FinetuneConfig, PretrainConfig
 from fcmae.config.commands import AnalyzeConfig, PredictConfig
 from fcmae.options import ConfigError, load
@@ -171,7 +171,8 @@ def test_every_command_has_help_and_an_example_that_can_be_used(
     settings, _ = COMMANDS[command]
     example = shlex.split(shown.partition("Example: ")[2].splitlines()[0])
     assert example[:2] == ["fcmae", command]
-    load(settings, example[2:], prog="test")
+    # Where it is left out, the directory is chosen.
+    load(settings, [*example[2:], *(["--out", "run"] if command in COMPLETE else [])], prog="test")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
