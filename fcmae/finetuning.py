@@ -76,6 +76,10 @@ def finetune(cfg: FinetuneConfig, net: Classifier | None = None) -> Run:
     weights = replace(weights, state={}, image=image_settings(cfg, weights), class_names=tuple(val_images.class_names))
     if run.resume_from is not None:
         checkpoint.check_images(run.resume_from, fingerprint(train_images, val_images))
+    elif not cfg.eval_only:
+        kept = checkpoint.num_kept(cfg.checkpoint.keep, cfg.epochs, cfg.checkpoint.milestone_epochs)
+        # The best and the last model too, which are a third of a checkpoint each.
+        checkpoint.check_space(run.path, net, kept + 1, 4 if cfg.regularization.ema_decay else 3)
     with run.open(accelerator.is_main_process), StopSignal() as stop:
         if accelerator.is_main_process:
             train_images.save(run.path / "files.json")

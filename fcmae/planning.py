@@ -10,7 +10,6 @@ import os
 import re
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -118,18 +117,14 @@ def _run_directory(sketch: RunConfig, given: Mapping[str, Any], images: str) -> 
 
 def _goes_on(sketch: RunConfig, given: Mapping[str, Any], place: Path, kind: str) -> bool:
     """Whether the run there is the one that this command began and did not end."""
+    from fcmae.training.run import how_it_ended
+
     saved = _saved(sketch, place, kind)
     if saved is None:
         return False
     wanted = options.flat(sketch)
     same = all(saved.get(key) == wanted[key] for key in given if key in wanted and key not in ("out", "overwrite"))
-    return same and not _finished(place)
-
-
-def _finished(place: Path) -> bool:
-    with suppress(OSError):
-        return re.search(r" finished \d+ steps$", (place / "train.log").read_text(errors="replace"), re.M) is not None
-    return False
+    return same and how_it_ended(place / "train.log") != "finished"
 
 
 def _saved(sketch: RunConfig, place: Path, kind: str) -> dict[str, Any] | None:

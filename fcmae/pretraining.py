@@ -84,6 +84,9 @@ def pretrain(cfg: PretrainConfig, net: FCMAE | None = None) -> Run:
     if net is None:
         net = build_model(cfg)
         started = start(cfg, net) if run.resume_from is None else []
+    if run.resume_from is None:
+        kept = checkpoint.num_kept(cfg.checkpoint.keep, cfg.epochs, cfg.checkpoint.milestone_epochs)
+        checkpoint.check_space(run.path, net, kept)
     labelled = None
     if cfg.monitor.labelled is not None and accelerator.is_main_process:
         labelled = find_monitored_labels(cfg.monitor.labelled, cfg.data.in_chans, cfg.data.image_size, cfg.seed)

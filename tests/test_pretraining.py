@@ -201,7 +201,7 @@ def test_a_run_writes_settings_logs_pictures_and_checkpoints(images: Path, tmp_p
     assert "dims 8-8-8-8, stem stride 1: 9 training images, 4 held out" in log
     assert "8 steps of 4 images on 1 x cpu in fp32" in log
     assert "step 8/8, epoch 4.00, loss" in log  # plain lines: there is no terminal here
-    assert f"next: fcmae convert {out} DEST" in log
+    assert f"next: fcmae finetune LABELLED --init {out}, or fcmae convert {out} DEST; fcmae status {out}" in log
 
 
 def test_the_validation_loss_is_of_the_same_pixels_under_the_same_masks_each_time(images: Path, tmp_path: Path) -> None:
@@ -649,3 +649,15 @@ def test_a_validation_loss_that_is_not_finite_stops_the_run_before_it_is_saved(
     assert run(images, tmp_path / "out", log__eval_epochs=1) == 2
     assert "step 3: the validation loss is nan" in capsys.readouterr().err
     assert not list((tmp_path / "out").glob("checkpoints/*"))
+
+
+def test_a_start_after_one_that_ended_without_a_word_says_so(tmp_path: Path) -> None:
+    images, out = write_images(tmp_path / "images"), tmp_path / "run"
+    for last, is_told in (("step 4/9, epoch 1.33", True), ("stopped by SIGTERM after step 4; the same", False)):
+        shutil.rmtree(out, ignore_errors=True)
+        assert run(images, out) == 0
+        lines = (out / "train.log").read_text().splitlines()
+        stamp = lines[0][:19]
+        (out / "train.log").write_text(f"{stamp} {last}\n")
+        assert run(images, out) == 0
+        assert ("the last start ended without a word" in (out / "train.log").read_text()) == is_told

@@ -241,3 +241,18 @@ def test_moments_that_do_not_fit_are_refused_before_adamw_reads_them(
     change(state)
     with pytest.raises(ValueError, match=problem):
         checkpoint.load_optimizer_state(optimizer, model, state, tmp_path / "optimizer.safetensors")
+
+
+def test_a_disk_without_room_for_the_checkpoints_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.Linear(250_000, 1, bias=False)  # of a megabyte: three with AdamW's moments
+    assert checkpoint.num_kept(2, 100, 30) == 5 and checkpoint.num_kept(2, 100, 0) == 2
+    for free, fits in ((9_000_000, True), (8_999_999, False)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda place, free=free: shutil._ntuple_diskusage(0, 0, free))
+        if fits:
+            checkpoint.check_space(tmp_path / "run", model, 2)
+            continue
+        with pytest.raises(ValueError, match="3 checkpoints of 3 MB do not fit, as the disk has 9 MB free: make room"):
+            checkpoint.check_space(tmp_path / "run", model, 2)
+    assert not (tmp_path / "run").exists()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import re
 import shlex
 from collections.abc import Iterator
 from datetime import datetime, timedelta
@@ -14,6 +13,7 @@ from fcmae.evaluation.runs import Run, curve, finite, read_run
 from fcmae.evaluation.verdicts import is_collapsing, is_working
 from fcmae.tables import table
 from fcmae.training import checkpoint
+from fcmae.training.run import how_it_ended
 
 DEPTH = 3  # folders below the given one in which runs are looked for
 
@@ -54,14 +54,7 @@ def state_of(path: Path) -> str:
     """
     if _is_locked(path / ".lock"):
         return "running"
-    last = _last_line(path / "train.log")
-    if re.search(r"\d finished \d+ steps$", last):
-        return "finished"
-    if " stopped by " in last:
-        return "stopped"
-    if re.search(r"\d \w+(Error|Exception): ", last):
-        return "failed"
-    return "cut off" if last else "not begun"
+    return how_it_ended(path / "train.log")
 
 
 def _is_locked(lock: Path) -> bool:
@@ -74,18 +67,6 @@ def _is_locked(lock: Path) -> bool:
         return False
     except OSError:
         return True
-
-
-def _last_line(log: Path) -> str:
-    """The last line of a log that says how a run ended or is going; what it advises to do next is no such line."""
-    try:
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return ""
-    stamped = [line for line in lines if re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line)]
-    return next(
-        (line for line in reversed(stamped) if not re.search(r":\d\d (next: |best and last model: )", line)), ""
-    )
 
 
 def _row(run: Run) -> tuple[str, ...]:

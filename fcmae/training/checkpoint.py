@@ -324,3 +324,38 @@ def prune(run: Path, keep: int, milestone_steps: float) -> None:
             aside = path.with_name(f".tmp-{path.name}")
             path.rename(aside)
             shutil.rmtree(aside)
+
+
+def check_space(run: Path, model: nn.Module, num_checkpoints: float, num_states: int = 3) -> None:
+    """Refuse to start a run whose checkpoints its disk cannot hold.
+
+    Args:
+        run: its directory, which need not be there yet.
+        model: what is saved.
+        num_checkpoints: that the run keeps.
+        num_states: tensors saved of each parameter: itself, AdamW's two moments, and the moving average if there is
+            one.
+
+    Raises:
+        ValueError: if the disk has less room than the checkpoints that stay and the one being written.
+    """
+    size = num_states * 4 * sum(tensor.numel() for tensor in model.state_dict().values())
+    place = next(folder for folder in (run.absolute(), *run.absolute().parents) if folder.exists())
+    needed, free = round(size * (num_checkpoints + 1)), shutil.disk_usage(place).free
+    if needed > free:
+        raise ValueError(
+            f"out = {run}: {num_checkpoints + 1:.0f} checkpoints of {size / 1e6:,.0f} MB do not fit, as the disk has "
+            f"{free / 1e6:,.0f} MB free: make room, give another out, or lower checkpoint.keep or raise "
+            "checkpoint.milestone_epochs"
+        )
+
+
+def num_kept(keep: int, epochs: float, milestone_epochs: int) -> float:
+    """Checkpoints that a run has at its end.
+
+    Args:
+        keep: the newest that stay.
+        epochs: of the run.
+        milestone_epochs: every how many one stays for good; 0 for never.
+    """
+    return keep + (epochs // milestone_epochs if milestone_epochs else 0)

@@ -51,6 +51,9 @@ from fcmae.training import checkpoint, own_files
 
 logger = logging.getLogger("fcmae")
 
+CUT_OFF = "cut off"
+STAMP = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
+
 Found = TypeVar("Found")
 
 
@@ -113,9 +116,7 @@ class RunDirectory:
         """Refuse to train over a run whose checkpoints are gone, as of one that is finished and tidied up."""
         if checkpoint.latest(self.path) is not None:
             return
-        log = self.path / "train.log"
-        finished = log.is_file() and re.search(r" finished \d+ steps$", log.read_text(errors="replace"), re.M)
-        if finished or (self.path / own_files.SAVED).exists():
+        if how_it_ended(self.path / "train.log") == "finished" or (self.path / own_files.SAVED).exists():
             raise ValueError(
                 f"out = {self.path} has the results of a run and no checkpoint to go on from: give another "
                 "--out, or --overwrite to delete it"
@@ -170,9 +171,32 @@ class RunDirectory:
             text = f"# fcmae {self.kind} {fcmae.__version__}\n{options.dump(self.cfg)}"
             write_text(self.path / "config.yaml", text)
             record_start(self.path / "environment.json", _uses_cpu(self.cfg))
+            ended = how_it_ended(self.path / "train.log")
             with _logging_to(self.path / "train.log"):
+                if self.exists and ended == CUT_OFF:
+                    logger.warning(
+                        "the last start ended without a word, as when the system kills what takes too much memory, or "
+                        "the machine went off; if it happens again, raise grad_accum or lower data.num_workers"
+                    )
                 _tell_choices(self.cfg)
                 yield
+
+
+def how_it_ended(log: Path) -> str:
+    """How a run's last start ended, by its train.log: finished, stopped, failed, or CUT_OFF; without one, not begun."""
+    try:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return "not begun"
+    advice = re.compile(STAMP + "(next: |best and last model: )")
+    last = next((line for line in reversed(lines) if re.match(STAMP, line) and not advice.match(line)), "")
+    if re.match(STAMP + r"finished \d+ steps$", last):
+        return "finished"
+    if re.match(STAMP + "stopped by ", last):
+        return "stopped"
+    if re.match(STAMP + r"\w+(Error|Exception): ", last):
+        return "failed"
+    return CUT_OFF if last else "not begun"
 
 
 def _tell_choices(cfg: RunConfig) -> None:
