@@ -84,9 +84,16 @@ def _square(value: Any) -> Any:
     return value * 2 if isinstance(value, list) and len(value) == 1 else value
 
 
+def _expanded(text: str) -> str:
+    found = os.path.expanduser(text)  # noqa: PTH111  # Path's fails of an unknown user
+    if found.startswith("~"):
+        raise ValueError(f"there is no such user: write ./{found} for a name that begins so")
+    return found
+
+
 Size = Annotated[tuple[Annotated[int, Field(ge=8)], Annotated[int, Field(ge=8)]], BeforeValidator(_square)]
 # A path that a person writes: ~ is their home.
-UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
-UserText = Annotated[str, AfterValidator(os.path.expanduser)]
+UserText = Annotated[str, AfterValidator(_expanded)]
+UserPath = Annotated[Path, AfterValidator(lambda path: Path(_expanded(str(path))))]
 Backend = Literal["packed", "triton", "masked", "minkowski"]
 Device = Literal["auto", "cpu"]
