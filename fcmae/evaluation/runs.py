@@ -60,7 +60,7 @@ class Run:
     version: str
     settings: dict[str, Any]
     changed: dict[str, Any]
-    lines: list[dict[str, float]]
+    lines: list[dict[str, Any]]
     starts: list[Start]
     counts: dict[str, int]
     held_out: str | None
@@ -109,7 +109,7 @@ def _kind(path: Path, problems: list[str]) -> tuple[str, str]:
     return "finetune" if (path / "val_files.json").exists() else "pretrain", "unknown"
 
 
-def _lines(path: Path, problems: list[str]) -> list[dict[str, float]]:
+def _lines(path: Path, problems: list[str]) -> list[dict[str, Any]]:
     """The numbers of each line of metrics.jsonl that has a step."""
     try:
         found, damaged = split_metrics(path)
