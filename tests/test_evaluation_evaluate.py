@@ -194,7 +194,7 @@ def test_images_that_cannot_be_read_are_left_out(
         csv.writer(file).writerows([("path", "label"), *(r for i, r in enumerate(rows) if i % 4), ("bad.png", 2)])
     data = ["--data", tmp_path / "train.csv", "--test", tmp_path / "test.csv", "--probes", "linear"]
     assert evaluate(ATTO, *data, "--out", tmp_path / "out") == 0
-    assert "1 train images cannot be read, the first is" in capsys.readouterr().err
+    assert "1 of the train images cannot be read and are left out" in capsys.readouterr().err
     record = read(tmp_path / "out")
     assert (record["data"]["num_train"], record["data"]["num_test"]) == (22, 8)
     assert record["results"][0]["scores"]["top1"] == 1.0

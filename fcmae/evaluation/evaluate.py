@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -32,7 +31,7 @@ from fcmae.data.index import Images, find_labelled
 from fcmae.data.split import draw, split
 from fcmae.evaluation.features import check_stages, extract
 from fcmae.evaluation.models import RANDOM, Backbone, choose_device, load_backbone
-from fcmae.evaluation.outputs import TEMPORARY, claim, default_out, file_name, shortened
+from fcmae.evaluation.outputs import TEMPORARY, claim, default_out, file_name, shortened, tell_unread
 from fcmae.evaluation.pictures import save_figure
 from fcmae.evaluation.probes import few_shot_counts, fit_linear, knn_probabilities, mean_and_interval
 from fcmae.evaluation.records import COLUMNS, score_rows
@@ -107,9 +106,7 @@ def evaluate_model(
             directory=directory / title,
             title=f"{backbone.name}: features, {title}",
         )
-        if found.bad:
-            name, reason = found.bad[0]
-            print(f"{len(found.bad)} {title} images cannot be read, the first is {name}: {reason}", file=sys.stderr)
+        tell_unread(found.bad, f"{title} images")
         features.append(found.stages)
         labels.append(_labels(index)[found.positions])
     backbone.model.cpu()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,11 +58,12 @@ def load_backbone(source: str, image_size: tuple[int, int] | None = None, in_cha
         in_chans: of a timm model, where it is not to be 3.
 
     Raises:
-        ValueError: if there is no such model, its weights cannot be had, or it cannot take images of that size.
+        ValueError: if there is no such model, its weights cannot be had or are not finite, or it cannot take images of
+            that size.
     """
     is_random = source.startswith(RANDOM)
     name = source.removeprefix(RANDOM)
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # noqa: PTH111  # Path's fails of an unknown user
     if path.exists():
         backbone = _from_weights(source, path, is_random, image_size, in_chans)
     elif timm.is_model(name):
@@ -72,6 +74,11 @@ def load_backbone(source: str, image_size: tuple[int, int] | None = None, in_cha
             f"file of weights, a name that timm.list_models() has, or one of these after {RANDOM}"
         )
     backbone.model.eval().requires_grad_(False)
+    if wrong := [name for name, tensor in backbone.model.state_dict().items() if not tensor.isfinite().all()]:
+        raise ValueError(
+            f"model = {source!r}: the weights are not finite, {wrong[0]} among them: it is of a run that broke down; "
+            "give an earlier checkpoint"
+        )
     _try(backbone)
     return backbone
 

@@ -199,7 +199,7 @@ def _count_images(
 
 def finite(line: Mapping[str, Any], key: str) -> Any:
     """A number of a line; None if there is none that was measured."""
-    value = line.get(key)
+    value: Any = line.get(key)
     return value if type(value) in (int, float) and -HUGE < value < HUGE else None
 
 
