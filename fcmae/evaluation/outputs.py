@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fcmae.data.source import printable
-from fcmae.evaluation.models import RANDOM
+from fcmae.evaluation.models import RANDOM, is_control
 
 TEMPORARY = (".features-", ".tmp-")  # how what a killed process leaves begins
 
 
 def default_out(models: Sequence[str], out: Path | None, name: str) -> Path:
-    """Where a command writes: `out`, or RUN/NAME where the models are RUN, random:RUN or both.
+    """Where a command writes: `out`, or RUN/NAME where the models are RUN, random:RUN or both, beside controls.
 
     Args:
         models: as they were given.
@@ -30,7 +30,8 @@ def default_out(models: Sequence[str], out: Path | None, name: str) -> Path:
         raise ValueError(f"model = {doubled[0]!r} is given twice: give each once")
     if out is not None:
         return out
-    runs = {Path(os.path.expanduser(model.removeprefix(RANDOM))) for model in models}  # noqa: PTH111
+    networks = [model for model in models if not is_control(model)]
+    runs = {Path(os.path.expanduser(model.removeprefix(RANDOM))) for model in networks}  # noqa: PTH111
     if len(runs) == 1 and ((run := runs.pop()) / "config.yaml").is_file():
         return run / name
     raise ValueError(f"out is missing: it is RUN/{name} for RUN and random:RUN, anything else needs --out DIR")

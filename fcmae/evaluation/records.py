@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -20,7 +21,7 @@ class Result(TypedDict):
     """Of one probe on one stage, with the scores by name."""
 
     probe: Literal["knn", "linear", "few-shot"]
-    stage: int
+    stage: int | None
     setting: dict[str, Any]
     scores: dict[str, Share]
     spread: NotRequired[dict[str, tuple[float, float]]]
@@ -55,9 +56,10 @@ class Evaluation(TypedDict):
 def score_rows(records: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """The scores of several evaluations on the same images, a row a model and probe, in the columns of COLUMNS.
 
-    What the models are compared by stands together: the same probe with the same setting on the same stage.
+    What the models are compared by stands together: the same probe with the same setting on the same stage, and what
+    has no stages after the stages.
     """
-    rows: dict[tuple[str, int], list[list[str]]] = {}
+    rows: dict[str, dict[int | None, list[list[str]]]] = {}
     for record in records:
         for result in record["results"]:
             probe, stage, setting = result["probe"], result["stage"], result["setting"]
@@ -68,8 +70,13 @@ def score_rows(records: Sequence[Mapping[str, Any]]) -> list[list[str]]:
                 amount += "" if amount.endswith("%") else " a class"
                 probe = f"linear, {amount} ({setting.get('num_images')} labels)"
             cells = [_cell(result, name) for name in SCORES]
-            rows.setdefault((probe, stage), []).append([probe, str(stage), record["model"], *cells])
-    return [row for group in rows.values() for row in group]
+            row = [probe, "-" if stage is None else str(stage), record["model"], *cells]
+            rows.setdefault(probe, {}).setdefault(stage, []).append(row)
+    return [row for of_probe in rows.values() for stage in sorted(of_probe, key=_last) for row in of_probe[stage]]
+
+
+def _last(stage: int | None) -> float:
+    return math.inf if stage is None else stage
 
 
 def _cell(result: Mapping[str, Any], name: str) -> str:
