@@ -212,7 +212,8 @@ def read_picture(path: Path, label: str, alt: str, problems: list[str]) -> list[
         with Image.open(io.BytesIO(content), formats=("PNG",)) as image:
             size, kind, smaller = image.size, "png", io.BytesIO()
             if math.prod(size) > MAX_PIXELS:
-                raise ValueError(f"it has more than {MAX_PIXELS:,} pixels")
+                problems.append(f"{path} cannot be shown (it has more than {MAX_PIXELS:,} pixels).")
+                return []
             image.convert("RGB").save(smaller, "JPEG", quality=90, subsampling=0)
     except Exception as error:  # of a broken file Pillow raises all that its parts do
         reason = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
