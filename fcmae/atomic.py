@@ -1,7 +1,8 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and that are read only if they are files and not too large."""
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,9 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield aside
         aside.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # what a full disk stops knows no name
+        raise
     finally:
         aside.unlink(missing_ok=True)
 
@@ -30,3 +34,20 @@ def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 file whole or not at all; bytes of names that are no Unicode (surrogates) are kept."""
     with replacing(path) as aside:
         aside.write_text(text, encoding="utf-8", errors="surrogateescape")
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """The content of a file.
+
+    Args:
+        path: of the file; a pipe or a device, which may never end, is none.
+        most: bytes that it may have.
+
+    Raises:
+        OSError: if it cannot be read, is no file, or is larger.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is no file", str(path))
+    if path.stat().st_size > most:
+        raise OSError(errno.EFBIG, f"it has more than {most:,} bytes", str(path))
+    return path.read_bytes()

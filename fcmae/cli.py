@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
+import select
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,21 +27,27 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns:
         The exit status: the command's own, which is 0 unless it says otherwise, as `doctor` does with 1 if nothing can
-        be pretrained here, and `verify` if backends differ; 2 after an error; 130 after an interrupt. `pretrain` and
-        `finetune` give 143 after a SIGTERM and 130 after a SIGINT that they have saved at; 0 after SIGUSR1, by which
-        schedulers warn that time is up, as the job is then queued again.
+        be pretrained here, and `verify` if backends differ; 2 after an error; 130 after an interrupt; 141 if nobody
+        reads on what it prints. `pretrain` and `finetune` give 143 after a SIGTERM and 130 after a SIGINT that they
+        have saved at; 0 after SIGUSR1, by which schedulers warn that time is up, as the job is then queued again.
 
     Raises:
         SystemExit: With status 0, after printing for `--help`, `--version` and `--print-config`.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be Unicode
     try:
-        return _run([word for word in words if word != "--debug"])
+        status = _run([word for word in words if word != "--debug"])
+        sys.stdout.flush()
+        return status
     except (ValueError, OSError, FloatingPointError) as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return 128 + signal.SIGPIPE
         if debug:
             raise
-        for line in str(error).splitlines() or [type(error).__name__]:
+        for line in _told(error).splitlines() or [type(error).__name__]:
             print(f"fcmae: error: {line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -45,6 +55,23 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print("fcmae: interrupted", file=sys.stderr)
         return 130
+
+
+def _told(error: Exception) -> str:
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    where = "" if error.filename is None else f"{error.filename}: "
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return f"{where}{error.strerror}{'; free some space there, or choose another place' if full else ''}"
+
+
+def _nobody_reads() -> bool:
+    """Whether who read what this prints is gone, as `head` is when it has enough; nothing more is printed then."""
+    poll = select.poll()
+    poll.register(1, 0)
+    if gone := bool(poll.poll(0)):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return gone
 
 
 def _run(words: list[str]) -> int:

@@ -26,6 +26,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from fcmae.atomic import read_bytes
 from fcmae.config import FREE_ON_RESUME, RunConfig
 from fcmae.config.base import Section, Settings, Spelling
 
@@ -37,6 +38,7 @@ Complete = Callable[[Any, Mapping[str, Any]], Mapping[str, Any]]
 HELP = ("-h", "--help")
 SWITCHED = {"true", "false", "yes", "no", "on", "off", "1", "0"}  # what a switch takes for its value
 NONE = {"none", "null", "~"}
+MAX_YAML = 2**18  # bytes of a file of settings: YAML is read at some 100 kB a second
 
 
 class ConfigError(ValueError):
@@ -85,7 +87,7 @@ def load(
     also, invalid = _validate(_Also, {name: values.pop(name) for name in _Also.model_fields if name in values})
     problems += invalid
     try:
-        settings = _read_yaml(find_config(also.config)) if also is not None and also.config is not None else {}
+        settings = read_yaml(find_config(also.config)) if also is not None and also.config is not None else {}
     except ConfigError as error:
         raise ConfigError([*problems, str(error)]) from error
     _put(settings, values)
@@ -119,7 +121,7 @@ def make(
     Raises:
         ConfigError: See `load`.
     """
-    values = {} if config is None else _read_yaml(find_config(config))
+    values = {} if config is None else read_yaml(find_config(config))
     _put(values, flattened(model, settings))
     if complete is not None:
         _complete(model, values, complete, has_file=config is not None)
@@ -156,7 +158,7 @@ def read(model: type[Config], path: Path) -> Config:
     Raises:
         ConfigError: If the file cannot be read or holds anything but such settings.
     """
-    config, problems = _validate(model, _read_yaml(path))
+    config, problems = _validate(model, read_yaml(path))
     if config is None or problems:
         raise ConfigError(f"{path}: {problem}" for problem in problems)
     return config
@@ -255,8 +257,9 @@ def find_config(name: str) -> Path:
     Raises:
         ConfigError: If it is neither; it lists the shipped names.
     """
-    if Path(name).is_file():
-        return Path(name)
+    path = Path(os.path.expanduser(name))  # noqa: PTH111  # Path's fails of an unknown user
+    if path.is_file():
+        return path
     shipped = shipped_configs()
     stem = name.removesuffix(".yaml")
     if stem in shipped:
@@ -270,36 +273,64 @@ def find_config(name: str) -> Path:
 
 
 class _Loader(yaml.SafeLoader):
-    """Leaves every word but null as text, for the setting to read, and refuses a key given twice.
+    """Leaves every word but null as text, for the setting to read; knows mappings, lists and words, and nothing else.
 
-    YAML would keep the last one in silence, and take 2024-01-01 for a date, 1e-4 for a text and 010 for 8.
+    YAML would keep the last of two values of a key in silence, and take 2024-01-01 for a date, 1e-4 for a text and 010
+    for 8. A few lines that refer to each other stand for terabytes, or for no end.
     """
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()  # type: ignore[no-untyped-call]
+            raise yaml.MarkedYAMLError(None, None, f"*{event.anchor}: write the value out", event.start_mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                continue
+                raise yaml.MarkedYAMLError(None, None, "the name of a setting is a word", key.start_mark)
             if key.value in seen:
-                raise yaml.MarkedYAMLError(None, None, f"{key.value} is given twice", key.start_mark)
+                raise yaml.MarkedYAMLError(None, None, f"{key.value} is given twice: leave one out", key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
+_Loader.yaml_constructors = {  # None: what refuses every other
+    tag: make
+    for tag, make in yaml.SafeLoader.yaml_constructors.items()
+    if tag is None or tag.endswith((":map", ":seq", ":str", ":null"))
+}
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":null", ":merge"))]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith(":null")]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _parse_yaml(text: str) -> Any:
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        return yaml.load(text, _Loader)
+    except RecursionError as error:
+        raise yaml.YAMLError("it is nested too deeply") from error
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The settings that a YAML file holds, as texts, lists and mappings.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        ConfigError: If it is no file that can be read, larger than MAX_YAML bytes, or not YAML without aliases.
+    """
+    try:
+        content = _parse_yaml(read_bytes(path, MAX_YAML).decode())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}:" if mark else ""
         what = getattr(error, "problem", None) or getattr(error, "strerror", None) or error
-        raise ConfigError([f"{path}:{where} cannot be read as YAML: {' '.join(str(what).split())}"]) from error
+        remedy = "" if mark else "; give a text file in UTF-8 of lines `key: value`"
+        raise ConfigError([f"{path}:{where} cannot be read as YAML: {' '.join(str(what).split())}{remedy}"]) from error
     if not isinstance(content, dict | None):
         raise ConfigError([f"{path}: received {_shown(content)}; a configuration is lines of `key: value`"])
     return dict(_plain(content or {}))
@@ -373,7 +404,7 @@ def _flow(text: str) -> Any:
     """A list or mapping that is written as in YAML or JSON; other text as it is."""
     if text.startswith(("[", "{")):
         with suppress(yaml.YAMLError):
-            return yaml.load(text, _Loader)
+            return _parse_yaml(text)
     return text
 
 

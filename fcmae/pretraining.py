@@ -408,7 +408,8 @@ class Evaluation:
         save_reconstructions(now, panels, f"{name}, epoch {step.epoch:.4g}, {self.title}")
         save_tiles(folder / "tiles" / now.name, panels)
         # Steps to come may have been seen by a run that was cut off.
-        seen = [(int(path.stem.removeprefix("step-")), path) for path in sorted((folder / "tiles").glob("step-*.png"))]
+        tiles = {path.stem[5:]: path for path in sorted((folder / "tiles").glob("step-*.png"))}
+        seen = [(int(number), path) for number, path in tiles.items() if number.isdecimal()]
         per_epoch = step.number / step.epoch
         moments = [(f"epoch {number / per_epoch:.4g}", path) for number, path in seen if number <= step.number]
         save_over_time(over_time, panels, moments, f"{name}: the same images over time")

@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -251,11 +251,9 @@ def probes(out: Path, scale: Scale) -> Iterator[Job]:
         init = f"main-{data}-v2"
         for name, model in (("v2", f"{out}/runs/{init}"), ("random", f"random:{out}/runs/{init}")):
             yield probe(out, f"few-{data}-{name}", model, data, (init,), "last", "few-shot")
-    for data in ("tiny20", "solar"):
-        place = out / "runs" / f"probe-{data}-pixels"
-        words = [str(STUDIES / "pixels.py"), f"{out}/{data}/train-100-0.csv", f"{out}/{data}/test.csv", str(place)]
-        words += ["--in-chans", "3" if data == "tiny20" else "1"]
-        yield Job(place.name, (sys.executable, *words))
+    for data, image_size in (("tiny20", 64), ("solar", 128)):
+        job = probe(out, f"probe-{data}-pixels", "pixels:32", data, (), "last")
+        yield replace(job, words=(*job.words, "--image-size", str(image_size)))
     for name in ("v2", "v1", "no-grn"):
         init = f"main-tiny20-{name}"
         words = ["analyze", f"{out}/runs/{init}/checkpoints/step-*", "--data", f"{out}/tiny20/test.csv"]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 
 import pytest
@@ -38,6 +40,17 @@ def randomize(module: nn.Module, seed: int = 0, std: float = 0.3) -> None:
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+
+
+@contextmanager
+def file_limit(num_bytes: int) -> Iterator[None]:
+    """Files of this process grow to so many bytes and no further, as if the disk were full."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limit[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 
 
 @pytest.fixture(autouse=True)

@@ -1,10 +1,12 @@
 """Files that are there whole or not at all."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 
-from fcmae.atomic import replacing, write_text
+from fcmae.atomic import read_bytes, replacing, write_text
 
 
 def test_a_file_is_replaced_only_when_it_is_whole(tmp_path: Path) -> None:
@@ -31,3 +33,27 @@ def test_a_text_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> Non
     with pytest.raises(UnicodeEncodeError):
         write_text(tmp_path / "a", "new \ud800")
     assert (tmp_path / "a").read_text() == "old"
+
+
+def test_a_file_that_is_none_or_too_large_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"12345")
+    assert read_bytes(path, 5) == b"12345"
+    os.mkfifo(tmp_path / "pipe")
+    for found, most, why in (
+        (path, 4, "more than 4 bytes"),
+        (tmp_path / "pipe", 9, "no file"),
+        (tmp_path, 9, "no file"),
+    ):
+        with pytest.raises(OSError, match=f"it .*{why}"):
+            read_bytes(found, most)
+
+
+def test_what_a_full_disk_stops_is_named(tmp_path: Path) -> None:
+    def fill(aside: Path) -> None:
+        aside.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left") as caught, replacing(tmp_path / "file") as aside:
+        fill(aside)
+    assert caught.value.filename == str(tmp_path / "file") and not list(tmp_path.iterdir())

@@ -1,4 +1,6 @@
+import errno
 import importlib
+import io
 import json
 import shlex
 import subprocess
@@ -67,6 +69,32 @@ def test_errors_a_user_can_mend_show_a_traceback_only_with_debug(
     for line in (["--debug", "convert", "run", "out"], ["convert", "run", "out", "--debug"]):
         with pytest.raises(type(error)):
             main(line)
+
+
+def test_a_full_disk_is_a_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    Recorder(monkeypatch, "weights.convert", "convert", OSError(errno.ENOSPC, "No space left on device", "out"))
+    assert main(["convert", "run", "out"]) == 2
+    sentence = "out: No space left on device; free some space there, or choose another place"
+    assert capsys.readouterr().err == f"fcmae: error: {sentence}\n"
+
+
+def test_a_reader_that_has_enough_ends_a_command_in_silence() -> None:
+    command = f"{sys.executable} -m fcmae.cli configs | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_broken_pipe_elsewhere_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    Recorder(monkeypatch, "weights.convert", "convert", BrokenPipeError(errno.EPIPE, "Broken pipe"))
+    assert main(["convert", "run", "out"]) == 2
+
+
+def test_names_that_are_no_unicode_are_printed_with_escapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding="utf-8"))
+    Recorder(monkeypatch, "evaluation.embed", "embed", "wrote caf\udce9")
+    assert main(["embed", "run", "--images", "x", "--out", "y"]) == 0
+    assert printed.getvalue() == b"wrote caf\\udce9\n"
 
 
 def test_a_bug_is_not_taken_for_a_users_error(monkeypatch: pytest.MonkeyPatch) -> None:

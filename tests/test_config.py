@@ -22,7 +22,7 @@ from fcmae.config import (
     PretrainModel,
     check_launch,
 )
-from fcmae.config.commands import AnalyzeConfig, EmbedConfig, EvaluateConfig
+from fcmae.config.commands import AnalyzeConfig, EmbedConfig, EvaluateConfig, PredictConfig
 from fcmae.networks.spec import VARIANTS, ConvNeXtSpec
 
 
@@ -270,3 +270,19 @@ def test_one_stage_is_embedded() -> None:
 def test_settings_that_a_resumed_run_may_change_exist() -> None:
     known = {*options.flat(pretrain()), *options.flat(finetune())}
     assert known >= FREE_ON_RESUME
+
+
+def test_a_tilde_is_the_home_in_every_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    run = options.make(PretrainConfig, {"data.path": ["~/a", "b"], "out": "~/r", "monitor.labelled": "~/l"})
+    assert (run.data.path, str(run.out), run.monitor.labelled) == (["/home/ada/a", "b"], "/home/ada/r", "/home/ada/l")
+    predicted = PredictConfig(model=Path("~/m"), images=["~"], csv=Path("~/x.csv"))
+    assert (str(predicted.model), predicted.images, str(predicted.csv)) == (
+        "/home/ada/m",
+        ["/home/ada"],
+        "/home/ada/x.csv",
+    )
+    with pytest.raises(
+        ValueError, match=r"model: received ~nobody-here/m; there is no such user: write ./~nobody-here"
+    ):
+        options.make(PredictConfig, {"model": "~nobody-here/m", "images": ["a"]})

@@ -151,6 +151,34 @@ def test_models_stand_side_by_side(labelled: Path, tmp_path: Path, capsys: pytes
     assert sorted(path.name for path in out.iterdir()) == ["confusion.png", "evaluation.json"]
 
 
+def test_controls_stand_beside_the_networks(labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    models = ["random:resnet18", "pixels:1", "histogram:4"]
+    words = [*models, "--data", labelled, "--stages", "3", "4", "--probes", "linear"]
+    assert evaluate(*words, "--out", tmp_path / "out") == 0
+    rows = [line.split("|")[1:4] for line in capsys.readouterr().out.splitlines()[2:6]]
+    assert [[cell.strip() for cell in row] for row in rows] == [
+        ["linear", "3", "random:resnet18"],
+        ["linear", "4", "random:resnet18"],
+        ["linear", "-", "pixels:1"],
+        ["linear", "-", "histogram:4"],
+    ]
+    for name in ("pixels-1", "histogram-4"):
+        record = read(tmp_path / "out" / name)
+        assert [result["stage"] for result in record["results"]] == [None]
+        assert record["results"][0]["scores"]["top1"] == 1.0  # the classes are colours
+        assert record["command"].startswith("fcmae evaluate random:resnet18 pixels:1 histogram:4 --")
+        assert (tmp_path / "out" / name / "confusion.png").is_file()
+
+
+def test_a_control_that_cannot_be_used_is_a_sentence(
+    labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("pixels:", "pixels:0", "histogram:x", "pixels:33"):
+        assert evaluate(name, "--data", labelled, "--out", tmp_path / "out") == 2
+        assert f"model = {name!r}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_run_is_evaluated_into_its_directory_and_nothing_of_the_users_is_overwritten(
     labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -194,7 +222,7 @@ def test_images_that_cannot_be_read_are_left_out(
         csv.writer(file).writerows([("path", "label"), *(r for i, r in enumerate(rows) if i % 4), ("bad.png", 2)])
     data = ["--data", tmp_path / "train.csv", "--test", tmp_path / "test.csv", "--probes", "linear"]
     assert evaluate(ATTO, *data, "--out", tmp_path / "out") == 0
-    assert "1 train images cannot be read, the first is" in capsys.readouterr().err
+    assert "1 of the train images cannot be read and are left out" in capsys.readouterr().err
     record = read(tmp_path / "out")
     assert (record["data"]["num_train"], record["data"]["num_test"]) == (22, 8)
     assert record["results"][0]["scores"]["top1"] == 1.0

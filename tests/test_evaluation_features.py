@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import runs
 import torch
+from conftest import file_limit
 from test_weights_convert import dense_features, write_checkpoint
 
 from fcmae.data.augment import CenterCrop
@@ -81,3 +82,26 @@ def test_files_that_cannot_be_read_are_left_out_and_named(
 def test_stages_that_are_not_there_are_refused(backbone: Backbone, index: Images, stage: int) -> None:
     with pytest.raises(ValueError, match=f"stages: {stage} is none of the network's 4: use 1 to 4"):
         extract(backbone, index, [stage], device=CPU)
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_images_of_which_features_are_not_finite_are_left_out(
+    backbone: Backbone, index: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_disk: bool
+) -> None:
+    seen = list[int]()
+
+    def broken(model: torch.nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
+        seen.append(len(images))
+        maps = stage_maps(model, images)
+        return [maps[0], *(found.index_fill(0, torch.tensor([1]), torch.inf) for found in maps[1:])]
+
+    monkeypatch.setattr("fcmae.evaluation.features.stage_maps", broken)
+    found = extract(backbone, index.subset(range(3)), None, device=CPU, directory=tmp_path if on_disk else None)
+    assert seen == [3] and found.positions.tolist() == [0, 2] and list(found.stages) == [1, 2, 3, 4]
+    assert found.bad == [(index.name(1), "its features are not finite")]
+    assert all(values.shape[0] == 2 and np.isfinite(values).all() for values in found.stages.values())
+
+
+def test_features_that_do_not_fit_on_the_disk_are_an_error(backbone: Backbone, index: Images, tmp_path: Path) -> None:
+    with file_limit(2000), pytest.raises(OSError, match="File too large"):
+        extract(backbone, index, [4], device=CPU, num_workers=0, directory=tmp_path)

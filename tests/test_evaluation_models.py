@@ -3,15 +3,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from test_weights_convert import write_checkpoint
 from timm.models import ConvNeXt
 from torch import nn
 
 from fcmae.data.augment import seeded
-from fcmae.evaluation.models import choose_device, load_backbone, stage_maps
+from fcmae.data.index import Images, find_images
+from fcmae.evaluation.features import extract
+from fcmae.evaluation.models import Control, choose_device, load_backbone, load_backbones, stage_maps
 from fcmae.heads import Classifier
 from fcmae.networks.convnext import Encoder
 from fcmae.networks.spec import VARIANTS, ConvNeXtSpec
@@ -169,3 +173,72 @@ def test_the_cpu_is_taken_when_asked_for() -> None:
     assert choose_device("cpu") == torch.device("cpu")
     expected = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     assert choose_device("auto") == expected
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint, _ = write_checkpoint(tmp_path)
+    broken = Encoder(ATTO)
+    next(broken.parameters()).data.view(-1)[-1] = torch.nan
+    monkeypatch.setattr("fcmae.evaluation.models.build_encoder", lambda weights: broken)
+    with pytest.raises(ValueError, match=r"the weights are not finite, .* among them: .*give an earlier checkpoint"):
+        load_backbone(str(checkpoint))
+
+
+def test_a_home_that_is_not_there_is_no_model() -> None:
+    with pytest.raises(ValueError, match="'~nobody-here/run' is neither a path"):
+        load_backbone("~nobody-here/run")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Images:
+    """Four images of 12 x 16 pixels: noise, all black, all white, and one colour."""
+    rng, root = np.random.default_rng(0), tmp_path_factory.mktemp("photos")
+    pixels = rng.integers(0, 256, (4, 12, 16, 3), dtype=np.uint8)
+    pixels[1], pixels[2], pixels[3] = 0, 255, (10, 128, 250)
+    for number, image in enumerate(pixels):
+        Image.fromarray(image).save(root / f"{number}.png")
+    return find_images([str(root)])
+
+
+def pixels_of(photos: Images, mode: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+    found = [np.asarray(Image.open(photos.name(i)).convert(mode), np.float64) / 255 for i in range(len(photos))]
+    return np.stack(found).reshape(len(found), 12, 16, -1)
+
+
+def features_of(name: str, photos: Images, in_chans: int = 3) -> np.ndarray[Any, np.dtype[np.float32]]:
+    backbone = load_backbone(name, (12, 16), in_chans)
+    found = extract(backbone, photos, None, device=torch.device("cpu"), num_workers=0)
+    assert list(found.stages) == [1] and found.positions.tolist() == [0, 1, 2, 3]
+    return found.stages[1]
+
+
+def test_pixels_are_means_of_equal_parts_of_the_image(photos: Images) -> None:
+    pixels = pixels_of(photos, "RGB")
+    halves = pixels.reshape(4, 2, 6, 2, 8, 3).mean((2, 4)).transpose(0, 3, 1, 2).reshape(4, 12)
+    np.testing.assert_allclose(features_of("pixels:2", photos), halves, atol=1e-6)
+    np.testing.assert_allclose(features_of("pixels:1", photos), pixels.mean((1, 2)), atol=1e-6)
+    grey = pixels_of(photos, "L").mean((1, 2))
+    np.testing.assert_allclose(features_of("pixels:1", photos, 1), grey, atol=1e-6)
+
+
+@pytest.mark.parametrize("bins", [1, 4, 8, 16])
+def test_small_histograms_count_colours_and_large_ones_channels(photos: Images, bins: int) -> None:
+    pixels, span = pixels_of(photos, "RGB").reshape(4, -1, 3), [(0, 1)] * 3
+    joint = [np.histogramdd(image[:, ::-1], bins, span)[0].ravel() / len(image) for image in pixels]
+    np.testing.assert_allclose(features_of(f"histogram:{bins}", photos), joint, atol=1e-6)
+    many = [np.histogram(image[:, c], 19, (0, 1))[0] / len(image) for image in pixels for c in range(3)]
+    np.testing.assert_allclose(features_of("histogram:19", photos), np.reshape(many, (4, 57)), atol=1e-6)
+
+
+def test_a_histogram_refuses_values_that_are_no_shares_of_a_range() -> None:
+    with pytest.raises(ValueError, match=r"counts values from 0 to 1, .* reach from -1000 to 500: take pixels:32"):
+        Control("histogram:8")(torch.tensor([-1000.0, 500.0]).view(1, 1, 1, 2))
+
+
+def test_controls_see_what_the_first_network_sees(tmp_path: Path) -> None:
+    checkpoint, _ = write_checkpoint(tmp_path)
+    control, network = load_backbones(["pixels:8", str(checkpoint)])
+    assert control.name == control.kind == "pixels:8" and isinstance(control.model, Control)
+    for name in ("in_chans", "image_size", "crop_pct"):
+        assert getattr(control.reading, name) == getattr(network.reading, name)
+    assert control.reading.normalize.std.flatten().tolist() == [1, 1, 1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +117,31 @@ def test_reconstructions_over_time_are_kept_as_tiles_and_drawn_beside_one_anothe
         with Image.open(tmp_path / "over-time.png") as image:
             widths.append(image.width)
     assert widths[0] * 3 < widths[1] == widths[2]  # 3, 10 and 10 columns
+
+
+def test_tiles_that_are_damaged_are_left_out(tmp_path: Path) -> None:
+    panels = [torch.rand(2, 3, 8, 12) for _ in range(4)]
+    moments = [(name, tmp_path / f"{name}.png") for name in ("a", "b")]
+    for _, path in moments:
+        save_tiles(path, panels)
+    save_over_time(tmp_path / "expected.png", panels, moments, "title")
+    whole = moments[0][1].read_bytes()
+    damaged = {
+        "short": whole[:60],
+        "header": whole[:20],
+        "none": b"",
+        "noise": b"\x89PNG\r\n\x1a\n" + b"x" * 90,
+        "flip": b"",
+    }
+    damaged["flip"] = whole[:50] + bytes(byte ^ 255 for byte in whole[50:90]) + whole[90:]
+    for name, content in damaged.items():
+        (tmp_path / f"{name}.png").write_bytes(content)
+    os.mkfifo(tmp_path / "pipe.png")
+    save_tiles(tmp_path / "other.png", [torch.rand(3, 1, 8, 8)] * 4)  # of other images
+    bad = [(name, tmp_path / f"{name}.png") for name in (*damaged, "pipe", "other", "gone")]
+    for broken in bad:
+        save_over_time(tmp_path / "drawn.png", panels, [moments[0], broken, moments[1]], "title")
+        assert (tmp_path / "drawn.png").read_bytes() == (tmp_path / "expected.png").read_bytes(), broken[0]
 
 
 def test_the_moments_drawn_reach_from_the_first_to_the_last(tmp_path: Path) -> None:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import random
 import re
 import shlex
 import shutil
+import struct
 import sys
+import zlib
 from collections.abc import Iterator
+from functools import reduce
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import requires_chromium
+from conftest import file_limit, requires_chromium
 from reported import LAYERS, evaluation, finetune_run, picture, pretrain_run, write_lines
 from runs import flags
 
@@ -524,3 +529,131 @@ def test_a_link_that_leads_nowhere_is_not_written_over(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a link that leads nowhere"):
         report([run], page)
     assert page.is_symlink() and not page.exists()
+
+
+# Whatever state a run is in
+
+ODD = (None, True, -1, 1e308, 10**400, math.nan, "", "\ud800", HOSTILE, [], [[]], {}, {"a": 1}, [1, 2], 2**63)
+
+
+def odd_json(content: Any, rng: random.Random) -> Any:
+    """The same with one value, at any depth, taken out or replaced by one that does not belong there."""
+    places: list[list[Any]] = [[]]
+    for place in places:
+        value = reduce(lambda inner, key: inner[key], place, content)
+        keys = value if isinstance(value, dict) else range(min(6, len(value))) if isinstance(value, list) else ()
+        places += [[*place, key] for key in keys]
+    if not (place := rng.choice(places)):
+        return rng.choice(ODD)
+    parent = reduce(lambda inner, key: inner[key], place[:-1], content)
+    if rng.random() < 0.2:
+        del parent[place[-1]]
+    else:
+        parent[place[-1]] = rng.choice(ODD)
+    return content
+
+
+def damage(path: Path, rng: random.Random) -> None:
+    content = path.read_bytes()
+    path.unlink()
+    kind = rng.choice(
+        ["missing", "short", "flipped", "noise", "folder", "pipe", "nowhere", "loop", "deep", *["odd"] * 4]
+    )
+    if kind == "short":
+        path.write_bytes(content[: rng.randrange(len(content) + 1)])
+    elif kind == "flipped":
+        flipped = bytearray(content)
+        for _ in range(rng.choice([1, 20])):
+            flipped[rng.randrange(len(flipped))] = rng.randrange(256)
+        path.write_bytes(flipped)
+    elif kind == "noise":
+        path.write_bytes(rng.randbytes(300))
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind in ("nowhere", "loop"):
+        path.symlink_to(path if kind == "loop" else path / "nowhere")
+    elif kind == "deep":
+        path.write_bytes(b"[" * 100_000)
+    elif kind == "odd" and path.suffix == ".json":
+        path.write_text(json.dumps(odd_json(json.loads(content), rng)))
+    elif kind == "odd":
+        lines = content.decode(errors="replace").splitlines()
+        i = rng.randrange(len(lines))
+        values = ["", "x", "[1, 2]", "{a: b}", "1e999", "-5", "2024-13-45", "&a [*a]", "null", "9" * 5000]
+        if path.suffix == ".jsonl":
+            lines[i] = json.dumps(odd_json(json.loads(lines[i]), rng))
+        else:
+            lines[i] = f"{lines[i].partition(':')[0]}: {rng.choice(values)}"
+        path.write_text("\n".join(lines), errors="surrogateescape")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with runs of both kinds that have everything a page can show."""
+    place = tmp_path_factory.mktemp("whole")
+    path = pretrain_run(place / "run", num_epochs=2)
+    evaluation(path / "evaluation", "runs/run", 0.7)
+    evaluation(path / "evaluation" / "random-run", "random:runs/run", 0.5)
+    picture(path / "reconstructions" / "over-time.png")
+    picture(path / "analysis" / "grn.png")
+    layer = {"name": "stages.0.0", "cosine_distance": 0.41, "effective_rank": None}
+    (path / "analysis" / "analysis.json").write_text(json.dumps({"models": [{"name": "run", "layers": [layer]}]}))
+    (path / "bad_files.txt").write_text("a.png: it is none\n")
+    for name, init in (("tuned", "x"), ("scratch", None)):
+        finetune_run(place / name, 0.7, init=init)
+    return place
+
+
+@pytest.mark.parametrize("seed", range(int(os.environ.get("FCMAE_FUZZ", "25"))))  # more, to try harder
+def test_a_page_is_made_of_runs_in_any_state(whole: Path, tmp_path: Path, seed: int) -> None:
+    rng = random.Random(seed)
+    runs = [Path(shutil.copytree(path, tmp_path / path.name)) for path in sorted(whole.iterdir())]
+    files = sorted(path for run in runs for path in run.rglob("*") if path.is_file())
+    for path in set(rng.choices(files, k=rng.choice([1, 2, 4]))):
+        damage(path, rng)
+    page = text(report(runs, tmp_path / "page.html"))
+    assert page.count("<h3>What was run</h3>") == 3 and HOSTILE not in page
+
+
+def test_a_run_without_its_config_is_shown_by_what_is_left(whole: Path, tmp_path: Path) -> None:
+    for name, kind in (("run", "pretraining"), ("tuned", "fine-tuning")):
+        path = Path(shutil.copytree(whole / name, tmp_path / name))
+        (path / "config.yaml").unlink()
+        page = text(report([path]))
+        assert f">{name} ({kind})</h2>" in page and "the kind of run is guessed by its other files" in page
+        assert series(path, "loss")["y"] == traces(page, "scatter")[0]["y"]
+
+
+def test_what_is_no_run_is_told_beside_those_that_are(whole: Path, tmp_path: Path) -> None:
+    page = text(report([tmp_path, whole / "run", tmp_path / "nowhere"], tmp_path / "page.html"))
+    assert "Runs that cannot be read" in page and page.count("holds no run of fcmae") == 2
+    with pytest.raises(ValueError, match="holds no run of fcmae"):
+        report([tmp_path / "nowhere"], tmp_path / "other.html")
+
+
+def test_a_run_that_may_not_be_read_is_told(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, *args: object, **options: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("fcmae.atomic.Path.read_bytes", refuse)
+    page = text(report([whole / "run"], tmp_path / "page.html"))
+    assert page.count("(Permission denied)") >= 5 and "cannot be read as YAML: Permission denied" in page
+
+
+def test_a_picture_that_claims_much_or_is_another_format_is_not_opened(whole: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(whole / "run", tmp_path / "run"))
+    header = struct.pack(">I4sIIBBBBB", 13, b"IHDR", 60_000, 60_000, 8, 2, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n" + header + struct.pack(">I", zlib.crc32(header[4:])) + header
+    (path / "analysis" / "grn.png").write_bytes(bomb)
+    (path / "evaluation" / "confusion.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    assert text(report([path])).count("cannot be shown") == 2
+
+
+def test_a_page_that_does_not_fit_on_the_disk_leaves_the_last_one(whole: Path, tmp_path: Path) -> None:
+    out = report([whole / "run"], tmp_path / "page.html")
+    before = text(out)
+    with file_limit(100_000), pytest.raises(OSError, match=r"page\.html"):
+        report([whole / "tuned"], out)
+    assert text(out) == before and list(tmp_path.iterdir()) == [out]

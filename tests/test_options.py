@@ -1,8 +1,12 @@
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -314,6 +318,69 @@ def test_binary_files_and_python_objects_are_refused(yaml_file: Path) -> None:
     assert "special characters are not allowed" in problems("--config", str(yaml_file))[0]
     yaml_file.write_text("seed: !!python/object/apply:os.getpid []\n")
     assert "could not determine a constructor" in problems("--config", str(yaml_file))[0]
+
+
+BOMB = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in pairwise("abcdefghi"))
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("data: &a [*a]\n", " line 1: cannot be read as YAML: *a: write the value out"),
+        ("model: &m {<<: *m}\n", " line 1: cannot be read as YAML: *m: write the value out"),
+        (BOMB, " line 2: cannot be read as YAML: *a: write the value out"),
+        ("seed: " + "[" * 50_000, " cannot be read as YAML: it is nested too deeply; give a text file"),
+        ("- " * 50_000, " cannot be read as YAML: it is nested too deeply; give a text file"),
+        ("{" * 50_000, " cannot be read as YAML: it is nested too deeply; give a text file"),
+        ("[seed]: 1\n", " line 1: cannot be read as YAML: the name of a setting is a word"),
+        ("seed: !!int x\n", " line 1: cannot be read as YAML: could not determine a constructor"),
+        ("seed: !!timestamp x\n", " line 1: cannot be read as YAML: could not determine a constructor"),
+        ("seed: !!bool perhaps\n", " line 1: cannot be read as YAML: could not determine a constructor"),
+        ("# \n" * 100_000, " cannot be read as YAML: it has more than 262,144 bytes; give a text file"),
+        ("seed: 0\n---\nseed: 1\n", " line 2: cannot be read as YAML: but found another document"),
+    ],
+)
+def test_a_hostile_file_is_one_sentence(yaml_file: Path, text: str, sentence: str) -> None:
+    yaml_file.write_text(text)
+    for read in (lambda: load("--config", str(yaml_file)), lambda: options.read(PretrainConfig, yaml_file)):
+        with pytest.raises(ConfigError) as caught:
+            read()
+        assert str(caught.value).startswith(f"{yaml_file}:{sentence}") and "\n" not in str(caught.value)
+
+
+def test_a_configuration_that_cannot_be_opened_is_one_sentence(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    for path, why in (
+        (tmp_path, "it is no file"),
+        (tmp_path / "pipe.yaml", "it is no file"),
+        (tmp_path / "x", "No such"),
+    ):
+        with pytest.raises(ConfigError, match=f"{path}: cannot be read as YAML: {why}"):
+            options.read(PretrainConfig, path)
+
+
+def test_a_flag_that_is_nested_too_deeply_is_a_wrong_value() -> None:
+    (line,) = problems("--data.image_size", "[" * 5000)
+    assert line.startswith("data.image_size: received [[[[")
+
+
+VALUES: st.SearchStrategy[object] = st.recursive(
+    st.sampled_from(["none", "", "x", "1", "-1", "nan", "1e999", "9" * 5000, "true", "ü\U0001f600", "a.b"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["depths", "dims", "x", ""]), inner),
+    max_leaves=6,
+)
+
+
+@given(st.dictionaries(st.sampled_from([*PretrainConfig.model_fields, "x"]), VALUES | st.dictionaries(
+    st.sampled_from(["variant", "image_size", "mean", "path", "val_share", "labelled", "base_lr", ""]), VALUES
+)))  # fmt: skip
+def test_values_of_any_type_give_settings_or_sentences(
+    tmp_path_factory: pytest.TempPathFactory, content: object
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.yaml"
+    path.write_text(yaml.safe_dump(content))
+    with suppress(ConfigError):
+        options.load(PretrainConfig, [*NEEDED, "--config", str(path)], prog="fcmae")
 
 
 def test_a_dotted_key_in_a_file_is_shown_its_section(yaml_file: Path) -> None:

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from fcmae.cli import COMMANDS
 from fcmae.config import PretrainConfig
-from fcmae.data.index import find_labelled
 from fcmae.heads import Classifier
 from fcmae.layouts import MakeLayout, make_layout
 from fcmae.masked import build_fcmae
@@ -34,7 +33,6 @@ pytest.importorskip("elpv_dataset")
 import ablated
 import collect
 import datasets
-import pixels
 import results
 import run_all
 
@@ -79,15 +77,6 @@ def test_few_labels_are_drawn_of_each_class_alike() -> None:
     assert set(drawn) < set(rows)
     assert drawn == datasets.few(rows, 0.1, seed=0) != datasets.few(rows, 0.1, seed=1)
     assert len(datasets.few(rows, 0.001, seed=0)) == 2  # one of each at the least
-
-
-def test_pixels_are_whole_images_in_rows(labelled: Path) -> None:
-    images = find_labelled(str(labelled))
-    values, labels = pixels.pixels(images, 16, 3)
-    assert labels.tolist() == [0] * 6 + [1] * 6
-    with Image.open(images.name(0)) as image:
-        np.testing.assert_allclose(values[0].reshape(3, 16, 16).transpose(1, 2, 0), np.asarray(image) / 255, rtol=1e-6)
-    assert pixels.pixels(images, 4, 1)[0].shape == (12, 16)
 
 
 # Ablations

@@ -87,10 +87,17 @@ def _square(value: Any) -> Any:
     return value * 2 if isinstance(value, list) and len(value) == 1 else value
 
 
+def _expanded(text: str) -> str:
+    found = os.path.expanduser(text)  # noqa: PTH111  # Path's fails of an unknown user
+    if found.startswith("~"):
+        raise ValueError(f"there is no such user: write ./{found} for a name that begins so")
+    return found
+
+
 Size = Annotated[tuple[Annotated[int, Field(ge=8)], Annotated[int, Field(ge=8)]], BeforeValidator(_square)]
 # A path that a person writes: ~ is their home.
-UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
-UserText = Annotated[str, AfterValidator(os.path.expanduser)]
+UserText = Annotated[str, AfterValidator(_expanded)]
+UserPath = Annotated[Path, AfterValidator(lambda path: Path(_expanded(str(path))))]
 
 
 def _find_run(name: str) -> str:
@@ -99,7 +106,7 @@ def _find_run(name: str) -> str:
     The images of a run are often in a folder of the same name.
     """
     kind, colon, path = name.rpartition("random:")
-    text = os.path.expanduser(path)  # noqa: PTH111  # as UserText has it
+    text = _expanded(path)
     given = Path(text)
     place = Path("runs") / given
     found = given.is_file() or any(

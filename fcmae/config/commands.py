@@ -71,12 +71,13 @@ Stages = Annotated[tuple[int, ...] | None, BeforeValidator(_stages)]
 class EvaluateConfig(Reading):
     """Tell by kNN, linear and few-label probes how well frozen features separate classes.
 
-    Example: fcmae evaluate runs/first random:runs/first --data labelled
+    Example: fcmae evaluate runs/first random:runs/first pixels:32 --data labelled
     """
 
     models: Models
     """Runs, checkpoints, exported models, names of timm's models, or random: before one of these, for the same network
-    untrained."""
+    untrained. And what needs no network, of the same crops: pixels:32, the image averaged to 32 x 32 pixels (pixels:1
+    is the mean colour); histogram:8, of colours in 8 steps a channel."""
     data: UserText = Field(examples=["labelled"])
     """Labelled images: a folder with one sub-folder a class, or a CSV file with the columns path,label."""
     test: UserText | None = None

@@ -18,7 +18,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from fcmae.atomic import write_text
+from fcmae.atomic import read_bytes, write_text
 from fcmae.data.source import BadImage, Files, Source, printable
 
 logger = logging.getLogger("fcmae")
@@ -26,6 +26,7 @@ logger = logging.getLogger("fcmae")
 # What network storage and systems keep in folders beside one's own files: thumbnails, deleted files.
 SYSTEM_FOLDERS = {"@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX", "lost+found", "System Volume Information"}
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+MAX_INDEX = 2**33  # bytes of what `Images.save` writes: tens of millions of paths
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".npy")
 
 
@@ -142,11 +143,11 @@ class Images:
             ValueError: if the file holds something else.
         """
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            values = json.loads(read_bytes(Path(path), MAX_INDEX))
             found = cls.of_files(values["paths"], values["labels"], values["class_names"])
             if found.labels is not None and found.labels.shape != (len(found),):
                 raise ValueError(f"{len(found.labels)} labels of {len(found)} images")
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise ValueError(f"{path} is not an index of images ({error}): delete it to have it made anew") from error
         return found
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shlex
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from fcmae.evaluation.analysis import Layer, activation_maps, as_encoder, grn_no
 from fcmae.evaluation.features import batches_of
 from fcmae.evaluation.figures import last_of_stages, save_activations, save_by_layer, save_selectivity
 from fcmae.evaluation.models import Backbone, choose_device, load_backbone
-from fcmae.evaluation.outputs import claim, default_out
+from fcmae.evaluation.outputs import claim, default_out, tell_unread
 from fcmae.evaluation.pictures import displayable
 from fcmae.tables import table
 from fcmae.training.own_files import FOUND
@@ -109,8 +108,7 @@ def _analyze(
     layers, bad = measure(
         encoder, reading, index, device=device, batch_size=batch_size, num_workers=num_workers, title=title
     )
-    for name, reason in bad:
-        print(f"{name}: {reason}", file=sys.stderr)
+    tell_unread(bad, "images")
     if not layers:
         raise ValueError(f"none of {len(index)} images can be read: {bad[0][0]}: {bad[0][1]}")
     unread = {name for name, _ in bad}

@@ -10,7 +10,6 @@ OUT/
 from __future__ import annotations
 
 import csv
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,7 +25,7 @@ from fcmae.data.augment import CenterCrop
 from fcmae.data.index import Images, find_images, find_labelled
 from fcmae.evaluation.features import check_stages, extract
 from fcmae.evaluation.models import Backbone, choose_device, load_backbone
-from fcmae.evaluation.outputs import TEMPORARY, claim, file_name, shortened
+from fcmae.evaluation.outputs import TEMPORARY, claim, file_name, shortened, tell_unread
 from fcmae.evaluation.pictures import displayable, save_figure
 
 FILES = ("features.npy", "paths.csv", "features.parquet", "map.png")
@@ -70,8 +69,7 @@ def embed(cfg: EmbedConfig) -> str:
                 directory=aside,
                 title=f"features of {name}",
             )
-            for bad, reason in extracted.bad:
-                print(f"{bad}: {reason}", file=sys.stderr)
+            tell_unread(extracted.bad, name)
             return found.subset(extracted.positions), next(iter(extracted.stages.values()))
 
         index, features = features_of(index, "images")
@@ -136,11 +134,11 @@ def _require_umap() -> None:
 
 def write_npy(path: Path, features: NDArray[np.float32]) -> Path:
     """Write (N, C) features, chunk by chunk."""
-    with replacing(path) as aside:
-        array = np.lib.format.open_memmap(aside, "w+", np.float32, features.shape)
+    header = {"descr": "<f4", "fortran_order": False, "shape": features.shape}
+    with replacing(path) as aside, aside.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
         for start in range(0, len(features), ROWS):
-            array[start : start + ROWS] = features[start : start + ROWS]
-        array.flush()
+            file.write(features[start : start + ROWS].astype("<f4", copy=False).tobytes())
     return path
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -31,8 +30,8 @@ from fcmae.config.commands import EvaluateConfig
 from fcmae.data.index import Images, find_labelled
 from fcmae.data.split import draw, split
 from fcmae.evaluation.features import check_stages, extract
-from fcmae.evaluation.models import RANDOM, Backbone, choose_device, load_backbone
-from fcmae.evaluation.outputs import TEMPORARY, claim, default_out, file_name, shortened
+from fcmae.evaluation.models import RANDOM, Backbone, choose_device, is_control, load_backbones
+from fcmae.evaluation.outputs import TEMPORARY, claim, default_out, file_name, shortened, tell_unread
 from fcmae.evaluation.pictures import save_figure
 from fcmae.evaluation.probes import few_shot_counts, fit_linear, knn_probabilities, mean_and_interval
 from fcmae.evaluation.records import COLUMNS, score_rows
@@ -59,9 +58,9 @@ def evaluate(cfg: EvaluateConfig) -> str:
     if "few-shot" in cfg.probes:
         for label in cfg.labels:
             few_shot_counts(label, _labels(train_index))
-    backbones = [load_backbone(model, cfg.image_size) for model in cfg.models]
+    backbones = load_backbones(cfg.models, cfg.image_size)
     for backbone in backbones:
-        check_stages(backbone, cfg.stages)
+        check_stages(backbone, _stages(backbone, cfg))
     several = len(cfg.models) > 1
     folders = [place / name for name in _folder_names(cfg.models)] if several else [place]
     claim(place, _is_ours, cfg.overwrite)
@@ -69,7 +68,9 @@ def evaluate(cfg: EvaluateConfig) -> str:
     for backbone, folder in zip(backbones, folders, strict=True):
         with TemporaryDirectory(prefix=TEMPORARY[0], dir=place) as directory:
             record = evaluate_model(backbone, train_index, test_index, cfg, Path(directory))
-        record["command"] = _command(cfg, backbone.name, folder)
+        # What a control sees is said by the network beside it.
+        alone = not is_control(backbone.name)
+        record["command"] = _command(cfg, [backbone.name] if alone else cfg.models, folder if alone else place)
         folder.mkdir(exist_ok=True)
         if record["confusion"] is not None:
             save_confusion(folder / "confusion.png", record)
@@ -100,16 +101,14 @@ def evaluate_model(
         found = extract(
             backbone,
             index,
-            cfg.stages,
+            _stages(backbone, cfg),
             device=device,
             batch_size=cfg.batch_size,
             num_workers=cfg.num_workers,
             directory=directory / title,
             title=f"{backbone.name}: features, {title}",
         )
-        if found.bad:
-            name, reason = found.bad[0]
-            print(f"{len(found.bad)} {title} images cannot be read, the first is {name}: {reason}", file=sys.stderr)
+        tell_unread(found.bad, f"{title} images")
         features.append(found.stages)
         labels.append(_labels(index)[found.positions])
     backbone.model.cpu()
@@ -118,7 +117,7 @@ def evaluate_model(
     for stage in features[0]:
         rows, confusion = probe_stage(
             backbone.name,
-            stage,
+            None if is_control(backbone.name) else stage,
             (features[0][stage], labels[0]),
             (features[1][stage], labels[1]),
             len(names),
@@ -148,6 +147,10 @@ def evaluate_model(
         "results": results,
         "confusion": confusion,
     }
+
+
+def _stages(backbone: Backbone, cfg: EvaluateConfig) -> Sequence[int] | None:
+    return None if is_control(backbone.name) else cfg.stages
 
 
 def _folder_names(models: Sequence[str]) -> list[str]:
@@ -198,7 +201,7 @@ def _is_ours(path: Path) -> bool:
 
 def probe_stage(
     model: str,
-    stage: int,
+    stage: int | None,
     train: Labelled,
     test: Labelled,
     num_classes: int,
@@ -209,7 +212,7 @@ def probe_stage(
 
     Args:
         model: its name, for the progress bars.
-        stage: its number, for the results.
+        stage: its number, for the results; None if there are none.
         train: features and labels to learn from.
         test: those to test on.
         num_classes: of the labels.
@@ -221,6 +224,7 @@ def probe_stage(
         smaller; None if neither was asked for.
     """
     results: list[dict[str, Any]] = []
+    of_stage = "" if stage is None else f", stage {stage}"
     predicted: dict[str, NDArray[np.float32]] = {}
     if "knn" in cfg.probes:
         ks = [k for k in KS if k <= len(train[0])] or [len(train[0])]
@@ -229,7 +233,7 @@ def probe_stage(
             results.append(_result("knn", stage, {"k": k, "temperature": TEMPERATURE}, score(test[1], probabilities)))
         predicted["knn"] = by_k[20 if 20 in by_k else ks[0]]
     if "linear" in cfg.probes:
-        title = f"{model}: linear, stage {stage}"
+        title = f"{model}: linear{of_stage}"
         probe = fit_linear(*train, num_classes, seed=cfg.seed, device=device, title=title)
         predicted["linear"] = probe.probabilities(test[0])
         results.append(_result("linear", stage, asdict(probe.setting), score(test[1], predicted["linear"])))
@@ -243,7 +247,7 @@ def probe_stage(
                 positions=draw(train[1], counts, cfg.seed + number),
                 seed=cfg.seed + number,
                 device=device,
-                title=f"{model}: {label} of the labels, draw {number + 1} of {cfg.draws}, stage {stage}",
+                title=f"{model}: {label} of the labels, draw {number + 1} of {cfg.draws}{of_stage}",
             )
             found.append(score(test[1], probe.probabilities(test[0])))
         setting = {"labels": label, "num_images": int(counts.sum()), "draws": cfg.draws}
@@ -262,7 +266,7 @@ def probe_stage(
     return results, {"probe": name, "stage": stage, "matrix": matrix}
 
 
-def _result(probe: str, stage: int, setting: dict[str, Any], scores: dict[str, float]) -> dict[str, Any]:
+def _result(probe: str, stage: int | None, setting: dict[str, Any], scores: dict[str, float]) -> dict[str, Any]:
     return {"probe": probe, "stage": stage, "setting": setting, "scores": scores}
 
 
@@ -283,11 +287,11 @@ def score(labels: NDArray[np.int64], probabilities: NDArray[np.float32]) -> dict
     return found
 
 
-def _command(cfg: EvaluateConfig, model: str, folder: Path) -> str:
-    """The command that evaluates this model alone, to the same result."""
-    alone = options.changed(cfg.model_copy(update={"models": [model], "out": folder, "overwrite": False}))
-    del alone["models"]
-    return shlex.join(["fcmae", "evaluate", model, *options.flags(alone)])
+def _command(cfg: EvaluateConfig, models: list[str], out: Path) -> str:
+    """The command that evaluates these models, to the same result."""
+    given = options.changed(cfg.model_copy(update={"models": models, "out": out, "overwrite": False}))
+    del given["models"]
+    return shlex.join(["fcmae", "evaluate", *models, *options.flags(given)])
 
 
 def summary(records: Sequence[dict[str, Any]]) -> str:
@@ -336,7 +340,6 @@ def save_confusion(path: Path, record: dict[str, Any]) -> None:
     axis.set_ylabel("true class (images)" if named else "true class, in the order of the file")
     probe = {"knn": "kNN", "linear": "linear probe"}[confusion["probe"]]
     accuracy = counts.trace() / max(counts.sum(), 1)
-    axis.set_title(
-        f"{shortened(record['model'], 60)}\n{probe} on stage {confusion['stage']}: top-1 {accuracy:.3f}", fontsize=10
-    )
+    where = "" if confusion["stage"] is None else f" on stage {confusion['stage']}"
+    axis.set_title(f"{shortened(record['model'], 60)}\n{probe}{where}: top-1 {accuracy:.3f}", fontsize=10)
     save_figure(figure, path)

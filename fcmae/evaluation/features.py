@@ -88,33 +88,57 @@ def extract(
             memory.
         title: of the progress bar.
 
+    Returns:
+        The features; images of which they are not finite count as such that cannot be read.
+
     Raises:
+        OSError: if the features cannot be written.
         ValueError: if there is no such stage, or none of the images can be read.
     """
     backbone.model.to(device)
     batches = batches_of(backbone.reading, images, device=device, batch_size=batch_size, num_workers=num_workers)
-    positions = np.empty(len(images), np.int64)
-    arrays: dict[int, NDArray[np.float32]] = {}
+    positions: list[NDArray[np.int64]] = []
+    parts: dict[int, _Rows] = {}
     bad: list[tuple[str, str]] = []
-    count = 0
     total = math.ceil(len(images) / batch_size)
     for pixels, batch in tqdm(batches, total=total, desc=title, unit="batch", disable=None):
         bad += batch.bad
         if not len(pixels):
             continue
         maps = stage_maps(backbone.model, pixels)
-        following = count + len(pixels)
-        positions[count:following] = batch.index.numpy()
-        for number in _numbers(stages, len(maps)):
-            pooled = maps[number - 1].float().mean((2, 3))  # (B, C)
-            if number not in arrays:
-                shape = (len(images), pooled.shape[1])
-                arrays[number] = _array(None if directory is None else directory / f"stage{number}.npy", shape)
-            arrays[number][count:following] = pooled.cpu().numpy()
-        count = following
-    if not count:
+        numbers = _numbers(stages, len(maps))
+        pooled = {number: maps[number - 1].float().mean((2, 3)).cpu().numpy() for number in numbers}  # (B, C) each
+        finite = np.all([np.isfinite(rows).all(1) for rows in pooled.values()], axis=0)  # (B,)
+        index = batch.index.numpy()
+        bad += [(images.name(int(i)), "its features are not finite") for i in index[~finite]]
+        positions.append(index[finite])
+        for number, rows in pooled.items():
+            path = None if directory is None else directory / f"stage{number}.bin"
+            parts.setdefault(number, _Rows(path, rows.shape[1])).append(rows[finite])
+    found = np.concatenate(positions) if positions else np.empty(0, np.int64)
+    if not len(found):
         raise ValueError(f"none of {len(images)} images can be read: {bad[0][0]}: {bad[0][1]}" if bad else "no images")
-    return Features(positions[:count], {number: array[:count] for number, array in arrays.items()}, bad)
+    return Features(found, {number: rows.array() for number, rows in parts.items()}, bad)
+
+
+class _Rows:
+    """Rows of numbers that come one after the other, to a file if one is named."""
+
+    def __init__(self, path: Path | None, num_columns: int) -> None:
+        # Written, not mapped: a mapped file that outgrows its disk kills the process.
+        self._path, self._num_columns, self._parts = path, num_columns, list[NDArray[np.float32]]()
+
+    def append(self, rows: NDArray[np.float32]) -> None:
+        if self._path is None:
+            self._parts.append(rows)
+        else:
+            with self._path.open("ab") as file:
+                file.write(rows.tobytes())
+
+    def array(self) -> NDArray[np.float32]:
+        if self._path is None:
+            return np.concatenate(self._parts)
+        return np.memmap(self._path, np.float32, "r").reshape(-1, self._num_columns)
 
 
 def check_stages(backbone: Backbone, stages: Sequence[int] | None) -> None:
@@ -138,10 +162,3 @@ def _numbers(stages: Sequence[int] | None, num_stages: int) -> list[int]:
     if wrong := [stage for stage in stages if not 1 <= abs(stage) <= num_stages]:
         raise ValueError(f"stages: {wrong[0]} is none of the network's {num_stages}: use 1 to {num_stages}")
     return sorted({stage if stage > 0 else num_stages + 1 + stage for stage in stages})
-
-
-def _array(path: Path | None, shape: tuple[int, int]) -> NDArray[np.float32]:
-    if path is None:
-        return np.empty(shape, np.float32)
-    array: NDArray[np.float32] = np.lib.format.open_memmap(path, "w+", np.float32, shape)
-    return array

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fcmae.data.source import printable
 from fcmae.evaluation.pictures import save_figure
 
 LineOf = Mapping[str, Mapping[str, float]]  # of each model the value of each layer
@@ -182,4 +183,5 @@ def last_of_stages(layers: Sequence[str]) -> list[str]:
 
 def ending(name: str, length: int = NAME_LENGTH) -> str:
     """A model's name for a figure: its end, where paths differ."""
+    name = printable(name)
     return name if len(name) <= length else f"…{name[1 - length :]}"

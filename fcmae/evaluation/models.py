@@ -1,13 +1,16 @@
-"""Networks to look at: our weights of any format, timm's models by name, and the same networks untrained."""
+"""What gives features: our weights of any format, timm's models by name, the same untrained, and plain pixels."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+import torch.nn.functional as F
 from timm.models import ConvNeXt
 from torch import Tensor, nn
 
@@ -22,6 +25,8 @@ from fcmae.weights.files import Weights, read_weights
 from fcmae.weights.formats import from_state
 
 RANDOM = "random:"  # before a path or timm's name: the same network, untrained
+PIXELS, HISTOGRAM = "pixels:", "histogram:"  # before a number: features that need no network
+MAX_CELLS = 4096  # of a histogram that counts all channels together
 
 
 @dataclass(frozen=True)
@@ -30,8 +35,8 @@ class Backbone:
 
     Attributes:
         name: as it was asked for.
-        model: an `Encoder`, which timm's ConvNeXts become too, or another network of timm's without a head; in
-            evaluation mode, on the CPU, without gradients.
+        model: an `Encoder`, which timm's ConvNeXts become too, another network of timm's without a head, or a
+            `Control`; in evaluation mode, on the CPU, without gradients.
         reading: how its images are read.
         origin: what the weights were made from.
     """
@@ -47,22 +52,98 @@ class Backbone:
         return describe(self.model.spec) if isinstance(self.model, Encoder) else self.name.removeprefix(RANDOM)
 
 
-def load_backbone(source: str, image_size: tuple[int, int] | None = None, in_chans: int | None = None) -> Backbone:
+class Control(nn.Module):
+    """Features that need no network, which those of a network must beat: images (B, C, H, W) in 0..1 to (B, D).
+
+    Args:
+        name: "pixels:N" for the image averaged to N x N pixels, of which 1 is the mean colour; "histogram:N" for the
+            shares of the pixels in N equal steps of the values 0..1, of all channels together where these make at most
+            MAX_CELLS cells (N ** C), else of each channel.
+
+    Raises:
+        ValueError: if it is neither, or the number is none from 1.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        kind, _, number = name.partition(":")
+        if not is_control(name) or not number.isdecimal() or not 1 <= int(number) <= 256:
+            raise ValueError(f"model = {name!r}: give a number from 1 to 256, such as {PIXELS}32 or {HISTOGRAM}8")
+        self.kind, self.num = kind, int(number)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, D).
+
+        Raises:
+            ValueError: if the images are too small, or their values far from 0..1.
+        """
+        if self.kind == "pixels":
+            if self.num > min(images.shape[2:]):
+                raise ValueError(f"they have fewer than {self.num} pixels a side")
+            return F.adaptive_avg_pool2d(images, self.num).flatten(1)
+        low, high = float(images.min()), float(images.max())
+        if low < -0.5 or high > 1.5:
+            raise ValueError(
+                f"model = {HISTOGRAM}{self.num} counts values from 0 to 1, and the images' reach from {low:.4g} to "
+                f"{high:.4g}: take {PIXELS}32"
+            )
+        cells = (images.flatten(2) * self.num).long().clamp(0, self.num - 1)  # (B, C, H * W)
+        num_cells, num_channels = self.num, images.shape[1]
+        if self.num**num_channels <= MAX_CELLS:
+            places = self.num ** torch.arange(num_channels, device=images.device)
+            cells, num_cells = (cells * places[:, None]).sum(1, keepdim=True), self.num**num_channels  # (B, 1, H * W)
+        counts = images.new_zeros(*cells.shape[:2], num_cells)
+        counts.scatter_add_(2, cells, images.new_ones(()).expand_as(cells))
+        return counts.flatten(1) / cells.shape[2]
+
+
+def is_control(source: str) -> bool:
+    """Whether a name is that of a `Control`."""
+    return source.startswith((PIXELS, HISTOGRAM))
+
+
+def load_backbones(sources: Sequence[str], image_size: tuple[int, int] | None = None) -> list[Backbone]:
+    """The networks and controls that are compared; controls see images as the first network does.
+
+    Args:
+        sources: see `load_backbone`.
+        image_size: likewise.
+
+    Raises:
+        ValueError: see `load_backbone`.
+    """
+    networks = {source: load_backbone(source, image_size) for source in sources if not is_control(source)}
+    first = next((network.reading for network in networks.values()), None)
+    return [networks.get(source) or load_backbone(source, image_size, like=first) for source in sources]
+
+
+def load_backbone(
+    source: str,
+    image_size: tuple[int, int] | None = None,
+    in_chans: int | None = None,
+    like: Reading | None = None,
+) -> Backbone:
     """The network that `source` names.
 
     Args:
         source: a path (all that `read_weights` reads); or the name of a timm model, with its pretrained weights, which
-            may be fetched from the network; or either after "random:", untrained, from seed 0.
+            may be fetched from the network; or either after "random:", untrained, from seed 0; or that of a `Control`.
         image_size: height and width, where it is not to be that of the weights.
-        in_chans: of a timm model, where it is not to be 3.
+        in_chans: of a timm model or a control, where it is not to be 3.
+        like: how images are read for a control, but for mean and std; None is 224 x 224 pixels, or `image_size`.
 
     Raises:
-        ValueError: if there is no such model, its weights cannot be had, or it cannot take images of that size.
+        ValueError: if there is no such model, its weights cannot be had or are not finite, or it cannot take images of
+            that size.
     """
     is_random = source.startswith(RANDOM)
     name = source.removeprefix(RANDOM)
-    path = Path(name).expanduser()
-    if path.exists():
+    path = Path(os.path.expanduser(name))  # noqa: PTH111  # Path's fails of an unknown user
+    if is_control(source):
+        read = like or Reading(in_chans or 3, image_size or (224, 224), 1.0, Normalize((), ()))
+        plain = Normalize([0.0] * read.in_chans, [1.0] * read.in_chans)
+        backbone = Backbone(source, Control(source), replace(read, normalize=plain), {"control": source})
+    elif path.exists():
         backbone = _from_weights(source, path, is_random, image_size, in_chans)
     elif timm.is_model(name):
         backbone = _from_timm(source, name, is_random, image_size, in_chans)
@@ -72,6 +153,11 @@ def load_backbone(source: str, image_size: tuple[int, int] | None = None, in_cha
             f"file of weights, a name that timm.list_models() has, or one of these after {RANDOM}"
         )
     backbone.model.eval().requires_grad_(False)
+    if wrong := [name for name, tensor in backbone.model.state_dict().items() if not tensor.isfinite().all()]:
+        raise ValueError(
+            f"model = {source!r}: the weights are not finite, {wrong[0]} among them: it is of a run that broke down; "
+            "give an earlier checkpoint"
+        )
     _try(backbone)
     return backbone
 
@@ -156,9 +242,11 @@ def stage_maps(model: nn.Module, images: Tensor) -> list[Tensor]:
         images: (B, C, H, W), normalised.
 
     Returns:
-        (B, C_i, H_i, W_i) each. Networks without stages give what timm has in their place: a ViT the output of each
-        block.
+        (B, C_i, H_i, W_i) each; of a control one of 1 x 1. Networks without stages give what timm has in their place: a
+        ViT the output of each block.
     """
+    if isinstance(model, Control):
+        return [model(images)[:, :, None, None]]
     if isinstance(model, Encoder):
         return [f.permute(0, 3, 1, 2) for f in model.pyramid(images)]
     maps: list[Tensor] = model.forward_intermediates(  # type: ignore[operator]  # timm is not typed
@@ -170,7 +258,7 @@ def stage_maps(model: nn.Module, images: Tensor) -> list[Tensor]:
 def _try(backbone: Backbone) -> None:
     """Raise ValueError if the network has no features of stages, or none of images of this size."""
     height, width = backbone.reading.image_size
-    if not isinstance(backbone.model, Encoder) and not hasattr(backbone.model, "forward_intermediates"):
+    if not isinstance(backbone.model, Encoder | Control) and not hasattr(backbone.model, "forward_intermediates"):
         raise ValueError(f"model = {backbone.name!r}: timm does not give the features of its stages: give another")
     image = torch.zeros(1, backbone.reading.in_chans, height, width)
     try:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fcmae.evaluation.models import RANDOM
+from fcmae.data.source import printable
+from fcmae.evaluation.models import RANDOM, is_control
 
 TEMPORARY = (".features-", ".tmp-")  # how what a killed process leaves begins
 
 
 def default_out(models: Sequence[str], out: Path | None, name: str) -> Path:
-    """Where a command writes: `out`, or RUN/NAME where the models are RUN, random:RUN or both.
+    """Where a command writes: `out`, or RUN/NAME where the models are RUN, random:RUN or both, beside controls.
 
     Args:
         models: as they were given.
@@ -27,7 +30,8 @@ def default_out(models: Sequence[str], out: Path | None, name: str) -> Path:
         raise ValueError(f"model = {doubled[0]!r} is given twice: give each once")
     if out is not None:
         return out
-    runs = {Path(model.removeprefix(RANDOM)).expanduser() for model in models}
+    networks = [model for model in models if not is_control(model)]
+    runs = {Path(os.path.expanduser(model.removeprefix(RANDOM))) for model in networks}  # noqa: PTH111
     if len(runs) == 1 and ((run := runs.pop()) / "config.yaml").is_file():
         return run / name
     raise ValueError(f"out is missing: it is RUN/{name} for RUN and random:RUN, anything else needs --out DIR")
@@ -44,8 +48,9 @@ def claim(out: Path, is_ours: Callable[[Path], bool], overwrite: bool) -> None:
     Raises:
         ValueError: if there is anything else, or something of ours and overwrite is false.
     """
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out = {out} is a file: give a directory")
+    if os.path.lexists(out) and not out.is_dir():
+        what = "a link that leads nowhere" if out.is_symlink() and not out.exists() else "a file"
+        raise ValueError(f"out = {out} is {what}: give a directory")
     entries = sorted(out.iterdir()) if out.is_dir() else []
     if unfinished := [path for path in entries if path.name.startswith(TEMPORARY)]:
         raise ValueError(
@@ -64,6 +69,19 @@ def claim(out: Path, is_ours: Callable[[Path], bool], overwrite: bool) -> None:
     out.mkdir(parents=True, exist_ok=True)
 
 
+def tell_unread(bad: Sequence[tuple[str, str]], what: str) -> None:
+    """Name images that are left out, and count them, on stderr.
+
+    Args:
+        bad: their names, and the reasons.
+        what: they are.
+    """
+    for name, reason in bad:
+        print(f"{printable(name)}: {printable(reason)}", file=sys.stderr)
+    if bad:
+        print(f"{len(bad)} of the {what} cannot be read and are left out", file=sys.stderr)
+
+
 def file_name(text: str) -> str:
     """The text as a name of a file or folder: letters, digits, dots, dashes and underscores."""
     return re.sub(r"[^\w.-]+", "-", text).strip("-.")
@@ -71,6 +89,7 @@ def file_name(text: str) -> str:
 
 def shortened(name: str, length: int = 24) -> str:
     """A name as matplotlib shows it as it is, with at most so many letters."""
+    name = printable(name)
     text = name if len(name) <= length else f"{name[: length - 3]}..."
     # Dollars would begin a formula, and a leading underscore hides an entry of a legend.
     text = text.replace("$", r"\$")

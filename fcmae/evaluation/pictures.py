@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from fcmae.atomic import replacing
+from fcmae.atomic import read_bytes, replacing
 from fcmae.data.normalize import Normalize
 from fcmae.data.split import evenly
 from fcmae.layouts.sites import refine
@@ -21,6 +22,7 @@ from fcmae.masked import patch_statistics, patchify, unpatchify
 GREY = 0.5  # what hidden patches are shown as, where 0 is black and 1 is white
 TILE = 128  # longest side of an image in a picture over time, in pixels
 MOMENTS = 8  # in such a picture
+MAX_TILES = 2**25  # bytes of a file
 
 
 def reconstruction_panels(
@@ -106,6 +108,14 @@ def _tiles(panel: Tensor, originals: Tensor) -> NDArray[np.uint8]:
     return strip
 
 
+def _read_tiles(path: Path) -> NDArray[np.uint8] | None:
+    try:
+        with Image.open(BytesIO(read_bytes(path, MAX_TILES)), formats=("PNG",)) as image:
+            return np.asarray(image)
+    except Exception:  # of a broken file Pillow raises all that its parts do
+        return None
+
+
 def save_over_time(path: Path, panels: Sequence[Tensor], moments: Sequence[tuple[str, Path]], title: str) -> None:
     """Draw how reconstructions of the same images became what they are, one image a row.
 
@@ -113,7 +123,7 @@ def save_over_time(path: Path, panels: Sequence[Tensor], moments: Sequence[tuple
         path: the file.
         panels: of `reconstruction_panels`, now: originals and masked images stand first.
         moments: titles and files of `save_tiles`, in order; of more than MOMENTS, that many are drawn, evenly spread
-            from the first to the last.
+            from the first to the last, without those that are damaged or gone.
         title: above the rows.
     """
     from matplotlib.figure import Figure
@@ -121,8 +131,9 @@ def save_over_time(path: Path, panels: Sequence[Tensor], moments: Sequence[tuple
     moments = [moments[i] for i in evenly(len(moments), MOMENTS)]
     columns = [("original", _tiles(panels[0], panels[0])), ("masked", _tiles(panels[1], panels[0]))]
     for name, file in moments:
-        with Image.open(file) as image:
-            columns.append((name, np.asarray(image)))
+        tiles = _read_tiles(file)
+        if tiles is not None and tiles.shape == columns[0][1].shape:
+            columns.append((name, tiles))
     # One image with white gaps: axes for each of the tiles would take long to lay out.
     num, (height, width) = panels[0].shape[0], columns[0][1].shape[:2]
     side, gap = height // num, max(1, width // 16)

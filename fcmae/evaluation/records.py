@@ -2,33 +2,84 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import math
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+from typing_extensions import NotRequired, TypedDict
 
 SCORES = ("top1", "balanced_accuracy", "auroc")  # in tables; the file has top5 too
 COLUMNS = ("probe", "stage", "model", "top-1", "balanced accuracy", "AUROC")
 
 
-def score_rows(records: Sequence[dict[str, Any]]) -> list[list[str]]:
+Count = Annotated[int, Field(ge=0, le=2**53)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Result(TypedDict):
+    """Of one probe on one stage, with the scores by name."""
+
+    probe: Literal["knn", "linear", "few-shot"]
+    stage: int | None
+    setting: dict[str, Any]
+    scores: dict[str, Share]
+    spread: NotRequired[dict[str, tuple[float, float]]]
+
+
+class Data(TypedDict):
+    """What was learnt from and tested on."""
+
+    train: str
+    test: str
+    num_train: Count
+    num_test: Count
+    class_names: Annotated[list[str], Field(min_length=1)]
+
+
+class Confusion(TypedDict):
+    """How many test images of each class, a row, were taken for each, a column."""
+
+    matrix: list[list[Count]]
+
+
+class Evaluation(TypedDict):
+    """What is read of an evaluation.json."""
+
+    model: str
+    data: Data
+    results: list[Result]
+    confusion: Confusion | None
+    command: NotRequired[str]
+
+
+def score_rows(records: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """The scores of several evaluations on the same images, a row a model and probe, in the columns of COLUMNS.
 
-    What the models are compared by stands together: the same probe with the same setting on the same stage.
+    What the models are compared by stands together: the same probe with the same setting on the same stage, and what
+    has no stages after the stages.
     """
-    rows: dict[tuple[str, int], list[list[str]]] = {}
+    rows: dict[str, dict[int | None, list[list[str]]]] = {}
     for record in records:
         for result in record["results"]:
             probe, stage, setting = result["probe"], result["stage"], result["setting"]
             if probe == "knn":
-                probe = f"kNN, k = {setting['k']}"
+                probe = f"kNN, k = {setting.get('k')}"
             elif probe == "few-shot":
-                amount = setting["labels"] if setting["labels"].endswith("%") else f"{setting['labels']} a class"
-                probe = f"linear, {amount} ({setting['num_images']} labels)"
+                amount = str(setting.get("labels"))
+                amount += "" if amount.endswith("%") else " a class"
+                probe = f"linear, {amount} ({setting.get('num_images')} labels)"
             cells = [_cell(result, name) for name in SCORES]
-            rows.setdefault((probe, stage), []).append([probe, str(stage), record["model"], *cells])
-    return [row for group in rows.values() for row in group]
+            row = [probe, "-" if stage is None else str(stage), record["model"], *cells]
+            rows.setdefault(probe, {}).setdefault(stage, []).append(row)
+    return [row for of_probe in rows.values() for stage in sorted(of_probe, key=_last) for row in of_probe[stage]]
 
 
-def _cell(result: dict[str, Any], name: str) -> str:
+def _last(stage: int | None) -> float:
+    return math.inf if stage is None else stage
+
+
+def _cell(result: Mapping[str, Any], name: str) -> str:
     if name not in result["scores"]:
         return "-"
     text = f"{result['scores'][name]:.3f}"

@@ -5,37 +5,52 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
-import json
+import math
+import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 from PIL import Image
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
 
 import fcmae
 from fcmae import options
-from fcmae.atomic import write_text
+from fcmae.atomic import read_bytes, write_text
 from fcmae.data.split import evenly
 from fcmae.evaluation.charts import Chart, Table, heat_map, line_chart, shown
-from fcmae.evaluation.records import COLUMNS, score_rows
-from fcmae.evaluation.runs import Run, curve, finite, read_json, read_run
+from fcmae.evaluation.records import COLUMNS, Evaluation, score_rows
+from fcmae.evaluation.runs import MAX_JSON, Run, curve, finite, read_json, read_run
 from fcmae.evaluation.verdicts import is_collapsing, is_working, was_worth_it
 
 MARK = '<meta name="generator" content="fcmae report'
 MOST_PICTURES = 12  # over time
+MAX_PICTURE, MAX_PIXELS = 2**25, 2**26  # bytes and pixels of one
 KINDS = {"pretrain": "pretraining", "finetune": "fine-tuning"}
-BROKEN = (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError)  # by files that hold something else
 ANALYZED = ("cosine_distance", "effective_rank", "dead_share", "saturated_share", "grn_gamma", "grn_beta")
 SCORES = ("balanced_accuracy", "auroc", "top1", "top5")
 LAST_VALUES = ("epoch", "loss", "val_loss", *SCORES, "knn_balanced_accuracy")
+MOST_SECONDS = 1e9  # thirty years
 # What is measured of each layer, and what the last colour stands for at least.
 LAYERED = {"cosine_distance": 0.5, "effective_rank": 1.0, "dead_share": 0.5, "saturated_share": 0.5}
+
+
+class Analyzed(TypedDict):
+    """What is read of a model in an analysis.json."""
+
+    name: str
+    layers: list[dict[str, Any]]
+
+
+ANALYSIS = TypeAdapter(dict[Literal["models"], list[Analyzed]])
 
 
 class Picture(NamedTuple):
@@ -85,11 +100,19 @@ class Section:
 
 
 def report(paths: Sequence[Path], out: Path | None = None) -> Path:
-    """Write the page on one run or several and return where: by default report.html in the run's directory.
+    """Write the page on one run or several; what cannot be read of them is said there.
+
+    Args:
+        paths: directories of runs.
+        out: the page, a new file or an earlier page; by default report.html in the run's directory.
+
+    Returns:
+        Where it is.
 
     Raises:
-        ValueError: if a path is no run, `out` is missing for several runs, or is there and no report of ours, or
-            plotly, which draws the charts, is not installed.
+        OSError: if it cannot be written.
+        ValueError: if none of the paths is a run, `out` is missing for several runs, or is there and no report of ours,
+            or plotly, which draws the charts, is not installed.
     """
     if out is None:
         if len(paths) > 1:
@@ -99,17 +122,36 @@ def report(paths: Sequence[Path], out: Path | None = None) -> Path:
         raise ValueError(f"--out {out} is a directory: name the file to write, e.g. {out / 'report.html'}")
     if out.is_symlink() and not out.exists():
         raise ValueError(f"out = {out} is a link that leads nowhere: give another --out, or remove it")
-    if out.exists() and MARK not in out.read_text(encoding="utf-8", errors="replace")[:1000]:
+    if out.exists() and not _is_report(out):
         raise ValueError(f"{out} is there and no report of fcmae: name another file with --out, or delete it")
     # Directories are named by their last part, or by all of it where two have one name.
-    short = [path.resolve().name for path in paths]
+    short = [Path(os.path.realpath(path)).name for path in paths]
     names = short if len(set(short)) == len(paths) else map(str, paths)
-    write_text(out, render([read_run(path, name) for path, name in zip(paths, names, strict=True)]))
+    runs, problems = list[Run](), list[str]()
+    for path, name in zip(paths, names, strict=True):
+        try:
+            runs.append(read_run(path, name))
+        except (ValueError, OSError) as error:
+            problems.append(str(error))
+    if not runs:
+        raise ValueError("\n".join(problems))
+    write_text(out, render(runs, problems))
     return out
 
 
-def render(runs: Sequence[Run]) -> str:
+def _is_report(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return MARK.encode() in file.read(1000)
+
+
+def render(runs: Sequence[Run], problems: Sequence[str] = ()) -> str:
     """The page. Everything in it that came from the user is escaped, and its policy lets only its own scripts run.
+
+    Args:
+        runs: what it is about.
+        problems: what kept others from being read, in sentences.
 
     Raises:
         ValueError: if plotly is missing.
@@ -119,6 +161,7 @@ def render(runs: Sequence[Run]) -> str:
     except ImportError as error:
         raise ValueError("report needs plotly to draw charts: pip install plotly") from error
     chapters = [(f"{run.name} ({KINDS[run.kind]})", describe(run)) for run in runs]
+    chapters += [("Runs that cannot be read", [Section("What is wrong", list(problems))])] if problems else []
     if len(runs) > 1 and (sections := compare(runs)):
         chapters.append(("Comparison of the runs", sections))
     chapters.append(("Commands to reproduce this", [reproduce(run) for run in runs]))
@@ -165,12 +208,16 @@ def read_picture(path: Path, label: str, alt: str, problems: list[str]) -> list[
         The picture alone; none if it cannot be read.
     """
     try:
-        content = path.read_bytes()
-        with Image.open(io.BytesIO(content)) as image:
-            size, kind, smaller = image.size, str(image.format).lower(), io.BytesIO()
+        content = read_bytes(path, MAX_PICTURE)
+        with Image.open(io.BytesIO(content), formats=("PNG",)) as image:
+            size, kind, smaller = image.size, "png", io.BytesIO()
+            if math.prod(size) > MAX_PIXELS:
+                problems.append(f"{path} cannot be shown (it has more than {MAX_PIXELS:,} pixels).")
+                return []
             image.convert("RGB").save(smaller, "JPEG", quality=90, subsampling=0)
-    except (OSError, ValueError) as error:
-        problems.append(f"{path} cannot be shown ({error}).")
+    except Exception as error:  # of a broken file Pillow raises all that its parts do
+        reason = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
+        problems.append(f"{path} cannot be shown ({reason}).")
         return []
     if smaller.tell() < len(content):
         content, kind = smaller.getvalue(), "jpeg"
@@ -221,18 +268,19 @@ def _what_was_run(run: Run) -> Section:
     if isinstance(size := get("data.image_size"), list):
         rows += [["size", f"{' × '.join(map(str, size))} pixels, {get('data.in_chans')} channels"]]
     if (bad := run.path / "bad_files.txt").is_file():
-        number = len(bad.read_text(encoding="utf-8", errors="replace").splitlines())
-        rows += [["unreadable", f"{number} files, listed in {bad}"]] if number else []
+        with suppress(OSError):
+            number = read_bytes(bad, MAX_JSON).count(b"\n")
+            rows += [["unreadable", f"{number} files, listed in {bad}"]] if number else []
     if seconds := _computing_time(run):
         rows += [["time", f"{timedelta(seconds=round(seconds))} of training, without evaluations"]]
     if run.starts:
-        last, versions = run.starts[-1], run.starts[-1].get("versions")
+        last, versions = run.starts[-1], run.starts[-1].get("versions", "")
         rows += [["started", _text(run.starts[0].get("time"))]]
         rows += [["device", f"{last.get('num_processes')} × {last.get('device')} ({last.get('device_name')})"]]
         rows += [["CPU", f"{last.get('cpu')}, {last.get('cores')} cores"]]
     else:
         versions = {"fcmae": run.version}
-    rows += [["versions", ", ".join(map(" ".join, versions.items())) if isinstance(versions, dict) else ""]]
+    rows += [["versions", ", ".join(map(" ".join, versions.items())) if isinstance(versions, dict) else versions]]
     section.tables.append(Table("The run", ["what", "value"], rows))
     settings = [
         Table(caption, ["setting", "value"], [[key, _text(value)] for key, value in values.items()])
@@ -260,12 +308,12 @@ def _status(run: Run) -> str:
 
 def _computing_time(run: Run) -> float:
     """The seconds that the logged windows took: their images over their images a second."""
-    seconds, before = 0.0, 0
+    seconds, before, batch_size = 0.0, 0.0, run.settings.get("batch_size")
     for line in run.lines:
-        if speed := finite(line, "images_per_s"):
-            seconds += (line["step"] - before) * run.settings.get("batch_size", 0) / speed
+        if isinstance(batch_size, int) and (speed := line.get("images_per_s")):
+            seconds += (line["step"] - before) * batch_size / speed
             before = line["step"]
-    return seconds
+    return seconds if 0 < seconds < MOST_SECONDS else 0
 
 
 def _charts(run: Run, charts: Mapping[str, Sequence[str]], *, may_be_log: bool = True) -> list[Chart]:
@@ -306,7 +354,7 @@ def _scores(run: Run) -> Section:
 
 def _reconstructions(run: Run) -> Section:
     section, folder = Section("Reconstructions"), run.path / "reconstructions"
-    files = {int(path.stem[5:]): path for path in folder.glob("step-*.png") if path.stem[5:].isdigit()}
+    files = {int(path.stem[5:]): path for path in folder.glob("step-*.png") if path.stem[5:].isdecimal()}
     steps, epochs = sorted(files), {line["step"]: line["epoch"] for line in run.lines}
     for step in (steps[i] for i in evenly(len(steps), MOST_PICTURES)):
         label = f"step {step:,}" + (f", epoch {epochs[step]:.4g}" if step in epochs else "")
@@ -334,42 +382,30 @@ def _monitors(run: Run) -> Section:
     return section
 
 
-def _evaluation(folder: Path, found: dict[str, Any]) -> Section:
-    """The tables of an evaluation.json; a sentence in their place if it does not hold what it should."""
-    section = Section(f"Evaluation of {found.get('model', folder)}")
-    try:
-        data, results = found["data"], found["results"]
-        section.notes.append(
-            f"{data['num_train']:,} labelled images to learn from ({data['train']}), {data['num_test']:,} to test on "
-            f"({data['test']}), {len(data['class_names'])} classes; a guess scores "
-            f"{shown(1 / len(data['class_names']))} in balanced accuracy."
-        )
-        spread = "; in brackets, the 95 % interval over draws" if any("spread" in r for r in results) else ""
-        section.tables.append(Table(f"Scores of each probe on the test images{spread}", COLUMNS, score_rows([found])))
-    except BROKEN as error:
-        return Section(section.title, [_broken(folder / "evaluation.json", error, "run `fcmae evaluate` again")])
+def _evaluation(folder: Path, found: Evaluation) -> Section:
+    """The tables of an evaluation.json."""
+    section, data, results = Section(f"Evaluation of {found['model']}"), found["data"], found["results"]
+    section.notes.append(
+        f"{data['num_train']:,} labelled images to learn from ({data['train']}), {data['num_test']:,} to test on "
+        f"({data['test']}), {len(data['class_names'])} classes; a guess scores "
+        f"{shown(1 / len(data['class_names']))} in balanced accuracy."
+    )
+    spread = "; in brackets, the 95 % interval over draws" if any("spread" in r for r in results) else ""
+    section.tables.append(Table(f"Scores of each probe on the test images{spread}", COLUMNS, score_rows([found])))
     section.pictures = _pictures(folder, section.notes)
     return section
 
 
-def _broken(path: Path, error: Exception, remedy: str) -> str:
-    return f"{path} does not hold what it should ({type(error).__name__}: {error}): {remedy}."
-
-
 def _analysis(run: Run) -> Section:
     section, file = Section("Analysis of the features"), run.path / "analysis" / "analysis.json"
-    remedy = "run `fcmae analyze` again"
-    try:
-        found = read_json(file, dict, remedy, section.notes) or {"models": ()}
-        rows = [
-            [layer["name"], model["name"], *(shown(layer.get(key)) for key in ANALYZED)]
-            for model in found["models"]
-            for layer in model["layers"]
-        ]
-        columns = ["layer", "model", *map(_words, ANALYZED)]
-        section.more += [Table("Numbers of every layer", columns, rows)] if rows else []
-    except BROKEN as error:
-        section.notes.append(_broken(file, error, remedy))
+    found = read_json(file, ANALYSIS, "run `fcmae analyze` again", section.notes) or {"models": ()}
+    rows = [
+        [str(layer.get("name")), model["name"], *(shown(finite(layer, key)) for key in ANALYZED)]
+        for model in found["models"]
+        for layer in model["layers"]
+    ]
+    columns = ["layer", "model", *map(_words, ANALYZED)]
+    section.more += [Table("Numbers of every layer", columns, rows)] if rows else []
     section.pictures = _pictures(file.parent, section.notes)
     return section
 
@@ -401,7 +437,7 @@ def compare(runs: Sequence[Run]) -> list[Section]:
         rows = [[run.name, *(shown(values.get(key)) for key in there)] for run, values in zip(same, last, strict=True)]
         section.tables.append(Table("Last values", ["run", *there], rows))
         values = {key: [run.settings.get(key) for run in same] for run in same for key in run.settings if key != "out"}
-        differ = [[key, *map(_text, found)] for key, found in values.items() if len(set(map(json.dumps, found))) > 1]
+        differ = [[key, *map(_text, found)] for key, found in values.items() if len(set(map(_text, found))) > 1]
         if differ:
             section.tables.append(Table("Settings that differ", ["setting", *(run.name for run in same)], differ))
         else:
@@ -414,12 +450,13 @@ def reproduce(run: Run) -> Section:
     """The commands that give this run again: as typed, and from its settings alone; then those of its evaluations."""
     section, last = Section(run.name), run.starts[-1] if run.starts else {}
     if "command" in last:
-        section.commands.append(str(last["command"]))
+        section.commands.append(_text(last["command"]))
         section.notes.append(
             f"As typed in {last.get('directory', 'its directory')}; and the same with all settings as flags."
         )
-    section.commands.append(command(run.kind, run.changed, last.get("num_processes", 1)))
-    section.commands += [str(found["command"]) for found in run.evaluations.values() if "command" in found]
+    processes = _text(last.get("num_processes"))
+    section.commands.append(command(run.kind, run.changed, int(processes) if processes.isdecimal() else 1))
+    section.commands += [found["command"] for found in run.evaluations.values() if "command" in found]
     return section
 
 

@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-import yaml
+from pydantic import Field, TypeAdapter, ValidationError
 
 from fcmae import options
+from fcmae.atomic import read_bytes
 from fcmae.config import FinetuneConfig, PretrainConfig
 from fcmae.data.index import Images
 from fcmae.data.split import split
 from fcmae.evaluation.charts import Curve
-from fcmae.training.run import read_metrics
+from fcmae.evaluation.records import Evaluation
+from fcmae.training import own_files
+from fcmae.training.run import split_metrics
 
 CONFIGS: dict[str, type[PretrainConfig] | type[FinetuneConfig]] = {
     "pretrain": PretrainConfig,
     "finetune": FinetuneConfig,
 }
+MAX_JSON = 2**26  # bytes of a file
+HUGE = 1e100  # no number that was measured, and its square is finite
+
+Text = Annotated[str, Field(coerce_numbers_to_str=True)]
+Start = dict[str, dict[str, Text] | Text]
+STARTS, EVALUATION = TypeAdapter(list[Start]), TypeAdapter(Evaluation)
 
 
 @dataclass(frozen=True)
@@ -36,7 +45,7 @@ class Run:
         version: of fcmae, when it last started.
         settings: by dotted key, as JSON values.
         changed: those that are not the default.
-        lines: of metrics.jsonl.
+        lines: of metrics.jsonl, with their finite numbers.
         starts: of environment.json.
         counts: images by what they are for.
         held_out: fingerprint of the held-out images of a fine-tuning.
@@ -52,67 +61,93 @@ class Run:
     settings: dict[str, Any]
     changed: dict[str, Any]
     lines: list[dict[str, Any]]
-    starts: list[dict[str, Any]]
+    starts: list[Start]
     counts: dict[str, int]
     held_out: str | None
     class_counts: list[int]
-    evaluations: dict[Path, dict[str, Any]]
+    evaluations: dict[Path, Evaluation]
     problems: list[str]
 
 
 def read_run(path: Path, name: str) -> Run:
     """All that a run's directory holds, but for pictures; what cannot be read becomes one of the run's problems.
 
+    Args:
+        path: the directory.
+        name: of the run, unique in the report.
+
     Raises:
+        OSError: if the directory cannot be read.
         ValueError: if it is no run's.
     """
-    config, header = path / "config.yaml", list[str]()
-    if config.is_file():
-        with config.open(encoding="utf-8", errors="replace") as text:
-            header = text.readline().split()
-    if header[:2] != ["#", "fcmae"] or len(header) != 4 or header[2] not in CONFIGS:
-        raise ValueError(f"{path} holds no run of fcmae: give the directory that --out named")
-    kind, version, problems = header[2], header[3], list[str]()
-    values, changed = _settings(config, kind, problems)
-    lines = [line for line in read_metrics(path / "metrics.jsonl") if isinstance(line, dict)]
-    lines = [line for line in lines if finite(line, "step") is not None and finite(line, "epoch") is not None]
-    starts = read_json(path / "environment.json", list, "the run's next start begins it anew", problems) or []
-    starts = [start for start in starts if isinstance(start, dict)]
+    problems = list[str]()
+    kind, version = _kind(path, problems)
+    values, changed = _settings(path / "config.yaml", kind, problems)
+    lines = _lines(path / "metrics.jsonl", problems)
+    starts = read_json(path / "environment.json", STARTS, "the run's next start begins it anew", problems) or []
     files = sorted((path / "evaluation").glob("**/evaluation.json"), key=lambda file: (len(file.parts), file))
-    read = {file.parent: read_json(file, dict, "run `fcmae evaluate` again", problems) for file in files}
+    read = {file.parent: read_json(file, EVALUATION, "run `fcmae evaluate` again", problems) for file in files}
     found = sorted(((k, v) for k, v in read.items() if v is not None), key=lambda item: is_untrained(item[1]))
     images = _count_images(path, kind, values, problems)
     return Run(path, name, kind, version, values, changed, lines, starts, *images, dict(found), problems)
 
 
-def is_untrained(evaluation: Mapping[str, Any]) -> bool:
+def _kind(path: Path, problems: list[str]) -> tuple[str, str]:
+    """Whether it was a pretraining or a fine-tuning, and the version of fcmae; from other files where that is lost."""
+    header, config = list[str](), path / "config.yaml"
+    with suppress(OSError):
+        if config.is_file():
+            with config.open("rb") as file:
+                header = file.readline(200).decode(errors="replace").split()
+    if header[:2] == ["#", "fcmae"] and len(header) == 4 and header[2] in CONFIGS:
+        return header[2], header[3]
+    if not own_files.written(path, own_files.RESULTS):
+        raise ValueError(f"{path} holds no run of fcmae: give the directory that --out named")
+    problems.append(
+        f"{config} cannot be read, or does not begin as a run's: the kind of run is guessed by its other files."
+    )
+    return "finetune" if (path / "val_files.json").exists() else "pretrain", "unknown"
+
+
+def _lines(path: Path, problems: list[str]) -> list[dict[str, Any]]:
+    """The numbers of each line of metrics.jsonl that has a step."""
+    try:
+        found, damaged = split_metrics(path)
+    except OSError as error:
+        problems.append(f"{path} cannot be read ({error.strerror}): its curves are left out.")
+        return []
+    if damaged:
+        problems.append(f"{path} has {len(damaged)} lines that are damaged or unfinished: they are left out.")
+    lines = [{key: value for key in line if (value := finite(line, key)) is not None} for line in found]
+    return [line for line in lines if "step" in line and "epoch" in line]
+
+
+def is_untrained(evaluation: Evaluation) -> bool:
     """Whether it is of a network that was not trained."""
-    return str(evaluation.get("model")).startswith("random:")
+    return evaluation["model"].startswith("random:")
 
 
-def read_json(path: Path, kind: type, remedy: str, problems: list[str]) -> Any:
+def read_json(path: Path, shape: TypeAdapter[Any], remedy: str, problems: list[str]) -> Any:
     """The content of a JSON file.
 
     Args:
         path: the file.
-        kind: what it must hold, such as dict.
+        shape: what it must hold.
         remedy: what a problem ends with.
         problems: a sentence is added if the file is there and cannot be read or holds something else.
 
     Returns:
-        The content, or None if there is none of that kind.
+        The content, without what the shape does not name; None if there is none.
     """
-    if not path.is_file():
-        return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        problems.append(f"{path} cannot be read ({error}): {remedy}.")
-        return None
-    if not isinstance(found, kind):
-        problems.append(f"{path} does not hold what it should: {remedy}.")
-        return None
-    return found
+        return shape.validate_json(read_bytes(path, MAX_JSON)) if path.exists() else None
+    except OSError as error:
+        problems.append(f"{path} cannot be read ({error.strerror}): {remedy}.")
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = "".join(f"{part}: " for part in first["loc"])
+        problems.append(f"{path} does not hold what it should ({where}{first['msg']}): {remedy}.")
+    return None
 
 
 def _settings(config: Path, kind: str, problems: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -122,43 +157,50 @@ def _settings(config: Path, kind: str, problems: list[str]) -> tuple[dict[str, A
         return options.flat(saved), options.changed(saved)
     except options.ConfigError as error:
         problems.append(f"The settings are not those of this version of fcmae: {'; '.join(str(error).splitlines())}.")
-        try:
-            content = yaml.safe_load(config.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError):
-            content = None
-        values = flat(content) if isinstance(content, dict) else {}
-    return values, values
+    with suppress(options.ConfigError):
+        values = flat(options.read_yaml(config))
+        return values, values
+    return {}, {}
 
 
 def flat(nested: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings by their dotted keys."""
+    """Settings by their dotted keys, texts that stand for numbers as such."""
     found: dict[str, Any] = {}
     for key, value in nested.items():
-        inner = flat(value) if isinstance(value, Mapping) else {"": value}
+        inner = flat(value) if isinstance(value, Mapping) else {"": _plain(value)}
         found |= {f"{key}.{name}".rstrip("."): item for name, item in inner.items()}
     return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    with suppress(ValueError):
+        return json.loads(value) if isinstance(value, str) and value.lstrip()[:1] not in "[{" else value
+    return value
 
 
 def _count_images(
     path: Path, kind: str, values: Mapping[str, Any], problems: list[str]
 ) -> tuple[dict[str, int], str | None, list[int]]:
     try:
-        if kind == "pretrain" and (path / "files.json").is_file():
+        if kind == "pretrain" and (path / "files.json").exists():
             parts = split(Images.load(path / "files.json"), values["data.val_share"], values["seed"])
             return {"to learn from": len(parts[0]), "held out": len(parts[1])}, None, []
-        if kind == "finetune" and (path / "val_files.json").is_file():
+        if kind == "finetune" and (path / "val_files.json").exists():
             train, val = Images.load(path / "files.json"), Images.load(path / "val_files.json")
             counts = {"to learn from": len(train), "held out": len(val), "classes": len(val.class_names or ())}
-            return counts, val.fingerprint(), [] if val.labels is None else np.bincount(val.labels).tolist()
-    except (ValueError, OSError, KeyError) as error:
+            held_out = [] if val.labels is None else np.unique(val.labels, return_counts=True)[1].tolist()
+            return counts, val.fingerprint(), held_out
+    except (ValueError, OSError, LookupError, TypeError) as error:
         problems.append(f"The images cannot be counted: {error}.")
     return {}, None, []
 
 
 def finite(line: Mapping[str, Any], key: str) -> Any:
-    """A number of a line; None if there is none that is finite."""
-    value = line.get(key)
-    return value if isinstance(value, int | float) and math.isfinite(value) else None
+    """A number of a line; None if there is none that was measured."""
+    value: Any = line.get(key)
+    return value if type(value) in (int, float) and -HUGE < value < HUGE else None
 
 
 def curve(run: Run, key: str, name: str) -> Curve | None:

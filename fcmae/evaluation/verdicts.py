@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fcmae.evaluation.charts import shown
+from fcmae.evaluation.records import Evaluation
 from fcmae.evaluation.runs import Run, curve, is_untrained
 from fcmae.training import health
 
@@ -165,12 +166,13 @@ def _against_scratch(runs: Sequence[Run]) -> list[Found]:
 def _against_untrained(run: Run) -> Found:
     """The run's own probe against the one of an untrained network, on the same test images."""
     for folder, evaluation in run.evaluations.items():
-        own = folder == run.path / "evaluation" or Path(str(evaluation.get("model"))).name == run.path.resolve().name
+        own = folder == run.path / "evaluation" or Path(evaluation["model"]).name == run.path.resolve().name
         if own and not is_untrained(evaluation) and (best := _best_probe(evaluation)) is not None:
             break
     else:
         return "unknown", []
     (probe, score), data = best, evaluation["data"]
+    assert evaluation["confusion"] is not None
     sizes = [sum(row) for row in evaluation["confusion"]["matrix"]]  # test images of each class
     sentence = (
         f"{PROBES[probe]} on the last stage's features score {score:.3f} in balanced accuracy on {data['num_test']:,} "
@@ -202,16 +204,14 @@ def standard_error(score: float, class_counts: Sequence[int]) -> float:
     return math.sqrt(score * (1 - score) * sum(1 / count for count in found)) / max(1, len(found))
 
 
-def _best_probe(evaluation: Mapping[str, Any], probe: str | None = None) -> tuple[str, float] | None:
+def _best_probe(evaluation: Evaluation, probe: str | None = None) -> tuple[str, float] | None:
     """The linear probe of the last stage, else nearest neighbours, and its balanced accuracy."""
-    try:
-        for name in (probe,) if probe else PROBES:
-            for result in evaluation["results"]:
-                last = result["probe"] == name and result["stage"] == 4 and result["setting"].get("k", K) == K
-                if last and evaluation["data"]["class_names"] and evaluation["confusion"]["matrix"]:
-                    return name, float(result["scores"]["balanced_accuracy"])
-    except (KeyError, TypeError, ValueError):
-        pass  # the chapter of the run says what is wrong with the file
+    for name in (probe,) if probe else PROBES:
+        for result in evaluation["results"]:
+            found = result["scores"].get("balanced_accuracy")
+            last = result["probe"] == name and result["stage"] == 4 and result["setting"].get("k", K) == K
+            if last and found is not None and evaluation["confusion"] and evaluation["confusion"]["matrix"]:
+                return name, found
     return None
 
 

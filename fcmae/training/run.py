@@ -43,13 +43,14 @@ from tqdm import tqdm
 
 import fcmae
 from fcmae import options
-from fcmae.atomic import write_text
+from fcmae.atomic import read_bytes, write_text
 from fcmae.config import RunConfig
 from fcmae.data.cores import num_cores
 from fcmae.tables import table
 from fcmae.training import checkpoint, own_files
 
 logger = logging.getLogger("fcmae")
+MAX_METRICS = 2**30  # bytes of metrics.jsonl
 
 CUT_OFF = "cut off"
 STAMP = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
@@ -235,7 +236,7 @@ def record_start(path: Path, cpu: bool) -> None:
         cpu: whether it computes on the CPU whatever else is there.
     """
     started = []
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, RecursionError):
         found = json.loads(path.read_text(encoding="utf-8"))
         started = found if isinstance(found, list) else []
     device = torch.device("cpu") if cpu else torch.accelerator.current_accelerator() or torch.device("cpu")
@@ -304,7 +305,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def split_metrics(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """The lines of a metrics.jsonl, and those that are none: cut off, of something else, or without a step."""
     lines, damaged = list[dict[str, Any]](), list[str]()
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+    content = read_bytes(path, MAX_METRICS) if path.exists() else b""
+    for text in content.decode(errors="replace").splitlines():
         try:
             line = json.loads(text)
         except (ValueError, RecursionError):
