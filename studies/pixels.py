@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from fcmae.atomic import write_text
 from fcmae.classification import scores
+from fcmae.data.augment import CenterCrop
 from fcmae.data.dataset import FinetuneDataset
 from fcmae.data.index import Images, find_labelled
 from fcmae.data.sampler import EVAL_EPOCH
@@ -28,7 +29,7 @@ KS = (10, 20, 100, 200)
 def pixels(index: Images, side: int, in_chans: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """(N, C * side * side) in 0..1, and labels (N,)."""
     assert index.labels is not None
-    images = FinetuneDataset(index, in_chans=in_chans, image_size=(side, side), seed=0, crop_pct=1.0)
+    images = FinetuneDataset(index, CenterCrop(in_chans, (side, side), 1.0), seed=0)
     found = np.stack([images[(EVAL_EPOCH, i)].image for i in range(len(index))])
     return found.reshape(len(index), -1).astype(np.float32) / np.float32(255), index.labels
 

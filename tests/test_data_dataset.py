@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fcmae.data.augment import CropAndFlip, FinetuneAugment
+from fcmae.data.augment import CenterCrop, CropAndFlip, FinetuneAugment
 from fcmae.data.dataset import (
     Batch,
     FinetuneDataset,
@@ -42,14 +42,10 @@ def pretrain(
 ) -> PretrainDataset:
     return PretrainDataset(
         index,
-        in_chans=in_chans,
-        image_size=SIZE,
-        crop_scale=(0.2, 1.0),
-        hflip=0.5,
+        CropAndFlip(in_chans, SIZE, (0.2, 1.0), 0.5) if augment else CenterCrop(in_chans, SIZE, 0.875),
         grid=GRID,
         visible=VISIBLE,
         seed=seed,
-        augment=augment,
         masks_per_image=masks_per_image,
     )
 
@@ -59,7 +55,7 @@ def finetune(index: Images, *, train: bool) -> FinetuneDataset:
     augment = FinetuneAugment(
         crop, auto_augment="rand-m9-mstd0.5-inc1", random_erasing=0.25, mean=[0.5] * 3, std=[0.2] * 3
     )
-    return FinetuneDataset(index, in_chans=3, image_size=SIZE, seed=0, augment=augment if train else None)
+    return FinetuneDataset(index, augment if train else CenterCrop(3, SIZE, 0.875), seed=0)
 
 
 def same(a: Sample, b: Sample) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fcmae.config import FinetuneData
 from fcmae.data.augment import seeded
 from fcmae.data.dataset import Reading
+from fcmae.data.geometry import MAX_PIXELS
 from fcmae.data.normalize import Normalize
 from fcmae.networks.convnext import Encoder
 from fcmae.networks.spec import describe
@@ -47,7 +48,12 @@ class Backbone:
         return describe(self.model.spec) if isinstance(self.model, Encoder) else self.name.removeprefix(RANDOM)
 
 
-def load_backbone(source: str, image_size: tuple[int, int] | None = None, in_chans: int | None = None) -> Backbone:
+def load_backbone(
+    source: str,
+    image_size: tuple[int, int] | None = None,
+    in_chans: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> Backbone:
     """The network that `source` names.
 
     Args:
@@ -55,6 +61,7 @@ def load_backbone(source: str, image_size: tuple[int, int] | None = None, in_cha
             may be fetched from the network; or either after "random:", untrained, from seed 0.
         image_size: height and width, where it is not to be that of the weights.
         in_chans: of a timm model, where it is not to be 3.
+        max_pixels: of an image, see `read_crop`.
 
     Raises:
         ValueError: if there is no such model, its weights cannot be had, or it cannot take images of that size.
@@ -73,7 +80,7 @@ def load_backbone(source: str, image_size: tuple[int, int] | None = None, in_cha
         )
     backbone.model.eval().requires_grad_(False)
     _try(backbone)
-    return backbone
+    return replace(backbone, reading=replace(backbone.reading, max_pixels=max_pixels))
 
 
 def choose_device(setting: str) -> torch.device:
