@@ -1,9 +1,9 @@
 """What read_crop opens: an image whose header is read, by Pillow, tifffile or numpy, and whose pixels follow on demand.
 
 What comes in is bytes or a file that can seek, wherever it is from. Files are told apart by their contents, not their
-names. Pillow reads what it reads in full; TIFFs with other numbers of bands or depths go to tifffile, PNGs of 16 bits
-to torchvision, and .npy files are mapped into memory. Where simplejpeg is installed it decodes the JPEGs whose headers
-Pillow has read: the same pixels, sooner.
+names. Pillow reads what it reads in full; TIFFs with other numbers of bands or depths go to tifffile, and .npy files
+are mapped into memory. Where simplejpeg is installed it decodes the JPEGs whose headers Pillow has read: the same
+pixels, sooner.
 
 A file may be hostile: what it takes in memory is known, and bounded, before anything is decoded.
 """
@@ -21,6 +21,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from io import SEEK_END, BytesIO, FileIO
 from typing import Any, BinaryIO, Protocol
 
@@ -44,6 +45,7 @@ decode_jpeg: Callable[..., NDArray[np.uint8]] | None = None if simplejpeg is Non
 _PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 _TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _PNG_CHANNELS = {0: 1, 2: 3, 4: 2, 6: 4}  # by colour type, of those that have 16 bits
+_LOGGERS = ("tifffile", "PIL.TiffImagePlugin")  # one file can make them write a hundred thousand lines
 _JPEG_MARKER = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])")
 PIXEL_BYTES = 12  # that max_pixels counts on: three channels of 32 bits
 MAX_SCANS = 100  # of a JPEG; cameras and web sites make up to a dozen
@@ -107,18 +109,21 @@ def open_image(file: BinaryIO | bytes, in_chans: int, max_pixels: int = MAX_PIXE
         file = BytesIO(file) if isinstance(file, bytes) else file
         file_bytes = file.seek(0, SEEK_END)
         file.seek(0)
-        image = _open(file, in_chans)
-        _check_size(image, file_bytes, max_pixels)
+        check = partial(_check_size, file_bytes=file_bytes, max_pixels=max_pixels)
+        image = _open(file, in_chans, check)
+        check(image.height, image.width, image.pixel_bytes)
     return image
 
 
-def _open(file: BinaryIO, in_chans: int) -> OpenImage:
+def _open(file: BinaryIO, in_chans: int, check: Callable[[int, int, int], None]) -> OpenImage:
     start = file.read(30)
     file.seek(0)
     if start[:3] == b"\xff\xd8\xff":
         data = file.read()
         _check_scans(data)
-        return _PillowImage(Image.open(BytesIO(data), formats=_PILLOW_FORMATS), in_chans, data)
+        image = Image.open(BytesIO(data), formats=_PILLOW_FORMATS)
+        check(image.height, image.width, len(image.getbands()))
+        return _PillowImage(image, in_chans, data)
     if start[:6] == b"\x93NUMPY":
         array = _map_npy(file)
         axis = _npy_channel_axis(array.shape, in_chans)
@@ -126,7 +131,8 @@ def _open(file: BinaryIO, in_chans: int) -> OpenImage:
     if start[:4] in _TIFF_STARTS:
         return _open_tiff(file, in_chans)
     image = Image.open(file, formats=_PILLOW_FORMATS)
-    if image.format == "PNG" and start[24] == 16:
+    check(image.height, image.width, len(image.getbands()))  # before Pillow looks for EXIF behind a PNG's pixels
+    if image.format == "PNG" and start[24] == 16 and start[25] in _PNG_CHANNELS:
         return _open_deep_png(image, file, _PNG_CHANNELS[start[25]], in_chans)
     return _PillowImage(image, in_chans)
 
@@ -138,11 +144,12 @@ def reading(max_pixels: int) -> Iterator[None]:
     Args:
         max_pixels: Pillow's own limit does not stop images of so many.
     """
-    log, pillows = logging.getLogger("tifffile"), Image.MAX_IMAGE_PIXELS
-    was_disabled = log.disabled
+    logs, pillows = [logging.getLogger(name) for name in _LOGGERS], Image.MAX_IMAGE_PIXELS
+    was_disabled = [log.disabled for log in logs]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about metadata; a file that decodes is good. Bombs: _check_size
-        log.disabled = True  # one file can make it write a hundred thousand lines
+        for log in logs:
+            log.disabled = True
         if pillows is not None and pillows < max_pixels:
             Image.MAX_IMAGE_PIXELS = max_pixels
         try:
@@ -154,11 +161,13 @@ def reading(max_pixels: int) -> Iterator[None]:
         except _READ_ERRORS as error:
             raise BadImage.unread(error) from error
         finally:
-            log.disabled, Image.MAX_IMAGE_PIXELS = was_disabled, pillows
+            Image.MAX_IMAGE_PIXELS = pillows
+            for log, disabled in zip(logs, was_disabled, strict=True):
+                log.disabled = disabled
 
 
-def _check_size(image: OpenImage, file_bytes: int, max_pixels: int) -> None:
-    height, width, depth = image.height, image.width, image.pixel_bytes
+def _check_size(height: int, width: int, depth: int, file_bytes: int, max_pixels: int) -> None:
+    """depth: bytes that a pixel takes once it is read."""
     if height < 1 or width < 1:
         raise BadImage(f"it is empty: {height} x {width} pixels")
     if height * width * max(1, depth / PIXEL_BYTES) > max_pixels:
@@ -294,19 +303,30 @@ def _planes(image: Image.Image, in_chans: int) -> list[Image.Image]:
 
 
 def _open_deep_png(image: Image.Image, file: BinaryIO, channels: int, in_chans: int) -> OpenImage:
-    """By torchvision, as Pillow keeps 8 bits of colours."""
+    """A PNG of 16 bits, of which Pillow keeps 8 where there are colours or alpha, but takes the others if asked.
+
+    It takes the byte in front of the two of a value where they are called big-endian, the one behind where they are
+    called little-endian; and of two channels, all four bytes as those of a pixel.
+    """
+
+    def decoded(rawmode: str) -> NDArray[np.uint8]:
+        file.seek(0)
+        with Image.open(file, formats=["PNG"]) as again:
+            again.tile = [tile._replace(args=rawmode) for tile in again.tile]
+            return np.array(again)
 
     def load() -> NDArray[Any]:
-        from torchvision.io import ImageReadMode, decode_png
-
-        file.seek(0)
-        data = torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)
-        array: NDArray[Any] = decode_png(data, ImageReadMode.UNCHANGED).numpy()  # (C, H, W)
-        return array[:kept]
+        if channels == 1:
+            array = np.asarray(image, np.uint16)[..., None]
+        elif channels == 2:
+            array = decoded("RGBA").view(">u2")
+        else:
+            array = decoded(f"{image.mode};16B") * np.uint16(256) + decoded(f"{image.mode};16L")
+        return array[..., :kept]
 
     kept = channels - 1 if in_chans in (1, 3) and channels in (2, 4) else channels  # without alpha
-    shape = (kept, image.height, image.width)
-    return _ArrayImage(load, shape, np.dtype(np.uint16), 0, in_chans, orientation=_orientation(image))
+    shape, orientation = (image.height, image.width, kept), _orientation(image)
+    return _ArrayImage(load, shape, np.dtype(np.uint16), 2, in_chans, orientation=orientation)
 
 
 def _open_tiff(file: BinaryIO, in_chans: int) -> OpenImage:
@@ -392,6 +412,8 @@ def _pillow_reads_all_of(image: Image.Image, in_chans: int) -> bool:
     if image.mode == "F" and tags.prefix == b"MM" and tags.get(259, 1) != 1:
         return False  # Pillow swaps the bytes of compressed floats twice
     bits, samples, is_rgb = tags.get(258, (1,)), tags.get(277, 1), tags.get(262) == 2
+    if max(bits) <= 8 and 2 in tags.get(339, ()):
+        return False  # signed
     if max(bits) > 8 and not (samples == 1 and image.mode in ("I;16", "I;16B", "F")):
         return False
     if in_chans in (1, 3):
@@ -563,10 +585,9 @@ class _ArrayImage:
         if self._inverted and values.dtype.kind in "ub":
             values = full_range - values if full_range else ~values
         if values.dtype == np.bool_:
-            return values.astype(np.uint8) * np.uint8(255)
-        if values.dtype == np.uint8 and not full_range:
-            return np.ascontiguousarray(values)
-        plane: NDArray[np.float32] = values.astype(np.float32, order="C")
+            values = np.where(values, np.uint8(255), np.uint8(0))
+        is_plain = values.dtype == np.uint8 and not full_range
+        plane: NDArray[Any] = values.astype(np.uint8 if is_plain else np.float32, order="C")
         if full_range:
             plane /= np.float32(full_range)
         return plane
