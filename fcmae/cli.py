@@ -16,6 +16,7 @@ import fcmae
 from fcmae import config, threads
 from fcmae.config import commands
 from fcmae.config.base import Settings
+from fcmae.data.source import printable
 from fcmae.options import HELP, Complete, hint, load
 
 
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         if debug:
             raise
         for line in _told(error).splitlines() or [type(error).__name__]:
-            print(f"fcmae: error: {line}", file=sys.stderr)
+            print(f"fcmae: error: {printable(line)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         if debug:
@@ -165,7 +166,11 @@ def _stats(cfg: commands.StatsConfig) -> None:
 
     workers = min(8, num_cores()) if cfg.num_workers is None else cfg.num_workers
     index = find_images(cfg.path)
-    mean, std, num_images = channel_statistics(index, cfg.in_chans, max_images=cfg.max_images, num_workers=workers)
+    for note in index.notes:
+        print(note, file=sys.stderr)
+    mean, std, num_images = channel_statistics(
+        index, cfg.in_chans, max_images=cfg.max_images, num_workers=workers, max_pixels=cfg.max_pixels
+    )
     print(f"# {num_images} images\ndata:\n  in_chans: {cfg.in_chans}")
     for name, values in (("mean", mean), ("std", std)):
         print(f"  {name}: [{', '.join(f'{value:.4g}' for value in values)}]")

@@ -84,6 +84,9 @@ def finetune(cfg: FinetuneConfig, net: Classifier | None = None) -> Run:
         if accelerator.is_main_process:
             train_images.save(run.path / "files.json")
             val_images.save(run.path / "val_files.json")
+            for note in dict.fromkeys(train_images.notes + val_images.notes):
+                logger.info("%s", note)
+            build_reading(cfg, weights).check_values(train_images if len(train_images) else val_images)
         finished = train(cfg, run, accelerator, net, weights, per_epoch, train_images, val_images, stop)
         finish(accelerator)
     return Run(run.path, "finetune", finished, stop.received)
@@ -331,16 +334,17 @@ def build_train_set(cfg: FinetuneConfig, images: Images, weights: Weights) -> Fi
         images: to learn from.
         weights: the size, mean and std of their images are taken.
     """
-    data, (in_chans, height, width) = cfg.data, weights.image["input_size"]
-    crop = CropAndFlip(in_chans, (height, width), data.crop_scale, data.hflip, data.vflip)
+    data, (in_chans, height, width), mean = cfg.data, weights.image["input_size"], weights.image["mean"]
+    crop = CropAndFlip(in_chans, (height, width), data.crop_scale, data.hflip, data.vflip, mean, data.max_pixels)
     augment = FinetuneAugment(
-        crop,
-        auto_augment=data.auto_augment,
-        random_erasing=data.random_erasing,
-        mean=weights.image["mean"],
-        std=weights.image["std"],
+        crop, auto_augment=data.auto_augment, random_erasing=data.random_erasing, mean=mean, std=weights.image["std"]
     )
-    return FinetuneDataset(images, in_chans=in_chans, image_size=(height, width), seed=cfg.seed, augment=augment)
+    return FinetuneDataset(images, augment, seed=cfg.seed)
+
+
+def build_reading(cfg: FinetuneConfig, weights: Weights) -> Reading:
+    """How images are read that are not trained on, as the weights have it."""
+    return replace(weights.reading("model.init"), max_pixels=cfg.data.max_pixels)
 
 
 def build_mixup(cfg: FinetuneConfig, num_classes: int) -> Mixup | None:
@@ -507,9 +511,8 @@ def build_evaluation(
         log: of the run.
         at_once: images at a time.
     """
-    in_chans, height, width = weights.image["input_size"]
     loader = evaluation_loader(
-        Reading(in_chans, (height, width), weights.image["crop_pct"], normalize),
+        replace(build_reading(cfg, weights), normalize=normalize),
         images,
         at_once,
         num_workers=choose_num_workers(cfg.data.num_workers, accelerator.device.type),

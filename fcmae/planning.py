@@ -43,7 +43,7 @@ def pretraining(sketch: PretrainConfig, given: Mapping[str, Any]) -> dict[str, A
     images = find_images(sketch.data.path)
     device = _device(sketch)
     plan = choices.Choices(given)
-    facts = _facts(images, given.get("data.in_chans") and sketch.data.in_chans)
+    facts = _facts(images, given.get("data.in_chans"), sketch.data.max_pixels)
     held = None if sketch.model.init is None else _held(sketch.model.init)[0]
     choices.image_settings(plan, facts)
     choices.pretraining_network(plan, facts, device, held)
@@ -80,7 +80,7 @@ def finetuning(sketch: FinetuneConfig, given: Mapping[str, Any]) -> dict[str, An
     held, image = (None, {}) if sketch.model.init is None else _held(sketch.model.init)
     if "input_size" in image:
         plan.take("data.in_chans", image["input_size"][0], "that of model.init")
-    facts = _facts(images, plan.settings.get("data.in_chans"))
+    facts = _facts(images, plan.settings.get("data.in_chans"), sketch.data.max_pixels)
     if "mean" not in image:
         choices.image_settings(plan, facts)
     choices.finetuning_settings(plan, facts, device, held, image.get("input_size", [None])[-1])
@@ -141,8 +141,8 @@ def _saved(sketch: RunConfig, place: Path, kind: str) -> dict[str, Any] | None:
 # What is found and measured
 
 
-def _facts(images: Images, in_chans: int | None) -> choices.Images:
-    found = survey(images, in_chans)
+def _facts(images: Images, in_chans: int | None, max_pixels: int) -> choices.Images:
+    found = survey(images, in_chans, max_pixels=max_pixels)
     counts: tuple[int, ...] = ()
     if images.labels is not None and images.class_names is not None:
         counts = tuple(int((images.labels == number).sum()) for number in range(len(images.class_names)))

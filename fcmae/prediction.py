@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 
 from accelerate import Accelerator
 from tqdm import tqdm
@@ -32,8 +33,9 @@ def predict(cfg: PredictConfig) -> None:
         raise ValueError(f"{cfg.model} has no classifier: give a fine-tuned model")
     accelerator = Accelerator(cpu=cfg.device == "cpu")
     model = build_classifier(weights).to(accelerator.device).eval()
-    reading = weights.reading(str(cfg.model), cfg.image_size)
+    reading = replace(weights.reading(str(cfg.model), cfg.image_size), max_pixels=cfg.max_pixels)
     images = find_images(cfg.images)
+    reading.check_values(images)
     loader = evaluation_loader(
         reading, images, cfg.batch_size, num_workers=cfg.num_workers, device_type=accelerator.device.type
     )

@@ -7,7 +7,7 @@ import math
 import shlex
 from collections.abc import Iterable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 
 from fcmae.config import PretrainConfig, check_launch
+from fcmae.data.augment import CenterCrop, CropAndFlip
 from fcmae.data.dataset import Batch, PretrainDataset, Reading, collate
 from fcmae.data.index import Images, find_images
 from fcmae.data.loader import build_loader, choose_num_workers
@@ -89,10 +90,13 @@ def pretrain(cfg: PretrainConfig, net: FCMAE | None = None) -> Run:
         checkpoint.check_space(run.path, net, kept)
     labelled = None
     if cfg.monitor.labelled is not None and accelerator.is_main_process:
-        labelled = find_monitored_labels(cfg.monitor.labelled, cfg.data.in_chans, cfg.data.image_size, cfg.seed)
+        labelled = find_monitored_labels(cfg.monitor.labelled, build_reading(cfg), cfg.seed)
     with run.open(accelerator.is_main_process), StopSignal() as stop:
         if accelerator.is_main_process:
             images.save(run.path / "files.json")
+            for note in images.notes:
+                logger.info("%s", note)
+            build_reading(cfg).check_values(images)
         for sentence in started:
             logger.info("start: %s", sentence)
         finished = train(cfg, run, accelerator, net, schedule, train_images, val_images, labelled, stop)
@@ -265,6 +269,12 @@ def images_at_once(cfg: PretrainConfig, accelerator: Accelerator) -> int:
     return images
 
 
+def build_reading(cfg: PretrainConfig) -> Reading:
+    """How images are measured: centre crops of the full shorter side, as `read_weights` has it for checkpoints."""
+    data = cfg.data
+    return Reading(data.in_chans, data.image_size, 1.0, Normalize(*data.statistics()), data.max_pixels)
+
+
 def build_dataset(cfg: PretrainConfig, images: Images, *, augment: bool) -> PretrainDataset:
     """Images with masks.
 
@@ -274,17 +284,18 @@ def build_dataset(cfg: PretrainConfig, images: Images, *, augment: bool) -> Pret
         augment: random crops, under as many masks each as the settings say; otherwise centre crops under one mask each
             that never changes.
     """
-    grid = mask_grid(cfg)
+    grid, data = mask_grid(cfg), cfg.data
+    mean, _ = data.statistics()
+    crop = CropAndFlip(
+        data.in_chans, data.image_size, data.crop_scale, data.hflip, fill=mean, max_pixels=data.max_pixels
+    )
+    centre = CenterCrop(data.in_chans, data.image_size, 0.875, mean, data.max_pixels)
     return PretrainDataset(
         images,
-        in_chans=cfg.data.in_chans,
-        image_size=cfg.data.image_size,
-        crop_scale=cfg.data.crop_scale,
-        hflip=cfg.data.hflip,
+        crop if augment else centre,
         grid=grid,
         visible=num_visible(math.prod(grid), cfg.model.mask_ratio),
         seed=cfg.seed,
-        augment=augment,
         masks_per_image=cfg.data.masks_per_image if augment else 1,
     )
 
@@ -445,8 +456,7 @@ def build_evaluation(
     monitor = Monitor(
         monitored_images(val_images, train_images, cfg.monitor.num_images),
         labelled,
-        # Centre crops of the full shorter side, as `read_weights` has it for checkpoints of pretraining.
-        Reading(cfg.data.in_chans, cfg.data.image_size, crop_pct=1.0, normalize=normalize),
+        replace(build_reading(cfg), normalize=normalize),
         device=device,
         # Not more at a time than training has, which also keeps what its backward pass needs.
         batch_size=max(1, min(BATCH_SIZE, at_once)),

@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +17,7 @@ import fcmae
 from fcmae.cli import COMMANDS, COMPLETE, main
 from fcmae.config import FinetuneConfig, PretrainConfig
 from fcmae.config.commands import AnalyzeConfig, PredictConfig
+from fcmae.data.index import Images
 from fcmae.options import ConfigError, load
 from fcmae.training.run import Run
 
@@ -145,12 +147,14 @@ def test_analyze_passes_its_arguments_on(monkeypatch: pytest.MonkeyPatch, capsys
 def test_stats_prints_lines_for_a_configuration(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    Recorder(monkeypatch, "data.index", "find_images", "index")
+    index = replace(Images.of_files(["/x.png"]), notes=("1 .gif was left out",))
+    Recorder(monkeypatch, "data.index", "find_images", index)
     stats = Recorder(monkeypatch, "data.stats", "channel_statistics", ([0.123456, 0.5], [1e-5, 0.25], 7))
     assert main(["stats", "a", "b", "--in-chans", "2", "--max-images", "9", "--num-workers", "1"]) == 0
-    assert stats.calls == [("index", 2, {"max_images": 9, "num_workers": 1})]
-    config = tmp_path / "stats.yaml"
-    config.write_text(capsys.readouterr().out)
+    assert stats.calls == [(index, 2, {"max_images": 9, "num_workers": 1, "max_pixels": 100_000_000})]
+    config, shown = tmp_path / "stats.yaml", capsys.readouterr()
+    assert shown.err == "1 .gif was left out\n"
+    config.write_text(shown.out)
     assert config.read_text().startswith("# 7 images\n")
     pretrain = Recorder(monkeypatch, "pretraining", "pretrain", Run(Path("run"), "pretrain"))
     assert main(["pretrain", "--config", str(config), "--data.path", "a", "--out", "run"]) == 0

@@ -5,19 +5,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 
-from fcmae.data.augment import CropAndFlip, FinetuneAugment
+from fcmae.data.augment import CenterCrop, CropAndFlip, FinetuneAugment
 from fcmae.data.dataset import (
     Batch,
     FinetuneDataset,
     NoUsableImage,
     PretrainDataset,
+    Reading,
     Sample,
     collate,
 )
 from fcmae.data.index import Images, find_images
+from fcmae.data.normalize import Normalize
 from fcmae.data.sampler import EVAL_EPOCH
 from fcmae.masking import random_mask
 
@@ -42,14 +45,10 @@ def pretrain(
 ) -> PretrainDataset:
     return PretrainDataset(
         index,
-        in_chans=in_chans,
-        image_size=SIZE,
-        crop_scale=(0.2, 1.0),
-        hflip=0.5,
+        CropAndFlip(in_chans, SIZE, (0.2, 1.0), 0.5) if augment else CenterCrop(in_chans, SIZE, 0.875),
         grid=GRID,
         visible=VISIBLE,
         seed=seed,
-        augment=augment,
         masks_per_image=masks_per_image,
     )
 
@@ -59,7 +58,7 @@ def finetune(index: Images, *, train: bool) -> FinetuneDataset:
     augment = FinetuneAugment(
         crop, auto_augment="rand-m9-mstd0.5-inc1", random_erasing=0.25, mean=[0.5] * 3, std=[0.2] * 3
     )
-    return FinetuneDataset(index, in_chans=3, image_size=SIZE, seed=0, augment=augment if train else None)
+    return FinetuneDataset(index, augment if train else CenterCrop(3, SIZE, 0.875), seed=0)
 
 
 def same(a: Sample, b: Sample) -> bool:
@@ -185,3 +184,31 @@ def test_collate_makes_a_batch_of_tensors(index: Images) -> None:
     assert labels.masks is None and labels.valid.tolist() == [False, True]
     moved = batch.to("meta")
     assert isinstance(moved, Batch) and moved.images.is_meta and moved.bad == batch.bad
+
+
+@pytest.mark.parametrize(("mean", "std", "far"), [(0.45, 0.23, True), (-830, 350, False), (-400, 50, True)])
+def test_images_far_from_their_mean_are_warned_of_with_the_way_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, mean: float, std: float, far: bool
+) -> None:
+    for i in range(3):
+        tifffile.imwrite(tmp_path / f"{i}.tif", np.full((20, 20), -850 + 10 * i, np.int16))
+    (tmp_path / "0.tif").write_bytes(b"broken")
+    Reading(1, (16, 16), 1.0, Normalize([mean], [std])).check_values(find_images([str(tmp_path)]))
+    assert ("values from -840 to -830" in caplog.text and "fcmae stats IMAGES --in_chans 1" in caplog.text) == far
+
+
+def test_photographs_are_not_warned_of(index: Images, caplog: pytest.LogCaptureFixture) -> None:
+    Reading(3, SIZE, 1.0, Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])).check_values(index)
+    Reading(3, SIZE, 1.0, Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])).check_values(index.subset([1]))
+    assert not caplog.records
+
+
+def test_the_network_sees_zero_where_values_are_missing(tmp_path: Path) -> None:
+    image = np.full((32, 32, 4), 0.3, np.float32)
+    image[:, :8] = -9999
+    tags = [(42113, "s", 0, "-9999", True)]
+    tifffile.imwrite(tmp_path / "a.tif", image, photometric="minisblack", planarconfig="contig", extratags=tags)
+    normalize = Normalize([0.1, 0.2, 0.3, 0.4], [0.1] * 4)
+    reading = Reading(4, (16, 16), 1.0, normalize)
+    seen = normalize(torch.from_numpy(reading.dataset(find_images([str(tmp_path)]))[(0, 0)].image))
+    torch.testing.assert_close(seen[:, :, :2], torch.zeros(4, 16, 2), atol=1e-6, rtol=0)

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import io
+import logging
+import resource
+from contextlib import suppress
+from itertools import cycle, islice
 from pathlib import Path
 
+import chaos.images
 import numpy as np
 import pytest
 import tifffile
@@ -470,15 +475,6 @@ def test_channels_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
             read(tmp_path / name, 3)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_values_that_are_not_finite_are_refused(tmp_path: Path, value: float) -> None:
-    image = noise(H, W, dtype=np.float32)
-    image[4, 5] = value
-    np.save(tmp_path / "a.npy", image)
-    with pytest.raises(BadImage, match="not finite"):
-        read(tmp_path / "a.npy", 1)
-
-
 def test_arrays_that_are_no_images_are_refused(tmp_path: Path) -> None:
     arrays = {
         "complex": np.zeros((H, W), complex),
@@ -512,11 +508,13 @@ def test_bombs_are_refused_before_they_are_decoded(tmp_path: Path, monkeypatch: 
     np.save(tmp_path / "a.npy", image)
     tifffile.imwrite(tmp_path / "deep.tif", image.astype(np.uint16), photometric="rgb")
     tifffile.imwrite(tmp_path / "bands.tif", image.astype(np.float32), photometric="minisblack", planarconfig="contig")
-    for limit in (H * W - 1, H * W // 3):  # Pillow warns of the first and raises for the second
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-        for name in names:
-            with pytest.raises(BadImage, match="pixels"):
-                read_box(tmp_path / name, 3, lambda height, width: pytest.fail("was opened"), None)
+    for name in names:
+        content = (tmp_path / name).read_bytes()
+        with pytest.raises(BadImage, match=r"24 x 36 pixels, more than max_pixels = 863 allows .*: cut .* or raise"):
+            read_crop(content, 3, lambda height, width: pytest.fail("was opened"), None, max_pixels=H * W - 1)
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", H * W // 3)  # Pillow's own, from which it raises
+        assert read_crop(content, 3, whole, None, max_pixels=H * W).shape == (3, H, W)
+        assert H * W // 3 == Image.MAX_IMAGE_PIXELS
 
 
 def _samples() -> dict[str, bytes]:
@@ -581,3 +579,155 @@ def test_a_tiff_whose_codec_is_missing_says_which_package_helps(tmp_path: Path) 
         tiff.pages[0].tags[259].overwrite(5)
     with pytest.raises(BadImage, match="imagecodecs"):
         read(tmp_path / "a.tif", 3)
+
+
+# Missing values
+
+
+def contig(bands: int) -> dict[str, object]:
+    return {"planarconfig": "contig"} if bands > 1 else {}
+
+
+def gdal(path: Path, image: NDArray, nodata: str, **options: object) -> bytes:
+    """(H, W, C) as a TIFF whose tag GDAL_NODATA says which value stands for missing ones."""
+    tifffile.imwrite(path, image, photometric="minisblack", extratags=[(42113, "s", 0, nodata, True)], **options)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("nodata", ["-9999", "nan", "inf", "-3.4028234663852886e+38"])
+@pytest.mark.parametrize("bands", [1, 4])
+def test_missing_floats_are_filled_and_do_not_spread_into_others(tmp_path: Path, nodata: str, bands: int) -> None:
+    image = np.full((H, W, bands), 0.25, np.float32)
+    image[:, : W // 2, 0] = float(nodata)
+    content = gdal(tmp_path / "a.tif", image if bands > 1 else image[..., 0], nodata, **contig(bands))
+    fill = [0.25, 0.5, 0.5, 0.5][:bands]
+    for size in ((H, W), (H // 2, W // 2), (2 * H, 2 * W)):
+        np.testing.assert_allclose(read_crop(content, bands, whole, size, fill=fill), 0.25, atol=1e-6)
+    missing = np.isnan(read_crop(content, bands, whole, None))
+    np.testing.assert_array_equal(missing.transpose(1, 2, 0), ~np.isfinite(image) | (image == np.float32(nodata)))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int16])
+def test_missing_integers_are_filled_and_8_bits_stay_8_bits(tmp_path: Path, dtype: type) -> None:
+    image = noise(H, W, 3, dtype=dtype) | 1
+    image[:5] = 0
+    image[7, 7, 0] = 0
+    content = gdal(tmp_path / "a.tif", image, "0", planarconfig="contig")
+    out = read_crop(content, 3, whole, None, fill=[0.2, 0.4, 0.6])
+    scale = {np.uint8: 255, np.uint16: 1, np.int16: 1}[dtype]
+    assert out.dtype == (np.uint8 if dtype == np.uint8 else np.float32)
+    np.testing.assert_allclose(
+        out[:, :5], np.reshape([0.2, 0.4, 0.6], (3, 1, 1)) * np.full((3, 5, W), scale), rtol=1e-6
+    )
+    right = image.transpose(2, 0, 1)[:, 5:] / (65535 if dtype == np.uint16 else 1)
+    if dtype == np.int16:  # below 0 it can hardly be a value of one band alone
+        right[0, 2, 7] = 0.2
+    np.testing.assert_allclose(out[:, 5:], right, rtol=1e-6)
+
+
+def test_grey_with_missing_values_becomes_rgb_filled_channel_by_channel(tmp_path: Path) -> None:
+    image = np.full((H, W), 100, np.uint8)
+    image[3:] = 7
+    content = gdal(tmp_path / "a.tif", image, "7")
+    out = read_crop(content, 3, whole, None, fill=[51 / 255, 102 / 255, 1])
+    assert out.dtype == np.uint8 and out[:, 0, 0].tolist() == [100] * 3 and out[:, 5, 0].tolist() == [51, 102, 255]
+
+
+@pytest.mark.parametrize("nodata", ["", "none", "300", "-1", "0.5"])
+def test_a_nodata_that_no_value_can_be_changes_nothing(tmp_path: Path, nodata: str) -> None:
+    image = noise(H, W)
+    np.testing.assert_array_equal(read_crop(gdal(tmp_path / "a.tif", image, nodata), 1, whole, None)[0], image)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_values_that_are_not_finite_are_missing_and_an_image_of_nothing_else_is_refused(
+    tmp_path: Path, value: float
+) -> None:
+    image = np.ones((H, W), np.float32)
+    image[:5] = value
+    np.save(tmp_path / "a.npy", image)
+    out = read_crop((tmp_path / "a.npy").read_bytes(), 1, whole, None, fill=(3.0,))[0]
+    np.testing.assert_array_equal(out, np.where(np.isfinite(image), image, 3))
+    corner = read_crop((tmp_path / "a.npy").read_bytes(), 1, lambda *_: (0, 0, 4, 4), None, fill=(3.0,))
+    assert (corner == 3).all()  # a crop may hold none
+    np.save(tmp_path / "a.npy", np.full((H, W), value, np.float32))
+    with pytest.raises(BadImage, match="all are missing"):
+        read_crop((tmp_path / "a.npy").read_bytes(), 1, whole, None, fill=(3.0,))
+
+
+# Depth
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_16_bit_png_keeps_its_depth(channels: int, orientation: int) -> None:
+    image = noise(H, W, channels, dtype=np.uint16)
+    content = chaos.images.png(image, exif=orientation)
+    upright = make_upright(image, orientation).transpose(2, 0, 1) / 65535
+    colours = upright[: 3 if channels > 2 else 1]
+    np.testing.assert_allclose(
+        read_crop(content, 3, whole, None), np.broadcast_to(colours, (3, *upright.shape[1:])), atol=1e-7
+    )
+    if channels in (2, 4):
+        np.testing.assert_allclose(read_crop(content, channels, whole, None), upright, atol=1e-7)
+    with pytest.raises(BadImage, match="in_chans is 5"):
+        read_crop(content, 5, whole, None)
+
+
+# Files made to do harm
+
+
+def refusal(content: bytes, in_chans: int, **options: int) -> str:
+    with pytest.raises(BadImage) as caught:
+        read_crop(content, in_chans, whole, (16, 16), fill=(0.0,), **options)
+    return str(caught.value)
+
+
+def test_small_files_that_would_take_much_are_refused_by_their_headers() -> None:
+    bombs = chaos.images.bombs()
+    read_crop(bombs.pop("strips.tif"), 1, whole, None)  # its strip is cut to the image
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for name, content in bombs.items():
+        text = refusal(content, 4 if name == "header.npy" else 3 if name.endswith("webp") else 1)
+        assert len(text) < 200 and "\n" not in text
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024, name
+
+
+@pytest.mark.parametrize("dtype", ["u1", "u2", "u4", "i1", "i2", "f2", "f4", "f8"])
+@pytest.mark.parametrize("byteorder", ["<", ">"])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_every_kind_of_npy_gives_its_own_values(tmp_path: Path, dtype: str, byteorder: str, order: str) -> None:
+    image = (np.random.default_rng(0).random((H, W, 4)) * 100).astype(byteorder + dtype, order=order)
+    np.save(tmp_path / "a.npy", image)
+    out = read(tmp_path / "a.npy", 4).transpose(1, 2, 0)
+    assert out.dtype == ("u1" if dtype == "u1" else "f4")
+    np.testing.assert_allclose(out, image.astype("f4") / (65535 if dtype == "u2" else 1), rtol=1e-6)
+
+
+def test_deep_pixels_count_for_more_of_max_pixels(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.zeros((10, 10, 6), np.float64))  # 48 bytes
+    content = (tmp_path / "a.npy").read_bytes()
+    assert read_crop(content, 6, whole, None, max_pixels=400).shape == (6, 10, 10)
+    assert "10 x 10 pixels of 48 bytes, more than max_pixels = 399" in refusal(content, 6, max_pixels=399)
+
+
+def test_reasons_are_one_line_that_a_terminal_can_show() -> None:
+    text = str(BadImage("a\nb\t\x1b[31m" + "x" * 1000))
+    assert text.startswith("a b \\x1b[31mxxx") and text.endswith("x...") and len(text) < 310
+
+
+def test_libraries_log_nothing_and_are_as_they_were(caplog: pytest.LogCaptureFixture, capfd) -> None:
+    for name, content in chaos.images.whole().items():
+        if name.endswith("tif"):
+            with suppress(BadImage):
+                read_crop(content[:40] + b"\xff" * 20 + content[60:], 3, whole, None)
+    assert not caplog.records and capfd.readouterr().out == ""
+    assert not logging.getLogger("tifffile").disabled
+
+
+def test_damaged_images_of_every_format_are_read_or_refused() -> None:
+    for (_, content), in_chans in zip(islice(chaos.images.mutated(0), 500), cycle((1, 3, 4)), strict=False):
+        try:
+            assert read_crop(content, in_chans, whole, (8, 8), fill=(0.0,)).shape == (in_chans, 8, 8)
+        except BadImage as error:
+            assert "\n" not in str(error) and len(str(error)) < 310

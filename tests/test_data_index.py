@@ -9,6 +9,7 @@ import pytest
 
 from fcmae.data.index import Images, find_images, find_labelled
 from fcmae.data.source import BadImage
+from fcmae.data.split import split
 
 
 def touch(root: Path, *names: str) -> list[str]:
@@ -272,13 +273,11 @@ def test_what_is_no_file_is_no_image_and_a_pipe_does_not_hang(tmp_path: Path) ->
         find_images([str(listed)]).open(0)
 
 
-def test_files_of_other_formats_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    touch(tmp_path, "0.png", "1.gif", "2.GIF", "3.dcm", "README")
-    with caplog.at_level("INFO", "fcmae"):
-        find_images([str(tmp_path)])
-    assert "2 .gif, " in caplog.text
-    assert "1 .dcm" in caplog.text
-    assert "1 without a suffix" in caplog.text
+def test_files_of_other_formats_are_counted_in_a_note_that_parts_keep(tmp_path: Path) -> None:
+    touch(tmp_path, "a/0.png", "b/1.gif", "b/2.GIF", "b/3.dcm", "b/README", "b/4.png", "b/5.\x1b[2J", "b/6.\x1b[2J")
+    note = "data.path: files that are no images were left out: 2 .gif, 2 .\\x1b[2j, 1 .dcm, 1 without a suffix"
+    assert find_images([str(tmp_path)]).notes == (note,)
+    assert [part.notes for part in split(find_labelled(str(tmp_path)), 0.5, seed=0)] == [(note,)] * 2
 
 
 def test_a_folder_of_splits_is_not_taken_for_classes(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from fcmae.data.augment import CropAndFlip
 from fcmae.data.dataset import Batch, NoUsableImage, PretrainDataset, Sample
 from fcmae.data.index import Images, find_images
 from fcmae.data.loader import build_loader, choose_num_workers, prefetched
@@ -32,10 +33,7 @@ def batches(
 ) -> list[Batch]:
     dataset = PretrainDataset(
         index,
-        in_chans=chans,
-        image_size=(16, 16),
-        crop_scale=(0.2, 1.0),
-        hflip=0.5,
+        CropAndFlip(chans, (16, 16), (0.2, 1.0), 0.5),
         grid=(2, 2),
         visible=2,
         seed=3,

@@ -18,7 +18,7 @@ from PIL import Image
 
 import fcmae.data
 from fcmae.data import readers
-from fcmae.data.augment import CropAndFlip, FinetuneAugment
+from fcmae.data.augment import CenterCrop, CropAndFlip, FinetuneAugment
 from fcmae.data.dataset import FinetuneDataset, PretrainDataset, Reading, Sample
 from fcmae.data.decode import read_crop
 from fcmae.data.geometry import Box
@@ -90,21 +90,17 @@ def in_memory(folder: Path) -> Images:
 def pretraining(images: Images, *, augment: bool = True) -> PretrainDataset:
     return PretrainDataset(
         images,
-        in_chans=3,
-        image_size=SIZE,
-        crop_scale=(0.2, 1.0),
-        hflip=0.5,
+        CropAndFlip(3, SIZE, (0.2, 1.0), 0.5) if augment else CenterCrop(3, SIZE, 0.875),
         grid=(2, 3),
         visible=2,
         seed=0,
-        augment=augment,
     )
 
 
 def finetuning(images: Images, *, train: bool = True) -> FinetuneDataset:
     crop = CropAndFlip(3, SIZE, (0.2, 1.0), 0.5)
     augment = FinetuneAugment(crop, auto_augment=None, random_erasing=0.25, mean=[0.5] * 3, std=[0.2] * 3)
-    return FinetuneDataset(images, in_chans=3, image_size=SIZE, seed=0, augment=augment if train else None)
+    return FinetuneDataset(images, augment if train else CenterCrop(3, SIZE, 0.875), seed=0)
 
 
 def datasets(images: Images) -> list[PretrainDataset | FinetuneDataset]:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 from fcmae.data.index import Images, find_images
@@ -49,3 +50,31 @@ def test_of_many_images_some_are_drawn_always_the_same(tmp_path: Path) -> None:
 def test_no_readable_image_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"none of 1 files can be read; /missing\.png: .*No such file"):
         channel_statistics(Images.of_files(["/missing.png"]), 3)
+
+
+def test_missing_values_do_not_count(tmp_path: Path) -> None:
+    image = np.random.default_rng(0).uniform(0.05, 0.4, (32, 32, 4)).astype(np.float32)
+    image[8:16, :, :3] = -9999
+    image[0, 0] = np.nan
+    tags = [(42113, "s", 0, "-9999", True)]
+    tifffile.imwrite(tmp_path / "a.tif", image, photometric="minisblack", planarconfig="contig", extratags=tags)
+    known = np.where(image == -9999, np.nan, image).astype(np.float64)
+    mean, std, _ = channel_statistics(find_images([str(tmp_path)]), 4)
+    np.testing.assert_allclose(mean, np.nanmean(known, axis=(0, 1)), rtol=1e-6)
+    np.testing.assert_allclose(std, np.nanstd(known, axis=(0, 1)), rtol=1e-5)
+
+
+def test_a_channel_without_a_value_is_an_error_and_one_image_may_lack_it(tmp_path: Path) -> None:
+    image = np.ones((8, 8, 2), np.float32)
+    image[..., 1] = np.nan
+    np.save(tmp_path / "a.npy", image)
+    with pytest.raises(ValueError, match="of channel 1 all values are missing"):
+        channel_statistics(find_images([str(tmp_path)]), 2)
+    np.save(tmp_path / "b.npy", np.full((8, 8, 2), 3, np.float32))
+    assert channel_statistics(find_images([str(tmp_path)]), 2)[0] == [2.0, 3.0]
+
+
+def test_an_error_shows_names_as_any_terminal_can(tmp_path: Path) -> None:
+    (tmp_path / "a\x1b[31m\n.png").write_bytes(b"no")
+    with pytest.raises(ValueError, match=r"a\\x1b\[31m\\n\.png: it is no JPEG"):
+        channel_statistics(find_images([str(tmp_path)]), 3)

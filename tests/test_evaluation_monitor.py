@@ -34,6 +34,7 @@ from fcmae.training.run import read_metrics
 from fcmae.weights.convert import build_encoder
 from fcmae.weights.files import read_weights
 
+READING = Reading(3, (16, 16), 1.0, Normalize([0.5] * 3, [0.25] * 3))
 SPEC = "{depths: [1, 1, 2, 2], dims: [8, 16, 16, 32]}"
 LAYERS = [f"stages.{i}.{j}" for i, depth in enumerate((1, 1, 2, 2)) for j in range(depth)]
 
@@ -157,8 +158,8 @@ def test_watching_leaves_the_encoder_and_the_draws_as_they_are(images: Path, lab
     before, state = copy.deepcopy(encoder), torch.get_rng_state()
     monitor = Monitor(
         find_images([str(images)]),
-        find_monitored_labels(str(labelled), 3, (16, 16), seed=0),
-        Reading(3, (16, 16), 1.0, Normalize([0.5] * 3, [0.25] * 3)),
+        find_monitored_labels(str(labelled), READING, seed=0),
+        READING,
         device=torch.device("cpu"),
         batch_size=5,
         num_workers=0,
@@ -229,10 +230,10 @@ def test_labelled_images_that_cannot_be_used_are_reported_before_anything_is_wri
 
 def test_of_many_labelled_images_some_of_each_class_are_drawn(labelled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fcmae.evaluation.monitor.MAX_LABELLED", 8)
-    found = find_monitored_labels(str(labelled), 3, (16, 16), seed=0)
+    found = find_monitored_labels(str(labelled), READING, seed=0)
     assert found.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert found.test.labels.tolist() == [0, 1]
-    assert found.train.names() != find_monitored_labels(str(labelled), 3, (16, 16), seed=1).train.names()
+    assert found.train.names() != find_monitored_labels(str(labelled), READING, seed=1).train.names()
 
 
 # Training is as without

@@ -223,6 +223,24 @@ def test_a_device_that_starves_is_warned_of_once(images: Path, tmp_path: Path, m
     assert (tmp_path / "out" / "train.log").read_text().count("data starves the device: it waited for images") == 1
 
 
+def test_the_log_says_what_was_left_out_and_what_is_far_from_the_mean(tmp_path: Path) -> None:
+    write_images(tmp_path / "images", 13)
+    (tmp_path / "images" / "1.gif").touch()
+    far = {"data__mean": [0.4] * 3, "data__std": [0.01] * 3}
+    assert run(tmp_path / "images", tmp_path / "out", epochs=1, optim__warmup_epochs=0, **far) == 0
+    log = (tmp_path / "out" / "train.log").read_text()
+    assert "data.path: files that are no images were left out: 1 .gif" in log
+    assert log.count("far from the mean 0.4 and std 0.01 that") == 1
+
+
+def test_images_larger_than_max_pixels_are_not_used(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(images, tmp_path / "out", data__max_pixels=100) == 2
+    assert "20 x 24 pixels, more than max_pixels = 100 allows" in capsys.readouterr().err
+    assert run(images, tmp_path / "other", data__max_pixels=480, epochs=1, optim__warmup_epochs=0) == 0
+
+
 def test_evaluations_may_come_before_the_first_line_of_the_log(images: Path, tmp_path: Path) -> None:
     options = {"log__eval_epochs": 0.34, "log__every_steps": 99, "data__val_share": 0, "checkpoint__every_epochs": 9}
     assert run(images, tmp_path / "out", epochs=1, **options) == 0

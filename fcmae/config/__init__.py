@@ -23,6 +23,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from fcmae.config.base import Backend, Conflict, Device, RunText, Section, Settings, Size, Spelling, UserPath, UserText
+from fcmae.data.geometry import MAX_PIXELS
 from fcmae.masking import num_visible
 from fcmae.networks.spec import VARIANTS, ConvNeXtSpec, variant_of
 
@@ -91,6 +92,9 @@ class ImageConfig(Section):
     """Share of the images held out for validation, drawn with the run's seed."""
     max_bad_share: float = Field(0.01, ge=0, le=1)
     """Share of unreadable files above which the run stops."""
+    max_pixels: int = Field(MAX_PIXELS, ge=1)
+    """Pixels of the largest image that is read, a bound on memory: one takes up to 12 bytes (three channels of 32
+    bits), and of deeper ones fewer are read. A larger image counts as unreadable."""
     num_workers: int | None = Field(None, ge=0)
     """Processes that decode images, for each training process. Default: 1 on CPU, up to 8 on a GPU."""
 

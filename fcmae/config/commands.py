@@ -20,6 +20,7 @@ from fcmae.config.base import (
     UserPath,
     UserText,
 )
+from fcmae.data.geometry import MAX_PIXELS
 
 
 def _stage(word: Any) -> Any:
@@ -47,6 +48,8 @@ class Reading(Settings):
     """Images at a time."""
     num_workers: int | None = Field(None, ge=0)
     """Processes that decode images. Default: as many as help."""
+    max_pixels: int = Field(MAX_PIXELS, ge=1)
+    """Pixels of the largest image that is read, of up to 12 bytes each."""
     device: Device = "auto"
     """auto takes a GPU when there is one."""
 
@@ -219,6 +222,8 @@ class StatsConfig(Settings):
     """Of more images, that many are read."""
     num_workers: int | None = Field(None, ge=0)
     """Processes that decode images. Default: one a core, up to 8."""
+    max_pixels: int = Field(MAX_PIXELS, ge=1)
+    """Pixels of the largest image that is read, of up to 12 bytes each."""
 
 
 class DoctorConfig(Settings):

@@ -19,7 +19,7 @@ from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
 
 from fcmae.data.decode import read_crop, to_pil
-from fcmae.data.geometry import Box, align, decode_scale
+from fcmae.data.geometry import MAX_PIXELS, Box, align, decode_scale
 from fcmae.data.normalize import Normalize
 from fcmae.data.source import DataError
 
@@ -101,11 +101,15 @@ class CenterCrop:
         in_chans: see `read_crop`.
         image_size: height and width of the result.
         crop_pct: see `center_box`.
+        fill: what stands for missing values, see `read_crop`.
+        max_pixels: see `read_crop`.
     """
 
     in_chans: int
     image_size: tuple[int, int]
     crop_pct: float
+    fill: Sequence[float] = (0.0,)
+    max_pixels: int = MAX_PIXELS
 
     def __call__(self, file: BinaryIO | bytes, rng: np.random.Generator) -> NDArray[Any]:
         """(C, H, W) uint8 or float32, units of `read_crop`; draws nothing.
@@ -117,7 +121,7 @@ class CenterCrop:
         def choose_box(height: int, width: int) -> Box:
             return center_box(height, width, self.image_size, self.crop_pct)
 
-        return read_crop(file, self.in_chans, choose_box, self.image_size)
+        return read_crop(file, self.in_chans, choose_box, self.image_size, fill=self.fill, max_pixels=self.max_pixels)
 
 
 @dataclass(frozen=True)
@@ -130,6 +134,8 @@ class CropAndFlip:
         crop_scale: smallest and largest share of the area.
         hflip: probability that columns are mirrored.
         vflip: probability that rows are.
+        fill: what stands for missing values, see `read_crop`.
+        max_pixels: see `read_crop`.
     """
 
     in_chans: int
@@ -137,6 +143,8 @@ class CropAndFlip:
     crop_scale: tuple[float, float]
     hflip: float
     vflip: float = 0.0
+    fill: Sequence[float] = (0.0,)
+    max_pixels: int = MAX_PIXELS
 
     def __call__(self, file: BinaryIO | bytes, rng: np.random.Generator) -> NDArray[Any]:
         """(C, H, W) uint8 or float32, units of `read_crop`.
@@ -151,7 +159,7 @@ class CropAndFlip:
             aligned = align(box, scale := decode_scale(*box[2:], self.image_size), height, width)
             return aligned if decode_scale(*aligned[2:], self.image_size) == scale else box
 
-        image = read_crop(file, self.in_chans, choose_box, self.image_size)
+        image = read_crop(file, self.in_chans, choose_box, self.image_size, fill=self.fill, max_pixels=self.max_pixels)
         flip_columns, flip_rows = rng.random(2) < (self.hflip, self.vflip)
         if flip_columns:
             image = image[:, :, ::-1]
@@ -190,7 +198,7 @@ class FinetuneAugment:
             ValueError: for a policy that timm does not know.
         """
         assert auto_augment is None or crop.in_chans in (1, 3)
-        self._crop = crop
+        self.crop = crop
         self._policy = None if auto_augment is None else _policy(auto_augment, crop.image_size, mean)
         self._random_erasing = random_erasing
         self._erase = RandomErasing(probability=1.0, mode="pixel", device="cpu")
@@ -203,7 +211,7 @@ class FinetuneAugment:
             BadImage: as `read_crop` does.
             DeepImageError: for an image of more than 8 bits, if there is a policy.
         """
-        image = self._crop(file, rng)
+        image = self.crop(file, rng)
         erases = rng.random() < self._random_erasing
         if self._policy is None and not erases:
             return image

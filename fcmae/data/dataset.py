@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,15 +14,20 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fcmae.data.augment import CenterCrop, CropAndFlip, FinetuneAugment
+from fcmae.data.geometry import MAX_PIXELS
 from fcmae.data.index import Images
 from fcmae.data.normalize import Normalize
 from fcmae.data.sampler import MASK_STREAM, SAMPLE_STREAM, Key
-from fcmae.data.source import BadImage, DataError
+from fcmae.data.source import BadImage, DataError, printable
+from fcmae.data.split import evenly
 from fcmae.masking import random_mask
 
+logger = logging.getLogger("fcmae")
+
+FAR = 4  # standard deviations
 MAX_TRIES = 16  # files that a training sample tries before it gives up
 
-View = Callable[[BinaryIO, np.random.Generator], NDArray[Any]]  # file -> (C, H, W), drawing from the generator
+View = CenterCrop | CropAndFlip | FinetuneAugment  # file -> (C, H, W), drawing from the sample's own generator
 
 
 @dataclass(frozen=True)
@@ -32,19 +38,44 @@ class Reading:
         in_chans: channels.
         image_size: height and width.
         crop_pct: see `center_box`.
-        normalize: what they go through then.
+        normalize: what they go through then; its mean stands for missing values.
+        max_pixels: see `read_crop`.
     """
 
     in_chans: int
     image_size: tuple[int, int]
     crop_pct: float
     normalize: Normalize
+    max_pixels: int = MAX_PIXELS
+
+    @property
+    def view(self) -> CenterCrop:
+        """What makes a file an image."""
+        fill = self.normalize.mean.flatten().tolist()
+        return CenterCrop(self.in_chans, self.image_size, self.crop_pct, fill, self.max_pixels)
+
+    def check_values(self, images: Images) -> None:
+        """Warn if some of the images hold values far from the mean, as images in other units do."""
+        samples = [self.dataset(images)[(0, i)] for i in evenly(len(images), 8)]
+        if not (readable := [sample for sample in samples if sample.valid]):
+            return
+        seen = collate(readable).images
+        values = seen.float() / (255 if seen.dtype == torch.uint8 else 1)
+        spread, centre = torch.std_mean(values, dim=(0, 2, 3), correction=0)
+        mean, std = self.normalize.mean.cpu().flatten(), self.normalize.std.cpu().flatten()
+        far = torch.maximum((centre - mean).abs(), spread) / std
+        if far.max() > FAR:
+            i = int(far.argmax())
+            logger.warning(
+                "the images hold values from %.4g to %.4g, in channel %d of mean %.4g and std %.4g, far from the mean "
+                "%.4g and std %.4g that they are normalised with: `fcmae stats IMAGES --in_chans %d` prints the right "
+                "ones",
+                *(values[:, i].min(), values[:, i].max(), i, centre[i], spread[i], mean[i], std[i], self.in_chans),
+            )
 
     def dataset(self, images: Images) -> FinetuneDataset:
         """Centre crops of the images."""
-        return FinetuneDataset(
-            images, in_chans=self.in_chans, image_size=self.image_size, seed=0, crop_pct=self.crop_pct
-        )
+        return FinetuneDataset(images, self.view, seed=0)
 
 
 @dataclass(frozen=True)
@@ -155,14 +186,15 @@ class ImageDataset(Dataset[Sample]):
 
     Args:
         images: what to read.
-        view: a file to (C, H, W) uint8 or float32, drawing from the sample's own generator.
-        shape: (C, H, W) of an image that could not be read and is marked.
+        view: what makes a file an image: centre crops for evaluation, anything else for training.
         seed: of what the view draws, and of replacements.
-        replaces: whether images that cannot be read are replaced.
     """
 
-    def __init__(self, images: Images, view: View, *, shape: tuple[int, int, int], seed: int, replaces: bool) -> None:
-        self._images, self._view, self._shape, self._seed, self._replaces = images, view, shape, seed, replaces
+    def __init__(self, images: Images, view: View, *, seed: int) -> None:
+        self._images, self._view, self._seed = images, view, seed
+        self._replaces = not isinstance(view, CenterCrop)
+        crop = view.crop if isinstance(view, FinetuneAugment) else view
+        self._shape = (crop.in_chans, *crop.image_size)  # of what stands for an image that could not be read
 
     def __len__(self) -> int:
         return len(self._images)
@@ -187,7 +219,8 @@ class ImageDataset(Dataset[Sample]):
                 return Sample(image, None, self._images.label(used), index, True, bad)
         if self._replaces:
             raise NoUsableImage(
-                f"data.path: {MAX_TRIES} files drawn in a row cannot be used, the first is {bad[0][0]}: {bad[0][1]}; "
+                f"data.path: {MAX_TRIES} files drawn in a row cannot be used, the first is {printable(bad[0][0])}: "
+                f"{bad[0][1]}; "
                 "give images that can be read, or the in_chans they have"
             )
         return Sample(np.zeros(self._shape, np.uint8), None, self._images.label(index), index, False, bad)
@@ -199,35 +232,25 @@ class PretrainDataset(ImageDataset):
     def __init__(
         self,
         images: Images,
+        view: CropAndFlip | CenterCrop,
         *,
-        in_chans: int,
-        image_size: tuple[int, int],
-        crop_scale: tuple[float, float],
-        hflip: float,
         grid: tuple[int, int],
         visible: int,
         seed: int,
-        augment: bool = True,
         masks_per_image: int = 1,
     ) -> None:
         """Nothing is read yet.
 
         Args:
             images: what to read.
-            in_chans: channels of the samples.
-            image_size: height and width of the samples.
-            crop_scale: see CropAndFlip.
-            hflip: see CropAndFlip.
+            view: random crops replace images that cannot be read by others, drawn from the sample's own generator;
+                centre crops mark them.
             grid: (gh, gw), see random_mask.
             visible: see random_mask.
             seed: of crops, flips, masks and replacements.
-            augment: False takes the centre of each image (crop_pct .875) instead of a random crop, and marks images
-                that cannot be read; True replaces them by others, drawn from the sample's own generator.
             masks_per_image: masks of each sample, drawn independently.
         """
-        crop = CropAndFlip(in_chans, image_size, crop_scale, hflip)
-        view = crop if augment else CenterCrop(in_chans, image_size, 0.875)
-        super().__init__(images, view, shape=(in_chans, *image_size), seed=seed, replaces=augment)
+        super().__init__(images, view, seed=seed)
         self._grid, self.visible, self._masks_per_image = grid, visible, masks_per_image
 
     def __getitem__(self, key: Key) -> Sample:
@@ -237,31 +260,7 @@ class PretrainDataset(ImageDataset):
 
 
 class FinetuneDataset(ImageDataset):
-    """Images and labels for fine-tuning, by key (epoch, index)."""
-
-    def __init__(
-        self,
-        images: Images,
-        *,
-        in_chans: int,
-        image_size: tuple[int, int],
-        seed: int,
-        augment: FinetuneAugment | None = None,
-        crop_pct: float = 0.875,
-    ) -> None:
-        """Nothing is read yet.
-
-        Args:
-            images: what to read.
-            in_chans: channels of the samples.
-            image_size: height and width of the samples.
-            seed: of augmentations and replacements.
-            augment: what training images go through; images that cannot be read are replaced by others, drawn from the
-                sample's own generator. None takes the centre of each image and marks such images.
-            crop_pct: of that centre, see center_box.
-        """
-        view = augment or CenterCrop(in_chans, image_size, crop_pct)
-        super().__init__(images, view, shape=(in_chans, *image_size), seed=seed, replaces=augment is not None)
+    """Images and labels for fine-tuning, by key (epoch, index): augmented ones to train on, centre crops otherwise."""
 
     def __getitem__(self, key: Key) -> Sample:
         return self._read(key)

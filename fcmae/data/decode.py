@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fcmae.data.geometry import Box
+from fcmae.data.geometry import MAX_PIXELS, Box
 from fcmae.data.readers import open_image, reading
 from fcmae.data.source import BadImage
 
@@ -17,7 +17,13 @@ ChooseBox = Callable[[int, int], Box]  # (height, width) -> box
 
 
 def read_crop(
-    file: BinaryIO | bytes, in_chans: int, choose_box: ChooseBox, size: tuple[int, int] | None
+    file: BinaryIO | bytes,
+    in_chans: int,
+    choose_box: ChooseBox,
+    size: tuple[int, int] | None,
+    *,
+    fill: Sequence[float] | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> NDArray[Any]:
     """Read part of an image and resize it (bicubic, antialiased).
 
@@ -26,6 +32,9 @@ def read_crop(
     file is (H, W, C) if its last axis fits in_chans, else (C, H, W). The pages of a TIFF are its bands when in_chans
     is neither 1 nor 3; else the first page is read.
 
+    Missing values: those of floats that are not finite, and those that the tag GDAL_NODATA of a TIFF names; of unsigned
+    integers, where all bands of a pixel have it. They are filled before the resize, which would mix them with others.
+
     Args:
         file: the image, or a file of it that can seek, at its start.
         in_chans: channels of the result.
@@ -33,22 +42,25 @@ def read_crop(
             (top, left, height, width).
         size: height and width of the result, or None for the box's own. JPEGs are decoded at the smallest of the
             scales 1, 1/2, 1/4, 1/8 that keeps the box at or above `size`.
+        fill: (in_chans,) or (1,), what stands for missing values, in units of a full range of 1: the mean that images
+            are normalised with, so that the network sees 0. None for NaN, in float32, which a resize spreads.
+        max_pixels: of an image that is read; of pixels that take more than 12 bytes, fewer.
 
     Returns:
         (in_chans, height, width). uint8 images stay uint8 (bool becomes 0 and 255). 16-bit unsigned ones become float32
-        in 0..1, full range = 1. Floats are taken as they are and other integers unscaled, both as float32. 16-bit RGB
-        PNGs are the exception: Pillow reads them as 8 bits.
+        in 0..1, full range = 1, and so do those of a declared depth below 16 but 8. Floats are taken as they are and
+        other integers unscaled, both as float32.
 
     Raises:
-        BadImage: for a file that is broken, not an image, has other channels, holds values that are not finite in the
-            box, or has more than PIL.Image.MAX_IMAGE_PIXELS pixels.
+        BadImage: for a file that is broken, not an image, has other channels, has no value that is not missing, or has
+            more than max_pixels pixels.
     """
-    image = open_image(file, in_chans)
+    image = open_image(file, in_chans, max_pixels)
     box = choose_box(image.height, image.width)
-    with reading():
-        pixels = image.read(box, size or box[2:])
-    if pixels.dtype != np.uint8 and not np.isfinite(pixels).all():
-        raise BadImage("it holds values that are not finite")
+    with reading(max_pixels):
+        pixels = image.read(box, size or box[2:], fill)
+    if fill is not None and pixels.dtype != np.uint8 and not np.isfinite(pixels).all():
+        raise BadImage("it holds values that 32 bits cannot")
     return pixels
 
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+MAX_PIXELS = 100_000_000  # of an image that is read, where nothing else is said; a little more than Pillow's own limit
+
 Box = tuple[int, int, int, int]  # top, left, height, width, in pixels of the upright image
 
 # EXIF orientation: a stored image becomes upright by mirroring its columns (2, 3, 7, 8) and its rows (3, 4, 6, 7), and

@@ -11,7 +11,7 @@ import os
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -39,12 +39,14 @@ class Images:
         positions: (N,) int64, which images of the source; None is all, in its order.
         labels: (N,) int64, for each image the position of its class in class_names; None for images without labels.
         class_names: of all classes, those without an image too.
+        notes: sentences on how they were found, for whoever runs with them.
     """
 
     source: Source
     positions: NDArray[np.int64] | None = None
     labels: NDArray[np.int64] | None = None
     class_names: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of_files(
@@ -120,7 +122,7 @@ class Images:
         """The images at the given positions, in the given order, of the same source and with the same classes."""
         chosen = np.asarray(positions, dtype=np.int64)
         labels = None if self.labels is None else self.labels[chosen]
-        return Images(self.source, self._positions()[chosen], labels, self.class_names)
+        return replace(self, positions=self._positions()[chosen], labels=labels)
 
     def _positions(self) -> NDArray[np.int64]:
         return np.arange(len(self.source)) if self.positions is None else self.positions
@@ -173,8 +175,7 @@ def find_images(sources: Sequence[str], *, key: str = "data.path") -> Images:
                 "give a folder of images, a .txt file that lists paths, or a glob pattern"
             )
         found.update(paths)
-    _tell(others, key)
-    return Images.of_files(sorted(found))
+    return replace(Images.of_files(sorted(found)), notes=_left_out(others, key))
 
 
 def _expand(source: str, key: str, others: Counter[str]) -> Iterator[str]:
@@ -250,10 +251,11 @@ def _is_of_run(entry: os.DirEntry[str]) -> bool:
     return False
 
 
-def _tell(others: Counter[str], key: str) -> None:
-    if others:
-        text = ", ".join(f"{number} {suffix or 'without a suffix'}" for suffix, number in others.most_common(8))
-        logger.info("%s: files that are no images were left out: %s", key, text)
+def _left_out(others: Counter[str], key: str) -> tuple[str, ...]:
+    if not others:
+        return ()
+    counts = [f"{number} {printable(suffix) or 'without a suffix'}" for suffix, number in others.most_common(8)]
+    return (f"{key}: files that are no images were left out: {', '.join(counts)}",)
 
 
 def _read_list(path: Path, key: str) -> Iterator[str]:
@@ -282,10 +284,11 @@ def find_labelled(source: str, class_names: Sequence[str] | None = None, *, key:
     Raises:
         ValueError: for a source that is missing or malformed, a label not in class_names, or fewer than two classes.
     """
+    others = Counter[str]()
     key = key or ("data.path" if class_names is None else "data.val_path")
     path = Path(source).expanduser()
     if path.is_dir():
-        label_of = _class_folders(path, key, may_be_empty=class_names is not None)
+        label_of = _class_folders(path, key, others, may_be_empty=class_names is not None)
     elif path.suffix.lower() == ".csv" and path.is_file():
         label_of = _read_csv(path, key)
     else:
@@ -304,7 +307,8 @@ def find_labelled(source: str, class_names: Sequence[str] | None = None, *, key:
         _warn_of_names(names, key)
     number = {name: i for i, name in enumerate(names)}
     paths = sorted(label_of)
-    return Images.of_files(paths, [number[label_of[path]] for path in paths], names)
+    found = Images.of_files(paths, [number[label_of[path]] for path in paths], names)
+    return replace(found, notes=_left_out(others, key))
 
 
 def _some(names: Sequence[str]) -> str:
@@ -317,8 +321,8 @@ def _sort_classes(names: set[str]) -> list[str]:
     return sorted(names)
 
 
-def _class_folders(root: Path, key: str, *, may_be_empty: bool) -> dict[str, str]:
-    label_of, others = dict[str, str](), Counter[str]()
+def _class_folders(root: Path, key: str, others: Counter[str], *, may_be_empty: bool) -> dict[str, str]:
+    label_of = dict[str, str]()
     folders = [path for path in sorted(root.iterdir()) if path.is_dir() and not path.name.startswith(".")]
     folders = [path for path in folders if path.name not in SYSTEM_FOLDERS]
     names = {path.name for path in folders}
@@ -336,7 +340,6 @@ def _class_folders(root: Path, key: str, *, may_be_empty: bool) -> dict[str, str
         label_of.update(dict.fromkeys(images, _class_name(folder.name, key)))
     if not label_of:
         raise ValueError(f"{key}: {str(root)!r} has no sub-folder with images: put each class in a folder of its own")
-    _tell(others, key)
     return label_of
 
 

@@ -4,19 +4,25 @@ What comes in is bytes or a file that can seek, wherever it is from. Files are t
 names. Pillow reads what it reads in full; TIFFs with other numbers of bands or depths go to tifffile, and .npy files
 are mapped into memory. Where simplejpeg is installed it decodes the JPEGs whose headers Pillow has read: the same
 pixels, sooner.
+
+A file may be hostile: what it takes in memory is known, and bounded, before anything is decoded.
 """
 
 from __future__ import annotations
 
+import logging
+import lzma
 import math
 import mmap
+import re
 import struct
 import tokenize
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from io import BytesIO, FileIO
+from functools import partial
+from io import SEEK_END, BytesIO, FileIO
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
@@ -26,7 +32,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch.nn import functional as F
 
-from fcmae.data.geometry import Box, decode_scale, make_upright, stored_box
+from fcmae.data.geometry import MAX_PIXELS, Box, decode_scale, make_upright, stored_box
 from fcmae.data.source import BadImage, OtherChannels
 
 try:
@@ -38,6 +44,15 @@ decode_jpeg: Callable[..., NDArray[np.uint8]] | None = None if simplejpeg is Non
 # No format that runs a program or a script (EPS, PDF), whatever the file is called.
 _PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 _TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_PNG_CHANNELS = {0: 1, 2: 3, 4: 2, 6: 4}  # by colour type, of those that have 16 bits
+_LOGGERS = ("tifffile", "PIL.TiffImagePlugin")  # one file can make them write a hundred thousand lines
+_JPEG_MARKER = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])")
+PIXEL_BYTES = 12  # that max_pixels counts on: three channels of 32 bits
+MAX_SCANS = 100  # of a JPEG; cameras and web sites make up to a dozen
+MAX_PAGES = 10_000  # of a TIFF
+MAX_RATIO = 2000  # of what is stored to the file; deflate gets to 1032
+SMALL = 2**26  # bytes, which a file may take whatever it is
+
 _GREY_WEIGHTS = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R 601, as Pillow's mode L
 
 # What Pillow, tifffile and numpy raise on files that are broken or lie about their contents.
@@ -55,6 +70,7 @@ _READ_ERRORS = (
     RuntimeError,
     struct.error,
     zlib.error,
+    lzma.LZMAError,
     tokenize.TokenError,  # from numpy's reading of .npy headers
     Image.DecompressionBombError,
 )
@@ -68,52 +84,84 @@ class OpenImage(Protocol):
         width: likewise.
         channels: that the file has; 3 for colours of any kind where 1 or 3 are asked for.
         is_deep: whether its values are other than 8 bits.
+        pixel_bytes: that a pixel takes once it is read.
     """
 
     height: int
     width: int
     channels: int
     is_deep: bool
+    pixel_bytes: int
 
-    def read(self, box: Box, size: tuple[int, int]) -> NDArray[Any]:
-        """The box resized to size (height, width): (in_chans, height, width), uint8 or float32."""
+    def read(self, box: Box, size: tuple[int, int], fill: Sequence[float] | None) -> NDArray[Any]:
+        """A part of it: (in_chans, height, width), uint8 or float32.
+
+        Args:
+            box: which.
+            size: height and width that it is resized to.
+            fill: see `read_crop`.
+        """
         ...
 
 
-def open_image(file: BinaryIO | bytes, in_chans: int) -> OpenImage:
+def open_image(file: BinaryIO | bytes, in_chans: int, max_pixels: int = MAX_PIXELS) -> OpenImage:
     """Read an image's header.
 
     Args:
         file: the image, or a file of it that can seek, at its start, which stays open as long as the image is used.
         in_chans: see `read_crop`.
+        max_pixels: see `read_crop`.
 
     Raises:
         BadImage: as `read_crop` does.
     """
-    with reading():
-        return _open(BytesIO(file) if isinstance(file, bytes) else file, in_chans)
+    with reading(max_pixels):
+        file = BytesIO(file) if isinstance(file, bytes) else file
+        file_bytes = file.seek(0, SEEK_END)
+        file.seek(0)
+        check = partial(_check_size, file_bytes=file_bytes, max_pixels=max_pixels)
+        image = _open(file, in_chans, check)
+        check(image.height, image.width, image.pixel_bytes)
+    return image
 
 
-def _open(file: BinaryIO, in_chans: int) -> OpenImage:
-    start = file.read(6)
+def _open(file: BinaryIO, in_chans: int, check: Callable[[int, int, int], None]) -> OpenImage:
+    start = file.read(30)
     file.seek(0)
     if start[:3] == b"\xff\xd8\xff":
         data = file.read()
-        return _PillowImage(Image.open(BytesIO(data), formats=_PILLOW_FORMATS), in_chans, data)
-    if start == b"\x93NUMPY":
+        _check_scans(data)
+        image = Image.open(BytesIO(data), formats=_PILLOW_FORMATS)
+        check(image.height, image.width, len(image.getbands()))
+        return _PillowImage(image, in_chans, data)
+    if start[:6] == b"\x93NUMPY":
         array = _map_npy(file)
         axis = _npy_channel_axis(array.shape, in_chans)
         return _ArrayImage(lambda: array, array.shape, array.dtype, axis, in_chans)
     if start[:4] in _TIFF_STARTS:
         return _open_tiff(file, in_chans)
-    return _PillowImage(Image.open(file, formats=_PILLOW_FORMATS), in_chans)
+    image = Image.open(file, formats=_PILLOW_FORMATS)
+    check(image.height, image.width, len(image.getbands()))  # before Pillow looks for EXIF behind a PNG's pixels
+    if image.format == "PNG" and start[24] == 16 and start[25] in _PNG_CHANNELS:
+        return _open_deep_png(image, file, _PNG_CHANNELS[start[25]], in_chans)
+    return _PillowImage(image, in_chans)
 
 
 @contextmanager
-def reading() -> Iterator[None]:
-    """Turn whatever a library raises on a bad file into BadImage; silence what it warns of."""
+def reading(max_pixels: int) -> Iterator[None]:
+    """Turn whatever a library raises on a bad file into BadImage; silence what it warns of and logs.
+
+    Args:
+        max_pixels: Pillow's own limit does not stop images of so many.
+    """
+    logs, pillows = [logging.getLogger(name) for name in _LOGGERS], Image.MAX_IMAGE_PIXELS
+    was_disabled = [log.disabled for log in logs]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about metadata; a file that decodes is good. Bombs: _check_size
+        for log in logs:
+            log.disabled = True
+        if pillows is not None and pillows < max_pixels:
+            Image.MAX_IMAGE_PIXELS = max_pixels
         try:
             yield
         except BadImage:
@@ -122,13 +170,37 @@ def reading() -> Iterator[None]:
             raise BadImage("it is no JPEG, PNG, WebP, BMP, TIFF or .npy file") from error
         except _READ_ERRORS as error:
             raise BadImage.unread(error) from error
+        finally:
+            Image.MAX_IMAGE_PIXELS = pillows
+            for log, disabled in zip(logs, was_disabled, strict=True):
+                log.disabled = disabled
 
 
-def _check_size(height: int, width: int) -> None:
+def _check_size(height: int, width: int, depth: int, file_bytes: int, max_pixels: int) -> None:
+    """depth: bytes that a pixel takes once it is read."""
     if height < 1 or width < 1:
         raise BadImage(f"it is empty: {height} x {width} pixels")
-    if Image.MAX_IMAGE_PIXELS is not None and height * width > Image.MAX_IMAGE_PIXELS:
-        raise BadImage(f"it has {height} x {width} pixels, more than PIL.Image.MAX_IMAGE_PIXELS allows")
+    if height * width * max(1, depth / PIXEL_BYTES) > max_pixels:
+        size = f"{height} x {width} pixels" + (f" of {depth} bytes" if depth > PIXEL_BYTES else "")
+        raise BadImage(
+            f"it has {size}, more than max_pixels = {max_pixels} allows (pixels of {PIXEL_BYTES} bytes): "
+            "cut it into smaller images, or raise max_pixels"
+        )
+    if height * width * depth > max(SMALL, MAX_RATIO * file_bytes):
+        raise BadImage(f"its {file_bytes} bytes cannot hold the {height} x {width} pixels that it claims")
+
+
+def _check_scans(jpeg: bytes) -> None:
+    """Each scan of a progressive JPEG costs a pass over all of it, and takes a few bytes of the file."""
+    if jpeg.count(b"\xff\xda") <= MAX_SCANS:
+        return
+    scans, position = 0, 2
+    # Other bytes 255 are stuffed with 0, and 208 to 215 are restarts; outside of scans, segments say how long they are.
+    while (marker := _JPEG_MARKER.search(jpeg, position)) and marker[1] != b"\xd9":
+        scans += marker[1] == b"\xda"
+        position = marker.end() + int.from_bytes(jpeg[marker.end() : marker.end() + 2], "big")
+    if scans > MAX_SCANS:
+        raise BadImage(f"it has {scans} scans, more than {MAX_SCANS}: save it again")
 
 
 def _check_channels(channels: int, in_chans: int) -> None:
@@ -147,35 +219,34 @@ def _match_channels(pixels: NDArray[Any], in_chans: int) -> NDArray[Any]:
 
 
 class _PillowImage:
+    """8 bits a value, by Pillow or simplejpeg."""
+
     def __init__(self, image: Image.Image, in_chans: int, jpeg: bytes | None = None) -> None:
         self._image, self._in_chans, self._jpeg = image, in_chans, jpeg
-        _check_size(image.height, image.width)
+        self.pixel_bytes = len(image.getbands())
         self.channels = _num_channels(image, in_chans)
         self.is_deep = image.mode == "F" or image.mode.startswith("I")
         _check_channels(self.channels, in_chans)
-        # Pillow itself turns TIFFs upright, in their size at once and in their pixels when it decodes them.
-        self._orientation = 1 if image.format == "TIFF" else image.getexif().get(ExifTags.Base.Orientation, 1)
+        self._orientation = _orientation(image)
         self._stored_size = image.height, image.width
         self._swapped = self._orientation in (5, 6, 7, 8)
         self.height, self.width = self._stored_size[::-1] if self._swapped else self._stored_size
 
-    def read(self, box: Box, size: tuple[int, int]) -> NDArray[Any]:
+    def read(self, box: Box, size: tuple[int, int], fill: Sequence[float] | None) -> NDArray[Any]:
         stored_height, stored_width = self._stored_size
-        planes, scale, full_range = self._decode(decode_scale(box[2], box[3], size))
+        planes, scale = self._decode(decode_scale(box[2], box[3], size))
         top, left, height, width = stored_box(box, self._orientation, stored_height, stored_width)
         # The last column of a scaled JPEG may stand for fewer than `scale` stored ones.
         corners = (left / scale, top / scale, (left + width) / scale, (top + height) / scale)
         stored_size = size[::-1] if self._swapped else size
         resized = [_resize(plane, corners, stored_size) for plane in planes]
         pixels = resized[0] if len(resized) == 1 else np.concatenate(resized)  # (C, H, W)
-        if full_range:
-            pixels = (pixels / np.float32(full_range)).clip(0, 1)
         if self._orientation != 1:
             pixels = make_upright(pixels.transpose(1, 2, 0), self._orientation).transpose(2, 0, 1)
         return np.ascontiguousarray(_match_channels(pixels, self._in_chans))
 
-    def _decode(self, scale: int) -> tuple[Sequence[Image.Image | NDArray[np.uint8]], int, int]:
-        """Planes, how many times smaller than stored (1; JPEGs `scale`), and their full range, or 0 if it is 255."""
+    def _decode(self, scale: int) -> tuple[Sequence[Image.Image | NDArray[np.uint8]], int]:
+        """Planes, and how many times smaller than stored (1; JPEGs `scale`)."""
         image, grey = self._image, self._in_chans == 1
         if decode_jpeg is not None and self._jpeg is not None and image.mode in ("L", "RGB"):
             # It is libjpeg-turbo, as in Pillow, and gives the same pixels, but leaves them packed and in one array.
@@ -186,11 +257,15 @@ class _PillowImage:
             with suppress(ValueError):
                 decoded = decode_jpeg(self._jpeg, colours, min_height=height, min_width=width, min_factor=scale)
                 if decoded.shape[:2] == (height, width):
-                    return [decoded], scale, 0
+                    return [decoded], scale
         height, width = self._stored_size
         draft = image.draft("L" if grey else "RGB", (width // scale, height // scale))
-        planes, full_range = _planes(image, self._in_chans)
-        return planes, 1 if draft is None else round(width / draft[1][2]), full_range
+        return _planes(image, self._in_chans), 1 if draft is None else round(width / draft[1][2])
+
+
+def _orientation(image: Image.Image) -> int:
+    # Pillow itself turns TIFFs upright, in their size at once and in their pixels when it decodes them.
+    return 1 if image.format == "TIFF" else image.getexif().get(ExifTags.Base.Orientation, 1)
 
 
 def _resize(
@@ -198,9 +273,9 @@ def _resize(
 ) -> NDArray[Any]:
     """Part of a plane resized (bicubic, antialiased); pixels outside of it do not count, as if it had been cut out.
 
-    plane: of mode L, RGB or F; or (H, W, C) uint8. corners: left, top, right, bottom, in pixels of the plane; fractions
+    plane: of mode L or RGB; or (H, W, C) uint8. corners: left, top, right, bottom, in pixels of the plane; fractions
     of a pixel are kept. size: height and width of the result.
-    Returns (C, height, width), uint8 or float32.
+    Returns (C, height, width) uint8.
     """
     left, top, right, bottom = (math.floor(corners[0]), math.floor(corners[1]), *map(math.ceil, corners[2:]))
     inner = (corners[0] - left, corners[1] - top, corners[2] - left, corners[3] - top)
@@ -209,7 +284,7 @@ def _resize(
         part = part.reshape(*part.shape[:2], -1)
     else:
         part = plane[top:bottom, left:right]  # (h, w, C)
-    if part.dtype == np.uint8 and inner == (0, 0, right - left, bottom - top):
+    if inner == (0, 0, right - left, bottom - top):
         # Vectorised, three to four times as fast as Pillow. They differ by 1 in a few of a thousand values.
         images = torch.from_numpy(np.ascontiguousarray(part)).permute(2, 0, 1)[None]  # (1, C, h, w), channels last
         return F.interpolate(images, size, mode="bicubic", antialias=True)[0].numpy()
@@ -221,31 +296,49 @@ def _resize(
 def _num_channels(image: Image.Image, in_chans: int) -> int:
     """Channels of the planes that _planes makes."""
     if in_chans in (1, 3):
-        return 1 if image.mode in ("1", "L", "LA", "F") or image.mode.startswith("I") else 3
+        return 1 if image.mode in ("1", "L", "LA") else 3
     if image.mode == "P":
         return 4 if "transparency" in image.info else 3
     return len(image.getbands())
 
 
-def _planes(image: Image.Image, in_chans: int) -> tuple[list[Image.Image], int]:
-    """Decode into images that Pillow resizes without loss (L, RGB, F), and their full range where it is not 255."""
-    if image.mode == "F" or image.mode.startswith("I"):
-        full_range = 65535 if image.mode.startswith("I;16") else 0
-        plane = image.convert("F")
-        if full_range and image.format == "TIFF":
-            tags = image.tag_v2  # type: ignore[attr-defined]
-            full_range = 2 ** max(tags.get(258, (16,))) - 1  # of 10, 12 or 14 bits in 16, too
-            if tags.get(262) == 0:  # 0 = white; Pillow itself inverts 8 bits only
-                plane = plane.point(lambda value: value * -1 + full_range)
-        return [plane], full_range
+def _planes(image: Image.Image, in_chans: int) -> list[Image.Image]:
+    """Decode into images that Pillow resizes without loss: L or RGB."""
     if image.mode == "P":
         # By way of RGBA where entries are transparent: their colours are kept, only the transparency is dropped.
         image = image.convert("RGBA" if "transparency" in image.info else "RGB")
     if in_chans in (1, 3):
         mode = "L" if in_chans == 1 or image.mode in ("1", "L", "LA") else "RGB"
-        return [image if image.mode == mode else image.convert(mode)], 0
+        return [image if image.mode == mode else image.convert(mode)]
     # One by one: Pillow would weigh the colours of an RGBA image by its alpha.
-    return list(image.split()), 0
+    return list(image.split())
+
+
+def _open_deep_png(image: Image.Image, file: BinaryIO, channels: int, in_chans: int) -> OpenImage:
+    """A PNG of 16 bits, of which Pillow keeps 8 where there are colours or alpha, but takes the others if asked.
+
+    It takes the byte in front of the two of a value where they are called big-endian, the one behind where they are
+    called little-endian; and of two channels, all four bytes as those of a pixel.
+    """
+
+    def decoded(rawmode: str) -> NDArray[np.uint8]:
+        file.seek(0)
+        with Image.open(file, formats=["PNG"]) as again:
+            again.tile = [tile._replace(args=rawmode) for tile in again.tile]
+            return np.array(again)
+
+    def load() -> NDArray[Any]:
+        if channels == 1:
+            array = np.asarray(image, np.uint16)[..., None]
+        elif channels == 2:
+            array = decoded("RGBA").view(">u2")
+        else:
+            array = decoded(f"{image.mode};16B") * np.uint16(256) + decoded(f"{image.mode};16L")
+        return array[..., :kept]
+
+    kept = channels - 1 if in_chans in (1, 3) and channels in (2, 4) else channels  # without alpha
+    shape, orientation = (image.height, image.width, kept), _orientation(image)
+    return _ArrayImage(load, shape, np.dtype(np.uint16), 2, in_chans, orientation=orientation)
 
 
 def _open_tiff(file: BinaryIO, in_chans: int) -> OpenImage:
@@ -255,13 +348,66 @@ def _open_tiff(file: BinaryIO, in_chans: int) -> OpenImage:
         image = None
     if image is not None and not _pillow_reads_all_of(image, in_chans):
         image = None
-    if image is not None and getattr(image, "n_frames", 1) == 1:
-        return _PillowImage(image, in_chans)
+    if image is not None and not _has_more_pages(image):
+        return _pillow_tiff(image, in_chans)
     file.seek(0)
     tiff = tifffile.TiffFile(file)
+    if len(tiff.pages) > MAX_PAGES:
+        raise BadImage(f"it has {len(tiff.pages)} pages, more than {MAX_PAGES}")
     if image is not None and not _channel_pages(tiff.series[0]):
-        return _PillowImage(image, in_chans)
+        return _pillow_tiff(image, in_chans)
     return _open_tifffile(tiff, in_chans)
+
+
+def _has_more_pages(image: Image.Image) -> bool:
+    try:
+        image.seek(1)
+    except EOFError:
+        return False
+    image.seek(0)
+    return True
+
+
+def _pillow_tiff(image: Image.Image, in_chans: int) -> OpenImage:
+    """A TIFF that Pillow reads: through an array, if it is deep or says which values are missing."""
+    tags = image.tag_v2  # type: ignore[attr-defined]
+    _check_tiles(tags.get(322, 0) * tags.get(323, 0) * len(image.getbands()), image.height * image.width)
+    is_deep = image.mode == "F" or image.mode.startswith("I;16")
+    if not is_deep and not (_NODATA in tags and image.mode in ("L", "RGB", "RGBA")):
+        return _PillowImage(image, in_chans)
+    dtype = np.dtype("f4" if image.mode == "F" else "u2" if is_deep else "u1")
+    inverted, nodata = tags.get(262) == 0, _nodata(tags.get(_NODATA), dtype)
+    if inverted and not is_deep:  # Pillow itself inverts 8 bits
+        inverted, nodata = False, None if nodata is None else 255 - nodata
+    kept = 3 if in_chans in (1, 3) and image.mode == "RGBA" else len(image.getbands())
+    return _ArrayImage(
+        lambda: np.asarray(image).reshape(image.height, image.width, -1)[..., :kept],
+        (image.height, image.width, kept),
+        dtype,
+        2,
+        in_chans,
+        bits=max(tags.get(258, (16,))) if is_deep else 8,
+        inverted=inverted,
+        nodata=nodata,
+    )
+
+
+def _check_tiles(tile: int, image: int) -> None:
+    """tile, image: how large they are, in the same unit."""
+    if tile > max(4 * image, SMALL):
+        raise BadImage("its tiles are far larger than the image: save it again")
+
+
+_NODATA = 42113  # GDAL_NODATA: the number, as text, that stands for missing values
+
+
+def _nodata(text: Any, dtype: np.dtype[Any]) -> float | None:
+    """The number that stands for missing values, if values of this type can be it."""
+    try:
+        value = float(str(text).strip(" \0"))
+        return value if dtype.kind == "f" or (dtype.kind in "ui" and dtype.type(int(value)) == value) else None
+    except (ValueError, OverflowError):  # no tag, no number, or one that is out of the type's range
+        return None
 
 
 def _channel_pages(series: tifffile.TiffPageSeries) -> int:
@@ -278,6 +424,8 @@ def _pillow_reads_all_of(image: Image.Image, in_chans: int) -> bool:
     if image.mode == "F" and tags.prefix == b"MM" and tags.get(259, 1) != 1:
         return False  # Pillow swaps the bytes of compressed floats twice
     bits, samples, is_rgb = tags.get(258, (1,)), tags.get(277, 1), tags.get(262) == 2
+    if max(bits) <= 8 and 2 in tags.get(339, ()):
+        return False  # signed
     if max(bits) > 8 and not (samples == 1 and image.mode in ("I;16", "I;16B", "F")):
         return False
     if in_chans in (1, 3):
@@ -292,27 +440,69 @@ def _open_tifffile(tiff: tifffile.TiffFile, in_chans: int) -> OpenImage:
     if (channels := _channel_pages(series)) and in_chans == 1:
         raise BadImage(f"it has {channels} channels as pages, in_chans is 1")
     source = page if colour and not channels else series
-    axes, shape = source.axes, source.shape
+    axes, shape, dtype = source.axes, source.shape, np.dtype(source.dtype)
     band_axes = [i for i, axis in enumerate(axes) if axis not in "YX"]
     if axes.count("Y") != 1 or axes.count("X") != 1 or axes.index("Y") > axes.index("X") or len(band_axes) > 1:
         raise BadImage(f"it has the axes {axes}, not rows, columns and at most one of bands")
     axis = band_axes[0] if band_axes else None
     extra = colour and page.photometric == 2 and axis is not None and shape[axis] > 3  # RGB and more, such as alpha
-    inverted = page.photometric == 0  # 0 = white
-
-    bits = page.bitspersample
-    full_range = 2**bits - 1 if np.dtype(source.dtype).kind == "u" and bits in range(9, 17) else 0
 
     def load() -> NDArray[Any]:
-        array = source.asarray(maxworkers=1)
-        if inverted and array.dtype.kind in "ub":
-            array = full_range - array if full_range else ~array
+        for part in source.pages if source is series else [page]:
+            if part is not None:
+                _check_segments(part)
+        array: NDArray[Any] = source.asarray(maxworkers=1)
         return np.take(array, range(3), axis=axis) if extra else array
 
+    stored_bands = 1 if axis is None else shape[axis]
     if extra:
         shape = tuple(3 if i == axis else side for i, side in enumerate(shape))
-    orientation = page.tags.valueof(274, 1)
-    return _ArrayImage(load, shape, np.dtype(source.dtype), axis, in_chans, orientation, full_range)
+    image = _ArrayImage(
+        load,
+        shape,
+        dtype,
+        axis,
+        in_chans,
+        orientation=page.tags.valueof(274, 1),
+        bits=page.bitspersample,
+        inverted=page.photometric == 0,  # 0 = white
+        nodata=_nodata(page.tags.valueof(_NODATA), dtype),
+    )
+    image.pixel_bytes = max(image.pixel_bytes, stored_bands * dtype.itemsize)
+    return image
+
+
+# Of compressions that tifffile unpacks to whatever they hold.
+_UNPACKERS: dict[int, Callable[[], Any]] = {
+    8: zlib.decompressobj,
+    32946: zlib.decompressobj,
+    34925: lzma.LZMADecompressor,
+}
+
+
+def _check_segments(page: Any) -> None:
+    """Refuse a page whose strips or tiles, decoded one by one, would take far more than the image.
+
+    page: tifffile's.
+    """
+    frame = page.keyframe
+    tile = math.prod(frame.tile) if frame.is_tiled else min(frame.rowsperstrip, frame.imagelength) * frame.imagewidth
+    tile *= frame.dtype.itemsize * (frame.samplesperpixel if frame.planarconfig == 1 else 1)
+    _check_tiles(tile, frame.nbytes)
+    if sum(page.databytecounts) > max(4 * frame.nbytes, SMALL):
+        raise BadImage("its strips or tiles are far longer than the image: save it again")
+    if frame.compression not in _UNPACKERS:
+        return
+    limit = max(4 * tile, SMALL)
+    for offset, size in zip(page.dataoffsets, page.databytecounts, strict=False):
+        if size * 8000 > limit:  # more than either can have packed
+            page.parent.filehandle.seek(offset)
+            decoder, rest, total = _UNPACKERS[frame.compression](), page.parent.filehandle.read(size), 0
+            while rest and total <= limit and not decoder.eof:
+                total += len(decoder.decompress(rest, 2**20))
+                rest = decoder.unconsumed_tail if hasattr(decoder, "unconsumed_tail") else b""
+            if total > limit:
+                raise BadImage("its strips or tiles unpack to far more than the image: save it again")
 
 
 def _map_npy(file: BinaryIO) -> NDArray[Any]:
@@ -346,6 +536,13 @@ def _npy_channel_axis(shape: tuple[int, ...], in_chans: int) -> int | None:
 
 
 class _ArrayImage:
+    """Values of any type that some library reads into an array.
+
+    bits: of a value, as the file declares them; 2 ** bits - 1 is the full range of unsigned ones of up to 16.
+    inverted: 0 is white.
+    nodata: the stored value that stands for a missing one.
+    """
+
     def __init__(
         self,
         load: Callable[[], NDArray[Any]],
@@ -353,34 +550,83 @@ class _ArrayImage:
         dtype: np.dtype[Any],
         channel_axis: int | None,
         in_chans: int,
+        *,
         orientation: int = 1,
-        full_range: int = 65535,
+        bits: int | None = None,
+        inverted: bool = False,
+        nodata: float | None = None,
     ) -> None:
         self._load, self._axis, self._in_chans, self._orientation = load, channel_axis, in_chans, orientation
-        self._full_range = full_range  # of unsigned integers of 16 bits
-        self.channels = 1 if channel_axis is None else shape[channel_axis]
+        self._bits, self._inverted, self._nodata = bits or 8 * dtype.itemsize, inverted, nodata
+        self.channels = channels = 1 if channel_axis is None else shape[channel_axis]
         self.is_deep = dtype not in (np.uint8, np.bool_)
         height, width = (side for i, side in enumerate(shape) if i != channel_axis)
-        _check_size(height, width)
-        _check_channels(self.channels, in_chans)
+        _check_channels(channels, in_chans)
         if dtype.kind not in "buif":
             raise BadImage(f"it holds values of type {dtype}, not numbers")
+        value_bytes = dtype.itemsize if dtype.itemsize == 1 and dtype.kind in "bu" else max(4, dtype.itemsize)
+        self.pixel_bytes, self._shape = channels * value_bytes, shape
         self.height, self.width = (width, height) if orientation in (5, 6, 7, 8) else (height, width)
 
-    def read(self, box: Box, size: tuple[int, int]) -> NDArray[Any]:
+    def read(self, box: Box, size: tuple[int, int], fill: Sequence[float] | None) -> NDArray[Any]:
         top, left, height, width = box
         array = self._load()
+        if array.shape != self._shape:
+            raise BadImage(f"its pixels have the shape {array.shape}, its header says {self._shape}")
         array = array[..., None] if self._axis is None else np.moveaxis(array, self._axis, -1)  # (H, W, C)
-        array = make_upright(array, self._orientation)[top : top + height, left : left + width]
-        is_16_bit = array.dtype.kind == "u" and array.dtype.itemsize == 2
-        if array.dtype == np.bool_:
-            array = array.astype(np.uint8) * 255
-        if array.dtype != np.uint8:
-            array = array.astype(np.float32)
-        if is_16_bit:
-            array /= np.float32(self._full_range)
-        planes = [Image.fromarray(np.ascontiguousarray(array[..., i])) for i in range(array.shape[-1])]
-        pixels = np.stack([np.asarray(plane.resize(size[::-1], Image.Resampling.BICUBIC)) for plane in planes])
-        if is_16_bit:
+        array = make_upright(array, self._orientation)
+        part = array[top : top + height, left : left + width]  # (h, w, C)
+        missing = self._missing(part)
+        if missing.all() and self._missing(array).all():
+            raise BadImage("it holds no values: all are missing")
+        planes: Sequence[NDArray[Any]] = [self._plane(part[..., i]) for i in range(part.shape[-1])]
+        if missing.any():
+            planes = list(_filled(np.stack(planes), missing.transpose(2, 0, 1), self._in_chans, fill))
+        resized = [Image.fromarray(plane).resize(size[::-1], Image.Resampling.BICUBIC) for plane in planes]
+        pixels = np.stack([np.asarray(plane) for plane in resized])
+        if self._full_range(array.dtype):
             pixels = pixels.clip(0, 1)  # bicubic weights overshoot
         return _match_channels(pixels, self._in_chans)
+
+    def _full_range(self, dtype: np.dtype[Any]) -> int:
+        """By which values are divided: 0 where they are kept."""
+        return 2**self._bits - 1 if dtype.kind == "u" and self._bits <= 16 and self._bits != 8 else 0
+
+    def _plane(self, values: NDArray[Any]) -> NDArray[Any]:
+        """(h, w) as stored, to uint8 or float32 in the units of `read_crop`."""
+        full_range = self._full_range(values.dtype)
+        if self._inverted and values.dtype.kind in "ub":
+            values = full_range - values if full_range else ~values
+        if values.dtype == np.bool_:
+            values = np.where(values, np.uint8(255), np.uint8(0))
+        is_plain = values.dtype == np.uint8 and not full_range
+        plane: NDArray[Any] = values.astype(np.uint8 if is_plain else np.float32, order="C")
+        if full_range:
+            plane /= np.float32(full_range)
+        return plane
+
+    def _missing(self, array: NDArray[Any]) -> NDArray[np.bool_]:
+        """Of (h, w, C), which values are missing."""
+        kind = array.dtype.kind
+        missing: NDArray[np.bool_] = ~np.isfinite(array) if kind == "f" else np.zeros(array.shape, np.bool_)
+        if self._nodata is not None:
+            is_nodata = array == array.dtype.type(self._nodata)
+            if kind == "u":  # 0, say, is also a value that a band may have beside others
+                is_nodata = np.broadcast_to(is_nodata.all(axis=-1, keepdims=True), array.shape)
+            missing |= is_nodata
+        return missing
+
+
+def _filled(
+    pixels: NDArray[Any], missing: NDArray[np.bool_], in_chans: int, fill: Sequence[float] | None
+) -> NDArray[Any]:
+    """Pixels (C, h, w) as in_chans channels with missing values filled, before a resize would spread them."""
+    pixels = _match_channels(pixels, in_chans)
+    if len(missing) != in_chans:
+        missing = np.broadcast_to(missing.any(axis=0), pixels.shape)
+    if fill is None and pixels.dtype == np.uint8:
+        pixels = pixels / np.float32(255)
+    values = np.array([np.nan] if fill is None else fill, np.float32).reshape(-1, 1, 1)
+    if pixels.dtype == np.uint8:
+        values = np.rint(values * 255).clip(0, 255)
+    return np.where(missing, values.astype(pixels.dtype), pixels)

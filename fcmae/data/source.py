@@ -13,15 +13,22 @@ from io import BytesIO
 from itertools import accumulate
 from typing import BinaryIO, Protocol
 
+MAX_REASON = 300  # characters
+
 
 class BadImage(ValueError):  # noqa: N818
     """An image that cannot be used; the message is the reason in one sentence, without the name."""
+
+    def __init__(self, reason: str) -> None:
+        # Libraries quote what is in the file, which may be long, and hold what a terminal obeys.
+        text = printable(" ".join(reason.split()))
+        super().__init__(text if len(text) <= MAX_REASON else f"{text[:MAX_REASON]}...")
 
     @classmethod
     def unread(cls, error: Exception) -> BadImage:
         """That it cannot be read, for the reason that an error of a file, a network or a library gives."""
         text = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
-        return cls(f"it cannot be read: {' '.join(text.split())}")
+        return cls(f"it cannot be read: {text}")
 
 
 class OtherChannels(BadImage):

@@ -9,24 +9,25 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from fcmae.data.decode import read_crop
-from fcmae.data.geometry import Box
+from fcmae.data.geometry import MAX_PIXELS, Box
 from fcmae.data.index import Images
-from fcmae.data.source import BadImage
+from fcmae.data.source import BadImage, printable
 
 
 def channel_statistics(
-    images: Images, in_chans: int, *, max_images: int = 10_000, num_workers: int = 0
+    images: Images, in_chans: int, *, max_images: int = 10_000, num_workers: int = 0, max_pixels: int = MAX_PIXELS
 ) -> tuple[list[float], list[float], int]:
     """Mean and standard deviation of each channel, in units of a full range of 1 (uint8 is divided by 255).
 
     Every image counts the same, whatever its size, because the network sees each at one size. Images that cannot be
-    read are skipped.
+    read are skipped, and so are missing values (see `read_crop`).
 
     Args:
         images: what to measure.
         in_chans: channels that the network sees.
         max_images: of more, that many are drawn, always the same.
         num_workers: processes that decode.
+        max_pixels: see `read_crop`.
 
     Returns:
         Mean, std, and the number of images used.
@@ -38,27 +39,36 @@ def channel_statistics(
         drawn = np.random.default_rng(0).permutation(len(images))[:max_images]
         images = images.subset(np.sort(drawn))
     loader = DataLoader(
-        _Moments(images, in_chans), batch_size=None, num_workers=num_workers, collate_fn=_unchanged
+        _Moments(images, in_chans, max_pixels), batch_size=None, num_workers=num_workers, collate_fn=_unchanged
     )  # batch_size=None: one image at a time, of any size
-    total, num_images, first_bad = np.zeros((2, in_chans)), 0, ""
+    total, counts = np.zeros((2, in_chans)), np.zeros(in_chans, np.int64)
+    num_images, first_bad = 0, ""
     for moments in loader:
         if isinstance(moments, str):
             first_bad = first_bad or moments
             continue
-        total += moments
+        total += np.nan_to_num(moments)
+        counts += ~np.isnan(moments[0])
         num_images += 1
     if num_images == 0:
         raise ValueError(f"data.path: none of {len(images)} files can be read; {first_bad}")
-    mean, mean_square = total / num_images
+    if not counts.all():
+        raise ValueError(
+            f"data.path: of channel {np.argmin(counts)} all values are missing in all images that were read"
+        )
+    mean, mean_square = total / counts
     std = np.sqrt(np.maximum(mean_square - mean**2, 0))
     return mean.tolist(), std.tolist(), num_images
 
 
 class _Moments(Dataset[NDArray[np.float64] | str]):
-    """Of each image (2, C): the means of its values and of their squares; or why it cannot be read."""
+    """Of each image (2, C): the means of its values and of their squares, NaN where all are missing.
 
-    def __init__(self, images: Images, in_chans: int) -> None:
-        self._images, self._in_chans = images, in_chans
+    Or why it cannot be read.
+    """
+
+    def __init__(self, images: Images, in_chans: int, max_pixels: int) -> None:
+        self._images, self._in_chans, self._max_pixels = images, in_chans, max_pixels
 
     def __len__(self) -> int:
         return len(self._images)
@@ -66,11 +76,14 @@ class _Moments(Dataset[NDArray[np.float64] | str]):
     def __getitem__(self, position: int) -> NDArray[np.float64] | str:
         try:
             with self._images.open(position) as file:
-                image = read_crop(file, self._in_chans, _whole, None)
+                image = read_crop(file, self._in_chans, _whole, None, max_pixels=self._max_pixels)
         except BadImage as error:
-            return f"{self._images.name(position)}: {error}"
+            return f"{printable(self._images.name(position))}: {error}"
         pixels = image.reshape(self._in_chans, -1).astype(np.float64) / (255 if image.dtype == np.uint8 else 1)
-        return np.stack([pixels.mean(axis=1), (pixels**2).mean(axis=1)])
+        known = (~np.isnan(pixels)).sum(axis=1)
+        with np.errstate(invalid="ignore"):  # 0 / 0: a channel of which all is missing
+            moments: NDArray[np.float64] = np.stack([np.nansum(pixels, axis=1), np.nansum(pixels**2, axis=1)]) / known
+        return moments
 
 
 def _whole(height: int, width: int) -> Box:

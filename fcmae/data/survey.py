@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import BinaryIO
 
+from fcmae.data.geometry import MAX_PIXELS
 from fcmae.data.index import Images
 from fcmae.data.readers import OpenImage, open_image
 from fcmae.data.source import BadImage, OtherChannels
@@ -35,13 +36,14 @@ class Survey:
     std: tuple[float, ...]
 
 
-def survey(images: Images, in_chans: int | None = None, max_images: int = 200) -> Survey:
+def survey(images: Images, in_chans: int | None = None, max_images: int = 200, max_pixels: int = MAX_PIXELS) -> Survey:
     """Look at a sample, evenly spread.
 
     Args:
         images: all.
         in_chans: channels, where they are known; None finds out.
         max_images: of the sample.
+        max_pixels: of an image, see `read_crop`.
 
     Raises:
         ValueError: if none of the sample can be read.
@@ -52,7 +54,7 @@ def survey(images: Images, in_chans: int | None = None, max_images: int = 200) -
     for i in range(len(sample)):
         try:
             with sample.open(i) as file:
-                image = _open(file)
+                image = _open(file, max_pixels)
                 sides.append(min(image.height, image.width))
                 channels[image.channels] += 1
                 deep[image.is_deep] += 1
@@ -61,16 +63,16 @@ def survey(images: Images, in_chans: int | None = None, max_images: int = 200) -
     if not sides:
         raise ValueError(f"data.path: none of {len(sample)} images can be read; {reason}")
     in_chans = in_chans or channels.most_common(1)[0][0]
-    mean, std, _ = channel_statistics(sample, in_chans, max_images=max_images)
+    mean, std, _ = channel_statistics(sample, in_chans, max_images=max_images, max_pixels=max_pixels)
     return Survey(
         len(sides), round(statistics.median(sides)), in_chans, deep.most_common(1)[0][0], tuple(mean), tuple(std)
     )
 
 
-def _open(file: BinaryIO) -> OpenImage:
+def _open(file: BinaryIO, max_pixels: int) -> OpenImage:
     """With as many channels as it has: 1, 3 for colours with or without alpha, or another number of bands."""
     try:
-        return open_image(file, 3)
+        return open_image(file, 3, max_pixels)
     except OtherChannels as error:
         file.seek(0)
-        return open_image(file, error.channels)
+        return open_image(file, error.channels, max_pixels)

@@ -68,13 +68,14 @@ def analyze(cfg: AnalyzeConfig) -> str:
     index = find_labelled(cfg.data, key="data") if cfg.data is not None else find_images(cfg.images or (), key="images")
     index = index.subset(evenly(len(index), cfg.max_images))
     where = choose_device(cfg.device)
-    backbones = [load_backbone(model, cfg.image_size) for model in cfg.models]
+    backbones = [load_backbone(model, cfg.image_size, max_pixels=cfg.max_pixels) for model in cfg.models]
     for backbone in backbones:
         try:
             as_encoder(backbone.model)
         except ValueError as error:
             raise ValueError(f"model = {backbone.name!r}: {error}") from None
     claim(place, lambda path: path.name in FOUND["analysis"], cfg.overwrite)
+    backbones[0].reading.check_values(index)
     found = [_analyze(backbone, index, where, cfg.batch_size, cfg.num_workers) for backbone in backbones]
     record = {
         "fcmae": fcmae.__version__,

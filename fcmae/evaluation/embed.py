@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 
 from fcmae.atomic import replacing
 from fcmae.config.commands import EmbedConfig
-from fcmae.data.augment import CenterCrop
 from fcmae.data.index import Images, find_images, find_labelled
 from fcmae.evaluation.features import check_stages, extract
 from fcmae.evaluation.models import Backbone, choose_device, load_backbone
@@ -50,9 +49,10 @@ def embed(cfg: EmbedConfig) -> str:
         _require_pyarrow()
     if cfg.map == "umap":
         _require_umap()
-    backbone = load_backbone(cfg.model, cfg.image_size)
+    backbone = load_backbone(cfg.model, cfg.image_size, max_pixels=cfg.max_pixels)
     check_stages(backbone, [cfg.stage])
     claim(out, _is_ours, cfg.overwrite)
+    backbone.reading.check_values(index)
     device = choose_device(cfg.device)
     with TemporaryDirectory(prefix=TEMPORARY[0], dir=out) as directory:
 
@@ -300,7 +300,6 @@ def save_neighbours(
     """
     from matplotlib.figure import Figure
 
-    read = CenterCrop(backbone.reading.in_chans, backbone.reading.image_size, backbone.reading.crop_pct)
     figure = Figure(figsize=(10, 4.9), layout="constrained")
     grid = figure.add_gridspec(2, 6)
     axes = [figure.add_subplot(grid[:, :2])]
@@ -313,7 +312,7 @@ def save_neighbours(
     shown = [(query, 0), *((found, row) for row in range(len(found)))]
     for axis, (images, row), title in zip(axes, shown, titles, strict=False):
         with images.open(row) as file:
-            values = read(file, np.random.default_rng(0))
+            values = backbone.reading.view(file, np.random.default_rng(0))
         pixels = torch.from_numpy(values) / (255 if values.dtype == np.uint8 else 1)
         axis.imshow(displayable(pixels, float(pixels.min()), float(pixels.max())), cmap="gray", vmin=0, vmax=1)
         axis.set_title(title, fontsize=9)

@@ -58,12 +58,13 @@ def evaluate(cfg: EvaluateConfig) -> str:
     if "few-shot" in cfg.probes:
         for label in cfg.labels:
             few_shot_counts(label, _labels(train_index))
-    backbones = load_backbones(cfg.models, cfg.image_size)
+    backbones = load_backbones(cfg.models, cfg.image_size, cfg.max_pixels)
     for backbone in backbones:
         check_stages(backbone, _stages(backbone, cfg))
     several = len(cfg.models) > 1
     folders = [place / name for name in _folder_names(cfg.models)] if several else [place]
     claim(place, _is_ours, cfg.overwrite)
+    backbones[0].reading.check_values(train_index)
     records: list[dict[str, Any]] = []
     for backbone, folder in zip(backbones, folders, strict=True):
         with TemporaryDirectory(prefix=TEMPORARY[0], dir=place) as directory:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fcmae.config import FinetuneData
 from fcmae.data.augment import seeded
 from fcmae.data.dataset import Reading
+from fcmae.data.geometry import MAX_PIXELS
 from fcmae.data.normalize import Normalize
 from fcmae.networks.convnext import Encoder
 from fcmae.networks.spec import describe
@@ -102,25 +103,34 @@ def is_control(source: str) -> bool:
     return source.startswith((PIXELS, HISTOGRAM))
 
 
-def load_backbones(sources: Sequence[str], image_size: tuple[int, int] | None = None) -> list[Backbone]:
+def load_backbones(
+    sources: Sequence[str], image_size: tuple[int, int] | None = None, max_pixels: int = MAX_PIXELS
+) -> list[Backbone]:
     """The networks and controls that are compared; controls see images as the first network does.
 
     Args:
         sources: see `load_backbone`.
         image_size: likewise.
+        max_pixels: likewise.
 
     Raises:
         ValueError: see `load_backbone`.
     """
-    networks = {source: load_backbone(source, image_size) for source in sources if not is_control(source)}
+    networks = {
+        source: load_backbone(source, image_size, max_pixels=max_pixels) for source in sources if not is_control(source)
+    }
     first = next((network.reading for network in networks.values()), None)
-    return [networks.get(source) or load_backbone(source, image_size, like=first) for source in sources]
+    return [
+        networks.get(source) or load_backbone(source, image_size, max_pixels=max_pixels, like=first)
+        for source in sources
+    ]
 
 
 def load_backbone(
     source: str,
     image_size: tuple[int, int] | None = None,
     in_chans: int | None = None,
+    max_pixels: int = MAX_PIXELS,
     like: Reading | None = None,
 ) -> Backbone:
     """The network that `source` names.
@@ -130,6 +140,7 @@ def load_backbone(
             may be fetched from the network; or either after "random:", untrained, from seed 0; or that of a `Control`.
         image_size: height and width, where it is not to be that of the weights.
         in_chans: of a timm model or a control, where it is not to be 3.
+        max_pixels: of an image, see `read_crop`.
         like: how images are read for a control, but for mean and std; None is 224 x 224 pixels, or `image_size`.
 
     Raises:
@@ -159,7 +170,7 @@ def load_backbone(
             "give an earlier checkpoint"
         )
     _try(backbone)
-    return backbone
+    return replace(backbone, reading=replace(backbone.reading, max_pixels=max_pixels))
 
 
 def choose_device(setting: str) -> torch.device:

@@ -14,9 +14,10 @@ import torch
 from numpy.typing import NDArray
 
 from fcmae.classification import scores
-from fcmae.data.dataset import FinetuneDataset, Reading
+from fcmae.data.dataset import Reading
 from fcmae.data.index import Images, find_labelled
 from fcmae.data.sampler import EVAL_EPOCH
+from fcmae.data.source import printable
 from fcmae.data.split import evenly, split
 from fcmae.evaluation.analysis import measure
 from fcmae.evaluation.features import batches_of
@@ -50,13 +51,12 @@ class Labelled:
     test: Images
 
 
-def find_monitored_labels(source: str, in_chans: int, image_size: tuple[int, int], seed: int) -> Labelled:
+def find_monitored_labels(source: str, reading: Reading, seed: int) -> Labelled:
     """The labelled images of `monitor.labelled`: a quarter of each class held out, at most MAX_LABELLED in all.
 
     Args:
         source: see `find_labelled`.
-        in_chans: channels that the network needs.
-        image_size: height and width, likewise.
+        reading: how images are read for the network.
         seed: of the draw.
 
     Raises:
@@ -70,10 +70,10 @@ def find_monitored_labels(source: str, in_chans: int, image_size: tuple[int, int
     )
     if not len(test):
         raise ValueError(f"{key}: {source!r} has no class of two images or more: give more of them")
-    sample = FinetuneDataset(train, in_chans=in_chans, image_size=image_size, seed=seed)[(EVAL_EPOCH, 0)]
+    sample = reading.dataset(train)[(EVAL_EPOCH, 0)]
     if not sample.valid:
         name, reason = sample.bad[0]
-        raise ValueError(f"{key}: {name} cannot be used: {reason}")
+        raise ValueError(f"{key}: {printable(name)} cannot be used: {reason}")
     return Labelled(train, test)
 
 

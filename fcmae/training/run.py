@@ -46,6 +46,7 @@ from fcmae import options
 from fcmae.atomic import read_bytes, write_text
 from fcmae.config import RunConfig
 from fcmae.data.cores import num_cores
+from fcmae.data.source import printable
 from fcmae.tables import table
 from fcmae.training import checkpoint, own_files
 
@@ -277,12 +278,19 @@ class _TerminalHandler(logging.Handler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
+class _Printable(logging.Formatter):
+    """Lines that any terminal can show, whatever is in the name of a file."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(map(printable, super().format(record).split("\n")))
+
+
 @contextmanager
 def _logging_to(path: Path) -> Iterator[None]:
     terminal = _TerminalHandler(logging.INFO)
     handlers: list[logging.Handler] = [logging.FileHandler(path, encoding="utf-8"), terminal]
     for handler in handlers:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        handler.setFormatter(_Printable("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         logger.addHandler(handler)
     logger.setLevel(logging.DEBUG)
     try:
