@@ -26,6 +26,7 @@ from fcmae.training import checkpoint
 HANGS_S = 120
 PARTING_S = 15  # torch's data workers look every 5 seconds whether their parent is there
 MEMORY = 12 << 30  # of addresses, of which torch takes 3 GB
+PEAK_MB = 1500  # on small files, of which torch takes 600
 MODULES = ("fcmae.cli", "fcmae.pretraining", "fcmae.finetuning", "fcmae.prediction", "fcmae.evaluation.evaluate")
 MORE = ("fcmae.evaluation.analyze", "fcmae.evaluation.report", "fcmae.evaluation.embed", "chaos.commands", "runs")
 PROCESSES.set_forkserver_preload([*MODULES, *MORE, "matplotlib.figure", "torch.utils.tensorboard"])
@@ -123,6 +124,11 @@ def fault(outcome: Outcome, statuses: tuple[int, ...] = (0, 2)) -> str | None:
     if "\x1b" in outcome.text:
         return "terminal escapes in what it prints"
     return None
+
+
+def greedy(outcome: Outcome) -> str | None:
+    """What is wrong with the memory that a command on small files has used."""
+    return f"{outcome.peak_mb} MB of memory for small files" if outcome.peak_mb > PEAK_MB else None
 
 
 def results(run: Path, without: Path | None = None) -> dict[str, str]:

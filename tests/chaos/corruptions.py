@@ -13,7 +13,7 @@ import numpy as np
 from safetensors.torch import load_file
 
 from chaos.commands import command, different, digest, fault, results
-from chaos.samples import Samples
+from chaos.samples import WRONG, Samples
 
 Damage = Callable[[Path, random.Random, Path], None]  # of a file; its run
 
@@ -56,7 +56,7 @@ def retype(path: Path, rng: random.Random, run: Path) -> None:
     tree = json.loads(lines[number])
     places = list(walk(tree))
     holder, key = rng.choice(places)
-    holder[key] = rng.choice((None, -1, 10**30, 1.5, "x", [], {}, [[1]], True, float("nan"), "\x1b[31m"))
+    holder[key] = rng.choice(WRONG)
     lines[number] = json.dumps(tree)
     path.write_text("\n".join(lines) + "\n")
 

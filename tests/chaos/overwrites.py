@@ -11,40 +11,19 @@ from chaos.samples import Samples
 
 # Where a user's file may lie, from the directory that a command is told to write to.
 STRANGE = [
-    "notes.txt",
-    "mine/photo.psd",
-    "checkpoints/keep-this/model.safetensors",
-    "checkpoints/step-00000009/notes.txt",
-    "checkpoints/step-00000009-good/model.safetensors",
-    "checkpoints/step-final/checkpoint.json",
-    "reconstructions/mine.psd",
-    "reconstructions/tiles/mine/step-00000003.png",
-    "best/notes.md",
-    "best/old/model.safetensors",
-    "tensorboard/other/events.out.tfevents.1",
-    "evaluation/mine.json",
-    "analysis/thesis/figure.png",
-    "metrics.jsonl/mine",
-    "config.yaml.bak",
-    ".saved/mine",
+    *("notes.txt", "mine/photo.psd", "checkpoints/keep-this/model.safetensors"),
+    *("checkpoints/step-00000009/notes.txt", "checkpoints/step-00000009-good/model.safetensors"),
+    *("checkpoints/step-final/checkpoint.json", "reconstructions/mine.psd"),
+    *("reconstructions/tiles/mine/step-00000003.png", "best/notes.md", "best/old/model.safetensors"),
+    *("tensorboard/other/events.out.tfevents.1", "evaluation/mine.json", "analysis/thesis/figure.png"),
+    *("metrics.jsonl/mine", "config.yaml.bak", ".saved/mine"),
 ]
 # Named as runs and commands name theirs.
 OURS = [
-    "loss.png",
-    "metrics.jsonl",
-    "train.log",
-    "best/model.safetensors",
-    "last/config.json",
-    "checkpoints/step-00000009/model.safetensors",
-    "checkpoints/step-00000009/checkpoint.json",
-    "predictions.csv",
-    "reconstructions/step-00000003.png",
-    "tensorboard/events.out.tfevents.1",
-    "evaluation.json",
-    "analysis.json",
-    "features.npy",
-    "config.json",
-    "model.safetensors",
+    *("loss.png", "metrics.jsonl", "train.log", "best/model.safetensors", "last/config.json"),
+    *("checkpoints/step-00000009/model.safetensors", "checkpoints/step-00000009/checkpoint.json"),
+    *("predictions.csv", "reconstructions/step-00000003.png", "tensorboard/events.out.tfevents.1"),
+    *("evaluation.json", "analysis.json", "features.npy", "config.json", "model.safetensors"),
 ]
 Snapshot = dict[str, bytes]
 

@@ -18,6 +18,9 @@ from chaos.commands import Outcome, command
 CUT_AT = 6  # steps of the runs that were cut, of 9 or 12
 FORMATS = {"timm": "timm", "transformers": "transformers", "fcmae": "fcmae.safetensors", "minkowski": "minkowski.pth"}
 
+NUMBERS = (None, True, -1, 0, 10**30, -0.0, 1.5, float("nan"), float("inf"))
+WRONG: tuple[Any, ...] = (*NUMBERS, "", "x", "\x1b[31m", [], {}, [[1]], "9" * 9999)  # where another value belongs
+
 
 @dataclass(frozen=True)
 class Samples:
