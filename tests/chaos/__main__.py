@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import random
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -65,18 +66,24 @@ def main() -> int:
     args = parser.parse_args()
     failures = Path(tempfile.mkdtemp(prefix="chaos-"))
     samples = Samples(failures / "samples", failures / "disk" if full_disk.mount(failures / "disk") else None)
+    begun = time.monotonic()
     if args.only is not None:
         part, seed, number = args.only.split(":")
-        return int(run_one(part, int(seed), int(number), samples, failures)[1] is not None)
-    begun = time.monotonic()
-    counts = run_for(args.minutes * 60, args.parts, args.seed, samples, failures)
-    shutil.rmtree(failures / "samples")
+        kind, wrong = run_one(part, int(seed), int(number), samples, failures)
+        counts: Counts = {part: {kind: {"tried": 1, "failed": int(wrong is not None)}}}
+    else:
+        counts = run_for(args.minutes * 60, args.parts, args.seed, samples, failures)
     found = [(part, kind, n["tried"], n["failed"]) for part, kinds in counts.items() for kind, n in kinds.items()]
     for part, kind, tried, failed in found:
         print(f"{part:12} {kind:24} {tried:6} tried {failed:6} failed")
-    if args.docs is not None:
+    if args.docs is not None and args.only is None:
         print(write(args.docs, counts, args.seed, (time.monotonic() - begun) / 60))
-    return int(any(failed for *_, failed in found))
+    failed = any(failed for *_, failed in found)
+    if samples.disk is not None:
+        subprocess.run(["umount", str(samples.disk)], check=False)
+    if not failed:  # else they are what its command lines name
+        shutil.rmtree(failures)
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import numpy as np
 from safetensors.torch import load_file
 
 from chaos.commands import command, different, digest, fault, results
-from chaos.samples import WRONG, Samples
+from chaos.samples import FORMATS, WRONG, Samples
 
 Damage = Callable[[Path, random.Random, Path], None]  # of a file; its run
 
@@ -100,9 +100,8 @@ DAMAGES: tuple[Damage, ...] = (
 def trial(samples: Samples, rng: random.Random, folder: Path) -> tuple[str, str | None]:
     """Damage one file, and run one command that may read it."""
     name = rng.choice(("cut", "finished", "exports"))
-    sources = getattr(samples, name)
-    kind = rng.choice(list(sources))
-    place = samples.copy(sources[kind], folder)
+    kind = rng.choice((*FORMATS, "classifier") if name == "exports" else ("pretrain", "finetune"))
+    place = samples.copy(getattr(samples, name)[kind], folder)
     found = [path for path in files(place) if path.stat().st_size]
     path = rng.choice(found)
     damage = rng.choice(DAMAGES)

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,6 +21,16 @@ FORMATS = {"timm": "timm", "transformers": "transformers", "fcmae": "fcmae.safet
 
 NUMBERS = (None, True, -1, 0, 10**30, -0.0, 1.5, float("nan"), float("inf"))
 WRONG: tuple[Any, ...] = (*NUMBERS, "", "x", "\x1b[31m", [], {}, [[1]], "9" * 9999)  # where another value belongs
+
+
+class OnDemand(dict[str, Path]):
+    """Runs by kind, or exports by format, each made when first asked for."""
+
+    def __init__(self, make: Callable[[str], Path]) -> None:
+        self.make = make
+
+    def __missing__(self, name: str) -> Path:
+        return self.setdefault(name, self.make(name))
 
 
 @dataclass(frozen=True)
@@ -51,28 +62,30 @@ class Samples:
         return ["finetune", *(word for pair in pairs if pair[1] != "None" for word in pair)]
 
     @cached_property
-    def finished(self) -> dict[str, Path]:
-        """A finished run of each kind."""
-        return {kind: self._run(kind, self.root / kind) for kind in ("pretrain", "finetune")}
+    def finished(self) -> OnDemand:
+        return OnDemand(lambda kind: self._run(kind, self.root / kind))
 
     @cached_property
-    def watched(self) -> dict[str, Path]:
-        """Likewise, with pictures and monitors."""
-        return {k: self._run(k, self.root / f"watched-{k}", **WATCHED[k]) for k in ("pretrain", "finetune")}
+    def watched(self) -> OnDemand:
+        """Finished, with pictures and monitors."""
+        return OnDemand(lambda kind: self._run(kind, self.root / f"watched-{kind}", **WATCHED[kind]))
 
     @cached_property
-    def cut(self) -> dict[str, Path]:
-        """A run of each kind that a SIGTERM stopped."""
-        return {kind: self._run(kind, self.root / f"cut-{kind}", stop=True) for kind in ("pretrain", "finetune")}
+    def cut(self) -> OnDemand:
+        """Stopped by a SIGTERM."""
+        return OnDemand(lambda kind: self._run(kind, self.root / f"cut-{kind}", stop=True))
 
     @cached_property
-    def exports(self) -> dict[str, Path]:
-        """The pretrained encoder in every format, and the classifier."""
-        found = {"classifier": self.finished["finetune"] / "best"}
-        for name, file in FORMATS.items():
-            found[name] = self.root / "exports" / file
-            self._do(["convert", str(self.finished["pretrain"]), str(found[name]), "--to", name])
-        return found
+    def exports(self) -> OnDemand:
+        """The classifier, and the pretrained encoder in every format."""
+        return OnDemand(self._export)
+
+    def _export(self, name: str) -> Path:
+        if name == "classifier":
+            return self.finished["finetune"] / "best"
+        place = self.root / "exports" / FORMATS[name]
+        self._do(["convert", str(self.finished["pretrain"]), str(place), "--to", name])
+        return place
 
     def copy(self, source: Path, folder: Path) -> Path:
         """A copy in the folder of a trial."""
