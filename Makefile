@@ -6,12 +6,13 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench minkowski
+.PHONY: help setup demo test chaos check bench minkowski
 
 help:
 	@echo 'make setup      create .venv with the package and its tools (PYTHON=python3.12 names another Python)'
 	@echo 'make demo       pretrain, convert and fine-tune on photographs of solar cells'
 	@echo 'make test       run the tests'
+	@echo 'make chaos      kill, damage and overwrite runs at random for MINUTES=10 with SEED=0, and write docs/reliability.md'
 	@echo 'make check      ruff and mypy'
 	@echo 'make bench      time everything that a CPU can, and write docs/benchmarks.md: 8 minutes'
 	@echo 'make minkowski  build and install MinkowskiEngine for the minkowski backend: minutes, the first time'
@@ -37,6 +38,12 @@ demo: $(READY)
 # A process for each core, a file of tests in one of them.
 test: $(READY)
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+# For as long as one likes; counts go into docs/reliability.json, and the page is made from it.
+MINUTES ?= 10
+SEED ?= 0
+chaos: $(READY)
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m chaos --minutes $(MINUTES) --seed $(SEED) --docs docs
 
 check: $(READY)
 	$(BIN)/ruff check

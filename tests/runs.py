@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import io
 import json
 import multiprocessing
@@ -81,14 +82,19 @@ def forget_accelerator() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def start(command: list[str], log: Path, kill_at: int | None = None) -> BaseProcess:
-    """Start `fcmae COMMAND` in a process of its own. log: its output. kill_at: see `_kill_in_save`."""
-    process = PROCESSES.Process(target=_child, args=(command, str(log), kill_at))
+def start(
+    command: list[str], log: Path, kill_at: int | None = None, prepare: Callable[[], None] | None = None
+) -> BaseProcess:
+    """Start `fcmae COMMAND` in a process of its own.
+
+    log: its output. kill_at: see `_kill_in_save`. prepare: called there first.
+    """
+    process = PROCESSES.Process(target=_child, args=(command, str(log), kill_at, prepare))
     process.start()
     return process
 
 
-def _child(command: list[str], log: str, kill_at: int | None) -> None:
+def _child(command: list[str], log: str, kill_at: int | None, prepare: Callable[[], None] | None) -> None:
     with Path(log).open("ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -99,7 +105,12 @@ def _child(command: list[str], log: str, kill_at: int | None) -> None:
     torch.set_num_threads(1)
     if kill_at is not None:
         _kill_in_save(kill_at)
-    sys.exit(main(command))
+    if prepare is not None:
+        prepare()
+    try:
+        sys.exit(main(command))
+    finally:
+        atexit._run_exitfuncs()  # which multiprocessing's processes leave out
 
 
 def _kill_in_save(number: int) -> None:
