@@ -129,7 +129,8 @@ def test_the_mistakes_of_any_command_are_reported_at_once() -> None:
         "batch_size: received 0; allowed: >= 1",
         "device: received gpu; should be 'auto' or 'cpu'",
         "models: missing: Runs, checkpoints, exported models, names of timm's models, or random: before one of these, "
-        "for the same network untrained.",
+        "for the same network untrained. And what needs no network, of the same crops: pixels:32, the image averaged "
+        "to 32 x 32 pixels (pixels:1 is the mean colour); histogram:8, of colours in 8 steps a channel.",
         "data: missing: Labelled images: a folder with one sub-folder a class, or a CSV file with the columns "
         "path,label.",
         "test_share: received 1; allowed: > 0 and < 1",
