@@ -64,6 +64,10 @@ def test_overwrite_leaves_nothing_of_the_old_run_and_all_that_is_not_its_own(run
     [
         "checkpoints/keep-this/model.safetensors",
         "checkpoints/step-00000009/notes.txt",
+        "checkpoints/step-00000009-good/model.safetensors",
+        "checkpoints/step-final/checkpoint.json",
+        "checkpoints/step-00000009/mine.safetensors",
+        "reconstructions/step-best.png",
         "reconstructions/mine.psd",
         "best/mine/model.safetensors",
         "tensorboard/other/events.out",

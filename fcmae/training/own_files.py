@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 # What evaluate and analyze write, by the folder of a run that they do so in by default.
@@ -22,7 +22,7 @@ FOUND = {
         "activations.png",
     ),
 }
-# What a start leaves that ended before its first line of numbers.
+# What a start leaves that ended before its first line of numbers. A star is anything, # the number of a step.
 STARTED = (
     ".lock",
     ".tmp-*",
@@ -35,7 +35,7 @@ STARTED = (
     "tensorboard/events.*",
     "tensorboard/fcmae/events.*",
 )
-# What it leaves after that. Folders end in a slash.
+# What it leaves after that.
 RESULTS = (
     ".saved",
     "metrics.jsonl",
@@ -43,13 +43,14 @@ RESULTS = (
     "cosine_distance.png",
     "effective_rank.png",
     "predictions.csv",
-    "reconstructions/step-*.png",
+    "reconstructions/step-#.png",
     "reconstructions/over-time.png",
-    "reconstructions/tiles/step-*.png",
-    "checkpoints/step-*/*.safetensors",
-    "checkpoints/step-*/checkpoint.json",
-    "checkpoints/.tmp-step-*/*.safetensors",
-    "checkpoints/.tmp-step-*/checkpoint.json",
+    "reconstructions/tiles/step-#.png",
+    *(
+        f"checkpoints/{folder}/{name}"
+        for folder in ("step-#", ".tmp-step-#")
+        for name in ("model.safetensors", "optimizer.safetensors", "ema.safetensors", "checkpoint.json")
+    ),
     "best/config.json",
     "best/model.safetensors",
     "best/predictions.csv",
@@ -63,7 +64,7 @@ SAVED = ".saved"  # there once a checkpoint was: without one, the run is finishe
 
 
 def written(run: Path, patterns: tuple[str, ...]) -> list[Path]:
-    """Paths of a run that match one of the patterns, in which a star stays within one name."""
+    """Paths of a run that match one of the patterns."""
     return [path for path in _below(run) if _matches(path.relative_to(run), patterns)]
 
 
@@ -143,9 +144,13 @@ def _below(run: Path) -> Iterator[Path]:
 def _matches(relative: Path, patterns: tuple[str, ...]) -> bool:
     parts = relative.parts
     return any(
-        len(parts) == len(names) and all(map(fnmatchcase, parts, names))
+        len(parts) == len(names) and all(map(re.fullmatch, map(_regex, names), parts))
         for names in (pattern.split("/") for pattern in patterns)
     )
+
+
+def _regex(name: str) -> str:
+    return re.escape(name).replace(r"\*", ".*").replace(r"\#", r"\d{8,}")
 
 
 def _parents(pattern: str) -> list[str]:
