@@ -60,6 +60,7 @@ ORDER = [
     "fcmae.training.steps",
     "fcmae.weights",
     "fcmae.weights.formats",
+    "fcmae.weights.tensors",
     "fcmae.weights.files",
     "fcmae.weights.convert",
     "fcmae.classification",

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
-from fcmae.config.base import Backend, Conflict, Device, Settings, Size, Spelling, UserPath, UserText
+from fcmae.config.base import Backend, Conflict, Device, FromFile, Settings, Size, Spelling, UserPath, UserText
+from fcmae.networks.spec import variant_named
 
 
 def _stage(word: Any) -> Any:
@@ -25,6 +26,9 @@ def _stages(words: Any) -> Any:
         if word != "last" and not str(word).removeprefix("-").isdecimal():
             raise ValueError(f"{word!r} is neither a number nor last: use such as 3 4, last or all")
     return [-1 if word == "last" else word for word in words]
+
+
+Variant = Annotated[str, AfterValidator(variant_named)]
 
 
 class Reading(Settings):
@@ -57,7 +61,7 @@ Models = Annotated[list[str], Field(min_length=1, examples=[["runs/first"]]), Sp
 Stages = Annotated[tuple[int, ...] | None, BeforeValidator(_stages)]
 
 
-class EvaluateConfig(Reading):
+class EvaluateConfig(Reading, FromFile):
     """Tell by kNN, linear and few-label probes how well frozen features separate classes.
 
     Example: fcmae evaluate runs/first random:runs/first --data labelled
@@ -88,7 +92,7 @@ class EvaluateConfig(Reading):
     """Replace earlier results."""
 
 
-class EmbedConfig(Source):
+class EmbedConfig(Source, FromFile):
     """Write features of images, a map of them, and pictures of nearest neighbours.
 
     Example: fcmae embed runs/first --data labelled --neighbours photo.jpg --out embedded
@@ -112,7 +116,7 @@ class EmbedConfig(Source):
     """Replace earlier results."""
 
 
-class AnalyzeConfig(Source):
+class AnalyzeConfig(Source, FromFile):
     """Compare what the channels of ConvNeXts do: diversity, dead ones, effective rank, GRN, class selectivity.
 
     Labels are for class selectivity.
@@ -130,7 +134,7 @@ class AnalyzeConfig(Source):
     """Replace earlier results."""
 
 
-class PredictConfig(Reading):
+class PredictConfig(Reading, FromFile):
     """Classify images with a fine-tuned model.
 
     Example: fcmae predict runs/tuned photos --csv labels.csv
@@ -144,7 +148,7 @@ class PredictConfig(Reading):
     """A new file, for the predictions too."""
 
 
-class ConvertConfig(Settings):
+class ConvertConfig(Settings, FromFile):
     """Turn weights of any format into any other, from a run to timm by default.
 
     Example: fcmae convert runs/first encoder
@@ -157,10 +161,8 @@ class ConvertConfig(Settings):
     """Where to write it: a new path."""
     to: Literal["fcmae", "timm", "fair", "transformers", "minkowski"] = "timm"
     """timm and transformers: a directory; the others: a file that ends in .safetensors, .pth or .pt."""
-    variant: str | None = None
-    """What the source must be of, e.g. convnextv2_atto. Default: found out."""
-    key: str | None = None
-    """The entry of a .pth file that holds the weights, e.g. model_ema. Default: model."""
+    variant: Variant | None = None
+    """What the source must be of, e.g. convnextv2_atto, or its last word alone. Default: found out."""
     dry_run: bool = False
     """Print what goes where and write nothing."""
     check: bool = False

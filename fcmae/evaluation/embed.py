@@ -51,7 +51,7 @@ def embed(cfg: EmbedConfig) -> str:
         _require_pyarrow()
     if cfg.map == "umap":
         _require_umap()
-    backbone = load_backbone(cfg.model, cfg.image_size)
+    backbone = load_backbone(cfg.model, cfg.image_size, key=cfg.key, prefix=cfg.prefix)
     check_stages(backbone, [cfg.stage])
     claim(out, _is_ours, cfg.overwrite)
     device = choose_device(cfg.device)

@@ -59,7 +59,7 @@ def evaluate(cfg: EvaluateConfig) -> str:
     if "few-shot" in cfg.probes:
         for label in cfg.labels:
             few_shot_counts(label, _labels(train_index))
-    backbones = [load_backbone(model, cfg.image_size) for model in cfg.models]
+    backbones = [load_backbone(model, cfg.image_size, key=cfg.key, prefix=cfg.prefix) for model in cfg.models]
     for backbone in backbones:
         check_stages(backbone, cfg.stages)
     several = len(cfg.models) > 1

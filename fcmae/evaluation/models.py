@@ -47,7 +47,13 @@ class Backbone:
         return describe(self.model.spec) if isinstance(self.model, Encoder) else self.name.removeprefix(RANDOM)
 
 
-def load_backbone(source: str, image_size: tuple[int, int] | None = None, in_chans: int | None = None) -> Backbone:
+def load_backbone(
+    source: str,
+    image_size: tuple[int, int] | None = None,
+    in_chans: int | None = None,
+    key: str | None = None,
+    prefix: str | None = None,
+) -> Backbone:
     """The network that `source` names.
 
     Args:
@@ -55,6 +61,8 @@ def load_backbone(source: str, image_size: tuple[int, int] | None = None, in_cha
             may be fetched from the network; or either after "random:", untrained, from seed 0.
         image_size: height and width, where it is not to be that of the weights.
         in_chans: of a timm model, where it is not to be 3.
+        key: of a file, see `read_weights`; other sources have none.
+        prefix: likewise.
 
     Raises:
         ValueError: if there is no such model, its weights cannot be had, or it cannot take images of that size.
@@ -63,7 +71,10 @@ def load_backbone(source: str, image_size: tuple[int, int] | None = None, in_cha
     name = source.removeprefix(RANDOM)
     path = Path(name).expanduser()
     if path.exists():
-        backbone = _from_weights(source, path, is_random, image_size, in_chans)
+        # Of several models that are compared, those that are no files have no such entries.
+        key, prefix = (key, prefix) if path.is_file() else (None, None)
+        weights = read_weights(path, key=key, prefix=prefix)
+        backbone = _from_weights(source, weights, is_random, image_size, in_chans)
     elif timm.is_model(name):
         backbone = _from_timm(source, name, is_random, image_size, in_chans)
     else:
@@ -84,9 +95,8 @@ def choose_device(setting: str) -> torch.device:
 
 
 def _from_weights(
-    source: str, path: Path, is_random: bool, image_size: tuple[int, int] | None, in_chans: int | None
+    source: str, weights: Weights, is_random: bool, image_size: tuple[int, int] | None, in_chans: int | None
 ) -> Backbone:
-    weights = read_weights(path)
     architecture = weights.architecture
     if in_chans not in (None, architecture.in_chans):
         raise ValueError(
