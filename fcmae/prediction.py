@@ -53,8 +53,12 @@ def predict(cfg: PredictConfig) -> None:
             if len(readable.index):
                 names = images.subset(readable.index.numpy()).names()
                 probabilities = probabilities_of(model, readable, normalize, accelerator)
-                finite = np.isfinite(probabilities).all(1)
-                bad = bad + [(names[i], "its probabilities are not finite") for i in np.flatnonzero(~finite)]
+                finite = [bool(np.isfinite(row).all()) for row in probabilities]
+                bad = bad + [
+                    (names[i], "its probabilities are not finite")
+                    for i, is_finite in enumerate(finite)
+                    if not is_finite
+                ]
                 names, probabilities = list(compress(names, finite)), probabilities[finite]
                 if table is not None:
                     add_predictions(table, names, probabilities, class_names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from fcmae.networks.spec import describe
 from fcmae.weights.convert import build_encoder
 from fcmae.weights.files import Weights, read_weights
 from fcmae.weights.formats import from_state
+
+logger = logging.getLogger("fcmae")
 
 RANDOM = "random:"  # before a path or timm's name: the same network, untrained
 
@@ -71,8 +74,9 @@ def load_backbone(
     name = source.removeprefix(RANDOM)
     path = Path(name).expanduser()
     if path.exists():
-        # Of several models that are compared, those that are no files have no such entries.
-        key, prefix = (key, prefix) if path.is_file() else (None, None)
+        if path.is_dir() and (key or prefix):  # of several models that are compared, it is for the files
+            logger.warning("%s is a directory: key and prefix are not for it", path)
+            key = prefix = None
         weights = read_weights(path, key=key, prefix=prefix)
         backbone = _from_weights(source, weights, is_random, image_size, in_chans)
     elif timm.is_model(name):

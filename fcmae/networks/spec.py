@@ -12,8 +12,8 @@ MLP_RATIO = 4  # of a block's expanded width to its own, where a spec does not s
 MAX_DEPTH = 64  # blocks of a stage
 
 # The limits are beyond any network's: a damaged file must not ask for one that takes all memory to describe.
-Widths = tuple[Annotated[int, Field(ge=1, le=2**18)], ...]
-Depths = tuple[Annotated[int, Field(ge=1, le=MAX_DEPTH)], ...]
+Widths = tuple[Annotated[int, Field(gt=0, le=2**18)], ...]
+Depths = tuple[Annotated[int, Field(gt=0, le=MAX_DEPTH)], ...]
 
 
 class ConvNeXtSpec(BaseModel):
@@ -29,7 +29,7 @@ class ConvNeXtSpec(BaseModel):
     """Blocks in each stage."""
     dims: Widths
     """Channels of each stage."""
-    stem_stride: Annotated[int, Field(ge=1, le=128)] = 4
+    stem_stride: Annotated[int, Field(gt=0, le=128)] = 4
     """Side and stride of the stem's convolution."""
     kernel_size: Annotated[int, Field(ge=1, le=255)] = 7
     """Side of the depthwise kernels, odd."""

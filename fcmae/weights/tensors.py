@@ -46,6 +46,7 @@ _NUMPY = [
     "dtype",
     "ndarray",
     *(f"{module}.{name}" for module in ("core.multiarray", "_core.multiarray") for name in ("scalar", "_reconstruct")),
+    "bool_",
     *sorted({np.dtype(code).type.__name__ for code in np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?"}),
 ]
 _PATHS = [kind + "Path" for kind in ("", "Pure", "Posix", "PurePosix", "Windows", "PureWindows")]
@@ -102,7 +103,7 @@ def digest(tensors: Mapping[str, Tensor], text: str) -> str:
     sha256 = hashlib.sha256(text.encode())
     for name, tensor in sorted(tensors.items()):
         sha256.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        sha256.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+        sha256.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return sha256.hexdigest()
 
 
@@ -165,9 +166,11 @@ def _chosen(path: Path, content: object, key: str | None) -> Mapping[Any, Any]:
     if key is None and bare:
         return content
     empty = [f"{name!r} is empty" for name, value in content.items() if value in ({}, None) and name in STATE_KEYS]
+    if sets and key:
+        raise ValueError(f"{path} has no weights under {key!r}: --key names one of {few(map(repr, sets))}")
     if sets:
-        wanted = f"under {key!r}" if key else ", ".join([f"under {' or '.join(map(repr, STATE_KEYS))}", *empty])
-        raise ValueError(f"{path} has no weights {wanted}: --key names one of {few(map(repr, sets))}")
+        named = f"weights under {few(map(repr, sets))}"
+        raise ValueError(f"{path} has {'; '.join([named, *empty])}: name one with --key")
     if bare:
         raise ValueError(f"{path} has no weights under {key!r}: it has tensors only, leave --key out")
     others = [repr(name) for name, value in content.items() if not (value in ({}, None) and name in STATE_KEYS)]
