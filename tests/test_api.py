@@ -344,7 +344,7 @@ def test_load_and_export_take_the_weights_that_are_named(tmp_path: Path) -> None
 def test_runs_start_from_the_weights_that_are_named(tmp_path: Path) -> None:
     state = Encoder(SPEC).state_dict()
     torch.save({"net": {f"{who}.{name}": value for who in "ab" for name, value in state.items()}}, tmp_path / "a.pth")
-    model = {"init": tmp_path / "a.pth", "key": "net", "prefix": "b"}
+    model = {"init": str(tmp_path / "a.pth"), "key": "net", "prefix": "b"}
     sizes = {"variant": SPEC, "mask_patch": 32, "decoder_dim": 8}
     given = {"out": "x", "data": {"path": ["x"]}, "model": {**model, **sizes}}
     cfg = PretrainConfig.model_validate(given)

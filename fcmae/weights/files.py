@@ -112,7 +112,7 @@ class Record(BaseModel):
         origin: likewise.
         expected_output: likewise.
         spec: the encoder's numbers, where the file says them.
-        sha256: see `fcmae.weights.tensors.digest`; exports before 0.3 have none.
+        sha256: see `fcmae.weights.tensors.digest`; earlier exports have none.
     """
 
     image: ImageRecord = ImageRecord()
