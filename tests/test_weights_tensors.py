@@ -103,6 +103,15 @@ def test_what_is_no_weight_among_weights_is_left_out_and_said(
     assert "left out, as they are no part of the network: criterion.weight" in caplog.text
 
 
+def test_names_that_a_terminal_would_obey_are_shown_as_escapes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.save(state_dict() | {"\x1b[31m": torch.ones(2), "\x1b[32m": 1}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"extra: \\x1b\[31m") as error:
+        read_weights(tmp_path / "a.pth")
+    assert "\x1b" not in str(error.value) + caplog.text
+
+
 # Where the weights are
 
 

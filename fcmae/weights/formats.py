@@ -29,6 +29,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from fcmae.data.source import printable
 from fcmae.masked import build_fcmae
 from fcmae.networks.convnext import Encoder
 from fcmae.networks.spec import MAX_DEPTH, ConvNeXtSpec, describe, variant_of
@@ -235,7 +236,7 @@ def detect(names: Iterable[str]) -> str:
     best = max(_FROM_OURS, key=lambda to: found[to])
     # Biases of ours and minkowski's have one name, so the one with the kernels too wins.
     if found[best] < _ENOUGH:
-        shown = ", ".join(sorted(names)[:3]) or "nothing"
+        shown = ", ".join(map(printable, sorted(names)[:3])) or "nothing"
         raise ValueError(f"the entries ({shown}, ...) are of no ConvNeXt in a format of {', '.join(FORMATS)}")
     return best
 
@@ -277,7 +278,7 @@ def from_state(
             ours[name] = (
                 _from_kernel(value.reshape(needed), shape) if theirs.endswith(".kernel") else value.reshape(shape)
             )
-    problems += [f"extra: {name} {tuple(value.shape)}" for name, value in rest.items()]
+    problems += [f"extra: {printable(name)} {tuple(value.shape)}" for name, value in rest.items()]
     if problems:
         looks = "" if found == spec else f" (they look like {describe(found)})"
         raise ValueError(

@@ -102,7 +102,7 @@ def digest(tensors: Mapping[str, Tensor], text: str) -> str:
     """
     sha256 = hashlib.sha256(text.encode())
     for name, tensor in sorted(tensors.items()):
-        sha256.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        sha256.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode(errors="backslashreplace"))
         sha256.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return sha256.hexdigest()
 
