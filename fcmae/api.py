@@ -198,11 +198,13 @@ class Features(nn.Module):
         return mask
 
 
-def load(source: PathLike) -> Features:
+def load(source: PathLike, *, key: str | None = None, prefix: str | None = None) -> Features:
     """The encoder of a run or of weights in any format that `fcmae convert` reads, for features.
 
     Args:
         source: a run, a checkpoint, a directory or a file. Of a fine-tuning run, its best model.
+        key: the entry of a .pth file that holds the weights, such as "model_ema"; by default a usual one.
+        prefix: what stands before their names in a file, such as "student"; by default found out.
 
     Returns:
         The module, on the CPU, in evaluation mode. With `encoder` it normalises as the weights were trained.
@@ -210,19 +212,23 @@ def load(source: PathLike) -> Features:
     Raises:
         ValueError: if `source` holds no such weights, or does not say the mean and std of its channels.
     """
-    weights = read_weights(Path(source))
+    weights = read_weights(Path(source), key=key, prefix=prefix)
     return Features(build_encoder(weights), weights.reading(os.fspath(source)).normalize).eval()
 
 
-def export(source: PathLike, dest: PathLike, to: str = "timm") -> None:
+def export(
+    source: PathLike, dest: PathLike, to: str = "timm", *, key: str | None = None, prefix: str | None = None
+) -> None:
     """Write weights in another format, and read them back to be sure, as `fcmae convert` does.
 
     Args:
         source: see `load`.
         dest: a new path: a directory for timm and transformers, else a file.
         to: timm, transformers, fair, minkowski or fcmae.
+        key: see `load`.
+        prefix: see `load`.
 
     Raises:
         ValueError: if the source cannot be read or is damaged, or `dest` exists or is no name for that format.
     """
-    convert(Path(source), Path(dest), to)
+    convert(Path(source), Path(dest), to, key=key, prefix=prefix)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -21,6 +22,27 @@ MAX_AUROC_CLASSES = 100  # of more, it takes as long as the images
 
 
 @torch.no_grad()
+def probabilities_of(
+    model: nn.Module, batch: Batch, normalize: Normalize, accelerator: Accelerator
+) -> NDArray[np.float32]:
+    """Softmax outputs for the images of a batch.
+
+    Args:
+        model: in evaluation mode; see `class_probabilities`.
+        batch: with at least one image.
+        normalize: likewise.
+        accelerator: likewise.
+
+    Returns:
+        (B, classes).
+    """
+    images = normalize(batch.images.to(accelerator.device, non_blocking=True))
+    with accelerator.autocast():  # a moving average has not been through accelerate
+        # forward, as calling a compiled model would compile it again for another batch size
+        probabilities: NDArray[np.float32] = model.forward(images).float().softmax(-1).cpu().numpy()
+    return probabilities
+
+
 def class_probabilities(
     model: nn.Module, batches: Iterable[Batch], normalize: Normalize, accelerator: Accelerator
 ) -> tuple[NDArray[np.int64], NDArray[np.float32], list[tuple[str, str]]]:
@@ -44,11 +66,7 @@ def class_probabilities(
         bad += batch.bad
         readable = batch.select(batch.valid)
         if len(readable.index):
-            images = normalize(readable.images.to(accelerator.device, non_blocking=True))
-            with accelerator.autocast():  # a moving average has not been through accelerate
-                # forward, as calling a compiled model would compile it again for another batch size
-                probabilities = model.forward(images).float().softmax(-1)
-            found.append((readable.index.numpy(), probabilities.cpu().numpy()))
+            found.append((readable.index.numpy(), probabilities_of(model, readable, normalize, accelerator)))
     model.train(training)
     if accelerator.num_processes > 1:
         found, bad = gather_object(found), gather_object(bad)
@@ -124,12 +142,47 @@ def write_predictions(
         class_names: of the classes.
         labels: (N,) class indices, where known.
     """
+    with replacing(path) as aside, open_table(aside, class_names, labelled=labels is not None) as table:
+        add_predictions(table, image_paths, probabilities, class_names, labels)
+
+
+def open_table(path: Path, class_names: Sequence[str], *, labelled: bool) -> TextIO:
+    """A new CSV file for `add_predictions`, with its first line.
+
+    Args:
+        path: the file, which must not be there.
+        class_names: of the classes.
+        labelled: whether labels are known.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
     # A path that is not valid Unicode keeps its bytes.
-    with replacing(path) as aside, aside.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        writer = csv.writer(file)
-        known = ["label"] if labels is not None else []
-        writer.writerow(["path", *known, "predicted", "probability", *(f"p({name})" for name in class_names)])
-        for i, (image, row) in enumerate(zip(image_paths, probabilities, strict=True)):
-            best = int(row.argmax())
-            label = [class_names[labels[i]]] if labels is not None else []
-            writer.writerow([image, *label, class_names[best], f"{row[best]:.4f}", *(f"{p:.4f}" for p in row)])
+    table = path.open("x", newline="", encoding="utf-8", errors="surrogateescape")
+    known = ["label"] if labelled else []
+    csv.writer(table).writerow(["path", *known, "predicted", "probability", *(f"p({name})" for name in class_names)])
+    return table
+
+
+def add_predictions(
+    table: TextIO,
+    image_paths: Sequence[str],
+    probabilities: NDArray[np.float32],
+    class_names: Sequence[str],
+    labels: Sequence[int] | None = None,
+) -> None:
+    """Add lines to the file of `open_table`, which are in it when this ends.
+
+    Args:
+        table: the file.
+        image_paths: of N images.
+        probabilities: (N, classes).
+        class_names: of the classes.
+        labels: (N,) class indices, where known.
+    """
+    writer = csv.writer(table)
+    for i, (image, row) in enumerate(zip(image_paths, probabilities, strict=True)):
+        best = int(row.argmax())
+        label = [class_names[labels[i]]] if labels is not None else []
+        writer.writerow([image, *label, class_names[best], f"{row[best]:.4f}", *(f"{p:.4f}" for p in row)])
+    table.flush()

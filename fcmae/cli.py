@@ -118,9 +118,10 @@ def _convert(cfg: commands.ConvertConfig) -> None:
     from fcmae.weights import convert as weights
 
     if cfg.check:
-        print(weights.check(cfg.source))
+        print(weights.check(cfg.source, cfg.variant, cfg.key, cfg.prefix))
     else:
-        print(weights.convert(cfg.source, None if cfg.dry_run else cfg.dest, cfg.to, cfg.variant, cfg.key))
+        dest = None if cfg.dry_run else cfg.dest
+        print(weights.convert(cfg.source, dest, cfg.to, cfg.variant, cfg.key, cfg.prefix))
 
 
 def _predict(cfg: commands.PredictConfig) -> None:

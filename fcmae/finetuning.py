@@ -223,7 +223,7 @@ def starting_weights(cfg: FinetuneConfig) -> Weights:
         raise ValueError(
             f"model.init = {path} does not exist: give a run, a checkpoint, a directory or a file of weights"
         )
-    weights = read_weights(path)
+    weights = read_weights(path, key=cfg.model.key, prefix=cfg.model.prefix)
     held = weights.architecture
     if cfg.model.stem_stride not in (None, held.spec.stem_stride):
         raise ValueError(

@@ -239,7 +239,7 @@ def start(cfg: PretrainConfig, net: FCMAE) -> list[str]:
     path = Path(cfg.model.init)
     if not path.exists():
         raise ValueError(f"model.init = {path} does not exist: give a run, a checkpoint, or weights in another format")
-    weights = read_weights(path)
+    weights = read_weights(path, key=cfg.model.key, prefix=cfg.model.prefix)
     done = [start_from(net, weights)]
     trained, here = [weights.image.get(key) for key in ("mean", "std")], list(cfg.data.statistics())
     if None not in trained and trained != here and weights.architecture.in_chans == cfg.data.in_chans:

@@ -22,11 +22,11 @@ from runs import TINY, assert_same, config, final_state, write_images
 import fcmae
 from fcmae import api, cli, finetuning, pretraining
 from fcmae.api import Features
-from fcmae.config import FinetuneConfig
+from fcmae.config import FinetuneConfig, PretrainConfig
 from fcmae.data.normalize import Normalize
 from fcmae.layouts import Masked
 from fcmae.networks.convnext import Encoder
-from fcmae.networks.spec import ConvNeXtSpec
+from fcmae.networks.spec import VARIANTS, ConvNeXtSpec
 from fcmae.training.run import Run
 from fcmae.weights.files import read_weights
 
@@ -331,6 +331,34 @@ def test_masks_that_do_not_fit_are_refused(model: Features, mask: torch.Tensor, 
 def test_load_refuses_what_holds_no_weights(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nowhere"):
         fcmae.load(tmp_path / "nowhere")
+
+
+def test_load_and_export_take_the_weights_that_are_named(tmp_path: Path) -> None:
+    state = Encoder(VARIANTS["convnextv2_atto"]).state_dict()
+    torch.save({"net": {f"{who}.{name}": value for who in "ab" for name, value in state.items()}}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match="has weights under 'net': name one with --key"):
+        fcmae.load(tmp_path / "a.pth")
+    with pytest.raises(ValueError, match="name one with --prefix"):
+        fcmae.load(tmp_path / "a.pth", key="net")
+    fcmae.export(tmp_path / "a.pth", tmp_path / "out", key="net", prefix="b")
+    for loaded in (fcmae.load(tmp_path / "a.pth", key="net", prefix="a"), fcmae.load(tmp_path / "out")):
+        assert all(torch.equal(value, state[name]) for name, value in loaded.encoder.state_dict().items())
+
+
+def test_runs_start_from_the_weights_that_are_named(tmp_path: Path) -> None:
+    state = Encoder(SPEC).state_dict()
+    torch.save({"net": {f"{who}.{name}": value for who in "ab" for name, value in state.items()}}, tmp_path / "a.pth")
+    model = {"init": str(tmp_path / "a.pth"), "key": "net", "prefix": "b"}
+    sizes = {"variant": SPEC, "mask_patch": 32, "decoder_dim": 8}
+    given = {"out": "x", "data": {"path": ["x"]}, "model": {**model, **sizes}}
+    cfg = PretrainConfig.model_validate(given)
+    net = pretraining.build_model(cfg)
+    (done,) = pretraining.start(cfg, net)
+    assert done.startswith("encoder from ")
+    assert all(torch.equal(value, state[name]) for name, value in net.encoder.state_dict().items())
+    tuning = FinetuneConfig.model_validate({"out": "x", "data": {"path": "x"}, "model": model})
+    found = finetuning.starting_weights(tuning).state
+    assert all(torch.equal(found[f"encoder.{name}"], value) for name, value in state.items())
 
 
 def test_loaded_features_are_ready_to_be_looked_at_or_trained(photos: Path, tmp_path: Path) -> None:

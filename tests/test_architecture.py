@@ -63,6 +63,7 @@ ORDER = [
     "fcmae.training.steps",
     "fcmae.weights",
     "fcmae.weights.formats",
+    "fcmae.weights.tensors",
     "fcmae.weights.files",
     "fcmae.weights.convert",
     "fcmae.classification",

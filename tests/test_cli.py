@@ -108,18 +108,19 @@ def test_a_bug_is_not_taken_for_a_users_error(monkeypatch: pytest.MonkeyPatch) -
 def test_convert_prints_what_it_did(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     convert = Recorder(monkeypatch, "weights.convert", "convert", "wrote out")
     assert main(["convert", "run", "out"]) == main(["convert", "run", "out", "--to", "fair"]) == 0
-    assert main(["convert", "run", "--dry-run", "--variant", "convnextv2_atto"]) == 0
+    which = ["--variant", "atto", "--key", "model_ema", "--prefix", "student"]
+    assert main(["convert", "run", "--dry-run", *which]) == 0
     assert convert.calls == [
-        (Path("run"), Path("out"), "timm", None, None),
-        (Path("run"), Path("out"), "fair", None, None),
-        (Path("run"), None, "timm", "convnextv2_atto", None),
+        (Path("run"), Path("out"), "timm", None, None, None),
+        (Path("run"), Path("out"), "fair", None, None, None),
+        (Path("run"), None, "timm", "convnextv2_atto", "model_ema", "student"),
     ]
     assert capsys.readouterr().out == "wrote out\n" * 3
     assert main(["convert", "run"]) == 2
     assert "DEST is missing: name a new path" in capsys.readouterr().err
     check = Recorder(monkeypatch, "weights.convert", "check", "as expected")
     assert main(["convert", "--check", "run"]) == 0
-    assert check.calls == [(Path("run"),)]
+    assert check.calls == [(Path("run"), None, None, None)]
 
 
 def test_predict_passes_its_arguments_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from fcmae.config import (
     PretrainModel,
     check_launch,
 )
-from fcmae.config.commands import AnalyzeConfig, EmbedConfig, EvaluateConfig, PredictConfig
+from fcmae.config.commands import AnalyzeConfig, ConvertConfig, EmbedConfig, EvaluateConfig, PredictConfig
 from fcmae.networks.spec import VARIANTS, ConvNeXtSpec
 
 
@@ -181,6 +181,32 @@ def test_mixup_needs_an_even_part_of_each_process() -> None:
 )
 def test_the_last_word_of_a_variant_is_enough(word: str, name: str) -> None:
     assert (PretrainModel(variant=word).variant, PretrainModel(variant=word).spec) == (name, VARIANTS[name])
+
+
+def test_which_weights_of_a_file_are_meant_is_said_alike_by_every_command_that_reads_some() -> None:
+    given = ["--key", "model_ema", "--prefix", "student"]
+    lines = {
+        PretrainConfig: ["x", "--out", "y", "--init", "a.pth"],
+        FinetuneConfig: ["x", "--out", "y", "--init", "a.pth"],
+        ConvertConfig: ["a.pth", "b"],
+        PredictConfig: ["a.pth", "x"],
+        EvaluateConfig: ["a.pth", "--data", "x"],
+        AnalyzeConfig: ["a.pth", "--images", "x"],
+        EmbedConfig: ["a.pth", "--images", "x", "--out", "y"],
+    }
+    for model, words in lines.items():
+        cfg = options.load(model, [*words, *given], prog="fcmae")
+        found = cfg.model if isinstance(cfg, PretrainConfig | FinetuneConfig) else cfg
+        assert (found.key, found.prefix) == ("model_ema", "student"), model
+    with pytest.raises(ValidationError, match="key and prefix tell what is in the file that init names: give --init"):
+        FinetuneModel(variant="atto", key="model_ema")
+
+
+@pytest.mark.parametrize(("word", "sentence"), [("ato", "use convnextv2_atto"), ("resnet50", "use one of convnextv2_")])
+def test_a_mistyped_variant_of_weights_brings_the_nearest(word: str, sentence: str) -> None:
+    assert ConvertConfig(source="a", dest="b", variant="atto").variant == "convnextv2_atto"
+    with pytest.raises(ValidationError, match=f"'{word}' is no variant: {sentence}"):
+        ConvertConfig(source="a", dest="b", variant=word)
 
 
 def test_a_network_may_be_given_by_its_numbers() -> None:

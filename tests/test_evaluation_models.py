@@ -169,6 +169,20 @@ def test_weights_of_many_channels_must_say_their_statistics(tmp_path: Path) -> N
         load_backbone(str(tmp_path / "bands"))
 
 
+def test_which_weights_of_a_file_are_meant_is_passed_on_and_is_not_for_a_directory(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    place, net = write_checkpoint(tmp_path / "run")
+    state = {f"student.{name}": value for name, value in net.encoder.state_dict().items()}
+    torch.save(
+        {"both": state | {name.replace("student", "teacher"): -v for name, v in state.items()}}, tmp_path / "a.pth"
+    )
+    for source in (tmp_path / "a.pth", place):
+        model = load_backbone(str(source), key="both", prefix="student").model
+        assert all(torch.equal(value, net.encoder.state_dict()[name]) for name, value in model.state_dict().items())
+    assert f"{place} is a directory: key and prefix are not for it" in caplog.text
+
+
 def test_the_cpu_is_taken_when_asked_for() -> None:
     assert choose_device("cpu") == torch.device("cpu")
     expected = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")

@@ -16,7 +16,18 @@ from fcmae.networks.convnext import Encoder
 from fcmae.networks.spec import VARIANTS, ConvNeXtSpec, describe
 from fcmae.weights.convert import build_encoder
 from fcmae.weights.files import read_weights
-from fcmae.weights.formats import FORMATS, OLD, Architecture, detect, from_state, holds, rename, to_state, unwrapped
+from fcmae.weights.formats import (
+    FORMATS,
+    OLD,
+    Architecture,
+    detect,
+    from_state,
+    holds,
+    network_in,
+    rename,
+    to_state,
+    unwrapped,
+)
 
 ATTO = VARIANTS["convnextv2_atto"]
 READABLE = (*FORMATS, OLD)
@@ -219,6 +230,60 @@ def test_wrappers_prefixes_are_no_part_of_a_name() -> None:
     assert names["decoder.mask_token"] == "module._orig_mod.decoder.mask_token"
     with pytest.raises(ValueError, match="differ only in a wrapper's prefix"):
         from_state(wrapped | state)
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module"])
+@pytest.mark.parametrize("source", READABLE)
+def test_wrappers_inside_names_are_no_part_of_them(source: str, wrapper: str) -> None:
+    state = weights(ODD)
+    names = {name: name.replace("stages.1.", f"stages.1.{wrapper}.") for name in to_state(state, ODD, source)}
+    wrapped = {names[name]: value for name, value in to_state(state, ODD, source).items()}
+    _, found, ours, originals = from_state({f"_forward_module.{name}": value for name, value in wrapped.items()})
+    assert found == source
+    assert all(torch.equal(value, state[name]) for name, value in ours.items())
+    assert all(originals[name] == f"_forward_module.{names[rename(name, source)]}" for name in ours)
+
+
+@pytest.mark.parametrize("prefix", ["net.", "backbone.", "student.", "teacher.backbone.", "encoder.", "model."])
+@pytest.mark.parametrize("source", READABLE)
+def test_the_prefix_before_a_networks_names_is_found(source: str, prefix: str) -> None:
+    names = list(to_state(weights(ODD, num_classes=3), ODD, source))
+    found, inside = network_in([f"{prefix}{name}" for name in names] + ["criterion.weight", "epoch"])
+    if (source, prefix) == ("fair", "encoder."):  # which is our own encoder
+        assert found == ""
+        return
+    assert found == prefix
+    assert {unwrapped(name): f"{prefix}{name}" for name in names} == inside
+
+
+def test_bare_names_have_no_prefix_and_a_loss_functions_weights_are_left_out() -> None:
+    names = list(weights(ODD))
+    assert network_in([*names, "criterion.weight", "loss.0.weight"]) == ("", {name: name for name in names})
+
+
+def test_one_of_several_networks_is_named() -> None:
+    names = list(weights(ODD))
+    both = [f"{who}.backbone.{name}" for who in ("student", "teacher") for name in names] + ["student.head.weight"]
+    with pytest.raises(ValueError, match=r"under 'student\.backbone\.', 'teacher\.backbone\.': name one with --prefix"):
+        network_in(both)
+    for prefix in ("student", "student.", "student.backbone", "module.student"):
+        found, inside = network_in(both, prefix)
+        assert (found, list(inside)) == ("student.backbone.", names)
+    with pytest.raises(ValueError, match=r"no entry is under the prefix 'ema\.': there is a network under 'student"):
+        network_in(both, "ema")
+    # A network's average beside it.
+    averaged = [*names, *(f"ema.{name}" for name in names)]
+    with pytest.raises(ValueError, match=r"under '', 'ema\.': name one with --prefix"):
+        network_in(averaged)
+    assert network_in(averaged, "") == ("", {name: name for name in names})
+    assert network_in(averaged, "ema") == ("ema.", {name: f"ema.{name}" for name in names})
+
+
+def test_shapes_that_no_network_has_are_refused_in_a_sentence() -> None:
+    state = to_state(weights(ODD), ODD, "fair") | {"downsample_layers.0.0.weight": torch.ones(6, 3, 1000, 1)}
+    with pytest.raises(ValueError, match=r"^the shapes are of no ConvNeXt: its stem_stride would be 1000: ") as error:
+        from_state(state)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("source", READABLE)

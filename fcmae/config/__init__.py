@@ -25,7 +25,7 @@ from pydantic_core import PydanticCustomError
 from fcmae.config.base import Backend, Conflict, Device, RunText, Section, Settings, Size, Spelling, UserPath, UserText
 from fcmae.data.geometry import MAX_PIXELS
 from fcmae.masking import num_visible
-from fcmae.networks.spec import VARIANTS, ConvNeXtSpec, variant_of
+from fcmae.networks.spec import VARIANTS, ConvNeXtSpec, variant_named, variant_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -56,12 +56,12 @@ def _no_items(value: Any) -> Any:
 def _network(value: Any) -> str | ConvNeXtSpec:
     if isinstance(value, Mapping | ConvNeXtSpec):
         return ConvNeXtSpec.model_validate(value)
-    found = next((name for name in VARIANTS if value == name or name.endswith(f"_{value}")), None)
-    if found is None:
+    try:
+        return variant_named(str(value))
+    except ValueError as error:
         sentence = "should be {names}, or the numbers of a network such as {example}"
         names, example = ", ".join(VARIANTS), "{depths: [2, 2, 4], dims: [40, 80, 160]}"
-        raise PydanticCustomError("network", sentence, {"names": names, "example": example})
-    return found
+        raise PydanticCustomError("network", sentence, {"names": names, "example": example}) from error
 
 
 def _numbers(network: str | ConvNeXtSpec) -> Any:
@@ -139,6 +139,11 @@ class EncoderConfig(Section):
     init: Annotated[RunText | None, Spelling(short="init")] = Field(None, min_length=1)
     """Starting weights: a run, a checkpoint, or weights in any format that `fcmae convert` reads; a decoder that they
     do not have, or that does not fit, starts fresh. Default: all from scratch."""
+    key: Annotated[str | None, Spelling(short="key")] = Field(None, min_length=1)
+    """The entry of a .pth file in `init` that holds the weights, e.g. model_ema. Default: model, or another usual
+    one."""
+    prefix: Annotated[str | None, Spelling(short="prefix")] = None
+    """What stands before the weights' names in the file that `init` names, e.g. student. Default: found out."""
     stem_stride: int | None = Field(None, ge=1, validate_default=True)
     """Stride of the stem; 1 or 2 for small images. With four stages, the total stride is 8 times this. Default: the
     variant's, which is 4 as published; in fine-tuning, that of `init`."""
@@ -159,6 +164,12 @@ class EncoderConfig(Section):
         if value not in (None, variant.stem_stride):
             raise ValueError(f"the numbers in model.variant say {variant.stem_stride}: leave one of the two out")
         return variant.stem_stride
+
+    @model_validator(mode="after")
+    def _have_a_file(self) -> Self:
+        if self.init is None and (self.key or self.prefix):
+            raise ValueError("key and prefix tell what is in the file that init names: give --init")
+        return self
 
     @model_validator(mode="after")
     def _spell_once(self) -> Self:

@@ -94,6 +94,15 @@ def _expanded(text: str) -> str:
     return found
 
 
+class FromFile(Section):
+    """Which weights are taken of a file that holds several."""
+
+    key: str | None = Field(None, min_length=1)
+    """The entry of a .pth file that holds the weights, e.g. model_ema. Default: model, or another usual one."""
+    prefix: str | None = None
+    """What stands before the weights' names in a file, e.g. student. Default: found out."""
+
+
 Size = Annotated[tuple[Annotated[int, Field(ge=8)], Annotated[int, Field(ge=8)]], BeforeValidator(_square)]
 # A path that a person writes: ~ is their home.
 UserText = Annotated[str, AfterValidator(_expanded)]

@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from fcmae.config.base import (
     Backend,
     Conflict,
     Device,
+    FromFile,
     RunPath,
     RunText,
     Settings,
@@ -21,6 +22,7 @@ from fcmae.config.base import (
     UserText,
 )
 from fcmae.data.geometry import MAX_PIXELS
+from fcmae.networks.spec import variant_named
 
 
 def _stage(word: Any) -> Any:
@@ -37,6 +39,9 @@ def _stages(words: Any) -> Any:
         if word != "last" and not str(word).removeprefix("-").isdecimal():
             raise ValueError(f"{word!r} is neither a number nor last: use such as 3 4, last or all")
     return [-1 if word == "last" else word for word in words]
+
+
+Variant = Annotated[str, AfterValidator(variant_named)]
 
 
 class Reading(Settings):
@@ -71,7 +76,7 @@ Models = Annotated[list[RunText], Field(min_length=1, examples=[["runs/first"]])
 Stages = Annotated[tuple[int, ...] | None, BeforeValidator(_stages)]
 
 
-class EvaluateConfig(Reading):
+class EvaluateConfig(Reading, FromFile):
     """Tell by kNN, linear and few-label probes how well frozen features separate classes.
 
     Example: fcmae evaluate runs/first random:runs/first pixels:32 --data labelled
@@ -103,7 +108,7 @@ class EvaluateConfig(Reading):
     """Replace earlier results."""
 
 
-class EmbedConfig(Source):
+class EmbedConfig(Source, FromFile):
     """Write features of images, a map of them, and pictures of nearest neighbours.
 
     Example: fcmae embed runs/first --data labelled --neighbours photo.jpg --out embedded
@@ -127,7 +132,7 @@ class EmbedConfig(Source):
     """Replace earlier results."""
 
 
-class AnalyzeConfig(Source):
+class AnalyzeConfig(Source, FromFile):
     """Compare what the channels of ConvNeXts do: diversity, dead ones, effective rank, GRN, class selectivity.
 
     Labels are for class selectivity.
@@ -145,7 +150,7 @@ class AnalyzeConfig(Source):
     """Replace earlier results."""
 
 
-class PredictConfig(Reading):
+class PredictConfig(Reading, FromFile):
     """Classify images with a fine-tuned model.
 
     Example: fcmae predict runs/tuned photos --csv labels.csv
@@ -159,7 +164,7 @@ class PredictConfig(Reading):
     """A new file, for the predictions too."""
 
 
-class ConvertConfig(Settings):
+class ConvertConfig(Settings, FromFile):
     """Turn weights of any format into any other, from a run to timm by default.
 
     Example: fcmae convert runs/first encoder
@@ -172,10 +177,8 @@ class ConvertConfig(Settings):
     """Where to write it: a new path."""
     to: Literal["fcmae", "timm", "fair", "transformers", "minkowski"] = "timm"
     """timm and transformers: a directory; the others: a file that ends in .safetensors, .pth or .pt."""
-    variant: str | None = None
-    """What the source must be of, e.g. convnextv2_atto. Default: found out."""
-    key: str | None = None
-    """The entry of a .pth file that holds the weights, e.g. model_ema. Default: model."""
+    variant: Variant | None = None
+    """What the source must be of, e.g. convnextv2_atto, or its last word alone. Default: found out."""
     dry_run: bool = False
     """Print what goes where and write nothing."""
     check: bool = False

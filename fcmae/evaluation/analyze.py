@@ -68,7 +68,10 @@ def analyze(cfg: AnalyzeConfig) -> str:
     index = find_labelled(cfg.data, key="data") if cfg.data is not None else find_images(cfg.images or (), key="images")
     index = index.subset(evenly(len(index), cfg.max_images))
     where = choose_device(cfg.device)
-    backbones = [load_backbone(model, cfg.image_size, max_pixels=cfg.max_pixels) for model in cfg.models]
+    backbones = [
+        load_backbone(model, cfg.image_size, max_pixels=cfg.max_pixels, key=cfg.key, prefix=cfg.prefix)
+        for model in cfg.models
+    ]
     for backbone in backbones:
         try:
             as_encoder(backbone.model)

@@ -49,7 +49,7 @@ def embed(cfg: EmbedConfig) -> str:
         _require_pyarrow()
     if cfg.map == "umap":
         _require_umap()
-    backbone = load_backbone(cfg.model, cfg.image_size, max_pixels=cfg.max_pixels)
+    backbone = load_backbone(cfg.model, cfg.image_size, max_pixels=cfg.max_pixels, key=cfg.key, prefix=cfg.prefix)
     check_stages(backbone, [cfg.stage])
     claim(out, _is_ours, cfg.overwrite)
     backbone.reading.check_values(index)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ from fcmae.networks.spec import describe
 from fcmae.weights.convert import build_encoder
 from fcmae.weights.files import Weights, read_weights
 from fcmae.weights.formats import from_state
+
+logger = logging.getLogger("fcmae")
 
 RANDOM = "random:"  # before a path or timm's name: the same network, untrained
 PIXELS, HISTOGRAM = "pixels:", "histogram:"  # before a number: features that need no network
@@ -104,7 +108,11 @@ def is_control(source: str) -> bool:
 
 
 def load_backbones(
-    sources: Sequence[str], image_size: tuple[int, int] | None = None, max_pixels: int = MAX_PIXELS
+    sources: Sequence[str],
+    image_size: tuple[int, int] | None = None,
+    max_pixels: int = MAX_PIXELS,
+    key: str | None = None,
+    prefix: str | None = None,
 ) -> list[Backbone]:
     """The networks and controls that are compared; controls see images as the first network does.
 
@@ -112,18 +120,16 @@ def load_backbones(
         sources: see `load_backbone`.
         image_size: likewise.
         max_pixels: likewise.
+        key: likewise.
+        prefix: likewise.
 
     Raises:
         ValueError: see `load_backbone`.
     """
-    networks = {
-        source: load_backbone(source, image_size, max_pixels=max_pixels) for source in sources if not is_control(source)
-    }
+    load = partial(load_backbone, image_size=image_size, max_pixels=max_pixels, key=key, prefix=prefix)
+    networks = {source: load(source) for source in sources if not is_control(source)}
     first = next((network.reading for network in networks.values()), None)
-    return [
-        networks.get(source) or load_backbone(source, image_size, max_pixels=max_pixels, like=first)
-        for source in sources
-    ]
+    return [networks.get(source) or load(source, like=first) for source in sources]
 
 
 def load_backbone(
@@ -132,6 +138,8 @@ def load_backbone(
     in_chans: int | None = None,
     max_pixels: int = MAX_PIXELS,
     like: Reading | None = None,
+    key: str | None = None,
+    prefix: str | None = None,
 ) -> Backbone:
     """The network that `source` names.
 
@@ -142,6 +150,8 @@ def load_backbone(
         in_chans: of a timm model or a control, where it is not to be 3.
         max_pixels: of an image, see `read_crop`.
         like: how images are read for a control, but for mean and std; None is 224 x 224 pixels, or `image_size`.
+        key: of a file, see `read_weights`; other sources have none.
+        prefix: likewise.
 
     Raises:
         ValueError: if there is no such model, its weights cannot be had or are not finite, or it cannot take images of
@@ -155,7 +165,11 @@ def load_backbone(
         plain = Normalize([0.0] * read.in_chans, [1.0] * read.in_chans)
         backbone = Backbone(source, Control(source), replace(read, normalize=plain), {"control": source})
     elif path.exists():
-        backbone = _from_weights(source, path, is_random, image_size, in_chans)
+        if path.is_dir() and (key or prefix):  # of several models that are compared, it is for the files
+            logger.warning("%s is a directory: key and prefix are not for it", path)
+            key = prefix = None
+        weights = read_weights(path, key=key, prefix=prefix)
+        backbone = _from_weights(source, weights, is_random, image_size, in_chans)
     elif timm.is_model(name):
         backbone = _from_timm(source, name, is_random, image_size, in_chans)
     else:
@@ -181,9 +195,8 @@ def choose_device(setting: str) -> torch.device:
 
 
 def _from_weights(
-    source: str, path: Path, is_random: bool, image_size: tuple[int, int] | None, in_chans: int | None
+    source: str, weights: Weights, is_random: bool, image_size: tuple[int, int] | None, in_chans: int | None
 ) -> Backbone:
-    weights = read_weights(path)
     architecture = weights.architecture
     if in_chans not in (None, architecture.in_chans):
         raise ValueError(

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 MLP_RATIO = 4  # of a block's expanded width to its own, where a spec does not say
 
-Widths = tuple[PositiveInt, ...]
+MAX_DEPTH = 64  # blocks of a stage
+
+# The limits are beyond any network's: a damaged file must not ask for one that takes all memory to describe.
+Widths = tuple[Annotated[int, Field(gt=0, le=2**18)], ...]
+Depths = tuple[Annotated[int, Field(gt=0, le=MAX_DEPTH)], ...]
 
 
 class ConvNeXtSpec(BaseModel):
@@ -20,13 +25,13 @@ class ConvNeXtSpec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    depths: Annotated[Widths, Field(min_length=2, max_length=4)]
+    depths: Annotated[Depths, Field(min_length=2, max_length=4)]
     """Blocks in each stage."""
     dims: Widths
     """Channels of each stage."""
-    stem_stride: PositiveInt = 4
+    stem_stride: Annotated[int, Field(gt=0, le=128)] = 4
     """Side and stride of the stem's convolution."""
-    kernel_size: Annotated[int, Field(ge=1)] = 7
+    kernel_size: Annotated[int, Field(ge=1, le=255)] = 7
     """Side of the depthwise kernels, odd."""
     hidden: tuple[Widths, ...] | None = None
     """Expanded channels of each block of each stage; null is 4 times the stage's."""
@@ -81,15 +86,15 @@ class ConvNeXtSpec(BaseModel):
         return self.hidden or _usual_widths(self.depths, self.dims)
 
 
-def _usual_widths(depths: Widths, dims: Widths) -> tuple[Widths, ...]:
+def _usual_widths(depths: Depths, dims: Widths) -> tuple[Widths, ...]:
     return tuple((MLP_RATIO * dim,) * depth for depth, dim in zip(depths, dims, strict=False))
 
 
-def _v1(depths: Widths, dims: Widths) -> ConvNeXtSpec:
+def _v1(depths: Depths, dims: Widths) -> ConvNeXtSpec:
     return ConvNeXtSpec(depths=depths, dims=dims, use_grn=False)
 
 
-def _v2(depths: Widths, dims: Widths) -> ConvNeXtSpec:
+def _v2(depths: Depths, dims: Widths) -> ConvNeXtSpec:
     return ConvNeXtSpec(depths=depths, dims=dims)
 
 
@@ -114,6 +119,20 @@ VARIANTS: dict[str, ConvNeXtSpec] = {
     "convnext_large": _v1((3, 3, 27, 3), (192, 384, 768, 1536)),
     "convnext_xlarge": _v1((3, 3, 27, 3), (256, 512, 1024, 2048)),
 }
+
+
+def variant_named(word: str) -> str:
+    """The whole name of a variant of VARIANTS, of which the last word is enough: atto is convnextv2_atto.
+
+    Raises:
+        ValueError: if there is none; the sentence names the nearest, or all.
+    """
+    for name in VARIANTS:
+        if name == word or name.endswith(f"_{word}"):
+            return name
+    words = {short: name for name in reversed(VARIANTS) for short in (name, name.rpartition("_")[2])}
+    near = dict.fromkeys(words[found] for found in get_close_matches(word, words, cutoff=0.7))
+    raise ValueError(f"{word!r} is no variant: use {' or '.join(near) or 'one of ' + ', '.join(VARIANTS)}")
 
 
 def variant_of(spec: ConvNeXtSpec) -> str | None:

@@ -128,14 +128,20 @@ def save_classifier(dest: Path, model: nn.Module, weights: Weights) -> None:
     save_weights(dest, replace(weights, state=state, architecture=architecture, expected_output=()), "timm")
 
 
-def check(path: Path) -> str:
+def check(path: Path, variant: str | None = None, key: str | None = None, prefix: str | None = None) -> str:
     """Compare the encoder's output on a fixed image with the one that the file's writer saw, and say how they agree.
+
+    Args:
+        path: see `read_weights`.
+        variant: likewise.
+        key: likewise.
+        prefix: likewise.
 
     Raises:
         ValueError: if they differ by more than 1e-4 of the largest (float32 on another machine, summed in another
             order, stays within 1e-5), or if the file does not say what to expect, as those of others do not.
     """
-    weights = read_weights(path)
+    weights = read_weights(path, variant, key, prefix)
     if not weights.expected_output:
         raise ValueError(f"{path} does not say what to expect of it: only what `fcmae convert` and finetune write does")
     return _compare(path, weights)
@@ -153,7 +159,12 @@ def _compare(path: Path, weights: Weights) -> str:
 
 
 def convert(
-    source: Path, dest: Path | None, to: str = "timm", variant: str | None = None, key: str | None = None
+    source: Path,
+    dest: Path | None,
+    to: str = "timm",
+    variant: str | None = None,
+    key: str | None = None,
+    prefix: str | None = None,
 ) -> str:
     """Write the weights of any source in another format, read them back, and describe what was done.
 
@@ -163,6 +174,7 @@ def convert(
         to: one of FORMATS.
         variant: see `read_weights`.
         key: likewise.
+        prefix: likewise.
 
     Returns:
         The description, and how to use what was written.
@@ -180,7 +192,7 @@ def convert(
             raise ValueError(f"{dest}: the format {to} is a directory: give it another name, or --to fcmae for a file")
         if to not in DIRECTORIES and dest.suffix not in FILE_SUFFIXES:
             raise ValueError(f"{dest}: the format {to} is one file: give it a name in {', '.join(FILE_SUFFIXES)}")
-    weights = read_weights(source, variant, key)
+    weights = read_weights(source, variant, key, prefix)
     spec = weights.architecture.spec
     if weights.expected_output:
         _compare(source, weights)
@@ -198,6 +210,8 @@ def convert(
         lines.append(f"left out, as {to} has no place for them: {', '.join(left_out)}")
     origin = ", ".join(f"{name} {value}" for name, value in weights.origin.items())
     lines.append(f"{len(state)} tensors of {describe(spec)} from {weights.format}'s layout ({origin})")
+    if kept := sorted({str(value.dtype).removeprefix("torch.") for value in weights.state.values()} - {"float32"}):
+        lines.append(f"they are {' and '.join(kept)}, as in the source")
     if dest is None:
         return "\n".join([*lines, "dry run: nothing was written"])
     try:

@@ -1,23 +1,20 @@
 """Weights in files: reading them from any source, writing them in any format.
 
-`fcmae.weights.formats` knows names and shapes; here are files and directories. Nothing that is read can run code: .pth
-files are unpickled with weights_only, and of all classes only argparse.Namespace, which the released checkpoints hold
-their flags in, is let through. Files are mapped into memory, not read into it.
+`fcmae.weights.formats` knows names and shapes, `fcmae.weights.tensors` opens a file; here is what files and directories
+say beside their tensors.
 
 What we write says what it is in one record, RECORD: in the header of a .safetensors file, beside "model" in a .pth
-file. It holds the encoder's output on a fixed image, so that a reader can tell that it computes what the writer did.
+file. It holds a SHA-256 of itself and the tensors, by which bytes that changed since are noticed, and the encoder's
+output on a fixed image, so that a reader can tell that it computes what the writer did.
 timm's and transformers' config.json are written here: timm's own writer would put the licence and the origin of its
 published weights on them.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import logging
-import pickle
-import zipfile
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -26,8 +23,6 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import BaseModel, Field, PositiveInt
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 import fcmae
@@ -36,18 +31,16 @@ from fcmae.config import FinetuneData, PretrainConfig
 from fcmae.data.dataset import Reading
 from fcmae.data.normalize import Normalize
 from fcmae.networks.convnext import Encoder
-from fcmae.networks.spec import VARIANTS, ConvNeXtSpec, variant_of
+from fcmae.networks.spec import VARIANTS, ConvNeXtSpec, variant_named, variant_of
 from fcmae.training import checkpoint
-from fcmae.weights.formats import Architecture, from_state, to_state
+from fcmae.weights.formats import Architecture, from_state, network_in, to_state
+from fcmae.weights.tensors import RECORD, digest, few, load_tensors
 
 logger = logging.getLogger("fcmae")
 
-RECORD = "fcmae"  # the key of what we say of our own files
-STATE_KEYS = ("model", "state_dict", "module", "model_state_dict")  # where training code keeps a model's weights
 NOT_IN_TIMM = "fcmae_convnext"  # what config.json names as the architecture of a network that timm cannot hold
 DIRECTORIES = ("timm", "transformers")  # the formats that are directories
 FILE_SUFFIXES = (".safetensors", ".pth", ".pt")
-_OF_DAMAGED_PICKLES = (LookupError, EOFError, ValueError, TypeError, AttributeError, AssertionError)
 
 
 @dataclass(frozen=True)
@@ -119,6 +112,7 @@ class Record(BaseModel):
         origin: likewise.
         expected_output: likewise.
         spec: the encoder's numbers, where the file says them.
+        sha256: see `fcmae.weights.tensors.digest`; earlier exports have none.
     """
 
     image: ImageRecord = ImageRecord()
@@ -126,23 +120,26 @@ class Record(BaseModel):
     origin: dict[str, Any] = {}
     expected_output: tuple[float, ...] = ()
     spec: ConvNeXtSpec | None = None
+    sha256: str | None = None
 
 
-def read_weights(path: Path, variant: str | None = None, key: str | None = None) -> Weights:
+def read_weights(path: Path, variant: str | None = None, key: str | None = None, prefix: str | None = None) -> Weights:
     """Weights of a run, a checkpoint, a timm or transformers directory, or a .safetensors or .pth file of any format.
 
     Args:
         path: one of these; of a fine-tuning run, the best ones are read.
-        variant: what they must be of; None finds out.
+        variant: what they must be of, a name or its last word; None finds out.
         key: the entry of a .pth file that holds them, such as "model_ema"; None takes "model" or another usual one, or
             the file itself.
+        prefix: what stands before their names there, such as "student."; None takes the one that there is.
 
     Raises:
-        ValueError: if `path` is none of these, may not be unpickled, or an entry is missing, extra or of another shape
-            (all are listed).
+        ValueError: if `path` is none of these, may not be unpickled or is damaged, if an entry is missing, extra or of
+            another shape (all are listed), or if numbers are not finite.
     """
-    if key is not None and path.is_dir():
-        raise ValueError(f"{path} is a directory, and {key!r} names an entry of a .pth file: give the file")
+    if path.is_dir() and (key or prefix):
+        given = f"key {key!r}" if key else f"prefix {prefix!r}"
+        raise ValueError(f"{path} is a directory, and {given} names what is inside a file: give the file")
     if (path / "best" / "config.json").is_file():
         path = path / "best"  # of a fine-tuning run
     if (path / "config.yaml").is_file():
@@ -156,20 +153,27 @@ def read_weights(path: Path, variant: str | None = None, key: str | None = None)
         return _read_directory(path, variant)
     if path.is_file():
         state, record = _load(path, key)
-        record = record or Record(origin={"file": path.name})
-        return _weights(path, state, variant, record)
+        return _weights(path, state, variant, record or Record(origin={"file": path.name}), prefix)
     raise ValueError(
         f"{path} is no run, checkpoint, timm or transformers directory, or file of weights: give one of these"
     )
 
 
-def _weights(path: Path, state: Mapping[str, Tensor], variant: str | None, record: Record) -> Weights:
-    if variant is not None and variant not in VARIANTS:
-        raise ValueError(f"{path} is of variant {variant!r}: use one of {', '.join(VARIANTS)}")
+def _weights(
+    path: Path, state: Mapping[str, Tensor], variant: str | None, record: Record, prefix: str | None = None
+) -> Weights:
     try:
-        architecture, source, ours, names = from_state(state, record.spec if variant is None else VARIANTS[variant])
+        spec = record.spec if variant is None else VARIANTS[variant_named(variant)]
+        inside = _inside(path, state, prefix)
+        architecture, source, ours, names = from_state({name: state[whole] for name, whole in inside.items()}, spec)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    if broken := [names[name] for name, value in ours.items() if not value.isfinite().all()]:
+        raise ValueError(
+            f"{path}: the weights are not finite, {few(broken)} among them: it is of a run that broke down; give an "
+            "earlier checkpoint"
+        )
+    names = {name: inside[theirs] for name, theirs in names.items()}
     image = record.image.model_dump(exclude_none=True)
     # A model made for other channels may still name the statistics of RGB.
     image = {k: v for k, v in image.items() if k not in ("mean", "std") or len(v) == architecture.in_chans}
@@ -181,6 +185,16 @@ def _weights(path: Path, state: Mapping[str, Tensor], variant: str | None, recor
     # timm and transformers name classes even where there is no head.
     class_names = (record.class_names or tuple(map(str, range(num_classes)))) if num_classes else ()
     return Weights(ours, architecture, image, class_names, record.origin, record.expected_output, source, names)
+
+
+def _inside(path: Path, state: Mapping[str, Tensor], prefix: str | None) -> dict[str, str]:
+    """The names of the network that a file holds to those in the file; what else is there is told."""
+    found, inside = network_in(state, prefix)
+    if found and prefix is None:
+        logger.warning("%s: reading the network under the prefix %r", path, found)
+    if others := set(state) - set(inside.values()):
+        logger.warning("%s: left out, as they are no part of the network: %s", path, few(sorted(others)))
+    return inside
 
 
 def _read_checkpoint(path: Path, variant: str | None) -> Weights:
@@ -219,7 +233,7 @@ def _read_directory(path: Path, variant: str | None) -> Weights:
             processor = path / "preprocessor_config.json"
             image = _from_processor(_read_json(processor)) if processor.is_file() else ImageRecord()
             record = Record(image=image, class_names=names, origin=record.origin)
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         text = " ".join(str(error).split())
         raise ValueError(f"{path}: its JSON files are not those of a timm or transformers ConvNeXt: {text}") from error
     state: dict[str, Tensor] = {}
@@ -253,7 +267,7 @@ def _shards(path: Path) -> list[Path]:
             names = sorted(set(_read_json(index)["weight_map"].values()))
             if any(Path(name).name != name for name in names):
                 raise ValueError("it names files of other directories")
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{index} is not one that transformers writes: {error}") from error
         return [path / name for name in names]
     for name in ("model.safetensors", "pytorch_model.bin"):
@@ -264,52 +278,23 @@ def _shards(path: Path) -> list[Path]:
 
 def _load(path: Path, key: str | None = None) -> tuple[dict[str, Tensor], Record | None]:
     """The tensors of a file, mapped into memory, and our record of it or None."""
-    text = None
+    state, text = load_tensors(path, key)
+    if text is None:
+        return state, None
     try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                text = (file.metadata() or {}).get(RECORD)
-            loaded = load_file(path)
-        else:
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} holds more than tensors and was not loaded: save its state dict alone") from error
-    except (SafetensorError, OSError, RuntimeError, *_OF_DAMAGED_PICKLES) as error:
-        raise ValueError(f"{path} is damaged or holds no weights: {error}") from error
-    state = loaded
-    if isinstance(loaded, dict):
-        text = loaded.get(RECORD, text)
-        states = {name: value for name, value in loaded.items() if isinstance(value, dict) and name != RECORD}
-        if key is not None and key not in states:
-            raise ValueError(f"{path} has no entry {key!r}: it has {', '.join(map(repr, states)) or 'tensors only'}")
-        chosen = key or next((name for name in STATE_KEYS if name in states), None)
-        if chosen is not None:
-            state = states[chosen]
-            if others := [repr(name) for name in states if name != chosen and _is_state(states[name])]:
-                logger.warning("%s: reading %r; it also has %s", path, chosen, ", ".join(others))
-    if not _is_state(state):
-        raise ValueError(
-            f"{path} holds no state dict: expected named floating-point tensors, bare or under "
-            f"{', '.join(map(repr, STATE_KEYS))}"
-        )
-    try:
-        record = None if text is None else Record.model_validate_json(text)
-    except ValueError as error:
+        fields = json.loads(text)
+        record = Record.model_validate(fields)
+        said = fields.pop("sha256", None)
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: its record {RECORD!r} is not one of ours: {' '.join(str(error).split())}") from error
+    # The record is of the weights that we wrote, not of others beside them.
+    if key in (None, "model") and said not in (None, digest(state, _dumped(fields))):
+        raise ValueError(f"{path} has changed since it was written (its SHA-256 is another): copy or export it again")
     return state, record
 
 
-def _is_state(value: object) -> bool:
-    """Whether this is a state dict of weights that are all there (an expanded tensor claims more than it stores)."""
-    return isinstance(value, dict) and all(
-        isinstance(name, str)
-        and isinstance(tensor, Tensor)
-        and tensor.is_floating_point()
-        and tensor.layout == torch.strided
-        and tensor.untyped_storage().nbytes() >= tensor.nbytes
-        for name, tensor in value.items()
-    )
+def _dumped(fields: Mapping[str, Any]) -> str:
+    return json.dumps(fields, sort_keys=True)
 
 
 @torch.no_grad()
@@ -368,15 +353,14 @@ def save_weights(dest: Path, weights: Weights, to: str) -> None:
         # safetensors takes no tensors that share memory.
         state[name] = value.clone() if value.data_ptr() in seen else value
         seen.add(value.data_ptr())
-    record = json.dumps(
-        {
-            "image": weights.image,
-            "class_names": weights.class_names,
-            "origin": weights.origin | {"exported_by": f"fcmae {fcmae.__version__}"},
-            "expected_output": weights.expected_output or encoder_output(weights),
-            "spec": spec.model_dump(),
-        }
-    )
+    fields = {
+        "image": weights.image,
+        "class_names": weights.class_names,
+        "origin": weights.origin | {"exported_by": f"fcmae {fcmae.__version__}"},
+        "expected_output": weights.expected_output or encoder_output(weights),
+        "spec": spec.model_dump(),
+    }
+    record = _dumped(fields | {"sha256": digest(state, _dumped(fields))})
     files: dict[Path, dict[str, Any] | None] = {dest: None}  # contents; None: the tensors
     if to in DIRECTORIES:
         files = {dest / "config.json": (_timm_config if to == "timm" else _transformers_config)(weights)}

@@ -26,11 +26,13 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
+from fcmae.data.source import printable
 from fcmae.masked import build_fcmae
 from fcmae.networks.convnext import Encoder
-from fcmae.networks.spec import ConvNeXtSpec, describe, variant_of
+from fcmae.networks.spec import MAX_DEPTH, ConvNeXtSpec, describe, variant_of
 
 FORMATS = ("fcmae", "timm", "fair", "transformers", "minkowski")
 OLD = "fcmae 0.1"
@@ -85,8 +87,23 @@ _FROM_OURS: dict[str, tuple[tuple[str, str], ...]] = {
     ),
 }
 
-# What DDP, torch.compile, Lightning and transformers' classifiers put before the names of a model's parameters.
-_WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod|model|convnextv2|convnext)\.)+")
+# What DDP, DeepSpeed, FSDP, torch.compile, recomputation and transformers' classifiers put into parameters' names.
+_WRAPPERS = re.compile(
+    r"(?:(?<=\.)|^)"
+    r"(?:(?:module|_orig_mod|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module|convnextv2|convnext)\.)+"
+)
+
+# A few parameters that every network has: one that is missing must not hide what a file is.
+_COMMON = tuple(
+    f"encoder.stages.{i}.0.{layer}.{p}"
+    for i in range(2)
+    for layer in ("dwconv", "pwconv1", "pwconv2", "norm")
+    for p in ("weight", "bias")
+)
+_ENOUGH = len(_COMMON) // 2  # less is a chance
+
+# What a loss function with weights of its own is called beside a network.
+_LOSSES = ("criterion", "loss", "loss_fn", "loss_func")
 
 # timm computes the MLP of its small models as 1x1 convolutions.
 _TIMM_CONVOLUTIONAL = ("_atto", "_femto", "_pico", "_nano")
@@ -140,8 +157,62 @@ def rename(name: str, to: str) -> str:
 
 
 def unwrapped(name: str) -> str:
-    """A parameter's name without what wrappers put before it."""
+    """A parameter's name without what wrappers put before it and into it."""
     return _WRAPPERS.sub("", name)
+
+
+def network_in(names: Iterable[str], prefix: str | None = None) -> tuple[str, dict[str, str]]:
+    """Find a network among names that stand under a prefix and in wrappers.
+
+    Args:
+        names: of a file's entries.
+        prefix: what stands before the network's own names, such as "student."; None finds it out.
+
+    Returns:
+        The prefix, and the network's own names to those given. Others are left out: those under another prefix, and
+        those of a loss function.
+
+    Raises:
+        ValueError: if several prefixes have a network, nothing has the one that is asked for, or two names are alike
+            without their wrappers.
+    """
+    plain: dict[str, str] = {}
+    for name in names:
+        if plain.setdefault(unwrapped(name), name) != name:
+            raise ValueError("the weights hold entries that differ only in a wrapper's prefix: keep one of each")
+    found = _prefixes(plain)
+    listed = ", ".join(map(repr, found))
+    if prefix:
+        prefix = unwrapped(f"{prefix.rstrip('.')}.")
+        if not any(name.startswith(prefix) for name in plain):
+            has = f"there is a network under {listed}" if found else "there is no network under any"
+            raise ValueError(f"no entry is under the prefix {prefix!r}: {has}")
+    # One that is asked for may be the beginning of the whole one.
+    possible = [each for each in found if each.startswith(prefix or "")]
+    if prefix is None or prefix not in possible:
+        if len(possible) > 1:
+            raise ValueError(f"the entries are of several networks, under {listed}: name one with --prefix")
+        prefix = possible[0] if possible else prefix or ""
+    others = tuple(each for each in found if each != prefix and each.startswith(prefix))
+    inside = {
+        name.removeprefix(prefix): whole
+        for name, whole in plain.items()
+        if name.startswith(prefix) and not (others and name.startswith(others))
+    }
+    return prefix, {name: whole for name, whole in inside.items() if name.partition(".")[0] not in _LOSSES}
+
+
+def _prefixes(names: Iterable[str]) -> list[str]:
+    """What stands before the names of a network in any format, for each that there is; empty for bare ones."""
+    known = {rename(name, to) for name in _COMMON for to in _FROM_OURS}
+    counts: Counter[str] = Counter()
+    for name in names:
+        parts = name.split(".")
+        # The longest that is known: "encoder." is part of our own names.
+        start = next((i for i in range(len(parts)) if ".".join(parts[i:]) in known), None)
+        if start is not None:
+            counts["".join(f"{part}." for part in parts[:start])] += 1
+    return sorted(prefix for prefix, count in counts.items() if count >= _ENOUGH)
 
 
 def holds(name: str, to: str) -> bool:
@@ -153,26 +224,19 @@ def detect(names: Iterable[str]) -> str:
     """The format that names are of.
 
     Args:
-        names: of a file's entries, `unwrapped`.
+        names: of a file's entries, as `network_in` gives them.
 
     Raises:
         ValueError: if they are of none.
     """
     names = set(names)
-    # A few parameters that every network has: one that is missing must not hide what the file is.
-    common = [
-        f"encoder.stages.{i}.0.{layer}.{p}"
-        for i in range(2)
-        for layer in ("dwconv", "pwconv1", "pwconv2", "norm")
-        for p in ("weight", "bias")
-    ]
     # The decoder tells ours from what ours was.
     decoder = ("decoder.mask_token", "decoder.proj.weight", "decoder.pred.weight")
-    found = {to: sum(rename(name, to) in names for name in (*common, *decoder)) for to in _FROM_OURS}
+    found = {to: sum(rename(name, to) in names for name in (*_COMMON, *decoder)) for to in _FROM_OURS}
     best = max(_FROM_OURS, key=lambda to: found[to])
-    # Biases of ours and minkowski's have one name, so the one with the kernels too wins; less than half is a chance.
-    if found[best] < len(common) // 2:
-        shown = ", ".join(sorted(names)[:3]) or "nothing"
+    # Biases of ours and minkowski's have one name, so the one with the kernels too wins.
+    if found[best] < _ENOUGH:
+        shown = ", ".join(map(printable, sorted(names)[:3])) or "nothing"
         raise ValueError(f"the entries ({shown}, ...) are of no ConvNeXt in a format of {', '.join(FORMATS)}")
     return best
 
@@ -183,7 +247,7 @@ def from_state(
     """Weights under any format's names, as ours.
 
     Args:
-        state: named tensors, under wrappers' prefixes or not.
+        state: named tensors, under a prefix and in wrappers or not, see `network_in`.
         spec: what they must be of, whatever the stem's stride; None finds out.
 
     Returns:
@@ -191,11 +255,9 @@ def from_state(
         our names to theirs. A final norm that is the identity, without a head, counts as none.
 
     Raises:
-        ValueError: with a list, if an entry is missing, extra or of another shape.
+        ValueError: with a list, if an entry is missing, extra or of another shape; see `network_in` too.
     """
-    original = {unwrapped(name): name for name in state}
-    if len(original) < len(state):
-        raise ValueError("the weights hold entries that differ only in a wrapper's prefix: keep one of each")
+    _, original = network_in(state)
     named = {name: state[key] for name, key in original.items()}
     source = detect(named)
     found = _find_spec(named, source)
@@ -216,7 +278,7 @@ def from_state(
             ours[name] = (
                 _from_kernel(value.reshape(needed), shape) if theirs.endswith(".kernel") else value.reshape(shape)
             )
-    problems += [f"extra: {name} {tuple(value.shape)}" for name, value in rest.items()]
+    problems += [f"extra: {printable(name)} {tuple(value.shape)}" for name, value in rest.items()]
     if problems:
         looks = "" if found == spec else f" (they look like {describe(found)})"
         raise ValueError(
@@ -278,7 +340,9 @@ def _find_spec(tensors: Mapping[str, Tensor], source: str) -> ConvNeXtSpec:
 
     stages: list[list[str]] = []
     for i in range(4):
-        there = [j for j in range(64) if any(of(f"encoder.stages.{i}.{j}.{name}") is not None for name, _ in _WIDTH)]
+        there = [
+            j for j in range(MAX_DEPTH) if any(of(f"encoder.stages.{i}.{j}.{name}") is not None for name, _ in _WIDTH)
+        ]
         if there:
             stages.append([f"encoder.stages.{i}.{j}" for j in range(there[-1] + 1)])
     every = [block for stage in stages for block in stage]
@@ -288,14 +352,20 @@ def _find_spec(tensors: Mapping[str, Tensor], source: str) -> ConvNeXtSpec:
     stem = of("encoder.downsample_layers.0.0.weight")
     if len(stages) < 2:
         raise ValueError(f"the entries, in {source}'s layout, have {len(stages)} stages: a ConvNeXt has 2 to 4")
-    return ConvNeXtSpec(
-        depths=tuple(map(len, stages)),
-        dims=tuple(most((f"{block}.{name}", dim) for block in stage for name, dim in _WIDTH) for stage in stages),
-        stem_stride=4 if stem is None or stem.ndim < 3 else stem.shape[2] or 4,
-        kernel_size=odd[0] if odd else 7,
-        hidden=tuple(tuple(most((f"{b}.{name}", dim) for name, dim in _HIDDEN) for b in stage) for stage in stages),
-        use_grn=any(of(f"{block}.grn.{p}") is not None for block in every for p in ("gamma", "beta")),
-    )
+    try:
+        return ConvNeXtSpec(
+            depths=tuple(map(len, stages)),
+            dims=tuple(most((f"{block}.{name}", dim) for block in stage for name, dim in _WIDTH) for stage in stages),
+            stem_stride=4 if stem is None or stem.ndim < 3 else stem.shape[2] or 4,
+            kernel_size=odd[0] if odd else 7,
+            hidden=tuple(tuple(most((f"{b}.{name}", dim) for name, dim in _HIDDEN) for b in stage) for stage in stages),
+            use_grn=any(of(f"{block}.grn.{p}") is not None for block in every for p in ("gamma", "beta")),
+        )
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        raise ValueError(
+            f"the shapes are of no ConvNeXt: its {wrong['loc'][0]} would be {wrong['input']}: {wrong['msg']}"
+        ) from error
 
 
 def _most_told(tensors: Mapping[str, Tensor], source: str, names: Iterable[tuple[str, int]]) -> int:
@@ -315,7 +385,7 @@ def _architecture(tensors: Mapping[str, Tensor], source: str, spec: ConvNeXtSpec
 
     blocks = [
         f"decoder.blocks.{i}"
-        for i in range(64)
+        for i in range(MAX_DEPTH)
         if any(rename(f"decoder.blocks.{i}.{name}", source) in tensors for name, _ in _WIDTH)
     ]
     widths = [(f"{block}.{name}", dim) for block in blocks for name, dim in _WIDTH]
