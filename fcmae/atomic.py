@@ -24,7 +24,8 @@ def replacing(path: Path) -> Iterator[Path]:
         yield aside
         aside.replace(path)
     except OSError as error:
-        error.filename = error.filename or str(path)  # what a full disk stops knows no name
+        if error.errno is not None:  # what a full disk stops knows no name
+            error.filename = error.filename or str(path)
         raise
     finally:
         aside.unlink(missing_ok=True)

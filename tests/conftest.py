@@ -18,7 +18,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one process for each core
 threads.prepare()  # as runs do, before torch is loaded
 
 import torch
+from hypothesis import settings
 from torch import nn
+
+settings.register_profile("fcmae", deadline=None)  # no test asserts a time
+settings.load_profile("fcmae")
 
 # MinkowskiEngine is a build from source. Where it must be there, as in the image that builds it, a skip would hide that
 # the build is broken: FCMAE_REQUIRE_MINKOWSKI=1 lets the tests run and fail.

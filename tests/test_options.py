@@ -366,15 +366,16 @@ def test_a_flag_that_is_nested_too_deeply_is_a_wrong_value() -> None:
 
 
 VALUES: st.SearchStrategy[object] = st.recursive(
-    st.sampled_from(["none", "", "x", "1", "-1", "nan", "1e999", "9" * 5000, "true", "ü\U0001f600", "a.b"]),
+    st.sampled_from(["none", "", "x", "1", "-1", "nan", "1e999", "9" * 4400, "true", "ü\U0001f600", "a.b"]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["depths", "dims", "x", ""]), inner),
-    max_leaves=6,
+    max_leaves=3,
 )
 
 
 @given(st.dictionaries(st.sampled_from([*PretrainConfig.model_fields, "x"]), VALUES | st.dictionaries(
-    st.sampled_from(["variant", "image_size", "mean", "path", "val_share", "labelled", "base_lr", ""]), VALUES
-)))  # fmt: skip
+    st.sampled_from(["variant", "image_size", "mean", "path", "val_share", "labelled", "base_lr", ""]), VALUES,
+    max_size=1,
+), max_size=2))  # fmt: skip
 def test_values_of_any_type_give_settings_or_sentences(
     tmp_path_factory: pytest.TempPathFactory, content: object
 ) -> None:
@@ -423,7 +424,7 @@ def test_help_shows_every_setting_once_with_its_default(capsys: pytest.CaptureFi
     assert max(map(len, shown.splitlines())) <= 100
 
 
-texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20).filter(lambda text: not text.startswith("~"))
 shares = st.floats(0, 1, exclude_min=True, exclude_max=True)
 
 
