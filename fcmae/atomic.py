@@ -1,7 +1,8 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and that are known to be what was written."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,3 +31,19 @@ def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 file whole or not at all; bytes of names that are no Unicode (surrogates) are kept."""
     with replacing(path) as aside:
         aside.write_text(text, encoding="utf-8", errors="surrogateescape")
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's bytes, as 64 hexadecimal digits.
+
+    Args:
+        path: of the file, which is read a piece at a time.
+
+    Raises:
+        OSError: if it cannot be read.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -1,10 +1,11 @@
 """Files that are there whole or not at all."""
 
+import hashlib
 from pathlib import Path
 
 import pytest
 
-from fcmae.atomic import replacing, write_text
+from fcmae.atomic import replacing, sha256_of, write_text
 
 
 def test_a_file_is_replaced_only_when_it_is_whole(tmp_path: Path) -> None:
@@ -31,3 +32,10 @@ def test_a_text_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> Non
     with pytest.raises(UnicodeEncodeError):
         write_text(tmp_path / "a", "new \ud800")
     assert (tmp_path / "a").read_text() == "old"
+
+
+def test_a_checksum_is_of_all_bytes_of_a_file(tmp_path: Path) -> None:
+    content = bytes(range(256)) * 5000  # more than is read at a time
+    for changed in (content, b"", content[:-1], content[:-1] + b"\0"):
+        (tmp_path / "file").write_bytes(changed)
+        assert sha256_of(tmp_path / "file") == hashlib.sha256(changed).hexdigest()
