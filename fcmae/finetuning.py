@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 from timm.data import Mixup
 from timm.utils import ModelEmaV3
 from torch import Tensor
@@ -75,7 +76,7 @@ def finetune(cfg: FinetuneConfig, net: Classifier | None = None) -> Run:
         net = build_model(cfg, weights, len(val_images.class_names))
     weights = replace(weights, state={}, image=image_settings(cfg, weights), class_names=tuple(val_images.class_names))
     if run.resume_from is not None:
-        checkpoint.check_images(run.resume_from, fingerprint(train_images, val_images))
+        checkpoint.check_origin(run.resume_from, run.kind, fingerprint(train_images, val_images))
     with run.open(accelerator.is_main_process), StopSignal() as stop:
         if accelerator.is_main_process:
             train_images.save(run.path / "files.json")
@@ -123,8 +124,9 @@ def train(
     images_used, best = fingerprint(train_images, val_images), Best()
     if (resumed := run.resume_from) is not None:
         in_format_1 = partial(rename, to="timm")
-        meta = checkpoint.restore(resumed, net, adamw, images_used, in_format_1, accelerator.scaler)
-        best = Best(**meta.progress["best"])
+        meta = checkpoint.restore(resumed, net, adamw, in_format_1, accelerator.scaler)
+        with checkpoint.reading_progress(resumed):
+            best = TypeAdapter(Best).validate_python(meta.progress["best"])
         if ema is not None:
             ema.module.load_state_dict(checkpoint.read_state(resumed, "ema", net, in_format_1))
     schedule = schedule_of(cfg, per_epoch, run.resume_step)

@@ -130,7 +130,7 @@ def train(
     adamw = build_optimizer(cfg, net)
     fingerprint = train_images.fingerprint()
     if run.resume_from is not None:
-        checkpoint.restore(run.resume_from, net, adamw, fingerprint, partial(rename, to=OLD), accelerator.scaler)
+        checkpoint.restore(run.resume_from, net, adamw, partial(rename, to=OLD), accelerator.scaler)
     normalize = Normalize(*cfg.data.statistics()).to(accelerator.device)
     visible = num_visible(math.prod(mask_grid(cfg)), cfg.model.mask_ratio)
 
@@ -201,7 +201,7 @@ def build_schedule(cfg: PretrainConfig, run: RunDirectory, images: Images) -> Sc
             "its encoder would never learn"
         )
     if run.resume_from is not None:
-        checkpoint.check_images(run.resume_from, images.fingerprint())
+        checkpoint.check_origin(run.resume_from, run.kind, images.fingerprint())
     return schedule_of(cfg, per_epoch, run.resume_step)
 
 
