@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -571,6 +572,82 @@ def test_too_many_broken_images_stop_the_run_with_one_sentence(
     (line,) = [line for line in error.splitlines() if line.startswith("fcmae: error")]
     assert "files drawn in a row cannot be used" in line
     assert "Traceback" not in error
+
+
+# Disks that are full
+
+
+def full(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "safetensors.torch.serialize_file",
+        "fcmae.pretraining.save_reconstructions",
+        "fcmae.pretraining.save_curves",
+        "tensorboard.summary.writer.record_writer.RecordWriter.write",
+    ],
+)
+def test_a_full_disk_ends_a_run_with_a_sentence_and_its_last_checkpoint(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], place: str
+) -> None:
+    out = tmp_path / "out"
+    options = {"log__trackers": "tensorboard", "log__eval_epochs": 1, "checkpoint__every_epochs": 0.1}
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, lambda: patch.setattr(place, full))
+        assert run(images, out, **options) == 2
+    error = capsys.readouterr().err
+    newest = checkpoint.latest(out)
+    assert newest is not None
+    assert f"fcmae: error: no space is left for {out}" in error
+    assert error.endswith(f": free some, and the same command goes on from {newest}\n")
+    assert "Traceback" not in error
+    assert not list(out.glob("checkpoints/.tmp-*"))
+    assert_whole_checkpoints(out)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Makes a disk of so many kilobytes."""
+    made = []
+
+    def make(kilobytes: int) -> Path:
+        place = tmp_path / "disk"
+        place.mkdir()
+        words = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(place)]
+        if shutil.which("mount") is None or subprocess.run(words, capture_output=True, check=False).returncode:
+            pytest.skip("mounting takes root")
+        made.append(place)
+        return place
+
+    yield make
+    for place in made:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@pytest.mark.parametrize("kilobytes", [28, 700])
+def test_a_run_on_a_disk_that_fills_up_goes_on_once_there_is_space(
+    images: Path, small_disk: Callable[[int], Path], tmp_path: Path, kilobytes: int
+) -> None:
+    disk = small_disk(kilobytes)
+    options = {"log__trackers": "tensorboard", "log__eval_epochs": 1, "checkpoint__every_epochs": 0.1}
+    command = ["pretrain", *flags(images, disk / "out", **options, checkpoint__keep=9)]
+    process = start(command, tmp_path / "log.txt")
+    process.join(60)
+    error = (tmp_path / "log.txt").read_text()
+    assert process.exitcode == 2, error
+    assert "Traceback" not in error and "fcmae: error: no space is left for" in error
+    newest = checkpoint.latest(disk / "out")
+    assert error.endswith(f"goes on from {newest or 'the beginning'}\n")
+    assert not list(disk.glob("out/checkpoints/.tmp-*"))
+    assert_whole_checkpoints(disk / "out")
+    subprocess.run(["mount", "-o", "remount,size=9m", str(disk)], check=True)
+    process = start(command, tmp_path / "log.txt")
+    process.join(60)
+    assert process.exitcode == 0, (tmp_path / "log.txt").read_text()
+    assert len(losses(disk / "out")) == STEPS
 
 
 # Numbers that are not finite

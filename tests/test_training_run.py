@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -309,3 +310,27 @@ def test_an_overwritten_run_forgets_its_starts_and_what_was_found_of_it_and_noth
     assert len(starts(tmp_path)) == 1
     assert not (tmp_path / "evaluation").exists()
     assert [path.name for path in (tmp_path / "analysis").iterdir()] == ["mine.ipynb"]
+
+
+def test_lines_that_find_no_space_in_the_log_or_no_terminal_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def gone(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    make_run(tmp_path)
+    (tmp_path / "train.log").unlink()
+    (tmp_path / "train.log").symlink_to("/dev/full")
+    with RunDirectory(config(Path("photos"), tmp_path), "pretrain").open(is_main=True):
+        logging.getLogger("fcmae").info("seen")
+        monkeypatch.setattr(fcmae.training.run.tqdm, "write", gone)
+        logging.getLogger("fcmae").info("lost")
+    error = capsys.readouterr().err
+    assert "seen" in error and "lost" not in error and "Error" not in error
+
+
+def test_what_a_removal_that_was_cut_off_left_is_removed_by_the_next_start(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    (tmp_path / "checkpoints").rename(tmp_path / ".tmp-checkpoints")
+    with RunDirectory(config(Path("photos"), tmp_path), "pretrain").open(is_main=True):
+        assert not (tmp_path / ".tmp-checkpoints").exists()

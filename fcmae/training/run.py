@@ -14,6 +14,7 @@ RUN/
 from __future__ import annotations
 
 import atexit
+import errno
 import fcntl
 import json
 import logging
@@ -147,11 +148,26 @@ class RunDirectory:
 
         Raises:
             ValueError: if another process uses the directory.
+            OSError: if a disk is full; it says what the run goes on from.
         """
         if not is_main:
             logger.setLevel(logging.WARNING)
             yield
             return
+        try:
+            with self._opened():
+                yield
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            newest = checkpoint.latest(self.path)
+            raise OSError(
+                f"no space is left for {error.filename or self.path} ({error.strerror}): free some, and the same "
+                f"command goes on from {newest or 'the beginning'}"
+            ) from error
+
+    @contextmanager
+    def _opened(self) -> Iterator[None]:
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / ".lock").open("w") as lock:
             in_use = f"out = {self.path} is in use by another process: wait for it or give another directory"
@@ -232,20 +248,34 @@ def cpu_name() -> str:
 
 
 class _TerminalHandler(logging.Handler):
-    """Log lines above the progress bar, where there is one."""
+    """Log lines above the progress bar, where there is one. A terminal may be gone, as after SIGHUP."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        with suppress(OSError):
+            tqdm.write(self.format(record), file=sys.stderr)
+
+
+class _FileHandler(logging.FileHandler):
+    """train.log. On a full disk a line is left out: the numbers and checkpoints beside it stop the run."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
 
 
 @contextmanager
 def _logging_to(path: Path) -> Iterator[None]:
     terminal = _TerminalHandler(logging.INFO)
-    handlers: list[logging.Handler] = [logging.FileHandler(path, encoding="utf-8"), terminal]
+    handlers: list[logging.Handler] = [_FileHandler(path, encoding="utf-8"), terminal]
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         logger.addHandler(handler)
     logger.setLevel(logging.DEBUG)
+    previous, threading.excepthook = threading.excepthook, _thread_failed
     try:
         yield
     except Exception as error:
@@ -253,9 +283,16 @@ def _logging_to(path: Path) -> Iterator[None]:
         logger.error("%s: %s", type(error).__name__, error)
         raise
     finally:
+        threading.excepthook = previous
         for handler in handlers:
             logger.removeHandler(handler)
             handler.close()
+
+
+def _thread_failed(failure: threading.ExceptHookArgs) -> None:
+    """No traceback of a tracker's thread that could not write: the main thread gets the same error."""
+    if not isinstance(failure.exc_value, OSError):
+        threading.__excepthook__(failure)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
