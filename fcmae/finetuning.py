@@ -177,7 +177,7 @@ def train(
                 spec, config = net.encoder.spec.model_dump(), cfg.model_dump(mode="json")
                 meta = checkpoint.Meta("finetune", step.number, config, images_used, progress, spec)
                 checkpoint.save(run.path, meta, tensors)
-                checkpoint.prune(run.path, cfg.checkpoint.keep, schedule.milestone_every)
+                checkpoint.prune(run.path, cfg.checkpoint.keep, schedule.milestone_every, run.last_good())
     if steps.finished:
         logger.info("best and last model: %s, %s", run.path / "best", run.path / "last")
     return steps.finished

@@ -168,7 +168,7 @@ def train(
                 checkpoint.save(
                     run.path, checkpoint.Meta("pretrain", step.number, config, fingerprint, progress, spec), tensors
                 )
-                checkpoint.prune(run.path, cfg.checkpoint.keep, schedule.milestone_every)
+                checkpoint.prune(run.path, cfg.checkpoint.keep, schedule.milestone_every, run.last_good())
     if steps.finished:
         logger.info("next: fcmae convert %s DEST, or fcmae finetune --model.init %s", run.path, run.path)
     return steps.finished

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import random
 import shutil
@@ -172,7 +173,9 @@ def test_a_run_writes_settings_logs_pictures_and_checkpoints(images: Path, tmp_p
         *("checkpoints", "reconstructions", "tensorboard"),
     }
     assert read(PretrainConfig, out / "config.yaml") == cfg
-    assert [path.name for path in sorted((out / "checkpoints").iterdir())] == ["step-00000004", "step-00000008"]
+    assert [path.name for path in sorted((out / "checkpoints").iterdir())] == [
+        *("step-00000004", "step-00000006", "step-00000008")
+    ]
     pictures = [f"step-0000000{step}.png" for step in (2, 4, 6, 8)]
     assert [path.name for path in sorted((out / "reconstructions").iterdir())] == ["over-time.png", *pictures, "tiles"]
     assert [path.name for path in sorted((out / "reconstructions" / "tiles").iterdir())] == pictures
@@ -446,7 +449,7 @@ def test_a_run_of_an_earlier_version_goes_on(uninterrupted: Path, images: Path, 
             assert "mask_token" in state or "mask_token/step" in state
             save_file(state, file)
         meta = json.loads((place / "checkpoint.json").read_text()) | {"format": 1}
-        del meta["spec"]
+        del meta["spec"], meta["checksums"]
         (place / "checkpoint.json").write_text(json.dumps(meta))
     assert run(images, out) == 0
     assert_equal_runs(out, uninterrupted)
@@ -657,16 +660,40 @@ def test_an_exploding_run_stops_with_the_step_and_keeps_its_last_good_checkpoint
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    # The rate of the first step is 0, so its checkpoint is sound.
-    assert run(images, out, optim__base_lr=1e25, checkpoint__every_epochs=0.1) == 2
+    # The rate of the first step is 0, so its checkpoint is sound; the second spoils the weights, which the third shows.
+    assert run(images, out, optim__base_lr=1e25, checkpoint__every_epochs=0.1, checkpoint__keep=1) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fcmae: error")]
-    assert f"step {max(checkpoint.steps(out)) + 1}: the " in line
     assert "not finite" in line or "loss is" in line
-    assert line.endswith(f"the last good checkpoint is {checkpoint.latest(out)}")
+    good = out / "checkpoints" / "step-00000001"
+    assert good.exists() and "step 1:" not in line
+    assert line.endswith(
+        f"; the last good checkpoint is {good}; start again with another --out, --init {good}, "
+        "a lower optim.base_lr, or optim.clip_grad 1"
+    )
     assert line.partition("error: ")[2] in (out / "train.log").read_text().splitlines()[-1]
     assert_whole_checkpoints(out)
     assert all(value.isfinite().all() for value in final_state(out).values())
     assert "NaN" not in (out / "metrics.jsonl").read_text()
+
+
+def test_the_last_good_checkpoint_is_from_before_the_loss_rose(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, factor, loss_of = tmp_path / "out", [1.0], pretraining.masked_loss
+    monkeypatch.setattr(pretraining, "masked_loss", lambda *args, **options: loss_of(*args, **options) * factor[0])
+    for number, value in ((4, 0.5), (6, 0.9), (9, math.nan)):  # step 5's weights already give a high loss
+        at_step(monkeypatch, number, lambda value=value: factor.__setitem__(0, value))  # type: ignore[misc]
+    every_step = {"checkpoint__every_epochs": 0.1, "checkpoint__keep": 2, "optim__clip_grad": 2}
+    assert run(images, out, **every_step, log__eval_epochs=9) == 2
+    assert list(checkpoint.steps(out)) == [4, 7, 8]
+    error = capsys.readouterr().err
+    assert f"step 9: the loss is nan; the last good checkpoint is {out / 'checkpoints' / 'step-00000004'};" in error
+    assert error.endswith("optim.clip_grad below 2\n")
+    runs.forget_accelerator()
+    # What the message says can be typed.
+    init = {"init": out / "checkpoints" / "step-00000004", "optim__base_lr": 0.01, "optim__clip_grad": 1}
+    monkeypatch.undo()
+    assert run(images, tmp_path / "again", **init, epochs=1) == 0
 
 
 def test_a_step_read_one_later_is_named_and_neither_of_the_two_is_saved(

@@ -272,7 +272,7 @@ class CheckpointConfig(Section):
     every_epochs: float = Field(1.0, gt=0)
     """Epochs between checkpoints; a fraction is allowed."""
     keep: int = Field(2, ge=1)
-    """How many of the newest checkpoints stay."""
+    """How many of the newest checkpoints stay; the last one that is known to be good stays too."""
     milestone_epochs: int = Field(0, ge=0)
     """Every how many epochs a checkpoint stays for good; 0 for never."""
 

@@ -130,9 +130,15 @@ def check_tensors(path: Path, found: Mapping[str, Tensor], like: Mapping[str, Te
         if (right := like.get(name)) is not None and (value.shape, value.dtype) != (right.shape, right.dtype):
             is_, needed = (f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in (value, right))
             problems.append(f"{name} is {is_} and not {needed}")
+    problems += not_finite(found)
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise ValueError(f"{path} does not fit the run ({', '.join(problems[:3])}{more}): {_instead(path.parent)}")
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of those with a value that is not finite, in words."""
+    return [f"{name} is not finite" for name, value in tensors.items() if not value.isfinite().all()]
 
 
 def save(run: Path, meta: Meta, tensors: dict[str, dict[str, Tensor]]) -> Path:
@@ -148,10 +154,13 @@ def save(run: Path, meta: Meta, tensors: dict[str, dict[str, Tensor]]) -> Path:
 
     Raises:
         OSError: if it cannot be written, as where the disk is full; nothing of it is left then.
+        FloatingPointError: before anything is written, if a tensor is not finite.
     """
     place = run / DIRECTORY / f"step-{meta.step:08d}"
     if place.exists():
         return place
+    if bad := [f"{name}: {what}" for name, flat in tensors.items() for what in not_finite(flat)]:
+        raise FloatingPointError(f"step {meta.step}: {bad[0]} ({len(bad)} tensors in all)")
     aside = place.with_name(f".tmp-{place.name}")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -387,18 +396,19 @@ def _read_named(
     return found | tensors
 
 
-def prune(run: Path, keep: int, milestone_steps: float) -> None:
+def prune(run: Path, keep: int, milestone_steps: float, good: Path | None = None) -> None:
     """Delete old checkpoints, and what writing or deleting left that was cut off.
 
     Args:
         run: directory of the run.
         keep: the newest checkpoints that stay, at least 1.
         milestone_steps: those at multiples of it stay too; 0: none.
+        good: the last one that is known to be good, which stays too.
     """
     for path in (run / DIRECTORY).glob(".tmp-*"):
         shutil.rmtree(path, ignore_errors=True)
     for step, path in list(steps(run).items())[:-keep]:
-        if milestone_steps == 0 or step % milestone_steps:
+        if path != good and (milestone_steps == 0 or step % milestone_steps):
             aside = path.with_name(f".tmp-{path.name}")
             path.rename(aside)
             shutil.rmtree(aside)

@@ -47,7 +47,7 @@ from fcmae import options
 from fcmae.atomic import write_text
 from fcmae.config import RunConfig
 from fcmae.data.cores import num_cores
-from fcmae.training import checkpoint, own_files
+from fcmae.training import checkpoint, health, own_files
 
 logger = logging.getLogger("fcmae")
 
@@ -139,6 +139,22 @@ class RunDirectory:
         """The steps that were done there."""
         return 0 if self.resume_from is None else checkpoint.read_meta(self.resume_from).step
 
+    def last_good(self) -> Path | None:
+        """The newest checkpoint that is known to be good: the loss of steps after it was sound."""
+        sound = health.last_sound_step(read_metrics(self.path / "metrics.jsonl"))
+        return next((path for step, path in reversed(checkpoint.steps(self.path).items()) if step < sound), None)
+
+    def _way_out(self) -> str:
+        """What to do where the numbers of a run stop being finite."""
+        if (good := self.last_good()) is not None:
+            known = f"the last good checkpoint is {good}"
+        else:
+            any_ = checkpoint.latest(self.path) is not None
+            known = "no checkpoint is known to be good" if any_ else "there is no checkpoint yet"
+        init = f"--init {good}, " if good is not None and self.kind == "pretrain" else ""
+        clip = "1" if self.cfg.optim.clip_grad is None else f"below {self.cfg.optim.clip_grad:g}"
+        return f"{known}; start again with another --out, {init}a lower optim.base_lr, or optim.clip_grad {clip}"
+
     @contextmanager
     def open(self, is_main: bool) -> Iterator[None]:
         """Write the settings and keep the logs while the run lasts; one process at a time.
@@ -149,6 +165,7 @@ class RunDirectory:
         Raises:
             ValueError: if another process uses the directory.
             OSError: if a disk is full; it says what the run goes on from.
+            FloatingPointError: if its numbers stop being finite; it says what to start again from.
         """
         if not is_main:
             logger.setLevel(logging.WARNING)
@@ -186,7 +203,10 @@ class RunDirectory:
             write_text(self.path / "config.yaml", text)
             record_start(self.path / "environment.json", _uses_cpu(self.cfg))
             with _logging_to(self.path / "train.log"):
-                yield
+                try:
+                    yield
+                except FloatingPointError as error:
+                    raise FloatingPointError(f"{error}; {self._way_out()}") from None
 
 
 def _check_inputs(out: Path, inputs: Mapping[str, Sequence[str]], overwrite: bool) -> None:
