@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 import json
 import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
@@ -24,6 +26,7 @@ from torch import Tensor
 import fcmae.training.checkpoint
 import fcmae.training.steps
 from fcmae.config import PretrainConfig
+from fcmae.data.index import Images
 from fcmae.options import load
 
 TINY = "{depths: [1, 1, 1, 1], dims: [8, 8, 8, 8]}"  # as a command line gives it
@@ -78,14 +81,19 @@ def forget_accelerator() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def start(command: list[str], log: Path, kill_at: int | None = None) -> BaseProcess:
-    """Start `fcmae COMMAND` in a process of its own. log: its output. kill_at: see `_kill_in_save`."""
-    process = PROCESSES.Process(target=_child, args=(command, str(log), kill_at))
+def start(
+    command: list[str], log: Path, kill_at: int | None = None, hang_at: Path | None = None, deaf: bool = False
+) -> BaseProcess:
+    """Start `fcmae COMMAND` in a process of its own.
+
+    log: its output. kill_at: see `_kill_in_save`. hang_at, deaf: see `_hang_at`.
+    """
+    process = PROCESSES.Process(target=_child, args=(command, str(log), kill_at, hang_at, deaf))
     process.start()
     return process
 
 
-def _child(command: list[str], log: str, kill_at: int | None) -> None:
+def _child(command: list[str], log: str, kill_at: int | None, hang_at: Path | None, deaf: bool) -> None:
     with Path(log).open("ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -96,7 +104,29 @@ def _child(command: list[str], log: str, kill_at: int | None) -> None:
     torch.set_num_threads(1)
     if kill_at is not None:
         _kill_in_save(kill_at)
+    if hang_at is not None:
+        _hang_at(hang_at, deaf)
     sys.exit(main(command))
+
+
+def _hang_at(pipe: Path, deaf: bool) -> None:
+    """Have images read from a pipe that nobody writes to, once there is one, in place of their files.
+
+    deaf: no signal reaches the thread that reads, as on a mount whose server is gone.
+    """
+    open_image = Images.open
+
+    def opened(self: Images, i: int) -> BinaryIO:
+        if pipe.exists():
+            if deaf:
+                sleeper = threading.Thread(target=threading.Event().wait, daemon=True)
+                sleeper.start()
+                assert sleeper.ident is not None
+                ctypes.CDLL(None).pthread_join(ctypes.c_ulong(sleeper.ident), None)
+            pipe.open("rb")
+        return open_image(self, i)
+
+    Images.open = opened  # type: ignore[method-assign]
 
 
 def _kill_in_save(number: int) -> None:

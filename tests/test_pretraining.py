@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import math
 import os
@@ -11,6 +12,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import termios
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -351,7 +354,10 @@ def listed_as_bad(out: Path) -> set[str]:
 # Stopping and going on
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 0)])
+STATUSES = [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGUSR1, 0)]
+
+
+@pytest.mark.parametrize(("number", "status"), STATUSES)
 def test_a_signal_finishes_the_step_and_saves_and_the_status_tells_and_the_run_goes_on_from_there(
     uninterrupted: Path,
     images: Path,
@@ -391,7 +397,7 @@ def test_a_second_interrupt_ends_at_once(images: Path, tmp_path: Path, monkeypat
     assert list(checkpoint.steps(tmp_path / "out")) == [3]
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 0)])
+@pytest.mark.parametrize(("number", "status"), STATUSES)
 def test_a_signal_from_outside_stops_a_process_with_workers(
     uninterrupted: Path, images: Path, tmp_path: Path, number: signal.Signals, status: int
 ) -> None:
@@ -407,6 +413,93 @@ def test_a_signal_from_outside_stops_a_process_with_workers(
     process.join(60)
     assert process.exitcode == 0, (tmp_path / "log.txt").read_text()
     assert_equal_runs(out, uninterrupted)
+
+
+def hanging(images: Path, out: Path, num_workers: int, deaf: bool = False) -> Any:
+    """A run whose next read never ends, in the main process or in a worker."""
+    pipe = out.with_name("pipe")
+    command = ["pretrain", *flags(images, out, data__num_workers=num_workers, epochs=999)]
+    process = start(command, out.with_name("log.txt"), hang_at=pipe, deaf=deaf)
+    wait_for(lambda: checkpoint.latest(out) is not None, process)
+    os.mkfifo(pipe)
+    return process
+
+
+def stands_still(out: Path) -> bool:
+    before = (out / "metrics.jsonl").stat().st_size
+    time.sleep(0.5)
+    return (out / "metrics.jsonl").stat().st_size == before
+
+
+@pytest.mark.parametrize(("num_workers", "deaf"), [(0, False), (0, True), (1, True)])
+def test_a_second_interrupt_ends_a_run_whose_read_hangs_and_a_third_changes_nothing(
+    images: Path, tmp_path: Path, num_workers: int, deaf: bool
+) -> None:
+    out = tmp_path / "out"
+    process = hanging(images, out, num_workers, deaf)
+    wait_for(lambda: stands_still(out), process)
+    workers = psutil.Process(process.pid).children()
+    assert len(workers) == num_workers
+    for _ in range(4):
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGINT)
+        time.sleep(0.1)
+    process.join(20)
+    log = (tmp_path / "log.txt").read_text()
+    assert process.exitcode == 130, log
+    assert log.endswith("fcmae: interrupted\n") and "Traceback" not in log and "Exception" not in log
+    assert not any(worker.is_running() for worker in workers)
+    assert_whole_checkpoints(out)
+
+
+def test_no_worker_outlives_a_run_that_is_killed(images: Path, tmp_path: Path) -> None:
+    process = hanging(images, tmp_path / "out", num_workers=2, deaf=True)
+    wait_for(lambda: stands_still(tmp_path / "out"), process)
+    workers = psutil.Process(process.pid).children()
+    assert len(workers) == 2
+    process.kill()
+    process.join()
+    assert not psutil.wait_procs(workers, timeout=20)[1]
+
+
+def test_a_worker_that_is_killed_ends_the_run_with_a_sentence_and_its_last_checkpoint(
+    images: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    process = start(["pretrain", *flags(images, out, data__num_workers=1, epochs=999)], tmp_path / "log.txt")
+    wait_for(lambda: checkpoint.latest(out) is not None, process)
+    (worker,) = psutil.Process(process.pid).children()
+    worker.kill()
+    process.join(60)
+    log = (tmp_path / "log.txt").read_text()
+    assert process.exitcode == 2, log
+    assert "Traceback" not in log
+    (line,) = [line for line in log.splitlines() if line.startswith("fcmae: error")]
+    assert "a process that decodes images was killed, most often" in line and "lower num_workers (it is 1)" in line
+    assert line.endswith(f"; the same command goes on from {checkpoint.latest(out)}")
+    assert_whole_checkpoints(out)
+
+
+def test_a_terminal_that_is_gone_saves_the_run(images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "fcmae.cli", "pretrain", *flags(images, out, epochs=999)]
+    terminal, ours = os.openpty()
+
+    def own_terminal() -> None:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    process = subprocess.Popen(
+        command, stdin=ours, stdout=ours, stderr=ours, start_new_session=True, preexec_fn=own_terminal
+    )
+    os.close(ours)
+    reader = threading.Thread(target=lambda: iter(lambda: os.read(terminal, 999), b""), daemon=True)
+    reader.start()
+    wait_for(lambda: checkpoint.latest(out) is not None, process)
+    newest = checkpoint.latest(out)
+    os.close(terminal)
+    assert process.wait(60) == 129
+    assert checkpoint.latest(out) != newest
+    assert "stopped by SIGHUP after step" in (out / "train.log").read_text()
 
 
 def wait_for(condition: Callable[[], bool], process: Any) -> None:

@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -224,7 +225,9 @@ def test_the_log_is_on_the_terminal_and_in_the_file_which_ends_with_what_stopped
         raise FloatingPointError("step 3: the loss is nan")
     assert capsys.readouterr().err.endswith(" größer\n")  # the command itself prints what it raised
     lines = (tmp_path / "train.log").read_text(encoding="utf-8").splitlines()
-    assert [line.split(" ", 2)[2] for line in lines] == ["größer", "FloatingPointError: step 3: the loss is nan"]
+    told = "FloatingPointError: step 3: the loss is nan; there is no checkpoint yet; start again with another --out, "
+    told += "a lower optim.base_lr, or optim.clip_grad 1"
+    assert [line.split(" ", 2)[2] for line in lines] == ["größer", told]
     assert not logging.getLogger("fcmae").handlers
 
 
@@ -240,7 +243,7 @@ def test_automatic_precision_on_a_cpu_is_full(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_signals_are_noted_and_the_old_handlers_return(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with StopSignal() as stop:
@@ -252,6 +255,38 @@ def test_signals_are_noted_and_the_old_handlers_return(number: signal.Signals) -
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(number) is before
+
+
+def test_further_interrupts_are_the_same_impatience_until_a_while_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StopSignal, "GRACE_S", 0.5)
+    before = signal.getsignal(signal.SIGINT)
+
+    def interrupt() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt), StopSignal():  # noqa: PT012
+        interrupt()
+        try:
+            interrupt()
+        finally:
+            interrupt()
+    for _ in range(3):
+        interrupt()
+    time.sleep(0.6)
+    with pytest.raises(KeyboardInterrupt):
+        interrupt()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_what_nohup_has_ignored_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignal() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.received is None
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_run_that_was_refused_before_its_first_line_takes_other_settings(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ import shlex
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -47,6 +48,7 @@ from fcmae import options
 from fcmae.atomic import write_text
 from fcmae.config import RunConfig
 from fcmae.data.cores import num_cores
+from fcmae.data.loader import STOP_SIGNALS, end_workers
 from fcmae.training import checkpoint, health, own_files
 
 logger = logging.getLogger("fcmae")
@@ -164,7 +166,7 @@ class RunDirectory:
 
         Raises:
             ValueError: if another process uses the directory.
-            OSError: if a disk is full; it says what the run goes on from.
+            OSError: if a disk is full or a worker was killed; it says what the run goes on from.
             FloatingPointError: if its numbers stop being finite; it says what to start again from.
         """
         if not is_main:
@@ -175,12 +177,13 @@ class RunDirectory:
             with self._opened():
                 yield
         except OSError as error:
+            goes_on = f"the same command goes on from {checkpoint.latest(self.path) or 'the beginning'}"
+            if isinstance(error, ChildProcessError):
+                raise ChildProcessError(f"{error}; {goes_on}") from error
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            newest = checkpoint.latest(self.path)
             raise OSError(
-                f"no space is left for {error.filename or self.path} ({error.strerror}): free some, and the same "
-                f"command goes on from {newest or 'the beginning'}"
+                f"no space is left for {error.filename or self.path} ({error.strerror}): free some, and {goes_on}"
             ) from error
 
     @contextmanager
@@ -392,32 +395,76 @@ def _part() -> None:
 
 
 class StopSignal:
-    """SIGTERM, SIGINT and SIGUSR1 ask the loop to finish its step; a second SIGINT interrupts at once.
+    """SIGTERM, SIGINT, SIGUSR1 and SIGHUP ask the loop to finish its step; a second SIGINT interrupts at once.
 
-    Outside the main thread, where Python lets nobody take signals, they stay as they are.
+    Where a read hangs, in a worker or here, the second SIGINT ends it too: the workers are killed, and so is this
+    process if it has not come to its end soon after, unless it is a session at a prompt. Further ones are the same
+    impatience. Outside the main thread, where Python lets nobody take signals, they stay as they are.
 
     Attributes:
         received: the name of the signal that came first, or None.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    GRACE_S = 3.0
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self._interrupted = False
+        self._left = threading.Event()
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
-        in_charge = threading.current_thread() is threading.main_thread()
-        self._previous = {n: signal.signal(n, self._receive) for n in self.SIGNALS} if in_charge else {}
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        for number in STOP_SIGNALS:
+            # `nohup` has SIGHUP ignored.
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._receive)
+        # Python's handlers wait for the main thread, which a read may hold; what is written here does not.
+        read_end, self._write_end = os.pipe()
+        os.set_blocking(self._write_end, False)
+        self._previous_fd = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(read_end,), daemon=True).start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if not self._previous:
+            return
+        previous = self._previous[signal.SIGINT]
+        until = time.monotonic() + self.GRACE_S
+
+        def late(number: int, frame: FrameType | None) -> None:
+            if time.monotonic() > until:
+                signal.signal(number, previous)
+                os.kill(os.getpid(), number)
+
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, late if kind is KeyboardInterrupt and number == signal.SIGINT else handler)
+        signal.set_wakeup_fd(self._previous_fd)
+        os.close(self._write_end)
+        self._left.set()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None and number == signal.SIGINT:
+        if self.received is None:
+            self.received = signal.Signals(number).name
+        elif number == signal.SIGINT and not self._interrupted:
+            self._interrupted = True
             raise KeyboardInterrupt
-        self.received = signal.Signals(number).name
+
+    def _watch(self, read_end: int) -> None:
+        """In a thread of its own: see to it that a second SIGINT ends this process."""
+        num_signals = 0
+        with os.fdopen(read_end, "rb", buffering=0) as numbers:
+            while number := numbers.read(1):
+                num_signals += number[0] in STOP_SIGNALS
+                if num_signals > 1 and number[0] == signal.SIGINT:
+                    break
+            else:
+                return
+            end_workers()
+            if not self._left.wait(self.GRACE_S) and not hasattr(sys, "ps1"):
+                os.write(2, b"\nfcmae: interrupted\n")
+                os._exit(130)
 
 
 @dataclass(frozen=True)
@@ -445,7 +492,7 @@ class Run:
 
     @property
     def status(self) -> int:
-        """As a process's exit status: 0 at the end; 143 and 130 after SIGTERM and SIGINT, as shells have it.
+        """As a process's exit status: 0 at the end; 143, 130 and 129 after SIGTERM, SIGINT and SIGHUP, as shells have it.
 
         0 after SIGUSR1, by which schedulers warn that time is up: the job is queued again and does not count as failed.
         """
