@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import time
@@ -14,7 +15,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
+import torch
+from accelerate import Accelerator
 from runs import PROCESSES, config, forget_accelerator
 
 import fcmae.training.run
@@ -243,6 +247,50 @@ def test_automatic_precision_on_a_cpu_is_full(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def gradient(accelerator: Accelerator) -> tuple[torch.Tensor, object, object]:
+    """Of a fixed step, and in what it was computed."""
+    torch.manual_seed(0)
+    net = accelerator.prepare(torch.nn.Linear(3, 2))
+    loss = net(torch.ones(4, 3)).square().mean()
+    accelerator.backward(loss)
+    state = accelerator.state
+    kind = (accelerator.mixed_precision, state.dynamo_plugin.backend, accelerator.distributed_type, accelerator.device)
+    return net.weight.grad, loss.dtype, kind
+
+
+def test_what_accelerate_reads_from_the_environment_changes_no_gradient_or_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = config(Path("photos"), tmp_path)
+    folder = Path(accelerate.__file__).parent
+    source = "".join((folder / name).read_text() for name in ("accelerator.py", "state.py", "utils/dataclasses.py"))
+    names = set(re.findall(r"ACCELERATE_[A-Z0-9_]*[A-Z0-9]", source))
+    names |= {f"ACCELERATE_DYNAMO_{name}" for name in ("BACKEND", "MODE", "USE_FULLGRAPH", "USE_DYNAMIC")}
+    assert len(names) > 25
+    values = {
+        "ACCELERATE_MIXED_PRECISION": "bf16",
+        "ACCELERATE_DYNAMO_BACKEND": "eager",
+        "ACCELERATE_FP8_BACKEND": "TE",
+        "ACCELERATE_TORCH_DEVICE": "meta",
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
+    }
+    expected, *others = gradient(make_accelerator(cfg))
+    refused = set()
+    for name in sorted(names):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, values.get(name, "true"))
+            try:
+                found, *rest = gradient(make_accelerator(cfg))
+            except ValueError as error:
+                assert str(error).startswith(f"{name} is set in the environment")
+                refused.add(name)
+            else:
+                assert torch.equal(found, expected), name
+                assert rest == others, name
+    kinds = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER")
+    assert refused == {f"ACCELERATE_USE_{kind}" for kind in kinds}
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_signals_are_noted_and_the_old_handlers_return(number: signal.Signals) -> None:
     before = signal.getsignal(number)
@@ -264,7 +312,7 @@ def test_further_interrupts_are_the_same_impatience_until_a_while_after(monkeypa
     def interrupt() -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt), StopSignal():  # noqa: PT012
+    with pytest.raises(KeyboardInterrupt), StopSignal():
         interrupt()
         try:
             interrupt()

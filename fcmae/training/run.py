@@ -40,7 +40,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, parse_flag_from_env
 from tqdm import tqdm
 
 import fcmae
@@ -349,10 +349,11 @@ def _uses_cpu(cfg: RunConfig) -> bool:
 def make_accelerator(cfg: RunConfig) -> Accelerator:
     """accelerate's view of the devices, for cfg.device, cfg.precision and the trackers.
 
-    It forgets those of a run before in this process, which may have computed elsewhere or in another precision.
+    It forgets those of a run before in this process, which may have computed elsewhere or in another precision, and
+    what the environment says to accelerate: the settings hold.
 
     Raises:
-        ValueError: for fp16 and tf32 on a CPU.
+        ValueError: for fp16 and tf32 on a CPU, and where the environment asks for shards of the model.
     """
     AcceleratorState._reset_state(reset_partial_state=True)
     cpu = _uses_cpu(cfg)
@@ -368,6 +369,15 @@ def make_accelerator(cfg: RunConfig) -> Accelerator:
     torch.backends.cudnn.allow_tf32 = cfg.precision == "tf32"
     # DDP remarks on the strides of the gradients of depthwise weights, in their dimension of size 1: they cost nothing.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
+            raise ValueError(
+                f"ACCELERATE_USE_{name} is set in the environment, as accelerate's launcher does, and fcmae has each "
+                "process hold the whole model: unset it, or launch with --multi_gpu"
+            )
+    # Steps of accumulation, precision, device, compiler: accelerate reads them there now and while it trains.
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        del os.environ[name]
     return Accelerator(
         cpu=cpu,
         mixed_precision=precision,
@@ -492,7 +502,7 @@ class Run:
 
     @property
     def status(self) -> int:
-        """As a process's exit status: 0 at the end; 143, 130 and 129 after SIGTERM, SIGINT and SIGHUP, as shells have it.
+        """As a process's exit status: 0 at the end; 128 and its number after a signal, as shells have it.
 
         0 after SIGUSR1, by which schedulers warn that time is up: the job is queued again and does not count as failed.
         """
