@@ -280,6 +280,19 @@ def test_several_masks_an_image_take_more_steps_over_the_same_images_and_resume(
     assert run(images, tmp_path / "whole", data__val_share=0.1) == 2
 
 
+def test_a_run_whose_grn_pools_over_the_batch_goes_on_with_as_many_images_at_once(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, pooled = tmp_path / "out", {"model__grn_scope": "batch", "grad_accum": 2}
+    interrupted(images, out, **pooled)
+    assert run(images, out, model__grn_scope="batch") == 2
+    error = capsys.readouterr().err
+    assert "model.grn_scope = batch pools over 4 images, and the run did over 2: choose grad_accum and" in error
+    assert run(images, out, **pooled) == 0
+    interrupted(images, tmp_path / "image", grad_accum=2)
+    assert run(images, tmp_path / "image") == 0
+
+
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     """The real launcher and script; images that only the second process fails to read are reported too."""
     images = write_images(tmp_path / "images", 12)

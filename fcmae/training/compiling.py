@@ -31,8 +31,8 @@ def compile_model(net: nn.Module, setting: Setting, step: Callable[[], None], nu
     Args:
         net: what is compiled.
         setting: True and False are what they say, and True is tried before training starts; "cudagraphs" also records
-            the kernels of a step and replays them, which saves the host's time a kernel; "auto" times a few steps of both
-            kinds if the run is long enough.
+            the kernels of a step and replays them, which saves the host's time a kernel; "auto" times a few steps of
+            both kinds if the run is long enough.
         step: forward and backward on a part of a batch as the run will see them; its gradients are dropped.
         num_steps: as many as the run has left.
 
