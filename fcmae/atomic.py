@@ -1,8 +1,9 @@
-"""Files that are there whole or not at all, and that are read only if they are files and not too large."""
+"""Files that are there whole or not at all, known to be what was written, and read only if they are not too large."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,3 +53,19 @@ def read_bytes(path: Path, most: int) -> bytes:
     if path.stat().st_size > most:
         raise OSError(errno.EFBIG, f"it has more than {most:,} bytes", str(path))
     return path.read_bytes()
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's bytes, as 64 hexadecimal digits.
+
+    Args:
+        path: of the file, which is read a piece at a time.
+
+    Raises:
+        OSError: if it cannot be read.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 from timm.data import Mixup
 from timm.utils import ModelEmaV3
 from torch import Tensor
@@ -75,7 +76,7 @@ def finetune(cfg: FinetuneConfig, net: Classifier | None = None) -> Run:
         net = build_model(cfg, weights, len(val_images.class_names))
     weights = replace(weights, state={}, image=image_settings(cfg, weights), class_names=tuple(val_images.class_names))
     if run.resume_from is not None:
-        checkpoint.check_images(run.resume_from, fingerprint(train_images, val_images))
+        checkpoint.check_origin(run.resume_from, run.kind, fingerprint(train_images, val_images))
     elif not cfg.eval_only:
         kept = checkpoint.num_kept(cfg.checkpoint.keep, cfg.epochs, cfg.checkpoint.milestone_epochs)
         # The best and the last model too, which are a third of a checkpoint each.
@@ -130,8 +131,9 @@ def train(
     images_used, best = fingerprint(train_images, val_images), Best()
     if (resumed := run.resume_from) is not None:
         in_format_1 = partial(rename, to="timm")
-        meta = checkpoint.restore(resumed, net, adamw, images_used, in_format_1, accelerator.scaler)
-        best = Best(**meta.progress["best"])
+        meta = checkpoint.restore(resumed, net, adamw, in_format_1, accelerator.scaler)
+        with checkpoint.reading_progress(resumed):
+            best = TypeAdapter(Best).validate_python(meta.progress["best"])
         if ema is not None:
             ema.module.load_state_dict(checkpoint.read_state(resumed, "ema", net, in_format_1))
     schedule = schedule_of(cfg, per_epoch, run.resume_step)
@@ -182,7 +184,7 @@ def train(
                 spec, config = net.encoder.spec.model_dump(), cfg.model_dump(mode="json")
                 meta = checkpoint.Meta("finetune", step.number, config, images_used, progress, spec)
                 checkpoint.save(run.path, meta, tensors)
-                checkpoint.prune(run.path, cfg.checkpoint.keep, schedule.milestone_every)
+                checkpoint.prune(run.path, cfg.checkpoint.keep, schedule.milestone_every, run.last_good())
     if steps.finished:
         logger.info("best and last model: %s, %s", run.path / "best", run.path / "last")
     return steps.finished

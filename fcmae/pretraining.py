@@ -81,6 +81,7 @@ def pretrain(cfg: PretrainConfig, net: FCMAE | None = None) -> Run:
     images = same_everywhere(accelerator, partial(run_images, cfg, run))
     train_images, val_images = split(images, cfg.data.val_share, cfg.seed)
     schedule = build_schedule(cfg, run, train_images)
+    check_pooled(cfg, run, accelerator)
     started = ["from the model that was handed in"] if run.resume_from is None else []
     if net is None:
         net = build_model(cfg)
@@ -138,7 +139,7 @@ def train(
     adamw = build_optimizer(cfg, net)
     fingerprint = train_images.fingerprint()
     if run.resume_from is not None:
-        checkpoint.restore(run.resume_from, net, adamw, fingerprint, partial(rename, to=OLD), accelerator.scaler)
+        checkpoint.restore(run.resume_from, net, adamw, partial(rename, to=OLD), accelerator.scaler)
     normalize = Normalize(*cfg.data.statistics()).to(accelerator.device)
     visible = num_visible(math.prod(mask_grid(cfg)), cfg.model.mask_ratio)
 
@@ -170,13 +171,14 @@ def train(
                 evaluation.run(net, step)
             if step.saves and accelerator.is_main_process:
                 tensors = {"model": net.state_dict(), "optimizer": checkpoint.optimizer_state(adamw, net)}
-                progress = {"scaler": accelerator.scaler.state_dict() if accelerator.scaler else None}
+                scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
+                progress = {"scaler": scaler, "images_at_once": images_at_once(cfg, accelerator)}
                 spec = net.encoder.spec.model_dump()
                 config = cfg.model_dump(mode="json")
                 checkpoint.save(
                     run.path, checkpoint.Meta("pretrain", step.number, config, fingerprint, progress, spec), tensors
                 )
-                checkpoint.prune(run.path, cfg.checkpoint.keep, schedule.milestone_every)
+                checkpoint.prune(run.path, cfg.checkpoint.keep, schedule.milestone_every, run.last_good())
     if steps.finished:
         place = shlex.quote(str(run.path))
         logger.info("next: fcmae finetune LABELLED --init %s, or fcmae convert %s DEST; fcmae status %s", *[place] * 3)
@@ -211,8 +213,29 @@ def build_schedule(cfg: PretrainConfig, run: RunDirectory, images: Images) -> Sc
             "its encoder would never learn"
         )
     if run.resume_from is not None:
-        checkpoint.check_images(run.resume_from, images.fingerprint())
+        checkpoint.check_origin(run.resume_from, run.kind, images.fingerprint())
     return schedule
+
+
+def check_pooled(cfg: PretrainConfig, run: RunDirectory, accelerator: Accelerator) -> None:
+    """Refuse to go on with other batches under GRN than before, where it pools over them.
+
+    Args:
+        cfg: the run's settings.
+        run: where it stands.
+        accelerator: of its processes.
+
+    Raises:
+        ValueError: in one sentence.
+    """
+    if cfg.model.grn_scope == "image" or run.resume_from is None:
+        return
+    now = images_at_once(cfg, accelerator)
+    if (before := checkpoint.read_meta(run.resume_from).progress.get("images_at_once", now)) != now:
+        raise ValueError(
+            f"model.grn_scope = batch pools over {now} images, and the run did over {before}: choose grad_accum and "
+            f"processes so that batch_size / (grad_accum * processes) is {before} again"
+        )
 
 
 def build_model(cfg: PretrainConfig) -> FCMAE:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import io
 import json
 import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
@@ -25,6 +27,7 @@ from torch import Tensor
 import fcmae.training.checkpoint
 import fcmae.training.steps
 from fcmae.config import PretrainConfig
+from fcmae.data.index import Images
 from fcmae.options import load
 
 # Nothing is chosen beside a file of settings, and this one has none.
@@ -83,18 +86,30 @@ def forget_accelerator() -> None:
 
 
 def start(
-    command: list[str], log: Path, kill_at: int | None = None, prepare: Callable[[], None] | None = None
+    command: list[str],
+    log: Path,
+    kill_at: int | None = None,
+    hang_at: Path | None = None,
+    deaf: bool = False,
+    prepare: Callable[[], None] | None = None,
 ) -> BaseProcess:
     """Start `fcmae COMMAND` in a process of its own.
 
-    log: its output. kill_at: see `_kill_in_save`. prepare: called there first.
+    log: its output. kill_at: see `_kill_in_save`. hang_at, deaf: see `_hang_at`. prepare: called there first.
     """
-    process = PROCESSES.Process(target=_child, args=(command, str(log), kill_at, prepare))
+    process = PROCESSES.Process(target=_child, args=(command, str(log), kill_at, hang_at, deaf, prepare))
     process.start()
     return process
 
 
-def _child(command: list[str], log: str, kill_at: int | None, prepare: Callable[[], None] | None) -> None:
+def _child(
+    command: list[str],
+    log: str,
+    kill_at: int | None,
+    hang_at: Path | None,
+    deaf: bool,
+    prepare: Callable[[], None] | None,
+) -> None:
     with Path(log).open("ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -105,12 +120,34 @@ def _child(command: list[str], log: str, kill_at: int | None, prepare: Callable[
     torch.set_num_threads(1)
     if kill_at is not None:
         _kill_in_save(kill_at)
+    if hang_at is not None:
+        _hang_at(hang_at, deaf)
     if prepare is not None:
         prepare()
     try:
         sys.exit(main(command))
     finally:
         atexit._run_exitfuncs()  # which multiprocessing's processes leave out
+
+
+def _hang_at(pipe: Path, deaf: bool) -> None:
+    """Have images read from a pipe that nobody writes to, once there is one, in place of their files.
+
+    deaf: no signal reaches the thread that reads, as on a mount whose server is gone.
+    """
+    open_image = Images.open
+
+    def opened(self: Images, i: int) -> BinaryIO:
+        if pipe.exists():
+            if deaf:
+                sleeper = threading.Thread(target=threading.Event().wait, daemon=True)
+                sleeper.start()
+                assert sleeper.ident is not None
+                ctypes.CDLL(None).pthread_join(ctypes.c_ulong(sleeper.ident), None)
+            pipe.open("rb")
+        return open_image(self, i)
+
+    Images.open = opened  # type: ignore[method-assign]
 
 
 def _kill_in_save(number: int) -> None:

@@ -1,12 +1,13 @@
 """Files that are there whole or not at all."""
 
 import errno
+import hashlib
 import os
 from pathlib import Path
 
 import pytest
 
-from fcmae.atomic import read_bytes, replacing, write_text
+from fcmae.atomic import read_bytes, replacing, sha256_of, write_text
 
 
 def test_a_file_is_replaced_only_when_it_is_whole(tmp_path: Path) -> None:
@@ -57,3 +58,10 @@ def test_what_a_full_disk_stops_is_named(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No space left") as caught, replacing(tmp_path / "file") as aside:
         fill(aside)
     assert caught.value.filename == str(tmp_path / "file") and not list(tmp_path.iterdir())
+
+
+def test_a_checksum_is_of_all_bytes_of_a_file(tmp_path: Path) -> None:
+    content = bytes(range(256)) * 5000  # more than is read at a time
+    for changed in (content, b"", content[:-1], content[:-1] + b"\0"):
+        (tmp_path / "file").write_bytes(changed)
+        assert sha256_of(tmp_path / "file") == hashlib.sha256(changed).hexdigest()

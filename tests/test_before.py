@@ -120,7 +120,7 @@ def test_a_pretraining_of_before_goes_on_with_its_weights_and_moments(stored: di
     cfg = PretrainConfig.model_validate(meta.config)
     optimizer = pretraining_optimizer(cfg, model)
     from_format_1 = partial(rename, to=OLD)
-    assert checkpoint.restore(PRETRAINING, model, optimizer, meta.data_fingerprint, from_format_1) == meta
+    assert checkpoint.restore(PRETRAINING, model, optimizer, from_format_1) == meta
     assert model.state_dict().keys() == stored.keys()
     assert all(torch.equal(value, stored[name]) for name, value in model.state_dict().items())
     moments = load_file(PRETRAINING / "optimizer.safetensors")
@@ -134,7 +134,7 @@ def test_a_pretraining_of_before_goes_on_with_its_weights_and_moments(stored: di
     pred.square().mean().backward()
     optimizer.step()
     with pytest.raises(ValueError, match=r"data\.path no longer gives the images of"):
-        checkpoint.restore(PRETRAINING, model, optimizer, "others", from_format_1)
+        checkpoint.check_origin(PRETRAINING, "pretrain", "others")
 
 
 def test_a_fine_tuning_of_before_goes_on_with_its_weights_moments_and_average() -> None:
@@ -143,7 +143,7 @@ def test_a_fine_tuning_of_before_goes_on_with_its_weights_moments_and_average() 
     model = Classifier(Encoder(SPEC), 2)
     optimizer = finetuning_optimizer(FinetuneConfig.model_validate(meta.config), model)
     from_format_1 = partial(rename, to="timm")
-    checkpoint.restore(FINETUNING, model, optimizer, meta.data_fingerprint, from_format_1)
+    checkpoint.restore(FINETUNING, model, optimizer, from_format_1)
     average = Classifier(Encoder(SPEC), 2)
     average.load_state_dict(checkpoint.read_state(FINETUNING, "ema", average, from_format_1))
     images = torch.randn(2, 3, 32, 32)

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from fcmae.data.augment import CropAndFlip
 from fcmae.data.dataset import Batch, NoUsableImage, PretrainDataset, Sample
 from fcmae.data.index import Images, find_images
-from fcmae.data.loader import build_loader, choose_num_workers, prefetched
+from fcmae.data.loader import STOP_SIGNALS, build_loader, choose_num_workers, prefetched
 from fcmae.data.sampler import StepSampler
 
 
@@ -85,7 +85,7 @@ def test_the_error_of_a_worker_is_one_sentence(index: Images, num_workers: int) 
 
 class _SignalsItself(Dataset[Sample]):
     def __getitem__(self, key: tuple[int, int]) -> Sample:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in STOP_SIGNALS:
             os.kill(os.getpid(), number)
         threads = torch.get_num_threads()
         return Sample(np.zeros((1, 1, 1), np.uint8), None, threads, key[1], True, [])
@@ -95,6 +95,36 @@ def test_workers_outlive_the_signals_that_stop_a_job_and_have_one_thread() -> No
     batches = list(build_loader(_SignalsItself(), [[(0, 0)], [(0, 1)]], num_workers=1, device_type="cpu"))
     assert [batch.index.item() for batch in batches] == [0, 1]
     assert batches[0].labels is not None and batches[0].labels.item() == 1
+
+
+class _FailsItself(Dataset[Sample]):
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        raise self.error
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("error", [RuntimeError("of the data"), ConnectionResetError("of the store")])
+def test_an_error_of_the_data_is_not_taken_for_a_worker_that_was_killed(error: Exception, num_workers: int) -> None:
+    loader = build_loader(_FailsItself(error), [[(0, 0)]], num_workers=num_workers, device_type="cpu")
+    with pytest.raises(type(error), match="of the"):
+        list(loader)
+
+
+class _KillsItself(Dataset[Sample]):
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError
+
+
+def test_a_worker_that_is_killed_is_told_of_where_a_batch_is_asked_for_and_nowhere_else() -> None:
+    before = signal.getsignal(signal.SIGCHLD)
+    batches = iter(build_loader(_KillsItself(), [[(0, 0)]], num_workers=1, device_type="cpu"))
+    with pytest.raises(ChildProcessError, match=r"killed, most often .* lower num_workers \(it is 1\)"):
+        next(batches)
+    assert signal.getsignal(signal.SIGCHLD) is before
 
 
 class _Stream:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import math
 import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
+import termios
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -171,7 +176,9 @@ def test_a_run_writes_settings_logs_pictures_and_checkpoints(images: Path, tmp_p
         *("checkpoints", "reconstructions", "tensorboard"),
     }
     assert read(PretrainConfig, out / "config.yaml") == cfg
-    assert [path.name for path in sorted((out / "checkpoints").iterdir())] == ["step-00000004", "step-00000008"]
+    assert [path.name for path in sorted((out / "checkpoints").iterdir())] == [
+        *("step-00000004", "step-00000006", "step-00000008")
+    ]
     pictures = [f"step-0000000{step}.png" for step in (2, 4, 6, 8)]
     assert [path.name for path in sorted((out / "reconstructions").iterdir())] == ["over-time.png", *pictures, "tiles"]
     assert [path.name for path in sorted((out / "reconstructions" / "tiles").iterdir())] == pictures
@@ -291,6 +298,19 @@ def test_several_masks_an_image_take_more_steps_over_the_same_images_and_resume(
     assert run(images, tmp_path / "whole", data__val_share=0.1) == 2
 
 
+def test_a_run_whose_grn_pools_over_the_batch_goes_on_with_as_many_images_at_once(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, pooled = tmp_path / "out", {"model__grn_scope": "batch", "grad_accum": 2}
+    interrupted(images, out, **pooled)
+    assert run(images, out, model__grn_scope="batch") == 2
+    error = capsys.readouterr().err
+    assert "model.grn_scope = batch pools over 4 images, and the run did over 2: choose grad_accum and" in error
+    assert run(images, out, **pooled) == 0
+    interrupted(images, tmp_path / "image", grad_accum=2)
+    assert run(images, tmp_path / "image") == 0
+
+
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     """The real launcher and script; images that only the second process fails to read are reported too."""
     images = write_images(tmp_path / "images", 12)
@@ -365,7 +385,10 @@ def listed_as_bad(out: Path) -> set[str]:
 # Stopping and going on
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 0)])
+STATUSES = [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGUSR1, 0)]
+
+
+@pytest.mark.parametrize(("number", "status"), STATUSES)
 def test_a_signal_finishes_the_step_and_saves_and_the_status_tells_and_the_run_goes_on_from_there(
     uninterrupted: Path,
     images: Path,
@@ -405,7 +428,7 @@ def test_a_second_interrupt_ends_at_once(images: Path, tmp_path: Path, monkeypat
     assert list(checkpoint.steps(tmp_path / "out")) == [3]
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 0)])
+@pytest.mark.parametrize(("number", "status"), STATUSES)
 def test_a_signal_from_outside_stops_a_process_with_workers(
     uninterrupted: Path, images: Path, tmp_path: Path, number: signal.Signals, status: int
 ) -> None:
@@ -421,6 +444,93 @@ def test_a_signal_from_outside_stops_a_process_with_workers(
     process.join(60)
     assert process.exitcode == 0, (tmp_path / "log.txt").read_text()
     assert_equal_runs(out, uninterrupted)
+
+
+def hanging(images: Path, out: Path, num_workers: int, deaf: bool = False) -> Any:
+    """A run whose next read never ends, in the main process or in a worker."""
+    pipe = out.with_name("pipe")
+    command = ["pretrain", *flags(images, out, data__num_workers=num_workers, epochs=999)]
+    process = start(command, out.with_name("log.txt"), hang_at=pipe, deaf=deaf)
+    wait_for(lambda: checkpoint.latest(out) is not None, process)
+    os.mkfifo(pipe)
+    return process
+
+
+def stands_still(out: Path) -> bool:
+    before = (out / "metrics.jsonl").stat().st_size
+    time.sleep(0.5)
+    return (out / "metrics.jsonl").stat().st_size == before
+
+
+@pytest.mark.parametrize(("num_workers", "deaf"), [(0, False), (0, True), (1, True)])
+def test_a_second_interrupt_ends_a_run_whose_read_hangs_and_a_third_changes_nothing(
+    images: Path, tmp_path: Path, num_workers: int, deaf: bool
+) -> None:
+    out = tmp_path / "out"
+    process = hanging(images, out, num_workers, deaf)
+    wait_for(lambda: stands_still(out), process)
+    workers = psutil.Process(process.pid).children()
+    assert len(workers) == num_workers
+    for _ in range(4):
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGINT)
+        time.sleep(0.1)
+    process.join(20)
+    log = (tmp_path / "log.txt").read_text()
+    assert process.exitcode == 130, log
+    assert log.endswith("fcmae: interrupted\n") and "Traceback" not in log and "Exception" not in log
+    assert not any(worker.is_running() for worker in workers)
+    assert_whole_checkpoints(out)
+
+
+def test_no_worker_outlives_a_run_that_is_killed(images: Path, tmp_path: Path) -> None:
+    process = hanging(images, tmp_path / "out", num_workers=2, deaf=True)
+    wait_for(lambda: stands_still(tmp_path / "out"), process)
+    workers = psutil.Process(process.pid).children()
+    assert len(workers) == 2
+    process.kill()
+    process.join()
+    assert not psutil.wait_procs(workers, timeout=20)[1]
+
+
+def test_a_worker_that_is_killed_ends_the_run_with_a_sentence_and_its_last_checkpoint(
+    images: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    process = start(["pretrain", *flags(images, out, data__num_workers=1, epochs=999)], tmp_path / "log.txt")
+    wait_for(lambda: checkpoint.latest(out) is not None, process)
+    (worker,) = psutil.Process(process.pid).children()
+    worker.kill()
+    process.join(60)
+    log = (tmp_path / "log.txt").read_text()
+    assert process.exitcode == 2, log
+    assert "Traceback" not in log
+    (line,) = [line for line in log.splitlines() if line.startswith("fcmae: error")]
+    assert "a process that decodes images was killed, most often" in line and "lower num_workers (it is 1)" in line
+    assert line.endswith(f"; the same command goes on from {checkpoint.latest(out)}")
+    assert_whole_checkpoints(out)
+
+
+def test_a_terminal_that_is_gone_saves_the_run(images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "fcmae.cli", "pretrain", *flags(images, out, epochs=999)]
+    terminal, ours = os.openpty()
+
+    def own_terminal() -> None:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    process = subprocess.Popen(
+        command, stdin=ours, stdout=ours, stderr=ours, start_new_session=True, preexec_fn=own_terminal
+    )
+    os.close(ours)
+    reader = threading.Thread(target=lambda: iter(lambda: os.read(terminal, 999), b""), daemon=True)
+    reader.start()
+    wait_for(lambda: checkpoint.latest(out) is not None, process)
+    newest = checkpoint.latest(out)
+    os.close(terminal)
+    assert process.wait(60) == 129
+    assert checkpoint.latest(out) != newest
+    assert "stopped by SIGHUP after step" in (out / "train.log").read_text()
 
 
 def wait_for(condition: Callable[[], bool], process: Any) -> None:
@@ -463,7 +573,7 @@ def test_a_run_of_an_earlier_version_goes_on(uninterrupted: Path, images: Path, 
             assert "mask_token" in state or "mask_token/step" in state
             save_file(state, file)
         meta = json.loads((place / "checkpoint.json").read_text()) | {"format": 1}
-        del meta["spec"]
+        del meta["spec"], meta["checksums"]
         (place / "checkpoint.json").write_text(json.dumps(meta))
     assert run(images, out) == 0
     assert_equal_runs(out, uninterrupted)
@@ -591,6 +701,82 @@ def test_too_many_broken_images_stop_the_run_with_one_sentence(
     assert "Traceback" not in error
 
 
+# Disks that are full
+
+
+def full(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "safetensors.torch.serialize_file",
+        "fcmae.pretraining.save_reconstructions",
+        "fcmae.pretraining.save_curves",
+        "tensorboard.summary.writer.record_writer.RecordWriter.write",
+    ],
+)
+def test_a_full_disk_ends_a_run_with_a_sentence_and_its_last_checkpoint(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], place: str
+) -> None:
+    out = tmp_path / "out"
+    options = {"log__trackers": "tensorboard", "log__eval_epochs": 1, "checkpoint__every_epochs": 0.1}
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, lambda: patch.setattr(place, full))
+        assert run(images, out, **options) == 2
+    error = capsys.readouterr().err
+    newest = checkpoint.latest(out)
+    assert newest is not None
+    assert f"fcmae: error: no space is left for {out}" in error
+    assert error.endswith(f": free some, and the same command goes on from {newest}\n")
+    assert "Traceback" not in error
+    assert not list(out.glob("checkpoints/.tmp-*"))
+    assert_whole_checkpoints(out)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Makes a disk of so many kilobytes."""
+    made = []
+
+    def make(kilobytes: int) -> Path:
+        place = tmp_path / "disk"
+        place.mkdir()
+        words = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(place)]
+        if shutil.which("mount") is None or subprocess.run(words, capture_output=True, check=False).returncode:
+            pytest.skip("mounting takes root")
+        made.append(place)
+        return place
+
+    yield make
+    for place in made:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@pytest.mark.parametrize("kilobytes", [28, 700])
+def test_a_run_on_a_disk_that_fills_up_goes_on_once_there_is_space(
+    images: Path, small_disk: Callable[[int], Path], tmp_path: Path, kilobytes: int
+) -> None:
+    disk = small_disk(kilobytes)
+    options = {"log__trackers": "tensorboard", "log__eval_epochs": 1, "checkpoint__every_epochs": 0.1}
+    command = ["pretrain", *flags(images, disk / "out", **options, checkpoint__keep=9)]
+    process = start(command, tmp_path / "log.txt")
+    process.join(60)
+    error = (tmp_path / "log.txt").read_text()
+    assert process.exitcode == 2, error
+    assert "Traceback" not in error and "fcmae: error: no space is left for" in error
+    newest = checkpoint.latest(disk / "out")
+    assert error.endswith(f"goes on from {newest or 'the beginning'}\n")
+    assert not list(disk.glob("out/checkpoints/.tmp-*"))
+    assert_whole_checkpoints(disk / "out")
+    subprocess.run(["mount", "-o", "remount,size=9m", str(disk)], check=True)
+    process = start(command, tmp_path / "log.txt")
+    process.join(60)
+    assert process.exitcode == 0, (tmp_path / "log.txt").read_text()
+    assert len(losses(disk / "out")) == STEPS
+
+
 # Numbers that are not finite
 
 
@@ -598,16 +784,40 @@ def test_an_exploding_run_stops_with_the_step_and_keeps_its_last_good_checkpoint
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    # The rate of the first step is 0, so its checkpoint is sound.
-    assert run(images, out, optim__base_lr=1e25, checkpoint__every_epochs=0.1) == 2
+    # The rate of the first step is 0, so its checkpoint is sound; the second spoils the weights, which the third shows.
+    assert run(images, out, optim__base_lr=1e25, checkpoint__every_epochs=0.1, checkpoint__keep=1) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fcmae: error")]
-    assert f"step {max(checkpoint.steps(out)) + 1}: the " in line
     assert "not finite" in line or "loss is" in line
-    assert line.endswith(f"the last good checkpoint is {checkpoint.latest(out)}")
+    good = out / "checkpoints" / "step-00000001"
+    assert good.exists() and "step 1:" not in line
+    assert line.endswith(
+        f"; the last good checkpoint is {good}; start again with another --out, --init {good}, "
+        "a lower optim.base_lr, or optim.clip_grad 1"
+    )
     assert line.partition("error: ")[2] in (out / "train.log").read_text().splitlines()[-1]
     assert_whole_checkpoints(out)
     assert all(value.isfinite().all() for value in final_state(out).values())
     assert "NaN" not in (out / "metrics.jsonl").read_text()
+
+
+def test_the_last_good_checkpoint_is_from_before_the_loss_rose(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, factor, loss_of = tmp_path / "out", [1.0], pretraining.masked_loss
+    monkeypatch.setattr(pretraining, "masked_loss", lambda *args, **options: loss_of(*args, **options) * factor[0])
+    for number, value in ((4, 0.5), (6, 0.9), (9, math.nan)):  # step 5's weights already give a high loss
+        at_step(monkeypatch, number, lambda value=value: factor.__setitem__(0, value))  # type: ignore[misc]
+    every_step = {"checkpoint__every_epochs": 0.1, "checkpoint__keep": 2, "optim__clip_grad": 2}
+    assert run(images, out, **every_step, log__eval_epochs=9) == 2
+    assert list(checkpoint.steps(out)) == [4, 7, 8]
+    error = capsys.readouterr().err
+    assert f"step 9: the loss is nan; the last good checkpoint is {out / 'checkpoints' / 'step-00000004'};" in error
+    assert error.endswith("optim.clip_grad below 2\n")
+    runs.forget_accelerator()
+    # What the message says can be typed.
+    init = {"init": out / "checkpoints" / "step-00000004", "optim__base_lr": 0.01, "optim__clip_grad": 1}
+    monkeypatch.undo()
+    assert run(images, tmp_path / "again", **init, epochs=1) == 0
 
 
 def test_a_step_read_one_later_is_named_and_neither_of_the_two_is_saved(

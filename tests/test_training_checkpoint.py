@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from runs import assert_same
+from safetensors import SafetensorError
 from torch import nn
 
 import fcmae
+from fcmae.atomic import sha256_of
 from fcmae.training import checkpoint
-from fcmae.training.checkpoint import Meta, latest, prune, read_meta, read_tensors, restore, save, steps
+from fcmae.training.checkpoint import Meta, check_origin, latest, prune, read_meta, read_tensors, restore, save, steps
 from fcmae.training.optim import parameter_groups
 
 NO_OTHER_NAMES = str  # of the parameters in format 1
@@ -50,7 +55,7 @@ def test_a_restored_model_trains_on_as_the_saved_one(tmp_path: Path) -> None:
         tmp_path, meta, {"model": model.state_dict(), "optimizer": checkpoint.optimizer_state(optimizer, model)}
     )
     other, other_optimizer = trained(num_steps=0)
-    assert restore(place, other, other_optimizer, "fingerprint", NO_OTHER_NAMES) == meta
+    assert replace(restore(place, other, other_optimizer, NO_OTHER_NAMES), checksums={}) == meta
     for net, adamw in ((model, optimizer), (other, other_optimizer)):
         step(net, adamw, 4)
     assert_same(other.state_dict(), model.state_dict())
@@ -75,10 +80,10 @@ def test_a_checkpoint_of_format_1_is_restored_under_its_names_and_in_its_shapes(
     }
     place = save(tmp_path, Meta("pretrain", 3, {}, "fingerprint", format=1), old)
     meta = json.loads((place / "checkpoint.json").read_text())
-    del meta["spec"]
+    del meta["spec"], meta["checksums"]
     (place / "checkpoint.json").write_text(json.dumps(meta))
     other, other_optimizer = trained(num_steps=0)
-    restore(place, other, other_optimizer, "fingerprint", earlier)
+    restore(place, other, other_optimizer, earlier)
     for net, adamw in ((model, optimizer), (other, other_optimizer)):
         step(net, adamw, 4)
     assert_same(other.state_dict(), model.state_dict())
@@ -93,7 +98,11 @@ def test_a_checkpoint_is_safetensors_and_json_that_says_what_it_is(tmp_path: Pat
         "optimizer.safetensors",
         "checkpoint.json",
     }
-    assert json.loads((place / "checkpoint.json").read_text()) == {
+    content = json.loads((place / "checkpoint.json").read_text())
+    checksums = content.pop("checksums")
+    assert checksums.keys() == {"model.safetensors", "optimizer.safetensors", "checkpoint.json"}
+    assert checksums["model.safetensors"] == sha256_of(place / "model.safetensors")
+    assert content == {
         "kind": "pretrain",
         "step": 7,
         "config": {"seed": 3},
@@ -182,7 +191,12 @@ def test_steps_are_ordered_as_numbers(tmp_path: Path) -> None:
 def test_other_images_are_refused(tmp_path: Path) -> None:
     place = write(tmp_path)
     with pytest.raises(ValueError, match=r"data.path no longer gives the images of .*step-00000007"):
-        restore(place, *trained(), "other", NO_OTHER_NAMES)
+        check_origin(place, "pretrain", "other")
+    with pytest.raises(
+        ValueError, match=r"step-00000007 is of another kind of run, pretrain and not finetune: restore"
+    ):
+        check_origin(place, "finetune", "fingerprint")
+    check_origin(place, "pretrain", "fingerprint")
 
 
 @pytest.mark.parametrize(
@@ -190,6 +204,10 @@ def test_other_images_are_refused(tmp_path: Path) -> None:
     [
         (None, "is not a checkpoint of fcmae: checkpoint.json: .*No such file"),
         ("{", "is not a checkpoint of fcmae"),
+        ("[" * 100_000, "is not a checkpoint of fcmae: checkpoint.json: recursion limit exceeded"),
+        (" " * 20_000_000, "is not a checkpoint of fcmae: checkpoint.json: it has 20000000 bytes"),
+        ("\0\1\2", "is not a checkpoint of fcmae: checkpoint.json: expected value"),
+        ("1" * 10_000, "is not a checkpoint of fcmae: checkpoint.json: number out of range"),
         ("[]", "is not a checkpoint of fcmae"),
         ("{}", "is not a checkpoint of fcmae"),
         ('{"format": 1, "version": "1", "colour": "red"}', "is not a checkpoint of fcmae"),
@@ -209,8 +227,8 @@ def test_damaged_tensors_are_said_in_a_sentence(tmp_path: Path) -> None:
     place = write(tmp_path)
     file = place / "optimizer.safetensors"
     file.write_bytes(file.read_bytes()[:50])
-    with pytest.raises(ValueError, match=r"optimizer.safetensors cannot be read .* delete .*step-00000007"):
-        restore(place, *trained(), "fingerprint", NO_OTHER_NAMES)
+    with pytest.raises(ValueError, match=r"optimizer.safetensors has changed since it was written: restore "):
+        restore(place, *trained(), NO_OTHER_NAMES)
 
 
 @pytest.mark.parametrize(
@@ -256,3 +274,163 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused_before_anything_is_w
         with pytest.raises(ValueError, match="3 checkpoints of 3 MB do not fit, as the disk has 9 MB free: make room"):
             checkpoint.check_space(tmp_path / "run", model, 2)
     assert not (tmp_path / "run").exists()
+
+
+def without_checksums(place: Path) -> dict[str, Any]:
+    """As earlier versions wrote it; returns the fields."""
+    meta = json.loads((place / "checkpoint.json").read_text())
+    del meta["checksums"]
+    (place / "checkpoint.json").write_text(json.dumps(meta))
+    return dict(meta)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "checkpoint.json"])
+def test_a_bit_that_flips_anywhere_in_a_checkpoint_is_noticed(tmp_path: Path, name: str) -> None:
+    write(tmp_path, 6)
+    file = write(tmp_path) / name
+    content = file.read_bytes()
+    # The indentation of JSON says nothing.
+    places = [i for i in range(0, len(content), max(1, len(content) // 97)) if content[i : i + 1] not in (b" ", b"\n")]
+    assert len(places) > 60
+    for place in places:
+        file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        with pytest.raises(
+            ValueError, match=r"step-00000007.* (has changed since|is not a checkpoint|is of step|has format 3)"
+        ):
+            restore(file.parent, *trained(), NO_OTHER_NAMES)
+    file.write_bytes(content[:-1])
+    with pytest.raises(ValueError, match=r"step-00000007.* (has changed since|is not a checkpoint)"):
+        restore(file.parent, *trained(), NO_OTHER_NAMES)
+    file.write_bytes(content)
+    restore(file.parent, *trained(), NO_OTHER_NAMES)
+
+
+def test_what_to_do_about_a_damaged_checkpoint_depends_on_the_others(tmp_path: Path) -> None:
+    place = write(tmp_path)
+    (place / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(
+        ValueError, match=r"model.safetensors has .*: restore .*step-00000007 from a copy, or begin anew"
+    ):
+        read_tensors(place, "model")
+    write(tmp_path, 6)
+    with pytest.raises(
+        ValueError, match=r"written: delete .*step-00000007 to go on from an earlier one, step-00000006$"
+    ):
+        read_tensors(place, "model")
+
+
+def test_a_checkpoint_without_checksums_still_reads(tmp_path: Path) -> None:
+    place = write(tmp_path)
+    without_checksums(place)
+    restore(place, *trained(), NO_OTHER_NAMES)
+    file = place / "optimizer.safetensors"
+    file.write_bytes(file.read_bytes()[:50])
+    with pytest.raises(ValueError, match=r"optimizer.safetensors cannot be read .*: restore .*step-00000007"):
+        restore(place, *trained(), NO_OTHER_NAMES)
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_refused_and_under_a_name_of_its_own_read(
+    tmp_path: Path,
+) -> None:
+    place = write(tmp_path)
+    other = place.rename(place.with_name("step-00000008"))
+    with pytest.raises(ValueError, match=r"step-00000008/checkpoint.json is of step 7, which its directory is not"):
+        read_meta(other)
+    assert read_meta(other.rename(tmp_path / "favourite")).step == 7
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        ("step", "7", "step: Input should be a valid integer"),
+        ("step", True, "step: Input should be a valid integer"),
+        ("step", None, "step: Input"),
+        ("config", [], "config: Input should be an object"),
+        ("progress", 3, "progress: Input should be an object"),
+        ("data_fingerprint", {}, "data_fingerprint: Input should be a valid string"),
+        ("spec", "x", "spec: Input"),
+        ("checksums", {"model.safetensors": 1}, "checksums.model.safetensors: Input"),
+        ("format", [1], "has format"),
+        ("version", 1, "version: Input"),
+    ],
+)
+def test_values_of_other_types_are_named(tmp_path: Path, key: str, value: object, problem: str) -> None:
+    place = write(tmp_path)
+    fields = without_checksums(place) | {key: value}
+    (place / "checkpoint.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=problem) as error:
+        read_meta(place)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "checkpoint.json"])
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    place = write(tmp_path)
+    (place / name).unlink()
+    os.mkfifo(place / name)
+    with pytest.raises(ValueError, match=f"{name}.*it is not a regular file"):
+        read_tensors(place, "model")
+
+
+def test_progress_that_the_run_cannot_use_is_said_in_a_sentence(tmp_path: Path) -> None:
+    place = write(tmp_path, progress={"scaler": {"scale": 3}})
+    with pytest.raises(ValueError, match=r"step-00000007/checkpoint.json has no usable progress \(KeyError"):
+        restore(place, *trained(), NO_OTHER_NAMES, torch.amp.GradScaler("cpu"))
+
+
+def test_the_last_good_one_stays_however_old_it_is(tmp_path: Path) -> None:
+    places = {number: tmp_path / "checkpoints" / f"step-{number:08d}" for number in (3, 4, 6, 9)}
+    for place in places.values():
+        place.mkdir(parents=True)
+    prune(tmp_path, 1, 0, good=places[4])
+    assert list(steps(tmp_path)) == [4, 9]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_is_neither_saved_nor_restored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    model, optimizer = trained()
+    moments = checkpoint.optimizer_state(optimizer, model)
+    moments["1.bias/exp_avg_sq"][0] = value
+    parts = {"model": model.state_dict(), "optimizer": moments}
+    with pytest.raises(
+        FloatingPointError, match=r"^step 3: optimizer: 1.bias/exp_avg_sq is not finite \(1 tensors in all\)$"
+    ):
+        save(tmp_path, Meta("pretrain", 3, {}, ""), parts)
+    assert not (tmp_path / "checkpoints").exists()
+    with monkeypatch.context() as patch:  # earlier versions saved it
+        patch.setattr(checkpoint, "not_finite", lambda tensors: [])
+        place = save(tmp_path, Meta("pretrain", 3, {}, ""), parts)
+    with pytest.raises(
+        ValueError, match=r"optimizer.safetensors does not fit the run \(1.bias/exp_avg_sq is not finite"
+    ):
+        restore(place, *trained(), NO_OTHER_NAMES)
+
+
+class DiskFullError(OSError):
+    """As the system tells it."""
+
+    def __init__(self) -> None:
+        super().__init__(errno.ENOSPC, os.strerror(errno.ENOSPC), "file")
+
+
+@pytest.mark.parametrize("operation", ["save_file", "write_text", "_sync"])
+def test_a_full_disk_leaves_nothing_of_a_checkpoint_and_the_one_before_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str
+) -> None:
+    before = write(tmp_path, 1)
+
+    def full(*arguments: Any, **_: object) -> None:
+        if operation == "save_file":
+            Path(arguments[1]).write_bytes(b"half of it")
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise DiskFullError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path if operation == "write_text" else checkpoint, operation, full)
+        with pytest.raises(OSError, match="No space left on device") as error:
+            write(tmp_path, 2)
+    assert error.value.errno == errno.ENOSPC
+    assert list((tmp_path / "checkpoints").iterdir()) == [before]
+    restore(before, *trained(), NO_OTHER_NAMES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -42,8 +43,28 @@ def compiled(net: Sleeper, setting: Setting, num_steps: int = 10**6) -> bool:
 
 
 @pytest.mark.parametrize("setting", [True, False])
-def test_true_and_false_are_done_without_a_trial(setting: bool) -> None:
-    assert compiled(Sleeper(1.0), setting) is setting
+def test_true_and_false_are_done_however_long_it_takes(setting: bool) -> None:
+    net = Sleeper(0.1)
+    assert compiled(net, setting) is setting
+    assert net.weight.grad is None
+
+
+def test_true_without_a_compiler_is_refused_in_a_sentence_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "/nowhere/g++"))
+    net = nn.Sequential(nn.Linear(3, 3), nn.GELU())
+    with pytest.raises(ValueError, match=r"^model.compile = true fails here \(.*: install a C\+\+ compiler .* auto$"):
+        compile_model(net, True, lambda: net(torch.ones(2, 3)).sum().backward(), 10)
+
+
+def test_an_error_of_the_step_itself_is_not_taken_for_one_of_the_compiler() -> None:
+    def fails() -> None:
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        compile_model(Sleeper(0.1), True, fails, 10)
 
 
 def test_auto_compiles_what_gets_faster() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -127,6 +128,27 @@ def test_a_loss_that_stands_still_or_rises_is_warned_of(drift: float) -> None:
     assert "the loss stands still: it was 0.98" in found.text or "it was 0.99" in found.text
     assert "with the learning rate at 100% of its peak" in found.text
     assert "optim.base_lr" in found.text
+
+
+@pytest.mark.parametrize(
+    ("losses", "sound"),
+    [
+        ([], 0),
+        ([1.0], 1),
+        ([1.0, 0.99, 0.98, 1.01, 0.97], 5),  # noise
+        ([1.0, 0.7, 0.5, 0.52], 4),
+        ([1.0, 0.7, 0.5, 0.9, 1.0, 1.0], 3),  # nothing but the mean is predicted
+        ([1.0, 0.7, 0.5, 40.0, 1e9], 3),
+        ([1.0, 0.7, 0.5, 40.0, 0.6], 5),  # a spike that was overcome
+        ([6.9, 0.02, 0.05, 3.0], 3),
+        ([0.5, 0.49, 0.498], 3),  # goes on from other weights
+        ([1.0, math.nan, "low", None, True, -1], 5),
+    ],
+)
+def test_a_loss_is_sound_nearer_to_the_lowest_than_to_the_first(losses: list[Any], sound: int) -> None:
+    lines = [{"step": number, "loss": loss} for number, loss in enumerate(losses, 1)]
+    assert health.last_sound_step(lines) == sound
+    assert health.last_sound_step([*lines, {"step": 99, "val_loss": 0.1}]) == sound
 
 
 @pytest.mark.parametrize("seed", range(10))

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
+import re
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
+import torch
+from accelerate import Accelerator
 from runs import PROCESSES, config, forget_accelerator
 
 import fcmae.training.run
@@ -223,7 +229,9 @@ def test_the_log_is_on_the_terminal_and_in_the_file_which_ends_with_what_stopped
         raise FloatingPointError("step 3: the loss is nan")
     assert capsys.readouterr().err.endswith(" größer\n")  # the command itself prints what it raised
     lines = (tmp_path / "train.log").read_text(encoding="utf-8").splitlines()
-    assert [line.split(" ", 2)[2] for line in lines] == ["größer", "FloatingPointError: step 3: the loss is nan"]
+    told = "FloatingPointError: step 3: the loss is nan; there is no checkpoint yet; start again with another --out, "
+    told += "a lower optim.base_lr, or optim.clip_grad 1"
+    assert [line.split(" ", 2)[2] for line in lines] == ["größer", told]
     assert not logging.getLogger("fcmae").handlers
 
 
@@ -239,7 +247,51 @@ def test_automatic_precision_on_a_cpu_is_full(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def gradient(accelerator: Accelerator) -> tuple[torch.Tensor, object, object]:
+    """Of a fixed step, and in what it was computed."""
+    torch.manual_seed(0)
+    net = accelerator.prepare(torch.nn.Linear(3, 2))
+    loss = net(torch.ones(4, 3)).square().mean()
+    accelerator.backward(loss)
+    state = accelerator.state
+    kind = (accelerator.mixed_precision, state.dynamo_plugin.backend, accelerator.distributed_type, accelerator.device)
+    return net.weight.grad, loss.dtype, kind
+
+
+def test_what_accelerate_reads_from_the_environment_changes_no_gradient_or_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = config(Path("photos"), tmp_path)
+    folder = Path(accelerate.__file__).parent
+    source = "".join((folder / name).read_text() for name in ("accelerator.py", "state.py", "utils/dataclasses.py"))
+    names = set(re.findall(r"ACCELERATE_[A-Z0-9_]*[A-Z0-9]", source))
+    names |= {f"ACCELERATE_DYNAMO_{name}" for name in ("BACKEND", "MODE", "USE_FULLGRAPH", "USE_DYNAMIC")}
+    assert len(names) > 25
+    values = {
+        "ACCELERATE_MIXED_PRECISION": "bf16",
+        "ACCELERATE_DYNAMO_BACKEND": "eager",
+        "ACCELERATE_FP8_BACKEND": "TE",
+        "ACCELERATE_TORCH_DEVICE": "meta",
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
+    }
+    expected, *others = gradient(make_accelerator(cfg))
+    refused = set()
+    for name in sorted(names):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, values.get(name, "true"))
+            try:
+                found, *rest = gradient(make_accelerator(cfg))
+            except ValueError as error:
+                assert str(error).startswith(f"{name} is set in the environment")
+                refused.add(name)
+            else:
+                assert torch.equal(found, expected), name
+                assert rest == others, name
+    kinds = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER")
+    assert refused == {f"ACCELERATE_USE_{kind}" for kind in kinds}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_signals_are_noted_and_the_old_handlers_return(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with StopSignal() as stop:
@@ -251,6 +303,38 @@ def test_signals_are_noted_and_the_old_handlers_return(number: signal.Signals) -
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(number) is before
+
+
+def test_further_interrupts_are_the_same_impatience_until_a_while_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StopSignal, "GRACE_S", 0.5)
+    before = signal.getsignal(signal.SIGINT)
+
+    def interrupt() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt), StopSignal():
+        interrupt()
+        try:
+            interrupt()
+        finally:
+            interrupt()
+    for _ in range(3):
+        interrupt()
+    time.sleep(0.6)
+    with pytest.raises(KeyboardInterrupt):
+        interrupt()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_what_nohup_has_ignored_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignal() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.received is None
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_run_that_was_refused_before_its_first_line_takes_other_settings(tmp_path: Path) -> None:
@@ -309,3 +393,27 @@ def test_an_overwritten_run_forgets_its_starts_and_what_was_found_of_it_and_noth
     assert len(starts(tmp_path)) == 1
     assert not (tmp_path / "evaluation").exists()
     assert [path.name for path in (tmp_path / "analysis").iterdir()] == ["mine.ipynb"]
+
+
+def test_lines_that_find_no_space_in_the_log_or_no_terminal_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def gone(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    make_run(tmp_path)
+    (tmp_path / "train.log").unlink()
+    (tmp_path / "train.log").symlink_to("/dev/full")
+    with RunDirectory(config(Path("photos"), tmp_path), "pretrain").open(is_main=True):
+        logging.getLogger("fcmae").info("seen")
+        monkeypatch.setattr(fcmae.training.run.tqdm, "write", gone)
+        logging.getLogger("fcmae").info("lost")
+    error = capsys.readouterr().err
+    assert "seen" in error and "lost" not in error and "Error" not in error
+
+
+def test_what_a_removal_that_was_cut_off_left_is_removed_by_the_next_start(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    (tmp_path / "checkpoints").rename(tmp_path / ".tmp-checkpoints")
+    with RunDirectory(config(Path("photos"), tmp_path), "pretrain").open(is_main=True):
+        assert not (tmp_path / ".tmp-checkpoints").exists()

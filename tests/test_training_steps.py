@@ -152,7 +152,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(
     before = copy.deepcopy(net.state_dict())
     batch[3, 1] = value
     steps, log = steps_of(images, tmp_path / "out", accelerator, net, grad_accum=2)
-    with pytest.raises(FloatingPointError, match=r"^step 1: the loss is (nan|inf); there is no checkpoint yet$"):
+    with pytest.raises(FloatingPointError, match=r"^step 1: the loss is (nan|inf)$"):
         take(next(iter(steps)), net, batch.chunk(2))
     log.close()
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())

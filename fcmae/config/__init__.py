@@ -197,7 +197,8 @@ class PretrainModel(EncoderConfig):
     minkowski. A resumed run may switch."""
     grn_scope: Literal["image", "batch"] = "image"
     """What the encoder's GRN pools over: image; or batch, the images that a process computes at once, to continue a run
-    of the released PyTorch code."""
+    of the released PyTorch code. It pooled 64: set grad_accum to batch_size / (64 * processes). A resumed run pools as
+    many as before. The optimizer's state starts anew, and GRN's parameters and the mask token no longer decay."""
     mask_patch: int = Field(32, ge=8)
     """Side of a mask patch in pixels: a multiple of the total stride."""
     mask_ratio: float = Field(0.6, gt=0, lt=1)
@@ -287,7 +288,7 @@ class CheckpointConfig(Section):
     every_epochs: float = Field(1.0, gt=0)
     """Epochs between checkpoints; a fraction is allowed."""
     keep: int = Field(2, ge=1)
-    """How many of the newest checkpoints stay."""
+    """How many of the newest checkpoints stay; the last one that is known to be good stays too."""
     milestone_epochs: int = Field(0, ge=0)
     """Every how many epochs a checkpoint stays for good; 0 for never."""
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import atexit
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Iterable, Iterator
 from itertools import chain
 
@@ -15,6 +17,53 @@ from fcmae.data.cores import core_time, local_processes
 from fcmae.data.dataset import Batch, Reading, Sample, collate
 from fcmae.data.index import Images
 from fcmae.data.sampler import Key, evaluation_batches
+
+# What ends a job, and Ctrl-C; not all are there on Windows.
+STOP_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)
+)
+
+
+class Loader(DataLoader[Batch]):
+    """A DataLoader that says in a sentence that one of its workers was killed, where it is asked for a batch."""
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        """The batches.
+
+        Raises:
+            ChildProcessError: if a worker was killed.
+        """
+        batches = self._start()
+        if self.num_workers == 0:
+            yield from batches
+            return
+        try:
+            yield from batches
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            # What DataLoader says of it, or the end of a connection over which a batch was on its way.
+            own = "in DataLoader worker process" in str(error)  # raised by the data
+            if own or (isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker")):
+                raise
+            raise ChildProcessError(
+                "a process that decodes images was killed, most often by the system for want of memory: lower "
+                f"num_workers (it is {self.num_workers}), store the images smaller, or give a container more shared "
+                "memory (docker run --shm-size)"
+            ) from error
+
+    def _start(self) -> Iterator[Batch]:
+        if not hasattr(signal, "pthread_sigmask"):
+            return super().__iter__()
+        in_charge = threading.current_thread() is threading.main_thread()
+        previous = signal.getsignal(signal.SIGCHLD)
+        # A new worker must not take a signal in this process's stead, before it knows to ignore it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            return super().__iter__()
+        finally:
+            # DataLoader's handler raises wherever the main thread is, in the middle of saving too.
+            if in_charge:
+                signal.signal(signal.SIGCHLD, previous)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 def build_loader(
@@ -29,9 +78,9 @@ def build_loader(
         device_type: "cuda" pins the batches.
     """
     if num_workers > 0:
-        atexit.unregister(_end_workers)
-        atexit.register(_end_workers)
-    return DataLoader(
+        atexit.unregister(end_workers)
+        atexit.register(end_workers)
+    return Loader(
         dataset,  # type: ignore[arg-type]  # collate makes a Batch of Samples
         batch_sampler=batch_sampler,
         collate_fn=collate,
@@ -48,16 +97,27 @@ def build_loader(
 def _init_worker(worker: int) -> None:
     # Ctrl-C and a cluster's stop reach every process of the job. The main process finishes its step, for which it needs
     # its workers; they end with it. DataLoader has set torch to one thread, and Pillow has no more.
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-        if hasattr(signal, name):  # not all on Windows
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _end_workers() -> None:
-    # At exit, multiprocessing asks the workers that are left to end with SIGTERM, which they ignore, and waits for
-    # them: after an error it would wait for ever. They hold nothing that could be lost.
-    if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler would report their end as a failure
+def _end_with_parent() -> None:
+    # DataLoader's workers look for their parent between two batches only: one whose read hangs would stay for ever.
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def end_workers() -> None:
+    """Kill the processes that decode.
+
+    At exit, multiprocessing asks those that are left to end with SIGTERM, which they ignore, and waits for them: after
+    an error, or where a read hangs, it would wait for ever. They hold nothing that could be lost.
+    """
     for worker in multiprocessing.active_children():
         worker.kill()
 

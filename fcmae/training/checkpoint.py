@@ -4,36 +4,44 @@
         model.safetensors       weights
         optimizer.safetensors   AdamW's moments, named PARAMETER/MOMENT
         ema.safetensors         moving average of the weights, where there is one
-        checkpoint.json         kind, format, version, step, configuration, data fingerprint, progress
+        checkpoint.json         kind, format, version, step, configuration, data fingerprint, progress, checksums
 
 A checkpoint is written in a directory beside its place and renamed into it, and renamed away before it is deleted: a
 process killed at any moment leaves whole checkpoints and perhaps a temporary directory, which the next run removes.
+Bytes that changed since they were written are noticed whenever a file is read.
 Random states are not stored: everything random is a function of the seed and the step.
 """
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import from_json
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import fcmae
+from fcmae.atomic import sha256_of
 from fcmae.training import own_files
 
 FORMAT = 2
 READABLE = (1, FORMAT)  # 1: decoder.* beside the encoder; classifiers under timm's names
 DIRECTORY = "checkpoints"
 META = "checkpoint.json"
+MOST_BYTES = 1 << 24  # of a checkpoint.json: the settings of a run are a few thousand
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,7 @@ class Meta:
         spec: the numbers of the network; empty in those of format 1.
         format: of the checkpoint, by number.
         version: of the fcmae that wrote it.
+        checksums: SHA-256 of each file beside it, by name, and of its own fields; empty in those of earlier versions.
     """
 
     kind: str
@@ -59,6 +68,12 @@ class Meta:
     spec: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT
     version: str = fcmae.__version__
+    checksums: dict[str, str] = field(default_factory=dict)
+
+    def own_checksum(self) -> str:
+        """SHA-256 of all fields but the checksum of checkpoint.json itself."""
+        others = {name: value for name, value in self.checksums.items() if name != META}
+        return hashlib.sha256(json.dumps(asdict(self) | {"checksums": others}, sort_keys=True).encode()).hexdigest()
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
@@ -115,12 +130,15 @@ def check_tensors(path: Path, found: Mapping[str, Tensor], like: Mapping[str, Te
         if (right := like.get(name)) is not None and (value.shape, value.dtype) != (right.shape, right.dtype):
             is_, needed = (f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in (value, right))
             problems.append(f"{name} is {is_} and not {needed}")
+    problems += not_finite(found)
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ValueError(
-            f"{path} does not fit the run ({', '.join(problems[:3])}{more}): delete {path.parent} to go on from an "
-            "earlier checkpoint"
-        )
+        raise ValueError(f"{path} does not fit the run ({', '.join(problems[:3])}{more}): {_instead(path.parent)}")
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of those with a value that is not finite, in words."""
+    return [f"{name} is not finite" for name, value in tensors.items() if not value.isfinite().all()]
 
 
 def save(run: Path, meta: Meta, tensors: dict[str, dict[str, Tensor]]) -> Path:
@@ -133,20 +151,32 @@ def save(run: Path, meta: Meta, tensors: dict[str, dict[str, Tensor]]) -> Path:
 
     Returns:
         The checkpoint's directory.
+
+    Raises:
+        OSError: if it cannot be written, as where the disk is full; nothing of it is left then.
+        FloatingPointError: before anything is written, if a tensor is not finite.
     """
     place = run / DIRECTORY / f"step-{meta.step:08d}"
     if place.exists():
         return place
+    if bad := [f"{name}: {what}" for name, flat in tensors.items() for what in not_finite(flat)]:
+        raise FloatingPointError(f"step {meta.step}: {bad[0]} ({len(bad)} tensors in all)")
     aside = place.with_name(f".tmp-{place.name}")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    for name, flat in tensors.items():
-        contiguous = {key: value.detach().contiguous() for key, value in flat.items()}
-        write_tensors(aside / f"{name}.safetensors", contiguous)
-    (aside / META).write_text(json.dumps(asdict(meta), indent=2))
-    for path in [*aside.iterdir(), aside]:
-        _sync(path)  # the rename must not reach the disk before the contents do
-    aside.rename(place)
+    try:
+        for name, flat in tensors.items():
+            contiguous = {key: value.detach().contiguous() for key, value in flat.items()}
+            write_tensors(aside / f"{name}.safetensors", contiguous)
+        meta = replace(meta, checksums={path.name: sha256_of(path) for path in sorted(aside.iterdir())})
+        meta.checksums[META] = meta.own_checksum()
+        (aside / META).write_text(json.dumps(asdict(meta), indent=2))
+        for path in [*aside.iterdir(), aside]:
+            _sync(path)  # the rename must not reach the disk before the contents do
+        aside.rename(place)
+    except OSError:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
     _sync(place.parent)
     (run / own_files.SAVED).touch()
     return place
@@ -159,10 +189,18 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
         path: of the file.
         tensors: by name, contiguous.
         metadata: for the file's header, beside the format.
+
+    Raises:
+        OSError: if it cannot be written.
     """
     path.touch()
     mode = path.stat().st_mode
-    save_file(tensors, path, {"format": "pt"} | (metadata or {}))  # which lets its owner alone read it
+    try:
+        save_file(tensors, path, {"format": "pt"} | (metadata or {}))  # which lets its owner alone read it
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        code = int(number[1]) if number else errno.EIO
+        raise OSError(code, os.strerror(code), str(path)) from error
     path.chmod(mode)
 
 
@@ -192,19 +230,48 @@ def read_meta(checkpoint: Path) -> Meta:
     """What the checkpoint says of itself.
 
     Raises:
-        ValueError: for a file of another format or none of ours.
+        ValueError: for a file of another format, none of ours, or one that is damaged or belongs to another directory.
     """
     path = checkpoint / META
     try:
-        fields = json.loads(path.read_text())
+        _check_regular(path)
+        if (num_bytes := path.stat().st_size) > MOST_BYTES:
+            raise ValueError(f"it has {num_bytes} bytes")
+        content = path.read_bytes()
+        fields = from_json(content)
         # Looked at first: another format may have other fields.
         number, version = fields["format"], fields["version"]
-        meta = Meta(**fields) if number in READABLE else None
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{checkpoint} is not a checkpoint of fcmae: {path.name}: {error}") from error
+        meta = _META.validate_json(content, strict=True, extra="forbid") if number in READABLE else None
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"]))
+        raise ValueError(f"{checkpoint} is not a checkpoint of fcmae: {META}: {where}: {problem['msg']}") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{checkpoint} is not a checkpoint of fcmae: {META}: {error}") from error
     if meta is None:
         raise ValueError(f"{path} has format {number}, this version of fcmae reads up to {FORMAT}: use fcmae {version}")
+    if meta.checksums and meta.checksums.get(META) != meta.own_checksum():
+        raise ValueError(f"{path} has changed since it was written: {_instead(checkpoint)}")
+    if (named := re.fullmatch(r"step-(\d+)", checkpoint.name)) and int(named[1]) != meta.step:
+        raise ValueError(f"{path} is of step {meta.step}, which its directory is not: {_instead(checkpoint)}")
     return meta
+
+
+_META = TypeAdapter(Meta)
+
+
+def _check_regular(path: Path) -> None:
+    """A pipe or a device in place of a file is an OSError: reading it may wait for ever."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+
+
+def _instead(checkpoint: Path) -> str:
+    """What to do about a checkpoint that cannot be used."""
+    others = [path for path in steps(checkpoint.parent.parent).values() if path.name != checkpoint.name]
+    if others:
+        return f"delete {checkpoint} to go on from an earlier one, {others[-1].name}"
+    return f"restore {checkpoint} from a copy, or begin anew with another --out"
 
 
 def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
@@ -214,26 +281,32 @@ def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
         ValueError: if the file is missing or damaged.
     """
     path = checkpoint / f"{name}.safetensors"
+    checksum = read_meta(checkpoint).checksums.get(path.name)
     try:
+        _check_regular(path)
+        if checksum is not None and sha256_of(path) != checksum:
+            raise ValueError(f"{path} has changed since it was written: {_instead(checkpoint)}")
         tensors: dict[str, Tensor] = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"{path} cannot be read ({error}): delete {checkpoint} to go on from an earlier one"
-        ) from error
+        raise ValueError(f"{path} cannot be read ({error}): {_instead(checkpoint)}") from error
     return tensors
 
 
-def check_images(checkpoint: Path, data_fingerprint: str) -> None:
-    """Refuse a checkpoint that was made with other images.
+def check_origin(checkpoint: Path, kind: str, data_fingerprint: str) -> None:
+    """Refuse a checkpoint of another kind of run, or one that was made with other images.
 
     Args:
         checkpoint: its directory.
+        kind: of the run, "pretrain" or "finetune".
         data_fingerprint: of the run's images.
 
     Raises:
-        ValueError: if the checkpoint was made with other images.
+        ValueError: in one sentence.
     """
-    if read_meta(checkpoint).data_fingerprint != data_fingerprint:
+    meta = read_meta(checkpoint)
+    if meta.kind != kind:
+        raise ValueError(f"{checkpoint} is of another kind of run, {meta.kind} and not {kind}: {_instead(checkpoint)}")
+    if meta.data_fingerprint != data_fingerprint:
         raise ValueError(f"data.path no longer gives the images of {checkpoint}: restore them, or give another --out")
 
 
@@ -241,7 +314,6 @@ def restore(
     checkpoint: Path,
     model: nn.Module,
     optimizer: torch.optim.AdamW,
-    data_fingerprint: str,
     from_format_1: Callable[[str], str],
     scaler: torch.amp.GradScaler | None = None,
 ) -> Meta:
@@ -251,7 +323,6 @@ def restore(
         checkpoint: its directory.
         model: the run's.
         optimizer: the run's, of the model's parameters.
-        data_fingerprint: of the run's images.
         from_format_1: the name in format 1 of a parameter of the model.
         scaler: of fp16, which is restored too.
 
@@ -259,16 +330,32 @@ def restore(
         What the checkpoint says of itself.
 
     Raises:
-        ValueError: if it was made with other images, or a file is missing or damaged.
+        ValueError: if a file is missing or damaged.
     """
-    check_images(checkpoint, data_fingerprint)
     meta = read_meta(checkpoint)
     model.load_state_dict(read_state(checkpoint, "model", model, from_format_1))
     moments = _read_named(checkpoint, "optimizer", model, from_format_1)
     load_optimizer_state(optimizer, model, moments, checkpoint / "optimizer.safetensors")
     if scaler is not None:
-        scaler.load_state_dict(meta.progress["scaler"])
+        with reading_progress(checkpoint):
+            scaler.load_state_dict(meta.progress["scaler"])
     return meta
+
+
+@contextmanager
+def reading_progress(checkpoint: Path) -> Iterator[None]:
+    """Say in a sentence that the progress in a checkpoint is not what the run needs.
+
+    Args:
+        checkpoint: its directory.
+
+    Raises:
+        ValueError: for what taking apart values of the wrong kind raises.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{checkpoint / META} has no usable progress ({error!r}): {_instead(checkpoint)}") from error
 
 
 def read_state(checkpoint: Path, name: str, model: nn.Module, from_format_1: Callable[[str], str]) -> dict[str, Tensor]:
@@ -309,18 +396,19 @@ def _read_named(
     return found | tensors
 
 
-def prune(run: Path, keep: int, milestone_steps: float) -> None:
+def prune(run: Path, keep: int, milestone_steps: float, good: Path | None = None) -> None:
     """Delete old checkpoints, and what writing or deleting left that was cut off.
 
     Args:
         run: directory of the run.
         keep: the newest checkpoints that stay, at least 1.
         milestone_steps: those at multiples of it stay too; 0: none.
+        good: the last one that is known to be good, which stays too.
     """
     for path in (run / DIRECTORY).glob(".tmp-*"):
         shutil.rmtree(path, ignore_errors=True)
     for step, path in list(steps(run).items())[:-keep]:
-        if milestone_steps == 0 or step % milestone_steps:
+        if path != good and (milestone_steps == 0 or step % milestone_steps):
             aside = path.with_name(f".tmp-{path.name}")
             path.rename(aside)
             shutil.rmtree(aside)

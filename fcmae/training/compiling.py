@@ -30,20 +30,35 @@ def compile_model(net: nn.Module, setting: Setting, step: Callable[[], None], nu
 
     Args:
         net: what is compiled.
-        setting: True and False are what they say; "cudagraphs" also records the kernels of a step and replays them,
-            which saves the host's time a kernel; "auto" times a few steps of both kinds if the run is long enough.
+        setting: True and False are what they say, and True is tried before training starts; "cudagraphs" also records
+            the kernels of a step and replays them, which saves the host's time a kernel; "auto" times a few steps of
+            both kinds if the run is long enough.
         step: forward and backward on a part of a batch as the run will see them; its gradients are dropped.
         num_steps: as many as the run has left.
 
     Raises:
-        ValueError: for "cudagraphs" without a GPU.
+        ValueError: for "cudagraphs" without a GPU, and for True where compiling fails.
     """
     if setting == "cudagraphs":
         if not torch.cuda.is_available():
             raise ValueError("model.compile = cudagraphs needs a GPU, and torch finds none: use true or auto")
         net.compile(mode="reduce-overhead")
-    elif setting is True or (setting == "auto" and _pays(net, step, num_steps)):
+    elif setting is True:
         net.compile()
+        try:
+            step()
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise ValueError(
+                f"model.compile = true fails here ({_one_line(error)}): install a C++ compiler (see fcmae doctor), "
+                "or set model.compile to false or auto"
+            ) from error
+        net.zero_grad()
+    elif setting == "auto" and _pays(net, step, num_steps):
+        net.compile()
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).partition("\n\n")[0].split())[:200]
 
 
 def _pays(net: nn.Module, step: Callable[[], None], num_steps: int) -> bool:
@@ -75,7 +90,7 @@ def _pays(net: nn.Module, step: Callable[[], None], num_steps: int) -> bool:
         times = in_turn({"eager": as_it_is, "compiled": trial}, TIMED, warmup=0, device=device)
         eager, compiled = map(statistics.median, times.values())
     except Exception as error:  # whatever the compilers on this machine run into: it is no reason not to train
-        logger.warning("compile: it fails here (%s), see fcmae doctor", " ".join(str(error).split())[:200])
+        logger.warning("compile: it fails here (%s), see fcmae doctor", _one_line(error))
         net.zero_grad()
     net._compiled_call_impl = None  # the way back, which torch does not offer
     pays = [compiled < eager]

@@ -6,6 +6,7 @@ without what a warning needs, as earlier versions wrote them, is passed over.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
@@ -19,6 +20,8 @@ Lines = Sequence[Mapping[str, Any]]
 LEAST_DISTANCE, LEAST_DISTANCE_KEPT = 0.1, 0.5
 LEAST_RANK, LEAST_RANK_KEPT = 1.1, 0.2
 LEAST_EVALUATIONS = 4  # below that nothing is said: the first ones are of a network that has hardly begun
+
+NOISY_LOSS = 1.02  # times the lowest
 
 LEAST_PROGRESS = 0.001  # of the loss, from one half of a stretch to the other
 LEAST_STRETCH = 80  # lines
@@ -113,6 +116,25 @@ def _first_low(
             return worst.partition("/")[2], others, highest[worst], line
         low_before = low
     return None
+
+
+def last_sound_step(lines: Lines) -> int:
+    """The step of the last line whose loss is sound: far from the first one, or near the lowest.
+
+    On a scale of ratios it lies no higher than halfway from the lowest loss to the first one, or within 2 % of the
+    lowest, which is noise where it has hardly begun to fall. A run that diverges leaves that for good, long
+    before its loss is not finite. 0 without any.
+    """
+    found = [(line["step"], line["loss"]) for line in lines if _is_positive(line.get("loss"))]
+    if not found:
+        return 0
+    lowest = min(loss for _, loss in found)
+    bound = max(math.sqrt(found[0][1] * lowest), NOISY_LOSS * lowest)
+    return int(max(step for step, loss in found if loss <= bound))
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and 0 < value < math.inf
 
 
 def stalled(lines: Lines) -> Finding | None:

@@ -14,6 +14,7 @@ RUN/
 from __future__ import annotations
 
 import atexit
+import errno
 import fcntl
 import json
 import logging
@@ -24,6 +25,7 @@ import shlex
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -38,7 +40,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, parse_flag_from_env
 from tqdm import tqdm
 
 import fcmae
@@ -46,9 +48,10 @@ from fcmae import options
 from fcmae.atomic import read_bytes, write_text
 from fcmae.config import RunConfig
 from fcmae.data.cores import num_cores
+from fcmae.data.loader import STOP_SIGNALS, end_workers
 from fcmae.data.source import printable
 from fcmae.tables import table
-from fcmae.training import checkpoint, own_files
+from fcmae.training import checkpoint, health, own_files
 
 logger = logging.getLogger("fcmae")
 MAX_METRICS = 2**30  # bytes of metrics.jsonl
@@ -142,6 +145,22 @@ class RunDirectory:
         """The steps that were done there."""
         return 0 if self.resume_from is None else checkpoint.read_meta(self.resume_from).step
 
+    def last_good(self) -> Path | None:
+        """The newest checkpoint that is known to be good: the loss of steps after it was sound."""
+        sound = health.last_sound_step(read_metrics(self.path / "metrics.jsonl"))
+        return next((path for step, path in reversed(checkpoint.steps(self.path).items()) if step < sound), None)
+
+    def _way_out(self) -> str:
+        """What to do where the numbers of a run stop being finite."""
+        if (good := self.last_good()) is not None:
+            known = f"the last good checkpoint is {good}"
+        else:
+            any_ = checkpoint.latest(self.path) is not None
+            known = "no checkpoint is known to be good" if any_ else "there is no checkpoint yet"
+        init = f"--init {good}, " if good is not None and self.kind == "pretrain" else ""
+        clip = "1" if self.cfg.optim.clip_grad is None else f"below {self.cfg.optim.clip_grad:g}"
+        return f"{known}; start again with another --out, {init}a lower optim.base_lr, or optim.clip_grad {clip}"
+
     @contextmanager
     def open(self, is_main: bool) -> Iterator[None]:
         """Write the settings and keep the logs while the run lasts; one process at a time.
@@ -151,11 +170,28 @@ class RunDirectory:
 
         Raises:
             ValueError: if another process uses the directory.
+            OSError: if a disk is full or a worker was killed; it says what the run goes on from.
+            FloatingPointError: if its numbers stop being finite; it says what to start again from.
         """
         if not is_main:
             logger.setLevel(logging.WARNING)
             yield
             return
+        try:
+            with self._opened():
+                yield
+        except OSError as error:
+            goes_on = f"the same command goes on from {checkpoint.latest(self.path) or 'the beginning'}"
+            if isinstance(error, ChildProcessError):
+                raise ChildProcessError(f"{error}; {goes_on}") from error
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise OSError(
+                f"no space is left for {error.filename or self.path} ({error.strerror}): free some, and {goes_on}"
+            ) from error
+
+    @contextmanager
+    def _opened(self) -> Iterator[None]:
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / ".lock").open("w") as lock:
             in_use = f"out = {self.path} is in use by another process: wait for it or give another directory"
@@ -181,7 +217,10 @@ class RunDirectory:
                         "the machine went off; if it happens again, raise grad_accum or lower data.num_workers"
                     )
                 _tell_choices(self.cfg)
-                yield
+                try:
+                    yield
+                except FloatingPointError as error:
+                    raise FloatingPointError(f"{error}; {self._way_out()}") from None
 
 
 def how_it_ended(log: Path) -> str:
@@ -272,10 +311,23 @@ def cpu_name() -> str:
 
 
 class _TerminalHandler(logging.Handler):
-    """Log lines above the progress bar, where there is one."""
+    """Log lines above the progress bar, where there is one. A terminal may be gone, as after SIGHUP."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        with suppress(OSError):
+            tqdm.write(self.format(record), file=sys.stderr)
+
+
+class _FileHandler(logging.FileHandler):
+    """train.log. On a full disk a line is left out: the numbers and checkpoints beside it stop the run."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
 
 
 class _Printable(logging.Formatter):
@@ -288,11 +340,12 @@ class _Printable(logging.Formatter):
 @contextmanager
 def _logging_to(path: Path) -> Iterator[None]:
     terminal = _TerminalHandler(logging.INFO)
-    handlers: list[logging.Handler] = [logging.FileHandler(path, encoding="utf-8"), terminal]
+    handlers: list[logging.Handler] = [_FileHandler(path, encoding="utf-8"), terminal]
     for handler in handlers:
         handler.setFormatter(_Printable("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         logger.addHandler(handler)
     logger.setLevel(logging.DEBUG)
+    previous, threading.excepthook = threading.excepthook, _thread_failed
     try:
         yield
     except Exception as error:
@@ -300,9 +353,16 @@ def _logging_to(path: Path) -> Iterator[None]:
         logger.error("%s: %s", type(error).__name__, error)
         raise
     finally:
+        threading.excepthook = previous
         for handler in handlers:
             logger.removeHandler(handler)
             handler.close()
+
+
+def _thread_failed(failure: threading.ExceptHookArgs) -> None:
+    """No traceback of a tracker's thread that could not write: the main thread gets the same error."""
+    if not isinstance(failure.exc_value, OSError):
+        threading.__excepthook__(failure)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -337,10 +397,11 @@ def _uses_cpu(cfg: RunConfig) -> bool:
 def make_accelerator(cfg: RunConfig) -> Accelerator:
     """accelerate's view of the devices, for cfg.device, cfg.precision and the trackers.
 
-    It forgets those of a run before in this process, which may have computed elsewhere or in another precision.
+    It forgets those of a run before in this process, which may have computed elsewhere or in another precision, and
+    what the environment says to accelerate: the settings hold.
 
     Raises:
-        ValueError: for fp16 and tf32 on a CPU.
+        ValueError: for fp16 and tf32 on a CPU, and where the environment asks for shards of the model.
     """
     AcceleratorState._reset_state(reset_partial_state=True)
     cpu = _uses_cpu(cfg)
@@ -356,6 +417,15 @@ def make_accelerator(cfg: RunConfig) -> Accelerator:
     torch.backends.cudnn.allow_tf32 = cfg.precision == "tf32"
     # DDP remarks on the strides of the gradients of depthwise weights, in their dimension of size 1: they cost nothing.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
+            raise ValueError(
+                f"ACCELERATE_USE_{name} is set in the environment, as accelerate's launcher does, and fcmae has each "
+                "process hold the whole model: unset it, or launch with --multi_gpu"
+            )
+    # Steps of accumulation, precision, device, compiler: accelerate reads them there now and while it trains.
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        del os.environ[name]
     return Accelerator(
         cpu=cpu,
         mixed_precision=precision,
@@ -383,32 +453,76 @@ def _part() -> None:
 
 
 class StopSignal:
-    """SIGTERM, SIGINT and SIGUSR1 ask the loop to finish its step; a second SIGINT interrupts at once.
+    """SIGTERM, SIGINT, SIGUSR1 and SIGHUP ask the loop to finish its step; a second SIGINT interrupts at once.
 
-    Outside the main thread, where Python lets nobody take signals, they stay as they are.
+    Where a read hangs, in a worker or here, the second SIGINT ends it too: the workers are killed, and so is this
+    process if it has not come to its end soon after, unless it is a session at a prompt. Further ones are the same
+    impatience. Outside the main thread, where Python lets nobody take signals, they stay as they are.
 
     Attributes:
         received: the name of the signal that came first, or None.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    GRACE_S = 3.0
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self._interrupted = False
+        self._left = threading.Event()
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
-        in_charge = threading.current_thread() is threading.main_thread()
-        self._previous = {n: signal.signal(n, self._receive) for n in self.SIGNALS} if in_charge else {}
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        for number in STOP_SIGNALS:
+            # `nohup` has SIGHUP ignored.
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._receive)
+        # Python's handlers wait for the main thread, which a read may hold; what is written here does not.
+        read_end, self._write_end = os.pipe()
+        os.set_blocking(self._write_end, False)
+        self._previous_fd = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(read_end,), daemon=True).start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if not self._previous:
+            return
+        previous = self._previous[signal.SIGINT]
+        until = time.monotonic() + self.GRACE_S
+
+        def late(number: int, frame: FrameType | None) -> None:
+            if time.monotonic() > until:
+                signal.signal(number, previous)
+                os.kill(os.getpid(), number)
+
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, late if kind is KeyboardInterrupt and number == signal.SIGINT else handler)
+        signal.set_wakeup_fd(self._previous_fd)
+        os.close(self._write_end)
+        self._left.set()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None and number == signal.SIGINT:
+        if self.received is None:
+            self.received = signal.Signals(number).name
+        elif number == signal.SIGINT and not self._interrupted:
+            self._interrupted = True
             raise KeyboardInterrupt
-        self.received = signal.Signals(number).name
+
+    def _watch(self, read_end: int) -> None:
+        """In a thread of its own: see to it that a second SIGINT ends this process."""
+        num_signals = 0
+        with os.fdopen(read_end, "rb", buffering=0) as numbers:
+            while number := numbers.read(1):
+                num_signals += number[0] in STOP_SIGNALS
+                if num_signals > 1 and number[0] == signal.SIGINT:
+                    break
+            else:
+                return
+            end_workers()
+            if not self._left.wait(self.GRACE_S) and not hasattr(sys, "ps1"):
+                os.write(2, b"\nfcmae: interrupted\n")
+                os._exit(130)
 
 
 @dataclass(frozen=True)
@@ -436,7 +550,7 @@ class Run:
 
     @property
     def status(self) -> int:
-        """As a process's exit status: 0 at the end; 143 and 130 after SIGTERM and SIGINT, as shells have it.
+        """As a process's exit status: 0 at the end; 128 and its number after a signal, as shells have it.
 
         0 after SIGUSR1, by which schedulers warn that time is up: the job is queued again and does not count as failed.
         """

@@ -28,7 +28,6 @@ from fcmae.config import RunConfig
 from fcmae.data.dataset import Batch, ImageDataset
 from fcmae.data.loader import build_loader, choose_num_workers, prefetched
 from fcmae.data.sampler import StepSampler
-from fcmae.training import checkpoint
 from fcmae.training.log import Log
 from fcmae.training.optim import Schedule, set_learning_rate
 from fcmae.training.run import StopSignal
@@ -229,14 +228,11 @@ class Step:
         self.logged_at = time.perf_counter()
 
     def _read(self, started: StartedStep, number: int) -> StepResult:
-        written = self._steps.written
         try:
             result = started.result()
         except FloatingPointError as error:
-            good = checkpoint.latest(written.run)
-            kept = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
-            raise FloatingPointError(f"step {number}: {error}; {kept}") from None
-        written.window.add(result.loss)
+            raise FloatingPointError(f"step {number}: {error}") from None
+        self._steps.written.window.add(result.loss)
         return result
 
 
