@@ -44,7 +44,7 @@ def predict(cfg: PredictConfig) -> None:
         reading, images, cfg.batch_size, num_workers=cfg.num_workers, device_type=accelerator.device.type
     )
     normalize = reading.normalize.to(accelerator.device)
-    num_done, first_bad = 0, ""
+    num_done, first_bad, is_read = 0, "", True
     with ExitStack() as stack:
         table = None
         if cfg.csv is not None:
@@ -64,13 +64,20 @@ def predict(cfg: PredictConfig) -> None:
                 names, probabilities = list(compress(names, finite)), probabilities[finite]
                 if table is not None:
                     add_predictions(table, names, probabilities, class_names)
-                for name, row in zip(names, probabilities, strict=True):
-                    best = int(row.argmax())
-                    print(f"{printable(name)}\t{printable(class_names[best])}\t{row[best]:.4f}")
+                best = probabilities.argmax(axis=1)
+                try:
+                    for name, i, row in zip(names, best, probabilities, strict=True) if is_read else ():
+                        print(f"{printable(name)}\t{printable(class_names[i])}\t{row[i]:.4f}")
+                except BrokenPipeError:  # the table is written whole all the same
+                    if table is None:
+                        raise
+                    is_read = False
                 num_done += len(names)
             for name, reason in bad:
                 line = f"{printable(name)}: {printable(reason)}"
                 first_bad = first_bad or line
                 print(line, file=sys.stderr)
     if not num_done:
+        if cfg.csv is not None:
+            cfg.csv.unlink()
         raise ValueError(f"none of {len(images)} images could be classified: {first_bad}")

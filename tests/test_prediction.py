@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 from pathlib import Path
 from typing import Any
@@ -63,11 +64,29 @@ def test_lines_are_written_as_they_come(classifier: Path, tmp_path: Path, monkey
     assert {row["predicted"] for row in rows} <= {"cat", "dog"}
 
 
+def test_the_table_is_whole_when_nobody_reads_what_is_printed(
+    classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos, table = write_images(tmp_path / "photos", 5), tmp_path / "labels.csv"
+
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    monkeypatch.setattr("sys.stdout", Gone())
+    arguments = {"num_workers": 0, "device": "cpu", "batch_size": 2}
+    predict(PredictConfig(model=classifier, images=[str(photos)], csv=table, **arguments))
+    assert len(table.read_text().splitlines()) == 1 + 5
+    with pytest.raises(BrokenPipeError):  # without a table, there is nothing left to do
+        predict(PredictConfig(model=classifier, images=[str(photos)], **arguments))
+
+
 def test_nothing_predicted_is_an_error(classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "photos").mkdir()
     for name in "ab":
         (tmp_path / "photos" / f"{name}.png").write_bytes(b"no picture")
-    assert cli.main(words(classifier, tmp_path / "photos")) == 2
+    assert cli.main(words(classifier, tmp_path / "photos", "--csv", str(tmp_path / "a.csv"))) == 2
+    assert not (tmp_path / "a.csv").exists()  # the same command works when the images are there
     err = capsys.readouterr().err
     assert "fcmae: error: none of 2 images could be classified: " in err
     assert err.count("b.png: ") == 1

@@ -244,16 +244,21 @@ def test_wrappers_inside_names_are_no_part_of_them(source: str, wrapper: str) ->
     assert all(originals[name] == f"_forward_module.{names[rename(name, source)]}" for name in ours)
 
 
-@pytest.mark.parametrize("prefix", ["net.", "backbone.", "student.", "teacher.backbone.", "encoder.", "model."])
+@pytest.mark.parametrize("prefix", ["net.", "student.", "teacher.backbone.", "encoder.", "net.encoder.", "model."])
 @pytest.mark.parametrize("source", READABLE)
 def test_the_prefix_before_a_networks_names_is_found(source: str, prefix: str) -> None:
     names = list(to_state(weights(ODD, num_classes=3), ODD, source))
     found, inside = network_in([f"{prefix}{name}" for name in names] + ["criterion.weight", "epoch"])
-    if (source, prefix) == ("fair", "encoder."):  # which is our own encoder
-        assert found == ""
-        return
     assert found == prefix
     assert {unwrapped(name): f"{prefix}{name}" for name in names} == inside
+
+
+def test_names_in_messages_are_shown_as_escapes() -> None:
+    state = {name: value for name, value in weights(ODD).items() if not name.startswith("decoder.")}
+    with pytest.raises(ValueError, match=r"extra: \\x1b\[31m\\n\\udcff \(2,\)"):
+        from_state(state | {"\x1b[31m\n\udcff": torch.ones(2)})
+    with pytest.raises(ValueError, match=r"the entries \(\\x1b, "):
+        detect(["\x1b"])
 
 
 def test_bare_names_have_no_prefix_and_a_loss_functions_weights_are_left_out() -> None:

@@ -175,14 +175,29 @@ def test_a_key_and_a_prefix_name_weights_and_are_said(tmp_path: Path, caplog: py
         (archive(b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b"."), "holds no weights: it is a list"),
         (archive(b"\x80\x02cbuiltins\nbytearray\n\x8a\x06\0\0\0\0\0\x40\x85R."), "is damaged or holds no weights"),
         (archive(bytes(50_000_000), zipfile.ZIP_DEFLATED), "is a compressed archive, which torch does not write"),
+        (
+            archive(b"\x80\x02}\x94."),
+            r"is pickled in a way that cannot be read safely \(Unsupported operand 148\): save",
+        ),
     ],
-    ids=["empty", "a web page", "a pointer", "a pickle", "nested pickle", "nested archive", "70 TB", "a zip bomb"],
+    ids=[
+        *("empty", "a web page", "a pointer", "a pickle", "nested pickle", "nested archive", "70 TB", "a zip bomb"),
+        "a pickle of another protocol",
+    ],
 )
 def test_a_file_that_is_none_of_torchs_is_one_sentence(tmp_path: Path, content: bytes, sentence: str) -> None:
     (tmp_path / "a.pth").write_bytes(content)
     with pytest.raises(ValueError, match=rf"a\.pth {sentence}") as error:
         load_tensors(tmp_path / "a.pth")
     assert "\n" not in str(error.value) and len(str(error.value)) < 400 + len(str(tmp_path))
+
+
+def test_tensors_that_are_more_than_their_file_are_refused(tmp_path: Path) -> None:
+    # {"a": torch.Tensor.__new__(torch.Tensor, 10000, 3)}: what was in memory before, whatever it was
+    content = b"\x80\x02}X\1\0\0\0actorch\nTensor\n(J\x10\x27\0\0K\3t\x81s."
+    (tmp_path / "a.pth").write_bytes(archive(content))
+    with pytest.raises(ValueError, match=r"a\.pth claims 120000 bytes of numbers and has \d{3}: copy it again"):
+        load_tensors(tmp_path / "a.pth")
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -236,6 +251,25 @@ def test_a_directory_that_claims_more_than_its_file_holds_allocates_nothing(tmp_
     save_file({"stem.0.weight": torch.ones(1, 3, 4, 4)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="are of no ConvNeXt in a format of"):
         read_weights(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("image", "sentence"),
+    [
+        ({"input_size": [3, 60000, 60000]}, r"input_size\.1: Input should be less than or equal to 8192"),
+        ({"mean": [0.5, float("nan"), 0.5]}, r"mean\.1: Input should be a finite number"),
+        ({"std": [float("inf")] * 3}, r"std\.0: Input should be a finite number"),
+        ({"crop_pct": "x" * 1000}, "crop_pct: Input should be a valid number"),
+    ],
+)
+def test_image_settings_that_no_model_has_are_one_sentence(
+    tmp_path: Path, image: dict[str, object], sentence: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "x", "pretrained_cfg": image}))
+    save_file(state_dict(), tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"not those of a timm or transformers ConvNeXt: {sentence}") as error:
+        read_weights(tmp_path)
+    assert "\n" not in str(error.value) and "pydantic" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, Field, PositiveInt
+from pydantic import BaseModel, Field, FiniteFloat, PositiveInt, ValidationError
 from torch import Tensor
 
 import fcmae
@@ -41,6 +41,8 @@ logger = logging.getLogger("fcmae")
 NOT_IN_TIMM = "fcmae_convnext"  # what config.json names as the architecture of a network that timm cannot hold
 DIRECTORIES = ("timm", "transformers")  # the formats that are directories
 FILE_SUFFIXES = (".safetensors", ".pth", ".pt")
+
+Side = Annotated[int, Field(gt=0, le=8192)]
 
 
 @dataclass(frozen=True)
@@ -93,13 +95,13 @@ class ImageRecord(BaseModel):
     Attributes:
         mean: one a channel, in units of a full range of 1.
         std: likewise.
-        input_size: (C, H, W).
+        input_size: (C, H, W), H and W up to 8192, so that a file cannot ask for pictures that take all memory.
         crop_pct: see `fcmae.data.augment.center_box`.
     """
 
-    mean: list[float] | None = None
-    std: list[Annotated[float, Field(gt=0)]] | None = None
-    input_size: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
+    mean: list[FiniteFloat] | None = None
+    std: list[Annotated[FiniteFloat, Field(gt=0)]] | None = None
+    input_size: tuple[PositiveInt, Side, Side] | None = None
     crop_pct: Annotated[float, Field(gt=0, le=1)] | None = None
 
 
@@ -234,14 +236,23 @@ def _read_directory(path: Path, variant: str | None) -> Weights:
             image = _from_processor(_read_json(processor)) if processor.is_file() else ImageRecord()
             record = Record(image=image, class_names=names, origin=record.origin)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        text = " ".join(str(error).split())
-        raise ValueError(f"{path}: its JSON files are not those of a timm or transformers ConvNeXt: {text}") from error
+        raise ValueError(
+            f"{path}: its JSON files are not those of a timm or transformers ConvNeXt: {_line(error)}"
+        ) from error
     state: dict[str, Tensor] = {}
     for file in _shards(path):
         found, own = _load(file)
         state |= found
         record = own or record
     return _weights(path, state, variant, record)
+
+
+def _line(error: Exception) -> str:
+    """What is wrong, in a line; of pydantic's errors, which show all that they are given, the first."""
+    if isinstance(error, ValidationError):
+        wrong = error.errors()[0]
+        return f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}"
+    return " ".join(str(error).split())
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -286,7 +297,7 @@ def _load(path: Path, key: str | None = None) -> tuple[dict[str, Tensor], Record
         record = Record.model_validate(fields)
         said = fields.pop("sha256", None)
     except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path}: its record {RECORD!r} is not one of ours: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path}: its record {RECORD!r} is not one of ours: {_line(error)}") from error
     # The record is of the weights that we wrote, not of others beside them.
     if key in (None, "model") and said not in (None, digest(state, _dumped(fields))):
         raise ValueError(f"{path} has changed since it was written (its SHA-256 is another): copy or export it again")

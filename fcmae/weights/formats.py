@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -202,7 +202,7 @@ def network_in(names: Iterable[str], prefix: str | None = None) -> tuple[str, di
     return prefix, {name: whole for name, whole in inside.items() if name.partition(".")[0] not in _LOSSES}
 
 
-def _prefixes(names: Iterable[str]) -> list[str]:
+def _prefixes(names: Collection[str]) -> list[str]:
     """What stands before the names of a network in any format, for each that there is; empty for bare ones."""
     known = {rename(name, to) for name in _COMMON for to in _FROM_OURS}
     counts: Counter[str] = Counter()
@@ -212,7 +212,10 @@ def _prefixes(names: Iterable[str]) -> list[str]:
         start = next((i for i in range(len(parts)) if ".".join(parts[i:]) in known), None)
         if start is not None:
             counts["".join(f"{part}." for part in parts[:start])] += 1
-    return sorted(prefix for prefix, count in counts.items() if count >= _ENOUGH)
+    found = [prefix for prefix, count in counts.items() if count >= _ENOUGH]
+    # Ours has its norm and head beside its encoder: with them inside, it is the released dense model under that name.
+    dense = {name.removesuffix(f"{part}.weight") for name in names for part in ("norm", "head")}
+    return sorted(f"{prefix}encoder." if f"{prefix}encoder." in dense else prefix for prefix in found)
 
 
 def holds(name: str, to: str) -> bool:

@@ -87,6 +87,11 @@ def load_tensors(path: Path, key: str | None = None) -> tuple[dict[str, Tensor],
     for name, tensor in tensors.items():
         if why := _not_whole(tensor):
             raise ValueError(f"{path}: its entry {name!r} {why}: save a plain state dict")
+    # A pickle can make tensors from nothing, of any size.
+    storages = [tensor.untyped_storage() for tensor in tensors.values()]
+    claimed, size = sum({each.data_ptr(): each.nbytes() for each in storages}.values()), path.stat().st_size
+    if claimed > size:
+        raise ValueError(f"{path} claims {claimed} bytes of numbers and has {size}: copy it again")
     # Sets beside the one that is read have been told of.
     if others := [str(name) for name, value in state.items() if name not in tensors and not isinstance(value, dict)]:
         logger.warning("%s: left out, as they are no weights: %s", path, few(others))
@@ -113,7 +118,7 @@ def _open_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
             record = (file.metadata() or {}).get(RECORD)
         return load_file(path), record
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged or no safetensors file ({_line(error)}): copy it again") from error
+        raise ValueError(f"{path} is damaged or no safetensors file ({_line(str(error))}): copy it again") from error
 
 
 def _open_torch(path: Path) -> object:
@@ -136,6 +141,12 @@ def _open_torch(path: Path) -> object:
                 f"{path} holds more than tensors ({printable(refused[1])}) and was not loaded: save its state dict "
                 "alone"
             ) from error
+        unknown = re.search(r"Unsupported operand \d+", str(error))
+        if unknown and zipfile.is_zipfile(path):
+            raise ValueError(
+                f"{path} is pickled in a way that cannot be read safely ({unknown[0]}): save its state dict with "
+                "torch.save and its own pickle_protocol"
+            ) from error
         raise ValueError(_damaged(path, error)) from error
     except Exception as error:  # whatever damaged bytes make torch, pickle and zipfile raise
         raise ValueError(_damaged(path, error)) from error
@@ -144,11 +155,11 @@ def _open_torch(path: Path) -> object:
 def _damaged(path: Path, error: Exception) -> str:
     if not zipfile.is_zipfile(path):
         return f"{path} is damaged or not a file that torch wrote: copy it again"
-    return f"{path} is damaged or holds no weights ({_line(error)}): copy it again"
+    return f"{path} is damaged or holds no weights ({_line(str(error) or type(error).__name__)}): copy it again"
 
 
-def _line(error: Exception) -> str:
-    return printable(" ".join(str(error).split())[:200]) or type(error).__name__
+def _line(text: str) -> str:
+    return printable(" ".join(text.split())[:200])
 
 
 def _chosen(path: Path, content: object, key: str | None) -> Mapping[Any, Any]:
