@@ -56,6 +56,7 @@ from fcmae.training import checkpoint, health, own_files
 logger = logging.getLogger("fcmae")
 MAX_METRICS = 2**30  # bytes of metrics.jsonl
 
+LOG_END = 2**16  # bytes of train.log in which its last line is looked for
 CUT_OFF = "cut off"
 STAMP = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
 
@@ -225,10 +226,11 @@ class RunDirectory:
 
 def how_it_ended(log: Path) -> str:
     """How a run's last start ended, by its train.log: finished, stopped, failed, or CUT_OFF; without one, not begun."""
-    try:
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
+    if not log.is_file():
         return "not begun"
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - LOG_END))
+        lines = file.read(LOG_END).decode(errors="replace").splitlines()
     advice = re.compile(STAMP + "(next: |best and last model: )")
     last = next((line for line in reversed(lines) if re.match(STAMP, line) and not advice.match(line)), "")
     if re.match(STAMP + r"finished \d+ steps$", last):
