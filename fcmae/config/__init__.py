@@ -25,7 +25,7 @@ from pydantic_core import PydanticCustomError
 from fcmae.config.base import Backend, Conflict, Device, RunText, Section, Settings, Size, Spelling, UserPath, UserText
 from fcmae.data.geometry import MAX_PIXELS
 from fcmae.masking import num_visible
-from fcmae.networks.spec import VARIANTS, ConvNeXtSpec, variant_named, variant_of
+from fcmae.networks.spec import VARIANTS, ConvNeXtSpec, variant_named, variant_of, variants_near
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -60,7 +60,7 @@ def _network(value: Any) -> str | ConvNeXtSpec:
         return variant_named(str(value))
     except ValueError as error:
         sentence = "should be {names}, or the numbers of a network such as {example}"
-        names, example = ", ".join(VARIANTS), "{depths: [2, 2, 4], dims: [40, 80, 160]}"
+        names, example = ", ".join(variants_near(str(value)) or VARIANTS), "{depths: [2, 2, 4], dims: [40, 80, 160]}"
         raise PydanticCustomError("network", sentence, {"names": names, "example": example}) from error
 
 

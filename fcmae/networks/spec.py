@@ -130,9 +130,15 @@ def variant_named(word: str) -> str:
     for name in VARIANTS:
         if name == word or name.endswith(f"_{word}"):
             return name
+    raise ValueError(
+        f"{word!r} is no variant: use {' or '.join(variants_near(word)) or 'one of ' + ', '.join(VARIANTS)}"
+    )
+
+
+def variants_near(word: str) -> list[str]:
+    """Variants that a mistyped word, whole or the last alone, may mean; none if none is near."""
     words = {short: name for name in reversed(VARIANTS) for short in (name, name.rpartition("_")[2])}
-    near = dict.fromkeys(words[found] for found in get_close_matches(word, words, cutoff=0.7))
-    raise ValueError(f"{word!r} is no variant: use {' or '.join(near) or 'one of ' + ', '.join(VARIANTS)}")
+    return list(dict.fromkeys(words[found] for found in get_close_matches(word, words, cutoff=0.7)))
 
 
 def variant_of(spec: ConvNeXtSpec) -> str | None:
