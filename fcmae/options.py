@@ -19,7 +19,7 @@ from functools import cache
 from inspect import cleandoc
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -242,6 +242,31 @@ def words_of(model: type[Settings]) -> dict[str, list[str]]:
     return found
 
 
+class Setting(NamedTuple):
+    """What is to be known of a setting.
+
+    Attributes:
+        key: dotted.
+        kind: how its values are written.
+        default: as a file has it; empty where the description says what it is, or it must be given.
+        description: what it is, in sentences.
+    """
+
+    key: str
+    kind: str
+    default: str
+    description: str
+
+
+def described(model: type[Settings]) -> list[Setting]:
+    """Every setting of a command that a user may give, in order."""
+    return [
+        Setting(key, _metavar(field.annotation), _default(field), " ".join((field.description or "").split()))
+        for key, field in _fields(model).items()
+        if not _spelling(field).hidden
+    ]
+
+
 def shipped_configs() -> dict[str, Path]:
     """The configurations that come with the package, by name: from fcmae/configs, or configs/ in a clone."""
     package = Path(__file__).parent
@@ -414,12 +439,19 @@ def _argument(field: FieldInfo) -> str:
 
 
 def _row(left: str, field: FieldInfo) -> str:
-    text, default = field.description or "", field.get_default(call_default_factory=True)
-    if not field.is_required() and default not in (None, []) and "Default:" not in text:
-        text += f" [{','.join(map(str, default)) if isinstance(default, list | tuple) else _shown(default)}]"
+    text, default = field.description or "", _default(field)
+    text += f" [{default}]" if default else ""
     first = f"  {left:27} " if len(left) < 28 else f"  {left}\n{'':30}"
     wrapped = textwrap.wrap(text, 70, break_long_words=False, break_on_hyphens=False)
     return first + f"\n{'':30}".join(wrapped)
+
+
+def _default(field: FieldInfo) -> str:
+    """As a flag has it; empty if there is none, or the description says it."""
+    default = field.get_default(call_default_factory=True)
+    if field.is_required() or default in (None, []) or "Default:" in (field.description or ""):
+        return ""
+    return ",".join(map(str, default)) if isinstance(default, list | tuple) else _shown(default)
 
 
 def _metavar(kind: Any) -> str:
