@@ -27,13 +27,13 @@ RUNS = ("pretrain", "finetune")
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that lie elsewhere, and those that notebooks make."""
-    for path, uri in PAGES.items():
-        files.append(File.generated(config, uri, content=moved((ROOT / path).read_text())))
+    for name, uri in PAGES.items():
+        files.append(File.generated(config, uri, content=moved((ROOT / name).read_text())))
     for path in sorted((ROOT / "docs" / "notebooks").glob("*.ipynb")):
         text, pictures = as_markdown(path)
         files.append(File.generated(config, f"notebooks/{path.stem}.md", content=text))
-        for name, content in pictures.items():
-            files.append(File.generated(config, f"notebooks/{name}", content=content))
+        for picture, content in pictures.items():
+            files.append(File.generated(config, f"notebooks/{picture}", content=content))
     return files
 
 
@@ -84,7 +84,8 @@ def table(rows: list[Setting]) -> str:
 
 def as_markdown(path: Path) -> tuple[str, dict[str, bytes]]:
     """A notebook as a page, and its pictures by name: cells, and what they print and draw."""
-    parts, pictures = [f"*This page is the notebook `docs/notebooks/{path.name}`, as it was last run.*"], {}
+    parts = [f"*This page is the notebook `docs/notebooks/{path.name}`, as it was last run.*"]
+    pictures: dict[str, bytes] = {}
     for cell in json.loads(path.read_text())["cells"]:
         source = "".join(cell["source"])
         parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")

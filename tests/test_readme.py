@@ -208,7 +208,8 @@ def test_the_installing_commands_name_what_exists() -> None:
     for page in (README, *PAGES):
         for target in re.findall(r"^make (\w+)|`make (\w+)`", page.read_text(), re.M):
             assert re.search(rf"^{''.join(target)}:", makefile, re.M), f"{page.name} says make {target}"
-    extras = re.search(r"^\[project.optional-dependencies\]$(.*?)^\[", (ROOT / "pyproject.toml").read_text(), re.M | re.S)
+    project = (ROOT / "pyproject.toml").read_text()
+    extras = re.search(r"^\[project.optional-dependencies\]$(.*?)^\[", project, re.M | re.S)
     assert extras is not None
     for page in (README, *PAGES):
         for extra in re.findall(r"pip install '\.\[(\w+)\]'", page.read_text()):
