@@ -77,8 +77,9 @@ def table(rows: list[Setting]) -> str:
     """Settings as a table in Markdown."""
     lines = ["| setting | value | default | what it is |", "| --- | --- | --- | --- |"]
     for row in rows:
-        cells = [f"`{row.key}`", f"`{row.kind}`", f"`{row.default}`" if row.default else "", row.description]
-        lines.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
+        default = f"`{row.default}`" if row.default else ""
+        description = row.description.replace("|", r"\|")
+        lines.append(f"| `{row.key}` | `{row.kind}` | {default} | {description} |")
     return "\n".join(lines) + "\n"
 
 
