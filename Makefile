@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test chaos check bench minkowski
+.PHONY: help setup demo test chaos check docs bench minkowski
 
 help:
 	@echo 'make setup      create .venv with the package and its tools (PYTHON=python3.12 names another Python)'
@@ -14,6 +14,7 @@ help:
 	@echo 'make test       run the tests'
 	@echo 'make chaos      kill, damage and overwrite runs at random for MINUTES=10 with SEED=0, and write docs/reliability.md'
 	@echo 'make check      ruff and mypy'
+	@echo 'make docs       build the site of documentation, site/index.html'
 	@echo 'make bench      time everything that a CPU can, and write docs/benchmarks.md: 8 minutes'
 	@echo 'make minkowski  build and install MinkowskiEngine for the minkowski backend: minutes, the first time'
 
@@ -49,6 +50,11 @@ check: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+# Strict: a link that leads nowhere, or a page that the site does not name, is an error.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict --clean
+	@echo 'site/index.html'
 
 # Each prints a table and writes its JSON; docs/benchmarks.md is made from the JSON.
 TIME := $(BIN)/python benchmarks

@@ -57,7 +57,7 @@ def pretrain(
             arguments above go before both.
 
     Returns:
-        The run, finished, or stopped by a signal after a checkpoint (an interrupted notebook sends SIGINT): the same
+        The run, finished, or stopped by a signal after a checkpoint (an interrupted notebook sends SIGINT). The same
         call resumes it. It is a path, and `finetune`, `load` and `export` take it.
 
     Raises:

@@ -91,7 +91,7 @@ def _run(words: list[str]) -> int:
 
 
 def _help() -> str:
-    lines = [f"  {name:10}{(settings.__doc__ or '').splitlines()[0]}" for name, (settings, _) in COMMANDS.items()]
+    lines = [f"  {name:11} {(settings.__doc__ or '').splitlines()[0]}" for name, (settings, _) in COMMANDS.items()]
     head = ["usage: fcmae COMMAND [WORD ...] [--KEY VALUE ...]", "", fcmae.__doc__ or "", "", "commands:"]
     return "\n".join([*head, *lines, "", "`fcmae COMMAND --help` says more, `fcmae --version` which this is."])
 

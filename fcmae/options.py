@@ -19,7 +19,7 @@ from functools import cache
 from inspect import cleandoc
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -74,7 +74,7 @@ def load(
         argv: Its words, e.g. ["photos", "--config", "pretrain_atto", "--out", "runs/first"].
         prog: The command, for `--help`.
         num_processes: That a run is started on; None checks neither that nor what is installed here.
-        complete: Chooses what was not given, where there is no file or hours are given.
+        complete: Chooses what was not given, where there is no file, or hours to fill.
 
     Raises:
         ConfigError: With every unknown key, wrong value and impossible combination in file and command line.
@@ -90,9 +90,10 @@ def load(
         settings = read_yaml(find_config(also.config)) if also is not None and also.config is not None else {}
     except ConfigError as error:
         raise ConfigError([*problems, str(error)]) from error
-    _put(settings, values)
+    has_file = also is not None and also.config is not None
+    _override(settings, values)
     if complete is not None and not problems:
-        _complete(model, settings, complete, has_file=also is not None and also.config is not None)
+        _complete(model, settings, complete, is_whole=has_file and "hours" not in values)
     config, invalid = _validate(model, settings, wrong, {"num_processes": num_processes})
     if config is None or problems or invalid:
         raise ConfigError([*problems, *invalid])
@@ -122,20 +123,33 @@ def make(
         ConfigError: See `load`.
     """
     values = {} if config is None else read_yaml(find_config(config))
-    _put(values, flattened(model, settings))
+    given = flattened(model, settings)
+    _override(values, given)
     if complete is not None:
-        _complete(model, values, complete, has_file=config is not None)
+        _complete(model, values, complete, is_whole=config is not None and "hours" not in given)
     made, problems = _validate(model, values, (), {"num_processes": num_processes})
     if made is None or problems:
         raise ConfigError(problems)
     return made
 
 
-def _complete(model: type[Settings], settings: dict[str, Any], complete: Complete, *, has_file: bool) -> None:
-    """Put into `settings` what is chosen, unless a file without hours says that all is as it is."""
+def _override(settings: dict[str, Any], values: Mapping[str, Any]) -> None:
+    """Put what is given by flags before what a file says; hours go before its epochs."""
+    if "hours" in values and "epochs" not in values:
+        settings.pop("epochs", None)
+    _put(settings, values)
+
+
+def _complete(model: type[Settings], settings: dict[str, Any], complete: Complete, *, is_whole: bool) -> None:
+    """Put into `settings` what is chosen.
+
+    is_whole: they are those of a file, in which nothing is chosen unless it has hours, for which it was not yet.
+    """
     sketch, problems = _validate(model, settings, (), {"sketch": True})
-    if sketch is None or problems or (has_file and getattr(sketch, "hours", None) is None):
+    if sketch is None or problems:
         return  # what is wrong is reported with the rest
+    if is_whole and (getattr(sketch, "hours", None) is None or getattr(sketch, "chosen", None)):
+        return
     given = {key for key, _ in _pairs(settings, _fields(model))}
     _put(settings, complete(sketch, {key: value for key, value in flat(sketch).items() if key in given}))
 
@@ -242,6 +256,31 @@ def words_of(model: type[Settings]) -> dict[str, list[str]]:
         words = [*shipped_configs()] if key == "config" else words
         found |= {f"--{name}": words for name in (_spelling(field).short, key) if name}
     return found
+
+
+class Setting(NamedTuple):
+    """What is to be known of a setting.
+
+    Attributes:
+        key: dotted.
+        kind: how its values are written.
+        default: as a file has it; empty where the description says what it is, or it must be given.
+        description: what it is, in sentences.
+    """
+
+    key: str
+    kind: str
+    default: str
+    description: str
+
+
+def described(model: type[Settings]) -> list[Setting]:
+    """Every setting of a command that a user may give, in order."""
+    return [
+        Setting(key, _metavar(field.annotation), _default(field), " ".join((field.description or "").split()))
+        for key, field in _fields(model).items()
+        if not _spelling(field).hidden
+    ]
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -445,12 +484,19 @@ def _argument(field: FieldInfo) -> str:
 
 
 def _row(left: str, field: FieldInfo) -> str:
-    text, default = field.description or "", field.get_default(call_default_factory=True)
-    if not field.is_required() and default not in (None, []) and "Default:" not in text:
-        text += f" [{','.join(map(str, default)) if isinstance(default, list | tuple) else _shown(default)}]"
+    text, default = field.description or "", _default(field)
+    text += f" [{default}]" if default else ""
     first = f"  {left:27} " if len(left) < 28 else f"  {left}\n{'':30}"
     wrapped = textwrap.wrap(text, 70, break_long_words=False, break_on_hyphens=False)
     return first + f"\n{'':30}".join(wrapped)
+
+
+def _default(field: FieldInfo) -> str:
+    """As a flag has it; empty if there is none, or the description says it."""
+    default = field.get_default(call_default_factory=True)
+    if field.is_required() or default in (None, []) or "Default:" in (field.description or ""):
+        return ""
+    return ",".join(map(str, default)) if isinstance(default, list | tuple) else _shown(default)
 
 
 def _metavar(kind: Any) -> str:

@@ -224,7 +224,7 @@ def test_the_commands_are_listed_with_what_they_do(capsys: pytest.CaptureFixture
         assert stopped.value.code == status
         shown = capsys.readouterr().out
         for name, (settings, _) in COMMANDS.items():
-            assert f"\n  {name:10}{(settings.__doc__ or '').splitlines()[0]}\n" in shown
+            assert f"\n  {name:11} {(settings.__doc__ or '').splitlines()[0]}\n" in shown
 
 
 def test_a_mistyped_command_brings_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:

@@ -125,7 +125,24 @@ def test_a_file_of_settings_leaves_nothing_to_choose_unless_hours_are_given(phot
     words = ["photos", "--config", "pretrain_cpu", "--out", "out"]
     assert load(PretrainConfig, words, prog="x", complete=planning.pretraining).chosen == {}
     cfg = load(PretrainConfig, [*words, "--hours", "1", "--batch_size", "4"], prog="x", complete=planning.pretraining)
-    assert "data.val_share" in cfg.chosen and "epochs" not in cfg.chosen and cfg.epochs == 100
+    assert "data.val_share" in cfg.chosen and "data.image_size" not in cfg.chosen
+    # Flags go before the file: the hours before its epochs.
+    assert cfg.epochs == 1600 and "epochs" in cfg.chosen
+    assert (
+        load(PretrainConfig, [*words, "--hours", "1", "--epochs", "3"], prog="x", complete=planning.pretraining).epochs
+        == 3
+    )
+
+
+def test_a_file_of_what_was_chosen_is_taken_as_it_is_by_any_number_of_processes(
+    photos: Path, measured: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = load(PretrainConfig, ["photos", "--hours", "1", *SMALL], prog="x", complete=planning.pretraining)
+    (tmp_path / "chosen.yaml").write_text(fcmae.options.dump(chosen))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    words = ["--config", str(tmp_path / "chosen.yaml")]
+    assert load(PretrainConfig, words, prog="x", complete=planning.pretraining) == chosen
+    assert len(measured) == 1
 
 
 def test_images_at_once_are_halved_until_they_fit(

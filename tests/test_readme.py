@@ -1,28 +1,36 @@
-"""README.md keeps its word: its commands and Python run, its tree, links and targets exist.
+"""README.md and the pages of docs/ keep their word: their commands and Python run, links and targets exist.
 
-The commands run in the order of the page, in one folder, on a few tiny images, and then the Python. What makes them
-small is SMALL, whose flags take the place of those that the page prints, and of its settings in Python; accelerate
-starts two processes, which --device cpu keeps on the CPU. Commands that install (INSTALLS) are not run: their targets
-and extras are looked up.
+README's own commands run first, in one folder, on a few tiny images. Each page has a copy of it, and runs its blocks in
+the order of the page: commands, Python, and YAML, which is written to the file that its comment names. What makes them
+small is SMALL, whose flags take the place of those that a page prints, and of its settings in Python; choices are made
+without timing a step. accelerate starts two processes, which --device cpu keeps on the CPU. Commands that install
+(INSTALLS) are not run: their targets and extras are looked up. Nor is a block below a line that says so, *Not run by
+the tests: why.*, or a page of measurements (MEASURED): their scripts exist and their flags are read.
 """
 
 import contextlib
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 
-from fcmae import api
-from fcmae.cli import main
+from fcmae import api, bench, planning
+from fcmae.cli import COMMANDS, main
+from fcmae.options import load
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+README = ROOT / "README.md"
+MEASURED = {"benchmarks.md", "performance.md", "results.md"}
+PAGES = sorted(path for path in (ROOT / "docs").glob("*.md") if path.name not in MEASURED)
 SMALL = {"--epochs": "1", "--batch_size": "4", "--device": "cpu", "--data.num_workers": "0"}
 LAUNCH = {"--num_processes": "2"}
 # What these commands do in full is for their own tests; these flags keep them short here.
@@ -30,12 +38,25 @@ QUICK = {"doctor": ["--quick"], "verify": ["--backend", "packed"], "bench": ["--
 INSTALLS = ("make", "pip", "source", "git")
 
 
-def blocks(language: str) -> list[str]:
-    return [text for found, text in re.findall(r"^```(\w*)\n(.*?)^```$", README, re.M | re.S) if found == language]
+class Block(NamedTuple):
+    """What stands between fences: `runs` unless the line before says that it does not."""
+
+    language: str
+    text: str
+    runs: bool = True
+
+    def commands(self) -> list[list[str]]:
+        lines = self.text.replace("\\\n", " ").splitlines()
+        return [words for line in lines if self.language == "bash" and (words := shlex.split(line, comments=True))]
 
 
-def commands() -> list[list[str]]:
-    return [shlex.split(line, comments=True) for block in blocks("bash") for line in block.splitlines() if line]
+def blocks(page: Path) -> list[Block]:
+    found = re.findall(r"^(\*Not run by the tests: .+\*\n\n)?```(\w*)\n(.*?)^```$", page.read_text(), re.M | re.S)
+    return [Block(language, text, not refused) for refused, language, text in found]
+
+
+def commands(page: Path) -> list[list[str]]:
+    return [words for block in blocks(page) if block.runs for words in block.commands()]
 
 
 def with_flags(words: list[str], flags: dict[str, str]) -> list[str]:
@@ -57,22 +78,67 @@ def write_images(folder: Path, count: int, size: tuple[int, int], mode: str = "R
         Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(folder / f"{i}.png")
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folders that the page names, and the scripts of a clone."""
-    write_images(tmp_path / "photos", 6, (60, 50))
-    write_images(tmp_path / "small", 6, (32, 32))
-    write_images(tmp_path / "grey", 6, (60, 50), "L")
-    write_images(tmp_path / "new", 2, (60, 50))
+def run_page(page: Path) -> None:
+    """All that stands on it, in this process and this folder."""
+    for block in blocks(page):
+        if block.language == "python":
+            exec(block.text, {})
+        elif block.language == "yaml":
+            (name,) = re.findall(r"^# (\w+\.yaml)$", block.text, re.M)
+            Path(name).write_text(block.text)
+        for words in block.commands() if block.runs else ():
+            if words[0] == "fcmae":
+                run_fcmae(words[1:] + QUICK.get(words[1], []))
+            elif words[0] == "accelerate":
+                launch(words[1:])
+            else:
+                assert words[0] in INSTALLS, f"{page.name} runs {words[0]}, which this test does not know"
+
+
+@pytest.fixture(scope="module")
+def small() -> Iterator[None]:
+    """Runs from Python are small too, and no step is timed."""
+    given = {flag.removeprefix("--"): value for flag, value in SMALL.items()}
+    made = api._settings
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(api, "_settings", lambda model, settings, *rest: made(model, settings | given, *rest))
+        for name in ("_pretraining_step", "_finetuning_step"):
+            patch.setattr(planning, name, step)
+        yield
+
+
+def step(cfg: Any, at_once: int, *rest: Any) -> bench.Result:
+    """As if it had been timed."""
+    return bench.Result(bench.Candidate("packed", "fp32", at_once), at_once, (at_once / 10,), 0.0, 10**6)
+
+
+@pytest.fixture(scope="module")
+def begun(small: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folders that the pages name, the scripts of a clone, and what README's commands make of them."""
+    path = tmp_path_factory.mktemp("begun")
+    write_images(path / "photos", 6, (60, 50))
+    write_images(path / "small", 6, (32, 32))
+    write_images(path / "grey", 6, (60, 50), "L")
+    write_images(path / "new", 2, (60, 50))
     for name in ("cat", "dog"):
-        write_images(tmp_path / "labelled" / name, 4, (50, 60))
-    (tmp_path / "bands").mkdir()
+        write_images(path / "labelled" / name, 4, (50, 60))
+        write_images(path / "tested" / name, 2, (50, 60))
+    (path / "bands").mkdir()
     for i in range(6):
-        np.save(tmp_path / "bands" / f"{i}.npy", np.random.default_rng(i).random((40, 40, 4), dtype=np.float32))
+        np.save(path / "bands" / f"{i}.npy", np.random.default_rng(i).random((40, 40, 4), dtype=np.float32))
     for script in ("pretrain.py", "finetune.py"):
-        (tmp_path / script).symlink_to(ROOT / script)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+        (path / script).symlink_to(ROOT / script)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(path)
+        run_page(README)
+    return path
+
+
+@pytest.fixture
+def folder(begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it to be in."""
+    monkeypatch.chdir(shutil.copytree(begun, tmp_path / "folder", symlinks=True))
+    return Path.cwd()
 
 
 def run_fcmae(words: list[str]) -> None:
@@ -95,47 +161,63 @@ def run_fcmae(words: list[str]) -> None:
     assert status == 0, shlex.join(words)
 
 
-def test_the_commands_and_the_python_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made, small = api._settings, {flag.removeprefix("--"): value for flag, value in SMALL.items()}
-    monkeypatch.setattr(api, "_settings", lambda model, given, *rest: made(model, given | small, *rest))
-    ran = set()
-    for words in commands():
-        if words[0] == "fcmae":
-            run_fcmae(words[1:] + QUICK.get(words[1], []))
-            ran.add(words[1])
-        else:
-            assert words[0] in (*INSTALLS, "accelerate"), f"README runs {words[0]}, which this test does not know"
-    assert ran == {
-        *("pretrain", "convert", "finetune", "predict", "stats", "configs", "doctor", "verify", "bench"),
-        *("evaluate", "embed", "analyze", "report"),
-    }
-    for block in blocks("python"):
-        exec(block, {})
-    assert (folder / "new.csv").read_text().startswith("path,")
-    assert list((folder / "runs" / "try" / "reconstructions").glob("*.png"))
+def launch(words: list[str]) -> None:
+    """accelerate launch: two CPU processes in place of eight GPUs."""
+    words = with_flags(with_flags(words[1:], LAUNCH), SMALL)
+    line = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *words]
+    done = subprocess.run(line, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr
+    assert "2 x cpu" in done.stderr
 
 
-def test_the_commands_for_several_gpus_run_on_two_cpu_processes(folder: Path) -> None:
-    launched = [words for words in commands() if words[0] == "accelerate"]
-    assert launched
-    for _, launch, *words in launched:
-        words = with_flags(with_flags(words, LAUNCH), SMALL)
-        line = [sys.executable, "-m", "accelerate.commands.accelerate_cli", launch, *words]
-        done = subprocess.run(line, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-        assert done.returncode == 0, done.stderr
-        assert "2 x cpu" in done.stderr
+def test_the_commands_of_the_first_page_make_what_it_says(begun: Path) -> None:
+    assert list((begun / "runs" / "photos" / "reconstructions").glob("*.png"))
+    assert (begun / "runs" / "photos" / "report.html").exists()
+    assert (begun / "runs" / "labelled-tuned" / "best").is_dir()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_commands_and_the_python_of_a_page_run(page: Path, folder: Path) -> None:
+    run_page(page)
+    if page.stem == "tutorial":
+        assert (folder / "new.csv").read_text().startswith("path,")
+
+
+def test_every_command_is_shown() -> None:
+    shown = {words[1] for page in (README, *PAGES) for words in commands(page) if words[0] == "fcmae"}
+    assert shown == set(COMMANDS)
+
+
+@pytest.mark.parametrize("page", [README, *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.stem)
+def test_what_is_not_run_can_be_read(page: Path) -> None:
+    for block in blocks(page):
+        assert block.language in ("bash", "python", "yaml", "text", "bibtex") or "fcmae/\n" in block.text
+        if block.language != "bash" or (block.runs and page.name not in MEASURED):
+            continue
+        subprocess.run(["bash", "-n", "-c", block.text], check=True)
+        for words in block.commands():
+            if words[0] == "python":
+                assert (ROOT / words[1]).exists(), words[1]
+            elif "fcmae" in words:
+                name, *rest = words[words.index("fcmae") + 1 :]
+                load(COMMANDS[name][0], rest, prog="test")
 
 
 def test_the_installing_commands_name_what_exists() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    targets = [words[1] for words in commands() if words[0] == "make"]
-    assert {"demo", "test"} <= set(targets)
-    for target in (*targets, *re.findall(r"`make (\w+)`", README)):
-        assert re.search(rf"^{target}:", makefile, re.M), f"README says make {target}"
+    for page in (README, *PAGES):
+        for target in re.findall(r"^make (\w+)|`make (\w+)`", page.read_text(), re.M):
+            assert re.search(rf"^{''.join(target)}:", makefile, re.M), f"{page.name} says make {target}"
+    project = (ROOT / "pyproject.toml").read_text()
+    extras = re.search(r"^\[project.optional-dependencies\]$(.*?)^\[", project, re.M | re.S)
+    assert extras is not None
+    for page in (README, *PAGES):
+        for extra in re.findall(r"pip install '\.\[(\w+)\]'", page.read_text()):
+            assert re.search(rf"^{extra} = ", extras[1], re.M), f"{page.name} says pip install '.[{extra}]'"
 
 
 def test_the_tree_names_every_file_and_nothing_else() -> None:
-    tree = next(block for block in blocks("") if "fcmae/\n" in block)
+    tree = next(block.text for block in blocks(README) if "fcmae/\n" in block.text)
     named, folder = set(), ""
     for line in tree.splitlines():
         name = line.split()[0]
@@ -147,12 +229,14 @@ def test_the_tree_names_every_file_and_nothing_else() -> None:
     assert {str(path.relative_to(ROOT)) for path in package} - {"fcmae/__init__.py"} <= named
 
 
-def test_links_to_files_and_names_of_configurations_lead_somewhere() -> None:
-    for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
-        assert (ROOT / link).exists(), link
-    for name in re.findall(r"\b(?:pretrain|finetune)_(?:[a-z]+_)*[a-z]+\b", README):
+@pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.stem)
+def test_links_to_files_and_names_of_configurations_lead_somewhere(page: Path) -> None:
+    text = page.read_text()
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
+        assert (page.parent / link).exists(), link
+    for name in re.findall(r"\b(?:pretrain|finetune)_(?:[a-z]+_)*[a-z]+\b", text):
         assert (ROOT / "configs" / f"{name}.yaml").exists(), name
-    for path in re.findall(r"`((?:tests|docs|benchmarks|configs|fcmae)/[\w/]+\.\w+)`", README):
+    for path in re.findall(r"`((?:tests|docs|benchmarks|configs|fcmae)/[\w/]+\.\w+)`", text):
         assert (ROOT / path).exists(), path
 
 
