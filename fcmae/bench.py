@@ -10,12 +10,12 @@ import contextlib
 import math
 import multiprocessing
 import os
+import re
 import resource
 import shlex
 import signal
 import statistics
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fcmae.config import BenchConfig
+from fcmae.data.cores import end_with_parent
 from fcmae.networks.spec import describe
 
 if TYPE_CHECKING:
@@ -343,16 +344,9 @@ def in_process(function: Callable[..., Any], *args: Any) -> Any:
 def _begin() -> None:
     """In a new process: leave Ctrl-C to the parent, end with it, and be the one that lack of memory ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def _answer(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
@@ -492,7 +486,10 @@ def peak_memory(device: torch.device) -> int:
 
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    # Counted in bytes on macOS, in units of 1024 elsewhere.
+    status = Path("/proc/self/status")
+    if status.is_file():  # the peak that getrusage tells counts that of the process that started this one
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])  # type: ignore[index]
+    # In bytes on macOS, in units of 1024 elsewhere.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

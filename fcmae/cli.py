@@ -84,9 +84,9 @@ def _run(words: list[str]) -> int:
         raise ValueError(f"{name}: no such command{hint(name, COMMANDS) or '; there are: ' + ', '.join(COMMANDS)}")
     settings, run = COMMANDS[name]
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if name not in IDLE:
-        threads.prepare()  # before what is not given is measured
     given = load(settings, rest, prog=f"fcmae {name}", num_processes=processes, complete=COMPLETE.get(name))
+    if name not in IDLE:
+        threads.prepare()
     return run(given) or 0
 
 
@@ -234,6 +234,7 @@ def _complete_pretraining(sketch: config.PretrainConfig, given: Mapping[str, Any
     if not sketch.data.path:
         return {}  # the settings say so, without torch
 
+    threads.prepare()  # before steps are timed
     from fcmae import planning
 
     return planning.pretraining(sketch, given)
@@ -243,6 +244,7 @@ def _complete_finetuning(sketch: config.FinetuneConfig, given: Mapping[str, Any]
     if not sketch.data.path or sketch.eval_only:
         return {}
 
+    threads.prepare()  # before steps are timed
     from fcmae import planning
 
     return planning.finetuning(sketch, given)

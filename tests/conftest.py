@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import shutil
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -16,6 +17,10 @@ from fcmae import threads
 if "PYTEST_XDIST_WORKER" in os.environ:  # one process for each core
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 threads.prepare()  # as runs do, before torch is loaded
+
+# In the background, or under nohup, a shell has these ignored, by the processes that tests start too.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import torch
 from hypothesis import settings

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import threading
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
@@ -45,3 +47,15 @@ def free_memory() -> int:
     if limit and used and limit[0].isdecimal():
         free = min(free, int(limit[0]) - int(used[0]) + int(cached))
     return max(free, 0)
+
+
+def end_with_parent() -> None:
+    """From now on this process, which another one started, ends when that one has, whatever it waits for."""
+    threading.Thread(target=_wait_and_end, daemon=True).start()
+
+
+def _wait_and_end() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

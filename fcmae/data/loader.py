@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import multiprocessing
-import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator
@@ -13,7 +12,7 @@ from itertools import chain
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from fcmae.data.cores import core_time, local_processes
+from fcmae.data.cores import core_time, end_with_parent, local_processes
 from fcmae.data.dataset import Batch, Reading, Sample, collate
 from fcmae.data.index import Images
 from fcmae.data.sampler import Key, evaluation_batches
@@ -101,15 +100,8 @@ def _init_worker(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
     # DataLoader's workers look for their parent between two batches only: one whose read hangs would stay for ever.
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    end_with_parent()
 
 
 def end_workers() -> None:
