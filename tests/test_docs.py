@@ -17,7 +17,7 @@ from fcmae.options import described
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
-SMALL = {"num_images": 24, "num_labels": 8, "num_tested": 8, "hours": 0.0005, "seeds": 1, "epochs": 1}
+SMALL = {"num_images": 24, "num_labels": 16, "num_tested": 8, "seeds": 1, "epochs": 1, "tuning_epochs": 1}
 # Notebooks take half a minute each, and mkdocs need not be there. Where all must run, as in CI: FCMAE_REQUIRE_DOCS=1.
 REQUIRED = bool(os.environ.get("FCMAE_REQUIRE_DOCS"))
 requires_mkdocs = pytest.mark.skipif(find_spec("mkdocs") is None and not REQUIRED, reason="mkdocs is not installed")
@@ -80,7 +80,10 @@ def test_a_notebook_runs_at_small_sizes(path: Path, tmp_path: Path, monkeypatch:
     assert set(names) - {"photos"} <= set(SMALL)
     parameters.source += "".join(f"\n{name} = {SMALL[name]}" for name in names if name in SMALL)
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path / "notebooks")}}).execute()
-    assert (tmp_path / "notebooks" / "runs" / "photos" / "checkpoints").is_dir()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert "error" not in {output.output_type for output in outputs}  # cell magics swallow them
+    runs = {"pretrain": ["photos"], "few_labels": ["photos", "pretrained-0", "scratch-0"]}[path.stem]
+    assert sorted(run.name for run in (tmp_path / "notebooks" / "runs").iterdir()) == runs
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
