@@ -51,7 +51,11 @@ def trial(samples: Samples, rng: random.Random, folder: Path) -> tuple[str, str 
     try:
         outcome = command(words, folder, prepare)
         wrong = fault(outcome)
-        if wrong is None and outcome.status == 2 and not any(w in outcome.error for w in ("space", "large", "full")):
+        if (
+            wrong is None
+            and outcome.status == 2
+            and not any(w in outcome.error for w in ("space", "large", "full", "do not fit"))
+        ):
             wrong = f"it does not say that the disk is full: {outcome.error}"
         if wrong is None and outcome.status == 2:
             wrong = _left_behind(out)
