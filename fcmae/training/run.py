@@ -386,6 +386,56 @@ def make_accelerator(cfg: RunConfig) -> Accelerator:
     )
 
 
+@contextmanager
+def ending_together(accelerator: Accelerator, run: Path) -> Iterator[None]:
+    """Have the error of one process end all of a run, each with its sentence.
+
+    The others may wait for it in a collective, where no signal reaches them.
+
+    Args:
+        accelerator: of the processes.
+        run: directory of the run.
+
+    Raises:
+        ChildProcessError: if another process failed.
+    """
+    if accelerator.num_processes == 1:
+        yield
+        return
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = torch.distributed.TCPStore(address, port, is_master=False, wait_for_workers=False)  # type: ignore[attr-defined]
+    key, left = f"fcmae/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}/{run}", threading.Event()
+
+    def told() -> str | None:
+        with suppress(RuntimeError):  # the store went with the process that kept it
+            return store.get(key).decode() if store.check([key]) else None
+        return "a process of the run has ended: see what it said"
+
+    def watch() -> None:
+        while not left.wait(1):
+            if (sentence := told()) and not left.wait(StopSignal.GRACE_S):
+                os.write(2, f"fcmae: error: {sentence}\n".encode(errors="replace"))
+                end_workers()
+                os._exit(2)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    except (ValueError, OSError, FloatingPointError) as error:
+        left.set()
+        store.set(key, f"process {accelerator.process_index} failed: {error}")
+        raise
+    except RuntimeError as error:
+        left.set()
+        if (sentence := told()) is None and "by peer" in str(error):
+            sentence = "a process of the run has ended: see what it said"
+        if sentence is None:
+            raise
+        raise ChildProcessError(sentence) from error
+    finally:
+        left.set()
+
+
 def finish(accelerator: Accelerator) -> None:
     """End a run: close the trackers, and let no process go before the others.
 
