@@ -324,14 +324,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def split_metrics(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """The lines of a metrics.jsonl, and those that are none: cut off, of something else, or without a step."""
+    """The lines of a metrics.jsonl, and those that are none: cut off, without a step, or with what is no number."""
     lines, damaged = list[dict[str, Any]](), list[str]()
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
         try:
             line = json.loads(text)
         except (ValueError, RecursionError):
             line = None
-        if isinstance(line, dict) and all(_is_number(line.get(key)) for key in ("step", "epoch")):
+        if isinstance(line, dict) and {"step", "epoch"} <= line.keys() and all(map(_is_number, line.values())):
             lines.append(line)
         else:
             damaged.append(text)
