@@ -36,7 +36,15 @@ from fcmae.networks.spec import describe, variant_of
 from fcmae.training import checkpoint, optim
 from fcmae.training.compiling import compile_model
 from fcmae.training.log import Log
-from fcmae.training.run import Run, RunDirectory, StopSignal, finish, make_accelerator, same_everywhere
+from fcmae.training.run import (
+    Run,
+    RunDirectory,
+    StopSignal,
+    ending_together,
+    finish,
+    make_accelerator,
+    same_everywhere,
+)
 from fcmae.training.steps import Steps, schedule_of
 from fcmae.weights.convert import adapt_in_chans, save_classifier
 from fcmae.weights.files import Weights, read_weights
@@ -63,33 +71,36 @@ def finetune(cfg: FinetuneConfig, net: Classifier | None = None) -> Run:
     """
     run = RunDirectory(cfg, "finetune")
     accelerator = make_accelerator(cfg)
-    check_launch(cfg, accelerator.num_processes)
-    weights = starting_weights(cfg)
-    train_images, val_images = same_everywhere(accelerator, partial(run_images, cfg, run, weights))
-    assert val_images.class_names is not None
-    per_epoch = 0 if cfg.eval_only else steps_per_epoch(len(train_images), cfg.batch_size)
-    if len(val_images) == 0:
-        raise ValueError(
-            f"data.val_share = {cfg.data.val_share} holds out none of {len(train_images)} images: raise it"
+    with ending_together(accelerator, run.path):
+        check_launch(cfg, accelerator.num_processes)
+        weights = starting_weights(cfg)
+        train_images, val_images = same_everywhere(accelerator, partial(run_images, cfg, run, weights))
+        assert val_images.class_names is not None
+        per_epoch = 0 if cfg.eval_only else steps_per_epoch(len(train_images), cfg.batch_size)
+        if len(val_images) == 0:
+            raise ValueError(
+                f"data.val_share = {cfg.data.val_share} holds out none of {len(train_images)} images: raise it"
+            )
+        if net is None:
+            net = build_model(cfg, weights, len(val_images.class_names))
+        weights = replace(
+            weights, state={}, image=image_settings(cfg, weights), class_names=tuple(val_images.class_names)
         )
-    if net is None:
-        net = build_model(cfg, weights, len(val_images.class_names))
-    weights = replace(weights, state={}, image=image_settings(cfg, weights), class_names=tuple(val_images.class_names))
-    if run.resume_from is not None:
-        checkpoint.check_origin(run.resume_from, run.kind, fingerprint(train_images, val_images))
-    elif not cfg.eval_only:
-        kept = checkpoint.num_kept(cfg.checkpoint.keep, cfg.epochs, cfg.checkpoint.milestone_epochs)
-        # The best and the last model too, which are a third of a checkpoint each.
-        checkpoint.check_space(run.path, net, kept + 1, 4 if cfg.regularization.ema_decay else 3)
-    with run.open(accelerator.is_main_process), StopSignal() as stop:
-        if accelerator.is_main_process:
-            train_images.save(run.path / "files.json")
-            val_images.save(run.path / "val_files.json")
-            for note in dict.fromkeys(train_images.notes + val_images.notes):
-                logger.info("%s", note)
-            build_reading(cfg, weights).check_values(train_images if len(train_images) else val_images)
-        finished = train(cfg, run, accelerator, net, weights, per_epoch, train_images, val_images, stop)
-        finish(accelerator)
+        if run.resume_from is not None:
+            checkpoint.check_origin(run.resume_from, run.kind, fingerprint(train_images, val_images))
+        elif not cfg.eval_only:
+            kept = checkpoint.num_kept(cfg.checkpoint.keep, cfg.epochs, cfg.checkpoint.milestone_epochs)
+            # The best and the last model too, which are a third of a checkpoint each.
+            checkpoint.check_space(run.path, net, kept + 1, 4 if cfg.regularization.ema_decay else 3)
+        with run.open(accelerator.is_main_process), StopSignal() as stop:
+            if accelerator.is_main_process:
+                train_images.save(run.path / "files.json")
+                val_images.save(run.path / "val_files.json")
+                for note in dict.fromkeys(train_images.notes + val_images.notes):
+                    logger.info("%s", note)
+                build_reading(cfg, weights).check_values(train_images if len(train_images) else val_images)
+            finished = train(cfg, run, accelerator, net, weights, per_epoch, train_images, val_images, stop)
+            finish(accelerator)
     return Run(run.path, "finetune", finished, stop.received)
 
 

@@ -44,6 +44,7 @@ from fcmae.training.run import (
     Run,
     RunDirectory,
     StopSignal,
+    ending_together,
     finish,
     make_accelerator,
     read_metrics,
@@ -77,31 +78,32 @@ def pretrain(cfg: PretrainConfig, net: FCMAE | None = None) -> Run:
     """
     run = RunDirectory(cfg, "pretrain")
     accelerator = make_accelerator(cfg)
-    check_launch(cfg, accelerator.num_processes)
-    images = same_everywhere(accelerator, partial(run_images, cfg, run))
-    train_images, val_images = split(images, cfg.data.val_share, cfg.seed)
-    schedule = build_schedule(cfg, run, train_images)
-    check_pooled(cfg, run, accelerator)
-    started = ["from the model that was handed in"] if run.resume_from is None else []
-    if net is None:
-        net = build_model(cfg)
-        started = start(cfg, net) if run.resume_from is None else []
-    if run.resume_from is None:
-        kept = checkpoint.num_kept(cfg.checkpoint.keep, cfg.epochs, cfg.checkpoint.milestone_epochs)
-        checkpoint.check_space(run.path, net, kept)
-    labelled = None
-    if cfg.monitor.labelled is not None and accelerator.is_main_process:
-        labelled = find_monitored_labels(cfg.monitor.labelled, build_reading(cfg), cfg.seed)
-    with run.open(accelerator.is_main_process), StopSignal() as stop:
-        if accelerator.is_main_process:
-            images.save(run.path / "files.json")
-            for note in images.notes:
-                logger.info("%s", note)
-            build_reading(cfg).check_values(images)
-        for sentence in started:
-            logger.info("start: %s", sentence)
-        finished = train(cfg, run, accelerator, net, schedule, train_images, val_images, labelled, stop)
-        finish(accelerator)
+    with ending_together(accelerator, run.path):
+        check_launch(cfg, accelerator.num_processes)
+        images = same_everywhere(accelerator, partial(run_images, cfg, run))
+        train_images, val_images = split(images, cfg.data.val_share, cfg.seed)
+        schedule = build_schedule(cfg, run, train_images)
+        check_pooled(cfg, run, accelerator)
+        started = ["from the model that was handed in"] if run.resume_from is None else []
+        if net is None:
+            net = build_model(cfg)
+            started = start(cfg, net) if run.resume_from is None else []
+        if run.resume_from is None:
+            kept = checkpoint.num_kept(cfg.checkpoint.keep, cfg.epochs, cfg.checkpoint.milestone_epochs)
+            checkpoint.check_space(run.path, net, kept)
+        labelled = None
+        if cfg.monitor.labelled is not None and accelerator.is_main_process:
+            labelled = find_monitored_labels(cfg.monitor.labelled, build_reading(cfg), cfg.seed)
+        with run.open(accelerator.is_main_process), StopSignal() as stop:
+            if accelerator.is_main_process:
+                images.save(run.path / "files.json")
+                for note in images.notes:
+                    logger.info("%s", note)
+                build_reading(cfg).check_values(images)
+            for sentence in started:
+                logger.info("start: %s", sentence)
+            finished = train(cfg, run, accelerator, net, schedule, train_images, val_images, labelled, stop)
+            finish(accelerator)
     return Run(run.path, "pretrain", finished, stop.received)
 
 

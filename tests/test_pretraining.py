@@ -378,6 +378,24 @@ def test_a_signal_to_one_of_two_processes_stops_both_and_they_go_on(tmp_path: Pa
     assert [step for step, _ in losses(out)] == list(range(1, 61))
 
 
+def test_the_error_of_one_process_ends_both_with_its_sentence(tmp_path: Path) -> None:
+    """The first alone keeps the list of files that cannot be read."""
+    images, out = write_images(tmp_path / "images", 12), tmp_path / "out"
+    for path in sorted(images.iterdir())[:6]:
+        path.write_bytes(b"not an image")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fcmae.cli"]
+    command = [sys.executable, *launcher, "pretrain", *flags(images, out, epochs=999, data__val_share=0)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 1
+    lines = [line for line in result.stderr.splitlines() if line.startswith("fcmae: error")]
+    assert len(lines) == 2
+    sentence = "data.max_bad_share: "
+    assert any(line.startswith(f"fcmae: error: {sentence}") for line in lines)
+    assert any(line.startswith(f"fcmae: error: process 0 failed: {sentence}") for line in lines)
+    assert "[rank1]" not in result.stderr
+
+
 def listed_as_bad(out: Path) -> set[str]:
     return {line.partition("\t")[0] for line in (out / "bad_files.txt").read_text().splitlines()}
 

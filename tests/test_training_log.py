@@ -195,5 +195,6 @@ def test_on_cuda_the_device_is_not_said_to_wait_while_it_computes(monkeypatch: p
 def test_a_damaged_line_costs_itself_and_not_what_follows(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     lines = ['{"step": 1, "epoch": 0.5}', '{"step": 2, "ep', "[1]", '{"step": "3", "epoch": 1}', "null", "[" * 9999]
+    lines += ['{"step": 2, "epoch": 1, "loss": "low"}', '{"step": 3, "epoch": 1, "loss": null}', "\0\1"]
     path.write_text("\n".join([*lines, '{"step": 4, "epoch": 2}']) + "\n")
     assert [line["step"] for line in read_metrics(path)] == [1, 4]

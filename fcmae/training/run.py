@@ -373,7 +373,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def split_metrics(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """The lines of a metrics.jsonl, and those that are none: cut off, of something else, or without a step."""
+    """The lines of a metrics.jsonl, and those that are none: cut off, without a step, or with what is no number."""
     lines, damaged = list[dict[str, Any]](), list[str]()
     content = read_bytes(path, MAX_METRICS) if path.exists() else b""
     for text in content.decode(errors="replace").splitlines():
@@ -381,7 +381,7 @@ def split_metrics(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
             line = json.loads(text)
         except (ValueError, RecursionError):
             line = None
-        if isinstance(line, dict) and all(_is_number(line.get(key)) for key in ("step", "epoch")):
+        if isinstance(line, dict) and {"step", "epoch"} <= line.keys() and all(map(_is_number, line.values())):
             lines.append(line)
         else:
             damaged.append(text)
@@ -434,6 +434,56 @@ def make_accelerator(cfg: RunConfig) -> Accelerator:
         log_with=cfg.log.trackers or None,
         project_config=ProjectConfiguration(project_dir=str(cfg.out), logging_dir=f"{cfg.out}/tensorboard"),
     )
+
+
+@contextmanager
+def ending_together(accelerator: Accelerator, run: Path) -> Iterator[None]:
+    """Have the error of one process end all of a run, each with its sentence.
+
+    The others may wait for it in a collective, where no signal reaches them.
+
+    Args:
+        accelerator: of the processes.
+        run: directory of the run.
+
+    Raises:
+        ChildProcessError: if another process failed.
+    """
+    if accelerator.num_processes == 1:
+        yield
+        return
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = torch.distributed.TCPStore(address, port, is_master=False, wait_for_workers=False)  # type: ignore[attr-defined]
+    key, left = f"fcmae/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}/{run}", threading.Event()
+
+    def told() -> str | None:
+        with suppress(RuntimeError):  # the store went with the process that kept it
+            return store.get(key).decode() if store.check([key]) else None
+        return "a process of the run has ended: see what it said"
+
+    def watch() -> None:
+        while not left.wait(1):
+            if (sentence := told()) and not left.wait(StopSignal.GRACE_S):
+                os.write(2, f"fcmae: error: {sentence}\n".encode(errors="replace"))
+                end_workers()
+                os._exit(2)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    except (ValueError, OSError, FloatingPointError) as error:
+        left.set()
+        store.set(key, f"process {accelerator.process_index} failed: {error}")
+        raise
+    except RuntimeError as error:
+        left.set()
+        if (sentence := told()) is None and "by peer" in str(error):
+            sentence = "a process of the run has ended: see what it said"
+        if sentence is None:
+            raise
+        raise ChildProcessError(sentence) from error
+    finally:
+        left.set()
 
 
 def finish(accelerator: Accelerator) -> None:

@@ -119,7 +119,7 @@ def tensors(samples: Samples, rng: random.Random, folder: Path) -> Path:
     name = rng.choice([key for key in state if key.startswith("encoder.")])
     value = state.pop(name)
     wrong = [torch.full_like(value, math.nan), torch.full_like(value, math.inf), value.to("meta"), value.to_sparse()]
-    wrong += [value[None], value.flatten()[:-1], value.new_zeros(0), torch.zeros(1).expand(60000, 60000), None, [], "x"]
+    wrong += [value.flatten()[:-1], value.new_zeros(0), torch.zeros(1).expand(60000, 60000), None, [], "x"]
     wrong += [value.to(dtype) for dtype in (torch.int64, torch.bool, torch.complex64, torch.uint8)]
     named: list[dict[Any, Any]] = [{}, {name: value, "encoder.\x1b[31m.weight": value}, {7: value}, {None: value}]
     state |= rng.choice(named) if rng.random() < 0.2 else {name: rng.choice(wrong)}
