@@ -94,13 +94,13 @@ def picture(path: Path, seed: int = 0) -> None:
     Image.fromarray(np.random.default_rng(seed).integers(0, 256, (12, 16, 3), dtype=np.uint8)).save(path)
 
 
-def evaluation(path: Path, model: str, score: float, class_names: tuple[str, ...] = ("a", "b")) -> None:
+def evaluation(path: Path, model: str, score: float, class_names: tuple[str, ...] = ("a", "b"), stage: int = 4) -> None:
     """PATH/evaluation.json and a picture beside it: a linear probe and few labels on 400 test images."""
     probes = [
-        {"probe": "linear", "stage": 4, "setting": {"lr": 0.1, "l2": 0}, "scores": {"balanced_accuracy": score}},
+        {"probe": "linear", "stage": stage, "setting": {"lr": 0.1, "l2": 0}, "scores": {"balanced_accuracy": score}},
         {
             "probe": "few-shot",
-            "stage": 4,
+            "stage": stage,
             "setting": {"labels": "1%", "num_images": 8, "draws": 5},
             "scores": {"balanced_accuracy": 0.61},
             "spread": {"balanced_accuracy": [0.58, 0.64]},
@@ -110,7 +110,7 @@ def evaluation(path: Path, model: str, score: float, class_names: tuple[str, ...
     record = {"model": model, "command": f"fcmae evaluate {model} --data labelled", "data": data, "results": probes}
     size = 400 // len(class_names)
     matrix = [[size * (row == column) for column in range(len(class_names))] for row in range(len(class_names))]
-    record["confusion"] = {"probe": "linear", "stage": 4, "matrix": matrix}
+    record["confusion"] = {"probe": "linear", "stage": stage, "matrix": matrix}
     path.mkdir(parents=True)
     (path / "evaluation.json").write_text(json.dumps(record))
     picture(path / "confusion.png")

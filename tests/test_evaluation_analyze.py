@@ -195,9 +195,11 @@ def test_models_of_other_depths_and_many_of_them_are_drawn(tmp_path: Path) -> No
     rng = np.random.default_rng(0)
     drawn = {model: {layer: rng.random(8) for layer in layers} for model, layers in values.items()}
     save_selectivity(tmp_path / "selectivity.png", drawn, "title")
+    three = {f"stages.{i}.0": rng.random(8) for i in range(3)}
+    save_selectivity(tmp_path / "three.png", {"three stages": three, **drawn}, "title")
     maps = {f"stages.{i}.0": rng.random((i + 1, 2, 3)).astype(np.float32) * i for i in range(4)}
     save_activations(tmp_path / "maps.png", [(models[0], rng.random((5, 7, 3)), maps)], "title")
-    for name in ("lines", "selectivity", "maps"):
+    for name in ("lines", "selectivity", "three", "maps"):
         with Image.open(tmp_path / f"{name}.png") as image:
             assert np.asarray(image.convert("RGB")).std() > 10
             assert max(image.size) < 4000

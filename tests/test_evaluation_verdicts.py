@@ -154,6 +154,14 @@ def test_probes_are_held_against_those_of_an_untrained_network(
     assert f"score {score:.3f}" in sentence and f"An untrained network scores {untrained:.3f}" in sentence
 
 
+@pytest.mark.parametrize(("stage", "counts"), [(3, True), (2, False)])
+def test_the_last_stage_is_that_of_the_network(tmp_path: Path, stage: int, counts: bool) -> None:
+    path = pretrain_run(tmp_path / "run", model__variant="{depths: [1, 1, 1], dims: [8, 8, 8]}")
+    evaluation(path / "evaluation" / "run", "runs/run", 0.8, stage=stage)
+    evaluation(path / "evaluation" / "random-run", "random:runs/run", 0.6, stage=stage)
+    assert (was_worth_it(read(path)).state == "good") == counts
+
+
 def test_probes_alone_answer_nothing(tmp_path: Path) -> None:
     path = pretrain_run(tmp_path / "run")
     evaluation(path / "evaluation", "run", 0.9)

@@ -95,7 +95,7 @@ def save_selectivity(path: Path, values: Mapping[str, Mapping[str, NDArray[np.fl
     Args:
         path: the file.
         values: of each model and layer (C,), in 0..1. Models that differ in their layers share panels for the last
-            layer of each stage.
+            layer of each stage, counted from the last one where they have not as many.
         title: above the panels.
     """
     from matplotlib.figure import Figure
@@ -105,7 +105,9 @@ def save_selectivity(path: Path, values: Mapping[str, Mapping[str, NDArray[np.fl
     names = [layer.removeprefix("stages.") for layer in next(iter(layers_of.values()))]
     if len(set(map(tuple, layers_of.values()))) > 1:
         layers_of = {model: last_of_stages(layers) for model, layers in layers_of.items()}
-        names = [f"last of stage {stage}" for stage in range(4)]
+        counts = {len(layers) for layers in layers_of.values()}
+        layers_of = {model: layers[-min(counts) :] for model, layers in layers_of.items()}
+        names = [f"last of stage {stage - min(counts) * (len(counts) > 1)}" for stage in range(min(counts))]
     panels = [{model: values[model][layers_of[model][i]] for model in values} for i in range(len(names))]
     columns = min(6, max(4, math.ceil(math.sqrt(len(panels)))), len(panels))
     rows = math.ceil(len(panels) / columns)

@@ -167,7 +167,7 @@ def _against_untrained(run: Run) -> Found:
     """The run's own probe against the one of an untrained network, on the same test images."""
     for folder, evaluation in run.evaluations.items():
         own = folder == run.path / "evaluation" or Path(evaluation["model"]).name == run.path.resolve().name
-        if own and not is_untrained(evaluation) and (best := _best_probe(evaluation)) is not None:
+        if own and not is_untrained(evaluation) and (best := _best_probe(run, evaluation)) is not None:
             break
     else:
         return "unknown", []
@@ -179,7 +179,7 @@ def _against_untrained(run: Run) -> Found:
         f"images; a guess scores {1 / len(data['class_names']):.3f}."
     )
     for other in run.evaluations.values():
-        untrained = _best_probe(other, probe)
+        untrained = _best_probe(run, other, probe)
         if is_untrained(other) and other.get("data") == data and untrained is not None:
             low = untrained[1]
             more = score > low + 2 * math.hypot(standard_error(score, sizes), standard_error(low, sizes))
@@ -204,12 +204,16 @@ def standard_error(score: float, class_counts: Sequence[int]) -> float:
     return math.sqrt(score * (1 - score) * sum(1 / count for count in found)) / max(1, len(found))
 
 
-def _best_probe(evaluation: Evaluation, probe: str | None = None) -> tuple[str, float] | None:
+def _best_probe(run: Run, evaluation: Evaluation, probe: str | None = None) -> tuple[str, float] | None:
     """The linear probe of the last stage, else nearest neighbours, and its balanced accuracy."""
+    variant = run.settings.get("model.variant")
+    num_stages = len(variant["depths"]) if isinstance(variant, Mapping) and "depths" in variant else 4
+    if variant is None:  # that of the weights it started from
+        num_stages = max((result["stage"] or 0 for result in evaluation["results"]), default=4)
     for name in (probe,) if probe else PROBES:
         for result in evaluation["results"]:
             found = result["scores"].get("balanced_accuracy")
-            last = result["probe"] == name and result["stage"] == 4 and result["setting"].get("k", K) == K
+            last = result["probe"] == name and result["stage"] == num_stages and result["setting"].get("k", K) == K
             if last and found is not None and evaluation["confusion"] and evaluation["confusion"]["matrix"]:
                 return name, found
     return None
