@@ -307,7 +307,8 @@ def test_signals_are_noted_and_the_old_handlers_return(number: signal.Signals) -
 
 def test_further_interrupts_are_the_same_impatience_until_a_while_after(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(StopSignal, "GRACE_S", 0.5)
-    before = signal.getsignal(signal.SIGINT)
+    # Not that of an earlier test's run, which was interrupted and may still be waiting for its while to pass.
+    signal.signal(signal.SIGINT, before := signal.default_int_handler)
 
     def interrupt() -> None:
         os.kill(os.getpid(), signal.SIGINT)
