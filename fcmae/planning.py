@@ -44,7 +44,7 @@ def pretraining(sketch: PretrainConfig, given: Mapping[str, Any]) -> dict[str, A
     device = _device(sketch)
     plan = choices.Choices(given)
     facts = _facts(images, given.get("data.in_chans"), sketch.data.max_pixels)
-    held = None if sketch.model.init is None else _held(sketch.model.init)[0]
+    held = None if sketch.model.init is None else _held(sketch)[0]
     choices.image_settings(plan, facts)
     choices.pretraining_network(plan, facts, device, held)
     choices.pretraining_batch(plan, facts, device)
@@ -77,7 +77,7 @@ def finetuning(sketch: FinetuneConfig, given: Mapping[str, Any]) -> dict[str, An
     images = find_labelled(sketch.data.path)
     device = _device(sketch)
     plan = choices.Choices(given)
-    held, image = (None, {}) if sketch.model.init is None else _held(sketch.model.init)
+    held, image = (None, {}) if sketch.model.init is None else _held(sketch)
     if "input_size" in image:
         plan.take("data.in_chans", image["input_size"][0], "that of model.init")
     facts = _facts(images, plan.settings.get("data.in_chans"), sketch.data.max_pixels)
@@ -149,15 +149,16 @@ def _facts(images: Images, in_chans: int | None, max_pixels: int) -> choices.Ima
     return choices.Images(len(images), found.short_side, found.in_chans, found.is_deep, found.mean, found.std, counts)
 
 
-def _held(init: str) -> tuple[ConvNeXtSpec, dict[str, Any]]:
-    """The network of starting weights, and how their images were read."""
+def _held(sketch: PretrainConfig | FinetuneConfig) -> tuple[ConvNeXtSpec, dict[str, Any]]:
+    """The network of the starting weights, and how their images were read."""
     from fcmae.weights.files import read_weights
 
-    if not Path(init).exists():
+    path = Path(str(sketch.model.init))
+    if not path.exists():
         raise ValueError(
-            f"model.init = {init} does not exist: give a run, a checkpoint, a directory or a file of weights"
+            f"model.init = {path} does not exist: give a run, a checkpoint, a directory or a file of weights"
         )
-    weights = read_weights(Path(init))
+    weights = read_weights(path, key=sketch.model.key, prefix=sketch.model.prefix)
     return weights.architecture.spec, weights.image
 
 

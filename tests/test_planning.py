@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tifffile
+import torch
 from PIL import Image
 from runs import TINY, forget_accelerator, write_images
 
@@ -17,6 +18,8 @@ from fcmae import bench, cli, planning
 from fcmae.config import PretrainConfig
 from fcmae.data.index import find_images
 from fcmae.data.survey import survey
+from fcmae.networks.convnext import Encoder
+from fcmae.networks.spec import ConvNeXtSpec
 from fcmae.options import load, read
 
 Write = Callable[[Path, np.random.Generator], None]
@@ -178,3 +181,12 @@ def test_steps_are_really_timed_and_their_memory_measured(photos: Path) -> None:
     for words in (pretraining, ["finetune", "labelled", "--hours", "0.001", "--device", "cpu", "--print-config"]):
         with pytest.raises(SystemExit):
             cli.main(words)
+
+
+def test_the_weights_that_a_run_starts_from_are_found_by_their_key(photos: Path, measured: list[int]) -> None:
+    spec = ConvNeXtSpec(depths=(1, 1), dims=(8, 16), stem_stride=4)
+    state = {f"encoder.{name}": value for name, value in Encoder(spec, 3).state_dict().items()}
+    torch.save({"other": {"x": torch.zeros(1)}, "average": state}, "w.pth")
+    words = ["photos", "--init", "w.pth", "--model.key", "average", "--device", "cpu"]
+    cfg = load(PretrainConfig, words, prog="x", complete=planning.pretraining)
+    assert cfg.model.spec == spec and cfg.chosen["model.variant"] == "that of model.init"
