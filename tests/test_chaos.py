@@ -88,6 +88,5 @@ def test_the_page_is_what_its_counts_say(tmp_path: Path) -> None:
     assert page.PARTS.keys() == chaos.PARTS.keys()
 
 
-@pytest.mark.skipif(not (DOCS / "reliability.json").exists(), reason="nothing was tried yet")
 def test_the_committed_page_is_made_from_the_committed_counts() -> None:
     assert (DOCS / "reliability.md").read_text() == page.page(json.loads((DOCS / "reliability.json").read_text()))

@@ -28,8 +28,9 @@ from fcmae.atomic import read_bytes, write_text
 from fcmae.data.split import evenly
 from fcmae.evaluation.charts import Chart, Table, heat_map, line_chart, shown
 from fcmae.evaluation.records import COLUMNS, Evaluation, score_rows
-from fcmae.evaluation.runs import MAX_JSON, Run, curve, finite, read_json, read_run
+from fcmae.evaluation.runs import MAX_JSON, Run, computing_s, curve, finite, read_json, read_run
 from fcmae.evaluation.verdicts import is_collapsing, is_working, was_worth_it
+from fcmae.training.run import how_it_ended
 
 MARK = '<meta name="generator" content="fcmae report'
 MOST_PICTURES = 12  # over time
@@ -38,7 +39,6 @@ KINDS = {"pretrain": "pretraining", "finetune": "fine-tuning"}
 ANALYZED = ("cosine_distance", "effective_rank", "dead_share", "saturated_share", "grn_gamma", "grn_beta")
 SCORES = ("balanced_accuracy", "auroc", "top1", "top5")
 LAST_VALUES = ("epoch", "loss", "val_loss", *SCORES, "knn_balanced_accuracy")
-MOST_SECONDS = 1e9  # thirty years
 # What is measured of each layer, and what the last colour stands for at least.
 LAYERED = {"cosine_distance": 0.5, "effective_rank": 1.0, "dead_share": 0.5, "saturated_share": 0.5}
 
@@ -271,7 +271,7 @@ def _what_was_run(run: Run) -> Section:
         with suppress(OSError):
             number = read_bytes(bad, MAX_JSON).count(b"\n")
             rows += [["unreadable", f"{number} files, listed in {bad}"]] if number else []
-    if seconds := _computing_time(run):
+    if seconds := computing_s(run):
         rows += [["time", f"{timedelta(seconds=round(seconds))} of training, without evaluations"]]
     if run.starts:
         last, versions = run.starts[-1], run.starts[-1].get("versions", "")
@@ -301,19 +301,10 @@ def _status(run: Run) -> str:
     epoch, step, epochs = run.lines[-1]["epoch"], run.lines[-1]["step"], run.settings.get("epochs")
     if run.settings.get("eval_only"):
         return "an evaluation"
-    if isinstance(epochs, int) and epoch >= epochs:
+    # A fraction of an epoch may end a step before or after it.
+    if how_it_ended(run.path / "train.log") == "finished" or (isinstance(epochs, int | float) and epoch >= epochs):
         return f"finished after {epochs} epochs, {step:,} steps"
     return f"running or stopped at epoch {epoch:.4g} of {epochs}, step {step:,}"
-
-
-def _computing_time(run: Run) -> float:
-    """The seconds that the logged windows took: their images over their images a second."""
-    seconds, before, batch_size = 0.0, 0.0, run.settings.get("batch_size")
-    for line in run.lines:
-        if isinstance(batch_size, int) and (speed := line.get("images_per_s")):
-            seconds += (line["step"] - before) * batch_size / speed
-            before = line["step"]
-    return seconds if 0 < seconds < MOST_SECONDS else 0
 
 
 def _charts(run: Run, charts: Mapping[str, Sequence[str]], *, may_be_log: bool = True) -> list[Chart]:

@@ -22,6 +22,8 @@ from fcmae.evaluation.records import Evaluation
 from fcmae.training import own_files
 from fcmae.training.run import split_metrics
 
+MOST_SECONDS = 1e9  # thirty years
+
 CONFIGS: dict[str, type[PretrainConfig] | type[FinetuneConfig]] = {
     "pretrain": PretrainConfig,
     "finetune": FinetuneConfig,
@@ -213,3 +215,13 @@ def curve(run: Run, key: str, name: str) -> Curve | None:
     """
     points = [line for line in run.lines if finite(line, key) is not None]
     return Curve(name, *([line[k] for line in points] for k in ("step", "epoch", key))) if points else None
+
+
+def computing_s(run: Run) -> float:
+    """The seconds that the logged windows took: their images over their images a second."""
+    seconds, before, batch_size = 0.0, 0.0, run.settings.get("batch_size")
+    for line in run.lines:
+        if isinstance(batch_size, int) and (speed := line.get("images_per_s")):
+            seconds += (line["step"] - before) * batch_size / speed
+            before = line["step"]
+    return seconds if 0 < seconds < MOST_SECONDS else 0

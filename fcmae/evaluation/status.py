@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from fcmae.data.source import printable
-from fcmae.evaluation.runs import Run, curve, finite, read_run
+from fcmae.evaluation.runs import Run, computing_s, curve, finite, read_run
 from fcmae.evaluation.verdicts import is_collapsing, is_working
 from fcmae.tables import table
 from fcmae.training import checkpoint
@@ -114,10 +114,7 @@ def _time(run: Run, state: str) -> Iterator[str]:
     speeds = curve(run, "images_per_s", "")
     if speeds is None:
         return
-    seconds, before = 0.0, 0
-    for step, speed in zip(speeds.steps, speeds.values, strict=True):
-        seconds += (step - before) * float(run.settings.get("batch_size", 0)) / max(speed, 1e-9)
-        before = step
+    seconds = computing_s(run)
     text = f"trained for {timedelta(seconds=round(seconds))}, {speeds.values[-1]:.1f} images/s"
     epoch, epochs = run.lines[-1]["epoch"], run.settings.get("epochs")
     if state == "running" and isinstance(epochs, int | float) and epoch:
