@@ -15,8 +15,10 @@
 | shifts | canvas, but the weight gradient is 49 products of shifted canvases, summed |
 | kernels | the Triton kernels, on a GPU |
 
-Ways take turns within each repeat; ratios are to canvas. On a GPU also bytes moved (forward f and out; backward the
-gradient, its result, f and the gradient again), as a share of what a copy moves per second. `--assemble` compiles the
+Ways take turns within each repeat; ratios are to canvas. On a GPU a call is a replayed CUDA graph, so that the device's
+time is measured and not the host's, over several inputs in turn, so that none is still in the cache; beside it stand
+the bytes moved (forward f and out; backward the gradient, its result, f and the gradient again), as a share of what a
+copy moves per second. `--assemble` compiles the
 kernels for GPUs of these capabilities, with f in float32 and the rest in --precision as under autocast, and prints what
 ptxas made of each: registers, bytes of stack (where spills go), instructions.
 """
@@ -24,11 +26,13 @@ ptxas made of each: registers, bytes of stack (where spills go), instructions.
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,36 +92,41 @@ def compare(
 
     speed: bytes per second of a copy, for the share of it that each has; None leaves that out.
     """
-    device = mask.device
-    f = torch.randn(len(mask), visible, b, b, channels, device=device, requires_grad=True)
+    device, shape = mask.device, (len(mask), visible, b, b, channels)
+    inputs = [
+        torch.randn(shape, device=device, requires_grad=True) for _ in range(num_inputs(device, math.prod(shape)))
+    ]
     weight = torch.randn(channels, 1, 7, 7, device=device, requires_grad=True)
     bias = torch.randn(channels, device=device, requires_grad=True)
-    leaves = (f, weight, bias)
     convs = {way: conv_of(way, mask, visible, b) for way in ways}
     convs = {way: timing.compiled(args, conv) for way, conv in convs.items()}
 
-    def forward(way: str) -> Tensor:
+    def forward(way: str) -> list[Tensor]:
         with timing.autocast(args):
-            return convs[way](*leaves)
+            return [convs[way](f, weight, bias) for f in inputs]
 
     outs = {way: forward(way) for way in ways}
-    grad = torch.randn_like(outs[ways[0]])
+    grads = [torch.randn_like(out) for out in outs[ways[0]]]
 
-    def backward(way: str) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(outs[way], leaves, grad, retain_graph=True)
+    def backward(way: str) -> list[tuple[Tensor, ...]]:
+        return [
+            torch.autograd.grad(out, (f, weight, bias), grad, retain_graph=True)
+            for out, f, grad in zip(outs[way], inputs, grads, strict=True)
+        ]
 
-    expected = [outs[ways[0]], *backward(ways[0])]
+    expected = [outs[ways[0]][0], *backward(ways[0])[0]]
     for way in ways[1:]:
-        for ours, theirs in zip([outs[way], *backward(way)], expected, strict=True):
+        for ours, theirs in zip([outs[way][0], *backward(way)[0]], expected, strict=True):
             error = float((ours - theirs).detach().abs().max() / theirs.detach().abs().max())
             if not error < TOLERANCES[args.precision]:
                 raise SystemExit(f"{way} and {ways[0]} differ by {error:.1e}: they do not compute the same")
     steps: dict[tuple[str, str], Callable[[], object]] = {}
     for way in ways:
-        steps[way, "forward"] = lambda way=way: forward(way)  # type: ignore[misc]
-        steps[way, "backward"] = lambda way=way: backward(way)  # type: ignore[misc]
-    seconds = timing.interleaved(steps, args.repeats, device=device)
-    wide, narrow = f.element_size() * f.numel(), grad.element_size() * grad.numel()
+        steps[way, "forward"] = timing.recorded(partial(forward, way), device)
+        steps[way, "backward"] = timing.recorded(partial(backward, way), device)
+    taken = timing.interleaved(steps, args.repeats, device=device)
+    seconds = {key: [value / len(inputs) for value in values] for key, values in taken.items()}
+    wide, narrow = inputs[0].nbytes, grads[0].nbytes
     moved = {"forward": wide + narrow, "backward": 2 * wide + 2 * narrow}
     found: dict[str, Any] = {}
     for way in ways:
@@ -127,6 +136,14 @@ def compare(
         if speed is not None:
             found[way]["share"] = {p: n / found[way][p]["median_s"] / speed for p, n in moved.items()}
     return found
+
+
+def num_inputs(device: torch.device, num_values: int) -> int:
+    """As many float32 inputs as fill a GPU's cache four times, at least two; one on a CPU."""
+    if device.type != "cuda":
+        return 1
+    cache: int = torch.cuda.get_device_properties(device).L2_cache_size
+    return max(2, math.ceil(4 * cache / (4 * num_values)))
 
 
 def rows(found: dict[str, Any], speed: float | None) -> str:

@@ -6,7 +6,7 @@
 
 | part | what it shows |
 | --- | --- |
-| warm-up | nothing: it compiles the Triton kernels that the others need, on all cores at once |
+| warm-up | nothing: it compiles what the others need, Triton's kernels and whole steps, on all cores at once |
 | verify | every layout computes what the definition says, in values and gradients: `fcmae verify` |
 | kernels | the Triton kernels compute what the plain path does in float64, at the shapes of the four stages |
 | depthwise | bytes that the depthwise convolution moves, as a share of what a copy moves a second |
@@ -17,8 +17,7 @@
 
 VARIANT is without its family, as in base-eager. Beside images/s stand the hours of 800 epochs of ImageNet-1k. FILE is
 written after each part and within long ones. A part that would outlast --minutes is left out and says so; one that
-fails says why, and the others run. Another call adds to FILE, on the same GPU with the same versions: compiling base
-takes minutes, so give its steps a call of their own.
+fails says why, and the others run. Another call adds to FILE, on the same GPU with the same versions.
 
 Run it from a checkout. It needs torch with Triton, numpy, timm (with torchvision and safetensors), accelerate,
 pydantic, PyYAML and tqdm; `pretrain` needs Pillow and tifffile too. Where nothing can be installed, carry the wheels of
@@ -171,7 +170,7 @@ def parts_of(session: Session) -> list[Part]:
         Part("depthwise", 40, partial(run_depthwise, session)),
     ]
     names = {variant: short(variant) for variant in session.args.variants}
-    needs = {"eager": 40, "compiled": 150, "cudagraphs": 150}
+    needs = {"eager": 20, "compiled": 40, "cudagraphs": 40}  # what is compiled was so in the warm-up
     steps = {
         (variant, mode): Part(
             f"{name}-{mode}", needs[mode], partial(run_steps, session, f"{name}-{mode}", variant, mode)
@@ -221,16 +220,33 @@ def kernels_of(session: Session, part: str) -> set[Kernels]:
     }
 
 
-def run_warm_up(session: Session, wanted: list[Kernels]) -> None:
-    """Fill Triton's cache: one process compiles a kernel in seconds, and there are a hundred or two of them."""
+def run_warm_up(session: Session, parts: list[str]) -> None:
+    """Fill the caches of Triton and of torch.compile: one process takes seconds for a kernel and minutes for a step."""
+    kernels = sorted({wanted for part in parts for wanted in kernels_of(session, part)})
+    steps = [
+        (name, step_flags(session, variant, mode))
+        for variant in session.args.variants
+        for mode in MODES
+        if MODES[mode] and f"{short(variant)}-{mode}" in parts
+        for name in usable(session)
+    ]
     failed: dict[str, str] = {}
-    workers = max(1, min(12, len(wanted), (os.cpu_count() or 1) - 1))
+    workers = max(1, min(12, len(kernels) + len(steps), (os.cpu_count() or 1) - 1))
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        futures = {pool.submit(compile_kernels, kernels, session.args.device): kernels for kernels in reversed(wanted)}
-        for future, kernels in futures.items():
+        futures = {
+            pool.submit(compile_step, name, args): f"{name}, {args.variant}, {args.compile}" for name, args in steps
+        }
+        futures |= {pool.submit(compile_kernels, one, session.args.device): str(one) for one in reversed(kernels)}
+        for future, what in futures.items():
             if (error := future.exception()) is not None:
-                failed[str(kernels)] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    session.record("warm-up", kernels=len(wanted), workers=workers, left_out=failed, ok=not failed)
+                failed[what] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    session.record("warm-up", kernels=len(kernels), steps=len(steps), workers=workers, left_out=failed)
+
+
+def compile_step(name: str, args: argparse.Namespace) -> None:
+    """By doing it once."""
+    train_step.side(name, *timing.batch_of(args), args).step()
+    free()
 
 
 def compile_kernels(kernels: Kernels, device: str) -> None:
@@ -343,10 +359,14 @@ def memory_may_end(failed: dict[str, str], name: str) -> Iterator[None]:
     torch.cuda.empty_cache()
 
 
+def step_flags(session: Session, variant: str, mode: str) -> argparse.Namespace:
+    words = ["--precision=bf16"] + ([] if MODES[mode] is None else [f"--compile={MODES[mode]}"])
+    return flags(session, train_step.parser(), variant, *words)
+
+
 def run_steps(session: Session, part: str, variant: str, mode: str) -> None:
     """Whole steps of all sides, timed in turn. A side that there is no time to compile is left out."""
-    words = ["--precision=bf16"] + ([] if MODES[mode] is None else [f"--compile={MODES[mode]}"])
-    args = flags(session, train_step.parser(), variant, *words)
+    args = step_flags(session, variant, mode)
     images, mask, visible = timing.batch_of(args)
     sides: dict[str, timing.Side] = {}
     first_s: dict[str, float] = {}
@@ -491,7 +511,8 @@ def run_tests(session: Session) -> None:
         session.record("tests", not_run=why_no_triton(session.device) or "pytest is not installed")
         return
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(ROOT)
+    # Before what is there: carried wheels may lie on it.
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
     command = [sys.executable, "-m", "pytest", "-q", "tests/test_layouts_triton.py"]
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=max(1, session.left()), check=False
@@ -538,9 +559,8 @@ def main(argv: list[str] | None = None) -> int:
         raise SystemExit(f"--parts {' '.join(sorted(unknown))}: there are {', '.join(names)}")
     print(", ".join(f"{key} {value}" for key, value in session.content["machine"].items()))
     chosen = [part for part in parts if part.name in (args.parts or names)]
-    if why_no_triton(session.device) is None:
-        wanted = sorted({kernels for part in chosen for kernels in kernels_of(session, part.name)})
-        chosen.insert(0, Part("warm-up", 30, partial(run_warm_up, session, wanted)))
+    if session.device.type == "cuda":
+        chosen.insert(0, Part("warm-up", 30, partial(run_warm_up, session, [part.name for part in chosen])))
     ok = [session.do(part) for part in chosen]
     print(f"\n{args.out}: {len(ok)} parts, {ok.count(False)} of them failed or wrong")
     return 0 if all(ok) else 1
