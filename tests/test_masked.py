@@ -15,10 +15,13 @@ from fcmae.layouts import Masked, make_layout
 from fcmae.layouts.sites import true_rows
 from fcmae.masked import (
     FCMAE,
+    Target,
     build_fcmae,
     masked_loss,
+    normalized_pixels,
     patch_statistics,
     patchify,
+    pixels,
     reconstruction_loss,
     unpatchify,
 )
@@ -314,8 +317,8 @@ def test_a_step_never_waits_for_the_device(backend: str) -> None:
 # The objective as a function
 
 
-@pytest.mark.parametrize("normalize", [True, False])
-def test_masked_loss_is_the_loss_of_each_image_under_each_of_its_masks(normalize: bool) -> None:
+@pytest.mark.parametrize("target", [normalized_pixels, pixels])
+def test_masked_loss_is_the_loss_of_each_image_under_each_of_its_masks(target: Target) -> None:
     model = small(ConvNeXtSpec(depths=(1, 1), dims=(4, 6))).double()
     randomize(model, std=0.1)
     images, several = torch.randn(2, 2, 24, 16, dtype=torch.float64), masks(6, (3, 2), 2)
@@ -323,10 +326,10 @@ def test_masked_loss_is_the_loss_of_each_image_under_each_of_its_masks(normalize
     for number, mask in enumerate(several):
         image = images[number // 3][None]  # the three masks of an image follow each other
         pred, site_mask = model(image, mask[None])
-        one_by_one.append(reconstruction_loss(pred, image, site_mask, normalize=normalize))
-    found = masked_loss(model, images, several, 2, normalize_target=normalize)
+        one_by_one.append(reconstruction_loss(pred, image, site_mask, target=target))
+    found = masked_loss(model, images, several, 2, target=target)
     torch.testing.assert_close(found, torch.stack(one_by_one).mean())
-    assert torch.equal(masked_loss(model, images, several, normalize_target=normalize), found)  # counted
+    assert torch.equal(masked_loss(model, images, several, target=target), found)  # counted
 
 
 def test_masked_loss_refuses_masks_that_hide_nothing_or_all() -> None:
@@ -386,7 +389,7 @@ def test_the_loss_is_the_mean_over_hidden_patches(normalize: bool) -> None:
             if normalize:
                 target = (target - target.mean()) / np.sqrt(target.var(ddof=1) + 1e-6)
             errors.append(((answer - target) ** 2).mean())
-    loss = reconstruction_loss(pred, images, mask, normalize=normalize)
+    loss = reconstruction_loss(pred, images, mask, target=normalized_pixels if normalize else pixels)
     assert float(loss) == pytest.approx(np.mean(errors), rel=1e-12)
 
 
