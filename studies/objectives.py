@@ -278,7 +278,8 @@ def averaged_weights(run: Path) -> Weights:
     if not state:
         raise ValueError(f"{run} has no average of its encoder: give a run of `objectives.py ema pretrain`")
     architecture = replace(weights.architecture, decoder_depth=0, decoder_dim=0)
-    return replace(weights, state=state, architecture=architecture, names={})
+    origin = weights.origin | {"average": "of the weights over the last steps"}
+    return replace(weights, state=state, architecture=architecture, origin=origin, names={})
 
 
 # The command

@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from fcmae.config import PretrainConfig
-from fcmae.layouts import Masked, make_layout
+from fcmae.layouts import Layout, Masked, make_layout
 from fcmae.layouts.sites import true_rows
 from fcmae.masked import (
     FCMAE,
@@ -330,6 +330,24 @@ def test_masked_loss_is_the_loss_of_each_image_under_each_of_its_masks(target: T
     found = masked_loss(model, images, several, 2, target=target)
     torch.testing.assert_close(found, torch.stack(one_by_one).mean())
     assert torch.equal(masked_loss(model, images, several, target=target), found)  # counted
+
+
+def test_target_and_decoder_are_parts_that_see_hidden_patches_and_every_stage() -> None:
+    class Ones(nn.Module):
+        def forward(self, stages: list[Tensor], layout: Layout, site_mask: Tensor, num_hidden: int) -> Tensor:
+            assert [tuple(layout.unpack(f).shape) for f in stages] == [(2, 6, 4, 4), (2, 3, 2, 6)]
+            return torch.ones(len(site_mask), num_hidden, 1)
+
+    def place(images: Tensor, hidden: Tensor, patch: int) -> Tensor:
+        assert images.shape == (2, 2, 24, 16)
+        assert patch == 8
+        return hidden[:, None].float()
+
+    model = FCMAE(Encoder(ConvNeXtSpec(depths=(1, 1), dims=(4, 6)), 2), Ones(), target=place)
+    mask = torch.ones(2, 3, 2, dtype=torch.bool)
+    mask[0, 0, 1] = mask[1, 2, 0] = False  # patches 1 and 10 of 12
+    loss = masked_loss(model, torch.randn(2, 2, 24, 16), mask, 1, target=model.target)
+    assert float(loss) == np.mean([(1 - i) ** 2 for i in range(12) if i not in (1, 10)])
 
 
 def test_masked_loss_refuses_masks_that_hide_nothing_or_all() -> None:
