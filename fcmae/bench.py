@@ -455,7 +455,7 @@ def time_candidate(cfg: BenchConfig, candidate: Candidate, from_files: bool) -> 
             normalize(batch.images),
             batch.given_masks,
             visible,
-            normalize_target=cfg.model.normalize_target,
+            target=net.target,
         )
         accelerator.backward(loss / grad_accum)
         sum_.add_(loss.detach() / grad_accum)

@@ -1,4 +1,4 @@
-"""The method (FCMAE, arXiv 2301.00808, Sec. 3), in reading order: decoder, masked autoencoder, target, loss, objective.
+"""The method (FCMAE, arXiv 2301.00808, Sec. 3), in reading order: target, decoder, masked autoencoder, loss, objective.
 
 Which patches are hidden is drawn in `fcmae.masking`; the encoder is any of `fcmae.networks`, and sees visible patches
 only, by the layout (`fcmae.layouts`) that is made from the mask.
@@ -6,7 +6,7 @@ only, by the layout (`fcmae.layouts`) that is made from the mask.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -22,131 +22,10 @@ from fcmae.networks.layers import Block
 EPS = 1e-6  # beside a target patch's variance
 
 
-class Decoder(nn.Module):
-    """Projection -> mask token at hidden sites -> dense ConvNeXt V2 blocks on the whole grid -> prediction.
-
-    Args:
-        encoder_dim: channels of the encoder's output.
-        num_values: predicted values a site, p * p * C.
-        dim: width.
-        depth: number of blocks.
-    """
-
-    def __init__(self, encoder_dim: int, num_values: int, dim: int = 512, depth: int = 1) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(encoder_dim, dim, kernel_size=1)
-        self.mask_token = nn.Parameter(torch.empty(1, dim, 1, 1))
-        self.blocks = nn.ModuleList(Block(dim) for _ in range(depth))
-        self.pred = nn.Conv2d(dim, num_values, kernel_size=1)
-        self.apply(init_weights)
-        nn.init.normal_(self.mask_token, std=0.02)
-
-    def forward(self, f: Tensor, layout: Layout, site_mask: Tensor, num_hidden: int | None) -> Tensor:
-        """Predict hidden sites from the visible ones.
-
-        Args:
-            f: the encoder's output, in `layout`.
-            layout: that of f.
-            site_mask: (B, h, w) bool, True = hidden.
-            num_hidden: hidden sites of each image, which alone are then predicted; None predicts all.
-
-        Returns:
-            (B, M, num_values), the M = num_hidden hidden sites, or all h * w, in row-major order.
-        """
-        x = layout.unpack(_pointwise(f, self.proj))  # (B, h, w, dim), zero at hidden sites
-        x = torch.where(site_mask[..., None], self.mask_token.view(-1).to(x.dtype), x)
-        *blocks, last = cast("list[Block]", list(self.blocks))
-        for block in blocks:
-            x = block(x, DENSE)
-        x = last(x, DENSE) if num_hidden is None else _at_sites(last, x, true_rows(site_mask, num_hidden))
-        return _pointwise(x, self.pred).reshape(len(site_mask), -1, self.pred.out_channels)
-
-
-def _at_sites(block: Block, x: Tensor, rows: Tensor) -> Tensor:
-    """A V2 block's output at some sites of a dense map: its GRN needs the expanded features everywhere, the rest not.
-
-    x: (B, h, w, C). rows: (N,) int64, indices into its B * h * w sites, equally many of each image. Returns (N, C)
-    as (B, N / B, 1, C).
-    """
-
-    def pick(features: Tensor) -> Tensor:
-        return features.flatten(0, 2).index_select(0, rows).view(len(x), -1, 1, features.shape[-1])
-
-    h = block.expand(x, DENSE)  # (B, h, w, hidden)
-    assert block.grn is not None
-    branch = block.pwconv2(block.grn(pick(h), DENSE.image_norm(at_least_float32(h))))  # (B, N / B, 1, C)
-    return block.add(pick(x), branch, DENSE)
-
-
-def _pointwise(f: Tensor, conv: nn.Conv2d) -> Tensor:
-    """A 1x1 convolution on features (..., C)."""
-    return F.linear(f, conv.weight.flatten(1), conv.bias)
-
-
-class FCMAE(nn.Module):
-    """A fully convolutional masked autoencoder of finished parts.
-
-    Args:
-        encoder: sees visible sites only.
-        decoder: predicts hidden sites, of the encoder's total stride, from the encoder's output.
-        make_layout: (mask, num_visible) to the layout of the encoder's features; by default packed.
-    """
-
-    def __init__(self, encoder: Encoder, decoder: Decoder, make_layout: MakeLayout = PACKED) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.decoder = decoder
-        self.make_layout = make_layout
-
-    def forward(
-        self, images: Tensor, mask: Tensor, num_visible: int | None = None, hidden_only: bool = True
-    ) -> tuple[Tensor, Tensor]:
-        """Predict the pixels of hidden patches from the visible ones.
-
-        One site is a patch of p = total_stride pixels; a mask patch is one or more sites.
-
-        Args:
-            images: (B, C, H, W) float, normalised; H and W are multiples of the mask patch.
-            mask: (B, gh, gw) bool, True = hidden, one element a mask patch.
-            num_visible: visible patches of each image; None counts them, which waits for the device. If images differ
-                in that number, which packed refuses, leave it None.
-            hidden_only: predict hidden sites only, as the loss needs; False predicts every site, for pictures, as
-                happens too if images differ.
-
-        Returns:
-            pred: (B, M, p * p * C), the M hidden sites (or all) in row-major order, values ordered (row, column,
-            channel). site_mask: (B, H / p, W / p) bool, the mask at the sites.
-        """
-        if num_visible is None and len(counts := visible_counts(mask)) == 1:
-            num_visible = counts[0]
-        factor = images.shape[2] // self.encoder.total_stride // mask.shape[1]  # sites along a side of a mask patch
-        site_mask = refine(mask, factor)  # (B, h, w)
-        num_hidden = None
-        if hidden_only and num_visible is not None:
-            num_hidden = site_mask[0].numel() - num_visible * factor**2
-        layout = self.make_layout(mask, num_visible)
-        return self.decoder(self.encoder(images, layout), layout, site_mask, num_hidden), site_mask
-
-
-def build_fcmae(
-    encoder: Encoder,
-    decoder_dim: int = 512,
-    decoder_depth: int = 1,
-    make_layout: MakeLayout = PACKED,
-) -> FCMAE:
-    """The paper's model around an encoder: its plain decoder predicts the pixels of one site of the total stride.
-
-    Args:
-        encoder: sees visible sites only.
-        decoder_dim: width of the decoder.
-        decoder_depth: number of its blocks.
-        make_layout: (mask, num_visible) to the layout of the encoder's features; by default packed.
-    """
-    decoder = Decoder(encoder.dim, encoder.total_stride**2 * encoder.in_chans, decoder_dim, decoder_depth)
-    return FCMAE(encoder, decoder, make_layout)
-
-
 # What is to be predicted
+
+# (images, hidden, patch) -> what is to be predicted of each hidden patch, (N, num_values); see `pixels`.
+Target = Callable[[Tensor, Tensor, int], Tensor]
 
 
 def patchify(images: Tensor, patch: int) -> Tensor:
@@ -188,18 +67,200 @@ def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (var + EPS).sqrt()
 
 
+def pixels(images: Tensor, hidden: Tensor, patch: int) -> Tensor:
+    """The values of hidden patches.
+
+    Only hidden patches are gathered, so no target is computed and thrown away.
+
+    Args:
+        images: (B, C, H, W) float, normalised.
+        hidden: (N,) int64, indices of the hidden patches among all B * L, in row-major order.
+        patch: side in pixels.
+
+    Returns:
+        (N, patch * patch * C), at least float32, in the order of `patchify`.
+    """
+    return at_least_float32(patchify(images, patch).flatten(0, 1).index_select(0, hidden))
+
+
+def normalized_pixels(images: Tensor, hidden: Tensor, patch: int) -> Tensor:
+    """The values of hidden patches, each standardised by its own mean and unbiased variance: the paper's; see `pixels`.
+
+    Args:
+        images: see `pixels`.
+        hidden: likewise.
+        patch: likewise.
+
+    Returns:
+        Likewise.
+    """
+    values = pixels(images, hidden, patch)
+    mean, std = patch_statistics(values)
+    return (values - mean) / std
+
+
+# How it is predicted
+
+
+class Decoder(nn.Module):
+    """Projection -> mask token at hidden sites -> dense ConvNeXt V2 blocks on the whole grid -> prediction.
+
+    Args:
+        encoder_dim: channels of the encoder's output.
+        num_values: predicted values a site: those of the target, p * p * C for pixels.
+        dim: width.
+        depth: number of blocks.
+    """
+
+    def __init__(self, encoder_dim: int, num_values: int, dim: int = 512, depth: int = 1) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(encoder_dim, dim, kernel_size=1)
+        self.mask_token = nn.Parameter(torch.empty(1, dim, 1, 1))
+        self.blocks = nn.ModuleList(Block(dim) for _ in range(depth))
+        self.pred = nn.Conv2d(dim, num_values, kernel_size=1)
+        self.apply(init_weights)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(self, stages: Sequence[Tensor], layout: Layout, site_mask: Tensor, num_hidden: int | None) -> Tensor:
+        """Predict hidden sites from the visible ones.
+
+        Args:
+            stages: the output of each of the encoder's stages, first to last, in `layout`.
+            layout: that of the features.
+            site_mask: (B, h, w) bool, True = hidden.
+            num_hidden: hidden sites of each image, which alone are then predicted; None predicts all.
+
+        Returns:
+            (B, M, num_values), the M = num_hidden hidden sites, or all h * w, in row-major order.
+        """
+        x = self.project(stages, layout)  # (B, h, w, dim)
+        x = torch.where(site_mask[..., None], self.mask_token.view(-1).to(x.dtype), x)
+        *blocks, last = cast("list[Block]", list(self.blocks))
+        for block in blocks:
+            x = block(x, DENSE)
+        x = last(x, DENSE) if num_hidden is None else _at_sites(last, x, true_rows(site_mask, num_hidden))
+        return _pointwise(x, self.pred).reshape(len(site_mask), -1, self.pred.out_channels)
+
+    def project(self, stages: Sequence[Tensor], layout: Layout) -> Tensor:
+        """What the blocks start from: the last stage alone, projected; see `forward`.
+
+        Args:
+            stages: see `forward`.
+            layout: likewise.
+
+        Returns:
+            (B, h, w, dim) on the last stage's grid, with any value at hidden sites.
+        """
+        return layout.unpack(_pointwise(stages[-1], self.proj))
+
+
+def _at_sites(block: Block, x: Tensor, rows: Tensor) -> Tensor:
+    """A V2 block's output at some sites of a dense map: its GRN needs the expanded features everywhere, the rest not.
+
+    x: (B, h, w, C). rows: (N,) int64, indices into its B * h * w sites, equally many of each image. Returns (N, C)
+    as (B, N / B, 1, C).
+    """
+
+    def pick(features: Tensor) -> Tensor:
+        return features.flatten(0, 2).index_select(0, rows).view(len(x), -1, 1, features.shape[-1])
+
+    h = block.expand(x, DENSE)  # (B, h, w, hidden)
+    assert block.grn is not None
+    branch = block.pwconv2(block.grn(pick(h), DENSE.image_norm(at_least_float32(h))))  # (B, N / B, 1, C)
+    return block.add(pick(x), branch, DENSE)
+
+
+def _pointwise(f: Tensor, conv: nn.Conv2d) -> Tensor:
+    """A 1x1 convolution on features (..., C)."""
+    return F.linear(f, conv.weight.flatten(1), conv.bias)
+
+
+class FCMAE(nn.Module):
+    """A fully convolutional masked autoencoder of finished parts.
+
+    Args:
+        encoder: sees visible sites only.
+        decoder: predicts hidden sites, of the encoder's total stride, from the output of its stages; called as
+            `Decoder.forward` is.
+        make_layout: (mask, num_visible) to the layout of the encoder's features; by default packed.
+        target: what the decoder predicts of each site, for `masked_loss`.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        decoder: nn.Module,
+        make_layout: MakeLayout = PACKED,
+        target: Target = normalized_pixels,
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+        self.make_layout = make_layout
+        self.target = target
+
+    def forward(
+        self, images: Tensor, mask: Tensor, num_visible: int | None = None, hidden_only: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Predict the target of hidden patches from the visible ones.
+
+        One site is a patch of p = total_stride pixels; a mask patch is one or more sites.
+
+        Args:
+            images: (B, C, H, W) float, normalised; H and W are multiples of the mask patch.
+            mask: (B, gh, gw) bool, True = hidden, one element a mask patch.
+            num_visible: visible patches of each image; None counts them, which waits for the device. If images differ
+                in that number, which packed refuses, leave it None.
+            hidden_only: predict hidden sites only, as the loss needs; False predicts every site, for pictures, as
+                happens too if images differ.
+
+        Returns:
+            pred: (B, M, num_values), the M hidden sites (or all) in row-major order; for pixels p * p * C values,
+            ordered (row, column, channel). site_mask: (B, H / p, W / p) bool, the mask at the sites.
+        """
+        if num_visible is None and len(counts := visible_counts(mask)) == 1:
+            num_visible = counts[0]
+        factor = images.shape[2] // self.encoder.total_stride // mask.shape[1]  # sites along a side of a mask patch
+        site_mask = refine(mask, factor)  # (B, h, w)
+        num_hidden = None
+        if hidden_only and num_visible is not None:
+            num_hidden = site_mask[0].numel() - num_visible * factor**2
+        layout = self.make_layout(mask, num_visible)
+        return self.decoder(self.encoder.pyramid(images, layout), layout, site_mask, num_hidden), site_mask
+
+
+def build_fcmae(
+    encoder: Encoder,
+    decoder_dim: int = 512,
+    decoder_depth: int = 1,
+    make_layout: MakeLayout = PACKED,
+    target: Target = normalized_pixels,
+) -> FCMAE:
+    """The paper's model around an encoder: its plain decoder predicts the pixels of one site of the total stride.
+
+    Args:
+        encoder: sees visible sites only.
+        decoder_dim: width of the decoder.
+        decoder_depth: number of its blocks.
+        make_layout: (mask, num_visible) to the layout of the encoder's features; by default packed.
+        target: `normalized_pixels` or `pixels`.
+    """
+    decoder = Decoder(encoder.dim, encoder.total_stride**2 * encoder.in_chans, decoder_dim, decoder_depth)
+    return FCMAE(encoder, decoder, make_layout, target)
+
+
 # How the answer is judged
 
 
-def reconstruction_loss(pred: Tensor, images: Tensor, mask: Tensor, *, normalize: bool = True) -> Tensor:
+def reconstruction_loss(pred: Tensor, images: Tensor, mask: Tensor, *, target: Target = normalized_pixels) -> Tensor:
     """Mean squared error over hidden patches only (arXiv 2301.00808, Sec. 3).
 
     Args:
-        pred: (B, M, p * p * C) float, the predictions for the M hidden patches of each image, or for every patch if
+        pred: (B, M, num_values) float, the predictions for the M hidden patches of each image, or for every patch if
             images differ in their number of hidden ones, in row-major order.
         images: (B, C, H, W) float.
         mask: (B, H / p, W / p) bool, True = hidden.
-        normalize: standardise each target patch by its own mean and unbiased variance (eps 1e-6).
+        target: what was to be predicted.
 
     Returns:
         A float32 scalar.
@@ -215,13 +276,8 @@ def reconstruction_loss(pred: Tensor, images: Tensor, mask: Tensor, *, normalize
         pred = pred.index_select(0, hidden)
     if len(hidden) == 0:
         raise ValueError("mask hides no patch: the loss is over hidden patches, so hide at least one")
-    patch = images.shape[2] // mask.shape[1]
-    # Only hidden patches are gathered, so no target is computed and thrown away.
-    target = at_least_float32(patchify(images, patch).flatten(0, 1).index_select(0, hidden))  # (num_hidden, p * p * C)
-    if normalize:
-        mean, std = patch_statistics(target)
-        target = (target - mean) / std
-    return (at_least_float32(pred) - target).square().mean()
+    wanted = target(images, hidden, images.shape[2] // mask.shape[1])  # (num_hidden, num_values)
+    return (at_least_float32(pred) - wanted).square().mean()
 
 
 def masked_loss(
@@ -230,16 +286,16 @@ def masked_loss(
     masks: Tensor,
     num_visible: int | None = None,
     *,
-    normalize_target: bool = True,
+    target: Target = normalized_pixels,
 ) -> Tensor:
-    """The objective of pretraining: how well `model` reconstructs what the masks hide.
+    """The objective of pretraining: how well `model` predicts what the masks hide.
 
     Args:
         model: an FCMAE, as it is, compiled, or wrapped for several processes.
         images: (B, C, H, W) float, normalised.
         masks: (B * n, gh, gw) bool, True = hidden; the n masks of an image follow each other.
         num_visible: visible patches under each mask; None counts them, which waits for the device.
-        normalize_target: see `reconstruction_loss`.
+        target: what it was to predict, see `FCMAE`.
 
     Returns:
         A float32 scalar with gradients, the mean over all hidden patches.
@@ -250,4 +306,4 @@ def masked_loss(
     if (num_masks := len(masks) // len(images)) > 1:
         images = images.repeat_interleave(num_masks, dim=0)  # (B * n, C, H, W)
     pred, site_mask = model(images, masks, num_visible)
-    return reconstruction_loss(pred, images, site_mask, normalize=normalize_target)
+    return reconstruction_loss(pred, images, site_mask, target=target)

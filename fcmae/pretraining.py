@@ -32,7 +32,7 @@ from fcmae.evaluation.pictures import (
     save_tiles,
 )
 from fcmae.layouts import make_layout
-from fcmae.masked import FCMAE, build_fcmae, masked_loss
+from fcmae.masked import FCMAE, build_fcmae, masked_loss, normalized_pixels, pixels
 from fcmae.masking import num_visible, random_mask
 from fcmae.networks.convnext import Encoder
 from fcmae.networks.spec import describe
@@ -148,7 +148,7 @@ def train(
     def trial() -> None:
         noise = noise_batch(cfg, images_at_once(cfg, accelerator)).to(accelerator.device)
         with accelerator.autocast():
-            loss = masked_loss(net, normalize(noise.images), noise.given_masks, visible)
+            loss = masked_loss(net, normalize(noise.images), noise.given_masks, visible, target=net.target)
         loss.backward()  # type: ignore[no-untyped-call]
 
     compile_model(net, cfg.model.compile, trial, (schedule.total - schedule.start) * cfg.grad_accum)
@@ -163,9 +163,7 @@ def train(
         for step in steps:
             for batch in step.batches():
                 images = normalize(batch.images)  # (B, C, H, W) float32
-                loss = masked_loss(
-                    model, images, batch.given_masks, visible, normalize_target=cfg.model.normalize_target
-                )
+                loss = masked_loss(model, images, batch.given_masks, visible, target=net.target)
                 step.backward(loss)
             step.update()
             step.log()
@@ -246,7 +244,8 @@ def build_model(cfg: PretrainConfig) -> FCMAE:
     model = cfg.model
     encoder = Encoder(model.spec, cfg.data.in_chans, model.drop_path_rate, model.grad_checkpointing)
     layout = partial(make_layout, model.backend, grn_scope=model.grn_scope)
-    return build_fcmae(encoder, model.decoder_dim, model.decoder_depth, layout)
+    target = normalized_pixels if model.normalize_target else pixels
+    return build_fcmae(encoder, model.decoder_dim, model.decoder_depth, layout, target)
 
 
 def start(cfg: PretrainConfig, net: FCMAE) -> list[str]:
@@ -417,7 +416,7 @@ class Evaluation:
                     self.normalize(read.images),
                     read.given_masks,
                     self.pictured.visible,
-                    normalize_target=self.cfg.model.normalize_target,
+                    target=net.target,
                 )
                 sums += torch.stack([loss * num, loss.new_tensor(num)])
         loss_sum, num_images = self.accelerator.reduce(sums, reduction="sum").tolist()
@@ -431,13 +430,16 @@ class Evaluation:
         return {"val_loss": value}
 
     def picture(self, net: FCMAE, step: Step) -> None:
-        """Draw reconstructions, the same over time, and the curves of the loss."""
+        """Draw the curves of the loss, and where pixels are predicted reconstructions, and the same over time."""
+        save_curves(self.log.run / "loss.png", self.log.metrics.curves("loss", "val_loss"), "loss")
+        if net.target not in (pixels, normalized_pixels):
+            return
         shown = [self.pictured[(EVAL_EPOCH, i)] for i in range(min(PICTURED, len(self.pictured)))]
         batch = collate(shown).to(self.accelerator.device)
         images = self.normalize(batch.images)
         pred, site_mask = net.forward(images, batch.given_masks, self.pictured.visible, hidden_only=False)
         panels = reconstruction_panels(
-            pred, images, site_mask, self.normalize, normalize_target=self.cfg.model.normalize_target
+            pred, images, site_mask, self.normalize, normalize_target=net.target is normalized_pixels
         )
         name, folder = describe(net.encoder.spec), self.log.run / "reconstructions"
         now, over_time = folder / f"step-{step.number:08d}.png", folder / "over-time.png"
@@ -451,7 +453,6 @@ class Evaluation:
         save_over_time(over_time, panels, moments, f"{name}: the same images over time")
         self.log.show("reconstructions", now, step.number)
         self.log.show("over_time/reconstructions", over_time, step.number)
-        save_curves(self.log.run / "loss.png", self.log.metrics.curves("loss", "val_loss"), "loss")
 
 
 def build_evaluation(

@@ -11,14 +11,17 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from fcmae.config import PretrainConfig
-from fcmae.layouts import Masked, make_layout
+from fcmae.layouts import Layout, Masked, make_layout
 from fcmae.layouts.sites import true_rows
 from fcmae.masked import (
     FCMAE,
+    Target,
     build_fcmae,
     masked_loss,
+    normalized_pixels,
     patch_statistics,
     patchify,
+    pixels,
     reconstruction_loss,
     unpatchify,
 )
@@ -314,8 +317,8 @@ def test_a_step_never_waits_for_the_device(backend: str) -> None:
 # The objective as a function
 
 
-@pytest.mark.parametrize("normalize", [True, False])
-def test_masked_loss_is_the_loss_of_each_image_under_each_of_its_masks(normalize: bool) -> None:
+@pytest.mark.parametrize("target", [normalized_pixels, pixels])
+def test_masked_loss_is_the_loss_of_each_image_under_each_of_its_masks(target: Target) -> None:
     model = small(ConvNeXtSpec(depths=(1, 1), dims=(4, 6))).double()
     randomize(model, std=0.1)
     images, several = torch.randn(2, 2, 24, 16, dtype=torch.float64), masks(6, (3, 2), 2)
@@ -323,10 +326,28 @@ def test_masked_loss_is_the_loss_of_each_image_under_each_of_its_masks(normalize
     for number, mask in enumerate(several):
         image = images[number // 3][None]  # the three masks of an image follow each other
         pred, site_mask = model(image, mask[None])
-        one_by_one.append(reconstruction_loss(pred, image, site_mask, normalize=normalize))
-    found = masked_loss(model, images, several, 2, normalize_target=normalize)
+        one_by_one.append(reconstruction_loss(pred, image, site_mask, target=target))
+    found = masked_loss(model, images, several, 2, target=target)
     torch.testing.assert_close(found, torch.stack(one_by_one).mean())
-    assert torch.equal(masked_loss(model, images, several, normalize_target=normalize), found)  # counted
+    assert torch.equal(masked_loss(model, images, several, target=target), found)  # counted
+
+
+def test_target_and_decoder_are_parts_that_see_hidden_patches_and_every_stage() -> None:
+    class Ones(nn.Module):
+        def forward(self, stages: list[Tensor], layout: Layout, site_mask: Tensor, num_hidden: int) -> Tensor:
+            assert [tuple(layout.unpack(f).shape) for f in stages] == [(2, 6, 4, 4), (2, 3, 2, 6)]
+            return torch.ones(len(site_mask), num_hidden, 1)
+
+    def place(images: Tensor, hidden: Tensor, patch: int) -> Tensor:
+        assert images.shape == (2, 2, 24, 16)
+        assert patch == 8
+        return hidden[:, None].float()
+
+    model = FCMAE(Encoder(ConvNeXtSpec(depths=(1, 1), dims=(4, 6)), 2), Ones(), target=place)
+    mask = torch.ones(2, 3, 2, dtype=torch.bool)
+    mask[0, 0, 1] = mask[1, 2, 0] = False  # patches 1 and 10 of 12
+    loss = masked_loss(model, torch.randn(2, 2, 24, 16), mask, 1, target=model.target)
+    assert float(loss) == np.mean([(1 - i) ** 2 for i in range(12) if i not in (1, 10)])
 
 
 def test_masked_loss_refuses_masks_that_hide_nothing_or_all() -> None:
@@ -386,7 +407,7 @@ def test_the_loss_is_the_mean_over_hidden_patches(normalize: bool) -> None:
             if normalize:
                 target = (target - target.mean()) / np.sqrt(target.var(ddof=1) + 1e-6)
             errors.append(((answer - target) ** 2).mean())
-    loss = reconstruction_loss(pred, images, mask, normalize=normalize)
+    loss = reconstruction_loss(pred, images, mask, target=normalized_pixels if normalize else pixels)
     assert float(loss) == pytest.approx(np.mean(errors), rel=1e-12)
 
 

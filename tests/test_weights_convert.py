@@ -344,6 +344,16 @@ def test_a_decoder_that_does_not_fit_starts_fresh(tmp_path: Path) -> None:
     assert torch.equal(grey.encoder.stages[0][0].dwconv.weight, net.encoder.stages[0][0].dwconv.weight)
 
 
+def test_a_run_is_read_without_a_decoder_that_its_settings_do_not_describe(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    place, net = write_checkpoint(tmp_path / "run", decoder_dim=24)  # but it is one of 16
+    weights = read_weights(place)
+    assert {f"encoder.{name}" for name in net.encoder.state_dict()} == weights.state.keys()
+    assert weights.architecture.decoder_depth == 0
+    assert "left out, as its settings do not describe them: decoder.blocks.0.dwconv.bias" in caplog.text
+
+
 @pytest.mark.parametrize(
     "other",
     [

@@ -215,7 +215,20 @@ def _read_checkpoint(path: Path, variant: str | None) -> Weights:
     size = (cfg.data.in_chans, *cfg.data.image_size)
     image = ImageRecord(mean=mean, std=std, input_size=size, crop_pct=1.0)
     state = checkpoint.read_tensors(path, "model")
+    if meta.format == checkpoint.FORMAT:
+        state = _described(path, state, cfg)
     return _weights(path, state, variant, Record(image=image, origin=origin, spec=cfg.model.spec))
+
+
+def _described(path: Path, state: Mapping[str, Tensor], cfg: PretrainConfig) -> dict[str, Tensor]:
+    """The encoder, and the decoder if it is that of the settings: a model that was handed in may have other parts."""
+    architecture = Architecture(cfg.model.spec, cfg.data.in_chans, cfg.model.decoder_depth, cfg.model.decoder_dim)
+    plain = {name: shape for name, shape in architecture.shapes().items() if name.startswith("decoder.")}
+    decoder = {name: tuple(value.shape) for name, value in state.items() if name.startswith("decoder.")}
+    kept = ("encoder.", "decoder.") if decoder == plain else ("encoder.",)
+    if others := [name for name in state if not name.startswith(kept)]:
+        logger.warning("%s: left out, as its settings do not describe them: %s", path, few(others))
+    return {name: value for name, value in state.items() if name.startswith(kept)}
 
 
 def _read_directory(path: Path, variant: str | None) -> Weights:
