@@ -193,6 +193,19 @@ def test_hidden_pixels_cannot_reach_what_multi_scale_predicts() -> None:
 # Runs
 
 
+def test_the_average_moves_with_the_optimizer_and_only_while_it_is_asked_to() -> None:
+    encoder = Encoder(SPEC)
+    net = objectives.Averaged(FCMAE(encoder, objectives.MultiScale(encoder, 9, 8)))
+    trained = [p for p in net.parameters() if p.requires_grad]
+    assert len(trained) + len(list(encoder.parameters())) == len(list(net.parameters()))
+    optimizer = torch.optim.SGD(trained, lr=0.1)
+    with objectives.averaging(net):
+        optimizer.step()
+        optimizer.step()
+    optimizer.step()
+    assert int(net.averaged.n_averaged) == 2
+
+
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_images(tmp_path_factory.mktemp("images"))
