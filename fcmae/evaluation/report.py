@@ -263,6 +263,7 @@ def _what_was_run(run: Run) -> Section:
     rows = [["state", _status(run) + (f", {len(run.starts)} starts" if len(run.starts) > 1 else "")]]
     rows += [["model", str(get("model.variant") or f"that of {get('model.init')}")]]
     rows += [["starting weights", str(get("model.init") or "none: from scratch")]]
+    rows += [["licence", f"{get('model.license')}, of the starting weights"]] if get("model.license") else []
     rows += [["images", ", ".join(f"{number:,} {use}" for use, number in run.counts.items())]] if run.counts else []
     rows += [["from", _text(value)] for key in ("data.path", "data.val_path") if (value := get(key))]
     if isinstance(size := get("data.image_size"), list):
