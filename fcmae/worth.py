@@ -20,6 +20,7 @@ import os
 import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -121,29 +122,20 @@ def worth(cfg: WorthConfig) -> int:
     began, computed = time.monotonic(), 0.0
     for job in [job for job in jobs if job not in done]:
         run = _run(job, place, plan)
-        if not run.finished:
+        if run.stopped_by is not None:  # at its last step perhaps, which is not ours
             print(f"stopped by {run.stopped_by}: the same command goes on", flush=True)
-            return run.status
+            return replace(run, finished=False).status
         done.append(job)
         computed += job.seconds
         found = _write(place, cfg, plan, scores, jobs)
         # Estimates are of steps alone, on a machine that may have had more or less to do.
         left = sum(job.seconds for job in jobs if job not in done) * (time.monotonic() - began) / computed
-        last = f": {found['scores'][-1]['scores'][paired.METRIC]:.3f}" if job.labels else ""
+        of_job = [each["scores"] for each in found["scores"] if (each["arm"], each["labels"], each["seed"]) == job[1:4]]
+        last = f": {of_job[0][paired.METRIC]:.3f}" if of_job else ""
         print(f"{len(done)} of {len(jobs)} runs, about {_hours(left)} left; {job.name}{last}", flush=True)
-    print(f"{summary(_write(place, cfg, plan, scores, jobs))}\nwrote {place}; fcmae report {shlex.quote(str(place))}")
+    print(paired.summary(_write(place, cfg, plan, scores, jobs)))
+    print(f"wrote {place}; fcmae report {shlex.quote(str(place))}")
     return 0
-
-
-def summary(found: paired.Comparison) -> str:
-    """The table, what is to be known of it, and the verdict.
-
-    Args:
-        found: the comparison, as far as it has come.
-    """
-    verdict = paired.verdict(found)
-    rows = table(paired.COLUMNS, map(paired.cells, paired.compare(found)), left=2)
-    return "\n".join([rows, "", *paired.notes(found), "", f"{verdict.question} {verdict.answer}", *verdict.sentences])
 
 
 # What is compared
@@ -439,7 +431,7 @@ def _write(
     rows = [row._asdict() for row in paired.compare(found)]
     text = {"fcmae": fcmae.__version__, **found, "table": rows, "verdict": paired.verdict(found)._asdict()}
     write_text(place / paired.FILE, json.dumps(text, indent=1) + "\n")
-    write_text(place / "table.md", summary(found) + "\n")
+    write_text(place / "table.md", paired.summary(found) + "\n")
     return found
 
 

@@ -251,7 +251,7 @@ class ReportConfig(Settings):
     """
 
     runs: Annotated[list[RunPath], Spelling("RUN", commas=False)] = Field(min_length=1, examples=[["runs/first"]])
-    """Directories of pretraining or fine-tuning."""
+    """Directories of pretraining or fine-tuning, or of what `fcmae worth` compares."""
     out: UserPath | None = None
     """The page. Default: RUN/report.html, for one run."""
 

@@ -18,6 +18,7 @@ from fcmae.evaluation.probes import mean_and_interval
 from fcmae.evaluation.records import Count, Share
 from fcmae.evaluation.runs import read_json
 from fcmae.evaluation.verdicts import LEAST_RUNS, Verdict
+from fcmae.tables import table
 
 FILE = "worth.json"
 METRIC = "balanced_accuracy"  # what is compared; worth.json has the others too
@@ -205,7 +206,8 @@ def _gained(row: Row) -> str:
     mean, interval = 100 * row.gain[0], row.gain[1]
     where = f"with {_amount(row.labels)}"
     if row.told == "too few runs" or interval is None:
-        return f"{where} {row.num} seeds are too few to tell ({mean:+.1f} points)"
+        few = "1 seed is" if row.num == 1 else f"{row.num} seeds are"
+        return f"{where} {few} too few to tell ({mean:+.1f} points)"
     low, high = (100 * end for end in interval)
     if row.told == "better":
         return f"{where} it gained {mean:.1f} points (95 % interval {low:.1f} to {high:.1f})"
@@ -230,6 +232,17 @@ def notes(found: Comparison) -> list[str]:
     if found["num_done"] < found["num_runs"]:
         told.append(f"{found['num_done']} of {found['num_runs']} runs are done.")
     return [*told, *found["notes"]]
+
+
+def summary(found: Comparison) -> str:
+    """The table, what is to be known of it, and the verdict.
+
+    Args:
+        found: the comparison, as far as it has come.
+    """
+    said = verdict(found)
+    rows = table(COLUMNS, map(cells, compare(found)), left=2)
+    return "\n".join([rows, "", *notes(found), "", f"{said.question} {said.answer}", *said.sentences])
 
 
 def read(path: Path, problems: list[str]) -> Comparison | None:
