@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ import timm
 import torch
 from PIL import Image
 from runs import forget_accelerator, kill_self
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 import fcmae.training.steps
 from fcmae import bench, choices, cli, planning, worth
 from fcmae.config import FinetuneConfig, PretrainConfig
 from fcmae.data.index import Images, find_labelled
-from fcmae.evaluation import paired
+from fcmae.evaluation import paired, probes
 from fcmae.networks.convnext import Encoder
 from fcmae.networks.spec import ConvNeXtSpec
 from fcmae.options import read
@@ -48,8 +50,9 @@ OUT = Path("runs/labelled-worth")
 
 
 @pytest.fixture(autouse=True)
-def _untimed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps are not timed."""
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps are not timed, and linear classifiers are hardly trained."""
+    monkeypatch.setattr(probes, "MIN_STEPS", 20)
 
     def step(cfg: Any, at_once: int, *rest: Any) -> bench.Result:
         return bench.Result(bench.Candidate("packed", "fp32", at_once), at_once, (at_once / 10,), 0.0, 10**6)
@@ -124,8 +127,6 @@ def stopping_at(monkeypatch: pytest.MonkeyPatch, calls: set[int], action: Callab
 def test_what_was_stopped_goes_on_to_the_same_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import signal
-
     found = {}
     for name, calls in (("whole", set()), ("stopped", {1, 4, 5})):
         (tmp_path / name).mkdir()
@@ -177,8 +178,8 @@ def test_what_was_stopped_goes_on_to_the_same_result(
     assert "7 of 7 runs" in told and "scratch-50pct-0" not in told and "7 of 7 runs are done" in told
     page = (OUT / "report.html").read_text()
     assert "labelled-worth (is pretraining worth it?)" in page and "labelled-worth/pretrained (pretraining)" in page
-    (labelled := Path("labelled/cat/0.png")).unlink()
-    assert run(*words[:0], *WORDS) == 2 and not labelled.exists()
+    Path("labelled/cat/0.png").unlink()
+    assert run(*WORDS) == 2
     assert "holds a comparison on other images than labelled has now" in capsys.readouterr().err
 
 
@@ -283,3 +284,31 @@ def test_weights_say_their_licence_where_others_write_it(tmp_path: Path, source:
             (path / "README.md").write_text("---\nlicense: other\nlicense_name: cc-by-nc-4.0\n---\n# license: mine\n")
         (path / "config.json").write_text(json.dumps(config))
     assert read_weights(path).license == (None if source == "none" else "cc-by-nc-4.0")
+
+
+def test_a_licence_goes_with_runs_their_resumes_exports_and_report(folder: Path) -> None:
+    state = {f"encoder.{name}": value for name, value in Encoder(SPEC, 3).state_dict().items()}
+    save_file(state, folder / "theirs.safetensors", {"license": "cc-by-nc-4.0"})
+    words = ["pretrain", "labelled", "--config", "pre.yaml", "--init", "theirs.safetensors", "--out", "first"]
+    words += ["--device", "cpu", "--data.num_workers", "0"]
+    assert run(*words) == 0
+    assert read(PretrainConfig, Path("first/config.yaml")).model.license == "cc-by-nc-4.0"
+    # A run that goes on knows it too, whether or not the file is still there.
+    Path("theirs.safetensors").unlink()
+    assert run(*words) == 0
+    assert read(PretrainConfig, Path("first/config.yaml")).model.license == "cc-by-nc-4.0"
+    words = ["finetune", "labelled", "--config", "tune.yaml", "--init", "first", "--out", "tuned", *words[-4:]]
+    assert run(*words, "--log.trackers", "none") == 0
+    exported = json.loads(Path("tuned/best/config.json").read_text())
+    assert exported["pretrained_cfg"]["license"] == "cc-by-nc-4.0"
+    for to, name in (("transformers", "hub"), ("fcmae", "own.safetensors"), ("fair", "fair.pth")):
+        assert run("convert", "tuned", name, "--to", to) == 0
+        assert read_weights(Path(name)).license == "cc-by-nc-4.0"
+    assert json.loads(Path("hub/config.json").read_text())["license"] == "cc-by-nc-4.0"
+    with safe_open("own.safetensors", framework="pt") as file:
+        assert file.metadata()["license"] == "cc-by-nc-4.0"
+    assert run("report", "tuned") == 0
+    assert "cc-by-nc-4.0, of the starting weights" in Path("tuned/report.html").read_text()
+    # What the user says goes before what files say.
+    assert run(*words[:-6], "--out", "mine", *words[-4:], "--log.trackers", "none", "--model.license", "mit") == 0
+    assert read_weights(Path("mine")).license == "mit"
