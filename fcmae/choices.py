@@ -23,6 +23,7 @@ WIDE = ConvNeXtSpec(depths=(2, 2, 8), dims=(80, 160, 320))  # the same, for many
 GRIDS = {48: (2, 8), 64: (2, 8), 96: (4, 16), 128: (4, 16), 192: (4, 32), 224: (4, 32)}
 LARGEST = {"cpu": 128}  # sides; elsewhere the largest of GRIDS
 MAX_EPOCHS = 1600  # the longest that masked autoencoders of images were published with
+LAYER_DECAY = 0.9  # of what starts from weights; what starts from nothing has nothing to keep
 TRAINING_SHARE = 0.88  # of the hours; the rest is for evaluations, pictures and checkpoints
 
 
@@ -238,7 +239,7 @@ def finetuning_settings(
     rate = 1e-3
     choices.take("optim.base_lr", float(f"{rate * 256 / batch:.3g}"), f"a peak of {rate:g} at this batch")
     if held is not None:
-        choices.take("optim.layer_decay", 0.9, "as published: layers near the images change less")
+        choices.take("optim.layer_decay", LAYER_DECAY, "as published: layers near the images change less")
     choices.take("model.drop_path_rate", 0.1, "as published for the smallest networks")
     choices.take("data.crop_scale", [0.35, 1.0], "objects are not to be cut off" if few else "many labels")
     augments = images.in_chans in (1, 3) and not images.is_deep and side >= 96 and num >= 1000
@@ -254,10 +255,9 @@ def finetuning_settings(
         choices.take("regularization.class_weights", "balanced", why)
 
 
-def finetuning_epochs(images: Images) -> int:
+def finetuning_epochs(num_labels: int) -> int:
     """How long labels are worth learning from, if there is time: 100 epochs of few labels, 30 of a hundred thousand."""
-    num = sum(images.class_counts)
-    return 100 if num <= 5_000 else 50 if num <= 50_000 else 30
+    return 100 if num_labels <= 5_000 else 50 if num_labels <= 50_000 else 30
 
 
 def duration(choices: Choices, num_images: int, hours: float, images_per_s: float, most: int = MAX_EPOCHS) -> None:

@@ -29,8 +29,8 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         The exit status: the command's own, which is 0 unless it says otherwise, as `doctor` does with 1 if nothing can
         be pretrained here, and `verify` if backends differ; 2 after an error; 130 after an interrupt; 141 if nobody
-        reads on what it prints. `pretrain` and `finetune` give 143, 130 and 129 after a SIGTERM, SIGINT and SIGHUP that
-        they have saved at; 0 after SIGUSR1, by which schedulers warn that time is up, as the job is then queued again.
+        reads on what it prints. Those that train give 143, 130 and 129 after a SIGTERM, SIGINT and SIGHUP that they
+        have saved at; 0 after SIGUSR1, by which schedulers warn that time is up, as the job is then queued again.
 
     Raises:
         SystemExit: With status 0, after printing for `--help`, `--version` and `--print-config`.
@@ -136,6 +136,12 @@ def _evaluate(cfg: commands.EvaluateConfig) -> None:
     print(evaluate(cfg))
 
 
+def _worth(cfg: commands.WorthConfig) -> int:
+    from fcmae.worth import worth
+
+    return worth(cfg)
+
+
 def _embed(cfg: commands.EmbedConfig) -> None:
     from fcmae.evaluation.embed import embed
 
@@ -217,6 +223,7 @@ COMMANDS: dict[str, tuple[type[Settings], Callable[[Any], int | None]]] = {
     "convert": (commands.ConvertConfig, _convert),
     "predict": (commands.PredictConfig, _predict),
     "evaluate": (commands.EvaluateConfig, _evaluate),
+    "worth": (commands.WorthConfig, _worth),
     "embed": (commands.EmbedConfig, _embed),
     "analyze": (commands.AnalyzeConfig, _analyze),
     "report": (commands.ReportConfig, _report),

@@ -83,8 +83,13 @@ def finetune(cfg: FinetuneConfig, net: Classifier | None = None) -> Run:
             )
         if net is None:
             net = build_model(cfg, weights, len(val_images.class_names))
+        cfg = run.licensed(cfg, weights.license)
         weights = replace(
-            weights, state={}, image=image_settings(cfg, weights), class_names=tuple(val_images.class_names)
+            weights,
+            state={},
+            image=image_settings(cfg, weights),
+            class_names=tuple(val_images.class_names),
+            origin={} if cfg.model.license is None else {"license": cfg.model.license},
         )
         if run.resume_from is not None:
             checkpoint.check_origin(run.resume_from, run.kind, fingerprint(train_images, val_images))
@@ -494,7 +499,7 @@ class Evaluation:
         for place in places:
             folder = self.log.run / place
             if step:
-                origin = {"run": str(self.log.run), "init": self.init, "step": step, **found}
+                origin = self.weights.origin | {"run": str(self.log.run), "init": self.init, "step": step, **found}
                 save_classifier(folder, net if ema is None else ema.module, replace(self.weights, origin=origin))
             names = self.images.subset(positions).names()
             write_predictions(

@@ -89,7 +89,7 @@ def finetuning(sketch: FinetuneConfig, given: Mapping[str, Any]) -> dict[str, An
     result = _fit(plan, cfg, lambda at_once: _finetuning_step(cfg, at_once, _measured_s(hours)))
     num_train = len(images) if cfg.data.val_path else len(images) - round(len(images) * cfg.data.val_share)
     hours -= (time.monotonic() - began) / 3600
-    choices.duration(plan, num_train, hours, result.images_per_s, choices.finetuning_epochs(facts))
+    choices.duration(plan, num_train, hours, result.images_per_s, choices.finetuning_epochs(sum(facts.class_counts)))
     return _chosen(plan) | {"out": out}
 
 
@@ -219,6 +219,21 @@ def _pretraining_step(cfg: BenchConfig, at_once: int) -> bench.Result:
 def _finetuning_step(cfg: FinetuneConfig, at_once: int, measured_s: float) -> bench.Result:
     result: bench.Result = bench.in_process(time_finetuning, cfg, at_once, measured_s)
     return result
+
+
+def images_per_s(cfg: PretrainConfig | FinetuneConfig) -> float:
+    """How many images a second a run will train on, by steps that are timed for two seconds.
+
+    Raises:
+        ValueError: if a step cannot run.
+    """
+    at_once = cfg.batch_size // cfg.grad_accum
+    try:
+        if isinstance(cfg, FinetuneConfig):
+            return _finetuning_step(cfg, at_once, 2.0).images_per_s
+        return _pretraining_step(options.make(BenchConfig, options.flat(cfg) | {"seconds": 2.0}), at_once).images_per_s
+    except bench.Failed as error:
+        raise ValueError(f"a step does not run: {error}") from None
 
 
 def time_finetuning(cfg: FinetuneConfig, at_once: int, duration_s: float) -> bench.Result:

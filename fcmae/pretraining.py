@@ -84,10 +84,11 @@ def pretrain(cfg: PretrainConfig, net: FCMAE | None = None) -> Run:
         train_images, val_images = split(images, cfg.data.val_share, cfg.seed)
         schedule = build_schedule(cfg, run, train_images)
         check_pooled(cfg, run, accelerator)
-        started = ["from the model that was handed in"] if run.resume_from is None else []
+        started, found = ["from the model that was handed in"] if run.resume_from is None else [], None
         if net is None:
             net = build_model(cfg)
-            started = start(cfg, net) if run.resume_from is None else []
+            started, found = start(cfg, net) if run.resume_from is None else ([], None)
+        cfg = run.licensed(cfg, found)
         if run.resume_from is None:
             kept = checkpoint.num_kept(cfg.checkpoint.keep, cfg.epochs, cfg.checkpoint.milestone_epochs)
             checkpoint.check_space(run.path, net, kept)
@@ -248,8 +249,8 @@ def build_model(cfg: PretrainConfig) -> FCMAE:
     return build_fcmae(encoder, model.decoder_dim, model.decoder_depth, layout, target)
 
 
-def start(cfg: PretrainConfig, net: FCMAE) -> list[str]:
-    """Load the weights that `model.init` names, if it does, and say what was done.
+def start(cfg: PretrainConfig, net: FCMAE) -> tuple[list[str], str | None]:
+    """Load the weights that `model.init` names, if it does, and say what was done and which licence they have.
 
     Args:
         cfg: the run's settings.
@@ -259,7 +260,7 @@ def start(cfg: PretrainConfig, net: FCMAE) -> list[str]:
         ValueError: if `model.init` does not exist or does not fit.
     """
     if cfg.model.init is None:
-        return ["from scratch"]
+        return ["from scratch"], None
     path = Path(cfg.model.init)
     if not path.exists():
         raise ValueError(f"model.init = {path} does not exist: give a run, a checkpoint, or weights in another format")
@@ -268,7 +269,7 @@ def start(cfg: PretrainConfig, net: FCMAE) -> list[str]:
     trained, here = [weights.image.get(key) for key in ("mean", "std")], list(cfg.data.statistics())
     if None not in trained and trained != here and weights.architecture.in_chans == cfg.data.in_chans:
         done.append(f"it was trained with [mean, std] {trained} and goes on with {here} (data.mean, data.std)")
-    return done
+    return done, weights.license
 
 
 def build_optimizer(cfg: PretrainConfig, net: FCMAE) -> torch.optim.AdamW:

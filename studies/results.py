@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from fcmae.evaluation.paired import tell
 from fcmae.evaluation.probes import mean_and_interval
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -29,16 +30,6 @@ def number(values: Sequence[float]) -> str:
     """Mean, and its 95 % interval where there are several."""
     mean, interval = mean_and_interval(values)
     return f"{100 * mean:.1f}" if interval is None else f"{100 * mean:.1f} ± {100 * (interval[1] - mean):.1f}"
-
-
-def verdict(differences: Sequence[float]) -> str:
-    """What the interval says, of three runs or more: two may agree by chance."""
-    interval = mean_and_interval(differences)[1]
-    if interval is None or len(differences) < 3:
-        return "too few runs"
-    if interval[0] > 0:
-        return "better"
-    return "worse" if interval[1] < 0 else "no difference seen"
 
 
 def seeds_of(scores: Json, prefix: str) -> dict[int, Json]:
@@ -66,7 +57,7 @@ def budgets(results: Json) -> Iterator[str]:
                 values = {s: [found[seed][metric] for seed in seeds] for s, found in starts.items()}
                 gains = [a - b for a, b in zip(values["pretrained"], values["scratch"], strict=True)]
                 steps = starts["scratch"][seeds[0]]["steps"]
-                cells = [number(values["pretrained"]), number(values["scratch"]), number(gains), verdict(gains)]
+                cells = [number(values["pretrained"]), number(values["scratch"]), number(gains), tell(gains)]
                 rows.append([f"{percent} %", str(steps), str(len(seeds)), *cells])
             if rows:
                 header = ["labels", "steps", "seeds", "pretrained", "scratch", "difference, of each seed", ""]
@@ -145,7 +136,7 @@ def grn(results: Json) -> Iterator[str]:
         gains = [found[seed]["top1"] - base[seed]["top1"] for seed in seeds]
         losses = results["curves"].get(pretrained, {}).get("val_loss") or [[0, None]]
         loss = "" if losses[-1][1] is None else f"{losses[-1][1]:.4f}"
-        compared = ["", ""] if prefix == WITH_GRN else [number(gains), verdict(gains)]
+        compared = ["", ""] if prefix == WITH_GRN else [number(gains), tell(gains)]
         probe = results["probes"].get(pretrained, []) if prefix not in ("grn-dropped", "grn-new") else []
         linear = percent(of_probe(probe, "linear", "top1", 4))
         rows.append([label, loss, linear, number([f["top1"] for f in found.values()]), str(len(found)), *compared])

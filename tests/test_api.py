@@ -353,7 +353,7 @@ def test_runs_start_from_the_weights_that_are_named(tmp_path: Path) -> None:
     given = {"out": "x", "data": {"path": ["x"]}, "model": {**model, **sizes}}
     cfg = PretrainConfig.model_validate(given)
     net = pretraining.build_model(cfg)
-    (done,) = pretraining.start(cfg, net)
+    (done,), _ = pretraining.start(cfg, net)
     assert done.startswith("encoder from ")
     assert all(torch.equal(value, state[name]) for name, value in net.encoder.state_dict().items())
     tuning = FinetuneConfig.model_validate({"out": "x", "data": {"path": "x"}, "model": model})

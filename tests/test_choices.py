@@ -97,7 +97,7 @@ def tuning(facts: Images, held: ConvNeXtSpec | None = None, side: int | None = N
     plan = Choices(given)
     choices.image_settings(plan, facts)
     choices.finetuning_settings(plan, facts, "cpu", held, side)
-    choices.duration(plan, facts.num, 1, 100, choices.finetuning_epochs(facts))
+    choices.duration(plan, facts.num, 1, 100, choices.finetuning_epochs(sum(facts.class_counts)))
     init = {} if held is None else {"model.init": "run"}
     return make(FinetuneConfig, plan.settings | init | {"data.path": "labelled", "out": "out"})
 

@@ -35,6 +35,8 @@ SMALL = {"--epochs": "1", "--batch_size": "4", "--device": "cpu", "--data.num_wo
 LAUNCH = {"--num_processes": "2"}
 # What these commands do in full is for their own tests; these flags keep them short here.
 QUICK = {"doctor": ["--quick"], "verify": ["--backend", "packed"], "bench": ["--vary", "none", "--seconds", "0.1"]}
+ONE = {"--labels": "100%", "--seeds": "1", "--epochs": "1", "--controls": "pixels:4", "--device": "cpu"}
+QUICK["worth"] = [word for pair in ONE.items() for word in pair]
 INSTALLS = ("make", "pip", "source", "git")
 
 

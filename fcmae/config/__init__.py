@@ -144,6 +144,8 @@ class EncoderConfig(Section):
     one."""
     prefix: Annotated[str | None, Spelling(short="prefix")] = None
     """What stands before the weights' names in the file that `init` names, e.g. student. Default: found out."""
+    license: str | None = Field(None, min_length=1)
+    """Licence of the weights that `init` names, which the run and its exports carry on. Default: what they say."""
     stem_stride: int | None = Field(None, ge=1, validate_default=True)
     """Stride of the stem; 1 or 2 for small images. With four stages, the total stride is 8 times this. Default: the
     variant's, which is 4 as published; in fine-tuning, that of `init`."""
@@ -167,8 +169,8 @@ class EncoderConfig(Section):
 
     @model_validator(mode="after")
     def _have_a_file(self) -> Self:
-        if self.init is None and (self.key or self.prefix):
-            raise ValueError("key and prefix tell what is in the file that init names: give --init")
+        if self.init is None and (self.key or self.prefix or self.license):
+            raise ValueError("key, prefix and license tell of the weights that init names: give --init")
         return self
 
     @model_validator(mode="after")
@@ -345,6 +347,7 @@ class RunConfig(Settings):
 
     if TYPE_CHECKING:  # what each kind of run has of its own
         data: ImageConfig
+        model: EncoderConfig
         optim: Optim
 
     def inputs(self) -> dict[str, list[str]]:
@@ -578,6 +581,7 @@ FREE_ON_RESUME = frozenset(
         "data.val_path",
         "data.num_workers",
         "data.max_bad_share",
+        "model.license",
         "model.backend",
         "model.compile",
         "model.grad_checkpointing",

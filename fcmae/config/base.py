@@ -109,6 +109,9 @@ UserText = Annotated[str, AfterValidator(_expanded)]
 UserPath = Annotated[Path, AfterValidator(lambda path: Path(_expanded(str(path))))]
 
 
+_OF_RUNS = ("config.yaml", "worth.json")  # of a run, and of a comparison of runs
+
+
 def _find_run(name: str) -> str:
     """A run may be named without the folder runs/, unless that names a file, a run or an exported model; random: stays.
 
@@ -118,10 +121,8 @@ def _find_run(name: str) -> str:
     text = _expanded(path)
     given = Path(text)
     place = Path("runs") / given
-    found = given.is_file() or any(
-        (given / file).is_file() for file in ("config.yaml", "config.json", "checkpoint.json")
-    )
-    return f"{kind}{colon}{text if found or not (place / 'config.yaml').is_file() else place}"
+    found = given.is_file() or any((given / file).is_file() for file in (*_OF_RUNS, "config.json", "checkpoint.json"))
+    return f"{kind}{colon}{text if found or not any((place / file).is_file() for file in _OF_RUNS) else place}"
 
 
 # A run, by its path or its name below runs/, or what else a setting takes in its place.

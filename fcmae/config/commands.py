@@ -108,6 +108,61 @@ class EvaluateConfig(Reading, FromFile):
     """Replace earlier results."""
 
 
+class WorthConfig(Settings):
+    """Tell whether pretraining is worth it: fine-tune from each start and from scratch, with paired seeds.
+
+    Before it starts it says how long it will take. The same command goes on where it was stopped, and with more --seeds
+    adds to what is there.
+
+    Example: fcmae worth labelled photos --hours 4 --init runs/other --labels 1% 10% 100%
+    """
+
+    data: Annotated[UserText, Spelling("LABELLED")] = Field(examples=["labelled"])
+    """Labelled images: a folder with one sub-folder a class, or a CSV file with the columns path,label."""
+    unlabelled: Annotated[list[UserText], Spelling("UNLABELLED", commas=False)] = Field([])
+    """Images that the pretraining learns from: folders, lists or glob patterns. Default: the labelled training
+    images."""
+    test: UserText | None = None
+    """Images to test on, of the form of LABELLED. Default: a stratified share (test_share) of LABELLED."""
+    test_share: float = Field(0.2, gt=0, lt=1)
+    """Share of each class to test on."""
+    hours: float | None = Field(None, gt=0)
+    """Pretrain for so long first, and start from that. Default: no pretraining."""
+    pretraining: str | None = None
+    """Settings of the pretraining: a YAML file, or the name of a shipped one (`fcmae configs`). Default: chosen."""
+    init: Annotated[list[RunText], Spelling(commas=False)] = Field([])
+    """Weights to start from: runs, checkpoints, or all that `fcmae convert` reads; the flag may be repeated."""
+    labels: list[str] = Field(["1%", "10%", "100%"], min_length=1)
+    """How many labels are learnt from: shares of the training images, or numbers of images a class."""
+    seeds: int = Field(5, ge=1)
+    """How often each is done: with other labels, another order and another head, the same for every start."""
+    epochs: int | float | None = Field(None, gt=0)
+    """Passes of a fine-tuning over its labels, whatever it starts from. Default: by their number."""
+    finetuning: str | None = None
+    """Settings of the fine-tunings, like those of the pretraining; from scratch layer_decay is 1. Default: chosen."""
+    controls: list[str] = Field(["pixels:32", "histogram:8", "pixels:1"])
+    """What needs no network, see `fcmae evaluate`, by linear classifiers on the same labels; or []."""
+    image_size: Size | None = None
+    """Height and width the networks see, in pixels; one number is a square. Default: the weights' own, or chosen."""
+    num_workers: int | None = Field(None, ge=0)
+    """Processes that decode images. Default: as many as help."""
+    device: Device = "auto"
+    """auto takes a GPU when there is one."""
+    seed: int = Field(0, ge=0)
+    """Of the test images, of the pretraining, and the first of the seeds."""
+    out: UserPath | None = None
+    """Where all runs and results go. Default: runs/NAME-worth, NAME of LABELLED."""
+
+    def conflicts(self, num_processes: int | None = None) -> Iterator[Conflict]:
+        if not (self.hours or self.pretraining or self.init):
+            yield (
+                ("hours", "init", "pretraining"),
+                "missing: what is to be compared with scratch: --hours H of pretraining, or --init WEIGHTS",
+            )
+        elif self.unlabelled and not (self.hours or self.pretraining):
+            yield ("unlabelled", "hours"), "they are for a pretraining: give --hours H, or leave them out"
+
+
 class EmbedConfig(Source, FromFile):
     """Write features of images, a map of them, and pictures of nearest neighbours.
 
@@ -196,7 +251,7 @@ class ReportConfig(Settings):
     """
 
     runs: Annotated[list[RunPath], Spelling("RUN", commas=False)] = Field(min_length=1, examples=[["runs/first"]])
-    """Directories of pretraining or fine-tuning."""
+    """Directories of pretraining or fine-tuning, or of what `fcmae worth` compares."""
     out: UserPath | None = None
     """The page. Default: RUN/report.html, for one run."""
 

@@ -62,7 +62,7 @@ def evaluate(cfg: EvaluateConfig) -> str:
     for backbone in backbones:
         check_stages(backbone, _stages(backbone, cfg))
     several = len(cfg.models) > 1
-    folders = [place / name for name in _folder_names(cfg.models)] if several else [place]
+    folders = [place / name for name in folder_names(cfg.models)] if several else [place]
     claim(place, _is_ours, cfg.overwrite)
     backbones[0].reading.check_values(train_index)
     records: list[dict[str, Any]] = []
@@ -154,7 +154,7 @@ def _stages(backbone: Backbone, cfg: EvaluateConfig) -> Sequence[int] | None:
     return None if is_control(backbone.name) else cfg.stages
 
 
-def _folder_names(models: Sequence[str]) -> list[str]:
+def folder_names(models: Sequence[str]) -> list[str]:
     """A name for each model that is a good folder: its last part, or all of it where last parts are the same."""
     last = [file_name(model.rstrip("/").rpartition("/")[2]) for model in models]
     if any(model.startswith(RANDOM) for model in models):

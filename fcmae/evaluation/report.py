@@ -26,6 +26,7 @@ import fcmae
 from fcmae import options
 from fcmae.atomic import read_bytes, write_text
 from fcmae.data.split import evenly
+from fcmae.evaluation import paired
 from fcmae.evaluation.charts import Chart, Table, heat_map, line_chart, shown
 from fcmae.evaluation.records import COLUMNS, Evaluation, score_rows
 from fcmae.evaluation.runs import MAX_JSON, Run, computing_s, curve, finite, read_json, read_run
@@ -127,15 +128,21 @@ def report(paths: Sequence[Path], out: Path | None = None) -> Path:
     # Directories are named by their last part, or by all of it where two have one name.
     short = [Path(os.path.realpath(path)).name for path in paths]
     names = short if len(set(short)) == len(paths) else map(str, paths)
-    runs, problems = list[Run](), list[str]()
+    runs, compared, problems = list[Run](), dict[str, paired.Comparison](), list[str]()
     for path, name in zip(paths, names, strict=True):
         try:
-            runs.append(read_run(path, name))
+            if (path / paired.FILE).is_file():
+                if (found := paired.read(path, problems)) is not None:
+                    compared[name] = found
+                if (pretrained := path / "runs" / "pretrained").is_dir():
+                    runs.append(read_run(pretrained, f"{name}/pretrained"))
+            else:
+                runs.append(read_run(path, name))
         except (ValueError, OSError) as error:
             problems.append(str(error))
-    if not runs:
+    if not (runs or compared):
         raise ValueError("\n".join(problems))
-    write_text(out, render(runs, problems))
+    write_text(out, render(runs, problems, compared))
     return out
 
 
@@ -146,12 +153,15 @@ def _is_report(path: Path) -> bool:
         return MARK.encode() in file.read(1000)
 
 
-def render(runs: Sequence[Run], problems: Sequence[str] = ()) -> str:
+def render(
+    runs: Sequence[Run], problems: Sequence[str] = (), compared: Mapping[str, paired.Comparison] | None = None
+) -> str:
     """The page. Everything in it that came from the user is escaped, and its policy lets only its own scripts run.
 
     Args:
         runs: what it is about.
         problems: what kept others from being read, in sentences.
+        compared: what `fcmae worth` found, by name.
 
     Raises:
         ValueError: if plotly is missing.
@@ -160,11 +170,17 @@ def render(runs: Sequence[Run], problems: Sequence[str] = ()) -> str:
         from plotly.offline import get_plotlyjs
     except ImportError as error:
         raise ValueError("report needs plotly to draw charts: pip install plotly") from error
-    chapters = [(f"{run.name} ({KINDS[run.kind]})", describe(run)) for run in runs]
+    compared = compared or {}
+    chapters = [(f"{name} (is pretraining worth it?)", [_comparison(found)]) for name, found in compared.items()]
+    chapters += [(f"{run.name} ({KINDS[run.kind]})", describe(run)) for run in runs]
     chapters += [("Runs that cannot be read", [Section("What is wrong", list(problems))])] if problems else []
     if len(runs) > 1 and (sections := compare(runs)):
         chapters.append(("Comparison of the runs", sections))
-    chapters.append(("Commands to reproduce this", [reproduce(run) for run in runs]))
+    commands = [Section(name, commands=[found["command"]]) for name, found in compared.items()]
+    chapters.append(("Commands to reproduce this", commands + [reproduce(run) for run in runs]))
+    verdicts = [*map(paired.verdict, compared.values()), is_working(runs), is_collapsing(runs)]
+    verdicts += [] if compared else [was_worth_it(runs)]
+    names = [*compared, *(run.name for run in runs)]
     loader = PackageLoader("fcmae.evaluation", "")
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -173,12 +189,12 @@ def render(runs: Sequence[Run], problems: Sequence[str] = ()) -> str:
     page = environment.get_template("report.html.j2").render(
         mark=Markup(MARK),
         version=fcmae.__version__,
-        title=f"Report on {', '.join(run.name for run in runs) if len(runs) <= 3 else f'{len(runs)} runs'}",
+        title=f"Report on {', '.join(names) if len(names) <= 3 else f'{len(names)} runs'}",
         made=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %z"),
-        names=[str(run.path) for run in runs],
+        names=[*compared, *(str(run.path) for run in runs)],
         style=Markup(loader.get_source(environment, "report.css")[0]),
         scripts=[Markup(get_plotlyjs()), Markup(loader.get_source(environment, "report.js")[0])],
-        verdicts=[v for v in (is_working(runs), is_collapsing(runs), was_worth_it(runs)) if v.sentences],
+        verdicts=[verdict for verdict in verdicts if verdict.sentences],
         chapters=chapters,
     )
     # Names of files may hold bytes that are no Unicode.
@@ -263,6 +279,7 @@ def _what_was_run(run: Run) -> Section:
     rows = [["state", _status(run) + (f", {len(run.starts)} starts" if len(run.starts) > 1 else "")]]
     rows += [["model", str(get("model.variant") or f"that of {get('model.init')}")]]
     rows += [["starting weights", str(get("model.init") or "none: from scratch")]]
+    rows += [["licence", f"{get('model.license')}, of the starting weights"]] if get("model.license") else []
     rows += [["images", ", ".join(f"{number:,} {use}" for use, number in run.counts.items())]] if run.counts else []
     rows += [["from", _text(value)] for key in ("data.path", "data.val_path") if (value := get(key))]
     if isinstance(size := get("data.image_size"), list):
@@ -384,6 +401,15 @@ def _evaluation(folder: Path, found: Evaluation) -> Section:
     spread = "; in brackets, the 95 % interval over draws" if any("spread" in r for r in results) else ""
     section.tables.append(Table(f"Scores of each probe on the test images{spread}", COLUMNS, score_rows([found])))
     section.pictures = _pictures(folder, section.notes)
+    return section
+
+
+def _comparison(found: paired.Comparison) -> Section:
+    """What `fcmae worth` found: means and intervals by amount of labels, and differences to scratch, seed by seed."""
+    section = Section("Scores by start and number of labels", paired.notes(found))
+    if rows := paired.compare(found):
+        table = Table("Balanced accuracy in %", paired.COLUMNS, list(map(paired.cells, rows)))
+        section.tables, section.charts = [table], [paired.chart(found)]
     return section
 
 

@@ -9,6 +9,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from fcmae.data.source import printable
+from fcmae.evaluation import paired
 from fcmae.evaluation.runs import Run, computing_s, curve, finite, read_run
 from fcmae.evaluation.verdicts import is_collapsing, is_working
 from fcmae.tables import table
@@ -27,23 +28,47 @@ def status(place: Path) -> str:
     Raises:
         ValueError: if there is no run.
     """
+    if (place / paired.FILE).is_file():
+        return "\n".join(_comparison(place))
     if (place / "config.yaml").is_file():
         return "\n".join(_lines(read_run(place, printable(str(place)))))
     runs = list(find_runs(place))
-    if not runs:
+    compared = [file.parent for depth in range(DEPTH) for file in sorted(place.glob("*/" * depth + paired.FILE))]
+    if not (runs or compared):
         raise ValueError(f"{place} holds no run: give the directory of one, or of runs")
     rows = [_row(run) for run in sorted(runs, key=lambda run: str(run.path))]
+    for path in compared:
+        if (found := paired.read(path, [])) is not None:
+            state = f"{found['num_done']} of {found['num_runs']} runs"
+            rows.append((printable(str(path.relative_to(place))), "worth", state, "", "", ""))
     return table(("run", "kind", "state", "epoch", "loss", "best score"), rows, left=3)
 
 
 def find_runs(place: Path) -> Iterator[Run]:
-    """The runs in and below a folder, as far as they can be read."""
+    """The runs in and below a folder, as far as they can be read, without those of comparisons."""
     for depth in range(DEPTH + 1):
         for config in sorted(place.glob("*/" * depth + "config.yaml")):
+            if (config.parent.parent.parent / paired.FILE).is_file():
+                continue
             try:
                 yield read_run(config.parent, printable(str(config.parent.relative_to(place))))
             except (ValueError, OSError):
                 continue  # of something else
+
+
+def _comparison(place: Path) -> Iterator[str]:
+    """What is to be said of what `fcmae worth` does."""
+    problems = list[str]()
+    found = paired.read(place, problems)
+    if found is None:
+        raise ValueError("\n".join(problems))
+    running = [run for run in find_runs(place / "runs") if state_of(run.path) == "running"]
+    yield f"{printable(str(place))}: {found['num_done']} of {found['num_runs']} runs are done"
+    yield from (f"running: {_row(run)[0]}, epoch {_row(run)[3]}" for run in running)
+    yield f"\n{paired.summary(found)}\n\nnext:"
+    if found["num_done"] < found["num_runs"] and not running:
+        yield f"  {found['command']}  # goes on"
+    yield f"  fcmae report {shlex.quote(str(place))}"
 
 
 def state_of(path: Path) -> str:

@@ -125,6 +125,14 @@ def remove(run: Path) -> None:
     (run / "metrics.jsonl").unlink(missing_ok=True)
 
 
+def remove_models(run: Path) -> None:
+    """Remove the checkpoints and exported models of a finished run, which is then done and no longer goes on."""
+    shutil.rmtree(run / "checkpoints", ignore_errors=True)
+    for place in ("best", "last"):
+        (run / place / "model.safetensors").unlink(missing_ok=True)
+        (run / place / "config.json").unlink(missing_ok=True)
+
+
 def remove_aside(run: Path) -> None:
     """Remove what a removal that was cut off has left."""
     shutil.rmtree(run / ASIDE, ignore_errors=True)

@@ -61,6 +61,7 @@ CUT_OFF = "cut off"
 STAMP = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
 
 Found = TypeVar("Found")
+AnyConfig = TypeVar("AnyConfig", bound=RunConfig)
 
 
 class RunDirectory:
@@ -135,6 +136,18 @@ class RunDirectory:
             keys: dotted names of settings.
         """
         return self.saved is not None and attrgetter(*keys)(self.saved) == attrgetter(*keys)(self.cfg)
+
+    def licensed(self, cfg: AnyConfig, found: str | None) -> AnyConfig:
+        """The run's settings with the licence of the weights that it started from, as config.yaml will have them.
+
+        Args:
+            cfg: its settings, which go before what the weights say.
+            found: what these say, where they were read.
+        """
+        kept = None if self.saved is None else self.saved.model.license
+        model = cfg.model.model_copy(update={"license": cfg.model.license or kept or found})
+        self.cfg = cfg = cfg.model_copy(update={"model": model})
+        return cfg
 
     @property
     def resume_from(self) -> Path | None:

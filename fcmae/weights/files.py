@@ -15,21 +15,25 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+import timm
 import torch
 from pydantic import BaseModel, Field, FiniteFloat, PositiveInt, ValidationError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 import fcmae
-from fcmae.atomic import replacing
+from fcmae.atomic import read_bytes, replacing
 from fcmae.config import FinetuneData, PretrainConfig
 from fcmae.data.dataset import Reading
 from fcmae.data.normalize import Normalize
+from fcmae.data.source import printable
 from fcmae.networks.convnext import Encoder
 from fcmae.networks.spec import VARIANTS, ConvNeXtSpec, variant_named, variant_of
 from fcmae.training import checkpoint
@@ -41,6 +45,7 @@ logger = logging.getLogger("fcmae")
 NOT_IN_TIMM = "fcmae_convnext"  # what config.json names as the architecture of a network that timm cannot hold
 DIRECTORIES = ("timm", "transformers")  # the formats that are directories
 FILE_SUFFIXES = (".safetensors", ".pth", ".pt")
+MAX_CARD = 2**20  # bytes of a model card
 
 Side = Annotated[int, Field(gt=0, le=8192)]
 
@@ -68,6 +73,11 @@ class Weights:
     expected_output: tuple[float, ...] = ()
     format: str = "fcmae"
     names: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def license(self) -> str | None:
+        """What their files say their licence is, or that of the weights that they were made from."""
+        return self.origin.get("license")
 
     def reading(self, source: str, image_size: tuple[int, int] | None = None) -> Reading:
         """How images are read for the weights: as they say, and as published where they do not.
@@ -155,7 +165,7 @@ def read_weights(path: Path, variant: str | None = None, key: str | None = None,
         return _read_directory(path, variant)
     if path.is_file():
         state, record = _load(path, key)
-        return _weights(path, state, variant, record or Record(origin={"file": path.name}), prefix)
+        return _weights(path, state, variant, record or Record(origin={"file": path.name} | _license(path)), prefix)
     raise ValueError(
         f"{path} is no run, checkpoint, timm or transformers directory, or file of weights: give one of these"
     )
@@ -211,7 +221,7 @@ def _read_checkpoint(path: Path, variant: str | None) -> Weights:
         "epochs": cfg.epochs,
         "config_sha256": hashlib.sha256(json.dumps(meta.config, sort_keys=True).encode()).hexdigest(),
         "version": meta.version,
-    }
+    } | ({} if cfg.model.license is None else {"license": cfg.model.license})
     size = (cfg.data.in_chans, *cfg.data.image_size)
     image = ImageRecord(mean=mean, std=std, input_size=size, crop_pct=1.0)
     state = checkpoint.read_tensors(path, "model")
@@ -233,7 +243,7 @@ def _described(path: Path, state: Mapping[str, Tensor], cfg: PretrainConfig) -> 
 
 def _read_directory(path: Path, variant: str | None) -> Weights:
     """A directory as timm or transformers write it."""
-    record = Record(origin={"directory": path.name})
+    record = Record(origin={"directory": path.name} | _license(path))
     try:
         config = _read_json(path / "config.json")
         if "architecture" in config:  # timm
@@ -258,6 +268,38 @@ def _read_directory(path: Path, variant: str | None) -> Weights:
         state |= found
         record = own or record
     return _weights(path, state, variant, record)
+
+
+def _license(path: Path) -> dict[str, str]:
+    """The licence that others' files say they have: in timm's config.json, a model card or a header of safetensors.
+
+    timm's table knows that of weights that were released: by their tag there, or by the name of their file.
+    """
+    said: object = None
+    # What else is wrong with the files is said where they are read; timm raises RuntimeError for what it does not know.
+    with suppress(OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError):
+        if path.is_dir():
+            config = _read_json(path / "config.json")
+            published = config.get("pretrained_cfg") or {}
+            said = published.get("license") or _in_card(path / "README.md")
+            if not said and (tag := published.get("tag")):
+                said = timm.models.get_pretrained_cfg_value(f"{config['architecture']}.{tag}", "license")
+        elif path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                said = (file.metadata() or {}).get("license")
+        else:
+            released = map(timm.get_pretrained_cfg, timm.list_pretrained("convnext*"))
+            said = next((each.license for each in released if each and Path(str(each.url)).name == path.name), None)
+    return {"license": printable(said)[:200]} if isinstance(said, str) and said else {}
+
+
+def _in_card(path: Path) -> str | None:
+    """The licence in the head of a model card of Hugging Face's, by its name where it is none of the usual."""
+    if not path.is_file():
+        return None
+    head = read_bytes(path, MAX_CARD).decode(errors="replace").split("---")[1:2]
+    found = dict(re.findall(r"^(license|license_name): *[\"']?([^\"'\n]+)", "".join(head), re.M))
+    return found.get("license_name") or found.get("license")
 
 
 def _line(error: Exception) -> str:
@@ -385,6 +427,7 @@ def save_weights(dest: Path, weights: Weights, to: str) -> None:
         "spec": spec.model_dump(),
     }
     record = _dumped(fields | {"sha256": digest(state, _dumped(fields))})
+    header = {RECORD: record} | _licensed(weights)
     files: dict[Path, dict[str, Any] | None] = {dest: None}  # contents; None: the tensors
     if to in DIRECTORIES:
         files = {dest / "config.json": (_timm_config if to == "timm" else _transformers_config)(weights)}
@@ -397,9 +440,13 @@ def save_weights(dest: Path, weights: Weights, to: str) -> None:
             if config is not None:
                 aside.write_text(json.dumps(config, indent=2), encoding="utf-8")
             elif path.suffix == ".safetensors":
-                checkpoint.write_tensors(aside, state, {RECORD: record})
+                checkpoint.write_tensors(aside, state, header)
             else:
                 torch.save({"model": state, RECORD: record}, aside)
+
+
+def _licensed(weights: Weights) -> dict[str, str]:
+    return {} if weights.license is None else {"license": weights.license}
 
 
 def _timm_config(weights: Weights) -> dict[str, Any]:
@@ -423,6 +470,7 @@ def _timm_config(weights: Weights) -> dict[str, Any]:
             "interpolation": "bicubic",
             "crop_mode": "center",
             **weights.image,
+            **_licensed(weights),
             "num_classes": architecture.num_classes,
             "pool_size": None,
             # timm adapts RGB stems to other channel counts; weights of another count are loaded as they are.
@@ -447,6 +495,7 @@ def _transformers_config(weights: Weights) -> dict[str, Any]:
         "hidden_sizes": list(spec.dims),
         "hidden_act": "gelu",
         "layer_norm_eps": 1e-6,  # of the final norm; the others are fixed
+        **_licensed(weights),
         **({"image_size": weights.image["input_size"][-1]} if "input_size" in weights.image else {}),
         **(classes if architecture.num_classes else {}),
     }

@@ -1,0 +1,291 @@
+"""What `fcmae worth` found: scores of several starts with the same labels and seeds, their differences, a verdict.
+
+OUT/worth.json holds a `Comparison`, and what follows from it: the rows of its table, and the verdict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+from markupsafe import escape
+from pydantic import Field, FiniteFloat, TypeAdapter
+from typing_extensions import TypedDict
+
+from fcmae.evaluation.charts import COLOURS, LAYOUT, Chart, Table
+from fcmae.evaluation.probes import mean_and_interval
+from fcmae.evaluation.records import Count, Share
+from fcmae.evaluation.runs import read_json
+from fcmae.evaluation.verdicts import LEAST_RUNS, Verdict
+from fcmae.tables import table
+
+FILE = "worth.json"
+METRIC = "balanced_accuracy"  # what is compared; worth.json has the others too
+COLUMNS = ("labels", "start", "seeds", "balanced accuracy", "against scratch, of each seed", "")
+
+
+class Arm(TypedDict):
+    """What is compared.
+
+    Attributes:
+        name: of it.
+        kind: what needs no network; random weights; or weights.
+        against: the arm from scratch that it is compared with, of the same network; None for that one.
+        network: in words; None for a control.
+        init: where the weights are.
+        license: of these, where they say.
+    """
+
+    name: str
+    kind: Literal["control", "scratch", "start"]
+    against: str | None
+    network: str | None
+    init: str | None
+    license: str | None
+
+
+class Amount(TypedDict):
+    """Labels as they were asked for, how many these are, and the epochs on them."""
+
+    labels: str
+    num_labels: Count
+    epochs: FiniteFloat
+
+
+class Score(TypedDict):
+    """Scores of an arm on the test images, by name."""
+
+    arm: str
+    labels: str
+    seed: Count
+    scores: dict[str, Share]
+
+
+class Comparison(TypedDict):
+    """What is read of a worth.json.
+
+    Attributes:
+        num_train: images that labels are drawn from.
+        num_test: images that are tested on.
+        num_classes: of both.
+        notes: sentences on what was done.
+        arms: controls, then from scratch, then from weights.
+        amounts: in the order that they were asked for.
+        scores: so far.
+        num_runs: of training, when all are done.
+        num_done: of these.
+        command: that made it, or goes on.
+    """
+
+    num_train: Count
+    num_test: Count
+    num_classes: Annotated[int, Field(ge=2)]
+    notes: list[str]
+    arms: list[Arm]
+    amounts: list[Amount]
+    scores: list[Score]
+    num_runs: Count
+    num_done: Count
+    command: str
+
+
+COMPARISON = TypeAdapter(Comparison)
+Mean = tuple[float, tuple[float, float] | None]  # and its 95 % interval
+
+
+class Row(NamedTuple):
+    """An arm at an amount of labels.
+
+    Attributes:
+        labels: of how many.
+        arm: its name.
+        num: seeds.
+        mean: of the score, 0..1.
+        gain: mean of the differences to scratch, seed by seed; None of scratch itself, or before there is a pair.
+        told: what the differences say, see `tell`.
+    """
+
+    labels: str
+    arm: str
+    num: int
+    mean: Mean
+    gain: Mean | None
+    told: str
+
+
+def tell(differences: Sequence[float]) -> str:
+    """What the 95 % interval of paired differences says, of three seeds or more: two may agree by chance.
+
+    Args:
+        differences: one a seed.
+
+    Returns:
+        better, worse, no difference seen, or too few runs.
+    """
+    interval = mean_and_interval(differences)[1] if len(differences) >= LEAST_RUNS else None
+    if interval is None:
+        return "too few runs"
+    return "better" if interval[0] > 0 else "worse" if interval[1] < 0 else "no difference seen"
+
+
+def compare(found: Comparison) -> list[Row]:
+    """The rows of the table: each arm that has scores, amount by amount.
+
+    Args:
+        found: the comparison, as far as it has come.
+    """
+    rows = []
+    for amount in found["amounts"]:
+        by_arm: dict[str, dict[int, float]] = {arm["name"]: {} for arm in found["arms"]}
+        for score in found["scores"]:
+            if score["labels"] == amount["labels"] and METRIC in score["scores"]:
+                by_arm[score["arm"]][score["seed"]] = score["scores"][METRIC]
+        for arm in found["arms"]:
+            scores, other = by_arm[arm["name"]], by_arm.get(arm["against"] or "", {})
+            gains = [score - other[seed] for seed, score in scores.items() if seed in other]
+            if scores:
+                gain = mean_and_interval(gains) if gains else None
+                told = tell(gains) if gains else ""
+                values = list(scores.values())
+                rows.append(Row(amount["labels"], arm["name"], len(values), mean_and_interval(values), gain, told))
+    return rows
+
+
+def cells(row: Row) -> list[str]:
+    """A row as texts, in the columns of COLUMNS: per cent and points, intervals in brackets."""
+    gain = "" if row.gain is None else _number(row.gain, "+.1f")
+    return [_amount(row.labels), row.arm, str(row.num), _number(row.mean, ".1f"), gain, row.told]
+
+
+def _number(value: Mean, form: str) -> str:
+    mean, interval = value
+    text = format(100 * mean, form)
+    return text if interval is None else f"{text} [{', '.join(format(100 * end, form) for end in interval)}]"
+
+
+def _amount(labels: str) -> str:
+    if labels.endswith("%"):
+        return "all labels" if labels == "100%" else f"{labels[:-1]} % of the labels"
+    return f"{labels} labels a class"
+
+
+def verdict(found: Comparison) -> Verdict:
+    """Whether starting from weights is worth it, in plain words.
+
+    Args:
+        found: the comparison, as far as it has come.
+    """
+    rows = compare(found)
+    starts = {arm["name"] for arm in found["arms"] if arm["kind"] == "start"}
+    controls = {arm["name"] for arm in found["arms"] if arm["kind"] == "control"}
+    sentences = []
+    for name in sorted(starts, key=[arm["name"] for arm in found["arms"]].index):
+        if parts := [_gained(row) for row in rows if row.arm == name and row.gain is not None]:
+            sentences.append(f"Starting from {name}, against scratch: {'; '.join(parts)}.")
+    for amount in found["amounts"]:
+        here = [row for row in rows if row.labels == amount["labels"]]
+        plain = max((row for row in here if row.arm in controls), key=lambda row: row.mean[0], default=None)
+        trained = [row.mean[0] for row in here if row.arm not in controls]
+        if plain is not None and trained and plain.mean[0] >= max(trained):
+            sentences.append(
+                f"With {_amount(plain.labels)}, {plain.arm} and a linear classifier score {100 * plain.mean[0]:.1f}, "
+                f"no less than any network ({100 * max(trained):.1f}): these labels hardly need one."
+            )
+    told = {row.told for row in rows if row.arm in starts}
+    state = "attention" if "worse" in told else "good" if "better" in told else "unknown"
+    if "no difference seen" in told and state == "unknown":
+        state = "attention"
+    answers = {"good": "✓ Yes", "attention": "! No clear gain", "unknown": "? Too early to tell"}
+    answer = "! It depends" if {"worse", "better"} <= told else answers[state]
+    return Verdict("Is pretraining worth it?", state, answer, sentences)
+
+
+def _gained(row: Row) -> str:
+    assert row.gain is not None
+    mean, interval = 100 * row.gain[0], row.gain[1]
+    where = f"with {_amount(row.labels)}"
+    if row.told == "too few runs" or interval is None:
+        few = "1 seed is" if row.num == 1 else f"{row.num} seeds are"
+        return f"{where} {few} too few to tell ({mean:+.1f} points)"
+    low, high = (100 * end for end in interval)
+    if row.told == "better":
+        return f"{where} it gained {mean:.1f} points (95 % interval {low:.1f} to {high:.1f})"
+    if row.told == "worse":
+        return f"{where} it lost {-mean:.1f} points (95 % interval {-high:.1f} to {-low:.1f})"
+    return f"{where} it cannot be told ({mean:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f})"
+
+
+def notes(found: Comparison) -> list[str]:
+    """What is to be known beside the numbers, in sentences."""
+    labels = ", ".join(f"{_amount(a['labels'])}: {a['num_labels']:,}, {a['epochs']:g} epochs" for a in found["amounts"])
+    told = [
+        f"{found['num_train']:,} images to draw labels from, {found['num_test']:,} to test on, {found['num_classes']} "
+        f"classes; a guess scores {100 / found['num_classes']:.1f}. {labels}.",
+        "Scores are of the last step, in %; in brackets the 95 % interval of the mean over the seeds (Student's t). A "
+        "seed draws the same labels, order and head for every start.",
+    ]
+    told += [f"{arm['name']}: {arm['network']}." for arm in found["arms"] if arm["kind"] == "scratch"]
+    told += [
+        f"The weights of {arm['name']} have the licence {arm['license']}." for arm in found["arms"] if arm["license"]
+    ]
+    if found["num_done"] < found["num_runs"]:
+        told.append(f"{found['num_done']} of {found['num_runs']} runs are done.")
+    return [*told, *found["notes"]]
+
+
+def summary(found: Comparison) -> str:
+    """The table, what is to be known of it, and the verdict.
+
+    Args:
+        found: the comparison, as far as it has come.
+    """
+    said = verdict(found)
+    rows = table(COLUMNS, map(cells, compare(found)), left=2)
+    return "\n".join([rows, "", *notes(found), "", f"{said.question} {said.answer}", *said.sentences])
+
+
+def read(path: Path, problems: list[str]) -> Comparison | None:
+    """What a directory's worth.json says.
+
+    Args:
+        path: the directory.
+        problems: a sentence is added if it cannot be read.
+
+    Returns:
+        None if there is none that can be read.
+    """
+    found: Comparison | None = read_json(path / FILE, COMPARISON, "run `fcmae worth` again", problems)
+    names = {arm["name"] for arm in found["arms"]} if found else set()
+    if found and not names.issuperset(score["arm"] for score in found["scores"]):
+        problems.append(
+            f"{path / FILE} does not hold what it should (scores of an unknown arm): run `fcmae worth` again."
+        )
+        return None
+    return found
+
+
+def chart(found: Comparison) -> Chart:
+    """Means and 95 % intervals by amount of labels, a colour an arm."""
+    rows, amounts = compare(found), [_amount(amount["labels"]) for amount in found["amounts"]]
+    traces: list[dict[str, Any]] = []
+    for number, arm in enumerate(arm["name"] for arm in found["arms"]):
+        mine = [row for row in rows if row.arm == arm]
+        ends = [row.mean[1] or (row.mean[0],) * 2 for row in mine]
+        traces.append(
+            {
+                "type": "bar",
+                "name": str(escape(arm)),
+                "x": [_amount(row.labels) for row in mine],
+                "y": [100 * row.mean[0] for row in mine],
+                "error_y": {"type": "data", "array": [50 * (high - low) for low, high in ends], "thickness": 1.2},
+                "marker": {"color": COLOURS[number % len(COLOURS)]},
+                "hovertemplate": "%{y:.1f}",
+            }
+        )
+    axis = {"type": "category", "categoryarray": amounts, "categoryorder": "array", "automargin": True}
+    layout = LAYOUT | {"barmode": "group", "height": 340, "showlegend": True, "xaxis": axis}
+    layout["legend"] = {"orientation": "h", "y": 1.02, "yanchor": "bottom"}
+    layout["yaxis"] = {"title": {"text": "balanced accuracy, %"}, "automargin": True}
+    caption = "Balanced accuracy and its 95 % interval"
+    return Chart(caption, {"data": traces, "layout": layout}, Table(caption, COLUMNS, list(map(cells, rows))))

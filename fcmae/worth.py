@@ -1,0 +1,457 @@
+"""Should I pretrain? Several starts against random weights, on the user's own labels: `fcmae worth`.
+
+OUT/
+    worth.json    scores so far, and what they say: see fcmae.evaluation.paired
+    table.md      the same as a table
+    plan.json     what is compared, and the seconds that it was estimated at
+    settings/     of the runs, without labels and seed
+    labels/       test.csv, train.csv, and AMOUNT-SEED.csv of each draw
+    controls/     scores of what needs no network
+    runs/         pretrained, if that was asked for, and START-AMOUNT-SEED, of which the models are not kept
+Every run is an ordinary one. What is finished is not done again, and what was cut off goes on.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import shlex
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import fcmae
+from fcmae import choices, options, planning
+from fcmae.atomic import write_text
+from fcmae.config import FinetuneConfig, PretrainConfig
+from fcmae.config.commands import WorthConfig
+from fcmae.data.dataset import Reading
+from fcmae.data.index import Images, find_images
+from fcmae.data.normalize import Normalize
+from fcmae.data.split import draw
+from fcmae.evaluation import paired
+from fcmae.evaluation.evaluate import find_data, folder_names, score
+from fcmae.evaluation.features import extract
+from fcmae.evaluation.models import Control, choose_device, is_control, load_backbone
+from fcmae.evaluation.outputs import TEMPORARY, file_name, tell_unread
+from fcmae.evaluation.probes import few_shot_counts, fit_linear
+from fcmae.evaluation.records import SCORES
+from fcmae.finetuning import finetune, fingerprint
+from fcmae.networks.spec import ConvNeXtSpec, describe
+from fcmae.pretraining import pretrain
+from fcmae.tables import table
+from fcmae.training.own_files import remove_models
+from fcmae.training.run import Run, how_it_ended, read_metrics
+from fcmae.weights.files import read_weights
+
+PRETRAINED = "pretrained"
+FREE = ("seeds", "out")  # what a second start may change
+
+
+class Start(NamedTuple):
+    """What is fine-tuned from.
+
+    Attributes:
+        name: of the arm.
+        init: where its weights are; None for the pretraining that is made first.
+        license: of these, where they say.
+        spec: the network.
+        reading: how its images are read, by the settings' keys.
+    """
+
+    name: str
+    init: str | None
+    license: str | None
+    spec: ConvNeXtSpec
+    reading: dict[str, Any]
+
+
+class Job(NamedTuple):
+    """A run of training.
+
+    Attributes:
+        name: of its directory.
+        arm: which start; PRETRAINED's own pretraining has no amount of labels.
+        labels: the amount.
+        seed: of the draw and the run.
+        seconds: that it was estimated at.
+    """
+
+    name: str
+    arm: str
+    labels: str | None
+    seed: int
+    seconds: float
+
+
+def worth(cfg: WorthConfig) -> int:
+    """Compare, or go on with what an earlier call began, and print the table and what it says.
+
+    Args:
+        cfg: what is compared, on which images.
+
+    Returns:
+        The exit status: that of the run which a signal stopped, else 0.
+
+    Raises:
+        ValueError: before anything is computed, for what cannot be read or used together; or if `cfg.out` holds
+            something else.
+        FloatingPointError: if the loss or a gradient of a run stops being finite.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("worth is one process: start it without a launcher")
+    place = cfg.out or Path("runs") / f"{Path(cfg.data).expanduser().absolute().stem or 'images'}-worth"
+    train, test = find_data(cfg.data, cfg.test, cfg.test_share, cfg.seed)
+    plan = _saved_plan(place, cfg, fingerprint(train, test))
+    for labels, seed in product(_amounts(cfg), _seeds(cfg)):
+        write_labels(_labels_file(place, labels, seed), train.subset(drawn(train, labels, seed)))
+    plan = plan or _make_plan(place, cfg, train, test)
+    jobs = list(_jobs(plan, cfg))
+    print(_estimate(plan, jobs, place), flush=True)
+    scores = [found for name in cfg.controls for found in _probe(name, place, cfg, plan, train, test)]
+    done = [job for job in jobs if how_it_ended(place / "runs" / job.name / "train.log") == "finished"]
+    _write(place, cfg, plan, scores, jobs)
+    began, computed = time.monotonic(), 0.0
+    for job in [job for job in jobs if job not in done]:
+        run = _run(job, place, plan)
+        if run.stopped_by is not None:  # at its last step perhaps, which is not ours
+            print(f"stopped by {run.stopped_by}: the same command goes on", flush=True)
+            return replace(run, finished=False).status
+        done.append(job)
+        computed += job.seconds
+        found = _write(place, cfg, plan, scores, jobs)
+        # Estimates are of steps alone, on a machine that may have had more or less to do.
+        left = sum(job.seconds for job in jobs if job not in done) * (time.monotonic() - began) / computed
+        of_job = [each["scores"] for each in found["scores"] if (each["arm"], each["labels"], each["seed"]) == job[1:4]]
+        last = f": {of_job[0][paired.METRIC]:.3f}" if of_job else ""
+        print(f"{len(done)} of {len(jobs)} runs, about {_hours(left)} left; {job.name}{last}", flush=True)
+    print(paired.summary(_write(place, cfg, plan, scores, jobs)))
+    print(f"wrote {place}; fcmae report {shlex.quote(str(place))}")
+    return 0
+
+
+# What is compared
+
+
+def _seeds(cfg: WorthConfig) -> range:
+    return range(cfg.seed, cfg.seed + cfg.seeds)
+
+
+def _amounts(cfg: WorthConfig) -> list[str]:
+    return list(dict.fromkeys(cfg.labels))
+
+
+def drawn(train: Images, labels: str, seed: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Positions of the training images whose labels are learnt from, the same for every start.
+
+    Args:
+        train: all training images.
+        labels: how many, see `few_shot_counts`.
+        seed: of the draw.
+
+    Raises:
+        ValueError: if `labels` is no amount.
+    """
+    assert train.labels is not None
+    return draw(train.labels, few_shot_counts(labels, train.labels), seed)
+
+
+def write_labels(path: Path, images: Images) -> None:
+    """Write labelled images as the CSV file that `find_labelled` reads.
+
+    Args:
+        path: of the file; its folder is made.
+        images: with labels.
+    """
+    text = io.StringIO()
+    rows = ((images.name(i), images.label_name(i)) for i in range(len(images)))
+    csv.writer(text, lineterminator="\n").writerows([("path", "label"), *rows])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, text.getvalue())
+
+
+def _labels_file(place: Path, labels: str, seed: int) -> Path:
+    return place / "labels" / f"{_plain(labels)}-{seed}.csv"
+
+
+def _plain(labels: str) -> str:
+    return labels.replace("%", "pct")
+
+
+def _saved_plan(place: Path, cfg: WorthConfig, images: str) -> dict[str, Any] | None:
+    if not (place / "plan.json").is_file():
+        if place.exists() and any(path.name not in ("labels", "settings") for path in place.iterdir()):
+            raise ValueError(f"out = {place} is not empty and holds no comparison: give another --out")
+        return None
+    plan: dict[str, Any] = json.loads((place / "plan.json").read_text(encoding="utf-8"))
+    wanted = options.flat(cfg)
+    if different := [key for key in wanted if key not in FREE and plan["settings"].get(key) != wanted[key]]:
+        raise ValueError(
+            f"out = {place} holds a comparison with other settings ({', '.join(different)}): give another --out, or "
+            "the same settings"
+        )
+    if plan["images"] != images:
+        raise ValueError(
+            f"out = {place} holds a comparison on other images than {cfg.data} has now: give another --out"
+        )
+    return plan
+
+
+def _make_plan(place: Path, cfg: WorthConfig, train: Images, test: Images) -> dict[str, Any]:
+    """Choose the settings of all runs, and write them down with what is compared and how long it will take."""
+    amounts = {labels: len(drawn(train, labels, cfg.seed)) for labels in _amounts(cfg)}
+    for name in cfg.controls:
+        Control(name)
+    write_labels(place / "labels" / "train.csv", train)
+    write_labels(place / "labels" / "test.csv", test)
+    write_text(place / "labels" / "unlabelled.txt", "".join(f"{name}\n" for name in train.names()))
+    seconds, epochs, notes, decay = dict[str, float](), dict[str, float](), list[str](), choices.LAYER_DECAY
+    starts = _given_starts(cfg)
+    if cfg.hours or cfg.pretraining:
+        made, seconds[PRETRAINED] = _choose_pretraining(place, cfg)
+        seen = len(set(find_images(made.data.path).names()) & set(test.names()))
+        notes += [f"{seen} of the test images are among those of the pretraining, without labels."] if seen else []
+        mean, std = made.data.statistics()
+        reading = {"in_chans": made.data.in_chans, "image_size": list(made.data.image_size), "mean": mean, "std": std}
+        starts.insert(0, Start(PRETRAINED, None, None, made.model.spec, reading))
+    arms, scratch = list[dict[str, Any]](), dict[str, str]()
+    for start in starts:
+        network = describe(start.spec)
+        key = json.dumps([start.spec.model_dump(), start.reading], sort_keys=True)
+        if key not in scratch:
+            scratch[key] = against = "scratch" if not scratch else f"scratch-{len(scratch) + 1}"
+            arms.append(_arm(against, "scratch", None, network))
+            for labels, num in amounts.items():
+                chosen, decay = _choose_finetuning(place, cfg, _labels_file(place, labels, cfg.seed), num, start)
+                write_text(place / "settings" / f"{against}-{_plain(labels)}.yaml", options.dump(chosen))
+                epochs[labels] = chosen.epochs
+                seconds[f"{against} {labels}"] = (chosen.epochs * num + len(test)) / planning.images_per_s(chosen)
+        arms.append(_arm(start.name, "start", scratch[key], network) | {"init": start.init, "license": start.license})
+    arms.sort(key=lambda arm: arm["kind"] != "scratch")
+    plan = {
+        "settings": options.flat(cfg),
+        "images": fingerprint(train, test),
+        "arms": [_arm(name, "control", "scratch", None) for name in cfg.controls] + arms,
+        "amounts": [{"labels": labels, "num_labels": amounts[labels], "epochs": epochs[labels]} for labels in amounts],
+        "counts": {"num_train": len(train), "num_test": len(test), "num_classes": len(train.class_names or ())},
+        "notes": notes,
+        "layer_decay": decay,
+        "seconds": seconds,
+    }
+    write_text(place / "plan.json", json.dumps(plan, indent=1) + "\n")
+    return plan
+
+
+def _arm(name: str, kind: str, against: str | None, network: str | None) -> dict[str, Any]:
+    return {"name": name, "kind": kind, "against": against, "network": network, "init": None, "license": None}
+
+
+def _given_starts(cfg: WorthConfig) -> list[Start]:
+    if twice := [path for number, path in enumerate(cfg.init) if path in cfg.init[:number]]:
+        raise ValueError(f"init = {twice[0]} is given twice: give each once")
+    starts = list[Start]()
+    for name, path in zip(folder_names(cfg.init), cfg.init, strict=True):
+        if not Path(path).exists():
+            raise ValueError(
+                f"init = {path} does not exist: give a run, a checkpoint, a directory or a file of weights"
+            )
+        weights = read_weights(Path(path))
+        reading: dict[str, Any] = {key: weights.image[key] for key in ("mean", "std") if key in weights.image}
+        if "input_size" in weights.image:
+            reading["in_chans"], *reading["image_size"] = weights.image["input_size"]
+        # A name that another arm has, or may have.
+        name = f"init-{name}" if name == PRETRAINED or name.startswith("scratch") or is_control(path) else name
+        starts.append(Start(name, path, weights.license, weights.architecture.spec, reading))
+    return starts
+
+
+def _choose_pretraining(place: Path, cfg: WorthConfig) -> tuple[PretrainConfig, float]:
+    """The settings of the pretraining, which are written down, and how long it will take in seconds."""
+    given = {
+        "data.path": cfg.unlabelled or [str(place / "labels" / "unlabelled.txt")],
+        "out": place / "runs" / PRETRAINED,
+        "hours": cfg.hours,
+        "seed": cfg.seed,
+    } | _machine(cfg)
+    given = {key: value for key, value in given.items() if value is not None}
+    made = options.make(PretrainConfig, given, cfg.pretraining, complete=planning.pretraining)
+    write_text(place / "settings" / f"{PRETRAINED}.yaml", options.dump(made))
+    if cfg.hours:
+        return made, 3600 * cfg.hours
+    views = made.epochs * len(find_images(made.data.path)) * made.data.masks_per_image
+    return made, views / planning.images_per_s(made)
+
+
+def _choose_finetuning(
+    place: Path, cfg: WorthConfig, labels: Path, num: int, start: Start
+) -> tuple[FinetuneConfig, float]:
+    """The settings from scratch of the network of a start, and the layer decay of what starts from weights."""
+    file = {} if cfg.finetuning is None else options.read_yaml(options.find_config(cfg.finetuning))
+    given = {f"data.{key}": value for key, value in start.reading.items()}
+    given |= {"epochs": choices.finetuning_epochs(num)} if cfg.finetuning is None else {}
+    given |= options.flattened(FinetuneConfig, file)
+    decay = given.get("optim.layer_decay", choices.LAYER_DECAY if cfg.finetuning is None else 1.0)
+    given |= _machine(cfg) | ({} if cfg.epochs is None else {"epochs": cfg.epochs})
+    given |= {
+        "data.path": str(labels),
+        "data.val_path": str(place / "labels" / "test.csv"),
+        "out": place / "runs" / "scratch",
+        "model.variant": start.spec.model_dump(mode="json", exclude={"stem_stride"}),
+        "model.stem_stride": start.spec.stem_stride,
+        "model.init": None,
+        "optim.layer_decay": 1.0,
+        "log.trackers": [],
+        "checkpoint.keep": 1,
+    }
+    complete = planning.finetuning if cfg.finetuning is None else None
+    made = options.make(FinetuneConfig, given, complete=complete)
+    if made.batch_size > num:
+        made = options.make(FinetuneConfig, given | {"batch_size": num, "grad_accum": 1}, complete=complete)
+    # The only evaluation is the last: the test images choose nothing.
+    every = {"log": made.log.model_copy(update={"eval_epochs": made.epochs})}
+    return made.model_copy(update=every), float(decay)
+
+
+def _machine(cfg: WorthConfig) -> dict[str, Any]:
+    given = {"data.image_size": cfg.image_size, "data.num_workers": cfg.num_workers, "device": cfg.device}
+    return {key: value for key, value in given.items() if value is not None}
+
+
+# What is done
+
+
+def _jobs(plan: Mapping[str, Any], cfg: WorthConfig) -> Iterator[Job]:
+    seconds = plan["seconds"]
+    if PRETRAINED in seconds:
+        yield Job(PRETRAINED, PRETRAINED, None, cfg.seed, seconds[PRETRAINED])
+    for seed, labels in product(_seeds(cfg), _amounts(cfg)):
+        for arm in plan["arms"]:
+            if arm["kind"] != "control":
+                name = f"{arm['name']}-{_plain(labels)}-{seed}"
+                yield Job(name, arm["name"], labels, seed, seconds[f"{arm['against'] or arm['name']} {labels}"])
+
+
+def _run(job: Job, place: Path, plan: Mapping[str, Any]) -> Run:
+    """Begin a run, or go on with it; of a fine-tuning that is finished the models are removed."""
+    out = place / "runs" / job.name
+    if job.labels is None:
+        return pretrain(options.read(PretrainConfig, place / "settings" / f"{PRETRAINED}.yaml"))
+    arm = next(arm for arm in plan["arms"] if arm["name"] == job.arm)
+    base = options.read(
+        FinetuneConfig, place / "settings" / f"{arm['against'] or arm['name']}-{_plain(job.labels)}.yaml"
+    )
+    given = options.flat(base) | {
+        "data.path": str(_labels_file(place, job.labels, job.seed)),
+        "out": str(out),
+        "seed": job.seed,
+    }
+    if arm["kind"] == "start":
+        given |= {
+            "model.init": arm["init"] or str(place / "runs" / PRETRAINED),
+            "optim.layer_decay": plan["layer_decay"],
+        }
+    run = finetune(options.make(FinetuneConfig, given))
+    if run.finished:
+        remove_models(out)
+    return run
+
+
+def _probe(
+    name: str, place: Path, cfg: WorthConfig, plan: Mapping[str, Any], train: Images, test: Images
+) -> list[paired.Score]:
+    """Scores of linear classifiers on what needs no network, on the labels of each draw; those that are there stay."""
+    file = place / "controls" / f"{file_name(name)}.json"
+    found: list[paired.Score] = json.loads(file.read_text()) if file.is_file() else []
+    there = {(score["labels"], score["seed"]) for score in found}
+    wanted = [pair for pair in product(_amounts(cfg), _seeds(cfg)) if pair not in there]
+    if not wanted:
+        return found
+    seen = options.read(FinetuneConfig, place / "settings" / f"scratch-{_plain(cfg.labels[0])}.yaml").data
+    like = Reading(seen.in_chans, seen.image_size, seen.crop_pct, Normalize((), ()), seen.max_pixels)
+    backbone, device = load_backbone(name, max_pixels=seen.max_pixels, like=like), choose_device(cfg.device)
+    with TemporaryDirectory(prefix=TEMPORARY[0], dir=place) as directory:
+        parts = []
+        for title, images in (("train", train), ("test", test)):
+            folder = Path(directory) / title
+            folder.mkdir()
+            part = extract(
+                backbone, images, None, device=device, num_workers=cfg.num_workers, directory=folder,
+                title=f"{name}, {title}",
+            )  # fmt: skip
+            tell_unread(part.bad, f"{title} images")
+            assert images.labels is not None
+            parts.append((part.stages[1], images.labels[part.positions], part.positions))
+        (features, known, positions), (tested, truth, _) = parts
+        for labels, seed in wanted:
+            rows = np.flatnonzero(np.isin(positions, drawn(train, labels, seed)))
+            probe = fit_linear(
+                features, known, len(train.class_names or ()), positions=rows, seed=seed, device=device,
+                title=f"{name}: {labels}, seed {seed}",
+            )  # fmt: skip
+            scores = score(truth, probe.probabilities(tested))
+            found.append({"arm": name, "labels": labels, "seed": seed, "scores": scores})
+    write_text(file, json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def _write(
+    place: Path, cfg: WorthConfig, plan: Mapping[str, Any], controls: Sequence[paired.Score], jobs: Sequence[Job]
+) -> paired.Comparison:
+    """Write worth.json and table.md of what there is so far."""
+    scores, num_done = [score for score in controls if score["seed"] in _seeds(cfg)], 0
+    for job in jobs:
+        run = place / "runs" / job.name
+        if how_it_ended(run / "train.log") != "finished":
+            continue
+        num_done += 1
+        if job.labels is not None:
+            line = [line for line in read_metrics(run / "metrics.jsonl") if "top1" in line][-1]
+            # Of the moving average where there is one.
+            named = {name: line.get(f"ema_{name}", line[name]) for name in SCORES if name in line}
+            scores.append({"arm": job.arm, "labels": job.labels, "seed": job.seed, "scores": named})
+    given = {key: value for key, value in options.changed(cfg).items() if key not in ("data", "unlabelled")}
+    found: paired.Comparison = paired.COMPARISON.validate_python(
+        plan["counts"]
+        | {key: plan[key] for key in ("notes", "arms", "amounts")}
+        | {
+            "scores": scores,
+            "num_runs": len(jobs),
+            "num_done": num_done,
+            "command": shlex.join(["fcmae", "worth", cfg.data, *cfg.unlabelled, *options.flags(given)]),
+        }
+    )
+    rows = [row._asdict() for row in paired.compare(found)]
+    text = {"fcmae": fcmae.__version__, **found, "table": rows, "verdict": paired.verdict(found)._asdict()}
+    write_text(place / paired.FILE, json.dumps(text, indent=1) + "\n")
+    write_text(place / "table.md", paired.summary(found) + "\n")
+    return found
+
+
+def _estimate(plan: Mapping[str, Any], jobs: Sequence[Job], place: Path) -> str:
+    """A table of the jobs with how long they take, and what is left of it."""
+    by_kind = dict[tuple[str, str], list[Job]]()
+    for job in jobs:
+        by_kind.setdefault((job.arm, job.labels or ""), []).append(job)
+    epochs = {amount["labels"]: f"{amount['epochs']:g}" for amount in plan["amounts"]}
+    rows = [
+        (arm, labels or "pretraining", str(len(same)), epochs.get(labels, ""), _hours(sum(job.seconds for job in same)))
+        for (arm, labels), same in by_kind.items()
+    ]
+    left = [job for job in jobs if how_it_ended(place / "runs" / job.name / "train.log") != "finished"]
+    return (
+        f"{table(('start', 'labels', 'runs', 'epochs', 'time'), rows, left=2)}\n{len(left)} of {len(jobs)} runs are to "
+        f"be done, about {_hours(sum(job.seconds for job in left))}, and the controls; the same command goes on with "
+        f"what was stopped: {place}"
+    )
+
+
+def _hours(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{max(1, round(seconds / 60))} min"

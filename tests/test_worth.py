@@ -1,0 +1,314 @@
+"""Should I pretrain: what is drawn, chosen and run, that it goes on where it was stopped, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from runs import forget_accelerator, kill_self
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import fcmae.training.steps
+from fcmae import bench, choices, cli, planning, worth
+from fcmae.config import FinetuneConfig, PretrainConfig
+from fcmae.data.index import Images, find_labelled
+from fcmae.evaluation import paired, probes
+from fcmae.networks.convnext import Encoder
+from fcmae.networks.spec import ConvNeXtSpec
+from fcmae.options import read
+from fcmae.training.run import read_metrics
+from fcmae.weights.files import read_weights
+
+SPEC = ConvNeXtSpec(depths=(1, 1), dims=(8, 16), stem_stride=2)
+TUNING = """\
+epochs: 1
+batch_size: 4
+data: {image_size: 16, auto_augment: none, random_erasing: 0}
+optim: {base_lr: 0.05, layer_decay: 0.8}
+"""
+PRETRAINING = """\
+epochs: 2
+batch_size: 8
+data: {image_size: 16}
+model: {variant: {depths: [1, 1], dims: [8, 16]}, stem_stride: 2, mask_patch: 8, decoder_dim: 8}
+optim: {warmup_epochs: 0.5}
+monitor: {num_images: 0}
+log: {trackers: none}
+"""
+TINY = ["--labels", "50%", "--controls", "pixels:2", "--device", "cpu", "--num_workers", "0"]
+WORDS = ["worth", "labelled", "--pretraining", "pre.yaml", "--finetuning", "tune.yaml", "--seeds", "2", *TINY]
+OUT = Path("runs/labelled-worth")
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps are not timed, and linear classifiers are hardly trained."""
+    monkeypatch.setattr(probes, "MIN_STEPS", 20)
+
+    def step(cfg: Any, at_once: int, *rest: Any) -> bench.Result:
+        return bench.Result(bench.Candidate("packed", "fp32", at_once), at_once, (at_once / 10,), 0.0, 10**6)
+
+    for name in ("_pretraining_step", "_finetuning_step"):
+        monkeypatch.setattr(planning, name, step)
+
+
+def write_folder(folder: Path) -> Path:
+    """Labelled noise of 16 pixels, ten images of each of two classes, and files of settings; the current directory."""
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (folder / "labelled" / name).mkdir(parents=True)
+        for i in range(10):
+            pixels = rng.integers(0, 200 + 50 * (name == "dog"), (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / "labelled" / name / f"{i}.png")
+    (folder / "tune.yaml").write_text(TUNING)
+    (folder / "pre.yaml").write_text(PRETRAINING)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(write_folder(tmp_path))
+    return tmp_path
+
+
+def run(*words: str) -> int:
+    try:
+        return cli.main(list(words))
+    finally:
+        forget_accelerator()
+
+
+def write_init(path: Path) -> Path:
+    torch.manual_seed(1)
+    save_file({f"encoder.{name}": value for name, value in Encoder(SPEC, 3).state_dict().items()}, path)
+    return path
+
+
+def images(num: int = 20) -> Images:
+    return Images.of_files([f"/{i:02}.png" for i in range(num)], [i % 2 for i in range(num)], ["a", "b"])
+
+
+# What is drawn and chosen
+
+
+def test_labels_are_drawn_by_seed_as_many_of_each_class_and_come_back_from_their_file(tmp_path: Path) -> None:
+    found = [worth.drawn(images(), "3", seed) for seed in (0, 0, 1)]
+    assert found[0].tolist() == found[1].tolist() != found[2].tolist()
+    subset = images().subset(found[0])
+    assert subset.labels is not None and np.bincount(subset.labels).tolist() == [3, 3]
+    worth.write_labels(tmp_path / "new" / "3-0.csv", subset)
+    assert find_labelled(str(tmp_path / "new" / "3-0.csv")).fingerprint() == subset.fingerprint()
+    assert len(worth.drawn(images(), "100%", 5)) == 20
+
+
+def stopping_at(monkeypatch: pytest.MonkeyPatch, calls: set[int], action: Callable[[], None]) -> None:
+    """Have `action` called at the beginning of some steps, counted over all runs."""
+    seed_step, count = fcmae.training.steps.seed_step, 0
+
+    def counted(*args: Any) -> None:
+        nonlocal count
+        count += 1
+        seed_step(*args)
+        if count in calls:
+            action()
+
+    monkeypatch.setattr(fcmae.training.steps, "seed_step", counted)
+
+
+def test_what_was_stopped_goes_on_to_the_same_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = {}
+    for name, calls in (("whole", set()), ("stopped", {1, 4, 5})):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(write_folder(tmp_path / name))
+        with monkeypatch.context() as patch:
+            stopping_at(patch, calls, kill_self(signal.SIGTERM))
+            statuses = [run(*WORDS) for _ in range(len(calls) + 1)]
+        assert statuses == [143] * len(calls) + [0]
+        found[name] = json.loads((OUT / "worth.json").read_text())
+    assert found["whole"] == found["stopped"]
+    assert "stopped by SIGTERM: the same command goes on" in capsys.readouterr().out
+    whole = found["whole"]
+    assert (whole["num_done"], whole["num_runs"], whole["num_train"], whole["num_test"]) == (5, 5, 16, 4)
+    assert {(s["arm"], s["seed"]) for s in whole["scores"]} == {
+        (arm, seed) for arm in ("pixels:2", "scratch", "pretrained") for seed in (0, 1)
+    }
+    # The runs are ordinary ones: paired by labels, order and head, and fair to scratch.
+    for seed in (0, 1):
+        started, scratch = (read(FinetuneConfig, OUT / f"runs/{arm}-50pct-{seed}/config.yaml") for arm in
+                            ("pretrained", "scratch"))  # fmt: skip
+        assert started.data == scratch.data and started.seed == scratch.seed == seed
+        assert started.data.path == str(OUT / f"labels/50pct-{seed}.csv")
+        assert (started.epochs, started.optim.base_lr, started.optim.layer_decay) == (1, 0.05, 0.8)
+        assert scratch.optim == started.optim.model_copy(update={"layer_decay": 1.0})
+        assert started.model.spec == scratch.model.spec == SPEC
+        assert (started.model.init, scratch.model.init) == (str(OUT / "runs/pretrained"), None)
+        run_dir = OUT / f"runs/scratch-50pct-{seed}"
+        assert not list(run_dir.rglob("*.safetensors")) and (run_dir / "last" / "predictions.csv").is_file()
+        # The test images are looked at once, at the end.
+        assert sum("top1" in line for line in read_metrics(run_dir / "metrics.jsonl")) == 1
+    labels = [(OUT / f"labels/50pct-{seed}.csv").read_text() for seed in (0, 1)]
+    assert labels[0] != labels[1]
+    tested = set(find_labelled(str(OUT / "labels/test.csv")).names())
+    assert not tested & set((OUT / "labels/unlabelled.txt").read_text().splitlines())
+    assert not tested & {line.rpartition(",")[0] for text in labels for line in text.splitlines()}
+    assert read(PretrainConfig, OUT / "runs/pretrained/config.yaml").epochs == 2
+    # More seeds are added to what is there.
+    before = (OUT / "runs/scratch-50pct-0/train.log").read_text()
+    words = ["3" if word == "2" else word for word in WORDS]
+    assert run(*words) == 0 and (OUT / "runs/scratch-50pct-0/train.log").read_text() == before
+    assert "7 of 7 runs, " in capsys.readouterr().out
+    assert len(json.loads((OUT / "worth.json").read_text())["scores"]) == 9
+    assert run(*words, "--test_share", "0.3") == 2
+    assert "holds a comparison with other settings (test_share)" in capsys.readouterr().err
+    # It is one line among the runs, and a chapter of a report.
+    for words in (["status"], ["status", "labelled-worth"], ["report", "labelled-worth"]):
+        assert run(*words) == 0
+    told = capsys.readouterr().out
+    assert "7 of 7 runs" in told and "scratch-50pct-0" not in told and "7 of 7 runs are done" in told
+    page = (OUT / "report.html").read_text()
+    assert "labelled-worth (is pretraining worth it?)" in page and "labelled-worth/pretrained (pretraining)" in page
+    Path("labelled/cat/0.png").unlink()
+    assert run(*WORDS) == 2
+    assert "holds a comparison on other images than labelled has now" in capsys.readouterr().err
+
+
+def test_weights_are_a_start_beside_scratch_of_their_own_network_and_their_licence_is_told(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network = timm.create_model("convnext_atto", num_classes=0)
+    timm.models.save_for_hf(network, folder / "dino", safe_serialization=True)
+    config = json.loads((folder / "dino" / "config.json").read_text())
+    config["pretrained_cfg"] |= {"license": "dinov3-license", "input_size": [3, 32, 32]}
+    (folder / "dino" / "config.json").write_text(json.dumps(config))
+    write_init(folder / "own.safetensors")
+    (folder / "tune.yaml").write_text(TUNING.replace("image_size: 16, ", ""))
+    words = ["worth", "labelled", "--init", "dino", "own.safetensors", "--finetuning", "tune.yaml", *TINY]
+    assert run(*words, "--seeds", "1", "--image_size", "32") == 0
+    found = paired.read(OUT, [])
+    assert found is not None
+    arms = {arm["name"]: arm for arm in found["arms"]}
+    assert list(arms) == ["pixels:2", "scratch", "scratch-2", "dino", "own.safetensors"]
+    assert (arms["dino"]["license"], arms["dino"]["against"]) == ("dinov3-license", "scratch")
+    assert (arms["own.safetensors"]["license"], arms["own.safetensors"]["against"]) == (None, "scratch-2")
+    tuned = read(FinetuneConfig, OUT / "runs/dino-50pct-0/config.yaml")
+    assert tuned.model.license == "dinov3-license" and tuned.data.image_size == (32, 32)
+    assert read(FinetuneConfig, OUT / "runs/scratch-50pct-0/config.yaml").model.license is None
+    assert "The weights of dino have the licence dinov3-license." in capsys.readouterr().out
+
+
+def test_without_files_of_settings_they_are_chosen_as_for_a_run_alone(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_init(folder / "own.safetensors")
+    words = ["worth", "labelled", "--init", "own.safetensors", *TINY, "--seeds", "1", "--epochs", "2"]
+    assert run(*words, "--out", "elsewhere") == 0
+    started, scratch = (read(FinetuneConfig, Path(f"elsewhere/runs/{arm}-50pct-0/config.yaml")) for arm in
+                        ("own.safetensors", "scratch"))  # fmt: skip
+    assert (started.optim.layer_decay, scratch.optim.layer_decay) == (choices.LAYER_DECAY, 1.0)
+    assert started.epochs == scratch.epochs == 2 and "data.crop_scale" in started.chosen
+    assert "3 of 3" not in capsys.readouterr().out
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ([], "hours: missing: what is to be compared with scratch: --hours H of pretraining, or --init WEIGHTS"),
+        (["photos", "--init", "own.safetensors"], "unlabelled: they are for a pretraining: give --hours H"),
+        (["--init", "nowhere"], "init = nowhere does not exist"),
+        (["--init", "own.safetensors", "own.safetensors"], "init = own.safetensors is given twice"),
+        (["--init", "own.safetensors", "--labels", "many"], "labels: 'many' is neither a share such as 1%"),
+        (["--init", "own.safetensors", "--controls", "colours"], "model = 'colours': give a number from 1 to 256"),
+        (["--init", "own.safetensors", "--finetuning", "none.yaml"], "none.yaml; no such file"),
+        (["--init", "own.safetensors", "--out", "labelled"], "out = labelled is not empty and holds no comparison"),
+        (["--init", "labelled/cat/0.png"], "0.png"),
+    ],
+)
+def test_what_cannot_be_compared_is_told_in_a_sentence(
+    folder: Path, words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_init(folder / "own.safetensors")
+    assert run("worth", "labelled", *words) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1 and sentence in errors[0]
+    assert not (OUT / "worth.json").exists()
+
+
+def test_a_launcher_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run(*WORDS) == 2
+    assert "worth is one process: start it without a launcher" in capsys.readouterr().err
+
+
+# Licences
+
+
+@pytest.mark.parametrize("source", ["config", "tag", "card", "header", "name", "none"])
+def test_weights_say_their_licence_where_others_write_it(tmp_path: Path, source: str) -> None:
+    network = timm.create_model("convnext_atto", num_classes=0)
+    path = tmp_path / "weights"
+    if source in ("header", "name"):
+        path = tmp_path / ("x.safetensors" if source == "header" else "convnextv2_atto_1k_224_fcmae.pt")
+        if source == "header":
+            save_file(network.state_dict(), path, {"license": "cc-by-nc-4.0"})
+        else:
+            torch.save({"model": network.state_dict()}, path)
+    else:
+        timm.models.save_for_hf(network, path, safe_serialization=True)
+        config = json.loads((path / "config.json").read_text())
+        for key in ("license", "tag"):
+            config["pretrained_cfg"].pop(key, None)
+        if source == "config":
+            config["pretrained_cfg"]["license"] = "cc-by-nc-4.0"
+        elif source == "tag":
+            config |= {"architecture": "convnextv2_atto"}
+            config["pretrained_cfg"]["tag"] = "fcmae"
+            network = timm.create_model("convnextv2_atto", num_classes=0)
+            save_file(network.state_dict(), path / "model.safetensors")
+        elif source == "card":
+            (path / "README.md").write_text("---\nlicense: other\nlicense_name: cc-by-nc-4.0\n---\n# license: mine\n")
+        (path / "config.json").write_text(json.dumps(config))
+    assert read_weights(path).license == (None if source == "none" else "cc-by-nc-4.0")
+
+
+def test_a_licence_goes_with_runs_their_resumes_exports_and_report(folder: Path) -> None:
+    state = {f"encoder.{name}": value for name, value in Encoder(SPEC, 3).state_dict().items()}
+    save_file(state, folder / "theirs.safetensors", {"license": "cc-by-nc-4.0"})
+    words = ["pretrain", "labelled", "--config", "pre.yaml", "--init", "theirs.safetensors", "--out", "first"]
+    words += ["--device", "cpu", "--data.num_workers", "0"]
+    assert run(*words) == 0
+    assert read(PretrainConfig, Path("first/config.yaml")).model.license == "cc-by-nc-4.0"
+    # A run that goes on knows it too, whether or not the file is still there.
+    Path("theirs.safetensors").unlink()
+    assert run(*words) == 0
+    assert read(PretrainConfig, Path("first/config.yaml")).model.license == "cc-by-nc-4.0"
+    words = ["finetune", "labelled", "--config", "tune.yaml", "--init", "first", "--out", "tuned", *words[-4:]]
+    assert run(*words, "--log.trackers", "none") == 0
+    exported = json.loads(Path("tuned/best/config.json").read_text())
+    assert exported["pretrained_cfg"]["license"] == "cc-by-nc-4.0"
+    for to, name in (("transformers", "hub"), ("fcmae", "own.safetensors"), ("fair", "fair.pth")):
+        assert run("convert", "tuned", name, "--to", to) == 0
+        assert read_weights(Path(name)).license == "cc-by-nc-4.0"
+    assert json.loads(Path("hub/config.json").read_text())["license"] == "cc-by-nc-4.0"
+    with safe_open("own.safetensors", framework="pt") as file:
+        assert file.metadata()["license"] == "cc-by-nc-4.0"
+    assert run("report", "tuned") == 0
+    assert "cc-by-nc-4.0, of the starting weights" in Path("tuned/report.html").read_text()
+    # What the user says goes before what files say.
+    assert run(*words[:-6], "--out", "mine", *words[-4:], "--log.trackers", "none", "--model.license", "mit") == 0
+    assert read_weights(Path("mine")).license == "mit"
