@@ -99,6 +99,43 @@ def normalized_pixels(images: Tensor, hidden: Tensor, patch: int) -> Tensor:
     return (values - mean) / std
 
 
+def hog(images: Tensor, hidden: Tensor, patch: int, *, num_bins: int = 9, cell: int = 8) -> Tensor:
+    """Histograms of oriented gradients of each cell and channel, of L2 norm 1 (MaskFeat, arXiv 2112.09133).
+
+    Gradients are differences of neighbours, of the whole image, so that those at a patch's border look across it; at
+    the image's border they are 0. A pixel counts for the one bin that its gradient's direction, of 180 degrees, is in.
+
+    Args:
+        images: see `pixels`.
+        hidden: likewise.
+        patch: likewise.
+        num_bins: of 180 degrees.
+        cell: side in pixels; a smaller patch is one cell.
+
+    Returns:
+        (N, (patch / cell)^2 * C * num_bins) float32, ordered (row, column, channel, bin).
+
+    Raises:
+        ValueError: if cells do not fill a patch.
+    """
+    cell = min(cell, patch)
+    if patch % cell:
+        raise ValueError(f"a patch of {patch} pixels is no multiple of HOG's cells of {cell}: choose another network")
+    B, C, H, W = images.shape
+    padded = F.pad(at_least_float32(images), (1, 1, 1, 1), mode="reflect")
+    along_x = padded[:, :, 1:-1, 2:] - padded[:, :, 1:-1, :-2]
+    along_y = padded[:, :, 2:, 1:-1] - padded[:, :, :-2, 1:-1]
+    turn = torch.atan2(along_y, along_x).remainder(torch.pi) / torch.pi  # (B, C, H, W), 0 to 1 for 180 degrees
+    bins = (turn * num_bins).long().clamp_(max=num_bins - 1)
+    votes = padded.new_zeros(B, num_bins, C, H, W)
+    votes.scatter_(1, bins[:, None], torch.hypot(along_x, along_y)[:, None])
+    cells = F.avg_pool2d(votes.flatten(0, 1), cell).view(B, num_bins, C, H // cell, W // cell)
+    cells = F.normalize(cells, dim=1)
+    n = patch // cell
+    patches = cells.view(B, num_bins, C, H // patch, n, W // patch, n).permute(0, 3, 5, 4, 6, 2, 1)
+    return patches.reshape(-1, n * n * C * num_bins).index_select(0, hidden)
+
+
 # How it is predicted
 
 
@@ -236,16 +273,18 @@ def build_fcmae(
     make_layout: MakeLayout = PACKED,
     target: Target = normalized_pixels,
 ) -> FCMAE:
-    """The paper's model around an encoder: its plain decoder predicts the pixels of one site of the total stride.
+    """The paper's model around an encoder: its plain decoder predicts the target of one site of the total stride.
 
     Args:
         encoder: sees visible sites only.
         decoder_dim: width of the decoder.
         decoder_depth: number of its blocks.
         make_layout: (mask, num_visible) to the layout of the encoder's features; by default packed.
-        target: `normalized_pixels` or `pixels`.
+        target: of one site.
     """
-    decoder = Decoder(encoder.dim, encoder.total_stride**2 * encoder.in_chans, decoder_dim, decoder_depth)
+    patch = torch.zeros(1, encoder.in_chans, encoder.total_stride, encoder.total_stride)
+    num_values = target(patch, torch.zeros(1, dtype=torch.int64), encoder.total_stride).shape[1]
+    decoder = Decoder(encoder.dim, num_values, decoder_dim, decoder_depth)
     return FCMAE(encoder, decoder, make_layout, target)
 
 

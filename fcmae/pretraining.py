@@ -32,7 +32,7 @@ from fcmae.evaluation.pictures import (
     save_tiles,
 )
 from fcmae.layouts import make_layout
-from fcmae.masked import FCMAE, build_fcmae, masked_loss, normalized_pixels, pixels
+from fcmae.masked import FCMAE, build_fcmae, hog, masked_loss, normalized_pixels, pixels
 from fcmae.masking import num_visible, random_mask
 from fcmae.networks.convnext import Encoder
 from fcmae.networks.spec import describe
@@ -245,7 +245,7 @@ def build_model(cfg: PretrainConfig) -> FCMAE:
     model = cfg.model
     encoder = Encoder(model.spec, cfg.data.in_chans, model.drop_path_rate, model.grad_checkpointing)
     layout = partial(make_layout, model.backend, grn_scope=model.grn_scope)
-    target = normalized_pixels if model.normalize_target else pixels
+    target = {"hog": hog, "pixels": normalized_pixels if model.normalize_target else pixels}[model.target]
     return build_fcmae(encoder, model.decoder_dim, model.decoder_depth, layout, target)
 
 

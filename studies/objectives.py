@@ -45,7 +45,7 @@ from fcmae.data.normalize import Normalize
 from fcmae.evaluation.models import load_backbone, stage_maps
 from fcmae.layouts import Layout
 from fcmae.layouts.norms import at_least_float32
-from fcmae.masked import FCMAE, Decoder, Target, normalized_pixels
+from fcmae.masked import FCMAE, Decoder, Target, hog, normalized_pixels
 from fcmae.networks.convnext import Encoder, init_weights
 from fcmae.networks.layers import LayerNorm
 from fcmae.options import load
@@ -84,43 +84,6 @@ class MultiScale(Decoder):
 
 
 # Targets
-
-
-def hog(images: Tensor, hidden: Tensor, patch: int, *, num_bins: int = 9, cell: int = 8) -> Tensor:
-    """Histograms of oriented gradients of each cell and channel, of L2 norm 1 (MaskFeat, arXiv 2112.09133).
-
-    Gradients are differences of neighbours, of the whole image, so that those at a patch's border look across it; at
-    the image's border they are 0. A pixel counts for the one bin that its gradient's direction, of 180 degrees, is in.
-
-    Args:
-        images: see `fcmae.masked.pixels`.
-        hidden: likewise.
-        patch: likewise.
-        num_bins: of 180 degrees.
-        cell: side in pixels; a smaller patch is one cell.
-
-    Returns:
-        (N, (patch / cell)^2 * C * num_bins) float32, ordered (row, column, channel, bin).
-
-    Raises:
-        ValueError: if cells do not fill a patch.
-    """
-    cell = min(cell, patch)
-    if patch % cell:
-        raise ValueError(f"a patch of {patch} pixels is no multiple of HOG's cells of {cell}: choose another network")
-    B, C, H, W = images.shape
-    padded = F.pad(at_least_float32(images), (1, 1, 1, 1), mode="reflect")
-    along_x = padded[:, :, 1:-1, 2:] - padded[:, :, 1:-1, :-2]
-    along_y = padded[:, :, 2:, 1:-1] - padded[:, :, :-2, 1:-1]
-    turn = torch.atan2(along_y, along_x).remainder(torch.pi) / torch.pi  # (B, C, H, W), 0 to 1 for 180 degrees
-    bins = (turn * num_bins).long().clamp_(max=num_bins - 1)
-    votes = padded.new_zeros(B, num_bins, C, H, W)
-    votes.scatter_(1, bins[:, None], torch.hypot(along_x, along_y)[:, None])
-    cells = F.avg_pool2d(votes.flatten(0, 1), cell).view(B, num_bins, C, H // cell, W // cell)
-    cells = F.normalize(cells, dim=1)
-    n = patch // cell
-    patches = cells.view(B, num_bins, C, H // patch, n, W // patch, n).permute(0, 3, 5, 4, 6, 2, 1)
-    return patches.reshape(-1, n * n * C * num_bins).index_select(0, hidden)
 
 
 def low_resolution(images: Tensor, hidden: Tensor, patch: int, *, side: int) -> Tensor:

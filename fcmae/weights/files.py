@@ -231,12 +231,14 @@ def _read_checkpoint(path: Path, variant: str | None) -> Weights:
 
 
 def _described(path: Path, state: Mapping[str, Tensor], cfg: PretrainConfig) -> dict[str, Tensor]:
-    """The encoder, and the decoder if it is that of the settings: a model that was handed in may have other parts."""
+    """The encoder, and the decoder if it is that of the settings and predicts pixels, as all formats have it."""
     architecture = Architecture(cfg.model.spec, cfg.data.in_chans, cfg.model.decoder_depth, cfg.model.decoder_dim)
     plain = {name: shape for name, shape in architecture.shapes().items() if name.startswith("decoder.")}
     decoder = {name: tuple(value.shape) for name, value in state.items() if name.startswith("decoder.")}
     kept = ("encoder.", "decoder.") if decoder == plain else ("encoder.",)
-    if others := [name for name in state if not name.startswith(kept)]:
+    known = ("encoder.", "decoder.") if cfg.model.target != "pixels" else kept
+    # A model that was handed in may have other parts.
+    if others := [name for name in state if not name.startswith(known)]:
         logger.warning("%s: left out, as its settings do not describe them: %s", path, few(others))
     return {name: value for name, value in state.items() if name.startswith(kept)}
 
