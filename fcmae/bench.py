@@ -6,28 +6,23 @@ of memory is its own. Only those processes import torch: a process on Linux star
 
 from __future__ import annotations
 
-import contextlib
 import math
-import multiprocessing
 import os
 import re
 import resource
 import shlex
-import signal
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from itertools import islice, repeat
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from fcmae.config import BenchConfig
-from fcmae.data.cores import end_with_parent
 from fcmae.networks.spec import describe
+from fcmae.processes import OUT_OF_MEMORY, Failed, in_process
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +34,6 @@ GAIN = 1.02  # a smaller difference is taken for noise
 CPU_IMAGES = 32  # at once, to start from on a CPU: more gain little there, and a step of thousands takes minutes
 LOADER_IMAGES = 32  # in a batch of the loader when it is timed alone
 ENDLESS = 10**9  # steps: more than are timed
-OUT_OF_MEMORY = "out of memory"
 HEADER = f"{'backend':10} {'precision':9} {'compiled':10} {'at once':>7}  {'images/s':>8}  {'slowest - fastest':>17}"
 HEADER += f"  {'s/step':>7}  {'memory':>8}"
 
@@ -307,60 +301,7 @@ def run_hours(epochs: float, steps_per_epoch: int, batch_size: int, images_per_s
     return epochs * steps_per_epoch * batch_size / images_per_s / 3600
 
 
-# Processes
-
-
-class Failed(Exception):  # noqa: N818
-    """What happened in another process, in a sentence."""
-
-
-def in_process(function: Callable[..., Any], *args: Any) -> Any:
-    """What function(*args) returns in a fresh process, which ends before or with this one.
-
-    Raises:
-        Failed: if it raises or the process is killed.
-    """
-    others = multiprocessing.active_children()
-    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _begin)
-    answer = pool.submit(_answer, function, args)
-    started = [child for child in multiprocessing.active_children() if child not in others]
-    try:
-        value = answer.result()
-        pool.shutdown(wait=False)
-        for process in started:
-            process.join(10)  # its data workers end with it
-        return value
-    except BrokenProcessPool:
-        pool.shutdown()
-        (status,) = [process.exitcode for process in started] or [None]
-        killed = status == -signal.SIGKILL
-        raise Failed(f"{OUT_OF_MEMORY}, or killed by somebody" if killed else f"ended with status {status}") from None
-    finally:  # after Ctrl-C too
-        for process in started:
-            process.kill()
-        pool.shutdown()
-
-
-def _begin() -> None:
-    """In a new process: leave Ctrl-C to the parent, end with it, and be the one that lack of memory ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    end_with_parent()
-    with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000")
-
-
-def _answer(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    try:
-        return function(*args)
-    except Exception as error:  # told in words: not every exception survives the way to another process
-        text = " ".join(str(error).split())
-        if isinstance(error, MemoryError) or "out of memory" in text.lower() or "can't allocate memory" in text:
-            raise Failed(OUT_OF_MEMORY) from None
-        kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
-        raise Failed(kind + (text[:200] or "no reason given")) from None
-
-
-# What runs in them
+# What runs in other processes
 
 
 def survey(cfg: BenchConfig) -> Machine:

@@ -1,16 +1,10 @@
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 import runs
 import torch
@@ -21,11 +15,9 @@ import fcmae.timing
 import fcmae.training.steps
 from fcmae.bench import (
     Candidate,
-    Failed,
     Machine,
     Result,
     bench,
-    in_process,
     report,
     run_hours,
     search,
@@ -35,6 +27,7 @@ from fcmae.bench import (
 from fcmae.cli import main
 from fcmae.config import BenchConfig, PretrainConfig
 from fcmae.options import ConfigError, load
+from fcmae.processes import Failed
 
 CPU = Machine("cpu", "cpu (test)", "fp32", ("fp32",))
 
@@ -195,40 +188,6 @@ def test_only_the_images_and_the_run_directory_may_be_missing() -> None:
         config(**{"model.mask_ratio": 0.99})
     with pytest.raises(ConfigError, match="grad_accum"):
         config(grad_accum=3)
-
-
-def test_what_a_process_returns_comes_back() -> None:
-    assert in_process(max, 2, 3) == 3
-
-
-@pytest.mark.parametrize(
-    ("function", "argument", "reason"),
-    [
-        (bytearray, 2**62, "^out of memory$"),
-        (signal.raise_signal, signal.SIGKILL, "^out of memory, or killed"),
-        (os._exit, 3, "^ended with status 3$"),
-        (os.stat, "/nowhere", "No such file"),
-        (len, 3, "^TypeError: object of type 'int' has no len"),
-    ],
-)
-def test_a_process_that_fails_says_why(function: Callable[[Any], Any], argument: Any, reason: str) -> None:
-    with pytest.raises(Failed, match=reason):
-        in_process(function, argument)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_a_process_ends_with_the_one_that_started_it(number: signal.Signals, tmp_path: Path) -> None:
-    code = "import time; from fcmae.bench import in_process\nif __name__ == '__main__': in_process(time.sleep, 600)"
-    (tmp_path / "main.py").write_text(code)  # spawn needs a file
-    started = subprocess.Popen([sys.executable, str(tmp_path / "main.py")], stderr=subprocess.DEVNULL)
-    parent = psutil.Process(started.pid)
-    while not (children := parent.children(recursive=True)):
-        assert started.poll() is None
-        time.sleep(0.05)
-    time.sleep(1)  # until it sleeps too
-    started.send_signal(number)
-    assert started.wait(20) != 0
-    assert not psutil.wait_procs(children, timeout=20)[1]
 
 
 def test_a_candidate_out_of_memory_is_a_row(
