@@ -19,7 +19,6 @@ from fcmae.bench import (
     Result,
     bench,
     report,
-    run_hours,
     search,
     survey,
     time_candidate,
@@ -62,7 +61,6 @@ def find(made: Made, first: Candidate, **options: Any) -> Candidate:
         "batch_size": 64,
         "unit": 1,
         "compiled": [True],
-        "num_images": 64,
     }
     return search(first, made, **(space | options)).candidate
 
@@ -97,7 +95,7 @@ def test_graphs_are_tried_where_a_step_has_one_part() -> None:
     made = Made(lambda candidate: 2 if candidate.compile == "cudagraphs" else 1)
     for images, expected in ((64, "cudagraphs"), (32, False)):
         first = Candidate("packed", "fp32", images)
-        assert find(made, first, batch_size=None, compiled=["cudagraphs"]).compile == expected
+        assert find(made, first, unit=None, compiled=["cudagraphs"]).compile == expected
 
 
 def test_a_compilation_that_is_configured_is_not_tried_again() -> None:
@@ -123,7 +121,7 @@ def test_images_at_once_are_divisors_of_the_batch() -> None:
 
 def test_images_at_once_stay_where_they_change_what_is_computed() -> None:
     made = Made(lambda candidate: 1.0)
-    assert find(made, Candidate("packed", "fp32", 8), batch_size=None).images == 8
+    assert find(made, Candidate("packed", "fp32", 8), unit=None).images == 8
     assert {candidate.images for candidate in made.seen} == {8}
 
 
@@ -139,10 +137,6 @@ def test_an_error_says_that_nothing_runs_and_why(failure: str, tried: list[int])
     with pytest.raises(ValueError, match=f"no candidate runs, packed for this reason: {failure}; .*grad_checkpointing"):
         find(made, Candidate("packed", "fp32", 8))
     assert [c.images for c in made.seen if c.backend == "packed"] == tried
-
-
-def test_hours_are_those_worked_by_hand() -> None:
-    assert run_hours(epochs=100, steps_per_epoch=30, batch_size=64, images_per_s=64 / 1.2) == pytest.approx(1.0)
 
 
 def test_the_slower_of_loader_and_model_sets_the_hours() -> None:
