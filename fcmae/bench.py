@@ -6,28 +6,23 @@ of memory is its own. Only those processes import torch: a process on Linux star
 
 from __future__ import annotations
 
-import contextlib
 import math
-import multiprocessing
 import os
 import re
 import resource
-import shlex
-import signal
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from itertools import islice, repeat
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from fcmae.config import BenchConfig
-from fcmae.data.cores import end_with_parent
+from fcmae.config.base import Backend
 from fcmae.networks.spec import describe
+from fcmae.processes import OUT_OF_MEMORY, Failed, in_process
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +34,6 @@ GAIN = 1.02  # a smaller difference is taken for noise
 CPU_IMAGES = 32  # at once, to start from on a CPU: more gain little there, and a step of thousands takes minutes
 LOADER_IMAGES = 32  # in a batch of the loader when it is timed alone
 ENDLESS = 10**9  # steps: more than are timed
-OUT_OF_MEMORY = "out of memory"
 HEADER = f"{'backend':10} {'precision':9} {'compiled':10} {'at once':>7}  {'images/s':>8}  {'slowest - fastest':>17}"
 HEADER += f"  {'s/step':>7}  {'memory':>8}"
 
@@ -59,15 +53,6 @@ class Candidate:
     precision: str
     images: int
     compile: bool | Literal["cudagraphs"] = False
-
-    def settings(self, batch_size: int) -> dict[str, str]:
-        """The flags of `fcmae pretrain` that make it compute so."""
-        return {
-            "--model.backend": self.backend,
-            "--precision": self.precision,
-            "--grad_accum": str(batch_size // self.images),
-            "--model.compile": str(self.compile).lower(),
-        }
 
     def __str__(self) -> str:
         compiled = self.compile if isinstance(self.compile, str) else "yes" if self.compile else "no"
@@ -150,20 +135,15 @@ def bench(cfg: BenchConfig) -> None:
         machine: Machine = in_process(survey, cfg)
     except Failed as error:
         raise ValueError(str(error)) from None
-    backends, skipped = [str(cfg.model.backend)], list[str]()
-    if "backend" in cfg.vary:
-        backends += [name for name in ("packed", "triton", "masked", "minkowski") if name not in backends]
-        if machine.device != "cuda" and "triton" in backends[1:]:
-            backends.remove("triton")
-            skipped.append("triton: its kernels are for NVIDIA GPUs")
-        if find_spec("MinkowskiEngine") is None:
-            backends.remove("minkowski")
-            skipped.append("minkowski: MinkowskiEngine is not installed")
-    precisions = []
-    if "precision" in cfg.vary:
-        precisions = [name for name in machine.precisions if name != machine.precision]
-        if "bf16" not in (machine.precision, *precisions):
-            skipped.append(f"bf16: {machine.name} has no instructions for it")
+    why_not = {
+        "triton": machine.device != "cuda" and "its kernels are for NVIDIA GPUs",
+        "minkowski": find_spec("MinkowskiEngine") is None and "MinkowskiEngine is not installed",
+    }
+    others = [name for name in get_args(Backend) if "backend" in cfg.vary and name != cfg.model.backend]
+    skipped = [f"{name}: {why}" for name in others if (why := why_not.get(name))]
+    precisions = [name for name in machine.precisions if "precision" in cfg.vary and name != machine.precision]
+    if "precision" in cfg.vary and "bf16" not in (machine.precision, *precisions):
+        skipped.append(f"bf16: {machine.name} has no instructions for it")
 
     height, width = cfg.data.image_size
     print(f"{describe(cfg.model.spec)}, {height} x {width} pixels, steps of {cfg.batch_size} images, on {machine.name}")
@@ -188,12 +168,11 @@ def bench(cfg: BenchConfig) -> None:
     best = search(
         Candidate(cfg.model.backend, machine.precision, images, compiled),
         measure,
-        backends=backends,
+        backends=[cfg.model.backend, *(name for name in others if not why_not.get(name))],
         precisions=precisions,
-        batch_size=cfg.batch_size if sizes else None,
-        unit=unit,
+        batch_size=cfg.batch_size,
+        unit=unit if sizes else None,
         compiled=[] if "compile" not in cfg.vary else [True] if machine.device != "cuda" else [True, "cudagraphs"],
-        num_images=cfg.batch_size,
     )
     fed = measure(best.candidate, from_files=True) if machine.steps_per_epoch else None
     print(*report(cfg, machine, best, fed), sep="\n")
@@ -205,10 +184,9 @@ def search(
     *,
     backends: Sequence[str],
     precisions: Sequence[str],
-    batch_size: int | None,
-    unit: int,
+    batch_size: int,
+    unit: int | None,
     compiled: Sequence[Literal[True, "cudagraphs"]],
-    num_images: int,
 ) -> Result:
     """The fastest of the candidates, of which few are measured: one property is varied at a time.
 
@@ -220,22 +198,25 @@ def search(
         measure: times a candidate.
         backends: all that are tried.
         precisions: others than the first's.
-        batch_size: what the number of images at once must divide; None leaves that number as it is.
-        unit: what it must be a multiple of.
+        batch_size: of a whole step; the number of images at once divides it.
+        unit: what this number is a multiple of; None leaves it as it is.
         compiled: ways to compile.
-        num_images: of a whole step.
 
     Raises:
         ValueError: if no candidate runs.
     """
     images = first.images
+
+    def can_halve(number: int) -> bool:
+        return unit is not None and number % (2 * unit) == 0
+
     while True:
         results = [measure(replace(first, backend=backend, images=images)) for backend in backends]
         best = max(results, key=lambda result: result.images_per_s)
         if best.images_per_s:
             break
         lacks_memory = any(result.failure.startswith(OUT_OF_MEMORY) for result in results)
-        if batch_size is None or not lacks_memory or images % (2 * unit):
+        if not (lacks_memory and can_halve(images)):
             raise ValueError(
                 f"no candidate runs, {first.backend} for this reason: {results[0].failure}; if memory is what lacks, "
                 "try --model.grad_checkpointing true, a smaller batch_size, data.image_size or model.variant"
@@ -252,15 +233,15 @@ def search(
 
     for precision in precisions:
         gains(replace(best.candidate, precision=precision))
-    while batch_size and batch_size % (2 * (now := best.candidate.images)) == 0:
-        if not gains(replace(best.candidate, images=2 * now)):
+    while unit and batch_size % (2 * best.candidate.images) == 0:
+        if not gains(replace(best.candidate, images=2 * best.candidate.images)):
             break
-    while batch_size and (now := best.candidate.images) <= images and now % (2 * unit) == 0:
-        if not gains(replace(best.candidate, images=now // 2)):
+    while best.candidate.images <= images and can_halve(best.candidate.images):
+        if not gains(replace(best.candidate, images=best.candidate.images // 2)):
             break
     for setting in compiled:
         # A graph cannot add up the gradients of several parts.
-        whole = setting != "cudagraphs" or best.candidate.images == num_images
+        whole = setting != "cudagraphs" or best.candidate.images == batch_size
         if whole and setting != best.candidate.compile:
             gains(replace(best.candidate, compile=setting))
     return best
@@ -275,92 +256,29 @@ def report(cfg: BenchConfig, machine: Machine, best: Result, fed: Result | None)
         best: the fastest candidate.
         fed: the same, fed with those images.
     """
-    flags = best.candidate.settings(cfg.batch_size)
-    if best.candidate.compile == cfg.model.compile or "compile" not in cfg.vary:
-        del flags["--model.compile"]
-    yield f"\nfastest: {shlex.join(word for flag in flags.items() for word in flag)}"
+    found = best.candidate
+    flags = f"--model.backend {found.backend} --precision {found.precision}"
+    flags += f" --grad_accum {cfg.batch_size // found.images}"
+    if found.compile != cfg.model.compile and "compile" in cfg.vary:
+        flags += f" --model.compile {str(found.compile).lower()}"
+    yield f"\nfastest: {flags}"
     yield f"{best.images_per_s:.1f} images/s, {best.median_s:.3g} s a step, {best.memory / 1e9:.1f} GB of memory"
     loader, steps = machine.loader_images_per_s, machine.steps_per_epoch
     if loader is None or steps is None or fed is None:
         yield "With --data.path this command also times the reading of your images, and tells the hours of the run."
         return
     speed = min(loader, fed.images_per_s or best.images_per_s)
-    limit = "the model is the limit"
-    if loader < best.images_per_s:
-        limit = "the data are the limit: more workers, if there are cores, or smaller files help"
     yield f"loader alone (data.num_workers = {machine.num_workers}): {loader:.1f} images/s; with the model: {speed:.1f}"
-    yield limit
-    hours = run_hours(cfg.epochs, steps, cfg.batch_size, speed)
+    if loader < best.images_per_s:
+        yield "the data are the limit: more workers, if there are cores, or smaller files help"
+    else:
+        yield "the model is the limit"
+    hours = cfg.epochs * steps * cfg.batch_size / speed / 3600
     took = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
     yield f"{cfg.epochs} epochs of {steps} steps: {took}, without evaluations and checkpoints"
 
 
-def run_hours(epochs: float, steps_per_epoch: int, batch_size: int, images_per_s: float) -> float:
-    """Hours of training, without evaluations and checkpoints.
-
-    Args:
-        epochs: of the run.
-        steps_per_epoch: steps of each.
-        batch_size: images of a step.
-        images_per_s: counted as batch_size counts them.
-    """
-    return epochs * steps_per_epoch * batch_size / images_per_s / 3600
-
-
-# Processes
-
-
-class Failed(Exception):  # noqa: N818
-    """What happened in another process, in a sentence."""
-
-
-def in_process(function: Callable[..., Any], *args: Any) -> Any:
-    """What function(*args) returns in a fresh process, which ends before or with this one.
-
-    Raises:
-        Failed: if it raises or the process is killed.
-    """
-    others = multiprocessing.active_children()
-    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _begin)
-    answer = pool.submit(_answer, function, args)
-    started = [child for child in multiprocessing.active_children() if child not in others]
-    try:
-        value = answer.result()
-        pool.shutdown(wait=False)
-        for process in started:
-            process.join(10)  # its data workers end with it
-        return value
-    except BrokenProcessPool:
-        pool.shutdown()
-        (status,) = [process.exitcode for process in started] or [None]
-        killed = status == -signal.SIGKILL
-        raise Failed(f"{OUT_OF_MEMORY}, or killed by somebody" if killed else f"ended with status {status}") from None
-    finally:  # after Ctrl-C too
-        for process in started:
-            process.kill()
-        pool.shutdown()
-
-
-def _begin() -> None:
-    """In a new process: leave Ctrl-C to the parent, end with it, and be the one that lack of memory ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    end_with_parent()
-    with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000")
-
-
-def _answer(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    try:
-        return function(*args)
-    except Exception as error:  # told in words: not every exception survives the way to another process
-        text = " ".join(str(error).split())
-        if isinstance(error, MemoryError) or "out of memory" in text.lower() or "can't allocate memory" in text:
-            raise Failed(OUT_OF_MEMORY) from None
-        kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
-        raise Failed(kind + (text[:200] or "no reason given")) from None
-
-
-# What runs in them
+# What runs in other processes
 
 
 def survey(cfg: BenchConfig) -> Machine:

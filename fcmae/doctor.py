@@ -1,7 +1,7 @@
 """What this machine has for pretraining and what it lacks; what that costs and how to mend it.
 
 What may crash or block an interpreter (compiled packages, compilers, process groups) is tried in another one, so that a
-broken part becomes a row of the table. A check imports what it needs itself: torch may be what is broken.
+broken part becomes a row of the table: nothing here imports torch but there.
 """
 
 from __future__ import annotations
@@ -11,24 +11,22 @@ import json
 import os
 import platform
 import shutil
-import signal
-import subprocess
 import sys
-import tempfile
 import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from fcmae import threads
-from fcmae.data.cores import cgroup, core_time, num_cores
+from fcmae.data.cores import cgroup, core_time, free_memory, num_cores
+from fcmae.processes import Failed, each_in_process
 
 # FCMAE's parameters with the default decoder. A checkpoint holds each three times in float32: weights and two moments.
 NUM_PARAMETERS = {"atto": 7_257_992, "base": 91_922_432}
@@ -41,14 +39,7 @@ PAIR = (
     "install torch and torchvision together, of one release and from one source (pytorch.org/get-started/locally): "
     "pip install --force-reinstall torch torchvision"
 )
-NETWORK = (
-    "see that localhost and this host's name resolve (/etc/hosts) and that no firewall is between them, or name a "
-    "network interface that works: GLOO_SOCKET_IFNAME=lo NCCL_SOCKET_IFNAME=lo"
-)
 ENGINE = "make minkowski in a clone, or docker/install_minkowski.sh"
-
-
-State = Literal["ok", "note", "missing", "broken"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +47,7 @@ class Finding:
     """One row of the table.
 
     Attributes:
-        name: of what was looked at; a check may leave it, and what follows `found`, to its entry in `checks`.
+        name: of what was looked at.
         state: note = works, at a cost; missing = not there; broken = there, but does not work.
         found: versions, sizes or the error.
         cost: what it costs, where there is something to say.
@@ -65,89 +56,63 @@ class Finding:
     """
 
     name: str
-    state: State
+    state: Literal["ok", "note", "missing", "broken"]
     found: str
     cost: str = ""
     mend: str = ""
     needed: bool = False
 
 
-@dataclass(frozen=True)
-class Check:
-    """How one thing is looked at, and what is said where it is not as it should be.
+Find = Callable[[], Iterator[Finding]]
 
-    Attributes:
-        name: of what is looked at.
-        find: what is done; a function of this module where there is a timeout.
-        cost: see `Finding`; for those that leave name and cost to this.
-        mend: likewise.
-        needed: likewise, unless they are notes.
-        timeout_s: it is tried in another Python, for so long; 0 tries it in this one.
-    """
-
-    name: str
-    find: Callable[[], Iterator[Finding]]
-    cost: str = ""
-    mend: str = ""
-    needed: bool = False
-    timeout_s: float = 0
-
-    def row(self, found: Finding) -> Finding:
-        """A finding with what it left open."""
-        if found.name or found.state == "ok":
-            return replace(found, name=found.name or self.name)
-        needed = self.needed and found.state != "note"
-        return Finding(self.name, found.state, found.found, found.cost or self.cost, found.mend or self.mend, needed)
+# Rows of what is tried in another Python, where it fails there.
+_lacking = partial(Finding, state="broken", found="")
+NO_TORCH = _lacking("torch", cost=NOTHING, mend=PAIR, needed=True)
+NO_COMPILE = _lacking(
+    "torch.compile",
+    cost="--model.compile cannot be used; everything else can",
+    mend="install g++ and Python's headers (on Debian and Ubuntu: apt install g++ python3-dev), or set CXX",
+)
+NO_GROUP = _lacking(
+    "processes",
+    cost="several processes cannot train together on this machine; one can",
+    mend="see that localhost and this host's name resolve (/etc/hosts) and that no firewall is between them, or name a "
+    "network interface that works: GLOO_SOCKET_IFNAME=lo NCCL_SOCKET_IFNAME=lo",
+)
+NO_ENGINE = _lacking(
+    "MinkowskiEngine",
+    cost="nothing for the packed backend, which is the default; --model.backend minkowski cannot be used",
+    mend=f"build it again, for this torch: {ENGINE}",
+)
 
 
-def checks(out: Path = Path(), quick: bool = False) -> dict[str, Check]:
+def checks(out: Path = Path(), quick: bool = False) -> dict[str, Find]:
     """All that is looked at, by name and in order.
 
     Args:
-        out: where runs are to be written; it need not exist yet.
-        quick: leaves out what takes most of the time.
+        out: see `diagnose`.
+        quick: likewise.
     """
-    slow = ("torch.compile", "processes") if quick else ()
-    return {check.name: check for check in _table(out, quick) if check.name not in slow}
-
-
-def _table(out: Path, quick: bool) -> Iterator[Check]:
-    yield Check("Python", _python)
-    yield Check("packages", _packages, NOTHING, needed=True)
-    # It is here that a driver may block, or a package kill Python; the rows that came before tell which.
-    yield Check("torch", _torch, NOTHING, PAIR, needed=True, timeout_s=120)
-    cost = "--model.compile cannot be used; everything else can"
-    mend = "install g++ and Python's headers (on Debian and Ubuntu: apt install g++ python3-dev), or set CXX"
-    yield Check("torch.compile", _compile, cost, mend, timeout_s=120)
-    cost = "several processes cannot train together on this machine; one can"
-    yield Check("processes", _processes, cost, NETWORK, timeout_s=30)
-    yield Check("launcher", _launcher)
-    cost = "nothing for the packed backend, which is the default; --model.backend minkowski cannot be used"
-    find = _find_minkowski if quick else _minkowski
-    yield Check(
-        "MinkowskiEngine", find, cost, f"build it again, for this torch: {ENGINE}", timeout_s=0 if quick else 60
-    )
-    cost, mend = "a training step on a CPU takes about a fifth longer", "install gcc, or name a C compiler in CC"
-    yield Check("C compiler", _native, cost, mend)
-    cost = "without libjpeg_turbo JPEGs decode slowly; without the others these formats cannot be read"
-    yield Check("Pillow", _pillow, cost, "pip install --force-reinstall --only-binary :all: pillow")
-    cost = "multi-band and 16-bit colour TIFFs with LZW and other compressions cannot be read; the rest can"
-    yield Check("imagecodecs", _imagecodecs, cost, "pip install imagecodecs")
-    mend = "free some, or choose another place: --out DIR"
-    yield Check("disk", partial(_disk, out), "runs cannot be saved there", mend, needed=True)
-    cost = "loader workers pass their batches through it, and die of a bus error when it is full"
-    mend = "docker run --shm-size 2g, mount -o remount,size=2g /dev/shm, or --data.num_workers 0, which is slower"
-    yield Check("/dev/shm", _shared_memory, cost, mend)
-    cost = f"training is killed: atto takes {_gb(MIN_MEMORY)} for 64 images of 128 pixels"
-    yield Check("memory", _memory, cost, "a larger machine, or docker run --memory 8g", needed=True)
-    cost, cores = (
-        "threads and loader workers, as many as there are cores, wait for each other",
-        max(1, int(core_time())),
-    )
-    yield Check("CPU", _cpu, cost, f"set OMP_NUM_THREADS={cores} and --data.num_workers {cores}")
-    cost = "training on a CPU takes several times as long, and threads that spin while they wait slow it further"
-    yield Check("threads", _threads, cost, f"end other programs; set {'='.join(threads.BUSY_SETTING)} or nothing")
-    yield Check("open files", _open_files, "with many loader workers: Too many open files", "ulimit -n 4096")
+    engine = partial(_alone, partial(_minkowski, quick), NO_ENGINE, timeout_s=60)
+    found: dict[str, Find] = {
+        "Python": _python,
+        "packages": _packages,
+        # It is here that a driver may block, or a package kill Python; the rows that came before tell which.
+        "torch": partial(_alone, _torch, NO_TORCH, timeout_s=120),
+        "torch.compile": partial(_alone, _compile, NO_COMPILE, timeout_s=120),
+        "processes": partial(_alone, _processes, NO_GROUP, timeout_s=30),
+        "launcher": _launcher,
+        "MinkowskiEngine": partial(_minkowski, quick) if quick else engine,
+        "Pillow": _pillow,
+        "imagecodecs": _imagecodecs,
+        "disk": partial(_disk, out),
+        "/dev/shm": _shared_memory,
+        "memory": _memory,
+        "CPU": _cpu,
+        "threads": _threads,
+        "open files": _open_files,
+    }
+    return {name: find for name, find in found.items() if not quick or name not in ("torch.compile", "processes")}
 
 
 def doctor(out: Path = Path(), quick: bool = False, as_json: bool = False) -> bool:
@@ -178,11 +143,9 @@ def doctor(out: Path = Path(), quick: bool = False, as_json: bool = False) -> bo
 def _line(finding: Finding) -> str:
     head = f"{finding.name:15}  {finding.state:7}  "
     room = max(60, min(shutil.get_terminal_size().columns, 120)) - len(head)
+    texts = [finding.found, finding.cost and f"costs: {finding.cost}", finding.mend and f"mend: {finding.mend}"]
     wrap = partial(textwrap.wrap, width=room, break_on_hyphens=False, break_long_words=False)
-    lines = wrap(finding.found)
-    lines += wrap(f"costs: {finding.cost}") if finding.cost else []
-    lines += wrap(f"mend: {finding.mend}") if finding.mend else []
-    return head + f"\n{'':{len(head)}}".join(lines)
+    return head + f"\n{'':{len(head)}}".join(line for text in texts for line in wrap(text))
 
 
 def diagnose(out: Path = Path(), quick: bool = False) -> Iterator[Finding]:
@@ -192,67 +155,33 @@ def diagnose(out: Path = Path(), quick: bool = False) -> Iterator[Finding]:
         out: where runs are to be written; it need not exist yet.
         quick: try neither torch.compile nor a process group nor MinkowskiEngine, which take most of the time.
     """
-    for check in checks(out, quick).values():
-        yield from look(check)
+    for name, find in checks(out, quick).items():
+        try:
+            yield from find()
+        except Exception as error:
+            yield Finding(name, "broken", f"it could not be looked at: {_sentence(error)}")
 
 
-def look(check: Check) -> Iterator[Finding]:
-    """What one check finds; that it raises, dies or is not done in time is a finding too."""
-    if check.timeout_s:
-        yield from map(check.row, _in_child(check))
-        return
-    try:
-        yield from map(check.row, check.find())
-    except Exception as error:
-        yield Finding(check.name, "broken", f"it could not be looked at: {_sentence(error)}")
+def _alone(find: Find, lacking: Finding, timeout_s: float) -> Iterator[Finding]:
+    """The findings of a check that may kill or block Python, or fail: that is what `lacking` is then found by."""
+    with TemporaryDirectory(ignore_cleanup_errors=True) as directory:
+        try:
+            yield from each_in_process(_quietly, find, directory, timeout_s=timeout_s)
+        except Failed as failure:
+            yield replace(lacking, found=str(failure))
 
 
-def _in_child(check: Check) -> Iterator[Finding]:
-    """The findings of a check that runs in another Python."""
-    # The same sys.path: `-c` alone would put the current directory first, with whatever packages lie there.
-    find = f"doctor.{check.find.__name__}"
-    code = f"import sys; sys.path[:] = {sys.path!r}; from fcmae import doctor; doctor._answer({find})"
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
-        # What was compiled once needs no compiler: only an empty cache shows whether there is one that works.
-        env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": directory, "TRITON_CACHE_DIR": directory}
-        answers, log = Path(directory, "answers"), Path(directory, "log")
-        with answers.open("w") as stdout, log.open("w") as stderr:
-            process = subprocess.Popen(
-                [sys.executable, "-c", code], stdout=stdout, stderr=stderr, env=env, start_new_session=True
-            )
-            try:
-                status = process.wait(check.timeout_s)
-                reason = f"Python was killed by {signal.Signals(-status).name}" if status < 0 else ""
-            except subprocess.TimeoutExpired:
-                status, reason = 1, f"it was not done after {check.timeout_s:g} s"
-            finally:
-                with suppress(ProcessLookupError, PermissionError):
-                    os.killpg(process.pid, signal.SIGKILL)  # its compilers and workers too
-                process.wait()
-        for line in answers.read_text(errors="replace").splitlines():
-            if line.startswith('{"name": '):  # packages may print too
-                yield Finding(**json.loads(line))
-        if status:
-            yield Finding("", "broken", reason or log.read_text(errors="replace").strip().rpartition("\n")[2])
+def _quietly(find: Find, cache: str) -> Iterator[Finding]:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    # What was compiled once needs no compiler: only an empty cache shows whether there is one that works.
+    os.environ |= {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": cache}
+    yield from find()
 
 
-def _answer(find: Callable[[], Iterator[Finding]]) -> None:
-    status = 0
-    try:
-        for finding in find():
-            print(json.dumps(asdict(finding)), flush=True)  # at once: what was found outlives a crash
-    except Exception as error:
-        print(_sentence(error), file=sys.stderr, flush=True)
-        status = 1
-    os._exit(status)  # some packages crash, or wait, while the interpreter is taken down
-
-
-def _ok(found: str, name: str = "") -> Finding:
-    return Finding(name, "ok", found)
-
-
-def _judge(found: str, bad: bool, cost: str = "", mend: str = "", name: str = "") -> Finding:
-    return Finding(name, "note", found, cost, mend) if bad else _ok(found, name)
+def _judge(name: str, found: str, is_bad: bool, cost: str = "", mend: str = "") -> Finding:
+    return Finding(name, "note", found, cost, mend) if is_bad else Finding(name, "ok", found)
 
 
 def _sentence(error: Exception) -> str:
@@ -267,7 +196,7 @@ def _gb(num_bytes: float) -> str:
 
 
 def _python() -> Iterator[Finding]:
-    yield _ok(f"{platform.python_version()} ({sys.executable}) on {platform.platform()}")
+    yield Finding("Python", "ok", f"{platform.python_version()} ({sys.executable}) on {platform.platform()}")
 
 
 def _packages() -> Iterator[Finding]:
@@ -284,10 +213,11 @@ def _packages() -> Iterator[Finding]:
                 if not requirement.specifier.contains(version, prereleases=True):
                     old.append(f"{requirement.name} is {version}, not {requirement.specifier}")
     if missing:
-        yield Finding("", "missing", ", ".join(missing), mend="pip install " + " ".join(map(repr, missing)))
+        mend = "pip install " + " ".join(map(repr, missing))
+        yield Finding("packages", "missing", ", ".join(missing), NOTHING, mend, needed=True)
     if old or not missing:
         found = "; ".join(old) or f"all that fcmae {metadata.version('fcmae')} needs, none too old"
-        yield _judge(found, bool(old), "fcmae is not tested with these", "pip install --upgrade fcmae")
+        yield _judge("packages", found, bool(old), "fcmae is not tested with these", "pip install --upgrade fcmae")
 
 
 def _torch() -> Iterator[Finding]:
@@ -296,22 +226,26 @@ def _torch() -> Iterator[Finding]:
         try:
             module = importlib.import_module(name)
         except Exception as error:
-            state: State = "missing" if isinstance(error, ModuleNotFoundError) and error.name == name else "broken"
+            is_missing = isinstance(error, ModuleNotFoundError) and error.name == name
             mend = PAIR if "torch" in name else f"once torch and torchvision work: pip install --upgrade {name}"
-            yield Finding(name, state, _sentence(error), NOTHING, mend, needed=True)
+            yield Finding(name, "missing" if is_missing else "broken", _sentence(error), NOTHING, mend, needed=True)
             works = False
         else:
-            yield _ok(module.__version__, name)
+            yield Finding(name, "ok", module.__version__)
             if name == "torch":
                 yield from _gpus()  # before anything else can take the driver's warnings
     if works:
         import torch
 
         from fcmae.data.loader import choose_num_workers
+        from fcmae.layouts.native import library
 
         device = torch.accelerator.current_accelerator(check_available=True)
         workers = choose_num_workers(None, device.type if device else "cpu")
-        yield _ok(f"{workers} for each training process, unless data.num_workers is set", "loader workers")
+        yield Finding("loader workers", "ok", f"{workers} for each training process, unless data.num_workers is set")
+        found = f"the loop for the depthwise weight's gradient {'is' if library() else 'cannot be'} compiled"
+        cost, mend = "a training step on a CPU takes about a fifth longer", "install gcc, or name a C compiler in CC"
+        yield _judge("C compiler", found, library() is None, cost, mend)
 
 
 def _gpus() -> Iterator[Finding]:
@@ -319,31 +253,29 @@ def _gpus() -> Iterator[Finding]:
 
     with warnings.catch_warnings(record=True) as remarks:
         warnings.simplefilter("always")
-        has_cuda = torch.cuda.is_available()  # ROCm too
         device = torch.accelerator.current_accelerator(check_available=True)
-    if has_cuda:
-        yield from (_gpu(index) for index in range(torch.cuda.device_count()))
+    if device is not None and device.type == "cuda":  # ROCm too
+        yield from map(_gpu, range(torch.cuda.device_count()))
         return
     if device is not None:
-        yield _ok(device.type, "GPU")
+        yield Finding("GPU", "ok", device.type)
         return
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else torch.version.hip and f"ROCm {torch.version.hip}"
     found = f"none that torch (built for {build or 'CPUs'}) can use"
     found += "".join(f"; {textwrap.shorten(str(remark.message), 240)}" for remark in remarks[-1:])
     mend = "if there is one: install its driver; in a container, docker run --gpus all"
-    state: State = "note"
-    if files := [*Path("/dev").glob("nvidia[0-9]*"), *Path("/dev").glob("kfd")]:
-        state, found = "broken", f"{found}; but there is {files[0]}"
+    files = [*Path("/dev").glob("nvidia[0-9]*"), *Path("/dev").glob("kfd")]
+    if files:
+        found += f"; but there is {files[0]}"
         mend = "install a build of torch and torchvision for it (pytorch.org/get-started/locally)"
         if build:
             mend = f"see that nvidia-smi works and names this CUDA or a later one, and CUDA_VISIBLE_DEVICES; or {mend}"
     cost = "training runs on the CPU: enough to try atto on small images, too slow for the published recipes"
-    yield Finding("GPU", state, found, cost, mend)
+    yield Finding("GPU", "broken" if files else "note", found, cost, mend)
     cpuinfo = Path("/proc/cpuinfo")
     native = {"amx_bf16", "avx512_bf16", "bf16"} & set(cpuinfo.read_text().split() if cpuinfo.exists() else ())
     found = f"on the CPU: {', '.join(sorted(native)) or 'no instructions for it (AMX, AVX512-BF16)'}"
-    cost = "--precision bf16 works, but slower; by default a CPU trains in fp32"
-    yield _judge(found, not native, cost, name="bf16")
+    yield _judge("bf16", found, not native, "--precision bf16 works, but slower; by default a CPU trains in fp32")
 
 
 def _gpu(index: int) -> Finding:
@@ -362,20 +294,21 @@ def _gpu(index: int) -> Finding:
         return Finding(name, "broken", _sentence(error), "training cannot use it", mend)
     found = f"{gpu.name}, {_gb(free)} of {_gb(total)} free, compute capability {gpu.major}.{gpu.minor}, bf16: "
     cost = "bf16 is emulated, and slower than fp32; fp16 can overflow in GRN"
-    return _judge(found + ("yes" if bf16 else "no"), not bf16, cost, "train with --precision fp32", name)
+    return _judge(name, found + ("yes" if bf16 else "no"), not bf16, cost, "train with --precision fp32")
 
 
 def _compile() -> Iterator[Finding]:
     # g++ for a CPU; for a GPU Triton is content with a C compiler.
     if not any(map(shutil.which, (os.environ.get("CXX", "g++"), os.environ.get("CC", "gcc"), "clang"))):
-        yield Finding("", "missing", "there is no C++ compiler (g++)")
+        yield replace(NO_COMPILE, state="missing", found="there is no C++ compiler (g++)")
         return
     torch: Any = importlib.import_module("torch")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     gelu, x = torch.nn.functional.gelu, torch.linspace(-3, 3, 64, device=device)
     start = time.perf_counter()
     torch.testing.assert_close(torch.compile(gelu)(x), gelu(x))
-    yield _ok(f"took {time.perf_counter() - start:.0f} s for a small function, on {device} with nothing cached")
+    took = f"took {time.perf_counter() - start:.0f} s for a small function, on {device} with nothing cached"
+    yield Finding("torch.compile", "ok", took)
 
 
 def _processes() -> Iterator[Finding]:
@@ -386,11 +319,11 @@ def _processes() -> Iterator[Finding]:
         mp.start_processes(_join_group, (store.port,), nprocs=2, start_method="fork")
     except mp.ProcessRaisedException as error:  # its message is a traceback
         raise ConnectionError(str(error).strip().rpartition("\n")[2]) from error
-    found, slow = "two form a gloo group on this machine", False
+    found, is_slow = "two form a gloo group on this machine", False
     if torch.cuda.is_available():
-        slow = not torch.distributed.is_nccl_available()
-        found += "; no NCCL" if slow else f"; NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"
-    yield _judge(found, slow, "several GPUs train slowly", PAIR)
+        is_slow = not torch.distributed.is_nccl_available()
+        found += "; no NCCL" if is_slow else f"; NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"
+    yield _judge("processes", found, is_slow, "several GPUs train slowly", PAIR)
 
 
 def _join_group(rank: int, port: int) -> None:
@@ -404,19 +337,16 @@ def _join_group(rank: int, port: int) -> None:
 
 def _launcher() -> Iterator[Finding]:
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID")
-    yield _ok(
-        " ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ) or "none around this command"
-    )
+    set_ = [f"{name}={os.environ[name]}" for name in names if name in os.environ]
+    yield Finding("launcher", "ok", " ".join(set_) or "none around this command")
 
 
-def _find_minkowski() -> Iterator[Finding]:
-    there = find_spec("MinkowskiEngine") is not None
-    yield _ok("installed; not tried") if there else Finding("", "missing", "not installed", mend=ENGINE)
-
-
-def _minkowski() -> Iterator[Finding]:
-    if find_spec("MinkowskiEngine") is None:
-        yield from _find_minkowski()
+def _minkowski(quick: bool) -> Iterator[Finding]:
+    if find_spec(NO_ENGINE.name) is None:
+        yield replace(NO_ENGINE, state="missing", found="not installed", mend=ENGINE)
+        return
+    if quick:
+        yield Finding(NO_ENGINE.name, "ok", "installed; not tried")
         return
     torch: Any = importlib.import_module("torch")
     engine = importlib.import_module("MinkowskiEngine")
@@ -426,31 +356,27 @@ def _minkowski() -> Iterator[Finding]:
     x = engine.SparseTensor(torch.ones(3, 2), coordinates, device=device)
     engine.MinkowskiConvolution(2, 4, kernel_size=3, dimension=2).to(device)(x).F.sum().item()
     found = f"{engine.__version__}, built for {build}; a convolution runs on {device}"
-    idle = device == "cpu" and torch.cuda.is_available()
-    yield _judge(found, idle, "the minkowski backend cannot use the GPU", ENGINE)
-
-
-def _native() -> Iterator[Finding]:
-    loop = importlib.import_module("fcmae.layouts.native").library()
-    found = "the loop for the depthwise weight's gradient " + ("is compiled" if loop else "cannot be compiled here")
-    yield _judge(found, loop is None)
+    is_idle = device == "cpu" and torch.cuda.is_available()
+    yield _judge(NO_ENGINE.name, found, is_idle, "the minkowski backend cannot use the GPU", ENGINE)
 
 
 def _pillow() -> Iterator[Finding]:
     from PIL import features
 
     lacking = [name for name in ("jpg", "libjpeg_turbo", "webp", "libtiff") if not features.check(name)]
-    found = f"{metadata.version('pillow')}, libjpeg-turbo {features.version('libjpeg_turbo')}"
-    if lacking:
-        found = f"{metadata.version('pillow')}, built without {', '.join(lacking)}"
-    elif find_spec("simplejpeg"):
-        found += f"; simplejpeg {metadata.version('simplejpeg')}"
-    yield _judge(found, bool(lacking))
+    built = f"built without {', '.join(lacking)}" if lacking else f"libjpeg-turbo {features.version('libjpeg_turbo')}"
+    other = f"; simplejpeg {metadata.version('simplejpeg')}" if find_spec("simplejpeg") else ""
+    found = f"{metadata.version('pillow')}, {built}{other}"
+    cost = "without libjpeg_turbo JPEGs decode slowly; without the others these formats cannot be read"
+    yield _judge("Pillow", found, bool(lacking), cost, "pip install --force-reinstall --only-binary :all: pillow")
 
 
 def _imagecodecs() -> Iterator[Finding]:
-    there = find_spec("imagecodecs") is not None
-    yield _ok(metadata.version("imagecodecs")) if there else Finding("", "missing", "not installed")
+    if find_spec("imagecodecs"):
+        yield Finding("imagecodecs", "ok", metadata.version("imagecodecs"))
+    else:
+        cost = "multi-band and 16-bit colour TIFFs with LZW and other compressions cannot be read; the rest can"
+        yield Finding("imagecodecs", "missing", "not installed", cost, "pip install imagecodecs")
 
 
 def _disk(out: Path) -> Iterator[Finding]:
@@ -459,33 +385,36 @@ def _disk(out: Path) -> Iterator[Finding]:
     # A run keeps two by default, and writes the third before it deletes one.
     atto, base = (3 * 3 * 4 * count for count in NUM_PARAMETERS.values())
     found = f"{_gb(free)} free at {path}; a run's checkpoints take {_gb(atto)} for atto, {_gb(base)} for base"
-    if not (path.is_dir() and os.access(path, os.W_OK)):
-        yield Finding("", "broken", f"{path} cannot be written to")
-    elif free < atto:
-        yield Finding("", "broken", found)
+    is_writable, mend = path.is_dir() and os.access(path, os.W_OK), "free some, or choose another place: --out DIR"
+    if not is_writable or free < atto:
+        found = found if is_writable else f"{path} cannot be written to"
+        yield Finding("disk", "broken", found, "runs cannot be saved there", mend, needed=True)
     else:
-        yield _judge(found, free < base, "the checkpoints of larger models do not fit")
+        yield _judge("disk", found, free < base, "the checkpoints of larger models do not fit", mend)
 
 
 def _shared_memory() -> Iterator[Finding]:
     if SHARED_MEMORY.exists():  # on Linux
         usage = shutil.disk_usage(SHARED_MEMORY)
-        yield _judge(f"{_gb(usage.free)} of {_gb(usage.total)} free", usage.free < 5e8)
+        cost = "loader workers pass their batches through it, and die of a bus error when it is full"
+        mend = "docker run --shm-size 2g, mount -o remount,size=2g /dev/shm, or --data.num_workers 0, which is slower"
+        yield _judge("/dev/shm", f"{_gb(usage.free)} of {_gb(usage.total)} free", usage.free < 5e8, cost, mend)
 
 
 def _memory() -> Iterator[Finding]:
     import psutil  # comes with accelerate
 
-    memory = psutil.virtual_memory()
+    machine, free = psutil.virtual_memory().total, free_memory()
     limits = [int(word) for word in cgroup("memory.max", "memory/memory.limit_in_bytes") if word.isdecimal()]
-    total = min([memory.total, *limits])
-    found = f"{_gb(min(memory.available, total))} of {_gb(total)} available"
-    if total < memory.total:
-        found += f" in this container; the machine has {_gb(memory.total)}"
+    total = min([machine, *limits])
+    found = f"{_gb(min(free, total))} of {_gb(total)} available"
+    if total < machine:
+        found += f" in this container; the machine has {_gb(machine)}"
+    cost = f"training is killed: atto takes {_gb(MIN_MEMORY)} for 64 images of 128 pixels"
     if total < MIN_MEMORY:
-        yield Finding("", "broken", found)
+        yield Finding("memory", "broken", found, cost, "a larger machine, or docker run --memory 8g", needed=True)
     else:
-        yield _judge(found, memory.available < MIN_MEMORY, mend="end other programs")
+        yield _judge("memory", found, free < MIN_MEMORY, cost, "end other programs")
 
 
 def _cpu() -> Iterator[Finding]:
@@ -493,17 +422,24 @@ def _cpu() -> Iterator[Finding]:
     found = f"{cores} of {os.cpu_count()} cores"
     if share < cores:
         found += f", of which this container gets the time of {share:g}"
-    yield _judge(found, share < cores)
+    cost, few = "threads and loader workers, as many as there are cores, wait for each other", max(1, int(share))
+    yield _judge("CPU", found, share < cores, cost, f"set OMP_NUM_THREADS={few} and --data.num_workers {few}")
 
 
 def _threads() -> Iterator[Finding]:
     share, given = threads.busy(), threads.in_force()
     setting = f"{given}, as set" if given else "=".join(threads.choose(share)) + " for a run that starts now"
-    yield _judge(f"{setting}; other processes use {share:.0%} of the cores", share > threads.BUSY)
+    found = f"{setting}; other processes use {share:.0%} of the cores"
+    cost = "training on a CPU takes several times as long, and threads that spin while they wait slow it further"
+    mend = f"end other programs; set {'='.join(threads.BUSY_SETTING)} or nothing"
+    yield _judge("threads", found, share > threads.BUSY, cost, mend)
 
 
 def _open_files() -> Iterator[Finding]:
     import resource
 
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    yield _judge("no limit" if limit == resource.RLIM_INFINITY else f"at most {limit}", 0 <= limit < 1024)
+    found = "no limit" if limit == resource.RLIM_INFINITY else f"at most {limit}"
+    yield _judge(
+        "open files", found, 0 <= limit < 1024, "with many loader workers: Too many open files", "ulimit -n 4096"
+    )

@@ -15,8 +15,9 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
-from functools import cache
+from functools import cache, reduce
 from inspect import cleandoc
+from operator import getitem
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
@@ -86,17 +87,12 @@ def load(
     values, wrong, problems = _parse(model, argv, prog)
     also, invalid = _validate(_Also, {name: values.pop(name) for name in _Also.model_fields if name in values})
     problems += invalid
+    file = None if also is None else also.config
     try:
-        settings = read_yaml(find_config(also.config)) if also is not None and also.config is not None else {}
+        settings = {} if file is None else read_yaml(find_config(file))
     except ConfigError as error:
         raise ConfigError([*problems, str(error)]) from error
-    has_file = also is not None and also.config is not None
-    _override(settings, values)
-    if complete is not None and not problems:
-        _complete(model, settings, complete, is_whole=has_file and "hours" not in values)
-    config, invalid = _validate(model, settings, wrong, {"num_processes": num_processes})
-    if config is None or problems or invalid:
-        raise ConfigError([*problems, *invalid])
+    config = _made(model, settings, values, file is not None, num_processes, complete, wrong, problems)
     if also is not None and also.print_config:
         print(dump(config), end="")
         raise SystemExit(0)
@@ -123,35 +119,33 @@ def make(
         ConfigError: See `load`.
     """
     values = {} if config is None else read_yaml(find_config(config))
-    given = flattened(model, settings)
-    _override(values, given)
-    if complete is not None:
-        _complete(model, values, complete, is_whole=config is not None and "hours" not in given)
-    made, problems = _validate(model, values, (), {"num_processes": num_processes})
-    if made is None or problems:
-        raise ConfigError(problems)
-    return made
+    return _made(model, values, flattened(model, settings), config is not None, num_processes, complete)
 
 
-def _override(settings: dict[str, Any], values: Mapping[str, Any]) -> None:
-    """Put what is given by flags before what a file says; hours go before its epochs."""
-    if "hours" in values and "epochs" not in values:
+def _made(
+    model: type[Config],
+    settings: dict[str, Any],
+    given: Mapping[str, Any],
+    has_file: bool,
+    num_processes: int | None,
+    complete: Complete | None,
+    wrong: Iterable[str] = (),
+    problems: Sequence[str] = (),
+) -> Config:
+    """Those given put before the file's, hours before its epochs; the rest chosen; all checked."""
+    if "hours" in given and "epochs" not in given:
         settings.pop("epochs", None)
-    _put(settings, values)
-
-
-def _complete(model: type[Settings], settings: dict[str, Any], complete: Complete, *, is_whole: bool) -> None:
-    """Put into `settings` what is chosen.
-
-    is_whole: they are those of a file, in which nothing is chosen unless it has hours, for which it was not yet.
-    """
-    sketch, problems = _validate(model, settings, (), {"sketch": True})
-    if sketch is None or problems:
-        return  # what is wrong is reported with the rest
-    if is_whole and (getattr(sketch, "hours", None) is None or getattr(sketch, "chosen", None)):
-        return
-    given = {key for key, _ in _pairs(settings, _fields(model))}
-    _put(settings, complete(sketch, {key: value for key, value in flat(sketch).items() if key in given}))
+    _put(settings, given)
+    sketch, invalid = _validate(model, settings, (), {"sketch": True})
+    # Nothing is chosen beside a file, unless there are hours for which it was not yet.
+    to_fill = "hours" in given or (getattr(sketch, "hours", None) and not getattr(sketch, "chosen", None))
+    if complete is not None and sketch is not None and not (problems or invalid) and (to_fill or not has_file):
+        keys = {key for key, _ in _pairs(settings, _fields(model))}
+        _put(settings, complete(sketch, {key: value for key, value in flat(sketch).items() if key in keys}))
+    config, invalid = _validate(model, settings, wrong, {"num_processes": num_processes})
+    if config is None or problems or invalid:
+        raise ConfigError([*problems, *invalid])
+    return config
 
 
 def flattened(model: type[Settings], settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -195,7 +189,8 @@ def dump(config: Settings) -> str:
 
 def flat(config: Settings) -> dict[str, Any]:
     """The settings by their dotted keys, as JSON values."""
-    return dict(_leaves(config.model_dump(mode="json"), _fields(type(config))))
+    settings = config.model_dump(mode="json")
+    return {key: reduce(getitem, key.split("."), settings) for key in _fields(type(config))}
 
 
 def changed(config: Settings) -> dict[str, Any]:
@@ -204,10 +199,7 @@ def changed(config: Settings) -> dict[str, Any]:
     for key, value in flat(config).items():
         rest = config.model_dump(mode="json")
         *sections, name = key.split(".")
-        place = rest
-        for section in sections:
-            place = place[section]
-        del place[name]
+        del reduce(getitem, sections, rest)[name]
         try:
             needed = type(config).model_validate(rest) != config
         except ValidationError:
@@ -251,8 +243,7 @@ def words_of(model: type[Settings]) -> dict[str, list[str]]:
         if _spelling(field).hidden:
             continue
         kinds = _kinds(field.annotation)
-        items = [item for kind in kinds for arg in get_args(kind) for item in _kinds(arg)]
-        words = sorted(map(str, _choices([*kinds, *items]))) + (["true", "false"] if bool in kinds else [])
+        words = sorted(_choices([*kinds, *_items(kinds)])) + (["true", "false"] if bool in kinds else [])
         words = [*shipped_configs()] if key == "config" else words
         found |= {f"--{name}": words for name in (_spelling(field).short, key) if name}
     return found
@@ -277,7 +268,7 @@ class Setting(NamedTuple):
 def described(model: type[Settings]) -> list[Setting]:
     """Every setting of a command that a user may give, in order."""
     return [
-        Setting(key, _metavar(field.annotation), _default(field), " ".join((field.description or "").split()))
+        Setting(key, _metavar(field.annotation), _default(field), _description(field))
         for key, field in _fields(model).items()
         if not _spelling(field).hidden
     ]
@@ -376,10 +367,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A copy in which `none` is None, as YAML's null is, and every key a string."""
+    """A copy in which `none` is None, as YAML's null is, and every key and path a text."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
-    return None if value == "none" else value
+    if isinstance(value, list | tuple):
+        return [item if item == "none" else _plain(item) for item in value]
+    return None if value == "none" else os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 # Command lines
@@ -484,11 +477,14 @@ def _argument(field: FieldInfo) -> str:
 
 
 def _row(left: str, field: FieldInfo) -> str:
-    text, default = field.description or "", _default(field)
-    text += f" [{default}]" if default else ""
+    text = _description(field) + (f" [{default}]" if (default := _default(field)) else "")
     first = f"  {left:27} " if len(left) < 28 else f"  {left}\n{'':30}"
     wrapped = textwrap.wrap(text, 70, break_long_words=False, break_on_hyphens=False)
     return first + f"\n{'':30}".join(wrapped)
+
+
+def _description(field: FieldInfo) -> str:
+    return " ".join((field.description or "").split())
 
 
 def _default(field: FieldInfo) -> str:
@@ -548,8 +544,13 @@ def _is_list(kinds: Iterable[Any]) -> bool:
     return any(get_origin(kind) in (list, tuple) for kind in kinds)
 
 
+def _items(kinds: Iterable[Any]) -> list[Any]:
+    """The types that the items of a list may have."""
+    return [item for kind in kinds for arg in get_args(kind) for item in _kinds(arg)]
+
+
 def _choices(kinds: Iterable[Any]) -> set[str]:
-    """The words that a value may be, or that the items of a list may be if the kinds are those of its items."""
+    """The words that a value of these types may be."""
     return {word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)}
 
 
@@ -565,13 +566,7 @@ def _pairs(settings: Mapping[str, Any], fields: Fields, section: str = "") -> It
         if isinstance(value, Mapping) and any(known.startswith(f"{key}.") for known in fields):
             yield from _pairs(value, fields, f"{key}.")
         else:
-            yield key, _plain(_paths_as_text(value))
-
-
-def _paths_as_text(value: Any) -> Any:
-    if isinstance(value, list | tuple):
-        return [_paths_as_text(item) for item in value]
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
+            yield key, _plain(value)
 
 
 def _put(settings: dict[str, Any], values: Mapping[str, Any]) -> None:
@@ -583,14 +578,6 @@ def _put(settings: dict[str, Any], values: Mapping[str, Any]) -> None:
             place = place.setdefault(section, {}) if isinstance(place, dict) else place
         if isinstance(place, dict):
             place[name] = value
-
-
-def _leaves(settings: Mapping[str, Any], fields: Fields) -> Iterator[tuple[str, Any]]:
-    for key in fields:
-        value: Any = settings
-        for name in key.split("."):
-            value = value[name]
-        yield key, value
 
 
 # Checking and wording
@@ -633,7 +620,7 @@ def _validate(
             if kind == "extra_forbidden":
                 problem = _unknown(key, value, fields)
             elif kind == "missing":
-                problem = f"{key}: missing: {' '.join((fields[key].description or '').split())}"
+                problem = f"{key}: missing: {_description(fields[key])}"
             else:
                 problem = f"{key}: received {_shown(value)}; {_allowed(key, details, fields)}"
             problems += [] if key in seen else [problem]
@@ -673,7 +660,7 @@ def _allowed(key: str, details: Sequence[ErrorDetails], fields: Fields) -> str:
     if bounds and details[0]["type"].startswith(("greater_than", "less_than")):
         return f"allowed: {' and '.join(bounds)}"
     kinds, messages = _kinds(fields[key].annotation), []
-    choices = _choices([*kinds, *(item for kind in kinds for arg in get_args(kind) for item in _kinds(arg))])
+    choices = _choices([*kinds, *_items(kinds)])
     for detail in details:
         message = re.sub("^Input |^Value error, |, unable to .*| after validation, .*", "", detail["msg"])
         item = detail["loc"][-1]

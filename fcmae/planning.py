@@ -19,6 +19,7 @@ from fcmae.data.cores import free_memory
 from fcmae.data.index import Images, find_images, find_labelled
 from fcmae.data.survey import survey
 from fcmae.networks.spec import ConvNeXtSpec
+from fcmae.processes import OUT_OF_MEMORY, Failed, in_process
 
 AT_ONCE = {"cpu": 64, "cuda": 256}  # images computed at once, to start from: more gain little
 MEMORY_SHARE = 0.7  # of what is free, for the run as it was measured
@@ -197,9 +198,9 @@ def _fit(plan: choices.Choices, cfg: RunConfig, measure: Measure) -> bench.Resul
             if device != "cpu" or result.memory <= MEMORY_SHARE * free:
                 break
             why = f"{at_once} images at once take {result.memory / 1e9:.1f} GB of {free / 1e9:.1f} GB"
-        except bench.Failed as error:
+        except Failed as error:
             why = f"{at_once} images at once: {error}"
-            if bench.OUT_OF_MEMORY not in why:
+            if OUT_OF_MEMORY not in why:
                 raise ValueError(f"a step does not run: {error}") from None
         if "grad_accum" in plan.settings or at_once % (2 * unit):
             raise ValueError(
@@ -212,12 +213,12 @@ def _fit(plan: choices.Choices, cfg: RunConfig, measure: Measure) -> bench.Resul
 
 def _pretraining_step(cfg: BenchConfig, at_once: int) -> bench.Result:
     candidate = bench.Candidate(cfg.model.backend, cfg.precision, at_once)
-    result: bench.Result = bench.in_process(bench.time_candidate, cfg, candidate, True)
+    result: bench.Result = in_process(bench.time_candidate, cfg, candidate, True)
     return result
 
 
 def _finetuning_step(cfg: FinetuneConfig, at_once: int, measured_s: float) -> bench.Result:
-    result: bench.Result = bench.in_process(time_finetuning, cfg, at_once, measured_s)
+    result: bench.Result = in_process(time_finetuning, cfg, at_once, measured_s)
     return result
 
 

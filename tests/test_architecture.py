@@ -24,6 +24,7 @@ ORDER = [
     "fcmae.completion",
     "fcmae.choices",
     "fcmae.data.cores",
+    "fcmae.processes",
     "fcmae.threads",
     "fcmae.data.source",
     "fcmae.data.index",

@@ -1,16 +1,10 @@
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 import runs
 import torch
@@ -21,13 +15,10 @@ import fcmae.timing
 import fcmae.training.steps
 from fcmae.bench import (
     Candidate,
-    Failed,
     Machine,
     Result,
     bench,
-    in_process,
     report,
-    run_hours,
     search,
     survey,
     time_candidate,
@@ -35,6 +26,7 @@ from fcmae.bench import (
 from fcmae.cli import main
 from fcmae.config import BenchConfig, PretrainConfig
 from fcmae.options import ConfigError, load
+from fcmae.processes import Failed
 
 CPU = Machine("cpu", "cpu (test)", "fp32", ("fp32",))
 
@@ -69,7 +61,6 @@ def find(made: Made, first: Candidate, **options: Any) -> Candidate:
         "batch_size": 64,
         "unit": 1,
         "compiled": [True],
-        "num_images": 64,
     }
     return search(first, made, **(space | options)).candidate
 
@@ -104,7 +95,7 @@ def test_graphs_are_tried_where_a_step_has_one_part() -> None:
     made = Made(lambda candidate: 2 if candidate.compile == "cudagraphs" else 1)
     for images, expected in ((64, "cudagraphs"), (32, False)):
         first = Candidate("packed", "fp32", images)
-        assert find(made, first, batch_size=None, compiled=["cudagraphs"]).compile == expected
+        assert find(made, first, unit=None, compiled=["cudagraphs"]).compile == expected
 
 
 def test_a_compilation_that_is_configured_is_not_tried_again() -> None:
@@ -130,7 +121,7 @@ def test_images_at_once_are_divisors_of_the_batch() -> None:
 
 def test_images_at_once_stay_where_they_change_what_is_computed() -> None:
     made = Made(lambda candidate: 1.0)
-    assert find(made, Candidate("packed", "fp32", 8), batch_size=None).images == 8
+    assert find(made, Candidate("packed", "fp32", 8), unit=None).images == 8
     assert {candidate.images for candidate in made.seen} == {8}
 
 
@@ -146,10 +137,6 @@ def test_an_error_says_that_nothing_runs_and_why(failure: str, tried: list[int])
     with pytest.raises(ValueError, match=f"no candidate runs, packed for this reason: {failure}; .*grad_checkpointing"):
         find(made, Candidate("packed", "fp32", 8))
     assert [c.images for c in made.seen if c.backend == "packed"] == tried
-
-
-def test_hours_are_those_worked_by_hand() -> None:
-    assert run_hours(epochs=100, steps_per_epoch=30, batch_size=64, images_per_s=64 / 1.2) == pytest.approx(1.0)
 
 
 def test_the_slower_of_loader_and_model_sets_the_hours() -> None:
@@ -195,40 +182,6 @@ def test_only_the_images_and_the_run_directory_may_be_missing() -> None:
         config(**{"model.mask_ratio": 0.99})
     with pytest.raises(ConfigError, match="grad_accum"):
         config(grad_accum=3)
-
-
-def test_what_a_process_returns_comes_back() -> None:
-    assert in_process(max, 2, 3) == 3
-
-
-@pytest.mark.parametrize(
-    ("function", "argument", "reason"),
-    [
-        (bytearray, 2**62, "^out of memory$"),
-        (signal.raise_signal, signal.SIGKILL, "^out of memory, or killed"),
-        (os._exit, 3, "^ended with status 3$"),
-        (os.stat, "/nowhere", "No such file"),
-        (len, 3, "^TypeError: object of type 'int' has no len"),
-    ],
-)
-def test_a_process_that_fails_says_why(function: Callable[[Any], Any], argument: Any, reason: str) -> None:
-    with pytest.raises(Failed, match=reason):
-        in_process(function, argument)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_a_process_ends_with_the_one_that_started_it(number: signal.Signals, tmp_path: Path) -> None:
-    code = "import time; from fcmae.bench import in_process\nif __name__ == '__main__': in_process(time.sleep, 600)"
-    (tmp_path / "main.py").write_text(code)  # spawn needs a file
-    started = subprocess.Popen([sys.executable, str(tmp_path / "main.py")], stderr=subprocess.DEVNULL)
-    parent = psutil.Process(started.pid)
-    while not (children := parent.children(recursive=True)):
-        assert started.poll() is None
-        time.sleep(0.05)
-    time.sleep(1)  # until it sleeps too
-    started.send_signal(number)
-    assert started.wait(20) != 0
-    assert not psutil.wait_procs(children, timeout=20)[1]
 
 
 def test_a_candidate_out_of_memory_is_a_row(

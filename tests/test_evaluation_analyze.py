@@ -17,7 +17,7 @@ from fcmae.config.commands import AnalyzeConfig
 from fcmae.data.index import find_labelled
 from fcmae.evaluation.analysis import Statistics
 from fcmae.evaluation.analyze import analyze
-from fcmae.evaluation.figures import ending, last_of_stages, save_activations, save_by_layer, save_selectivity
+from fcmae.evaluation.figures import last_of_stages, save_activations, save_by_layer, save_selectivity
 from fcmae.heads import Classifier
 from fcmae.networks.convnext import Encoder
 from fcmae.networks.spec import VARIANTS
@@ -205,7 +205,15 @@ def test_models_of_other_depths_and_many_of_them_are_drawn(tmp_path: Path) -> No
             assert max(image.size) < 4000
 
 
-def test_names_keep_their_end_and_stages_their_last_block() -> None:
-    assert ending("runs/first") == "runs/first"
-    assert ending("x" * 50 + "/first", 10) == "…xxx/first"
+@pytest.mark.parametrize("name", [r"runs/$\frac$", "_hidden", "caf\udce9"])
+def test_a_model_may_have_any_name(tmp_path: Path, name: str) -> None:
+    values = {f"stages.{i}.0": 0.5 for i in range(4)}
+    save_by_layer(tmp_path / "lines.png", [name], {"one": {name: values}}, "title")
+    maps = {layer: np.zeros((2, 2, 3), np.float32) for layer in values}
+    save_activations(tmp_path / "maps.png", [(name, np.zeros((5, 7)), maps)], "title")
+    drawn = {layer: np.full(8, value) for layer, value in values.items()}
+    save_selectivity(tmp_path / "selectivity.png", {name: drawn}, "title")
+
+
+def test_stages_keep_their_last_block() -> None:
     assert last_of_stages(["stages.0.0", "stages.0.1", "stages.1.0"]) == ["stages.0.1", "stages.1.0"]

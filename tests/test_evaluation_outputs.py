@@ -95,6 +95,13 @@ def test_a_full_disk_is_a_sentence_and_leaves_no_half_file(
 
 def test_names_in_figures_are_shown_with_escapes() -> None:
     assert shortened("a\udce9\x1b") == r"a\udce9\x1b"
+    assert shortened(r"_$\frac$") == r" _\$\frac\$"
+
+
+def test_long_names_keep_their_beginning_or_their_end() -> None:
+    assert shortened("runs/first") == shortened("runs/first", keep_end=True) == "runs/first"
+    assert shortened("x" * 50 + "/first", 10) == "xxxxxxxxx…"
+    assert shortened("x" * 50 + "/first", 10, keep_end=True) == "…xxx/first"
 
 
 def test_what_is_left_out_is_named_and_counted(capsys: pytest.CaptureFixture[str]) -> None:

@@ -214,7 +214,7 @@ def test_what_cannot_be_read_is_a_sentence_in_its_place(tmp_path: Path) -> None:
     page = text(report([path]))
     assert page.count("run <code>fcmae evaluate</code> again") == 3
     assert page.count("run <code>fcmae analyze</code> again") == 1
-    assert page.count("cannot be shown") == 2
+    assert page.count("cannot be shown (it is no PNG).") == 2
 
 
 # Commands to reproduce

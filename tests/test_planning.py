@@ -21,6 +21,7 @@ from fcmae.data.survey import survey
 from fcmae.networks.convnext import Encoder
 from fcmae.networks.spec import ConvNeXtSpec
 from fcmae.options import load, read
+from fcmae.processes import OUT_OF_MEMORY, Failed
 
 Write = Callable[[Path, np.random.Generator], None]
 
@@ -154,7 +155,7 @@ def test_images_at_once_are_halved_until_they_fit(
     def step(cfg: Any, at_once: int) -> bench.Result:
         measured.append(at_once)
         if at_once == 8:
-            raise bench.Failed(bench.OUT_OF_MEMORY)
+            raise Failed(OUT_OF_MEMORY)
         memory = (10 if at_once > 2 else 1) * 10**9
         return bench.Result(bench.Candidate("packed", "fp32", at_once), 8, (1.0,), 0.0, memory)
 

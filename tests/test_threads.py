@@ -170,13 +170,13 @@ def test_doctor_names_the_setting_of_a_busy_machine(monkeypatch: pytest.MonkeyPa
 
     set_busy(monkeypatch, 0.52)
     monkeypatch.setattr(threads, "in_force", lambda: "")
-    (found,) = doctor.look(doctor.checks()["threads"])
+    (found,) = doctor.checks()["threads"]()
     assert (found.state, found.needed) == ("note", False)
     assert found.found == "OMP_WAIT_POLICY=PASSIVE for a run that starts now; other processes use 52% of the cores"
     assert "end other programs" in found.mend
     set_busy(monkeypatch, 0.01)
     monkeypatch.setattr(threads, "in_force", lambda: "GOMP_SPINCOUNT=7")
-    (found,) = doctor.look(doctor.checks()["threads"])
+    (found,) = doctor.checks()["threads"]()
     assert (found.state, found.found) == ("ok", "GOMP_SPINCOUNT=7, as set; other processes use 1% of the cores")
 
 

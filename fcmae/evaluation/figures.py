@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torchvision.utils import make_grid
 
-from fcmae.data.source import printable
+from fcmae.evaluation.outputs import shortened
 from fcmae.evaluation.pictures import save_figure
 
 LineOf = Mapping[str, Mapping[str, float]]  # of each model the value of each layer
@@ -62,8 +64,9 @@ def save_by_layer(
 
 
 def _legend(figure: Any, handles: Sequence[Any], names: Sequence[str]) -> None:
-    columns = max(1, int(figure.get_figwidth() / (0.9 + 0.085 * max(len(ending(name)) for name in names))))
-    figure.legend(handles, [*map(ending, names)], loc="outside lower center", frameon=False, ncols=columns)
+    names = [shortened(name, NAME_LENGTH, keep_end=True) for name in names]
+    columns = max(1, int(figure.get_figwidth() / (0.9 + 0.085 * max(map(len, names)))))
+    figure.legend(handles, names, loc="outside lower center", frameon=False, ncols=columns)
 
 
 def _style(number: int) -> dict[str, Any]:
@@ -152,7 +155,7 @@ def save_activations(
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for line, (model, image, maps) in zip(axes, rows, strict=True):
         line[0].imshow(image, cmap="gray", vmin=0, vmax=1)
-        line[0].set_title(ending(model, 30), fontsize=9)
+        line[0].set_title(shortened(model, 30, keep_end=True), fontsize=9)
         for axis, (layer, found) in zip(line[1:], maps.items(), strict=False):
             low, high = np.quantile(found, [0.005, 0.995])
             axis.imshow(_mosaic(found), cmap="viridis", vmin=low, vmax=max(high, low + 1e-12), interpolation="nearest")
@@ -167,23 +170,13 @@ def _mosaic(maps: NDArray[np.float32]) -> NDArray[np.float32]:
     """(channels, h, w) side by side, row by row, with gaps that are drawn as nothing."""
     scale = math.ceil(24 / min(maps.shape[1:]))  # small maps are enlarged, or the gaps would be wide beside them
     maps = maps.repeat(scale, 1).repeat(scale, 2)
-    num, height, width = maps.shape
-    columns = math.ceil(math.sqrt(num))
-    gap = max(1, min(height, width) // 12)
-    rows = math.ceil(num / columns)
-    mosaic = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap), np.nan, np.float32)
-    for number, found in enumerate(maps):
-        top, left = number // columns * (height + gap), number % columns * (width + gap)
-        mosaic[top : top + height, left : left + width] = found
+    gap = max(1, min(maps.shape[1:]) // 12)
+    columns = math.ceil(math.sqrt(len(maps)))
+    grid = make_grid(torch.from_numpy(maps)[:, None], columns, gap, pad_value=math.nan)  # three channels of one
+    mosaic: NDArray[np.float32] = grid[0].numpy()
     return mosaic
 
 
 def last_of_stages(layers: Sequence[str]) -> list[str]:
     """The last block of each stage, by name."""
     return list({layer.split(".")[1]: layer for layer in layers}.values())
-
-
-def ending(name: str, length: int = NAME_LENGTH) -> str:
-    """A model's name for a figure: its end, where paths differ."""
-    name = printable(name)
-    return name if len(name) <= length else f"…{name[1 - length :]}"

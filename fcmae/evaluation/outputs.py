@@ -87,10 +87,17 @@ def file_name(text: str) -> str:
     return re.sub(r"[^\w.-]+", "-", text).strip("-.")
 
 
-def shortened(name: str, length: int = 24) -> str:
-    """A name as matplotlib shows it as it is, with at most so many letters."""
+def shortened(name: str, length: int = 24, *, keep_end: bool = False) -> str:
+    """A name as matplotlib shows it as it is, with at most so many letters.
+
+    Args:
+        name: of a class, an image or a model.
+        length: letters, one at least.
+        keep_end: of a longer name the end is kept, where paths differ, and not the beginning.
+    """
     name = printable(name)
-    text = name if len(name) <= length else f"{name[: length - 3]}..."
+    if len(name) > length:
+        name = f"…{name[1 - length :]}" if keep_end else f"{name[: length - 1]}…"
     # Dollars would begin a formula, and a leading underscore hides an entry of a legend.
-    text = text.replace("$", r"\$")
-    return f" {text}" if text.startswith("_") else text
+    name = name.replace("$", r"\$")
+    return f" {name}" if name.startswith("_") else name

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
@@ -231,6 +231,9 @@ def read_picture(path: Path, label: str, alt: str, problems: list[str]) -> list[
                 problems.append(f"{path} cannot be shown (it has more than {MAX_PIXELS:,} pixels).")
                 return []
             image.convert("RGB").save(smaller, "JPEG", quality=90, subsampling=0)
+    except UnidentifiedImageError:
+        problems.append(f"{path} cannot be shown (it is no PNG).")
+        return []
     except Exception as error:  # of a broken file Pillow raises all that its parts do
         reason = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
         problems.append(f"{path} cannot be shown ({reason}).")
