@@ -233,7 +233,7 @@ def images_per_s(cfg: PretrainConfig | FinetuneConfig) -> float:
         if isinstance(cfg, FinetuneConfig):
             return _finetuning_step(cfg, at_once, 2.0).images_per_s
         return _pretraining_step(options.make(BenchConfig, options.flat(cfg) | {"seconds": 2.0}), at_once).images_per_s
-    except bench.Failed as error:
+    except Failed as error:
         raise ValueError(f"a step does not run: {error}") from None
 
 

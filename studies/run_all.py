@@ -263,8 +263,8 @@ def probes(out: Path, scale: Scale) -> Iterator[Job]:
 
 def curves(out: Path, scale: Scale) -> Iterator[Job]:
     """The shipped configurations for small machines, or the beginning of their runs."""
-    for name, data in (("pretrain_demo", "solar"), ("pretrain_cpu", "solar"), ("pretrain_small_images", "tiny20")):
-        flags: dict[str, object] = {"config": name, "data.path": f"{out}/{data}/unlabeled.txt", "device": "auto"}
+    for name in ("pretrain_demo", "pretrain_cpu"):
+        flags: dict[str, object] = {"config": name, "data.path": f"{out}/solar/unlabeled.txt", "device": "auto"}
         flags |= {"data.num_workers": scale.num_workers}
         job = f"curve-{name}"
         yield Job(job, command(out, job, "pretrain", flags), minutes=scale.curve_minutes)

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from conftest import MINKOWSKI, randomize
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -17,6 +19,7 @@ from fcmae.masked import (
     FCMAE,
     Target,
     build_fcmae,
+    hog,
     masked_loss,
     normalized_pixels,
     patch_statistics,
@@ -428,3 +431,40 @@ def test_a_constant_patch_has_a_finite_target() -> None:
 def test_nothing_hidden_is_refused() -> None:
     with pytest.raises(ValueError, match="hides no patch"):
         reconstruction_loss(torch.empty(1, 0, 48), torch.randn(1, 3, 8, 8), torch.zeros(1, 2, 2, dtype=torch.bool))
+
+
+def hog_by_loops(image: NDArray[np.float64], cell: int) -> NDArray[np.float64]:
+    """(C, H, W) to (H / cell, W / cell, C, 9), a pixel after the other."""
+    num_channels, height, width = image.shape
+    found = np.zeros((height // cell, width // cell, num_channels, 9))
+    for c, y, x in np.ndindex(image.shape):
+        along_x = image[c, y, x + 1] - image[c, y, x - 1] if 0 < x < width - 1 else 0.0
+        along_y = image[c, y + 1, x] - image[c, y - 1, x] if 0 < y < height - 1 else 0.0
+        degrees = math.degrees(math.atan2(along_y, along_x)) % 180
+        found[y // cell, x // cell, c, int(degrees // 20)] += math.hypot(along_x, along_y)
+    return found / np.linalg.norm(found, axis=-1, keepdims=True)
+
+
+@pytest.mark.parametrize("patch", [4, 8, 16])
+def test_hog_is_that_of_loops_over_pixels(patch: int) -> None:
+    hidden = [0, 1, 5, 8, 11]  # of two images of 2 x 3 patches
+    images, cell = torch.randn(2, 2, 2 * patch, 3 * patch), min(patch, 8)
+    found = hog(images, torch.tensor(hidden), patch)
+    n = patch // cell
+    assert found.shape == (5, n * n * 2 * 9)
+    whole = [hog_by_loops(image.double().numpy(), cell) for image in images]
+    for number, values in zip(hidden, found, strict=True):
+        row, column = divmod(number % 6, 3)
+        expected = whole[number // 6][row * n : (row + 1) * n, column * n : (column + 1) * n]
+        np.testing.assert_allclose(values.numpy(), expected.ravel(), atol=1e-5)
+
+
+def test_hog_of_edges_and_of_nothing() -> None:
+    ramp = torch.arange(8.0).expand(1, 1, 8, 8)
+    first = torch.zeros(1, dtype=torch.int64)
+    assert hog(ramp, first, 8)[0].tolist() == [1, 0, 0, 0, 0, 0, 0, 0, 0]  # along x: 0 degrees
+    assert hog(-ramp, first, 8)[0].tolist() == [1, 0, 0, 0, 0, 0, 0, 0, 0]  # and its sign does not count
+    assert hog(ramp.transpose(2, 3), first, 8)[0].tolist() == [0, 0, 0, 0, 1, 0, 0, 0, 0]  # 90 degrees
+    assert hog(torch.ones(1, 1, 8, 8), first, 8).eq(0).all()
+    with pytest.raises(ValueError, match="a patch of 12 pixels is no multiple of HOG's cells of 8"):
+        hog(torch.zeros(1, 1, 12, 12), first, 12)

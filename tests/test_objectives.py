@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import sys
 from functools import partial
@@ -23,7 +22,7 @@ from fcmae.data.dataset import Reading
 from fcmae.data.normalize import Normalize
 from fcmae.evaluation.models import Backbone
 from fcmae.layouts import DENSE, MakeLayout, make_layout
-from fcmae.masked import FCMAE, Target, masked_loss
+from fcmae.masked import FCMAE, Target, hog, masked_loss
 from fcmae.masking import random_mask
 from fcmae.networks.convnext import Encoder
 from fcmae.networks.spec import ConvNeXtSpec
@@ -52,42 +51,6 @@ def standardised(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 # Targets
-
-
-def hog_by_loops(image: NDArray[np.float64], cell: int) -> NDArray[np.float64]:
-    """(C, H, W) to (H / cell, W / cell, C, 9), a pixel after the other."""
-    num_channels, height, width = image.shape
-    found = np.zeros((height // cell, width // cell, num_channels, 9))
-    for c, y, x in np.ndindex(image.shape):
-        along_x = image[c, y, x + 1] - image[c, y, x - 1] if 0 < x < width - 1 else 0.0
-        along_y = image[c, y + 1, x] - image[c, y - 1, x] if 0 < y < height - 1 else 0.0
-        degrees = math.degrees(math.atan2(along_y, along_x)) % 180
-        found[y // cell, x // cell, c, int(degrees // 20)] += math.hypot(along_x, along_y)
-    return found / np.linalg.norm(found, axis=-1, keepdims=True)
-
-
-@pytest.mark.parametrize("patch", [4, 8, 16])
-def test_hog_is_that_of_loops_over_pixels(patch: int) -> None:
-    images, cell = torch.randn(2, 2, 2 * patch, 3 * patch), min(patch, 8)
-    found = objectives.hog(images, HIDDEN, patch)
-    n = patch // cell
-    assert found.shape == (5, n * n * 2 * 9)
-    whole = [hog_by_loops(image.double().numpy(), cell) for image in images]
-    for number, values in zip(HIDDEN.tolist(), found, strict=True):
-        row, column = divmod(number % 6, 3)
-        expected = whole[number // 6][row * n : (row + 1) * n, column * n : (column + 1) * n]
-        np.testing.assert_allclose(values.numpy(), expected.ravel(), atol=1e-5)
-
-
-def test_hog_of_edges_and_of_nothing() -> None:
-    ramp = torch.arange(8.0).expand(1, 1, 8, 8)
-    first = torch.zeros(1, dtype=torch.int64)
-    assert objectives.hog(ramp, first, 8)[0].tolist() == [1, 0, 0, 0, 0, 0, 0, 0, 0]  # along x: 0 degrees
-    assert objectives.hog(-ramp, first, 8)[0].tolist() == [1, 0, 0, 0, 0, 0, 0, 0, 0]  # and its sign does not count
-    assert objectives.hog(ramp.transpose(2, 3), first, 8)[0].tolist() == [0, 0, 0, 0, 1, 0, 0, 0, 0]  # 90 degrees
-    assert objectives.hog(torch.ones(1, 1, 8, 8), first, 8).eq(0).all()
-    with pytest.raises(ValueError, match="a patch of 12 pixels is no multiple of HOG's cells of 8"):
-        objectives.hog(torch.zeros(1, 1, 12, 12), first, 12)
 
 
 @pytest.mark.parametrize("side", [2, 4])
@@ -159,7 +122,7 @@ def test_multi_scale_is_the_same_packed_and_masked_in_values_and_gradients(grid:
     mask = torch.from_numpy(random_mask(grid, 3, [(0, 0, i) for i in range(2)]))
     found = []
     for backend in ("packed", "masked"):
-        model = multiscale(partial(make_layout, backend), objectives.hog, 18)
+        model = multiscale(partial(make_layout, backend), hog, 18)
         loss = masked_loss(model, images, mask, 3, target=model.target)
         loss.backward()
         found.append({"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters()}})
@@ -171,7 +134,7 @@ def test_multi_scale_is_the_same_packed_and_masked_in_values_and_gradients(grid:
 
 
 def test_multi_scale_sums_strided_convolutions_of_every_stage() -> None:
-    model = multiscale(partial(make_layout, "masked"), objectives.hog, 18)
+    model = multiscale(partial(make_layout, "masked"), hog, 18)
     stages = model.encoder.pyramid(torch.randn(2, 2, 16, 24, dtype=torch.float64))
     decoder = model.decoder
     expected = torch.zeros(())
@@ -183,7 +146,7 @@ def test_multi_scale_sums_strided_convolutions_of_every_stage() -> None:
 
 
 def test_hidden_pixels_cannot_reach_what_multi_scale_predicts() -> None:
-    model = multiscale(partial(make_layout, "packed"), objectives.hog, 18)
+    model = multiscale(partial(make_layout, "packed"), hog, 18)
     mask = torch.from_numpy(random_mask((2, 3), 2, [(0, 0, 0)]))
     images = torch.randn(1, 2, 16, 24, dtype=torch.float64)
     changed = torch.where(mask.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None], 7.0, images)

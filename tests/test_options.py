@@ -570,9 +570,9 @@ def test_published_pretraining_is_the_default_of_every_setting_but_the_variant(v
     assert load("--config", f"pretrain_{variant}") == default
 
 
-def test_small_images_keep_a_grid_of_four_by_four_or_more() -> None:
+def test_small_images_keep_a_grid_of_eight_by_eight() -> None:
     config = load("--config", "pretrain_small_images")
-    assert min(config.data.image_size) // config.model.mask_patch >= 4
+    assert min(config.data.image_size) // config.model.mask_patch == 8
 
 
 # From Python

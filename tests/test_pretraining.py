@@ -39,6 +39,7 @@ from fcmae.data.split import split
 from fcmae.options import read
 from fcmae.training import checkpoint, health
 from fcmae.training.run import read_metrics
+from fcmae.weights.files import read_weights
 from fcmae.weights.formats import OLD, rename
 
 STEPS = 9  # of runs.flags: 3 epochs of 3 steps
@@ -912,3 +913,24 @@ def test_a_start_after_one_that_ended_without_a_word_says_so(tmp_path: Path) -> 
         (out / "train.log").write_text(f"{stamp} {last}\n")
         assert run(images, out) == 0
         assert ("the last start ended without a word" in (out / "train.log").read_text()) == is_told
+
+
+def test_a_run_on_hog_is_read_without_its_decoder_and_draws_none_of_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    images = write_images(tmp_path / "images", 4)
+    run = tmp_path / "run"
+    pretraining.pretrain(config(images, run, model__target="hog", epochs=1, log__eval_epochs=1))
+    saved = final_state(run)
+    assert saved["decoder.pred.weight"].shape[0] == 3 * 9  # of each channel, for a patch of one cell
+    assert not list(run.glob("reconstructions/*.png")) and (run / "loss.png").exists()
+    assert not config(images, run, model__target="hog").model.normalize_target  # by which a report compares the loss
+    caplog.clear()
+    weights = read_weights(run)
+    assert not caplog.records  # that it is left out is as it should be
+    assert {name.partition(".")[0] for name in weights.state} == {"encoder"}
+    again = tmp_path / "again"
+    pretraining.pretrain(config(images, again, model__target="hog", model__init=run, epochs=1, optim__base_lr=1e-30))
+    for name, value in final_state(again).items():
+        if name.startswith("encoder."):
+            assert torch.allclose(value, saved[name])

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from fcmae.cli import COMMANDS
-from fcmae.config import PretrainConfig
+from fcmae.config import FinetuneConfig, PretrainConfig
 from fcmae.heads import Classifier
 from fcmae.layouts import MakeLayout, make_layout
 from fcmae.masked import build_fcmae
@@ -35,6 +35,7 @@ import collect
 import datasets
 import results
 import run_all
+import small_images
 
 # Images
 
@@ -313,3 +314,49 @@ def test_curves_are_thinned_to_means(tmp_path: Path) -> None:
     assert len(found["loss"]) == collect.POINTS
     assert found["loss"][0] == [0.3, 3.0]  # the mean of the first five lines
     assert found["val_loss"] == [[100.0, 0.5]]
+
+
+def test_the_commands_of_small_images_are_ones_that_fcmae_takes(tmp_path: Path) -> None:
+    found = list(small_images.jobs(tmp_path, epochs=2, percents=[10], seeds=2))
+    names = [job.name for job in found]
+    assert len(set(names)) == len(names)
+    for job in found:
+        assert set(job.needs) <= set(names)
+        place = next(i for i, word in enumerate(job.words) if word in ("pretrain", "finetune"))
+        kind = PretrainConfig if job.words[place] == "pretrain" else FinetuneConfig
+        cfg = load(kind, job.words[place + 1 :], prog="fcmae")
+        assert cfg.data.image_size == (64, 64)
+        assert f"--seed={cfg.seed}" in job.words or kind is PretrainConfig
+
+
+def test_the_page_of_small_images_tells_paired_differences(tmp_path: Path) -> None:
+    scores = {"scratch": [0.2, 0.3, 0.25], "HOG": [0.3, 0.41, 0.34], "pixels": [0.3]}
+    found = {
+        "machine": {"gpu": "none"},
+        "epochs": 60,
+        "commands": {"hog": "fcmae pretrain"},
+        "tried": {"60 epochs": 0.3, "120 epochs": None},
+        "scores": [
+            {"arm": arm, "labels": "10%", "seed": seed, "top1": value}
+            for arm, values in scores.items()
+            for seed, value in enumerate(values)
+        ],
+    }
+    (tmp_path / "results").mkdir()
+    (tmp_path / "small_images.json").write_text(json.dumps(found))
+    (tmp_path / "results" / "small_images.md").write_text("It pays.")
+    small_images.write_page(tmp_path)
+    page = (tmp_path / "small_images.md").read_text()
+    # Differences of 10, 11 and 9 points: 10 +- 4.303 / sqrt(3).
+    assert "+10.0 [+7.5, +12.5]" in page
+    assert "better" in page
+    assert "too few runs" in page
+    assert "It pays." in page
+    assert "600,000 views" in page
+
+
+def test_the_shipped_page_of_small_images_is_that_of_its_numbers(tmp_path: Path) -> None:
+    docs = Path(__file__).parents[1] / "docs"
+    found = json.loads((docs / "small_images.json").read_text())
+    words = (docs / "results" / "small_images.md").read_text()
+    assert small_images.page(found, words) == (docs / "small_images.md").read_text()
