@@ -105,7 +105,8 @@ def compare(
         with timing.autocast(args):
             return [convs[way](f, weight, bias) for f in inputs]
 
-    outs = {way: forward(way) for way in ways}
+    with timing.side_stream(device):  # autograd goes back in the stream of the forward pass, and this one is recorded
+        outs = {way: forward(way) for way in ways}
     grads = [torch.randn_like(out) for out in outs[ways[0]]]
 
     def backward(way: str) -> list[tuple[Tensor, ...]]:

@@ -12,7 +12,8 @@ import platform
 import shlex
 import statistics
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -50,6 +51,19 @@ def summary(seconds: Sequence[float]) -> dict[str, Any]:
     """What a JSON file holds of one step: every timing, their median and quartiles."""
     low, middle, high = quartiles(seconds)
     return {"median_s": middle, "quartiles_s": [low, high], "seconds": list(seconds)}
+
+
+@contextmanager
+def side_stream(device: torch.device) -> Iterator[None]:
+    """On a GPU another stream than the default one, which must not wait for one that is recorded."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream(device).wait_stream(stream)
 
 
 def recorded(step: Callable[[], object], device: torch.device) -> Callable[[], object]:
