@@ -39,8 +39,7 @@ ARMS: dict[str, tuple[str | None, tuple[str, ...]]] = {
     "pixels, 75 % hidden": (None, ("--model.target=pixels", "--model.mask_ratio=0.75")),
     "pixels, all stages decoded": ("multiscale", ("--model.target=pixels",)),
 }
-NETWORK = "{depths: [2, 2, 6], dims: [40, 80, 160], stem_stride: 2}"
-SCRATCH = ("--optim.base_lr=8e-3", "--optim.layer_decay=1", f"--model.variant={NETWORK}")
+SCRATCH = ("--optim.base_lr=8e-3", "--optim.layer_decay=1")
 # What was tried of scratch on training images that are held out: epochs and rate.
 TRIED = ((60, "4e-3"), (60, "8e-3"), (60, "16e-3"), (120, "8e-3"))
 COLUMNS = ("labels", "predicted", "seeds", "top-1, %", "against scratch, of each seed", "")

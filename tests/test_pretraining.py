@@ -918,11 +918,11 @@ def test_a_start_after_one_that_ended_without_a_word_says_so(tmp_path: Path) -> 
 def test_a_run_on_hog_is_read_without_its_decoder_and_draws_none_of_it(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    images = write_images(tmp_path / "images", 4)
+    images = write_images(tmp_path / "images")
     run = tmp_path / "run"
     pretraining.pretrain(config(images, run, model__target="hog", epochs=1, log__eval_epochs=1))
     saved = final_state(run)
-    assert saved["decoder.pred.weight"].shape[0] == 3 * 9  # of each channel, for a patch of one cell
+    assert saved["model:decoder.pred.weight"].shape[0] == 3 * 9  # of each channel, for a patch of one cell
     assert not list(run.glob("reconstructions/*.png")) and (run / "loss.png").exists()
     assert not config(images, run, model__target="hog").model.normalize_target  # by which a report compares the loss
     caplog.clear()
@@ -932,5 +932,5 @@ def test_a_run_on_hog_is_read_without_its_decoder_and_draws_none_of_it(
     again = tmp_path / "again"
     pretraining.pretrain(config(images, again, model__target="hog", model__init=run, epochs=1, optim__base_lr=1e-30))
     for name, value in final_state(again).items():
-        if name.startswith("encoder."):
+        if name.startswith("model:encoder."):
             assert torch.allclose(value, saved[name])
