@@ -9,9 +9,9 @@
 | warm-up | nothing: it compiles what the others need, Triton's kernels and whole steps, on all cores at once |
 | verify | every layout computes what the definition says, in values and gradients: `fcmae verify` |
 | kernels | the Triton kernels compute what the plain path does in float64, at the shapes of the four stages |
-| depthwise | bytes that the depthwise convolution moves, as a share of what a copy moves a second |
 | VARIANT-eager, -compiled, -cudagraphs | a whole step of each layout and of timm's dense model: images/s, memory |
 | pretrain | a minute of `fcmae pretrain` on JPEGs made here: images/s, and the share that the GPU waits for data |
+| depthwise | bytes that the depthwise convolution moves, as a share of what a copy moves a second |
 | tests | tests/test_layouts_triton.py on the GPU, where pytest is installed |
 | VARIANT-batches | images/s and memory of the steps by batch size, eager |
 
@@ -167,7 +167,6 @@ def parts_of(session: Session) -> list[Part]:
     found = [
         Part("verify", 60, partial(run_verify, session)),
         Part("kernels", 60, partial(run_kernels, session)),
-        Part("depthwise", 40, partial(run_depthwise, session)),
     ]
     names = {variant: short(variant) for variant in session.args.variants}
     needs = {"eager": 20, "compiled": 40, "cudagraphs": 40}  # what is compiled was so in the warm-up
@@ -183,6 +182,8 @@ def parts_of(session: Session) -> list[Part]:
     found.append(Part("pretrain", session.args.pretrain_s + 30, partial(run_pretrain, session, first)))
     found += [steps[variant, mode] for variant in others for mode in ("eager", "compiled")]
     found += [steps[variant, "cudagraphs"] for variant in names]
+    # A recording that fails ends all that this process does on the GPU.
+    found.append(Part("depthwise", 20, partial(run_depthwise, session)))
     found.append(Part("tests", 90, partial(run_tests, session)))
     found += [
         Part(f"{name}-batches", 60, partial(run_batches, session, f"{name}-batches", variant))

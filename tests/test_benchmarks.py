@@ -292,7 +292,7 @@ def test_the_gpus_parts_run_on_a_cpu_and_write_what_they_find(
     monkeypatch.setattr(verify, "speeds", lambda *_: {})  # takes long, and nobody reads it here
     path = tmp_path / "benchmarks" / "gpu.json"
     flags = ["--out", str(path), *ON_CPU, "--batches", "1", "2", "--every-steps", "1", "--images", "8"]
-    parts = ["verify", "kernels", "depthwise", "atto-eager", "pretrain", "tests", "atto-batches"]
+    parts = ["verify", "kernels", "atto-eager", "pretrain", "depthwise", "tests", "atto-batches"]
     assert gpu.main([*flags, "--pretrain-s", "0", "--parts", *parts]) == 0
     content = written(path)
     assert list(content["parts"]) == parts
