@@ -28,13 +28,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fcmae import threads
-from fcmae.data.cores import cgroup, core_time, num_cores
+from fcmae.data.cores import (
+    FEW_FILES,
+    OPEN_FILES,
+    SHARED_MEMORY,
+    allow_open_files,
+    core_time,
+    memory_limits,
+    num_cores,
+)
 
 # FCMAE's parameters with the default decoder. A checkpoint holds each three times in float32: weights and two moments.
 NUM_PARAMETERS = {"atto": 7_257_992, "base": 91_922_432}
 # What pretrain_cpu (atto, 64 images of 128 pixels) and its worker took on Linux.
 MIN_MEMORY = 1_500_000_000
-SHARED_MEMORY = Path("/dev/shm")
 
 NOTHING = "nothing can be pretrained"
 PAIR = (
@@ -135,7 +142,7 @@ def _table(out: Path, quick: bool) -> Iterator[Check]:
     yield Check("imagecodecs", _imagecodecs, cost, "pip install imagecodecs")
     mend = "free some, or choose another place: --out DIR"
     yield Check("disk", partial(_disk, out), "runs cannot be saved there", mend, needed=True)
-    cost = "loader workers pass their batches through it, and die of a bus error when it is full"
+    cost = "loader workers pass their images through pipes, which is slower, when it is full"
     mend = "docker run --shm-size 2g, mount -o remount,size=2g /dev/shm, or --data.num_workers 0, which is slower"
     yield Check("/dev/shm", _shared_memory, cost, mend)
     cost = f"training is killed: atto takes {_gb(MIN_MEMORY)} for 64 images of 128 pixels"
@@ -147,7 +154,8 @@ def _table(out: Path, quick: bool) -> Iterator[Check]:
     yield Check("CPU", _cpu, cost, f"set OMP_NUM_THREADS={cores} and --data.num_workers {cores}")
     cost = "training on a CPU takes several times as long, and threads that spin while they wait slow it further"
     yield Check("threads", _threads, cost, f"end other programs; set {'='.join(threads.BUSY_SETTING)} or nothing")
-    yield Check("open files", _open_files, "with many loader workers: Too many open files", "ulimit -n 4096")
+    cost = "loader workers pass their images through pipes, which is slower"
+    yield Check("open files", _open_files, cost, "ulimit -n 4096")
 
 
 def doctor(out: Path = Path(), quick: bool = False, as_json: bool = False) -> bool:
@@ -477,8 +485,7 @@ def _memory() -> Iterator[Finding]:
     import psutil  # comes with accelerate
 
     memory = psutil.virtual_memory()
-    limits = [int(word) for word in cgroup("memory.max", "memory/memory.limit_in_bytes") if word.isdecimal()]
-    total = min([memory.total, *limits])
+    total = min([memory.total, *(limit for limit, _ in memory_limits())])
     found = f"{_gb(min(memory.available, total))} of {_gb(total)} available"
     if total < memory.total:
         found += f" in this container; the machine has {_gb(memory.total)}"
@@ -503,7 +510,5 @@ def _threads() -> Iterator[Finding]:
 
 
 def _open_files() -> Iterator[Finding]:
-    import resource
-
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    yield _judge("no limit" if limit == resource.RLIM_INFINITY else f"at most {limit}", 0 <= limit < 1024)
+    limit = allow_open_files()
+    yield _judge(f"{'at most' if limit < OPEN_FILES else 'at least'} {limit}", limit < FEW_FILES)
