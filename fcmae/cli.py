@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import json
@@ -9,6 +10,7 @@ import os
 import select
 import signal
 import sys
+import webbrowser
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -157,7 +159,11 @@ def _analyze(cfg: commands.AnalyzeConfig) -> None:
 def _report(cfg: commands.ReportConfig) -> None:
     from fcmae.evaluation.report import report
 
-    print(f"report: {report(cfg.runs, cfg.out)}")
+    page = report(cfg.runs, cfg.out)
+    print(f"report: {page}")
+    if cfg.open:
+        with contextlib.suppress(OSError, webbrowser.Error):  # where there is none, the page is there all the same
+            webbrowser.open(page.absolute().as_uri())
 
 
 def _status(cfg: commands.StatusConfig) -> None:

@@ -25,14 +25,22 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from fcmae import threads
-from fcmae.data.cores import cgroup, core_time, free_memory, num_cores
+from fcmae.data.cores import (
+    FEW_FILES,
+    OPEN_FILES,
+    SHARED_MEMORY,
+    allow_open_files,
+    core_time,
+    free_memory,
+    memory_limits,
+    num_cores,
+)
 from fcmae.processes import Failed, each_in_process
 
 # FCMAE's parameters with the default decoder. A checkpoint holds each three times in float32: weights and two moments.
 NUM_PARAMETERS = {"atto": 7_257_992, "base": 91_922_432}
 # What pretrain_cpu (atto, 64 images of 128 pixels) and its worker took on Linux.
 MIN_MEMORY = 1_500_000_000
-SHARED_MEMORY = Path("/dev/shm")
 
 NOTHING = "nothing can be pretrained"
 PAIR = (
@@ -396,7 +404,7 @@ def _disk(out: Path) -> Iterator[Finding]:
 def _shared_memory() -> Iterator[Finding]:
     if SHARED_MEMORY.exists():  # on Linux
         usage = shutil.disk_usage(SHARED_MEMORY)
-        cost = "loader workers pass their batches through it, and die of a bus error when it is full"
+        cost = "loader workers pass their images through pipes, which is slower, when it is full"
         mend = "docker run --shm-size 2g, mount -o remount,size=2g /dev/shm, or --data.num_workers 0, which is slower"
         yield _judge("/dev/shm", f"{_gb(usage.free)} of {_gb(usage.total)} free", usage.free < 5e8, cost, mend)
 
@@ -405,8 +413,7 @@ def _memory() -> Iterator[Finding]:
     import psutil  # comes with accelerate
 
     machine, free = psutil.virtual_memory().total, free_memory()
-    limits = [int(word) for word in cgroup("memory.max", "memory/memory.limit_in_bytes") if word.isdecimal()]
-    total = min([machine, *limits])
+    total = min([machine, *(limit for limit, _ in memory_limits())])
     found = f"{_gb(min(free, total))} of {_gb(total)} available"
     if total < machine:
         found += f" in this container; the machine has {_gb(machine)}"
@@ -436,10 +443,7 @@ def _threads() -> Iterator[Finding]:
 
 
 def _open_files() -> Iterator[Finding]:
-    import resource
-
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    found = "no limit" if limit == resource.RLIM_INFINITY else f"at most {limit}"
-    yield _judge(
-        "open files", found, 0 <= limit < 1024, "with many loader workers: Too many open files", "ulimit -n 4096"
-    )
+    limit = allow_open_files()
+    found = f"{'at most' if limit < OPEN_FILES else 'at least'} {limit}"
+    cost = "loader workers pass their images through pipes, which is slower"
+    yield _judge("open files", found, limit < FEW_FILES, cost, "ulimit -n 4096")

@@ -44,8 +44,9 @@ from fcmae.training.run import (
     finish,
     make_accelerator,
     same_everywhere,
+    tell_next,
 )
-from fcmae.training.steps import Steps, schedule_of
+from fcmae.training.steps import Steps, images_at_once, schedule_of, that_fits
 from fcmae.weights.convert import adapt_in_chans, save_classifier
 from fcmae.weights.files import Weights, read_weights
 from fcmae.weights.formats import Architecture, rename
@@ -140,6 +141,7 @@ def train(
         FloatingPointError: if the loss or a gradient stops being finite.
         ValueError: if none of the held-out images can be read.
     """
+    cfg = that_fits(cfg, accelerator)
     net = net.to(accelerator.device)
     ema_decay = cfg.regularization.ema_decay
     ema = ModelEmaV3(net, decay=ema_decay) if ema_decay and not cfg.eval_only else None
@@ -154,7 +156,7 @@ def train(
             ema.module.load_state_dict(checkpoint.read_state(resumed, "ema", net, in_format_1))
     schedule = schedule_of(cfg, per_epoch, run.resume_step)
     normalize = Normalize(weights.image["mean"], weights.image["std"]).to(accelerator.device)
-    at_once = max(1, cfg.batch_size // accelerator.num_processes // cfg.grad_accum)
+    at_once = images_at_once(cfg, accelerator.num_processes)
 
     def trial() -> None:
         with accelerator.autocast():
@@ -179,11 +181,12 @@ def train(
         steps = Steps(cfg, schedule, accelerator, model, optimizer, train_set, log, stop)
         for step in steps:
             for batch in step.batches():
-                images, target = normalize(batch.images), batch.given_labels  # (B, C, H, W) float32, (B,) int64
-                if mixup is not None:
-                    images, target = mixup(images, target)  # (B, classes)
-                loss = classification_loss(model(images), target, balance, smoothing)
-                step.backward(loss)
+                with step.part():
+                    images, target = normalize(batch.images), batch.given_labels  # (B, C, H, W) float32, (B,) int64
+                    if mixup is not None:
+                        images, target = mixup(images, target)  # (B, classes)
+                    loss = classification_loss(model(images), target, balance, smoothing)
+                    step.backward(loss)
             step.update()
             if ema is not None:
                 ema.update(net)
@@ -191,18 +194,10 @@ def train(
             if step.evaluates:
                 places = ("last",) if step.number == schedule.total else ()
                 evaluation.run(net, ema, step.number, step.epoch, places)
-            if step.saves and accelerator.is_main_process:
-                tensors = {"model": net.state_dict(), "optimizer": checkpoint.optimizer_state(adamw, net)}
-                if ema is not None:
-                    tensors["ema"] = ema.module.state_dict()
-                scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
-                progress = {"best": vars(best), "scaler": scaler}
-                spec, config = net.encoder.spec.model_dump(), cfg.model_dump(mode="json")
-                meta = checkpoint.Meta("finetune", step.number, config, images_used, progress, spec)
-                checkpoint.save(run.path, meta, tensors)
-                checkpoint.prune(run.path, cfg.checkpoint.keep, schedule.milestone_every, run.last_good())
+            step.save(run, net, images_used, {"best": vars(best)}, None if ema is None else ema.module)
     if steps.finished:
         logger.info("best and last model: %s, %s", run.path / "best", run.path / "last")
+        tell_next(run.path, "fcmae predict {run} IMAGES", "fcmae convert {run} DEST")
     return steps.finished
 
 

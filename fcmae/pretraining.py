@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import shlex
 from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -49,8 +48,9 @@ from fcmae.training.run import (
     make_accelerator,
     read_metrics,
     same_everywhere,
+    tell_next,
 )
-from fcmae.training.steps import Step, Steps, schedule_of
+from fcmae.training.steps import Step, Steps, images_at_once, schedule_of, that_fits
 from fcmae.weights.convert import start_from
 from fcmae.weights.files import read_weights
 from fcmae.weights.formats import OLD, rename
@@ -138,6 +138,7 @@ def train(
     Raises:
         FloatingPointError: if the loss or a gradient stops being finite.
     """
+    cfg = that_fits(cfg, accelerator)
     net = net.to(accelerator.device)
     adamw = build_optimizer(cfg, net)
     fingerprint = train_images.fingerprint()
@@ -147,7 +148,7 @@ def train(
     visible = num_visible(math.prod(mask_grid(cfg)), cfg.model.mask_ratio)
 
     def trial() -> None:
-        noise = noise_batch(cfg, images_at_once(cfg, accelerator)).to(accelerator.device)
+        noise = noise_batch(cfg, images_at_once(cfg, accelerator.num_processes)).to(accelerator.device)
         with accelerator.autocast():
             loss = masked_loss(net, normalize(noise.images), noise.given_masks, visible, target=net.target)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -163,26 +164,18 @@ def train(
         steps = Steps(cfg, schedule, accelerator, model, optimizer, train_set, log, stop, cfg.data.masks_per_image)
         for step in steps:
             for batch in step.batches():
-                images = normalize(batch.images)  # (B, C, H, W) float32
-                loss = masked_loss(model, images, batch.given_masks, visible, target=net.target)
-                step.backward(loss)
+                with step.part():
+                    images = normalize(batch.images)  # (B, C, H, W) float32
+                    loss = masked_loss(model, images, batch.given_masks, visible, target=net.target)
+                    step.backward(loss)
             step.update()
             step.log()
             if step.evaluates:
                 evaluation.run(net, step)
-            if step.saves and accelerator.is_main_process:
-                tensors = {"model": net.state_dict(), "optimizer": checkpoint.optimizer_state(adamw, net)}
-                scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
-                progress = {"scaler": scaler, "images_at_once": images_at_once(cfg, accelerator)}
-                spec = net.encoder.spec.model_dump()
-                config = cfg.model_dump(mode="json")
-                checkpoint.save(
-                    run.path, checkpoint.Meta("pretrain", step.number, config, fingerprint, progress, spec), tensors
-                )
-                checkpoint.prune(run.path, cfg.checkpoint.keep, schedule.milestone_every, run.last_good())
+            at_once = images_at_once(steps.cfg, accelerator.num_processes)
+            step.save(run, net, fingerprint, {"images_at_once": at_once})
     if steps.finished:
-        place = shlex.quote(str(run.path))
-        logger.info("next: fcmae finetune LABELLED --init %s, or fcmae convert %s DEST; fcmae status %s", *[place] * 3)
+        tell_next(run.path, "fcmae finetune LABELLED --init {run}", "fcmae convert {run} DEST")
     return steps.finished
 
 
@@ -231,7 +224,7 @@ def check_pooled(cfg: PretrainConfig, run: RunDirectory, accelerator: Accelerato
     """
     if cfg.model.grn_scope == "image" or run.resume_from is None:
         return
-    now = images_at_once(cfg, accelerator)
+    now = images_at_once(cfg, accelerator.num_processes)
     if (before := checkpoint.read_meta(run.resume_from).progress.get("images_at_once", now)) != now:
         raise ValueError(
             f"model.grn_scope = batch pools over {now} images, and the run did over {before}: choose grad_accum and "
@@ -286,12 +279,6 @@ def mask_grid(cfg: PretrainConfig) -> tuple[int, int]:
     """Rows and columns of mask patches."""
     height, width = cfg.data.image_size
     return height // cfg.model.mask_patch, width // cfg.model.mask_patch
-
-
-def images_at_once(cfg: PretrainConfig, accelerator: Accelerator) -> int:
-    """Images that a process computes together in training, each counted as often as it has masks."""
-    images: int = cfg.batch_size // accelerator.num_processes // cfg.grad_accum
-    return images
 
 
 def build_reading(cfg: PretrainConfig) -> Reading:
@@ -477,7 +464,7 @@ def build_evaluation(
         log: of the run.
     """
     rank, processes, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    at_once, workers = images_at_once(cfg, accelerator), choose_num_workers(cfg.data.num_workers, device.type)
+    at_once, workers = images_at_once(cfg, processes), choose_num_workers(cfg.data.num_workers, device.type)
     val_set = build_dataset(cfg, val_images, augment=False)
     keys = evaluation_batches(len(val_set), at_once, rank, processes)
     monitor = Monitor(

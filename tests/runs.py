@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -239,3 +239,21 @@ def losses(run: Path) -> list[tuple[int, float]]:
     """(step, loss) of each line of metrics.jsonl that has a loss."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+
+
+def run_out_of_memory(monkeypatch: pytest.MonkeyPatch, calls: Sequence[int], after_backward: bool) -> None:
+    """Have parts of training fail as for want of GPU memory.
+
+    calls: their numbers, counted from 1 over all parts that are tried. after_backward: their gradients are there.
+    """
+    backward, tried = fcmae.training.steps.Step.backward, 0
+
+    def failing(self: fcmae.training.steps.Step, loss: Tensor) -> None:
+        nonlocal tried
+        tried += 1
+        if after_backward or tried not in calls:
+            backward(self, loss)
+        if tried in calls:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(fcmae.training.steps.Step, "backward", failing)

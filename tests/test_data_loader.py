@@ -1,17 +1,26 @@
 from __future__ import annotations
 
+import ctypes
+import logging
+import multiprocessing
 import os
+import resource
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import PROCESSES
 from torch.utils.data import Dataset
 
 from fcmae.data.augment import CropAndFlip
+from fcmae.data.cores import core_time, free_memory
 from fcmae.data.dataset import Batch, NoUsableImage, PretrainDataset, Sample
 from fcmae.data.index import Images, find_images
 from fcmae.data.loader import STOP_SIGNALS, build_loader, choose_num_workers, prefetched
@@ -127,6 +136,72 @@ def test_a_worker_that_is_killed_is_told_of_where_a_batch_is_asked_for_and_nowhe
     assert signal.getsignal(signal.SIGCHLD) is before
 
 
+class _Large(Dataset[Sample]):
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        return Sample(np.full((1, 1000, 1000), key[1], np.uint8), None, key[1], key[1], True, [])
+
+
+def _read_with(num_bytes: int | None, num_files: int | None, can_raise: bool, answers: Any) -> None:
+    """Say which batches of a megabyte arrive, in a process with little shared memory or few files."""
+    if num_bytes is not None:
+        commands = (
+            ["mount", "--make-rprivate", "/"],
+            ["mount", "-t", "tmpfs", "-o", f"size={num_bytes}", "x", "/dev/shm"],
+        )
+        if os.geteuid() != 0 or ctypes.CDLL(None).unshare(0x20000) != 0:
+            os._exit(77)
+        for command in commands:
+            if subprocess.run(command, capture_output=True, check=False).returncode:
+                os._exit(77)
+    if num_files is not None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (num_files, 4096 if can_raise else num_files))
+    multiprocessing.set_start_method("fork", force=True)  # else the workers import everything anew
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("fcmae").addHandler(handler)
+    logging.getLogger("fcmae").setLevel(logging.INFO)
+    keys = [[(0, number)] for number in range(40)]
+    batches = list(build_loader(_Large(), keys, num_workers=2, device_type="cpu"))
+    values = [(int(batch.images.min()), int(batch.images.max()), int(batch.index)) for batch in batches]
+    answers.send((values, said))
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "num_files", "can_raise", "told"),
+    [
+        (300_000, None, False, 1),  # less than a batch
+        (3_500_000, None, False, None),  # as much as some of those that are on their way: it depends on who is faster
+        (None, 60, True, 0),
+        (None, 60, False, 1),
+        (None, None, False, 0),
+    ],
+)
+def test_batches_arrive_whatever_shared_memory_and_files_there_are(
+    num_bytes: int | None, num_files: int | None, can_raise: bool, told: int | None
+) -> None:
+    """A batch that fails on its way, in the thread that feeds a worker's queue, would be waited for for ever."""
+    ours, theirs = PROCESSES.Pipe()
+    process = PROCESSES.Process(target=_read_with, args=(num_bytes, num_files, can_raise, theirs))
+    process.start()
+    theirs.close()
+    try:
+        if not ours.poll(60):
+            pytest.fail("it waits for ever")
+        values, said = ours.recv()
+    except EOFError:
+        process.join()
+        if process.exitcode == 77:
+            pytest.skip("no small /dev/shm can be mounted here")
+        raise
+    finally:
+        process.kill()
+        process.join()
+    assert values == [(number, number, number) for number in range(40)]
+    assert told is None or len(said) == told
+    assert all("through pipes" in line and "--shm-size" in line for line in said)
+
+
 class _Stream:
     """Writes what is done with it, in place of a CUDA stream."""
 
@@ -193,6 +268,50 @@ def test_a_containers_quota_counts_as_its_cores(monkeypatch: pytest.MonkeyPatch,
     for quota, workers in {"400000": 4, "50000": 1, "max": 8, "9900000": 8}.items():
         (tmp_path / "cpu.max").write_text(f"{quota} 100000\n")
         assert choose_num_workers(None, "cuda") == workers
+
+
+@pytest.mark.parametrize(
+    ("membership", "names"),
+    [
+        ("0::/a/b", ("memory.max", "memory.current", "cpu.max")),
+        ("5:cpu,cpuacct:/a/b\n4:memory:/a/b\n0::/", ("memory.limit_in_bytes", "memory.usage_in_bytes", "")),
+    ],
+)
+def test_the_tightest_limit_of_the_groups_around_a_process_holds(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, membership: str, names: tuple[str, str, str]
+) -> None:
+    """As of a service, or `systemd-run --scope -p MemoryMax=4G`, whose group is not the outermost that is seen."""
+    (tmp_path / "membership").write_text(f"{membership}\n")
+    monkeypatch.setattr("fcmae.data.cores.MEMBERSHIP", tmp_path / "membership")
+    monkeypatch.setattr("fcmae.data.cores.CGROUP", tmp_path)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=20 * 10**9))
+    limit, used, quota = names
+    memory, cpu = (tmp_path, tmp_path) if quota else (tmp_path / "memory", tmp_path / "cpu")
+    for root in (memory, cpu):
+        (root / "a" / "b").mkdir(parents=True, exist_ok=True)
+    assert free_memory() == 20 * 10**9
+    for group, bytes_allowed, bytes_used in (("a", 4 * 10**9, 10**9), ("a/b", 8 * 10**9, 5 * 10**8)):
+        (memory / group / limit).write_text(f"{bytes_allowed}\n")
+        (memory / group / used).write_text(f"{bytes_used}\n")
+    assert free_memory() == 3 * 10**9
+    (memory / "a" / "memory.stat").write_text("anon 1\ninactive_file 500000000\n")
+    assert free_memory() == 35 * 10**8
+    if quota:
+        (cpu / "a" / quota).write_text("50000 100000\n")
+    else:
+        (cpu / "a" / "cpu.cfs_quota_us").write_text("50000\n")
+        (cpu / "a" / "cpu.cfs_period_us").write_text("100000\n")
+    assert core_time() == 0.5
+
+
+def test_more_workers_than_cores_are_not_started_and_this_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with caplog.at_level(logging.INFO, "fcmae"):
+        assert [choose_num_workers(number, "cpu") for number in (0, 3, 64, 64)] == [0, 3, 3, 3]
+    assert caplog.messages == ["num_workers is 64 for 3 cores a process: 3 are started"]
 
 
 def test_default_number_of_workers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

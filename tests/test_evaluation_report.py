@@ -11,6 +11,7 @@ import shlex
 import shutil
 import struct
 import sys
+import webbrowser
 import zlib
 from collections.abc import Iterator
 from functools import reduce
@@ -67,6 +68,26 @@ def test_several_runs_need_a_name_for_the_page(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--out is missing for 2 runs: name the file to write"):
         report(runs)
     assert report(runs, tmp_path / "new" / "page.html").is_file()
+
+
+@pytest.mark.parametrize("error", [None, webbrowser.Error("no runnable browser"), FileNotFoundError()])
+def test_a_page_is_opened_where_there_is_a_browser(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception | None
+) -> None:
+    opened: list[str] = []
+
+    def open_page(url: str) -> bool:
+        opened.append(url)
+        if error is not None:
+            raise error
+        return False
+
+    monkeypatch.setattr(webbrowser, "open", open_page)
+    monkeypatch.chdir(tmp_path)
+    pretrain_run(Path("a run"))
+    assert main(["report", "a run"]) == 0 and not opened
+    assert main(["report", "a run", "--open"]) == 0
+    assert opened == [(tmp_path / "a run" / "report.html").as_uri()]
 
 
 def test_a_file_that_is_no_report_is_refused_and_a_report_is_replaced(tmp_path: Path) -> None:

@@ -75,6 +75,17 @@ def test_a_finished_pretraining_names_what_can_be_done_with_it(run: Path) -> Non
         assert f"fcmae {command} " in said
 
 
+def test_the_command_of_tensorboard_is_told_where_it_has_something_to_show(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "tensorboard" not in status(run)
+    (run / "tensorboard" / "fcmae").mkdir(parents=True)
+    (run / "tensorboard" / "fcmae" / "events.out.tfevents.1").touch()
+    assert status(run).endswith(f"\n  tensorboard --logdir {run}/tensorboard")
+    monkeypatch.setattr("fcmae.training.run.find_spec", lambda name: None)
+    assert "tensorboard" not in status(run)
+
+
 def test_a_run_that_was_cut_off_names_its_command(run: Path) -> None:
     said = status(log(run, "step 30/60, epoch 3.00"))
     assert "ended without a word, probably for want of memory" in said

@@ -104,6 +104,7 @@ def test_it_learns_and_reports_what_it_learned(tuned: Path) -> None:
     assert "top5" not in last
     log = (tuned / "train.log").read_text()
     assert "best and last model" in log
+    assert log.endswith(f"next: fcmae predict {tuned} IMAGES, or fcmae convert {tuned} DEST; fcmae status {tuned}\n")
     assert "far from the mean" not in log
 
 
@@ -213,6 +214,38 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
         assert cut.read_text() == whole.read_text()
     assert any(name.startswith("ema:") for name in final_state(tmp_path / "cut"))
     assert "ema_auroc" in metrics(tmp_path / "cut")[-1]
+
+
+@pytest.mark.parametrize("after_backward", [False, True])
+def test_a_step_without_memory_is_taken_again_in_smaller_parts_that_mixup_can_pair(
+    labelled: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    after_backward: bool,
+) -> None:
+    """To the bit as if the run had been stopped before that step and gone on in such parts."""
+    settings: dict[str, Any] = {
+        "model__variant": runs.TINY,
+        "model__stem_stride": 1,
+        "model__drop_path_rate": 0.2,
+        "regularization__mixup": 0.8,
+        "regularization__ema_decay": 0.9,
+    }
+    with monkeypatch.context() as patch:
+        runs.run_out_of_memory(patch, [4], after_backward)
+        assert finetune(labelled, tmp_path / "failed", **settings) == 0
+    runs.forget_accelerator()
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, kill_self(signal.SIGTERM))
+        assert finetune(labelled, tmp_path / "cut", **settings) == 143
+    runs.forget_accelerator()
+    assert finetune(labelled, tmp_path / "cut", **settings, grad_accum=2) == 0
+    assert_same(final_state(tmp_path / "failed"), final_state(tmp_path / "cut"))
+    runs.forget_accelerator()
+    runs.run_out_of_memory(monkeypatch, [1, 2], after_backward)
+    assert finetune(labelled, tmp_path / "none", **settings) == 2
+    assert "does not suffice for 2 images at once, and the run cannot be" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import tifffile
 import torch
+from conftest import requires_time
 from PIL import Image
-from runs import TINY, forget_accelerator, write_images
+from runs import TINY, forget_accelerator, start, write_images
 
 import fcmae
 from fcmae import bench, cli, planning
 from fcmae.config import PretrainConfig
+from fcmae.data import cores
 from fcmae.data.index import find_images
 from fcmae.data.survey import survey
 from fcmae.networks.convnext import Encoder
@@ -182,6 +187,47 @@ def test_steps_are_really_timed_and_their_memory_measured(photos: Path) -> None:
     for words in (pretraining, ["finetune", "labelled", "--hours", "0.001", "--device", "cpu", "--print-config"]):
         with pytest.raises(SystemExit):
             cli.main(words)
+
+
+def large_photos(folder: Path) -> Path:
+    """Six JPEGs of 24 million pixels."""
+    folder.mkdir()
+    for number in range(6):
+        pixels = np.random.default_rng(number).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((6000, 4000)).save(folder / f"{number}.jpg", quality=80)
+    return folder
+
+
+def limit_memory(group: Path, num_bytes: int) -> None:
+    """Have this process see a limit, as of a container, of which half a gigabyte is used."""
+    (group / "memory.max").write_text(f"{num_bytes}\n")
+    (group / "memory.current").write_text("500000000\n")
+    cores.CGROUP = group
+
+
+@requires_time
+def test_the_first_command_on_large_photographs_keeps_within_four_gigabytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of its processes together: pages that they share count once, where they are."""
+    monkeypatch.chdir(tmp_path)
+    photos, group, most = large_photos(tmp_path / "photos"), tmp_path / "group", 4 * 10**9
+    group.mkdir()
+    command = ["pretrain", str(photos), "--hours", "0.01", "--device", "cpu", "--out", str(tmp_path / "run")]
+    process = start(command, tmp_path / "log", prepare=partial(limit_memory, group, most))
+    peak, seen = 0, 0
+    while process.is_alive():
+        used = 0
+        with suppress(psutil.NoSuchProcess):
+            parent = psutil.Process(process.pid)
+            for one in (parent, *parent.children(recursive=True)):
+                with suppress(psutil.NoSuchProcess):
+                    used += one.memory_full_info().pss
+            seen += 1
+        peak = max(peak, used)
+        process.join(0.05)
+    assert process.exitcode == 0, (tmp_path / "log").read_text()
+    assert seen > 20 and 3 * 10**8 < peak < most
 
 
 def test_the_weights_that_a_run_starts_from_are_found_by_their_key(photos: Path, measured: list[int]) -> None:

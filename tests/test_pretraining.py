@@ -26,7 +26,19 @@ import runs
 import torch
 from conftest import requires_minkowski
 from PIL import Image
-from runs import assert_same, at_step, config, final_state, flags, kill_self, losses, start, tensors, write_images
+from runs import (
+    assert_same,
+    at_step,
+    config,
+    final_state,
+    flags,
+    kill_self,
+    losses,
+    run_out_of_memory,
+    start,
+    tensors,
+    write_images,
+)
 from safetensors.torch import load_file, save_file
 
 import fcmae
@@ -210,6 +222,7 @@ def test_a_run_writes_settings_logs_pictures_and_checkpoints(images: Path, tmp_p
     assert "8 steps of 4 images on 1 x cpu in fp32" in log
     assert "step 8/8, epoch 4.00, loss" in log  # plain lines: there is no terminal here
     assert f"next: fcmae finetune LABELLED --init {out}, or fcmae convert {out} DEST; fcmae status {out}" in log
+    assert f"fcmae status {out}; tensorboard --logdir {out}/tensorboard\n" in log
 
 
 def test_the_validation_loss_is_of_the_same_pixels_under_the_same_masks_each_time(images: Path, tmp_path: Path) -> None:
@@ -297,6 +310,114 @@ def test_several_masks_an_image_take_more_steps_over_the_same_images_and_resume(
     np.testing.assert_allclose(losses(tmp_path / "parts"), losses(tmp_path / "whole"), rtol=1e-5)
     # What is trained is another: it may not change on resuming.
     assert run(images, tmp_path / "whole", data__val_share=0.1) == 2
+
+
+@pytest.mark.parametrize("after_backward", [False, True])
+def test_a_step_without_memory_is_taken_again_in_smaller_parts_and_nothing_is_lost(
+    uninterrupted: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after_backward: bool
+) -> None:
+    """Its weights are the undisturbed run's up to rounding, and to the bit those of one that changes its parts."""
+    whole, dropping = tmp_path / "whole", {"model__drop_path_rate": 0.5}
+    with monkeypatch.context() as patch:
+        run_out_of_memory(patch, [6], after_backward)  # the only part of step 6
+        assert run(images, whole, data__num_workers=1) == 0
+    for name, value in final_state(uninterrupted).items():
+        torch.testing.assert_close(final_state(whole)[name], value, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(losses(whole), losses(uninterrupted), rtol=1e-5)
+
+    parts, changed = tmp_path / "parts", tmp_path / "changed"
+    with monkeypatch.context() as patch:
+        run_out_of_memory(patch, [10], after_backward)  # the second of two parts of step 5
+        assert run(images, parts, grad_accum=2, **dropping) == 0
+    interrupted(images, changed, grad_accum=2, **dropping)
+    assert run(images, changed, grad_accum=4, **dropping) == 0
+    assert_equal_runs(parts, changed)
+    said = (
+        "step 5: the memory of the GPU does not suffice for 2 images: it is taken again with 1 at once, as are those to"
+    )
+    assert (parts / "train.log").read_text().count(said) == 1
+
+
+def test_a_run_goes_on_in_the_smaller_parts_that_it_was_found_to_need(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        run_out_of_memory(patch, [2], after_backward=True)
+        interrupted(images, out)
+    assert checkpoint.read_meta(out / "checkpoints" / "step-00000004").config["grad_accum"] == 2
+    assert run(images, out) == 0
+    log = (out / "train.log").read_text()
+    assert log.count("2 images at once, as more did not fit into the memory before: grad_accum = 2") == 1
+    # On another device it starts with what it is given.
+    monkeypatch.setattr("fcmae.training.run.cpu_name", lambda: "another")
+    assert run(images, out, epochs=3) == 0
+    assert (out / "train.log").read_text().count("images at once, as more did not fit") == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "calls", "at_once"),
+    [({"grad_accum": 2}, [1, 2], 1), ({"model__grn_scope": "batch"}, [1], 4)],
+)
+def test_a_step_that_cannot_be_made_smaller_is_a_sentence_with_a_way_out(
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    settings: dict[str, Any],
+    calls: list[int],
+    at_once: int,
+) -> None:
+    run_out_of_memory(monkeypatch, calls, after_backward=False)
+    assert run(images, tmp_path / "out", **settings) == 2
+    error = capsys.readouterr().err
+    assert (
+        f"step 1: the memory of the GPU does not suffice for {at_once} images at once, and the run cannot be" in error
+    )
+    assert "try --model.grad_checkpointing true, a smaller data.image_size or model.variant" in error
+
+
+def test_memory_that_lacks_elsewhere_is_a_sentence_too(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
+
+    monkeypatch.setattr("fcmae.training.steps.start_update", fail)
+    assert run(images, tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert "CUDA out of memory. Tried to allocate 2.00 GiB" in error and "raise grad_accum" in error
+
+
+def test_a_process_that_lacks_memory_while_gradients_are_exchanged_ends_all_and_the_run_goes_on_in_smaller_parts(
+    tmp_path: Path,
+) -> None:
+    """A part before the exchange is taken again; within it the others wait."""
+    images, out = write_images(tmp_path / "images", 16), tmp_path / "out"
+    script = tmp_path / "train.py"
+    script.write_text(
+        f"import os, sys; sys.path.insert(0, {str(Path(runs.__file__).parent)!r})\n"
+        "import pytest, runs; from fcmae.cli import main\n"
+        "calls = [1, 9] if os.environ['RANK'] == '1' else []\n"  # the first part of step 1, the last of step 2
+        "runs.run_out_of_memory(pytest.MonkeyPatch(), calls, after_backward=False)\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    settings = {"batch_size": 16, "data__val_share": 0, "grad_accum": 2, "epochs": 3, "optim__warmup_epochs": 0}
+    command = [sys.executable, *launcher, "pretrain", *flags(images, out, **settings)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 1
+    sentence = "suffice for 2 images, and other processes wait for it: the same command goes on with 1 at once"
+    assert sum(line.endswith(sentence) for line in result.stderr.splitlines() if "fcmae: error" in line) == 2
+    (before,) = read_metrics(out / "metrics.jsonl")
+    assert run(images, out, **settings) == 0
+    assert (
+        "1 images at once, as more did not fit into the memory before: grad_accum = 16"
+        in (out / "train.log").read_text()
+    )
+    first = read_metrics(out / "metrics.jsonl")[0]
+    assert (before["loss"], before["grad_norm"]) == pytest.approx((first["loss"], first["grad_norm"]), rel=1e-4)
 
 
 def test_a_run_whose_grn_pools_over_the_batch_goes_on_with_as_many_images_at_once(

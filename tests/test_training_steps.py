@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import random
+import weakref
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -19,12 +20,22 @@ from hypothesis import strategies as st
 from runs import config, forget_accelerator, write_images
 from torch import Tensor, nn
 
+from fcmae.config import PretrainConfig
 from fcmae.data.index import find_images
 from fcmae.pretraining import build_dataset
 from fcmae.training.log import Log
 from fcmae.training.optim import due
 from fcmae.training.run import StopSignal
-from fcmae.training.steps import StartedStep, Step, Steps, schedule_of, seed_step, start_update
+from fcmae.training.steps import (
+    StartedStep,
+    Step,
+    Steps,
+    images_at_once,
+    in_smaller_parts,
+    schedule_of,
+    seed_step,
+    start_update,
+)
 
 
 @pytest.fixture
@@ -99,6 +110,56 @@ def test_a_step_is_torch_s_own_in_any_number_of_parts(
     for ours, theirs in zip(net.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
         assert ours.grad is None  # cleared for the next step
+
+
+def test_what_was_computed_of_a_part_without_memory_is_let_go_before_the_step_is_taken_again(
+    accelerator: Accelerator, images: Path, tmp_path: Path
+) -> None:
+    net, _ = model_and_batch()
+    steps, log = steps_of(images, tmp_path / "out", accelerator, net)
+    step = next(iter(steps))
+    kept: list[weakref.ref[Tensor]] = []
+
+    def compute() -> None:
+        activations = net(torch.randn(8, 3).double())
+        kept.append(weakref.ref(activations))
+        if len(kept) == 1:
+            step.backward(activations.mean())
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        assert kept[0]() is None and all(parameter.grad is None for parameter in net.parameters())
+
+    num_parts = 0
+    for _ in step.batches():
+        num_parts += 1
+        with step.part():
+            compute()
+        if num_parts == 2:
+            break
+    log.close()
+    assert num_parts == 2 and steps.cfg.grad_accum == 2
+
+
+def test_any_other_error_of_a_part_is_raised(accelerator: Accelerator, images: Path, tmp_path: Path) -> None:
+    steps, log = steps_of(images, tmp_path / "out", accelerator, model_and_batch()[0])
+    step = next(iter(steps))
+    next(step.batches())
+    with pytest.raises(RuntimeError, match="of the model"), step.part():
+        raise RuntimeError("of the model")
+    log.close()
+
+
+def test_parts_become_the_next_smaller_ones_that_divide_the_batch(images: Path, tmp_path: Path) -> None:
+    def sizes(**settings: object) -> list[int]:
+        cfg: PretrainConfig | None = config(images, tmp_path, **settings)
+        found = []
+        while cfg is not None:
+            found.append(images_at_once(cfg, 2))
+            cfg = in_smaller_parts(cfg, 2)
+        return found
+
+    assert sizes(batch_size=24) == [12, 6, 3, 1]
+    assert sizes(batch_size=24, data__masks_per_image=3) == [12, 6, 3]
+    assert sizes(batch_size=24, model__grn_scope="batch") == [12]
 
 
 def test_the_numbers_of_a_step_are_read_while_the_next_computes(

@@ -254,6 +254,8 @@ class ReportConfig(Settings):
     """Directories of pretraining or fine-tuning, or of what `fcmae worth` compares."""
     out: UserPath | None = None
     """The page. Default: RUN/report.html, for one run."""
+    open: bool = False
+    """Show it in a browser, where there is one."""
 
 
 class StatusConfig(Settings):

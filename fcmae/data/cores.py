@@ -1,21 +1,47 @@
-"""How many cores this process may use, and how much of their time. No torch: the doctor asks, whatever is broken."""
+"""The cores, memory and open files that this process may use. No torch: the doctor asks, whatever is broken."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
+MEMBERSHIP = Path("/proc/self/cgroup")
+SHARED_MEMORY = Path("/dev/shm")
+OPEN_FILES = 4096  # as many as any number of workers needs
+FEW_FILES = 256  # fewer may not suffice for images in shared memory, each batch a file
 
 
-def cgroup(*names: str) -> list[str]:
-    """The words of a container's limit, under version 2 (the first name) or 1 (the others); none if there is none."""
-    files = [CGROUP / name for name in names]
-    if files[0].is_file():
-        return files[0].read_text().split()
-    return [file.read_text().strip() for file in files[1:] if file.is_file()]
+def _cgroups(controller: str) -> Iterator[Path]:
+    """The folders of this process's control group and of all around it, whose limits hold too: version 2, then 1."""
+    lines = MEMBERSHIP.read_text().splitlines() if MEMBERSHIP.is_file() else []
+    paths = {controllers: path for _, controllers, path in (line.split(":", 2) for line in lines)}
+    for root, number in ((CGROUP, ""), (CGROUP / controller, controller)):
+        own = next((path for names, path in paths.items() if number in names.split(",")), "/")
+        # In a container the path may be that outside, of which nothing is seen here.
+        place = root / own.strip("/") if ".." not in own else root
+        yield from (folder for folder in (place, *place.parents) if folder.is_relative_to(root) and folder.is_dir())
+
+
+def _words(file: Path) -> list[str]:
+    return file.read_text().split() if file.is_file() else []
+
+
+def memory_limits() -> Iterator[tuple[int, int]]:
+    """For each limit on the memory of this process and others beside it: the limit and what is left of it, in bytes."""
+    for group in _cgroups("memory"):
+        limit = _words(group / "memory.max") or _words(group / "memory.limit_in_bytes")
+        if limit and limit[0].isdecimal():
+            used = _words(group / "memory.current") or _words(group / "memory.usage_in_bytes") or ["0"]
+            statistics = _words(group / "memory.stat")
+            # Files that were read count as used until their place is needed.
+            counted = dict(zip(statistics[::2], statistics[1::2], strict=False))
+            cached = counted.get("total_inactive_file") or counted.get("inactive_file", "0")
+            yield int(limit[0]), max(0, int(limit[0]) - int(used[0]) + int(cached))
 
 
 def num_cores() -> int:
@@ -25,8 +51,12 @@ def num_cores() -> int:
 
 def core_time() -> float:
     """Seconds of core time in a second: `num_cores`, or what a container's quota leaves of them (docker run --cpus)."""
-    quota, period = cgroup("cpu.max", "cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us") or ("max", "1")
-    return min(num_cores(), int(quota) / int(period)) if quota.isdecimal() else num_cores()
+    shares: list[float] = [num_cores()]
+    for group in _cgroups("cpu"):
+        quota = _words(group / "cpu.max") or _words(group / "cpu.cfs_quota_us") + _words(group / "cpu.cfs_period_us")
+        if len(quota) == 2 and quota[0].isdecimal():
+            shares.append(int(quota[0]) / int(quota[1]))
+    return min(shares)
 
 
 def local_processes() -> int:
@@ -35,18 +65,23 @@ def local_processes() -> int:
 
 
 def free_memory() -> int:
-    """Bytes that this process may still take: what the system can give, or what a container's limit leaves of it."""
+    """Bytes that this process may still take: what the system can give, or what a limit leaves of it."""
     import psutil  # here, as the doctor may have to tell that it is missing
 
-    free: int = psutil.virtual_memory().available
-    limit = cgroup("memory.max", "memory/memory.limit_in_bytes")
-    used = cgroup("memory.current", "memory/memory.usage_in_bytes")
-    # Files that were read count as used until their place is needed.
-    statistics = cgroup("memory.stat", "memory/memory.stat")
-    cached = dict(zip(statistics[::2], statistics[1::2], strict=False)).get("inactive_file", "0")
-    if limit and used and limit[0].isdecimal():
-        free = min(free, int(limit[0]) - int(used[0]) + int(cached))
-    return max(free, 0)
+    return min([int(psutil.virtual_memory().available), *(left for _, left in memory_limits())])
+
+
+def allow_open_files() -> int:
+    """Raise the limit on open files as far as it may be raised and is of use, for the processes started from here too.
+
+    Returns:
+        The limit.
+    """
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    now, most = (min(limit, OPEN_FILES) if limit >= 0 else OPEN_FILES for limit in limits)  # below 0: no limit
+    if now < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, limits[1]))
+    return most
 
 
 def end_with_parent() -> None:

@@ -110,6 +110,7 @@ class Batch:
         index: (B,) int64.
         valid: (B,) bool, false for images that could not be read.
         bad: (name, reason) of images that could not be read.
+        was_piped: whether its images came from a worker without shared memory.
     """
 
     images: Tensor
@@ -118,11 +119,32 @@ class Batch:
     index: Tensor
     valid: Tensor
     bad: list[tuple[str, str]]
+    was_piped: bool = False
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         masks = None if self.masks is None else function(self.masks)
         labels = None if self.labels is None else function(self.labels)
-        return Batch(function(self.images), masks, labels, function(self.index), function(self.valid), self.bad)
+        index, valid = function(self.index), function(self.valid)
+        return Batch(function(self.images), masks, labels, index, valid, self.bad, self.was_piped)
+
+    def packed(self, share: bool) -> Batch:
+        """The batch to be sent to another process: arrays, which need neither shared memory nor an open file.
+
+        Args:
+            share: send the images by shared memory, in which they are put now.
+
+        Raises:
+            RuntimeError: if it has no room.
+        """
+        arrays = self._map(Tensor.numpy)  # type: ignore[arg-type]
+        arrays.was_piped = not share
+        if share:
+            arrays.images = self.images.share_memory_()  # type: ignore[no-untyped-call]
+        return arrays
+
+    def unpacked(self) -> Batch:
+        """A batch that was sent, as it was before."""
+        return self._map(torch.as_tensor)
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on a device; the copy does not block if the batch is pinned."""
@@ -150,8 +172,8 @@ class Batch:
         return self._map(lambda tensor: tensor[keep])
 
     def pin_memory(self) -> Batch:
-        """The batch in page-locked memory; DataLoader calls this."""
-        return self._map(Tensor.pin_memory)
+        """The batch, which may have been sent, in page-locked memory; DataLoader calls this."""
+        return self.unpacked()._map(Tensor.pin_memory)
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
         """Keep the memory, which another stream filled, until what `stream` has queued by then has used it."""

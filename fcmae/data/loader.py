@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import multiprocessing
+import shutil
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from functools import cache
 from itertools import chain
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from fcmae.data.cores import core_time, end_with_parent, local_processes
+from fcmae.data.cores import (
+    FEW_FILES,
+    SHARED_MEMORY,
+    allow_open_files,
+    core_time,
+    end_with_parent,
+    local_processes,
+    num_cores,
+)
 from fcmae.data.dataset import Batch, Reading, Sample, collate
 from fcmae.data.index import Images
 from fcmae.data.sampler import Key, evaluation_batches
+
+logger = logging.getLogger("fcmae")
 
 # What ends a job, and Ctrl-C; not all are there on Windows.
 STOP_SIGNALS = tuple(
@@ -37,7 +51,14 @@ class Loader(DataLoader[Batch]):
             yield from batches
             return
         try:
-            yield from batches
+            for batch in batches:
+                if batch.was_piped:
+                    _tell_once(
+                        "images come from the workers through pipes, which is slower, as %s has no room or too few "
+                        "files may be open: docker run --shm-size 2g, ulimit -n 4096",
+                        SHARED_MEMORY,
+                    )
+                yield batch.unpacked()
         except (RuntimeError, ConnectionError, EOFError) as error:
             # What DataLoader says of it, or the end of a connection over which a batch was on its way.
             own = "in DataLoader worker process" in str(error)  # raised by the data
@@ -45,8 +66,7 @@ class Loader(DataLoader[Batch]):
                 raise
             raise ChildProcessError(
                 "a process that decodes images was killed, most often by the system for want of memory: lower "
-                f"num_workers (it is {self.num_workers}), store the images smaller, or give a container more shared "
-                "memory (docker run --shm-size)"
+                f"num_workers (it is {self.num_workers}), or store the images smaller"
             ) from error
 
     def _start(self) -> Iterator[Batch]:
@@ -79,10 +99,11 @@ def build_loader(
     if num_workers > 0:
         atexit.unregister(end_workers)
         atexit.register(end_workers)
+        allow_open_files()
     return Loader(
         dataset,  # type: ignore[arg-type]  # collate makes a Batch of Samples
         batch_sampler=batch_sampler,
-        collate_fn=collate,
+        collate_fn=_collate_and_send if num_workers > 0 else collate,
         num_workers=num_workers,
         pin_memory=device_type == "cuda",
         persistent_workers=num_workers > 0,
@@ -91,6 +112,26 @@ def build_loader(
         # Each iterator draws a seed for its workers. From torch's global generator, that would change what follows.
         generator=torch.Generator(),
     )
+
+
+@cache
+def _tell_once(message: str, *args: object) -> None:
+    logger.info(message, *args)
+
+
+def _collate_and_send(samples: Sequence[Sample]) -> Batch:
+    """A batch on its way, through shared memory where there is room.
+
+    It is put there now: the thread that feeds a worker's queue would drop what fails, and be waited for for ever. Half
+    of what is free is left to others, such as the locks of further workers.
+    """
+    batch = collate(samples)
+    # Where there is no such folder, the system keeps it elsewhere.
+    has_room = not SHARED_MEMORY.exists() or shutil.disk_usage(SHARED_MEMORY).free > 2 * batch.images.nbytes
+    if has_room and allow_open_files() >= FEW_FILES:
+        with suppress(RuntimeError):
+            return batch.packed(share=True)
+    return batch.packed(share=False)
 
 
 def _init_worker(worker: int) -> None:
@@ -135,8 +176,8 @@ def evaluation_loader(
         rank: of this process.
         num_processes: that share the images.
     """
-    if num_workers is None:
-        num_workers = choose_num_workers(None, device_type) if len(images) > batch_size else 0
+    is_single = num_workers is None and len(images) <= batch_size
+    num_workers = 0 if is_single else choose_num_workers(num_workers, device_type)
     keys = evaluation_batches(len(images), batch_size, rank, num_processes)
     return build_loader(reading.dataset(images), keys, num_workers=num_workers, device_type=device_type)
 
@@ -148,12 +189,15 @@ def choose_num_workers(setting: int | None, device_type: str) -> int:
     times what atto trains on two cores.
 
     Args:
-        setting: data.num_workers; None is 1 on a CPU, which the model needs itself, else this process's share of the
-            cores, up to 8.
+        setting: data.num_workers, of which not more than the process's share of the cores are of use; None is 1 on a
+            CPU, which the model needs itself, else this process's share of the cores, up to 8.
         device_type: of what computes.
     """
     if setting is not None:
-        return setting
+        most = max(1, num_cores() // local_processes())
+        if setting > most:
+            _tell_once("num_workers is %d for %d cores a process: %d are started", setting, most, most)
+        return min(setting, most)
     if device_type == "cpu":
         return 1
     return max(1, min(8, int(core_time() / local_processes())))

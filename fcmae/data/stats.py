@@ -13,6 +13,8 @@ from fcmae.data.geometry import MAX_PIXELS, Box
 from fcmae.data.index import Images
 from fcmae.data.source import BadImage, printable
 
+AT_ONCE = 1 << 15  # pixels
+
 
 def channel_statistics(
     images: Images, in_chans: int, *, max_images: int = 10_000, num_workers: int = 0, max_pixels: int = MAX_PIXELS
@@ -79,11 +81,14 @@ class _Moments(Dataset[NDArray[np.float64] | str]):
                 image = read_crop(file, self._in_chans, _whole, None, max_pixels=self._max_pixels)
         except BadImage as error:
             return f"{printable(self._images.name(position))}: {error}"
-        pixels = image.reshape(self._in_chans, -1).astype(np.float64) / (255 if image.dtype == np.uint8 else 1)
-        known = (~np.isnan(pixels)).sum(axis=1)
+        pixels, known = image.reshape(self._in_chans, -1), np.zeros(self._in_chans)
+        sums = np.zeros((2, self._in_chans))
+        for first in range(0, pixels.shape[1], AT_ONCE):  # in float64 the whole would take eight times its memory
+            values = pixels[:, first : first + AT_ONCE].astype(np.float64) / (255 if image.dtype == np.uint8 else 1)
+            known += (~np.isnan(values)).sum(axis=1)
+            sums += np.nansum(values, axis=1), np.nansum(values**2, axis=1)
         with np.errstate(invalid="ignore"):  # 0 / 0: a channel of which all is missing
-            moments: NDArray[np.float64] = np.stack([np.nansum(pixels, axis=1), np.nansum(pixels**2, axis=1)]) / known
-        return moments
+            return sums / known
 
 
 def _whole(height: int, width: int) -> Box:

@@ -14,7 +14,7 @@ from fcmae.evaluation.runs import Run, computing_s, curve, finite, read_run
 from fcmae.evaluation.verdicts import is_collapsing, is_working
 from fcmae.tables import table
 from fcmae.training import checkpoint
-from fcmae.training.run import how_it_ended
+from fcmae.training.run import curves_commands, how_it_ended
 
 DEPTH = 3  # folders below the given one in which runs are looked for
 
@@ -132,7 +132,7 @@ def _lines(run: Run) -> Iterator[str]:
     for problem in run.problems:
         yield f"\nproblem: {problem}"
     yield "\nnext:"
-    yield from (f"  {command}" for command in next_commands(run, state))
+    yield from (f"  {command}" for command in [*next_commands(run, state), *curves_commands(run.path)])
 
 
 def _time(run: Run, state: str) -> Iterator[str]:

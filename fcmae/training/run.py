@@ -32,6 +32,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from importlib import metadata
+from importlib.util import find_spec
 from operator import attrgetter
 from pathlib import Path
 from types import FrameType
@@ -58,6 +59,7 @@ MAX_METRICS = 2**30  # bytes of metrics.jsonl
 
 LOG_END = 2**16  # bytes of train.log in which its last line is looked for
 CUT_OFF = "cut off"
+SMALLER = "--model.grad_checkpointing true, a smaller data.image_size or model.variant"
 STAMP = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
 
 Found = TypeVar("Found")
@@ -183,7 +185,7 @@ class RunDirectory:
             is_main: false in the other processes of a distributed run, which write nothing.
 
         Raises:
-            ValueError: if another process uses the directory.
+            ValueError: if another process uses the directory, or the memory of a GPU does not suffice.
             OSError: if a disk is full or a worker was killed; it says what the run goes on from.
             FloatingPointError: if its numbers stop being finite; it says what to start again from.
         """
@@ -235,6 +237,9 @@ class RunDirectory:
                     yield
                 except FloatingPointError as error:
                     raise FloatingPointError(f"{error}; {self._way_out()}") from None
+                except torch.OutOfMemoryError as error:
+                    told = str(error).partition("\n")[0]
+                    raise ValueError(f"{told.rstrip('.')}: raise grad_accum, or try {SMALLER}") from error
 
 
 def how_it_ended(log: Path) -> str:
@@ -253,6 +258,29 @@ def how_it_ended(log: Path) -> str:
     if re.match(STAMP + r"\w+(Error|Exception): ", last):
         return "failed"
     return CUT_OFF if last else "not begun"
+
+
+def tell_next(run: Path, *commands: str) -> None:
+    """Say at the end of a run what can be typed next.
+
+    Args:
+        run: its directory.
+        commands: what it was made for; {run} stands for it.
+    """
+    place = shlex.quote(str(run))
+    curves = "".join(f"; {command}" for command in curves_commands(run))
+    logger.info("next: %s; fcmae status %s%s", ", or ".join(commands).format(run=place), place, curves)
+
+
+def curves_commands(run: Path) -> list[str]:
+    """The command that shows the curves of a run in TensorBoard, where it is installed and they were written for it.
+
+    Args:
+        run: its directory.
+    """
+    logs = run / "tensorboard"
+    has_curves = find_spec("tensorboard") is not None and any(logs.glob("**/events.*"))
+    return [f"tensorboard --logdir {shlex.quote(str(logs))}"] if has_curves else []
 
 
 def _tell_choices(cfg: RunConfig) -> None:
@@ -290,10 +318,6 @@ def record_start(path: Path, cpu: bool) -> None:
         path: of the list; a file that holds none is begun anew.
         cpu: whether it computes on the CPU whatever else is there.
     """
-    started = []
-    with suppress(OSError, ValueError, RecursionError):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        started = found if isinstance(found, list) else []
     device = torch.device("cpu") if cpu else torch.accelerator.current_accelerator() or torch.device("cpu")
     program = Path(sys.argv[0])
     record = {
@@ -306,7 +330,7 @@ def record_start(path: Path, cpu: bool) -> None:
             "python": platform.python_version(),
         },
         "device": device.type,
-        "device_name": torch.cuda.get_device_name() if device.type == "cuda" else cpu_name(),
+        "device_name": _device_name(device),
         "num_processes": int(os.environ.get("WORLD_SIZE", "1")),
         "cpu": cpu_name(),
         "cores": num_cores(),
@@ -314,7 +338,43 @@ def record_start(path: Path, cpu: bool) -> None:
         # `python -m fcmae.cli` is another way to say fcmae.
         "command": shlex.join(["fcmae" if program.name == "cli.py" else program.name, *sys.argv[1:]]),
     }
-    write_text(path, json.dumps([*started, record], indent=1) + "\n")
+    write_text(path, json.dumps([*_starts(path), record], indent=1) + "\n")
+
+
+def _starts(path: Path) -> list[dict[str, Any]]:
+    with suppress(OSError, ValueError, RecursionError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, list) and all(isinstance(start, dict) for start in found):
+            return found
+    return []
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name() if device.type == "cuda" else cpu_name()
+
+
+def record_images_that_fit(run: Path, num: int) -> None:
+    """Keep with the run's latest start how many images at once its memory suffices for, as it did not for more.
+
+    Args:
+        run: its directory.
+        num: of a process, each counted as often as it has masks.
+    """
+    if starts := _starts(run / "environment.json"):
+        starts[-1]["images_at_once"] = num
+        write_text(run / "environment.json", json.dumps(starts, indent=1) + "\n")
+
+
+def images_that_fit(run: Path, device: torch.device) -> int | None:
+    """What `record_images_that_fit` kept last on such a device; None if nothing.
+
+    Args:
+        run: its directory.
+        device: that is computed on now.
+    """
+    name, key = _device_name(device), "images_at_once"
+    starts = [start for start in _starts(run / "environment.json") if key in start and start.get("device_name") == name]
+    return starts[-1][key] if starts and isinstance(starts[-1][key], int) else None
 
 
 def cpu_name() -> str:

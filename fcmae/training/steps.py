@@ -2,7 +2,8 @@
 
 for step in steps:
     for batch in step.batches():
-        step.backward(loss of the batch)
+        with step.part():
+            step.backward(loss of the batch)
     step.update()
     step.log()
     ...
@@ -16,7 +17,8 @@ import math
 import random
 import time
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -24,15 +26,27 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from fcmae import threads
-from fcmae.config import RunConfig
+from fcmae.config import PretrainConfig, RunConfig
 from fcmae.data.dataset import Batch, ImageDataset
 from fcmae.data.loader import build_loader, choose_num_workers, prefetched
 from fcmae.data.sampler import StepSampler
+from fcmae.heads import Classifier
+from fcmae.masked import FCMAE
+from fcmae.training import checkpoint
 from fcmae.training.log import Log
 from fcmae.training.optim import Schedule, set_learning_rate
-from fcmae.training.run import StopSignal
+from fcmae.training.run import (
+    SMALLER,
+    RunDirectory,
+    StopSignal,
+    images_that_fit,
+    record_images_that_fit,
+    same_everywhere,
+)
 
 logger = logging.getLogger("fcmae")
+
+Fitting = TypeVar("Fitting", bound=RunConfig)
 
 
 def schedule_of(cfg: RunConfig, per_epoch: int, start: int) -> Schedule:
@@ -57,10 +71,52 @@ def schedule_of(cfg: RunConfig, per_epoch: int, start: int) -> Schedule:
     )
 
 
+def images_at_once(cfg: RunConfig, num_processes: int) -> int:
+    """Images that a process computes together in training, each counted as often as it has masks."""
+    return max(1, cfg.batch_size // num_processes // cfg.grad_accum)
+
+
+def in_smaller_parts(cfg: Fitting, num_processes: int) -> Fitting | None:
+    """The same run with half the images at once, or the next fewer that divide its batch; None if that is another run.
+
+    Args:
+        cfg: of the run.
+        num_processes: of it.
+    """
+    if isinstance(cfg, PretrainConfig) and cfg.model.grn_scope == "batch":
+        return None
+    for num_parts in range(2 * cfg.grad_accum, cfg.batch_size // num_processes + 1):
+        smaller = cfg.model_copy(update={"grad_accum": num_parts})
+        if not any(smaller.conflicts(num_processes)):
+            return smaller
+    return None
+
+
+def that_fits(cfg: Fitting, accelerator: Accelerator) -> Fitting:
+    """The settings in parts that are as small as this run was found to need on this device.
+
+    Args:
+        cfg: of the run.
+        accelerator: of its processes.
+    """
+    assert cfg.out is not None
+    fits = same_everywhere(accelerator, partial(images_that_fit, cfg.out, accelerator.device))
+    processes, fitting = accelerator.num_processes, cfg
+    while fits is not None and images_at_once(fitting, processes) > fits:
+        if (smaller := in_smaller_parts(fitting, processes)) is None:
+            break
+        fitting = smaller
+    if fitting is not cfg:
+        message = "%d images at once, as more did not fit into the memory before: grad_accum = %d"
+        logger.info(message, images_at_once(fitting, processes), fitting.grad_accum)
+    return fitting
+
+
 class Steps:
     """The steps of a run from where it starts to its end, or until a signal asks to stop.
 
     Attributes:
+        cfg: settings of the run, in smaller parts once its memory did not suffice.
         finished: whether the end was reached.
 
     Args:
@@ -89,21 +145,8 @@ class Steps:
     ) -> None:
         self.cfg, self.schedule, self.accelerator = cfg, schedule, accelerator
         self.model, self.optimizer, self.written, self.stop = model, optimizer, log, stop
-        order = StepSampler(
-            len(dataset),
-            cfg.batch_size,
-            cfg.seed,
-            start_step=schedule.start,
-            end_step=schedule.total,
-            rank=accelerator.process_index,
-            num_processes=accelerator.num_processes,
-            grad_accum=cfg.grad_accum,
-            masks_per_image=masks_per_image,
-        )
-        device = accelerator.device
-        workers = choose_num_workers(cfg.data.num_workers, device.type)
-        loader = build_loader(dataset, order, num_workers=workers, device_type=device.type)
-        self.batches = log.window.timed(prefetched(loader, device))
+        self._dataset, self._masks_per_image = dataset, masks_per_image
+        self.batches = self._read_from(schedule.start)
         self.unread: StartedStep | None = None
         self.finished = schedule.start >= schedule.total
 
@@ -128,6 +171,53 @@ class Steps:
                 return
         self.finished = True
         logger.info("finished %d steps", self.schedule.total)
+
+    def _read_from(self, start: int) -> Iterator[Batch]:
+        """The parts of the steps from one on."""
+        cfg, device = self.cfg, self.accelerator.device
+        order = StepSampler(
+            len(self._dataset),
+            cfg.batch_size,
+            cfg.seed,
+            start_step=start,
+            end_step=self.schedule.total,
+            rank=self.accelerator.process_index,
+            num_processes=self.accelerator.num_processes,
+            grad_accum=cfg.grad_accum,
+            masks_per_image=self._masks_per_image,
+        )
+        workers = choose_num_workers(cfg.data.num_workers, device.type)
+        loader = build_loader(self._dataset, order, num_workers=workers, device_type=device.type)
+        return self.written.window.timed(prefetched(loader, device))
+
+    def take_smaller_parts(self, number: int, exchanges: bool) -> None:
+        """Have this step, of which nothing is kept, and those to come computed in smaller parts.
+
+        Args:
+            number: of the step that found too little memory.
+            exchanges: whether other processes wait for its gradients.
+
+        Raises:
+            ValueError: if it cannot be, or not before the run is started again.
+        """
+        cfg, processes, started = self.cfg, self.accelerator.num_processes, number - 1
+        lack = f"step {number}: the memory of the GPU does not suffice for {images_at_once(cfg, processes)} images"
+        if (smaller := in_smaller_parts(cfg, processes)) is None:
+            raise ValueError(f"{lack} at once, and the run cannot be computed in smaller parts: try {SMALLER}")
+        at_once = images_at_once(smaller, processes)
+        assert cfg.out is not None
+        record_images_that_fit(cfg.out, at_once)
+        if exchanges:
+            raise ValueError(
+                f"{lack}, and other processes wait for it: the same command goes on with {at_once} at once"
+            )
+        logger.warning("%s: it is taken again with %d at once, as are those to come", lack, at_once)
+        self.cfg = smaller
+        self.optimizer.zero_grad()
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.empty_cache()  # what is kept there is in pieces of the former sizes
+        seed_step(cfg.seed, started, self.accelerator.process_index)
+        self.batches = self._read_from(started)
 
     def _announce(self) -> None:
         processes, device = self.accelerator.num_processes, self.accelerator.device.type
@@ -172,19 +262,37 @@ class Step:
         self.saves = steps.schedule.saves(number)
         self.is_last = False
         self.logged_at = 0.0
+        self._lacks_memory = False
         self._loss = torch.zeros((), device=steps.accelerator.device)
 
     def batches(self) -> Iterator[Batch]:
-        """The parts of the step. Between one and the next comes `backward`; only the last synchronises gradients."""
-        steps = self._steps
-        for part in range(steps.cfg.grad_accum):
-            last = part == steps.cfg.grad_accum - 1
-            with contextlib.nullcontext() if last else steps.accelerator.no_sync(steps.model):
+        """The parts of the step, each to be computed within `part`; only the last synchronises gradients.
+
+        Raises:
+            ValueError: if the memory suffices for no part.
+        """
+        steps, done = self._steps, 0
+        while done < steps.cfg.grad_accum:
+            is_last = done + 1 == steps.cfg.grad_accum
+            with contextlib.nullcontext() if is_last else steps.accelerator.no_sync(steps.model):
                 # CUDA graphs may use the memory of the part before again.
                 torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
                 batch = next(steps.batches)
                 steps.written.unread_files.extend(batch.bad)
                 yield batch
+            done += 1
+            if self._lacks_memory:
+                steps.take_smaller_parts(self.number, is_last and steps.accelerator.num_processes > 1)
+                self._loss.zero_()
+                self._lacks_memory, done = False, 0
+
+    @contextlib.contextmanager
+    def part(self) -> Iterator[None]:
+        """Around the computing of a part: where the GPU lacks the memory, the step is taken again in smaller ones."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            self._lacks_memory = True  # what was computed is let go before more is done
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a part's mean loss, a scalar."""
@@ -204,6 +312,36 @@ class Step:
             stop=steps.stop.received is not None,
         )
         steps.written.advance()
+
+    def save(
+        self,
+        run: RunDirectory,
+        net: FCMAE | Classifier,
+        fingerprint: str,
+        progress: dict[str, Any],
+        ema: nn.Module | None = None,
+    ) -> None:
+        """Write a checkpoint where one is due, on the main process.
+
+        Args:
+            run: whose it is.
+            net: the model, without what accelerate puts around it.
+            fingerprint: of the images.
+            progress: what else the loop needs to go on, as JSON values.
+            ema: the moving average of the model, or None.
+        """
+        steps = self._steps
+        cfg, accelerator = steps.cfg, steps.accelerator
+        if not (self.saves and accelerator.is_main_process):
+            return
+        tensors = {"model": net.state_dict(), "optimizer": checkpoint.optimizer_state(steps.optimizer, net)}
+        if ema is not None:
+            tensors["ema"] = ema.state_dict()
+        progress = {**progress, "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None}
+        spec, config = net.encoder.spec.model_dump(), cfg.model_dump(mode="json")
+        meta = checkpoint.Meta(run.kind, self.number, config, fingerprint, progress, spec)
+        checkpoint.save(run.path, meta, tensors)
+        checkpoint.prune(run.path, cfg.checkpoint.keep, steps.schedule.milestone_every, run.last_good())
 
     def log(self) -> None:
         """Read the numbers of the step before while the device computes this one; where something is due, of this one.
