@@ -211,7 +211,7 @@ class PretrainModel(EncoderConfig):
     """Width of the decoder."""
     target: Literal["pixels", "hog"] = "pixels"
     """What is predicted of a hidden patch: its pixels, as published; or hog, histograms of its gradients' directions as
-    in MaskFeat, which did better on small photographs (docs/results.md) and of which no pictures are drawn."""
+    in MaskFeat, which did better on small photographs (docs/small_images.md) and of which no pictures are drawn."""
     normalize_target: bool = True
     """Standardise each target patch of pixels by its own mean and variance."""
 
