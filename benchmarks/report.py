@@ -419,7 +419,8 @@ def draw_bars(results: dict[str, Json], path: Path) -> bool:
 
     rows = -(-len(panels) // 2)
     figure = Figure(figsize=(10, 2 * rows), layout="constrained")
-    for axes, (title, images, sides) in zip(figure.subplots(rows, 2, squeeze=False).flat, panels, strict=False):
+    places = figure.subplots(rows, 2, squeeze=False).flat[: len(panels)]
+    for axes, (title, images, sides) in zip(places, panels, strict=True):
         medians = np.array([side["median_s"] for side in sides.values()])
         spread = np.array([side["quartiles_s"] for side in sides.values()]).T
         whiskers = np.abs(spread - medians)

@@ -238,7 +238,7 @@ def build_model(cfg: PretrainConfig) -> FCMAE:
     model = cfg.model
     encoder = Encoder(model.spec, cfg.data.in_chans, model.drop_path_rate, model.grad_checkpointing)
     layout = partial(make_layout, model.backend, grn_scope=model.grn_scope)
-    target = {"hog": hog, "pixels": normalized_pixels if model.normalize_target else pixels}[model.target]
+    target = hog if model.target == "hog" else normalized_pixels if model.normalize_target else pixels
     return build_fcmae(encoder, model.decoder_dim, model.decoder_depth, layout, target)
 
 

@@ -9,7 +9,8 @@ from it in one thing; fine-tuning is `finetune_small_images` on the same labels,
 from each of these and from scratch. The rates of scratch and of its longer schedule are compared on training images
 that are held out, and the test images are evaluated once, at the last step: they choose nothing. What is finished is
 not done again, and what was cut off resumes. At 150 images a second, as 2 cores made, a pretraining takes over an hour,
-and fine-tuning on 1,000 labels seven minutes; the whole was not run yet. What is found is in OUT/small_images.json, and with `--docs` there too.
+and fine-tuning on 1,000 labels seven minutes; the whole was not run yet. What is found is in OUT/small_images.json, and
+with `--docs` there too.
 """
 
 from __future__ import annotations
@@ -33,21 +34,17 @@ from fcmae.evaluation.paired import METRIC, Comparison, cells, compare
 from fcmae.tables import table
 from fcmae.training.run import read_metrics
 
-# name: the part of studies/objectives.py, and flags
-ARMS: dict[str, tuple[str | None, tuple[str, ...]]] = {
-    "HOG": (None, ()),
-    "pixels": (None, ("--model.target=pixels",)),
-    "pixels, 75 % hidden": (None, ("--model.target=pixels", "--model.mask_ratio=0.75")),
-    "pixels, all stages decoded": ("multiscale", ("--model.target=pixels",)),
+# By name: what stands in the table, the part of studies/objectives.py, and flags.
+ARMS: dict[str, tuple[str, str | None, tuple[str, ...]]] = {
+    "hog": ("HOG", None, ()),
+    "pixels": ("pixels", None, ("--model.target=pixels",)),
+    "ratio75": ("pixels, 75 % hidden", None, ("--model.target=pixels", "--model.mask_ratio=0.75")),
+    "multiscale": ("pixels, all stages decoded", "multiscale", ("--model.target=pixels",)),
 }
 SCRATCH = ("--optim.base_lr=8e-3", "--optim.layer_decay=1")
 # What was tried of scratch on training images that are held out: epochs and rate.
 TRIED = ((60, "4e-3"), (60, "8e-3"), (60, "16e-3"), (120, "8e-3"))
 COLUMNS = ("labels", "predicted", "seeds", "top-1, %", "against scratch, of each seed", "")
-
-
-def short(arm: str) -> str:
-    return {"HOG": "hog", "pixels": "pixels"}.get(arm) or ("ratio75" if "75" in arm else "multiscale")
 
 
 def jobs(out: Path, epochs: float, percents: list[int], seeds: int) -> Iterator[Job]:
@@ -58,11 +55,11 @@ def jobs(out: Path, epochs: float, percents: list[int], seeds: int) -> Iterator[
         command = (sys.executable, "-m", "fcmae.cli", "finetune", "--config=finetune_small_images", *paths)
         return Job(name, (*command, f"--seed={seed}", *words), needs)
 
-    for arm, (part, flags) in ARMS.items():
+    for arm, (_, part, flags) in ARMS.items():
         program = ("-m", "fcmae.cli") if part is None else (str(STUDIES / "objectives.py"), part)
         words = ("pretrain", "--config=pretrain_small_images", f"--data.path={out}/tiny20/unlabeled.txt")
-        more = (f"--epochs={epochs:g}", "--data.val_share=0", f"--out={out}/runs/{short(arm)}", *flags)
-        yield Job(short(arm), (sys.executable, *program, *words, *more))
+        more = (f"--epochs={epochs:g}", "--data.val_share=0", f"--out={out}/runs/{arm}", *flags)
+        yield Job(arm, (sys.executable, *program, *words, *more))
     for tried, rate in TRIED:
         flags = (*SCRATCH[1:], f"--optim.base_lr={rate}", f"--epochs={tried}")
         yield finetune(f"tune-{tried}-{rate}", "tune.csv", "tune-test.csv", 0, (), *flags)
@@ -70,7 +67,7 @@ def jobs(out: Path, epochs: float, percents: list[int], seeds: int) -> Iterator[
         for seed in range(seeds):
             labels = f"train-{percent}-{seed}.csv"
             yield finetune(f"scratch-{percent}-{seed}", labels, "test.csv", seed, (), *SCRATCH)
-            for arm in map(short, ARMS):
+            for arm in ARMS:
                 init = f"--init={out}/runs/{arm}"
                 yield finetune(f"{arm}-{percent}-{seed}", labels, "test.csv", seed, (arm,), init)
 
@@ -109,7 +106,7 @@ def collect(out: Path, wanted: list[Job], epochs: float, percents: list[int], se
         "scores": [
             {"arm": arm, "labels": f"{percent}%", "seed": seed, "top1": value}
             for percent in percents
-            for arm, name in {"scratch": "scratch", **{arm: short(arm) for arm in ARMS}}.items()
+            for arm, name in [("scratch", "scratch"), *((title, name) for name, (title, *_) in ARMS.items())]
             for seed in range(seeds)
             if (value := found.get(f"{name}-{percent}-{seed}")) is not None
         ],
@@ -120,7 +117,10 @@ def rows(found: dict[str, Any]) -> list[list[str]]:
     """The table of what was found."""
     comparison: Any = {
         "amounts": [{"labels": labels} for labels in dict.fromkeys(score["labels"] for score in found["scores"])],
-        "arms": [{"name": "scratch", "against": None}, *({"name": arm, "against": "scratch"} for arm in ARMS)],
+        "arms": [
+            {"name": "scratch", "against": None},
+            *({"name": arm, "against": "scratch"} for arm, *_ in ARMS.values()),
+        ],
         "scores": [{**score, "scores": {METRIC: score["top1"]}} for score in found["scores"]],
     }
     checked: Comparison = comparison

@@ -39,7 +39,7 @@ def memory_limits() -> Iterator[tuple[int, int]]:
             used = _words(group / "memory.current") or _words(group / "memory.usage_in_bytes") or ["0"]
             statistics = _words(group / "memory.stat")
             # Files that were read count as used until their place is needed.
-            counted = dict(zip(statistics[::2], statistics[1::2], strict=False))
+            counted = dict(zip(statistics[::2], statistics[1::2], strict=True))
             cached = counted.get("total_inactive_file") or counted.get("inactive_file", "0")
             yield int(limit[0]), max(0, int(limit[0]) - int(used[0]) + int(cached))
 

@@ -494,6 +494,7 @@ def _check_segments(page: Any) -> None:
     if frame.compression not in _UNPACKERS:
         return
     limit = max(4 * tile, SMALL)
+    # A file may claim more of the one than of the other; what has no pair is not read.
     for offset, size in zip(page.dataoffsets, page.databytecounts, strict=False):
         if size * 8000 > limit:  # more than either can have packed
             page.parent.filehandle.seek(offset)

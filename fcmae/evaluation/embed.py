@@ -310,7 +310,7 @@ def save_neighbours(
     for axis in axes:
         axis.set_axis_off()
     shown = [(query, 0), *((found, row) for row in range(len(found)))]
-    for axis, (images, row), title in zip(axes, shown, titles, strict=False):
+    for axis, (images, row), title in zip(axes[: len(shown)], shown, titles, strict=True):
         with images.open(row) as file:
             values = backbone.reading.view(file, np.random.default_rng(0))
         pixels = torch.from_numpy(values) / (255 if values.dtype == np.uint8 else 1)
