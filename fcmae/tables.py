@@ -14,7 +14,8 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -
         left: how many columns, from the first, are aligned left; the others are right.
     """
     lines = [list(header), *map(list, rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    # A column that is aligned right is marked by two signs at least.
+    widths = [max(1 if i < left else 2, *map(len, column)) for i, column in enumerate(zip(*lines, strict=True))]
     lines.insert(1, ["-" * width if i < left else "-" * (width - 1) + ":" for i, width in enumerate(widths)])
     signs = ["<" if i < left else ">" for i in range(len(widths))]
     return "\n".join(

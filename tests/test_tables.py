@@ -13,4 +13,4 @@ def test_more_columns_are_left_where_asked_and_no_row_is_a_table_too() -> None:
     assert table(["a", "b", "c"], [["1", "22", "333"]], left=2) == (
         "| a | b  |   c |\n| - | -- | --: |\n| 1 | 22 | 333 |"
     )
-    assert table(["model", "n"], []) == "| model | n |\n| ----- | : |"
+    assert table(["model", "n"], []) == "| model |  n |\n| ----- | -: |"
