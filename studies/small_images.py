@@ -1,16 +1,15 @@
-"""Does pretraining pay on small images with few labels, and predicting what? Made into docs/small_images.md.
+"""Does pretraining pay on small images with few labels, how much of it, predicting what? Makes docs/small_images.md.
 
-    python studies/small_images.py SHARDS --out runs/small_images                 # a GPU with many cores
-    python studies/small_images.py SHARDS --out runs/small_images --at-once 1     # 2 cores
+    python studies/small_images.py SHARDS --out runs/small_images                 # a GPU with 16 cores: half an hour
+    python studies/small_images.py SHARDS --out runs/small_images --at-once 1     # 2 cores: days
+    python studies/small_images.py SHARDS --out runs/small_images --at-once 1 --only hog-p scratch-10 hog-10
     python studies/small_images.py SHARDS --out runs/small_images --list          # the commands, without running them
 
 SHARDS: the folder of tiny20's shards (see studies/datasets.py). Pretraining is `pretrain_small_images` and what differs
 from it in one thing; fine-tuning is `finetune_small_images` on the same labels, in the same order, with the same head,
-from each of these and from scratch. The rates of scratch and of its longer schedule are compared on training images
-that are held out, and the test images are evaluated once, at the last step: they choose nothing. What is finished is
-not done again, and what was cut off resumes. At 150 images a second, as 2 cores made, a pretraining takes over an hour,
-and fine-tuning on 1,000 labels seven minutes; the whole was not run yet. What is found is in OUT/small_images.json, and
-with `--docs` there too.
+from each of these and from scratch. The rates of both are compared on training images that are held out, and the test
+images are evaluated once, at the last step: they choose nothing. What is finished is not done again, and what was cut
+off resumes. What is found is in OUT/small_images.json, and with `--docs` there too.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from datasets import few, folder_rows, write_csv
@@ -34,53 +33,126 @@ from fcmae.evaluation.paired import METRIC, Comparison, cells, compare
 from fcmae.tables import table
 from fcmae.training.run import read_metrics
 
-# By name: what stands in the table, the part of studies/objectives.py, and flags.
-ARMS: dict[str, tuple[str, str | None, tuple[str, ...]]] = {
-    "hog": ("HOG", None, ()),
-    "pixels": ("pixels", None, ("--model.target=pixels",)),
-    "ratio75": ("pixels, 75 % hidden", None, ("--model.target=pixels", "--model.mask_ratio=0.75")),
-    "multiscale": ("pixels, all stages decoded", "multiscale", ("--model.target=pixels",)),
+
+class Arm(NamedTuple):
+    """A way to start.
+
+    Attributes:
+        title: as it stands in the table.
+        epochs: of pretraining, each of 10,000 views; 0 for scratch.
+        flags: of pretraining, or of fine-tuning from scratch.
+        seeds: draws, by per cent of the labels.
+        part: of studies/objectives.py.
+    """
+
+    title: str
+    epochs: int
+    flags: tuple[str, ...]
+    seeds: dict[int, int]
+    part: str | None = None
+
+
+MANY, FEW = {10: 8, 100: 3, 5: 8, 1: 8}, {10: 4}
+RATES = ("--optim.base_lr=8e-3", "--optim.layer_decay=1")  # of scratch
+PIXELS = "--model.target=pixels"
+# A sparse view costs half the multiply-adds of a dense one: 350 epochs on 1,000 images are 60 and 600,000 such views.
+ARMS = {
+    "scratch350": Arm("scratch, 350 epochs", 0, (*RATES, "--epochs=350", "--optim.warmup_epochs=20"), {10: 3}),
+    "scratch": Arm("scratch", 0, RATES, MANY),
+    "hog150": Arm("HOG, 1,500,000 views", 150, (), MANY),
+    "hog": Arm("HOG, 600,000 views", 60, (), {10: 8}),
+    "hog20": Arm("HOG, 200,000 views", 20, (), {10: 8, 5: 8}),
+    "ratio75": Arm("pixels, 75 % hidden", 60, (PIXELS, "--model.mask_ratio=0.75"), FEW),
+    "pixels": Arm("pixels, 60 % hidden", 60, (PIXELS,), FEW),
+    "multiscale": Arm("pixels, 60 % hidden, all stages decoded", 60, (PIXELS,), FEW, "multiscale"),
+    "hog75": Arm("HOG, 75 % hidden", 60, ("--model.mask_ratio=0.75",), FEW),
+    "hog-rate": Arm("HOG, twice the rate", 60, ("--optim.base_lr=2e-3",), FEW),
+    "hog-four": Arm(
+        "HOG, four stages, grid of 4 x 4",
+        60,
+        ("--model.variant={depths: [2, 2, 6, 2], dims: [40, 80, 160, 320], stem_stride: 2}", "--model.mask_patch=16"),
+        FEW,
+    ),
+    "hog-masks": Arm("HOG, two masks an image, 300,000 views", 30, ("--data.masks_per_image=2",), FEW),
 }
-SCRATCH = ("--optim.base_lr=8e-3", "--optim.layer_decay=1")
-# What was tried of scratch on training images that are held out: epochs and rate.
-TRIED = ((60, "4e-3"), (60, "8e-3"), (60, "16e-3"), (120, "8e-3"))
-COLUMNS = ("labels", "predicted", "seeds", "top-1, %", "against scratch, of each seed", "")
+# By per cent of the labels, where it is not as in `finetune_small_images`: 360, 470, 940 and 3,100 steps.
+BUDGETS = {
+    1: ("--batch_size=32", "--epochs=120", "--optim.warmup_epochs=15"),
+    100: ("--epochs=20", "--optim.warmup_epochs=2.5"),
+}
+# What is tried on training images that are held out, of 1,000 labels: start, epochs, rate, layer decay.
+TRIED = (
+    ("scratch", 60, "4e-3", "1"),
+    ("scratch", 60, "8e-3", "1"),
+    ("scratch", 60, "16e-3", "1"),
+    ("scratch", 120, "8e-3", "1"),
+    ("hog", 60, "4e-3", "0.9"),
+    ("hog", 60, "2e-3", "0.9"),
+    ("hog", 60, "8e-3", "0.9"),
+    ("hog", 60, "4e-3", "0.75"),
+    ("hog", 120, "4e-3", "0.9"),
+)
+# What is compared with another start than scratch.
+PAIRS = (
+    ("hog150", "hog20"),
+    ("hog150", "hog"),
+    ("hog", "scratch350"),
+    ("hog150", "scratch350"),
+    ("hog", "ratio75"),
+    ("hog", "pixels"),
+    ("multiscale", "pixels"),
+    ("hog75", "hog"),
+    ("hog-rate", "hog"),
+    ("hog-four", "hog"),
+    ("hog-masks", "hog"),
+)
+COLUMNS = ("labels", "start", "seeds", "top-1, %", "against scratch, of each seed", "")
 
 
-def jobs(out: Path, epochs: float, percents: list[int], seeds: int) -> Iterator[Job]:
-    """All commands, scratch first."""
+def jobs(out: Path, arms: list[str], at_once: int) -> Iterator[Job]:
+    """All commands: what lasts longest and what most is needed of comes first."""
+    # Where the cores are shared.
+    pretraining = () if at_once == 1 else ("--data.num_workers=3",)
+    tuning = () if at_once == 1 else ("--data.num_workers=1",)
 
-    def finetune(name: str, labels: str, test: str, seed: int, needs: tuple[str, ...], *words: str) -> Job:
+    def finetune(name: str, labels: str, test: str, seed: int, start: str, *words: str) -> Job:
         paths = (f"--data.path={out}/{labels}", f"--data.val_path={out}/{test}", f"--out={out}/runs/{name}")
         command = (sys.executable, "-m", "fcmae.cli", "finetune", "--config=finetune_small_images", *paths)
-        return Job(name, (*command, f"--seed={seed}", *words), needs)
+        if not ARMS[start].epochs:
+            return Job(name, (*command, f"--seed={seed}", *words, *tuning))
+        init = f"--init={out}/runs/{start}-p"
+        return Job(name, (*command, f"--seed={seed}", init, *words, *tuning), (f"{start}-p",))
 
-    for arm, (_, part, flags) in ARMS.items():
-        program = ("-m", "fcmae.cli") if part is None else (str(STUDIES / "objectives.py"), part)
-        words = ("pretrain", "--config=pretrain_small_images", f"--data.path={out}/tiny20/unlabeled.txt")
-        more = (f"--epochs={epochs:g}", "--data.val_share=0", f"--out={out}/runs/{arm}", *flags)
-        yield Job(arm, (sys.executable, *program, *words, *more))
-    for tried, rate in TRIED:
-        flags = (*SCRATCH[1:], f"--optim.base_lr={rate}", f"--epochs={tried}")
-        yield finetune(f"tune-{tried}-{rate}", "tune.csv", "tune-test.csv", 0, (), *flags)
-    for percent in percents:
-        for seed in range(seeds):
-            labels = f"train-{percent}-{seed}.csv"
-            yield finetune(f"scratch-{percent}-{seed}", labels, "test.csv", seed, (), *SCRATCH)
-            for arm in ARMS:
-                init = f"--init={out}/runs/{arm}"
-                yield finetune(f"{arm}-{percent}-{seed}", labels, "test.csv", seed, (arm,), init)
+    for name in arms:
+        arm = ARMS[name]
+        if arm.epochs:
+            program = ("-m", "fcmae.cli") if arm.part is None else (str(STUDIES / "objectives.py"), arm.part)
+            words = ("pretrain", "--config=pretrain_small_images", f"--data.path={out}/tiny20/unlabeled.txt")
+            more = (f"--epochs={arm.epochs}", "--data.val_share=0", f"--out={out}/runs/{name}-p", *arm.flags)
+            yield Job(f"{name}-p", (sys.executable, *program, *words, *more, *pretraining))
+    for percent in dict.fromkeys(percent for name in arms for percent in ARMS[name].seeds):
+        for name in arms:
+            arm = ARMS[name]
+            flags = (*BUDGETS.get(percent, ()), *(() if arm.epochs else arm.flags))
+            for seed in range(arm.seeds.get(percent, 0)):
+                labels = f"train-{percent}-{seed}.csv"
+                yield finetune(f"{name}-{percent}-{seed}", labels, "test.csv", seed, name, *flags)
+    for start, epochs, rate, decay in TRIED:
+        if start in arms:
+            flags = (f"--epochs={epochs}", f"--optim.base_lr={rate}", f"--optim.layer_decay={decay}")
+            yield finetune(f"tune-{start}-{epochs}-{rate}-{decay}", "tune.csv", "tune-test.csv", 0, start, *flags)
 
 
-def prepare(shards: Path, out: Path, percents: list[int], seeds: int) -> None:
+def prepare(shards: Path, out: Path, arms: list[str]) -> None:
     """The images, and which labels are used; those of the trials are of a draw of their own."""
     command = [sys.executable, str(STUDIES / "datasets.py"), "tiny20", str(shards), str(out / "tiny20")]
     subprocess.run(command, check=True)
     rows = folder_rows(out / "tiny20" / "train")
     write_csv(out / "test.csv", folder_rows(out / "tiny20" / "val"))
-    for percent in percents:
-        for seed in range(seeds):
-            write_csv(out / f"train-{percent}-{seed}.csv", few(rows, percent / 100, seed))
+    for name in arms:
+        for percent, seeds in ARMS[name].seeds.items():
+            for seed in range(seeds):
+                write_csv(out / f"train-{percent}-{seed}.csv", few(rows, percent / 100, seed))
     labelled = few(rows, 0.1, 100)
     write_csv(out / "tune.csv", labelled)
     write_csv(out / "tune-test.csv", few([row for row in rows if row not in set(labelled)], 0.1, 101))
@@ -92,39 +164,58 @@ def accuracy(run: Path) -> float | None:
     return values[-1] if values else None
 
 
-def collect(out: Path, wanted: list[Job], epochs: float, percents: list[int], seeds: int) -> dict[str, Any]:
+def collect(out: Path, wanted: list[Job]) -> dict[str, Any]:
     """What the finished runs have found, and where."""
     done = [job for job in wanted if (out / "jobs" / f"{job.name}.json").exists()]
     found = {job.name: accuracy(out / "runs" / job.name) for job in done}
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return {
         "machine": {"gpu": gpu, "cores": os.cpu_count(), "cpu": platform.machine(), "torch": torch.__version__},
-        "epochs": epochs,
         "commands": {job.name: shown(job, out) for job in done},
         "seconds": {job.name: json.loads((out / "jobs" / f"{job.name}.json").read_text())["seconds"] for job in done},
-        "tried": {f"{n} epochs, rate {rate}": found.get(f"tune-{n}-{rate}") for n, rate in TRIED},
+        "tried": [
+            {"arm": start, "epochs": epochs, "rate": rate, "layer_decay": decay, "top1": value}
+            for start, epochs, rate, decay in TRIED
+            if (value := found.get(f"tune-{start}-{epochs}-{rate}-{decay}")) is not None
+        ],
         "scores": [
-            {"arm": arm, "labels": f"{percent}%", "seed": seed, "top1": value}
-            for percent in percents
-            for arm, name in [("scratch", "scratch"), *((title, name) for name, (title, *_) in ARMS.items())]
+            {"arm": name, "percent": percent, "seed": seed, "top1": value}
+            for name, arm in ARMS.items()
+            for percent, seeds in arm.seeds.items()
             for seed in range(seeds)
             if (value := found.get(f"{name}-{percent}-{seed}")) is not None
         ],
     }
 
 
-def rows(found: dict[str, Any]) -> list[list[str]]:
-    """The table of what was found."""
-    comparison: Any = {
-        "amounts": [{"labels": labels} for labels in dict.fromkeys(score["labels"] for score in found["scores"])],
-        "arms": [
-            {"name": "scratch", "against": None},
-            *({"name": arm, "against": "scratch"} for arm, *_ in ARMS.values()),
-        ],
-        "scores": [{**score, "scores": {METRIC: score["top1"]}} for score in found["scores"]],
-    }
-    checked: Comparison = comparison
-    return [cells(row) for row in compare(checked)]
+def compared(found: dict[str, Any], pairs: Sequence[tuple[str, str]]) -> list[list[str]]:
+    """Rows of a table: each of the starts against the other, seed by seed."""
+    percents = sorted({score["percent"] for score in found["scores"]})
+    rows = []
+    for name, against in pairs:
+        comparison: Any = {
+            "amounts": [{"labels": f"{percent}%"} for percent in percents],
+            "arms": [{"name": arm, "against": against} for arm in dict.fromkeys((against, name))],
+            "scores": [
+                {**score, "labels": f"{score['percent']}%", "scores": {METRIC: score["top1"]}}
+                for score in found["scores"]
+                if score["arm"] in (name, against)
+            ],
+        }
+        checked: Comparison = comparison
+        rows += [
+            row._replace(gain=None, told="") if name == against else row
+            for row in compare(checked)
+            if row.arm == name and row.gain
+        ]
+    rows.sort(key=lambda row: percents.index(int(row.labels[:-1])))
+    return [cells(row._replace(arm=ARMS[row.arm].title)) for row in rows]
+
+
+def result(found: dict[str, Any]) -> str:
+    """The table of all starts, by the amount of labels."""
+    arms = dict.fromkeys(["scratch", *(score["arm"] for score in found["scores"])])
+    return table(COLUMNS, compared(found, [(name, "scratch") for name in arms]), left=2)
 
 
 def page(found: dict[str, Any], words: str) -> str:
@@ -132,9 +223,17 @@ def page(found: dict[str, Any], words: str) -> str:
 
     words: what we read in the numbers.
     """
-    tried = [[name, "" if value is None else f"{100 * value:.1f}"] for name, value in found["tried"].items()]
+    tried = [
+        (ARMS[one["arm"]].title, str(one["epochs"]), one["rate"], one["layer_decay"], f"{100 * one['top1']:.1f}")
+        for one in found["tried"]
+    ]
+    pairs = [
+        (row[0], f"{row[1]} - {ARMS[other].title}", row[2], *row[4:])
+        for name, other in PAIRS
+        for row in compared(found, [(name, other)])
+    ]
     machine = ", ".join(f"{key} {value}" for key, value in found["machine"].items())
-    example = [found["commands"].get(name) for name in ("hog", "hog-10-0", "scratch-10-0")]
+    example = [found["commands"].get(name) for name in ("hog150-p", "hog150-10-0", "scratch-10-0")]
     return f"""# Small images, few labels
 
 {words.strip()}
@@ -142,19 +241,21 @@ def page(found: dict[str, Any], words: str) -> str:
 Written by `studies/small_images.py` from `docs/small_images.json`. tiny20: 20 classes of Tiny ImageNet, 10,000
 photographs without labels to pretrain on, 1,000 others to test on, 64 pixels. Brackets are 95 % intervals of the mean
 over seeds (Student's t); each seed draws other labels and another head, the same for all starts. There is one
-pretraining of each kind, so the spread is that of fine-tuning.
+pretraining of each kind, so the spread is that of fine-tuning. All ran on: {machine}.
 
-## By what is predicted
+## Against scratch
 
-{machine}; {found["epochs"]:g} epochs of pretraining, {found["epochs"] * 10_000:,.0f} views.
+{result(found)}
 
-{table(COLUMNS, rows(found), left=2)}
+## Against each other
 
-## What was tried of scratch
+{table(("labels", "", "seeds", "difference of each seed", ""), pairs, left=2)}
 
-On 1,000 labels of a draw of its own, tested on training images that are held out, one seed:
+## What was tried on training images that are held out
 
-{table(("", "top-1, %"), tried)}
+Fine-tuning on 1,000 labels of a draw of its own, one seed: these chose the rates, the test images did not.
+
+{table(("start", "epochs", "rate", "layer decay", "top-1, %"), tried)}
 
 ## Commands
 
@@ -168,27 +269,25 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shards", type=Path, metavar="SHARDS", help="the folder of tiny20's shards")
     parser.add_argument("--out", type=Path, default=Path("runs/small_images"), help="where to write")
-    parser.add_argument("--epochs", type=float, default=60, help="of pretraining [60]")
-    parser.add_argument("--percents", type=int, nargs="+", default=[10, 5], help="shares of the labels [10 5]")
-    parser.add_argument("--seeds", type=int, default=8, help="draws of the labels [8]")
-    parser.add_argument("--at-once", type=int, default=8, help="commands at a time, each of one thread [8]")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=", ".join(ARMS))
+    parser.add_argument("--at-once", type=int, default=12, help="commands at a time, each of one thread [12]")
     parser.add_argument("--only", nargs="*", default=[""], metavar="PREFIX", help="jobs whose names begin so")
     parser.add_argument("--docs", type=Path, help="the folder in which to write the page and its JSON")
     parser.add_argument("--list", action="store_true", help="print the commands and stop")
     args = parser.parse_args(argv)
     out = args.out.absolute()
-    every = list(jobs(out, args.epochs, args.percents, args.seeds))
+    every = list(jobs(out, args.arms, args.at_once))
     wanted = [job for job in every if job.name.startswith(tuple(args.only))]
     if args.list:
         for job in wanted:
             print(f"# {job.name}\n{shown(job, out)}")
         return
     (out / "jobs").mkdir(parents=True, exist_ok=True)
-    prepare(args.shards, out, args.percents, args.seeds)
+    prepare(args.shards, out, args.arms)
     schedule(wanted, out, args.at_once, None if args.at_once == 1 else 1)
-    found = collect(out, every, args.epochs, args.percents, args.seeds)
+    found = collect(out, every)
     write_text(out / "small_images.json", json.dumps(found, indent=1) + "\n")
-    print("\n" + table(COLUMNS, rows(found), left=2))
+    print("\n" + result(found))
     if args.docs:
         write_text(args.docs / "small_images.json", json.dumps(found, indent=1) + "\n")
         write_page(args.docs)
