@@ -94,6 +94,7 @@ TRIED = (
 )
 # What is compared with another start than scratch.
 PAIRS = (
+    ("hog", "hog20"),
     ("hog150", "hog20"),
     ("hog150", "hog"),
     ("hog", "scratch350"),
@@ -193,13 +194,14 @@ def compared(found: dict[str, Any], pairs: Sequence[tuple[str, str]]) -> list[li
     percents = sorted({score["percent"] for score in found["scores"]})
     rows = []
     for name, against in pairs:
+        cell = {arm: {(s["percent"], s["seed"]) for s in found["scores"] if s["arm"] == arm} for arm in (name, against)}
         comparison: Any = {
             "amounts": [{"labels": f"{percent}%"} for percent in percents],
             "arms": [{"name": arm, "against": against} for arm in dict.fromkeys((against, name))],
             "scores": [
                 {**score, "labels": f"{score['percent']}%", "scores": {METRIC: score["top1"]}}
                 for score in found["scores"]
-                if score["arm"] in (name, against)
+                if score["arm"] in cell and (score["percent"], score["seed"]) in cell[name] & cell[against]
             ],
         }
         checked: Comparison = comparison
@@ -218,11 +220,8 @@ def result(found: dict[str, Any]) -> str:
     return table(COLUMNS, compared(found, [(name, "scratch") for name in arms]), left=2)
 
 
-def page(found: dict[str, Any], words: str) -> str:
-    """The page.
-
-    words: what we read in the numbers.
-    """
+def section(found: dict[str, Any]) -> str:
+    """What was found on one machine."""
     tried = [
         (ARMS[one["arm"]].title, str(one["epochs"]), one["rate"], one["layer_decay"], f"{100 * one['top1']:.1f}")
         for one in found["tried"]
@@ -232,30 +231,43 @@ def page(found: dict[str, Any], words: str) -> str:
         for name, other in PAIRS
         for row in compared(found, [(name, other)])
     ]
-    machine = ", ".join(f"{key} {value}" for key, value in found["machine"].items())
-    example = [found["commands"].get(name) for name in ("hog150-p", "hog150-10-0", "scratch-10-0")]
+    tables = [f"### Against scratch\n\n{result(found)}"]
+    if pairs:
+        columns = ("labels", "", "seeds", "difference of each seed", "")
+        tables.append(f"### Against each other\n\n{table(columns, pairs, left=2)}")
+    if tried:
+        columns = ("start", "epochs", "rate", "layer decay", "top-1, %")
+        tables.append(
+            "### What was tried on training images that are held out\n\nFine-tuning on 1,000 labels of a draw of its "
+            f"own, one seed.\n\n{table(columns, tried)}"
+        )
+    return "\n\n".join(tables)
+
+
+def page(found: dict[str, dict[str, Any]], words: str) -> str:
+    """The page.
+
+    found: on each machine, by its name.
+    words: what we read in the numbers.
+    """
+    commands: dict[str, str] = {}
+    for one in found.values():
+        commands = one["commands"] | commands
+    example = [commands.get(name) for name in ("hog-p", "hog-10-0", "hog20-5-0", "scratch-10-0", "scratch350-10-0")]
+    sections = "\n\n".join(
+        f"## On {', '.join(f'{key} {value}' for key, value in one['machine'].items())}\n\n{section(one)}"
+        for one in found.values()
+    )
     return f"""# Small images, few labels
 
 {words.strip()}
 
-Written by `studies/small_images.py` from `docs/small_images.json`. tiny20: 20 classes of Tiny ImageNet, 10,000
-photographs without labels to pretrain on, 1,000 others to test on, 64 pixels. Brackets are 95 % intervals of the mean
-over seeds (Student's t); each seed draws other labels and another head, the same for all starts. There is one
-pretraining of each kind, so the spread is that of fine-tuning. All ran on: {machine}.
+Written by `studies/small_images.py` from {", ".join(f"`docs/small_images_{name}.json`" for name in found)}. tiny20: 20
+classes of Tiny ImageNet, 10,000 photographs without labels to pretrain on, 1,000 others to test on, 64 pixels. Brackets
+are 95 % intervals of the mean over seeds (Student's t); each seed draws other labels and another head, the same for all
+starts. There is one pretraining of each kind, so the spread is that of fine-tuning.
 
-## Against scratch
-
-{result(found)}
-
-## Against each other
-
-{table(("labels", "", "seeds", "difference of each seed", ""), pairs, left=2)}
-
-## What was tried on training images that are held out
-
-Fine-tuning on 1,000 labels of a draw of its own, one seed: these chose the rates, the test images did not.
-
-{table(("start", "epochs", "rate", "layer decay", "top-1, %"), tried)}
+{sections}
 
 ## Commands
 
@@ -289,14 +301,20 @@ def main(argv: list[str] | None = None) -> None:
     write_text(out / "small_images.json", json.dumps(found, indent=1) + "\n")
     print("\n" + result(found))
     if args.docs:
-        write_text(args.docs / "small_images.json", json.dumps(found, indent=1) + "\n")
+        name = "cpu" if found["machine"]["gpu"] == "none" else "gpu"
+        write_text(args.docs / f"small_images_{name}.json", json.dumps(found, indent=1) + "\n")
         write_page(args.docs)
 
 
 def write_page(docs: Path) -> None:
-    """docs/small_images.md, of its JSON and of the words beside it."""
-    found = json.loads((docs / "small_images.json").read_text())
-    write_text(docs / "small_images.md", page(found, (docs / "results" / "small_images.md").read_text()))
+    """docs/small_images.md, of the JSON of each machine and of the words beside it."""
+    write_text(docs / "small_images.md", page(read(docs), (docs / "results" / "small_images.md").read_text()))
+
+
+def read(docs: Path) -> dict[str, dict[str, Any]]:
+    """What was found, by machine."""
+    paths = {name: docs / f"small_images_{name}.json" for name in ("gpu", "cpu")}
+    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
 
 
 if __name__ == "__main__":
