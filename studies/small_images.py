@@ -111,7 +111,7 @@ COLUMNS = ("labels", "start", "seeds", "top-1, %", "against scratch, of each see
 
 
 def jobs(out: Path, arms: list[str], at_once: int) -> Iterator[Job]:
-    """All commands: what lasts longest and what most is needed of comes first."""
+    """All commands, seed by seed of each amount of labels: what is cut off has pairs."""
     # Where the cores are shared.
     pretraining = () if at_once == 1 else ("--data.num_workers=3",)
     tuning = () if at_once == 1 else ("--data.num_workers=1",)
@@ -132,12 +132,13 @@ def jobs(out: Path, arms: list[str], at_once: int) -> Iterator[Job]:
             more = (f"--epochs={arm.epochs}", "--data.val_share=0", f"--out={out}/runs/{name}-p", *arm.flags)
             yield Job(f"{name}-p", (sys.executable, *program, *words, *more, *pretraining))
     for percent in dict.fromkeys(percent for name in arms for percent in ARMS[name].seeds):
-        for name in arms:
-            arm = ARMS[name]
-            flags = (*BUDGETS.get(percent, ()), *(() if arm.epochs else arm.flags))
-            for seed in range(arm.seeds.get(percent, 0)):
-                labels = f"train-{percent}-{seed}.csv"
-                yield finetune(f"{name}-{percent}-{seed}", labels, "test.csv", seed, name, *flags)
+        for seed in range(max(MANY.values())):
+            for name in arms:
+                arm = ARMS[name]
+                if seed < arm.seeds.get(percent, 0):
+                    flags = (*BUDGETS.get(percent, ()), *(() if arm.epochs else arm.flags))
+                    labels = f"train-{percent}-{seed}.csv"
+                    yield finetune(f"{name}-{percent}-{seed}", labels, "test.csv", seed, name, *flags)
     for start, epochs, rate, decay in TRIED:
         if start in arms:
             flags = (f"--epochs={epochs}", f"--optim.base_lr={rate}", f"--optim.layer_decay={decay}")
