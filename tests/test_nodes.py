@@ -1,0 +1,328 @@
+"""Several nodes: network namespaces of this machine, joined by a bridge, each with a launcher of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import requires_time
+from runs import flags, forget_accelerator, losses, write_images
+
+from fcmae import cli
+from fcmae.training import checkpoint
+
+pytestmark = [requires_time, pytest.mark.usefixtures("one_thread")]
+
+SCRIPT = Path(__file__).parents[1] / "pretrain.py"
+TIMINGS = {"images_per_s", "data_wait_s", "data_wait_share"}
+
+
+def ip(*words: object) -> None:
+    subprocess.run(["ip", *map(str, words)], check=True, capture_output=True, text=True)
+
+
+class Nodes:
+    """Namespaces that reach each other at 10.213.0.1, .2, ... over a bridge, which is in one of its own."""
+
+    def __init__(self, number: int) -> None:
+        self.names = [f"fcmae{os.getpid()}n{i}" for i in range(number)]
+        self.switch = f"fcmae{os.getpid()}sw"
+        self.started: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> Nodes:
+        for name in (self.switch, *self.names):
+            ip("netns", "add", name)
+            ip("-n", name, "link", "set", "lo", "up")
+        ip("-n", self.switch, "link", "add", "bridge", "type", "bridge")
+        ip("-n", self.switch, "link", "set", "bridge", "up")
+        for i, name in enumerate(self.names):
+            ip("link", "add", "eth0", "netns", name, "type", "veth", "peer", "name", f"port{i}", "netns", self.switch)
+            ip("-n", self.switch, "link", "set", f"port{i}", "master", "bridge", "up")
+            ip("-n", name, "address", "add", f"10.213.0.{i + 1}/24", "dev", "eth0")
+            ip("-n", name, "link", "set", "eth0", "up")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.started:
+            self.kill(process)
+        for name in (*self.names, self.switch):
+            subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
+
+    def start(
+        self, node: int, launch: Sequence[str], words: Sequence[str], log: Path, before: Sequence[str] = ()
+    ) -> subprocess.Popen[bytes]:
+        """A launcher on a node.
+
+        before: words of a command that starts another.
+        """
+        inside = ["ip", "netns", "exec", self.names[node], *before, sys.executable, "-m", "torch.distributed.run"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "eth0"}
+        words = [*inside, *launch, "--local-addr", f"10.213.0.{node + 1}", str(SCRIPT), *words]
+        with log.open("wb") as file:
+            process = subprocess.Popen(words, env=environment, stdout=file, stderr=file)
+        self.started.append(process)
+        return process
+
+    @staticmethod
+    def kill(process: subprocess.Popen[bytes]) -> None:
+        """A node that is gone: its launcher and all that this has started, at once."""
+        if process.poll() is None:
+            launcher = psutil.Process(process.pid)
+            for each in (launcher, *launcher.children(recursive=True)):
+                with suppress(psutil.NoSuchProcess):
+                    each.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def allowed() -> None:
+    """Skips where namespaces cannot be made."""
+    reason = None
+    if os.geteuid() != 0:
+        reason = "network namespaces need root"
+    elif shutil.which("ip") is None:
+        reason = "network namespaces need the ip command of iproute2"
+    elif (made := subprocess.run(["ip", "netns", "add", "fcmaetry"], capture_output=True, text=True)).returncode:
+        reason = f"no network namespace can be made: {made.stderr.strip()}"
+    else:
+        ip("netns", "delete", "fcmaetry")
+    if reason is not None:
+        pytest.skip(reason)
+
+
+@pytest.fixture
+def nodes(allowed: None) -> Iterator[Callable[[int], Nodes]]:
+    entered: list[Nodes] = []
+
+    def make(number: int) -> Nodes:
+        entered.append(Nodes(number).__enter__())
+        return entered[-1]
+
+    yield make
+    for each in entered:
+        each.__exit__()
+
+
+def fixed(number: int, node: int) -> list[str]:
+    """The launcher's words for nodes that are all there."""
+    words = {"--nnodes": number, "--node-rank": node, "--nproc-per-node": 1, "--master-port": 29500}
+    return [*(str(word) for pair in words.items() for word in pair), "--master-addr", "10.213.0.1"]
+
+
+def elastic(least: int, most: int, node: int) -> list[str]:
+    """The launcher's words for nodes that may come and go, all but the first, which keeps what they agree on."""
+    words = ["--nnodes", f"{least}:{most}", "--nproc-per-node", "1", "--max-restarts", "3", "--rdzv-backend", "c10d"]
+    return [
+        *words,
+        "--rdzv-endpoint",
+        "10.213.0.1:29400",
+        "--rdzv-id",
+        "test",
+        "--rdzv-conf",
+        f"last_call_timeout=3,is_host={node == 0}",
+    ]
+
+
+def lines(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_curve(out: Path, reference: Path) -> None:
+    for line, other in zip(lines(out), lines(reference), strict=True):
+        # Means of parts instead of one mean: float32 rounding.
+        assert {k: v for k, v in line.items() if k not in TIMINGS} == pytest.approx(
+            {k: v for k, v in other.items() if k not in TIMINGS}, rel=1e-4
+        )
+
+
+def run(images: Path, out: Path, **changed: Any) -> None:
+    """One process, this one."""
+    assert cli.main(["pretrain", *flags(images, out, **changed)]) == 0
+    forget_accelerator()
+
+
+def wait_until(
+    condition: Callable[[], Any], started: Sequence[subprocess.Popen[bytes]], logs: Sequence[Path], timeout: float = 300
+) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        alive = all(process.poll() is None for process in started)
+        assert alive and time.monotonic() < deadline, "\n".join(log.read_text() for log in logs)
+        time.sleep(0.02)
+
+
+def ended(process: subprocess.Popen[bytes], log: Path, timeout: float = 300) -> int:
+    try:
+        return process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        raise AssertionError(f"it goes on after {timeout} s:\n{log.read_text()}") from None
+
+
+SLOW_LINK = ("tbf", "rate", "4mbit", "burst", "32kbit", "latency", "400ms")
+OPTIONS: dict[str, Any] = {"batch_size": 6, "epochs": 10, "data__val_share": 0, "checkpoint__every_epochs": 1}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("nodes") / "images", 12)
+
+
+@pytest.fixture(scope="module")
+def alone(images: Path) -> Path:
+    """The run of one process: 20 steps."""
+    run(images, images.parent / "alone", **OPTIONS)
+    return images.parent / "alone"
+
+
+def test_three_nodes_train_as_one_process(
+    nodes: Callable[[int], Nodes], images: Path, alone: Path, tmp_path: Path
+) -> None:
+    three, words = nodes(3), flags(images, tmp_path / "out", **OPTIONS)
+    logs = [tmp_path / f"{i}.log" for i in range(3)]
+    started = [three.start(i, fixed(3, i), words, logs[i]) for i in range(3)]
+    assert [ended(*each) for each in zip(started, logs, strict=True)] == [0, 0, 0]
+    assert "on 3 x cpu" in logs[0].read_text()
+    assert_same_curve(tmp_path / "out", alone)
+
+
+def test_the_nodes_that_are_left_go_on_from_the_last_checkpoint_in_the_same_order(
+    nodes: Callable[[int], Nodes], images: Path, alone: Path, tmp_path: Path
+) -> None:
+    three, out = nodes(3), tmp_path / "out"
+    words = flags(images, out, **OPTIONS | {"epochs": 200})
+    logs = [tmp_path / f"{i}.log" for i in range(3)]
+    started = [three.start(i, elastic(2, 3, i), words, logs[i]) for i in range(3)]
+    wait_until(lambda: checkpoint.steps(out), started, logs)
+    three.kill(started[2])
+    assert [ended(*each) for each in zip(started[:2], logs[:2], strict=True)] == [0, 0]
+    text = (out / "train.log").read_text()
+    assert "on 3 x cpu" in text
+    assert "resuming after step" in text
+    assert "on 2 x cpu" in text
+    assert [step for step, _ in losses(out)] == list(range(1, 401))
+    whole = tmp_path / "whole"
+    run(images, whole, **OPTIONS | {"epochs": 200})
+    assert dict(losses(out)) == pytest.approx(dict(losses(whole)), rel=1e-3)
+
+
+def test_a_link_that_is_slow_or_away_for_seconds_changes_nothing(
+    nodes: Callable[[int], Nodes], images: Path, alone: Path, tmp_path: Path
+) -> None:
+    two, out = nodes(2), tmp_path / "out"
+    ip("netns", "exec", two.switch, "tc", "qdisc", "add", "dev", "port1", "root", *SLOW_LINK)
+    logs = [tmp_path / f"{i}.log" for i in range(2)]
+    started = [two.start(i, fixed(2, i), flags(images, out, **OPTIONS), logs[i]) for i in range(2)]
+    wait_until(lambda: checkpoint.steps(out), started, logs)
+    ip("-n", two.switch, "link", "set", "port1", "down")
+    time.sleep(3)
+    ip("-n", two.switch, "link", "set", "port1", "up")
+    assert [ended(*each) for each in zip(started, logs, strict=True)] == [0, 0]
+    assert_same_curve(out, alone)
+
+
+def test_a_node_without_the_images_ends_all_with_its_sentence(
+    nodes: Callable[[int], Nodes], images: Path, tmp_path: Path
+) -> None:
+    """The first node lists the images; another one cannot read them."""
+    two, missing = nodes(2), tmp_path / "missing"
+    shutil.copytree(images, missing)
+    listed = tmp_path / "list.txt"
+    listed.write_text("".join(f"{path}\n" for path in sorted(missing.iterdir())))
+    logs = [tmp_path / f"{i}.log" for i in range(2)]
+    words = flags(listed, tmp_path / "out", **OPTIONS)
+    # The second node sees an empty folder in its place.
+    private = ["unshare", "--mount", "sh", "-c", f'mount -t tmpfs none {missing} && exec "$@"', "sh"]
+    first = two.start(0, fixed(2, 0), words, logs[0])
+    second = two.start(1, fixed(2, 1), words, logs[1], before=private)
+    assert [ended(first, logs[0]) != 0, ended(second, logs[1]) != 0] == [True, True]
+    for log in logs:
+        assert "max_bad_share" in log.read_text()
+
+
+def test_a_signal_to_one_node_stops_all_after_a_saved_step(
+    nodes: Callable[[int], Nodes], images: Path, tmp_path: Path
+) -> None:
+    two, out = nodes(2), tmp_path / "out"
+    words = flags(images, out, **OPTIONS | {"epochs": 999, "checkpoint__every_epochs": 999})
+    logs = [tmp_path / f"{i}.log" for i in range(2)]
+    started = [two.start(i, fixed(2, i), words, logs[i]) for i in range(2)]
+    wait_until(lambda: (out / "metrics.jsonl").exists(), started, logs)
+    started[1].send_signal(signal.SIGTERM)
+    assert all(ended(*each) != 0 for each in zip(started, logs, strict=True))
+    ((step, _),) = checkpoint.steps(out).items()
+    assert f"after step {step}; the same command resumes" in (out / "train.log").read_text()
+
+
+def test_a_batch_that_the_nodes_cannot_share_is_refused_on_each(
+    nodes: Callable[[int], Nodes], images: Path, tmp_path: Path
+) -> None:
+    two = nodes(2)
+    words = flags(images, tmp_path / "out", **OPTIONS | {"batch_size": 5})
+    logs = [tmp_path / f"{i}.log" for i in range(2)]
+    started = [two.start(i, fixed(2, i), words, logs[i]) for i in range(2)]
+    assert all(ended(*each) != 0 for each in zip(started, logs, strict=True))
+    for log in logs:
+        assert "batch_size" in log.read_text()
+    assert not (tmp_path / "out").exists()
+
+
+SRUN = """\
+import os, signal, subprocess, sys
+started = []
+signal.signal(signal.SIGUSR1, lambda *_: [task.send_signal(signal.SIGUSR1) for task in started])
+words = [word for word in sys.argv[1:] if not word.startswith("--kill-on")]
+for i in range(int(os.environ["SLURM_NTASKS"])):
+    started.append(subprocess.Popen(words, env=os.environ | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}))
+sys.exit(max(task.wait() for task in started))
+"""
+SCONTROL = """\
+import os, sys
+if sys.argv[1:] == ["show", "hostnames", "node[1-2]"]:
+    print("localhost\\nother")
+elif sys.argv[1] == "requeue":
+    open(os.environ["REQUEUED"], "a").write(sys.argv[2])
+else:
+    sys.exit(1)
+"""
+
+
+def test_a_job_under_slurm_that_is_warned_saves_and_goes_back_into_the_queue(images: Path, tmp_path: Path) -> None:
+    """srun and scontrol are ours: two tasks on this machine."""
+    programs, out, requeued = tmp_path / "bin", tmp_path / "out", tmp_path / "requeued"
+    programs.mkdir()
+    for name, text in {"srun": SRUN, "scontrol": SCONTROL}.items():
+        (programs / name).write_text(f"#!{sys.executable}\n{text}")
+        (programs / name).chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "4321", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NTASKS": "2", "REQUEUED": str(requeued)}
+    path = f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | slurm | {"PATH": path, "OMP_NUM_THREADS": "1"}
+    script = Path(__file__).parents[1] / "docs" / "pretrain.sbatch"
+    words = ["bash", str(script), *flags(images, out, **OPTIONS | {"epochs": 200, "checkpoint__every_epochs": 999})]
+    log = tmp_path / "log.txt"
+    with log.open("wb") as file:
+        job = subprocess.Popen(words, env=environment, stdout=file, stderr=file)
+        try:
+            wait_until(lambda: len(losses(out)) > 2 if (out / "metrics.jsonl").exists() else False, [job], [log])
+            job.send_signal(signal.SIGUSR1)
+            assert ended(job, log) == 0, log.read_text()
+        finally:
+            Nodes.kill(job)
+    assert requeued.read_text() == "4321"
+    assert 2 < max(checkpoint.steps(out)) < 400
+    requeued.unlink()
+    again = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert again.returncode == 0, again.stderr
+    assert "on 2 x cpu" in again.stderr
+    assert [step for step, _ in losses(out)] == list(range(1, 401))
+    assert not requeued.exists()
