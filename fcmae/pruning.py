@@ -124,6 +124,26 @@ def channel_scores(block: Block, measured: Measured, by: By) -> Tensor:
     return scores / scores.mean().clamp(min=torch.finfo(scores.dtype).tiny)
 
 
+def num_kept(num: int, keep: float) -> int:
+    """How many of so many a share is, one at least."""
+    return max(1, round(keep * num))
+
+
+def uniformly(spec: ConvNeXtSpec, keep: float, what: What) -> ConvNeXtSpec:
+    """What uniform pruning makes of a network whose blocks of a stage are alike.
+
+    Args:
+        spec: of the network.
+        keep: see `keep_best`.
+        what: see `choose`.
+    """
+    if what == "hidden":
+        hidden = [[num_kept(width, keep) for width in stage] for stage in spec.hidden_widths]
+    else:
+        hidden = [list(stage[: num_kept(len(stage), keep)]) for stage in spec.hidden_widths]
+    return ConvNeXtSpec.model_validate(spec.model_dump() | {"depths": list(map(len, hidden)), "hidden": hidden})
+
+
 def keep_best(groups: Sequence[Tensor], keep: float, how: How) -> list[Tensor]:
     """Which members of each group stay, one at least.
 
@@ -136,11 +156,11 @@ def keep_best(groups: Sequence[Tensor], keep: float, how: How) -> list[Tensor]:
         Rising positions in each group.
     """
     if how == "uniform":
-        return [scores.topk(max(1, round(keep * len(scores)))).indices.sort().values for scores in groups]
+        return [scores.topk(num_kept(len(scores), keep)).indices.sort().values for scores in groups]
     raised = [scores.index_fill(0, scores.argmax(), torch.inf) for scores in groups]  # the best of each stays
     everything = torch.cat(raised)
     stays = torch.zeros(len(everything), dtype=torch.bool)
-    stays[everything.topk(max(len(groups), round(keep * len(everything)))).indices] = True
+    stays[everything.topk(max(len(groups), num_kept(len(everything), keep))).indices] = True
     return [part.nonzero()[:, 0] for part in torch.split(stays, [len(scores) for scores in groups])]
 
 

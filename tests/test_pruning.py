@@ -21,7 +21,7 @@ from fcmae.masked import build_fcmae
 from fcmae.networks.convnext import Encoder
 from fcmae.networks.layers import Block
 from fcmae.networks.spec import VARIANTS, ConvNeXtSpec
-from fcmae.pruning import By, How, choose, cut, keep_best, measure, multiply_adds
+from fcmae.pruning import By, How, choose, cut, keep_best, measure, multiply_adds, uniformly
 from fcmae.weights.convert import build_classifier, build_encoder, save_classifier
 from fcmae.weights.files import Weights, read_weights, save_weights
 from fcmae.weights.formats import Architecture, to_state
@@ -188,6 +188,7 @@ def test_blocks_go_by_what_they_add_and_each_stage_keeps_one() -> None:
         assert list(kept) == ["stages.0.0", "stages.1.0", "stages.2.0"]
     pruned = cut(weights_of(model), kept, measured)
     assert pruned.architecture.spec == ConvNeXtSpec(depths=(1, 1, 1), dims=(4, 6, 8), stem_stride=2)
+    assert pruned.architecture.spec == uniformly(SPEC, 0.6, "blocks")
     with torch.no_grad():
         torch.testing.assert_close(build_classifier(pruned)(images(2, 3)), model(images(2, 3)), atol=1e-4, rtol=1e-4)
     with pytest.raises(ValueError, match="no LayerScale"):
@@ -252,11 +253,8 @@ def test_multiply_adds_are_those_that_are_published_and_fall_with_the_channels()
     tiny = VARIANTS["convnextv2_tiny"]
     whole = multiply_adds(Encoder(tiny), (224, 224))
     assert whole / 1e9 == pytest.approx(4.47, abs=0.02)
-    half = ConvNeXtSpec(
-        depths=tiny.depths,
-        dims=tiny.dims,
-        hidden=tuple((2 * d,) * n for n, d in zip(tiny.depths, tiny.dims, strict=True)),
-    )
+    half = uniformly(tiny, 0.5, "hidden")
+    assert half.hidden_widths == ((192,) * 3, (384,) * 3, (768,) * 9, (1536,) * 3)
     linears = sum(n * (56 >> i) ** 2 * 8 * d * d for i, (n, d) in enumerate(zip(tiny.depths, tiny.dims, strict=True)))
     assert whole - multiply_adds(Encoder(half), (224, 224)) == linears // 2
 
@@ -300,7 +298,12 @@ def test_what_is_pruned_loads_in_every_command(
     assert "0.5 of hidden kept, global by activation" in weights.origin["pruned"]
 
     assert cli.main(["predict", str(pruned), str(photos), *common]) == 0
-    assert cli.main(["evaluate", str(pruned), "--data", str(photos), "--out", str(tmp_path / "e"), "--probes", "knn", *common]) == 0
+    assert (
+        cli.main(
+            ["evaluate", str(pruned), "--data", str(photos), "--out", str(tmp_path / "e"), "--probes", "knn", *common]
+        )
+        == 0
+    )
     small = {"epochs": 1, "batch_size": 4, "data.num_workers": 0, "log.trackers": "none", "data.image_size": 16}
     words = [f"--{key}={value}" for key, value in small.items()]
     runs.forget_accelerator()
