@@ -217,8 +217,9 @@ def cut(weights: Weights, kept: Kept, measured: Mapping[str, Measured] | None = 
             dim = _HIDDEN.get(match[2])
             stays = value if dim is None else value.index_select(dim, kept[match[1]])
             state[f"encoder.{places[match[1]]}.{match[2]}"] = stays
-    for block in measured.keys() & kept.keys() if measured else ():
-        channels, found = kept[block], measured[block]
+    for block, found in measured.items() if measured else ():
+        if (channels := kept.get(block)) is None:
+            continue
         gamma, bias = (f"encoder.{places[block]}.{name}" for name in ("grn.gamma", "pwconv2.bias"))
         columns = old[f"encoder.{block}.pwconv2.weight"].double()
         gone = torch.ones(columns.shape[1], dtype=torch.bool).index_fill(0, channels, False)
