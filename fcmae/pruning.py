@@ -80,25 +80,22 @@ def measure(encoder: Encoder, batches: Iterable[Tensor]) -> dict[str, Measured]:
     for images in batches:
         num_images += len(images)
         for block in walk(encoder, images) if len(images) else ():
-            variance, mean = torch.var_mean(at_least_float32(block.expanded), (1, 2), correction=0)  # (B, hidden)
-            mean, norms = mean.double(), torch.ones_like(mean)
+            expanded, output = at_least_float32(block.expanded), at_least_float32(block.output)
+            variance, mean = (each.cpu().double() for each in torch.var_mean(expanded, (1, 2), correction=0))
+            norms = torch.ones_like(mean)
             if block.norms is not None:
                 norms = (block.norms / (block.norms.mean(-1, keepdim=True) + EPS)).flatten(1)
-            output = at_least_float32(block.output)
-            squares = output.square().mean((1, 2, 3))  # (B,)
-            branch = (output - block.input).square().mean((1, 2, 3))
-            found = (mean, variance + mean.square(), norms, squares, (branch / squares).nan_to_num().sqrt())
-            added = [values.double().sum(0).cpu() for values in found]
-            sums[block.name] = (
-                [a + b for a, b in zip(sums[block.name], added, strict=True)] if block.name in sums else added
-            )
+            power, branch = (x.square().mean((1, 2, 3)) for x in (output, output - block.input))  # (B,)
+            found = (mean, variance + mean.square(), norms, power, (branch / power).nan_to_num().sqrt())
+            before = sums.get(block.name, [torch.zeros(())] * len(found))
+            sums[block.name] = [a + b.cpu().double().sum(0) for a, b in zip(before, found, strict=True)]
     if not num_images:
         raise ValueError("data: none of the images can be read: give others")
     measured = {}
     for name, totals in sums.items():
-        mean, squares, norms, output, share = (total / num_images for total in totals)
+        mean, squares, norms, power, share = (total / num_images for total in totals)
         std = (squares - mean.square()).clamp(min=0).sqrt()
-        measured[name] = Measured(mean, std, norms, float(output.sqrt()), float(share))
+        measured[name] = Measured(mean, std, norms, float(power.sqrt()), float(share))
     return measured
 
 
