@@ -7,6 +7,7 @@ tuned = fcmae.finetune("labelled", "runs/tuned", config="finetune_cpu", init=run
 model = fcmae.load(tuned)
 features = model(images)  # (B, h, w, C)
 fcmae.export(run, "encoder")
+fcmae.prune(tuned, "pruned.safetensors", "photos")
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fcmae import finetuning, options, planning, pretraining
+from fcmae import finetuning, options, planning, pretraining, pruning
 from fcmae.config import FinetuneConfig, PretrainConfig, RunConfig
+from fcmae.config.commands import PruneConfig
 from fcmae.data.normalize import Normalize
 from fcmae.layouts import DENSE, PACKED
 from fcmae.masked import masked_loss
@@ -30,7 +32,7 @@ from fcmae.training.run import Run
 from fcmae.weights.convert import build_encoder, convert
 from fcmae.weights.files import read_weights
 
-__all__ = ["Features", "export", "finetune", "load", "masked_loss", "pretrain"]
+__all__ = ["Features", "export", "finetune", "load", "masked_loss", "pretrain", "prune"]
 
 PathLike = str | os.PathLike[str]
 Config = TypeVar("Config", bound=RunConfig)
@@ -232,3 +234,36 @@ def export(
         ValueError: if the source cannot be read or is damaged, or `dest` exists or is no name for that format.
     """
     convert(Path(source), Path(dest), to, key=key, prefix=prefix)
+
+
+def prune(
+    source: PathLike,
+    dest: PathLike,
+    images: PathLike | Sequence[PathLike],
+    *,
+    keep: float = 0.5,
+    what: pruning.What = "hidden",
+    how: pruning.How = "uniform",
+    by: pruning.By = "activation",
+    key: str | None = None,
+    prefix: str | None = None,
+) -> None:
+    """Remove hidden channels or whole blocks, make up for them on images, and write what stays, as `fcmae prune` does.
+
+    Args:
+        source: see `load`.
+        dest: a new file, .safetensors, .pth or .pt, that `finetune`, `load` and `export` take.
+        images: folders, lists or glob patterns, like those that the model is for; no labels are needed.
+        keep: share of the channels or blocks that stays, between 0 and 1.
+        what: hidden channels of the blocks, or blocks.
+        how: that share of each block (or stage), or of the whole network.
+        by: what they add to the features of the images, or the norm of their weights.
+        key: see `load`.
+        prefix: see `load`.
+
+    Raises:
+        ValueError: with a line for each problem with settings, weights or images, before anything is written.
+    """
+    paths = [images] if isinstance(images, str | os.PathLike) else images
+    given = {"model": source, "dest": dest, "data": [os.fspath(path) for path in paths], "key": key, "prefix": prefix}
+    pruning.prune(options.make(PruneConfig, {**given, "keep": keep, "what": what, "how": how, "by": by}))

@@ -256,9 +256,13 @@ def starting_weights(cfg: FinetuneConfig) -> Weights:
             )
         weights = adapt_in_chans(weights, cfg.data.in_chans)
         logger.info("the stem of %s, for 3 channels, was adapted to %d", path, cfg.data.in_chans)
-    if cfg.eval_only and not weights.class_names:
-        raise ValueError(f"model.init = {path} has no classifier to evaluate: give a fine-tuned model")
+    if _keeps_head(cfg) and not weights.class_names:
+        raise ValueError(f"model.init = {path} has no classifier: give a fine-tuned model")
     return weights
+
+
+def _keeps_head(cfg: FinetuneConfig) -> bool:
+    return cfg.eval_only or cfg.model.keep_head
 
 
 def image_settings(cfg: FinetuneConfig, weights: Weights) -> dict[str, Any]:
@@ -295,23 +299,23 @@ def run_images(cfg: FinetuneConfig, run: RunDirectory, weights: Weights) -> tupl
     Args:
         cfg: the run's settings.
         run: its directory.
-        weights: when only evaluating, the classes are those of the weights.
+        weights: where their classifier is kept, the classes are theirs.
     """
     cached = (run.path / "files.json", run.path / "val_files.json")
     if run.kept("data.path", "data.val_path") and all(path.is_file() for path in cached):
         return Images.load(cached[0]), Images.load(cached[1])
-    names = weights.class_names if cfg.eval_only else None
+    names = weights.class_names if _keeps_head(cfg) else None
     if cfg.data.val_path is None:
         assert cfg.data.path is not None
-        return split(find_labelled(cfg.data.path, names), cfg.data.val_share, cfg.seed)
-    train = find_labelled(cfg.data.path, names) if cfg.data.path else Images.of_files((), (), names)
+        return split(find_labelled(cfg.data.path, names, key="data.path"), cfg.data.val_share, cfg.seed)
+    train = find_labelled(cfg.data.path, names, key="data.path") if cfg.data.path else Images.of_files((), (), names)
     return train, find_labelled(cfg.data.val_path, train.class_names)
 
 
 def build_model(cfg: FinetuneConfig, weights: Weights, num_classes: int) -> Classifier:
     """The classifier: encoder and final norm of the weights, as far as they have them, and a new head.
 
-    The head of the weights is kept only for evaluation. Everything random is drawn from the run's seed.
+    Their head too, for evaluation and where it is asked for. Everything random is drawn from the run's seed.
 
     Args:
         cfg: the run's settings.
@@ -323,7 +327,7 @@ def build_model(cfg: FinetuneConfig, weights: Weights, num_classes: int) -> Clas
     encoder = Encoder(architecture.spec, architecture.in_chans, cfg.model.drop_path_rate, cfg.model.grad_checkpointing)
     model = Classifier(encoder, num_classes, cfg.model.head_init_scale or (0.001 if weights.state else 1.0))
     if weights.state:
-        kept = ("encoder.", "norm.", "head.") if cfg.eval_only else ("encoder.", "norm.")
+        kept = ("encoder.", "norm.", "head.") if _keeps_head(cfg) else ("encoder.", "norm.")
         found = {name: value for name, value in weights.state.items() if name.startswith(kept)}
         model.load_state_dict(model.state_dict() | found)
         logger.info("loaded %d tensors from %s", len(found), cfg.model.init)

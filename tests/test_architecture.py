@@ -79,6 +79,7 @@ ORDER = [
     "fcmae.finetuning",
     "fcmae.prediction",
     "fcmae.evaluation.outputs",
+    "fcmae.pruning",
     "fcmae.evaluation.records",
     "fcmae.evaluation.evaluate",
     "fcmae.evaluation.embed",

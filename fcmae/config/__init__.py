@@ -234,6 +234,8 @@ class PretrainModel(EncoderConfig):
 class FinetuneModel(EncoderConfig):
     head_init_scale: float | None = Field(None, gt=0)
     """Factor on the classifier's first weights. Default: .001 with `init`, 1 from scratch."""
+    keep_head: bool = False
+    """Start from the classifier of `init` too, as after `fcmae prune`; the classes are then its own."""
 
     @property
     def spec(self) -> ConvNeXtSpec | None:
@@ -543,6 +545,11 @@ class FinetuneConfig(RunConfig):
             )
         if self.eval_only and model.init is None:
             yield ("model.init", "eval_only"), "missing: eval_only evaluates the weights it names"
+        if model.keep_head and (model.init is None or model.head_init_scale is not None):
+            yield (
+                ("model.keep_head", "model.init", "model.head_init_scale"),
+                "it takes the classifier that init has: give --init, and no head_init_scale",
+            )
         images = self.batch_size // (num_processes or 1) // self.grad_accum
         if (self.regularization.mixup or self.regularization.cutmix) and images % 2:
             yield (

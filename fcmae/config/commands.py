@@ -244,6 +244,32 @@ class ConvertConfig(Settings, FromFile):
             yield ("dest", "dry_run", "check"), "DEST is missing: name a new path, or give --dry_run or --check"
 
 
+class PruneConfig(Reading, FromFile):
+    """Remove hidden channels or whole blocks of a ConvNeXt, and make up for them on images.
+
+    Example: fcmae prune runs/tuned pruned.safetensors --data photos --keep .5
+    """
+
+    model: Annotated[RunPath, Spelling("MODEL")] = Field(examples=["runs/tuned"])
+    """A run, a checkpoint, an exported model, or all else that `fcmae convert` reads. Of a pretraining run the decoder
+    stays as it was."""
+    dest: Annotated[UserPath, Spelling("DEST")] = Field(examples=["pruned.safetensors"])
+    """A new file, .safetensors, .pth or .pt, for `finetune`, `predict`, `evaluate` and `convert`."""
+    data: Annotated[list[UserText], Spelling(commas=False)] = Field(min_length=1, examples=[["photos"]])
+    """Images like those it is for: folders, lists or glob patterns. No labels are needed."""
+    keep: float = Field(0.5, gt=0, lt=1)
+    """Share of the hidden channels, or of the blocks, that stays."""
+    what: Literal["hidden", "blocks"] = "hidden"
+    """Hidden channels of the blocks' MLPs; or whole blocks, of which each stage keeps one."""
+    how: Literal["uniform", "global"] = "uniform"
+    """That share of each block (of each stage, for blocks); or of the whole network, where it matters most."""
+    by: Literal["norm", "activation"] = "activation"
+    """What tells what matters: what it adds to the features of the images, or the norm of its weights (for blocks
+    LayerScale, which V1 has)."""
+    max_images: int = Field(256, ge=1)
+    """Of more images, that many are taken, evenly spread."""
+
+
 class ReportConfig(Settings):
     """Write one HTML page on runs: settings, curves, reconstructions, scores, and what they say.
 

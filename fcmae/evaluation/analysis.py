@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -30,7 +30,25 @@ DEAD_RMS = 0.01  # of the median channel's
 SATURATED_STD = 0.1  # of the channel's own absolute mean
 
 
-def walk(encoder: Encoder, images: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
+class Passed(NamedTuple):
+    """What images have been through.
+
+    Attributes:
+        name: of the block, stages.I.J.
+        input: (B, h, w, C).
+        norms: (B, 1, 1, hidden), the expanded features' before GRN; None in V1.
+        expanded: (B, h, w, hidden), as the second Linear sees them, after GRN in V2.
+        output: (B, h, w, C).
+    """
+
+    name: str
+    input: Tensor
+    norms: Tensor | None
+    expanded: Tensor
+    output: Tensor
+
+
+def walk(encoder: Encoder, images: Tensor) -> Iterator[Passed]:
     """Pass images through an encoder with nothing hidden, block by block.
 
     Args:
@@ -38,19 +56,19 @@ def walk(encoder: Encoder, images: Tensor) -> Iterator[tuple[str, Tensor, Tensor
         images: (B, C, H, W), normalised, on its device.
 
     Yields:
-        Of each block, in order: its name, stages.I.J; its expanded features as its second Linear sees them, after GRN
-        in V2, (B, h, w, hidden); and its output, (B, h, w, C).
+        Each block, in order.
     """
     x = encoder.stem(images, DENSE)
     for i, stage in enumerate(encoder.stages):
         if i > 0:
             x = encoder.downsample(i, x, DENSE)
         for j, block in enumerate(cast("Iterable[Block]", stage)):
-            h = block.expand(x, DENSE)
+            h, norms = block.expand(x, DENSE), None
             if block.grn is not None:
-                h = block.grn(h, DENSE.image_norm(at_least_float32(h)))
-            x = block.add(x, block.pwconv2(h), DENSE)
-            yield f"stages.{i}.{j}", h, x
+                norms = DENSE.image_norm(at_least_float32(h))
+                h = block.grn(h, norms)
+            before, x = x, block.add(x, block.pwconv2(h), DENSE)
+            yield Passed(f"stages.{i}.{j}", before, norms, h, x)
 
 
 def layer_names(encoder: Encoder) -> list[str]:
@@ -271,9 +289,9 @@ class Statistics:
             images: (B, C, H, W), normalised, on the encoder's device.
             labels: (B,) int64.
         """
-        for name, expanded, output in walk(self._encoder, images):
-            self._sums[name].add_expanded(expanded, labels)
-            self._sums[name].add_output(at_least_float32(output).mean((1, 2)))
+        for block in walk(self._encoder, images):
+            self._sums[block.name].add_expanded(block.expanded, labels)
+            self._sums[block.name].add_output(at_least_float32(block.output).mean((1, 2)))
 
     def layers(self) -> dict[str, Layer]:
         """The statistics of each block by name; empty before the first image."""
@@ -331,8 +349,8 @@ def activation_maps(encoder: Encoder, image: Tensor, layers: list[str], num_maps
         (maps, h, w) float32 for each layer.
     """
     found: dict[str, NDArray[Any]] = {}
-    for name, expanded, _ in walk(encoder, image[None]):
-        if name in layers:
-            maps = at_least_float32(expanded)[0].permute(2, 0, 1)  # (hidden, h, w)
-            found[name] = maps[evenly(len(maps), num_maps)].cpu().numpy()
+    for block in walk(encoder, image[None]):
+        if block.name in layers:
+            maps = at_least_float32(block.expanded)[0].permute(2, 0, 1)  # (hidden, h, w)
+            found[block.name] = maps[evenly(len(maps), num_maps)].cpu().numpy()
     return [found[name] for name in layers]
