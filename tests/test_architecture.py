@@ -31,6 +31,8 @@ ORDER = [
     "fcmae.data.split",
     "fcmae.data.normalize",
     "fcmae.data.readers",
+    "fcmae.data.rasters",
+    "fcmae.data.maps",
     "fcmae.data.decode",
     "fcmae.data.augment",
     "fcmae.data.sampler",
