@@ -70,6 +70,7 @@ ORDER = [
     "fcmae.weights.files",
     "fcmae.weights.convert",
     "fcmae.classification",
+    "fcmae.segmentation",
     "fcmae.evaluation",
     "fcmae.evaluation.pictures",
     "fcmae.evaluation.models",
@@ -113,6 +114,7 @@ NUMERICAL = (
     "training.optim",
     "evaluation.pictures",
     "classification",
+    "segmentation",
 )
 
 
