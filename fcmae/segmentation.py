@@ -122,7 +122,7 @@ def probabilities_by_rows(
         band = raster.read((y, 0, rows, raster.width))  # (C, rows, width)
         for first in range(0, len(xs), at_once):
             places = xs[first : first + at_once]
-            found = predict(np.stack([_padded(band[:, :, x : x + tw], (th, tw), fill) for x in places]))
+            found = predict(np.stack([padded(band[:, :, x : x + tw], (th, tw), fill) for x in places]))
             if sums is None:
                 sums = np.zeros((found.shape[1], th, raster.width), np.float32)
             for x, tile_found in zip(places, found, strict=True):
@@ -137,7 +137,14 @@ def probabilities_by_rows(
             buffer[..., th - done :, :] = 0
 
 
-def _padded(tile: NDArray[np.float32], size: tuple[int, int], fill: Sequence[float]) -> NDArray[np.float32]:
+def padded(tile: NDArray[np.float32], size: tuple[int, int], fill: Sequence[float]) -> NDArray[np.float32]:
+    """A tile with missing values below and to the right of it.
+
+    Args:
+        tile: (C, h, w), uint8 or float32.
+        size: height and width of the result.
+        fill: (C,), what stands for missing values, in units of a full range of 1.
+    """
     if tile.shape[1:] == size:
         return tile
     values = np.asarray(fill, np.float32).reshape(-1, 1, 1)
