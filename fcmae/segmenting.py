@@ -132,6 +132,8 @@ def segment(cfg: SegmentConfig, net: Segmenter | None = None) -> Run:
                     part.save(run.path / name)
                 for note in dict.fromkeys(note for part in data for note in part.notes):
                     logger.info("%s", note)
+                reading = replace(weights.reading("model.init"), max_pixels=cfg.data.max_pixels)
+                reading.check_values(data.images if len(data.images) else data.val_images)
             finished = train(cfg, run, accelerator, net, weights, per_epoch, data, stop)
             finish(accelerator)
     return Run(run.path, "segment", finished, stop.received)

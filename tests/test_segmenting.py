@@ -26,6 +26,7 @@ from fcmae.config import SegmentConfig
 from fcmae.data.maps import Classes
 from fcmae.data.normalize import Normalize
 from fcmae.data.rasters import GEO_TAGS, Raster
+from fcmae.evaluation.report import report
 from fcmae.heads import Segmenter, build_head
 from fcmae.networks.convnext import Encoder
 from fcmae.networks.spec import ConvNeXtSpec
@@ -241,6 +242,23 @@ def test_class_weights_are_inverse_to_the_share_of_the_pixels(tiles: Path) -> No
     )
     pairs = zip(data.val_images.names(), data.val_maps.names(), strict=True)
     assert all(Path(image).name == Path(label).name for image, label in pairs)
+
+
+def test_report_and_status_show_it(segmented: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("plotly")
+    page = report([segmented], segmented.parent / "report.html").read_text()
+    for text in (
+        "(segmentation)",
+        "IoU of each class",
+        "Confusion: the share of each true",
+        "Label maps",
+        "boundary_f1",
+    ):
+        assert text in page
+    assert page.count("Label maps at step") == 3
+    assert cli.main(["status", str(segmented)]) == 0
+    shown = capsys.readouterr().out
+    assert "best miou" in shown and f"fcmae predict {segmented} IMAGES --out maps" in shown
 
 
 # Files of a segmenter
