@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +129,21 @@ def test_label_maps_are_read_as_they_are_stored() -> None:
     for file, expected in files:
         found = LabelMap(file).read(BOX)
         np.testing.assert_array_equal(found, expected[top : top + height, left : left + width])
+
+
+@pytest.mark.parametrize("depth", [2, 4])
+def test_a_png_of_few_bits_keeps_its_numbers(depth: int) -> None:
+    values = np.arange(8, dtype=np.uint8)[None].repeat(3, 0) % 2**depth
+    bits = np.unpackbits(values[..., None], axis=2)[..., -depth:].reshape(3, -1)
+    rows = b"".join(b"\0" + np.packbits(row).tobytes() for row in bits)
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", 8, 3, depth, 0, 0, 0, 0)
+    content = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    found = LabelMap(io.BytesIO(b"\x89PNG\r\n\x1a\n" + content)).read((0, 0, 3, 8))
+    np.testing.assert_array_equal(found, values)
 
 
 def test_a_label_map_is_resized_by_the_nearest_pixel() -> None:

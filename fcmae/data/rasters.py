@@ -275,4 +275,8 @@ def _stored_values(file: BinaryIO, max_pixels: int) -> NDArray[Any]:
         check_size(image.height, image.width, 4, len(content), max_pixels)
         if image.format == "JPEG":
             raise BadImage("it is a JPEG, which changes the numbers that it stores: give a PNG, TIFF or .npy file")
-        return np.array(image)  # of a palette, its indices
+        values: NDArray[Any] = np.array(image)  # of a palette, its indices
+    depth, is_grey = content[24], content[25] == 0
+    if content[:4] == b"\x89PNG" and is_grey and depth in (2, 4):
+        values //= 255 // (2**depth - 1)  # Pillow spreads what has fewer than 8 bits over all of them
+    return values
