@@ -20,8 +20,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fcmae import finetuning, options, planning, pretraining, pruning
-from fcmae.config import FinetuneConfig, PretrainConfig, RunConfig
+from fcmae import finetuning, options, planning, pretraining, pruning, segmenting
+from fcmae.config import FinetuneConfig, PretrainConfig, RunConfig, SegmentConfig
 from fcmae.config.commands import PruneConfig
 from fcmae.data.normalize import Normalize
 from fcmae.layouts import DENSE, PACKED
@@ -32,7 +32,7 @@ from fcmae.training.run import Run
 from fcmae.weights.convert import build_encoder, convert
 from fcmae.weights.files import read_weights
 
-__all__ = ["Features", "export", "finetune", "load", "masked_loss", "pretrain", "prune"]
+__all__ = ["Features", "export", "finetune", "load", "masked_loss", "pretrain", "prune", "segment"]
 
 PathLike = str | os.PathLike[str]
 Config = TypeVar("Config", bound=RunConfig)
@@ -101,12 +101,44 @@ def finetune(
     return finetuning.finetune(_settings(FinetuneConfig, given, config, settings, planning.finetuning))
 
 
+def segment(
+    images: PathLike,
+    maps: PathLike | None,
+    out: PathLike,
+    *,
+    init: PathLike | None = None,
+    variant: str | ConvNeXtSpec | None = None,
+    config: PathLike | None = None,
+    settings: Mapping[str, Any] | SegmentConfig | None = None,
+) -> Run:
+    """Train a network that gives every pixel a class, or go on with the run in `out`, as `fcmae segment` does.
+
+    Args:
+        images: a folder of images, or a CSV file with the columns image,mask.
+        maps: the folder of their label maps, under the same names; None beside a CSV file.
+        out: the run directory; see `pretrain`.
+        init: starting weights; see `finetune`.
+        variant: the network; by default that of `init`.
+        config: a YAML file of settings, or the name of a shipped one (`fcmae configs`).
+        settings: see `pretrain`; or a `SegmentConfig`.
+
+    Returns:
+        The run; see `pretrain`. Its best and its last model are in best/ and last/.
+
+    Raises:
+        ValueError: with a line for each problem with settings, images, maps or weights, before anything is written.
+        FloatingPointError: if the loss or a gradient stops being finite.
+    """
+    given = {"data.path": images, "data.maps": maps, "out": out, "model.init": init, "model.variant": variant}
+    return segmenting.segment(_settings(SegmentConfig, given, config, settings, None))
+
+
 def _settings(
     model: type[Config],
     given: Mapping[str, Any],
     config: PathLike | None,
     settings: Mapping[str, Any] | Config | None,
-    complete: options.Complete,
+    complete: options.Complete | None,
 ) -> Config:
     """The settings of a run: what is given goes before `settings`, and these before the file.
 

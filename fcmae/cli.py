@@ -110,6 +110,12 @@ def _finetune(cfg: config.FinetuneConfig) -> int:
     return finetuning.finetune(cfg).status
 
 
+def _segment(cfg: config.SegmentConfig) -> int:
+    from fcmae import segmenting
+
+    return segmenting.segment(cfg).status
+
+
 def _bench(cfg: config.BenchConfig) -> None:
     from fcmae.bench import bench
 
@@ -231,6 +237,7 @@ def _schema(cfg: commands.SchemaConfig) -> None:
 COMMANDS: dict[str, tuple[type[Settings], Callable[[Any], int | None]]] = {
     "pretrain": (config.PretrainConfig, _pretrain),
     "finetune": (config.FinetuneConfig, _finetune),
+    "segment": (config.SegmentConfig, _segment),
     "bench": (config.BenchConfig, _bench),
     "convert": (commands.ConvertConfig, _convert),
     "prune": (commands.PruneConfig, _prune),

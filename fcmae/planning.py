@@ -246,6 +246,7 @@ def time_finetuning(cfg: FinetuneConfig, at_once: int, duration_s: float) -> ben
         duration_s: how long is timed, after a warm-up.
     """
     from fcmae import finetuning as run
+    from fcmae import starting
     from fcmae.data.loader import build_loader, choose_num_workers, prefetched
     from fcmae.data.normalize import Normalize
     from fcmae.data.sampler import StepSampler
@@ -254,13 +255,13 @@ def time_finetuning(cfg: FinetuneConfig, at_once: int, duration_s: float) -> ben
 
     accelerator = make_accelerator(cfg)
     device = accelerator.device
-    weights = run.starting_weights(cfg)
+    weights = starting.starting_weights(cfg)
     images = find_labelled(cfg.data.path or "")
     assert images.class_names is not None
     net = run.build_model(cfg, weights, len(images.class_names)).to(device)
-    weights.image.update(run.image_settings(cfg, weights))
+    weights.image.update(run.reading_settings(cfg, weights))
     normalize = Normalize(weights.image["mean"], weights.image["std"]).to(device)
-    model, optimizer = accelerator.prepare(net, run.build_optimizer(cfg, net), device_placement=[True, False])
+    model, optimizer = accelerator.prepare(net, starting.build_optimizer(cfg, net), device_placement=[True, False])
     order = StepSampler(len(images), min(at_once, len(images)), cfg.seed, end_step=bench.ENDLESS)
     workers = choose_num_workers(cfg.data.num_workers, device.type)
     loader = build_loader(

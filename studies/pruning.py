@@ -52,6 +52,7 @@ from fcmae.networks.convnext import Encoder
 from fcmae.networks.spec import ConvNeXtSpec
 from fcmae.options import load
 from fcmae.pruning import Kept, What, cut, multiply_adds, uniformly
+from fcmae.starting import starting_weights
 from fcmae.tables import table
 from fcmae.weights.files import Weights, read_weights, save_weights
 
@@ -210,7 +211,7 @@ def ticket(run: Path, pruned: Path, dest: Path) -> None:
     """Write what the fine-tuning of the large network began with, its head too, in the pruned shape."""
     cfg = load(FinetuneConfig, ["--config", str(run / "config.yaml")], prog="ticket")
     whole, small = read_weights(run / "last"), read_weights(pruned)
-    net = finetuning.build_model(cfg, finetuning.starting_weights(cfg), whole.architecture.num_classes)
+    net = finetuning.build_model(cfg, starting_weights(cfg), whole.architecture.num_classes)
     first = replace(whole, state=dict(net.state_dict()), expected_output=())
     save_weights(dest, cut(first, kept_of(whole, small)), "fcmae")
 
@@ -336,7 +337,7 @@ def main(argv: list[str] | None = None) -> None:
     for job in wanted:  # what was written by a command whose end was not seen
         if not (out / "jobs" / f"{job.name}.json").exists():
             (out / weights(job.name)).unlink(missing_ok=True)
-    prepare(args.shards, out, [budget.percent], budget.seeds)
+    prepare(args.shards, out, {budget.percent: budget.seeds})
     schedule(wanted, out, args.at_once, None if args.at_once == 1 else 1)
     found = collect(out, every, budget, shapes)
     write_text(out / "pruning.json", json.dumps(found, indent=1) + "\n")

@@ -20,7 +20,7 @@ from conftest import randomize
 from runs import TINY, assert_same, config, final_state, write_images
 
 import fcmae
-from fcmae import api, cli, finetuning, pretraining
+from fcmae import api, cli, finetuning, pretraining, starting
 from fcmae.api import Features
 from fcmae.config import FinetuneConfig, PretrainConfig
 from fcmae.data.normalize import Normalize
@@ -357,7 +357,7 @@ def test_runs_start_from_the_weights_that_are_named(tmp_path: Path) -> None:
     assert done.startswith("encoder from ")
     assert all(torch.equal(value, state[name]) for name, value in net.encoder.state_dict().items())
     tuning = FinetuneConfig.model_validate({"out": "x", "data": {"path": "x"}, "model": model})
-    found = finetuning.starting_weights(tuning).state
+    found = starting.starting_weights(tuning).state
     assert all(torch.equal(found[f"encoder.{name}"], value) for name, value in state.items())
 
 

@@ -31,6 +31,8 @@ ORDER = [
     "fcmae.data.split",
     "fcmae.data.normalize",
     "fcmae.data.readers",
+    "fcmae.data.rasters",
+    "fcmae.data.maps",
     "fcmae.data.decode",
     "fcmae.data.augment",
     "fcmae.data.sampler",
@@ -67,7 +69,10 @@ ORDER = [
     "fcmae.weights.tensors",
     "fcmae.weights.files",
     "fcmae.weights.convert",
+    "fcmae.weights.segmenters",
+    "fcmae.starting",
     "fcmae.classification",
+    "fcmae.segmentation",
     "fcmae.evaluation",
     "fcmae.evaluation.pictures",
     "fcmae.evaluation.models",
@@ -77,6 +82,7 @@ ORDER = [
     "fcmae.evaluation.monitor",
     "fcmae.pretraining",
     "fcmae.finetuning",
+    "fcmae.segmenting",
     "fcmae.prediction",
     "fcmae.evaluation.outputs",
     "fcmae.pruning",
@@ -112,6 +118,7 @@ NUMERICAL = (
     "training.optim",
     "evaluation.pictures",
     "classification",
+    "segmentation",
 )
 
 

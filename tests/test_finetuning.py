@@ -24,8 +24,9 @@ from safetensors.torch import load_file
 from fcmae import cli, finetuning
 from fcmae.config import FinetuneConfig
 from fcmae.data.index import Images
-from fcmae.finetuning import class_balance, class_weights, classification_loss
+from fcmae.finetuning import class_balance, classification_loss
 from fcmae.networks.spec import VARIANTS
+from fcmae.starting import class_weights
 from fcmae.training import checkpoint
 from fcmae.weights.convert import convert
 from fcmae.weights.formats import to_state
@@ -384,10 +385,10 @@ def test_two_processes_train_and_score_like_one(labelled: Path, tmp_path: Path) 
 
 
 def test_class_weights_by_hand() -> None:
-    weights = class_weights("balanced", np.array([0, 0, 0, 1]), 2)
+    weights = class_weights("balanced", np.array([3, 1]))
     assert weights == [4 / 6, 2.0]
     assert np.mean([weights[label] for label in (0, 0, 0, 1)]) == 1.0
-    assert class_weights([1.0, 3.0], np.array([0, 1]), 2) == [1.0, 3.0]
+    assert class_weights([1.0, 3.0], np.array([1, 1])) == [1.0, 3.0]
 
 
 def test_without_class_weights_and_where_nothing_is_trained_there_is_no_balance() -> None:

