@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fcmae.networks.convnext import Encoder, init_weights
+from fcmae.networks.convnext import init_weights
+from fcmae.networks.encoder import StagedEncoder
 from fcmae.networks.layers import LayerNorm
 
 
@@ -19,7 +20,7 @@ class Classifier(nn.Module):
         head_init_scale: factor on the Linear's first weights; .001 for an encoder that was trained, 1 from scratch.
     """
 
-    def __init__(self, encoder: Encoder, num_classes: int, head_init_scale: float = 1.0) -> None:
+    def __init__(self, encoder: StagedEncoder, num_classes: int, head_init_scale: float = 1.0) -> None:
         super().__init__()
         self.encoder = encoder
         self.norm = LayerNorm(encoder.dim)

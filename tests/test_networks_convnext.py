@@ -17,7 +17,8 @@ from fcmae.heads import Classifier
 from fcmae.layouts import DENSE, Layout, Packed, make_layout
 from fcmae.layouts.sites import refine
 from fcmae.masking import random_mask
-from fcmae.networks.convnext import Encoder, layer_of, num_layers
+from fcmae.networks.convnext import Encoder
+from fcmae.networks.encoder import layer_of, num_layers
 from fcmae.networks.layers import Block
 from fcmae.networks.spec import VARIANTS, ConvNeXtSpec
 from fcmae.weights.formats import rename, to_state
