@@ -16,6 +16,7 @@ from timm.layers import drop_path
 from torch import Tensor
 
 from fcmae.layouts import native
+from fcmae.layouts.attention import attend
 from fcmae.layouts.norms import l2_norm
 from fcmae.layouts.sites import true_rows
 
@@ -56,6 +57,10 @@ class Packed:
         size = (self.batch, self.grid[0] * b, self.grid[1] * b)
         out: Tensor = _DepthwiseConv.apply(f, weight, bias, self._row_indices(b), size)
         return out
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
+        queries, keys, values = (x.flatten(1, 3) for x in (q, k, v))  # (B, K*b*b, C)
+        return attend(queries, keys, values, num_heads).view_as(v)
 
     def downsample(self, f: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         B, K, b, _, C = f.shape
