@@ -6,9 +6,19 @@ import json
 from typing import Any
 
 import pytest
+from conftest import CONVNEXTS
 from pydantic import ValidationError
 
-from fcmae.networks.spec import VARIANTS, ContainerSpec, ConvNeXtSpec, NetworkSpec, describe, read_spec, variant_of
+from fcmae.networks.spec import (
+    VARIANTS,
+    ContainerSpec,
+    ConvNeXtSpec,
+    NetworkSpec,
+    describe,
+    read_spec,
+    variant_named,
+    variant_of,
+)
 
 CONTAINER = ContainerSpec(depths=(1, 2), dims=(16, 32), affinity=("static", "mixed"), mlp_ratios=(8, 4))
 
@@ -116,7 +126,7 @@ def test_each_stage_after_the_first_doubles_the_stride(num_stages: int, stride: 
     assert spec.total_stride == {2: 2, 3: 4, 4: 8}[num_stages] * stride
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", CONVNEXTS)
 def test_a_published_network_is_known_by_its_numbers_at_any_stem_stride(name: str) -> None:
     spec = VARIANTS[name]
     small = spec.model_copy(update={"stem_stride": 1})
@@ -138,6 +148,15 @@ def test_a_published_network_is_known_by_its_numbers_at_any_stem_stride(name: st
 )
 def test_other_networks_are_described_by_their_numbers(numbers: dict[str, Any], words: str) -> None:
     assert describe(ConvNeXtSpec(depths=(1, 2), dims=(8, 16), **numbers)) == words
+
+
+@pytest.mark.parametrize("name", ["container_light", "container"])
+def test_a_container_is_known_by_its_numbers(name: str) -> None:
+    small = VARIANTS[name].model_copy(update={"stem_stride": 1})
+    assert (variant_named(name), variant_of(small)) == (name, name)
+    assert describe(small) == f"{name}, stem stride 1"
+    assert variant_of(small.model_copy(update={"mix": "convex"})) is None
+    assert variant_named("light") == "container_light"
 
 
 def test_a_container_is_described_by_its_numbers() -> None:

@@ -17,6 +17,9 @@ Widths = tuple[Annotated[int, Field(gt=0, le=2**18)], ...]
 Depths = tuple[Annotated[int, Field(gt=0, le=MAX_DEPTH)], ...]
 
 
+Affinity = Literal["static", "dynamic", "mixed"]
+
+
 class NetworkSpec(BaseModel):
     """What every network has: two to four stages, each at half the resolution of the one before it.
 
@@ -139,7 +142,7 @@ class ContainerSpec(NetworkSpec):
 
     network: Literal["container"] = "container"
     """Tells the numbers of a CONTAINER from those of other networks."""
-    affinity: tuple[Literal["static", "dynamic", "mixed"], ...]
+    affinity: tuple[Affinity, ...]
     """What the blocks of each stage mix sites by."""
     mlp_ratios: tuple[Annotated[int, Field(gt=0, le=64)], ...]
     """Expanded channels of each stage's blocks, as a multiple of the stage's."""
@@ -210,6 +213,12 @@ def _v2(depths: Depths, dims: Widths) -> ConvNeXtSpec:
     return ConvNeXtSpec(depths=depths, dims=dims)
 
 
+def _container(*affinity: Affinity) -> ContainerSpec:
+    return ContainerSpec(
+        depths=(3, 4, 8, 3), dims=(64, 128, 320, 512), affinity=affinity, mlp_ratios=(8, 8, 4, 4), num_heads=16
+    )
+
+
 # `small` of V2, and V1 below `tiny`, are timm's.
 VARIANTS: dict[str, NetworkSpec] = {
     "convnextv2_atto": _v2((2, 2, 6, 2), (40, 80, 160, 320)),
@@ -230,6 +239,8 @@ VARIANTS: dict[str, NetworkSpec] = {
     "convnext_base": _v1((3, 3, 27, 3), (128, 256, 512, 1024)),
     "convnext_large": _v1((3, 3, 27, 3), (192, 384, 768, 1536)),
     "convnext_xlarge": _v1((3, 3, 27, 3), (256, 512, 1024, 2048)),
+    "container_light": _container("static", "static", "static", "mixed"),
+    "container": _container("mixed", "mixed", "mixed", "mixed"),
 }
 
 
