@@ -3,7 +3,7 @@
 The mask patch is a whole multiple of the total stride and every image keeps the same number K of patches, so a stage's
 features are (B, K, b, b, C) with b = mask_patch / stride of the stage. LayerNorm, Linear, GELU, GRN and the 2x2
 stride-2 downsampling never cross a patch border: on this layout they are ordinary dense algebra over visible rows.
-Only the 7x7 depthwise convolution looks at neighbouring patches.
+Only the depthwise convolution looks at neighbouring patches, and attention, where a network has it, at all of them.
 """
 
 from __future__ import annotations
