@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fcmae.networks.convnext import Encoder
-from fcmae.networks.spec import VARIANTS
+from fcmae.networks.spec import VARIANTS, ConvNeXtSpec
 from fcmae.pruning import What, multiply_adds, uniformly
 from fcmae.tables import table
 
@@ -32,6 +32,8 @@ def main(argv: list[str] | None = None) -> None:
     images, _, _, info = timing.begin(args, "forward")
     steps: dict[str, Callable[[], object]] = {}
     whole, counts = VARIANTS[args.variant], {}
+    if not isinstance(whole, ConvNeXtSpec):
+        raise SystemExit(f"--variant {args.variant} is no ConvNeXt, and what is pruned is one")
     specs = {f"{what}-{keep:g}": uniformly(whole, keep, what) for what in get_args(What) for keep in args.keep}
     for name, spec in {"whole": whole, **specs}.items():
         encoder = Encoder(spec).eval()

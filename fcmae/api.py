@@ -26,8 +26,8 @@ from fcmae.config.commands import PruneConfig
 from fcmae.data.normalize import Normalize
 from fcmae.layouts import DENSE, PACKED
 from fcmae.masked import masked_loss
-from fcmae.networks.convnext import Encoder
-from fcmae.networks.spec import ConvNeXtSpec
+from fcmae.networks.encoder import StagedEncoder
+from fcmae.networks.spec import NetworkSpec
 from fcmae.training.run import Run
 from fcmae.weights.convert import build_encoder, convert
 from fcmae.weights.files import read_weights
@@ -42,7 +42,7 @@ def pretrain(
     images: PathLike | Sequence[PathLike],
     out: PathLike,
     *,
-    variant: str | ConvNeXtSpec | None = None,
+    variant: str | NetworkSpec | None = None,
     config: PathLike | None = None,
     settings: Mapping[str, Any] | PretrainConfig | None = None,
 ) -> Run:
@@ -76,7 +76,7 @@ def finetune(
     out: PathLike,
     *,
     init: PathLike | None = None,
-    variant: str | ConvNeXtSpec | None = None,
+    variant: str | NetworkSpec | None = None,
     config: PathLike | None = None,
     settings: Mapping[str, Any] | FinetuneConfig | None = None,
 ) -> Run:
@@ -107,7 +107,7 @@ def segment(
     out: PathLike,
     *,
     init: PathLike | None = None,
-    variant: str | ConvNeXtSpec | None = None,
+    variant: str | NetworkSpec | None = None,
     config: PathLike | None = None,
     settings: Mapping[str, Any] | SegmentConfig | None = None,
 ) -> Run:
@@ -168,7 +168,7 @@ class Features(nn.Module):
         normalize: what images go through first.
     """
 
-    def __init__(self, encoder: Encoder, normalize: Normalize) -> None:
+    def __init__(self, encoder: StagedEncoder, normalize: Normalize) -> None:
         super().__init__()
         self.encoder = encoder
         self.normalize = normalize

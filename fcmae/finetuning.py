@@ -29,7 +29,7 @@ from fcmae.data.normalize import Normalize
 from fcmae.data.sampler import steps_per_epoch
 from fcmae.data.split import split
 from fcmae.heads import Classifier
-from fcmae.networks.convnext import Encoder
+from fcmae.networks.build import make_encoder
 from fcmae.networks.spec import describe
 from fcmae.starting import build_optimizer, class_weights, image_settings, starting_weights
 from fcmae.training import checkpoint
@@ -275,7 +275,9 @@ def build_model(cfg: FinetuneConfig, weights: Weights, num_classes: int) -> Clas
     """
     torch.manual_seed(cfg.seed)
     architecture = weights.architecture
-    encoder = Encoder(architecture.spec, architecture.in_chans, cfg.model.drop_path_rate, cfg.model.grad_checkpointing)
+    encoder = make_encoder(
+        architecture.spec, architecture.in_chans, cfg.model.drop_path_rate, cfg.model.grad_checkpointing
+    )
     model = Classifier(encoder, num_classes, cfg.model.head_init_scale or (0.001 if weights.state else 1.0))
     if weights.state:
         kept = ("encoder.", "norm.", "head.") if _keeps_head(cfg) else ("encoder.", "norm.")

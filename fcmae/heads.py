@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fcmae.layouts import DENSE
-from fcmae.networks.convnext import Encoder, init_weights
+from fcmae.networks.convnext import init_weights
+from fcmae.networks.encoder import StagedEncoder
 from fcmae.networks.layers import LayerNorm
 
 POOLED = (1, 2, 3, 6)  # sites along a side of UPerNet's pooled maps
@@ -27,7 +28,7 @@ class Classifier(nn.Module):
         head_init_scale: factor on the Linear's first weights; .001 for an encoder that was trained, 1 from scratch.
     """
 
-    def __init__(self, encoder: Encoder, num_classes: int, head_init_scale: float = 1.0) -> None:
+    def __init__(self, encoder: StagedEncoder, num_classes: int, head_init_scale: float = 1.0) -> None:
         super().__init__()
         self.encoder = encoder
         self.norm = LayerNorm(encoder.dim)
@@ -52,7 +53,7 @@ class Segmenter(nn.Module):
         head: from the maps of the stages, first to last, (B, C_i, h_i, w_i), to logits of the first one's sites.
     """
 
-    def __init__(self, encoder: Encoder, head: FeaturePyramid | UPerNet) -> None:
+    def __init__(self, encoder: StagedEncoder, head: FeaturePyramid | UPerNet) -> None:
         super().__init__()
         self.encoder = encoder
         self.head = head

@@ -18,7 +18,7 @@ from fcmae.config import BenchConfig, FinetuneConfig, PretrainConfig, RunConfig
 from fcmae.data.cores import free_memory
 from fcmae.data.index import Images, find_images, find_labelled
 from fcmae.data.survey import survey
-from fcmae.networks.spec import ConvNeXtSpec
+from fcmae.networks.spec import NetworkSpec
 from fcmae.processes import OUT_OF_MEMORY, Failed, in_process
 
 AT_ONCE = {"cpu": 64, "cuda": 256}  # images computed at once, to start from: more gain little
@@ -150,7 +150,7 @@ def _facts(images: Images, in_chans: int | None, max_pixels: int) -> choices.Ima
     return choices.Images(len(images), found.short_side, found.in_chans, found.is_deep, found.mean, found.std, counts)
 
 
-def _held(sketch: PretrainConfig | FinetuneConfig) -> tuple[ConvNeXtSpec, dict[str, Any]]:
+def _held(sketch: PretrainConfig | FinetuneConfig) -> tuple[NetworkSpec, dict[str, Any]]:
     """The network of the starting weights, and how their images were read."""
     from fcmae.weights.files import read_weights
 

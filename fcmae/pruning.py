@@ -27,8 +27,10 @@ from fcmae.evaluation.analysis import layer_names, walk
 from fcmae.evaluation.features import batches_of
 from fcmae.evaluation.models import choose_device
 from fcmae.evaluation.outputs import tell_unread
+from fcmae.layouts import DENSE
 from fcmae.layouts.norms import at_least_float32, l2_norm
 from fcmae.networks.convnext import Encoder
+from fcmae.networks.encoder import StagedEncoder
 from fcmae.networks.layers import EPS, Block
 from fcmae.networks.spec import ConvNeXtSpec, describe
 from fcmae.weights.convert import build_encoder
@@ -79,16 +81,18 @@ def measure(encoder: Encoder, batches: Iterable[Tensor]) -> dict[str, Measured]:
     num_images = 0
     for images in batches:
         num_images += len(images)
-        for block in walk(encoder, images) if len(images) else ():
-            expanded, output = at_least_float32(block.expanded), at_least_float32(block.output)
+        for name, block, given, expanded, output in walk(encoder, images) if len(images) else ():
+            assert isinstance(block, Block)
+            expanded, output = at_least_float32(expanded), at_least_float32(output)
             variance, mean = (each.cpu().double() for each in torch.var_mean(expanded, (1, 2), correction=0))
             norms = torch.ones_like(mean)
-            if block.norms is not None:
-                norms = (block.norms / (block.norms.mean(-1, keepdim=True) + EPS)).flatten(1)
-            power, branch = (x.square().mean((1, 2, 3)) for x in (output, output - block.input))  # (B,)
+            if block.grn is not None:
+                all_norms = DENSE.image_norm(at_least_float32(block.expand(given, DENSE)))  # (B, 1, 1, hidden)
+                norms = (all_norms / (all_norms.mean(-1, keepdim=True) + EPS)).flatten(1)
+            power, branch = (x.square().mean((1, 2, 3)) for x in (output, output - given))  # (B,)
             found = (mean, variance + mean.square(), norms, power, (branch / power).nan_to_num().sqrt())
-            before = sums.get(block.name, [torch.zeros(())] * len(found))
-            sums[block.name] = [a + b.cpu().double().sum(0) for a, b in zip(before, found, strict=True)]
+            before = sums.get(name, [torch.zeros(())] * len(found))
+            sums[name] = [a + b.cpu().double().sum(0) for a, b in zip(before, found, strict=True)]
     if not num_images:
         raise ValueError("data: none of the images can be read: give others")
     measured = {}
@@ -181,7 +185,7 @@ def choose(encoder: Encoder, measured: Mapping[str, Measured], keep: float, what
     if what == "hidden":
         scores = [channel_scores(blocks[name], measured[name], by) for name in names]
         return dict(zip(names, keep_best(scores, keep, how), strict=True))
-    if by == "norm" and encoder.spec.use_grn:
+    if by == "norm" and blocks[names[0]].grn is not None:
         raise ValueError("by = norm: a block of ConvNeXt V2 has no LayerScale that tells its size: use activation")
     stages = [[f"stages.{i}.{j}" for j in range(depth)] for i, depth in enumerate(encoder.spec.depths)]
 
@@ -230,7 +234,7 @@ def cut(weights: Weights, kept: Kept, measured: Mapping[str, Measured] | None = 
 
 
 @torch.no_grad()
-def multiply_adds(encoder: Encoder, image_size: tuple[int, int]) -> int:
+def multiply_adds(encoder: StagedEncoder, image_size: tuple[int, int]) -> int:
     """Multiply-adds of the convolutions and Linears of an encoder, for one image with nothing hidden.
 
     Args:
@@ -257,6 +261,10 @@ def prune(cfg: PruneConfig) -> str:
     weights = read_weights(cfg.model, key=cfg.key, prefix=cfg.prefix)
     device = choose_device(cfg.device)
     encoder = build_encoder(weights).eval().to(device)
+    if not isinstance(encoder, Encoder):
+        raise ValueError(
+            f"model = {cfg.model} is {describe(encoder.spec)}, and what is pruned is a ConvNeXt: give one of those"
+        )
     reading = replace(weights.reading(f"model = {cfg.model}", cfg.image_size), max_pixels=cfg.max_pixels)
     images = find_images(cfg.data, key="data")
     images = images.subset(evenly(len(images), cfg.max_images))
@@ -298,6 +306,6 @@ def _next(dest: Path, pruned: Weights) -> list[str]:
         lines.append(f"the decoder is as it was: fcmae pretrain IMAGES --init {dest} --model.variant '{numbers}'")
     if timm_holds(architecture.spec):
         lines.append(f"for timm: fcmae convert {dest} DIRECTORY")
-    elif architecture.spec.hidden is not None:
+    else:
         lines.append("timm and transformers have no such network: their hidden channels are 4 times a stage's")
     return lines

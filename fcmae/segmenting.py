@@ -33,7 +33,7 @@ from fcmae.data.source import BadImage
 from fcmae.data.split import evenly, split
 from fcmae.evaluation.pictures import save_overlays
 from fcmae.heads import Segmenter, build_head
-from fcmae.networks.convnext import Encoder
+from fcmae.networks.build import make_encoder
 from fcmae.networks.spec import describe
 from fcmae.segmentation import Predict, Scores, padded, predictor, probabilities_by_rows, segmentation_loss
 from fcmae.starting import build_optimizer, class_weights, image_settings, starting_weights
@@ -271,7 +271,9 @@ def build_model(cfg: SegmentConfig, weights: Weights, num_classes: int) -> Segme
         return read_segmenter(Path(str(cfg.model.init)))[0]
     torch.manual_seed(cfg.seed)
     architecture = weights.architecture
-    encoder = Encoder(architecture.spec, architecture.in_chans, cfg.model.drop_path_rate, cfg.model.grad_checkpointing)
+    encoder = make_encoder(
+        architecture.spec, architecture.in_chans, cfg.model.drop_path_rate, cfg.model.grad_checkpointing
+    )
     model = Segmenter(encoder, build_head(cfg.model.head, encoder.spec.dims, num_classes, cfg.model.head_dim))
     if found := {name: value for name, value in weights.state.items() if name.startswith("encoder.")}:
         model.load_state_dict(model.state_dict() | found)

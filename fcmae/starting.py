@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from fcmae.config import DenseConfig
 from fcmae.heads import Classifier, Segmenter
-from fcmae.networks.convnext import layer_of, num_layers
+from fcmae.networks.encoder import layer_of, num_layers
 from fcmae.networks.spec import describe, variant_of
 from fcmae.training import optim
 from fcmae.weights.convert import adapt_in_chans

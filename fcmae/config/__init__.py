@@ -25,7 +25,7 @@ from pydantic_core import PydanticCustomError
 from fcmae.config.base import Backend, Conflict, Device, RunText, Section, Settings, Size, Spelling, UserPath, UserText
 from fcmae.data.geometry import MAX_PIXELS
 from fcmae.masking import num_visible
-from fcmae.networks.spec import VARIANTS, ConvNeXtSpec, variant_named, variant_of, variants_near
+from fcmae.networks.spec import VARIANTS, NetworkSpec, read_spec, variant_named, variant_of, variants_near
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -53,9 +53,9 @@ def _no_items(value: Any) -> Any:
     return [] if value is None else value
 
 
-def _network(value: Any) -> str | ConvNeXtSpec:
-    if isinstance(value, Mapping | ConvNeXtSpec):
-        return ConvNeXtSpec.model_validate(value)
+def _network(value: Any) -> str | NetworkSpec:
+    if isinstance(value, Mapping | NetworkSpec):
+        return read_spec(value)
     try:
         return variant_named(str(value))
     except ValueError as error:
@@ -64,11 +64,11 @@ def _network(value: Any) -> str | ConvNeXtSpec:
         raise PydanticCustomError("network", sentence, {"names": names, "example": example}) from error
 
 
-def _numbers(network: str | ConvNeXtSpec) -> Any:
-    return network if isinstance(network, str) else network.model_dump(mode="json", exclude_defaults=True)
+def _numbers(network: str | NetworkSpec) -> Any:
+    return network if isinstance(network, str) else network.settings()
 
 
-Network = Annotated[str | ConvNeXtSpec, PlainValidator(_network), PlainSerializer(_numbers)]
+Network = Annotated[str | NetworkSpec, PlainValidator(_network), PlainSerializer(_numbers)]
 Span = tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]]
 Betas = tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
 
@@ -187,7 +187,7 @@ class EncoderConfig(Section):
     @classmethod
     def _agrees(cls, value: int | None, info: ValidationInfo) -> int | None:
         variant = info.data.get("variant")
-        if not isinstance(variant, ConvNeXtSpec) or "stem_stride" not in variant.model_fields_set:
+        if not isinstance(variant, NetworkSpec) or "stem_stride" not in variant.model_fields_set:
             return value
         if value not in (None, variant.stem_stride):
             raise ValueError(f"the numbers in model.variant say {variant.stem_stride}: leave one of the two out")
@@ -202,14 +202,14 @@ class EncoderConfig(Section):
     @model_validator(mode="after")
     def _spell_once(self) -> Self:
         """A network is written in one way: by its name if it has one, and without the stride that has a setting."""
-        if isinstance(self.variant, ConvNeXtSpec):
+        if isinstance(self.variant, NetworkSpec):
             # Made anew, as it may have been made from a file's texts.
-            plain = ConvNeXtSpec.model_validate(self.variant.model_dump(exclude={"stem_stride"}))
+            plain = read_spec(self.variant.model_dump(exclude={"stem_stride"}))
             self.variant = variant_of(plain) or plain
         return self
 
 
-def _spec(variant: str | ConvNeXtSpec, stem_stride: int | None) -> ConvNeXtSpec:
+def _spec(variant: str | NetworkSpec, stem_stride: int | None) -> NetworkSpec:
     spec = VARIANTS[variant] if isinstance(variant, str) else variant
     return spec if stem_stride is None else spec.model_copy(update={"stem_stride": stem_stride})
 
@@ -242,7 +242,7 @@ class PretrainModel(EncoderConfig):
     """Standardise each target patch of pixels by its own mean and variance."""
 
     @property
-    def spec(self) -> ConvNeXtSpec:
+    def spec(self) -> NetworkSpec:
         """The encoder's numbers, with the stem's stride that is in force."""
         return _spec(self.variant, self.stem_stride)
 
@@ -261,7 +261,7 @@ class DenseModel(EncoderConfig):
     """An encoder under a head; what it is may be left to `init`."""
 
     @property
-    def spec(self) -> ConvNeXtSpec | None:
+    def spec(self) -> NetworkSpec | None:
         """The network's numbers, with the stem's stride if it is given; None without a variant."""
         return None if self.variant is None else _spec(self.variant, self.stem_stride)
 
@@ -447,7 +447,7 @@ def _compile_conflicts(cfg: RunConfig, setting: bool | str) -> Iterator[Conflict
         yield ("model.compile", "grad_accum"), f"cudagraphs needs grad_accum 1, not {cfg.grad_accum}: use true or auto"
 
 
-def _total_stride(spec: ConvNeXtSpec) -> str:
+def _total_stride(spec: NetworkSpec) -> str:
     return f"the total stride {spec.total_stride} ({spec.total_stride // spec.stem_stride} x stem_stride)"
 
 
