@@ -20,7 +20,8 @@ import timing
 from torch import Tensor
 
 from fcmae.layouts import make_layout
-from fcmae.networks.convnext import Encoder
+from fcmae.networks.build import make_encoder
+from fcmae.networks.encoder import StagedEncoder
 from fcmae.networks.spec import VARIANTS
 
 SIDES = ("packed", "triton", "masked", "minkowski", "timm")
@@ -32,19 +33,19 @@ def main(argv: list[str] | None = None) -> None:
     if args.compile and "minkowski" in args.sides:
         raise SystemExit("--compile: MinkowskiEngine's operations cannot be compiled, leave minkowski out")
     images, mask, visible, info = timing.begin(args, "forward + backward")
-    encoder = Encoder(VARIANTS[args.variant]).to(images.device)
+    encoder = make_encoder(VARIANTS[args.variant]).to(images.device)
     sides = {name: side(name, encoder, images, mask, visible, args) for name in args.sides}
     found = timing.compare(sides, args.repeats, images.device, args.batch)
     timing.write_json(__file__, argv, args, info, visible=visible, **found)
 
 
-def encode(encoder: Encoder, backend: str, images: Tensor, mask: Tensor, visible: int) -> Tensor:
+def encode(encoder: StagedEncoder, backend: str, images: Tensor, mask: Tensor, visible: int) -> Tensor:
     features: Tensor = encoder(images, make_layout(backend, mask, visible))
     return features
 
 
 def side(
-    name: str, encoder: Encoder, images: Tensor, mask: Tensor, visible: int, args: argparse.Namespace
+    name: str, encoder: StagedEncoder, images: Tensor, mask: Tensor, visible: int, args: argparse.Namespace
 ) -> timing.Side:
     """Forward and backward pass from the features' mean square, which stands for a loss."""
     if name == "timm":

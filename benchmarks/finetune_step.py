@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fcmae.heads import Classifier
-from fcmae.networks.convnext import Encoder
+from fcmae.networks.build import make_encoder
 from fcmae.networks.spec import VARIANTS
 from fcmae.weights.formats import to_state
 
@@ -56,7 +56,7 @@ def side(name: str, images: Tensor, labels: Tensor, args: argparse.Namespace) ->
 def classifier(which: str, variant: str, images: Tensor) -> tuple[nn.Module, Tensor]:
     """Our classifier or timm's, of the same weights, on the images' device, and the images as it takes them."""
     torch.manual_seed(0)
-    ours = Classifier(Encoder(VARIANTS[variant]), NUM_CLASSES)
+    ours = Classifier(make_encoder(VARIANTS[variant]), NUM_CLASSES)
     if which == "fcmae":
         return ours.to(images.device), images
     theirs, images = timing.dense(variant, images, NUM_CLASSES, "avg")

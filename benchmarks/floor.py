@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from fcmae.networks.convnext import Encoder
+from fcmae.networks.build import make_encoder
 from fcmae.networks.spec import VARIANTS
 from fcmae.tables import table
 
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = parser().parse_args(argv)
     images, mask, visible, info = timing.begin(args, "forward + backward")
-    encoder = Encoder(VARIANTS[args.variant]).to(images.device)
+    encoder = make_encoder(VARIANTS[args.variant]).to(images.device)
     step = side("packed", encoder, images, mask, visible, args).step
 
     size = 8192 if images.is_cuda else 2048

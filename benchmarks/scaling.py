@@ -24,7 +24,7 @@ import torch
 from fcmae.layouts import make_layout
 from fcmae.masked import FCMAE, build_fcmae, masked_loss
 from fcmae.masking import num_visible, random_mask
-from fcmae.networks.convnext import Encoder
+from fcmae.networks.build import make_encoder
 from fcmae.networks.spec import VARIANTS
 from fcmae.tables import table
 
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     print(", ".join(f"{key} {value}" for key, value in info.items()))
 
     torch.manual_seed(0)
-    model = build_fcmae(Encoder(VARIANTS[args.variant])).to(device)
+    model = build_fcmae(make_encoder(VARIANTS[args.variant])).to(device)
     sizes = [(args.batch, size, num_visible((size // PATCH) ** 2, RATIO)) for size in args.sizes]
     patches = (args.size // PATCH) ** 2
     # Where nothing is hidden there is nothing to reconstruct, so the last point of all curves hides one patch.

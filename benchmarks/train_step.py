@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fcmae.layouts import Layout, MakeLayout, make_layout
 from fcmae.masked import FCMAE, build_fcmae, masked_loss
-from fcmae.networks.convnext import Encoder
+from fcmae.networks.build import make_encoder
 from fcmae.networks.spec import VARIANTS
 
 SIDES = ("packed", "triton", "masked", "minkowski", "engine", "timm", "timm-gradients")
@@ -64,7 +64,7 @@ def side(name: str, images: Tensor, mask: Tensor, visible: int, args: argparse.N
 
 def fcmae(name: str, variant: str) -> FCMAE:
     layout: MakeLayout = engine_layout if name == "engine" else partial(make_layout, name)
-    return build_fcmae(Encoder(VARIANTS[variant]), make_layout=layout)
+    return build_fcmae(make_encoder(VARIANTS[variant]), make_layout=layout)
 
 
 def engine_layout(mask: Tensor, num_visible: int | None) -> Layout:

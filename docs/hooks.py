@@ -22,7 +22,7 @@ from fcmae.options import Setting, described
 ROOT = Path(__file__).parent.parent
 PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
 PAGES |= {"docker/README.md": "docker.md", "LICENSE": "license.txt"}
-RUNS = ("pretrain", "finetune")
+RUNS = ("pretrain", "finetune", "segment")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fcmae.api import export, finetune, load, masked_loss, pretrain
+    from fcmae.api import export, finetune, load, masked_loss, pretrain, prune, segment
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "export", "finetune", "load", "masked_loss", "pretrain"]
+__all__ = ["__version__", "export", "finetune", "load", "masked_loss", "pretrain", "prune", "segment"]
 
 
 if not TYPE_CHECKING:  # a type checker would take every name for one that is here

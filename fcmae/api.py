@@ -7,6 +7,7 @@ tuned = fcmae.finetune("labelled", "runs/tuned", config="finetune_cpu", init=run
 model = fcmae.load(tuned)
 features = model(images)  # (B, h, w, C)
 fcmae.export(run, "encoder")
+fcmae.prune(tuned, "pruned.safetensors", "photos")
 """
 
 from __future__ import annotations
@@ -19,18 +20,19 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fcmae import finetuning, options, planning, pretraining
-from fcmae.config import FinetuneConfig, PretrainConfig, RunConfig
+from fcmae import finetuning, options, planning, pretraining, pruning, segmenting
+from fcmae.config import FinetuneConfig, PretrainConfig, RunConfig, SegmentConfig
+from fcmae.config.commands import PruneConfig
 from fcmae.data.normalize import Normalize
 from fcmae.layouts import DENSE, PACKED
 from fcmae.masked import masked_loss
-from fcmae.networks.convnext import Encoder
-from fcmae.networks.spec import ConvNeXtSpec
+from fcmae.networks.encoder import StagedEncoder
+from fcmae.networks.spec import NetworkSpec
 from fcmae.training.run import Run
 from fcmae.weights.convert import build_encoder, convert
 from fcmae.weights.files import read_weights
 
-__all__ = ["Features", "export", "finetune", "load", "masked_loss", "pretrain"]
+__all__ = ["Features", "export", "finetune", "load", "masked_loss", "pretrain", "prune", "segment"]
 
 PathLike = str | os.PathLike[str]
 Config = TypeVar("Config", bound=RunConfig)
@@ -40,7 +42,7 @@ def pretrain(
     images: PathLike | Sequence[PathLike],
     out: PathLike,
     *,
-    variant: str | ConvNeXtSpec | None = None,
+    variant: str | NetworkSpec | None = None,
     config: PathLike | None = None,
     settings: Mapping[str, Any] | PretrainConfig | None = None,
 ) -> Run:
@@ -74,7 +76,7 @@ def finetune(
     out: PathLike,
     *,
     init: PathLike | None = None,
-    variant: str | ConvNeXtSpec | None = None,
+    variant: str | NetworkSpec | None = None,
     config: PathLike | None = None,
     settings: Mapping[str, Any] | FinetuneConfig | None = None,
 ) -> Run:
@@ -99,12 +101,44 @@ def finetune(
     return finetuning.finetune(_settings(FinetuneConfig, given, config, settings, planning.finetuning))
 
 
+def segment(
+    images: PathLike,
+    maps: PathLike | None,
+    out: PathLike,
+    *,
+    init: PathLike | None = None,
+    variant: str | NetworkSpec | None = None,
+    config: PathLike | None = None,
+    settings: Mapping[str, Any] | SegmentConfig | None = None,
+) -> Run:
+    """Train a network that gives every pixel a class, or go on with the run in `out`, as `fcmae segment` does.
+
+    Args:
+        images: a folder of images, or a CSV file with the columns image,mask.
+        maps: the folder of their label maps, under the same names; None beside a CSV file.
+        out: the run directory; see `pretrain`.
+        init: starting weights; see `finetune`.
+        variant: the network; by default that of `init`.
+        config: a YAML file of settings, or the name of a shipped one (`fcmae configs`).
+        settings: see `pretrain`; or a `SegmentConfig`.
+
+    Returns:
+        The run; see `pretrain`. Its best and its last model are in best/ and last/.
+
+    Raises:
+        ValueError: with a line for each problem with settings, images, maps or weights, before anything is written.
+        FloatingPointError: if the loss or a gradient stops being finite.
+    """
+    given = {"data.path": images, "data.maps": maps, "out": out, "model.init": init, "model.variant": variant}
+    return segmenting.segment(_settings(SegmentConfig, given, config, settings, None))
+
+
 def _settings(
     model: type[Config],
     given: Mapping[str, Any],
     config: PathLike | None,
     settings: Mapping[str, Any] | Config | None,
-    complete: options.Complete,
+    complete: options.Complete | None,
 ) -> Config:
     """The settings of a run: what is given goes before `settings`, and these before the file.
 
@@ -134,7 +168,7 @@ class Features(nn.Module):
         normalize: what images go through first.
     """
 
-    def __init__(self, encoder: Encoder, normalize: Normalize) -> None:
+    def __init__(self, encoder: StagedEncoder, normalize: Normalize) -> None:
         super().__init__()
         self.encoder = encoder
         self.normalize = normalize
@@ -232,3 +266,36 @@ def export(
         ValueError: if the source cannot be read or is damaged, or `dest` exists or is no name for that format.
     """
     convert(Path(source), Path(dest), to, key=key, prefix=prefix)
+
+
+def prune(
+    source: PathLike,
+    dest: PathLike,
+    images: PathLike | Sequence[PathLike],
+    *,
+    keep: float = 0.5,
+    what: pruning.What = "hidden",
+    how: pruning.How = "uniform",
+    by: pruning.By = "activation",
+    key: str | None = None,
+    prefix: str | None = None,
+) -> None:
+    """Remove hidden channels or whole blocks, make up for them on images, and write what stays, as `fcmae prune` does.
+
+    Args:
+        source: see `load`.
+        dest: a new file, .safetensors, .pth or .pt, that `finetune`, `load` and `export` take.
+        images: folders, lists or glob patterns, like those that the model is for; no labels are needed.
+        keep: share of the channels or blocks that stays, between 0 and 1.
+        what: hidden channels of the blocks, or blocks.
+        how: that share of each block (or stage), or of the whole network.
+        by: what they add to the features of the images, or the norm of their weights.
+        key: see `load`.
+        prefix: see `load`.
+
+    Raises:
+        ValueError: with a line for each problem with settings, weights or images, before anything is written.
+    """
+    paths = [images] if isinstance(images, str | os.PathLike) else images
+    given = {"model": source, "dest": dest, "data": [os.fspath(path) for path in paths], "key": key, "prefix": prefix}
+    pruning.prune(options.make(PruneConfig, {**given, "keep": keep, "what": what, "how": how, "by": by}))

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from fcmae.config import IMAGENET_MEAN, IMAGENET_STD
-from fcmae.networks.spec import VARIANTS, ConvNeXtSpec
+from fcmae.networks.spec import VARIANTS, ConvNeXtSpec, NetworkSpec, read_spec
 
 SMALL = ConvNeXtSpec(depths=(2, 2, 6), dims=(40, 80, 160))  # three stages: for a fine grid on small images
 WIDE = ConvNeXtSpec(depths=(2, 2, 8), dims=(80, 160, 320))  # the same, for many images on a GPU
@@ -121,7 +121,7 @@ def far_from_usual(mean: Sequence[float], std: Sequence[float]) -> bool:
     )
 
 
-def pretraining_network(choices: Choices, images: Images, device: str, held: ConvNeXtSpec | None) -> None:
+def pretraining_network(choices: Choices, images: Images, device: str, held: NetworkSpec | None) -> None:
     """Image size, network, patches, masks and decoder: what a step costs.
 
     Args:
@@ -177,14 +177,14 @@ def _mask_patch(side: int, total_stride: int) -> tuple[int, str]:
     return patch, f"{side // patch} x {side // patch} patches (published: 7 x 7)"
 
 
-def _written(spec: ConvNeXtSpec) -> Any:
+def _written(spec: NetworkSpec) -> Any:
     """As the setting has it: a name where there is one."""
     name = next((name for name, known in VARIANTS.items() if known == spec), None)
-    return name or spec.model_dump(mode="json", exclude_defaults=True, exclude={"stem_stride"})
+    return name or spec.settings()
 
 
-def _read(variant: Any) -> ConvNeXtSpec:
-    return VARIANTS[variant] if isinstance(variant, str) else ConvNeXtSpec.model_validate(variant)
+def _read(variant: Any) -> NetworkSpec:
+    return VARIANTS[variant] if isinstance(variant, str) else read_spec(variant)
 
 
 def pretraining_batch(choices: Choices, images: Images, device: str) -> None:
@@ -211,7 +211,7 @@ def pretraining_batch(choices: Choices, images: Images, device: str) -> None:
 
 
 def finetuning_settings(
-    choices: Choices, images: Images, device: str, held: ConvNeXtSpec | None, held_side: int | None
+    choices: Choices, images: Images, device: str, held: NetworkSpec | None, held_side: int | None
 ) -> None:
     """Everything of a fine-tuning but its epochs, by the number of labels and their balance.
 

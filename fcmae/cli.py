@@ -110,6 +110,12 @@ def _finetune(cfg: config.FinetuneConfig) -> int:
     return finetuning.finetune(cfg).status
 
 
+def _segment(cfg: config.SegmentConfig) -> int:
+    from fcmae import segmenting
+
+    return segmenting.segment(cfg).status
+
+
 def _bench(cfg: config.BenchConfig) -> None:
     from fcmae.bench import bench
 
@@ -124,6 +130,12 @@ def _convert(cfg: commands.ConvertConfig) -> None:
     else:
         dest = None if cfg.dry_run else cfg.dest
         print(weights.convert(cfg.source, dest, cfg.to, cfg.variant, cfg.key, cfg.prefix))
+
+
+def _prune(cfg: commands.PruneConfig) -> None:
+    from fcmae.pruning import prune
+
+    print(prune(cfg))
 
 
 def _predict(cfg: commands.PredictConfig) -> None:
@@ -225,8 +237,10 @@ def _schema(cfg: commands.SchemaConfig) -> None:
 COMMANDS: dict[str, tuple[type[Settings], Callable[[Any], int | None]]] = {
     "pretrain": (config.PretrainConfig, _pretrain),
     "finetune": (config.FinetuneConfig, _finetune),
+    "segment": (config.SegmentConfig, _segment),
     "bench": (config.BenchConfig, _bench),
     "convert": (commands.ConvertConfig, _convert),
+    "prune": (commands.PruneConfig, _prune),
     "predict": (commands.PredictConfig, _predict),
     "evaluate": (commands.EvaluateConfig, _evaluate),
     "worth": (commands.WorthConfig, _worth),

@@ -8,14 +8,12 @@ from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from numpy.typing import NDArray
 from pydantic import TypeAdapter
 from timm.data import Mixup
 from timm.utils import ModelEmaV3
@@ -31,9 +29,10 @@ from fcmae.data.normalize import Normalize
 from fcmae.data.sampler import steps_per_epoch
 from fcmae.data.split import split
 from fcmae.heads import Classifier
-from fcmae.networks.convnext import Encoder, layer_of, num_layers
-from fcmae.networks.spec import describe, variant_of
-from fcmae.training import checkpoint, optim
+from fcmae.networks.build import make_encoder
+from fcmae.networks.spec import describe
+from fcmae.starting import build_optimizer, class_weights, image_settings, starting_weights
+from fcmae.training import checkpoint
 from fcmae.training.compiling import compile_model
 from fcmae.training.log import Log
 from fcmae.training.run import (
@@ -47,9 +46,9 @@ from fcmae.training.run import (
     tell_next,
 )
 from fcmae.training.steps import Steps, images_at_once, schedule_of, that_fits
-from fcmae.weights.convert import adapt_in_chans, save_classifier
-from fcmae.weights.files import Weights, read_weights
-from fcmae.weights.formats import Architecture, rename
+from fcmae.weights.convert import save_classifier
+from fcmae.weights.files import Weights
+from fcmae.weights.formats import rename
 
 logger = logging.getLogger("fcmae")
 
@@ -75,6 +74,8 @@ def finetune(cfg: FinetuneConfig, net: Classifier | None = None) -> Run:
     with ending_together(accelerator, run.path):
         check_launch(cfg, accelerator.num_processes)
         weights = starting_weights(cfg)
+        if _keeps_head(cfg) and not weights.class_names:
+            raise ValueError(f"model.init = {cfg.model.init} has no classifier: give a fine-tuned model")
         train_images, val_images = same_everywhere(accelerator, partial(run_images, cfg, run, weights))
         assert val_images.class_names is not None
         per_epoch = 0 if cfg.eval_only else steps_per_epoch(len(train_images), cfg.batch_size)
@@ -88,7 +89,7 @@ def finetune(cfg: FinetuneConfig, net: Classifier | None = None) -> Run:
         weights = replace(
             weights,
             state={},
-            image=image_settings(cfg, weights),
+            image=reading_settings(cfg, weights),
             class_names=tuple(val_images.class_names),
             origin={} if cfg.model.license is None else {"license": cfg.model.license},
         )
@@ -222,66 +223,20 @@ def classification_loss(logits: Tensor, target: Tensor, balance: Tensor | None, 
 # The parts
 
 
-def starting_weights(cfg: FinetuneConfig) -> Weights:
-    """What `model.init` names; without tensors from scratch.
+def _keeps_head(cfg: FinetuneConfig) -> bool:
+    return cfg.eval_only or cfg.model.keep_head
+
+
+def reading_settings(cfg: FinetuneConfig, weights: Weights) -> dict[str, Any]:
+    """What `image_settings` gives, and the crop; that of the weights is taken only to evaluate them as they are.
 
     Raises:
-        ValueError: if it does not fit the settings.
+        ValueError: see there.
     """
-    if cfg.model.init is None:
-        assert cfg.model.spec is not None  # the settings have seen to it
-        return Weights({}, Architecture(cfg.model.spec, cfg.data.in_chans))
-    path = Path(cfg.model.init)
-    if not path.exists():
-        raise ValueError(
-            f"model.init = {path} does not exist: give a run, a checkpoint, a directory or a file of weights"
-        )
-    weights = read_weights(path, key=cfg.model.key, prefix=cfg.model.prefix)
-    held = weights.architecture
-    if cfg.model.stem_stride not in (None, held.spec.stem_stride):
-        raise ValueError(
-            f"model.stem_stride = {cfg.model.stem_stride}, but model.init = {path} has {held.spec.stem_stride}: "
-            f"set it to {held.spec.stem_stride}"
-        )
-    asked = None if cfg.model.spec is None else cfg.model.spec.model_copy(update={"stem_stride": held.spec.stem_stride})
-    if asked not in (None, held.spec):
-        remedy = variant_of(held.spec) or "none, which takes that of model.init"
-        found = describe(held.spec)
-        raise ValueError(f"model.variant = {describe(asked)}, but model.init = {path} has {found}: set it to {remedy}")
-    if cfg.data.in_chans != held.in_chans:
-        if cfg.eval_only or held.in_chans != 3:
-            raise ValueError(
-                f"data.in_chans = {cfg.data.in_chans}, but model.init = {path} has {held.in_chans}: "
-                f"set it to {held.in_chans}"
-            )
-        weights = adapt_in_chans(weights, cfg.data.in_chans)
-        logger.info("the stem of %s, for 3 channels, was adapted to %d", path, cfg.data.in_chans)
-    if cfg.eval_only and not weights.class_names:
-        raise ValueError(f"model.init = {path} has no classifier to evaluate: give a fine-tuned model")
-    return weights
-
-
-def image_settings(cfg: FinetuneConfig, weights: Weights) -> dict[str, Any]:
-    """Mean, std, input size and crop: the settings', else those that the weights were trained with.
-
-    Size and crop of the weights are taken only to evaluate them as they are.
-
-    Raises:
-        ValueError: if neither side has the mean and std of images that are not grey or RGB.
-    """
-    (mean, std), size, crop_pct = cfg.data.statistics(), [cfg.data.in_chans, *cfg.data.image_size], cfg.data.crop_pct
-    if cfg.data.mean is None and "mean" in weights.image:
-        mean, std = weights.image["mean"], weights.image["std"]
-    if len(mean) != cfg.data.in_chans:
-        raise ValueError(
-            f"data.mean is missing for in_chans = {cfg.data.in_chans}, and model.init does not hold it: "
-            "compute it with `fcmae stats`"
-        )
-    if cfg.eval_only and "image_size" not in cfg.data.model_fields_set:
-        size = list(weights.image.get("input_size", size))
+    crop_pct = cfg.data.crop_pct
     if cfg.eval_only and "crop_pct" not in cfg.data.model_fields_set:
         crop_pct = weights.image.get("crop_pct", crop_pct)
-    return {"input_size": size, "mean": list(mean), "std": list(std), "crop_pct": crop_pct}
+    return image_settings(cfg, weights) | {"crop_pct": crop_pct}
 
 
 def fingerprint(train_images: Images, val_images: Images) -> str:
@@ -295,23 +250,23 @@ def run_images(cfg: FinetuneConfig, run: RunDirectory, weights: Weights) -> tupl
     Args:
         cfg: the run's settings.
         run: its directory.
-        weights: when only evaluating, the classes are those of the weights.
+        weights: where their classifier is kept, the classes are theirs.
     """
     cached = (run.path / "files.json", run.path / "val_files.json")
     if run.kept("data.path", "data.val_path") and all(path.is_file() for path in cached):
         return Images.load(cached[0]), Images.load(cached[1])
-    names = weights.class_names if cfg.eval_only else None
+    names = weights.class_names if _keeps_head(cfg) else None
     if cfg.data.val_path is None:
         assert cfg.data.path is not None
-        return split(find_labelled(cfg.data.path, names), cfg.data.val_share, cfg.seed)
-    train = find_labelled(cfg.data.path, names) if cfg.data.path else Images.of_files((), (), names)
+        return split(find_labelled(cfg.data.path, names, key="data.path"), cfg.data.val_share, cfg.seed)
+    train = find_labelled(cfg.data.path, names, key="data.path") if cfg.data.path else Images.of_files((), (), names)
     return train, find_labelled(cfg.data.val_path, train.class_names)
 
 
 def build_model(cfg: FinetuneConfig, weights: Weights, num_classes: int) -> Classifier:
     """The classifier: encoder and final norm of the weights, as far as they have them, and a new head.
 
-    The head of the weights is kept only for evaluation. Everything random is drawn from the run's seed.
+    Their head too, for evaluation and where it is asked for. Everything random is drawn from the run's seed.
 
     Args:
         cfg: the run's settings.
@@ -320,23 +275,16 @@ def build_model(cfg: FinetuneConfig, weights: Weights, num_classes: int) -> Clas
     """
     torch.manual_seed(cfg.seed)
     architecture = weights.architecture
-    encoder = Encoder(architecture.spec, architecture.in_chans, cfg.model.drop_path_rate, cfg.model.grad_checkpointing)
+    encoder = make_encoder(
+        architecture.spec, architecture.in_chans, cfg.model.drop_path_rate, cfg.model.grad_checkpointing
+    )
     model = Classifier(encoder, num_classes, cfg.model.head_init_scale or (0.001 if weights.state else 1.0))
     if weights.state:
-        kept = ("encoder.", "norm.", "head.") if cfg.eval_only else ("encoder.", "norm.")
+        kept = ("encoder.", "norm.", "head.") if _keeps_head(cfg) else ("encoder.", "norm.")
         found = {name: value for name, value in weights.state.items() if name.startswith(kept)}
         model.load_state_dict(model.state_dict() | found)
         logger.info("loaded %d tensors from %s", len(found), cfg.model.init)
     return model
-
-
-def build_optimizer(cfg: FinetuneConfig, net: Classifier) -> torch.optim.AdamW:
-    """AdamW on the model's parameters, each layer at its rate."""
-    spec, mode = net.encoder.spec, cfg.optim.layer_decay_mode
-    layer = partial(layer_of, spec=spec, mode=mode)
-    scale = optim.layer_decay_scale(layer, num_layers(spec, mode), cfg.optim.layer_decay)
-    groups = optim.parameter_groups(net, cfg.optim.weight_decay, scale)
-    return torch.optim.AdamW(groups, lr=0.0, betas=cfg.optim.betas, fused=True)
 
 
 def build_train_set(cfg: FinetuneConfig, images: Images, weights: Weights) -> FinetuneDataset:
@@ -390,30 +338,9 @@ def class_balance(cfg: FinetuneConfig, images: Images, device: torch.device) -> 
     if cfg.eval_only or cfg.regularization.class_weights is None:
         return None
     assert images.labels is not None and images.class_names is not None
-    weights = class_weights(cfg.regularization.class_weights, images.labels, len(images.class_names))
+    counts = np.bincount(images.labels, minlength=len(images.class_names))
+    weights = class_weights(cfg.regularization.class_weights, counts)
     return torch.tensor(weights, device=device)
-
-
-def class_weights(setting: str | list[float], labels: NDArray[np.int64], num_classes: int) -> list[float]:
-    """Weights of the classes in the loss.
-
-    Args:
-        setting: one weight a class; or "balanced", inverse to their frequency, with a mean of 1 over the images.
-        labels: (N,) of the training images.
-        num_classes: of them.
-
-    Raises:
-        ValueError: if a list has not one weight a class.
-    """
-    if isinstance(setting, str):
-        counts = np.bincount(labels, minlength=num_classes)
-        balanced: list[float] = (len(labels) / (num_classes * np.maximum(counts, 1))).tolist()
-        return balanced
-    if len(setting) != num_classes:
-        raise ValueError(
-            f"regularization.class_weights has {len(setting)} values for {num_classes} classes: give one a class"
-        )
-    return setting
 
 
 # What is looked at while it trains

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fcmae.networks.convnext import Encoder, init_weights
+from fcmae.layouts import DENSE
+from fcmae.networks.convnext import init_weights
+from fcmae.networks.encoder import StagedEncoder
 from fcmae.networks.layers import LayerNorm
+
+POOLED = (1, 2, 3, 6)  # sites along a side of UPerNet's pooled maps
 
 
 class Classifier(nn.Module):
@@ -19,7 +28,7 @@ class Classifier(nn.Module):
         head_init_scale: factor on the Linear's first weights; .001 for an encoder that was trained, 1 from scratch.
     """
 
-    def __init__(self, encoder: Encoder, num_classes: int, head_init_scale: float = 1.0) -> None:
+    def __init__(self, encoder: StagedEncoder, num_classes: int, head_init_scale: float = 1.0) -> None:
         super().__init__()
         self.encoder = encoder
         self.norm = LayerNorm(encoder.dim)
@@ -32,3 +41,143 @@ class Classifier(nn.Module):
         pooled = self.encoder(images).mean((1, 2))  # (B, dim)
         logits: Tensor = self.head(self.norm(pooled))
         return logits
+
+
+class Segmenter(nn.Module):
+    """Encoder -> the maps of its stages -> head -> logits of every pixel.
+
+    Parameters are encoder.*, head.*.
+
+    Args:
+        encoder: dense, on whole images.
+        head: from the maps of the stages, first to last, (B, C_i, h_i, w_i), to logits of the first one's sites.
+    """
+
+    def __init__(self, encoder: StagedEncoder, head: FeaturePyramid | UPerNet) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = head
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, num_classes, H, W) of normalised images (B, in_chans, H, W)."""
+        maps = [f.permute(0, 3, 1, 2) for f in self.encoder.pyramid(images, DENSE)]
+        return resized(self.head(maps), images.shape[2:])
+
+
+class Layer(nn.Sequential):
+    """Convolution of stride 1 -> LayerNorm over the channels -> GELU, on (B, C, h, w).
+
+    The norm looks at one site: what is predicted there is the same in every batch and on every tile.
+    """
+
+    def __init__(self, in_chans: int, dim: int, kernel_size: int = 1) -> None:
+        super().__init__(nn.Conv2d(in_chans, dim, kernel_size, padding=kernel_size // 2), _ChannelNorm(dim), nn.GELU())
+
+
+class _ChannelNorm(LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class FeaturePyramid(nn.Module):
+    """A light head: each stage's map is added to the coarser ones below it; all are brought to the finest and summed.
+
+    Source: feature pyramids, arXiv 1612.03144, with the summed levels of arXiv 1901.02446; norms as in `Layer`.
+
+    Args:
+        dims: channels of the stages.
+        num_classes: outputs.
+        dim: channels of the head.
+    """
+
+    def __init__(self, dims: Sequence[int], num_classes: int, dim: int = 128) -> None:
+        super().__init__()
+        self.laterals = nn.ModuleList(Layer(stage_dim, dim) for stage_dim in dims)
+        self.smooth = nn.ModuleList(Layer(dim, dim, 3) for _ in dims)
+        self.classify = nn.Conv2d(dim, num_classes, 1)
+        self.apply(init_weights)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """Logits (B, num_classes, h_0, w_0) of the stages' maps (B, C_i, h_i, w_i)."""
+        levels = top_down(maps, self.laterals)
+        finest = levels[0].shape[2:]
+        summed = torch.stack(
+            [resized(smooth(level), finest) for smooth, level in zip(self.smooth, levels, strict=True)]
+        ).sum(0)  # (B, dim, h_0, w_0)
+        return cast(Tensor, self.classify(summed))
+
+
+class UPerNet(nn.Module):
+    """Pyramid pooling on the last stage, a feature pyramid, and all levels fused.
+
+    Source: arXiv 1807.10221, the semantic segmentation part; norms as in `Layer` where it has BatchNorm.
+
+    Args:
+        dims: channels of the stages.
+        num_classes: outputs.
+        dim: channels of the head.
+    """
+
+    def __init__(self, dims: Sequence[int], num_classes: int, dim: int = 512) -> None:
+        super().__init__()
+        self.pooled = nn.ModuleList(Layer(dims[-1], dim) for _ in POOLED)
+        self.bottleneck = Layer(dims[-1] + len(POOLED) * dim, dim, 3)
+        self.laterals = nn.ModuleList([*(Layer(stage_dim, dim) for stage_dim in dims[:-1]), nn.Identity()])
+        self.smooth = nn.ModuleList([*(Layer(dim, dim, 3) for _ in dims[:-1]), nn.Identity()])
+        self.fuse = Layer(len(dims) * dim, dim, 3)
+        self.classify = nn.Conv2d(dim, num_classes, 1)
+        self.apply(init_weights)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """Logits (B, num_classes, h_0, w_0) of the stages' maps (B, C_i, h_i, w_i)."""
+        last = maps[-1]
+        context = [
+            resized(layer(F.adaptive_avg_pool2d(last, side)), last.shape[2:])
+            for side, layer in zip(POOLED, self.pooled, strict=True)
+        ]
+        last = self.bottleneck(torch.cat([last, *context], 1))  # (B, dim, h_n, w_n)
+        levels = top_down([*maps[:-1], last], self.laterals)
+        finest = levels[0].shape[2:]
+        smoothed = [resized(smooth(level), finest) for smooth, level in zip(self.smooth, levels, strict=True)]
+        return cast(Tensor, self.classify(self.fuse(torch.cat(smoothed, 1))))
+
+
+def top_down(maps: Sequence[Tensor], laterals: nn.ModuleList) -> list[Tensor]:
+    """Each stage's map through its layer, with those of the coarser stages added.
+
+    Args:
+        maps: (B, C_i, h_i, w_i), finest first.
+        laterals: a layer each, from C_i to the same number of channels.
+
+    Returns:
+        (B, dim, h_i, w_i) each.
+    """
+    levels: list[Tensor] = []
+    for f, lateral in zip(reversed(maps), reversed(laterals), strict=True):
+        level = lateral(f)
+        levels.insert(0, level + resized(levels[0], f.shape[2:]) if levels else level)
+    return levels
+
+
+def resized(x: Tensor, size: Sequence[int]) -> Tensor:
+    """A map (B, C, h, w) at another height and width, bilinear."""
+    return x if tuple(x.shape[2:]) == tuple(size) else F.interpolate(x, tuple(size), mode="bilinear")
+
+
+def build_head(kind: str, dims: Sequence[int], num_classes: int, dim: int | None = None) -> FeaturePyramid | UPerNet:
+    """The head of a `Segmenter` by its name.
+
+    Args:
+        kind: pyramid or upernet.
+        dims: channels of the stages.
+        num_classes: outputs.
+        dim: channels of the head; None is 128 for pyramid and 512 for upernet.
+
+    Raises:
+        ValueError: for another kind.
+    """
+    if kind == "pyramid":
+        return FeaturePyramid(dims, num_classes, dim or 128)
+    if kind == "upernet":
+        return UPerNet(dims, num_classes, dim or 512)
+    raise ValueError(f"head = {kind!r}: use pyramid or upernet")

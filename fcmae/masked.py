@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from fcmae.layouts import DENSE, PACKED, Layout, MakeLayout
 from fcmae.layouts.norms import at_least_float32
 from fcmae.layouts.sites import refine, true_rows, visible_counts
-from fcmae.networks.convnext import Encoder, init_weights
+from fcmae.networks.convnext import init_weights
+from fcmae.networks.encoder import StagedEncoder
 from fcmae.networks.layers import Block
 
 EPS = 1e-6  # beside a target patch's variance
@@ -225,7 +226,7 @@ class FCMAE(nn.Module):
 
     def __init__(
         self,
-        encoder: Encoder,
+        encoder: StagedEncoder,
         decoder: nn.Module,
         make_layout: MakeLayout = PACKED,
         target: Target = normalized_pixels,
@@ -267,7 +268,7 @@ class FCMAE(nn.Module):
 
 
 def build_fcmae(
-    encoder: Encoder,
+    encoder: StagedEncoder,
     decoder_dim: int = 512,
     decoder_depth: int = 1,
     make_layout: MakeLayout = PACKED,

@@ -18,7 +18,7 @@ from fcmae.config import BenchConfig, FinetuneConfig, PretrainConfig, RunConfig
 from fcmae.data.cores import free_memory
 from fcmae.data.index import Images, find_images, find_labelled
 from fcmae.data.survey import survey
-from fcmae.networks.spec import ConvNeXtSpec
+from fcmae.networks.spec import NetworkSpec
 from fcmae.processes import OUT_OF_MEMORY, Failed, in_process
 
 AT_ONCE = {"cpu": 64, "cuda": 256}  # images computed at once, to start from: more gain little
@@ -150,7 +150,7 @@ def _facts(images: Images, in_chans: int | None, max_pixels: int) -> choices.Ima
     return choices.Images(len(images), found.short_side, found.in_chans, found.is_deep, found.mean, found.std, counts)
 
 
-def _held(sketch: PretrainConfig | FinetuneConfig) -> tuple[ConvNeXtSpec, dict[str, Any]]:
+def _held(sketch: PretrainConfig | FinetuneConfig) -> tuple[NetworkSpec, dict[str, Any]]:
     """The network of the starting weights, and how their images were read."""
     from fcmae.weights.files import read_weights
 
@@ -246,6 +246,7 @@ def time_finetuning(cfg: FinetuneConfig, at_once: int, duration_s: float) -> ben
         duration_s: how long is timed, after a warm-up.
     """
     from fcmae import finetuning as run
+    from fcmae import starting
     from fcmae.data.loader import build_loader, choose_num_workers, prefetched
     from fcmae.data.normalize import Normalize
     from fcmae.data.sampler import StepSampler
@@ -254,13 +255,13 @@ def time_finetuning(cfg: FinetuneConfig, at_once: int, duration_s: float) -> ben
 
     accelerator = make_accelerator(cfg)
     device = accelerator.device
-    weights = run.starting_weights(cfg)
+    weights = starting.starting_weights(cfg)
     images = find_labelled(cfg.data.path or "")
     assert images.class_names is not None
     net = run.build_model(cfg, weights, len(images.class_names)).to(device)
-    weights.image.update(run.image_settings(cfg, weights))
+    weights.image.update(run.reading_settings(cfg, weights))
     normalize = Normalize(weights.image["mean"], weights.image["std"]).to(device)
-    model, optimizer = accelerator.prepare(net, run.build_optimizer(cfg, net), device_placement=[True, False])
+    model, optimizer = accelerator.prepare(net, starting.build_optimizer(cfg, net), device_placement=[True, False])
     order = StepSampler(len(images), min(at_once, len(images)), cfg.seed, end_step=bench.ENDLESS)
     workers = choose_num_workers(cfg.data.num_workers, device.type)
     loader = build_loader(

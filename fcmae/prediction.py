@@ -1,34 +1,51 @@
-"""Classify images with a fine-tuned model."""
+"""Classify images with a fine-tuned model, or give every pixel a class."""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import compress
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import tifffile
 from accelerate import Accelerator
+from numpy.typing import NDArray
+from PIL import Image
 from tqdm import tqdm
 
+from fcmae.atomic import replacing
 from fcmae.classification import add_predictions, open_table, probabilities_of
 from fcmae.config.commands import PredictConfig
 from fcmae.data.index import find_images
 from fcmae.data.loader import evaluation_loader
-from fcmae.data.source import printable
+from fcmae.data.maps import Classes
+from fcmae.data.rasters import Raster, geo_tags
+from fcmae.data.source import BadImage, printable
+from fcmae.segmentation import colours, predictor, probabilities_by_rows
 from fcmae.weights.convert import build_classifier
 from fcmae.weights.files import read_weights
+from fcmae.weights.segmenters import read_segmenter, segmenter_in
 
 
 def predict(cfg: PredictConfig) -> None:
     """Print path, class and probability of every image as it comes, and write them to a CSV file if one is named.
 
-    Files that cannot be read are named on stderr.
+    With a model of segmentation, write a label map of every image; see `predict_maps`. Files that cannot be read are
+    named on stderr.
 
     Raises:
         ValueError: if the model has no classifier, cfg.csv exists, or no image can be classified.
     """
+    if segmenter_in(cfg.model) is not None:
+        predict_maps(cfg)
+        return
+    if cfg.out is not None or cfg.probabilities:
+        raise ValueError(f"out and probabilities are for label maps, and {cfg.model} is no model of `fcmae segment`")
     if cfg.csv is not None and os.path.lexists(cfg.csv):  # a link that leads nowhere too
         raise ValueError(f"csv = {cfg.csv} exists: give a new path, or remove it")
     weights = read_weights(cfg.model, key=cfg.key, prefix=cfg.prefix)
@@ -81,3 +98,151 @@ def predict(cfg: PredictConfig) -> None:
         if cfg.csv is not None:
             cfg.csv.unlink()
         raise ValueError(f"none of {len(images)} images could be classified: {first_bad}")
+
+
+TILE = 256  # side of the tiles of a TIFF that is written
+
+
+def predict_maps(cfg: PredictConfig) -> None:
+    """Write a label map of every image, whole or not at all, and print its path and the shares of its classes.
+
+    Files that cannot be read are named on stderr.
+
+    Raises:
+        ValueError: if cfg.out is missing or exists, or no image can be read.
+    """
+    if cfg.out is None or cfg.csv is not None:
+        raise ValueError(f"{cfg.model} makes label maps: give --out, a new folder for them, and no --csv")
+    if os.path.lexists(cfg.out):
+        raise ValueError(f"out = {cfg.out} exists: give a new path, or remove it")
+    model, weights, record = read_segmenter(cfg.model)
+    reading = weights.reading(str(cfg.model), cfg.image_size)
+    accelerator = Accelerator(cpu=cfg.device == "cpu")
+    normalize = reading.normalize.to(accelerator.device)
+    fill = reading.normalize.mean.flatten().tolist()
+    predict_tiles = predictor(model.to(accelerator.device).eval(), normalize, accelerator)
+    unit, images = model.encoder.total_stride, find_images(cfg.images)
+    names = images.names()
+    root = os.path.commonpath([os.path.dirname(name) for name in names])  # noqa: PTH120
+    first_bad, num_done, taken = "", 0, set[Path]()
+    for i, name in enumerate(tqdm(names, unit="image", disable=None)):
+        place = cfg.out / os.path.relpath(name, root)
+        place = place.with_suffix(".tif" if place.suffix.lower() in (".tif", ".tiff") else ".png")
+        try:
+            if place in taken:
+                raise BadImage(f"{place} is the map of another image: give images whose names differ before the suffix")
+            taken.add(place)
+            with images.open(i) as file:
+                tags = geo_tags(file)
+                file.seek(0)
+                raster = Raster(file, reading.in_chans, fill, cfg.max_pixels)
+                rows = probabilities_by_rows(
+                    raster, predict_tiles, reading.image_size, unit, cfg.overlap, fill, cfg.batch_size
+                )
+                shares = write_map(place, raster, rows, record.classes, tags, cfg.probabilities)
+        except BadImage as error:
+            line = f"{printable(name)}: {printable(str(error))}"
+            first_bad = first_bad or line
+            print(line, file=sys.stderr)
+        else:
+            num_done += 1
+            told = ", ".join(
+                f"{printable(what)} {share:.1%}"
+                for what, share in zip(record.class_names, shares, strict=True)
+                if share
+            )
+            print(f"{printable(name)}\t{printable(str(place))}\t{told}")
+    if not num_done:
+        raise ValueError(f"none of {len(images)} images could be segmented: {first_bad}")
+
+
+def write_map(
+    place: Path,
+    raster: Raster,
+    rows: Iterator[tuple[int, NDArray[np.float32]]],
+    classes: Classes,
+    tags: list[Any],
+    with_probabilities: bool,
+) -> NDArray[np.float64]:
+    """Write the label map of an image, and the probabilities of its classes if they are wanted.
+
+    A TIFF is written as it comes, in bounded memory, also that of the probabilities.
+
+    Args:
+        place: of the map, a .tif or a .png file; a .png has the classes' colours where their values are below 256.
+        raster: the image.
+        rows: see `probabilities_by_rows`.
+        classes: of a pixel.
+        tags: of a GeoTIFF, see `geo_tags`.
+        with_probabilities: whether they are wanted.
+
+    Returns:
+        (classes,), the share of the pixels of each.
+    """
+    counts, shape = np.zeros(len(classes), np.int64), (raster.height, raster.width)
+    with ExitStack() as stack:
+        kept = None
+        if with_probabilities:
+            aside = stack.enter_context(replacing(place.with_suffix(".probabilities.tif")))
+            bands, kind = (*shape, len(classes)), {"photometric": "minisblack", "planarconfig": "contig"}
+            kept = tifffile.memmap(aside, shape=bands, dtype=np.float32, extratags=tags, metadata=None, **kind)
+
+        def labels() -> Iterator[NDArray[Any]]:
+            for top, found in rows:
+                numbers = found.argmax(0)
+                np.add(counts, np.bincount(numbers.ravel(), minlength=len(classes)), out=counts)
+                if kept is not None:
+                    kept[top : top + len(numbers)] = found.transpose(1, 2, 0)
+                yield classes.stored(numbers)
+
+        aside = stack.enter_context(replacing(place))
+        if place.suffix == ".png":
+            _picture(np.concatenate(list(labels())), classes).save(aside, format="png")
+        else:
+            tifffile.imwrite(
+                aside,
+                _tiles(labels()),
+                shape=shape,
+                dtype=classes.stored(np.zeros(0, np.int64)).dtype,
+                photometric="minisblack",
+                tile=(TILE, TILE),
+                compression="zlib",
+                extratags=tags,
+                metadata=None,
+            )
+        if kept is not None:
+            kept.flush()
+    return counts / max(1, int(counts.sum()))
+
+
+def _tiles(strips: Iterator[NDArray[Any]]) -> Iterator[NDArray[Any]]:
+    """A map in tiles of a TIFF, those at its right and lower edge filled with 0, from strips of any height."""
+    for strip in _of_height(strips, TILE):
+        for left in range(0, strip.shape[1], TILE):
+            tile = np.zeros((TILE, TILE), strip.dtype)
+            part = strip[:, left : left + TILE]
+            tile[: part.shape[0], : part.shape[1]] = part
+            yield tile
+
+
+def _of_height(strips: Iterator[NDArray[Any]], rows: int) -> Iterator[NDArray[Any]]:
+    kept: list[NDArray[Any]] = []
+    for strip in strips:
+        kept.append(strip)
+        if sum(map(len, kept)) >= rows:
+            whole = np.concatenate(kept)
+            end = len(whole) // rows * rows
+            yield from np.split(whole[:end], end // rows)
+            kept = [whole[end:]]
+    if sum(map(len, kept)):
+        yield np.concatenate(kept)
+
+
+def _picture(stored: NDArray[Any], classes: Classes) -> Image.Image:
+    """A map as a picture: the numbers of a palette, or of 16 bits."""
+    picture = Image.fromarray(stored)
+    if stored.dtype == np.uint8:
+        palette = np.zeros((256, 3), np.uint8)
+        palette[list(classes.values)] = colours(len(classes))
+        picture.putpalette(palette.tobytes())
+    return picture

@@ -33,7 +33,7 @@ from fcmae.evaluation.pictures import (
 from fcmae.layouts import make_layout
 from fcmae.masked import FCMAE, build_fcmae, hog, masked_loss, normalized_pixels, pixels
 from fcmae.masking import num_visible, random_mask
-from fcmae.networks.convnext import Encoder
+from fcmae.networks.build import make_encoder
 from fcmae.networks.spec import describe
 from fcmae.training import checkpoint, optim
 from fcmae.training.compiling import compile_model
@@ -236,7 +236,7 @@ def build_model(cfg: PretrainConfig) -> FCMAE:
     """The model of the settings, its weights drawn from the run's seed."""
     torch.manual_seed(cfg.seed)
     model = cfg.model
-    encoder = Encoder(model.spec, cfg.data.in_chans, model.drop_path_rate, model.grad_checkpointing)
+    encoder = make_encoder(model.spec, cfg.data.in_chans, model.drop_path_rate, model.grad_checkpointing)
     layout = partial(make_layout, model.backend, grn_scope=model.grn_scope)
     target = hog if model.target == "hog" else normalized_pixels if model.normalize_target else pixels
     return build_fcmae(encoder, model.decoder_dim, model.decoder_depth, layout, target)

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from fcmae.layouts import make_layout
 from fcmae.masked import FCMAE, build_fcmae, masked_loss
 from fcmae.masking import num_visible, random_mask
-from fcmae.networks.convnext import Encoder
-from fcmae.networks.spec import VARIANTS, ConvNeXtSpec, describe, variant_of
+from fcmae.networks.build import make_encoder
+from fcmae.networks.encoder import StagedEncoder
+from fcmae.networks.spec import VARIANTS, ConvNeXtSpec, NetworkSpec, describe, variant_of
 from fcmae.timing import in_turn
 from fcmae.weights.formats import rename
 
@@ -42,7 +43,7 @@ class Case(NamedTuple):
         whole: the whole model and its loss, or the encoder and its features.
     """
 
-    spec: ConvNeXtSpec
+    spec: NetworkSpec
     grid: tuple[int, int]
     ratio: float
     batch: int
@@ -218,11 +219,11 @@ def reference(case: Case) -> dict[str, Tensor]:
     return collected(values, ((n, theirs[names[n]].grad.view_as(p)) for n, p in encoder.named_parameters()))
 
 
-def make(case: Case, backend: str) -> tuple[Encoder | FCMAE, Tensor, Tensor]:
+def make(case: Case, backend: str) -> tuple[StagedEncoder | FCMAE, Tensor, Tensor]:
     """The network, images and mask of a case, the same at every call, in float32 on the CPU."""
     rows, columns = case.grid
     with torch.device("meta"):
-        encoder = Encoder(case.spec)
+        encoder = make_encoder(case.spec)
         net = build_fcmae(encoder, 32, make_layout=partial(make_layout, backend)) if case.whole else encoder
     net.to_empty(device="cpu")
     with torch.random.fork_rng(devices=[]):
@@ -256,7 +257,7 @@ def speeds(backends: Sequence[str], device: str, repeats: int = 5) -> dict[str, 
         device: where they run.
         repeats: turns that are counted.
     """
-    encoder = Encoder(ATTO).to(device)
+    encoder = make_encoder(ATTO).to(device)
     images = torch.randn(8, 3, 224, 224, device=device)
     mask = torch.from_numpy(random_mask((7, 7), 19, [(0, i) for i in range(8)])).to(device)
 

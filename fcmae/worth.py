@@ -45,7 +45,7 @@ from fcmae.evaluation.outputs import TEMPORARY, file_name, tell_unread
 from fcmae.evaluation.probes import few_shot_counts, fit_linear
 from fcmae.evaluation.records import SCORES
 from fcmae.finetuning import finetune, fingerprint
-from fcmae.networks.spec import ConvNeXtSpec, describe
+from fcmae.networks.spec import NetworkSpec, describe
 from fcmae.pretraining import pretrain
 from fcmae.tables import table
 from fcmae.training.own_files import remove_models
@@ -70,7 +70,7 @@ class Start(NamedTuple):
     name: str
     init: str | None
     license: str | None
-    spec: ConvNeXtSpec
+    spec: NetworkSpec
     reading: dict[str, Any]
 
 

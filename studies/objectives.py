@@ -46,7 +46,8 @@ from fcmae.evaluation.models import load_backbone, stage_maps
 from fcmae.layouts import Layout
 from fcmae.layouts.norms import at_least_float32
 from fcmae.masked import FCMAE, Decoder, Target, hog, normalized_pixels
-from fcmae.networks.convnext import Encoder, init_weights
+from fcmae.networks.convnext import init_weights
+from fcmae.networks.encoder import StagedEncoder
 from fcmae.networks.layers import LayerNorm
 from fcmae.options import load
 from fcmae.training import checkpoint
@@ -65,7 +66,7 @@ class MultiScale(Decoder):
         depth: likewise.
     """
 
-    def __init__(self, encoder: Encoder, num_values: int, dim: int = 512, depth: int = 1) -> None:
+    def __init__(self, encoder: StagedEncoder, num_values: int, dim: int = 512, depth: int = 1) -> None:
         super().__init__(encoder.dim, num_values, dim, depth)
         *below, _ = dims = encoder.spec.dims
         self.norms = nn.ModuleList(LayerNorm(width) for width in dims)

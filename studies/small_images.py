@@ -20,7 +20,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -145,16 +145,18 @@ def jobs(out: Path, arms: list[str], at_once: int) -> Iterator[Job]:
             yield finetune(f"tune-{start}-{epochs}-{rate}-{decay}", "tune.csv", "tune-test.csv", 0, start, *flags)
 
 
-def prepare(shards: Path, out: Path, arms: list[str]) -> None:
-    """The images, and which labels are used; those of the trials are of a draw of their own."""
+def prepare(shards: Path, out: Path, draws: Mapping[int, int]) -> None:
+    """The images, and which labels are used; those of the trials are of a draw of their own.
+
+    draws: their number, by per cent of the labels.
+    """
     command = [sys.executable, str(STUDIES / "datasets.py"), "tiny20", str(shards), str(out / "tiny20")]
     subprocess.run(command, check=True)
     rows = folder_rows(out / "tiny20" / "train")
     write_csv(out / "test.csv", folder_rows(out / "tiny20" / "val"))
-    for name in arms:
-        for percent, seeds in ARMS[name].seeds.items():
-            for seed in range(seeds):
-                write_csv(out / f"train-{percent}-{seed}.csv", few(rows, percent / 100, seed))
+    for percent, seeds in draws.items():
+        for seed in range(seeds):
+            write_csv(out / f"train-{percent}-{seed}.csv", few(rows, percent / 100, seed))
     labelled = few(rows, 0.1, 100)
     write_csv(out / "tune.csv", labelled)
     write_csv(out / "tune-test.csv", few([row for row in rows if row not in set(labelled)], 0.1, 101))
@@ -296,7 +298,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"# {job.name}\n{shown(job, out)}")
         return
     (out / "jobs").mkdir(parents=True, exist_ok=True)
-    prepare(args.shards, out, args.arms)
+    prepare(args.shards, out, MANY)
     schedule(wanted, out, args.at_once, None if args.at_once == 1 else 1)
     found = collect(out, every)
     write_text(out / "small_images.json", json.dumps(found, indent=1) + "\n")

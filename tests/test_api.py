@@ -20,7 +20,7 @@ from conftest import randomize
 from runs import TINY, assert_same, config, final_state, write_images
 
 import fcmae
-from fcmae import api, cli, finetuning, pretraining
+from fcmae import api, cli, finetuning, pretraining, starting
 from fcmae.api import Features
 from fcmae.config import FinetuneConfig, PretrainConfig
 from fcmae.data.normalize import Normalize
@@ -68,7 +68,7 @@ def test_import_brings_nothing_heavy_until_it_is_used() -> None:
     code = (
         "import sys; before = set(sys.modules); import fcmae; found = set(sys.modules) - before\n"
         "assert not {'torch', 'numpy', 'pydantic', 'yaml', 'timm', 'fcmae.api'} & found, found\n"
-        "assert {'pretrain', 'finetune', 'load', 'export', 'masked_loss'} <= set(dir(fcmae))\n"
+        "assert {'pretrain', 'finetune', 'load', 'export', 'prune', 'masked_loss'} <= set(dir(fcmae))\n"
         "assert callable(fcmae.pretrain) and 'torch' in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -88,7 +88,7 @@ def test_no_module_takes_the_place_of_a_function() -> None:
     for module in pkgutil.walk_packages(fcmae.__path__, "fcmae."):
         if module.name.rpartition(".")[2] not in ("minkowski", "triton"):  # of what need not be installed
             importlib.import_module(module.name)
-    for name in ("pretrain", "finetune", "load", "export", "masked_loss"):
+    for name in ("pretrain", "finetune", "load", "export", "prune", "masked_loss"):
         assert callable(getattr(fcmae, name)), name
 
 
@@ -357,7 +357,7 @@ def test_runs_start_from_the_weights_that_are_named(tmp_path: Path) -> None:
     assert done.startswith("encoder from ")
     assert all(torch.equal(value, state[name]) for name, value in net.encoder.state_dict().items())
     tuning = FinetuneConfig.model_validate({"out": "x", "data": {"path": "x"}, "model": model})
-    found = finetuning.starting_weights(tuning).state
+    found = starting.starting_weights(tuning).state
     assert all(torch.equal(found[f"encoder.{name}"], value) for name, value in state.items())
 
 

@@ -16,13 +16,13 @@ from timm.models import ConvNeXt
 from torch import Tensor
 
 from fcmae.config import FinetuneConfig, PretrainConfig
-from fcmae.finetuning import build_optimizer as finetuning_optimizer
 from fcmae.heads import Classifier
 from fcmae.masked import FCMAE, build_fcmae
 from fcmae.networks.convnext import Encoder
 from fcmae.networks.spec import VARIANTS, ConvNeXtSpec
 from fcmae.options import read
 from fcmae.pretraining import build_optimizer as pretraining_optimizer
+from fcmae.starting import build_optimizer as finetuning_optimizer
 from fcmae.training import checkpoint
 from fcmae.weights.convert import build_classifier, check, convert
 from fcmae.weights.files import read_weights

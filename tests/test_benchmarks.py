@@ -23,7 +23,7 @@ from fcmae.weights.formats import to_state
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))  # where the scripts find timing.py
-depthwise, encoder, finetune_step, floor, gpu, input_pipeline, report, scaling, timing, train_step = map(
+depthwise, encoder, finetune_step, floor, gpu, input_pipeline, pruned, report, scaling, timing, train_step = map(
     import_module,
     (
         "depthwise",
@@ -32,6 +32,7 @@ depthwise, encoder, finetune_step, floor, gpu, input_pipeline, report, scaling, 
         "floor",
         "gpu",
         "input_pipeline",
+        "pruned",
         "report",
         "scaling",
         "timing",
@@ -176,6 +177,18 @@ def test_fine_tuning_steps_of_ours_and_timms_start_from_the_same_weights(tmp_pat
         side.step()
         assert any(not torch.equal(old, new) for old, new in zip(kept, side.given[1:], strict=True))
         assert all(weight.grad is None for weight in side.given[1:])
+
+
+def test_whole_and_pruned_networks_are_counted_and_timed(tmp_path: Path) -> None:
+    pruned.main([*TINY, "--keep", "0.5", "0.25", "--json", str(tmp_path / "pruned.json")])
+    found = written(tmp_path / "pruned.json")
+    names = ["whole", "hidden-0.5", "hidden-0.25", "blocks-0.5", "blocks-0.25"]
+    assert list(found["results"]) == list(found["ratios"]) == names
+    for what in ("hidden", "blocks"):
+        for count in ("multiply_adds", "parameters"):
+            counts = [found["results"][name][count] for name in ("whole", f"{what}-0.5", f"{what}-0.25")]
+            assert counts == sorted(counts, reverse=True)
+    assert all(len(side["seconds"]) == 2 for side in found["results"].values())
 
 
 def test_models_that_compute_something_else_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

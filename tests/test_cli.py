@@ -176,7 +176,7 @@ def test_configs_lists_every_shipped_file_with_its_title(capsys: pytest.CaptureF
     assert any(line.startswith("pretrain_cpu ") and "laptop" in line for line in lines)
 
 
-@pytest.mark.parametrize("command", ["pretrain", "finetune"])
+@pytest.mark.parametrize("command", ["pretrain", "finetune", "segment"])
 def test_the_schema_that_editors_read_is_that_of_the_settings(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["schema", command]) == 0
     printed = capsys.readouterr().out
@@ -279,7 +279,7 @@ def test_help_and_rejected_settings_do_not_wait_for_torch(words: str) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=ROOT)
 
 
-@pytest.mark.parametrize("script", ["pretrain.py", "finetune.py"])
+@pytest.mark.parametrize("script", ["pretrain.py", "finetune.py", "segment.py"])
 def test_the_scripts_in_a_clone_are_the_commands(script: str) -> None:
     done = subprocess.run([sys.executable, script, "--zzz"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2

@@ -20,6 +20,7 @@ from fcmae.config import (
     PretrainConfig,
     PretrainData,
     PretrainModel,
+    SegmentConfig,
     check_launch,
 )
 from fcmae.config.commands import AnalyzeConfig, ConvertConfig, EmbedConfig, EvaluateConfig, PredictConfig
@@ -33,6 +34,12 @@ def pretrain(**sections: Any) -> PretrainConfig:
 def finetune(**sections: Any) -> FinetuneConfig:
     needed = {"out": "run", "data": {"path": "x"}, "model": {"variant": "convnextv2_atto"}}
     return FinetuneConfig.model_validate({**needed, **sections})
+
+
+def segment(**sections: Any) -> SegmentConfig:
+    data = {"path": "images", "maps": "maps"} | sections.pop("data", {})
+    needed = {"out": "run", "data": data, "model": {"variant": "convnextv2_atto"}}
+    return SegmentConfig.model_validate({**needed, **sections})
 
 
 def conflicts(make: Callable[..., object], **sections: Any) -> list[tuple[str, str]]:
@@ -296,7 +303,7 @@ def test_one_stage_is_embedded() -> None:
 
 
 def test_settings_that_a_resumed_run_may_change_exist() -> None:
-    known = {*options.flat(pretrain()), *options.flat(finetune())}
+    known = {*options.flat(pretrain()), *options.flat(finetune()), *options.flat(segment())}
     assert known >= FREE_ON_RESUME
 
 
@@ -314,3 +321,33 @@ def test_a_tilde_is_the_home_in_every_path(monkeypatch: pytest.MonkeyPatch) -> N
         ValueError, match=r"model: received ~nobody-here/m; there is no such user: write ./~nobody-here"
     ):
         options.make(PredictConfig, {"model": "~nobody-here/m", "images": ["a"]})
+
+
+@pytest.mark.parametrize(
+    ("sections", "key", "sentence"),
+    [
+        ({"data": {"maps": None}}, "data.maps", "missing: the folder of the label maps of images"),
+        ({"data": {"val_path": "held"}}, "data.val_maps", "missing: the folder of the label maps of held"),
+        ({"data": {"path": None}}, "data.path", "a folder of images or a CSV file"),
+        ({"data": {"scale": [2, 1]}}, "data.scale", "[2.0, 1.0] is not in rising order"),
+        ({"data": {"class_names": ["sea", "sea"]}}, "data.class_names", "has a name twice"),
+        ({"data": {"class_values": [1, 1]}}, "data.class_values", "has a value twice"),
+        (
+            {"data": {"class_names": ["a", "b"], "class_values": [1, 2, 3]}},
+            "data.class_values",
+            "3 values of 2 classes",
+        ),
+        ({"data": {"class_values": [0, 255]}}, "data.ignore_value", "255 is the value of a class"),
+        ({"data": {"class_names": ["a", "b"], "ignore_value": 1}}, "data.ignore_value", "1 is the value of a class"),
+        ({"data": {"val_share": 0}}, "data.val_share", "0 leaves nothing to evaluate on"),
+        ({"model": {}}, "model.variant", "missing: name a variant"),
+        ({"eval_only": True}, "model.init", "missing: eval_only evaluates"),
+    ],
+)
+def test_segmentation_that_cannot_work_is_refused(sections: dict[str, Any], key: str, sentence: str) -> None:
+    ((found, said),) = conflicts(segment, **sections)
+    assert found == key and sentence in said
+
+
+def test_a_csv_file_needs_no_folder_of_maps() -> None:
+    assert segment(data={"path": "list.csv", "maps": None}).data.maps is None

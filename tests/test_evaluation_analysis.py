@@ -234,7 +234,8 @@ def test_images_that_do_not_fit_add_nothing() -> None:
 
 def test_the_walk_ends_where_the_encoder_does() -> None:
     model, images = network(), torch.randn(2, 3, 64, 32).double()
-    names, expanded, outputs = zip(*walk(model, images), strict=True)
+    names, _, inputs, expanded, outputs = zip(*walk(model, images), strict=True)
+    assert inputs[2] is outputs[1]
     assert list(names) == layer_names(model) == LAYERS
     torch.testing.assert_close(outputs[-1], model(images), atol=1e-12, rtol=1e-12)
     assert [h.shape[-1] for h in expanded] == [4 * f.shape[-1] for f in outputs]

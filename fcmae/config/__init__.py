@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import (
     BeforeValidator,
@@ -25,7 +25,7 @@ from pydantic_core import PydanticCustomError
 from fcmae.config.base import Backend, Conflict, Device, RunText, Section, Settings, Size, Spelling, UserPath, UserText
 from fcmae.data.geometry import MAX_PIXELS
 from fcmae.masking import num_visible
-from fcmae.networks.spec import VARIANTS, ConvNeXtSpec, variant_named, variant_of, variants_near
+from fcmae.networks.spec import VARIANTS, NetworkSpec, read_spec, variant_named, variant_of, variants_near
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -53,9 +53,9 @@ def _no_items(value: Any) -> Any:
     return [] if value is None else value
 
 
-def _network(value: Any) -> str | ConvNeXtSpec:
-    if isinstance(value, Mapping | ConvNeXtSpec):
-        return ConvNeXtSpec.model_validate(value)
+def _network(value: Any) -> str | NetworkSpec:
+    if isinstance(value, Mapping | NetworkSpec):
+        return read_spec(value)
     try:
         return variant_named(str(value))
     except ValueError as error:
@@ -64,11 +64,11 @@ def _network(value: Any) -> str | ConvNeXtSpec:
         raise PydanticCustomError("network", sentence, {"names": names, "example": example}) from error
 
 
-def _numbers(network: str | ConvNeXtSpec) -> Any:
-    return network if isinstance(network, str) else network.model_dump(mode="json", exclude_defaults=True)
+def _numbers(network: str | NetworkSpec) -> Any:
+    return network if isinstance(network, str) else network.settings()
 
 
-Network = Annotated[str | ConvNeXtSpec, PlainValidator(_network), PlainSerializer(_numbers)]
+Network = Annotated[str | NetworkSpec, PlainValidator(_network), PlainSerializer(_numbers)]
 Span = tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]]
 Betas = tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
 
@@ -84,8 +84,6 @@ class ImageConfig(Section):
     """Per-channel mean, where a format's full range is 1. Default: ImageNet's (3 channels) or its grey average (1)."""
     std: list[Annotated[float, Field(gt=0)]] | None = None
     """Per-channel standard deviation, in the same units."""
-    crop_scale: Span = (0.2, 1.0)
-    """Share of the image's area that a training crop covers, smallest and largest."""
     hflip: float = Field(0.5, ge=0, le=1)
     """Probability of a horizontal flip in training."""
     val_share: float = Field(0.01, ge=0, lt=1)
@@ -107,6 +105,8 @@ class ImageConfig(Section):
 class PretrainData(ImageConfig):
     path: Annotated[list[UserText], Spelling("IMAGES", commas=False)] = Field([])
     """Folders (searched recursively), text files that list paths, or glob patterns. No labels are needed."""
+    crop_scale: Span = (0.2, 1.0)
+    """Share of the image's area that a training crop covers, smallest and largest."""
     masks_per_image: int = Field(1, ge=1)
     """Masks that each decoded crop is trained under within a step: n of them decode n times fewer images. batch_size
     counts an image under each of its masks."""
@@ -131,8 +131,34 @@ class FinetuneData(ImageConfig):
     """Probability of erasing a rectangle of a training image."""
 
 
+class SegmentData(ImageConfig):
+    path: Annotated[UserText | None, Spelling("IMAGES")] = None
+    """A folder of images (searched recursively), or a CSV file with the columns image,mask."""
+    maps: Annotated[UserText | None, Spelling(short="maps")] = None
+    """A folder of label maps under the names of the images: PNG, TIFF or .npy of one channel, 8 or 16 bit or with a
+    palette. Of a CSV file it is left out."""
+    val_path: UserText | None = None
+    """Held-out images, of the same form. Default: a share (val_share) of `path`."""
+    val_maps: UserText | None = None
+    """Their label maps, of the same form."""
+    class_names: list[Annotated[str, Field(min_length=1)]] = Field([])
+    """Names of the classes. Default: the values from 0 to the largest in a sample of the maps."""
+    class_values: list[Annotated[int, Field(ge=0, lt=2**16)]] = Field([])
+    """What the maps hold for each class, such as 0 255. Default: 0, 1, 2 and so on."""
+    ignore_value: int | None = Field(255, ge=0, lt=2**16)
+    """What the maps hold where the class is unknown, or none: such pixels are neither learnt from nor scored."""
+    scale: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.5, 2.0)
+    """How many times larger a training crop is drawn than it is in the image, smallest and largest."""
+    val_share: float = Field(0.2, ge=0, lt=1)
+    """Share of the images held out when no val_path is given, drawn with the run's seed."""
+    vflip: float = Field(0.0, ge=0, le=1)
+    """Probability of a vertical flip in training."""
+    overlap: float = Field(0.5, ge=0, le=0.9)
+    """Share of a tile's side that it has in common with the next, where whole images are evaluated tile by tile."""
+
+
 class EncoderConfig(Section):
-    """The encoder, and what it starts from; shared by pretraining and fine-tuning."""
+    """The encoder, and what it starts from; shared by all runs."""
 
     variant: Network | None = None
     """The network. Default: the one that `init` holds."""
@@ -161,7 +187,7 @@ class EncoderConfig(Section):
     @classmethod
     def _agrees(cls, value: int | None, info: ValidationInfo) -> int | None:
         variant = info.data.get("variant")
-        if not isinstance(variant, ConvNeXtSpec) or "stem_stride" not in variant.model_fields_set:
+        if not isinstance(variant, NetworkSpec) or "stem_stride" not in variant.model_fields_set:
             return value
         if value not in (None, variant.stem_stride):
             raise ValueError(f"the numbers in model.variant say {variant.stem_stride}: leave one of the two out")
@@ -176,14 +202,14 @@ class EncoderConfig(Section):
     @model_validator(mode="after")
     def _spell_once(self) -> Self:
         """A network is written in one way: by its name if it has one, and without the stride that has a setting."""
-        if isinstance(self.variant, ConvNeXtSpec):
+        if isinstance(self.variant, NetworkSpec):
             # Made anew, as it may have been made from a file's texts.
-            plain = ConvNeXtSpec.model_validate(self.variant.model_dump(exclude={"stem_stride"}))
+            plain = read_spec(self.variant.model_dump(exclude={"stem_stride"}))
             self.variant = variant_of(plain) or plain
         return self
 
 
-def _spec(variant: str | ConvNeXtSpec, stem_stride: int | None) -> ConvNeXtSpec:
+def _spec(variant: str | NetworkSpec, stem_stride: int | None) -> NetworkSpec:
     spec = VARIANTS[variant] if isinstance(variant, str) else variant
     return spec if stem_stride is None else spec.model_copy(update={"stem_stride": stem_stride})
 
@@ -216,7 +242,7 @@ class PretrainModel(EncoderConfig):
     """Standardise each target patch of pixels by its own mean and variance."""
 
     @property
-    def spec(self) -> ConvNeXtSpec:
+    def spec(self) -> NetworkSpec:
         """The encoder's numbers, with the stem's stride that is in force."""
         return _spec(self.variant, self.stem_stride)
 
@@ -231,12 +257,11 @@ class PretrainModel(EncoderConfig):
         return self
 
 
-class FinetuneModel(EncoderConfig):
-    head_init_scale: float | None = Field(None, gt=0)
-    """Factor on the classifier's first weights. Default: .001 with `init`, 1 from scratch."""
+class DenseModel(EncoderConfig):
+    """An encoder under a head; what it is may be left to `init`."""
 
     @property
-    def spec(self) -> ConvNeXtSpec | None:
+    def spec(self) -> NetworkSpec | None:
         """The network's numbers, with the stem's stride if it is given; None without a variant."""
         return None if self.variant is None else _spec(self.variant, self.stem_stride)
 
@@ -245,6 +270,20 @@ class FinetuneModel(EncoderConfig):
         if self.spec is not None and self.init is None:
             self.stem_stride = self.spec.stem_stride
         return self
+
+
+class FinetuneModel(DenseModel):
+    head_init_scale: float | None = Field(None, gt=0)
+    """Factor on the classifier's first weights. Default: .001 with `init`, 1 from scratch."""
+    keep_head: bool = False
+    """Start from the classifier of `init` too, as after `fcmae prune`; the classes are then its own."""
+
+
+class SegmentModel(DenseModel):
+    head: Literal["pyramid", "upernet"] = "pyramid"
+    """What makes a label map of the encoder's stages: a light feature pyramid, or UPerNet."""
+    head_dim: int | None = Field(None, ge=8)
+    """Channels of the head. Default: 128 for pyramid, 512 for upernet."""
 
 
 class Optim(Section):
@@ -279,6 +318,9 @@ class FinetuneOptim(Optim):
     """What a layer is: each block (single), or 12 groups of three blocks as for base and larger (group)."""
 
 
+ClassWeights = Literal["balanced"] | list[Annotated[float, Field(ge=0)]] | None
+
+
 class Regularization(Section):
     """What keeps a classifier from learning its training images by heart."""
 
@@ -288,8 +330,26 @@ class Regularization(Section):
     """Beta parameter of mixup, 0 for none."""
     cutmix: float = Field(0.0, ge=0)
     """Beta parameter of cutmix, 0 for none."""
-    class_weights: Literal["balanced"] | list[Annotated[float, Field(ge=0)]] | None = None
+    class_weights: ClassWeights = None
     """Weights of the classes in the loss: a list, or balanced (inverse to their frequency)."""
+    ema_decay: float = Field(0.0, ge=0, lt=1)
+    """Decay of the moving average of the weights, 0 for none; evaluated beside the weights themselves."""
+
+
+class SegmentOptim(FinetuneOptim):
+    base_lr: float = Field(1.6e-3, gt=0)
+    """Peak learning rate for 256 images a step; the one used is base_lr * batch_size / 256."""
+    warmup_epochs: float = Field(1, ge=0)
+    """Epochs of linear warm-up."""
+
+
+class SegmentRegularization(Section):
+    """What the loss of a label map counts, and what is averaged."""
+
+    class_weights: ClassWeights = None
+    """Weights of the classes in the loss: a list, or balanced (inverse to their share of the pixels)."""
+    dice: float = Field(0.0, ge=0)
+    """Weight of the Dice loss beside the cross-entropy, 0 for none."""
     ema_decay: float = Field(0.0, ge=0, lt=1)
     """Decay of the moving average of the weights, 0 for none; evaluated beside the weights themselves."""
 
@@ -387,7 +447,7 @@ def _compile_conflicts(cfg: RunConfig, setting: bool | str) -> Iterator[Conflict
         yield ("model.compile", "grad_accum"), f"cudagraphs needs grad_accum 1, not {cfg.grad_accum}: use true or auto"
 
 
-def _total_stride(spec: ConvNeXtSpec) -> str:
+def _total_stride(spec: NetworkSpec) -> str:
     return f"the total stride {spec.total_stride} ({spec.total_stride // spec.stem_stride} x stem_stride)"
 
 
@@ -402,8 +462,10 @@ def _image_conflicts(data: ImageConfig, *, known_statistics: bool = False) -> It
     if (data.mean is None) != (data.std is None) and data.in_chans in (1, 3):
         given, absent = ("std", "mean") if data.mean is None else ("mean", "std")
         yield (f"data.{absent}", f"data.{given}"), f"missing beside data.{given}: give both or neither"
-    if data.crop_scale[0] > data.crop_scale[1]:
-        yield ("data.crop_scale",), f"{list(data.crop_scale)} is not in rising order"
+    name = "scale" if isinstance(data, SegmentData) else "crop_scale"
+    smallest, largest = getattr(data, name)
+    if smallest > largest:
+        yield (f"data.{name}",), f"{[smallest, largest]} is not in rising order"
 
 
 def _nearest_multiples(value: int, unit: int) -> str:
@@ -487,25 +549,18 @@ class PretrainConfig(RunConfig):
             )
 
 
-class FinetuneConfig(RunConfig):
-    """Train a classifier on labelled images, from pretrained weights or from scratch, or evaluate one.
+class DenseConfig(RunConfig):
+    """What runs on labelled images share."""
 
-    Without --config, what is not given is chosen for the images, the machine and the hours;
-    --print-config shows it. `fcmae configs` lists recipes.
-
-    Example: fcmae finetune labelled --init runs/photos --hours 1
-    """
-
-    epochs: int | float = Field(100, gt=0)
-    """Passes over the training images; a fraction is allowed."""
-    batch_size: int = Field(1024, ge=1)
-    """Images a step, over all processes and accumulated batches."""
     eval_only: bool = False
     """Evaluate `model.init` on the held-out images and stop."""
-    data: FinetuneData = Field(default_factory=FinetuneData)
-    model: FinetuneModel = Field(default_factory=FinetuneModel)
-    optim: FinetuneOptim = Field(default_factory=FinetuneOptim)
-    regularization: Regularization = Field(default_factory=Regularization)
+
+    _images: ClassVar[str] = "a folder of class folders or a CSV file, e.g. --data.path labelled"
+
+    if TYPE_CHECKING:
+        data: FinetuneData | SegmentData
+        model: DenseModel
+        optim: FinetuneOptim
 
     def inputs(self) -> dict[str, list[str]]:
         single = {"data.path": self.data.path, "data.val_path": self.data.val_path, "model.init": self.model.init}
@@ -516,20 +571,12 @@ class FinetuneConfig(RunConfig):
         yield from _compile_conflicts(self, self.model.compile)
         data, model = self.data, self.model
         if not data.path and not (self.eval_only and data.val_path):
-            yield (
-                ("data.path", "eval_only", "data.val_path"),
-                "missing: a folder of class folders or a CSV file, e.g. --data.path labelled",
-            )
+            yield ("data.path", "eval_only", "data.val_path"), f"missing: {self._images}"
         yield from _image_conflicts(data, known_statistics=model.init is not None)
         if model.spec and model.stem_stride and min(data.image_size) < model.spec.total_stride:
             yield (
                 ("data.image_size", "model.stem_stride", "model.variant", "model.init"),
                 f"{list(data.image_size)} is smaller than {_total_stride(model.spec)}",
-            )
-        if data.auto_augment and data.in_chans not in (1, 3):
-            yield (
-                ("data.auto_augment", "data.in_chans"),
-                f"{data.auto_augment} needs 1 or 3 channels, not {data.in_chans}: set it to none",
             )
         if data.val_path is None and data.val_share == 0:
             yield (
@@ -543,11 +590,89 @@ class FinetuneConfig(RunConfig):
             )
         if self.eval_only and model.init is None:
             yield ("model.init", "eval_only"), "missing: eval_only evaluates the weights it names"
+
+
+class FinetuneConfig(DenseConfig):
+    """Train a classifier on labelled images, from pretrained weights or from scratch, or evaluate one.
+
+    Without --config, what is not given is chosen for the images, the machine and the hours;
+    --print-config shows it. `fcmae configs` lists recipes.
+
+    Example: fcmae finetune labelled --init runs/photos --hours 1
+    """
+
+    epochs: int | float = Field(100, gt=0)
+    """Passes over the training images; a fraction is allowed."""
+    batch_size: int = Field(1024, ge=1)
+    """Images a step, over all processes and accumulated batches."""
+    data: FinetuneData = Field(default_factory=FinetuneData)
+    model: FinetuneModel = Field(default_factory=FinetuneModel)
+    optim: FinetuneOptim = Field(default_factory=FinetuneOptim)
+    regularization: Regularization = Field(default_factory=Regularization)
+
+    def conflicts(self, num_processes: int | None = None) -> Iterator[Conflict]:
+        yield from super().conflicts(num_processes)
+        data = self.data
+        if data.auto_augment and data.in_chans not in (1, 3):
+            yield (
+                ("data.auto_augment", "data.in_chans"),
+                f"{data.auto_augment} needs 1 or 3 channels, not {data.in_chans}: set it to none",
+            )
+        model = self.model
+        if model.keep_head and (model.init is None or model.head_init_scale is not None):
+            yield (
+                ("model.keep_head", "model.init", "model.head_init_scale"),
+                "it takes the classifier that init has: give --init, and no head_init_scale",
+            )
         images = self.batch_size // (num_processes or 1) // self.grad_accum
         if (self.regularization.mixup or self.regularization.cutmix) and images % 2:
             yield (
                 ("batch_size", "grad_accum", "regularization.mixup", "regularization.cutmix"),
                 f"{self.batch_size} gives {images} images a part, and mixup and cutmix pair them: use an even number",
+            )
+
+
+class SegmentConfig(DenseConfig):
+    """Train a network that gives every pixel a class, from pretrained weights or from scratch, or evaluate one.
+
+    Example: fcmae segment tiles/images --maps tiles/maps --init runs/photos --out runs/segmented
+    """
+
+    _images: ClassVar[str] = "a folder of images or a CSV file, e.g. --data.path tiles/images"
+
+    epochs: int | float = Field(50, gt=0)
+    """Passes over the training images; a fraction is allowed."""
+    batch_size: int = Field(16, ge=1)
+    """Images a step, over all processes and accumulated batches."""
+    data: SegmentData = Field(default_factory=SegmentData)
+    model: SegmentModel = Field(default_factory=SegmentModel)
+    optim: SegmentOptim = Field(default_factory=SegmentOptim)
+    regularization: SegmentRegularization = Field(default_factory=SegmentRegularization)
+
+    def inputs(self) -> dict[str, list[str]]:
+        single = {"data.maps": self.data.maps, "data.val_maps": self.data.val_maps}
+        return super().inputs() | {key: [path] for key, path in single.items() if path}
+
+    def conflicts(self, num_processes: int | None = None) -> Iterator[Conflict]:
+        yield from super().conflicts(num_processes)
+        data = self.data
+        for name, maps, images in (("maps", data.maps, data.path), ("val_maps", data.val_maps, data.val_path)):
+            if images and not images.lower().endswith(".csv") and not maps:
+                yield (f"data.{name}",), f"missing: the folder of the label maps of {images}"
+        names, values = data.class_names, data.class_values
+        if len(set(names)) < len(names):
+            yield ("data.class_names",), f"{names} has a name twice: give each class its own"
+        if len(set(values)) < len(values):
+            yield ("data.class_values",), f"{values} has a value twice: give each class its own"
+        if names and values and len(names) != len(values):
+            yield (
+                ("data.class_values", "data.class_names"),
+                f"{len(values)} values of {len(names)} classes: give one a class",
+            )
+        if data.ignore_value is not None and data.ignore_value in (values or range(len(names))):
+            yield (
+                ("data.ignore_value", "data.class_values", "data.class_names"),
+                f"{data.ignore_value} is the value of a class: set it to none or another number",
             )
 
 
@@ -587,6 +712,8 @@ FREE_ON_RESUME = frozenset(
         "device",
         "data.path",
         "data.val_path",
+        "data.maps",
+        "data.val_maps",
         "data.num_workers",
         "data.max_bad_share",
         "model.license",

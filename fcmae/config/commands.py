@@ -206,17 +206,25 @@ class AnalyzeConfig(Source, FromFile):
 
 
 class PredictConfig(Reading, FromFile):
-    """Classify images with a fine-tuned model.
+    """Classify images with a fine-tuned model, or write their label maps with one of `fcmae segment`.
+
+    A label map is a TIFF that lies where its image does on earth, where that is a TIFF, and else a PNG.
 
     Example: fcmae predict runs/tuned photos --csv labels.csv
     """
 
     model: Annotated[RunPath, Spelling("MODEL")] = Field(examples=["runs/tuned"])
-    """A fine-tuning run, or its exported model."""
+    """A run of fine-tuning or segmentation, or its exported model."""
     images: Annotated[list[UserText], Spelling("IMAGES", commas=False)] = Field(min_length=1, examples=[["photos"]])
     """Images, folders, lists or glob patterns."""
     csv: UserPath | None = None
-    """A new file, for the predictions too."""
+    """Of a classifier: a new file, for the predictions too."""
+    out: UserPath | None = None
+    """Of segmentation: a new folder, for the label maps, under the images' names."""
+    probabilities: bool = False
+    """Of segmentation: write NAME.probabilities.tif beside each map, a band of 32-bit numbers a class."""
+    overlap: float = Field(0.5, ge=0, le=0.9)
+    """Of segmentation: share of a tile's side that it has in common with the next."""
 
 
 class ConvertConfig(Settings, FromFile):
@@ -242,6 +250,32 @@ class ConvertConfig(Settings, FromFile):
     def conflicts(self, num_processes: int | None = None) -> Iterator[Conflict]:
         if self.dest is None and not (self.dry_run or self.check):
             yield ("dest", "dry_run", "check"), "DEST is missing: name a new path, or give --dry_run or --check"
+
+
+class PruneConfig(Reading, FromFile):
+    """Remove hidden channels or whole blocks of a ConvNeXt, and make up for them on images.
+
+    Example: fcmae prune runs/tuned pruned.safetensors --data photos --keep .5
+    """
+
+    model: Annotated[RunPath, Spelling("MODEL")] = Field(examples=["runs/tuned"])
+    """A run, a checkpoint, an exported model, or all else that `fcmae convert` reads. Of a pretraining run the decoder
+    stays as it was."""
+    dest: Annotated[UserPath, Spelling("DEST")] = Field(examples=["pruned.safetensors"])
+    """A new file, .safetensors, .pth or .pt, for `finetune`, `predict`, `evaluate` and `convert`."""
+    data: Annotated[list[UserText], Spelling(commas=False)] = Field(min_length=1, examples=[["photos"]])
+    """Images like those it is for: folders, lists or glob patterns. No labels are needed."""
+    keep: float = Field(0.5, gt=0, lt=1)
+    """Share of the hidden channels, or of the blocks, that stays."""
+    what: Literal["hidden", "blocks"] = "hidden"
+    """Hidden channels of the blocks' MLPs; or whole blocks, of which each stage keeps one."""
+    how: Literal["uniform", "global"] = "uniform"
+    """That share of each block (of each stage, for blocks); or of the whole network, where it matters most."""
+    by: Literal["norm", "activation"] = "activation"
+    """What tells what matters: what it adds to the features of the images, or the norm of its weights (for blocks
+    LayerScale, which V1 has)."""
+    max_images: int = Field(256, ge=1)
+    """Of more images, that many are taken, evenly spread."""
 
 
 class ReportConfig(Settings):
@@ -335,5 +369,5 @@ class SchemaConfig(Settings):
     Example: fcmae schema pretrain
     """
 
-    command: Annotated[Literal["pretrain", "finetune"], Spelling("COMMAND")] = "pretrain"
+    command: Annotated[Literal["pretrain", "finetune", "segment"], Spelling("COMMAND")] = "pretrain"
     """Whose settings."""

@@ -20,8 +20,10 @@ from timm.data.random_erasing import RandomErasing
 
 from fcmae.data.decode import read_crop, to_pil
 from fcmae.data.geometry import MAX_PIXELS, Box, align, decode_scale
+from fcmae.data.maps import IGNORED, Classes
 from fcmae.data.normalize import Normalize
-from fcmae.data.source import DataError
+from fcmae.data.rasters import LabelMap, Raster
+from fcmae.data.source import BadImage, DataError
 
 
 def random_resized_box(
@@ -166,6 +168,88 @@ class CropAndFlip:
         if flip_rows:
             image = image[:, ::-1]
         return np.ascontiguousarray(image)
+
+
+@dataclass(frozen=True)
+class CropBoth:
+    """A random crop at a random scale and random flips, drawn once for an image and its label map.
+
+    Where the image is too small for the crop, the rest is missing, and ignored in the map.
+
+    Attributes:
+        in_chans: see `read_crop`.
+        image_size: height and width of the result.
+        scale: how many times larger than in the image it is, smallest and largest, drawn log-uniformly.
+        hflip: probability that columns are mirrored.
+        vflip: probability that rows are.
+        classes: of the map.
+        fill: what stands for missing values, see `read_crop`.
+        max_pixels: see `Raster`.
+    """
+
+    in_chans: int
+    image_size: tuple[int, int]
+    scale: tuple[float, float]
+    hflip: float
+    vflip: float
+    classes: Classes
+    fill: Sequence[float] = (0.0,)
+    max_pixels: int = MAX_PIXELS
+
+    def __call__(
+        self, file: BinaryIO, map_file: BinaryIO, map_name: str, rng: np.random.Generator
+    ) -> tuple[NDArray[Any], NDArray[np.int16]]:
+        """An image and the classes of its pixels.
+
+        Args:
+            file: the image.
+            map_file: its label map.
+            map_name: of that, for errors.
+            rng: what is drawn from.
+
+        Returns:
+            (C, H, W) uint8 or float32, units of `read_crop`; (H, W), IGNORED where the class is unknown.
+
+        Raises:
+            BadImage: if one cannot be read, or their sizes differ.
+            UnknownClass: see `Classes.numbers`.
+        """
+        raster, labels = Raster(file, self.in_chans, self.fill, self.max_pixels), LabelMap(map_file, self.max_pixels)
+        check_same_size(raster, labels)
+        scale = math.exp(rng.uniform(math.log(self.scale[0]), math.log(self.scale[1])))
+        sides = (raster.height, raster.width)
+        spans = [_place(side, size, scale, rng) for side, size in zip(sides, self.image_size, strict=True)]
+        (top, height, above, rows), (left, width, before, columns) = spans
+        flips = rng.random(2) < (self.hflip, self.vflip)
+        box, size = (top, left, height, width), (rows, columns)
+        part, known = raster.read(box, size), self.classes.numbers(labels.read(box, size), map_name)
+        ys, xs = slice(above, above + rows), slice(before, before + columns)
+        fill = np.broadcast_to(np.asarray(self.fill, np.float32).reshape(-1, 1, 1), (self.in_chans, *self.image_size))
+        image = (np.rint(fill * 255).clip(0, 255) if part.dtype == np.uint8 else fill).astype(part.dtype)
+        numbers = np.full(self.image_size, IGNORED, np.int16)
+        image[:, ys, xs], numbers[ys, xs] = part, known
+        axes = tuple(axis for axis, flipped in zip((-1, -2), flips, strict=True) if flipped)
+        return np.ascontiguousarray(np.flip(image, axes)), np.ascontiguousarray(np.flip(numbers, axes))
+
+
+def check_same_size(raster: Raster, labels: LabelMap) -> None:
+    """Refuse a label map of another size than its image.
+
+    Raises:
+        BadImage: with both sizes.
+    """
+    sizes = [(each.height, each.width) for each in (raster, labels)]
+    if sizes[0] != sizes[1]:
+        raise BadImage("the image has {} x {} pixels and its label map {} x {}".format(*sizes[0], *sizes[1]))
+
+
+def _place(side: int, size: int, scale: float, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """Along one axis: where the crop starts in the image and how long it is there, where it goes and how long it is."""
+    length = max(1, round(size / scale))
+    if length <= side:
+        return int(rng.integers(side - length + 1)), length, 0, size
+    filled = max(1, min(size, round(side * size / length)))
+    return 0, side, int(rng.integers(size - filled + 1)), filled
 
 
 class DeepImageError(DataError):

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fcmae.data.augment import CenterCrop, CropAndFlip, FinetuneAugment
+from fcmae.data.augment import CenterCrop, CropAndFlip, CropBoth, FinetuneAugment
 from fcmae.data.geometry import MAX_PIXELS
 from fcmae.data.index import Images
 from fcmae.data.normalize import Normalize
@@ -85,7 +85,7 @@ class Sample:
     Attributes:
         image: (C, H, W) uint8 or float32.
         masks: (n, gh, gw) bool, True = hidden.
-        label: its class by number.
+        label: its class by number; or (H, W) int16, the classes of its pixels.
         index: that of the key.
         valid: false if the image could not be read and was not replaced; it is then zero.
         bad: names of images that could not be read, with reasons.
@@ -93,7 +93,7 @@ class Sample:
 
     image: NDArray[Any]
     masks: NDArray[np.bool_] | None
-    label: int | None
+    label: int | NDArray[np.int16] | None
     index: int
     valid: bool
     bad: list[tuple[str, str]]
@@ -106,7 +106,7 @@ class Batch:
     Attributes:
         images: (B, C, H, W) uint8, or float32 if any is.
         masks: (B * n, gh, gw) bool, True = hidden; the n masks of an image follow each other.
-        labels: (B,) int64.
+        labels: (B,) int64; or (B, H, W) int16, see `fcmae.data.maps.Classes.numbers`.
         index: (B,) int64.
         valid: (B,) bool, false for images that could not be read.
         bad: (name, reason) of images that could not be read.
@@ -192,7 +192,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
     return Batch(
         images=torch.from_numpy(np.stack(images)),
         masks=torch.from_numpy(np.concatenate(masks)) if masks else None,
-        labels=torch.tensor(labels, dtype=torch.int64) if labels else None,
+        labels=torch.from_numpy(np.stack(labels)) if labels else None,
         index=torch.tensor([sample.index for sample in samples], dtype=torch.int64),
         valid=torch.tensor([sample.valid for sample in samples], dtype=torch.bool),
         bad=[bad for sample in samples for bad in sample.bad],
@@ -212,7 +212,7 @@ class ImageDataset(Dataset[Sample]):
         seed: of what the view draws, and of replacements.
     """
 
-    def __init__(self, images: Images, view: View, *, seed: int) -> None:
+    def __init__(self, images: Images, view: View | CropBoth, *, seed: int) -> None:
         self._images, self._view, self._seed = images, view, seed
         self._replaces = not isinstance(view, CenterCrop)
         crop = view.crop if isinstance(view, FinetuneAugment) else view
@@ -220,6 +220,12 @@ class ImageDataset(Dataset[Sample]):
 
     def __len__(self) -> int:
         return len(self._images)
+
+    def _load(self, i: int, rng: np.random.Generator) -> tuple[NDArray[Any], int | NDArray[np.int16] | None]:
+        """Image i through the view, and its label."""
+        assert not isinstance(self._view, CropBoth)
+        with self._images.open(i) as file:
+            return self._view(file, rng), self._images.label(i)
 
     def _read(self, key: Key) -> Sample:
         """The sample of a key, without a mask.
@@ -232,13 +238,12 @@ class ImageDataset(Dataset[Sample]):
         used = index
         while len(bad) < (MAX_TRIES if self._replaces else 1):
             try:
-                with self._images.open(used) as file:
-                    image = self._view(file, rng)
+                image, label = self._load(used, rng)
             except BadImage as error:
                 bad.append((self._images.name(used), str(error)))
                 used = int(rng.integers(len(self)))
             else:
-                return Sample(image, None, self._images.label(used), index, True, bad)
+                return Sample(image, None, label, index, True, bad)
         if self._replaces:
             raise NoUsableImage(
                 f"data.path: {MAX_TRIES} files drawn in a row cannot be used, the first is {printable(bad[0][0])}: "
@@ -283,6 +288,29 @@ class PretrainDataset(ImageDataset):
 
 class FinetuneDataset(ImageDataset):
     """Images and labels for fine-tuning, by key (epoch, index): augmented ones to train on, centre crops otherwise."""
+
+    def __getitem__(self, key: Key) -> Sample:
+        return self._read(key)
+
+
+class SegmentDataset(ImageDataset):
+    """Crops of images, with the classes of their pixels, by key (epoch, index)."""
+
+    def __init__(self, images: Images, maps: Images, crop: CropBoth, *, seed: int) -> None:
+        """Nothing is read yet.
+
+        Args:
+            images: what to read.
+            maps: their label maps, in the same order.
+            crop: what makes two files a sample; images that cannot be read are replaced.
+            seed: of crops, flips and replacements.
+        """
+        super().__init__(images, crop, seed=seed)
+        self._maps, self._crop = maps, crop
+
+    def _load(self, i: int, rng: np.random.Generator) -> tuple[NDArray[Any], NDArray[np.int16]]:
+        with self._images.open(i) as file, self._maps.open(i) as map_file:
+            return self._crop(file, map_file, self._maps.name(i), rng)
 
     def __getitem__(self, key: Key) -> Sample:
         return self._read(key)

@@ -359,26 +359,82 @@ def _warn_of_names(names: Sequence[str], key: str) -> None:
         logger.warning("%s: the classes %s differ in their case only", key, " and ".join(map(repr, twice[:2])))
 
 
-def _read_csv(path: Path, key: str) -> dict[str, str]:
-    label_of: dict[str, str] = {}
+def _read_csv(path: Path, key: str, column: str = "path", other: str = "label") -> dict[str, str]:
+    """What stands beside each image, which becomes absolute, in a CSV file."""
+    beside: dict[str, str] = {}
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = csv.DictReader(file, skipinitialspace=True)
             columns = rows.fieldnames or []
-            if not {"path", "label"} <= set(columns):
-                raise ValueError(f"{key}: the header of {path} is {','.join(columns)!r}: it needs path and label")
+            if not {column, other} <= set(columns):
+                raise ValueError(f"{key}: the header of {path} is {','.join(columns)!r}: it needs {column} and {other}")
             for row in rows:
-                image, label = (row["path"] or "").strip(), _class_name((row["label"] or "").strip(), key)
-                if not image or not label:
-                    raise ValueError(f"{key}: line {rows.line_num} of {path} lacks its path or label: complete it")
-                image = _absolute(path.parent / Path(image).expanduser())
-                if label_of.setdefault(image, label) != label:
+                image, text = (row[column] or "").strip(), _class_name((row[other] or "").strip(), key)
+                if not image or not text:
                     raise ValueError(
-                        f"{key}: line {rows.line_num} of {path} gives {image} the label {label!r}, "
-                        f"an earlier one {label_of[image]!r}: keep one"
+                        f"{key}: line {rows.line_num} of {path} lacks its {column} or {other}: complete it"
+                    )
+                image = _absolute(path.parent / Path(image).expanduser())
+                if beside.setdefault(image, text) != text:
+                    raise ValueError(
+                        f"{key}: line {rows.line_num} of {path} gives {image} the {other} {text!r}, "
+                        f"an earlier one {beside[image]!r}: keep one"
                     )
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{key}: {path} cannot be read ({error}): give a UTF-8 CSV with columns path,label") from error
-    if not label_of:
-        raise ValueError(f"{key}: {path} lists no image: give one path,label a line")
-    return label_of
+        raise ValueError(
+            f"{key}: {path} cannot be read ({error}): give a UTF-8 CSV with columns {column},{other}"
+        ) from error
+    if not beside:
+        raise ValueError(f"{key}: {path} lists no image: give one {column},{other} a line")
+    return beside
+
+
+def find_mapped(source: str, maps: str | None, *, key: str = "data.path") -> tuple[Images, Images]:
+    """Images and their label maps, in one order, sorted by the images' paths.
+
+    Args:
+        source: a folder of images, or a .csv file with the columns image and mask whose relative paths start at its
+            folder.
+        maps: of a folder, that of the maps, which have the images' names but for the suffix, in the same sub-folders.
+        key: the setting that errors name.
+
+    Raises:
+        ValueError: for a source that is missing or malformed, an image without a map, or names that differ in their
+            suffix only.
+    """
+    path = Path(source).expanduser()
+    if path.suffix.lower() == ".csv" and path.is_file():
+        beside = _read_csv(path, key, "image", "mask")
+        map_of = {image: _absolute(path.parent / Path(beside[image]).expanduser()) for image in sorted(beside)}
+        return Images.of_files(list(map_of)), Images.of_files(list(map_of.values()))
+    if not path.is_dir() or maps is None:
+        raise ValueError(
+            f"{key}: {source!r} is no folder with a folder of label maps, and no .csv file: give images and their maps "
+            "in two folders, or a CSV with columns image,mask"
+        )
+    folder = Path(maps).expanduser()
+    maps_key = key.replace("path", "maps")
+    images, found = find_images([str(path)], key=key), find_images([str(folder)], key=maps_key)
+    image_of, map_of = _by_stem(images, path, key), _by_stem(found, folder, maps_key)
+    if absent := [stem for stem in image_of if stem not in map_of]:
+        raise ValueError(
+            f"{maps_key}: {maps!r} has no label map for {len(absent)} of {len(image_of)} images, {absent[0]!r} the "
+            "first: give each image a map of its name"
+        )
+    notes = images.notes
+    if surplus := len(map_of) - len(image_of):
+        notes += (f"{maps_key}: {surplus} label maps are of no image and were left out",)
+    return (
+        replace(Images.of_files(list(image_of.values())), notes=notes),
+        Images.of_files([map_of[stem] for stem in image_of]),
+    )
+
+
+def _by_stem(images: Images, folder: Path, key: str) -> dict[str, str]:
+    """Paths by what they are called below a folder, without suffixes."""
+    named: dict[str, str] = {}
+    for name in images.names():
+        stem = os.path.splitext(os.path.relpath(name, _absolute(folder)))[0]  # noqa: PTH122
+        if named.setdefault(stem, name) != name:
+            raise ValueError(f"{key}: {named[stem]} and {name} differ in their suffix only: remove one")
+    return named

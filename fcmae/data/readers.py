@@ -42,8 +42,8 @@ except ImportError:  # without the extra `jpeg`
 decode_jpeg: Callable[..., NDArray[np.uint8]] | None = None if simplejpeg is None else simplejpeg.decode_jpeg
 
 # No format that runs a program or a script (EPS, PDF), whatever the file is called.
-_PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
-_TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _PNG_CHANNELS = {0: 1, 2: 3, 4: 2, 6: 4}  # by colour type, of those that have 16 bits
 _LOGGERS = ("tifffile", "PIL.TiffImagePlugin")  # one file can make them write a hundred thousand lines
 _JPEG_MARKER = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])")
@@ -119,7 +119,7 @@ def open_image(file: BinaryIO | bytes, in_chans: int, max_pixels: int = MAX_PIXE
         file = BytesIO(file) if isinstance(file, bytes) else file
         file_bytes = file.seek(0, SEEK_END)
         file.seek(0)
-        check = partial(_check_size, file_bytes=file_bytes, max_pixels=max_pixels)
+        check = partial(check_size, file_bytes=file_bytes, max_pixels=max_pixels)
         image = _open(file, in_chans, check)
         check(image.height, image.width, image.pixel_bytes)
     return image
@@ -131,16 +131,16 @@ def _open(file: BinaryIO, in_chans: int, check: Callable[[int, int, int], None])
     if start[:3] == b"\xff\xd8\xff":
         data = file.read()
         _check_scans(data)
-        image = Image.open(BytesIO(data), formats=_PILLOW_FORMATS)
+        image = Image.open(BytesIO(data), formats=PILLOW_FORMATS)
         check(image.height, image.width, len(image.getbands()))
         return _PillowImage(image, in_chans, data)
     if start[:6] == b"\x93NUMPY":
-        array = _map_npy(file)
+        array = map_npy(file)
         axis = _npy_channel_axis(array.shape, in_chans)
-        return _ArrayImage(lambda: array, array.shape, array.dtype, axis, in_chans)
-    if start[:4] in _TIFF_STARTS:
+        return ArrayImage(lambda: array, array.shape, array.dtype, axis, in_chans)
+    if start[:4] in TIFF_STARTS:
         return _open_tiff(file, in_chans)
-    image = Image.open(file, formats=_PILLOW_FORMATS)
+    image = Image.open(file, formats=PILLOW_FORMATS)
     check(image.height, image.width, len(image.getbands()))  # before Pillow looks for EXIF behind a PNG's pixels
     if image.format == "PNG" and start[24] == 16 and start[25] in _PNG_CHANNELS:
         return _open_deep_png(image, file, _PNG_CHANNELS[start[25]], in_chans)
@@ -157,7 +157,7 @@ def reading(max_pixels: int) -> Iterator[None]:
     logs, pillows = [logging.getLogger(name) for name in _LOGGERS], Image.MAX_IMAGE_PIXELS
     was_disabled = [log.disabled for log in logs]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about metadata; a file that decodes is good. Bombs: _check_size
+        warnings.simplefilter("ignore")  # about metadata; a file that decodes is good. Bombs: check_size
         for log in logs:
             log.disabled = True
         if pillows is not None and pillows < max_pixels:
@@ -176,8 +176,19 @@ def reading(max_pixels: int) -> Iterator[None]:
                 log.disabled = disabled
 
 
-def _check_size(height: int, width: int, depth: int, file_bytes: int, max_pixels: int) -> None:
-    """depth: bytes that a pixel takes once it is read."""
+def check_size(height: int, width: int, depth: int, file_bytes: int, max_pixels: int) -> None:
+    """Refuse what would take more memory than is allowed, or than its file can hold.
+
+    Args:
+        height: in pixels.
+        width: likewise.
+        depth: bytes that a pixel takes once it is read.
+        file_bytes: of the file.
+        max_pixels: see `read_crop`.
+
+    Raises:
+        BadImage: with the reason.
+    """
     if height < 1 or width < 1:
         raise BadImage(f"it is empty: {height} x {width} pixels")
     if height * width * max(1, depth / PIXEL_BYTES) > max_pixels:
@@ -338,7 +349,7 @@ def _open_deep_png(image: Image.Image, file: BinaryIO, channels: int, in_chans: 
 
     kept = channels - 1 if in_chans in (1, 3) and channels in (2, 4) else channels  # without alpha
     shape, orientation = (image.height, image.width, kept), _orientation(image)
-    return _ArrayImage(load, shape, np.dtype(np.uint16), 2, in_chans, orientation=orientation)
+    return ArrayImage(load, shape, np.dtype(np.uint16), 2, in_chans, orientation=orientation)
 
 
 def _open_tiff(file: BinaryIO, in_chans: int) -> OpenImage:
@@ -376,11 +387,11 @@ def _pillow_tiff(image: Image.Image, in_chans: int) -> OpenImage:
     if not is_deep and not (_NODATA in tags and image.mode in ("L", "RGB", "RGBA")):
         return _PillowImage(image, in_chans)
     dtype = np.dtype("f4" if image.mode == "F" else "u2" if is_deep else "u1")
-    inverted, nodata = tags.get(262) == 0, _nodata(tags.get(_NODATA), dtype)
+    inverted, nodata = tags.get(262) == 0, nodata_of(tags.get(_NODATA), dtype)
     if inverted and not is_deep:  # Pillow itself inverts 8 bits
         inverted, nodata = False, None if nodata is None else 255 - nodata
     kept = 3 if in_chans in (1, 3) and image.mode == "RGBA" else len(image.getbands())
-    return _ArrayImage(
+    return ArrayImage(
         lambda: np.asarray(image).reshape(image.height, image.width, -1)[..., :kept],
         (image.height, image.width, kept),
         dtype,
@@ -401,7 +412,7 @@ def _check_tiles(tile: int, image: int) -> None:
 _NODATA = 42113  # GDAL_NODATA: the number, as text, that stands for missing values
 
 
-def _nodata(text: Any, dtype: np.dtype[Any]) -> float | None:
+def nodata_of(text: Any, dtype: np.dtype[Any]) -> float | None:
     """The number that stands for missing values, if values of this type can be it."""
     try:
         value = float(str(text).strip(" \0"))
@@ -450,14 +461,14 @@ def _open_tifffile(tiff: tifffile.TiffFile, in_chans: int) -> OpenImage:
     def load() -> NDArray[Any]:
         for part in source.pages if source is series else [page]:
             if part is not None:
-                _check_segments(part)
+                check_segments(part)
         array: NDArray[Any] = source.asarray(maxworkers=1)
         return np.take(array, range(3), axis=axis) if extra else array
 
     stored_bands = 1 if axis is None else shape[axis]
     if extra:
         shape = tuple(3 if i == axis else side for i, side in enumerate(shape))
-    image = _ArrayImage(
+    image = ArrayImage(
         load,
         shape,
         dtype,
@@ -466,7 +477,7 @@ def _open_tifffile(tiff: tifffile.TiffFile, in_chans: int) -> OpenImage:
         orientation=page.tags.valueof(274, 1),
         bits=page.bitspersample,
         inverted=page.photometric == 0,  # 0 = white
-        nodata=_nodata(page.tags.valueof(_NODATA), dtype),
+        nodata=nodata_of(page.tags.valueof(_NODATA), dtype),
     )
     image.pixel_bytes = max(image.pixel_bytes, stored_bands * dtype.itemsize)
     return image
@@ -480,11 +491,8 @@ _UNPACKERS: dict[int, Callable[[], Any]] = {
 }
 
 
-def _check_segments(page: Any) -> None:
-    """Refuse a page whose strips or tiles, decoded one by one, would take far more than the image.
-
-    page: tifffile's.
-    """
+def check_segments(page: Any) -> None:
+    """Refuse a page of tifffile's whose strips or tiles, decoded one by one, would take far more than the image."""
     frame = page.keyframe
     tile = math.prod(frame.tile) if frame.is_tiled else min(frame.rowsperstrip, frame.imagelength) * frame.imagewidth
     tile *= frame.dtype.itemsize * (frame.samplesperpixel if frame.planarconfig == 1 else 1)
@@ -506,7 +514,7 @@ def _check_segments(page: Any) -> None:
                 raise BadImage("its strips or tiles unpack to far more than the image: save it again")
 
 
-def _map_npy(file: BinaryIO) -> NDArray[Any]:
+def map_npy(file: BinaryIO) -> NDArray[Any]:
     """The array of a .npy file, of which only the pages that are used are read where the file is on disk."""
     version = np.lib.format.read_magic(file)
     if version not in ((1, 0), (2, 0), (3, 0)):
@@ -536,12 +544,23 @@ def _npy_channel_axis(shape: tuple[int, ...], in_chans: int) -> int | None:
     return 2 if shape[2] <= shape[0] else 0
 
 
-class _ArrayImage:
+class ArrayImage:
     """Values of any type that some library reads into an array.
 
-    bits: of a value, as the file declares them; 2 ** bits - 1 is the full range of unsigned ones of up to 16.
-    inverted: 0 is white.
-    nodata: the stored value that stands for a missing one.
+    Args:
+        load: reads them.
+        shape: that they will have.
+        dtype: likewise.
+        channel_axis: which axis is that of the channels; None: there is none.
+        in_chans: see `open_image`.
+        orientation: EXIF's.
+        bits: of a value, as the file declares them; 2 ** bits - 1 is the full range of unsigned ones of up to 16.
+        inverted: 0 is white.
+        nodata: the stored value that stands for a missing one.
+        may_be_empty: all values may be missing, as those of a part.
+
+    Raises:
+        BadImage: for other channels, or values that are no numbers.
     """
 
     def __init__(
@@ -556,9 +575,11 @@ class _ArrayImage:
         bits: int | None = None,
         inverted: bool = False,
         nodata: float | None = None,
+        may_be_empty: bool = False,
     ) -> None:
         self._load, self._axis, self._in_chans, self._orientation = load, channel_axis, in_chans, orientation
         self._bits, self._inverted, self._nodata = bits or 8 * dtype.itemsize, inverted, nodata
+        self._may_be_empty = may_be_empty
         self.channels = channels = 1 if channel_axis is None else shape[channel_axis]
         self.is_deep = dtype not in (np.uint8, np.bool_)
         height, width = (side for i, side in enumerate(shape) if i != channel_axis)
@@ -578,7 +599,7 @@ class _ArrayImage:
         array = make_upright(array, self._orientation)
         part = array[top : top + height, left : left + width]  # (h, w, C)
         missing = self._missing(part)
-        if missing.all() and self._missing(array).all():
+        if not self._may_be_empty and missing.all() and self._missing(array).all():
             raise BadImage("it holds no values: all are missing")
         planes: Sequence[NDArray[Any]] = [self._plane(part[..., i]) for i in range(part.shape[-1])]
         if missing.any():

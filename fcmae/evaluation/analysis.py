@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -23,14 +23,32 @@ from fcmae.data.split import evenly
 from fcmae.evaluation.features import BATCH_SIZE, batches_of
 from fcmae.layouts import DENSE
 from fcmae.layouts.norms import at_least_float32, l2_norm
-from fcmae.networks.convnext import Encoder
-from fcmae.networks.layers import Block
+from fcmae.networks.encoder import StageBlock, StagedEncoder
+from fcmae.networks.layers import GRN
 
 DEAD_RMS = 0.01  # of the median channel's
 SATURATED_STD = 0.1  # of the channel's own absolute mean
 
 
-def walk(encoder: Encoder, images: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
+class Passed(NamedTuple):
+    """What images have been through.
+
+    Attributes:
+        name: of the block, stages.I.J.
+        block: itself.
+        input: (B, h, w, C).
+        expanded: (B, h, w, hidden), as the block's last Linear sees them.
+        output: (B, h, w, C).
+    """
+
+    name: str
+    block: StageBlock
+    input: Tensor
+    expanded: Tensor
+    output: Tensor
+
+
+def walk(encoder: StagedEncoder, images: Tensor) -> Iterator[Passed]:
     """Pass images through an encoder with nothing hidden, block by block.
 
     Args:
@@ -38,33 +56,29 @@ def walk(encoder: Encoder, images: Tensor) -> Iterator[tuple[str, Tensor, Tensor
         images: (B, C, H, W), normalised, on its device.
 
     Yields:
-        Of each block, in order: its name, stages.I.J; its expanded features as its second Linear sees them, after GRN
-        in V2, (B, h, w, hidden); and its output, (B, h, w, C).
+        Each block, in order.
     """
     x = encoder.stem(images, DENSE)
     for i, stage in enumerate(encoder.stages):
         if i > 0:
             x = encoder.downsample(i, x, DENSE)
-        for j, block in enumerate(cast("Iterable[Block]", stage)):
-            h = block.expand(x, DENSE)
-            if block.grn is not None:
-                h = block.grn(h, DENSE.image_norm(at_least_float32(h)))
-            x = block.add(x, block.pwconv2(h), DENSE)
-            yield f"stages.{i}.{j}", h, x
+        for j, block in enumerate(cast("Iterable[StageBlock]", stage)):
+            before, (h, x) = x, block.trace(x, DENSE)
+            yield Passed(f"stages.{i}.{j}", block, before, h, x)
 
 
-def layer_names(encoder: Encoder) -> list[str]:
+def layer_names(encoder: StagedEncoder) -> list[str]:
     """The names of the blocks, in the order that data pass them."""
     return [f"stages.{i}.{j}" for i, depth in enumerate(encoder.spec.depths) for j in range(depth)]
 
 
-def as_encoder(model: nn.Module) -> Encoder:
-    """The model, if it is a ConvNeXt.
+def as_encoder(model: nn.Module) -> StagedEncoder:
+    """The model, if it is one of ours, or a ConvNeXt of timm's.
 
     Raises:
         ValueError: if it is another network.
     """
-    if not isinstance(model, Encoder):
+    if not isinstance(model, StagedEncoder):
         raise ValueError(
             f"{type(model).__name__} is no ConvNeXt, so it has no blocks with expanded features: "
             "give a ConvNeXt (V1 or V2) to analyse"
@@ -159,17 +173,16 @@ def class_selectivity(class_means: Tensor) -> Tensor:
     return (largest - rest).clamp(min=0) / total.masked_fill(total == 0, 1)
 
 
-def grn_norms(encoder: Encoder) -> dict[str, tuple[float, float]]:
-    """Root mean squares of GRN's gamma and beta in each block; empty for V1.
+def grn_norms(encoder: StagedEncoder) -> dict[str, tuple[float, float]]:
+    """Root mean squares of GRN's gamma and beta in each block; empty where there is none.
 
     The L2 norm over the root of the number of channels, so that blocks of different widths compare.
     """
     found = {}
-    every = (block for stage in encoder.stages for block in cast("Iterable[Block]", stage))
-    for name, block in zip(layer_names(encoder), every, strict=True):
-        if (grn := block.grn) is not None:
+    for name, grn in encoder.named_modules():
+        if isinstance(grn, GRN):
             gamma, beta = (float(p.detach().double().square().mean().sqrt()) for p in (grn.gamma, grn.beta))
-            found[name] = (gamma, beta)
+            found[name.removesuffix(".grn")] = (gamma, beta)
     return found
 
 
@@ -255,7 +268,7 @@ class Statistics:
         num_classes: of the labels that come with the images; 0 without labels.
     """
 
-    def __init__(self, encoder: Encoder, num_classes: int = 0) -> None:
+    def __init__(self, encoder: StagedEncoder, num_classes: int = 0) -> None:
         self._encoder = encoder
         spec = encoder.spec
         widths = [(hidden, dim) for dim, stage in zip(spec.dims, spec.hidden_widths, strict=True) for hidden in stage]
@@ -271,9 +284,9 @@ class Statistics:
             images: (B, C, H, W), normalised, on the encoder's device.
             labels: (B,) int64.
         """
-        for name, expanded, output in walk(self._encoder, images):
-            self._sums[name].add_expanded(expanded, labels)
-            self._sums[name].add_output(at_least_float32(output).mean((1, 2)))
+        for block in walk(self._encoder, images):
+            self._sums[block.name].add_expanded(block.expanded, labels)
+            self._sums[block.name].add_output(at_least_float32(block.output).mean((1, 2)))
 
     def layers(self) -> dict[str, Layer]:
         """The statistics of each block by name; empty before the first image."""
@@ -281,7 +294,7 @@ class Statistics:
 
 
 def measure(
-    encoder: Encoder,
+    encoder: StagedEncoder,
     reading: Reading,
     images: Images,
     *,
@@ -318,7 +331,7 @@ def measure(
 
 
 @torch.no_grad()
-def activation_maps(encoder: Encoder, image: Tensor, layers: list[str], num_maps: int = 64) -> list[NDArray[Any]]:
+def activation_maps(encoder: StagedEncoder, image: Tensor, layers: list[str], num_maps: int = 64) -> list[NDArray[Any]]:
     """Maps of up to num_maps channels of some layers' features, evenly spread over their channels (the paper's Fig. 3).
 
     Args:
@@ -331,8 +344,8 @@ def activation_maps(encoder: Encoder, image: Tensor, layers: list[str], num_maps
         (maps, h, w) float32 for each layer.
     """
     found: dict[str, NDArray[Any]] = {}
-    for name, expanded, _ in walk(encoder, image[None]):
-        if name in layers:
-            maps = at_least_float32(expanded)[0].permute(2, 0, 1)  # (hidden, h, w)
-            found[name] = maps[evenly(len(maps), num_maps)].cpu().numpy()
+    for block in walk(encoder, image[None]):
+        if block.name in layers:
+            maps = at_least_float32(block.expanded)[0].permute(2, 0, 1)  # (hidden, h, w)
+            found[block.name] = maps[evenly(len(maps), num_maps)].cpu().numpy()
     return [found[name] for name in layers]

@@ -21,7 +21,8 @@ from fcmae.data.augment import seeded
 from fcmae.data.dataset import Reading
 from fcmae.data.geometry import MAX_PIXELS
 from fcmae.data.normalize import Normalize
-from fcmae.networks.convnext import Encoder
+from fcmae.networks.build import make_encoder
+from fcmae.networks.encoder import StagedEncoder
 from fcmae.networks.spec import describe
 from fcmae.weights.convert import build_encoder
 from fcmae.weights.files import Weights, read_weights
@@ -54,7 +55,7 @@ class Backbone:
     @property
     def kind(self) -> str:
         """What network it is."""
-        return describe(self.model.spec) if isinstance(self.model, Encoder) else self.name.removeprefix(RANDOM)
+        return describe(self.model.spec) if isinstance(self.model, StagedEncoder) else self.name.removeprefix(RANDOM)
 
 
 class Control(nn.Module):
@@ -203,7 +204,7 @@ def _from_weights(
             f"in_chans = {in_chans}, but model = {source!r} is of {architecture.in_chans} channels: leave it out"
         )
     with seeded([0]):
-        untrained = Encoder(architecture.spec, architecture.in_chans)
+        untrained = make_encoder(architecture.spec, architecture.in_chans)
     return Backbone(
         name=source,
         model=untrained if is_random else build_encoder(weights),
@@ -271,7 +272,7 @@ def stage_maps(model: nn.Module, images: Tensor) -> list[Tensor]:
     """
     if isinstance(model, Control):
         return [model(images)[:, :, None, None]]
-    if isinstance(model, Encoder):
+    if isinstance(model, StagedEncoder):
         return [f.permute(0, 3, 1, 2) for f in model.pyramid(images)]
     maps: list[Tensor] = model.forward_intermediates(  # type: ignore[operator]  # timm is not typed
         images, norm=False, intermediates_only=True
@@ -282,7 +283,7 @@ def stage_maps(model: nn.Module, images: Tensor) -> list[Tensor]:
 def _try(backbone: Backbone) -> None:
     """Raise ValueError if the network has no features of stages, or none of images of this size."""
     height, width = backbone.reading.image_size
-    if not isinstance(backbone.model, Encoder | Control) and not hasattr(backbone.model, "forward_intermediates"):
+    if not isinstance(backbone.model, StagedEncoder | Control) and not hasattr(backbone.model, "forward_intermediates"):
         raise ValueError(f"model = {backbone.name!r}: timm does not give the features of its stages: give another")
     image = torch.zeros(1, backbone.reading.in_chans, height, width)
     try:

@@ -23,7 +23,7 @@ from fcmae.evaluation.analysis import measure
 from fcmae.evaluation.features import batches_of
 from fcmae.evaluation.pictures import save_heat_map
 from fcmae.evaluation.probes import knn_probabilities
-from fcmae.networks.convnext import Encoder
+from fcmae.networks.encoder import StagedEncoder
 from fcmae.training import health
 
 logger = logging.getLogger("fcmae")
@@ -115,7 +115,7 @@ class Monitor:
         self._device, self._batch_size, self._num_workers = device, batch_size, num_workers
 
     @torch.no_grad()
-    def measure(self, encoder: Encoder) -> dict[str, float]:
+    def measure(self, encoder: StagedEncoder) -> dict[str, float]:
         """Finite numbers by name: STATISTICS/LAYER of each block, knn_top1, knn_balanced_accuracy, knn_auroc.
 
         Args:
@@ -137,7 +137,7 @@ class Monitor:
             values |= self._neighbours(encoder, self._labelled)
         return {name: value for name, value in values.items() if math.isfinite(value)}
 
-    def _neighbours(self, encoder: Encoder, labelled: Labelled) -> dict[str, float]:
+    def _neighbours(self, encoder: StagedEncoder, labelled: Labelled) -> dict[str, float]:
         """Scores of the last stage's features, averaged over each image; none if too few files can be read."""
         assert labelled.train.class_names is not None
         num_classes = len(labelled.train.class_names)
@@ -149,7 +149,7 @@ class Monitor:
         names = ("top1", "balanced_accuracy", "auroc")
         return {f"knn_{name}": value for name, value in scores(test_labels, found).items() if name in names}
 
-    def _pooled(self, encoder: Encoder, labelled: Images) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def _pooled(self, encoder: StagedEncoder, labelled: Images) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         features, labels = [np.empty((0, 0), np.float32)], [np.empty(0, np.int64)]
         batches = batches_of(
             self._reading, labelled, device=self._device, batch_size=self._batch_size, num_workers=self._num_workers

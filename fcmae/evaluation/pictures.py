@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,10 +19,12 @@ from fcmae.data.normalize import Normalize
 from fcmae.data.split import evenly
 from fcmae.layouts.sites import refine
 from fcmae.masked import patch_statistics, patchify, unpatchify
+from fcmae.segmentation import colours, overlay
 
 GREY = 0.5  # what hidden patches are shown as, where 0 is black and 1 is white
 TILE = 128  # longest side of an image in a picture over time, in pixels
 MOMENTS = 8  # in such a picture
+LISTED = 12  # classes that are named below a picture
 MAX_TILES = 2**25  # bytes of a file
 
 
@@ -78,6 +81,43 @@ def save_reconstructions(path: Path, panels: Sequence[Tensor], title: str) -> No
             axis.set_axis_off()
             if row == 0:
                 axis.set_title(name, fontsize=10)
+    figure.suptitle(title, fontsize=11)
+    save_figure(figure, path)
+
+
+def save_overlays(
+    path: Path,
+    panels: Sequence[tuple[NDArray[Any], NDArray[np.integer], NDArray[np.integer]]],
+    class_names: Sequence[str],
+    title: str,
+) -> None:
+    """Draw images beside their true and predicted classes, one image a row.
+
+    Args:
+        path: the file.
+        panels: of each, (C, H, W) uint8 or float32, and two (H, W) of classes by number; may be empty.
+        class_names: of the classes; the first LISTED are named.
+        title: above the rows.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    figure = Figure(figsize=(7.5, 2.5 * len(panels) + 1), layout="constrained")
+    axes = figure.subplots(max(1, len(panels)), 3, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for row, (image, *labels) in zip(axes, panels, strict=False):
+        values = torch.from_numpy(image).float() / (255 if image.dtype == np.uint8 else 1)
+        picture = displayable(values, float(values.min()), float(values.max()))
+        for axis, shown in zip(row, (picture, *(overlay(picture, each) for each in labels)), strict=True):
+            axis.imshow(shown, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    for axis, name in zip(axes[0], ("image", "true", "predicted"), strict=True):
+        axis.set_title(name, fontsize=10)
+    patches = [
+        Patch(color=colour / 255, label=name)
+        for colour, name in zip(colours(len(class_names)), class_names[:LISTED], strict=False)
+    ]
+    figure.legend(handles=patches, loc="outside lower center", ncols=min(4, len(patches)), fontsize=9)
     figure.suptitle(title, fontsize=11)
     save_figure(figure, path)
 

@@ -39,7 +39,7 @@ def knn_probabilities(
     """Class probabilities by weighted votes of the k nearest training images, for each k.
 
     The vote of a neighbour at cosine similarity s has the weight exp(s / temperature), as in instance discrimination
-    (arXiv 1805.01978, Sec. 3.4) and most papers since.
+    (arXiv 1805.01978, Sec. 3.4) and most papers since; DINO (arXiv 2104.14294) reports temperature .07 and k 20.
 
     Args:
         train: (N, D).

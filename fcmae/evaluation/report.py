@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import csv
 import hashlib
 import io
 import math
@@ -36,10 +37,11 @@ from fcmae.training.run import how_it_ended
 MARK = '<meta name="generator" content="fcmae report'
 MOST_PICTURES = 12  # over time
 MAX_PICTURE, MAX_PIXELS = 2**25, 2**26  # bytes and pixels of one
-KINDS = {"pretrain": "pretraining", "finetune": "fine-tuning"}
+KINDS = {"pretrain": "pretraining", "finetune": "fine-tuning", "segment": "segmentation"}
 ANALYZED = ("cosine_distance", "effective_rank", "dead_share", "saturated_share", "grn_gamma", "grn_beta")
 SCORES = ("balanced_accuracy", "auroc", "top1", "top5")
-LAST_VALUES = ("epoch", "loss", "val_loss", *SCORES, "knn_balanced_accuracy")
+OF_MAPS = ("miou", "pixel_accuracy", "boundary_f1")
+LAST_VALUES = ("epoch", "loss", "val_loss", *SCORES, *OF_MAPS, "knn_balanced_accuracy")
 # What is measured of each layer, and what the last colour stands for at least.
 LAYERED = {"cosine_distance": 0.5, "effective_rank": 1.0, "dead_share": 0.5, "saturated_share": 0.5}
 
@@ -269,6 +271,8 @@ def describe(run: Run) -> list[Section]:
             "Throughput and waiting for data", charts=_charts(run, {"Images a second": ["images_per_s"]} | waiting)
         ),
         _scores(run),
+        _classes(run),
+        _overlays(run),
         _reconstructions(run),
         _monitors(run),
         *(_evaluation(folder, found) for folder, found in run.evaluations.items()),
@@ -348,13 +352,15 @@ def _loss(run: Run) -> Section:
 
 
 def _scores(run: Run) -> Section:
-    section, scored = Section("Scores on the held-out images"), [line for line in run.lines if "top1" in line]
+    section, scored = Section("Scores on the held-out images"), [line for line in run.lines if "val_loss" in line]
+    keys = OF_MAPS if run.kind == "segment" else SCORES
+    scored = [line for line in scored if any(key in line for key in keys)]
     if not scored:
         return section
-    there = [prefix + key for prefix in ("", "ema_") for key in SCORES if prefix + key in scored[-1]]
+    there = [prefix + key for prefix in ("", "ema_") for key in keys if prefix + key in scored[-1]]
     named = {"scores": scored[-1]}
     if len(scored) > 1:
-        by = "ema_balanced_accuracy" if "ema_balanced_accuracy" in there else "balanced_accuracy"
+        by = f"ema_{keys[0]}" if f"ema_{keys[0]}" in there else keys[0]
         named = {"last": scored[-1], f"best by {by}": max(scored, key=lambda line: line.get(by, 0))}
         section.notes.append("The best was chosen by these very images, so its scores are too high; the last was not.")
         section.charts = _charts(run, {"Scores": there})
@@ -363,22 +369,54 @@ def _scores(run: Run) -> Section:
     return section
 
 
+def _classes(run: Run) -> Section:
+    """What a segmentation has of each class: the curve of its IoU, and the confusion matrix."""
+    section = Section("Classes of the held-out pixels")
+    keys = list(dict.fromkeys(key for line in run.lines for key in line if "iou/" in key))
+    prefix = "ema_iou/" if any(key.startswith("ema_") for key in keys) else "iou/"
+    curves = [c for key in keys if key.startswith(prefix) and (c := curve(run, key, key.removeprefix(prefix)))]
+    section.charts = [line_chart(curves, "IoU of each class", may_be_log=False)] if curves else []
+    places = (run.path / place / "confusion.csv" for place in ("last", "best", "."))
+    if (file := next((place for place in places if place.is_file()), None)) is not None:
+        try:
+            columns, *rows = csv.reader(read_bytes(file, MAX_JSON).decode().splitlines())
+            totals = [max(1, sum(map(int, row[1:]))) for row in rows]
+            shares = [[row[0], *(f"{int(n) / of:.1%}" for n in row[1:])] for row, of in zip(rows, totals, strict=True)]
+            caption = (
+                f"Confusion: the share of each true class's pixels that is predicted as each class ({file.parent.name})"
+            )
+            section.tables = [Table(caption, columns, shares)]
+        except (OSError, ValueError, csv.Error) as error:
+            section.notes.append(f"{file} cannot be shown ({error}).")
+    return section
+
+
+def _overlays(run: Run) -> Section:
+    alt = "A row an image; from left to right: the image, its true classes, the predicted ones."
+    return _over_time(run, "Label maps", "overlays", alt)
+
+
 def _reconstructions(run: Run) -> Section:
-    section, folder = Section("Reconstructions"), run.path / "reconstructions"
+    alt = (
+        "A row an image; from left to right: original, masked, reconstruction, reconstruction with the visible patches."
+    )
+    section = _over_time(run, "Reconstructions", "reconstructions", alt)
+    if (over_time := run.path / "reconstructions" / "over-time.png").is_file():
+        alt = "Reconstructions of the same images over time. A row an image, a column an evaluation."
+        section.pictures = read_picture(over_time, "The same images over time", alt, section.notes)
+    return section
+
+
+def _over_time(run: Run, title: str, place: str, content: str) -> Section:
+    """Pictures of evaluations, one at a time, from a folder of the run."""
+    section, folder = Section(title), run.path / place
     files = {int(path.stem[5:]): path for path in folder.glob("step-*.png") if path.stem[5:].isdecimal()}
     steps, epochs = sorted(files), {line["step"]: line["epoch"] for line in run.lines}
     for step in (steps[i] for i in evenly(len(steps), MOST_PICTURES)):
         label = f"step {step:,}" + (f", epoch {epochs[step]:.4g}" if step in epochs else "")
-        alt = (
-            f"Reconstructions at {label}. A row an image; from left to right: original, masked, reconstruction, "
-            "reconstruction with the visible patches."
-        )
-        section.series += read_picture(files[step], label, alt, section.notes)
+        section.series += read_picture(files[step], label, f"{title} at {label}. {content}", section.notes)
     if len(steps) > MOST_PICTURES:
         section.notes.append(f"{MOST_PICTURES} of {len(steps)} pictures, evenly spaced; {folder} has all.")
-    if (over_time := folder / "over-time.png").is_file():
-        alt = "Reconstructions of the same images over time. A row an image, a column an evaluation."
-        section.pictures = read_picture(over_time, "The same images over time", alt, section.notes)
     return section
 
 
@@ -444,7 +482,8 @@ def compare(runs: Sequence[Run]) -> list[Section]:
     """Curves of runs of one kind in one chart, their scores in one table, and the settings that differ."""
     sections = []
     pretraining, tuning = ("loss", "val_loss", "knn_balanced_accuracy"), ("val_loss", "balanced_accuracy", "auroc")
-    for kind, keys in (("pretrain", pretraining), ("finetune", tuning)):
+    segmenting = ("val_loss", "miou", "boundary_f1")
+    for kind, keys in (("pretrain", pretraining), ("finetune", tuning), ("segment", segmenting)):
         same = [run for run in runs if run.kind == kind]
         if len(same) < 2:
             continue
@@ -484,7 +523,7 @@ def command(kind: str, changed: Mapping[str, Any], num_processes: int = 1) -> st
     """The command that gives a run with these settings, and the default of all others.
 
     Args:
-        kind: pretrain or finetune.
+        kind: pretrain, finetune or segment.
         changed: settings by dotted key.
         num_processes: of the run; more than one are launched by accelerate.
     """

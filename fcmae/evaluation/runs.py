@@ -14,7 +14,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from fcmae import options
 from fcmae.atomic import read_bytes
-from fcmae.config import FinetuneConfig, PretrainConfig
+from fcmae.config import FinetuneConfig, PretrainConfig, SegmentConfig
 from fcmae.data.index import Images
 from fcmae.data.split import split
 from fcmae.evaluation.charts import Curve
@@ -24,9 +24,10 @@ from fcmae.training.run import split_metrics
 
 MOST_SECONDS = 1e9  # thirty years
 
-CONFIGS: dict[str, type[PretrainConfig] | type[FinetuneConfig]] = {
+CONFIGS: dict[str, type[PretrainConfig] | type[FinetuneConfig] | type[SegmentConfig]] = {
     "pretrain": PretrainConfig,
     "finetune": FinetuneConfig,
+    "segment": SegmentConfig,
 }
 MAX_JSON = 2**26  # bytes of a file
 HUGE = 1e100  # no number that was measured, and its square is finite
@@ -43,7 +44,7 @@ class Run:
     Attributes:
         path: its directory.
         name: unique in the report.
-        kind: pretrain or finetune.
+        kind: pretrain, finetune or segment.
         version: of fcmae, when it last started.
         settings: by dotted key, as JSON values.
         changed: those that are not the default.
@@ -95,7 +96,7 @@ def read_run(path: Path, name: str) -> Run:
 
 
 def _kind(path: Path, problems: list[str]) -> tuple[str, str]:
-    """Whether it was a pretraining or a fine-tuning, and the version of fcmae; from other files where that is lost."""
+    """What kind of run it was, and the version of fcmae; from other files where that is lost."""
     header, config = list[str](), path / "config.yaml"
     with suppress(OSError):
         if config.is_file():
@@ -108,7 +109,8 @@ def _kind(path: Path, problems: list[str]) -> tuple[str, str]:
     problems.append(
         f"{config} cannot be read, or does not begin as a run's: the kind of run is guessed by its other files."
     )
-    return "finetune" if (path / "val_files.json").exists() else "pretrain", "unknown"
+    left = (("val_maps.json", "segment"), ("val_files.json", "finetune"))
+    return next((kind for file, kind in left if (path / file).exists()), "pretrain"), "unknown"
 
 
 def _lines(path: Path, problems: list[str]) -> list[dict[str, Any]]:
@@ -155,7 +157,7 @@ def read_json(path: Path, shape: TypeAdapter[Any], remedy: str, problems: list[s
 def _settings(config: Path, kind: str, problems: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """All settings, and those that are not the default."""
     try:
-        saved: PretrainConfig | FinetuneConfig = options.read(CONFIGS[kind], config)
+        saved: PretrainConfig | FinetuneConfig | SegmentConfig = options.read(CONFIGS[kind], config)
         return options.flat(saved), options.changed(saved)
     except options.ConfigError as error:
         problems.append(f"The settings are not those of this version of fcmae: {'; '.join(str(error).splitlines())}.")
@@ -189,8 +191,10 @@ def _count_images(
         if kind == "pretrain" and (path / "files.json").exists():
             parts = split(Images.load(path / "files.json"), values["data.val_share"], values["seed"])
             return {"to learn from": len(parts[0]), "held out": len(parts[1])}, None, []
-        if kind == "finetune" and (path / "val_files.json").exists():
+        if kind != "pretrain" and (path / "val_files.json").exists():
             train, val = Images.load(path / "files.json"), Images.load(path / "val_files.json")
+            if kind == "segment":
+                return {"to learn from": len(train), "held out": len(val)}, val.fingerprint(), []
             counts = {"to learn from": len(train), "held out": len(val), "classes": len(val.class_names or ())}
             held_out = [] if val.labels is None else np.unique(val.labels, return_counts=True)[1].tolist()
             return counts, val.fingerprint(), held_out

@@ -110,7 +110,7 @@ def _row(run: Run) -> tuple[str, ...]:
 
 
 def _best_score(run: Run) -> tuple[str, float] | None:
-    for key in ("balanced_accuracy", "knn_top1"):
+    for key in ("balanced_accuracy", "miou", "knn_top1"):
         values = [value for line in run.lines if (value := finite(line, key)) is not None]
         if values:
             return key, max(values)
@@ -162,6 +162,8 @@ def next_commands(run: Run, state: str) -> list[str]:
         if state != "finished" and run.starts and (given := run.starts[-1].get("command")):
             return [f"{given}  # goes on", f"fcmae report {path}"]
         return [f"fcmae report {path}"]
+    if run.kind == "segment":
+        return [f"fcmae predict {path} IMAGES --out maps", f"fcmae report {path}"]
     if run.kind == "finetune":
         return [
             f"fcmae predict {path} IMAGES --csv predictions.csv",

@@ -1,8 +1,8 @@
 """The layouts in which the encoder sees visible patches only.
 
-A layout is made for one batch of masks and offers the operations that depend on geometry (`Layout`): the five that
-make the network, and two that know the images apart, for speed and for stochastic depth. Everything else in the encoder
-acts on the last dimension and does not know which layout it runs in.
+A layout is made for one batch of masks and offers the operations that depend on geometry (`Layout`): the six that
+make the networks, and two that know the images apart, for speed and for stochastic depth. Everything else in an
+encoder acts on the last dimension and does not know which layout it runs in.
 
 Parameters stay in dense layout, (C, 1, k, k) and (Cout, Cin, 2, 2), whatever the layout of the features.
 """
@@ -43,6 +43,20 @@ class Layout(Protocol):
             f: features.
             weight: (C, 1, k, k), k odd.
             bias: (C,), or None.
+
+        Returns:
+            Features at the same sites, C channels.
+        """
+        ...
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
+        """Multi-head attention among the visible sites of each image; see `attention.attend`.
+
+        Args:
+            q: features, queries.
+            k: likewise, keys.
+            v: likewise, values.
+            num_heads: a divisor of C.
 
         Returns:
             Features at the same sites, C channels.

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from timm.layers import drop_path
 from torch import Tensor
 
+from fcmae.layouts.attention import attend
 from fcmae.layouts.norms import l2_norm
 from fcmae.layouts.sites import refine
 
@@ -39,6 +40,12 @@ class Masked:
         x = self._hide(f).permute(0, 3, 1, 2)
         return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0]).permute(0, 2, 3, 1)
 
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
+        # What is hidden may be infinite, which no mask of products takes away.
+        queries, keys, values = (self._hide(x).flatten(1, 2) for x in (q, k, v))  # (B, H * W, C)
+        seen = None if self.mask is None else self._hidden(v).logical_not().flatten(1)
+        return attend(queries, keys, values, num_heads, seen).view_as(v)
+
     def downsample(self, f: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         x = self._hide(f).permute(0, 3, 1, 2)  # (B, C, H, W)
         return F.conv2d(x, weight, bias, stride=2).permute(0, 2, 3, 1)
@@ -57,4 +64,9 @@ class Masked:
         if self.mask is None:
             return f
         # where, not a product: zero times an infinite hidden value would be NaN.
-        return torch.where(refine(self.mask, f.shape[1] // self.mask.shape[1])[..., None], 0, f)
+        return torch.where(self._hidden(f)[..., None], 0, f)
+
+    def _hidden(self, f: Tensor) -> Tensor:
+        """The mask at the sites of f, (B, H, W)."""
+        assert self.mask is not None
+        return refine(self.mask, f.shape[1] // self.mask.shape[1])

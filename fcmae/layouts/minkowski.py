@@ -15,6 +15,7 @@ import torch
 from timm.layers import drop_path
 from torch import Tensor
 
+from fcmae.layouts.masked import Masked
 from fcmae.layouts.norms import l2_norm, root
 
 try:
@@ -45,6 +46,7 @@ class Minkowski:
     def __init__(self, mask: Tensor, grn_scope: str = "image") -> None:
         self.batch, *self.grid = mask.shape
         self.grn_scope = grn_scope
+        self.dense = Masked(mask)
         self.patches = mask.logical_not().nonzero()  # (V, 3): image, row, column
         if not len(self.patches):
             raise ValueError("mask leaves no patch visible: at least one image of a batch needs one")
@@ -77,6 +79,10 @@ class Minkowski:
         # The parameters' precision: under autocast the engine has no 16-bit arithmetic on a CPU.
         out: Tensor = _DepthwiseConv.apply(f.to(weight.dtype), kernel, self._level(f).neighbours(weight.shape[-1]))
         return out if bias is None else out + bias
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
+        # Images may differ in their visible sites, so attention is by the definition, on dense maps.
+        return self.pack(self.dense.attention(self.unpack(q), self.unpack(k), self.unpack(v), num_heads))
 
     def downsample(self, f: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         level = self._level(f)

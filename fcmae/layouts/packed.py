@@ -3,7 +3,7 @@
 The mask patch is a whole multiple of the total stride and every image keeps the same number K of patches, so a stage's
 features are (B, K, b, b, C) with b = mask_patch / stride of the stage. LayerNorm, Linear, GELU, GRN and the 2x2
 stride-2 downsampling never cross a patch border: on this layout they are ordinary dense algebra over visible rows.
-Only the 7x7 depthwise convolution looks at neighbouring patches.
+Only the depthwise convolution looks at neighbouring patches, and attention, where a network has it, at all of them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from timm.layers import drop_path
 from torch import Tensor
 
 from fcmae.layouts import native
+from fcmae.layouts.attention import attend
 from fcmae.layouts.norms import l2_norm
 from fcmae.layouts.sites import true_rows
 
@@ -56,6 +57,10 @@ class Packed:
         size = (self.batch, self.grid[0] * b, self.grid[1] * b)
         out: Tensor = _DepthwiseConv.apply(f, weight, bias, self._row_indices(b), size)
         return out
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
+        queries, keys, values = (x.flatten(1, 3) for x in (q, k, v))  # (B, K*b*b, C)
+        return attend(queries, keys, values, num_heads).view_as(v)
 
     def downsample(self, f: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         B, K, b, _, C = f.shape

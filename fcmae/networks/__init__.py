@@ -1,1 +1,1 @@
-"""Networks, one file each: blocks, encoder, starting distributions, layers for layer decay. Their numbers: spec.py."""
+"""Networks, one file each: blocks, encoder, starting distributions. Their numbers: spec; what they share: encoder."""

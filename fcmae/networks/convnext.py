@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import cast
 
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from fcmae.layouts import DENSE, Layout
+from fcmae.layouts import Layout
+from fcmae.networks.encoder import StagedEncoder, drop_path_rates
 from fcmae.networks.layers import GRN, Block, LayerNorm
 from fcmae.networks.spec import ConvNeXtSpec
 
 
-class Encoder(nn.Module):
+class Encoder(StagedEncoder):
     """Stem and stages, with parameters under the released dense code's names.
 
     `downsample_layers.0` is the stem (convolution, LayerNorm); `downsample_layers.1..3` are LayerNorm and a 2x2
@@ -37,89 +33,21 @@ class Encoder(nn.Module):
         drop_path_rate: float = 0.0,
         grad_checkpointing: bool = False,
     ) -> None:
-        super().__init__()
-        self.spec = spec
-        self.in_chans = in_chans
-        self.total_stride = spec.total_stride
-        self.dim = spec.dims[-1]
-        self.grad_checkpointing = grad_checkpointing
-
+        super().__init__(spec, in_chans, grad_checkpointing)
         stride = spec.stem_stride
         stem = nn.Sequential(nn.Conv2d(in_chans, spec.dims[0], stride, stride), LayerNorm(spec.dims[0]))
         self.downsample_layers = nn.ModuleList([stem])
         for dim, next_dim in pairwise(spec.dims):
             self.downsample_layers.append(nn.Sequential(LayerNorm(dim), nn.Conv2d(dim, next_dim, 2, 2)))
 
-        num_blocks = sum(spec.depths)
-        rates = iter(drop_path_rate * i / max(1, num_blocks - 1) for i in range(num_blocks))
+        rates = drop_path_rates(spec, drop_path_rate)
         self.stages = nn.ModuleList(
             nn.ModuleList(Block(dim, width, spec.kernel_size, next(rates), spec.use_grn) for width in widths)
             for widths, dim in zip(spec.hidden_widths, spec.dims, strict=True)
         )
         self.apply(init_weights)
 
-    def forward(self, images: Tensor, layout: Layout = DENSE) -> Tensor:
-        """Features at the total stride.
-
-        Args:
-            images: (B, in_chans, H, W) float, normalised. Under a mask H and W are multiples of the mask patch;
-                otherwise the last rows and columns that fill no site are left out, as a strided convolution does.
-            layout: made from the mask; the default sees the whole image.
-
-        Returns:
-            Features of the visible sites in `layout`, `dim` channels; (B, H / total_stride, W / total_stride, dim)
-            where nothing is hidden.
-        """
-        return self.pyramid(images, layout)[-1]
-
-    def pyramid(self, images: Tensor, layout: Layout = DENSE) -> list[Tensor]:
-        """Each stage's output, first to last, in `layout`; (B, h_i, w_i, dims[i]) without a mask. See `forward`."""
-        maps = []
-        f = self.stem(images, layout)  # (B, h, w, dims[0]) where nothing is hidden
-        for i, stage in enumerate(self.stages):
-            if i > 0:
-                f = self.downsample(i, f, layout)  # half the height and width, dims[i]
-            for block in cast("Iterator[Block]", stage):
-                if self.grad_checkpointing and self.training:
-                    f = checkpoint(block, f, layout, use_reentrant=False)
-                else:
-                    f = block(f, layout)
-            maps.append(f)
-        return maps
-
-    def stem(self, images: Tensor, layout: Layout) -> Tensor:
-        """The stem's convolution and norm at visible sites.
-
-        Its patches do not overlap, so it is one Linear over each patch's pixels, and hiding pixels is the same as
-        hiding its outputs. Only visible pixels are packed: hidden ones enter no computation.
-
-        Args:
-            images: (B, in_chans, H, W) float, see `forward`.
-            layout: made from the mask.
-
-        Returns:
-            Features of the visible sites in `layout`, dims[0] channels.
-        """
-        conv, norm = cast("tuple[nn.Conv2d, LayerNorm]", self.downsample_layers[0])
-        s = self.spec.stem_stride
-        B, C, H, W = images.shape
-        h, w = H // s, W // s
-        x = images[:, :, : h * s, : w * s].reshape(B, C, h, s, w, s).permute(0, 2, 4, 1, 3, 5)  # (B, h, w, C, s, s)
-        x = layout.pack(x.reshape(B, h, w, C * s * s))  # visible sites, C * s * s values each
-        f: Tensor = norm(F.linear(x, conv.weight.flatten(1), conv.bias))
-        return f
-
     def downsample(self, stage: int, f: Tensor, layout: Layout) -> Tensor:
-        """The LayerNorm and 2x2 stride-2 convolution before a stage.
-
-        Args:
-            stage: numbered from 0 and not the first.
-            f: the stage before's output, in `layout`.
-            layout: that of f.
-
-        Returns:
-            Features in `layout` at half the height and width, dims[stage] channels.
-        """
         norm, conv = cast("tuple[LayerNorm, nn.Conv2d]", self.downsample_layers[stage])
         return layout.downsample(norm(f), conv.weight, conv.bias)
 
@@ -150,34 +78,3 @@ def init_weights(module: nn.Module) -> None:
         nn.init.zeros_(module.beta)
     elif isinstance(module, Block) and module.gamma is not None:
         nn.init.constant_(module.gamma, 1e-6)
-
-
-def num_layers(spec: ConvNeXtSpec, mode: str) -> int:
-    """How many layers `layer_of` tells apart below the norm and head, which are one more."""
-    if mode == "single":
-        return sum(spec.depths) + 1
-    return 1 + sum(math.ceil(depth / 3) for depth in spec.depths)
-
-
-def layer_of(name: str, spec: ConvNeXtSpec, mode: str) -> int:
-    """The layer of a parameter for layer-wise learning-rate decay, from 0 at the bottom.
-
-    Args:
-        name: of a parameter, with "encoder." before the encoder's.
-        spec: of the network.
-        mode: "single" gives every block a layer of its own, with the downsampling before it; the stem is in the first
-            block's. "group" makes every three consecutive blocks of a stage a layer, with the downsampling before
-            them; the stem is below. With depths 3 3 27 3 these are the 12 groups of the released recipes.
-
-    Returns:
-        0 to num_layers(spec, mode) - 1 for the encoder's, num_layers(spec, mode) for the norm's and the head's.
-    """
-    match = re.match(r"encoder\.(downsample_layers|stages)\.(\d)\.(\d+)", name)
-    if match is None:
-        return num_layers(spec, mode)
-    stage, block = int(match[2]), int(match[3]) if match[1] == "stages" else 0
-    if mode == "single":
-        return sum(spec.depths[:stage]) + block + 1
-    if match[1] == "downsample_layers" and stage == 0:
-        return 0
-    return 1 + sum(math.ceil(depth / 3) for depth in spec.depths[:stage]) + block // 3

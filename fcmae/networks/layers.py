@@ -197,6 +197,13 @@ class Block(nn.Module):
         h = project(h, self.grn, self.pwconv2, layout) if self.grn is not None else self.pwconv2(h)  # (..., C)
         return self.add(x, h, layout)
 
+    def trace(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        """As the call, with the expanded features that pwconv2 sees, after GRN in V2; see `encoder.StageBlock`."""
+        h = self.expand(x, layout)  # (..., hidden)
+        if self.grn is not None:
+            h = self.grn(h, layout.image_norm(at_least_float32(h)))
+        return h, self.add(x, self.pwconv2(h), layout)
+
     def expand(self, x: Tensor, layout: Layout) -> Tensor:
         """GELU(pwconv1(LayerNorm(dwconv(x)))): (..., C) to (..., hidden), in `layout`."""
         h = layout.depthwise_conv(x, self.dwconv.weight, self.dwconv.bias)  # (..., C)

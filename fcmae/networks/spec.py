@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, SerializeAsAny, field_validator, model_validator
 
 MLP_RATIO = 4  # of a block's expanded width to its own, where a spec does not say
 
@@ -16,11 +17,13 @@ Widths = tuple[Annotated[int, Field(gt=0, le=2**18)], ...]
 Depths = tuple[Annotated[int, Field(gt=0, le=MAX_DEPTH)], ...]
 
 
-class ConvNeXtSpec(BaseModel):
-    """A ConvNeXt of two to four stages: V2 (GRN) or V1 (LayerScale). Travels in checkpoints and exports as JSON.
+Affinity = Literal["static", "dynamic", "mixed"]
 
-    Source: arXiv 2301.00808, Appendix A.1, and arXiv 2201.03545, Sec. 3, which have four stages, a stem of stride 4,
-    7x7 kernels and 4C hidden channels.
+
+class NetworkSpec(BaseModel):
+    """What every network has: two to four stages, each at half the resolution of the one before it.
+
+    Travels in settings, checkpoints and exports as JSON, see `Spec`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -30,7 +33,53 @@ class ConvNeXtSpec(BaseModel):
     dims: Widths
     """Channels of each stage."""
     stem_stride: Annotated[int, Field(gt=0, le=128)] = 4
-    """Side and stride of the stem's convolution."""
+    """Pixels along a side of one site of the first stage."""
+
+    @model_validator(mode="after")
+    def _has_a_width_a_stage(self) -> NetworkSpec:
+        if len(self.dims) != len(self.depths):
+            raise ValueError(
+                f"dims has {len(self.dims)} stages and depths has {len(self.depths)}: give as many of each"
+            )
+        return self
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.depths)
+
+    @property
+    def total_stride(self) -> int:
+        """Pixels along a side of one site of the last stage."""
+        return self.stem_stride << (self.num_stages - 1)
+
+    @property
+    def hidden_widths(self) -> tuple[Widths, ...]:
+        """Expanded channels of each block of each stage."""
+        raise NotImplementedError
+
+    @property
+    def family(self) -> str:
+        """What networks of the kind are called."""
+        raise NotImplementedError
+
+    @property
+    def peculiarities(self) -> list[str]:
+        """What sets the network apart from others of its family, depths and dims, in a few words each."""
+        return []
+
+    def settings(self) -> dict[str, Any]:
+        """As a file of settings has it, what is usual left out, and the stride that is a setting of its own."""
+        numbers = self.model_dump(mode="json", exclude_defaults=True, exclude={"stem_stride"})
+        return self.model_dump(include={"network"}) | numbers
+
+
+class ConvNeXtSpec(NetworkSpec):
+    """A ConvNeXt: V2 (GRN) or V1 (LayerScale).
+
+    Source: arXiv 2301.00808, Appendix A.1, and arXiv 2201.03545, Sec. 3, which have four stages, a stem of stride 4,
+    7x7 kernels and 4C hidden channels.
+    """
+
     kernel_size: Annotated[int, Field(ge=1, le=255)] = 7
     """Side of the depthwise kernels, odd."""
     hidden: tuple[Widths, ...] | None = None
@@ -60,11 +109,7 @@ class ConvNeXtSpec(BaseModel):
         return values
 
     @model_validator(mode="after")
-    def _fits(self) -> ConvNeXtSpec:
-        if len(self.dims) != len(self.depths):
-            raise ValueError(
-                f"dims has {len(self.dims)} stages and depths has {len(self.depths)}: give as many of each"
-            )
+    def _has_a_hidden_width_a_block(self) -> ConvNeXtSpec:
         if self.hidden is not None and tuple(map(len, self.hidden)) != self.depths:
             raise ValueError(
                 f"hidden has {list(map(len, self.hidden))} blocks and depths has {list(self.depths)}: one width a block"
@@ -72,22 +117,92 @@ class ConvNeXtSpec(BaseModel):
         return self
 
     @property
-    def num_stages(self) -> int:
-        return len(self.depths)
-
-    @property
-    def total_stride(self) -> int:
-        """Pixels along a side of one site of the last stage."""
-        return self.stem_stride << (self.num_stages - 1)
-
-    @property
     def hidden_widths(self) -> tuple[Widths, ...]:
-        """Expanded channels of each block of each stage."""
         return self.hidden or _usual_widths(self.depths, self.dims)
+
+    @property
+    def family(self) -> str:
+        return "ConvNeXt V2" if self.use_grn else "ConvNeXt"
+
+    @property
+    def peculiarities(self) -> list[str]:
+        kernel = [] if self.kernel_size == 7 else [f"kernel {self.kernel_size}"]
+        return kernel if self.hidden is None else [*kernel, "hidden widths of its own"]
 
 
 def _usual_widths(depths: Depths, dims: Widths) -> tuple[Widths, ...]:
     return tuple((MLP_RATIO * dim,) * depth for depth, dim in zip(depths, dims, strict=False))
+
+
+class ContainerSpec(NetworkSpec):
+    """A CONTAINER, whose blocks mix sites by a learnt kernel (static affinity), attention (dynamic), or both (mixed).
+
+    Source: arXiv 2106.01401 and its released code, which have four stages, 5x5 kernels and 16 heads.
+    """
+
+    network: Literal["container"] = "container"
+    """Tells the numbers of a CONTAINER from those of other networks."""
+    affinity: tuple[Affinity, ...]
+    """What the blocks of each stage mix sites by."""
+    mlp_ratios: tuple[Annotated[int, Field(gt=0, le=64)], ...]
+    """Expanded channels of each stage's blocks, as a multiple of the stage's."""
+    num_heads: Annotated[int, Field(gt=0, le=2**10)] = 16
+    """Heads of the attention."""
+    mix: Literal["free", "convex"] = "free"
+    """Of mixed blocks: free is the paper's alpha * dynamic + beta * static; convex the released code's
+    s * dynamic + (1 - s) * static, s a sigmoid."""
+
+    @model_validator(mode="after")
+    def _has_one_a_stage(self) -> ContainerSpec:
+        for name in ("affinity", "mlp_ratios"):
+            if (given := len(getattr(self, name))) != self.num_stages:
+                raise ValueError(f"{name} has {given} stages and depths has {self.num_stages}: give as many of each")
+        for dim, affinity in zip(self.dims, self.affinity, strict=True):
+            if affinity != "static" and dim % self.num_heads:
+                raise ValueError(f"{dim} of dims is no multiple of the {self.num_heads} heads: choose num_heads")
+        return self
+
+    @property
+    def hidden_widths(self) -> tuple[Widths, ...]:
+        stages = zip(self.depths, self.dims, self.mlp_ratios, strict=True)
+        return tuple((ratio * dim,) * depth for depth, dim, ratio in stages)
+
+    @property
+    def family(self) -> str:
+        return "CONTAINER"
+
+    @property
+    def peculiarities(self) -> list[str]:
+        ratios = "-".join(map(str, self.mlp_ratios))
+        words = [f"affinity {'-'.join(self.affinity)}", f"MLP ratios {ratios}", f"{self.num_heads} heads"]
+        return words if self.mix == "free" else [*words, "convex mix"]
+
+
+NETWORKS: dict[str, type[NetworkSpec]] = {"convnext": ConvNeXtSpec, "container": ContainerSpec}
+
+
+def read_spec(value: Any) -> NetworkSpec:
+    """A spec from numbers, which say which network they are of; without a word they are a ConvNeXt's.
+
+    Args:
+        value: a mapping, or a spec.
+
+    Raises:
+        ValueError: if there is no such network, or the numbers are of none.
+    """
+    if isinstance(value, NetworkSpec):
+        return type(value).model_validate(value)
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{value!r} are no numbers of a network: give depths and dims")
+    name = value.get("network", "convnext")
+    if name not in NETWORKS:
+        raise ValueError(f"network is {name!r}: use {' or '.join(NETWORKS)}")
+    network = NETWORKS[name]
+    known = "network" in network.model_fields
+    return network.model_validate({key: each for key, each in value.items() if key != "network" or known})
+
+
+Spec = Annotated[NetworkSpec, PlainValidator(read_spec), SerializeAsAny()]
 
 
 def _v1(depths: Depths, dims: Widths) -> ConvNeXtSpec:
@@ -98,8 +213,14 @@ def _v2(depths: Depths, dims: Widths) -> ConvNeXtSpec:
     return ConvNeXtSpec(depths=depths, dims=dims)
 
 
+def _container(*affinity: Affinity) -> ContainerSpec:
+    return ContainerSpec(
+        depths=(3, 4, 8, 3), dims=(64, 128, 320, 512), affinity=affinity, mlp_ratios=(8, 8, 4, 4), num_heads=16
+    )
+
+
 # `small` of V2, and V1 below `tiny`, are timm's.
-VARIANTS: dict[str, ConvNeXtSpec] = {
+VARIANTS: dict[str, NetworkSpec] = {
     "convnextv2_atto": _v2((2, 2, 6, 2), (40, 80, 160, 320)),
     "convnextv2_femto": _v2((2, 2, 6, 2), (48, 96, 192, 384)),
     "convnextv2_pico": _v2((2, 2, 6, 2), (64, 128, 256, 512)),
@@ -118,6 +239,8 @@ VARIANTS: dict[str, ConvNeXtSpec] = {
     "convnext_base": _v1((3, 3, 27, 3), (128, 256, 512, 1024)),
     "convnext_large": _v1((3, 3, 27, 3), (192, 384, 768, 1536)),
     "convnext_xlarge": _v1((3, 3, 27, 3), (256, 512, 1024, 2048)),
+    "container_light": _container("static", "static", "static", "mixed"),
+    "container": _container("mixed", "mixed", "mixed", "mixed"),
 }
 
 
@@ -141,20 +264,16 @@ def variants_near(word: str) -> list[str]:
     return list(dict.fromkeys(words[found] for found in get_close_matches(word, words, cutoff=0.7)))
 
 
-def variant_of(spec: ConvNeXtSpec) -> str | None:
+def variant_of(spec: NetworkSpec) -> str | None:
     """The name of a spec among VARIANTS, whatever its stem's stride; None if it has none."""
     published = spec.model_copy(update={"stem_stride": 4})
     return next((name for name, known in VARIANTS.items() if known == published), None)
 
 
-def describe(spec: ConvNeXtSpec) -> str:
+def describe(spec: NetworkSpec) -> str:
     """A few words for logs and messages: the variant's name, or the numbers."""
     name = variant_of(spec)
     if name is None:
-        kind = "ConvNeXt V2" if spec.use_grn else "ConvNeXt"
-        name = f"{kind} of depths {'-'.join(map(str, spec.depths))}, dims {'-'.join(map(str, spec.dims))}"
-        if spec.kernel_size != 7:
-            name += f", kernel {spec.kernel_size}"
-        if spec.hidden is not None:
-            name += ", hidden widths of its own"
+        name = f"{spec.family} of depths {'-'.join(map(str, spec.depths))}, dims {'-'.join(map(str, spec.dims))}"
+        name = ", ".join([name, *spec.peculiarities])
     return name if spec.stem_stride == 4 else f"{name}, stem stride {spec.stem_stride}"

@@ -49,7 +49,7 @@ class Meta:
     """What a checkpoint says of itself.
 
     Attributes:
-        kind: "pretrain" or "finetune".
+        kind: "pretrain", "finetune" or "segment".
         step: optimizer steps taken.
         config: the run's settings.
         data_fingerprint: of the training images.
@@ -297,7 +297,7 @@ def check_origin(checkpoint: Path, kind: str, data_fingerprint: str) -> None:
 
     Args:
         checkpoint: its directory.
-        kind: of the run, "pretrain" or "finetune".
+        kind: of the run, "pretrain", "finetune" or "segment".
         data_fingerprint: of the run's images.
 
     Raises:

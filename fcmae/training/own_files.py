@@ -30,6 +30,8 @@ STARTED = (
     "environment.json",
     "files.json",
     "val_files.json",
+    "maps.json",
+    "val_maps.json",
     "train.log",
     "bad_files.txt",
     "tensorboard/events.*",
@@ -43,6 +45,8 @@ RESULTS = (
     "cosine_distance.png",
     "effective_rank.png",
     "predictions.csv",
+    "confusion.csv",
+    "overlays/step-#.png",
     "reconstructions/step-#.png",
     "reconstructions/over-time.png",
     "reconstructions/tiles/step-#.png",
@@ -54,11 +58,15 @@ RESULTS = (
     "best/config.json",
     "best/model.safetensors",
     "best/predictions.csv",
+    "best/head.safetensors",
+    "best/confusion.csv",
     "last/config.json",
     "last/model.safetensors",
     "last/predictions.csv",
+    "last/head.safetensors",
+    "last/confusion.csv",
 )
-FOLDERS = ("checkpoints", "tensorboard", "reconstructions", "best", "last")
+FOLDERS = ("checkpoints", "tensorboard", "reconstructions", "overlays", "best", "last")
 ASIDE = ".tmp-checkpoints"
 SAVED = ".saved"  # there once a checkpoint was: without one, the run is finished and tidied up, or somebody's loss
 
@@ -130,6 +138,7 @@ def remove_models(run: Path) -> None:
     shutil.rmtree(run / "checkpoints", ignore_errors=True)
     for place in ("best", "last"):
         (run / place / "model.safetensors").unlink(missing_ok=True)
+        (run / place / "head.safetensors").unlink(missing_ok=True)
         (run / place / "config.json").unlink(missing_ok=True)
 
 

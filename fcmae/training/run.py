@@ -71,7 +71,7 @@ class RunDirectory:
 
     Args:
         cfg: settings of the run, with `out`.
-        kind: "pretrain" or "finetune".
+        kind: "pretrain", "finetune" or "segment".
 
     Raises:
         ValueError: if `cfg.out` holds something other than this run: files that are no run's, a run of the other kind,
@@ -656,7 +656,7 @@ class Run:
 
     Attributes:
         path: its directory.
-        kind: "pretrain" or "finetune".
+        kind: "pretrain", "finetune" or "segment".
         finished: whether it came to its end.
         stopped_by: the name of the signal that stopped it before, or None.
     """

@@ -30,7 +30,7 @@ from fcmae.config import PretrainConfig, RunConfig
 from fcmae.data.dataset import Batch, ImageDataset
 from fcmae.data.loader import build_loader, choose_num_workers, prefetched
 from fcmae.data.sampler import StepSampler
-from fcmae.heads import Classifier
+from fcmae.heads import Classifier, Segmenter
 from fcmae.masked import FCMAE
 from fcmae.training import checkpoint
 from fcmae.training.log import Log
@@ -316,7 +316,7 @@ class Step:
     def save(
         self,
         run: RunDirectory,
-        net: FCMAE | Classifier,
+        net: FCMAE | Classifier | Segmenter,
         fingerprint: str,
         progress: dict[str, Any],
         ema: nn.Module | None = None,

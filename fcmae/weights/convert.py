@@ -15,7 +15,8 @@ from torch import nn
 
 from fcmae.heads import Classifier
 from fcmae.masked import FCMAE
-from fcmae.networks.convnext import Encoder
+from fcmae.networks.build import make_encoder
+from fcmae.networks.encoder import StagedEncoder
 from fcmae.networks.spec import describe, variant_of
 from fcmae.weights.files import (
     DIRECTORIES,
@@ -84,7 +85,7 @@ def start_from(model: FCMAE, weights: Weights) -> str:
     return f"{text}; a fresh decoder, as model.init has {why}"
 
 
-def build_encoder(weights: Weights, drop_path_rate: float = 0.0, grad_checkpointing: bool = False) -> Encoder:
+def build_encoder(weights: Weights, drop_path_rate: float = 0.0, grad_checkpointing: bool = False) -> StagedEncoder:
     """The encoder that the weights hold.
 
     Args:
@@ -93,7 +94,7 @@ def build_encoder(weights: Weights, drop_path_rate: float = 0.0, grad_checkpoint
         grad_checkpointing: likewise.
     """
     architecture = weights.architecture
-    encoder = Encoder(architecture.spec, architecture.in_chans, drop_path_rate, grad_checkpointing)
+    encoder = make_encoder(architecture.spec, architecture.in_chans, drop_path_rate, grad_checkpointing)
     encoder.load_state_dict(
         {name.removeprefix("encoder."): value for name, value in weights.state.items() if name.startswith("encoder.")}
     )

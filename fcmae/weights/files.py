@@ -34,8 +34,8 @@ from fcmae.config import FinetuneData, PretrainConfig
 from fcmae.data.dataset import Reading
 from fcmae.data.normalize import Normalize
 from fcmae.data.source import printable
-from fcmae.networks.convnext import Encoder
-from fcmae.networks.spec import VARIANTS, ConvNeXtSpec, variant_named, variant_of
+from fcmae.networks.build import make_encoder
+from fcmae.networks.spec import VARIANTS, ConvNeXtSpec, NetworkSpec, Spec, describe, variant_named, variant_of
 from fcmae.training import checkpoint
 from fcmae.weights.formats import Architecture, from_state, network_in, to_state
 from fcmae.weights.tensors import RECORD, digest, few, load_tensors
@@ -131,7 +131,7 @@ class Record(BaseModel):
     class_names: tuple[str, ...] = ()
     origin: dict[str, Any] = {}
     expected_output: tuple[float, ...] = ()
-    spec: ConvNeXtSpec | None = None
+    spec: Spec | None = None
     sha256: str | None = None
 
 
@@ -375,11 +375,11 @@ def encoder_output(weights: Weights) -> tuple[float, ...]:
     """
     architecture = weights.architecture
     with torch.device("meta"):
-        encoder = Encoder(architecture.spec, architecture.in_chans)
+        encoder = make_encoder(architecture.spec, architecture.in_chans)
     state = {k.removeprefix("encoder."): v for k, v in weights.state.items() if k.startswith("encoder.")}
     # The mapped tensors become the parameters: huge has 2.6 GB of them.
     encoder.load_state_dict(state, assign=True)
-    encoder.float()
+    encoder.float().eval()
     side = 2 * encoder.total_stride
     values = torch.arange(encoder.in_chans * side * side, dtype=torch.float64).sin()
     image = values.view(1, encoder.in_chans, side, side)
@@ -388,13 +388,14 @@ def encoder_output(weights: Weights) -> tuple[float, ...]:
     return tuple(output)
 
 
-def timm_holds(spec: ConvNeXtSpec) -> bool:
-    """Whether timm can build the network: four stages, 4C hidden channels, and a stem of stride 1 or 3 to 7.
+def timm_holds(spec: NetworkSpec) -> bool:
+    """Whether timm can build the network: a ConvNeXt of four stages, 4C hidden channels, a stem of stride 1 or 3 to 7.
 
     timm's stem of stride 2 comes with one more downsampling layer; from 8 on it dilates the last stage instead of
     downsampling to it, as its total stride is 32 at most.
     """
-    return spec.num_stages == 4 and spec.hidden is None and spec.stem_stride in (1, 3, 4, 5, 6, 7)
+    plain = isinstance(spec, ConvNeXtSpec) and spec.hidden is None
+    return plain and spec.num_stages == 4 and spec.stem_stride in (1, 3, 4, 5, 6, 7)
 
 
 def save_weights(dest: Path, weights: Weights, to: str) -> None:
@@ -410,10 +411,14 @@ def save_weights(dest: Path, weights: Weights, to: str) -> None:
         to: one of FORMATS.
 
     Raises:
-        ValueError: if transformers cannot hold the network: 7x7 kernels and 4C hidden channels only.
+        ValueError: if the format cannot hold the network: transformers' have 7x7 kernels and 4C hidden channels only,
+            and networks other than ConvNeXt go into our own file or a directory for timm.
     """
     spec = weights.architecture.spec
-    if to == "transformers" and (spec.hidden is not None or spec.kernel_size != 7):
+    if not isinstance(spec, ConvNeXtSpec):
+        if to not in ("fcmae", "timm"):
+            raise ValueError(f"{dest}: {to} has ConvNeXts only, and this is {describe(spec)}: use --to fcmae")
+    elif to == "transformers" and (spec.hidden is not None or spec.kernel_size != 7):
         raise ValueError(f"{dest}: transformers' ConvNeXts have 7x7 kernels and 4C hidden channels: use --to fcmae")
     state, seen = {}, set()
     for name, value in to_state(weights.state, spec, to).items():
@@ -456,7 +461,7 @@ def _timm_config(weights: Weights) -> dict[str, Any]:
     architecture, spec = weights.architecture, weights.architecture.spec
     name = variant_of(spec)
     arguments: dict[str, Any] = {"in_chans": architecture.in_chans, "patch_size": spec.stem_stride}
-    if name is None:  # a variant of timm's with other numbers
+    if name is None and isinstance(spec, ConvNeXtSpec):  # a variant of timm's with other numbers
         name = "convnextv2_tiny" if spec.use_grn else "convnext_tiny"
         arguments |= {"depths": spec.depths, "dims": spec.dims, "kernel_sizes": spec.kernel_size}
     return {
@@ -484,6 +489,7 @@ def _timm_config(weights: Weights) -> dict[str, Any]:
 
 def _transformers_config(weights: Weights) -> dict[str, Any]:
     architecture, spec = weights.architecture, weights.architecture.spec
+    assert isinstance(spec, ConvNeXtSpec)
     family = "ConvNextV2" if spec.use_grn else "ConvNext"
     names = weights.class_names or tuple(f"LABEL_{i}" for i in range(architecture.num_classes))
     classes = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}

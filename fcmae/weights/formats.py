@@ -31,11 +31,11 @@ from torch import Tensor
 
 from fcmae.data.source import printable
 from fcmae.masked import build_fcmae
-from fcmae.networks.convnext import Encoder
-from fcmae.networks.spec import MAX_DEPTH, ConvNeXtSpec, describe, variant_of
+from fcmae.networks.build import make_encoder
+from fcmae.networks.spec import MAX_DEPTH, ConvNeXtSpec, NetworkSpec, describe, variant_of
 
 FORMATS = ("fcmae", "timm", "fair", "transformers", "minkowski")
-OLD = "fcmae 0.1"
+OURS, OLD = "fcmae", "fcmae 0.1"
 
 _DENSE = ("encoder", "norm", "head")
 _HOLDS = {
@@ -127,7 +127,7 @@ class Architecture:
         num_classes: of the head, 0 without one.
     """
 
-    spec: ConvNeXtSpec
+    spec: NetworkSpec
     in_chans: int = 3
     decoder_depth: int = 0
     decoder_dim: int = 0
@@ -137,7 +137,7 @@ class Architecture:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Our name and shape of every parameter, in the order of the network."""
         with torch.device("meta"):
-            encoder = Encoder(self.spec, self.in_chans)
+            encoder = make_encoder(self.spec, self.in_chans)
             model = build_fcmae(encoder, self.decoder_dim, self.decoder_depth) if self.decoder_depth else None
         named = model.state_dict() if model else {f"encoder.{k}": v for k, v in encoder.state_dict().items()}
         shapes = {name: tuple(value.shape) for name, value in named.items()}
@@ -245,13 +245,13 @@ def detect(names: Iterable[str]) -> str:
 
 
 def from_state(
-    state: Mapping[str, Tensor], spec: ConvNeXtSpec | None = None
+    state: Mapping[str, Tensor], spec: NetworkSpec | None = None
 ) -> tuple[Architecture, str, dict[str, Tensor], dict[str, str]]:
-    """Weights under any format's names, as ours.
+    """Weights under any format's names, as ours; those of other networks than ConvNeXt have our names already.
 
     Args:
         state: named tensors, under a prefix and in wrappers or not, see `network_in`.
-        spec: what they must be of, whatever the stem's stride; None finds out.
+        spec: what they must be of, whatever the stem's stride; None finds out which ConvNeXt.
 
     Returns:
         The architecture, the format found, the tensors under our names and in our shapes (views where possible), and
@@ -262,8 +262,12 @@ def from_state(
     """
     _, original = network_in(state)
     named = {name: state[key] for name, key in original.items()}
-    source = detect(named)
-    found = _find_spec(named, source)
+    found: NetworkSpec
+    if spec is None or isinstance(spec, ConvNeXtSpec):
+        source = detect(named)
+        found = _find_spec(named, source)
+    else:
+        source, found = OURS, spec.model_copy(update={"stem_stride": _stem_stride(named, OURS)})
     spec = found if spec is None else spec.model_copy(update={"stem_stride": found.stem_stride})
     architecture = _architecture(named, source, spec)
     rest = dict(named)
@@ -302,17 +306,19 @@ def _is_identity(weight: Tensor, bias: Tensor) -> bool:
     return bool(weight.eq(1).all() and bias.eq(0).all())
 
 
-def to_state(state: Mapping[str, Tensor], spec: ConvNeXtSpec, to: str) -> dict[str, Tensor]:
+def to_state(state: Mapping[str, Tensor], spec: NetworkSpec, to: str) -> dict[str, Tensor]:
     """Our tensors under a format's names and in its shapes; what the format has no place for is left out.
 
     timm and transformers always have a final norm, which FCMAE does not train: it is then the identity.
-    transformers' classifiers hold the encoder under the model's name.
+    transformers' classifiers hold the encoder under the model's name. Networks other than ConvNeXt keep our names.
 
     Args:
         state: tensors under our names.
         spec: the network that they are of.
         to: the format.
     """
+    if not isinstance(spec, ConvNeXtSpec):
+        return {name: value for name, value in state.items() if holds(name, to)}
     prefix = ""
     if to == "transformers" and "head.weight" in state:
         prefix = "convnextv2." if spec.use_grn else "convnext."
@@ -352,14 +358,13 @@ def _find_spec(tensors: Mapping[str, Tensor], source: str) -> ConvNeXtSpec:
     kernels = [kernel.shape for block in every if (kernel := of(f"{block}.dwconv.weight")) is not None and kernel.ndim]
     sides = Counter(math.isqrt(shape[0]) if source == "minkowski" else shape[-1] for shape in kernels)
     odd = [side for side, _ in sides.most_common() if side % 2]
-    stem = of("encoder.downsample_layers.0.0.weight")
     if len(stages) < 2:
         raise ValueError(f"the entries, in {source}'s layout, have {len(stages)} stages: a ConvNeXt has 2 to 4")
     try:
         return ConvNeXtSpec(
             depths=tuple(map(len, stages)),
             dims=tuple(most((f"{block}.{name}", dim) for block in stage for name, dim in _WIDTH) for stage in stages),
-            stem_stride=4 if stem is None or stem.ndim < 3 else stem.shape[2] or 4,
+            stem_stride=_stem_stride(tensors, source),
             kernel_size=odd[0] if odd else 7,
             hidden=tuple(tuple(most((f"{b}.{name}", dim) for name, dim in _HIDDEN) for b in stage) for stage in stages),
             use_grn=any(of(f"{block}.grn.{p}") is not None for block in every for p in ("gamma", "beta")),
@@ -371,6 +376,11 @@ def _find_spec(tensors: Mapping[str, Tensor], source: str) -> ConvNeXtSpec:
         ) from error
 
 
+def _stem_stride(tensors: Mapping[str, Tensor], source: str) -> int:
+    stem = tensors.get(rename("encoder.downsample_layers.0.0.weight", source))
+    return 4 if stem is None or stem.ndim < 3 else stem.shape[2] or 4
+
+
 def _most_told(tensors: Mapping[str, Tensor], source: str, names: Iterable[tuple[str, int]]) -> int:
     """The size that most of our parameters `names` have in the dimension beside each; 0 if none is there."""
     found = [(tensors.get(rename(name, source)), dim) for name, dim in names]
@@ -379,7 +389,7 @@ def _most_told(tensors: Mapping[str, Tensor], source: str, names: Iterable[tuple
     return counted.most_common(1)[0][0] if counted else 0
 
 
-def _architecture(tensors: Mapping[str, Tensor], source: str, spec: ConvNeXtSpec) -> Architecture:
+def _architecture(tensors: Mapping[str, Tensor], source: str, spec: NetworkSpec) -> Architecture:
     """What else the tensors are of, as far as they tell: what is missing or misshapen is found by comparing later."""
 
     def size(name: str, dim: int, default: int) -> int:
@@ -406,7 +416,7 @@ def _architecture(tensors: Mapping[str, Tensor], source: str, spec: ConvNeXtSpec
     )
 
 
-def _shape_in(to: str, spec: ConvNeXtSpec, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+def _shape_in(to: str, spec: NetworkSpec, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape in a format of our parameter `name`, whose shape is `shape`."""
     layer, parameter = name.split(".")[-2:] if "." in name else ("", name)
     in_encoder = name.startswith("encoder.") and not name.startswith("encoder.downsample_layers.0.")
@@ -424,7 +434,7 @@ def _shape_in(to: str, spec: ConvNeXtSpec, name: str, shape: tuple[int, ...]) ->
     return shape
 
 
-def _is_convolutional_in_timm(spec: ConvNeXtSpec) -> bool:
+def _is_convolutional_in_timm(spec: NetworkSpec) -> bool:
     name = variant_of(spec)
     return name is not None and name.endswith(_TIMM_CONVOLUTIONAL)
 

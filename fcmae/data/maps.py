@@ -1,0 +1,151 @@
+"""What the numbers in label maps mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fcmae.data.geometry import MAX_PIXELS, Box
+from fcmae.data.index import Images
+from fcmae.data.rasters import LabelMap
+from fcmae.data.source import BadImage, DataError, printable
+from fcmae.data.split import evenly
+
+IGNORED = -1  # in place of a class
+_UNKNOWN = -2
+MAX_VALUE = 2**16  # above those that a map may hold
+BAND_PIXELS = 2**24  # of a map that are looked at together
+
+
+class UnknownClass(DataError):  # noqa: N818
+    """A label map holds a number that no class has."""
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes of a pixel.
+
+    Attributes:
+        names: of the classes, which are numbered in this order.
+        values: what the maps hold for each.
+        ignored: what they hold where the class is unknown, or None.
+    """
+
+    names: tuple[str, ...]
+    values: tuple[int, ...]
+    ignored: int | None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @cached_property
+    def _number_of(self) -> NDArray[np.int16]:
+        table = np.full(MAX_VALUE + 1, _UNKNOWN, np.int16)
+        if self.ignored is not None:
+            table[self.ignored] = IGNORED
+        table[list(self.values)] = np.arange(len(self.values))
+        return table
+
+    def numbers(self, stored: NDArray[np.int64], name: str) -> NDArray[np.int16]:
+        """Classes by number, IGNORED where they are unknown.
+
+        Args:
+            stored: of any shape, what a map holds.
+            name: of the map, for the error.
+
+        Raises:
+            UnknownClass: if a value is of no class.
+        """
+        found = self._number_of[np.clip(stored, -1, MAX_VALUE)]  # -1 is the last entry, which is unknown
+        if (unknown := found == _UNKNOWN).any():
+            raise UnknownClass(
+                f"{printable(name)} holds the value {stored[unknown][0]}, which is no class: the classes have "
+                f"{_few(self.values)}, and {self.ignored} is ignored; set data.class_names, data.class_values or "
+                "data.ignore_value"
+            )
+        return found
+
+    def stored(self, numbers: NDArray[np.int64]) -> NDArray[np.unsignedinteger]:
+        """What a map holds for classes by number, in the smallest of uint8 and uint16 that can."""
+        kind = np.uint8 if max(self.values) < 2**8 else np.uint16
+        return np.asarray(self.values, kind)[numbers]
+
+
+def _few(values: Sequence[int]) -> str:
+    return ", ".join(map(str, values[:8])) + (f" and {len(values) - 8} more" if len(values) > 8 else "")
+
+
+def count_values(maps: Images, max_maps: int = 200, max_pixels: int = MAX_PIXELS) -> NDArray[np.int64]:
+    """How many pixels have each value, in a sample of the maps.
+
+    Args:
+        maps: all.
+        max_maps: of the sample, which is evenly spread.
+        max_pixels: see `LabelMap`.
+
+    Returns:
+        (MAX_VALUE,).
+
+    Raises:
+        ValueError: if none of the sample can be read, or one holds other numbers.
+    """
+    counts, reason = np.zeros(MAX_VALUE, np.int64), ""
+    for i in evenly(len(maps), max_maps):
+        try:
+            with maps.open(i) as file:
+                found = LabelMap(file, max_pixels)
+                for box in bands(found.height, found.width):
+                    values = found.read(box)
+                    if values.min() < 0 or values.max() >= MAX_VALUE:
+                        raise UnknownClass(
+                            f"{printable(maps.name(i))} holds values from {values.min()} to {values.max()}: store "
+                            f"classes as 0 to {MAX_VALUE - 1}"
+                        )
+                    counts += np.bincount(values.ravel(), minlength=MAX_VALUE)
+        except BadImage as error:
+            reason = reason or f"{printable(maps.name(i))}: {error}"
+    if not counts.any():
+        raise ValueError(f"data.maps: none of {len(maps)} label maps can be read: {reason}")
+    return counts
+
+
+def bands(height: int, width: int) -> Iterator[Box]:
+    """Boxes that make up an image, from the top, of BAND_PIXELS at most where it is not wider."""
+    rows = max(1, BAND_PIXELS // width)
+    for top in range(0, height, rows):
+        yield top, 0, min(rows, height - top), width
+
+
+def find_classes(
+    counts: NDArray[np.int64], names: Sequence[str], values: Sequence[int], ignored: int | None
+) -> Classes:
+    """The classes of label maps.
+
+    Args:
+        counts: see `count_values`.
+        names: of the classes; none is by their numbers.
+        values: what the maps hold for each; none is 0, 1, 2 and so on, up to the largest that was counted.
+        ignored: see `Classes`.
+
+    Raises:
+        ValueError: if there are fewer than two classes.
+    """
+    if not names and not values:
+        known = counts.copy()
+        if ignored is not None:
+            known[ignored] = 0
+        largest = int(np.flatnonzero(known)[-1]) if known.any() else 0
+        values = [value for value in range(largest + 1) if value != ignored]
+    values = values or range(len(names))
+    names = names or [str(value) for value in values]
+    if len(names) < 2:
+        found = _few(np.flatnonzero(counts).tolist())
+        raise ValueError(
+            f"data.maps: there is one class, {names[0]!r}, as the maps hold {found} and data.ignore_value is "
+            f"{ignored}: set data.class_values (0 255 of black and white maps) or data.ignore_value"
+        )
+    return Classes(tuple(names), tuple(values), ignored)

@@ -1,0 +1,282 @@
+"""Images of any size, read window by window; and label maps, whose values are names and never mixed.
+
+Of a TIFF whose strips or tiles can be read by themselves, and of a .npy file, only those that a window touches are
+read. All else is decoded whole, once, within max_pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from importlib.util import find_spec
+from io import BytesIO
+from typing import Any, BinaryIO
+
+import numpy as np
+import tifffile
+from numpy.typing import NDArray
+from PIL import Image
+
+from fcmae.data.geometry import MAX_PIXELS, Box
+from fcmae.data.readers import (
+    MAX_PAGES,
+    PILLOW_FORMATS,
+    TIFF_STARTS,
+    ArrayImage,
+    OpenImage,
+    check_segments,
+    check_size,
+    map_npy,
+    nodata_of,
+    open_image,
+    reading,
+)
+from fcmae.data.source import BadImage
+
+GEO_TAGS = (33550, 33922, 34264, 34735, 34736, 34737)  # GeoTIFF's: scale, tie points, matrix, keys and their values
+
+
+class Raster:
+    """An image whose parts can be read one after the other.
+
+    Attributes:
+        height: in pixels.
+        width: likewise.
+
+    Args:
+        file: the image, which can seek, at its start; it stays open as long as the raster is used.
+        in_chans: see `fcmae.data.decode.read_crop`.
+        fill: likewise.
+        max_pixels: of a part that is read, and of an image that can only be read whole.
+
+    Raises:
+        BadImage: as `read_crop` does.
+    """
+
+    def __init__(self, file: BinaryIO, in_chans: int, fill: Sequence[float], max_pixels: int = MAX_PIXELS) -> None:
+        self._in_chans, self._fill, self._max_pixels = in_chans, fill, max_pixels
+        self._image: OpenImage | None = None
+        self._whole: NDArray[Any] | None = None
+        with reading(max_pixels):
+            page = _plain_page(file)
+        self._page = page if page is not None and page.photometric in (0, 1, 2) else None
+        if self._page is None:
+            file.seek(0)
+            self._is_mapped = file.read(6) == b"\x93NUMPY"
+            file.seek(0)
+            self._image = open_image(file, in_chans, max_pixels)
+            self.height, self.width = self._image.height, self._image.width
+        else:
+            self.height, self.width = self._page.imagelength, self._page.imagewidth
+
+    def read(self, box: Box, size: tuple[int, int] | None = None) -> NDArray[Any]:
+        """A part of it, as `read_crop` gives it.
+
+        Args:
+            box: which.
+            size: height and width that it is resized to; None for its own, which may be followed by other parts.
+
+        Returns:
+            (in_chans, height, width), uint8 or float32.
+
+        Raises:
+            BadImage: if it cannot be read.
+        """
+        with reading(self._max_pixels):
+            if self._page is not None:
+                return self._read_window(self._page, box, size or box[2:])
+            assert self._image is not None
+            if size is not None or self._is_mapped:
+                return self._image.read(box, size or box[2:], self._fill)
+            if self._whole is None:
+                everything = (0, 0, self.height, self.width)
+                self._whole = self._image.read(everything, everything[2:], self._fill)
+            return self._whole[:, box[0] : box[0] + box[2], box[1] : box[1] + box[3]]
+
+    def _read_window(self, page: Any, box: Box, size: tuple[int, int]) -> NDArray[Any]:
+        window = read_window(page, box, self._max_pixels)
+        if page.photometric == 2 and self._in_chans in (1, 3):
+            window = window[..., :3]  # without alpha
+        image = ArrayImage(
+            lambda: window,
+            window.shape,
+            window.dtype,
+            2,
+            self._in_chans,
+            bits=page.bitspersample,
+            inverted=page.photometric == 0,
+            nodata=nodata_of(page.tags.valueof(42113), window.dtype),
+            may_be_empty=True,
+        )
+        return image.read((0, 0, *box[2:]), size, self._fill)
+
+
+class LabelMap:
+    """A map of one channel of whole numbers, as they are stored: of a palette, the numbers of its colours.
+
+    Attributes:
+        height: in pixels.
+        width: likewise.
+
+    Args:
+        file: the map, which can seek, at its start; it stays open as long as it is used.
+        max_pixels: see `Raster`.
+
+    Raises:
+        BadImage: if it cannot be read, or has several channels or other numbers.
+    """
+
+    def __init__(self, file: BinaryIO, max_pixels: int = MAX_PIXELS) -> None:
+        self._max_pixels = max_pixels
+        with reading(max_pixels):
+            self._page = _plain_page(file)
+            if self._page is not None:
+                self._array, dtype = None, self._page.dtype
+                self.height, self.width = self._page.imagelength, self._page.imagewidth
+                channels = self._page.samplesperpixel
+            else:
+                file.seek(0)
+                self._array = _stored_values(file, max_pixels)
+                self.height, self.width = self._array.shape[:2]
+                dtype, channels = self._array.dtype, math.prod(self._array.shape[2:])
+        if channels != 1 or dtype.kind not in "bui":
+            raise BadImage(
+                f"it has {channels} channels of type {dtype}, and a label map one of whole numbers: store the number "
+                "of each pixel's class"
+            )
+
+    def read(self, box: Box, size: tuple[int, int] | None = None) -> NDArray[np.int64]:
+        """A part of it, by the nearest pixel.
+
+        Args:
+            box: which.
+            size: height and width that it is resized to; None for its own.
+
+        Returns:
+            (height, width).
+
+        Raises:
+            BadImage: if it cannot be read.
+        """
+        top, left, height, width = box
+        with reading(self._max_pixels):
+            if self._page is not None:
+                part = read_window(self._page, box, self._max_pixels)[..., 0]
+            else:
+                assert self._array is not None
+                part = self._array.reshape(self.height, self.width)[top : top + height, left : left + width]
+        if size is not None and size != box[2:]:
+            part = part[np.ix_(_nearest(height, size[0]), _nearest(width, size[1]))]
+        return part.astype(np.int64)
+
+
+def _nearest(side: int, size: int) -> NDArray[np.int64]:
+    """The pixels of a side under the middles of as many as `size` that it becomes."""
+    return ((np.arange(size) + 0.5) * side / size).astype(np.int64)
+
+
+def geo_tags(file: BinaryIO) -> list[tuple[int, int, int, Any, bool]]:
+    """Where on earth a GeoTIFF lies, as tifffile writes tags; nothing of other files.
+
+    Args:
+        file: at its start.
+    """
+    if file.read(4) not in TIFF_STARTS:
+        return []
+    file.seek(0)
+    with reading(MAX_PIXELS):
+        tags = tifffile.TiffFile(file).pages.first.tags
+        found = [tags[code] for code in GEO_TAGS if code in tags]
+        return [(tag.code, int(tag.dtype), tag.count, tag.value, True) for tag in found]
+
+
+def read_window(page: Any, box: Box, max_pixels: int) -> NDArray[Any]:
+    """The stored values of a part of a TIFF, by the strips or tiles that it touches.
+
+    Args:
+        page: of tifffile, see `_plain_page`.
+        box: which part.
+        max_pixels: of it.
+
+    Returns:
+        (height, width, bands).
+
+    Raises:
+        BadImage: if the part is larger, or the file is cut off.
+    """
+    top, left, height, width = box
+    check_size(height, width, page.samplesperpixel * page.dtype.itemsize, page.parent.filehandle.size, max_pixels)
+    window = np.full((height, width, page.samplesperpixel), page.nodata, page.dtype)
+    planes, across_rows, across_columns, rows, columns = _segments(page)
+    if rows * columns > max_pixels:
+        raise BadImage(f"its strips or tiles have {rows} x {columns} pixels, more than max_pixels = {max_pixels}")
+    file = page.parent.filehandle
+    for plane in range(planes):
+        for row in range(top // rows, min(across_rows, -(-(top + height) // rows))):
+            for column in range(left // columns, min(across_columns, -(-(left + width) // columns))):
+                index = (plane * across_rows + row) * across_columns + column
+                file.seek(page.dataoffsets[index])
+                data = file.read(page.databytecounts[index]) or None  # a sparse file leaves out what is empty
+                tables = {"jpegtables": page.jpegtables, "jpegheader": page.jpegheader}
+                segment, (band, _, y, x, _), _ = page.decode(data, index, **tables)
+                if segment is None:
+                    continue
+                part = segment[0]  # (rows, columns, bands)
+                y0, y1 = max(top, y), min(top + height, y + part.shape[0])
+                x0, x1 = max(left, x), min(left + width, x + part.shape[1])
+                place = (slice(y0 - top, y1 - top), slice(x0 - left, x1 - left), slice(band, band + part.shape[2]))
+                window[place] = part[y0 - y : y1 - y, x0 - x : x1 - x]
+    return window
+
+
+def _plain_page(file: BinaryIO) -> Any:
+    """The page of a TIFF that holds one upright image whose strips or tiles can be decoded here; else None."""
+    if file.read(4) not in TIFF_STARTS:
+        return None
+    file.seek(0)
+    tiff = tifffile.TiffFile(file)
+    if len(tiff.pages) > MAX_PAGES:
+        raise BadImage(f"it has {len(tiff.pages)} pages, more than {MAX_PAGES}")
+    full = [page for page in tiff.pages if not page.is_reduced]
+    if len(full) != 1 or full[0] is not tiff.pages.first:
+        return None
+    page = full[0]
+    if page.dtype is None or page.dtype.kind not in "buif" or page.tags.valueof(274, 1) != 1 or page.imagedepth != 1:
+        return None
+    if page.photometric == 6 or len(page.dataoffsets) != math.prod(_segments(page)[:3]) or not _decodes(page):
+        return None
+    check_segments(page)
+    return page
+
+
+def _segments(page: Any) -> tuple[int, int, int, int, int]:
+    """Planes, strips or tiles down and across in each, and the rows and columns of one."""
+    rows = page.tilelength if page.is_tiled else min(page.rowsperstrip, page.imagelength)
+    columns = page.tilewidth if page.is_tiled else page.imagewidth
+    planes = page.samplesperpixel if page.planarconfig == 2 else 1
+    return planes, -(-page.imagelength // max(1, rows)), -(-page.imagewidth // max(1, columns)), rows, columns
+
+
+def _decodes(page: Any) -> bool:
+    """Whether tifffile can decode its compression, for which it may need imagecodecs."""
+    if page.compression in (1, 8, 32946, 34925) and page.predictor == 1 and page.bitspersample % 8 == 0:
+        return True
+    return find_spec("imagecodecs") is not None
+
+
+def _stored_values(file: BinaryIO, max_pixels: int) -> NDArray[Any]:
+    """All values of a map that cannot be read in parts, or are mapped into memory."""
+    if file.read(6) == b"\x93NUMPY":
+        file.seek(0)
+        return map_npy(file)
+    file.seek(0)
+    content = file.read()
+    with Image.open(BytesIO(content), formats=PILLOW_FORMATS) as image:
+        check_size(image.height, image.width, 4, len(content), max_pixels)
+        if image.format == "JPEG":
+            raise BadImage("it is a JPEG, which changes the numbers that it stores: give a PNG, TIFF or .npy file")
+        values: NDArray[Any] = np.array(image)  # of a palette, its indices
+    depth, is_grey = content[24], content[25] == 0
+    if content[:4] == b"\x89PNG" and is_grey and depth in (2, 4):
+        values //= 255 // (2**depth - 1)  # Pillow spreads what has fewer than 8 bits over all of them
+    return values

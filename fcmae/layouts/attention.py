@@ -1,0 +1,24 @@
+"""Attention among the sites of each image."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, num_heads: int, seen: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(C / num_heads)) v, one head at a time.
+
+    Args:
+        q: (B, n, C).
+        k: likewise.
+        v: likewise.
+        num_heads: a divisor of C; each has C / num_heads channels that follow each other.
+        seen: (B, n) bool, the sites whose values are taken; None takes all.
+
+    Returns:
+        (B, n, C).
+    """
+    queries, keys, values = (x.view(*x.shape[:2], num_heads, -1).transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(queries, keys, values, None if seen is None else seen[:, None, None])
+    return out.transpose(1, 2).flatten(2)

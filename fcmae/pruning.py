@@ -1,0 +1,311 @@
+"""Structured pruning of a ConvNeXt: hidden channels of its blocks, or whole blocks, and what makes up for them.
+
+A hidden channel is a row of pwconv1 and its bias, GRN's gamma and beta, and a column of pwconv2; nothing else depends
+on it. What it adds on average is folded into pwconv2's bias: of a dead channel that is beta, exactly. GRN divides by
+the mean over channels, so removing some changes all others: gamma of those that stay is multiplied by
+(mean of G over those that stay) / (mean of G over all), averaged over images. With both, removing dead channels leaves
+the function as it was.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from fcmae.config.commands import PruneConfig
+from fcmae.data.index import find_images
+from fcmae.data.split import evenly
+from fcmae.evaluation.analysis import layer_names, walk
+from fcmae.evaluation.features import batches_of
+from fcmae.evaluation.models import choose_device
+from fcmae.evaluation.outputs import tell_unread
+from fcmae.layouts import DENSE
+from fcmae.layouts.norms import at_least_float32, l2_norm
+from fcmae.networks.convnext import Encoder
+from fcmae.networks.encoder import StagedEncoder
+from fcmae.networks.layers import EPS, Block
+from fcmae.networks.spec import ConvNeXtSpec, describe
+from fcmae.weights.convert import build_encoder
+from fcmae.weights.files import FILE_SUFFIXES, Weights, read_weights, save_weights, timm_holds
+
+What = Literal["hidden", "blocks"]
+How = Literal["uniform", "global"]
+By = Literal["norm", "activation"]
+Kept = Mapping[str, Tensor]  # the blocks that stay, stages.I.J, and which of their hidden channels
+
+_HIDDEN = {"pwconv1.weight": 0, "pwconv1.bias": 0, "pwconv2.weight": 1, "grn.gamma": -1, "grn.beta": -1}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a block does, over all sites of images with nothing hidden, each image counting alike.
+
+    Attributes:
+        mean: (hidden,) float64, of the channels as pwconv2 sees them.
+        std: (hidden,), likewise.
+        norms: (hidden,), G / (mean of G over channels), averaged over images; ones in V1.
+        output_rms: of the block's output.
+        share: of the branch in the block's output, the ratio of their norms averaged over images.
+    """
+
+    mean: Tensor
+    std: Tensor
+    norms: Tensor
+    output_rms: float
+    share: float
+
+
+@torch.no_grad()
+def measure(encoder: Encoder, batches: Iterable[Tensor]) -> dict[str, Measured]:
+    """What the blocks do on images.
+
+    Args:
+        encoder: in evaluation mode.
+        batches: (B, C, H, W) each, normalised, on the encoder's device.
+
+    Returns:
+        By the block's name, stages.I.J.
+
+    Raises:
+        ValueError: if there are no images.
+    """
+    sums: dict[str, list[Tensor]] = {}
+    num_images = 0
+    for images in batches:
+        num_images += len(images)
+        for name, block, given, expanded, output in walk(encoder, images) if len(images) else ():
+            assert isinstance(block, Block)
+            expanded, output = at_least_float32(expanded), at_least_float32(output)
+            variance, mean = (each.cpu().double() for each in torch.var_mean(expanded, (1, 2), correction=0))
+            norms = torch.ones_like(mean)
+            if block.grn is not None:
+                all_norms = DENSE.image_norm(at_least_float32(block.expand(given, DENSE)))  # (B, 1, 1, hidden)
+                norms = (all_norms / (all_norms.mean(-1, keepdim=True) + EPS)).flatten(1)
+            power, branch = (x.square().mean((1, 2, 3)) for x in (output, output - given))  # (B,)
+            found = (mean, variance + mean.square(), norms, power, (branch / power).nan_to_num().sqrt())
+            before = sums.get(name, [torch.zeros(())] * len(found))
+            sums[name] = [a + b.cpu().double().sum(0) for a, b in zip(before, found, strict=True)]
+    if not num_images:
+        raise ValueError("data: none of the images can be read: give others")
+    measured = {}
+    for name, totals in sums.items():
+        mean, squares, norms, power, share = (total / num_images for total in totals)
+        std = (squares - mean.square()).clamp(min=0).sqrt()
+        measured[name] = Measured(mean, std, norms, float(power.sqrt()), float(share))
+    return measured
+
+
+def channel_scores(block: Block, measured: Measured, by: By) -> Tensor:
+    """What each hidden channel adds to the block's output, comparable between blocks.
+
+    Args:
+        block: of the encoder.
+        measured: of it.
+        by: activation is the standard deviation of the channel, as its mean is kept, times the norm of its column of
+            pwconv2, as a share of the block's output; norm is the norm of its row of pwconv1 times that of its column,
+            divided by their mean over the block. LayerScale is part of the column.
+
+    Returns:
+        (hidden,) float64, from 0.
+    """
+    rows, columns = block.pwconv1.weight.detach().double().cpu(), block.pwconv2.weight.detach().double().cpu()
+    if block.gamma is not None:
+        columns = columns * block.gamma.detach().double().cpu()[:, None]
+    if by == "activation":
+        return measured.std * l2_norm(columns, (0,))[0] / max(measured.output_rms, EPS)
+    scores = l2_norm(rows, (1,))[:, 0] * l2_norm(columns, (0,))[0]
+    return scores / scores.mean().clamp(min=torch.finfo(scores.dtype).tiny)
+
+
+def num_kept(num: int, keep: float) -> int:
+    """How many of so many a share is, one at least."""
+    return max(1, round(keep * num))
+
+
+def uniformly(spec: ConvNeXtSpec, keep: float, what: What) -> ConvNeXtSpec:
+    """What uniform pruning makes of a network whose blocks of a stage are alike.
+
+    Args:
+        spec: of the network.
+        keep: see `keep_best`.
+        what: see `choose`.
+    """
+    if what == "hidden":
+        hidden = [[num_kept(width, keep) for width in stage] for stage in spec.hidden_widths]
+    else:
+        hidden = [list(stage[: num_kept(len(stage), keep)]) for stage in spec.hidden_widths]
+    return ConvNeXtSpec.model_validate(spec.model_dump() | {"depths": list(map(len, hidden)), "hidden": hidden})
+
+
+def keep_best(groups: Sequence[Tensor], keep: float, how: How) -> list[Tensor]:
+    """Which members of each group stay, one at least.
+
+    Args:
+        groups: scores, (n,) each.
+        keep: share that stays, 0..1.
+        how: uniform keeps that share of each group; global of all together, those with the highest scores.
+
+    Returns:
+        Rising positions in each group.
+    """
+    if how == "uniform":
+        return [scores.topk(num_kept(len(scores), keep)).indices.sort().values for scores in groups]
+    raised = [scores.index_fill(0, scores.argmax(), torch.inf) for scores in groups]  # the best of each stays
+    everything = torch.cat(raised)
+    stays = torch.zeros(len(everything), dtype=torch.bool)
+    stays[everything.topk(max(len(groups), num_kept(len(everything), keep))).indices] = True
+    return [part.nonzero()[:, 0] for part in torch.split(stays, [len(scores) for scores in groups])]
+
+
+def choose(encoder: Encoder, measured: Mapping[str, Measured], keep: float, what: What, how: How, by: By) -> Kept:
+    """What stays of an encoder.
+
+    Args:
+        encoder: to be pruned.
+        measured: see `measure`.
+        keep: see `keep_best`; a stage keeps one block at least, and a block one channel.
+        what: hidden channels of the blocks, see `channel_scores`; or blocks, by the share of their branch in their
+            output (activation) or the mean size of LayerScale (norm).
+        how: see `keep_best`; the groups are blocks of channels, or stages of blocks.
+        by: see `what`.
+
+    Raises:
+        ValueError: for blocks of V2 by norm.
+    """
+    names = layer_names(encoder)
+    blocks = dict(zip(names, (b for stage in encoder.stages for b in cast("Iterable[Block]", stage)), strict=True))
+    if what == "hidden":
+        scores = [channel_scores(blocks[name], measured[name], by) for name in names]
+        return dict(zip(names, keep_best(scores, keep, how), strict=True))
+    if by == "norm" and blocks[names[0]].grn is not None:
+        raise ValueError("by = norm: a block of ConvNeXt V2 has no LayerScale that tells its size: use activation")
+    stages = [[f"stages.{i}.{j}" for j in range(depth)] for i, depth in enumerate(encoder.spec.depths)]
+
+    def score(name: str) -> float:
+        gamma = blocks[name].gamma
+        return measured[name].share if by == "activation" or gamma is None else float(gamma.detach().abs().mean())
+
+    kept = keep_best([torch.tensor([score(name) for name in stage]) for stage in stages], keep, how)
+    stay = [stage[j] for stage, positions in zip(stages, kept, strict=True) for j in positions.tolist()]
+    return {name: torch.arange(blocks[name].pwconv1.out_features) for name in stay}
+
+
+def cut(weights: Weights, kept: Kept, measured: Mapping[str, Measured] | None = None) -> Weights:
+    """The weights without what does not stay. All else is as it was, a decoder, norm and head too.
+
+    Args:
+        weights: with an encoder.
+        kept: what stays, one block a stage at least.
+        measured: see `measure`, of these weights; None only cuts, and makes up for nothing.
+    """
+    spec, old = weights.architecture.spec, weights.state
+    stages = [[j for j in range(depth) if f"stages.{i}.{j}" in kept] for i, depth in enumerate(spec.depths)]
+    places = {f"stages.{i}.{j}": f"stages.{i}.{n}" for i, stage in enumerate(stages) for n, j in enumerate(stage)}
+    state = {}
+    for name, value in old.items():
+        match = re.fullmatch(r"encoder\.(stages\.\d\.\d+)\.(.+)", name)
+        if match is None:
+            state[name] = value
+        elif match[1] in kept:
+            dim = _HIDDEN.get(match[2])
+            stays = value if dim is None else value.index_select(dim, kept[match[1]])
+            state[f"encoder.{places[match[1]]}.{match[2]}"] = stays
+    for block, found in measured.items() if measured else ():
+        if (channels := kept.get(block)) is None:
+            continue
+        gamma, bias = (f"encoder.{places[block]}.{name}" for name in ("grn.gamma", "pwconv2.bias"))
+        columns = old[f"encoder.{block}.pwconv2.weight"].double()
+        gone = torch.ones(columns.shape[1], dtype=torch.bool).index_fill(0, channels, False)
+        state[bias] = (state[bias].double() + columns[:, gone] @ found.mean[gone]).to(state[bias].dtype)
+        if gamma in state and gone.any():
+            state[gamma] = (state[gamma].double() * found.norms[channels].mean()).to(state[gamma].dtype)
+    hidden = [[len(kept[f"stages.{i}.{j}"]) for j in stage] for i, stage in enumerate(stages)]
+    smaller = ConvNeXtSpec.model_validate(spec.model_dump() | {"depths": list(map(len, stages)), "hidden": hidden})
+    architecture = replace(weights.architecture, spec=smaller)
+    return replace(weights, state=state, architecture=architecture, expected_output=(), names={})
+
+
+@torch.no_grad()
+def multiply_adds(encoder: StagedEncoder, image_size: tuple[int, int]) -> int:
+    """Multiply-adds of the convolutions and Linears of an encoder, for one image with nothing hidden.
+
+    Args:
+        encoder: in evaluation mode, on the CPU.
+        image_size: height and width.
+    """
+    with FlopCounterMode(display=False) as counter:
+        encoder(torch.zeros(1, encoder.in_chans, *image_size))
+    flops: int = counter.get_total_flops()
+    return flops // 2
+
+
+def prune(cfg: PruneConfig) -> str:
+    """Prune the weights that `cfg` names, write them, and say what was done.
+
+    Raises:
+        ValueError: if `cfg.dest` exists or is no name of a file of weights, the weights or images cannot be read, or
+            there is nothing to choose by.
+    """
+    if os.path.lexists(cfg.dest):  # a link that leads nowhere too
+        raise ValueError(f"dest = {cfg.dest} exists: give a new path, or remove it")
+    if cfg.dest.suffix not in FILE_SUFFIXES:
+        raise ValueError(f"dest = {cfg.dest}: give it a name in {', '.join(FILE_SUFFIXES)}")
+    weights = read_weights(cfg.model, key=cfg.key, prefix=cfg.prefix)
+    device = choose_device(cfg.device)
+    encoder = build_encoder(weights).eval().to(device)
+    if not isinstance(encoder, Encoder):
+        raise ValueError(
+            f"model = {cfg.model} is {describe(encoder.spec)}, and what is pruned is a ConvNeXt: give one of those"
+        )
+    reading = replace(weights.reading(f"model = {cfg.model}", cfg.image_size), max_pixels=cfg.max_pixels)
+    images = find_images(cfg.data, key="data")
+    images = images.subset(evenly(len(images), cfg.max_images))
+    reading.check_values(images)
+    bad: list[tuple[str, str]] = []
+
+    def pixels() -> Iterable[Tensor]:
+        for normalized, batch in batches_of(
+            reading, images, device=device, batch_size=cfg.batch_size, num_workers=cfg.num_workers
+        ):
+            bad.extend(batch.bad)
+            yield normalized
+
+    measured = measure(encoder, pixels())
+    tell_unread(bad, "images")
+    pruned = cut(weights, choose(encoder, measured, cfg.keep, cfg.what, cfg.how, cfg.by), measured)
+    said = f"{cfg.keep:g} of {cfg.what} kept, {cfg.how} by {cfg.by}"
+    save_weights(cfg.dest, replace(pruned, origin=weights.origin | {"pruned": said}), "fcmae")
+    return "\n".join([*_changes(weights, pruned, reading.image_size), f"wrote {cfg.dest}", *_next(cfg.dest, pruned)])
+
+
+def _changes(weights: Weights, pruned: Weights, image_size: tuple[int, int]) -> list[str]:
+    def counts(each: Weights) -> list[int]:
+        encoder, spec = build_encoder(each).eval(), each.architecture.spec
+        size = sum(parameter.numel() for parameter in encoder.parameters())
+        return [sum(spec.depths), sum(map(sum, spec.hidden_widths)), size, multiply_adds(encoder, image_size)]
+
+    whats = ["blocks", "hidden channels", "parameters of the encoder", "multiply-adds at {}x{}".format(*image_size)]
+    numbers = zip(whats, counts(weights), counts(pruned), strict=True)
+    return [f"{describe(weights.architecture.spec)}", *(f"{what}: {a:,} -> {b:,}" for what, a, b in numbers)]
+
+
+def _next(dest: Path, pruned: Weights) -> list[str]:
+    architecture = pruned.architecture
+    head = " --model.keep_head" if architecture.num_classes else ""
+    lines = [f"use: fcmae finetune LABELLED --init {dest}{head}"]
+    if architecture.decoder_depth:
+        numbers = architecture.spec.model_dump_json(exclude_defaults=True)
+        lines.append(f"the decoder is as it was: fcmae pretrain IMAGES --init {dest} --model.variant '{numbers}'")
+    if timm_holds(architecture.spec):
+        lines.append(f"for timm: fcmae convert {dest} DIRECTORY")
+    else:
+        lines.append("timm and transformers have no such network: their hidden channels are 4 times a stage's")
+    return lines

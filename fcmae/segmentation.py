@@ -1,0 +1,307 @@
+"""Label maps of images of any size, their loss, and how good they are; shared by training and prediction."""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from numpy.typing import NDArray
+from scipy.ndimage import maximum_filter
+from torch import Tensor, nn
+
+from fcmae.data.maps import IGNORED
+from fcmae.data.normalize import Normalize
+from fcmae.data.rasters import Raster
+
+NEAR = 2  # pixels by which a boundary may be off and count as found
+HALO = NEAR + 1  # rows beside those that are counted: a boundary there is one by its neighbours
+TINT = 0.5  # of a class's colour over a picture
+
+Predict = Callable[[NDArray[np.float32] | NDArray[np.uint8]], NDArray[np.float32]]
+
+
+def segmentation_loss(logits: Tensor, target: Tensor, balance: Tensor | None = None, dice: float = 0.0) -> Tensor:
+    """Cross-entropy of the pixels, and the Dice loss of the images if it has a weight.
+
+    Args:
+        logits: (B, classes, H, W).
+        target: (B, H, W) classes by number, IGNORED where they are unknown.
+        balance: (classes,), weights of the classes; None is 1 each.
+        dice: weight of the Dice loss.
+
+    Returns:
+        A float32 scalar. The cross-entropy is over the number of all pixels, the unknown too: so it does not depend on
+        the parts and processes that a batch is computed in.
+    """
+    target = target.long()
+    total = F.cross_entropy(logits.float(), target, weight=balance, ignore_index=IGNORED, reduction="sum")
+    loss = total / target.numel()
+    return loss + dice * dice_loss(logits, target) if dice else loss
+
+
+def dice_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """1 - 2 |P T| / (|P| + |T|), the mean over the classes that are in an image, and then over the images.
+
+    Source: V-Net, arXiv 1606.04797, Sec. 3, with sums in the denominator where it has squares.
+
+    Args:
+        logits: (B, classes, H, W).
+        target: (B, H, W) classes by number, IGNORED where they are unknown.
+
+    Returns:
+        A float32 scalar in 0..1; an image without a known pixel adds 0.
+    """
+    known = (target != IGNORED)[:, None]
+    probabilities = logits.float().softmax(1) * known  # (B, classes, H, W)
+    truth = F.one_hot(target.clamp(min=0), logits.shape[1]).permute(0, 3, 1, 2) * known
+    size = truth.sum((2, 3))  # (B, classes)
+    lost = 1 - 2 * (probabilities * truth).sum((2, 3)) / (probabilities.sum((2, 3)) + size).clamp(min=1e-6)
+    is_there = size > 0
+    return ((lost * is_there).sum(1) / is_there.sum(1).clamp(min=1)).mean()
+
+
+# Whole images, tile by tile
+
+
+def starts(length: int, tile: int, overlap: float) -> list[int]:
+    """Where tiles begin along a side, so that they cover it and each has at least `overlap` of it with the next.
+
+    Args:
+        length: of the side.
+        tile: of a tile's side.
+        overlap: share of it.
+    """
+    if length <= tile:
+        return [0]
+    step = max(1, round(tile * (1 - overlap)))
+    return [*range(0, length - tile, step), length - tile]
+
+
+def hann(size: int) -> NDArray[np.float32]:
+    """Weights (size,) along a tile's side, largest in the middle and above 0 at its ends."""
+    return (np.sin(np.pi * (np.arange(size) + 0.5) / size) ** 2).astype(np.float32)
+
+
+def probabilities_by_rows(
+    raster: Raster,
+    predict: Predict,
+    tile: tuple[int, int],
+    unit: int,
+    overlap: float,
+    fill: Sequence[float],
+    at_once: int,
+) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """The probabilities of an image's classes, by overlapping tiles under Hann weights, some rows at a time.
+
+    Memory is for the rows of one line of tiles: classes * tile height * image width * 4 bytes, and the image's own.
+
+    Args:
+        raster: the image.
+        predict: (n, C, h, w), as the raster gives them, to (n, classes, h, w).
+        tile: height and width of a tile; along a smaller image, the next multiple of `unit`.
+        unit: total stride of the network.
+        overlap: see `starts`.
+        fill: (C,), what stands around an image that is smaller than a tile.
+        at_once: tiles that are predicted together.
+
+    Yields:
+        The first row, from the top, and (classes, rows, width), which sum to 1 over the classes.
+    """
+    sides = (raster.height, raster.width)
+    th, tw = (min(side, -(-length // unit) * unit) for side, length in zip(tile, sides, strict=True))
+    ys, xs = (starts(length, side, overlap) for length, side in zip(sides, (th, tw), strict=True))
+    weight = hann(th)[:, None] * hann(tw)  # (th, tw)
+    sums: NDArray[np.float32] | None = None
+    weights = np.zeros((th, raster.width), np.float32)
+    for y, following in zip(ys, [*ys[1:], raster.height], strict=True):
+        rows = min(th, raster.height - y)
+        band = raster.read((y, 0, rows, raster.width))  # (C, rows, width)
+        for first in range(0, len(xs), at_once):
+            places = xs[first : first + at_once]
+            found = predict(np.stack([padded(band[:, :, x : x + tw], (th, tw), fill) for x in places]))
+            if sums is None:
+                sums = np.zeros((found.shape[1], th, raster.width), np.float32)
+            for x, tile_found in zip(places, found, strict=True):
+                columns = min(tw, raster.width - x)
+                sums[:, :rows, x : x + columns] += (tile_found * weight)[:, :rows, :columns]
+                weights[:rows, x : x + columns] += weight[:rows, :columns]
+        assert sums is not None
+        done = following - y
+        yield y, sums[:, :done] / weights[:done]
+        for buffer in (sums, weights):
+            buffer[..., : th - done, :] = buffer[..., done:, :].copy()
+            buffer[..., th - done :, :] = 0
+
+
+def padded(tile: NDArray[np.float32], size: tuple[int, int], fill: Sequence[float]) -> NDArray[np.float32]:
+    """A tile with missing values below and to the right of it.
+
+    Args:
+        tile: (C, h, w), uint8 or float32.
+        size: height and width of the result.
+        fill: (C,), what stands for missing values, in units of a full range of 1.
+    """
+    if tile.shape[1:] == size:
+        return tile
+    values = np.asarray(fill, np.float32).reshape(-1, 1, 1)
+    values = np.rint(values * 255).clip(0, 255) if tile.dtype == np.uint8 else values
+    whole = np.broadcast_to(values, (len(tile), *size)).astype(tile.dtype)
+    whole[:, : tile.shape[1], : tile.shape[2]] = tile
+    return whole
+
+
+def predictor(model: nn.Module, normalize: Normalize, accelerator: Accelerator) -> Predict:
+    """Softmax outputs of a model for tiles.
+
+    Args:
+        model: (B, C, H, W), normalised, to logits (B, classes, H, W); in evaluation mode, on the accelerator's device.
+        normalize: likewise.
+        accelerator: of this process.
+    """
+
+    @torch.no_grad()
+    def predict(tiles: NDArray[np.float32] | NDArray[np.uint8]) -> NDArray[np.float32]:
+        images = normalize(torch.from_numpy(tiles).to(accelerator.device))
+        with accelerator.autocast():
+            # forward, as calling a compiled model would compile it again for another size
+            found: NDArray[np.float32] = model.forward(images).float().softmax(1).cpu().numpy()
+        return found
+
+    return predict
+
+
+# How good they are
+
+
+class Scores:
+    """What label maps have in common with the true ones, pixel by pixel and boundary by boundary.
+
+    Attributes:
+        confusion: (classes, classes) int64, pixels by their class and the predicted one.
+        boundaries: (classes, 4) int64: boundary pixels of a prediction, those of them that are within NEAR pixels of a
+            true one of their class; true ones, those that are found likewise.
+        loss: sum of the pixels' cross-entropy, in nats.
+
+    Args:
+        num_classes: of the maps.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        self.confusion = np.zeros((num_classes, num_classes), np.int64)
+        self.boundaries = np.zeros((num_classes, 4), np.int64)
+        self.loss = 0.0
+
+    def merge(self, other: Scores) -> None:
+        """Count what another has counted too."""
+        self.confusion += other.confusion
+        self.boundaries += other.boundaries
+        self.loss += other.loss
+
+    def add(self, strips: Iterable[tuple[NDArray[np.float32], NDArray[np.int16]]]) -> None:
+        """Count an image.
+
+        Args:
+            strips: from the top, probabilities (classes, rows, width) and classes (rows, width), IGNORED where they are
+                unknown.
+        """
+        kept: NDArray[np.int16] | None = None  # (2, rows, width): predicted and true classes
+        counted = 0  # rows of it whose boundaries are
+        for probabilities, truth in strips:
+            predicted = probabilities.argmax(0).astype(np.int16)
+            known = truth != IGNORED
+            num = len(self.confusion)
+            pairs = truth[known].astype(np.int64) * num + predicted[known]
+            self.confusion += np.bincount(pairs, minlength=num * num).reshape(num, num)
+            chosen = np.take_along_axis(probabilities, np.maximum(truth, 0)[None].astype(np.int64), 0)[0]
+            self.loss -= float(np.log(np.maximum(chosen[known], 1e-12), dtype=np.float64).sum())
+            both = np.stack([predicted, truth])
+            kept = both if kept is None else np.concatenate([kept, both], axis=1)
+            end = max(counted, kept.shape[1] - HALO)
+            self._count_boundaries(kept, counted, end)
+            drop = max(0, end - HALO)
+            kept, counted = kept[:, drop:], end - drop
+        if kept is not None:
+            self._count_boundaries(kept, counted, kept.shape[1])
+
+    def _count_boundaries(self, both: NDArray[np.int16], first: int, end: int) -> None:
+        if first == end:
+            return
+        (predicted, truth), known = both, both[1] != IGNORED
+        edges = [boundary(labels, known) for labels in both]
+        for label in np.unique(both[:, first:end]):
+            if label == IGNORED:
+                continue
+            found, there = (edge & (labels == label) for edge, labels in zip(edges, (predicted, truth), strict=True))
+            near = [maximum_filter(edge, 2 * NEAR + 1) for edge in (there, found)]
+            parts = (found, found & near[0], there, there & near[1])
+            self.boundaries[label] += [int(part[first:end].sum()) for part in parts]
+
+    def values(self, class_names: Sequence[str]) -> dict[str, float]:
+        """What is usually reported, each in 0..1 but the loss.
+
+        Args:
+            class_names: of the classes.
+
+        Returns:
+            By name: val_loss, the mean cross-entropy in nats; miou, the mean over the classes that are true or
+            predicted somewhere, and each one's as iou/NAME; pixel_accuracy; boundary_f1, the mean over the classes
+            that have a boundary.
+        """
+        right = np.diag(self.confusion)
+        union = self.confusion.sum(0) + self.confusion.sum(1) - right
+        num, there = max(1, int(self.confusion.sum())), union > 0
+        iou = right[there] / union[there]
+        found = {"val_loss": self.loss / num, "miou": float(iou.mean()) if len(iou) else 0.0}
+        found["pixel_accuracy"] = float(right.sum() / num)
+        num_found, close, num_true, met = self.boundaries[self.boundaries[:, [0, 2]].sum(1) > 0].T
+        precision, recall = close / np.maximum(num_found, 1), met / np.maximum(num_true, 1)
+        f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+        found["boundary_f1"] = float(f1.mean()) if len(f1) else 1.0
+        names = [name for name, is_there in zip(class_names, there, strict=True) if is_there]
+        return found | {f"iou/{name}": float(value) for name, value in zip(names, iou, strict=True)}
+
+
+def boundary(labels: NDArray[np.int16], known: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Pixels above, below, left or right of which another class is, both known.
+
+    Args:
+        labels: (H, W).
+        known: (H, W).
+    """
+    edge = np.zeros(labels.shape, np.bool_)
+    for one, other in (((slice(1, None), ...), (slice(-1), ...)), ((..., slice(1, None)), (..., slice(-1)))):
+        differ = (labels[one] != labels[other]) & known[one] & known[other]
+        edge[one] |= differ
+        edge[other] |= differ
+    return edge
+
+
+# What they look like
+
+
+def colours(num_classes: int) -> NDArray[np.uint8]:
+    """(num_classes, 3), far apart in hue for neighbours in number."""
+    hues = [(0.6 + i * 0.618034) % 1 for i in range(num_classes)]
+    found = np.array([colorsys.hsv_to_rgb(hue, 0.85, 1 - 0.15 * (i % 3)) for i, hue in enumerate(hues)])
+    palette: NDArray[np.uint8] = np.rint(found * 255).astype(np.uint8)
+    return palette
+
+
+def overlay(picture: NDArray[np.float32], labels: NDArray[np.integer]) -> NDArray[np.float32]:
+    """A picture tinted by its classes, black where they are unknown.
+
+    Args:
+        picture: (H, W) or (H, W, 3) in 0..1.
+        labels: (H, W) classes by number.
+
+    Returns:
+        (H, W, 3) in 0..1.
+    """
+    rgb = picture if picture.ndim == 3 else np.repeat(picture[..., None], 3, axis=2)
+    palette = colours(int(max(labels.max(), 0)) + 1).astype(np.float32) / 255
+    tinted = (1 - TINT) * rgb.mean(2, keepdims=True) + TINT * palette[np.maximum(labels, 0)]
+    return np.where((labels == IGNORED)[..., None], 0, tinted).astype(np.float32)

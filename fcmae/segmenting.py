@@ -1,0 +1,511 @@
+"""Training of a network that gives every pixel a class: build the parts, then the loop, in sight."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from numpy.typing import NDArray
+from pydantic import TypeAdapter
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from fcmae.atomic import replacing
+from fcmae.config import SegmentConfig, check_launch
+from fcmae.data.augment import CropBoth, check_same_size
+from fcmae.data.dataset import SegmentDataset
+from fcmae.data.index import Images, find_mapped
+from fcmae.data.maps import Classes, count_values, find_classes
+from fcmae.data.normalize import Normalize
+from fcmae.data.rasters import LabelMap, Raster
+from fcmae.data.sampler import steps_per_epoch
+from fcmae.data.source import BadImage
+from fcmae.data.split import evenly, split
+from fcmae.evaluation.pictures import save_overlays
+from fcmae.heads import Segmenter, build_head
+from fcmae.networks.build import make_encoder
+from fcmae.networks.spec import describe
+from fcmae.segmentation import Predict, Scores, padded, predictor, probabilities_by_rows, segmentation_loss
+from fcmae.starting import build_optimizer, class_weights, image_settings, starting_weights
+from fcmae.training import checkpoint
+from fcmae.training.compiling import compile_model
+from fcmae.training.log import Log
+from fcmae.training.run import (
+    Run,
+    RunDirectory,
+    StopSignal,
+    ending_together,
+    finish,
+    make_accelerator,
+    same_everywhere,
+    tell_next,
+)
+from fcmae.training.steps import Steps, images_at_once, schedule_of, that_fits
+from fcmae.weights.files import Weights
+from fcmae.weights.segmenters import read_segmenter, save_segmenter
+
+logger = logging.getLogger("fcmae")
+
+SHOWN = 4  # images of an overlay picture
+FILES = ("files.json", "maps.json", "val_files.json", "val_maps.json")
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """Images, their label maps, and what these mean.
+
+    Attributes:
+        images: to learn from.
+        maps: of these.
+        val_images: held out.
+        val_maps: of these.
+        classes: of a pixel.
+        counts: (classes,), pixels of each in a sample of the maps.
+    """
+
+    images: Images
+    maps: Images
+    val_images: Images
+    val_maps: Images
+    classes: Classes
+    counts: NDArray[np.int64]
+
+    def __iter__(self) -> Iterator[Images]:
+        yield from (self.images, self.maps, self.val_images, self.val_maps)
+
+    def fingerprint(self) -> str:
+        """Of all images and maps: the best model is chosen by those that are held out."""
+        return "-".join(part.fingerprint() for part in self)
+
+
+def segment(cfg: SegmentConfig, net: Segmenter | None = None) -> Run:
+    """Run or resume the segmentation that `cfg` describes, or evaluate only.
+
+    Args:
+        cfg: its settings, with `out` and `data.path`.
+        net: a finished model, trained instead of the one that `build_model` makes. None makes that one.
+
+    Returns:
+        The run, finished or stopped by a signal.
+
+    Raises:
+        ValueError: before anything is written, if the run directory holds something else, the images cannot make a
+            batch, their maps cannot be used or `model.init` does not fit.
+        FloatingPointError: if the loss or a gradient stops being finite.
+    """
+    run = RunDirectory(cfg, "segment")
+    accelerator = make_accelerator(cfg)
+    with ending_together(accelerator, run.path):
+        check_launch(cfg, accelerator.num_processes)
+        weights = starting_weights(cfg)
+        data = same_everywhere(accelerator, partial(run_images, cfg, run))
+        per_epoch = 0 if cfg.eval_only else steps_per_epoch(len(data.images), cfg.batch_size)
+        if len(data.val_images) == 0:
+            raise ValueError(
+                f"data.val_share = {cfg.data.val_share} holds out none of {len(data.images)} images: raise it"
+            )
+        if net is None:
+            net = build_model(cfg, weights, len(data.classes))
+        cfg = run.licensed(cfg, weights.license)
+        origin = {} if cfg.model.license is None else {"license": cfg.model.license}
+        weights = replace(weights, state={}, image=image_settings(cfg, weights) | {"crop_pct": 1.0}, origin=origin)
+        check_size(weights)
+        if run.resume_from is not None:
+            checkpoint.check_origin(run.resume_from, run.kind, data.fingerprint())
+        elif not cfg.eval_only:
+            kept = checkpoint.num_kept(cfg.checkpoint.keep, cfg.epochs, cfg.checkpoint.milestone_epochs)
+            # The best and the last model too, which are a third of a checkpoint each.
+            checkpoint.check_space(run.path, net, kept + 1, 4 if cfg.regularization.ema_decay else 3)
+        with run.open(accelerator.is_main_process), StopSignal() as stop:
+            if accelerator.is_main_process:
+                for name, part in zip(FILES, data, strict=True):
+                    part.save(run.path / name)
+                for note in dict.fromkeys(note for part in data for note in part.notes):
+                    logger.info("%s", note)
+                reading = replace(weights.reading("model.init"), max_pixels=cfg.data.max_pixels)
+                reading.check_values(data.images if len(data.images) else data.val_images)
+            finished = train(cfg, run, accelerator, net, weights, per_epoch, data, stop)
+            finish(accelerator)
+    return Run(run.path, "segment", finished, stop.received)
+
+
+def train(
+    cfg: SegmentConfig,
+    run: RunDirectory,
+    accelerator: Accelerator,
+    net: Segmenter,
+    weights: Weights,
+    per_epoch: int,
+    data: Mapped,
+    stop: StopSignal,
+) -> bool:
+    """Train `net` from where the run stands to its end, or to a signal; or evaluate only.
+
+    Args:
+        cfg: the run's settings.
+        run: its directory, open.
+        accelerator: of this process.
+        net: the model, which starts as it is or is overwritten by the checkpoint that the run resumes from.
+        weights: what describes the exported models, without tensors.
+        per_epoch: steps of an epoch; 0 to evaluate only.
+        data: images and maps.
+        stop: the signal.
+
+    Returns:
+        Whether the end was reached.
+
+    Raises:
+        FloatingPointError: if the loss or a gradient stops being finite.
+        ValueError: if none of the held-out images can be read.
+    """
+    cfg = that_fits(cfg, accelerator)
+    net = net.to(accelerator.device)
+    ema_decay = cfg.regularization.ema_decay
+    ema = ModelEmaV3(net, decay=ema_decay) if ema_decay and not cfg.eval_only else None
+    adamw = build_optimizer(cfg, net)
+    best, images_used = Best(), data.fingerprint()
+    if (resumed := run.resume_from) is not None:
+        meta = checkpoint.restore(resumed, net, adamw, str, accelerator.scaler)
+        with checkpoint.reading_progress(resumed):
+            best = TypeAdapter(Best).validate_python(meta.progress["best"])
+        if ema is not None:
+            ema.module.load_state_dict(checkpoint.read_state(resumed, "ema", net, str))
+    schedule = schedule_of(cfg, per_epoch, run.resume_step)
+    normalize = Normalize(weights.image["mean"], weights.image["std"]).to(accelerator.device)
+    at_once = images_at_once(cfg, accelerator.num_processes)
+
+    def trial() -> None:
+        with accelerator.autocast():
+            logits = net(torch.randn(at_once, *weights.image["input_size"], device=accelerator.device))
+        logits.float().mean().backward()
+
+    compile_model(net, cfg.model.compile, trial, (schedule.total - schedule.start) * cfg.grad_accum)
+    # The optimizer's state is where it has to be, beside the parameters.
+    model, optimizer = accelerator.prepare(net, adamw, device_placement=[True, False])
+    balance, dice = class_balance(cfg, data, accelerator.device), cfg.regularization.dice
+
+    with closing(Log(cfg, accelerator, schedule, len(data.images) + len(data.val_images))) as log:
+        evaluation = Evaluation(cfg, accelerator, normalize, data, weights, log, best, at_once)
+        if cfg.eval_only:
+            evaluation.run(net, None, 0, 0.0, (".",))
+            return True
+        message = "%s under %s: %d training images of %d classes (%s), %d held out"
+        names, num = ", ".join(data.classes.names[:10]), len(data.classes)
+        logger.info(
+            message, describe(net.encoder.spec), cfg.model.head, len(data.images), num, names, len(data.val_images)
+        )
+        train_set = build_train_set(cfg, data, weights)
+        steps = Steps(cfg, schedule, accelerator, model, optimizer, train_set, log, stop)
+        for step in steps:
+            for batch in step.batches():
+                with step.part():
+                    images, target = normalize(batch.images), batch.given_labels  # (B, C, H, W), (B, H, W)
+                    loss = segmentation_loss(model(images), target, balance, dice)
+                    step.backward(loss)
+            step.update()
+            if ema is not None:
+                ema.update(net)
+            step.log()
+            if step.evaluates:
+                places = ("last",) if step.number == schedule.total else ()
+                evaluation.run(net, ema, step.number, step.epoch, places)
+            step.save(run, net, images_used, {"best": vars(best)}, None if ema is None else ema.module)
+    if steps.finished:
+        logger.info("best and last model: %s, %s", run.path / "best", run.path / "last")
+        tell_next(run.path, "fcmae predict {run} IMAGES --out maps", "fcmae report {run}")
+    return steps.finished
+
+
+# The parts
+
+
+def run_images(cfg: SegmentConfig, run: RunDirectory) -> Mapped:
+    """Images and maps, to learn from and held out: as listed in the run directory, else found.
+
+    Args:
+        cfg: the run's settings.
+        run: its directory.
+    """
+    cached, data = [run.path / name for name in FILES], cfg.data
+    if run.kept("data.path", "data.maps", "data.val_path", "data.val_maps") and all(path.is_file() for path in cached):
+        images, maps, val_images, val_maps = map(Images.load, cached)
+    else:
+        nothing = Images.of_files(())
+        images, maps = find_mapped(data.path, data.maps) if data.path else (nothing, nothing)
+        if data.val_path is not None:
+            val_images, val_maps = find_mapped(data.val_path, data.val_maps, key="data.val_path")
+        else:
+            train, val = split(images, data.val_share, cfg.seed)
+            assert val.positions is not None
+            val_images, val_maps = val, maps.subset(val.positions)
+            images, maps = train, maps if train.positions is None else maps.subset(train.positions)
+    counts = count_values(maps if len(maps) else val_maps, max_pixels=data.max_pixels)
+    if cfg.eval_only:
+        classes = read_segmenter(Path(str(cfg.model.init)))[2].classes
+    else:
+        classes = find_classes(counts, data.class_names, data.class_values, data.ignore_value)
+    return Mapped(images, maps, val_images, val_maps, classes, counts[list(classes.values)])
+
+
+def build_model(cfg: SegmentConfig, weights: Weights, num_classes: int) -> Segmenter:
+    """The encoder of the weights, as far as they have it, and a new head; to evaluate only, all of `model.init`.
+
+    Everything random is drawn from the run's seed.
+
+    Args:
+        cfg: the run's settings.
+        weights: see `starting_weights`.
+        num_classes: of a pixel.
+    """
+    if cfg.eval_only:
+        return read_segmenter(Path(str(cfg.model.init)))[0]
+    torch.manual_seed(cfg.seed)
+    architecture = weights.architecture
+    encoder = make_encoder(
+        architecture.spec, architecture.in_chans, cfg.model.drop_path_rate, cfg.model.grad_checkpointing
+    )
+    model = Segmenter(encoder, build_head(cfg.model.head, encoder.spec.dims, num_classes, cfg.model.head_dim))
+    if found := {name: value for name, value in weights.state.items() if name.startswith("encoder.")}:
+        model.load_state_dict(model.state_dict() | found)
+        logger.info("loaded %d tensors from %s", len(found), cfg.model.init)
+    return model
+
+
+def check_size(weights: Weights) -> None:
+    """Refuse a size that the network's stages do not divide, by which its maps would not lie on one another.
+
+    Args:
+        weights: their image size is that of crops and tiles.
+
+    Raises:
+        ValueError: if a side is no multiple of the total stride.
+    """
+    stride = weights.architecture.spec.total_stride
+    for side in weights.image["input_size"][1:]:
+        if side % stride:
+            raise ValueError(
+                f"data.image_size: {side} is not a multiple of the total stride {stride}: "
+                f"use {max(1, round(side / stride)) * stride}"
+            )
+
+
+def build_train_set(cfg: SegmentConfig, data: Mapped, weights: Weights) -> SegmentDataset:
+    """Training crops of images and maps.
+
+    Args:
+        cfg: the run's settings.
+        data: images and maps.
+        weights: the size and mean of their images are taken.
+    """
+    in_chans, height, width = weights.image["input_size"]
+    own = cfg.data
+    crop = CropBoth(
+        in_chans, (height, width), own.scale, own.hflip, own.vflip, data.classes, weights.image["mean"], own.max_pixels
+    )
+    return SegmentDataset(data.images, data.maps, crop, seed=cfg.seed)
+
+
+def class_balance(cfg: SegmentConfig, data: Mapped, device: torch.device) -> Tensor | None:
+    """Weights of the classes in the loss, (classes,) float32, as the settings have them; or None.
+
+    Args:
+        cfg: the run's settings.
+        data: their pixels are counted in a sample of the maps.
+        device: where the weights are to be.
+
+    Raises:
+        ValueError: if a list has not one weight a class.
+    """
+    if cfg.eval_only or cfg.regularization.class_weights is None:
+        return None
+    return torch.tensor(class_weights(cfg.regularization.class_weights, data.counts), device=device)
+
+
+# What is looked at while it trains
+
+
+@dataclass
+class Best:
+    """The evaluation with the highest mean IoU so far."""
+
+    miou: float = -1.0
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores on the held-out images, whole; pictures of some; the best and the last model are exported.
+
+    Attributes:
+        cfg: the run's settings.
+        accelerator: of the run's processes.
+        normalize: as in training.
+        data: the held-out images are taken.
+        weights: what describes the exported models, and the size of a tile.
+        log: of the run.
+        best: so far, which `run` moves on.
+        at_once: tiles at a time.
+    """
+
+    cfg: SegmentConfig
+    accelerator: Accelerator
+    normalize: Normalize
+    data: Mapped
+    weights: Weights
+    log: Log
+    best: Best = field(default_factory=Best)
+    at_once: int = 1
+
+    def run(self, net: Segmenter, ema: ModelEmaV3 | None, step: int, epoch: float, places: tuple[str, ...]) -> None:
+        """Score `net`, and its moving average if there is one, after a step, on every process at once.
+
+        What is exported, drawn and compared is the moving average where there is one, the weights themselves otherwise.
+
+        Args:
+            net: the model.
+            ema: its moving average, or None.
+            step: steps that were done.
+            epoch: likewise, in epochs.
+            places: folders of the run that the confusion matrix is written to; and the model, but for ".", where it is
+                only evaluated.
+
+        Raises:
+            FloatingPointError: if the loss is not finite.
+            ValueError: if none of the images can be read.
+        """
+        values: dict[str, float] = {}
+        names = self.data.classes.names
+        for prefix, network in (("", net), ("ema_", None if ema is None else ema.module)):
+            if network is not None:
+                chosen: Segmenter = network
+                scores = self.score(chosen)
+                found = scores.values(names)
+                values |= {prefix + name: value for name, value in found.items()}
+        if not all(map(math.isfinite, values.values())):
+            raise FloatingPointError(f"step {step}: the validation loss is not finite: {values}")
+        self.log.metrics.write(step, epoch, **values)
+        text = ", ".join(f"{name} {value:.4f}" for name, value in values.items() if "/" not in name)
+        logger.info("step %d: %s on %d images", step, text, len(self.data.val_images))
+        if not self.accelerator.is_main_process:
+            return
+        self.draw(chosen, step)
+        if step and found["miou"] > self.best.miou:
+            self.best.miou, self.best.step = found["miou"], step
+            places = (*places, "best")
+        for place in places:
+            folder = self.log.run / place
+            if step:
+                what = {"run": str(self.log.run), "init": self.cfg.model.init, "step": step, **found}
+                weights = replace(self.weights, origin=self.weights.origin | what)
+                dim = chosen.head.classify.in_channels
+                save_segmenter(folder, chosen, weights, self.cfg.model.head, dim, self.data.classes)
+            write_confusion(folder / "confusion.csv", scores.confusion, names)
+
+    def score(self, network: Segmenter) -> Scores:
+        """The scores of all processes together.
+
+        Raises:
+            ValueError: if none of the images can be read.
+        """
+        classes, rank, num_processes = self.data.classes, self.accelerator.process_index, self.accelerator.num_processes
+        found, bad, num_read = Scores(len(classes)), list[tuple[str, str]](), 0
+        with evaluating(network):
+            predict = predictor(network, self.normalize, self.accelerator)
+            for i in range(rank, len(self.data.val_images), num_processes):
+                try:
+                    found.merge(self._score_one(i, predict))
+                    num_read += 1
+                except BadImage as error:
+                    bad.append((self.data.val_images.name(i), str(error)))
+        parts = [(found, bad, num_read)]
+        if num_processes > 1:
+            parts = gather_object(parts)
+        self.log.note_bad_files([each for _, others, _ in parts for each in others])
+        if not sum(num for _, _, num in parts):
+            raise ValueError(f"none of the {len(self.data.val_images)} held-out images can be read: see data.val_path")
+        total = Scores(len(classes))
+        for part, _, _ in parts:
+            total.merge(part)
+        return total
+
+    def _score_one(self, i: int, predict: Predict) -> Scores:
+        scores, name = Scores(len(self.data.classes)), self.data.val_maps.name(i)
+        with self._opened(i) as (raster, labels):
+            tile, fill = self.weights.image["input_size"][1:], self.weights.image["mean"]
+            unit = self.weights.architecture.spec.total_stride
+            strips = probabilities_by_rows(raster, predict, tile, unit, self.cfg.data.overlap, fill, self.at_once)
+            scores.add(
+                (found, self.data.classes.numbers(labels.read((top, 0, *found.shape[1:])), name))
+                for top, found in strips
+            )
+        return scores
+
+    @contextmanager
+    def _opened(self, i: int) -> Iterator[tuple[Raster, LabelMap]]:
+        """Held-out image i and its map."""
+        in_chans, fill, max_pixels = (
+            self.weights.architecture.in_chans,
+            self.weights.image["mean"],
+            self.cfg.data.max_pixels,
+        )
+        with self.data.val_images.open(i) as file, self.data.val_maps.open(i) as map_file:
+            raster, labels = Raster(file, in_chans, fill, max_pixels), LabelMap(map_file, max_pixels)
+            check_same_size(raster, labels)
+            yield raster, labels
+
+    def draw(self, network: Segmenter, step: int) -> None:
+        """Draw the middle of some held-out images, with the true and the predicted classes over it.
+
+        Args:
+            network: the model.
+            step: after which it is drawn.
+        """
+        size, fill, panels = self.weights.image["input_size"][1:], self.weights.image["mean"], []
+        with evaluating(network):
+            predict = predictor(network, self.normalize, self.accelerator)
+            for i in evenly(len(self.data.val_images), SHOWN):
+                with suppress(BadImage), self._opened(i) as (raster, labels):
+                    h, w = min(size[0], raster.height), min(size[1], raster.width)
+                    box = ((raster.height - h) // 2, (raster.width - w) // 2, h, w)
+                    image = raster.read(box)  # (C, h, w)
+                    truth = self.data.classes.numbers(labels.read(box), self.data.val_maps.name(i))
+                    predicted = predict(padded(image, size, fill)[None])[0, :, :h, :w].argmax(0)
+                    panels.append((image, truth, predicted))
+        place = self.log.run / "overlays" / f"step-{step:08}.png"
+        save_overlays(place, panels, self.data.classes.names, f"step {step:,}")
+        self.log.show("overlays", place, step)
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Have a network in evaluation mode inside the block."""
+    training = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(training)
+
+
+def write_confusion(path: Path, confusion: NDArray[np.int64], class_names: Sequence[str]) -> None:
+    """Write a CSV file: a line for each true class, with the pixels that were given each class.
+
+    Args:
+        path: the file.
+        confusion: (classes, classes), by true and predicted class.
+        class_names: of the classes.
+    """
+    with replacing(path) as aside, aside.open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(["true", *class_names])
+        rows.writerows([name, *line] for name, line in zip(class_names, confusion.tolist(), strict=True))

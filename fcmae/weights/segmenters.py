@@ -1,0 +1,131 @@
+"""Segmenters in files: the encoder as a timm directory, which everything reads, and the head beside it.
+
+DEST/
+    config.json, model.safetensors   the encoder; see fcmae.weights.files
+    head.safetensors                 the head, and in its header what it says and of which encoder it is
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+from fcmae.atomic import replacing, sha256_of
+from fcmae.data.maps import MAX_VALUE, Classes
+from fcmae.heads import Segmenter, build_head
+from fcmae.training import checkpoint
+from fcmae.weights.convert import build_encoder
+from fcmae.weights.files import Weights, read_weights, save_weights
+from fcmae.weights.tensors import RECORD, digest
+
+HEAD = "head.safetensors"
+Value = Annotated[int, Field(ge=0, lt=MAX_VALUE)]
+
+
+@dataclass(frozen=True)
+class HeadRecord:
+    """What the head's file says of it.
+
+    Attributes:
+        kind: see `build_head`.
+        dim: likewise.
+        class_names: see `Classes`.
+        class_values: likewise.
+        ignored: likewise.
+        encoder_sha256: of the encoder's file beside it.
+        sha256: see `digest`.
+    """
+
+    kind: Literal["pyramid", "upernet"]
+    dim: Annotated[int, Field(ge=1, le=2**16)]
+    class_names: tuple[str, ...]
+    class_values: tuple[Value, ...]
+    ignored: Value | None
+    encoder_sha256: str
+    sha256: str = ""
+
+    @property
+    def classes(self) -> Classes:
+        """The classes of a pixel."""
+        return Classes(self.class_names, self.class_values, self.ignored)
+
+
+_RECORD = TypeAdapter(HeadRecord)
+
+
+def save_segmenter(dest: Path, model: Segmenter, weights: Weights, kind: str, dim: int, classes: Classes) -> None:
+    """Write a segmenter.
+
+    Args:
+        dest: the directory.
+        model: on any device.
+        weights: all but the tensors describes its encoder.
+        kind: of its head, see `build_head`.
+        dim: likewise.
+        classes: of a pixel.
+    """
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    encoder = {name: value for name, value in state.items() if name.startswith("encoder.")}
+    head = {name.removeprefix("head."): value for name, value in state.items() if name.startswith("head.")}
+    architecture = replace(weights.architecture, decoder_depth=0, decoder_dim=0, final_norm=False, num_classes=0)
+    described = replace(weights, state=encoder, architecture=architecture, class_names=(), expected_output=())
+    save_weights(dest, described, "timm")
+    own = sha256_of(dest / "model.safetensors")
+    record = _RECORD.validate_python(
+        {
+            "kind": kind,
+            "dim": dim,
+            "class_names": classes.names,
+            "class_values": classes.values,
+            "ignored": classes.ignored,
+            "encoder_sha256": own,
+        }
+    )
+    record = replace(record, sha256=digest(head, _text(record)))
+    with replacing(dest / HEAD) as aside:
+        checkpoint.write_tensors(aside, head, {RECORD: json.dumps(asdict(record))})
+
+
+def _text(record: HeadRecord) -> str:
+    return json.dumps(asdict(replace(record, sha256="")), sort_keys=True)
+
+
+def segmenter_in(path: Path) -> Path | None:
+    """The directory of the segmenter that a path names, itself or a run with its best one; None if there is none."""
+    return next((place for place in (path / "best", path) if (place / HEAD).is_file()), None)
+
+
+def read_segmenter(path: Path) -> tuple[Segmenter, Weights, HeadRecord]:
+    """A segmenter, on the CPU, what its encoder's file says and what its head's says.
+
+    Args:
+        path: what `save_segmenter` wrote, or a run.
+
+    Raises:
+        ValueError: if there is none, or it is damaged.
+    """
+    place = segmenter_in(path)
+    if place is None:
+        raise ValueError(f"{path} holds no segmentation model: give a run of `fcmae segment`, or its best/ or last/")
+    weights, file = read_weights(place), place / HEAD
+    try:
+        with safe_open(file, framework="pt") as opened:
+            record = _RECORD.validate_json((opened.metadata() or {})[RECORD])
+        state = load_file(file)
+        if digest(state, _text(record)) != record.sha256:
+            raise ValueError("its SHA-256 is another")
+        if sha256_of(place / "model.safetensors") != record.encoder_sha256:
+            raise ValueError("it is of another encoder than the one beside it")
+        encoder = build_encoder(weights)
+        head = build_head(record.kind, encoder.spec.dims, len(record.class_names), record.dim)
+        head.load_state_dict(state)
+    except (ValidationError, SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{file} cannot be used ({reason}): copy or export it again") from error
+    return Segmenter(encoder, head), weights, record

@@ -1,0 +1,185 @@
+"""Images with label maps: how they are found, what their numbers mean, and that one geometry moves both."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from fcmae.data import maps
+from fcmae.data.augment import CropBoth
+from fcmae.data.dataset import SegmentDataset, collate
+from fcmae.data.index import Images, find_mapped
+from fcmae.data.loader import build_loader
+from fcmae.data.maps import IGNORED, Classes, UnknownClass, count_values, find_classes
+from fcmae.data.source import BadImage
+
+CLASSES = Classes(("sea", "land", "lake"), (0, 1, 7), 255)
+# Maps of noise whose images hold the same numbers, so that pixel and class can be compared anywhere.
+VALUES = np.array([0, 1, 7, 255], np.uint8)
+
+
+def write_pairs(folder: Path, num: int = 5, size: tuple[int, int] = (40, 56)) -> tuple[Path, Path]:
+    images, labels = folder / "images", folder / "maps"
+    rng = np.random.default_rng(0)
+    for number in range(num):
+        values = VALUES[rng.integers(0, 4, (size[0] // 8, size[1] // 8))].repeat(8, 0).repeat(8, 1)
+        for place, suffix in ((images / "a", "png"), (labels / "a", "tif")):
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(values).save(place / f"{number}.{suffix}")
+    return images, labels
+
+
+def crop(**changes: object) -> CropBoth:
+    given = {
+        "in_chans": 1, "image_size": (32, 48), "scale": (1.0, 1.0), "hflip": 0.5, "vflip": 0.5, "classes": CLASSES
+    } | changes  # fmt: skip
+    return CropBoth(**given)  # type: ignore[arg-type]
+
+
+def test_two_folders_are_paired_by_name_whatever_the_suffix(tmp_path: Path) -> None:
+    images, labels = write_pairs(tmp_path)
+    (labels / "more.png").write_bytes((labels / "a" / "0.tif").read_bytes())
+    found = find_mapped(str(images), str(labels))
+    assert [Path(name).relative_to(images).with_suffix("") for name in found[0].names()] == [
+        Path(name).relative_to(labels).with_suffix("") for name in found[1].names()
+    ]
+    assert len(found[0]) == 5 and found[0].notes == ("data.maps: 1 label maps are of no image and were left out",)
+
+
+def test_a_csv_file_pairs_what_it_lists(tmp_path: Path) -> None:
+    write_pairs(tmp_path)
+    (tmp_path / "list.csv").write_text("mask,image\nmaps/a/3.tif,images/a/1.png\nmaps/a/0.tif,images/a/0.png\n")
+    images, labels = find_mapped(str(tmp_path / "list.csv"), None)
+    assert [Path(name).name for name in images.names()] == ["0.png", "1.png"]
+    assert [Path(name).name for name in labels.names()] == ["0.tif", "3.tif"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (lambda images, labels: (labels / "a" / "2.tif").unlink(), "no label map for 1 of 5 images, 'a/2' the first"),
+        (lambda images, labels: (images / "a" / "2.jpg").write_bytes(b""), "differ in their suffix only"),
+        (lambda images, labels: [path.unlink() for path in labels.glob("a/*")], "data.maps: .* holds no image"),
+    ],
+)
+def test_pairs_that_are_incomplete_are_refused(tmp_path: Path, spoil: object, sentence: str) -> None:
+    images, labels = write_pairs(tmp_path)
+    spoil(images, labels)  # type: ignore[operator]
+    with pytest.raises(ValueError, match=sentence):
+        find_mapped(str(images), str(labels))
+
+
+def test_a_csv_without_its_columns_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("path,label\na.png,b\n")
+    with pytest.raises(ValueError, match="it needs image and mask"):
+        find_mapped(str(tmp_path / "list.csv"), None)
+
+
+def test_values_become_classes_and_back() -> None:
+    numbers = CLASSES.numbers(np.array([[0, 1], [7, 255]]), "map")
+    assert numbers.tolist() == [[0, 1], [2, IGNORED]]
+    assert CLASSES.stored(np.array([0, 2])).tolist() == [0, 7]
+    deep = Classes(("a", "b"), (3, 60000), None)
+    assert deep.stored(np.array([1])).dtype == np.uint16
+
+
+@pytest.mark.parametrize("value", [2, 256, 70000, -5])
+def test_a_value_of_no_class_ends_the_run(value: int) -> None:
+    with pytest.raises(UnknownClass, match=f"map holds the value {value}, which is no class"):
+        CLASSES.numbers(np.array([0, value]), "map")
+
+
+def test_classes_are_found_by_the_values_that_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, labels = find_mapped(*map(str, write_pairs(tmp_path)))
+    counts = count_values(labels)
+    everything = np.concatenate([np.asarray(Image.open(name)).ravel() for name in labels.names()])
+    np.testing.assert_array_equal(counts[:256], np.bincount(everything, minlength=256))
+    monkeypatch.setattr(maps, "BAND_PIXELS", 56 * 7)  # in bands of rows
+    np.testing.assert_array_equal(count_values(labels), counts)
+    assert find_classes(counts, (), (), 255) == Classes(tuple("01234567"), tuple(range(8)), 255)
+    assert find_classes(counts, ("sea", "other"), (0, 7), None).values == (0, 7)
+    assert find_classes(counts, ("sea", "other"), (), 255).values == (0, 1)
+
+
+def test_black_and_white_maps_are_told_of_the_ignored_value() -> None:
+    counts = np.zeros(maps.MAX_VALUE, np.int64)
+    counts[[0, 255]] = 1
+    with pytest.raises(ValueError, match=r"the maps hold 0, 255 and data.ignore_value is 255: set data.class_values"):
+        find_classes(counts, (), (), 255)
+    assert len(find_classes(counts, (), (0, 255), None)) == 2
+
+
+def pair(values: NDArray[np.uint8]) -> tuple[io.BytesIO, io.BytesIO]:
+    files = io.BytesIO(), io.BytesIO()
+    for file in files:
+        Image.fromarray(values).save(file, "PNG")
+        file.seek(0)
+    return files
+
+
+@pytest.mark.parametrize("scale", [(1.0, 1.0), (2.0, 2.0), (0.5, 0.5), (0.4, 3.0)])
+@pytest.mark.parametrize("shape", [(20, 90), (64, 64)])
+def test_image_and_map_move_together(scale: tuple[float, float], shape: tuple[int, int]) -> None:
+    """A wedge in two directions: each place is known by its value, in the image and in the map."""
+    values = (np.arange(shape[0])[:, None] + 3 * np.arange(shape[1])[None]) // 4
+    assert values.max() < 200
+    classes = Classes(tuple(map(str, range(200))), tuple(range(200)), None)
+    seen = []
+    for seed in range(12):
+        view = crop(scale=scale, classes=classes, fill=[1.0])
+        image, labels = view(*pair(values.astype(np.uint8)), "map", np.random.default_rng(seed))
+        assert image.shape == (1, 32, 48) and labels.shape == (32, 48)
+        known = labels != IGNORED
+        assert (image[0][~known] == 255).all()  # what is missing is missing in both
+        assert np.abs(image[0][known].astype(int) - labels[known]).max() <= 2  # bicubic beside the nearest
+        seen.append(image.tobytes())
+    assert len(set(seen)) > 3
+
+
+def test_a_crop_at_scale_1_is_exact_and_flips_both() -> None:
+    values = VALUES[np.random.default_rng(1).integers(0, 4, (40, 60))]
+    for flips in ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0)):
+        view = crop(hflip=flips[0], vflip=flips[1])
+        image, labels = view(*pair(values), "map", np.random.default_rng(2))
+        np.testing.assert_array_equal(CLASSES.numbers(image[0].astype(np.int64), ""), labels)
+        unflipped = np.flip(labels, [axis for axis, flip in ((1, flips[0]), (0, flips[1])) if flip])
+        assert flips == (0.0, 0.0) or not np.array_equal(unflipped, labels)
+        first = crop(hflip=0.0, vflip=0.0)(*pair(values), "map", np.random.default_rng(2))[1]
+        np.testing.assert_array_equal(unflipped, first)
+
+
+def test_a_map_of_another_size_is_a_bad_image() -> None:
+    image, _ = pair(np.zeros((40, 60), np.uint8))
+    _, labels = pair(np.zeros((60, 40), np.uint8))
+    with pytest.raises(BadImage, match="the image has 40 x 60 pixels and its label map 60 x 40"):
+        crop()(image, labels, "map", np.random.default_rng(0))
+
+
+def test_a_sample_depends_on_its_key_alone_and_batches_pass_through_workers(tmp_path: Path) -> None:
+    images, labels = find_mapped(*map(str, write_pairs(tmp_path)))
+    dataset = SegmentDataset(images, labels, crop(scale=(0.5, 2.0)), seed=3)
+    keys = [(0, 1), (0, 2), (4, 1)]
+    batch = collate([dataset[key] for key in keys])
+    assert batch.given_labels.shape == (3, 32, 48) and not np.array_equal(batch.images[0], batch.images[2])
+    again = SegmentDataset(images, labels, crop(scale=(0.5, 2.0)), seed=3)
+    (sent,) = build_loader(again, [keys], num_workers=1, device_type="cpu")
+    assert (sent.images == batch.images).all() and (sent.given_labels == batch.given_labels).all()
+
+
+def test_a_pair_that_cannot_be_read_is_replaced_as_a_pair(tmp_path: Path) -> None:
+    images, labels = find_mapped(*map(str, write_pairs(tmp_path)))
+    Path(labels.name(0)).write_bytes(b"broken")
+    sample = SegmentDataset(images, labels, crop(), seed=0)[(0, 0)]
+    assert sample.bad[0][0] == images.name(0)
+    np.testing.assert_array_equal(CLASSES.numbers(sample.image[0].astype(np.int64), ""), sample.label)
+
+
+def test_none_that_can_be_read_is_said(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"broken")
+    with pytest.raises(ValueError, match=r"none of 1 label maps can be read: .*a.png: it"):
+        count_values(Images.of_files([str(tmp_path / "a.png")]))

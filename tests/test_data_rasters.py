@@ -1,0 +1,191 @@
+"""Windows of rasters against the whole image; label maps as they are stored; what is refused."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tifffile
+from numpy.typing import NDArray
+from PIL import Image
+
+from fcmae.data import rasters
+from fcmae.data.decode import read_crop
+from fcmae.data.rasters import LabelMap, Raster, geo_tags
+from fcmae.data.source import BadImage
+
+RNG = np.random.default_rng(0)
+COLOURS = RNG.integers(0, 256, (50, 70, 3), dtype=np.uint8)
+BANDS = RNG.integers(0, 2**16, (50, 70, 5), dtype=np.uint16)
+BOX = (13, 22, 30, 41)
+
+
+def tiff(array: NDArray[Any], **settings: Any) -> io.BytesIO:
+    file = io.BytesIO()
+    if array.ndim == 3:
+        settings = {"photometric": "rgb" if array.shape[2] == 3 else "minisblack", "planarconfig": "contig"} | settings
+    if settings.get("planarconfig") == "separate":
+        array = array.transpose(2, 0, 1)
+    tifffile.imwrite(file, array, **settings)
+    file.seek(0)
+    return file
+
+
+def png(image: Image.Image) -> io.BytesIO:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    file.seek(0)
+    return file
+
+
+STORED = [
+    {},
+    {"tile": (16, 32)},
+    {"rowsperstrip": 7},
+    {"tile": (16, 16), "compression": "zlib"},
+    {"tile": (32, 16), "planarconfig": "separate"},
+    {"rowsperstrip": 9, "planarconfig": "separate", "compression": "zlib"},
+]
+
+
+@pytest.mark.parametrize("settings", STORED)
+@pytest.mark.parametrize("array", [COLOURS, BANDS], ids=["8-bit RGB", "16-bit bands"])
+def test_a_window_of_a_tiff_is_that_part_of_the_whole(array: NDArray[Any], settings: dict[str, Any]) -> None:
+    in_chans = array.shape[2]
+    raster = Raster(tiff(array, **settings), in_chans, [0.0])
+    assert (raster.height, raster.width) == (50, 70)
+    whole = read_crop(tiff(array, **settings), in_chans, lambda h, w: (0, 0, h, w), None, fill=[0.0])
+    top, left, height, width = BOX
+    found = raster.read(BOX)
+    np.testing.assert_array_equal(found, whole[:, top : top + height, left : left + width])
+    assert found.dtype == whole.dtype
+
+
+def test_a_window_reads_no_more_of_the_file_than_its_tiles() -> None:
+    file = tiff(RNG.integers(0, 256, (512, 512), dtype=np.uint8), tile=(32, 32))
+    raster, read = Raster(file, 1, [0.0]), []
+    original = file.read
+    file.read = lambda *n: (read.append(len(found := original(*n))), found)[1]  # type: ignore[method-assign]
+    raster.read((40, 40, 20, 50))  # two tiles
+    assert sum(read) == 2 * 32 * 32
+
+
+@pytest.mark.parametrize("kind", ["png", "npy"])
+def test_other_formats_give_the_same_windows(kind: str) -> None:
+    file = io.BytesIO()
+    if kind == "npy":
+        np.save(file, COLOURS)
+        file.seek(0)
+    else:
+        file = png(Image.fromarray(COLOURS))
+    raster = Raster(file, 3, [0.0])
+    top, left, height, width = BOX
+    expected = COLOURS[top : top + height, left : left + width].transpose(2, 0, 1)
+    for _ in range(2):
+        np.testing.assert_array_equal(raster.read(BOX), expected)
+
+
+def test_a_raster_larger_than_max_pixels_is_read_in_parts_and_refused_as_a_whole() -> None:
+    raster = Raster(tiff(COLOURS, tile=(16, 16)), 3, [0.0], max_pixels=2000)
+    assert raster.read(BOX).shape == (3, 30, 41)
+    with pytest.raises(BadImage, match="more than max_pixels = 2000"):
+        raster.read((0, 0, 50, 70))
+    with pytest.raises(BadImage, match="more than max_pixels = 2000"):
+        Raster(png(Image.fromarray(COLOURS)), 3, [0.0], max_pixels=2000)
+
+
+def test_missing_values_of_a_window_are_filled_even_where_it_has_no_others() -> None:
+    values = np.ones((64, 64), np.float32)
+    values[:32] = np.nan
+    raster = Raster(tiff(values, tile=(16, 16)), 1, [0.25])
+    assert (raster.read((0, 0, 16, 16)) == 0.25).all()
+    assert set(np.unique(raster.read((16, 0, 32, 16)))) == {0.25, 1.0}
+
+
+def test_label_maps_are_read_as_they_are_stored() -> None:
+    labels = RNG.integers(0, 7, (50, 70), dtype=np.uint8)
+    palette = Image.fromarray(labels)
+    palette.putpalette([3, 2, 1, *range(60)])
+    deep = labels.astype(np.uint16) * 300
+    array = io.BytesIO()
+    np.save(array, labels.astype(np.int32))
+    array.seek(0)
+    files = [
+        (png(Image.fromarray(labels)), labels),
+        (png(palette), labels),
+        (png(Image.fromarray(deep)), deep),
+        (tiff(deep), deep),
+        (tiff(labels, tile=(16, 16)), labels),
+        (tiff(labels, photometric="palette", colormap=np.zeros((3, 256), np.uint16)), labels),
+        (png(Image.fromarray(labels > 3)), labels > 3),
+        (array, labels),
+    ]
+    top, left, height, width = BOX
+    for file, expected in files:
+        found = LabelMap(file).read(BOX)
+        np.testing.assert_array_equal(found, expected[top : top + height, left : left + width])
+
+
+@pytest.mark.parametrize("depth", [2, 4])
+def test_a_png_of_few_bits_keeps_its_numbers(depth: int) -> None:
+    values = np.arange(8, dtype=np.uint8)[None].repeat(3, 0) % 2**depth
+    bits = np.unpackbits(values[..., None], axis=2)[..., -depth:].reshape(3, -1)
+    rows = b"".join(b"\0" + np.packbits(row).tobytes() for row in bits)
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", 8, 3, depth, 0, 0, 0, 0)
+    content = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    found = LabelMap(io.BytesIO(b"\x89PNG\r\n\x1a\n" + content)).read((0, 0, 3, 8))
+    np.testing.assert_array_equal(found, values)
+
+
+def test_a_label_map_is_resized_by_the_nearest_pixel() -> None:
+    labels = np.array([[0, 9], [200, 3]], dtype=np.uint8)
+    found = LabelMap(png(Image.fromarray(labels))).read((0, 0, 2, 2), (4, 6))
+    np.testing.assert_array_equal(found, labels.repeat(2, 0).repeat(3, 1))
+    large = LabelMap(png(Image.fromarray(np.arange(9, dtype=np.uint8)[None].repeat(9, 0)))).read((0, 0, 9, 9), (3, 3))
+    assert large[0].tolist() == [1, 4, 7]  # the middles
+
+
+@pytest.mark.parametrize("array", [COLOURS, COLOURS[..., 0].astype(np.float32)], ids=["RGB", "float"])
+def test_what_is_no_label_map_is_refused(array: NDArray[Any]) -> None:
+    with pytest.raises(BadImage, match="a label map one of whole numbers"):
+        LabelMap(tiff(array))
+
+
+def test_a_jpeg_is_no_label_map() -> None:
+    file = io.BytesIO()
+    Image.fromarray(COLOURS[..., 0]).save(file, "JPEG")
+    file.seek(0)
+    with pytest.raises(BadImage, match="JPEG, which changes the numbers"):
+        LabelMap(file)
+
+
+def test_a_cut_off_tiff_is_refused_where_it_is_read(tmp_path: Path) -> None:
+    whole = tiff(BANDS, tile=(16, 16)).getvalue()
+    with pytest.raises(BadImage):
+        Raster(io.BytesIO(whole[: len(whole) // 2]), 5, [0.0]).read((30, 40, 20, 30))
+
+
+def test_georeferencing_is_found_and_survives_writing() -> None:
+    scale, tie = (10.0, 10.0, 0.0), (0.0, 0.0, 0.0, 500000.0, 4600000.0, 0.0)
+    tags = [(33550, 12, 3, scale, True), (33922, 12, 6, tie, True)]
+    found = geo_tags(tiff(COLOURS, extratags=tags))
+    assert found == tags
+    assert geo_tags(tiff(COLOURS, extratags=found)) == tags
+    assert geo_tags(png(Image.fromarray(COLOURS))) == []
+
+
+def test_without_a_decoder_for_its_compression_a_tiff_is_read_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rasters, "_decodes", lambda page: False)
+    raster = Raster(tiff(COLOURS), 3, [0.0])
+    top, left, height, width = BOX
+    expected = COLOURS[top : top + height, left : left + width].transpose(2, 0, 1)
+    np.testing.assert_array_equal(raster.read(BOX), expected)

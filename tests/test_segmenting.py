@@ -1,0 +1,389 @@
+"""Segmentation from every kind of start, its results on disk, resuming, and label maps made with it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import runs
+import tifffile
+import torch
+from conftest import randomize
+from PIL import Image
+from runs import assert_same, at_step, final_state, flags, kill_self, write_images
+
+import fcmae
+from fcmae import cli, segmenting
+from fcmae.config import SegmentConfig
+from fcmae.data.maps import Classes
+from fcmae.data.normalize import Normalize
+from fcmae.data.rasters import GEO_TAGS, Raster
+from fcmae.evaluation.report import report
+from fcmae.heads import Segmenter, build_head
+from fcmae.networks.convnext import Encoder
+from fcmae.networks.spec import ConvNeXtSpec
+from fcmae.segmentation import predictor, probabilities_by_rows
+from fcmae.segmenting import Mapped, class_balance
+from fcmae.training import checkpoint
+from fcmae.weights.files import Weights, read_weights
+from fcmae.weights.formats import Architecture
+from fcmae.weights.segmenters import HEAD, read_segmenter, save_segmenter, segmenter_in
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def _accelerator() -> Iterator[None]:
+    yield
+    runs.forget_accelerator()
+
+
+@pytest.fixture(scope="module")
+def tiles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dozen images of a bright half and a dark one, of sizes of their own, and maps with the values 0, 1 and 255."""
+    root = tmp_path_factory.mktemp("tiles")
+    rng = np.random.default_rng(0)
+    for name in ("images", "maps"):
+        (root / name).mkdir()
+    for number in range(12):
+        height, width = 24 + number % 3 * 8, 40
+        truth = (np.arange(width) > rng.integers(10, 30))[None].repeat(height, 0).astype(np.uint8)
+        noisy = np.where(truth[..., None], (60, 160, 60), (40, 40, 160)) + rng.normal(0, 15, (height, width, 3))
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(root / "images" / f"{number:02}.png")
+        truth[:2] = 255
+        Image.fromarray(truth).save(root / "maps" / f"{number:02}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("pretrained")
+    assert cli.main(["pretrain", *flags(write_images(root / "images", 9), root / "run", epochs=1)]) == 0
+    runs.forget_accelerator()
+    return root / "run"
+
+
+def words(tiles: Path, out: Path, **settings: Any) -> list[str]:
+    """The smallest run: 2 epochs of 2 steps; keys write `__` for the dot."""
+    values = {
+        "data__path": tiles / "images",
+        "data__maps": tiles / "maps",
+        "out": out,
+        "device": "cpu",
+        "data__image_size": 16,
+        "data__num_workers": 0,
+        "data__scale": "0.8,1.25",
+        "model__head_dim": 8,
+        "batch_size": 4,
+        "epochs": 2,
+        "optim__base_lr": 0.5,
+        "optim__warmup_epochs": 0,
+        "log__every_steps": 1,
+        "log__trackers": "none",
+    } | settings
+    if "model__init" not in values:
+        values = {"model__variant": runs.TINY, "model__stem_stride": 1} | values
+    return [
+        "segment",
+        "--config",
+        str(runs.DEFAULTS),
+        *(word for key, value in values.items() for word in (f"--{key.replace('__', '.')}", str(value))),
+    ]
+
+
+def segment(tiles: Path, out: Path, **settings: Any) -> int:
+    return cli.main(words(tiles, out, **settings))
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def segmented(tiles: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "segmented"
+    names = {"data__class_names": "dark,bright", "regularization__ema_decay": 0.5, "regularization__dice": 0.5}
+    assert segment(tiles, out, epochs=12, log__eval_epochs=4, **names, regularization__class_weights="balanced") == 0
+    runs.forget_accelerator()
+    return out
+
+
+def test_it_learns_and_leaves_scores_pictures_and_models(segmented: Path) -> None:
+    last = metrics(segmented)[-1]
+    assert last["ema_miou"] > 0.9 and last["ema_pixel_accuracy"] > 0.95 and 0 <= last["ema_boundary_f1"] <= 1
+    assert {"iou/dark", "iou/bright", "ema_iou/dark", "val_loss"} <= set(last)
+    pictures = sorted((segmented / "overlays").iterdir())
+    assert len(pictures) == 3
+    with Image.open(pictures[-1]) as picture:
+        assert picture.size[0] > 100
+    for place in ("best", "last"):
+        rows = list(csv.reader((segmented / place / "confusion.csv").read_text().splitlines()))
+        assert rows[0] == ["true", "dark", "bright"] and [row[0] for row in rows[1:]] == ["dark", "bright"]
+    total = sum(int(n) for row in rows[1:] for n in row[1:])
+    held = json.loads((segmented / "val_maps.json").read_text())["paths"]
+    assert total == sum(int((np.asarray(Image.open(path)) != 255).sum()) for path in held)
+    assert "fcmae predict" in (segmented / "train.log").read_text()
+
+
+def test_the_exported_encoder_is_one_that_everything_reads(segmented: Path) -> None:
+    weights = read_weights(segmented)
+    assert weights.architecture.num_classes == 0 and weights.image["input_size"] == [3, 16, 16]
+    model, _, record = read_segmenter(segmented)
+    for name, value in weights.state.items():
+        assert torch.equal(model.get_parameter(name), value)
+    assert record.classes == Classes(("dark", "bright"), (0, 1), 255) and record.dim == 8
+    assert fcmae.load(segmented)(torch.zeros(1, 3, 16, 16, dtype=torch.uint8)).shape == (1, 2, 2, 8)
+
+
+def test_evaluating_the_best_model_gives_its_scores_again(segmented: Path, tiles: Path, tmp_path: Path) -> None:
+    best = max(line["ema_miou"] for line in metrics(segmented) if "ema_miou" in line)
+    assert segment(tiles, tmp_path / "run", model__init=segmented, eval_only="true") == 0
+    (line,) = metrics(tmp_path / "run")
+    assert line["miou"] == pytest.approx(best, abs=1e-6)
+    assert (tmp_path / "run" / "confusion.csv").read_text() == (segmented / "best" / "confusion.csv").read_text()
+    assert not (tmp_path / "run" / "best").exists()
+
+
+@pytest.mark.parametrize("kind", ["pyramid", "upernet"])
+def test_it_starts_from_a_pretraining_run(kind: str, pretrained: Path, tiles: Path, tmp_path: Path) -> None:
+    cfg = SegmentConfig.model_validate(
+        {
+            "out": tmp_path / "run", "data": {"path": str(tiles / "images"), "maps": str(tiles / "maps")},
+            "model": {"init": str(pretrained), "head": kind},
+        }
+    )  # fmt: skip
+    weights = segmenting.starting_weights(cfg)
+    net = segmenting.build_model(cfg, weights, 2)
+    for name, value in weights.state.items():
+        if name.startswith("encoder."):
+            assert torch.equal(net.get_parameter(name), value)
+    again = segmenting.build_model(cfg, weights, 2).state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in net.state_dict().items())
+    assert segment(tiles, tmp_path / "run", model__init=pretrained, model__head=kind, epochs=1) == 0
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.5])
+def test_a_stopped_run_ends_as_one_that_was_not(
+    ema: float, tiles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"regularization__ema_decay": ema, "model__drop_path_rate": 0.3}
+    assert segment(tiles, tmp_path / "whole", **settings) == 0
+    with monkeypatch.context() as patch:
+        at_step(patch, 2, kill_self(signal.SIGTERM))
+        assert segment(tiles, tmp_path / "stopped", **settings) == 143
+    assert segment(tiles, tmp_path / "stopped", **settings) == 0
+    assert_same(final_state(tmp_path / "stopped"), final_state(tmp_path / "whole"))
+    whole, stopped = (
+        [{k: v for k, v in line.items() if "_s" not in k and "wait" not in k} for line in metrics(tmp_path / name)]
+        for name in ("whole", "stopped")
+    )
+    assert whole == stopped
+
+
+def test_parts_of_a_batch_give_the_same_steps(tiles: Path, tmp_path: Path) -> None:
+    for parts in (1, 2):
+        settings = {"grad_accum": parts, "regularization__dice": 1.0, "optim__base_lr": 0.01}
+        assert segment(tiles, tmp_path / str(parts), **settings) == 0
+    one, two = (final_state(tmp_path / str(parts)) for parts in (1, 2))
+    for name, value in one.items():
+        if name.startswith("model:"):
+            # Sums are rounded in another order, and AdamW divides small gradients by their size.
+            torch.testing.assert_close(two[name], value, atol=3e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"data__class_names": "a,b,c", "data__class_values": "0,2,3"}, "holds the value 1, which is no class"),
+        ({"data__ignore_value": "none"}, None),
+        ({"data__image_size": 20}, "data.image_size: 20 is not a multiple of the total stride 8: use 16"),
+        ({"regularization__class_weights": "1,2,3"}, "class_weights has 3 values for 2 classes"),
+        ({"batch_size": 100}, "batch_size: 100 is more than the"),
+        ({"data__path": "one.csv", "data__maps": "none", "batch_size": 1}, "val_share = 0.2 holds out none of 1"),
+        ({"model__init": "nowhere"}, "model.init = .*nowhere does not exist"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_trained_is_refused_in_a_sentence(
+    settings: dict[str, Any], sentence: str | None, tiles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    Path("one.csv").write_text(f"image,mask\n{tiles}/images/00.png,{tiles}/maps/00.png\n")
+    status = segment(tiles, tmp_path / "run", **settings, epochs=1)
+    error = capsys.readouterr().err
+    assert status == (0 if sentence is None else 2)
+    if sentence is not None:
+        assert re.search(sentence, error), error
+
+
+def test_class_weights_are_inverse_to_the_share_of_the_pixels(tiles: Path) -> None:
+    cfg = SegmentConfig.model_validate(
+        {
+            "out": "run", "data": {"path": str(tiles / "images"), "maps": str(tiles / "maps")},
+            "model": {"variant": "atto"}, "regularization": {"class_weights": "balanced"},
+        }
+    )  # fmt: skip
+    data = segmenting.run_images(cfg, segmenting.RunDirectory(cfg, "segment"))
+    assert isinstance(data, Mapped) and len(data.images) + len(data.val_images) == 12
+    stored = np.concatenate([np.asarray(Image.open(path)).ravel() for path in data.maps.names()])
+    assert data.counts.tolist() == [(stored == 0).sum(), (stored == 1).sum()]
+    weights = class_balance(cfg, data, torch.device("cpu"))
+    assert weights is not None
+    torch.testing.assert_close(
+        (weights * torch.from_numpy(data.counts)).float(), torch.full((2,), data.counts.sum() / 2)
+    )
+    pairs = zip(data.val_images.names(), data.val_maps.names(), strict=True)
+    assert all(Path(image).name == Path(label).name for image, label in pairs)
+
+
+def test_report_and_status_show_it(segmented: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("plotly")
+    page = report([segmented], segmented.parent / "report.html").read_text()
+    for text in (
+        "(segmentation)",
+        "IoU of each class",
+        "Confusion: the share of each true",
+        "Label maps",
+        "boundary_f1",
+    ):
+        assert text in page
+    assert page.count("Label maps at step") == 3
+    assert cli.main(["status", str(segmented)]) == 0
+    shown = capsys.readouterr().out
+    assert "best miou" in shown and f"fcmae predict {segmented} IMAGES --out maps" in shown
+
+
+# Files of a segmenter
+
+
+SPEC = ConvNeXtSpec(depths=(1, 1), dims=(4, 6))
+
+
+def save(dest: Path, classes: Classes | None = None, in_chans: int = 3) -> Segmenter:
+    classes = classes or Classes(("sea", "land"), (0, 7), 255)
+    model = Segmenter(Encoder(SPEC, in_chans), build_head("pyramid", SPEC.dims, len(classes), 8))
+    randomize(model)
+    image = {"input_size": [in_chans, 32, 32], "mean": [0.5] * in_chans, "std": [0.25] * in_chans}
+    save_segmenter(dest, model, Weights({}, Architecture(SPEC, in_chans), image), "pyramid", 8, classes)
+    return model
+
+
+def test_a_segmenter_is_read_as_it_was_written(tmp_path: Path) -> None:
+    model = save(tmp_path / "model")
+    found, weights, record = read_segmenter(tmp_path / "model")
+    images = torch.randn(1, 3, 16, 24)
+    assert torch.equal(found(images), model(images))
+    assert record.classes == Classes(("sea", "land"), (0, 7), 255) and weights.image["mean"] == [0.5] * 3
+
+
+@pytest.mark.parametrize("spoiled", ["model.safetensors", HEAD])
+def test_a_head_beside_another_encoder_is_refused(spoiled: str, tmp_path: Path) -> None:
+    save(tmp_path / "model")
+    torch.manual_seed(1)
+    other = Segmenter(Encoder(SPEC), build_head("pyramid", SPEC.dims, 2, 8))
+    image = {"input_size": [3, 32, 32]}
+    classes = Classes(("a", "b"), (0, 1), None)
+    save_segmenter(tmp_path / "other", other, Weights({}, Architecture(SPEC), image), "pyramid", 8, classes)
+    shutil.copy(tmp_path / "other" / spoiled, tmp_path / "model" / spoiled)
+    with pytest.raises(ValueError, match="it is of another encoder than the one beside it"):
+        read_segmenter(tmp_path / "model")
+
+
+def test_a_damaged_head_is_refused(tmp_path: Path) -> None:
+    save(tmp_path / "model")
+    content = bytearray((tmp_path / "model" / HEAD).read_bytes())
+    content[-3] ^= 1
+    (tmp_path / "model" / HEAD).write_bytes(content)
+    with pytest.raises(ValueError, match=r"head.safetensors cannot be used \(its SHA-256 is another\)"):
+        read_segmenter(tmp_path / "model")
+    assert segmenter_in(tmp_path) is None
+    with pytest.raises(ValueError, match="holds no segmentation model"):
+        read_segmenter(tmp_path)
+
+
+# Prediction
+
+
+def predict(model: Path, images: Path, out: Path, *more: str) -> int:
+    return cli.main(["predict", str(model), str(images), "--device", "cpu", "--out", str(out), *more])
+
+
+def expected_map(model: Segmenter, raster: Raster) -> tuple[Any, Any]:
+    from accelerate import Accelerator
+
+    mean = [0.5] * model.encoder.in_chans
+    normalize = Normalize(mean, [0.25] * len(mean))
+    tile = predictor(model.eval(), normalize, Accelerator(cpu=True))
+    whole = np.concatenate(
+        [rows for _, rows in probabilities_by_rows(raster, tile, (32, 32), 8, 0.5, mean, 64)], axis=1
+    )
+    return whole, np.array([0, 7])[whole.argmax(0)]
+
+
+def test_label_maps_are_written_under_the_images_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = save(tmp_path / "model")
+    photos = write_images(tmp_path / "photos", 3)
+    (photos / "bad.png").write_bytes(b"broken")
+    assert predict(tmp_path / "model", photos, tmp_path / "maps") == 0
+    shown = capsys.readouterr()
+    assert "bad.png: it is no JPEG" in shown.err and shown.out.count("\t") == 6
+    assert sorted(path.name for path in (tmp_path / "maps").iterdir()) == ["00.png", "01.png", "02.png"]
+    with (photos / "01.png").open("rb") as file:
+        _, expected = expected_map(model, Raster(file, 3, [0.5] * 3))
+    with Image.open(tmp_path / "maps" / "01.png") as picture:
+        assert picture.mode == "P"
+        np.testing.assert_array_equal(np.asarray(picture), expected)
+
+
+def test_a_geotiff_keeps_its_place_and_has_probabilities_beside_it(tmp_path: Path) -> None:
+    model = save(tmp_path / "model", Classes(("sea", "land"), (0, 7), None), in_chans=5)
+    bands = np.random.default_rng(0).integers(0, 2**16, (300, 270, 5), dtype=np.uint16)
+    geo = [(33550, 12, 3, (10.0, 10.0, 0.0), True), (33922, 12, 6, (0.0, 0.0, 0.0, 5e5, 4.6e6, 0.0), True)]
+    (tmp_path / "scenes" / "north").mkdir(parents=True)
+    scene = tmp_path / "scenes" / "north" / "a.tif"
+    tifffile.imwrite(scene, bands, photometric="minisblack", planarconfig="contig", tile=(64, 64), extratags=geo)
+    shutil.copy(scene, tmp_path / "scenes" / "b.tif")
+    # The image is larger than max_pixels, its parts are not.
+    more = ("--probabilities", "true", "--max_pixels", "20000")
+    assert predict(tmp_path / "model", tmp_path / "scenes", tmp_path / "maps", *more) == 0
+    with scene.open("rb") as file:
+        whole, expected = expected_map(model, Raster(file, 5, [0.5] * 5))
+    expected_places = ["b.probabilities.tif", "b.tif", "north"]
+    assert sorted(path.name for path in (tmp_path / "maps").iterdir()) == expected_places
+    for name, values in (("a.tif", expected), ("a.probabilities.tif", whole.transpose(1, 2, 0))):
+        with tifffile.TiffFile(tmp_path / "maps" / "north" / name) as file:
+            np.testing.assert_allclose(file.asarray(), values, atol=1e-6)
+            tags = file.pages.first.tags
+            assert {code: tags[code].value for code in GEO_TAGS if code in tags} == {t[0]: t[3] for t in geo}
+
+
+def test_what_cannot_be_predicted_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(tmp_path / "model")
+    photos = write_images(tmp_path / "photos", 1)
+    for more, sentence in (
+        ((), "makes label maps: give --out, a new folder"),
+        (("--out", str(photos)), "exists: give a new path, or remove it"),
+    ):
+        assert cli.main(["predict", str(tmp_path / "model"), str(photos), "--device", "cpu", *more]) == 2
+        assert sentence in capsys.readouterr().err
+    (photos / "00.jpg").write_bytes(b"broken")
+    assert predict(tmp_path / "model", photos, tmp_path / "maps") == 2
+    assert "none of 1 images could be segmented" in capsys.readouterr().err
+
+
+def test_from_python(pretrained: Path, tiles: Path, tmp_path: Path) -> None:
+    settings = {"device": "cpu", "data.image_size": 16, "data.num_workers": 0, "batch_size": 4, "epochs": 1}
+    run = fcmae.segment(
+        tiles / "images", tiles / "maps", tmp_path / "run", init=pretrained,
+        settings=settings | {"log.trackers": "none", "model.head_dim": 8},
+    )  # fmt: skip
+    assert run.finished and run.kind == "segment" and "miou" in run.metrics()[-1]
+    assert checkpoint.latest(run.path) is not None
