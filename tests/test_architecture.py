@@ -27,6 +27,8 @@ ORDER = [
     "fcmae.processes",
     "fcmae.threads",
     "fcmae.data.source",
+    "fcmae.data.storage",
+    "fcmae.data.shards",
     "fcmae.data.index",
     "fcmae.data.split",
     "fcmae.data.normalize",

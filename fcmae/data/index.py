@@ -19,7 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fcmae.atomic import read_bytes, write_text
+from fcmae.data.shards import COMPRESSED, SUFFIX, SUFFIXES, Parts, Shards, is_image
 from fcmae.data.source import BadImage, Files, Source, printable
+from fcmae.data.storage import Storage
 
 logger = logging.getLogger("fcmae")
 
@@ -27,7 +29,7 @@ logger = logging.getLogger("fcmae")
 SYSTEM_FOLDERS = {"@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX", "lost+found", "System Volume Information"}
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 MAX_INDEX = 2**33  # bytes of what `Images.save` writes: tens of millions of paths
-SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".npy")
+ANY = Storage()
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,17 +104,17 @@ class Images:
         return None if self.labels is None or self.class_names is None else self.class_names[self.labels[i]]
 
     def fingerprint(self) -> str:
-        """SHA-256 in hex of names, labels and class names; the names count from their common parent.
+        """SHA-256 in hex of names, labels, class names and what the source tells; names count from their common parent.
 
         A folder that moves as a whole keeps its fingerprint; a file added, removed or renamed changes it.
         """
         names = self.names()
         if names:
-            # The parent's length is cut off, which for 10 million paths is far quicker than os.path.relpath.
-            parent = os.path.commonpath({os.path.dirname(name) for name in names})  # noqa: PTH120
-            start = len(os.path.join(parent, ""))  # noqa: PTH118
-            names = [name[start:].replace(os.sep, "/") for name in names]
-        text = json.dumps([names, self._labels(), self.class_names])
+            # What the first and the last in order begin with, all do; it ends after a slash.
+            start = os.path.commonprefix([min(names), max(names)]).rfind("/") + 1  # noqa: RUF071
+            names = [name[start:] for name in names]
+        known = self.source.fingerprint()
+        text = json.dumps([names, self._labels(), self.class_names, *([known] if known else [])])
         return hashlib.sha256(text.encode()).hexdigest()
 
     def _labels(self) -> list[int] | None:
@@ -133,13 +135,19 @@ class Images:
         return Images(self.source, np.concatenate([self._positions(), other._positions()]))
 
     def save(self, path: str | Path) -> None:
-        """Write the names as JSON, whole or not at all."""
+        """Write the names as JSON, and the places of what lies in shards, whole or not at all."""
         values = {"paths": self.names(), "labels": self._labels(), "class_names": self.class_names}
+        if isinstance(self.source, Parts):
+            values |= {"shards": self.source.shards, "places": self.source.table[:, self._positions()].tolist()}
         write_text(Path(path), json.dumps(values))
 
     @classmethod
-    def load(cls, path: str | Path) -> Images:
-        """Read what `save` wrote of files.
+    def load(cls, path: str | Path, storage: Storage = ANY) -> Images:
+        """Read what `save` wrote of files and shards.
+
+        Args:
+            path: of what it wrote.
+            storage: that reads the images.
 
         Raises:
             ValueError: if the file holds something else.
@@ -147,6 +155,9 @@ class Images:
         try:
             values = json.loads(read_bytes(Path(path), MAX_INDEX))
             found = cls.of_files(values["paths"], values["labels"], values["class_names"])
+            if "shards" in values:
+                places = np.array(values["places"], dtype=np.int64)
+                found = replace(found, source=Parts(values["paths"], values["shards"], places, storage))
             if found.labels is not None and found.labels.shape != (len(found),):
                 raise ValueError(f"{len(found.labels)} labels of {len(found)} images")
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
@@ -154,28 +165,31 @@ class Images:
         return found
 
 
-def find_images(sources: Sequence[str], *, key: str = "data.path") -> Images:
+def find_images(sources: Sequence[str], *, key: str = "data.path", storage: Storage = ANY) -> Images:
     """All images of one or several sources, sorted by path and without duplicates.
 
     Args:
         sources: folders (searched recursively; links are followed, hidden files and folders skipped), .txt files with
             one path a line (relative ones start at the list's folder; any suffix), glob patterns (`**` is recursive; a
-            folder that matches is searched) or single images.
+            folder that matches is searched), single images, or tar files, wherever they are found: see shards.py.
         key: the setting that errors name.
+        storage: that reads tar files and images.
 
     Raises:
         ValueError: for a source that is missing, cannot be listed, or holds no image.
     """
-    found, others = set[str](), Counter[str]()
-    for source in sources:
-        paths = list(_expand(source, key, others))
+    found, others, shards = set[str](), Counter[str](), Shards(storage, key)
+    expanded = [list(_expand(source, key, others)) for source in sources]
+    shards.learn(path for paths in expanded for path in paths if is_shard(path))
+    for source, paths in zip(sources, expanded, strict=True):
+        paths = [name for path in paths for name in (shards.labels(path) if is_shard(path) else [path])]
         if not paths:
             raise ValueError(
                 f"{key}: {source!r} holds no image ({' '.join(SUFFIXES)}): "
                 "give a folder of images, a .txt file that lists paths, or a glob pattern"
             )
         found.update(paths)
-    return replace(Images.of_files(sorted(found)), notes=_left_out(others, key))
+    return Images(shards.source(sorted(found)), notes=_left_out(others, key) + shards.notes())
 
 
 def _expand(source: str, key: str, others: Counter[str]) -> Iterator[str]:
@@ -185,14 +199,14 @@ def _expand(source: str, key: str, others: Counter[str]) -> Iterator[str]:
     elif path.suffix.lower() == ".txt" and path.is_file():
         yield from _read_list(path, key)
     elif path.is_file():
-        yield from [_absolute(path)] if _is_image(path.name) else []
+        yield from _image_or_shard(path, key)
     elif glob.has_magic(source):
         # Not Path.glob: it takes no absolute pattern.
         for match in glob.glob(str(path), recursive=True):  # noqa: PTH207
             if Path(match).is_dir():
                 yield from _walk(Path(match), key, others)
-            elif _is_image(Path(match).name):
-                yield _absolute(match)
+            else:
+                yield from _image_or_shard(Path(match), key)
     else:
         raise ValueError(
             f"{key}: {source!r} does not exist: "
@@ -200,17 +214,25 @@ def _expand(source: str, key: str, others: Counter[str]) -> Iterator[str]:
         )
 
 
+def _image_or_shard(path: Path, key: str) -> Iterator[str]:
+    if path.name.endswith(COMPRESSED):
+        raise ValueError(f"{key}: {str(path)!r} is compressed, so that no image can be read alone: unpack it")
+    if is_image(path.name) or is_shard(path.name):
+        yield _absolute(path)
+
+
+def is_shard(path: str) -> bool:
+    """Whether a file is a tar file by its name."""
+    return path.endswith(SUFFIX) and not os.path.basename(path).startswith(".")  # noqa: PTH119
+
+
 def _absolute(path: str | Path) -> str:
     # Links are kept: Path.resolve would ask the file system about every part of every path.
     return os.path.abspath(path)  # noqa: PTH100
 
 
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
-
-
 def _walk(root: Path, key: str, others: Counter[str]) -> Iterator[str]:
-    """The images below a folder; files of other formats are counted in `others`, by suffix.
+    """The images and shards below a folder; files of other formats are counted in `others`, by suffix.
 
     Hidden files and folders, those of systems, and the directories of runs, whose pictures are no images to learn from,
     are passed over, and so is everything that is no file.
@@ -234,7 +256,7 @@ def _walk(root: Path, key: str, others: Counter[str]) -> Iterator[str]:
         folders += [entry.path for entry in shown if entry.is_dir() and entry.name not in SYSTEM_FOLDERS]
         for entry in shown:
             if entry.is_file():
-                if _is_image(entry.name):
+                if is_image(entry.name) or is_shard(entry.name):
                     yield entry.path
                 else:
                     others[os.path.splitext(entry.name)[1].lower()] += 1  # noqa: PTH122
@@ -271,30 +293,37 @@ def _read_list(path: Path, key: str) -> Iterator[str]:
             yield _absolute(folder / Path(line.strip()).expanduser())
 
 
-def find_labelled(source: str, class_names: Sequence[str] | None = None, *, key: str | None = None) -> Images:
-    """Labelled images, sorted by path: one folder a class, or a CSV file with the columns path and label.
+def find_labelled(
+    source: str, class_names: Sequence[str] | None = None, *, key: str | None = None, storage: Storage = ANY
+) -> Images:
+    """Labelled images, sorted by path: one folder a class, a CSV file with the columns path and label, or tar files.
 
     Args:
-        source: a folder whose sub-folders are the classes (images at any depth below each), or a .csv file whose
-            relative paths start at its folder.
+        source: a folder whose sub-folders are the classes (images at any depth below each), a .csv file whose
+            relative paths start at its folder, or tar files with labels (see shards.py): one, a folder of them, or a
+            glob pattern.
         class_names: the classes of the training set, for images held out; labels then point into it. By default the
             classes are the labels found, in alphabetical order, or in numerical order if all are integers.
         key: the setting that errors name, by default data.path, or data.val_path if class_names are given.
+        storage: that reads tar files and images.
 
     Raises:
         ValueError: for a source that is missing or malformed, a label not in class_names, or fewer than two classes.
     """
     others = Counter[str]()
     key = key or ("data.path" if class_names is None else "data.val_path")
-    path = Path(source).expanduser()
-    if path.is_dir():
+    path, shards = Path(source).expanduser(), Shards(storage, key)
+    if (tars := _tars(source, path, key)) is not None:
+        label_of = _labels_of(tars, shards, source, key)
+    elif path.is_dir():
         label_of = _class_folders(path, key, others, may_be_empty=class_names is not None)
     elif path.suffix.lower() == ".csv" and path.is_file():
         label_of = _read_csv(path, key)
     else:
-        problem = "is neither a folder nor a .csv file" if path.exists() else "does not exist"
+        problem = "is neither a folder, a .csv nor a .tar file" if path.exists() else "does not exist"
         raise ValueError(
-            f"{key}: {source!r} {problem}: give a folder with one sub-folder a class, or a CSV with columns path,label"
+            f"{key}: {source!r} {problem}: give a folder with one sub-folder a class, a CSV with columns path,label, "
+            "or tar files with labels"
         )
     names = _sort_classes(set(label_of.values())) if class_names is None else list(class_names)
     if unknown := sorted(set(label_of.values()) - set(names)):
@@ -307,8 +336,33 @@ def find_labelled(source: str, class_names: Sequence[str] | None = None, *, key:
         _warn_of_names(names, key)
     number = {name: i for i, name in enumerate(names)}
     paths = sorted(label_of)
-    found = Images.of_files(paths, [number[label_of[path]] for path in paths], names)
-    return replace(found, notes=_left_out(others, key))
+    labels = np.array([number[label_of[path]] for path in paths], dtype=np.int64)
+    return Images(shards.source(paths), None, labels, tuple(names), _left_out(others, key) + shards.notes())
+
+
+def _tars(source: str, path: Path, key: str) -> list[str] | None:
+    """The tar files that a source of labelled images names: itself, those in a folder, or those that match."""
+    if path.is_dir():
+        found = [str(inner) for inner in path.iterdir() if is_shard(inner.name)]
+    elif glob.has_magic(source) and not path.exists():
+        found = [tar for match in glob.glob(str(path), recursive=True) for tar in _image_or_shard(Path(match), key)]  # noqa: PTH207
+    else:
+        found = list(_image_or_shard(path, key)) if path.is_file() else []
+    return sorted(_absolute(tar) for tar in found if is_shard(tar)) or None
+
+
+def _labels_of(tars: list[str], shards: Shards, source: str, key: str) -> dict[str, str]:
+    shards.learn(tars)
+    found = [pair for tar in tars for pair in shards.labels(tar).items()]
+    label_of = {name: label for name, label in found if label or is_image(os.path.basename(name))}  # noqa: PTH119
+    if not label_of:
+        raise ValueError(f"{key}: {source!r} holds no image ({' '.join(SUFFIXES)}): give tar files of labelled images")
+    if without := [name for name, label in label_of.items() if not label]:
+        raise ValueError(
+            f"{key}: {printable(without[0])} and {len(without) - 1} more of {len(label_of)} images have no label: put "
+            ".cls, .json or .txt beside each in its tar file"
+        )
+    return {name: _class_name(label, key) for name, label in label_of.items()}
 
 
 def _some(names: Sequence[str]) -> str:

@@ -32,6 +32,7 @@ STARTED = (
     "val_files.json",
     "train.log",
     "bad_files.txt",
+    "index/*.index",
     "tensorboard/events.*",
     "tensorboard/fcmae/events.*",
 )
@@ -58,7 +59,7 @@ RESULTS = (
     "last/model.safetensors",
     "last/predictions.csv",
 )
-FOLDERS = ("checkpoints", "tensorboard", "reconstructions", "best", "last")
+FOLDERS = ("index", "checkpoints", "tensorboard", "reconstructions", "best", "last")
 ASIDE = ".tmp-checkpoints"
 SAVED = ".saved"  # there once a checkpoint was: without one, the run is finished and tidied up, or somebody's loss
 
