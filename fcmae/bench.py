@@ -416,7 +416,7 @@ def _train_images(cfg: BenchConfig) -> Images:
     from fcmae.data.split import split
     from fcmae.data.storage import Storage
 
-    found = find_images(cfg.data.path, storage=Storage.of_run(cfg.out, cfg.data.index))
+    found = find_images(cfg.data.path, storage=Storage.of_run(cfg.out, cfg.data.index, cfg.data.cache_gb))
     return split(found, cfg.data.val_share, cfg.seed)[0]
 
 

@@ -298,7 +298,8 @@ def run_images(cfg: FinetuneConfig, run: RunDirectory, weights: Weights) -> tupl
         run: its directory.
         weights: when only evaluating, the classes are those of the weights.
     """
-    cached, storage = (run.path / "files.json", run.path / "val_files.json"), Storage.of_run(run.path, cfg.data.index)
+    cached = (run.path / "files.json", run.path / "val_files.json")
+    storage = Storage.of_run(run.path, cfg.data.index, cfg.data.cache_gb)
     if run.kept("data.path", "data.val_path") and all(path.is_file() for path in cached):
         return Images.load(cached[0], storage), Images.load(cached[1], storage)
     names = weights.class_names if cfg.eval_only else None

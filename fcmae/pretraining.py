@@ -186,7 +186,7 @@ def train(
 def run_images(cfg: PretrainConfig, run: RunDirectory) -> Images:
     """The images: as listed in the run directory, else found."""
     cached = run.path / "files.json"
-    storage = Storage.of_run(run.path, cfg.data.index)
+    storage = Storage.of_run(run.path, cfg.data.index, cfg.data.cache_gb)
     if run.kept("data.path") and cached.is_file():
         return Images.load(cached, storage)
     return find_images(cfg.data.path, storage=storage)

@@ -97,6 +97,8 @@ class ImageConfig(Section):
     bits), and of deeper ones fewer are read. A larger image counts as unreadable."""
     index: Literal["run", "beside"] = "run"
     """Where it is kept what lies where in tar files: in the run directory, or beside them for all runs."""
+    cache_gb: float = Field(0, ge=0)
+    """Gigabytes of images from URLs that are kept in the run directory, those used last; they must not change there."""
     num_workers: int | None = Field(None, ge=0)
     """Processes that decode images, for each training process. Default: 1 on CPU, up to 8 on a GPU."""
 
@@ -108,7 +110,8 @@ class ImageConfig(Section):
 
 class PretrainData(ImageConfig):
     path: Annotated[list[UserText], Spelling("IMAGES", commas=False)] = Field([])
-    """Folders (searched recursively), tar files, text files that list paths, or glob patterns. No labels are needed."""
+    """Folders (searched recursively), tar files, text files that list paths, or glob patterns, here or by URL (s3://,
+    https:// and others). No labels are needed."""
     masks_per_image: int = Field(1, ge=1)
     """Masks that each decoded crop is trained under within a step: n of them decode n times fewer images. batch_size
     counts an image under each of its masks."""
@@ -590,6 +593,7 @@ FREE_ON_RESUME = frozenset(
         "data.path",
         "data.val_path",
         "data.index",
+        "data.cache_gb",
         "data.num_workers",
         "data.max_bad_share",
         "model.license",

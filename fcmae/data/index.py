@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import glob
 import hashlib
+import io
 import json
 import logging
 import os
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from fcmae.atomic import read_bytes, write_text
 from fcmae.data.shards import COMPRESSED, SUFFIX, SUFFIXES, Parts, Shards, is_image
 from fcmae.data.source import BadImage, Files, Source, printable
-from fcmae.data.storage import Storage
+from fcmae.data.storage import Storage, canonical, is_remote, joined, listed
 
 logger = logging.getLogger("fcmae")
 
@@ -171,7 +172,8 @@ def find_images(sources: Sequence[str], *, key: str = "data.path", storage: Stor
     Args:
         sources: folders (searched recursively; links are followed, hidden files and folders skipped), .txt files with
             one path a line (relative ones start at the list's folder; any suffix), glob patterns (`**` is recursive; a
-            folder that matches is searched), single images, or tar files, wherever they are found: see shards.py.
+            folder that matches is searched), single images, or tar files, wherever they are found: see shards.py. Each
+            may be a URL that fsspec knows, such as s3://bucket/photos.
         key: the setting that errors name.
         storage: that reads tar files and images.
 
@@ -194,10 +196,12 @@ def find_images(sources: Sequence[str], *, key: str = "data.path", storage: Stor
 
 def _expand(source: str, key: str, others: Counter[str]) -> Iterator[str]:
     path = Path(source).expanduser()
-    if path.is_dir():
+    if is_remote(source):
+        yield from _expand_remote(source, key, others)
+    elif path.is_dir():
         yield from _walk(path, key, others)
     elif path.suffix.lower() == ".txt" and path.is_file():
-        yield from _read_list(path, key)
+        yield from _read_list(str(path), key)
     elif path.is_file():
         yield from _image_or_shard(path, key)
     elif glob.has_magic(source):
@@ -219,6 +223,40 @@ def _image_or_shard(path: Path, key: str) -> Iterator[str]:
         raise ValueError(f"{key}: {str(path)!r} is compressed, so that no image can be read alone: unpack it")
     if is_image(path.name) or is_shard(path.name):
         yield _absolute(path)
+
+
+def _expand_remote(source: str, key: str, others: Counter[str]) -> Iterator[str]:
+    name = source.rpartition("/")[2]
+    if name.endswith(COMPRESSED):
+        raise ValueError(f"{key}: {source!r} is compressed, so that no image can be read alone: unpack it")
+    if name.lower().endswith(".txt"):
+        yield from _read_list(source, key)
+    elif _is_pattern(source):
+        yield from (path for path in _listed(source, key, "glob") if is_image(os.path.basename(path)) or is_shard(path))  # noqa: PTH119
+    elif is_image(name) or is_shard(name):
+        yield source
+    else:
+        paths = _listed(source, key, "find")
+        root = canonical(source)
+        for path in paths:
+            *folders, name = path[len(root) + 1 :].split("/")
+            if any(part.startswith(".") or part in SYSTEM_FOLDERS for part in (*folders, name)):
+                continue
+            if is_image(name) or is_shard(name):
+                yield path
+            else:
+                others[os.path.splitext(name)[1].lower()] += 1  # noqa: PTH122
+
+
+def _is_pattern(url: str) -> bool:
+    return "*" in url or "[" in url  # a question mark begins a query
+
+
+def _listed(source: str, key: str, method: str) -> list[str]:
+    try:
+        return listed(source, method)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{key}: {source!r} cannot be listed ({error}): see that it is there and yours") from error
 
 
 def is_shard(path: str) -> bool:
@@ -280,17 +318,15 @@ def _left_out(others: Counter[str], key: str) -> tuple[str, ...]:
     return (f"{key}: files that are no images were left out: {', '.join(counts)}",)
 
 
-def _read_list(path: Path, key: str) -> Iterator[str]:
+def _read_list(address: str, key: str) -> Iterator[str]:
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = ANY.read(address).decode("utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:
         raise ValueError(
-            f"{key}: {path} cannot be read ({error}): give a UTF-8 text file with one path a line"
+            f"{key}: {address} cannot be read ({error}): give a UTF-8 text file with one path a line"
         ) from error
-    folder = path.parent
-    for line in lines:
-        if line.strip():
-            yield _absolute(folder / Path(line.strip()).expanduser())
+    folder = os.path.dirname(address)  # noqa: PTH120
+    yield from (joined(folder, line.strip()) for line in lines if line.strip())
 
 
 def find_labelled(
@@ -301,7 +337,7 @@ def find_labelled(
     Args:
         source: a folder whose sub-folders are the classes (images at any depth below each), a .csv file whose
             relative paths start at its folder, or tar files with labels (see shards.py): one, a folder of them, or a
-            glob pattern.
+            glob pattern. Each may be a URL.
         class_names: the classes of the training set, for images held out; labels then point into it. By default the
             classes are the labels found, in alphabetical order, or in numerical order if all are integers.
         key: the setting that errors name, by default data.path, or data.val_path if class_names are given.
@@ -315,10 +351,13 @@ def find_labelled(
     path, shards = Path(source).expanduser(), Shards(storage, key)
     if (tars := _tars(source, path, key)) is not None:
         label_of = _labels_of(tars, shards, source, key)
-    elif path.is_dir():
-        label_of = _class_folders(path, key, others, may_be_empty=class_names is not None)
-    elif path.suffix.lower() == ".csv" and path.is_file():
-        label_of = _read_csv(path, key)
+    elif path.suffix.lower() == ".csv" and (is_remote(source) or path.is_file()):
+        label_of = _read_csv(source if is_remote(source) else str(path), key)
+    elif path.is_dir() or is_remote(source):
+        label_of = _class_folders(source, key, others, may_be_empty=class_names is not None)
+        shards.learn(tar for tar in label_of if is_shard(tar))
+        for tar in [tar for tar in label_of if is_shard(tar)]:
+            label_of.update(dict.fromkeys(shards.labels(tar), label_of.pop(tar)))
     else:
         problem = "is neither a folder, a .csv nor a .tar file" if path.exists() else "does not exist"
         raise ValueError(
@@ -342,13 +381,16 @@ def find_labelled(
 
 def _tars(source: str, path: Path, key: str) -> list[str] | None:
     """The tar files that a source of labelled images names: itself, those in a folder, or those that match."""
-    if path.is_dir():
-        found = [str(inner) for inner in path.iterdir() if is_shard(inner.name)]
+    if is_remote(source):
+        is_file = source.endswith((".csv", SUFFIX, *COMPRESSED)) or _is_pattern(source)
+        found = list(_expand_remote(source, key, Counter())) if is_file else _listed(source, key, "ls")
+    elif path.is_dir():
+        found = [_absolute(inner) for inner in path.iterdir()]
     elif glob.has_magic(source) and not path.exists():
         found = [tar for match in glob.glob(str(path), recursive=True) for tar in _image_or_shard(Path(match), key)]  # noqa: PTH207
     else:
         found = list(_image_or_shard(path, key)) if path.is_file() else []
-    return sorted(_absolute(tar) for tar in found if is_shard(tar)) or None
+    return sorted(tar for tar in found if is_shard(tar) and not os.path.isdir(tar)) or None  # noqa: PTH112
 
 
 def _labels_of(tars: list[str], shards: Shards, source: str, key: str) -> dict[str, str]:
@@ -375,26 +417,40 @@ def _sort_classes(names: set[str]) -> list[str]:
     return sorted(names)
 
 
-def _class_folders(root: Path, key: str, others: Counter[str], *, may_be_empty: bool) -> dict[str, str]:
+def _class_folders(source: str, key: str, others: Counter[str], *, may_be_empty: bool) -> dict[str, str]:
+    """The images and shards in each sub-folder, and its name."""
+    if is_remote(source):
+        paths, found = list(_expand_remote(source, key, others)), dict[str, list[str]]()
+        root = canonical(source)
+        for path in paths:
+            name, slash, _ = path[len(root) + 1 :].partition("/")
+            if slash:
+                found.setdefault(name, []).append(path)
+        _refuse_splits(root, set(found), key)
+    else:
+        root = str(Path(source).expanduser())
+        folders = [path for path in sorted(Path(root).iterdir()) if path.is_dir() and not path.name.startswith(".")]
+        folders = [path for path in folders if path.name not in SYSTEM_FOLDERS]
+        _refuse_splits(root, {path.name for path in folders}, key)
+        found = {folder.name: list(_walk(folder, key, others)) for folder in folders}
     label_of = dict[str, str]()
-    folders = [path for path in sorted(root.iterdir()) if path.is_dir() and not path.name.startswith(".")]
-    folders = [path for path in folders if path.name not in SYSTEM_FOLDERS]
-    names = {path.name for path in folders}
+    for name, images in found.items():
+        if not images and not may_be_empty:
+            raise ValueError(f"{key}: the class folder '{root}/{name}' holds no image: fill or remove it")
+        label_of.update(dict.fromkeys(images, _class_name(name, key)))
+    if not label_of:
+        raise ValueError(f"{key}: {root!r} has no sub-folder with images: put each class in a folder of its own")
+    return label_of
+
+
+def _refuse_splits(root: str, names: set[str], key: str) -> None:
     if len(names) > 1 and {name.lower() for name in names} <= SPLITS:
         held_out = sorted(names - {"train", "training"})
         raise ValueError(
-            f"{key}: {str(root)!r} holds splits ({', '.join(sorted(names))}) and no classes: give the folder of one of "
-            f"them, such as data.path {root / sorted(names & {'train', 'training'} or names)[0]} with data.val_path "
-            f"{root / held_out[-1]}"
+            f"{key}: {root!r} holds splits ({', '.join(sorted(names))}) and no classes: give the folder of one of "
+            f"them, such as data.path {root}/{sorted(names & {'train', 'training'} or names)[0]} with data.val_path "
+            f"{root}/{held_out[-1]}"
         )
-    for folder in folders:
-        images = list(_walk(folder, key, others))
-        if not images and not may_be_empty:
-            raise ValueError(f"{key}: the class folder {str(folder)!r} holds no image: fill or remove it")
-        label_of.update(dict.fromkeys(images, _class_name(folder.name, key)))
-    if not label_of:
-        raise ValueError(f"{key}: {str(root)!r} has no sub-folder with images: put each class in a folder of its own")
-    return label_of
 
 
 def _class_name(name: str, key: str) -> str:
@@ -413,26 +469,27 @@ def _warn_of_names(names: Sequence[str], key: str) -> None:
         logger.warning("%s: the classes %s differ in their case only", key, " and ".join(map(repr, twice[:2])))
 
 
-def _read_csv(path: Path, key: str) -> dict[str, str]:
-    label_of: dict[str, str] = {}
+def _read_csv(address: str, key: str) -> dict[str, str]:
+    label_of, folder = dict[str, str](), os.path.dirname(address)  # noqa: PTH120
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = csv.DictReader(file, skipinitialspace=True)
-            columns = rows.fieldnames or []
-            if not {"path", "label"} <= set(columns):
-                raise ValueError(f"{key}: the header of {path} is {','.join(columns)!r}: it needs path and label")
-            for row in rows:
-                image, label = (row["path"] or "").strip(), _class_name((row["label"] or "").strip(), key)
-                if not image or not label:
-                    raise ValueError(f"{key}: line {rows.line_num} of {path} lacks its path or label: complete it")
-                image = _absolute(path.parent / Path(image).expanduser())
-                if label_of.setdefault(image, label) != label:
-                    raise ValueError(
-                        f"{key}: line {rows.line_num} of {path} gives {image} the label {label!r}, "
-                        f"an earlier one {label_of[image]!r}: keep one"
-                    )
+        rows = csv.DictReader(io.StringIO(ANY.read(address).decode("utf-8-sig"), newline=""), skipinitialspace=True)
+        columns = rows.fieldnames or []
+        if not {"path", "label"} <= set(columns):
+            raise ValueError(f"{key}: the header of {address} is {','.join(columns)!r}: it needs path and label")
+        for row in rows:
+            image, label = (row["path"] or "").strip(), _class_name((row["label"] or "").strip(), key)
+            if not image or not label:
+                raise ValueError(f"{key}: line {rows.line_num} of {address} lacks its path or label: complete it")
+            image = joined(folder, image)
+            if label_of.setdefault(image, label) != label:
+                raise ValueError(
+                    f"{key}: line {rows.line_num} of {address} gives {image} the label {label!r}, "
+                    f"an earlier one {label_of[image]!r}: keep one"
+                )
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{key}: {path} cannot be read ({error}): give a UTF-8 CSV with columns path,label") from error
+        raise ValueError(
+            f"{key}: {address} cannot be read ({error}): give a UTF-8 CSV with columns path,label"
+        ) from error
     if not label_of:
-        raise ValueError(f"{key}: {path} lists no image: give one path,label a line")
+        raise ValueError(f"{key}: {address} lists no image: give one path,label a line")
     return label_of

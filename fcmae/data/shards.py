@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from fcmae.data.cores import num_cores
 from fcmae.data.source import Files, Names, Source, printable
-from fcmae.data.storage import Storage
+from fcmae.data.storage import Storage, is_remote
 
 SUFFIX = ".tar"
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".npy")
@@ -109,11 +109,12 @@ def scan(file: BinaryIO) -> Members:
         ValueError: if it is compressed, or no tar file.
         OSError: if it cannot be read.
     """
+    total = file.seek(0, os.SEEK_END)
+    file.seek(0)
     begin = file.read(BLOCK)
     for magic, name in MAGIC.items():
         if begin.startswith(magic):
             raise ValueError(f"it is compressed by {name}, so that no image can be read alone: unpack it")
-    total = file.seek(0, os.SEEK_END)
     file.seek(0)
     names, places, texts, end = list[str](), list[tuple[int, int]](), dict[str, str](), 0
 
@@ -225,7 +226,10 @@ class Shards:
         except (OSError, ValueError) as error:
             why = (isinstance(error, OSError) and error.strerror) or error
             raise ValueError(f"{self._key}: {shard!r} cannot be used ({why}): repair it, or leave it out") from error
-        self._storage.keep(shard, name, members.packed(stamp))
+        try:
+            self._storage.keep(shard, name, members.packed(stamp))
+        except OSError as error:
+            raise ValueError(f"data.index: the index of {shard!r} cannot be written ({error})") from error
         return members
 
     def labels(self, shard: str) -> dict[str, str]:
@@ -248,7 +252,7 @@ class Shards:
             ValueError: for a tar file that cannot be read.
         """
         shards = sorted({shard for address in addresses if (shard := shard_of(address)) is not None})
-        if not shards:
+        if not shards and not any(map(is_remote, addresses)):
             return Files(addresses)
         self.learn(shards)
         wanted = {address: i for i, address in enumerate(addresses)}

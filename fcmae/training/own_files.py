@@ -33,6 +33,7 @@ STARTED = (
     "train.log",
     "bad_files.txt",
     "index/*.index",
+    "cache/*/*.read",
     "tensorboard/events.*",
     "tensorboard/fcmae/events.*",
 )
@@ -59,7 +60,7 @@ RESULTS = (
     "last/model.safetensors",
     "last/predictions.csv",
 )
-FOLDERS = ("index", "checkpoints", "tensorboard", "reconstructions", "best", "last")
+FOLDERS = ("index", "cache", "checkpoints", "tensorboard", "reconstructions", "best", "last")
 ASIDE = ".tmp-checkpoints"
 SAVED = ".saved"  # there once a checkpoint was: without one, the run is finished and tidied up, or somebody's loss
 
