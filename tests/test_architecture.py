@@ -28,6 +28,7 @@ ORDER = [
     "fcmae.threads",
     "fcmae.data.source",
     "fcmae.data.storage",
+    "fcmae.data.tables",
     "fcmae.data.shards",
     "fcmae.data.index",
     "fcmae.data.split",

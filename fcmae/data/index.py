@@ -20,9 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fcmae.atomic import read_bytes, write_text
-from fcmae.data.shards import COMPRESSED, SUFFIX, SUFFIXES, Parts, Shards, is_image
+from fcmae.data.shards import COMPRESSED, SHARDS, SUFFIXES, Parts, Shards, is_damage, is_image, is_shard
 from fcmae.data.source import BadImage, Files, Source, printable
 from fcmae.data.storage import Storage, canonical, is_remote, joined, listed
+from fcmae.data.tables import can_read
 
 logger = logging.getLogger("fcmae")
 
@@ -187,8 +188,8 @@ def find_images(sources: Sequence[str], *, key: str = "data.path", storage: Stor
         paths = [name for path in paths for name in (shards.labels(path) if is_shard(path) else [path])]
         if not paths:
             raise ValueError(
-                f"{key}: {source!r} holds no image ({' '.join(SUFFIXES)}): "
-                "give a folder of images, a .txt file that lists paths, or a glob pattern"
+                f"{key}: {source!r} holds no image ({' '.join(SUFFIXES)}): give a folder of images, a .txt file that "
+                f"lists paths, or a glob pattern{'' if can_read() else '; tables need `pip install fcmae[parquet]`'}"
             )
         found.update(paths)
     return Images(shards.source(sorted(found)), notes=_left_out(others, key) + shards.notes())
@@ -259,11 +260,6 @@ def _listed(source: str, key: str, method: str) -> list[str]:
         raise ValueError(f"{key}: {source!r} cannot be listed ({error}): see that it is there and yours") from error
 
 
-def is_shard(path: str) -> bool:
-    """Whether a file is a tar file by its name."""
-    return path.endswith(SUFFIX) and not os.path.basename(path).startswith(".")  # noqa: PTH119
-
-
 def _absolute(path: str | Path) -> str:
     # Links are kept: Path.resolve would ask the file system about every part of every path.
     return os.path.abspath(path)  # noqa: PTH100
@@ -294,7 +290,7 @@ def _walk(root: Path, key: str, others: Counter[str]) -> Iterator[str]:
         folders += [entry.path for entry in shown if entry.is_dir() and entry.name not in SYSTEM_FOLDERS]
         for entry in shown:
             if entry.is_file():
-                if is_image(entry.name) or is_shard(entry.name):
+                if is_image(entry.name) or (is_shard(entry.name) and (entry.name.endswith(".tar") or can_read())):
                     yield entry.path
                 else:
                     others[os.path.splitext(entry.name)[1].lower()] += 1  # noqa: PTH122
@@ -382,7 +378,7 @@ def find_labelled(
 def _tars(source: str, path: Path, key: str) -> list[str] | None:
     """The tar files that a source of labelled images names: itself, those in a folder, or those that match."""
     if is_remote(source):
-        is_file = source.endswith((".csv", SUFFIX, *COMPRESSED)) or _is_pattern(source)
+        is_file = source.endswith((".csv", *SHARDS, *COMPRESSED)) or _is_pattern(source)
         found = list(_expand_remote(source, key, Counter())) if is_file else _listed(source, key, "ls")
     elif path.is_dir():
         found = [_absolute(inner) for inner in path.iterdir()]
@@ -396,13 +392,13 @@ def _tars(source: str, path: Path, key: str) -> list[str] | None:
 def _labels_of(tars: list[str], shards: Shards, source: str, key: str) -> dict[str, str]:
     shards.learn(tars)
     found = [pair for tar in tars for pair in shards.labels(tar).items()]
-    label_of = {name: label for name, label in found if label or is_image(os.path.basename(name))}  # noqa: PTH119
+    label_of = {name: label for name, label in found if label or not is_damage(name)}
     if not label_of:
         raise ValueError(f"{key}: {source!r} holds no image ({' '.join(SUFFIXES)}): give tar files of labelled images")
     if without := [name for name, label in label_of.items() if not label]:
         raise ValueError(
             f"{key}: {printable(without[0])} and {len(without) - 1} more of {len(label_of)} images have no label: put "
-            ".cls, .json or .txt beside each in its tar file"
+            ".cls, .json or .txt beside each in its tar file, or a column label into its table"
         )
     return {name: _class_name(label, key) for name, label in label_of.items()}
 

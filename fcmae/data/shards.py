@@ -1,4 +1,4 @@
-"""Images in tar files, which are read one by one through an index of where each lies.
+"""Images in tar files and tables, which are read one by one through an index of where each lies.
 
 A tar is read as the folder that was packed into it. Beside an image may lie its label, as in the convention of
 WebDataset: NAME.cls, NAME.json or NAME.txt. An image is called by the tar's address, a slash, and its name in the tar.
@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import tarfile
 import zipfile
 import zlib
@@ -26,14 +27,18 @@ from tqdm import tqdm
 from fcmae.data.cores import num_cores
 from fcmae.data.source import Files, Names, Source, printable
 from fcmae.data.storage import Storage, is_remote
+from fcmae.data.tables import ARROW, EMPTY, PARQUET, read_row
+from fcmae.data.tables import scan as scan_table
 
-SUFFIX = ".tar"
+TAR = ".tar"
+SHARDS = (TAR, PARQUET, ARROW)
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".npy")
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 BLOCK = 512  # bytes; a member's header is one
 LABELS = (".cls", ".json", ".txt")  # the first that an image has counts
 MAX_LABEL = 1 << 16  # bytes
+_SHARD = re.compile("(" + "|".join(map(re.escape, SHARDS)) + ")/")
 
 # In place of a size.
 WHOLE, DAMAGED, TWICE, MISSING = -1, -2, -3, -4
@@ -41,6 +46,7 @@ REASONS = {
     DAMAGED: "the shard is damaged here: pack it again",
     TWICE: "the shard has an earlier member of this name: pack it again",
     MISSING: "the shard has no such member",
+    EMPTY: "its row has no bytes of an image",
 }
 
 
@@ -49,13 +55,23 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(SUFFIXES) and not name.startswith(".")
 
 
+def is_damage(address: str) -> bool:
+    """Whether it stands for bytes of a tar file that are no member: see `scan`."""
+    name = os.path.basename(address)  # noqa: PTH119
+    return name.startswith("@") and not is_image(name)
+
+
+def is_shard(address: str) -> bool:
+    """Whether a file is a tar file or a table by its name; datasets' own caches are neither."""
+    name = os.path.basename(address)  # noqa: PTH119
+    return name.endswith(SHARDS) and not name.startswith((".", "cache-"))
+
+
 def shard_of(address: str) -> str | None:
-    """The tar file that an image's address lies in, if it lies in one."""
-    end = address.find(f"{SUFFIX}/")
-    while end >= 0:
-        if not os.path.isdir(place := address[: end + len(SUFFIX)]):  # noqa: PTH112
+    """The tar file or table that an image's address lies in, if it lies in one."""
+    for end in _SHARD.finditer(address):
+        if not os.path.isdir(place := address[: end.end() - 1]):  # noqa: PTH112
             return place
-        end = address.find(f"{SUFFIX}/", end + 1)
     return None
 
 
@@ -221,8 +237,12 @@ class Shards:
             name = f"{hashlib.sha256(os.fsencode(shard)).hexdigest()[:32]}.index"
             if (kept := self._storage.recall(shard, name)) and (members := Members.unpacked(kept, stamp)):
                 return members
-            with self._storage.open(shard) as file:
-                members = scan(file)
+            if shard.endswith(TAR):
+                with self._storage.open(shard) as file:
+                    members = scan(file)
+            else:
+                starts, sizes, labels = scan_table(self._storage, shard)
+                members = Members([f"{row:09}" for row in range(len(starts))], starts, sizes, labels)
         except (OSError, ValueError) as error:
             why = (isinstance(error, OSError) and error.strerror) or error
             raise ValueError(f"{self._key}: {shard!r} cannot be used ({why}): repair it, or leave it out") from error
@@ -300,6 +320,10 @@ class Parts(Source):
         if number < 0:
             return self._storage.read(name)
         shard = self.shards[number]
+        if shard.endswith(PARQUET):
+            return read_row(self._storage, shard, start, size)
+        if shard.endswith(ARROW):
+            return self._storage.read(shard, start, size)
         # With its header: that it is there still, as it was when the index was made.
         content = self._storage.read(shard, start - BLOCK, size + BLOCK)
         try:
