@@ -254,7 +254,8 @@ def test_datasets_of_any_source_reach_the_workers(folder: Path) -> None:
 
 # Who may know of files
 
-# source.py and storage.py open them, shards.py looks into tars, index.py finds them and keeps their names, bad_files.py writes a list, cores.py reads limits.
+# source.py and storage.py open them, shards.py and tables.py look into them, index.py finds them and keeps their names,
+# bad_files.py writes a list, cores.py reads limits.
 KNOW_FILES = {"source", "storage", "shards", "index", "bad_files", "cores"}
 OTHERS = [path for path in Path(fcmae.data.__file__).parent.glob("*.py") if path.stem not in KNOW_FILES]
 

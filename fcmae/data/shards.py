@@ -67,12 +67,19 @@ def is_shard(address: str) -> bool:
     return name.endswith(SHARDS) and not name.startswith((".", "cache-"))
 
 
-def shard_of(address: str) -> str | None:
-    """The tar file or table that an image's address lies in, if it lies in one."""
-    for end in _SHARD.finditer(address):
-        if not os.path.isdir(place := address[: end.end() - 1]):  # noqa: PTH112
-            return place
-    return None
+def shards_of(addresses: Iterable[str]) -> Iterator[str | None]:
+    """For each image's address the tar file or table that it lies in, or None."""
+    is_folder = dict[str, bool]()  # a folder may be called so too: each is looked at once
+    for address in addresses:
+        found = None
+        for end in _SHARD.finditer(address):
+            place = address[: end.end() - 1]
+            if place not in is_folder:
+                is_folder[place] = os.path.isdir(place)  # noqa: PTH112
+            if not is_folder[place]:
+                found = place
+                break
+        yield found
 
 
 @dataclass(frozen=True)
@@ -271,20 +278,21 @@ class Shards:
         Raises:
             ValueError: for a tar file that cannot be read.
         """
-        shards = sorted({shard for address in addresses if (shard := shard_of(address)) is not None})
+        lies_in = list(shards_of(addresses))
+        shards = sorted({shard for shard in lies_in if shard is not None})
         if not shards and not any(map(is_remote, addresses)):
             return Files(addresses)
         self.learn(shards)
         wanted = {address: i for i, address in enumerate(addresses)}
-        table = np.full((3, len(addresses)), [[-1], [0], [WHOLE]], np.int64)  # shard, start, size
+        is_member = np.array([shard is not None for shard in lies_in], np.bool_)
+        # Number of the shard, first byte, and size or what stands in its place.
+        table = np.stack([np.full(len(addresses), -1), np.zeros(len(addresses)), np.where(is_member, MISSING, WHOLE)])
+        table = table.astype(np.int64)
         for number, shard in enumerate(shards):
             members, prefix = self._known[shard], f"{shard}/"
-            for name, start, size in zip(members.names, members.starts, members.sizes, strict=True):
-                if (i := wanted.get(prefix + name)) is not None:
-                    table[:, i] = number, start, size
-        for i in np.flatnonzero(table[0] < 0).tolist():
-            if shard_of(addresses[i]) is not None:
-                table[2, i] = MISSING
+            at = np.array([wanted.get(prefix + name, -1) for name in members.names], np.int64)
+            table[0, at[at >= 0]] = number
+            table[1:, at[at >= 0]] = members.starts[at >= 0], members.sizes[at >= 0]
         return Parts(addresses, shards, table, self._storage)
 
 
