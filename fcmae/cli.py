@@ -126,6 +126,12 @@ def _convert(cfg: commands.ConvertConfig) -> None:
         print(weights.convert(cfg.source, dest, cfg.to, cfg.variant, cfg.key, cfg.prefix))
 
 
+def _export(cfg: commands.ExportConfig) -> None:
+    from fcmae.weights.onnx import export_onnx
+
+    print(export_onnx(cfg))
+
+
 def _predict(cfg: commands.PredictConfig) -> None:
     from fcmae.prediction import predict
 
@@ -227,6 +233,7 @@ COMMANDS: dict[str, tuple[type[Settings], Callable[[Any], int | None]]] = {
     "finetune": (config.FinetuneConfig, _finetune),
     "bench": (config.BenchConfig, _bench),
     "convert": (commands.ConvertConfig, _convert),
+    "export": (commands.ExportConfig, _export),
     "predict": (commands.PredictConfig, _predict),
     "evaluate": (commands.EvaluateConfig, _evaluate),
     "worth": (commands.WorthConfig, _worth),

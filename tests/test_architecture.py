@@ -67,6 +67,7 @@ ORDER = [
     "fcmae.weights.tensors",
     "fcmae.weights.files",
     "fcmae.weights.convert",
+    "fcmae.weights.onnx",
     "fcmae.classification",
     "fcmae.evaluation",
     "fcmae.evaluation.pictures",

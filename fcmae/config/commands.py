@@ -244,6 +244,25 @@ class ConvertConfig(Settings, FromFile):
             yield ("dest", "dry_run", "check"), "DEST is missing: name a new path, or give --dry_run or --check"
 
 
+class ExportConfig(Settings, FromFile):
+    """Write a model as an ONNX file, and check by onnxruntime that it computes what torch does.
+
+    Example: fcmae export runs/tuned model.onnx --normalize
+    """
+
+    model: Annotated[RunPath, Spelling("MODEL")] = Field(examples=["runs/tuned"])
+    """A run, a checkpoint, an exported model, or all else that `fcmae convert` reads."""
+    dest: Annotated[UserPath, Spelling("DEST")] = Field(examples=["model.onnx"])
+    """A new file that ends in .onnx."""
+    output: Literal["logits", "pooled", "pyramid"] | None = None
+    """What it gives: logits of the classes, features averaged over the image, or the features of every stage, the last
+    two before any norm. Default: logits if there is a classifier, else pooled."""
+    normalize: bool = False
+    """Take images in 0..1 and normalise them inside. Default: they come normalised."""
+    images: Annotated[list[UserText], Spelling(commas=False)] = Field([])
+    """Images to check on: files, folders, lists or glob patterns. Default: those of the run, or made-up ones."""
+
+
 class ReportConfig(Settings):
     """Write one HTML page on runs: settings, curves, reconstructions, scores, and what they say.
 
