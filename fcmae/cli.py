@@ -127,9 +127,20 @@ def _convert(cfg: commands.ConvertConfig) -> None:
 
 
 def _export(cfg: commands.ExportConfig) -> None:
-    from fcmae.weights.onnx import export_onnx
+    if cfg.to == "hub":
+        from fcmae.hub import write_repository
 
-    print(export_onnx(cfg))
+        print(write_repository(cfg))
+    else:
+        from fcmae.weights.onnx import export_onnx
+
+        print(export_onnx(cfg))
+
+
+def _push(cfg: commands.PushConfig) -> None:
+    from fcmae.hub import push
+
+    print(push(cfg))
 
 
 def _predict(cfg: commands.PredictConfig) -> None:
@@ -234,6 +245,7 @@ COMMANDS: dict[str, tuple[type[Settings], Callable[[Any], int | None]]] = {
     "bench": (config.BenchConfig, _bench),
     "convert": (commands.ConvertConfig, _convert),
     "export": (commands.ExportConfig, _export),
+    "push": (commands.PushConfig, _push),
     "predict": (commands.PredictConfig, _predict),
     "evaluate": (commands.EvaluateConfig, _evaluate),
     "worth": (commands.WorthConfig, _worth),

@@ -91,6 +91,7 @@ ORDER = [
     "fcmae.evaluation.paired",
     "fcmae.evaluation.status",
     "fcmae.evaluation.report",
+    "fcmae.hub",
     "fcmae.verify",
     "fcmae.bench",
     "fcmae.planning",

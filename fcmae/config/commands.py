@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -39,6 +40,12 @@ def _stages(words: Any) -> Any:
         if word != "last" and not str(word).removeprefix("-").isdecimal():
             raise ValueError(f"{word!r} is neither a number nor last: use such as 3 4, last or all")
     return [-1 if word == "last" else word for word in words]
+
+
+def _repository(name: str) -> str:
+    if not re.fullmatch(r"([\w.-]+/)?[\w.-]{1,96}", name, re.ASCII):
+        raise ValueError("give USER/NAME, of letters, digits, points, - and _")
+    return name
 
 
 Variant = Annotated[str, AfterValidator(variant_named)]
@@ -245,7 +252,7 @@ class ConvertConfig(Settings, FromFile):
 
 
 class ExportConfig(Settings, FromFile):
-    """Write a model as an ONNX file, and check by onnxruntime that it computes what torch does.
+    """Write a model for others: an ONNX file, checked by onnxruntime, or a repository for the Hugging Face hub.
 
     Example: fcmae export runs/tuned model.onnx --normalize
     """
@@ -253,14 +260,38 @@ class ExportConfig(Settings, FromFile):
     model: Annotated[RunPath, Spelling("MODEL")] = Field(examples=["runs/tuned"])
     """A run, a checkpoint, an exported model, or all else that `fcmae convert` reads."""
     dest: Annotated[UserPath, Spelling("DEST")] = Field(examples=["model.onnx"])
-    """A new file that ends in .onnx."""
+    """A new path: a file that ends in .onnx, or a folder for hub."""
+    to: Literal["onnx", "hub"] = "onnx"
+    """hub: a folder of timm's files and a model card, written from the run."""
     output: Literal["logits", "pooled", "pyramid"] | None = None
-    """What it gives: logits of the classes, features averaged over the image, or the features of every stage, the last
-    two before any norm. Default: logits if there is a classifier, else pooled."""
+    """What an ONNX file gives: logits of the classes, features averaged over the image, or the features of every stage,
+    the last two before any norm. Default: logits if there is a classifier, else pooled."""
     normalize: bool = False
-    """Take images in 0..1 and normalise them inside. Default: they come normalised."""
+    """Whether an ONNX file takes images in 0..1 and normalises them. Default: they come normalised."""
     images: Annotated[list[UserText], Spelling(commas=False)] = Field([])
-    """Images to check on: files, folders, lists or glob patterns. Default: those of the run, or made-up ones."""
+    """Images to check an ONNX file on: files, folders, lists or glob patterns. Default: those of the run, or made-up
+    ones."""
+
+    def conflicts(self, num_processes: int | None = None) -> Iterator[Conflict]:
+        given = [key for key in ("output", "normalize", "images") if getattr(self, key)]
+        if self.to == "hub" and given:
+            yield (given[0], "to"), "it is of ONNX files: leave it out for hub"
+
+
+class PushConfig(Settings, FromFile):
+    """Upload a model to the Hugging Face hub, with a card written from its run.
+
+    Example: fcmae push runs/tuned me/cells
+    """
+
+    model: Annotated[RunPath, Spelling("MODEL")] = Field(examples=["runs/tuned"])
+    """A run, a checkpoint, an exported model, or all else that `fcmae convert` reads."""
+    repo: Annotated[str, AfterValidator(_repository), Spelling("REPO")] = Field(examples=["me/cells"])
+    """The repository: USER/NAME, or NAME for whom the token is of."""
+    public: bool = False
+    """Everybody may read it. Default: it is private."""
+    overwrite: bool = False
+    """Add to a repository that is there; what it had stays in its history."""
 
 
 class ReportConfig(Settings):
