@@ -18,6 +18,7 @@ from fcmae.weights.convert import build_encoder
 from fcmae.weights.files import read_weights
 from fcmae.weights.formats import (
     FORMATS,
+    MMPRETRAIN,
     OLD,
     Architecture,
     detect,
@@ -30,7 +31,7 @@ from fcmae.weights.formats import (
 )
 
 ATTO = VARIANTS["convnextv2_atto"]
-READABLE = (*FORMATS, OLD)
+READABLE = (*FORMATS, OLD, MMPRETRAIN)
 # Of odd sizes, so that no two of their shapes are alike.
 ODD = ConvNeXtSpec(depths=(1, 2, 3, 1), dims=(6, 10, 14, 18))
 ODD_V1 = ODD.model_copy(update={"use_grn": False})
@@ -230,6 +231,19 @@ def test_wrappers_prefixes_are_no_part_of_a_name() -> None:
     assert names["decoder.mask_token"] == "module._orig_mod.decoder.mask_token"
     with pytest.raises(ValueError, match="differ only in a wrapper's prefix"):
         from_state(wrapped | state)
+
+
+def test_a_classifier_of_mmpretrain_gives_its_backbone_and_leaves_its_head() -> None:
+    state = weights(ODD, num_classes=3)
+    theirs = {f"backbone.{name}": value for name, value in to_state(state, ODD, MMPRETRAIN).items()}
+    theirs |= {"head.fc.weight": state["head.weight"], "head.fc.bias": state["head.bias"]}
+    assert "backbone.stages.0.0.pointwise_conv1.weight" in theirs
+    assert "backbone.norm3.weight" in theirs
+    architecture, source, ours, _ = from_state(theirs)
+    assert (source, architecture.spec, architecture.num_classes) == (MMPRETRAIN, ODD, 0)
+    kept = {name: value for name, value in state.items() if name.startswith(("encoder.", "norm."))}
+    assert ours.keys() == kept.keys()
+    assert all(torch.equal(value, kept[name]) for name, value in ours.items())
 
 
 @pytest.mark.parametrize("wrapper", ["_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module"])

@@ -115,7 +115,7 @@ class EvaluateConfig(Reading, FromFile):
     """Replace earlier results."""
 
 
-class WorthConfig(Settings):
+class WorthConfig(Settings, FromFile):
     """Tell whether pretraining is worth it: fine-tune from each start and from scratch, with paired seeds.
 
     Before it starts it says how long it will take. The same command goes on where it was stopped, and with more --seeds
@@ -166,6 +166,8 @@ class WorthConfig(Settings):
                 ("hours", "init", "pretraining"),
                 "missing: what is to be compared with scratch: --hours H of pretraining, or --init WEIGHTS",
             )
+        elif (self.key or self.prefix) and not self.init:
+            yield ("key" if self.key else "prefix", "init"), "it tells of the files that init names: give --init"
         elif self.unlabelled and not (self.hours or self.pretraining):
             yield ("unlabelled", "hours"), "they are for a pretraining: give --hours H, or leave them out"
 

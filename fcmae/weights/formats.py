@@ -11,6 +11,7 @@ read from the other side. What network the tensors are of is read off their name
 | fair | yes | no | yes | the released dense code, self-supervised or fine-tuned |
 | timm | yes | no | yes | timm's ConvNeXt |
 | transformers | yes | no | yes | ConvNextV2Model, ConvNextModel and their classifiers |
+| mmpretrain | yes | no | norm | mmpretrain's backbones; read only, as its heads stand beside them |
 | fcmae 0.1 | yes | yes | yes | ours before the decoder was one part; read only |
 
 No value ever changes: tensors are renamed, reshaped and permuted, so a round trip is exact to the bit.
@@ -35,12 +36,13 @@ from fcmae.networks.convnext import Encoder
 from fcmae.networks.spec import MAX_DEPTH, ConvNeXtSpec, describe, variant_of
 
 FORMATS = ("fcmae", "timm", "fair", "transformers", "minkowski")
-OLD = "fcmae 0.1"
+OLD, MMPRETRAIN = "fcmae 0.1", "mmpretrain"  # read only
 
 _DENSE = ("encoder", "norm", "head")
 _HOLDS = {
     "fcmae": (*_DENSE, "decoder"),
     OLD: (*_DENSE, "decoder"),
+    MMPRETRAIN: ("encoder", "norm"),
     "minkowski": ("encoder", "decoder"),
     "fair": _DENSE,
     "timm": _DENSE,
@@ -62,6 +64,12 @@ _FROM_OURS: dict[str, tuple[tuple[str, str], ...]] = {
         (r"^(encoder\.stages\.\d\.\d+\.pwconv[12])\.", r"\1.linear."),
     ),
     "fair": ((r"^encoder\.", ""),),
+    MMPRETRAIN: (
+        (r"^norm\.", "norm3."),
+        (r"^encoder\.", ""),
+        (r"\.dwconv\.", ".depthwise_conv."),
+        (r"\.pwconv([12])\.", r".pointwise_conv\1."),
+    ),
     "timm": (
         (r"^encoder\.downsample_layers\.0\.", "stem."),
         (r"^encoder\.downsample_layers\.(\d)\.", r"stages.\1.downsample."),
