@@ -29,8 +29,8 @@ from fcmae.weights.convert import (
     save_classifier,
     start_from,
 )
-from fcmae.weights.files import Weights, encoder_output, read_weights
-from fcmae.weights.formats import FORMATS, Architecture, to_state
+from fcmae.weights.files import Weights, encoder_output, read_weights, save_weights
+from fcmae.weights.formats import FORMATS, MMEARTH, Architecture, to_state
 
 ATTO = VARIANTS["convnextv2_atto"]
 
@@ -350,6 +350,30 @@ def test_rgb_weights_adapt_as_timm_adapts_them(tmp_path: Path) -> None:
     assert not any(name.startswith("decoder.") for name in five.state)
     with pytest.raises(ValueError, match=r"only those of 3 \(RGB\) adapt"):
         adapt_in_chans(five, 4)
+
+
+def test_pretraining_starts_from_mmearth(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    spec = ConvNeXtSpec(depths=(1, 1, 1, 1), dims=(4, 6, 8, 10), stem_stride=1, dense_stem=True)
+    encoder, model = Encoder(spec, 12), build_fcmae(Encoder(spec, 12), 16)
+    randomize(encoder)
+    theirs = to_state({f"encoder.{name}": value for name, value in encoder.state_dict().items()}, spec, MMEARTH)
+    heads = {"decoder_dict.biome.0.norm.weight": torch.ones(3), "proj.bias": torch.ones(3)}
+    torch.save({"model": theirs | heads, "args": argparse.Namespace(patch_size=8)}, tmp_path / "checkpoint-199.pth")
+    weights = read_weights(tmp_path / "checkpoint-199.pth")
+    assert "left out, as they are no part of the network: decoder_dict.biome.0.norm.weight, proj.bias" in caplog.text
+    assert "a dense stem, stem stride 1 in mmearth's layout; a fresh decoder" in start_from(model, weights)
+    assert all(torch.equal(value, encoder.state_dict()[name]) for name, value in model.encoder.state_dict().items())
+    with pytest.raises(ValueError, match="and a plain stem: use --to fcmae"):
+        save_weights(tmp_path / "out", weights, "transformers")
+
+
+def test_channels_adapt_where_a_dense_stem_meets_the_image() -> None:
+    spec = ConvNeXtSpec(depths=(1, 1), dims=(4, 6), dense_stem=True)
+    encoder = Encoder(spec)
+    state = {f"encoder.{name}": value for name, value in encoder.state_dict().items()}
+    grey = build_encoder(adapt_in_chans(Weights(state, Architecture(spec)), 1))
+    image = torch.randn(1, 1, 16, 16)
+    torch.testing.assert_close(grey(image), encoder(image.expand(1, 3, 16, 16)), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("to", FORMATS)

@@ -21,7 +21,8 @@ class Encoder(nn.Module):
     """Stem and stages, with parameters under the released dense code's names.
 
     `downsample_layers.0` is the stem (convolution, LayerNorm); `downsample_layers.1..3` are LayerNorm and a 2x2
-    stride-2 convolution; `stages.i.j` are blocks. There is no final norm: FCMAE does not train one.
+    stride-2 convolution; `stages.i.j` are blocks. There is no final norm: FCMAE does not train one. A dense stem begins
+    with `initial_conv` (convolution, LayerNorm).
 
     Args:
         spec: the numbers of the network.
@@ -45,7 +46,12 @@ class Encoder(nn.Module):
         self.grad_checkpointing = grad_checkpointing
 
         stride = spec.stem_stride
-        stem = nn.Sequential(nn.Conv2d(in_chans, spec.dims[0], stride, stride), LayerNorm(spec.dims[0]))
+        stem_chans, groups = in_chans, 1
+        if spec.dense_stem:
+            self.initial_conv = nn.Sequential(nn.Conv2d(in_chans, spec.dims[0], 3, padding=1), LayerNorm(spec.dims[0]))
+            stem_chans = groups = spec.dims[0]
+        patches = nn.Conv2d(stem_chans, spec.dims[0], stride, stride, groups=groups)
+        stem = nn.Sequential(patches, LayerNorm(spec.dims[0]))
         self.downsample_layers = nn.ModuleList([stem])
         for dim, next_dim in pairwise(spec.dims):
             self.downsample_layers.append(nn.Sequential(LayerNorm(dim), nn.Conv2d(dim, next_dim, 2, 2)))
@@ -91,7 +97,8 @@ class Encoder(nn.Module):
         """The stem's convolution and norm at visible sites.
 
         Its patches do not overlap, so it is one Linear over each patch's pixels, and hiding pixels is the same as
-        hiding its outputs. Only visible pixels are packed: hidden ones enter no computation.
+        hiding its outputs. Only visible pixels are packed: hidden ones enter no computation. The 3x3 convolution of a
+        dense stem sees zeros in their place, as a sparse one does.
 
         Args:
             images: (B, in_chans, H, W) float, see `forward`.
@@ -101,13 +108,25 @@ class Encoder(nn.Module):
             Features of the visible sites in `layout`, dims[0] channels.
         """
         conv, norm = cast("tuple[nn.Conv2d, LayerNorm]", self.downsample_layers[0])
-        s = self.spec.stem_stride
-        B, C, H, W = images.shape
-        h, w = H // s, W // s
-        x = images[:, :, : h * s, : w * s].reshape(B, C, h, s, w, s).permute(0, 2, 4, 1, 3, 5)  # (B, h, w, C, s, s)
-        x = layout.pack(x.reshape(B, h, w, C * s * s))  # visible sites, C * s * s values each
-        f: Tensor = norm(F.linear(x, conv.weight.flatten(1), conv.bias))
+        x = layout.pack(self._patches(images))  # visible sites, C * s * s values each
+        if self.spec.dense_stem:
+            first, first_norm = cast("tuple[nn.Conv2d, LayerNorm]", self.initial_conv)
+            s, hidden_zero = self.spec.stem_stride, layout.unpack(x)  # (B, h, w, C * s * s)
+            pixels = hidden_zero.view(*hidden_zero.shape[:3], -1, s, s).permute(0, 3, 1, 4, 2, 5)  # (B, C, h, s, w, s)
+            x = first(pixels.flatten(4).flatten(2, 3)).permute(0, 2, 3, 1)  # (B, H, W, dims[0])
+            x = layout.pack(self._patches(F.gelu(first_norm(x)).permute(0, 3, 1, 2)))
+            x = (x.view(*x.shape[:-1], -1, s * s) * conv.weight.flatten(1)).sum(-1) + cast("Tensor", conv.bias)
+        else:
+            x = F.linear(x, conv.weight.flatten(1), conv.bias)
+        f: Tensor = norm(x)
         return f
+
+    def _patches(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to the values of each patch of the stem, (B, h, w, C * s * s)."""
+        s = self.spec.stem_stride
+        B, C, H, W = x.shape
+        h, w = H // s, W // s
+        return x[:, :, : h * s, : w * s].reshape(B, C, h, s, w, s).permute(0, 2, 4, 1, 3, 5).reshape(B, h, w, C * s * s)
 
     def downsample(self, stage: int, f: Tensor, layout: Layout) -> Tensor:
         """The LayerNorm and 2x2 stride-2 convolution before a stage.
@@ -172,6 +191,7 @@ def layer_of(name: str, spec: ConvNeXtSpec, mode: str) -> int:
     Returns:
         0 to num_layers(spec, mode) - 1 for the encoder's, num_layers(spec, mode) for the norm's and the head's.
     """
+    name = name.replace("encoder.initial_conv.", "encoder.downsample_layers.0.")  # of the stem
     match = re.match(r"encoder\.(downsample_layers|stages)\.(\d)\.(\d+)", name)
     if match is None:
         return num_layers(spec, mode)

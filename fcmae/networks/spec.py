@@ -37,6 +37,9 @@ class ConvNeXtSpec(BaseModel):
     """Expanded channels of each block of each stage; null is 4 times the stage's."""
     use_grn: bool = True
     """V2's GRN; false is V1, with LayerScale."""
+    dense_stem: bool = False
+    """A 3x3 convolution, LayerNorm and GELU at every pixel before the stem, whose convolution is then depthwise, as
+    MMEarth has it (arXiv 2405.02771)."""
 
     @field_validator("kernel_size")
     @classmethod
@@ -157,4 +160,6 @@ def describe(spec: ConvNeXtSpec) -> str:
             name += f", kernel {spec.kernel_size}"
         if spec.hidden is not None:
             name += ", hidden widths of its own"
+        if spec.dense_stem:
+            name += ", a dense stem"
     return name if spec.stem_stride == 4 else f"{name}, stem stride {spec.stem_stride}"

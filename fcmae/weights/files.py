@@ -389,12 +389,13 @@ def encoder_output(weights: Weights) -> tuple[float, ...]:
 
 
 def timm_holds(spec: ConvNeXtSpec) -> bool:
-    """Whether timm can build the network: four stages, 4C hidden channels, and a stem of stride 1 or 3 to 7.
+    """Whether timm can build the network: four stages, 4C hidden channels, and a plain stem of stride 1 or 3 to 7.
 
     timm's stem of stride 2 comes with one more downsampling layer; from 8 on it dilates the last stage instead of
     downsampling to it, as its total stride is 32 at most.
     """
-    return spec.num_stages == 4 and spec.hidden is None and spec.stem_stride in (1, 3, 4, 5, 6, 7)
+    usual = spec.num_stages == 4 and spec.hidden is None and not spec.dense_stem
+    return usual and spec.stem_stride in (1, 3, 4, 5, 6, 7)
 
 
 def save_weights(dest: Path, weights: Weights, to: str) -> None:
@@ -410,11 +411,13 @@ def save_weights(dest: Path, weights: Weights, to: str) -> None:
         to: one of FORMATS.
 
     Raises:
-        ValueError: if transformers cannot hold the network: 7x7 kernels and 4C hidden channels only.
+        ValueError: if transformers cannot hold the network: 7x7 kernels, 4C hidden channels and a plain stem only.
     """
     spec = weights.architecture.spec
-    if to == "transformers" and (spec.hidden is not None or spec.kernel_size != 7):
-        raise ValueError(f"{dest}: transformers' ConvNeXts have 7x7 kernels and 4C hidden channels: use --to fcmae")
+    if to == "transformers" and (spec.hidden is not None or spec.kernel_size != 7 or spec.dense_stem):
+        raise ValueError(
+            f"{dest}: transformers' ConvNeXts have 7x7 kernels, 4C hidden channels and a plain stem: use --to fcmae"
+        )
     state, seen = {}, set()
     for name, value in to_state(weights.state, spec, to).items():
         value = value.detach().cpu().contiguous()
