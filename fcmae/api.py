@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from timm.models import FeatureInfo
 from torch import Tensor, nn
 
 from fcmae import finetuning, options, planning, pretraining, pruning, segmenting
@@ -166,12 +167,16 @@ class Features(nn.Module):
     Attributes:
         encoder: the network, on normalised images.
         normalize: what images go through first.
+        feature_info: timm's description of the maps that `pyramid` gives: channels(), reduction() in pixels a site.
     """
 
     def __init__(self, encoder: StagedEncoder, normalize: Normalize) -> None:
         super().__init__()
         self.encoder = encoder
         self.normalize = normalize
+        dims, first = encoder.spec.dims, encoder.spec.stem_stride
+        maps = [{"num_chs": d, "reduction": first << i, "module": f"stages.{i}"} for i, d in enumerate(dims)]
+        self.feature_info = FeatureInfo(maps, tuple(range(len(maps))))
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
         """Features of the last stage, before any norm.
@@ -194,7 +199,7 @@ class Features(nn.Module):
         return self.encoder(images, PACKED(self._checked(mask, images), None))  # type: ignore[no-any-return]
 
     def pyramid(self, images: Tensor) -> list[Tensor]:
-        """Feature maps of all stages, first to last, for a detector or a segmenter.
+        """Feature maps of all stages, first to last, for a detector or a segmenter, as timm's features_only gives them.
 
         Args:
             images: see `forward`.

@@ -414,8 +414,10 @@ def peak_memory(device: torch.device) -> int:
 def _train_images(cfg: BenchConfig) -> Images:
     from fcmae.data.index import find_images
     from fcmae.data.split import split
+    from fcmae.data.storage import Storage
 
-    return split(find_images(cfg.data.path), cfg.data.val_share, cfg.seed)[0]
+    found = find_images(cfg.data.path, storage=Storage.of_run(cfg.out, cfg.data.index, cfg.data.cache_gb))
+    return split(found, cfg.data.val_share, cfg.seed)[0]
 
 
 def _batches(

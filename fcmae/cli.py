@@ -138,6 +138,23 @@ def _prune(cfg: commands.PruneConfig) -> None:
     print(prune(cfg))
 
 
+def _export(cfg: commands.ExportConfig) -> None:
+    if cfg.to == "hub":
+        from fcmae.hub import write_repository
+
+        print(write_repository(cfg))
+    else:
+        from fcmae.weights.onnx import export_onnx
+
+        print(export_onnx(cfg))
+
+
+def _push(cfg: commands.PushConfig) -> None:
+    from fcmae.hub import push
+
+    print(push(cfg))
+
+
 def _predict(cfg: commands.PredictConfig) -> None:
     from fcmae.prediction import predict
 
@@ -241,6 +258,8 @@ COMMANDS: dict[str, tuple[type[Settings], Callable[[Any], int | None]]] = {
     "bench": (config.BenchConfig, _bench),
     "convert": (commands.ConvertConfig, _convert),
     "prune": (commands.PruneConfig, _prune),
+    "export": (commands.ExportConfig, _export),
+    "push": (commands.PushConfig, _push),
     "predict": (commands.PredictConfig, _predict),
     "evaluate": (commands.EvaluateConfig, _evaluate),
     "worth": (commands.WorthConfig, _worth),

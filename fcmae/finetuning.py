@@ -28,6 +28,7 @@ from fcmae.data.loader import choose_num_workers, evaluation_loader
 from fcmae.data.normalize import Normalize
 from fcmae.data.sampler import steps_per_epoch
 from fcmae.data.split import split
+from fcmae.data.storage import Storage
 from fcmae.heads import Classifier
 from fcmae.networks.build import make_encoder
 from fcmae.networks.spec import describe
@@ -253,14 +254,15 @@ def run_images(cfg: FinetuneConfig, run: RunDirectory, weights: Weights) -> tupl
         weights: where their classifier is kept, the classes are theirs.
     """
     cached = (run.path / "files.json", run.path / "val_files.json")
+    storage = Storage.of_run(run.path, cfg.data.index, cfg.data.cache_gb)
     if run.kept("data.path", "data.val_path") and all(path.is_file() for path in cached):
-        return Images.load(cached[0]), Images.load(cached[1])
+        return Images.load(cached[0], storage), Images.load(cached[1], storage)
     names = weights.class_names if _keeps_head(cfg) else None
     if cfg.data.val_path is None:
         assert cfg.data.path is not None
-        return split(find_labelled(cfg.data.path, names, key="data.path"), cfg.data.val_share, cfg.seed)
-    train = find_labelled(cfg.data.path, names, key="data.path") if cfg.data.path else Images.of_files((), (), names)
-    return train, find_labelled(cfg.data.val_path, train.class_names)
+        return split(find_labelled(cfg.data.path, names, storage=storage), cfg.data.val_share, cfg.seed)
+    train = find_labelled(cfg.data.path, names, storage=storage) if cfg.data.path else Images.of_files((), (), names)
+    return train, find_labelled(cfg.data.val_path, train.class_names, storage=storage)
 
 
 def build_model(cfg: FinetuneConfig, weights: Weights, num_classes: int) -> Classifier:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fcmae.layouts import DENSE
+from fcmae.layouts import DENSE, Layout
 from fcmae.networks.convnext import init_weights
 from fcmae.networks.encoder import StagedEncoder
 from fcmae.networks.layers import LayerNorm
@@ -36,9 +36,9 @@ class Classifier(nn.Module):
         self.head.apply(init_weights)
         self.head.weight.data.mul_(head_init_scale)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, num_classes) of normalised images (B, in_chans, H, W)."""
-        pooled = self.encoder(images).mean((1, 2))  # (B, dim)
+    def forward(self, images: Tensor, layout: Layout = DENSE) -> Tensor:
+        """Logits (B, num_classes) of normalised images (B, in_chans, H, W), in a layout without a mask."""
+        pooled = self.encoder(images, layout).mean((1, 2))  # (B, dim)
         logits: Tensor = self.head(self.norm(pooled))
         return logits
 

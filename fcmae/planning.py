@@ -17,6 +17,7 @@ from fcmae import bench, choices, options
 from fcmae.config import BenchConfig, FinetuneConfig, PretrainConfig, RunConfig
 from fcmae.data.cores import free_memory
 from fcmae.data.index import Images, find_images, find_labelled
+from fcmae.data.storage import Storage
 from fcmae.data.survey import survey
 from fcmae.networks.spec import NetworkSpec
 from fcmae.processes import OUT_OF_MEMORY, Failed, in_process
@@ -41,7 +42,7 @@ def pretraining(sketch: PretrainConfig, given: Mapping[str, Any]) -> dict[str, A
     if (saved := _saved(sketch, out, "pretrain")) is not None:
         return {key: value for key, value in saved.items() if key not in given} | {"out": out}
     _refuse_launcher()
-    images = find_images(sketch.data.path)
+    images = find_images(sketch.data.path, storage=Storage.of_run(out, sketch.data.index, sketch.data.cache_gb))
     device = _device(sketch)
     plan = choices.Choices(given)
     facts = _facts(images, given.get("data.in_chans"), sketch.data.max_pixels)
@@ -75,7 +76,7 @@ def finetuning(sketch: FinetuneConfig, given: Mapping[str, Any]) -> dict[str, An
     if (saved := _saved(sketch, out, "finetune")) is not None:
         return {key: value for key, value in saved.items() if key not in given} | {"out": out}
     _refuse_launcher()
-    images = find_labelled(sketch.data.path)
+    images = find_labelled(sketch.data.path, storage=Storage.of_run(out, sketch.data.index, sketch.data.cache_gb))
     device = _device(sketch)
     plan = choices.Choices(given)
     held, image = (None, {}) if sketch.model.init is None else _held(sketch)
@@ -256,7 +257,7 @@ def time_finetuning(cfg: FinetuneConfig, at_once: int, duration_s: float) -> ben
     accelerator = make_accelerator(cfg)
     device = accelerator.device
     weights = starting.starting_weights(cfg)
-    images = find_labelled(cfg.data.path or "")
+    images = find_labelled(cfg.data.path or "", storage=Storage.of_run(cfg.out, cfg.data.index, cfg.data.cache_gb))
     assert images.class_names is not None
     net = run.build_model(cfg, weights, len(images.class_names)).to(device)
     weights.image.update(run.reading_settings(cfg, weights))

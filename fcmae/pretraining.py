@@ -21,6 +21,7 @@ from fcmae.data.loader import build_loader, choose_num_workers
 from fcmae.data.normalize import Normalize
 from fcmae.data.sampler import EVAL_EPOCH, evaluation_batches, steps_per_epoch
 from fcmae.data.split import split
+from fcmae.data.storage import Storage
 from fcmae.evaluation.features import BATCH_SIZE
 from fcmae.evaluation.monitor import Labelled, Monitor, Watch, draw_over_time, find_monitored_labels, monitored_images
 from fcmae.evaluation.pictures import (
@@ -185,7 +186,10 @@ def train(
 def run_images(cfg: PretrainConfig, run: RunDirectory) -> Images:
     """The images: as listed in the run directory, else found."""
     cached = run.path / "files.json"
-    return Images.load(cached) if run.kept("data.path") and cached.is_file() else find_images(cfg.data.path)
+    storage = Storage.of_run(run.path, cfg.data.index, cfg.data.cache_gb)
+    if run.kept("data.path") and cached.is_file():
+        return Images.load(cached, storage)
+    return find_images(cfg.data.path, storage=storage)
 
 
 def build_schedule(cfg: PretrainConfig, run: RunDirectory, images: Images) -> Schedule:

@@ -263,7 +263,8 @@ def _given_starts(cfg: WorthConfig) -> list[Start]:
             raise ValueError(
                 f"init = {path} does not exist: give a run, a checkpoint, a directory or a file of weights"
             )
-        weights = read_weights(Path(path))
+        key, prefix = (cfg.key, cfg.prefix) if Path(path).is_file() else (None, None)
+        weights = read_weights(Path(path), key=key, prefix=prefix)
         reading: dict[str, Any] = {key: weights.image[key] for key in ("mean", "std") if key in weights.image}
         if "input_size" in weights.image:
             reading["in_chans"], *reading["image_size"] = weights.image["input_size"]
@@ -354,8 +355,12 @@ def _run(job: Job, place: Path, plan: Mapping[str, Any]) -> Run:
         "seed": job.seed,
     }
     if arm["kind"] == "start":
+        init = arm["init"] or str(place / "runs" / PRETRAINED)
+        said = plan["settings"] if Path(init).is_file() else {}
         given |= {
-            "model.init": arm["init"] or str(place / "runs" / PRETRAINED),
+            "model.init": init,
+            "model.key": said.get("key"),
+            "model.prefix": said.get("prefix"),
             "optim.layer_decay": plan["layer_decay"],
         }
     run = finetune(options.make(FinetuneConfig, given))

@@ -19,15 +19,30 @@ from fcmae import verify
 from fcmae.layouts import MakeLayout, Packed, make_layout
 from fcmae.masked import masked_loss
 from fcmae.masking import random_mask
+from fcmae.networks.spec import VARIANTS, ConvNeXtSpec
 from fcmae.weights.formats import to_state
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))  # where the scripts find timing.py
-depthwise, encoder, finetune_step, floor, gpu, input_pipeline, pruned, report, scaling, timing, train_step = map(
+(
+    depthwise,
+    encoder,
+    exported,
+    finetune_step,
+    floor,
+    gpu,
+    input_pipeline,
+    pruned,
+    report,
+    scaling,
+    timing,
+    train_step,
+) = map(
     import_module,
     (
         "depthwise",
         "encoder",
+        "exported",
         "finetune_step",
         "floor",
         "gpu",
@@ -195,6 +210,14 @@ def test_models_that_compute_something_else_are_not_timed(monkeypatch: pytest.Mo
     monkeypatch.setattr(finetune_step, "to_state", lambda state, spec, to: to_state(dict(state), spec, to) | ZEROED)
     with pytest.raises(SystemExit, match="fcmae and timm differ by"):
         finetune_step.main(TINY)
+
+
+def test_an_exported_file_is_timed_against_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(VARIANTS, "convnextv2_atto", ConvNeXtSpec(depths=(1, 1), dims=(8, 8)))
+    exported.main([*TINY, "--json", str(tmp_path / "exported.json")])
+    found = written(tmp_path / "exported.json")
+    assert list(found["ratios"]) == list(found["results"]) == ["torch", "onnxruntime"]
+    assert found["ratios"]["torch"]["time"] == 1
 
 
 def test_depthwise_times_ways_that_compute_the_same(tmp_path: Path) -> None:

@@ -243,7 +243,7 @@ def test_malformed_class_folders_are_errors(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not exist"):
         find_labelled(str(tmp_path / "missing"))
     touch(tmp_path, "loose.jpg")
-    with pytest.raises(ValueError, match=r"is neither a folder nor a \.csv file"):
+    with pytest.raises(ValueError, match=r"is neither a folder, a \.csv nor a \.tar file"):
         find_labelled(str(tmp_path / "loose.jpg"))
     with pytest.raises(ValueError, match="has no sub-folder with images"):
         find_labelled(str(tmp_path))

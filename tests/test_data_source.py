@@ -254,8 +254,9 @@ def test_datasets_of_any_source_reach_the_workers(folder: Path) -> None:
 
 # Who may know of files
 
-# source.py opens them, index.py finds them and keeps their names, bad_files.py writes a list, cores.py reads limits.
-KNOW_FILES = {"source", "index", "bad_files", "cores"}
+# source.py and storage.py open them, shards.py and tables.py look into them, index.py finds them and keeps their names,
+# bad_files.py writes a list, cores.py reads limits.
+KNOW_FILES = {"source", "storage", "shards", "index", "bad_files", "cores"}
 OTHERS = [path for path in Path(fcmae.data.__file__).parent.glob("*.py") if path.stem not in KNOW_FILES]
 
 
@@ -284,6 +285,9 @@ def test_whoever_has_the_methods_is_a_source_without_inheriting(folder: Path) ->
 
         def open(self, i: int) -> BinaryIO:
             return BytesIO(self.read(i))
+
+        def fingerprint(self) -> str:
+            return ""
 
     source: Source = Duck()
     assert pretraining(Images(source), augment=False)[0, 0].valid

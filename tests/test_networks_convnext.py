@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from conftest import CONVNEXTS, MINKOWSKI, randomize
 from timm.layers import DropPath
 from timm.models import ConvNeXt
@@ -189,11 +190,13 @@ CUSTOM = [
     ConvNeXtSpec(depths=(1, 2, 1), dims=(4, 6, 8), stem_stride=1, hidden=((5,), (6, 7), (40,))),
     ConvNeXtSpec(depths=(1, 1, 1, 2), dims=(4, 6, 6, 8), stem_stride=1, kernel_size=9),
     ConvNeXtSpec(depths=(1, 1, 1, 1), dims=(4, 5, 6, 7), stem_stride=3, kernel_size=3, hidden=((9,), (8,), (7,), (6,))),
+    ConvNeXtSpec(depths=(1, 1), dims=(4, 6), stem_stride=2, dense_stem=True),
+    ConvNeXtSpec(depths=(1, 1, 1), dims=(4, 6, 8), stem_stride=1, dense_stem=True),
 ]
 
 
 def named(spec: ConvNeXtSpec) -> str:
-    own = "own" if spec.hidden else "4c"
+    own = "dense" if spec.dense_stem else "own" if spec.hidden else "4c"
     return f"{spec.num_stages}stages-stride{spec.stem_stride}-kernel{spec.kernel_size}-{own}"
 
 
@@ -253,6 +256,27 @@ def test_the_pyramid_has_each_stages_widths_and_strides(spec: ConvNeXtSpec) -> N
     assert blocks == [list(widths) for widths in spec.hidden_widths]
 
 
+def test_a_dense_stem_is_a_3x3_convolution_of_what_is_visible_and_a_depthwise_one_of_each_patch() -> None:
+    spec = ConvNeXtSpec(depths=(1, 1), dims=(4, 6), stem_stride=2, dense_stem=True)
+    encoder = Encoder(spec, in_chans=3)
+    randomize(encoder)
+    state, images = encoder.state_dict(), torch.randn(2, 3, 12, 8)
+    mask = torch.from_numpy(random_mask((3, 2), 4, [(5, i) for i in range(2)]))
+    hidden = refine(mask, 4)[:, None]
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        weight, bias = (state[f"{name}.1.{p}"] for p in ("weight", "bias"))
+        return F.layer_norm(x.permute(0, 2, 3, 1), (4,), weight, bias, 1e-6).permute(0, 3, 1, 2)
+
+    name, stem = "initial_conv", "downsample_layers.0"
+    x = F.conv2d(images.masked_fill(hidden, 0), state[f"{name}.0.weight"], state[f"{name}.0.bias"], padding=1)
+    x = F.conv2d(F.gelu(norm(x, name)), state[f"{stem}.0.weight"], state[f"{stem}.0.bias"], stride=2, groups=4)
+    expected = norm(x, stem).permute(0, 2, 3, 1).masked_fill(refine(mask, 2)[..., None], 0)
+    layout = make_layout("packed", mask)
+    with torch.no_grad():
+        torch.testing.assert_close(layout.unpack(encoder.stem(images, layout)), expected, rtol=1e-5, atol=1e-5)
+
+
 # Layers, for layer decay
 
 
@@ -275,6 +299,12 @@ def test_layers_of_three_stages_one_a_block() -> None:
     expected |= {"stages.2.3": 7, "norm": 8, "head": 8}
     assert layers(spec, "single") == {name: {layer} for name, layer in expected.items()}
     assert num_layers(spec, "single") == 8
+
+
+@pytest.mark.parametrize("mode", ["single", "group"])
+def test_a_dense_stem_is_a_layer_with_the_rest_of_the_stem(mode: str) -> None:
+    found = layers(ConvNeXtSpec(depths=(1, 1), dims=(4, 6), dense_stem=True), mode)
+    assert found["initial_conv"] == found["downsample_layers.0"]
 
 
 def test_layers_of_three_stages_in_groups_of_three_blocks() -> None:

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from conftest import randomize
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from timm.models.convnext import checkpoint_filter_fn
 
+import fcmae
 from fcmae.config import PretrainConfig
 from fcmae.heads import Classifier
 from fcmae.masked import FCMAE, build_fcmae
@@ -27,8 +29,8 @@ from fcmae.weights.convert import (
     save_classifier,
     start_from,
 )
-from fcmae.weights.files import Weights, encoder_output, read_weights
-from fcmae.weights.formats import FORMATS, Architecture, to_state
+from fcmae.weights.files import Weights, encoder_output, read_weights, save_weights
+from fcmae.weights.formats import FORMATS, MMEARTH, Architecture, to_state
 
 ATTO = VARIANTS["convnextv2_atto"]
 
@@ -244,6 +246,37 @@ def test_transformers_classifies_as_our_fine_tuned_export(tmp_path: Path) -> Non
     assert all(torch.equal(value, read.state[name]) for name, value in read_weights(tmp_path / "timm").state.items())
 
 
+@torch.no_grad()
+def test_decoders_of_others_start_from_the_maps_that_load_gives(tmp_path: Path) -> None:
+    import segmentation_models_pytorch as smp
+    from transformers import ConvNextV2Backbone, UperNetConfig, UperNetForSemanticSegmentation
+
+    place, _ = write_checkpoint(tmp_path / "run", variant={"depths": [1, 1, 1, 1], "dims": [8, 12, 16, 20]})
+    for to in ("timm", "transformers"):
+        convert(place, tmp_path / to, to)
+    images, features = torch.rand(2, 3, 64, 96), fcmae.load(place)
+    maps, normalized = features.pyramid(images), features.normalize(images)
+    tolerance = {"rtol": 1e-3, "atol": 1e-4}  # the convolutions run over another memory layout
+
+    theirs = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True, features_only=True)
+    torch.testing.assert_close(theirs(normalized), maps, **tolerance)
+    for told in ("channels", "reduction"):
+        assert getattr(features.feature_info, told)() == getattr(theirs.feature_info, told)()
+
+    unet = smp.Unet(f"tu-local-dir:{tmp_path / 'timm'}", encoder_weights=True, classes=2).eval()
+    torch.testing.assert_close(unet.encoder(normalized)[2:], maps, **tolerance)
+    assert unet(normalized).shape == (2, 2, 64, 96)
+
+    # Its backbones have a norm of their own behind each stage, which is new.
+    backbone = ConvNextV2Backbone.from_pretrained(tmp_path / "transformers", out_indices=(1, 2, 3, 4))
+    plain = [F.layer_norm(f.permute(0, 2, 3, 1), f.shape[1:2], eps=1e-6).permute(0, 3, 1, 2) for f in maps]
+    torch.testing.assert_close(list(backbone(normalized).feature_maps), plain, **tolerance)
+    config = UperNetConfig(backbone_config=backbone.config, num_labels=2, hidden_size=8, auxiliary_in_channels=16)
+    net = UperNetForSemanticSegmentation(config).eval()
+    net.backbone = backbone
+    assert net(normalized).logits.shape == (2, 2, 64, 96)
+
+
 def test_a_dry_run_prints_the_mapping_and_writes_nothing(tmp_path: Path) -> None:
     place, _ = write_checkpoint(tmp_path / "run")
     before = sorted(tmp_path.rglob("*"))
@@ -317,6 +350,30 @@ def test_rgb_weights_adapt_as_timm_adapts_them(tmp_path: Path) -> None:
     assert not any(name.startswith("decoder.") for name in five.state)
     with pytest.raises(ValueError, match=r"only those of 3 \(RGB\) adapt"):
         adapt_in_chans(five, 4)
+
+
+def test_pretraining_starts_from_mmearth(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    spec = ConvNeXtSpec(depths=(1, 1, 1, 1), dims=(4, 6, 8, 10), stem_stride=1, dense_stem=True)
+    encoder, model = Encoder(spec, 12), build_fcmae(Encoder(spec, 12), 16)
+    randomize(encoder)
+    theirs = to_state({f"encoder.{name}": value for name, value in encoder.state_dict().items()}, spec, MMEARTH)
+    heads = {"decoder_dict.biome.0.norm.weight": torch.ones(3), "proj.bias": torch.ones(3)}
+    torch.save({"model": theirs | heads, "args": argparse.Namespace(patch_size=8)}, tmp_path / "checkpoint-199.pth")
+    weights = read_weights(tmp_path / "checkpoint-199.pth")
+    assert "left out, as they are no part of the network: decoder_dict.biome.0.norm.weight, proj.bias" in caplog.text
+    assert "a dense stem, stem stride 1 in mmearth's layout; a fresh decoder" in start_from(model, weights)
+    assert all(torch.equal(value, encoder.state_dict()[name]) for name, value in model.encoder.state_dict().items())
+    with pytest.raises(ValueError, match="and a plain stem: use --to fcmae"):
+        save_weights(tmp_path / "out", weights, "transformers")
+
+
+def test_channels_adapt_where_a_dense_stem_meets_the_image() -> None:
+    spec = ConvNeXtSpec(depths=(1, 1), dims=(4, 6), dense_stem=True)
+    encoder = Encoder(spec)
+    state = {f"encoder.{name}": value for name, value in encoder.state_dict().items()}
+    grey = build_encoder(adapt_in_chans(Weights(state, Architecture(spec)), 1))
+    image = torch.randn(1, 1, 16, 16)
+    torch.testing.assert_close(grey(image), encoder(image.expand(1, 3, 16, 16)), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("to", FORMATS)

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from runs import forget_accelerator, kill_self
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import fcmae.training.steps
 from fcmae import bench, choices, cli, planning, worth
@@ -210,11 +210,15 @@ def test_weights_are_a_start_beside_scratch_of_their_own_network_and_their_licen
 def test_without_files_of_settings_they_are_chosen_as_for_a_run_alone(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_init(folder / "own.safetensors")
-    words = ["worth", "labelled", "--init", "own.safetensors", *TINY, "--seeds", "1", "--epochs", "2"]
-    assert run(*words, "--out", "elsewhere") == 0
+    own = load_file(write_init(folder / "own.safetensors"))
+    two = {f"{name}.{key}": value for name in ("student", "teacher") for key, value in own.items()}
+    torch.save({"model": own, "model_ema": two}, folder / "two.pth")
+    words = ["worth", "labelled", "--init", "two.pth", *TINY, "--seeds", "1", "--epochs", "2"]
+    assert run(*words, "--out", "elsewhere", "--key", "model_ema", "--prefix", "student") == 0
     started, scratch = (read(FinetuneConfig, Path(f"elsewhere/runs/{arm}-50pct-0/config.yaml")) for arm in
-                        ("own.safetensors", "scratch"))  # fmt: skip
+                        ("two.pth", "scratch"))  # fmt: skip
+    assert (started.model.key, started.model.prefix) == ("model_ema", "student")
+    assert (scratch.model.key, scratch.model.prefix) == (None, None)
     assert (started.optim.layer_decay, scratch.optim.layer_decay) == (choices.LAYER_DECAY, 1.0)
     assert started.epochs == scratch.epochs == 2 and "data.crop_scale" in started.chosen
     assert "3 of 3" not in capsys.readouterr().out
@@ -235,6 +239,7 @@ def test_without_files_of_settings_they_are_chosen_as_for_a_run_alone(
         (["--init", "own.safetensors", "--finetuning", "none.yaml"], "none.yaml; no such file"),
         (["--init", "own.safetensors", "--out", "labelled"], "out = labelled is not empty and holds no comparison"),
         (["--init", "labelled/cat/0.png"], "0.png"),
+        (["photos", "--hours", "1", "--key", "model_ema"], "key: it tells of the files that init names: give --init"),
     ],
 )
 def test_what_cannot_be_compared_is_told_in_a_sentence(

@@ -93,6 +93,10 @@ class ImageConfig(Section):
     max_pixels: int = Field(MAX_PIXELS, ge=1)
     """Pixels of the largest image that is read, a bound on memory: one takes up to 12 bytes (three channels of 32
     bits), and of deeper ones fewer are read. A larger image counts as unreadable."""
+    index: Literal["run", "beside"] = "run"
+    """Where it is kept what lies where in tar files: in the run directory, or beside them for all runs."""
+    cache_gb: float = Field(0, ge=0)
+    """Gigabytes of images from URLs that are kept in the run directory, those used last; they must not change there."""
     num_workers: int | None = Field(None, ge=0)
     """Processes that decode images, for each training process. Default: 1 on CPU, up to 8 on a GPU."""
 
@@ -104,7 +108,8 @@ class ImageConfig(Section):
 
 class PretrainData(ImageConfig):
     path: Annotated[list[UserText], Spelling("IMAGES", commas=False)] = Field([])
-    """Folders (searched recursively), text files that list paths, or glob patterns. No labels are needed."""
+    """Folders (searched recursively), tar files, text files that list paths, or glob patterns, here or by URL (s3://,
+    https:// and others). No labels are needed."""
     crop_scale: Span = (0.2, 1.0)
     """Share of the image's area that a training crop covers, smallest and largest."""
     masks_per_image: int = Field(1, ge=1)
@@ -114,7 +119,7 @@ class PretrainData(ImageConfig):
 
 class FinetuneData(ImageConfig):
     path: Annotated[UserText | None, Spelling("IMAGES")] = None
-    """A folder with one sub-folder a class, or a CSV file with the columns path,label."""
+    """A folder with one sub-folder a class, a CSV file with the columns path,label, or tar files with labels."""
     val_path: UserText | None = None
     """Held-out images, of the same form. Default: a stratified share (val_share) of `path`."""
     crop_scale: Span = (0.08, 1.0)
@@ -714,6 +719,8 @@ FREE_ON_RESUME = frozenset(
         "data.val_path",
         "data.maps",
         "data.val_maps",
+        "data.index",
+        "data.cache_gb",
         "data.num_workers",
         "data.max_bad_share",
         "model.license",

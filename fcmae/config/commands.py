@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -39,6 +40,12 @@ def _stages(words: Any) -> Any:
         if word != "last" and not str(word).removeprefix("-").isdecimal():
             raise ValueError(f"{word!r} is neither a number nor last: use such as 3 4, last or all")
     return [-1 if word == "last" else word for word in words]
+
+
+def _repository(name: str) -> str:
+    if not re.fullmatch(r"([\w.-]+/)?[\w.-]{1,96}", name, re.ASCII):
+        raise ValueError("give USER/NAME, of letters, digits, points, - and _")
+    return name
 
 
 Variant = Annotated[str, AfterValidator(variant_named)]
@@ -108,7 +115,7 @@ class EvaluateConfig(Reading, FromFile):
     """Replace earlier results."""
 
 
-class WorthConfig(Settings):
+class WorthConfig(Settings, FromFile):
     """Tell whether pretraining is worth it: fine-tune from each start and from scratch, with paired seeds.
 
     Before it starts it says how long it will take. The same command goes on where it was stopped, and with more --seeds
@@ -159,6 +166,8 @@ class WorthConfig(Settings):
                 ("hours", "init", "pretraining"),
                 "missing: what is to be compared with scratch: --hours H of pretraining, or --init WEIGHTS",
             )
+        elif (self.key or self.prefix) and not self.init:
+            yield ("key" if self.key else "prefix", "init"), "it tells of the files that init names: give --init"
         elif self.unlabelled and not (self.hours or self.pretraining):
             yield ("unlabelled", "hours"), "they are for a pretraining: give --hours H, or leave them out"
 
@@ -276,6 +285,49 @@ class PruneConfig(Reading, FromFile):
     LayerScale, which V1 has)."""
     max_images: int = Field(256, ge=1)
     """Of more images, that many are taken, evenly spread."""
+
+
+class ExportConfig(Settings, FromFile):
+    """Write a model for others: an ONNX file, checked by onnxruntime, or a repository for the Hugging Face hub.
+
+    Example: fcmae export runs/tuned model.onnx --normalize
+    """
+
+    model: Annotated[RunPath, Spelling("MODEL")] = Field(examples=["runs/tuned"])
+    """A run, a checkpoint, an exported model, or all else that `fcmae convert` reads."""
+    dest: Annotated[UserPath, Spelling("DEST")] = Field(examples=["model.onnx"])
+    """A new path: a file that ends in .onnx, or a folder for hub."""
+    to: Literal["onnx", "hub"] = "onnx"
+    """hub: a folder of timm's files and a model card, written from the run."""
+    output: Literal["logits", "pooled", "pyramid"] | None = None
+    """What an ONNX file gives: logits of the classes, features averaged over the image, or the features of every stage,
+    the last two before any norm. Default: logits if there is a classifier, else pooled."""
+    normalize: bool = False
+    """Whether an ONNX file takes images in 0..1 and normalises them. Default: they come normalised."""
+    images: Annotated[list[UserText], Spelling(commas=False)] = Field([])
+    """Images to check an ONNX file on: files, folders, lists or glob patterns. Default: those of the run, or made-up
+    ones."""
+
+    def conflicts(self, num_processes: int | None = None) -> Iterator[Conflict]:
+        given = [key for key in ("output", "normalize", "images") if getattr(self, key)]
+        if self.to == "hub" and given:
+            yield (given[0], "to"), "it is of ONNX files: leave it out for hub"
+
+
+class PushConfig(Settings, FromFile):
+    """Upload a model to the Hugging Face hub, with a card written from its run.
+
+    Example: fcmae push runs/tuned me/cells
+    """
+
+    model: Annotated[RunPath, Spelling("MODEL")] = Field(examples=["runs/tuned"])
+    """A run, a checkpoint, an exported model, or all else that `fcmae convert` reads."""
+    repo: Annotated[str, AfterValidator(_repository), Spelling("REPO")] = Field(examples=["me/cells"])
+    """The repository: USER/NAME, or NAME for whom the token is of."""
+    public: bool = False
+    """Everybody may read it. Default: it is private."""
+    overwrite: bool = False
+    """Add to a repository that is there; what it had stays in its history."""
 
 
 class ReportConfig(Settings):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import glob
 import hashlib
+import io
 import json
 import logging
 import os
@@ -19,7 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fcmae.atomic import read_bytes, write_text
+from fcmae.data.shards import COMPRESSED, SHARDS, SUFFIXES, Parts, Shards, is_damage, is_image, is_shard
 from fcmae.data.source import BadImage, Files, Source, printable
+from fcmae.data.storage import Storage, canonical, is_remote, joined, listed
+from fcmae.data.tables import can_read
 
 logger = logging.getLogger("fcmae")
 
@@ -27,7 +31,7 @@ logger = logging.getLogger("fcmae")
 SYSTEM_FOLDERS = {"@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX", "lost+found", "System Volume Information"}
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 MAX_INDEX = 2**33  # bytes of what `Images.save` writes: tens of millions of paths
-SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".npy")
+ANY = Storage()
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,17 +106,17 @@ class Images:
         return None if self.labels is None or self.class_names is None else self.class_names[self.labels[i]]
 
     def fingerprint(self) -> str:
-        """SHA-256 in hex of names, labels and class names; the names count from their common parent.
+        """SHA-256 in hex of names, labels, class names and what the source tells; names count from their common parent.
 
         A folder that moves as a whole keeps its fingerprint; a file added, removed or renamed changes it.
         """
         names = self.names()
         if names:
-            # The parent's length is cut off, which for 10 million paths is far quicker than os.path.relpath.
-            parent = os.path.commonpath({os.path.dirname(name) for name in names})  # noqa: PTH120
-            start = len(os.path.join(parent, ""))  # noqa: PTH118
-            names = [name[start:].replace(os.sep, "/") for name in names]
-        text = json.dumps([names, self._labels(), self.class_names])
+            # What the first and the last in order begin with, all do; it ends after a slash.
+            start = os.path.commonprefix([min(names), max(names)]).rfind("/") + 1  # noqa: RUF071
+            names = [name[start:] for name in names]
+        known = self.source.fingerprint()
+        text = json.dumps([names, self._labels(), self.class_names, *([known] if known else [])])
         return hashlib.sha256(text.encode()).hexdigest()
 
     def _labels(self) -> list[int] | None:
@@ -133,13 +137,19 @@ class Images:
         return Images(self.source, np.concatenate([self._positions(), other._positions()]))
 
     def save(self, path: str | Path) -> None:
-        """Write the names as JSON, whole or not at all."""
+        """Write the names as JSON, and the places of what lies in shards, whole or not at all."""
         values = {"paths": self.names(), "labels": self._labels(), "class_names": self.class_names}
+        if isinstance(self.source, Parts):
+            values |= {"shards": self.source.shards, "places": self.source.table[:, self._positions()].tolist()}
         write_text(Path(path), json.dumps(values))
 
     @classmethod
-    def load(cls, path: str | Path) -> Images:
-        """Read what `save` wrote of files.
+    def load(cls, path: str | Path, storage: Storage = ANY) -> Images:
+        """Read what `save` wrote of files and shards.
+
+        Args:
+            path: of what it wrote.
+            storage: that reads the images.
 
         Raises:
             ValueError: if the file holds something else.
@@ -147,6 +157,9 @@ class Images:
         try:
             values = json.loads(read_bytes(Path(path), MAX_INDEX))
             found = cls.of_files(values["paths"], values["labels"], values["class_names"])
+            if "shards" in values:
+                places = np.array(values["places"], dtype=np.int64)
+                found = replace(found, source=Parts(values["paths"], values["shards"], places, storage))
             if found.labels is not None and found.labels.shape != (len(found),):
                 raise ValueError(f"{len(found.labels)} labels of {len(found)} images")
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
@@ -154,45 +167,51 @@ class Images:
         return found
 
 
-def find_images(sources: Sequence[str], *, key: str = "data.path") -> Images:
+def find_images(sources: Sequence[str], *, key: str = "data.path", storage: Storage = ANY) -> Images:
     """All images of one or several sources, sorted by path and without duplicates.
 
     Args:
         sources: folders (searched recursively; links are followed, hidden files and folders skipped), .txt files with
             one path a line (relative ones start at the list's folder; any suffix), glob patterns (`**` is recursive; a
-            folder that matches is searched) or single images.
+            folder that matches is searched), single images, or tar files, wherever they are found: see shards.py. Each
+            may be a URL that fsspec knows, such as s3://bucket/photos.
         key: the setting that errors name.
+        storage: that reads tar files and images.
 
     Raises:
         ValueError: for a source that is missing, cannot be listed, or holds no image.
     """
-    found, others = set[str](), Counter[str]()
-    for source in sources:
-        paths = list(_expand(source, key, others))
+    found, others, shards = set[str](), Counter[str](), Shards(storage, key)
+    expanded = [list(_expand(source, key, others)) for source in sources]
+    shards.learn(path for paths in expanded for path in paths if is_shard(path))
+    for source, paths in zip(sources, expanded, strict=True):
+        paths = [name for path in paths for name in (shards.labels(path) if is_shard(path) else [path])]
         if not paths:
             raise ValueError(
-                f"{key}: {source!r} holds no image ({' '.join(SUFFIXES)}): "
-                "give a folder of images, a .txt file that lists paths, or a glob pattern"
+                f"{key}: {source!r} holds no image ({' '.join(SUFFIXES)}): give a folder of images, a .txt file that "
+                f"lists paths, or a glob pattern{'' if can_read() else '; tables need `pip install fcmae[parquet]`'}"
             )
         found.update(paths)
-    return replace(Images.of_files(sorted(found)), notes=_left_out(others, key))
+    return Images(shards.source(sorted(found)), notes=_left_out(others, key) + shards.notes())
 
 
 def _expand(source: str, key: str, others: Counter[str]) -> Iterator[str]:
     path = Path(source).expanduser()
-    if path.is_dir():
+    if is_remote(source):
+        yield from _expand_remote(source, key, others)
+    elif path.is_dir():
         yield from _walk(path, key, others)
     elif path.suffix.lower() == ".txt" and path.is_file():
-        yield from _read_list(path, key)
+        yield from _read_list(str(path), key)
     elif path.is_file():
-        yield from [_absolute(path)] if _is_image(path.name) else []
+        yield from _image_or_shard(path, key)
     elif glob.has_magic(source):
         # Not Path.glob: it takes no absolute pattern.
         for match in glob.glob(str(path), recursive=True):  # noqa: PTH207
             if Path(match).is_dir():
                 yield from _walk(Path(match), key, others)
-            elif _is_image(Path(match).name):
-                yield _absolute(match)
+            else:
+                yield from _image_or_shard(Path(match), key)
     else:
         raise ValueError(
             f"{key}: {source!r} does not exist: "
@@ -200,17 +219,54 @@ def _expand(source: str, key: str, others: Counter[str]) -> Iterator[str]:
         )
 
 
+def _image_or_shard(path: Path, key: str) -> Iterator[str]:
+    if path.name.endswith(COMPRESSED):
+        raise ValueError(f"{key}: {str(path)!r} is compressed, so that no image can be read alone: unpack it")
+    if is_image(path.name) or is_shard(path.name):
+        yield _absolute(path)
+
+
+def _expand_remote(source: str, key: str, others: Counter[str]) -> Iterator[str]:
+    name = source.rpartition("/")[2]
+    if name.endswith(COMPRESSED):
+        raise ValueError(f"{key}: {source!r} is compressed, so that no image can be read alone: unpack it")
+    if name.lower().endswith(".txt"):
+        yield from _read_list(source, key)
+    elif _is_pattern(source):
+        yield from (path for path in _listed(source, key, "glob") if is_image(os.path.basename(path)) or is_shard(path))  # noqa: PTH119
+    elif is_image(name) or is_shard(name):
+        yield source
+    else:
+        paths = _listed(source, key, "find")
+        root = canonical(source)
+        for path in paths:
+            *folders, name = path[len(root) + 1 :].split("/")
+            if any(part.startswith(".") or part in SYSTEM_FOLDERS for part in (*folders, name)):
+                continue
+            if is_image(name) or is_shard(name):
+                yield path
+            else:
+                others[os.path.splitext(name)[1].lower()] += 1  # noqa: PTH122
+
+
+def _is_pattern(url: str) -> bool:
+    return "*" in url or "[" in url  # a question mark begins a query
+
+
+def _listed(source: str, key: str, method: str) -> list[str]:
+    try:
+        return listed(source, method)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{key}: {source!r} cannot be listed ({error}): see that it is there and yours") from error
+
+
 def _absolute(path: str | Path) -> str:
     # Links are kept: Path.resolve would ask the file system about every part of every path.
     return os.path.abspath(path)  # noqa: PTH100
 
 
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
-
-
 def _walk(root: Path, key: str, others: Counter[str]) -> Iterator[str]:
-    """The images below a folder; files of other formats are counted in `others`, by suffix.
+    """The images and shards below a folder; files of other formats are counted in `others`, by suffix.
 
     Hidden files and folders, those of systems, and the directories of runs, whose pictures are no images to learn from,
     are passed over, and so is everything that is no file.
@@ -234,7 +290,7 @@ def _walk(root: Path, key: str, others: Counter[str]) -> Iterator[str]:
         folders += [entry.path for entry in shown if entry.is_dir() and entry.name not in SYSTEM_FOLDERS]
         for entry in shown:
             if entry.is_file():
-                if _is_image(entry.name):
+                if is_image(entry.name) or (is_shard(entry.name) and (entry.name.endswith(".tar") or can_read())):
                     yield entry.path
                 else:
                     others[os.path.splitext(entry.name)[1].lower()] += 1  # noqa: PTH122
@@ -258,43 +314,51 @@ def _left_out(others: Counter[str], key: str) -> tuple[str, ...]:
     return (f"{key}: files that are no images were left out: {', '.join(counts)}",)
 
 
-def _read_list(path: Path, key: str) -> Iterator[str]:
+def _read_list(address: str, key: str) -> Iterator[str]:
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = ANY.read(address).decode("utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:
         raise ValueError(
-            f"{key}: {path} cannot be read ({error}): give a UTF-8 text file with one path a line"
+            f"{key}: {address} cannot be read ({error}): give a UTF-8 text file with one path a line"
         ) from error
-    folder = path.parent
-    for line in lines:
-        if line.strip():
-            yield _absolute(folder / Path(line.strip()).expanduser())
+    folder = os.path.dirname(address)  # noqa: PTH120
+    yield from (joined(folder, line.strip()) for line in lines if line.strip())
 
 
-def find_labelled(source: str, class_names: Sequence[str] | None = None, *, key: str | None = None) -> Images:
-    """Labelled images, sorted by path: one folder a class, or a CSV file with the columns path and label.
+def find_labelled(
+    source: str, class_names: Sequence[str] | None = None, *, key: str | None = None, storage: Storage = ANY
+) -> Images:
+    """Labelled images, sorted by path: one folder a class, a CSV file with the columns path and label, or tar files.
 
     Args:
-        source: a folder whose sub-folders are the classes (images at any depth below each), or a .csv file whose
-            relative paths start at its folder.
+        source: a folder whose sub-folders are the classes (images at any depth below each), a .csv file whose
+            relative paths start at its folder, or tar files with labels (see shards.py): one, a folder of them, or a
+            glob pattern. Each may be a URL.
         class_names: the classes of the training set, for images held out; labels then point into it. By default the
             classes are the labels found, in alphabetical order, or in numerical order if all are integers.
         key: the setting that errors name, by default data.path, or data.val_path if class_names are given.
+        storage: that reads tar files and images.
 
     Raises:
         ValueError: for a source that is missing or malformed, a label not in class_names, or fewer than two classes.
     """
     others = Counter[str]()
     key = key or ("data.path" if class_names is None else "data.val_path")
-    path = Path(source).expanduser()
-    if path.is_dir():
-        label_of = _class_folders(path, key, others, may_be_empty=class_names is not None)
-    elif path.suffix.lower() == ".csv" and path.is_file():
-        label_of = _read_csv(path, key)
+    path, shards = Path(source).expanduser(), Shards(storage, key)
+    if (tars := _tars(source, path, key)) is not None:
+        label_of = _labels_of(tars, shards, source, key)
+    elif path.suffix.lower() == ".csv" and (is_remote(source) or path.is_file()):
+        label_of = _read_csv(source if is_remote(source) else str(path), key)
+    elif path.is_dir() or is_remote(source):
+        label_of = _class_folders(source, key, others, may_be_empty=class_names is not None)
+        shards.learn(tar for tar in label_of if is_shard(tar))
+        for tar in [tar for tar in label_of if is_shard(tar)]:
+            label_of.update(dict.fromkeys(shards.labels(tar), label_of.pop(tar)))
     else:
-        problem = "is neither a folder nor a .csv file" if path.exists() else "does not exist"
+        problem = "is neither a folder, a .csv nor a .tar file" if path.exists() else "does not exist"
         raise ValueError(
-            f"{key}: {source!r} {problem}: give a folder with one sub-folder a class, or a CSV with columns path,label"
+            f"{key}: {source!r} {problem}: give a folder with one sub-folder a class, a CSV with columns path,label, "
+            "or tar files with labels"
         )
     names = _sort_classes(set(label_of.values())) if class_names is None else list(class_names)
     if unknown := sorted(set(label_of.values()) - set(names)):
@@ -307,8 +371,36 @@ def find_labelled(source: str, class_names: Sequence[str] | None = None, *, key:
         _warn_of_names(names, key)
     number = {name: i for i, name in enumerate(names)}
     paths = sorted(label_of)
-    found = Images.of_files(paths, [number[label_of[path]] for path in paths], names)
-    return replace(found, notes=_left_out(others, key))
+    labels = np.array([number[label_of[path]] for path in paths], dtype=np.int64)
+    return Images(shards.source(paths), None, labels, tuple(names), _left_out(others, key) + shards.notes())
+
+
+def _tars(source: str, path: Path, key: str) -> list[str] | None:
+    """The tar files that a source of labelled images names: itself, those in a folder, or those that match."""
+    if is_remote(source):
+        is_file = source.endswith((".csv", *SHARDS, *COMPRESSED)) or _is_pattern(source)
+        found = list(_expand_remote(source, key, Counter())) if is_file else _listed(source, key, "ls")
+    elif path.is_dir():
+        found = [_absolute(inner) for inner in path.iterdir()]
+    elif glob.has_magic(source) and not path.exists():
+        found = [tar for match in glob.glob(str(path), recursive=True) for tar in _image_or_shard(Path(match), key)]  # noqa: PTH207
+    else:
+        found = list(_image_or_shard(path, key)) if path.is_file() else []
+    return sorted(tar for tar in found if is_shard(tar) and not os.path.isdir(tar)) or None  # noqa: PTH112
+
+
+def _labels_of(tars: list[str], shards: Shards, source: str, key: str) -> dict[str, str]:
+    shards.learn(tars)
+    found = [pair for tar in tars for pair in shards.labels(tar).items()]
+    label_of = {name: label for name, label in found if label or not is_damage(name)}
+    if not label_of:
+        raise ValueError(f"{key}: {source!r} holds no image ({' '.join(SUFFIXES)}): give tar files of labelled images")
+    if without := [name for name, label in label_of.items() if not label]:
+        raise ValueError(
+            f"{key}: {printable(without[0])} and {len(without) - 1} more of {len(label_of)} images have no label: put "
+            ".cls, .json or .txt beside each in its tar file, or a column label into its table"
+        )
+    return {name: _class_name(label, key) for name, label in label_of.items()}
 
 
 def _some(names: Sequence[str]) -> str:
@@ -321,26 +413,40 @@ def _sort_classes(names: set[str]) -> list[str]:
     return sorted(names)
 
 
-def _class_folders(root: Path, key: str, others: Counter[str], *, may_be_empty: bool) -> dict[str, str]:
+def _class_folders(source: str, key: str, others: Counter[str], *, may_be_empty: bool) -> dict[str, str]:
+    """The images and shards in each sub-folder, and its name."""
+    if is_remote(source):
+        paths, found = list(_expand_remote(source, key, others)), dict[str, list[str]]()
+        root = canonical(source)
+        for path in paths:
+            name, slash, _ = path[len(root) + 1 :].partition("/")
+            if slash:
+                found.setdefault(name, []).append(path)
+        _refuse_splits(root, set(found), key)
+    else:
+        root = str(Path(source).expanduser())
+        folders = [path for path in sorted(Path(root).iterdir()) if path.is_dir() and not path.name.startswith(".")]
+        folders = [path for path in folders if path.name not in SYSTEM_FOLDERS]
+        _refuse_splits(root, {path.name for path in folders}, key)
+        found = {folder.name: list(_walk(folder, key, others)) for folder in folders}
     label_of = dict[str, str]()
-    folders = [path for path in sorted(root.iterdir()) if path.is_dir() and not path.name.startswith(".")]
-    folders = [path for path in folders if path.name not in SYSTEM_FOLDERS]
-    names = {path.name for path in folders}
+    for name, images in found.items():
+        if not images and not may_be_empty:
+            raise ValueError(f"{key}: the class folder '{root}/{name}' holds no image: fill or remove it")
+        label_of.update(dict.fromkeys(images, _class_name(name, key)))
+    if not label_of:
+        raise ValueError(f"{key}: {root!r} has no sub-folder with images: put each class in a folder of its own")
+    return label_of
+
+
+def _refuse_splits(root: str, names: set[str], key: str) -> None:
     if len(names) > 1 and {name.lower() for name in names} <= SPLITS:
         held_out = sorted(names - {"train", "training"})
         raise ValueError(
-            f"{key}: {str(root)!r} holds splits ({', '.join(sorted(names))}) and no classes: give the folder of one of "
-            f"them, such as data.path {root / sorted(names & {'train', 'training'} or names)[0]} with data.val_path "
-            f"{root / held_out[-1]}"
+            f"{key}: {root!r} holds splits ({', '.join(sorted(names))}) and no classes: give the folder of one of "
+            f"them, such as data.path {root}/{sorted(names & {'train', 'training'} or names)[0]} with data.val_path "
+            f"{root}/{held_out[-1]}"
         )
-    for folder in folders:
-        images = list(_walk(folder, key, others))
-        if not images and not may_be_empty:
-            raise ValueError(f"{key}: the class folder {str(folder)!r} holds no image: fill or remove it")
-        label_of.update(dict.fromkeys(images, _class_name(folder.name, key)))
-    if not label_of:
-        raise ValueError(f"{key}: {str(root)!r} has no sub-folder with images: put each class in a folder of its own")
-    return label_of
 
 
 def _class_name(name: str, key: str) -> str:
@@ -359,33 +465,30 @@ def _warn_of_names(names: Sequence[str], key: str) -> None:
         logger.warning("%s: the classes %s differ in their case only", key, " and ".join(map(repr, twice[:2])))
 
 
-def _read_csv(path: Path, key: str, column: str = "path", other: str = "label") -> dict[str, str]:
-    """What stands beside each image, which becomes absolute, in a CSV file."""
-    beside: dict[str, str] = {}
+def _read_csv(address: str, key: str, column: str = "path", other: str = "label") -> dict[str, str]:
+    """What stands beside each image, by its address, in a CSV file."""
+    beside, folder = dict[str, str](), os.path.dirname(address)  # noqa: PTH120
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = csv.DictReader(file, skipinitialspace=True)
-            columns = rows.fieldnames or []
-            if not {column, other} <= set(columns):
-                raise ValueError(f"{key}: the header of {path} is {','.join(columns)!r}: it needs {column} and {other}")
-            for row in rows:
-                image, text = (row[column] or "").strip(), _class_name((row[other] or "").strip(), key)
-                if not image or not text:
-                    raise ValueError(
-                        f"{key}: line {rows.line_num} of {path} lacks its {column} or {other}: complete it"
-                    )
-                image = _absolute(path.parent / Path(image).expanduser())
-                if beside.setdefault(image, text) != text:
-                    raise ValueError(
-                        f"{key}: line {rows.line_num} of {path} gives {image} the {other} {text!r}, "
-                        f"an earlier one {beside[image]!r}: keep one"
-                    )
+        rows = csv.DictReader(io.StringIO(ANY.read(address).decode("utf-8-sig"), newline=""), skipinitialspace=True)
+        columns = rows.fieldnames or []
+        if not {column, other} <= set(columns):
+            raise ValueError(f"{key}: the header of {address} is {','.join(columns)!r}: it needs {column} and {other}")
+        for row in rows:
+            image, text = (row[column] or "").strip(), _class_name((row[other] or "").strip(), key)
+            if not image or not text:
+                raise ValueError(f"{key}: line {rows.line_num} of {address} lacks its {column} or {other}: complete it")
+            image = joined(folder, image)
+            if beside.setdefault(image, text) != text:
+                raise ValueError(
+                    f"{key}: line {rows.line_num} of {address} gives {image} the {other} {text!r}, "
+                    f"an earlier one {beside[image]!r}: keep one"
+                )
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(
-            f"{key}: {path} cannot be read ({error}): give a UTF-8 CSV with columns {column},{other}"
+            f"{key}: {address} cannot be read ({error}): give a UTF-8 CSV with columns {column},{other}"
         ) from error
     if not beside:
-        raise ValueError(f"{key}: {path} lists no image: give one {column},{other} a line")
+        raise ValueError(f"{key}: {address} lists no image: give one {column},{other} a line")
     return beside
 
 
@@ -404,7 +507,7 @@ def find_mapped(source: str, maps: str | None, *, key: str = "data.path") -> tup
     """
     path = Path(source).expanduser()
     if path.suffix.lower() == ".csv" and path.is_file():
-        beside = _read_csv(path, key, "image", "mask")
+        beside = _read_csv(str(path), key, "image", "mask")
         map_of = {image: _absolute(path.parent / Path(beside[image]).expanduser()) for image in sorted(beside)}
         return Images.of_files(list(map_of)), Images.of_files(list(map_of.values()))
     if not path.is_dir() or maps is None:

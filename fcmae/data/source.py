@@ -1,6 +1,6 @@
 """Where the bytes of images come from: numbered images, each with a name and a file. What they hold is for readers.
 
-Another kind of place (the shards of an archive, a bucket, a table) is one class with `__len__`, `name` and `read`.
+Another kind of place is one class with `__len__`, `name` and `read`; shards.py has the one for parts of larger files.
 """
 
 from __future__ import annotations
@@ -85,34 +85,68 @@ class Source(Protocol):
         """
         return BytesIO(self.read(i))
 
+    def fingerprint(self) -> str:
+        """What it knows of its images' bytes beside their names, in hex; empty if nothing.
+
+        It stays the same when all of them move together.
+        """
+        return ""
+
+
+class Names:
+    """Many names in one block of bytes.
+
+    Strings would be copied into every worker, page by page, as each use of one writes its reference count; and ten
+    million of them take gigabytes.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        encoded = [os.fsencode(name) for name in names]
+        self._block = b"".join(encoded)
+        self._bounds = array("q", accumulate(map(len, encoded), initial=0))
+
+    def __len__(self) -> int:
+        return len(self._bounds) - 1
+
+    def __getitem__(self, i: int) -> str:
+        start, end = self._bounds[i : i + 2]
+        return os.fsdecode(self._block[start:end])
+
 
 class Files(Source):
     """Files by their paths, which are absolute."""
 
     def __init__(self, paths: Sequence[str]) -> None:
-        # One block of bytes. Strings would be copied into every worker, page by page, as each use of one writes its
-        # reference count; and ten million of them take gigabytes.
-        names = [os.fsencode(path) for path in paths]
-        self._block = b"".join(names)
-        self._bounds = array("q", accumulate(map(len, names), initial=0))
+        self._names = Names(paths)
 
     def __len__(self) -> int:
-        return len(self._bounds) - 1
+        return len(self._names)
 
     def name(self, i: int) -> str:
-        start, end = self._bounds[i : i + 2]
-        return os.fsdecode(self._block[start:end])
+        return self._names[i]
 
     def read(self, i: int) -> bytes:
         with self.open(i) as file:
             return file.read()
 
     def open(self, i: int) -> BinaryIO:
-        file = open(self.name(i), "rb", opener=_open_at_once)  # noqa: SIM115  # and a Path costs a while
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            file.close()
-            raise OSError("it is a pipe, a socket or a device, and no file")
-        return file
+        return open_file(self.name(i))
+
+
+def open_file(path: str) -> BinaryIO:
+    """A file on this machine.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        OSError: if it is not there, cannot be read, or is a pipe, a socket or a device, which may never end.
+    """
+    file = open(path, "rb", opener=_open_at_once)  # noqa: SIM115  # and a Path costs a while
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError("it is a pipe, a socket or a device, and no file")
+    return file
 
 
 def _open_at_once(path: str, flags: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import cast
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fcmae.layouts import Layout
@@ -17,7 +18,8 @@ class Encoder(StagedEncoder):
     """Stem and stages, with parameters under the released dense code's names.
 
     `downsample_layers.0` is the stem (convolution, LayerNorm); `downsample_layers.1..3` are LayerNorm and a 2x2
-    stride-2 convolution; `stages.i.j` are blocks. There is no final norm: FCMAE does not train one.
+    stride-2 convolution; `stages.i.j` are blocks. There is no final norm: FCMAE does not train one. A dense stem begins
+    with `initial_conv` (convolution, LayerNorm).
 
     Args:
         spec: the numbers of the network.
@@ -35,7 +37,12 @@ class Encoder(StagedEncoder):
     ) -> None:
         super().__init__(spec, in_chans, grad_checkpointing)
         stride = spec.stem_stride
-        stem = nn.Sequential(nn.Conv2d(in_chans, spec.dims[0], stride, stride), LayerNorm(spec.dims[0]))
+        stem_chans, groups, self.dense_stem = in_chans, 1, spec.dense_stem
+        if spec.dense_stem:
+            self.initial_conv = nn.Sequential(nn.Conv2d(in_chans, spec.dims[0], 3, padding=1), LayerNorm(spec.dims[0]))
+            stem_chans = groups = spec.dims[0]
+        patches = nn.Conv2d(stem_chans, spec.dims[0], stride, stride, groups=groups)
+        stem = nn.Sequential(patches, LayerNorm(spec.dims[0]))
         self.downsample_layers = nn.ModuleList([stem])
         for dim, next_dim in pairwise(spec.dims):
             self.downsample_layers.append(nn.Sequential(LayerNorm(dim), nn.Conv2d(dim, next_dim, 2, 2)))
@@ -46,6 +53,21 @@ class Encoder(StagedEncoder):
             for widths, dim in zip(spec.hidden_widths, spec.dims, strict=True)
         )
         self.apply(init_weights)
+
+    def stem(self, images: Tensor, layout: Layout) -> Tensor:
+        if not self.dense_stem:
+            return super().stem(images, layout)
+        # The 3x3 convolution sees zeros in the place of hidden pixels, as a sparse one does.
+        s = self.spec.stem_stride
+        hidden_zero = layout.unpack(layout.pack(self.patches(images)))  # (B, h, w, C * s * s)
+        pixels = hidden_zero.view(*hidden_zero.shape[:3], -1, s, s).permute(0, 3, 1, 4, 2, 5)  # (B, C, h, s, w, s)
+        first, first_norm = cast("tuple[nn.Conv2d, LayerNorm]", self.initial_conv)
+        x = first(pixels.flatten(4).flatten(2, 3)).permute(0, 2, 3, 1)  # (B, H, W, dims[0])
+        x = layout.pack(self.patches(F.gelu(first_norm(x)).permute(0, 3, 1, 2)))
+        conv, norm = cast("tuple[nn.Conv2d, LayerNorm]", self.downsample_layers[0])
+        x = (x.view(*x.shape[:-1], -1, s * s) * conv.weight.flatten(1)).sum(-1) + cast("Tensor", conv.bias)
+        f: Tensor = norm(x)
+        return f
 
     def downsample(self, stage: int, f: Tensor, layout: Layout) -> Tensor:
         norm, conv = cast("tuple[LayerNorm, nn.Conv2d]", self.downsample_layers[stage])

@@ -102,13 +102,16 @@ class StagedEncoder(nn.Module):
             Features of the visible sites in `layout`, dims[0] channels.
         """
         conv, norm = cast("tuple[nn.Conv2d, nn.Module]", self.downsample_layers[0])
-        s = self.spec.stem_stride
-        B, C, H, W = images.shape
-        h, w = H // s, W // s
-        x = images[:, :, : h * s, : w * s].reshape(B, C, h, s, w, s).permute(0, 2, 4, 1, 3, 5)  # (B, h, w, C, s, s)
-        x = layout.pack(x.reshape(B, h, w, C * s * s))  # visible sites, C * s * s values each
+        x = layout.pack(self.patches(images))  # visible sites, C * s * s values each
         f: Tensor = norm(F.linear(x, conv.weight.flatten(1), conv.bias))
         return f
+
+    def patches(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to the values of each patch of the stem, (B, h, w, C * s * s)."""
+        s = self.spec.stem_stride
+        B, C, H, W = x.shape
+        h, w = H // s, W // s
+        return x[:, :, : h * s, : w * s].reshape(B, C, h, s, w, s).permute(0, 2, 4, 1, 3, 5).reshape(B, h, w, C * s * s)
 
     def downsample(self, stage: int, f: Tensor, layout: Layout) -> Tensor:
         """What goes before a stage.
@@ -150,6 +153,7 @@ def layer_of(name: str, spec: NetworkSpec, mode: str) -> int:
     Returns:
         0 to num_layers(spec, mode) - 1 for the encoder's, num_layers(spec, mode) for the norm's and the head's.
     """
+    name = name.replace("encoder.initial_conv.", "encoder.downsample_layers.0.")  # of the stem
     match = re.match(r"encoder\.(downsample_layers|stages)\.(\d)\.(\w+)", name)
     if match is None:
         return num_layers(spec, mode)

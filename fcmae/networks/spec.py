@@ -86,6 +86,9 @@ class ConvNeXtSpec(NetworkSpec):
     """Expanded channels of each block of each stage; null is 4 times the stage's."""
     use_grn: bool = True
     """V2's GRN; false is V1, with LayerScale."""
+    dense_stem: bool = False
+    """A 3x3 convolution, LayerNorm and GELU at every pixel before the stem, whose convolution is then depthwise, as
+    MMEarth has it (arXiv 2405.02771)."""
 
     @field_validator("kernel_size")
     @classmethod
@@ -126,8 +129,12 @@ class ConvNeXtSpec(NetworkSpec):
 
     @property
     def peculiarities(self) -> list[str]:
-        kernel = [] if self.kernel_size == 7 else [f"kernel {self.kernel_size}"]
-        return kernel if self.hidden is None else [*kernel, "hidden widths of its own"]
+        told = {
+            f"kernel {self.kernel_size}": self.kernel_size != 7,
+            "hidden widths of its own": self.hidden is not None,
+            "a dense stem": self.dense_stem,
+        }
+        return [words for words, are_so in told.items() if are_so]
 
 
 def _usual_widths(depths: Depths, dims: Widths) -> tuple[Widths, ...]:

@@ -34,6 +34,8 @@ STARTED = (
     "val_maps.json",
     "train.log",
     "bad_files.txt",
+    "index/*.index",
+    "cache/*/*.read",
     "tensorboard/events.*",
     "tensorboard/fcmae/events.*",
 )
@@ -66,7 +68,7 @@ RESULTS = (
     "last/head.safetensors",
     "last/confusion.csv",
 )
-FOLDERS = ("checkpoints", "tensorboard", "reconstructions", "overlays", "best", "last")
+FOLDERS = ("index", "cache", "checkpoints", "tensorboard", "reconstructions", "overlays", "best", "last")
 ASIDE = ".tmp-checkpoints"
 SAVED = ".saved"  # there once a checkpoint was: without one, the run is finished and tidied up, or somebody's loss
 

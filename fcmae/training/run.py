@@ -4,6 +4,8 @@ RUN/
     config.yaml       the resolved settings
     environment.json  versions, machine and command, an entry for each start
     files.json        the index of the images (val_files.json: of labelled ones held out)
+    index/            what lies where in each tar file
+    cache/            images from afar (data.cache_gb)
     train.log         what the terminal showed
     metrics.jsonl     one JSON object a line
     tensorboard/      the same for TensorBoard
@@ -51,6 +53,7 @@ from fcmae.config import RunConfig
 from fcmae.data.cores import num_cores
 from fcmae.data.loader import STOP_SIGNALS, end_workers
 from fcmae.data.source import printable
+from fcmae.data.storage import CACHE, INDEX
 from fcmae.tables import table
 from fcmae.training import checkpoint, health, own_files
 
@@ -108,7 +111,9 @@ class RunDirectory:
 
     def _is_unused(self) -> bool:
         """Whether there is nothing but what a run leaves that was killed before it wrote its config.yaml."""
-        return self.path.is_dir() and all(path.name.startswith((".lock", ".tmp-")) for path in self.path.iterdir())
+        return self.path.is_dir() and all(
+            path.name in (INDEX, CACHE) or path.name.startswith((".lock", ".tmp-")) for path in self.path.iterdir()
+        )
 
     def _read_same_run(self, config: Path, header: str) -> RunConfig:
         remedy = "give another --out, the same settings, or --overwrite to delete it"

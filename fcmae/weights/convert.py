@@ -27,9 +27,7 @@ from fcmae.weights.files import (
     save_weights,
     timm_holds,
 )
-from fcmae.weights.formats import FORMATS, holds, rename, to_state, unwrapped
-
-STEM = "encoder.downsample_layers.0.0.weight"
+from fcmae.weights.formats import FORMATS, first_weight, holds, rename, to_state, unwrapped
 
 
 def adapt_in_chans(weights: Weights, in_chans: int) -> Weights:
@@ -48,7 +46,8 @@ def adapt_in_chans(weights: Weights, in_chans: int) -> Weights:
             "only those of 3 (RGB) adapt to another number"
         )
     state = {name: value for name, value in weights.state.items() if not name.startswith("decoder.")}
-    state[STEM] = adapt_input_conv(in_chans, state[STEM])
+    first = first_weight(weights.architecture.spec)
+    state[first] = adapt_input_conv(in_chans, state[first])
     architecture = replace(weights.architecture, in_chans=in_chans, decoder_depth=0, decoder_dim=0)
     return replace(weights, state=state, architecture=architecture, image={}, expected_output=())
 

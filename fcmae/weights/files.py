@@ -389,12 +389,12 @@ def encoder_output(weights: Weights) -> tuple[float, ...]:
 
 
 def timm_holds(spec: NetworkSpec) -> bool:
-    """Whether timm can build the network: a ConvNeXt of four stages, 4C hidden channels, a stem of stride 1 or 3 to 7.
+    """Whether timm can build it: a ConvNeXt of four stages, 4C hidden channels, a plain stem of stride 1 or 3 to 7.
 
     timm's stem of stride 2 comes with one more downsampling layer; from 8 on it dilates the last stage instead of
     downsampling to it, as its total stride is 32 at most.
     """
-    plain = isinstance(spec, ConvNeXtSpec) and spec.hidden is None
+    plain = isinstance(spec, ConvNeXtSpec) and spec.hidden is None and not spec.dense_stem
     return plain and spec.num_stages == 4 and spec.stem_stride in (1, 3, 4, 5, 6, 7)
 
 
@@ -411,15 +411,17 @@ def save_weights(dest: Path, weights: Weights, to: str) -> None:
         to: one of FORMATS.
 
     Raises:
-        ValueError: if the format cannot hold the network: transformers' have 7x7 kernels and 4C hidden channels only,
-            and networks other than ConvNeXt go into our own file or a directory for timm.
+        ValueError: if the format cannot hold the network: transformers' have 7x7 kernels, 4C hidden channels and a
+            plain stem only, and networks other than ConvNeXt go into our own file or a directory for timm.
     """
     spec = weights.architecture.spec
     if not isinstance(spec, ConvNeXtSpec):
         if to not in ("fcmae", "timm"):
             raise ValueError(f"{dest}: {to} has ConvNeXts only, and this is {describe(spec)}: use --to fcmae")
-    elif to == "transformers" and (spec.hidden is not None or spec.kernel_size != 7):
-        raise ValueError(f"{dest}: transformers' ConvNeXts have 7x7 kernels and 4C hidden channels: use --to fcmae")
+    elif to == "transformers" and (spec.hidden is not None or spec.kernel_size != 7 or spec.dense_stem):
+        raise ValueError(
+            f"{dest}: transformers' ConvNeXts have 7x7 kernels, 4C hidden channels and a plain stem: use --to fcmae"
+        )
     state, seen = {}, set()
     for name, value in to_state(weights.state, spec, to).items():
         value = value.detach().cpu().contiguous()

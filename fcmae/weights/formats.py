@@ -11,6 +11,8 @@ read from the other side. What network the tensors are of is read off their name
 | fair | yes | no | yes | the released dense code, self-supervised or fine-tuned |
 | timm | yes | no | yes | timm's ConvNeXt |
 | transformers | yes | no | yes | ConvNextV2Model, ConvNextModel and their classifiers |
+| mmpretrain | yes | no | norm | mmpretrain's backbones; read only, as its heads stand beside them |
+| mmearth | yes | no | no | MMEarth's sparse models of satellite images, with MinkowskiEngine's kernels; read only |
 | fcmae 0.1 | yes | yes | yes | ours before the decoder was one part; read only |
 
 No value ever changes: tensors are renamed, reshaped and permuted, so a round trip is exact to the bit.
@@ -35,12 +37,16 @@ from fcmae.networks.build import make_encoder
 from fcmae.networks.spec import MAX_DEPTH, ConvNeXtSpec, NetworkSpec, describe, variant_of
 
 FORMATS = ("fcmae", "timm", "fair", "transformers", "minkowski")
-OURS, OLD = "fcmae", "fcmae 0.1"
+OURS, OLD, MMPRETRAIN, MMEARTH = "fcmae", "fcmae 0.1", "mmpretrain", "mmearth"  # the last three read only
+_SPARSE = ("minkowski", MMEARTH)
+_STEM = "encoder.downsample_layers.0.0.weight"
 
 _DENSE = ("encoder", "norm", "head")
 _HOLDS = {
     "fcmae": (*_DENSE, "decoder"),
     OLD: (*_DENSE, "decoder"),
+    MMPRETRAIN: ("encoder", "norm"),
+    MMEARTH: ("encoder",),
     "minkowski": ("encoder", "decoder"),
     "fair": _DENSE,
     "timm": _DENSE,
@@ -50,18 +56,32 @@ _HOLDS = {
 # The released code has the decoder's parts beside the encoder.
 _RELEASED_DECODER = ((r"^decoder\.(?!blocks)", ""), (r"^decoder\.blocks\.", "decoder."))
 
+_SPARSE_ENCODER = (
+    (r"^(encoder\.downsample_layers\.[123]\.0)\.", r"\1.ln."),
+    (r"^(encoder\.downsample_layers\.[123]\.1)\.weight$", r"\1.kernel"),
+    (r"^(encoder\.stages\.\d\.\d+\.dwconv)\.weight$", r"\1.kernel"),
+    (r"^(encoder\.stages\.\d\.\d+\.norm)\.", r"\1.ln."),
+    (r"^(encoder\.stages\.\d\.\d+\.pwconv[12])\.", r"\1.linear."),
+)
+
 _FROM_OURS: dict[str, tuple[tuple[str, str], ...]] = {
     "fcmae": (),
     OLD: _RELEASED_DECODER,
-    "minkowski": (
-        *_RELEASED_DECODER,
-        (r"^(encoder\.downsample_layers\.[123]\.0)\.", r"\1.ln."),
-        (r"^(encoder\.downsample_layers\.[123]\.1)\.weight$", r"\1.kernel"),
-        (r"^(encoder\.stages\.\d\.\d+\.dwconv)\.weight$", r"\1.kernel"),
-        (r"^(encoder\.stages\.\d\.\d+\.norm)\.", r"\1.ln."),
-        (r"^(encoder\.stages\.\d\.\d+\.pwconv[12])\.", r"\1.linear."),
+    "minkowski": (*_RELEASED_DECODER, *_SPARSE_ENCODER),
+    MMEARTH: (
+        *_SPARSE_ENCODER,
+        (r"^(encoder\.initial_conv|encoder\.downsample_layers\.0)\.0\.weight$", r"\1.0.kernel"),
+        (r"^(encoder\.initial_conv|encoder\.downsample_layers\.0)\.1\.", r"\1.1.ln."),
+        (r"^encoder\.downsample_layers\.0\.", "encoder.stem."),
+        *((rf"^encoder\.downsample_layers\.{i}\.", f"encoder.downsample_layers.{i - 1}.") for i in (1, 2, 3)),
     ),
     "fair": ((r"^encoder\.", ""),),
+    MMPRETRAIN: (
+        (r"^norm\.", "norm3."),
+        (r"^encoder\.", ""),
+        (r"\.dwconv\.", ".depthwise_conv."),
+        (r"\.pwconv([12])\.", r".pointwise_conv\1."),
+    ),
     "timm": (
         (r"^encoder\.downsample_layers\.0\.", "stem."),
         (r"^encoder\.downsample_layers\.(\d)\.", r"stages.\1.downsample."),
@@ -104,6 +124,9 @@ _ENOUGH = len(_COMMON) // 2  # less is a chance
 
 # What a loss function with weights of its own is called beside a network.
 _LOSSES = ("criterion", "loss", "loss_fn", "loss_func")
+
+# Of MMEarth, which has a decoder for each kind of target.
+_TASKS = "decoder_dict."
 
 # timm computes the MLP of its small models as 1x1 convolutions.
 _TIMM_CONVOLUTIONAL = ("_atto", "_femto", "_pico", "_nano")
@@ -199,6 +222,8 @@ def network_in(names: Iterable[str], prefix: str | None = None) -> tuple[str, di
         for name, whole in plain.items()
         if name.startswith(prefix) and not (others and name.startswith(others))
     }
+    if any(name.startswith(_TASKS) for name in inside):
+        return prefix, {name: whole for name, whole in inside.items() if name.startswith("encoder.")}
     return prefix, {name: whole for name, whole in inside.items() if name.partition(".")[0] not in _LOSSES}
 
 
@@ -218,6 +243,11 @@ def _prefixes(names: Collection[str]) -> list[str]:
     return sorted(f"{prefix}encoder." if f"{prefix}encoder." in dense else prefix for prefix in found)
 
 
+def first_weight(spec: NetworkSpec) -> str:
+    """Our name of the weight that images meet first."""
+    return "encoder.initial_conv.0.weight" if isinstance(spec, ConvNeXtSpec) and spec.dense_stem else _STEM
+
+
 def holds(name: str, to: str) -> bool:
     """Whether a format has a place for our parameter `name`."""
     return name.partition(".")[0] in _HOLDS[to]
@@ -233,9 +263,9 @@ def detect(names: Iterable[str]) -> str:
         ValueError: if they are of none.
     """
     names = set(names)
-    # The decoder tells ours from what ours was.
-    decoder = ("decoder.mask_token", "decoder.proj.weight", "decoder.pred.weight")
-    found = {to: sum(rename(name, to) in names for name in (*_COMMON, *decoder)) for to in _FROM_OURS}
+    # The decoder tells ours from what ours was, and the stem MMEarth's from minkowski's.
+    others = ("decoder.mask_token", "decoder.proj.weight", "decoder.pred.weight", _STEM)
+    found = {to: sum(rename(name, to) in names for name in (*_COMMON, *others)) for to in _FROM_OURS}
     best = max(_FROM_OURS, key=lambda to: found[to])
     # Biases of ours and minkowski's have one name, so the one with the kernels too wins.
     if found[best] < _ENOUGH:
@@ -356,7 +386,7 @@ def _find_spec(tensors: Mapping[str, Tensor], source: str) -> ConvNeXtSpec:
             stages.append([f"encoder.stages.{i}.{j}" for j in range(there[-1] + 1)])
     every = [block for stage in stages for block in stage]
     kernels = [kernel.shape for block in every if (kernel := of(f"{block}.dwconv.weight")) is not None and kernel.ndim]
-    sides = Counter(math.isqrt(shape[0]) if source == "minkowski" else shape[-1] for shape in kernels)
+    sides = Counter(math.isqrt(shape[0]) if source in _SPARSE else shape[-1] for shape in kernels)
     odd = [side for side, _ in sides.most_common() if side % 2]
     if len(stages) < 2:
         raise ValueError(f"the entries, in {source}'s layout, have {len(stages)} stages: a ConvNeXt has 2 to 4")
@@ -368,6 +398,7 @@ def _find_spec(tensors: Mapping[str, Tensor], source: str) -> ConvNeXtSpec:
             kernel_size=odd[0] if odd else 7,
             hidden=tuple(tuple(most((f"{b}.{name}", dim) for name, dim in _HIDDEN) for b in stage) for stage in stages),
             use_grn=any(of(f"{block}.grn.{p}") is not None for block in every for p in ("gamma", "beta")),
+            dense_stem=any(of(f"encoder.initial_conv.{p}.bias") is not None for p in (0, 1)),
         )
     except ValidationError as error:
         wrong = error.errors()[0]
@@ -377,7 +408,9 @@ def _find_spec(tensors: Mapping[str, Tensor], source: str) -> ConvNeXtSpec:
 
 
 def _stem_stride(tensors: Mapping[str, Tensor], source: str) -> int:
-    stem = tensors.get(rename("encoder.downsample_layers.0.0.weight", source))
+    stem = tensors.get(rename(_STEM, source))
+    if stem is not None and source == MMEARTH:  # (s * s, C)
+        return math.isqrt(stem.shape[0]) or 4 if stem.ndim > 1 else 1
     return 4 if stem is None or stem.ndim < 3 else stem.shape[2] or 4
 
 
@@ -408,7 +441,7 @@ def _architecture(tensors: Mapping[str, Tensor], source: str, spec: NetworkSpec)
     num_classes = max(size("head.weight", 0, 0), size("head.bias", 0, 0))
     return Architecture(
         spec,
-        in_chans=max(1, size("encoder.downsample_layers.0.0.weight", 1, 3)),
+        in_chans=max(1, size(first_weight(spec), 1, 3)),
         decoder_depth=max(1, len(blocks)) if has_decoder else 0,
         decoder_dim=_most_told(tensors, source, (*_DECODER_WIDTH, *widths)) or 512 if has_decoder else 0,
         final_norm=num_classes > 0 or any(rename(f"norm.{p}", source) in tensors for p in ("weight", "bias")),
@@ -419,17 +452,19 @@ def _architecture(tensors: Mapping[str, Tensor], source: str, spec: NetworkSpec)
 def _shape_in(to: str, spec: NetworkSpec, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape in a format of our parameter `name`, whose shape is `shape`."""
     layer, parameter = name.split(".")[-2:] if "." in name else ("", name)
-    in_encoder = name.startswith("encoder.") and not name.startswith("encoder.downsample_layers.0.")
+    is_stem = name.startswith(("encoder.initial_conv.", "encoder.downsample_layers.0."))
+    is_sparse = to == MMEARTH or (to == "minkowski" and name.startswith("encoder.") and not is_stem)
     if to == "timm":
         if layer == "grn":
             return shape[-1:]
         if layer in ("pwconv1", "pwconv2") and parameter == "weight" and _is_convolutional_in_timm(spec):
             return (*shape, 1, 1)
-    if to == "minkowski" and in_encoder:
+    if is_sparse:
         if rename(name, to).endswith(".kernel"):
             outputs, inputs, *kernel = shape
-            return (math.prod(kernel), outputs) if layer == "dwconv" else (math.prod(kernel), inputs, outputs)
-        if layer == "grn" or (parameter == "bias" and layer in ("dwconv", "1")):
+            is_depthwise = layer == "dwconv" or name == _STEM
+            return (math.prod(kernel), outputs) if is_depthwise else (math.prod(kernel), inputs, outputs)
+        if layer == "grn" or (parameter == "bias" and layer in ("dwconv", "0" if is_stem else "1")):
             return (1, shape[-1])
     return shape
 

@@ -1,0 +1,348 @@
+"""Images in tar files and tables, which are read one by one through an index of where each lies.
+
+A tar is read as the folder that was packed into it. Beside an image may lie its label, as in the convention of
+WebDataset: NAME.cls, NAME.json or NAME.txt. An image is called by the tar's address, a slash, and its name in the tar.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from fcmae.data.cores import num_cores
+from fcmae.data.source import Files, Names, Source, printable
+from fcmae.data.storage import Storage, is_remote
+from fcmae.data.tables import ARROW, EMPTY, PARQUET, read_row
+from fcmae.data.tables import scan as scan_table
+
+TAR = ".tar"
+SHARDS = (TAR, PARQUET, ARROW)
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".npy")
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+BLOCK = 512  # bytes; a member's header is one
+LABELS = (".cls", ".json", ".txt")  # the first that an image has counts
+MAX_LABEL = 1 << 16  # bytes
+_SHARD = re.compile("(" + "|".join(map(re.escape, SHARDS)) + ")/")
+
+# In place of a size.
+WHOLE, DAMAGED, TWICE, MISSING = -1, -2, -3, -4
+REASONS = {
+    DAMAGED: "the shard is damaged here: pack it again",
+    TWICE: "the shard has an earlier member of this name: pack it again",
+    MISSING: "the shard has no such member",
+    EMPTY: "its row has no bytes of an image",
+}
+
+
+def is_image(name: str) -> bool:
+    """Whether a file's name is that of an image: by its suffix, and not hidden."""
+    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
+
+
+def is_damage(address: str) -> bool:
+    """Whether it stands for bytes of a tar file that are no member: see `scan`."""
+    name = os.path.basename(address)  # noqa: PTH119
+    return name.startswith("@") and not is_image(name)
+
+
+def is_shard(address: str) -> bool:
+    """Whether a file is a tar file or a table by its name; datasets' own caches are neither."""
+    name = os.path.basename(address)  # noqa: PTH119
+    return name.endswith(SHARDS) and not name.startswith((".", "cache-"))
+
+
+def shards_of(addresses: Iterable[str]) -> Iterator[str | None]:
+    """For each image's address the tar file or table that it lies in, or None."""
+    is_folder = dict[str, bool]()  # a folder may be called so too: each is looked at once
+    for address in addresses:
+        found = None
+        for end in _SHARD.finditer(address):
+            place = address[: end.end() - 1]
+            if place not in is_folder:
+                is_folder[place] = os.path.isdir(place)  # noqa: PTH112
+            if not is_folder[place]:
+                found = place
+                break
+        yield found
+
+
+@dataclass(frozen=True)
+class Members:
+    """The images of a tar file.
+
+    Attributes:
+        names: of the images, each once.
+        starts: (N,) int64, first byte of each.
+        sizes: (N,) int64, bytes, or why it cannot be used (REASONS).
+        labels: of the images, empty where there is none.
+    """
+
+    names: list[str]
+    starts: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+    labels: list[str]
+
+    def packed(self, stamp: str) -> bytes:
+        """As `unpacked` reads them."""
+        texts = {"stamp": stamp, "names": "\0".join(self.names), "labels": "\0".join(self.labels)}
+        arrays: dict[str, Any] = {key: np.frombuffer(os.fsencode(text), np.uint8) for key, text in texts.items()}
+        file = io.BytesIO()
+        np.savez_compressed(file, **arrays, starts=self.starts, sizes=self.sizes)
+        return file.getvalue()
+
+    @classmethod
+    def unpacked(cls, content: bytes, stamp: str) -> Members | None:
+        """What `packed` made of a shard of the same stamp; None for anything else."""
+        try:
+            with np.load(io.BytesIO(content), allow_pickle=False) as found:
+                texts = {key: os.fsdecode(found[key].tobytes()) for key in ("stamp", "names", "labels")}
+                starts, sizes = found["starts"], found["sizes"]
+        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error):
+            return None
+        names, labels = (texts[key].split("\0") if len(starts) else [] for key in ("names", "labels"))
+        fits = len(names) == len(labels) == len(starts) == len(sizes) and starts.dtype == sizes.dtype == np.int64
+        return cls(names, starts, sizes, labels) if texts["stamp"] == stamp and fits else None
+
+
+def scan(file: BinaryIO) -> Members:
+    """Read a tar file's headers, and the labels beside images.
+
+    What is damaged or cut off costs the members that it holds, and not those that follow.
+
+    Args:
+        file: at its start.
+
+    Raises:
+        ValueError: if it is compressed, or no tar file.
+        OSError: if it cannot be read.
+    """
+    total = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    begin = file.read(BLOCK)
+    for magic, name in MAGIC.items():
+        if begin.startswith(magic):
+            raise ValueError(f"it is compressed by {name}, so that no image can be read alone: unpack it")
+    file.seek(0)
+    names, places, texts, end = list[str](), list[tuple[int, int]](), dict[str, str](), 0
+
+    def skipped(start: int, stop: int) -> None:
+        """Take note of bytes that are no member."""
+        file.seek(start)
+        if start < stop and file.read(min(BLOCK, stop - start)).strip(b"\0"):
+            names.append(f"@{start}")
+            places.append((start, DAMAGED))
+
+    for member in _headers(file):
+        skipped(end, member.offset)
+        end = member.offset_data + (-(-member.size // BLOCK) * BLOCK if member.isreg() else 0)
+        path = _plain(member.name)
+        name, suffix = str(path), path.suffix.lower()
+        if not member.isreg() or member.issparse() or any(part.startswith(".") for part in path.parts):
+            continue
+        if is_image(path.name):
+            names.append(name)
+            places.append((member.offset_data, member.size))
+        elif suffix in LABELS and member.size <= MAX_LABEL and end <= total:
+            file.seek(member.offset_data)
+            texts.setdefault(name, _label(file.read(member.size), suffix))
+    if end < total:
+        skipped(end, total)
+    if end == 0 and total:
+        raise ValueError("it is no tar file")
+    labels = [next((texts[other] for other in _beside(name) if texts.get(other)), "") for name in names]
+    starts, sizes = np.array(places, np.int64).reshape(-1, 2).T.copy()
+    counts = dict[str, int]()
+    for i, name in enumerate(names):
+        counts[name] = counts.get(name, 0) + 1
+        if counts[name] > 1:
+            names[i], sizes[i] = f"{name}#{counts[name]}", TWICE
+    return Members(names, starts, sizes, labels)
+
+
+def _headers(file: BinaryIO) -> Iterable[tarfile.TarInfo]:
+    """Of all members; what is none is passed over."""
+    try:
+        with tarfile.open(fileobj=file, mode="r:", ignore_zeros=True) as archive:
+            while (member := archive.next()) is not None:
+                archive.members.clear()  # type: ignore[attr-defined]  # it would keep them all
+                yield member
+    except tarfile.ReadError:  # it ends within a member
+        return
+
+
+def _plain(name: str) -> PurePosixPath:
+    """A member's name as one below its tar file, which leads nowhere else."""
+    return PurePosixPath(*("__" if part == ".." else part for part in name.split("/") if part))
+
+
+def _beside(name: str) -> Iterator[str]:
+    """Where an image's label may be: beside it by its name without the suffix, or up to its first dot."""
+    folder, slash, last = name.rpartition("/")
+    for stem in (last.rpartition(".")[0], last.partition(".")[0]):
+        yield from (f"{folder}{slash}{stem}{suffix}" for suffix in LABELS)
+
+
+def _label(content: bytes, suffix: str) -> str:
+    text = content.decode("utf-8", "replace")
+    if suffix == ".json":
+        try:
+            value: Any = json.loads(text)
+        except (ValueError, RecursionError):
+            return ""
+        if isinstance(value, dict):
+            value = next((value[key] for key in ("label", "cls", "class") if key in value), None)
+        text = str(value) if isinstance(value, str | int) else ""
+    return " ".join(text.replace("\0", " ").split())
+
+
+class Shards:
+    """What is known of tar files: their members, found once.
+
+    Args:
+        storage: where they are read, and what is found is kept.
+        key: the setting that errors name.
+    """
+
+    def __init__(self, storage: Storage, key: str) -> None:
+        self._storage, self._key = storage, key
+        self._known = dict[str, Members]()
+
+    def learn(self, shards: Iterable[str]) -> None:
+        """Find the members of some tar files, several at a time; those that were kept are not looked for again.
+
+        Raises:
+            ValueError: for one that cannot be read.
+        """
+        missing = sorted(set(shards) - self._known.keys())
+        with ThreadPoolExecutor(min(32, 4 * num_cores())) as pool:
+            try:
+                found = tqdm(pool.map(self._find, missing), "index", len(missing), delay=2, unit="shard", disable=None)
+                self._known.update(zip(missing, found, strict=True))
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def _find(self, shard: str) -> Members:
+        try:
+            _, stamp = self._storage.stamp(shard)
+            name = f"{hashlib.sha256(os.fsencode(shard)).hexdigest()[:32]}.index"
+            if (kept := self._storage.recall(shard, name)) and (members := Members.unpacked(kept, stamp)):
+                return members
+            if shard.endswith(TAR):
+                with self._storage.open(shard) as file:
+                    members = scan(file)
+            else:
+                starts, sizes, labels = scan_table(self._storage, shard)
+                members = Members([f"{row:09}" for row in range(len(starts))], starts, sizes, labels)
+        except (OSError, ValueError) as error:
+            why = (isinstance(error, OSError) and error.strerror) or error
+            raise ValueError(f"{self._key}: {shard!r} cannot be used ({why}): repair it, or leave it out") from error
+        try:
+            self._storage.keep(shard, name, members.packed(stamp))
+        except OSError as error:
+            raise ValueError(f"data.index: the index of {shard!r} cannot be written ({error})") from error
+        return members
+
+    def labels(self, shard: str) -> dict[str, str]:
+        """The addresses of the images of a tar file that was learnt, and their labels, which may be empty."""
+        members = self._known[shard]
+        return {f"{shard}/{name}": label for name, label in zip(members.names, members.labels, strict=True)}
+
+    def notes(self) -> tuple[str, ...]:
+        """Sentences on what cannot be used of the tar files that were learnt."""
+        counts = {shard: int(np.isin(found.sizes, list(REASONS)).sum()) for shard, found in self._known.items()}
+        if not (bad := {shard: count for shard, count in counts.items() if count}):
+            return ()
+        total, first = sum(bad.values()), printable(next(iter(bad)))
+        return (f"{self._key}: {total} places in {len(bad)} shards are damaged or doubled, first in {first}",)
+
+    def source(self, addresses: Sequence[str]) -> Source:
+        """Images by their addresses, in tar files or not, in the given order.
+
+        Raises:
+            ValueError: for a tar file that cannot be read.
+        """
+        lies_in = list(shards_of(addresses))
+        shards = sorted({shard for shard in lies_in if shard is not None})
+        if not shards and not any(map(is_remote, addresses)):
+            return Files(addresses)
+        self.learn(shards)
+        wanted = {address: i for i, address in enumerate(addresses)}
+        is_member = np.array([shard is not None for shard in lies_in], np.bool_)
+        # Number of the shard, first byte, and size or what stands in its place.
+        table = np.stack([np.full(len(addresses), -1), np.zeros(len(addresses)), np.where(is_member, MISSING, WHOLE)])
+        table = table.astype(np.int64)
+        for number, shard in enumerate(shards):
+            members, prefix = self._known[shard], f"{shard}/"
+            at = np.array([wanted.get(prefix + name, -1) for name in members.names], np.int64)
+            table[0, at[at >= 0]] = number
+            table[1:, at[at >= 0]] = members.starts[at >= 0], members.sizes[at >= 0]
+        return Parts(addresses, shards, table, self._storage)
+
+
+class Parts(Source):
+    """Images that are members of tar files, or files.
+
+    Args:
+        names: their addresses.
+        shards: addresses of the tar files.
+        table: (3, N) int64: number of the tar file or -1, first byte, and size or what stands in its place.
+        storage: that reads them.
+
+    Raises:
+        ValueError: if the table has another shape, or names a tar file that is not there.
+    """
+
+    def __init__(self, names: Sequence[str], shards: Sequence[str], table: NDArray[np.int64], storage: Storage) -> None:
+        if table.shape != (3, len(names)) or not len(shards) > table[0].max(initial=-1) >= -1:
+            raise ValueError(f"places of {len(names)} images in {len(shards)} shards of shape {table.shape}")
+        self._names, self.shards, self.table, self._storage = Names(names), tuple(shards), table, storage
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def name(self, i: int) -> str:
+        return self._names[i]
+
+    def read(self, i: int) -> bytes:
+        number, start, size = self.table[:, i].tolist()
+        name = self.name(i)
+        if size in REASONS:
+            raise OSError(REASONS[size])
+        if number < 0:
+            return self._storage.read(name)
+        shard = self.shards[number]
+        if shard.endswith(PARQUET):
+            return read_row(self._storage, shard, start, size)
+        if shard.endswith(ARROW):
+            return self._storage.read(shard, start, size)
+        # With its header: that it is there still, as it was when the index was made.
+        content = self._storage.read(shard, start - BLOCK, size + BLOCK)
+        try:
+            header = tarfile.TarInfo.frombuf(content[:BLOCK], tarfile.ENCODING, "surrogateescape")
+        except tarfile.HeaderError:
+            header = tarfile.TarInfo()
+        is_long = len(header.name) >= 100 or not name.isascii()  # and so is told elsewhere
+        if header.size != size or not (is_long or f"{shard}/{_plain(header.name)}" == name):
+            raise OSError(f"{shard} has changed since its index was made")
+        return content[BLOCK:]
+
+    def fingerprint(self) -> str:
+        """Of the sizes of the images within tar files."""
+        return hashlib.sha256(self.table[2].astype("<i8").tobytes()).hexdigest()

@@ -1,0 +1,299 @@
+"""Files by their address, a path or a URL that fsspec knows, and where what is known of them is kept."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import posixpath
+import random
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+from fcmae.data.source import open_file
+
+INDEX, CACHE = "index", "cache"  # folders of a run directory
+AT_ONCE = 1 << 22  # bytes of a file that is read from its beginning to its end
+TIMEOUT_S = 60.0  # of one request
+TRIES, BACKOFF_S = 5, 0.5  # which doubles each time
+GIGABYTE = 10**9
+# What tells versions of an object apart, by what the stores call it.
+VERSIONS = ("ETag", "etag", "md5Hash", "content_md5", "blob_id", "mtime", "LastModified", "last_modified", "created")
+
+Found = TypeVar("Found")
+
+
+class CutShort(OSError):  # noqa: N818
+    """A file ends before the part that was asked for."""
+
+
+def is_remote(address: str) -> bool:
+    """Whether an address is a URL."""
+    return "://" in address
+
+
+def joined(folder: str, name: str) -> str:
+    """The address of a name in a folder, either of which may be a URL; an absolute name stays."""
+    if is_remote(name):
+        return name
+    if is_remote(folder):
+        scheme, _, place = folder.partition("://")
+        return f"{scheme}://{posixpath.normpath(posixpath.join(place, name)).lstrip('/')}"
+    # Links are kept: Path.resolve would ask the file system about every part of every path.
+    return os.path.abspath(Path(folder) / Path(name).expanduser())  # noqa: PTH100
+
+
+class Cache:
+    """What was read from afar, on this machine; what was used last stays.
+
+    Args:
+        folder: of its files, which several processes may share.
+        most_bytes: that they take, however many processes up to eight fill it.
+    """
+
+    def __init__(self, folder: Path, most_bytes: int) -> None:
+        self._folder, self._most = folder, most_bytes
+        self._written = most_bytes  # since it was last looked what is there: before the first time, unknown
+
+    def _path(self, key: str) -> Path:
+        name = hashlib.sha256(os.fsencode(key)).hexdigest()
+        return self._folder / name[:2] / f"{name[2:]}.read"
+
+    def get(self, key: str) -> bytes | None:
+        """What was put there under a key, if it is there still."""
+        try:
+            content = self._path(key).read_bytes()
+            os.utime(self._path(key))
+        except OSError:
+            return None
+        return content
+
+    def put(self, key: str, content: bytes) -> None:
+        """Keep something, or not, if the disk is full or it is a large part of all that may be kept."""
+        if len(content) > self._most // 64:
+            return
+        with suppress(OSError):
+            _write(self._path(key), content)
+        self._written += len(content)
+        if self._written > self._most // 64:
+            self._written = 0
+            self._trim()
+
+    def _trim(self) -> None:
+        found = [(path.stat(), path) for path in self._folder.glob("*/*.read") if path.exists()]
+        total = sum(status.st_size for status, _ in found)
+        for status, path in sorted(found, key=lambda pair: pair[0].st_mtime_ns):
+            if total <= self._most * 7 // 8:
+                break
+            path.unlink(missing_ok=True)
+            total -= status.st_size
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Reads files by their address.
+
+    Attributes:
+        kept: folder in which what was found out about a file is kept; None keeps nothing.
+        beside: keep it beside the file instead, for everyone who reads it.
+        cache: of what is read from afar.
+    """
+
+    kept: Path | None = None
+    beside: bool = False
+    cache: Cache | None = None
+
+    @classmethod
+    def of_run(cls, out: Path | None, index: str, cache_gb: float) -> Storage:
+        """That of a run.
+
+        Args:
+            out: its directory, where nothing is kept if it is somebody else's; None keeps nothing.
+            index: the setting data.index.
+            cache_gb: the setting data.cache_gb.
+        """
+        ours = {INDEX, CACHE, "config.yaml"}
+        if out is None or (out.exists() and any(out.iterdir()) and not ours & {path.name for path in out.iterdir()}):
+            return cls(beside=index == "beside")
+        cache = Cache(out / CACHE, int(cache_gb * GIGABYTE)) if cache_gb else None
+        return cls(out / INDEX, index == "beside", cache)
+
+    def read(self, address: str, start: int = 0, size: int | None = None) -> bytes:
+        """A part of a file.
+
+        Args:
+            address: of the file.
+            start: first byte.
+            size: bytes; None is all that follow.
+
+        Raises:
+            CutShort: if the file ends before.
+            OSError: if it cannot be read.
+        """
+        if not is_remote(address) or self.cache is None:
+            return _read(address, start, size)
+        key = f"{address} {start} {size}"
+        if (content := self.cache.get(key)) is None:
+            content = _read(address, start, size)
+            self.cache.put(key, content)
+        return content
+
+    def stamp(self, address: str) -> tuple[int, str]:
+        """Size of a file in bytes, and what changes when it does.
+
+        Raises:
+            OSError: if it is not there.
+        """
+        if is_remote(address):
+            found = _asked(address, "info")
+            if (size := found.get("size")) is None:
+                raise OSError("the server does not tell its size")
+            return int(size), "-".join(str(found[key]) for key in ("size", *VERSIONS) if key in found)
+        status = os.stat(address)  # noqa: PTH116
+        return status.st_size, f"{status.st_size}-{status.st_mtime_ns}"
+
+    def open(self, address: str) -> BinaryIO:
+        """A file to be read from its beginning to its end; the caller closes it.
+
+        Raises:
+            OSError: if it cannot be read.
+        """
+        return io.BufferedReader(_Parts(address, self.stamp(address)[0]), AT_ONCE)
+
+    def recall(self, address: str, name: str) -> bytes | None:
+        """What `keep` was given for a file, if anything."""
+        for place in [f"{address}.index", *([] if self.kept is None else [str(self.kept / name)])]:
+            with suppress(OSError):
+                return _read(place)
+        return None
+
+    def keep(self, address: str, name: str, content: bytes) -> None:
+        """Keep what was found out about a file, whole or not at all, if anything is to be kept.
+
+        Args:
+            address: of the file.
+            name: of a file that no other file shares.
+            content: of that file.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
+        if self.beside and is_remote(address):
+            _asked(f"{address}.index", "pipe_file", content)
+        elif self.beside or self.kept is not None:
+            _write(Path(f"{address}.index") if self.beside else self.kept / name, content)  # type: ignore[operator]
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Whole or not at all, whoever else writes the same."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        aside.write_bytes(content)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _read(address: str, start: int = 0, size: int | None = None) -> bytes:
+    if is_remote(address):
+        part = {"start": start, "end": start + size} if size is not None else {}
+        content: bytes = _asked(address, "cat_file", **part)
+        if size is not None and len(content) > size:
+            raise OSError("the server gives the whole file in place of a part")
+    else:
+        with open_file(address) as file:
+            most = max(0, os.fstat(file.fileno()).st_size - start)  # a size from a damaged index may be anything
+            content = os.pread(file.fileno(), min(size, most), start) if size is not None else file.read()
+    if size is not None and len(content) < size:
+        raise CutShort(f"it is cut off: of {size} bytes from byte {start} on there are {len(content)}")
+    return content
+
+
+def listed(address: str, method: str) -> list[str]:
+    """The addresses of files elsewhere.
+
+    Args:
+        address: a URL.
+        method: of fsspec: find for all below it, ls for all in it, glob for those that match.
+
+    Raises:
+        OSError: if they cannot be listed.
+    """
+    filesystem, _ = _filesystem(address)
+    return sorted(filesystem.unstrip_protocol(path) for path in _asked(address, method, detail=False))
+
+
+def canonical(address: str) -> str:
+    """A URL as `listed` begins those of files below it."""
+    filesystem, path = _filesystem(address)
+    return str(filesystem.unstrip_protocol(path)).rstrip("/")
+
+
+def _filesystem(address: str) -> tuple[Any, str]:
+    import fsspec.core  # takes a while, and most have files
+
+    try:
+        # Made anew in each process, as fsspec sees to; listings are not remembered: an object may change.
+        filesystem, path = fsspec.core.url_to_fs(address, use_listings_cache=False)
+    except ImportError as error:
+        raise ValueError(f"{address}: {error}: pip install 'fcmae[remote]' has what s3:// and https:// need") from error
+    return filesystem, path
+
+
+def _asked(address: str, method: str, *content: bytes, **options: Any) -> Any:
+    """What a method of fsspec's says of an address, in time and after some tries, or an OSError."""
+    filesystem, path = _filesystem(address)
+
+    def call() -> Any:
+        if filesystem.async_impl:
+            from fsspec.asyn import sync
+
+            function = getattr(filesystem, f"_{method}")
+            return sync(filesystem.loop, function, path, *content, timeout=TIMEOUT_S, **options)
+        return getattr(filesystem, method)(path, *content, **options)
+
+    return _tried(call)
+
+
+def _tried(call: Callable[[], Found]) -> Found:
+    for number in range(TRIES):
+        try:
+            return call()
+        except (FileNotFoundError, PermissionError, IsADirectoryError, NotImplementedError):
+            raise
+        except Exception as error:  # each library has its own
+            status = getattr(error, "status", None)
+            is_final = isinstance(status, int) and 400 <= status < 500 and status not in (408, 429)
+            if is_final or number == TRIES - 1:
+                reason = getattr(error, "message", "") or str(error) or type(error).__name__
+                raise OSError(f"{f'{status} ' if status else ''}{reason}") from error
+            time.sleep(BACKOFF_S * 2**number * random.SystemRandom().uniform(0.5, 1.5))
+    raise AssertionError
+
+
+class _Parts(io.RawIOBase):
+    """A file that can seek, of an address."""
+
+    def __init__(self, address: str, size: int) -> None:
+        self._address, self._size, self._at = address, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        return self._at
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        size = max(0, min(len(buffer), self._size - self._at))
+        buffer[:size] = _read(self._address, self._at, size) if size else b""
+        self._at += size
+        return size

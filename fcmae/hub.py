@@ -1,0 +1,215 @@
+"""A repository of a model as the Hugging Face hub has it: timm's two files, and a card written from the run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError
+
+import fcmae
+from fcmae import options
+from fcmae.config.commands import ExportConfig, PushConfig
+from fcmae.data.index import Images
+from fcmae.data.source import printable
+from fcmae.data.split import evenly
+from fcmae.evaluation.charts import shown
+from fcmae.evaluation.records import COLUMNS, score_rows
+from fcmae.evaluation.runs import Run, is_untrained, read_run
+from fcmae.networks.spec import describe
+from fcmae.tables import table
+from fcmae.weights.convert import convert
+from fcmae.weights.files import Weights, read_weights, timm_holds
+
+# Of a file that is large, of the system, and of the library that this huggingface_hub speaks HTTP with.
+FAILURES: tuple[type[Exception], ...] = (RuntimeError, OSError, HfHubHTTPError.__mro__[1])
+# Where the images and the run lie is nobody's business, nor what a machine needs to be told.
+LEFT_OUT = ("out", "chosen", "data.path", "data.val_path", "data.num_workers", "model.init", "device", "overwrite")
+CURVES = ("loss", "val_loss", "top1", "balanced_accuracy", "auroc")
+MAX_ROWS = 12  # of the table of curves
+# Of the names that the hub knows; it takes others as "other" with a name of its own.
+LICENSES = (
+    *("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "gpl-3.0", "lgpl-3.0", "agpl-3.0", "cc0-1.0", "unlicense"),
+    *(f"cc-by{kind}-4.0" for kind in ("", "-sa", "-nd", "-nc", "-nc-sa", "-nc-nd")),
+)
+
+
+def write_repository(cfg: ExportConfig) -> str:
+    """Write the repository of a model into a new folder, and say what is in it.
+
+    Args:
+        cfg: the model, and the folder.
+
+    Raises:
+        ValueError: if the model cannot be read, or the folder is there.
+    """
+    written = _write(cfg.model, cfg.dest, f"local-dir:{cfg.dest}", cfg.key, cfg.prefix)
+    return f"{written}\nwrote its card, {cfg.dest / 'README.md'}: read it before you publish it"
+
+
+def push(cfg: PushConfig) -> str:
+    """Write the repository of a model and upload it; the hub checks the card first.
+
+    Args:
+        cfg: the model, the repository, and whether it is there.
+
+    Returns:
+        Where it is.
+
+    Raises:
+        ValueError: if the model cannot be read, or the hub refuses the card, the token or the repository, or cannot be
+            reached.
+    """
+    api = HfApi(library_name="fcmae", library_version=fcmae.__version__)
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / cfg.repo.rpartition("/")[2]
+        _write(cfg.model, place, f"hf-hub:{cfg.repo}", cfg.key, cfg.prefix)
+        try:
+            made = api.create_repo(cfg.repo, private=not cfg.public, exist_ok=cfg.overwrite)
+            message = f"Upload by fcmae {fcmae.__version__}"
+            api.upload_folder(repo_id=made.repo_id, folder_path=place, commit_message=message)
+        except FAILURES as error:
+            status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+            remedy = {
+                401: "log in with `hf auth login`, or set HF_TOKEN to a token that may write",
+                403: "use a token that may write there",
+                409: "give another name, or --overwrite to add to it",
+            }.get(status or 0, "try again")
+            said = f"{error} {error.__cause__ or ''}"
+            reason = printable(" ".join(said.split())[:300])
+            raise ValueError(f"repo = {cfg.repo}: the hub at {api.endpoint} refused ({reason}): {remedy}") from error
+    return f"pushed to {made}: {'public' if cfg.public else 'private, as --public is not given'}"
+
+
+def _write(model: Path, dest: Path, name: str, key: str | None, prefix: str | None) -> str:
+    """The two files and the card in a new folder; what `convert` says."""
+    weights = read_weights(model, key=key, prefix=prefix)
+    said = convert(model, dest, "timm", key=key, prefix=prefix)
+    try:
+        text = card(weights, _run_of(model), name)
+        ModelCard(text)  # reads its head as the hub does
+        (dest / "README.md").write_text(text, encoding="utf-8")
+    except BaseException:
+        shutil.rmtree(dest)
+        raise
+    return said.rpartition("\nuse: ")[0]
+
+
+def _run_of(model: Path) -> Run | None:
+    """The run that a model is of: itself, or the folder that its best/, last/ or checkpoints/step-N is in."""
+    for path in (model, *model.parents[:2]):
+        if (path / "config.yaml").is_file():
+            with suppress(ValueError):  # others have such files too
+                return read_run(path, path.name)
+    return None
+
+
+def card(weights: Weights, run: Run | None, name: str) -> str:
+    """The text of a model card: what the model is, how to load it, how it was trained, and what is known of it.
+
+    Args:
+        weights: of the model.
+        run: that it is of, where there is one.
+        name: by which timm loads it, hf-hub:USER/NAME or local-dir:FOLDER.
+    """
+    num_classes, license_ = weights.architecture.num_classes, weights.license
+    known = license_ is None or license_.lower() in LICENSES
+    data = ModelCardData(
+        license=license_.lower() if license_ and known else None if known else "other",
+        license_name=None if known else license_,
+        library_name="timm" if timm_holds(weights.architecture.spec) else "fcmae",
+        pipeline_tag="image-classification" if num_classes else "image-feature-extraction",
+        tags=["fcmae", "convnext"],
+    )
+    place = name.partition(":")[2]
+    title = os.path.basename(place)  # noqa: PTH119  # of a repository's name too
+    parts = [f"---\n{data.to_yaml()}\n---", f"# {_cell(title)}", *_what(weights), *_how_to_load(weights, name, place)]
+    if run is not None:
+        parts += [*_training(run), *_results(run)]
+    if license_ is None:
+        parts += ["## Licence", "None was given. Whoever publishes this names one in the head of this file."]
+    else:
+        parts += ["## Licence", f"{_cell(license_)}, as the weights that it was made from."]
+    return "\n\n".join(parts) + "\n"
+
+
+def _cell(value: object) -> str:
+    """What a file holds, as a text that Markdown and a terminal show as it is."""
+    return "".join(f"\\{sign}" if sign in "|`*_[]<>\\#" else sign for sign in printable(options.text(value)))
+
+
+def _what(weights: Weights) -> Iterator[str]:
+    architecture = weights.architecture
+    network, num_classes = describe(architecture.spec), architecture.num_classes
+    count = sum(value.numel() for name, value in weights.state.items() if not name.startswith("decoder."))
+    what = f"A classifier of {num_classes} classes" if num_classes else "An encoder"
+    yield (
+        f"{what}: {_cell(network)}, {count / 1e6:.2f} million parameters, made with fcmae {fcmae.__version__} "
+        "(masked pretraining of ConvNets, arXiv 2301.00808)."
+    )
+    image = {key: _cell(list(value) if isinstance(value, tuple) else value) for key, value in weights.image.items()}
+    if image:
+        yield table(["images", "value"], list(image.items()), left=2)
+    if num_classes:
+        yield "Classes, in order: " + ", ".join(map(_cell, weights.class_names)) + "."
+
+
+def _how_to_load(weights: Weights, name: str, place: str) -> Iterator[str]:
+    yield "## How to load it"
+    if timm_holds(weights.architecture.spec):
+        auto = "AutoModelForImageClassification" if weights.architecture.num_classes else "AutoModel"
+        yield f"```python\nimport timm\n\nmodel = timm.create_model({name!r}, pretrained=True)\n```"
+        yield (
+            f"```python\nimport transformers\n\nmodel = transformers.{auto}.from_pretrained({place!r})\n"
+            f"processor = transformers.AutoImageProcessor.from_pretrained({place!r})\n```"
+        )
+    if name.startswith("hf-hub:"):
+        fetched = f"from huggingface_hub import snapshot_download\n\nencoder = fcmae.load(snapshot_download({place!r}))"
+    else:
+        fetched = f"\nencoder = fcmae.load({place!r})"
+    yield f"```python\nimport fcmae\n{fetched}\n```"
+
+
+def _training(run: Run) -> Iterator[str]:
+    yield "## How it was trained"
+    rows = [["kind", {"pretrain": "masked pretraining", "finetune": "fine-tuning with labels"}[run.kind]]]
+    if run.counts:
+        rows += [["images", ", ".join(f"{number:,} {use}" for use, number in run.counts.items())]]
+    if (files := run.path / "files.json").is_file():
+        rows += [["fingerprint of the images", f"`{Images.load(files).fingerprint()}`"]]
+    if run.lines:
+        rows += [["trained for", f"{run.lines[-1]['epoch']:.4g} epochs, {run.lines[-1]['step']:,} steps"]]
+    rows += [["fcmae", _cell(run.version)]]
+    yield table(["what", "value"], rows, left=2)
+    settings = [[f"`{key}`", _cell(value)] for key, value in run.changed.items() if not key.startswith(LEFT_OUT)]
+    if settings:
+        yield "Settings that are not the default:"
+        yield table(["setting", "value"], settings, left=2)
+    by_step: dict[int, dict[str, float]] = {}
+    for line in run.lines:
+        by_step.setdefault(int(line["step"]), {}).update(line)
+    keys = [key for key in CURVES if any(key in line for line in by_step.values())]
+    lines = [line for line in by_step.values() if keys[-1] in line] if keys else []
+    if lines:
+        yield "Curves, evenly spaced:"
+        chosen = [lines[i] for i in evenly(len(lines), MAX_ROWS)]
+        yield table(["epoch", *keys], [[shown(line.get(key)) for key in ("epoch", *keys)] for line in chosen])
+
+
+def _results(run: Run) -> Iterator[str]:
+    if not run.evaluations:
+        return
+    yield "## What its features tell"
+    names = ["untrained" if is_untrained(found) else "this" for found in run.evaluations.values()]
+    records = [{**found, "model": name} for name, found in zip(names, run.evaluations.values(), strict=True)]
+    data = next(iter(run.evaluations.values()))["data"]
+    yield (
+        f"Probes on frozen features (`fcmae evaluate`) learnt {len(data['class_names'])} classes from "
+        f"{data['num_train']:,} images and told them apart on {data['num_test']:,} others."
+    )
+    yield table(COLUMNS, [[_cell(cell) for cell in row] for row in score_rows(records)], left=3)

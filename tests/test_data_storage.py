@@ -1,0 +1,370 @@
+"""Images from a bucket or a web server are those from a folder, whatever a network does to a request."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import os
+import re
+import tarfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import runs
+from PIL import Image
+
+from fcmae.cli import main
+from fcmae.data import storage
+from fcmae.data.index import Images, find_images, find_labelled
+from fcmae.data.source import BadImage
+from fcmae.data.storage import Cache, CutShort, Storage, joined
+
+
+def requires(*modules: str) -> pytest.MarkDecorator:
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"{', '.join(missing)} is not installed")
+
+
+web, bucket = requires("aiohttp"), requires("s3fs", "moto", "flask")
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(storage, "BACKOFF_S", 0.001)
+    yield
+    runs.forget_accelerator()
+
+
+def image(seed: int) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(file, "png")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Class folders, a list and a table of them, and shards."""
+    root = tmp_path_factory.mktemp("served")
+    for number in range(6):
+        path = root / "photos" / "ab"[number % 2] / f"{number} ü.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(image(number))
+    (root / "photos/.hidden").mkdir()
+    (root / "photos/.hidden/x.png").write_bytes(b"")
+    (root / "photos/notes.md").write_text("no image")
+    (root / "list.txt").write_text("photos/a/0 ü.png\nphotos/b/1 ü.png\nshards/0.tar\n")
+    (root / "table.csv").write_text("path,label\nphotos/a/0 ü.png,a\nphotos/b/1 ü.png,b\nshards/0.tar/1.png,b\n")
+    (root / "shards").mkdir()
+    for shard in range(2):
+        with tarfile.open(root / f"shards/{shard}.tar", "w") as archive:
+            for number in range(4):
+                for suffix, content in ((".png", image(4 * shard + number)), (".cls", b"%d" % (number % 2))):
+                    info = tarfile.TarInfo(f"{number}{suffix}")
+                    info.size = len(content)
+                    archive.addfile(info, io.BytesIO(content))
+    return root
+
+
+class Handler(SimpleHTTPRequestHandler):
+    """A folder over HTTP, with ranges and faults: what `faults` says happens to the first requests for a path."""
+
+    faults: dict[str, list[str]] = {}  # noqa: RUF012
+    asked: list[tuple[str, str | None]] = []  # noqa: RUF012
+
+    def do_GET(self) -> None:
+        path = Path(self.translate_path(self.path))
+        self.asked.append((self.path, self.headers.get("Range")))
+        waiting = self.faults.get(self.path, [])
+        fault = waiting.pop(0) if waiting and self.command == "GET" else ""
+        if fault.isdigit():
+            self.send_error(int(fault))
+            return
+        if fault == "slow":
+            time.sleep(1)
+        if path.is_dir() or not path.exists():
+            super().do_GET() if self.command == "GET" else super().do_HEAD()
+            return
+        content, status = path.read_bytes(), 200
+        total, found = len(content), re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if found and fault != "whole":
+            start, end = int(found[1]), int(found[2] or total - 1)
+            content, status = content[start : end + 1], 206
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("ETag", f'"{path.stat().st_mtime_ns}"')
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content[: len(content) // 2] if fault == "cut" else content)
+            if fault == "cut":
+                self.close_connection = True
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(folder: Path) -> Iterator[str]:
+    Handler.faults, Handler.asked = {}, []
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder))) as http:
+        http.daemon_threads = True
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{http.server_port}"
+        http.shutdown()
+
+
+@pytest.fixture(scope="module")
+def s3(folder: Path) -> Iterator[str]:
+    """The folder in a bucket of an S3 server, which a process finds by the usual environment."""
+    boto3, moto = pytest.importorskip("boto3"), pytest.importorskip("moto.server")
+    running = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    running.start()
+    host, port = running.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "testing")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        client = boto3.client("s3")
+        client.create_bucket(Bucket="images")
+        for path in folder.rglob("*"):
+            if path.is_file():
+                client.upload_file(str(path), "images", str(path.relative_to(folder)))
+        yield "s3://images"
+    running.stop()
+
+
+def contents(images: Images) -> list[bytes]:
+    found = []
+    for i in range(len(images)):
+        with images.open(i) as file:
+            found.append(file.read())
+    return found
+
+
+def assert_same(found: Images, expected: Images) -> None:
+    assert contents(found) == contents(expected)
+    assert found.fingerprint() == expected.fingerprint() or type(expected.source) is not type(found.source)
+    assert found.class_names == expected.class_names
+    if expected.labels is not None:
+        np.testing.assert_array_equal(found.labels, expected.labels)
+
+
+# Sources
+
+
+SOURCES = ["photos", "list.txt", "shards", "shards/*.tar", "shards/1.tar"]
+LABELLED = ["photos", "table.csv", "shards", "shards/*.tar"]
+
+
+@bucket
+@pytest.mark.parametrize("source", SOURCES)
+def test_images_in_a_bucket_are_those_in_a_folder(folder: Path, s3: str, source: str) -> None:
+    assert_same(find_images([f"{s3}/{source}"]), find_images([str(folder / source)]))
+
+
+@bucket
+@pytest.mark.parametrize("source", LABELLED)
+def test_labelled_images_in_a_bucket_are_those_in_a_folder(folder: Path, s3: str, source: str) -> None:
+    assert_same(find_labelled(f"{s3}/{source}"), find_labelled(str(folder / source)))
+
+
+@web
+@pytest.mark.parametrize("source", ["shards", "shards/0.tar"])
+def test_images_on_a_web_server_are_those_in_a_folder(folder: Path, server: str, source: str) -> None:
+    assert_same(find_images([f"{server}/{source}"]), find_images([str(folder / source)]))
+    assert_same(find_labelled(f"{server}/{source}"), find_labelled(str(folder / source)))
+
+
+def test_images_in_memory_are_found_as_any_others(folder: Path) -> None:
+    fsspec = pytest.importorskip("fsspec")
+    filesystem = fsspec.filesystem("memory")
+    for path in folder.rglob("*"):
+        if path.is_file():
+            filesystem.pipe_file(f"/m/{path.relative_to(folder)}", path.read_bytes())
+    for source in SOURCES:
+        assert_same(find_images([f"memory://m/{source}"]), find_images([str(folder / source)]))
+    for source in LABELLED:
+        assert_same(find_labelled(f"memory://m/{source}"), find_labelled(str(folder / source)))
+
+
+def test_here_and_afar_may_be_mixed(folder: Path, tmp_path: Path) -> None:
+    fsspec = pytest.importorskip("fsspec")
+    fsspec.filesystem("memory").pipe_file("/mixed/z.png", image(9))
+    (tmp_path / "list.txt").write_text(f"{folder}/photos/a/0 ü.png\nmemory://mixed/z.png\n")
+    assert contents(find_images([str(tmp_path / "list.txt")])) == [image(0), image(9)]
+
+
+@pytest.mark.parametrize(
+    ("parent", "name", "expected"),
+    [
+        ("s3://b/lists", "../a/x.png", "s3://b/a/x.png"),
+        ("s3://b/lists", "https://h/x.png?a=1", "https://h/x.png?a=1"),
+        ("s3://b/lists", "x.tar/1.png", "s3://b/lists/x.tar/1.png"),
+        ("/a/b", "../x.png", "/a/x.png"),
+        ("/a/b", "s3://b/x.png", "s3://b/x.png"),
+    ],
+)
+def test_names_in_a_list_start_where_it_lies(parent: str, name: str, expected: str) -> None:
+    assert joined(parent, name) == expected
+
+
+@pytest.mark.parametrize("find", [lambda url: find_images([url]), find_labelled])
+def test_what_cannot_be_listed_is_an_error_that_names_it(find: Callable[[str], Images]) -> None:
+    for url in ("memory://nowhere", "nonsense://x/y", "memory://nowhere/x.tar", "memory://nowhere/a.tar.gz"):
+        with pytest.raises(ValueError, match=rf"data\.path: .*{re.escape(url)}"):
+            find(url)
+
+
+def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    fsspec = pytest.importorskip("fsspec")
+
+    def absent(*args: object, **kwargs: object) -> None:
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", absent)
+    with pytest.raises(ValueError, match=r"Install s3fs to access S3: pip install 'fcmae\[remote\]'"):
+        find_images(["s3://bucket/photos"])
+
+
+# Faults
+
+
+@web
+@pytest.mark.parametrize("fault", ["500", "503", "429", "cut", "slow"])
+def test_a_request_that_fails_is_made_again(
+    folder: Path, server: str, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "TIMEOUT_S", 0.3)
+    Handler.faults = {"/shards/0.tar": [fault, fault]}
+    assert_same(find_images([f"{server}/shards/0.tar"]), find_images([str(folder / "shards/0.tar")]))
+    Handler.faults = {"/photos/a/0%20%C3%BC.png": [fault, fault]}
+    assert Storage().read(f"{server}/photos/a/0%20%C3%BC.png") == image(0)
+
+
+@web
+@pytest.mark.parametrize(
+    ("fault", "reason", "tries"),
+    [("500", "500", 5), ("404", "", 1), ("403", "403", 1), ("cut", "", 5), ("slow", "Timeout", 5)],
+)
+def test_a_request_that_keeps_failing_makes_a_bad_image(
+    server: str, fault: str, reason: str, tries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = find_images([f"{server}/shards/0.tar"])
+    monkeypatch.setattr(storage, "TIMEOUT_S", 0.1)
+    Handler.faults, Handler.asked[:] = {"/shards/0.tar": [fault] * 9}, []
+    with pytest.raises(BadImage, match=f"^it cannot be read: .*{reason}"):
+        images.open(0)
+    assert len(Handler.asked) == tries
+
+
+@web
+def test_a_server_without_ranges_is_said_to_have_none(server: str) -> None:
+    images = find_images([f"{server}/shards/0.tar"])
+    Handler.faults = {"/shards/0.tar": ["whole"]}
+    with pytest.raises(BadImage, match="the server gives the whole file in place of a part"):
+        images.open(0)
+
+
+@web
+def test_of_a_shard_only_the_image_is_read(server: str) -> None:
+    images = find_images([f"{server}/shards/0.tar"])
+    del Handler.asked[:]
+    with images.open(2) as file:
+        assert file.read() == image(2)
+    ((_, asked),) = Handler.asked
+    first, last = map(int, str(asked).removeprefix("bytes=").split("-"))
+    assert last - first + 1 == len(image(2)) + 512
+
+
+@web
+def test_an_object_that_changed_is_indexed_anew_and_gives_no_wrong_image(
+    folder: Path, server: str, tmp_path: Path
+) -> None:
+    path, store = folder / "changing.tar", Storage(tmp_path)
+    path.write_bytes((folder / "shards/0.tar").read_bytes())
+    images = find_images([f"{server}/changing.tar"], storage=store)
+    path.write_bytes((folder / "shards/0.tar").read_bytes()[2048:])
+    os.utime(path, (1, 1))
+    with pytest.raises(BadImage, match="it cannot be read"):
+        images.open(0)
+    assert len(find_images([f"{server}/changing.tar"], storage=store)) < len(images)
+    path.unlink()
+    with pytest.raises(BadImage, match="it cannot be read"):
+        images.open(0)
+
+
+@bucket
+def test_an_index_lies_beside_shards_in_a_bucket(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = find_images([f"{s3}/shards"], storage=Storage(beside=True))
+    monkeypatch.setattr("fcmae.data.shards.scan", None)
+    assert_same(find_images([f"{s3}/shards"]), expected)
+
+
+def test_a_part_that_is_not_there_is_cut_short(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"0123456789")
+    assert Storage().read(str(tmp_path / "x"), 3, 4) == b"3456"
+    for start, size in ((3, 8), (10, 1), (99, 1), (0, 2**62)):
+        with pytest.raises(CutShort, match="it is cut off"):
+            Storage().read(str(tmp_path / "x"), start, size)
+
+
+# The cache
+
+
+@web
+def test_what_is_cached_is_read_once(server: str, tmp_path: Path) -> None:
+    store = Storage(cache=Cache(tmp_path / "cache", 10**8))
+    images = find_images([f"{server}/shards"], storage=store)
+    expected = contents(images)
+    del Handler.asked[:]
+    assert contents(images) == expected and not Handler.asked
+    again = Storage(cache=Cache(tmp_path / "cache", 10**8))
+    assert contents(find_images([f"{server}/shards"], storage=again)) == expected
+    assert len([asked for _, asked in Handler.asked if asked]) <= 4  # for the index; there are eight images
+
+
+def test_a_cache_keeps_to_its_size_and_forgets_what_was_used_longest_ago(tmp_path: Path) -> None:
+    cache = Cache(tmp_path, 64_000)
+    for number in range(90):
+        cache.put(str(number), bytes(900))
+        os.utime(cache._path(str(number)), ns=(number, number))
+        assert cache.get("0") is not None or number > 60
+        assert sum(path.stat().st_size for path in tmp_path.rglob("*.read")) <= 64_000
+    assert cache.get("89") == bytes(900) and cache.get("1") is None
+    cache.put("large", bytes(2_000))
+    assert cache.get("large") is None
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    cache = Cache(tmp_path / "file", 10**6)
+    cache.put("x", b"1")
+    assert cache.get("x") is None
+
+
+# Runs
+
+
+@bucket
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_run_on_a_bucket_is_the_run_on_the_folder(folder: Path, s3: str, tmp_path: Path, workers: int) -> None:
+    options = {"epochs": 2, "data__val_share": 0.1, "data__cache_gb": 0.01, "data__num_workers": workers}
+    assert main(["pretrain", *runs.flags(folder / "shards", tmp_path / "here", **options)]) == 0
+    assert (
+        main(["pretrain", *runs.flags(Path("S3"), tmp_path / "afar", **options | {"data__path": f"{s3}/shards"})]) == 0
+    )
+    runs.assert_same(runs.final_state(tmp_path / "afar"), runs.final_state(tmp_path / "here"))
+    assert runs.losses(tmp_path / "afar") == runs.losses(tmp_path / "here")
+    assert len(list((tmp_path / "afar/cache").rglob("*.read"))) == 8
+    assert main(["pretrain", *runs.flags(folder / "shards", tmp_path / "afar", epochs=1), "--overwrite", "true"]) == 0
+    assert not list((tmp_path / "afar").rglob("*.read"))
