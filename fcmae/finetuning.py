@@ -108,7 +108,7 @@ def finetune(cfg: FinetuneConfig, net: Classifier | None = None) -> Run:
                     logger.info("%s", note)
                 build_reading(cfg, weights).check_values(train_images if len(train_images) else val_images)
             finished = train(cfg, run, accelerator, net, weights, per_epoch, train_images, val_images, stop)
-            finish(accelerator)
+            finish(accelerator, stop)
     return Run(run.path, "finetune", finished, stop.received)
 
 

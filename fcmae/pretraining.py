@@ -105,7 +105,7 @@ def pretrain(cfg: PretrainConfig, net: FCMAE | None = None) -> Run:
             for sentence in started:
                 logger.info("start: %s", sentence)
             finished = train(cfg, run, accelerator, net, schedule, train_images, val_images, labelled, stop)
-            finish(accelerator)
+            finish(accelerator, stop)
     return Run(run.path, "pretrain", finished, stop.received)
 
 

@@ -135,7 +135,7 @@ def segment(cfg: SegmentConfig, net: Segmenter | None = None) -> Run:
                 reading = replace(weights.reading("model.init"), max_pixels=cfg.data.max_pixels)
                 reading.check_values(data.images if len(data.images) else data.val_images)
             finished = train(cfg, run, accelerator, net, weights, per_epoch, data, stop)
-            finish(accelerator)
+            finish(accelerator, stop)
     return Run(run.path, "segment", finished, stop.received)
 
 

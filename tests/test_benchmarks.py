@@ -17,9 +17,11 @@ from conftest import requires_minkowski
 
 from fcmae import verify
 from fcmae.layouts import MakeLayout, Packed, make_layout
-from fcmae.masked import masked_loss
+from fcmae.masked import build_fcmae, masked_loss
 from fcmae.masking import random_mask
+from fcmae.networks.build import make_encoder
 from fcmae.networks.spec import VARIANTS, ConvNeXtSpec
+from fcmae.tables import table
 from fcmae.weights.formats import to_state
 
 ROOT = Path(__file__).parents[1]
@@ -32,6 +34,7 @@ sys.path.append(str(ROOT / "benchmarks"))  # where the scripts find timing.py
     floor,
     gpu,
     input_pipeline,
+    memory,
     pruned,
     report,
     scaling,
@@ -47,6 +50,7 @@ sys.path.append(str(ROOT / "benchmarks"))  # where the scripts find timing.py
         "floor",
         "gpu",
         "input_pipeline",
+        "memory",
         "pruned",
         "report",
         "scaling",
@@ -589,3 +593,16 @@ def test_report_says_what_is_met_what_is_not_and_what_was_not_measured(tmp_path:
     report.main(["--docs", str(tmp_path)])
     assert (tmp_path / "benchmarks.md").read_text() == page
     assert (tmp_path / "benchmarks.svg").read_bytes() == figure
+
+
+def test_what_a_card_holds_grows_with_the_images_and_less_where_blocks_are_computed_again() -> None:
+    whole, again = memory.need("atto", False), memory.need("atto", True)
+    parameters = sum(p.numel() for p in build_fcmae(make_encoder(VARIANTS["convnextv2_atto"])).parameters())
+    assert whole.parameters == again.parameters == parameters
+    assert whole.fixed_bytes > again.fixed_bytes >= 16 * parameters
+    assert whole.image_bytes > again.image_bytes > 0
+
+
+def test_the_page_on_scale_has_the_table_that_was_counted() -> None:
+    rows = json.loads((ROOT / "docs" / "benchmarks" / "memory.json").read_text())["rows"]
+    assert table(memory.COLUMNS, memory.rows(rows)) in (ROOT / "docs" / "scale.md").read_text()

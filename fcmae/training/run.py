@@ -43,7 +43,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, parse_flag_from_env
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object, parse_flag_from_env
 from tqdm import tqdm
 
 import fcmae
@@ -564,16 +564,21 @@ def ending_together(accelerator: Accelerator, run: Path) -> Iterator[None]:
         left.set()
 
 
-def finish(accelerator: Accelerator) -> None:
-    """End a run: close the trackers, and let no process go before the others.
+def finish(accelerator: Accelerator, stop: StopSignal) -> None:
+    """End a run: close the trackers, tell all processes of a signal to one, and let none go before the others.
 
     A launcher that sees one end with a signal's status ends the rest, of which one may still save. The processes stay
     joined until they end, for another run of the same script: they cannot be joined twice.
+
+    Args:
+        accelerator: of the processes.
+        stop: the signals of this one; of a signal to another alone, it has that one's then.
     """
     for tracker in accelerator.trackers:
         tracker.finish()
-    accelerator.wait_for_everyone()
     if accelerator.num_processes > 1:
+        received = gather_object([stop.received])
+        stop.received = stop.received or next(filter(None, received), None)
         atexit.register(_part)
 
 

@@ -169,6 +169,7 @@ def _write(path: Path, model: Outputs, names: list[str], described: dict[str, st
     assert program is not None
     # The exporter notes which line of which file here each node comes from.
     graph = program.model.graph
+    noted: Any
     for noted in (*graph.inputs, *graph.outputs, *(part for node in graph for part in (node, *node.outputs))):
         noted.metadata_props.clear()
     program.model.metadata_props.update(described)
