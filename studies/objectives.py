@@ -8,6 +8,7 @@
 multiscale   the decoder joins the features of all stages of the encoder, as SparK's does (arXiv 2301.03580)
 hog          predicts histograms of oriented gradients (MaskFeat, arXiv 2112.09133)
 lowres       predicts each patch at 4 x 4 pixels, standardised; lowres2 at 2 x 2
+constant     predicts 1 everywhere: nothing can be learnt of it, and features have no reason to differ
 frequency    predicts each standardised patch by its frequencies, the higher ones weighing more (after A2MIM,
              arXiv 2205.13943)
 teacher      predicts the features of a frozen network: a timm model, a run, or a file of weights
@@ -130,6 +131,11 @@ def frequencies(images: Tensor, hidden: Tensor, patch: int) -> Tensor:
     return (found * weights[..., None]).flatten(1)
 
 
+def constant(images: Tensor, hidden: Tensor, patch: int) -> Tensor:
+    """(N, 1) ones, see `fcmae.masked.pixels` for the arguments."""
+    return torch.ones(len(hidden), 1, device=images.device)
+
+
 @cache
 def _transform(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """The orthonormal DCT-II, a row a frequency, and the weight of each pair of frequencies: (size, size) float32."""
@@ -175,6 +181,7 @@ TARGETS: Mapping[str, Target] = {
     "lowres": partial(low_resolution, side=4),
     "lowres2": partial(low_resolution, side=2),
     "frequency": frequencies,
+    "constant": constant,
 }
 PARTS = ("multiscale", "ema", "teacher", *TARGETS)
 

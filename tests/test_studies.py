@@ -37,6 +37,7 @@ from fcmae.weights.files import read_weights
 sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
 pytest.importorskip("elpv_dataset")
 import ablated
+import collapse
 import collect
 import datasets
 import pruning
@@ -500,3 +501,18 @@ def test_the_table_of_the_segmentation_study_has_paired_differences(tmp_path: Pa
     scratch, pretrained = segmentation_study.rows(found)
     assert scratch[:3] == ["10 % of the labels", "scratch", "3"] and scratch[3].startswith("51.0")
     assert pretrained[4].startswith("+10.0 [10.0, 10.0]") or pretrained[4].startswith("+10.0 [+10.0, +10.0]")
+
+
+def test_the_study_of_collapse_tells_warnings_of_each_run(tmp_path: Path) -> None:
+    for job in collapse.jobs(tmp_path, 2, 3):
+        place = job.words.index("pretrain")
+        assert load(PretrainConfig, job.words[place + 1 :], prog="fcmae").data.image_size == (32, 32)
+    lines = [
+        {"step": n, "epoch": n / 2, "loss": 0.5, "cosine_distance/a": 0.4 / n**2, "effective_rank/a": 3.0 + n}
+        for n in range(1, 7)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = collapse.finding(tmp_path)  # the fourth evaluation is the first that counts
+    assert found["warnings"] == [{"kind": "cosine_distance", "epoch": 2.0}]
+    row = collapse.rows([{"run": "hog", "seed": 1, "finished": False, **found}])
+    assert row == [["HOG", "1", "cosine_distance 2", "0.0111", "9", "0.5, not finite after epoch 3"]]

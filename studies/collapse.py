@@ -1,0 +1,137 @@
+"""Does fcmae see features collapse? Collapses are provoked, and its warnings compared with those of sound runs.
+
+    python studies/collapse.py SHARDS --out runs/collapse                # a GPU with many cores
+    python studies/collapse.py SHARDS --out runs/collapse --at-once 1    # 2 cores
+    python studies/collapse.py SHARDS --out runs/collapse --list         # the commands, without running them
+
+SHARDS: the folder of tiny20's shards (see studies/datasets.py). All pretrain the network of `pretrain_small_images` on
+images of 32 pixels, which is quick. What is finished is not done again. What is found is in OUT/collapse.json, and with
+--docs there too, with its table in collapse.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from run_all import STUDIES, Job, schedule, shown
+
+from fcmae.atomic import write_text
+from fcmae.tables import table
+from fcmae.training import health
+from fcmae.training.run import read_metrics
+
+# By name: what stands in the table, the script and part that makes it, and flags.
+RUNS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
+    "pixels": ("pixels", (), ("--model.target=pixels",)),
+    "hog": ("HOG", (), ()),
+    "v1": ("pixels, V1", (), ("--model.target=pixels", "V1")),
+    "no-grn": ("pixels, GRN taken out", ("ablated.py", "drop-grn"), ("--model.target=pixels",)),
+    "rate-30": ("pixels, 30 times the rate", (), ("--model.target=pixels", "--optim.base_lr=3e-2")),
+    "rate-300": ("pixels, 300 times the rate", (), ("--model.target=pixels", "--optim.base_lr=3e-1")),
+    "constant": ("a constant", ("objectives.py", "constant"), ("--model.target=pixels",)),
+}
+SOUND = ("pixels", "hog")
+V1 = "--model.variant={depths: [2, 2, 6], dims: [40, 80, 160], stem_stride: 2, use_grn: false}"
+COLUMNS = ("predicted", "seed", "warnings, and the epoch of each", "cosine distance", "effective rank", "loss")
+
+
+def jobs(out: Path, epochs: int, seeds: int) -> Iterator[Job]:
+    """Sound runs with several seeds, provoked ones with one."""
+    for name, (_, script, flags) in RUNS.items():
+        for seed in range(seeds if name in SOUND else 1):
+            program = (str(STUDIES / script[0]), script[1]) if script else ("-m", "fcmae.cli")
+            words = (
+                "pretrain", "--config=pretrain_small_images", f"--data.path={out}/tiny20/unlabeled.txt",
+                "--data.image_size=32", "--data.val_share=0.05", f"--epochs={epochs}", f"--seed={seed}",
+                "--log.eval_epochs=1", "--log.every_steps=10", f"--out={out}/runs/{name}-{seed}",
+            )  # fmt: skip
+            more = [V1 if flag == "V1" else flag for flag in flags]
+            yield Job(f"{name}-{seed}", (sys.executable, *program, *words, *more))
+
+
+def finding(run: Path) -> dict[str, Any]:
+    """What a run's metrics say of it."""
+    lines = read_metrics(run / "metrics.jsonl")
+
+    def last(metric: str) -> dict[str, float]:
+        line: dict[str, float] = next(
+            (one for one in reversed(lines) if any(key.startswith(metric) for key in one)), {}
+        )
+        return {key.partition("/")[2]: value for key, value in line.items() if key.startswith(metric)}
+
+    distances, ranks = last("cosine_distance/"), last("effective_rank/")
+    return {
+        "warnings": [{"kind": each.kind, "epoch": each.epoch} for each in health.warnings(lines)],
+        "least_cosine_distance": min(distances.values(), default=None),
+        "effective_rank": next(reversed(ranks.values()), None),
+        "epoch": lines[-1]["epoch"] if lines else 0,
+        "loss": next((line["loss"] for line in reversed(lines) if "loss" in line), None),
+    }
+
+
+def rows(found: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """The table."""
+
+    def number(value: float | None) -> str:
+        return "" if value is None else f"{value:.3g}"
+
+    return [
+        [
+            RUNS[one["run"]][0],
+            str(one["seed"]),
+            ", ".join(f"{each['kind']} {each['epoch']:.3g}" for each in one["warnings"]) or "none",
+            number(one["least_cosine_distance"]),
+            number(one["effective_rank"]),
+            number(one["loss"]) + ("" if one["finished"] else f", not finite after epoch {one['epoch']:.3g}"),
+        ]
+        for one in found
+    ]
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shards", type=Path, metavar="SHARDS", help="the folder of tiny20's shards")
+    parser.add_argument("--out", type=Path, default=Path("runs/collapse"), help="where to write")
+    parser.add_argument("--epochs", type=int, default=30, help="of each, 9,500 views each [30]")
+    parser.add_argument("--seeds", type=int, default=3, help="of the sound runs [3]")
+    parser.add_argument("--at-once", type=int, default=9, help="commands at a time, each of one thread [9]")
+    parser.add_argument("--only", nargs="*", default=[""], metavar="PREFIX", help="runs whose names begin so")
+    parser.add_argument("--docs", type=Path, help="the folder in which to write collapse.json and collapse.md")
+    parser.add_argument("--list", action="store_true", help="print the commands and stop")
+    args = parser.parse_args(argv)
+    out = args.out.absolute()
+    every = list(jobs(out, args.epochs, args.seeds))
+    wanted = [job for job in every if job.name.startswith(tuple(args.only))]
+    if args.list:
+        for job in wanted:
+            print(f"# {job.name}\n{shown(job, out)}")
+        return
+    (out / "jobs").mkdir(parents=True, exist_ok=True)
+    subprocess.run(
+        [sys.executable, str(STUDIES / "datasets.py"), "tiny20", str(args.shards), str(out / "tiny20")], check=True
+    )
+    schedule(wanted, out, args.at_once, None if args.at_once == 1 else 1)
+    found = [
+        {
+            "run": job.name.rpartition("-")[0],
+            "seed": int(job.name.rpartition("-")[2]),
+            "finished": (out / "jobs" / f"{job.name}.json").exists(),
+            "command": shown(job, out),
+            **finding(out / "runs" / job.name),
+        }
+        for job in every
+        if (out / "runs" / job.name / "metrics.jsonl").exists()
+    ]
+    print("\n" + table(COLUMNS, rows(found), left=3))
+    for folder in {out, args.docs or out}:
+        write_text(folder / "collapse.json", json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
