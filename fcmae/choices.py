@@ -153,6 +153,10 @@ def pretraining_network(choices: Choices, images: Images, device: str, held: Net
     total = (stride or spec.stem_stride) << (spec.num_stages - 1)
     choices.take("model.mask_patch", *_mask_patch(side, total))
     choices.take("model.mask_ratio", 0.6, "as published")
+    if held is None and side <= 96 and images.in_chans in (1, 3) and not images.is_deep:
+        choices.take(
+            "model.target", "hog", "gradients gained more than pixels on photographs of 64 pixels; no pictures are drawn"
+        )
     narrow = max(spec.dims) <= 160
     choices.take(
         "model.decoder_dim", 128 if narrow else 256 if device == "cpu" else 512, "about the encoder's last width"

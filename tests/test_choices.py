@@ -55,6 +55,14 @@ def test_a_given_network_gets_patches_of_whole_strides() -> None:
     assert cfg.model.mask_patch % 16 == 0
 
 
+def test_small_photographs_alone_are_pretrained_on_gradients() -> None:
+    assert pretraining(images(short_side=64)).model.target == "hog"
+    assert pretraining(images(short_side=64, in_chans=1, mean=(0.45,), std=(0.22,))).model.target == "hog"
+    for other in (images(), images(short_side=64, is_deep=True)):
+        assert pretraining(other).model.target == "pixels"
+    assert pretraining(images(short_side=64), given={"model.target": "pixels"}).model.target == "pixels"
+
+
 def test_the_hours_are_filled_and_no_more() -> None:
     cfg = pretraining(images(5000), speed=100, hours=2)
     assert cfg.epochs == pytest.approx(2 * 3600 * 100 * choices.TRAINING_SHARE / 5000, rel=0.02)
