@@ -236,19 +236,33 @@ def run_images(cfg: SegmentConfig, run: RunDirectory) -> Mapped:
         cfg: the run's settings.
         run: its directory.
     """
-    cached, data = [run.path / name for name in FILES], cfg.data
+    cached = [run.path / name for name in FILES]
     if run.kept("data.path", "data.maps", "data.val_path", "data.val_maps") and all(path.is_file() for path in cached):
-        images, maps, val_images, val_maps = map(Images.load, cached)
-    else:
-        nothing = Images.of_files(())
-        images, maps = find_mapped(data.path, data.maps) if data.path else (nothing, nothing)
-        if data.val_path is not None:
-            val_images, val_maps = find_mapped(data.val_path, data.val_maps, key="data.val_path")
-        else:
-            train, val = split(images, data.val_share, cfg.seed)
-            assert val.positions is not None
-            val_images, val_maps = val, maps.subset(val.positions)
-            images, maps = train, maps if train.positions is None else maps.subset(train.positions)
+        return _counted(cfg, *map(Images.load, cached))
+    return find_data(cfg)
+
+
+def find_data(cfg: SegmentConfig) -> Mapped:
+    """Images and maps, to learn from and held out.
+
+    Args:
+        cfg: the run's settings.
+
+    Raises:
+        ValueError: see `find_mapped`, `count_values` and `find_classes`.
+    """
+    data, nothing = cfg.data, Images.of_files(())
+    images, maps = find_mapped(data.path, data.maps) if data.path else (nothing, nothing)
+    if data.val_path is not None:
+        return _counted(cfg, images, maps, *find_mapped(data.val_path, data.val_maps, key="data.val_path"))
+    train, val = split(images, data.val_share, cfg.seed)
+    assert val.positions is not None
+    train_maps = maps if train.positions is None else maps.subset(train.positions)
+    return _counted(cfg, train, train_maps, val, maps.subset(val.positions))
+
+
+def _counted(cfg: SegmentConfig, images: Images, maps: Images, val_images: Images, val_maps: Images) -> Mapped:
+    data = cfg.data
     counts = count_values(maps if len(maps) else val_maps, max_pixels=data.max_pixels)
     if cfg.eval_only:
         classes = read_segmenter(Path(str(cfg.model.init)))[2].classes

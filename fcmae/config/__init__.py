@@ -640,7 +640,10 @@ class FinetuneConfig(DenseConfig):
 class SegmentConfig(DenseConfig):
     """Train a network that gives every pixel a class, from pretrained weights or from scratch, or evaluate one.
 
-    Example: fcmae segment tiles/images --maps tiles/maps --init runs/photos --out runs/segmented
+    Without --config, what is not given is chosen for the images, the machine and the hours;
+    --print-config shows it. `fcmae configs` lists recipes.
+
+    Example: fcmae segment tiles/images --maps tiles/maps --init runs/photos --hours 1
     """
 
     _images: ClassVar[str] = "a folder of images or a CSV file, e.g. --data.path tiles/images"
