@@ -25,6 +25,7 @@ from fcmae.config import SegmentConfig, check_launch
 from fcmae.data.augment import CropBoth, check_same_size
 from fcmae.data.dataset import SegmentDataset
 from fcmae.data.index import Images, find_mapped
+from fcmae.data.loader import choose_num_workers
 from fcmae.data.maps import Classes, count_values, find_classes
 from fcmae.data.normalize import Normalize
 from fcmae.data.rasters import LabelMap, Raster
@@ -35,7 +36,15 @@ from fcmae.evaluation.pictures import save_overlays
 from fcmae.heads import Segmenter, build_head
 from fcmae.networks.build import make_encoder
 from fcmae.networks.spec import describe
-from fcmae.segmentation import Predict, Scores, padded, predictor, probabilities_by_rows, segmentation_loss
+from fcmae.segmentation import (
+    Predict,
+    Scores,
+    each_image,
+    padded,
+    predictor,
+    probabilities_by_rows,
+    segmentation_loss,
+)
 from fcmae.starting import build_optimizer, class_weights, image_settings, starting_weights
 from fcmae.training import checkpoint
 from fcmae.training.compiling import compile_model
@@ -433,14 +442,16 @@ class Evaluation:
         """
         classes, rank, num_processes = self.data.classes, self.accelerator.process_index, self.accelerator.num_processes
         found, bad, num_read = Scores(len(classes)), list[tuple[str, str]](), 0
+        which = range(rank, len(self.data.val_images), num_processes)
+        num_threads = choose_num_workers(self.cfg.data.num_workers, self.accelerator.device.type)
         with evaluating(network):
             predict = predictor(network, self.normalize, self.accelerator)
-            for i in range(rank, len(self.data.val_images), num_processes):
-                try:
-                    found.merge(self._score_one(i, predict))
+            for i, one in zip(which, each_image(partial(self._score_one, predict), which, num_threads), strict=True):
+                if isinstance(one, BadImage):
+                    bad.append((self.data.val_images.name(i), str(one)))
+                else:
+                    found.merge(one)
                     num_read += 1
-                except BadImage as error:
-                    bad.append((self.data.val_images.name(i), str(error)))
         parts = [(found, bad, num_read)]
         if num_processes > 1:
             parts = gather_object(parts)
@@ -452,16 +463,19 @@ class Evaluation:
             total.merge(part)
         return total
 
-    def _score_one(self, i: int, predict: Predict) -> Scores:
+    def _score_one(self, predict: Predict, i: int) -> Scores | BadImage:
         scores, name = Scores(len(self.data.classes)), self.data.val_maps.name(i)
-        with self._opened(i) as (raster, labels):
-            tile, fill = self.weights.image["input_size"][1:], self.weights.image["mean"]
-            unit = self.weights.architecture.spec.total_stride
-            strips = probabilities_by_rows(raster, predict, tile, unit, self.cfg.data.overlap, fill, self.at_once)
-            scores.add(
-                (found, self.data.classes.numbers(labels.read((top, 0, *found.shape[1:])), name))
-                for top, found in strips
-            )
+        tile, fill = self.weights.image["input_size"][1:], self.weights.image["mean"]
+        unit = self.weights.architecture.spec.total_stride
+        try:
+            with self._opened(i) as (raster, labels):
+                strips = probabilities_by_rows(raster, predict, tile, unit, self.cfg.data.overlap, fill, self.at_once)
+                scores.add(
+                    (found, self.data.classes.numbers(labels.read((top, 0, *found.shape[1:])), name))
+                    for top, found in strips
+                )
+        except BadImage as error:
+            return error
         return scores
 
     @contextmanager
