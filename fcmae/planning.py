@@ -119,7 +119,8 @@ def segmentation(sketch: SegmentConfig, given: Mapping[str, Any]) -> dict[str, A
     if (saved := _saved(sketch, out, "segment")) is not None:
         return {key: value for key, value in saved.items() if key not in given} | {"out": out}
     _refuse_launcher()
-    images, _ = find_mapped(sketch.data.path, sketch.data.maps)
+    find = partial(find_mapped, storage=Storage.of_run(out, sketch.data.index, sketch.data.cache_gb))
+    images, _ = find(sketch.data.path, sketch.data.maps)
     device = _device(sketch)
     plan = choices.Choices(given)
     held, image = (None, {}) if sketch.model.init is None else _held(sketch)
@@ -127,7 +128,7 @@ def segmentation(sketch: SegmentConfig, given: Mapping[str, Any]) -> dict[str, A
         plan.take("data.in_chans", image["input_size"][0], "that of model.init")
     num_held_out = round(len(images) * sketch.data.val_share)
     if sketch.data.val_path is not None:
-        num_held_out = len(find_mapped(sketch.data.val_path, sketch.data.val_maps, key="data.val_path")[0])
+        num_held_out = len(find(sketch.data.val_path, sketch.data.val_maps, key="data.val_path")[0])
     else:
         images = images.subset(range(len(images) - num_held_out))
     facts = _facts(images, plan.settings.get("data.in_chans"), sketch.data.max_pixels)

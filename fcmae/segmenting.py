@@ -32,6 +32,7 @@ from fcmae.data.rasters import LabelMap, Raster
 from fcmae.data.sampler import steps_per_epoch
 from fcmae.data.source import BadImage
 from fcmae.data.split import evenly, split
+from fcmae.data.storage import Storage
 from fcmae.evaluation.pictures import save_overlays
 from fcmae.heads import Segmenter, build_head
 from fcmae.networks.build import make_encoder
@@ -247,7 +248,8 @@ def run_images(cfg: SegmentConfig, run: RunDirectory) -> Mapped:
     """
     cached = [run.path / name for name in FILES]
     if run.kept("data.path", "data.maps", "data.val_path", "data.val_maps") and all(path.is_file() for path in cached):
-        return _counted(cfg, *map(Images.load, cached))
+        storage = Storage.of_run(run.path, cfg.data.index, cfg.data.cache_gb)
+        return _counted(cfg, *(Images.load(path, storage) for path in cached))
     return find_data(cfg)
 
 
@@ -261,9 +263,10 @@ def find_data(cfg: SegmentConfig) -> Mapped:
         ValueError: see `find_mapped`, `count_values` and `find_classes`.
     """
     data, nothing = cfg.data, Images.of_files(())
-    images, maps = find_mapped(data.path, data.maps) if data.path else (nothing, nothing)
+    find = partial(find_mapped, storage=Storage.of_run(cfg.out, data.index, data.cache_gb))
+    images, maps = find(data.path, data.maps) if data.path else (nothing, nothing)
     if data.val_path is not None:
-        return _counted(cfg, images, maps, *find_mapped(data.val_path, data.val_maps, key="data.val_path"))
+        return _counted(cfg, images, maps, *find(data.val_path, data.val_maps, key="data.val_path"))
     train, val = split(images, data.val_share, cfg.seed)
     assert val.positions is not None
     train_maps = maps if train.positions is None else maps.subset(train.positions)

@@ -90,8 +90,7 @@ def jobs(
     yield Job("pretrained", (*program, *words))
     starts = {"scratch": ("--optim.layer_decay=1",), "pretrained": (f"--init={out}/runs/pretrained",)}
     for percent in percents:
-        batch_size, num_epochs = BUDGETS[percent]
-        num_epochs *= short
+        batch_size, num_epochs = BUDGETS[percent][0], BUDGETS[percent][1] * short
         for seed in range(seeds):
             labels = f"train-{percent}-{seed if percent < 100 else 0}.csv"
             for arm in ARMS:
