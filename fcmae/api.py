@@ -120,7 +120,7 @@ def segment(
         out: the run directory; see `pretrain`.
         init: starting weights; see `finetune`.
         variant: the network; by default that of `init`.
-        config: a YAML file of settings, or the name of a shipped one (`fcmae configs`).
+        config: see `pretrain`.
         settings: see `pretrain`; or a `SegmentConfig`.
 
     Returns:
@@ -131,7 +131,7 @@ def segment(
         FloatingPointError: if the loss or a gradient stops being finite.
     """
     given = {"data.path": images, "data.maps": maps, "out": out, "model.init": init, "model.variant": variant}
-    return segmenting.segment(_settings(SegmentConfig, given, config, settings, None))
+    return segmenting.segment(_settings(SegmentConfig, given, config, settings, planning.segmentation))
 
 
 def _settings(

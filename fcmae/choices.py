@@ -22,6 +22,7 @@ WIDE = ConvNeXtSpec(depths=(2, 2, 8), dims=(80, 160, 320))  # the same, for many
 # Sides of images that divide into 6, 7 or 8 patches a side, with the stem's stride and the side of a patch.
 GRIDS = {48: (2, 8), 64: (2, 8), 96: (4, 16), 128: (4, 16), 192: (4, 32), 224: (4, 32)}
 LARGEST = {"cpu": 128}  # sides; elsewhere the largest of GRIDS
+LARGEST_CROP = {"cpu": 128, "cuda": 512}  # sides of what is learnt of label maps at once
 MAX_EPOCHS = 1600  # the longest that masked autoencoders of images were published with
 LAYER_DECAY = 0.9  # of what starts from weights; what starts from nothing has nothing to keep
 TRAINING_SHARE = 0.88  # of the hours; the rest is for evaluations, pictures and checkpoints
@@ -155,7 +156,9 @@ def pretraining_network(choices: Choices, images: Images, device: str, held: Net
     choices.take("model.mask_ratio", 0.6, "as published")
     if held is None and side <= 96 and images.in_chans in (1, 3) and not images.is_deep:
         choices.take(
-            "model.target", "hog", "gradients gained more than pixels on photographs of 64 pixels; no pictures are drawn"
+            "model.target",
+            "hog",
+            "gradients gained more than pixels on photographs of 64 pixels; no pictures are drawn",
         )
     narrow = max(spec.dims) <= 160
     choices.take(
@@ -259,12 +262,64 @@ def finetuning_settings(
         choices.take("regularization.class_weights", "balanced", why)
 
 
+def segmentation_settings(choices: Choices, images: Images, device: str, held: NetworkSpec | None) -> None:
+    """Everything of a segmentation but its epochs, by the number of images and their size.
+
+    Args:
+        choices: goes on.
+        images: to learn from.
+        device: "cpu", or another type.
+        held: the network of the starting weights, if there are any.
+    """
+    largest = LARGEST_CROP[device]
+    small = min(images.short_side, largest) < 192
+    if held is None:
+        spec = SMALL if small else VARIANTS["convnextv2_atto"]
+        spec = _read(choices.take("model.variant", _written(spec), "from scratch: small, for few label maps"))
+        stride = choices.take("model.stem_stride", spec.stem_stride, "as published") << (spec.num_stages - 1)
+    else:
+        spec, stride = held, held.total_stride
+    side = max(1, min(images.short_side, largest) // stride) * stride
+    if images.short_side > largest:
+        why = "a CPU has no time for larger crops" if device == "cpu" else "crops as published"
+    else:
+        why = f"the images' shorter side is {images.short_side}, the total stride {stride}"
+    choices.take("data.image_size", side, why)
+    batch = choices.take("batch_size", min(16, _power_of_two_below(images.num)), "as published, or as there are images")
+    rate, why = (5e-4, "small networks") if max(spec.dims) <= 320 else (1e-4, "as published for tiny and larger")
+    choices.take("optim.base_lr", float(f"{rate * 256 / batch:.3g}"), f"a peak of {rate:g} at this batch: {why}")
+    if held is not None:
+        choices.take("optim.layer_decay", LAYER_DECAY, "as published: layers near the images change less")
+    choices.take("model.drop_path_rate", 0.1, "as published for the smallest networks")
+    if device == "cpu":
+        choices.take("data.overlap", 0.25, "whole images in fewer tiles, as a CPU has little time")
+
+
+def segmentation_epochs(choices: Choices, images: Images) -> float:
+    """How long label maps are worth learning from, if there is time: every pixel 100 times, and 2,000 steps.
+
+    Args:
+        choices: those of `segmentation_settings`.
+        images: to learn from.
+    """
+    size, batch = choices.settings["data.image_size"], choices.settings["batch_size"]
+    side: int = min(size) if isinstance(size, list | tuple) else size
+    return float(max(100 * max(1.0, images.short_side / side) ** 2, 2000 * batch / images.num))
+
+
 def finetuning_epochs(num_labels: int) -> int:
     """How long labels are worth learning from, if there is time: 100 epochs of few labels, 30 of a hundred thousand."""
     return 100 if num_labels <= 5_000 else 50 if num_labels <= 50_000 else 30
 
 
-def duration(choices: Choices, num_images: int, hours: float, images_per_s: float, most: int = MAX_EPOCHS) -> None:
+def duration(
+    choices: Choices,
+    num_images: int,
+    hours: float,
+    images_per_s: float,
+    most: float = MAX_EPOCHS,
+    num_evaluated: float = 0,
+) -> None:
     """Epochs, warm-up, and how often is saved, evaluated and logged, for the hours that there are.
 
     Args:
@@ -273,6 +328,7 @@ def duration(choices: Choices, num_images: int, hours: float, images_per_s: floa
         hours: that the run may take.
         images_per_s: measured, counted as batch_size counts them.
         most: epochs that are of use.
+        num_evaluated: images, or tiles of them, that an evaluation computes.
     """
     batch = choices.settings["batch_size"]
     views = images_per_s * hours * 3600 * TRAINING_SHARE
@@ -286,6 +342,8 @@ def duration(choices: Choices, num_images: int, hours: float, images_per_s: floa
     every = epochs / max(1, min(epochs, seconds / 600))
     choices.take("checkpoint.every_epochs", float(f"{every:.3g}"), "every ten minutes or so")
     looks = max(5, min(20, seconds / 180))  # of which a judgement on the features takes four
+    # An evaluation goes some three times as fast as training, and all are to take a tenth of its time.
+    looks = max(1, min(looks, 0.3 * epochs * num_images / max(1, num_evaluated)))
     choices.take("log.eval_epochs", float(f"{max(epochs / looks, 1e-3):.3g}"), f"about {looks:.0f} times in the run")
     lines = epochs * num_images / batch / max(1.0, seconds / 10)
     choices.take("log.every_steps", max(1, min(50, round(lines))), "a line every ten seconds or so")

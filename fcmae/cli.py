@@ -296,7 +296,21 @@ def _complete_finetuning(sketch: config.FinetuneConfig, given: Mapping[str, Any]
     return planning.finetuning(sketch, given)
 
 
-COMPLETE: dict[str, Complete] = {"pretrain": _complete_pretraining, "finetune": _complete_finetuning}
+def _complete_segmentation(sketch: config.SegmentConfig, given: Mapping[str, Any]) -> Mapping[str, Any]:
+    if not sketch.data.path or sketch.eval_only:
+        return {}
+
+    threads.prepare()  # before steps are timed
+    from fcmae import planning
+
+    return planning.segmentation(sketch, given)
+
+
+COMPLETE: dict[str, Complete] = {
+    "pretrain": _complete_pretraining,
+    "finetune": _complete_finetuning,
+    "segment": _complete_segmentation,
+}
 IDLE = frozenset(
     {"report", "status", "stats", "doctor", "configs", "schema", "completion"}
 )  # they compute nothing with torch

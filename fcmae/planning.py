@@ -10,20 +10,28 @@ import os
 import re
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fcmae import bench, choices, options
-from fcmae.config import BenchConfig, FinetuneConfig, PretrainConfig, RunConfig
+from fcmae.config import BenchConfig, DenseConfig, FinetuneConfig, PretrainConfig, RunConfig, SegmentConfig
 from fcmae.data.cores import free_memory
-from fcmae.data.index import Images, find_images, find_labelled
+from fcmae.data.index import Images, find_images, find_labelled, find_mapped
 from fcmae.data.storage import Storage
 from fcmae.data.survey import survey
 from fcmae.networks.spec import NetworkSpec
 from fcmae.processes import OUT_OF_MEMORY, Failed, in_process
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fcmae.data.dataset import ImageDataset
+    from fcmae.heads import Classifier, Segmenter
+
 AT_ONCE = {"cpu": 64, "cuda": 256}  # images computed at once, to start from: more gain little
 MEMORY_SHARE = 0.7  # of what is free, for the run as it was measured
+SUFFIX = {"pretrain": "", "finetune": "-tuned", "segment": "-segmented"}  # of run directories, by the kind of run
 Measure = Callable[[int], bench.Result]
 
 
@@ -88,10 +96,52 @@ def finetuning(sketch: FinetuneConfig, given: Mapping[str, Any]) -> dict[str, An
     choices.finetuning_settings(plan, facts, device, held, image.get("input_size", [None])[-1])
     hours = float(plan.take("hours", choices.default_hours(device), "give --hours for more or less"))
     cfg = options.make(FinetuneConfig, {"epochs": 1} | plan.settings | {"out": out, "log.trackers": "none"})
-    result = _fit(plan, cfg, lambda at_once: _finetuning_step(cfg, at_once, _measured_s(hours)))
+    result = _fit(plan, cfg, lambda at_once: _dense_step(cfg, at_once, _measured_s(hours)))
     num_train = len(images) if cfg.data.val_path else len(images) - round(len(images) * cfg.data.val_share)
     hours -= (time.monotonic() - began) / 3600
     choices.duration(plan, num_train, hours, result.images_per_s, choices.finetuning_epochs(sum(facts.class_counts)))
+    return _chosen(plan) | {"out": out}
+
+
+def segmentation(sketch: SegmentConfig, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What `fcmae segment` was not given, by dotted key.
+
+    Args:
+        sketch: its settings, checked one by one but not together, with `data.path`.
+        given: those that were given, by dotted key.
+
+    Raises:
+        ValueError: as in `pretraining`.
+    """
+    began = time.monotonic()
+    assert sketch.data.path is not None
+    out = _run_directory(sketch, given, sketch.data.path)
+    if (saved := _saved(sketch, out, "segment")) is not None:
+        return {key: value for key, value in saved.items() if key not in given} | {"out": out}
+    _refuse_launcher()
+    find = partial(find_mapped, storage=Storage.of_run(out, sketch.data.index, sketch.data.cache_gb))
+    images, _ = find(sketch.data.path, sketch.data.maps)
+    device = _device(sketch)
+    plan = choices.Choices(given)
+    held, image = (None, {}) if sketch.model.init is None else _held(sketch)
+    if "input_size" in image:
+        plan.take("data.in_chans", image["input_size"][0], "that of model.init")
+    num_held_out = round(len(images) * sketch.data.val_share)
+    if sketch.data.val_path is not None:
+        num_held_out = len(find(sketch.data.val_path, sketch.data.val_maps, key="data.val_path")[0])
+    else:
+        images = images.subset(range(len(images) - num_held_out))
+    facts = _facts(images, plan.settings.get("data.in_chans"), sketch.data.max_pixels)
+    if "mean" not in image:
+        choices.image_settings(plan, facts)
+    choices.segmentation_settings(plan, facts, device, held)
+    hours = float(plan.take("hours", choices.default_hours(device), "give --hours for more or less"))
+    cfg = options.make(SegmentConfig, {"epochs": 1} | plan.settings | {"out": out, "log.trackers": "none"})
+    result = _fit(plan, cfg, lambda at_once: _dense_step(cfg, at_once, _measured_s(hours)))
+    hours -= (time.monotonic() - began) / 3600
+    tiles = max(1.0, facts.short_side / min(cfg.data.image_size) / (1 - cfg.data.overlap)) ** 2
+    most = choices.segmentation_epochs(plan, facts)
+    choices.duration(plan, len(images), hours, result.images_per_s, most, num_held_out * tiles)
     return _chosen(plan) | {"out": out}
 
 
@@ -108,8 +158,9 @@ def _run_directory(sketch: RunConfig, given: Mapping[str, Any], images: str) -> 
     if sketch.out is not None:
         return sketch.out
     name = re.sub(r"[*?\[\]]", "", Path(images).expanduser().absolute().stem) or "images"
-    kind = "finetune" if isinstance(sketch, FinetuneConfig) else "pretrain"
-    name = name if kind == "pretrain" else f"{name}-tuned"
+    kinds = {FinetuneConfig: "finetune", SegmentConfig: "segment"}
+    kind = next((kind for model, kind in kinds.items() if isinstance(sketch, model)), "pretrain")
+    name += SUFFIX[kind]
     number, place = 1, Path("runs") / name
     while place.exists() and not _goes_on(sketch, given, place, kind):
         number += 1
@@ -151,7 +202,7 @@ def _facts(images: Images, in_chans: int | None, max_pixels: int) -> choices.Ima
     return choices.Images(len(images), found.short_side, found.in_chans, found.is_deep, found.mean, found.std, counts)
 
 
-def _held(sketch: PretrainConfig | FinetuneConfig) -> tuple[NetworkSpec, dict[str, Any]]:
+def _held(sketch: PretrainConfig | DenseConfig) -> tuple[NetworkSpec, dict[str, Any]]:
     """The network of the starting weights, and how their images were read."""
     from fcmae.weights.files import read_weights
 
@@ -218,8 +269,8 @@ def _pretraining_step(cfg: BenchConfig, at_once: int) -> bench.Result:
     return result
 
 
-def _finetuning_step(cfg: FinetuneConfig, at_once: int, measured_s: float) -> bench.Result:
-    result: bench.Result = in_process(time_finetuning, cfg, at_once, measured_s)
+def _dense_step(cfg: FinetuneConfig | SegmentConfig, at_once: int, measured_s: float) -> bench.Result:
+    result: bench.Result = in_process(time_training, cfg, at_once, measured_s)
     return result
 
 
@@ -232,47 +283,55 @@ def images_per_s(cfg: PretrainConfig | FinetuneConfig) -> float:
     at_once = cfg.batch_size // cfg.grad_accum
     try:
         if isinstance(cfg, FinetuneConfig):
-            return _finetuning_step(cfg, at_once, 2.0).images_per_s
+            return _dense_step(cfg, at_once, 2.0).images_per_s
         return _pretraining_step(options.make(BenchConfig, options.flat(cfg) | {"seconds": 2.0}), at_once).images_per_s
     except Failed as error:
         raise ValueError(f"a step does not run: {error}") from None
 
 
-def time_finetuning(cfg: FinetuneConfig, at_once: int, duration_s: float) -> bench.Result:
-    """Time steps of fine-tuning on the user's images, at a learning rate of 0.
+def time_training(cfg: FinetuneConfig | SegmentConfig, at_once: int, duration_s: float) -> bench.Result:
+    """Time steps of fine-tuning or segmentation on the user's images, at a learning rate of 0.
 
     Args:
         cfg: of the run.
         at_once: images computed at once.
         duration_s: how long is timed, after a warm-up.
     """
-    from fcmae import finetuning as run
-    from fcmae import starting
+    from fcmae import finetuning, segmenting, starting
     from fcmae.data.loader import build_loader, choose_num_workers, prefetched
     from fcmae.data.normalize import Normalize
     from fcmae.data.sampler import StepSampler
+    from fcmae.segmentation import segmentation_loss
     from fcmae.timing import for_a_while
     from fcmae.training.run import make_accelerator
 
     accelerator = make_accelerator(cfg)
     device = accelerator.device
     weights = starting.starting_weights(cfg)
-    images = find_labelled(cfg.data.path or "", storage=Storage.of_run(cfg.out, cfg.data.index, cfg.data.cache_gb))
-    assert images.class_names is not None
-    net = run.build_model(cfg, weights, len(images.class_names)).to(device)
-    weights.image.update(run.reading_settings(cfg, weights))
+    if isinstance(cfg, SegmentConfig):
+        data = segmenting.find_data(cfg)
+        net: Classifier | Segmenter = segmenting.build_model(cfg, weights, len(data.classes))
+        weights.image.update(starting.image_settings(cfg, weights))
+        train_set: ImageDataset = segmenting.build_train_set(cfg, data, weights)
+        loss_of: Callable[[Tensor, Tensor], Tensor] = segmentation_loss
+    else:
+        images = find_labelled(cfg.data.path or "", storage=Storage.of_run(cfg.out, cfg.data.index, cfg.data.cache_gb))
+        assert images.class_names is not None
+        net = finetuning.build_model(cfg, weights, len(images.class_names))
+        weights.image.update(finetuning.reading_settings(cfg, weights))
+        train_set = finetuning.build_train_set(cfg, images, weights)
+        loss_of = partial(finetuning.classification_loss, balance=None, label_smoothing=0.0)
+    net = net.to(device)
     normalize = Normalize(weights.image["mean"], weights.image["std"]).to(device)
     model, optimizer = accelerator.prepare(net, starting.build_optimizer(cfg, net), device_placement=[True, False])
-    order = StepSampler(len(images), min(at_once, len(images)), cfg.seed, end_step=bench.ENDLESS)
+    order = StepSampler(len(train_set), min(at_once, len(train_set)), cfg.seed, end_step=bench.ENDLESS)
     workers = choose_num_workers(cfg.data.num_workers, device.type)
-    loader = build_loader(
-        run.build_train_set(cfg, images, weights), order, num_workers=workers, device_type=device.type
-    )
+    loader = build_loader(train_set, order, num_workers=workers, device_type=device.type)
     batches = prefetched(loader, device)
 
     def step() -> None:
         batch = next(batches)
-        loss = run.classification_loss(model(normalize(batch.images)), batch.given_labels, None, 0.0)
+        loss = loss_of(model(normalize(batch.images)), batch.given_labels)
         accelerator.backward(loss)
         optimizer.step()
         optimizer.zero_grad()

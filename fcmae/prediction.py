@@ -22,11 +22,11 @@ from fcmae.atomic import replacing
 from fcmae.classification import add_predictions, open_table, probabilities_of
 from fcmae.config.commands import PredictConfig
 from fcmae.data.index import find_images
-from fcmae.data.loader import evaluation_loader
+from fcmae.data.loader import choose_num_workers, evaluation_loader
 from fcmae.data.maps import Classes
 from fcmae.data.rasters import Raster, geo_tags
 from fcmae.data.source import BadImage, printable
-from fcmae.segmentation import colours, predictor, probabilities_by_rows
+from fcmae.segmentation import colours, each_image, predictor, probabilities_by_rows
 from fcmae.weights.convert import build_classifier
 from fcmae.weights.files import read_weights
 from fcmae.weights.segmenters import read_segmenter, segmenter_in
@@ -124,14 +124,16 @@ def predict_maps(cfg: PredictConfig) -> None:
     unit, images = model.encoder.total_stride, find_images(cfg.images)
     names = images.names()
     root = os.path.commonpath([os.path.dirname(name) for name in names])  # noqa: PTH120
-    first_bad, num_done, taken = "", 0, set[Path]()
-    for i, name in enumerate(tqdm(names, unit="image", disable=None)):
-        place = cfg.out / os.path.relpath(name, root)
-        place = place.with_suffix(".tif" if place.suffix.lower() in (".tif", ".tiff") else ".png")
+    places = [cfg.out / os.path.relpath(name, root) for name in names]
+    places = [place.with_suffix(".tif" if place.suffix.lower() in (".tif", ".tiff") else ".png") for place in places]
+    first_of = {place: i for i, place in reversed(list(enumerate(places)))}
+
+    def segmented(i: int) -> NDArray[np.float64] | BadImage:
+        """The shares of the classes of an image whose map was written."""
+        place = places[i]
         try:
-            if place in taken:
+            if first_of[place] != i:
                 raise BadImage(f"{place} is the map of another image: give images whose names differ before the suffix")
-            taken.add(place)
             with images.open(i) as file:
                 tags = geo_tags(file)
                 file.seek(0)
@@ -139,9 +141,16 @@ def predict_maps(cfg: PredictConfig) -> None:
                 rows = probabilities_by_rows(
                     raster, predict_tiles, reading.image_size, unit, cfg.overlap, fill, cfg.batch_size
                 )
-                shares = write_map(place, raster, rows, record.classes, tags, cfg.probabilities)
+                return write_map(place, raster, rows, record.classes, tags, cfg.probabilities)
         except BadImage as error:
-            line = f"{printable(name)}: {printable(str(error))}"
+            return error
+
+    first_bad, num_done = "", 0
+    num_threads = choose_num_workers(cfg.num_workers, accelerator.device.type)
+    found = tqdm(each_image(segmented, range(len(names)), num_threads), total=len(names), unit="image", disable=None)
+    for name, place, shares in zip(names, places, found, strict=True):
+        if isinstance(shares, BadImage):
+            line = f"{printable(name)}: {printable(str(shares))}"
             first_bad = first_bad or line
             print(line, file=sys.stderr)
         else:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import colorsys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +24,7 @@ NEAR = 2  # pixels by which a boundary may be off and count as found
 HALO = NEAR + 1  # rows beside those that are counted: a boundary there is one by its neighbours
 TINT = 0.5  # of a class's colour over a picture
 
+Result = TypeVar("Result")
 Predict = Callable[[NDArray[np.float32] | NDArray[np.uint8]], NDArray[np.float32]]
 
 
@@ -137,6 +141,21 @@ def probabilities_by_rows(
             buffer[..., th - done :, :] = 0
 
 
+def each_image(function: Callable[[int], Result], which: Iterable[int], num_threads: int) -> Iterator[Result]:
+    """What a function gives for images, in order: one is decoded and counted while another is predicted.
+
+    Args:
+        function: of the number of an image; what it raises is raised here, in its place.
+        which: numbers of the images.
+        num_threads: images at a time; below 2 no thread is started.
+    """
+    if num_threads < 2:
+        yield from map(function, which)
+        return
+    with ThreadPoolExecutor(num_threads) as pool:
+        yield from pool.map(function, which)
+
+
 def padded(tile: NDArray[np.float32], size: tuple[int, int], fill: Sequence[float]) -> NDArray[np.float32]:
     """A tile with missing values below and to the right of it.
 
@@ -155,18 +174,19 @@ def padded(tile: NDArray[np.float32], size: tuple[int, int], fill: Sequence[floa
 
 
 def predictor(model: nn.Module, normalize: Normalize, accelerator: Accelerator) -> Predict:
-    """Softmax outputs of a model for tiles.
+    """Softmax outputs of a model for tiles; threads that ask at once wait for each other.
 
     Args:
         model: (B, C, H, W), normalised, to logits (B, classes, H, W); in evaluation mode, on the accelerator's device.
         normalize: likewise.
         accelerator: of this process.
     """
+    turn = Lock()  # the device's memory is for one batch
 
     @torch.no_grad()
     def predict(tiles: NDArray[np.float32] | NDArray[np.uint8]) -> NDArray[np.float32]:
-        images = normalize(torch.from_numpy(tiles).to(accelerator.device))
-        with accelerator.autocast():
+        with turn, accelerator.autocast():
+            images = normalize(torch.from_numpy(tiles).to(accelerator.device))
             # forward, as calling a compiled model would compile it again for another size
             found: NDArray[np.float32] = model.forward(images).float().softmax(1).cpu().numpy()
         return found

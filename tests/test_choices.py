@@ -8,7 +8,7 @@ import pytest
 
 from fcmae import choices
 from fcmae.choices import Choices, Images
-from fcmae.config import FinetuneConfig, PretrainConfig
+from fcmae.config import FinetuneConfig, PretrainConfig, SegmentConfig
 from fcmae.networks.spec import ConvNeXtSpec
 from fcmae.options import make
 
@@ -120,6 +120,42 @@ def test_fine_tuning_takes_network_and_size_of_its_weights() -> None:
     assert (cfg.model.variant, cfg.data.image_size, cfg.optim.layer_decay) == (None, (64, 64), 0.9)
     scratch = tuning(images(class_counts=(500, 500)))
     assert scratch.model.spec is not None and scratch.optim.layer_decay == 1
+
+
+def segmenting(
+    facts: Images, device: str = "cpu", held: ConvNeXtSpec | None = None, num_evaluated: float = 0, hours: float = 1
+) -> SegmentConfig:
+    plan = Choices({})
+    choices.image_settings(plan, facts)
+    choices.segmentation_settings(plan, facts, device, held)
+    choices.duration(plan, facts.num, hours, 100, choices.segmentation_epochs(plan, facts), num_evaluated)
+    init = {} if held is None else {"model.init": "run"}
+    return make(SegmentConfig, plan.settings | init | {"data.path": "x", "data.maps": "y", "out": "out"})
+
+
+@pytest.mark.parametrize(
+    ("short_side", "device", "side"), [(150, "cpu", 128), (100, "cpu", 96), (2000, "cuda", 512), (20, "cpu", 16)]
+)
+def test_crops_of_label_maps_are_as_large_as_images_and_device_allow(short_side: int, device: str, side: int) -> None:
+    cfg = segmenting(images(short_side=short_side), device)
+    assert cfg.data.image_size == (side, side)
+    assert cfg.model.spec is not None and not side % cfg.model.spec.total_stride
+    assert segmenting(images(short_side=short_side), device, choices.SMALL).data.image_size == (side, side)
+
+
+def test_label_maps_are_learnt_from_as_long_as_it_is_of_use() -> None:
+    assert segmenting(images(480, short_side=128), hours=9).epochs == 100
+    assert segmenting(images(480, short_side=1280), hours=99).epochs == 10_000  # a crop is a hundredth of an image
+    few = segmenting(images(6, short_side=128))
+    assert (few.batch_size, few.epochs) == (4, 1333)  # 2,000 steps
+    assert few.optim.layer_decay == 1 and segmenting(images(6), held=choices.SMALL).optim.layer_decay == 0.9
+
+
+def test_evaluations_take_a_tenth_of_the_time_of_training() -> None:
+    cfg = segmenting(images(480, short_side=128), num_evaluated=4800)
+    evaluations = cfg.epochs / cfg.log.eval_epochs
+    assert evaluations * 4800 / 3 == pytest.approx(cfg.epochs * 480 / 10, rel=0.01)
+    assert segmenting(images(480, short_side=128), num_evaluated=10**7).log.eval_epochs == cfg.epochs
 
 
 @pytest.mark.parametrize(

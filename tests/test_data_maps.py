@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from fcmae.data.index import Images, find_mapped
 from fcmae.data.loader import build_loader
 from fcmae.data.maps import IGNORED, Classes, UnknownClass, count_values, find_classes
 from fcmae.data.source import BadImage
+from fcmae.data.storage import Storage
 
 CLASSES = Classes(("sea", "land", "lake"), (0, 1, 7), 255)
 # Maps of noise whose images hold the same numbers, so that pixel and class can be compared anywhere.
@@ -57,6 +59,32 @@ def test_a_csv_file_pairs_what_it_lists(tmp_path: Path) -> None:
     images, labels = find_mapped(str(tmp_path / "list.csv"), None)
     assert [Path(name).name for name in images.names()] == ["0.png", "1.png"]
     assert [Path(name).name for name in labels.names()] == ["0.tif", "3.tif"]
+
+
+@pytest.mark.parametrize("where", ["tar", "url", "csv by url", "csv of members"])
+def test_pairs_in_tar_files_and_by_url_are_those_of_folders(tmp_path: Path, where: str) -> None:
+    folders = write_pairs(tmp_path)
+    expected = [[Path(name).read_bytes() for name in part.names()] for part in find_mapped(*map(str, folders))]
+    for folder in folders:
+        with tarfile.open(tmp_path / f"{folder.name}.tar", "w") as tar:
+            tar.add(folder, ".")
+    rows = [f"images/a/{number}.png,maps/a/{number}.tif" for number in range(5)]
+    if where == "csv of members":
+        rows = [row.replace("images/", "images.tar/").replace("maps/", "maps.tar/") for row in rows]
+    (tmp_path / "list.csv").write_text("\n".join(["image,mask", *rows]))
+    source, maps = {
+        "tar": (f"{tmp_path}/images.tar", f"{tmp_path}/maps.tar"),
+        "url": (f"file://{tmp_path}/images", f"file://{tmp_path}/maps"),
+        "csv by url": (f"file://{tmp_path}/list.csv", None),
+        "csv of members": (f"{tmp_path}/list.csv", None),
+    }[where]
+    storage = Storage(tmp_path / "kept")
+    found = find_mapped(source, maps, storage=storage)
+    for name, part in zip(("files.json", "maps.json"), found, strict=True):
+        part.save(tmp_path / name)
+    again = [Images.load(tmp_path / name, storage) for name in ("files.json", "maps.json")]
+    for images in (found, again):
+        assert [[part.open(i).read() for i in range(len(part))] for part in images] == expected
 
 
 @pytest.mark.parametrize(

@@ -209,6 +209,7 @@ def test_here_and_afar_may_be_mixed(folder: Path, tmp_path: Path) -> None:
         ("s3://b/lists", "../a/x.png", "s3://b/a/x.png"),
         ("s3://b/lists", "https://h/x.png?a=1", "https://h/x.png?a=1"),
         ("s3://b/lists", "x.tar/1.png", "s3://b/lists/x.tar/1.png"),
+        ("file:///a/b", "../x.png", "file:///a/x.png"),
         ("/a/b", "../x.png", "/a/x.png"),
         ("/a/b", "s3://b/x.png", "s3://b/x.png"),
     ],

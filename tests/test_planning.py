@@ -19,7 +19,7 @@ from runs import TINY, forget_accelerator, start, write_images
 
 import fcmae
 from fcmae import bench, cli, planning
-from fcmae.config import PretrainConfig
+from fcmae.config import PretrainConfig, SegmentConfig
 from fcmae.data import cores
 from fcmae.data.index import find_images
 from fcmae.data.survey import survey
@@ -87,7 +87,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return bench.Result(bench.Candidate("packed", "fp32", at_once), at_once, (at_once / 10,), 0.0, 10**9)
 
     monkeypatch.setattr(planning, "_pretraining_step", step)
-    monkeypatch.setattr(planning, "_finetuning_step", step)
+    monkeypatch.setattr(planning, "_dense_step", step)
     monkeypatch.setattr(planning, "free_memory", lambda: 8 * 10**9)
     return asked
 
@@ -180,11 +180,32 @@ def test_a_launcher_is_told_to_print_the_settings_first(
     assert "print them with it (--print-config > FILE)" in capsys.readouterr().err
 
 
+def write_maps(folder: Path) -> None:
+    """Label maps of two classes for what `write_images` writes."""
+    folder.mkdir()
+    for number in range(13):
+        Image.fromarray(np.arange(24, dtype=np.uint8)[None].repeat(20, 0) // 12).save(folder / f"{number:02}.png")
+
+
+def test_images_and_label_maps_alone_make_a_run(photos: Path, measured: list[int]) -> None:
+    write_maps(Path("maps"))
+    words = ["photos", "--maps", "maps", "--hours", "0.001", "--device", "cpu", *SMALL[:4]]
+    cfg = load(SegmentConfig, words, prog="x", complete=planning.segmentation)
+    assert cfg.out == Path("runs/photos-segmented") and cfg.data.image_size == (16, 16) and cfg.batch_size == 8
+    assert cfg.epochs < 4  # .9 * 3.6 s at 10 images/s of 10
+    assert {"epochs", "batch_size", "data.image_size"} <= set(cfg.chosen) and "model.variant" not in cfg.chosen
+    with pytest.raises(ValueError, match=r"no folder with a folder of label maps"):
+        load(SegmentConfig, ["photos"], prog="x", complete=planning.segmentation)
+
+
 def test_steps_are_really_timed_and_their_memory_measured(photos: Path) -> None:
     for name in ("a", "b"):
         write_images(Path("labelled") / name, 9)
+    write_maps(Path("maps"))
     pretraining = ["pretrain", "photos", "--hours", "0.001", *SMALL, "--data.image_size", "48", "--print-config"]
-    for words in (pretraining, ["finetune", "labelled", "--hours", "0.001", "--device", "cpu", "--print-config"]):
+    segmentation = ["segment", "photos", "--maps", "maps"]
+    common = ["--hours", "0.001", "--device", "cpu", "--print-config"]
+    for words in (pretraining, ["finetune", "labelled", *common], [*segmentation, *common]):
         with pytest.raises(SystemExit):
             cli.main(words)
 

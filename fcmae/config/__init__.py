@@ -138,10 +138,11 @@ class FinetuneData(ImageConfig):
 
 class SegmentData(ImageConfig):
     path: Annotated[UserText | None, Spelling("IMAGES")] = None
-    """A folder of images (searched recursively), or a CSV file with the columns image,mask."""
+    """A folder of images (searched recursively) or a tar file of them, or a CSV file with the columns image,mask; here
+    or by URL."""
     maps: Annotated[UserText | None, Spelling(short="maps")] = None
-    """A folder of label maps under the names of the images: PNG, TIFF or .npy of one channel, 8 or 16 bit or with a
-    palette. Of a CSV file it is left out."""
+    """A folder or tar file of label maps under the names of the images: PNG, TIFF or .npy of one channel, 8 or 16 bit
+    or with a palette. Of a CSV file it is left out."""
     val_path: UserText | None = None
     """Held-out images, of the same form. Default: a share (val_share) of `path`."""
     val_maps: UserText | None = None
@@ -640,7 +641,10 @@ class FinetuneConfig(DenseConfig):
 class SegmentConfig(DenseConfig):
     """Train a network that gives every pixel a class, from pretrained weights or from scratch, or evaluate one.
 
-    Example: fcmae segment tiles/images --maps tiles/maps --init runs/photos --out runs/segmented
+    Without --config, what is not given is chosen for the images, the machine and the hours;
+    --print-config shows it. `fcmae configs` lists recipes.
+
+    Example: fcmae segment tiles/images --maps tiles/maps --init runs/photos --hours 1
     """
 
     _images: ClassVar[str] = "a folder of images or a CSV file, e.g. --data.path tiles/images"

@@ -492,33 +492,39 @@ def _read_csv(address: str, key: str, column: str = "path", other: str = "label"
     return beside
 
 
-def find_mapped(source: str, maps: str | None, *, key: str = "data.path") -> tuple[Images, Images]:
+def find_mapped(
+    source: str, maps: str | None, *, key: str = "data.path", storage: Storage = ANY
+) -> tuple[Images, Images]:
     """Images and their label maps, in one order, sorted by the images' paths.
 
     Args:
-        source: a folder of images, or a .csv file with the columns image and mask whose relative paths start at its
-            folder.
-        maps: of a folder, that of the maps, which have the images' names but for the suffix, in the same sub-folders.
+        source: a folder of images or a tar file, or a .csv file with the columns image and mask whose relative paths
+            start at its folder. Each may be a URL.
+        maps: but for a .csv file, the folder or tar file of the maps, which have the images' names but for the suffix,
+            in the same sub-folders.
         key: the setting that errors name.
+        storage: that reads tar files and images.
 
     Raises:
         ValueError: for a source that is missing or malformed, an image without a map, or names that differ in their
             suffix only.
     """
-    path = Path(source).expanduser()
-    if path.suffix.lower() == ".csv" and path.is_file():
-        beside = _read_csv(str(path), key, "image", "mask")
-        map_of = {image: _absolute(path.parent / Path(beside[image]).expanduser()) for image in sorted(beside)}
-        return Images.of_files(list(map_of)), Images.of_files(list(map_of.values()))
-    if not path.is_dir() or maps is None:
-        raise ValueError(
-            f"{key}: {source!r} is no folder with a folder of label maps, and no .csv file: give images and their maps "
-            "in two folders, or a CSV with columns image,mask"
-        )
-    folder = Path(maps).expanduser()
     maps_key = key.replace("path", "maps")
-    images, found = find_images([str(path)], key=key), find_images([str(folder)], key=maps_key)
-    image_of, map_of = _by_stem(images, path, key), _by_stem(found, folder, maps_key)
+    if source.lower().endswith(".csv"):
+        address = source if is_remote(source) else str(Path(source).expanduser())
+        beside, folder = _read_csv(address, key, "image", "mask"), os.path.dirname(address)  # noqa: PTH120
+        paths = sorted(beside)
+        addresses = [joined(folder, beside[image]) for image in paths]
+        return tuple(Images(Shards(storage, key).source(each)) for each in (paths, addresses))  # type: ignore[return-value]
+    if maps is None:
+        raise ValueError(
+            f"{key}: {source!r} has no folder of label maps beside it, and is no .csv file: give images and their maps "
+            "in two folders or tar files, or a CSV with columns image,mask"
+        )
+    images, found = (
+        find_images([each], key=each_key, storage=storage) for each, each_key in ((source, key), (maps, maps_key))
+    )
+    image_of, map_of = _by_stem(images, source, key), _by_stem(found, maps, maps_key)
     if absent := [stem for stem in image_of if stem not in map_of]:
         raise ValueError(
             f"{maps_key}: {maps!r} has no label map for {len(absent)} of {len(image_of)} images, {absent[0]!r} the "
@@ -527,17 +533,15 @@ def find_mapped(source: str, maps: str | None, *, key: str = "data.path") -> tup
     notes = images.notes
     if surplus := len(map_of) - len(image_of):
         notes += (f"{maps_key}: {surplus} label maps are of no image and were left out",)
-    return (
-        replace(Images.of_files(list(image_of.values())), notes=notes),
-        Images.of_files([map_of[stem] for stem in image_of]),
-    )
+    return replace(images, notes=notes), found.subset([map_of[stem] for stem in image_of])
 
 
-def _by_stem(images: Images, folder: Path, key: str) -> dict[str, str]:
-    """Paths by what they are called below a folder, without suffixes."""
-    named: dict[str, str] = {}
-    for name in images.names():
-        stem = os.path.splitext(os.path.relpath(name, _absolute(folder)))[0]  # noqa: PTH122
-        if named.setdefault(stem, name) != name:
-            raise ValueError(f"{key}: {named[stem]} and {name} differ in their suffix only: remove one")
+def _by_stem(images: Images, root: str, key: str) -> dict[str, int]:
+    """Images by what they are called below a folder or in a tar file, without suffixes."""
+    root = canonical(root) if is_remote(root) else _absolute(Path(root).expanduser())
+    named: dict[str, int] = {}
+    for i, name in enumerate(images.names()):
+        stem = os.path.splitext(os.path.relpath(name, root))[0]  # noqa: PTH122
+        if (other := named.setdefault(stem, i)) != i:
+            raise ValueError(f"{key}: {images.name(other)} and {name} differ in their suffix only: remove one")
     return named

@@ -42,7 +42,8 @@ def joined(folder: str, name: str) -> str:
         return name
     if is_remote(folder):
         scheme, _, place = folder.partition("://")
-        return f"{scheme}://{posixpath.normpath(posixpath.join(place, name)).lstrip('/')}"
+        root = "/" if place.startswith("/") else ""  # of file:///folder
+        return f"{scheme}://{root}{posixpath.normpath(posixpath.join(place, name)).lstrip('/')}"
     # Links are kept: Path.resolve would ask the file system about every part of every path.
     return os.path.abspath(Path(folder) / Path(name).expanduser())  # noqa: PTH100
 
