@@ -28,7 +28,7 @@ def segmentation_loss(logits: Tensor, target: Tensor, balance: Tensor | None = N
     """Cross-entropy of the pixels, and the Dice loss of the images if it has a weight.
 
     Args:
-        logits: (B, classes, H, W).
+        logits: (B, classes, H, W); or (exits, B, classes, H, W), whose losses are added up.
         target: (B, H, W) classes by number, IGNORED where they are unknown.
         balance: (classes,), weights of the classes; None is 1 each.
         dice: weight of the Dice loss.
@@ -37,6 +37,8 @@ def segmentation_loss(logits: Tensor, target: Tensor, balance: Tensor | None = N
         A float32 scalar. The cross-entropy is over the number of all pixels, the unknown too: so it does not depend on
         the parts and processes that a batch is computed in.
     """
+    if logits.ndim == 5:
+        return torch.stack([segmentation_loss(each, target, balance, dice) for each in logits]).sum()
     target = target.long()
     total = F.cross_entropy(logits.float(), target, weight=balance, ignore_index=IGNORED, reduction="sum")
     loss = total / target.numel()
