@@ -17,116 +17,17 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fcmae.heads import Segmenter, build_head, resized
+from fcmae.heads import Exits, Segmenter, build_head, resized
 from fcmae.layouts import DENSE, PACKED, MakeLayout, Masked, Packed
-from fcmae.networks.convnext import init_weights
 from fcmae.networks.encoder import StagedEncoder
-from fcmae.networks.layers import LayerNorm
 
-TAU, QUANTILE, DIM = 0.998, 0.0, 64
-
-# (stage, confidence, hidden) -> the patches that are hidden from the stage, and how many of an image it sees; the number
-# may be None where nobody needs it.
+# (stage, confidence, hidden) -> the patches that are hidden from the stage, and how many of an image it sees, which may
+# be None where nobody needs it.
 Choose = Callable[[int, Tensor, Tensor], tuple[Tensor, int | None]]
 # (hidden, how many are seen, layout, features in it) -> the stage's layout, and the same features in it.
 Narrow = Callable[[Tensor, int | None, Masked | Packed, Sequence[Tensor]], tuple[Masked | Packed, Sequence[Tensor]]]
-
-
-class Exit(nn.Module):
-    """A stage's part in the answer. It looks at no other patch, so it runs on maps and on packed rows alike.
-
-        level = lateral(f) + nearest(pooled(...pooled(lateral(f)))), pooled to one site a patch
-        state = state + nearest(level), of the first stage's sites
-        logits = classify(fuse(state))
-
-    lateral, each pooled (after a 2x2 average) and fuse are Linear -> LayerNorm -> GELU on each site.
-
-    Args:
-        in_dim: channels of the stage.
-        dim: of the state.
-        num_poolings: log2 of the stage's sites along a side of a patch.
-        num_classes: outputs.
-    """
-
-    def __init__(self, in_dim: int, dim: int, num_poolings: int, num_classes: int) -> None:
-        super().__init__()
-        self.lateral = _layer(in_dim, dim)
-        self.pooled = nn.ModuleList(_layer(dim, dim) for _ in range(num_poolings))
-        self.fuse = _layer(dim, dim)
-        self.classify = nn.Linear(dim, num_classes)
-
-    def forward(self, f: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The next state and logits.
-
-        Args:
-            f: (..., h, w, C), the stage's output: maps, or sites of patches.
-            state: (..., H, W, dim), of the exit before, H and W multiples of h and w; None at the first.
-
-        Returns:
-            (..., H, W, dim) and (..., H, W, num_classes).
-        """
-        level = context = self.lateral(f)
-        for layer in self.pooled:
-            context = layer(_quarters(context).mean((-4, -2)))
-        level = _add(level, context)
-        state = level if state is None else _add(state, level)
-        return state, self.classify(self.fuse(state))
-
-
-def _layer(in_dim: int, dim: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(in_dim, dim), LayerNorm(dim), nn.GELU())
-
-
-def _quarters(x: Tensor, side: int = 2) -> Tensor:
-    """(..., h, w, C) to (..., h / side, side, w / side, side, C)."""
-    return x.unflatten(-3, (-1, side)).unflatten(-2, (-1, side))
-
-
-def _add(fine: Tensor, coarse: Tensor) -> Tensor:
-    """fine + coarse, whose sites are repeated: (..., h, w, C) and (..., h / s, w / s, C)."""
-    side = fine.shape[-2] // coarse.shape[-2]
-    if side == 1:
-        return fine + coarse
-    return (_quarters(fine, side) + coarse.unsqueeze(-2).unsqueeze(-4)).view_as(fine)
-
-
-class Exits(nn.Module):
-    """An exit on each stage of an encoder, and when a patch may leave.
-
-    Args:
-        dims: channels of the stages.
-        num_classes: outputs.
-        dim: channels of the state.
-        tau: a patch leaves when it is surer than this, 0 to 1; at 1 none does.
-        quantile: a patch is as sure as the site below which this share of its sites is; 0 is the least sure one.
-    """
-
-    def __init__(
-        self, dims: Sequence[int], num_classes: int, dim: int = DIM, tau: float = TAU, quantile: float = QUANTILE
-    ) -> None:
-        super().__init__()
-        self.dim, self.tau, self.quantile = dim, tau, quantile
-        self.exits = nn.ModuleList(
-            Exit(stage_dim, dim, len(dims) - 1 - i, num_classes) for i, stage_dim in enumerate(dims)
-        )
-        self.apply(init_weights)
-
-    def confidence(self, logits: Tensor) -> Tensor:
-        """How sure patches are: the largest probability at their least sure site, or at the quantile's.
-
-        Args:
-            logits: (..., h, w, classes) of maps or of sites of patches.
-
-        Returns:
-            (..., h / b, w / b, 1) float32 in 0..1, b the sites along a side of a patch.
-        """
-        logits = logits.float()
-        sites = (logits.amax(-1, keepdim=True) - logits.logsumexp(-1, keepdim=True)).exp()  # (..., h, w, 1)
-        sites = _quarters(sites, 1 << (len(self.exits) - 1)).transpose(-4, -3).flatten(-3)  # (..., h / b, w / b, b * b)
-        rank = int(self.quantile * (sites.shape[-1] - 1))
-        return sites.kthvalue(rank + 1, -1, keepdim=True).values if rank else sites.amin(-1, keepdim=True)
 
 
 @dataclass(frozen=True)
@@ -150,7 +51,7 @@ class Answer:
         return resized(self.logits, self.size)
 
 
-class Anytime(nn.Module):
+class Anytime(Segmenter):
     """An encoder with an exit on each stage.
 
     In training a stage computes the whole map with the patches that have left zeroed, as `Masked` has it, and all
@@ -163,10 +64,10 @@ class Anytime(nn.Module):
         head: its exits.
     """
 
+    head: Exits
+
     def __init__(self, encoder: StagedEncoder, head: Exits) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.head = head
+        super().__init__(encoder, head)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of every pixel.
@@ -178,10 +79,13 @@ class Anytime(nn.Module):
             In training (exits, B, num_classes, H, W); else the last answer, (B, num_classes, H, W).
         """
         if self.training:
-            answers = self.answers(images, lambda _, *sure: (unsure(*sure, self.head.tau), None), narrow_masked)
-            return torch.stack([answer.pixels() for answer in answers])
+
+            def choose(stage: int, confidence: Tensor, hidden: Tensor) -> tuple[Tensor, None]:
+                return unsure(confidence, hidden, self.head.tau), None
+
+            return torch.stack([answer.pixels() for answer in self.answers(images, choose, narrow_masked)])
         last = []
-        for image in images.split(1):  # of each other patches are left
+        for image in images[:, None]:  # of each other patches are left
             *_, answer = self.anytime(image)
             last.append(answer.logits)
         return resized(torch.cat(last), images.shape[2:])
@@ -350,22 +254,23 @@ def build_segmenter(
     dim: int | None = None,
     tau: float | None = None,
     quantile: float | None = None,
-) -> Segmenter | Anytime:
+) -> Segmenter:
     """A network that gives every pixel a class, by the name of its head.
 
     Args:
         encoder: of the stages.
-        kind: pyramid, upernet or anytime.
+        kind: see `build_head`.
         num_classes: outputs.
-        dim: channels of the head; None is 128 for pyramid, 512 for upernet and 64 for anytime.
+        dim: see `build_head`.
         tau: of `Exits`; None is .998.
         quantile: likewise; None is 0.
 
     Raises:
         ValueError: for another kind.
     """
-    dims = encoder.spec.dims
-    if kind == "anytime":
-        stop = (TAU if tau is None else tau, QUANTILE if quantile is None else quantile)
-        return Anytime(encoder, Exits(dims, num_classes, dim or DIM, *stop))
-    return Segmenter(encoder, build_head(kind, dims, num_classes, dim))
+    head = build_head(kind, encoder.spec.dims, num_classes, dim)
+    if not isinstance(head, Exits):
+        return Segmenter(encoder, head)
+    head.tau = head.tau if tau is None else tau
+    head.quantile = head.quantile if quantile is None else quantile
+    return Anytime(encoder, head)

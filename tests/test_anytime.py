@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,8 +11,8 @@ import torch.nn.functional as F
 from conftest import randomize
 from torch import Tensor
 
-from fcmae.anytime import Answer, Anytime, Exits, build_segmenter, least_sure, narrow_masked, narrow_packed, unsure
-from fcmae.heads import FeaturePyramid, Segmenter
+from fcmae.anytime import Answer, Anytime, build_segmenter, least_sure, narrow_masked, narrow_packed, unsure
+from fcmae.heads import Exits, FeaturePyramid, Segmenter
 from fcmae.layouts import DENSE, PACKED, Masked, Packed
 from fcmae.networks.build import make_encoder
 from fcmae.networks.spec import ContainerSpec, ConvNeXtSpec, NetworkSpec
@@ -89,8 +90,6 @@ def test_a_budget_may_shrink_and_never_grows_again() -> None:
     model, images = model_of(), images_of(2)
     found = [int(answer.computed[0].sum()) for answer in model.anytime(images, budget=(0.4, 0.9, 0.2))]
     assert found == [15, 6, 6, 3]
-    for one, other in zip(list(model.anytime(images, budget=(0.4, 0.9, 0.2)))[:-1], found[1:], strict=True):
-        assert one.computed.sum() >= other
 
 
 def test_with_nothing_hidden_the_answers_are_the_exits_of_the_dense_network() -> None:
@@ -156,7 +155,7 @@ def test_a_patch_that_has_left_keeps_its_logits_and_reaches_nothing() -> None:
             results.append(layout.unpack(encoder.stage(1, encoder.downsample(1, rows, layout), layout)))
         assert torch.equal(*results)
     found = list(model.anytime(images, budget=0.5))
-    for before, after in zip(found[:-1], found[1:], strict=True):
+    for before, after in pairwise(found):
         left = ~after.computed.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None].expand(-1, 3, -1, -1)
         assert left.any() and torch.equal(before.logits[left], after.logits[left])
 
@@ -248,4 +247,4 @@ def test_heads_are_built_by_name() -> None:
     assert isinstance(build_segmenter(encoder, "pyramid", 3), Segmenter)
     assert isinstance(build_segmenter(encoder, "pyramid", 3).head, FeaturePyramid)
     head = build_segmenter(encoder, "anytime", 3).head
-    assert isinstance(head, Exits) and (head.dim, head.tau, head.quantile) == (64, 0.998, 0.0)
+    assert isinstance(head, Exits) and (head.dim, head.tau, head.quantile) == (32, 0.998, 0.0)

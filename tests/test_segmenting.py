@@ -272,7 +272,7 @@ def save(dest: Path, classes: Classes | None = None, in_chans: int = 3) -> Segme
     model = Segmenter(Encoder(SPEC, in_chans), build_head("pyramid", SPEC.dims, len(classes), 8))
     randomize(model)
     image = {"input_size": [in_chans, 32, 32], "mean": [0.5] * in_chans, "std": [0.25] * in_chans}
-    save_segmenter(dest, model, Weights({}, Architecture(SPEC, in_chans), image), "pyramid", 8, classes)
+    save_segmenter(dest, model, Weights({}, Architecture(SPEC, in_chans), image), "pyramid", classes)
     return model
 
 
@@ -291,7 +291,7 @@ def test_a_head_beside_another_encoder_is_refused(spoiled: str, tmp_path: Path) 
     other = Segmenter(Encoder(SPEC), build_head("pyramid", SPEC.dims, 2, 8))
     image = {"input_size": [3, 32, 32]}
     classes = Classes(("a", "b"), (0, 1), None)
-    save_segmenter(tmp_path / "other", other, Weights({}, Architecture(SPEC), image), "pyramid", 8, classes)
+    save_segmenter(tmp_path / "other", other, Weights({}, Architecture(SPEC), image), "pyramid", classes)
     shutil.copy(tmp_path / "other" / spoiled, tmp_path / "model" / spoiled)
     with pytest.raises(ValueError, match="it is of another encoder than the one beside it"):
         read_segmenter(tmp_path / "model")
