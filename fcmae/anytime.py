@@ -12,6 +12,7 @@ end.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -84,11 +85,35 @@ class Anytime(Segmenter):
                 return unsure(confidence, hidden, self.head.tau), None
 
             return torch.stack([answer.pixels() for answer in self.answers(images, choose, narrow_masked)])
-        last = []
-        for image in images[:, None]:  # of each other patches are left
-            *_, answer = self.anytime(image)
-            last.append(answer.logits)
-        return resized(torch.cat(last), images.shape[2:])
+        return self.within(images)
+
+    def within(
+        self,
+        images: Tensor,
+        tau: float | None = None,
+        budget: float | Sequence[float] | None = None,
+        limit_s: float = math.inf,
+    ) -> Tensor:
+        """Logits of every pixel, (B, num_classes, H, W): the last answer, or the best within a time.
+
+        Args:
+            images: see `anytime`, any number of them.
+            tau: see `anytime`.
+            budget: likewise.
+            limit_s: seconds after which no stage but the first begins, which the images share.
+
+        Raises:
+            ValueError: see `anytime`.
+        """
+        parts = images[:, None] if budget is None else [images]  # by tau, of each image other patches are left
+        begun, last = time.perf_counter(), []
+        for i, part in enumerate(parts):
+            for answer in self.anytime(part, tau, budget):
+                best = answer
+                if time.perf_counter() - begun >= limit_s * (i + 1) / len(parts):
+                    break
+            last.append(best.pixels())
+        return torch.cat(last)
 
     @torch.no_grad()
     def anytime(
@@ -114,7 +139,7 @@ class Anytime(Segmenter):
         Raises:
             ValueError: for another size, for several images without a budget, or a budget that is none.
         """
-        later = len(self.head.exits) - 1
+        later = len(self.head) - 1
         if budget is None and len(images) != 1:
             raise ValueError(f"images: received {len(images)} of them without a budget: give one at a time")
         shares = [float(budget)] * later if isinstance(budget, int | float) else budget
@@ -158,7 +183,7 @@ class Anytime(Segmenter):
         state: Tensor | None = None
         out: Tensor | None = None  # (B, h, w, classes)
         sure: Tensor | None = None  # (B, gh, gw, 1)
-        for i, head in enumerate(self.head.exits):
+        for i, head in enumerate(self.head):
             if state is not None and out is not None and sure is not None:
                 hidden, num_visible = choose(i, sure.squeeze(-1), hidden)
                 if num_visible == 0:
@@ -166,7 +191,8 @@ class Anytime(Segmenter):
                 layout, (f, state) = narrow(hidden, num_visible, layout, (f, state))
                 f = self.encoder.downsample(i, f, layout)
             f = self.encoder.stage(i, f, layout)
-            state, new = head(f, state)
+            state = head(f, state)
+            new = head.logits(state)
             confidence = self.head.confidence(new.detach())
             out = new if out is None else layout.paste(out, new)
             sure = confidence if sure is None else layout.paste(sure, confidence)

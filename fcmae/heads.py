@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import torch
@@ -167,22 +167,26 @@ class Exit(nn.Module):
         self.fuse = _layer(dim, dim)
         self.classify = nn.Linear(dim, num_classes)
 
-    def forward(self, f: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The next state and logits.
+    def forward(self, f: Tensor, state: Tensor | None) -> Tensor:
+        """The next state.
 
         Args:
             f: (..., h, w, C), the stage's output: maps, or sites of patches.
             state: (..., H, W, dim), of the exit before, H and W multiples of h and w; None at the first.
 
         Returns:
-            (..., H, W, dim) and (..., H, W, num_classes).
+            (..., H, W, dim).
         """
         level = context = self.lateral(f)
         for layer in self.pooled:
             context = layer(_quarters(context).mean((-4, -2)))
         level = _add(level, context)
-        state = level if state is None else _add(state, level)
-        return state, self.classify(self.fuse(state))
+        return level if state is None else _add(state, level)
+
+    def logits(self, state: Tensor) -> Tensor:
+        """Logits (..., H, W, num_classes) of the state (..., H, W, dim)."""
+        found: Tensor = self.classify(self.fuse(state))
+        return found
 
 
 def _layer(in_dim: int, dim: int) -> nn.Sequential:
@@ -224,6 +228,12 @@ class Exits(nn.Module):
         )
         self.apply(init_weights)
 
+    def __len__(self) -> int:
+        return len(self.exits)
+
+    def __iter__(self) -> Iterator[Exit]:
+        return cast("Iterator[Exit]", iter(self.exits))
+
     def confidence(self, logits: Tensor) -> Tensor:
         """How sure patches are: the largest probability at their least sure site, or at the quantile's.
 
@@ -235,7 +245,7 @@ class Exits(nn.Module):
         """
         logits = logits.float()
         sites = (logits.amax(-1, keepdim=True) - logits.logsumexp(-1, keepdim=True)).exp()  # (..., h, w, 1)
-        sites = _quarters(sites, 1 << (len(self.exits) - 1)).transpose(-4, -3).flatten(-3)  # (..., h / b, w / b, b * b)
+        sites = _quarters(sites, 1 << (len(self) - 1)).transpose(-4, -3).flatten(-3)  # (..., h / b, w / b, b * b)
         rank = int(self.quantile * (sites.shape[-1] - 1))
         return sites.kthvalue(rank + 1, -1, keepdim=True).values if rank else sites.amin(-1, keepdim=True)
 

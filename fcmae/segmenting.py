@@ -484,7 +484,7 @@ class Evaluation:
                     box = ((raster.height - h) // 2, (raster.width - w) // 2, h, w)
                     image = raster.read(box)  # (C, h, w)
                     truth = self.data.classes.numbers(labels.read(box), self.data.val_maps.name(i))
-                    predicted = predict(padded(image, size, fill)[None])[0, :, :h, :w].argmax(0)
+                    predicted = predict(padded(image, size, fill)[None], math.inf)[0, :, :h, :w].argmax(0)
                     panels.append((image, truth, predicted))
         place = self.log.run / "overlays" / f"step-{step:08}.png"
         save_overlays(place, panels, self.data.classes.names, f"step {step:,}")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from functools import partial
-from itertools import pairwise
+from itertools import count, pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from conftest import randomize
 from torch import Tensor
 
+from fcmae import anytime
 from fcmae.anytime import Answer, Anytime, build_segmenter, least_sure, narrow_masked, narrow_packed, unsure
 from fcmae.heads import Exits, FeaturePyramid, Segmenter
 from fcmae.layouts import DENSE, PACKED, Masked, Packed
@@ -97,8 +99,8 @@ def test_with_nothing_hidden_the_answers_are_the_exits_of_the_dense_network() ->
     state, maps = None, model.encoder.pyramid(image, DENSE)
     found = list(model.anytime(image))
     for answer, head, f in zip(found, model.head.exits, maps, strict=True):
-        state, logits = head(f, state)
-        assert torch.equal(answer.logits, logits.permute(0, 3, 1, 2)) and answer.computed.all()
+        state = head(f, state)
+        assert torch.equal(answer.logits, head.logits(state).permute(0, 3, 1, 2)) and answer.computed.all()
     assert torch.equal(model(image), F.interpolate(found[-1].logits, (48, 80), mode="bilinear"))
 
 
@@ -122,9 +124,11 @@ def test_an_exit_is_its_equation() -> None:
     level = by_hand(head.lateral, f)
     context = by_hand(head.pooled[1], pooled(by_hand(head.pooled[0], pooled(level))))
     expected = state + nearest(level + nearest(context, 4), 2)
-    found, logits = head(f, state)
+    found = head(f, state)
     torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(logits, F.linear(by_hand(head.fuse, expected), head.classify.weight, head.classify.bias))
+    torch.testing.assert_close(
+        head.logits(found), F.linear(by_hand(head.fuse, expected), head.classify.weight, head.classify.bias)
+    )
 
 
 @pytest.mark.parametrize("quantile", [0.0, 0.25, 1.0])
@@ -229,6 +233,20 @@ def test_each_image_of_a_batch_is_predicted_as_alone() -> None:
     model, images = model_of(), images_of(3)
     model.head.tau = middle_tau(model, images[:1])
     torch.testing.assert_close(model(images), torch.cat([model(image) for image in images.split(1)]), **TOLERANCE)
+
+
+@pytest.mark.parametrize(("limit_s", "num"), [(0.0, 1), (2.5, 3), (100.0, 4)])
+def test_within_a_time_the_best_answer_so_far_is_given(
+    limit_s: float, num: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, images = model_of(tau=1.0), images_of(2)
+    clock = count()  # a second each time that somebody looks
+    monkeypatch.setattr(anytime, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    found = model.within(images[:1], limit_s=limit_s)
+    assert torch.equal(found, list(model.anytime(images[:1]))[num - 1].pixels())
+    both = model.within(images, limit_s=2 * limit_s)  # they share it
+    assert torch.equal(both[:1], found)
+    assert torch.equal(model.within(images, budget=0.5, limit_s=0), next(model.anytime(images, budget=0.5)).pixels())
 
 
 def test_what_cannot_be_answered_is_refused() -> None:
