@@ -31,6 +31,23 @@ Choose = Callable[[int, Tensor, Tensor], tuple[Tensor, int | None]]
 Narrow = Callable[[Tensor, int | None, Masked | Packed, Sequence[Tensor]], tuple[Masked | Packed, Sequence[Tensor]]]
 
 
+def narrow_masked(
+    hidden: Tensor, num_visible: int | None, layout: Masked | Packed, features: Sequence[Tensor]
+) -> tuple[Masked | Packed, Sequence[Tensor]]:
+    """Maps stay as they are: `Masked` zeroes what is hidden wherever it could be seen.
+
+    Args:
+        hidden: (B, gh, gw) bool, True = hidden.
+        num_visible: is not needed.
+        layout: that of the features.
+        features: maps.
+
+    Returns:
+        The next layout and the features.
+    """
+    return Masked(hidden), features
+
+
 @dataclass(frozen=True)
 class Answer:
     """What is known after an exit.
@@ -66,6 +83,7 @@ class Anytime(Segmenter):
     """
 
     head: Exits
+    narrow: Narrow = staticmethod(narrow_masked)  # in training; an ablation has another
 
     def __init__(self, encoder: StagedEncoder, head: Exits) -> None:
         super().__init__(encoder, head)
@@ -84,7 +102,7 @@ class Anytime(Segmenter):
             def choose(stage: int, confidence: Tensor, hidden: Tensor) -> tuple[Tensor, None]:
                 return unsure(confidence, hidden, self.head.tau), None
 
-            return torch.stack([answer.pixels() for answer in self.answers(images, choose, narrow_masked)])
+            return torch.stack([answer.pixels() for answer in self.answers(images, choose, self.narrow)])
         return self.within(images)
 
     def within(
@@ -227,23 +245,6 @@ def least_sure(confidence: Tensor, hidden: Tensor, num_visible: int) -> Tensor:
     order = confidence.masked_fill(hidden, torch.inf).flatten(1)
     kept = order.topk(num_visible, largest=False, sorted=False).indices
     return torch.ones_like(order, dtype=torch.bool).scatter_(1, kept, False).view_as(hidden)
-
-
-def narrow_masked(
-    hidden: Tensor, num_visible: int | None, layout: Masked | Packed, features: Sequence[Tensor]
-) -> tuple[Masked | Packed, Sequence[Tensor]]:
-    """Maps stay as they are: `Masked` zeroes what is hidden wherever it could be seen.
-
-    Args:
-        hidden: (B, gh, gw) bool, True = hidden.
-        num_visible: is not needed.
-        layout: that of the features.
-        features: maps.
-
-    Returns:
-        The next layout and the features.
-    """
-    return Masked(hidden), features
 
 
 def narrow_packed(
