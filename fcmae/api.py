@@ -13,7 +13,7 @@ fcmae.prune(tuned, "pruned.safetensors", "photos")
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,9 +22,11 @@ from timm.models import FeatureInfo
 from torch import Tensor, nn
 
 from fcmae import finetuning, options, planning, pretraining, pruning, segmenting
+from fcmae.anytime import Answer, Anytime
 from fcmae.config import FinetuneConfig, PretrainConfig, RunConfig, SegmentConfig
 from fcmae.config.commands import PruneConfig
 from fcmae.data.normalize import Normalize
+from fcmae.heads import Segmenter
 from fcmae.layouts import DENSE, PACKED
 from fcmae.masked import masked_loss
 from fcmae.networks.encoder import StagedEncoder
@@ -32,8 +34,9 @@ from fcmae.networks.spec import NetworkSpec
 from fcmae.training.run import Run
 from fcmae.weights.convert import build_encoder, convert
 from fcmae.weights.files import read_weights
+from fcmae.weights.segmenters import read_segmenter, segmenter_in
 
-__all__ = ["Features", "export", "finetune", "load", "masked_loss", "pretrain", "prune", "segment"]
+__all__ = ["Features", "Segmented", "export", "finetune", "load", "masked_loss", "pretrain", "prune", "segment"]
 
 PathLike = str | os.PathLike[str]
 Config = TypeVar("Config", bound=RunConfig)
@@ -237,6 +240,52 @@ class Features(nn.Module):
         return mask
 
 
+class Segmented(Features):
+    """An encoder with the head of `segment`, for images as they are: features, and a class for every pixel.
+
+    Attributes:
+        segmenter: the network, on normalised images.
+        class_names: of its outputs.
+    """
+
+    def __init__(self, segmenter: Segmenter, normalize: Normalize, class_names: Sequence[str]) -> None:
+        super().__init__(segmenter.encoder, normalize)
+        self.segmenter = segmenter
+        self.class_names = tuple(class_names)
+
+    def maps(self, images: Tensor) -> Tensor:
+        """Logits of every pixel's classes, (B, classes, H, W).
+
+        Args:
+            images: see `forward`.
+
+        Raises:
+            ValueError: see `forward`.
+        """
+        logits: Tensor = self.segmenter(self._normalized(images))
+        return logits
+
+    def anytime(
+        self, images: Tensor, tau: float | None = None, budget: float | Sequence[float] | None = None
+    ) -> Iterator[Answer]:
+        """Answers, each better and later than the one before; take no more of them and nothing more is computed.
+
+        Args:
+            images: see `forward`; one image unless there is a budget, of sides that the total stride divides.
+            tau: see `Anytime.anytime`.
+            budget: likewise.
+
+        Yields:
+            The answer after each stage; `pixels` gives its logits.
+
+        Raises:
+            ValueError: see `Anytime.anytime`; or if the model was not trained with `model.head` anytime.
+        """
+        if not isinstance(self.segmenter, Anytime):
+            raise ValueError("this model answers once: train one with model.head anytime, or use maps")
+        yield from self.segmenter.anytime(self._normalized(images), tau, budget)
+
+
 def load(source: PathLike, *, key: str | None = None, prefix: str | None = None) -> Features:
     """The encoder of a run or of weights in any format that `fcmae convert` reads, for features.
 
@@ -246,11 +295,15 @@ def load(source: PathLike, *, key: str | None = None, prefix: str | None = None)
         prefix: what stands before their names in a file, such as "student"; by default found out.
 
     Returns:
-        The module, on the CPU, in evaluation mode. With `encoder` it normalises as the weights were trained.
+        The module, on the CPU, in evaluation mode. With `encoder` it normalises as the weights were trained. Of a model
+        of `segment`, a `Segmented`.
 
     Raises:
         ValueError: if `source` holds no such weights, or does not say the mean and std of its channels.
     """
+    if key is None and prefix is None and segmenter_in(Path(source)) is not None:
+        segmenter, weights, record = read_segmenter(Path(source))
+        return Segmented(segmenter, weights.reading(os.fspath(source)).normalize, record.class_names).eval()
     weights = read_weights(Path(source), key=key, prefix=prefix)
     return Features(build_encoder(weights), weights.reading(os.fspath(source)).normalize).eval()
 

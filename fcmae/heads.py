@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import torch
@@ -53,7 +53,7 @@ class Segmenter(nn.Module):
         head: from the maps of the stages, first to last, (B, C_i, h_i, w_i), to logits of the first one's sites.
     """
 
-    def __init__(self, encoder: StagedEncoder, head: FeaturePyramid | UPerNet) -> None:
+    def __init__(self, encoder: StagedEncoder, head: FeaturePyramid | UPerNet | Exits) -> None:
         super().__init__()
         self.encoder = encoder
         self.head = head
@@ -92,6 +92,7 @@ class FeaturePyramid(nn.Module):
 
     def __init__(self, dims: Sequence[int], num_classes: int, dim: int = 128) -> None:
         super().__init__()
+        self.dim = dim
         self.laterals = nn.ModuleList(Layer(stage_dim, dim) for stage_dim in dims)
         self.smooth = nn.ModuleList(Layer(dim, dim, 3) for _ in dims)
         self.classify = nn.Conv2d(dim, num_classes, 1)
@@ -120,6 +121,7 @@ class UPerNet(nn.Module):
 
     def __init__(self, dims: Sequence[int], num_classes: int, dim: int = 512) -> None:
         super().__init__()
+        self.dim = dim
         self.pooled = nn.ModuleList(Layer(dims[-1], dim) for _ in POOLED)
         self.bottleneck = Layer(dims[-1] + len(POOLED) * dim, dim, 3)
         self.laterals = nn.ModuleList([*(Layer(stage_dim, dim) for stage_dim in dims[:-1]), nn.Identity()])
@@ -140,6 +142,112 @@ class UPerNet(nn.Module):
         finest = levels[0].shape[2:]
         smoothed = [resized(smooth(level), finest) for smooth, level in zip(self.smooth, levels, strict=True)]
         return cast(Tensor, self.classify(self.fuse(torch.cat(smoothed, 1))))
+
+
+class Exit(nn.Module):
+    """A stage's part in the answer. It looks at no other patch, so it runs on maps and on packed rows alike.
+
+        level = lateral(f) + nearest(pooled(...pooled(lateral(f)))), pooled to one site a patch
+        state = state + nearest(level), of the first stage's sites
+        logits = classify(fuse(state))
+
+    lateral, each pooled (after a 2x2 average) and fuse are Linear -> LayerNorm -> GELU on each site.
+
+    Args:
+        in_dim: channels of the stage.
+        dim: of the state.
+        num_poolings: log2 of the stage's sites along a side of a patch.
+        num_classes: outputs.
+    """
+
+    def __init__(self, in_dim: int, dim: int, num_poolings: int, num_classes: int) -> None:
+        super().__init__()
+        self.lateral = _layer(in_dim, dim)
+        self.pooled = nn.ModuleList(_layer(dim, dim) for _ in range(num_poolings))
+        self.fuse = _layer(dim, dim)
+        self.classify = nn.Linear(dim, num_classes)
+
+    def forward(self, f: Tensor, state: Tensor | None) -> Tensor:
+        """The next state.
+
+        Args:
+            f: (..., h, w, C), the stage's output: maps, or sites of patches.
+            state: (..., H, W, dim), of the exit before, H and W multiples of h and w; None at the first.
+
+        Returns:
+            (..., H, W, dim).
+        """
+        level = context = self.lateral(f)
+        for layer in self.pooled:
+            context = layer(_quarters(context).mean((-4, -2)))
+        level = _add(level, context)
+        return level if state is None else _add(state, level)
+
+    def logits(self, state: Tensor) -> Tensor:
+        """Logits (..., H, W, num_classes) of the state (..., H, W, dim)."""
+        found: Tensor = self.classify(self.fuse(state))
+        return found
+
+
+def _layer(in_dim: int, dim: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(in_dim, dim), LayerNorm(dim), nn.GELU())
+
+
+def _quarters(x: Tensor, side: int = 2) -> Tensor:
+    """(..., h, w, C) to (..., h / side, side, w / side, side, C)."""
+    *lead, h, w, channels = x.shape
+    return x.reshape(*lead, h // side, side, w // side, side, channels)
+
+
+def _add(fine: Tensor, coarse: Tensor) -> Tensor:
+    """fine + coarse, whose sites are repeated: (..., h, w, C) and (..., h / s, w / s, C)."""
+    side = fine.shape[-2] // coarse.shape[-2]
+    if side == 1:
+        return fine + coarse
+    return (_quarters(fine, side) + coarse.unsqueeze(-2).unsqueeze(-4)).view_as(fine)
+
+
+class Exits(nn.Module):
+    """An exit on each stage of an encoder, and when a patch may leave.
+
+    Args:
+        dims: channels of the stages.
+        num_classes: outputs.
+        dim: channels of the state.
+        tau: a patch leaves when it is surer than this, 0 to 1; at 1 none does.
+        quantile: a patch is as sure as the site below which this share of its sites is; 0 is the least sure one.
+    """
+
+    def __init__(
+        self, dims: Sequence[int], num_classes: int, dim: int = 32, tau: float = 0.998, quantile: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.dim, self.tau, self.quantile = dim, tau, quantile
+        self.exits = nn.ModuleList(
+            Exit(stage_dim, dim, len(dims) - 1 - i, num_classes) for i, stage_dim in enumerate(dims)
+        )
+        self.apply(init_weights)
+
+    def __len__(self) -> int:
+        return len(self.exits)
+
+    def __iter__(self) -> Iterator[Exit]:
+        return cast("Iterator[Exit]", iter(self.exits))
+
+    def confidence(self, logits: Tensor) -> Tensor:
+        """How sure patches are: the largest probability at their least sure site, or at the quantile's.
+
+        Args:
+            logits: (..., h, w, classes) of maps or of sites of patches.
+
+        Returns:
+            (..., h / b, w / b, 1) float32 in 0..1, b the sites along a side of a patch.
+        """
+        logits = logits.float()
+        sites = (logits.amax(-1, keepdim=True) - logits.logsumexp(-1, keepdim=True)).exp()  # (..., h, w, 1)
+        sites = _quarters(sites, 1 << (len(self) - 1)).transpose(-4, -3).flatten(-3)  # (..., h / b, w / b, b * b)
+        rank = int(self.quantile * (sites.shape[-1] - 1))
+        return sites.kthvalue(rank + 1, -1, keepdim=True).values if rank else sites.amin(-1, keepdim=True)
 
 
 def top_down(maps: Sequence[Tensor], laterals: nn.ModuleList) -> list[Tensor]:
@@ -164,14 +272,16 @@ def resized(x: Tensor, size: Sequence[int]) -> Tensor:
     return x if tuple(x.shape[2:]) == tuple(size) else F.interpolate(x, tuple(size), mode="bilinear")
 
 
-def build_head(kind: str, dims: Sequence[int], num_classes: int, dim: int | None = None) -> FeaturePyramid | UPerNet:
+def build_head(
+    kind: str, dims: Sequence[int], num_classes: int, dim: int | None = None
+) -> FeaturePyramid | UPerNet | Exits:
     """The head of a `Segmenter` by its name.
 
     Args:
-        kind: pyramid or upernet.
+        kind: pyramid, upernet or anytime.
         dims: channels of the stages.
         num_classes: outputs.
-        dim: channels of the head; None is 128 for pyramid and 512 for upernet.
+        dim: channels of the head; None is 128 for pyramid, 512 for upernet and 32 for anytime.
 
     Raises:
         ValueError: for another kind.
@@ -180,4 +290,6 @@ def build_head(kind: str, dims: Sequence[int], num_classes: int, dim: int | None
         return FeaturePyramid(dims, num_classes, dim or 128)
     if kind == "upernet":
         return UPerNet(dims, num_classes, dim or 512)
-    raise ValueError(f"head = {kind!r}: use pyramid or upernet")
+    if kind == "anytime":
+        return Exits(dims, num_classes, dim or 32)
+    raise ValueError(f"head = {kind!r}: use pyramid, upernet or anytime")

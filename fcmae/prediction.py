@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
+from fcmae.anytime import Anytime
 from fcmae.atomic import replacing
 from fcmae.classification import add_predictions, open_table, probabilities_of
 from fcmae.config.commands import PredictConfig
@@ -44,8 +46,9 @@ def predict(cfg: PredictConfig) -> None:
     if segmenter_in(cfg.model) is not None:
         predict_maps(cfg)
         return
-    if cfg.out is not None or cfg.probabilities:
-        raise ValueError(f"out and probabilities are for label maps, and {cfg.model} is no model of `fcmae segment`")
+    if cfg.out is not None or cfg.probabilities or (cfg.tau, cfg.budget, cfg.limit_ms) != (None, None, None):
+        what = "out, probabilities, tau, budget and limit_ms are for label maps"
+        raise ValueError(f"{what}, and {cfg.model} is no model of `fcmae segment`")
     if cfg.csv is not None and os.path.lexists(cfg.csv):  # a link that leads nowhere too
         raise ValueError(f"csv = {cfg.csv} exists: give a new path, or remove it")
     weights = read_weights(cfg.model, key=cfg.key, prefix=cfg.prefix)
@@ -120,7 +123,10 @@ def predict_maps(cfg: PredictConfig) -> None:
     accelerator = Accelerator(cpu=cfg.device == "cpu")
     normalize = reading.normalize.to(accelerator.device)
     fill = reading.normalize.mean.flatten().tolist()
-    predict_tiles = predictor(model.to(accelerator.device).eval(), normalize, accelerator)
+    if not isinstance(model, Anytime) and (cfg.tau, cfg.budget, cfg.limit_ms) != (None, None, None):
+        raise ValueError(f"tau, budget and limit_ms are for models with model.head anytime, and {cfg.model} is none")
+    limit_s = math.inf if cfg.limit_ms is None else cfg.limit_ms / 1000
+    predict_tiles = predictor(model.to(accelerator.device).eval(), normalize, accelerator, cfg.tau, cfg.budget)
     unit, images = model.encoder.total_stride, find_images(cfg.images)
     names = images.names()
     root = os.path.commonpath([os.path.dirname(name) for name in names])  # noqa: PTH120
@@ -139,7 +145,7 @@ def predict_maps(cfg: PredictConfig) -> None:
                 file.seek(0)
                 raster = Raster(file, reading.in_chans, fill, cfg.max_pixels)
                 rows = probabilities_by_rows(
-                    raster, predict_tiles, reading.image_size, unit, cfg.overlap, fill, cfg.batch_size
+                    raster, predict_tiles, reading.image_size, unit, cfg.overlap, fill, cfg.batch_size, limit_s
                 )
                 return write_map(place, raster, rows, record.classes, tags, cfg.probabilities)
         except BadImage as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
@@ -14,25 +15,27 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from numpy.typing import NDArray
 from scipy.ndimage import maximum_filter
-from torch import Tensor, nn
+from torch import Tensor
 
+from fcmae.anytime import Anytime
 from fcmae.data.maps import IGNORED
 from fcmae.data.normalize import Normalize
 from fcmae.data.rasters import Raster
+from fcmae.heads import Segmenter
 
 NEAR = 2  # pixels by which a boundary may be off and count as found
 HALO = NEAR + 1  # rows beside those that are counted: a boundary there is one by its neighbours
 TINT = 0.5  # of a class's colour over a picture
 
 Result = TypeVar("Result")
-Predict = Callable[[NDArray[np.float32] | NDArray[np.uint8]], NDArray[np.float32]]
+Predict = Callable[[NDArray[np.float32] | NDArray[np.uint8], float], NDArray[np.float32]]
 
 
 def segmentation_loss(logits: Tensor, target: Tensor, balance: Tensor | None = None, dice: float = 0.0) -> Tensor:
     """Cross-entropy of the pixels, and the Dice loss of the images if it has a weight.
 
     Args:
-        logits: (B, classes, H, W).
+        logits: (B, classes, H, W); or (exits, B, classes, H, W), whose losses are added up.
         target: (B, H, W) classes by number, IGNORED where they are unknown.
         balance: (classes,), weights of the classes; None is 1 each.
         dice: weight of the Dice loss.
@@ -41,6 +44,8 @@ def segmentation_loss(logits: Tensor, target: Tensor, balance: Tensor | None = N
         A float32 scalar. The cross-entropy is over the number of all pixels, the unknown too: so it does not depend on
         the parts and processes that a batch is computed in.
     """
+    if logits.ndim == 5:
+        return torch.stack([segmentation_loss(each, target, balance, dice) for each in logits]).sum()
     target = target.long()
     total = F.cross_entropy(logits.float(), target, weight=balance, ignore_index=IGNORED, reduction="sum")
     loss = total / target.numel()
@@ -98,6 +103,7 @@ def probabilities_by_rows(
     overlap: float,
     fill: Sequence[float],
     at_once: int,
+    limit_s: float = math.inf,
 ) -> Iterator[tuple[int, NDArray[np.float32]]]:
     """The probabilities of an image's classes, by overlapping tiles under Hann weights, some rows at a time.
 
@@ -105,12 +111,13 @@ def probabilities_by_rows(
 
     Args:
         raster: the image.
-        predict: (n, C, h, w), as the raster gives them, to (n, classes, h, w).
+        predict: (n, C, h, w), as the raster gives them, and seconds, to (n, classes, h, w).
         tile: height and width of a tile; along a smaller image, the next multiple of `unit`.
         unit: total stride of the network.
         overlap: see `starts`.
         fill: (C,), what stands around an image that is smaller than a tile.
         at_once: tiles that are predicted together.
+        limit_s: seconds that the tiles share, see `predictor`.
 
     Yields:
         The first row, from the top, and (classes, rows, width), which sum to 1 over the classes.
@@ -118,6 +125,7 @@ def probabilities_by_rows(
     sides = (raster.height, raster.width)
     th, tw = (min(side, -(-length // unit) * unit) for side, length in zip(tile, sides, strict=True))
     ys, xs = (starts(length, side, overlap) for length, side in zip(sides, (th, tw), strict=True))
+    within_s = limit_s / (len(ys) * len(xs))
     weight = hann(th)[:, None] * hann(tw)  # (th, tw)
     sums: NDArray[np.float32] | None = None
     weights = np.zeros((th, raster.width), np.float32)
@@ -126,7 +134,8 @@ def probabilities_by_rows(
         band = raster.read((y, 0, rows, raster.width))  # (C, rows, width)
         for first in range(0, len(xs), at_once):
             places = xs[first : first + at_once]
-            found = predict(np.stack([padded(band[:, :, x : x + tw], (th, tw), fill) for x in places]))
+            tiles = np.stack([padded(band[:, :, x : x + tw], (th, tw), fill) for x in places])
+            found = predict(tiles, within_s * len(places))
             if sums is None:
                 sums = np.zeros((found.shape[1], th, raster.width), np.float32)
             for x, tile_found in zip(places, found, strict=True):
@@ -173,22 +182,32 @@ def padded(tile: NDArray[np.float32], size: tuple[int, int], fill: Sequence[floa
     return whole
 
 
-def predictor(model: nn.Module, normalize: Normalize, accelerator: Accelerator) -> Predict:
-    """Softmax outputs of a model for tiles; threads that ask at once wait for each other.
+def predictor(
+    model: Segmenter,
+    normalize: Normalize,
+    accelerator: Accelerator,
+    tau: float | None = None,
+    budget: float | None = None,
+) -> Predict:
+    """Softmax outputs of a model for tiles, within a time if it can stop; threads that ask at once wait for each
+    other.
 
     Args:
-        model: (B, C, H, W), normalised, to logits (B, classes, H, W); in evaluation mode, on the accelerator's device.
-        normalize: likewise.
+        model: in evaluation mode, on the accelerator's device.
+        normalize: on that device.
         accelerator: of this process.
+        tau: of a model that can stop, see `Anytime.anytime`.
+        budget: likewise.
     """
     turn = Lock()  # the device's memory is for one batch
 
     @torch.no_grad()
-    def predict(tiles: NDArray[np.float32] | NDArray[np.uint8]) -> NDArray[np.float32]:
+    def predict(tiles: NDArray[np.float32] | NDArray[np.uint8], limit_s: float = math.inf) -> NDArray[np.float32]:
         with turn, accelerator.autocast():
             images = normalize(torch.from_numpy(tiles).to(accelerator.device))
             # forward, as calling a compiled model would compile it again for another size
-            found: NDArray[np.float32] = model.forward(images).float().softmax(1).cpu().numpy()
+            logits = model.within(images, tau, budget, limit_s) if isinstance(model, Anytime) else model.forward(images)
+            found: NDArray[np.float32] = logits.float().softmax(1).cpu().numpy()
         return found
 
     return predict

@@ -20,6 +20,7 @@ from pydantic import TypeAdapter
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from fcmae.anytime import Anytime, build_segmenter
 from fcmae.atomic import replacing
 from fcmae.config import SegmentConfig, check_launch
 from fcmae.data.augment import CropBoth, check_same_size
@@ -34,7 +35,7 @@ from fcmae.data.source import BadImage
 from fcmae.data.split import evenly, split
 from fcmae.data.storage import Storage
 from fcmae.evaluation.pictures import save_overlays
-from fcmae.heads import Segmenter, build_head
+from fcmae.heads import Segmenter
 from fcmae.networks.build import make_encoder
 from fcmae.networks.spec import describe
 from fcmae.segmentation import (
@@ -294,13 +295,18 @@ def build_model(cfg: SegmentConfig, weights: Weights, num_classes: int) -> Segme
         num_classes: of a pixel.
     """
     if cfg.eval_only:
-        return read_segmenter(Path(str(cfg.model.init)))[0]
+        model = read_segmenter(Path(str(cfg.model.init)))[0]
+        if isinstance(model, Anytime):
+            model.head.tau = model.head.tau if cfg.model.tau is None else cfg.model.tau
+            model.head.quantile = model.head.quantile if cfg.model.quantile is None else cfg.model.quantile
+        return model
     torch.manual_seed(cfg.seed)
     architecture = weights.architecture
     encoder = make_encoder(
         architecture.spec, architecture.in_chans, cfg.model.drop_path_rate, cfg.model.grad_checkpointing
     )
-    model = Segmenter(encoder, build_head(cfg.model.head, encoder.spec.dims, num_classes, cfg.model.head_dim))
+    own = cfg.model
+    model = build_segmenter(encoder, own.head, num_classes, own.head_dim, own.tau, own.quantile)
     if found := {name: value for name, value in weights.state.items() if name.startswith("encoder.")}:
         model.load_state_dict(model.state_dict() | found)
         logger.info("loaded %d tensors from %s", len(found), cfg.model.init)
@@ -433,8 +439,7 @@ class Evaluation:
             if step:
                 what = {"run": str(self.log.run), "init": self.cfg.model.init, "step": step, **found}
                 weights = replace(self.weights, origin=self.weights.origin | what)
-                dim = chosen.head.classify.in_channels
-                save_segmenter(folder, chosen, weights, self.cfg.model.head, dim, self.data.classes)
+                save_segmenter(folder, chosen, weights, self.cfg.model.head, self.data.classes)
             write_confusion(folder / "confusion.csv", scores.confusion, names)
 
     def score(self, network: Segmenter) -> Scores:
@@ -510,7 +515,7 @@ class Evaluation:
                     box = ((raster.height - h) // 2, (raster.width - w) // 2, h, w)
                     image = raster.read(box)  # (C, h, w)
                     truth = self.data.classes.numbers(labels.read(box), self.data.val_maps.name(i))
-                    predicted = predict(padded(image, size, fill)[None])[0, :, :h, :w].argmax(0)
+                    predicted = predict(padded(image, size, fill)[None], math.inf)[0, :, :h, :w].argmax(0)
                     panels.append((image, truth, predicted))
         place = self.log.run / "overlays" / f"step-{step:08}.png"
         save_overlays(place, panels, self.data.classes.names, f"step {step:,}")

@@ -14,19 +14,25 @@ import numpy as np
 import pytest
 import torch
 from conftest import requires_minkowski
+from PIL import Image
 
 from fcmae import verify
+from fcmae.anytime import build_segmenter
+from fcmae.data.maps import Classes
 from fcmae.layouts import MakeLayout, Packed, make_layout
 from fcmae.masked import build_fcmae, masked_loss
 from fcmae.masking import random_mask
 from fcmae.networks.build import make_encoder
 from fcmae.networks.spec import VARIANTS, ConvNeXtSpec
 from fcmae.tables import table
-from fcmae.weights.formats import to_state
+from fcmae.weights.files import Weights
+from fcmae.weights.formats import Architecture, to_state
+from fcmae.weights.segmenters import save_segmenter
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))  # where the scripts find timing.py
 (
+    anytime,
     depthwise,
     encoder,
     exported,
@@ -43,6 +49,7 @@ sys.path.append(str(ROOT / "benchmarks"))  # where the scripts find timing.py
 ) = map(
     import_module,
     (
+        "anytime",
         "depthwise",
         "encoder",
         "exported",
@@ -208,6 +215,38 @@ def test_whole_and_pruned_networks_are_counted_and_timed(tmp_path: Path) -> None
             counts = [found["results"][name][count] for name in ("whole", f"{what}-0.5", f"{what}-0.25")]
             assert counts == sorted(counts, reverse=True)
     assert all(len(side["seconds"]) == 2 for side in found["results"].values())
+
+
+def test_a_segmentation_that_may_stop_is_timed_scored_and_drawn(tmp_path: Path) -> None:
+    spec = ConvNeXtSpec(depths=(1, 1), dims=(4, 6))
+    model = build_segmenter(make_encoder(spec), "anytime", 2, 8, tau=0.6)
+    image, classes = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.25] * 3}, Classes(("a", "b"), (0, 1), 255)
+    save_segmenter(tmp_path / "model", model, Weights({}, Architecture(spec), image), "anytime", classes)
+    rows = ["image,mask"]
+    for i in range(3):
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (32, 48, 3), np.uint8)).save(tmp_path / f"{i}.png")
+        Image.fromarray(np.random.default_rng(i).integers(0, 2, (32, 48), np.uint8)).save(tmp_path / f"{i}m.png")
+        rows.append(f"{i}.png,{i}m.png")
+    (tmp_path / "test.csv").write_text("\n".join(rows))
+    path, picture, run = tmp_path / "anytime.json", tmp_path / "a.png", str(tmp_path / "model")
+    own = ["--model", run, "--against", run, "--data", str(tmp_path / "test.csv"), "--picture", str(picture)]
+    anytime.main([*own, "--repeats", "2", "--taus", "0.9", "1", "--budgets", "0.5", "--json", str(path)])
+    found = written(path)
+    names = ["dense", "full", "exit-1", "tau-0.9", "tau-1", "budget-0.5", "against"]
+    assert list(found["results"]) == list(found["ratios"]) == names
+    macs, miou = ({name: side[key] for name, side in found["results"].items()} for key in ("multiply_adds", "miou"))
+    assert macs["exit-1"] < macs["budget-0.5"] < macs["dense"] <= macs["full"] == macs["tau-1"]
+    assert miou["dense"] == pytest.approx(miou["full"]) == pytest.approx(miou["tau-1"])
+    for each in found["calibration"]:
+        assert sum(each["count"]) == 3 * 32 * 48 and 0 <= each["ece"] <= 1
+        assert each["accuracy"] == pytest.approx(sum(each["right"]) / sum(each["count"]))
+    for name in ("a.png", "a-reliability.png"):
+        with Image.open(tmp_path / name) as drawn:
+            assert drawn.size[0] > 100
+    with pytest.raises(SystemExit, match=r"give a model that was trained with model\.head anytime"):
+        other = build_segmenter(make_encoder(spec), "pyramid", 2, 8)
+        save_segmenter(tmp_path / "other", other, Weights({}, Architecture(spec), image), "pyramid", classes)
+        anytime.main(["--model", str(tmp_path / "other"), "--size", "32"])
 
 
 def test_models_that_compute_something_else_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

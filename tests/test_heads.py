@@ -126,5 +126,5 @@ def test_a_segmenter_gives_every_pixel_logits_and_every_parameter_a_gradient(kin
 
 
 def test_an_unknown_head_is_refused() -> None:
-    with pytest.raises(ValueError, match="head = 'unet': use pyramid or upernet"):
+    with pytest.raises(ValueError, match="head = 'unet': use pyramid, upernet or anytime"):
         build_head("unet", (4, 6), 2)

@@ -16,12 +16,14 @@ import pytest
 import runs
 import tifffile
 import torch
+from accelerate import Accelerator
 from conftest import randomize
 from PIL import Image
 from runs import assert_same, at_step, final_state, flags, kill_self, write_images
 
 import fcmae
 from fcmae import cli, segmenting
+from fcmae.anytime import Anytime
 from fcmae.config import SegmentConfig
 from fcmae.data.maps import Classes
 from fcmae.data.normalize import Normalize
@@ -272,7 +274,7 @@ def save(dest: Path, classes: Classes | None = None, in_chans: int = 3) -> Segme
     model = Segmenter(Encoder(SPEC, in_chans), build_head("pyramid", SPEC.dims, len(classes), 8))
     randomize(model)
     image = {"input_size": [in_chans, 32, 32], "mean": [0.5] * in_chans, "std": [0.25] * in_chans}
-    save_segmenter(dest, model, Weights({}, Architecture(SPEC, in_chans), image), "pyramid", 8, classes)
+    save_segmenter(dest, model, Weights({}, Architecture(SPEC, in_chans), image), "pyramid", classes)
     return model
 
 
@@ -291,7 +293,7 @@ def test_a_head_beside_another_encoder_is_refused(spoiled: str, tmp_path: Path) 
     other = Segmenter(Encoder(SPEC), build_head("pyramid", SPEC.dims, 2, 8))
     image = {"input_size": [3, 32, 32]}
     classes = Classes(("a", "b"), (0, 1), None)
-    save_segmenter(tmp_path / "other", other, Weights({}, Architecture(SPEC), image), "pyramid", 8, classes)
+    save_segmenter(tmp_path / "other", other, Weights({}, Architecture(SPEC), image), "pyramid", classes)
     shutil.copy(tmp_path / "other" / spoiled, tmp_path / "model" / spoiled)
     with pytest.raises(ValueError, match="it is of another encoder than the one beside it"):
         read_segmenter(tmp_path / "model")
@@ -317,8 +319,6 @@ def predict(model: Path, images: Path, out: Path, *more: str) -> int:
 
 
 def expected_map(model: Segmenter, raster: Raster) -> tuple[Any, Any]:
-    from accelerate import Accelerator
-
     mean = [0.5] * model.encoder.in_chans
     normalize = Normalize(mean, [0.25] * len(mean))
     tile = predictor(model.eval(), normalize, Accelerator(cpu=True))
@@ -377,6 +377,79 @@ def test_what_cannot_be_predicted_is_refused(tmp_path: Path, capsys: pytest.Capt
     (photos / "00.jpg").write_bytes(b"broken")
     assert predict(tmp_path / "model", photos, tmp_path / "maps") == 2
     assert "none of 1 images could be segmented" in capsys.readouterr().err
+
+
+# Models that may stop
+
+
+@pytest.fixture(scope="module")
+def anytime(pretrained: Path, tiles: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "anytime"
+    words = {"model__head": "anytime", "model__tau": 0.9, "optim__base_lr": 0.3, "epochs": 12}
+    assert segment(tiles, out, model__init=pretrained, model__drop_path_rate=0.1, **words) == 0
+    runs.forget_accelerator()
+    return out
+
+
+def test_an_anytime_model_learns_and_keeps_its_thresholds(anytime: Path, tiles: Path, tmp_path: Path) -> None:
+    assert metrics(anytime)[-1]["miou"] > 0.8
+    model, _, record = read_segmenter(anytime)
+    assert isinstance(model, Anytime) and (model.head.tau, model.head.quantile, model.head.dim) == (0.9, 0.0, 8)
+    assert (record.kind, record.tau, record.quantile) == ("anytime", 0.9, 0.0)
+    best = max(line["miou"] for line in metrics(anytime) if "miou" in line)
+    found = []
+    for tau in ({}, {"model__tau": 0.0}):
+        assert segment(tiles, tmp_path / str(len(found)), model__init=anytime, eval_only="true", **tau) == 0
+        found.append(metrics(tmp_path / str(len(found)))[0]["miou"])
+        runs.forget_accelerator()
+    assert found[0] == pytest.approx(best, abs=1e-6) and found[1] != found[0]
+
+
+def test_answers_come_one_by_one_from_python(anytime: Path, segmented: Path) -> None:
+    model = fcmae.load(anytime)
+    assert isinstance(model, fcmae.api.Segmented) and model.class_names == ("0", "1")
+    images = torch.randint(256, (1, 3, 16, 24), dtype=torch.uint8)
+    answers = list(model.anytime(images, tau=1.0))
+    assert len(answers) == 4 and [answer.pixels().shape for answer in answers] == [(1, 2, 16, 24)] * 4
+    model.segmenter.head.tau = 1.0
+    assert torch.equal(model.maps(images), answers[-1].pixels())
+    plain = fcmae.load(segmented)
+    assert isinstance(plain, fcmae.api.Segmented) and plain.maps(images).shape == (1, 2, 16, 24)
+    with pytest.raises(ValueError, match=r"train one with model\.head anytime"):
+        next(plain.anytime(images))
+
+
+@pytest.mark.parametrize("flag", ["--tau=1", "--budget=.5", "--limit_ms=.001"])
+def test_prediction_may_stop_by_confidence_budget_or_time(
+    flag: str, anytime: Path, tiles: Path, tmp_path: Path
+) -> None:
+    assert predict(anytime, tiles / "images", tmp_path / "maps", flag, "--probabilities", "true") == 0
+    found = tifffile.imread(tmp_path / "maps" / "00.probabilities.tif")
+    model, weights, _ = read_segmenter(anytime)
+    arguments = {"--tau=1": {"tau": 1.0}, "--budget=.5": {"budget": 0.5}, "--limit_ms=.001": {"limit_s": 0.0}}[flag]
+    normalize = weights.reading("").normalize
+    tile = predictor(model.eval(), normalize, Accelerator(cpu=True), arguments.get("tau"), arguments.get("budget"))
+    with (tiles / "images" / "00.png").open("rb") as file:
+        raster = Raster(file, 3, [0.0] * 3, 10**6)
+        mean = normalize.mean.flatten().tolist()
+        rows = probabilities_by_rows(raster, tile, (16, 16), 8, 0.5, mean, 64, arguments.get("limit_s", np.inf))
+        expected = np.concatenate([strip for _, strip in rows], axis=1)
+    np.testing.assert_allclose(found.transpose(2, 0, 1), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("flag", ["--tau=.9", "--budget=.5", "--limit_ms=5"])
+def test_what_cannot_stop_is_told(
+    flag: str, segmented: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert predict(segmented, write_images(tmp_path / "photos", 1), tmp_path / "maps", flag) == 2
+    assert "tau, budget and limit_ms are for models with model.head anytime" in capsys.readouterr().err
+
+
+def test_settings_of_what_may_stop_are_checked(tiles: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert segment(tiles, tmp_path / "run", model__tau=0.9) == 2
+    assert "model.tau: it is for anytime, and model.head is pyramid" in re.sub(r"\s+", " ", capsys.readouterr().err)
+    assert predict(tmp_path, tiles, tmp_path / "maps", "--tau=.9", "--budget=.5") == 2
+    assert "a budget takes the place of tau" in capsys.readouterr().err
 
 
 def test_from_python(pretrained: Path, tiles: Path, tmp_path: Path) -> None:

@@ -286,10 +286,17 @@ class FinetuneModel(DenseModel):
 
 
 class SegmentModel(DenseModel):
-    head: Literal["pyramid", "upernet"] = "pyramid"
-    """What makes a label map of the encoder's stages: a light feature pyramid, or UPerNet."""
+    head: Literal["pyramid", "upernet", "anytime"] = "pyramid"
+    """What makes a label map of the encoder's stages: a light feature pyramid, UPerNet, or an exit on each stage, after
+    which the stages above compute only the patches that it is not sure of."""
     head_dim: int | None = Field(None, ge=8)
-    """Channels of the head. Default: 128 for pyramid, 512 for upernet."""
+    """Channels of the head. Default: 128 for pyramid, 512 for upernet, 32 for anytime."""
+    tau: float | None = Field(None, ge=0, le=1)
+    """Of anytime: a patch leaves when its largest probability is above this at its least sure site; at 1 none leaves.
+    Default: .998, and that of `init` to evaluate only."""
+    quantile: float | None = Field(None, ge=0, lt=1)
+    """Of anytime: the share of a patch's sites that may be less sure. Default: 0, and that of `init` to evaluate
+    only."""
 
 
 class Optim(Section):
@@ -664,6 +671,9 @@ class SegmentConfig(DenseConfig):
 
     def conflicts(self, num_processes: int | None = None) -> Iterator[Conflict]:
         yield from super().conflicts(num_processes)
+        for name in ("tau", "quantile"):
+            if getattr(self.model, name) is not None and self.model.head != "anytime" and not self.eval_only:
+                yield (f"model.{name}", "model.head"), f"it is for anytime, and model.head is {self.model.head}"
         data = self.data
         for name, maps, images in (("maps", data.maps, data.path), ("val_maps", data.val_maps, data.val_path)):
             if images and not images.lower().endswith(".csv") and not maps:

@@ -234,6 +234,17 @@ class PredictConfig(Reading, FromFile):
     """Of segmentation: write NAME.probabilities.tif beside each map, a band of 32-bit numbers a class."""
     overlap: float = Field(0.5, ge=0, le=0.9)
     """Of segmentation: share of a tile's side that it has in common with the next."""
+    tau: float | None = Field(None, ge=0, le=1)
+    """Of an anytime model: a patch leaves when it is surer. Default: the model's."""
+    budget: float | None = Field(None, gt=0, le=1)
+    """Of an anytime model, in place of tau: the share of the patches that later stages compute."""
+    limit_ms: float | None = Field(None, gt=0)
+    """Of an anytime model: no stage of an image but the first begins after this time, which its tiles share."""
+
+    def conflicts(self, num_processes: int | None = None) -> Iterator[Conflict]:
+        yield from super().conflicts(num_processes)
+        if self.tau is not None and self.budget is not None:
+            yield ("tau", "budget"), "give one of them: a budget takes the place of tau"
 
 
 class ConvertConfig(Settings, FromFile):

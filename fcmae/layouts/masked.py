@@ -35,6 +35,10 @@ class Masked:
     def unpack(self, f: Tensor) -> Tensor:
         return self._hide(f)
 
+    def paste(self, x: Tensor, f: Tensor) -> Tensor:
+        """x, a map (B, H, W, C), with the features f at the visible sites."""
+        return f if self.mask is None else torch.where(self._hidden(f)[..., None], x, f)
+
     def depthwise_conv(self, f: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         # As (B, C, H, W) in channels-last memory: the permutes are views and the convolution takes its fast path.
         x = self._hide(f).permute(0, 3, 1, 2)

@@ -48,6 +48,26 @@ class Packed:
         canvas = _scatter(f.reshape(-1, b * channels), self._row_indices(b), self.batch * gh * b * gw)
         return canvas.view(self.batch, gh * b, gw * b, channels)  # (B, H, W, C)
 
+    def paste(self, x: Tensor, f: Tensor) -> Tensor:
+        """x, a map (B, H, W, C), with the features f at the visible sites."""
+        b, channels = f.shape[-2:]
+        table = x.reshape(-1, b * channels)
+        return table.index_copy(0, self._row_indices(b), f.reshape(-1, b * channels)).view_as(x)
+
+    def take(self, f: Tensor, wider: Packed) -> Tensor:
+        """Features of another layout, which shows these patches and more, at these: one gather.
+
+        Args:
+            f: (B, K', b, b, C), in the layout `wider`.
+            wider: of the same grid.
+
+        Returns:
+            (B, K, b, b, C).
+        """
+        slots = wider.visible.new_empty(self.batch * self.grid[0] * self.grid[1])
+        slots[wider.visible] = torch.arange(len(wider.visible), device=slots.device)
+        return f.flatten(0, 1).index_select(0, slots[self.visible]).view(self.batch, self.num_visible, *f.shape[2:])
+
     def depthwise_conv(self, f: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         device = f.device.type
         if torch.is_autocast_enabled(device):  # as it would for conv2d

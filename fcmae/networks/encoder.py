@@ -77,16 +77,30 @@ class StagedEncoder(nn.Module):
         """Each stage's output, first to last, in `layout`; (B, h_i, w_i, dims[i]) without a mask. See `forward`."""
         maps = []
         f = self.stem(images, layout)  # (B, h, w, dims[0]) where nothing is hidden
-        for i, stage in enumerate(self.stages):
+        for i in range(len(self.stages)):
             if i > 0:
                 f = self.downsample(i, f, layout)  # half the height and width, dims[i]
-            for block in cast("Iterator[StageBlock]", stage):
-                if self.grad_checkpointing and self.training:
-                    f = checkpoint(block, f, layout, use_reentrant=False)
-                else:
-                    f = block(f, layout)
+            f = self.stage(i, f, layout)
             maps.append(f)
         return maps
+
+    def stage(self, stage: int, f: Tensor, layout: Layout) -> Tensor:
+        """The blocks of a stage.
+
+        Args:
+            stage: numbered from 0.
+            f: (..., dims[stage]), in `layout`.
+            layout: that of f.
+
+        Returns:
+            Features of the same shape.
+        """
+        for block in cast("Iterator[StageBlock]", self.stages[stage]):
+            if self.grad_checkpointing and self.training:
+                f = checkpoint(block, f, layout, use_reentrant=False)
+            else:
+                f = block(f, layout)
+        return f
 
     def stem(self, images: Tensor, layout: Layout) -> Tensor:
         """The stem's convolution and norm at visible sites.

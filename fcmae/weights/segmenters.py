@@ -16,9 +16,10 @@ from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from fcmae.anytime import Anytime, build_segmenter
 from fcmae.atomic import replacing, sha256_of
 from fcmae.data.maps import MAX_VALUE, Classes
-from fcmae.heads import Segmenter, build_head
+from fcmae.heads import Segmenter
 from fcmae.training import checkpoint
 from fcmae.weights.convert import build_encoder
 from fcmae.weights.files import Weights, read_weights, save_weights
@@ -33,22 +34,26 @@ class HeadRecord:
     """What the head's file says of it.
 
     Attributes:
-        kind: see `build_head`.
+        kind: see `build_segmenter`.
         dim: likewise.
         class_names: see `Classes`.
         class_values: likewise.
         ignored: likewise.
         encoder_sha256: of the encoder's file beside it.
         sha256: see `digest`.
+        tau: of `Exits`; None of other heads.
+        quantile: likewise.
     """
 
-    kind: Literal["pyramid", "upernet"]
+    kind: Literal["pyramid", "upernet", "anytime"]
     dim: Annotated[int, Field(ge=1, le=2**16)]
     class_names: tuple[str, ...]
     class_values: tuple[Value, ...]
     ignored: Value | None
     encoder_sha256: str
     sha256: str = ""
+    tau: Annotated[float, Field(ge=0, le=1)] | None = None
+    quantile: Annotated[float, Field(ge=0, lt=1)] | None = None
 
     @property
     def classes(self) -> Classes:
@@ -59,15 +64,14 @@ class HeadRecord:
 _RECORD = TypeAdapter(HeadRecord)
 
 
-def save_segmenter(dest: Path, model: Segmenter, weights: Weights, kind: str, dim: int, classes: Classes) -> None:
+def save_segmenter(dest: Path, model: Segmenter, weights: Weights, kind: str, classes: Classes) -> None:
     """Write a segmenter.
 
     Args:
         dest: the directory.
         model: on any device.
         weights: all but the tensors describes its encoder.
-        kind: of its head, see `build_head`.
-        dim: likewise.
+        kind: of its head, see `build_segmenter`.
         classes: of a pixel.
     """
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
@@ -80,11 +84,12 @@ def save_segmenter(dest: Path, model: Segmenter, weights: Weights, kind: str, di
     record = _RECORD.validate_python(
         {
             "kind": kind,
-            "dim": dim,
+            "dim": model.head.dim,
             "class_names": classes.names,
             "class_values": classes.values,
             "ignored": classes.ignored,
             "encoder_sha256": own,
+            **({"tau": model.head.tau, "quantile": model.head.quantile} if isinstance(model, Anytime) else {}),
         }
     )
     record = replace(record, sha256=digest(head, _text(record)))
@@ -93,7 +98,9 @@ def save_segmenter(dest: Path, model: Segmenter, weights: Weights, kind: str, di
 
 
 def _text(record: HeadRecord) -> str:
-    return json.dumps(asdict(replace(record, sha256="")), sort_keys=True)
+    told = asdict(replace(record, sha256=""))
+    # Heads that have no thresholds are told as before there were any.
+    return json.dumps({k: v for k, v in told.items() if v is not None or k == "ignored"}, sort_keys=True)
 
 
 def segmenter_in(path: Path) -> Path | None:
@@ -123,9 +130,10 @@ def read_segmenter(path: Path) -> tuple[Segmenter, Weights, HeadRecord]:
         if sha256_of(place / "model.safetensors") != record.encoder_sha256:
             raise ValueError("it is of another encoder than the one beside it")
         encoder = build_encoder(weights)
-        head = build_head(record.kind, encoder.spec.dims, len(record.class_names), record.dim)
-        head.load_state_dict(state)
+        num_classes = len(record.class_names)
+        model = build_segmenter(encoder, record.kind, num_classes, record.dim, record.tau, record.quantile)
+        model.head.load_state_dict(state)
     except (ValidationError, SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{file} cannot be used ({reason}): copy or export it again") from error
-    return Segmenter(encoder, head), weights, record
+    return model, weights, record

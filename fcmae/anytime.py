@@ -1,0 +1,303 @@
+"""Segmentation that may stop at any moment: an exit after each stage, and later stages on unsure patches alone.
+
+A patch of total_stride pixels leaves when the exits are sure of it. What is left is computed in a new, smaller packed
+layout: fewer patches are less time, not only fewer counted operations.
+
+Source: anytime dense prediction with confidence adaptivity, arXiv 2104.00749. What differs: there a site leaves, here a
+whole patch, so that the rest is dense algebra; what has left is zero to its neighbours, as hidden patches are in
+pretraining, where the paper fills it in; and the exits share a state of the finest sites, as a ConvNeXt has none at its
+end.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fcmae.heads import Exits, Segmenter, build_head, resized
+from fcmae.layouts import DENSE, PACKED, MakeLayout, Masked, Packed
+from fcmae.networks.encoder import StagedEncoder
+
+# (stage, confidence, hidden) -> the patches that are hidden from the stage, and how many of an image it sees, which may
+# be None where nobody needs it.
+Choose = Callable[[int, Tensor, Tensor], tuple[Tensor, int | None]]
+# (hidden, how many are seen, layout, features in it) -> the stage's layout, and the same features in it.
+Narrow = Callable[[Tensor, int | None, Masked | Packed, Sequence[Tensor]], tuple[Masked | Packed, Sequence[Tensor]]]
+
+
+def narrow_masked(
+    hidden: Tensor, num_visible: int | None, layout: Masked | Packed, features: Sequence[Tensor]
+) -> tuple[Masked | Packed, Sequence[Tensor]]:
+    """Maps stay as they are: `Masked` zeroes what is hidden wherever it could be seen.
+
+    Args:
+        hidden: (B, gh, gw) bool, True = hidden.
+        num_visible: is not needed.
+        layout: that of the features.
+        features: maps.
+
+    Returns:
+        The next layout and the features.
+    """
+    return Masked(hidden), features
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What is known after an exit.
+
+    Attributes:
+        logits: (B, classes, h, w), of the first stage's sites. Where a patch has left, those that it left with.
+        confidence: (B, gh, gw) float32 in 0..1, of each patch when it was computed last.
+        computed: (B, gh, gw) bool, the patches that the stage computed.
+        size: height and width of the images.
+    """
+
+    logits: Tensor
+    confidence: Tensor
+    computed: Tensor
+    size: tuple[int, int]
+
+    def pixels(self) -> Tensor:
+        """Logits of every pixel, (B, classes, H, W)."""
+        return resized(self.logits, self.size)
+
+
+class Anytime(Segmenter):
+    """An encoder with an exit on each stage.
+
+    In training a stage computes the whole map with the patches that have left zeroed, as `Masked` has it, and all
+    answers are returned; else it computes the others alone.
+
+    Parameters are encoder.*, head.*.
+
+    Args:
+        encoder: of the stages.
+        head: its exits.
+    """
+
+    head: Exits
+    narrow: Narrow = staticmethod(narrow_masked)  # in training; an ablation has another
+
+    def __init__(self, encoder: StagedEncoder, head: Exits) -> None:
+        super().__init__(encoder, head)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits of every pixel.
+
+        Args:
+            images: (B, in_chans, H, W), normalised, H and W multiples of the total stride.
+
+        Returns:
+            In training (exits, B, num_classes, H, W); else the last answer, (B, num_classes, H, W).
+        """
+        if self.training:
+
+            def choose(stage: int, confidence: Tensor, hidden: Tensor) -> tuple[Tensor, None]:
+                return unsure(confidence, hidden, self.head.tau), None
+
+            return torch.stack([answer.pixels() for answer in self.answers(images, choose, self.narrow)])
+        return self.within(images)
+
+    def within(
+        self,
+        images: Tensor,
+        tau: float | None = None,
+        budget: float | Sequence[float] | None = None,
+        limit_s: float = math.inf,
+    ) -> Tensor:
+        """Logits of every pixel, (B, num_classes, H, W): the last answer, or the best within a time.
+
+        Args:
+            images: see `anytime`, any number of them.
+            tau: see `anytime`.
+            budget: likewise.
+            limit_s: seconds after which no stage but the first begins, which the images share.
+
+        Raises:
+            ValueError: see `anytime`.
+        """
+        parts = images[:, None] if budget is None else [images]  # by tau, of each image other patches are left
+        begun, last = time.perf_counter(), []
+        for i, part in enumerate(parts):
+            for answer in self.anytime(part, tau, budget):
+                best = answer
+                if time.perf_counter() - begun >= limit_s * (i + 1) / len(parts):
+                    break
+            last.append(best.pixels())
+        return torch.cat(last)
+
+    @torch.no_grad()
+    def anytime(
+        self,
+        images: Tensor,
+        tau: float | None = None,
+        budget: float | Sequence[float] | None = None,
+        make_layout: MakeLayout = PACKED,
+    ) -> Iterator[Answer]:
+        """Answers, each better and later than the one before; take no more of them and nothing more is computed.
+
+        Args:
+            images: (B, in_chans, H, W), normalised, H and W multiples of the total stride; one image unless there is a
+                budget.
+            tau: a patch leaves when it is surer; None is the head's.
+            budget: in its place, the share of the patches that stays, those least sure of each image: one for all
+                stages after the first, or one each.
+            make_layout: of the patches that are left, packed or triton.
+
+        Yields:
+            The answer after each stage. There is none after a stage that would have no patch.
+
+        Raises:
+            ValueError: for another size, for several images without a budget, or a budget that is none.
+        """
+        later = len(self.head) - 1
+        if budget is None and len(images) != 1:
+            raise ValueError(f"images: received {len(images)} of them without a budget: give one at a time")
+        shares = [float(budget)] * later if isinstance(budget, int | float) else budget
+        if shares is not None and (len(shares) != later or not all(0 < share <= 1 for share in shares)):
+            raise ValueError(f"budget = {budget}: give a share above 0 and up to 1, or {later} of them, one a stage")
+        threshold = self.head.tau if tau is None else tau
+        num_visible: int | None = None
+
+        def choose(stage: int, confidence: Tensor, hidden: Tensor) -> tuple[Tensor, int]:
+            nonlocal num_visible
+            if shares is None:
+                hidden = unsure(confidence, hidden, threshold)
+                return hidden, int(hidden.logical_not().sum())
+            num_patches = hidden[0].numel()
+            # A patch that has left does not come back.
+            num_visible = min(num_visible or num_patches, math.ceil(num_patches * shares[stage - 1]))
+            return least_sure(confidence, hidden, num_visible), num_visible
+
+        yield from self.answers(images, choose, partial(narrow_packed, make_layout=make_layout))
+
+    def answers(self, images: Tensor, choose: Choose, narrow: Narrow) -> Iterator[Answer]:
+        """The stages one by one: compute, answer, choose what is hidden from the next.
+
+        Args:
+            images: see `anytime`.
+            choose: which patches are hidden from the next stage.
+            narrow: how it leaves them out.
+
+        Yields:
+            The answer after each stage.
+
+        Raises:
+            ValueError: for another size.
+        """
+        (height, width), stride = images.shape[2:], self.encoder.total_stride
+        if height % stride or width % stride:
+            raise ValueError(f"images: received {height}x{width}; give multiples of the total stride {stride}")
+        hidden = torch.zeros(len(images), height // stride, width // stride, dtype=torch.bool, device=images.device)
+        layout: Masked | Packed = DENSE
+        f = self.encoder.stem(images, layout)
+        state: Tensor | None = None
+        out: Tensor | None = None  # (B, h, w, classes)
+        sure: Tensor | None = None  # (B, gh, gw, 1)
+        for i, head in enumerate(self.head):
+            if state is not None and out is not None and sure is not None:
+                hidden, num_visible = choose(i, sure.squeeze(-1), hidden)
+                if num_visible == 0:
+                    return
+                layout, (f, state) = narrow(hidden, num_visible, layout, (f, state))
+                f = self.encoder.downsample(i, f, layout)
+            f = self.encoder.stage(i, f, layout)
+            state = head(f, state)
+            new = head.logits(state)
+            confidence = self.head.confidence(new.detach())
+            out = new if out is None else layout.paste(out, new)
+            sure = confidence if sure is None else layout.paste(sure, confidence)
+            yield Answer(out.permute(0, 3, 1, 2), sure.squeeze(-1), ~hidden, (height, width))
+
+
+def unsure(confidence: Tensor, hidden: Tensor, tau: float) -> Tensor:
+    """Hide the patches that are surer than tau, beside those that are hidden.
+
+    Args:
+        confidence: (B, gh, gw).
+        hidden: (B, gh, gw) bool.
+        tau: 0 to 1.
+
+    Returns:
+        (B, gh, gw) bool, True = hidden.
+    """
+    return hidden | (confidence > tau)
+
+
+def least_sure(confidence: Tensor, hidden: Tensor, num_visible: int) -> Tensor:
+    """Hide all but those patches of each image that are least sure among those that are not hidden yet.
+
+    Args:
+        confidence: (B, gh, gw).
+        hidden: (B, gh, gw) bool, with at least num_visible False in each image.
+        num_visible: how many stay.
+
+    Returns:
+        (B, gh, gw) bool, True = hidden.
+    """
+    order = confidence.masked_fill(hidden, torch.inf).flatten(1)
+    kept = order.topk(num_visible, largest=False, sorted=False).indices
+    return torch.ones_like(order, dtype=torch.bool).scatter_(1, kept, False).view_as(hidden)
+
+
+def narrow_packed(
+    hidden: Tensor,
+    num_visible: int | None,
+    layout: Masked | Packed,
+    features: Sequence[Tensor],
+    make_layout: MakeLayout,
+) -> tuple[Masked | Packed, Sequence[Tensor]]:
+    """Packed rows of the patches that are left, by one gather each; as they are while none has left.
+
+    Args:
+        hidden: (B, gh, gw) bool, True = hidden, the same number in each image.
+        num_visible: how many of an image are not.
+        layout: that of the features.
+        features: maps, or packed rows.
+        make_layout: packed or triton.
+
+    Returns:
+        The next layout and the features in it.
+    """
+    before = layout.num_visible if isinstance(layout, Packed) else hidden[0].numel()
+    if num_visible == before:
+        return layout, features
+    packed = make_layout(hidden, num_visible)
+    assert isinstance(packed, Packed)
+    return packed, [packed.take(f, layout) if isinstance(layout, Packed) else packed.pack(f) for f in features]
+
+
+def build_segmenter(
+    encoder: StagedEncoder,
+    kind: str,
+    num_classes: int,
+    dim: int | None = None,
+    tau: float | None = None,
+    quantile: float | None = None,
+) -> Segmenter:
+    """A network that gives every pixel a class, by the name of its head.
+
+    Args:
+        encoder: of the stages.
+        kind: see `build_head`.
+        num_classes: outputs.
+        dim: see `build_head`.
+        tau: of `Exits`; None is .998.
+        quantile: likewise; None is 0.
+
+    Raises:
+        ValueError: for another kind.
+    """
+    head = build_head(kind, encoder.spec.dims, num_classes, dim)
+    if not isinstance(head, Exits):
+        return Segmenter(encoder, head)
+    head.tau = head.tau if tau is None else tau
+    head.quantile = head.quantile if quantile is None else quantile
+    return Anytime(encoder, head)

@@ -1,0 +1,210 @@
+"""What should a patch that has left show its neighbours? Sea, land and lakes, trained and scored with each fill.
+
+    python studies/fills.py --out runs/fills                # 2 cores
+    python studies/fills.py --out runs/fills --list         # the commands, without running them
+    python studies/fills.py radial --config segment_cpu ...         # one run, by the flags of `fcmae segment`
+
+zero       nothing, as hidden patches in pretraining: what fcmae does, and the only one that packed rows compute
+carried    its own features, carried on by the downsampling alone
+radial     to a depthwise convolution, the mean of computed sites within a 7x7 window under exp(-lambda^2 d^2), lambda
+           learnt from 3, as in arXiv 2104.00749
+pyramid    the light feature pyramid, whose patches never leave
+
+Each fill is in training from the first step, and in scoring. All compute dense maps here, so this tells accuracy, not
+time: that is benchmarks/anytime.py's. carried and radial are no settings of fcmae, and models trained so are not to be
+predicted with. The 150 tiles that are tested on choose nothing: the last model counts. What is finished is not done
+again. What is found is in OUT/fills.json. The whole was not run yet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from run_all import STUDIES, Job, schedule, shown
+
+from fcmae import threads
+
+threads.prepare()  # as the commands do, before torch is loaded
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fcmae import segmenting, starting
+from fcmae.anytime import Anytime, build_segmenter, unsure
+from fcmae.atomic import write_text
+from fcmae.config import SegmentConfig
+from fcmae.evaluation.paired import METRIC, cells, compare
+from fcmae.heads import Exits
+from fcmae.layouts import Masked, Packed
+from fcmae.layouts.sites import refine
+from fcmae.networks.build import make_encoder
+from fcmae.networks.encoder import StagedEncoder
+from fcmae.options import load
+from fcmae.tables import table
+from fcmae.training.run import read_metrics
+
+FILLS = ("zero", "carried", "radial")
+ARMS = ("pyramid", *FILLS)
+COLUMNS = ("data", "fill", "seeds", "mean IoU, %", "against pyramid, of each seed", "")
+WINDOW = 7
+
+
+class Carried(Masked):
+    """A patch that has left shows what the downsampling makes of its features, through all blocks of a stage."""
+
+    shown: Tensor
+
+    def downsample(self, f: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        self.shown = F.conv2d(f.permute(0, 3, 1, 2), weight, bias, stride=2).permute(0, 2, 3, 1)
+        return self.shown
+
+    def fill(self, f: Tensor) -> Tensor:
+        """f, (B, H, W, C), with what is shown at hidden sites."""
+        assert self.mask is not None
+        return torch.where(refine(self.mask, f.shape[1] // self.mask.shape[1])[..., None], self.shown, f)
+
+    def depthwise_conv(self, f: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        x = self.fill(f).permute(0, 3, 1, 2)
+        return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=len(weight)).permute(0, 2, 3, 1)
+
+
+class Radial(Masked):
+    """A site of a patch that has left shows the mean of computed ones near it, and zero where there is none."""
+
+    def __init__(self, mask: Tensor, decay: Tensor) -> None:
+        super().__init__(mask)
+        self.decay = decay
+
+    def depthwise_conv(self, f: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        assert self.mask is not None
+        hidden = refine(self.mask, f.shape[1] // self.mask.shape[1])[:, None]  # (B, 1, H, W)
+        x = torch.where(hidden, 0, f.permute(0, 3, 1, 2))
+        steps = torch.arange(WINDOW, device=f.device) - WINDOW // 2
+        kernel = torch.exp(-self.decay.square() * (steps[:, None].square() + steps.square()))  # (7, 7)
+        near = kernel.to(x.dtype).expand(x.shape[1], 1, -1, -1)
+        sums = F.conv2d(x, near, padding=WINDOW // 2, groups=x.shape[1])
+        weights = F.conv2d((~hidden).to(x.dtype), near[:1], padding=WINDOW // 2)
+        x = torch.where(hidden & (weights > 1e-30), sums / weights.clamp(min=1e-30), x)
+        return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=len(weight)).permute(0, 2, 3, 1)
+
+
+class Filled(Anytime):
+    """Anytime with another fill, on dense maps in training and in use."""
+
+    def __init__(self, encoder: StagedEncoder, head: Exits, fill: str) -> None:
+        super().__init__(encoder, head)
+        self.fill = fill
+        head.register_parameter("decay", nn.Parameter(torch.tensor(3.0)) if fill == "radial" else None)
+        self.narrow = self.fill_in
+
+    def fill_in(
+        self, hidden: Tensor, num_visible: int | None, layout: Masked | Packed, features: Sequence[Tensor]
+    ) -> tuple[Masked, Sequence[Tensor]]:
+        """See `narrow_masked`."""
+        if self.fill == "radial":
+            assert isinstance(self.head.decay, Tensor)
+            return Radial(hidden, self.head.decay), features
+        f, *others = features
+        return Carried(hidden), [layout.fill(f) if isinstance(layout, Carried) else f, *others]
+
+    @torch.no_grad()
+    def within(
+        self,
+        images: Tensor,
+        tau: float | None = None,
+        budget: float | Sequence[float] | None = None,
+        limit_s: float = math.inf,
+    ) -> Tensor:
+        def choose(stage: int, confidence: Tensor, hidden: Tensor) -> tuple[Tensor, None]:
+            return unsure(confidence, hidden, self.head.tau if tau is None else tau), None
+
+        *_, answer = self.answers(images, choose, self.fill_in)
+        return answer.pixels()
+
+
+def segment(fill: str, flags: Sequence[str]) -> int:
+    """`fcmae segment` with a fill."""
+    cfg = load(SegmentConfig, [*flags, "--model.head=anytime"], prog=f"fills.py {fill}")
+    if fill == "zero":
+        return segmenting.segment(cfg).status
+    weights = starting.starting_weights(cfg)
+    torch.manual_seed(cfg.seed)
+    own, held = cfg.model, weights.architecture
+    encoder = make_encoder(held.spec, held.in_chans, own.drop_path_rate, own.grad_checkpointing)
+    plain = build_segmenter(encoder, "anytime", len(cfg.data.class_names), own.head_dim, own.tau, own.quantile)
+    assert isinstance(plain, Anytime)
+    return segmenting.segment(cfg, Filled(encoder, plain.head, fill)).status
+
+
+def jobs(out: Path, epochs: float, seeds: int) -> Iterator[Job]:
+    """All commands."""
+    data = f"{out}/landsea"
+    for seed in range(seeds):
+        for arm in ARMS:
+            program = ("-m", "fcmae.cli", "segment") if arm == "pyramid" else (str(STUDIES / "fills.py"), arm)
+            words = (
+                *("--config=segment_cpu", "--optim.layer_decay=1", f"--data.path={data}/train-100-0.csv"),
+                *(f"--data.val_path={data}/test.csv", "--data.class_names=sea,land,lake", f"--seed={seed}"),
+                *(f"--epochs={epochs:g}", f"--log.eval_epochs={epochs:g}", f"--out={out}/runs/{arm}-{seed}"),
+            )
+            yield Job(f"{arm}-{seed}", (sys.executable, *program, *words))
+
+
+def collect(out: Path, wanted: Sequence[Job], epochs: float) -> dict[str, Any]:
+    """What the finished runs have found."""
+    scores = []
+    for job in wanted:
+        if (out / "jobs" / f"{job.name}.json").exists():
+            arm, _, seed = job.name.partition("-")
+            last = [line for line in read_metrics(out / "runs" / job.name / "metrics.jsonl") if "miou" in line][-1]
+            values = {key: value for key, value in last.items() if key not in ("step", "epoch")}
+            scores.append({"arm": arm, "labels": "100%", "seed": int(seed), "scores": values})
+    return {"epochs": epochs, "commands": {job.name: shown(job, out) for job in wanted}, "scores": scores}
+
+
+def rows(found: dict[str, Any]) -> list[list[str]]:
+    """The table of what was found, of mean IoU."""
+    comparison: Any = {
+        "amounts": [{"labels": "100%"}],
+        "arms": [{"name": arm, "against": None if arm == "pyramid" else "pyramid"} for arm in ARMS],
+        "scores": [{**score, "scores": {METRIC: score["scores"]["miou"]}} for score in found["scores"]],
+    }
+    return [cells(row) for row in compare(comparison)]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in FILLS:
+        return segment(argv[0], argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/fills"), help="where to write")
+    parser.add_argument("--epochs", type=float, default=40, help="of each run [40]")
+    parser.add_argument("--seeds", type=int, default=3, help="of each arm [3]")
+    parser.add_argument("--at-once", type=int, default=1, help="commands at a time [1]")
+    parser.add_argument("--list", action="store_true", help="print the commands and stop")
+    args = parser.parse_args(argv)
+    out = args.out.absolute()
+    wanted = list(jobs(out, args.epochs, args.seeds))
+    if args.list:
+        for job in wanted:
+            print(f"# {job.name}\n{shown(job, out)}")
+        return 0
+    (out / "jobs").mkdir(parents=True, exist_ok=True)
+    subprocess.run([sys.executable, str(STUDIES / "datasets.py"), "landsea", str(out / "landsea")], check=True)
+    schedule(wanted, out, args.at_once, None if args.at_once == 1 else 1)
+    found = collect(out, wanted, args.epochs)
+    write_text(out / "fills.json", json.dumps(found, indent=1) + "\n")
+    print("\n" + table(COLUMNS, rows(found), left=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
