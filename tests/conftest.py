@@ -26,6 +26,8 @@ import torch
 from hypothesis import settings
 from torch import nn
 
+from fcmae.networks.spec import VARIANTS, ConvNeXtSpec
+
 settings.register_profile("fcmae", deadline=None)  # no test asserts a time
 settings.load_profile("fcmae")
 
@@ -44,6 +46,7 @@ requires_chromium = pytest.mark.skipif(
 requires_time = pytest.mark.skipif(
     not os.environ.get("FCMAE_REQUIRE_SLOW"), reason="FCMAE_REQUIRE_SLOW=1 takes the time"
 )
+CONVNEXTS = [name for name, spec in VARIANTS.items() if isinstance(spec, ConvNeXtSpec)]
 MINKOWSKI = pytest.param("minkowski", marks=requires_minkowski)
 
 

@@ -51,6 +51,7 @@ ORDER = [
     "fcmae.networks.encoder",
     "fcmae.networks.layers",
     "fcmae.networks.convnext",
+    "fcmae.networks.roadmap",
     "fcmae.networks.build",
     "fcmae.masked",
     "fcmae.heads",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from fcmae.networks import convnext
+from fcmae.networks import convnext, roadmap
 from fcmae.networks.encoder import StagedEncoder
-from fcmae.networks.spec import ConvNeXtSpec, NetworkSpec
+from fcmae.networks.spec import ConvNeXtSpec, NetworkSpec, RoadmapSpec
 
 
 def make_encoder(
@@ -21,4 +21,6 @@ def make_encoder(
     match spec:
         case ConvNeXtSpec():
             return convnext.Encoder(spec, in_chans, drop_path_rate, grad_checkpointing)
+        case RoadmapSpec():
+            return roadmap.Encoder(spec, in_chans, drop_path_rate, grad_checkpointing)
     raise AssertionError(f"{type(spec).__name__} has no encoder")
