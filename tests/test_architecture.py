@@ -93,6 +93,7 @@ ORDER = [
     "fcmae.evaluation.paired",
     "fcmae.evaluation.status",
     "fcmae.evaluation.report",
+    "fcmae.roadmap",
     "fcmae.verify",
     "fcmae.bench",
     "fcmae.planning",

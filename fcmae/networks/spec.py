@@ -318,14 +318,12 @@ class Step(NamedTuple):
     Attributes:
         name: of the step.
         of: the name of the step that it changes.
-        change: the fields that it changes.
         line: the change in words.
         spec: the network after it.
     """
 
     name: str
     of: str
-    change: Mapping[str, Any]
     line: str
     spec: RoadmapSpec
 
@@ -371,21 +369,26 @@ def road(regime: Regime) -> list[Step]:
         ("resnet", "", {}, f"ResNet of depths {_dashed(resnet)}, width {narrow}"),
         ("stage-ratio", "resnet", {"depths": ratio, "dims": bottleneck}, f"depths {_dashed(ratio)}{slimmer}"),
         ("patchify", "stage-ratio", {"patchify": True}, "a stem of patches, for 7x7 and pooling"),
-        ("depthwise", "patchify", {"depthwise": True}, "the 3x3 is depthwise"),
+        ("depthwise", "patchify", {"depthwise": True}, "depthwise 3x3"),
         ("width", "depthwise", {"dims": _doubling(MLP_RATIO * wide)}, f"width {wide}, for {middle}"),
-        ("inverted", "width", {"inverted": True, "dims": _doubling(wide)}, "blocks are wide inside, not outside"),
-        ("move-up", "inverted", {"moved_up": True}, "the depthwise comes first"),
-        *((f"kernel-{k}", "move-up", {"kernel_size": k}, f"it is {k}x{k}") for k in (5, 7, 9, 11)),
-        ("gelu", "kernel-7", {"gelu": True}, "of 7x7: GELU, for ReLU"),
-        ("fewer-activations", "gelu", {"fewer_activations": True}, "one, between the 1x1s"),
-        ("fewer-norms", "fewer-activations", {"fewer_norms": True}, "one, before the 1x1s"),
+        ("inverted", "width", {"inverted": True, "dims": _doubling(wide)}, "blocks wide inside, not outside"),
+        ("move-up", "inverted", {"moved_up": True}, "the depthwise first in its block"),
+        *((f"kernel-{k}", "move-up", {"kernel_size": k}, f"depthwise {k}x{k}, for 3x3") for k in (5, 7, 9, 11)),
+        ("gelu", "kernel-7", {"gelu": True}, "GELU, for ReLU; 7x7 from here on"),
+        ("fewer-activations", "gelu", {"fewer_activations": True}, "one activation a block, between the 1x1s"),
+        ("fewer-norms", "fewer-activations", {"fewer_norms": True}, "one norm a block, before the 1x1s"),
         ("layer-norm", "fewer-norms", {"layer_norm": True}, "LayerNorm, for BatchNorm; biases"),
-        ("downsampling", "layer-norm", {"separate_downsampling": True}, "between stages; a norm after pooling"),
+        (
+            "downsampling",
+            "layer-norm",
+            {"separate_downsampling": True},
+            "2x2 between stages; norms there and after pooling",
+        ),
     ]
     specs = {"": RoadmapSpec(depths=resnet, dims=_doubling(MLP_RATIO * narrow))}
     for name, of, change, _ in lines:
         specs[name] = specs[of].model_copy(update=change)
-    return [Step(*line, specs[line[0]]) for line in lines]
+    return [Step(name, of, line, specs[name]) for name, of, _, line in lines]
 
 
 def _doubling(dim: int) -> Widths:
