@@ -201,6 +201,12 @@ def _status(cfg: commands.StatusConfig) -> None:
     print(status(cfg.run))
 
 
+def _roadmap(cfg: commands.RoadmapConfig) -> None:
+    from fcmae.roadmap import listing
+
+    print(listing(cfg.regime, cfg.ours))
+
+
 def _stats(cfg: commands.StatsConfig) -> None:
     from fcmae.data.cores import num_cores
     from fcmae.data.index import find_images
@@ -267,6 +273,7 @@ COMMANDS: dict[str, tuple[type[Settings], Callable[[Any], int | None]]] = {
     "analyze": (commands.AnalyzeConfig, _analyze),
     "report": (commands.ReportConfig, _report),
     "status": (commands.StatusConfig, _status),
+    "roadmap": (commands.RoadmapConfig, _roadmap),
     "stats": (commands.StatsConfig, _stats),
     "doctor": (commands.DoctorConfig, _doctor),
     "verify": (commands.VerifyConfig, _verify),

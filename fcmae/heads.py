@@ -20,7 +20,7 @@ POOLED = (1, 2, 3, 6)  # sites along a side of UPerNet's pooled maps
 class Classifier(nn.Module):
     """Encoder -> mean over the image -> LayerNorm -> Linear: ConvNeXt's own classifier, GRN kept in place.
 
-    Parameters are encoder.*, norm.*, head.*.
+    Parameters are encoder.*, norm.*, head.*. Networks before ConvNeXt have no norm there, as their spec says.
 
     Args:
         encoder: dense, on whole images.
@@ -31,7 +31,7 @@ class Classifier(nn.Module):
     def __init__(self, encoder: StagedEncoder, num_classes: int, head_init_scale: float = 1.0) -> None:
         super().__init__()
         self.encoder = encoder
-        self.norm = LayerNorm(encoder.dim)
+        self.norm = LayerNorm(encoder.dim) if encoder.spec.has_final_norm else nn.Identity()
         self.head = nn.Linear(encoder.dim, num_classes)
         self.head.apply(init_weights)
         self.head.weight.data.mul_(head_init_scale)

@@ -25,7 +25,16 @@ from pydantic_core import PydanticCustomError
 from fcmae.config.base import Backend, Conflict, Device, RunText, Section, Settings, Size, Spelling, UserPath, UserText
 from fcmae.data.geometry import MAX_PIXELS
 from fcmae.masking import num_visible
-from fcmae.networks.spec import VARIANTS, NetworkSpec, read_spec, variant_named, variant_of, variants_near
+from fcmae.networks.spec import (
+    LISTED,
+    VARIANTS,
+    NetworkSpec,
+    describe,
+    read_spec,
+    variant_named,
+    variant_of,
+    variants_near,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -60,7 +69,7 @@ def _network(value: Any) -> str | NetworkSpec:
         return variant_named(str(value))
     except ValueError as error:
         sentence = "should be {names}, or the numbers of a network such as {example}"
-        names, example = ", ".join(variants_near(str(value)) or VARIANTS), "{depths: [2, 2, 4], dims: [40, 80, 160]}"
+        names, example = ", ".join(variants_near(str(value)) or LISTED), "{depths: [2, 2, 4], dims: [40, 80, 160]}"
         raise PydanticCustomError("network", sentence, {"names": names, "example": example}) from error
 
 
@@ -531,6 +540,8 @@ class PretrainConfig(RunConfig):
                 "minkowski needs MinkowskiEngine, which is not installed: build it with `make minkowski` or use packed",
             )
         spec, patch, size = self.model.spec, self.model.mask_patch, self.data.image_size
+        if spec.dense_only:
+            yield ("model.variant",), f"{describe(spec)} {spec.dense_only}: fine-tune it, or pretrain convnextv2_atto"
         if patch % spec.total_stride:
             yield (
                 ("model.mask_patch", "model.stem_stride", "model.variant"),

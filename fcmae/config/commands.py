@@ -365,6 +365,21 @@ class StatusConfig(Settings):
     """The directory of a run, its name below runs/, or a folder of runs."""
 
 
+class RoadmapConfig(Settings):
+    """List the steps from ResNet to ConvNeXt: what each changes, costs and gave where it was published.
+
+    Multiply-adds and parameters are counted at 224 x 224 pixels and 1,000 classes. `fcmae finetune --model.variant
+    roadmap/inverted` trains the network after a step.
+
+    Example: fcmae roadmap roadmap-200
+    """
+
+    regime: Annotated[Literal["roadmap", "roadmap-200", "roadmap-small"], Spelling("REGIME")] = "roadmap"
+    """ResNet-50 to ConvNeXt-T, ResNet-200 to ConvNeXt-B, or a small one for small images."""
+    ours: UserPath | None = None
+    """The JSON file of studies/roadmap.py, for what its runs gave."""
+
+
 class StatsConfig(Settings):
     """Print the images' mean and std, as lines for a configuration.
 

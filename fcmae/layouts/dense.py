@@ -19,8 +19,8 @@ class Dense(Masked):
         super().__init__(None)
 
     def depthwise_conv(self, f: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        has_loop = weight.shape[-1] == native.SIZE and not torch.is_autocast_enabled(f.device.type)
-        if has_loop and f.dtype == weight.dtype and native.available(f.device, f.dtype):
+        has_loop = weight.shape[-1] == native.SIZE and f.dtype == weight.dtype and native.available(f.device, f.dtype)
+        if has_loop and not torch.is_autocast_enabled(f.device.type):
             out: Tensor = _DepthwiseConv.apply(f, weight, bias)
             return out
         return super().depthwise_conv(f, weight, bias)

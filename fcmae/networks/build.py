@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from fcmae.networks import container, convnext
+from fcmae.networks import container, convnext, roadmap
 from fcmae.networks.encoder import StagedEncoder
-from fcmae.networks.spec import ContainerSpec, ConvNeXtSpec, NetworkSpec
+from fcmae.networks.spec import ContainerSpec, ConvNeXtSpec, NetworkSpec, RoadmapSpec
 
 
 def make_encoder(
@@ -23,4 +23,6 @@ def make_encoder(
             return convnext.Encoder(spec, in_chans, drop_path_rate, grad_checkpointing)
         case ContainerSpec():
             return container.Encoder(spec, in_chans, drop_path_rate, grad_checkpointing)
+        case RoadmapSpec():
+            return roadmap.Encoder(spec, in_chans, drop_path_rate, grad_checkpointing)
     raise AssertionError(f"{type(spec).__name__} has no encoder")

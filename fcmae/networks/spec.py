@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, SerializeAsAny, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, SerializeAsAny, model_validator
 
 MLP_RATIO = 4  # of a block's expanded width to its own, where a spec does not say
 
@@ -18,6 +18,15 @@ Depths = tuple[Annotated[int, Field(gt=0, le=MAX_DEPTH)], ...]
 
 
 Affinity = Literal["static", "dynamic", "mixed"]
+
+
+def _odd(side: int) -> int:
+    if side % 2 == 0:
+        raise ValueError(f"{side} is even: a kernel needs a centre, use {side - 1} or {side + 1}")
+    return side
+
+
+KernelSize = Annotated[int, Field(ge=1, le=255), AfterValidator(_odd)]
 
 
 class NetworkSpec(BaseModel):
@@ -67,6 +76,21 @@ class NetworkSpec(BaseModel):
         """What sets the network apart from others of its family, depths and dims, in a few words each."""
         return []
 
+    @property
+    def has_final_norm(self) -> bool:
+        """Whether a classifier on the network normalises what it has pooled."""
+        return True
+
+    @property
+    def stem_tells_stride(self) -> bool:
+        """Whether the stem's kernel is as large as its stride, so that weights tell it."""
+        return True
+
+    @property
+    def dense_only(self) -> str | None:
+        """Why the network cannot see visible patches alone, as what is said of it; None if it can."""
+        return None
+
     def settings(self) -> dict[str, Any]:
         """As a file of settings has it, what is usual left out, and the stride that is a setting of its own."""
         numbers = self.model_dump(mode="json", exclude_defaults=True, exclude={"stem_stride"})
@@ -80,7 +104,7 @@ class ConvNeXtSpec(NetworkSpec):
     7x7 kernels and 4C hidden channels.
     """
 
-    kernel_size: Annotated[int, Field(ge=1, le=255)] = 7
+    kernel_size: KernelSize = 7
     """Side of the depthwise kernels, odd."""
     hidden: tuple[Widths, ...] | None = None
     """Expanded channels of each block of each stage; null is 4 times the stage's."""
@@ -89,13 +113,6 @@ class ConvNeXtSpec(NetworkSpec):
     dense_stem: bool = False
     """A 3x3 convolution, LayerNorm and GELU at every pixel before the stem, whose convolution is then depthwise, as
     MMEarth has it (arXiv 2405.02771)."""
-
-    @field_validator("kernel_size")
-    @classmethod
-    def _is_odd(cls, value: int) -> int:
-        if value % 2 == 0:
-            raise ValueError(f"{value} is even: a kernel needs a centre, use {value - 1} or {value + 1}")
-        return value
 
     @model_validator(mode="before")
     @classmethod
@@ -185,7 +202,84 @@ class ContainerSpec(NetworkSpec):
         return words if self.mix == "free" else [*words, "convex mix"]
 
 
-NETWORKS: dict[str, type[NetworkSpec]] = {"convnext": ConvNeXtSpec, "container": ContainerSpec}
+class RoadmapSpec(NetworkSpec):
+    """A network on the way from ResNet to ConvNeXt: what is false here is as in ResNet.
+
+    A block is three convolutions, of which one looks at neighbours. `dims` are what blocks give: a bottleneck has a
+    quarter of that inside, an inverted one four times as much.
+
+    Source: arXiv 2201.03545, Sec. 2; the steps are those of `road`.
+    """
+
+    network: Literal["roadmap"] = "roadmap"
+    """Tells the numbers of the roadmap from those of other networks."""
+    patchify: bool = False
+    """The stem is one convolution of the stem's stride, in place of a 7x7 one and pooling."""
+    depthwise: bool = False
+    """The convolution that looks at neighbours is depthwise."""
+    inverted: bool = False
+    """Blocks are wide inside."""
+    moved_up: bool = False
+    """The convolution that looks at neighbours comes first in a block, not second."""
+    kernel_size: KernelSize = 3
+    """Side of that convolution's kernel, odd."""
+    gelu: bool = False
+    """GELU for ReLU."""
+    fewer_activations: bool = False
+    """One in a block, after its first 1x1 convolution, and none after the stem."""
+    fewer_norms: bool = False
+    """One in a block, after the convolution that looks at neighbours."""
+    layer_norm: bool = False
+    """LayerNorm for BatchNorm, and convolutions with biases."""
+    separate_downsampling: bool = False
+    """A norm and a 2x2 convolution of stride 2 between stages, in place of a stride in their first blocks; and a norm
+    after pooling."""
+
+    @model_validator(mode="after")
+    def _has_a_quarter(self) -> RoadmapSpec:
+        for dim in () if self.inverted else self.dims:
+            if dim % MLP_RATIO:
+                raise ValueError(f"{dim} of dims is no multiple of 4, and a bottleneck has a quarter of it inside")
+        return self
+
+    @property
+    def hidden_widths(self) -> tuple[Widths, ...]:
+        if self.inverted:
+            return _usual_widths(self.depths, self.dims)
+        return tuple((dim // MLP_RATIO,) * depth for depth, dim in zip(self.depths, self.dims, strict=True))
+
+    @property
+    def family(self) -> str:
+        return "network of the roadmap"
+
+    @property
+    def peculiarities(self) -> list[str]:
+        steps = self.model_dump(exclude_defaults=True, exclude={"depths", "dims", "stem_stride", "kernel_size"})
+        kernel = [] if self.kernel_size == 3 else [f"kernel {self.kernel_size}"]
+        return [step.replace("_", " ") for step in steps] + kernel
+
+    @property
+    def has_final_norm(self) -> bool:
+        return self.separate_downsampling
+
+    @property
+    def stem_tells_stride(self) -> bool:
+        return self.patchify
+
+    @property
+    def dense_only(self) -> str | None:
+        if not self.layer_norm:
+            return "has BatchNorm, whose statistics would be of visible sites in training and of all sites afterwards"
+        if not (self.patchify and self.depthwise and self.separate_downsampling):
+            return "has convolutions that see over the borders of patches and are not depthwise of stride 1"
+        return None
+
+
+NETWORKS: dict[str, type[NetworkSpec]] = {
+    "convnext": ConvNeXtSpec,
+    "container": ContainerSpec,
+    "roadmap": RoadmapSpec,
+}
 
 
 def read_spec(value: Any) -> NetworkSpec:
@@ -210,6 +304,109 @@ def read_spec(value: Any) -> NetworkSpec:
 
 
 Spec = Annotated[NetworkSpec, PlainValidator(read_spec), SerializeAsAny()]
+
+
+class Regime(NamedTuple):
+    """The numbers that the roadmap is walked with.
+
+    Attributes:
+        depths: blocks of each stage, of the ResNet, and from the step "stage-ratio" on.
+        widths: of the first stage's 3x3 convolutions, of the ResNet, from "stage-ratio" on, and from "width" on.
+        published: top-1 accuracy on ImageNet-1k in %, by step; arXiv 2201.03545, Sec. 2.
+        own_recipe: that of the ResNet as it was published, trained by a recipe of its own.
+    """
+
+    depths: tuple[Depths, Depths]
+    widths: tuple[int, int, int]
+    published: Mapping[str, float]
+    own_recipe: float | None = None
+
+
+class Step(NamedTuple):
+    """A line of the roadmap.
+
+    Attributes:
+        name: of the step.
+        of: the name of the step that it changes.
+        line: the change in words.
+        spec: the network after it.
+    """
+
+    name: str
+    of: str
+    line: str
+    spec: RoadmapSpec
+
+
+REGIMES = {
+    "roadmap": Regime(
+        ((3, 4, 6, 3), (3, 3, 9, 3)),
+        (64, 64, 96),
+        {
+            "resnet": 78.8,
+            "stage-ratio": 79.4,
+            "patchify": 79.5,
+            "depthwise": 78.3,
+            "width": 80.5,
+            "inverted": 80.6,
+            "move-up": 79.9,
+            "kernel-7": 80.6,
+            "gelu": 80.6,
+            "fewer-activations": 81.3,
+            "fewer-norms": 81.4,
+            "layer-norm": 81.5,
+            "downsampling": 82.0,
+        },
+        own_recipe=76.1,
+    ),
+    "roadmap-200": Regime(((3, 24, 36, 3), (3, 3, 27, 3)), (64, 84, 128), {"width": 81.9, "inverted": 82.6}),
+    # A third of the depth and a quarter of the width, for small images.
+    "roadmap-small": Regime(((1, 1, 2, 1), (1, 1, 3, 1)), (16, 16, 24), {}),
+}
+
+
+def road(regime: Regime) -> list[Step]:
+    """The way from a ResNet to a ConvNeXt without LayerScale, in the order of the paper.
+
+    Args:
+        regime: its numbers; one of REGIMES, or others.
+    """
+    (resnet, ratio), (narrow, middle, wide) = regime.depths, regime.widths
+    bottleneck = _doubling(MLP_RATIO * middle)
+    slimmer = "" if middle == narrow else f", width {middle}"
+    # Name, what it changes, how, and in words.
+    lines: list[tuple[str, str, dict[str, Any], str]] = [
+        ("resnet", "", {}, f"ResNet of depths {_dashed(resnet)}, width {narrow}"),
+        ("stage-ratio", "resnet", {"depths": ratio, "dims": bottleneck}, f"depths {_dashed(ratio)}{slimmer}"),
+        ("patchify", "stage-ratio", {"patchify": True}, "a stem of patches, for 7x7 and pooling"),
+        ("depthwise", "patchify", {"depthwise": True}, "depthwise 3x3"),
+        ("width", "depthwise", {"dims": _doubling(MLP_RATIO * wide)}, f"width {wide}, for {middle}"),
+        ("inverted", "width", {"inverted": True, "dims": _doubling(wide)}, "blocks wide inside, not outside"),
+        ("move-up", "inverted", {"moved_up": True}, "the depthwise first in its block"),
+        *((f"kernel-{k}", "move-up", {"kernel_size": k}, f"depthwise {k}x{k}, for 3x3") for k in (5, 7, 9, 11)),
+        ("gelu", "kernel-7", {"gelu": True}, "GELU, for ReLU; 7x7 from here on"),
+        ("fewer-activations", "gelu", {"fewer_activations": True}, "one activation a block, between the 1x1s"),
+        ("fewer-norms", "fewer-activations", {"fewer_norms": True}, "one norm a block, before the 1x1s"),
+        ("layer-norm", "fewer-norms", {"layer_norm": True}, "LayerNorm, for BatchNorm; biases"),
+        (
+            "downsampling",
+            "layer-norm",
+            {"separate_downsampling": True},
+            "2x2 between stages; norms there and after pooling",
+        ),
+    ]
+    specs = {"": RoadmapSpec(depths=resnet, dims=_doubling(MLP_RATIO * narrow))}
+    for name, of, change, _ in lines:
+        specs[name] = specs[of].model_copy(update=change)
+    return [Step(name, of, line, specs[name]) for name, of, _, line in lines]
+
+
+def _doubling(dim: int) -> Widths:
+    return tuple(dim << stage for stage in range(4))
+
+
+def _dashed(numbers: Depths) -> str:
+    return "-".join(map(str, numbers))
 
 
 def _v1(depths: Depths, dims: Widths) -> ConvNeXtSpec:
@@ -250,6 +447,9 @@ VARIANTS: dict[str, NetworkSpec] = {
     "container": _container("mixed", "mixed", "mixed", "mixed"),
 }
 
+LISTED = [*VARIANTS, *(f"{name}/STEP" for name in REGIMES)]  # for messages; `fcmae roadmap` lists the steps
+VARIANTS |= {f"{name}/{step.name}": step.spec for name, regime in REGIMES.items() for step in road(regime)}
+
 
 def variant_named(word: str) -> str:
     """The whole name of a variant of VARIANTS, of which the last word is enough: atto is convnextv2_atto.
@@ -260,9 +460,7 @@ def variant_named(word: str) -> str:
     for name in VARIANTS:
         if name == word or name.endswith(f"_{word}"):
             return name
-    raise ValueError(
-        f"{word!r} is no variant: use {' or '.join(variants_near(word)) or 'one of ' + ', '.join(VARIANTS)}"
-    )
+    raise ValueError(f"{word!r} is no variant: use {' or '.join(variants_near(word)) or 'one of ' + ', '.join(LISTED)}")
 
 
 def variants_near(word: str) -> list[str]:

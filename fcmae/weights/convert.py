@@ -122,8 +122,9 @@ def save_classifier(dest: Path, model: nn.Module, weights: Weights) -> None:
         weights: all but the tensors describes it; decoder, norm and number of classes are the model's own.
     """
     state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
+    has_norm, num_classes = weights.architecture.spec.has_final_norm, len(state["head.bias"])
     architecture = replace(
-        weights.architecture, decoder_depth=0, decoder_dim=0, final_norm=True, num_classes=len(state["head.bias"])
+        weights.architecture, decoder_depth=0, decoder_dim=0, final_norm=has_norm, num_classes=num_classes
     )
     save_weights(dest, replace(weights, state=state, architecture=architecture, expected_output=()), "timm")
 
@@ -227,7 +228,8 @@ def convert(
         raise
     quoted = shlex.quote(str(dest))
     variant = variant_of(spec)
-    use = f"fcmae pretrain --init {quoted} --model.variant {variant}"
+    command = "finetune IMAGES" if spec.dense_only else "pretrain"
+    use = f"fcmae {command} --init {quoted} --model.variant {variant}"
     if spec.stem_stride != 4:
         use += f" --model.stem_stride {spec.stem_stride}"
     if to == "transformers":

@@ -297,7 +297,8 @@ def from_state(
         source = detect(named)
         found = _find_spec(named, source)
     else:
-        source, found = OURS, spec.model_copy(update={"stem_stride": _stem_stride(named, OURS)})
+        stride = _stem_stride(named, OURS) if spec.stem_tells_stride else spec.stem_stride
+        source, found = OURS, spec.model_copy(update={"stem_stride": stride})
     spec = found if spec is None else spec.model_copy(update={"stem_stride": found.stem_stride})
     architecture = _architecture(named, source, spec)
     rest = dict(named)
@@ -444,7 +445,8 @@ def _architecture(tensors: Mapping[str, Tensor], source: str, spec: NetworkSpec)
         in_chans=max(1, size(first_weight(spec), 1, 3)),
         decoder_depth=max(1, len(blocks)) if has_decoder else 0,
         decoder_dim=_most_told(tensors, source, (*_DECODER_WIDTH, *widths)) or 512 if has_decoder else 0,
-        final_norm=num_classes > 0 or any(rename(f"norm.{p}", source) in tensors for p in ("weight", "bias")),
+        final_norm=(num_classes > 0 and spec.has_final_norm)
+        or any(rename(f"norm.{p}", source) in tensors for p in ("weight", "bias")),
         num_classes=num_classes,
     )
 

@@ -1,0 +1,131 @@
+"""The steps from ResNet to ConvNeXt side by side: what each changes, costs and gave."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import torch
+from pydantic import Field, TypeAdapter
+from torch.utils.flop_counter import FlopCounterMode
+from typing_extensions import TypedDict
+
+from fcmae.evaluation.probes import mean_and_interval
+from fcmae.evaluation.records import Count, Share
+from fcmae.evaluation.runs import read_json
+from fcmae.heads import Classifier
+from fcmae.networks.build import make_encoder
+from fcmae.networks.spec import REGIMES, NetworkSpec, road
+from fcmae.tables import table
+
+
+class Score(TypedDict):
+    """Of one run after a step.
+
+    Attributes:
+        step: its name.
+        seed: of the run.
+        top1: on the test images.
+    """
+
+    step: str
+    seed: Count
+    top1: Share
+
+
+class Found(TypedDict):
+    """What is read of the study's file.
+
+    Attributes:
+        scores: of its finished runs.
+    """
+
+    scores: Annotated[list[Score], Field(min_length=1)]
+
+
+FOUND = TypeAdapter(Found)
+
+
+class Cost(NamedTuple):
+    """Of one image, and in memory.
+
+    Attributes:
+        multiply_adds: of the convolutions and Linears.
+        params: learnt numbers.
+    """
+
+    multiply_adds: int
+    params: int
+
+
+def cost(spec: NetworkSpec, image_size: int = 224, num_classes: int = 1000) -> Cost:
+    """What a classifier costs. It is counted without computing anything.
+
+    Args:
+        spec: of its encoder, which sees RGB.
+        image_size: side of the image, in pixels.
+        num_classes: outputs.
+    """
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        model = Classifier(make_encoder(spec), num_classes).eval()
+        model(torch.empty(1, 3, image_size, image_size))
+    return Cost(counter.get_total_flops() // 2, sum(parameter.numel() for parameter in model.parameters()))
+
+
+def listing(regime: str, ours: Path | None = None) -> str:
+    """The table of a regime's steps.
+
+    Args:
+        regime: one of REGIMES.
+        ours: a file of `studies/roadmap.py`; None leaves out what its runs gave.
+
+    Raises:
+        ValueError: if there is no such file, or it is none of the study's.
+    """
+    found = {} if ours is None else measured(ours)
+    header = ["variant", "what changes", "GMACs", "params, M", "published, %"]
+    rows = list(_rows(regime, found))
+    if ours is not None:
+        return table([*header, "ours, %"], rows, left=2)
+    return table(header, [row[:-1] for row in rows], left=2)
+
+
+def _rows(regime: str, found: dict[str, list[float]]) -> Iterator[list[str]]:
+    numbers = REGIMES[regime]
+    for step in road(numbers):
+        counted = cost(step.spec)
+        row = [f"{regime}/{step.name}", step.line, f"{counted.multiply_adds / 1e9:.2f}", f"{counted.params / 1e6:.2f}"]
+        if step.of == "" and numbers.own_recipe is not None:
+            yield [*row[:1], f"{step.line}, by a recipe of its own", *row[2:], f"{numbers.own_recipe:.1f}", ""]
+        published = numbers.published.get(step.name)
+        yield [*row, "" if published is None else f"{published:.1f}", percent(found.get(step.name, []))]
+
+
+def percent(values: list[float]) -> str:
+    """Mean of shares in %, and its 95 % interval in brackets; empty without any."""
+    if not values:
+        return ""
+    mean, interval = mean_and_interval(values)
+    return f"{100 * mean:.1f}" + ("" if interval is None else " [{:.1f}, {:.1f}]".format(*(100 * e for e in interval)))
+
+
+def measured(path: Path) -> dict[str, list[float]]:
+    """The accuracies of the study's runs, by step.
+
+    Args:
+        path: the file that `studies/roadmap.py` writes.
+
+    Raises:
+        ValueError: if there is none, or it is none of the study's.
+    """
+    if not path.is_file():
+        raise ValueError(f"ours = {path} does not exist: give the JSON file that studies/roadmap.py writes")
+    problems: list[str] = []
+    found: Found | None = read_json(path, FOUND, "give the JSON file that studies/roadmap.py writes", problems)
+    if found is None:
+        raise ValueError(f"ours: {problems[0]}")
+    scores: dict[str, list[float]] = {}
+    for score in found["scores"]:
+        scores.setdefault(score["step"], []).append(score["top1"])
+    return scores
