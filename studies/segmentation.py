@@ -13,18 +13,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from run_all import STUDIES, Job, schedule, shown
+from study import FCMAE, Job, add_arguments, chosen, facts, last_scores, paired, schedule, write_images
 
 from fcmae.atomic import write_text
-from fcmae.evaluation.paired import METRIC, cells, compare
+from fcmae.evaluation.paired import cells
 from fcmae.tables import table
-from fcmae.training.run import read_metrics
 
 ARMS = ("scratch", "pretrained")
 # By per cent of the labels: tiles of a step, and epochs.
@@ -37,10 +34,9 @@ def jobs(out: Path, epochs: float, percents: Sequence[int], seeds: int, short: f
 
     short: times the epochs on labels.
     """
-    program = (sys.executable, "-m", "fcmae.cli")
     data = f"{out}/landsea"
     images = (f"--data.path={data}/unlabeled.txt", "--data.val_share=0", f"--out={out}/runs/pretrained")
-    yield Job("pretrained", (*program, "pretrain", "--config=pretrain_cpu", f"--epochs={epochs:g}", *images))
+    yield Job("pretrained", (*FCMAE, "pretrain", "--config=pretrain_cpu", f"--epochs={epochs:g}", *images))
     starts = {"scratch": ("--optim.layer_decay=1",), "pretrained": (f"--init={out}/runs/pretrained",)}
     for percent in percents:
         batch_size, num_epochs = BUDGETS[percent]
@@ -55,58 +51,44 @@ def jobs(out: Path, epochs: float, percents: Sequence[int], seeds: int, short: f
                     *(f"--log.eval_epochs={num_epochs * short:g}", f"--out={out}/runs/{name}", *starts[arm]),
                 )
                 needs = ("pretrained",) if arm == "pretrained" else ()
-                yield Job(name, (*program, *words), needs)
+                yield Job(name, (*FCMAE, *words), needs)
 
 
 def collect(out: Path, wanted: Sequence[Job], epochs: float, percents: Sequence[int], seeds: int) -> dict[str, Any]:
     """What the finished runs have found, and where."""
-    done = [job for job in wanted if (out / "jobs" / f"{job.name}.json").exists()]
-    finished = {job.name for job in done}
-    scores = []
-    for percent in percents:
-        for arm in ARMS:
-            for seed in range(seeds):
-                if (name := f"{arm}-{percent}-{seed}") in finished:
-                    last = [line for line in read_metrics(out / "runs" / name / "metrics.jsonl") if "miou" in line][-1]
-                    values = {key: value for key, value in last.items() if key not in ("step", "epoch")}
-                    scores.append({"arm": arm, "labels": f"{percent}%", "seed": seed, "scores": values})
-    commands = {job.name: shown(job, out) for job in done}
-    return {"epochs": epochs, "commands": commands, "scores": scores}
+    runs = last_scores(out, wanted, "miou")
+    scores = [
+        {"arm": arm, "labels": f"{percent}%", "seed": seed, "scores": found}
+        for percent in percents
+        for arm in ARMS
+        for seed in range(seeds)
+        if (found := runs.get(f"{arm}-{percent}-{seed}"))
+    ]
+    return {"epochs": epochs, **facts(out, wanted), "scores": scores}
 
 
 def rows(found: dict[str, Any]) -> list[list[str]]:
     """The table of what was found: `fcmae worth`'s, of mean IoU."""
-    comparison: Any = {
-        "amounts": [{"labels": labels} for labels in dict.fromkeys(score["labels"] for score in found["scores"])],
-        "arms": [{"name": arm, "against": None if arm == "scratch" else "scratch"} for arm in ARMS],
-        "scores": [{**score, "scores": {METRIC: score["scores"]["miou"]}} for score in found["scores"]],
-    }
-    return [cells(row) for row in compare(comparison)]
+    scores = ((score["arm"], score["labels"], score["seed"], score["scores"]["miou"]) for score in found["scores"])
+    return [cells(row) for row in paired(scores, {"scratch": None, "pretrained": "scratch"})]
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/segmentation"), help="where to write")
     parser.add_argument("--epochs", type=float, default=400, help="of pretraining [400]")
     parser.add_argument(
         "--percents", type=int, nargs="+", default=list(BUDGETS), help="per cent of the labels [1 10 100]"
     )
     parser.add_argument("--seeds", type=int, default=5, help="draws of the labels [5]")
     parser.add_argument("--short", type=float, default=1.0, help="times the epochs on labels [1]")
-    parser.add_argument("--at-once", type=int, default=1, help="commands at a time [1]")
-    parser.add_argument("--list", action="store_true", help="print the commands and stop")
+    add_arguments(parser, "runs/segmentation", at_once=1)
     args = parser.parse_args(argv)
     out = args.out.absolute()
-    wanted = list(jobs(out, args.epochs, args.percents, args.seeds, args.short))
-    if args.list:
-        for job in wanted:
-            print(f"# {job.name}\n{shown(job, out)}")
-        return
-    (out / "jobs").mkdir(parents=True, exist_ok=True)
-    words = [str(STUDIES / "datasets.py"), "landsea", str(out / "landsea"), "--seeds", str(args.seeds)]
-    subprocess.run([sys.executable, *words], check=True)
+    every = list(jobs(out, args.epochs, args.percents, args.seeds, args.short))
+    wanted = chosen(args, every)
+    write_images("landsea", out, seeds=args.seeds)
     schedule(wanted, out, args.at_once, None if args.at_once == 1 else 1)
-    found = collect(out, wanted, args.epochs, args.percents, args.seeds)
+    found = collect(out, every, args.epochs, args.percents, args.seeds)
     write_text(out / "segmentation.json", json.dumps(found, indent=1) + "\n")
     print("\n" + table(COLUMNS, rows(found), left=2))
 

@@ -44,6 +44,7 @@ import results
 import run_all
 import segmentation as segmentation_study
 import small_images
+import study
 
 # Images
 
@@ -220,29 +221,29 @@ def test_jobs_run_in_order_once_and_not_without_what_they_need(
     said = tmp_path / "said"
     append = "import sys; open(sys.argv[1], 'a').write(' '.join(sys.argv[2:]) + ';')"
 
-    def job(name: str, *words: str, needs: tuple[str, ...] = ()) -> run_all.Job:
-        return run_all.Job(name, (sys.executable, "-c", append, str(said), *words), needs)
+    def job(name: str, *words: str, needs: tuple[str, ...] = ()) -> study.Job:
+        return study.Job(name, (sys.executable, "-c", append, str(said), *words), needs)
 
-    broken = run_all.Job("broken", (sys.executable, "-c", "raise SystemExit(3)"))
+    broken = study.Job("broken", (sys.executable, "-c", "raise SystemExit(3)"))
     wanted = [
         job("last", "last", needs=("first",)),
         broken,
         job("never", "never", needs=("broken",)),
         job("first", "first"),
     ]
-    run_all.schedule(wanted, tmp_path, at_once=1, threads=1)
+    study.schedule(wanted, tmp_path, at_once=1, threads=1)
     assert said.read_text() == "first;last;"
     assert "not run, as what they need failed: never" in capsys.readouterr().err
     record = json.loads((tmp_path / "jobs" / "first.json").read_text())
     assert record["command"].startswith("python -c")
-    run_all.schedule([job("first", "again"), job("glob", str(tmp_path / "*.txt"))], tmp_path, at_once=2, threads=None)
+    study.schedule([job("first", "again"), job("glob", str(tmp_path / "*.txt"))], tmp_path, at_once=2, threads=None)
     assert said.read_text() == f"first;last;{tmp_path / 'a.txt'};"
 
 
 def test_a_job_is_told_to_stop_when_its_time_is_up(tmp_path: Path) -> None:
     (tmp_path / "jobs").mkdir()
     stops = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); time.sleep(60)"
-    assert run_all.run(run_all.Job("long", (sys.executable, "-c", stops), minutes=0.03), tmp_path, None)
+    assert study.run(study.Job("long", (sys.executable, "-c", stops), minutes=0.03), tmp_path, None)
 
 
 @pytest.mark.parametrize("scale", run_all.SCALES)
@@ -491,7 +492,7 @@ def test_the_table_of_the_segmentation_study_has_paired_differences(tmp_path: Pa
     wanted = list(segmentation_study.jobs(tmp_path, 400, (10,), 3))
     for job in wanted[1:]:
         arm, _, seed = job.name.split("-")
-        (tmp_path / "jobs" / f"{job.name}.json").write_text("{}")
+        (tmp_path / "jobs" / f"{job.name}.json").write_text('{"seconds": 3}')
         (tmp_path / "runs" / job.name).mkdir(parents=True)
         value = 0.5 + 0.01 * int(seed) + 0.1 * (arm == "pretrained")
         lines = [{"step": n, "epoch": n, "miou": value - (n == 1), "iou/sea": 0.9} for n in (1, 2)]
