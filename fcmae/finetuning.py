@@ -32,17 +32,10 @@ from fcmae.heads import Classifier
 from fcmae.networks.build import make_encoder
 from fcmae.networks.spec import describe
 from fcmae.starting import check_start, class_balance, image_settings, prepare, starting_weights
+from fcmae.training.launch import ending_together, finish, make_accelerator, same_everywhere
 from fcmae.training.log import Log
-from fcmae.training.run import (
-    Run,
-    RunDirectory,
-    StopSignal,
-    ending_together,
-    finish,
-    make_accelerator,
-    same_everywhere,
-    tell_next,
-)
+from fcmae.training.run import Run, RunDirectory, tell_next
+from fcmae.training.signals import StopSignal
 from fcmae.training.steps import Steps, images_at_once, that_fits
 from fcmae.weights.convert import save_classifier
 from fcmae.weights.files import Weights

@@ -119,7 +119,7 @@ def _run_directory(sketch: RunConfig, given: Mapping[str, Any], images: str) -> 
 
 def _goes_on(sketch: RunConfig, given: Mapping[str, Any], place: Path, kind: str) -> bool:
     """Whether the run there is the one that this command began and did not end."""
-    from fcmae.training.run import how_it_ended
+    from fcmae.training.messages import how_it_ended
 
     saved = _saved(sketch, place, kind)
     if saved is None:
@@ -252,7 +252,7 @@ def time_finetuning(cfg: FinetuneConfig, at_once: int, duration_s: float) -> ben
     from fcmae.data.normalize import Normalize
     from fcmae.data.sampler import StepSampler
     from fcmae.timing import for_a_while
-    from fcmae.training.run import make_accelerator
+    from fcmae.training.launch import make_accelerator
 
     accelerator = make_accelerator(cfg)
     device = accelerator.device

@@ -22,7 +22,7 @@ from datasets import few, folder_rows, write_csv
 
 from fcmae.atomic import write_text
 from fcmae.evaluation.paired import METRIC, Row, compare
-from fcmae.training.run import read_metrics
+from fcmae.training.records import read_metrics
 
 STUDIES = Path(__file__).parent
 FCMAE = (sys.executable, "-m", "fcmae.cli")

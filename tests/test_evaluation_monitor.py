@@ -30,7 +30,7 @@ from fcmae.networks.convnext import Encoder
 from fcmae.networks.spec import ConvNeXtSpec
 from fcmae.training import checkpoint, health
 from fcmae.training.health import Finding
-from fcmae.training.run import read_metrics
+from fcmae.training.records import read_metrics
 from fcmae.weights.convert import build_encoder
 from fcmae.weights.files import read_weights
 

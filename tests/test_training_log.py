@@ -17,7 +17,7 @@ from runs import config, forget_accelerator
 from fcmae.training import health
 from fcmae.training import log as log_module
 from fcmae.training.log import Log, Metrics, Window
-from fcmae.training.run import read_metrics
+from fcmae.training.records import read_metrics
 from fcmae.training.steps import schedule_of
 
 
