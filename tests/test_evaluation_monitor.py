@@ -7,7 +7,6 @@ import json
 import logging
 import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +38,7 @@ SPEC = "{depths: [1, 1, 2, 2], dims: [8, 16, 16, 32]}"
 LAYERS = [f"stages.{i}.{j}" for i, depth in enumerate((1, 1, 2, 2)) for j in range(depth)]
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(autouse=True)
-def _accelerator() -> Iterator[None]:
-    yield
-    runs.forget_accelerator()
+pytestmark = pytest.mark.usefixtures("one_thread", "forgotten")
 
 
 @pytest.fixture(scope="module")

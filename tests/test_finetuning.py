@@ -8,17 +8,14 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import runs
 import timm
 import torch
-from PIL import Image
-from runs import assert_same, at_step, final_state, flags, kill_self, write_images
+from runs import assert_same, at_step, final_state, flags, kill_self, write_colors, write_images
 from safetensors.torch import load_file
 
 from fcmae import cli, finetuning
@@ -33,26 +30,12 @@ from fcmae.weights.formats import to_state
 COLORS = {"blue": (40, 40, 200), "green": (40, 200, 40)}
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(autouse=True)
-def _accelerator() -> Iterator[None]:
-    yield
-    runs.forget_accelerator()
+pytestmark = pytest.mark.usefixtures("one_thread", "forgotten")
 
 
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Class folders of noisy colours, which a network tells apart in a few steps."""
-    root = tmp_path_factory.mktemp("labelled")
-    rng = np.random.default_rng(0)
-    for name, color in COLORS.items():
-        (root / name).mkdir()
-        for number in range(10):
-            pixels = np.clip(np.array(color) + rng.normal(0, 30, (36, 40, 3)), 0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(root / name / f"{number}.png")
-    return root
+    return write_colors(tmp_path_factory.mktemp("labelled"), COLORS, (10, 10))
 
 
 @pytest.fixture(scope="module")

@@ -57,13 +57,7 @@ from fcmae.weights.formats import OLD, rename
 STEPS = 9  # of runs.flags: 3 epochs of 3 steps
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(autouse=True)
-def _accelerator() -> Iterator[None]:
-    yield
-    runs.forget_accelerator()
+pytestmark = pytest.mark.usefixtures("one_thread", "forgotten")
 
 
 @pytest.fixture(scope="module")

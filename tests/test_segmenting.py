@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +37,7 @@ from fcmae.weights.files import Weights, read_weights
 from fcmae.weights.formats import Architecture
 from fcmae.weights.segmenters import HEAD, read_segmenter, save_segmenter, segmenter_in
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(autouse=True)
-def _accelerator() -> Iterator[None]:
-    yield
-    runs.forget_accelerator()
+pytestmark = pytest.mark.usefixtures("one_thread", "forgotten")
 
 
 @pytest.fixture(scope="module")

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import accelerate
 import pytest
 import torch
 from accelerate import Accelerator
-from runs import config, forget_accelerator
+from runs import config
 
 from fcmae.training.launch import make_accelerator
 
-
-@pytest.fixture(autouse=True)
-def _accelerator() -> Iterator[None]:
-    yield
-    forget_accelerator()
+pytestmark = pytest.mark.usefixtures("forgotten")
 
 
 def test_half_precision_on_a_cpu_is_refused(tmp_path: Path) -> None:

@@ -7,13 +7,12 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import PROCESSES, config, forget_accelerator
+from runs import PROCESSES, config
 
 import fcmae
 from fcmae import options
@@ -24,11 +23,7 @@ from fcmae.training.run import RunDirectory
 
 OWN = ("train.log", "metrics.jsonl", "files.json", "val_files.json", "checkpoints/step-00000001/checkpoint.json")
 
-
-@pytest.fixture(autouse=True)
-def _accelerator() -> Iterator[None]:
-    yield
-    forget_accelerator()
+pytestmark = pytest.mark.usefixtures("forgotten")
 
 
 def names(folder: Path) -> set[str]:
