@@ -68,7 +68,7 @@ from fcmae.atomic import write_text
 from fcmae.layouts import Packed, make_layout
 from fcmae.networks.spec import VARIANTS
 from fcmae.timing import wait
-from fcmae.training.run import read_metrics
+from fcmae.training.records import read_metrics
 
 SIDES = ("packed", "triton", "timm", "masked")
 MODES = {"eager": None, "compiled": "default", "cudagraphs": "cudagraphs"}

@@ -34,7 +34,7 @@ from fcmae.tables import table
 from fcmae.timing import CPU, Key, in_turn, wait
 from fcmae.timing import quartiles as quartiles
 from fcmae.training.optim import parameter_groups
-from fcmae.training.run import cpu_name
+from fcmae.training.records import cpu_name
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 WARMUP = 2  # turns that are not counted: one more than else, for what is compiled

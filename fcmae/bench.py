@@ -292,7 +292,8 @@ def survey(cfg: BenchConfig) -> Machine:
     from fcmae.data.loader import choose_num_workers
     from fcmae.data.sampler import steps_per_epoch
     from fcmae.timing import for_a_while
-    from fcmae.training.run import cpu_name, make_accelerator
+    from fcmae.training.launch import make_accelerator
+    from fcmae.training.records import cpu_name
 
     accelerator = make_accelerator(cfg)
     device = accelerator.device
@@ -341,7 +342,7 @@ def time_candidate(cfg: BenchConfig, candidate: Candidate, from_files: bool) -> 
     from fcmae.pretraining import build_model, build_optimizer, mask_grid, noise_batch
     from fcmae.timing import for_a_while, seconds
     from fcmae.training.compiling import compile_model
-    from fcmae.training.run import make_accelerator
+    from fcmae.training.launch import make_accelerator
     from fcmae.training.steps import StartedStep, start_update
 
     grad_accum = cfg.batch_size // candidate.images

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from pydantic import TypeAdapter
 from timm.data import Mixup
 from timm.utils import ModelEmaV3
 from torch import Tensor
@@ -32,21 +31,12 @@ from fcmae.data.storage import Storage
 from fcmae.heads import Classifier
 from fcmae.networks.build import make_encoder
 from fcmae.networks.spec import describe
-from fcmae.starting import build_optimizer, class_weights, image_settings, starting_weights
-from fcmae.training import checkpoint
-from fcmae.training.compiling import compile_model
+from fcmae.starting import check_start, class_balance, image_settings, prepare, starting_weights
+from fcmae.training.launch import ending_together, finish, make_accelerator, same_everywhere
 from fcmae.training.log import Log
-from fcmae.training.run import (
-    Run,
-    RunDirectory,
-    StopSignal,
-    ending_together,
-    finish,
-    make_accelerator,
-    same_everywhere,
-    tell_next,
-)
-from fcmae.training.steps import Steps, images_at_once, schedule_of, that_fits
+from fcmae.training.run import Run, RunDirectory, tell_next
+from fcmae.training.signals import StopSignal
+from fcmae.training.steps import Steps, images_at_once, that_fits
 from fcmae.weights.convert import save_classifier
 from fcmae.weights.files import Weights
 from fcmae.weights.formats import rename
@@ -80,10 +70,6 @@ def finetune(cfg: FinetuneConfig, net: Classifier | None = None) -> Run:
         train_images, val_images = same_everywhere(accelerator, partial(run_images, cfg, run, weights))
         assert val_images.class_names is not None
         per_epoch = 0 if cfg.eval_only else steps_per_epoch(len(train_images), cfg.batch_size)
-        if len(val_images) == 0:
-            raise ValueError(
-                f"data.val_share = {cfg.data.val_share} holds out none of {len(train_images)} images: raise it"
-            )
         if net is None:
             net = build_model(cfg, weights, len(val_images.class_names))
         cfg = run.licensed(cfg, weights.license)
@@ -94,12 +80,7 @@ def finetune(cfg: FinetuneConfig, net: Classifier | None = None) -> Run:
             class_names=tuple(val_images.class_names),
             origin={} if cfg.model.license is None else {"license": cfg.model.license},
         )
-        if run.resume_from is not None:
-            checkpoint.check_origin(run.resume_from, run.kind, fingerprint(train_images, val_images))
-        elif not cfg.eval_only:
-            kept = checkpoint.num_kept(cfg.checkpoint.keep, cfg.epochs, cfg.checkpoint.milestone_epochs)
-            # The best and the last model too, which are a third of a checkpoint each.
-            checkpoint.check_space(run.path, net, kept + 1, 4 if cfg.regularization.ema_decay else 3)
+        check_start(cfg, run, net, (len(train_images), len(val_images)), fingerprint(train_images, val_images))
         with run.open(accelerator.is_main_process), StopSignal() as stop:
             if accelerator.is_main_process:
                 train_images.save(run.path / "files.json")
@@ -144,31 +125,15 @@ def train(
         ValueError: if none of the held-out images can be read.
     """
     cfg = that_fits(cfg, accelerator)
-    net = net.to(accelerator.device)
-    ema_decay = cfg.regularization.ema_decay
-    ema = ModelEmaV3(net, decay=ema_decay) if ema_decay and not cfg.eval_only else None
-    adamw = build_optimizer(cfg, net)
-    images_used, best = fingerprint(train_images, val_images), Best()
-    if (resumed := run.resume_from) is not None:
-        in_format_1 = partial(rename, to="timm")
-        meta = checkpoint.restore(resumed, net, adamw, in_format_1, accelerator.scaler)
-        with checkpoint.reading_progress(resumed):
-            best = TypeAdapter(Best).validate_python(meta.progress["best"])
-        if ema is not None:
-            ema.module.load_state_dict(checkpoint.read_state(resumed, "ema", net, in_format_1))
-    schedule = schedule_of(cfg, per_epoch, run.resume_step)
+    ready = prepare(cfg, run, accelerator, net, weights, per_epoch, Best, partial(rename, to="timm"))
+    schedule, model, optimizer, ema, best = ready
     normalize = Normalize(weights.image["mean"], weights.image["std"]).to(accelerator.device)
     at_once = images_at_once(cfg, accelerator.num_processes)
-
-    def trial() -> None:
-        with accelerator.autocast():
-            logits = net(torch.randn(at_once, *weights.image["input_size"], device=accelerator.device))
-        logits.float().mean().backward()
-
-    compile_model(net, cfg.model.compile, trial, (schedule.total - schedule.start) * cfg.grad_accum)
-    # The optimizer's state is where it has to be, beside the parameters.
-    model, optimizer = accelerator.prepare(net, adamw, device_placement=[True, False])
-    mixup, balance = build_mixup(cfg, len(weights.class_names)), class_balance(cfg, train_images, accelerator.device)
+    images_used = fingerprint(train_images, val_images)
+    assert train_images.labels is not None
+    counts = np.bincount(train_images.labels, minlength=len(weights.class_names))
+    balance = class_balance(cfg, counts, accelerator.device)
+    mixup = build_mixup(cfg, len(weights.class_names))
     smoothing = 0.0 if mixup is not None else cfg.regularization.label_smoothing  # mixup's targets come smoothed
 
     with closing(Log(cfg, accelerator, schedule, len(train_images) + len(val_images))) as log:
@@ -257,11 +222,10 @@ def run_images(cfg: FinetuneConfig, run: RunDirectory, weights: Weights) -> tupl
     storage = Storage.of_run(run.path, cfg.data.index, cfg.data.cache_gb)
     if run.kept("data.path", "data.val_path") and all(path.is_file() for path in cached):
         return Images.load(cached[0], storage), Images.load(cached[1], storage)
-    names = weights.class_names if _keeps_head(cfg) else None
+    names, own = weights.class_names if _keeps_head(cfg) else None, cfg.data.path
+    train = find_labelled(own, names, key="data.path", storage=storage) if own else Images.of_files((), (), names)
     if cfg.data.val_path is None:
-        assert cfg.data.path is not None
-        return split(find_labelled(cfg.data.path, names, storage=storage), cfg.data.val_share, cfg.seed)
-    train = find_labelled(cfg.data.path, names, storage=storage) if cfg.data.path else Images.of_files((), (), names)
+        return split(train, cfg.data.val_share, cfg.seed)
     return train, find_labelled(cfg.data.val_path, train.class_names, storage=storage)
 
 
@@ -321,28 +285,6 @@ def build_mixup(cfg: FinetuneConfig, num_classes: int) -> Mixup | None:
         label_smoothing=regularization.label_smoothing,
         num_classes=num_classes,
     )
-
-
-def class_balance(cfg: FinetuneConfig, images: Images, device: torch.device) -> Tensor | None:
-    """Weights of the classes in the loss, as the settings have them.
-
-    Args:
-        cfg: the run's settings.
-        images: to learn from, labelled.
-        device: where the weights are to be.
-
-    Returns:
-        (classes,) float32, or None.
-
-    Raises:
-        ValueError: if a list has not one weight a class.
-    """
-    if cfg.eval_only or cfg.regularization.class_weights is None:
-        return None
-    assert images.labels is not None and images.class_names is not None
-    counts = np.bincount(images.labels, minlength=len(images.class_names))
-    weights = class_weights(cfg.regularization.class_weights, counts)
-    return torch.tensor(weights, device=device)
 
 
 # What is looked at while it trains

@@ -170,7 +170,7 @@ def _run_directory(sketch: RunConfig, given: Mapping[str, Any], images: str) -> 
 
 def _goes_on(sketch: RunConfig, given: Mapping[str, Any], place: Path, kind: str) -> bool:
     """Whether the run there is the one that this command began and did not end."""
-    from fcmae.training.run import how_it_ended
+    from fcmae.training.messages import how_it_ended
 
     saved = _saved(sketch, place, kind)
     if saved is None:
@@ -303,7 +303,7 @@ def time_training(cfg: FinetuneConfig | SegmentConfig, at_once: int, duration_s:
     from fcmae.data.sampler import StepSampler
     from fcmae.segmentation import segmentation_loss
     from fcmae.timing import for_a_while
-    from fcmae.training.run import make_accelerator
+    from fcmae.training.launch import make_accelerator
 
     accelerator = make_accelerator(cfg)
     device = accelerator.device

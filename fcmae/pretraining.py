@@ -38,19 +38,12 @@ from fcmae.networks.build import make_encoder
 from fcmae.networks.spec import describe
 from fcmae.training import checkpoint, optim
 from fcmae.training.compiling import compile_model
+from fcmae.training.launch import ending_together, finish, make_accelerator, same_everywhere
 from fcmae.training.log import Log
 from fcmae.training.optim import Schedule
-from fcmae.training.run import (
-    Run,
-    RunDirectory,
-    StopSignal,
-    ending_together,
-    finish,
-    make_accelerator,
-    read_metrics,
-    same_everywhere,
-    tell_next,
-)
+from fcmae.training.records import read_metrics
+from fcmae.training.run import Run, RunDirectory, tell_next
+from fcmae.training.signals import StopSignal
 from fcmae.training.steps import Step, Steps, images_at_once, schedule_of, that_fits
 from fcmae.weights.convert import start_from
 from fcmae.weights.files import read_weights

@@ -16,9 +16,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from numpy.typing import NDArray
-from pydantic import TypeAdapter
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import nn
 
 from fcmae.anytime import Anytime, build_segmenter
 from fcmae.atomic import replacing
@@ -47,21 +46,12 @@ from fcmae.segmentation import (
     probabilities_by_rows,
     segmentation_loss,
 )
-from fcmae.starting import build_optimizer, class_weights, image_settings, starting_weights
-from fcmae.training import checkpoint
-from fcmae.training.compiling import compile_model
+from fcmae.starting import check_start, class_balance, image_settings, prepare, starting_weights
+from fcmae.training.launch import ending_together, finish, make_accelerator, same_everywhere
 from fcmae.training.log import Log
-from fcmae.training.run import (
-    Run,
-    RunDirectory,
-    StopSignal,
-    ending_together,
-    finish,
-    make_accelerator,
-    same_everywhere,
-    tell_next,
-)
-from fcmae.training.steps import Steps, images_at_once, schedule_of, that_fits
+from fcmae.training.run import Run, RunDirectory, tell_next
+from fcmae.training.signals import StopSignal
+from fcmae.training.steps import Steps, images_at_once, that_fits
 from fcmae.weights.files import Weights
 from fcmae.weights.segmenters import read_segmenter, save_segmenter
 
@@ -121,22 +111,13 @@ def segment(cfg: SegmentConfig, net: Segmenter | None = None) -> Run:
         weights = starting_weights(cfg)
         data = same_everywhere(accelerator, partial(run_images, cfg, run))
         per_epoch = 0 if cfg.eval_only else steps_per_epoch(len(data.images), cfg.batch_size)
-        if len(data.val_images) == 0:
-            raise ValueError(
-                f"data.val_share = {cfg.data.val_share} holds out none of {len(data.images)} images: raise it"
-            )
         if net is None:
             net = build_model(cfg, weights, len(data.classes))
         cfg = run.licensed(cfg, weights.license)
         origin = {} if cfg.model.license is None else {"license": cfg.model.license}
         weights = replace(weights, state={}, image=image_settings(cfg, weights) | {"crop_pct": 1.0}, origin=origin)
         check_size(weights)
-        if run.resume_from is not None:
-            checkpoint.check_origin(run.resume_from, run.kind, data.fingerprint())
-        elif not cfg.eval_only:
-            kept = checkpoint.num_kept(cfg.checkpoint.keep, cfg.epochs, cfg.checkpoint.milestone_epochs)
-            # The best and the last model too, which are a third of a checkpoint each.
-            checkpoint.check_space(run.path, net, kept + 1, 4 if cfg.regularization.ema_decay else 3)
+        check_start(cfg, run, net, (len(data.images), len(data.val_images)), data.fingerprint())
         with run.open(accelerator.is_main_process), StopSignal() as stop:
             if accelerator.is_main_process:
                 for name, part in zip(FILES, data, strict=True):
@@ -180,30 +161,12 @@ def train(
         ValueError: if none of the held-out images can be read.
     """
     cfg = that_fits(cfg, accelerator)
-    net = net.to(accelerator.device)
-    ema_decay = cfg.regularization.ema_decay
-    ema = ModelEmaV3(net, decay=ema_decay) if ema_decay and not cfg.eval_only else None
-    adamw = build_optimizer(cfg, net)
-    best, images_used = Best(), data.fingerprint()
-    if (resumed := run.resume_from) is not None:
-        meta = checkpoint.restore(resumed, net, adamw, str, accelerator.scaler)
-        with checkpoint.reading_progress(resumed):
-            best = TypeAdapter(Best).validate_python(meta.progress["best"])
-        if ema is not None:
-            ema.module.load_state_dict(checkpoint.read_state(resumed, "ema", net, str))
-    schedule = schedule_of(cfg, per_epoch, run.resume_step)
+    ready = prepare(cfg, run, accelerator, net, weights, per_epoch, Best)
+    schedule, model, optimizer, ema, best = ready
     normalize = Normalize(weights.image["mean"], weights.image["std"]).to(accelerator.device)
     at_once = images_at_once(cfg, accelerator.num_processes)
-
-    def trial() -> None:
-        with accelerator.autocast():
-            logits = net(torch.randn(at_once, *weights.image["input_size"], device=accelerator.device))
-        logits.float().mean().backward()
-
-    compile_model(net, cfg.model.compile, trial, (schedule.total - schedule.start) * cfg.grad_accum)
-    # The optimizer's state is where it has to be, beside the parameters.
-    model, optimizer = accelerator.prepare(net, adamw, device_placement=[True, False])
-    balance, dice = class_balance(cfg, data, accelerator.device), cfg.regularization.dice
+    images_used = data.fingerprint()
+    balance, dice = class_balance(cfg, data.counts, accelerator.device), cfg.regularization.dice
 
     with closing(Log(cfg, accelerator, schedule, len(data.images) + len(data.val_images))) as log:
         evaluation = Evaluation(cfg, accelerator, normalize, data, weights, log, best, at_once)
@@ -345,22 +308,6 @@ def build_train_set(cfg: SegmentConfig, data: Mapped, weights: Weights) -> Segme
         in_chans, (height, width), own.scale, own.hflip, own.vflip, data.classes, weights.image["mean"], own.max_pixels
     )
     return SegmentDataset(data.images, data.maps, crop, seed=cfg.seed)
-
-
-def class_balance(cfg: SegmentConfig, data: Mapped, device: torch.device) -> Tensor | None:
-    """Weights of the classes in the loss, (classes,) float32, as the settings have them; or None.
-
-    Args:
-        cfg: the run's settings.
-        data: their pixels are counted in a sample of the maps.
-        device: where the weights are to be.
-
-    Raises:
-        ValueError: if a list has not one weight a class.
-    """
-    if cfg.eval_only or cfg.regularization.class_weights is None:
-        return None
-    return torch.tensor(class_weights(cfg.regularization.class_weights, data.counts), device=device)
 
 
 # What is looked at while it trains

@@ -1,27 +1,37 @@
-"""What runs on labelled images start from: weights, how their images are read, the optimizer, weights of classes."""
+"""What runs on labelled images start from: weights, how images are read, model and optimizer, weights of classes."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
 
 from fcmae.config import DenseConfig
 from fcmae.heads import Classifier, Segmenter
 from fcmae.networks.encoder import layer_of, num_layers
 from fcmae.networks.spec import describe, variant_of
-from fcmae.training import optim
+from fcmae.training import checkpoint, optim
+from fcmae.training.compiling import compile_model
+from fcmae.training.optim import Schedule
+from fcmae.training.run import RunDirectory
+from fcmae.training.steps import images_at_once, schedule_of
 from fcmae.weights.convert import adapt_in_chans
 from fcmae.weights.files import Weights, read_weights
 from fcmae.weights.formats import Architecture
 
 logger = logging.getLogger("fcmae")
+
+Best = TypeVar("Best")
 
 
 def starting_weights(cfg: DenseConfig) -> Weights:
@@ -91,21 +101,101 @@ def build_optimizer(cfg: DenseConfig, net: Classifier | Segmenter) -> torch.opti
     return torch.optim.AdamW(groups, lr=0.0, betas=cfg.optim.betas, fused=True)
 
 
-def class_weights(setting: str | list[float], counts: Sequence[int] | NDArray[np.int64]) -> list[float]:
-    """Weights of the classes in the loss.
+def check_start(cfg: DenseConfig, run: RunDirectory, net: nn.Module, num_images: tuple[int, int], images: str) -> None:
+    """Refuse to start where the run could not end, or where a checkpoint is of other images.
 
     Args:
-        setting: one weight a class; or "balanced", inverse to their frequency, with a mean of 1 over what is counted.
+        cfg: the run's settings.
+        run: where it stands.
+        net: what it trains.
+        num_images: to learn from, and held out.
+        images: the fingerprint of all.
+
+    Raises:
+        ValueError: in one sentence.
+    """
+    if num_images[1] == 0:
+        raise ValueError(f"data.val_share = {cfg.data.val_share} holds out none of {num_images[0]} images: raise it")
+    if run.resume_from is not None:
+        checkpoint.check_origin(run.resume_from, run.kind, images)
+    elif not cfg.eval_only:
+        kept = checkpoint.num_kept(cfg.checkpoint.keep, cfg.epochs, cfg.checkpoint.milestone_epochs)
+        # The best and the last model too, which are a third of a checkpoint each.
+        checkpoint.check_space(run.path, net, kept + 1, 4 if cfg.regularization.ema_decay else 3)
+
+
+def prepare(
+    cfg: DenseConfig,
+    run: RunDirectory,
+    accelerator: Accelerator,
+    net: Classifier | Segmenter,
+    weights: Weights,
+    per_epoch: int,
+    best: type[Best],
+    renamed: Callable[[str], str] = str,
+) -> tuple[Schedule, nn.Module, torch.optim.Optimizer, ModelEmaV3 | None, Best]:
+    """Have the model on its device, as the checkpoint has it that the run resumes from, and compiled where that pays.
+
+    Args:
+        cfg: the run's settings.
+        run: its directory, open.
+        accelerator: of this process.
+        net: the model, which starts as it is or is overwritten.
+        weights: the size, mean and std of their images are taken.
+        per_epoch: steps of an epoch; 0 to evaluate only.
+        best: what evaluations are compared by.
+        renamed: our names to those of checkpoints of the first format.
+
+    Returns:
+        When what happens, the model and the optimizer as accelerate prepared them, the moving average of the model or
+        None, and the best evaluation so far.
+    """
+    net = net.to(accelerator.device)
+    ema_decay = cfg.regularization.ema_decay
+    ema = ModelEmaV3(net, decay=ema_decay) if ema_decay and not cfg.eval_only else None
+    adamw, so_far = build_optimizer(cfg, net), best()
+    if (resumed := run.resume_from) is not None:
+        meta = checkpoint.restore(resumed, net, adamw, renamed, accelerator.scaler)
+        with checkpoint.reading_progress(resumed):
+            so_far = TypeAdapter(best).validate_python(meta.progress["best"])
+        if ema is not None:
+            ema.module.load_state_dict(checkpoint.read_state(resumed, "ema", net, renamed))
+    schedule = schedule_of(cfg, per_epoch, run.resume_step)
+    at_once = images_at_once(cfg, accelerator.num_processes)
+
+    def trial() -> None:
+        with accelerator.autocast():
+            logits = net(torch.randn(at_once, *weights.image["input_size"], device=accelerator.device))
+        logits.float().mean().backward()
+
+    compile_model(net, cfg.model.compile, trial, (schedule.total - schedule.start) * cfg.grad_accum)
+    # The optimizer's state is where it has to be, beside the parameters.
+    model, optimizer = accelerator.prepare(net, adamw, device_placement=[True, False])
+    return schedule, model, optimizer, ema, so_far
+
+
+def class_balance(cfg: DenseConfig, counts: Sequence[int] | NDArray[np.int64], device: torch.device) -> Tensor | None:
+    """Weights of the classes in the loss, as the settings have them.
+
+    Args:
+        cfg: the run's settings: one weight a class; or "balanced", inverse to their frequency, with a mean of 1 over
+            what is counted.
         counts: (classes,), how often each is there: images or pixels.
+        device: where the weights are to be.
+
+    Returns:
+        (classes,) float32, or None.
 
     Raises:
         ValueError: if a list has not one weight a class.
     """
-    if isinstance(setting, str):
-        balanced: list[float] = (np.sum(counts) / (len(counts) * np.maximum(counts, 1))).tolist()
-        return balanced
+    setting = cfg.regularization.class_weights
+    if cfg.eval_only or setting is None:
+        return None
+    if setting == "balanced":
+        setting = (np.sum(counts) / (len(counts) * np.maximum(counts, 1))).tolist()
     if len(setting) != len(counts):
         raise ValueError(
             f"regularization.class_weights has {len(setting)} values for {len(counts)} classes: give one a class"
         )
-    return setting
+    return torch.tensor(setting, device=device)

@@ -48,8 +48,10 @@ from fcmae.finetuning import finetune, fingerprint
 from fcmae.networks.spec import NetworkSpec, describe
 from fcmae.pretraining import pretrain
 from fcmae.tables import table
+from fcmae.training.messages import how_it_ended
 from fcmae.training.own_files import remove_models
-from fcmae.training.run import Run, how_it_ended, read_metrics
+from fcmae.training.records import read_metrics
+from fcmae.training.run import Run
 from fcmae.weights.files import read_weights
 
 PRETRAINED = "pretrained"

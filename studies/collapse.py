@@ -4,7 +4,7 @@
     python studies/collapse.py SHARDS --out runs/collapse --at-once 1    # 2 cores
     python studies/collapse.py SHARDS --out runs/collapse --list         # the commands, without running them
 
-SHARDS: the folder of tiny20's shards (see studies/datasets.py). All pretrain the network of `pretrain_small_images` on
+SHARDS: the folder of tiny20's shards (see studies/sets.py). All pretrain the network of `pretrain_small_images` on
 images of 32 pixels, which is quick. What is finished is not done again. What is found is in OUT/collapse.json, and with
 --docs there too, with its table in collapse.md.
 """
@@ -19,12 +19,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from run_all import STUDIES, Job, schedule, shown
+from study import STUDIES, Job, schedule, shown
 
 from fcmae.atomic import write_text
 from fcmae.tables import table
 from fcmae.training import health
-from fcmae.training.run import read_metrics
+from fcmae.training.records import read_metrics
 
 # By name: what stands in the table, the script and part that makes it, and flags.
 RUNS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     (out / "jobs").mkdir(parents=True, exist_ok=True)
     subprocess.run(
-        [sys.executable, str(STUDIES / "datasets.py"), "tiny20", str(args.shards), str(out / "tiny20")], check=True
+        [sys.executable, str(STUDIES / "sets.py"), "tiny20", str(args.shards), str(out / "tiny20")], check=True
     )
     schedule(wanted, out, args.at_once, None if args.at_once == 1 else 1)
     found = [

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from fcmae.atomic import write_text
-from fcmae.training.run import read_metrics
+from fcmae.training.records import read_metrics
 
 DOCS = Path(__file__).parents[1] / "docs"
 Json = dict[str, Any]

@@ -27,7 +27,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from run_all import STUDIES, Job, schedule, shown
+from study import STUDIES, Job, schedule, shown
 
 from fcmae import threads
 
@@ -49,7 +49,7 @@ from fcmae.networks.build import make_encoder
 from fcmae.networks.encoder import StagedEncoder
 from fcmae.options import load
 from fcmae.tables import table
-from fcmae.training.run import read_metrics
+from fcmae.training.records import read_metrics
 
 FILLS = ("zero", "carried", "radial")
 ARMS = ("pyramid", *FILLS)
@@ -198,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"# {job.name}\n{shown(job, out)}")
         return 0
     (out / "jobs").mkdir(parents=True, exist_ok=True)
-    subprocess.run([sys.executable, str(STUDIES / "datasets.py"), "landsea", str(out / "landsea")], check=True)
+    subprocess.run([sys.executable, str(STUDIES / "sets.py"), "landsea", str(out / "landsea")], check=True)
     schedule(wanted, out, args.at_once, None if args.at_once == 1 else 1)
     found = collect(out, wanted, args.epochs)
     write_text(out / "fills.json", json.dumps(found, indent=1) + "\n")

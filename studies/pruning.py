@@ -5,7 +5,7 @@
     python studies/pruning.py run SHARDS --out runs/pruning --list          # the commands, without running them
     python studies/pruning.py ticket LARGE PRUNED DEST                      # what LARGE began with, cut as PRUNED is
 
-SHARDS: the folder of tiny20's shards (see studies/datasets.py). The large network, that of `finetune_small_images`, is
+SHARDS: the folder of tiny20's shards (see studies/sets.py). The large network, that of `finetune_small_images`, is
 fine-tuned from scratch and after masked pretraining, on the same labels in the same order, and then pruned uniformly.
 What stays is trained
 
@@ -32,22 +32,31 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
-from run_all import STUDIES, Job, schedule, shown
-from small_images import accuracy, prepare
+from study import (
+    FCMAE,
+    STUDIES,
+    Job,
+    add_arguments,
+    chosen,
+    facts,
+    is_done,
+    last_scores,
+    paired,
+    prepare_tiny20,
+    schedule,
+)
 
 from fcmae import finetuning
 from fcmae.atomic import write_text
 from fcmae.config import FinetuneConfig
-from fcmae.evaluation.paired import METRIC, Comparison, cells, compare
+from fcmae.evaluation.paired import cells
 from fcmae.networks.convnext import Encoder
 from fcmae.networks.spec import ConvNeXtSpec
 from fcmae.options import load
@@ -160,7 +169,7 @@ def weights(name: str) -> str:
 def prune(out: Path, shape: Shape, name: str, needs: str, whole: Path) -> Job:
     words = ["prune", str(whole), str(out / weights(name)), f"--data={out}/tiny20/unlabeled.txt"]
     flags = [f"--keep={shape.keep}", f"--what={shape.what}"]
-    return Job(name, (sys.executable, "-m", "fcmae.cli", *words, *flags), (needs,))
+    return Job(name, (*FCMAE, *words, *flags), (needs,))
 
 
 def pretrain(out: Path, name: str, spec: ConvNeXtSpec, epochs: float) -> Job:
@@ -197,7 +206,7 @@ def finetune(
 
 def command(out: Path, name: str, verb: str, flags: Mapping[str, object], needs: tuple[str, ...]) -> Job:
     words = [f"--config={verb}_small_images", *(f"--{key}={value}" for key, value in flags.items())]
-    return Job(name, (sys.executable, "-m", "fcmae.cli", verb, *words, f"--out={out}/runs/{name}"), needs)
+    return Job(name, (*FCMAE, verb, *words, f"--out={out}/runs/{name}"), needs)
 
 
 def numbers(spec: ConvNeXtSpec) -> str:
@@ -252,22 +261,18 @@ def against(arm: str, group: str) -> str | None:
 
 def collect(out: Path, wanted: list[Job], budget: Budget, shapes: Sequence[Shape]) -> dict[str, Any]:
     """What the finished runs have found, and where."""
-    done = [job for job in wanted if (out / "jobs" / f"{job.name}.json").exists()]
-    runs = {job.name: out / "runs" / job.name for job in done}
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    lines = last_scores(out, wanted, "top1")
     return {
-        "machine": {"gpu": gpu, "cores": os.cpu_count(), "cpu": platform.machine(), "torch": torch.__version__},
+        **facts(out, wanted),
         "budget": budget._asdict(),
         "factors": {shape.name: shape.factor for shape in shapes},
-        "commands": {job.name: shown(job, out) for job in done},
-        "seconds": {job.name: json.loads((out / "jobs" / f"{job.name}.json").read_text())["seconds"] for job in done},
         "scores": [
-            {"group": f"{start}, {shape.name}", "arm": arm, "seed": seed, "top1": value}
+            {"group": f"{start}, {shape.name}", "arm": arm, "seed": seed, "top1": line["top1"]}
             for start in STARTS
             for shape in shapes
             for arm in arms_of(start)
             for seed in range(budget.seeds)
-            if (place := runs.get(run_of(arm, start, shape, seed))) and (value := accuracy(place)) is not None
+            if (line := lines.get(run_of(arm, start, shape, seed)))
         ],
     }
 
@@ -276,14 +281,8 @@ def rows(found: dict[str, Any]) -> list[list[str]]:
     """The table of what was found."""
     lines = []
     for group in dict.fromkeys(score["group"] for score in found["scores"]):
-        comparison: Any = {
-            "amounts": [{"labels": group}],
-            "arms": [{"name": arm, "against": against(arm, group)} for arm in ARMS],
-            "scores": [
-                {**score, "labels": score["group"], "scores": {METRIC: score["top1"]}} for score in found["scores"]
-            ],
-        }
-        for row in compare(cast("Comparison", comparison)):
+        scores = [(s["arm"], group, s["seed"], s["top1"]) for s in found["scores"] if s["group"] == group]
+        for row in paired(scores, {arm: against(arm, group) for arm in ARMS}):
             lines.append([group, *cells(row)[1:], (against(row.arm, group) or "") if row.gain else ""])
     return lines
 
@@ -308,16 +307,13 @@ def main(argv: list[str] | None = None) -> None:
     verbs = parser.add_subparsers(dest="verb", required=True)
     run = verbs.add_parser("run", help="the study")
     run.add_argument("shards", type=Path, metavar="SHARDS", help="the folder of tiny20's shards")
-    run.add_argument("--out", type=Path, default=Path("runs/pruning"), help="where to write")
+    add_arguments(run, "runs/pruning", at_once=8)
     run.add_argument("--epochs", type=float, default=60, help="of fine-tuning, E [60]")
     run.add_argument("--pretraining", type=float, default=60, help="epochs of the large network's [60]")
     run.add_argument("--percent", type=int, default=10, help="share of the labels [10]")
     run.add_argument("--seeds", type=int, default=5, help="draws of the labels [5]")
     run.add_argument("--what", nargs="+", choices=get_args(What), default=list(get_args(What)), help="[both]")
     run.add_argument("--keep", nargs="+", type=float, default=[0.5], help="shares that stay [0.5]")
-    run.add_argument("--at-once", type=int, default=8, help="commands at a time, each of one thread [8]")
-    run.add_argument("--only", nargs="*", default=[""], metavar="PREFIX", help="jobs whose names begin so")
-    run.add_argument("--list", action="store_true", help="print the commands and stop")
     one = verbs.add_parser("ticket", help="what a fine-tuning began with, in the shape of a pruned network")
     for name in ("run", "pruned", "dest"):
         one.add_argument(name, type=Path, metavar=name.upper())
@@ -328,16 +324,11 @@ def main(argv: list[str] | None = None) -> None:
     out, budget = args.out.absolute(), Budget(args.epochs, args.pretraining, args.percent, args.seeds)
     shapes = [Shape(what, keep) for what in args.what for keep in args.keep]
     every = list(jobs(out, budget, shapes))
-    wanted = [job for job in every if job.name.startswith(tuple(args.only))]
-    if args.list:
-        for job in wanted:
-            print(f"# {job.name}\n{shown(job, out)}")
-        return
-    (out / "jobs").mkdir(parents=True, exist_ok=True)
+    wanted = chosen(args, every)
     for job in wanted:  # what was written by a command whose end was not seen
-        if not (out / "jobs" / f"{job.name}.json").exists():
+        if not is_done(job, out):
             (out / weights(job.name)).unlink(missing_ok=True)
-    prepare(args.shards, out, {budget.percent: budget.seeds})
+    prepare_tiny20(args.shards, out, {budget.percent: budget.seeds})
     schedule(wanted, out, args.at_once, None if args.at_once == 1 else 1)
     found = collect(out, every, budget, shapes)
     write_text(out / "pruning.json", json.dumps(found, indent=1) + "\n")

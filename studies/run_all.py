@@ -4,7 +4,7 @@
     python studies/run_all.py --tiny20 SHARDS --scale gpu     # one GPU: hundreds of epochs, five seeds
     python studies/run_all.py --tiny20 SHARDS --list          # the commands, without running them
 
-SHARDS: the folder of tiny20's shards (see studies/datasets.py). Everything is written below --out; what is finished is
+SHARDS: the folder of tiny20's shards (see studies/sets.py). Everything is written below --out; what is finished is
 not done again, and what was cut off resumes. studies/collect.py then takes the numbers, and studies/results.py writes
 the page.
 """
@@ -12,23 +12,15 @@ the page.
 from __future__ import annotations
 
 import argparse
-import glob
-import json
 import os
-import platform
-import shlex
-import subprocess
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from fcmae.atomic import write_text
+from study import FCMAE, STUDIES, Job, add_arguments, chosen, schedule, write_images
 
-STUDIES = Path(__file__).parent
 LABELS = (1, 10, 100)  # percent of the training set
 
 
@@ -96,20 +88,6 @@ SCALES = {
 }
 
 
-@dataclass(frozen=True)
-class Job:
-    """A command that writes below runs/NAME.
-
-    words: the command; patterns of paths are expanded when it starts. needs: names of the jobs whose results it reads.
-    minutes: how long it may run; it is then told to stop, which saves what it has.
-    """
-
-    name: str
-    words: tuple[str, ...]
-    needs: tuple[str, ...] = ()
-    minutes: float | None = None
-
-
 def jobs(out: Path, scale: Scale) -> list[Job]:
     """All of the studies, what matters most first."""
     found = [*pretraining(out, scale), *probes(out, scale), *finetuning(out, scale), *curves(out, scale)]
@@ -159,10 +137,10 @@ def geometry(scale: Scale) -> dict[str, object]:
 
 
 def command(out: Path, name: str, verb: str, flags: dict[str, object], ablated: str | None = None) -> tuple[str, ...]:
-    program = ["-m", "fcmae.cli"] if ablated is None else [str(STUDIES / "ablated.py"), ablated]
+    program = FCMAE if ablated is None else (sys.executable, str(STUDIES / "ablated.py"), ablated)
     flags = {"model.variant": "convnextv2_atto", "log.every_steps": 20} | flags
     words = [f"--{key}={value}" for key, value in flags.items() if value is not None]
-    return (sys.executable, *program, verb, *words, f"--out={out}/runs/{name}")
+    return (*program, verb, *words, f"--out={out}/runs/{name}")
 
 
 def pretraining(out: Path, scale: Scale) -> Iterator[Job]:
@@ -258,7 +236,7 @@ def probes(out: Path, scale: Scale) -> Iterator[Job]:
         init = f"main-tiny20-{name}"
         words = ["analyze", f"{out}/runs/{init}/checkpoints/step-*", "--data", f"{out}/tiny20/test.csv"]
         words += ["--out", f"{out}/runs/time-{name}"]
-        yield Job(f"time-{name}", (sys.executable, "-m", "fcmae.cli", *words), (init,))
+        yield Job(f"time-{name}", (*FCMAE, *words), (init,))
 
 
 def curves(out: Path, scale: Scale) -> Iterator[Job]:
@@ -274,94 +252,24 @@ def probe(out: Path, name: str, model: str, data: str, needs: tuple[str, ...], s
     words = ["evaluate", model, "--data", f"{out}/{data}/train-100-0.csv", "--test", f"{out}/{data}/test.csv"]
     words += ["--stages", stages, "--num-workers", "1", "--overwrite", "--out", f"{out}/runs/{name}"]
     words += ["--probes", *probes] if probes else []
-    return Job(name, (sys.executable, "-m", "fcmae.cli", *words), needs)
-
-
-def run(job: Job, out: Path, threads: int | None) -> bool:
-    """Run one job; its output and a record of it go to OUT/jobs. Returns whether it succeeded."""
-    environment = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
-    log, started = out / "jobs" / f"{job.name}.log", time.time()
-    with log.open("ab") as file:
-        process = subprocess.Popen(expanded(job.words), stdout=file, stderr=file, env=environment)
-        try:
-            status = process.wait(None if job.minutes is None else 60 * job.minutes)
-        except subprocess.TimeoutExpired:
-            process.terminate()
-            status = process.wait()
-    if status:
-        print(f"{job.name}: status {status}, see {log}", file=sys.stderr, flush=True)
-        return False
-    record = {
-        "name": job.name,
-        "command": shown(job, out),
-        "seconds": round(time.time() - started, 1),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
-        "threads": threads,
-    }
-    write_text(out / "jobs" / f"{job.name}.json", json.dumps(record, indent=1))
-    return True
-
-
-def expanded(words: Sequence[str]) -> list[str]:
-    """As a shell would: a pattern becomes the paths that match it, in order, or stays as it is."""
-    return [path for word in words for path in sorted(glob.glob(word)) or [word]]  # noqa: PTH207
-
-
-def shown(job: Job, out: Path) -> str:
-    """The command as one would type it."""
-    words = ["python" if word == sys.executable else word for word in job.words]
-    quoted = [word if glob.has_magic(word) else shlex.quote(word) for word in words]
-    text = " ".join(quoted).replace("python -m fcmae.cli", "fcmae").replace(str(STUDIES), "studies")
-    return text.replace(f"{out}/", "runs/studies/")
+    return Job(name, (*FCMAE, *words), needs)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny20", type=Path, required=True, metavar="SHARDS", help="the folder of tiny20's shards")
-    parser.add_argument("--out", type=Path, default=Path("runs/studies"), help="where to write [runs/studies]")
     parser.add_argument("--scale", choices=SCALES, default="cpu", help="how much of everything [cpu]")
     parser.add_argument("--jobs", type=int, help="commands at a time, each with an equal share of the cores [2 or 1]")
-    parser.add_argument("--only", nargs="*", default=[""], metavar="PREFIX", help="jobs whose names begin so")
-    parser.add_argument("--list", action="store_true", help="print the commands and stop")
+    add_arguments(parser, "runs/studies")
     args = parser.parse_args()
     out, scale = args.out.absolute(), SCALES[args.scale]
-    wanted = [job for job in jobs(out, scale) if job.name.startswith(tuple(args.only))]
-    if args.list:
-        for job in wanted:
-            print(f"# {job.name}\n{shown(job, out)}")
-        return
-    (out / "jobs").mkdir(parents=True, exist_ok=True)
-    for words in (["tiny20", str(args.tiny20)], ["solar"]):
-        seeds = str(max(budget.seeds for budget in (*scale.tiny20.values(), *scale.solar.values())))
-        subprocess.run(
-            [sys.executable, str(STUDIES / "datasets.py"), *words, str(out / words[0]), "--seeds", seeds], check=True
-        )
+    wanted = chosen(args, jobs(out, scale))
+    seeds = max(budget.seeds for budget in (*scale.tiny20.values(), *scale.solar.values()))
+    write_images("tiny20", out, str(args.tiny20), seeds=seeds)
+    write_images("solar", out, seeds=seeds)
     at_once = args.jobs or (2 if args.scale == "cpu" else 1)
     threads = max(1, (os.cpu_count() or 1) // at_once) if args.scale == "cpu" else None
     schedule(wanted, out, at_once, threads)
-
-
-def schedule(wanted: list[Job], out: Path, at_once: int, threads: int | None) -> None:
-    """Run the jobs in their order, each as soon as what it needs is done."""
-    done = {path.stem for path in (out / "jobs").glob("*.json") if not path.name.startswith(".")}
-    waiting, running, started = [job for job in wanted if job.name not in done], dict[Future[bool], Job](), time.time()
-    total = len(waiting)
-    with ThreadPoolExecutor(at_once) as pool:
-        while waiting or running:
-            ready = [job for job in waiting if done.issuperset(job.needs)][: at_once - len(running)]
-            for job in ready:
-                waiting.remove(job)
-                running[pool.submit(run, job, out, threads)] = job
-            if not running:
-                print("not run, as what they need failed: " + ", ".join(job.name for job in waiting), file=sys.stderr)
-                return
-            finished, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in finished:
-                job = running.pop(future)
-                if future.result():
-                    done.add(job.name)
-                minutes = (time.time() - started) / 60
-                print(f"{minutes:6.1f} min, {total - len(waiting) - len(running)} of {total}: {job.name}", flush=True)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
     python studies/segmentation.py brain --out runs/brain                     # needs nilearn
     python studies/segmentation.py landsea --out runs/landsea --list          # the commands, without running them
 
-The images are those of studies/datasets.py. Pretraining is `pretrain_small_images` at 128 pixels, on the training
+The images are those of studies/sets.py. Pretraining is `pretrain_small_images` at 128 pixels, on the training
 images without labels; each pair of runs, `segment_cpu` with the same network, has the same labels, order and head, and
 from scratch layer_decay is 1. What is tested on lies elsewhere and chooses nothing: the last model counts. What is
 finished is not done again, and what was cut off resumes. What is found is in OUT/segmentation.json, and with `--docs`
@@ -26,12 +26,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from run_all import STUDIES, Job, schedule, shown
+from study import STUDIES, Job, schedule, shown
 
 from fcmae.atomic import write_text
 from fcmae.evaluation.paired import METRIC, cells, compare
 from fcmae.tables import table
-from fcmae.training.run import read_metrics
+from fcmae.training.records import read_metrics
 
 
 class Set(NamedTuple):
@@ -198,7 +198,7 @@ The mean over the seeds, in per cent but for the loss. A boundary is found withi
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("set", choices=SETS, help="of studies/datasets.py")
+    parser.add_argument("set", choices=SETS, help="of studies/sets.py")
     parser.add_argument("--out", type=Path, required=True, help="where to write")
     parser.add_argument("--epochs", type=float, default=300, help="of pretraining [300]")
     parser.add_argument(
@@ -217,7 +217,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"# {job.name}\n{shown(job, out)}")
         return
     (out / "jobs").mkdir(parents=True, exist_ok=True)
-    words = [str(STUDIES / "datasets.py"), args.set, str(out / args.set), "--seeds", str(args.seeds)]
+    words = [str(STUDIES / "sets.py"), args.set, str(out / args.set), "--seeds", str(args.seeds)]
     subprocess.run([sys.executable, *words], check=True)
     schedule(wanted, out, args.at_once, None if args.at_once == 1 else 1)
     found = collect(out, wanted, args.epochs, args.percents, args.seeds)

@@ -5,7 +5,7 @@
     python studies/small_images.py SHARDS --out runs/small_images --at-once 1 --only hog-p scratch-10 hog-10
     python studies/small_images.py SHARDS --out runs/small_images --list          # the commands, without running them
 
-SHARDS: the folder of tiny20's shards (see studies/datasets.py). Pretraining is `pretrain_small_images` and what differs
+SHARDS: the folder of tiny20's shards (see studies/sets.py). Pretraining is `pretrain_small_images` and what differs
 from it in one thing; fine-tuning is `finetune_small_images` on the same labels, in the same order, with the same head,
 from each of these and from scratch. The rates of both are compared on training images that are held out, and the test
 images are evaluated once, at the last step: they choose nothing. What is finished is not done again, and what was cut
@@ -16,22 +16,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from datasets import few, folder_rows, write_csv
-from run_all import STUDIES, Job, schedule, shown
+from study import FCMAE, STUDIES, Job, add_arguments, chosen, facts, last_scores, paired, prepare_tiny20, schedule
 
 from fcmae.atomic import write_text
-from fcmae.evaluation.paired import METRIC, Comparison, cells, compare
+from fcmae.evaluation.paired import cells
 from fcmae.tables import table
-from fcmae.training.run import read_metrics
 
 
 class Arm(NamedTuple):
@@ -118,7 +112,7 @@ def jobs(out: Path, arms: list[str], at_once: int) -> Iterator[Job]:
 
     def finetune(name: str, labels: str, test: str, seed: int, start: str, *words: str) -> Job:
         paths = (f"--data.path={out}/{labels}", f"--data.val_path={out}/{test}", f"--out={out}/runs/{name}")
-        command = (sys.executable, "-m", "fcmae.cli", "finetune", "--config=finetune_small_images", *paths)
+        command = (*FCMAE, "finetune", "--config=finetune_small_images", *paths)
         if not ARMS[start].epochs:
             return Job(name, (*command, f"--seed={seed}", *words, *tuning))
         init = f"--init={out}/runs/{start}-p"
@@ -127,10 +121,10 @@ def jobs(out: Path, arms: list[str], at_once: int) -> Iterator[Job]:
     for name in arms:
         arm = ARMS[name]
         if arm.epochs:
-            program = ("-m", "fcmae.cli") if arm.part is None else (str(STUDIES / "objectives.py"), arm.part)
+            program = FCMAE if arm.part is None else (sys.executable, str(STUDIES / "objectives.py"), arm.part)
             words = ("pretrain", "--config=pretrain_small_images", f"--data.path={out}/tiny20/unlabeled.txt")
             more = (f"--epochs={arm.epochs}", "--data.val_share=0", f"--out={out}/runs/{name}-p", *arm.flags)
-            yield Job(f"{name}-p", (sys.executable, *program, *words, *more, *pretraining))
+            yield Job(f"{name}-p", (*program, *words, *more, *pretraining))
     for percent in dict.fromkeys(percent for name in arms for percent in ARMS[name].seeds):
         for seed in range(max(MANY.values())):
             for name in arms:
@@ -145,38 +139,11 @@ def jobs(out: Path, arms: list[str], at_once: int) -> Iterator[Job]:
             yield finetune(f"tune-{start}-{epochs}-{rate}-{decay}", "tune.csv", "tune-test.csv", 0, start, *flags)
 
 
-def prepare(shards: Path, out: Path, draws: Mapping[int, int]) -> None:
-    """The images, and which labels are used; those of the trials are of a draw of their own.
-
-    draws: their number, by per cent of the labels.
-    """
-    command = [sys.executable, str(STUDIES / "datasets.py"), "tiny20", str(shards), str(out / "tiny20")]
-    subprocess.run(command, check=True)
-    rows = folder_rows(out / "tiny20" / "train")
-    write_csv(out / "test.csv", folder_rows(out / "tiny20" / "val"))
-    for percent, seeds in draws.items():
-        for seed in range(seeds):
-            write_csv(out / f"train-{percent}-{seed}.csv", few(rows, percent / 100, seed))
-    labelled = few(rows, 0.1, 100)
-    write_csv(out / "tune.csv", labelled)
-    write_csv(out / "tune-test.csv", few([row for row in rows if row not in set(labelled)], 0.1, 101))
-
-
-def accuracy(run: Path) -> float | None:
-    """Of the last evaluation of a finished run."""
-    values = [line["top1"] for line in read_metrics(run / "metrics.jsonl") if "top1" in line]
-    return values[-1] if values else None
-
-
 def collect(out: Path, wanted: list[Job]) -> dict[str, Any]:
     """What the finished runs have found, and where."""
-    done = [job for job in wanted if (out / "jobs" / f"{job.name}.json").exists()]
-    found = {job.name: accuracy(out / "runs" / job.name) for job in done}
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    found = {name: line["top1"] for name, line in last_scores(out, wanted, "top1").items()}
     return {
-        "machine": {"gpu": gpu, "cores": os.cpu_count(), "cpu": platform.machine(), "torch": torch.__version__},
-        "commands": {job.name: shown(job, out) for job in done},
-        "seconds": {job.name: json.loads((out / "jobs" / f"{job.name}.json").read_text())["seconds"] for job in done},
+        **facts(out, wanted),
         "tried": [
             {"arm": start, "epochs": epochs, "rate": rate, "layer_decay": decay, "top1": value}
             for start, epochs, rate, decay in TRIED
@@ -194,26 +161,21 @@ def collect(out: Path, wanted: list[Job]) -> dict[str, Any]:
 
 def compared(found: dict[str, Any], pairs: Sequence[tuple[str, str]]) -> list[list[str]]:
     """Rows of a table: each of the starts against the other, seed by seed."""
-    percents = sorted({score["percent"] for score in found["scores"]})
     rows = []
-    for name, against in pairs:
-        cell = {arm: {(s["percent"], s["seed"]) for s in found["scores"] if s["arm"] == arm} for arm in (name, against)}
-        comparison: Any = {
-            "amounts": [{"labels": f"{percent}%"} for percent in percents],
-            "arms": [{"name": arm, "against": against} for arm in dict.fromkeys((against, name))],
-            "scores": [
-                {**score, "labels": f"{score['percent']}%", "scores": {METRIC: score["top1"]}}
-                for score in found["scores"]
-                if score["arm"] in cell and (score["percent"], score["seed"]) in cell[name] & cell[against]
-            ],
-        }
-        checked: Comparison = comparison
+    for name, other in pairs:
+        seen = {arm: {(s["percent"], s["seed"]) for s in found["scores"] if s["arm"] == arm} for arm in (name, other)}
+        both = seen[name] & seen[other]
+        scores = [
+            (s["arm"], f"{s['percent']}%", s["seed"], s["top1"])
+            for s in found["scores"]
+            if s["arm"] in seen and (s["percent"], s["seed"]) in both
+        ]
         rows += [
-            row._replace(gain=None, told="") if name == against else row
-            for row in compare(checked)
+            row._replace(gain=None, told="") if name == other else row
+            for row in paired(scores, {other: other, name: other})
             if row.arm == name and row.gain
         ]
-    rows.sort(key=lambda row: percents.index(int(row.labels[:-1])))
+    rows.sort(key=lambda row: int(row.labels[:-1]))
     return [cells(row._replace(arm=ARMS[row.arm].title)) for row in rows]
 
 
@@ -283,22 +245,14 @@ starts. There is one pretraining of each kind, so the spread is that of fine-tun
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shards", type=Path, metavar="SHARDS", help="the folder of tiny20's shards")
-    parser.add_argument("--out", type=Path, default=Path("runs/small_images"), help="where to write")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=", ".join(ARMS))
-    parser.add_argument("--at-once", type=int, default=12, help="commands at a time, each of one thread [12]")
-    parser.add_argument("--only", nargs="*", default=[""], metavar="PREFIX", help="jobs whose names begin so")
     parser.add_argument("--docs", type=Path, help="the folder in which to write the page and its JSON")
-    parser.add_argument("--list", action="store_true", help="print the commands and stop")
+    add_arguments(parser, "runs/small_images", at_once=12)
     args = parser.parse_args(argv)
     out = args.out.absolute()
     every = list(jobs(out, args.arms, args.at_once))
-    wanted = [job for job in every if job.name.startswith(tuple(args.only))]
-    if args.list:
-        for job in wanted:
-            print(f"# {job.name}\n{shown(job, out)}")
-        return
-    (out / "jobs").mkdir(parents=True, exist_ok=True)
-    prepare(args.shards, out, MANY)
+    wanted = chosen(args, every)
+    prepare_tiny20(args.shards, out, MANY)
     schedule(wanted, out, args.at_once, None if args.at_once == 1 else 1)
     found = collect(out, every)
     write_text(out / "small_images.json", json.dumps(found, indent=1) + "\n")

@@ -74,6 +74,15 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def forgotten() -> Iterator[None]:
+    """Runs of this process leave no devices and precision for others."""
+    yield
+    from runs import forget_accelerator
+
+    forget_accelerator()
+
+
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """One thread: tiny networks are slower on several, and their sums differ. For what a module shares, too."""

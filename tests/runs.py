@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -47,6 +47,17 @@ def write_images(folder: Path, num_images: int = 13, seed: int = 0) -> Path:
     for number in range(num_images):
         pixels = rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{number:02}.{'png' if number % 3 else 'jpg'}")
+    return folder
+
+
+def write_colors(folder: Path, colors: Mapping[str, tuple[int, int, int]], nums: Sequence[int]) -> Path:
+    """Class folders of noisy colours, so many images each, which a network tells apart in a few steps; the folder."""
+    rng = np.random.default_rng(0)
+    for (name, color), num in zip(colors.items(), nums, strict=True):
+        (folder / name).mkdir()
+        for number in range(num):
+            pixels = np.clip(np.array(color) + rng.normal(0, 30, (36, 40, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{number}.png")
     return folder
 
 

@@ -8,7 +8,6 @@ import pkgutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from fcmae.networks.spec import VARIANTS, ConvNeXtSpec
 from fcmae.training.run import Run
 from fcmae.weights.files import read_weights
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "forgotten")
 TINY_NUMBERS = {"depths": [1, 1, 1, 1], "dims": [8, 8, 8, 8]}
 SPEC = ConvNeXtSpec(depths=(1, 1, 2, 1), dims=(8, 8, 16, 16))
 SMALL: dict[str, Any] = {
@@ -40,12 +39,6 @@ SMALL: dict[str, Any] = {
     "data": {"image_size": 64, "num_workers": 0},
     "log.trackers": [],
 }
-
-
-@pytest.fixture(autouse=True)
-def _accelerator() -> Iterator[None]:
-    yield
-    runs.forget_accelerator()
 
 
 @pytest.fixture(scope="module")

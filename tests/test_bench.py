@@ -1,5 +1,5 @@
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -65,10 +65,7 @@ def find(made: Made, first: Candidate, **options: Any) -> Candidate:
     return search(first, made, **(space | options)).candidate
 
 
-@pytest.fixture(autouse=True)
-def _forget() -> Iterator[None]:
-    yield
-    runs.forget_accelerator()
+pytestmark = pytest.mark.usefixtures("forgotten")
 
 
 def test_each_property_is_varied_with_the_best_of_the_ones_before() -> None:

@@ -74,18 +74,6 @@ def written(path: Path) -> dict[str, Any]:
     return found
 
 
-def test_steps_take_turns_and_warm_up_uncounted() -> None:
-    calls = ""
-
-    def step(name: str) -> None:
-        nonlocal calls
-        calls += name
-
-    seconds = timing.interleaved({"a": lambda: step("a"), "b": lambda: step("b")}, repeats=3, warmup=1)
-    assert calls == "abababab"
-    assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
-
-
 def test_a_ratio_is_that_of_medians_and_its_quartiles_go_repeat_by_repeat() -> None:
     found = timing.ratio([2.0, 9.0, 4.0], [1.0, 3.0, 4.0])  # repeat by repeat 2, 3, 1
     assert found == {"time": 4 / 3, "quartiles": [1.5, 2.5]}

@@ -42,7 +42,7 @@ def test_few_labels_keep_the_proportions_and_stay_in_training() -> None:
     assert few == demo.few_labels(training, labels, 100, seed=0) != demo.few_labels(training, labels, 100, seed=1)
 
 
-# Stands in for a command that trains: see fcmae.training.run.StopSignal.
+# Stands in for a command that trains: see fcmae.training.signals.StopSignal.
 COMMAND = """#!{python}
 import os, signal, sys, time
 received = []

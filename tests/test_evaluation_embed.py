@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from pyarrow import parquet
+from runs import write_colors
 from sklearn.neighbors import NearestNeighbors
 
 import fcmae.evaluation.embed as embedding
@@ -26,13 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Class folders of six noisy images each, one file that cannot be read among them."""
-    root = tmp_path_factory.mktemp("labelled")
-    rng = np.random.default_rng(0)
-    for name, color in {"a": (60, 60, 180), "b": (60, 180, 60)}.items():
-        (root / name).mkdir()
-        for number in range(6):
-            pixels = np.clip(np.array(color) + rng.normal(0, 30, (36, 40, 3)), 0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(root / name / f"{number}.png")
+    root = write_colors(tmp_path_factory.mktemp("labelled"), {"a": (60, 60, 180), "b": (60, 180, 60)}, (6, 6))
     (root / "a" / "damaged.png").write_bytes(b"no image")
     return root
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import write_colors
 from test_weights_convert import write_checkpoint
 
 import fcmae.evaluation.probes as probes
@@ -35,15 +36,7 @@ def _few_steps() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Class folders of noisy colours, of 12, 10 and 8 images."""
-    root = tmp_path_factory.mktemp("labelled")
-    rng = np.random.default_rng(0)
-    for (name, color), num in zip(COLORS.items(), (12, 10, 8), strict=True):
-        (root / name).mkdir()
-        for number in range(num):
-            pixels = np.clip(np.array(color) + rng.normal(0, 30, (36, 40, 3)), 0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(root / name / f"{number}.png")
-    return root
+    return write_colors(tmp_path_factory.mktemp("labelled"), COLORS, (12, 10, 8))
 
 
 def evaluate(*words: object) -> int:

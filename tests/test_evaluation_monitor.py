@@ -7,7 +7,6 @@ import json
 import logging
 import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from fcmae.networks.convnext import Encoder
 from fcmae.networks.spec import ConvNeXtSpec
 from fcmae.training import checkpoint, health
 from fcmae.training.health import Finding
-from fcmae.training.run import read_metrics
+from fcmae.training.records import read_metrics
 from fcmae.weights.convert import build_encoder
 from fcmae.weights.files import read_weights
 
@@ -39,13 +38,7 @@ SPEC = "{depths: [1, 1, 2, 2], dims: [8, 16, 16, 32]}"
 LAYERS = [f"stages.{i}.{j}" for i, depth in enumerate((1, 1, 2, 2)) for j in range(depth)]
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(autouse=True)
-def _accelerator() -> Iterator[None]:
-    yield
-    runs.forget_accelerator()
+pytestmark = pytest.mark.usefixtures("one_thread", "forgotten")
 
 
 @pytest.fixture(scope="module")

@@ -8,25 +8,21 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import runs
 import timm
 import torch
-from PIL import Image
-from runs import assert_same, at_step, final_state, flags, kill_self, write_images
+from runs import assert_same, at_step, final_state, flags, kill_self, write_colors, write_images
 from safetensors.torch import load_file
 
 from fcmae import cli, finetuning
 from fcmae.config import FinetuneConfig
-from fcmae.data.index import Images
-from fcmae.finetuning import class_balance, classification_loss
+from fcmae.finetuning import classification_loss
 from fcmae.networks.spec import VARIANTS
-from fcmae.starting import class_weights
+from fcmae.starting import class_balance
 from fcmae.training import checkpoint
 from fcmae.weights.convert import convert
 from fcmae.weights.formats import to_state
@@ -34,26 +30,12 @@ from fcmae.weights.formats import to_state
 COLORS = {"blue": (40, 40, 200), "green": (40, 200, 40)}
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(autouse=True)
-def _accelerator() -> Iterator[None]:
-    yield
-    runs.forget_accelerator()
+pytestmark = pytest.mark.usefixtures("one_thread", "forgotten")
 
 
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Class folders of noisy colours, which a network tells apart in a few steps."""
-    root = tmp_path_factory.mktemp("labelled")
-    rng = np.random.default_rng(0)
-    for name, color in COLORS.items():
-        (root / name).mkdir()
-        for number in range(10):
-            pixels = np.clip(np.array(color) + rng.normal(0, 30, (36, 40, 3)), 0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(root / name / f"{number}.png")
-    return root
+    return write_colors(tmp_path_factory.mktemp("labelled"), COLORS, (10, 10))
 
 
 @pytest.fixture(scope="module")
@@ -384,27 +366,29 @@ def test_two_processes_train_and_score_like_one(labelled: Path, tmp_path: Path) 
         assert rows == [5, 5]
 
 
-def test_class_weights_by_hand() -> None:
-    weights = class_weights("balanced", np.array([3, 1]))
-    assert weights == [4 / 6, 2.0]
-    assert np.mean([weights[label] for label in (0, 0, 0, 1)]) == 1.0
-    assert class_weights([1.0, 3.0], np.array([1, 1])) == [1.0, 3.0]
-
-
-def test_without_class_weights_and_where_nothing_is_trained_there_is_no_balance() -> None:
-    images = Images.of_files(["a", "b"], [0, 1], ["x", "y"])
-    for weights, eval_only, expected in ((None, False, None), ([1.0, 3.0], True, None), ([1.0, 3.0], False, [1, 3])):
-        cfg = FinetuneConfig.model_validate(
-            {
-                "out": "out",
-                "eval_only": eval_only,
-                "data": {"path": "x"},
-                "model": {"init": "run"},
-                "regularization": {"class_weights": weights},
-            }
-        )
-        found = class_balance(cfg, images, torch.device("cpu"))
-        assert (found if found is None else found.tolist()) == expected
+@pytest.mark.parametrize(
+    ("weights", "eval_only", "expected"),
+    [
+        (None, False, None),
+        ([1.0, 3.0], True, None),
+        ([1.0, 3.0], False, [1, 3]),
+        ("balanced", False, [4 / 6, 2]),  # a mean of 1 over the images
+    ],
+)
+def test_classes_weigh_as_the_settings_say_and_nothing_where_nothing_is_trained(
+    weights: Any, eval_only: bool, expected: list[float] | None
+) -> None:
+    cfg = FinetuneConfig.model_validate(
+        {
+            "out": "out",
+            "eval_only": eval_only,
+            "data": {"path": "x"},
+            "model": {"init": "run"},
+            "regularization": {"class_weights": weights},
+        }
+    )
+    found = class_balance(cfg, [3, 1], torch.device("cpu"))
+    assert (found if found is None else found.tolist()) == (expected if expected is None else pytest.approx(expected))
 
 
 @pytest.mark.parametrize("soft", [False, True])

@@ -50,20 +50,14 @@ from fcmae.data.sampler import epoch_order
 from fcmae.data.split import split
 from fcmae.options import read
 from fcmae.training import checkpoint, health
-from fcmae.training.run import read_metrics
+from fcmae.training.records import read_metrics
 from fcmae.weights.files import read_weights
 from fcmae.weights.formats import OLD, rename
 
 STEPS = 9  # of runs.flags: 3 epochs of 3 steps
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(autouse=True)
-def _accelerator() -> Iterator[None]:
-    yield
-    runs.forget_accelerator()
+pytestmark = pytest.mark.usefixtures("one_thread", "forgotten")
 
 
 @pytest.fixture(scope="module")
@@ -350,7 +344,7 @@ def test_a_run_goes_on_in_the_smaller_parts_that_it_was_found_to_need(
     log = (out / "train.log").read_text()
     assert log.count("2 images at once, as more did not fit into the memory before: grad_accum = 2") == 1
     # On another device it starts with what it is given.
-    monkeypatch.setattr("fcmae.training.run.cpu_name", lambda: "another")
+    monkeypatch.setattr("fcmae.training.records.cpu_name", lambda: "another")
     assert run(images, out, epochs=3) == 0
     assert (out / "train.log").read_text().count("images at once, as more did not fit") == 1
 

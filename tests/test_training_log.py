@@ -12,19 +12,15 @@ import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from runs import config, forget_accelerator
+from runs import config
 
 from fcmae.training import health
 from fcmae.training import log as log_module
 from fcmae.training.log import Log, Metrics, Window
-from fcmae.training.run import read_metrics
+from fcmae.training.records import read_metrics
 from fcmae.training.steps import schedule_of
 
-
-@pytest.fixture(autouse=True)
-def _accelerator() -> Iterator[None]:
-    yield
-    forget_accelerator()
+pytestmark = pytest.mark.usefixtures("forgotten")
 
 
 def log_at(out: Path, **settings: object) -> Log:

@@ -6,33 +6,24 @@ import errno
 import json
 import logging
 import os
-import re
-import signal
 import sys
-import time
-from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import pytest
-import torch
-from accelerate import Accelerator
-from runs import PROCESSES, config, forget_accelerator
+from runs import PROCESSES, config
 
-import fcmae.training.run
+import fcmae
 from fcmae import options
 from fcmae.config import FinetuneConfig, PretrainConfig
-from fcmae.training.run import RunDirectory, StopSignal, make_accelerator, record_start
+from fcmae.training import messages
+from fcmae.training.records import record_start
+from fcmae.training.run import RunDirectory
 
 OWN = ("train.log", "metrics.jsonl", "files.json", "val_files.json", "checkpoints/step-00000001/checkpoint.json")
 
-
-@pytest.fixture(autouse=True)
-def _accelerator() -> Iterator[None]:
-    yield
-    forget_accelerator()
+pytestmark = pytest.mark.usefixtures("forgotten")
 
 
 def names(folder: Path) -> set[str]:
@@ -235,109 +226,6 @@ def test_the_log_is_on_the_terminal_and_in_the_file_which_ends_with_what_stopped
     assert not logging.getLogger("fcmae").handlers
 
 
-def test_half_precision_on_a_cpu_is_refused(tmp_path: Path) -> None:
-    cfg = config(Path("photos"), tmp_path).model_copy(update={"precision": "fp16"})
-    with pytest.raises(ValueError, match="precision = fp16 needs a GPU: use fp32 or bf16"):
-        make_accelerator(cfg)
-
-
-def test_automatic_precision_on_a_cpu_is_full(tmp_path: Path) -> None:
-    accelerator = make_accelerator(config(Path("photos"), tmp_path))
-    assert (accelerator.mixed_precision, accelerator.device.type) == ("no", "cpu")
-    assert not list(tmp_path.iterdir())
-
-
-def gradient(accelerator: Accelerator) -> tuple[torch.Tensor, object, object]:
-    """Of a fixed step, and in what it was computed."""
-    torch.manual_seed(0)
-    net = accelerator.prepare(torch.nn.Linear(3, 2))
-    loss = net(torch.ones(4, 3)).square().mean()
-    accelerator.backward(loss)
-    state = accelerator.state
-    kind = (accelerator.mixed_precision, state.dynamo_plugin.backend, accelerator.distributed_type, accelerator.device)
-    return net.weight.grad, loss.dtype, kind
-
-
-def test_what_accelerate_reads_from_the_environment_changes_no_gradient_or_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cfg = config(Path("photos"), tmp_path)
-    folder = Path(accelerate.__file__).parent
-    source = "".join((folder / name).read_text() for name in ("accelerator.py", "state.py", "utils/dataclasses.py"))
-    names = set(re.findall(r"ACCELERATE_[A-Z0-9_]*[A-Z0-9]", source))
-    names |= {f"ACCELERATE_DYNAMO_{name}" for name in ("BACKEND", "MODE", "USE_FULLGRAPH", "USE_DYNAMIC")}
-    assert len(names) > 25
-    values = {
-        "ACCELERATE_MIXED_PRECISION": "bf16",
-        "ACCELERATE_DYNAMO_BACKEND": "eager",
-        "ACCELERATE_FP8_BACKEND": "TE",
-        "ACCELERATE_TORCH_DEVICE": "meta",
-        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
-    }
-    expected, *others = gradient(make_accelerator(cfg))
-    refused = set()
-    for name in sorted(names):
-        with monkeypatch.context() as patch:
-            patch.setenv(name, values.get(name, "true"))
-            try:
-                found, *rest = gradient(make_accelerator(cfg))
-            except ValueError as error:
-                assert str(error).startswith(f"{name} is set in the environment")
-                refused.add(name)
-            else:
-                assert torch.equal(found, expected), name
-                assert rest == others, name
-    kinds = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER")
-    assert refused == {f"ACCELERATE_USE_{kind}" for kind in kinds}
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
-def test_signals_are_noted_and_the_old_handlers_return(number: signal.Signals) -> None:
-    before = signal.getsignal(number)
-    with StopSignal() as stop:
-        assert stop.received is None
-        os.kill(os.getpid(), number)
-        assert stop.received == number.name
-        if number != signal.SIGINT:
-            os.kill(os.getpid(), number)  # again: nothing more
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(number) is before
-
-
-def test_further_interrupts_are_the_same_impatience_until_a_while_after(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(StopSignal, "GRACE_S", 0.5)
-    # Not that of an earlier test's run, which was interrupted and may still be waiting for its while to pass.
-    signal.signal(signal.SIGINT, before := signal.default_int_handler)
-
-    def interrupt() -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-
-    with pytest.raises(KeyboardInterrupt), StopSignal():
-        interrupt()
-        try:
-            interrupt()
-        finally:
-            interrupt()
-    for _ in range(3):
-        interrupt()
-    time.sleep(0.6)
-    with pytest.raises(KeyboardInterrupt):
-        interrupt()
-    assert signal.getsignal(signal.SIGINT) is before
-
-
-def test_what_nohup_has_ignored_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with StopSignal() as stop:
-            os.kill(os.getpid(), signal.SIGHUP)
-            assert stop.received is None
-        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, before)
-
-
 def test_a_run_that_was_refused_before_its_first_line_takes_other_settings(tmp_path: Path) -> None:
     with RunDirectory(config(Path("photos"), tmp_path), "pretrain").open(is_main=True):
         pass
@@ -407,7 +295,7 @@ def test_lines_that_find_no_space_in_the_log_or_no_terminal_are_left_out(
     (tmp_path / "train.log").symlink_to("/dev/full")
     with RunDirectory(config(Path("photos"), tmp_path), "pretrain").open(is_main=True):
         logging.getLogger("fcmae").info("seen")
-        monkeypatch.setattr(fcmae.training.run.tqdm, "write", gone)
+        monkeypatch.setattr(messages.tqdm, "write", gone)
         logging.getLogger("fcmae").info("lost")
     error = capsys.readouterr().err
     assert "seen" in error and "lost" not in error and "Error" not in error

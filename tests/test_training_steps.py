@@ -25,7 +25,7 @@ from fcmae.data.index import find_images
 from fcmae.pretraining import build_dataset
 from fcmae.training.log import Log
 from fcmae.training.optim import due
-from fcmae.training.run import StopSignal
+from fcmae.training.signals import StopSignal
 from fcmae.training.steps import (
     StartedStep,
     Step,

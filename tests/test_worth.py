@@ -25,7 +25,7 @@ from fcmae.evaluation import paired, probes
 from fcmae.networks.convnext import Encoder
 from fcmae.networks.spec import ConvNeXtSpec
 from fcmae.options import read
-from fcmae.training.run import read_metrics
+from fcmae.training.records import read_metrics
 from fcmae.weights.files import read_weights
 
 SPEC = ConvNeXtSpec(depths=(1, 1), dims=(8, 16), stem_stride=2)

@@ -585,6 +585,7 @@ class DenseConfig(RunConfig):
         data: FinetuneData | SegmentData
         model: DenseModel
         optim: FinetuneOptim
+        regularization: Regularization | SegmentRegularization
 
     def inputs(self) -> dict[str, list[str]]:
         single = {"data.path": self.data.path, "data.val_path": self.data.val_path, "model.init": self.model.init}

@@ -30,7 +30,7 @@ from fcmae.evaluation.outputs import claim, default_out, tell_unread
 from fcmae.evaluation.pictures import displayable
 from fcmae.tables import table
 from fcmae.training.own_files import FOUND
-from fcmae.training.run import cpu_name
+from fcmae.training.records import cpu_name
 
 RECORD = "analysis.json"
 FEW = 10  # images a class, below which the largest of their means is mostly chance

@@ -37,7 +37,7 @@ from fcmae.evaluation.probes import few_shot_counts, fit_linear, knn_probabiliti
 from fcmae.evaluation.records import COLUMNS, score_rows
 from fcmae.tables import table
 from fcmae.training.own_files import FOUND
-from fcmae.training.run import cpu_name
+from fcmae.training.records import cpu_name
 
 KS = (10, 20, 100, 200)
 TEMPERATURE = 0.07

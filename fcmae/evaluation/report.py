@@ -32,7 +32,7 @@ from fcmae.evaluation.charts import Chart, Table, heat_map, line_chart, shown
 from fcmae.evaluation.records import COLUMNS, Evaluation, score_rows
 from fcmae.evaluation.runs import MAX_JSON, Run, computing_s, curve, finite, read_json, read_run
 from fcmae.evaluation.verdicts import is_collapsing, is_working, was_worth_it
-from fcmae.training.run import how_it_ended
+from fcmae.training.messages import how_it_ended
 
 MARK = '<meta name="generator" content="fcmae report'
 MOST_PICTURES = 12  # over time

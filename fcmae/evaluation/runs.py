@@ -20,7 +20,7 @@ from fcmae.data.split import split
 from fcmae.evaluation.charts import Curve
 from fcmae.evaluation.records import Evaluation
 from fcmae.training import own_files
-from fcmae.training.run import split_metrics
+from fcmae.training.records import split_metrics
 
 MOST_SECONDS = 1e9  # thirty years
 

@@ -14,7 +14,8 @@ from fcmae.evaluation.runs import Run, computing_s, curve, finite, read_run
 from fcmae.evaluation.verdicts import is_collapsing, is_working
 from fcmae.tables import table
 from fcmae.training import checkpoint
-from fcmae.training.run import curves_commands, how_it_ended
+from fcmae.training.messages import how_it_ended
+from fcmae.training.run import curves_commands
 
 DEPTH = 3  # folders below the given one in which runs are looked for
 

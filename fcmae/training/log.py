@@ -25,7 +25,7 @@ from fcmae.data.bad_files import BadFiles
 from fcmae.data.dataset import Batch
 from fcmae.training import health
 from fcmae.training.optim import Schedule
-from fcmae.training.run import read_metrics, split_metrics
+from fcmae.training.records import read_metrics, split_metrics
 
 logger = logging.getLogger("fcmae")
 

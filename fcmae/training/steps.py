@@ -33,16 +33,12 @@ from fcmae.data.sampler import StepSampler
 from fcmae.heads import Classifier, Segmenter
 from fcmae.masked import FCMAE
 from fcmae.training import checkpoint
+from fcmae.training.launch import same_everywhere
 from fcmae.training.log import Log
 from fcmae.training.optim import Schedule, set_learning_rate
-from fcmae.training.run import (
-    SMALLER,
-    RunDirectory,
-    StopSignal,
-    images_that_fit,
-    record_images_that_fit,
-    same_everywhere,
-)
+from fcmae.training.records import images_that_fit, record_images_that_fit
+from fcmae.training.run import SMALLER, RunDirectory
+from fcmae.training.signals import StopSignal
 
 logger = logging.getLogger("fcmae")
 

@@ -1,9 +1,9 @@
 """The sets of images that the studies use, as folders and CSV files that every command reads.
 
-    python studies/datasets.py tiny20 SHARDS runs/studies/tiny20
-    python studies/datasets.py solar runs/studies/solar
-    python studies/datasets.py landsea runs/studies/landsea
-    python studies/datasets.py brain runs/studies/brain
+    python studies/sets.py tiny20 SHARDS runs/studies/tiny20
+    python studies/sets.py solar runs/studies/solar
+    python studies/sets.py landsea runs/studies/landsea
+    python studies/sets.py brain runs/studies/brain
 
 tiny20: 20 classes of Tiny ImageNet (every tenth in sorted order), 10,000 photographs for training and 1,000 for
 testing, 64 x 64, as tar shards in WebDataset's convention: `NNNNNN.jpg` beside `NNNNNN.cls`, the number of the class as

@@ -1,0 +1,149 @@
+"""The processes of a run: their devices and precision, what all of them know, and how they end together."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object, parse_flag_from_env
+
+from fcmae.config import RunConfig
+from fcmae.data.loader import end_workers
+from fcmae.training.signals import StopSignal
+
+Found = TypeVar("Found")
+
+
+def uses_cpu(cfg: RunConfig) -> bool:
+    """Whether a run computes on the CPU."""
+    return cfg.device == "cpu" or not torch.accelerator.is_available()
+
+
+def make_accelerator(cfg: RunConfig) -> Accelerator:
+    """accelerate's view of the devices, for cfg.device, cfg.precision and the trackers.
+
+    It forgets those of a run before in this process, which may have computed elsewhere or in another precision, and
+    what the environment says to accelerate: the settings hold.
+
+    Raises:
+        ValueError: for fp16 and tf32 on a CPU, and where the environment asks for shards of the model.
+    """
+    AcceleratorState._reset_state(reset_partial_state=True)
+    cpu = uses_cpu(cfg)
+    precision = {"fp32": "no", "tf32": "no", "auto": "no"}.get(cfg.precision, cfg.precision)
+    # GPUs without bf16 emulate it, slower than float32.
+    has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    if cfg.precision == "auto" and not cpu and has_bf16:
+        precision = "bf16"
+    if cpu and cfg.precision in ("fp16", "tf32"):
+        raise ValueError(f"precision = {cfg.precision} needs a GPU: use fp32 or bf16 on a CPU")
+    # Explicit, as torch's own default has TF32 in convolutions and not in matrix products.
+    torch.set_float32_matmul_precision("high" if cfg.precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = cfg.precision == "tf32"
+    # DDP remarks on the strides of the gradients of depthwise weights, in their dimension of size 1: they cost nothing.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
+            raise ValueError(
+                f"ACCELERATE_USE_{name} is set in the environment, as accelerate's launcher does, and fcmae has each "
+                "process hold the whole model: unset it, or launch with --multi_gpu"
+            )
+    # Steps of accumulation, precision, device, compiler: accelerate reads them there now and while it trains.
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        del os.environ[name]
+    return Accelerator(
+        cpu=cpu,
+        mixed_precision=precision,
+        log_with=cfg.log.trackers or None,
+        project_config=ProjectConfiguration(project_dir=str(cfg.out), logging_dir=f"{cfg.out}/tensorboard"),
+    )
+
+
+def same_everywhere(accelerator: Accelerator, find: Callable[[], Found]) -> Found:
+    """What the first process finds, sent to all."""
+    found: list[Any] = [find() if accelerator.is_main_process else None]
+    broadcast_object_list(found)
+    result: Found = found[0]
+    return result
+
+
+@contextmanager
+def ending_together(accelerator: Accelerator, run: Path) -> Iterator[None]:
+    """Have the error of one process end all of a run, each with its sentence.
+
+    The others may wait for it in a collective, where no signal reaches them.
+
+    Args:
+        accelerator: of the processes.
+        run: directory of the run.
+
+    Raises:
+        ChildProcessError: if another process failed.
+    """
+    if accelerator.num_processes == 1:
+        yield
+        return
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = torch.distributed.TCPStore(address, port, is_master=False, wait_for_workers=False)  # type: ignore[attr-defined]
+    key, left = f"fcmae/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}/{run}", threading.Event()
+
+    def told() -> str | None:
+        with suppress(RuntimeError):  # the store went with the process that kept it
+            return store.get(key).decode() if store.check([key]) else None
+        return "a process of the run has ended: see what it said"
+
+    def watch() -> None:
+        while not left.wait(1):
+            if (sentence := told()) and not left.wait(StopSignal.GRACE_S):
+                os.write(2, f"fcmae: error: {sentence}\n".encode(errors="replace"))
+                end_workers()
+                os._exit(2)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    except (ValueError, OSError, FloatingPointError) as error:
+        left.set()
+        store.set(key, f"process {accelerator.process_index} failed: {error}")
+        raise
+    except RuntimeError as error:
+        left.set()
+        if (sentence := told()) is None and "by peer" in str(error):
+            sentence = "a process of the run has ended: see what it said"
+        if sentence is None:
+            raise
+        raise ChildProcessError(sentence) from error
+    finally:
+        left.set()
+
+
+def finish(accelerator: Accelerator, stop: StopSignal) -> None:
+    """End a run: close the trackers, tell all processes of a signal to one, and let none go before the others.
+
+    A launcher that sees one end with a signal's status ends the rest, of which one may still save. The processes stay
+    joined until they end, for another run of the same script: they cannot be joined twice.
+
+    Args:
+        accelerator: of the processes.
+        stop: the signals of this one; of a signal to another alone, it has that one's then.
+    """
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    if accelerator.num_processes > 1:
+        received = gather_object([stop.received])
+        stop.received = stop.received or next(filter(None, received), None)
+        atexit.register(_part)
+
+
+def _part() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

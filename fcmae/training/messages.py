@@ -1,0 +1,99 @@
+"""train.log: what a run says, there and on the terminal, and how it ended by that."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from tqdm import tqdm
+
+from fcmae.data.source import printable
+
+logger = logging.getLogger("fcmae")
+
+LOG_END = 2**16  # bytes of train.log in which its last line is looked for
+CUT_OFF = "cut off"
+STAMP = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
+
+
+@contextmanager
+def logging_to(path: Path) -> Iterator[None]:
+    """Have what is said inside the block, and the error that ends it, added to a file; what is said shown too.
+
+    Args:
+        path: the file.
+    """
+    terminal = _TerminalHandler(logging.INFO)
+    handlers: list[logging.Handler] = [_FileHandler(path, encoding="utf-8"), terminal]
+    for handler in handlers:
+        handler.setFormatter(_Printable("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    previous, threading.excepthook = threading.excepthook, _thread_failed
+    try:
+        yield
+    except Exception as error:
+        logger.removeHandler(terminal)  # the command shows it there
+        logger.error("%s: %s", type(error).__name__, error)
+        raise
+    finally:
+        threading.excepthook = previous
+        for handler in handlers:
+            logger.removeHandler(handler)
+            handler.close()
+
+
+class _TerminalHandler(logging.Handler):
+    """Log lines above the progress bar, where there is one. A terminal may be gone, as after SIGHUP."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with suppress(OSError):
+            tqdm.write(self.format(record), file=sys.stderr)
+
+
+class _FileHandler(logging.FileHandler):
+    """train.log. On a full disk a line is left out: the numbers and checkpoints beside it stop the run."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
+
+
+class _Printable(logging.Formatter):
+    """Lines that any terminal can show, whatever is in the name of a file."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(map(printable, super().format(record).split("\n")))
+
+
+def _thread_failed(failure: threading.ExceptHookArgs) -> None:
+    """No traceback of a tracker's thread that could not write: the main thread gets the same error."""
+    if not isinstance(failure.exc_value, OSError):
+        threading.__excepthook__(failure)
+
+
+def how_it_ended(log: Path) -> str:
+    """How a run's last start ended, by its train.log: finished, stopped, failed, or CUT_OFF; without one, not begun."""
+    if not log.is_file():
+        return "not begun"
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - LOG_END))
+        lines = file.read(LOG_END).decode(errors="replace").splitlines()
+    advice = re.compile(STAMP + "(next: |best and last model: )")
+    last = next((line for line in reversed(lines) if re.match(STAMP, line) and not advice.match(line)), "")
+    if re.match(STAMP + r"finished \d+ steps$", last):
+        return "finished"
+    if re.match(STAMP + "stopped by ", last):
+        return "stopped"
+    if re.match(STAMP + r"\w+(Error|Exception): ", last):
+        return "failed"
+    return CUT_OFF if last else "not begun"

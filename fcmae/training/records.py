@@ -1,0 +1,121 @@
+"""What a run keeps of itself beside its log: numbers (metrics.jsonl), and every start (environment.json)."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import sys
+from contextlib import suppress
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fcmae
+from fcmae.atomic import read_bytes, write_text
+from fcmae.data.cores import num_cores
+
+MAX_METRICS = 2**30  # bytes of metrics.jsonl
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, without those that are damaged or cut off; none before the first was written."""
+    return split_metrics(path)[0]
+
+
+def split_metrics(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The lines of a metrics.jsonl, and those that are none: cut off, without a step, or with what is no number."""
+    lines, damaged = list[dict[str, Any]](), list[str]()
+    content = read_bytes(path, MAX_METRICS) if path.exists() else b""
+    for text in content.decode(errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            line = None
+        if isinstance(line, dict) and {"step", "epoch"} <= line.keys() and all(map(_is_number, line.values())):
+            lines.append(line)
+        else:
+            damaged.append(text)
+    return lines, damaged
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def record_start(path: Path, cpu: bool) -> None:
+    """Append to a JSON list what this process runs with: time, versions, machine, command.
+
+    Args:
+        path: of the list; a file that holds none is begun anew.
+        cpu: whether it computes on the CPU whatever else is there.
+    """
+    device = torch.device("cpu") if cpu else torch.accelerator.current_accelerator() or torch.device("cpu")
+    program = Path(sys.argv[0])
+    record = {
+        "time": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "versions": {
+            "fcmae": fcmae.__version__,
+            "torch": torch.__version__,
+            "timm": metadata.version("timm"),
+            "accelerate": metadata.version("accelerate"),
+            "python": platform.python_version(),
+        },
+        "device": device.type,
+        "device_name": _device_name(device),
+        "num_processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "cpu": cpu_name(),
+        "cores": num_cores(),
+        "directory": str(Path.cwd()),
+        # `python -m fcmae.cli` is another way to say fcmae.
+        "command": shlex.join(["fcmae" if program.name == "cli.py" else program.name, *sys.argv[1:]]),
+    }
+    write_text(path, json.dumps([*_starts(path), record], indent=1) + "\n")
+
+
+def _starts(path: Path) -> list[dict[str, Any]]:
+    with suppress(OSError, ValueError, RecursionError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, list) and all(isinstance(start, dict) for start in found):
+            return found
+    return []
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name() if device.type == "cuda" else cpu_name()
+
+
+def record_images_that_fit(run: Path, num: int) -> None:
+    """Keep with the run's latest start how many images at once its memory suffices for, as it did not for more.
+
+    Args:
+        run: its directory.
+        num: of a process, each counted as often as it has masks.
+    """
+    if starts := _starts(run / "environment.json"):
+        starts[-1]["images_at_once"] = num
+        write_text(run / "environment.json", json.dumps(starts, indent=1) + "\n")
+
+
+def images_that_fit(run: Path, device: torch.device) -> int | None:
+    """What `record_images_that_fit` kept last on such a device; None if nothing.
+
+    Args:
+        run: its directory.
+        device: that is computed on now.
+    """
+    name, key = _device_name(device), "images_at_once"
+    starts = [start for start in _starts(run / "environment.json") if key in start and start.get("device_name") == name]
+    return starts[-1][key] if starts and isinstance(starts[-1][key], int) else None
+
+
+def cpu_name() -> str:
+    """The processor's name, as exactly as the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

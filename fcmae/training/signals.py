@@ -1,0 +1,86 @@
+"""Signals to a run: the loop finishes its step; a second interrupt ends it at once, whatever hangs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from types import FrameType
+from typing import Any
+
+from fcmae.data.loader import STOP_SIGNALS, end_workers
+
+
+class StopSignal:
+    """SIGTERM, SIGINT, SIGUSR1 and SIGHUP ask the loop to finish its step; a second SIGINT interrupts at once.
+
+    Where a read hangs, in a worker or here, the second SIGINT ends it too: the workers are killed, and so is this
+    process if it has not come to its end soon after, unless it is a session at a prompt. Further ones are the same
+    impatience. Outside the main thread, where Python lets nobody take signals, they stay as they are.
+
+    Attributes:
+        received: the name of the signal that came first, or None.
+    """
+
+    GRACE_S = 3.0
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._interrupted = False
+        self._left = threading.Event()
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        for number in STOP_SIGNALS:
+            # `nohup` has SIGHUP ignored.
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._receive)
+        # Python's handlers wait for the main thread, which a read may hold; what is written here does not.
+        read_end, self._write_end = os.pipe()
+        os.set_blocking(self._write_end, False)
+        self._previous_fd = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(read_end,), daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if not self._previous:
+            return
+        previous = self._previous[signal.SIGINT]
+        until = time.monotonic() + self.GRACE_S
+
+        def late(number: int, frame: FrameType | None) -> None:
+            if time.monotonic() > until:
+                signal.signal(number, previous)
+                os.kill(os.getpid(), number)
+
+        for number, handler in self._previous.items():
+            signal.signal(number, late if kind is KeyboardInterrupt and number == signal.SIGINT else handler)
+        signal.set_wakeup_fd(self._previous_fd)
+        os.close(self._write_end)
+        self._left.set()
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.received is None:
+            self.received = signal.Signals(number).name
+        elif number == signal.SIGINT and not self._interrupted:
+            self._interrupted = True
+            raise KeyboardInterrupt
+
+    def _watch(self, read_end: int) -> None:
+        """In a thread of its own: see to it that a second SIGINT ends this process."""
+        num_signals = 0
+        with os.fdopen(read_end, "rb", buffering=0) as numbers:
+            while number := numbers.read(1):
+                num_signals += number[0] in STOP_SIGNALS
+                if num_signals > 1 and number[0] == signal.SIGINT:
+                    break
+            else:
+                return
+            end_workers()
+            if not self._left.wait(self.GRACE_S) and not hasattr(sys, "ps1"):
+                os.write(2, b"\nfcmae: interrupted\n")
+                os._exit(130)

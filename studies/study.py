@@ -1,0 +1,195 @@
+"""What the studies share: commands that are run once, each as soon as what it needs is done, and what they found."""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from sets import few, folder_rows, write_csv
+
+from fcmae.atomic import write_text
+from fcmae.evaluation.paired import METRIC, Row, compare
+from fcmae.training.records import read_metrics
+
+STUDIES = Path(__file__).parent
+FCMAE = (sys.executable, "-m", "fcmae.cli")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command that writes below runs/NAME.
+
+    words: the command; patterns of paths are expanded when it starts. needs: names of the jobs whose results it reads.
+    minutes: how long it may run; it is then told to stop, which saves what it has.
+    """
+
+    name: str
+    words: tuple[str, ...]
+    needs: tuple[str, ...] = ()
+    minutes: float | None = None
+
+
+# The command line
+
+
+def add_arguments(parser: argparse.ArgumentParser, out: str, at_once: int | None = None) -> None:
+    """What every study takes; at_once: commands at a time, where they have a thread each."""
+    parser.add_argument("--out", type=Path, default=Path(out), help=f"where to write [{out}]")
+    if at_once is not None:
+        words = "commands at a time, each of one thread if more than one"
+        parser.add_argument("--at-once", type=int, default=at_once, help=f"{words} [{at_once}]")
+    parser.add_argument("--only", nargs="*", default=[""], metavar="PREFIX", help="jobs whose names begin so")
+    parser.add_argument("--list", action="store_true", help="print the commands and stop")
+
+
+def chosen(args: argparse.Namespace, every: Iterable[Job]) -> list[Job]:
+    """The jobs that --only names. With --list their commands are printed, and the program ends."""
+    wanted = [job for job in every if job.name.startswith(tuple(args.only))]
+    if args.list:
+        for job in wanted:
+            print(f"# {job.name}\n{shown(job, args.out.absolute())}")
+        raise SystemExit(0)
+    return wanted
+
+
+# Running
+
+
+def prepare_tiny20(shards: Path, out: Path, draws: Mapping[int, int]) -> None:
+    """The images, and which labels are used; those of trials, tune.csv and tune-test.csv, are of a draw of their own.
+
+    draws: their number, by per cent of the labels.
+    """
+    write_images("tiny20", out, str(shards))
+    rows = folder_rows(out / "tiny20" / "train")
+    write_csv(out / "test.csv", folder_rows(out / "tiny20" / "val"))
+    for percent, seeds in draws.items():
+        for seed in range(seeds):
+            write_csv(out / f"train-{percent}-{seed}.csv", few(rows, percent / 100, seed))
+    labelled = few(rows, 0.1, 100)
+    write_csv(out / "tune.csv", labelled)
+    write_csv(out / "tune-test.csv", few([row for row in rows if row not in set(labelled)], 0.1, 101))
+
+
+def write_images(name: str, out: Path, *source: str, seeds: int = 3) -> None:
+    """OUT/NAME, by studies/sets.py."""
+    words = (str(STUDIES / "sets.py"), name, *source, str(out / name), "--seeds", str(seeds))
+    subprocess.run([sys.executable, *words], check=True)
+
+
+def schedule(wanted: Iterable[Job], out: Path, at_once: int, threads: int | None) -> None:
+    """Run the jobs in their order, each as soon as what it needs is done."""
+    (out / "jobs").mkdir(parents=True, exist_ok=True)
+    done = {path.stem for path in (out / "jobs").glob("*.json") if not path.name.startswith(".")}
+    waiting, running, started = [job for job in wanted if job.name not in done], dict[Future[bool], Job](), time.time()
+    total = len(waiting)
+    with ThreadPoolExecutor(at_once) as pool:
+        while waiting or running:
+            ready = [job for job in waiting if done.issuperset(job.needs)][: at_once - len(running)]
+            for job in ready:
+                waiting.remove(job)
+                running[pool.submit(run, job, out, threads)] = job
+            if not running:
+                print("not run, as what they need failed: " + ", ".join(job.name for job in waiting), file=sys.stderr)
+                return
+            finished, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in finished:
+                job = running.pop(future)
+                if future.result():
+                    done.add(job.name)
+                minutes = (time.time() - started) / 60
+                print(f"{minutes:6.1f} min, {total - len(waiting) - len(running)} of {total}: {job.name}", flush=True)
+
+
+def run(job: Job, out: Path, threads: int | None) -> bool:
+    """Run one job; its output and a record of it go to OUT/jobs. Returns whether it succeeded."""
+    environment = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
+    log, started = out / "jobs" / f"{job.name}.log", time.time()
+    with log.open("ab") as file:
+        process = subprocess.Popen(expanded(job.words), stdout=file, stderr=file, env=environment)
+        try:
+            status = process.wait(None if job.minutes is None else 60 * job.minutes)
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            status = process.wait()
+    if status:
+        print(f"{job.name}: status {status}, see {log}", file=sys.stderr, flush=True)
+        return False
+    record = {
+        "name": job.name,
+        "command": shown(job, out),
+        "seconds": round(time.time() - started, 1),
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        "threads": threads,
+    }
+    write_text(out / "jobs" / f"{job.name}.json", json.dumps(record, indent=1))
+    return True
+
+
+def expanded(words: Sequence[str]) -> list[str]:
+    """As a shell would: a pattern becomes the paths that match it, in order, or stays as it is."""
+    return [path for word in words for path in sorted(glob.glob(word)) or [word]]  # noqa: PTH207
+
+
+def shown(job: Job, out: Path) -> str:
+    """The command as one would type it."""
+    words = ["python" if word == sys.executable else word for word in job.words]
+    quoted = [word if glob.has_magic(word) else shlex.quote(word) for word in words]
+    text = " ".join(quoted).replace("python -m fcmae.cli", "fcmae").replace(str(STUDIES), "studies")
+    return text.replace(f"{out}/", "runs/studies/")
+
+
+# What was found
+
+
+def is_done(job: Job, out: Path) -> bool:
+    return (out / "jobs" / f"{job.name}.json").exists()
+
+
+def last_scores(out: Path, every: Iterable[Job], key: str) -> dict[str, dict[str, Any]]:
+    """The last scores of each run that is done and has them, by name; key: one of them."""
+    found = {}
+    for job in every:
+        if is_done(job, out):
+            for line in read_metrics(out / "runs" / job.name / "metrics.jsonl"):
+                if key in line:
+                    found[job.name] = {name: value for name, value in line.items() if name not in ("step", "epoch")}
+    return found
+
+
+def facts(out: Path, every: Iterable[Job]) -> dict[str, Any]:
+    """Where it ran, and of the jobs that are done the commands and seconds."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    done = [job for job in every if is_done(job, out)]
+    return {
+        "machine": {"gpu": gpu, "cores": os.cpu_count(), "cpu": platform.machine(), "torch": torch.__version__},
+        "commands": {job.name: shown(job, out) for job in done},
+        "seconds": {job.name: json.loads((out / "jobs" / f"{job.name}.json").read_text())["seconds"] for job in done},
+    }
+
+
+def paired(scores: Iterable[tuple[str, str, int, float]], against: Mapping[str, str | None]) -> list[Row]:
+    """The rows of `fcmae worth`'s table, of other scores: arms that are compared seed by seed.
+
+    scores: arm, labels, seed and value. against: what each arm is compared with, in the order of the rows.
+    """
+    found = [{"arm": arm, "labels": labels, "seed": seed, "scores": {METRIC: v}} for arm, labels, seed, v in scores]
+    comparison: Any = {
+        "amounts": [{"labels": labels} for labels in dict.fromkeys(score["labels"] for score in found)],
+        "arms": [{"name": arm, "against": other} for arm, other in against.items()],
+        "scores": found,
+    }
+    return compare(comparison)

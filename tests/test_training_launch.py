@@ -1,0 +1,72 @@
+"""Devices and precision are those of the settings, whatever the environment says to accelerate."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import accelerate
+import pytest
+import torch
+from accelerate import Accelerator
+from runs import config
+
+from fcmae.training.launch import make_accelerator
+
+pytestmark = pytest.mark.usefixtures("forgotten")
+
+
+def test_half_precision_on_a_cpu_is_refused(tmp_path: Path) -> None:
+    cfg = config(Path("photos"), tmp_path).model_copy(update={"precision": "fp16"})
+    with pytest.raises(ValueError, match="precision = fp16 needs a GPU: use fp32 or bf16"):
+        make_accelerator(cfg)
+
+
+def test_automatic_precision_on_a_cpu_is_full(tmp_path: Path) -> None:
+    accelerator = make_accelerator(config(Path("photos"), tmp_path))
+    assert (accelerator.mixed_precision, accelerator.device.type) == ("no", "cpu")
+    assert not list(tmp_path.iterdir())
+
+
+def gradient(accelerator: Accelerator) -> tuple[torch.Tensor, object, object]:
+    """Of a fixed step, and in what it was computed."""
+    torch.manual_seed(0)
+    net = accelerator.prepare(torch.nn.Linear(3, 2))
+    loss = net(torch.ones(4, 3)).square().mean()
+    accelerator.backward(loss)
+    state = accelerator.state
+    kind = (accelerator.mixed_precision, state.dynamo_plugin.backend, accelerator.distributed_type, accelerator.device)
+    return net.weight.grad, loss.dtype, kind
+
+
+def test_what_accelerate_reads_from_the_environment_changes_no_gradient_or_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = config(Path("photos"), tmp_path)
+    folder = Path(accelerate.__file__).parent
+    source = "".join((folder / name).read_text() for name in ("accelerator.py", "state.py", "utils/dataclasses.py"))
+    names = set(re.findall(r"ACCELERATE_[A-Z0-9_]*[A-Z0-9]", source))
+    names |= {f"ACCELERATE_DYNAMO_{name}" for name in ("BACKEND", "MODE", "USE_FULLGRAPH", "USE_DYNAMIC")}
+    assert len(names) > 25
+    values = {
+        "ACCELERATE_MIXED_PRECISION": "bf16",
+        "ACCELERATE_DYNAMO_BACKEND": "eager",
+        "ACCELERATE_FP8_BACKEND": "TE",
+        "ACCELERATE_TORCH_DEVICE": "meta",
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
+    }
+    expected, *others = gradient(make_accelerator(cfg))
+    refused = set()
+    for name in sorted(names):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, values.get(name, "true"))
+            try:
+                found, *rest = gradient(make_accelerator(cfg))
+            except ValueError as error:
+                assert str(error).startswith(f"{name} is set in the environment")
+                refused.add(name)
+            else:
+                assert torch.equal(found, expected), name
+                assert rest == others, name
+    kinds = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER")
+    assert refused == {f"ACCELERATE_USE_{kind}" for kind in kinds}
