@@ -31,6 +31,7 @@ from torch import Tensor
 from fcmae import pretraining
 from fcmae.config import PretrainConfig
 from fcmae.data.index import Images
+from fcmae.masked import masked_loss
 from fcmae.tables import table
 
 BATCH = 64
@@ -58,7 +59,16 @@ def main(argv: list[str] | None = None) -> None:
     write_json(__file__, argv, args, info, scale=found)
 
 
-HEADER = ["images", "first batch", "of the processor", "peak", "main", "a worker's own", "after the last step", "a worker's own"]
+HEADER = [
+    "images",
+    "first batch",
+    "of the processor",
+    "peak",
+    "main",
+    "a worker's own",
+    "after the last step",
+    "a worker's own",
+]
 
 
 def row(figures: dict[str, Any]) -> list[str]:
@@ -89,7 +99,7 @@ def started(place: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 def watched_run(place: Path, workers: int, steps: int, since: float) -> dict[str, Any]:
     """Train for some steps, and measure at the first and at the last."""
-    jpeg, loss_of, figures, seen = one_jpeg(), pretraining.masked_loss, dict[str, Any](), [0]
+    jpeg, figures, seen = one_jpeg(), dict[str, Any](), [0]
 
     def opened(self: Images, i: int) -> BinaryIO:
         assert self.name(i)
@@ -106,10 +116,10 @@ def watched_run(place: Path, workers: int, steps: int, since: float) -> dict[str
         if seen[0] == steps:
             figures["last"] = memory()
             os.kill(os.getpid(), signal.SIGTERM)  # as a cluster's stop: it is saved, and the next goes on from there
-        return loss_of(*given, **options)
+        return masked_loss(*given, **options)
 
     Images.open = opened  # type: ignore[method-assign]
-    pretraining.masked_loss = loss  # type: ignore[assignment]
+    pretraining.masked_loss = loss  # type: ignore[attr-defined]
     settings = {
         "out": str(place / "run"),
         "device": "cpu",
