@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import pickle
 from pathlib import Path
@@ -7,9 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fcmae.data import index, listing, source
 from fcmae.data.index import Images, find_images, find_labelled
+from fcmae.data.shards import Parts
 from fcmae.data.source import BadImage
 from fcmae.data.split import split
+from fcmae.data.storage import Storage
 
 
 def touch(root: Path, *names: str) -> list[str]:
@@ -165,6 +170,59 @@ def test_fingerprints_and_files_of_earlier_runs_are_those_of_today(tmp_path: Pat
         (Images.of_files([]), "b4848660d62b08b3c9acbc73afa645649353e232ecb63dbeef268e7376f46e6d"),
     ):
         assert found.fingerprint() == expected
+
+
+ODD_NAMES = [
+    '/a/"], "b.jpg',
+    '/a/", ".jpg',
+    "/a/\\",
+    "/a/[1, 2].jpg",
+    "/a/\udcff\ud83d\n.jpg",
+    '/a/}"labels": [.jpg',
+    "/a/ü.jpg",
+]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
+def test_an_index_in_pieces_is_the_one_that_is_written_and_read_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """Whatever the pieces cut through; the reference is json's own text of the whole."""
+    for module in (source, index, listing):
+        monkeypatch.setattr(module, "PART", size)
+    monkeypatch.setattr(listing, "PIECE", size)
+    monkeypatch.setattr(json, "load", None)  # what is read as a whole
+    path, places = tmp_path / "files.json", np.array([[0, 0, -1], [512, 2**40, 0], [10, -2, -1]])
+    labels = [i % 3 for i in range(len(ODD_NAMES))]
+    for images in (
+        Images.of_files(ODD_NAMES, labels, ["x", 'y"], "', "z}"]),
+        Images.of_files(ODD_NAMES),
+        Images(Parts(ODD_NAMES[:3], ['/a/"places": [.tar'], places, Storage())),
+        Images(Parts(ODD_NAMES[:3], ['/a/"places": [.tar'], places, Storage())).subset([2, 0]),
+    ):
+        images.save(path)
+        paths = images.names()
+        values = {"paths": paths, "labels": images.labels, "class_names": images.class_names}
+        values["labels"] = None if images.labels is None else images.labels.tolist()
+        known = []
+        if isinstance(images.source, Parts):
+            at = slice(None) if images.positions is None else images.positions
+            values |= {"shards": images.source.shards, "places": images.source.table[:, at].tolist()}
+            known = [images.source.fingerprint()]
+        assert path.read_text() == json.dumps(values)
+        again = Images.load(path)
+        assert content(again) == content(images) and type(again.source) is type(images.source)
+        if isinstance(again.source, Parts):
+            assert again.source.table.tolist() == values["places"]
+        text = json.dumps([[name[3:] for name in paths], values["labels"], images.class_names, *known])
+        assert images.fingerprint() == hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_an_index_that_was_laid_out_by_hand_is_read(tmp_path: Path) -> None:
+    images, path = Images.of_files(["/a.jpg", "/b.jpg"], [0, 1], ["x", "y"]), tmp_path / "files.json"
+    images.save(path)
+    path.write_text(json.dumps(json.loads(path.read_text()), indent=2))
+    assert content(Images.load(path)) == content(images)
 
 
 def test_a_part_of_a_part_has_the_names_and_labels_of_its_images() -> None:
