@@ -68,6 +68,19 @@ def test_lists_hold_paths_relative_to_their_folder(tmp_path: Path) -> None:
     assert find_images([str(tmp_path / "lists/all.txt")]).names() == expected
 
 
+def test_a_long_search_says_how_much_it_has_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    touch(tmp_path, "a/1.jpg", "a/2.jpg", "b/3.jpg")
+    monkeypatch.setattr(index, "TELL_EVERY_S", 5)
+    monkeypatch.setattr("time.monotonic", iter([0, 1, 6, 7, 20, 21, 22, 23]).__next__)
+    with caplog.at_level("INFO", logger="fcmae"):
+        find_images([str(tmp_path)])
+        assert caplog.messages == ["data.path: 2 images or shards were found so far"]
+        find_labelled(str(tmp_path))
+    assert len(caplog.messages) == 1
+
+
 def test_globs_match_files_and_search_folders(tmp_path: Path) -> None:
     images = touch(tmp_path, "a1/x.jpg", "a2/deep/y.png", "b/z.jpg")
     touch(tmp_path, "a1/x.txt")

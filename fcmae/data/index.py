@@ -9,14 +9,15 @@ import io
 import json
 import logging
 import os
+import time
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +35,10 @@ logger = logging.getLogger("fcmae")
 SYSTEM_FOLDERS = {"@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX", "lost+found", "System Volume Information"}
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 MAX_INDEX = 2**37  # bytes of what `Images.save` writes: a thousand million paths
+TELL_EVERY_S = 10.0
 ANY = Storage()
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,8 +216,8 @@ def find_images(sources: Sequence[str], *, key: str = "data.path", storage: Stor
     Raises:
         ValueError: for a source that is missing, cannot be listed, or holds no image.
     """
-    found, others, shards = set[str](), Counter[str](), Shards(storage, key)
-    expanded = [list(_expand(source, key, others)) for source in sources]
+    found, others, shards = list[str](), Counter[str](), Shards(storage, key)
+    expanded = [list(_told(_expand(source, key, others), key)) for source in sources]
     shards.learn(path for paths in expanded for path in paths if is_shard(path))
     for source, paths in zip(sources, expanded, strict=True):
         paths = [name for path in paths for name in (shards.labels(path) if is_shard(path) else [path])]
@@ -222,8 +226,19 @@ def find_images(sources: Sequence[str], *, key: str = "data.path", storage: Stor
                 f"{key}: {source!r} holds no image ({' '.join(SUFFIXES)}): give a folder of images, a .txt file that "
                 f"lists paths, or a glob pattern{'' if can_read() else '; tables need `pip install fcmae[parquet]`'}"
             )
-        found.update(paths)
-    return Images(shards.source(sorted(found)), notes=_left_out(others, key) + shards.notes())
+        found += paths
+    names = [name for name, _ in groupby(sorted(found))]  # not a set, which would take half a gigabyte of ten million
+    return Images(shards.source(names), notes=_left_out(others, key) + shards.notes())
+
+
+def _told(found: Iterable[Found], key: str) -> Iterator[Found]:
+    """What a search finds; while it lasts, it is said how much that is."""
+    told = time.monotonic()
+    for count, item in enumerate(found, 1):
+        yield item
+        if (now := time.monotonic()) - told > TELL_EVERY_S:
+            logger.info("%s: %s images or shards were found so far", key, f"{count:,}")
+            told = now
 
 
 def _expand(source: str, key: str, others: Counter[str]) -> Iterator[str]:
@@ -346,14 +361,14 @@ def _left_out(others: Counter[str], key: str) -> tuple[str, ...]:
 
 
 def _read_list(address: str, key: str) -> Iterator[str]:
+    folder = os.path.dirname(address)  # noqa: PTH120
     try:
-        lines = ANY.read(address).decode("utf-8-sig").splitlines()
+        with io.TextIOWrapper(io.BytesIO(ANY.read(address)), encoding="utf-8-sig") as lines:
+            yield from (joined(folder, line.strip()) for line in lines if line.strip())
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{key}: {address} cannot be read ({error}): give a UTF-8 text file with one path a line"
         ) from error
-    folder = os.path.dirname(address)  # noqa: PTH120
-    yield from (joined(folder, line.strip()) for line in lines if line.strip())
 
 
 def find_labelled(
@@ -459,7 +474,11 @@ def _class_folders(source: str, key: str, others: Counter[str], *, may_be_empty:
         folders = [path for path in sorted(Path(root).iterdir()) if path.is_dir() and not path.name.startswith(".")]
         folders = [path for path in folders if path.name not in SYSTEM_FOLDERS]
         _refuse_splits(root, {path.name for path in folders}, key)
-        found = {folder.name: list(_walk(folder, key, others)) for folder in folders}
+        found = {folder.name: [] for folder in folders}
+        for name, path in _told(
+            ((folder.name, path) for folder in folders for path in _walk(folder, key, others)), key
+        ):
+            found[name].append(path)
     label_of = dict[str, str]()
     for name, images in found.items():
         if not images and not may_be_empty:

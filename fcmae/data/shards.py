@@ -63,8 +63,7 @@ def is_damage(address: str) -> bool:
 
 def is_shard(address: str) -> bool:
     """Whether a file is a tar file or a table by its name; datasets' own caches are neither."""
-    name = os.path.basename(address)  # noqa: PTH119
-    return name.endswith(SHARDS) and not name.startswith((".", "cache-"))
+    return address.endswith(SHARDS) and not os.path.basename(address).startswith((".", "cache-"))  # noqa: PTH119
 
 
 def shards_of(addresses: Iterable[str]) -> Iterator[str | None]:
