@@ -38,20 +38,33 @@ def write_text(path: Path, text: str) -> None:
         aside.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
-def read_bytes(path: Path, most: int) -> bytes:
-    """The content of a file.
+def check_file(path: Path, most: int) -> None:
+    """Refuse what cannot be read to its end.
 
     Args:
-        path: of the file; a pipe or a device, which may never end, is none.
+        path: of a file; a pipe or a device, which may never end, is none.
         most: bytes that it may have.
 
     Raises:
-        OSError: if it cannot be read, is no file, or is larger.
+        OSError: if it is not there, is no file, or is larger.
     """
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "it is no file", str(path))
     if path.stat().st_size > most:
         raise OSError(errno.EFBIG, f"it has more than {most:,} bytes", str(path))
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """The content of a file.
+
+    Args:
+        path: see `check_file`.
+        most: likewise.
+
+    Raises:
+        OSError: if it cannot be read, is no file, or is larger.
+    """
+    check_file(path, most)
     return path.read_bytes()
 
 

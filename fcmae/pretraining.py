@@ -91,7 +91,8 @@ def pretrain(cfg: PretrainConfig, net: FCMAE | None = None) -> Run:
             labelled = find_monitored_labels(cfg.monitor.labelled, build_reading(cfg), cfg.seed)
         with run.open(accelerator.is_main_process), StopSignal() as stop:
             if accelerator.is_main_process:
-                images.save(run.path / "files.json")
+                if kept_index(cfg, run) is None:
+                    images.save(run.path / "files.json")
                 for note in images.notes:
                     logger.info("%s", note)
                 build_reading(cfg).check_values(images)
@@ -178,11 +179,16 @@ def train(
 
 def run_images(cfg: PretrainConfig, run: RunDirectory) -> Images:
     """The images: as listed in the run directory, else found."""
-    cached = run.path / "files.json"
     storage = Storage.of_run(run.path, cfg.data.index, cfg.data.cache_gb)
-    if run.kept("data.path") and cached.is_file():
-        return Images.load(cached, storage)
+    if (kept := kept_index(cfg, run)) is not None:
+        return Images.load(kept, storage)
     return find_images(cfg.data.path, storage=storage)
+
+
+def kept_index(cfg: PretrainConfig, run: RunDirectory) -> Path | None:
+    """The run directory's file that lists its images, if it is of the same `data.path`."""
+    path = run.path / "files.json"
+    return path if run.kept("data.path") and path.is_file() else None
 
 
 def build_schedule(cfg: PretrainConfig, run: RunDirectory, images: Images) -> Schedule:

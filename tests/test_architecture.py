@@ -27,6 +27,7 @@ ORDER = [
     "fcmae.processes",
     "fcmae.threads",
     "fcmae.data.source",
+    "fcmae.data.listing",
     "fcmae.data.storage",
     "fcmae.data.tables",
     "fcmae.data.shards",

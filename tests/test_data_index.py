@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import pickle
 from pathlib import Path
@@ -7,9 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fcmae.data import index, listing, source
 from fcmae.data.index import Images, find_images, find_labelled
+from fcmae.data.shards import Parts
 from fcmae.data.source import BadImage
 from fcmae.data.split import split
+from fcmae.data.storage import Storage
 
 
 def touch(root: Path, *names: str) -> list[str]:
@@ -61,6 +66,19 @@ def test_lists_hold_paths_relative_to_their_folder(tmp_path: Path) -> None:
     (tmp_path / "lists/all.txt").write_text(text, encoding="utf-8")
     expected = sorted(str(tmp_path / name) for name in ("lists/a.jpg", "b.jpg", "without_suffix"))
     assert find_images([str(tmp_path / "lists/all.txt")]).names() == expected
+
+
+def test_a_long_search_says_how_much_it_has_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    touch(tmp_path, "a/1.jpg", "a/2.jpg", "b/3.jpg")
+    monkeypatch.setattr(index, "TELL_EVERY_S", 5)
+    monkeypatch.setattr("time.monotonic", iter([0, 1, 6, 7, 20, 21, 22, 23]).__next__)
+    with caplog.at_level("INFO", logger="fcmae"):
+        find_images([str(tmp_path)])
+        assert caplog.messages == ["data.path: 2 images or shards were found so far"]
+        find_labelled(str(tmp_path))
+    assert len(caplog.messages) == 1
 
 
 def test_globs_match_files_and_search_folders(tmp_path: Path) -> None:
@@ -165,6 +183,59 @@ def test_fingerprints_and_files_of_earlier_runs_are_those_of_today(tmp_path: Pat
         (Images.of_files([]), "b4848660d62b08b3c9acbc73afa645649353e232ecb63dbeef268e7376f46e6d"),
     ):
         assert found.fingerprint() == expected
+
+
+ODD_NAMES = [
+    '/a/"], "b.jpg',
+    '/a/", ".jpg',
+    "/a/\\",
+    "/a/[1, 2].jpg",
+    "/a/\udcff\ud83d\n.jpg",
+    '/a/}"labels": [.jpg',
+    "/a/ü.jpg",
+]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
+def test_an_index_in_pieces_is_the_one_that_is_written_and_read_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """Whatever the pieces cut through; the reference is json's own text of the whole."""
+    for module in (source, index, listing):
+        monkeypatch.setattr(module, "PART", size)
+    monkeypatch.setattr(listing, "PIECE", size)
+    monkeypatch.setattr(json, "load", None)  # what is read as a whole
+    path, places = tmp_path / "files.json", np.array([[0, 0, -1], [512, 2**40, 0], [10, -2, -1]])
+    labels = [i % 3 for i in range(len(ODD_NAMES))]
+    for images in (
+        Images.of_files(ODD_NAMES, labels, ["x", 'y"], "', "z}"]),
+        Images.of_files(ODD_NAMES),
+        Images(Parts(ODD_NAMES[:3], ['/a/"places": [.tar'], places, Storage())),
+        Images(Parts(ODD_NAMES[:3], ['/a/"places": [.tar'], places, Storage())).subset([2, 0]),
+    ):
+        images.save(path)
+        paths = images.names()
+        values = {"paths": paths, "labels": images.labels, "class_names": images.class_names}
+        values["labels"] = None if images.labels is None else images.labels.tolist()
+        known = []
+        if isinstance(images.source, Parts):
+            at = slice(None) if images.positions is None else images.positions
+            values |= {"shards": images.source.shards, "places": images.source.table[:, at].tolist()}
+            known = [images.source.fingerprint()]
+        assert path.read_text() == json.dumps(values)
+        again = Images.load(path)
+        assert content(again) == content(images) and type(again.source) is type(images.source)
+        if isinstance(again.source, Parts):
+            assert again.source.table.tolist() == values["places"]
+        text = json.dumps([[name[3:] for name in paths], values["labels"], images.class_names, *known])
+        assert images.fingerprint() == hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_an_index_that_was_laid_out_by_hand_is_read(tmp_path: Path) -> None:
+    images, path = Images.of_files(["/a.jpg", "/b.jpg"], [0, 1], ["x", "y"]), tmp_path / "files.json"
+    images.save(path)
+    path.write_text(json.dumps(json.loads(path.read_text()), indent=2))
+    assert content(Images.load(path)) == content(images)
 
 
 def test_a_part_of_a_part_has_the_names_and_labels_of_its_images() -> None:

@@ -79,6 +79,9 @@ def test_epoch_order_is_a_permutation(num_images: int, seed: int, epoch: int) ->
     order = epoch_order(num_images, seed, epoch)
     np.testing.assert_array_equal(np.sort(order), np.arange(num_images))
     np.testing.assert_array_equal(order, epoch_order(num_images, seed, epoch))
+    # Runs of earlier versions go on in this order.
+    np.testing.assert_array_equal(order, np.random.default_rng([seed, epoch, 0, 2]).permutation(num_images))
+    assert order.dtype == np.int32
 
 
 def test_epochs_and_seeds_have_different_orders() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import io
 import os
@@ -265,6 +266,21 @@ def test_a_request_that_keeps_failing_makes_a_bad_image(
     with pytest.raises(BadImage, match=f"^it cannot be read: .*{reason}"):
         images.open(0)
     assert len(Handler.asked) == tries
+
+
+def test_a_listing_of_many_requests_may_take_longer_than_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    asyn = pytest.importorskip("fsspec.asyn")
+
+    class Large(asyn.AsyncFileSystem):  # type: ignore[misc, name-defined]
+        protocol = "large"
+
+        async def _find(self, path: str, **_: object) -> list[str]:
+            await asyncio.sleep(0.3)
+            return [f"{path}/{i}.png" for i in range(3)]
+
+    monkeypatch.setattr(storage, "_filesystem", lambda address: (Large(), address.partition("://")[2]))
+    monkeypatch.setattr(storage, "TIMEOUT_S", 0.05)
+    assert storage.listed("large://bucket", "find") == [f"large://bucket/{i}.png" for i in range(3)]
 
 
 @web

@@ -9,19 +9,23 @@ import io
 import json
 import logging
 import os
+import time
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import chain, groupby
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fcmae.atomic import read_bytes, write_text
+from fcmae.atomic import check_file, replacing
+from fcmae.data.listing import json_list, json_numbers, read_listing
 from fcmae.data.shards import COMPRESSED, SHARDS, SUFFIXES, Parts, Shards, is_damage, is_image, is_shard
-from fcmae.data.source import BadImage, Files, Source, printable
+from fcmae.data.source import PART, BadImage, Files, Source, printable
 from fcmae.data.storage import Storage, canonical, is_remote, joined, listed
 from fcmae.data.tables import can_read
 
@@ -30,8 +34,11 @@ logger = logging.getLogger("fcmae")
 # What network storage and systems keep in folders beside one's own files: thumbnails, deleted files.
 SYSTEM_FOLDERS = {"@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX", "lost+found", "System Volume Information"}
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
-MAX_INDEX = 2**33  # bytes of what `Images.save` writes: tens of millions of paths
+MAX_INDEX = 2**37  # bytes of what `Images.save` writes: a thousand million paths
+TELL_EVERY_S = 10.0
 ANY = Storage()
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +91,13 @@ class Images:
 
     def names(self) -> list[str]:
         """The names of all images, in order."""
-        return [self.name(i) for i in range(len(self))]
+        return [name for part in self._names() for name in part]
+
+    def _names(self) -> Iterator[list[str]]:
+        """Likewise, a part at a time."""
+        for start in range(0, len(self), PART):
+            end = min(start + PART, len(self))
+            yield self.source.names(np.arange(start, end) if self.positions is None else self.positions[start:end])
 
     def open(self, i: int) -> BinaryIO:
         """Image i as a file that can seek; the caller closes it.
@@ -110,17 +123,27 @@ class Images:
 
         A folder that moves as a whole keeps its fingerprint; a file added, removed or renamed changes it.
         """
-        names = self.names()
-        if names:
-            # What the first and the last in order begin with, all do; it ends after a slash.
-            start = os.path.commonprefix([min(names), max(names)]).rfind("/") + 1  # noqa: RUF071
-            names = [name[start:] for name in names]
-        known = self.source.fingerprint()
-        text = json.dumps([names, self._labels(), self.class_names, *([known] if known else [])])
-        return hashlib.sha256(text.encode()).hexdigest()
+        return self._fingerprint
 
-    def _labels(self) -> list[int] | None:
-        return None if self.labels is None else self.labels.tolist()
+    @cached_property
+    def _fingerprint(self) -> str:
+        shared: str | None = None
+        for part in self._names():
+            # What the first and the last in order begin with, all do.
+            ends = [min(part), max(part), *([] if shared is None else [shared])]
+            shared = os.path.commonprefix(ends)  # noqa: RUF071
+        start = 0 if shared is None else shared.rfind("/") + 1
+        known = self.source.fingerprint()
+        texts = (
+            json_list([name[start:] for name in part] for part in self._names()),
+            [", "],
+            json_numbers(self.labels),
+            [", ", json.dumps([self.class_names, *([known] if known else [])])[1:-1]],
+        )
+        digest = hashlib.sha256()
+        for text in chain(["["], *texts, ["]"]):
+            digest.update(text.encode())
+        return digest.hexdigest()
 
     def subset(self, positions: Sequence[int] | NDArray[np.int64]) -> Images:
         """The images at the given positions, in the given order, of the same source and with the same classes."""
@@ -138,10 +161,22 @@ class Images:
 
     def save(self, path: str | Path) -> None:
         """Write the names as JSON, and the places of what lies in shards, whole or not at all."""
-        values = {"paths": self.names(), "labels": self._labels(), "class_names": self.class_names}
+        with replacing(Path(path)) as aside, aside.open("w", encoding="utf-8") as file:
+            file.writelines(self._text())
+
+    def _text(self) -> Iterator[str]:
+        yield '{"paths": '
+        yield from json_list(self._names())
+        yield ', "labels": '
+        yield from json_numbers(self.labels)
+        yield f', "class_names": {json.dumps(self.class_names)}'
         if isinstance(self.source, Parts):
-            values |= {"shards": self.source.shards, "places": self.source.table[:, self._positions()].tolist()}
-        write_text(Path(path), json.dumps(values))
+            yield f', "shards": {json.dumps(self.source.shards)}, "places": '
+            for before, row in zip(("[", ", ", ", "), self.source.table, strict=True):
+                yield before
+                yield from json_numbers(row if self.positions is None else row[self.positions])
+            yield "]"
+        yield "}"
 
     @classmethod
     def load(cls, path: str | Path, storage: Storage = ANY) -> Images:
@@ -155,16 +190,16 @@ class Images:
             ValueError: if the file holds something else.
         """
         try:
-            values = json.loads(read_bytes(Path(path), MAX_INDEX))
-            found = cls.of_files(values["paths"], values["labels"], values["class_names"])
-            if "shards" in values:
-                places = np.array(values["places"], dtype=np.int64)
-                found = replace(found, source=Parts(values["paths"], values["shards"], places, storage))
-            if found.labels is not None and found.labels.shape != (len(found),):
-                raise ValueError(f"{len(found.labels)} labels of {len(found)} images")
+            check_file(Path(path), MAX_INDEX)
+            with Path(path).open(encoding="utf-8", errors="surrogatepass") as file:
+                found = read_listing(file)
+            names, labels, classes = found["paths"], found["labels"], found["class_names"]
+            source = Parts(names, found["shards"], found["places"], storage) if "shards" in found else Files(names)
+            if labels is not None and labels.shape != (len(names),):
+                raise ValueError(f"{len(labels)} labels of {len(names)} images")
+            return cls(source, None, labels, None if classes is None else tuple(classes))
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise ValueError(f"{path} is not an index of images ({error}): delete it to have it made anew") from error
-        return found
 
 
 def find_images(sources: Sequence[str], *, key: str = "data.path", storage: Storage = ANY) -> Images:
@@ -181,8 +216,8 @@ def find_images(sources: Sequence[str], *, key: str = "data.path", storage: Stor
     Raises:
         ValueError: for a source that is missing, cannot be listed, or holds no image.
     """
-    found, others, shards = set[str](), Counter[str](), Shards(storage, key)
-    expanded = [list(_expand(source, key, others)) for source in sources]
+    found, others, shards = list[str](), Counter[str](), Shards(storage, key)
+    expanded = [list(_told(_expand(source, key, others), key)) for source in sources]
     shards.learn(path for paths in expanded for path in paths if is_shard(path))
     for source, paths in zip(sources, expanded, strict=True):
         paths = [name for path in paths for name in (shards.labels(path) if is_shard(path) else [path])]
@@ -191,8 +226,19 @@ def find_images(sources: Sequence[str], *, key: str = "data.path", storage: Stor
                 f"{key}: {source!r} holds no image ({' '.join(SUFFIXES)}): give a folder of images, a .txt file that "
                 f"lists paths, or a glob pattern{'' if can_read() else '; tables need `pip install fcmae[parquet]`'}"
             )
-        found.update(paths)
-    return Images(shards.source(sorted(found)), notes=_left_out(others, key) + shards.notes())
+        found += paths
+    names = [name for name, _ in groupby(sorted(found))]  # not a set, which would take half a gigabyte of ten million
+    return Images(shards.source(names), notes=_left_out(others, key) + shards.notes())
+
+
+def _told(found: Iterable[Found], key: str) -> Iterator[Found]:
+    """What a search finds; while it lasts, it is said how much that is."""
+    told = time.monotonic()
+    for count, item in enumerate(found, 1):
+        yield item
+        if (now := time.monotonic()) - told > TELL_EVERY_S:
+            logger.info("%s: %s images or shards were found so far", key, f"{count:,}")
+            told = now
 
 
 def _expand(source: str, key: str, others: Counter[str]) -> Iterator[str]:
@@ -315,14 +361,14 @@ def _left_out(others: Counter[str], key: str) -> tuple[str, ...]:
 
 
 def _read_list(address: str, key: str) -> Iterator[str]:
+    folder = os.path.dirname(address)  # noqa: PTH120
     try:
-        lines = ANY.read(address).decode("utf-8-sig").splitlines()
+        with io.TextIOWrapper(io.BytesIO(ANY.read(address)), encoding="utf-8-sig") as lines:
+            yield from (joined(folder, line.strip()) for line in lines if line.strip())
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{key}: {address} cannot be read ({error}): give a UTF-8 text file with one path a line"
         ) from error
-    folder = os.path.dirname(address)  # noqa: PTH120
-    yield from (joined(folder, line.strip()) for line in lines if line.strip())
 
 
 def find_labelled(
@@ -428,7 +474,11 @@ def _class_folders(source: str, key: str, others: Counter[str], *, may_be_empty:
         folders = [path for path in sorted(Path(root).iterdir()) if path.is_dir() and not path.name.startswith(".")]
         folders = [path for path in folders if path.name not in SYSTEM_FOLDERS]
         _refuse_splits(root, {path.name for path in folders}, key)
-        found = {folder.name: list(_walk(folder, key, others)) for folder in folders}
+        found = {folder.name: [] for folder in folders}
+        for name, path in _told(
+            ((folder.name, path) for folder in folders for path in _walk(folder, key, others)), key
+        ):
+            found[name].append(path)
     label_of = dict[str, str]()
     for name, images in found.items():
         if not images and not may_be_empty:

@@ -20,7 +20,7 @@ ORDER_STREAM = 2
 MASK_STREAM = 3
 
 
-def epoch_order(num_images: int, seed: int, epoch: int) -> NDArray[np.int64]:
+def epoch_order(num_images: int, seed: int, epoch: int) -> NDArray[np.int32 | np.int64]:
     """The order of the images in an epoch, the same in every process.
 
     Args:
@@ -29,9 +29,11 @@ def epoch_order(num_images: int, seed: int, epoch: int) -> NDArray[np.int64]:
         epoch: from 0.
 
     Returns:
-        A permutation of range(num_images), int64.
+        A permutation of range(num_images), of 32 bits where they suffice.
     """
-    return np.random.default_rng([seed, epoch, 0, ORDER_STREAM]).permutation(num_images)
+    order = np.arange(num_images, dtype=np.int32 if num_images < 2**31 else np.int64)
+    np.random.default_rng([seed, epoch, 0, ORDER_STREAM]).shuffle(order)  # as its permutation(num_images) is drawn
+    return order
 
 
 def steps_per_epoch(num_images: int, batch_size: int, masks_per_image: int = 1) -> int:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from fcmae.data.cores import num_cores
-from fcmae.data.source import Files, Names, Source, printable
+from fcmae.data.source import Files, Listed, Names, Source, printable
 from fcmae.data.storage import Storage, is_remote
 from fcmae.data.tables import ARROW, EMPTY, PARQUET, read_row
 from fcmae.data.tables import scan as scan_table
@@ -63,8 +63,7 @@ def is_damage(address: str) -> bool:
 
 def is_shard(address: str) -> bool:
     """Whether a file is a tar file or a table by its name; datasets' own caches are neither."""
-    name = os.path.basename(address)  # noqa: PTH119
-    return name.endswith(SHARDS) and not name.startswith((".", "cache-"))
+    return address.endswith(SHARDS) and not os.path.basename(address).startswith((".", "cache-"))  # noqa: PTH119
 
 
 def shards_of(addresses: Iterable[str]) -> Iterator[str | None]:
@@ -296,7 +295,7 @@ class Shards:
         return Parts(addresses, shards, table, self._storage)
 
 
-class Parts(Source):
+class Parts(Listed):
     """Images that are members of tar files, or files.
 
     Args:
@@ -309,16 +308,13 @@ class Parts(Source):
         ValueError: if the table has another shape, or names a tar file that is not there.
     """
 
-    def __init__(self, names: Sequence[str], shards: Sequence[str], table: NDArray[np.int64], storage: Storage) -> None:
+    def __init__(
+        self, names: Sequence[str] | Names, shards: Sequence[str], table: NDArray[np.int64], storage: Storage
+    ) -> None:
         if table.shape != (3, len(names)) or not len(shards) > table[0].max(initial=-1) >= -1:
             raise ValueError(f"places of {len(names)} images in {len(shards)} shards of shape {table.shape}")
-        self._names, self.shards, self.table, self._storage = Names(names), tuple(shards), table, storage
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def name(self, i: int) -> str:
-        return self._names[i]
+        super().__init__(names)
+        self.shards, self.table, self._storage = tuple(shards), table, storage
 
     def read(self, i: int) -> bytes:
         number, start, size = self.table[:, i].tolist()

@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import os
 import stat
-from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from io import BytesIO
-from itertools import accumulate
-from typing import BinaryIO, Protocol
+from itertools import islice
+from typing import BinaryIO, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 MAX_REASON = 300  # characters
+PART = 1 << 16  # names that are Python objects at a time, where there are millions
+
+Item = TypeVar("Item")
 
 
 class BadImage(ValueError):  # noqa: N818
@@ -69,6 +74,10 @@ class Source(Protocol):
         """
         ...
 
+    def names(self, positions: NDArray[np.int64]) -> list[str]:
+        """What the images at some positions are called."""
+        return [self.name(i) for i in positions.tolist()]
+
     def read(self, i: int) -> bytes:
         """The whole of image i.
 
@@ -93,6 +102,13 @@ class Source(Protocol):
         return ""
 
 
+def in_parts(items: Iterable[Item]) -> Iterator[list[Item]]:
+    """Items in lists of PART; the last may be shorter."""
+    left = iter(items)
+    while part := list(islice(left, PART)):
+        yield part
+
+
 class Names:
     """Many names in one block of bytes.
 
@@ -100,30 +116,46 @@ class Names:
     million of them take gigabytes.
     """
 
-    def __init__(self, names: Sequence[str]) -> None:
-        encoded = [os.fsencode(name) for name in names]
-        self._block = b"".join(encoded)
-        self._bounds = array("q", accumulate(map(len, encoded), initial=0))
+    def __init__(self, names: Iterable[str]) -> None:
+        self._block, sizes = bytearray(), [np.zeros(1, np.int64)]
+        for part in in_parts(names):
+            # Names of files may hold bytes that are no Unicode, as surrogates.
+            encoded = [str.encode(name, "utf-8", "surrogatepass") for name in part]
+            self._block += b"".join(encoded)
+            sizes.append(np.array([len(name) for name in encoded]))
+        self._bounds = np.cumsum(np.concatenate(sizes))
 
     def __len__(self) -> int:
         return len(self._bounds) - 1
 
+    def at(self, positions: NDArray[np.int64]) -> list[str]:
+        """The names at some positions."""
+        bounds = zip(self._bounds[positions].tolist(), self._bounds[positions + 1].tolist(), strict=True)
+        return [self._block[start:end].decode("utf-8", "surrogatepass") for start, end in bounds]
+
     def __getitem__(self, i: int) -> str:
         start, end = self._bounds[i : i + 2]
-        return os.fsdecode(self._block[start:end])
+        return self._block[start:end].decode("utf-8", "surrogatepass")
 
 
-class Files(Source):
-    """Files by their paths, which are absolute."""
+class Listed(Source):
+    """Images whose names were listed."""
 
-    def __init__(self, paths: Sequence[str]) -> None:
-        self._names = Names(paths)
+    def __init__(self, names: Iterable[str] | Names) -> None:
+        self._names = names if isinstance(names, Names) else Names(names)
 
     def __len__(self) -> int:
         return len(self._names)
 
     def name(self, i: int) -> str:
         return self._names[i]
+
+    def names(self, positions: NDArray[np.int64]) -> list[str]:
+        return self._names.at(positions)
+
+
+class Files(Listed):
+    """Files by their paths, which are absolute."""
 
     def read(self, i: int) -> bytes:
         with self.open(i) as file:
