@@ -1,0 +1,287 @@
+"""What does each step from ResNet to ConvNeXt give on small images, and what did it give where it was published?
+
+    python studies/roadmap.py SHARDS --out runs/roadmap                      # a GPU with many cores
+    python studies/roadmap.py SHARDS --out runs/roadmap --percent 10 --epochs 60 --at-once 1     # 2 cores
+    python studies/roadmap.py SHARDS --out runs/roadmap --list               # the commands, without running them
+
+SHARDS: the folder of tiny20's shards (see studies/datasets.py). The steps are those of `fcmae roadmap roadmap-small`,
+a third of the published depth and a quarter of the width, each trained from scratch by the published recipe
+(`finetune_roadmap`) with a batch and a rate for fewer images. A seed has the same images, order and augmentation at
+every step. The rates are compared on training images that are held out, for the first step and the last: the better
+one on average is for --rate. The test images are evaluated once, at the last epoch. What is finished is not done again,
+and what was cut off resumes. Before the runs a step of training is timed for all networks in turn: let nothing else run
+beside. What is found is in OUT/roadmap.json, and with `--docs` there too, and in its page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from datasets import few, folder_rows, write_csv
+from results import save
+from run_all import STUDIES, Job, schedule, shown
+from small_images import accuracy
+
+from fcmae.atomic import write_text
+from fcmae.evaluation.paired import tell
+from fcmae.evaluation.probes import mean_and_interval
+from fcmae.heads import Classifier
+from fcmae.networks.build import make_encoder
+from fcmae.networks.spec import REGIMES, road
+from fcmae.roadmap import cost, percent
+from fcmae.tables import table
+from fcmae.timing import in_turn, quartiles
+
+REGIME, SIDE, STRIDE, CLASSES = "roadmap-small", 64, 2, 20
+THERE = REGIMES["roadmap"].published
+STEPS = road(REGIMES[REGIME])
+RATES = ("1e-3", "2e-3", "4e-3")
+BATCH = 128
+HEADING = "## What each step gave here and there"
+COLUMNS = (
+    "step", "what changes", "MMACs", "ms an image", "there, %", "gain", "seeds", "here, %", "gain, of each seed", "",
+)  # fmt: skip
+
+
+def jobs(out: Path, percent: int, epochs: float, seeds: int, rate: str) -> Iterator[Job]:
+    """All commands, the comparison of rates first."""
+
+    def train(name: str, step: str, rate: str, data: str, test: str, seed: int) -> Job:
+        flags = {
+            "data.path": f"{out}/{data}",
+            "data.val_path": f"{out}/{test}",
+            "data.image_size": SIDE,
+            "data.crop_pct": 1,
+            "data.crop_scale": "0.35,1",
+            "model.variant": f"{REGIME}/{step}",
+            "model.stem_stride": STRIDE,
+            "batch_size": BATCH,
+            "epochs": f"{epochs:g}",
+            "optim.base_lr": rate,
+            "optim.warmup_epochs": f"{epochs / 15:g}",  # 20 of 300, as published
+            "log.eval_epochs": f"{epochs:g}",
+            "checkpoint.every_epochs": f"{max(1, epochs / 10):g}",
+            "seed": seed,
+            "out": f"{out}/runs/{name}",
+        }
+        words = ("finetune", "--config=finetune_roadmap", *(f"--{key}={value}" for key, value in flags.items()))
+        return Job(name, (sys.executable, "-m", "fcmae.cli", *words))
+
+    for step in (STEPS[0].name, STEPS[-1].name):
+        for tried in RATES:
+            yield train(f"tune-{step}-{tried}", step, tried, "tune.csv", "tune-test.csv", 0)
+    for seed in range(seeds):
+        for each in STEPS:
+            data = f"train-{percent}-{0 if percent == 100 else seed}.csv"
+            yield train(f"{each.name}-{seed}", each.name, rate, data, "test.csv", seed)
+
+
+def prepare(shards: Path, out: Path, percent: int, seeds: int) -> None:
+    """The images, and which of them are learnt from; those of the trials are a part of them, and none is tested on."""
+    command = [sys.executable, str(STUDIES / "datasets.py"), "tiny20", str(shards), str(out / "tiny20")]
+    subprocess.run(command, check=True)
+    rows = folder_rows(out / "tiny20" / "train")
+    write_csv(out / "test.csv", folder_rows(out / "tiny20" / "val"))
+    for seed in range(1 if percent == 100 else seeds):
+        write_csv(out / f"train-{percent}-{seed}.csv", few(rows, percent / 100, seed))
+    held_out = few(rows, 0.1, 100)
+    left = [row for row in rows if row not in set(held_out)]
+    write_csv(out / "tune.csv", few(left, percent / 100, 101))
+    write_csv(out / "tune-test.csv", held_out)
+
+
+def measure(repeats: int, batch: int = 32) -> dict[str, list[float]]:
+    """Milliseconds an image of a step of training, all networks in turn: first quartile, median and third."""
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    assert device is not None
+    images, target = torch.randn(batch, 3, SIDE, SIDE, device=device), torch.arange(batch, device=device) % CLASSES
+
+    def step(model: Classifier) -> None:
+        model.zero_grad()
+        torch.autograd.backward(F.cross_entropy(model(images), target))
+
+    models = {
+        each.name: Classifier(make_encoder(each.spec.model_copy(update={"stem_stride": STRIDE})), CLASSES).to(device)
+        for each in STEPS
+    }
+    times = in_turn({name: partial(step, model) for name, model in models.items()}, repeats, 2, device)
+    return {name: [1000 * value / batch for value in quartiles(values)] for name, values in times.items()}
+
+
+def collect(out: Path, wanted: list[Job], percent: int, epochs: float) -> dict[str, Any]:
+    """What the finished runs have found, and where."""
+    done = [job for job in wanted if (out / "jobs" / f"{job.name}.json").exists()]
+    found = {job.name: value for job in done if (value := accuracy(out / "runs" / job.name)) is not None}
+    runs = {name: name.rpartition("-") for name in found if not name.startswith("tune-")}
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return {
+        "machine": {"gpu": gpu, "cores": os.cpu_count(), "cpu": platform.machine(), "torch": torch.__version__},
+        "percent": percent,
+        "epochs": epochs,
+        "commands": {job.name: shown(job, out) for job in done},
+        "seconds": {job.name: json.loads((out / "jobs" / f"{job.name}.json").read_text())["seconds"] for job in done},
+        "ms_per_image": json.loads((out / "time.json").read_text()),
+        "tried": {name.removeprefix("tune-"): value for name, value in found.items() if name.startswith("tune-")},
+        "scores": [{"step": step, "seed": int(seed), "top1": found[name]} for name, (step, _, seed) in runs.items()],
+    }
+
+
+def gains(found: dict[str, Any]) -> dict[str, list[float]]:
+    """What each step gave over the one that it changes, of each seed that both have."""
+    scores = {(score["step"], score["seed"]): score["top1"] for score in found["scores"]}
+    return {
+        step.name: [value - scores[step.of, seed] for (name, seed), value in scores.items()
+                    if name == step.name and (step.of, seed) in scores]
+        for step in STEPS
+    }  # fmt: skip
+
+
+def gain_there(step: str, of: str) -> float | None:
+    """In points of top-1, where both are published."""
+    return round(THERE[step] - THERE[of], 1) if step in THERE and of in THERE else None
+
+
+def rows(found: dict[str, Any]) -> Iterator[list[str]]:
+    """The table, a line a step."""
+    given = gains(found)
+    for step in STEPS:
+        values = [score["top1"] for score in found["scores"] if score["step"] == step.name]
+        macs = cost(step.spec.model_copy(update={"stem_stride": STRIDE}), SIDE, CLASSES).multiply_adds
+        there, differences = gain_there(step.name, step.of), given[step.name]
+        yield [
+            step.name,
+            step.line,
+            f"{macs / 1e6:.1f}",
+            f"{found['ms_per_image'][step.name][1]:.2f}",
+            f"{THERE[step.name]:.1f}" if step.name in THERE else "",
+            "" if there is None else f"{there:+.1f}",
+            str(len(values)),
+            percent(values),
+            points(differences),
+            tell(differences) if differences else "",
+        ]
+
+
+def points(differences: list[float]) -> str:
+    """Mean in points, with its sign, and its 95 % interval."""
+    if not differences:
+        return ""
+    mean, interval = mean_and_interval(differences)
+    return f"{100 * mean:+.1f}" + (
+        "" if interval is None else " [{:+.1f}, {:+.1f}]".format(*(100 * e for e in interval))
+    )
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
+    """What each step gave here, with its 95 % interval, and there."""
+    from matplotlib.figure import Figure
+
+    given, steps = gains(found), STEPS[1:]
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axis = figure.subplots()
+    axis.axhline(0, color="grey", linewidth=0.8)
+    there = [(i, gain) for i, step in enumerate(steps) if (gain := gain_there(step.name, step.of)) is not None]
+    axis.plot([i - 0.12 for i, _ in there], [gain for _, gain in there], "D", label="there: ImageNet-1k, published")
+    here = [(i, *mean_and_interval(given[step.name])) for i, step in enumerate(steps) if given[step.name]]
+    axis.errorbar(
+        [i + 0.12 for i, *_ in here],
+        [100 * mean for _, mean, _ in here],
+        [50 * (interval[1] - interval[0]) if interval else 0 for *_, interval in here],
+        fmt="o",
+        capsize=3,
+        label="here: tiny20, mean and 95 % interval",
+    )
+    axis.set_xticks(range(len(steps)), [step.name for step in steps], rotation=40, ha="right")
+    axis.set(ylabel="gain over the step that it changes,\npoints of top-1")
+    axis.legend()
+    save(figure, path)
+
+
+def section(found: dict[str, Any], words: str) -> str:
+    """The study's part of the page.
+
+    words: what we read in the numbers.
+    """
+    machine = ", ".join(f"{key} {value}" for key, value in found["machine"].items())
+    tried = [[name, f"{100 * value:.1f}"] for name, value in found["tried"].items()]
+    example = [found["commands"][name] for name in ("resnet-0", "downsampling-0") if name in found["commands"]]
+    return f"""{HEADING}
+
+{words.strip()}
+
+![Gains of the steps](roadmap.svg)
+
+{table(COLUMNS, rows(found), left=2)}
+
+There: ImageNet-1k at 224 pixels, as published. Here: `{REGIME}` on tiny20, 20 classes of Tiny ImageNet at {SIDE}
+pixels, {found["percent"]} % of 10,000 labelled photographs, 1,000 others to test on, {found["epochs"]:g} epochs by the
+published recipe; {machine}. A gain is over the step that it changes, of each seed with the same images, order and
+augmentation; brackets are 95 % intervals of the mean (Student's t). There are {len(STEPS) - 1} of them: one in twenty
+misses by chance. Multiply-adds are of one image; times of a step of training, all networks in turn, the median.
+Written by `studies/roadmap.py` from `docs/roadmap.json`.
+
+Rates that were compared, on training images that were held out, one run each:
+
+{table(("", "top-1, %"), tried)}
+
+```text
+{chr(10).join(example)}
+```
+"""
+
+
+def write_page(docs: Path) -> None:
+    """The end of docs/roadmap.md and its figure, of docs/roadmap.json and the words in docs/results/roadmap.md."""
+    found, words = json.loads((docs / "roadmap.json").read_text()), docs / "results" / "roadmap.md"
+    draw(found, docs / "roadmap.svg")
+    head = (docs / "roadmap.md").read_text().partition(HEADING)[0]
+    write_text(docs / "roadmap.md", head + section(found, words.read_text() if words.is_file() else ""))
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shards", type=Path, metavar="SHARDS", help="the folder of tiny20's shards")
+    parser.add_argument("--out", type=Path, default=Path("runs/roadmap"), help="where to write [runs/roadmap]")
+    parser.add_argument("--percent", type=int, default=100, help="of the labels [100]")
+    parser.add_argument("--epochs", type=float, default=100, help="of training [100]")
+    parser.add_argument("--seeds", type=int, default=5, help="runs of each step [5]")
+    parser.add_argument("--rate", default=RATES[1], help=f"base_lr of all steps, for 256 images [{RATES[1]}]")
+    parser.add_argument("--repeats", type=int, default=20, help="turns that are timed [20]")
+    parser.add_argument("--at-once", type=int, default=8, help="commands at a time, each of one thread [8]")
+    parser.add_argument("--only", nargs="*", default=[""], metavar="PREFIX", help="jobs whose names begin so")
+    parser.add_argument("--docs", type=Path, help="the folder in which to write the page and its JSON")
+    parser.add_argument("--list", action="store_true", help="print the commands and stop")
+    args = parser.parse_args(argv)
+    out = args.out.absolute()
+    every = list(jobs(out, args.percent, args.epochs, args.seeds, args.rate))
+    wanted = [job for job in every if job.name.startswith(tuple(args.only))]
+    if args.list:
+        for job in wanted:
+            print(f"# {job.name}\n{shown(job, out)}")
+        return
+    (out / "jobs").mkdir(parents=True, exist_ok=True)
+    if not (out / "time.json").exists():
+        write_text(out / "time.json", json.dumps(measure(args.repeats)))
+    prepare(args.shards, out, args.percent, args.seeds)
+    schedule(wanted, out, args.at_once, None if args.at_once == 1 else 1)
+    found = collect(out, every, args.percent, args.epochs)
+    write_text(out / "roadmap.json", json.dumps(found, indent=1) + "\n")
+    print("\n" + table(COLUMNS, rows(found), left=2))
+    if args.docs:
+        write_text(args.docs / "roadmap.json", json.dumps(found, indent=1) + "\n")
+        write_page(args.docs)
+
+
+if __name__ == "__main__":
+    main()
