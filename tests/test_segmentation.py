@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import time
+import tracemalloc
 from itertools import pairwise
 from typing import Any
 
@@ -235,6 +236,18 @@ def test_colours_differ_and_overlays_show_them() -> None:
     shown = overlay(np.full((2, 2), 0.5, np.float32), np.array([[0, 1], [IGNORED, 1]]))
     assert shown.shape == (2, 2, 3) and (shown[1, 0] == 0).all() and (shown[0, 1] == shown[1, 1]).all()
     assert not np.allclose(shown[0, 0], shown[0, 1])
+
+
+def test_memory_does_not_grow_with_the_height_of_an_image() -> None:
+    peaks = []
+    for height in (256, 4096):
+        tracemalloc.start()
+        image = raster(np.zeros((height, 128), np.uint8), compression="zlib")
+        for _ in probabilities_by_rows(image, lambda tiles: tiles / np.float32(255), (64, 64), 8, 0.5, [0.5], 4):
+            pass
+        peaks.append(tracemalloc.get_traced_memory()[1] - height * 128)  # the array that was written
+        tracemalloc.stop()
+    assert peaks[1] < 2 * peaks[0] < 4096 * 128 * 4  # less than all probabilities
 
 
 # Several images at once
