@@ -57,7 +57,7 @@ def write_model(folder: Path, num_classes: int) -> None:
     model = Segmenter(make_encoder(SPEC, 1), build_head("pyramid", SPEC.dims, num_classes, 8))
     image = {"input_size": [1, TILE, TILE], "mean": [0.5], "std": [0.25], "crop_pct": 1.0}
     classes = Classes(tuple(f"class {i}" for i in range(num_classes)), tuple(range(num_classes)), 255)
-    save_segmenter(folder, model, Weights({}, Architecture(SPEC, 1), image=image), "pyramid", 8, classes)
+    save_segmenter(folder, model, Weights({}, Architecture(SPEC, 1), image=image), "pyramid", classes)
 
 
 def measure(folder: Path, side: int) -> dict[str, Any]:

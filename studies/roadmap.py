@@ -4,7 +4,7 @@
     python studies/roadmap.py SHARDS --out runs/roadmap --percent 10 --epochs 60 --at-once 1     # 2 cores
     python studies/roadmap.py SHARDS --out runs/roadmap --list               # the commands, without running them
 
-SHARDS: the folder of tiny20's shards (see studies/datasets.py). The steps are those of `fcmae roadmap roadmap-small`,
+SHARDS: the folder of tiny20's shards (see studies/sets.py). The steps are those of `fcmae roadmap roadmap-small`,
 a third of the published depth and a quarter of the width, each trained from scratch by the published recipe
 (`finetune_roadmap`) with a batch and a rate for fewer images. A seed has the same images, order and augmentation at
 every step. The rates are compared on training images that are held out, for the first step and the last: the better
@@ -28,10 +28,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from datasets import few, folder_rows, write_csv
 from results import save
-from run_all import STUDIES, Job, schedule, shown
-from small_images import accuracy
+from sets import few, folder_rows, write_csv
+from study import STUDIES, Job, last_scores, schedule, shown
 
 from fcmae.atomic import write_text
 from fcmae.evaluation.paired import tell
@@ -89,7 +88,7 @@ def jobs(out: Path, percent: int, epochs: float, seeds: int, rate: str) -> Itera
 
 def prepare(shards: Path, out: Path, percent: int, seeds: int) -> None:
     """The images, and which of them are learnt from; those of the trials are a part of them, and none is tested on."""
-    command = [sys.executable, str(STUDIES / "datasets.py"), "tiny20", str(shards), str(out / "tiny20")]
+    command = [sys.executable, str(STUDIES / "sets.py"), "tiny20", str(shards), str(out / "tiny20")]
     subprocess.run(command, check=True)
     rows = folder_rows(out / "tiny20" / "train")
     write_csv(out / "test.csv", folder_rows(out / "tiny20" / "val"))
@@ -122,7 +121,7 @@ def measure(repeats: int, batch: int = 32) -> dict[str, list[float]]:
 def collect(out: Path, wanted: list[Job], percent: int, epochs: float) -> dict[str, Any]:
     """What the finished runs have found, and where."""
     done = [job for job in wanted if (out / "jobs" / f"{job.name}.json").exists()]
-    found = {job.name: value for job in done if (value := accuracy(out / "runs" / job.name)) is not None}
+    found = {name: scores["top1"] for name, scores in last_scores(out, done, "top1").items()}
     runs = {name: name.rpartition("-") for name in found if not name.startswith("tune-")}
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return {
