@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -59,6 +60,7 @@ class Cost(NamedTuple):
     params: int
 
 
+@cache
 def cost(spec: NetworkSpec, image_size: int = 224, num_classes: int = 1000) -> Cost:
     """What a classifier costs. It is counted without computing anything.
 

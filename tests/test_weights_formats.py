@@ -18,8 +18,6 @@ from fcmae.weights.convert import build_encoder
 from fcmae.weights.files import read_weights
 from fcmae.weights.formats import (
     FORMATS,
-    MMEARTH,
-    MMPRETRAIN,
     OLD,
     Architecture,
     detect,
@@ -32,7 +30,7 @@ from fcmae.weights.formats import (
 )
 
 ATTO = VARIANTS["convnextv2_atto"]
-READABLE = (*FORMATS, OLD, MMPRETRAIN)
+READABLE = (*FORMATS, OLD)
 # Of odd sizes, so that no two of their shapes are alike.
 ODD = ConvNeXtSpec(depths=(1, 2, 3, 1), dims=(6, 10, 14, 18))
 ODD_V1 = ODD.model_copy(update={"use_grn": False})
@@ -232,62 +230,6 @@ def test_wrappers_prefixes_are_no_part_of_a_name() -> None:
     assert names["decoder.mask_token"] == "module._orig_mod.decoder.mask_token"
     with pytest.raises(ValueError, match="differ only in a wrapper's prefix"):
         from_state(wrapped | state)
-
-
-# As its code builds them for images of 12 bands: a stem of stride 2, and decoders and heads by target.
-MMEARTH_SHAPES = {
-    "encoder.initial_conv.0.kernel": (9, 12, 6),
-    "encoder.initial_conv.0.bias": (1, 6),
-    "encoder.initial_conv.1.ln.weight": (6,),
-    "encoder.stem.0.kernel": (4, 6),
-    "encoder.stem.0.bias": (1, 6),
-    "encoder.stem.1.ln.bias": (6,),
-    "encoder.downsample_layers.0.0.ln.weight": (6,),
-    "encoder.downsample_layers.0.1.kernel": (4, 6, 10),
-    "encoder.downsample_layers.2.1.bias": (1, 18),
-    "encoder.stages.0.0.dwconv.kernel": (49, 6),
-    "encoder.stages.0.0.norm.ln.weight": (6,),
-    "encoder.stages.3.0.pwconv2.linear.bias": (18,),
-    "encoder.stages.1.1.grn.gamma": (1, 40),
-}
-
-
-@pytest.mark.parametrize("stem_stride", [1, 2])
-def test_the_encoder_of_mmearth_is_read_with_its_dense_stem(stem_stride: int) -> None:
-    spec = ODD.model_copy(update={"dense_stem": True, "stem_stride": stem_stride})
-    state = {name: torch.randn(shape) for name, shape in Architecture(spec, 12).shapes().items()}
-    theirs = to_state(state, spec, MMEARTH)
-    heads = {
-        name: torch.randn(12)
-        for name in ("proj.bias", "mask_token", "decoder_dict.biome.0.norm.weight", "pred_dict.biome.bias", "loss_fn.x")
-    }
-    if stem_stride == 2:
-        for name, shape in MMEARTH_SHAPES.items():
-            assert theirs[name].shape == shape
-    architecture, source, ours, _ = from_state(theirs | heads)
-    assert (source, architecture) == (MMEARTH, Architecture(spec, 12))
-    assert ours.keys() == state.keys()
-    assert all(torch.equal(value, state[name]) for name, value in ours.items())
-    # The engine numbers a kernel's offsets with the rows fastest.
-    first, weight = theirs["encoder.initial_conv.0.kernel"], state["encoder.initial_conv.0.weight"]
-    assert torch.equal(first[1], weight[:, :, 1, 0].T)
-    for to in ("fcmae", "timm", "fair", "minkowski"):
-        again, _, back, _ = from_state(to_state(state, spec, to))
-        assert again == architecture
-        assert all(torch.equal(value, state[name]) for name, value in back.items())
-
-
-def test_a_classifier_of_mmpretrain_gives_its_backbone_and_leaves_its_head() -> None:
-    state = weights(ODD, num_classes=3)
-    theirs = {f"backbone.{name}": value for name, value in to_state(state, ODD, MMPRETRAIN).items()}
-    theirs |= {"head.fc.weight": state["head.weight"], "head.fc.bias": state["head.bias"]}
-    assert "backbone.stages.0.0.pointwise_conv1.weight" in theirs
-    assert "backbone.norm3.weight" in theirs
-    architecture, source, ours, _ = from_state(theirs)
-    assert (source, architecture.spec, architecture.num_classes) == (MMPRETRAIN, ODD, 0)
-    kept = {name: value for name, value in state.items() if name.startswith(("encoder.", "norm."))}
-    assert ours.keys() == kept.keys()
-    assert all(torch.equal(value, kept[name]) for name, value in ours.items())
 
 
 @pytest.mark.parametrize("wrapper", ["_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module"])
