@@ -204,14 +204,9 @@ def _facts(images: Images, in_chans: int | None, max_pixels: int) -> choices.Ima
 
 def _held(sketch: PretrainConfig | DenseConfig) -> tuple[NetworkSpec, dict[str, Any]]:
     """The network of the starting weights, and how their images were read."""
-    from fcmae.weights.files import read_weights
+    from fcmae.weights.files import read_init
 
-    path = Path(str(sketch.model.init))
-    if not path.exists():
-        raise ValueError(
-            f"model.init = {path} does not exist: give a run, a checkpoint, a directory or a file of weights"
-        )
-    weights = read_weights(path, key=sketch.model.key, prefix=sketch.model.prefix)
+    weights = read_init(str(sketch.model.init), sketch.model.key, sketch.model.prefix)
     return weights.architecture.spec, weights.image
 
 

@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -46,7 +45,7 @@ from fcmae.training.run import Run, RunDirectory, tell_next
 from fcmae.training.signals import StopSignal
 from fcmae.training.steps import Step, Steps, images_at_once, schedule_of, that_fits
 from fcmae.weights.convert import start_from
-from fcmae.weights.files import read_weights
+from fcmae.weights.files import read_init
 from fcmae.weights.formats import OLD, rename
 
 logger = logging.getLogger("fcmae")
@@ -257,10 +256,7 @@ def start(cfg: PretrainConfig, net: FCMAE) -> tuple[list[str], str | None]:
     """
     if cfg.model.init is None:
         return ["from scratch"], None
-    path = Path(cfg.model.init)
-    if not path.exists():
-        raise ValueError(f"model.init = {path} does not exist: give a run, a checkpoint, or weights in another format")
-    weights = read_weights(path, key=cfg.model.key, prefix=cfg.model.prefix)
+    weights = read_init(cfg.model.init, cfg.model.key, cfg.model.prefix)
     done = [start_from(net, weights)]
     trained, here = [weights.image.get(key) for key in ("mean", "std")], list(cfg.data.statistics())
     if None not in trained and trained != here and weights.architecture.in_chans == cfg.data.in_chans:

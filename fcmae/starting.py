@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -26,7 +25,7 @@ from fcmae.training.optim import Schedule
 from fcmae.training.run import RunDirectory
 from fcmae.training.steps import images_at_once, schedule_of
 from fcmae.weights.convert import adapt_in_chans
-from fcmae.weights.files import Weights, read_weights
+from fcmae.weights.files import Weights, read_init
 from fcmae.weights.formats import Architecture
 
 logger = logging.getLogger("fcmae")
@@ -43,12 +42,8 @@ def starting_weights(cfg: DenseConfig) -> Weights:
     if cfg.model.init is None:
         assert cfg.model.spec is not None  # the settings have seen to it
         return Weights({}, Architecture(cfg.model.spec, cfg.data.in_chans))
-    path = Path(cfg.model.init)
-    if not path.exists():
-        raise ValueError(
-            f"model.init = {path} does not exist: give a run, a checkpoint, a directory or a file of weights"
-        )
-    weights = read_weights(path, key=cfg.model.key, prefix=cfg.model.prefix)
+    path = cfg.model.init
+    weights = read_init(path, cfg.model.key, cfg.model.prefix)
     held = weights.architecture
     if cfg.model.stem_stride not in (None, held.spec.stem_stride):
         raise ValueError(

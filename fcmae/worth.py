@@ -52,7 +52,7 @@ from fcmae.training.messages import how_it_ended
 from fcmae.training.own_files import remove_models
 from fcmae.training.records import read_metrics
 from fcmae.training.run import Run
-from fcmae.weights.files import read_weights
+from fcmae.weights.files import read_init
 
 PRETRAINED = "pretrained"
 FREE = ("seeds", "out")  # what a second start may change
@@ -261,12 +261,8 @@ def _given_starts(cfg: WorthConfig) -> list[Start]:
         raise ValueError(f"init = {twice[0]} is given twice: give each once")
     starts = list[Start]()
     for name, path in zip(folder_names(cfg.init), cfg.init, strict=True):
-        if not Path(path).exists():
-            raise ValueError(
-                f"init = {path} does not exist: give a run, a checkpoint, a directory or a file of weights"
-            )
         key, prefix = (cfg.key, cfg.prefix) if Path(path).is_file() else (None, None)
-        weights = read_weights(Path(path), key=key, prefix=prefix)
+        weights = read_init(path, key, prefix, "init")
         reading: dict[str, Any] = {key: weights.image[key] for key in ("mean", "std") if key in weights.image}
         if "input_size" in weights.image:
             reading["in_chans"], *reading["image_size"] = weights.image["input_size"]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -46,9 +47,9 @@ def embed(cfg: EmbedConfig) -> str:
     index = find_labelled(cfg.data, key="data") if cfg.data is not None else find_images(cfg.images or (), key="images")
     queries = find_images(cfg.neighbours, key="neighbours") if cfg.neighbours else None
     if cfg.parquet:
-        _require_pyarrow()
+        _require("pyarrow.parquet", "parquet needs pyarrow: pip install pyarrow, or leave --parquet out for .npy")
     if cfg.map == "umap":
-        _require_umap()
+        _require("umap", "map = umap needs umap-learn: pip install umap-learn, or use --map tsne")
     backbone = load_backbone(cfg.model, cfg.image_size, max_pixels=cfg.max_pixels, key=cfg.key, prefix=cfg.prefix)
     check_stages(backbone, [cfg.stage])
     claim(out, _is_ours, cfg.overwrite)
@@ -118,18 +119,11 @@ def _free(path: Path, taken: Sequence[Path]) -> Path:
     return free
 
 
-def _require_pyarrow() -> None:
+def _require(module: str, remedy: str) -> None:
     try:
-        import pyarrow.parquet  # noqa: F401
+        import_module(module)
     except ImportError as error:
-        raise ValueError("parquet needs pyarrow: pip install pyarrow, or leave --parquet out for .npy") from error
-
-
-def _require_umap() -> None:
-    try:
-        import umap  # noqa: F401
-    except ImportError as error:
-        raise ValueError("map = umap needs umap-learn: pip install umap-learn, or use --map tsne") from error
+        raise ValueError(remedy) from error
 
 
 def write_npy(path: Path, features: NDArray[np.float32]) -> Path:

@@ -171,6 +171,25 @@ def read_weights(path: Path, variant: str | None = None, key: str | None = None,
     )
 
 
+def read_init(init: str, key: str | None, prefix: str | None, setting: str = "model.init") -> Weights:
+    """The weights that a run starts from.
+
+    Args:
+        init: where they are.
+        key: see `read_weights`.
+        prefix: likewise.
+        setting: that names them.
+
+    Raises:
+        ValueError: see `read_weights`; or if there is nothing.
+    """
+    if not Path(init).exists():
+        raise ValueError(
+            f"{setting} = {init} does not exist: give a run, a checkpoint, a directory or a file of weights"
+        )
+    return read_weights(Path(init), key=key, prefix=prefix)
+
+
 def _weights(
     path: Path, state: Mapping[str, Tensor], variant: str | None, record: Record, prefix: str | None = None
 ) -> Weights:
