@@ -85,7 +85,7 @@ def main() -> None:
     write_images(out / "photos", 4000)
     write_images(out / "labelled", 800, seed=1)
     run = out / "runs" / "photos"
-    fcmae("pretrain", out / "photos", "--hours", 0.3, "--out", run)
+    fcmae("pretrain", out / "photos", "--hours", 0.3, "--model.target", "pixels", "--out", run)
     fcmae("evaluate", run, f"random:{run}", "--data", out / "labelled", "--overwrite")
     fcmae("report", run, "--out", out / "report.html")
     rows = Image.open(max((run / "reconstructions").glob("*.png"))).convert("RGB")

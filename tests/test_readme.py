@@ -118,7 +118,7 @@ def step(cfg: Any, at_once: int, *rest: Any) -> bench.Result:
 def begun(small: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folders that the pages name, the scripts of a clone, and what README's commands make of them."""
     path = tmp_path_factory.mktemp("begun")
-    write_images(path / "photos", 6, (60, 50))
+    write_images(path / "photos", 6, (150, 130))
     write_images(path / "small", 6, (32, 32))
     write_images(path / "grey", 6, (60, 50), "L")
     write_images(path / "new", 2, (60, 50))
