@@ -305,7 +305,15 @@ def build_train_set(cfg: SegmentConfig, data: Mapped, weights: Weights) -> Segme
     in_chans, height, width = weights.image["input_size"]
     own = cfg.data
     crop = CropBoth(
-        in_chans, (height, width), own.scale, own.hflip, own.vflip, data.classes, weights.image["mean"], own.max_pixels
+        in_chans,
+        (height, width),
+        own.scale,
+        own.hflip,
+        own.vflip,
+        data.classes,
+        weights.image["mean"],
+        own.max_pixels,
+        own.color_jitter,
     )
     return SegmentDataset(data.images, data.maps, crop, seed=cfg.seed)
 

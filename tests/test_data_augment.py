@@ -20,6 +20,7 @@ from fcmae.data.augment import (
     DeepImageError,
     FinetuneAugment,
     center_box,
+    jittered,
     random_resized_box,
     seeded,
 )
@@ -230,3 +231,27 @@ def test_policies_that_work_on_8_bits_refuse_deeper_images(tmp_path: Path, dtype
         augment((tmp_path / "x.tif").read_bytes(), np.random.default_rng(0))
     plain = FinetuneAugment(crop, auto_augment=None, random_erasing=0, mean=[0.4], std=[0.2])
     assert len(np.unique(plain((tmp_path / "x.tif").read_bytes(), np.random.default_rng(0)))) > 500
+
+
+@pytest.mark.parametrize("in_chans", [1, 3])
+def test_jitter_is_torchvisions_with_the_same_factors(in_chans: int) -> None:
+    image = np.random.default_rng(0).random((in_chans, 8, 9), dtype=np.float32) * 0.2 + 0.4  # nothing is cut off
+    brightness, contrast, saturation = np.random.default_rng(1).uniform(0.8, 1.2, 3)
+    expected = v2.functional.adjust_brightness(torch.from_numpy(image), brightness)
+    if in_chans == 3:
+        expected = v2.functional.adjust_saturation(expected, saturation)
+    expected = v2.functional.adjust_contrast(expected, contrast)
+    found = jittered(image, 0.2, np.random.default_rng(1))
+    # torchvision's weights of the colours have four digits
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    eight = jittered(np.rint(image * 255).astype(np.uint8), 0.2, np.random.default_rng(1))
+    assert eight.dtype == np.uint8
+    np.testing.assert_allclose(eight / 255, expected, atol=2 / 255)
+
+
+def test_jitter_is_cut_off_at_white_and_black_of_eight_bits_alone() -> None:
+    image = np.array([0, 128, 255], np.uint8).reshape(1, 1, 3)
+    seen = [jittered(image, 1.0, np.random.default_rng(seed)) for seed in range(20)]
+    assert min(each.min() for each in seen) == 0 and max(each.max() for each in seen) == 255
+    deep = [jittered(image / np.float32(255), 1.0, np.random.default_rng(seed)) for seed in range(20)]
+    assert max(each.max() for each in deep) > 1

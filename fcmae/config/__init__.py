@@ -164,6 +164,9 @@ class SegmentData(ImageConfig):
     """What the maps hold where the class is unknown, or none: such pixels are neither learnt from nor scored."""
     scale: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.5, 2.0)
     """How many times larger a training crop is drawn than it is in the image, smallest and largest."""
+    color_jitter: float = Field(0.0, ge=0, le=1)
+    """Most by which brightness, contrast and (of 3 channels) saturation of a training crop change, as a share; 0 for
+    none."""
     val_share: float = Field(0.2, ge=0, lt=1)
     """Share of the images held out when no val_path is given, drawn with the run's seed."""
     vflip: float = Field(0.0, ge=0, le=1)

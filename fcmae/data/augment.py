@@ -25,6 +25,8 @@ from fcmae.data.normalize import Normalize
 from fcmae.data.rasters import LabelMap, Raster
 from fcmae.data.source import BadImage, DataError
 
+LUMA = (0.299, 0.587, 0.114)  # of red, green and blue in grey, ITU-R BT.601
+
 
 def random_resized_box(
     height: int,
@@ -185,6 +187,7 @@ class CropBoth:
         classes: of the map.
         fill: what stands for missing values, see `read_crop`.
         max_pixels: see `Raster`.
+        color_jitter: see `jittered`.
     """
 
     in_chans: int
@@ -195,6 +198,7 @@ class CropBoth:
     classes: Classes
     fill: Sequence[float] = (0.0,)
     max_pixels: int = MAX_PIXELS
+    color_jitter: float = 0.0
 
     def __call__(
         self, file: BinaryIO, map_file: BinaryIO, map_name: str, rng: np.random.Generator
@@ -223,6 +227,8 @@ class CropBoth:
         flips = rng.random(2) < (self.hflip, self.vflip)
         box, size = (top, left, height, width), (rows, columns)
         part, known = raster.read(box, size), self.classes.numbers(labels.read(box, size), map_name)
+        if self.color_jitter:
+            part = jittered(part, self.color_jitter, rng)
         ys, xs = slice(above, above + rows), slice(before, before + columns)
         fill = np.broadcast_to(np.asarray(self.fill, np.float32).reshape(-1, 1, 1), (self.in_chans, *self.image_size))
         image = (np.rint(fill * 255).clip(0, 255) if part.dtype == np.uint8 else fill).astype(part.dtype)
@@ -241,6 +247,28 @@ def check_same_size(raster: Raster, labels: LabelMap) -> None:
     sizes = [(each.height, each.width) for each in (raster, labels)]
     if sizes[0] != sizes[1]:
         raise BadImage("the image has {} x {} pixels and its label map {} x {}".format(*sizes[0], *sizes[1]))
+
+
+def jittered(image: NDArray[Any], strength: float, rng: np.random.Generator) -> NDArray[Any]:
+    """Brightness, contrast and, of three channels, saturation, each times a factor in 1 - strength to 1 + strength.
+
+    Args:
+        image: (C, H, W) uint8 or float32; of 8 bits it is cut off at black and white, as in torchvision's ColorJitter,
+            of others not.
+        strength: 0 to 1.
+        rng: what is drawn from.
+
+    Returns:
+        As it came.
+    """
+    brightness, contrast, saturation = rng.uniform(1 - strength, 1 + strength, 3).astype(np.float32)
+    values: NDArray[np.float32] = image.astype(np.float32) * brightness
+    middle = values.mean()
+    if len(image) == 3:
+        grey = np.tensordot(np.asarray(LUMA, np.float32), values, 1)  # (H, W)
+        values, middle = grey + saturation * (values - grey), grey.mean()
+    values = middle + contrast * (values - middle)
+    return np.rint(values).clip(0, 255).astype(np.uint8) if image.dtype == np.uint8 else values
 
 
 def _place(side: int, size: int, scale: float, rng: np.random.Generator) -> tuple[int, int, int, int]:
