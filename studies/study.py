@@ -22,7 +22,7 @@ from sets import few, folder_rows, write_csv
 
 from fcmae.atomic import write_text
 from fcmae.evaluation.paired import METRIC, Row, compare
-from fcmae.training.records import read_metrics
+from fcmae.training.records import cpu_name, read_metrics
 
 STUDIES = Path(__file__).parent
 FCMAE = (sys.executable, "-m", "fcmae.cli")
@@ -175,7 +175,7 @@ def facts(out: Path, every: Iterable[Job]) -> dict[str, Any]:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     done = [job for job in every if is_done(job, out)]
     return {
-        "machine": {"gpu": gpu, "cores": os.cpu_count(), "cpu": platform.machine(), "torch": torch.__version__},
+        "machine": {"gpu": gpu, "cores": os.cpu_count(), "cpu": cpu_name(), "torch": torch.__version__},
         "commands": {job.name: shown(job, out) for job in done},
         "seconds": {job.name: json.loads((out / "jobs" / f"{job.name}.json").read_text())["seconds"] for job in done},
     }
