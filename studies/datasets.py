@@ -119,7 +119,9 @@ def blue_marble() -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
 
 
 def write_landsea(out: Path, seeds: int, earth: tuple[NDArray[np.uint8], NDArray[np.uint8]]) -> tuple[int, int]:
-    """OUT/images, OUT/maps, unlabeled.txt, test.csv, and train-SHARE-SEED.csv for 1, 10 and 100 % of the labels.
+    """OUT/images, OUT/maps, unlabeled.txt, test.csv, test-squares.csv, and train-SHARE-SEED.csv for 1, 10, 100 %.
+
+    test-squares.csv has what test.csv has in six larger images, 5 x 5 tiles each.
 
     A share has tiles of open sea, of land and of coasts alike, and at least one of each. Returns how many tiles are
     learnt from, and tested on.
@@ -143,6 +145,16 @@ def write_landsea(out: Path, seeds: int, earth: tuple[NDArray[np.uint8], NDArray
 
     (out / "unlabeled.txt").write_text("".join(f"images/{tile}\n" for tile, _ in rows[False]))
     write("test.csv", rows[True])
+    side, squares = BAND * TILE, []
+    for band, row in np.ndindex(len(TESTED), ROWS // BAND):
+        top, left = TOP + row * side, TESTED[band] * side
+        for folder, array in zip(("images", "maps"), earth, strict=True):
+            place = out / "squares" / folder / f"{band}{row}.png"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.ascontiguousarray(array[top : top + side, left : left + side])).save(place)
+        squares.append((f"squares/images/{place.name}", f"squares/maps/{place.name}"))
+    with (out / "test-squares.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("image", "mask"), *squares])
     for percent in (1, 10, 100):
         for seed in range(1 if percent == 100 else seeds):
             write(f"train-{percent}-{seed}.csv", few(rows[False], percent / 100, seed))
