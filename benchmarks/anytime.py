@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from fcmae.data.maps import IGNORED
 from fcmae.data.rasters import LabelMap, Raster
 from fcmae.data.split import evenly
 from fcmae.evaluation.pictures import displayable, save_figure
-from fcmae.heads import resized
+from fcmae.heads import add_nearest, resized
 from fcmae.networks.build import make_encoder
 from fcmae.networks.spec import VARIANTS
 from fcmae.segmentation import Scores, overlay
@@ -132,11 +133,8 @@ def sides(model: Anytime, args: argparse.Namespace) -> dict[str, Run]:
     """What is timed, by name."""
 
     def dense(image: Tensor) -> Tensor:
-        state: Tensor | None = None
-        for head, f in zip(model.head, model.encoder.pyramid(image), strict=True):
-            state = head(f, state)
-        assert state is not None
-        return resized(head.logits(state).permute(0, 3, 1, 2), image.shape[2:])
+        each = [head(f) for head, f in zip(model.head, model.encoder.pyramid(image), strict=True)]
+        return resized(reduce(add_nearest, each).permute(0, 3, 1, 2), image.shape[2:])
 
     def stopped(after: int) -> Run:
         def run(image: Tensor) -> Tensor:

@@ -5,8 +5,8 @@ layout: fewer patches are less time, not only fewer counted operations.
 
 Source: anytime dense prediction with confidence adaptivity, arXiv 2104.00749. What differs: there a site leaves, here a
 whole patch, so that the rest is dense algebra; what has left is zero to its neighbours, as hidden patches are in
-pretraining, where the paper fills it in; and the exits share a state of the finest sites, as a ConvNeXt has none at its
-end.
+pretraining, where the paper fills it in; and an exit adds to the logits of the one before, as a ConvNeXt's later stages
+are coarse (skips of scores, arXiv 1411.4038).
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fcmae.heads import Exits, Segmenter, build_head, resized
+from fcmae.heads import Exits, Segmenter, add_nearest, build_head, resized
 from fcmae.layouts import DENSE, PACKED, MakeLayout, Masked, Packed
 from fcmae.networks.encoder import StagedEncoder
 
 # (stage, confidence, hidden) -> the patches that are hidden from the stage, and how many of an image it sees, which may
 # be None where nobody needs it.
 Choose = Callable[[int, Tensor, Tensor], tuple[Tensor, int | None]]
-# (hidden, how many are seen, layout, features in it) -> the stage's layout, and the same features in it.
-Narrow = Callable[[Tensor, int | None, Masked | Packed, Sequence[Tensor]], tuple[Masked | Packed, Sequence[Tensor]]]
+# (hidden, how many are seen, layout, features in it) -> the stage's layout, and the features in it.
+Narrow = Callable[[Tensor, int | None, Masked | Packed, Tensor], tuple[Masked | Packed, Tensor]]
 
 
 def narrow_masked(
-    hidden: Tensor, num_visible: int | None, layout: Masked | Packed, features: Sequence[Tensor]
-) -> tuple[Masked | Packed, Sequence[Tensor]]:
+    hidden: Tensor, num_visible: int | None, layout: Masked | Packed, f: Tensor
+) -> tuple[Masked | Packed, Tensor]:
     """Maps stay as they are: `Masked` zeroes what is hidden wherever it could be seen.
 
     Args:
         hidden: (B, gh, gw) bool, True = hidden.
         num_visible: is not needed.
-        layout: that of the features.
-        features: maps.
+        layout: that of f.
+        f: a map.
 
     Returns:
         The next layout and the features.
     """
-    return Masked(hidden), features
+    return Masked(hidden), f
 
 
 @dataclass(frozen=True)
@@ -198,19 +198,17 @@ class Anytime(Segmenter):
         hidden = torch.zeros(len(images), height // stride, width // stride, dtype=torch.bool, device=images.device)
         layout: Masked | Packed = DENSE
         f = self.encoder.stem(images, layout)
-        state: Tensor | None = None
         out: Tensor | None = None  # (B, h, w, classes)
         sure: Tensor | None = None  # (B, gh, gw, 1)
         for i, head in enumerate(self.head):
-            if state is not None and out is not None and sure is not None:
+            if out is not None and sure is not None:
                 hidden, num_visible = choose(i, sure.squeeze(-1), hidden)
                 if num_visible == 0:
                     return
-                layout, (f, state) = narrow(hidden, num_visible, layout, (f, state))
+                layout, f = narrow(hidden, num_visible, layout, f)
                 f = self.encoder.downsample(i, f, layout)
             f = self.encoder.stage(i, f, layout)
-            state = head(f, state)
-            new = head.logits(state)
+            new = head(f) if out is None else add_nearest(layout.pack(out), head(f))
             confidence = self.head.confidence(new.detach())
             out = new if out is None else layout.paste(out, new)
             sure = confidence if sure is None else layout.paste(sure, confidence)
@@ -251,16 +249,16 @@ def narrow_packed(
     hidden: Tensor,
     num_visible: int | None,
     layout: Masked | Packed,
-    features: Sequence[Tensor],
+    f: Tensor,
     make_layout: MakeLayout,
-) -> tuple[Masked | Packed, Sequence[Tensor]]:
-    """Packed rows of the patches that are left, by one gather each; as they are while none has left.
+) -> tuple[Masked | Packed, Tensor]:
+    """Packed rows of the patches that are left, by one gather; a map as it is while none has left.
 
     Args:
         hidden: (B, gh, gw) bool, True = hidden, the same number in each image.
         num_visible: how many of an image are not.
-        layout: that of the features.
-        features: maps, or packed rows.
+        layout: that of f.
+        f: a map, or packed rows.
         make_layout: packed or triton.
 
     Returns:
@@ -268,10 +266,10 @@ def narrow_packed(
     """
     before = layout.num_visible if isinstance(layout, Packed) else hidden[0].numel()
     if num_visible == before:
-        return layout, features
+        return layout, f
     packed = make_layout(hidden, num_visible)
     assert isinstance(packed, Packed)
-    return packed, [packed.take(f, layout) if isinstance(layout, Packed) else packed.pack(f) for f in features]
+    return packed, packed.take(f, layout) if isinstance(layout, Packed) else packed.pack(f)
 
 
 def build_segmenter(

@@ -148,14 +148,13 @@ class Exit(nn.Module):
     """A stage's part in the answer. It looks at no other patch, so it runs on maps and on packed rows alike.
 
         level = lateral(f) + nearest(pooled(...pooled(lateral(f)))), pooled to one site a patch
-        state = state + nearest(level), of the first stage's sites
-        logits = classify(fuse(state))
+        logits = classify(fuse(level))
 
     lateral, each pooled (after a 2x2 average) and fuse are Linear -> LayerNorm -> GELU on each site.
 
     Args:
         in_dim: channels of the stage.
-        dim: of the state.
+        dim: of its levels.
         num_poolings: log2 of the stage's sites along a side of a patch.
         num_classes: outputs.
     """
@@ -167,26 +166,13 @@ class Exit(nn.Module):
         self.fuse = _layer(dim, dim)
         self.classify = nn.Linear(dim, num_classes)
 
-    def forward(self, f: Tensor, state: Tensor | None) -> Tensor:
-        """The next state.
-
-        Args:
-            f: (..., h, w, C), the stage's output: maps, or sites of patches.
-            state: (..., H, W, dim), of the exit before, H and W multiples of h and w; None at the first.
-
-        Returns:
-            (..., H, W, dim).
-        """
+    def forward(self, f: Tensor) -> Tensor:
+        """What the stage adds to the logits, (..., h, w, num_classes), of its output (..., h, w, C)."""
         level = context = self.lateral(f)
         for layer in self.pooled:
             context = layer(_quarters(context).mean((-4, -2)))
-        level = _add(level, context)
-        return level if state is None else _add(state, level)
-
-    def logits(self, state: Tensor) -> Tensor:
-        """Logits (..., H, W, num_classes) of the state (..., H, W, dim)."""
-        found: Tensor = self.classify(self.fuse(state))
-        return found
+        logits: Tensor = self.classify(self.fuse(add_nearest(level, context)))
+        return logits
 
 
 def _layer(in_dim: int, dim: int) -> nn.Sequential:
@@ -199,8 +185,16 @@ def _quarters(x: Tensor, side: int = 2) -> Tensor:
     return x.reshape(*lead, h // side, side, w // side, side, channels)
 
 
-def _add(fine: Tensor, coarse: Tensor) -> Tensor:
-    """fine + coarse, whose sites are repeated: (..., h, w, C) and (..., h / s, w / s, C)."""
+def add_nearest(fine: Tensor, coarse: Tensor) -> Tensor:
+    """Maps, or sites of patches, and coarser ones, whose sites are repeated.
+
+    Args:
+        fine: (..., h, w, C).
+        coarse: (..., h / s, w / s, C).
+
+    Returns:
+        (..., h, w, C).
+    """
     side = fine.shape[-2] // coarse.shape[-2]
     if side == 1:
         return fine + coarse
@@ -208,12 +202,12 @@ def _add(fine: Tensor, coarse: Tensor) -> Tensor:
 
 
 class Exits(nn.Module):
-    """An exit on each stage of an encoder, and when a patch may leave.
+    """An exit on each stage of an encoder, whose logits add up, and when a patch may leave.
 
     Args:
         dims: channels of the stages.
         num_classes: outputs.
-        dim: channels of the state.
+        dim: channels of the exits' levels.
         tau: a patch leaves when it is surer than this, 0 to 1; at 1 none does.
         quantile: a patch is as sure as the site below which this share of its sites is; 0 is the least sure one.
     """

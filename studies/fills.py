@@ -106,14 +106,13 @@ class Filled(Anytime):
         self.narrow = self.fill_in
 
     def fill_in(
-        self, hidden: Tensor, num_visible: int | None, layout: Masked | Packed, features: Sequence[Tensor]
-    ) -> tuple[Masked, Sequence[Tensor]]:
+        self, hidden: Tensor, num_visible: int | None, layout: Masked | Packed, f: Tensor
+    ) -> tuple[Masked, Tensor]:
         """See `narrow_masked`."""
         if self.fill == "radial":
             assert isinstance(self.head.decay, Tensor)
-            return Radial(hidden, self.head.decay), features
-        f, *others = features
-        return Carried(hidden), [layout.fill(f) if isinstance(layout, Carried) else f, *others]
+            return Radial(hidden, self.head.decay), f
+        return Carried(hidden), layout.fill(f) if isinstance(layout, Carried) else f
 
     @torch.no_grad()
     def within(

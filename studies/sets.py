@@ -146,6 +146,20 @@ def landsea_tiles(earth: tuple[NDArray[np.uint8], NDArray[np.uint8]]) -> Iterato
         yield Mapped(f"r{row:02}c{column:02}.png", picture, surface, kind, column // BAND in TESTED)
 
 
+def write_squares(out: Path, earth: tuple[NDArray[np.uint8], NDArray[np.uint8]]) -> None:
+    """OUT/test-squares.csv: what is tested on in six larger images, 5 x 5 tiles each."""
+    side, squares = BAND * TILE, []
+    for band, row in np.ndindex(len(TESTED), ROWS // BAND):
+        top, left = TOP + row * side, TESTED[band] * side
+        for folder, array in zip(("images", "maps"), earth, strict=True):
+            place = out / "squares" / folder / f"{band}{row}.png"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.ascontiguousarray(array[top : top + side, left : left + side])).save(place)
+        squares.append((f"squares/images/{place.name}", f"squares/maps/{place.name}"))
+    with (out / "test-squares.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("image", "mask"), *squares])
+
+
 TISSUES = ("other", "grey", "white")  # 0, 1, 2 in the maps
 SLAB, MARGIN, TESTED_SLABS = 21, 2, (2, 5)  # slices; of them, beside what is tested; slabs from below
 
@@ -231,7 +245,12 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.name in ("landsea", "brain"):
-        tiles = landsea_tiles(blue_marble()) if args.name == "landsea" else brain_slices(mni152())
+        if args.name == "landsea":
+            earth = blue_marble()
+            tiles = landsea_tiles(earth)
+            write_squares(args.out, earth)
+        else:
+            tiles = brain_slices(mni152())
         num_train, num_test = write_mapped(args.out, tiles, args.seeds)
         print(f"{num_train} images to learn from, {num_test} to test on, in {args.out}")
         return

@@ -96,11 +96,12 @@ def test_a_budget_may_shrink_and_never_grows_again() -> None:
 
 def test_with_nothing_hidden_the_answers_are_the_exits_of_the_dense_network() -> None:
     model, image = model_of(tau=1.0), images_of(1)
-    state, maps = None, model.encoder.pyramid(image, DENSE)
-    found = list(model.anytime(image))
-    for answer, head, f in zip(found, model.head.exits, maps, strict=True):
-        state = head(f, state)
-        assert torch.equal(answer.logits, head.logits(state).permute(0, 3, 1, 2)) and answer.computed.all()
+    maps, found = model.encoder.pyramid(image, DENSE), list(model.anytime(image))
+    logits = [head(f).permute(0, 3, 1, 2) for head, f in zip(model.head, maps, strict=True)]
+    for i, answer in enumerate(found):
+        summed = sum(F.interpolate(each, found[0].logits.shape[2:]) for each in logits[: i + 1])
+        torch.testing.assert_close(answer.logits, summed, **TOLERANCE)
+        assert answer.computed.all()
     assert torch.equal(model(image), F.interpolate(found[-1].logits, (48, 80), mode="bilinear"))
 
 
@@ -112,23 +113,16 @@ def by_hand(layer: torch.nn.Sequential, x: Tensor) -> Tensor:
 
 
 def test_an_exit_is_its_equation() -> None:
-    head = model_of().head.exits[1]  # patches of 4x4 sites of the second stage, 8x8 of the first
-    f, state = torch.randn(2, 8, 12, 6, dtype=torch.float64), torch.randn(2, 16, 24, 5, dtype=torch.float64)
+    head = model_of().head.exits[1]  # patches of 4x4 sites
+    f = torch.randn(2, 8, 12, 6, dtype=torch.float64)
 
     def pooled(x: Tensor) -> Tensor:
         return F.avg_pool2d(x.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
 
-    def nearest(x: Tensor, factor: int) -> Tensor:
-        return F.interpolate(x.permute(0, 3, 1, 2), scale_factor=factor).permute(0, 2, 3, 1)
-
     level = by_hand(head.lateral, f)
     context = by_hand(head.pooled[1], pooled(by_hand(head.pooled[0], pooled(level))))
-    expected = state + nearest(level + nearest(context, 4), 2)
-    found = head(f, state)
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(
-        head.logits(found), F.linear(by_hand(head.fuse, expected), head.classify.weight, head.classify.bias)
-    )
+    fused = by_hand(head.fuse, level + F.interpolate(context.permute(0, 3, 1, 2), scale_factor=4).permute(0, 2, 3, 1))
+    torch.testing.assert_close(head(f), F.linear(fused, head.classify.weight, head.classify.bias))
 
 
 @pytest.mark.parametrize("quantile", [0.0, 0.25, 1.0])
@@ -155,7 +149,7 @@ def test_a_patch_that_has_left_keeps_its_logits_and_reaches_nothing() -> None:
     for narrow in (narrow_masked, partial(narrow_packed, make_layout=PACKED)):
         results = []
         for features in (f, spoiled):
-            layout, (rows,) = narrow(mask, 13, DENSE, [features])
+            layout, rows = narrow(mask, 13, DENSE, features)
             results.append(layout.unpack(encoder.stage(1, encoder.downsample(1, rows, layout), layout)))
         assert torch.equal(*results)
     found = list(model.anytime(images, budget=0.5))
@@ -178,8 +172,13 @@ def test_rows_are_gathered_from_a_wider_layout() -> None:
 
 def test_training_gives_each_exits_answer_with_the_masks_on() -> None:
     model, images = model_of(), images_of(2)
+    with torch.no_grad():
+        for head in list(model.head)[1:]:  # they add little, so that some patches stay to the end
+            head.classify.weight.mul_(0.01)
+            head.classify.bias.mul_(0.01)
     model.head.tau = middle_tau(model, images[:1])
     expected = masked_answers(model, images, model.head.tau)
+    assert expected[-1].computed.any()
     model.train()
     outs = model(images)
     assert outs.shape == (4, 2, 3, 48, 80)

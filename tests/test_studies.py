@@ -460,12 +460,15 @@ def test_the_earth_becomes_tiles_and_tested_longitudes_are_not_learnt_from(tmp_p
     surface[:, 1000:2000], surface[:, 3000:3010] = 1, 2
     picture = surface[..., None].repeat(3, 2) * 50
     assert sets.write_mapped(tmp_path, sets.landsea_tiles((picture, surface)), 2) == (480, 150)
+    sets.write_squares(tmp_path, (picture, surface))
     test, few = ((tmp_path / name).read_text().splitlines() for name in ("test.csv", "train-1-1.csv"))
     assert test[0] == "image,mask" and len(test) == 151 and 3 <= len(few) - 1 <= 8
     assert {int(line[11:13]) // 5 for line in test[1:]} == {2, 5}
     learnt = (tmp_path / "unlabeled.txt").read_text().splitlines()
     assert {int(line[11:13]) // 5 for line in learnt} == {0, 1, 3, 4, 6, 7, 8}
-    for line in [*test[1:3], *few[1:]]:
+    squares = (tmp_path / "test-squares.csv").read_text().splitlines()
+    assert len(squares) == 1 + 6
+    for line in [*test[1:3], *few[1:], *squares[1:]]:
         image, label = (np.asarray(Image.open(tmp_path / name)) for name in line.split(","))
         np.testing.assert_array_equal(image[..., 0], label * 50)
 
