@@ -83,12 +83,14 @@ def write_images(folder: Path, count: int, size: tuple[int, int], mode: str = "R
 def run_page(page: Path) -> None:
     """All that stands on it, in this process and this folder."""
     for block in blocks(page):
+        if not block.runs:
+            continue
         if block.language == "python":
             exec(block.text, {})
         elif block.language == "yaml":
             (name,) = re.findall(r"^# (\w+\.yaml)$", block.text, re.M)
             Path(name).write_text(block.text)
-        for words in block.commands() if block.runs else ():
+        for words in block.commands():
             if words[0] == "fcmae":
                 run_fcmae(words[1:] + QUICK.get(words[1], []))
             elif words[0] == "accelerate":
