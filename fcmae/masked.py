@@ -25,8 +25,8 @@ EPS = 1e-6  # beside a target patch's variance
 
 # What is to be predicted
 
-# (images, hidden, patch) -> what is to be predicted of each hidden patch, (N, num_values); see `pixels`.
-Target = Callable[[Tensor, Tensor, int], Tensor]
+# (images, hidden, patch, known) -> what is to be predicted of each hidden patch, (N, num_values); see `pixels`.
+Target = Callable[[Tensor, Tensor, int, Tensor | None], Tensor]
 
 
 def patchify(images: Tensor, patch: int) -> Tensor:
@@ -68,7 +68,7 @@ def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (var + EPS).sqrt()
 
 
-def pixels(images: Tensor, hidden: Tensor, patch: int) -> Tensor:
+def pixels(images: Tensor, hidden: Tensor, patch: int, known: Tensor | None = None) -> Tensor:
     """The values of hidden patches.
 
     Only hidden patches are gathered, so no target is computed and thrown away.
@@ -77,30 +77,43 @@ def pixels(images: Tensor, hidden: Tensor, patch: int) -> Tensor:
         images: (B, C, H, W) float, normalised.
         hidden: (N,) int64, indices of the hidden patches among all B * L, in row-major order.
         patch: side in pixels.
+        known: (B, C, H, W) bool, false for values that are missing; None if none is.
 
     Returns:
-        (N, patch * patch * C), at least float32, in the order of `patchify`.
+        (N, patch * patch * C), at least float32, in the order of `patchify`; NaN for what is not to be predicted, as it
+        is missing.
     """
+    if known is not None:
+        images = images.masked_fill(~known, torch.nan)
     return at_least_float32(patchify(images, patch).flatten(0, 1).index_select(0, hidden))
 
 
-def normalized_pixels(images: Tensor, hidden: Tensor, patch: int) -> Tensor:
+def normalized_pixels(images: Tensor, hidden: Tensor, patch: int, known: Tensor | None = None) -> Tensor:
     """The values of hidden patches, each standardised by its own mean and unbiased variance: the paper's; see `pixels`.
 
     Args:
         images: see `pixels`.
         hidden: likewise.
         patch: likewise.
+        known: likewise; mean and variance are those of the known values of a patch.
 
     Returns:
         Likewise.
     """
-    values = pixels(images, hidden, patch)
-    mean, std = patch_statistics(values)
+    values = pixels(images, hidden, patch, known)
+    if known is None:
+        mean, std = patch_statistics(values)
+    else:
+        mean = values.nanmean(dim=-1, keepdim=True)
+        num_others = (~values.isnan()).sum(dim=-1, keepdim=True) - 1
+        var = (values - mean).square().nansum(dim=-1, keepdim=True) / num_others.clamp(min=1)
+        std = (var + EPS).sqrt()
     return (values - mean) / std
 
 
-def hog(images: Tensor, hidden: Tensor, patch: int, *, num_bins: int = 9, cell: int = 8) -> Tensor:
+def hog(
+    images: Tensor, hidden: Tensor, patch: int, known: Tensor | None = None, *, num_bins: int = 9, cell: int = 8
+) -> Tensor:
     """Histograms of oriented gradients of each cell and channel, of L2 norm 1 (MaskFeat, arXiv 2112.09133).
 
     Gradients are differences of neighbours, of the whole image, so that those at a patch's border look across it; at
@@ -110,11 +123,13 @@ def hog(images: Tensor, hidden: Tensor, patch: int, *, num_bins: int = 9, cell: 
         images: see `pixels`.
         hidden: likewise.
         patch: likewise.
+        known: likewise; a cell with a value that is missing, or has such a neighbour, is not to be predicted.
         num_bins: of 180 degrees.
         cell: side in pixels; a smaller patch is one cell.
 
     Returns:
-        (N, (patch / cell)^2 * C * num_bins) float32, ordered (row, column, channel, bin).
+        (N, (patch / cell)^2 * C * num_bins) float32, ordered (row, column, channel, bin); NaN for what is not to be
+        predicted.
 
     Raises:
         ValueError: if cells do not fill a patch.
@@ -132,6 +147,9 @@ def hog(images: Tensor, hidden: Tensor, patch: int, *, num_bins: int = 9, cell: 
     votes.scatter_(1, bins[:, None], torch.hypot(along_x, along_y)[:, None])
     cells = F.avg_pool2d(votes.flatten(0, 1), cell).view(B, num_bins, C, H // cell, W // cell)
     cells = F.normalize(cells, dim=1)
+    if known is not None:
+        missing = F.max_pool2d((~known).to(cells.dtype), 3, stride=1, padding=1)  # and their neighbours
+        cells = cells.masked_fill(F.max_pool2d(missing, cell)[:, None] > 0, torch.nan)
     n = patch // cell
     patches = cells.view(B, num_bins, C, H // patch, n, W // patch, n).permute(0, 3, 5, 4, 6, 2, 1)
     return patches.reshape(-1, n * n * C * num_bins).index_select(0, hidden)
@@ -284,7 +302,7 @@ def build_fcmae(
         target: of one site.
     """
     patch = torch.zeros(1, encoder.in_chans, encoder.total_stride, encoder.total_stride)
-    num_values = target(patch, torch.zeros(1, dtype=torch.int64), encoder.total_stride).shape[1]
+    num_values = target(patch, torch.zeros(1, dtype=torch.int64), encoder.total_stride, None).shape[1]
     decoder = Decoder(encoder.dim, num_values, decoder_dim, decoder_depth)
     return FCMAE(encoder, decoder, make_layout, target)
 
@@ -292,8 +310,13 @@ def build_fcmae(
 # How the answer is judged
 
 
-def reconstruction_loss(pred: Tensor, images: Tensor, mask: Tensor, *, target: Target = normalized_pixels) -> Tensor:
-    """Mean squared error over hidden patches only (arXiv 2301.00808, Sec. 3).
+def reconstruction_loss(
+    pred: Tensor, images: Tensor, mask: Tensor, *, target: Target = normalized_pixels, known: Tensor | None = None
+) -> Tensor:
+    """Mean squared error over hidden patches only (arXiv 2301.00808, Sec. 3), and of these over what is known.
+
+    Every known value counts the same, so that a patch counts by the share of it that is known, and one that is missing
+    as a whole not at all.
 
     Args:
         pred: (B, M, num_values) float, the predictions for the M hidden patches of each image, or for every patch if
@@ -301,9 +324,10 @@ def reconstruction_loss(pred: Tensor, images: Tensor, mask: Tensor, *, target: T
         images: (B, C, H, W) float.
         mask: (B, H / p, W / p) bool, True = hidden.
         target: what was to be predicted.
+        known: (B, C, H, W) bool, false for values that are missing; None if none is.
 
     Returns:
-        A float32 scalar.
+        A float32 scalar; 0 if nothing that is hidden is known.
 
     Raises:
         ValueError: if no patch is hidden.
@@ -316,8 +340,13 @@ def reconstruction_loss(pred: Tensor, images: Tensor, mask: Tensor, *, target: T
         pred = pred.index_select(0, hidden)
     if len(hidden) == 0:
         raise ValueError("mask hides no patch: the loss is over hidden patches, so hide at least one")
-    wanted = target(images, hidden, images.shape[2] // mask.shape[1])  # (num_hidden, num_values)
-    return (at_least_float32(pred) - wanted).square().mean()
+    wanted = target(images, hidden, images.shape[2] // mask.shape[1], known)  # (num_hidden, num_values)
+    error = at_least_float32(pred) - wanted
+    if known is None:
+        return error.square().mean()
+    counts = ~wanted.isnan()
+    # Before the square, whose gradient at NaN would be NaN even where it does not count.
+    return error.where(counts, 0).square().sum() / counts.sum().clamp(min=1)
 
 
 def masked_loss(
@@ -327,6 +356,7 @@ def masked_loss(
     num_visible: int | None = None,
     *,
     target: Target = normalized_pixels,
+    known: Tensor | None = None,
 ) -> Tensor:
     """The objective of pretraining: how well `model` predicts what the masks hide.
 
@@ -336,14 +366,17 @@ def masked_loss(
         masks: (B * n, gh, gw) bool, True = hidden; the n masks of an image follow each other.
         num_visible: visible patches under each mask; None counts them, which waits for the device.
         target: what it was to predict, see `FCMAE`.
+        known: (B, C, H, W) bool, false for values that are missing, which are in no loss; None if none is. What stands
+            for them in `images` the model sees, at best 0, the mean.
 
     Returns:
-        A float32 scalar with gradients, the mean over all hidden patches.
+        A float32 scalar with gradients, the mean over all hidden patches, see `reconstruction_loss`.
 
     Raises:
         ValueError: if a mask hides nothing, or all.
     """
     if (num_masks := len(masks) // len(images)) > 1:
         images = images.repeat_interleave(num_masks, dim=0)  # (B * n, C, H, W)
+        known = None if known is None else known.repeat_interleave(num_masks, dim=0)
     pred, site_mask = model(images, masks, num_visible)
-    return reconstruction_loss(pred, images, site_mask, target=target)
+    return reconstruction_loss(pred, images, site_mask, target=target, known=known)

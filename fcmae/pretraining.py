@@ -161,7 +161,7 @@ def train(
             for batch in step.batches():
                 with step.part():
                     images = normalize(batch.images)  # (B, C, H, W) float32
-                    loss = masked_loss(model, images, batch.given_masks, visible, target=net.target)
+                    loss = masked_loss(model, images, batch.given_masks, visible, target=net.target, known=batch.known)
                     step.backward(loss)
             step.update()
             step.log()
@@ -405,6 +405,7 @@ class Evaluation:
                     read.given_masks,
                     self.pictured.visible,
                     target=net.target,
+                    known=read.known,
                 )
                 sums += torch.stack([loss * num, loss.new_tensor(num)])
         loss_sum, num_images = self.accelerator.reduce(sums, reduction="sum").tolist()

@@ -88,13 +88,14 @@ class MultiScale(Decoder):
 # Targets
 
 
-def low_resolution(images: Tensor, hidden: Tensor, patch: int, *, side: int) -> Tensor:
+def low_resolution(images: Tensor, hidden: Tensor, patch: int, known: Tensor | None = None, *, side: int) -> Tensor:
     """Each hidden patch averaged to side x side pixels, then standardised.
 
     Args:
         images: see `fcmae.masked.pixels`.
         hidden: likewise.
         patch: likewise.
+        known: not looked at: what is missing counts as the mean.
         side: a divisor of patch.
 
     Returns:
@@ -108,7 +109,7 @@ def low_resolution(images: Tensor, hidden: Tensor, patch: int, *, side: int) -> 
     return normalized_pixels(F.avg_pool2d(at_least_float32(images), patch // side), hidden, side)
 
 
-def frequencies(images: Tensor, hidden: Tensor, patch: int) -> Tensor:
+def frequencies(images: Tensor, hidden: Tensor, patch: int, known: Tensor | None = None) -> Tensor:
     """The weighted discrete cosine transform of each standardised patch (after A2MIM, arXiv 2205.13943, Sec. 4.2).
 
     The transform is orthonormal, so the squared error of all coefficients alike is that of the pixels. Each is weighted
@@ -120,6 +121,7 @@ def frequencies(images: Tensor, hidden: Tensor, patch: int) -> Tensor:
         images: see `fcmae.masked.pixels`.
         hidden: likewise.
         patch: likewise.
+        known: not looked at: what is missing counts as the mean.
 
     Returns:
         (N, patch * patch * C) float32, ordered (vertical frequency, horizontal frequency, channel).
@@ -164,7 +166,7 @@ class Teacher:
         self.given, self.wanted = normalize, backbone.reading.normalize
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, hidden: Tensor, patch: int) -> Tensor:
+    def __call__(self, images: Tensor, hidden: Tensor, patch: int, known: Tensor | None = None) -> Tensor:
         """(N, D) float32, see `fcmae.masked.pixels` for the arguments."""
         for part in (self.network, self.given, self.wanted):
             part.to(images.device)
@@ -286,7 +288,7 @@ def build_model(parts: Collection[str], cfg: PretrainConfig, teacher: str | None
     for name in TARGETS.keys() & parts:
         target = TARGETS[name]
     blank, first = torch.zeros(1, encoder.in_chans, *cfg.data.image_size), torch.zeros(1, dtype=torch.int64)
-    num_values = target(blank, first, encoder.total_stride).shape[1]
+    num_values = target(blank, first, encoder.total_stride, None).shape[1]
     if "multiscale" in parts:
         decoder = MultiScale(encoder, num_values, cfg.model.decoder_dim, cfg.model.decoder_depth)
     elif target is not net.target:

@@ -212,3 +212,29 @@ def test_the_network_sees_zero_where_values_are_missing(tmp_path: Path) -> None:
     reading = Reading(4, (16, 16), 1.0, normalize)
     seen = normalize(torch.from_numpy(reading.dataset(find_images([str(tmp_path)]))[(0, 0)].image))
     torch.testing.assert_close(seen[:, :, :2], torch.zeros(4, 16, 2), atol=1e-6, rtol=0)
+
+
+def test_samples_say_what_is_known_of_them_turned_as_they_are(tmp_path: Path) -> None:
+    """A missing value is 0.9 here and all others are small, so that the image itself tells where it is."""
+    image = np.full((32, 48, 2), 0.25, np.float32)
+    image[:, :16], image[:9, 16:] = np.nan, 0.3
+    np.save(tmp_path / "a.npy", image)
+    np.save(tmp_path / "b.npy", np.nan_to_num(image))
+    images = find_images([str(tmp_path)])
+    crop = CropAndFlip(2, SIZE, (0.5, 1.0), 0.5, 0.5, fill=(0.9,))
+    for view in (crop, CenterCrop(2, SIZE, 1.0, (0.9,))):
+        dataset = PretrainDataset(images, view, grid=GRID, visible=VISIBLE, seed=0)
+        samples = [dataset[(epoch, 0)] for epoch in range(8)]
+        for sample in samples:
+            assert sample.known is not None
+            np.testing.assert_array_equal(sample.known[0], sample.known[1])
+            assert sample.known.any() and not sample.known[sample.image > 0.35].any()
+        assert len({sample.known.tobytes() for sample in samples if sample.known is not None}) > 1 or view is not crop
+        whole, mixed = dataset[(0, 1)], collate([samples[0], dataset[(0, 1)]])
+        assert whole.known is None and collate([whole, whole]).known is None
+        assert mixed.known is not None and mixed.known.dtype == torch.bool
+        assert np.array_equal(mixed.known[0], samples[0].known) and mixed.known[1].all()
+        for share in (False, True):
+            sent = mixed.packed(share).unpacked()
+            assert sent.known is not None and torch.equal(sent.known, mixed.known)
+        assert torch.equal(mixed.select(torch.tensor([False, True])).known, mixed.known[1:])

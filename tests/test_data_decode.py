@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps
 
 from fcmae.data import readers
-from fcmae.data.decode import ChooseBox, read_crop
+from fcmae.data.decode import ChooseBox, read_crop, read_known
 from fcmae.data.geometry import Box, align, decode_scale, make_upright, stored_box
 from fcmae.data.index import Images
 from fcmae.data.source import BadImage
@@ -631,6 +631,25 @@ def test_grey_with_missing_values_becomes_rgb_filled_channel_by_channel(tmp_path
     content = gdal(tmp_path / "a.tif", image, "7")
     out = read_crop(content, 3, whole, None, fill=[51 / 255, 102 / 255, 1])
     assert out.dtype == np.uint8 and out[:, 0, 0].tolist() == [100] * 3 and out[:, 5, 0].tolist() == [51, 102, 255]
+
+
+@pytest.mark.parametrize("in_chans", [1, 3])
+@pytest.mark.parametrize("size", [(H, W), (H // 2, W // 3), (2 * H, 2 * W)])
+def test_what_is_known_is_what_no_filling_reaches(tmp_path: Path, in_chans: int, size: tuple[int, int]) -> None:
+    """Whatever missing values are filled with: where two fillings agree, nothing missing went into it."""
+    image = noise(H, W, 3).astype(np.float32)
+    image[:5, :9, 0] = image[H - 4 :, :, 2] = -9999
+    content = gdal(tmp_path / "a.tif", image, "-9999", planarconfig="contig")
+    found = [read_known(content, in_chans, whole, size, fill=[fill]) for fill in (0.0, 1000.0)]
+    known = found[0].known
+    assert known is not None and known.shape == (in_chans, *size) and known.any() and not known.all()
+    assert np.array_equal(known, found[1].known)
+    agree = found[0].values == found[1].values
+    np.testing.assert_array_equal(agree, known)
+    if in_chans == 3:
+        assert known[1].all()  # a channel of which nothing is missing
+    right = read_known(content, in_chans, lambda *_: (8, 12, 4, 4), None, fill=[0.0])
+    assert right.known is None
 
 
 @pytest.mark.parametrize("nodata", ["", "none", "300", "-1", "0.5"])

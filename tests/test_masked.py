@@ -341,7 +341,7 @@ def test_target_and_decoder_are_parts_that_see_hidden_patches_and_every_stage() 
             assert [tuple(layout.unpack(f).shape) for f in stages] == [(2, 6, 4, 4), (2, 3, 2, 6)]
             return torch.ones(len(site_mask), num_hidden, 1)
 
-    def place(images: Tensor, hidden: Tensor, patch: int) -> Tensor:
+    def place(images: Tensor, hidden: Tensor, patch: int, known: Tensor | None) -> Tensor:
         assert images.shape == (2, 2, 24, 16)
         assert patch == 8
         return hidden[:, None].float()
@@ -412,6 +412,62 @@ def test_the_loss_is_the_mean_over_hidden_patches(normalize: bool) -> None:
             errors.append(((answer - target) ** 2).mean())
     loss = reconstruction_loss(pred, images, mask, target=normalized_pixels if normalize else pixels)
     assert float(loss) == pytest.approx(np.mean(errors), rel=1e-12)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_missing_values_are_in_no_loss_and_in_no_statistic(normalize: bool) -> None:
+    """Against numpy, value by value: one patch is known in part, one by a single value, one not at all, one whole."""
+    images = torch.randn(1, 3, 8, 12, dtype=torch.float64)
+    mask = torch.tensor([[[1, 1, 0], [1, 1, 0]]], dtype=torch.bool)
+    known = torch.rand(1, 3, 8, 12) < 0.5
+    known[..., :4, :4], known[..., 4:, 4:8] = False, True  # none of the first patch, all of the last
+    known[..., 4:, :4] = False
+    known[0, 1, 5, 2] = True  # one value
+    pred = torch.randn(1, 4, 48, dtype=torch.float64, requires_grad=True)
+    errors, gradient = [], np.zeros((4, 48))
+    for number, (r, c) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
+        place = (0, slice(None), slice(4 * r, 4 * r + 4), slice(4 * c, 4 * c + 4))
+        values, is_known = (x[place].permute(1, 2, 0).reshape(-1).numpy() for x in (images, known))
+        there = values[is_known]
+        if normalize and len(there):
+            values = (values - there.mean()) / np.sqrt((there.var(ddof=1) if len(there) > 1 else 0) + 1e-6)
+        error = pred[0, number].detach().numpy() - values
+        errors.extend(error[is_known] ** 2)
+        gradient[number] = np.where(is_known, 2 * error, 0)
+    target = normalized_pixels if normalize else pixels
+    loss = reconstruction_loss(pred, images, mask, target=target, known=known)
+    assert float(loss.detach()) == pytest.approx(np.mean(errors), rel=1e-12)
+    loss.backward()
+    np.testing.assert_allclose(pred.grad[0].numpy(), gradient / len(errors), rtol=1e-9, atol=1e-12)
+    everything = reconstruction_loss(pred, images, mask, target=target, known=torch.ones_like(known))
+    torch.testing.assert_close(everything, reconstruction_loss(pred, images, mask, target=target))
+    pred.grad = None
+    nothing = reconstruction_loss(pred, images, mask, target=target, known=torch.zeros_like(known))
+    nothing.backward()
+    assert float(nothing.detach()) == 0 and not pred.grad.any()
+
+
+def test_a_histogram_counts_where_no_pixel_that_it_sees_is_missing() -> None:
+    images, hidden = torch.randn(1, 2, 16, 32), torch.arange(2)
+    known = torch.ones(1, 2, 16, 32, dtype=torch.bool)
+    known[0, 1, 3, 8] = False  # of the second channel, in the second cell of the first row, at the border of the first
+    plain, found = (hog(images, hidden, 16, given).view(2, 2, 2, 2, 9) for given in (None, known))
+    left_out = torch.zeros(2, 2, 2, 2, 9, dtype=torch.bool)
+    left_out[0, 0, :, 1] = True
+    assert torch.equal(found.isnan(), left_out)
+    assert torch.equal(found[~left_out], plain[~left_out])
+
+
+def test_missing_values_are_those_of_an_image_under_each_of_its_masks() -> None:
+    model = small(ConvNeXtSpec(depths=(1, 1), dims=(4, 6))).double()
+    randomize(model, std=0.1)
+    images, several = torch.randn(2, 2, 24, 16, dtype=torch.float64), masks(6, (3, 2), 2)
+    known = torch.rand(2, 2, 24, 16) < 0.7
+    found = masked_loss(model, images, several, 2, known=known)
+    pred, site_mask = model(images.repeat_interleave(3, 0), several)
+    each = known.repeat_interleave(3, 0)
+    expected = reconstruction_loss(pred, images.repeat_interleave(3, 0), site_mask, known=each)
+    torch.testing.assert_close(found, expected)
 
 
 def test_the_loss_of_16_bit_predictions_is_float32() -> None:

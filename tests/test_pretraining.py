@@ -48,6 +48,7 @@ from fcmae.data.index import find_images
 from fcmae.data.normalize import Normalize
 from fcmae.data.sampler import epoch_order
 from fcmae.data.split import split
+from fcmae.masked import masked_loss
 from fcmae.options import read
 from fcmae.training import checkpoint, health
 from fcmae.training.records import read_metrics
@@ -254,6 +255,29 @@ def test_images_larger_than_max_pixels_are_not_used(
     assert run(images, tmp_path / "out", data__max_pixels=100) == 2
     assert "20 x 24 pixels, more than max_pixels = 100 allows" in capsys.readouterr().err
     assert run(images, tmp_path / "other", data__max_pixels=480, epochs=1, optim__warmup_epochs=0) == 0
+
+
+def test_missing_values_are_in_the_loss_of_no_step_and_no_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The network sees 0 there, and the objective is told."""
+    (tmp_path / "images").mkdir()
+    for number in range(8):
+        image = np.random.default_rng(number).random((24, 24, 2), np.float32)
+        image[:, : 4 + number] = np.nan
+        np.save(tmp_path / f"images/{number}.npy", image)
+    seen = list[bool]()
+
+    def loss(model: Any, images: torch.Tensor, *args: Any, known: torch.Tensor | None, **options: Any) -> torch.Tensor:
+        assert known is not None and known.any() and not known.all()
+        assert images[~known].abs().min() < 1e-6
+        seen.append(torch.is_grad_enabled())
+        return masked_loss(model, images, *args, known=known, **options)
+
+    monkeypatch.setattr(pretraining, "masked_loss", loss)
+    two = {"data__in_chans": 2, "data__mean": [0.5, 0.5], "data__std": [0.3, 0.3], "data__val_share": 0.3}
+    assert run(tmp_path / "images", tmp_path / "out", **two, epochs=2, optim__warmup_epochs=0) == 0
+    assert any(seen) and not all(seen)
 
 
 def test_evaluations_may_come_before_the_first_line_of_the_log(images: Path, tmp_path: Path) -> None:

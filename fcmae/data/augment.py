@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any, BinaryIO
 
@@ -18,11 +19,12 @@ from timm.data import auto_augment as timm_auto_augment
 from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
 
-from fcmae.data.decode import read_crop, to_pil
+from fcmae.data.decode import read_known, to_pil
 from fcmae.data.geometry import MAX_PIXELS, Box, align, decode_scale
 from fcmae.data.maps import IGNORED, Classes
 from fcmae.data.normalize import Normalize
 from fcmae.data.rasters import LabelMap, Raster
+from fcmae.data.readers import Pixels
 from fcmae.data.source import BadImage, DataError
 
 LUMA = (0.299, 0.587, 0.114)  # of red, green and blue in grey, ITU-R BT.601
@@ -121,11 +123,15 @@ class CenterCrop:
         Raises:
             BadImage: as `read_crop` does.
         """
+        return self.known(file, rng).values
+
+    def known(self, file: BinaryIO | bytes, rng: np.random.Generator) -> Pixels:
+        """Likewise, and what of it is known."""
 
         def choose_box(height: int, width: int) -> Box:
             return center_box(height, width, self.image_size, self.crop_pct)
 
-        return read_crop(file, self.in_chans, choose_box, self.image_size, fill=self.fill, max_pixels=self.max_pixels)
+        return read_known(file, self.in_chans, choose_box, self.image_size, fill=self.fill, max_pixels=self.max_pixels)
 
 
 @dataclass(frozen=True)
@@ -156,6 +162,10 @@ class CropAndFlip:
         Raises:
             BadImage: as `read_crop` does.
         """
+        return self.known(file, rng).values
+
+    def known(self, file: BinaryIO | bytes, rng: np.random.Generator) -> Pixels:
+        """Likewise, and what of it is known."""
 
         def choose_box(height: int, width: int) -> Box:
             box = random_resized_box(height, width, self.crop_scale, rng=rng)
@@ -163,13 +173,15 @@ class CropAndFlip:
             aligned = align(box, scale := decode_scale(*box[2:], self.image_size), height, width)
             return aligned if decode_scale(*aligned[2:], self.image_size) == scale else box
 
-        image = read_crop(file, self.in_chans, choose_box, self.image_size, fill=self.fill, max_pixels=self.max_pixels)
-        flip_columns, flip_rows = rng.random(2) < (self.hflip, self.vflip)
-        if flip_columns:
-            image = image[:, :, ::-1]
-        if flip_rows:
-            image = image[:, ::-1]
-        return np.ascontiguousarray(image)
+        read = read_known(file, self.in_chans, choose_box, self.image_size, fill=self.fill, max_pixels=self.max_pixels)
+        flipped = rng.random(2) < (self.hflip, self.vflip)
+        turn = partial(_flipped, columns=flipped[0], rows=flipped[1])
+        return Pixels(turn(read.values), None if read.known is None else turn(read.known))
+
+
+def _flipped(image: NDArray[Any], columns: bool, rows: bool) -> NDArray[Any]:
+    """(C, H, W) with columns or rows mirrored."""
+    return np.ascontiguousarray(image[:, :: -1 if rows else 1, :: -1 if columns else 1])
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from fcmae.data.augment import CenterCrop, CropAndFlip, CropBoth, FinetuneAugmen
 from fcmae.data.geometry import MAX_PIXELS
 from fcmae.data.index import Images
 from fcmae.data.normalize import Normalize
+from fcmae.data.readers import Pixels
 from fcmae.data.sampler import MASK_STREAM, SAMPLE_STREAM, Key
 from fcmae.data.source import BadImage, DataError, printable
 from fcmae.data.split import evenly
@@ -89,6 +90,7 @@ class Sample:
         index: that of the key.
         valid: false if the image could not be read and was not replaced; it is then zero.
         bad: names of images that could not be read, with reasons.
+        known: (C, H, W) bool, false where it is missing; None if nothing is, or nobody asks.
     """
 
     image: NDArray[Any]
@@ -97,6 +99,7 @@ class Sample:
     index: int
     valid: bool
     bad: list[tuple[str, str]]
+    known: NDArray[np.bool_] | None = None
 
 
 @dataclass
@@ -111,6 +114,7 @@ class Batch:
         valid: (B,) bool, false for images that could not be read.
         bad: (name, reason) of images that could not be read.
         was_piped: whether its images came from a worker without shared memory.
+        known: (B, C, H, W) bool, false for values that are missing; None if none is, or nobody asks.
     """
 
     images: Tensor
@@ -120,12 +124,12 @@ class Batch:
     valid: Tensor
     bad: list[tuple[str, str]]
     was_piped: bool = False
+    known: Tensor | None = None
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
-        masks = None if self.masks is None else function(self.masks)
-        labels = None if self.labels is None else function(self.labels)
+        masks, labels, known = (None if t is None else function(t) for t in (self.masks, self.labels, self.known))
         index, valid = function(self.index), function(self.valid)
-        return Batch(function(self.images), masks, labels, index, valid, self.bad, self.was_piped)
+        return Batch(function(self.images), masks, labels, index, valid, self.bad, self.was_piped, known)
 
     def packed(self, share: bool) -> Batch:
         """The batch to be sent to another process: arrays, which need neither shared memory nor an open file.
@@ -140,6 +144,8 @@ class Batch:
         arrays.was_piped = not share
         if share:
             arrays.images = self.images.share_memory_()  # type: ignore[no-untyped-call]
+            if self.known is not None:
+                arrays.known = self.known.share_memory_()  # type: ignore[no-untyped-call]
         return arrays
 
     def unpacked(self) -> Batch:
@@ -177,7 +183,7 @@ class Batch:
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
         """Keep the memory, which another stream filled, until what `stream` has queued by then has used it."""
-        for tensor in (self.images, self.masks, self.labels, self.index, self.valid):
+        for tensor in (self.images, self.masks, self.labels, self.index, self.valid, self.known):
             if tensor is not None:
                 tensor.record_stream(stream)
 
@@ -189,6 +195,9 @@ def collate(samples: Sequence[Sample]) -> Batch:
         images = [image / np.float32(255) if image.dtype == np.uint8 else image for image in images]
     masks = [sample.masks for sample in samples if sample.masks is not None]
     labels = [sample.label for sample in samples if sample.label is not None]
+    known = None
+    if any(sample.known is not None for sample in samples):
+        known = torch.from_numpy(np.stack([_known(sample) for sample in samples]))
     return Batch(
         images=torch.from_numpy(np.stack(images)),
         masks=torch.from_numpy(np.concatenate(masks)) if masks else None,
@@ -196,7 +205,12 @@ def collate(samples: Sequence[Sample]) -> Batch:
         index=torch.tensor([sample.index for sample in samples], dtype=torch.int64),
         valid=torch.tensor([sample.valid for sample in samples], dtype=torch.bool),
         bad=[bad for sample in samples for bad in sample.bad],
+        known=known,
     )
+
+
+def _known(sample: Sample) -> NDArray[np.bool_]:
+    return np.ones(sample.image.shape, np.bool_) if sample.known is None else sample.known
 
 
 class NoUsableImage(DataError):  # noqa: N818
@@ -221,11 +235,11 @@ class ImageDataset(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self._images)
 
-    def _load(self, i: int, rng: np.random.Generator) -> tuple[NDArray[Any], int | NDArray[np.int16] | None]:
+    def _load(self, i: int, rng: np.random.Generator) -> tuple[Pixels, int | NDArray[np.int16] | None]:
         """Image i through the view, and its label."""
         assert not isinstance(self._view, CropBoth)
         with self._images.open(i) as file:
-            return self._view(file, rng), self._images.label(i)
+            return Pixels(self._view(file, rng)), self._images.label(i)
 
     def _read(self, key: Key) -> Sample:
         """The sample of a key, without a mask.
@@ -238,12 +252,12 @@ class ImageDataset(Dataset[Sample]):
         used = index
         while len(bad) < (MAX_TRIES if self._replaces else 1):
             try:
-                image, label = self._load(used, rng)
+                pixels, label = self._load(used, rng)
             except BadImage as error:
                 bad.append((self._images.name(used), str(error)))
                 used = int(rng.integers(len(self)))
             else:
-                return Sample(image, None, label, index, True, bad)
+                return Sample(pixels.values, None, label, index, True, bad, pixels.known)
         if self._replaces:
             raise NoUsableImage(
                 f"data.path: {MAX_TRIES} files drawn in a row cannot be used, the first is {printable(bad[0][0])}: "
@@ -278,7 +292,12 @@ class PretrainDataset(ImageDataset):
             masks_per_image: masks of each sample, drawn independently.
         """
         super().__init__(images, view, seed=seed)
+        self._known_view = view
         self._grid, self.visible, self._masks_per_image = grid, visible, masks_per_image
+
+    def _load(self, i: int, rng: np.random.Generator) -> tuple[Pixels, int | None]:
+        with self._images.open(i) as file:
+            return self._known_view.known(file, rng), self._images.label(i)
 
     def __getitem__(self, key: Key) -> Sample:
         first = (self._seed, *key)
@@ -308,9 +327,10 @@ class SegmentDataset(ImageDataset):
         super().__init__(images, crop, seed=seed)
         self._maps, self._crop = maps, crop
 
-    def _load(self, i: int, rng: np.random.Generator) -> tuple[NDArray[Any], NDArray[np.int16]]:
+    def _load(self, i: int, rng: np.random.Generator) -> tuple[Pixels, NDArray[np.int16]]:
         with self._images.open(i) as file, self._maps.open(i) as map_file:
-            return self._crop(file, map_file, self._maps.name(i), rng)
+            image, numbers = self._crop(file, map_file, self._maps.name(i), rng)
+            return Pixels(image), numbers
 
     def __getitem__(self, key: Key) -> Sample:
         return self._read(key)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fcmae.data.geometry import MAX_PIXELS, Box
-from fcmae.data.readers import open_image, reading
+from fcmae.data.readers import Pixels, open_image, reading
 from fcmae.data.source import BadImage
 
 ChooseBox = Callable[[int, int], Box]  # (height, width) -> box
@@ -55,11 +55,36 @@ def read_crop(
         BadImage: for a file that is broken, not an image, has other channels, has no value that is not missing, or has
             more than max_pixels pixels.
     """
+    return read_known(file, in_chans, choose_box, size, fill=fill, max_pixels=max_pixels).values
+
+
+def read_known(
+    file: BinaryIO | bytes,
+    in_chans: int,
+    choose_box: ChooseBox,
+    size: tuple[int, int] | None,
+    *,
+    fill: Sequence[float] | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> Pixels:
+    """What `read_crop` reads, and which of its values nothing missing went into.
+
+    Args:
+        file: see `read_crop`.
+        in_chans: likewise.
+        choose_box: likewise.
+        size: likewise.
+        fill: likewise.
+        max_pixels: likewise.
+
+    Raises:
+        BadImage: likewise.
+    """
     image = open_image(file, in_chans, max_pixels)
     box = choose_box(image.height, image.width)
     with reading(max_pixels):
         pixels = image.read(box, size or box[2:], fill)
-    if fill is not None and pixels.dtype != np.uint8 and not np.isfinite(pixels).all():
+    if fill is not None and pixels.values.dtype != np.uint8 and not np.isfinite(pixels.values).all():
         raise BadImage("it holds values that 32 bits cannot")
     return pixels
 

@@ -87,10 +87,10 @@ class Raster:
                 return self._read_window(self._page, box, size or box[2:])
             assert self._image is not None
             if size is not None or self._is_mapped:
-                return self._image.read(box, size or box[2:], self._fill)
+                return self._image.read(box, size or box[2:], self._fill).values
             if self._whole is None:
                 everything = (0, 0, self.height, self.width)
-                self._whole = self._image.read(everything, everything[2:], self._fill)
+                self._whole = self._image.read(everything, everything[2:], self._fill).values
             return self._whole[:, box[0] : box[0] + box[2], box[1] : box[1] + box[3]]
 
     def _read_window(self, page: Any, box: Box, size: tuple[int, int]) -> NDArray[Any]:
@@ -108,7 +108,7 @@ class Raster:
             nodata=nodata_of(page.tags.valueof(42113), window.dtype),
             may_be_empty=True,
         )
-        return image.read((0, 0, *box[2:]), size, self._fill)
+        return image.read((0, 0, *box[2:]), size, self._fill).values
 
 
 class LabelMap:

@@ -19,11 +19,11 @@ import struct
 import tokenize
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from io import SEEK_END, BytesIO, FileIO
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 import tifffile
@@ -76,6 +76,18 @@ _READ_ERRORS = (
 )
 
 
+class Pixels(NamedTuple):
+    """A part of an image.
+
+    Attributes:
+        values: (in_chans, height, width), uint8 or float32.
+        known: of the same shape, false for values that something missing went into; None if nothing is missing.
+    """
+
+    values: NDArray[Any]
+    known: NDArray[np.bool_] | None = None
+
+
 class OpenImage(Protocol):
     """An image whose header has been read: its upright size is known, its pixels are not.
 
@@ -93,8 +105,8 @@ class OpenImage(Protocol):
     is_deep: bool
     pixel_bytes: int
 
-    def read(self, box: Box, size: tuple[int, int], fill: Sequence[float] | None) -> NDArray[Any]:
-        """A part of it: (in_chans, height, width), uint8 or float32.
+    def read(self, box: Box, size: tuple[int, int], fill: Sequence[float] | None) -> Pixels:
+        """A part of it.
 
         Args:
             box: which.
@@ -243,7 +255,7 @@ class _PillowImage:
         self._swapped = self._orientation in (5, 6, 7, 8)
         self.height, self.width = self._stored_size[::-1] if self._swapped else self._stored_size
 
-    def read(self, box: Box, size: tuple[int, int], fill: Sequence[float] | None) -> NDArray[Any]:
+    def read(self, box: Box, size: tuple[int, int], fill: Sequence[float] | None) -> Pixels:
         stored_height, stored_width = self._stored_size
         planes, scale = self._decode(decode_scale(box[2], box[3], size))
         top, left, height, width = stored_box(box, self._orientation, stored_height, stored_width)
@@ -254,7 +266,7 @@ class _PillowImage:
         pixels = resized[0] if len(resized) == 1 else np.concatenate(resized)  # (C, H, W)
         if self._orientation != 1:
             pixels = make_upright(pixels.transpose(1, 2, 0), self._orientation).transpose(2, 0, 1)
-        return np.ascontiguousarray(_match_channels(pixels, self._in_chans))
+        return Pixels(np.ascontiguousarray(_match_channels(pixels, self._in_chans)))
 
     def _decode(self, scale: int) -> tuple[Sequence[Image.Image | NDArray[np.uint8]], int]:
         """Planes, and how many times smaller than stored (1; JPEGs `scale`)."""
@@ -590,7 +602,7 @@ class ArrayImage:
         self.pixel_bytes, self._shape = channels * value_bytes, shape
         self.height, self.width = (width, height) if orientation in (5, 6, 7, 8) else (height, width)
 
-    def read(self, box: Box, size: tuple[int, int], fill: Sequence[float] | None) -> NDArray[Any]:
+    def read(self, box: Box, size: tuple[int, int], fill: Sequence[float] | None) -> Pixels:
         top, left, height, width = box
         array = self._load()
         if array.shape != self._shape:
@@ -602,13 +614,17 @@ class ArrayImage:
         if not self._may_be_empty and missing.all() and self._missing(array).all():
             raise BadImage("it holds no values: all are missing")
         planes: Sequence[NDArray[Any]] = [self._plane(part[..., i]) for i in range(part.shape[-1])]
+        known = None
         if missing.any():
-            planes = list(_filled(np.stack(planes), missing.transpose(2, 0, 1), self._in_chans, fill))
-        resized = [Image.fromarray(plane).resize(size[::-1], Image.Resampling.BICUBIC) for plane in planes]
-        pixels = np.stack([np.asarray(plane) for plane in resized])
+            lacking = missing.transpose(2, 0, 1)
+            if len(lacking) != self._in_chans:  # each channel of the result is made of all
+                lacking = np.broadcast_to(lacking.any(axis=0), (self._in_chans, height, width))
+            planes = list(_filled(np.stack(planes), lacking, self._in_chans, fill))
+            known = _resized(lacking.astype(np.float32), size) == 0
+        pixels = _resized(planes, size)
         if self._full_range(array.dtype):
             pixels = pixels.clip(0, 1)  # bicubic weights overshoot
-        return _match_channels(pixels, self._in_chans)
+        return Pixels(_match_channels(pixels, self._in_chans), known)
 
     def _full_range(self, dtype: np.dtype[Any]) -> int:
         """By which values are divided: 0 where they are kept."""
@@ -639,13 +655,17 @@ class ArrayImage:
         return missing
 
 
+def _resized(planes: Iterable[NDArray[Any]], size: tuple[int, int]) -> NDArray[Any]:
+    """Planes (h, w) as (C, height, width)."""
+    images = [Image.fromarray(plane).resize(size[::-1], Image.Resampling.BICUBIC) for plane in planes]
+    return np.stack([np.asarray(image) for image in images])
+
+
 def _filled(
     pixels: NDArray[Any], missing: NDArray[np.bool_], in_chans: int, fill: Sequence[float] | None
 ) -> NDArray[Any]:
     """Pixels (C, h, w) as in_chans channels with missing values filled, before a resize would spread them."""
     pixels = _match_channels(pixels, in_chans)
-    if len(missing) != in_chans:
-        missing = np.broadcast_to(missing.any(axis=0), pixels.shape)
     if fill is None and pixels.dtype == np.uint8:
         pixels = pixels / np.float32(255)
     values = np.array([np.nan] if fill is None else fill, np.float32).reshape(-1, 1, 1)
