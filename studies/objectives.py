@@ -133,7 +133,7 @@ def frequencies(images: Tensor, hidden: Tensor, patch: int, known: Tensor | None
     return (found * weights[..., None]).flatten(1)
 
 
-def constant(images: Tensor, hidden: Tensor, patch: int) -> Tensor:
+def constant(images: Tensor, hidden: Tensor, patch: int, known: Tensor | None = None) -> Tensor:
     """(N, 1) ones, see `fcmae.masked.pixels` for the arguments."""
     return torch.ones(len(hidden), 1, device=images.device)
 
