@@ -203,7 +203,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     )
     axis.set_xticks(range(len(steps)), [step.name for step in steps], rotation=40, ha="right")
     axis.set(ylabel="gain over the step that it changes,\npoints of top-1")
-    axis.legend()
+    figure.legend(loc="outside upper center", ncols=2)
     save(figure, path)
 
 
