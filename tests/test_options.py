@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fcmae import options
-from fcmae.config import FinetuneConfig, PretrainConfig
+from fcmae.config import FinetuneConfig, PretrainConfig, SegmentConfig
 from fcmae.config.base import Settings
 from fcmae.config.commands import ConvertConfig, EvaluateConfig
 from fcmae.networks.spec import ConvNeXtSpec
@@ -534,7 +534,9 @@ def test_a_setting_is_changed_if_leaving_it_out_gives_another() -> None:
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_shipped_configuration_loads_with_images_and_out_alone(name: str) -> None:
-    config_cls = FinetuneConfig if name.startswith("finetune") else PretrainConfig
+    config_cls = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "segment": SegmentConfig}[
+        name.partition("_")[0]
+    ]
     by_name = options.load(config_cls, ["--config", name, *NEEDED], prog="fcmae")
     assert by_name == options.load(config_cls, ["--config", str(SHIPPED[name]), *NEEDED], prog="fcmae")
 

@@ -659,7 +659,9 @@ def test_transformers_loads_other_stages_depths_and_widths_but_no_kernels_and_hi
     transformers = pytest.importorskip("transformers")
     place, net = of_numbers(name, tmp_path / "run")
     if name not in TRANSFORMERS_HOLDS:
-        with pytest.raises(ValueError, match="transformers' ConvNeXts have 7x7 kernels and 4C hidden channels: use"):
+        with pytest.raises(
+            ValueError, match="transformers' ConvNeXts have 7x7 kernels, 4C hidden channels and a plain stem: use"
+        ):
             convert(place, tmp_path / "out", "transformers")
         assert not (tmp_path / "out").exists()
         return
