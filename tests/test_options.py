@@ -537,8 +537,9 @@ def test_every_shipped_configuration_loads_with_images_and_out_alone(name: str) 
     config_cls = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "segment": SegmentConfig}[
         name.partition("_")[0]
     ]
-    by_name = options.load(config_cls, ["--config", name, *NEEDED], prog="fcmae")
-    assert by_name == options.load(config_cls, ["--config", str(SHIPPED[name]), *NEEDED], prog="fcmae")
+    needed = [*NEEDED, "--data.maps", "maps"] if config_cls is SegmentConfig else NEEDED
+    by_name = options.load(config_cls, ["--config", name, *needed], prog="fcmae")
+    assert by_name == options.load(config_cls, ["--config", str(SHIPPED[name]), *needed], prog="fcmae")
 
 
 @pytest.mark.parametrize("name", SHIPPED)
