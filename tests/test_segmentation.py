@@ -109,7 +109,7 @@ def test_what_depends_on_the_pixel_alone_is_the_same_by_tiles(shape: tuple[int, 
     array = RNG.integers(0, 256, shape, dtype=np.uint8)
     sizes = set()
 
-    def predict(tiles: NDArray[Any]) -> NDArray[np.float32]:
+    def predict(tiles: NDArray[Any], *_: float) -> NDArray[np.float32]:
         sizes.add(tiles.shape[2:])
         p = tiles[:, 0].astype(np.float32) / 255
         return np.stack([p, 1 - p], 1)
@@ -126,7 +126,7 @@ def test_overlapping_tiles_are_weighted_by_hann_windows() -> None:
     """Each tile says its own number: what comes out is the weighted mean, by hand."""
     array, numbers = np.zeros((32, 80), np.uint8), iter(range(10))
 
-    def predict(tiles: NDArray[Any]) -> NDArray[np.float32]:
+    def predict(tiles: NDArray[Any], *_: float) -> NDArray[np.float32]:
         return np.stack([np.full((1, 32, 32), next(numbers), np.float32) for _ in tiles])
 
     ((_, strip),) = probabilities_by_rows(raster(array), predict, (32, 32), 8, 0.5, [0.5], 2)
@@ -140,7 +140,7 @@ def test_overlapping_tiles_are_weighted_by_hann_windows() -> None:
 def test_an_image_smaller_than_a_tile_is_padded_with_the_mean() -> None:
     seen = []
 
-    def predict(tiles: NDArray[Any]) -> NDArray[np.float32]:
+    def predict(tiles: NDArray[Any], *_: float) -> NDArray[np.float32]:
         seen.append(tiles)
         return np.ones((len(tiles), 1, *tiles.shape[2:]), np.float32)
 
@@ -243,7 +243,7 @@ def test_memory_does_not_grow_with_the_height_of_an_image() -> None:
     for height in (256, 4096):
         tracemalloc.start()
         image = raster(np.zeros((height, 128), np.uint8), compression="zlib")
-        for _ in probabilities_by_rows(image, lambda tiles: tiles / np.float32(255), (64, 64), 8, 0.5, [0.5], 4):
+        for _ in probabilities_by_rows(image, lambda tiles, *_: tiles / np.float32(255), (64, 64), 8, 0.5, [0.5], 4):
             pass
         peaks.append(tracemalloc.get_traced_memory()[1] - height * 128)  # the array that was written
         tracemalloc.stop()
