@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fcmae.data import index, listing, source
+from fcmae.data import index, listing
 from fcmae.data.index import Images, find_images, find_labelled
 from fcmae.data.shards import Parts
 from fcmae.data.source import BadImage
@@ -201,7 +201,7 @@ def test_an_index_in_pieces_is_the_one_that_is_written_and_read_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
     """Whatever the pieces cut through; the reference is json's own text of the whole."""
-    for module in (source, index, listing):
+    for module in (index, listing):
         monkeypatch.setattr(module, "PART", size)
     monkeypatch.setattr(listing, "PIECE", size)
     monkeypatch.setattr(json, "load", None)  # what is read as a whole
@@ -250,10 +250,16 @@ def test_a_part_of_a_part_has_the_names_and_labels_of_its_images() -> None:
     assert plain.joined(part).names() == [*"bcdf"] and (plain.label(0), plain.label_name(0)) == (None, None)
 
 
-def test_names_are_one_block_that_is_not_copied_by_a_part() -> None:
-    images = Images.of_files([f"/photographs/of/last/summer/{i:06}.jpg" for i in range(10_000)])
-    assert len(pickle.dumps(images)) < 10_000 * (38 + 8 + 2)  # a name, where it ends, and little more
+def test_names_are_one_packed_block_that_is_not_copied_by_a_part() -> None:
+    names = [f"/photographs/of/last/summer/{i:06}.jpg" for i in range(10_000)]
+    images = Images.of_files(names)
+    assert len(pickle.dumps(images)) < 10_000 * 8
     assert images.subset([1, 2]).source is images.source
+    for positions in ([9_999, 0, 63, 64, 65, 64], range(0, 10_000, 7), []):
+        part = images.subset([*positions])
+        assert part.names() == [part.name(i) for i in range(len(part))] == [names[i] for i in positions]
+    with pytest.raises(IndexError):
+        images.name(10_000)
 
 
 def test_class_folders_give_labels_at_any_depth(tmp_path: Path) -> None:

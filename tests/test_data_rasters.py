@@ -15,9 +15,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fcmae.data import rasters
+from fcmae.data.augment import CenterCrop, CropAndFlip
 from fcmae.data.decode import read_crop
+from fcmae.data.index import find_images
 from fcmae.data.rasters import LabelMap, Raster, geo_tags
 from fcmae.data.source import BadImage
+from fcmae.data.stats import channel_statistics
+from fcmae.data.survey import survey
 
 RNG = np.random.default_rng(0)
 COLOURS = RNG.integers(0, 256, (50, 70, 3), dtype=np.uint8)
@@ -97,6 +101,54 @@ def test_a_raster_larger_than_max_pixels_is_read_in_parts_and_refused_as_a_whole
         raster.read((0, 0, 50, 70))
     with pytest.raises(BadImage, match="more than max_pixels = 2000"):
         Raster(png(Image.fromarray(COLOURS)), 3, [0.0], max_pixels=2000)
+
+
+@pytest.mark.parametrize("settings", STORED[1:])
+@pytest.mark.parametrize("array", [COLOURS, BANDS], ids=["8-bit RGB", "16-bit bands"])
+def test_crops_of_a_tiff_larger_than_max_pixels_are_those_of_the_whole(
+    array: NDArray[Any], settings: dict[str, Any]
+) -> None:
+    in_chans, boxes = array.shape[2], []
+    whole = read_crop(tiff(array, **settings), in_chans, lambda h, w: (0, 0, h, w), None, fill=[0.0])
+
+    def choose(height: int, width: int) -> tuple[int, int, int, int]:
+        boxes.append(CropAndFlip(in_chans, (16, 24), (0.2, 1.0), 0, max_pixels=2000).box(height, width, rng))
+        return boxes[-1]
+
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        found = read_crop(tiff(array, **settings), in_chans, choose, None, fill=[0.0], max_pixels=2000)
+        top, left, height, width = boxes[-1]
+        np.testing.assert_array_equal(found, whole[:, top : top + height, left : left + width])
+        assert height * width * 8 * in_chans / 12 <= 2000
+    corners = np.array(boxes)
+    assert np.ptp(corners[:, 0]) > 10 and np.ptp(corners[:, 1]) > 20  # from everywhere, not from the middle
+
+
+def test_a_raster_of_one_strip_larger_than_max_pixels_is_refused() -> None:
+    with pytest.raises(BadImage, match="50 x 70 pixels, more than max_pixels = 2000"):
+        read_crop(tiff(COLOURS), 3, lambda *_: BOX, None, max_pixels=2000)
+
+
+def test_every_view_and_the_statistics_read_parts_of_a_raster_larger_than_max_pixels(tmp_path: Path) -> None:
+    (tmp_path / "a.tif").write_bytes(tiff(COLOURS, tile=(16, 16)).getvalue())
+    images, rng = find_images([str(tmp_path)]), np.random.default_rng(0)
+    views = (
+        CropAndFlip(3, (16, 24), (0.2, 1.0), 0.5, 0.5, max_pixels=2000),
+        CenterCrop(3, (16, 24), 1.0, max_pixels=2000),
+    )
+    for view in views:
+        with images.open(0) as file:
+            assert view(file, rng).shape == (3, 16, 24)
+    mean, _, num = channel_statistics(images, 3, max_pixels=2000)
+    share = (2000 * 12 / 24 / 3500) ** 0.5
+    rows, columns = int(50 * share), int(70 * share)
+    top, left = (50 - rows) // 2, (70 - columns) // 2
+    centre = COLOURS[top : top + rows, left : left + columns] / 255
+    assert num == 1
+    np.testing.assert_allclose(mean, centre.mean(axis=(0, 1)))
+    found = survey(images, max_pixels=2000)
+    assert (found.short_side, found.in_chans) == (50, 3)
 
 
 def test_missing_values_of_a_window_are_filled_even_where_it_has_no_others() -> None:

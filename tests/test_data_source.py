@@ -141,7 +141,7 @@ def test_names_of_any_length_and_of_any_bytes_are_kept() -> None:
 
 @pytest.mark.parametrize("i", [2, -1])
 def test_an_image_that_is_none_of_the_files_has_no_name(i: int) -> None:
-    with pytest.raises(ValueError, match="unpack"):
+    with pytest.raises(IndexError, match=f"name {i} of 2"):
         Files(["/a", "/b"]).name(i)
 
 

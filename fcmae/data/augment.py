@@ -20,7 +20,7 @@ from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
 
 from fcmae.data.decode import read_known, to_pil
-from fcmae.data.geometry import MAX_PIXELS, Box, align, decode_scale
+from fcmae.data.geometry import MAX_PIXELS, Box, align, decode_scale, readable_share
 from fcmae.data.maps import IGNORED, Classes
 from fcmae.data.normalize import Normalize
 from fcmae.data.rasters import LabelMap, Raster
@@ -129,7 +129,8 @@ class CenterCrop:
         """Likewise, and what of it is known."""
 
         def choose_box(height: int, width: int) -> Box:
-            return center_box(height, width, self.image_size, self.crop_pct)
+            share = readable_share(height, width, self.in_chans, self.max_pixels)
+            return center_box(height, width, self.image_size, self.crop_pct * math.sqrt(share))
 
         return read_known(file, self.in_chans, choose_box, self.image_size, fill=self.fill, max_pixels=self.max_pixels)
 
@@ -141,7 +142,7 @@ class CropAndFlip:
     Attributes:
         in_chans: see `read_crop`.
         image_size: height and width of the result.
-        crop_scale: smallest and largest share of the area.
+        crop_scale: smallest and largest share of the area; of an image with more than max_pixels, of so many.
         hflip: probability that columns are mirrored.
         vflip: probability that rows are.
         fill: what stands for missing values, see `read_crop`.
@@ -168,15 +169,21 @@ class CropAndFlip:
         """Likewise, and what of it is known."""
 
         def choose_box(height: int, width: int) -> Box:
-            box = random_resized_box(height, width, self.crop_scale, rng=rng)
-            # Where it is decoded smaller, a box of whole pixels is resized several times as fast (see _resize).
-            aligned = align(box, scale := decode_scale(*box[2:], self.image_size), height, width)
-            return aligned if decode_scale(*aligned[2:], self.image_size) == scale else box
+            return self.box(height, width, rng)
 
         read = read_known(file, self.in_chans, choose_box, self.image_size, fill=self.fill, max_pixels=self.max_pixels)
         flipped = rng.random(2) < (self.hflip, self.vflip)
         turn = partial(_flipped, columns=flipped[0], rows=flipped[1])
         return Pixels(turn(read.values), None if read.known is None else turn(read.known))
+
+    def box(self, height: int, width: int, rng: np.random.Generator) -> Box:
+        """What is cut out of an image of a height and a width."""
+        share = readable_share(height, width, self.in_chans, self.max_pixels)
+        smallest, largest = self.crop_scale
+        box = random_resized_box(height, width, (smallest * share, largest * share), rng=rng)
+        # Where it is decoded smaller, a box of whole pixels is resized several times as fast (see _resize).
+        aligned = align(box, scale := decode_scale(*box[2:], self.image_size), height, width)
+        return aligned if decode_scale(*aligned[2:], self.image_size) == scale else box
 
 
 def _flipped(image: NDArray[Any], columns: bool, rows: bool) -> NDArray[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from io import BytesIO
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -10,7 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fcmae.data.geometry import MAX_PIXELS, Box
-from fcmae.data.readers import Pixels, open_image, reading
+from fcmae.data.rasters import open_tiles
+from fcmae.data.readers import OpenImage, Pixels, TooLarge, open_image, reading
 from fcmae.data.source import BadImage
 
 ChooseBox = Callable[[int, int], Box]  # (height, width) -> box
@@ -44,7 +46,8 @@ def read_crop(
             scales 1, 1/2, 1/4, 1/8 that keeps the box at or above `size`.
         fill: (in_chans,) or (1,), what stands for missing values, in units of a full range of 1: the mean that images
             are normalised with, so that the network sees 0. None for NaN, in float32, which a resize spreads.
-        max_pixels: of an image that is read; of pixels that take more than 12 bytes, fewer.
+        max_pixels: of an image that is read, or of the box of a TIFF that can be read in parts; of pixels that take
+            more than 12 bytes, fewer.
 
     Returns:
         (in_chans, height, width). uint8 images stay uint8 (bool becomes 0 and 255). 16-bit unsigned ones become float32
@@ -53,9 +56,30 @@ def read_crop(
 
     Raises:
         BadImage: for a file that is broken, not an image, has other channels, has no value that is not missing, or has
-            more than max_pixels pixels.
+            more than max_pixels pixels to be read.
     """
     return read_known(file, in_chans, choose_box, size, fill=fill, max_pixels=max_pixels).values
+
+
+def open_any(file: BinaryIO | bytes, in_chans: int, max_pixels: int = MAX_PIXELS) -> OpenImage:
+    """Read an image's header; of a TIFF with more than max_pixels parts can be read, if its tiles or strips can.
+
+    Args:
+        file: see `read_crop`.
+        in_chans: likewise.
+        max_pixels: likewise.
+
+    Raises:
+        BadImage: likewise.
+    """
+    file = BytesIO(file) if isinstance(file, bytes) else file
+    try:
+        return open_image(file, in_chans, max_pixels)
+    except TooLarge:
+        file.seek(0)
+        if (tiles := open_tiles(file, in_chans, max_pixels)) is None:
+            raise
+        return tiles
 
 
 def read_known(
@@ -80,7 +104,7 @@ def read_known(
     Raises:
         BadImage: likewise.
     """
-    image = open_image(file, in_chans, max_pixels)
+    image = open_any(file, in_chans, max_pixels)
     box = choose_box(image.height, image.width)
     with reading(max_pixels):
         pixels = image.read(box, size or box[2:], fill)

@@ -8,7 +8,24 @@ from numpy.typing import NDArray
 
 MAX_PIXELS = 100_000_000  # of an image that is read, where nothing else is said; a little more than Pillow's own limit
 
+PIXEL_BYTES = 12  # that it counts on: three channels of 32 bits
+
 Box = tuple[int, int, int, int]  # top, left, height, width, in pixels of the upright image
+
+
+def readable_share(height: int, width: int, in_chans: int, max_pixels: int) -> float:
+    """The share of an image's area that may be read at once: all, but of one with more than max_pixels.
+
+    Args:
+        height: of the image, in pixels.
+        width: likewise.
+        in_chans: its channels, each of which may take 8 bytes.
+        max_pixels: see `read_crop`.
+    """
+    if height * width <= max_pixels:
+        return 1.0
+    return max_pixels * PIXEL_BYTES / max(PIXEL_BYTES, 8 * in_chans) / (height * width)
+
 
 # EXIF orientation: a stored image becomes upright by mirroring its columns (2, 3, 7, 8) and its rows (3, 4, 6, 7), and
 # then exchanging rows and columns (5 to 8).

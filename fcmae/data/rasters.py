@@ -23,7 +23,8 @@ from fcmae.data.readers import (
     PILLOW_FORMATS,
     TIFF_STARTS,
     ArrayImage,
-    OpenImage,
+    Pixels,
+    check_channels,
     check_segments,
     check_size,
     map_npy,
@@ -54,20 +55,14 @@ class Raster:
     """
 
     def __init__(self, file: BinaryIO, in_chans: int, fill: Sequence[float], max_pixels: int = MAX_PIXELS) -> None:
-        self._in_chans, self._fill, self._max_pixels = in_chans, fill, max_pixels
-        self._image: OpenImage | None = None
+        self._fill, self._max_pixels = fill, max_pixels
         self._whole: NDArray[Any] | None = None
-        with reading(max_pixels):
-            page = _plain_page(file)
-        self._page = page if page is not None and page.photometric in (0, 1, 2) else None
-        if self._page is None:
-            file.seek(0)
-            self._is_mapped = file.read(6) == b"\x93NUMPY"
-            file.seek(0)
-            self._image = open_image(file, in_chans, max_pixels)
-            self.height, self.width = self._image.height, self._image.width
-        else:
-            self.height, self.width = self._page.imagelength, self._page.imagewidth
+        tiles = open_tiles(file, in_chans, max_pixels)
+        file.seek(0)
+        self._in_parts = tiles is not None or file.read(6) == b"\x93NUMPY"
+        file.seek(0)
+        self._image = tiles or open_image(file, in_chans, max_pixels)
+        self.height, self.width = self._image.height, self._image.width
 
     def read(self, box: Box, size: tuple[int, int] | None = None) -> NDArray[Any]:
         """A part of it, as `read_crop` gives it.
@@ -83,20 +78,52 @@ class Raster:
             BadImage: if it cannot be read.
         """
         with reading(self._max_pixels):
-            if self._page is not None:
-                return self._read_window(self._page, box, size or box[2:])
-            assert self._image is not None
-            if size is not None or self._is_mapped:
+            if size is not None or self._in_parts:
                 return self._image.read(box, size or box[2:], self._fill).values
             if self._whole is None:
                 everything = (0, 0, self.height, self.width)
                 self._whole = self._image.read(everything, everything[2:], self._fill).values
             return self._whole[:, box[0] : box[0] + box[2], box[1] : box[1] + box[3]]
 
-    def _read_window(self, page: Any, box: Box, size: tuple[int, int]) -> NDArray[Any]:
-        window = read_window(page, box, self._max_pixels)
-        if page.photometric == 2 and self._in_chans in (1, 3):
-            window = window[..., :3]  # without alpha
+
+def open_tiles(file: BinaryIO, in_chans: int, max_pixels: int = MAX_PIXELS) -> Tiles | None:
+    """A TIFF that can be read in parts, or None.
+
+    Args:
+        file: at its start.
+        in_chans: see `fcmae.data.decode.read_crop`.
+        max_pixels: of a part.
+
+    Raises:
+        BadImage: if it is damaged.
+    """
+    with reading(max_pixels):
+        page = _plain_page(file)
+    if page is None or page.photometric not in (0, 1, 2) or math.prod(_segments(page)[3:]) > max_pixels:
+        return None
+    return Tiles(page, in_chans, max_pixels)
+
+
+class Tiles:
+    """A TIFF of which only the strips or tiles that a part touches are read: an `OpenImage`.
+
+    Args:
+        page: of tifffile.
+        in_chans: see `fcmae.data.decode.read_crop`.
+        max_pixels: of a part.
+    """
+
+    def __init__(self, page: Any, in_chans: int, max_pixels: int) -> None:
+        self._page, self._in_chans, self._max_pixels = page, in_chans, max_pixels
+        self.height, self.width = page.imagelength, page.imagewidth
+        has_alpha = page.photometric == 2 and in_chans in (1, 3)
+        self.channels = 3 if has_alpha else page.samplesperpixel
+        check_channels(self.channels, in_chans)
+        self.is_deep = page.dtype not in (np.uint8, np.bool_)
+        self.pixel_bytes = page.samplesperpixel * page.dtype.itemsize
+
+    def read(self, box: Box, size: tuple[int, int], fill: Sequence[float] | None) -> Pixels:
+        page, window = self._page, read_window(self._page, box, self._max_pixels)[..., : self.channels]
         image = ArrayImage(
             lambda: window,
             window.shape,
@@ -108,7 +135,7 @@ class Raster:
             nodata=nodata_of(page.tags.valueof(42113), window.dtype),
             may_be_empty=True,
         )
-        return image.read((0, 0, *box[2:]), size, self._fill).values
+        return image.read((0, 0, *box[2:]), size, fill)
 
 
 class LabelMap:

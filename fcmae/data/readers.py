@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch.nn import functional as F
 
-from fcmae.data.geometry import MAX_PIXELS, Box, decode_scale, make_upright, stored_box
+from fcmae.data.geometry import MAX_PIXELS, PIXEL_BYTES, Box, decode_scale, make_upright, stored_box
 from fcmae.data.source import BadImage, OtherChannels
 
 try:
@@ -47,7 +47,6 @@ TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _PNG_CHANNELS = {0: 1, 2: 3, 4: 2, 6: 4}  # by colour type, of those that have 16 bits
 _LOGGERS = ("tifffile", "PIL.TiffImagePlugin")  # one file can make them write a hundred thousand lines
 _JPEG_MARKER = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])")
-PIXEL_BYTES = 12  # that max_pixels counts on: three channels of 32 bits
 MAX_SCANS = 100  # of a JPEG; cameras and web sites make up to a dozen
 MAX_PAGES = 10_000  # of a TIFF
 MAX_RATIO = 2000  # of what is stored to the file; deflate gets to 1032
@@ -74,6 +73,10 @@ _READ_ERRORS = (
     tokenize.TokenError,  # from numpy's reading of .npy headers
     Image.DecompressionBombError,
 )
+
+
+class TooLarge(BadImage):
+    """An image, or a part of one, has more pixels than may be read."""
 
 
 class Pixels(NamedTuple):
@@ -199,13 +202,14 @@ def check_size(height: int, width: int, depth: int, file_bytes: int, max_pixels:
         max_pixels: see `read_crop`.
 
     Raises:
-        BadImage: with the reason.
+        TooLarge: if it is.
+        BadImage: with another reason.
     """
     if height < 1 or width < 1:
         raise BadImage(f"it is empty: {height} x {width} pixels")
     if height * width * max(1, depth / PIXEL_BYTES) > max_pixels:
         size = f"{height} x {width} pixels" + (f" of {depth} bytes" if depth > PIXEL_BYTES else "")
-        raise BadImage(
+        raise TooLarge(
             f"it has {size}, more than max_pixels = {max_pixels} allows (pixels of {PIXEL_BYTES} bytes): "
             "cut it into smaller images, or raise max_pixels"
         )
@@ -226,13 +230,22 @@ def _check_scans(jpeg: bytes) -> None:
         raise BadImage(f"it has {scans} scans, more than {MAX_SCANS}: save it again")
 
 
-def _check_channels(channels: int, in_chans: int) -> None:
+def check_channels(channels: int, in_chans: int) -> None:
+    """Refuse an image whose channels cannot become in_chans.
+
+    Args:
+        channels: that it has.
+        in_chans: see `read_crop`.
+
+    Raises:
+        OtherChannels: with both numbers.
+    """
     if channels != in_chans and not (in_chans in (1, 3) and channels in (1, 3)):
         raise OtherChannels(channels, in_chans)
 
 
 def _match_channels(pixels: NDArray[Any], in_chans: int) -> NDArray[Any]:
-    """(C, H, W) with the C that _check_channels let through, to (in_chans, H, W)."""
+    """(C, H, W) with the C that check_channels let through, to (in_chans, H, W)."""
     if len(pixels) == in_chans:
         return pixels
     if in_chans == 3:
@@ -249,7 +262,7 @@ class _PillowImage:
         self.pixel_bytes = len(image.getbands())
         self.channels = _num_channels(image, in_chans)
         self.is_deep = image.mode == "F" or image.mode.startswith("I")
-        _check_channels(self.channels, in_chans)
+        check_channels(self.channels, in_chans)
         self._orientation = _orientation(image)
         self._stored_size = image.height, image.width
         self._swapped = self._orientation in (5, 6, 7, 8)
@@ -595,7 +608,7 @@ class ArrayImage:
         self.channels = channels = 1 if channel_axis is None else shape[channel_axis]
         self.is_deep = dtype not in (np.uint8, np.bool_)
         height, width = (side for i, side in enumerate(shape) if i != channel_axis)
-        _check_channels(channels, in_chans)
+        check_channels(channels, in_chans)
         if dtype.kind not in "buif":
             raise BadImage(f"it holds values of type {dtype}, not numbers")
         value_bytes = dtype.itemsize if dtype.itemsize == 1 and dtype.kind in "bu" else max(4, dtype.itemsize)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from fcmae.data.decode import read_crop
-from fcmae.data.geometry import MAX_PIXELS, Box
+from fcmae.data.geometry import MAX_PIXELS, Box, readable_share
 from fcmae.data.index import Images
 from fcmae.data.source import BadImage, printable
 
@@ -75,10 +76,16 @@ class _Moments(Dataset[NDArray[np.float64] | str]):
     def __len__(self) -> int:
         return len(self._images)
 
+    def _box(self, height: int, width: int) -> Box:
+        """All of an image, or the centre of one with more than max_pixels."""
+        share = readable_share(height, width, self._in_chans, self._max_pixels)
+        rows, columns = (max(1, int(side * math.sqrt(share))) for side in (height, width))
+        return (height - rows) // 2, (width - columns) // 2, rows, columns
+
     def __getitem__(self, position: int) -> NDArray[np.float64] | str:
         try:
             with self._images.open(position) as file:
-                image = read_crop(file, self._in_chans, _whole, None, max_pixels=self._max_pixels)
+                image = read_crop(file, self._in_chans, self._box, None, max_pixels=self._max_pixels)
         except BadImage as error:
             return f"{printable(self._images.name(position))}: {error}"
         pixels, known = image.reshape(self._in_chans, -1), np.zeros(self._in_chans)
@@ -89,10 +96,6 @@ class _Moments(Dataset[NDArray[np.float64] | str]):
             sums += np.nansum(values, axis=1), np.nansum(values**2, axis=1)
         with np.errstate(invalid="ignore"):  # 0 / 0: a channel of which all is missing
             return sums / known
-
-
-def _whole(height: int, width: int) -> Box:
-    return 0, 0, height, width
 
 
 def _unchanged(item: Any) -> Any:

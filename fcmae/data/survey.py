@@ -7,9 +7,10 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import BinaryIO
 
+from fcmae.data.decode import open_any
 from fcmae.data.geometry import MAX_PIXELS
 from fcmae.data.index import Images
-from fcmae.data.readers import OpenImage, open_image
+from fcmae.data.readers import OpenImage
 from fcmae.data.source import BadImage, OtherChannels
 from fcmae.data.split import evenly
 from fcmae.data.stats import channel_statistics
@@ -72,7 +73,7 @@ def survey(images: Images, in_chans: int | None = None, max_images: int = 200, m
 def _open(file: BinaryIO, max_pixels: int) -> OpenImage:
     """With as many channels as it has: 1, 3 for colours with or without alpha, or another number of bands."""
     try:
-        return open_image(file, 3, max_pixels)
+        return open_any(file, 3, max_pixels)
     except OtherChannels as error:
         file.seek(0)
-        return open_image(file, error.channels, max_pixels)
+        return open_any(file, error.channels, max_pixels)
