@@ -144,7 +144,7 @@ def probabilities_by_rows(
                 weights[:rows, x : x + columns] += weight[:rows, :columns]
         assert sums is not None
         done = following - y
-        yield y, sums[:, :done] / weights[:done]
+        yield y, np.divide(sums[:, :done], weights[:done], dtype=np.float32)
         for buffer in (sums, weights):
             buffer[..., : th - done, :] = buffer[..., done:, :].copy()
             buffer[..., th - done :, :] = 0
