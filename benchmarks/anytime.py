@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
         ]
         print("\n" + table(["exit", "ECE", "pixels right, %"], exits))
     if args.picture is not None:
-        draw(args.picture, model, images, truths, args.taus[0] if args.taus else None)
+        draw(args.picture, model, images, truths, min(args.taus, default=None))
         if calibration:
             draw_reliability(args.picture.with_stem(f"{args.picture.stem}-reliability"), calibration)
     timing.write_json(__file__, argv, args, info, results=results, ratios=ratios, calibration=calibration)
@@ -269,7 +269,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--images", type=int, default=8, help="that are timed; all are scored")
     found.add_argument("--taus", nargs="*", type=float, default=[0.998, 0.99, 0.95, 0.9], metavar="TAU")
     found.add_argument("--budgets", nargs="*", type=float, default=[0.5, 0.25, 0.1], metavar="SHARE")
-    found.add_argument("--picture", type=Path, metavar="PNG", help="draw what was computed; and a reliability diagram")
+    found.add_argument(
+        "--picture", type=Path, metavar="PNG", help="draw what was computed at the least tau, and a reliability diagram"
+    )
     return found
 
 
