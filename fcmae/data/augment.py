@@ -177,7 +177,13 @@ class CropAndFlip:
         return Pixels(turn(read.values), None if read.known is None else turn(read.known))
 
     def box(self, height: int, width: int, rng: np.random.Generator) -> Box:
-        """What is cut out of an image of a height and a width."""
+        """What is cut out of an image.
+
+        Args:
+            height: of the image, in pixels.
+            width: likewise.
+            rng: the sample's own generator.
+        """
         share = readable_share(height, width, self.in_chans, self.max_pixels)
         smallest, largest = self.crop_scale
         box = random_resized_box(height, width, (smallest * share, largest * share), rng=rng)
