@@ -118,6 +118,10 @@ class OpenImage(Protocol):
         """
         ...
 
+    def without(self, nodata: float) -> OpenImage:
+        """The image with this stored value missing too; of formats that change what they store, as it is."""
+        ...
+
 
 def open_image(file: BinaryIO | bytes, in_chans: int, max_pixels: int = MAX_PIXELS) -> OpenImage:
     """Read an image's header.
@@ -280,6 +284,22 @@ class _PillowImage:
         if self._orientation != 1:
             pixels = make_upright(pixels.transpose(1, 2, 0), self._orientation).transpose(2, 0, 1)
         return Pixels(np.ascontiguousarray(_match_channels(pixels, self._in_chans)))
+
+    def without(self, nodata: float) -> OpenImage:
+        image = self._image
+        if image.format not in ("PNG", "BMP", "TIFF") or image.mode not in ("L", "RGB", "RGBA"):
+            return self
+        if image.format == "TIFF" and image.tag_v2.get(262) == 0:  # type: ignore[attr-defined]  # Pillow inverts it
+            nodata = 255 - nodata
+        kept = 3 if self._in_chans in (1, 3) and image.mode == "RGBA" else len(image.getbands())
+        return ArrayImage(
+            lambda: np.asarray(image).reshape(image.height, image.width, -1)[..., :kept],
+            (image.height, image.width, kept),
+            np.dtype("u1"),
+            2,
+            self._in_chans,
+            orientation=self._orientation,
+        ).without(nodata)
 
     def _decode(self, scale: int) -> tuple[Sequence[Image.Image | NDArray[np.uint8]], int]:
         """Planes, and how many times smaller than stored (1; JPEGs `scale`)."""
@@ -603,7 +623,8 @@ class ArrayImage:
         may_be_empty: bool = False,
     ) -> None:
         self._load, self._axis, self._in_chans, self._orientation = load, channel_axis, in_chans, orientation
-        self._bits, self._inverted, self._nodata = bits or 8 * dtype.itemsize, inverted, nodata
+        self._bits, self._inverted, self._dtype = bits or 8 * dtype.itemsize, inverted, dtype
+        self._nodata = [] if nodata is None else [nodata]
         self._may_be_empty = may_be_empty
         self.channels = channels = 1 if channel_axis is None else shape[channel_axis]
         self.is_deep = dtype not in (np.uint8, np.bool_)
@@ -639,6 +660,11 @@ class ArrayImage:
             pixels = pixels.clip(0, 1)  # bicubic weights overshoot
         return Pixels(_match_channels(pixels, self._in_chans), known)
 
+    def without(self, nodata: float) -> ArrayImage:
+        if (value := nodata_of(nodata, self._dtype)) is not None:
+            self._nodata.append(value)
+        return self
+
     def _full_range(self, dtype: np.dtype[Any]) -> int:
         """By which values are divided: 0 where they are kept."""
         return 2**self._bits - 1 if dtype.kind == "u" and self._bits <= 16 and self._bits != 8 else 0
@@ -660,8 +686,8 @@ class ArrayImage:
         """Of (h, w, C), which values are missing."""
         kind = array.dtype.kind
         missing: NDArray[np.bool_] = ~np.isfinite(array) if kind == "f" else np.zeros(array.shape, np.bool_)
-        if self._nodata is not None:
-            is_nodata = array == array.dtype.type(self._nodata)
+        for value in self._nodata:
+            is_nodata = array == array.dtype.type(value)
             if kind == "u":  # 0, say, is also a value that a band may have beside others
                 is_nodata = np.broadcast_to(is_nodata.all(axis=-1, keepdims=True), array.shape)
             missing |= is_nodata
