@@ -1,9 +1,9 @@
 """What read_crop opens: an image whose header is read, by Pillow, tifffile or numpy, and whose pixels follow on demand.
 
 What comes in is bytes or a file that can seek, wherever it is from. Files are told apart by their contents, not their
-names. Pillow reads what it reads in full; TIFFs with other numbers of bands or depths go to tifffile, and .npy files
-are mapped into memory. Where simplejpeg is installed it decodes the JPEGs whose headers Pillow has read: the same
-pixels, sooner.
+names. Pillow reads what it reads in full; TIFFs with other numbers of bands or depths go to tifffile, DICOM to pydicom,
+and .npy files are mapped into memory. Where simplejpeg is installed it decodes the JPEGs whose headers Pillow has read:
+the same pixels, sooner.
 
 A file may be hostile: what it takes in memory is known, and bounded, before anything is decoded.
 """
@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch.nn import functional as F
 
+from fcmae.data.dicom import is_dicom, read_header
 from fcmae.data.geometry import MAX_PIXELS, PIXEL_BYTES, Box, decode_scale, make_upright, stored_box
 from fcmae.data.source import BadImage, OtherChannels
 
@@ -45,7 +46,7 @@ decode_jpeg: Callable[..., NDArray[np.uint8]] | None = None if simplejpeg is Non
 PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _PNG_CHANNELS = {0: 1, 2: 3, 4: 2, 6: 4}  # by colour type, of those that have 16 bits
-_LOGGERS = ("tifffile", "PIL.TiffImagePlugin")  # one file can make them write a hundred thousand lines
+_LOGGERS = ("tifffile", "PIL.TiffImagePlugin", "pydicom")  # one file can make them write a hundred thousand lines
 _JPEG_MARKER = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])")
 MAX_SCANS = 100  # of a JPEG; cameras and web sites make up to a dozen
 MAX_PAGES = 10_000  # of a TIFF
@@ -145,7 +146,7 @@ def open_image(file: BinaryIO | bytes, in_chans: int, max_pixels: int = MAX_PIXE
 
 
 def _open(file: BinaryIO, in_chans: int, check: Callable[[int, int, int], None]) -> OpenImage:
-    start = file.read(30)
+    start = file.read(132)
     file.seek(0)
     if start[:3] == b"\xff\xd8\xff":
         data = file.read()
@@ -159,6 +160,9 @@ def _open(file: BinaryIO, in_chans: int, check: Callable[[int, int, int], None])
         return ArrayImage(lambda: array, array.shape, array.dtype, axis, in_chans)
     if start[:4] in TIFF_STARTS:
         return _open_tiff(file, in_chans)
+    if is_dicom(start):
+        stored = read_header(file)
+        return ArrayImage(*stored[:4], in_chans, bits=stored.bits, inverted=stored.inverted, nodata=stored.nodata)
     image = Image.open(file, formats=PILLOW_FORMATS)
     check(image.height, image.width, len(image.getbands()))  # before Pillow looks for EXIF behind a PNG's pixels
     if image.format == "PNG" and start[24] == 16 and start[25] in _PNG_CHANNELS:
@@ -186,7 +190,7 @@ def reading(max_pixels: int) -> Iterator[None]:
         except BadImage:
             raise
         except UnidentifiedImageError as error:
-            raise BadImage("it is no JPEG, PNG, WebP, BMP, TIFF or .npy file") from error
+            raise BadImage("it is no JPEG, PNG, WebP, BMP, TIFF, DICOM or .npy file") from error
         except _READ_ERRORS as error:
             raise BadImage.unread(error) from error
         finally:
