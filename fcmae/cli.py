@@ -217,7 +217,12 @@ def _stats(cfg: commands.StatsConfig) -> None:
     for note in index.notes:
         print(note, file=sys.stderr)
     mean, std, num_images = channel_statistics(
-        index, cfg.in_chans, max_images=cfg.max_images, num_workers=workers, max_pixels=cfg.max_pixels
+        index,
+        cfg.in_chans,
+        max_images=cfg.max_images,
+        num_workers=workers,
+        max_pixels=cfg.max_pixels,
+        nodata=cfg.nodata,
     )
     print(f"# {num_images} images\ndata:\n  in_chans: {cfg.in_chans}")
     for name, values in (("mean", mean), ("std", std)):

@@ -262,7 +262,9 @@ def build_train_set(cfg: FinetuneConfig, images: Images, weights: Weights) -> Fi
         weights: the size, mean and std of their images are taken.
     """
     data, (in_chans, height, width), mean = cfg.data, weights.image["input_size"], weights.image["mean"]
-    crop = CropAndFlip(in_chans, (height, width), data.crop_scale, data.hflip, data.vflip, mean, data.max_pixels)
+    crop = CropAndFlip(
+        in_chans, (height, width), data.crop_scale, data.hflip, data.vflip, mean, data.max_pixels, data.nodata
+    )
     augment = FinetuneAugment(
         crop, auto_augment=data.auto_augment, random_erasing=data.random_erasing, mean=mean, std=weights.image["std"]
     )
@@ -271,7 +273,7 @@ def build_train_set(cfg: FinetuneConfig, images: Images, weights: Weights) -> Fi
 
 def build_reading(cfg: FinetuneConfig, weights: Weights) -> Reading:
     """How images are read that are not trained on, as the weights have it."""
-    return replace(weights.reading("model.init"), max_pixels=cfg.data.max_pixels)
+    return replace(weights.reading("model.init"), max_pixels=cfg.data.max_pixels, nodata=cfg.data.nodata)
 
 
 def build_mixup(cfg: FinetuneConfig, num_classes: int) -> Mixup | None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fcmae import bench, choices, options
-from fcmae.config import BenchConfig, DenseConfig, FinetuneConfig, PretrainConfig, RunConfig, SegmentConfig
+from fcmae.config import BenchConfig, DenseConfig, FinetuneConfig, ImageConfig, PretrainConfig, RunConfig, SegmentConfig
 from fcmae.data.cores import free_memory
 from fcmae.data.index import Images, find_images, find_labelled, find_mapped
 from fcmae.data.storage import Storage
@@ -53,7 +53,7 @@ def pretraining(sketch: PretrainConfig, given: Mapping[str, Any]) -> dict[str, A
     images = find_images(sketch.data.path, storage=Storage.of_run(out, sketch.data.index, sketch.data.cache_gb))
     device = _device(sketch)
     plan = choices.Choices(given)
-    facts = _facts(images, given.get("data.in_chans"), sketch.data.max_pixels)
+    facts = _facts(images, given.get("data.in_chans"), sketch.data)
     held = None if sketch.model.init is None else _held(sketch)[0]
     choices.image_settings(plan, facts)
     choices.pretraining_network(plan, facts, device, held)
@@ -90,7 +90,7 @@ def finetuning(sketch: FinetuneConfig, given: Mapping[str, Any]) -> dict[str, An
     held, image = (None, {}) if sketch.model.init is None else _held(sketch)
     if "input_size" in image:
         plan.take("data.in_chans", image["input_size"][0], "that of model.init")
-    facts = _facts(images, plan.settings.get("data.in_chans"), sketch.data.max_pixels)
+    facts = _facts(images, plan.settings.get("data.in_chans"), sketch.data)
     if "mean" not in image:
         choices.image_settings(plan, facts)
     choices.finetuning_settings(plan, facts, device, held, image.get("input_size", [None])[-1])
@@ -131,7 +131,7 @@ def segmentation(sketch: SegmentConfig, given: Mapping[str, Any]) -> dict[str, A
         num_held_out = len(find(sketch.data.val_path, sketch.data.val_maps, key="data.val_path")[0])
     else:
         images = images.subset(range(len(images) - num_held_out))
-    facts = _facts(images, plan.settings.get("data.in_chans"), sketch.data.max_pixels)
+    facts = _facts(images, plan.settings.get("data.in_chans"), sketch.data)
     if "mean" not in image:
         choices.image_settings(plan, facts)
     choices.segmentation_settings(plan, facts, device, held)
@@ -194,8 +194,8 @@ def _saved(sketch: RunConfig, place: Path, kind: str) -> dict[str, Any] | None:
 # What is found and measured
 
 
-def _facts(images: Images, in_chans: int | None, max_pixels: int) -> choices.Images:
-    found = survey(images, in_chans, max_pixels=max_pixels)
+def _facts(images: Images, in_chans: int | None, data: ImageConfig) -> choices.Images:
+    found = survey(images, in_chans, max_pixels=data.max_pixels, nodata=data.nodata)
     counts: tuple[int, ...] = ()
     if images.labels is not None and images.class_names is not None:
         counts = tuple(int((images.labels == number).sum()) for number in range(len(images.class_names)))

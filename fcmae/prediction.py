@@ -57,7 +57,7 @@ def predict(cfg: PredictConfig) -> None:
         raise ValueError(f"{cfg.model} has no classifier: give a fine-tuned model")
     accelerator = Accelerator(cpu=cfg.device == "cpu")
     model = build_classifier(weights).to(accelerator.device).eval()
-    reading = replace(weights.reading(str(cfg.model), cfg.image_size), max_pixels=cfg.max_pixels)
+    reading = replace(weights.reading(str(cfg.model), cfg.image_size), max_pixels=cfg.max_pixels, nodata=cfg.nodata)
     images = find_images(cfg.images)
     reading.check_values(images)
     loader = evaluation_loader(
@@ -143,7 +143,7 @@ def predict_maps(cfg: PredictConfig) -> None:
             with images.open(i) as file:
                 tags = geo_tags(file)
                 file.seek(0)
-                raster = Raster(file, reading.in_chans, fill, cfg.max_pixels)
+                raster = Raster(file, reading.in_chans, fill, cfg.max_pixels, cfg.nodata)
                 rows = probabilities_by_rows(
                     raster, predict_tiles, reading.image_size, unit, cfg.overlap, fill, cfg.batch_size, limit_s
                 )

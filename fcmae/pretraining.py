@@ -284,7 +284,7 @@ def mask_grid(cfg: PretrainConfig) -> tuple[int, int]:
 def build_reading(cfg: PretrainConfig) -> Reading:
     """How images are measured: centre crops of the full shorter side, as `read_weights` has it for checkpoints."""
     data = cfg.data
-    return Reading(data.in_chans, data.image_size, 1.0, Normalize(*data.statistics()), data.max_pixels)
+    return Reading(data.in_chans, data.image_size, 1.0, Normalize(*data.statistics()), data.max_pixels, data.nodata)
 
 
 def build_dataset(cfg: PretrainConfig, images: Images, *, augment: bool) -> PretrainDataset:
@@ -299,9 +299,15 @@ def build_dataset(cfg: PretrainConfig, images: Images, *, augment: bool) -> Pret
     grid, data = mask_grid(cfg), cfg.data
     mean, _ = data.statistics()
     crop = CropAndFlip(
-        data.in_chans, data.image_size, data.crop_scale, data.hflip, fill=mean, max_pixels=data.max_pixels
+        data.in_chans,
+        data.image_size,
+        data.crop_scale,
+        data.hflip,
+        fill=mean,
+        max_pixels=data.max_pixels,
+        nodata=data.nodata,
     )
-    centre = CenterCrop(data.in_chans, data.image_size, 0.875, mean, data.max_pixels)
+    centre = CenterCrop(data.in_chans, data.image_size, 0.875, mean, data.max_pixels, data.nodata)
     return PretrainDataset(
         images,
         crop if augment else centre,

@@ -124,7 +124,7 @@ def segment(cfg: SegmentConfig, net: Segmenter | None = None) -> Run:
                     part.save(run.path / name)
                 for note in dict.fromkeys(note for part in data for note in part.notes):
                     logger.info("%s", note)
-                reading = replace(weights.reading("model.init"), max_pixels=cfg.data.max_pixels)
+                reading = replace(weights.reading("model.init"), max_pixels=cfg.data.max_pixels, nodata=cfg.data.nodata)
                 reading.check_values(data.images if len(data.images) else data.val_images)
             finished = train(cfg, run, accelerator, net, weights, per_epoch, data, stop)
             finish(accelerator, stop)
@@ -313,6 +313,7 @@ def build_train_set(cfg: SegmentConfig, data: Mapped, weights: Weights) -> Segme
         data.classes,
         weights.image["mean"],
         own.max_pixels,
+        own.nodata,
         own.color_jitter,
     )
     return SegmentDataset(data.images, data.maps, crop, seed=cfg.seed)
@@ -450,7 +451,10 @@ class Evaluation:
             self.cfg.data.max_pixels,
         )
         with self.data.val_images.open(i) as file, self.data.val_maps.open(i) as map_file:
-            raster, labels = Raster(file, in_chans, fill, max_pixels), LabelMap(map_file, max_pixels)
+            raster, labels = (
+                Raster(file, in_chans, fill, max_pixels, self.cfg.data.nodata),
+                LabelMap(map_file, max_pixels),
+            )
             check_same_size(raster, labels)
             yield raster, labels
 

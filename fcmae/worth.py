@@ -378,8 +378,11 @@ def _probe(
     if not wanted:
         return found
     seen = options.read(FinetuneConfig, place / "settings" / f"scratch-{_plain(cfg.labels[0])}.yaml").data
-    like = Reading(seen.in_chans, seen.image_size, seen.crop_pct, Normalize((), ()), seen.max_pixels)
-    backbone, device = load_backbone(name, max_pixels=seen.max_pixels, like=like), choose_device(cfg.device)
+    like = Reading(seen.in_chans, seen.image_size, seen.crop_pct, Normalize((), ()), seen.max_pixels, seen.nodata)
+    backbone, device = (
+        load_backbone(name, max_pixels=seen.max_pixels, like=like, nodata=seen.nodata),
+        choose_device(cfg.device),
+    )
     with TemporaryDirectory(prefix=TEMPORARY[0], dir=place) as directory:
         parts = []
         for title, images in (("train", train), ("test", test)):

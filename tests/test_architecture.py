@@ -34,6 +34,7 @@ ORDER = [
     "fcmae.data.index",
     "fcmae.data.split",
     "fcmae.data.normalize",
+    "fcmae.data.dicom",
     "fcmae.data.readers",
     "fcmae.data.rasters",
     "fcmae.data.maps",

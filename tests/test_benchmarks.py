@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+import time
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -12,12 +13,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import runs
 import torch
 from conftest import requires_minkowski
 from PIL import Image
 
-from fcmae import verify
+from fcmae import pretraining, verify
 from fcmae.anytime import build_segmenter
+from fcmae.data.index import Images
 from fcmae.data.maps import Classes
 from fcmae.layouts import MakeLayout, Packed, make_layout
 from fcmae.masked import build_fcmae, masked_loss
@@ -25,6 +28,7 @@ from fcmae.masking import random_mask
 from fcmae.networks.build import make_encoder
 from fcmae.networks.spec import VARIANTS, ConvNeXtSpec
 from fcmae.tables import table
+from fcmae.training import checkpoint
 from fcmae.weights.files import Weights
 from fcmae.weights.formats import Architecture, to_state
 from fcmae.weights.segmenters import save_segmenter
@@ -43,6 +47,7 @@ sys.path.append(str(ROOT / "benchmarks"))  # where the scripts find timing.py
     memory,
     pruned,
     report,
+    scale,
     scaling,
     timing,
     train_step,
@@ -60,6 +65,7 @@ sys.path.append(str(ROOT / "benchmarks"))  # where the scripts find timing.py
         "memory",
         "pruned",
         "report",
+        "scale",
         "scaling",
         "timing",
         "train_step",
@@ -281,6 +287,24 @@ def test_the_input_pipeline_is_timed_beside_torchvisions(tmp_path: Path, one_thr
 
 
 @requires_minkowski
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="memory is read as Linux tells it")
+def test_a_run_on_made_up_names_is_timed_and_weighed_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> None:
+    monkeypatch.setattr(Images, "open", Images.open)  # which it replaces
+    monkeypatch.setattr(pretraining, "masked_loss", masked_loss)
+    monkeypatch.setattr(scale, "BATCH", 8)
+    scale.write_names(tmp_path / "names.txt", 100)
+    assert len(set((tmp_path / "names.txt").read_text().split())) == 100
+    for last in (2, 4):
+        found = scale.watched_run(tmp_path, 0, 2, time.time())
+        runs.forget_accelerator()
+        assert found["first_batch_s"] > 0 and found["first_batch_cpu_s"] > 0
+        assert found["peak_bytes"] > 1e6 and found["first"]["main_bytes"] > 1e6
+        assert found["last"]["workers_own_bytes"] == []
+        assert max(checkpoint.steps(tmp_path / "run")) == last
+
+
 def test_the_engines_own_convolution_computes_the_same_in_values_and_gradients() -> None:
     mask = torch.from_numpy(random_mask((2, 3), 4, [(0, i) for i in range(2)]))
     images = torch.randn(2, 4, 6, 3, dtype=torch.float64)

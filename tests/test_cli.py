@@ -152,7 +152,7 @@ def test_stats_prints_lines_for_a_configuration(
     Recorder(monkeypatch, "data.index", "find_images", index)
     stats = Recorder(monkeypatch, "data.stats", "channel_statistics", ([0.123456, 0.5], [1e-5, 0.25], 7))
     assert main(["stats", "a", "b", "--in-chans", "2", "--max-images", "9", "--num-workers", "1"]) == 0
-    assert stats.calls == [(index, 2, {"max_images": 9, "num_workers": 1, "max_pixels": 100_000_000})]
+    assert stats.calls == [(index, 2, {"max_images": 9, "num_workers": 1, "max_pixels": 100_000_000, "nodata": None})]
     config, shown = tmp_path / "stats.yaml", capsys.readouterr()
     assert shown.err == "1 .gif was left out\n"
     config.write_text(shown.out)

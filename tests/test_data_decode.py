@@ -652,6 +652,48 @@ def test_what_is_known_is_what_no_filling_reaches(tmp_path: Path, in_chans: int,
     assert right.known is None
 
 
+@pytest.mark.parametrize("name", ["a.png", "a.bmp", "a.tif", "white.tif", "tiles.tif", "deep.tif", "deep.png", "a.npy"])
+def test_a_given_value_is_missing_whatever_the_file_says(tmp_path: Path, name: str) -> None:
+    image = (noise(H, W, 3) | 1).astype(np.uint16 if "deep" in name else np.uint8)
+    image[:5] = 0
+    image[7, 7, 0] = 0  # of one band alone it is a value
+    if name in ("white.tif", "deep.png"):
+        image = image[..., 1]
+    path = tmp_path / name
+    if name.endswith(".npy"):
+        np.save(path, image)
+    elif name.endswith(".tif"):
+        settings = {"tile": (16, 16)} if name == "tiles.tif" else {}
+        photometric = "rgb" if image.ndim == 3 else "miniswhite"
+        tifffile.imwrite(path, image, photometric=photometric, **settings)
+    else:
+        Image.fromarray(image).save(path)
+    in_chans = 3 if image.ndim == 3 else 1
+    plain = read_known(path.read_bytes(), in_chans, whole, None, fill=[0.4])
+    assert plain.known is None
+    content = path.read_bytes()
+    for max_pixels in (10**6, 800) if name == "tiles.tif" else (10**6,):
+        boxes = [(0, 0, H, W)] if max_pixels > 800 else [(0, 0, 12, 24), (12, 3, 10, 24)]
+        for box in boxes:
+            found = read_known(content, in_chans, lambda *_: box, None, fill=[0.4], nodata=0, max_pixels=max_pixels)  # noqa: B023
+            top, left, height, width = box
+            part = plain.values[:, top : top + height, left : left + width]
+            missing = np.zeros(part.shape, np.bool_)
+            missing[:, : max(0, 5 - top)] = True
+            assert found.values.dtype == plain.values.dtype
+            expected = np.where(missing, 102 if part.dtype == np.uint8 else 0.4, part)
+            np.testing.assert_allclose(found.values, expected, rtol=1e-6)
+            assert (found.known is None) == (not missing.any())
+            if found.known is not None:
+                np.testing.assert_array_equal(found.known, ~missing)
+
+
+def test_a_jpeg_stores_no_value_exactly_and_misses_none(tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((H, W, 3), np.uint8)).save(tmp_path / "a.jpg")
+    found = read_known((tmp_path / "a.jpg").read_bytes(), 3, whole, None, fill=[0.4], nodata=0)
+    assert found.known is None and not found.values.any()
+
+
 @pytest.mark.parametrize("nodata", ["", "none", "300", "-1", "0.5"])
 def test_a_nodata_that_no_value_can_be_changes_nothing(tmp_path: Path, nodata: str) -> None:
     image = noise(H, W)

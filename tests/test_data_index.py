@@ -351,8 +351,8 @@ def test_what_is_no_file_is_no_image_and_a_pipe_does_not_hang(tmp_path: Path) ->
 
 
 def test_files_of_other_formats_are_counted_in_a_note_that_parts_keep(tmp_path: Path) -> None:
-    touch(tmp_path, "a/0.png", "b/1.gif", "b/2.GIF", "b/3.dcm", "b/README", "b/4.png", "b/5.\x1b[2J", "b/6.\x1b[2J")
-    note = "data.path: files that are no images were left out: 2 .gif, 2 .\\x1b[2j, 1 .dcm, 1 without a suffix"
+    touch(tmp_path, "a/0.png", "b/1.gif", "b/2.GIF", "b/3.eps", "b/README", "b/4.png", "b/5.\x1b[2J", "b/6.\x1b[2J")
+    note = "data.path: files that are no images were left out: 2 .gif, 2 .\\x1b[2j, 1 .eps, 1 without a suffix"
     assert find_images([str(tmp_path)]).notes == (note,)
     assert [part.notes for part in split(find_labelled(str(tmp_path)), 0.5, seed=0)] == [(note,)] * 2
 

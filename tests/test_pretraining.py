@@ -275,7 +275,16 @@ def test_missing_values_are_in_the_loss_of_no_step_and_no_evaluation(
         return masked_loss(model, images, *args, known=known, **options)
 
     monkeypatch.setattr(pretraining, "masked_loss", loss)
-    two = {"data__in_chans": 2, "data__mean": [0.5, 0.5], "data__std": [0.3, 0.3], "data__val_share": 0.3}
+    other = np.random.default_rng(9).random((24, 24, 2), np.float32)
+    other[20:] = -7
+    np.save(tmp_path / "images/9.npy", other)
+    two = {
+        "data__nodata": -7,
+        "data__in_chans": 2,
+        "data__mean": [0.5, 0.5],
+        "data__std": [0.3, 0.3],
+        "data__val_share": 0.3,
+    }
     assert run(tmp_path / "images", tmp_path / "out", **two, epochs=2, optim__warmup_epochs=0) == 0
     assert any(seen) and not all(seen)
 

@@ -101,7 +101,12 @@ class ImageConfig(Section):
     """Share of unreadable files above which the run stops."""
     max_pixels: int = Field(MAX_PIXELS, ge=1)
     """Pixels of the largest image that is read, a bound on memory: one takes up to 12 bytes (three channels of 32
-    bits), and of deeper ones fewer are read. A larger image counts as unreadable."""
+    bits), and of deeper ones fewer are read. A larger image counts as unreadable, but for TIFFs that can be read in
+    parts: a crop takes so many at the most."""
+    nodata: float | None = Field(None, allow_inf_nan=False)
+    """The stored value that stands for missing ones, such as 0 or -9999, where files do not say it (GDAL_NODATA). In
+    bands of unsigned integers all bands of a pixel must have it. What is missing is in no statistic and no loss of
+    pretraining, and the network sees the mean there."""
     index: Literal["run", "beside"] = "run"
     """Where it is kept what lies where in tar files: in the run directory, or beside them for all runs."""
     cache_gb: float = Field(0, ge=0)

@@ -62,6 +62,8 @@ class Reading(Settings):
     """Processes that decode images. Default: as many as help."""
     max_pixels: int = Field(MAX_PIXELS, ge=1)
     """Pixels of the largest image that is read, of up to 12 bytes each."""
+    nodata: float | None = Field(None, allow_inf_nan=False)
+    """The stored value that stands for missing ones, where files do not say it."""
     device: Device = "auto"
     """auto takes a GPU when there is one."""
 
@@ -396,6 +398,8 @@ class StatsConfig(Settings):
     """Processes that decode images. Default: one a core, up to 8."""
     max_pixels: int = Field(MAX_PIXELS, ge=1)
     """Pixels of the largest image that is read, of up to 12 bytes each."""
+    nodata: float | None = Field(None, allow_inf_nan=False)
+    """The stored value that stands for missing ones, where files do not say it."""
 
 
 class DoctorConfig(Settings):

@@ -109,6 +109,7 @@ class CenterCrop:
         crop_pct: see `center_box`.
         fill: what stands for missing values, see `read_crop`.
         max_pixels: see `read_crop`.
+        nodata: likewise.
     """
 
     in_chans: int
@@ -116,6 +117,7 @@ class CenterCrop:
     crop_pct: float
     fill: Sequence[float] = (0.0,)
     max_pixels: int = MAX_PIXELS
+    nodata: float | None = None
 
     def __call__(self, file: BinaryIO | bytes, rng: np.random.Generator) -> NDArray[Any]:
         """(C, H, W) uint8 or float32, units of `read_crop`; draws nothing.
@@ -132,7 +134,15 @@ class CenterCrop:
             share = readable_share(height, width, self.in_chans, self.max_pixels)
             return center_box(height, width, self.image_size, self.crop_pct * math.sqrt(share))
 
-        return read_known(file, self.in_chans, choose_box, self.image_size, fill=self.fill, max_pixels=self.max_pixels)
+        return read_known(
+            file,
+            self.in_chans,
+            choose_box,
+            self.image_size,
+            fill=self.fill,
+            max_pixels=self.max_pixels,
+            nodata=self.nodata,
+        )
 
 
 @dataclass(frozen=True)
@@ -147,6 +157,7 @@ class CropAndFlip:
         vflip: probability that rows are.
         fill: what stands for missing values, see `read_crop`.
         max_pixels: see `read_crop`.
+        nodata: likewise.
     """
 
     in_chans: int
@@ -156,6 +167,7 @@ class CropAndFlip:
     vflip: float = 0.0
     fill: Sequence[float] = (0.0,)
     max_pixels: int = MAX_PIXELS
+    nodata: float | None = None
 
     def __call__(self, file: BinaryIO | bytes, rng: np.random.Generator) -> NDArray[Any]:
         """(C, H, W) uint8 or float32, units of `read_crop`.
@@ -171,7 +183,15 @@ class CropAndFlip:
         def choose_box(height: int, width: int) -> Box:
             return self.box(height, width, rng)
 
-        read = read_known(file, self.in_chans, choose_box, self.image_size, fill=self.fill, max_pixels=self.max_pixels)
+        read = read_known(
+            file,
+            self.in_chans,
+            choose_box,
+            self.image_size,
+            fill=self.fill,
+            max_pixels=self.max_pixels,
+            nodata=self.nodata,
+        )
         flipped = rng.random(2) < (self.hflip, self.vflip)
         turn = partial(_flipped, columns=flipped[0], rows=flipped[1])
         return Pixels(turn(read.values), None if read.known is None else turn(read.known))
@@ -182,7 +202,7 @@ class CropAndFlip:
         Args:
             height: of the image, in pixels.
             width: likewise.
-            rng: the sample's own generator.
+            rng: what it is drawn from.
         """
         share = readable_share(height, width, self.in_chans, self.max_pixels)
         smallest, largest = self.crop_scale
@@ -212,6 +232,7 @@ class CropBoth:
         classes: of the map.
         fill: what stands for missing values, see `read_crop`.
         max_pixels: see `Raster`.
+        nodata: likewise.
         color_jitter: see `jittered`.
     """
 
@@ -223,6 +244,7 @@ class CropBoth:
     classes: Classes
     fill: Sequence[float] = (0.0,)
     max_pixels: int = MAX_PIXELS
+    nodata: float | None = None
     color_jitter: float = 0.0
 
     def __call__(
@@ -243,7 +265,10 @@ class CropBoth:
             BadImage: if one cannot be read, or their sizes differ.
             UnknownClass: see `Classes.numbers`.
         """
-        raster, labels = Raster(file, self.in_chans, self.fill, self.max_pixels), LabelMap(map_file, self.max_pixels)
+        raster, labels = (
+            Raster(file, self.in_chans, self.fill, self.max_pixels, self.nodata),
+            LabelMap(map_file, self.max_pixels),
+        )
         check_same_size(raster, labels)
         scale = math.exp(rng.uniform(math.log(self.scale[0]), math.log(self.scale[1])))
         sides = (raster.height, raster.width)

@@ -41,6 +41,7 @@ class Reading:
         crop_pct: see `center_box`.
         normalize: what they go through then; its mean stands for missing values.
         max_pixels: see `read_crop`.
+        nodata: likewise.
     """
 
     in_chans: int
@@ -48,12 +49,13 @@ class Reading:
     crop_pct: float
     normalize: Normalize
     max_pixels: int = MAX_PIXELS
+    nodata: float | None = None
 
     @property
     def view(self) -> CenterCrop:
         """What makes a file an image."""
         fill = self.normalize.mean.flatten().tolist()
-        return CenterCrop(self.in_chans, self.image_size, self.crop_pct, fill, self.max_pixels)
+        return CenterCrop(self.in_chans, self.image_size, self.crop_pct, fill, self.max_pixels, self.nodata)
 
     def check_values(self, images: Images) -> None:
         """Warn if some of the images hold values far from the mean, as images in other units do."""

@@ -26,6 +26,7 @@ def read_crop(
     *,
     fill: Sequence[float] | None = None,
     max_pixels: int = MAX_PIXELS,
+    nodata: float | None = None,
 ) -> NDArray[Any]:
     """Read part of an image and resize it (bicubic, antialiased).
 
@@ -48,6 +49,7 @@ def read_crop(
             are normalised with, so that the network sees 0. None for NaN, in float32, which a resize spreads.
         max_pixels: of an image that is read, or of the box of a TIFF that can be read in parts; of pixels that take
             more than 12 bytes, fewer.
+        nodata: a stored value that stands for missing ones, whatever the file says; JPEG and WebP store none exactly.
 
     Returns:
         (in_chans, height, width). uint8 images stay uint8 (bool becomes 0 and 255). 16-bit unsigned ones become float32
@@ -58,28 +60,33 @@ def read_crop(
         BadImage: for a file that is broken, not an image, has other channels, has no value that is not missing, or has
             more than max_pixels pixels to be read.
     """
-    return read_known(file, in_chans, choose_box, size, fill=fill, max_pixels=max_pixels).values
+    return read_known(file, in_chans, choose_box, size, fill=fill, max_pixels=max_pixels, nodata=nodata).values
 
 
-def open_any(file: BinaryIO | bytes, in_chans: int, max_pixels: int = MAX_PIXELS) -> OpenImage:
+def open_any(
+    file: BinaryIO | bytes, in_chans: int, max_pixels: int = MAX_PIXELS, nodata: float | None = None
+) -> OpenImage:
     """Read an image's header; of a TIFF with more than max_pixels parts can be read, if its tiles or strips can.
 
     Args:
         file: see `read_crop`.
         in_chans: likewise.
         max_pixels: likewise.
+        nodata: likewise.
 
     Raises:
         BadImage: likewise.
     """
     file = BytesIO(file) if isinstance(file, bytes) else file
+    image: OpenImage
     try:
-        return open_image(file, in_chans, max_pixels)
+        image = open_image(file, in_chans, max_pixels)
     except TooLarge:
         file.seek(0)
         if (tiles := open_tiles(file, in_chans, max_pixels)) is None:
             raise
-        return tiles
+        image = tiles
+    return image if nodata is None else image.without(nodata)
 
 
 def read_known(
@@ -90,6 +97,7 @@ def read_known(
     *,
     fill: Sequence[float] | None = None,
     max_pixels: int = MAX_PIXELS,
+    nodata: float | None = None,
 ) -> Pixels:
     """What `read_crop` reads, and which of its values nothing missing went into.
 
@@ -100,11 +108,12 @@ def read_known(
         size: likewise.
         fill: likewise.
         max_pixels: likewise.
+        nodata: likewise.
 
     Raises:
         BadImage: likewise.
     """
-    image = open_any(file, in_chans, max_pixels)
+    image = open_any(file, in_chans, max_pixels, nodata)
     box = choose_box(image.height, image.width)
     with reading(max_pixels):
         pixels = image.read(box, size or box[2:], fill)

@@ -49,19 +49,28 @@ class Raster:
         in_chans: see `fcmae.data.decode.read_crop`.
         fill: likewise.
         max_pixels: of a part that is read, and of an image that can only be read whole.
+        nodata: see `read_crop`.
 
     Raises:
         BadImage: as `read_crop` does.
     """
 
-    def __init__(self, file: BinaryIO, in_chans: int, fill: Sequence[float], max_pixels: int = MAX_PIXELS) -> None:
+    def __init__(
+        self,
+        file: BinaryIO,
+        in_chans: int,
+        fill: Sequence[float],
+        max_pixels: int = MAX_PIXELS,
+        nodata: float | None = None,
+    ) -> None:
         self._fill, self._max_pixels = fill, max_pixels
         self._whole: NDArray[Any] | None = None
         tiles = open_tiles(file, in_chans, max_pixels)
         file.seek(0)
         self._in_parts = tiles is not None or file.read(6) == b"\x93NUMPY"
         file.seek(0)
-        self._image = tiles or open_image(file, in_chans, max_pixels)
+        image = tiles or open_image(file, in_chans, max_pixels)
+        self._image = image if nodata is None else image.without(nodata)
         self.height, self.width = self._image.height, self._image.width
 
     def read(self, box: Box, size: tuple[int, int] | None = None) -> NDArray[Any]:
@@ -115,6 +124,7 @@ class Tiles:
 
     def __init__(self, page: Any, in_chans: int, max_pixels: int) -> None:
         self._page, self._in_chans, self._max_pixels = page, in_chans, max_pixels
+        self._nodata: float | None = None
         self.height, self.width = page.imagelength, page.imagewidth
         has_alpha = page.photometric == 2 and in_chans in (1, 3)
         self.channels = 3 if has_alpha else page.samplesperpixel
@@ -135,7 +145,13 @@ class Tiles:
             nodata=nodata_of(page.tags.valueof(42113), window.dtype),
             may_be_empty=True,
         )
+        if self._nodata is not None:
+            image = image.without(self._nodata)
         return image.read((0, 0, *box[2:]), size, fill)
+
+    def without(self, nodata: float) -> Tiles:
+        self._nodata = nodata
+        return self
 
 
 class LabelMap:

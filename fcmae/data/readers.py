@@ -1,9 +1,9 @@
 """What read_crop opens: an image whose header is read, by Pillow, tifffile or numpy, and whose pixels follow on demand.
 
 What comes in is bytes or a file that can seek, wherever it is from. Files are told apart by their contents, not their
-names. Pillow reads what it reads in full; TIFFs with other numbers of bands or depths go to tifffile, and .npy files
-are mapped into memory. Where simplejpeg is installed it decodes the JPEGs whose headers Pillow has read: the same
-pixels, sooner.
+names. Pillow reads what it reads in full; TIFFs with other numbers of bands or depths go to tifffile, DICOM to pydicom,
+and .npy files are mapped into memory. Where simplejpeg is installed it decodes the JPEGs whose headers Pillow has read:
+the same pixels, sooner.
 
 A file may be hostile: what it takes in memory is known, and bounded, before anything is decoded.
 """
@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch.nn import functional as F
 
+from fcmae.data.dicom import is_dicom, read_header
 from fcmae.data.geometry import MAX_PIXELS, PIXEL_BYTES, Box, decode_scale, make_upright, stored_box
 from fcmae.data.source import BadImage, OtherChannels
 
@@ -45,7 +46,7 @@ decode_jpeg: Callable[..., NDArray[np.uint8]] | None = None if simplejpeg is Non
 PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _PNG_CHANNELS = {0: 1, 2: 3, 4: 2, 6: 4}  # by colour type, of those that have 16 bits
-_LOGGERS = ("tifffile", "PIL.TiffImagePlugin")  # one file can make them write a hundred thousand lines
+_LOGGERS = ("tifffile", "PIL.TiffImagePlugin", "pydicom")  # one file can make them write a hundred thousand lines
 _JPEG_MARKER = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])")
 MAX_SCANS = 100  # of a JPEG; cameras and web sites make up to a dozen
 MAX_PAGES = 10_000  # of a TIFF
@@ -118,6 +119,10 @@ class OpenImage(Protocol):
         """
         ...
 
+    def without(self, nodata: float) -> OpenImage:
+        """The image with this stored value missing too; of formats that change what they store, as it is."""
+        ...
+
 
 def open_image(file: BinaryIO | bytes, in_chans: int, max_pixels: int = MAX_PIXELS) -> OpenImage:
     """Read an image's header.
@@ -141,7 +146,7 @@ def open_image(file: BinaryIO | bytes, in_chans: int, max_pixels: int = MAX_PIXE
 
 
 def _open(file: BinaryIO, in_chans: int, check: Callable[[int, int, int], None]) -> OpenImage:
-    start = file.read(30)
+    start = file.read(132)
     file.seek(0)
     if start[:3] == b"\xff\xd8\xff":
         data = file.read()
@@ -155,6 +160,9 @@ def _open(file: BinaryIO, in_chans: int, check: Callable[[int, int, int], None])
         return ArrayImage(lambda: array, array.shape, array.dtype, axis, in_chans)
     if start[:4] in TIFF_STARTS:
         return _open_tiff(file, in_chans)
+    if is_dicom(start):
+        stored = read_header(file)
+        return ArrayImage(*stored[:4], in_chans, bits=stored.bits, inverted=stored.inverted, nodata=stored.nodata)
     image = Image.open(file, formats=PILLOW_FORMATS)
     check(image.height, image.width, len(image.getbands()))  # before Pillow looks for EXIF behind a PNG's pixels
     if image.format == "PNG" and start[24] == 16 and start[25] in _PNG_CHANNELS:
@@ -182,7 +190,7 @@ def reading(max_pixels: int) -> Iterator[None]:
         except BadImage:
             raise
         except UnidentifiedImageError as error:
-            raise BadImage("it is no JPEG, PNG, WebP, BMP, TIFF or .npy file") from error
+            raise BadImage("it is no JPEG, PNG, WebP, BMP, TIFF, DICOM or .npy file") from error
         except _READ_ERRORS as error:
             raise BadImage.unread(error) from error
         finally:
@@ -280,6 +288,22 @@ class _PillowImage:
         if self._orientation != 1:
             pixels = make_upright(pixels.transpose(1, 2, 0), self._orientation).transpose(2, 0, 1)
         return Pixels(np.ascontiguousarray(_match_channels(pixels, self._in_chans)))
+
+    def without(self, nodata: float) -> OpenImage:
+        image = self._image
+        if image.format not in ("PNG", "BMP", "TIFF") or image.mode not in ("L", "RGB", "RGBA"):
+            return self
+        if image.format == "TIFF" and image.tag_v2.get(262) == 0:  # type: ignore[attr-defined]  # Pillow inverts it
+            nodata = 255 - nodata
+        kept = 3 if self._in_chans in (1, 3) and image.mode == "RGBA" else len(image.getbands())
+        return ArrayImage(
+            lambda: np.asarray(image).reshape(image.height, image.width, -1)[..., :kept],
+            (image.height, image.width, kept),
+            np.dtype("u1"),
+            2,
+            self._in_chans,
+            orientation=self._orientation,
+        ).without(nodata)
 
     def _decode(self, scale: int) -> tuple[Sequence[Image.Image | NDArray[np.uint8]], int]:
         """Planes, and how many times smaller than stored (1; JPEGs `scale`)."""
@@ -603,7 +627,8 @@ class ArrayImage:
         may_be_empty: bool = False,
     ) -> None:
         self._load, self._axis, self._in_chans, self._orientation = load, channel_axis, in_chans, orientation
-        self._bits, self._inverted, self._nodata = bits or 8 * dtype.itemsize, inverted, nodata
+        self._bits, self._inverted, self._dtype = bits or 8 * dtype.itemsize, inverted, dtype
+        self._nodata = [] if nodata is None else [nodata]
         self._may_be_empty = may_be_empty
         self.channels = channels = 1 if channel_axis is None else shape[channel_axis]
         self.is_deep = dtype not in (np.uint8, np.bool_)
@@ -639,6 +664,11 @@ class ArrayImage:
             pixels = pixels.clip(0, 1)  # bicubic weights overshoot
         return Pixels(_match_channels(pixels, self._in_chans), known)
 
+    def without(self, nodata: float) -> ArrayImage:
+        if (value := nodata_of(nodata, self._dtype)) is not None:
+            self._nodata.append(value)
+        return self
+
     def _full_range(self, dtype: np.dtype[Any]) -> int:
         """By which values are divided: 0 where they are kept."""
         return 2**self._bits - 1 if dtype.kind == "u" and self._bits <= 16 and self._bits != 8 else 0
@@ -660,8 +690,8 @@ class ArrayImage:
         """Of (h, w, C), which values are missing."""
         kind = array.dtype.kind
         missing: NDArray[np.bool_] = ~np.isfinite(array) if kind == "f" else np.zeros(array.shape, np.bool_)
-        if self._nodata is not None:
-            is_nodata = array == array.dtype.type(self._nodata)
+        for value in self._nodata:
+            is_nodata = array == array.dtype.type(value)
             if kind == "u":  # 0, say, is also a value that a band may have beside others
                 is_nodata = np.broadcast_to(is_nodata.all(axis=-1, keepdims=True), array.shape)
             missing |= is_nodata

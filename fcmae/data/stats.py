@@ -18,7 +18,13 @@ AT_ONCE = 1 << 15  # pixels
 
 
 def channel_statistics(
-    images: Images, in_chans: int, *, max_images: int = 10_000, num_workers: int = 0, max_pixels: int = MAX_PIXELS
+    images: Images,
+    in_chans: int,
+    *,
+    max_images: int = 10_000,
+    num_workers: int = 0,
+    max_pixels: int = MAX_PIXELS,
+    nodata: float | None = None,
 ) -> tuple[list[float], list[float], int]:
     """Mean and standard deviation of each channel, in units of a full range of 1 (uint8 is divided by 255).
 
@@ -31,6 +37,7 @@ def channel_statistics(
         max_images: of more, that many are drawn, always the same.
         num_workers: processes that decode.
         max_pixels: see `read_crop`.
+        nodata: likewise.
 
     Returns:
         Mean, std, and the number of images used.
@@ -42,7 +49,7 @@ def channel_statistics(
         drawn = np.random.default_rng(0).permutation(len(images))[:max_images]
         images = images.subset(np.sort(drawn))
     loader = DataLoader(
-        _Moments(images, in_chans, max_pixels), batch_size=None, num_workers=num_workers, collate_fn=_unchanged
+        _Moments(images, in_chans, max_pixels, nodata), batch_size=None, num_workers=num_workers, collate_fn=_unchanged
     )  # batch_size=None: one image at a time, of any size
     total, counts = np.zeros((2, in_chans)), np.zeros(in_chans, np.int64)
     num_images, first_bad = 0, ""
@@ -70,8 +77,8 @@ class _Moments(Dataset[NDArray[np.float64] | str]):
     Or why it cannot be read.
     """
 
-    def __init__(self, images: Images, in_chans: int, max_pixels: int) -> None:
-        self._images, self._in_chans, self._max_pixels = images, in_chans, max_pixels
+    def __init__(self, images: Images, in_chans: int, max_pixels: int, nodata: float | None) -> None:
+        self._images, self._in_chans, self._max_pixels, self._nodata = images, in_chans, max_pixels, nodata
 
     def __len__(self) -> int:
         return len(self._images)
@@ -85,7 +92,9 @@ class _Moments(Dataset[NDArray[np.float64] | str]):
     def __getitem__(self, position: int) -> NDArray[np.float64] | str:
         try:
             with self._images.open(position) as file:
-                image = read_crop(file, self._in_chans, self._box, None, max_pixels=self._max_pixels)
+                image = read_crop(
+                    file, self._in_chans, self._box, None, max_pixels=self._max_pixels, nodata=self._nodata
+                )
         except BadImage as error:
             return f"{printable(self._images.name(position))}: {error}"
         pixels, known = image.reshape(self._in_chans, -1), np.zeros(self._in_chans)

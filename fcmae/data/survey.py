@@ -37,7 +37,13 @@ class Survey:
     std: tuple[float, ...]
 
 
-def survey(images: Images, in_chans: int | None = None, max_images: int = 200, max_pixels: int = MAX_PIXELS) -> Survey:
+def survey(
+    images: Images,
+    in_chans: int | None = None,
+    max_images: int = 200,
+    max_pixels: int = MAX_PIXELS,
+    nodata: float | None = None,
+) -> Survey:
     """Look at a sample, evenly spread.
 
     Args:
@@ -45,6 +51,7 @@ def survey(images: Images, in_chans: int | None = None, max_images: int = 200, m
         in_chans: channels, where they are known; None finds out.
         max_images: of the sample.
         max_pixels: of an image, see `read_crop`.
+        nodata: likewise.
 
     Raises:
         ValueError: if none of the sample can be read.
@@ -64,7 +71,7 @@ def survey(images: Images, in_chans: int | None = None, max_images: int = 200, m
     if not sides:
         raise ValueError(f"data.path: none of {len(sample)} images can be read; {reason}")
     in_chans = in_chans or channels.most_common(1)[0][0]
-    mean, std, _ = channel_statistics(sample, in_chans, max_images=max_images, max_pixels=max_pixels)
+    mean, std, _ = channel_statistics(sample, in_chans, max_images=max_images, max_pixels=max_pixels, nodata=nodata)
     return Survey(
         len(sides), round(statistics.median(sides)), in_chans, deep.most_common(1)[0][0], tuple(mean), tuple(std)
     )

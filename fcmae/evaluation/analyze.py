@@ -69,7 +69,9 @@ def analyze(cfg: AnalyzeConfig) -> str:
     index = index.subset(evenly(len(index), cfg.max_images))
     where = choose_device(cfg.device)
     backbones = [
-        load_backbone(model, cfg.image_size, max_pixels=cfg.max_pixels, key=cfg.key, prefix=cfg.prefix)
+        load_backbone(
+            model, cfg.image_size, max_pixels=cfg.max_pixels, key=cfg.key, prefix=cfg.prefix, nodata=cfg.nodata
+        )
         for model in cfg.models
     ]
     for backbone in backbones:

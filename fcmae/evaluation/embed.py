@@ -50,7 +50,9 @@ def embed(cfg: EmbedConfig) -> str:
         _require("pyarrow.parquet", "parquet needs pyarrow: pip install pyarrow, or leave --parquet out for .npy")
     if cfg.map == "umap":
         _require("umap", "map = umap needs umap-learn: pip install umap-learn, or use --map tsne")
-    backbone = load_backbone(cfg.model, cfg.image_size, max_pixels=cfg.max_pixels, key=cfg.key, prefix=cfg.prefix)
+    backbone = load_backbone(
+        cfg.model, cfg.image_size, max_pixels=cfg.max_pixels, key=cfg.key, prefix=cfg.prefix, nodata=cfg.nodata
+    )
     check_stages(backbone, [cfg.stage])
     claim(out, _is_ours, cfg.overwrite)
     backbone.reading.check_values(index)

@@ -58,7 +58,7 @@ def evaluate(cfg: EvaluateConfig) -> str:
     if "few-shot" in cfg.probes:
         for label in cfg.labels:
             few_shot_counts(label, _labels(train_index))
-    backbones = load_backbones(cfg.models, cfg.image_size, cfg.max_pixels, cfg.key, cfg.prefix)
+    backbones = load_backbones(cfg.models, cfg.image_size, cfg.max_pixels, cfg.key, cfg.prefix, cfg.nodata)
     for backbone in backbones:
         check_stages(backbone, _stages(backbone, cfg))
     several = len(cfg.models) > 1

@@ -114,6 +114,7 @@ def load_backbones(
     max_pixels: int = MAX_PIXELS,
     key: str | None = None,
     prefix: str | None = None,
+    nodata: float | None = None,
 ) -> list[Backbone]:
     """The networks and controls that are compared; controls see images as the first network does.
 
@@ -123,11 +124,12 @@ def load_backbones(
         max_pixels: likewise.
         key: likewise.
         prefix: likewise.
+        nodata: likewise.
 
     Raises:
         ValueError: see `load_backbone`.
     """
-    load = partial(load_backbone, image_size=image_size, max_pixels=max_pixels, key=key, prefix=prefix)
+    load = partial(load_backbone, image_size=image_size, max_pixels=max_pixels, key=key, prefix=prefix, nodata=nodata)
     networks = {source: load(source) for source in sources if not is_control(source)}
     first = next((network.reading for network in networks.values()), None)
     return [networks.get(source) or load(source, like=first) for source in sources]
@@ -141,6 +143,7 @@ def load_backbone(
     like: Reading | None = None,
     key: str | None = None,
     prefix: str | None = None,
+    nodata: float | None = None,
 ) -> Backbone:
     """The network that `source` names.
 
@@ -153,6 +156,7 @@ def load_backbone(
         like: how images are read for a control, but for mean and std; None is 224 x 224 pixels, or `image_size`.
         key: of a file, see `read_weights`; other sources have none.
         prefix: likewise.
+        nodata: of the images, see `read_crop`.
 
     Raises:
         ValueError: if there is no such model, its weights cannot be had or are not finite, or it cannot take images of
@@ -185,7 +189,7 @@ def load_backbone(
             "give an earlier checkpoint"
         )
     _try(backbone)
-    return replace(backbone, reading=replace(backbone.reading, max_pixels=max_pixels))
+    return replace(backbone, reading=replace(backbone.reading, max_pixels=max_pixels, nodata=nodata))
 
 
 def choose_device(setting: str) -> torch.device:

@@ -1,0 +1,87 @@
+"""The pixels of a DICOM file, by pydicom. Nothing else of it is looked at: no name, no date, no patient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fcmae.data.source import BadImage
+
+COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")  # pydicom makes RGB of all
+
+
+DEFLATED = b"1.2.840.10008.1.2.1.99"  # a transfer syntax
+
+
+class Stored(NamedTuple):
+    """What a file holds; see `fcmae.data.readers.ArrayImage`.
+
+    Attributes:
+        load: its values.
+        shape: that they will have.
+        dtype: likewise.
+        channel_axis: likewise; several frames are channels.
+        bits: of a value.
+        inverted: 0 is white.
+        nodata: the value that stands for missing ones.
+    """
+
+    load: Callable[[], NDArray[Any]]
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    channel_axis: int | None
+    bits: int | None
+    inverted: bool
+    nodata: float | None
+
+
+def is_dicom(start: bytes) -> bool:
+    """Whether a file with these first 132 bytes is one."""
+    return start[128:132] == b"DICM"
+
+
+def read_header(file: BinaryIO) -> Stored:
+    """What a file holds, before its pixels are decoded.
+
+    Values are those of the modality, by RescaleSlope and RescaleIntercept, such as Hounsfield units, in float32;
+    without these, as they are stored.
+
+    Args:
+        file: at its start.
+
+    Raises:
+        BadImage: if pydicom is not installed, or the pixels are of a kind that is not read; what pydicom raises else.
+    """
+    if find_spec("pydicom") is None:
+        raise BadImage("it is DICOM, which needs pydicom: pip install 'fcmae[dicom]'")
+    import pydicom
+
+    if DEFLATED in file.read(1 << 16):  # all of it would be unpacked here, whatever that takes
+        raise BadImage("it is DICOM that is deflated as a whole: save it again")
+    file.seek(0)
+    found = pydicom.dcmread(file)
+    kind, frames, samples = found.PhotometricInterpretation, int(found.get("NumberOfFrames", 1)), found.SamplesPerPixel
+    if not (kind.startswith("MONOCHROME") and samples == 1) and not (kind in COLOURS and samples == 3 and frames == 1):
+        raise BadImage(f"it is DICOM of {kind} with {frames} frames, and one image of RGB or frames of grey are read")
+    shape: tuple[int, ...] = (found.Rows, found.Columns)
+    channel_axis = 2 if samples == 3 else 0 if frames > 1 else None
+    shape = (*shape, 3) if samples == 3 else (frames, *shape) if frames > 1 else shape
+    dtype = np.dtype(f"{'i' if found.PixelRepresentation else 'u'}{max(1, found.BitsAllocated // 8)}")
+    slope, intercept = (float(found.get(key, plain)) for key, plain in (("RescaleSlope", 1), ("RescaleIntercept", 0)))
+    padding = found.get("PixelPaddingValue")
+    if (slope, intercept) == (1, 0):
+        inverted = kind == "MONOCHROME1"
+        return Stored(lambda: found.pixel_array, shape, dtype, channel_axis, found.BitsStored, inverted, padding)
+
+    def rescaled() -> NDArray[Any]:
+        values = found.pixel_array
+        scaled: NDArray[np.float32] = values.astype(np.float32) * np.float32(slope) + np.float32(intercept)
+        if padding is not None:
+            scaled[values == padding] = np.nan
+        return scaled
+
+    return Stored(rescaled, shape, np.dtype("f4"), channel_axis, None, False, None)

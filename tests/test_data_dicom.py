@@ -1,0 +1,112 @@
+"""DICOM files that pydicom writes, against the arrays that they were made of."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from fcmae.data import dicom
+from fcmae.data.decode import read_crop, read_known
+from fcmae.data.source import BadImage
+
+pydicom = pytest.importorskip("pydicom")
+
+RNG = np.random.default_rng(0)
+H, W = 12, 17
+GREY = RNG.integers(0, 256, (H, W), dtype=np.uint8)
+DEEP = RNG.integers(0, 2**12, (H, W), dtype=np.uint16)
+COLOURS = RNG.integers(0, 256, (H, W, 3), dtype=np.uint8)
+
+
+def whole(height: int, width: int) -> tuple[int, int, int, int]:
+    return 0, 0, height, width
+
+
+def written(array: NDArray[Any], *, packed: bool = False, **values: Any) -> bytes:
+    """A file of one grey image, of colours (H, W, 3), or of several frames (N, H, W)."""
+    found = pydicom.Dataset()
+    found.file_meta = pydicom.dataset.FileMetaDataset()
+    found.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    found.SOPClassUID = found.file_meta.MediaStorageSOPClassUID = pydicom.uid.SecondaryCaptureImageStorage
+    found.SOPInstanceUID = found.file_meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
+    is_colour = array.shape[-1] == 3
+    found.Rows, found.Columns = array.shape[:2] if is_colour else array.shape[-2:]
+    found.SamplesPerPixel = 3 if is_colour else 1
+    found.PhotometricInterpretation = "RGB" if is_colour else "MONOCHROME2"
+    if is_colour:
+        found.PlanarConfiguration = 0
+    if array.ndim == 3 and not is_colour:
+        found.NumberOfFrames = len(array)
+    found.BitsAllocated = found.BitsStored = 8 * array.itemsize
+    found.PixelRepresentation = int(array.dtype.kind == "i")
+    found.PixelData = array.tobytes() + b"\0" * (array.nbytes % 2)
+    found["PixelData"].VR = "OB" if array.itemsize == 1 else "OW"
+    for key, value in values.items():
+        setattr(found, key, value)
+    found.HighBit = found.BitsStored - 1
+    if packed:
+        found.compress(pydicom.uid.RLELossless)
+    file = io.BytesIO()
+    found.save_as(file, enforce_file_format=True)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_8_bits_are_read_as_they_are_stored(packed: bool) -> None:
+    np.testing.assert_array_equal(read_crop(written(GREY, packed=packed), 1, whole, None)[0], GREY)
+    np.testing.assert_array_equal(
+        read_crop(written(COLOURS, packed=packed), 3, whole, None).transpose(1, 2, 0), COLOURS
+    )
+    assert read_crop(written(GREY), 3, whole, None).shape == (3, H, W)
+
+
+def test_deep_values_are_shares_of_their_range_and_1_begins_with_white() -> None:
+    found = read_crop(written(DEEP, BitsStored=12), 1, whole, None)
+    np.testing.assert_allclose(found[0], DEEP / 4095, rtol=1e-6)
+    inverted = read_crop(written(DEEP, BitsStored=12, PhotometricInterpretation="MONOCHROME1"), 1, whole, None)
+    np.testing.assert_allclose(inverted[0], 1 - DEEP / 4095, atol=1e-6)
+    inverted = read_crop(written(GREY, PhotometricInterpretation="MONOCHROME1"), 1, whole, None)
+    np.testing.assert_array_equal(inverted[0], 255 - GREY)
+
+
+def test_values_of_the_modality_are_its_units_and_padding_is_missing() -> None:
+    stored = DEEP.astype(np.int16)
+    stored[:3] = -2000
+    content = written(stored, RescaleSlope=2, RescaleIntercept=-1024, PixelPaddingValue=-2000)
+    found = read_known(content, 1, whole, None, fill=[5.0])
+    np.testing.assert_array_equal(found.values[0, 3:], stored[3:] * 2.0 - 1024)
+    assert (found.values[0, :3] == 5).all()
+    assert found.known is not None and not found.known[0, :3].any() and found.known[0, 3:].all()
+    plain = read_known(written(stored, PixelPaddingValue=-2000), 1, whole, None, fill=[5.0])
+    np.testing.assert_array_equal(plain.values[0, 3:], stored[3:])
+    assert plain.known is not None and not plain.known[0, :3].any()
+
+
+def test_frames_are_channels() -> None:
+    frames = RNG.integers(0, 256, (5, H, W), dtype=np.uint8)
+    np.testing.assert_array_equal(read_crop(written(frames), 5, whole, None), frames)
+    with pytest.raises(BadImage, match="5 channels, in_chans is 3"):
+        read_crop(written(frames), 3, whole, None)
+
+
+def test_what_is_no_image_is_refused_with_the_reason() -> None:
+    with pytest.raises(BadImage, match="DICOM of PALETTE COLOR with 1 frames"):
+        read_crop(written(GREY, PhotometricInterpretation="PALETTE COLOR"), 1, whole, None)
+    for content in (written(DEEP)[:-100], written(DEEP)[:200], b"\0" * 128 + b"DICM" + b"\1" * 99):
+        with pytest.raises(BadImage):
+            read_crop(content, 1, whole, None)
+    deflated = written(GREY).replace(b"1.2.840.10008.1.2.1\0", dicom.DEFLATED)
+    with pytest.raises(BadImage, match="deflated as a whole"):
+        read_crop(deflated, 1, whole, None)
+    with pytest.raises(BadImage, match="more than max_pixels"):
+        read_crop(written(DEEP), 1, lambda *_: pytest.fail("was opened"), None, max_pixels=100)
+
+
+def test_without_pydicom_the_command_that_installs_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dicom, "find_spec", lambda name: None)
+    with pytest.raises(BadImage, match=r"it is DICOM, which needs pydicom: pip install 'fcmae\[dicom\]'"):
+        read_crop(written(GREY), 1, whole, None)
