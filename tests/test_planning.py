@@ -194,7 +194,7 @@ def test_images_and_label_maps_alone_make_a_run(photos: Path, measured: list[int
     assert cfg.out == Path("runs/photos-segmented") and cfg.data.image_size == (16, 16) and cfg.batch_size == 8
     assert cfg.epochs < 4  # .9 * 3.6 s at 10 images/s of 10
     assert {"epochs", "batch_size", "data.image_size"} <= set(cfg.chosen) and "model.variant" not in cfg.chosen
-    with pytest.raises(ValueError, match=r"no folder with a folder of label maps"):
+    with pytest.raises(ValueError, match=r"has no folder of label maps beside it"):
         load(SegmentConfig, ["photos"], prog="x", complete=planning.segmentation)
 
 
