@@ -67,7 +67,7 @@ class Nodes:
         before: words of a command that starts another.
         """
         inside = ["ip", "netns", "exec", self.names[node], *before, sys.executable, "-m", "torch.distributed.run"]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "eth0"}
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "eth0", **OWN_STORE}
         words = [*inside, *launch, "--local-addr", f"10.213.0.{node + 1}", str(SCRIPT), *words]
         with log.open("wb") as file:
             process = subprocess.Popen(words, env=environment, stdout=file, stderr=file)
@@ -166,9 +166,12 @@ def ended(process: subprocess.Popen[bytes], log: Path, timeout: float = 300) -> 
     try:
         return process.wait(timeout)
     except subprocess.TimeoutExpired:
-        raise AssertionError(f"it goes on after {timeout} s:\n{log.read_text()}") from None
+        logs = "\n".join(f"{each}:\n{each.read_text()}" for each in sorted(log.parent.glob("*.log")))
+        raise AssertionError(f"{log.name}: it goes on after {timeout} s\n{logs}") from None
 
 
+# As docs/howto.md says: a store for each start, or the next one may read addresses of processes that are gone.
+OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 SLOW_LINK = ("tbf", "rate", "4mbit", "burst", "32kbit", "latency", "400ms")
 OPTIONS: dict[str, Any] = {"batch_size": 6, "epochs": 10, "data__val_share": 0, "checkpoint__every_epochs": 1}
 
