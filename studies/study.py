@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -91,42 +92,60 @@ def write_images(name: str, out: Path, *source: str, seeds: int = 3) -> None:
 
 
 def schedule(wanted: Iterable[Job], out: Path, at_once: int, threads: int | None) -> None:
-    """Run the jobs in their order, each as soon as what it needs is done."""
+    """Run the jobs in their order, each as soon as what it needs is done.
+
+    Stopped by SIGTERM or an interrupt, it stops what runs, which saves what it has, and waits for it.
+    """
     (out / "jobs").mkdir(parents=True, exist_ok=True)
     done = {path.stem for path in (out / "jobs").glob("*.json") if not path.name.startswith(".")}
-    waiting, running, started = [job for job in wanted if job.name not in done], dict[Future[bool], Job](), time.time()
-    total = len(waiting)
-    with ThreadPoolExecutor(at_once) as pool:
-        while waiting or running:
-            ready = [job for job in waiting if done.issuperset(job.needs)][: at_once - len(running)]
-            for job in ready:
-                waiting.remove(job)
-                running[pool.submit(run, job, out, threads)] = job
-            if not running:
-                print("not run, as what they need failed: " + ", ".join(job.name for job in waiting), file=sys.stderr)
-                return
-            finished, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in finished:
-                job = running.pop(future)
-                if future.result():
-                    done.add(job.name)
-                minutes = (time.time() - started) / 60
-                print(f"{minutes:6.1f} min, {total - len(waiting) - len(running)} of {total}: {job.name}", flush=True)
+    waiting, running = [job for job in wanted if job.name not in done], dict[Future[bool], Job]()
+    total, begun, processes = len(waiting), time.time(), list[subprocess.Popen[bytes]]()
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        with ThreadPoolExecutor(at_once) as pool:
+            try:
+                while waiting or running:
+                    ready = [job for job in waiting if done.issuperset(job.needs)][: at_once - len(running)]
+                    for job in ready:
+                        waiting.remove(job)
+                        processes.append(start(job, out, threads))
+                        running[pool.submit(finish, processes[-1], job, out, threads)] = job
+                    if not running:
+                        left = ", ".join(job.name for job in waiting)
+                        print(f"not run, as what they need failed: {left}", file=sys.stderr)
+                        return
+                    finished, _ = wait(running, return_when=FIRST_COMPLETED)
+                    for future in finished:
+                        job = running.pop(future)
+                        if future.result():
+                            done.add(job.name)
+                        minutes, number = (time.time() - begun) / 60, total - len(waiting) - len(running)
+                        print(f"{minutes:6.1f} min, {number} of {total}: {job.name}", flush=True)
+            finally:
+                for process in processes:
+                    process.terminate()
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
-def run(job: Job, out: Path, threads: int | None) -> bool:
-    """Run one job; its output and a record of it go to OUT/jobs. Returns whether it succeeded."""
+def start(job: Job, out: Path, threads: int | None) -> subprocess.Popen[bytes]:
+    """Start one job, whose output goes to OUT/jobs."""
     environment = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
-    log, started = out / "jobs" / f"{job.name}.log", time.time()
-    with log.open("ab") as file:
-        process = subprocess.Popen(expanded(job.words), stdout=file, stderr=file, env=environment)
-        try:
-            status = process.wait(None if job.minutes is None else 60 * job.minutes)
-        except subprocess.TimeoutExpired:
-            process.terminate()
-            status = process.wait()
+    with (out / "jobs" / f"{job.name}.log").open("ab") as file:
+        return subprocess.Popen(expanded(job.words), stdout=file, stderr=file, env=environment)
+
+
+def finish(process: subprocess.Popen[bytes], job: Job, out: Path, threads: int | None) -> bool:
+    """Wait for a job, and write a record of it to OUT/jobs if it succeeded, which is returned."""
+    started = time.time()
+    try:
+        status = process.wait(None if job.minutes is None else 60 * job.minutes)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        status = process.wait()
+        status = 0 if status == 128 + signal.SIGTERM else status  # fcmae's own, when it was told to stop
     if status:
-        print(f"{job.name}: status {status}, see {log}", file=sys.stderr, flush=True)
+        print(f"{job.name}: status {status}, see {out / 'jobs' / job.name}.log", file=sys.stderr, flush=True)
         return False
     record = {
         "name": job.name,

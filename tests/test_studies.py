@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
+import signal
 import sys
 import tarfile
+import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -243,10 +247,36 @@ def test_jobs_run_in_order_once_and_not_without_what_they_need(
     assert said.read_text() == f"first;last;{tmp_path / 'a.txt'};"
 
 
+# As a run of fcmae ends when it is told to: it says that it is ready, and exits as after the signal.
+STOPS = (
+    "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)); "
+    "print(flush=True); time.sleep(60)"
+)
+
+
 def test_a_job_is_told_to_stop_when_its_time_is_up(tmp_path: Path) -> None:
-    (tmp_path / "jobs").mkdir()
-    stops = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); time.sleep(60)"
-    assert study.run(study.Job("long", (sys.executable, "-c", stops), minutes=0.03), tmp_path, None)
+    job = study.Job("long", (sys.executable, "-c", STOPS), minutes=0.03)
+    study.schedule([job], tmp_path, at_once=1, threads=None)
+    assert study.is_done(job, tmp_path)
+
+
+def test_a_study_that_is_stopped_stops_its_jobs_and_they_are_not_done(tmp_path: Path) -> None:
+    wanted = [study.Job(name, (sys.executable, "-c", STOPS)) for name in ("one", "other", "waiting")]
+
+    logs = [tmp_path / "jobs" / f"{job.name}.log" for job in wanted]
+
+    def stop() -> None:
+        while not all(log.exists() and log.stat().st_size for log in logs[:2]):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    with pytest.raises(SystemExit, match="143"):
+        study.schedule(wanted, tmp_path, at_once=2, threads=None)
+    thread.join()
+    assert not any(study.is_done(job, tmp_path) for job in wanted)
+    assert not logs[2].exists()
 
 
 @pytest.mark.parametrize("scale", run_all.SCALES)
