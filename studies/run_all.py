@@ -15,11 +15,11 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from study import FCMAE, STUDIES, Job, add_arguments, chosen, schedule, write_images
+from study import CONTROLS, FCMAE, STUDIES, Job, add_arguments, chosen, probe, schedule, write_images
 
 LABELS = (1, 10, 100)  # percent of the training set
 
@@ -221,17 +221,20 @@ def probes(out: Path, scale: Scale) -> Iterator[Job]:
     for job in pretraining(out, scale):
         data = "solar" if "solar" in job.name else "tiny20"
         stages = "all" if job.name == f"main-{data}-v2" else "last"
-        yield probe(out, f"probe-{job.name}", f"{out}/runs/{job.name}", data, (job.name,), stages)
+        yield probe(f"probe-{job.name}", f"{out}/runs/{job.name}", out / data, out, (job.name,), "--stages", stages)
     for data in ("tiny20", "solar"):
         init = f"main-{data}-v2"
-        yield probe(out, f"probe-{data}-random", f"random:{out}/runs/{init}", data, (init,), "all")
-    for data in ("tiny20", "solar"):
-        init = f"main-{data}-v2"
-        for name, model in (("v2", f"{out}/runs/{init}"), ("random", f"random:{out}/runs/{init}")):
-            yield probe(out, f"few-{data}-{name}", model, data, (init,), "last", "few-shot")
+        model = f"random:{out}/runs/{init}"
+        yield probe(f"probe-{data}-random", model, out / data, out, (init,), "--stages", "all")
     for data, image_size in (("tiny20", 64), ("solar", 128)):
-        job = probe(out, f"probe-{data}-pixels", "pixels:32", data, (), "last")
-        yield replace(job, words=(*job.words, "--image-size", str(image_size)))
+        init = f"main-{data}-v2"
+        few = ("--probes", "few-shot")
+        for name, model in (("v2", f"{out}/runs/{init}"), ("random", f"random:{out}/runs/{init}")):
+            yield probe(f"few-{data}-{name}", model, out / data, out, (init,), *few)
+        for name, (model, _) in CONTROLS.items():
+            size = ("--image-size", str(image_size))
+            yield probe(f"probe-{data}-{name}", model, out / data, out, (), *size)
+            yield probe(f"few-{data}-{name}", model, out / data, out, (), *size, *few)
     for name in ("v2", "v1", "no-grn"):
         init = f"main-tiny20-{name}"
         words = ["analyze", f"{out}/runs/{init}/checkpoints/step-*", "--data", f"{out}/tiny20/test.csv"]
@@ -246,13 +249,6 @@ def curves(out: Path, scale: Scale) -> Iterator[Job]:
         flags |= {"data.num_workers": scale.num_workers}
         job = f"curve-{name}"
         yield Job(job, command(out, job, "pretrain", flags), minutes=scale.curve_minutes)
-
-
-def probe(out: Path, name: str, model: str, data: str, needs: tuple[str, ...], stages: str, *probes: str) -> Job:
-    words = ["evaluate", model, "--data", f"{out}/{data}/train-100-0.csv", "--test", f"{out}/{data}/test.csv"]
-    words += ["--stages", stages, "--num-workers", "1", "--overwrite", "--out", f"{out}/runs/{name}"]
-    words += ["--probes", *probes] if probes else []
-    return Job(name, (*FCMAE, *words), needs)
 
 
 def main() -> None:

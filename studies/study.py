@@ -27,6 +27,14 @@ from fcmae.training.records import cpu_name, read_metrics
 
 STUDIES = Path(__file__).parent
 FCMAE = (sys.executable, "-m", "fcmae.cli")
+Labelled = tuple[str, str]  # a path and its class
+# What needs no network, by the names of their probes: for `fcmae evaluate`, and for tables.
+CONTROLS = {
+    "pixels": ("pixels:32", "raw pixels, 32 x 32"),
+    "mean": ("pixels:1", "mean colour"),
+    "histogram": ("histogram:8", "colour histogram"),
+}
+K = 20  # neighbours
 
 
 @dataclass(frozen=True)
@@ -66,13 +74,23 @@ def chosen(args: argparse.Namespace, every: Iterable[Job]) -> list[Job]:
     return wanted
 
 
+def probe(name: str, model: str, data: Path, out: Path, needs: tuple[str, ...], *words: str) -> Job:
+    """`fcmae evaluate` on all training labels of a folder, tested on its test images."""
+    given = ("evaluate", model, "--data", f"{data}/train-100-0.csv", "--test", f"{data}/test.csv")
+    more = ("--num-workers", "1", "--overwrite", "--out", f"{out}/runs/{name}")
+    return Job(name, (*FCMAE, *given, *words, *more), needs)
+
+
 # Running
 
 
-def prepare_tiny20(shards: Path, out: Path, draws: Mapping[int, int]) -> None:
-    """The images, and which labels are used; those of trials, tune.csv and tune-test.csv, are of a draw of their own.
+def prepare_tiny20(shards: Path, out: Path, draws: Mapping[int, int], trials: int = 1) -> None:
+    """The images, and which labels are used, train-PERCENT-SEED.csv.
 
-    draws: their number, by per cent of the labels.
+    Trials, which choose settings, are on tune-PERCENT-SEED.csv and tested on tune-test-PERCENT-SEED.csv: draws of their
+    own, of training images alone.
+
+    draws: their number, by per cent of the labels. trials: likewise, of each.
     """
     write_images("tiny20", out, str(shards))
     rows = folder_rows(out / "tiny20" / "train")
@@ -80,9 +98,18 @@ def prepare_tiny20(shards: Path, out: Path, draws: Mapping[int, int]) -> None:
     for percent, seeds in draws.items():
         for seed in range(seeds):
             write_csv(out / f"train-{percent}-{seed}.csv", few(rows, percent / 100, seed))
-    labelled = few(rows, 0.1, 100)
-    write_csv(out / "tune.csv", labelled)
-    write_csv(out / "tune-test.csv", few([row for row in rows if row not in set(labelled)], 0.1, 101))
+        for seed in range(trials):
+            labelled, held_out = trial(rows, percent / 100, seed)
+            write_csv(out / f"tune-{percent}-{seed}.csv", labelled)
+            write_csv(out / f"tune-test-{percent}-{seed}.csv", held_out)
+
+
+def trial(rows: list[Labelled], share: float, seed: int) -> tuple[list[Labelled], list[Labelled]]:
+    """A share of the rows, nine tenths at the most, and 9 % of all that are not among them, of each class alike."""
+    labelled = few(rows, min(share, 0.9), 100 + 2 * seed)
+    taken = set(labelled)
+    rest = [row for row in rows if row not in taken]
+    return labelled, few(rest, 0.09 * len(rows) / len(rest), 101 + 2 * seed)
 
 
 def write_images(name: str, out: Path, *source: str, seeds: int = 3) -> None:
@@ -212,3 +239,30 @@ def paired(scores: Iterable[tuple[str, str, int, float]], against: Mapping[str, 
         "scores": found,
     }
     return compare(comparison)
+
+
+def of_probe(found: Sequence[Mapping[str, Any]], probe: str, metric: str, stage: int | None) -> float | None:
+    """A score of kNN at K neighbours, or of the linear probe; stage None where there is none, as of pixels."""
+    for result in found:
+        if result["probe"] == probe and result.get("stage") == stage and result["setting"].get("k", K) == K:
+            value: float | None = result["scores"].get(metric)
+            return value
+    return None
+
+
+def half_width(result: Mapping[str, Any], metric: str) -> str:
+    """Mean and 95 % interval of a score over draws of labels."""
+    mean, (low, high) = result["scores"][metric], result["spread"][metric]
+    return f"{100 * mean:.1f} ± {100 * (high - low) / 2:.1f}"
+
+
+def percent_of(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f}"
+
+
+def save(figure: Any, path: Path) -> None:
+    import matplotlib
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context({"svg.hashsalt": "fcmae", "svg.fonttype": "none"}):
+        figure.savefig(path, format="svg", metadata={"Date": None})
