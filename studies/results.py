@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import small_images
 from study import CONTROLS, K, half_width, of_probe, percent_of, save
 
 from fcmae.evaluation.paired import tell
@@ -265,7 +266,7 @@ the whole run.""",
 HEAD = """# Results
 
 What pretraining gives on two small sets of images, what its parts give, and which losses are normal.
-Written by `studies/results.py` from `docs/results/*.json`, which `studies/run_all.py` and it made. Scores
+Written by `studies/results.py` from `docs/results/*.json`. `studies/run_all.py` makes all of it from nothing. Scores
 are in %; ± is the half width of the 95 % interval of the mean over seeds (Student's t). *Better* and
 *worse* are said of three runs or more, where the interval of the differences excludes 0.
 
@@ -278,8 +279,12 @@ No number here is of the paper's scale: it pretrains for 800 epochs on 1.28 mill
 
 
 def page(found: Mapping[str, Json], folder: Path) -> str:
-    """docs/results.md. found: the JSON by scale. folder: where figures go, and where SCALE.md may lie."""
+    """docs/results.md. found: the JSON by scale. folder: where figures go, and where SCALE.md and others may lie."""
     parts = [HEAD]
+    if small := small_images.headline(folder.parent):
+        parts.append(f"## Small images, few labels\n\n{small}\n")
+    if (collapse := folder / "collapse.md").exists():
+        parts.append(collapse.read_text())
     for scale, results in found.items():
         hours = sum(job["seconds"] for job in results["jobs"].values()) / 3600
         at_once = "two commands at a time, one core each" if scale == "cpu" else "one command at a time"
@@ -299,11 +304,8 @@ def page(found: Mapping[str, Json], folder: Path) -> str:
                     for key, at in (("loss", losses), ("distance", distances))
                     if at is tables and key in figures
                 ]
-        parts += ["### Commands\n", f"All of them: `python studies/run_all.py --tiny20 SHARDS --scale {scale}`, then"]
-        parts.append(
-            f"`python studies/collect.py runs/studies --scale {scale}` and `python studies/results.py`. "
-            "One by one (seed 0; the others differ in"
-        )
+        parts += ["### Commands\n", f"All of them: `python studies/run_all.py --tiny20 SHARDS --scale {scale}`."]
+        parts.append("One by one (seed 0; the others differ in")
         parts.append(f"`--seed` and the CSV file):\n\n```bash\n{commands(results)}\n```\n")
     return "\n".join(parts)
 

@@ -386,7 +386,8 @@ def draw(found: dict[str, dict[str, Any]], path: Path) -> None:
             for view, gain in zip(views, gains, strict=True):
                 axis.annotate(f"{gain:+.1f}", (view, gain), (6, 4), textcoords="offset points", fontsize="small")
     axis.set(xlabel="million views of pretraining on HOG", ylabel="gain over scratch, points of top-1", xlim=(0, None))
-    axis.legend(loc="lower right", fontsize="small")
+    if axis.containers:
+        axis.legend(loc="lower right", fontsize="small")
     save(figure, path)
 
 
@@ -433,8 +434,22 @@ Of these starts no machine has made all the draws that the study asks for.
 
 
 def headline(docs: Path) -> str:
-    """What the page begins with, for docs/results.md."""
-    return (docs / "results" / "small_images.md").read_text().partition("\n\n")[0]
+    """What the page begins with and how long it took, for docs/results.md; empty if nothing was found yet."""
+    took = [
+        f"{sum(one['seconds'].values()) / 3600:.1f} hours of commands on {one['machine']['cores']} cores and, as GPU, "
+        f"{one['machine']['gpu']} ({len(one['seconds'])} of {len(one['commands'])} commands were timed)"
+        for one in read(docs).values()
+    ]
+    if not took:
+        return ""
+    first = words(docs).partition("\n\n")[0]
+    return f"{first}\n\n{'; '.join(took)}. All of it, and what was not run: [small images](small_images.md)."
+
+
+def words(docs: Path) -> str:
+    """Our reading of the numbers."""
+    path = docs / "results" / "small_images.md"
+    return path.read_text() if path.exists() else ""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -465,7 +480,7 @@ def write_page(docs: Path) -> None:
     """docs/small_images.md and its figure, of the JSON of each machine and of the words beside it."""
     found = read(docs)
     draw(found, docs / "results" / "small_images.svg")
-    write_text(docs / "small_images.md", page(found, (docs / "results" / "small_images.md").read_text()))
+    write_text(docs / "small_images.md", page(found, words(docs)))
 
 
 def read(docs: Path) -> dict[str, dict[str, Any]]:

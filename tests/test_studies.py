@@ -352,6 +352,26 @@ def test_the_page_says_what_the_numbers_say(tmp_path: Path) -> None:
         assert (tmp_path / "results" / f"cpu-{figure}.svg").read_text().startswith("<?xml")
 
 
+def test_all_of_the_studies_end_with_their_pages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ran: list[str] = []
+    for module, name in ((run_all, "schedule"), (run_all, "write_images"), (small_images, "prepare_tiny20")):
+        monkeypatch.setattr(module, name, lambda *_, **__: None)
+    monkeypatch.setattr(small_images, "schedule", lambda jobs, *_: ran.extend(job.name for job in jobs))
+    monkeypatch.setattr(collect, "machine", lambda runs: {"CPU": "made up"})
+    (tmp_path / "jobs").mkdir()
+    words = ["--tiny20", "shards", "--out", str(tmp_path), "--docs", str(tmp_path / "docs")]
+    run_all.main([*words, "--only", "tune"])
+    assert not ran and not (tmp_path / "docs").exists()
+    (tmp_path / "docs" / "results").mkdir(parents=True)
+    (tmp_path / "docs" / "results" / "small_images.md").write_text("It pays.\n\nMore.\n")
+    run_all.main(words)
+    assert ran[0] == "hog20-p" and {"scratch-5-7", "hog20-5-7", "probe-mean"} <= set(ran) and "hog-p" not in ran
+    page = (tmp_path / "docs" / "results.md").read_text()
+    assert "It pays." in page and "More." not in page and "[small images](small_images.md)" in page
+    assert "Scale: cpu" in page and page.index("It pays.") < page.index("Scale: cpu")
+    assert (tmp_path / "docs" / "small_images.md").exists()
+
+
 def test_curves_are_thinned_to_means(tmp_path: Path) -> None:
     lines = [{"step": i, "epoch": i / 10, "loss": float(i)} for i in range(1, 1001)]
     lines.append({"step": 1000, "epoch": 100.0, "val_loss": 0.5})
@@ -655,3 +675,23 @@ def test_the_study_of_collapse_tells_warnings_of_each_run(tmp_path: Path) -> Non
     assert found["warnings"] == [{"kind": "cosine_distance", "epoch": 2.0}]
     row = collapse.rows([{"run": "hog", "seed": 1, "finished": False, **found}])
     assert row == [["HOG", "1", "cosine_distance 2", "0.0111", "9", "0.5, not finite after epoch 3"]]
+
+
+def test_the_study_of_collapse_puts_its_table_into_the_results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    lines = [{"step": n, "epoch": n, "loss": 0.5, "cosine_distance/a": 0.4 / n**4} for n in range(1, 7)]
+
+    def run(jobs: list[study.Job], out: Path, *_: object) -> None:
+        for job in jobs:
+            (out / "runs" / job.name).mkdir(parents=True)
+            some = lines if job.name.startswith(("rate-300", "constant")) else lines[:1]
+            (out / "runs" / job.name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in some))
+
+    monkeypatch.setattr(collapse, "schedule", run)
+    monkeypatch.setattr(collapse.subprocess, "run", lambda *_, **__: None)
+    docs = tmp_path / "docs"
+    collapse.main(["shards", "--out", str(tmp_path / "out"), "--docs", str(docs)])
+    assert len(json.loads((docs / "collapse.json").read_text())) == 11
+    results.main(["--docs", str(docs)])
+    page = " ".join((docs / "results.md").read_text().split())
+    assert "Of the sound runs 0 of 6 have a warning, of those in which a collapse was to be provoked 2 of 5." in page
+    assert "| pixels, 300 times the rate | 0 | cosine_distance" in page and "| HOG | 2 | none |" in page
