@@ -95,7 +95,8 @@ SCALES = {
 
 
 # Of studies/small_images.py, which takes days on two cores.
-SMALL = {"cpu": ("--at-once", "1", "--only", "hog20-p", "scratch-5", "hog20-5", "probe"), "gpu": ()}
+PROBES = tuple(f"probe-{name}" for name in ("hog20", "random", *CONTROLS))
+SMALL = {"cpu": ("--at-once", "1", "--only", "hog20-p", "scratch-5", "hog20-5", *PROBES), "gpu": ()}
 
 
 def jobs(out: Path, scale: Scale) -> list[Job]:

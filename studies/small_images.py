@@ -207,8 +207,8 @@ def jobs(out: Path, arms: list[str], at_once: int) -> Iterator[Job]:
             yield Job(f"{name}-p", (*program, *words, *more, *pretraining))
     for name in arms:
         if ARMS[name].part == "ema":
-            words = (*objectives, "ema", "average", f"{out}/runs/{name}-p", average(name))
-            yield Job(f"{name}-average", words, (f"{name}-p",))
+            job = (*objectives, "ema", "average", f"{out}/runs/{name}-p", average(name))
+            yield Job(f"{name}-average", job, (f"{name}-p",))
     for percent in dict.fromkeys(percent for name in arms for percent in ARMS[name].seeds):
         for seed in range(max(MANY.values())):
             for name in arms:
@@ -328,6 +328,7 @@ def section(found: dict[str, Any]) -> str:
         for row in compared(found, [(name, other)])
     ]
     tables = [f"### Against scratch\n\n{result(found)}"]
+    columns: tuple[str, ...]
     if pairs:
         columns = ("labels", "", "seeds", "difference of each seed", "")
         tables.append(f"### Against each other\n\n{table(columns, pairs, left=2)}")
