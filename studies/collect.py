@@ -88,12 +88,12 @@ def over_time(path: Path) -> Json:
     }
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, help="the folder that studies/run_all.py wrote")
     parser.add_argument("--scale", default="cpu", help="the scale that it ran at [cpu]")
     parser.add_argument("--docs", type=Path, default=DOCS, help="the folder docs")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     place: Path = args.docs / "results" / f"{args.scale}.json"
     found = collect(args.runs, args.scale)
     write_text(place, json.dumps(found) + "\n")

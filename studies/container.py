@@ -76,7 +76,7 @@ def jobs(out: Path, epochs: float, seeds: int, rates: dict[str, str]) -> Iterato
     for network in NETWORKS:
         for start, tried in RATES.items():
             for rate in tried:
-                paths = (f"--data.path={out}/tune.csv", f"--data.val_path={out}/tune-test.csv")
+                paths = (f"--data.path={out}/tune-10-0.csv", f"--data.val_path={out}/tune-test-10-0.csv")
                 yield finetune(f"tune-{network}-{start}-{rate}", network, start, rate, paths)
     for percent, flags in EPOCHS.items():
         for seed in range(seeds):

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import small_images
+from study import CONTROLS, K, half_width, of_probe, percent_of, save
 
 from fcmae.evaluation.paired import tell
 from fcmae.evaluation.probes import mean_and_interval
 
 DOCS = Path(__file__).parents[1] / "docs"
 Json = dict[str, Any]
-K = 20  # neighbours
 METRICS = {"tiny20": ("top1",), "solar": ("auroc", "balanced_accuracy")}
 TITLES = {"top1": "top-1", "auroc": "AUROC", "balanced_accuracy": "balanced accuracy"}
 
@@ -64,40 +65,19 @@ def budgets(results: Json) -> Iterator[str]:
                 yield f"**{data}**, {TITLES[metric]} in %:\n\n{table(header, rows)}"
 
 
-def of_probe(found: Sequence[Json], probe: str, metric: str, stage: int | None) -> float | None:
-    """A score of kNN at K neighbours, or of the linear probe; stage None where there is none, as of pixels."""
-    for result in found:
-        if result["probe"] == probe and result.get("stage") == stage and result["setting"].get("k", K) == K:
-            value: float | None = result["scores"].get(metric)
-            return value
-    return None
-
-
-def half_width(result: Json, metric: str) -> str:
-    """Mean and 95 % interval of a score over draws of labels."""
-    mean, (low, high) = result["scores"][metric], result["spread"][metric]
-    return f"{100 * mean:.1f} ± {100 * (high - low) / 2:.1f}"
-
-
-def percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f}"
-
-
 def frozen(results: Json) -> Iterator[str]:
     """Probes on frozen features: pretrained, random, pixels."""
     for data, metrics in METRICS.items():
         rows = []
-        for name, label in (
-            (f"main-{data}-v2", "pretrained"),
-            (f"{data}-random", "random weights"),
-            (f"{data}-pixels", "raw pixels, 32 x 32"),
-        ):
+        plain = {name: label for name, (_, label) in CONTROLS.items()}
+        encoders = ((f"main-{data}-v2", "pretrained"), (f"{data}-random", "random weights"))
+        for name, label in (*encoders, *((f"{data}-{name}", label) for name, label in plain.items())):
             found = results["probes"].get(name)
             if found is None:
                 continue
             for stage in sorted({result.get("stage") or 0 for result in found}):
                 cells = [
-                    percent(of_probe(found, probe, metric, stage or None))
+                    percent_of(of_probe(found, probe, metric, stage or None))
                     for probe in ("knn", "linear")
                     for metric in metrics
                 ]
@@ -106,8 +86,8 @@ def frozen(results: Json) -> Iterator[str]:
             header = [f"{probe}, {TITLES[m]}" for probe in (f"kNN, k = {K}", "linear") for m in metrics]
             yield f"**{data}**, in %, all labels:\n\n{table(['features', *header], rows)}"
         rows = []
-        for name, label in ((f"few-{data}-v2", "pretrained"), (f"few-{data}-random", "random weights")):
-            for result in results["probes"].get(name, []):
+        for name, label in {"v2": "pretrained", "random": "random weights", **plain}.items():
+            for result in results["probes"].get(f"few-{data}-{name}", []):
                 spreads = [half_width(result, metric) for metric in metrics]
                 rows.append([f"{label}, {result['setting']['labels']}", str(result["setting"]["draws"]), *spreads])
         if rows:
@@ -138,7 +118,7 @@ def grn(results: Json) -> Iterator[str]:
         loss = "" if losses[-1][1] is None else f"{losses[-1][1]:.4f}"
         compared = ["", ""] if prefix == WITH_GRN else [number(gains), tell(gains)]
         probe = results["probes"].get(pretrained, []) if prefix not in ("grn-dropped", "grn-new") else []
-        linear = percent(of_probe(probe, "linear", "top1", 4))
+        linear = percent_of(of_probe(probe, "linear", "top1", 4))
         rows.append([label, loss, linear, number([f["top1"] for f in found.values()]), str(len(found)), *compared])
     if rows:
         header = [
@@ -161,7 +141,7 @@ def varied(results: Json) -> Iterator[str]:
     for name, label in names:
         if name in results["curves"]:
             probes = results["probes"].get(name, [])
-            cells = [percent(of_probe(probes, probe, "top1", 4)) for probe in ("knn", "linear")]
+            cells = [percent_of(of_probe(probes, probe, "top1", 4)) for probe in ("knn", "linear")]
             rows.append([label, f"{results['curves'][name]['val_loss'][-1][1]:.4f}", *cells])
     if rows:
         yield table(["", "validation loss", f"kNN, k = {K}, top-1", "linear, top-1"], rows)
@@ -238,14 +218,6 @@ def draw(results: Json, folder: Path) -> dict[str, str]:
     return made
 
 
-def save(figure: Any, path: Path) -> None:
-    import matplotlib
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context({"svg.hashsalt": "fcmae", "svg.fonttype": "none"}):
-        figure.savefig(path, format="svg", metadata={"Date": None})
-
-
 SECTIONS: tuple[tuple[str, str, Callable[[Json], Iterator[str]]], ...] = (
     (
         "Is pretraining worth it?",
@@ -294,7 +266,7 @@ the whole run.""",
 HEAD = """# Results
 
 What pretraining gives on two small sets of images, what its parts give, and which losses are normal.
-Written by `studies/results.py` from `docs/results/*.json`, which `studies/run_all.py` and it made. Scores
+Written by `studies/results.py` from `docs/results/*.json`. `studies/run_all.py` makes all of it from nothing. Scores
 are in %; ± is the half width of the 95 % interval of the mean over seeds (Student's t). *Better* and
 *worse* are said of three runs or more, where the interval of the differences excludes 0.
 
@@ -307,8 +279,12 @@ No number here is of the paper's scale: it pretrains for 800 epochs on 1.28 mill
 
 
 def page(found: Mapping[str, Json], folder: Path) -> str:
-    """docs/results.md. found: the JSON by scale. folder: where figures go, and where SCALE.md may lie."""
+    """docs/results.md. found: the JSON by scale. folder: where figures go, and where SCALE.md and others may lie."""
     parts = [HEAD]
+    if small := small_images.headline(folder.parent):
+        parts.append(f"## Small images, few labels\n\n{small}\n")
+    if (collapse := folder / "collapse.md").exists():
+        parts.append(collapse.read_text())
     for scale, results in found.items():
         hours = sum(job["seconds"] for job in results["jobs"].values()) / 3600
         at_once = "two commands at a time, one core each" if scale == "cpu" else "one command at a time"
@@ -328,11 +304,8 @@ def page(found: Mapping[str, Json], folder: Path) -> str:
                     for key, at in (("loss", losses), ("distance", distances))
                     if at is tables and key in figures
                 ]
-        parts += ["### Commands\n", f"All of them: `python studies/run_all.py --tiny20 SHARDS --scale {scale}`, then"]
-        parts.append(
-            f"`python studies/collect.py runs/studies --scale {scale}` and `python studies/results.py`. "
-            "One by one (seed 0; the others differ in"
-        )
+        parts += ["### Commands\n", f"All of them: `python studies/run_all.py --tiny20 SHARDS --scale {scale}`."]
+        parts.append("One by one (seed 0; the others differ in")
         parts.append(f"`--seed` and the CSV file):\n\n```bash\n{commands(results)}\n```\n")
     return "\n".join(parts)
 

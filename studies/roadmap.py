@@ -28,9 +28,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from results import save
 from sets import few, folder_rows, write_csv
-from study import STUDIES, Job, last_scores, schedule, shown
+from study import STUDIES, Job, last_scores, save, schedule, shown
 
 from fcmae.atomic import write_text
 from fcmae.evaluation.paired import tell

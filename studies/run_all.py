@@ -1,12 +1,15 @@
 """Run the studies of docs/results.md: pretraining, fine-tuning and probes, each a command that can be typed.
 
-    python studies/run_all.py --tiny20 SHARDS                 # 2 cores, about 2 hours
+    python studies/run_all.py --tiny20 SHARDS                 # 2 cores, about 6 hours
     python studies/run_all.py --tiny20 SHARDS --scale gpu     # one GPU: hundreds of epochs, five seeds
     python studies/run_all.py --tiny20 SHARDS --list          # the commands, without running them
 
 SHARDS: the folder of tiny20's shards (see studies/sets.py). Everything is written below --out; what is finished is
-not done again, and what was cut off resumes. studies/collect.py then takes the numbers, and studies/results.py writes
-the page.
+not done again, and what was cut off resumes. Then, unless --only leaves something out, studies/collect.py takes the
+numbers, studies/small_images.py runs and writes its page, and studies/results.py writes docs/results.md.
+
+On 2 cores the commands here took 5.0 hours, two at a time, and what of small_images.py is run there takes 3 more, by
+the seconds in docs/small_images_cpu.json. On a GPU small_images.py takes 1.5 hours, and the rest was not run by us.
 """
 
 from __future__ import annotations
@@ -15,11 +18,14 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from study import FCMAE, STUDIES, Job, add_arguments, chosen, schedule, write_images
+import collect
+import results
+import small_images
+from study import CONTROLS, FCMAE, STUDIES, Job, add_arguments, chosen, probe, schedule, write_images
 
 LABELS = (1, 10, 100)  # percent of the training set
 
@@ -86,6 +92,11 @@ SCALES = {
         num_workers=None,
     ),
 }
+
+
+# Of studies/small_images.py, which takes days on two cores.
+PROBES = tuple(f"probe-{name}" for name in ("hog20", "random", *CONTROLS))
+SMALL = {"cpu": ("--at-once", "1", "--only", "hog20-p", "scratch-5", "hog20-5", *PROBES), "gpu": ()}
 
 
 def jobs(out: Path, scale: Scale) -> list[Job]:
@@ -221,17 +232,20 @@ def probes(out: Path, scale: Scale) -> Iterator[Job]:
     for job in pretraining(out, scale):
         data = "solar" if "solar" in job.name else "tiny20"
         stages = "all" if job.name == f"main-{data}-v2" else "last"
-        yield probe(out, f"probe-{job.name}", f"{out}/runs/{job.name}", data, (job.name,), stages)
+        yield probe(f"probe-{job.name}", f"{out}/runs/{job.name}", out / data, out, (job.name,), "--stages", stages)
     for data in ("tiny20", "solar"):
         init = f"main-{data}-v2"
-        yield probe(out, f"probe-{data}-random", f"random:{out}/runs/{init}", data, (init,), "all")
-    for data in ("tiny20", "solar"):
-        init = f"main-{data}-v2"
-        for name, model in (("v2", f"{out}/runs/{init}"), ("random", f"random:{out}/runs/{init}")):
-            yield probe(out, f"few-{data}-{name}", model, data, (init,), "last", "few-shot")
+        model = f"random:{out}/runs/{init}"
+        yield probe(f"probe-{data}-random", model, out / data, out, (init,), "--stages", "all")
     for data, image_size in (("tiny20", 64), ("solar", 128)):
-        job = probe(out, f"probe-{data}-pixels", "pixels:32", data, (), "last")
-        yield replace(job, words=(*job.words, "--image-size", str(image_size)))
+        init = f"main-{data}-v2"
+        few = ("--probes", "few-shot")
+        for name, model in (("v2", f"{out}/runs/{init}"), ("random", f"random:{out}/runs/{init}")):
+            yield probe(f"few-{data}-{name}", model, out / data, out, (init,), *few)
+        for name, (model, _) in CONTROLS.items():
+            size = ("--image-size", str(image_size))
+            yield probe(f"probe-{data}-{name}", model, out / data, out, (), *size)
+            yield probe(f"few-{data}-{name}", model, out / data, out, (), *size, *few)
     for name in ("v2", "v1", "no-grn"):
         init = f"main-tiny20-{name}"
         words = ["analyze", f"{out}/runs/{init}/checkpoints/step-*", "--data", f"{out}/tiny20/test.csv"]
@@ -248,20 +262,14 @@ def curves(out: Path, scale: Scale) -> Iterator[Job]:
         yield Job(job, command(out, job, "pretrain", flags), minutes=scale.curve_minutes)
 
 
-def probe(out: Path, name: str, model: str, data: str, needs: tuple[str, ...], stages: str, *probes: str) -> Job:
-    words = ["evaluate", model, "--data", f"{out}/{data}/train-100-0.csv", "--test", f"{out}/{data}/test.csv"]
-    words += ["--stages", stages, "--num-workers", "1", "--overwrite", "--out", f"{out}/runs/{name}"]
-    words += ["--probes", *probes] if probes else []
-    return Job(name, (*FCMAE, *words), needs)
-
-
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny20", type=Path, required=True, metavar="SHARDS", help="the folder of tiny20's shards")
     parser.add_argument("--scale", choices=SCALES, default="cpu", help="how much of everything [cpu]")
     parser.add_argument("--jobs", type=int, help="commands at a time, each with an equal share of the cores [2 or 1]")
+    parser.add_argument("--docs", type=Path, default=results.DOCS, help="the folder docs, in which pages are written")
     add_arguments(parser, "runs/studies")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     out, scale = args.out.absolute(), SCALES[args.scale]
     wanted = chosen(args, jobs(out, scale))
     seeds = max(budget.seeds for budget in (*scale.tiny20.values(), *scale.solar.values()))
@@ -270,6 +278,11 @@ def main() -> None:
     at_once = args.jobs or (2 if args.scale == "cpu" else 1)
     threads = max(1, (os.cpu_count() or 1) // at_once) if args.scale == "cpu" else None
     schedule(wanted, out, at_once, threads)
+    if args.only == [""]:
+        docs = ("--docs", str(args.docs))
+        collect.main([str(out), "--scale", args.scale, *docs])
+        small_images.main([str(args.tiny20), "--out", str(out / "small_images"), *docs, *SMALL[args.scale]])
+        results.main([*docs])
 
 
 if __name__ == "__main__":

@@ -1,15 +1,19 @@
 """Does pretraining pay on small images with few labels, how much of it, predicting what? Makes docs/small_images.md.
 
-    python studies/small_images.py SHARDS --out runs/small_images                 # a GPU with 16 cores: half an hour
+    python studies/small_images.py SHARDS --out runs/small_images                 # an H200, 16 cores: 1.5 h
     python studies/small_images.py SHARDS --out runs/small_images --at-once 1     # 2 cores: days
-    python studies/small_images.py SHARDS --out runs/small_images --at-once 1 --only hog-p scratch-10 hog-10
+    python studies/small_images.py SHARDS --out runs/small_images --at-once 1 --only hog20-p scratch-5 hog20-5   # 3 h
+    python studies/small_images.py SHARDS --out runs/small_images --arms recipe   # likewise: an hour
     python studies/small_images.py SHARDS --out runs/small_images --list          # the commands, without running them
 
 SHARDS: the folder of tiny20's shards (see studies/sets.py). Pretraining is `pretrain_small_images` and what differs
 from it in one thing; fine-tuning is `finetune_small_images` on the same labels, in the same order, with the same head,
 from each of these and from scratch. The rates of both are compared on training images that are held out, and the test
-images are evaluated once, at the last step: they choose nothing. What is finished is not done again, and what was cut
-off resumes. What is found is in OUT/small_images.json, and with `--docs` there too.
+images are evaluated once, at the last step: they choose nothing. Pretrainings come first and alone, as commands on few
+labels would take the cores from them. What is finished is not done again, and what was cut off resumes. Hours are an
+estimate, by the seconds in docs/small_images_gpu.json and docs/small_images_cpu.json. The part `teacher` of
+studies/objectives.py, which needs the weights of another network, is not compared. What is found is in
+OUT/small_images.json, and with `--docs` there too.
 """
 
 from __future__ import annotations
@@ -21,10 +25,30 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from study import FCMAE, STUDIES, Job, add_arguments, chosen, facts, last_scores, paired, prepare_tiny20, schedule
+from collect import evaluation
+from study import (
+    CONTROLS,
+    FCMAE,
+    STUDIES,
+    Job,
+    add_arguments,
+    chosen,
+    facts,
+    half_width,
+    is_done,
+    last_scores,
+    of_probe,
+    paired,
+    percent_of,
+    prepare_tiny20,
+    probe,
+    save,
+    schedule,
+)
 
 from fcmae.atomic import write_text
-from fcmae.evaluation.paired import cells
+from fcmae.evaluation.paired import Row, cells
+from fcmae.evaluation.probes import mean_and_interval
 from fcmae.tables import table
 
 
@@ -46,21 +70,61 @@ class Arm(NamedTuple):
     part: str | None = None
 
 
-MANY, FEW = {10: 8, 100: 3, 5: 8, 1: 8}, {10: 4}
+class Trial(NamedTuple):
+    """Settings of fine-tuning that are tried on training images that are held out.
+
+    Attributes:
+        start: the arm.
+        percent: of the labels.
+        epochs: of fine-tuning.
+        rate: of learning.
+        decay: of it, by layer.
+    """
+
+    start: str
+    percent: int
+    epochs: int
+    rate: str
+    decay: str
+
+    def run(self, seed: int) -> str:
+        """Its name."""
+        return f"tune-{self.start}-{self.percent}-{self.epochs}-{self.rate}-{self.decay}-{seed}"
+
+
+MANY, FEW, TRIALS = {10: 8, 100: 3, 5: 8, 1: 8}, {10: 4}, 3
 RATES = ("--optim.base_lr=8e-3", "--optim.layer_decay=1")  # of scratch
+LOWER = ("--optim.base_lr=4e-3", "--optim.layer_decay=1")
 PIXELS = "--model.target=pixels"
-# A sparse view costs half the multiply-adds of a dense one: 350 epochs on 1,000 images are 60 and 600,000 such views.
-ARMS = {
+# A sparse view costs half the multiply-adds of a dense one: 350 and 800 epochs on 1,000 images are 60 and 600,000 or
+# 1,500,000 such views.
+MAIN = {
     "scratch350": Arm("scratch, 350 epochs", 0, (*RATES, "--epochs=350", "--optim.warmup_epochs=20"), {10: 3}),
+    "scratch800": Arm("scratch, 800 epochs", 0, (*RATES, "--epochs=800", "--optim.warmup_epochs=20"), {10: 3}),
     "scratch": Arm("scratch", 0, RATES, MANY),
+    "scratch-4e-3": Arm("scratch, half the rate", 0, LOWER, {10: 8, 5: 8}),
     "hog150": Arm("HOG, 1,500,000 views", 150, (), MANY),
     "hog": Arm("HOG, 600,000 views", 60, (), {10: 8}),
     "hog20": Arm("HOG, 200,000 views", 20, (), {10: 8, 5: 8}),
     "ratio75": Arm("pixels, 75 % hidden", 60, (PIXELS, "--model.mask_ratio=0.75"), FEW),
     "pixels": Arm("pixels, 60 % hidden", 60, (PIXELS,), FEW),
     "multiscale": Arm("pixels, 60 % hidden, all stages decoded", 60, (PIXELS,), FEW, "multiscale"),
+}
+# One thing changed in `hog`.
+RECIPE = {
+    "lowres": Arm("patches at 4 x 4 pixels", 60, (PIXELS,), FEW, "lowres"),
+    "frequency": Arm("frequencies", 60, (PIXELS,), FEW, "frequency"),
+    "hog50": Arm("HOG, 50 % hidden", 60, ("--model.mask_ratio=0.5",), FEW),
     "hog75": Arm("HOG, 75 % hidden", 60, ("--model.mask_ratio=0.75",), FEW),
     "hog-rate": Arm("HOG, twice the rate", 60, ("--optim.base_lr=2e-3",), FEW),
+    "hog-batch128": Arm("HOG, batch of 128", 60, ("--batch_size=128",), FEW),
+    "hog-batch512": Arm("HOG, batch of 512", 60, ("--batch_size=512",), FEW),
+    "hog-warmup": Arm("HOG, 20 epochs of warm-up", 60, ("--optim.warmup_epochs=20",), FEW),
+    "hog-crop8": Arm("HOG, crops from 8 % of the area", 60, ("--data.crop_scale=0.08,1",), FEW),
+    "hog-crop50": Arm("HOG, crops from 50 % of the area", 60, ("--data.crop_scale=0.5,1",), FEW),
+    "hog-width64": Arm("HOG, decoder of 64 channels", 60, ("--model.decoder_dim=64",), FEW),
+    "hog-width256": Arm("HOG, decoder of 256 channels", 60, ("--model.decoder_dim=256",), FEW),
+    "hog-grid": Arm("HOG, grid of 4 x 4", 60, ("--model.mask_patch=16",), FEW),
     "hog-four": Arm(
         "HOG, four stages, grid of 4 x 4",
         60,
@@ -68,39 +132,48 @@ ARMS = {
         FEW,
     ),
     "hog-masks": Arm("HOG, two masks an image, 300,000 views", 30, ("--data.masks_per_image=2",), FEW),
+    "hog-ema": Arm("HOG, moving average of the encoder", 60, (), FEW, "ema"),
 }
+ARMS = MAIN | RECIPE
+GROUPS = {"main": list(MAIN), "recipe": list(RECIPE)}
+CURVE = ("hog20", "hog", "hog150")  # one target, more views
 # By per cent of the labels, where it is not as in `finetune_small_images`: 360, 470, 940 and 3,100 steps.
 BUDGETS = {
     1: ("--batch_size=32", "--epochs=120", "--optim.warmup_epochs=15"),
     100: ("--epochs=20", "--optim.warmup_epochs=2.5"),
 }
-# What is tried on training images that are held out, of 1,000 labels: start, epochs, rate, layer decay.
+SCRATCH, TUNED = ("scratch", "8e-3", "1"), ("hog", "4e-3", "0.9")
 TRIED = (
-    ("scratch", 60, "4e-3", "1"),
-    ("scratch", 60, "8e-3", "1"),
-    ("scratch", 60, "16e-3", "1"),
-    ("scratch", 120, "8e-3", "1"),
-    ("hog", 60, "4e-3", "0.9"),
-    ("hog", 60, "2e-3", "0.9"),
-    ("hog", 60, "8e-3", "0.9"),
-    ("hog", 60, "4e-3", "0.75"),
-    ("hog", 120, "4e-3", "0.9"),
+    *(Trial("scratch", 10, 60, rate, "1") for rate in ("2e-3", "4e-3", "8e-3", "16e-3")),
+    *(Trial("hog", 10, 60, rate, "0.9") for rate in ("2e-3", "4e-3", "8e-3")),
+    Trial("hog", 10, 60, "4e-3", "0.75"),
+    # Until it no longer rises.
+    *(
+        Trial(start, percent, epochs, rate, decay)
+        for percent, budgets in ((10, (120, 240)), (1, (120, 240)), (5, (60, 120)), (100, (20, 40)))
+        for epochs in budgets
+        for start, rate, decay in (SCRATCH, TUNED)
+    ),
+    *(Trial("scratch", percent, epochs, "4e-3", "1") for percent, epochs in ((10, 120), (1, 120), (5, 60), (100, 20))),
 )
 # What is compared with another start than scratch.
 PAIRS = (
     ("hog", "hog20"),
     ("hog150", "hog20"),
     ("hog150", "hog"),
+    ("hog20", "scratch-4e-3"),
+    ("hog", "scratch-4e-3"),
+    ("hog150", "scratch-4e-3"),
     ("hog", "scratch350"),
-    ("hog150", "scratch350"),
+    ("hog150", "scratch800"),
     ("hog", "ratio75"),
     ("hog", "pixels"),
     ("multiscale", "pixels"),
-    ("hog75", "hog"),
-    ("hog-rate", "hog"),
-    ("hog-four", "hog"),
-    ("hog-masks", "hog"),
+    ("lowres", "pixels"),
+    ("frequency", "pixels"),
+    *((name, "hog") for name in RECIPE),
 )
+PROBES = ("--probes", "knn", "linear", "few-shot", "--labels", "1%", "10%")
 COLUMNS = ("labels", "start", "seeds", "top-1, %", "against scratch, of each seed", "")
 
 
@@ -109,34 +182,53 @@ def jobs(out: Path, arms: list[str], at_once: int) -> Iterator[Job]:
     # Where the cores are shared.
     pretraining = () if at_once == 1 else ("--data.num_workers=3",)
     tuning = () if at_once == 1 else ("--data.num_workers=1",)
+    objectives = (sys.executable, str(STUDIES / "objectives.py"))
 
-    def finetune(name: str, labels: str, test: str, seed: int, start: str, *words: str) -> Job:
-        paths = (f"--data.path={out}/{labels}", f"--data.val_path={out}/{test}", f"--out={out}/runs/{name}")
-        command = (*FCMAE, "finetune", "--config=finetune_small_images", *paths)
+    def finetune(name: str, draw: str, seed: int, start: str, percent: int, own: tuple[str, ...], test: str) -> Job:
+        paths = (f"--data.path={out}/{draw}.csv", f"--data.val_path={out}/{test}.csv", f"--out={out}/runs/{name}")
+        given = {flag.partition("=")[0] for flag in own}
+        budget = (flag for flag in BUDGETS.get(percent, ()) if flag.partition("=")[0] not in given)
+        words = (*FCMAE, "finetune", "--config=finetune_small_images", *paths, f"--seed={seed}", *budget, *own, *tuning)
         if not ARMS[start].epochs:
-            return Job(name, (*command, f"--seed={seed}", *words, *tuning))
-        init = f"--init={out}/runs/{start}-p"
-        return Job(name, (*command, f"--seed={seed}", init, *words, *tuning), (f"{start}-p",))
+            return Job(name, words)
+        if ARMS[start].part == "ema":
+            return Job(name, (*words, f"--init={average(start)}"), (f"{start}-average",))
+        return Job(name, (*words, f"--init={out}/runs/{start}-p"), (f"{start}-p",))
+
+    def average(name: str) -> str:
+        return f"{out}/runs/{name}-average.safetensors"
 
     for name in arms:
         arm = ARMS[name]
         if arm.epochs:
-            program = FCMAE if arm.part is None else (sys.executable, str(STUDIES / "objectives.py"), arm.part)
+            program = FCMAE if arm.part is None else (*objectives, arm.part)
             words = ("pretrain", "--config=pretrain_small_images", f"--data.path={out}/tiny20/unlabeled.txt")
             more = (f"--epochs={arm.epochs}", "--data.val_share=0", f"--out={out}/runs/{name}-p", *arm.flags)
             yield Job(f"{name}-p", (*program, *words, *more, *pretraining))
+    for name in arms:
+        if ARMS[name].part == "ema":
+            job = (*objectives, "ema", "average", f"{out}/runs/{name}-p", average(name))
+            yield Job(f"{name}-average", job, (f"{name}-p",))
     for percent in dict.fromkeys(percent for name in arms for percent in ARMS[name].seeds):
         for seed in range(max(MANY.values())):
             for name in arms:
                 arm = ARMS[name]
                 if seed < arm.seeds.get(percent, 0):
-                    flags = (*BUDGETS.get(percent, ()), *(() if arm.epochs else arm.flags))
-                    labels = f"train-{percent}-{seed}.csv"
-                    yield finetune(f"{name}-{percent}-{seed}", labels, "test.csv", seed, name, *flags)
-    for start, epochs, rate, decay in TRIED:
-        if start in arms:
-            flags = (f"--epochs={epochs}", f"--optim.base_lr={rate}", f"--optim.layer_decay={decay}")
-            yield finetune(f"tune-{start}-{epochs}-{rate}-{decay}", "tune.csv", "tune-test.csv", 0, start, *flags)
+                    flags, draw = () if arm.epochs else arm.flags, f"train-{percent}-{seed}"
+                    yield finetune(f"{name}-{percent}-{seed}", draw, seed, name, percent, flags, "test")
+    for name in CURVE:
+        if name in arms:
+            yield probe(f"probe-{name}", f"{out}/runs/{name}-p", out, out, (f"{name}-p",), *PROBES)
+    if "hog20" in arms:
+        yield probe("probe-random", f"random:{out}/runs/hog20-p", out, out, ("hog20-p",), *PROBES)
+        for name, (model, _) in CONTROLS.items():
+            yield probe(f"probe-{name}", model, out, out, (), *PROBES, "--image-size", "64")
+    for seed in range(TRIALS):
+        for one in TRIED:
+            if one.start in arms:
+                own = (f"--epochs={one.epochs}", f"--optim.base_lr={one.rate}", f"--optim.layer_decay={one.decay}")
+                draws = (f"tune-{one.percent}-{seed}", f"tune-test-{one.percent}-{seed}")
+                yield finetune(one.run(seed), draws[0], seed, one.start, one.percent, own, draws[1])
 
 
 def collect(out: Path, wanted: list[Job]) -> dict[str, Any]:
@@ -145,9 +237,13 @@ def collect(out: Path, wanted: list[Job]) -> dict[str, Any]:
     return {
         **facts(out, wanted),
         "tried": [
-            {"arm": start, "epochs": epochs, "rate": rate, "layer_decay": decay, "top1": value}
-            for start, epochs, rate, decay in TRIED
-            if (value := found.get(f"tune-{start}-{epochs}-{rate}-{decay}")) is not None
+            {
+                "arm": one.start, "percent": one.percent, "seed": seed, "epochs": one.epochs, "rate": one.rate,
+                "layer_decay": one.decay, "top1": value,
+            }
+            for one in TRIED
+            for seed in range(TRIALS)
+            if (value := found.get(one.run(seed))) is not None
         ],
         "scores": [
             {"arm": name, "percent": percent, "seed": seed, "top1": value}
@@ -156,11 +252,16 @@ def collect(out: Path, wanted: list[Job]) -> dict[str, Any]:
             for seed in range(seeds)
             if (value := found.get(f"{name}-{percent}-{seed}")) is not None
         ],
-    }
+        "probes": {
+            job.name.removeprefix("probe-"): evaluation(out / "runs" / job.name / "evaluation.json")
+            for job in wanted
+            if job.name.startswith("probe-") and is_done(job, out)
+        },
+    }  # fmt: skip
 
 
-def compared(found: dict[str, Any], pairs: Sequence[tuple[str, str]]) -> list[list[str]]:
-    """Rows of a table: each of the starts against the other, seed by seed."""
+def differences(found: dict[str, Any], pairs: Sequence[tuple[str, str]]) -> list[Row]:
+    """Each of the starts against the other, seed by seed, by the amount of labels."""
     rows = []
     for name, other in pairs:
         seen = {arm: {(s["percent"], s["seed"]) for s in found["scores"] if s["arm"] == arm} for arm in (name, other)}
@@ -175,8 +276,12 @@ def compared(found: dict[str, Any], pairs: Sequence[tuple[str, str]]) -> list[li
             for row in paired(scores, {other: other, name: other})
             if row.arm == name and row.gain
         ]
-    rows.sort(key=lambda row: int(row.labels[:-1]))
-    return [cells(row._replace(arm=ARMS[row.arm].title)) for row in rows]
+    return sorted(rows, key=lambda row: int(row.labels[:-1]))
+
+
+def compared(found: dict[str, Any], pairs: Sequence[tuple[str, str]]) -> list[list[str]]:
+    """`differences` as rows of a table."""
+    return [cells(row._replace(arm=ARMS[row.arm].title)) for row in differences(found, pairs)]
 
 
 def result(found: dict[str, Any]) -> str:
@@ -185,28 +290,106 @@ def result(found: dict[str, Any]) -> str:
     return table(COLUMNS, compared(found, [(name, "scratch") for name in arms]), left=2)
 
 
+def trials(found: dict[str, Any]) -> list[list[str]]:
+    """Rows of a table: all that is to be tried, run or not."""
+    rows = []
+    for one in sorted(TRIED, key=lambda one: (one.percent, one.start, one.epochs, float(one.rate))):
+        values = [
+            tried["top1"]
+            for tried in found["tried"]
+            if tuple(tried[key] for key in ("arm", "percent", "epochs", "rate", "layer_decay")) == one
+        ]
+        mean = mean_and_interval(values) if values else (0.0, None)
+        row = Row(f"{one.percent}%", ARMS[one.start].title, len(values), mean, None, "")
+        labels, start, num, top1, *_ = cells(row)
+        rows.append([labels, start, str(one.epochs), one.rate, one.decay, num, top1 if values else "not run"])
+    return rows
+
+
+def frozen(found: dict[str, Any]) -> list[list[str]]:
+    """Rows of a table: encoders as pretraining left them, and what needs none."""
+    titles = {name: ARMS[name].title for name in CURVE} | {"random": "random weights"}
+    titles |= {name: title for name, (_, title) in CONTROLS.items()}
+    rows = []
+    for name, title in titles.items():
+        if results := found["probes"].get(name):
+            stage = results[0].get("stage")
+            scores = [percent_of(of_probe(results, kind, "top1", stage)) for kind in ("knn", "linear")]
+            few = {one["setting"]["labels"]: one for one in results if one["probe"] == "few-shot"}
+            rows.append([title, *scores, *(half_width(few[labels], "top1") for labels in ("1%", "10%"))])
+    return rows
+
+
 def section(found: dict[str, Any]) -> str:
     """What was found on one machine."""
-    tried = [
-        (ARMS[one["arm"]].title, str(one["epochs"]), one["rate"], one["layer_decay"], f"{100 * one['top1']:.1f}")
-        for one in found["tried"]
-    ]
     pairs = [
         (row[0], f"{row[1]} - {ARMS[other].title}", row[2], *row[4:])
         for name, other in PAIRS
         for row in compared(found, [(name, other)])
     ]
     tables = [f"### Against scratch\n\n{result(found)}"]
+    columns: tuple[str, ...]
     if pairs:
         columns = ("labels", "", "seeds", "difference of each seed", "")
         tables.append(f"### Against each other\n\n{table(columns, pairs, left=2)}")
-    if tried:
-        columns = ("start", "epochs", "rate", "layer decay", "top-1, %")
+    if rows := frozen(found):
+        columns = ("features", "kNN, k = 20", "linear", "linear, 1 % of the labels", "linear, 10 % of the labels")
         tables.append(
-            "### What was tried on training images that are held out\n\nFine-tuning on 1,000 labels of a draw of its "
-            f"own, one seed.\n\n{table(columns, tried)}"
+            "### Frozen features, and what needs no network\n\n`fcmae evaluate`, top-1 in %; with few labels the mean "
+            f"of five draws and half its 95 % interval.\n\n{table(columns, rows)}"
+        )
+    if found["tried"]:
+        columns = ("labels", "start", "epochs", "rate", "layer decay", "seeds", "top-1, %")
+        tables.append(
+            "### What was tried on training images that are held out\n\nEach seed is a draw of its own, of labels and "
+            f"of 900 images to test on. Of all labels 90 % are used.\n\n{table(columns, trials(found), left=2)}"
         )
     return "\n\n".join(tables)
+
+
+def missing(found: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """Rows of a table: starts of which no machine has made all draws, at which amounts of labels."""
+    rows = []
+    for name, arm in ARMS.items():
+        made = {
+            percent: max(
+                sum((s["arm"], s["percent"]) == (name, percent) for s in one["scores"]) for one in found.values()
+            )
+            for percent in arm.seeds
+        }
+        left = [
+            f"{percent} %: {made[percent]} of {num}"
+            for percent, num in sorted(arm.seeds.items())
+            if made[percent] < num
+        ]
+        if left:
+            rows.append([arm.title, ", ".join(left)])
+    return rows
+
+
+def draw(found: dict[str, dict[str, Any]], path: Path) -> None:
+    """The gain over scratch by views of pretraining, with its 95 % interval, of each machine and amount of labels."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axis = figure.subplots()
+    axis.axhline(0, color="grey", linewidth=0.8)
+    for machine, one in found.items():
+        rows = differences(one, [(name, "scratch") for name in CURVE])
+        for labels in dict.fromkeys(row.labels for row in rows):
+            points = [
+                (ARMS[row.arm].epochs / 100, row.gain) for row in rows if row.labels == labels and row.gain is not None
+            ]
+            views, gains = [point[0] for point in points], [100 * gain[0] for _, gain in points]
+            ends = [0 if gain[1] is None else 50 * (gain[1][1] - gain[1][0]) for _, gain in points]
+            label = f"{labels.replace('%', ' %')} of the labels, {machine.upper()}"
+            axis.errorbar(views, gains, ends, fmt="o-", capsize=3, label=label)
+            for view, gain in zip(views, gains, strict=True):
+                axis.annotate(f"{gain:+.1f}", (view, gain), (6, 4), textcoords="offset points", fontsize="small")
+    axis.set(xlabel="million views of pretraining on HOG", ylabel="gain over scratch, points of top-1", xlim=(0, None))
+    if axis.containers:
+        axis.legend(loc="lower right", fontsize="small")
+    save(figure, path)
 
 
 def page(found: dict[str, dict[str, Any]], words: str) -> str:
@@ -223,9 +406,12 @@ def page(found: dict[str, dict[str, Any]], words: str) -> str:
         f"## On {', '.join(f'{key} {value}' for key, value in one['machine'].items())}\n\n{section(one)}"
         for one in found.values()
     )
+    columns = ("start", "draws by per cent of the labels")
     return f"""# Small images, few labels
 
 {words.strip()}
+
+![Gain over scratch by views of pretraining](results/small_images.svg)
 
 Written by `studies/small_images.py` from {", ".join(f"`docs/small_images_{name}.json`" for name in found)}. tiny20: 20
 classes of Tiny ImageNet, 10,000 photographs without labels to pretrain on, 1,000 others to test on, 64 pixels. Brackets
@@ -233,6 +419,12 @@ are 95 % intervals of the mean over seeds (Student's t); each seed draws other l
 starts. There is one pretraining of each kind, so the spread is that of fine-tuning.
 
 {sections}
+
+## What was not run
+
+Of these starts no machine has made all the draws that the study asks for.
+
+{table(columns, missing(found), left=2)}
 
 ## Commands
 
@@ -242,19 +434,41 @@ starts. There is one pretraining of each kind, so the spread is that of fine-tun
 """
 
 
+def headline(docs: Path) -> str:
+    """What the page begins with and how long it took, for docs/results.md; empty if nothing was found yet."""
+    took = [
+        f"{sum(one['seconds'].values()) / 3600:.1f} hours of commands on {one['machine']['cores']} cores and, as GPU, "
+        f"{one['machine']['gpu']} ({len(one['seconds'])} of {len(one['commands'])} commands were timed)"
+        for one in read(docs).values()
+    ]
+    if not took:
+        return ""
+    first = words(docs).partition("\n\n")[0]
+    return f"{first}\n\n{'; '.join(took)}. All of it, and what was not run: [small images](small_images.md)."
+
+
+def words(docs: Path) -> str:
+    """Our reading of the numbers."""
+    path = docs / "results" / "small_images.md"
+    return path.read_text() if path.exists() else ""
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shards", type=Path, metavar="SHARDS", help="the folder of tiny20's shards")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=", ".join(ARMS))
+    names = [*GROUPS, *ARMS]
+    parser.add_argument("--arms", nargs="+", choices=names, default=["main"], metavar="ARM", help=", ".join(names))
     parser.add_argument("--docs", type=Path, help="the folder in which to write the page and its JSON")
     add_arguments(parser, "runs/small_images", at_once=12)
     args = parser.parse_args(argv)
     out = args.out.absolute()
-    every = list(jobs(out, args.arms, args.at_once))
-    wanted = chosen(args, every)
-    prepare_tiny20(args.shards, out, MANY)
-    schedule(wanted, out, args.at_once, None if args.at_once == 1 else 1)
-    found = collect(out, every)
+    arms = list(dict.fromkeys(arm for name in args.arms for arm in GROUPS.get(name, [name])))
+    wanted = chosen(args, jobs(out, arms, args.at_once))
+    prepare_tiny20(args.shards, out, MANY, TRIALS)
+    pretrainings = [job for job in wanted if job.name.endswith("-p")]
+    for some in (pretrainings, [job for job in wanted if job not in pretrainings]):
+        schedule(some, out, args.at_once, None if args.at_once == 1 else 1)
+    found = collect(out, list(jobs(out, list(ARMS), args.at_once)))
     write_text(out / "small_images.json", json.dumps(found, indent=1) + "\n")
     print("\n" + result(found))
     if args.docs:
@@ -264,8 +478,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def write_page(docs: Path) -> None:
-    """docs/small_images.md, of the JSON of each machine and of the words beside it."""
-    write_text(docs / "small_images.md", page(read(docs), (docs / "results" / "small_images.md").read_text()))
+    """docs/small_images.md and its figure, of the JSON of each machine and of the words beside it."""
+    found = read(docs)
+    draw(found, docs / "results" / "small_images.svg")
+    write_text(docs / "small_images.md", page(found, words(docs)))
 
 
 def read(docs: Path) -> dict[str, dict[str, Any]]:

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -26,6 +27,14 @@ from fcmae.training.records import cpu_name, read_metrics
 
 STUDIES = Path(__file__).parent
 FCMAE = (sys.executable, "-m", "fcmae.cli")
+Labelled = tuple[str, str]  # a path and its class
+# What needs no network, by the names of their probes: for `fcmae evaluate`, and for tables.
+CONTROLS = {
+    "pixels": ("pixels:32", "raw pixels, 32 x 32"),
+    "mean": ("pixels:1", "mean colour"),
+    "histogram": ("histogram:8", "colour histogram"),
+}
+K = 20  # neighbours
 
 
 @dataclass(frozen=True)
@@ -65,13 +74,23 @@ def chosen(args: argparse.Namespace, every: Iterable[Job]) -> list[Job]:
     return wanted
 
 
+def probe(name: str, model: str, data: Path, out: Path, needs: tuple[str, ...], *words: str) -> Job:
+    """`fcmae evaluate` on all training labels of a folder, tested on its test images."""
+    given = ("evaluate", model, "--data", f"{data}/train-100-0.csv", "--test", f"{data}/test.csv")
+    more = ("--num-workers", "1", "--overwrite", "--out", f"{out}/runs/{name}")
+    return Job(name, (*FCMAE, *given, *words, *more), needs)
+
+
 # Running
 
 
-def prepare_tiny20(shards: Path, out: Path, draws: Mapping[int, int]) -> None:
-    """The images, and which labels are used; those of trials, tune.csv and tune-test.csv, are of a draw of their own.
+def prepare_tiny20(shards: Path, out: Path, draws: Mapping[int, int], trials: int = 1) -> None:
+    """The images, and which labels are used, train-PERCENT-SEED.csv.
 
-    draws: their number, by per cent of the labels.
+    Trials, which choose settings, are on tune-PERCENT-SEED.csv and tested on tune-test-PERCENT-SEED.csv: draws of their
+    own, of training images alone.
+
+    draws: their number, by per cent of the labels. trials: likewise, of each.
     """
     write_images("tiny20", out, str(shards))
     rows = folder_rows(out / "tiny20" / "train")
@@ -79,9 +98,18 @@ def prepare_tiny20(shards: Path, out: Path, draws: Mapping[int, int]) -> None:
     for percent, seeds in draws.items():
         for seed in range(seeds):
             write_csv(out / f"train-{percent}-{seed}.csv", few(rows, percent / 100, seed))
-    labelled = few(rows, 0.1, 100)
-    write_csv(out / "tune.csv", labelled)
-    write_csv(out / "tune-test.csv", few([row for row in rows if row not in set(labelled)], 0.1, 101))
+        for seed in range(trials):
+            labelled, held_out = trial(rows, percent / 100, seed)
+            write_csv(out / f"tune-{percent}-{seed}.csv", labelled)
+            write_csv(out / f"tune-test-{percent}-{seed}.csv", held_out)
+
+
+def trial(rows: list[Labelled], share: float, seed: int) -> tuple[list[Labelled], list[Labelled]]:
+    """A share of the rows, nine tenths at the most, and 9 % of all that are not among them, of each class alike."""
+    labelled = few(rows, min(share, 0.9), 100 + 2 * seed)
+    taken = set(labelled)
+    rest = [row for row in rows if row not in taken]
+    return labelled, few(rest, 0.09 * len(rows) / len(rest), 101 + 2 * seed)
 
 
 def write_images(name: str, out: Path, *source: str, seeds: int = 3) -> None:
@@ -91,42 +119,60 @@ def write_images(name: str, out: Path, *source: str, seeds: int = 3) -> None:
 
 
 def schedule(wanted: Iterable[Job], out: Path, at_once: int, threads: int | None) -> None:
-    """Run the jobs in their order, each as soon as what it needs is done."""
+    """Run the jobs in their order, each as soon as what it needs is done.
+
+    Stopped by SIGTERM or an interrupt, it stops what runs, which saves what it has, and waits for it.
+    """
     (out / "jobs").mkdir(parents=True, exist_ok=True)
     done = {path.stem for path in (out / "jobs").glob("*.json") if not path.name.startswith(".")}
-    waiting, running, started = [job for job in wanted if job.name not in done], dict[Future[bool], Job](), time.time()
-    total = len(waiting)
-    with ThreadPoolExecutor(at_once) as pool:
-        while waiting or running:
-            ready = [job for job in waiting if done.issuperset(job.needs)][: at_once - len(running)]
-            for job in ready:
-                waiting.remove(job)
-                running[pool.submit(run, job, out, threads)] = job
-            if not running:
-                print("not run, as what they need failed: " + ", ".join(job.name for job in waiting), file=sys.stderr)
-                return
-            finished, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in finished:
-                job = running.pop(future)
-                if future.result():
-                    done.add(job.name)
-                minutes = (time.time() - started) / 60
-                print(f"{minutes:6.1f} min, {total - len(waiting) - len(running)} of {total}: {job.name}", flush=True)
+    waiting, running = [job for job in wanted if job.name not in done], dict[Future[bool], Job]()
+    total, begun, processes = len(waiting), time.time(), list[subprocess.Popen[bytes]]()
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        with ThreadPoolExecutor(at_once) as pool:
+            try:
+                while waiting or running:
+                    ready = [job for job in waiting if done.issuperset(job.needs)][: at_once - len(running)]
+                    for job in ready:
+                        waiting.remove(job)
+                        processes.append(start(job, out, threads))
+                        running[pool.submit(finish, processes[-1], job, out, threads)] = job
+                    if not running:
+                        left = ", ".join(job.name for job in waiting)
+                        print(f"not run, as what they need failed: {left}", file=sys.stderr)
+                        return
+                    finished, _ = wait(running, return_when=FIRST_COMPLETED)
+                    for future in finished:
+                        job = running.pop(future)
+                        if future.result():
+                            done.add(job.name)
+                        minutes, number = (time.time() - begun) / 60, total - len(waiting) - len(running)
+                        print(f"{minutes:6.1f} min, {number} of {total}: {job.name}", flush=True)
+            finally:
+                for process in processes:
+                    process.terminate()
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
-def run(job: Job, out: Path, threads: int | None) -> bool:
-    """Run one job; its output and a record of it go to OUT/jobs. Returns whether it succeeded."""
+def start(job: Job, out: Path, threads: int | None) -> subprocess.Popen[bytes]:
+    """Start one job, whose output goes to OUT/jobs."""
     environment = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
-    log, started = out / "jobs" / f"{job.name}.log", time.time()
-    with log.open("ab") as file:
-        process = subprocess.Popen(expanded(job.words), stdout=file, stderr=file, env=environment)
-        try:
-            status = process.wait(None if job.minutes is None else 60 * job.minutes)
-        except subprocess.TimeoutExpired:
-            process.terminate()
-            status = process.wait()
+    with (out / "jobs" / f"{job.name}.log").open("ab") as file:
+        return subprocess.Popen(expanded(job.words), stdout=file, stderr=file, env=environment)
+
+
+def finish(process: subprocess.Popen[bytes], job: Job, out: Path, threads: int | None) -> bool:
+    """Wait for a job, and write a record of it to OUT/jobs if it succeeded, which is returned."""
+    started = time.time()
+    try:
+        status = process.wait(None if job.minutes is None else 60 * job.minutes)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        status = process.wait()
+        status = 0 if status == 128 + signal.SIGTERM else status  # fcmae's own, when it was told to stop
     if status:
-        print(f"{job.name}: status {status}, see {log}", file=sys.stderr, flush=True)
+        print(f"{job.name}: status {status}, see {out / 'jobs' / job.name}.log", file=sys.stderr, flush=True)
         return False
     record = {
         "name": job.name,
@@ -193,3 +239,30 @@ def paired(scores: Iterable[tuple[str, str, int, float]], against: Mapping[str, 
         "scores": found,
     }
     return compare(comparison)
+
+
+def of_probe(found: Sequence[Mapping[str, Any]], probe: str, metric: str, stage: int | None) -> float | None:
+    """A score of kNN at K neighbours, or of the linear probe; stage None where there is none, as of pixels."""
+    for result in found:
+        if result["probe"] == probe and result.get("stage") == stage and result["setting"].get("k", K) == K:
+            value: float | None = result["scores"].get(metric)
+            return value
+    return None
+
+
+def half_width(result: Mapping[str, Any], metric: str) -> str:
+    """Mean and 95 % interval of a score over draws of labels."""
+    mean, (low, high) = result["scores"][metric], result["spread"][metric]
+    return f"{100 * mean:.1f} ± {100 * (high - low) / 2:.1f}"
+
+
+def percent_of(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f}"
+
+
+def save(figure: Any, path: Path) -> None:
+    import matplotlib
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context({"svg.hashsalt": "fcmae", "svg.fonttype": "none"}):
+        figure.savefig(path, format="svg", metadata={"Date": None})

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
+import signal
 import sys
 import tarfile
+import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -243,10 +247,36 @@ def test_jobs_run_in_order_once_and_not_without_what_they_need(
     assert said.read_text() == f"first;last;{tmp_path / 'a.txt'};"
 
 
+# As a run of fcmae ends when it is told to: it says that it is ready, and exits as after the signal.
+STOPS = (
+    "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)); "
+    "print(flush=True); time.sleep(60)"
+)
+
+
 def test_a_job_is_told_to_stop_when_its_time_is_up(tmp_path: Path) -> None:
-    (tmp_path / "jobs").mkdir()
-    stops = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); time.sleep(60)"
-    assert study.run(study.Job("long", (sys.executable, "-c", stops), minutes=0.03), tmp_path, None)
+    job = study.Job("long", (sys.executable, "-c", STOPS), minutes=0.03)
+    study.schedule([job], tmp_path, at_once=1, threads=None)
+    assert study.is_done(job, tmp_path)
+
+
+def test_a_study_that_is_stopped_stops_its_jobs_and_they_are_not_done(tmp_path: Path) -> None:
+    wanted = [study.Job(name, (sys.executable, "-c", STOPS)) for name in ("one", "other", "waiting")]
+
+    logs = [tmp_path / "jobs" / f"{job.name}.log" for job in wanted]
+
+    def stop() -> None:
+        while not all(log.exists() and log.stat().st_size for log in logs[:2]):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    with pytest.raises(SystemExit, match="143"):
+        study.schedule(wanted, tmp_path, at_once=2, threads=None)
+    thread.join()
+    assert not any(study.is_done(job, tmp_path) for job in wanted)
+    assert not logs[2].exists()
 
 
 @pytest.mark.parametrize("scale", run_all.SCALES)
@@ -288,6 +318,8 @@ def made_up() -> collect.Json:
             "main-tiny20-v2": probe,
             "short-dense": probe,
             "few-tiny20-v2": [few | {"spread": {"top1": [0.15, 0.25]}}],
+            "few-tiny20-mean": [few | {"spread": {"top1": [0.15, 0.25]}}],
+            "tiny20-histogram": [{"probe": "knn", "setting": {"k": 20}, "scores": {"top1": 0.11}}],
         },
         "curves": {"main-tiny20-v2": curve, "short-dense": curve, "curve-pretrain_cpu": curve},
         "time": {"v2": time},
@@ -306,6 +338,8 @@ def test_the_page_says_what_the_numbers_say(tmp_path: Path) -> None:
     assert "no difference seen" in page
     assert "| dense encoder, not masked inside | 0.7500 | 2.0 |  |" in page
     assert "| pretrained, 1% | 5 | 20.0 ± 5.0 |" in page
+    assert "| mean colour, 1% | 5 | 20.0 ± 5.0 |" in page
+    assert "| colour histogram | 11.0 |  |" in page
     assert "V2, step 0 | 0.000 | 0.100 | 0.200 | 0.300" in page
     assert "V2, step 2" in page
     assert "step 1" not in page
@@ -316,6 +350,30 @@ def test_the_page_says_what_the_numbers_say(tmp_path: Path) -> None:
     assert "solar**" not in page.partition("### Is pretraining")[2]  # nothing of it was run
     for figure in ("loss", "distance"):
         assert (tmp_path / "results" / f"cpu-{figure}.svg").read_text().startswith("<?xml")
+
+
+def test_all_of_the_studies_end_with_their_pages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ran: list[str] = []
+    for module, name in ((run_all, "schedule"), (run_all, "write_images"), (small_images, "prepare_tiny20")):
+        monkeypatch.setattr(module, name, lambda *_, **__: None)
+    monkeypatch.setattr(small_images, "schedule", lambda jobs, *_: ran.extend(job.name for job in jobs))
+    monkeypatch.setattr(collect, "machine", lambda runs: {"CPU": "made up"})
+    (tmp_path / "jobs").mkdir()
+    words = ["--tiny20", "shards", "--out", str(tmp_path), "--docs", str(tmp_path / "docs")]
+    run_all.main([*words, "--only", "tune"])
+    assert not ran and not (tmp_path / "docs").exists()
+    (tmp_path / "docs" / "results").mkdir(parents=True)
+    (tmp_path / "docs" / "results" / "small_images.md").write_text("It pays.\n\nMore.\n")
+    run_all.main(words)
+    assert (
+        ran[0] == "hog20-p"
+        and {"scratch-5-7", "hog20-5-7", "probe-mean"} <= set(ran)
+        and not {"hog-p", "probe-hog"} & set(ran)
+    )
+    page = (tmp_path / "docs" / "results.md").read_text()
+    assert "It pays." in page and "More." not in page and "[small images](small_images.md)" in page
+    assert "Scale: cpu" in page and page.index("It pays.") < page.index("Scale: cpu")
+    assert (tmp_path / "docs" / "small_images.md").exists()
 
 
 def test_curves_are_thinned_to_means(tmp_path: Path) -> None:
@@ -333,17 +391,54 @@ def test_the_commands_of_small_images_are_ones_that_fcmae_takes(tmp_path: Path) 
     names = [job.name for job in found]
     assert len(set(names)) == len(names)
     seen = set()
-    for job in found:
-        assert set(job.needs) <= set(names)
-        place = next(i for i, word in enumerate(job.words) if word in ("pretrain", "finetune"))
-        kind = PretrainConfig if job.words[place] == "pretrain" else FinetuneConfig
-        flags = tuple(re.sub(r"train-(\d+)-\d+", r"train-\1", word) for word in job.words if "seed" not in word)
+    for number, job in enumerate(found):
+        assert set(job.needs) <= set(names[:number])
+        if "average" in job.words:
+            continue
+        verb = next(verb for verb in ("pretrain", "finetune", "evaluate") if verb in job.words)
+        flags = tuple(re.sub(r"-(\d+)-\d+\.csv", r"-\1", word) for word in job.words if "seed" not in word)
         if (short := tuple(word for word in flags if not word.startswith("--out"))) in seen:
             continue  # but for the seed
         seen.add(short)
-        cfg = load(kind, job.words[place + 1 :], prog="fcmae")
-        assert cfg.data.image_size == (64, 64)
-        assert f"--seed={cfg.seed}" in job.words or kind is PretrainConfig
+        cfg = load(COMMANDS[verb][0], job.words[job.words.index(verb) + 1 :], prog="fcmae")
+        if verb != "evaluate":
+            assert cfg.data.image_size == (64, 64)
+            assert f"--seed={cfg.seed}" in job.words or verb == "pretrain"
+
+
+def test_each_arm_of_the_recipe_changes_one_thing_of_what_is_shipped(tmp_path: Path) -> None:
+    jobs = {job.name: job for job in small_images.jobs(tmp_path, list(small_images.ARMS), at_once=1)}
+    for name in small_images.RECIPE:
+        given, shipped = (set(jobs[f"{arm}-p"].words) for arm in (name, "hog"))
+        assert given - shipped and len(shipped - given) <= 4  # the run's name, and the program where it has a part
+        changed = {word.partition("=")[0] for word in given - shipped if word.startswith("--") and "out" not in word}
+        assert changed <= {"--model.target"} if small_images.ARMS[name].part else changed
+    assert f"--init={tmp_path}/runs/hog-ema-average.safetensors" in jobs["hog-ema-10-0"].words
+    assert jobs["hog-ema-10-0"].needs == ("hog-ema-average",) and jobs["hog-ema-average"].needs == ("hog-ema-p",)
+    assert "--epochs=800" in jobs["scratch800-10-2"].words and "--optim.base_lr=4e-3" in jobs["scratch-4e-3-5-7"].words
+
+
+def test_what_is_tried_never_sees_what_it_is_tested_on_nor_the_test_images() -> None:
+    rows = [(f"{i}.jpg", "abcd"[i % 4]) for i in range(400)]
+    for share in (0.1, 1.0):
+        draws = [study.trial(rows, share, seed) for seed in range(3)]
+        for labelled, held_out in draws:
+            assert not set(labelled) & set(held_out) and set(labelled) | set(held_out) <= set(rows)
+            assert (len(labelled), len(held_out)) == (400 * min(share, 0.9), 36)
+        assert len({tuple(labelled) for labelled, _ in draws}) == 3
+
+
+def test_pretrainings_of_small_images_come_first_and_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    scheduled: list[list[str]] = []
+    monkeypatch.setattr(small_images, "prepare_tiny20", lambda *_: None)
+    monkeypatch.setattr(small_images, "schedule", lambda jobs, *_: scheduled.append([job.name for job in jobs]))
+    small_images.main(["shards", "--out", str(tmp_path), "--arms", "recipe", "hog"])
+    first, then = scheduled
+    assert set(first) == {f"{name}-p" for name in (*small_images.RECIPE, "hog")}
+    assert "hog-grid-10-0" in then and "tune-hog-10-60-4e-3-0.9-2" in then and not set(first) & set(then)
+    assert "scratch-10-0" not in then
+    small_images.main(["shards", "--out", str(tmp_path), "--only", "hog20-p", "scratch-5", "hog20-5"])
+    assert scheduled[2] == ["hog20-p"] and len(scheduled[3]) == 16
 
 
 def test_the_commands_of_pruning_are_ones_that_fcmae_takes_and_come_in_order(tmp_path: Path) -> None:
@@ -421,12 +516,34 @@ def test_the_page_of_pruning_compares_seed_by_seed(tmp_path: Path) -> None:
     assert "hidden-0.5 0.50" in text
 
 
+PROBED = [
+    {"probe": "knn", "setting": {"k": 20}, "scores": {"top1": 0.125}},
+    {"probe": "linear", "setting": {}, "scores": {"top1": 0.25}},
+    *(
+        {"probe": "few-shot", "setting": {"labels": labels}, "scores": {"top1": 0.1}, "spread": {"top1": [0.05, 0.15]}}
+        for labels in ("1%", "10%")
+    ),
+]
+
+
 def test_the_page_of_small_images_tells_paired_differences(tmp_path: Path) -> None:
     scores = {"scratch": [0.2, 0.3, 0.25], "hog": [0.3, 0.41, 0.34], "pixels": [0.3], "hog20": [0.29, 0.38, 0.35, 0.9]}
     found = {
         "machine": {"gpu": "none"},
         "commands": {"hog-p": "fcmae pretrain"},
-        "tried": [{"arm": "scratch", "epochs": 60, "rate": "4e-3", "layer_decay": "1", "top1": 0.3}],
+        "tried": [
+            {
+                "arm": "scratch",
+                "percent": 10,
+                "seed": seed,
+                "epochs": 60,
+                "rate": "4e-3",
+                "layer_decay": "1",
+                "top1": top1,
+            }
+            for seed, top1 in enumerate([0.2, 0.3, 0.25])
+        ],
+        "probes": {"random": PROBED, "pixels": PROBED, "mean": PROBED, "histogram": PROBED},
         "scores": [
             {"arm": arm, "percent": 10, "seed": seed, "top1": value}
             for arm, values in scores.items()
@@ -444,12 +561,27 @@ def test_the_page_of_small_images_tells_paired_differences(tmp_path: Path) -> No
     assert "too few runs" in page
     assert "It pays." in page
     assert "600,000 views" in page
+    words = " ".join(page.split())
+    assert "| 10 % of the labels | scratch | 60 | 4e-3 | 1 | 3 | 25.0 [12.6, 37.4] |" in words
+    assert "| all labels | scratch | 20 | 8e-3 | 1 | 0 | not run |" in words
+    for features in ("random weights", "raw pixels, 32 x 32", "mean colour", "colour histogram"):
+        assert f"| {features} | 12.5 | 25.0 | 10.0 ± 5.0 | 10.0 ± 5.0 |" in words
+    assert "| pixels, 60 % hidden | 10 %: 1 of 4 |" in words
+    figure = (tmp_path / "results" / "small_images.svg").read_text()
+    assert (
+        all(text in figure for text in ("+9.0<", "+10.0<", "10 % of the labels, CPU"))
+        and "](results/small_images.svg)" in page
+    )
 
 
 def test_the_shipped_page_of_small_images_is_that_of_its_numbers() -> None:
     docs = Path(__file__).parents[1] / "docs"
-    words = (docs / "results" / "small_images.md").read_text()
-    assert small_images.page(small_images.read(docs), words) == (docs / "small_images.md").read_text()
+    words, found = (docs / "results" / "small_images.md").read_text(), small_images.read(docs)
+    assert small_images.page(found, words) == (docs / "small_images.md").read_text()
+    figure = (docs / "results" / "small_images.svg").read_text()
+    for one in found.values():
+        for row in small_images.differences(one, [(name, "scratch") for name in small_images.CURVE]):
+            assert row.gain is not None and f"{100 * row.gain[0]:+.1f}<" in figure
 
 
 # Label maps
@@ -547,3 +679,23 @@ def test_the_study_of_collapse_tells_warnings_of_each_run(tmp_path: Path) -> Non
     assert found["warnings"] == [{"kind": "cosine_distance", "epoch": 2.0}]
     row = collapse.rows([{"run": "hog", "seed": 1, "finished": False, **found}])
     assert row == [["HOG", "1", "cosine_distance 2", "0.0111", "9", "0.5, not finite after epoch 3"]]
+
+
+def test_the_study_of_collapse_puts_its_table_into_the_results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    lines = [{"step": n, "epoch": n, "loss": 0.5, "cosine_distance/a": 0.4 / n**4} for n in range(1, 7)]
+
+    def run(jobs: list[study.Job], out: Path, *_: object) -> None:
+        for job in jobs:
+            (out / "runs" / job.name).mkdir(parents=True)
+            some = lines if job.name.startswith(("rate-300", "constant")) else lines[:1]
+            (out / "runs" / job.name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in some))
+
+    monkeypatch.setattr(collapse, "schedule", run)
+    monkeypatch.setattr(collapse.subprocess, "run", lambda *_, **__: None)
+    docs = tmp_path / "docs"
+    collapse.main(["shards", "--out", str(tmp_path / "out"), "--docs", str(docs)])
+    assert len(json.loads((docs / "collapse.json").read_text())) == 11
+    results.main(["--docs", str(docs)])
+    page = " ".join((docs / "results.md").read_text().split())
+    assert "Of the sound runs 0 of 6 have a warning, of those in which a collapse was to be provoked 2 of 5." in page
+    assert "| pixels, 300 times the rate | 0 | cosine_distance" in page and "| HOG | 2 | none |" in page

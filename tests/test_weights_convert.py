@@ -104,6 +104,25 @@ def test_the_fair_file_is_what_timm_takes_for_released_weights(tmp_path: Path) -
     assert all(torch.equal(state[k], v) for k, v in net.encoder.state_dict().items())
 
 
+def test_dinov3s_convnext_is_read_in_timms_format_and_metas_files_are_refused_by_what_is_extra(tmp_path: Path) -> None:
+    model = timm.create_model("convnext_tiny.dinov3_lvd1689m", pretrained=False)
+    randomize(model)
+    timm.models.save_for_hf(model, tmp_path / "dino", safe_serialization=True)
+    found = read_weights(tmp_path / "dino")
+    assert (found.architecture.num_classes, found.license) == (0, "dinov3-license")
+    assert found.architecture.spec == VARIANTS["convnext_tiny"]
+    theirs = model.state_dict()
+    ours = to_state(found.state, found.architecture.spec, "timm")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], value) for name, value in theirs.items())
+    # Theirs, under Meta's names, with the norms of all stages beside.
+    meta = to_state(found.state, found.architecture.spec, "fair")
+    meta |= {"norms.3.weight": torch.ones(768), "norms.3.bias": torch.zeros(768)}
+    torch.save(meta, tmp_path / "meta.pth")
+    with pytest.raises(ValueError, match=r"extra: norms\.3\.weight"):
+        read_weights(tmp_path / "meta.pth")
+    assert not any(name.startswith("norms.") for name in checkpoint_filter_fn(meta, model))
+
+
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
     place, _ = write_checkpoint(tmp_path / "run")
     (tmp_path / "mine").mkdir()
