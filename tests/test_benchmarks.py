@@ -199,16 +199,32 @@ def test_fine_tuning_steps_of_ours_and_timms_start_from_the_same_weights(tmp_pat
         assert all(weight.grad is None for weight in side.given[1:])
 
 
-def test_whole_and_pruned_networks_are_counted_and_timed(tmp_path: Path) -> None:
-    pruned.main([*TINY, "--keep", "0.5", "0.25", "--json", str(tmp_path / "pruned.json")])
-    found = written(tmp_path / "pruned.json")
+def test_whole_and_pruned_networks_are_counted_and_timed_by_torch_and_onnxruntime(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(VARIANTS, "convnextv2_atto", ConvNeXtSpec(depths=(2, 2), dims=(8, 16)))
+    path = tmp_path / "benchmarks" / "pruned.json"
+    path.parent.mkdir()
+    pruned.main([*TINY, "--keep", "0.5", "0.25", "--json", str(path)])
+    found = written(path)
     names = ["whole", "hidden-0.5", "hidden-0.25", "blocks-0.5", "blocks-0.25"]
-    assert list(found["results"]) == list(found["ratios"]) == names
-    for what in ("hidden", "blocks"):
+    exported = [f"{name}, onnxruntime" for name in names]
+    assert list(found["results"]) == list(found["ratios"]) == names + exported
+    for what, share in (("hidden", 0.25), ("blocks", 0.5)):  # a stage keeps a block
         for count in ("multiply_adds", "parameters"):
-            counts = [found["results"][name][count] for name in ("whole", f"{what}-0.5", f"{what}-0.25")]
-            assert counts == sorted(counts, reverse=True)
+            counts = [found["results"][name][count] for name in ("whole", f"{what}-0.5", f"{what}-{share:g}")]
+            assert counts == sorted(counts, reverse=True) and counts[1] < counts[0]
+    for name, other in zip(names, exported, strict=True):
+        assert found["results"][name]["parameters"] == found["results"][other]["parameters"]
     assert all(len(side["seconds"]) == 2 for side in found["results"].values())
+    times = {name: side["median_s"] for name, side in found["results"].items()}
+    for name, whole in (("blocks-0.5", "whole"), ("blocks-0.5, onnxruntime", "whole, onnxruntime")):
+        assert found["ratios"][name]["time"] == pytest.approx(times[name] / times[whole])
+    report.main(["--docs", str(tmp_path)])
+    page = (tmp_path / "benchmarks.md").read_text()
+    assert "time / whole" in page and "multiply-adds, G" in page and "hidden-0.25, onnxruntime" in page
+    with pytest.raises(SystemExit, match="leave it out with --sides torch"):
+        pruned.main([*TINY, "--precision", "bf16"])
 
 
 def test_a_segmentation_that_may_stop_is_timed_scored_and_drawn(tmp_path: Path) -> None:
