@@ -18,9 +18,8 @@ import torch
 from conftest import requires_minkowski
 from PIL import Image
 
-from fcmae import pretraining, verify
+from fcmae import verify
 from fcmae.anytime import build_segmenter
-from fcmae.data.index import Images
 from fcmae.data.maps import Classes
 from fcmae.layouts import MakeLayout, Packed, make_layout
 from fcmae.masked import build_fcmae, masked_loss
@@ -302,16 +301,14 @@ def test_the_input_pipeline_is_timed_beside_torchvisions(tmp_path: Path, one_thr
     assert found["stages_ms"]["all"] > 0
 
 
-@requires_minkowski
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="memory is read as Linux tells it")
 def test_a_run_on_made_up_names_is_timed_and_weighed_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
 ) -> None:
-    monkeypatch.setattr(Images, "open", Images.open)  # which it replaces
-    monkeypatch.setattr(pretraining, "masked_loss", masked_loss)
     monkeypatch.setattr(scale, "BATCH", 8)
-    scale.write_names(tmp_path / "names.txt", 100)
-    assert len(set((tmp_path / "names.txt").read_text().split())) == 100
+    scale.write_names(tmp_path, 100)
+    names = (tmp_path / "names.txt").read_text().split()
+    assert len(set(names)) == 100 and len({Path(name).resolve() for name in names}) == 1
     for last in (2, 4):
         found = scale.watched_run(tmp_path, 0, 2, time.time())
         runs.forget_accelerator()
@@ -321,6 +318,7 @@ def test_a_run_on_made_up_names_is_timed_and_weighed_and_goes_on(
         assert max(checkpoint.steps(tmp_path / "run")) == last
 
 
+@requires_minkowski
 def test_the_engines_own_convolution_computes_the_same_in_values_and_gradients() -> None:
     mask = torch.from_numpy(random_mask((2, 3), 4, [(0, i) for i in range(2)]))
     images = torch.randn(2, 4, 6, 3, dtype=torch.float64)
