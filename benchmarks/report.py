@@ -292,6 +292,8 @@ def body(result: Json) -> Iterator[str]:
         yield loaded(found["loaders"]) + "\n"
     for name, part in result.get("parts", {}).items():
         yield f"**{name}**: " + (" ".join(told(part)) or "done.") + "\n"
+        if (command := part.get("command", result["command"])) != result["command"]:
+            yield f"```bash\n{command}\n```\n"
         yield from (text + "\n" for text in gpu_tables(part))
 
 

@@ -443,11 +443,20 @@ def test_a_part_of_the_gpus_that_fails_or_has_no_time_says_so_and_leaves_the_oth
     assert gpu.main(["--out", str(path), *ON_CPU, "--parts", "verify", "kernels"]) == 1
     assert written(path)["parts"]["verify"]["failed"] == "RuntimeError: a kernel was killed"
     assert "triton" in written(path)["parts"]["kernels"]["not_run"]
-    # Another call keeps what the first one found.
+    # Another call keeps what the first one found, and with what; the whole says what the last call was.
+    path.write_text(json.dumps(written(path) | {"note": "by hand"}))
     assert gpu.main(["--out", str(path), *ON_CPU, "--parts", "pretrain", "--minutes", "0.5"]) == 0
     parts = written(path)["parts"]
     assert list(parts) == ["verify", "kernels", "pretrain"]
     assert parts["pretrain"]["skipped"].startswith("it takes about 90 s, and 30 s were left")
+    assert parts["verify"]["command"].endswith("--parts verify kernels")
+    whole = written(path)
+    assert (whole["note"], whole["settings"]["minutes"]) == ("by hand", 0.5)
+    assert whole["command"] == parts["pretrain"]["command"]
+    (tmp_path / "benchmarks").mkdir()
+    path.rename(tmp_path / "benchmarks" / "gpu.json")
+    report.main(["--docs", str(tmp_path)])
+    assert (tmp_path / "benchmarks.md").read_text().count("--parts verify kernels\n```") == 2
     path.write_text(json.dumps({"machine": {"gpu": "another"}, "parts": {}}))
     with pytest.raises(SystemExit, match="is of gpu another"):
         gpu.main(["--out", str(path), *ON_CPU])
