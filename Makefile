@@ -66,6 +66,10 @@ bench: $(READY)
 	$(TIME)/encoder.py --variant convnextv2_tiny --batch 8 --repeats 7 --json $(RESULTS)/encoder-tiny.json
 	$(TIME)/encoder.py --variant convnextv2_base --batch 8 --repeats 5 --json $(RESULTS)/encoder-base.json
 	$(TIME)/encoder.py --ratio 0 --sides packed timm --repeats 9 --json $(RESULTS)/encoder-dense.json
+	$(TIME)/encoder.py --variant container_light --batch 4 --repeats 5 --json $(RESULTS)/container-light.json
+	$(TIME)/encoder.py --variant container --batch 1 --repeats 3 --json $(RESULTS)/container.json
+	$(TIME)/encoder.py --variant container_light --size 448 --batch 1 --repeats 5 --json $(RESULTS)/container-light-448.json
+	$(TIME)/pruned.py --repeats 9 --json $(RESULTS)/pruned.json
 	@$(if $(ENGINE),,echo 'MinkowskiEngine is not installed (make minkowski): the next comparison is without it')
 	$(TIME)/train_step.py --sides packed masked $(ENGINE) timm --repeats 6 --json $(RESULTS)/step.json
 	$(TIME)/train_step.py --ratio 0.02 --sides packed timm-gradients --repeats 9 --json $(RESULTS)/step-dense.json

@@ -43,8 +43,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     images, _, _, info = timing.begin(args, "features of whole images")
     encoder = make_encoder(VARIANTS[args.variant]).eval().requires_grad_(False)
-    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        sides = {name: side(name, encoder, images, Path(folder)) for name in args.sides}
+    with torch.inference_mode():
+        sides = {name: side(name, encoder, images) for name in args.sides}
         seconds = timing.interleaved(sides, args.repeats)
     first = args.sides[0]
     results = {name: timing.summary(found) for name, found in seconds.items()}
@@ -64,20 +64,25 @@ def main(argv: list[str] | None = None) -> None:
     timing.write_json(__file__, argv, args, info, results=results, ratios=ratios)
 
 
-def side(name: str, encoder: StagedEncoder, images: Tensor, folder: Path) -> Callable[[], object]:
+def side(name: str, encoder: StagedEncoder, images: Tensor) -> Callable[[], object]:
     """One pass of the images."""
     if name == "onnxruntime":
-        architecture = Architecture(encoder.spec)
-        state = {f"encoder.{key}": value for key, value in encoder.state_dict().items()}
-        save_weights(folder / "encoder.safetensors", Weights(state, architecture), "fcmae")
-        dest = folder / "encoder.onnx"
-        print(export_onnx(ExportConfig(model=folder / "encoder.safetensors", dest=dest)))
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        session = onnxruntime.InferenceSession(dest, options, providers=["CPUExecutionProvider"])
+        session = session_of(encoder)
         return lambda: session.run(None, {"images": images.numpy()})
     model = torch.compile(encoder, dynamic=False) if name == "compiled" else encoder
     return lambda: model(images).mean((1, 2))
+
+
+def session_of(encoder: StagedEncoder) -> onnxruntime.InferenceSession:
+    """The encoder's features, from the file that `fcmae export` writes."""
+    state = {f"encoder.{key}": value for key, value in encoder.state_dict().items()}
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder:
+        model, dest = Path(folder) / "encoder.safetensors", Path(folder) / "encoder.onnx"
+        save_weights(model, Weights(state, Architecture(encoder.spec)), "fcmae")
+        print(export_onnx(ExportConfig(model=model, dest=dest)))
+        return onnxruntime.InferenceSession(dest, options, providers=["CPUExecutionProvider"])
 
 
 def parser() -> argparse.ArgumentParser:

@@ -99,7 +99,7 @@ class Session:
                 was, now = before["machine"].get(key), self.content["machine"].get(key)
                 if was != now:
                     raise SystemExit(f"--out {args.out} is of {key} {was}, and here it is {now}: give another file")
-            self.content["parts"] = before["parts"]
+            self.content = before | self.content | {"parts": before["parts"]}
 
     def left(self) -> float:
         """Seconds that are left."""
@@ -114,7 +114,8 @@ class Session:
     def do(self, part: Part) -> bool:
         """Run one part, if there is time; whether nothing failed."""
         print(f"\n## {part.name}, {self.left():.0f} s left", flush=True)
-        self.content["parts"].pop(part.name, None)
+        # The command and settings of the whole are those of the last call, and parts may be of another.
+        self.content["parts"][part.name] = {"command": self.content["command"]}
         if self.left() < part.needs_s:
             self.record(
                 part.name, skipped=f"it takes about {part.needs_s:.0f} s, and {max(0, self.left()):.0f} s were left"
@@ -126,7 +127,7 @@ class Session:
         except (Exception, SystemExit) as error:  # whatever it is, the other parts are worth having
             traceback.print_exc()
             self.record(part.name, failed=f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
-        self.record(part.name, seconds=round(time.monotonic() - start, 1), command=self.content["command"])
+        self.record(part.name, seconds=round(time.monotonic() - start, 1))
         free()
         found = self.content["parts"][part.name]
         return "failed" not in found and found.get("ok", True)

@@ -199,6 +199,10 @@ TITLES = {
     "encoder-tiny": "Encoder, tiny",
     "encoder-base": "Encoder, base",
     "encoder-dense": "Encoder, atto, nothing masked",
+    "container-light": "Encoder, CONTAINER-LIGHT",
+    "container": "Encoder, CONTAINER",
+    "container-light-448": "Encoder, CONTAINER-LIGHT, 448 px",
+    "pruned": "Features of atto, whole and pruned",
     "step": "Whole step, atto",
     "step-dense": "Whole step, atto, one patch of 49 masked",
     "finetune": "Fine-tuning step, atto",
@@ -237,6 +241,7 @@ before it: gradients are in it, parameters and AdamW's moments are not.
 | `timm` | timm's dense model on whole images, without a decoder; with AdamW where the step has it |
 | `timm-gradients` | the same without AdamW |
 | `fcmae` | our classifier on whole images, in the fine-tuning step |
+| `whole`, `hidden-K`, `blocks-K` | all, a share K of each block's hidden channels, or K of each stage's blocks |
 """
 
 
@@ -287,11 +292,23 @@ def body(result: Json) -> Iterator[str]:
         yield loaded(found["loaders"]) + "\n"
     for name, part in result.get("parts", {}).items():
         yield f"**{name}**: " + (" ".join(told(part)) or "done.") + "\n"
+        if (command := part.get("command", result["command"])) != result["command"]:
+            yield f"```bash\n{command}\n```\n"
         yield from (text + "\n" for text in gpu_tables(part))
 
 
+# What a side's figures may hold besides its timings: the header, and how it is printed.
+COUNTS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "multiply_adds": ("multiply-adds, G", lambda count: f"{count / 1e9:.3f}"),
+    "parameters": ("parameters, M", lambda count: f"{count / 1e6:.2f}"),
+    "saved_bytes": ("saved for backward, MB", lambda count: f"{count / 1e6:.1f}"),
+    "peak_bytes": ("peak memory, MB", lambda count: f"{count / 1e6:.1f}"),
+}
+
+
 def compared(result: Json) -> str:
-    first = next(iter(result["results"]))
+    first, figures = next(iter(result["results"].items()))
+    counts = {key: COUNTS[key] for key in COUNTS if key in figures}
     rows = []
     for name, side in result["results"].items():
         ratio = result["ratios"][name]
@@ -302,19 +319,10 @@ def compared(result: Json) -> str:
                 "{:.1f} - {:.1f}".format(*(1000 * value for value in side["quartiles_s"])),
                 f"{ratio['time']:.2f}x",
                 "{:.2f} - {:.2f}".format(*ratio["quartiles"]),
-                f"{side['saved_bytes'] / 1e6:.1f}",
-                f"{side['peak_bytes'] / 1e6:.1f}",
+                *(shown(side[key]) for key, (_, shown) in counts.items()),
             ]
         )
-    header = [
-        "",
-        "median, ms",
-        "quartiles",
-        f"time / {first}",
-        "quartiles",
-        "saved for backward, MB",
-        "peak memory, MB",
-    ]
+    header = ["", "median, ms", "quartiles", f"time / {first}", "quartiles", *(title for title, _ in counts.values())]
     return table(header, rows)
 
 

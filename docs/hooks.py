@@ -18,6 +18,7 @@ from mkdocs.structure.pages import Page
 
 from fcmae.cli import COMMANDS
 from fcmae.options import Setting, described
+from fcmae.tables import table
 
 ROOT = Path(__file__).parent.parent
 PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
@@ -43,7 +44,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         markdown = markdown.replace(f"](../{path}", f"]({uri}")
     markdown = re.sub(r"(\]\([\w/]+)\.ipynb\)", r"\1.md)", markdown)
     for name in RUNS:
-        markdown = markdown.replace(f"<!-- settings: {name} -->", table(described(COMMANDS[name][0])))
+        markdown = markdown.replace(f"<!-- settings: {name} -->", of_settings(described(COMMANDS[name][0])))
     return markdown.replace("<!-- commands -->", "\n".join(commands())) if "<!-- commands -->" in markdown else markdown
 
 
@@ -68,19 +69,16 @@ def commands() -> Iterator[str]:
         elif name == "bench":
             known = {row.key for row in described(COMMANDS["pretrain"][0])}
             yield "The settings of [`pretrain`](settings.md#pretrain), and:\n"
-            yield table([row for row in rows if row.key not in known])
+            yield of_settings([row for row in rows if row.key not in known])
         elif rows:
-            yield table(rows)
+            yield of_settings(rows)
 
 
-def table(rows: list[Setting]) -> str:
-    """Settings as a table in Markdown."""
-    lines = ["| setting | value | default | what it is |", "| --- | --- | --- | --- |"]
-    for row in rows:
-        default = f"`{row.default}`" if row.default else ""
-        description = row.description.replace("|", r"\|")
-        lines.append(f"| `{row.key}` | `{row.kind}` | {default} | {description} |")
-    return "\n".join(lines) + "\n"
+def of_settings(rows: list[Setting]) -> str:
+    """Settings as a table."""
+    cells = [(row.key, row.kind, row.default, row.description.replace("|", r"\|")) for row in rows]
+    lines = [[*(f"`{value}`" if value else "" for value in values), words] for *values, words in cells]
+    return table(["setting", "value", "default", "what it is"], lines, left=4) + "\n"
 
 
 def as_markdown(path: Path) -> tuple[str, dict[str, bytes]]:

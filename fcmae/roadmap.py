@@ -39,9 +39,13 @@ class Found(TypedDict):
     """What is read of the study's file.
 
     Attributes:
+        regime: whose steps were trained.
+        data: what they were trained on.
         scores: of its finished runs.
     """
 
+    regime: str
+    data: str
     scores: Annotated[list[Score], Field(min_length=1)]
 
 
@@ -85,12 +89,11 @@ def listing(regime: str, ours: Path | None = None) -> str:
     Raises:
         ValueError: if there is no such file, or it is none of the study's.
     """
-    found = {} if ours is None else measured(ours)
     header = ["variant", "what changes", "GMACs", "params, M", "published, %"]
-    rows = list(_rows(regime, found))
-    if ours is not None:
-        return table([*header, "ours, %"], rows, left=2)
-    return table(header, [row[:-1] for row in rows], left=2)
+    if ours is None:
+        return table(header, [row[:-1] for row in _rows(regime, {})], left=2)
+    found = read_study(ours)
+    return table([*header, f"{found['regime']}, {found['data']}: %"], _rows(regime, scores_of(found)), left=2)
 
 
 def _rows(regime: str, found: dict[str, list[float]]) -> Iterator[list[str]]:
@@ -112,8 +115,8 @@ def percent(values: list[float]) -> str:
     return f"{100 * mean:.1f}" + ("" if interval is None else " [{:.1f}, {:.1f}]".format(*(100 * e for e in interval)))
 
 
-def measured(path: Path) -> dict[str, list[float]]:
-    """The accuracies of the study's runs, by step.
+def read_study(path: Path) -> Found:
+    """What the study found.
 
     Args:
         path: the file that `studies/roadmap.py` writes.
@@ -127,6 +130,15 @@ def measured(path: Path) -> dict[str, list[float]]:
     found: Found | None = read_json(path, FOUND, "give the JSON file that studies/roadmap.py writes", problems)
     if found is None:
         raise ValueError(f"ours: {problems[0]}")
+    return found
+
+
+def scores_of(found: Found) -> dict[str, list[float]]:
+    """The accuracies of the study's runs, by step.
+
+    Args:
+        found: by the study.
+    """
     scores: dict[str, list[float]] = {}
     for score in found["scores"]:
         scores.setdefault(score["step"], []).append(score["top1"])

@@ -1,14 +1,19 @@
 """CONTAINER-LIGHT against ConvNeXt V2 at equal compute on small images: from scratch, and after masked pretraining.
 
     python studies/container.py SHARDS --out runs/container                 # a GPU with 16 cores
-    python studies/container.py SHARDS --out runs/container --at-once 1     # 2 cores: days
+    python studies/container.py SHARDS --out runs/container --side 32 --epochs 30 --full-epochs 10 --seeds 3 --at-once 2
     python studies/container.py SHARDS --out runs/container --list          # the commands, without running them
 
 SHARDS: the folder of tiny20's shards (see studies/sets.py). Both networks are scaled down to as many multiply-adds
 on 64 x 64 pixels, to 2 %, and go through `pretrain_small_images` and `finetune_small_images`, which were made for the
 ConvNeXt: so the rates of both are compared first, on training images that are held out. The test images are evaluated
 once, at the last step. What is finished is not done again, and what was cut off resumes. What is found is in
-OUT/container.json.
+OUT/container.json, and with `--docs DIR` there too and at the end of DIR/container.md.
+
+The second line is an evening of 2 cores. Of 32 pixels, 4 x 4 patches, these networks are fine-tuned on some 800 images
+a second and pretrained on 520 (reckoned from 64 pixels, where they take four times as long). Pretraining is 2 x 30 x
+10,000 views, 20 minutes; 8 trials and 12 runs of 60 x 1,000 images and 12 of 10 x 10,000 are 2.4 million, 50 minutes;
+starting 34 commands takes 6.
 """
 
 from __future__ import annotations
@@ -19,7 +24,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from study import FCMAE, Job, add_arguments, chosen, facts, last_scores, paired, prepare_tiny20, schedule
+from study import (
+    FCMAE,
+    Job,
+    add_arguments,
+    chosen,
+    facts,
+    last_scores,
+    machine,
+    paired,
+    prepare_tiny20,
+    schedule,
+    write_section,
+)
 
 from fcmae.atomic import write_text
 from fcmae.evaluation.paired import cells
@@ -44,11 +61,13 @@ NETWORKS: dict[str, tuple[str, NetworkSpec]] = {
 RATES = {"scratch": ("4e-3", "8e-3"), "pretrained": ("2e-3", "4e-3")}  # that are tried of each network
 CHOSEN = {"scratch": "8e-3", "pretrained": "4e-3"}  # --scratch-lr and --pretrained-lr give CONTAINER-LIGHT another
 DECAY = {"scratch": "1", "pretrained": "0.9"}
-EPOCHS = {10: (), 100: ("--epochs=20", "--optim.warmup_epochs=2.5")}  # by per cent of the labels
+HEADING = "## Compared"
 COLUMNS = ("labels", "network and start", "seeds", "top-1, %", "against ConvNeXt V2, of each seed", "")
 
 
-def jobs(out: Path, epochs: float, seeds: int, rates: dict[str, str]) -> Iterator[Job]:
+def jobs(
+    out: Path, epochs: float, seeds: int, rates: dict[str, str], full_epochs: float = 20, side: int = 64
+) -> Iterator[Job]:
     """All commands.
 
     Args:
@@ -56,6 +75,8 @@ def jobs(out: Path, epochs: float, seeds: int, rates: dict[str, str]) -> Iterato
         epochs: of pretraining.
         seeds: draws of the labels, with each share of them.
         rates: of fine-tuning CONTAINER-LIGHT, from scratch and pretrained.
+        full_epochs: of fine-tuning with all labels.
+        side: of the images, in pixels.
     """
 
     def variant(network: str) -> tuple[str, ...]:
@@ -64,21 +85,23 @@ def jobs(out: Path, epochs: float, seeds: int, rates: dict[str, str]) -> Iterato
 
     def finetune(name: str, network: str, start: str, rate: str, paths: tuple[str, ...], *words: str) -> Job:
         command = (*FCMAE, "finetune", "--config=finetune_small_images", *paths)
-        more = (f"--out={out}/runs/{name}", f"--optim.base_lr={rate}", f"--optim.layer_decay={DECAY[start]}", *words)
+        more = (f"--out={out}/runs/{name}", f"--optim.base_lr={rate}", f"--optim.layer_decay={DECAY[start]}", size)
         if start == "scratch":
-            return Job(name, (*command, *variant(network), *more))
-        return Job(name, (*command, *variant(network), f"--init={out}/runs/{network}", *more), (network,))
+            return Job(name, (*command, *variant(network), *more, *words))
+        return Job(name, (*command, *variant(network), f"--init={out}/runs/{network}", *more, *words), (network,))
 
+    size = f"--data.image_size={side}"
     for network in NETWORKS:
         words = ("pretrain", "--config=pretrain_small_images", f"--data.path={out}/tiny20/unlabeled.txt")
-        more = (f"--epochs={epochs:g}", "--data.val_share=0", f"--out={out}/runs/{network}", *variant(network))
+        more = (f"--epochs={epochs:g}", "--data.val_share=0", f"--out={out}/runs/{network}", size, *variant(network))
         yield Job(network, (*FCMAE, *words, *more))
     for network in NETWORKS:
         for start, tried in RATES.items():
             for rate in tried:
                 paths = (f"--data.path={out}/tune-10-0.csv", f"--data.val_path={out}/tune-test-10-0.csv")
                 yield finetune(f"tune-{network}-{start}-{rate}", network, start, rate, paths)
-    for percent, flags in EPOCHS.items():
+    whole = (f"--epochs={full_epochs:g}", f"--optim.warmup_epochs={full_epochs / 8:g}")
+    for percent, flags in ((10, ()), (100, whole)):
         for seed in range(seeds):
             paths = (f"--data.path={out}/train-{percent}-{seed}.csv", f"--data.val_path={out}/test.csv")
             for network in NETWORKS:
@@ -88,13 +111,15 @@ def jobs(out: Path, epochs: float, seeds: int, rates: dict[str, str]) -> Iterato
                     yield finetune(name, network, start, rate, paths, f"--seed={seed}", *flags)
 
 
-def collect(out: Path, wanted: list[Job], epochs: float) -> dict[str, Any]:
+def collect(out: Path, wanted: list[Job], epochs: float, full_epochs: float, side: int) -> dict[str, Any]:
     """What the finished runs have found, and where."""
     found = {name: line["top1"] for name, line in last_scores(out, wanted, "top1").items()}
     parts = {name: name.split("-") for name in found if not name.startswith("tune-")}
     return {
         **facts(out, wanted),
         "epochs": epochs,
+        "full_epochs": full_epochs,
+        "side": side,
         "tried": {name.removeprefix("tune-"): value for name, value in found.items() if name.startswith("tune-")},
         "scores": [
             {"network": network, "start": start, "percent": int(percent), "seed": int(seed), "top1": found[name]}
@@ -114,24 +139,46 @@ def result(found: dict[str, Any]) -> str:
     return table(COLUMNS, map(cells, paired(scores, against)), left=2)
 
 
+def section(found: dict[str, Any]) -> str:
+    """The study's part of the page."""
+    tried = [[name, f"{100 * value:.1f}"] for name, value in found["tried"].items()]
+    return f"""{result(found)}
+
+A scaled-down CONTAINER-LIGHT and a ConvNeXt V2 of as many multiply-adds, to 2 %, on tiny20 at {found["side"]} pixels,
+1,000 photographs to test on. Fine-tuned by `finetune_small_images`, with all labels for
+{found["full_epochs"]:g} epochs; pretrained by `pretrain_small_images` for {found["epochs"]:g}, once. A seed draws the
+same labels for both networks; brackets are 95 % intervals of the mean over seeds (Student's t). {machine(found)}.
+Written by `studies/container.py` from `docs/container.json`.
+
+Rates that were compared, on training images that were held out, one run each:
+
+{table(("", "top-1, %"), tried)}
+"""
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shards", type=Path, metavar="SHARDS", help="the folder of tiny20's shards")
     parser.add_argument("--epochs", type=float, default=60, help="of pretraining, each of 10,000 views [60]")
     parser.add_argument("--seeds", type=int, default=5, help="draws of the labels [5]")
+    parser.add_argument("--full-epochs", type=float, default=20, help="of fine-tuning with all labels [20]")
+    parser.add_argument("--side", type=int, default=64, help="of the images, in pixels, a multiple of 8 [64]")
     for start, rate in CHOSEN.items():
         parser.add_argument(f"--{start}-lr", default=rate, help=f"base_lr of CONTAINER-LIGHT, {start} [{rate}]")
-    add_arguments(parser, "runs/container", at_once=12)
+    add_arguments(parser, "runs/container", at_once=12, has_page=True)
     args = parser.parse_args(argv)
     out = args.out.absolute()
     rates = {"scratch": args.scratch_lr, "pretrained": args.pretrained_lr}
-    every = list(jobs(out, args.epochs, args.seeds, rates))
+    every = list(jobs(out, args.epochs, args.seeds, rates, args.full_epochs, args.side))
     wanted = chosen(args, every)
-    prepare_tiny20(args.shards, out, dict.fromkeys(EPOCHS, args.seeds))
+    prepare_tiny20(args.shards, out, dict.fromkeys((10, 100), args.seeds))
     schedule(wanted, out, args.at_once, None if args.at_once == 1 else 1)
-    found = collect(out, every, args.epochs)
-    write_text(out / "container.json", json.dumps(found, indent=1) + "\n")
+    found = collect(out, every, args.epochs, args.full_epochs, args.side)
     print("\n" + result(found))
+    for folder in filter(None, (out, args.docs)):
+        write_text(folder / "container.json", json.dumps(found, indent=1) + "\n")
+    if args.docs:
+        write_section(args.docs, "container", HEADING, section)
 
 
 if __name__ == "__main__":

@@ -27,14 +27,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from study import STUDIES, Job, schedule, shown
-
 from fcmae import threads
 
 threads.prepare()  # as the commands do, before torch is loaded
 
 import torch
 import torch.nn.functional as F
+from study import STUDIES, Job, schedule, shown
 from torch import Tensor, nn
 
 from fcmae import segmenting, starting

@@ -1,7 +1,7 @@
 """Is a pruned network worth more than the same shape trained otherwise (arXiv 1810.05270)? Of ConvNeXt V2, on tiny20.
 
     python studies/pruning.py run SHARDS --out runs/pruning                 # a GPU with many cores
-    python studies/pruning.py run SHARDS --out runs/pruning --at-once 1     # 2 cores
+    python studies/pruning.py run SHARDS --out runs/pruning --side 32 --epochs 40 --pretraining 30 --seeds 3 --at-once 2
     python studies/pruning.py run SHARDS --out runs/pruning --list          # the commands, without running them
     python studies/pruning.py ticket LARGE PRUNED DEST                      # what LARGE began with, cut as PRUNED is
 
@@ -25,7 +25,12 @@ The paper's short schedule is a quarter of the epochs at the rate that its steps
 takes a tenth of the peak. After pretraining, the ticket is the pretrained encoder. What pruned costs before, the
 training of the large one, is not counted against it in E and B, as in the paper. The test images are evaluated once, at
 the last step: they choose nothing. What is finished is not done again, and what was cut off resumes. What is found is
-in OUT/pruning.json, and as a page in OUT/pruning.md. The whole was not run yet.
+in OUT/pruning.json, and with `--docs DIR` there too and at the end of DIR/pruning.md. The whole was not run yet.
+
+The second line is an evening of 2 cores. Of 32 pixels the large network is fine-tuned on some 800 images a second and
+pretrained on 520 (reckoned from 64 pixels, where it takes four times as long). The pretrainings are 3 x 30 x 10,000
+views of it, or as much of smaller ones, 30 minutes; a draw of the labels 15 x 40 x 1,000 images, so three 1.8 million,
+40 minutes; starting the 113 commands takes 15.
 """
 
 from __future__ import annotations
@@ -48,9 +53,11 @@ from study import (
     facts,
     is_done,
     last_scores,
+    machine,
     paired,
     prepare_tiny20,
     schedule,
+    write_section,
 )
 
 from fcmae import finetuning
@@ -66,7 +73,6 @@ from fcmae.tables import table
 from fcmae.weights.files import Weights, read_weights, save_weights
 
 LARGE = ConvNeXtSpec(depths=(2, 2, 6), dims=(40, 80, 160), stem_stride=2)  # that of the two configurations
-SIDE = 64  # of the images
 STARTS = ("scratch", "pretrained")
 RATES = {
     "scratch": (8e-3, 1.0),
@@ -87,6 +93,7 @@ ARMS: dict[str, tuple[str, str | None]] = {
     "scratch, low": ("scratch-low", "scratch, E"),
     "ticket, low": ("{start}-lottery-low", "scratch, low"),
 }
+HEADING = "## Is it worth it?"
 COLUMNS = ("large and what stays", "small", "seeds", "top-1, %", "difference of each seed", "", "to")
 
 
@@ -107,24 +114,28 @@ class Shape(NamedTuple):
     @property
     def factor(self) -> float:
         """How many times the multiply-adds of the small network the large one takes."""
-        large, small = (multiply_adds(Encoder(spec).eval(), (SIDE, SIDE)) for spec in (LARGE, self.spec))
+        large, small = (multiply_adds(Encoder(spec).eval(), (32, 32)) for spec in (LARGE, self.spec))
         return large / small
 
 
 class Budget(NamedTuple):
-    """epochs: E, of fine-tuning. pretraining: epochs of the large network's. percent: of the labels."""
+    """What is spent.
+
+    epochs: E, of fine-tuning. pretraining: epochs of the large network's. percent: of the labels. side: in pixels.
+    """
 
     epochs: float
     pretraining: float
     percent: int
     seeds: int
+    side: int = 64
 
 
 def jobs(out: Path, budget: Budget, shapes: Sequence[Shape]) -> Iterator[Job]:
     """All commands, in an order in which each finds what it needs."""
-    yield pretrain(out, "large", LARGE, budget.pretraining)
+    yield pretrain(out, "large", LARGE, budget)
     for shape in shapes:
-        yield pretrain(out, f"small-{shape.name}", shape.spec, budget.pretraining * shape.factor)
+        yield pretrain(out, f"small-{shape.name}", shape.spec, budget, shape.factor)
         yield prune(out, shape, f"early-{shape.name}", "large", out / "runs" / "large")
     for seed in range(budget.seeds):
         for start in STARTS:
@@ -172,8 +183,10 @@ def prune(out: Path, shape: Shape, name: str, needs: str, whole: Path) -> Job:
     return Job(name, (*FCMAE, *words, *flags), (needs,))
 
 
-def pretrain(out: Path, name: str, spec: ConvNeXtSpec, epochs: float) -> Job:
+def pretrain(out: Path, name: str, spec: ConvNeXtSpec, budget: Budget, factor: float = 1) -> Job:
+    epochs = budget.pretraining * factor
     flags = {
+        "data.image_size": budget.side,
         "data.path": out / "tiny20" / "unlabeled.txt",
         "data.val_share": 0,
         "model.variant": numbers(spec),
@@ -190,6 +203,7 @@ def finetune(
     flags = {
         "data.path": out / f"train-{budget.percent}-{seed}.csv",
         "data.val_path": out / "test.csv",
+        "data.image_size": budget.side,
         "seed": seed,
         "model.variant": numbers(spec),
         "epochs": f"{budget.epochs:.4g}",
@@ -287,18 +301,16 @@ def rows(found: dict[str, Any]) -> list[list[str]]:
     return lines
 
 
-def page(found: dict[str, Any]) -> str:
-    """What was found, as Markdown."""
-    budget, machine = found["budget"], ", ".join(f"{key} {value}" for key, value in found["machine"].items())
+def section(found: dict[str, Any]) -> str:
+    """The study's part of the page."""
+    budget = found["budget"]
     factors = ", ".join(f"{name} {1 / factor:.2f}" for name, factor in found["factors"].items())
-    return f"""# Pruned, or trained small
+    return f"""{table(COLUMNS, rows(found), left=2)}
 
-Written by `studies/pruning.py`, which says what each arm is. tiny20, {budget["percent"]} % of the labels; brackets are
-95 % intervals of the mean over seeds (Student's t); a seed draws the same labels for every arm. E is
-{budget["epochs"]:g} epochs; the large network was pretrained for {budget["pretraining"]:g}, once. Multiply-adds of what
-stays, of the large one's: {factors}. {machine}.
-
-{table(COLUMNS, rows(found), left=2)}
+Written by `studies/pruning.py`, which says what each arm is, from `docs/pruning.json`. tiny20 at {budget["side"]}
+pixels, {budget["percent"]} % of the labels; brackets are 95 % intervals of the mean over seeds (Student's t); a seed
+draws the same labels for every arm. E is {budget["epochs"]:g} epochs; the large network was pretrained for
+{budget["pretraining"]:g}, once. Multiply-adds of what stays, of the large one's: {factors}. {machine(found)}.
 """
 
 
@@ -307,11 +319,12 @@ def main(argv: list[str] | None = None) -> None:
     verbs = parser.add_subparsers(dest="verb", required=True)
     run = verbs.add_parser("run", help="the study")
     run.add_argument("shards", type=Path, metavar="SHARDS", help="the folder of tiny20's shards")
-    add_arguments(run, "runs/pruning", at_once=8)
+    add_arguments(run, "runs/pruning", at_once=8, has_page=True)
     run.add_argument("--epochs", type=float, default=60, help="of fine-tuning, E [60]")
     run.add_argument("--pretraining", type=float, default=60, help="epochs of the large network's [60]")
     run.add_argument("--percent", type=int, default=10, help="share of the labels [10]")
     run.add_argument("--seeds", type=int, default=5, help="draws of the labels [5]")
+    run.add_argument("--side", type=int, default=64, help="of the images, in pixels, a multiple of 8 [64]")
     run.add_argument("--what", nargs="+", choices=get_args(What), default=list(get_args(What)), help="[both]")
     run.add_argument("--keep", nargs="+", type=float, default=[0.5], help="shares that stay [0.5]")
     one = verbs.add_parser("ticket", help="what a fine-tuning began with, in the shape of a pruned network")
@@ -321,7 +334,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.verb == "ticket":
         ticket(args.run, args.pruned, args.dest)
         return
-    out, budget = args.out.absolute(), Budget(args.epochs, args.pretraining, args.percent, args.seeds)
+    out, budget = args.out.absolute(), Budget(args.epochs, args.pretraining, args.percent, args.seeds, args.side)
     shapes = [Shape(what, keep) for what in args.what for keep in args.keep]
     every = list(jobs(out, budget, shapes))
     wanted = chosen(args, every)
@@ -331,9 +344,11 @@ def main(argv: list[str] | None = None) -> None:
     prepare_tiny20(args.shards, out, {budget.percent: budget.seeds})
     schedule(wanted, out, args.at_once, None if args.at_once == 1 else 1)
     found = collect(out, every, budget, shapes)
-    write_text(out / "pruning.json", json.dumps(found, indent=1) + "\n")
-    write_text(out / "pruning.md", page(found))
     print("\n" + table(COLUMNS, rows(found), left=2))
+    for folder in filter(None, (out, args.docs)):
+        write_text(folder / "pruning.json", json.dumps(found, indent=1) + "\n")
+    if args.docs:
+        write_section(args.docs, "pruning", HEADING, section)
 
 
 if __name__ == "__main__":

@@ -2,15 +2,15 @@
 
     python studies/results.py
 
-The page is a function of these files, and of docs/results/SCALE.md, our reading of the numbers. What was not run is not
-shown.
+The page is a function of these files, and of docs/results/SCALE.md, our reading of the numbers; and of the pages of the
+other networks, whose studies write their ends. What was not run is not shown.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from study import CONTROLS, K, half_width, of_probe, percent_of, save
 
 from fcmae.evaluation.paired import tell
 from fcmae.evaluation.probes import mean_and_interval
+from fcmae.tables import table
 
 DOCS = Path(__file__).parents[1] / "docs"
 Json = dict[str, Any]
@@ -36,11 +37,6 @@ def number(values: Sequence[float]) -> str:
 def seeds_of(scores: Json, prefix: str) -> dict[int, Json]:
     """Scores by seed of the runs named PREFIX-SEED."""
     return {int(name.rpartition("-")[2]): found for name, found in scores.items() if name.rpartition("-")[0] == prefix}
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [list(header), ["---"] + ["---:"] * (len(header) - 1), *map(list, rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def budgets(results: Json) -> Iterator[str]:
@@ -298,7 +294,7 @@ def page(found: Mapping[str, Json], folder: Path) -> str:
         for title, text, tables in SECTIONS:
             shown = list(tables(results))
             if shown:
-                parts += [f"### {title}\n", text + "\n", *shown]
+                parts += [f"### {title}\n", text + "\n", *(f"{each}\n" for each in shown)]
                 parts += [
                     figures[key]
                     for key, at in (("loss", losses), ("distance", distances))
@@ -310,13 +306,24 @@ def page(found: Mapping[str, Json], folder: Path) -> str:
     return "\n".join(parts)
 
 
+def others(docs: Path) -> str:
+    """The last sections of the pages of the other networks, as far as their studies have been run."""
+    parts = []
+    for name, title in (("roadmap", "From ResNet to ConvNeXt"), ("container", "CONTAINER"), ("pruning", "Pruning")):
+        if (docs / f"{name}.json").exists():
+            _, _, section = (docs / f"{name}.md").read_text().rpartition("\n## ")
+            heading, _, text = section.partition("\n")
+            parts.append(f"### [{title}]({name}.md): {heading}\n{text}")
+    return "\n".join(["\n## Other networks\n", *parts]) if parts else ""
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--docs", type=Path, default=DOCS, help="the folder docs")
     args = parser.parse_args(argv)
     folder: Path = args.docs / "results"
     found = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
-    (args.docs / "results.md").write_text(page(found, folder))
+    (args.docs / "results.md").write_text(page(found, folder) + others(args.docs))
     print(args.docs / "results.md")
 
 

@@ -1,35 +1,49 @@
 """What does each step from ResNet to ConvNeXt give on small images, and what did it give where it was published?
 
     python studies/roadmap.py SHARDS --out runs/roadmap                      # a GPU with many cores
-    python studies/roadmap.py SHARDS --out runs/roadmap --percent 10 --epochs 60 --at-once 1     # 2 cores
+    python studies/roadmap.py SHARDS --out runs/roadmap --side 48 --percent 10 --epochs 40 --seeds 3 --at-once 2
     python studies/roadmap.py SHARDS --out runs/roadmap --list               # the commands, without running them
 
 SHARDS: the folder of tiny20's shards (see studies/sets.py). The steps are those of `fcmae roadmap roadmap-small`,
 a third of the published depth and a quarter of the width, each trained from scratch by the published recipe
 (`finetune_roadmap`) with a batch and a rate for fewer images. A seed has the same images, order and augmentation at
-every step. The rates are compared on training images that are held out, for the first step and the last: the better
-one on average is for --rate. The test images are evaluated once, at the last epoch. What is finished is not done again,
-and what was cut off resumes. Before the runs a step of training is timed for all networks in turn: let nothing else run
-beside. What is found is in OUT/roadmap.json, and with `--docs` there too, and in its page.
+every step. The rates are compared on a tenth of the training images, for the first step and the last: the better one on
+average is for --rate. The test images are evaluated once, at the last epoch. What is finished is not done again, and
+what was cut off resumes. Before the runs a step of training is timed for all networks in turn: let nothing else run
+beside. What is found is in OUT/roadmap.json, and with `--docs DIR` there too and at the end of DIR/roadmap.md.
+
+The second line is an evening of 2 cores: 54 runs of 40 x 1,000 images of 48 pixels are 2.2 million. At some 1.7 ms each
+(reckoned, not measured) that is an hour, and starting 54 commands ten minutes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import subprocess
-import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fcmae import threads
+
+threads.prepare()  # as the commands do, before torch is loaded
+
 import torch
 import torch.nn.functional as F
-from sets import few, folder_rows, write_csv
-from study import STUDIES, Job, last_scores, save, schedule, shown
+from study import (
+    FCMAE,
+    Job,
+    add_arguments,
+    chosen,
+    facts,
+    last_scores,
+    machine,
+    prepare_tiny20,
+    save,
+    schedule,
+    write_section,
+)
 
 from fcmae.atomic import write_text
 from fcmae.evaluation.paired import tell
@@ -41,7 +55,7 @@ from fcmae.roadmap import cost, percent
 from fcmae.tables import table
 from fcmae.timing import in_turn, quartiles
 
-REGIME, SIDE, STRIDE, CLASSES = "roadmap-small", 64, 2, 20
+REGIME, STRIDE, CLASSES = "roadmap-small", 2, 20
 THERE = REGIMES["roadmap"].published
 STEPS = road(REGIMES[REGIME])
 RATES = ("1e-3", "2e-3", "4e-3")
@@ -52,14 +66,14 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def jobs(out: Path, percent: int, epochs: float, seeds: int, rate: str) -> Iterator[Job]:
+def jobs(out: Path, percent: int, epochs: float, seeds: int, rate: str, side: int = 64) -> Iterator[Job]:
     """All commands, the comparison of rates first."""
 
     def train(name: str, step: str, rate: str, data: str, test: str, seed: int) -> Job:
         flags = {
             "data.path": f"{out}/{data}",
             "data.val_path": f"{out}/{test}",
-            "data.image_size": SIDE,
+            "data.image_size": side,
             "data.crop_pct": 1,
             "data.crop_scale": "0.35,1",
             "model.variant": f"{REGIME}/{step}",
@@ -74,36 +88,21 @@ def jobs(out: Path, percent: int, epochs: float, seeds: int, rate: str) -> Itera
             "out": f"{out}/runs/{name}",
         }
         words = ("finetune", "--config=finetune_roadmap", *(f"--{key}={value}" for key, value in flags.items()))
-        return Job(name, (sys.executable, "-m", "fcmae.cli", *words))
+        return Job(name, (*FCMAE, *words))
 
     for step in (STEPS[0].name, STEPS[-1].name):
         for tried in RATES:
-            yield train(f"tune-{step}-{tried}", step, tried, "tune.csv", "tune-test.csv", 0)
+            yield train(f"tune-{step}-{tried}", step, tried, f"tune-{percent}-0.csv", f"tune-test-{percent}-0.csv", 0)
     for seed in range(seeds):
         for each in STEPS:
-            data = f"train-{percent}-{0 if percent == 100 else seed}.csv"
-            yield train(f"{each.name}-{seed}", each.name, rate, data, "test.csv", seed)
+            yield train(f"{each.name}-{seed}", each.name, rate, f"train-{percent}-{seed}.csv", "test.csv", seed)
 
 
-def prepare(shards: Path, out: Path, percent: int, seeds: int) -> None:
-    """The images, and which of them are learnt from; those of the trials are a part of them, and none is tested on."""
-    command = [sys.executable, str(STUDIES / "sets.py"), "tiny20", str(shards), str(out / "tiny20")]
-    subprocess.run(command, check=True)
-    rows = folder_rows(out / "tiny20" / "train")
-    write_csv(out / "test.csv", folder_rows(out / "tiny20" / "val"))
-    for seed in range(1 if percent == 100 else seeds):
-        write_csv(out / f"train-{percent}-{seed}.csv", few(rows, percent / 100, seed))
-    held_out = few(rows, 0.1, 100)
-    left = [row for row in rows if row not in set(held_out)]
-    write_csv(out / "tune.csv", few(left, percent / 100, 101))
-    write_csv(out / "tune-test.csv", held_out)
-
-
-def measure(repeats: int, batch: int = 32) -> dict[str, list[float]]:
+def measure(repeats: int, side: int = 64, batch: int = 32) -> dict[str, list[float]]:
     """Milliseconds an image of a step of training, all networks in turn: first quartile, median and third."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     assert device is not None
-    images, target = torch.randn(batch, 3, SIDE, SIDE, device=device), torch.arange(batch, device=device) % CLASSES
+    images, target = torch.randn(batch, 3, side, side, device=device), torch.arange(batch, device=device) % CLASSES
 
     def step(model: Classifier) -> None:
         model.zero_grad()
@@ -117,18 +116,17 @@ def measure(repeats: int, batch: int = 32) -> dict[str, list[float]]:
     return {name: [1000 * value / batch for value in quartiles(values)] for name, values in times.items()}
 
 
-def collect(out: Path, wanted: list[Job], percent: int, epochs: float) -> dict[str, Any]:
+def collect(out: Path, wanted: list[Job], percent: int, epochs: float, side: int) -> dict[str, Any]:
     """What the finished runs have found, and where."""
-    done = [job for job in wanted if (out / "jobs" / f"{job.name}.json").exists()]
-    found = {name: scores["top1"] for name, scores in last_scores(out, done, "top1").items()}
+    found = {name: scores["top1"] for name, scores in last_scores(out, wanted, "top1").items()}
     runs = {name: name.rpartition("-") for name in found if not name.startswith("tune-")}
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return {
-        "machine": {"gpu": gpu, "cores": os.cpu_count(), "cpu": platform.machine(), "torch": torch.__version__},
+        **facts(out, wanted),
+        "regime": REGIME,
+        "data": f"tiny20, {side} px, {percent} % of the labels",
         "percent": percent,
         "epochs": epochs,
-        "commands": {job.name: shown(job, out) for job in done},
-        "seconds": {job.name: json.loads((out / "jobs" / f"{job.name}.json").read_text())["seconds"] for job in done},
+        "side": side,
         "ms_per_image": json.loads((out / "time.json").read_text()),
         "tried": {name.removeprefix("tune-"): value for name, value in found.items() if name.startswith("tune-")},
         "scores": [{"step": step, "seed": int(seed), "top1": found[name]} for name, (step, _, seed) in runs.items()],
@@ -155,7 +153,7 @@ def rows(found: dict[str, Any]) -> Iterator[list[str]]:
     given = gains(found)
     for step in STEPS:
         values = [score["top1"] for score in found["scores"] if score["step"] == step.name]
-        macs = cost(step.spec.model_copy(update={"stem_stride": STRIDE}), SIDE, CLASSES).multiply_adds
+        macs = cost(step.spec.model_copy(update={"stem_stride": STRIDE}), found["side"], CLASSES).multiply_adds
         there, differences = gain_there(step.name, step.of), given[step.name]
         yield [
             step.name,
@@ -206,30 +204,22 @@ def draw(found: dict[str, Any], path: Path) -> None:
     save(figure, path)
 
 
-def section(found: dict[str, Any], words: str) -> str:
-    """The study's part of the page.
-
-    words: what we read in the numbers.
-    """
-    machine = ", ".join(f"{key} {value}" for key, value in found["machine"].items())
+def section(found: dict[str, Any]) -> str:
+    """The study's part of the page."""
     tried = [[name, f"{100 * value:.1f}"] for name, value in found["tried"].items()]
     example = [found["commands"][name] for name in ("resnet-0", "downsampling-0") if name in found["commands"]]
-    return f"""{HEADING}
-
-{words.strip()}
-
-![Gains of the steps](roadmap.svg)
+    return f"""![Gains of the steps](roadmap.svg)
 
 {table(COLUMNS, rows(found), left=2)}
 
-There: ImageNet-1k at 224 pixels, as published. Here: `{REGIME}` on tiny20, 20 classes of Tiny ImageNet at {SIDE}
-pixels, {found["percent"]} % of 10,000 labelled photographs, 1,000 others to test on, {found["epochs"]:g} epochs by the
-published recipe; {machine}. A gain is over the step that it changes, of each seed with the same images, order and
-augmentation; brackets are 95 % intervals of the mean (Student's t). There are {len(STEPS) - 1} of them: one in twenty
-misses by chance. Multiply-adds are of one image; times of a step of training, all networks in turn, the median.
-Written by `studies/roadmap.py` from `docs/roadmap.json`.
+There: ImageNet-1k at 224 pixels, as published. Here: `{REGIME}` on tiny20, 20 classes of Tiny ImageNet at
+{found["side"]} pixels, {found["percent"]} % of 10,000 labelled photographs, 1,000 others to test on,
+{found["epochs"]:g} epochs by the published recipe; {machine(found)}. A gain is over the step that it changes, of each
+seed with the same images, order and augmentation; brackets are 95 % intervals of the mean (Student's t). There are
+{len(STEPS) - 1} of them: one in twenty misses by chance. Multiply-adds are of one image; times of a step of training,
+all networks in turn, the median. Written by `studies/roadmap.py` from `docs/roadmap.json`.
 
-Rates that were compared, on training images that were held out, one run each:
+Rates that were compared, on a tenth of the training images, one run each:
 
 {table(("", "top-1, %"), tried)}
 
@@ -241,43 +231,33 @@ Rates that were compared, on training images that were held out, one run each:
 
 def write_page(docs: Path) -> None:
     """The end of docs/roadmap.md and its figure, of docs/roadmap.json and the words in docs/results/roadmap.md."""
-    found, words = json.loads((docs / "roadmap.json").read_text()), docs / "results" / "roadmap.md"
-    draw(found, docs / "roadmap.svg")
-    head = (docs / "roadmap.md").read_text().partition(HEADING)[0]
-    write_text(docs / "roadmap.md", head + section(found, words.read_text() if words.is_file() else ""))
+    write_section(docs, "roadmap", HEADING, section)
+    draw(json.loads((docs / "roadmap.json").read_text()), docs / "roadmap.svg")
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shards", type=Path, metavar="SHARDS", help="the folder of tiny20's shards")
-    parser.add_argument("--out", type=Path, default=Path("runs/roadmap"), help="where to write [runs/roadmap]")
+    parser.add_argument("--side", type=int, default=64, help="of the images, in pixels, a multiple of 16 [64]")
     parser.add_argument("--percent", type=int, default=100, help="of the labels [100]")
     parser.add_argument("--epochs", type=float, default=100, help="of training [100]")
     parser.add_argument("--seeds", type=int, default=5, help="runs of each step [5]")
     parser.add_argument("--rate", default=RATES[1], help=f"base_lr of all steps, for 256 images [{RATES[1]}]")
     parser.add_argument("--repeats", type=int, default=20, help="turns that are timed [20]")
-    parser.add_argument("--at-once", type=int, default=8, help="commands at a time, each of one thread [8]")
-    parser.add_argument("--only", nargs="*", default=[""], metavar="PREFIX", help="jobs whose names begin so")
-    parser.add_argument("--docs", type=Path, help="the folder in which to write the page and its JSON")
-    parser.add_argument("--list", action="store_true", help="print the commands and stop")
+    add_arguments(parser, "runs/roadmap", at_once=8, has_page=True)
     args = parser.parse_args(argv)
     out = args.out.absolute()
-    every = list(jobs(out, args.percent, args.epochs, args.seeds, args.rate))
-    wanted = [job for job in every if job.name.startswith(tuple(args.only))]
-    if args.list:
-        for job in wanted:
-            print(f"# {job.name}\n{shown(job, out)}")
-        return
-    (out / "jobs").mkdir(parents=True, exist_ok=True)
+    every = list(jobs(out, args.percent, args.epochs, args.seeds, args.rate, args.side))
+    wanted = chosen(args, every)
+    prepare_tiny20(args.shards, out, {args.percent: args.seeds})
     if not (out / "time.json").exists():
-        write_text(out / "time.json", json.dumps(measure(args.repeats)))
-    prepare(args.shards, out, args.percent, args.seeds)
+        write_text(out / "time.json", json.dumps(measure(args.repeats, args.side)))
     schedule(wanted, out, args.at_once, None if args.at_once == 1 else 1)
-    found = collect(out, every, args.percent, args.epochs)
-    write_text(out / "roadmap.json", json.dumps(found, indent=1) + "\n")
+    found = collect(out, every, args.percent, args.epochs, args.side)
     print("\n" + table(COLUMNS, rows(found), left=2))
+    for folder in filter(None, (out, args.docs)):
+        write_text(folder / "roadmap.json", json.dumps(found, indent=1) + "\n")
     if args.docs:
-        write_text(args.docs / "roadmap.json", json.dumps(found, indent=1) + "\n")
         write_page(args.docs)
 
 

@@ -458,8 +458,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("shards", type=Path, metavar="SHARDS", help="the folder of tiny20's shards")
     names = [*GROUPS, *ARMS]
     parser.add_argument("--arms", nargs="+", choices=names, default=["main"], metavar="ARM", help=", ".join(names))
-    parser.add_argument("--docs", type=Path, help="the folder in which to write the page and its JSON")
-    add_arguments(parser, "runs/small_images", at_once=12)
+    add_arguments(parser, "runs/small_images", at_once=12, has_page=True)
     args = parser.parse_args(argv)
     out = args.out.absolute()
     arms = list(dict.fromkeys(arm for name in args.arms for arm in GROUPS.get(name, [name])))

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,12 +54,19 @@ class Job:
 # The command line
 
 
-def add_arguments(parser: argparse.ArgumentParser, out: str, at_once: int | None = None) -> None:
-    """What every study takes; at_once: commands at a time, where they have a thread each."""
+def add_arguments(
+    parser: argparse.ArgumentParser, out: str, at_once: int | None = None, *, has_page: bool = False
+) -> None:
+    """What every study takes.
+
+    at_once: commands at a time, where they have a thread each. has_page: whether it has a part of a page of docs/.
+    """
     parser.add_argument("--out", type=Path, default=Path(out), help=f"where to write [{out}]")
     if at_once is not None:
         words = "commands at a time, each of one thread if more than one"
         parser.add_argument("--at-once", type=int, default=at_once, help=f"{words} [{at_once}]")
+    if has_page:
+        parser.add_argument("--docs", type=Path, metavar="DIR", help="also write its JSON and its part of a page there")
     parser.add_argument("--only", nargs="*", default=[""], metavar="PREFIX", help="jobs whose names begin so")
     parser.add_argument("--list", action="store_true", help="print the commands and stop")
 
@@ -225,6 +232,25 @@ def facts(out: Path, every: Iterable[Job]) -> dict[str, Any]:
         "commands": {job.name: shown(job, out) for job in done},
         "seconds": {job.name: json.loads((out / "jobs" / f"{job.name}.json").read_text())["seconds"] for job in done},
     }
+
+
+def machine(found: Mapping[str, Any]) -> str:
+    """Where it ran, in words."""
+    return ", ".join(f"{key} {value}" for key, value in found["machine"].items())
+
+
+def write_section(docs: Path, name: str, heading: str, section: Callable[[dict[str, Any]], str]) -> None:
+    """Write the end of docs/NAME.md, from the heading on: our words in docs/results/NAME.md, and the section.
+
+    section: of what docs/NAME.json holds.
+    """
+    found, words = json.loads((docs / f"{name}.json").read_text()), docs / "results" / f"{name}.md"
+    parts = [heading, *([words.read_text().strip()] if words.is_file() else []), section(found).strip()]
+    page = docs / f"{name}.md"
+    head, there, _ = page.read_text().partition(heading)
+    if not there:
+        raise ValueError(f"{page} has no line {heading!r}: put it where the section belongs")
+    write_text(page, head + "\n\n".join(parts) + "\n")
 
 
 def paired(scores: Iterable[tuple[str, str, int, float]], against: Mapping[str, str | None]) -> list[Row]:

@@ -18,9 +18,8 @@ import torch
 from conftest import requires_minkowski
 from PIL import Image
 
-from fcmae import pretraining, verify
+from fcmae import verify
 from fcmae.anytime import build_segmenter
-from fcmae.data.index import Images
 from fcmae.data.maps import Classes
 from fcmae.layouts import MakeLayout, Packed, make_layout
 from fcmae.masked import build_fcmae, masked_loss
@@ -199,16 +198,32 @@ def test_fine_tuning_steps_of_ours_and_timms_start_from_the_same_weights(tmp_pat
         assert all(weight.grad is None for weight in side.given[1:])
 
 
-def test_whole_and_pruned_networks_are_counted_and_timed(tmp_path: Path) -> None:
-    pruned.main([*TINY, "--keep", "0.5", "0.25", "--json", str(tmp_path / "pruned.json")])
-    found = written(tmp_path / "pruned.json")
+def test_whole_and_pruned_networks_are_counted_and_timed_by_torch_and_onnxruntime(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(VARIANTS, "convnextv2_atto", ConvNeXtSpec(depths=(2, 2), dims=(8, 16)))
+    path = tmp_path / "benchmarks" / "pruned.json"
+    path.parent.mkdir()
+    pruned.main([*TINY, "--keep", "0.5", "0.25", "--json", str(path)])
+    found = written(path)
     names = ["whole", "hidden-0.5", "hidden-0.25", "blocks-0.5", "blocks-0.25"]
-    assert list(found["results"]) == list(found["ratios"]) == names
-    for what in ("hidden", "blocks"):
+    exported = [f"{name}, onnxruntime" for name in names]
+    assert list(found["results"]) == list(found["ratios"]) == names + exported
+    for what, share in (("hidden", 0.25), ("blocks", 0.5)):  # a stage keeps a block
         for count in ("multiply_adds", "parameters"):
-            counts = [found["results"][name][count] for name in ("whole", f"{what}-0.5", f"{what}-0.25")]
-            assert counts == sorted(counts, reverse=True)
+            counts = [found["results"][name][count] for name in ("whole", f"{what}-0.5", f"{what}-{share:g}")]
+            assert counts == sorted(counts, reverse=True) and counts[1] < counts[0]
+    for name, other in zip(names, exported, strict=True):
+        assert found["results"][name]["parameters"] == found["results"][other]["parameters"]
     assert all(len(side["seconds"]) == 2 for side in found["results"].values())
+    times = {name: side["median_s"] for name, side in found["results"].items()}
+    for name, whole in (("blocks-0.5", "whole"), ("blocks-0.5, onnxruntime", "whole, onnxruntime")):
+        assert found["ratios"][name]["time"] == pytest.approx(times[name] / times[whole])
+    report.main(["--docs", str(tmp_path)])
+    page = (tmp_path / "benchmarks.md").read_text()
+    assert "time / whole" in page and "multiply-adds, G" in page and "hidden-0.25, onnxruntime" in page
+    with pytest.raises(SystemExit, match="leave it out with --sides torch"):
+        pruned.main([*TINY, "--precision", "bf16"])
 
 
 def test_a_segmentation_that_may_stop_is_timed_scored_and_drawn(tmp_path: Path) -> None:
@@ -286,16 +301,14 @@ def test_the_input_pipeline_is_timed_beside_torchvisions(tmp_path: Path, one_thr
     assert found["stages_ms"]["all"] > 0
 
 
-@requires_minkowski
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="memory is read as Linux tells it")
 def test_a_run_on_made_up_names_is_timed_and_weighed_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
 ) -> None:
-    monkeypatch.setattr(Images, "open", Images.open)  # which it replaces
-    monkeypatch.setattr(pretraining, "masked_loss", masked_loss)
     monkeypatch.setattr(scale, "BATCH", 8)
-    scale.write_names(tmp_path / "names.txt", 100)
-    assert len(set((tmp_path / "names.txt").read_text().split())) == 100
+    scale.write_names(tmp_path, 100)
+    names = (tmp_path / "names.txt").read_text().split()
+    assert len(set(names)) == 100 and len({Path(name).resolve() for name in names}) == 1
     for last in (2, 4):
         found = scale.watched_run(tmp_path, 0, 2, time.time())
         runs.forget_accelerator()
@@ -305,6 +318,7 @@ def test_a_run_on_made_up_names_is_timed_and_weighed_and_goes_on(
         assert max(checkpoint.steps(tmp_path / "run")) == last
 
 
+@requires_minkowski
 def test_the_engines_own_convolution_computes_the_same_in_values_and_gradients() -> None:
     mask = torch.from_numpy(random_mask((2, 3), 4, [(0, i) for i in range(2)]))
     images = torch.randn(2, 4, 6, 3, dtype=torch.float64)
@@ -429,11 +443,20 @@ def test_a_part_of_the_gpus_that_fails_or_has_no_time_says_so_and_leaves_the_oth
     assert gpu.main(["--out", str(path), *ON_CPU, "--parts", "verify", "kernels"]) == 1
     assert written(path)["parts"]["verify"]["failed"] == "RuntimeError: a kernel was killed"
     assert "triton" in written(path)["parts"]["kernels"]["not_run"]
-    # Another call keeps what the first one found.
+    # Another call keeps what the first one found, and with what; the whole says what the last call was.
+    path.write_text(json.dumps(written(path) | {"note": "by hand"}))
     assert gpu.main(["--out", str(path), *ON_CPU, "--parts", "pretrain", "--minutes", "0.5"]) == 0
     parts = written(path)["parts"]
     assert list(parts) == ["verify", "kernels", "pretrain"]
     assert parts["pretrain"]["skipped"].startswith("it takes about 90 s, and 30 s were left")
+    assert parts["verify"]["command"].endswith("--parts verify kernels")
+    whole = written(path)
+    assert (whole["note"], whole["settings"]["minutes"]) == ("by hand", 0.5)
+    assert whole["command"] == parts["pretrain"]["command"]
+    (tmp_path / "benchmarks").mkdir()
+    path.rename(tmp_path / "benchmarks" / "gpu.json")
+    report.main(["--docs", str(tmp_path)])
+    assert (tmp_path / "benchmarks.md").read_text().count("--parts verify kernels\n```") == 2
     path.write_text(json.dumps({"machine": {"gpu": "another"}, "parts": {}}))
     with pytest.raises(SystemExit, match="is of gpu another"):
         gpu.main(["--out", str(path), *ON_CPU])

@@ -64,6 +64,17 @@ def test_a_notebook_is_shown_with_what_it_drew(site: Path) -> None:
     assert all((site / "notebooks" / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
 
 
+def test_every_script_and_test_that_a_page_names_exists() -> None:
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
+    named = {
+        (page.name, path)
+        for page in pages
+        for path in re.findall(r"\b(?:tests|benchmarks|studies|demo)/[\w/]+\.py\b", page.read_text())
+    }
+    assert len(named) > 30
+    assert sorted(f"{page} names {path}" for page, path in named if not (ROOT / path).exists()) == []
+
+
 @requires_time
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the kernel's packages, not ours

@@ -102,6 +102,32 @@ def test_weights_of_no_record_are_read_if_their_network_is_named(tmp_path: Path)
         read_weights(tmp_path / "a.pth", "container")
 
 
+def test_it_segments_from_its_pretraining_and_labels_images(pretrained: Path, tmp_path: Path) -> None:
+    for part in ("images", "maps"):
+        (tmp_path / "tiles" / part).mkdir(parents=True)
+    for number in range(6):
+        rng = np.random.default_rng(number)
+        bright = np.zeros((24, 24), np.uint8)
+        bright[:, : 8 + number] = 1
+        pixels = (rng.integers(0, 80, (24, 24, 3)) + 160 * bright[..., None]).astype(np.uint8)
+        for part, array in (("images", pixels), ("maps", bright)):
+            Image.fromarray(array).save(tmp_path / "tiles" / part / f"{number}.png")
+    out = tmp_path / "segmented"
+    tiles = tmp_path / "tiles"
+    words = [tiles / "images", "--maps", tiles / "maps", "--config", DEFAULTS, "--init", pretrained, "--out", out]
+    words += ["--device", "cpu", "--batch_size", 2, "--optim.warmup_epochs", 0]
+    words += ["--data.image_size", 16, "--data.num_workers", 0, "--data.val_share", 0.4, "--epochs", 8]
+    words += ["--optim.base_lr", 0.3, "--log.trackers", "none", "--model.head_dim", 8]
+    assert cli.main(["segment", *map(str, words)]) == 0
+    runs.forget_accelerator()
+    last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["miou"] > 0.8
+    predicted = ["predict", out, tiles / "images", "--out", tmp_path / "found", "--device", "cpu"]
+    assert cli.main(list(map(str, predicted))) == 0
+    with Image.open(next((tmp_path / "found").rglob("*.png"))) as labels:
+        assert labels.size == (24, 24) and set(np.unique(np.asarray(labels))) <= {0, 1}
+
+
 def test_it_is_fine_tuned_evaluated_and_predicts(labelled: Path, tuned: Path, tmp_path: Path) -> None:
     last = json.loads((tuned / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["top1"] == 1.0

@@ -31,8 +31,11 @@ def test_the_table_has_what_was_counted_and_published(capsys: pytest.CaptureFixt
 def test_it_has_what_the_studys_runs_gave_beside(tmp_path: Path) -> None:
     file = tmp_path / "roadmap.json"
     scores = [{"step": "gelu", "seed": seed, "top1": 0.3 + 0.1 * seed} for seed in range(3)]
-    file.write_text(json.dumps({"scores": [*scores, {"step": "resnet", "seed": 0, "top1": 0.25}], "machine": {}}))
-    rows = {row[0]: row for row in cells(listing("roadmap-small", file))}
+    scores.append({"step": "resnet", "seed": 0, "top1": 0.25})
+    file.write_text(json.dumps({"regime": "roadmap-small", "data": "tiny20, 64 px", "scores": scores, "machine": {}}))
+    text = listing("roadmap-small", file)
+    assert text.splitlines()[0].endswith("| roadmap-small, tiny20, 64 px: % |")
+    rows = {row[0]: row for row in cells(text)}
     # The mean of 30, 40 and 50, +- 4.303 * 10 / sqrt(3).
     assert rows["roadmap-small/gelu"][-1] == "40.0 [15.2, 64.8]"
     assert rows["roadmap-small/resnet"][-2:] == ["", "25.0"]
@@ -44,8 +47,11 @@ def test_it_has_what_the_studys_runs_gave_beside(tmp_path: Path) -> None:
     [
         (None, "does not exist: give the JSON file that studies/roadmap.py writes"),
         ("{", r"does not hold what it should .*: give the JSON file that studies/roadmap.py writes"),
-        ('{"scores": [{"step": "gelu", "seed": 0, "top1": 30}]}', "scores: 0: top1: .* less than or equal to 1"),
-        ('{"scores": []}', "scores: .* at least 1"),
+        (
+            '{"regime": "a", "data": "b", "scores": [{"step": "gelu", "seed": 0, "top1": 30}]}',
+            "scores: 0: top1: .* less than or equal to 1",
+        ),
+        ('{"regime": "a", "data": "b", "scores": []}', "scores: .* at least 1"),
     ],
 )
 def test_a_file_that_is_none_of_the_studys_is_refused(content: str | None, sentence: str, tmp_path: Path) -> None:

@@ -331,12 +331,12 @@ def test_the_page_says_what_the_numbers_say(tmp_path: Path) -> None:
     (tmp_path / "results" / "cpu.json").write_text(json.dumps(made_up()))
     (tmp_path / "results" / "cpu.md").write_text("What we read in it.\n")
     results.main(["--docs", str(tmp_path)])
-    page = (tmp_path / "results.md").read_text()
+    page = re.sub(" +", " ", (tmp_path / "results.md").read_text())
     # Differences .2, .2, .22: mean .2067, deviation .01155, t(.975, 2) = 4.3027: +- .0287.
     assert "| 10 % | 100 | 3 | 55.0 ± 12.4 | 34.3 ± 12.7 | 20.7 ± 2.9 | better |" in page
     assert "V1 (LayerScale)" in page
     assert "no difference seen" in page
-    assert "| dense encoder, not masked inside | 0.7500 | 2.0 |  |" in page
+    assert "| dense encoder, not masked inside | 0.7500 | 2.0 | |" in page
     assert "| pretrained, 1% | 5 | 20.0 ± 5.0 |" in page
     assert "| mean colour, 1% | 5 | 20.0 ± 5.0 |" in page
     assert "| colour histogram | 11.0 |  |" in page
@@ -459,6 +459,7 @@ def test_the_commands_of_pruning_are_ones_that_fcmae_takes_and_come_in_order(tmp
             specs = {arm: cfg.model.spec for arm, cfg in arms.items()}
             assert specs.pop("large") == pruning.LARGE
             assert set(specs.values()) == {shape.spec}
+            assert all(cfg.data.image_size == (64, 64) for cfg in arms.values())
             assert arms["pruned, full"].epochs == arms["ticket"].epochs == arms["large"].epochs == 8
             assert arms["pruned, short"].epochs == 2
             assert arms["scratch, B"].epochs == pytest.approx(8 * shape.factor, rel=1e-3)
@@ -506,14 +507,36 @@ def test_the_page_of_pruning_compares_seed_by_seed(tmp_path: Path) -> None:
         for seed, value in enumerate(found)
         if group.startswith("pretrained") or arm != "small pretrained"
     ]
-    budget = {"epochs": 60, "pretraining": 60, "percent": 10, "seeds": 3}
-    text = pruning.page({"machine": {"gpu": "none"}, "budget": budget, "factors": {"hidden-0.5": 2}, "scores": scores})
+    budget = {"epochs": 60, "pretraining": 60, "percent": 10, "seeds": 3, "side": 32}
+    found = {"machine": {"gpu": "none"}, "budget": budget, "factors": {"hidden-0.5": 2}, "scores": scores}
+    (tmp_path / "pruning.json").write_text(json.dumps(found))
+    (tmp_path / "pruning.md").write_text(f"# Kept\n\n{pruning.HEADING}\n\nReplaced.\n")
+    study.write_section(tmp_path, "pruning", pruning.HEADING, pruning.section)
+    text = (tmp_path / "pruning.md").read_text()
+    assert text.startswith(f"# Kept\n\n{pruning.HEADING}\n\n| ") and "Replaced" not in text
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "pruned, full" in line]
     assert [(line[0], *line[4:]) for line in lines] == [
         ("scratch, hidden-0.5", "+10.0 [+7.5, +12.5]", "better", "scratch, B"),
         ("pretrained, hidden-0.5", "-10.0 [-12.5, -7.5]", "worse", "small pretrained"),
     ]
-    assert "hidden-0.5 0.50" in text
+    assert "hidden-0.5 0.50" in text and "tiny20 at 32" in text
+
+
+def test_a_section_takes_the_place_of_the_last_one_and_stands_in_the_results_too(tmp_path: Path) -> None:
+    (tmp_path / "results").mkdir()
+    (tmp_path / "container.md").write_text("# Kept\n\n## First\n\nKept too.\n\n## Compared\n\nReplaced.\n")
+    (tmp_path / "pruning.md").write_text("# Not run\n\n## Is it worth it?\n\nNot run.\n")
+    (tmp_path / "container.json").write_text('{"top1": 7}')
+    (tmp_path / "results" / "container.md").write_text("What we read.\n")
+    for _ in range(2):  # written again, it is the same
+        study.write_section(tmp_path, "container", "## Compared", lambda found: f"Found: {found['top1']}.")
+        page = (tmp_path / "container.md").read_text()
+        assert page == "# Kept\n\n## First\n\nKept too.\n\n## Compared\n\nWhat we read.\n\nFound: 7.\n"
+    results.main(["--docs", str(tmp_path)])
+    _, _, text = (tmp_path / "results.md").read_text().partition("## Other networks\n")
+    assert text == "\n### [CONTAINER](container.md): Compared\n\nWhat we read.\n\nFound: 7.\n"
+    with pytest.raises(ValueError, match=r"container\.md has no line '## Elsewhere'"):
+        study.write_section(tmp_path, "container", "## Elsewhere", str)
 
 
 PROBED = [

@@ -30,13 +30,16 @@ def test_both_networks_take_the_same_multiply_adds() -> None:
 
 
 def test_the_commands_are_ones_that_fcmae_takes_and_differ_in_the_network_alone(tmp_path: Path) -> None:
-    found = list(container.jobs(tmp_path, 2, 2, {"scratch": "1e-3", "pretrained": "2e-3"}))
+    found = list(container.jobs(tmp_path, 2, 2, {"scratch": "1e-3", "pretrained": "2e-3"}, full_epochs=10, side=32))
     names = [job.name for job in found]
     assert len(set(names)) == len(names) == 2 + 8 + 2 * 2 * 2 * 2
     for job in found:
         assert set(job.needs) <= set(names)
         kind = PretrainConfig if "pretrain" in job.words else FinetuneConfig
         cfg = load(kind, job.words[4:], prog="fcmae")
+        assert cfg.data.image_size == (32, 32)
+        if "-100-" in job.name:
+            assert (cfg.epochs, cfg.optim.warmup_epochs) == (10, 1.25)
         network = job.name.removeprefix("tune-").split("-")[0]
         settings = cfg.model_copy(update={"model": cfg.model.model_copy(update={"init": None})}).model
         assert (settings.variant, cfg.model.stem_stride) == (variant(network), 2)
@@ -69,7 +72,9 @@ def test_what_is_finished_is_collected(tmp_path: Path) -> None:
         (tmp_path / "jobs" / f"{name}.json").write_text('{"seconds": 3}')
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / "metrics.jsonl").write_text(f'{{"step": 1, "epoch": 1, "top1": {value}}}\n')
-    found = container.collect(tmp_path, every, 2)
+    found = container.collect(tmp_path, every, 2, 20, 64)
     assert found["scores"] == [{"network": "container", "start": "scratch", "percent": 10, "seed": 0, "top1": 0.25}]
     assert found["tried"] == {"container-scratch-4e-3": 0.5}
-    assert "container" in container.result(found).lower()
+    text = container.section(found)
+    assert "CONTAINER-LIGHT, scratch" in text and "| container-scratch-4e-3 |     50.0 |" in text
+    assert "for\n20 epochs" in text and "for 2, once" in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from fcmae.config import FinetuneConfig
 from fcmae.networks.spec import VARIANTS
 from fcmae.options import load
-from fcmae.roadmap import measured
+from fcmae.roadmap import read_study, scores_of
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
 pytest.importorskip("elpv_dataset")
@@ -40,6 +41,9 @@ def test_the_page_of_the_roadmap_compares_each_step_with_the_one_that_it_changes
     scores = {"move-up": [0.2, 0.3, 0.25], "kernel-7": [0.3, 0.41, 0.34], "kernel-9": [0.2, 0.31, 0.24], "gelu": [0.5]}
     found = {
         "machine": {"gpu": "none"},
+        "regime": "roadmap-small",
+        "data": "tiny20",
+        "side": 64,
         "percent": 10,
         "epochs": 60,
         "commands": {"resnet-0": "fcmae finetune", "gelu-0": "not shown"},
@@ -69,7 +73,24 @@ def test_the_page_of_the_roadmap_compares_each_step_with_the_one_that_it_changes
     assert by_step["resnet"] == ["2.00", "78.8", "", "0", "", "", ""]
     assert "10 % of 10,000" in page and "fcmae finetune" in page and "not shown" not in page
     assert (tmp_path / "roadmap.svg").read_text().startswith("<?xml")
-    assert measured(tmp_path / "roadmap.json") == scores
+    assert scores_of(read_study(tmp_path / "roadmap.json")) == scores
+
+
+@pytest.mark.parametrize("study", ["roadmap", "fills"])
+def test_how_threads_wait_is_set_before_torch_is_loaded(study: str) -> None:
+    code = f"""
+import sys
+from fcmae import threads
+def prepare():
+    print("torch" in sys.modules)
+    sys.exit()
+threads.prepare = prepare
+import {study}
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(roadmap.__file__).parent
+    )
+    assert done.stdout == "False\n", done.stderr
 
 
 def test_networks_of_the_roadmap_are_timed_in_turn() -> None:

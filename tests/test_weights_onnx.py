@@ -19,22 +19,24 @@ from fcmae.cli import main
 from fcmae.config.commands import ExportConfig
 from fcmae.data.index import find_images
 from fcmae.heads import Classifier
-from fcmae.networks.convnext import Encoder
-from fcmae.networks.spec import ConvNeXtSpec
+from fcmae.networks.build import make_encoder
+from fcmae.networks.spec import ContainerSpec, ConvNeXtSpec, NetworkSpec
 from fcmae.weights import onnx as ours
 from fcmae.weights.convert import build_classifier
 from fcmae.weights.files import Weights, read_weights, save_weights
 from fcmae.weights.formats import Architecture
 
 V2 = ConvNeXtSpec(depths=(1, 2), dims=(8, 12), stem_stride=2)
+UNEVEN = ConvNeXtSpec(depths=(1, 2), dims=(8, 12), stem_stride=2, hidden=((5,), (7, 30)))
+CONTAINER = ContainerSpec(depths=(1, 1), dims=(8, 16), affinity=("static", "mixed"), mlp_ratios=(2, 2), num_heads=2)
 V1 = ConvNeXtSpec(depths=(1, 1), dims=(8, 12), kernel_size=3, use_grn=False)
 IMAGE = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.3], "input_size": [3, 24, 32], "crop_pct": 1.0}
 NAMES = ("cat", "dog", "ünïcode")
 
 
-def write_weights(path: Path, spec: ConvNeXtSpec, num_classes: int = 0) -> Path:
+def write_weights(path: Path, spec: NetworkSpec, num_classes: int = 0) -> Path:
     """A file of random weights, a classifier or an encoder, that says where it is from."""
-    net = Classifier(Encoder(spec), num_classes or 1)
+    net = Classifier(make_encoder(spec), num_classes or 1)
     randomize(net, seed=len(path.name))
     kept = {name: value for name, value in net.state_dict().items() if num_classes or name.startswith("encoder.")}
     architecture = Architecture(spec, final_norm=num_classes > 0, num_classes=num_classes)
@@ -100,6 +102,18 @@ def test_a_pyramid_has_the_map_of_every_stage(tmp_path: Path) -> None:
     images, loaded = torch.rand(2, 3, 24, 40), fcmae.load(model)
     found = session.run(["stage1", "stage2"], {"images": loaded.normalize(images).numpy()})
     assert all(map(close, found, loaded.pyramid(images)))
+
+
+@pytest.mark.parametrize("spec", [UNEVEN, CONTAINER], ids=["pruned", "container"])
+@torch.no_grad()
+def test_a_network_of_another_shape_gives_torchs_features_for_any_batch_and_size(tmp_path: Path, spec: Any) -> None:
+    model = write_weights(tmp_path / "model.safetensors", spec)
+    session, _ = export(tmp_path, model)
+    loaded = fcmae.load(model)
+    for shape in ((1, 3, 16, 16), (3, 3, 24, 40)):
+        images = torch.rand(shape)
+        (found,) = session.run(["pooled"], {"images": loaded.normalize(images).numpy()})
+        assert close(found, loaded(images).mean((1, 2)))
 
 
 @torch.no_grad()
