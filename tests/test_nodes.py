@@ -234,6 +234,12 @@ def test_a_link_that_is_slow_or_away_for_seconds_changes_nothing(
     assert_same_curve(out, alone)
 
 
+def with_own(folder: Path, then: str = "true") -> list[str]:
+    """Words that start a command for which an empty disk is in the folder's place."""
+    script = f'mount -t tmpfs -o size=1m none {folder} && {then} && exec "$@"'
+    return ["unshare", "--mount", "sh", "-c", script, "sh"]
+
+
 def test_a_node_without_the_images_ends_all_with_its_sentence(
     nodes: Callable[[int], Nodes], images: Path, tmp_path: Path
 ) -> None:
@@ -244,14 +250,39 @@ def test_a_node_without_the_images_ends_all_with_its_sentence(
     listed.write_text("".join(f"{path}\n" for path in sorted(missing.iterdir())))
     logs = [tmp_path / f"{i}.log" for i in range(2)]
     words = flags(listed, tmp_path / "out", **OPTIONS)
-    # The second node sees an empty folder in its place.
-    private = ["unshare", "--mount", "sh", "-c", f'mount -t tmpfs none {missing} && exec "$@"', "sh"]
     first = two.start(0, fixed(2, 0), words, logs[0])
-    second = two.start(1, fixed(2, 1), words, logs[1], before=private)
+    second = two.start(1, fixed(2, 1), words, logs[1], before=with_own(missing))
     assert [ended(first, logs[0]) != 0, ended(second, logs[1]) != 0] == [True, True]
     sentence = f"data.path: 16 files drawn in a row cannot be used, the first is {missing}"
     assert f"error: process 1 failed: {sentence}" in logs[0].read_text()
     assert f"error: {sentence}" in logs[1].read_text()
+
+
+@pytest.mark.parametrize(
+    ("begun", "then", "sentence"),
+    [
+        (True, "true", ": process 1 finds step 0 there and process 0 step 20: put it on storage that all share"),
+        (False, "touch {out}/mine", " is not empty and holds no run of fcmae"),
+        (False, "head -c 1040384 /dev/zero > {out}/.tmp-full", "do not fit, as the disk has"),
+    ],
+    ids=["not shared", "of something else", "full"],
+)
+def test_a_run_directory_that_one_node_cannot_use_ends_all_with_the_sentence(
+    nodes: Callable[[int], Nodes], images: Path, alone: Path, tmp_path: Path, begun: bool, then: str, sentence: str
+) -> None:
+    two, out = nodes(2), tmp_path / "out"
+    if begun:
+        shutil.copytree(alone, out)
+    else:
+        out.mkdir()
+    logs = [tmp_path / f"{i}.log" for i in range(2)]
+    words, own = flags(images, out, **OPTIONS), with_own(out, then.format(out=out))
+    first = two.start(0, fixed(2, 0), words, logs[0])
+    second = two.start(1, fixed(2, 1), words, logs[1], before=own)
+    assert [ended(first, logs[0], 60) != 0, ended(second, logs[1], 60) != 0] == [True, True]
+    for log in logs:
+        assert sentence in log.read_text()
+        assert str(out) in log.read_text()
 
 
 def test_a_signal_to_one_node_stops_all_after_a_saved_step(
