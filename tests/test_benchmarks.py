@@ -286,7 +286,6 @@ def test_the_input_pipeline_is_timed_beside_torchvisions(tmp_path: Path, one_thr
     assert found["stages_ms"]["all"] > 0
 
 
-@requires_minkowski
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="memory is read as Linux tells it")
 def test_a_run_on_made_up_names_is_timed_and_weighed_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
@@ -305,6 +304,7 @@ def test_a_run_on_made_up_names_is_timed_and_weighed_and_goes_on(
         assert max(checkpoint.steps(tmp_path / "run")) == last
 
 
+@requires_minkowski
 def test_the_engines_own_convolution_computes_the_same_in_values_and_gradients() -> None:
     mask = torch.from_numpy(random_mask((2, 3), 4, [(0, i) for i in range(2)]))
     images = torch.randn(2, 4, 6, 3, dtype=torch.float64)
