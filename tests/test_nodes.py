@@ -66,9 +66,9 @@ class Nodes:
 
         before: words of a command that starts another.
         """
-        inside = ["ip", "netns", "exec", self.names[node], *before, sys.executable, "-m", "torch.distributed.run"]
+        inside = ["ip", "netns", "exec", self.names[node], *before, sys.executable, "-m"]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "eth0", **OWN_STORE}
-        words = [*inside, *launch, "--local-addr", f"10.213.0.{node + 1}", str(SCRIPT), *words]
+        words = [*inside, *launch, str(SCRIPT), *words]
         with log.open("wb") as file:
             process = subprocess.Popen(words, env=environment, stdout=file, stderr=file)
         self.started.append(process)
@@ -87,7 +87,7 @@ class Nodes:
 
 @pytest.fixture(scope="module")
 def allowed() -> None:
-    """Skips where namespaces cannot be made."""
+    """Skips where namespaces cannot be made, or fails: FCMAE_REQUIRE_NODES=1."""
     reason = None
     if os.geteuid() != 0:
         reason = "network namespaces need root"
@@ -98,7 +98,7 @@ def allowed() -> None:
     else:
         ip("netns", "delete", "fcmaetry")
     if reason is not None:
-        pytest.skip(reason)
+        (pytest.fail if os.environ.get("FCMAE_REQUIRE_NODES") else pytest.skip)(reason)
 
 
 @pytest.fixture
@@ -115,14 +115,23 @@ def nodes(allowed: None) -> Iterator[Callable[[int], Nodes]]:
 
 
 def fixed(number: int, node: int) -> list[str]:
-    """The launcher's words for nodes that are all there."""
-    words = {"--nnodes": number, "--node-rank": node, "--nproc-per-node": 1, "--master-port": 29500}
-    return [*(str(word) for pair in words.items() for word in pair), "--master-addr", "10.213.0.1"]
+    """torchrun's words for nodes that are all there."""
+    words: dict[str, Any] = {"--nnodes": number, "--node-rank": node, "--nproc-per-node": 1, "--master-port": 29500}
+    words |= {"--master-addr": "10.213.0.1", "--local-addr": f"10.213.0.{node + 1}"}
+    return ["torch.distributed.run", *(str(word) for pair in words.items() for word in pair)]
+
+
+def by_accelerate(number: int, node: int) -> list[str]:
+    """accelerate's for the same."""
+    words: dict[str, Any] = {"--num_machines": number, "--num_processes": number, "--machine_rank": node}
+    words |= {"--main_process_ip": "10.213.0.1", "--main_process_port": 29500}
+    return ["accelerate.commands.launch", "--multi_gpu", *(str(word) for pair in words.items() for word in pair)]
 
 
 def elastic(least: int, most: int, node: int) -> list[str]:
-    """The launcher's words for nodes that may come and go, all but the first, which keeps what they agree on."""
-    words = ["--nnodes", f"{least}:{most}", "--nproc-per-node", "1", "--max-restarts", "3", "--rdzv-backend", "c10d"]
+    """torchrun's words for nodes that may come and go, all but the first, which keeps what they agree on."""
+    words = ["torch.distributed.run", "--nnodes", f"{least}:{most}", "--local-addr", f"10.213.0.{node + 1}"]
+    words += ["--nproc-per-node", "1", "--max-restarts", "3", "--rdzv-backend", "c10d"]
     return [
         *words,
         "--rdzv-endpoint",
@@ -188,14 +197,20 @@ def alone(images: Path) -> Path:
     return images.parent / "alone"
 
 
-def test_three_nodes_train_as_one_process(
-    nodes: Callable[[int], Nodes], images: Path, alone: Path, tmp_path: Path
+@pytest.mark.parametrize(("launch", "number"), [(fixed, 3), (by_accelerate, 2)], ids=["torchrun", "accelerate"])
+def test_nodes_train_as_one_process(
+    nodes: Callable[[int], Nodes],
+    images: Path,
+    alone: Path,
+    tmp_path: Path,
+    launch: Callable[[int, int], list[str]],
+    number: int,
 ) -> None:
-    three, words = nodes(3), flags(images, tmp_path / "out", **OPTIONS)
-    logs = [tmp_path / f"{i}.log" for i in range(3)]
-    started = [three.start(i, fixed(3, i), words, logs[i]) for i in range(3)]
-    assert [ended(*each) for each in zip(started, logs, strict=True)] == [0, 0, 0]
-    assert "on 3 x cpu" in logs[0].read_text()
+    all_, words = nodes(number), flags(images, tmp_path / "out", **OPTIONS)
+    logs = [tmp_path / f"{i}.log" for i in range(number)]
+    started = [all_.start(i, launch(number, i), words, logs[i]) for i in range(number)]
+    assert [ended(*each) for each in zip(started, logs, strict=True)] == [0] * number
+    assert f"on {number} x cpu" in logs[0].read_text()
     assert_same_curve(tmp_path / "out", alone)
 
 
