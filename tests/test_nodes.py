@@ -360,7 +360,12 @@ def test_a_job_under_slurm_that_is_warned_saves_and_goes_back_into_the_queue(ima
     path = f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = os.environ | slurm | {"PATH": path, "OMP_NUM_THREADS": "1"}
     script = Path(__file__).parents[1] / "docs" / "pretrain.sbatch"
-    words = ["bash", str(script), *flags(images, out, **OPTIONS | {"epochs": 200, "checkpoint__every_epochs": 999})]
+    words = [
+        "bash",
+        str(script),
+        "pretrain",
+        *flags(images, out, **OPTIONS | {"epochs": 200, "checkpoint__every_epochs": 999}),
+    ]
     log = tmp_path / "log.txt"
     with log.open("wb") as file:
         job = subprocess.Popen(words, env=environment, stdout=file, stderr=file)
