@@ -205,6 +205,7 @@ TITLES = {
     "gpu": "On a GPU",
     "scaling": "Cost as the work grows",
     "input_pipeline": "Input pipeline, one core",
+    "exported": "An ONNX file, atto's features",
 }
 
 HEAD = """# Benchmarks
@@ -237,6 +238,7 @@ before it: gradients are in it, parameters and AdamW's moments are not.
 | `timm` | timm's dense model on whole images, without a decoder; with AdamW where the step has it |
 | `timm-gradients` | the same without AdamW |
 | `fcmae` | our classifier on whole images, in the fine-tuning step |
+| `torch`, `onnxruntime` | our encoder on whole images, and the file that `fcmae export` writes of it |
 """
 
 
@@ -302,8 +304,7 @@ def compared(result: Json) -> str:
                 "{:.1f} - {:.1f}".format(*(1000 * value for value in side["quartiles_s"])),
                 f"{ratio['time']:.2f}x",
                 "{:.2f} - {:.2f}".format(*ratio["quartiles"]),
-                f"{side['saved_bytes'] / 1e6:.1f}",
-                f"{side['peak_bytes'] / 1e6:.1f}",
+                *(f"{side[key] / 1e6:.1f}" for key in ("saved_bytes", "peak_bytes") if key in side),
             ]
         )
     header = [
@@ -315,7 +316,7 @@ def compared(result: Json) -> str:
         "saved for backward, MB",
         "peak memory, MB",
     ]
-    return table(header, rows)
+    return table(header[: len(rows[0])], rows)
 
 
 def told(part: Json) -> Iterator[str]:
