@@ -1,6 +1,6 @@
 """Tensors in files of others: read without running code, mapped into memory, and no more of them than the file holds.
 
-.pth files are unpickled with weights_only. What training code keeps beside them (flags, paths, logs, numbers of numpy's)
+.pth files are unpickled with weights_only. What training code keeps beside them (flags, paths, numpy's numbers, logs)
 becomes a `_Beside`, which does nothing and holds nothing; every other class is refused.
 """
 
