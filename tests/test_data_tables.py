@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+import signal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import runs
 from PIL import Image
 
+from fcmae.cli import main
 from fcmae.data import index, tables
 from fcmae.data.index import Images, find_images, find_labelled
 from fcmae.data.source import BadImage
@@ -161,3 +164,27 @@ def test_a_row_group_is_read_once_for_the_rows_that_follow(tmp_path: Path, monke
     real = Storage.open
     monkeypatch.setattr(Storage, "open", lambda self, address: (opened.append(address), real(self, address))[1])
     assert contents(images) == EXPECTED and len(opened) == 2
+
+
+@pytest.mark.usefixtures("one_thread", "forgotten")
+@pytest.mark.parametrize(("kind", "workers"), [("parquet", 0), ("parquet", 1), ("arrow", 0)])
+def test_a_run_on_a_table_is_the_run_on_its_files_and_goes_on_exactly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, workers: int
+) -> None:
+    files = tmp_path / "files"
+    files.mkdir()
+    for i in range(10):
+        (files / f"{i:09}.png").write_bytes(image(i))
+    content = table().set_column(1, "image", pa.array([image(i) for i in range(10)], pa.binary()))
+    path = tmp_path / f"x.{kind}"
+    pq.write_table(content, path, row_group_size=4) if kind == "parquet" else write_arrow(path, content)
+    options = {"data__num_workers": workers}
+    assert main(["pretrain", *runs.flags(files, tmp_path / "whole", **options)]) == 0
+    runs.forget_accelerator()
+    with monkeypatch.context() as patch:
+        runs.at_step(patch, 4, runs.kill_self(signal.SIGTERM))
+        assert main(["pretrain", *runs.flags(path, tmp_path / "cut", **options)]) == 143
+    runs.forget_accelerator()
+    assert main(["pretrain", *runs.flags(path, tmp_path / "cut", **options)]) == 0
+    runs.assert_same(runs.final_state(tmp_path / "cut"), runs.final_state(tmp_path / "whole"))
+    assert runs.losses(tmp_path / "cut") == runs.losses(tmp_path / "whole")
