@@ -16,7 +16,7 @@ from fcmae.cli import main
 from fcmae.data import index, tables
 from fcmae.data.index import Images, find_images, find_labelled
 from fcmae.data.source import BadImage
-from fcmae.data.storage import Storage
+from fcmae.data.storage import Cache, Storage
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -83,6 +83,17 @@ def test_tables_elsewhere_are_read_as_those_here(tmp_path: Path) -> None:
     for path in tmp_path.iterdir():
         fsspec.filesystem("memory").pipe_file(f"/tables/{path.name}", path.read_bytes())
     assert contents(find_images(["memory://tables"])) == 2 * EXPECTED
+
+
+def test_row_groups_from_elsewhere_are_kept_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsspec = pytest.importorskip("fsspec")
+    pq.write_table(table(), tmp_path / "x.parquet", row_group_size=4)
+    fsspec.filesystem("memory").pipe_file("/cached/x.parquet", (tmp_path / "x.parquet").read_bytes())
+    images = find_images(["memory://cached"], storage=Storage(cache=Cache(tmp_path / "cache", 10**9)))
+    assert contents(images) == EXPECTED
+    tables._group.cache_clear()
+    monkeypatch.setattr("fcmae.data.storage._read", None)
+    assert contents(images) == EXPECTED
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])
