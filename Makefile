@@ -76,6 +76,7 @@ bench: $(READY)
 	$(TIME)/finetune_step.py --repeats 9 --json $(RESULTS)/finetune.json
 	$(TIME)/scaling.py --repeats 9 --json $(RESULTS)/scaling.json
 	$(TIME)/input_pipeline.py --json $(RESULTS)/input_pipeline.json
+	$(TIME)/exported.py --repeats 9 --json $(RESULTS)/exported.json
 	$(TIME)/report.py
 
 minkowski: $(READY)

@@ -209,6 +209,7 @@ TITLES = {
     "gpu": "On a GPU",
     "scaling": "Cost as the work grows",
     "input_pipeline": "Input pipeline, one core",
+    "exported": "An ONNX file, atto's features",
 }
 
 HEAD = """# Benchmarks
@@ -242,6 +243,7 @@ before it: gradients are in it, parameters and AdamW's moments are not.
 | `timm-gradients` | the same without AdamW |
 | `fcmae` | our classifier on whole images, in the fine-tuning step |
 | `whole`, `hidden-K`, `blocks-K` | all, a share K of each block's hidden channels, or K of each stage's blocks |
+| `torch`, `onnxruntime` | our encoder on whole images, and the file that `fcmae export` writes of it |
 """
 
 

@@ -60,9 +60,10 @@ def finetune(cfg: FinetuneConfig, net: Classifier | None = None) -> Run:
             batch or `model.init` does not fit.
         FloatingPointError: if the loss or a gradient stops being finite.
     """
-    run = RunDirectory(cfg, "finetune")
     accelerator = make_accelerator(cfg)
-    with ending_together(accelerator, run.path):
+    with ending_together(accelerator, cfg.out):
+        run = RunDirectory(cfg, "finetune")
+        run.agree(accelerator)
         check_launch(cfg, accelerator.num_processes)
         weights = starting_weights(cfg)
         if _keeps_head(cfg) and not weights.class_names:

@@ -70,9 +70,10 @@ def pretrain(cfg: PretrainConfig, net: FCMAE | None = None) -> Run:
             batch, or `model.init` or `monitor.labelled` does not fit.
         FloatingPointError: if the loss or a gradient stops being finite.
     """
-    run = RunDirectory(cfg, "pretrain")
     accelerator = make_accelerator(cfg)
-    with ending_together(accelerator, run.path):
+    with ending_together(accelerator, cfg.out):
+        run = RunDirectory(cfg, "pretrain")
+        run.agree(accelerator)
         check_launch(cfg, accelerator.num_processes)
         images = same_everywhere(accelerator, partial(run_images, cfg, run))
         train_images, val_images = split(images, cfg.data.val_share, cfg.seed)

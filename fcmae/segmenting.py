@@ -104,9 +104,10 @@ def segment(cfg: SegmentConfig, net: Segmenter | None = None) -> Run:
             batch, their maps cannot be used or `model.init` does not fit.
         FloatingPointError: if the loss or a gradient stops being finite.
     """
-    run = RunDirectory(cfg, "segment")
     accelerator = make_accelerator(cfg)
-    with ending_together(accelerator, run.path):
+    with ending_together(accelerator, cfg.out):
+        run = RunDirectory(cfg, "segment")
+        run.agree(accelerator)
         check_launch(cfg, accelerator.num_processes)
         weights = starting_weights(cfg)
         data = same_everywhere(accelerator, partial(run_images, cfg, run))

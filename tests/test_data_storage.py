@@ -10,10 +10,14 @@ import re
 import tarfile
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -143,6 +147,61 @@ def s3(folder: Path) -> Iterator[str]:
     running.stop()
 
 
+class Proxy(BaseHTTPRequestHandler):
+    """Hands requests on to a server, or fails at those for objects by `faults`, one after the other."""
+
+    protocol_version = "HTTP/1.1"
+    faults: ClassVar[list[str]] = []
+    behind = ""
+
+    def handle_one(self) -> None:
+        asks_object = self.command == "GET" and "list-type" not in self.path
+        fault = self.faults.pop(0) if asks_object and self.faults else ""
+        if fault.isdigit():
+            self.send_error(int(fault))
+            return
+        if fault == "slow":
+            time.sleep(2)
+        request = urllib.request.Request(self.behind + self.path, headers=dict(self.headers), method=self.command)
+        try:
+            answer: Any = urllib.request.urlopen(request)
+        except urllib.error.HTTPError as error:
+            answer = error
+        content = answer.read()
+        self.send_response(answer.status)
+        kept = ("content-type", "content-range", "etag", "last-modified")
+        size = answer.headers.get("Content-Length", "0") if self.command == "HEAD" else str(len(content))
+        for name, value in [
+            *((n, v) for n, v in answer.headers.items() if n.lower() in kept),
+            ("Content-Length", size),
+        ]:
+            self.send_header(name, value)
+        self.end_headers()
+        with suppress(ConnectionError):
+            self.wfile.write(content[: len(content) // 2] if fault == "cut" else content)
+        self.close_connection = fault == "cut"
+
+    do_GET = do_HEAD = handle_one  # noqa: N815
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def faulty_s3(s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The same bucket behind the proxy."""
+    filesystem = pytest.importorskip("s3fs").S3FileSystem
+    Proxy.faults, Proxy.behind = [], os.environ["AWS_ENDPOINT_URL"]
+    with ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as http:
+        http.daemon_threads = True
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{http.server_port}")
+        filesystem.clear_instance_cache()
+        yield s3
+        filesystem.clear_instance_cache()
+        http.shutdown()
+
+
 def contents(images: Images) -> list[bytes]:
     found = []
     for i in range(len(images)):
@@ -250,6 +309,29 @@ def test_a_request_that_fails_is_made_again(
     assert_same(find_images([f"{server}/shards/0.tar"]), find_images([str(folder / "shards/0.tar")]))
     Handler.faults = {"/photos/a/0%20%C3%BC.png": [fault, fault]}
     assert Storage().read(f"{server}/photos/a/0%20%C3%BC.png") == image(0)
+
+
+@bucket
+@pytest.mark.parametrize("fault", ["500", "503", "cut", "slow"])
+def test_a_request_to_a_bucket_that_fails_is_made_again(
+    faulty_s3: str, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = find_images([f"{faulty_s3}/shards/0.tar"])
+    expected = contents(images)
+    monkeypatch.setattr(storage, "TIMEOUT_S", 1.0)
+    Proxy.faults[:] = [fault, fault]
+    assert contents(images) == expected
+    assert not Proxy.faults
+
+
+@bucket
+@pytest.mark.parametrize("fault", ["403", "404"])
+def test_an_object_that_a_bucket_refuses_is_a_bad_image_at_once(faulty_s3: str, fault: str) -> None:
+    images = find_images([f"{faulty_s3}/shards/0.tar"])
+    Proxy.faults[:] = [fault] * 9
+    with pytest.raises(BadImage, match=r"^it cannot be read: "):
+        images.open(0)
+    assert len(Proxy.faults) == 8
 
 
 @web

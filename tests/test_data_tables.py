@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import io
+import signal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import runs
 from PIL import Image
 
+from fcmae.cli import main
 from fcmae.data import index, tables
 from fcmae.data.index import Images, find_images, find_labelled
 from fcmae.data.source import BadImage
-from fcmae.data.storage import Storage
+from fcmae.data.storage import Cache, Storage
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -80,6 +83,17 @@ def test_tables_elsewhere_are_read_as_those_here(tmp_path: Path) -> None:
     for path in tmp_path.iterdir():
         fsspec.filesystem("memory").pipe_file(f"/tables/{path.name}", path.read_bytes())
     assert contents(find_images(["memory://tables"])) == 2 * EXPECTED
+
+
+def test_row_groups_from_elsewhere_are_kept_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsspec = pytest.importorskip("fsspec")
+    pq.write_table(table(), tmp_path / "x.parquet", row_group_size=4)
+    fsspec.filesystem("memory").pipe_file("/cached/x.parquet", (tmp_path / "x.parquet").read_bytes())
+    images = find_images(["memory://cached"], storage=Storage(cache=Cache(tmp_path / "cache", 10**9)))
+    assert contents(images) == EXPECTED
+    tables._group.cache_clear()
+    monkeypatch.setattr("fcmae.data.storage._read", None)
+    assert contents(images) == EXPECTED
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])
@@ -161,3 +175,27 @@ def test_a_row_group_is_read_once_for_the_rows_that_follow(tmp_path: Path, monke
     real = Storage.open
     monkeypatch.setattr(Storage, "open", lambda self, address: (opened.append(address), real(self, address))[1])
     assert contents(images) == EXPECTED and len(opened) == 2
+
+
+@pytest.mark.usefixtures("one_thread", "forgotten")
+@pytest.mark.parametrize(("kind", "workers"), [("parquet", 0), ("parquet", 1), ("arrow", 0)])
+def test_a_run_on_a_table_is_the_run_on_its_files_and_goes_on_exactly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, workers: int
+) -> None:
+    files = tmp_path / "files"
+    files.mkdir()
+    for i in range(10):
+        (files / f"{i:09}.png").write_bytes(image(i))
+    content = table().set_column(1, "image", pa.array([image(i) for i in range(10)], pa.binary()))
+    path = tmp_path / f"x.{kind}"
+    pq.write_table(content, path, row_group_size=4) if kind == "parquet" else write_arrow(path, content)
+    options = {"data__num_workers": workers}
+    assert main(["pretrain", *runs.flags(files, tmp_path / "whole", **options)]) == 0
+    runs.forget_accelerator()
+    with monkeypatch.context() as patch:
+        runs.at_step(patch, 4, runs.kill_self(signal.SIGTERM))
+        assert main(["pretrain", *runs.flags(path, tmp_path / "cut", **options)]) == 143
+    runs.forget_accelerator()
+    assert main(["pretrain", *runs.flags(path, tmp_path / "cut", **options)]) == 0
+    runs.assert_same(runs.final_state(tmp_path / "cut"), runs.final_state(tmp_path / "whole"))
+    assert runs.losses(tmp_path / "cut") == runs.losses(tmp_path / "whole")

@@ -66,9 +66,9 @@ class Nodes:
 
         before: words of a command that starts another.
         """
-        inside = ["ip", "netns", "exec", self.names[node], *before, sys.executable, "-m", "torch.distributed.run"]
+        inside = ["ip", "netns", "exec", self.names[node], *before, sys.executable, "-m"]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "eth0", **OWN_STORE}
-        words = [*inside, *launch, "--local-addr", f"10.213.0.{node + 1}", str(SCRIPT), *words]
+        words = [*inside, *launch, str(SCRIPT), *words]
         with log.open("wb") as file:
             process = subprocess.Popen(words, env=environment, stdout=file, stderr=file)
         self.started.append(process)
@@ -87,7 +87,7 @@ class Nodes:
 
 @pytest.fixture(scope="module")
 def allowed() -> None:
-    """Skips where namespaces cannot be made."""
+    """Skips where namespaces cannot be made, or fails: FCMAE_REQUIRE_NODES=1."""
     reason = None
     if os.geteuid() != 0:
         reason = "network namespaces need root"
@@ -98,7 +98,7 @@ def allowed() -> None:
     else:
         ip("netns", "delete", "fcmaetry")
     if reason is not None:
-        pytest.skip(reason)
+        (pytest.fail if os.environ.get("FCMAE_REQUIRE_NODES") else pytest.skip)(reason)
 
 
 @pytest.fixture
@@ -115,14 +115,23 @@ def nodes(allowed: None) -> Iterator[Callable[[int], Nodes]]:
 
 
 def fixed(number: int, node: int) -> list[str]:
-    """The launcher's words for nodes that are all there."""
-    words = {"--nnodes": number, "--node-rank": node, "--nproc-per-node": 1, "--master-port": 29500}
-    return [*(str(word) for pair in words.items() for word in pair), "--master-addr", "10.213.0.1"]
+    """torchrun's words for nodes that are all there."""
+    words: dict[str, Any] = {"--nnodes": number, "--node-rank": node, "--nproc-per-node": 1, "--master-port": 29500}
+    words |= {"--master-addr": "10.213.0.1", "--local-addr": f"10.213.0.{node + 1}"}
+    return ["torch.distributed.run", *(str(word) for pair in words.items() for word in pair)]
+
+
+def by_accelerate(number: int, node: int) -> list[str]:
+    """accelerate's for the same."""
+    words: dict[str, Any] = {"--num_machines": number, "--num_processes": number, "--machine_rank": node}
+    words |= {"--main_process_ip": "10.213.0.1", "--main_process_port": 29500}
+    return ["accelerate.commands.launch", "--multi_gpu", *(str(word) for pair in words.items() for word in pair)]
 
 
 def elastic(least: int, most: int, node: int) -> list[str]:
-    """The launcher's words for nodes that may come and go, all but the first, which keeps what they agree on."""
-    words = ["--nnodes", f"{least}:{most}", "--nproc-per-node", "1", "--max-restarts", "3", "--rdzv-backend", "c10d"]
+    """torchrun's words for nodes that may come and go, all but the first, which keeps what they agree on."""
+    words = ["torch.distributed.run", "--nnodes", f"{least}:{most}", "--local-addr", f"10.213.0.{node + 1}"]
+    words += ["--nproc-per-node", "1", "--max-restarts", "3", "--rdzv-backend", "c10d"]
     return [
         *words,
         "--rdzv-endpoint",
@@ -188,14 +197,20 @@ def alone(images: Path) -> Path:
     return images.parent / "alone"
 
 
-def test_three_nodes_train_as_one_process(
-    nodes: Callable[[int], Nodes], images: Path, alone: Path, tmp_path: Path
+@pytest.mark.parametrize(("launch", "number"), [(fixed, 3), (by_accelerate, 2)], ids=["torchrun", "accelerate"])
+def test_nodes_train_as_one_process(
+    nodes: Callable[[int], Nodes],
+    images: Path,
+    alone: Path,
+    tmp_path: Path,
+    launch: Callable[[int, int], list[str]],
+    number: int,
 ) -> None:
-    three, words = nodes(3), flags(images, tmp_path / "out", **OPTIONS)
-    logs = [tmp_path / f"{i}.log" for i in range(3)]
-    started = [three.start(i, fixed(3, i), words, logs[i]) for i in range(3)]
-    assert [ended(*each) for each in zip(started, logs, strict=True)] == [0, 0, 0]
-    assert "on 3 x cpu" in logs[0].read_text()
+    all_, words = nodes(number), flags(images, tmp_path / "out", **OPTIONS)
+    logs = [tmp_path / f"{i}.log" for i in range(number)]
+    started = [all_.start(i, launch(number, i), words, logs[i]) for i in range(number)]
+    assert [ended(*each) for each in zip(started, logs, strict=True)] == [0] * number
+    assert f"on {number} x cpu" in logs[0].read_text()
     assert_same_curve(tmp_path / "out", alone)
 
 
@@ -234,6 +249,12 @@ def test_a_link_that_is_slow_or_away_for_seconds_changes_nothing(
     assert_same_curve(out, alone)
 
 
+def with_own(folder: Path, then: str = "true") -> list[str]:
+    """Words that start a command for which an empty disk is in the folder's place."""
+    script = f'mount -t tmpfs -o size=1m none {folder} && {then} && exec "$@"'
+    return ["unshare", "--mount", "sh", "-c", script, "sh"]
+
+
 def test_a_node_without_the_images_ends_all_with_its_sentence(
     nodes: Callable[[int], Nodes], images: Path, tmp_path: Path
 ) -> None:
@@ -244,14 +265,39 @@ def test_a_node_without_the_images_ends_all_with_its_sentence(
     listed.write_text("".join(f"{path}\n" for path in sorted(missing.iterdir())))
     logs = [tmp_path / f"{i}.log" for i in range(2)]
     words = flags(listed, tmp_path / "out", **OPTIONS)
-    # The second node sees an empty folder in its place.
-    private = ["unshare", "--mount", "sh", "-c", f'mount -t tmpfs none {missing} && exec "$@"', "sh"]
     first = two.start(0, fixed(2, 0), words, logs[0])
-    second = two.start(1, fixed(2, 1), words, logs[1], before=private)
+    second = two.start(1, fixed(2, 1), words, logs[1], before=with_own(missing))
     assert [ended(first, logs[0]) != 0, ended(second, logs[1]) != 0] == [True, True]
     sentence = f"data.path: 16 files drawn in a row cannot be used, the first is {missing}"
     assert f"error: process 1 failed: {sentence}" in logs[0].read_text()
     assert f"error: {sentence}" in logs[1].read_text()
+
+
+@pytest.mark.parametrize(
+    ("begun", "then", "sentence"),
+    [
+        (True, "true", ": process 1 finds step 0 there and process 0 step 20: put it on storage that all share"),
+        (False, "touch {out}/mine", " is not empty and holds no run of fcmae"),
+        (False, "head -c 1040384 /dev/zero > {out}/.tmp-full", "do not fit, as the disk has"),
+    ],
+    ids=["not shared", "of something else", "full"],
+)
+def test_a_run_directory_that_one_node_cannot_use_ends_all_with_the_sentence(
+    nodes: Callable[[int], Nodes], images: Path, alone: Path, tmp_path: Path, begun: bool, then: str, sentence: str
+) -> None:
+    two, out = nodes(2), tmp_path / "out"
+    if begun:
+        shutil.copytree(alone, out)
+    else:
+        out.mkdir()
+    logs = [tmp_path / f"{i}.log" for i in range(2)]
+    words, own = flags(images, out, **OPTIONS), with_own(out, then.format(out=out))
+    first = two.start(0, fixed(2, 0), words, logs[0])
+    second = two.start(1, fixed(2, 1), words, logs[1], before=own)
+    assert [ended(first, logs[0], 60) != 0, ended(second, logs[1], 60) != 0] == [True, True]
+    for log in logs:
+        assert sentence in log.read_text()
+        assert str(out) in log.read_text()
 
 
 def test_a_signal_to_one_node_stops_all_after_a_saved_step(
@@ -314,7 +360,12 @@ def test_a_job_under_slurm_that_is_warned_saves_and_goes_back_into_the_queue(ima
     path = f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = os.environ | slurm | {"PATH": path, "OMP_NUM_THREADS": "1"}
     script = Path(__file__).parents[1] / "docs" / "pretrain.sbatch"
-    words = ["bash", str(script), *flags(images, out, **OPTIONS | {"epochs": 200, "checkpoint__every_epochs": 999})]
+    words = [
+        "bash",
+        str(script),
+        "pretrain",
+        *flags(images, out, **OPTIONS | {"epochs": 200, "checkpoint__every_epochs": 999}),
+    ]
     log = tmp_path / "log.txt"
     with log.open("wb") as file:
         job = subprocess.Popen(words, env=environment, stdout=file, stderr=file)

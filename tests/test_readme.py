@@ -221,8 +221,9 @@ def test_the_installing_commands_name_what_exists() -> None:
     extras = re.search(r"^\[project.optional-dependencies\]$(.*?)^\[", project, re.M | re.S)
     assert extras is not None
     for page in (README, *PAGES):
-        for extra in re.findall(r"pip install '\.\[(\w+)\]'", page.read_text()):
-            assert re.search(rf"^{extra} = ", extras[1], re.M), f"{page.name} says pip install '.[{extra}]'"
+        for extra in re.findall(r"pip install '(?:\.|fcmae)\[([\w,]+)\]'", page.read_text()):
+            for name in extra.split(","):
+                assert re.search(rf"^{name} = ", extras[1], re.M), f"{page.name} installs the extra {name}"
 
 
 def test_the_tree_names_every_file_and_nothing_else() -> None:

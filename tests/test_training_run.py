@@ -18,6 +18,7 @@ import fcmae
 from fcmae import options
 from fcmae.config import FinetuneConfig, PretrainConfig
 from fcmae.training import messages
+from fcmae.training.launch import make_accelerator
 from fcmae.training.records import record_start
 from fcmae.training.run import RunDirectory
 
@@ -45,6 +46,25 @@ def test_the_settings_are_written_with_the_kind_of_run(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "out" / "config.yaml"
     assert path.read_text().startswith(f"# fcmae pretrain {fcmae.__version__}\n")
     assert options.read(PretrainConfig, path) == cfg
+
+
+def test_processes_that_were_given_other_settings_or_find_another_step_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunDirectory(config(Path("photos"), tmp_path), "pretrain")
+
+    def agree(kind: str = "pretrain", step: int = 0, **changed: object) -> None:
+        other = {"command": kind} | options.flat(config(Path("photos"), tmp_path, **changed))
+        monkeypatch.setattr("fcmae.training.run.gather_object", lambda own: [*own, (other, step)])
+        run.agree(make_accelerator(run.cfg))
+
+    agree(data__num_workers=3)
+    with pytest.raises(ValueError, match=r"^seed: process 1 has 5 and process 0 0: start all with the same settings$"):
+        agree(seed=5)
+    with pytest.raises(ValueError, match=r"^command: process 1 has segment and process 0 pretrain"):
+        agree("segment")
+    with pytest.raises(ValueError, match="process 1 finds step 7 there and process 0 step 0: put it on storage that"):
+        agree(step=7)
 
 
 def test_looking_at_a_directory_changes_nothing(tmp_path: Path) -> None:

@@ -8,7 +8,10 @@ import json
 import pickle
 import random
 import struct
+import sys
+import types
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -63,6 +66,27 @@ def test_what_training_code_keeps_beside_weights_is_let_through(tmp_path: Path, 
     torch.save(content, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
     read = read_weights(tmp_path / "a.pth")
     assert all(torch.equal(read.state[f"encoder.{name}"], value) for name, value in state.items())
+
+
+def test_the_checkpoints_of_mmengine_and_deepspeed_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logs = types.ModuleType("mmengine.logging.history_buffer")
+    buffer = type("HistoryBuffer", (), {"__module__": logs.__name__})
+    logs.HistoryBuffer = buffer  # type: ignore[attr-defined]
+    for name in ("mmengine", "mmengine.logging"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, logs.__name__, logs)
+    losses = buffer()
+    losses.__dict__ |= {"_log_history": np.ones(3), "_count_history": np.ones(3, np.int64), "_max_length": 10_000}
+    state = state_dict()
+    hub = {"log_scalars": OrderedDict({"train/loss": losses}), "runtime_info": OrderedDict(), "resumed_keys": {}}
+    torch.save({"meta": {"epoch": 1}, "state_dict": state, "message_hub": hub}, tmp_path / "epoch_1.pth")
+    torch.save(
+        {"module": state, "buffer_names": [], "ds_config": {}, "optimizer": None, "dp_world_size": 8},
+        tmp_path / "mp_rank_00_model_states.pt",
+    )
+    for path in tmp_path.iterdir():
+        found, _ = load_tensors(path)
+        assert found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in state)
 
 
 @pytest.mark.parametrize("kind", ["PosixPath", "WindowsPath", "PurePosixPath"])

@@ -72,9 +72,10 @@ class Source(Reading):
     """Images with or without labels."""
 
     images: Annotated[list[UserText] | None, Spelling(commas=False)] = Field(None, min_length=1)
-    """Images, folders, lists or glob patterns."""
+    """Images, folders, lists, shards or glob patterns; URLs of them too."""
     data: UserText | None = None
-    """Labelled images: a folder with one sub-folder a class, or a CSV file with the columns path,label."""
+    """Labelled images: a folder with one sub-folder a class, a CSV file with the columns path,label, or shards with
+    labels; or the URL of one."""
 
     def conflicts(self, num_processes: int | None = None) -> Iterator[Conflict]:
         if (self.images is None) == (self.data is None):
@@ -96,7 +97,8 @@ class EvaluateConfig(Reading, FromFile):
     untrained. And what needs no network, of the same crops: pixels:32, the image averaged to 32 x 32 pixels (pixels:1
     is the mean colour); histogram:8, of colours in 8 steps a channel."""
     data: UserText = Field(examples=["labelled"])
-    """Labelled images: a folder with one sub-folder a class, or a CSV file with the columns path,label."""
+    """Labelled images: a folder with one sub-folder a class, a CSV file with the columns path,label, or shards with
+    labels; or the URL of one."""
     test: UserText | None = None
     """Images to test on, of the same form. Default: a stratified share (test_share) of `data`."""
     test_share: float = Field(0.2, gt=0, lt=1)
@@ -127,10 +129,11 @@ class WorthConfig(Settings, FromFile):
     """
 
     data: Annotated[UserText, Spelling("LABELLED")] = Field(examples=["labelled"])
-    """Labelled images: a folder with one sub-folder a class, or a CSV file with the columns path,label."""
+    """Labelled images: a folder with one sub-folder a class, a CSV file with the columns path,label, or shards with
+    labels; or the URL of one."""
     unlabelled: Annotated[list[UserText], Spelling("UNLABELLED", commas=False)] = Field([])
-    """Images that the pretraining learns from: folders, lists or glob patterns. Default: the labelled training
-    images."""
+    """Images that the pretraining learns from: folders, lists, shards, glob patterns or URLs. Default: the labelled
+    training images."""
     test: UserText | None = None
     """Images to test on, of the form of LABELLED. Default: a stratified share (test_share) of LABELLED."""
     test_share: float = Field(0.2, gt=0, lt=1)
@@ -227,7 +230,7 @@ class PredictConfig(Reading, FromFile):
     model: Annotated[RunPath, Spelling("MODEL")] = Field(examples=["runs/tuned"])
     """A run of fine-tuning or segmentation, or its exported model."""
     images: Annotated[list[UserText], Spelling("IMAGES", commas=False)] = Field(min_length=1, examples=[["photos"]])
-    """Images, folders, lists or glob patterns."""
+    """Images, folders, lists, shards or glob patterns; URLs of them too."""
     csv: UserPath | None = None
     """Of a classifier: a new file, for the predictions too."""
     out: UserPath | None = None

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -158,13 +159,18 @@ class Storage:
         status = os.stat(address)  # noqa: PTH116
         return status.st_size, f"{status.st_size}-{status.st_mtime_ns}"
 
-    def open(self, address: str) -> BinaryIO:
-        """A file to be read from its beginning to its end; the caller closes it.
+    def open(self, address: str, *, cached: bool = False) -> BinaryIO:
+        """A file that can seek; the caller closes it.
+
+        Args:
+            address: of the file.
+            cached: keep in the cache what is read; not for what is read once from its beginning to its end.
 
         Raises:
             OSError: if it cannot be read.
         """
-        return io.BufferedReader(_Parts(address, self.stamp(address)[0]), AT_ONCE)
+        read = self.read if cached else _read
+        return io.BufferedReader(_Parts(partial(read, address), self.stamp(address)[0]), AT_ONCE)
 
     def recall(self, address: str, name: str) -> bytes | None:
         """What `keep` was given for a file, if anything."""
@@ -281,10 +287,10 @@ def _tried(call: Callable[[], Found]) -> Found:
 
 
 class _Parts(io.RawIOBase):
-    """A file that can seek, of an address."""
+    """A file that can seek, of so many bytes, by what reads a part of it."""
 
-    def __init__(self, address: str, size: int) -> None:
-        self._address, self._size, self._at = address, size, 0
+    def __init__(self, read: Callable[[int, int], bytes], size: int) -> None:
+        self._read, self._size, self._at = read, size, 0
 
     def readable(self) -> bool:
         return True
@@ -298,6 +304,6 @@ class _Parts(io.RawIOBase):
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         size = max(0, min(len(buffer), self._size - self._at))
-        buffer[:size] = _read(self._address, self._at, size) if size else b""
+        buffer[:size] = self._read(self._at, size) if size else b""
         self._at += size
         return size

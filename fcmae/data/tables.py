@@ -129,7 +129,7 @@ def read_row(storage: Storage, address: str, group: int, row: int) -> bytes:
 def _group(storage: Storage, address: str, group: int) -> Any:
     import pyarrow.parquet as pq
 
-    with storage.open(address) as file, pq.ParquetFile(file) as table:
+    with storage.open(address, cached=True) as file, pq.ParquetFile(file) as table:
         column = _image_column(table.schema_arrow)
         return _bytes(table.read_row_group(group, columns=[column]).column(0).combine_chunks())[0]
 

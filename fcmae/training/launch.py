@@ -77,14 +77,14 @@ def same_everywhere(accelerator: Accelerator, find: Callable[[], Found]) -> Foun
 
 
 @contextmanager
-def ending_together(accelerator: Accelerator, run: Path) -> Iterator[None]:
+def ending_together(accelerator: Accelerator, out: Path | None) -> Iterator[None]:
     """Have the error of one process end all of a run, each with its sentence.
 
     The others may wait for it in a collective, where no signal reaches them.
 
     Args:
         accelerator: of the processes.
-        run: directory of the run.
+        out: directory of the run, the same in all.
 
     Raises:
         ChildProcessError: if another process failed.
@@ -94,7 +94,7 @@ def ending_together(accelerator: Accelerator, run: Path) -> Iterator[None]:
         return
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = torch.distributed.TCPStore(address, port, is_master=False, wait_for_workers=False)  # type: ignore[attr-defined]
-    key, left = f"fcmae/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}/{run}", threading.Event()
+    key, left = f"fcmae/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}/{out}", threading.Event()
 
     def told() -> str | None:
         with suppress(RuntimeError):  # the store went with the process that kept it

@@ -30,6 +30,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 import fcmae
 from fcmae import options
@@ -45,6 +47,8 @@ from fcmae.training.records import read_metrics, record_start
 logger = logging.getLogger("fcmae")
 
 SMALLER = "--model.grad_checkpointing true, a smaller data.image_size or model.variant"
+
+OF_EACH_PROCESS = frozenset({"chosen", "device", "data.num_workers"})  # settings that may differ between them
 
 AnyConfig = TypeVar("AnyConfig", bound=RunConfig)
 
@@ -115,6 +119,29 @@ class RunDirectory:
                 f"out = {self.path} has the results of a run and no checkpoint to go on from: give another "
                 "--out, or --overwrite to delete it"
             )
+
+    def agree(self, accelerator: Accelerator) -> None:
+        """Refuse to go on where the processes of a run have other settings, or other runs in `out`.
+
+        Args:
+            accelerator: of the processes.
+
+        Raises:
+            ValueError: in all of them, with what differs.
+        """
+        (settings, step), *others = gather_object([({"command": self.kind} | options.flat(self.cfg), self.resume_step)])
+        for process, (their_settings, their_step) in enumerate(others, start=1):
+            for key in sorted({*settings, *their_settings} - OF_EACH_PROCESS):
+                if settings.get(key) != their_settings.get(key):
+                    raise ValueError(
+                        f"{key}: process {process} has {their_settings.get(key)} and process 0 {settings.get(key)}: "
+                        "start all with the same settings"
+                    )
+            if their_step != step:
+                raise ValueError(
+                    f"out = {self.path}: process {process} finds step {their_step} there and process 0 step {step}: "
+                    "put it on storage that all share"
+                )
 
     def kept(self, *keys: str) -> bool:
         """Whether this run is resumed with the same values of these settings, so that what was made from them stands.

@@ -1,6 +1,6 @@
 """Tensors in files of others: read without running code, mapped into memory, and no more of them than the file holds.
 
-.pth files are unpickled with weights_only. What training code keeps beside weights (flags, paths, numbers of numpy's)
+.pth files are unpickled with weights_only. What training code keeps beside them (flags, paths, numpy's numbers, logs)
 becomes a `_Beside`, which does nothing and holds nothing; every other class is refused.
 """
 
@@ -54,6 +54,7 @@ _HARMLESS = [
     "argparse.Namespace",
     *(f"{module}.{name}" for module in ("pathlib", "pathlib._local") for name in _PATHS),  # ._local: Python 3.13's
     *(f"numpy.{name}" for name in _NUMPY),
+    "mmengine.logging.history_buffer.HistoryBuffer",  # of losses
 ]
 
 
