@@ -36,7 +36,7 @@ from fcmae.training.launch import ending_together, finish, make_accelerator, sam
 from fcmae.training.log import Log
 from fcmae.training.run import Run, RunDirectory, tell_next
 from fcmae.training.signals import StopSignal
-from fcmae.training.steps import Steps, images_at_once, that_fits
+from fcmae.training.steps import Steps, images_at_once, in_parts, that_fits
 from fcmae.weights.convert import save_classifier
 from fcmae.weights.files import Weights
 from fcmae.weights.formats import rename
@@ -64,6 +64,7 @@ def finetune(cfg: FinetuneConfig, net: Classifier | None = None) -> Run:
     accelerator = make_accelerator(cfg)
     with ending_together(accelerator, run.path):
         check_launch(cfg, accelerator.num_processes)
+        cfg = in_parts(cfg, accelerator.num_processes, accelerator.device.type, run.saved)
         weights = starting_weights(cfg)
         if _keeps_head(cfg) and not weights.class_names:
             raise ValueError(f"model.init = {cfg.model.init} has no classifier: give a fine-tuned model")

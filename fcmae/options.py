@@ -38,6 +38,7 @@ Fields = dict[str, FieldInfo]
 Complete = Callable[[Any, Mapping[str, Any]], Mapping[str, Any]]
 HELP = ("-h", "--help")
 SWITCHED = {"true", "false", "yes", "no", "on", "off", "1", "0"}  # what a switch takes for its value
+TO_CHOOSE = {"grad_accum", "chosen"}  # what stays to be chosen where all else is given
 NONE = {"none", "null", "~"}
 MAX_YAML = 2**18  # bytes of a file of settings: YAML is read at some 100 kB a second
 
@@ -141,11 +142,27 @@ def _made(
     to_fill = "hours" in given or (getattr(sketch, "hours", None) and not getattr(sketch, "chosen", None))
     if complete is not None and sketch is not None and not (problems or invalid) and (to_fill or not has_file):
         keys = {key for key, _ in _pairs(settings, _fields(model))}
+        keys -= TO_CHOOSE if flat(sketch).get("grad_accum") == "auto" else set()
         _put(settings, complete(sketch, {key: value for key, value in flat(sketch).items() if key in keys}))
     config, invalid = _validate(model, settings, wrong, {"num_processes": num_processes})
     if config is None or problems or invalid:
         raise ConfigError([*problems, *invalid])
-    return config
+    return config if complete is None else settled(config, complete, num_processes)
+
+
+def settled(config: Config, complete: Complete, num_processes: int | None = None) -> Config:
+    """The settings with grad_accum chosen, where it is auto.
+
+    Args:
+        config: Of a run.
+        complete: See `load`.
+        num_processes: See `load`.
+    """
+    values = flat(config)
+    if values.get("grad_accum") != "auto":
+        return config
+    found = complete(config, {key: value for key, value in values.items() if key not in TO_CHOOSE})
+    return make(type(config), {**values, **found}, num_processes=num_processes)
 
 
 def flattened(model: type[Settings], settings: Mapping[str, Any]) -> dict[str, Any]:

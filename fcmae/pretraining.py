@@ -44,7 +44,7 @@ from fcmae.training.optim import Schedule
 from fcmae.training.records import read_metrics
 from fcmae.training.run import Run, RunDirectory, tell_next
 from fcmae.training.signals import StopSignal
-from fcmae.training.steps import Step, Steps, images_at_once, schedule_of, that_fits
+from fcmae.training.steps import Step, Steps, images_at_once, in_parts, schedule_of, that_fits
 from fcmae.weights.convert import start_from
 from fcmae.weights.files import read_init
 from fcmae.weights.formats import OLD, rename
@@ -74,6 +74,7 @@ def pretrain(cfg: PretrainConfig, net: FCMAE | None = None) -> Run:
     accelerator = make_accelerator(cfg)
     with ending_together(accelerator, run.path):
         check_launch(cfg, accelerator.num_processes)
+        cfg = in_parts(cfg, accelerator.num_processes, accelerator.device.type, run.saved)
         images = same_everywhere(accelerator, partial(run_images, cfg, run))
         train_images, val_images = split(images, cfg.data.val_share, cfg.seed)
         schedule = build_schedule(cfg, run, train_images)
@@ -148,7 +149,7 @@ def train(
             loss = masked_loss(net, normalize(noise.images), noise.given_masks, visible, target=net.target)
         loss.backward()  # type: ignore[no-untyped-call]
 
-    compile_model(net, cfg.model.compile, trial, (schedule.total - schedule.start) * cfg.grad_accum)
+    compile_model(net, cfg.model.compile, trial, (schedule.total - schedule.start) * cfg.num_parts)
     # The optimizer's state is where it has to be, beside the parameters.
     model, optimizer = accelerator.prepare(net, adamw, device_placement=[True, False])
 

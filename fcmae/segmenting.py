@@ -51,7 +51,7 @@ from fcmae.training.launch import ending_together, finish, make_accelerator, sam
 from fcmae.training.log import Log
 from fcmae.training.run import Run, RunDirectory, tell_next
 from fcmae.training.signals import StopSignal
-from fcmae.training.steps import Steps, images_at_once, that_fits
+from fcmae.training.steps import Steps, images_at_once, in_parts, that_fits
 from fcmae.weights.files import Weights
 from fcmae.weights.segmenters import read_segmenter, save_segmenter
 
@@ -108,6 +108,7 @@ def segment(cfg: SegmentConfig, net: Segmenter | None = None) -> Run:
     accelerator = make_accelerator(cfg)
     with ending_together(accelerator, run.path):
         check_launch(cfg, accelerator.num_processes)
+        cfg = in_parts(cfg, accelerator.num_processes, accelerator.device.type, run.saved)
         weights = starting_weights(cfg)
         data = same_everywhere(accelerator, partial(run_images, cfg, run))
         per_epoch = 0 if cfg.eval_only else steps_per_epoch(len(data.images), cfg.batch_size)

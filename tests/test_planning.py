@@ -18,8 +18,8 @@ from PIL import Image
 from runs import TINY, forget_accelerator, start, write_images
 
 import fcmae
-from fcmae import bench, cli, planning
-from fcmae.config import PretrainConfig, SegmentConfig
+from fcmae import api, bench, cli, planning
+from fcmae.config import BenchConfig, PretrainConfig, SegmentConfig
 from fcmae.data import cores
 from fcmae.data.index import find_images
 from fcmae.data.survey import survey
@@ -116,14 +116,19 @@ def test_a_folder_alone_makes_a_run_that_records_and_keeps_its_choices(
     assert len(measured) == 2
 
 
+def start_run(run: Path, cfg: PretrainConfig) -> None:
+    """What a run leaves that is killed after it has written its first line of numbers."""
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text(f"# fcmae pretrain {fcmae.__version__}\n{fcmae.options.dump(cfg)}")
+    (run / "metrics.jsonl").write_text('{"step": 1, "epoch": 0.5}\n')
+
+
 def test_a_run_that_was_cut_off_goes_on_with_what_was_chosen(photos: Path, measured: list[int]) -> None:
     words = ["photos", "--hours", "0.001", *SMALL]
     first = load(PretrainConfig, words, prog="x", complete=planning.pretraining)
     assert first.out == Path("runs/photos")
     run = Path("runs/photos")
-    run.mkdir(parents=True)
-    (run / "config.yaml").write_text(f"# fcmae pretrain {fcmae.__version__}\n{fcmae.options.dump(first)}")
-    (run / "metrics.jsonl").write_text('{"step": 1, "epoch": 0.5}\n')
+    start_run(run, first)
     again = load(PretrainConfig, words, prog="x", complete=planning.pretraining)
     assert again == first and len(measured) == 1
     other = load(PretrainConfig, [*words, "--seed", "1"], prog="x", complete=planning.pretraining)
@@ -132,7 +137,8 @@ def test_a_run_that_was_cut_off_goes_on_with_what_was_chosen(photos: Path, measu
 
 def test_a_file_of_settings_leaves_nothing_to_choose_unless_hours_are_given(photos: Path, measured: list[int]) -> None:
     words = ["photos", "--config", "pretrain_cpu", "--out", "out"]
-    assert load(PretrainConfig, words, prog="x", complete=planning.pretraining).chosen == {}
+    cfg = load(PretrainConfig, words, prog="x", complete=planning.pretraining)
+    assert {*cfg.chosen} == {"grad_accum"} and (cfg.batch_size, cfg.grad_accum) == (64, 1) and not measured
     cfg = load(PretrainConfig, [*words, "--hours", "1", "--batch_size", "4"], prog="x", complete=planning.pretraining)
     assert "data.val_share" in cfg.chosen and "data.image_size" not in cfg.chosen
     # Flags go before the file: the hours before its epochs.
@@ -170,6 +176,63 @@ def test_images_at_once_are_halved_until_they_fit(
     assert (measured, cfg.grad_accum) == ([8, 4, 2], 4)
     with pytest.raises(ValueError, match=r"a step does not run: 8 images at once: out of memory; try"):
         load(PretrainConfig, [*words, "--grad_accum", "1"], prog="x", complete=planning.pretraining)
+
+
+RECIPE = ["photos", "--config", "pretrain_atto", "--out", "out", "--device", "cpu", "--batch_size", "4096"]
+
+
+def test_a_recipe_is_computed_in_parts_that_are_measured_to_fit(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, measured: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def step(cfg: Any, at_once: int, *rest: Any) -> bench.Result:
+        measured.append(at_once)
+        return bench.Result(bench.Candidate("packed", "fp32", at_once), 1, (1.0,), 0.0, at_once * 10**8)
+
+    monkeypatch.setattr(planning, "_pretraining_step", step)
+    cfg = load(PretrainConfig, RECIPE, prog="x", complete=planning.pretraining)
+    assert (measured, cfg.grad_accum) == ([64, 32], 128)
+    assert cfg.chosen == {"grad_accum": "32 images at once take 3.2 GB of 8.0 GB free"}
+    with pytest.raises(SystemExit):
+        cli.main(["pretrain", *RECIPE, "--print-config"])
+    assert "\ngrad_accum: 128\n" in capsys.readouterr().out
+    # From Python, with settings made by hand.
+    made = PretrainConfig(out=Path("out"), batch_size=4096, device="cpu", data={"path": ["photos"]})  # type: ignore[arg-type]
+    assert made.grad_accum == "auto"
+    assert api._settings(PretrainConfig, {}, None, made, planning.pretraining).grad_accum == 128
+    # A run that is resumed keeps its own.
+    start_run(Path("out"), cfg.model_copy(update={"grad_accum": 256}))
+    measured.clear()
+    assert load(PretrainConfig, RECIPE, prog="x", complete=planning.pretraining).grad_accum == 256 and not measured
+
+
+@pytest.mark.parametrize(
+    ("settings", "processes", "parts", "why"),
+    [
+        (["--data.image_size", "64"], 1, 64, "64 images at once take less than"),
+        ([], 2, 32, "64 images at once in each process: not measured"),
+        (["--model.grn_scope", "batch"], 1, 1, "the whole batch, as model.grn_scope = batch pools"),
+        (["--grad_accum", "2"], 1, 2, ""),
+    ],
+)
+def test_parts_are_not_measured_where_they_fit_or_must_not_change(
+    photos: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    measured: list[int],
+    settings: list[str],
+    processes: int,
+    parts: int,
+    why: str,
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    words = [*RECIPE, *settings]
+    cfg = load(PretrainConfig, words, prog="x", num_processes=processes, complete=planning.pretraining)
+    assert cfg.grad_accum == parts and cfg.chosen.get("grad_accum", "").startswith(why) and not measured
+
+
+def test_no_step_takes_more_memory_than_is_reckoned(photos: Path) -> None:
+    cfg = load(BenchConfig, [*RECIPE, "--batch_size", "16", "--data.image_size", "96"], prog="x")
+    taken = planning._pretraining_step(cfg.model_copy(update={"seconds": 0.01}), 16, False).memory
+    assert taken < planning._most_memory(cfg, 16)
 
 
 def test_a_launcher_is_told_to_print_the_settings_first(
