@@ -86,7 +86,7 @@ def pretrain(cfg: PretrainConfig, net: FCMAE | None = None) -> Run:
         cfg = run.licensed(cfg, found)
         if run.resume_from is None:
             kept = checkpoint.num_kept(cfg.checkpoint.keep, cfg.epochs, cfg.checkpoint.milestone_epochs)
-            checkpoint.check_space(run.path, net, kept)
+            run.needs = checkpoint.check_space(run.path, net, kept)
         labelled = None
         if cfg.monitor.labelled is not None and accelerator.is_main_process:
             labelled = find_monitored_labels(cfg.monitor.labelled, build_reading(cfg), cfg.seed)

@@ -116,7 +116,7 @@ def check_start(cfg: DenseConfig, run: RunDirectory, net: nn.Module, num_images:
     elif not cfg.eval_only:
         kept = checkpoint.num_kept(cfg.checkpoint.keep, cfg.epochs, cfg.checkpoint.milestone_epochs)
         # The best and the last model too, which are a third of a checkpoint each.
-        checkpoint.check_space(run.path, net, kept + 1, 4 if cfg.regularization.ema_decay else 3)
+        run.needs = checkpoint.check_space(run.path, net, kept + 1, 4 if cfg.regularization.ema_decay else 3)
 
 
 def prepare(

@@ -52,6 +52,9 @@ AnyConfig = TypeVar("AnyConfig", bound=RunConfig)
 class RunDirectory:
     """A directory that holds one run. Making the object only looks; `open` writes.
 
+    Attributes:
+        needs: what its checkpoints take of the disk, in words, once that is known; told when it is opened.
+
     Args:
         cfg: settings of the run, with `out`.
         kind: "pretrain", "finetune" or "segment".
@@ -67,6 +70,7 @@ class RunDirectory:
         self.cfg = cfg
         self.kind = kind
         self.path = cfg.out
+        self.needs = ""
         config = self.path / "config.yaml"
         header = ""
         if config.is_file():
@@ -218,6 +222,9 @@ class RunDirectory:
                         "the machine went off; if it happens again, raise grad_accum or lower data.num_workers"
                     )
                 _tell_choices(self.cfg)
+                if self.needs:
+                    memory = self.cfg.chosen.get("grad_accum", "")
+                    logger.info("%s", f"{memory}, {self.needs}" if memory else self.needs)
                 try:
                     yield
                 except FloatingPointError as error:
