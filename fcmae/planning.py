@@ -185,7 +185,7 @@ def _goes_on(sketch: RunConfig, given: Mapping[str, Any], place: Path, kind: str
     """Whether the run there is the one that this command began and did not end."""
     from fcmae.training.messages import how_it_ended
 
-    saved = _saved(sketch, place, kind)
+    saved = _saved(sketch, place, kind, begun=False)
     if saved is None:
         return False
     wanted = options.flat(sketch)
@@ -193,15 +193,34 @@ def _goes_on(sketch: RunConfig, given: Mapping[str, Any], place: Path, kind: str
     return same and how_it_ended(place / "train.log") != "finished"
 
 
-def _saved(sketch: RunConfig, place: Path, kind: str) -> dict[str, Any] | None:
-    """The settings of the run in a directory, by dotted key; None without one of this kind, or if it is to go."""
+def _saved(sketch: RunConfig, place: Path, kind: str, begun: bool = True) -> dict[str, Any] | None:
+    """The settings of the run in a directory, by dotted key; None without one of this kind, or if it is to go.
+
+    begun: only of one that has something to go on from. One that was cut off in its first steps chooses anew.
+    """
     config = place / "config.yaml"
-    if sketch.overwrite or not config.is_file() or not (place / "metrics.jsonl").exists():
+    if sketch.overwrite or not config.is_file() or (begun and not _has_begun(place)):
         return None
     with config.open(encoding="utf-8", errors="replace") as file:
         if not file.readline().startswith(f"# fcmae {kind} "):
             return None
     return options.flat(options.read(type(sketch), config))
+
+
+def _has_begun(place: Path) -> bool:
+    return (place / "metrics.jsonl").exists() or any(place.glob("checkpoints/step-*"))
+
+
+def _cut_off_at(cfg: RunConfig) -> float:
+    """The images at once of a start in this place that was cut off in its first steps, or infinity."""
+    from fcmae.training.messages import CUT_OFF, how_it_ended
+    from fcmae.training.steps import images_at_once
+
+    assert cfg.out is not None
+    config = cfg.out / "config.yaml"
+    if cfg.overwrite or not config.is_file() or _has_begun(cfg.out) or how_it_ended(cfg.out / "train.log") != CUT_OFF:
+        return math.inf
+    return images_at_once(options.read(type(cfg), config), 1)
 
 
 # What is found and measured
@@ -252,7 +271,7 @@ def _parts(sketch: RunConfig, measure: Measure) -> dict[str, Any]:
     pools = isinstance(sketch, PretrainConfig) and sketch.model.grn_scope == "batch"
     if processes > 1 or pools:
         return {"grad_accum": start.grad_accum, "chosen": start.chosen}
-    if (most := _most_memory(sketch, at_once)) < MEMORY_SHARE * free:
+    if (most := _most_memory(sketch, at_once)) < MEMORY_SHARE * free and _cut_off_at(sketch) == math.inf:
         why = f"{at_once} images at once take less than {most / 1e9:.1f} GB of {free / 1e9:.1f} GB free"
         plan.take("grad_accum", start.grad_accum, why)
     else:
@@ -293,6 +312,9 @@ def _fit(plan: choices.Choices, cfg: RunConfig, measure: Measure) -> bench.Resul
 
     device = _device(cfg)
     free, cfg = _free_memory(device), in_parts(cfg, 1, device)
+    is_free, limit = "grad_accum" not in plan.settings, _cut_off_at(cfg)
+    while is_free and images_at_once(cfg, 1) >= limit and (smaller := in_smaller_parts(cfg, 1)) is not None:
+        cfg = smaller
     while True:
         at_once = images_at_once(cfg, 1)
         try:
@@ -304,8 +326,7 @@ def _fit(plan: choices.Choices, cfg: RunConfig, measure: Measure) -> bench.Resul
             why = f"{at_once} images at once: {error}"
             if OUT_OF_MEMORY not in why:
                 raise ValueError(f"a step does not run: {error}") from None
-        smaller = None if "grad_accum" in plan.settings else in_smaller_parts(cfg, 1)
-        if smaller is None:
+        if not is_free or (smaller := in_smaller_parts(cfg, 1)) is None:
             raise ValueError(
                 f"a step does not run: {why}; try --model.grad_checkpointing true, a smaller data.image_size or variant"
             )

@@ -26,6 +26,7 @@ from fcmae.data.survey import survey
 from fcmae.networks.convnext import Encoder
 from fcmae.networks.spec import ConvNeXtSpec
 from fcmae.options import load, read
+from fcmae.pretraining import pretrain
 from fcmae.processes import OUT_OF_MEMORY, Failed
 
 Write = Callable[[Path, np.random.Generator], None]
@@ -114,6 +115,21 @@ def test_a_folder_alone_makes_a_run_that_records_and_keeps_its_choices(
     forget_accelerator()
     assert Path("runs/photos-2/config.yaml").exists()
     assert len(measured) == 2
+
+
+def test_a_run_that_was_killed_in_its_first_step_starts_anew_in_its_place(photos: Path, measured: list[int]) -> None:
+    words = ["photos", "--hours", "0.001", *SMALL, "--batch_size", "8"]
+    first = load(PretrainConfig, words, prog="x", complete=planning.pretraining)
+    run = Path("runs/photos")
+    start_run(run, first)
+    (run / "metrics.jsonl").unlink()
+    (run / "train.log").write_text("2026-01-01 00:00:00 3 steps of 8 images on 1 x cpu in fp32\n")
+    assert load(PretrainConfig, [*words, "--seed", "1"], prog="x", complete=planning.pretraining).out != run
+    again = load(PretrainConfig, words, prog="x", complete=planning.pretraining)
+    assert again.out == run and (first.grad_accum, again.grad_accum, measured[-1]) == (1, 2, 4)
+    assert pretrain(again).finished
+    forget_accelerator()
+    assert "the last start ended without a word" in (run / "train.log").read_text()
 
 
 def start_run(run: Path, cfg: PretrainConfig) -> None:

@@ -216,7 +216,7 @@ class RunDirectory:
             record_start(self.path / "environment.json", uses_cpu(self.cfg))
             ended = how_it_ended(self.path / "train.log")
             with logging_to(self.path / "train.log"):
-                if self.exists and ended == CUT_OFF:
+                if ended == CUT_OFF:
                     logger.warning(
                         "the last start ended without a word, as when the system kills what takes too much memory, or "
                         "the machine went off; if it happens again, raise grad_accum or lower data.num_workers"
