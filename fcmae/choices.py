@@ -70,11 +70,13 @@ class Choices:
     Attributes:
         settings: by dotted key, what was given and what was chosen so far.
         made: what was chosen, in order.
+        planned_s: how long the run takes by that, with evaluations and checkpoints; None until it is known.
     """
 
     def __init__(self, given: Mapping[str, Any]) -> None:
         self.settings = dict(given)
         self.made: list[Choice] = []
+        self.planned_s: float | None = None
 
     def take(self, key: str, value: Any, why: str) -> Any:
         """The given value of a setting, else this one.
@@ -337,6 +339,7 @@ def duration(
     why = f"{epochs * num_images:,.0f} views at {images_per_s:,.0f} images/s"
     epochs = choices.take("epochs", epochs, why if epochs < most else f"{why}; more is of no use")
     seconds = epochs * num_images / images_per_s
+    choices.planned_s = round(seconds / TRAINING_SHARE, 1)
     warmup = min(40, epochs / 20)
     choices.take("optim.warmup_epochs", float(f"{warmup:.3g}"), "a twentieth of the run, as published")
     every = epochs / max(1, min(epochs, seconds / 600))

@@ -38,7 +38,7 @@ Fields = dict[str, FieldInfo]
 Complete = Callable[[Any, Mapping[str, Any]], Mapping[str, Any]]
 HELP = ("-h", "--help")
 SWITCHED = {"true", "false", "yes", "no", "on", "off", "1", "0"}  # what a switch takes for its value
-TO_CHOOSE = {"grad_accum", "chosen"}  # what stays to be chosen where all else is given
+TO_CHOOSE = {"grad_accum", "chosen", "planned_s"}  # what stays to be chosen where all else is given
 NONE = {"none", "null", "~"}
 MAX_YAML = 2**18  # bytes of a file of settings: YAML is read at some 100 kB a second
 

@@ -155,7 +155,7 @@ def segmentation(sketch: SegmentConfig, given: Mapping[str, Any]) -> dict[str, A
 
 def _chosen(plan: choices.Choices) -> dict[str, Any]:
     values = {choice.key: choice.value for choice in plan.made}
-    return values | {"chosen": {choice.key: choice.why for choice in plan.made}}
+    return values | {"chosen": {choice.key: choice.why for choice in plan.made}, "planned_s": plan.planned_s}
 
 
 def _is_settled(sketch: RunConfig, given: Mapping[str, Any]) -> bool:
@@ -276,8 +276,7 @@ def _parts(sketch: RunConfig, measure: Measure) -> dict[str, Any]:
         plan.take("grad_accum", start.grad_accum, why)
     else:
         _fit(plan, sketch, measure)
-    found = _chosen(plan)
-    return found | {"chosen": sketch.chosen | found["chosen"]}
+    return _chosen(plan) | {"chosen": sketch.chosen | _chosen(plan)["chosen"], "planned_s": sketch.planned_s}
 
 
 def _most_memory(cfg: RunConfig, at_once: int) -> float:

@@ -443,6 +443,8 @@ class RunConfig(Settings):
     log: LogConfig = Field(default_factory=LogConfig)
     chosen: Annotated[dict[str, str], Spelling(hidden=True)] = Field(default_factory=dict)
     """Settings that nobody gave, each with the reason for its value; written by `fcmae.planning`."""
+    planned_s: Annotated[float | None, Spelling(hidden=True)] = None
+    """Seconds that the whole run takes at the speed measured before it; written by `fcmae.planning`."""
 
     if TYPE_CHECKING:  # what each kind of run has of its own
         data: ImageConfig
@@ -754,6 +756,7 @@ FREE_ON_RESUME = frozenset(
         "grad_accum",
         "hours",
         "chosen",
+        "planned_s",
         "device",
         "data.path",
         "data.val_path",

@@ -23,7 +23,6 @@ import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timedelta
 from importlib.util import find_spec
 from operator import attrgetter
 from pathlib import Path
@@ -251,15 +250,12 @@ def _check_inputs(out: Path, inputs: Mapping[str, Sequence[str]], overwrite: boo
 
 
 def _tell_choices(cfg: RunConfig) -> None:
-    """What was chosen as nobody gave it, and when the run ends by that."""
+    """What was chosen as nobody gave it."""
     if not cfg.chosen:
         return
     values = options.flat(cfg)
     rows = [(key, options.text(values[key]), why) for key, why in cfg.chosen.items() if key in values]
     logger.info("not given, so chosen:\n%s", table(("setting", "value", "why"), rows, left=3))
-    if cfg.hours and "epochs" in cfg.chosen:
-        ends = datetime.now() + timedelta(hours=cfg.hours)
-        logger.info("planned: %g hours, to %s", cfg.hours, ends.strftime("%H:%M"))
 
 
 def tell_next(run: Path, *commands: str) -> None:
