@@ -42,7 +42,7 @@ from fcmae.training.launch import ending_together, finish, make_accelerator, sam
 from fcmae.training.log import Log
 from fcmae.training.optim import Schedule
 from fcmae.training.records import read_metrics
-from fcmae.training.run import Run, RunDirectory, tell_next
+from fcmae.training.run import Run, RunDirectory
 from fcmae.training.signals import StopSignal
 from fcmae.training.steps import Step, Steps, images_at_once, in_parts, schedule_of, that_fits
 from fcmae.weights.convert import start_from
@@ -170,8 +170,6 @@ def train(
                 evaluation.run(net, step)
             at_once = images_at_once(steps.cfg, accelerator.num_processes)
             step.save(run, net, fingerprint, {"images_at_once": at_once})
-    if steps.finished:
-        tell_next(run.path, "fcmae finetune LABELLED --init {run}", "fcmae convert {run} DEST")
     return steps.finished
 
 

@@ -106,6 +106,10 @@ def test_a_folder_alone_makes_a_run_that_records_and_keeps_its_choices(
     words = ["pretrain", "photos", "--hours", "0.001", *SMALL]
     assert cli.main(words) == 0
     forget_accelerator()
+    said = capsys.readouterr().out
+    assert "photos: pretrain, finished at step" in said and "trained for" in said
+    assert "\nnext:\n  fcmae evaluate runs/photos random:runs/photos --data LABELLED\n" in said
+    assert "\n  fcmae convert runs/photos photos-timm\n" in said
     saved = read(PretrainConfig, Path("runs/photos/config.yaml"))
     assert saved.epochs < 10 and "epochs" in saved.chosen and "data.num_workers" not in saved.chosen
     log = Path("runs/photos/train.log").read_text()

@@ -258,18 +258,6 @@ def _tell_choices(cfg: RunConfig) -> None:
     logger.info("not given, so chosen:\n%s", table(("setting", "value", "why"), rows, left=3))
 
 
-def tell_next(run: Path, *commands: str) -> None:
-    """Say at the end of a run what can be typed next.
-
-    Args:
-        run: its directory.
-        commands: what it was made for; {run} stands for it.
-    """
-    place = shlex.quote(str(run))
-    curves = "".join(f"; {command}" for command in curves_commands(run))
-    logger.info("next: %s; fcmae status %s%s", ", or ".join(commands).format(run=place), place, curves)
-
-
 def curves_commands(run: Path) -> list[str]:
     """The command that shows the curves of a run in TensorBoard, where it is installed and they were written for it.
 
