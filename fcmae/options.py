@@ -76,7 +76,8 @@ def load(
         argv: Its words, e.g. ["photos", "--config", "pretrain_atto", "--out", "runs/first"].
         prog: The command, for `--help`.
         num_processes: That a run is started on; None checks neither that nor what is installed here.
-        complete: Chooses what was not given, where there is no file, or hours to fill.
+        complete: Chooses what was not given, where there is no file, or neither epochs nor batch_size beside it, or
+            hours to fill.
 
     Raises:
         ConfigError: With every unknown key, wrong value and impossible combination in file and command line.
@@ -138,9 +139,10 @@ def _made(
         settings.pop("epochs", None)
     _put(settings, given)
     sketch, invalid = _validate(model, settings, (), {"sketch": True})
-    # Nothing is chosen beside a file, unless there are hours for which it was not yet.
+    # Nothing is chosen beside a recipe, unless there are hours for which it was not yet.
+    has_recipe = has_file and not settings.keys().isdisjoint({"epochs", "batch_size"})
     to_fill = "hours" in given or (getattr(sketch, "hours", None) and not getattr(sketch, "chosen", None))
-    if complete is not None and sketch is not None and not (problems or invalid) and (to_fill or not has_file):
+    if complete is not None and sketch is not None and not (problems or invalid) and (to_fill or not has_recipe):
         keys = {key for key, _ in _pairs(settings, _fields(model))}
         keys -= TO_CHOOSE if flat(sketch).get("grad_accum") == "auto" else set()
         _put(settings, complete(sketch, {key: value for key, value in flat(sketch).items() if key in keys}))

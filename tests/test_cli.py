@@ -191,6 +191,7 @@ def test_every_command_has_a_schema_and_a_mistyped_one_is_told(capsys: pytest.Ca
     [
         *(["finetune", "photos", "--init", "photso"], ["convert", "photso", "dest"], ["status", "photso"]),
         *(["report", "photso"], ["evaluate", "photso", "--data", "photos"]),
+        ["evaluate", "photso", "--data", "photos", "--out", "out"],
     ],
 )
 def test_a_mistyped_run_is_told_with_those_of_nearly_that_name(

@@ -169,6 +169,17 @@ def test_a_file_of_settings_leaves_nothing_to_choose_unless_hours_are_given(phot
     )
 
 
+def test_the_rest_is_chosen_beside_a_file_that_is_no_recipe(photos: Path, measured: list[int]) -> None:
+    """As `fcmae stats` writes it."""
+    Path("stats.yaml").write_text("data: {in_chans: 3, mean: [0.1, 0.2, 0.3], std: [0.1, 0.1, 0.1]}\n")
+    words = ["photos", "--config", "stats.yaml", *SMALL]
+    cfg = load(PretrainConfig, words, prog="x", complete=planning.pretraining)
+    assert cfg.data.mean == [0.1, 0.2, 0.3] and "data.mean" not in cfg.chosen and cfg.out == Path("runs/photos")
+    assert {"epochs", "batch_size", "data.image_size"} <= cfg.chosen.keys()
+    given = load(PretrainConfig, [*words, "--batch_size", "4", "--out", "o"], prog="x", complete=planning.pretraining)
+    assert given.epochs == 800 and given.chosen.keys() == {"grad_accum"}
+
+
 def test_a_file_of_what_was_chosen_is_taken_as_it_is_by_any_number_of_processes(
     photos: Path, measured: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
