@@ -3,8 +3,10 @@
 `fcmae.planning` finds the facts, applies these rules to what was not given, and records what was chosen and why.
 Published recipes are files in configs/, and what a file or a flag gives is never touched.
 
-Where a rule has a source, its reason names it. The others are our choice: small strides and a grid of 6 x 6 patches or
-more for small images, random crops and one decoder block, as published small-scale runs have them.
+"Published" is FCMAE (arXiv 2301.00808, ConvNeXt V2): masks, batch, rate, augmentation; the longest pretraining is that
+of MAE (arXiv 2111.06377). docs/small_images.md measured, on photographs of 64 pixels: the small network, its fine grid
+of patches, gradients as the target, crops, and the rate and layer decay of fine-tuning. These two do not depend on the
+number of labels: there, rates half and twice as large made no difference that was seen. The rest is our choice.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ LARGEST = {"cpu": 128}  # sides; elsewhere the largest of GRIDS
 LARGEST_CROP = {"cpu": 128, "cuda": 512}  # sides of what is learnt of label maps at once
 MAX_EPOCHS = 1600  # the longest that masked autoencoders of images were published with
 LAYER_DECAY = 0.9  # of what starts from weights; what starts from nothing has nothing to keep
+COMPILED_HOURS = 1.0  # on a GPU
 TRAINING_SHARE = 0.88  # of the hours; the rest is for evaluations, pictures and checkpoints
 
 
@@ -116,6 +119,30 @@ def image_settings(choices: Choices, images: Images) -> None:
     choices.take("data.std", [max(float(f"{value:.4g}"), 1e-6) for value in images.std], why)
 
 
+def machine_settings(choices: Choices, device: str, num_workers: int, precision: str) -> float:
+    """Hours, and how this machine computes.
+
+    Args:
+        choices: goes on.
+        device: "cpu", or another type.
+        num_workers: that it has cores for.
+        precision: that it computes fast in.
+
+    Returns:
+        The hours.
+    """
+    on_cpu = device == "cpu"
+    hours = float(choices.take("hours", default_hours(device), "give --hours for more or less"))
+    why = "the model needs the cores itself" if on_cpu else "the cores of a process, up to 8"
+    choices.take("data.num_workers", num_workers, why)
+    why = "the GPU has it" if precision == "bf16" else "a CPU is not faster in others" if on_cpu else "it has no bf16"
+    choices.take("precision", precision, why)
+    is_long = not on_cpu and hours >= COMPILED_HOURS
+    why = "compiling pays in long runs, if a trial of a few steps says so" if is_long else "compiling takes minutes"
+    choices.take("model.compile", "auto" if is_long else False, why)
+    return hours
+
+
 def far_from_usual(mean: Sequence[float], std: Sequence[float]) -> bool:
     """Whether ImageNet's statistics would leave images more than half a std off the middle, or 1.5 times as wide."""
     usual_mean, usual_std = sum(IMAGENET_MEAN) / 3, sum(IMAGENET_STD) / 3
@@ -160,7 +187,7 @@ def pretraining_network(choices: Choices, images: Images, device: str, held: Net
         choices.take(
             "model.target",
             "hog",
-            "gradients gained more than pixels on photographs of 64 pixels; no pictures are drawn",
+            "gradients gained more than pixels on small photographs (docs/small_images.md); no pictures are drawn",
         )
     narrow = max(spec.dims) <= 160
     choices.take(
@@ -246,9 +273,9 @@ def finetuning_settings(
     batch = min(128 if device == "cpu" else 512, max(8, _power_of_two_below(num / 16)))
     batch = choices.take("batch_size", batch, f"{num:,} labels: 16 steps an epoch or more")
     rate = 1e-3
-    choices.take("optim.base_lr", float(f"{rate * 256 / batch:.3g}"), f"a peak of {rate:g} at this batch")
+    choices.take("optim.base_lr", float(f"{rate * 256 / batch:.3g}"), f"a peak of {rate:g}, for few labels and many")
     if held is not None:
-        choices.take("optim.layer_decay", LAYER_DECAY, "as published: layers near the images change less")
+        choices.take("optim.layer_decay", LAYER_DECAY, "for few labels and many: layers near the images change less")
     choices.take("model.drop_path_rate", 0.1, "as published for the smallest networks")
     choices.take("data.crop_scale", [0.35, 1.0], "objects are not to be cut off" if few else "many labels")
     augments = images.in_chans in (1, 3) and not images.is_deep and side >= 96 and num >= 1000
@@ -291,7 +318,7 @@ def segmentation_settings(choices: Choices, images: Images, device: str, held: N
     rate, why = (5e-4, "small networks") if max(spec.dims) <= 320 else (1e-4, "as published for tiny and larger")
     choices.take("optim.base_lr", float(f"{rate * 256 / batch:.3g}"), f"a peak of {rate:g} at this batch: {why}")
     if held is not None:
-        choices.take("optim.layer_decay", LAYER_DECAY, "as published: layers near the images change less")
+        choices.take("optim.layer_decay", LAYER_DECAY, "for few labels and many: layers near the images change less")
     choices.take("model.drop_path_rate", 0.1, "as published for the smallest networks")
     if device == "cpu":
         choices.take("data.overlap", 0.25, "whole images in fewer tiles, as a CPU has little time")

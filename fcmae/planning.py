@@ -62,7 +62,7 @@ def pretraining(sketch: PretrainConfig, given: Mapping[str, Any]) -> dict[str, A
     choices.image_settings(plan, facts)
     choices.pretraining_network(plan, facts, device, held)
     choices.pretraining_batch(plan, facts, device)
-    hours = float(plan.take("hours", choices.default_hours(device), "give --hours for more or less"))
+    hours = _machine(plan, device)
     draft = {"epochs": 1} | plan.settings | {"out": out, "seconds": _measured_s(hours), "log.trackers": "none"}
     cfg = options.make(BenchConfig, draft)
     result = _fit(plan, cfg, lambda at_once: _pretraining_step(cfg, at_once))
@@ -100,7 +100,7 @@ def finetuning(sketch: FinetuneConfig, given: Mapping[str, Any]) -> dict[str, An
     if "mean" not in image:
         choices.image_settings(plan, facts)
     choices.finetuning_settings(plan, facts, device, held, image.get("input_size", [None])[-1])
-    hours = float(plan.take("hours", choices.default_hours(device), "give --hours for more or less"))
+    hours = _machine(plan, device)
     cfg = options.make(FinetuneConfig, {"epochs": 1} | plan.settings | {"out": out, "log.trackers": "none"})
     result = _fit(plan, cfg, lambda at_once: _dense_step(cfg, at_once, _measured_s(hours)))
     num_train = len(images) if cfg.data.val_path else len(images) - round(len(images) * cfg.data.val_share)
@@ -143,7 +143,7 @@ def segmentation(sketch: SegmentConfig, given: Mapping[str, Any]) -> dict[str, A
     if "mean" not in image:
         choices.image_settings(plan, facts)
     choices.segmentation_settings(plan, facts, device, held)
-    hours = float(plan.take("hours", choices.default_hours(device), "give --hours for more or less"))
+    hours = _machine(plan, device)
     cfg = options.make(SegmentConfig, {"epochs": 1} | plan.settings | {"out": out, "log.trackers": "none"})
     result = _fit(plan, cfg, lambda at_once: _dense_step(cfg, at_once, _measured_s(hours)))
     hours -= (time.monotonic() - began) / 3600
@@ -246,6 +246,15 @@ def _device(sketch: RunConfig) -> str:
     import torch
 
     return "cuda" if sketch.device == "auto" and torch.cuda.is_available() else "cpu"
+
+
+def _machine(plan: choices.Choices, device: str) -> float:
+    import torch
+
+    from fcmae.data.loader import choose_num_workers
+
+    has_bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return choices.machine_settings(plan, device, choose_num_workers(None, device), "bf16" if has_bf16 else "fp32")
 
 
 def _refuse_launcher() -> None:
