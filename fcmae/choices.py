@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from fcmae.config import IMAGENET_MEAN, IMAGENET_STD
@@ -21,6 +22,8 @@ from fcmae.networks.spec import VARIANTS, ConvNeXtSpec, NetworkSpec, read_spec
 
 SMALL = ConvNeXtSpec(depths=(2, 2, 6), dims=(40, 80, 160))  # three stages: for a fine grid on small images
 WIDE = ConvNeXtSpec(depths=(2, 2, 8), dims=(80, 160, 320))  # the same, for many images on a GPU
+# Networks that are chosen among, the largest first.
+FAMILIES = ([VARIANTS[f"convnextv2_{name}"] for name in ("tiny", "nano", "pico", "femto", "atto")], [WIDE, SMALL])
 # Sides of images that divide into 6, 7 or 8 patches a side, with the stem's stride and the side of a patch.
 GRIDS = {48: (2, 8), 64: (2, 8), 96: (4, 16), 128: (4, 16), 192: (4, 32), 224: (4, 32)}
 LARGEST = {"cpu": 128}  # sides; elsewhere the largest of GRIDS
@@ -151,7 +154,19 @@ def far_from_usual(mean: Sequence[float], std: Sequence[float]) -> bool:
     )
 
 
-def pretraining_network(choices: Choices, images: Images, device: str, held: NetworkSpec | None) -> None:
+def smaller_network(variant: Any) -> NetworkSpec | None:
+    """The next smaller of the networks that are chosen among, None after the smallest, or of another.
+
+    Args:
+        variant: as the setting has it.
+    """
+    spec = _read(variant)
+    return next((after for family in FAMILIES for before, after in pairwise(family) if before == spec), None)
+
+
+def pretraining_network(
+    choices: Choices, images: Images, device: str, held: NetworkSpec | None, smaller: NetworkSpec | None = None
+) -> None:
     """Image size, network, patches, masks and decoder: what a step costs.
 
     Args:
@@ -159,12 +174,15 @@ def pretraining_network(choices: Choices, images: Images, device: str, held: Net
         images: their facts.
         device: "cpu", or another type.
         held: the network of the starting weights, if there are any.
+        smaller: a network in place of one that was too slow.
     """
     side = choices.take("data.image_size", *_image_size(images.short_side, device))
     side = min(side) if isinstance(side, list) else side
     stem_stride, patch = GRIDS[max([known for known in GRIDS if known <= side], default=min(GRIDS))]
     if held is not None:
         spec, why = held, "that of model.init"
+    elif smaller is not None:
+        spec, why = smaller, "a larger one would not see each image once in the time"
     elif side < 192:
         spec = WIDE if device != "cpu" and images.num >= 50_000 else SMALL
         why = "three stages: a fine grid of patches on small images"
@@ -341,6 +359,11 @@ def finetuning_epochs(num_labels: int) -> int:
     return 100 if num_labels <= 5_000 else 50 if num_labels <= 50_000 else 30
 
 
+def num_seen(hours: float, images_per_s: float) -> float:
+    """Views of images that a run takes in the hours, at a speed that was measured."""
+    return images_per_s * hours * 3600 * TRAINING_SHARE
+
+
 def duration(
     choices: Choices,
     num_images: int,
@@ -360,8 +383,7 @@ def duration(
         num_evaluated: images, or tiles of them, that an evaluation computes.
     """
     batch = choices.settings["batch_size"]
-    views = images_per_s * hours * 3600 * TRAINING_SHARE
-    epochs = min(most, max(views, batch) / num_images)
+    epochs = min(most, max(num_seen(hours, images_per_s), batch) / num_images)
     epochs = float(f"{epochs:.3g}") if epochs < 10 else round(epochs)
     why = f"{epochs * num_images:,.0f} views at {images_per_s:,.0f} images/s"
     epochs = choices.take("epochs", epochs, why if epochs < most else f"{why}; more is of no use")

@@ -56,19 +56,25 @@ def pretraining(sketch: PretrainConfig, given: Mapping[str, Any]) -> dict[str, A
     _refuse_launcher()
     images = find_images(sketch.data.path, storage=Storage.of_run(out, sketch.data.index, sketch.data.cache_gb))
     device = _device(sketch)
-    plan = choices.Choices(given)
     facts = _facts(images, given.get("data.in_chans"), sketch.data)
     held = None if sketch.model.init is None else _held(sketch)[0]
-    choices.image_settings(plan, facts)
-    choices.pretraining_network(plan, facts, device, held)
-    choices.pretraining_batch(plan, facts, device)
-    hours = _machine(plan, device)
-    draft = {"epochs": 1} | plan.settings | {"out": out, "seconds": _measured_s(hours), "log.trackers": "none"}
-    cfg = options.make(BenchConfig, draft)
-    result = _fit(plan, cfg, lambda at_once: _pretraining_step(cfg, at_once))
-    num_train = len(images) - round(len(images) * cfg.data.val_share)
-    hours -= (time.monotonic() - began) / 3600
-    choices.duration(plan, num_train * cfg.data.masks_per_image, hours, result.images_per_s)
+    smaller: NetworkSpec | None = None
+    while True:
+        plan = choices.Choices(given)
+        choices.image_settings(plan, facts)
+        choices.pretraining_network(plan, facts, device, held, smaller)
+        choices.pretraining_batch(plan, facts, device)
+        hours = _machine(plan, device)
+        draft = {"epochs": 1} | plan.settings | {"out": out, "seconds": _measured_s(hours), "log.trackers": "none"}
+        cfg = options.make(BenchConfig, draft)
+        result = _fit(plan, cfg, partial(_pretraining_step, cfg))
+        num_views = (len(images) - round(len(images) * cfg.data.val_share)) * cfg.data.masks_per_image
+        hours -= (time.monotonic() - began) / 3600
+        smaller = choices.smaller_network(plan.settings["model.variant"])
+        is_free = held is None and "model.variant" not in given and "epochs" not in given
+        if not is_free or smaller is None or choices.num_seen(hours, result.images_per_s) >= num_views:
+            break
+    choices.duration(plan, num_views, hours, result.images_per_s)
     return _chosen(plan) | {"out": out}
 
 

@@ -18,13 +18,13 @@ from PIL import Image
 from runs import TINY, forget_accelerator, start, write_images
 
 import fcmae
-from fcmae import api, bench, cli, planning
+from fcmae import api, bench, choices, cli, planning
 from fcmae.config import BenchConfig, PretrainConfig, SegmentConfig
 from fcmae.data import cores
 from fcmae.data.index import find_images
 from fcmae.data.survey import survey
 from fcmae.networks.convnext import Encoder
-from fcmae.networks.spec import ConvNeXtSpec
+from fcmae.networks.spec import VARIANTS, ConvNeXtSpec
 from fcmae.options import load, read
 from fcmae.pretraining import pretrain
 from fcmae.processes import OUT_OF_MEMORY, Failed
@@ -264,6 +264,33 @@ def test_no_step_takes_more_memory_than_is_reckoned(photos: Path) -> None:
     cfg = load(BenchConfig, [*RECIPE, "--batch_size", "16", "--data.image_size", "96"], prog="x")
     taken = planning._pretraining_step(cfg.model_copy(update={"seconds": 0.01}), 16, False).memory
     assert taken < planning._most_memory(cfg, 16)
+
+
+@pytest.mark.parametrize("given", [[], ["--model.variant", "nano"], ["--epochs", "0.5"]])
+def test_a_network_that_would_not_see_each_image_once_gives_way_to_the_next_smaller(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, measured: list[int], given: list[str]
+) -> None:
+    """An hour is for nine tenths of 13 images, and for two thirds more with each smaller network."""
+    nano, pico = VARIANTS["convnextv2_nano"], VARIANTS["convnextv2_pico"]
+    monkeypatch.setattr(choices, "SMALL", nano)
+    speeds = {nano: 0.9 * 12 / 3600 / 0.88, pico: 1.5 * 12 / 3600 / 0.88}
+    seen: list[Any] = []
+
+    def step(cfg: Any, at_once: int) -> bench.Result:
+        seen.append(cfg.model.variant)
+        return bench.Result(
+            bench.Candidate("packed", "fp32", at_once), 1, (1 / speeds[VARIANTS[cfg.model.variant]],), 0.0, 10**9
+        )
+
+    monkeypatch.setattr(planning, "_pretraining_step", step)
+    words = ["photos", "--hours", "1", "--device", "cpu", "--data.val_share", "0.05", *given]
+    cfg = load(PretrainConfig, words, prog="x", complete=planning.pretraining)
+    if given:
+        assert seen == ["convnextv2_nano"] and cfg.model.variant == "convnextv2_nano"
+    else:
+        assert seen == ["convnextv2_nano", "convnextv2_pico"] and cfg.model.variant == "convnextv2_pico"
+        assert cfg.chosen["model.variant"].startswith("a larger one would not see each image once")
+        assert cfg.epochs == pytest.approx(1.5 * 12 / 12, rel=0.1)
 
 
 def test_a_launcher_is_told_to_print_the_settings_first(
