@@ -164,7 +164,7 @@ def _settings(
         complete = None
     whole = isinstance(settings, model)
     made = options.make(model, values, name, processes, None if whole else complete)
-    return options.settled(made, complete, processes) if whole and complete else made
+    return options.settled(made, complete) if whole and complete else made
 
 
 class Features(nn.Module):

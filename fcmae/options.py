@@ -149,22 +149,21 @@ def _made(
     config, invalid = _validate(model, settings, wrong, {"num_processes": num_processes})
     if config is None or problems or invalid:
         raise ConfigError([*problems, *invalid])
-    return config if complete is None else settled(config, complete, num_processes)
+    return config if complete is None else settled(config, complete)
 
 
-def settled(config: Config, complete: Complete, num_processes: int | None = None) -> Config:
+def settled(config: Config, complete: Complete) -> Config:
     """The settings with grad_accum chosen, where it is auto.
 
     Args:
         config: Of a run.
         complete: See `load`.
-        num_processes: See `load`.
     """
     values = flat(config)
     if values.get("grad_accum") != "auto":
         return config
     found = complete(config, {key: value for key, value in values.items() if key not in TO_CHOOSE})
-    return make(type(config), {**values, **found}, num_processes=num_processes)
+    return config.model_copy(update=dict(found))  # what else was given and what was not stays to be seen
 
 
 def flattened(model: type[Settings], settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -185,7 +185,10 @@ def test_arguments_go_before_settings_and_these_before_the_file(asked: list[Any]
     fcmae.pretrain(["a", Path("b")], tmp_path, variant="femto", config=tmp_path / "own.yaml", settings=settings)
     fcmae.finetune("c", "out", init=Run(Path("run"), "pretrain"), config="finetune_cpu", settings={"epochs": 3})
     fcmae.pretrain(
-        "d", "out", config=runs.DEFAULTS, settings={"epochs": 1, "optim.clip_grad": None, "monitor": {"labelled": Path("x")}}
+        "d",
+        "out",
+        config=runs.DEFAULTS,
+        settings={"epochs": 1, "optim.clip_grad": None, "monitor": {"labelled": Path("x")}},
     )
     first, second, third = asked
     assert (first.data.path, first.out, first.epochs, first.seed) == (["a", "b"], tmp_path, 7, 2)

@@ -160,6 +160,7 @@ def test_stats_prints_lines_for_a_configuration(
     config.write_text(shown.out)
     assert config.read_text().startswith("# 7 images\n")
     pretrain = Recorder(monkeypatch, "pretraining", "pretrain", Run(Path("run"), "pretrain"))
+    monkeypatch.setitem(COMPLETE, "pretrain", lambda sketch, given: {"grad_accum": 1})  # as it is no recipe
     assert main(["pretrain", "--config", str(config), "--data.path", "a", "--out", "run"]) == 0
     data = pretrain.calls[0][0].data
     assert (data.in_chans, data.mean, data.std) == (2, [0.1235, 0.5], [1e-5, 0.25])

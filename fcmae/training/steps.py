@@ -26,7 +26,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from fcmae import threads
-from fcmae.config import PretrainConfig, RunConfig
+from fcmae.config import DenseConfig, PretrainConfig, RunConfig
 from fcmae.data.dataset import Batch, ImageDataset
 from fcmae.data.loader import build_loader, choose_num_workers, prefetched
 from fcmae.data.sampler import StepSampler
@@ -106,6 +106,8 @@ def in_parts(cfg: Fitting, num_processes: int, device_type: str, saved: RunConfi
         if not any(kept.conflicts(num_processes)):
             return kept
     found = cfg.model_copy(update={"grad_accum": 1})
+    if isinstance(cfg, DenseConfig) and cfg.eval_only:
+        return found  # nothing is trained
     while images_at_once(found, num_processes) > AT_ONCE.get(device_type, min(AT_ONCE.values())):
         if (smaller := in_smaller_parts(found, num_processes)) is None:
             break
