@@ -159,9 +159,12 @@ def _settings(
         raise ValueError(f"settings: received {type(settings).__name__}; give a mapping or a {model.__name__}")
     values |= {key: value for key, value in given.items() if value is not None}
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    whole = isinstance(settings, model) or not values.get("data.path") or values.get("eval_only")
     name = None if config is None else os.fspath(config)
-    return options.make(model, values, name, processes, None if whole else complete)
+    if not values.get("data.path") or values.get("eval_only"):
+        complete = None
+    whole = isinstance(settings, model)
+    made = options.make(model, values, name, processes, None if whole else complete)
+    return options.settled(made, complete) if whole and complete else made
 
 
 class Features(nn.Module):

@@ -161,7 +161,7 @@ def bench(cfg: BenchConfig) -> None:
 
     # GRN over the batch is over the images at once, so their number changes what is computed.
     sizes = "images" in cfg.vary and cfg.model.grn_scope == "image"
-    images, unit = cfg.batch_size // cfg.grad_accum, cfg.data.masks_per_image
+    images, unit = cfg.batch_size // cfg.num_parts, cfg.data.masks_per_image
     while sizes and machine.device == "cpu" and images > CPU_IMAGES and images % (2 * unit) == 0:
         images //= 2
     compiled = False if cfg.model.compile == "auto" else cfg.model.compile

@@ -3,8 +3,10 @@
 `fcmae.planning` finds the facts, applies these rules to what was not given, and records what was chosen and why.
 Published recipes are files in configs/, and what a file or a flag gives is never touched.
 
-Where a rule has a source, its reason names it. The others are our choice: small strides and a grid of 6 x 6 patches or
-more for small images, random crops and one decoder block, as published small-scale runs have them.
+"Published" is FCMAE (arXiv 2301.00808, ConvNeXt V2): masks, batch, rate, augmentation; the longest pretraining is that
+of MAE (arXiv 2111.06377). docs/small_images.md measured, on photographs of 64 pixels: the small network, its fine grid
+of patches, gradients as the target, crops, and the rate and layer decay of fine-tuning. These two do not depend on the
+number of labels: there, rates half and twice as large made no difference that was seen. The rest is our choice.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from fcmae.config import IMAGENET_MEAN, IMAGENET_STD
@@ -19,12 +22,15 @@ from fcmae.networks.spec import VARIANTS, ConvNeXtSpec, NetworkSpec, read_spec
 
 SMALL = ConvNeXtSpec(depths=(2, 2, 6), dims=(40, 80, 160))  # three stages: for a fine grid on small images
 WIDE = ConvNeXtSpec(depths=(2, 2, 8), dims=(80, 160, 320))  # the same, for many images on a GPU
+# Networks that are chosen among, the largest first.
+FAMILIES = ([VARIANTS[f"convnextv2_{name}"] for name in ("tiny", "nano", "pico", "femto", "atto")], [WIDE, SMALL])
 # Sides of images that divide into 6, 7 or 8 patches a side, with the stem's stride and the side of a patch.
 GRIDS = {48: (2, 8), 64: (2, 8), 96: (4, 16), 128: (4, 16), 192: (4, 32), 224: (4, 32)}
 LARGEST = {"cpu": 128}  # sides; elsewhere the largest of GRIDS
 LARGEST_CROP = {"cpu": 128, "cuda": 512}  # sides of what is learnt of label maps at once
 MAX_EPOCHS = 1600  # the longest that masked autoencoders of images were published with
 LAYER_DECAY = 0.9  # of what starts from weights; what starts from nothing has nothing to keep
+COMPILED_HOURS = 1.0  # on a GPU
 TRAINING_SHARE = 0.88  # of the hours; the rest is for evaluations, pictures and checkpoints
 
 
@@ -70,11 +76,13 @@ class Choices:
     Attributes:
         settings: by dotted key, what was given and what was chosen so far.
         made: what was chosen, in order.
+        planned_s: how long the run takes by that, with evaluations and checkpoints; None until it is known.
     """
 
     def __init__(self, given: Mapping[str, Any]) -> None:
         self.settings = dict(given)
         self.made: list[Choice] = []
+        self.planned_s: float | None = None
 
     def take(self, key: str, value: Any, why: str) -> Any:
         """The given value of a setting, else this one.
@@ -114,6 +122,30 @@ def image_settings(choices: Choices, images: Images) -> None:
     choices.take("data.std", [max(float(f"{value:.4g}"), 1e-6) for value in images.std], why)
 
 
+def machine_settings(choices: Choices, device: str, num_workers: int, precision: str) -> float:
+    """Hours, and how this machine computes.
+
+    Args:
+        choices: goes on.
+        device: "cpu", or another type.
+        num_workers: that it has cores for.
+        precision: that it computes fast in.
+
+    Returns:
+        The hours.
+    """
+    on_cpu = device == "cpu"
+    hours = float(choices.take("hours", default_hours(device), "give --hours for more or less"))
+    why = "the model needs the cores itself" if on_cpu else "the cores of a process, up to 8"
+    choices.take("data.num_workers", num_workers, why)
+    why = "the GPU has it" if precision == "bf16" else "a CPU is not faster in others" if on_cpu else "it has no bf16"
+    choices.take("precision", precision, why)
+    is_long = not on_cpu and hours >= COMPILED_HOURS
+    why = "compiling pays in long runs, if a trial of a few steps says so" if is_long else "compiling takes minutes"
+    choices.take("model.compile", "auto" if is_long else False, why)
+    return hours
+
+
 def far_from_usual(mean: Sequence[float], std: Sequence[float]) -> bool:
     """Whether ImageNet's statistics would leave images more than half a std off the middle, or 1.5 times as wide."""
     usual_mean, usual_std = sum(IMAGENET_MEAN) / 3, sum(IMAGENET_STD) / 3
@@ -122,7 +154,19 @@ def far_from_usual(mean: Sequence[float], std: Sequence[float]) -> bool:
     )
 
 
-def pretraining_network(choices: Choices, images: Images, device: str, held: NetworkSpec | None) -> None:
+def smaller_network(variant: Any) -> NetworkSpec | None:
+    """The next smaller of the networks that are chosen among, None after the smallest, or of another.
+
+    Args:
+        variant: as the setting has it.
+    """
+    spec = _read(variant)
+    return next((after for family in FAMILIES for before, after in pairwise(family) if before == spec), None)
+
+
+def pretraining_network(
+    choices: Choices, images: Images, device: str, held: NetworkSpec | None, smaller: NetworkSpec | None = None
+) -> None:
     """Image size, network, patches, masks and decoder: what a step costs.
 
     Args:
@@ -130,12 +174,15 @@ def pretraining_network(choices: Choices, images: Images, device: str, held: Net
         images: their facts.
         device: "cpu", or another type.
         held: the network of the starting weights, if there are any.
+        smaller: a network in place of one that was too slow.
     """
     side = choices.take("data.image_size", *_image_size(images.short_side, device))
     side = min(side) if isinstance(side, list) else side
     stem_stride, patch = GRIDS[max([known for known in GRIDS if known <= side], default=min(GRIDS))]
     if held is not None:
         spec, why = held, "that of model.init"
+    elif smaller is not None:
+        spec, why = smaller, "a larger one would not see each image once in the time"
     elif side < 192:
         spec = WIDE if device != "cpu" and images.num >= 50_000 else SMALL
         why = "three stages: a fine grid of patches on small images"
@@ -158,7 +205,7 @@ def pretraining_network(choices: Choices, images: Images, device: str, held: Net
         choices.take(
             "model.target",
             "hog",
-            "gradients gained more than pixels on photographs of 64 pixels; no pictures are drawn",
+            "gradients gained more than pixels on small photographs (docs/small_images.md); no pictures are drawn",
         )
     narrow = max(spec.dims) <= 160
     choices.take(
@@ -244,9 +291,9 @@ def finetuning_settings(
     batch = min(128 if device == "cpu" else 512, max(8, _power_of_two_below(num / 16)))
     batch = choices.take("batch_size", batch, f"{num:,} labels: 16 steps an epoch or more")
     rate = 1e-3
-    choices.take("optim.base_lr", float(f"{rate * 256 / batch:.3g}"), f"a peak of {rate:g} at this batch")
+    choices.take("optim.base_lr", float(f"{rate * 256 / batch:.3g}"), f"a peak of {rate:g}, for few labels and many")
     if held is not None:
-        choices.take("optim.layer_decay", LAYER_DECAY, "as published: layers near the images change less")
+        choices.take("optim.layer_decay", LAYER_DECAY, "for few labels and many: layers near the images change less")
     choices.take("model.drop_path_rate", 0.1, "as published for the smallest networks")
     choices.take("data.crop_scale", [0.35, 1.0], "objects are not to be cut off" if few else "many labels")
     augments = images.in_chans in (1, 3) and not images.is_deep and side >= 96 and num >= 1000
@@ -289,7 +336,7 @@ def segmentation_settings(choices: Choices, images: Images, device: str, held: N
     rate, why = (5e-4, "small networks") if max(spec.dims) <= 320 else (1e-4, "as published for tiny and larger")
     choices.take("optim.base_lr", float(f"{rate * 256 / batch:.3g}"), f"a peak of {rate:g} at this batch: {why}")
     if held is not None:
-        choices.take("optim.layer_decay", LAYER_DECAY, "as published: layers near the images change less")
+        choices.take("optim.layer_decay", LAYER_DECAY, "for few labels and many: layers near the images change less")
     choices.take("model.drop_path_rate", 0.1, "as published for the smallest networks")
     if device == "cpu":
         choices.take("data.overlap", 0.25, "whole images in fewer tiles, as a CPU has little time")
@@ -312,6 +359,11 @@ def finetuning_epochs(num_labels: int) -> int:
     return 100 if num_labels <= 5_000 else 50 if num_labels <= 50_000 else 30
 
 
+def num_seen(hours: float, images_per_s: float) -> float:
+    """Views of images that a run takes in the hours, at a speed that was measured."""
+    return images_per_s * hours * 3600 * TRAINING_SHARE
+
+
 def duration(
     choices: Choices,
     num_images: int,
@@ -331,12 +383,12 @@ def duration(
         num_evaluated: images, or tiles of them, that an evaluation computes.
     """
     batch = choices.settings["batch_size"]
-    views = images_per_s * hours * 3600 * TRAINING_SHARE
-    epochs = min(most, max(views, batch) / num_images)
+    epochs = min(most, max(num_seen(hours, images_per_s), batch) / num_images)
     epochs = float(f"{epochs:.3g}") if epochs < 10 else round(epochs)
     why = f"{epochs * num_images:,.0f} views at {images_per_s:,.0f} images/s"
     epochs = choices.take("epochs", epochs, why if epochs < most else f"{why}; more is of no use")
     seconds = epochs * num_images / images_per_s
+    choices.planned_s = round(seconds / TRAINING_SHARE, 1)
     warmup = min(40, epochs / 20)
     choices.take("optim.warmup_epochs", float(f"{warmup:.3g}"), "a twentieth of the run, as published")
     every = epochs / max(1, min(epochs, seconds / 600))

@@ -12,7 +12,7 @@ import signal
 import sys
 import webbrowser
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import fcmae
 from fcmae import config, threads
@@ -20,6 +20,9 @@ from fcmae.config import commands
 from fcmae.config.base import Settings
 from fcmae.data.source import printable
 from fcmae.options import HELP, Complete, hint, load
+
+if TYPE_CHECKING:
+    from fcmae.training.run import Run
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -82,14 +85,18 @@ def _run(words: list[str]) -> int:
     if name in HELP or name == "--version":
         print(f"fcmae {fcmae.__version__}" if name == "--version" else _help())
         raise SystemExit(0 if words else 2)
-    if name not in COMMANDS:
-        raise ValueError(f"{name}: no such command{hint(name, COMMANDS) or '; there are: ' + ', '.join(COMMANDS)}")
-    settings, run = COMMANDS[name]
+    settings, run = _command(name)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     given = load(settings, rest, prog=f"fcmae {name}", num_processes=processes, complete=COMPLETE.get(name))
     if name not in IDLE:
         threads.prepare()
     return run(given) or 0
+
+
+def _command(name: str) -> tuple[type[Settings], Callable[[Any], int | None]]:
+    if name not in COMMANDS:
+        raise ValueError(f"{name}: no such command{hint(name, COMMANDS) or '; there are: ' + ', '.join(COMMANDS)}")
+    return COMMANDS[name]
 
 
 def _help() -> str:
@@ -98,22 +105,34 @@ def _help() -> str:
     return "\n".join([*head, *lines, "", "`fcmae COMMAND --help` says more, `fcmae --version` which this is."])
 
 
+def _ended(run: Run) -> int:
+    """Print where a run stands at its end, and what can be typed next; its exit status."""
+    if os.environ.get("RANK", "0") == "0":
+        from fcmae.evaluation.status import status
+
+        with contextlib.suppress(ValueError, OSError):  # the run has ended as it did, whatever can be read of it
+            print(status(run.path))
+    return run.status
+
+
 def _pretrain(cfg: config.PretrainConfig) -> int:
     from fcmae import pretraining
 
-    return pretraining.pretrain(cfg).status
+    return _ended(pretraining.pretrain(cfg))
 
 
 def _finetune(cfg: config.FinetuneConfig) -> int:
     from fcmae import finetuning
 
-    return finetuning.finetune(cfg).status
+    run = finetuning.finetune(cfg)
+    return run.status if cfg.eval_only else _ended(run)
 
 
 def _segment(cfg: config.SegmentConfig) -> int:
     from fcmae import segmenting
 
-    return segmenting.segment(cfg).status
+    run = segmenting.segment(cfg)
+    return run.status if cfg.eval_only else _ended(run)
 
 
 def _bench(cfg: config.BenchConfig) -> None:
@@ -259,7 +278,7 @@ def _completion(cfg: commands.CompletionConfig) -> None:
 
 
 def _schema(cfg: commands.SchemaConfig) -> None:
-    print(json.dumps(COMMANDS[cfg.command][0].model_json_schema(), indent=1))
+    print(json.dumps(_command(cfg.command)[0].model_json_schema(), indent=1))
 
 
 COMMANDS: dict[str, tuple[type[Settings], Callable[[Any], int | None]]] = {

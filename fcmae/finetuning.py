@@ -34,9 +34,9 @@ from fcmae.networks.spec import describe
 from fcmae.starting import check_start, class_balance, image_settings, prepare, starting_weights
 from fcmae.training.launch import ending_together, finish, make_accelerator, same_everywhere
 from fcmae.training.log import Log
-from fcmae.training.run import Run, RunDirectory, tell_next
+from fcmae.training.run import Run, RunDirectory
 from fcmae.training.signals import StopSignal
-from fcmae.training.steps import Steps, images_at_once, that_fits
+from fcmae.training.steps import Steps, images_at_once, in_parts, that_fits
 from fcmae.weights.convert import save_classifier
 from fcmae.weights.files import Weights
 from fcmae.weights.formats import rename
@@ -65,6 +65,7 @@ def finetune(cfg: FinetuneConfig, net: Classifier | None = None) -> Run:
         run = RunDirectory(cfg, "finetune")
         run.agree(accelerator)
         check_launch(cfg, accelerator.num_processes)
+        cfg = in_parts(cfg, accelerator.num_processes, accelerator.device.type, run.saved)
         weights = starting_weights(cfg)
         if _keeps_head(cfg) and not weights.class_names:
             raise ValueError(f"model.init = {cfg.model.init} has no classifier: give a fine-tuned model")
@@ -165,7 +166,6 @@ def train(
             step.save(run, net, images_used, {"best": vars(best)}, None if ema is None else ema.module)
     if steps.finished:
         logger.info("best and last model: %s, %s", run.path / "best", run.path / "last")
-        tell_next(run.path, "fcmae predict {run} IMAGES", "fcmae convert {run} DEST")
     return steps.finished
 
 

@@ -29,7 +29,17 @@ from fcmae.weights.files import Weights, read_weights, timm_holds
 # Of a file that is large, of the system, and of the library that this huggingface_hub speaks HTTP with.
 FAILURES: tuple[type[Exception], ...] = (RuntimeError, OSError, HfHubHTTPError.__mro__[1])
 # Where the images and the run lie is nobody's business, nor what a machine needs to be told.
-LEFT_OUT = ("out", "chosen", "data.path", "data.val_path", "data.num_workers", "model.init", "device", "overwrite")
+LEFT_OUT = (
+    "out",
+    "chosen",
+    "planned_s",
+    "data.path",
+    "data.val_path",
+    "data.num_workers",
+    "model.init",
+    "device",
+    "overwrite",
+)
 CURVES = ("loss", "val_loss", "top1", "balanced_accuracy", "auroc")
 MAX_ROWS = 12  # of the table of curves
 # Of the names that the hub knows; it takes others as "other" with a name of its own.

@@ -38,6 +38,7 @@ Fields = dict[str, FieldInfo]
 Complete = Callable[[Any, Mapping[str, Any]], Mapping[str, Any]]
 HELP = ("-h", "--help")
 SWITCHED = {"true", "false", "yes", "no", "on", "off", "1", "0"}  # what a switch takes for its value
+TO_CHOOSE = {"grad_accum", "chosen", "planned_s"}  # what stays to be chosen where all else is given
 NONE = {"none", "null", "~"}
 MAX_YAML = 2**18  # bytes of a file of settings: YAML is read at some 100 kB a second
 
@@ -75,7 +76,8 @@ def load(
         argv: Its words, e.g. ["photos", "--config", "pretrain_atto", "--out", "runs/first"].
         prog: The command, for `--help`.
         num_processes: That a run is started on; None checks neither that nor what is installed here.
-        complete: Chooses what was not given, where there is no file, or hours to fill.
+        complete: Chooses what was not given, where there is no file, or neither epochs nor batch_size beside it, or
+            hours to fill.
 
     Raises:
         ConfigError: With every unknown key, wrong value and impossible combination in file and command line.
@@ -137,15 +139,31 @@ def _made(
         settings.pop("epochs", None)
     _put(settings, given)
     sketch, invalid = _validate(model, settings, (), {"sketch": True})
-    # Nothing is chosen beside a file, unless there are hours for which it was not yet.
+    # Nothing is chosen beside a recipe, unless there are hours for which it was not yet.
+    has_recipe = has_file and not settings.keys().isdisjoint({"epochs", "batch_size"})
     to_fill = "hours" in given or (getattr(sketch, "hours", None) and not getattr(sketch, "chosen", None))
-    if complete is not None and sketch is not None and not (problems or invalid) and (to_fill or not has_file):
+    if complete is not None and sketch is not None and not (problems or invalid) and (to_fill or not has_recipe):
         keys = {key for key, _ in _pairs(settings, _fields(model))}
+        keys -= TO_CHOOSE if flat(sketch).get("grad_accum") == "auto" else set()
         _put(settings, complete(sketch, {key: value for key, value in flat(sketch).items() if key in keys}))
     config, invalid = _validate(model, settings, wrong, {"num_processes": num_processes})
     if config is None or problems or invalid:
         raise ConfigError([*problems, *invalid])
-    return config
+    return config if complete is None else settled(config, complete)
+
+
+def settled(config: Config, complete: Complete) -> Config:
+    """The settings with grad_accum chosen, where it is auto.
+
+    Args:
+        config: Of a run.
+        complete: See `load`.
+    """
+    values = flat(config)
+    if values.get("grad_accum") != "auto":
+        return config
+    found = complete(config, {key: value for key, value in values.items() if key not in TO_CHOOSE})
+    return config.model_copy(update=dict(found))  # what else was given and what was not stays to be seen
 
 
 def flattened(model: type[Settings], settings: Mapping[str, Any]) -> dict[str, Any]:

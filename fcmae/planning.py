@@ -6,6 +6,7 @@ run's config.yaml with the reasons, and the same command takes it from there whe
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import time
@@ -20,7 +21,7 @@ from fcmae.data.cores import free_memory
 from fcmae.data.index import Images, find_images, find_labelled, find_mapped
 from fcmae.data.storage import Storage
 from fcmae.data.survey import survey
-from fcmae.networks.spec import NetworkSpec
+from fcmae.networks.spec import ConvNeXtSpec, NetworkSpec
 from fcmae.processes import OUT_OF_MEMORY, Failed, in_process
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from fcmae.data.dataset import ImageDataset
     from fcmae.heads import Classifier, Segmenter
 
-AT_ONCE = {"cpu": 64, "cuda": 256}  # images computed at once, to start from: more gain little
+SHORT_S = 0.01  # to measure the memory of a step, whatever its time
 MEMORY_SHARE = 0.7  # of what is free, for the run as it was measured
 SUFFIX = {"pretrain": "", "finetune": "-tuned", "segment": "-segmented"}  # of run directories, by the kind of run
 Measure = Callable[[int], bench.Result]
@@ -49,22 +50,31 @@ def pretraining(sketch: PretrainConfig, given: Mapping[str, Any]) -> dict[str, A
     out = _run_directory(sketch, given, sketch.data.path[0])
     if (saved := _saved(sketch, out, "pretrain")) is not None:
         return {key: value for key, value in saved.items() if key not in given} | {"out": out}
+    if _is_settled(sketch, given):
+        cfg = options.make(BenchConfig, options.flat(sketch) | {"seconds": SHORT_S})
+        return _parts(sketch, lambda at_once: _pretraining_step(cfg, at_once, False))
     _refuse_launcher()
     images = find_images(sketch.data.path, storage=Storage.of_run(out, sketch.data.index, sketch.data.cache_gb))
     device = _device(sketch)
-    plan = choices.Choices(given)
     facts = _facts(images, given.get("data.in_chans"), sketch.data)
     held = None if sketch.model.init is None else _held(sketch)[0]
-    choices.image_settings(plan, facts)
-    choices.pretraining_network(plan, facts, device, held)
-    choices.pretraining_batch(plan, facts, device)
-    hours = float(plan.take("hours", choices.default_hours(device), "give --hours for more or less"))
-    draft = {"epochs": 1} | plan.settings | {"out": out, "seconds": _measured_s(hours), "log.trackers": "none"}
-    cfg = options.make(BenchConfig, draft)
-    result = _fit(plan, cfg, lambda at_once: _pretraining_step(cfg, at_once))
-    num_train = len(images) - round(len(images) * cfg.data.val_share)
-    hours -= (time.monotonic() - began) / 3600
-    choices.duration(plan, num_train * cfg.data.masks_per_image, hours, result.images_per_s)
+    smaller: NetworkSpec | None = None
+    while True:
+        plan = choices.Choices(given)
+        choices.image_settings(plan, facts)
+        choices.pretraining_network(plan, facts, device, held, smaller)
+        choices.pretraining_batch(plan, facts, device)
+        hours = _machine(plan, device)
+        draft = {"epochs": 1} | plan.settings | {"out": out, "seconds": _measured_s(hours), "log.trackers": "none"}
+        cfg = options.make(BenchConfig, draft)
+        result = _fit(plan, cfg, partial(_pretraining_step, cfg))
+        num_views = (len(images) - round(len(images) * cfg.data.val_share)) * cfg.data.masks_per_image
+        hours -= (time.monotonic() - began) / 3600
+        smaller = choices.smaller_network(plan.settings["model.variant"])
+        is_free = held is None and "model.variant" not in given and "epochs" not in given
+        if not is_free or smaller is None or choices.num_seen(hours, result.images_per_s) >= num_views:
+            break
+    choices.duration(plan, num_views, hours, result.images_per_s)
     return _chosen(plan) | {"out": out}
 
 
@@ -83,6 +93,8 @@ def finetuning(sketch: FinetuneConfig, given: Mapping[str, Any]) -> dict[str, An
     out = _run_directory(sketch, given, sketch.data.path)
     if (saved := _saved(sketch, out, "finetune")) is not None:
         return {key: value for key, value in saved.items() if key not in given} | {"out": out}
+    if _is_settled(sketch, given):
+        return _parts(sketch, lambda at_once: _dense_step(sketch, at_once, SHORT_S))
     _refuse_launcher()
     images = find_labelled(sketch.data.path, storage=Storage.of_run(out, sketch.data.index, sketch.data.cache_gb))
     device = _device(sketch)
@@ -94,7 +106,7 @@ def finetuning(sketch: FinetuneConfig, given: Mapping[str, Any]) -> dict[str, An
     if "mean" not in image:
         choices.image_settings(plan, facts)
     choices.finetuning_settings(plan, facts, device, held, image.get("input_size", [None])[-1])
-    hours = float(plan.take("hours", choices.default_hours(device), "give --hours for more or less"))
+    hours = _machine(plan, device)
     cfg = options.make(FinetuneConfig, {"epochs": 1} | plan.settings | {"out": out, "log.trackers": "none"})
     result = _fit(plan, cfg, lambda at_once: _dense_step(cfg, at_once, _measured_s(hours)))
     num_train = len(images) if cfg.data.val_path else len(images) - round(len(images) * cfg.data.val_share)
@@ -118,6 +130,8 @@ def segmentation(sketch: SegmentConfig, given: Mapping[str, Any]) -> dict[str, A
     out = _run_directory(sketch, given, sketch.data.path)
     if (saved := _saved(sketch, out, "segment")) is not None:
         return {key: value for key, value in saved.items() if key not in given} | {"out": out}
+    if _is_settled(sketch, given):
+        return _parts(sketch, lambda at_once: _dense_step(sketch, at_once, SHORT_S))
     _refuse_launcher()
     find = partial(find_mapped, storage=Storage.of_run(out, sketch.data.index, sketch.data.cache_gb))
     images, _ = find(sketch.data.path, sketch.data.maps)
@@ -135,7 +149,7 @@ def segmentation(sketch: SegmentConfig, given: Mapping[str, Any]) -> dict[str, A
     if "mean" not in image:
         choices.image_settings(plan, facts)
     choices.segmentation_settings(plan, facts, device, held)
-    hours = float(plan.take("hours", choices.default_hours(device), "give --hours for more or less"))
+    hours = _machine(plan, device)
     cfg = options.make(SegmentConfig, {"epochs": 1} | plan.settings | {"out": out, "log.trackers": "none"})
     result = _fit(plan, cfg, lambda at_once: _dense_step(cfg, at_once, _measured_s(hours)))
     hours -= (time.monotonic() - began) / 3600
@@ -147,7 +161,12 @@ def segmentation(sketch: SegmentConfig, given: Mapping[str, Any]) -> dict[str, A
 
 def _chosen(plan: choices.Choices) -> dict[str, Any]:
     values = {choice.key: choice.value for choice in plan.made}
-    return values | {"chosen": {choice.key: choice.why for choice in plan.made}}
+    return values | {"chosen": {choice.key: choice.why for choice in plan.made}, "planned_s": plan.planned_s}
+
+
+def _is_settled(sketch: RunConfig, given: Mapping[str, Any]) -> bool:
+    """Whether only grad_accum is to be chosen."""
+    return options.flat(sketch).keys() - given.keys() <= options.TO_CHOOSE
 
 
 # Where the run is
@@ -172,7 +191,7 @@ def _goes_on(sketch: RunConfig, given: Mapping[str, Any], place: Path, kind: str
     """Whether the run there is the one that this command began and did not end."""
     from fcmae.training.messages import how_it_ended
 
-    saved = _saved(sketch, place, kind)
+    saved = _saved(sketch, place, kind, begun=False)
     if saved is None:
         return False
     wanted = options.flat(sketch)
@@ -180,15 +199,34 @@ def _goes_on(sketch: RunConfig, given: Mapping[str, Any], place: Path, kind: str
     return same and how_it_ended(place / "train.log") != "finished"
 
 
-def _saved(sketch: RunConfig, place: Path, kind: str) -> dict[str, Any] | None:
-    """The settings of the run in a directory, by dotted key; None without one of this kind, or if it is to go."""
+def _saved(sketch: RunConfig, place: Path, kind: str, begun: bool = True) -> dict[str, Any] | None:
+    """The settings of the run in a directory, by dotted key; None without one of this kind, or if it is to go.
+
+    begun: only of one that has something to go on from. One that was cut off in its first steps chooses anew.
+    """
     config = place / "config.yaml"
-    if sketch.overwrite or not config.is_file() or not (place / "metrics.jsonl").exists():
+    if sketch.overwrite or not config.is_file() or (begun and not _has_begun(place)):
         return None
     with config.open(encoding="utf-8", errors="replace") as file:
         if not file.readline().startswith(f"# fcmae {kind} "):
             return None
     return options.flat(options.read(type(sketch), config))
+
+
+def _has_begun(place: Path) -> bool:
+    return (place / "metrics.jsonl").exists() or any(place.glob("checkpoints/step-*"))
+
+
+def _cut_off_at(cfg: RunConfig) -> float:
+    """The images at once of a start in this place that was cut off in its first steps, or infinity."""
+    from fcmae.training.messages import CUT_OFF, how_it_ended
+    from fcmae.training.steps import images_at_once
+
+    assert cfg.out is not None
+    config = cfg.out / "config.yaml"
+    if cfg.overwrite or not config.is_file() or _has_begun(cfg.out) or how_it_ended(cfg.out / "train.log") != CUT_OFF:
+        return math.inf
+    return images_at_once(options.read(type(cfg), config), 1)
 
 
 # What is found and measured
@@ -216,6 +254,15 @@ def _device(sketch: RunConfig) -> str:
     return "cuda" if sketch.device == "auto" and torch.cuda.is_available() else "cpu"
 
 
+def _machine(plan: choices.Choices, device: str) -> float:
+    import torch
+
+    from fcmae.data.loader import choose_num_workers
+
+    has_bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return choices.machine_settings(plan, device, choose_num_workers(None, device), "bf16" if has_bf16 else "fp32")
+
+
 def _refuse_launcher() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
@@ -228,18 +275,62 @@ def _measured_s(hours: float) -> float:
     return min(10.0, max(2.0, 36 * hours))
 
 
+def _parts(sketch: RunConfig, measure: Measure) -> dict[str, Any]:
+    """grad_accum, where nothing else is to be chosen."""
+    from fcmae.training.steps import images_at_once, in_parts
+
+    processes, device = int(os.environ.get("WORLD_SIZE", "1")), _device(sketch)
+    start = in_parts(sketch, processes, device)
+    plan, at_once = choices.Choices({}), images_at_once(start, processes)
+    free = _free_memory(device)
+    pools = isinstance(sketch, PretrainConfig) and sketch.model.grn_scope == "batch"
+    if processes > 1 or pools:
+        return {"grad_accum": start.grad_accum, "chosen": start.chosen}
+    if (most := _most_memory(sketch, at_once)) < MEMORY_SHARE * free and _cut_off_at(sketch) == math.inf:
+        why = f"{at_once} images at once take less than {most / 1e9:.1f} GB of {free / 1e9:.1f} GB free"
+        plan.take("grad_accum", start.grad_accum, why)
+    else:
+        _fit(plan, sketch, measure)
+    return _chosen(plan) | {"chosen": sketch.chosen | _chosen(plan)["chosen"], "planned_s": sketch.planned_s}
+
+
+def _most_memory(cfg: RunConfig, at_once: int) -> float:
+    """Bytes that a step takes at the most, or infinity where only measuring tells; workers and libraries included.
+
+    A block keeps some 20 C numbers of a site for its backward pass, and nothing is taken to be hidden.
+    """
+    assert isinstance(cfg, PretrainConfig | DenseConfig)
+    spec = cfg.model.spec or _held(cfg)[0]
+    if not isinstance(spec, ConvNeXtSpec):
+        return math.inf
+    pixels, sites, weights = math.prod(cfg.data.image_size), 0.0, 0.0
+    for stage, (depth, dim) in enumerate(zip(spec.depths, spec.dims, strict=True)):
+        sites += depth * dim * pixels / (spec.stem_stride << stage) ** 2
+        weights += depth * (8 * dim + spec.kernel_size**2) * dim + 8 * dim**2
+    if isinstance(cfg, PretrainConfig):
+        dim, depth = cfg.model.decoder_dim, cfg.model.decoder_depth
+        sites += (depth + 1) * dim * pixels / spec.total_stride**2
+        weights += depth * 8 * dim**2 + dim * (spec.dims[-1] + cfg.data.in_chans * cfg.model.mask_patch**2)
+    else:
+        sites += 10 * pixels if isinstance(cfg, SegmentConfig) else 0  # some 400 maps of classes
+    return 1.5e9 + 20 * weights + at_once * (160 * sites + 40 * cfg.data.in_chans * pixels)
+
+
 def _fit(plan: choices.Choices, cfg: RunConfig, measure: Measure) -> bench.Result:
     """Time a step, and set grad_accum so that it fits into the memory.
 
     Raises:
         ValueError: if one image at a time does not, or a step cannot run.
     """
-    device, free = _device(cfg), free_memory()
-    unit = getattr(cfg.data, "masks_per_image", 1)
-    at_once = cfg.batch_size // cfg.grad_accum
-    while "grad_accum" not in plan.settings and at_once > AT_ONCE[device] and at_once % (2 * unit) == 0:
-        at_once //= 2
+    from fcmae.training.steps import images_at_once, in_parts, in_smaller_parts
+
+    device = _device(cfg)
+    free, cfg = _free_memory(device), in_parts(cfg, 1, device)
+    is_free, limit = "grad_accum" not in plan.settings, _cut_off_at(cfg)
+    while is_free and images_at_once(cfg, 1) >= limit and (smaller := in_smaller_parts(cfg, 1)) is not None:
+        cfg = smaller
     while True:
+        at_once = images_at_once(cfg, 1)
         try:
             result = measure(at_once)
             if device != "cpu" or result.memory <= MEMORY_SHARE * free:
@@ -249,18 +340,28 @@ def _fit(plan: choices.Choices, cfg: RunConfig, measure: Measure) -> bench.Resul
             why = f"{at_once} images at once: {error}"
             if OUT_OF_MEMORY not in why:
                 raise ValueError(f"a step does not run: {error}") from None
-        if "grad_accum" in plan.settings or at_once % (2 * unit):
+        if not is_free or (smaller := in_smaller_parts(cfg, 1)) is None:
             raise ValueError(
                 f"a step does not run: {why}; try --model.grad_checkpointing true, a smaller data.image_size or variant"
             )
-        at_once //= 2
-    plan.take("grad_accum", cfg.batch_size // at_once, f"{at_once} images at once take {result.memory / 1e9:.1f} GB")
+        cfg = smaller
+    why = f"{at_once} images at once take {result.memory / 1e9:.1f} GB of {free / 1e9:.1f} GB free"
+    plan.take("grad_accum", cfg.num_parts, why)
     return result
 
 
-def _pretraining_step(cfg: BenchConfig, at_once: int) -> bench.Result:
+def _free_memory(device: str) -> int:
+    """Bytes that a step may take: of the GPU, or of the machine."""
+    if device == "cpu":
+        return free_memory()
+    import torch
+
+    return int(torch.cuda.mem_get_info()[0])
+
+
+def _pretraining_step(cfg: BenchConfig, at_once: int, from_files: bool = True) -> bench.Result:
     candidate = bench.Candidate(cfg.model.backend, cfg.precision, at_once)
-    result: bench.Result = in_process(bench.time_candidate, cfg, candidate, True)
+    result: bench.Result = in_process(bench.time_candidate, cfg, candidate, from_files)
     return result
 
 
@@ -275,7 +376,9 @@ def images_per_s(cfg: PretrainConfig | FinetuneConfig) -> float:
     Raises:
         ValueError: if a step cannot run.
     """
-    at_once = cfg.batch_size // cfg.grad_accum
+    from fcmae.training.steps import images_at_once, in_parts
+
+    at_once = images_at_once(in_parts(cfg, 1, _device(cfg)), 1)
     try:
         if isinstance(cfg, FinetuneConfig):
             return _dense_step(cfg, at_once, 2.0).images_per_s

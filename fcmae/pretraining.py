@@ -42,9 +42,9 @@ from fcmae.training.launch import ending_together, finish, make_accelerator, sam
 from fcmae.training.log import Log
 from fcmae.training.optim import Schedule
 from fcmae.training.records import read_metrics
-from fcmae.training.run import Run, RunDirectory, tell_next
+from fcmae.training.run import Run, RunDirectory
 from fcmae.training.signals import StopSignal
-from fcmae.training.steps import Step, Steps, images_at_once, schedule_of, that_fits
+from fcmae.training.steps import Step, Steps, images_at_once, in_parts, schedule_of, that_fits
 from fcmae.weights.convert import start_from
 from fcmae.weights.files import read_init
 from fcmae.weights.formats import OLD, rename
@@ -75,6 +75,7 @@ def pretrain(cfg: PretrainConfig, net: FCMAE | None = None) -> Run:
         run = RunDirectory(cfg, "pretrain")
         run.agree(accelerator)
         check_launch(cfg, accelerator.num_processes)
+        cfg = in_parts(cfg, accelerator.num_processes, accelerator.device.type, run.saved)
         images = same_everywhere(accelerator, partial(run_images, cfg, run))
         train_images, val_images = split(images, cfg.data.val_share, cfg.seed)
         schedule = build_schedule(cfg, run, train_images)
@@ -86,7 +87,7 @@ def pretrain(cfg: PretrainConfig, net: FCMAE | None = None) -> Run:
         cfg = run.licensed(cfg, found)
         if run.resume_from is None:
             kept = checkpoint.num_kept(cfg.checkpoint.keep, cfg.epochs, cfg.checkpoint.milestone_epochs)
-            checkpoint.check_space(run.path, net, kept)
+            run.needs = checkpoint.check_space(run.path, net, kept)
         labelled = None
         if cfg.monitor.labelled is not None and accelerator.is_main_process:
             labelled = find_monitored_labels(cfg.monitor.labelled, build_reading(cfg), cfg.seed)
@@ -149,7 +150,7 @@ def train(
             loss = masked_loss(net, normalize(noise.images), noise.given_masks, visible, target=net.target)
         loss.backward()  # type: ignore[no-untyped-call]
 
-    compile_model(net, cfg.model.compile, trial, (schedule.total - schedule.start) * cfg.grad_accum)
+    compile_model(net, cfg.model.compile, trial, (schedule.total - schedule.start) * cfg.num_parts)
     # The optimizer's state is where it has to be, beside the parameters.
     model, optimizer = accelerator.prepare(net, adamw, device_placement=[True, False])
 
@@ -170,8 +171,6 @@ def train(
                 evaluation.run(net, step)
             at_once = images_at_once(steps.cfg, accelerator.num_processes)
             step.save(run, net, fingerprint, {"images_at_once": at_once})
-    if steps.finished:
-        tell_next(run.path, "fcmae finetune LABELLED --init {run}", "fcmae convert {run} DEST")
     return steps.finished
 
 

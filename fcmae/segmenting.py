@@ -49,9 +49,9 @@ from fcmae.segmentation import (
 from fcmae.starting import check_start, class_balance, image_settings, prepare, starting_weights
 from fcmae.training.launch import ending_together, finish, make_accelerator, same_everywhere
 from fcmae.training.log import Log
-from fcmae.training.run import Run, RunDirectory, tell_next
+from fcmae.training.run import Run, RunDirectory
 from fcmae.training.signals import StopSignal
-from fcmae.training.steps import Steps, images_at_once, that_fits
+from fcmae.training.steps import Steps, images_at_once, in_parts, that_fits
 from fcmae.weights.files import Weights
 from fcmae.weights.segmenters import read_segmenter, save_segmenter
 
@@ -109,6 +109,7 @@ def segment(cfg: SegmentConfig, net: Segmenter | None = None) -> Run:
         run = RunDirectory(cfg, "segment")
         run.agree(accelerator)
         check_launch(cfg, accelerator.num_processes)
+        cfg = in_parts(cfg, accelerator.num_processes, accelerator.device.type, run.saved)
         weights = starting_weights(cfg)
         data = same_everywhere(accelerator, partial(run_images, cfg, run))
         per_epoch = 0 if cfg.eval_only else steps_per_epoch(len(data.images), cfg.batch_size)
@@ -197,7 +198,6 @@ def train(
             step.save(run, net, images_used, {"best": vars(best)}, None if ema is None else ema.module)
     if steps.finished:
         logger.info("best and last model: %s, %s", run.path / "best", run.path / "last")
-        tell_next(run.path, "fcmae predict {run} IMAGES --out maps", "fcmae report {run}")
     return steps.finished
 
 

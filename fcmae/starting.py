@@ -116,7 +116,7 @@ def check_start(cfg: DenseConfig, run: RunDirectory, net: nn.Module, num_images:
     elif not cfg.eval_only:
         kept = checkpoint.num_kept(cfg.checkpoint.keep, cfg.epochs, cfg.checkpoint.milestone_epochs)
         # The best and the last model too, which are a third of a checkpoint each.
-        checkpoint.check_space(run.path, net, kept + 1, 4 if cfg.regularization.ema_decay else 3)
+        run.needs = checkpoint.check_space(run.path, net, kept + 1, 4 if cfg.regularization.ema_decay else 3)
 
 
 def prepare(
@@ -163,7 +163,7 @@ def prepare(
             logits = net(torch.randn(at_once, *weights.image["input_size"], device=accelerator.device))
         logits.float().mean().backward()
 
-    compile_model(net, cfg.model.compile, trial, (schedule.total - schedule.start) * cfg.grad_accum)
+    compile_model(net, cfg.model.compile, trial, (schedule.total - schedule.start) * cfg.num_parts)
     # The optimizer's state is where it has to be, beside the parameters.
     model, optimizer = accelerator.prepare(net, adamw, device_placement=[True, False])
     return schedule, model, optimizer, ema, so_far

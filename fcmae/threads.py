@@ -11,8 +11,9 @@ from __future__ import annotations
 import os
 import sys
 import time
+from contextlib import suppress
 
-from fcmae.data.cores import num_cores
+from fcmae.data.cores import local_processes, num_cores
 
 BUSY = 0.25  # share of the cores in the hands of others from which on waiting threads sleep
 QUIET_SETTING = ("GOMP_SPINCOUNT", "10000")
@@ -53,11 +54,39 @@ def choose(share: float) -> tuple[str, str]:
 
 def busy(sample_s: float = SAMPLE_S) -> float:
     """The share of this process's cores that other processes use now, from 0 to 1. Takes as long as the sample."""
-    start, own, idle = time.perf_counter(), time.process_time(), _idle_s()
+    others = Others()
     time.sleep(sample_s)
-    passed = num_cores() * (time.perf_counter() - start)
-    used = passed - (_idle_s() - idle) - (time.process_time() - own)
-    return min(1.0, max(0.0, used / passed))
+    return others.share()
+
+
+class Others:
+    """The use of this process's cores by others than itself, the processes of its run and those that they started."""
+
+    def __init__(self) -> None:
+        self._seen = _seconds()
+
+    def share(self) -> float:
+        """The share since it was asked last, or since this was made, from 0 to 1."""
+        before, self._seen = self._seen, _seconds()
+        passed, idle, own = (now - then for now, then in zip(self._seen, before, strict=True))
+        return min(1.0, max(0.0, 1 - (idle + own) / max(passed, 1e-9)))
+
+
+def _seconds() -> tuple[float, float, float]:
+    """Of the cores so far: all, those with nothing to do, and those that this run used."""
+    return num_cores() * time.perf_counter(), _idle_s(), _own_s()
+
+
+def _own_s() -> float:
+    import psutil
+
+    own = psutil.Process()
+    root = own if local_processes() == 1 else own.parent() or own  # a launcher has the other processes of the run too
+    used = 0.0
+    for process in (root, *root.children(recursive=True)):
+        with suppress(psutil.Error):
+            used += sum(process.cpu_times()[:4])  # user, system, and those of children that have ended
+    return used
 
 
 def _idle_s() -> float:

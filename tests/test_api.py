@@ -19,7 +19,7 @@ from conftest import randomize
 from runs import TINY, assert_same, config, final_state, write_images
 
 import fcmae
-from fcmae import api, cli, finetuning, pretraining, starting
+from fcmae import api, cli, finetuning, planning, pretraining, starting
 from fcmae.api import Features
 from fcmae.config import FinetuneConfig, PretrainConfig
 from fcmae.data.normalize import Normalize
@@ -175,6 +175,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     found: list[Any] = []
     monkeypatch.setattr(pretraining, "pretrain", found.append)
     monkeypatch.setattr(finetuning, "finetune", found.append)
+    monkeypatch.setattr(planning, "_parts", lambda cfg, measure: {"grad_accum": 1})
     return found
 
 
@@ -184,7 +185,10 @@ def test_arguments_go_before_settings_and_these_before_the_file(asked: list[Any]
     fcmae.pretrain(["a", Path("b")], tmp_path, variant="femto", config=tmp_path / "own.yaml", settings=settings)
     fcmae.finetune("c", "out", init=Run(Path("run"), "pretrain"), config="finetune_cpu", settings={"epochs": 3})
     fcmae.pretrain(
-        "d", "out", config=runs.DEFAULTS, settings={"optim.clip_grad": None, "monitor": {"labelled": Path("x")}}
+        "d",
+        "out",
+        config=runs.DEFAULTS,
+        settings={"epochs": 1, "optim.clip_grad": None, "monitor": {"labelled": Path("x")}},
     )
     first, second, third = asked
     assert (first.data.path, first.out, first.epochs, first.seed) == (["a", "b"], tmp_path, 7, 2)
@@ -198,7 +202,8 @@ def test_arguments_go_before_settings_and_these_before_the_file(asked: list[Any]
 def test_a_configuration_made_by_hand_is_taken_whole(asked: list[Any], tmp_path: Path) -> None:
     cfg = config(Path("photos"), Path("out"), data__hflip=0.25, model__variant=TINY)
     fcmae.pretrain("other", tmp_path, settings=cfg)
-    assert asked[0] == cfg.model_copy(update={"out": tmp_path, "data": cfg.data.model_copy(update={"path": ["other"]})})
+    data = cfg.data.model_copy(update={"path": ["other"]})
+    assert asked[0] == cfg.model_copy(update={"out": tmp_path, "data": data, "grad_accum": 1})
     # That a value was given, though it is the usual one, counts in evaluation alone.
     data = {"path": "x", "image_size": 224}
     made = FinetuneConfig.model_validate({"out": "o", "eval_only": True, "model": {"init": "run"}, "data": data})

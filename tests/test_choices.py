@@ -28,7 +28,7 @@ def pretraining(
     choices.pretraining_network(plan, facts, device, None)
     choices.pretraining_batch(plan, facts, device)
     choices.duration(plan, facts.num, hours, speed)
-    return make(PretrainConfig, plan.settings | {"data.path": ["photos"], "out": "out"})
+    return make(PretrainConfig, plan.settings | {"data.path": ["photos"], "out": "out", "planned_s": plan.planned_s})
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -63,9 +63,26 @@ def test_small_photographs_alone_are_pretrained_on_gradients() -> None:
     assert pretraining(images(short_side=64), given={"model.target": "pixels"}).model.target == "pixels"
 
 
+@pytest.mark.parametrize(
+    ("device", "hours", "found"), [("cpu", 9, False), ("cuda", 0.5, False), ("cuda", 9, "auto"), ("cuda", None, "auto")]
+)
+def test_how_the_machine_computes_is_chosen_with_its_reason(
+    device: str, hours: float | None, found: bool | str
+) -> None:
+    plan = Choices({} if hours is None else {"hours": hours})
+    assert choices.machine_settings(plan, device, 5, "bf16") == hours or hours is None
+    chosen = {choice.key: choice.value for choice in plan.made if choice.why}
+    assert (chosen["data.num_workers"], chosen["precision"], chosen["model.compile"]) == (5, "bf16", found)
+    given = Choices({"data.num_workers": 0, "precision": "fp32", "model.compile": True})
+    choices.machine_settings(given, device, 5, "bf16")
+    assert [choice.key for choice in given.made] == ["hours"]
+
+
 def test_the_hours_are_filled_and_no_more() -> None:
     cfg = pretraining(images(5000), speed=100, hours=2)
     assert cfg.epochs == pytest.approx(2 * 3600 * 100 * choices.TRAINING_SHARE / 5000, rel=0.02)
+    assert cfg.planned_s == pytest.approx(2 * 3600, rel=0.01)
+    assert pretraining(images(50), speed=1000, hours=24).planned_s == pytest.approx(1600 * 50 / 1000 / 0.88, rel=0.01)
     assert pretraining(images(10**6), speed=100, hours=0.1).epochs < 1
     assert pretraining(images(50), speed=1000, hours=24).epochs == choices.MAX_EPOCHS
 

@@ -7,11 +7,13 @@ import subprocess
 import sys
 import zipfile
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from runs import write_images
 
 import fcmae
 from fcmae.cli import COMMANDS, COMPLETE, main
@@ -158,6 +160,7 @@ def test_stats_prints_lines_for_a_configuration(
     config.write_text(shown.out)
     assert config.read_text().startswith("# 7 images\n")
     pretrain = Recorder(monkeypatch, "pretraining", "pretrain", Run(Path("run"), "pretrain"))
+    monkeypatch.setitem(COMPLETE, "pretrain", lambda sketch, given: {"grad_accum": 1})  # as it is no recipe
     assert main(["pretrain", "--config", str(config), "--data.path", "a", "--out", "run"]) == 0
     data = pretrain.calls[0][0].data
     assert (data.in_chans, data.mean, data.std) == (2, [0.1235, 0.5], [1e-5, 0.25])
@@ -174,6 +177,56 @@ def test_configs_lists_every_shipped_file_with_its_title(capsys: pytest.CaptureF
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
     assert any(line.startswith("pretrain_cpu ") and "laptop" in line for line in lines)
+
+
+def test_every_command_has_a_schema_and_a_mistyped_one_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in COMMANDS:
+        assert main(["schema", name]) == 0
+        assert json.loads(capsys.readouterr().out)["type"] == "object"
+    assert main(["schema", "pretrian"]) == 2
+    assert "pretrian: no such command; did you mean pretrain?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(["finetune", "photos", "--init", "photso"], ["convert", "photso", "dest"], ["status", "photso"]),
+        *(["report", "photso"], ["evaluate", "photso", "--data", "photos"]),
+        ["evaluate", "photso", "--data", "photos", "--out", "out"],
+    ],
+)
+def test_a_mistyped_run_is_told_with_those_of_nearly_that_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        write_images(tmp_path / "photos" / name, 4)
+    Path("runs/photos").mkdir(parents=True)
+    Path("runs/photos/config.yaml").write_text("# fcmae pretrain 0.1.0\n")
+    assert main(words) == 2
+    assert "did you mean runs/photos?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        (["finetune", "labelled", "--init", "photos"], "model.init"),
+        (["evaluate", "photos", "--data", "x"], "models"),
+        (["convert", "photos", "dest"], "source"),
+    ],
+)
+def test_a_run_is_named_without_the_folder_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], key: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()  # of images
+    Path("runs/photos").mkdir(parents=True)
+    Path("runs/photos/config.yaml").write_text("# fcmae pretrain 0.1.0\n")
+    settings, _ = COMMANDS[words[0]]
+    found = attrgetter(key)(
+        load(settings, [*words[1:], "--out", "out"] if words[0] != "convert" else words[1:], prog="x")
+    )
+    assert str(found[0] if isinstance(found, list) else found) == str(Path("runs/photos"))
 
 
 @pytest.mark.parametrize("command", ["pretrain", "finetune", "segment"])

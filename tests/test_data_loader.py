@@ -296,6 +296,10 @@ def test_the_tightest_limit_of_the_groups_around_a_process_holds(
     assert free_memory() == 3 * 10**9
     (memory / "a" / "memory.stat").write_text("anon 1\ninactive_file 500000000\n")
     assert free_memory() == 35 * 10**8
+    # By ulimit -v, 3 GB of addresses are left.
+    monkeypatch.setattr("fcmae.data.cores.resource.getrlimit", lambda which: (4 * 10**9, -1))
+    monkeypatch.setattr("psutil.Process", lambda: SimpleNamespace(memory_info=lambda: SimpleNamespace(vms=10**9)))
+    assert free_memory() == 3 * 10**9
     if quota:
         (cpu / "a" / quota).write_text("50000 100000\n")
     else:

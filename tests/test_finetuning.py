@@ -24,6 +24,7 @@ from fcmae.finetuning import classification_loss
 from fcmae.networks.spec import VARIANTS
 from fcmae.starting import class_balance
 from fcmae.training import checkpoint
+from fcmae.training.messages import how_it_ended
 from fcmae.weights.convert import convert
 from fcmae.weights.formats import to_state
 
@@ -87,8 +88,7 @@ def test_it_learns_and_reports_what_it_learned(tuned: Path) -> None:
     assert last["top1"] == last["balanced_accuracy"] == last["auroc"] == 1.0
     assert "top5" not in last
     log = (tuned / "train.log").read_text()
-    assert "best and last model" in log
-    assert log.endswith(f"next: fcmae predict {tuned} IMAGES, or fcmae convert {tuned} DEST; fcmae status {tuned}\n")
+    assert "best and last model" in log and how_it_ended(tuned / "train.log") == "finished"
     assert "far from the mean" not in log
 
 

@@ -18,14 +18,15 @@ from PIL import Image
 from runs import TINY, forget_accelerator, start, write_images
 
 import fcmae
-from fcmae import bench, cli, planning
-from fcmae.config import PretrainConfig, SegmentConfig
+from fcmae import api, bench, choices, cli, planning
+from fcmae.config import BenchConfig, PretrainConfig, SegmentConfig
 from fcmae.data import cores
 from fcmae.data.index import find_images
 from fcmae.data.survey import survey
 from fcmae.networks.convnext import Encoder
-from fcmae.networks.spec import ConvNeXtSpec
+from fcmae.networks.spec import VARIANTS, ConvNeXtSpec
 from fcmae.options import load, read
+from fcmae.pretraining import pretrain
 from fcmae.processes import OUT_OF_MEMORY, Failed
 
 Write = Callable[[Path, np.random.Generator], None]
@@ -105,6 +106,10 @@ def test_a_folder_alone_makes_a_run_that_records_and_keeps_its_choices(
     words = ["pretrain", "photos", "--hours", "0.001", *SMALL]
     assert cli.main(words) == 0
     forget_accelerator()
+    said = capsys.readouterr().out
+    assert "photos: pretrain, finished at step" in said and "trained for" in said
+    assert "\nnext:\n  fcmae evaluate runs/photos random:runs/photos --data LABELLED\n" in said
+    assert "\n  fcmae convert runs/photos photos-timm\n" in said
     saved = read(PretrainConfig, Path("runs/photos/config.yaml"))
     assert saved.epochs < 10 and "epochs" in saved.chosen and "data.num_workers" not in saved.chosen
     log = Path("runs/photos/train.log").read_text()
@@ -116,14 +121,34 @@ def test_a_folder_alone_makes_a_run_that_records_and_keeps_its_choices(
     assert len(measured) == 2
 
 
+def test_a_run_that_was_killed_in_its_first_step_starts_anew_in_its_place(photos: Path, measured: list[int]) -> None:
+    words = ["photos", "--hours", "0.001", *SMALL, "--batch_size", "8"]
+    first = load(PretrainConfig, words, prog="x", complete=planning.pretraining)
+    run = Path("runs/photos")
+    start_run(run, first)
+    (run / "metrics.jsonl").unlink()
+    (run / "train.log").write_text("2026-01-01 00:00:00 3 steps of 8 images on 1 x cpu in fp32\n")
+    assert load(PretrainConfig, [*words, "--seed", "1"], prog="x", complete=planning.pretraining).out != run
+    again = load(PretrainConfig, words, prog="x", complete=planning.pretraining)
+    assert again.out == run and (first.grad_accum, again.grad_accum, measured[-1]) == (1, 2, 4)
+    assert pretrain(again).finished
+    forget_accelerator()
+    assert "the last start ended without a word" in (run / "train.log").read_text()
+
+
+def start_run(run: Path, cfg: PretrainConfig) -> None:
+    """What a run leaves that is killed after it has written its first line of numbers."""
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text(f"# fcmae pretrain {fcmae.__version__}\n{fcmae.options.dump(cfg)}")
+    (run / "metrics.jsonl").write_text('{"step": 1, "epoch": 0.5}\n')
+
+
 def test_a_run_that_was_cut_off_goes_on_with_what_was_chosen(photos: Path, measured: list[int]) -> None:
     words = ["photos", "--hours", "0.001", *SMALL]
     first = load(PretrainConfig, words, prog="x", complete=planning.pretraining)
     assert first.out == Path("runs/photos")
     run = Path("runs/photos")
-    run.mkdir(parents=True)
-    (run / "config.yaml").write_text(f"# fcmae pretrain {fcmae.__version__}\n{fcmae.options.dump(first)}")
-    (run / "metrics.jsonl").write_text('{"step": 1, "epoch": 0.5}\n')
+    start_run(run, first)
     again = load(PretrainConfig, words, prog="x", complete=planning.pretraining)
     assert again == first and len(measured) == 1
     other = load(PretrainConfig, [*words, "--seed", "1"], prog="x", complete=planning.pretraining)
@@ -132,7 +157,8 @@ def test_a_run_that_was_cut_off_goes_on_with_what_was_chosen(photos: Path, measu
 
 def test_a_file_of_settings_leaves_nothing_to_choose_unless_hours_are_given(photos: Path, measured: list[int]) -> None:
     words = ["photos", "--config", "pretrain_cpu", "--out", "out"]
-    assert load(PretrainConfig, words, prog="x", complete=planning.pretraining).chosen == {}
+    cfg = load(PretrainConfig, words, prog="x", complete=planning.pretraining)
+    assert {*cfg.chosen} == {"grad_accum"} and (cfg.batch_size, cfg.grad_accum) == (64, 1) and not measured
     cfg = load(PretrainConfig, [*words, "--hours", "1", "--batch_size", "4"], prog="x", complete=planning.pretraining)
     assert "data.val_share" in cfg.chosen and "data.image_size" not in cfg.chosen
     # Flags go before the file: the hours before its epochs.
@@ -141,6 +167,17 @@ def test_a_file_of_settings_leaves_nothing_to_choose_unless_hours_are_given(phot
         load(PretrainConfig, [*words, "--hours", "1", "--epochs", "3"], prog="x", complete=planning.pretraining).epochs
         == 3
     )
+
+
+def test_the_rest_is_chosen_beside_a_file_that_is_no_recipe(photos: Path, measured: list[int]) -> None:
+    """As `fcmae stats` writes it."""
+    Path("stats.yaml").write_text("data: {in_chans: 3, mean: [0.1, 0.2, 0.3], std: [0.1, 0.1, 0.1]}\n")
+    words = ["photos", "--config", "stats.yaml", *SMALL]
+    cfg = load(PretrainConfig, words, prog="x", complete=planning.pretraining)
+    assert cfg.data.mean == [0.1, 0.2, 0.3] and "data.mean" not in cfg.chosen and cfg.out == Path("runs/photos")
+    assert {"epochs", "batch_size", "data.image_size"} <= cfg.chosen.keys()
+    given = load(PretrainConfig, [*words, "--batch_size", "4", "--out", "o"], prog="x", complete=planning.pretraining)
+    assert given.epochs == 800 and given.chosen.keys() == {"grad_accum"}
 
 
 def test_a_file_of_what_was_chosen_is_taken_as_it_is_by_any_number_of_processes(
@@ -170,6 +207,90 @@ def test_images_at_once_are_halved_until_they_fit(
     assert (measured, cfg.grad_accum) == ([8, 4, 2], 4)
     with pytest.raises(ValueError, match=r"a step does not run: 8 images at once: out of memory; try"):
         load(PretrainConfig, [*words, "--grad_accum", "1"], prog="x", complete=planning.pretraining)
+
+
+RECIPE = ["photos", "--config", "pretrain_atto", "--out", "out", "--device", "cpu", "--batch_size", "4096"]
+
+
+def test_a_recipe_is_computed_in_parts_that_are_measured_to_fit(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, measured: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def step(cfg: Any, at_once: int, *rest: Any) -> bench.Result:
+        measured.append(at_once)
+        return bench.Result(bench.Candidate("packed", "fp32", at_once), 1, (1.0,), 0.0, at_once * 10**8)
+
+    monkeypatch.setattr(planning, "_pretraining_step", step)
+    cfg = load(PretrainConfig, RECIPE, prog="x", complete=planning.pretraining)
+    assert (measured, cfg.grad_accum) == ([64, 32], 128)
+    assert cfg.chosen == {"grad_accum": "32 images at once take 3.2 GB of 8.0 GB free"}
+    with pytest.raises(SystemExit):
+        cli.main(["pretrain", *RECIPE, "--print-config"])
+    assert "\ngrad_accum: 128\n" in capsys.readouterr().out
+    # From Python, with settings made by hand.
+    made = PretrainConfig(out=Path("out"), batch_size=4096, device="cpu", data={"path": ["photos"]})  # type: ignore[arg-type]
+    assert made.grad_accum == "auto"
+    assert api._settings(PretrainConfig, {}, None, made, planning.pretraining).grad_accum == 128
+    # A run that is resumed keeps its own.
+    start_run(Path("out"), cfg.model_copy(update={"grad_accum": 256}))
+    measured.clear()
+    assert load(PretrainConfig, RECIPE, prog="x", complete=planning.pretraining).grad_accum == 256 and not measured
+
+
+@pytest.mark.parametrize(
+    ("settings", "processes", "parts", "why"),
+    [
+        (["--data.image_size", "64"], 1, 64, "64 images at once take less than"),
+        ([], 2, 32, "64 images at once in each process: not measured"),
+        (["--model.grn_scope", "batch"], 1, 1, "the whole batch, as model.grn_scope = batch pools"),
+        (["--grad_accum", "2"], 1, 2, ""),
+    ],
+)
+def test_parts_are_not_measured_where_they_fit_or_must_not_change(
+    photos: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    measured: list[int],
+    settings: list[str],
+    processes: int,
+    parts: int,
+    why: str,
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    words = [*RECIPE, *settings]
+    cfg = load(PretrainConfig, words, prog="x", num_processes=processes, complete=planning.pretraining)
+    assert cfg.grad_accum == parts and cfg.chosen.get("grad_accum", "").startswith(why) and not measured
+
+
+def test_no_step_takes_more_memory_than_is_reckoned(photos: Path) -> None:
+    cfg = load(BenchConfig, [*RECIPE, "--batch_size", "16", "--data.image_size", "96"], prog="x")
+    taken = planning._pretraining_step(cfg.model_copy(update={"seconds": 0.01}), 16, False).memory
+    assert taken < planning._most_memory(cfg, 16)
+
+
+@pytest.mark.parametrize("given", [[], ["--model.variant", "nano"], ["--epochs", "0.5"]])
+def test_a_network_that_would_not_see_each_image_once_gives_way_to_the_next_smaller(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, measured: list[int], given: list[str]
+) -> None:
+    """An hour is for nine tenths of 13 images, and for two thirds more with each smaller network."""
+    nano, pico = VARIANTS["convnextv2_nano"], VARIANTS["convnextv2_pico"]
+    monkeypatch.setattr(choices, "SMALL", nano)
+    speeds = {nano: 0.9 * 12 / 3600 / 0.88, pico: 1.5 * 12 / 3600 / 0.88}
+    seen: list[Any] = []
+
+    def step(cfg: Any, at_once: int) -> bench.Result:
+        seen.append(cfg.model.variant)
+        return bench.Result(
+            bench.Candidate("packed", "fp32", at_once), 1, (1 / speeds[VARIANTS[cfg.model.variant]],), 0.0, 10**9
+        )
+
+    monkeypatch.setattr(planning, "_pretraining_step", step)
+    words = ["photos", "--hours", "1", "--device", "cpu", "--data.val_share", "0.05", *given]
+    cfg = load(PretrainConfig, words, prog="x", complete=planning.pretraining)
+    if given:
+        assert seen == ["convnextv2_nano"] and cfg.model.variant == "convnextv2_nano"
+    else:
+        assert seen == ["convnextv2_nano", "convnextv2_pico"] and cfg.model.variant == "convnextv2_pico"
+        assert cfg.chosen["model.variant"].startswith("a larger one would not see each image once")
+        assert cfg.epochs == pytest.approx(1.5 * 12 / 12, rel=0.1)
 
 
 def test_a_launcher_is_told_to_print_the_settings_first(

@@ -88,8 +88,14 @@ def test_busy_is_what_is_neither_idle_nor_our_own(
         cores = [SimpleNamespace(idle=clock.now * each / 2, iowait=clock.now * each / 2) for each in idle]
         return [*cores, SimpleNamespace(idle=0.0, iowait=0.0)]
 
-    clocks = {"perf_counter": lambda: clock.now, "process_time": lambda: clock.now * own}
-    monkeypatch.setattr(threads, "time", SimpleNamespace(**clocks, sleep=lambda s: setattr(clock, "now", 1.0)))
+    def used(share: float, *children: SimpleNamespace) -> SimpleNamespace:
+        times = lambda: (clock.now * share, 0.0, 0.0, 0.0, 0.0)  # noqa: E731
+        return SimpleNamespace(cpu_times=times, children=lambda recursive: list(children))
+
+    # A data worker has half of what is our own.
+    monkeypatch.setattr(psutil, "Process", lambda: used(own / 2, used(own / 2)))
+    ticks = {"perf_counter": lambda: clock.now, "sleep": lambda s: setattr(clock, "now", 1.0)}
+    monkeypatch.setattr(threads, "time", SimpleNamespace(**ticks))
     monkeypatch.setattr(psutil, "cpu_times", times)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1}, raising=False)
     assert threads.busy() == pytest.approx(share)

@@ -269,7 +269,8 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused_before_anything_is_w
     for free, fits in ((9_000_000, True), (8_999_999, False)):
         monkeypatch.setattr(shutil, "disk_usage", lambda place, free=free: shutil._ntuple_diskusage(0, 0, free))
         if fits:
-            checkpoint.check_space(tmp_path / "run", model, 2)
+            needs = checkpoint.check_space(tmp_path / "run", model, 2)
+            assert needs == "checkpoints take up to 9 MB of 0.0 GB free"
             continue
         with pytest.raises(ValueError, match="3 checkpoints of 3 MB do not fit, as the disk has 9 MB free: make room"):
             checkpoint.check_space(tmp_path / "run", model, 2)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -102,6 +104,35 @@ def test_a_device_that_starves_is_told_of_once(
         # The first line has the start of the workers in it; five more must show it.
         assert len([m for m in caplog.messages if "starves the device" in m]) == (step > health.STARVED_WINDOWS)
     log.close()
+
+
+@pytest.mark.parametrize("start", [0, 100])
+@pytest.mark.parametrize(("speeds", "told"), [([100] * 20, 0), ([100] * 5 + [9] + [100] * 14, 0), ([50] * 20, 1)])
+def test_a_run_says_its_plan_and_once_that_it_falls_behind_but_not_for_a_hiccup(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    start: int,
+    speeds: list[int],
+    told: int,
+) -> None:
+    """Planned: 200 windows of 10 s at 100 images/s, of which the last 100 may be left. Others use a core in four."""
+    clock = [0.0]
+    monkeypatch.setattr(log_module.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(log_module.threads, "Others", lambda: SimpleNamespace(share=lambda: 0.25))
+    cfg = config(Path("photos"), tmp_path, batch_size=1000).model_copy(update={"planned_s": 2000.0})
+    schedule = replace(schedule_of(cfg, per_epoch=1, start=start), total=200)
+    with caplog.at_level(logging.INFO, "fcmae"):
+        log = Log(cfg, Accelerator(cpu=True, project_dir=tmp_path), schedule, num_files=10)
+        for number, speed in enumerate(speeds, start + 1):
+            clock[0] += 1000 / speed
+            line = {"loss": 1.0, "images_per_s": float(speed), "data_wait_s": 0.0, "data_wait_share": 0.5}
+            monkeypatch.setattr(log.window, "summary", lambda line=line: line)
+            log.write(number, 0.1, 1.0)
+        log.close()
+    took = "33 min" if start == 0 else "17 min"
+    assert f"{(200 - start) * 1000:,} views, about {took}, ends about" in caplog.text
+    assert caplog.text.count("other programs use 25 % of the cores, and it waits for images 50 % of") == told
 
 
 def test_pictures_go_to_tensorboard(tmp_path: Path) -> None:

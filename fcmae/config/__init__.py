@@ -428,8 +428,9 @@ class RunConfig(Settings):
     """Passes over the training images; a fraction is allowed."""
     batch_size: int = Field(4096, ge=1)
     """Images a step, over all processes and accumulated batches."""
-    grad_accum: int = Field(1, ge=1)
-    """Parts that a process's share of the batch is computed in."""
+    grad_accum: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Parts that a process's share of the batch is computed in. auto: so many that they fit into the memory, which is
+    measured before the first step; with several processes, parts of at most 64 images on a CPU and 256 on a GPU."""
     hours: float | None = Field(None, gt=0)
     """How long the run may take. Without --config, or where this is given, all that is not given is chosen for the
     images, the machine and these hours, and `epochs` among it; a default is said at the start."""
@@ -442,11 +443,18 @@ class RunConfig(Settings):
     log: LogConfig = Field(default_factory=LogConfig)
     chosen: Annotated[dict[str, str], Spelling(hidden=True)] = Field(default_factory=dict)
     """Settings that nobody gave, each with the reason for its value; written by `fcmae.planning`."""
+    planned_s: Annotated[float | None, Spelling(hidden=True)] = None
+    """Seconds that the whole run takes at the speed measured before it; written by `fcmae.planning`."""
 
     if TYPE_CHECKING:  # what each kind of run has of its own
         data: ImageConfig
         model: EncoderConfig
         optim: Optim
+
+    @property
+    def num_parts(self) -> int:
+        """grad_accum, which is settled before a run begins: 1 as long as it is auto."""
+        return 1 if self.grad_accum == "auto" else self.grad_accum
 
     def inputs(self) -> dict[str, list[str]]:
         """Paths that a run reads, by the settings that name them."""
@@ -458,13 +466,13 @@ class RunConfig(Settings):
         if self.device == "cpu" and self.precision in ("fp16", "tf32"):
             yield ("precision", "device"), f"{self.precision} needs a GPU and device is cpu: use auto, fp32 or bf16"
         processes = num_processes or 1
-        parts = processes * self.grad_accum
+        parts = processes * self.num_parts
         if self.batch_size < processes:
             yield ("batch_size",), f"{self.batch_size} is smaller than the {processes} processes: give each an image"
         elif self.batch_size % parts:
             yield (
                 ("batch_size", "grad_accum"),
-                f"{self.batch_size} is not a multiple of processes x grad_accum = {processes} x {self.grad_accum}: "
+                f"{self.batch_size} is not a multiple of processes x grad_accum = {processes} x {self.num_parts}: "
                 f"the nearest is {max(1, round(self.batch_size / parts)) * parts}",
             )
 
@@ -472,9 +480,9 @@ class RunConfig(Settings):
 def _compile_conflicts(cfg: RunConfig, setting: bool | str) -> Iterator[Conflict]:
     if setting == "cudagraphs" and cfg.device == "cpu":
         yield ("model.compile", "device"), "cudagraphs needs a GPU and device is cpu: use true or auto"
-    if setting == "cudagraphs" and cfg.grad_accum > 1:
+    if setting == "cudagraphs" and cfg.num_parts > 1:
         # The gradients of one part lie in memory that the next part's graph writes.
-        yield ("model.compile", "grad_accum"), f"cudagraphs needs grad_accum 1, not {cfg.grad_accum}: use true or auto"
+        yield ("model.compile", "grad_accum"), f"cudagraphs needs grad_accum 1, not {cfg.num_parts}: use true or auto"
 
 
 def _total_stride(spec: NetworkSpec) -> str:
@@ -532,7 +540,7 @@ class PretrainConfig(RunConfig):
         if not self.data.path:
             yield ("data.path",), "missing: a folder of images, e.g. --data.path photos"
         yield from _image_conflicts(self.data)
-        parts = (num_processes or 1) * self.grad_accum
+        parts = (num_processes or 1) * self.num_parts
         if not self.batch_size % parts and self.batch_size % (unit := parts * self.data.masks_per_image):
             yield (
                 ("batch_size", "data.masks_per_image", "grad_accum"),
@@ -657,7 +665,7 @@ class FinetuneConfig(DenseConfig):
                 ("model.keep_head", "model.init", "model.head_init_scale"),
                 "it takes the classifier that init has: give --init, and no head_init_scale",
             )
-        images = self.batch_size // (num_processes or 1) // self.grad_accum
+        images = self.batch_size // (num_processes or 1) // self.num_parts
         if (self.regularization.mixup or self.regularization.cutmix) and images % 2:
             yield (
                 ("batch_size", "grad_accum", "regularization.mixup", "regularization.cutmix"),
@@ -748,6 +756,7 @@ FREE_ON_RESUME = frozenset(
         "grad_accum",
         "hours",
         "chosen",
+        "planned_s",
         "device",
         "data.path",
         "data.val_path",

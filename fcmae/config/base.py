@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -123,6 +124,13 @@ def _find_run(name: str) -> str:
     place = Path("runs") / given
     found = given.is_file() or any((given / file).is_file() for file in (*_OF_RUNS, "config.json", "checkpoint.json"))
     return f"{kind}{colon}{text if found or not any((place / file).is_file() for file in _OF_RUNS) else place}"
+
+
+def near_runs(name: str | Path) -> str:
+    """Name the runs below runs/ that are spelt nearly so, for the end of a sentence; empty if there is none."""
+    known = [str(file.parent.relative_to("runs")) for file in Path("runs").glob("**/config.yaml")]
+    near = get_close_matches(str(name).removeprefix("runs/"), known, n=3)
+    return f"; did you mean runs/{' or runs/'.join(near)}?" if near else ""
 
 
 # A run, by its path or its name below runs/, or what else a setting takes in its place.

@@ -454,5 +454,5 @@ class SchemaConfig(Settings):
     Example: fcmae schema pretrain
     """
 
-    command: Annotated[Literal["pretrain", "finetune", "segment"], Spelling("COMMAND")] = "pretrain"
-    """Whose settings."""
+    command: Annotated[str, Spelling("COMMAND")] = "pretrain"
+    """Whose settings: any command's."""

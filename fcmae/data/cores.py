@@ -68,7 +68,11 @@ def free_memory() -> int:
     """Bytes that this process may still take: what the system can give, or what a limit leaves of it."""
     import psutil  # here, as the doctor may have to tell that it is missing
 
-    return min([int(psutil.virtual_memory().available), *(left for _, left in memory_limits())])
+    left = [int(psutil.virtual_memory().available), *(left for _, left in memory_limits())]
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY:  # ulimit -v counts addresses, used or not
+        left.append(max(0, limit - psutil.Process().memory_info().vms))
+    return min(left)
 
 
 def allow_open_files() -> int:

@@ -17,6 +17,7 @@ from timm.models import ConvNeXt
 from torch import Tensor, nn
 
 from fcmae.config import FinetuneData
+from fcmae.config.base import near_runs
 from fcmae.data.augment import seeded
 from fcmae.data.dataset import Reading
 from fcmae.data.geometry import MAX_PIXELS
@@ -180,7 +181,7 @@ def load_backbone(
     else:
         raise ValueError(
             f"model = {source!r} is neither a path nor a model of timm's: give a run, a checkpoint, a directory or "
-            f"file of weights, a name that timm.list_models() has, or one of these after {RANDOM}"
+            f"file of weights, a name that timm.list_models() has, or one of these after {RANDOM}{near_runs(name)}"
         )
     backbone.model.eval().requires_grad_(False)
     if wrong := [name for name, tensor in backbone.model.state_dict().items() if not tensor.isfinite().all()]:

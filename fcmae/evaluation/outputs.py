@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from fcmae.config.base import near_runs
 from fcmae.data.source import printable
 from fcmae.evaluation.models import RANDOM, is_control
 
@@ -34,7 +35,8 @@ def default_out(models: Sequence[str], out: Path | None, name: str) -> Path:
     runs = {Path(os.path.expanduser(model.removeprefix(RANDOM))) for model in networks}  # noqa: PTH111
     if len(runs) == 1 and ((run := runs.pop()) / "config.yaml").is_file():
         return run / name
-    raise ValueError(f"out is missing: it is RUN/{name} for RUN and random:RUN, anything else needs --out DIR")
+    near = near_runs(networks[0].removeprefix(RANDOM)) if len(networks) == 1 else ""
+    raise ValueError(f"out is missing: it is RUN/{name} for RUN and random:RUN, anything else needs --out DIR{near}")
 
 
 def claim(out: Path, is_ours: Callable[[Path], bool], overwrite: bool) -> None:

@@ -15,6 +15,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from fcmae import options
 from fcmae.atomic import read_bytes
 from fcmae.config import FinetuneConfig, PretrainConfig, SegmentConfig
+from fcmae.config.base import near_runs
 from fcmae.data.index import Images
 from fcmae.data.split import split
 from fcmae.evaluation.charts import Curve
@@ -105,7 +106,7 @@ def _kind(path: Path, problems: list[str]) -> tuple[str, str]:
     if header[:2] == ["#", "fcmae"] and len(header) == 4 and header[2] in CONFIGS:
         return header[2], header[3]
     if not own_files.written(path, own_files.RESULTS):
-        raise ValueError(f"{path} holds no run of fcmae: give the directory that --out named")
+        raise ValueError(f"{path} holds no run of fcmae: give the directory that --out named{near_runs(path)}")
     problems.append(
         f"{config} cannot be read, or does not begin as a run's: the kind of run is guessed by its other files."
     )

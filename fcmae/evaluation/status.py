@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
 
+from fcmae.config.base import near_runs
 from fcmae.data.source import printable
 from fcmae.evaluation import paired
 from fcmae.evaluation.runs import Run, computing_s, curve, finite, read_run
@@ -36,7 +37,7 @@ def status(place: Path) -> str:
     runs = list(find_runs(place))
     compared = [file.parent for depth in range(DEPTH) for file in sorted(place.glob("*/" * depth + paired.FILE))]
     if not (runs or compared):
-        raise ValueError(f"{place} holds no run: give the directory of one, or of runs")
+        raise ValueError(f"{place} holds no run: give the directory of one, or of runs{near_runs(place)}")
     rows = [_row(run) for run in sorted(runs, key=lambda run: str(run.path))]
     for path in compared:
         if (found := paired.read(path, [])) is not None:
@@ -156,7 +157,7 @@ def next_commands(run: Run, state: str) -> list[str]:
         run: that stands where it stands.
         state: see `state_of`.
     """
-    path = shlex.quote(str(run.path))
+    path, export = shlex.quote(str(run.path)), shlex.quote(f"{run.path.absolute().name}-timm")
     if state == "running":
         return [f"fcmae status {path}", f"fcmae report {path}"]
     if state in ("stopped", "cut off", "failed", "not begun") or checkpoint.latest(run.path) is None:
@@ -168,12 +169,12 @@ def next_commands(run: Run, state: str) -> list[str]:
     if run.kind == "finetune":
         return [
             f"fcmae predict {path} IMAGES --csv predictions.csv",
-            f"fcmae convert {path} DEST",
+            f"fcmae convert {path} {export}",
             f"fcmae report {path}",
         ]
     return [
         f"fcmae evaluate {path} random:{path} --data LABELLED",
         f"fcmae finetune LABELLED --init {path}",
-        f"fcmae convert {path} DEST",
+        f"fcmae convert {path} {export}",
         f"fcmae report {path}",
     ]

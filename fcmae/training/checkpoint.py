@@ -414,8 +414,8 @@ def prune(run: Path, keep: int, milestone_steps: float, good: Path | None = None
             shutil.rmtree(aside)
 
 
-def check_space(run: Path, model: nn.Module, num_checkpoints: float, num_states: int = 3) -> None:
-    """Refuse to start a run whose checkpoints its disk cannot hold.
+def check_space(run: Path, model: nn.Module, num_checkpoints: float, num_states: int = 3) -> str:
+    """Refuse to start a run whose checkpoints its disk cannot hold, and say what they take.
 
     Args:
         run: its directory, which need not be there yet.
@@ -423,6 +423,9 @@ def check_space(run: Path, model: nn.Module, num_checkpoints: float, num_states:
         num_checkpoints: that the run keeps.
         num_states: tensors saved of each parameter: itself, AdamW's two moments, and the moving average if there is
             one.
+
+    Returns:
+        What they take, in words.
 
     Raises:
         ValueError: if the disk has less room than the checkpoints that stay and the one being written.
@@ -436,6 +439,7 @@ def check_space(run: Path, model: nn.Module, num_checkpoints: float, num_states:
             f"{free / 1e6:,.0f} MB free: make room, give another out, or lower checkpoint.keep or raise "
             "checkpoint.milestone_epochs"
         )
+    return f"checkpoints take up to {needed / 1e6:,.0f} MB of {free / 1e9:,.1f} GB free"
 
 
 def num_kept(keep: int, epochs: float, milestone_epochs: int) -> float:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import math
+import statistics
 import time
 from collections import deque
 from collections.abc import Iterator
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,8 @@ from fcmae.training.records import read_metrics, split_metrics
 
 logger = logging.getLogger("fcmae")
 
-LATE = 1.2  # times the planned hours
+LATE = 1.2  # times the time that was planned
+LEAST_WINDOWS = 3  # of whose speeds the median is taken, before a run is said to be late
 
 
 class Log:
@@ -52,9 +54,13 @@ class Log:
         self._bad_files = BadFiles(self.run / "bad_files.txt", num_files, cfg.data.max_bad_share)
         self._recent: deque[dict[str, float]] = deque(maxlen=2 * health.STARVED_WINDOWS)
         self._told = self._told_late = not accelerator.is_main_process
-        # What a run that was planned for some hours may take before it says so; a resumed one has no such plan.
-        planned = cfg.hours if cfg.hours and "epochs" in cfg.chosen and schedule.start == 0 else math.inf
-        self._begun, self._latest_s = time.time(), planned * 3600 * LATE
+        self._begun, self._planned_s, self._others = time.monotonic(), math.inf, threads.Others()
+        if cfg.planned_s is not None and (steps := schedule.total - schedule.start) > 0:
+            self._planned_s = cfg.planned_s * steps / schedule.total
+            ends = datetime.now() + timedelta(seconds=self._planned_s)
+            views, minutes = steps * cfg.batch_size, max(1, round(self._planned_s / 60))
+            took = f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
+            logger.info("%s views, about %s, ends about %s", f"{views:,}", took, ends.strftime("%H:%M"))
         # None: where there is no terminal.
         hidden = None if accelerator.is_main_process and schedule.total else True
         self._bar = tqdm(total=schedule.total, initial=schedule.start, unit="step", disable=hidden)
@@ -99,21 +105,30 @@ class Log:
             self._told = True
             logger.warning(starved.text)
         left = timedelta(seconds=round((total - step) * self._batch_size / line["images_per_s"]))
-        took = time.time() - self._begun + left.total_seconds()
-        if not self._told_late and step >= total / 20 and took > self._latest_s:
-            self._told_late = True
-            logger.warning(
-                "the run takes %s at this speed, longer than planned: other programs use %.0f %% of the cores, and it "
-                "waits for images %.0f %% of its time",
-                timedelta(seconds=round(took)),
-                100 * threads.busy(),
-                100 * line["data_wait_share"],
-            )
+        self._tell_late(step)
         text = f"loss {line['loss']:.4f}, {line['images_per_s']:.1f} images/s"
         self._bar.set_postfix_str(text)
         level = logging.INFO if self._bar.disable else logging.DEBUG  # the terminal has the bar, train.log has lines
         message = "step %d/%d, epoch %.2f, %s, lr %.3g, %s left"
         logger.log(level, message, step, total, epoch, text, lr, left)
+
+    def _tell_late(self, step: int) -> None:
+        """Say once that the run falls behind its plan, and why. The median of windows passes over a hiccup."""
+        others, total = self._others.share(), self._schedule.total
+        done = (step - self._schedule.start) / (total - self._schedule.start)
+        if self._told_late or done < 1 / 20 or len(self._recent) < LEAST_WINDOWS:
+            return
+        speed = statistics.median(line["images_per_s"] for line in self._recent)
+        took = time.monotonic() - self._begun + (total - step) * self._batch_size / speed
+        if took > LATE * self._planned_s:
+            self._told_late = True
+            logger.warning(
+                "the run takes %s at this speed, and %s were planned: other programs use %.0f %% of the cores, and it "
+                "waits for images %.0f %% of its time",
+                *(timedelta(seconds=round(seconds)) for seconds in (took, self._planned_s)),
+                100 * others,
+                100 * self._recent[-1]["data_wait_share"],
+            )
 
     def show(self, name: str, path: Path, step: int) -> None:
         """Give a picture to TensorBoard.

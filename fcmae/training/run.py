@@ -23,7 +23,6 @@ import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timedelta
 from importlib.util import find_spec
 from operator import attrgetter
 from pathlib import Path
@@ -56,6 +55,9 @@ AnyConfig = TypeVar("AnyConfig", bound=RunConfig)
 class RunDirectory:
     """A directory that holds one run. Making the object only looks; `open` writes.
 
+    Attributes:
+        needs: what its checkpoints take of the disk, in words, once that is known; told when it is opened.
+
     Args:
         cfg: settings of the run, with `out`.
         kind: "pretrain", "finetune" or "segment".
@@ -71,6 +73,7 @@ class RunDirectory:
         self.cfg = cfg
         self.kind = kind
         self.path = cfg.out
+        self.needs = ""
         config = self.path / "config.yaml"
         header = ""
         if config.is_file():
@@ -239,12 +242,15 @@ class RunDirectory:
             record_start(self.path / "environment.json", uses_cpu(self.cfg))
             ended = how_it_ended(self.path / "train.log")
             with logging_to(self.path / "train.log"):
-                if self.exists and ended == CUT_OFF:
+                if ended == CUT_OFF:
                     logger.warning(
                         "the last start ended without a word, as when the system kills what takes too much memory, or "
                         "the machine went off; if it happens again, raise grad_accum or lower data.num_workers"
                     )
                 _tell_choices(self.cfg)
+                if self.needs:
+                    memory = self.cfg.chosen.get("grad_accum", "")
+                    logger.info("%s", f"{memory}, {self.needs}" if memory else self.needs)
                 try:
                     yield
                 except FloatingPointError as error:
@@ -271,27 +277,12 @@ def _check_inputs(out: Path, inputs: Mapping[str, Sequence[str]], overwrite: boo
 
 
 def _tell_choices(cfg: RunConfig) -> None:
-    """What was chosen as nobody gave it, and when the run ends by that."""
+    """What was chosen as nobody gave it."""
     if not cfg.chosen:
         return
     values = options.flat(cfg)
     rows = [(key, options.text(values[key]), why) for key, why in cfg.chosen.items() if key in values]
     logger.info("not given, so chosen:\n%s", table(("setting", "value", "why"), rows, left=3))
-    if cfg.hours and "epochs" in cfg.chosen:
-        ends = datetime.now() + timedelta(hours=cfg.hours)
-        logger.info("planned: %g hours, to %s", cfg.hours, ends.strftime("%H:%M"))
-
-
-def tell_next(run: Path, *commands: str) -> None:
-    """Say at the end of a run what can be typed next.
-
-    Args:
-        run: its directory.
-        commands: what it was made for; {run} stands for it.
-    """
-    place = shlex.quote(str(run))
-    curves = "".join(f"; {command}" for command in curves_commands(run))
-    logger.info("next: %s; fcmae status %s%s", ", or ".join(commands).format(run=place), place, curves)
 
 
 def curves_commands(run: Path) -> list[str]:

@@ -26,7 +26,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from fcmae import threads
-from fcmae.config import PretrainConfig, RunConfig
+from fcmae.config import DenseConfig, PretrainConfig, RunConfig
 from fcmae.data.dataset import Batch, ImageDataset
 from fcmae.data.loader import build_loader, choose_num_workers, prefetched
 from fcmae.data.sampler import StepSampler
@@ -41,6 +41,8 @@ from fcmae.training.run import SMALLER, RunDirectory
 from fcmae.training.signals import StopSignal
 
 logger = logging.getLogger("fcmae")
+
+AT_ONCE = {"cpu": 64, "cuda": 256}  # images that a process computes at once, unless told: more gain little
 
 Fitting = TypeVar("Fitting", bound=RunConfig)
 
@@ -69,7 +71,7 @@ def schedule_of(cfg: RunConfig, per_epoch: int, start: int) -> Schedule:
 
 def images_at_once(cfg: RunConfig, num_processes: int) -> int:
     """Images that a process computes together in training, each counted as often as it has masks."""
-    return max(1, cfg.batch_size // num_processes // cfg.grad_accum)
+    return max(1, cfg.batch_size // num_processes // cfg.num_parts)
 
 
 def in_smaller_parts(cfg: Fitting, num_processes: int) -> Fitting | None:
@@ -79,13 +81,45 @@ def in_smaller_parts(cfg: Fitting, num_processes: int) -> Fitting | None:
         cfg: of the run.
         num_processes: of it.
     """
-    if isinstance(cfg, PretrainConfig) and cfg.model.grn_scope == "batch":
+    if _pools(cfg):
         return None
-    for num_parts in range(2 * cfg.grad_accum, cfg.batch_size // num_processes + 1):
+    for num_parts in range(2 * cfg.num_parts, cfg.batch_size // num_processes + 1):
         smaller = cfg.model_copy(update={"grad_accum": num_parts})
         if not any(smaller.conflicts(num_processes)):
             return smaller
     return None
+
+
+def in_parts(cfg: Fitting, num_processes: int, device_type: str, saved: RunConfig | None = None) -> Fitting:
+    """The settings with grad_accum a number, where it is auto and nothing is measured.
+
+    Args:
+        cfg: of the run.
+        num_processes: of it.
+        device_type: of what computes.
+        saved: the settings that the run resumes with, whose number stays.
+    """
+    if cfg.grad_accum != "auto":
+        return cfg
+    if saved is not None:
+        kept = cfg.model_copy(update={"grad_accum": saved.num_parts, "chosen": cfg.chosen | saved.chosen})
+        if not any(kept.conflicts(num_processes)):
+            return kept
+    found = cfg.model_copy(update={"grad_accum": 1})
+    if isinstance(cfg, DenseConfig) and cfg.eval_only:
+        return found  # nothing is trained
+    while images_at_once(found, num_processes) > AT_ONCE.get(device_type, min(AT_ONCE.values())):
+        if (smaller := in_smaller_parts(found, num_processes)) is None:
+            break
+        found = smaller
+    why = f"{images_at_once(found, num_processes)} images at once in each process: not measured"
+    if _pools(cfg):
+        why = "the whole batch, as model.grn_scope = batch pools over what is computed at once"
+    return found.model_copy(update={"chosen": cfg.chosen | {"grad_accum": why}})
+
+
+def _pools(cfg: RunConfig) -> bool:
+    return isinstance(cfg, PretrainConfig) and cfg.model.grn_scope == "batch"
 
 
 def that_fits(cfg: Fitting, accelerator: Accelerator) -> Fitting:
@@ -179,7 +213,7 @@ class Steps:
             end_step=self.schedule.total,
             rank=self.accelerator.process_index,
             num_processes=self.accelerator.num_processes,
-            grad_accum=cfg.grad_accum,
+            grad_accum=cfg.num_parts,
             masks_per_image=self._masks_per_image,
         )
         workers = choose_num_workers(cfg.data.num_workers, device.type)
@@ -268,8 +302,8 @@ class Step:
             ValueError: if the memory suffices for no part.
         """
         steps, done = self._steps, 0
-        while done < steps.cfg.grad_accum:
-            is_last = done + 1 == steps.cfg.grad_accum
+        while done < steps.cfg.num_parts:
+            is_last = done + 1 == steps.cfg.num_parts
             with contextlib.nullcontext() if is_last else steps.accelerator.no_sync(steps.model):
                 # CUDA graphs may use the memory of the part before again.
                 torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
@@ -292,7 +326,7 @@ class Step:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a part's mean loss, a scalar."""
-        loss = loss / self._steps.cfg.grad_accum
+        loss = loss / self._steps.cfg.num_parts
         self._steps.accelerator.backward(loss)
         self._loss += loss.detach()
 

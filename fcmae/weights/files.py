@@ -31,6 +31,7 @@ from torch import Tensor
 import fcmae
 from fcmae.atomic import read_bytes, replacing
 from fcmae.config import FinetuneData, PretrainConfig
+from fcmae.config.base import near_runs
 from fcmae.data.dataset import Reading
 from fcmae.data.normalize import Normalize
 from fcmae.data.source import printable
@@ -168,6 +169,7 @@ def read_weights(path: Path, variant: str | None = None, key: str | None = None,
         return _weights(path, state, variant, record or Record(origin={"file": path.name} | _license(path)), prefix)
     raise ValueError(
         f"{path} is no run, checkpoint, timm or transformers directory, or file of weights: give one of these"
+        f"{near_runs(path)}"
     )
 
 
@@ -186,6 +188,7 @@ def read_init(init: str, key: str | None, prefix: str | None, setting: str = "mo
     if not Path(init).exists():
         raise ValueError(
             f"{setting} = {init} does not exist: give a run, a checkpoint, a directory or a file of weights"
+            f"{near_runs(init)}"
         )
     return read_weights(Path(init), key=key, prefix=prefix)
 
