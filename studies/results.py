@@ -305,10 +305,14 @@ are in %; ± is the half width of the 95 % interval of the mean over seeds (Stud
 No number here is of the paper's scale: it pretrains for 800 epochs on 1.28 million photographs.
 """
 
+# By studies/segmentation.py, where it was run.
+MAPPED = {"land_and_sea": "sea, land and lakes", "brain": "grey and white matter"}
+
 
 def page(found: Mapping[str, Json], folder: Path) -> str:
     """docs/results.md. found: the JSON by scale. folder: where figures go, and where SCALE.md may lie."""
-    parts = [HEAD]
+    links = [f"[{what}]({name}.md)" for name, what in MAPPED.items() if (folder.parent / f"{name}.md").exists()]
+    parts = [HEAD, *([f"Of label maps: {', '.join(links)}.\n"] if links else [])]
     for scale, results in found.items():
         hours = sum(job["seconds"] for job in results["jobs"].values()) / 3600
         at_once = "two commands at a time, one core each" if scale == "cpu" else "one command at a time"
