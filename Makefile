@@ -75,6 +75,7 @@ bench: $(READY)
 	$(TIME)/train_step.py --ratio 0.02 --sides packed timm-gradients --repeats 9 --json $(RESULTS)/step-dense.json
 	$(TIME)/finetune_step.py --repeats 9 --json $(RESULTS)/finetune.json
 	$(TIME)/scaling.py --repeats 9 --json $(RESULTS)/scaling.json
+	$(TIME)/anytime.py --size 512 --images 2 --repeats 9 --json $(RESULTS)/anytime.json
 	$(TIME)/input_pipeline.py --json $(RESULTS)/input_pipeline.json
 	$(TIME)/exported.py --repeats 9 --json $(RESULTS)/exported.json
 	$(TIME)/report.py

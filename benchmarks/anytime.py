@@ -5,17 +5,20 @@
     python benchmarks/anytime.py --variant convnextv2_atto --size 512        # random weights: time alone, by budgets
 
 dense computes every patch at every stage and the last answer alone; full is the anytime path with nothing hidden;
-exit-K stops after stage K; tau-T and budget-B are what their names say; against is another model, whole. Images are
-seen one at a time, whole. Sides take turns within each repeat, and ratios are to dense. Multiply-adds are those that
-torch's operations executed: the depthwise convolution's on all of the map. Speed is reported, never asserted.
+exit-K stops after stage K, whole; tau-T and budget-B are what their names say; against is another model, whole, and
+against-exit-K is that one stopped, if it has exits: trained with model.tau 1, those of a network that saw no masks.
+Images are seen one at a time, whole. Sides take turns within each repeat, and ratios are to dense. Multiply-adds are
+those that torch's operations executed: the depthwise convolution's on all of the map. Of each kind the fastest side is
+named that loses no more than POINTS to the better of dense and against. Speed is reported, never asserted.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +45,8 @@ from fcmae.weights.segmenters import read_segmenter
 Run = Callable[[Tensor], Tensor]  # (1, C, H, W) normalised to logits of every pixel
 BINS = 15  # of probabilities, in a reliability diagram
 SHOWN = 3  # images of a picture
+POINTS = 0.3  # of mean IoU, in per cent, that count as the same accuracy
+KINDS = {"stopped after a stage": "exit-", "tau": "tau-", "budget": "budget-", "against, stopped": "against-exit-"}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -56,7 +61,9 @@ def main(argv: list[str] | None = None) -> None:
     images = [image.to(device) for image in images]
     runs = sides(model, args)
     if args.against is not None:
-        runs["against"] = read_segmenter(args.against)[0].to(device).eval().forward
+        if args.model is None:
+            raise SystemExit("--against: there is nothing to compare without --model")
+        runs |= others(args.against, args.model, device)
     timed = [images[i] for i in evenly(len(images), args.images)]
 
     def step(run: Run) -> Callable[[], object]:
@@ -74,21 +81,10 @@ def main(argv: list[str] | None = None) -> None:
         macs = multiply_adds(step(run)) / len(timed)
         results[name] = {**per_image, "multiply_adds": macs, **scored(run, images, truths)}
     ratios = {name: timing.ratio(each, seconds["dense"]) for name, each in seconds.items()}
-    rows = []
-    for name, found in results.items():
-        rows.append(
-            [
-                name,
-                f"{1000 * found['median_s']:.1f} ms",
-                f"{ratios[name]['time']:.2f}",
-                "{:.2f} - {:.2f}".format(*ratios[name]["quartiles"]),
-                f"{found['multiply_adds'] / 1e6:.0f} M",
-                f"{found['multiply_adds'] / results['dense']['multiply_adds']:.2f}",
-                f"{100 * found['miou']:.2f}" if "miou" in found else "",
-            ]
-        )
-    header = ["", "an image", "time / dense", "quartiles", "multiply-adds", "/ dense", "mean IoU, %"]
-    print("\n" + table(header, rows))
+    print("\n" + comparison(results, ratios))
+    same = same_accuracy(results) if truths else None
+    if same is not None:
+        print("\n" + at_same_accuracy(same, results, ratios))
     calibration = []
     if truths:
         calibration = reliability(model, images, truths)
@@ -98,9 +94,51 @@ def main(argv: list[str] | None = None) -> None:
         print("\n" + table(["exit", "ECE", "pixels right, %"], exits))
     if args.picture is not None:
         draw(args.picture, model, images, truths, min(args.taus, default=None))
-        if calibration:
+        if truths:
+            draw_curve(args.picture.with_stem(f"{args.picture.stem}-curve"), results)
             draw_reliability(args.picture.with_stem(f"{args.picture.stem}-reliability"), calibration)
-    timing.write_json(__file__, argv, args, info, results=results, ratios=ratios, calibration=calibration)
+    found = {"results": results, "ratios": ratios, "calibration": calibration}
+    timing.write_json(__file__, argv, args, info, **found, **({} if same is None else {"same_accuracy": same}))
+
+
+def comparison(results: Mapping[str, Any], ratios: Mapping[str, Any]) -> str:
+    """The table of all sides."""
+    header = ["", "an image, ms", "time / dense", "quartiles", "multiply-adds, M", "/ dense", "mean IoU, %"]
+    return table(header, [row(name, results, ratios) for name in results])
+
+
+def at_same_accuracy(same: Mapping[str, str], results: Mapping[str, Any], ratios: Mapping[str, Any]) -> str:
+    """The table of `same_accuracy`."""
+    header = ["kind", "fastest", "an image, ms", "time / dense", "quartiles", "multiply-adds, M", "/ dense"]
+    none = [f"none within {POINTS} points", *[""] * 6]
+    rows = [[kind, *(row(same[kind], results, ratios) if kind in same else none)] for kind in _kinds(results)]
+    return table([*header, "mean IoU, %"], rows, left=2)
+
+
+def row(name: str, results: Mapping[str, Any], ratios: Mapping[str, Any]) -> list[str]:
+    found = results[name]
+    return [
+        name,
+        f"{1000 * found['median_s']:.1f}",
+        f"{ratios[name]['time']:.2f}",
+        "{:.2f} - {:.2f}".format(*ratios[name]["quartiles"]),
+        f"{found['multiply_adds'] / 1e6:.0f}",
+        f"{found['multiply_adds'] / results['dense']['multiply_adds']:.2f}",
+        f"{100 * found['miou']:.2f}" if "miou" in found else "",
+    ]
+
+
+def same_accuracy(results: Mapping[str, Any]) -> dict[str, str]:
+    """Of each of KINDS the fastest side that loses at most POINTS to the better of the whole networks, if any does."""
+    bar = max(results[name]["miou"] for name in ("dense", "against") if name in results) - POINTS / 100
+    good = {kind: [name for name in names if results[name]["miou"] >= bar] for kind, names in _kinds(results).items()}
+    return {kind: min(names, key=lambda name: results[name]["median_s"]) for kind, names in good.items() if names}
+
+
+def _kinds(results: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The sides of each of KINDS that has any."""
+    found = {kind: [name for name in results if name.startswith(prefix)] for kind, prefix in KINDS.items()}
+    return {kind: names for kind, names in found.items() if names}
 
 
 def read(args: argparse.Namespace) -> tuple[Anytime, list[Tensor], list[NDArray[np.int16]]]:
@@ -132,18 +170,6 @@ def read(args: argparse.Namespace) -> tuple[Anytime, list[Tensor], list[NDArray[
 def sides(model: Anytime, args: argparse.Namespace) -> dict[str, Run]:
     """What is timed, by name."""
 
-    def dense(image: Tensor) -> Tensor:
-        each = [head(f) for head, f in zip(model.head, model.encoder.pyramid(image), strict=True)]
-        return resized(reduce(add_nearest, each).permute(0, 3, 1, 2), image.shape[2:])
-
-    def stopped(after: int) -> Run:
-        def run(image: Tensor) -> Tensor:
-            for _, answer in zip(range(after), model.anytime(image, tau=1.0), strict=False):
-                last = answer
-            return last.pixels()
-
-        return run
-
     def confident(tau: float) -> Run:
         return lambda image: model.within(image, tau=tau)
 
@@ -152,11 +178,47 @@ def sides(model: Anytime, args: argparse.Namespace) -> dict[str, Run]:
 
     num = len(model.head)
     return {
-        "dense": dense,
-        "full": stopped(num),
-        **{f"exit-{after}": stopped(after) for after in range(1, num)},
-        **{f"tau-{tau:g}": confident(tau) for tau in args.taus},
+        "dense": whole(model),
+        "full": stopped(model, num),
+        **{f"exit-{after}": stopped(model, after) for after in range(1, num)},
+        # Exits that were not trained are sure of nothing.
+        **{f"tau-{tau:g}": confident(tau) for tau in args.taus if args.model is not None},
         **{f"budget-{budget:g}": budgeted(budget) for budget in args.budgets},
+    }
+
+
+def whole(model: Anytime) -> Run:
+    """The dense network: every patch at every stage, and the last answer alone."""
+
+    def run(image: Tensor) -> Tensor:
+        each = [head(f) for head, f in zip(model.head, model.encoder.pyramid(image), strict=True)]
+        return resized(reduce(add_nearest, each).permute(0, 3, 1, 2), image.shape[2:])
+
+    return run
+
+
+def stopped(model: Anytime, after: int) -> Run:
+    """The anytime path with nothing hidden, until this stage."""
+
+    def run(image: Tensor) -> Tensor:
+        *_, last = islice(model.anytime(image, tau=1.0), after)
+        return last.pixels()
+
+    return run
+
+
+def others(path: Path, ours: Path, device: torch.device) -> dict[str, Run]:
+    """Another model, whole; and stopped after each stage but the last, if it has exits."""
+    (model, weights, record), (_, own, own_record) = read_segmenter(path), read_segmenter(ours)
+    mean, own_mean = (each.reading("").normalize.mean for each in (weights, own))
+    if record.classes != own_record.classes or not torch.equal(mean, own_mean):
+        raise SystemExit(f"--against {path}: its classes or the mean of its images are not those of --model {ours}")
+    model = model.to(device).eval()
+    if not isinstance(model, Anytime):
+        return {"against": model.forward}
+    return {
+        "against": whole(model),
+        **{f"against-exit-{after}": stopped(model, after) for after in range(1, len(model.head))},
     }
 
 
@@ -224,6 +286,29 @@ def draw_reliability(path: Path, calibration: Sequence[dict[str, Any]]) -> None:
     save_figure(figure, path)
 
 
+def draw_curve(path: Path, results: Mapping[str, Any]) -> None:
+    """Mean IoU over milliseconds and over multiply-adds, a curve a kind; stopping ends in the whole network."""
+    from matplotlib.figure import Figure
+
+    ends = {"exit-": "dense", "against-exit-": "against"}
+    curves = {kind: [*names, *filter(None, [ends.get(KINDS[kind])])] for kind, names in _kinds(results).items()}
+    if "against" in results and "against-exit-1" not in results:
+        curves["against"] = ["against"]
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for kind, names in curves.items():
+        sides = sorted((results[name] for name in names), key=lambda side: float(side["median_s"]))
+        miou = [100 * side["miou"] for side in sides]
+        middle = np.array([1000 * side["median_s"] for side in sides])
+        whiskers = np.abs(1000 * np.array([side["quartiles_s"] for side in sides]).T - middle)
+        left.errorbar(middle, miou, xerr=whiskers, marker="o", markersize=4, capsize=2, label=kind)
+        right.plot([side["multiply_adds"] / 1e6 for side in sides], miou, marker="o", markersize=4, label=kind)
+    left.set(xlabel="ms an image", ylabel="mean IoU, %", xlim=(0, None))
+    right.set(xlabel="multiply-adds of an image, M", xlim=(0, None))
+    left.legend(fontsize="small")
+    save_figure(figure, path)
+
+
 def draw(
     path: Path, model: Anytime, images: Sequence[Tensor], truths: Sequence[NDArray[np.int16]], tau: float | None
 ) -> None:
@@ -270,8 +355,12 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--taus", nargs="*", type=float, default=[0.998, 0.99, 0.95, 0.9], metavar="TAU")
     found.add_argument("--budgets", nargs="*", type=float, default=[0.5, 0.25, 0.1], metavar="SHARE")
     found.add_argument(
-        "--picture", type=Path, metavar="PNG", help="draw what was computed at the least tau, and a reliability diagram"
+        "--picture",
+        type=Path,
+        metavar="PNG",
+        help="draw what was computed at the least tau; beside it NAME-curve.png and NAME-reliability.png",
     )
+    found.set_defaults(batch=1)
     return found
 
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import anytime
 import numpy as np
 from timing import ratio
 
@@ -57,7 +59,7 @@ class Target(NamedTuple):
 
 
 def slower(side: str) -> Callable[[Json], Value | None]:
-    """How many times packed's time the side takes."""
+    """How many times the first side's time the side takes."""
 
     def measure(result: Json) -> Value | None:
         if side not in result["ratios"]:
@@ -105,6 +107,30 @@ def pipeline(size: str, loader: str) -> Callable[[Json], Value | None]:
         return speedup["time"], *speedup["quartiles"]
 
     return measure
+
+
+def as_good(result: Json) -> str | None:
+    """The fastest side, of the model that may stop, that is as good as the whole network, or that network itself."""
+    if "same_accuracy" not in result:
+        return None
+    same: dict[str, str] = result["same_accuracy"]
+    own = [name for name in same.values() if not name.startswith("against")]
+    return min(["dense", *own], key=lambda name: float(result["results"][name]["median_s"]))
+
+
+def time_as_good(result: Json) -> Value | None:
+    name = as_good(result)
+    return None if name is None else slower(name)(result)
+
+
+def counted_as_good(result: Json) -> Value | None:
+    """How far the share of the multiply-adds that it saves is from that of the time, as a share of the latter."""
+    name, sides = as_good(result), result["results"]
+    if name is None:
+        return None
+    time = result["ratios"][name]["time"]
+    counted = sides[name]["multiply_adds"] / sides["dense"]["multiply_adds"]
+    return abs(time - counted) / (1 - time) if time < 1 else math.inf, None, None
 
 
 def gpu_step(part: str, side: str) -> Callable[[Json], Value | None]:
@@ -183,6 +209,25 @@ TARGETS = [
         for size, limit in (("500x375", 2), ("2000x1500", 5))
         for what, loader in (("bytes out", "fcmae"), ("normalised on the same core", "fcmae, and normalised"))
     ),
+    Target(
+        "anytime segmentation, nothing hidden: its time", "the dense network", "anytime", slower("full"), 1.05, False
+    ),
+    Target(
+        f"anytime, fastest side within {anytime.POINTS} points of mean IoU: its time",
+        "the dense network",
+        "anytime_landsea",
+        time_as_good,
+        0.6,
+        False,
+    ),
+    Target(
+        "the same side: multiply-adds saved less time saved",
+        "the time saved",
+        "anytime_landsea",
+        counted_as_good,
+        0.1,
+        False,
+    ),
     *(
         Target(GPU.format(how), against, "gpu", gpu_step(part, side), limit)
         for how, part in (("compiled", "base-compiled"), ("CUDA graphs", "base-cudagraphs"))
@@ -206,6 +251,8 @@ TITLES = {
     "step": "Whole step, atto",
     "step-dense": "Whole step, atto, one patch of 49 masked",
     "finetune": "Fine-tuning step, atto",
+    "anytime": "Anytime segmentation, random weights",
+    "anytime_landsea": "Anytime segmentation of sea, land and lakes",
     "gpu": "On a GPU",
     "scaling": "Cost as the work grows",
     "input_pipeline": "Input pipeline, one core",
@@ -244,6 +291,10 @@ before it: gradients are in it, parameters and AdamW's moments are not.
 | `fcmae` | our classifier on whole images, in the fine-tuning step |
 | `whole`, `hidden-K`, `blocks-K` | all, a share K of each block's hidden channels, or K of each stage's blocks |
 | `torch`, `onnxruntime` | our encoder on whole images, and the file that `fcmae export` writes of it |
+| `dense`, `full` | a network with exits: every patch, the last answer alone; the anytime path with nothing hidden |
+| `exit-K` | the same, stopped after stage K with nothing hidden |
+| `tau-T`, `budget-B` | patches leave when they are surer than T; or the share B of them stays, the least sure |
+| `against`, `against-exit-K` | another network, trained without masks: whole, and stopped after stage K |
 """
 
 
@@ -285,7 +336,12 @@ def num_repeats(result: Json) -> int:
 
 def body(result: Json) -> Iterator[str]:
     """A benchmark's tables."""
-    if "results" in result:
+    if is_anytime(result):
+        yield anytime.comparison(result["results"], result["ratios"]) + "\n"
+        if (same := result.get("same_accuracy")) is not None:
+            words = f"Of each kind the fastest side that loses at most {anytime.POINTS} points to the whole network:"
+            yield f"{words}\n\n{anytime.at_same_accuracy(same, result['results'], result['ratios'])}\n"
+    elif "results" in result:
         yield compared(result) + "\n"
     if "sweeps" in result:
         yield swept(result["sweeps"]) + "\n"
@@ -306,6 +362,10 @@ COUNTS: dict[str, tuple[str, Callable[[float], str]]] = {
     "saved_bytes": ("saved for backward, MB", lambda count: f"{count / 1e6:.1f}"),
     "peak_bytes": ("peak memory, MB", lambda count: f"{count / 1e6:.1f}"),
 }
+
+
+def is_anytime(result: Json) -> bool:
+    return "multiply_adds" in result.get("results", {}).get("dense", {})
 
 
 def compared(result: Json) -> str:
@@ -414,7 +474,7 @@ def loaded(loaders: Json) -> str:
 def comparisons(results: dict[str, Json]) -> Iterator[tuple[str, int, Json]]:
     """Title, images of one step, and the sides of every comparison."""
     for name, result in results.items():
-        if "results" in result:
+        if "results" in result and not is_anytime(result):
             yield TITLES[name], result["settings"]["batch"], result["results"]
         for size, found in result.get("pipeline", {}).items():
             yield f"{TITLES[name]}, {size}", found["count"], found["loaders"]

@@ -23,6 +23,7 @@ from torch import Tensor
 from fcmae.heads import Exits, Segmenter, add_nearest, build_head, resized
 from fcmae.layouts import DENSE, PACKED, MakeLayout, Masked, Packed
 from fcmae.networks.encoder import StagedEncoder
+from fcmae.timing import wait
 
 # (stage, confidence, hidden) -> the patches that are hidden from the stage, and how many of an image it sees, which may
 # be None where nobody needs it.
@@ -124,11 +125,17 @@ class Anytime(Segmenter):
             ValueError: see `anytime`.
         """
         parts = images[:, None] if budget is None else [images]  # by tau, of each image other patches are left
-        begun, last = time.perf_counter(), []
+
+        def now() -> float:
+            if limit_s < math.inf:
+                wait(images.device)  # a GPU is given its work long before it has done it
+            return time.perf_counter()
+
+        begun, last = now(), []
         for i, part in enumerate(parts):
             for answer in self.anytime(part, tau, budget):
                 best = answer
-                if time.perf_counter() - begun >= limit_s * (i + 1) / len(parts):
+                if now() - begun >= limit_s * (i + 1) / len(parts):
                     break
             last.append(best.pixels())
         return torch.cat(last)

@@ -273,10 +273,14 @@ are in %; ± is the half width of the 95 % interval of the mean over seeds (Stud
 No number here is of the paper's scale: it pretrains for 800 epochs on 1.28 million photographs.
 """
 
+# By studies/segmentation.py, where it was run.
+MAPPED = {"land_and_sea": "sea, land and lakes", "brain": "grey and white matter"}
+
 
 def page(found: Mapping[str, Json], folder: Path) -> str:
     """docs/results.md. found: the JSON by scale. folder: where figures go, and where SCALE.md and others may lie."""
-    parts = [HEAD]
+    links = [f"[{what}]({name}.md)" for name, what in MAPPED.items() if (folder.parent / f"{name}.md").exists()]
+    parts = [HEAD, *([f"Of label maps: {', '.join(links)}.\n"] if links else [])]
     if small := small_images.headline(folder.parent):
         parts.append(f"## Small images, few labels\n\n{small}\n")
     if (collapse := folder / "collapse.md").exists():

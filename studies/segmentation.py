@@ -3,35 +3,33 @@
     python studies/segmentation.py landsea --out runs/landsea --at-once 1     # 2 cores
     python studies/segmentation.py landsea --out runs/landsea                 # a GPU with 16 cores
     python studies/segmentation.py brain --out runs/brain                     # needs nilearn
+    python studies/segmentation.py landsea --out runs/landsea --arms scratch pretrained pixels multiscale
     python studies/segmentation.py landsea --out runs/landsea --list          # the commands, without running them
 
-The images are those of studies/sets.py. Pretraining is `pretrain_small_images` at 128 pixels, on the training
-images without labels; each pair of runs, `segment_cpu` with the same network, has the same labels, order and head, and
-from scratch layer_decay is 1. What is tested on lies elsewhere and chooses nothing: the last model counts. What is
-finished is not done again, and what was cut off resumes. What is found is in OUT/segmentation.json, and with `--docs`
-in a page there and its JSON.
+The images are those of studies/sets.py. Pretraining is `pretrain_small_images` at 128 pixels, on the training images
+without labels, and what differs from it in one thing: a decoder of all stages, or pixels to predict. Runs on labels,
+`segment_cpu` with the same network, have the same labels, order and head whatever they start from; from scratch
+layer_decay is 1. What is tested on lies elsewhere and chooses nothing: the last model counts. What is finished is not
+done again, and what was cut off resumes. What is found is in OUT/segmentation.json, and with `--docs` in a page there
+and its JSON, which docs/results.md then names.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from study import STUDIES, Job, schedule, shown
+import results
+from study import FCMAE, STUDIES, Job, facts, last_scores, paired, schedule, shown, write_images
 
 from fcmae.atomic import write_text
-from fcmae.evaluation.paired import METRIC, cells, compare
+from fcmae.evaluation.paired import cells
 from fcmae.tables import table
-from fcmae.training.records import read_metrics
 
 
 class Set(NamedTuple):
@@ -62,7 +60,25 @@ SETS = {
         ("--data.in_chans=1", "--data.mean=0.177", "--data.std=0.312"),
     ),
 }
-ARMS = ("scratch", "pretrained")
+
+
+class Arm(NamedTuple):
+    """A pretraining. share: of the epochs. flags: of the command. part: of studies/objectives.py."""
+
+    title: str
+    share: float = 1.0
+    flags: tuple[str, ...] = ()
+    part: str | None = None
+
+
+# A step with all stages decoded took 1.10 of the time of one without, and one that predicts pixels .81 (one core beside
+# other work, the medians of 7 in turn): the former has fewer epochs for the same time, the latter takes less of it.
+ARMS: dict[str, Arm | None] = {
+    "scratch": None,
+    "pretrained": Arm("histograms of gradients, the last stage decoded"),
+    "pixels": Arm("pixels, the last stage decoded", flags=("--model.target=pixels",)),
+    "multiscale": Arm("histograms of gradients, all stages decoded", share=1 / 1.1, part="multiscale"),
+}
 NETWORK = "--model.variant={depths: [2, 2, 6], dims: [40, 80, 160], stem_stride: 4}"
 # By per cent of the labels: tiles of a step, and epochs.
 BUDGETS = {1: (4, 200), 10: (16, 150), 100: (16, 15)}
@@ -70,75 +86,70 @@ COLUMNS = ("labels", "start", "seeds", "mean IoU, %", "against scratch, of each 
 
 
 def jobs(
-    out: Path, name: str, epochs: float, percents: Sequence[int], seeds: int, short: float = 1.0, at_once: int = 1
+    out: Path,
+    name: str,
+    epochs: float,
+    percents: Sequence[int],
+    seeds: int,
+    short: float = 1.0,
+    at_once: int = 1,
+    arms: Sequence[str] = tuple(ARMS),
 ) -> Iterator[Job]:
-    """All commands, the pretraining first, then seed by seed of each amount of labels: what is cut off has pairs.
+    """All commands, the pretrainings first, then seed by seed of each amount of labels: what is cut off has pairs.
 
     short: times the epochs on labels.
     """
-    program = (sys.executable, "-m", "fcmae.cli")
     data, known = f"{out}/{name}", SETS[name]
     # Where the cores are shared.
     pretraining, segmenting = ((), ()) if at_once == 1 else (("--data.num_workers=3",), ("--data.num_workers=1",))
-    words = (
-        *("pretrain", "--config=pretrain_small_images", f"--data.path={data}/unlabeled.txt", *known.flags),
-        *(NETWORK, "--model.mask_patch=16", "--data.image_size=128", "--data.val_share=0"),
-        *("--batch_size=64", "--optim.base_lr=4e-3", f"--epochs={epochs:g}", f"--optim.warmup_epochs={epochs / 20:g}"),
-        *(f"--checkpoint.every_epochs={epochs / 10:g}", f"--log.eval_epochs={epochs:g}", "--monitor.num_images=0"),
-        *(f"--out={out}/runs/pretrained", *pretraining),
-    )
-    yield Job("pretrained", (*program, *words))
-    starts = {"scratch": ("--optim.layer_decay=1",), "pretrained": (f"--init={out}/runs/pretrained",)}
+    for start in arms:
+        if (arm := ARMS[start]) is None:
+            continue
+        program = FCMAE if arm.part is None else (sys.executable, str(STUDIES / "objectives.py"), arm.part)
+        num = round(epochs * arm.share, 1)
+        words = (
+            *("pretrain", "--config=pretrain_small_images", f"--data.path={data}/unlabeled.txt", *known.flags),
+            *(NETWORK, "--model.mask_patch=16", "--data.image_size=128", "--data.val_share=0"),
+            *("--batch_size=64", "--optim.base_lr=4e-3", f"--epochs={num:g}", f"--optim.warmup_epochs={num / 20:g}"),
+            *(f"--checkpoint.every_epochs={num / 10:g}", f"--log.eval_epochs={num:g}", "--monitor.num_images=0"),
+            *(f"--out={out}/runs/{start}", *arm.flags, *pretraining),
+        )
+        yield Job(start, (*program, *words))
     for percent in percents:
         batch_size, num_epochs = BUDGETS[percent][0], BUDGETS[percent][1] * short
         for seed in range(seeds):
             labels = f"train-{percent}-{seed if percent < 100 else 0}.csv"
-            for arm in ARMS:
-                run = f"{arm}-{percent}-{seed}"
+            for start in arms:
+                run = f"{start}-{percent}-{seed}"
+                scratch = ARMS[start] is None
+                begin = "--optim.layer_decay=1" if scratch else f"--init={out}/runs/{start}"
                 words = (
                     *("segment", "--config=segment_cpu", "--device=auto", f"--data.path={data}/{labels}"),
                     *(f"--data.val_path={data}/test.csv", f"--data.class_names={known.classes}", *known.flags),
                     *(NETWORK, "--model.head_dim=64", f"--seed={seed}"),
                     *(f"--batch_size={batch_size}", f"--epochs={num_epochs:g}", "--log.trackers=none"),
                     *(f"--optim.warmup_epochs={num_epochs / 20:g}", f"--log.eval_epochs={num_epochs:g}"),
-                    *(f"--checkpoint.every_epochs={num_epochs:g}", f"--out={out}/runs/{run}", *starts[arm]),
+                    *(f"--checkpoint.every_epochs={num_epochs:g}", f"--out={out}/runs/{run}", begin),
                     *segmenting,
                 )
-                needs = ("pretrained",) if arm == "pretrained" else ()
-                yield Job(run, (*program, *words), needs)
+                yield Job(run, (*FCMAE, *words), () if scratch else (start,))
 
 
-def collect(out: Path, wanted: Sequence[Job], epochs: float, percents: Sequence[int], seeds: int) -> dict[str, Any]:
+def collect(out: Path, wanted: Sequence[Job], epochs: float) -> dict[str, Any]:
     """What the finished runs have found, and where."""
-    done = [job for job in wanted if (out / "jobs" / f"{job.name}.json").exists()]
-    finished = {job.name for job in done}
     scores = []
-    for percent in percents:
-        for arm in ARMS:
-            for seed in range(seeds):
-                if (name := f"{arm}-{percent}-{seed}") in finished:
-                    last = [line for line in read_metrics(out / "runs" / name / "metrics.jsonl") if "miou" in line][-1]
-                    values = {key: value for key, value in last.items() if key not in ("step", "epoch")}
-                    scores.append({"arm": arm, "labels": f"{percent}%", "seed": seed, "scores": values})
-    commands = {job.name: shown(job, out) for job in done}
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    return {
-        "machine": {"gpu": gpu, "cores": os.cpu_count(), "cpu": platform.machine(), "torch": torch.__version__},
-        "epochs": epochs,
-        "commands": commands,
-        "seconds": {job.name: json.loads((out / "jobs" / f"{job.name}.json").read_text())["seconds"] for job in done},
-        "scores": scores,
-    }
+    for name, found in last_scores(out, wanted, "miou").items():
+        arm, percent, seed = name.split("-")
+        scores.append({"arm": arm, "labels": f"{percent}%", "seed": int(seed), "scores": found})
+    return {**facts(out, wanted), "epochs": epochs, "scores": scores}
 
 
-def rows(found: dict[str, Any]) -> list[list[str]]:
-    """The table of what was found: `fcmae worth`'s, of mean IoU."""
-    comparison: Any = {
-        "amounts": [{"labels": labels} for labels in dict.fromkeys(score["labels"] for score in found["scores"])],
-        "arms": [{"name": arm, "against": None if arm == "scratch" else "scratch"} for arm in ARMS],
-        "scores": [{**score, "scores": {METRIC: score["scores"]["miou"]}} for score in found["scores"]],
-    }
-    return [cells(row) for row in compare(comparison)]
+def rows(found: dict[str, Any], base: str = "scratch") -> list[list[str]]:
+    """The table of what was found: `fcmae worth`'s, of mean IoU; against the base, which is its first row."""
+    scores = [(one["arm"], one["labels"], one["seed"], one["scores"]["miou"]) for one in found["scores"]]
+    arms = list(ARMS)[list(ARMS).index(base) :]
+    wanted = [score for score in scores if score[0] in arms]
+    return [cells(row) for row in paired(wanted, {arm: None if arm == base else base for arm in arms})]
 
 
 def details(found: dict[str, Any]) -> str:
@@ -170,17 +181,27 @@ def page(name: str, found: dict[str, Any], words: str) -> str:
     words: what we read in the numbers.
     """
     known, machine = SETS[name], ", ".join(f"{key} {value}" for key, value in found["machine"].items())
-    example = [found["commands"].get(job) for job in ("pretrained", "scratch-10-0", "pretrained-10-0")]
+    starts = [start for start, arm in ARMS.items() if arm is not None and start in found["seconds"]]
+    commands = [found["commands"].get(job) for job in (*starts, *(f"{start}-10-0" for start in ("scratch", *starts)))]
+    told = [
+        (start, arm.title, f"{found['epochs'] * arm.share:.0f}", f"{found['seconds'][start] / 60:.0f}")
+        for start in starts
+        if (arm := ARMS[start]) is not None
+    ]
+    others = rows(found, "pretrained") if len(starts) > 1 else []
+    against = table((*COLUMNS[:4], "against `pretrained`, of each seed", ""), others, left=2)
     return f"""# {known.title}
 
 {words.strip()}
 
 Written by `studies/segmentation.py {name}` from `docs/{known.page}.json`. {known.told}
 Brackets are 95 % intervals of the mean over seeds (Student's t); each seed draws other labels (of all of them, another
-order) and another head, the same for both starts. There is one pretraining, of {found["epochs"]:g} epochs, so the
-spread is that of what follows. On {machine}.
+order) and another head, the same for all starts. There is one pretraining of each kind, so the spread is that of what
+follows. On {machine}.
 
 {table(COLUMNS, rows(found), left=2)}
+{f"{chr(10)}{against}{chr(10)}" if others else ""}
+{table(("start", "pretraining", "epochs", "minutes"), told, left=2)}
 
 ## All scores
 
@@ -191,7 +212,7 @@ The mean over the seeds, in per cent but for the loss. A boundary is found withi
 ## Commands
 
 ```text
-{chr(10).join(text for text in example if text)}
+{chr(10).join(text for text in commands if text)}
 ```
 """
 
@@ -205,31 +226,32 @@ def main(argv: list[str] | None = None) -> None:
         "--percents", type=int, nargs="+", default=list(BUDGETS), help="per cent of the labels [1 10 100]"
     )
     parser.add_argument("--seeds", type=int, default=5, help="draws of the labels [5]")
+    parser.add_argument(
+        "--arms", nargs="+", choices=ARMS, default=["scratch", "pretrained", "multiscale"], metavar="ARM"
+    )
     parser.add_argument("--short", type=float, default=1.0, help="times the epochs on labels [1]")
     parser.add_argument("--at-once", type=int, default=12, help="commands at a time, each of one thread [12]")
     parser.add_argument("--docs", type=Path, help="the folder in which to write the page and its JSON")
     parser.add_argument("--list", action="store_true", help="print the commands and stop")
     args = parser.parse_args(argv)
     out = args.out.absolute()
-    wanted = list(jobs(out, args.set, args.epochs, args.percents, args.seeds, args.short, args.at_once))
+    wanted = list(jobs(out, args.set, args.epochs, args.percents, args.seeds, args.short, args.at_once, args.arms))
     if args.list:
         for job in wanted:
             print(f"# {job.name}\n{shown(job, out)}")
         return
-    (out / "jobs").mkdir(parents=True, exist_ok=True)
-    words = [str(STUDIES / "sets.py"), args.set, str(out / args.set), "--seeds", str(args.seeds)]
-    subprocess.run([sys.executable, *words], check=True)
+    write_images(args.set, out, seeds=args.seeds)
     schedule(wanted, out, args.at_once, None if args.at_once == 1 else 1)
-    found = collect(out, wanted, args.epochs, args.percents, args.seeds)
+    found = collect(out, wanted, args.epochs)
     write_text(out / "segmentation.json", json.dumps(found, indent=1) + "\n")
     print("\n" + table(COLUMNS, rows(found), left=2))
     if args.docs:
         name = SETS[args.set].page
         write_text(args.docs / f"{name}.json", json.dumps(found, indent=1) + "\n")
-        words_path = args.docs / "results" / f"{name}.md"
-        write_text(
-            args.docs / f"{name}.md", page(args.set, found, words_path.read_text() if words_path.exists() else "")
-        )
+        words = args.docs / "results" / f"{name}.md"
+        text = page(args.set, found, words.read_text() if words.exists() else "")
+        write_text(args.docs / f"{name}.md", text)
+        results.main(["--docs", str(args.docs)])
 
 
 if __name__ == "__main__":

@@ -248,6 +248,22 @@ def test_within_a_time_the_best_answer_so_far_is_given(
     assert torch.equal(model.within(images, budget=0.5, limit_s=0), next(model.anytime(images, budget=0.5)).pixels())
 
 
+@pytest.mark.parametrize("choice", [{"budget": 0.5}, {"tau": 1.0}])
+def test_a_limit_binds_where_work_is_done_after_it_was_given(
+    choice: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, image, given, waited = model_of(), images_of(1), list[int](), [0]  # a stage is a second, once waited for
+    stage = model.encoder.stage
+    monkeypatch.setattr(model.encoder, "stage", lambda i, *rest: given.append(i) or stage(i, *rest))
+    monkeypatch.setattr(anytime, "time", SimpleNamespace(perf_counter=lambda: waited[-1]))
+    monkeypatch.setattr(anytime, "wait", lambda device: waited.append(len(given)))
+    model.within(image, **choice)
+    assert given == [0, 1, 2, 3] and waited == [0]  # without a limit nobody waits
+    given.clear()
+    model.within(image, limit_s=2, **choice)
+    assert given == [0, 1] and waited == [0, 0, 1, 2]
+
+
 def test_what_cannot_be_answered_is_refused() -> None:
     model = model_of()
     with pytest.raises(ValueError, match="received 40x64; give multiples of the total stride 16"):

@@ -241,21 +241,81 @@ def test_a_segmentation_that_may_stop_is_timed_scored_and_drawn(tmp_path: Path) 
     own = ["--model", run, "--against", run, "--data", str(tmp_path / "test.csv"), "--picture", str(picture)]
     anytime.main([*own, "--repeats", "2", "--taus", "0.9", "1", "--budgets", "0.5", "--json", str(path)])
     found = written(path)
-    names = ["dense", "full", "exit-1", "tau-0.9", "tau-1", "budget-0.5", "against"]
+    names = ["dense", "full", "exit-1", "tau-0.9", "tau-1", "budget-0.5", "against", "against-exit-1"]
     assert list(found["results"]) == list(found["ratios"]) == names
     macs, miou = ({name: side[key] for name, side in found["results"].items()} for key in ("multiply_adds", "miou"))
     assert macs["exit-1"] < macs["budget-0.5"] < macs["dense"] <= macs["full"] == macs["tau-1"]
     assert miou["dense"] == pytest.approx(miou["full"]) == pytest.approx(miou["tau-1"])
+    for name in ("dense", "exit-1"):  # the other model is the same one
+        other = name.replace("dense", "against").replace("exit", "against-exit")
+        assert (macs[name], miou[name]) == (macs[other], pytest.approx(miou[other]))
+    assert found["same_accuracy"] == anytime.same_accuracy(found["results"])
     for each in found["calibration"]:
         assert sum(each["count"]) == 3 * 32 * 48 and 0 <= each["ece"] <= 1
         assert each["accuracy"] == pytest.approx(sum(each["right"]) / sum(each["count"]))
-    for name in ("a.png", "a-reliability.png"):
+    for name in ("a.png", "a-curve.png", "a-reliability.png"):
         with Image.open(tmp_path / name) as drawn:
             assert drawn.size[0] > 100
     with pytest.raises(SystemExit, match=r"give a model that was trained with model\.head anytime"):
         other = build_segmenter(make_encoder(spec), "pyramid", 2, 8)
         save_segmenter(tmp_path / "other", other, Weights({}, Architecture(spec), image), "pyramid", classes)
         anytime.main(["--model", str(tmp_path / "other"), "--size", "32"])
+    save_segmenter(
+        tmp_path / "other", model, Weights({}, Architecture(spec), image), "anytime", Classes(("a", "c"), (0, 1), 255)
+    )
+    with pytest.raises(SystemExit, match="its classes or the mean of its images are not those of --model"):
+        anytime.main([*own[:2], "--against", str(tmp_path / "other"), "--size", "32"])
+    with pytest.raises(SystemExit, match="nothing to compare without --model"):
+        anytime.main(["--against", run, "--size", "32"])
+
+
+def stopping(miou: dict[str, float], seconds: dict[str, float], macs: dict[str, float]) -> dict[str, Any]:
+    """A file as anytime.py writes it."""
+    found = comparison(**seconds)
+    found["results"] = {
+        name: timing.summary([seconds[name]] * 2) | {"multiply_adds": 1e6 * macs[name], "miou": miou[name]}
+        for name in seconds
+    }
+    return found | {"same_accuracy": anytime.same_accuracy(found["results"])}
+
+
+def test_the_fastest_of_a_kind_is_as_good_as_the_better_of_the_whole_networks() -> None:
+    sides = ("dense", "against", "exit-1", "tau-0.9", "tau-0.8", "budget-0.5", "against-exit-1")
+    miou = dict(zip(sides, (0.800, 0.810, 0.809, 0.808, 0.806, 0.800, 0.810), strict=True))
+    seconds = dict(zip(sides, (1.0, 0.9, 0.8, 0.5, 0.3, 0.2, 0.4), strict=True))
+    found = stopping(miou, seconds, seconds)["same_accuracy"]
+    assert found == {"stopped after a stage": "exit-1", "tau": "tau-0.9", "against, stopped": "against-exit-1"}
+
+
+@pytest.mark.parametrize(
+    ("tau", "targets"),
+    [
+        ((0.798, 0.5, 0.48), [["0.50x (0.50 - 0.50)", "met"], ["0.04x", "met"]]),  # 50 % and 52 % saved
+        ((0.798, 0.7, 0.4), [["0.70x (0.70 - 0.70)", "**not met**"], ["1.00x", "**not met**"]]),  # 30 % and 60 %
+        ((0.796, 0.5, 0.5), [["1.00x (1.00 - 1.00)", "**not met**"], ["infx", "**not met**"]]),  # none is as good
+    ],
+)
+def test_report_compares_a_segmentation_that_may_stop_at_the_same_accuracy(
+    tau: tuple[float, float, float], targets: list[list[str]], tmp_path: Path
+) -> None:
+    # That another network, trained without masks, is faster where it stops is not what is asked here.
+    sides = {"dense": (0.8, 1, 1), "full": (0.8, 1.1, 1), "tau-0.5": tau, "against": (0.8, 1, 1)}
+    sides["against-exit-1"] = (0.8, 0.1, 0.1)
+    found = stopping(*({name: values[i] for name, values in sides.items()} for i in range(3)))
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "anytime.json").write_text(json.dumps(found))
+    report.main(["--docs", str(tmp_path)])
+    page = (tmp_path / "benchmarks.md").read_text()
+    assert row(page, "nothing hidden")[3:] == ["1.10x (1.10 - 1.10)", "**not met**"]
+    assert row(page, "fastest side")[3:] == row(page, "time saved")[3:] == ["not measured", ""]
+    (tmp_path / "benchmarks" / "anytime_landsea.json").write_text(json.dumps(found))
+    report.main(["--docs", str(tmp_path)])
+    page = (tmp_path / "benchmarks.md").read_text()
+    assert [row(page, words)[3:] for words in ("fastest side", "time saved")] == targets
+    words = " ".join(page.split())
+    assert "| against, stopped | against-exit-1 |" in words
+    assert ("| tau | none within 0.3 points |" in words) == (tau[0] < 0.797)
+    assert not (tmp_path / "benchmarks.svg").exists()  # its curve is drawn beside its pictures
 
 
 def test_models_that_compute_something_else_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

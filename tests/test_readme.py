@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ README = ROOT / "README.md"
 MEASURED = {"benchmarks.md", "performance.md", "results.md"}
 PAGES = sorted(path for path in (ROOT / "docs").glob("*.md") if path.name not in MEASURED)
 SMALL = {"--epochs": "1", "--batch_size": "4", "--device": "cpu", "--data.num_workers": "0"}
+GOES_ON = "# Goes on from the block"  # of Python that has the names of those before it
 LAUNCH = {"--num_processes": "2"}
 # What these commands do in full is for their own tests; these flags keep them short here.
 QUICK = {"doctor": ["--quick"], "verify": ["--backend", "packed"], "bench": ["--vary", "none", "--seconds", "0.1"]}
@@ -82,11 +84,13 @@ def write_images(folder: Path, count: int, size: tuple[int, int], mode: str = "R
 
 def run_page(page: Path) -> None:
     """All that stands on it, in this process and this folder."""
+    names: dict[str, Any] = {}
     for block in blocks(page):
         if not block.runs:
             continue
         if block.language == "python":
-            exec(block.text, {})
+            names = names if block.text.startswith(GOES_ON) else {}
+            exec(block.text, names)
         elif block.language == "yaml":
             (name,) = re.findall(r"^# (\w+\.yaml)$", block.text, re.M)
             Path(name).write_text(block.text)
@@ -190,6 +194,16 @@ def test_the_commands_and_the_python_of_a_page_run(page: Path, folder: Path) -> 
     run_page(page)
     if page.stem == "tutorial":
         assert (folder / "new.csv").read_text().startswith("path,")
+
+
+@pytest.mark.skipif(find_spec("deepforest") is None, reason="deepforest is not installed")
+def test_the_detector_trains_on_the_crowns_of_trees(folder: Path) -> None:
+    made_up, _, real = (block.text for block in blocks(ROOT / "docs" / "segmentation.md") if "losses" in block.text)
+    names: dict[str, Any] = {}
+    exec(made_up, names)
+    exec(real.replace("range(31)", "range(2)"), names)
+    assert len(names["crowns"]) > 10 and all(loss.isfinite() for loss in names["losses"].values())
+    assert set(names["found"]) == {"boxes", "scores", "labels"}
 
 
 def test_every_command_is_shown() -> None:

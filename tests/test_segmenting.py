@@ -7,6 +7,8 @@ import json
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import runs
 import tifffile
 import torch
 from accelerate import Accelerator
-from conftest import randomize
+from conftest import randomize, requires_time
 from PIL import Image
 from runs import assert_same, at_step, final_state, flags, kill_self, write_images
 
@@ -192,6 +194,46 @@ def test_parts_of_a_batch_give_the_same_steps(tiles: Path, tmp_path: Path) -> No
         if name.startswith("model:"):
             # Sums are rounded in another order, and AdamW divides small gradients by their size.
             torch.testing.assert_close(two[name], value, atol=3e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("head", ["pyramid", "anytime"])
+@requires_time
+def test_two_processes_train_and_score_like_one(head: str, tiles: Path, tmp_path: Path) -> None:
+    settings = {"model__head": head, "optim__base_lr": 0.05, "epochs": 1, "regularization__ema_decay": 0.5}
+    if head == "anytime":
+        settings["model__tau"] = 0.6
+    command = words(tiles, tmp_path / "one", **settings)
+    assert cli.main(command) == 0
+    script = Path(__file__).parents[1] / "segment.py"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run([*launch, *words(tiles, tmp_path / "two", **settings)[1:]], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "2 x cpu" in done.stderr
+    timings = {"images_per_s", "data_wait_s", "data_wait_share"}
+    for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        # The same sums in another order.
+        assert {k: v for k, v in two.items() if k not in timings} == pytest.approx(
+            {k: v for k, v in one.items() if k not in timings}, rel=1e-3, abs=1e-5
+        )
+    one, two = ((tmp_path / run / "last" / "confusion.csv").read_text().splitlines() for run in ("one", "two"))
+    counts = [[int(n) for line in rows[1:] for n in line.split(",")[1:]] for rows in (one, two)]
+    assert sum(counts[0]) == sum(counts[1])  # every pixel of every image once
+
+
+@pytest.mark.parametrize("head", ["pyramid", "anytime"])
+def test_images_of_one_channel_are_learnt_and_mapped(head: str, tiles: Path, tmp_path: Path) -> None:
+    (tmp_path / "grey").mkdir()
+    for path in (tiles / "images").iterdir():
+        with Image.open(path) as image:
+            image.convert("L").save(tmp_path / "grey" / path.name)
+    channels = {"data__path": tmp_path / "grey", "data__in_chans": 1, "data__mean": 0.4, "data__std": 0.2}
+    assert segment(tiles, tmp_path / "run", **channels, model__head=head, epochs=1) == 0
+    runs.forget_accelerator()
+    model, weights, _ = read_segmenter(tmp_path / "run")
+    assert model.encoder.in_chans == 1 and weights.image["input_size"] == [1, 16, 16]
+    assert weights.image["mean"] == [0.4]
+    assert predict(tmp_path / "run", tmp_path / "grey", tmp_path / "maps") == 0
+    assert len(list((tmp_path / "maps").iterdir())) == 12
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import os
@@ -658,35 +659,81 @@ def test_the_package_of_images_that_is_not_installed_is_named(
 @pytest.mark.parametrize("at_once", [1, 12])
 def test_pairs_of_the_segmentation_study_differ_in_their_start_alone(name: str, at_once: int, tmp_path: Path) -> None:
     jobs = {job.name: job for job in segmentation_study.jobs(tmp_path, name, 300, (1, 10, 100), 2, 0.5, at_once)}
-    assert len(jobs) == 1 + 3 * 2 * 2
+    starts = [start for start, arm in segmentation_study.ARMS.items() if arm is not None]
+    assert len(jobs) == len(starts) + 3 * 2 * (1 + len(starts))
     for run, job in jobs.items():
-        cfg = load(COMMANDS[job.words[3]][0], list(job.words[4:]), prog=run)
-        assert (cfg.device, cfg.data.image_size, cfg.model.spec.total_stride) == ("auto", (128, 128), 16)
+        place = next(i for i, word in enumerate(job.words) if word in COMMANDS)
+        cfg = load(COMMANDS[job.words[place]][0], list(job.words[place + 1 :]), prog=run)
+        assert (cfg.data.image_size, cfg.model.spec.total_stride) == ((128, 128), 16)
+        assert cfg.device == "auto"
+        if run in starts:
+            assert (run == "multiscale") == (cfg.epochs < 300) and (run == "pixels") == (cfg.model.target == "pixels")
+            assert (run == "multiscale") == any("objectives.py" in word for word in job.words)
     for percent in (1, 10, 100):
-        one, other = (jobs[f"{arm}-{percent}-1"] for arm in segmentation_study.ARMS)
-        assert set(one.words) ^ set(other.words) == {
-            f"--out={tmp_path}/runs/scratch-{percent}-1", f"--out={tmp_path}/runs/pretrained-{percent}-1",
-            "--optim.layer_decay=1", f"--init={tmp_path}/runs/pretrained",
-        }  # fmt: skip
-        assert other.needs == ("pretrained",) and not one.needs
+        for start in starts:
+            one, other = (jobs[f"{arm}-{percent}-1"] for arm in ("scratch", start))
+            assert set(one.words) ^ set(other.words) == {
+                f"--out={tmp_path}/runs/scratch-{percent}-1", f"--out={tmp_path}/runs/{start}-{percent}-1",
+                "--optim.layer_decay=1", f"--init={tmp_path}/runs/{start}",
+            }  # fmt: skip
+            assert other.needs == (start,) and not one.needs
+
+
+def hooks() -> Any:
+    """docs/hooks.py."""
+    pytest.importorskip("mkdocs")
+    spec = importlib.util.spec_from_file_location("hooks", Path(__file__).parents[1] / "docs" / "hooks.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_the_page_of_the_segmentation_study_has_paired_differences_and_all_scores(tmp_path: Path) -> None:
     (tmp_path / "jobs").mkdir()
     wanted = list(segmentation_study.jobs(tmp_path, "landsea", 300, (10,), 3))
-    for job in wanted[1:]:
-        arm, _, seed = job.name.split("-")
-        (tmp_path / "jobs" / f"{job.name}.json").write_text('{"seconds": 3}')
+    gains = {"scratch": 0.0, "pretrained": 0.1, "multiscale": 0.15}
+    for job in wanted:
+        arm, _, seed = job.name.partition("-10-")
+        if arm not in gains:
+            continue
+        (tmp_path / "jobs" / f"{job.name}.json").write_text('{"seconds": 180}')
         (tmp_path / "runs" / job.name).mkdir(parents=True)
-        value = 0.5 + 0.01 * int(seed) + 0.1 * (arm == "pretrained")
+        value = 0.5 + 0.01 * int(seed or 0) + gains[arm]
         lines = [{"step": n, "epoch": n, "val_loss": 0.25, "miou": value - (n == 1), "iou/sea": 0.9} for n in (1, 2)]
+        lines = lines if seed else [{"step": 1, "epoch": 1, "loss": 0.5}]
         (tmp_path / "runs" / job.name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = segmentation_study.collect(tmp_path, wanted, 300, (10,), 3)
-    scratch, pretrained = segmentation_study.rows(found)
+    found = segmentation_study.collect(tmp_path, wanted, 300)
+    assert len(found["scores"]) == 9
+    scratch, pretrained, multiscale = segmentation_study.rows(found)
     assert scratch[:3] == ["10 % of the labels", "scratch", "3"] and scratch[3].startswith("51.0")
-    assert pretrained[4].startswith("+10.0 [+10.0, +10.0]")
+    assert pretrained[4].startswith("+10.0 [+10.0, +10.0]") and multiscale[4].startswith("+15.0")
+    assert [row[4][:5] for row in segmentation_study.rows(found, "pretrained")] == ["", "+5.0 "]
     text = " ".join(segmentation_study.page("landsea", found, "It pays.").split())
     assert "| 10% | pretrained | 0.250 | 61.0 | 90.0 |" in text and "It pays." in text and "fcmae segment" in text
+    assert "| multiscale | histograms of gradients, all stages decoded | 273 | 3 |" in text
+
+
+def test_the_site_has_the_pages_of_the_segmentation_study_that_were_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {"machine": {}, "commands": {}, "seconds": {}, "epochs": 300, "scores": []}
+    for name in ("schedule", "write_images"):
+        monkeypatch.setattr(segmentation_study, name, lambda *_, **__: None)
+    monkeypatch.setattr(segmentation_study, "collect", lambda *_: found)
+    (tmp_path / "docs" / "results").mkdir(parents=True)
+    (tmp_path / "runs").mkdir()
+    site = {"docs_dir": str(tmp_path / "docs")}
+    shown = []
+    for name in (None, "brain", "landsea"):
+        if name is not None:
+            segmentation_study.main([name, "--out", str(tmp_path / "runs"), "--docs", str(tmp_path / "docs")])
+        nav = [{"Start": "index.md"}, "tutorial.md", {"About": ["method.md", "results.md", "scale.md"]}]
+        shown.append(hooks().on_config(site | {"nav": nav})["nav"][2]["About"][1:-2])
+    assert shown == [[], ["brain.md"], ["land_and_sea.md", "brain.md"]]
+    text = (tmp_path / "docs" / "results.md").read_text()
+    assert "[sea, land and lakes](land_and_sea.md), [grey and white matter](brain.md)" in text
+    assert {known.page for known in segmentation_study.SETS.values()} == results.MAPPED.keys()
 
 
 def test_the_study_of_collapse_tells_warnings_of_each_run(tmp_path: Path) -> None:
