@@ -250,7 +250,7 @@ class PretrainModel(EncoderConfig):
     """What the encoder's GRN pools over: image; or batch, the images that a process computes at once, to continue a run
     of the released PyTorch code. It pooled 64: set grad_accum to batch_size / (64 * processes). A resumed run pools as
     many as before. The optimizer's state starts anew, and GRN's parameters and the mask token no longer decay."""
-    mask_patch: int = Field(32, ge=8)
+    mask_patch: int = Field(32, ge=4)
     """Side of a mask patch in pixels: a multiple of the total stride."""
     mask_ratio: float = Field(0.6, gt=0, lt=1)
     """Share of the patches that is hidden."""
