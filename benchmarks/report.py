@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import anytime
+import first_hour
 import numpy as np
 from timing import ratio
 
@@ -257,6 +258,7 @@ TITLES = {
     "scaling": "Cost as the work grows",
     "input_pipeline": "Input pipeline, one core",
     "exported": "An ONNX file, atto's features",
+    "first_hour": "The first command, on five folders",
 }
 
 HEAD = """# Benchmarks
@@ -317,7 +319,8 @@ def main(argv: list[str] | None = None) -> None:
     ]
     for name, result in results.items():
         parts += [f"## {TITLES[name]}\n", f"```bash\n{result['command']}\n```\n"]
-        parts += [f"{num_repeats(result)} repeats; load when it started: {result['machine']['load']}.\n", *body(result)]
+        repeats = "Once" if "runs" in result else f"{num_repeats(result)} repeats"
+        parts += [f"{repeats}; load when it started: {result['machine']['load']}.\n", *body(result)]
     if scaling:
         parts.append("![Time against images, resolution and visible share, with the fitted lines](scaling.svg)\n")
     write_text(docs / "benchmarks.md", "\n".join(parts))
@@ -343,6 +346,9 @@ def body(result: Json) -> Iterator[str]:
             yield f"{words}\n\n{anytime.at_same_accuracy(same, result['results'], result['ratios'])}\n"
     elif "results" in result:
         yield compared(result) + "\n"
+    if "runs" in result:
+        yield table(first_hour.COLUMNS, first_hour.rows(result["runs"]), left=2) + "\n"
+        yield "A run should end within a quarter of its hours, at 1.25 of them, and take less than 4 GB.\n"
     if "sweeps" in result:
         yield swept(result["sweeps"]) + "\n"
     for size, found in result.get("pipeline", {}).items():

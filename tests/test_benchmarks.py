@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import runs
 import torch
-from conftest import requires_minkowski
+from conftest import requires_minkowski, requires_time
 from PIL import Image
 
 from fcmae import verify
@@ -40,6 +40,7 @@ sys.path.append(str(ROOT / "benchmarks"))  # where the scripts find timing.py
     encoder,
     exported,
     finetune_step,
+    first_hour,
     floor,
     gpu,
     input_pipeline,
@@ -58,6 +59,7 @@ sys.path.append(str(ROOT / "benchmarks"))  # where the scripts find timing.py
         "encoder",
         "exported",
         "finetune_step",
+        "first_hour",
         "floor",
         "gpu",
         "input_pipeline",
@@ -740,3 +742,27 @@ def test_what_a_card_holds_grows_with_the_images_and_less_where_blocks_are_compu
 def test_the_page_on_scale_has_the_table_that_was_counted() -> None:
     rows = json.loads((ROOT / "docs" / "benchmarks" / "memory.json").read_text())["rows"]
     assert table(memory.COLUMNS, memory.rows(rows)) in (ROOT / "docs" / "scale.md").read_text()
+
+
+@requires_time
+def test_the_first_hour_runs_each_command_as_it_is_typed(tmp_path: Path) -> None:
+    path = tmp_path / "first_hour.json"
+    words = ["--out", str(tmp_path), "--kinds", "grey16", "--hours", "0.003", "--share", "0.1", "--json", str(path)]
+    first_hour.main(words)
+    found = json.loads(path.read_text())["runs"]["grey16"]
+    assert [one["command"][0] for one in found] == ["pretrain", "finetune", "report"]
+    assert [one["status"] for one in found] == [0, 0, 0], (tmp_path / "pretrain.log").read_text()
+    assert all(one["peak_bytes"] > 10**8 for one in found)
+    assert found[0]["of_hours"] == pytest.approx(found[0]["seconds"] / 3600 / 0.003)
+    with Image.open(tmp_path / "grey16" / "discs" / "0.tif") as image:
+        assert image.mode == "I;16"
+    (row, tuned, reported) = first_hour.rows({"grey16": found})
+    assert (row[0], tuned[0], reported[4]) == ("16-bit grey TIFFs", "", "")
+
+
+@pytest.mark.parametrize(("kind", "shape"), [("bands4", (192, 192, 4)), ("huge", (4000, 6000, 3))])
+def test_the_folders_of_the_first_hour_are_what_they_say(tmp_path: Path, kind: str, shape: tuple[int, ...]) -> None:
+    first_hour.write_images(tmp_path, first_hour.KINDS[kind], 1)
+    (path,) = tmp_path.iterdir()
+    pixels = first_hour.tifffile.imread(path) if path.suffix == ".tif" else np.asarray(Image.open(path))
+    assert pixels.shape == shape
