@@ -55,7 +55,7 @@ class Block(NamedTuple):
 
 
 def blocks(page: Path) -> list[Block]:
-    found = re.findall(r"^(\*Not run by the tests: .+\*\n\n)?```(\w*)\n(.*?)^```$", page.read_text(), re.M | re.S)
+    found = re.findall(r"^(\*Not run by the tests: [^\n]+\*\n\n)?```(\w*)\n(.*?)^```$", page.read_text(), re.M | re.S)
     return [Block(language, text, not refused) for refused, language, text in found]
 
 
@@ -213,6 +213,7 @@ def test_every_command_is_shown() -> None:
 
 @pytest.mark.parametrize("page", [README, *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.stem)
 def test_what_is_not_run_can_be_read(page: Path) -> None:
+    assert len(re.findall(r"^```", page.read_text(), re.M)) == 2 * len(blocks(page))  # none is overlooked
     for block in blocks(page):
         assert block.language in ("bash", "python", "yaml", "text", "bibtex") or "fcmae/\n" in block.text
         if block.language != "bash" or (block.runs and page.name not in MEASURED):
