@@ -131,8 +131,8 @@ def test_the_mistakes_of_any_command_are_reported_at_once() -> None:
         "models: missing: Runs, checkpoints, exported models, names of timm's models, or random: before one of these, "
         "for the same network untrained. And what needs no network, of the same crops: pixels:32, the image averaged "
         "to 32 x 32 pixels (pixels:1 is the mean colour); histogram:8, of colours in 8 steps a channel.",
-        "data: missing: Labelled images: a folder with one sub-folder a class, or a CSV file with the columns "
-        "path,label.",
+        "data: missing: Labelled images: a folder with one sub-folder a class, a CSV file with the columns path,label, "
+        "or shards with labels; or the URL of one.",
         "test_share: received 1; allowed: > 0 and < 1",
         "probes: received [knn, lnear]; each item should be 'knn', 'linear' or 'few-shot'; did you mean linear?",
         "stages: received [4th]; '4th' is neither a number nor last: use such as 3 4, last or all",
