@@ -173,7 +173,9 @@ def test_a_row_group_is_read_once_for_the_rows_that_follow(tmp_path: Path, monke
     pq.write_table(table(), tmp_path / "x.parquet", row_group_size=5)
     images, opened = find_images([str(tmp_path)]), list[str]()
     real = Storage.open
-    monkeypatch.setattr(Storage, "open", lambda self, address: (opened.append(address), real(self, address))[1])
+    monkeypatch.setattr(
+        Storage, "open", lambda self, address, **how: (opened.append(address), real(self, address, **how))[1]
+    )
     assert contents(images) == EXPECTED and len(opened) == 2
 
 

@@ -786,7 +786,7 @@ def test_a_finished_run_says_so_and_stays_as_it_is(uninterrupted: Path, images: 
     assert run(images, uninterrupted) == 0
     after = {path: path.read_bytes() for path in uninterrupted.rglob("*") if path.is_file()}
     assert {path.name for path in after if after[path] != before.get(path)} == {"train.log", "environment.json"}
-    assert "finished 9 steps" in (uninterrupted / "train.log").read_text().splitlines()[-2]
+    assert "finished 9 steps" in (uninterrupted / "train.log").read_text().splitlines()[-1]
 
 
 def test_other_settings_are_refused_by_name_and_overwrite_starts_anew(

@@ -340,7 +340,7 @@ def test_the_page_says_what_the_numbers_say(tmp_path: Path) -> None:
     assert "| dense encoder, not masked inside | 0.7500 | 2.0 | |" in page
     assert "| pretrained, 1% | 5 | 20.0 ± 5.0 |" in page
     assert "| mean colour, 1% | 5 | 20.0 ± 5.0 |" in page
-    assert "| colour histogram | 11.0 |  |" in page
+    assert "| colour histogram | 11.0 | |" in page
     assert "V2, step 0 | 0.000 | 0.100 | 0.200 | 0.300" in page
     assert "V2, step 2" in page
     assert "step 1" not in page

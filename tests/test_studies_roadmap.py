@@ -28,8 +28,8 @@ def test_the_commands_of_the_roadmap_train_every_step_on_the_same_images_by_seed
         assert (cfg.regularization.mixup, cfg.optim.warmup_epochs) == (0.8, 4)
         if name.startswith("tune-"):
             _, step, rate = name.split("-", 2)
-            assert (cfg.optim.base_lr, cfg.data.path) == (float(rate), f"{tmp_path}/tune.csv")
-            assert (cfg.seed, cfg.data.val_path) == (0, f"{tmp_path}/tune-test.csv")
+            assert (cfg.optim.base_lr, cfg.data.path) == (float(rate), f"{tmp_path}/tune-10-0.csv")
+            assert (cfg.seed, cfg.data.val_path) == (0, f"{tmp_path}/tune-test-10-0.csv")
         else:
             step, _, seed = name.rpartition("-")
             assert (cfg.optim.base_lr, cfg.data.path) == (2e-3, f"{tmp_path}/train-10-{seed}.csv")
