@@ -4,9 +4,9 @@
 Published recipes are files in configs/, and what a file or a flag gives is never touched.
 
 "Published" is FCMAE (arXiv 2301.00808, ConvNeXt V2): masks, batch, rate, augmentation; the longest pretraining is that
-of MAE (arXiv 2111.06377). docs/small_images.md measured, on photographs of 64 pixels: the small network, its fine grid
-of patches, gradients as the target, crops, and the rate and layer decay of fine-tuning. These two do not depend on the
-number of labels: there, rates half and twice as large made no difference that was seen. The rest is our choice.
+of MAE (arXiv 2111.06377). docs/small_images.md compared, on photographs of 64 pixels, the target to a verdict; network,
+grid, crops, and rate and layer decay of fine-tuning are those that it was measured with, not compared with others. The
+last two do not depend on the number of labels. The rest is our choice.
 """
 
 from __future__ import annotations

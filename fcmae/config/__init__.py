@@ -432,7 +432,7 @@ class RunConfig(Settings):
     """Parts that a process's share of the batch is computed in. auto: so many that they fit into the memory, which is
     measured before the first step; with several processes, parts of at most 64 images on a CPU and 256 on a GPU."""
     hours: float | None = Field(None, gt=0)
-    """How long the run may take. Without --config, or where this is given, all that is not given is chosen for the
+    """How long the run may take. Without a recipe, or where this is given, all that is not given is chosen for the
     images, the machine and these hours, and `epochs` among it; a default is said at the start."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
     """Arithmetic: auto is bf16 on a GPU that has it, else fp32. tf32 is fp32 whose products a GPU rounds to 10 bits.
