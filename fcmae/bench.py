@@ -88,6 +88,11 @@ class Result:
         """0 if it failed."""
         return 0.0 if self.failure else self.batch_size / self.median_s
 
+    @property
+    def mean_images_per_s(self) -> float:
+        """Over all timed steps: some are slow, as where workers share the cores. 0 if it failed."""
+        return 0.0 if self.failure else self.batch_size * len(self.step_s) / sum(self.step_s)
+
     def __str__(self) -> str:
         if self.failure:
             return self.failure

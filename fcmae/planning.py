@@ -72,9 +72,9 @@ def pretraining(sketch: PretrainConfig, given: Mapping[str, Any]) -> dict[str, A
         hours -= (time.monotonic() - began) / 3600
         smaller = choices.smaller_network(plan.settings["model.variant"])
         is_free = held is None and "model.variant" not in given and "epochs" not in given
-        if not is_free or smaller is None or choices.num_seen(hours, result.images_per_s) >= num_views:
+        if not is_free or smaller is None or choices.num_seen(hours, result.mean_images_per_s) >= num_views:
             break
-    choices.duration(plan, num_views, hours, result.images_per_s)
+    choices.duration(plan, num_views, hours, result.mean_images_per_s)
     return _chosen(plan) | {"out": out}
 
 
@@ -111,7 +111,9 @@ def finetuning(sketch: FinetuneConfig, given: Mapping[str, Any]) -> dict[str, An
     result = _fit(plan, cfg, lambda at_once: _dense_step(cfg, at_once, _measured_s(hours)))
     num_train = len(images) if cfg.data.val_path else len(images) - round(len(images) * cfg.data.val_share)
     hours -= (time.monotonic() - began) / 3600
-    choices.duration(plan, num_train, hours, result.images_per_s, choices.finetuning_epochs(sum(facts.class_counts)))
+    choices.duration(
+        plan, num_train, hours, result.mean_images_per_s, choices.finetuning_epochs(sum(facts.class_counts))
+    )
     return _chosen(plan) | {"out": out}
 
 
@@ -155,7 +157,7 @@ def segmentation(sketch: SegmentConfig, given: Mapping[str, Any]) -> dict[str, A
     hours -= (time.monotonic() - began) / 3600
     tiles = max(1.0, facts.short_side / min(cfg.data.image_size) / (1 - cfg.data.overlap)) ** 2
     most = choices.segmentation_epochs(plan, facts)
-    choices.duration(plan, len(images), hours, result.images_per_s, most, num_held_out * tiles)
+    choices.duration(plan, len(images), hours, result.mean_images_per_s, most, num_held_out * tiles)
     return _chosen(plan) | {"out": out}
 
 
@@ -272,7 +274,7 @@ def _refuse_launcher() -> None:
 
 
 def _measured_s(hours: float) -> float:
-    return min(10.0, max(2.0, 36 * hours))
+    return min(10.0, max(2.0, 72 * hours))  # a fiftieth of a short run
 
 
 def _parts(sketch: RunConfig, measure: Measure) -> dict[str, Any]:
@@ -381,8 +383,10 @@ def images_per_s(cfg: PretrainConfig | FinetuneConfig) -> float:
     at_once = images_at_once(in_parts(cfg, 1, _device(cfg)), 1)
     try:
         if isinstance(cfg, FinetuneConfig):
-            return _dense_step(cfg, at_once, 2.0).images_per_s
-        return _pretraining_step(options.make(BenchConfig, options.flat(cfg) | {"seconds": 2.0}), at_once).images_per_s
+            return _dense_step(cfg, at_once, 2.0).mean_images_per_s
+        return _pretraining_step(
+            options.make(BenchConfig, options.flat(cfg) | {"seconds": 2.0}), at_once
+        ).mean_images_per_s
     except Failed as error:
         raise ValueError(f"a step does not run: {error}") from None
 

@@ -294,3 +294,9 @@ def test_an_error_that_ends_the_command_is_the_users_to_mend(
     monkeypatch.setattr(fcmae.bench, "in_process", fail)
     assert main(["bench", "--config", "pretrain_cpu", "--data.path", "photos"]) == 2
     assert capsys.readouterr().err == "fcmae: error: no image in photos\n"
+
+
+def test_the_mean_rate_counts_slow_steps_as_they_come() -> None:
+    result = Result(Candidate("packed", "fp32", 8), 8, (1.0, 1.0, 2.0))
+    assert (result.images_per_s, result.mean_images_per_s) == (8, 6)
+    assert Result(Candidate("packed", "fp32", 8), 8, failure="out of memory").mean_images_per_s == 0
