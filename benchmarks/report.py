@@ -349,6 +349,8 @@ def body(result: Json) -> Iterator[str]:
     if "runs" in result:
         yield table(first_hour.COLUMNS, first_hour.rows(result["runs"]), left=2) + "\n"
         yield "A run should end within a quarter of its hours, at 1.25 of them, and take less than 4 GB.\n"
+        if "note" in result:
+            yield f"{result['note']}\n"
     if "sweeps" in result:
         yield swept(result["sweeps"]) + "\n"
     for size, found in result.get("pipeline", {}).items():
