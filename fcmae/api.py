@@ -201,8 +201,10 @@ class Features(nn.Module):
         """
         images = self._normalized(images)
         if mask is None:
-            return self.encoder(images)  # type: ignore[no-any-return]
-        return self.encoder(images, PACKED(self._checked(mask, images), None))  # type: ignore[no-any-return]
+            features: Tensor = self.encoder(images)
+        else:
+            features = self.encoder(images, PACKED(self._checked(mask, images), None))
+        return features
 
     def pyramid(self, images: Tensor) -> list[Tensor]:
         """Feature maps of all stages, first to last, for a detector or a segmenter, as timm's features_only gives them.

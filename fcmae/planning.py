@@ -279,21 +279,20 @@ def _measured_s(hours: float) -> float:
 
 def _parts(sketch: RunConfig, measure: Measure) -> dict[str, Any]:
     """grad_accum, where nothing else is to be chosen."""
-    from fcmae.training.steps import images_at_once, in_parts
+    from fcmae.training.steps import images_at_once, in_parts, pools_a_part
 
     processes, device = int(os.environ.get("WORLD_SIZE", "1")), _device(sketch)
     start = in_parts(sketch, processes, device)
-    plan, at_once = choices.Choices({}), images_at_once(start, processes)
-    free = _free_memory(device)
-    pools = isinstance(sketch, PretrainConfig) and sketch.model.grn_scope == "batch"
-    if processes > 1 or pools:
+    if processes > 1 or pools_a_part(sketch):
         return {"grad_accum": start.grad_accum, "chosen": start.chosen}
+    plan, at_once, free = choices.Choices({}), images_at_once(start, processes), _free_memory(device)
     if (most := _most_memory(sketch, at_once)) < MEMORY_SHARE * free and _cut_off_at(sketch) == math.inf:
         why = f"{at_once} images at once take less than {most / 1e9:.1f} GB of {free / 1e9:.1f} GB free"
         plan.take("grad_accum", start.grad_accum, why)
     else:
         _fit(plan, sketch, measure)
-    return _chosen(plan) | {"chosen": sketch.chosen | _chosen(plan)["chosen"], "planned_s": sketch.planned_s}
+    (choice,) = plan.made
+    return {choice.key: choice.value, "chosen": sketch.chosen | {choice.key: choice.why}}
 
 
 def _most_memory(cfg: RunConfig, at_once: int) -> float:

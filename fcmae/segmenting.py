@@ -452,10 +452,8 @@ class Evaluation:
             self.cfg.data.max_pixels,
         )
         with self.data.val_images.open(i) as file, self.data.val_maps.open(i) as map_file:
-            raster, labels = (
-                Raster(file, in_chans, fill, max_pixels, self.cfg.data.nodata),
-                LabelMap(map_file, max_pixels),
-            )
+            raster = Raster(file, in_chans, fill, max_pixels, self.cfg.data.nodata)
+            labels = LabelMap(map_file, max_pixels)
             check_same_size(raster, labels)
             yield raster, labels
 

@@ -379,10 +379,8 @@ def _probe(
         return found
     seen = options.read(FinetuneConfig, place / "settings" / f"scratch-{_plain(cfg.labels[0])}.yaml").data
     like = Reading(seen.in_chans, seen.image_size, seen.crop_pct, Normalize((), ()), seen.max_pixels, seen.nodata)
-    backbone, device = (
-        load_backbone(name, max_pixels=seen.max_pixels, like=like, nodata=seen.nodata),
-        choose_device(cfg.device),
-    )
+    backbone = load_backbone(name, max_pixels=seen.max_pixels, like=like, nodata=seen.nodata)
+    device = choose_device(cfg.device)
     with TemporaryDirectory(prefix=TEMPORARY[0], dir=place) as directory:
         parts = []
         for title, images in (("train", train), ("test", test)):

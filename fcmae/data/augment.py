@@ -19,7 +19,7 @@ from timm.data import auto_augment as timm_auto_augment
 from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
 
-from fcmae.data.decode import read_known, to_pil
+from fcmae.data.decode import ChooseBox, read_known, to_pil
 from fcmae.data.geometry import MAX_PIXELS, Box, align, decode_scale, readable_share
 from fcmae.data.maps import IGNORED, Classes
 from fcmae.data.normalize import Normalize
@@ -134,15 +134,7 @@ class CenterCrop:
             share = readable_share(height, width, self.in_chans, self.max_pixels)
             return center_box(height, width, self.image_size, self.crop_pct * math.sqrt(share))
 
-        return read_known(
-            file,
-            self.in_chans,
-            choose_box,
-            self.image_size,
-            fill=self.fill,
-            max_pixels=self.max_pixels,
-            nodata=self.nodata,
-        )
+        return _read(self, file, choose_box)
 
 
 @dataclass(frozen=True)
@@ -180,18 +172,7 @@ class CropAndFlip:
     def known(self, file: BinaryIO | bytes, rng: np.random.Generator) -> Pixels:
         """Likewise, and what of it is known."""
 
-        def choose_box(height: int, width: int) -> Box:
-            return self.box(height, width, rng)
-
-        read = read_known(
-            file,
-            self.in_chans,
-            choose_box,
-            self.image_size,
-            fill=self.fill,
-            max_pixels=self.max_pixels,
-            nodata=self.nodata,
-        )
+        read = _read(self, file, partial(self.box, rng=rng))
         flipped = rng.random(2) < (self.hflip, self.vflip)
         turn = partial(_flipped, columns=flipped[0], rows=flipped[1])
         return Pixels(turn(read.values), None if read.known is None else turn(read.known))
@@ -210,6 +191,18 @@ class CropAndFlip:
         # Where it is decoded smaller, a box of whole pixels is resized several times as fast (see _resize).
         aligned = align(box, scale := decode_scale(*box[2:], self.image_size), height, width)
         return aligned if decode_scale(*aligned[2:], self.image_size) == scale else box
+
+
+def _read(view: CenterCrop | CropAndFlip, file: BinaryIO | bytes, choose_box: ChooseBox) -> Pixels:
+    return read_known(
+        file,
+        view.in_chans,
+        choose_box,
+        view.image_size,
+        fill=view.fill,
+        max_pixels=view.max_pixels,
+        nodata=view.nodata,
+    )
 
 
 def _flipped(image: NDArray[Any], columns: bool, rows: bool) -> NDArray[Any]:
@@ -265,10 +258,8 @@ class CropBoth:
             BadImage: if one cannot be read, or their sizes differ.
             UnknownClass: see `Classes.numbers`.
         """
-        raster, labels = (
-            Raster(file, self.in_chans, self.fill, self.max_pixels, self.nodata),
-            LabelMap(map_file, self.max_pixels),
-        )
+        raster = Raster(file, self.in_chans, self.fill, self.max_pixels, self.nodata)
+        labels = LabelMap(map_file, self.max_pixels)
         check_same_size(raster, labels)
         scale = math.exp(rng.uniform(math.log(self.scale[0]), math.log(self.scale[1])))
         sides = (raster.height, raster.width)

@@ -12,8 +12,6 @@ from numpy.typing import NDArray
 from fcmae.data.source import BadImage
 
 COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")  # pydicom makes RGB of all
-
-
 DEFLATED = b"1.2.840.10008.1.2.1.99"  # a transfer syntax
 
 

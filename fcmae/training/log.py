@@ -114,9 +114,11 @@ class Log:
 
     def _tell_late(self, step: int) -> None:
         """Say once that the run falls behind its plan, and why. The median of windows passes over a hiccup."""
+        if self._told_late or math.isinf(self._planned_s):
+            return
         others, total = self._others.share(), self._schedule.total
         done = (step - self._schedule.start) / (total - self._schedule.start)
-        if self._told_late or done < 1 / 20 or len(self._recent) < LEAST_WINDOWS:
+        if done < 1 / 20 or len(self._recent) < LEAST_WINDOWS:
             return
         speed = statistics.median(line["images_per_s"] for line in self._recent)
         took = time.monotonic() - self._begun + (total - step) * self._batch_size / speed

@@ -81,7 +81,7 @@ def in_smaller_parts(cfg: Fitting, num_processes: int) -> Fitting | None:
         cfg: of the run.
         num_processes: of it.
     """
-    if _pools(cfg):
+    if pools_a_part(cfg):
         return None
     for num_parts in range(2 * cfg.num_parts, cfg.batch_size // num_processes + 1):
         smaller = cfg.model_copy(update={"grad_accum": num_parts})
@@ -113,12 +113,13 @@ def in_parts(cfg: Fitting, num_processes: int, device_type: str, saved: RunConfi
             break
         found = smaller
     why = f"{images_at_once(found, num_processes)} images at once in each process: not measured"
-    if _pools(cfg):
+    if pools_a_part(cfg):
         why = "the whole batch, as model.grn_scope = batch pools over what is computed at once"
     return found.model_copy(update={"chosen": cfg.chosen | {"grad_accum": why}})
 
 
-def _pools(cfg: RunConfig) -> bool:
+def pools_a_part(cfg: RunConfig) -> bool:
+    """Whether GRN pools over what is computed at once, so that its size changes the result."""
     return isinstance(cfg, PretrainConfig) and cfg.model.grn_scope == "batch"
 
 
