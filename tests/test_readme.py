@@ -9,6 +9,7 @@ the tests: why.*, or a page of measurements (MEASURED): their scripts exist and 
 """
 
 import contextlib
+import os
 import re
 import shlex
 import shutil
@@ -196,7 +197,9 @@ def test_the_commands_and_the_python_of_a_page_run(page: Path, folder: Path) -> 
         assert (folder / "new.csv").read_text().startswith("path,")
 
 
-@pytest.mark.skipif(find_spec("deepforest") is None, reason="deepforest is not installed")
+@pytest.mark.skipif(
+    find_spec("deepforest") is None and not os.environ.get("FCMAE_REQUIRE_CROWNS"), reason="deepforest is not installed"
+)
 def test_the_detector_trains_on_the_crowns_of_trees(folder: Path) -> None:
     made_up, _, real = (block.text for block in blocks(ROOT / "docs" / "segmentation.md") if "losses" in block.text)
     names: dict[str, Any] = {}
