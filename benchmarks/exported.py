@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = parser().parse_args(argv)
     images, _, _, info = timing.begin(args, "features of whole images")
-    encoder = make_encoder(VARIANTS[args.variant]).eval().requires_grad_(False)
+    encoder = make_encoder(VARIANTS[args.variant]).requires_grad_(False)
     with torch.inference_mode():
         sides = {name: side(name, encoder, images) for name in args.sides}
         seconds = timing.interleaved(sides, args.repeats)

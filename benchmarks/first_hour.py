@@ -90,11 +90,11 @@ def write_images(folder: Path, kind: Kind, number: int) -> None:
             kind.write(pictures.draw(shape, rng, 64), path, rng)
 
 
-def memory_of(process: subprocess.Popen[bytes]) -> int:
-    """Bytes of a process and all below it now."""
+def memory_of(pid: int) -> int:
+    """Bytes of a process and all below it now; of a page that several share each counts its part."""
     used = 0
     with suppress(psutil.NoSuchProcess):
-        parent = psutil.Process(process.pid)
+        parent = psutil.Process(pid)
         for one in (parent, *parent.children(recursive=True)):
             with suppress(psutil.NoSuchProcess):
                 used += one.memory_full_info().pss
@@ -122,7 +122,7 @@ def command(out: Path, group: Path | None, hours: float, *words: str) -> dict[st
             preexec_fn=partial(join, group) if group else None,
         )
         while process.poll() is None:
-            peak = max(peak, memory_of(process))
+            peak = max(peak, memory_of(process.pid))
             ended.wait(1)  # summing up costs time of the cores
     seconds = time.perf_counter() - started
     found: dict[str, Any] = {

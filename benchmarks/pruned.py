@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     if not isinstance(whole, ConvNeXtSpec):
         raise SystemExit(f"--variant {args.variant} is no ConvNeXt, and what is pruned is one")
     specs = {f"{what}-{keep:g}": uniformly(whole, keep, what) for what in get_args(What) for keep in args.keep}
-    encoders = {name: Encoder(spec).eval() for name, spec in {"whole": whole, **specs}.items()}
+    encoders = {name: Encoder(spec) for name, spec in {"whole": whole, **specs}.items()}
     counts = {
         name: {
             "multiply_adds": multiply_adds(encoder, (args.size, args.size)),

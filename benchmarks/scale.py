@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 from PIL import Image
 from timing import machine, write_json
 
@@ -135,14 +136,8 @@ def watched_run(place: Path, workers: int, steps: int, since: float) -> dict[str
 def memory() -> dict[str, Any]:
     """What this process holds, and what each worker holds that it shares with no other."""
     workers = [child.pid for child in multiprocessing.active_children() if child.pid is not None]
-    own = [sum(value for name, value in maps(pid).items() if name.startswith("Private_")) for pid in workers]
-    return {"main_bytes": maps(os.getpid())["Rss"], "workers_own_bytes": own}
-
-
-def maps(pid: int) -> dict[str, int]:
-    """What Linux tells of a process's memory, in bytes."""
-    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
-    return {name: int(size.split()[0]) * 1024 for name, _, size in (line.partition(":") for line in lines)}
+    own = [psutil.Process(pid).memory_full_info().uss for pid in workers]
+    return {"main_bytes": psutil.Process().memory_info().rss, "workers_own_bytes": own}
 
 
 def parser() -> argparse.ArgumentParser:

@@ -30,7 +30,7 @@ from fcmae.config import PretrainConfig
 from fcmae.data.index import Images
 from fcmae.options import load
 
-# Nothing is chosen beside a file of settings, and this one has none.
+# An empty file, for commands that give epochs or batch_size: nothing is chosen then.
 DEFAULTS = Path(__file__).parent / "data" / "defaults.yaml"
 TINY = "{depths: [1, 1, 1, 1], dims: [8, 8, 8, 8]}"  # as a command line gives it
 
@@ -268,3 +268,17 @@ def run_out_of_memory(monkeypatch: pytest.MonkeyPatch, calls: Sequence[int], aft
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr(fcmae.training.steps.Step, "backward", failing)
+
+
+TIMINGS = {"images_per_s", "data_wait_s", "data_wait_share"}
+
+
+def assert_same_metrics(run: Path, other: Path, rel: float, abs: float | None = None) -> None:
+    """Line by line but for times: sums in another order, whose rounding the steps of a run amplify."""
+    lines = [
+        [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()] for place in (run, other)
+    ]
+    for ours, theirs in zip(*lines, strict=True):
+        assert {k: v for k, v in ours.items() if k not in TIMINGS} == pytest.approx(
+            {k: v for k, v in theirs.items() if k not in TIMINGS}, rel=rel, abs=abs
+        )

@@ -363,7 +363,6 @@ def test_the_input_pipeline_is_timed_beside_torchvisions(tmp_path: Path, one_thr
     assert found["stages_ms"]["all"] > 0
 
 
-@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="memory is read as Linux tells it")
 def test_a_run_on_made_up_names_is_timed_and_weighed_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
 ) -> None:

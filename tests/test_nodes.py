@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -17,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 from conftest import requires_time
-from runs import flags, forget_accelerator, losses, write_images
+from runs import assert_same_metrics, flags, forget_accelerator, losses, write_images
 
 from fcmae import cli
 from fcmae.training import checkpoint
@@ -25,7 +24,6 @@ from fcmae.training import checkpoint
 pytestmark = [requires_time, pytest.mark.usefixtures("one_thread")]
 
 SCRIPT = Path(__file__).parents[1] / "pretrain.py"
-TIMINGS = {"images_per_s", "data_wait_s", "data_wait_share"}
 
 
 def ip(*words: object) -> None:
@@ -143,18 +141,6 @@ def elastic(least: int, most: int, node: int) -> list[str]:
     ]
 
 
-def lines(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def assert_same_curve(out: Path, reference: Path) -> None:
-    for line, other in zip(lines(out), lines(reference), strict=True):
-        # Means of parts instead of one mean: float32 rounding.
-        assert {k: v for k, v in line.items() if k not in TIMINGS} == pytest.approx(
-            {k: v for k, v in other.items() if k not in TIMINGS}, rel=1e-4
-        )
-
-
 def run(images: Path, out: Path, **changed: Any) -> None:
     """One process, this one."""
     assert cli.main(["pretrain", *flags(images, out, **changed)]) == 0
@@ -211,7 +197,7 @@ def test_nodes_train_as_one_process(
     started = [all_.start(i, launch(number, i), words, logs[i]) for i in range(number)]
     assert [ended(*each) for each in zip(started, logs, strict=True)] == [0] * number
     assert f"on {number} x cpu" in logs[0].read_text()
-    assert_same_curve(tmp_path / "out", alone)
+    assert_same_metrics(tmp_path / "out", alone, rel=1e-4)
 
 
 def test_the_nodes_that_are_left_go_on_from_the_last_checkpoint_in_the_same_order(
@@ -246,7 +232,7 @@ def test_a_link_that_is_slow_or_away_for_seconds_changes_nothing(
     time.sleep(3)
     ip("-n", two.switch, "link", "set", "port1", "up")
     assert [ended(*each) for each in zip(started, logs, strict=True)] == [0, 0]
-    assert_same_curve(out, alone)
+    assert_same_metrics(out, alone, rel=1e-4)
 
 
 def with_own(folder: Path, then: str = "true") -> list[str]:

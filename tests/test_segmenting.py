@@ -209,12 +209,7 @@ def test_two_processes_train_and_score_like_one(head: str, tiles: Path, tmp_path
     done = subprocess.run([*launch, *words(tiles, tmp_path / "two", **settings)[1:]], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "2 x cpu" in done.stderr
-    timings = {"images_per_s", "data_wait_s", "data_wait_share"}
-    for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
-        # The same sums in another order.
-        assert {k: v for k, v in two.items() if k not in timings} == pytest.approx(
-            {k: v for k, v in one.items() if k not in timings}, rel=1e-3, abs=1e-5
-        )
+    runs.assert_same_metrics(tmp_path / "two", tmp_path / "one", rel=1e-3, abs=1e-5)
     one, two = ((tmp_path / run / "last" / "confusion.csv").read_text().splitlines() for run in ("one", "two"))
     counts = [[int(n) for line in rows[1:] for n in line.split(",")[1:]] for rows in (one, two)]
     assert sum(counts[0]) == sum(counts[1])  # every pixel of every image once
