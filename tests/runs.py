@@ -270,7 +270,7 @@ def run_out_of_memory(monkeypatch: pytest.MonkeyPatch, calls: Sequence[int], aft
     monkeypatch.setattr(fcmae.training.steps.Step, "backward", failing)
 
 
-TIMINGS = {"images_per_s", "data_wait_s", "data_wait_share"}
+TIMINGS = {"images_per_s", "data_wait_s", "data_wait_share", "upkeep_s"}
 
 
 def assert_same_metrics(run: Path, other: Path, rel: float, abs: float | None = None) -> None:

@@ -9,7 +9,7 @@ import pytest
 from reported import evaluation, finetune_run, pretrain_run
 
 import fcmae
-from fcmae.evaluation.runs import curve, flat, read_run
+from fcmae.evaluation.runs import curve, flat, read_run, took_s
 
 
 def test_settings_are_told_apart_from_their_defaults(tmp_path: Path) -> None:
@@ -105,3 +105,13 @@ def test_evaluations_of_untrained_networks_come_last(tmp_path: Path) -> None:
         evaluation(path / "evaluation" / str(number), model, 0.5)
     models = [found["model"] for found in read_run(path, "run").evaluations.values()]
     assert models == ["run", "other", "random:run", "random:other"]
+
+
+def test_the_time_of_a_run_has_its_evaluations_in_it(tmp_path: Path) -> None:
+    path = pretrain_run(tmp_path / "run", batch_size=10)
+    lines = [
+        {"step": 4, "epoch": 1, "images_per_s": 20.0, "upkeep_s": 3.0},
+        {"step": 6, "epoch": 2, "images_per_s": 5.0},
+    ]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert took_s(read_run(path, "run")) == 4 * 10 / 20 + 3 + 2 * 10 / 5  # the second line is of an older version

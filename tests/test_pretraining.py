@@ -28,6 +28,7 @@ import torch
 from conftest import requires_minkowski
 from PIL import Image
 from runs import (
+    TIMINGS,
     assert_same,
     at_step,
     config,
@@ -198,8 +199,7 @@ def test_a_run_writes_settings_logs_pictures_and_checkpoints(images: Path, tmp_p
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     training = [line for line in lines if "loss" in line]
     assert [line["step"] for line in training] == list(range(1, 9))
-    timings = {"images_per_s", "data_wait_s", "data_wait_share"}
-    assert training[0].keys() == {"step", "epoch", "loss", "lr", "grad_norm", *timings}
+    assert training[0].keys() == {"step", "epoch", "loss", "lr", "grad_norm", *TIMINGS}
     assert [line["epoch"] for line in training] == [0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4]
     # base_lr .5 for 256 images is 1/128 for 4; warm-up over 2 steps, then half a cosine over 6.
     assert [line["lr"] * 128 for line in training[:4]] == pytest.approx([0, 0.5, 1, (1 + np.sqrt(0.75)) / 2])
@@ -492,10 +492,9 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     )
     assert len(one) == 3  # two steps and an evaluation
     for line, other in zip(one, two, strict=True):
-        timings = {"images_per_s", "data_wait_s", "data_wait_share"}
         # Means of two halves instead of one mean: float32 rounding.
-        assert {k: v for k, v in other.items() if k not in timings} == pytest.approx(
-            {k: v for k, v in line.items() if k not in timings}, rel=1e-5
+        assert {k: v for k, v in other.items() if k not in TIMINGS} == pytest.approx(
+            {k: v for k, v in line.items() if k not in TIMINGS}, rel=1e-5
         )
     for name in ("one", "two"):
         assert listed_as_bad(tmp_path / name) == bad

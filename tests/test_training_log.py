@@ -80,6 +80,20 @@ def test_a_line_says_how_far_the_run_is_and_leaves_out_a_norm_that_is_not_finite
     assert ", lr 0.25, " in caplog.messages[0] and caplog.messages[0].endswith(" left")
 
 
+def test_what_is_left_counts_evaluating_and_saving(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Six of nine steps are left: of a second each, and half a second of upkeep for each, as those before had."""
+    log = log_at(tmp_path)
+    per_step = log.window._images_per_step
+    line = {"loss": 1.0, "images_per_s": float(per_step), "data_wait_s": 0.0, "data_wait_share": 0.0, "upkeep_s": 1.5}
+    monkeypatch.setattr(log.window, "summary", lambda: line)
+    with caplog.at_level(logging.DEBUG, "fcmae"):
+        log.write(3, lr=0.25, grad_norm=1.0)
+    log.close()
+    assert caplog.messages[0].endswith(", 0:00:09 left")
+
+
 def test_files_that_cannot_be_read_are_listed_and_too_many_stop_the_run(tmp_path: Path) -> None:
     log = log_at(tmp_path, data__max_bad_share=0.1)
     log.unread_files.append(("a.png", "no image"))
@@ -126,7 +140,13 @@ def test_a_run_says_its_plan_and_once_that_it_falls_behind_but_not_for_a_hiccup(
         log = Log(cfg, Accelerator(cpu=True, project_dir=tmp_path), schedule, num_files=10)
         for number, speed in enumerate(speeds, start + 1):
             clock[0] += 1000 / speed
-            line = {"loss": 1.0, "images_per_s": float(speed), "data_wait_s": 0.0, "data_wait_share": 0.5}
+            line = {
+                "loss": 1.0,
+                "images_per_s": float(speed),
+                "data_wait_s": 0.0,
+                "data_wait_share": 0.5,
+                "upkeep_s": 0.0,
+            }
             monkeypatch.setattr(log.window, "summary", lambda line=line: line)
             log.write(number, 0.1, 1.0)
         log.close()
@@ -181,10 +201,22 @@ def test_a_window_counts_images_and_waiting_but_not_pauses(monkeypatch: pytest.M
     before = clock.now
     clock.now += 60  # a pause
     window.skip_since(before)
-    assert window.summary() == {"loss": 0.5, "images_per_s": 5.0, "data_wait_s": 1.0, "data_wait_share": 0.25}
+    assert window.summary() == {
+        "loss": 0.5,
+        "images_per_s": 5.0,
+        "data_wait_s": 1.0,
+        "data_wait_share": 0.25,
+        "upkeep_s": 60.0,
+    }
     clock.now += 2
     window.add(loss=4.0)
-    assert window.summary() == {"loss": 4.0, "images_per_s": 5.0, "data_wait_s": 0.0, "data_wait_share": 0.0}
+    assert window.summary() == {
+        "loss": 4.0,
+        "images_per_s": 5.0,
+        "data_wait_s": 0.0,
+        "data_wait_share": 0.0,
+        "upkeep_s": 0.0,
+    }
 
 
 def test_on_cuda_the_device_is_not_said_to_wait_while_it_computes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,7 +248,13 @@ def test_on_cuda_the_device_is_not_said_to_wait_while_it_computes(monkeypatch: p
         busy_until = clock.now + 1.5
         window.add(loss=1.0)
     # The first batch is waited for by an idle device, for 2 s.
-    assert window.summary() == {"loss": 1.0, "images_per_s": 5.0, "data_wait_s": 6.0, "data_wait_share": 0.5}
+    assert window.summary() == {
+        "loss": 1.0,
+        "images_per_s": 5.0,
+        "data_wait_s": 6.0,
+        "data_wait_share": 0.5,
+        "upkeep_s": 0.0,
+    }
 
 
 def test_a_damaged_line_costs_itself_and_not_what_follows(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from fcmae.data.split import evenly
 from fcmae.evaluation import paired
 from fcmae.evaluation.charts import Chart, Table, heat_map, line_chart, shown
 from fcmae.evaluation.records import COLUMNS, Evaluation, score_rows
-from fcmae.evaluation.runs import MAX_JSON, Run, computing_s, curve, finite, read_json, read_run
+from fcmae.evaluation.runs import MAX_JSON, Run, curve, finite, read_json, read_run, took_s
 from fcmae.evaluation.verdicts import is_collapsing, is_working, was_worth_it
 from fcmae.training.messages import how_it_ended
 
@@ -295,8 +295,8 @@ def _what_was_run(run: Run) -> Section:
         with suppress(OSError):
             number = read_bytes(bad, MAX_JSON).count(b"\n")
             rows += [["unreadable", f"{number} files, listed in {bad}"]] if number else []
-    if seconds := computing_s(run):
-        rows += [["time", f"{timedelta(seconds=round(seconds))} of training, without evaluations"]]
+    if seconds := took_s(run):
+        rows += [["time", f"{timedelta(seconds=round(seconds))} of training and evaluating"]]
     if run.starts:
         last, versions = run.starts[-1], run.starts[-1].get("versions", "")
         rows += [["started", _text(run.starts[0].get("time"))]]

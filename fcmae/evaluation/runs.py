@@ -222,11 +222,11 @@ def curve(run: Run, key: str, name: str) -> Curve | None:
     return Curve(name, *([line[k] for line in points] for k in ("step", "epoch", key))) if points else None
 
 
-def computing_s(run: Run) -> float:
-    """The seconds that the logged windows took: their images over their images a second."""
+def took_s(run: Run) -> float:
+    """The seconds that the logged windows took, images over images a second, and evaluating and saving beside them."""
     seconds, before, batch_size = 0.0, 0.0, run.settings.get("batch_size")
     for line in run.lines:
         if isinstance(batch_size, int) and (speed := line.get("images_per_s")):
-            seconds += (line["step"] - before) * batch_size / speed
+            seconds += (line["step"] - before) * batch_size / speed + line.get("upkeep_s", 0)
             before = line["step"]
     return seconds if 0 < seconds < MOST_SECONDS else 0

@@ -11,7 +11,7 @@ from pathlib import Path
 from fcmae.config.base import near_runs
 from fcmae.data.source import printable
 from fcmae.evaluation import paired
-from fcmae.evaluation.runs import Run, computing_s, curve, finite, read_run
+from fcmae.evaluation.runs import Run, curve, finite, read_run, took_s
 from fcmae.evaluation.verdicts import is_collapsing, is_working
 from fcmae.tables import table
 from fcmae.training import checkpoint
@@ -141,7 +141,7 @@ def _time(run: Run, state: str) -> Iterator[str]:
     speeds = curve(run, "images_per_s", "")
     if speeds is None:
         return
-    seconds = computing_s(run)
+    seconds = took_s(run)
     text = f"trained for {timedelta(seconds=round(seconds))}, {speeds.values[-1]:.1f} images/s"
     epoch, epochs = run.lines[-1]["epoch"], run.settings.get("epochs")
     if state == "running" and isinstance(epochs, int | float) and epoch:

@@ -53,6 +53,7 @@ class Log:
         self._accelerator, self._batch_size, self._schedule = accelerator, cfg.batch_size, schedule
         self._bad_files = BadFiles(self.run / "bad_files.txt", num_files, cfg.data.max_bad_share)
         self._recent: deque[dict[str, float]] = deque(maxlen=2 * health.STARVED_WINDOWS)
+        self._upkeep_s = 0.0  # since this start
         self._told = self._told_late = not accelerator.is_main_process
         self._begun, self._planned_s, self._others = time.monotonic(), math.inf, threads.Others()
         if cfg.planned_s is not None and (steps := schedule.total - schedule.start) > 0:
@@ -104,13 +105,19 @@ class Log:
         if not self._told and (starved := health.starved(self._recent)) is not None:
             self._told = True
             logger.warning(starved.text)
-        left = timedelta(seconds=round((total - step) * self._batch_size / line["images_per_s"]))
+        self._upkeep_s += line["upkeep_s"]
+        left_s = self._left_s(step, line["images_per_s"])
         self._tell_late(step)
         text = f"loss {line['loss']:.4f}, {line['images_per_s']:.1f} images/s"
         self._bar.set_postfix_str(text)
         level = logging.INFO if self._bar.disable else logging.DEBUG  # the terminal has the bar, train.log has lines
         message = "step %d/%d, epoch %.2f, %s, lr %.3g, %s left"
-        logger.log(level, message, step, total, epoch, text, lr, left)
+        logger.log(level, message, step, total, epoch, text, lr, timedelta(seconds=round(left_s)))
+
+    def _left_s(self, step: int, images_per_s: float) -> float:
+        """Seconds that the steps after this one take, with as much upkeep a step as so far."""
+        upkeep_s = self._upkeep_s / (step - self._schedule.start)
+        return (self._schedule.total - step) * (self._batch_size / images_per_s + upkeep_s)
 
     def _tell_late(self, step: int) -> None:
         """Say once that the run falls behind its plan, and why. The median of windows passes over a hiccup."""
@@ -121,7 +128,7 @@ class Log:
         if done < 1 / 20 or len(self._recent) < LEAST_WINDOWS:
             return
         speed = statistics.median(line["images_per_s"] for line in self._recent)
-        took = time.monotonic() - self._begun + (total - step) * self._batch_size / speed
+        took = time.monotonic() - self._begun + self._left_s(step, speed)
         if took > LATE * self._planned_s:
             self._told_late = True
             logger.warning(
@@ -204,7 +211,7 @@ class Window:
     def _reset(self) -> None:
         self._started = time.perf_counter()
         self._steps = 0
-        self._loss = self._waited = 0.0
+        self._loss = self._waited = self._upkeep = 0.0
         self._gaps: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -230,7 +237,9 @@ class Window:
 
     def skip_since(self, before: float) -> None:
         """Leave the time since `before`, by time.perf_counter, out of images_per_s: evaluating, saving."""
-        self._started += time.perf_counter() - before
+        seconds = time.perf_counter() - before
+        self._started += seconds
+        self._upkeep += seconds
 
     def add(self, loss: float) -> None:
         """One more step has this loss."""
@@ -243,7 +252,7 @@ class Window:
         Returns:
             loss: mean. images_per_s. data_wait_s: seconds that the loop waited for data, in all. data_wait_share: of
             the window's time, in which the device stood still for want of data. On CUDA that is less: the loop may
-            wait while the device computes the step before.
+            wait while the device computes the step before. upkeep_s: seconds of evaluating and saving beside the steps.
         """
         seconds = time.perf_counter() - self._started
         idle = sum(start.elapsed_time(end) for start, end in self._gaps) / 1000 if self._on_cuda else self._waited
@@ -252,6 +261,7 @@ class Window:
             "images_per_s": round(self._steps * self._images_per_step / seconds, 2),
             "data_wait_s": round(self._waited, 4),
             "data_wait_share": round(idle / seconds, 4),
+            "upkeep_s": round(self._upkeep, 3),
         }
         self._reset()
         return values
