@@ -170,7 +170,7 @@ class Exit(nn.Module):
         """What the stage adds to the logits, (..., h, w, num_classes), of its output (..., h, w, C)."""
         level = context = self.lateral(f)
         for layer in self.pooled:
-            context = layer(_quarters(context).mean((-4, -2)))
+            context = layer(_halved(context))
         logits: Tensor = self.classify(self.fuse(add_nearest(level, context)))
         return logits
 
@@ -183,6 +183,12 @@ def _quarters(x: Tensor, side: int = 2) -> Tensor:
     """(..., h, w, C) to (..., h / side, side, w / side, side, C)."""
     *lead, h, w, channels = x.shape
     return x.reshape(*lead, h // side, side, w // side, side, channels)
+
+
+def _halved(x: Tensor) -> Tensor:
+    """(..., h, w, C) to (..., h / 2, w / 2, C), means of four. On a CPU `mean` over these takes eight times as long."""
+    q = _quarters(x)
+    return (q[..., 0, :, 0, :] + q[..., 0, :, 1, :] + q[..., 1, :, 0, :] + q[..., 1, :, 1, :]) / 4
 
 
 def add_nearest(fine: Tensor, coarse: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fcmae.layouts.norms import at_least_float32, l2_norm, root
+from fcmae.layouts.norms import LARGE, at_least_float32, l2_norm, root
 
 
 def test_l2_norm_is_torchs_in_values_and_gradients() -> None:
@@ -10,6 +10,14 @@ def test_l2_norm_is_torchs_in_values_and_gradients() -> None:
     torch.testing.assert_close(got, expected)
     pull = torch.randn_like(got)
     torch.testing.assert_close(torch.autograd.grad(got, x, pull), torch.autograd.grad(expected, x, pull))
+
+
+def test_the_norm_of_a_large_image_by_parts_is_that_of_all() -> None:
+    """Of two images, parts whose last is shorter than the others; where there is a gradient, all at once."""
+    x = torch.randn(2, LARGE // 3 + 5, 3, dtype=torch.float64)
+    expected = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    torch.testing.assert_close(l2_norm(x, (1,)), expected)
+    torch.testing.assert_close(l2_norm(x.requires_grad_(), (1,)), expected)
 
 
 def test_the_root_of_zero_has_the_gradient_zero() -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+CACHED = 1 << 17  # features that a core's cache holds
+LARGE = 8 * CACHED  # of an image: fewer pass through memory as fast
+
 
 def at_least_float32(x: Tensor) -> Tensor:
     """x in float32, or unchanged where it is wider: norms of 16-bit features overflow or lose their small terms."""
@@ -22,4 +25,9 @@ def l2_norm(x: Tensor, dims: tuple[int, ...]) -> Tensor:
 
     On a CPU torch.linalg.vector_norm takes 2 to 10 times as long over any dimension but the last.
     """
+    is_large = dims == (1,) and x.is_cpu and x[0].numel() >= LARGE
+    if is_large and not x.requires_grad and not torch.compiler.is_compiling():
+        # By parts: the squares of all would pass through memory, twice.
+        parts = torch.split(x, max(1, CACHED // x[:, 0].numel()), 1)
+        return root(torch.stack([part.square().sum(dims, keepdim=True) for part in parts]).sum(0))
     return root(x.square().sum(dims, keepdim=True))
