@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from fcmae.layouts import Masked, Packed
 from fcmae.layouts.norms import l2_norm
-from fcmae.networks.layers import GRN, Block, _GRNLinear, grn_linear
+from fcmae.networks.layers import GRN, Block, _GRNLinear, gelu, grn_linear
 
 
 def parts(width: int, channels: int, dtype: torch.dtype = torch.float64) -> tuple[GRN, nn.Linear]:
@@ -34,6 +34,18 @@ def test_grn_and_linear_in_one_give_the_values_and_gradients_of_both(batch: int,
     torch.testing.assert_close(got, expected)
     for one, other in zip(gradients(got, rows, grn, linear), gradients(expected, rows, grn, linear), strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_gelu_takes_the_place_of_features_that_no_gradient_needs(learns: bool) -> None:
+    kept = torch.linspace(-4, 4, 9)
+    features = kept.clone().requires_grad_(learns)
+    out = gelu(features)
+    torch.testing.assert_close(out, nn.functional.gelu(kept), rtol=0, atol=0)
+    assert torch.equal(features, kept if learns else out)
+    if learns:
+        (got,) = torch.autograd.grad(out.sum(), features)
+        assert got[4] == 0.5
 
 
 def test_a_channel_that_is_zero_in_an_image_has_a_finite_gradient() -> None:

@@ -10,13 +10,12 @@ from itertools import pairwise
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fcmae.layouts import Layout
 from fcmae.networks.convnext import init_weights
 from fcmae.networks.encoder import StagedEncoder, drop_path_rates
-from fcmae.networks.layers import LayerNorm
+from fcmae.networks.layers import LayerNorm, gelu
 from fcmae.networks.spec import Affinity, ContainerSpec
 
 KERNEL_SIZE, POSITION_SIZE = 5, 3  # of the static affinity and of what stands for a table of positions
@@ -151,7 +150,7 @@ class Block(nn.Module):
         """As the call, with the expanded features that pwconv2 sees; see `encoder.StageBlock`."""
         x = x + self.position(x, layout)
         x = x + self._drop_path(self.aggregate(self.norm1(x), layout), layout)
-        h = F.gelu(self.pwconv1(self.norm2(x)))  # (..., hidden)
+        h = gelu(self.pwconv1(self.norm2(x)))  # (..., hidden)
         return h, x + self._drop_path(self.pwconv2(h), layout)
 
     def _drop_path(self, branch: Tensor, layout: Layout) -> Tensor:

@@ -141,6 +141,17 @@ def _scales_weight(rows: Tensor, weight: Tensor) -> bool:
     return rows.shape[1] >= weight.shape[0]
 
 
+def gelu(x: Tensor) -> Tensor:
+    """GELU of features that nobody else holds: in their place where no gradient needs them.
+
+    A large image's expanded features are memory that the system gives page by page, which takes longer than GELU.
+    """
+    if x.requires_grad or torch.compiler.is_compiling():
+        return F.gelu(x)
+    out: Tensor = torch.ops.aten.gelu_(x)
+    return out
+
+
 def project(features: Tensor, grn: GRN, linear: nn.Linear, layout: Layout) -> Tensor:
     """linear(grn(features)): as one operation where the layout has the rows of each image together, else one by one.
 
@@ -207,7 +218,7 @@ class Block(nn.Module):
     def expand(self, x: Tensor, layout: Layout) -> Tensor:
         """GELU(pwconv1(LayerNorm(dwconv(x)))): (..., C) to (..., hidden), in `layout`."""
         h = layout.depthwise_conv(x, self.dwconv.weight, self.dwconv.bias)  # (..., C)
-        return F.gelu(self.pwconv1(self.norm(h)))
+        return gelu(self.pwconv1(self.norm(h)))  # (..., hidden)
 
     def add(self, x: Tensor, branch: Tensor, layout: Layout) -> Tensor:
         """x + DropPath(branch), or x + DropPath(gamma * branch) in V1.
