@@ -152,7 +152,7 @@ def test_a_run_says_its_plan_and_once_that_it_falls_behind_but_not_for_a_hiccup(
         log.close()
     took = "33 min" if start == 0 else "17 min"
     assert f"{(200 - start) * 1000:,} views, about {took}, ends about" in caplog.text
-    assert caplog.text.count("other programs use 25 % of the cores, and it waits for images 50 % of") == told
+    assert caplog.text.count("other programs use 25 % of the cores, it waits for images 50 % of its time") == told
 
 
 def test_pictures_go_to_tensorboard(tmp_path: Path) -> None:

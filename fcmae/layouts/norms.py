@@ -25,7 +25,7 @@ def l2_norm(x: Tensor, dims: tuple[int, ...]) -> Tensor:
 
     On a CPU torch.linalg.vector_norm takes 2 to 10 times as long over any dimension but the last.
     """
-    is_large = dims == (1,) and x.is_cpu and x[0].numel() >= LARGE
+    is_large = dims == (1,) and x.is_cpu and x.numel() > LARGE * len(x)
     if is_large and not x.requires_grad and not torch.compiler.is_compiling():
         # By parts: the squares of all would pass through memory, twice.
         parts = torch.split(x, max(1, CACHED // x[:, 0].numel()), 1)

@@ -128,15 +128,17 @@ class Log:
         if done < 1 / 20 or len(self._recent) < LEAST_WINDOWS:
             return
         speed = statistics.median(line["images_per_s"] for line in self._recent)
-        took = time.monotonic() - self._begun + self._left_s(step, speed)
+        elapsed = time.monotonic() - self._begun
+        took = elapsed + self._left_s(step, speed)
         if took > LATE * self._planned_s:
             self._told_late = True
             logger.warning(
-                "the run takes %s at this speed, and %s were planned: other programs use %.0f %% of the cores, and it "
-                "waits for images %.0f %% of its time",
+                "the run takes %s at this speed, and %s were planned: other programs use %.0f %% of the cores, it "
+                "waits for images %.0f %% of its time, and evaluates and saves %.0f %%",
                 *(timedelta(seconds=round(seconds)) for seconds in (took, self._planned_s)),
                 100 * others,
                 100 * self._recent[-1]["data_wait_share"],
+                100 * self._upkeep_s / elapsed,
             )
 
     def show(self, name: str, path: Path, step: int) -> None:
