@@ -110,3 +110,23 @@ def test_without_pydicom_the_command_that_installs_it_is_named(monkeypatch: pyte
     monkeypatch.setattr(dicom, "find_spec", lambda name: None)
     with pytest.raises(BadImage, match=r"it is DICOM, which needs pydicom: pip install 'fcmae\[dicom\]'"):
         read_crop(written(GREY), 1, whole, None)
+
+
+def test_few_stored_bits_in_many_are_shares_of_their_range() -> None:
+    found = read_crop(written(GREY.astype(np.uint16), BitsStored=8), 1, whole, None)[0]
+    np.testing.assert_allclose(found, GREY / np.float32(255), rtol=1e-6)
+
+
+@pytest.mark.parametrize("intercept", [0, -10])
+@pytest.mark.parametrize("signed", [False, True])
+def test_where_0_is_white_units_and_signed_values_are_inverted_too(intercept: int, signed: bool) -> None:
+    array = DEEP.astype(np.int16) - 2**11 if signed else DEEP
+    values = {"BitsStored": 12, "RescaleSlope": "1", "RescaleIntercept": str(intercept)}
+    plain, inverted = (
+        read_crop(written(array, **values, PhotometricInterpretation=f"MONOCHROME{kind}"), 1, whole, None)[0]
+        for kind in (2, 1)
+    )
+    black, white = (-(2**11), 2**11 - 1) if signed else (0, 2**12 - 1)
+    if not signed and not intercept:
+        black, white = 0, 1  # shares of the range
+    np.testing.assert_allclose(inverted, black + white + 2 * intercept - plain, rtol=1e-6, atol=1e-6)

@@ -387,3 +387,16 @@ def test_names_of_classes_that_may_not_be_meant_are_warned_of(tmp_path: Path, ca
     find_labelled(str(tmp_path))
     assert "is that a missing label?" in caplog.text
     assert "differ in their case only" in caplog.text
+
+
+def test_class_folders_go_before_tar_files_and_tables_beside_them(tmp_path: Path) -> None:
+    touch(tmp_path, "cat/1.jpg", "ant/2.jpg", "all.tar", "meta.parquet")
+    index = find_labelled(str(tmp_path))
+    assert index.class_names == ("ant", "cat") and len(index) == 2
+    assert any("all.tar" in note and "were left out" in note for note in index.notes)
+
+
+def test_a_link_to_itself_is_no_file(tmp_path: Path) -> None:
+    touch(tmp_path, "root/a/1.jpg")
+    (tmp_path / "root/a/round").symlink_to("round")
+    assert len(find_images([str(tmp_path / "root")])) == 1

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import io
 import tarfile
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from numpy.typing import NDArray
 from PIL import Image
 
 from fcmae.data import maps
 from fcmae.data.augment import CropBoth
 from fcmae.data.dataset import SegmentDataset, collate
-from fcmae.data.index import Images, find_mapped
+from fcmae.data.index import Images, find_images, find_mapped
 from fcmae.data.loader import build_loader
 from fcmae.data.maps import IGNORED, Classes, UnknownClass, count_values, find_classes
 from fcmae.data.source import BadImage
@@ -211,3 +213,33 @@ def test_none_that_can_be_read_is_said(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"broken")
     with pytest.raises(ValueError, match=r"none of 1 label maps can be read: .*a.png: it"):
         count_values(Images.of_files([str(tmp_path / "a.png")]))
+
+
+def test_numbers_of_objects_are_not_taken_for_classes_and_some_class_must_be_there() -> None:
+    counts = np.zeros(maps.MAX_VALUE, np.int64)
+    counts[[0, 7000]] = 1
+    with pytest.raises(ValueError, match=r"values up to 7000, which would be 7000 classes: .* data.class_values"):
+        find_classes(counts, (), (), 255)
+    assert find_classes(counts, (), (0, 7000), 255).names == ("0", "7000")
+    with pytest.raises(ValueError, match="the maps hold 0, 7000, and none of the classes, which have 3, 4"):
+        find_classes(counts, (), (3, 4), 255)
+    many = tuple(map(str, range(maps.MAX_CLASSES + 1)))
+    with pytest.raises(ValueError, match="there are 32768 classes: give 32767 at most"):
+        find_classes(counts, many, (), None)
+
+
+def test_a_map_larger_than_max_pixels_is_counted_in_parts(tmp_path: Path) -> None:
+    labels = np.arange(64 * 48, dtype=np.uint8).reshape(64, 48) % 3
+    tifffile.imwrite(tmp_path / "map.tif", labels, tile=(16, 16))
+    counts = count_values(find_images([str(tmp_path)]), max_pixels=48 * 20)
+    np.testing.assert_array_equal(counts[:3], np.bincount(labels.ravel()))
+
+
+def test_a_map_that_a_table_names_is_opened_by_its_own_spelling(tmp_path: Path) -> None:
+    names = [unicodedata.normalize("NFD", name) for name in ("Zürich.png", "Zürich_mask.png")]
+    for name in names:
+        Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / name)
+    (tmp_path / "list.csv").write_text(f"image,mask\n{names[0]},{names[1]}\n")
+    for found in find_mapped(str(tmp_path / "list.csv"), None):
+        with found.open(0) as file:
+            assert file.read(4) == b"\x89PNG"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import logging
 import struct
+import threading
+import warnings
 import zlib
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from fcmae.data.augment import CenterCrop, CropAndFlip
 from fcmae.data.decode import read_crop
 from fcmae.data.index import find_images
 from fcmae.data.rasters import LabelMap, Raster, geo_tags
+from fcmae.data.readers import reading
 from fcmae.data.source import BadImage
 from fcmae.data.stats import channel_statistics
 from fcmae.data.survey import survey
@@ -241,3 +245,78 @@ def test_without_a_decoder_for_its_compression_a_tiff_is_read_whole(monkeypatch:
     top, left, height, width = BOX
     expected = COLOURS[top : top + height, left : left + width].transpose(2, 0, 1)
     np.testing.assert_array_equal(raster.read(BOX), expected)
+
+
+@pytest.mark.parametrize("white_is_zero", [False, True])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_a_tiff_of_few_bits_keeps_its_numbers_without_a_decoder_of_them(
+    bits: int, white_is_zero: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rasters, "_decodes", lambda page: False)
+    values = np.arange(8 * 24, dtype=np.uint8).reshape(8, 24) % min(2**bits, 11)
+    packed = np.packbits(np.unpackbits(values[..., None], axis=2)[..., -bits:].reshape(8, -1), axis=1)
+    file = tiff(packed)
+    with tifffile.TiffFile(file, mode="r+b") as again:
+        tags = again.pages.first.tags
+        tags["BitsPerSample"].overwrite(bits)
+        tags["ImageWidth"].overwrite(24)
+        tags["PhotometricInterpretation"].overwrite(0 if white_is_zero else 1)
+        content = file.getvalue()
+    np.testing.assert_array_equal(LabelMap(io.BytesIO(content)).read((0, 0, 8, 24)), values)
+
+
+@pytest.mark.parametrize("image", [COLOURS, COLOURS[..., 0], BANDS[..., 0].astype(np.float32)], ids=["RGB", "L", "F"])
+def test_a_mask_of_missing_pixels_behind_an_image_is_no_second_image(image: NDArray[Any]) -> None:
+    file = io.BytesIO()
+    with tifffile.TiffWriter(file) as writer:
+        writer.write(image, photometric="rgb" if image.ndim == 3 else "minisblack", tile=(16, 16), metadata=None)
+        mask = np.ones(image.shape[:2], np.bool_)
+        writer.write(mask, photometric="mask", subfiletype=4, tile=(16, 16), metadata=None)
+    channels = 3 if image.ndim == 3 else 1
+    expected = np.atleast_3d(image).transpose(2, 0, 1)
+    file.seek(0)
+    found = read_crop(file, channels, lambda height, width: (0, 0, height, width), None)
+    np.testing.assert_array_equal(found, expected)
+    file.seek(0)
+    assert rasters.open_tiles(file, channels) is not None
+    file.seek(0)
+    top, left, height, width = BOX
+    part = Raster(file, channels, [0.0]).read(BOX)
+    np.testing.assert_array_equal(part, expected[:, top : top + height, left : left + width])
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("in_chans", [1, 3])
+def test_alpha_behind_grey_is_left_out_of_crops_and_of_rasters_alike(dtype: type, in_chans: int) -> None:
+    file = tiff(np.stack([COLOURS[..., 0], COLOURS[..., 1]], -1).astype(dtype), extrasamples=["unassalpha"])
+    whole = read_crop(file, in_chans, lambda height, width: (0, 0, height, width), None)
+    full = 1 if dtype is np.uint8 else np.float32(2**16 - 1)
+    np.testing.assert_allclose(whole, np.broadcast_to(COLOURS[..., 0] / full, whole.shape), rtol=1e-6)
+    file.seek(0)
+    np.testing.assert_array_equal(Raster(file, in_chans, [0.0] * in_chans).read((0, 0, 50, 70)), whole)
+
+
+def test_a_place_whose_words_are_not_ascii_survives_writing() -> None:
+    words = "Gauß-Krüger|".encode()
+    tags = [(33550, 12, 3, (10.0, 10.0, 0.0), True), (34737, 2, len(words) + 1, words + b"\0", True)]
+    again = geo_tags(tiff(COLOURS, extratags=geo_tags(tiff(COLOURS, extratags=tags))))
+    assert again == tags
+
+
+def test_threads_that_read_at_once_leave_the_libraries_as_they_were() -> None:
+    before, entered, done = (Image.MAX_IMAGE_PIXELS, list(warnings.filters)), threading.Event(), threading.Event()
+
+    def long_one() -> None:
+        with reading(10**9):
+            entered.set()
+            done.wait(10)
+
+    thread = threading.Thread(target=long_one)
+    with reading(10**8):
+        thread.start()
+        assert entered.wait(10)
+    assert Image.MAX_IMAGE_PIXELS == 10**9  # one still reads
+    done.set()
+    thread.join()
+    assert (Image.MAX_IMAGE_PIXELS, list(warnings.filters)) == before
+    assert not logging.getLogger("tifffile").disabled

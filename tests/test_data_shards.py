@@ -470,3 +470,9 @@ def test_shards_that_webdataset_wrote_are_read_and_trained_on_as_they_lie(tiny20
     assert main(["pretrain", *flags(tiny20 / "val-000.tar", tmp_path / "out", **steps)]) == 0
     assert [step for step, _ in runs.losses(tmp_path / "out")] == [1, 2, 3]
     assert not (tmp_path / "out/bad_files.txt").exists()
+
+
+@pytest.mark.parametrize("name", ["../é.png", "/é.png", "a/../../é.png"])
+def test_an_index_whose_names_lead_elsewhere_is_made_anew(tmp_path: Path, name: str) -> None:
+    found = scanned(pack(tmp_path / "x.tar", *labelled(1)))
+    assert Members.unpacked(Members([name], found.starts, found.sizes, [""]).packed("a"), "a") is None

@@ -12,7 +12,7 @@ from PIL import Image
 
 from fcmae.data.geometry import MAX_PIXELS, Box
 from fcmae.data.rasters import open_tiles
-from fcmae.data.readers import OpenImage, Pixels, TooLarge, open_image, reading
+from fcmae.data.readers import NOT_FINITE, OpenImage, Pixels, TooLarge, open_image, reading
 from fcmae.data.source import BadImage
 
 ChooseBox = Callable[[int, int], Box]  # (height, width) -> box
@@ -118,7 +118,7 @@ def read_known(
     with reading(max_pixels):
         pixels = image.read(box, size or box[2:], fill)
     if fill is not None and pixels.values.dtype != np.uint8 and not np.isfinite(pixels.values).all():
-        raise BadImage("it holds values that 32 bits cannot")
+        raise BadImage(NOT_FINITE)
     return pixels
 
 

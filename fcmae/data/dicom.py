@@ -24,7 +24,7 @@ class Stored(NamedTuple):
         dtype: likewise.
         channel_axis: likewise; several frames are channels.
         bits: of a value.
-        inverted: 0 is white.
+        inverted: 0 is white, and `load` leaves it so.
         nodata: the value that stands for missing ones.
     """
 
@@ -70,14 +70,16 @@ def read_header(file: BinaryIO) -> Stored:
     shape = (*shape, 3) if samples == 3 else (frames, *shape) if frames > 1 else shape
     dtype = np.dtype(f"{'i' if found.PixelRepresentation else 'u'}{max(1, found.BitsAllocated // 8)}")
     slope, intercept = (float(found.get(key, plain)) for key, plain in (("RescaleSlope", 1), ("RescaleIntercept", 0)))
-    padding = found.get("PixelPaddingValue")
-    if (slope, intercept) == (1, 0):
-        inverted = kind == "MONOCHROME1"
+    padding, inverted = found.get("PixelPaddingValue"), kind == "MONOCHROME1"
+    if (slope, intercept) == (1, 0) and not (inverted and dtype.kind == "i"):
         return Stored(lambda: found.pixel_array, shape, dtype, channel_axis, found.BitsStored, inverted, padding)
 
     def rescaled() -> NDArray[Any]:
         values = found.pixel_array
-        scaled: NDArray[np.float32] = values.astype(np.float32) * np.float32(slope) + np.float32(intercept)
+        shown = values.astype(np.float32)
+        if inverted:  # about the middle of what BitsStored can hold
+            shown = (-1 if dtype.kind == "i" else 2**found.BitsStored - 1) - shown
+        scaled: NDArray[np.float32] = shown * np.float32(slope) + np.float32(intercept)
         if padding is not None:
             scaled[values == padding] = np.nan
         return scaled

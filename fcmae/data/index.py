@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import glob
 import hashlib
 import io
@@ -328,6 +329,7 @@ def _walk(root: Path, key: str, others: Counter[str]) -> Iterator[str]:
             seen.add((status.st_dev, status.st_ino))
             with os.scandir(folder) as entries:
                 shown = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda e: e.name)
+            shown = [entry for entry in shown if not _leads_to_itself(entry)]
         except OSError as error:
             where, why = error.filename, error.strerror
             raise ValueError(f"{key}: {where!r} cannot be listed ({why}): make it readable") from error
@@ -340,6 +342,17 @@ def _walk(root: Path, key: str, others: Counter[str]) -> Iterator[str]:
                     yield entry.path
                 else:
                     others[os.path.splitext(entry.name)[1].lower()] += 1  # noqa: PTH122
+
+
+def _leads_to_itself(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a link that the system follows to no end."""
+    try:
+        entry.is_file()
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        return True
+    return False
 
 
 def _is_of_run(entry: os.DirEntry[str]) -> bool:
@@ -388,10 +401,14 @@ def find_labelled(
     Raises:
         ValueError: for a source that is missing or malformed, a label not in class_names, or fewer than two classes.
     """
-    others = Counter[str]()
+    others, notes = Counter[str](), tuple[str, ...]()
     key = key or ("data.path" if class_names is None else "data.val_path")
     path, shards = Path(source).expanduser(), Shards(storage, key)
-    if (tars := _tars(source, path, key)) is not None:
+    tars = _tars(source, path, key)
+    if tars is not None and path.is_dir() and _has_class_folders(path, key):
+        left = f"{key}: {_some([os.path.basename(tar) for tar in tars])} beside the class folders of {source!r} "  # noqa: PTH119
+        tars, notes = None, (f"{left}were left out: name them by a pattern to learn from them instead",)
+    if tars is not None:
         label_of = _labels_of(tars, shards, source, key)
     elif path.suffix.lower() == ".csv" and (is_remote(source) or path.is_file()):
         label_of = _read_csv(source if is_remote(source) else str(path), key)
@@ -418,7 +435,7 @@ def find_labelled(
     number = {name: i for i, name in enumerate(names)}
     paths = sorted(label_of)
     labels = np.array([number[label_of[path]] for path in paths], dtype=np.int64)
-    return Images(shards.source(paths), None, labels, tuple(names), _left_out(others, key) + shards.notes())
+    return Images(shards.source(paths), None, labels, tuple(names), notes + _left_out(others, key) + shards.notes())
 
 
 def _tars(source: str, path: Path, key: str) -> list[str] | None:
@@ -459,6 +476,16 @@ def _sort_classes(names: set[str]) -> list[str]:
     return sorted(names)
 
 
+def _inner_folders(root: Path) -> list[Path]:
+    folders = [path for path in sorted(root.iterdir()) if path.is_dir() and not path.name.startswith(".")]
+    return [path for path in folders if path.name not in SYSTEM_FOLDERS]
+
+
+def _has_class_folders(root: Path, key: str) -> bool:
+    """Whether a sub-folder holds an image, and not in a shard alone."""
+    return any(is_image(path) for folder in _inner_folders(root) for path in _walk(folder, key, Counter()))
+
+
 def _class_folders(source: str, key: str, others: Counter[str], *, may_be_empty: bool) -> dict[str, str]:
     """The images and shards in each sub-folder, and its name."""
     if is_remote(source):
@@ -471,8 +498,7 @@ def _class_folders(source: str, key: str, others: Counter[str], *, may_be_empty:
         _refuse_splits(root, set(found), key)
     else:
         root = str(Path(source).expanduser())
-        folders = [path for path in sorted(Path(root).iterdir()) if path.is_dir() and not path.name.startswith(".")]
-        folders = [path for path in folders if path.name not in SYSTEM_FOLDERS]
+        folders = _inner_folders(Path(root))
         _refuse_splits(root, {path.name for path in folders}, key)
         found = {folder.name: [] for folder in folders}
         for name, path in _told(
@@ -524,7 +550,9 @@ def _read_csv(address: str, key: str, column: str = "path", other: str = "label"
         if not {column, other} <= set(columns):
             raise ValueError(f"{key}: the header of {address} is {','.join(columns)!r}: it needs {column} and {other}")
         for row in rows:
-            image, text = (row[column] or "").strip(), _class_name((row[other] or "").strip(), key)
+            image, text = (row[column] or "").strip(), (row[other] or "").strip()
+            if other == "label":
+                text = _class_name(text, key)
             if not image or not text:
                 raise ValueError(f"{key}: line {rows.line_num} of {address} lacks its {column} or {other}: complete it")
             image = joined(folder, image)

@@ -19,6 +19,8 @@ IGNORED = -1  # in place of a class
 _UNKNOWN = -2
 MAX_VALUE = 2**16  # above those that a map may hold
 BAND_PIXELS = 2**24  # of a map that are looked at together
+MAX_CLASSES = 2**15 - 1  # numbers of classes are of 16 bits
+MAX_UNNAMED = 1000  # classes that are taken for such though nobody named them: more are numbers of objects
 
 
 class UnknownClass(DataError):  # noqa: N818
@@ -98,7 +100,7 @@ def count_values(maps: Images, max_maps: int = 200, max_pixels: int = MAX_PIXELS
         try:
             with maps.open(i) as file:
                 found = LabelMap(file, max_pixels)
-                for box in bands(found.height, found.width):
+                for box in bands(found.height, found.width, max_pixels):
                     values = found.read(box)
                     if values.min() < 0 or values.max() >= MAX_VALUE:
                         raise UnknownClass(
@@ -113,9 +115,15 @@ def count_values(maps: Images, max_maps: int = 200, max_pixels: int = MAX_PIXELS
     return counts
 
 
-def bands(height: int, width: int) -> Iterator[Box]:
-    """Boxes that make up an image, from the top, of BAND_PIXELS at most where it is not wider."""
-    rows = max(1, BAND_PIXELS // width)
+def bands(height: int, width: int, max_pixels: int = MAX_PIXELS) -> Iterator[Box]:
+    """Boxes that make up an image, from the top, of BAND_PIXELS and of max_pixels at most where it is not wider.
+
+    Args:
+        height: of the image, in pixels.
+        width: likewise.
+        max_pixels: see `LabelMap`.
+    """
+    rows = max(1, min(BAND_PIXELS, max_pixels) // width)
     for top in range(0, height, rows):
         yield top, 0, min(rows, height - top), width
 
@@ -132,7 +140,7 @@ def find_classes(
         ignored: see `Classes`.
 
     Raises:
-        ValueError: if there are fewer than two classes.
+        ValueError: if there are fewer than two classes or too many, or the maps hold none of them.
     """
     if not names and not values:
         known = counts.copy()
@@ -140,6 +148,11 @@ def find_classes(
             known[ignored] = 0
         largest = int(np.flatnonzero(known)[-1]) if known.any() else 0
         values = [value for value in range(largest + 1) if value != ignored]
+        if len(values) > MAX_UNNAMED:
+            raise ValueError(
+                f"data.maps: the maps hold values up to {largest}, which would be {len(values)} classes: number the "
+                "classes, or say which values they have by data.class_values"
+            )
     values = values or range(len(names))
     names = names or [str(value) for value in values]
     if len(names) < 2:
@@ -147,5 +160,12 @@ def find_classes(
         raise ValueError(
             f"data.maps: there is one class, {names[0]!r}, as the maps hold {found} and data.ignore_value is "
             f"{ignored}: set data.class_values (0 255 of black and white maps) or data.ignore_value"
+        )
+    if len(names) > MAX_CLASSES:
+        raise ValueError(f"data.class_names: there are {len(names)} classes: give {MAX_CLASSES} at most")
+    if not counts[list(values)].any():
+        raise ValueError(
+            f"data.maps: the maps hold {_few(np.flatnonzero(counts).tolist())}, and none of the classes, which have "
+            f"{_few(values)}: set data.class_values"
         )
     return Classes(tuple(names), tuple(values), ignored)

@@ -20,6 +20,7 @@ from PIL import Image
 from fcmae.data.geometry import MAX_PIXELS, Box
 from fcmae.data.readers import (
     MAX_PAGES,
+    NOT_FINITE,
     PILLOW_FORMATS,
     TIFF_STARTS,
     ArrayImage,
@@ -31,6 +32,7 @@ from fcmae.data.readers import (
     nodata_of,
     open_image,
     reading,
+    without_alpha,
 )
 from fcmae.data.source import BadImage
 
@@ -88,10 +90,10 @@ class Raster:
         """
         with reading(self._max_pixels):
             if size is not None or self._in_parts:
-                return self._image.read(box, size or box[2:], self._fill).values
+                return _finite(self._image.read(box, size or box[2:], self._fill).values)
             if self._whole is None:
                 everything = (0, 0, self.height, self.width)
-                self._whole = self._image.read(everything, everything[2:], self._fill).values
+                self._whole = _finite(self._image.read(everything, everything[2:], self._fill).values)
             return self._whole[:, box[0] : box[0] + box[2], box[1] : box[1] + box[3]]
 
 
@@ -126,8 +128,7 @@ class Tiles:
         self._page, self._in_chans, self._max_pixels = page, in_chans, max_pixels
         self._nodata: float | None = None
         self.height, self.width = page.imagelength, page.imagewidth
-        has_alpha = page.photometric == 2 and in_chans in (1, 3)
-        self.channels = 3 if has_alpha else page.samplesperpixel
+        self.channels = without_alpha(page) if in_chans in (1, 3) else page.samplesperpixel
         check_channels(self.channels, in_chans)
         self.is_deep = page.dtype not in (np.uint8, np.bool_)
         self.pixel_bytes = page.samplesperpixel * page.dtype.itemsize
@@ -213,6 +214,12 @@ class LabelMap:
         return part.astype(np.int64)
 
 
+def _finite(values: NDArray[Any]) -> NDArray[Any]:
+    if values.dtype != np.uint8 and not np.isfinite(values).all():
+        raise BadImage(NOT_FINITE)
+    return values
+
+
 def _nearest(side: int, size: int) -> NDArray[np.int64]:
     """The pixels of a side under the middles of as many as `size` that it becomes."""
     return ((np.arange(size) + 0.5) * side / size).astype(np.int64)
@@ -230,7 +237,15 @@ def geo_tags(file: BinaryIO) -> list[tuple[int, int, int, Any, bool]]:
     with reading(MAX_PIXELS):
         tags = tifffile.TiffFile(file).pages.first.tags
         found = [tags[code] for code in GEO_TAGS if code in tags]
-        return [(tag.code, int(tag.dtype), tag.count, tag.value, True) for tag in found]
+        return [(tag.code, int(tag.dtype), tag.count, _stored(tag, file), True) for tag in found]
+
+
+def _stored(tag: Any, file: BinaryIO) -> Any:
+    """What a tag holds; text as its bytes, as it may not be ASCII, which is all that tifffile writes."""
+    if tag.dtype != tifffile.DATATYPE.ASCII:
+        return tag.value
+    file.seek(tag.valueoffset)
+    return file.read(tag.count)
 
 
 def read_window(page: Any, box: Box, max_pixels: int) -> NDArray[Any]:
@@ -280,7 +295,7 @@ def _plain_page(file: BinaryIO) -> Any:
     tiff = tifffile.TiffFile(file)
     if len(tiff.pages) > MAX_PAGES:
         raise BadImage(f"it has {len(tiff.pages)} pages, more than {MAX_PAGES}")
-    full = [page for page in tiff.pages if not page.is_reduced]
+    full = [page for page in tiff.pages if not (page.is_reduced or page.is_mask)]
     if len(full) != 1 or full[0] is not tiff.pages.first:
         return None
     page = full[0]
@@ -319,7 +334,13 @@ def _stored_values(file: BinaryIO, max_pixels: int) -> NDArray[Any]:
         if image.format == "JPEG":
             raise BadImage("it is a JPEG, which changes the numbers that it stores: give a PNG, TIFF or .npy file")
         values: NDArray[Any] = np.array(image)  # of a palette, its indices
-    depth, is_grey = content[24], content[25] == 0
-    if content[:4] == b"\x89PNG" and is_grey and depth in (2, 4):
+        if image.format == "PNG":
+            depth, is_grey, is_inverted = content[24], content[25] == 0, False
+        else:
+            tags = getattr(image, "tag_v2", {})
+            depth, is_grey, is_inverted = tags.get(258, (8,))[0], image.mode in ("1", "L"), tags.get(262) == 0
+    if is_grey and is_inverted:  # Pillow inverts what has up to 8 bits where 0 is white
+        values = ~values
+    if is_grey and depth in (2, 4):
         values //= 255 // (2**depth - 1)  # Pillow spreads what has fewer than 8 bits over all of them
     return values

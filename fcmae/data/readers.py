@@ -20,9 +20,10 @@ import tokenize
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from io import SEEK_END, BytesIO, FileIO
+from threading import Lock
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
@@ -51,6 +52,7 @@ _JPEG_MARKER = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])")
 MAX_SCANS = 100  # of a JPEG; cameras and web sites make up to a dozen
 MAX_PAGES = 10_000  # of a TIFF
 MAX_RATIO = 2000  # of what is stored to the file; deflate gets to 1032
+NOT_FINITE = "it holds values that 32 bits cannot"
 SMALL = 2**26  # bytes, which a file may take whatever it is
 
 _GREY_WEIGHTS = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R 601, as Pillow's mode L
@@ -177,14 +179,7 @@ def reading(max_pixels: int) -> Iterator[None]:
     Args:
         max_pixels: Pillow's own limit does not stop images of so many.
     """
-    logs, pillows = [logging.getLogger(name) for name in _LOGGERS], Image.MAX_IMAGE_PIXELS
-    was_disabled = [log.disabled for log in logs]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about metadata; a file that decodes is good. Bombs: check_size
-        for log in logs:
-            log.disabled = True
-        if pillows is not None and pillows < max_pixels:
-            Image.MAX_IMAGE_PIXELS = max_pixels
+    with _QUIET.raised_to(max_pixels):
         try:
             yield
         except BadImage:
@@ -193,10 +188,37 @@ def reading(max_pixels: int) -> Iterator[None]:
             raise BadImage("it is no JPEG, PNG, WebP, BMP, TIFF, DICOM or .npy file") from error
         except _READ_ERRORS as error:
             raise BadImage.unread(error) from error
+
+
+class _Quiet:
+    """What the libraries have for the whole process, changed while any thread reads, and set back by the last."""
+
+    def __init__(self) -> None:
+        self._lock, self._readers, self._undo = Lock(), 0, ExitStack()
+
+    @contextmanager
+    def raised_to(self, max_pixels: int) -> Iterator[None]:
+        with self._lock:
+            if not self._readers:
+                self._undo.enter_context(warnings.catch_warnings())
+                warnings.simplefilter("ignore")  # about metadata; a file that decodes is good. Bombs: check_size
+                for log in map(logging.getLogger, _LOGGERS):
+                    self._undo.callback(setattr, log, "disabled", log.disabled)
+                    log.disabled = True
+                self._undo.callback(setattr, Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+            self._readers += 1
+            if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
+                Image.MAX_IMAGE_PIXELS = max_pixels
+        try:
+            yield
         finally:
-            Image.MAX_IMAGE_PIXELS = pillows
-            for log, disabled in zip(logs, was_disabled, strict=True):
-                log.disabled = disabled
+            with self._lock:
+                self._readers -= 1
+                if not self._readers:
+                    self._undo.close()
+
+
+_QUIET = _Quiet()
 
 
 def check_size(height: int, width: int, depth: int, file_bytes: int, max_pixels: int) -> None:
@@ -424,6 +446,8 @@ def _has_more_pages(image: Image.Image) -> bool:
         image.seek(1)
     except EOFError:
         return False
+    except _READ_ERRORS:  # such as a mask, whose mode Pillow does not know
+        pass
     image.seek(0)
     return True
 
@@ -493,6 +517,19 @@ def _pillow_reads_all_of(image: Image.Image, in_chans: int) -> bool:
     return bool(samples == len(image.getbands()) == in_chans)
 
 
+def without_alpha(page: Any) -> int:
+    """How many samples of a TIFF's page are colours, or grey, where those behind them are left out.
+
+    Args:
+        page: of tifffile.
+    """
+    samples: int = page.samplesperpixel
+    if page.photometric == 2:  # RGB, and whatever else
+        return min(3, samples)
+    is_alpha = samples == 2 and bool(set(page.extrasamples) & {1, 2})
+    return 1 if page.photometric in (0, 1) and is_alpha else samples
+
+
 def _open_tifffile(tiff: tifffile.TiffFile, in_chans: int) -> OpenImage:
     colour = in_chans in (1, 3)
     page = next((page for page in tiff.pages if not page.is_reduced), tiff.pages[0])
@@ -505,18 +542,19 @@ def _open_tifffile(tiff: tifffile.TiffFile, in_chans: int) -> OpenImage:
     if axes.count("Y") != 1 or axes.count("X") != 1 or axes.index("Y") > axes.index("X") or len(band_axes) > 1:
         raise BadImage(f"it has the axes {axes}, not rows, columns and at most one of bands")
     axis = band_axes[0] if band_axes else None
-    extra = colour and page.photometric == 2 and axis is not None and shape[axis] > 3  # RGB and more, such as alpha
+    kept = without_alpha(page) if colour and source is page and axis is not None else 0
+    extra = bool(kept) and axis is not None and shape[axis] > kept
 
     def load() -> NDArray[Any]:
         for part in source.pages if source is series else [page]:
             if part is not None:
                 check_segments(part)
         array: NDArray[Any] = source.asarray(maxworkers=1)
-        return np.take(array, range(3), axis=axis) if extra else array
+        return np.take(array, range(kept), axis=axis) if extra else array
 
     stored_bands = 1 if axis is None else shape[axis]
     if extra:
-        shape = tuple(3 if i == axis else side for i, side in enumerate(shape))
+        shape = tuple(kept if i == axis else side for i, side in enumerate(shape))
     image = ArrayImage(
         load,
         shape,
@@ -671,7 +709,8 @@ class ArrayImage:
 
     def _full_range(self, dtype: np.dtype[Any]) -> int:
         """By which values are divided: 0 where they are kept."""
-        return 2**self._bits - 1 if dtype.kind == "u" and self._bits <= 16 and self._bits != 8 else 0
+        is_plain = dtype == np.uint8 and self._bits == 8
+        return 2**self._bits - 1 if dtype.kind == "u" and self._bits <= 16 and not is_plain else 0
 
     def _plane(self, values: NDArray[Any]) -> NDArray[Any]:
         """(h, w) as stored, to uint8 or float32 in the units of `read_crop`."""

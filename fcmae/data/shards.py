@@ -116,6 +116,7 @@ class Members:
             return None
         names, labels = (texts[key].split("\0") if len(starts) else [] for key in ("names", "labels"))
         fits = len(names) == len(labels) == len(starts) == len(sizes) and starts.dtype == sizes.dtype == np.int64
+        fits = fits and all(name == str(_plain(name)) for name in names)  # an index comes with others' shards
         return cls(names, starts, sizes, labels) if texts["stamp"] == stamp and fits else None
 
 
