@@ -23,6 +23,7 @@ from torch import Tensor
 from fcmae.heads import Exits, Segmenter, add_nearest, build_head, resized
 from fcmae.layouts import DENSE, PACKED, MakeLayout, Masked, Packed
 from fcmae.networks.encoder import StagedEncoder
+from fcmae.networks.spec import describe
 from fcmae.timing import wait
 
 # (stage, confidence, hidden) -> the patches that are hidden from the stage, and how many of an image it sees, which may
@@ -298,11 +299,16 @@ def build_segmenter(
         quantile: likewise; None is 0.
 
     Raises:
-        ValueError: for another kind.
+        ValueError: for another kind, or exits of a network that cannot compute on some patches alone.
     """
     head = build_head(kind, encoder.spec.dims, num_classes, dim)
     if not isinstance(head, Exits):
         return Segmenter(encoder, head)
+    if encoder.spec.dense_only:
+        raise ValueError(
+            f"model.head = {kind} is not for {describe(encoder.spec)}, which {encoder.spec.dense_only}: choose another "
+            "head or network"
+        )
     head.tau = head.tau if tau is None else tau
     head.quantile = head.quantile if quantile is None else quantile
     return Anytime(encoder, head)

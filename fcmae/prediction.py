@@ -28,7 +28,7 @@ from fcmae.data.loader import choose_num_workers, evaluation_loader
 from fcmae.data.maps import Classes
 from fcmae.data.rasters import Raster, geo_tags
 from fcmae.data.source import BadImage, printable
-from fcmae.segmentation import colours, each_image, predictor, probabilities_by_rows
+from fcmae.segmentation import check_sides, colours, each_image, predictor, probabilities_by_rows
 from fcmae.weights.convert import build_classifier
 from fcmae.weights.files import read_weights
 from fcmae.weights.segmenters import read_segmenter, segmenter_in
@@ -120,6 +120,8 @@ def predict_maps(cfg: PredictConfig) -> None:
         raise ValueError(f"out = {cfg.out} exists: give a new path, or remove it")
     model, weights, record = read_segmenter(cfg.model)
     reading = weights.reading(str(cfg.model), cfg.image_size)
+    unit = model.encoder.total_stride
+    check_sides("image_size", reading.image_size, unit)
     accelerator = Accelerator(cpu=cfg.device == "cpu")
     normalize = reading.normalize.to(accelerator.device)
     fill = reading.normalize.mean.flatten().tolist()
@@ -127,19 +129,25 @@ def predict_maps(cfg: PredictConfig) -> None:
         raise ValueError(f"tau, budget and limit_ms are for models with model.head anytime, and {cfg.model} is none")
     limit_s = math.inf if cfg.limit_ms is None else cfg.limit_ms / 1000
     predict_tiles = predictor(model.to(accelerator.device).eval(), normalize, accelerator, cfg.tau, cfg.budget)
-    unit, images = model.encoder.total_stride, find_images(cfg.images)
+    images = find_images(cfg.images)
     names = images.names()
     root = os.path.commonpath([os.path.dirname(name) for name in names])  # noqa: PTH120
-    places = [cfg.out / os.path.relpath(name, root) for name in names]
+    out, places = cfg.out, [cfg.out / os.path.relpath(name, root) for name in names]
     places = [place.with_suffix(".tif" if place.suffix.lower() in (".tif", ".tiff") else ".png") for place in places]
-    first_of = {place: i for i, place in reversed(list(enumerate(places)))}
+
+    def files_of(place: Path) -> list[Path]:
+        return [place, probabilities_beside(place)] if cfg.probabilities else [place]
+
+    first_of = {file: i for i, place in reversed(list(enumerate(places))) for file in files_of(place)}
 
     def segmented(i: int) -> NDArray[np.float64] | BadImage:
         """The shares of the classes of an image whose map was written."""
         place = places[i]
         try:
-            if first_of[place] != i:
-                raise BadImage(f"{place} is the map of another image: give images whose names differ before the suffix")
+            if os.pardir in place.relative_to(out).parts:
+                raise BadImage(f"its map would be {place}, outside of out: give it another name")
+            if another := next((file for file in files_of(place) if first_of[file] != i), None):
+                raise BadImage(f"{another} is of another image: give images whose names differ before the suffix")
             with images.open(i) as file:
                 tags = geo_tags(file)
                 file.seek(0)
@@ -171,6 +179,15 @@ def predict_maps(cfg: PredictConfig) -> None:
         raise ValueError(f"none of {len(images)} images could be segmented: {first_bad}")
 
 
+def probabilities_beside(place: Path) -> Path:
+    """The file of the classes' probabilities of an image.
+
+    Args:
+        place: of its label map.
+    """
+    return place.with_suffix(".probabilities.tif")
+
+
 def write_map(
     place: Path,
     raster: Raster,
@@ -193,17 +210,22 @@ def write_map(
 
     Returns:
         (classes,), the share of the pixels of each.
+
+    Raises:
+        BadImage: if a probability is not finite; nothing is written then.
     """
     counts, shape = np.zeros(len(classes), np.int64), (raster.height, raster.width)
     with ExitStack() as stack:
         kept = None
         if with_probabilities:
-            aside = stack.enter_context(replacing(place.with_suffix(".probabilities.tif")))
+            aside = stack.enter_context(replacing(probabilities_beside(place)))
             bands, kind = (*shape, len(classes)), {"photometric": "minisblack", "planarconfig": "contig"}
             kept = tifffile.memmap(aside, shape=bands, dtype=np.float32, extratags=tags, metadata=None, **kind)
 
         def labels() -> Iterator[NDArray[Any]]:
             for top, found in rows:
+                if not np.isfinite(found).all():
+                    raise BadImage("its probabilities are not finite: are missing pixels a huge number? Give --nodata")
                 numbers = found.argmax(0)
                 np.add(counts, np.bincount(numbers.ravel(), minlength=len(classes)), out=counts)
                 if kept is not None:

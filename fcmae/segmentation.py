@@ -150,6 +150,23 @@ def probabilities_by_rows(
             buffer[..., th - done :, :] = 0
 
 
+def check_sides(key: str, sides: Iterable[int], unit: int) -> None:
+    """Refuse a size that the network's stages do not divide, by which its maps would not lie on one another.
+
+    Args:
+        key: the setting.
+        sides: of crops or tiles, in pixels.
+        unit: total stride of the network.
+
+    Raises:
+        ValueError: if a side is no multiple of it.
+    """
+    for side in sides:
+        if side % unit:
+            nearest = max(1, round(side / unit)) * unit
+            raise ValueError(f"{key}: {side} is not a multiple of the total stride {unit}: use {nearest}")
+
+
 def each_image(function: Callable[[int], Result], which: Iterable[int], num_threads: int) -> Iterator[Result]:
     """What a function gives for images, in order: one is decoded and counted while another is predicted.
 

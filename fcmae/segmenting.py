@@ -40,6 +40,7 @@ from fcmae.networks.spec import describe
 from fcmae.segmentation import (
     Predict,
     Scores,
+    check_sides,
     each_image,
     padded,
     predictor,
@@ -118,7 +119,7 @@ def segment(cfg: SegmentConfig, net: Segmenter | None = None) -> Run:
         cfg = run.licensed(cfg, weights.license)
         origin = {} if cfg.model.license is None else {"license": cfg.model.license}
         weights = replace(weights, state={}, image=image_settings(cfg, weights) | {"crop_pct": 1.0}, origin=origin)
-        check_size(weights)
+        check_sides("data.image_size", weights.image["input_size"][1:], weights.architecture.spec.total_stride)
         check_start(cfg, run, net, (len(data.images), len(data.val_images)), data.fingerprint())
         with run.open(accelerator.is_main_process), StopSignal() as stop:
             if accelerator.is_main_process:
@@ -174,6 +175,7 @@ def train(
         evaluation = Evaluation(cfg, accelerator, normalize, data, weights, log, best, at_once)
         if cfg.eval_only:
             evaluation.run(net, None, 0, 0.0, (".",))
+            logger.info("finished evaluating")
             return True
         message = "%s under %s: %d training images of %d classes (%s), %d held out"
         names, num = ", ".join(data.classes.names[:10]), len(data.classes)
@@ -277,24 +279,6 @@ def build_model(cfg: SegmentConfig, weights: Weights, num_classes: int) -> Segme
     return model
 
 
-def check_size(weights: Weights) -> None:
-    """Refuse a size that the network's stages do not divide, by which its maps would not lie on one another.
-
-    Args:
-        weights: their image size is that of crops and tiles.
-
-    Raises:
-        ValueError: if a side is no multiple of the total stride.
-    """
-    stride = weights.architecture.spec.total_stride
-    for side in weights.image["input_size"][1:]:
-        if side % stride:
-            raise ValueError(
-                f"data.image_size: {side} is not a multiple of the total stride {stride}: "
-                f"use {max(1, round(side / stride)) * stride}"
-            )
-
-
 def build_train_set(cfg: SegmentConfig, data: Mapped, weights: Weights) -> SegmentDataset:
     """Training crops of images and maps.
 
@@ -370,7 +354,7 @@ class Evaluation:
 
         Raises:
             FloatingPointError: if the loss is not finite.
-            ValueError: if none of the images can be read.
+            ValueError: if none of the images can be read, or no pixel has a class.
         """
         values: dict[str, float] = {}
         names = self.data.classes.names
@@ -378,6 +362,9 @@ class Evaluation:
             if network is not None:
                 chosen: Segmenter = network
                 scores = self.score(chosen)
+                if not scores.confusion.any():
+                    num = len(self.data.val_images)
+                    raise ValueError(f"no pixel of the {num} held-out label maps has a class: hold out others")
                 found = scores.values(names)
                 values |= {prefix + name: value for name, value in found.items()}
         if not all(map(math.isfinite, values.values())):

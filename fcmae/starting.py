@@ -96,7 +96,9 @@ def build_optimizer(cfg: DenseConfig, net: Classifier | Segmenter) -> torch.opti
     return torch.optim.AdamW(groups, lr=0.0, betas=cfg.optim.betas, fused=True)
 
 
-def check_start(cfg: DenseConfig, run: RunDirectory, net: nn.Module, num_images: tuple[int, int], images: str) -> None:
+def check_start(
+    cfg: DenseConfig, run: RunDirectory, net: Classifier | Segmenter, num_images: tuple[int, int], images: str
+) -> None:
     """Refuse to start where the run could not end, or where a checkpoint is of other images.
 
     Args:
@@ -109,8 +111,10 @@ def check_start(cfg: DenseConfig, run: RunDirectory, net: nn.Module, num_images:
     Raises:
         ValueError: in one sentence.
     """
+    run.network = describe(net.encoder.spec)
     if num_images[1] == 0:
-        raise ValueError(f"data.val_share = {cfg.data.val_share} holds out none of {num_images[0]} images: raise it")
+        remedy = "raise it" if num_images[0] > 1 else "give images to hold out by data.val_path"
+        raise ValueError(f"data.val_share = {cfg.data.val_share} holds out none of {num_images[0]} images: {remedy}")
     if run.resume_from is not None:
         checkpoint.check_origin(run.resume_from, run.kind, images)
     elif not cfg.eval_only:
@@ -174,7 +178,7 @@ def class_balance(cfg: DenseConfig, counts: Sequence[int] | NDArray[np.int64], d
 
     Args:
         cfg: the run's settings: one weight a class; or "balanced", inverse to their frequency, with a mean of 1 over
-            what is counted.
+            what is counted. Of a class that was not met it is that of the rarest.
         counts: (classes,), how often each is there: images or pixels.
         device: where the weights are to be.
 
@@ -188,7 +192,9 @@ def class_balance(cfg: DenseConfig, counts: Sequence[int] | NDArray[np.int64], d
     if cfg.eval_only or setting is None:
         return None
     if setting == "balanced":
-        setting = (np.sum(counts) / (len(counts) * np.maximum(counts, 1))).tolist()
+        met = np.asarray(counts)[np.asarray(counts) > 0]
+        least = int(met.min()) if len(met) else 1
+        setting = (met.sum() / (max(1, len(met)) * np.maximum(counts, least))).tolist()
     if len(setting) != len(counts):
         raise ValueError(
             f"regularization.class_weights has {len(setting)} values for {len(counts)} classes: give one a class"

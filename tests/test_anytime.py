@@ -17,7 +17,7 @@ from fcmae.anytime import Answer, Anytime, build_segmenter, least_sure, narrow_m
 from fcmae.heads import Exits, FeaturePyramid, Segmenter
 from fcmae.layouts import DENSE, PACKED, Masked, Packed
 from fcmae.networks.build import make_encoder
-from fcmae.networks.spec import ContainerSpec, ConvNeXtSpec, NetworkSpec
+from fcmae.networks.spec import ContainerSpec, ConvNeXtSpec, NetworkSpec, RoadmapSpec
 from fcmae.segmentation import segmentation_loss
 
 SPEC = ConvNeXtSpec(depths=(1, 1, 1, 1), dims=(4, 6, 8, 10), stem_stride=2)  # patches of 16 pixels
@@ -281,3 +281,10 @@ def test_heads_are_built_by_name() -> None:
     assert isinstance(build_segmenter(encoder, "pyramid", 3).head, FeaturePyramid)
     head = build_segmenter(encoder, "anytime", 3).head
     assert isinstance(head, Exits) and (head.dim, head.tau, head.quantile) == (32, 0.998, 0.0)
+
+
+def test_exits_of_a_network_that_cannot_hide_patches_are_refused() -> None:
+    spec = RoadmapSpec(depths=(1, 1), dims=(8, 16))
+    assert spec.dense_only
+    with pytest.raises(ValueError, match=r"model\.head = anytime is not for .*: choose another head or network"):
+        build_segmenter(make_encoder(spec), "anytime", 3)

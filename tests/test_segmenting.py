@@ -30,6 +30,7 @@ from fcmae.data.maps import Classes
 from fcmae.data.normalize import Normalize
 from fcmae.data.rasters import GEO_TAGS, Raster
 from fcmae.evaluation.report import report
+from fcmae.evaluation.status import state_of
 from fcmae.heads import Segmenter, build_head
 from fcmae.networks.convnext import Encoder
 from fcmae.networks.spec import ConvNeXtSpec
@@ -145,6 +146,8 @@ def test_evaluating_the_best_model_gives_its_scores_again(segmented: Path, tiles
     assert segment(tiles, tmp_path / "run", model__init=segmented, eval_only="true") == 0
     (line,) = metrics(tmp_path / "run")
     assert line["miou"] == pytest.approx(best, abs=1e-6)
+    assert state_of(tmp_path / "run") == "finished"
+    assert segment(tiles, tmp_path / "run", model__init=segmented, eval_only="true") == 0  # and may be again
     assert (tmp_path / "run" / "confusion.csv").read_text() == (segmented / "best" / "confusion.csv").read_text()
     assert not (tmp_path / "run" / "best").exists()
 
@@ -272,6 +275,8 @@ def test_class_weights_are_inverse_to_the_share_of_the_pixels(tiles: Path) -> No
     torch.testing.assert_close(
         (weights * torch.from_numpy(data.counts)).float(), torch.full((2,), data.counts.sum() / 2)
     )
+    unseen = class_balance(cfg, [*data.counts, 0], torch.device("cpu"))
+    assert unseen is not None and unseen.tolist() == [*weights.tolist(), weights.max().item()]
     pairs = zip(data.val_images.names(), data.val_maps.names(), strict=True)
     assert all(Path(image).name == Path(label).name for image, label in pairs)
 
@@ -490,3 +495,55 @@ def test_from_python(pretrained: Path, tiles: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     assert run.finished and run.kind == "segment" and "miou" in run.metrics()[-1]
     assert checkpoint.latest(run.path) is not None
+
+
+def test_tiles_that_the_stages_do_not_divide_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(tmp_path / "model")
+    photos = write_images(tmp_path / "photos", 1)
+    assert predict(tmp_path / "model", photos, tmp_path / "maps", "--image_size", "60") == 2
+    assert "is not a multiple of the total stride 8: use" in capsys.readouterr().err
+    assert not (tmp_path / "maps").exists()
+
+
+def test_an_image_whose_probabilities_are_not_finite_has_no_map(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path / "model", in_chans=1)
+    heights = np.random.default_rng(0).random((2, 48, 40)).astype(np.float32)
+    heights[1, 5, 5] = -3.4e38  # missing, and no tag says so
+    (tmp_path / "scenes").mkdir()
+    for name, values in zip(("good", "holed"), heights, strict=True):
+        tifffile.imwrite(tmp_path / "scenes" / f"{name}.tif", values)
+    maps = tmp_path / "maps"
+    assert predict(tmp_path / "model", tmp_path / "scenes", maps, "--probabilities", "true") == 0
+    assert "holed.tif: its probabilities are not finite: " in capsys.readouterr().err
+    assert sorted(path.name for path in maps.iterdir()) == ["good.probabilities.tif", "good.tif"]
+    again = tmp_path / "again"
+    assert predict(tmp_path / "model", tmp_path / "scenes", again, "--nodata", "-3.4e38") == 0
+    assert sorted(path.name for path in again.iterdir()) == ["good.tif", "holed.tif"]
+
+
+def test_no_file_is_written_for_two_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(tmp_path / "model")
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name in ("00.png", "00.tif"):
+        Image.new("RGB", (40, 48), "red").save(photos / name)
+    maps = tmp_path / "maps"
+    assert predict(tmp_path / "model", photos, maps, "--probabilities", "true") == 0
+    assert "00.probabilities.tif is of another image" in capsys.readouterr().err
+    assert sorted(path.name for path in maps.iterdir()) == ["00.png", "00.probabilities.tif"]
+    assert predict(tmp_path / "model", photos, tmp_path / "both") == 0
+    assert sorted(path.name for path in (tmp_path / "both").iterdir()) == ["00.png", "00.tif"]
+
+
+def test_held_out_maps_without_a_known_pixel_are_no_score(
+    tiles: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "maps").mkdir()
+    for path in (tiles / "maps").iterdir():
+        with Image.open(path) as known:
+            Image.new("L", known.size, 255).save(tmp_path / "maps" / path.name)
+    words = {"data__val_path": tiles / "images", "data__val_maps": tmp_path / "maps"}
+    assert segment(tiles, tmp_path / "run", **words) == 2
+    assert "no pixel of the 12 held-out label maps has a class: hold out others" in capsys.readouterr().err
