@@ -21,6 +21,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".tmp-{path.name}")
+    aside.unlink(missing_ok=True)  # what was killed here has left one
     try:
         yield aside
         aside.replace(path)

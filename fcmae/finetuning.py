@@ -142,6 +142,7 @@ def train(
         evaluation = build_evaluation(cfg, accelerator, normalize, val_images, weights, best, log, at_once)
         if cfg.eval_only:
             evaluation.run(net, None, 0, 0.0, (".",))
+            logger.info("finished evaluating")
             return True
         message = "%s: %d training images of %d classes, %d held out"
         name, num_classes = describe(net.encoder.spec), len(weights.class_names)

@@ -84,7 +84,7 @@ def pretrain(cfg: PretrainConfig, net: FCMAE | None = None) -> Run:
         if net is None:
             net = build_model(cfg)
             started, found = start(cfg, net) if run.resume_from is None else ([], None)
-        cfg = run.licensed(cfg, found)
+        cfg, run.network = run.licensed(cfg, found), describe(net.encoder.spec)
         if run.resume_from is None:
             kept = checkpoint.num_kept(cfg.checkpoint.keep, cfg.epochs, cfg.checkpoint.milestone_epochs)
             run.needs = checkpoint.check_space(run.path, net, kept)

@@ -36,6 +36,7 @@ from fcmae.config.commands import WorthConfig
 from fcmae.data.dataset import Reading
 from fcmae.data.index import Images, find_images
 from fcmae.data.normalize import Normalize
+from fcmae.data.source import printable
 from fcmae.data.split import draw
 from fcmae.evaluation import paired
 from fcmae.evaluation.evaluate import find_data, folder_names, score
@@ -212,6 +213,8 @@ def _make_plan(place: Path, cfg: WorthConfig, train: Images, test: Images) -> di
     amounts = {labels: len(drawn(train, labels, cfg.seed)) for labels in _amounts(cfg)}
     for name in cfg.controls:
         Control(name)
+    if odd := [name for name in (*train.names(), *test.names()) if name != name.encode("utf-8", "replace").decode()]:
+        raise ValueError(f"data: {printable(odd[0])} has a name that is no UTF-8, as lists of images need: rename it")
     write_labels(place / "labels" / "train.csv", train)
     write_labels(place / "labels" / "test.csv", test)
     write_text(place / "labels" / "unlabelled.txt", "".join(f"{name}\n" for name in train.names()))

@@ -65,3 +65,11 @@ def test_a_checksum_is_of_all_bytes_of_a_file(tmp_path: Path) -> None:
     for changed in (content, b"", content[:-1], content[:-1] + b"\0"):
         (tmp_path / "file").write_bytes(changed)
         assert sha256_of(tmp_path / "file") == hashlib.sha256(changed).hexdigest()
+
+
+def test_what_a_killed_process_left_is_in_nobodys_way(tmp_path: Path) -> None:
+    (tmp_path / ".tmp-table.csv").write_text("half")
+    with replacing(tmp_path / "table.csv") as aside, aside.open("x") as file:
+        file.write("whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["table.csv"]
+    assert (tmp_path / "table.csv").read_text() == "whole"

@@ -7,6 +7,7 @@ import multiprocessing
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import pytest
 from reported import finetune_run, pretrain_run
@@ -113,3 +114,21 @@ def test_the_runs_below_a_folder_are_a_table(
 def test_no_run_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no run: give the directory of one, or of runs"):
         status(tmp_path)
+
+
+def test_a_run_that_one_may_only_read_has_the_state_that_its_log_tells(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = run / ".lock"
+    lock.touch()
+    before, opened = state_of(run), Path.open
+
+    def refused(self: Path, mode: str = "r", *more: Any, **named: Any) -> Any:
+        if self == lock:
+            raise PermissionError(13, "Permission denied", str(self))
+        return opened(self, mode, *more, **named)
+
+    lock.chmod(0o444)
+    assert state_of(run) == before
+    monkeypatch.setattr(Path, "open", refused)
+    assert state_of(run) == before != "running"

@@ -192,3 +192,12 @@ def test_several_runs_are_named_and_the_worst_decides(tmp_path: Path) -> None:
     verdict = is_working(read(good, bad))
     assert verdict.state == "attention"
     assert {sentence.partition(":")[0] for sentence in verdict.sentences} == {"good", "bad"}
+
+
+def test_runs_of_other_networks_are_not_compared(tmp_path: Path) -> None:
+    given, scratch = tuned(tmp_path, [0.8], [0.6])
+    for run, network in ((given, "convnextv2_atto"), (scratch, "convnextv2_nano")):
+        starts = json.loads((run.path / "environment.json").read_text())
+        starts[-1]["network"] = network
+        (run.path / "environment.json").write_text(json.dumps(starts))
+    assert was_worth_it(read(given.path, scratch.path)).sentences[0].startswith("Not measured yet")

@@ -113,3 +113,17 @@ def test_auto_goes_on_eager_where_compiling_fails() -> None:
 
     net.compile = broken  # type: ignore[method-assign]
     assert not compiled(net, "auto")
+
+
+@pytest.mark.parametrize("setting", [True, "auto"])
+def test_a_trial_leaves_the_statistics_of_batches_as_they_were(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nn.Module, "compile", lambda self: None)  # what is compiled computes the same
+    net = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    assert isinstance(net[1].running_mean, Tensor)
+    net[1].running_mean.fill_(3.0)
+    before = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    compile_model(net, setting, lambda: net(torch.randn(4, 3)).sum().backward(), 10**9)
+    for name, buffer in net.named_buffers():
+        assert torch.equal(buffer, before[name]), name

@@ -263,3 +263,12 @@ def test_a_damaged_line_costs_itself_and_not_what_follows(tmp_path: Path) -> Non
     lines += ['{"step": 2, "epoch": 1, "loss": "low"}', '{"step": 3, "epoch": 1, "loss": null}', "\0\1"]
     path.write_text("\n".join([*lines, '{"step": 4, "epoch": 2}']) + "\n")
     assert [line["step"] for line in read_metrics(path)] == [1, 4]
+
+
+def test_a_window_that_took_an_hour_has_a_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(log_module.time, "perf_counter", clock)
+    window = Window(images_per_step=8)
+    clock.now += 3600
+    window.add(loss=1.0)
+    assert window.summary()["images_per_s"] == 8 / 3600

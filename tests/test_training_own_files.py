@@ -164,3 +164,17 @@ def test_a_home_is_meant_by_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert cfg.out == tmp_path / "runs" / "first"
     assert cfg.data.path == [str(tmp_path / "photos")]
     assert RunDirectory(cfg, "pretrain").path == tmp_path / "runs" / "first"
+
+
+def test_files_that_were_being_written_are_the_runs_and_go_at_its_next_start(run: Path, images: Path) -> None:
+    halves = [run / place for place in (".tmp-loss.png", "reconstructions/.tmp-step-00000003.png")]
+    for path in halves:
+        path.write_text("half")
+    mine = run / "reconstructions" / ".tmp-mine.png"
+    mine.write_text("mine")
+    assert own_files.strangers(run) == [mine]
+    assert pretrain(images, run) == 0
+    assert mine.exists() and not any(path.exists() for path in halves)
+    mine.unlink()
+    halves[1].write_text("half")
+    assert pretrain(images, run, "--overwrite", "true") == 0

@@ -326,3 +326,15 @@ def test_what_a_removal_that_was_cut_off_left_is_removed_by_the_next_start(tmp_p
     (tmp_path / "checkpoints").rename(tmp_path / ".tmp-checkpoints")
     with RunDirectory(config(Path("photos"), tmp_path), "pretrain").open(is_main=True):
         assert not (tmp_path / ".tmp-checkpoints").exists()
+
+
+def test_a_run_that_went_on_since_the_first_look_is_not_trained_from_the_wrong_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_run(tmp_path)
+    early = RunDirectory(config(Path("photos"), tmp_path), "pretrain")
+    (tmp_path / "checkpoints" / "step-00000099").mkdir(parents=True)
+    with pytest.raises(ValueError, match="in use by another process"), early.open(is_main=True):
+        pass
+    with RunDirectory(config(Path("photos"), tmp_path), "pretrain").open(is_main=True):
+        pass

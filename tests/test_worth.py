@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -317,3 +318,13 @@ def test_a_licence_goes_with_runs_their_resumes_exports_and_report(folder: Path)
     # What the user says goes before what files say.
     assert run(*words[:-6], "--out", "mine", *words[-4:], "--log.trackers", "none", "--model.license", "mit") == 0
     assert read_weights(Path("mine")).license == "mit"
+
+
+def test_a_name_that_is_no_unicode_is_told_of_before_anything_is_compared(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_init(folder / "own.safetensors")
+    some = next((folder / "labelled").glob("*/*.png"))
+    some.rename(some.parent / os.fsdecode(b"\xff.png"))
+    assert run("worth", "labelled", "--init", "own.safetensors") == 2
+    assert r"\udcff.png has a name that is no UTF-8" in capsys.readouterr().err

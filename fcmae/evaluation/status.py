@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import shlex
 from collections.abc import Iterator
@@ -87,13 +88,15 @@ def state_of(path: Path) -> str:
 def _is_locked(lock: Path) -> bool:
     """Whether another process holds the lock that a run has while it lasts."""
     try:
-        with lock.open("r+") as file:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return False
-    except FileNotFoundError:
+        file = lock.open("rb")
+    except OSError:  # there is none, or nobody may read it here: train.log tells
         return False
-    except OSError:
-        return True
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            return error.errno in (errno.EACCES, errno.EAGAIN)
+    return False
 
 
 def _row(run: Run) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from fcmae.training import health
 
 K = 20  # neighbours: to take the best of several would be to choose by the test images
 PROBES = {"linear": "Linear probes", "knn": "Nearest neighbours"}
-BUDGET = ("epochs", "batch_size", "data.image_size")  # what runs must share to be compared
+BUDGET = ("epochs", "batch_size", "data.image_size")  # what runs must share to be compared, beside the network
 # Of 3 runs of either kind all of one are ahead of all of the other by chance once in 20 times, of 2 once in 6.
 LEAST_RUNS = 3
 LEARNT = 0.97  # a loss below shows that something was learnt, where predicting each patch's mean scores 1
@@ -143,7 +143,8 @@ def _against_scratch(runs: Sequence[Run]) -> list[Found]:
     for run in runs:
         scored = [line for line in run.lines if "top1" in line]
         if run.kind == "finetune" and scored and not run.settings.get("eval_only"):
-            budget = [str(run.settings.get(key)) for key in BUDGET]
+            network = run.starts[-1].get("network") if run.starts else None
+            budget = [str(network), *(str(run.settings.get(key)) for key in BUDGET)]
             group = groups.setdefault((run.counts.get("to learn from", 0), run.held_out, *budget), ([], []))
             group[run.settings.get("model.init") is None].append(_score(scored[-1]))
     found = []

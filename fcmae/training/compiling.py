@@ -39,6 +39,7 @@ def compile_model(net: nn.Module, setting: Setting, step: Callable[[], None], nu
     Raises:
         ValueError: for "cudagraphs" without a GPU, and for True where compiling fails.
     """
+    buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}  # which a trial on noise changes
     if setting == "cudagraphs":
         if not torch.cuda.is_available():
             raise ValueError("model.compile = cudagraphs needs a GPU, and torch finds none: use true or auto")
@@ -55,6 +56,9 @@ def compile_model(net: nn.Module, setting: Setting, step: Callable[[], None], nu
         net.zero_grad()
     elif setting == "auto" and _pays(net, step, num_steps):
         net.compile()
+    with torch.no_grad():
+        for name, buffer in net.named_buffers():
+            buffer.copy_(buffers[name])
 
 
 def _one_line(error: Exception) -> str:

@@ -257,10 +257,11 @@ class Window:
             wait while the device computes the step before. upkeep_s: seconds of evaluating and saving beside the steps.
         """
         seconds = time.perf_counter() - self._started
+        images_per_s = self._steps * self._images_per_step / seconds
         idle = sum(start.elapsed_time(end) for start, end in self._gaps) / 1000 if self._on_cuda else self._waited
         values = {
             "loss": self._loss / self._steps,
-            "images_per_s": round(self._steps * self._images_per_step / seconds, 2),
+            "images_per_s": round(images_per_s, 2) or images_per_s,
             "data_wait_s": round(self._waited, 4),
             "data_wait_share": round(idle / seconds, 4),
             "upkeep_s": round(self._upkeep, 3),

@@ -90,7 +90,7 @@ def how_it_ended(log: Path) -> str:
         lines = file.read(LOG_END).decode(errors="replace").splitlines()
     advice = re.compile(STAMP + "(next: |best and last model: )")
     last = next((line for line in reversed(lines) if re.match(STAMP, line) and not advice.match(line)), "")
-    if re.match(STAMP + r"finished \d+ steps$", last):
+    if re.match(STAMP + r"finished (\d+ steps|evaluating)$", last):
         return "finished"
     if re.match(STAMP + "stopped by ", last):
         return "stopped"

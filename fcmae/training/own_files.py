@@ -70,6 +70,7 @@ RESULTS = (
 )
 FOLDERS = ("index", "cache", "checkpoints", "tensorboard", "reconstructions", "overlays", "best", "last")
 ASIDE = ".tmp-checkpoints"
+UNFINISHED = ".tmp-"  # before the name of a file that is being written, see `fcmae.atomic.replacing`
 SAVED = ".saved"  # there once a checkpoint was: without one, the run is finished and tidied up, or somebody's loss
 
 
@@ -149,6 +150,18 @@ def remove_aside(run: Path) -> None:
     shutil.rmtree(run / ASIDE, ignore_errors=True)
 
 
+def remove_unfinished(run: Path) -> None:
+    """Remove the files that the run was writing when it was killed.
+
+    Args:
+        run: its directory, which no other process writes to.
+    """
+    for folder in (".", "best", "last", "overlays", "reconstructions", "reconstructions/tiles"):
+        for path in (run / folder).glob(f"{UNFINISHED}*"):
+            if path.is_file() and _matches(path.relative_to(run), (*STARTED, *RESULTS)):
+                path.unlink(missing_ok=True)
+
+
 def _below(run: Path) -> Iterator[Path]:
     """Everything in a directory; links to folders are followed at the top only, where `checkpoints` may be one."""
     if not run.is_dir():
@@ -161,10 +174,12 @@ def _below(run: Path) -> Iterator[Path]:
 
 
 def _matches(relative: Path, patterns: tuple[str, ...]) -> bool:
-    parts = relative.parts
+    """Whether a path is of one of the patterns, or on the way to be."""
+    spellings = {relative.parts, relative.with_name(relative.name.removeprefix(UNFINISHED) or relative.name).parts}
     return any(
         len(parts) == len(names) and all(map(re.fullmatch, map(_regex, names), parts))
         for names in (pattern.split("/") for pattern in patterns)
+        for parts in spellings
     )
 
 

@@ -47,12 +47,13 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def record_start(path: Path, cpu: bool) -> None:
+def record_start(path: Path, cpu: bool, network: str = "") -> None:
     """Append to a JSON list what this process runs with: time, versions, machine, command.
 
     Args:
         path: of the list; a file that holds none is begun anew.
         cpu: whether it computes on the CPU whatever else is there.
+        network: what it trains, in words.
     """
     device = torch.device("cpu") if cpu else torch.accelerator.current_accelerator() or torch.device("cpu")
     program = Path(sys.argv[0])
@@ -70,6 +71,7 @@ def record_start(path: Path, cpu: bool) -> None:
         "num_processes": int(os.environ.get("WORLD_SIZE", "1")),
         "cpu": cpu_name(),
         "cores": num_cores(),
+        **({"network": network} if network else {}),
         "directory": str(Path.cwd()),
         # `python -m fcmae.cli` is another way to say fcmae.
         "command": shlex.join(["fcmae" if program.name == "cli.py" else program.name, *sys.argv[1:]]),

@@ -57,6 +57,7 @@ class RunDirectory:
 
     Attributes:
         needs: what its checkpoints take of the disk, in words, once that is known; told when it is opened.
+        network: what it trains, in words, once that is known; kept when it is opened.
 
     Args:
         cfg: settings of the run, with `out`.
@@ -73,7 +74,7 @@ class RunDirectory:
         self.cfg = cfg
         self.kind = kind
         self.path = cfg.out
-        self.needs = ""
+        self.needs = self.network = ""
         config = self.path / "config.yaml"
         header = ""
         if config.is_file():
@@ -87,8 +88,10 @@ class RunDirectory:
         if not self.exists:
             _check_inputs(cfg.out, cfg.inputs(), cfg.overwrite)
         self.saved = self._read_same_run(config, header) if self.exists else None
+        self._found = self.resume_from
         if self.exists:
-            self._check_not_finished()
+            if not getattr(cfg, "eval_only", False):
+                self._check_not_finished()
         elif not cfg.overwrite and (results := own_files.written(self.path, own_files.RESULTS)):
             # config.yaml may have been copied here to start the next experiment.
             raise ValueError(
@@ -231,15 +234,17 @@ class RunDirectory:
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError):
                 raise ValueError(in_use) from None
-            # Another process may have made, or deleted, a run here since this one looked.
-            if RunDirectory(self.cfg, self.kind).exists != self.exists:
+            # Another process may have made, deleted, or gone on with a run here since this one looked.
+            now = RunDirectory(self.cfg, self.kind)
+            if (now.exists, now.resume_from) != (self.exists, self._found):
                 raise ValueError(in_use)
             own_files.remove_aside(self.path)
+            own_files.remove_unfinished(self.path)
             if not self.exists and self.cfg.overwrite:
                 own_files.remove(self.path)
             text = f"# fcmae {self.kind} {fcmae.__version__}\n{options.dump(self.cfg)}"
             write_text(self.path / "config.yaml", text)
-            record_start(self.path / "environment.json", uses_cpu(self.cfg))
+            record_start(self.path / "environment.json", uses_cpu(self.cfg), self.network)
             ended = how_it_ended(self.path / "train.log")
             with logging_to(self.path / "train.log"):
                 if ended == CUT_OFF:
