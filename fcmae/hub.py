@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
@@ -24,7 +25,7 @@ from fcmae.evaluation.runs import Run, is_untrained, read_run
 from fcmae.networks.spec import describe
 from fcmae.tables import table
 from fcmae.weights.convert import convert
-from fcmae.weights.files import Weights, read_weights, timm_holds
+from fcmae.weights.files import Weights, read_weights, save_weights, timm_holds
 
 # Of a file that is large, of the system, and of the library that this huggingface_hub speaks HTTP with.
 FAILURES: tuple[type[Exception], ...] = (RuntimeError, OSError, HfHubHTTPError.__mro__[1])
@@ -35,11 +36,15 @@ LEFT_OUT = (
     "planned_s",
     "data.path",
     "data.val_path",
+    "data.maps",
+    "data.val_maps",
+    "monitor.labelled",
     "data.num_workers",
     "model.init",
     "device",
     "overwrite",
 )
+OF_FILES = ("run", "init", "file", "directory")  # of where weights are from
 CURVES = ("loss", "val_loss", "top1", "balanced_accuracy", "auroc")
 MAX_ROWS = 12  # of the table of curves
 # Of the names that the hub knows; it takes others as "other" with a name of its own.
@@ -98,10 +103,18 @@ def push(cfg: PushConfig) -> str:
 
 def _write(model: Path, dest: Path, name: str, key: str | None, prefix: str | None) -> str:
     """The two files and the card in a new folder; what `convert` says."""
+    run = _run_of(model)
+    if run is not None and run.kind == "segment":
+        raise ValueError(
+            f"model = {model} makes label maps, and no format of the hub holds its head: `fcmae convert` writes its "
+            "encoder alone"
+        )
     weights = read_weights(model, key=key, prefix=prefix)
     said = convert(model, dest, "timm", key=key, prefix=prefix)
     try:
-        text = card(weights, _run_of(model), name)
+        origin = {name: value for name, value in weights.origin.items() if name not in OF_FILES}
+        save_weights(dest, replace(weights, origin=origin), "timm")
+        text = card(weights, run, name)
         ModelCard(text)  # reads its head as the hub does
         (dest / "README.md").write_text(text, encoding="utf-8")
     except BaseException:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -20,7 +21,10 @@ from huggingface_hub import ModelCard
 from reported import evaluation, finetune_run, pretrain_run
 from safetensors.torch import load_file
 
+import fcmae
+from fcmae import options
 from fcmae.cli import main
+from fcmae.config import SegmentConfig, SegmentData, SegmentModel
 from fcmae.data.index import Images
 from fcmae.evaluation.runs import read_run
 from fcmae.heads import Classifier
@@ -100,6 +104,8 @@ def test_the_card_says_what_the_run_says_and_not_where_it_lies(run: Path, tmp_pa
     assert "cc-by-nc-4.0, as the weights that it was made from" in text
     assert r"cat, do\|g, \<b\>ünï" in text
     assert "secret place" not in text and str(tmp_path) not in text
+    places = {"data.maps": "/me/maps", "data.val_maps": "/me/maps", "monitor.labelled": "/me/labels"}
+    assert "/me/" not in card(read_weights(run), replace(read_run(run, "cells"), changed=places), "hf-hub:me/cells")
 
 
 def test_the_card_of_a_pretraining_has_its_curves_and_probes(tmp_path: Path) -> None:
@@ -296,3 +302,23 @@ def test_a_hub_that_is_not_there_is_a_sentence(
 def test_a_name_that_no_repository_has_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["push", "x", "a/b/c"]) == 2
     assert "repo: received a/b/c; give USER/NAME, of letters, digits, points, - and _" in capsys.readouterr().err
+
+
+def test_what_is_written_names_no_place_of_the_run(run: Path, tmp_path: Path) -> None:
+    model = read_weights(run / "best")
+    origin = {"license": "mit", "run": str(run), "init": "/home/me/first", "step": 9}
+    save_classifier(run / "best", build_classifier(model), replace(model, origin=origin))
+    assert main(["export", str(run), str(tmp_path / "page"), "--to", "hub"]) == 0
+    found = read_weights(tmp_path / "page").origin
+    assert found["license"] == "mit" and found["step"] == 9 and not {"run", "init"} & set(found)
+    for path in (tmp_path / "page").iterdir():
+        assert b"secret place" not in path.read_bytes() and b"/home/me" not in path.read_bytes()
+
+
+def test_a_segmentation_is_refused_in_a_sentence(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, model = SegmentData(path="images", maps="maps"), SegmentModel(variant="convnextv2_atto")
+    settings = options.dump(SegmentConfig(out=run, data=data, model=model))
+    (run / "config.yaml").write_text(f"# fcmae segment {fcmae.__version__}\n{settings}")
+    assert main(["export", str(run), str(tmp_path / "page"), "--to", "hub"]) == 2
+    assert "makes label maps, and no format of the hub holds its head" in capsys.readouterr().err
+    assert not (tmp_path / "page").exists()
