@@ -15,7 +15,7 @@ help:
 	@echo 'make chaos      kill, damage and overwrite runs at random for MINUTES=10 with SEED=0, and write docs/reliability.md'
 	@echo 'make check      ruff and mypy'
 	@echo 'make docs       build the site of documentation, site/index.html'
-	@echo 'make bench      time everything that a CPU can, and write docs/benchmarks.md: 10 minutes'
+	@echo 'make bench      time what a CPU can in 10 minutes, and write docs/benchmarks.md'
 	@echo 'make minkowski  build and install MinkowskiEngine for the minkowski backend: minutes, the first time'
 
 setup: $(READY)

@@ -1,10 +1,10 @@
 """Whether the first command works on any folder: five kinds of images, nothing given but the path and the hours.
 
     python benchmarks/first_hour.py --json docs/benchmarks/first_hour.json           # about an hour, on a quiet machine
-    python benchmarks/first_hour.py --group /sys/fs/cgroup/memory/four ...           # as a member of that control group
+    python benchmarks/first_hour.py --group CGROUP ...                               # as a member of that control group
 
 Each folder is pretrained on, fine-tuned where it is labelled, and reported, as a new user types it; its images are
-drawn by docs/pictures.py. A run should end within a quarter of its hours, and all of its processes together take
+drawn by docs/pictures.py. A run should take at most a quarter more than its hours, and all of its processes together
 less than 4 GB: of a page that several share each counts its part. With `--group` the commands run in a control group
 that root has made and limited, which kills what takes more.
 """

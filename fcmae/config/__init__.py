@@ -186,8 +186,8 @@ class EncoderConfig(Section):
     variant: Network | None = None
     """The network. Default: the one that `init` holds."""
     init: Annotated[RunText | None, Spelling(short="init")] = Field(None, min_length=1)
-    """Starting weights: a run, a checkpoint, or weights in any format that `fcmae convert` reads; a decoder that they
-    do not have, or that does not fit, starts fresh. Default: all from scratch."""
+    """Starting weights: a run, a checkpoint, or weights in any format that `fcmae convert` reads. What they do not
+    have, or what does not fit, such as a decoder or a head, starts fresh. Default: all from scratch."""
     key: Annotated[str | None, Spelling(short="key")] = Field(None, min_length=1)
     """The entry of a .pth file in `init` that holds the weights, e.g. model_ema. Default: model, or another usual
     one."""
@@ -419,7 +419,7 @@ class RunConfig(Settings):
 
     out: UserPath | None = None
     """The run directory: everything a run writes goes here. The same command again resumes it. Where settings are
-    chosen, runs/NAME of the images by default."""
+    chosen, runs/NAME of the images by default, with -tuned or -segmented behind it when that is done."""
     overwrite: bool = False
     """Delete the run that is in `out` and start anew."""
     seed: int = Field(0, ge=0, lt=2**32)

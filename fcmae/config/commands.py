@@ -297,8 +297,8 @@ class PruneConfig(Reading, FromFile):
     how: Literal["uniform", "global"] = "uniform"
     """That share of each block (of each stage, for blocks); or of the whole network, where it matters most."""
     by: Literal["norm", "activation"] = "activation"
-    """What tells what matters: what it adds to the features of the images, or the norm of its weights (for blocks
-    LayerScale, which V1 has)."""
+    """What tells what matters. norm: the norm of its weights (for blocks LayerScale, which V1 has); activation: what it
+    adds to the features of the images."""
     max_images: int = Field(256, ge=1)
     """Of more images, that many are taken, evenly spread."""
 
