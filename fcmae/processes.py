@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import signal
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection
@@ -14,6 +16,7 @@ from typing import Any
 from fcmae.data.cores import end_with_parent
 
 OUT_OF_MEMORY = "out of memory"
+_ONE_AT_A_TIME = threading.Lock()
 
 
 class Failed(Exception):  # noqa: N818
@@ -50,7 +53,8 @@ def each_in_process(
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(theirs, function, args))
-    process.start()
+    with _without_main():
+        process.start()
     theirs.close()
     end = None if timeout_s is None else time.monotonic() + timeout_s
     try:
@@ -71,6 +75,19 @@ def each_in_process(
         process.kill()
         process.join()
         ours.close()
+
+
+@contextlib.contextmanager
+def _without_main() -> Iterator[None]:
+    """Hide the caller's script, which the new process would run first, as what is called is in modules."""
+    main = sys.modules["__main__"]
+    with _ONE_AT_A_TIME:
+        kept = main.__spec__, getattr(main, "__file__", None)
+        main.__spec__ = main.__file__ = None
+        try:
+            yield
+        finally:
+            main.__spec__, main.__file__ = kept
 
 
 def _returned(function: Callable[..., Any], args: tuple[Any, ...]) -> Iterator[Any]:

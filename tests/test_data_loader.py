@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +24,7 @@ from fcmae.data.augment import CropAndFlip
 from fcmae.data.cores import core_time, free_memory
 from fcmae.data.dataset import Batch, NoUsableImage, PretrainDataset, Sample
 from fcmae.data.index import Images, find_images
-from fcmae.data.loader import STOP_SIGNALS, build_loader, choose_num_workers, prefetched
+from fcmae.data.loader import STOP_SIGNALS, build_loader, choose_num_workers, end_workers, prefetched
 from fcmae.data.sampler import StepSampler
 
 
@@ -332,3 +333,18 @@ def test_only_cuda_pins(tmp_path: Path) -> None:
     dataset = _SignalsItself()
     assert build_loader(dataset, [], num_workers=0, device_type="cuda").pin_memory
     assert not build_loader(dataset, [], num_workers=0, device_type="cpu").pin_memory
+
+
+def test_processes_that_are_not_ours_outlive_our_workers(index: Images) -> None:
+    theirs = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    theirs.start()
+    loader = build_loader(_SignalsItself(), [[(0, 0)], [(0, 1)]], num_workers=1, device_type="cpu")
+    iterator = iter(loader)
+    next(iterator)
+    (worker,) = [child for child in multiprocessing.active_children() if child.pid != theirs.pid]
+    end_workers()
+    worker.join(10)
+    assert not worker.is_alive() and theirs.is_alive()
+    theirs.kill()
+    theirs.join()
+    del iterator

@@ -476,3 +476,10 @@ def test_shards_that_webdataset_wrote_are_read_and_trained_on_as_they_lie(tiny20
 def test_an_index_whose_names_lead_elsewhere_is_made_anew(tmp_path: Path, name: str) -> None:
     found = scanned(pack(tmp_path / "x.tar", *labelled(1)))
     assert Members.unpacked(Members([name], found.starts, found.sizes, [""]).packed("a"), "a") is None
+
+
+def test_an_index_that_zipfile_cannot_read_is_made_anew(tmp_path: Path) -> None:
+    packed = scanned(pack(tmp_path / "x.tar", *labelled(2))).packed("a")
+    at = packed.index(b"PK\x01\x02") + 8  # the flags of the directory's first entry: encrypted
+    spoiled = packed[:at] + bytes([packed[at] | 1]) + packed[at + 1 :]
+    assert Members.unpacked(spoiled, "a") is None

@@ -7,6 +7,7 @@ import importlib.util
 import io
 import os
 import re
+import shutil
 import tarfile
 import threading
 import time
@@ -103,7 +104,10 @@ class Handler(SimpleHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Length", str(len(content)))
         self.send_header("Accept-Ranges", "bytes")
-        self.send_header("ETag", f'"{path.stat().st_mtime_ns}"')
+        if path.name == "same-size.tar":
+            self.send_header("Last-Modified", self.date_time_string(path.stat().st_mtime))
+        else:
+            self.send_header("ETag", f'"{path.stat().st_mtime_ns}"')
         self.end_headers()
         if self.command == "GET":
             self.wfile.write(content[: len(content) // 2] if fault == "cut" else content)
@@ -272,6 +276,9 @@ def test_here_and_afar_may_be_mixed(folder: Path, tmp_path: Path) -> None:
         ("file:///a/b", "../x.png", "file:///a/x.png"),
         ("/a/b", "../x.png", "/a/x.png"),
         ("/a/b", "s3://b/x.png", "s3://b/x.png"),
+        ("https://h/lists", "/a/x.png", "https://h/a/x.png"),
+        ("https://h/lists", "../../../evil/x.png", "https://h/evil/x.png"),
+        ("s3://b", "/a/x.png", "s3://b/a/x.png"),
     ],
 )
 def test_names_in_a_list_start_where_it_lies(parent: str, name: str, expected: str) -> None:
@@ -467,3 +474,46 @@ def test_a_run_on_a_bucket_is_the_run_on_the_folder(folder: Path, s3: str, tmp_p
     assert len(list((tmp_path / "afar/cache").rglob("*.read"))) == 8
     assert main(["pretrain", *runs.flags(folder / "shards", tmp_path / "afar", epochs=1), "--overwrite", "true"]) == 0
     assert not list((tmp_path / "afar").rglob("*.read"))
+
+
+def test_what_the_disk_damaged_in_a_cache_is_read_again(tmp_path: Path) -> None:
+    cache = Cache(tmp_path, 10**6)
+    for kept in (b"", b"other bytes of an image", None):
+        cache.put("x", b"bytes of an image")
+        assert cache.get("x") == b"bytes of an image"
+        content = cache._path("x").read_bytes()
+        cache._path("x").write_bytes(content[:-1] + b"E" if kept is None else kept)
+        assert cache.get("x") is None
+
+
+def test_a_cache_that_cannot_be_trimmed_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = Cache(tmp_path, 6400)
+    cache.put("x", b"1")
+    monkeypatch.setattr(Path, "exists", lambda self: True)  # another worker removed it in between
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: [tmp_path / "gone.read"])
+    cache.put("y", bytes(60))
+    cache.put("z", bytes(60))
+    assert cache.get("z") == bytes(60)
+
+
+@web
+def test_a_shard_that_changed_is_told_by_its_time_where_the_server_has_no_other_version(
+    folder: Path, server: str, tmp_path: Path
+) -> None:
+    path = folder / "same-size.tar"
+    path.write_bytes((folder / "shards/0.tar").read_bytes())
+    stamps = []
+    for seconds in (10**9, 10**9 + 5):
+        os.utime(path, (seconds, seconds))
+        stamps.append(Storage().stamp(f"{server}/same-size.tar"))
+    path.unlink()
+    assert stamps[0][0] == stamps[1][0] and stamps[0] != stamps[1]
+
+
+@web
+def test_classes_on_a_web_server_have_the_names_of_their_folders(folder: Path, server: str) -> None:
+    for name in ("café au lait", "tea"):
+        (folder / "drinks" / name).mkdir(parents=True)
+        (folder / "drinks" / name / "0.png").write_bytes(image(0))
+    assert find_labelled(f"{server}/drinks").class_names == ("café au lait", "tea")
+    shutil.rmtree(folder / "drinks")

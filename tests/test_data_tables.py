@@ -201,3 +201,28 @@ def test_a_run_on_a_table_is_the_run_on_its_files_and_goes_on_exactly(
     assert main(["pretrain", *runs.flags(path, tmp_path / "cut", **options)]) == 0
     runs.assert_same(runs.final_state(tmp_path / "cut"), runs.final_state(tmp_path / "whole"))
     assert runs.losses(tmp_path / "cut") == runs.losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_a_table_that_was_written_anew_gives_no_image_under_an_old_label(tmp_path: Path, kind: str) -> None:
+    def write(content: Any) -> None:
+        if kind == "parquet":
+            pq.write_table(content, tmp_path / f"x.{kind}")
+        else:
+            write_arrow(tmp_path / f"x.{kind}", content)
+
+    content = table(label=["cat", "dog"] * 5)
+    write(content)
+    found = find_labelled(str(tmp_path / f"x.{kind}"))
+    found.save(tmp_path / "files.json")
+    assert contents(Images.load(tmp_path / "files.json")) == contents(found) == EXPECTED
+    write(content.take(list(range(9, -1, -1))))
+    again = Images.load(tmp_path / "files.json")
+    assert sum("has changed since its index was made" in str(value) for value in contents(again)) >= 9
+
+
+def test_a_feature_that_is_a_list_is_no_class(tmp_path: Path) -> None:
+    content = table(labels=[["cat"], ["dog"]] * 5)
+    kept = {b"huggingface": b'{"info": {"features": {"labels": [{"dtype": "string"}]}}}'}
+    pq.write_table(content.replace_schema_metadata(kept), tmp_path / "x.parquet")
+    assert contents(find_images([str(tmp_path / "x.parquet")])) == EXPECTED

@@ -63,3 +63,13 @@ def test_what_came_before_a_failure_is_not_lost() -> None:
 def test_a_process_that_takes_too_long_is_stopped() -> None:
     with pytest.raises(Failed, match=r"^it was not done after 0\.5 s$"):
         list(each_in_process(time.sleep, 60, timeout_s=0.5))
+
+
+def test_a_script_without_a_guard_is_not_run_again(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import math\nfrom fcmae.processes import in_process\n"
+        "print('begun')\nprint(in_process(math.sqrt, 4.0), __file__, __spec__)\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["begun", f"2.0 {script} None"]

@@ -19,6 +19,7 @@ from functools import cached_property
 from itertools import chain, groupby
 from pathlib import Path
 from typing import BinaryIO, TypeVar
+from urllib.parse import unquote
 
 import numpy as np
 from numpy.typing import NDArray
@@ -172,7 +173,10 @@ class Images:
         yield from json_numbers(self.labels)
         yield f', "class_names": {json.dumps(self.class_names)}'
         if isinstance(self.source, Parts):
-            yield f', "shards": {json.dumps(self.source.shards)}, "places": '
+            yield f', "shards": {json.dumps(self.source.shards)}, '
+            if self.source.stamps:
+                yield f'"stamps": {json.dumps(self.source.stamps)}, '
+            yield '"places": '
             for before, row in zip(("[", ", ", ", "), self.source.table, strict=True):
                 yield before
                 yield from json_numbers(row if self.positions is None else row[self.positions])
@@ -195,7 +199,8 @@ class Images:
             with Path(path).open(encoding="utf-8", errors="surrogatepass") as file:
                 found = read_listing(file)
             names, labels, classes = found["paths"], found["labels"], found["class_names"]
-            source = Parts(names, found["shards"], found["places"], storage) if "shards" in found else Files(names)
+            is_packed, stamps = "shards" in found, found.get("stamps", ())
+            source = Parts(names, found["shards"], found["places"], storage, stamps) if is_packed else Files(names)
             if labels is not None and labels.shape != (len(names),):
                 raise ValueError(f"{len(labels)} labels of {len(names)} images")
             return cls(source, None, labels, None if classes is None else tuple(classes))
@@ -493,6 +498,8 @@ def _class_folders(source: str, key: str, others: Counter[str], *, may_be_empty:
         root = canonical(source)
         for path in paths:
             name, slash, _ = path[len(root) + 1 :].partition("/")
+            if root.startswith(("http://", "https://")):
+                name = unquote(name)
             if slash:
                 found.setdefault(name, []).append(path)
         _refuse_splits(root, set(found), key)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import logging
-import multiprocessing
 import shutil
 import signal
 import threading
@@ -12,6 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cache
 from itertools import chain
+from multiprocessing.process import BaseProcess
+from weakref import WeakSet
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -35,6 +36,8 @@ logger = logging.getLogger("fcmae")
 STOP_SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)
 )
+
+_WORKERS = WeakSet[BaseProcess]()  # those that loaders here have started
 
 
 class Loader(DataLoader[Batch]):
@@ -69,15 +72,20 @@ class Loader(DataLoader[Batch]):
                 f"num_workers (it is {self.num_workers}), or store the images smaller"
             ) from error
 
+    @staticmethod
+    def _noted(batches: Iterator[Batch]) -> Iterator[Batch]:
+        _WORKERS.update(getattr(batches, "_workers", ()))
+        return batches
+
     def _start(self) -> Iterator[Batch]:
         if not hasattr(signal, "pthread_sigmask"):
-            return super().__iter__()
+            return self._noted(super().__iter__())
         in_charge = threading.current_thread() is threading.main_thread()
         previous = signal.getsignal(signal.SIGCHLD)
         # A new worker must not take a signal in this process's stead, before it knows to ignore it.
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
-            return super().__iter__()
+            return self._noted(super().__iter__())
         finally:
             # DataLoader's handler raises wherever the main thread is, in the middle of saving too.
             if in_charge:
@@ -151,7 +159,7 @@ def end_workers() -> None:
     At exit, multiprocessing asks those that are left to end with SIGTERM, which they ignore, and waits for them: after
     an error, or where a read hangs, it would wait for ever. They hold nothing that could be lost.
     """
-    for worker in multiprocessing.active_children():
+    for worker in list(_WORKERS):
         worker.kill()
 
 

@@ -40,6 +40,7 @@ LABELS = (".cls", ".json", ".txt")  # the first that an image has counts
 MAX_LABEL = 1 << 16  # bytes
 _SHARD = re.compile("(" + "|".join(map(re.escape, SHARDS)) + ")/")
 
+CHANGED = "{} has changed since its index was made"
 # In place of a size.
 WHOLE, DAMAGED, TWICE, MISSING = -1, -2, -3, -4
 REASONS = {
@@ -112,7 +113,7 @@ class Members:
             with np.load(io.BytesIO(content), allow_pickle=False) as found:
                 texts = {key: os.fsdecode(found[key].tobytes()) for key in ("stamp", "names", "labels")}
                 starts, sizes = found["starts"], found["sizes"]
-        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error):
+        except (ValueError, KeyError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error):
             return None
         names, labels = (texts[key].split("\0") if len(starts) else [] for key in ("names", "labels"))
         fits = len(names) == len(labels) == len(starts) == len(sizes) and starts.dtype == sizes.dtype == np.int64
@@ -222,6 +223,7 @@ class Shards:
     def __init__(self, storage: Storage, key: str) -> None:
         self._storage, self._key = storage, key
         self._known = dict[str, Members]()
+        self._stamps = dict[str, str]()
 
     def learn(self, shards: Iterable[str]) -> None:
         """Find the members of some tar files, several at a time; those that were kept are not looked for again.
@@ -241,6 +243,7 @@ class Shards:
     def _find(self, shard: str) -> Members:
         try:
             _, stamp = self._storage.stamp(shard)
+            self._stamps[shard] = stamp
             name = f"{hashlib.sha256(os.fsencode(shard)).hexdigest()[:32]}.index"
             if (kept := self._storage.recall(shard, name)) and (members := Members.unpacked(kept, stamp)):
                 return members
@@ -293,7 +296,7 @@ class Shards:
             at = np.array([wanted.get(prefix + name, -1) for name in members.names], np.int64)
             table[0, at[at >= 0]] = number
             table[1:, at[at >= 0]] = members.starts[at >= 0], members.sizes[at >= 0]
-        return Parts(addresses, shards, table, self._storage)
+        return Parts(addresses, shards, table, self._storage, [self._stamps[shard] for shard in shards])
 
 
 class Parts(Listed):
@@ -304,18 +307,25 @@ class Parts(Listed):
         shards: addresses of the tar files.
         table: (3, N) int64: number of the tar file or -1, first byte, and size or what stands in its place.
         storage: that reads them.
+        stamps: of the shards, see `Storage.stamp`; a table says nothing else of whether it is the same.
 
     Raises:
         ValueError: if the table has another shape, or names a tar file that is not there.
     """
 
     def __init__(
-        self, names: Sequence[str] | Names, shards: Sequence[str], table: NDArray[np.int64], storage: Storage
+        self,
+        names: Sequence[str] | Names,
+        shards: Sequence[str],
+        table: NDArray[np.int64],
+        storage: Storage,
+        stamps: Sequence[str] = (),
     ) -> None:
         if table.shape != (3, len(names)) or not len(shards) > table[0].max(initial=-1) >= -1:
             raise ValueError(f"places of {len(names)} images in {len(shards)} shards of shape {table.shape}")
         super().__init__(names)
         self.shards, self.table, self._storage = tuple(shards), table, storage
+        self.stamps, self._seen = tuple(stamps), set[int]()
 
     def read(self, i: int) -> bytes:
         number, start, size = self.table[:, i].tolist()
@@ -325,6 +335,8 @@ class Parts(Listed):
         if number < 0:
             return self._storage.read(name)
         shard = self.shards[number]
+        if not shard.endswith(TAR):
+            self._check(number)
         if shard.endswith(PARQUET):
             return read_row(self._storage, shard, start, size)
         if shard.endswith(ARROW):
@@ -337,8 +349,15 @@ class Parts(Listed):
             header = tarfile.TarInfo()
         is_long = len(header.name) >= 100 or not name.isascii()  # and so is told elsewhere
         if header.size != size or not (is_long or f"{shard}/{_plain(header.name)}" == name):
-            raise OSError(f"{shard} has changed since its index was made")
+            raise OSError(CHANGED.format(shard))
         return content[BLOCK:]
+
+    def _check(self, number: int) -> None:
+        """Once in each process."""
+        if number < len(self.stamps) and number not in self._seen:
+            if self._storage.stamp(self.shards[number])[1] != self.stamps[number]:
+                raise OSError(CHANGED.format(self.shards[number]))
+            self._seen.add(number)
 
     def fingerprint(self) -> str:
         """Of the sizes of the images within tar files."""

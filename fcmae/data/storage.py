@@ -23,7 +23,10 @@ TIMEOUT_S = 60.0  # of one request
 TRIES, BACKOFF_S = 5, 0.5  # which doubles each time
 GIGABYTE = 10**9
 # What tells versions of an object apart, by what the stores call it.
-VERSIONS = ("ETag", "etag", "md5Hash", "content_md5", "blob_id", "mtime", "LastModified", "last_modified", "created")
+VERSIONS = (
+    *("ETag", "etag", "md5Hash", "content_md5", "blob_id", "mtime", "LastModified", "last_modified", "created"),
+    *("Last-Modified", "Content-MD5", "Digest"),  # of web servers
+)
 
 Found = TypeVar("Found")
 
@@ -38,16 +41,24 @@ def is_remote(address: str) -> bool:
 
 
 def joined(folder: str, name: str) -> str:
-    """The address of a name in a folder, either of which may be a URL; an absolute name stays."""
+    """The address of a name in a folder, either of which may be a URL; an absolute name stays on its server."""
     if is_remote(name):
         return name
     if is_remote(folder):
         scheme, _, place = folder.partition("://")
-        root = "/" if place.startswith("/") else ""  # of file:///folder
-        return f"{scheme}://{root}{posixpath.normpath(posixpath.join(place, name)).lstrip('/')}"
+        host, _, inner = place.partition("/")  # a server, a bucket; none of file:///folder
+        path = posixpath.normpath(posixpath.join(f"/{inner}", name)).lstrip("/")
+        return f"{scheme}://{host}/{path}" if path else f"{scheme}://{host}"
     # Links are kept: Path.resolve would ask the file system about every part of every path.
     # And a Path takes five times as long, which counts in a list of millions.
     return os.path.abspath(os.path.join(folder, os.path.expanduser(name)))  # noqa: PTH100, PTH111, PTH118
+
+
+DIGEST = 16  # bytes before a content that is kept, which tell whether the disk has damaged it
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=DIGEST).digest()
 
 
 class Cache:
@@ -67,24 +78,25 @@ class Cache:
         return self._folder / name[:2] / f"{name[2:]}.read"
 
     def get(self, key: str) -> bytes | None:
-        """What was put there under a key, if it is there still."""
+        """What was put there under a key, if it is there still and as it was."""
         try:
-            content = self._path(key).read_bytes()
+            kept = self._path(key).read_bytes()
             os.utime(self._path(key))
         except OSError:
             return None
-        return content
+        content = kept[DIGEST:]
+        return content if kept[:DIGEST] == _digest(content) else None
 
     def put(self, key: str, content: bytes) -> None:
         """Keep something, or not, if the disk is full or it is a large part of all that may be kept."""
         if len(content) > self._most // 64:
             return
-        with suppress(OSError):
-            _write(self._path(key), content)
         self._written += len(content)
-        if self._written > self._most // 64:
-            self._written = 0
-            self._trim()
+        with suppress(OSError):
+            _write(self._path(key), _digest(content) + content)
+            if self._written > self._most // 64:
+                self._written = 0
+                self._trim()
 
     def _trim(self) -> None:
         found = [(path.stat(), path) for path in self._folder.glob("*/*.read") if path.exists()]

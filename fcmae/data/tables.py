@@ -169,7 +169,8 @@ def _labels(table: Any) -> list[str]:
     features: dict[str, Any] = {}
     if kept := (table.schema.metadata or {}).get(b"huggingface"):
         features = json.loads(kept).get("info", {}).get("features", {})
-    classes = features.get(name, {}).get("names")
+    feature = features.get(name) if isinstance(features, dict) else None
+    classes = feature.get("names") if isinstance(feature, dict) else None
 
     def text(value: Any) -> str:
         if value is None:
