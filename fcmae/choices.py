@@ -288,8 +288,9 @@ def finetuning_settings(
         choices.take("model.stem_stride", stem_stride, f"{side} pixels")
     num = sum(images.class_counts)
     few = num < 10_000
-    batch = min(128 if device == "cpu" else 512, max(8, _power_of_two_below(num / 16)))
-    batch = choices.take("batch_size", batch, f"{num:,} labels: 16 steps an epoch or more")
+    to_learn = max(2, int(0.8 * num))  # of which some may be held out
+    batch = min(128 if device == "cpu" else 512, max(8, _power_of_two_below(num / 16)), _power_of_two_below(to_learn))
+    batch = choices.take("batch_size", batch, f"{num:,} labels: {_count(max(1, to_learn // batch))} an epoch or more")
     rate = 1e-3
     choices.take("optim.base_lr", float(f"{rate * 256 / batch:.3g}"), f"a peak of {rate:g}, for few labels and many")
     if held is not None:
@@ -391,7 +392,7 @@ def duration(
     choices.planned_s = round(seconds / TRAINING_SHARE, 1)
     warmup = min(40, epochs / 20)
     choices.take("optim.warmup_epochs", float(f"{warmup:.3g}"), "a twentieth of the run, as published")
-    every = epochs / max(1, min(epochs, seconds / 600))
+    every = epochs / max(1, seconds / 600)
     choices.take("checkpoint.every_epochs", float(f"{every:.3g}"), "every ten minutes or so")
     looks = max(5, min(20, seconds / 180))  # of which a judgement on the features takes four
     # An evaluation goes some three times as fast as training, and all are to take a tenth of its time.
@@ -399,6 +400,10 @@ def duration(
     choices.take("log.eval_epochs", float(f"{max(epochs / looks, 1e-3):.3g}"), f"about {looks:.0f} times in the run")
     lines = epochs * num_images / batch / max(1.0, seconds / 10)
     choices.take("log.every_steps", max(1, min(50, round(lines))), "a line every ten seconds or so")
+
+
+def _count(steps: int) -> str:
+    return "a step" if steps == 1 else f"{min(16, steps)} steps"
 
 
 def _power_of_two_below(value: float) -> int:

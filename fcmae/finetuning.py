@@ -31,7 +31,7 @@ from fcmae.data.storage import Storage
 from fcmae.heads import Classifier
 from fcmae.networks.build import make_encoder
 from fcmae.networks.spec import describe
-from fcmae.starting import check_start, class_balance, image_settings, prepare, starting_weights
+from fcmae.starting import check_apart, check_start, class_balance, image_settings, prepare, starting_weights
 from fcmae.training.launch import ending_together, finish, make_accelerator, same_everywhere
 from fcmae.training.log import Log
 from fcmae.training.run import Run, RunDirectory
@@ -228,7 +228,10 @@ def run_images(cfg: FinetuneConfig, run: RunDirectory, weights: Weights) -> tupl
     train = find_labelled(own, names, key="data.path", storage=storage) if own else Images.of_files((), (), names)
     if cfg.data.val_path is None:
         return split(train, cfg.data.val_share, cfg.seed)
-    return train, find_labelled(cfg.data.val_path, train.class_names, storage=storage)
+    val = find_labelled(cfg.data.val_path, train.class_names, storage=storage)
+    if not cfg.eval_only:
+        check_apart(train, val)
+    return train, val
 
 
 def build_model(cfg: FinetuneConfig, weights: Weights, num_classes: int) -> Classifier:

@@ -74,7 +74,8 @@ def pretraining(sketch: PretrainConfig, given: Mapping[str, Any]) -> dict[str, A
         is_free = held is None and "model.variant" not in given and "epochs" not in given
         if not is_free or smaller is None or choices.num_seen(hours, result.mean_images_per_s) >= num_views:
             break
-    choices.duration(plan, num_views, hours, result.mean_images_per_s)
+    num_held_out = round(len(images) * cfg.data.val_share)
+    choices.duration(plan, num_views, hours, result.mean_images_per_s, num_evaluated=num_held_out)
     return _chosen(plan) | {"out": out}
 
 
@@ -96,7 +97,8 @@ def finetuning(sketch: FinetuneConfig, given: Mapping[str, Any]) -> dict[str, An
     if _is_settled(sketch, given):
         return _parts(sketch, lambda at_once: _dense_step(sketch, at_once, SHORT_S))
     _refuse_launcher()
-    images = find_labelled(sketch.data.path, storage=Storage.of_run(out, sketch.data.index, sketch.data.cache_gb))
+    storage = Storage.of_run(out, sketch.data.index, sketch.data.cache_gb)
+    images = find_labelled(sketch.data.path, storage=storage)
     device = _device(sketch)
     plan = choices.Choices(given)
     held, image = (None, {}) if sketch.model.init is None else _held(sketch)
@@ -109,11 +111,14 @@ def finetuning(sketch: FinetuneConfig, given: Mapping[str, Any]) -> dict[str, An
     hours = _machine(plan, device)
     cfg = options.make(FinetuneConfig, {"epochs": 1} | plan.settings | {"out": out, "log.trackers": "none"})
     result = _fit(plan, cfg, lambda at_once: _dense_step(cfg, at_once, _measured_s(hours)))
-    num_train = len(images) if cfg.data.val_path else len(images) - round(len(images) * cfg.data.val_share)
+    num_held_out = round(len(images) * cfg.data.val_share)
+    num_train = len(images) - num_held_out
+    if cfg.data.val_path is not None:
+        held_out = find_labelled(cfg.data.val_path, images.class_names, storage=storage)
+        num_train, num_held_out = len(images), len(held_out)
     hours -= (time.monotonic() - began) / 3600
-    choices.duration(
-        plan, num_train, hours, result.mean_images_per_s, choices.finetuning_epochs(sum(facts.class_counts))
-    )
+    most = choices.finetuning_epochs(sum(facts.class_counts))
+    choices.duration(plan, num_train, hours, result.mean_images_per_s, most, num_held_out)
     return _chosen(plan) | {"out": out}
 
 

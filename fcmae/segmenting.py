@@ -47,7 +47,7 @@ from fcmae.segmentation import (
     probabilities_by_rows,
     segmentation_loss,
 )
-from fcmae.starting import check_start, class_balance, image_settings, prepare, starting_weights
+from fcmae.starting import check_apart, check_start, class_balance, image_settings, prepare, starting_weights
 from fcmae.training.launch import ending_together, finish, make_accelerator, same_everywhere
 from fcmae.training.log import Log
 from fcmae.training.run import Run, RunDirectory
@@ -233,7 +233,10 @@ def find_data(cfg: SegmentConfig) -> Mapped:
     find = partial(find_mapped, storage=Storage.of_run(cfg.out, data.index, data.cache_gb))
     images, maps = find(data.path, data.maps) if data.path else (nothing, nothing)
     if data.val_path is not None:
-        return _counted(cfg, images, maps, *find(data.val_path, data.val_maps, key="data.val_path"))
+        val_images, val_maps = find(data.val_path, data.val_maps, key="data.val_path")
+        if not cfg.eval_only:
+            check_apart(images, val_images)
+        return _counted(cfg, images, maps, val_images, val_maps)
     train, val = split(images, data.val_share, cfg.seed)
     assert val.positions is not None
     train_maps = maps if train.positions is None else maps.subset(train.positions)

@@ -16,6 +16,8 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from fcmae.config import DenseConfig
+from fcmae.data.index import Images
+from fcmae.data.source import printable
 from fcmae.heads import Classifier, Segmenter
 from fcmae.networks.encoder import layer_of, num_layers
 from fcmae.networks.spec import describe, variant_of
@@ -94,6 +96,23 @@ def build_optimizer(cfg: DenseConfig, net: Classifier | Segmenter) -> torch.opti
     scale = optim.layer_decay_scale(layer, num_layers(spec, mode), cfg.optim.layer_decay)
     groups = optim.parameter_groups(net, cfg.optim.weight_decay, scale)
     return torch.optim.AdamW(groups, lr=0.0, betas=cfg.optim.betas, fused=True)
+
+
+def check_apart(train: Images, val: Images) -> None:
+    """Refuse to score a model on images that it learns from.
+
+    Args:
+        train: to learn from.
+        val: held out.
+
+    Raises:
+        ValueError: if an image is both.
+    """
+    if both := set(val.names()).intersection(train.names()):
+        raise ValueError(
+            f"data.val_path: {len(both)} of {len(val)} images are in data.path too, such as {printable(min(both))}: "
+            "take them out of one"
+        )
 
 
 def check_start(

@@ -196,3 +196,23 @@ def test_every_choice_has_a_reason() -> None:
     choices.duration(plan, 1000, 1, 100)
     assert len(plan.made) >= 14 and all(choice.why for choice in plan.made)
     assert len({choice.key for choice in plan.made}) == len(plan.made)
+
+
+def test_a_checkpoint_is_saved_every_ten_minutes_however_long_an_epoch_is() -> None:
+    plan = choices.Choices({"batch_size": 64})
+    plan.take("batch_size", 64, "given")
+    choices.duration(plan, 1_000_000, 8, 50.0)
+    epochs = float(plan.settings["epochs"])
+    every_s = plan.settings["checkpoint.every_epochs"] * 1_000_000 / 50
+    assert epochs > 1 and every_s == pytest.approx(600, rel=0.1)
+
+
+@pytest.mark.parametrize(("num", "batch", "why"), [(8, 4, "a step"), (20, 8, "2 steps"), (1024, 64, "12 steps")])
+def test_a_batch_of_few_labels_is_no_more_than_there_are_to_learn_from(num: int, batch: int, why: str) -> None:
+    plan = choices.Choices({})
+    choices.finetuning_settings(plan, images(num, class_counts=(num // 2, num // 2)), "cpu", None, None)
+    assert plan.settings["batch_size"] == batch
+    assert (
+        next(choice.why for choice in plan.made if choice.key == "batch_size")
+        == f"{num:,} labels: {why} an epoch or more"
+    )

@@ -318,7 +318,8 @@ def test_other_held_out_images_are_refused_on_resume(
     assert finetune(labelled, copy, **settings) == 0  # it is finished, and says so
     runs.forget_accelerator()
     capsys.readouterr()
-    assert finetune(labelled, copy, **settings, data__val_path=labelled) == 2
+    shutil.copytree(labelled, tmp_path / "others")
+    assert finetune(labelled, copy, **settings, data__val_path=tmp_path / "others") == 2
     assert "no longer gives the images" in capsys.readouterr().err
 
 
@@ -422,3 +423,11 @@ def test_predictions_are_not_written_over_a_link_that_leads_nowhere(
     assert cli.main(["predict", str(tuned), str(labelled), "--csv", str(table)]) == 2
     assert "exists: give a new path" in capsys.readouterr().err
     assert table.is_symlink() and not table.exists()
+
+
+def test_images_that_are_learnt_from_are_not_held_out(
+    labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert finetune(labelled, tmp_path / "run", model__variant="convnextv2_atto", data__val_path=labelled) == 2
+    assert "images are in data.path too, such as" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from accelerate import Accelerator
 from conftest import randomize, requires_time
 from PIL import Image
 from runs import assert_same, at_step, final_state, flags, kill_self, write_images
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fcmae
 from fcmae import cli, segmenting
@@ -38,9 +42,11 @@ from fcmae.segmentation import predictor, probabilities_by_rows
 from fcmae.segmenting import Mapped
 from fcmae.starting import class_balance
 from fcmae.training import checkpoint
+from fcmae.weights import segmenters
 from fcmae.weights.files import Weights, read_weights
 from fcmae.weights.formats import Architecture
-from fcmae.weights.segmenters import HEAD, read_segmenter, save_segmenter, segmenter_in
+from fcmae.weights.segmenters import HEAD, HeadRecord, read_segmenter, save_segmenter, segmenter_in
+from fcmae.weights.tensors import RECORD, digest
 
 pytestmark = pytest.mark.usefixtures("one_thread", "forgotten")
 
@@ -544,6 +550,40 @@ def test_held_out_maps_without_a_known_pixel_are_no_score(
     for path in (tiles / "maps").iterdir():
         with Image.open(path) as known:
             Image.new("L", known.size, 255).save(tmp_path / "maps" / path.name)
-    words = {"data__val_path": tiles / "images", "data__val_maps": tmp_path / "maps"}
+    shutil.copytree(tiles / "images", tmp_path / "images")
+    words = {"data__val_path": tmp_path / "images", "data__val_maps": tmp_path / "maps"}
     assert segment(tiles, tmp_path / "run", **words) == 2
     assert "no pixel of the 12 held-out label maps has a class: hold out others" in capsys.readouterr().err
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most elements of a tensor that is made on the CPU."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, torch.Tensor) and found.device.type == "cpu":
+            self.most = max(self.most, found.numel())
+        return found
+
+
+def test_a_record_of_a_huge_head_makes_none(tmp_path: Path) -> None:
+    save(tmp_path / "model")
+    file = tmp_path / "model" / HEAD
+    with safe_open(file, "pt") as opened:
+        record = json.loads(opened.metadata()[RECORD])
+    huge = HeadRecord(**record | {"dim": 512, "kind": "upernet", "sha256": ""})
+    huge = replace(huge, sha256=digest({}, segmenters._text(huge)))
+    save_file({}, file, {RECORD: json.dumps(asdict(huge))})
+    with Largest() as largest, pytest.raises(ValueError, match="cannot be used"):
+        read_segmenter(tmp_path / "model")
+    assert 0 < largest.most < 100_000
+
+
+def test_images_that_are_learnt_from_are_not_held_out(
+    tiles: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = {"data__val_path": tiles / "images", "data__val_maps": tiles / "maps"}
+    assert segment(tiles, tmp_path / "run", **words) == 2
+    assert "data.val_path: 12 of 12 images are in data.path too" in capsys.readouterr().err

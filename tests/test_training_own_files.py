@@ -170,11 +170,12 @@ def test_files_that_were_being_written_are_the_runs_and_go_at_its_next_start(run
     halves = [run / place for place in (".tmp-loss.png", "reconstructions/.tmp-step-00000003.png")]
     for path in halves:
         path.write_text("half")
-    mine = run / "reconstructions" / ".tmp-mine.png"
+    mine, notes = run / "reconstructions" / ".tmp-mine.png", run / ".tmp-notes.txt"
     mine.write_text("mine")
+    notes.write_text("mine")
     assert own_files.strangers(run) == [mine]
     assert pretrain(images, run) == 0
-    assert mine.exists() and not any(path.exists() for path in halves)
+    assert mine.exists() and notes.exists() and not any(path.exists() for path in halves)
     mine.unlink()
     halves[1].write_text("half")
     assert pretrain(images, run, "--overwrite", "true") == 0

@@ -338,3 +338,12 @@ def test_a_run_that_went_on_since_the_first_look_is_not_trained_from_the_wrong_s
         pass
     with RunDirectory(config(Path("photos"), tmp_path), "pretrain").open(is_main=True):
         pass
+
+
+def test_settings_that_could_not_be_read_again_are_refused(tmp_path: Path) -> None:
+    cfg = config(Path("photos"), tmp_path / "run")
+    many = [f"/data/shards/photographs-of-something-{number:08}.tar" for number in range(6000)]
+    cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update={"path": many})})
+    with pytest.raises(ValueError, match=r"data\.path has too many places .* put quotes round the pattern"):
+        RunDirectory(cfg, "pretrain")
+    assert not (tmp_path / "run").exists()

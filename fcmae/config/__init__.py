@@ -322,7 +322,7 @@ class Optim(Section):
     base_lr: float = Field(1.5e-4, gt=0)
     """Peak learning rate for 256 images a step; the one used is base_lr * batch_size / 256."""
     min_lr: float = Field(0.0, ge=0)
-    """Learning rate at the last step (absolute)."""
+    """Learning rate that the cosine ends at, one step after the last (absolute)."""
     warmup_epochs: float = Field(40, ge=0)
     """Epochs of linear warm-up."""
     weight_decay: float = Field(0.05, ge=0)
@@ -337,7 +337,7 @@ class FinetuneOptim(Optim):
     base_lr: float = Field(2e-4, gt=0)
     """Peak learning rate for 256 images a step; the one used is base_lr * batch_size / 256."""
     min_lr: float = Field(1e-6, ge=0)
-    """Learning rate at the last step (absolute)."""
+    """Learning rate that the cosine ends at, one step after the last (absolute)."""
     warmup_epochs: float = Field(0, ge=0)
     """Epochs of linear warm-up."""
     betas: Betas = (0.9, 0.999)

@@ -80,7 +80,7 @@ class Schedule:
         per_epoch: steps of an epoch.
         total: steps of the run.
         peak_lr: learning rate at the end of the warm-up.
-        min_lr: at the last step.
+        min_lr: that the cosine ends at, one step after the last.
         warmup: steps of the warm-up.
         log_every, eval_every, save_every, milestone_every: steps between; fractions are allowed, 0 is never.
     """

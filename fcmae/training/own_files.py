@@ -156,9 +156,10 @@ def remove_unfinished(run: Path) -> None:
     Args:
         run: its directory, which no other process writes to.
     """
+    ours = tuple(pattern for pattern in (*STARTED, *RESULTS) if not pattern.startswith(UNFINISHED))
     for folder in (".", "best", "last", "overlays", "reconstructions", "reconstructions/tiles"):
         for path in (run / folder).glob(f"{UNFINISHED}*"):
-            if path.is_file() and _matches(path.relative_to(run), (*STARTED, *RESULTS)):
+            if path.is_file() and _matches(path.relative_to(run), ours):
                 path.unlink(missing_ok=True)
 
 

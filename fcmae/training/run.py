@@ -64,9 +64,10 @@ class RunDirectory:
         kind: "pretrain", "finetune" or "segment".
 
     Raises:
-        ValueError: if `cfg.out` holds something other than this run: files that are no run's, a run of the other kind,
-            one with other settings (named one by one), or results without a checkpoint to go on from; if
-            `cfg.overwrite` would delete what the run starts from; or if `cfg.out` lies where images are searched.
+        ValueError: if the settings are too long to be read again; if `cfg.out` holds something other than this run:
+            files that are no run's, a run of the other kind, one with other settings (named one by one), or results
+            without a checkpoint to go on from; if `cfg.overwrite` would delete what the run starts from; or if
+            `cfg.out` lies where images are searched.
     """
 
     def __init__(self, cfg: RunConfig, kind: str) -> None:
@@ -75,6 +76,11 @@ class RunDirectory:
         self.kind = kind
         self.path = cfg.out
         self.needs = self.network = ""
+        if len(options.dump(cfg).encode(errors="surrogateescape")) > options.MAX_YAML - 1000:  # a header and choices
+            raise ValueError(
+                "data.path has too many places to be kept in config.yaml: put quotes round the pattern, so that the "
+                "shell does not expand it, or give a .txt file that lists them"
+            )
         config = self.path / "config.yaml"
         header = ""
         if config.is_file():
