@@ -126,6 +126,8 @@ def main() -> None:
     args = parser.parse_args()
     started = time.perf_counter()
     out: Path = args.out
+    if out.exists() and any(out.iterdir()) and not (out / "unlabeled.txt").is_file():
+        parser.error(f"--out {out} holds something else: give a new directory")
     out.mkdir(parents=True, exist_ok=True)
 
     paths, labels = read_dataset()

@@ -54,6 +54,7 @@ from fcmae.training.own_files import remove_models
 from fcmae.training.records import read_metrics
 from fcmae.training.run import Run
 from fcmae.weights.files import read_init
+from fcmae.weights.tensors import digest
 
 PRETRAINED = "pretrained"
 FREE = ("seeds", "out")  # what a second start may change
@@ -194,7 +195,13 @@ def _saved_plan(place: Path, cfg: WorthConfig, images: str) -> dict[str, Any] | 
         if place.exists() and any(path.name not in ("labels", "settings") for path in place.iterdir()):
             raise ValueError(f"out = {place} is not empty and holds no comparison: give another --out")
         return None
-    plan: dict[str, Any] = json.loads((place / "plan.json").read_text(encoding="utf-8"))
+    try:
+        plan: dict[str, Any] = json.loads((place / "plan.json").read_text(encoding="utf-8"))
+        is_whole = plan.keys() >= {"settings", "images", "arms", "amounts", "counts", "seconds"}
+    except (ValueError, AttributeError):
+        is_whole = False
+    if not is_whole:
+        raise ValueError(f"{place / 'plan.json'} is damaged, or of another version: give another --out")
     wanted = options.flat(cfg)
     if different := [key for key in wanted if key not in FREE and plan["settings"].get(key) != wanted[key]]:
         raise ValueError(
@@ -205,6 +212,11 @@ def _saved_plan(place: Path, cfg: WorthConfig, images: str) -> dict[str, Any] | 
         raise ValueError(
             f"out = {place} holds a comparison on other images than {cfg.data} has now: give another --out"
         )
+    for arm in plan["arms"]:
+        if arm["init"] is not None and arm.get("sha256", now := _digest(cfg, arm["init"])) != now:
+            raise ValueError(
+                f"init = {arm['init']} has other weights than when the comparison in {place} began: give another --out"
+            )
     return plan
 
 
@@ -239,7 +251,8 @@ def _make_plan(place: Path, cfg: WorthConfig, train: Images, test: Images) -> di
                 write_text(place / "settings" / f"{against}-{_plain(labels)}.yaml", options.dump(chosen))
                 epochs[labels] = chosen.epochs
                 seconds[f"{against} {labels}"] = (chosen.epochs * num + len(test)) / planning.images_per_s(chosen)
-        arms.append(_arm(start.name, "start", scratch[key], network) | {"init": start.init, "license": start.license})
+        arm = _arm(start.name, "start", scratch[key], network) | {"init": start.init, "license": start.license}
+        arms.append(arm if start.init is None else arm | {"sha256": _digest(cfg, start.init)})
     arms.sort(key=lambda arm: arm["kind"] != "scratch")
     plan = {
         "settings": options.flat(cfg),
@@ -257,6 +270,12 @@ def _make_plan(place: Path, cfg: WorthConfig, train: Images, test: Images) -> di
 
 def _arm(name: str, kind: str, against: str | None, network: str | None) -> dict[str, Any]:
     return {"name": name, "kind": kind, "against": against, "network": network, "init": None, "license": None}
+
+
+def _digest(cfg: WorthConfig, init: str) -> str:
+    """Of the weights that a start has."""
+    key, prefix = (cfg.key, cfg.prefix) if Path(init).is_file() else (None, None)
+    return digest(read_init(init, key, prefix, "init").state, "")
 
 
 def _given_starts(cfg: WorthConfig) -> list[Start]:

@@ -218,7 +218,8 @@ SECTIONS: tuple[tuple[str, str, Callable[[Json], Iterator[str]]], ...] = (
     (
         "Is pretraining worth it?",
         """Fine-tuning of atto from the pretrained encoder and from scratch, with the same labels, augmentation,
-learning rate, batch and number of steps; only layer decay differs (.9 and 1). Each seed draws other
+learning rate, batch and number of steps; layer decay differs (.9 and 1), and the size of the head's first
+weights (a thousandth, and 1). Each seed draws other
 labels (at 100 % all are used) and another head. There is one pretraining, so the spread is that of
 fine-tuning. The only evaluation is at the end.""",
         budgets,

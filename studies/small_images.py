@@ -418,7 +418,8 @@ shards as `studies/sets.py` describes them, and written from
 {", ".join(f"`docs/small_images_{name}.json`" for name in found)}. tiny20: 20
 classes of Tiny ImageNet, 10,000 photographs without labels to pretrain on, 1,000 others to test on, 64 pixels. Brackets
 are 95 % intervals of the mean over seeds (Student's t); each seed draws other labels and another head, the same for all
-starts. There is one pretraining of each kind, so the spread is that of fine-tuning.
+starts but for its size, which from weights is a thousandth of that from scratch. There is one pretraining of each
+kind, so the spread is that of fine-tuning.
 
 {sections}
 

@@ -113,3 +113,11 @@ def test_a_second_interrupt_ends_the_demo_at_once(tmp_path: Path, to: str) -> No
     send(process.pid, signal.SIGINT)
     out, _ = process.communicate(timeout=60)
     assert (process.returncode, out) == (130, "")
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "encoder").mkdir()
+    monkeypatch.setattr(sys, "argv", ["run.py", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        demo.main()
+    assert [path.name for path in tmp_path.iterdir()] == ["encoder"]

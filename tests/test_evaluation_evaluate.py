@@ -17,7 +17,7 @@ from test_weights_convert import write_checkpoint
 import fcmae.evaluation.probes as probes
 from fcmae import cli
 from fcmae.data.index import find_labelled
-from fcmae.evaluation.evaluate import find_data, save_confusion, score
+from fcmae.evaluation.evaluate import find_data, folder_names, save_confusion, score
 
 ATTO = "random:convnextv2_atto"
 COLORS = {"blue": (60, 60, 180), "green": (60, 180, 60), "red": (180, 60, 60)}
@@ -278,3 +278,11 @@ def test_confusion_matrices_of_any_size_are_drawn(tmp_path: Path, num_classes: i
     save_confusion(tmp_path / "c.png", record)
     with Image.open(tmp_path / "c.png") as image:
         assert 400 < max(image.size) < 2400
+
+
+@pytest.mark.parametrize(
+    "models", [["runs/x", "../runs/x"], ["/a/run", "a/run"], ["runs/a b", "runs/a-b"], [".", "a"], ["x", "y/x", "z/x"]]
+)
+def test_each_model_has_a_folder_of_its_own(models: list[str]) -> None:
+    names = folder_names(models)
+    assert len(set(names)) == len(models) and all(names)

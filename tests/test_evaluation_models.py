@@ -15,7 +15,7 @@ from torch import nn
 from fcmae.data.augment import seeded
 from fcmae.data.index import Images, find_images
 from fcmae.evaluation.features import extract
-from fcmae.evaluation.models import Control, choose_device, load_backbone, load_backbones, stage_maps
+from fcmae.evaluation.models import Control, _as_ours, choose_device, load_backbone, load_backbones, stage_maps
 from fcmae.heads import Classifier
 from fcmae.networks.convnext import Encoder
 from fcmae.networks.spec import VARIANTS, ConvNeXtSpec
@@ -256,3 +256,9 @@ def test_controls_see_what_the_first_network_sees(tmp_path: Path) -> None:
     for name in ("in_chans", "image_size", "crop_pct"):
         assert getattr(control.reading, name) == getattr(network.reading, name)
     assert control.reading.normalize.std.flatten().tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("changed", [{"act_layer": "gelu_tanh"}, {"norm_eps": 1e-5}])
+def test_a_convnext_that_computes_otherwise_on_tensors_of_the_same_names_stays_timms(changed: dict[str, Any]) -> None:
+    model = timm.create_model("convnextv2_atto", num_classes=0, **changed)
+    assert _as_ours(model) is model

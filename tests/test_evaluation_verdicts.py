@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -201,3 +202,22 @@ def test_runs_of_other_networks_are_not_compared(tmp_path: Path) -> None:
         starts[-1]["network"] = network
         (run.path / "environment.json").write_text(json.dumps(starts))
     assert was_worth_it(read(given.path, scratch.path)).sentences[0].startswith("Not measured yet")
+
+
+def test_a_run_that_is_under_way_is_not_compared_with_one_that_is_done(tmp_path: Path) -> None:
+    given, scratch = tuned(tmp_path, [0.8], [0.6])
+    lines = [json.loads(line) for line in (scratch.path / "metrics.jsonl").read_text().splitlines()]
+    write_lines(scratch.path, [line for line in lines if line["epoch"] < 3])
+    assert was_worth_it(read(given.path, scratch.path)).sentences[0].startswith("Not measured yet")
+
+
+@pytest.mark.parametrize(("miou", "state"), [(0.9, "good"), (0.3, "attention")])
+def test_a_segmentation_works_if_it_is_better_than_one_class_everywhere(
+    tmp_path: Path, miou: float, state: str
+) -> None:
+    (run,) = read(finetune_run(tmp_path / "run", 0.9))
+    lines = [{"step": 5, "epoch": 3.0, "loss": 0.1, "miou": miou, "iou/a": miou, "iou/b": miou, "iou/c": miou}]
+    verdict = is_working([replace(run, kind="segment", lines=lines, counts={})])
+    assert (
+        verdict.state == state and f"Mean IoU is {miou:.3f}; one class everywhere scores 0.333" in verdict.sentences[0]
+    )

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -17,8 +19,9 @@ import fcmae
 from fcmae.config import PretrainConfig
 from fcmae.heads import Classifier
 from fcmae.masked import FCMAE, build_fcmae
+from fcmae.networks.build import make_encoder
 from fcmae.networks.convnext import Encoder
-from fcmae.networks.spec import VARIANTS, ConvNeXtSpec
+from fcmae.networks.spec import VARIANTS, ConvNeXtSpec, RoadmapSpec
 from fcmae.training import checkpoint
 from fcmae.weights.convert import (
     adapt_in_chans,
@@ -711,3 +714,49 @@ def test_a_link_that_leads_nowhere_is_not_written_over(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="exists"):
         convert(tmp_path / "run", link)
     assert link.is_symlink() and not link.exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        ({"architecture": "convnextv2_atto", "model_args": {"act_layer": "silu"}}, "its activation is silu"),
+        ({"architecture": "convnextv2_atto", "model_args": {"norm_eps": 1e-5}}, "its norms add 1e-05"),
+        ({"model_type": "convnextv2", "hidden_act": "relu"}, "its activation is relu"),
+    ],
+)
+def test_a_directory_of_a_network_that_computes_otherwise_is_refused(
+    tmp_path: Path, config: dict[str, Any], why: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({"stem.0.weight": torch.ones(1, 1, 1, 1)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=why):
+        read_weights(tmp_path)
+
+
+@pytest.mark.parametrize(("size", "is_written"), [((64, 64), True), ((64, 96), False), ((384, 384), False)])
+def test_transformers_is_told_how_images_are_read_where_it_can_read_them_so(
+    tmp_path: Path, size: tuple[int, int], is_written: bool
+) -> None:
+    model = Classifier(Encoder(ATTO), 2)
+    image = {"mean": [0.5] * 3, "std": [0.5] * 3, "input_size": [3, *size], "crop_pct": 0.9}
+    save_classifier(tmp_path / "tuned", model, Weights({}, Architecture(ATTO), image, ("a", "b")))
+    said = convert(tmp_path / "tuned", tmp_path / "out", "transformers")
+    assert (tmp_path / "out" / "preprocessor_config.json").exists() == is_written
+    assert ("no preprocessor_config.json" in said) != is_written
+
+
+def test_what_a_file_says_of_itself_moves_no_terminal(tmp_path: Path) -> None:
+    place, _ = write_checkpoint(tmp_path / "run")
+    weights = read_weights(place)
+    save_weights(tmp_path / "x.safetensors", replace(weights, origin={"note": "\x1b]0;title\x07"}), "fcmae")
+    for dest in (None, tmp_path / "out"):
+        assert "\x1b" not in convert(tmp_path / "x.safetensors", dest, "timm")
+
+
+def test_a_dry_run_names_the_tensors_of_other_networks_too(tmp_path: Path) -> None:
+    spec = RoadmapSpec(depths=(1, 1), dims=(8, 16))
+    encoder = make_encoder(spec)
+    state = {f"encoder.{name}": value for name, value in encoder.state_dict().items()}
+    save_weights(tmp_path / "x.safetensors", Weights(state, Architecture(spec)), "fcmae")
+    lines = [line for line in convert(tmp_path / "x.safetensors", None, "timm").splitlines() if " -> " in line]
+    assert lines and not any(line.startswith("identity") for line in lines)

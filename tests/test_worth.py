@@ -328,3 +328,22 @@ def test_a_name_that_is_no_unicode_is_told_of_before_anything_is_compared(
     some.rename(some.parent / os.fsdecode(b"\xff.png"))
     assert run("worth", "labelled", "--init", "own.safetensors") == 2
     assert r"\udcff.png has a name that is no UTF-8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["{}", "{", "[]"])
+def test_a_damaged_plan_is_named(folder: Path, content: str, capsys: pytest.CaptureFixture[str]) -> None:
+    write_init(folder / "own.safetensors")
+    OUT.mkdir(parents=True)
+    (OUT / "plan.json").write_text(content)
+    assert run("worth", "labelled", "--init", "own.safetensors") == 2
+    assert f"{OUT / 'plan.json'} is damaged, or of another version" in capsys.readouterr().err
+
+
+def test_seeds_are_not_added_on_other_weights(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_init(folder / "own.safetensors")
+    words = ["worth", "labelled", "--init", "own.safetensors", "--finetuning", "tune.yaml", *TINY, "--seeds"]
+    assert run(*words, "1") == 0
+    state = load_file(folder / "own.safetensors")
+    save_file({name: value + 1 for name, value in state.items()}, folder / "own.safetensors")
+    assert run(*words, "2") == 2
+    assert "own.safetensors has other weights than when the comparison in" in capsys.readouterr().err

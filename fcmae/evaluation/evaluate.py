@@ -155,14 +155,18 @@ def _stages(backbone: Backbone, cfg: EvaluateConfig) -> Sequence[int] | None:
 
 
 def folder_names(models: Sequence[str]) -> list[str]:
-    """A name for each model that is a good folder: its last part, or all of it where last parts are the same."""
-    last = [file_name(model.rstrip("/").rpartition("/")[2]) for model in models]
+    """A name of its own for each model that is a good folder: its last part, or all of it where last parts are the
+    same, with a number where that is the same too.
+    """
+    last = [file_name(model.rstrip("/").rpartition("/")[2]) or "model" for model in models]
     if any(model.startswith(RANDOM) for model in models):
         last = [
             f"random-{name}" if model.startswith(RANDOM) and not name.startswith("random-") else name
             for name, model in zip(last, models, strict=True)
         ]
-    return last if len(set(last)) == len(last) else [file_name(model) for model in models]
+    names = last if len(set(last)) == len(last) else [file_name(model) or "model" for model in models]
+    before = [names[:i].count(name) for i, name in enumerate(names)]
+    return [f"{name}-{number + 1}" if number else name for name, number in zip(names, before, strict=True)]
 
 
 def find_data(data: str, test: str | None, test_share: float, seed: int) -> tuple[Images, Images]:

@@ -13,6 +13,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
+from timm.layers import GELU
 from timm.models import ConvNeXt
 from torch import Tensor, nn
 
@@ -260,6 +261,12 @@ def _as_ours(model: nn.Module) -> Any:
     try:
         architecture, source, state, _ = from_state(model.state_dict())
     except ValueError:  # an overlapping stem, say
+        return model
+    activations = [block.mlp.act for stage in model.stages for block in stage.blocks]
+    is_gelu = all(
+        isinstance(act, nn.GELU | GELU) and getattr(act, "approximate", "none") == "none" for act in activations
+    )
+    if not is_gelu or {module.eps for module in model.modules() if hasattr(module, "eps")} != {1e-6}:
         return model
     return build_encoder(Weights(state, architecture, format=source))
 

@@ -66,6 +66,12 @@ def _working(run: Run) -> Found:
             sentence += "." if learnt else ", so next to nothing is learnt yet."
         state = "good" if learnt and not worrying else state
         sentences.insert(0, sentence)
+    if run.kind == "segment" and (found := [line["miou"] for line in run.lines if "miou" in line]):
+        classes = sum(key.startswith("iou/") for key in max(run.lines, key=len))
+        sentences.insert(
+            0, f"Mean IoU is {found[-1]:.3f}; one class everywhere scores {1 / max(1, classes):.3f} at most."
+        )
+        state = "good" if found[-1] > 1 / max(1, classes) and not worrying else "attention"
     if scored and run.counts.get("classes"):
         score, guess = _score(scored[-1]), 1 / run.counts["classes"]
         sentences.insert(
@@ -142,7 +148,7 @@ def _against_scratch(runs: Sequence[Run]) -> list[Found]:
     groups: dict[tuple[Any, ...], tuple[list[float], list[float]]] = {}
     for run in runs:
         scored = [line for line in run.lines if "top1" in line]
-        if run.kind == "finetune" and scored and not run.settings.get("eval_only"):
+        if run.kind == "finetune" and scored and not run.settings.get("eval_only") and _is_complete(run, scored[-1]):
             network = run.starts[-1].get("network") if run.starts else None
             budget = [str(network), *(str(run.settings.get(key)) for key in BUDGET)]
             group = groups.setdefault((run.counts.get("to learn from", 0), run.held_out, *budget), ([], []))
@@ -162,6 +168,12 @@ def _against_scratch(runs: Sequence[Run]) -> list[Found]:
             sentence += f" Fewer than {LEAST_RUNS} runs of a kind show little: other seeds may turn it round."
         found.append(("attention" if not ahead else "unknown" if few else "good", [sentence]))
     return found
+
+
+def _is_complete(run: Run, line: Mapping[str, Any]) -> bool:
+    """Whether a line is of the run's last epoch: one that is under way is not compared with one that is done."""
+    epochs = run.settings.get("epochs")
+    return not isinstance(epochs, int | float) or line["epoch"] > 0.99 * epochs
 
 
 def _against_untrained(run: Run) -> Found:

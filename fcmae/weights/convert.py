@@ -13,17 +13,19 @@ import torch
 from timm.models import adapt_input_conv
 from torch import nn
 
+from fcmae.data.source import printable
 from fcmae.heads import Classifier
 from fcmae.masked import FCMAE
 from fcmae.networks.build import make_encoder
 from fcmae.networks.encoder import StagedEncoder
-from fcmae.networks.spec import describe, variant_of
+from fcmae.networks.spec import ConvNeXtSpec, describe, variant_of
 from fcmae.weights.files import (
     DIRECTORIES,
     FILE_SUFFIXES,
     Weights,
     encoder_output,
     read_weights,
+    reads_alike,
     save_weights,
     timm_holds,
 )
@@ -204,7 +206,8 @@ def convert(
     state = to_state(weights.state, spec, to)
     lines = []
     if dest is None:
-        theirs = {rename(name, to): weights.names[name] for name in weights.state}
+        is_renamed = isinstance(spec, ConvNeXtSpec)
+        theirs = {rename(name, to) if is_renamed else name: weights.names[name] for name in weights.state}
         for name, value in state.items():
             lines.append(f"{theirs.get(unwrapped(name), 'identity')} -> {name} {tuple(value.shape)}")
     if left_out := [weights.names[name] for name in weights.state if not holds(name, to)]:
@@ -214,7 +217,7 @@ def convert(
     if kept := sorted({str(value.dtype).removeprefix("torch.") for value in weights.state.values()} - {"float32"}):
         lines.append(f"they are {' and '.join(kept)}, as in the source")
     if dest is None:
-        return "\n".join([*lines, "dry run: nothing was written"])
+        return "\n".join([*map(printable, lines), "dry run: nothing was written"])
     try:
         save_weights(dest, weights, to)
         back = read_weights(dest)
@@ -240,4 +243,8 @@ def convert(
         use = f"fcmae.load({str(dest)!r})  # timm has no such network"
     elif variant is None:
         use = f"fcmae.load({str(dest)!r})"
-    return "\n".join([*lines, f"wrote {dest}, and read the same tensors back", f"use: {use}"])
+    if to == "transformers" and "mean" in weights.image and not reads_alike(weights):
+        lines.append(
+            "no preprocessor_config.json: transformers' processor cannot read images as these weights learnt them"
+        )
+    return "\n".join([*map(printable, lines), f"wrote {dest}, and read the same tensors back", f"use: {use}"])

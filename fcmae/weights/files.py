@@ -274,11 +274,13 @@ def _read_directory(path: Path, variant: str | None) -> Weights:
             # Not handed to timm.create_model: a name can make it read another directory, or the network.
             arguments, name = config.get("model_args") or {}, str(config["architecture"]).split(".")[0]
             variant = variant or (None if {"depths", "dims"} & set(arguments) or name == NOT_IN_TIMM else name)
+            _check_computes(arguments.get("act_layer"), arguments.get("norm_eps"))
             image = ImageRecord.model_validate(config.get("pretrained_cfg") or {})
             record = Record(image=image, class_names=tuple(config.get("label_names") or ()), origin=record.origin)
         elif str(config["model_type"]).startswith("convnext"):  # transformers
             labels = config.get("id2label") or {}
             names = tuple(labels[key] for key in sorted(labels, key=int))
+            _check_computes(config.get("hidden_act"), None)
             processor = path / "preprocessor_config.json"
             image = _from_processor(_read_json(processor)) if processor.is_file() else ImageRecord()
             record = Record(image=image, class_names=names, origin=record.origin)
@@ -292,6 +294,14 @@ def _read_directory(path: Path, variant: str | None) -> Weights:
         state |= found
         record = own or record
     return _weights(path, state, variant, record)
+
+
+def _check_computes(activation: Any, norm_eps: Any) -> None:
+    """Refuse a network whose layers are not those of ours, though its tensors are named alike."""
+    if activation not in (None, "gelu"):
+        raise ValueError(f"its activation is {activation}, and that of a ConvNeXt is gelu")
+    if norm_eps not in (None, 1e-6):
+        raise ValueError(f"its norms add {norm_eps}, and those of a ConvNeXt 1e-6")
 
 
 def _license(path: Path) -> dict[str, str]:
@@ -462,7 +472,7 @@ def save_weights(dest: Path, weights: Weights, to: str) -> None:
     files: dict[Path, dict[str, Any] | None] = {dest: None}  # contents; None: the tensors
     if to in DIRECTORIES:
         files = {dest / "config.json": (_timm_config if to == "timm" else _transformers_config)(weights)}
-        if to == "transformers" and "mean" in weights.image:
+        if to == "transformers" and reads_alike(weights):
             files[dest / "preprocessor_config.json"] = _processor_config(weights)
         files[dest / "model.safetensors"] = None
     with ExitStack() as stack:  # all are written before any takes its place
@@ -531,6 +541,18 @@ def _transformers_config(weights: Weights) -> dict[str, Any]:
         **({"image_size": weights.image["input_size"][-1]} if "input_size" in weights.image else {}),
         **(classes if architecture.num_classes else {}),
     }
+
+
+def reads_alike(weights: Weights) -> bool:
+    """Whether transformers' processor of ConvNeXt can read images as these weights learnt them.
+
+    It makes squares, and from 384 pixels on squashes images to them.
+
+    Args:
+        weights: with what is known of their images.
+    """
+    height, width = weights.image.get("input_size", [0, 224, 224])[1:]
+    return "mean" in weights.image and height == width < 384
 
 
 def _processor_config(weights: Weights) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -131,8 +132,9 @@ def read_segmenter(path: Path) -> tuple[Segmenter, Weights, HeadRecord]:
             raise ValueError("it is of another encoder than the one beside it")
         encoder = build_encoder(weights)
         num_classes = len(record.class_names)
-        model = build_segmenter(encoder, record.kind, num_classes, record.dim, record.tau, record.quantile)
-        model.head.load_state_dict(state)
+        with torch.device("meta"):  # what a record says is not made before it is known to be what the file holds
+            model = build_segmenter(encoder, record.kind, num_classes, record.dim, record.tau, record.quantile)
+        model.head.load_state_dict(state, assign=True)
     except (ValidationError, SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{file} cannot be used ({reason}): copy or export it again") from error
