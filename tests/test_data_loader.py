@@ -335,16 +335,17 @@ def test_only_cuda_pins(tmp_path: Path) -> None:
     assert not build_loader(dataset, [], num_workers=0, device_type="cpu").pin_memory
 
 
-def test_processes_that_are_not_ours_outlive_our_workers(index: Images) -> None:
+def test_processes_that_are_not_ours_outlive_our_workers() -> None:
     theirs = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
     theirs.start()
-    loader = build_loader(_SignalsItself(), [[(0, 0)], [(0, 1)]], num_workers=1, device_type="cpu")
-    iterator = iter(loader)
-    next(iterator)
-    (worker,) = [child for child in multiprocessing.active_children() if child.pid != theirs.pid]
-    end_workers()
-    worker.join(10)
-    assert not worker.is_alive() and theirs.is_alive()
-    theirs.kill()
-    theirs.join()
-    del iterator
+    try:
+        loader = build_loader(_SignalsItself(), [[(0, 0)], [(0, 1)]], num_workers=1, device_type="cpu")
+        iterator = iter(loader)
+        next(iterator)
+        (worker,) = loader._iterator._workers  # type: ignore[union-attr]
+        end_workers()
+        worker.join(10)
+        assert not worker.is_alive() and theirs.is_alive()
+    finally:
+        theirs.kill()
+        theirs.join()
