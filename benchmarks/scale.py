@@ -20,6 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Collection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +103,7 @@ def started(place: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 def watched_run(place: Path, workers: int, steps: int, since: float) -> dict[str, Any]:
     """Train for some steps, and measure at the first and at the last."""
-    figures, seen = dict[str, Any](), [0]
+    figures, seen, others = dict[str, Any](), [0], set(multiprocessing.active_children())
 
     def look(*_: object) -> None:
         seen[0] += 1
@@ -110,9 +112,9 @@ def watched_run(place: Path, workers: int, steps: int, since: float) -> dict[str
             figures["first_batch_s"] = time.time() - since
             figures["first_batch_cpu_s"] = used.ru_utime + used.ru_stime
             figures["peak_bytes"] = used.ru_maxrss * 1024
-            figures["first"] = memory()
+            figures["first"] = memory(others)
         if seen[0] == steps:
-            figures["last"] = memory()
+            figures["last"] = memory(others)
             os.kill(os.getpid(), signal.SIGTERM)  # as a cluster's stop: it is saved, and the next goes on from there
 
     settings = {
@@ -133,9 +135,10 @@ def watched_run(place: Path, workers: int, steps: int, since: float) -> dict[str
     return figures
 
 
-def memory() -> dict[str, Any]:
-    """What this process holds, and what each worker holds that it shares with no other."""
-    workers = [child.pid for child in multiprocessing.active_children() if child.pid is not None]
+def memory(others: Collection[BaseProcess]) -> dict[str, Any]:
+    """What this process holds, and what each worker that is none of the others holds and shares with no other."""
+    children = [child for child in multiprocessing.active_children() if child not in others]
+    workers = [child.pid for child in children if child.pid is not None]
     own = [psutil.Process(pid).memory_full_info().uss for pid in workers]
     return {"main_bytes": psutil.Process().memory_info().rss, "workers_own_bytes": own}
 
