@@ -74,7 +74,7 @@ def finetune(cfg: FinetuneConfig, net: Classifier | None = None) -> Run:
         per_epoch = 0 if cfg.eval_only else steps_per_epoch(len(train_images), cfg.batch_size)
         if net is None:
             net = build_model(cfg, weights, len(val_images.class_names))
-        cfg = run.licensed(cfg, weights.license)
+        cfg, run.network = run.licensed(cfg, weights.license), describe(net.encoder.spec)
         weights = replace(
             weights,
             state={},

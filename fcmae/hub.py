@@ -24,8 +24,8 @@ from fcmae.evaluation.records import COLUMNS, score_rows
 from fcmae.evaluation.runs import Run, is_untrained, read_run
 from fcmae.networks.spec import describe
 from fcmae.tables import table
-from fcmae.weights.convert import convert
-from fcmae.weights.files import Weights, read_weights, save_weights, timm_holds
+from fcmae.weights.convert import check_dest, read_sound, write
+from fcmae.weights.files import Weights, timm_holds
 
 # Of a file that is large, of the system, and of the library that this huggingface_hub speaks HTTP with.
 FAILURES: tuple[type[Exception], ...] = (RuntimeError, OSError, HfHubHTTPError.__mro__[1])
@@ -102,18 +102,18 @@ def push(cfg: PushConfig) -> str:
 
 
 def _write(model: Path, dest: Path, name: str, key: str | None, prefix: str | None) -> str:
-    """The two files and the card in a new folder; what `convert` says."""
+    """The two files and the card in a new folder; what `write` says."""
     run = _run_of(model)
     if run is not None and run.kind == "segment":
         raise ValueError(
             f"model = {model} makes label maps, and no format of the hub holds its head: `fcmae convert` writes its "
             "encoder alone"
         )
-    weights = read_weights(model, key=key, prefix=prefix)
-    said = convert(model, dest, "timm", key=key, prefix=prefix)
+    check_dest(dest, "timm")
+    weights = read_sound(model, key=key, prefix=prefix)
+    weights = replace(weights, origin={name: value for name, value in weights.origin.items() if name not in OF_FILES})
+    said = write(weights, dest, "timm")
     try:
-        origin = {name: value for name, value in weights.origin.items() if name not in OF_FILES}
-        save_weights(dest, replace(weights, origin=origin), "timm")
         text = card(weights, run, name)
         ModelCard(text)  # reads its head as the hub does
         (dest / "README.md").write_text(text, encoding="utf-8")

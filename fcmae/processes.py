@@ -82,12 +82,13 @@ def _without_main() -> Iterator[None]:
     """Hide the caller's script, which the new process would run first, as what is called is in modules."""
     main = sys.modules["__main__"]
     with _ONE_AT_A_TIME:
-        kept = main.__spec__, getattr(main, "__file__", None)
-        main.__spec__ = main.__file__ = None
+        hidden: tuple[str, ...] = ("__spec__", "__file__")
+        kept = {name: vars(main).pop(name) for name in hidden if name in vars(main)}
+        main.__spec__ = None
         try:
             yield
         finally:
-            main.__spec__, main.__file__ = kept
+            vars(main).update(kept)
 
 
 def _returned(function: Callable[..., Any], args: tuple[Any, ...]) -> Iterator[Any]:

@@ -116,7 +116,7 @@ def segment(cfg: SegmentConfig, net: Segmenter | None = None) -> Run:
         per_epoch = 0 if cfg.eval_only else steps_per_epoch(len(data.images), cfg.batch_size)
         if net is None:
             net = build_model(cfg, weights, len(data.classes))
-        cfg = run.licensed(cfg, weights.license)
+        cfg, run.network = run.licensed(cfg, weights.license), describe(net.encoder.spec)
         origin = {} if cfg.model.license is None else {"license": cfg.model.license}
         weights = replace(weights, state={}, image=image_settings(cfg, weights) | {"crop_pct": 1.0}, origin=origin)
         check_sides("data.image_size", weights.image["input_size"][1:], weights.architecture.spec.total_stride)

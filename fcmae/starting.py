@@ -115,9 +115,7 @@ def check_apart(train: Images, val: Images) -> None:
         )
 
 
-def check_start(
-    cfg: DenseConfig, run: RunDirectory, net: Classifier | Segmenter, num_images: tuple[int, int], images: str
-) -> None:
+def check_start(cfg: DenseConfig, run: RunDirectory, net: nn.Module, num_images: tuple[int, int], images: str) -> None:
     """Refuse to start where the run could not end, or where a checkpoint is of other images.
 
     Args:
@@ -130,7 +128,6 @@ def check_start(
     Raises:
         ValueError: in one sentence.
     """
-    run.network = describe(net.encoder.spec)
     if num_images[1] == 0:
         remedy = "raise it" if num_images[0] > 1 else "give images to hold out by data.val_path"
         raise ValueError(f"data.val_share = {cfg.data.val_share} holds out none of {num_images[0]} images: {remedy}")
@@ -211,9 +208,8 @@ def class_balance(cfg: DenseConfig, counts: Sequence[int] | NDArray[np.int64], d
     if cfg.eval_only or setting is None:
         return None
     if setting == "balanced":
-        met = np.asarray(counts)[np.asarray(counts) > 0]
-        least = int(met.min()) if len(met) else 1
-        setting = (met.sum() / (max(1, len(met)) * np.maximum(counts, least))).tolist()
+        met = [count for count in counts if count] or [1]
+        setting = (np.mean(met) / np.maximum(counts, min(met))).tolist()
     if len(setting) != len(counts):
         raise ValueError(
             f"regularization.class_weights has {len(setting)} values for {len(counts)} classes: give one a class"

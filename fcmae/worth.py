@@ -36,7 +36,7 @@ from fcmae.config.commands import WorthConfig
 from fcmae.data.dataset import Reading
 from fcmae.data.index import Images, find_images
 from fcmae.data.normalize import Normalize
-from fcmae.data.source import printable
+from fcmae.data.source import is_unicode, printable
 from fcmae.data.split import draw
 from fcmae.evaluation import paired
 from fcmae.evaluation.evaluate import find_data, folder_names, score
@@ -53,7 +53,7 @@ from fcmae.training.messages import how_it_ended
 from fcmae.training.own_files import remove_models
 from fcmae.training.records import read_metrics
 from fcmae.training.run import Run
-from fcmae.weights.files import read_init
+from fcmae.weights.files import Weights, read_init
 from fcmae.weights.tensors import digest
 
 PRETRAINED = "pretrained"
@@ -69,6 +69,7 @@ class Start(NamedTuple):
         license: of these, where they say.
         spec: the network.
         reading: how its images are read, by the settings' keys.
+        sha256: of its weights; None where init is.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Start(NamedTuple):
     license: str | None
     spec: NetworkSpec
     reading: dict[str, Any]
+    sha256: str | None = None
 
 
 class Job(NamedTuple):
@@ -213,7 +215,7 @@ def _saved_plan(place: Path, cfg: WorthConfig, images: str) -> dict[str, Any] | 
             f"out = {place} holds a comparison on other images than {cfg.data} has now: give another --out"
         )
     for arm in plan["arms"]:
-        if arm["init"] is not None and arm.get("sha256", now := _digest(cfg, arm["init"])) != now:
+        if arm.get("sha256") and arm["sha256"] != digest(_weights(cfg, arm["init"]).state, ""):
             raise ValueError(
                 f"init = {arm['init']} has other weights than when the comparison in {place} began: give another --out"
             )
@@ -225,7 +227,7 @@ def _make_plan(place: Path, cfg: WorthConfig, train: Images, test: Images) -> di
     amounts = {labels: len(drawn(train, labels, cfg.seed)) for labels in _amounts(cfg)}
     for name in cfg.controls:
         Control(name)
-    if odd := [name for name in (*train.names(), *test.names()) if name != name.encode("utf-8", "replace").decode()]:
+    if odd := [name for name in (*train.names(), *test.names()) if not is_unicode(name)]:
         raise ValueError(f"data: {printable(odd[0])} has a name that is no UTF-8, as lists of images need: rename it")
     write_labels(place / "labels" / "train.csv", train)
     write_labels(place / "labels" / "test.csv", test)
@@ -251,8 +253,8 @@ def _make_plan(place: Path, cfg: WorthConfig, train: Images, test: Images) -> di
                 write_text(place / "settings" / f"{against}-{_plain(labels)}.yaml", options.dump(chosen))
                 epochs[labels] = chosen.epochs
                 seconds[f"{against} {labels}"] = (chosen.epochs * num + len(test)) / planning.images_per_s(chosen)
-        arm = _arm(start.name, "start", scratch[key], network) | {"init": start.init, "license": start.license}
-        arms.append(arm if start.init is None else arm | {"sha256": _digest(cfg, start.init)})
+        own = {"init": start.init, "license": start.license, "sha256": start.sha256}
+        arms.append(_arm(start.name, "start", scratch[key], network) | own)
     arms.sort(key=lambda arm: arm["kind"] != "scratch")
     plan = {
         "settings": options.flat(cfg),
@@ -272,10 +274,9 @@ def _arm(name: str, kind: str, against: str | None, network: str | None) -> dict
     return {"name": name, "kind": kind, "against": against, "network": network, "init": None, "license": None}
 
 
-def _digest(cfg: WorthConfig, init: str) -> str:
-    """Of the weights that a start has."""
+def _weights(cfg: WorthConfig, init: str) -> Weights:
     key, prefix = (cfg.key, cfg.prefix) if Path(init).is_file() else (None, None)
-    return digest(read_init(init, key, prefix, "init").state, "")
+    return read_init(init, key, prefix, "init")
 
 
 def _given_starts(cfg: WorthConfig) -> list[Start]:
@@ -283,14 +284,14 @@ def _given_starts(cfg: WorthConfig) -> list[Start]:
         raise ValueError(f"init = {twice[0]} is given twice: give each once")
     starts = list[Start]()
     for name, path in zip(folder_names(cfg.init), cfg.init, strict=True):
-        key, prefix = (cfg.key, cfg.prefix) if Path(path).is_file() else (None, None)
-        weights = read_init(path, key, prefix, "init")
+        weights = _weights(cfg, path)
         reading: dict[str, Any] = {key: weights.image[key] for key in ("mean", "std") if key in weights.image}
         if "input_size" in weights.image:
             reading["in_chans"], *reading["image_size"] = weights.image["input_size"]
         # A name that another arm has, or may have.
         name = f"init-{name}" if name == PRETRAINED or name.startswith("scratch") or is_control(path) else name
-        starts.append(Start(name, path, weights.license, weights.architecture.spec, reading))
+        spec, sha256 = weights.architecture.spec, digest(weights.state, "")
+        starts.append(Start(name, path, weights.license, spec, reading, sha256))
     return starts
 
 

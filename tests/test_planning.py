@@ -14,7 +14,7 @@ import tifffile
 import torch
 from conftest import requires_time
 from PIL import Image
-from runs import TINY, forget_accelerator, start, write_images
+from runs import TINY, forget_accelerator, start, write_colors, write_images
 
 import fcmae
 from fcmae import api, bench, choices, cli, planning
@@ -375,3 +375,25 @@ def test_the_weights_that_a_run_starts_from_are_found_by_their_key(photos: Path,
     words = ["photos", "--init", "w.pth", "--model.key", "average", "--device", "cpu"]
     cfg = load(PretrainConfig, words, prog="x", complete=planning.pretraining)
     assert cfg.model.spec == spec and cfg.chosen["model.variant"] == "that of model.init"
+
+
+def test_held_out_images_count_among_the_hours_of_a_fine_tuning(
+    tmp_path: Path, measured: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    colors = {"red": (200, 40, 40), "blue": (40, 40, 200)}
+    for folder, nums in (("labelled", (10, 10)), ("tested", (3, 4))):
+        (tmp_path / folder).mkdir()
+        write_colors(tmp_path / folder, colors, nums)
+    found, duration = list[tuple[int, float]](), choices.duration
+
+    def noted(plan: Any, num: int, hours: float, speed: float, most: float = 800, num_evaluated: float = 0) -> None:
+        found.append((num, num_evaluated))
+        duration(plan, num, hours, speed, most, num_evaluated)
+
+    monkeypatch.setattr(choices, "duration", noted)
+    words = ["finetune", "labelled", "--print-config", "true", "--device", "cpu"]
+    for more in ([], ["--data.val_path", "tested"]):
+        with pytest.raises(SystemExit):  # what was chosen is printed
+            cli.main([*words, *more])
+    assert found == [(16, 4), (20, 7)]

@@ -73,3 +73,9 @@ def test_a_script_without_a_guard_is_not_run_again(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == ["begun", f"2.0 {script} None"]
+
+
+def test_a_notebook_is_left_without_a_file_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(sys.modules["__main__"], "__file__", raising=False)
+    assert in_process(max, 2, 3) == 3
+    assert not hasattr(sys.modules["__main__"], "__file__")

@@ -12,8 +12,7 @@ from PIL import Image
 
 from fcmae.data.geometry import MAX_PIXELS, Box
 from fcmae.data.rasters import open_tiles
-from fcmae.data.readers import NOT_FINITE, OpenImage, Pixels, TooLarge, open_image, reading
-from fcmae.data.source import BadImage
+from fcmae.data.readers import OpenImage, Pixels, TooLarge, check_finite, open_image, reading
 
 ChooseBox = Callable[[int, int], Box]  # (height, width) -> box
 
@@ -117,8 +116,8 @@ def read_known(
     box = choose_box(image.height, image.width)
     with reading(max_pixels):
         pixels = image.read(box, size or box[2:], fill)
-    if fill is not None and pixels.values.dtype != np.uint8 and not np.isfinite(pixels.values).all():
-        raise BadImage(NOT_FINITE)
+    if fill is not None:
+        check_finite(pixels.values)
     return pixels
 
 

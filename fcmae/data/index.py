@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from fcmae.atomic import check_file, replacing
 from fcmae.data.listing import json_list, json_numbers, read_listing
 from fcmae.data.shards import COMPRESSED, SHARDS, SUFFIXES, Parts, Shards, is_damage, is_image, is_shard
-from fcmae.data.source import PART, BadImage, Files, Source, printable
+from fcmae.data.source import PART, BadImage, Files, Source, is_unicode, printable
 from fcmae.data.storage import Storage, canonical, is_remote, joined, listed
 from fcmae.data.tables import can_read
 
@@ -534,7 +534,7 @@ def _refuse_splits(root: str, names: set[str], key: str) -> None:
 
 def _class_name(name: str, key: str) -> str:
     """A class's name as it is kept: accents composed, whichever way a file system has them."""
-    if any("\ud800" <= character <= "\udfff" for character in name):
+    if not is_unicode(name):
         raise ValueError(f"{key}: the class {printable(name)} has a name that is no UTF-8: rename it")
     return unicodedata.normalize("NFC", name)
 

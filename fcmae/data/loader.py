@@ -50,6 +50,7 @@ class Loader(DataLoader[Batch]):
             ChildProcessError: if a worker was killed.
         """
         batches = self._start()
+        _WORKERS.update(getattr(batches, "_workers", ()))
         if self.num_workers == 0:
             yield from batches
             return
@@ -72,20 +73,15 @@ class Loader(DataLoader[Batch]):
                 f"num_workers (it is {self.num_workers}), or store the images smaller"
             ) from error
 
-    @staticmethod
-    def _noted(batches: Iterator[Batch]) -> Iterator[Batch]:
-        _WORKERS.update(getattr(batches, "_workers", ()))
-        return batches
-
     def _start(self) -> Iterator[Batch]:
         if not hasattr(signal, "pthread_sigmask"):
-            return self._noted(super().__iter__())
+            return super().__iter__()
         in_charge = threading.current_thread() is threading.main_thread()
         previous = signal.getsignal(signal.SIGCHLD)
         # A new worker must not take a signal in this process's stead, before it knows to ignore it.
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
-            return self._noted(super().__iter__())
+            return super().__iter__()
         finally:
             # DataLoader's handler raises wherever the main thread is, in the middle of saving too.
             if in_charge:

@@ -20,12 +20,12 @@ from PIL import Image
 from fcmae.data.geometry import MAX_PIXELS, Box
 from fcmae.data.readers import (
     MAX_PAGES,
-    NOT_FINITE,
     PILLOW_FORMATS,
     TIFF_STARTS,
     ArrayImage,
     Pixels,
     check_channels,
+    check_finite,
     check_segments,
     check_size,
     map_npy,
@@ -90,11 +90,15 @@ class Raster:
         """
         with reading(self._max_pixels):
             if size is not None or self._in_parts:
-                return _finite(self._image.read(box, size or box[2:], self._fill).values)
+                return self._values(box, size or box[2:])
             if self._whole is None:
-                everything = (0, 0, self.height, self.width)
-                self._whole = _finite(self._image.read(everything, everything[2:], self._fill).values)
+                self._whole = self._values((0, 0, self.height, self.width), (self.height, self.width))
             return self._whole[:, box[0] : box[0] + box[2], box[1] : box[1] + box[3]]
+
+    def _values(self, box: Box, size: tuple[int, int]) -> NDArray[Any]:
+        values = self._image.read(box, size, self._fill).values
+        check_finite(values)
+        return values
 
 
 def open_tiles(file: BinaryIO, in_chans: int, max_pixels: int = MAX_PIXELS) -> Tiles | None:
@@ -212,12 +216,6 @@ class LabelMap:
         if size is not None and size != box[2:]:
             part = part[np.ix_(_nearest(height, size[0]), _nearest(width, size[1]))]
         return part.astype(np.int64)
-
-
-def _finite(values: NDArray[Any]) -> NDArray[Any]:
-    if values.dtype != np.uint8 and not np.isfinite(values).all():
-        raise BadImage(NOT_FINITE)
-    return values
 
 
 def _nearest(side: int, size: int) -> NDArray[np.int64]:

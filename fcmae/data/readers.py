@@ -52,7 +52,6 @@ _JPEG_MARKER = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])")
 MAX_SCANS = 100  # of a JPEG; cameras and web sites make up to a dozen
 MAX_PAGES = 10_000  # of a TIFF
 MAX_RATIO = 2000  # of what is stored to the file; deflate gets to 1032
-NOT_FINITE = "it holds values that 32 bits cannot"
 SMALL = 2**26  # bytes, which a file may take whatever it is
 
 _GREY_WEIGHTS = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R 601, as Pillow's mode L
@@ -188,6 +187,19 @@ def reading(max_pixels: int) -> Iterator[None]:
             raise BadImage("it is no JPEG, PNG, WebP, BMP, TIFF, DICOM or .npy file") from error
         except _READ_ERRORS as error:
             raise BadImage.unread(error) from error
+
+
+def check_finite(values: NDArray[Any]) -> None:
+    """Refuse values that are too large for float32.
+
+    Args:
+        values: of an image, where nothing missing is left.
+
+    Raises:
+        BadImage: if one is.
+    """
+    if values.dtype != np.uint8 and not np.isfinite(values).all():
+        raise BadImage("it holds values that 32 bits cannot")
 
 
 class _Quiet:

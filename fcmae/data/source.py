@@ -60,6 +60,11 @@ class DataError(ValueError):
         super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
 
 
+def is_unicode(name: str) -> bool:
+    """Whether a name has no bytes that are no UTF-8, which Python keeps as surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
+
+
 def printable(name: str) -> str:
     """A name that any terminal can show: bytes that are no Unicode, and control characters, as escapes."""
     text = name.encode("utf-8", errors="backslashreplace").decode()

@@ -25,7 +25,7 @@ from fcmae.config.commands import EmbedConfig
 from fcmae.data.index import Images, find_images, find_labelled
 from fcmae.evaluation.features import check_stages, extract
 from fcmae.evaluation.models import Backbone, choose_device, load_backbone
-from fcmae.evaluation.outputs import TEMPORARY, claim, file_name, shortened, tell_unread
+from fcmae.evaluation.outputs import TEMPORARY, claim, file_name, free, shortened, tell_unread
 from fcmae.evaluation.pictures import displayable, save_figure
 
 FILES = ("features.npy", "paths.csv", "features.parquet", "map.png")
@@ -102,7 +102,7 @@ def embed(cfg: EmbedConfig) -> str:
             queries, query_features = features_of(queries, "queries")
             nearest = neighbours(query_features, features, queries.names(), index.names())
             for number, (rows, similarities) in enumerate(nearest):
-                picture = _free(out / f"{NEIGHBOURS}{file_name(Path(queries.name(number)).stem)}.png", written)
+                picture = free(out / f"{NEIGHBOURS}{file_name(Path(queries.name(number)).stem)}.png", written)
                 save_neighbours(picture, queries.subset([number]), index.subset(rows), similarities, backbone)
                 written.append(picture)
     return "\n".join([*lines, *(f"wrote {path}" for path in written)])
@@ -110,15 +110,6 @@ def embed(cfg: EmbedConfig) -> str:
 
 def _is_ours(path: Path) -> bool:
     return path.is_file() and (path.name in FILES or (path.name.startswith(NEIGHBOURS) and path.suffix == ".png"))
-
-
-def _free(path: Path, taken: Sequence[Path]) -> Path:
-    """The path, with a number after its name if several images have this name."""
-    number, free = 1, path
-    while free in taken:
-        number += 1
-        free = path.with_name(f"{path.stem}-{number}{path.suffix}")
-    return free
 
 
 def _require(module: str, remedy: str) -> None:

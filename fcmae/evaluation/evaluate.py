@@ -31,7 +31,7 @@ from fcmae.data.index import Images, find_labelled
 from fcmae.data.split import draw, split
 from fcmae.evaluation.features import check_stages, extract
 from fcmae.evaluation.models import RANDOM, Backbone, choose_device, is_control, load_backbones
-from fcmae.evaluation.outputs import TEMPORARY, claim, default_out, file_name, shortened, tell_unread
+from fcmae.evaluation.outputs import TEMPORARY, claim, default_out, file_name, free, shortened, tell_unread
 from fcmae.evaluation.pictures import save_figure
 from fcmae.evaluation.probes import few_shot_counts, fit_linear, knn_probabilities, mean_and_interval
 from fcmae.evaluation.records import COLUMNS, score_rows
@@ -165,8 +165,10 @@ def folder_names(models: Sequence[str]) -> list[str]:
             for name, model in zip(last, models, strict=True)
         ]
     names = last if len(set(last)) == len(last) else [file_name(model) or "model" for model in models]
-    before = [names[:i].count(name) for i, name in enumerate(names)]
-    return [f"{name}-{number + 1}" if number else name for name, number in zip(names, before, strict=True)]
+    taken = list[Path]()
+    for name in names:
+        taken.append(free(Path(name), taken))
+    return list(map(str, taken))
 
 
 def find_data(data: str, test: str | None, test_share: float, seed: int) -> tuple[Images, Images]:

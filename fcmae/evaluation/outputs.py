@@ -103,3 +103,17 @@ def shortened(name: str, length: int = 24, *, keep_end: bool = False) -> str:
     # Dollars would begin a formula, and a leading underscore hides an entry of a legend.
     name = name.replace("$", r"\$")
     return f" {name}" if name.startswith("_") else name
+
+
+def free(path: Path, taken: Sequence[Path]) -> Path:
+    """The path, with a number after its name where that is taken.
+
+    Args:
+        path: of a file or folder that is to be made.
+        taken: those that will be there.
+    """
+    number, found = 1, path
+    while found in taken:
+        number += 1
+        found = path.with_name(f"{path.stem}-{number}{path.suffix}")
+    return found

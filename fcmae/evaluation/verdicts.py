@@ -66,12 +66,10 @@ def _working(run: Run) -> Found:
             sentence += "." if learnt else ", so next to nothing is learnt yet."
         state = "good" if learnt and not worrying else state
         sentences.insert(0, sentence)
-    if run.kind == "segment" and (found := [line["miou"] for line in run.lines if "miou" in line]):
-        classes = sum(key.startswith("iou/") for key in max(run.lines, key=len))
-        sentences.insert(
-            0, f"Mean IoU is {found[-1]:.3f}; one class everywhere scores {1 / max(1, classes):.3f} at most."
-        )
-        state = "good" if found[-1] > 1 / max(1, classes) and not worrying else "attention"
+    if run.kind == "segment" and (found := [line for line in run.lines if "miou" in line]):
+        miou, guess = found[-1]["miou"], 1 / max(1, sum(key.startswith("iou/") for key in found[-1]))
+        sentences.insert(0, f"Mean IoU is {miou:.3f}; one class everywhere scores {guess:.3f} at most.")
+        state = "good" if miou > guess and not worrying else "attention"
     if scored and run.counts.get("classes"):
         score, guess = _score(scored[-1]), 1 / run.counts["classes"]
         sentences.insert(

@@ -25,7 +25,6 @@ FOUND = {
 # What a start leaves that ended before its first line of numbers. A star is anything, # the number of a step.
 STARTED = (
     ".lock",
-    ".tmp-*",
     "config.yaml",
     "environment.json",
     "files.json",
@@ -156,10 +155,9 @@ def remove_unfinished(run: Path) -> None:
     Args:
         run: its directory, which no other process writes to.
     """
-    ours = tuple(pattern for pattern in (*STARTED, *RESULTS) if not pattern.startswith(UNFINISHED))
     for folder in (".", "best", "last", "overlays", "reconstructions", "reconstructions/tiles"):
         for path in (run / folder).glob(f"{UNFINISHED}*"):
-            if path.is_file() and _matches(path.relative_to(run), ours):
+            if path.is_file() and _matches(path.relative_to(run), (*STARTED, *RESULTS)):
                 path.unlink(missing_ok=True)
 
 

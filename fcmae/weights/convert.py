@@ -18,7 +18,7 @@ from fcmae.heads import Classifier
 from fcmae.masked import FCMAE
 from fcmae.networks.build import make_encoder
 from fcmae.networks.encoder import StagedEncoder
-from fcmae.networks.spec import ConvNeXtSpec, describe, variant_of
+from fcmae.networks.spec import ConvNeXtSpec, NetworkSpec, describe, variant_of
 from fcmae.weights.files import (
     DIRECTORIES,
     FILE_SUFFIXES,
@@ -186,6 +186,20 @@ def convert(
         ValueError: if there is no such format, the source cannot be read, does not fit or is damaged, dest exists or
             has another kind of name than the format needs, or what is read back differs, which is then deleted.
     """
+    check_dest(dest, to)
+    return write(read_sound(source, variant, key, prefix), dest, to)
+
+
+def check_dest(dest: Path | None, to: str) -> None:
+    """Refuse a place that weights cannot be written to.
+
+    Args:
+        dest: see `convert`.
+        to: likewise.
+
+    Raises:
+        ValueError: if there is no such format, dest exists or has another kind of name than the format needs.
+    """
     if to not in FORMATS:
         raise ValueError(f"to = {to!r}: use one of {', '.join(FORMATS)}")
     if dest is not None:
@@ -195,14 +209,45 @@ def convert(
             raise ValueError(f"{dest}: the format {to} is a directory: give it another name, or --to fcmae for a file")
         if to not in DIRECTORIES and dest.suffix not in FILE_SUFFIXES:
             raise ValueError(f"{dest}: the format {to} is one file: give it a name in {', '.join(FILE_SUFFIXES)}")
+
+
+def read_sound(source: Path, variant: str | None = None, key: str | None = None, prefix: str | None = None) -> Weights:
+    """Weights whose encoder gives what they say that it gives, or at least finite numbers.
+
+    Args:
+        source: what `read_weights` reads.
+        variant: likewise.
+        key: likewise.
+        prefix: likewise.
+
+    Raises:
+        ValueError: if they cannot be read, or are damaged.
+    """
     weights = read_weights(source, variant, key, prefix)
-    spec = weights.architecture.spec
     if weights.expected_output:
         _compare(source, weights)
     else:
         weights = replace(weights, expected_output=encoder_output(weights))
     if not all(map(math.isfinite, weights.expected_output)):
         raise ValueError(f"{source}: the encoder's output is not finite: its weights are of a run that broke down")
+    return weights
+
+
+def write(weights: Weights, dest: Path | None, to: str) -> str:
+    """Write weights, read them back, and describe what was done.
+
+    Args:
+        weights: of `read_sound`.
+        dest: see `convert`.
+        to: likewise.
+
+    Returns:
+        See `convert`.
+
+    Raises:
+        ValueError: if the format cannot hold them, or what is read back differs, which is then deleted.
+    """
+    spec = weights.architecture.spec
     state = to_state(weights.state, spec, to)
     lines = []
     if dest is None:
@@ -229,6 +274,15 @@ def convert(
             shutil.rmtree(dest)
         dest.unlink(missing_ok=True)
         raise
+    if to == "transformers" and "mean" in weights.image and not reads_alike(weights):
+        lines.append(
+            "no preprocessor_config.json: transformers' processor cannot read images as these weights learnt them"
+        )
+    wrote = f"wrote {dest}, and read the same tensors back"
+    return "\n".join([*map(printable, lines), wrote, f"use: {_how_to_use(dest, spec, to)}"])
+
+
+def _how_to_use(dest: Path, spec: NetworkSpec, to: str) -> str:
     quoted = shlex.quote(str(dest))
     variant = variant_of(spec)
     command = "finetune IMAGES" if spec.dense_only else "pretrain"
@@ -243,8 +297,4 @@ def convert(
         use = f"fcmae.load({str(dest)!r})  # timm has no such network"
     elif variant is None:
         use = f"fcmae.load({str(dest)!r})"
-    if to == "transformers" and "mean" in weights.image and not reads_alike(weights):
-        lines.append(
-            "no preprocessor_config.json: transformers' processor cannot read images as these weights learnt them"
-        )
-    return "\n".join([*map(printable, lines), f"wrote {dest}, and read the same tensors back", f"use: {use}"])
+    return use
