@@ -17,6 +17,7 @@ and its JSON, which docs/results.md then names.
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import statistics
 import sys
@@ -24,16 +25,31 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import results
+from numpy.typing import NDArray
+from PIL import Image
+from sklearn.metrics import jaccard_score
 from study import FCMAE, STUDIES, Job, facts, last_scores, paired, schedule, shown, write_images
 
 from fcmae.atomic import write_text
-from fcmae.evaluation.paired import cells
+from fcmae.evaluation.paired import Row, cells
+from fcmae.evaluation.probes import mean_and_interval
 from fcmae.tables import table
 
 
 class Set(NamedTuple):
-    """Images with label maps. num: to learn from. classes: from 0. flags: how they are read. page: its name."""
+    """Images with label maps.
+
+    Attributes:
+        title: as it stands in docs/.
+        page: its name there.
+        told: what they are.
+        num: to learn from.
+        classes: from 0.
+        flags: how they are read.
+        budgets: by per cent of the labels, tiles of a step, of which there may be fewer, and epochs.
+    """
 
     title: str
     page: str
@@ -41,6 +57,7 @@ class Set(NamedTuple):
     num: int
     classes: str
     flags: tuple[str, ...]
+    budgets: dict[int, tuple[int, float]]
 
 
 SETS = {
@@ -52,6 +69,7 @@ SETS = {
         480,
         "sea,land,lake",
         (),
+        {1: (4, 200), 10: (16, 150), 100: (16, 15)},
     ),
     "brain": Set(
         "Grey and white matter",
@@ -61,6 +79,7 @@ SETS = {
         94,
         "other,grey,white",
         ("--data.in_chans=1", "--data.mean=0.177", "--data.std=0.312"),
+        {1: (4, 400), 10: (16, 600), 100: (16, 120)},
     ),
 }
 
@@ -83,8 +102,7 @@ ARMS: dict[str, Arm | None] = {
     "multiscale": Arm("histograms of gradients, all stages decoded", share=1 / 1.1, part="multiscale"),
 }
 NETWORK = "--model.variant={depths: [2, 2, 6], dims: [40, 80, 160], stem_stride: 4}"
-# By per cent of the labels: tiles of a step, of which there may be fewer, and epochs.
-BUDGETS = {1: (4, 200), 10: (16, 150), 100: (16, 15)}
+PERCENTS = (1, 10, 100)
 COLUMNS = ("labels", "start", "seeds", "mean IoU, %", "against scratch, of each seed", "")
 
 
@@ -119,8 +137,8 @@ def jobs(
         )
         yield Job(start, (*program, *words))
     for percent in percents:
-        batch_size = min(BUDGETS[percent][0], max(1, known.num * percent // 100))
-        num_epochs = BUDGETS[percent][1] * short
+        tiles, num_epochs = known.budgets[percent]
+        batch_size, num_epochs = min(tiles, max(1, known.num * percent // 100)), num_epochs * short
         for seed in range(seeds):
             labels = f"train-{percent}-{seed if percent < 100 else 0}.csv"
             for start in arms:
@@ -139,13 +157,53 @@ def jobs(
                 yield Job(run, (*FCMAE, *words), () if scratch else (start,))
 
 
-def collect(out: Path, wanted: Sequence[Job], epochs: float) -> dict[str, Any]:
-    """What the finished runs have found, and where."""
-    scores = []
-    for name, found in last_scores(out, wanted, "miou").items():
-        arm, percent, seed = name.split("-")
+def read(path: Path) -> NDArray[np.uint8]:
+    """The values (H * W, C) of an image."""
+    image = np.asarray(Image.open(path))
+    return image.reshape(image.shape[0] * image.shape[1], -1)
+
+
+def pixels(file: Path, num_classes: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Colours (N, C) and classes (N,) of all pixels that have one, of the images and maps that a CSV file names."""
+    with file.open(newline="") as lines:
+        pairs = [(file.parent / row["image"], file.parent / row["mask"]) for row in csv.DictReader(lines)]
+    images, maps = (np.concatenate([read(pair[i]) for pair in pairs]) for i in (0, 1))
+    known = maps[:, 0] < num_classes
+    return images[known], maps[known, 0]
+
+
+def by_colour(train: Path, test: Path, num_classes: int) -> float:
+    """Mean IoU of a control that needs no network: each pixel has the class that most pixels of its own colour have.
+
+    Of grey there are 64 levels, of colour 16 a channel; what was not seen has the class of most pixels.
+    """
+
+    def binned(colours: NDArray[np.uint8]) -> NDArray[np.int64]:
+        levels = 64 if colours.shape[1] == 1 else 16
+        places = levels ** np.arange(colours.shape[1])
+        return (colours // (256 // levels)).astype(np.int64) @ places
+
+    colours, classes = pixels(train, num_classes)
+    counts = np.zeros((4096, num_classes), np.int64)
+    np.add.at(counts, (binned(colours), classes), 1)
+    told = np.where(counts.any(1), counts.argmax(1), counts.sum(0).argmax())
+    colours, classes = pixels(test, num_classes)
+    return float(jaccard_score(classes, told[binned(colours)], average="macro"))
+
+
+def collect(out: Path, name: str, wanted: Sequence[Job], epochs: float) -> dict[str, Any]:
+    """What the finished runs have found, and where; and the control, of as many draws."""
+    scores = list[dict[str, Any]]()
+    for run, found in last_scores(out, wanted, "miou").items():
+        arm, percent, seed = run.split("-")
         scores.append({"arm": arm, "labels": f"{percent}%", "seed": int(seed), "scores": found})
-    return {**facts(out, wanted), "epochs": epochs, "scores": scores}
+    num_classes, controls = SETS[name].classes.count(",") + 1, dict[str, list[float]]()
+    for one in scores:
+        if one["arm"] == "scratch":
+            train = out / name / f"train-{one['labels'][:-1]}-{0 if one['labels'] == '100%' else one['seed']}.csv"
+            value = by_colour(train, out / name / "test.csv", num_classes)
+            controls.setdefault(one["labels"], []).append(value)
+    return {**facts(out, wanted), "epochs": epochs, "scores": scores, "controls": controls}
 
 
 def rows(found: dict[str, Any], base: str = "scratch") -> list[list[str]]:
@@ -154,6 +212,15 @@ def rows(found: dict[str, Any], base: str = "scratch") -> list[list[str]]:
     arms = list(ARMS)[list(ARMS).index(base) :]
     wanted = [score for score in scores if score[0] in arms]
     return [cells(row) for row in paired(wanted, {arm: None if arm == base else base for arm in arms})]
+
+
+def controls(found: dict[str, Any]) -> str:
+    """A table: what each pixel's own colour tells."""
+    lines = [
+        [cells(Row(labels, "", len(values), mean_and_interval(values), None, ""))[i] for i in (0, 2, 3)]
+        for labels, values in found["controls"].items()
+    ]
+    return table(("labels", "seeds", "mean IoU, %"), lines)
 
 
 def details(found: dict[str, Any]) -> str:
@@ -207,6 +274,11 @@ follows. On {machine}.
 {f"{chr(10)}{against}{chr(10)}" if others else ""}
 {table(("start", "pretraining", "epochs", "minutes"), told, left=2)}
 
+A control that needs no network gives each pixel the class that most pixels of its colour have in the labelled images
+(of 64 greys, or of 16 levels a channel):
+
+{controls(found)}
+
 ## All scores
 
 The mean over the seeds, in per cent but for the loss. A boundary is found within 2 pixels.
@@ -227,7 +299,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="where to write")
     parser.add_argument("--epochs", type=float, default=300, help="of pretraining [300]")
     parser.add_argument(
-        "--percents", type=int, nargs="+", default=list(BUDGETS), help="per cent of the labels [1 10 100]"
+        "--percents", type=int, nargs="+", choices=PERCENTS, default=PERCENTS, help="per cent of the labels [1 10 100]"
     )
     parser.add_argument("--seeds", type=int, default=5, help="draws of the labels [5]")
     parser.add_argument(
@@ -246,7 +318,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     write_images(args.set, out, seeds=args.seeds)
     schedule(wanted, out, args.at_once, None if args.at_once == 1 else 1)
-    found = collect(out, wanted, args.epochs)
+    found = collect(out, args.set, wanted, args.epochs)
     write_text(out / "segmentation.json", json.dumps(found, indent=1) + "\n")
     print("\n" + table(COLUMNS, rows(found), left=2))
     if args.docs:

@@ -554,7 +554,7 @@ def test_the_page_of_small_images_tells_paired_differences(tmp_path: Path) -> No
     scores = {"scratch": [0.2, 0.3, 0.25], "hog": [0.3, 0.41, 0.34], "pixels": [0.3], "hog20": [0.29, 0.38, 0.35, 0.9]}
     found = {
         "machine": {"gpu": "none"},
-        "commands": {"hog-p": "fcmae pretrain"},
+        "commands": {"hog150-p": "fcmae pretrain"},
         "tried": [
             {
                 "arm": "scratch",
@@ -705,8 +705,15 @@ def test_the_page_of_the_segmentation_study_has_paired_differences_and_all_score
         lines = [{"step": n, "epoch": n, "val_loss": 0.25, "miou": value - (n == 1), "iou/sea": 0.9} for n in (1, 2)]
         lines = lines if seed else [{"step": 1, "epoch": 1, "loss": 0.5}]
         (tmp_path / "runs" / job.name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = segmentation_study.collect(tmp_path, wanted, 300)
+    for name in ("train-10-0", "train-10-1", "train-10-2", "test"):
+        (tmp_path / "landsea" / name).parent.mkdir(exist_ok=True)
+        grey = 4 * np.arange(64, dtype=np.uint8).reshape(8, 8)
+        for kind, array in (("image", np.stack([grey] * 3, axis=2)), ("mask", grey // 96)):
+            Image.fromarray(array).save(tmp_path / "landsea" / f"{name}-{kind}.png")
+        (tmp_path / "landsea" / f"{name}.csv").write_text(f"image,mask\n{name}-image.png,{name}-mask.png\n")
+    found = segmentation_study.collect(tmp_path, "landsea", wanted, 300)
     assert len(found["scores"]) == 9
+    assert found["controls"] == {"10%": [1.0] * 3}
     scratch, pretrained, multiscale = segmentation_study.rows(found)
     assert scratch[:3] == ["10 % of the labels", "scratch", "3"] and scratch[3].startswith("51.0")
     assert pretrained[4].startswith("+10.0 [+10.0, +10.0]") and multiscale[4].startswith("+15.0")
@@ -719,7 +726,7 @@ def test_the_page_of_the_segmentation_study_has_paired_differences_and_all_score
 def test_the_site_has_the_pages_of_the_segmentation_study_that_were_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = {"machine": {}, "commands": {}, "seconds": {}, "epochs": 300, "scores": []}
+    found = {"machine": {}, "commands": {}, "seconds": {}, "epochs": 300, "scores": [], "controls": {}}
     for name in ("schedule", "write_images"):
         monkeypatch.setattr(segmentation_study, name, lambda *_, **__: None)
     monkeypatch.setattr(segmentation_study, "collect", lambda *_: found)
