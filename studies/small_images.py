@@ -401,7 +401,8 @@ def page(found: dict[str, dict[str, Any]], words: str) -> str:
     commands: dict[str, str] = {}
     for one in found.values():
         commands = one["commands"] | commands
-    example = [commands.get(name) for name in ("hog-p", "hog-10-0", "hog20-5-0", "scratch-10-0", "scratch350-10-0")]
+    names = ("hog150-p", "hog150-10-0", "hog20-5-0", "scratch-10-0", "scratch350-10-0")
+    example = [commands.get(name) for name in names]
     sections = "\n\n".join(
         f"## On {', '.join(f'{key} {value}' for key, value in one['machine'].items())}\n\n{section(one)}"
         for one in found.values()
