@@ -10,6 +10,7 @@ import torch
 from conftest import randomize
 
 from fcmae.cli import COMMANDS
+from fcmae.config import SegmentConfig
 from fcmae.heads import Exits
 from fcmae.networks.build import make_encoder
 from fcmae.networks.spec import ConvNeXtSpec
@@ -26,6 +27,16 @@ def model_of(fill: str, tau: float) -> study.Filled:
     randomize(model.encoder)
     randomize(model.head.exits)
     return model.double()
+
+
+def test_zero_is_what_packed_rows_compute_and_its_share_is_told() -> None:
+    model, images = model_of("zero", 1.0).eval(), torch.randn(2, 3, 24, 32, dtype=torch.float64)
+    answers = list(model.anytime(images[:1]))
+    model.head.tau = float(answers[0].confidence.quantile(0.5))
+    plain = study.Anytime(model.encoder, model.head).eval()
+    model.computed.clear()
+    torch.testing.assert_close(model(images), plain(images), atol=1e-10, rtol=1e-10)
+    assert [row[0] for row in model.computed] == [1.0, 1.0] and 0 < model.computed[0][1] < 1
 
 
 @pytest.mark.parametrize("fill", ["carried", "radial"])
@@ -72,21 +83,28 @@ def test_carried_is_the_downsampling() -> None:
     assert torch.equal(layout.fill(spoiled), f)
 
 
+def words_of(job: study.Job) -> tuple[str, ...]:
+    """What follows the name of the command or of the fill."""
+    return job.words[1 + next(i for i, word in enumerate(job.words) if word in (*study.FILLS, "pretrain")) :]
+
+
 def test_arms_differ_in_the_fill_alone(tmp_path: Path) -> None:
     jobs = {job.name: job for job in study.jobs(tmp_path, 10, 2)}
-    assert len(jobs) == 8
+    assert len(jobs) == 7
     for name, job in jobs.items():
-        start = 4 if name.startswith("pyramid") else 3
-        load(COMMANDS["segment"][0], list(job.words[start:]), prog=name)
+        cfg = load(COMMANDS["pretrain" if name == "pretrained" else "segment"][0], list(words_of(job)), prog=name)
+        assert name == "pretrained" or (isinstance(cfg, SegmentConfig) and cfg.model.tau == 0.8)
     assert set(jobs["carried-1"].words) ^ set(jobs["radial-1"].words) == {
         "carried", "radial", f"--out={tmp_path}/runs/carried-1", f"--out={tmp_path}/runs/radial-1",
     }  # fmt: skip
     (tmp_path / "jobs").mkdir()
-    for arm, value in (("pyramid", 0.5), ("zero", 0.6)):
+    for arm, value in (("zero", 0.5), ("carried", 0.6)):
         for seed in range(2):
-            (tmp_path / "jobs" / f"{arm}-{seed}.json").write_text("{}")
+            (tmp_path / "jobs" / f"{arm}-{seed}.json").write_text('{"seconds": 60}')
             folder = tmp_path / "runs" / f"{arm}-{seed}"
             folder.mkdir(parents=True)
+            (folder / "computed.json").write_text("[1, 0.25]")
             (folder / "metrics.jsonl").write_text(f'{{"step": 1, "epoch": 1, "miou": {value}}}\n')
     first, second, *_ = study.rows(study.collect(tmp_path, list(jobs.values()), 10))
-    assert first[1:3] == ["pyramid", "2"] and second[1] == "zero" and second[4].startswith("+10.0")
+    assert first[1:3] == ["zero", "2"] and second[1] == "carried" and second[4].startswith("+10.0")
+    assert first[-1] == second[-1] == "100, 25"
