@@ -12,8 +12,8 @@ radial     to a depthwise convolution, the mean of computed sites within a 7x7 w
 Each fill is in training from the first step, from one pretraining, and in scoring. All compute dense maps here, so this
 tells accuracy, not time: that is benchmarks/anytime.py's. carried and radial are no settings of fcmae, and models
 trained so are not to be predicted with. The 150 tiles that are tested on choose nothing: the last model counts. What is
-finished is not done again. What is found is in OUT/fills.json, with the share of the patches that each stage computed
-in scoring: where it is 1, nothing was filled and nothing compared.
+finished is not done again. What is found is in OUT/fills.json, of which docs/fills.json is ours, with the share of the
+patches that each stage computed in scoring: where it is 1, nothing was filled and nothing compared.
 """
 
 from __future__ import annotations
