@@ -24,15 +24,6 @@ ROOT = Path(__file__).parent.parent
 PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
 PAGES |= {"docker/README.md": "docker.md", "LICENSE": "license.txt"}
 RUNS = ("pretrain", "finetune", "segment")
-STUDIES = ("land_and_sea.md", "brain.md")  # of studies/segmentation.py, where it was run
-
-
-def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Name the pages of a study that were written, before those of results."""
-    found = [name for name in STUDIES if Path(config["docs_dir"], name).exists()]
-    (about,) = (part["About"] for part in config["nav"] if "About" in part)
-    about[about.index("results.md") : about.index("results.md")] = found
-    return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
