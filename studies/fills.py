@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -33,7 +32,7 @@ threads.prepare()  # as the commands do, before torch is loaded
 
 import torch
 import torch.nn.functional as F
-from study import FCMAE, STUDIES, Job, facts, last_scores, paired, schedule, shown
+from study import FCMAE, STUDIES, Job, add_arguments, chosen, facts, last_scores, paired, schedule, write_images
 from torch import Tensor, nn
 
 from fcmae import segmenting, starting
@@ -186,20 +185,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv and argv[0] in FILLS:
         return segment(argv[0], argv[1:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/fills"), help="where to write")
     parser.add_argument("--epochs", type=float, default=20, help="of each run [20]")
     parser.add_argument("--seeds", type=int, default=3, help="of each arm [3]")
-    parser.add_argument("--at-once", type=int, default=1, help="commands at a time [1]")
-    parser.add_argument("--list", action="store_true", help="print the commands and stop")
+    add_arguments(parser, "runs/fills", at_once=1)
     args = parser.parse_args(argv)
     out = args.out.absolute()
-    wanted = list(jobs(out, args.epochs, args.seeds))
-    if args.list:
-        for job in wanted:
-            print(f"# {job.name}\n{shown(job, out)}")
-        return 0
-    (out / "jobs").mkdir(parents=True, exist_ok=True)
-    subprocess.run([sys.executable, str(STUDIES / "sets.py"), "landsea", str(out / "landsea")], check=True)
+    wanted = chosen(args, jobs(out, args.epochs, args.seeds))
+    write_images("landsea", out)
     schedule(wanted, out, args.at_once, None if args.at_once == 1 else 1)
     found = collect(out, wanted, args.epochs)
     write_text(out / "fills.json", json.dumps(found, indent=1) + "\n")

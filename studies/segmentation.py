@@ -199,8 +199,8 @@ def collect(out: Path, name: str, wanted: Sequence[Job], epochs: float) -> dict[
         scores.append({"arm": arm, "labels": f"{percent}%", "seed": int(seed), "scores": found})
     num_classes, controls = SETS[name].classes.count(",") + 1, dict[str, list[float]]()
     for one in scores:
-        if one["arm"] == "scratch":
-            train = out / name / f"train-{one['labels'][:-1]}-{0 if one['labels'] == '100%' else one['seed']}.csv"
+        if one["arm"] == "scratch" and (one["labels"] != "100%" or not one["seed"]):  # of all labels there is one draw
+            train = out / name / f"train-{one['labels'][:-1]}-{one['seed']}.csv"
             value = by_colour(train, out / name / "test.csv", num_classes)
             controls.setdefault(one["labels"], []).append(value)
     return {**facts(out, wanted), "epochs": epochs, "scores": scores, "controls": controls}

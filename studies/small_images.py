@@ -1,6 +1,6 @@
 """Does pretraining pay on small images with few labels, how much of it, predicting what? Makes docs/small_images.md.
 
-    python studies/small_images.py SHARDS --out runs/small_images                 # an H200, 16 cores, MPS: 1.5 h
+    python studies/small_images.py SHARDS --out runs/small_images                 # an H200, 16 cores: 1.5 h
     python studies/small_images.py SHARDS --out runs/small_images --at-once 1     # 2 cores: days
     python studies/small_images.py SHARDS --out runs/small_images --at-once 1 --only hog20-p scratch-5 hog20-5   # 3 h
     python studies/small_images.py SHARDS --out runs/small_images --arms recipe   # likewise: an hour
