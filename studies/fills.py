@@ -146,18 +146,28 @@ def segment(fill: str, flags: Sequence[str]) -> int:
 
 def jobs(out: Path, epochs: float, seeds: int) -> Iterator[Job]:
     """All commands."""
-    data, start = f"{out}/landsea", f"{out}/runs/pretrained"
-    pretraining = ("pretrain", f"{data}/unlabeled.txt", "--config=pretrain_cpu", "--epochs=80", f"--out={start}")
-    yield Job("pretrained", (*FCMAE, *pretraining))
+    yield pretrained(out)
     for seed in range(seeds):
         for fill in FILLS:
-            words = (
-                *("--config=segment_cpu", f"--init={start}", f"--data.path={data}/train-100-0.csv"),
-                *(f"--data.val_path={data}/test.csv", "--data.class_names=sea,land,lake", f"--seed={seed}"),
-                *("--model.head=anytime", f"--model.tau={TAU}", f"--epochs={epochs:g}"),
-                *(f"--log.eval_epochs={epochs:g}", f"--out={out}/runs/{fill}-{seed}"),
-            )
+            words = segmented(out, f"{fill}-{seed}", seed, TAU, epochs)
             yield Job(f"{fill}-{seed}", (sys.executable, str(STUDIES / "fills.py"), fill, *words), ("pretrained",))
+
+
+def pretrained(out: Path) -> Job:
+    """The pretraining on the tiles of the earth that the front page has."""
+    words = ("pretrain", f"{out}/landsea/unlabeled.txt", "--config=pretrain_cpu", "--epochs=80")
+    return Job("pretrained", (*FCMAE, *words, f"--out={out}/runs/pretrained"))
+
+
+def segmented(out: Path, name: str, seed: int, tau: float, epochs: float) -> tuple[str, ...]:
+    """The flags of a run on all its label maps, with exits."""
+    data = f"{out}/landsea"
+    return (
+        *("--config=segment_cpu", f"--init={out}/runs/pretrained", f"--data.path={data}/train-100-0.csv"),
+        *(f"--data.val_path={data}/test.csv", "--data.class_names=sea,land,lake", f"--seed={seed}"),
+        *("--model.head=anytime", f"--model.tau={tau:g}", f"--epochs={epochs:g}"),
+        *(f"--log.eval_epochs={epochs:g}", f"--out={out}/runs/{name}"),
+    )
 
 
 def collect(out: Path, wanted: Sequence[Job], epochs: float) -> dict[str, Any]:
