@@ -201,7 +201,7 @@ def shown(job: Job, out: Path) -> str:
     """The command as one would type it."""
     words = ["python" if word == sys.executable else word for word in job.words]
     quoted = [word if glob.has_magic(word) else shlex.quote(word) for word in words]
-    text = " ".join(quoted).replace("python -m fcmae.cli", "fcmae").replace(str(STUDIES), "studies")
+    text = " ".join(quoted).replace("python -m fcmae.cli", "fcmae").replace(f"{STUDIES.parent}/", "")
     return text.replace(f"{out}/", "runs/studies/")
 
 

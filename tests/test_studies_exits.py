@@ -14,6 +14,7 @@ sys.path.append(str(Path(__file__).parents[1] / "studies"))
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import anytime
 import exits as study
+from study import shown
 
 
 def test_networks_differ_in_the_threshold_alone(tmp_path: Path) -> None:
@@ -37,6 +38,7 @@ def test_each_network_is_timed_on_the_squares(tmp_path: Path) -> None:
         assert job.needs == (f"{name}-1",) and args.model == tmp_path / "runs" / f"{name}-1"
         assert args.repeats == 5 and 0.8 in args.taus and args.budgets == budgets
         assert args.json == study.timed(tmp_path, name, 1)
+        assert shown(job, tmp_path).startswith("python benchmarks/anytime.py --model runs/studies/runs/")
 
 
 def test_tables_are_of_the_pairs_of_each_seed(tmp_path: Path) -> None:
