@@ -6,11 +6,12 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test chaos check docs bench minkowski
+.PHONY: help setup demo demo-long test chaos check docs bench minkowski
 
 help:
 	@echo 'make setup      create .venv with the package and its tools (PYTHON=python3.12 names another Python)'
 	@echo 'make demo       pretrain, convert and fine-tune on photographs of solar cells'
+	@echo 'make demo-long  likewise segment slices of a brain, from pretraining and from scratch'
 	@echo 'make test       run the tests'
 	@echo 'make chaos      kill, damage and overwrite runs at random for MINUTES=10 with SEED=0, and write docs/reliability.md'
 	@echo 'make check      ruff and mypy'
@@ -35,6 +36,11 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)
 	$(BIN)/python demo/run.py
+
+demo-long: $(READY)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[brain]'
+	$(BIN)/python studies/segmentation.py brain --out runs/demo-long --arms scratch pretrained --percents 10 --seeds 3 \
+	    --epochs 900 --at-once 2
 
 # A process for each core, a file of tests in one of them.
 test: $(READY)

@@ -223,6 +223,12 @@ def controls(found: dict[str, Any]) -> str:
     return table(("labels", "seeds", "mean IoU, %"), lines)
 
 
+def summary(found: dict[str, Any]) -> str:
+    """What is printed at the end: both tables."""
+    told = "Without a network, each pixel the class of most labelled pixels of its colour:"
+    return "\n\n".join((table(COLUMNS, rows(found), left=2), told, controls(found)))
+
+
 def details(found: dict[str, Any]) -> str:
     """Every score, the mean over the seeds, in per cent; the loss in nats."""
     groups: dict[tuple[str, str], list[dict[str, float]]] = {}
@@ -320,7 +326,7 @@ def main(argv: list[str] | None = None) -> None:
     schedule(wanted, out, args.at_once, None if args.at_once == 1 else 1)
     found = collect(out, args.set, wanted, args.epochs)
     write_text(out / "segmentation.json", json.dumps(found, indent=1) + "\n")
-    print("\n" + table(COLUMNS, rows(found), left=2))
+    print("\n" + summary(found))
     if args.docs:
         name = SETS[args.set].page
         write_text(args.docs / f"{name}.json", json.dumps(found, indent=1) + "\n")

@@ -42,6 +42,13 @@ def test_few_labels_keep_the_proportions_and_stay_in_training() -> None:
     assert few == demo.few_labels(training, labels, 100, seed=0) != demo.few_labels(training, labels, 100, seed=1)
 
 
+def test_a_table_of_images_where_pretraining_helps_stands_beside() -> None:
+    text = demo.where_it_helps()
+    starts = [line.split("|")[2].strip() for line in text.splitlines() if "10 % of the labels" in line]
+    assert starts[:2] == ["scratch", "pretrained"] and len(starts) == 3
+    assert "make demo-long" in text and "Without a network" in text
+
+
 # Stands in for a command that trains: see fcmae.training.signals.StopSignal.
 COMMAND = """#!{python}
 import os, signal, sys, time

@@ -707,6 +707,7 @@ def test_the_page_of_the_segmentation_study_has_paired_differences_and_all_score
     assert scratch[:3] == ["10 % of the labels", "scratch", "3"] and scratch[3].startswith("51.0")
     assert pretrained[4].startswith("+10.0 [+10.0, +10.0]") and multiscale[4].startswith("+15.0")
     assert [row[4][:5] for row in segmentation_study.rows(found, "pretrained")] == ["", "+5.0 "]
+    assert "+15.0" in segmentation_study.summary(found) and "100.0" in segmentation_study.summary(found)
     text = " ".join(segmentation_study.page("landsea", found, "It pays.").split())
     assert "| 10% | pretrained | 0.250 | 61.0 | 90.0 |" in text and "It pays." in text and "fcmae segment" in text
     assert "| multiscale | histograms of gradients, all stages decoded | 273 | 3 |" in text
