@@ -27,10 +27,10 @@ training of the large one, is not counted against it in E and B, as in the paper
 the last step: they choose nothing. What is finished is not done again, and what was cut off resumes. What is found is
 in OUT/pruning.json, and with `--docs DIR` there too and at the end of DIR/pruning.md. The whole was not run yet.
 
-The second line is an evening of 2 cores. Of 32 pixels the large network is fine-tuned on some 800 images a second and
-pretrained on 520 (reckoned from 64 pixels, where it takes four times as long). The pretrainings are 3 x 30 x 10,000
-views of it, or as much of smaller ones, 30 minutes; a draw of the labels 15 x 40 x 1,000 images, so three 1.8 million,
-40 minutes; starting the 113 commands takes 15.
+The second line is an evening of 2 cores. Two at a time, on a slow machine, the large network was pretrained on 500
+images of 32 pixels a second and fine-tuned on 230. The pretrainings are 3 x 30 x 10,000 views of it, or as much of
+smaller ones, 30 minutes; a draw of the labels 15 x 40 x 1,000 images of it, so three 1.8 million, two hours; starting
+the 113 commands takes 15 minutes.
 """
 
 from __future__ import annotations
