@@ -11,7 +11,7 @@ READY := $(VENV)/.ready
 help:
 	@echo 'make setup      create .venv with the package and its tools (PYTHON=python3.12 names another Python)'
 	@echo 'make demo       pretrain, convert and fine-tune on photographs of solar cells'
-	@echo 'make demo-long  likewise segment slices of a brain, from pretraining and from scratch'
+	@echo 'make demo-long  segment slices of a brain, from pretraining and from scratch'
 	@echo 'make test       run the tests'
 	@echo 'make chaos      kill, damage and overwrite runs at random for MINUTES=10 with SEED=0, and write docs/reliability.md'
 	@echo 'make check      ruff and mypy'

@@ -121,14 +121,14 @@ def report(out: Path, seeds: int, labels: int, minutes: float) -> str:
     return "\n".join(lines)
 
 
-def where_it_helps(labels: str = "10%") -> str:
+def where_it_helps() -> str:
     """What pretraining gained on slices of an average brain: tables of docs/brain.json."""
     sys.path.append(str(ROOT / "studies"))
     import segmentation
 
     found = json.loads((ROOT / "docs" / "brain.json").read_text())
-    scores = [one for one in found["scores"] if one["labels"] == labels]
-    tables = segmentation.summary({"scores": scores, "controls": {labels: found["controls"][labels]}})
+    few = [one for one in found["scores"] if one["labels"] == "10%"]
+    tables = segmentation.summary({"scores": few, "controls": {"10%": found["controls"]["10%"]}})
     return f"""Grey and white matter in slices of an average brain, measured before (docs/brain.md):
 
 {tables}
