@@ -24,7 +24,7 @@ from fills import pretrained, segmented  # first: as the commands do, it settles
 from study import FCMAE, STUDIES, Job, add_arguments, chosen, facts, is_done, paired, schedule, write_images
 
 from fcmae.atomic import write_text
-from fcmae.evaluation.paired import Mean
+from fcmae.evaluation.paired import in_percent
 from fcmae.evaluation.probes import mean_and_interval
 from fcmae.tables import table
 
@@ -34,7 +34,7 @@ SIDES = {
     "masks": ("--taus", ".998", ".99", ".98", ".95", ".9", ".8", ".6", "--budgets", ".5", ".25", ".1", ".05"),
     "exits": ("--taus", ".95", ".8", ".6", "--budgets"),
 }
-COLUMNS = ("learnt with", "side", "mean IoU, %", "against dense, points", "time / dense", "multiply-adds / dense")
+COLUMNS = ("learnt with", "side", "mean IoU, %", "against dense, points", "time / dense, %", "multiply-adds / dense, %")
 
 
 def jobs(out: Path, epochs: float, seeds: int) -> Iterator[Job]:
@@ -87,8 +87,8 @@ def rows(found: dict[str, Any]) -> list[list[str]]:
         name, _, side = row.arm.partition(" ")
         mine = [one for one in found["scores"] if (one["trained"], one["side"]) == (name, side)]
         costs = [mean_and_interval([one[key] for one in mine]) for key in ("time", "multiply_adds")]
-        change = "" if row.gain is None else number(percent(row.gain), "+.2f")
-        lines.append([name, side, number(percent(row.mean), ".2f"), change, *(number(cost, ".2f") for cost in costs)])
+        change = "" if row.gain is None else in_percent(row.gain, "+.2f")
+        lines.append([name, side, in_percent(row.mean, ".2f"), change, *(in_percent(cost, ".0f") for cost in costs)])
     return lines
 
 
@@ -98,19 +98,8 @@ def errors(found: dict[str, Any]) -> list[list[str]]:
     for name in dict.fromkeys(one["trained"] for one in found["calibration"]):
         of_seeds = [one["ece"] for one in found["calibration"] if one["trained"] == name]
         for i, values in enumerate(zip(*of_seeds, strict=True), 1):
-            lines.append([name, str(i), number(mean_and_interval(values), ".3f")])
+            lines.append([name, str(i), in_percent(mean_and_interval(values), ".1f")])
     return lines
-
-
-def percent(value: Mean) -> Mean:
-    mean, interval = value
-    return 100 * mean, None if interval is None else (100 * interval[0], 100 * interval[1])
-
-
-def number(value: Mean, form: str) -> str:
-    """A mean and its interval."""
-    mean, interval = value
-    return format(mean, form) + ("" if interval is None else " ({:{form}} to {:{form}})".format(*interval, form=form))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -130,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = collect(out, every, args.epochs)
     write_text(out / "exits.json", json.dumps(found, indent=1) + "\n")
     print("\n" + table(COLUMNS, rows(found), left=2))
-    print("\n" + table(("learnt with", "exit", "expected calibration error"), errors(found), left=2))
+    print("\n" + table(("learnt with", "exit", "expected calibration error, %"), errors(found), left=2))
     return 0
 
 

@@ -57,14 +57,14 @@ def test_tables_are_of_the_pairs_of_each_seed(tmp_path: Path) -> None:
             study.timed(tmp_path, name, seed).write_text(json.dumps(found))
     collected = study.collect(tmp_path, wanted, 30)
     # Of three values one tenth apart the interval reaches 4.303 / sqrt(3) times that to each side.
-    same, costs = "1.00 (1.00 to 1.00)", ["0.50 (0.50 to 0.50)", "0.25 (0.25 to 0.25)"]
+    same, costs = "100 [100, 100]", ["50 [50, 50]", "25 [25, 25]"]
     assert study.rows(collected) == [
-        ["masks", "dense", "70.00 (45.16 to 94.84)", "", same, same],
-        ["masks", "tau-0.8", "69.00 (44.16 to 93.84)", "-1.00 (-1.00 to -1.00)", *costs],
-        ["exits", "dense", "68.00 (43.16 to 92.84)", "-2.00 (-2.00 to -2.00)", same, same],
-        ["exits", "tau-0.8", "67.00 (42.16 to 91.84)", "-3.00 (-3.00 to -3.00)", *costs],
+        ["masks", "dense", "70.00 [45.16, 94.84]", "", same, same],
+        ["masks", "tau-0.8", "69.00 [44.16, 93.84]", "-1.00 [-1.00, -1.00]", *costs],
+        ["exits", "dense", "68.00 [43.16, 92.84]", "-2.00 [-2.00, -2.00]", same, same],
+        ["exits", "tau-0.8", "67.00 [42.16, 91.84]", "-3.00 [-3.00, -3.00]", *costs],
     ]  # fmt: skip
-    assert study.errors(collected)[1] == ["masks", "2", "0.010 (0.010 to 0.010)"]
+    assert study.errors(collected)[1] == ["masks", "2", "1.0 [1.0, 1.0]"]
 
 
 def test_what_was_not_timed_is_not_in_the_tables(tmp_path: Path) -> None:

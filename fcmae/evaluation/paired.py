@@ -154,11 +154,17 @@ def compare(found: Comparison) -> list[Row]:
 
 def cells(row: Row) -> list[str]:
     """A row as texts, in the columns of COLUMNS: per cent and points, intervals in brackets."""
-    gain = "" if row.gain is None else _number(row.gain, "+.1f")
-    return [_amount(row.labels), row.arm, str(row.num), _number(row.mean, ".1f"), gain, row.told]
+    gain = "" if row.gain is None else in_percent(row.gain, "+.1f")
+    return [_amount(row.labels), row.arm, str(row.num), in_percent(row.mean, ".1f"), gain, row.told]
 
 
-def _number(value: Mean, form: str) -> str:
+def in_percent(value: Mean, form: str) -> str:
+    """A mean in per cent, and its interval in brackets.
+
+    Args:
+        value: 0..1, and perhaps its interval.
+        form: of each number, as `format` has it.
+    """
     mean, interval = value
     text = format(100 * mean, form)
     return text if interval is None else f"{text} [{', '.join(format(100 * end, form) for end in interval)}]"
