@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=float, default=30, help="of each run [30]")
     parser.add_argument("--seeds", type=int, default=3, help="of each network [3]")
-    parser.add_argument("--repeats", type=int, default=7, help="of each timing [7]")
+    parser.add_argument("--repeats", type=int, default=5, help="of each timing [5]")
     add_arguments(parser, "runs/exits-study", at_once=1)
     args = parser.parse_args(argv)
     out = args.out.absolute()
