@@ -53,6 +53,11 @@ class Conv(nn.Conv2d):
     """nn.Conv2d of features (B, H, W, C)."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.kernel_size == (1, 1):
+            # On CPUs without AVX-512, oneDNN's convolution with a stride writes past its buffers below 8 channels
+            # (https://github.com/uxlfoundation/oneDNN/issues/6035).
+            rows, columns = self.stride
+            return F.linear(x[:, ::rows, ::columns], self.weight.flatten(1), self.bias)
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
