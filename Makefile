@@ -42,9 +42,10 @@ demo-long: $(READY)
 	$(BIN)/python studies/segmentation.py brain --out runs/demo-long --arms scratch pretrained --percents 10 --seeds 3 \
 	    --epochs 900 --at-once 2
 
-# A process for each core, a file of tests in one of them.
+# A process for each core, a file of tests in one of them. One that crashed is not replaced: pytest-xdist can then wait
+# for ever for the rest of its file.
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --max-worker-restart 0
 
 # For as long as one likes; counts go into docs/reliability.json, and the page is made from it.
 MINUTES ?= 10
