@@ -129,10 +129,18 @@ def schedule(wanted: Iterable[Job], out: Path, at_once: int, threads: int | None
     """Run the jobs in their order, each as soon as what it needs is done.
 
     Stopped by SIGTERM or an interrupt, it stops what runs, which saves what it has, and waits for it.
+
+    Raises:
+        SystemExit: before anything runs, if a job was done with other words.
     """
     (out / "jobs").mkdir(parents=True, exist_ok=True)
     done = {path.stem for path in (out / "jobs").glob("*.json") if not path.name.startswith(".")}
-    waiting, running = [job for job in wanted if job.name not in done], dict[Future[bool], Job]()
+    waiting, running = list[Job](), dict[Future[bool], Job]()
+    for job in wanted:
+        if job.name not in done:
+            waiting.append(job)
+        elif (command := record_of(job, out)["command"]) != shown(job, out):
+            sys.exit(f"{out}: {job.name} was done by other settings ({command}): give the same ones, or another --out")
     total, begun, processes = len(waiting), time.time(), list[subprocess.Popen[bytes]]()
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
@@ -212,6 +220,12 @@ def is_done(job: Job, out: Path) -> bool:
     return (out / "jobs" / f"{job.name}.json").exists()
 
 
+def record_of(job: Job, out: Path) -> dict[str, Any]:
+    """What `finish` wrote of a job that is done."""
+    record: dict[str, Any] = json.loads((out / "jobs" / f"{job.name}.json").read_text())
+    return record
+
+
 def last_scores(out: Path, every: Iterable[Job], key: str) -> dict[str, dict[str, Any]]:
     """The last scores of each run that is done and has them, by name; key: one of them."""
     found = {}
@@ -226,11 +240,11 @@ def last_scores(out: Path, every: Iterable[Job], key: str) -> dict[str, dict[str
 def facts(out: Path, every: Iterable[Job]) -> dict[str, Any]:
     """Where it ran, and of the jobs that are done the commands and seconds."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    done = [job for job in every if is_done(job, out)]
+    done = {job.name: record_of(job, out) for job in every if is_done(job, out)}
     return {
         "machine": {"gpu": gpu, "cores": os.cpu_count(), "cpu": cpu_name(), "torch": torch.__version__},
-        "commands": {job.name: shown(job, out) for job in done},
-        "seconds": {job.name: json.loads((out / "jobs" / f"{job.name}.json").read_text())["seconds"] for job in done},
+        "commands": {name: record["command"] for name, record in done.items()},
+        "seconds": {name: record["seconds"] for name, record in done.items()},
     }
 
 

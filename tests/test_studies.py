@@ -243,7 +243,10 @@ def test_jobs_run_in_order_once_and_not_without_what_they_need(
     assert "not run, as what they need failed: never" in capsys.readouterr().err
     record = json.loads((tmp_path / "jobs" / "first.json").read_text())
     assert record["command"].startswith("python -c")
-    study.schedule([job("first", "again"), job("glob", str(tmp_path / "*.txt"))], tmp_path, at_once=2, threads=None)
+    study.schedule([job("first", "first"), job("glob", str(tmp_path / "*.txt"))], tmp_path, at_once=2, threads=None)
+    assert said.read_text() == f"first;last;{tmp_path / 'a.txt'};"
+    with pytest.raises(SystemExit, match=r"first was done by other settings \(python -c .* first\): give the same"):
+        study.schedule([job("new", "new"), job("first", "again")], tmp_path, at_once=2, threads=None)
     assert said.read_text() == f"first;last;{tmp_path / 'a.txt'};"
 
 
@@ -688,7 +691,7 @@ def test_the_page_of_the_segmentation_study_has_paired_differences_and_all_score
         arm, _, seed = job.name.partition("-10-")
         if arm not in gains:
             continue
-        (tmp_path / "jobs" / f"{job.name}.json").write_text('{"seconds": 180}')
+        (tmp_path / "jobs" / f"{job.name}.json").write_text('{"command": "fcmae segment", "seconds": 180}')
         (tmp_path / "runs" / job.name).mkdir(parents=True)
         value = 0.5 + 0.01 * int(seed or 0) + gains[arm]
         lines = [{"step": n, "epoch": n, "val_loss": 0.25, "miou": value - (n == 1), "iou/sea": 0.9} for n in (1, 2)]

@@ -69,7 +69,7 @@ def test_what_is_finished_is_collected(tmp_path: Path) -> None:
     every = list(container.jobs(tmp_path, 2, 1, {"scratch": "1e-3", "pretrained": "2e-3"}))
     (tmp_path / "jobs").mkdir()
     for name, value in (("container-scratch-10-0", 0.25), ("tune-container-scratch-4e-3", 0.5)):
-        (tmp_path / "jobs" / f"{name}.json").write_text('{"seconds": 3}')
+        (tmp_path / "jobs" / f"{name}.json").write_text('{"command": "-", "seconds": 3}')
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / "metrics.jsonl").write_text(f'{{"step": 1, "epoch": 1, "top1": {value}}}\n')
     found = container.collect(tmp_path, every, 2, 20, 64)

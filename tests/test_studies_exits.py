@@ -47,7 +47,7 @@ def test_tables_are_of_the_pairs_of_each_seed(tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
     for seed, whole in enumerate((0.6, 0.7, 0.8)):
         for name, less in (("masks", 0.0), ("exits", 0.02)):
-            (tmp_path / "jobs" / f"timed-{name}-{seed}.json").write_text('{"seconds": 60}')
+            (tmp_path / "jobs" / f"timed-{name}-{seed}.json").write_text('{"command": "-", "seconds": 60}')
             results = {
                 side: {"miou": miou, "pixel_accuracy": 0.9, "boundary_f1": 0.5, "multiply_adds": macs}
                 for side, miou, macs in (("dense", whole - less, 100), ("tau-0.8", whole - less - 0.01, 25))

@@ -100,7 +100,7 @@ def test_arms_differ_in_the_fill_alone(tmp_path: Path) -> None:
     (tmp_path / "jobs").mkdir()
     for arm, value in (("zero", 0.5), ("carried", 0.6)):
         for seed in range(2):
-            (tmp_path / "jobs" / f"{arm}-{seed}.json").write_text('{"seconds": 60}')
+            (tmp_path / "jobs" / f"{arm}-{seed}.json").write_text('{"command": "-", "seconds": 60}')
             folder = tmp_path / "runs" / f"{arm}-{seed}"
             folder.mkdir(parents=True)
             (folder / "computed.json").write_text("[1, 0.25]")
