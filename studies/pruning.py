@@ -1,7 +1,7 @@
 """Is a pruned network worth more than the same shape trained otherwise (arXiv 1810.05270)? Of ConvNeXt V2, on tiny20.
 
     python studies/pruning.py run SHARDS --out runs/pruning                 # a GPU with many cores
-    python studies/pruning.py run SHARDS --out runs/pruning --side 32 --epochs 40 --pretraining 30 --seeds 3 --at-once 2
+    python studies/pruning.py run SHARDS --out runs/pruning --side 32 --epochs 30 --pretraining 20 --seeds 3 --at-once 2
     python studies/pruning.py run SHARDS --out runs/pruning --list          # the commands, without running them
     python studies/pruning.py ticket LARGE PRUNED DEST                      # what LARGE began with, cut as PRUNED is
 
@@ -25,12 +25,11 @@ The paper's short schedule is a quarter of the epochs at the rate that its steps
 takes a tenth of the peak. After pretraining, the ticket is the pretrained encoder. What pruned costs before, the
 training of the large one, is not counted against it in E and B, as in the paper. The test images are evaluated once, at
 the last step: they choose nothing. What is finished is not done again, and what was cut off resumes. What is found is
-in OUT/pruning.json, and with `--docs DIR` there too and at the end of DIR/pruning.md. The whole was not run yet.
+in OUT/pruning.json, and with `--docs DIR` there too and at the end of DIR/pruning.md. The first line was not run yet.
 
-The second line is an evening of 2 cores. Two at a time, on a slow machine, the large network was pretrained on 500
-images of 32 pixels a second and fine-tuned on 230. The pretrainings are 3 x 30 x 10,000 views of it, or as much of
-smaller ones, 30 minutes; a draw of the labels 15 x 40 x 1,000 images of it, so three 1.8 million, two hours; starting
-the 113 commands takes 15 minutes.
+The second line is an evening of 2 cores. Two at a time, on a machine without AVX-512, the large network was pretrained
+on 500 images of 32 pixels a second and fine-tuned on 480. The pretrainings are 3 x 20 x 10,000 views of it, or as much
+of smaller ones, 20 minutes; a draw of the labels is 15 x 30 x 1,000 images of it and 37 commands, 20 to 25 minutes.
 """
 
 from __future__ import annotations
