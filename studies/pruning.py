@@ -27,9 +27,9 @@ training of the large one, is not counted against it in E and B, as in the paper
 the last step: they choose nothing. What is finished is not done again, and what was cut off resumes. What is found is
 in OUT/pruning.json, and with `--docs DIR` there too and at the end of DIR/pruning.md. The first line was not run yet.
 
-The second line is an evening of 2 cores. Two at a time, on a machine without AVX-512, the large network was pretrained
-on 500 images of 32 pixels a second and fine-tuned on 480. The pretrainings are 3 x 20 x 10,000 views of it, or as much
-of smaller ones, 20 minutes; a draw of the labels is 15 x 30 x 1,000 images of it and 37 commands, 20 to 25 minutes.
+The second line is an evening of 2 cores: on slow ones, while tests ran beside, an hour for the three pretrainings and
+half an hour or more for each draw of the labels, 37 commands that train on as much as 15 x 30 x 1,000 images of the
+large network.
 """
 
 from __future__ import annotations
