@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,19 @@ from chaos.commands import Outcome, fault
 from chaos.samples import Samples
 
 DOCS = Path(__file__).parents[1] / "docs"
+
+
+def test_a_folder_of_the_users_is_not_taken_for_a_module_of_the_tests(tmp_path: Path) -> None:
+    """`make demo` leaves runs/, which the server of processes, that knows no tests/, would import."""
+    (tmp_path / "runs").mkdir()
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from chaos import commands\n"
+        "process = commands.PROCESSES.Process(target=commands.different, args=({}, {}))\n"
+        "process.start(); process.join(); sys.exit(process.exitcode)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,8 @@ PARTING_S = 15  # torch's data workers look every 5 seconds whether their parent
 MEMORY = 12 << 30  # of addresses, of which torch takes 3 GB
 PEAK_MB = 1500  # on small files, of which torch takes 600
 MODULES = ("fcmae.cli", "fcmae.pretraining", "fcmae.finetuning", "fcmae.prediction", "fcmae.evaluation.evaluate")
-MORE = ("fcmae.evaluation.analyze", "fcmae.evaluation.report", "fcmae.evaluation.embed", "chaos.commands", "runs")
+MORE = ("fcmae.evaluation.analyze", "fcmae.evaluation.report", "fcmae.evaluation.embed")
+# No module of tests/: the server looks in the current folder, where runs/ is the user's.
 PROCESSES.set_forkserver_preload([*MODULES, *MORE, "matplotlib.figure", "torch.utils.tensorboard"])
 
 
