@@ -372,7 +372,8 @@ def time_candidate(cfg: BenchConfig, candidate: Candidate, from_files: bool) -> 
     left_out_s: list[float] = []
 
     def part() -> None:
-        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        if cfg.model.compile == "cudagraphs":  # else it would load the compiler, 3 s of every start
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         batch = next(batches)
         loss = masked_loss(
             model,

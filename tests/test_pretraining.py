@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import fcntl
 import json
@@ -17,6 +18,7 @@ import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +75,20 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def uninterrupted(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing disturbed, of `runs.flags`, in a process of its own."""
     out = tmp_path_factory.mktemp("runs") / "uninterrupted"
-    process = start(["pretrain", *flags(images, out)], out.with_suffix(".txt"))
+    prepare = partial(_tell_of_the_compiler, out.with_suffix(".compiler"))
+    process = start(["pretrain", *flags(images, out)], out.with_suffix(".txt"), prepare=prepare)
     process.join()
     assert process.exitcode == 0, out.with_suffix(".txt").read_text()
     return out
+
+
+def _tell_of_the_compiler(path: Path) -> None:
+    """Write at the end of this process whether it has loaded what makes CUDA graphs, and the compiler with it."""
+    atexit.register(lambda: path.write_text(str("torch._inductor.cudagraph_trees" in sys.modules)))
+
+
+def test_a_run_that_compiles_nothing_does_not_load_the_compiler(uninterrupted: Path) -> None:
+    assert uninterrupted.with_suffix(".compiler").read_text() == "False"
 
 
 def run(images: Path, out: Path, **changed: Any) -> int:

@@ -307,7 +307,8 @@ class Step:
             is_last = done + 1 == steps.cfg.num_parts
             with contextlib.nullcontext() if is_last else steps.accelerator.no_sync(steps.model):
                 # CUDA graphs may use the memory of the part before again.
-                torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+                if steps.cfg.model.compile == "cudagraphs":  # else it would load the compiler, 3 s of every start
+                    torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
                 batch = next(steps.batches)
                 steps.written.unread_files.extend(batch.bad)
                 yield batch
