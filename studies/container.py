@@ -66,7 +66,7 @@ COLUMNS = ("labels", "network and start", "seeds", "top-1, %", "against ConvNeXt
 
 
 def jobs(
-    out: Path, epochs: float, seeds: int, rates: dict[str, str], full_epochs: float = 20, side: int = 64
+    out: Path, epochs: float, seeds: int, rates: dict[str, str], full_epochs: float, side: int, at_once: int
 ) -> Iterator[Job]:
     """All commands.
 
@@ -77,6 +77,7 @@ def jobs(
         rates: of fine-tuning CONTAINER-LIGHT, from scratch and pretrained.
         full_epochs: of fine-tuning with all labels.
         side: of the images, in pixels.
+        at_once: commands that share the cores.
     """
 
     def variant(network: str) -> tuple[str, ...]:
@@ -85,16 +86,19 @@ def jobs(
 
     def finetune(name: str, network: str, start: str, rate: str, paths: tuple[str, ...], *words: str) -> Job:
         command = (*FCMAE, "finetune", "--config=finetune_small_images", *paths)
-        more = (f"--out={out}/runs/{name}", f"--optim.base_lr={rate}", f"--optim.layer_decay={DECAY[start]}", size)
+        more = (f"--out={out}/runs/{name}", f"--optim.base_lr={rate}", f"--optim.layer_decay={DECAY[start]}", *tuning)
         if start == "scratch":
             return Job(name, (*command, *variant(network), *more, *words))
-        return Job(name, (*command, *variant(network), f"--init={out}/runs/{network}", *more, *words), (network,))
+        needed = f"{network}-p"
+        return Job(name, (*command, *variant(network), f"--init={out}/runs/{needed}", *more, *words), (needed,))
 
     size = f"--data.image_size={side}"
+    pretraining = (size,) if at_once == 1 else (size, "--data.num_workers=3")
+    tuning = (size,) if at_once == 1 else (size, "--data.num_workers=1")
     for network in NETWORKS:
         words = ("pretrain", "--config=pretrain_small_images", f"--data.path={out}/tiny20/unlabeled.txt")
-        more = (f"--epochs={epochs:g}", "--data.val_share=0", f"--out={out}/runs/{network}", size, *variant(network))
-        yield Job(network, (*FCMAE, *words, *more))
+        more = (f"--epochs={epochs:g}", "--data.val_share=0", f"--out={out}/runs/{network}-p", *pretraining)
+        yield Job(f"{network}-p", (*FCMAE, *words, *more, *variant(network)))
     for network in NETWORKS:
         for start, tried in RATES.items():
             for rate in tried:
@@ -169,7 +173,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     out = args.out.absolute()
     rates = {"scratch": args.scratch_lr, "pretrained": args.pretrained_lr}
-    every = list(jobs(out, args.epochs, args.seeds, rates, args.full_epochs, args.side))
+    every = list(jobs(out, args.epochs, args.seeds, rates, args.full_epochs, args.side, args.at_once))
     wanted = chosen(args, every)
     prepare_tiny20(args.shards, out, dict.fromkeys((10, 100), args.seeds))
     schedule(wanted, out, args.at_once, None if args.at_once == 1 else 1)

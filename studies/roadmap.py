@@ -42,6 +42,7 @@ from study import (
     prepare_tiny20,
     save,
     schedule,
+    this_machine,
     write_section,
 )
 
@@ -59,15 +60,18 @@ REGIME, STRIDE, CLASSES = "roadmap-small", 2, 20
 THERE = REGIMES["roadmap"].published
 STEPS = road(REGIMES[REGIME])
 RATES = ("1e-3", "2e-3", "4e-3")
-BATCH = 128
+BATCH = 64
 HEADING = "## What each step gave here and there"
 COLUMNS = (
     "step", "what changes", "MMACs", "ms an image", "there, %", "gain", "seeds", "here, %", "gain, of each seed", "",
 )  # fmt: skip
 
 
-def jobs(out: Path, percent: int, epochs: float, seeds: int, rate: str, side: int = 64) -> Iterator[Job]:
+def jobs(
+    out: Path, percent: int, epochs: float, seeds: int, rate: str, side: int = 64, at_once: int = 1
+) -> Iterator[Job]:
     """All commands, the comparison of rates first."""
+    workers = {} if at_once == 1 else {"data.num_workers": 1}  # where the cores are shared
 
     def train(name: str, step: str, rate: str, data: str, test: str, seed: int) -> Job:
         flags = {
@@ -79,6 +83,7 @@ def jobs(out: Path, percent: int, epochs: float, seeds: int, rate: str, side: in
             "model.variant": f"{REGIME}/{step}",
             "model.stem_stride": STRIDE,
             "batch_size": BATCH,
+            "grad_accum": 1,  # BatchNorm's statistics are of the whole batch; and nothing is measured at each start
             "epochs": f"{epochs:g}",
             "optim.base_lr": rate,
             "optim.warmup_epochs": f"{epochs / 15:g}",  # 20 of 300, as published
@@ -86,6 +91,7 @@ def jobs(out: Path, percent: int, epochs: float, seeds: int, rate: str, side: in
             "checkpoint.every_epochs": f"{max(1, epochs / 10):g}",
             "seed": seed,
             "out": f"{out}/runs/{name}",
+            **workers,
         }
         words = ("finetune", "--config=finetune_roadmap", *(f"--{key}={value}" for key, value in flags.items()))
         return Job(name, (*FCMAE, *words))
@@ -127,7 +133,7 @@ def collect(out: Path, wanted: list[Job], percent: int, epochs: float, side: int
         "percent": percent,
         "epochs": epochs,
         "side": side,
-        "ms_per_image": json.loads((out / "time.json").read_text()),
+        "time": json.loads((out / "time.json").read_text()),
         "tried": {name.removeprefix("tune-"): value for name, value in found.items() if name.startswith("tune-")},
         "scores": [{"step": step, "seed": int(seed), "top1": found[name]} for name, (step, _, seed) in runs.items()],
     }
@@ -159,7 +165,7 @@ def rows(found: dict[str, Any]) -> Iterator[list[str]]:
             step.name,
             step.line,
             f"{macs / 1e6:.1f}",
-            f"{found['ms_per_image'][step.name][1]:.2f}",
+            f"{found['time']['ms_per_image'][step.name][1]:.2f}",
             f"{THERE[step.name]:.1f}" if step.name in THERE else "",
             "" if there is None else f"{there:+.1f}",
             str(len(values)),
@@ -217,7 +223,7 @@ There: ImageNet-1k at 224 pixels, as published. Here: `{REGIME}` on tiny20, 20 c
 {found["epochs"]:g} epochs by the published recipe; {machine(found)}. A gain is over the step that it changes, of each
 seed with the same images, order and augmentation; brackets are 95 % intervals of the mean (Student's t). There are
 {len(STEPS) - 1} of them: one in twenty misses by chance. Multiply-adds are of one image; times of a step of training,
-all networks in turn, the median. Written by `studies/roadmap.py` from `docs/roadmap.json`.
+all networks in turn, the median; {machine(found["time"])}. Written by `studies/roadmap.py` from `docs/roadmap.json`.
 
 Rates that were compared, on a tenth of the training images, one run each:
 
@@ -247,11 +253,12 @@ def main(argv: list[str] | None = None) -> None:
     add_arguments(parser, "runs/roadmap", at_once=8, has_page=True)
     args = parser.parse_args(argv)
     out = args.out.absolute()
-    every = list(jobs(out, args.percent, args.epochs, args.seeds, args.rate, args.side))
+    every = list(jobs(out, args.percent, args.epochs, args.seeds, args.rate, args.side, args.at_once))
     wanted = chosen(args, every)
     prepare_tiny20(args.shards, out, {args.percent: args.seeds})
     if not (out / "time.json").exists():
-        write_text(out / "time.json", json.dumps(measure(args.repeats, args.side)))
+        times = {"machine": this_machine(), "ms_per_image": measure(args.repeats, args.side)}
+        write_text(out / "time.json", json.dumps(times))
     schedule(wanted, out, args.at_once, None if args.at_once == 1 else 1)
     found = collect(out, every, args.percent, args.epochs, args.side)
     print("\n" + table(COLUMNS, rows(found), left=2))

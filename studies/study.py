@@ -239,13 +239,17 @@ def last_scores(out: Path, every: Iterable[Job], key: str) -> dict[str, dict[str
 
 def facts(out: Path, every: Iterable[Job]) -> dict[str, Any]:
     """Where it ran, and of the jobs that are done the commands and seconds."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     done = {job.name: record_of(job, out) for job in every if is_done(job, out)}
     return {
-        "machine": {"gpu": gpu, "cores": os.cpu_count(), "cpu": cpu_name(), "torch": torch.__version__},
+        "machine": this_machine(),
         "commands": {name: record["command"] for name, record in done.items()},
         "seconds": {name: record["seconds"] for name, record in done.items()},
     }
+
+
+def this_machine() -> dict[str, Any]:
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return {"gpu": gpu, "cores": os.cpu_count(), "cpu": cpu_name(), "torch": torch.__version__}
 
 
 def machine(found: Mapping[str, Any]) -> str:

@@ -19,6 +19,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
 
 import container
 
+RATES = {"scratch": "1e-3", "pretrained": "2e-3"}
+
 
 def test_both_networks_take_the_same_multiply_adds() -> None:
     found = {}
@@ -30,7 +32,7 @@ def test_both_networks_take_the_same_multiply_adds() -> None:
 
 
 def test_the_commands_are_ones_that_fcmae_takes_and_differ_in_the_network_alone(tmp_path: Path) -> None:
-    found = list(container.jobs(tmp_path, 2, 2, {"scratch": "1e-3", "pretrained": "2e-3"}, full_epochs=10, side=32))
+    found = list(container.jobs(tmp_path, 2, 2, RATES, full_epochs=10, side=32, at_once=2))
     names = [job.name for job in found]
     assert len(set(names)) == len(names) == 2 + 8 + 2 * 2 * 2 * 2
     for job in found:
@@ -38,9 +40,11 @@ def test_the_commands_are_ones_that_fcmae_takes_and_differ_in_the_network_alone(
         kind = PretrainConfig if "pretrain" in job.words else FinetuneConfig
         cfg = load(kind, job.words[4:], prog="fcmae")
         assert cfg.data.image_size == (32, 32)
+        assert cfg.data.num_workers == (3 if "pretrain" in job.words else 1)
         if "-100-" in job.name:
             assert (cfg.epochs, cfg.optim.warmup_epochs) == (10, 1.25)
         network = job.name.removeprefix("tune-").split("-")[0]
+        assert job.needs in ((), (f"{network}-p",))
         settings = cfg.model_copy(update={"model": cfg.model.model_copy(update={"init": None})}).model
         assert (settings.variant, cfg.model.stem_stride) == (variant(network), 2)
         assert bool(job.needs) == (getattr(cfg.model, "init", None) is not None)
@@ -66,7 +70,7 @@ def test_the_table_pairs_the_networks_by_seed() -> None:
 
 
 def test_what_is_finished_is_collected(tmp_path: Path) -> None:
-    every = list(container.jobs(tmp_path, 2, 1, {"scratch": "1e-3", "pretrained": "2e-3"}))
+    every = list(container.jobs(tmp_path, 2, 1, RATES, full_epochs=20, side=64, at_once=1))
     (tmp_path / "jobs").mkdir()
     for name, value in (("container-scratch-10-0", 0.25), ("tune-container-scratch-4e-3", 0.5)):
         (tmp_path / "jobs" / f"{name}.json").write_text('{"command": "-", "seconds": 3}')
