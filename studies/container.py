@@ -31,9 +31,9 @@ from study import (
     chosen,
     facts,
     last_scores,
-    machine,
     paired,
     prepare_tiny20,
+    record_of,
     schedule,
     write_section,
 )
@@ -59,7 +59,7 @@ NETWORKS: dict[str, tuple[str, NetworkSpec]] = {
     ),
 }
 RATES = {"scratch": ("4e-3", "8e-3"), "pretrained": ("2e-3", "4e-3")}  # that are tried of each network
-CHOSEN = {"scratch": "8e-3", "pretrained": "4e-3"}  # --scratch-lr and --pretrained-lr give CONTAINER-LIGHT another
+CHOSEN = {"scratch": "4e-3", "pretrained": "4e-3"}  # the better one of both networks
 DECAY = {"scratch": "1", "pretrained": "0.9"}
 HEADING = "## Compared"
 COLUMNS = ("labels", "network and start", "seeds", "top-1, %", "against ConvNeXt V2, of each seed", "")
@@ -74,7 +74,7 @@ def jobs(
         out: where they write.
         epochs: of pretraining.
         seeds: draws of the labels, with each share of them.
-        rates: of fine-tuning CONTAINER-LIGHT, from scratch and pretrained.
+        rates: of fine-tuning, from scratch and pretrained.
         full_epochs: of fine-tuning with all labels.
         side: of the images, in pixels.
         at_once: commands that share the cores.
@@ -110,15 +110,14 @@ def jobs(
             paths = (f"--data.path={out}/train-{percent}-{seed}.csv", f"--data.val_path={out}/test.csv")
             for network in NETWORKS:
                 for start in RATES:
-                    rate = rates[start] if network == "container" else CHOSEN[start]
                     name = f"{network}-{start}-{percent}-{seed}"
-                    yield finetune(name, network, start, rate, paths, f"--seed={seed}", *flags)
+                    yield finetune(name, network, start, rates[start], paths, f"--seed={seed}", *flags)
 
 
 def collect(out: Path, wanted: list[Job], epochs: float, full_epochs: float, side: int) -> dict[str, Any]:
     """What the finished runs have found, and where."""
     found = {name: line["top1"] for name, line in last_scores(out, wanted, "top1").items()}
-    parts = {name: name.split("-") for name in found if not name.startswith("tune-")}
+    parts = {job: job.name.split("-") for job in wanted if job.name in found and not job.name.startswith("tune-")}
     return {
         **facts(out, wanted),
         "epochs": epochs,
@@ -126,20 +125,37 @@ def collect(out: Path, wanted: list[Job], epochs: float, full_epochs: float, sid
         "side": side,
         "tried": {name.removeprefix("tune-"): value for name, value in found.items() if name.startswith("tune-")},
         "scores": [
-            {"network": network, "start": start, "percent": int(percent), "seed": int(seed), "top1": found[name]}
-            for name, (network, start, percent, seed) in parts.items()
+            {
+                "network": network,
+                "start": start,
+                "percent": int(percent),
+                "seed": int(seed),
+                "top1": found[job.name],
+                "machine": record_of(job, out)["machine"],
+            }
+            for job, (network, start, percent, seed) in parts.items()
         ],
     }
 
 
 def result(found: dict[str, Any]) -> str:
-    """Both networks, seed by seed, by labels and start."""
+    """Tables by machine: both networks, seed by seed, by labels and start."""
+    machines = dict.fromkeys(score["machine"] for score in found["scores"])
+    return "\n\n".join(f"On {each}:\n\n{_on(each, found['scores'])}" for each in machines)
+
+
+def _on(machine: str, found: list[dict[str, Any]]) -> str:
+    """The table of one machine."""
     titles = {(network, start): f"{title}, {start}" for start in RATES for network, (title, _) in NETWORKS.items()}
     against = {
         title: None if network == "convnextv2" else titles["convnextv2", start]
         for (network, start), title in titles.items()
     }
-    scores = ((titles[s["network"], s["start"]], f"{s['percent']}%", s["seed"], s["top1"]) for s in found["scores"])
+    scores = (
+        (titles[score["network"], score["start"]], f"{score['percent']}%", score["seed"], score["top1"])
+        for score in found
+        if score["machine"] == machine
+    )
     return table(COLUMNS, map(cells, paired(scores, against)), left=2)
 
 
@@ -151,8 +167,8 @@ def section(found: dict[str, Any]) -> str:
 A scaled-down CONTAINER-LIGHT and a ConvNeXt V2 of as many multiply-adds, to 2 %, on tiny20 at {found["side"]} pixels,
 1,000 photographs to test on. Fine-tuned by `finetune_small_images`, with all labels for
 {found["full_epochs"]:g} epochs; pretrained by `pretrain_small_images` for {found["epochs"]:g}, once. A seed draws the
-same labels for both networks; brackets are 95 % intervals of the mean over seeds (Student's t). {machine(found)}.
-Written by `studies/container.py` from `docs/container.json`.
+same labels for both networks; brackets are 95 % intervals of the mean over seeds (Student's t). Written by
+`studies/container.py` from `docs/container.json`.
 
 Rates that were compared, on training images that were held out, one run each:
 
@@ -168,7 +184,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--full-epochs", type=float, default=20, help="of fine-tuning with all labels [20]")
     parser.add_argument("--side", type=int, default=64, help="of the images, in pixels, a multiple of 8 [64]")
     for start, rate in CHOSEN.items():
-        parser.add_argument(f"--{start}-lr", default=rate, help=f"base_lr of CONTAINER-LIGHT, {start} [{rate}]")
+        parser.add_argument(f"--{start}-lr", default=rate, help=f"base_lr, {start} [{rate}]")
     add_arguments(parser, "runs/container", at_once=12, has_page=True)
     args = parser.parse_args(argv)
     out = args.out.absolute()

@@ -6,7 +6,6 @@ import argparse
 import glob
 import json
 import os
-import platform
 import shlex
 import signal
 import subprocess
@@ -193,7 +192,7 @@ def finish(process: subprocess.Popen[bytes], job: Job, out: Path, threads: int |
         "name": job.name,
         "command": shown(job, out),
         "seconds": round(time.time() - started, 1),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        "machine": machine({"machine": this_machine()}),
         "threads": threads,
     }
     write_text(out / "jobs" / f"{job.name}.json", json.dumps(record, indent=1))

@@ -60,24 +60,32 @@ def test_the_table_pairs_the_networks_by_seed() -> None:
     scores = {("convnextv2", "scratch"): [0.2, 0.3, 0.25], ("container", "scratch"): [0.3, 0.41, 0.34]}
     found = {
         "scores": [
-            {"network": network, "start": start, "percent": 10, "seed": seed, "top1": value}
+            {"network": network, "start": start, "percent": 10, "seed": seed, "top1": value, "machine": machine}
+            for machine, seeds in (("A", (0, 1, 2)), ("B", (2,)))
             for (network, start), values in scores.items()
             for seed, value in enumerate(values)
+            if seed in seeds
         ]
     }
     text = container.result(found)
-    assert "CONTAINER-LIGHT, scratch" in text and "+10.0 [+7.5, +12.5]" in text  # 10, 11 and 9: +- 4.303 / sqrt(3)
+    first, second = text.split("On B:")
+    assert "On A:" in first and "CONTAINER-LIGHT, scratch" in first and "CONTAINER-LIGHT, scratch" in second
+    assert "+10.0 [+7.5, +12.5]" in first  # 10, 11 and 9: +- 4.303 / sqrt(3)
+    assert "too few runs" in second
 
 
 def test_what_is_finished_is_collected(tmp_path: Path) -> None:
     every = list(container.jobs(tmp_path, 2, 1, RATES, full_epochs=20, side=64, at_once=1))
     (tmp_path / "jobs").mkdir()
     for name, value in (("container-scratch-10-0", 0.25), ("tune-container-scratch-4e-3", 0.5)):
-        (tmp_path / "jobs" / f"{name}.json").write_text('{"command": "-", "seconds": 3}')
+        (tmp_path / "jobs" / f"{name}.json").write_text('{"command": "-", "seconds": 3, "machine": "A"}')
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / "metrics.jsonl").write_text(f'{{"step": 1, "epoch": 1, "top1": {value}}}\n')
     found = container.collect(tmp_path, every, 2, 20, 64)
-    assert found["scores"] == [{"network": "container", "start": "scratch", "percent": 10, "seed": 0, "top1": 0.25}]
+    (score,) = found["scores"]
+    assert score == {
+        "network": "container", "start": "scratch", "percent": 10, "seed": 0, "top1": 0.25, "machine": "A",
+    }  # fmt: skip
     assert found["tried"] == {"container-scratch-4e-3": 0.5}
     text = container.section(found)
     assert "CONTAINER-LIGHT, scratch" in text and "| container-scratch-4e-3 |     50.0 |" in text
