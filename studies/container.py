@@ -118,8 +118,10 @@ def collect(out: Path, wanted: list[Job], epochs: float, full_epochs: float, sid
     """What the finished runs have found, and where."""
     found = {name: line["top1"] for name, line in last_scores(out, wanted, "top1").items()}
     parts = {job: job.name.split("-") for job in wanted if job.name in found and not job.name.startswith("tune-")}
+    told = facts(out, wanted)
     return {
-        **facts(out, wanted),
+        "commands": told["commands"],
+        "seconds": told["seconds"],
         "epochs": epochs,
         "full_epochs": full_epochs,
         "side": side,
@@ -165,10 +167,10 @@ def section(found: dict[str, Any]) -> str:
     return f"""{result(found)}
 
 A scaled-down CONTAINER-LIGHT and a ConvNeXt V2 of as many multiply-adds, to 2 %, on tiny20 at {found["side"]} pixels,
-1,000 photographs to test on. Fine-tuned by `finetune_small_images`, with all labels for
-{found["full_epochs"]:g} epochs; pretrained by `pretrain_small_images` for {found["epochs"]:g}, once. A seed draws the
-same labels for both networks; brackets are 95 % intervals of the mean over seeds (Student's t). Written by
-`studies/container.py` from `docs/container.json`.
+1,000 photographs to test on. Fine-tuned by `finetune_small_images`, with all labels for {found["full_epochs"]:g}
+epochs; pretrained by `pretrain_small_images` for {found["epochs"]:g}, once. A seed draws the same labels for both
+networks; brackets are 95 % intervals of the mean over seeds (Student's t). Written by `studies/container.py` from
+`docs/container.json`, which has the commands.
 
 Rates that were compared, on training images that were held out, one run each:
 

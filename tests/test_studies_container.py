@@ -89,4 +89,4 @@ def test_what_is_finished_is_collected(tmp_path: Path) -> None:
     assert found["tried"] == {"container-scratch-4e-3": 0.5}
     text = container.section(found)
     assert "CONTAINER-LIGHT, scratch" in text and "| container-scratch-4e-3 |     50.0 |" in text
-    assert "for\n20 epochs" in text and "for 2, once" in text
+    assert "for 20\nepochs" in text and "for 2, once" in text
