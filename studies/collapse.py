@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from study import STUDIES, Job, schedule, shown
+from study import STUDIES, Job, add_arguments, chosen, is_done, schedule, shown, write_images
 
 from fcmae.atomic import write_text
 from fcmae.tables import table
@@ -115,31 +114,20 @@ of the last, both at the end.
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shards", type=Path, metavar="SHARDS", help="the folder of tiny20's shards")
-    parser.add_argument("--out", type=Path, default=Path("runs/collapse"), help="where to write")
     parser.add_argument("--epochs", type=int, default=30, help="of each, 9,500 views each [30]")
     parser.add_argument("--seeds", type=int, default=3, help="of the sound runs [3]")
-    parser.add_argument("--at-once", type=int, default=9, help="commands at a time, each of one thread [9]")
-    parser.add_argument("--only", nargs="*", default=[""], metavar="PREFIX", help="runs whose names begin so")
-    parser.add_argument("--docs", type=Path, help="the folder in which to write collapse.json and results/collapse.md")
-    parser.add_argument("--list", action="store_true", help="print the commands and stop")
+    add_arguments(parser, "runs/collapse", at_once=9, has_page=True)
     args = parser.parse_args(argv)
     out = args.out.absolute()
     every = list(jobs(out, args.epochs, args.seeds))
-    wanted = [job for job in every if job.name.startswith(tuple(args.only))]
-    if args.list:
-        for job in wanted:
-            print(f"# {job.name}\n{shown(job, out)}")
-        return
-    (out / "jobs").mkdir(parents=True, exist_ok=True)
-    subprocess.run(
-        [sys.executable, str(STUDIES / "sets.py"), "tiny20", str(args.shards), str(out / "tiny20")], check=True
-    )
+    wanted = chosen(args, every)
+    write_images("tiny20", out, str(args.shards))
     schedule(wanted, out, args.at_once, None if args.at_once == 1 else 1)
     found = [
         {
             "run": job.name.rpartition("-")[0],
             "seed": int(job.name.rpartition("-")[2]),
-            "finished": (out / "jobs" / f"{job.name}.json").exists(),
+            "finished": is_done(job, out),
             "command": shown(job, out),
             **finding(out / "runs" / job.name),
         }

@@ -30,7 +30,7 @@ import results
 from numpy.typing import NDArray
 from PIL import Image
 from sklearn.metrics import jaccard_score
-from study import FCMAE, STUDIES, Job, facts, last_scores, paired, schedule, shown, write_images
+from study import FCMAE, STUDIES, Job, add_arguments, chosen, facts, last_scores, paired, schedule, write_images
 
 from fcmae.atomic import write_text
 from fcmae.evaluation.paired import Row, cells
@@ -302,7 +302,6 @@ The mean over the seeds, in per cent but for the loss. A boundary is found withi
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("set", choices=SETS, help="of studies/sets.py")
-    parser.add_argument("--out", type=Path, required=True, help="where to write")
     parser.add_argument("--epochs", type=float, default=300, help="of pretraining [300]")
     parser.add_argument(
         "--percents", type=int, nargs="+", choices=PERCENTS, default=PERCENTS, help="per cent of the labels [1 10 100]"
@@ -312,19 +311,14 @@ def main(argv: list[str] | None = None) -> None:
         "--arms", nargs="+", choices=ARMS, default=["scratch", "pretrained", "multiscale"], metavar="ARM"
     )
     parser.add_argument("--short", type=float, default=1.0, help="times the epochs on labels [1]")
-    parser.add_argument("--at-once", type=int, default=12, help="commands at a time, each of one thread [12]")
-    parser.add_argument("--docs", type=Path, help="the folder in which to write the page and its JSON")
-    parser.add_argument("--list", action="store_true", help="print the commands and stop")
+    add_arguments(parser, "runs/segmentation", at_once=12, has_page=True)
     args = parser.parse_args(argv)
     out = args.out.absolute()
-    wanted = list(jobs(out, args.set, args.epochs, args.percents, args.seeds, args.short, args.at_once, args.arms))
-    if args.list:
-        for job in wanted:
-            print(f"# {job.name}\n{shown(job, out)}")
-        return
+    every = list(jobs(out, args.set, args.epochs, args.percents, args.seeds, args.short, args.at_once, args.arms))
+    wanted = chosen(args, every)
     write_images(args.set, out, seeds=args.seeds)
     schedule(wanted, out, args.at_once, None if args.at_once == 1 else 1)
-    found = collect(out, args.set, wanted, args.epochs)
+    found = collect(out, args.set, every, args.epochs)
     write_text(out / "segmentation.json", json.dumps(found, indent=1) + "\n")
     print("\n" + summary(found))
     if args.docs:

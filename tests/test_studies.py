@@ -791,7 +791,7 @@ def test_the_study_of_collapse_puts_its_table_into_the_results(monkeypatch: pyte
             (out / "runs" / job.name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in some))
 
     monkeypatch.setattr(collapse, "schedule", run)
-    monkeypatch.setattr(collapse.subprocess, "run", lambda *_, **__: None)
+    monkeypatch.setattr(collapse, "write_images", lambda *_, **__: None)
     docs = tmp_path / "docs"
     collapse.main(["shards", "--out", str(tmp_path / "out"), "--docs", str(docs)])
     assert len(json.loads((docs / "collapse.json").read_text())) == 11
