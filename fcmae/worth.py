@@ -110,7 +110,8 @@ def worth(cfg: WorthConfig) -> int:
     Raises:
         ValueError: before anything is computed, for what cannot be read or used together; or if `cfg.out` holds
             something else.
-        FloatingPointError: if the loss or a gradient of a run stops being finite.
+        FloatingPointError: if the loss or a gradient of the pretraining stops being finite. A fine-tuning in which one
+            does has no score, and the others go on.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("worth is one process: start it without a launcher")
@@ -125,9 +126,16 @@ def worth(cfg: WorthConfig) -> int:
     scores = [found for name in cfg.controls for found in _probe(name, place, cfg, plan, train, test)]
     done = [job for job in jobs if how_it_ended(place / "runs" / job.name / "train.log") == "finished"]
     _write(place, cfg, plan, scores, jobs)
-    began, computed = time.monotonic(), 0.0
+    began, computed, broken = time.monotonic(), 0.0, list[Job]()
     for job in [job for job in jobs if job not in done]:
-        run = _run(job, place, plan)
+        try:
+            run = _run(job, place, plan)
+        except FloatingPointError as error:
+            if job.labels is None:
+                raise
+            print(f"{job.name} has no score: {error}", flush=True)
+            broken.append(job)
+            continue
         if run.stopped_by is not None:  # at its last step perhaps, which is not ours
             print(f"stopped by {run.stopped_by}: the same command goes on", flush=True)
             return replace(run, finished=False).status
@@ -135,7 +143,7 @@ def worth(cfg: WorthConfig) -> int:
         computed += job.seconds
         found = _write(place, cfg, plan, scores, jobs)
         # Estimates are of steps alone, on a machine that may have had more or less to do.
-        left = sum(job.seconds for job in jobs if job not in done) * (time.monotonic() - began) / computed
+        left = sum(job.seconds for job in jobs if job not in [*done, *broken]) * (time.monotonic() - began) / computed
         of_job = [each["scores"] for each in found["scores"] if (each["arm"], each["labels"], each["seed"]) == job[1:4]]
         last = f": {of_job[0][paired.METRIC]:.3f}" if of_job else ""
         print(f"{len(done)} of {len(jobs)} runs, about {_hours(left)} left; {job.name}{last}", flush=True)
@@ -236,7 +244,8 @@ def _make_plan(place: Path, cfg: WorthConfig, train: Images, test: Images) -> di
     starts = _given_starts(cfg)
     if cfg.hours or cfg.pretraining:
         made, seconds[PRETRAINED] = _choose_pretraining(place, cfg)
-        seen = len(set(find_images(made.data.path).names()) & set(test.names()))
+        # An image may be named in two ways.
+        seen = len({*map(_real, find_images(made.data.path).names())} & {*map(_real, test.names())})
         notes += [f"{seen} of the test images are among those of the pretraining, without labels."] if seen else []
         mean, std = made.data.statistics()
         reading = {"in_chans": made.data.in_chans, "image_size": list(made.data.image_size), "mean": mean, "std": std}
@@ -268,6 +277,11 @@ def _make_plan(place: Path, cfg: WorthConfig, train: Images, test: Images) -> di
     }
     write_text(place / "plan.json", json.dumps(plan, indent=1) + "\n")
     return plan
+
+
+def _real(name: str) -> str:
+    path = Path(name)
+    return str(path.resolve()) if path.exists() else name
 
 
 def _arm(name: str, kind: str, against: str | None, network: str | None) -> dict[str, Any]:
@@ -434,9 +448,11 @@ def _write(
 ) -> paired.Comparison:
     """Write worth.json and table.md of what there is so far."""
     scores, num_done = [score for score in controls if score["seed"] in _seeds(cfg)], 0
+    notes = list[str](plan["notes"])
     for job in jobs:
         run = place / "runs" / job.name
-        if how_it_ended(run / "train.log") != "finished":
+        if (ended := how_it_ended(run / "train.log")) != "finished":
+            notes += [f"{job.name} failed and has no score: see {run / 'train.log'}."] if ended == "failed" else []
             continue
         num_done += 1
         if job.labels is not None:
@@ -447,8 +463,9 @@ def _write(
     given = {key: value for key, value in options.changed(cfg).items() if key not in ("data", "unlabelled")}
     found: paired.Comparison = paired.COMPARISON.validate_python(
         plan["counts"]
-        | {key: plan[key] for key in ("notes", "arms", "amounts")}
+        | {key: plan[key] for key in ("arms", "amounts")}
         | {
+            "notes": notes,
             "scores": scores,
             "num_runs": len(jobs),
             "num_done": num_done,

@@ -68,19 +68,20 @@ def test_the_verdict_is_in_plain_words() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mine", "told", "state", "words"),
+    ("mine", "told", "answer", "words"),
     [
-        ([0.25, 0.44, 0.33], "worse", "attention", "it lost 6.0 points (95 % interval 3.5 to 8.5)"),
-        ([0.35, 0.56], "too few runs", "unknown", "2 seeds are too few to tell (+5.5 points)"),
-        ([0.35], "too few runs", "unknown", "1 seed is too few to tell (+5.0 points)"),
-        ([0.30, 0.53, 0.38], "no difference seen", "attention", "it cannot be told (+0.3 points"),
+        ([0.25, 0.44, 0.33], "worse", "! No, it loses", "it lost 6.0 points (95 % interval 3.5 to 8.5)"),
+        ([0.35, 0.56], "too few runs", "? Too early to tell", "2 seeds are too few to tell (+5.5 points)"),
+        ([0.35], "too few runs", "? Too early to tell", "1 seed is too few to tell (+5.0 points)"),
+        ([0.30, 0.53, 0.38], "no difference seen", "! No clear gain", "it cannot be told (+0.3 points"),
     ],
 )
-def test_a_loss_and_what_cannot_be_told_are_said_as_well(mine: list[float], told: str, state: str, words: str) -> None:
+def test_a_loss_and_what_cannot_be_told_are_said_as_well(mine: list[float], told: str, answer: str, words: str) -> None:
     found = comparison({("scratch", "10%"): [0.30, 0.50, 0.40], ("mine", "10%"): mine})
     assert paired.compare(found)[-1].told == told
     said = paired.verdict(found)
-    assert said.state == state and words in said.sentences[0]
+    assert said.answer == answer and words in said.sentences[0]
+    assert said.state == ("unknown" if told == "too few runs" else "attention")
 
 
 def test_gains_here_and_losses_there_depend() -> None:
@@ -92,6 +93,9 @@ def test_labels_that_need_no_network_are_told_of() -> None:
     said = paired.verdict(comparison(GAINED | {("histogram:8", "10%"): [0.9, 0.9, 0.9]}))
     assert said.sentences[1].startswith("With 10 % of the labels, histogram:8 and a linear classifier score 90.0, ")
     assert len(said.sentences) == 2
+    assert (said.state, said.answer) == ("attention", "! It gains, where no network is needed")
+    elsewhere = paired.verdict(comparison(GAINED | {("histogram:8", "100%"): [0.9, 0.9, 0.9]}))
+    assert (elsewhere.state, elsewhere.answer) == ("good", "✓ Yes")  # it gained with 10 %
 
 
 def test_the_summary_has_the_numbers_the_licence_and_what_is_left() -> None:

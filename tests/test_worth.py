@@ -125,6 +125,25 @@ def stopping_at(monkeypatch: pytest.MonkeyPatch, calls: set[int], action: Callab
     monkeypatch.setattr(fcmae.training.steps, "seed_step", counted)
 
 
+def test_a_run_that_breaks_down_has_no_score_and_the_others_go_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def break_down() -> None:
+        raise FloatingPointError("the loss is nan")
+
+    stopping_at(monkeypatch, {5}, break_down)  # in the second run of fine-tuning
+    for tried, num_done in ((1, 4), (2, 5)):
+        assert run(*WORDS) == 0
+        said, found = capsys.readouterr().out, json.loads((OUT / "worth.json").read_text())
+        assert found["num_done"] == num_done
+        scored = {(score["arm"], score["seed"]) for score in found["scores"]}
+        is_there = tried == 2
+        assert (("pretrained", 0) in scored) == is_there and ("pretrained", 1) in scored
+        assert ("pretrained-50pct-0 has no score: " in said) == (not is_there)
+        told = [note for note in found["notes"] if "pretrained-50pct-0 failed and has no score: see " in note]
+        assert bool(told) == (not is_there)
+
+
 def test_what_was_stopped_goes_on_to_the_same_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -185,7 +185,7 @@ def verdict(found: Comparison) -> Verdict:
     rows = compare(found)
     starts = {arm["name"] for arm in found["arms"] if arm["kind"] == "start"}
     controls = {arm["name"] for arm in found["arms"] if arm["kind"] == "control"}
-    sentences = []
+    sentences, needless = [], set[str]()
     for name in sorted(starts, key=[arm["name"] for arm in found["arms"]].index):
         if parts := [_gained(row) for row in rows if row.arm == name and row.gain is not None]:
             sentences.append(f"Starting from {name}, against scratch: {'; '.join(parts)}.")
@@ -194,16 +194,26 @@ def verdict(found: Comparison) -> Verdict:
         plain = max((row for row in here if row.arm in controls), key=lambda row: row.mean[0], default=None)
         trained = [row.mean[0] for row in here if row.arm not in controls]
         if plain is not None and trained and plain.mean[0] >= max(trained):
+            needless.add(plain.labels)
             sentences.append(
                 f"With {_amount(plain.labels)}, {plain.arm} and a linear classifier score {100 * plain.mean[0]:.1f}, "
                 f"no less than any network ({100 * max(trained):.1f}): these labels hardly need one."
             )
     told = {row.told for row in rows if row.arm in starts}
-    state = "attention" if "worse" in told else "good" if "better" in told else "unknown"
-    if "no difference seen" in told and state == "unknown":
-        state = "attention"
-    answers = {"good": "✓ Yes", "attention": "! No clear gain", "unknown": "? Too early to tell"}
-    answer = "! It depends" if {"worse", "better"} <= told else answers[state]
+    gained = {row.labels for row in rows if row.arm in starts and row.told == "better"}
+    state = "attention"
+    if gained and "worse" in told:
+        answer = "! It depends"
+    elif gained and gained <= needless:
+        answer = "! It gains, where no network is needed"
+    elif gained:
+        state, answer = "good", "✓ Yes"
+    elif "worse" in told:
+        answer = "! No, it loses"
+    elif "no difference seen" in told:
+        answer = "! No clear gain"
+    else:
+        state, answer = "unknown", "? Too early to tell"
     return Verdict("Is pretraining worth it?", state, answer, sentences)
 
 
@@ -228,8 +238,8 @@ def notes(found: Comparison) -> list[str]:
     told = [
         f"{found['num_train']:,} images to draw labels from, {found['num_test']:,} to test on, {found['num_classes']} "
         f"classes; a guess scores {100 / found['num_classes']:.1f}. {labels}.",
-        "Scores are of the last step, in %; in brackets the 95 % interval of the mean over the seeds (Student's t). A "
-        "seed draws the same labels, order and head for every start.",
+        "Scores are of the last step, in %; in brackets the 95 % interval of the mean over the seeds (Student's t), of "
+        "which one in twenty misses by chance. A seed draws the same labels, order and head for every start.",
     ]
     told += [f"{arm['name']}: {arm['network']}." for arm in found["arms"] if arm["kind"] == "scratch"]
     told += [
