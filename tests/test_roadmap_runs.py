@@ -15,9 +15,11 @@ from runs import DEFAULTS
 
 import fcmae
 from fcmae import cli
+from fcmae.config import FinetuneConfig
 from fcmae.networks.roadmap import BatchNorm, Encoder
 from fcmae.networks.spec import VARIANTS, RoadmapSpec, read_spec
 from fcmae.training import checkpoint
+from fcmae.training.steps import in_parts, in_smaller_parts
 from fcmae.weights.convert import build_classifier
 from fcmae.weights.files import read_weights
 
@@ -39,6 +41,22 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
             pixels[..., channel] += 127
             Image.fromarray(pixels).save(root / name / f"{number}.png")
     return root
+
+
+def test_batch_norm_sees_the_whole_batch_unless_parts_are_asked_for(tmp_path: Path) -> None:
+    """How many images are computed at once is chosen by device and memory, and would change the network's result."""
+
+    def parts(step: str, **given: int) -> FinetuneConfig:
+        model = {"variant": f"roadmap-small/{step}", "stem_stride": 2}
+        data, out = {"path": "labelled", "image_size": 64}, str(tmp_path / "out")
+        cfg = FinetuneConfig.model_validate({"model": model, "data": data, "out": out, "batch_size": 512} | given)
+        return in_parts(cfg, 1, "cpu")
+
+    found = parts("inverted")
+    assert found.grad_accum == 1 and "BatchNorm" in found.chosen["grad_accum"]
+    assert in_smaller_parts(found, 1) is None  # where memory does not suffice
+    assert parts("layer-norm").num_parts > 1
+    assert parts("inverted", grad_accum=4).num_parts == 4
 
 
 def words(labelled: Path, out: Path, numbers: str, epochs: int = 24) -> list[str]:

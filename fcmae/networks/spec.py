@@ -91,6 +91,11 @@ class NetworkSpec(BaseModel):
         """Why the network cannot see visible patches alone, as what is said of it; None if it can."""
         return None
 
+    @property
+    def has_batch_norm(self) -> bool:
+        """Whether images that are computed together change each other's result in training."""
+        return False
+
     def settings(self) -> dict[str, Any]:
         """As a file of settings has it, what is usual left out, and the stride that is a setting of its own."""
         numbers = self.model_dump(mode="json", exclude_defaults=True, exclude={"stem_stride"})
@@ -267,8 +272,12 @@ class RoadmapSpec(NetworkSpec):
         return self.patchify
 
     @property
+    def has_batch_norm(self) -> bool:
+        return not self.layer_norm
+
+    @property
     def dense_only(self) -> str | None:
-        if not self.layer_norm:
+        if self.has_batch_norm:
             return "has BatchNorm, whose statistics would be of visible sites in training and of all sites afterwards"
         if not (self.patchify and self.depthwise and self.separate_downsampling):
             return "has convolutions that see over the borders of patches and are not depthwise of stride 1"

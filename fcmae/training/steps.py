@@ -114,13 +114,16 @@ def in_parts(cfg: Fitting, num_processes: int, device_type: str, saved: RunConfi
         found = smaller
     why = f"{images_at_once(found, num_processes)} images at once in each process: not measured"
     if pools_a_part(cfg):
-        why = "the whole batch, as model.grn_scope = batch pools over what is computed at once"
+        what = "model.grn_scope = batch" if isinstance(cfg, PretrainConfig) else "BatchNorm"
+        why = f"the whole batch, as {what} pools over what is computed at once"
     return found.model_copy(update={"chosen": cfg.chosen | {"grad_accum": why}})
 
 
 def pools_a_part(cfg: RunConfig) -> bool:
-    """Whether GRN pools over what is computed at once, so that its size changes the result."""
-    return isinstance(cfg, PretrainConfig) and cfg.model.grn_scope == "batch"
+    """Whether GRN or BatchNorm pools over what is computed at once, so that its size changes the result."""
+    if isinstance(cfg, PretrainConfig):
+        return cfg.model.grn_scope == "batch"
+    return isinstance(cfg, DenseConfig) and cfg.model.spec is not None and cfg.model.spec.has_batch_norm
 
 
 def that_fits(cfg: Fitting, accelerator: Accelerator) -> Fitting:
