@@ -35,10 +35,10 @@ from study import (
     prepare_tiny20,
     record_of,
     schedule,
+    write_found,
     write_section,
 )
 
-from fcmae.atomic import write_text
 from fcmae.evaluation.paired import cells
 from fcmae.networks.spec import ContainerSpec, ConvNeXtSpec, NetworkSpec
 from fcmae.tables import table
@@ -198,7 +198,7 @@ def main(argv: list[str] | None = None) -> None:
     found = collect(out, every, args.epochs, args.full_epochs, args.side)
     print("\n" + result(found))
     for folder in filter(None, (out, args.docs)):
-        write_text(folder / "container.json", json.dumps(found, indent=1) + "\n")
+        write_found(folder / "container.json", found)
     if args.docs:
         write_section(args.docs, "container", HEADING, section)
 

@@ -35,7 +35,6 @@ large network.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -56,11 +55,11 @@ from study import (
     paired,
     prepare_tiny20,
     schedule,
+    write_found,
     write_section,
 )
 
 from fcmae import finetuning
-from fcmae.atomic import write_text
 from fcmae.config import FinetuneConfig
 from fcmae.evaluation.paired import cells
 from fcmae.networks.convnext import Encoder
@@ -345,7 +344,7 @@ def main(argv: list[str] | None = None) -> None:
     found = collect(out, every, budget, shapes)
     print("\n" + table(COLUMNS, rows(found), left=2))
     for folder in filter(None, (out, args.docs)):
-        write_text(folder / "pruning.json", json.dumps(found, indent=1) + "\n")
+        write_found(folder / "pruning.json", found)
     if args.docs:
         write_section(args.docs, "pruning", HEADING, section)
 

@@ -263,9 +263,10 @@ the whole run.""",
 HEAD = """# Results
 
 What pretraining gives on two small sets of images, what its parts give, and which losses are normal.
-Written by `studies/results.py` from `docs/results/*.json`. `studies/run_all.py` makes all of it from nothing. Scores
-are in %; ± is the half width of the 95 % interval of the mean over seeds (Student's t). *Better* and
-*worse* are said of three runs or more, where the interval of the differences excludes 0.
+Written by `studies/results.py` from the JSON of each study. `studies/run_all.py` makes what stands under a scale from
+nothing, and the part of the small images that 2 cores have time for; the other sections name the study that makes them.
+Scores are in %; ± is the half width of the 95 % interval of the mean over seeds (Student's t). *Better* and *worse* are
+said of three runs or more, where the interval of the differences excludes 0.
 
 - **tiny20**: 20 classes of Tiny ImageNet, 10,000 photographs to learn from, 1,000 to test on, 64 pixels.
 - **solar**: 2,624 photographs of solar cells (the package elpv-dataset), 1,968 to learn from, 656 of other

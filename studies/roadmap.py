@@ -9,7 +9,7 @@ a third of the published depth and a quarter of the width, each trained from scr
 (`finetune_roadmap`) with a batch and a rate for fewer images. A seed has the same images, order and augmentation at
 every step. The rates are compared on a tenth of the training images, for the first step and the last: the better one on
 average is for --rate. The test images are evaluated once, at the last epoch. What is finished is not done again, and
-what was cut off resumes. Before the runs a step of training is timed for all networks in turn: let nothing else run
+what was cut off resumes. Before the runs forward and backward are timed, all networks in turn: let nothing else run
 beside. What is found is in OUT/roadmap.json, and with `--docs DIR` there too and at the end of DIR/roadmap.md.
 
 The second line is an evening of 2 cores: 54 runs of 40 x 1,000 images of 48 pixels are 2.2 million. At some 1.7 ms each
@@ -43,6 +43,7 @@ from study import (
     save,
     schedule,
     this_machine,
+    write_found,
     write_section,
 )
 
@@ -60,7 +61,7 @@ REGIME, STRIDE, CLASSES = "roadmap-small", 2, 20
 THERE = REGIMES["roadmap"].published
 STEPS = road(REGIMES[REGIME])
 RATES = ("1e-3", "2e-3", "4e-3")
-BATCH = 64
+BATCH, TIMED = 64, 32  # images
 HEADING = "## What each step gave here and there"
 COLUMNS = (
     "step", "what changes", "MMACs", "ms an image", "there, %", "gain", "seeds", "here, %", "gain, of each seed", "",
@@ -104,8 +105,8 @@ def jobs(
             yield train(f"{each.name}-{seed}", each.name, rate, f"train-{percent}-{seed}.csv", "test.csv", seed)
 
 
-def measure(repeats: int, side: int = 64, batch: int = 32) -> dict[str, list[float]]:
-    """Milliseconds an image of a step of training, all networks in turn: first quartile, median and third."""
+def measure(repeats: int, side: int = 64, batch: int = TIMED) -> dict[str, list[float]]:
+    """Milliseconds an image of forward and backward, all networks in turn: first quartile, median and third."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     assert device is not None
     images, target = torch.randn(batch, 3, side, side, device=device), torch.arange(batch, device=device) % CLASSES
@@ -122,7 +123,7 @@ def measure(repeats: int, side: int = 64, batch: int = 32) -> dict[str, list[flo
     return {name: [1000 * value / batch for value in quartiles(values)] for name, values in times.items()}
 
 
-def collect(out: Path, wanted: list[Job], percent: int, epochs: float, side: int) -> dict[str, Any]:
+def collect(out: Path, wanted: list[Job], percent: int, epochs: float, rate: str, side: int) -> dict[str, Any]:
     """What the finished runs have found, and where."""
     found = {name: scores["top1"] for name, scores in last_scores(out, wanted, "top1").items()}
     runs = {name: name.rpartition("-") for name in found if not name.startswith("tune-")}
@@ -132,6 +133,7 @@ def collect(out: Path, wanted: list[Job], percent: int, epochs: float, side: int
         "data": f"tiny20, {side} px, {percent} % of the labels",
         "percent": percent,
         "epochs": epochs,
+        "rate": rate,
         "side": side,
         "time": json.loads((out / "time.json").read_text()),
         "tried": {name.removeprefix("tune-"): value for name, value in found.items() if name.startswith("tune-")},
@@ -220,12 +222,13 @@ def section(found: dict[str, Any]) -> str:
 
 There: ImageNet-1k at 224 pixels, as published. Here: `{REGIME}` on tiny20, 20 classes of Tiny ImageNet at
 {found["side"]} pixels, {found["percent"]} % of 10,000 labelled photographs, 1,000 others to test on,
-{found["epochs"]:g} epochs by the published recipe; {machine(found)}. A gain is over the step that it changes, of each
-seed with the same images, order and augmentation; brackets are 95 % intervals of the mean (Student's t). There are
-{len(STEPS) - 1} of them: one in twenty misses by chance. Multiply-adds are of one image; times of a step of training,
-all networks in turn, the median; {machine(found["time"])}. Written by `studies/roadmap.py` from `docs/roadmap.json`.
+{found["epochs"]:g} epochs by the published recipe but for crops, of 35 % of the area and more, a batch of {BATCH} and a
+base_lr of {found["rate"]}; {machine(found)}. A gain is over the step that it changes, of each seed with the same
+images, order and augmentation; brackets are 95 % intervals of the mean (Student's t). There are {len(STEPS) - 1} of
+them: one in twenty misses by chance. Multiply-adds are of one image; times of forward and backward of {TIMED}, all
+networks in turn, the median; {machine(found["time"])}. Written by `studies/roadmap.py` from `docs/roadmap.json`.
 
-Rates that were compared, on a tenth of the training images, one run each:
+Rates that were compared, on a tenth of the training images, one run each; the best on average is that of all runs:
 
 {table(("", "top-1, %"), tried)}
 
@@ -260,10 +263,10 @@ def main(argv: list[str] | None = None) -> None:
         times = {"machine": this_machine(), "ms_per_image": measure(args.repeats, args.side)}
         write_text(out / "time.json", json.dumps(times))
     schedule(wanted, out, args.at_once, None if args.at_once == 1 else 1)
-    found = collect(out, every, args.percent, args.epochs, args.side)
+    found = collect(out, every, args.percent, args.epochs, args.rate, args.side)
     print("\n" + table(COLUMNS, rows(found), left=2))
     for folder in filter(None, (out, args.docs)):
-        write_text(folder / "roadmap.json", json.dumps(found, indent=1) + "\n")
+        write_found(folder / "roadmap.json", found)
     if args.docs:
         write_page(args.docs)
 

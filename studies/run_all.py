@@ -1,6 +1,6 @@
-"""Run the studies of docs/results.md: pretraining, fine-tuning and probes, each a command that can be typed.
+"""Run the first studies of docs/results.md: pretraining, fine-tuning and probes, each a command that can be typed.
 
-    python studies/run_all.py --tiny20 SHARDS                 # 2 cores, about 6 hours
+    python studies/run_all.py --tiny20 SHARDS                 # 2 cores, 8 hours and more
     python studies/run_all.py --tiny20 SHARDS --scale gpu     # one GPU: hundreds of epochs, five seeds
     python studies/run_all.py --tiny20 SHARDS --list          # the commands, without running them
 
@@ -8,8 +8,10 @@ SHARDS: the folder of tiny20's shards (see studies/sets.py). Everything is writt
 not done again, and what was cut off resumes. Then, unless --only leaves something out, studies/collect.py takes the
 numbers, studies/small_images.py runs and writes its page, and studies/results.py writes docs/results.md.
 
-On 2 cores the commands here took 5.0 hours, two at a time, and what of small_images.py is run there takes 3 more, by
-the seconds in docs/small_images_cpu.json. On a GPU small_images.py takes 1.5 hours, and the rest was not run by us.
+On 2 cores the commands here took 5.0 hours, two at a time, before controls with few labels were among them, and what of
+small_images.py is run there takes 3 more, by the seconds in docs/small_images_cpu.json. collapse.py, segmentation.py,
+container.py, roadmap.py and pruning.py are commands of their own. On a GPU small_images.py takes 1.5 hours, and the
+rest was not run by us.
 """
 
 from __future__ import annotations

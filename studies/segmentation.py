@@ -30,7 +30,19 @@ import results
 from numpy.typing import NDArray
 from PIL import Image
 from sklearn.metrics import jaccard_score
-from study import FCMAE, STUDIES, Job, add_arguments, chosen, facts, last_scores, paired, schedule, write_images
+from study import (
+    FCMAE,
+    STUDIES,
+    Job,
+    add_arguments,
+    chosen,
+    facts,
+    last_scores,
+    paired,
+    schedule,
+    write_found,
+    write_images,
+)
 
 from fcmae.atomic import write_text
 from fcmae.evaluation.paired import Row, cells
@@ -323,7 +335,7 @@ def main(argv: list[str] | None = None) -> None:
     print("\n" + summary(found))
     if args.docs:
         name = SETS[args.set].page
-        write_text(args.docs / f"{name}.json", json.dumps(found, indent=1) + "\n")
+        write_found(args.docs / f"{name}.json", found)
         words = args.docs / "results" / f"{name}.md"
         text = page(args.set, found, words.read_text() if words.exists() else "")
         write_text(args.docs / f"{name}.md", text)

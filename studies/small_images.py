@@ -44,6 +44,7 @@ from study import (
     probe,
     save,
     schedule,
+    write_found,
 )
 
 from fcmae.atomic import write_text
@@ -476,7 +477,7 @@ def main(argv: list[str] | None = None) -> None:
     print("\n" + result(found))
     if args.docs:
         name = "cpu" if found["machine"]["gpu"] == "none" else "gpu"
-        write_text(args.docs / f"small_images_{name}.json", json.dumps(found, indent=1) + "\n")
+        write_found(args.docs / f"small_images_{name}.json", found)
         write_page(args.docs)
 
 

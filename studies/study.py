@@ -256,6 +256,22 @@ def machine(found: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in found["machine"].items())
 
 
+def write_found(path: Path, found: Mapping[str, Any]) -> None:
+    """Write what was found as JSON.
+
+    Raises:
+        SystemExit: if the file there has runs that are not among these.
+    """
+    if path.is_file():
+        lost = sorted(json.loads(path.read_text())["commands"].keys() - found["commands"].keys())
+        if lost:
+            sys.exit(
+                f"{path} has {len(lost)} runs that are not among these, {lost[0]} one of them: give the --out that "
+                "they are in, or move the file away"
+            )
+    write_text(path, json.dumps(found, indent=1) + "\n")
+
+
 def write_section(docs: Path, name: str, heading: str, section: Callable[[dict[str, Any]], str]) -> None:
     """Write the end of docs/NAME.md, from the heading on: our words in docs/results/NAME.md, and the section.
 

@@ -128,6 +128,16 @@ def test_few_labels_are_drawn_of_each_class_alike() -> None:
     assert len(sets.few(rows, 0.001, seed=0)) == 2  # one of each at the least
 
 
+def test_what_was_found_is_not_written_over_more_of_it(tmp_path: Path) -> None:
+    place = tmp_path / "found.json"
+    for commands in ({"a": "fcmae"}, {"a": "fcmae", "b": "fcmae"}):
+        study.write_found(place, {"commands": commands})
+        assert json.loads(place.read_text()) == {"commands": commands}
+    with pytest.raises(SystemExit, match=r"found.json has 1 runs that are not among these, b one of them: give the"):
+        study.write_found(place, {"commands": {"a": "fcmae", "c": "fcmae"}})
+    assert "c" not in json.loads(place.read_text())["commands"]
+
+
 # Ablations
 
 

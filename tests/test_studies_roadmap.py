@@ -46,6 +46,7 @@ def test_the_page_of_the_roadmap_compares_each_step_with_the_one_that_it_changes
         "side": 64,
         "percent": 10,
         "epochs": 60,
+        "rate": "2e-3",
         "commands": {"resnet-0": "fcmae finetune", "gelu-0": "not shown"},
         "time": {"machine": {"cores": 2}, "ms_per_image": {step.name: [1.0, 2.0, 3.0] for step in roadmap.STEPS}},
         "tried": {"resnet-1e-3": 0.3},
@@ -72,6 +73,7 @@ def test_the_page_of_the_roadmap_compares_each_step_with_the_one_that_it_changes
     assert by_step["gelu"] == ["2.00", "80.6", "+0.0", "1", "50.0", "+20.0", "too few runs"]
     assert by_step["resnet"] == ["2.00", "78.8", "", "0", "", "", ""]
     assert "the median; cores 2." in page
+    assert "a batch of 64 and a\nbase_lr of 2e-3; gpu none." in page
     assert "10 % of 10,000" in page and "fcmae finetune" in page and "not shown" not in page
     assert (tmp_path / "roadmap.svg").read_text().startswith("<?xml")
     assert scores_of(read_study(tmp_path / "roadmap.json")) == scores
