@@ -1,7 +1,7 @@
 """What does each step from ResNet to ConvNeXt give on small images, and what did it give where it was published?
 
     python studies/roadmap.py SHARDS --out runs/roadmap                      # a GPU with many cores
-    python studies/roadmap.py SHARDS --out runs/roadmap --side 48 --percent 10 --epochs 40 --seeds 3 --at-once 2
+    python studies/roadmap.py SHARDS --out runs/roadmap --side 48 --epochs 3 --seeds 3 --at-once 2 --rate 4e-3
     python studies/roadmap.py SHARDS --out runs/roadmap --list               # the commands, without running them
 
 SHARDS: the folder of tiny20's shards (see studies/sets.py). The steps are those of `fcmae roadmap roadmap-small`,
@@ -12,8 +12,8 @@ average is for --rate. The test images are evaluated once, at the last epoch. Wh
 what was cut off resumes. Before the runs forward and backward are timed, all networks in turn: let nothing else run
 beside. What is found is in OUT/roadmap.json, and with `--docs DIR` there too and at the end of DIR/roadmap.md.
 
-The second line is an evening of 2 cores: 54 runs of 40 x 1,000 images of 48 pixels are 2.2 million. At some 1.7 ms each
-(reckoned, not measured) that is an hour, and starting 54 commands ten minutes.
+The second line took two hours on 2 cores: 54 runs of 3 x 10,000 images of 48 pixels, two at a time with some 160 images
+a second each.
 """
 
 from __future__ import annotations
