@@ -124,29 +124,28 @@ def worth(cfg: WorthConfig) -> int:
     jobs = list(_jobs(plan, cfg))
     print(_estimate(plan, jobs, place), flush=True)
     scores = [found for name in cfg.controls for found in _probe(name, place, cfg, plan, train, test)]
-    done = [job for job in jobs if how_it_ended(place / "runs" / job.name / "train.log") == "finished"]
+    waiting = [job for job in jobs if how_it_ended(place / "runs" / job.name / "train.log") != "finished"]
     _write(place, cfg, plan, scores, jobs)
-    began, computed, broken = time.monotonic(), 0.0, list[Job]()
-    for job in [job for job in jobs if job not in done]:
+    began, computed = time.monotonic(), 0.0
+    while waiting:
+        job = waiting.pop(0)
         try:
             run = _run(job, place, plan)
         except FloatingPointError as error:
             if job.labels is None:
                 raise
             print(f"{job.name} has no score: {error}", flush=True)
-            broken.append(job)
             continue
         if run.stopped_by is not None:  # at its last step perhaps, which is not ours
             print(f"stopped by {run.stopped_by}: the same command goes on", flush=True)
             return replace(run, finished=False).status
-        done.append(job)
         computed += job.seconds
         found = _write(place, cfg, plan, scores, jobs)
         # Estimates are of steps alone, on a machine that may have had more or less to do.
-        left = sum(job.seconds for job in jobs if job not in [*done, *broken]) * (time.monotonic() - began) / computed
+        left = sum(each.seconds for each in waiting) * (time.monotonic() - began) / computed
         of_job = [each["scores"] for each in found["scores"] if (each["arm"], each["labels"], each["seed"]) == job[1:4]]
         last = f": {of_job[0][paired.METRIC]:.3f}" if of_job else ""
-        print(f"{len(done)} of {len(jobs)} runs, about {_hours(left)} left; {job.name}{last}", flush=True)
+        print(f"{found['num_done']} of {len(jobs)} runs, about {_hours(left)} left; {job.name}{last}", flush=True)
     print(paired.summary(_write(place, cfg, plan, scores, jobs)))
     print(f"wrote {place}; fcmae report {shlex.quote(str(place))}")
     return 0
@@ -244,8 +243,7 @@ def _make_plan(place: Path, cfg: WorthConfig, train: Images, test: Images) -> di
     starts = _given_starts(cfg)
     if cfg.hours or cfg.pretraining:
         made, seconds[PRETRAINED] = _choose_pretraining(place, cfg)
-        # An image may be named in two ways.
-        seen = len({*map(_real, find_images(made.data.path).names())} & {*map(_real, test.names())})
+        seen = len({*map(_identity, find_images(made.data.path).names())} & {*map(_identity, test.names())})
         notes += [f"{seen} of the test images are among those of the pretraining, without labels."] if seen else []
         mean, std = made.data.statistics()
         reading = {"in_chans": made.data.in_chans, "image_size": list(made.data.image_size), "mean": mean, "std": std}
@@ -279,9 +277,13 @@ def _make_plan(place: Path, cfg: WorthConfig, train: Images, test: Images) -> di
     return plan
 
 
-def _real(name: str) -> str:
-    path = Path(name)
-    return str(path.resolve()) if path.exists() else name
+def _identity(name: str) -> tuple[int, int] | str:
+    """The same for a file that has two names."""
+    try:
+        found = Path(name).stat()
+    except (OSError, ValueError):  # of an archive, or elsewhere
+        return name
+    return found.st_dev, found.st_ino
 
 
 def _arm(name: str, kind: str, against: str | None, network: str | None) -> dict[str, Any]:

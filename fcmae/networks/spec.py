@@ -93,7 +93,7 @@ class NetworkSpec(BaseModel):
 
     @property
     def has_batch_norm(self) -> bool:
-        """Whether images that are computed together change each other's result in training."""
+        """Whether it has BatchNorm, so that images that are computed together change each other's result."""
         return False
 
     def settings(self) -> dict[str, Any]:
