@@ -12,13 +12,12 @@ images of 32 pixels, which is quick. What is finished is not done again. What is
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from study import STUDIES, Job, add_arguments, chosen, is_done, schedule, shown, write_images
+from study import STUDIES, Job, add_arguments, chosen, facts, is_done, schedule, write_found, write_images
 
 from fcmae.atomic import write_text
 from fcmae.tables import table
@@ -123,22 +122,21 @@ def main(argv: list[str] | None = None) -> None:
     wanted = chosen(args, every)
     write_images("tiny20", out, str(args.shards))
     schedule(wanted, out, args.at_once, None if args.at_once == 1 else 1)
-    found = [
+    runs = [
         {
             "run": job.name.rpartition("-")[0],
             "seed": int(job.name.rpartition("-")[2]),
             "finished": is_done(job, out),
-            "command": shown(job, out),
             **finding(out / "runs" / job.name),
         }
         for job in every
         if (out / "runs" / job.name / "metrics.jsonl").exists()
     ]
-    print("\n" + table(COLUMNS, rows(found), left=3))
-    write_text(out / "collapse.json", json.dumps(found, indent=1) + "\n")
+    print("\n" + table(COLUMNS, rows(runs), left=3))
+    for folder in filter(None, (out, args.docs)):
+        write_found(folder / "collapse.json", {**facts(out, every), "runs": runs})
     if args.docs:
-        write_text(args.docs / "collapse.json", json.dumps(found, indent=1) + "\n")
-        write_text(args.docs / "results" / "collapse.md", text(found))
+        write_text(args.docs / "results" / "collapse.md", text(runs))
 
 
 if __name__ == "__main__":

@@ -49,9 +49,9 @@ from study import (
     add_arguments,
     chosen,
     facts,
+    in_words,
     is_done,
     last_scores,
-    machine,
     paired,
     prepare_tiny20,
     schedule,
@@ -308,7 +308,8 @@ def section(found: dict[str, Any]) -> str:
 Written by `studies/pruning.py`, which says what each arm is, from `docs/pruning.json`. tiny20 at {budget["side"]}
 pixels, {budget["percent"]} % of the labels; brackets are 95 % intervals of the mean over seeds (Student's t); a seed
 draws the same labels for every arm. E is {budget["epochs"]:g} epochs; the large network was pretrained for
-{budget["pretraining"]:g}, once. Multiply-adds of what stays, of the large one's: {factors}. {machine(found)}.
+{budget["pretraining"]:g}, once. Multiply-adds of what stays, of the large one's: {factors}.
+{in_words(found["machine"])}.
 """
 
 

@@ -37,8 +37,8 @@ from study import (
     add_arguments,
     chosen,
     facts,
+    in_words,
     last_scores,
-    machine,
     prepare_tiny20,
     save,
     schedule,
@@ -223,12 +223,13 @@ def section(found: dict[str, Any]) -> str:
 There: ImageNet-1k at 224 pixels, as published. Here: `{REGIME}` on tiny20, 20 classes of Tiny ImageNet at
 {found["side"]} pixels, {found["percent"]} % of 10,000 labelled photographs, 1,000 others to test on,
 {found["epochs"]:g} epochs by the published recipe but for crops, of 35 % of the area and more, a batch of {BATCH} and a
-base_lr of {found["rate"]}; {machine(found)}. A gain is over the step that it changes, of each seed with the same
-images, order and augmentation; brackets are 95 % intervals of the mean (Student's t). There are {len(STEPS) - 1} of
-them: one in twenty misses by chance. Multiply-adds are of one image; times of forward and backward of {TIMED}, all
-networks in turn, the median; {machine(found["time"])}. Written by `studies/roadmap.py` from `docs/roadmap.json`.
+base_lr of {found["rate"]}; {in_words(found["machine"])}. A gain is over the step that it changes, of each seed
+with the same images, order and augmentation; brackets are 95 % intervals of the mean (Student's t). There are
+{len(STEPS) - 1} of them: one in twenty misses by chance. Multiply-adds are of one image; times of forward and
+backward of {TIMED} images, all networks in turn, the median; {in_words(found["time"]["machine"])}.
+Written by `studies/roadmap.py` from `docs/roadmap.json`.
 
-Rates that were compared, on a tenth of the training images, one run each; the best on average is that of all runs:
+Rates that were compared, on a tenth of the training images, one run each:
 
 {table(("", "top-1, %"), tried)}
 

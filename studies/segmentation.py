@@ -37,6 +37,7 @@ from study import (
     add_arguments,
     chosen,
     facts,
+    in_words,
     last_scores,
     paired,
     schedule,
@@ -269,7 +270,7 @@ def page(name: str, found: dict[str, Any], words: str) -> str:
 
     words: what we read in the numbers.
     """
-    known, machine = SETS[name], ", ".join(f"{key} {value}" for key, value in found["machine"].items())
+    known = SETS[name]
     starts = [start for start, arm in ARMS.items() if arm is not None and start in found["seconds"]]
     commands = [found["commands"].get(job) for job in (*starts, *(f"{start}-10-0" for start in ("scratch", *starts)))]
     told = [
@@ -286,7 +287,7 @@ def page(name: str, found: dict[str, Any], words: str) -> str:
 Written by `studies/segmentation.py {name}` from `docs/{known.page}.json`. {known.told.format(num=known.num)}
 Brackets are 95 % intervals of the mean over seeds (Student's t); each seed draws other labels (of all of them, another
 order) and another head, the same for all starts. There is one pretraining of each kind, so the spread is that of what
-follows. On {machine}.
+follows. On {in_words(found["machine"])}.
 
 {table(COLUMNS, rows(found), left=2)}
 {f"{chr(10)}{against}{chr(10)}" if others else ""}

@@ -35,6 +35,7 @@ from study import (
     chosen,
     facts,
     half_width,
+    in_words,
     is_done,
     last_scores,
     of_probe,
@@ -404,10 +405,7 @@ def page(found: dict[str, dict[str, Any]], words: str) -> str:
         commands = one["commands"] | commands
     names = ("hog150-p", "hog150-10-0", "hog20-5-0", "scratch-10-0", "scratch350-10-0")
     example = [commands.get(name) for name in names]
-    sections = "\n\n".join(
-        f"## On {', '.join(f'{key} {value}' for key, value in one['machine'].items())}\n\n{section(one)}"
-        for one in found.values()
-    )
+    sections = "\n\n".join(f"## On {in_words(one['machine'])}\n\n{section(one)}" for one in found.values())
     columns = ("start", "draws by per cent of the labels")
     return f"""# Small images, few labels
 

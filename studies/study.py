@@ -192,7 +192,7 @@ def finish(process: subprocess.Popen[bytes], job: Job, out: Path, threads: int |
         "name": job.name,
         "command": shown(job, out),
         "seconds": round(time.time() - started, 1),
-        "machine": machine({"machine": this_machine()}),
+        "machine": in_words(this_machine()),
         "threads": threads,
     }
     write_text(out / "jobs" / f"{job.name}.json", json.dumps(record, indent=1))
@@ -251,9 +251,8 @@ def this_machine() -> dict[str, Any]:
     return {"gpu": gpu, "cores": os.cpu_count(), "cpu": cpu_name(), "torch": torch.__version__}
 
 
-def machine(found: Mapping[str, Any]) -> str:
-    """Where it ran, in words."""
-    return ", ".join(f"{key} {value}" for key, value in found["machine"].items())
+def in_words(machine: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in machine.items())
 
 
 def write_found(path: Path, found: Mapping[str, Any]) -> None:

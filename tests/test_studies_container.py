@@ -19,8 +19,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
 
 import container
 
-RATES = {"scratch": "1e-3", "pretrained": "2e-3"}
-
 
 def test_both_networks_take_the_same_multiply_adds() -> None:
     found = {}
@@ -32,7 +30,7 @@ def test_both_networks_take_the_same_multiply_adds() -> None:
 
 
 def test_the_commands_are_ones_that_fcmae_takes_and_differ_in_the_network_alone(tmp_path: Path) -> None:
-    found = list(container.jobs(tmp_path, 2, 2, RATES, full_epochs=10, side=32, at_once=2))
+    found = list(container.jobs(tmp_path, 2, 2, full_epochs=10, side=32, at_once=2))
     names = [job.name for job in found]
     assert len(set(names)) == len(names) == 2 + 8 + 2 * 2 * 2 * 2
     for job in found:
@@ -75,7 +73,7 @@ def test_the_table_pairs_the_networks_by_seed() -> None:
 
 
 def test_what_is_finished_is_collected(tmp_path: Path) -> None:
-    every = list(container.jobs(tmp_path, 2, 1, RATES, full_epochs=20, side=64, at_once=1))
+    every = list(container.jobs(tmp_path, 2, 1, full_epochs=20, side=64, at_once=1))
     (tmp_path / "jobs").mkdir()
     for name, value in (("container-scratch-10-0", 0.25), ("tune-container-scratch-4e-3", 0.5)):
         (tmp_path / "jobs" / f"{name}.json").write_text('{"command": "-", "seconds": 3, "machine": "A"}')
