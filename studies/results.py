@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import small_images
-from study import CONTROLS, K, half_width, of_probe, percent_of, save
+from study import CONTROLS, K, half_width, in_words, of_probe, percent_of, save
 
 from fcmae.evaluation.paired import tell
 from fcmae.evaluation.probes import mean_and_interval
@@ -290,7 +290,7 @@ def page(found: Mapping[str, Json], folder: Path) -> str:
     for scale, results in found.items():
         hours = sum(job["seconds"] for job in results["jobs"].values()) / 3600
         at_once = "two commands at a time, one core each" if scale == "cpu" else "one command at a time"
-        on = ", ".join(f"{key} {value}" for key, value in results["machine"].items())
+        on = in_words(results["machine"])
         parts.append(f"## Scale: {scale}\n")
         parts.append(f"{on}; {hours:.1f} hours of commands, {at_once}.\n")
         reading = folder / f"{scale}.md"
