@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -277,6 +278,23 @@ def to_convnext(spec: RoadmapSpec) -> tuple[nn.Module, tuple[tuple[str, str], ..
     )
 
 
+def hand_over(ours: Classifier, theirs: nn.Module, names: tuple[tuple[str, Any], ...]) -> Callable[[str], str]:
+    """Give timm's model our weights, all of its own but LayerScale, and return what a name of ours is there."""
+    theirs.double().eval()
+
+    def renamed(name: str) -> str:
+        for pattern, replacement in names:
+            name = re.sub(pattern, replacement, name)
+        return name
+
+    known = theirs.state_dict()
+    state = {renamed(name): value for name, value in ours.state_dict().items()}
+    state = {name: value.reshape(known[name].shape) for name, value in state.items()}
+    assert {name for name in known if not name.endswith(("num_batches_tracked", ".gamma"))} == state.keys()
+    theirs.load_state_dict(known | state)
+    return renamed
+
+
 @pytest.mark.parametrize(
     ("step", "build"),
     [
@@ -292,18 +310,7 @@ def test_what_timm_can_build_has_the_same_values_and_gradients(step: str, build:
     spec = spec_of(step, SHALLOW)
     ours = classifier(spec)
     theirs, names = build(spec)
-    theirs.double().eval()
-
-    def renamed(name: str) -> str:
-        for pattern, replacement in names:
-            name = re.sub(pattern, replacement, name)
-        return name
-
-    known = theirs.state_dict()
-    state = {renamed(name): value for name, value in ours.state_dict().items()}
-    state = {name: value.reshape(known[name].shape) for name, value in state.items()}
-    assert {name for name in known if "num_batches_tracked" not in name} == state.keys()
-    theirs.load_state_dict(known | state)
+    renamed = hand_over(ours, theirs, names)
     images = torch.randn(2, 3, 64, 96, dtype=torch.float64)
     torch.testing.assert_close(ours(images), theirs(images), rtol=1e-9, atol=1e-9)
     # In training BatchNorm's statistics are the batch's, and move its running ones.
@@ -316,6 +323,24 @@ def test_what_timm_can_build_has_the_same_values_and_gradients(step: str, build:
         torch.testing.assert_close(parameter.grad, found.reshape(parameter.shape), rtol=1e-7, atol=1e-9, msg=name)
     for name, buffer in ours.named_buffers():
         torch.testing.assert_close(buffer, theirs.state_dict()[renamed(name)], msg=name)
+
+
+@pytest.mark.parametrize(
+    ("step", "known", "build"),
+    [
+        ("resnet", partial(timm.create_model, "resnet50"), to_resnet),
+        ("downsampling", partial(timm.create_model, "convnext_tiny", ls_init_value=1.0), to_convnext),
+    ],
+)
+def test_the_ends_of_the_road_are_timms_models_in_full(
+    step: str, known: Any, build: Callable[[RoadmapSpec], Any]
+) -> None:
+    spec = VARIANTS[f"roadmap/{step}"]
+    ours, (_, names) = classifier(spec, 1000), build(spec_of(step))
+    theirs = known()
+    hand_over(ours, theirs, names)
+    images = torch.randn(1, 3, 64, 96, dtype=torch.float64)
+    torch.testing.assert_close(ours(images), theirs(images), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(("name", "known"), [("roadmap", "convnext_tiny"), ("roadmap-200", "convnext_base")])
