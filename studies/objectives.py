@@ -3,6 +3,8 @@
     python studies/objectives.py multiscale pretrain --config ...
     python studies/objectives.py multiscale+hog+ema pretrain --config ...
     python studies/objectives.py teacher pretrain --teacher convnext_tiny.fb_in22k --config ...
+    python studies/objectives.py teacher pretrain --teacher convnext_tiny.fb_in22k --kept features.sqlite \\
+        --data.crop_scale=1,1 --data.hflip=0 --config ...
     python studies/objectives.py ema average RUN DEST.safetensors
 
 multiscale   the decoder joins the features of all stages of the encoder, as SparK's does (arXiv 2301.03580)
@@ -11,7 +13,8 @@ lowres       predicts each patch at 4 x 4 pixels, standardised; lowres2 at 2 x 2
 constant     predicts 1 everywhere: nothing can be learnt of it, and features have no reason to differ
 frequency    predicts each standardised patch by its frequencies, the higher ones weighing more (after A2MIM,
              arXiv 2205.13943)
-teacher      predicts the features of a frozen network: a timm model, a run, or a file of weights
+teacher      predicts the features of a frozen network: a timm model, a run, or a file of weights. With --kept FILE an
+             image that comes again costs no features: whole images do, random crops never
 ema          keeps a moving average of the encoder, which `average` writes to DEST.safetensors
 
 At most one of them is a target. These are no settings of fcmae: what wins here becomes one. A model is built of other
@@ -22,7 +25,9 @@ parts and handed to the same loop, and config.yaml does not say so: name the run
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
+import sqlite3
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,6 +39,7 @@ from fcmae import threads
 
 threads.prepare()  # as the commands do, before torch is loaded
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -53,6 +59,7 @@ from fcmae.networks.layers import LayerNorm
 from fcmae.options import load
 from fcmae.training import checkpoint
 from fcmae.weights.files import Weights, read_weights, save_weights
+from fcmae.weights.tensors import digest
 
 # Decoder
 
@@ -152,30 +159,58 @@ def _transform(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
 class Teacher:
     """Target: the last features of a frozen network, on the grid of patches, each patch's standardised.
 
-    They are computed at every step, on the same crop, at the size that the network was trained on: random crops are
-    never seen twice, so there is nothing to keep. Its weights are in no checkpoint.
+    It sees the same crop, at the size that the network was trained on. Its weights are in no checkpoint.
 
     Args:
         source: see `load_backbone`.
         normalize: what the images went through.
+        kept: a SQLite file of features by what an image holds, which is made and added to. An image that comes again,
+            in this run or in another, is not computed again. Features are kept, and then always predicted, in float16.
     """
 
-    def __init__(self, source: str, normalize: Normalize) -> None:
+    def __init__(self, source: str, normalize: Normalize, kept: Path | None = None) -> None:
         backbone = load_backbone(source, in_chans=len(normalize.mean))
         self.network, self.size = backbone.model, backbone.reading.image_size
         self.given, self.wanted = normalize, backbone.reading.normalize
+        self.kept = None
+        if kept is not None:
+            self.kept = sqlite3.connect(kept, timeout=60, isolation_level=None)  # each row is written at once
+            self.kept.execute(
+                "CREATE TABLE IF NOT EXISTS features (image BLOB PRIMARY KEY, features BLOB) WITHOUT ROWID"
+            )
+            statistics = [*self.given.buffers(), *self.wanted.buffers()]  # in no state dict
+            state = self.network.state_dict() | {str(number): value for number, value in enumerate(statistics)}
+            self.name = digest(state, str(self.size))
 
     @torch.no_grad()
     def __call__(self, images: Tensor, hidden: Tensor, patch: int, known: Tensor | None = None) -> Tensor:
         """(N, D) float32, see `fcmae.masked.pixels` for the arguments."""
+        grid = (images.shape[2] // patch, images.shape[3] // patch)
+        found = self._features(images, grid) if self.kept is None else self._remembered(self.kept, images, grid)
+        return found.flatten(0, 1).index_select(0, hidden)
+
+    def _features(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
+        """(B, h * w, D) float32 of images (B, C, H, W) and a grid of (h, w) patches."""
         for part in (self.network, self.given, self.wanted):
             part.to(images.device)
-        grid = (images.shape[2] // patch, images.shape[3] // patch)
         seen = F.interpolate(self.given.inverse(images), self.size, mode="bicubic", antialias=True)
         found = stage_maps(self.network, self.wanted(seen))[-1].float()  # (B, D, h, w)
-        found = F.interpolate(found, grid, mode="bilinear", antialias=True)
-        features = found.flatten(2).transpose(1, 2).flatten(0, 1).index_select(0, hidden)
-        return F.layer_norm(features, features.shape[1:])
+        features = F.interpolate(found, grid, mode="bilinear", antialias=True).flatten(2).transpose(1, 2)
+        return F.layer_norm(features, features.shape[2:])
+
+    def _remembered(self, kept: sqlite3.Connection, images: Tensor, grid: tuple[int, int]) -> Tensor:
+        """`_features` of those that are not kept yet, which then are, and the others as they were kept."""
+        name = f"{self.name} {grid}".encode()
+        keys = [hashlib.sha256(name + image.tobytes()).digest() for image in images.float().cpu().numpy()]
+        select = "SELECT features FROM features WHERE image = ?"
+        found = {key: row[0] for key in keys if (row := kept.execute(select, (key,)).fetchone())}
+        if new := [number for number, key in enumerate(keys) if key not in found]:
+            features = self._features(images[new], grid).half().cpu().numpy()
+            rows = {keys[number]: value.tobytes() for number, value in zip(new, features, strict=True)}
+            kept.executemany("INSERT OR IGNORE INTO features VALUES (?, ?)", rows.items())
+            found |= rows
+        values = np.stack([np.frombuffer(found[key], np.float16).reshape(grid[0] * grid[1], -1) for key in keys])
+        return torch.from_numpy(values).to(images.device).float()
 
 
 TARGETS: Mapping[str, Target] = {
@@ -272,19 +307,22 @@ def settings(parts: Collection[str], flags: Sequence[str]) -> PretrainConfig:
     return cfg.model_copy(update={"model": model})
 
 
-def build_model(parts: Collection[str], cfg: PretrainConfig, teacher: str | None = None) -> FCMAE:
+def build_model(
+    parts: Collection[str], cfg: PretrainConfig, teacher: str | None = None, kept: Path | None = None
+) -> FCMAE:
     """The model of the settings, with what they start from, but for some parts.
 
     Args:
         parts: of PARTS, at most one of them a target.
         cfg: the run's settings.
         teacher: see `Teacher`.
+        kept: likewise.
     """
     net = pretraining.build_model(cfg)
     encoder, decoder, target = net.encoder, net.decoder, net.target
     if "teacher" in parts:
         assert teacher is not None
-        target = Teacher(teacher, Normalize(*cfg.data.statistics()))
+        target = Teacher(teacher, Normalize(*cfg.data.statistics()), kept)
     for name in TARGETS.keys() & parts:
         target = TARGETS[name]
     blank, first = torch.zeros(1, encoder.in_chans, *cfg.data.image_size), torch.zeros(1, dtype=torch.int64)
@@ -303,6 +341,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("parts", help=f"one or more of {', '.join(PARTS)}, with a + between")
     parser.add_argument("command", choices=("pretrain", "average"))
     parser.add_argument("--teacher", help="what fcmae evaluate takes for a model")
+    parser.add_argument("--kept", type=Path, metavar="FILE", help="its features by image, made and added to")
     args, flags = parser.parse_known_args(argv)
     parts = args.parts.split("+")
     if unknown := [part for part in parts if part not in PARTS]:
@@ -311,6 +350,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"{' and '.join(targets)} are targets, and a run has one")
     if ("teacher" in parts) != (args.teacher is not None):
         parser.error("the part teacher and --teacher MODEL go together")
+    if args.kept and not args.teacher:
+        parser.error(f"--kept {args.kept} is for the features of a teacher: give --teacher MODEL too")
     try:
         if args.command == "average":
             if len(flags) != 2 or Path(flags[1]).suffix != ".safetensors" or Path(flags[1]).exists():
@@ -318,9 +359,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             save_weights(Path(flags[1]), averaged_weights(Path(flags[0])), "fcmae")
             return 0
         cfg = settings(parts, flags)
-        net = build_model(parts, cfg, args.teacher)
+        net = build_model(parts, cfg, args.teacher, args.kept)
         with averaging(net):
             return pretraining.pretrain(cfg, net).status
+    except sqlite3.Error as error:
+        parser.error(f"--kept {args.kept} cannot be used ({error}): give another file")
     except (ValueError, OSError, FloatingPointError) as error:
         parser.error(str(error))
 

@@ -15,12 +15,12 @@ from conftest import randomize
 from numpy.typing import NDArray
 from runs import assert_same, final_state, flags, losses, tensors, write_images
 from scipy.fft import dctn
-from torch import Tensor
+from torch import Tensor, nn
 
 from fcmae import cli
 from fcmae.data.dataset import Reading
 from fcmae.data.normalize import Normalize
-from fcmae.evaluation.models import Backbone
+from fcmae.evaluation.models import Backbone, stage_maps
 from fcmae.layouts import DENSE, MakeLayout, make_layout
 from fcmae.masked import FCMAE, Target, hog, masked_loss
 from fcmae.masking import random_mask
@@ -76,14 +76,20 @@ def test_frequencies_are_scipys_cosine_transform_weighted() -> None:
         assert torch.equal(objectives.frequencies(images, HIDDEN, 8).view_as(found), found)
 
 
-def make_teacher(monkeypatch: pytest.MonkeyPatch, size: tuple[int, int]) -> tuple[objectives.Teacher, Encoder]:
+def make_teacher(
+    monkeypatch: pytest.MonkeyPatch,
+    size: tuple[int, int],
+    kept: Path | None = None,
+    std: float = 0.25,
+    scale: float = 0.3,
+) -> tuple[objectives.Teacher, Encoder]:
     """Of total stride 8, for images of that size and half their contrast."""
     encoder = Encoder(SPEC).eval().requires_grad_(False)
-    randomize(encoder)
+    randomize(encoder, std=scale)
     reading = Reading(3, size, 1.0, Normalize([0.5] * 3, [0.5] * 3))
     backbone = Backbone("teacher", encoder, reading, {})
     monkeypatch.setattr(objectives, "load_backbone", lambda source, in_chans: backbone)
-    return objectives.Teacher("teacher", Normalize([0.5] * 3, [0.25] * 3)), encoder
+    return objectives.Teacher("teacher", Normalize([0.5] * 3, [std] * 3), kept), encoder
 
 
 def test_a_teachers_features_are_standardised_at_hidden_patches(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,6 +109,35 @@ def test_a_teacher_of_another_size_answers_on_the_grid_of_patches(monkeypatch: p
     every = teacher(images, torch.arange(12), 8)
     assert every.shape == (12, SPEC.dims[-1])
     assert torch.equal(every[:6], every[6:])
+
+
+def test_a_teacher_looks_once_at_an_image_that_comes_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    kept, every, seen = tmp_path / "features.sqlite", torch.arange(18), list[int]()
+    images = torch.randn(3, 3, 16, 24)
+    images[2] = images[0]
+
+    def look(model: nn.Module, batch: Tensor) -> list[Tensor]:
+        seen.append(len(batch))
+        return stage_maps(model, batch)
+
+    plain, _ = make_teacher(monkeypatch, (16, 24))
+    expected = plain(images, every, 8)
+    monkeypatch.setattr(objectives, "stage_maps", look)
+    first, _ = make_teacher(monkeypatch, (16, 24), kept)
+    found = first(images[:1], every[:6], 8)
+    np.testing.assert_allclose(found.numpy(), expected[:6].numpy(), atol=2e-3)
+    assert torch.equal(first(images[:1], HIDDEN[:2], 8), found[HIDDEN[:2]])
+    assert seen == [1]
+    again, _ = make_teacher(monkeypatch, (16, 24), kept)  # another run
+    np.testing.assert_allclose(again(images, every, 8).numpy(), expected.numpy(), atol=2e-3)
+    assert torch.equal(again(images, every, 8)[:6], found)
+    assert seen == [1, 1]  # of three the second alone is new
+    # Another grid, other statistics, other weights.
+    again(images[:1], torch.arange(24), 4)
+    for changed in ({"std": 0.5}, {"scale": 0.2}):
+        other, _ = make_teacher(monkeypatch, (16, 24), kept, **changed)
+        assert not torch.equal(other(images[:1], every[:6], 8), found)
+    assert seen == [1, 1, 1, 1, 1]
 
 
 # The decoder of all stages
@@ -224,9 +259,15 @@ def test_a_run_is_one_that_the_commands_read(
         ("lowres2", [], False),
         ("frequency", [], False),
         ("teacher", ["--teacher", "teacher"], False),
+        ("teacher", ["--teacher", "teacher", "--kept", str(tmp_path / "kept.sqlite")], False),
     ):
         out = run(
-            parts, images, tmp_path / parts, *words, **short, precision="bf16" if parts == "frequency" else "fp32"
+            parts,
+            images,
+            tmp_path / "-".join([parts, *words[2:3]]),
+            *words,
+            **short,
+            precision="bf16" if parts == "frequency" else "fp32",
         )
         assert (out / "reconstructions").exists() == pictured, parts
         assert (out / "loss.png").exists()
@@ -243,7 +284,9 @@ def test_a_run_is_one_that_the_commands_read(
     assert all(torch.equal(now[name], was[name]) for name in was if name.startswith("model:encoder."))
 
 
-def test_what_cannot_be_combined_is_refused(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_combined_is_refused(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     taken = tmp_path / "taken.safetensors"
     taken.touch()
     for words, message in (
@@ -251,12 +294,18 @@ def test_what_cannot_be_combined_is_refused(images: Path, tmp_path: Path, capsys
         (["hogg", "pretrain"], "'hogg' is no part: use one of multiscale, ema, teacher, hog"),
         (["teacher", "pretrain"], "the part teacher and --teacher MODEL go together"),
         (["hog", "pretrain", "--teacher", "x"], "the part teacher and --teacher MODEL go together"),
+        (["hog", "pretrain", "--kept", "x"], "--kept x is for the features of a teacher: give --teacher MODEL too"),
         (["hog", "pretrain", "--epohcs=1"], "epohcs"),
         (["ema", "average", "run", str(taken)], "average takes a run and a new file"),
     ):
         with pytest.raises(SystemExit, match="2"):
             objectives.main(words)
         assert message in capsys.readouterr().err
+    make_teacher(monkeypatch, (16, 16))
+    taken.write_bytes(b"no database" * 99)
+    with pytest.raises(SystemExit, match="2"):
+        objectives.main(["teacher", "pretrain", "--teacher", "x", "--kept", str(taken), *flags(images, tmp_path / "x")])
+    assert f"--kept {taken} cannot be used (file is not a database): give another file" in capsys.readouterr().err
     plain = tmp_path / "plain"
     assert cli.main(["pretrain", *flags(images, plain, epochs=1)]) == 0
     with pytest.raises(SystemExit, match="2"):
