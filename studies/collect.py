@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from study import write_found
 
-from fcmae.atomic import write_text
 from fcmae.training.records import read_metrics
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     place: Path = args.docs / "results" / f"{args.scale}.json"
     found = collect(args.runs, args.scale)
-    write_text(place, json.dumps(found) + "\n")
+    write_found(place, found, "jobs")
     print(f"{place}: {len(found['jobs'])} jobs")
 
 

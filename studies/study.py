@@ -255,18 +255,23 @@ def in_words(machine: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in machine.items())
 
 
-def write_found(path: Path, found: Mapping[str, Any]) -> None:
+def write_found(path: Path, found: Mapping[str, Any], runs: str = "commands") -> None:
     """Write what was found as JSON.
+
+    Args:
+        path: of the file.
+        found: what was found.
+        runs: which part of it names them.
 
     Raises:
         SystemExit: if the file there has runs that are not among these.
     """
     if path.is_file():
-        lost = sorted(json.loads(path.read_text())["commands"].keys() - found["commands"].keys())
+        lost = sorted(json.loads(path.read_text())[runs].keys() - found[runs].keys())
         if lost:
             sys.exit(
-                f"{path} has {len(lost)} runs that are not among these, {lost[0]} one of them: give the --out that "
-                "they are in, or move the file away"
+                f"{path} has {len(lost)} runs that are not among these, {lost[0]} one of them: give the folder "
+                "that they are in, or move the file away"
             )
     write_text(path, json.dumps(found, indent=1) + "\n")
 

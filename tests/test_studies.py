@@ -106,6 +106,26 @@ def test_what_was_found_is_not_written_over_more_of_it(tmp_path: Path) -> None:
     assert "c" not in json.loads(place.read_text())["commands"]
 
 
+def test_an_unfinished_folder_is_not_collected_over_a_whole_one(tmp_path: Path) -> None:
+    (tmp_path / "results").mkdir()
+    place = tmp_path / "results" / "cpu.json"
+    place.write_text(json.dumps(made_up()))
+    run = tmp_path / "runs" / "tune-a-0"
+    run.mkdir(parents=True)
+    start = {"device": "cpu", "cpu": "made up", "cores": 2, "versions": {}}
+    (run / "environment.json").write_text(json.dumps([start]))
+    (run / "metrics.jsonl").write_text(json.dumps({"step": 9, "epoch": 1, "top1": 0.5}) + "\n")
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs" / "tune-a-0.json").write_text("{}")
+    words = [str(tmp_path), "--docs", str(tmp_path)]
+    with pytest.raises(SystemExit, match=r"cpu.json has 1 runs that are not among these, tune-a-1 one of them"):
+        collect.main(words)
+    assert json.loads(place.read_text()) == made_up()
+    place.unlink()
+    collect.main(words)
+    assert json.loads(place.read_text())["scores"] == {"tune-a-0": {"steps": 9, "top1": 0.5}}
+
+
 # Ablations
 
 
