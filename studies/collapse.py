@@ -5,7 +5,8 @@
     python studies/collapse.py SHARDS --out runs/collapse --list         # the commands, without running them
 
 SHARDS: the folder of tiny20's shards (see studies/sets.py). All pretrain the network of `pretrain_small_images` on
-images of 32 pixels, which is quick. What is finished is not done again. What is found is in OUT/collapse.json, and with
+images of 32 pixels, which is quick. How well their features tell the classes, by kNN, is evaluated apart from what the
+warnings look at. What is finished is not done again. What is found is in OUT/collapse.json, and with
 --docs in collapse.json and results/collapse.md there, which `studies/results.py` puts into docs/results.md.
 """
 
@@ -17,7 +18,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from study import STUDIES, Job, add_arguments, chosen, facts, is_done, schedule, write_found, write_images
+from collect import evaluation
+from study import (
+    STUDIES,
+    Job,
+    add_arguments,
+    chosen,
+    facts,
+    is_done,
+    of_probe,
+    percent_of,
+    probe,
+    schedule,
+    write_found,
+    write_images,
+)
 
 from fcmae.atomic import write_text
 from fcmae.tables import table
@@ -36,11 +51,23 @@ RUNS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
 }
 SOUND = ("pixels", "hog")
 V1 = "--model.variant={depths: [2, 2, 6], dims: [40, 80, 160], stem_stride: 2, use_grn: false}"
-COLUMNS = ("predicted", "seed", "warnings, and the epoch of each", "cosine distance", "effective rank", "loss")
+COLUMNS = (
+    "predicted",
+    "seed",
+    "warnings, and the epoch of each",
+    "cosine distance",
+    "effective rank",
+    "loss",
+    "kNN, %",
+)
 
 
 def jobs(out: Path, epochs: int, seeds: int) -> Iterator[Job]:
-    """Sound runs with several seeds, provoked ones with one."""
+    """Sound runs with several seeds, provoked ones with one, and kNN on the features of each."""
+
+    def nearest(name: str, model: str, run: str) -> Job:
+        return probe(f"knn-{name}", model, out / "tiny20", out, (run,), "--probes", "knn")
+
     for name, (_, script, flags) in RUNS.items():
         for seed in range(seeds if name in SOUND else 1):
             program = (str(STUDIES / script[0]), script[1]) if script else ("-m", "fcmae.cli")
@@ -50,7 +77,9 @@ def jobs(out: Path, epochs: int, seeds: int) -> Iterator[Job]:
                 "--log.eval_epochs=1", "--log.every_steps=10", f"--out={out}/runs/{name}-{seed}",
             )  # fmt: skip
             more = [V1 if flag == "V1" else flag for flag in flags]
-            yield Job(f"{name}-{seed}", (sys.executable, *program, *words, *more))
+            yield Job(run := f"{name}-{seed}", (sys.executable, *program, *words, *more))
+            yield nearest(run, f"{out}/runs/{run}", run)
+    yield nearest("random", f"random:{out}/runs/pixels-0", "pixels-0")
 
 
 def finding(run: Path) -> dict[str, Any]:
@@ -73,6 +102,15 @@ def finding(run: Path) -> dict[str, Any]:
     }
 
 
+def knn(name: str, out: Path) -> float | None:
+    """Top-1 on the last stage of what has the name; None where it was not evaluated."""
+    place = out / "runs" / f"knn-{name}" / "evaluation.json"
+    if not place.exists():
+        return None
+    results = evaluation(place)
+    return of_probe(results, "knn", "top1", results[0].get("stage"))
+
+
 def rows(found: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """The table."""
 
@@ -87,13 +125,14 @@ def rows(found: Sequence[Mapping[str, Any]]) -> list[list[str]]:
             number(one["least_cosine_distance"]),
             number(one["effective_rank"]),
             number(one["loss"]) + ("" if one["finished"] else f", not finite after epoch {one['epoch']:.3g}"),
+            percent_of(one["knn"]),
         ]
         for one in found
     ]
 
 
-def text(found: Sequence[Mapping[str, Any]]) -> str:
-    """What is read in docs/results.md."""
+def text(found: Sequence[Mapping[str, Any]], random: float | None) -> str:
+    """What is read in docs/results.md; random: kNN on random weights."""
 
     def told(some: Sequence[Mapping[str, Any]]) -> str:
         return f"{sum(bool(one['warnings']) for one in some)} of {len(some)}"
@@ -104,7 +143,7 @@ def text(found: Sequence[Mapping[str, Any]]) -> str:
 
 Written by `studies/collapse.py`: tiny20 at 32 pixels. Of the sound runs {told(sound)} have a warning, of those in which
 a collapse was to be provoked {told(provoked)}. The cosine distance is the least of all layers, the effective rank that
-of the last, both at the end.
+of the last, both at the end. By kNN, which no warning looks at, random weights have {percent_of(random)} %.
 
 {table(COLUMNS, rows(found), left=3)}
 """
@@ -128,15 +167,17 @@ def main(argv: list[str] | None = None) -> None:
             "seed": int(job.name.rpartition("-")[2]),
             "finished": is_done(job, out),
             **finding(out / "runs" / job.name),
+            "knn": knn(job.name, out),
         }
         for job in every
-        if (out / "runs" / job.name / "metrics.jsonl").exists()
+        if not job.name.startswith("knn-") and (out / "runs" / job.name / "metrics.jsonl").exists()
     ]
+    random = knn("random", out)
     print("\n" + table(COLUMNS, rows(runs), left=3))
     for folder in filter(None, (out, args.docs)):
-        write_found(folder / "collapse.json", {**facts(out, every), "runs": runs})
+        write_found(folder / "collapse.json", {**facts(out, every), "runs": runs, "random": random})
     if args.docs:
-        write_text(args.docs / "results" / "collapse.md", text(runs))
+        write_text(args.docs / "results" / "collapse.md", text(runs, random))
 
 
 if __name__ == "__main__":

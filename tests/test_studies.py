@@ -765,9 +765,13 @@ def test_the_results_name_the_pages_of_the_segmentation_study_that_were_written(
 
 
 def test_the_study_of_collapse_tells_warnings_of_each_run(tmp_path: Path) -> None:
-    for job in collapse.jobs(tmp_path, 2, 3):
-        place = job.words.index("pretrain")
-        assert load(PretrainConfig, job.words[place + 1 :], prog="fcmae").data.image_size == (32, 32)
+    made = list(collapse.jobs(tmp_path, 2, 3))
+    for job in made:
+        if not job.name.startswith("knn-"):
+            place = job.words.index("pretrain")
+            assert load(PretrainConfig, job.words[place + 1 :], prog="fcmae").data.image_size == (32, 32)
+            assert [other.needs for other in made if other.name == f"knn-{job.name}"] == [(job.name,)]
+    assert len(made) == 2 * 11 + 1
     lines = [
         {"step": n, "epoch": n / 2, "loss": 0.5, "cosine_distance/a": 0.4 / n**2, "effective_rank/a": 3.0 + n}
         for n in range(1, 7)
@@ -775,8 +779,8 @@ def test_the_study_of_collapse_tells_warnings_of_each_run(tmp_path: Path) -> Non
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = collapse.finding(tmp_path)  # the fourth evaluation is the first that counts
     assert found["warnings"] == [{"kind": "cosine_distance", "epoch": 2.0}]
-    row = collapse.rows([{"run": "hog", "seed": 1, "finished": False, **found}])
-    assert row == [["HOG", "1", "cosine_distance 2", "0.0111", "9", "0.5, not finite after epoch 3"]]
+    row = collapse.rows([{"run": "hog", "seed": 1, "finished": False, "knn": 0.0512, **found}])
+    assert row == [["HOG", "1", "cosine_distance 2", "0.0111", "9", "0.5, not finite after epoch 3", "5.1"]]
 
 
 def test_the_study_of_collapse_puts_its_table_into_the_results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -785,6 +789,11 @@ def test_the_study_of_collapse_puts_its_table_into_the_results(monkeypatch: pyte
     def run(jobs: list[study.Job], out: Path, *_: object) -> None:
         for job in jobs:
             (out / "runs" / job.name).mkdir(parents=True)
+            if job.name.startswith("knn-"):
+                top1 = 0.2 if job.name == "knn-random" else 0.05
+                scores = {"probe": "knn", "stage": 3, "setting": {"k": study.K}, "scores": {"top1": top1}}
+                (out / "runs" / job.name / "evaluation.json").write_text(json.dumps({"results": [scores]}))
+                continue
             some = lines if job.name.startswith(("rate-300", "constant")) else lines[:1]
             (out / "runs" / job.name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in some))
 
@@ -797,3 +806,4 @@ def test_the_study_of_collapse_puts_its_table_into_the_results(monkeypatch: pyte
     page = " ".join((docs / "results.md").read_text().split())
     assert "Of the sound runs 0 of 6 have a warning, of those in which a collapse was to be provoked 2 of 5." in page
     assert "| pixels, 300 times the rate | 0 | cosine_distance" in page and "| HOG | 2 | none |" in page
+    assert "random weights have 20.0 %" in page and page.count("| 5.0 |") == 11
