@@ -8,11 +8,11 @@
 
 SHARDS: the folder of tiny20's shards (see studies/sets.py). Pretraining is `pretrain_small_images` and what differs
 from it in one thing; fine-tuning is `finetune_small_images` on the same labels, in the same order, with the same head,
-from each of these and from scratch. The rates of both are compared on training images that are held out, and the test
-images are evaluated once, at the last step: they choose nothing. Pretrainings come first and alone, as commands on few
-labels would take the cores from them. What is finished is not done again, and what was cut off resumes. Hours are an
-estimate, by the seconds in docs/small_images_gpu.json and docs/small_images_cpu.json. The part `teacher` of
-studies/objectives.py, which needs the weights of another network, is not compared. What is found is in
+from each of these and from scratch. What is chosen (rates, target, recipe) is compared on training images that are held
+out, and the test images are evaluated once, at the last step: they choose nothing. Pretrainings come first and alone,
+as commands on few labels would take the cores from them. What is finished is not done again, and what was cut off
+resumes. Hours are an estimate, by the seconds in docs/small_images_gpu.json and docs/small_images_cpu.json. The part
+`teacher` of studies/objectives.py, which needs the weights of another network, is not compared. What is found is in
 OUT/small_images.json, and with `--docs` there too.
 """
 
@@ -94,7 +94,7 @@ class Trial(NamedTuple):
         return f"tune-{self.start}-{self.percent}-{self.epochs}-{self.rate}-{self.decay}-{seed}"
 
 
-MANY, FEW, TRIALS = {10: 8, 100: 3, 5: 8, 1: 8}, {10: 4}, 3
+MANY, FEW, TRIALS = {10: 8, 100: 3, 5: 8, 1: 8}, {10: 4}, 5
 RATES = ("--optim.base_lr=8e-3", "--optim.layer_decay=1")  # of scratch
 LOWER = ("--optim.base_lr=4e-3", "--optim.layer_decay=1")
 PIXELS = "--model.target=pixels"
@@ -112,32 +112,32 @@ MAIN = {
     "pixels": Arm("pixels, 60 % hidden", 60, (PIXELS,), FEW),
     "multiscale": Arm("pixels, 60 % hidden, all stages decoded", 60, (PIXELS,), FEW, "multiscale"),
 }
-# One thing changed in `hog`.
+# One thing changed in `hog`, to choose by, on training images that are held out.
 RECIPE = {
-    "lowres": Arm("patches at 4 x 4 pixels", 60, (PIXELS,), FEW, "lowres"),
-    "frequency": Arm("frequencies", 60, (PIXELS,), FEW, "frequency"),
-    "hog50": Arm("HOG, 50 % hidden", 60, ("--model.mask_ratio=0.5",), FEW),
-    "hog75": Arm("HOG, 75 % hidden", 60, ("--model.mask_ratio=0.75",), FEW),
-    "hog-rate": Arm("HOG, twice the rate", 60, ("--optim.base_lr=2e-3",), FEW),
-    "hog-batch128": Arm("HOG, batch of 128", 60, ("--batch_size=128",), FEW),
-    "hog-batch512": Arm("HOG, batch of 512", 60, ("--batch_size=512",), FEW),
-    "hog-warmup": Arm("HOG, 20 epochs of warm-up", 60, ("--optim.warmup_epochs=20",), FEW),
-    "hog-crop8": Arm("HOG, crops from 8 % of the area", 60, ("--data.crop_scale=0.08,1",), FEW),
-    "hog-crop50": Arm("HOG, crops from 50 % of the area", 60, ("--data.crop_scale=0.5,1",), FEW),
-    "hog-width64": Arm("HOG, decoder of 64 channels", 60, ("--model.decoder_dim=64",), FEW),
-    "hog-width256": Arm("HOG, decoder of 256 channels", 60, ("--model.decoder_dim=256",), FEW),
-    "hog-grid": Arm("HOG, grid of 4 x 4", 60, ("--model.mask_patch=16",), FEW),
+    "lowres": Arm("patches at 4 x 4 pixels", 60, (PIXELS,), {}, "lowres"),
+    "frequency": Arm("frequencies", 60, (PIXELS,), {}, "frequency"),
+    "hog50": Arm("HOG, 50 % hidden", 60, ("--model.mask_ratio=0.5",), {}),
+    "hog75": Arm("HOG, 75 % hidden", 60, ("--model.mask_ratio=0.75",), {}),
+    "hog-rate": Arm("HOG, twice the rate", 60, ("--optim.base_lr=2e-3",), {}),
+    "hog-batch128": Arm("HOG, batch of 128", 60, ("--batch_size=128",), {}),
+    "hog-batch512": Arm("HOG, batch of 512", 60, ("--batch_size=512",), {}),
+    "hog-warmup": Arm("HOG, 20 epochs of warm-up", 60, ("--optim.warmup_epochs=20",), {}),
+    "hog-crop8": Arm("HOG, crops from 8 % of the area", 60, ("--data.crop_scale=0.08,1",), {}),
+    "hog-crop50": Arm("HOG, crops from 50 % of the area", 60, ("--data.crop_scale=0.5,1",), {}),
+    "hog-width64": Arm("HOG, decoder of 64 channels", 60, ("--model.decoder_dim=64",), {}),
+    "hog-width256": Arm("HOG, decoder of 256 channels", 60, ("--model.decoder_dim=256",), {}),
+    "hog-grid": Arm("HOG, grid of 4 x 4", 60, ("--model.mask_patch=16",), {}),
     "hog-four": Arm(
         "HOG, four stages, grid of 4 x 4",
         60,
         ("--model.variant={depths: [2, 2, 6, 2], dims: [40, 80, 160, 320], stem_stride: 2}", "--model.mask_patch=16"),
-        FEW,
+        {},
     ),
-    "hog-masks": Arm("HOG, two masks an image, 300,000 views", 30, ("--data.masks_per_image=2",), FEW),
-    "hog-ema": Arm("HOG, moving average of the encoder", 60, (), FEW, "ema"),
+    "hog-masks": Arm("HOG, two masks an image, 300,000 views", 30, ("--data.masks_per_image=2",), {}),
+    "hog-ema": Arm("HOG, moving average of the encoder", 60, (), {}, "ema"),
 }
 ARMS = MAIN | RECIPE
-GROUPS = {"main": list(MAIN), "recipe": list(RECIPE)}
+GROUPS = {"main": list(MAIN), "recipe": ["hog", "pixels", *RECIPE]}
 CURVE = ("hog20", "hog", "hog150")  # one target, more views
 # By per cent of the labels, where it is not as in `finetune_small_images`: 360, 470, 940 and 3,100 steps.
 BUDGETS = {
@@ -145,6 +145,8 @@ BUDGETS = {
     100: ("--epochs=20", "--optim.warmup_epochs=2.5"),
 }
 SCRATCH, TUNED = ("scratch", "8e-3", "1"), ("hog", "4e-3", "0.9")
+SETTINGS = ("percent", "epochs", "rate", "layer_decay")
+SHIPPED = (10, 60, "4e-3", "0.9")  # per cent of the labels, and `finetune_small_images`
 TRIED = (
     *(Trial("scratch", 10, 60, rate, "1") for rate in ("2e-3", "4e-3", "8e-3", "16e-3")),
     *(Trial("hog", 10, 60, rate, "0.9") for rate in ("2e-3", "4e-3", "8e-3")),
@@ -157,8 +159,9 @@ TRIED = (
         for start, rate, decay in (SCRATCH, TUNED)
     ),
     *(Trial("scratch", percent, epochs, "4e-3", "1") for percent, epochs in ((10, 120), (1, 120), (5, 60), (100, 20))),
+    *(Trial(start, *SHIPPED) for start in ("ratio75", "pixels", "multiscale", *RECIPE)),
 )
-# What is compared with another start than scratch.
+# What is compared with another start than scratch, on the test images.
 PAIRS = (
     ("hog", "hog20"),
     ("hog150", "hog20"),
@@ -170,6 +173,12 @@ PAIRS = (
     ("hog150", "scratch800"),
     ("hog", "ratio75"),
     ("hog", "pixels"),
+    ("multiscale", "pixels"),
+)
+# Likewise, on training images that are held out.
+CHOICES = (
+    ("ratio75", "hog"),
+    ("pixels", "hog"),
     ("multiscale", "pixels"),
     ("lowres", "pixels"),
     ("frequency", "pixels"),
@@ -262,45 +271,51 @@ def collect(out: Path, wanted: list[Job]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def differences(found: dict[str, Any], pairs: Sequence[tuple[str, str]]) -> list[Row]:
+def differences(scores: Sequence[dict[str, Any]], pairs: Sequence[tuple[str, str]]) -> list[Row]:
     """Each of the starts against the other, seed by seed, by the amount of labels."""
     rows = []
     for name, other in pairs:
-        seen = {arm: {(s["percent"], s["seed"]) for s in found["scores"] if s["arm"] == arm} for arm in (name, other)}
+        seen = {arm: {(s["percent"], s["seed"]) for s in scores if s["arm"] == arm} for arm in (name, other)}
         both = seen[name] & seen[other]
-        scores = [
+        values = [
             (s["arm"], f"{s['percent']}%", s["seed"], s["top1"])
-            for s in found["scores"]
+            for s in scores
             if s["arm"] in seen and (s["percent"], s["seed"]) in both
         ]
         rows += [
             row._replace(gain=None, told="") if name == other else row
-            for row in paired(scores, {other: other, name: other})
+            for row in paired(values, {other: other, name: other})
             if row.arm == name and row.gain
         ]
     return sorted(rows, key=lambda row: int(row.labels[:-1]))
 
 
-def compared(found: dict[str, Any], pairs: Sequence[tuple[str, str]]) -> list[list[str]]:
+def compared(scores: Sequence[dict[str, Any]], pairs: Sequence[tuple[str, str]]) -> list[list[str]]:
     """`differences` as rows of a table."""
-    return [cells(row._replace(arm=ARMS[row.arm].title)) for row in differences(found, pairs)]
+    return [cells(row._replace(arm=ARMS[row.arm].title)) for row in differences(scores, pairs)]
+
+
+def against_each_other(scores: Sequence[dict[str, Any]], pairs: Sequence[tuple[str, str]]) -> str:
+    """A table of pairs, empty if there are none."""
+    rows = [
+        (row[0], f"{row[1]} - {ARMS[other].title}", row[2], *row[4:])
+        for name, other in pairs
+        for row in compared(scores, [(name, other)])
+    ]
+    return table(("labels", "", "seeds", "difference of each seed", ""), rows, left=2) if rows else ""
 
 
 def result(found: dict[str, Any]) -> str:
     """The table of all starts, by the amount of labels."""
     arms = dict.fromkeys(["scratch", *(score["arm"] for score in found["scores"])])
-    return table(COLUMNS, compared(found, [(name, "scratch") for name in arms]), left=2)
+    return table(COLUMNS, compared(found["scores"], [(name, "scratch") for name in arms]), left=2)
 
 
 def trials(found: dict[str, Any]) -> list[list[str]]:
     """Rows of a table: all that is to be tried, run or not."""
     rows = []
     for one in sorted(TRIED, key=lambda one: (one.percent, one.start, one.epochs, float(one.rate))):
-        values = [
-            tried["top1"]
-            for tried in found["tried"]
-            if tuple(tried[key] for key in ("arm", "percent", "epochs", "rate", "layer_decay")) == one
-        ]
+        values = [tried["top1"] for tried in found["tried"] if tuple(tried[key] for key in ("arm", *SETTINGS)) == one]
         mean = mean_and_interval(values) if values else (0.0, None)
         row = Row(f"{one.percent}%", ARMS[one.start].title, len(values), mean, None, "")
         labels, start, num, top1, *_ = cells(row)
@@ -324,16 +339,10 @@ def frozen(found: dict[str, Any]) -> list[list[str]]:
 
 def section(found: dict[str, Any]) -> str:
     """What was found on one machine."""
-    pairs = [
-        (row[0], f"{row[1]} - {ARMS[other].title}", row[2], *row[4:])
-        for name, other in PAIRS
-        for row in compared(found, [(name, other)])
-    ]
     tables = [f"### Against scratch\n\n{result(found)}"]
+    if pairs := against_each_other(found["scores"], PAIRS):
+        tables.append(f"### Against each other\n\n{pairs}")
     columns: tuple[str, ...]
-    if pairs:
-        columns = ("labels", "", "seeds", "difference of each seed", "")
-        tables.append(f"### Against each other\n\n{table(columns, pairs, left=2)}")
     if rows := frozen(found):
         columns = ("features", "kNN, k = 20", "linear", "linear, 1 % of the labels", "linear, 10 % of the labels")
         tables.append(
@@ -346,6 +355,9 @@ def section(found: dict[str, Any]) -> str:
             "### What was tried on training images that are held out\n\nEach seed is a draw of its own, of labels and "
             f"of 900 images to test on. Of all labels 90 % are used.\n\n{table(columns, trials(found), left=2)}"
         )
+    like = [one for one in found["tried"] if tuple(one[key] for key in SETTINGS) == SHIPPED]
+    if pairs := against_each_other(like, CHOICES):
+        tables.append(f"### Against each other, there\n\n{pairs}")
     return "\n\n".join(tables)
 
 
@@ -377,7 +389,7 @@ def draw(found: dict[str, dict[str, Any]], path: Path) -> None:
     axis = figure.subplots()
     axis.axhline(0, color="grey", linewidth=0.8)
     for machine, one in found.items():
-        rows = differences(one, [(name, "scratch") for name in CURVE])
+        rows = differences(one["scores"], [(name, "scratch") for name in CURVE])
         for labels in dict.fromkeys(row.labels for row in rows):
             points = [
                 (ARMS[row.arm].epochs / 100, row.gain) for row in rows if row.labels == labels and row.gain is not None

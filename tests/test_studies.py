@@ -446,8 +446,13 @@ def test_each_arm_of_the_recipe_changes_one_thing_of_what_is_shipped(tmp_path: P
         assert given - shipped and len(shipped - given) <= 4  # the run's name, and the program where it has a part
         changed = {word.partition("=")[0] for word in given - shipped if word.startswith("--") and "out" not in word}
         assert changed <= {"--model.target"} if small_images.ARMS[name].part else changed
-    assert f"--init={tmp_path}/runs/hog-ema-average.safetensors" in jobs["hog-ema-10-0"].words
-    assert jobs["hog-ema-10-0"].needs == ("hog-ema-average",) and jobs["hog-ema-average"].needs == ("hog-ema-p",)
+        # What is to be chosen by is not seen on the test images.
+        assert all(
+            "/test.csv" not in word for job in jobs.values() if f"-{name}-" in f"-{job.name}-" for word in job.words
+        )
+    ema = jobs["tune-hog-ema-10-60-4e-3-0.9-0"]
+    assert f"--init={tmp_path}/runs/hog-ema-average.safetensors" in ema.words
+    assert ema.needs == ("hog-ema-average",) and jobs["hog-ema-average"].needs == ("hog-ema-p",)
     assert "--epochs=800" in jobs["scratch800-10-2"].words and "--optim.base_lr=4e-3" in jobs["scratch-4e-3-5-7"].words
 
 
@@ -467,8 +472,10 @@ def test_pretrainings_of_small_images_come_first_and_alone(monkeypatch: pytest.M
     monkeypatch.setattr(small_images, "schedule", lambda jobs, *_: scheduled.append([job.name for job in jobs]))
     small_images.main(["shards", "--out", str(tmp_path), "--arms", "recipe", "hog"])
     first, then = scheduled
-    assert set(first) == {f"{name}-p" for name in (*small_images.RECIPE, "hog")}
-    assert "hog-grid-10-0" in then and "tune-hog-10-60-4e-3-0.9-2" in then and not set(first) & set(then)
+    assert set(first) == {f"{name}-p" for name in (*small_images.RECIPE, "hog", "pixels")}
+    assert (
+        "tune-hog-grid-10-60-4e-3-0.9-4" in then and "tune-hog-10-60-4e-3-0.9-2" in then and not set(first) & set(then)
+    )
     assert "scratch-10-0" not in then
     small_images.main(["shards", "--out", str(tmp_path), "--only", "hog20-p", "scratch-5", "hog20-5"])
     assert scheduled[2] == ["hog20-p"] and len(scheduled[3]) == 16
@@ -598,6 +605,19 @@ def test_the_page_of_small_images_tells_paired_differences(tmp_path: Path) -> No
                 "top1": top1,
             }
             for seed, top1 in enumerate([0.2, 0.3, 0.25])
+        ]
+        + [
+            {
+                "arm": arm,
+                "percent": 10,
+                "seed": seed,
+                "epochs": 60,
+                "rate": "4e-3",
+                "layer_decay": "0.9",
+                "top1": 0.3 + 0.01 * seed + gain,
+            }
+            for arm, gain in (("hog", 0), ("hog-crop8", 0.02))
+            for seed in range(3)
         ],
         "probes": {"random": PROBED, "pixels": PROBED, "mean": PROBED, "histogram": PROBED},
         "scores": [
@@ -620,6 +640,7 @@ def test_the_page_of_small_images_tells_paired_differences(tmp_path: Path) -> No
     words = " ".join(page.split())
     assert "| 10 % of the labels | scratch | 60 | 4e-3 | 1 | 3 | 25.0 [12.6, 37.4] |" in words
     assert "| all labels | scratch | 20 | 8e-3 | 1 | 0 | not run |" in words
+    assert "| HOG, crops from 8 % of the area - HOG, 600,000 views | 3 | +2.0 [+2.0, +2.0] |" in words
     for features in ("random weights", "raw pixels, 32 x 32", "mean colour", "colour histogram"):
         assert f"| {features} | 12.5 | 25.0 | 10.0 ± 5.0 | 10.0 ± 5.0 |" in words
     assert "| pixels, 60 % hidden | 10 %: 1 of 4 |" in words
@@ -636,7 +657,7 @@ def test_the_shipped_page_of_small_images_is_that_of_its_numbers() -> None:
     assert small_images.page(found, words) == (docs / "small_images.md").read_text()
     figure = (docs / "results" / "small_images.svg").read_text()
     for one in found.values():
-        for row in small_images.differences(one, [(name, "scratch") for name in small_images.CURVE]):
+        for row in small_images.differences(one["scores"], [(name, "scratch") for name in small_images.CURVE]):
             assert row.gain is not None and f"{100 * row.gain[0]:+.1f}<" in figure
 
 
