@@ -174,7 +174,7 @@ class Teacher:
         self.given, self.wanted = normalize, backbone.reading.normalize
         self.kept = None
         if kept is not None:
-            self.kept = sqlite3.connect(kept, timeout=60, isolation_level=None)  # each row is written at once
+            self.kept = sqlite3.connect(kept, timeout=60)
             self.kept.execute(
                 "CREATE TABLE IF NOT EXISTS features (image BLOB PRIMARY KEY, features BLOB) WITHOUT ROWID"
             )
@@ -207,7 +207,8 @@ class Teacher:
         if new := [number for number, key in enumerate(keys) if key not in found]:
             features = self._features(images[new], grid).half().cpu().numpy()
             rows = {keys[number]: value.tobytes() for number, value in zip(new, features, strict=True)}
-            kept.executemany("INSERT OR IGNORE INTO features VALUES (?, ?)", rows.items())
+            with kept:  # one transaction: the disk is waited for once a batch
+                kept.executemany("INSERT OR IGNORE INTO features VALUES (?, ?)", rows.items())
             found |= rows
         values = np.stack([np.frombuffer(found[key], np.float16).reshape(grid[0] * grid[1], -1) for key in keys])
         return torch.from_numpy(values).to(images.device).float()
