@@ -285,8 +285,7 @@ def page(found: Mapping[str, Json], folder: Path) -> str:
     parts = [HEAD, *([f"Of label maps: {', '.join(links)}.\n"] if links else [])]
     if small := small_images.headline(folder.parent):
         parts.append(f"## Small images, few labels\n\n{small}\n")
-    if (collapse := folder / "collapse.md").exists():
-        parts.append(collapse.read_text())
+    parts += [path.read_text() for name in ("recipe", "collapse") if (path := folder / f"{name}.md").exists()]
     for scale, results in found.items():
         hours = sum(job["seconds"] for job in results["jobs"].values()) / 3600
         at_once = "two commands at a time, one core each" if scale == "cpu" else "one command at a time"

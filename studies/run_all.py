@@ -9,9 +9,9 @@ not done again, and what was cut off resumes. Then, unless --only leaves somethi
 numbers, studies/small_images.py runs and writes its page, and studies/results.py writes docs/results.md.
 
 On 2 cores the commands here took 5.0 hours, two at a time, before controls with few labels were among them, and what of
-small_images.py is run there takes 3 more, by the seconds in docs/small_images_cpu.json. collapse.py, segmentation.py,
-container.py, roadmap.py and pruning.py are commands of their own. On a GPU small_images.py takes 1.5 hours, and the
-rest was not run by us.
+small_images.py is run there takes 3 more, by the seconds in docs/small_images_cpu.json. recipe.py, collapse.py,
+segmentation.py, container.py, roadmap.py and pruning.py are commands of their own. On a GPU small_images.py takes
+1.5 hours, and the rest was not run by us.
 """
 
 from __future__ import annotations

@@ -3,17 +3,16 @@
     python studies/small_images.py SHARDS --out runs/small_images                 # an H200, 16 cores: 1.5 h
     python studies/small_images.py SHARDS --out runs/small_images --at-once 1     # 2 cores: days
     python studies/small_images.py SHARDS --out runs/small_images --at-once 1 --only hog20-p scratch-5 hog20-5   # 3 h
-    python studies/small_images.py SHARDS --out runs/small_images --arms recipe   # likewise: an hour
     python studies/small_images.py SHARDS --out runs/small_images --list          # the commands, without running them
 
 SHARDS: the folder of tiny20's shards (see studies/sets.py). Pretraining is `pretrain_small_images` and what differs
 from it in one thing; fine-tuning is `finetune_small_images` on the same labels, in the same order, with the same head,
-from each of these and from scratch. What is chosen (rates, target, recipe) is compared on training images that are held
-out, and the test images are evaluated once, at the last step: they choose nothing. Pretrainings come first and alone,
-as commands on few labels would take the cores from them. What is finished is not done again, and what was cut off
-resumes. Hours are an estimate, by the seconds in docs/small_images_gpu.json and docs/small_images_cpu.json. The part
-`teacher` of studies/objectives.py, which needs the weights of another network, is not compared. What is found is in
-OUT/small_images.json, and with `--docs` there too.
+from each of these and from scratch. What is chosen is compared on training images that are held out, the rest of the
+recipe by studies/recipe.py, and the test images are evaluated once, at the last step: they choose nothing. Pretrainings
+come first and alone, as commands on few labels would take the cores from them. What is finished is not done again, and
+what was cut off resumes. Hours are an estimate, by the seconds in docs/small_images_gpu.json and
+docs/small_images_cpu.json. The part `teacher` of studies/objectives.py, which needs the weights of another network, is
+not compared. What is found is in OUT/small_images.json, and with `--docs` there too.
 """
 
 from __future__ import annotations
@@ -100,7 +99,7 @@ LOWER = ("--optim.base_lr=4e-3", "--optim.layer_decay=1")
 PIXELS = "--model.target=pixels"
 # A sparse view costs half the multiply-adds of a dense one: 350 and 800 epochs on 1,000 images are 60 and 600,000 or
 # 1,500,000 such views.
-MAIN = {
+ARMS = {
     "scratch350": Arm("scratch, 350 epochs", 0, (*RATES, "--epochs=350", "--optim.warmup_epochs=20"), {10: 3}),
     "scratch800": Arm("scratch, 800 epochs", 0, (*RATES, "--epochs=800", "--optim.warmup_epochs=20"), {10: 3}),
     "scratch": Arm("scratch", 0, RATES, MANY),
@@ -112,32 +111,6 @@ MAIN = {
     "pixels": Arm("pixels, 60 % hidden", 60, (PIXELS,), FEW),
     "multiscale": Arm("pixels, 60 % hidden, all stages decoded", 60, (PIXELS,), FEW, "multiscale"),
 }
-# One thing changed in `hog`, to choose by, on training images that are held out.
-RECIPE = {
-    "lowres": Arm("patches at 4 x 4 pixels", 60, (PIXELS,), {}, "lowres"),
-    "frequency": Arm("frequencies", 60, (PIXELS,), {}, "frequency"),
-    "hog50": Arm("HOG, 50 % hidden", 60, ("--model.mask_ratio=0.5",), {}),
-    "hog75": Arm("HOG, 75 % hidden", 60, ("--model.mask_ratio=0.75",), {}),
-    "hog-rate": Arm("HOG, twice the rate", 60, ("--optim.base_lr=2e-3",), {}),
-    "hog-batch128": Arm("HOG, batch of 128", 60, ("--batch_size=128",), {}),
-    "hog-batch512": Arm("HOG, batch of 512", 60, ("--batch_size=512",), {}),
-    "hog-warmup": Arm("HOG, 20 epochs of warm-up", 60, ("--optim.warmup_epochs=20",), {}),
-    "hog-crop8": Arm("HOG, crops from 8 % of the area", 60, ("--data.crop_scale=0.08,1",), {}),
-    "hog-crop50": Arm("HOG, crops from 50 % of the area", 60, ("--data.crop_scale=0.5,1",), {}),
-    "hog-width64": Arm("HOG, decoder of 64 channels", 60, ("--model.decoder_dim=64",), {}),
-    "hog-width256": Arm("HOG, decoder of 256 channels", 60, ("--model.decoder_dim=256",), {}),
-    "hog-grid": Arm("HOG, grid of 4 x 4", 60, ("--model.mask_patch=16",), {}),
-    "hog-four": Arm(
-        "HOG, four stages, grid of 4 x 4",
-        60,
-        ("--model.variant={depths: [2, 2, 6, 2], dims: [40, 80, 160, 320], stem_stride: 2}", "--model.mask_patch=16"),
-        {},
-    ),
-    "hog-masks": Arm("HOG, two masks an image, 300,000 views", 30, ("--data.masks_per_image=2",), {}),
-    "hog-ema": Arm("HOG, moving average of the encoder", 60, (), {}, "ema"),
-}
-ARMS = MAIN | RECIPE
-GROUPS = {"main": list(MAIN), "recipe": ["hog", "pixels", *RECIPE]}
 CURVE = ("hog20", "hog", "hog150")  # one target, more views
 # By per cent of the labels, where it is not as in `finetune_small_images`: 360, 470, 940 and 3,100 steps.
 BUDGETS = {
@@ -159,7 +132,7 @@ TRIED = (
         for start, rate, decay in (SCRATCH, TUNED)
     ),
     *(Trial("scratch", percent, epochs, "4e-3", "1") for percent, epochs in ((10, 120), (1, 120), (5, 60), (100, 20))),
-    *(Trial(start, *SHIPPED) for start in ("ratio75", "pixels", "multiscale", *RECIPE)),
+    *(Trial(start, *SHIPPED) for start in ("ratio75", "pixels", "multiscale")),
 )
 # What is compared with another start than scratch, on the test images.
 PAIRS = (
@@ -180,9 +153,6 @@ CHOICES = (
     ("ratio75", "hog"),
     ("pixels", "hog"),
     ("multiscale", "pixels"),
-    ("lowres", "pixels"),
-    ("frequency", "pixels"),
-    *((name, "hog") for name in RECIPE),
 )
 PROBES = ("--probes", "knn", "linear", "few-shot", "--labels", "1%", "10%")
 COLUMNS = ("labels", "start", "seeds", "top-1, %", "against scratch, of each seed", "")
@@ -202,12 +172,7 @@ def jobs(out: Path, arms: list[str], at_once: int) -> Iterator[Job]:
         words = (*FCMAE, "finetune", "--config=finetune_small_images", *paths, f"--seed={seed}", *budget, *own, *tuning)
         if not ARMS[start].epochs:
             return Job(name, words)
-        if ARMS[start].part == "ema":
-            return Job(name, (*words, f"--init={average(start)}"), (f"{start}-average",))
         return Job(name, (*words, f"--init={out}/runs/{start}-p"), (f"{start}-p",))
-
-    def average(name: str) -> str:
-        return f"{out}/runs/{name}-average.safetensors"
 
     for name in arms:
         arm = ARMS[name]
@@ -216,10 +181,6 @@ def jobs(out: Path, arms: list[str], at_once: int) -> Iterator[Job]:
             words = ("pretrain", "--config=pretrain_small_images", f"--data.path={out}/tiny20/unlabeled.txt")
             more = (f"--epochs={arm.epochs}", "--data.val_share=0", f"--out={out}/runs/{name}-p", *arm.flags)
             yield Job(f"{name}-p", (*program, *words, *more, *pretraining))
-    for name in arms:
-        if ARMS[name].part == "ema":
-            job = (*objectives, "ema", "average", f"{out}/runs/{name}-p", average(name))
-            yield Job(f"{name}-average", job, (f"{name}-p",))
     for percent in dict.fromkeys(percent for name in arms for percent in ARMS[name].seeds):
         for seed in range(max(MANY.values())):
             for name in arms:
@@ -471,13 +432,11 @@ def words(docs: Path) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shards", type=Path, metavar="SHARDS", help="the folder of tiny20's shards")
-    names = [*GROUPS, *ARMS]
-    parser.add_argument("--arms", nargs="+", choices=names, default=["main"], metavar="ARM", help=", ".join(names))
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=", ".join(ARMS))
     add_arguments(parser, "runs/small_images", at_once=12, has_page=True)
     args = parser.parse_args(argv)
     out = args.out.absolute()
-    arms = list(dict.fromkeys(arm for name in args.arms for arm in GROUPS.get(name, [name])))
-    wanted = chosen(args, jobs(out, arms, args.at_once))
+    wanted = chosen(args, jobs(out, args.arms, args.at_once))
     prepare_tiny20(args.shards, out, MANY, TRIALS)
     pretrainings = [job for job in wanted if job.name.endswith("-p")]
     for some in (pretrainings, [job for job in wanted if job not in pretrainings]):

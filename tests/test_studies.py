@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 import tarfile
 import threading
@@ -46,6 +47,7 @@ import ablated
 import collapse
 import collect
 import pruning
+import recipe
 import results
 import run_all
 import segmentation as segmentation_study
@@ -439,21 +441,57 @@ def test_the_commands_of_small_images_are_ones_that_fcmae_takes(tmp_path: Path) 
             assert f"--seed={cfg.seed}" in job.words or verb == "pretrain"
 
 
-def test_each_arm_of_the_recipe_changes_one_thing_of_what_is_shipped(tmp_path: Path) -> None:
-    jobs = {job.name: job for job in small_images.jobs(tmp_path, list(small_images.ARMS), at_once=1)}
-    for name in small_images.RECIPE:
-        given, shipped = (set(jobs[f"{arm}-p"].words) for arm in (name, "hog"))
-        assert given - shipped and len(shipped - given) <= 4  # the run's name, and the program where it has a part
-        changed = {word.partition("=")[0] for word in given - shipped if word.startswith("--") and "out" not in word}
-        assert changed <= {"--model.target"} if small_images.ARMS[name].part else changed
-        # What is to be chosen by is not seen on the test images.
-        assert all(
-            "/test.csv" not in word for job in jobs.values() if f"-{name}-" in f"-{job.name}-" for word in job.words
-        )
-    ema = jobs["tune-hog-ema-10-60-4e-3-0.9-0"]
-    assert f"--init={tmp_path}/runs/hog-ema-average.safetensors" in ema.words
-    assert ema.needs == ("hog-ema-average",) and jobs["hog-ema-average"].needs == ("hog-ema-p",)
-    assert "--epochs=800" in jobs["scratch800-10-2"].words and "--optim.base_lr=4e-3" in jobs["scratch-4e-3-5-7"].words
+def test_each_arm_of_the_recipe_changes_one_thing_and_sees_no_test_images(tmp_path: Path) -> None:
+    made = list(recipe.jobs(tmp_path, 20, 48, at_once=2))
+    jobs = {job.name: job for job in made}
+    assert len(jobs) == len(made) == len(recipe.ARMS) * (1 + recipe.DRAWS) + 1
+    # What an arm does not give, it has by default.
+    base = {"--seed": 0, "--model.mask_patch": 8, "--data.masks_per_image": 1}
+    for number, job in enumerate(made):
+        assert set(job.needs) <= {one.name for one in made[:number]} and "/test.csv" not in " ".join(job.words)
+        if "average" not in job.words:
+            verb = next(verb for verb in ("pretrain", "finetune") if verb in job.words)
+            assert load(COMMANDS[verb][0], job.words[job.words.index(verb) + 1 :], prog="fcmae").data.image_size == (
+                48,
+                48,
+            )
+    for name, arm in recipe.ARMS.items():
+        flags = [flag for flag in arm.flags if flag != recipe.PIXELS]
+        assert len(flags) + (arm.part is not None) == (name not in ("hog", "pixels")) + (name == "four")
+        assert name == "hog" or arm.against in recipe.ARMS
+        assert not base.items() & {flag.partition("=")[0]: flag.partition("=")[2] for flag in flags}.items()
+    assert "--epochs=10" in jobs["masks2-p"].words and "--epochs=20" in jobs["hog-p"].words
+    average = f"{tmp_path}/runs/ema-average.safetensors"
+    assert f"--init={average}" in jobs["ema-4"].words and jobs["ema-4"].needs == ("ema-average",)
+    assert jobs["ema-average"].words[-1] == average and jobs["ema-average"].needs == ("ema-p",)
+
+
+def test_the_study_of_the_recipe_tells_differences_draw_by_draw(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    gains = {"hog": 0.0, "crop8": 0.02, "pixels": -0.01, "lowres": 0.03}
+
+    def run(jobs: list[study.Job], out: Path, *_: object) -> None:
+        (out / "jobs").mkdir(parents=True)
+        for job in jobs:
+            name, _, seed = job.name.rpartition("-")
+            if name in gains and seed != "p":
+                study.finish(subprocess.Popen(["true"]), job, out, 1)
+                (out / "runs" / job.name).mkdir(parents=True)
+                line = {"step": 1, "epoch": 1, "top1": 0.3 + 0.01 * int(seed) + gains[name]}
+                (out / "runs" / job.name / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+
+    monkeypatch.setattr(recipe, "schedule", run)
+    monkeypatch.setattr(recipe, "prepare_tiny20", lambda *_: None)
+    docs = tmp_path / "docs"
+    recipe.main(["shards", "--out", str(tmp_path / "out"), "--docs", str(docs), "--size", "48"])
+    results.main(["--docs", str(docs)])
+    page = " ".join((docs / "results.md").read_text().split())
+    assert "tiny20 at 48 pixels, 200,000 views" in page and "Not run: as shipped, another seed of pretraining," in page
+    shipped = recipe.ARMS["hog"].title
+    assert f"| crops from 8 % of the area | 5 | 34.0 [32.0, 36.0] | {shipped} | +2.0 [+2.0, +2.0] | better |" in page
+    assert "| patches at 4 x 4 pixels | 5 | 35.0 [33.0, 37.0] | pixels | +4.0 [+4.0, +4.0] | better |" in page
+    assert f"| {shipped} | 5 | 32.0 [30.0, 34.0] | | | |" in page
 
 
 def test_what_is_tried_never_sees_what_it_is_tested_on_nor_the_test_images() -> None:
@@ -470,12 +508,10 @@ def test_pretrainings_of_small_images_come_first_and_alone(monkeypatch: pytest.M
     scheduled: list[list[str]] = []
     monkeypatch.setattr(small_images, "prepare_tiny20", lambda *_: None)
     monkeypatch.setattr(small_images, "schedule", lambda jobs, *_: scheduled.append([job.name for job in jobs]))
-    small_images.main(["shards", "--out", str(tmp_path), "--arms", "recipe", "hog"])
+    small_images.main(["shards", "--out", str(tmp_path), "--arms", "pixels", "hog"])
     first, then = scheduled
-    assert set(first) == {f"{name}-p" for name in (*small_images.RECIPE, "hog", "pixels")}
-    assert (
-        "tune-hog-grid-10-60-4e-3-0.9-4" in then and "tune-hog-10-60-4e-3-0.9-2" in then and not set(first) & set(then)
-    )
+    assert set(first) == {"hog-p", "pixels-p"}
+    assert "tune-pixels-10-60-4e-3-0.9-4" in then and "tune-hog-10-60-4e-3-0.9-2" in then and not set(first) & set(then)
     assert "scratch-10-0" not in then
     small_images.main(["shards", "--out", str(tmp_path), "--only", "hog20-p", "scratch-5", "hog20-5"])
     assert scheduled[2] == ["hog20-p"] and len(scheduled[3]) == 16
@@ -616,7 +652,7 @@ def test_the_page_of_small_images_tells_paired_differences(tmp_path: Path) -> No
                 "layer_decay": "0.9",
                 "top1": 0.3 + 0.01 * seed + gain,
             }
-            for arm, gain in (("hog", 0), ("hog-crop8", 0.02))
+            for arm, gain in (("hog", 0), ("pixels", 0.02))
             for seed in range(3)
         ],
         "probes": {"random": PROBED, "pixels": PROBED, "mean": PROBED, "histogram": PROBED},
@@ -640,7 +676,7 @@ def test_the_page_of_small_images_tells_paired_differences(tmp_path: Path) -> No
     words = " ".join(page.split())
     assert "| 10 % of the labels | scratch | 60 | 4e-3 | 1 | 3 | 25.0 [12.6, 37.4] |" in words
     assert "| all labels | scratch | 20 | 8e-3 | 1 | 0 | not run |" in words
-    assert "| HOG, crops from 8 % of the area - HOG, 600,000 views | 3 | +2.0 [+2.0, +2.0] |" in words
+    assert "| pixels, 60 % hidden - HOG, 600,000 views | 3 | +2.0 [+2.0, +2.0] |" in words
     for features in ("random weights", "raw pixels, 32 x 32", "mean colour", "colour histogram"):
         assert f"| {features} | 12.5 | 25.0 | 10.0 ± 5.0 | 10.0 ± 5.0 |" in words
     assert "| pixels, 60 % hidden | 10 %: 1 of 4 |" in words

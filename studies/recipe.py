@@ -1,0 +1,182 @@
+"""Which recipe pretrains small images best? One thing changed at a time, and chosen on held-out training images.
+
+    python studies/recipe.py SHARDS --out runs/recipe                          # a GPU with many cores
+    python studies/recipe.py SHARDS --out runs/recipe --at-once 2 --size 48    # 2 cores
+    python studies/recipe.py SHARDS --out runs/recipe --list                   # the commands, without running them
+
+SHARDS: the folder of tiny20's shards (see studies/sets.py). Each arm is `pretrain_small_images` with as many views and
+what differs in one thing, then `finetune_small_images` on draws of few labels, the same for all arms. Neither learns
+from the images that it is tested on, and the test images of the other studies are not seen. What is finished is not
+done again, and what was cut off resumes. What is found is in OUT/recipe.json, and with --docs in recipe.json and
+results/recipe.md there, which `studies/results.py` puts into docs/results.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from study import (
+    FCMAE,
+    STUDIES,
+    Job,
+    add_arguments,
+    chosen,
+    facts,
+    in_words,
+    last_scores,
+    paired,
+    prepare_tiny20,
+    schedule,
+    write_found,
+)
+
+from fcmae.atomic import write_text
+from fcmae.evaluation.paired import Row, cells
+from fcmae.tables import table
+
+PERCENT, DRAWS = 5, 5  # of the labels; of the labels and of the images to test on
+
+
+class Arm(NamedTuple):
+    """A way to pretrain.
+
+    Attributes:
+        title: as it stands in the table.
+        against: the arm that it is compared with, from which it differs in one thing.
+        flags: of pretraining.
+        part: of studies/objectives.py.
+        masks: of each image.
+    """
+
+    title: str
+    against: str | None
+    flags: tuple[str, ...] = ()
+    part: str | None = None
+    masks: int = 1
+
+
+PIXELS = "--model.target=pixels"
+FOUR = "--model.variant={depths: [2, 2, 6, 2], dims: [40, 80, 160, 320], stem_stride: 2}"
+ARMS = {
+    "hog": Arm("as shipped: HOG, 60 % hidden", None),
+    "again": Arm("as shipped, another seed of pretraining", "hog", ("--seed=1",)),
+    "four": Arm("four stages, patches of 16", "hog", (FOUR, "--model.mask_patch=16")),
+    "patch16": Arm("patches of 16", "hog", ("--model.mask_patch=16",)),
+    "ratio75": Arm("75 % hidden", "hog", ("--model.mask_ratio=0.75",)),
+    "ratio50": Arm("50 % hidden", "hog", ("--model.mask_ratio=0.5",)),
+    "crop50": Arm("crops from 50 % of the area", "hog", ("--data.crop_scale=0.5,1",)),
+    "crop8": Arm("crops from 8 % of the area", "hog", ("--data.crop_scale=0.08,1",)),
+    "masks2": Arm("two masks an image", "hog", ("--data.masks_per_image=2",), masks=2),
+    "rate2": Arm("twice the rate", "hog", ("--optim.base_lr=2e-3",)),
+    "batch128": Arm("batch of 128", "hog", ("--batch_size=128",)),
+    "pixels": Arm("pixels", "hog", (PIXELS,)),
+    "multiscale": Arm("pixels, all stages decoded", "pixels", (PIXELS,), "multiscale"),
+    "lowres": Arm("patches at 4 x 4 pixels", "pixels", (PIXELS,), "lowres"),
+    "frequency": Arm("frequencies", "pixels", (PIXELS,), "frequency"),
+    "ema": Arm("moving average of the encoder", "hog", (), "ema"),
+    "width64": Arm("decoder of 64 channels", "hog", ("--model.decoder_dim=64",)),
+    "width256": Arm("decoder of 256 channels", "hog", ("--model.decoder_dim=256",)),
+    "warmup1": Arm("one epoch of warm-up", "hog", ("--optim.warmup_epochs=1",)),
+    "batch512": Arm("batch of 512", "hog", ("--batch_size=512",)),
+}
+COLUMNS = ("pretraining", "draws", "top-1, %", "against", "difference of each draw", "")
+
+
+def jobs(out: Path, epochs: float, size: int, at_once: int) -> Iterator[Job]:
+    """All commands, arm by arm: what is cut off has whole ones."""
+    # Where the cores are shared.
+    pretraining = () if at_once == 1 else ("--data.num_workers=1",)
+    objectives = (sys.executable, str(STUDIES / "objectives.py"))
+    for name, arm in ARMS.items():
+        program = FCMAE if arm.part is None else (*objectives, arm.part)
+        words = (
+            "pretrain", "--config=pretrain_small_images", f"--data.path={out}/tiny20/unlabeled.txt",
+            f"--data.image_size={size}", "--data.val_share=0", f"--epochs={epochs / arm.masks:g}",
+            f"--out={out}/runs/{name}-p", *arm.flags,
+        )  # fmt: skip
+        yield Job(f"{name}-p", (*program, *words, *pretraining))
+        start, needs = f"{out}/runs/{name}-p", f"{name}-p"
+        if arm.part == "ema":
+            start, needs = f"{out}/runs/{name}-average.safetensors", f"{name}-average"
+            yield Job(needs, (*objectives, "ema", "average", f"{out}/runs/{name}-p", start), (f"{name}-p",))
+        for seed in range(DRAWS):
+            draw = (f"{out}/tune-{PERCENT}-{seed}.csv", f"{out}/tune-test-{PERCENT}-{seed}.csv")
+            tuning = (
+                "finetune", "--config=finetune_small_images", f"--init={start}", f"--data.path={draw[0]}",
+                f"--data.val_path={draw[1]}", f"--data.image_size={size}", f"--seed={seed}",
+                f"--out={out}/runs/{name}-{seed}", *(() if at_once == 1 else ("--data.num_workers=1",)),
+            )  # fmt: skip
+            yield Job(f"{name}-{seed}", (*FCMAE, *tuning), (needs,))
+
+
+def compared(found: Mapping[str, Any]) -> list[Row]:
+    """Each arm that has run against the one it is compared with."""
+    values = [(one["arm"], f"{PERCENT}%", one["seed"], one["top1"]) for one in found["scores"]]
+    ran = {arm for arm, *_ in values}
+    return paired(values, {name: arm.against for name, arm in ARMS.items() if name in ran})
+
+
+def result(found: Mapping[str, Any]) -> str:
+    """The table."""
+    rows = []
+    for row in compared(found):
+        _, _, num, top1, *difference = cells(row)
+        arm = ARMS[row.arm]
+        rows.append([arm.title, num, top1, "" if arm.against is None else ARMS[arm.against].title, *difference])
+    return table(COLUMNS, rows, left=1)
+
+
+def text(found: Mapping[str, Any]) -> str:
+    """What is read in docs/results.md."""
+    missing = [arm.title for name, arm in ARMS.items() if name not in {one["arm"] for one in found["scores"]}]
+    views = f"{10_000 * found['epochs']:,.0f}"
+    return f"""## The recipe for small images
+
+Written by `studies/recipe.py`: tiny20 at {found["size"]} pixels, {views} views of pretraining each, fine-tuned on
+{PERCENT} % of the labels. Every draw is of labels and of 900 images to test on, training images all of them, and
+the same for every arm. There is one pretraining of each arm, so intervals are of fine-tuning alone: what "another seed
+of pretraining" differs by is what a difference has to exceed. On {in_words(found["machine"])};
+{sum(found["seconds"].values()) / 3600:.1f} hours of commands.{f" Not run: {', '.join(missing)}." if missing else ""}
+
+{result(found)}
+"""
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shards", type=Path, metavar="SHARDS", help="the folder of tiny20's shards")
+    parser.add_argument("--epochs", type=float, default=20, help="of pretraining, 10,000 views each [20]")
+    parser.add_argument("--size", type=int, default=64, help="of the images, in pixels [64]")
+    add_arguments(parser, "runs/recipe", at_once=12, has_page=True)
+    args = parser.parse_args(argv)
+    out = args.out.absolute()
+    every = list(jobs(out, args.epochs, args.size, args.at_once))
+    wanted = chosen(args, every)
+    prepare_tiny20(args.shards, out, {PERCENT: 0}, DRAWS)
+    schedule(wanted, out, args.at_once, None if args.at_once == 1 else 1)
+    scores = last_scores(out, every, "top1")
+    found = {
+        **facts(out, every),
+        "epochs": args.epochs,
+        "size": args.size,
+        "scores": [
+            {"arm": name, "seed": seed, "top1": scores[run]["top1"]}
+            for name in ARMS
+            for seed in range(DRAWS)
+            if (run := f"{name}-{seed}") in scores
+        ],
+    }
+    write_text(out / "recipe.json", json.dumps(found, indent=1) + "\n")
+    print("\n" + result(found))
+    if args.docs:
+        write_found(args.docs / "recipe.json", found)
+        write_text(args.docs / "results" / "recipe.md", text(found))
+
+
+if __name__ == "__main__":
+    main()
