@@ -420,9 +420,10 @@ def _probe(
     like = Reading(seen.in_chans, seen.image_size, seen.crop_pct, Normalize((), ()), seen.max_pixels, seen.nodata)
     backbone = load_backbone(name, max_pixels=seen.max_pixels, like=like, nodata=seen.nodata)
     device = choose_device(cfg.device)
+    learnt = np.unique(np.concatenate([drawn(train, *pair) for pair in wanted]))
     with TemporaryDirectory(prefix=TEMPORARY[0], dir=place) as directory:
         parts = []
-        for title, images in (("train", train), ("test", test)):
+        for title, images in (("train", train.subset(learnt)), ("test", test)):
             folder = Path(directory) / title
             folder.mkdir()
             part = extract(
@@ -434,7 +435,7 @@ def _probe(
             parts.append((part.stages[1], images.labels[part.positions], part.positions))
         (features, known, positions), (tested, truth, _) = parts
         for labels, seed in wanted:
-            rows = np.flatnonzero(np.isin(positions, drawn(train, labels, seed)))
+            rows = np.flatnonzero(np.isin(learnt[positions], drawn(train, labels, seed)))
             probe = fit_linear(
                 features, known, len(train.class_names or ()), positions=rows, seed=seed, device=device,
                 title=f"{name}: {labels}, seed {seed}",

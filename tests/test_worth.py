@@ -244,6 +244,28 @@ def test_without_files_of_settings_they_are_chosen_as_for_a_run_alone(
     assert "3 of 3" not in capsys.readouterr().out
 
 
+def test_what_needs_no_network_is_computed_of_the_labels_that_are_learnt_from_alone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extract, counts = worth.extract, list[int]()
+
+    def counted(backbone: Any, images: Images, *rest: Any, **more: Any) -> Any:
+        counts.append(len(images))
+        return extract(backbone, images, *rest, **more)
+
+    monkeypatch.setattr(worth, "extract", counted)
+    write_init(folder / "own.safetensors")
+    words = ["worth", "labelled", "--init", "own.safetensors", "--finetuning", "tune.yaml", *TINY[2:], "--seeds", "2"]
+    found = {}
+    for amounts in ("2", "2,100%"):
+        assert run(*words, "--labels", amounts, "--out", amounts) == 0
+        scores = json.loads((Path(amounts) / "worth.json").read_text())["scores"]
+        found[amounts] = [score for score in scores if (score["arm"], score["labels"]) == ("pixels:2", "2")]
+    assert found["2"] == found["2,100%"] and len(found["2"]) == 2  # by whatever way they were found
+    drawn = {line for seed in (0, 1) for line in Path(f"2/labels/2-{seed}.csv").read_text().splitlines()[1:]}
+    assert counts == [len(drawn), 4, 16, 4] and len(drawn) < 16
+
+
 # What is refused
 
 
