@@ -152,7 +152,7 @@ of the last, both at the end. By kNN, which no warning looks at, random weights 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shards", type=Path, metavar="SHARDS", help="the folder of tiny20's shards")
-    parser.add_argument("--epochs", type=int, default=30, help="of each, 9,500 views each [30]")
+    parser.add_argument("--epochs", type=int, default=20, help="of each, 9,500 views each [20]")
     parser.add_argument("--seeds", type=int, default=3, help="of the sound runs [3]")
     add_arguments(parser, "runs/collapse", at_once=9, has_page=True)
     args = parser.parse_args(argv)

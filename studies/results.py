@@ -18,7 +18,7 @@ import numpy as np
 import small_images
 from study import CONTROLS, K, half_width, in_words, of_probe, percent_of, save
 
-from fcmae.evaluation.paired import tell
+from fcmae.evaluation.paired import COLUMNS, COMPARISON, cells, compare, tell
 from fcmae.evaluation.probes import mean_and_interval
 from fcmae.tables import table
 
@@ -262,13 +262,14 @@ the whole run.""",
 
 HEAD = """# Results
 
-What pretraining gives on two small sets of images, what its parts give, and which losses are normal.
+What pretraining gives on three small sets of images, what its parts give, and which losses are normal.
 Written by `studies/results.py` from the JSON of each study. `studies/run_all.py` makes what stands under a scale from
 nothing, and the part of the small images that 2 cores have time for; the other sections name the study that makes them.
 Scores are in %; ± is the half width of the 95 % interval of the mean over seeds (Student's t). *Better* and *worse* are
 said of three runs or more, where the interval of the differences excludes 0.
 
 - **tiny20**: 20 classes of Tiny ImageNet, 10,000 photographs to learn from, 1,000 to test on, 64 pixels.
+- **CIFAR-10**: 50,000 photographs to learn from, 10,000 to test on, 32 pixels, of ten kinds.
 - **solar**: 2,624 photographs of solar cells (the package elpv-dataset), 1,968 to learn from, 656 of other
   modules to test on, 128 pixels, grey; defective or not.
 
@@ -285,6 +286,9 @@ def page(found: Mapping[str, Json], folder: Path) -> str:
     parts = [HEAD, *([f"Of label maps: {', '.join(links)}.\n"] if links else [])]
     if small := small_images.headline(folder.parent):
         parts.append(f"## Small images, few labels\n\n{small}\n")
+    if (cifar10 := folder.parent / "cifar10.json").exists():
+        rows = table(COLUMNS, map(cells, compare(COMPARISON.validate_json(cifar10.read_text()))), left=2)
+        parts.append(f"## CIFAR-10, few labels\n\n{(folder / 'cifar10.md').read_text()}\n{rows}\n")
     parts += [path.read_text() for name in ("recipe", "collapse") if (path := folder / f"{name}.md").exists()]
     for scale, results in found.items():
         hours = sum(job["seconds"] for job in results["jobs"].values()) / 3600

