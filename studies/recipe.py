@@ -65,6 +65,8 @@ FOUR = "--model.variant={depths: [2, 2, 6, 2], dims: [40, 80, 160, 320], stem_st
 ARMS = {
     "hog": Arm("as shipped: HOG, 60 % hidden", None),
     "again": Arm("as shipped, another seed of pretraining", "hog", ("--seed=1",)),
+    # The rate is of 256 images.
+    "batch64": Arm("batch of 64, the same rate", "hog", ("--batch_size=64", "--optim.base_lr=4e-3")),
     "four": Arm("four stages, patches of 16", "hog", (FOUR, "--model.mask_patch=16")),
     "patch16": Arm("patches of 16", "hog", ("--model.mask_patch=16",)),
     "ratio75": Arm("75 % hidden", "hog", ("--model.mask_ratio=0.75",)),
@@ -73,7 +75,6 @@ ARMS = {
     "crop8": Arm("crops from 8 % of the area", "hog", ("--data.crop_scale=0.08,1",)),
     "masks2": Arm("two masks an image", "hog", ("--data.masks_per_image=2",), masks=2),
     "rate2": Arm("twice the rate", "hog", ("--optim.base_lr=2e-3",)),
-    "batch128": Arm("batch of 128", "hog", ("--batch_size=128",)),
     "pixels": Arm("pixels", "hog", (PIXELS,)),
     "multiscale": Arm("pixels, all stages decoded", "pixels", (PIXELS,), "multiscale"),
     "lowres": Arm("patches at 4 x 4 pixels", "pixels", (PIXELS,), "lowres"),
@@ -82,7 +83,7 @@ ARMS = {
     "width64": Arm("decoder of 64 channels", "hog", ("--model.decoder_dim=64",)),
     "width256": Arm("decoder of 256 channels", "hog", ("--model.decoder_dim=256",)),
     "warmup1": Arm("one epoch of warm-up", "hog", ("--optim.warmup_epochs=1",)),
-    "batch512": Arm("batch of 512", "hog", ("--batch_size=512",)),
+    "batch512": Arm("batch of 512, the same rate", "hog", ("--batch_size=512", "--optim.base_lr=5e-4")),
 }
 COLUMNS = ("pretraining", "draws", "top-1, %", "against", "difference of each draw", "")
 
