@@ -5,10 +5,10 @@
     python studies/recipe.py SHARDS --out runs/recipe --list                   # the commands, without running them
 
 SHARDS: the folder of tiny20's shards (see studies/sets.py). Each arm is `pretrain_small_images` with as many views and
-what differs in one thing, then `finetune_small_images` on draws of few labels, the same for all arms. Neither learns
-from the images that it is tested on, and the test images of the other studies are not seen. What is finished is not
-done again, and what was cut off resumes. What is found is in OUT/recipe.json, and with --docs in recipe.json and
-results/recipe.md there, which `studies/results.py` puts into docs/results.md.
+what differs in one thing, then `finetune_small_images` on draws of few labels, the same for all arms. It is tested on
+training images that are held out of the labels, which pretraining has seen, and not on the test images. What is
+finished is not done again, and what was cut off resumes. What is found is in OUT/recipe.json, and with --docs in
+recipe.json and results/recipe.md there, which `studies/results.py` puts into docs/results.md.
 """
 
 from __future__ import annotations
@@ -139,9 +139,10 @@ def text(found: Mapping[str, Any]) -> str:
     return f"""## The recipe for small images
 
 Written by `studies/recipe.py`: tiny20 at {found["size"]} pixels, {views} views of pretraining each, fine-tuned on
-{PERCENT} % of the labels. Every draw is of labels and of 900 images to test on, training images all of them, and
-the same for every arm. There is one pretraining of each arm, so intervals are of fine-tuning alone: what "another seed
-of pretraining" differs by is what a difference has to exceed. On {in_words(found["machine"])};
+{PERCENT} % of the labels. Every draw is of labels and of 900 images to test on, training images all of them, which
+pretraining has seen, and the same for every arm. There is one pretraining of each arm, so intervals are of fine-tuning
+alone: what "another seed of pretraining" differs by is what a difference has to exceed.
+On {in_words(found["machine"])};
 {sum(found["seconds"].values()) / 3600:.1f} hours of commands.{f" Not run: {', '.join(missing)}." if missing else ""}
 
 {result(found)}

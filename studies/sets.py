@@ -130,7 +130,7 @@ def write_csv(path: Path, rows: Sequence[tuple[str, str]]) -> None:
 
 def folder_rows(folder: Path) -> list[tuple[str, str]]:
     """(absolute path, class) of every photograph in a folder of classes, sorted."""
-    return [(str(path.absolute()), path.parent.name) for path in sorted(folder.glob("*/*.[jp][pn]g"))]
+    return [(str(path.absolute()), path.parent.name) for path in sorted(folder.glob("*/*.*"))]
 
 
 def solar_rows() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
@@ -301,14 +301,14 @@ def main() -> None:
         num_train, num_test = write_mapped(args.out, tiles, args.seeds)
         print(f"{num_train} images to learn from, {num_test} to test on, in {args.out}")
         return
-    if args.name in ("tiny20", "cifar10"):
+    if args.name == "solar":
+        training, test = solar_rows()
+    else:
         if args.name == "tiny20":
             unpack_shards(args.shards, args.out)
         else:
             unpack_cifar10(args.archive, args.out)
         training, test = folder_rows(args.out / "train"), folder_rows(args.out / "val")
-    else:
-        training, test = solar_rows()
     write_csvs(args.out, training, test, args.seeds)
     print(f"{len(training)} photographs to learn from, {len(test)} to test on, in {args.out}")
 
