@@ -22,7 +22,7 @@ SETTINGS = {name: settings for name, (settings, _) in COMMANDS.items()}
         (["pretrain", "--overwrite", "t"], {"true"}),
         (["finetune", "--model.hea"], {"--model.head_init_scale"}),
         (["convert", "--to", "ti"], {"timm"}),
-        (["pretrain", "--config", "pretrain_c"], {"pretrain_cpu"}),
+        (["pretrain", "--config", "pretrain_cp"], {"pretrain_cpu"}),
         (["pretrain", "--chos"], set()),
     ],
 )
