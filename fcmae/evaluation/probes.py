@@ -200,23 +200,24 @@ def _train(
     # Adam's steps do not depend on the gradient's scale. So one optimizer with the rate 1 on weight / lr takes the
     # steps of rate lr on each weight.
     scaled = torch.zeros(num_settings, num_classes, dim + 1, device=device, requires_grad=True)
-    optimizer = torch.optim.Adam([scaled], lr=1.0, eps=1e-15)
+    optimizer = torch.optim.Adam([scaled], lr=1.0, eps=1e-15, fused=True)
     batch_size = min(BATCH_SIZE, len(rows))
     per_epoch = len(rows) // batch_size
     num_steps = max(MIN_STEPS, MIN_EPOCHS * per_epoch)
     for step in trange(num_steps, desc=title, unit="step", disable=True if title is None else None, leave=False):
-        if step % per_epoch == 0:
-            order = epoch_order(len(rows), seed, step // per_epoch)
-        first = step % per_epoch * batch_size
-        batch = rows[np.sort(order[first : first + batch_size])]  # sorted: features on disk are read in order
         optimizer.param_groups[0]["lr"] = 0.5 * (1 + math.cos(math.pi * step / num_steps))
-        images = (torch.tensor(features[batch], dtype=torch.float32, device=device) - mean) / std  # (B, D)
-        target = torch.from_numpy(labels[batch]).to(device)
+        if step == 0 or batch_size < len(rows):  # else it has all of them, as before
+            if step % per_epoch == 0:
+                order = epoch_order(len(rows), seed, step // per_epoch)
+            first = step % per_epoch * batch_size
+            batch = rows[np.sort(order[first : first + batch_size])]  # sorted: features on disk are read in order
+            images = (torch.tensor(features[batch], dtype=torch.float32, device=device) - mean) / std  # (B, D)
+            target = torch.from_numpy(labels[batch]).to(device).repeat_interleave(num_settings)
         unscaled = scaled * lr
         weight, bias = unscaled[..., :-1], unscaled[..., -1]
         logits = F.linear(images, weight.flatten(0, 1), bias.flatten()).view(len(batch), num_settings, num_classes)
         # The sum over the settings, whose gradients do not meet.
-        loss = F.cross_entropy(logits.flatten(0, 1), target.repeat_interleave(num_settings), reduction="sum")
+        loss = F.cross_entropy(logits.flatten(0, 1), target, reduction="sum")
         loss = loss / len(batch) + (l2 * weight.square().sum((1, 2))).sum() / 2
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
