@@ -142,10 +142,11 @@ def worth(cfg: WorthConfig) -> int:
         computed += job.seconds
         found = _write(place, cfg, plan, scores, jobs)
         # Estimates are of steps alone, on a machine that may have had more or less to do.
-        left = sum(each.seconds for each in waiting) * (time.monotonic() - began) / computed
+        seconds = sum(each.seconds for each in waiting) * (time.monotonic() - began) / computed
+        left = f", about {_hours(seconds)} left" if waiting else ""
         of_job = [each["scores"] for each in found["scores"] if (each["arm"], each["labels"], each["seed"]) == job[1:4]]
         last = f": {of_job[0][paired.METRIC]:.3f}" if of_job else ""
-        print(f"{found['num_done']} of {len(jobs)} runs, about {_hours(left)} left; {job.name}{last}", flush=True)
+        print(f"{found['num_done']} of {len(jobs)} runs{left}; {job.name}{last}", flush=True)
     print(paired.summary(_write(place, cfg, plan, scores, jobs)))
     print(f"wrote {place}; fcmae report {shlex.quote(str(place))}")
     return 0
