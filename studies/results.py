@@ -18,7 +18,7 @@ import numpy as np
 import small_images
 from study import CONTROLS, K, half_width, in_words, of_probe, percent_of, save
 
-from fcmae.evaluation.paired import COLUMNS, COMPARISON, cells, compare, tell
+from fcmae.evaluation import paired
 from fcmae.evaluation.probes import mean_and_interval
 from fcmae.tables import table
 
@@ -54,7 +54,7 @@ def budgets(results: Json) -> Iterator[str]:
                 values = {s: [found[seed][metric] for seed in seeds] for s, found in starts.items()}
                 gains = [a - b for a, b in zip(values["pretrained"], values["scratch"], strict=True)]
                 steps = starts["scratch"][seeds[0]]["steps"]
-                cells = [number(values["pretrained"]), number(values["scratch"]), number(gains), tell(gains)]
+                cells = [number(values["pretrained"]), number(values["scratch"]), number(gains), paired.tell(gains)]
                 rows.append([f"{percent} %", str(steps), str(len(seeds)), *cells])
             if rows:
                 header = ["labels", "steps", "seeds", "pretrained", "scratch", "difference, of each seed", ""]
@@ -112,7 +112,7 @@ def grn(results: Json) -> Iterator[str]:
         gains = [found[seed]["top1"] - base[seed]["top1"] for seed in seeds]
         losses = results["curves"].get(pretrained, {}).get("val_loss") or [[0, None]]
         loss = "" if losses[-1][1] is None else f"{losses[-1][1]:.4f}"
-        compared = ["", ""] if prefix == WITH_GRN else [number(gains), tell(gains)]
+        compared = ["", ""] if prefix == WITH_GRN else [number(gains), paired.tell(gains)]
         probe = results["probes"].get(pretrained, []) if prefix not in ("grn-dropped", "grn-new") else []
         linear = percent_of(of_probe(probe, "linear", "top1", 4))
         rows.append([label, loss, linear, number([f["top1"] for f in found.values()]), str(len(found)), *compared])
@@ -286,8 +286,9 @@ def page(found: Mapping[str, Json], folder: Path) -> str:
     parts = [HEAD, *([f"Of label maps: {', '.join(links)}.\n"] if links else [])]
     if small := small_images.headline(folder.parent):
         parts.append(f"## Small images, few labels\n\n{small}\n")
-    if (cifar10 := folder.parent / "cifar10.json").exists():
-        rows = table(COLUMNS, map(cells, compare(COMPARISON.validate_json(cifar10.read_text()))), left=2)
+    if (long := folder.parent / "demo-long" / paired.FILE).exists():
+        compared = paired.compare(paired.COMPARISON.validate_json(long.read_text()))
+        rows = table(paired.COLUMNS, map(paired.cells, compared), left=2)
         parts.append(f"## CIFAR-10, few labels\n\n{(folder / 'cifar10.md').read_text()}\n{rows}\n")
     parts += [path.read_text() for name in ("recipe", "collapse") if (path := folder / f"{name}.md").exists()]
     for scale, results in found.items():

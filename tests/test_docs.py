@@ -69,7 +69,7 @@ def test_every_script_and_test_that_a_page_names_exists() -> None:
     named = {
         (page.name, path)
         for page in pages
-        for path in re.findall(r"\b(?:tests|benchmarks|studies|demo)/[\w/]+\.py\b", page.read_text())
+        for path in re.findall(r"\b(?:tests|benchmarks|studies)/[\w/]+\.py\b", page.read_text())
     }
     assert len(named) > 30
     assert sorted(f"{page} names {path}" for page, path in named if not (ROOT / path).exists()) == []

