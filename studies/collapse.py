@@ -45,8 +45,8 @@ RUNS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "hog": ("HOG", (), ()),
     "v1": ("pixels, V1", (), ("--model.target=pixels", "V1")),
     "no-grn": ("pixels, GRN taken out", ("ablated.py", "drop-grn"), ("--model.target=pixels",)),
-    "rate-30": ("pixels, 30 times the rate", (), ("--model.target=pixels", "--optim.base_lr=3e-2")),
-    "rate-300": ("pixels, 300 times the rate", (), ("--model.target=pixels", "--optim.base_lr=3e-1")),
+    "rate-30": ("pixels, 30 times the rate", (), ("--model.target=pixels", "--optim.base_lr=0.12")),
+    "rate-300": ("pixels, 300 times the rate", (), ("--model.target=pixels", "--optim.base_lr=1.2")),
     "constant": ("a constant", ("objectives.py", "constant"), ("--model.target=pixels",)),
 }
 SOUND = ("pixels", "hog")

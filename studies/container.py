@@ -61,6 +61,7 @@ RATES = {"scratch": ("4e-3", "8e-3"), "pretrained": ("2e-3", "4e-3")}  # that ar
 CHOSEN = {"scratch": "4e-3", "pretrained": "4e-3"}  # the better one of both networks
 DECAY = {"scratch": "1", "pretrained": "0.9"}
 HEADING = "## Compared"
+BATCH = ("--batch_size=256", "--optim.base_lr=1e-3")  # of pretraining, four times what is shipped
 COLUMNS = ("labels", "network and start", "seeds", "top-1, %", "against ConvNeXt V2, of each seed", "")
 
 
@@ -93,7 +94,7 @@ def jobs(out: Path, epochs: float, seeds: int, full_epochs: float, side: int, at
     tuning = (size,) if at_once == 1 else (size, "--data.num_workers=1")
     for network in NETWORKS:
         words = ("pretrain", "--config=pretrain_small_images", f"--data.path={out}/tiny20/unlabeled.txt")
-        more = (f"--epochs={epochs:g}", "--data.val_share=0", f"--out={out}/runs/{network}-p", *pretraining)
+        more = (f"--epochs={epochs:g}", "--data.val_share=0", f"--out={out}/runs/{network}-p", *BATCH, *pretraining)
         yield Job(f"{network}-p", (*FCMAE, *words, *more, *variant(network)))
     for network in NETWORKS:
         for start, tried in RATES.items():

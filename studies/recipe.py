@@ -63,10 +63,11 @@ class Arm(NamedTuple):
 PIXELS = "--model.target=pixels"
 FOUR = "--model.variant={depths: [2, 2, 6, 2], dims: [40, 80, 160, 320], stem_stride: 2}"
 ARMS = {
-    "hog": Arm("as shipped: HOG, 60 % hidden", None),
+    "hog": Arm("as shipped: HOG, 60 % hidden, batch of 64", None),
     "again": Arm("as shipped, another seed of pretraining", "hog", ("--seed=1",)),
     # The rate is of 256 images.
-    "batch64": Arm("batch of 64, the same rate", "hog", ("--batch_size=64", "--optim.base_lr=4e-3")),
+    "batch256": Arm("batch of 256, the same rate", "hog", ("--batch_size=256", "--optim.base_lr=1e-3")),
+    "batch32": Arm("batch of 32, the same rate", "hog", ("--batch_size=32", "--optim.base_lr=8e-3")),
     "four": Arm("four stages, patches of 16", "hog", (FOUR, "--model.mask_patch=16")),
     "patch16": Arm("patches of 16", "hog", ("--model.mask_patch=16",)),
     "ratio75": Arm("75 % hidden", "hog", ("--model.mask_ratio=0.75",)),
@@ -74,7 +75,7 @@ ARMS = {
     "crop50": Arm("crops from 50 % of the area", "hog", ("--data.crop_scale=0.5,1",)),
     "crop8": Arm("crops from 8 % of the area", "hog", ("--data.crop_scale=0.08,1",)),
     "masks2": Arm("two masks an image", "hog", ("--data.masks_per_image=2",), masks=2),
-    "rate2": Arm("twice the rate", "hog", ("--optim.base_lr=2e-3",)),
+    "rate2": Arm("twice the rate", "hog", ("--optim.base_lr=8e-3",)),
     "pixels": Arm("pixels", "hog", (PIXELS,)),
     "multiscale": Arm("pixels, all stages decoded", "pixels", (PIXELS,), "multiscale"),
     "lowres": Arm("patches at 4 x 4 pixels", "pixels", (PIXELS,), "lowres"),
@@ -83,7 +84,6 @@ ARMS = {
     "width64": Arm("decoder of 64 channels", "hog", ("--model.decoder_dim=64",)),
     "width256": Arm("decoder of 256 channels", "hog", ("--model.decoder_dim=256",)),
     "warmup1": Arm("one epoch of warm-up", "hog", ("--optim.warmup_epochs=1",)),
-    "batch512": Arm("batch of 512, the same rate", "hog", ("--batch_size=512", "--optim.base_lr=5e-4")),
 }
 COLUMNS = ("pretraining", "draws", "top-1, %", "against", "difference of each draw", "")
 
@@ -143,7 +143,7 @@ Written by `studies/recipe.py`: tiny20 at {found["size"]} pixels, {views} views 
 pretraining has seen, and the same for every arm. There is one pretraining of each arm, so intervals are of fine-tuning
 alone: what "another seed of pretraining" differs by is what a difference has to exceed.
 On {in_words(found["machine"])};
-{sum(found["seconds"].values()) / 3600:.1f} hours of commands.{f" Not run: {', '.join(missing)}." if missing else ""}
+{sum(found["seconds"].values()) / 3600:.1f} hours of commands.{f" Not run: {'; '.join(missing)}." if missing else ""}
 
 {result(found)}
 """
