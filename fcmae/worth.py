@@ -222,12 +222,24 @@ def _saved_plan(place: Path, cfg: WorthConfig, images: str) -> dict[str, Any] | 
         raise ValueError(
             f"out = {place} holds a comparison on other images than {cfg.data} has now: give another --out"
         )
+    recipes = _recipes(cfg)
+    if changed := [key for key, settings in plan.get("recipes", recipes).items() if settings != recipes[key]]:
+        raise ValueError(
+            f"{changed[0]} = {getattr(cfg, changed[0])} has other settings than when the comparison in {place} began: "
+            "give another --out"
+        )
     for arm in plan["arms"]:
         if arm.get("sha256") and arm["sha256"] != digest(_weights(cfg, arm["init"]).state, ""):
             raise ValueError(
                 f"init = {arm['init']} has other weights than when the comparison in {place} began: give another --out"
             )
     return plan
+
+
+def _recipes(cfg: WorthConfig) -> dict[str, Any]:
+    """What the files of settings hold."""
+    named = {key: getattr(cfg, key) for key in ("pretraining", "finetuning")}
+    return {key: options.read_yaml(options.find_config(name)) for key, name in named.items() if name is not None}
 
 
 def _make_plan(place: Path, cfg: WorthConfig, train: Images, test: Images) -> dict[str, Any]:
@@ -266,6 +278,7 @@ def _make_plan(place: Path, cfg: WorthConfig, train: Images, test: Images) -> di
     arms.sort(key=lambda arm: arm["kind"] != "scratch")
     plan = {
         "settings": options.flat(cfg),
+        "recipes": _recipes(cfg),
         "images": fingerprint(train, test),
         "arms": [_arm(name, "control", "scratch", None) for name in cfg.controls] + arms,
         "amounts": [{"labels": labels, "num_labels": amounts[labels], "epochs": epochs[labels]} for labels in amounts],

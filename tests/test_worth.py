@@ -388,3 +388,15 @@ def test_seeds_are_not_added_on_other_weights(folder: Path, capsys: pytest.Captu
     save_file({name: value + 1 for name, value in state.items()}, folder / "own.safetensors")
     assert run(*words, "2") == 2
     assert "own.safetensors has other weights than when the comparison in" in capsys.readouterr().err
+
+
+def test_seeds_are_not_added_by_other_recipes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_init(folder / "own.safetensors")
+    words = ["worth", "labelled", "--init", "own.safetensors", "--finetuning", "tune.yaml", *TINY, "--seeds"]
+    assert run(*words, "1") == 0
+    recipe = folder / "tune.yaml"
+    recipe.write_text("# the same\n" + recipe.read_text())
+    assert run(*words, "2") == 0
+    recipe.write_text(recipe.read_text() + "\nseed: 3\n")
+    assert run(*words, "3") == 2
+    assert "finetuning = tune.yaml has other settings than when the comparison in" in capsys.readouterr().err
