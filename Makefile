@@ -44,7 +44,7 @@ SOLAR := runs/solar
 demo: $(READY)
 	@if [ -f $(PHOTOGRAPHS) ] || $(MAKE) --no-print-directory $(ARCHIVE); then \
 	    exec $(MAKE) --no-print-directory demo-cifar10; else \
-	    echo 'make: without these photographs: on solar cells, where pretraining gains nothing'; \
+	    echo 'make: without these photographs: on solar cells, where no gain was seen'; \
 	    exec $(MAKE) --no-print-directory demo-solar; fi
 
 # A quarter of the photographs, a fifth of those to test on.

@@ -5,8 +5,9 @@ Published recipes are files in configs/, and what a file or a flag gives is neve
 
 "Published" is FCMAE (arXiv 2301.00808, ConvNeXt V2): masks, batch, rate, augmentation; the longest pretraining is that
 of MAE (arXiv 2111.06377). docs/small_images.md compared, on photographs of 64 pixels, targets, and rates and layer
-decays of fine-tuning, which differed by less than their intervals and do not depend on the number of labels here;
-network, grid and crops are those that it was measured with, not compared with others. The rest is our choice.
+decays of fine-tuning, which from weights differed by less than their intervals and do not depend on the number of
+labels here; network, grid and crops are those that it was measured with, not compared with others. The rest is our
+choice.
 """
 
 from __future__ import annotations

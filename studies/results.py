@@ -263,8 +263,9 @@ the whole run.""",
 HEAD = """# Results
 
 What pretraining gives on three small sets of images, what its parts give, and which losses are normal.
-Written by `studies/results.py` from the JSON of each study. `studies/run_all.py` makes what stands under a scale from
-nothing, and the part of the small images that 2 cores have time for; the other sections name the study that makes them.
+Written by `studies/results.py` from the JSON of each study. `studies/run_all.py` makes what is below the heading
+"Scale" from nothing, and as much of the small images as 2 cores have time for; the other sections name the study that
+makes them.
 Scores are in %; ± is the half width of the 95 % interval of the mean over seeds (Student's t). *Better* and *worse* are
 said of three runs or more, where the interval of the differences excludes 0.
 

@@ -414,14 +414,16 @@ Of these starts no machine has made all the draws that the study asks for.
 def headline(docs: Path) -> str:
     """What the page begins with and how long it took, for docs/results.md; empty if nothing was found yet."""
     took = [
-        f"{sum(one['seconds'].values()) / 3600:.1f} hours of commands on {one['machine']['cores']} cores and, as GPU, "
-        f"{one['machine']['gpu']} ({len(one['seconds'])} of {len(one['commands'])} commands were timed)"
+        f"{sum(one['seconds'].values()) / 3600:.1f} hours on {one['machine']['cores']} cores "
+        f"{'without a GPU' if one['machine']['gpu'] == 'none' else 'with an ' + one['machine']['gpu']} "
+        f"({len(one['seconds'])} of {len(one['commands'])} were timed)"
         for one in read(docs).values()
     ]
     if not took:
         return ""
     first = words(docs).partition("\n\n")[0]
-    return f"{first}\n\n{'; '.join(took)}. All of it, and what was not run: [small images](small_images.md)."
+    more = "All of it, and what was not run: [small images](small_images.md)."
+    return f"{first}\n\nThe commands add up to {', and '.join(took)}. {more}"
 
 
 def words(docs: Path) -> str:

@@ -6,6 +6,7 @@ import argparse
 import glob
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -33,6 +34,7 @@ CONTROLS = {
     "histogram": ("histogram:8", "colour histogram"),
 }
 K = 20  # neighbours
+PATTERN = re.compile(r"[\w./*?=-]+")  # of paths, which a shell expands
 
 
 @dataclass(frozen=True)
@@ -206,7 +208,7 @@ def expanded(words: Sequence[str]) -> list[str]:
 def shown(job: Job, out: Path) -> str:
     """The command as one would type it."""
     words = ["python" if word == sys.executable else word for word in job.words]
-    quoted = [word if glob.has_magic(word) else shlex.quote(word) for word in words]
+    quoted = [word if PATTERN.fullmatch(word) else shlex.quote(word) for word in words]
     text = " ".join(quoted).replace("python -m fcmae.cli", "fcmae").replace(f"{STUDIES.parent}/", "")
     return text.replace(f"{out}/", "runs/studies/")
 
