@@ -192,7 +192,7 @@ def train(
                     step.backward(loss)
             step.update()
             if ema is not None:
-                ema.update(net)
+                ema.update(net, step.number)
             step.log()
             if step.evaluates:
                 places = ("last",) if step.number == schedule.total else ()

@@ -167,7 +167,9 @@ def prepare(
     """
     net = net.to(accelerator.device)
     ema_decay = cfg.regularization.ema_decay
-    ema = ModelEmaV3(net, decay=ema_decay) if ema_decay and not cfg.eval_only else None
+    # After n steps the decay is n / (n + 9) at the most: .9999 alone would keep a short run's first weights to its end.
+    rising: dict[str, Any] = {"use_warmup": True, "warmup_gamma": 9, "warmup_power": 1}
+    ema = ModelEmaV3(net, decay=ema_decay, **rising) if ema_decay and not cfg.eval_only else None
     adamw, so_far = build_optimizer(cfg, net), best()
     if (resumed := run.resume_from) is not None:
         meta = checkpoint.restore(resumed, net, adamw, renamed, accelerator.scaler)

@@ -200,6 +200,22 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert "ema_auroc" in metrics(tmp_path / "cut")[-1]
 
 
+def test_the_moving_average_of_a_short_run_has_left_its_first_weights(labelled: Path, tmp_path: Path) -> None:
+    """After n steps of a decay of n / (n + 9) at the most, whatever was asked for."""
+    settings: dict[str, Any] = {"model__variant": runs.TINY, "model__stem_stride": 1, "log__every_steps": 1}
+    assert finetune(labelled, tmp_path / "run", **settings, regularization__ema_decay=0.9999, checkpoint__keep=99,
+                    checkpoint__every_epochs=0.25, epochs=1) == 0  # fmt: skip
+    places = list(checkpoint.steps(tmp_path / "run").values())
+    each = [load_file(place / "model.safetensors")["head.weight"] for place in places]
+    assert len(each) == 4
+    average = each[0]
+    for num, weights in enumerate(each[1:], 1):
+        average = torch.lerp(average, weights, 9 / (num + 9))
+    found = load_file(places[-1] / "ema.safetensors")["head.weight"]
+    torch.testing.assert_close(found, average)
+    assert not torch.allclose(found, each[0])
+
+
 @pytest.mark.parametrize("after_backward", [False, True])
 def test_a_step_without_memory_is_taken_again_in_smaller_parts_that_mixup_can_pair(
     labelled: Path,

@@ -363,7 +363,8 @@ class Regularization(Section):
     class_weights: ClassWeights = None
     """Weights of the classes in the loss: a list, or balanced (inverse to their frequency)."""
     ema_decay: float = Field(0.0, ge=0, lt=1)
-    """Decay of the moving average of the weights, 0 for none; evaluated beside the weights themselves."""
+    """Decay of the moving average of the weights, 0 for none; n / (n + 9) after n steps as long as that is less.
+    Evaluated beside the weights themselves."""
 
 
 class SegmentOptim(FinetuneOptim):
@@ -381,7 +382,8 @@ class SegmentRegularization(Section):
     dice: float = Field(0.0, ge=0)
     """Weight of the Dice loss beside the cross-entropy, 0 for none."""
     ema_decay: float = Field(0.0, ge=0, lt=1)
-    """Decay of the moving average of the weights, 0 for none; evaluated beside the weights themselves."""
+    """Decay of the moving average of the weights, 0 for none; n / (n + 9) after n steps as long as that is less.
+    Evaluated beside the weights themselves."""
 
 
 class CheckpointConfig(Section):
