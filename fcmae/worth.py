@@ -58,6 +58,7 @@ from fcmae.weights.tensors import digest
 
 PRETRAINED = "pretrained"
 FREE = ("seeds", "out")  # what a second start may change
+PLANNING = {"planned": False}  # what plan.json holds until there is a plan: the directory is ours
 
 
 class Start(NamedTuple):
@@ -117,7 +118,9 @@ def worth(cfg: WorthConfig) -> int:
         raise ValueError("worth is one process: start it without a launcher")
     place = cfg.out or Path("runs") / f"{Path(cfg.data).expanduser().absolute().stem or 'images'}-worth"
     train, test = find_data(cfg.data, cfg.test, cfg.test_share, cfg.seed)
-    plan = _saved_plan(place, cfg, fingerprint(train, test))
+    plan = _saved_plan(place, cfg, train, test)
+    if plan is None:
+        write_text(place / "plan.json", json.dumps(PLANNING) + "\n")
     for labels, seed in product(_amounts(cfg), _seeds(cfg)):
         write_labels(_labels_file(place, labels, seed), train.subset(drawn(train, labels, seed)))
     plan = plan or _make_plan(place, cfg, train, test)
@@ -185,11 +188,15 @@ def write_labels(path: Path, images: Images) -> None:
         path: of the file; its folder is made.
         images: with labels.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, _as_list(images))
+
+
+def _as_list(images: Images) -> str:
     text = io.StringIO()
     rows = ((images.name(i), images.label_name(i)) for i in range(len(images)))
     csv.writer(text, lineterminator="\n").writerows([("path", "label"), *rows])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, text.getvalue())
+    return text.getvalue()
 
 
 def _labels_file(place: Path, labels: str, seed: int) -> Path:
@@ -200,13 +207,15 @@ def _plain(labels: str) -> str:
     return labels.replace("%", "pct")
 
 
-def _saved_plan(place: Path, cfg: WorthConfig, images: str) -> dict[str, Any] | None:
+def _saved_plan(place: Path, cfg: WorthConfig, train: Images, test: Images) -> dict[str, Any] | None:
     if not (place / "plan.json").is_file():
-        if place.exists() and any(path.name not in ("labels", "settings") for path in place.iterdir()):
+        if place.exists() and any(place.iterdir()):
             raise ValueError(f"out = {place} is not empty and holds no comparison: give another --out")
         return None
     try:
         plan: dict[str, Any] = json.loads((place / "plan.json").read_text(encoding="utf-8"))
+        if plan == PLANNING:
+            return None
         is_whole = plan.keys() >= {"settings", "images", "arms", "amounts", "counts", "seconds"}
     except (ValueError, AttributeError):
         is_whole = False
@@ -218,9 +227,14 @@ def _saved_plan(place: Path, cfg: WorthConfig, images: str) -> dict[str, Any] | 
             f"out = {place} holds a comparison with other settings ({', '.join(different)}): give another --out, or "
             "the same settings"
         )
-    if plan["images"] != images:
+    if plan["images"] != fingerprint(train, test):
         raise ValueError(
             f"out = {place} holds a comparison on other images than {cfg.data} has now: give another --out"
+        )
+    listed = place / "labels" / "test.csv"
+    if not listed.is_file() or listed.read_text(encoding="utf-8") != _as_list(test):
+        raise ValueError(
+            f"out = {place} holds a comparison on images that lay elsewhere: move them back, or give another --out"
         )
     recipes = _recipes(cfg)
     if changed := [key for key, settings in plan.get("recipes", recipes).items() if settings != recipes[key]]:
@@ -366,7 +380,9 @@ def _choose_finetuning(
     complete = planning.finetuning if cfg.finetuning is None else None
     made = options.make(FinetuneConfig, given, complete=complete)
     if made.batch_size > num:
-        made = options.make(FinetuneConfig, given | {"batch_size": num, "grad_accum": 1}, complete=complete)
+        # A power of two is divided into parts, and mixed in pairs.
+        fewer = {"batch_size": 1 << (num.bit_length() - 1), "grad_accum": "auto"}
+        made = options.make(FinetuneConfig, given | fewer, complete=complete)
     # The only evaluation is the last: the test images choose nothing.
     every = {"log": made.log.model_copy(update={"eval_epochs": made.epochs})}
     return made.model_copy(update=every), float(decay)

@@ -74,7 +74,13 @@ ARMS = {
     "ratio50": Arm("50 % hidden", "hog", ("--model.mask_ratio=0.5",)),
     "crop50": Arm("crops from 50 % of the area", "hog", ("--data.crop_scale=0.5,1",)),
     "crop8": Arm("crops from 8 % of the area", "hog", ("--data.crop_scale=0.08,1",)),
-    "masks2": Arm("two masks an image", "hog", ("--data.masks_per_image=2",), masks=2),
+    "masks2": Arm(
+        # Of half the epochs as many steps are half the warm-up.
+        "two masks an image",
+        "hog",
+        ("--data.masks_per_image=2", "--optim.warmup_epochs=2.5"),
+        masks=2,
+    ),
     "rate2": Arm("twice the rate", "hog", ("--optim.base_lr=8e-3",)),
     "pixels": Arm("pixels", "hog", (PIXELS,)),
     "multiscale": Arm("pixels, all stages decoded", "pixels", (PIXELS,), "multiscale"),

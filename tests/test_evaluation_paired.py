@@ -57,6 +57,10 @@ def test_a_seed_without_its_pair_makes_no_difference() -> None:
     found = comparison(GAINED | {("mine", "10%"): [0.35, 0.56, 0.47, 0.9]})
     row = next(row for row in paired.compare(found) if row.arm == "mine")
     assert row.num == 4 and row.gain is not None and row.gain[0] == pytest.approx(0.06)
+    found = comparison(GAINED | {("mine", "10%"): [0.35, 0.56, 0.47], ("scratch", "10%"): [0.30, 0.50]})
+    row = next(row for row in paired.compare(found) if row.arm == "mine")
+    assert paired.cells(row)[2] == "3, 2 of scratch too" and row.told == "too few runs"
+    assert "with 10 % of the labels 2 seeds are too few to tell" in paired.summary(found)
 
 
 def test_the_verdict_is_in_plain_words() -> None:

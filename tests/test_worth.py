@@ -400,3 +400,57 @@ def test_seeds_are_not_added_by_other_recipes(folder: Path, capsys: pytest.Captu
     recipe.write_text(recipe.read_text() + "\nseed: 3\n")
     assert run(*words, "3") == 2
     assert "finetuning = tune.yaml has other settings than when the comparison in" in capsys.readouterr().err
+
+
+def test_lists_of_the_user_are_never_written_over(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_init(folder / "own.safetensors")
+    mine = Path("study/labels/train.csv")
+    mine.parent.mkdir(parents=True)
+    rows = [f"../../labelled/{name}/{i}.png,{name},mine" for name in ("cat", "dog") for i in range(10)]
+    mine.write_text("\n".join(["path,label,note", *rows]) + "\n")
+    before = mine.read_text()
+    words = ["worth", str(mine), "--init", "own.safetensors", "--finetuning", "tune.yaml", *TINY, "--out", "study"]
+    assert run(*words) == 2 and mine.read_text() == before
+    assert "out = study is not empty and holds no comparison" in capsys.readouterr().err
+
+
+def test_a_comparison_that_was_stopped_before_it_was_planned_is_planned_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_init(folder / "own.safetensors")
+    words = ["worth", "labelled", "--init", "own.safetensors", "--finetuning", "tune.yaml", *TINY, "--seeds", "1"]
+
+    def stop(cfg: Any) -> float:
+        (OUT / "runs" / "scratch" / "index").mkdir(parents=True)  # as shards are indexed
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(planning, "images_per_s", stop)
+        assert run(*words) == 130
+    assert not (OUT / "worth.json").exists()
+    assert run(*words) == 0 and (OUT / "worth.json").is_file()
+
+
+def test_images_that_have_moved_are_told_of_before_anything_is_trained(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_init(folder / "own.safetensors")
+    words = ["worth", "labelled", "--init", "own.safetensors", "--finetuning", "tune.yaml", *TINY, "--seeds"]
+    assert run(*words, "1") == 0
+    moved = folder.with_name("moved")
+    folder.rename(moved)
+    monkeypatch.chdir(moved)
+    assert run(*words, "2") == 2
+    assert "holds a comparison on images that lay elsewhere: move them back" in capsys.readouterr().err
+    moved.rename(folder)
+
+
+def test_fewer_labels_than_a_batch_are_a_batch_that_can_be_mixed_and_divided(folder: Path) -> None:
+    write_init(folder / "own.safetensors")
+    (folder / "tune.yaml").write_text(
+        TUNING.replace("batch_size: 4", "batch_size: 64") + "regularization: {mixup: 0.8}\n"
+    )
+    words = ["worth", "labelled", "--init", "own.safetensors", "--finetuning", "tune.yaml", *TINY[2:], "--seeds", "1"]
+    assert run(*words, "--labels", "70%") == 0  # 11 of 16 labels
+    made = read(FinetuneConfig, OUT / "settings" / "scratch-70pct.yaml")
+    assert made.batch_size == 8

@@ -104,6 +104,7 @@ class Row(NamedTuple):
         mean: of the score, 0..1.
         gain: mean of the differences to scratch, seed by seed; None of scratch itself, or before there is a pair.
         told: what the differences say, see `tell`.
+        num_pairs: seeds of which scratch has a score too.
     """
 
     labels: str
@@ -112,6 +113,7 @@ class Row(NamedTuple):
     mean: Mean
     gain: Mean | None
     told: str
+    num_pairs: int = 0
 
 
 def tell(differences: Sequence[float]) -> str:
@@ -148,14 +150,16 @@ def compare(found: Comparison) -> list[Row]:
                 gain = mean_and_interval(gains) if gains else None
                 told = tell(gains) if gains else ""
                 values = list(scores.values())
-                rows.append(Row(amount["labels"], arm["name"], len(values), mean_and_interval(values), gain, told))
+                mean = mean_and_interval(values)
+                rows.append(Row(amount["labels"], arm["name"], len(values), mean, gain, told, len(gains)))
     return rows
 
 
 def cells(row: Row) -> list[str]:
     """A row as texts, in the columns of COLUMNS: per cent and points, intervals in brackets."""
     gain = "" if row.gain is None else in_percent(row.gain, "+.1f")
-    return [_amount(row.labels), row.arm, str(row.num), in_percent(row.mean, ".1f"), gain, row.told]
+    num = str(row.num) if row.gain is None or row.num_pairs == row.num else f"{row.num}, {row.num_pairs} of scratch too"
+    return [_amount(row.labels), row.arm, num, in_percent(row.mean, ".1f"), gain, row.told]
 
 
 def in_percent(value: Mean, form: str) -> str:
@@ -222,7 +226,7 @@ def _gained(row: Row) -> str:
     mean, interval = 100 * row.gain[0], row.gain[1]
     where = f"with {_amount(row.labels)}"
     if row.told == "too few runs" or interval is None:
-        few = "1 seed is" if row.num == 1 else f"{row.num} seeds are"
+        few = "1 seed is" if row.num_pairs == 1 else f"{row.num_pairs} seeds are"
         return f"{where} {few} too few to tell ({mean:+.1f} points)"
     low, high = (100 * end for end in interval)
     if row.told == "better":
