@@ -53,6 +53,8 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = parser().parse_args(argv)
     timing.check_repeats(args)
+    if args.compile:
+        raise SystemExit("--compile: stages are computed one by one, and none of them compiled: leave it out")
     torch.manual_seed(0)
     device = torch.device(args.device)
     info = timing.machine(device)
@@ -79,7 +81,8 @@ def main(argv: list[str] | None = None) -> None:
     for name, run in runs.items():
         per_image = timing.summary([each / len(timed) for each in seconds[name]])
         macs = multiply_adds(step(run)) / len(timed)
-        results[name] = {**per_image, "multiply_adds": macs, **scored(run, images, truths)}
+        with timing.autocast(args):
+            results[name] = {**per_image, "multiply_adds": macs, **scored(run, images, truths)}
     ratios = {name: timing.ratio(each, seconds["dense"]) for name, each in seconds.items()}
     print("\n" + comparison(results, ratios))
     same = same_accuracy(results) if truths else None
@@ -87,7 +90,8 @@ def main(argv: list[str] | None = None) -> None:
         print("\n" + at_same_accuracy(same, results, ratios))
     calibration = []
     if truths:
-        calibration = reliability(model, images, truths)
+        with timing.autocast(args):
+            calibration = reliability(model, images, truths)
         exits = [
             [str(i), f"{each['ece']:.4f}", f"{100 * each['accuracy']:.2f}"] for i, each in enumerate(calibration, 1)
         ]

@@ -41,6 +41,8 @@ SIDES = ("torch", "compiled", "onnxruntime")
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = parser().parse_args(argv)
+    if args.compile or (args.device, args.precision) != ("cpu", "fp32"):
+        raise SystemExit("all sides are float32 on the CPU, and `compiled` is one of them: leave these flags out")
     images, _, _, info = timing.begin(args, "features of whole images")
     encoder = make_encoder(VARIANTS[args.variant]).requires_grad_(False)
     with torch.inference_mode():

@@ -114,13 +114,14 @@ class Session:
     def do(self, part: Part) -> bool:
         """Run one part, if there is time; whether nothing failed."""
         print(f"\n## {part.name}, {self.left():.0f} s left", flush=True)
+        if self.left() < part.needs_s:
+            skipped = f"it takes about {part.needs_s:.0f} s, and {max(0, self.left()):.0f} s were left"
+            print(skipped)
+            if part.name not in self.content["parts"]:  # of an earlier call
+                self.record(part.name, command=self.content["command"], skipped=skipped)
+            return True
         # The command and settings of the whole are those of the last call, and parts may be of another.
         self.content["parts"][part.name] = {"command": self.content["command"]}
-        if self.left() < part.needs_s:
-            self.record(
-                part.name, skipped=f"it takes about {part.needs_s:.0f} s, and {max(0, self.left()):.0f} s were left"
-            )
-            return True
         start = time.monotonic()
         try:
             part.run()

@@ -181,7 +181,9 @@ class Anytime(Segmenter):
                 return hidden, int(hidden.logical_not().sum())
             num_patches = hidden[0].numel()
             # A patch that has left does not come back.
-            num_visible = min(num_visible or num_patches, math.ceil(num_patches * shares[stage - 1]))
+            # The small term keeps .55 of 100 at 55, as in `masking.num_visible`.
+            share = max(1, math.ceil(num_patches * shares[stage - 1] - 1e-6))
+            num_visible = min(num_visible or num_patches, share)
             return least_sure(confidence, hidden, num_visible), num_visible
 
         yield from self.answers(images, choose, partial(narrow_packed, make_layout=make_layout))

@@ -31,6 +31,7 @@ from fcmae.layouts import DENSE, PACKED
 from fcmae.masked import masked_loss
 from fcmae.networks.encoder import StagedEncoder
 from fcmae.networks.spec import NetworkSpec
+from fcmae.segmentation import check_sides
 from fcmae.training.run import Run
 from fcmae.weights.convert import build_encoder, convert
 from fcmae.weights.files import read_weights
@@ -262,12 +263,14 @@ class Segmented(Features):
         """Logits of every pixel's classes, (B, classes, H, W).
 
         Args:
-            images: see `forward`.
+            images: see `forward`; of sides that the total stride divides.
 
         Raises:
-            ValueError: see `forward`.
+            ValueError: see `forward`; or if the total stride does not divide a side.
         """
-        logits: Tensor = self.segmenter(self._normalized(images))
+        normalized = self._normalized(images)
+        check_sides("images", normalized.shape[2:], self.encoder.total_stride)
+        logits: Tensor = self.segmenter(normalized)
         return logits
 
     def anytime(

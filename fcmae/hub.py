@@ -6,12 +6,12 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
 import fcmae
 from fcmae import options
@@ -83,22 +83,32 @@ def push(cfg: PushConfig) -> str:
     api = HfApi(library_name="fcmae", library_version=fcmae.__version__)
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / cfg.repo.rpartition("/")[2]
-        _write(cfg.model, place, f"hf-hub:{cfg.repo}", cfg.key, cfg.prefix)
-        try:
-            made = api.create_repo(cfg.repo, private=not cfg.public, exist_ok=cfg.overwrite)
+        with _refusals(cfg.repo, api.endpoint):
+            repo = cfg.repo if "/" in cfg.repo else f"{api.whoami()['name']}/{cfg.repo}"
+        _write(cfg.model, place, f"hf-hub:{repo}", cfg.key, cfg.prefix)
+        with _refusals(cfg.repo, api.endpoint):
+            made = api.create_repo(repo, private=not cfg.public, exist_ok=cfg.overwrite)
             message = f"Upload by fcmae {fcmae.__version__}"
             api.upload_folder(repo_id=made.repo_id, folder_path=place, commit_message=message)
-        except FAILURES as error:
-            status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-            remedy = {
-                401: "log in with `hf auth login`, or set HF_TOKEN to a token that may write",
-                403: "use a token that may write there",
-                409: "give another name, or --overwrite to add to it",
-            }.get(status or 0, "try again")
-            said = f"{error} {error.__cause__ or ''}"
-            reason = printable(" ".join(said.split())[:300])
-            raise ValueError(f"repo = {cfg.repo}: the hub at {api.endpoint} refused ({reason}): {remedy}") from error
     return f"pushed to {made}: {'public' if cfg.public else 'private, as --public is not given'}"
+
+
+@contextmanager
+def _refusals(repo: str, endpoint: str) -> Iterator[None]:
+    """What the hub answers, as an error in one sentence."""
+    try:
+        yield
+    except FAILURES as error:
+        status = 401 if isinstance(error, LocalTokenNotFoundError) else None
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) else status
+        remedy = {
+            401: "log in with `hf auth login`, or set HF_TOKEN to a token that may write",
+            403: "use a token that may write there",
+            409: "give another name, or --overwrite to add to it",
+        }.get(status or 0, "try again")
+        said = f"{error} {error.__cause__ or ''}"
+        reason = printable(" ".join(said.split())[:300])
+        raise ValueError(f"repo = {repo}: the hub at {endpoint} refused ({reason}): {remedy}") from error
 
 
 def _write(model: Path, dest: Path, name: str, key: str | None, prefix: str | None) -> str:
@@ -153,7 +163,7 @@ def card(weights: Weights, run: Run | None, name: str) -> str:
     title = os.path.basename(place)  # noqa: PTH119  # of a repository's name too
     parts = [f"---\n{data.to_yaml()}\n---", f"# {_cell(title)}", *_what(weights), *_how_to_load(weights, name, place)]
     if run is not None:
-        parts += [*_training(run), *_results(run)]
+        parts += [*_training(run, weights.origin.get("step")), *_results(run)]
     if license_ is None:
         parts += ["## Licence", "None was given. Whoever publishes this names one in the head of this file."]
     else:
@@ -198,15 +208,17 @@ def _how_to_load(weights: Weights, name: str, place: str) -> Iterator[str]:
     yield f"```python\nimport fcmae\n{fetched}\n```"
 
 
-def _training(run: Run) -> Iterator[str]:
+def _training(run: Run, step: object) -> Iterator[str]:
+    """How the run came to the weights of a step, None if that is not known: as far as it was trained."""
+    told = [line for line in run.lines if not isinstance(step, int) or line["step"] <= step]
     yield "## How it was trained"
     rows = [["kind", {"pretrain": "masked pretraining", "finetune": "fine-tuning with labels"}[run.kind]]]
     if run.counts:
         rows += [["images", ", ".join(f"{number:,} {use}" for use, number in run.counts.items())]]
     if (files := run.path / "files.json").is_file():
         rows += [["fingerprint of the images", f"`{Images.load(files).fingerprint()}`"]]
-    if run.lines:
-        rows += [["trained for", f"{run.lines[-1]['epoch']:.4g} epochs, {run.lines[-1]['step']:,} steps"]]
+    if told:
+        rows += [["trained for", f"{told[-1]['epoch']:.4g} epochs, {told[-1]['step']:,} steps"]]
     rows += [["fcmae", _cell(run.version)]]
     yield table(["what", "value"], rows, left=2)
     settings = [[f"`{key}`", _cell(value)] for key, value in run.changed.items() if not key.startswith(LEFT_OUT)]
@@ -214,9 +226,11 @@ def _training(run: Run) -> Iterator[str]:
         yield "Settings that are not the default:"
         yield table(["setting", "value"], settings, left=2)
     by_step: dict[int, dict[str, float]] = {}
-    for line in run.lines:
+    for line in told:
         by_step.setdefault(int(line["step"]), {}).update(line)
-    keys = [key for key in CURVES if any(key in line for line in by_step.values())]
+    seen = {key for line in told for key in line}
+    # Where there is a moving average of the weights, that is the model.
+    keys = [f"ema_{key}" if f"ema_{key}" in seen else key for key in CURVES if key in seen]
     lines = [line for line in by_step.values() if keys[-1] in line] if keys else []
     if lines:
         yield "Curves, evenly spaced:"

@@ -28,6 +28,7 @@ from fcmae.data.loader import choose_num_workers, evaluation_loader
 from fcmae.data.maps import Classes
 from fcmae.data.rasters import Raster, geo_tags
 from fcmae.data.source import BadImage, printable
+from fcmae.data.storage import is_remote
 from fcmae.segmentation import check_sides, colours, each_image, predictor, probabilities_by_rows
 from fcmae.weights.convert import build_classifier
 from fcmae.weights.files import read_weights
@@ -116,6 +117,8 @@ def predict_maps(cfg: PredictConfig) -> None:
     """
     if cfg.out is None or cfg.csv is not None:
         raise ValueError(f"{cfg.model} makes label maps: give --out, a new folder for them, and no --csv")
+    if (cfg.key, cfg.prefix) != (None, None):
+        raise ValueError(f"{cfg.model} is a run, and key and prefix name what is inside a file: leave them out")
     if os.path.lexists(cfg.out):
         raise ValueError(f"out = {cfg.out} exists: give a new path, or remove it")
     model, weights, record = read_segmenter(cfg.model)
@@ -131,8 +134,9 @@ def predict_maps(cfg: PredictConfig) -> None:
     predict_tiles = predictor(model.to(accelerator.device).eval(), normalize, accelerator, cfg.tau, cfg.budget)
     images = find_images(cfg.images)
     names = images.names()
-    root = os.path.commonpath([os.path.dirname(name) for name in names])  # noqa: PTH120
-    out, places = cfg.out, [cfg.out / os.path.relpath(name, root) for name in names]
+    below = [f"/{name}" if is_remote(name) else name for name in names]  # all of them absolute
+    root = os.path.commonpath([os.path.dirname(name) for name in below])  # noqa: PTH120
+    out, places = cfg.out, [cfg.out / os.path.relpath(name, root) for name in below]
     places = [place.with_suffix(".tif" if place.suffix.lower() in (".tif", ".tiff") else ".png") for place in places]
 
     def files_of(place: Path) -> list[Path]:

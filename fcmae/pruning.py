@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -302,12 +303,13 @@ def _changes(weights: Weights, pruned: Weights, image_size: tuple[int, int]) -> 
 def _next(dest: Path, pruned: Weights) -> list[str]:
     architecture = pruned.architecture
     head = " --model.keep_head" if architecture.num_classes else ""
-    lines = [f"use: fcmae finetune LABELLED --init {dest}{head}"]
+    quoted = shlex.quote(str(dest))
+    lines = [f"use: fcmae finetune LABELLED --init {quoted}{head}"]
     if architecture.decoder_depth:
         numbers = architecture.spec.model_dump_json(exclude_defaults=True)
-        lines.append(f"the decoder is as it was: fcmae pretrain IMAGES --init {dest} --model.variant '{numbers}'")
+        lines.append(f"the decoder is as it was: fcmae pretrain IMAGES --init {quoted} --model.variant '{numbers}'")
     if timm_holds(architecture.spec):
-        lines.append(f"for timm: fcmae convert {dest} DIRECTORY")
+        lines.append(f"for timm: fcmae convert {quoted} DIRECTORY")
     else:
         lines.append("timm and transformers have no such network: their hidden channels are 4 times a stage's")
     return lines

@@ -92,6 +92,9 @@ def test_a_budget_may_shrink_and_never_grows_again() -> None:
     model, images = model_of(), images_of(2)
     found = [int(answer.computed[0].sum()) for answer in model.anytime(images, budget=(0.4, 0.9, 0.2))]
     assert found == [15, 6, 6, 3]
+    # .55 of 100 is 55.00000000000001 in binary.
+    images = images_of(1, 10 * model.encoder.total_stride, 10 * model.encoder.total_stride)
+    assert [int(answer.computed.sum()) for answer in model.anytime(images, budget=0.55)][1:] == [55] * 3
 
 
 def test_with_nothing_hidden_the_answers_are_the_exits_of_the_dense_network() -> None:

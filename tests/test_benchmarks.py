@@ -514,6 +514,10 @@ def test_a_part_of_the_gpus_that_fails_or_has_no_time_says_so_and_leaves_the_oth
     whole = written(path)
     assert (whole["note"], whole["settings"]["minutes"]) == ("by hand", 0.5)
     assert whole["command"] == parts["pretrain"]["command"]
+    # What an earlier call measured stays where there is no time for it now.
+    path.write_text(json.dumps(written(path) | {"parts": parts | {"pretrain": {"images_per_s": 9}}}))
+    assert gpu.main(["--out", str(path), *ON_CPU, "--parts", "pretrain", "--minutes", "0.5"]) == 0
+    assert written(path)["parts"]["pretrain"] == {"images_per_s": 9}
     (tmp_path / "benchmarks").mkdir()
     path.rename(tmp_path / "benchmarks" / "gpu.json")
     report.main(["--docs", str(tmp_path)])

@@ -108,6 +108,13 @@ def test_the_card_says_what_the_run_says_and_not_where_it_lies(run: Path, tmp_pa
     assert "/me/" not in card(read_weights(run), replace(read_run(run, "cells"), changed=places), "hf-hub:me/cells")
 
 
+def test_the_card_is_of_the_step_and_the_average_that_are_published(run: Path) -> None:
+    weights, found = read_weights(run), read_run(run, "cells")
+    lines = [{"step": step, "epoch": step / 2, "top1": step / 8, "ema_top1": step / 32} for step in (1, 2, 4)]
+    text = card(replace(weights, origin={"step": 2}), replace(found, lines=lines), "hf-hub:me/cells")
+    assert "1 epochs, 2 steps" in text and "0.0625" in text and "0.125" not in text and "ema_top1" in text
+
+
 def test_the_card_of_a_pretraining_has_its_curves_and_probes(tmp_path: Path) -> None:
     path = pretrain_run(tmp_path / "first")
     evaluation(path / "evaluation", str(path), 0.87)
@@ -205,6 +212,10 @@ class Hub(BaseHTTPRequestHandler):
                 self.repos[match[1]][value["path"]] = self.repos["lfs"][value["oid"]]
         return self.answer({"commitUrl": f"{url}/{match[1]}/commit/{'0' * 40}", "commitOid": "0" * 40})
 
+    def do_GET(self) -> None:
+        assert self.path == "/api/whoami-v2", self.path
+        self.answer({"type": "user", "name": "me"})
+
     def do_PUT(self) -> None:
         if (refused := self.refuses.get("PUT")) is not None:
             return self.answer({"error": refused[1]}, refused[0])
@@ -251,6 +262,21 @@ def test_a_pushed_model_is_private_and_comes_back_as_it_was(
     assert load_file(tmp_path / "model.safetensors").keys() == load_file(run / "best" / "model.safetensors").keys()
     assert read_weights(tmp_path).class_names == NAMES
     assert "timm.create_model('hf-hub:me/cells'" in files["README.md"].decode()
+
+
+def test_a_name_alone_is_of_whom_the_token_is_of_on_the_card_too(run: Path, hub: type[Hub]) -> None:
+    assert main(["push", str(run), "cells"]) == 0
+    text = hub.repos["me/cells"]["README.md"].decode()
+    assert "timm.create_model('hf-hub:me/cells'" in text and "snapshot_download('me/cells')" in text
+
+
+def test_a_name_alone_without_a_token_is_a_sentence(
+    run: Path, hub: type[Hub], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", "nowhere")
+    assert main(["push", str(run), "cells"]) == 2
+    assert "repo = cells: the hub at" in (said := capsys.readouterr().err) and "log in with `hf auth login`" in said
 
 
 def test_a_repository_that_is_there_is_added_to_only_if_asked(

@@ -279,11 +279,11 @@ def prune(model: Path, dest: Path, photos: Path, *more: str) -> int:
 def test_what_is_pruned_loads_in_every_command(
     tuned: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pruned, common = tmp_path / "pruned.safetensors", ["--num_workers", "0", "--device", "cpu"]
+    pruned, common = tmp_path / "my pruned.safetensors", ["--num_workers", "0", "--device", "cpu"]
     assert prune(tuned, pruned, photos, "--how", "global") == 0
     out = capsys.readouterr().out
     assert "hidden channels: 120 -> 60" in out
-    assert f"use: fcmae finetune LABELLED --init {pruned} --model.keep_head" in out
+    assert f"use: fcmae finetune LABELLED --init '{pruned}' --model.keep_head" in out
     assert "timm and transformers have no such network" in out
     weights = read_weights(pruned)
     assert sum(map(sum, weights.architecture.spec.hidden_widths)) == 60

@@ -412,12 +412,24 @@ def test_what_cannot_be_predicted_is_refused(tmp_path: Path, capsys: pytest.Capt
     for more, sentence in (
         ((), "makes label maps: give --out, a new folder"),
         (("--out", str(photos)), "exists: give a new path, or remove it"),
+        (("--out", str(tmp_path / "new"), "--prefix", "student"), "name what is inside a file: leave them out"),
     ):
         assert cli.main(["predict", str(tmp_path / "model"), str(photos), "--device", "cpu", *more]) == 2
         assert sentence in capsys.readouterr().err
     (photos / "00.jpg").write_bytes(b"broken")
     assert predict(tmp_path / "model", photos, tmp_path / "maps") == 2
     assert "none of 1 images could be segmented" in capsys.readouterr().err
+
+
+def test_images_here_and_elsewhere_are_mapped_together(tmp_path: Path) -> None:
+    memory = pytest.importorskip("fsspec").filesystem("memory")
+    save(tmp_path / "model")
+    photos = write_images(tmp_path / "photos", 1)
+    memory.pipe_file("/away/00.jpg", (photos / "00.jpg").read_bytes())
+    assert predict(tmp_path / "model", photos, tmp_path / "maps", "memory://away") == 0
+    here, away = sorted((tmp_path / "maps").rglob("*.png"), key=lambda path: "away" in path.parts)
+    assert away == tmp_path / "maps" / "memory:" / "away" / "00.png" and here.is_relative_to(tmp_path / "maps")
+    assert here.read_bytes() == away.read_bytes()
 
 
 # Models that may stop
@@ -456,6 +468,8 @@ def test_answers_come_one_by_one_from_python(anytime: Path, segmented: Path) -> 
     assert torch.equal(model.maps(images), answers[-1].pixels())
     plain = fcmae.load(segmented)
     assert isinstance(plain, fcmae.api.Segmented) and plain.maps(images).shape == (1, 2, 16, 24)
+    with pytest.raises(ValueError, match=r"^images: 23 is not a multiple of the total stride"):
+        plain.maps(images[..., :23])
     with pytest.raises(ValueError, match=r"train one with model\.head anytime"):
         next(plain.anytime(images))
 

@@ -285,7 +285,7 @@ def write(weights: Weights, dest: Path | None, to: str) -> str:
 def _how_to_use(dest: Path, spec: NetworkSpec, to: str) -> str:
     quoted = shlex.quote(str(dest))
     variant = variant_of(spec)
-    command = "finetune IMAGES" if spec.dense_only else "pretrain"
+    command = "finetune IMAGES" if spec.dense_only else "pretrain IMAGES"
     use = f"fcmae {command} --init {quoted} --model.variant {variant}"
     if spec.stem_stride != 4:
         use += f" --model.stem_stride {spec.stem_stride}"
