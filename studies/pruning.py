@@ -305,8 +305,13 @@ def section(found: dict[str, Any]) -> str:
     factors = ", ".join(f"{name} {1 / factor:.2f}" for name, factor in found["factors"].items())
     return f"""{table(COLUMNS, rows(found), left=2)}
 
-Written by `studies/pruning.py`, which says what each arm is, from `docs/pruning.json`. tiny20 at {budget["side"]}
-pixels, {budget["percent"]} % of the labels; brackets are 95 % intervals of the mean over seeds (Student's t); a seed
+Written by `studies/pruning.py` from `docs/pruning.json`. scratch, E and B: the small network, for E epochs, and for the
+multiply-adds of E epochs of the large one. pruned: the fine-tuned large network, pruned, and trained for E (full), or
+for E / 4 at a tenth of the rate (short). pruned early: pruned before any fine-tuning. ticket: what the large one began
+with (after pretraining, the pretrained encoder), in the pruned shape. low: at a tenth of the rate.
+
+tiny20 at {budget["side"]} pixels, {budget["percent"]} % of the labels; brackets are 95 % intervals of the mean over
+seeds (Student's t); a seed
 draws the same labels for every arm. E is {budget["epochs"]:g} epochs; the large network was pretrained for
 {budget["pretraining"]:g}, once. Multiply-adds of what stays, of the large one's: {factors}.
 {in_words(found["machine"])}.
