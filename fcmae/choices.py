@@ -267,7 +267,7 @@ def pretraining_batch(choices: Choices, images: Images, device: str) -> None:
 
 
 def finetuning_settings(
-    choices: Choices, images: Images, device: str, held: NetworkSpec | None, held_side: int | None
+    choices: Choices, images: Images, device: str, held: NetworkSpec | None, held_size: Sequence[int]
 ) -> None:
     """Everything of a fine-tuning but its epochs, by the number of labels and their balance.
 
@@ -276,10 +276,11 @@ def finetuning_settings(
         images: their facts, with class_counts.
         device: "cpu", or another type.
         held: the network of the starting weights, if there are any.
-        held_side: the image size that these were trained at, if they say.
+        held_size: the height and width that these were trained at, if they say.
     """
-    if held_side is not None:
-        side = choices.take("data.image_size", held_side, "that of model.init")
+    if held_size:
+        square = len(set(held_size)) == 1
+        side = choices.take("data.image_size", held_size[0] if square else list(held_size), "that of model.init")
     else:
         side = choices.take("data.image_size", *_image_size(images.short_side, device))
     side = min(side) if isinstance(side, list) else side

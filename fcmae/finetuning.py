@@ -222,7 +222,7 @@ def run_images(cfg: FinetuneConfig, run: RunDirectory, weights: Weights) -> tupl
     """
     cached = (run.path / "files.json", run.path / "val_files.json")
     storage = Storage.of_run(run.path, cfg.data.index, cfg.data.cache_gb)
-    if run.kept("data.path", "data.val_path") and all(path.is_file() for path in cached):
+    if not cfg.eval_only and run.kept("data.path", "data.val_path") and all(path.is_file() for path in cached):
         return Images.load(cached[0], storage), Images.load(cached[1], storage)
     names, own = weights.class_names if _keeps_head(cfg) else None, cfg.data.path
     train = find_labelled(own, names, key="data.path", storage=storage) if own else Images.of_files((), (), names)

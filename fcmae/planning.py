@@ -16,7 +16,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fcmae import bench, choices, options
-from fcmae.config import BenchConfig, DenseConfig, FinetuneConfig, ImageConfig, PretrainConfig, RunConfig, SegmentConfig
+from fcmae.config import (
+    FREE_ON_RESUME,
+    BenchConfig,
+    DenseConfig,
+    FinetuneConfig,
+    ImageConfig,
+    PretrainConfig,
+    RunConfig,
+    SegmentConfig,
+)
 from fcmae.data.cores import free_memory
 from fcmae.data.index import Images, find_images, find_labelled, find_mapped
 from fcmae.data.storage import Storage
@@ -29,7 +38,10 @@ if TYPE_CHECKING:
 
     from fcmae.data.dataset import ImageDataset
     from fcmae.heads import Classifier, Segmenter
+    from fcmae.weights.files import Weights
 
+# What may change on resume, and yet tells which run is meant where `out` is not given.
+WHICH_RUN = {"data.path", "data.val_path", "data.maps", "data.val_maps", "hours"}
 SHORT_S = 0.01  # to measure the memory of a step, whatever its time
 MEMORY_SHARE = 0.7  # of what is free, for the run as it was measured
 SUFFIX = {"pretrain": "", "finetune": "-tuned", "segment": "-segmented"}  # of run directories, by the kind of run
@@ -98,16 +110,19 @@ def finetuning(sketch: FinetuneConfig, given: Mapping[str, Any]) -> dict[str, An
         return _parts(sketch, lambda at_once: _dense_step(sketch, at_once, SHORT_S))
     _refuse_launcher()
     storage = Storage.of_run(out, sketch.data.index, sketch.data.cache_gb)
-    images = find_labelled(sketch.data.path, storage=storage)
+    names = None
+    if sketch.model.init is not None and sketch.model.keep_head:
+        names = _weights(sketch).class_names or None
+    images = find_labelled(sketch.data.path, names, key="data.path", storage=storage)
     device = _device(sketch)
     plan = choices.Choices(given)
     held, image = (None, {}) if sketch.model.init is None else _held(sketch)
     if "input_size" in image:
         plan.take("data.in_chans", image["input_size"][0], "that of model.init")
     facts = _facts(images, plan.settings.get("data.in_chans"), sketch.data)
-    if "mean" not in image:
+    if len(image.get("mean", ())) != plan.settings.get("data.in_chans", facts.in_chans):
         choices.image_settings(plan, facts)
-    choices.finetuning_settings(plan, facts, device, held, image.get("input_size", [None])[-1])
+    choices.finetuning_settings(plan, facts, device, held, image.get("input_size", [])[1:])
     hours = _machine(plan, device)
     cfg = options.make(FinetuneConfig, {"epochs": 1} | plan.settings | {"out": out, "log.trackers": "none"})
     result = _fit(plan, cfg, lambda at_once: _dense_step(cfg, at_once, _measured_s(hours)))
@@ -153,7 +168,7 @@ def segmentation(sketch: SegmentConfig, given: Mapping[str, Any]) -> dict[str, A
     else:
         images = images.subset(range(len(images) - num_held_out))
     facts = _facts(images, plan.settings.get("data.in_chans"), sketch.data)
-    if "mean" not in image:
+    if len(image.get("mean", ())) != plan.settings.get("data.in_chans", facts.in_chans):
         choices.image_settings(plan, facts)
     choices.segmentation_settings(plan, facts, device, held)
     hours = _machine(plan, device)
@@ -173,7 +188,7 @@ def _chosen(plan: choices.Choices) -> dict[str, Any]:
 
 def _is_settled(sketch: RunConfig, given: Mapping[str, Any]) -> bool:
     """Whether only grad_accum is to be chosen."""
-    return options.flat(sketch).keys() - given.keys() <= options.TO_CHOOSE
+    return options.flat(sketch).keys() - given.keys() <= options.TO_CHOOSE | {"overwrite"}
 
 
 # Where the run is
@@ -188,6 +203,8 @@ def _run_directory(sketch: RunConfig, given: Mapping[str, Any], images: str) -> 
     kind = next((kind for model, kind in kinds.items() if isinstance(sketch, model)), "pretrain")
     name += SUFFIX[kind]
     number, place = 1, Path("runs") / name
+    if sketch.overwrite and place.exists():
+        raise ValueError(f"overwrite: {place} may be another run: name the one to delete by --out")
     while place.exists() and not _goes_on(sketch, given, place, kind):
         number += 1
         place = Path("runs") / f"{name}-{number}"
@@ -202,7 +219,8 @@ def _goes_on(sketch: RunConfig, given: Mapping[str, Any], place: Path, kind: str
     if saved is None:
         return False
     wanted = options.flat(sketch)
-    same = all(saved.get(key) == wanted[key] for key in given if key in wanted and key not in ("out", "overwrite"))
+    compared = (given.keys() & wanted.keys()) - (FREE_ON_RESUME - WHICH_RUN)
+    same = all(saved.get(key) == wanted[key] for key in compared)
     return same and how_it_ended(place / "train.log") != "finished"
 
 
@@ -211,8 +229,10 @@ def _saved(sketch: RunConfig, place: Path, kind: str, begun: bool = True) -> dic
 
     begun: only of one that has something to go on from. One that was cut off in its first steps chooses anew.
     """
+    from fcmae.training.messages import overwrites
+
     config = place / "config.yaml"
-    if sketch.overwrite or not config.is_file() or (begun and not _has_begun(place)):
+    if overwrites(sketch) or not config.is_file() or (begun and not _has_begun(place)):
         return None
     with config.open(encoding="utf-8", errors="replace") as file:
         if not file.readline().startswith(f"# fcmae {kind} "):
@@ -226,12 +246,12 @@ def _has_begun(place: Path) -> bool:
 
 def _cut_off_at(cfg: RunConfig) -> float:
     """The images at once of a start in this place that was cut off in its first steps, or infinity."""
-    from fcmae.training.messages import CUT_OFF, how_it_ended
+    from fcmae.training.messages import CUT_OFF, how_it_ended, overwrites
     from fcmae.training.steps import images_at_once
 
     assert cfg.out is not None
     config = cfg.out / "config.yaml"
-    if cfg.overwrite or not config.is_file() or _has_begun(cfg.out) or how_it_ended(cfg.out / "train.log") != CUT_OFF:
+    if overwrites(cfg) or not config.is_file() or _has_begun(cfg.out) or how_it_ended(cfg.out / "train.log") != CUT_OFF:
         return math.inf
     return images_at_once(options.read(type(cfg), config), 1)
 
@@ -249,10 +269,14 @@ def _facts(images: Images, in_chans: int | None, data: ImageConfig) -> choices.I
 
 def _held(sketch: PretrainConfig | DenseConfig) -> tuple[NetworkSpec, dict[str, Any]]:
     """The network of the starting weights, and how their images were read."""
+    weights = _weights(sketch)
+    return weights.architecture.spec, weights.image
+
+
+def _weights(sketch: PretrainConfig | DenseConfig) -> Weights:
     from fcmae.weights.files import read_init
 
-    weights = read_init(str(sketch.model.init), sketch.model.key, sketch.model.prefix)
-    return weights.architecture.spec, weights.image
+    return read_init(str(sketch.model.init), sketch.model.key, sketch.model.prefix)
 
 
 def _device(sketch: RunConfig) -> str:
@@ -421,7 +445,9 @@ def time_training(cfg: FinetuneConfig | SegmentConfig, at_once: int, duration_s:
         train_set: ImageDataset = segmenting.build_train_set(cfg, data, weights)
         loss_of: Callable[[Tensor, Tensor], Tensor] = segmentation_loss
     else:
-        images = find_labelled(cfg.data.path or "", storage=Storage.of_run(cfg.out, cfg.data.index, cfg.data.cache_gb))
+        names = weights.class_names or None if cfg.model.keep_head else None
+        storage = Storage.of_run(cfg.out, cfg.data.index, cfg.data.cache_gb)
+        images = find_labelled(cfg.data.path or "", names, key="data.path", storage=storage)
         assert images.class_names is not None
         net = finetuning.build_model(cfg, weights, len(images.class_names))
         weights.image.update(finetuning.reading_settings(cfg, weights))

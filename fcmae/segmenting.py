@@ -214,7 +214,8 @@ def run_images(cfg: SegmentConfig, run: RunDirectory) -> Mapped:
         run: its directory.
     """
     cached = [run.path / name for name in FILES]
-    if run.kept("data.path", "data.maps", "data.val_path", "data.val_maps") and all(path.is_file() for path in cached):
+    same = not cfg.eval_only and run.kept("data.path", "data.maps", "data.val_path", "data.val_maps")
+    if same and all(path.is_file() for path in cached):
         storage = Storage.of_run(run.path, cfg.data.index, cfg.data.cache_gb)
         return _counted(cfg, *(Images.load(path, storage) for path in cached))
     return find_data(cfg)

@@ -121,7 +121,7 @@ def test_statistics_that_are_given_are_left_alone() -> None:
 def tuning(facts: Images, held: ConvNeXtSpec | None = None, side: int | None = None, **given: Any) -> FinetuneConfig:
     plan = Choices(given)
     choices.image_settings(plan, facts)
-    choices.finetuning_settings(plan, facts, "cpu", held, side)
+    choices.finetuning_settings(plan, facts, "cpu", held, [] if side is None else [side, side])
     choices.duration(plan, facts.num, 1, 100, choices.finetuning_epochs(sum(facts.class_counts)))
     init = {} if held is None else {"model.init": "run"}
     return make(FinetuneConfig, plan.settings | init | {"data.path": "labelled", "out": "out"})
@@ -210,7 +210,7 @@ def test_a_checkpoint_is_saved_every_ten_minutes_however_long_an_epoch_is() -> N
 @pytest.mark.parametrize(("num", "batch", "why"), [(8, 4, "a step"), (20, 8, "2 steps"), (1024, 64, "12 steps")])
 def test_a_batch_of_few_labels_is_no_more_than_there_are_to_learn_from(num: int, batch: int, why: str) -> None:
     plan = choices.Choices({})
-    choices.finetuning_settings(plan, images(num, class_counts=(num // 2, num // 2)), "cpu", None, None)
+    choices.finetuning_settings(plan, images(num, class_counts=(num // 2, num // 2)), "cpu", None, [])
     assert plan.settings["batch_size"] == batch
     assert (
         next(choice.why for choice in plan.made if choice.key == "batch_size")

@@ -24,11 +24,11 @@ from conftest import file_limit, requires_chromium
 from reported import LAYERS, evaluation, finetune_run, picture, pretrain_run, write_lines
 from runs import flags
 
-from fcmae import options
+from fcmae import options, planning
 from fcmae.cli import main
 from fcmae.config import FinetuneConfig, PretrainConfig
 from fcmae.evaluation.charts import COLOURS
-from fcmae.evaluation.report import MARK, MOST_PICTURES, command, report
+from fcmae.evaluation.report import MARK, MOST_PICTURES, command, report, reproduce
 from fcmae.evaluation.runs import CONFIGS, read_run
 
 HOSTILE = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">'&"
@@ -270,9 +270,15 @@ def test_the_command_gives_the_same_settings(words: list[str], tmp_path: Path) -
     cfg = options.load(kind, words[1:], prog="test")
     (tmp_path / "config.yaml").write_text(f"# fcmae {words[0]} 0.1.0\n{options.dump(cfg)}")
     run = read_run(tmp_path, "run")
-    program, subcommand, *rest = shlex.split(command(run.kind, run.changed))
+    (shown,) = reproduce(run).commands
+    program, subcommand, *rest = shlex.split(shown)
     assert (program, subcommand) == ("fcmae", words[0])
-    assert options.load(kind, rest, prog="test") == cfg
+
+    def complete(sketch: Any, given: Any) -> dict[str, Any]:
+        assert planning._is_settled(sketch, given)  # nothing but parts is left to choose
+        return {}
+
+    assert options.load(kind, rest, prog="test", complete=complete) == cfg
     assert "--config" not in rest
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import multiprocessing
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
@@ -91,6 +92,20 @@ def test_a_run_that_was_cut_off_names_its_command(run: Path) -> None:
     said = status(log(run, "step 30/60, epoch 3.00"))
     assert "ended without a word, probably for want of memory" in said
     assert "fcmae pretrain --out run  # goes on" in said
+
+
+@pytest.mark.parametrize(
+    ("command", "processes", "shown"),
+    [
+        ("pretrain.py --config eight.yaml", 8, "accelerate launch --num_processes 8 pretrain.py --config {}"),
+        ("ipykernel_launcher.py -f x.json", 1, "fcmae pretrain --config {}"),
+    ],
+)
+def test_what_goes_on_is_a_command(run: Path, command: str, processes: int, shown: str) -> None:
+    start = {"time": "2026-01-01T00:00:00+00:00", "command": command, "num_processes": processes}
+    (run / "environment.json").write_text(json.dumps([start]))
+    said = status(log(run, "step 30/60, epoch 3.00"))
+    assert f"  {shown.format(run / 'config.yaml')}  # goes on" in said
 
 
 def test_the_runs_below_a_folder_are_a_table(

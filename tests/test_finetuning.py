@@ -111,14 +111,24 @@ def test_evaluating_only_and_predicting_repeat_the_last_evaluation(
     with (tmp_path / "held_out.csv").open("w") as file:
         file.writelines(["path,label\n", *(f"{row['path']},{row['label']}\n" for row in expected.values())])
     out = tmp_path / "evaluated"
-    status = cli.main(
-        f"finetune --eval_only --model.init {tuned / 'last'} --data.val_path {tmp_path / 'held_out.csv'} --out {out} "
-        "--device cpu --log.trackers none --batch_size 3 --data.num_workers 0".split()  # the size is the model's own
-    )
-    assert status == 0
+    evaluating = [
+        *("finetune", "--eval_only", "--model.init", str(tuned / "last"), "--out", str(out)),
+        *("--data.val_path", str(tmp_path / "held_out.csv"), "--device", "cpu", "--log.trackers", "none"),
+        *("--batch_size", "3", "--data.num_workers", "0"),  # the size is the model's own
+    ]
+    assert cli.main(evaluating) == 0
     assert metrics(out)[-1]["val_loss"] == pytest.approx(metrics(tuned)[-1]["val_loss"], rel=1e-5)
     assert (out / "predictions.csv").read_text().splitlines()[0] == "path,label,predicted,probability,p(blue),p(green)"
     assert not (out / "best").exists()
+
+    # Given again, it scores what is there now.
+    swapped = {"blue": "green", "green": "blue"}
+    with (tmp_path / "held_out.csv").open("w") as file:
+        file.writelines(["path,label\n", *(f"{path},{swapped[row['label']]}\n" for path, row in expected.items())])
+    runs.forget_accelerator()
+    assert cli.main(evaluating) == 0
+    (line,) = metrics(out)
+    assert line["top1"] == pytest.approx(1 - metrics(tuned)[-1]["top1"])
 
     capsys.readouterr()
     (tmp_path / "broken.png").write_bytes(b"no image")

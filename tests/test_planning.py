@@ -18,15 +18,18 @@ from runs import TINY, forget_accelerator, start, write_colors, write_images
 
 import fcmae
 from fcmae import api, bench, choices, cli, planning
-from fcmae.config import BenchConfig, PretrainConfig, SegmentConfig
+from fcmae.config import BenchConfig, FinetuneConfig, PretrainConfig, SegmentConfig
 from fcmae.data import cores
 from fcmae.data.index import find_images
 from fcmae.data.survey import survey
+from fcmae.heads import Classifier
 from fcmae.networks.convnext import Encoder
 from fcmae.networks.spec import VARIANTS, ConvNeXtSpec
 from fcmae.options import load, read
 from fcmae.pretraining import pretrain
 from fcmae.processes import OUT_OF_MEMORY, Failed
+from fcmae.weights.files import Weights, save_weights
+from fcmae.weights.formats import Architecture
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import first_hour
@@ -155,6 +158,13 @@ def test_a_run_that_was_cut_off_goes_on_with_what_was_chosen(photos: Path, measu
     assert again == first and len(measured) == 1
     other = load(PretrainConfig, [*words, "--seed", "1"], prog="x", complete=planning.pretraining)
     assert other.out == Path("runs/photos-2")
+    # What may change on resume makes no other run of it.
+    for more in (["--data.cache_gb", "1"], ["--checkpoint.keep", "3"]):
+        assert load(PretrainConfig, [*words, *more], prog="x", complete=planning.pretraining).out == run
+    with pytest.raises(
+        ValueError, match=r"^overwrite: runs/photos may be another run: name the one to delete by --out"
+    ):
+        load(PretrainConfig, [*words, "--overwrite"], prog="x", complete=planning.pretraining)
 
 
 def test_a_file_of_settings_leaves_nothing_to_choose_unless_hours_are_given(photos: Path, measured: list[int]) -> None:
@@ -375,6 +385,44 @@ def test_the_weights_that_a_run_starts_from_are_found_by_their_key(photos: Path,
     words = ["photos", "--init", "w.pth", "--model.key", "average", "--device", "cpu"]
     cfg = load(PretrainConfig, words, prog="x", complete=planning.pretraining)
     assert cfg.model.spec == spec and cfg.chosen["model.variant"] == "that of model.init"
+
+
+@pytest.fixture
+def tuned(tmp_path: Path) -> Path:
+    """A classifier of three colours, of images of 32 x 48 with a mean and std of their own."""
+    spec = ConvNeXtSpec(depths=(1, 1), dims=(8, 16), stem_stride=4)
+    image = {"input_size": [3, 32, 48], "mean": [0.1, 0.2, 0.3], "std": [1.0, 1.0, 1.0], "crop_pct": 1.0}
+    architecture = Architecture(spec, num_classes=3)
+    weights = Weights(Classifier(Encoder(spec), 3).state_dict(), architecture, image, ("blue", "green", "red"))
+    save_weights(tmp_path / "tuned.safetensors", weights, "fcmae")
+    return tmp_path / "tuned.safetensors"
+
+
+def test_a_fine_tuning_has_the_height_and_width_of_its_weights(
+    tuned: Path, tmp_path: Path, measured: list[int]
+) -> None:
+    (tmp_path / "labelled").mkdir()
+    write_colors(tmp_path / "labelled", {"red": (200, 40, 40), "blue": (40, 40, 200)}, (8, 8))
+    words = [str(tmp_path / "labelled"), "--init", str(tuned), "--device", "cpu", "--out", str(tmp_path / "out")]
+    cfg = load(FinetuneConfig, words, prog="x", complete=planning.finetuning)
+    assert cfg.data.image_size == (32, 48) and cfg.data.mean is None
+    # The head that is kept has a class that no label here is of.
+    kept = load(FinetuneConfig, [*words, "--model.keep_head"], prog="x", complete=planning.finetuning)
+    assert kept.epochs == cfg.epochs
+
+
+def test_grey_images_are_measured_where_the_weights_are_of_colours(
+    tuned: Path, tmp_path: Path, measured: list[int]
+) -> None:
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        (tmp_path / "xray" / name).mkdir(parents=True)
+        for i in range(8):
+            pixels = rng.integers(0, 4096, (40, 60), dtype=np.uint16)
+            tifffile.imwrite(tmp_path / "xray" / name / f"{i}.tif", pixels)
+    words = [str(tmp_path / "xray"), "--init", str(tuned), "--device", "cpu", "--out", str(tmp_path / "out")]
+    cfg = load(FinetuneConfig, [*words, "--data.in_chans", "1"], prog="x", complete=planning.finetuning)
+    assert cfg.data.mean is not None and cfg.data.mean[0] == pytest.approx(2048 / 65535, rel=0.1)
 
 
 def test_held_out_images_count_among_the_hours_of_a_fine_tuning(

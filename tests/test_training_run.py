@@ -153,6 +153,25 @@ def test_overwrite_deletes_the_run_s_own_files_only(tmp_path: Path) -> None:
     assert names(tmp_path) == {"notes.txt", "plots/mine.png", "config.yaml", "environment.json", "train.log", ".lock"}
 
 
+@pytest.mark.parametrize("restarted", ["SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"])
+def test_what_is_to_be_deleted_is_deleted_at_the_start_that_said_so_alone(
+    tmp_path: Path, restarted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_run(tmp_path)
+    monkeypatch.setattr("sys.argv", ["fcmae", "pretrain", "photos", "--overwrite", "TRUE", "--out", "x", "--overwrite"])
+    cfg = config(Path("photos"), tmp_path, overwrite="true")
+    with RunDirectory(cfg, "pretrain").open(is_main=True):
+        pass
+    assert starts(tmp_path)[-1]["command"] == "fcmae pretrain photos --out x"
+    assert not options.read(PretrainConfig, tmp_path / "config.yaml").overwrite
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "epoch": 0.5}\n')
+    monkeypatch.setenv(restarted, "0")
+    assert not RunDirectory(cfg, "pretrain").exists
+    monkeypatch.setenv(restarted, "1")
+    assert RunDirectory(cfg, "pretrain").exists
+    assert messages.same_command(cfg) == "the same command without --overwrite"
+
+
 def test_an_overwrite_cut_off_anywhere_leaves_the_old_run_with_all_its_checkpoints_or_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -423,7 +423,8 @@ class RunConfig(Settings):
     """The run directory: everything a run writes goes here. The same command again resumes it. Where settings are
     chosen, runs/NAME of the images by default, with -tuned or -segmented behind it when that is done."""
     overwrite: bool = False
-    """Delete the run that is in `out` and start anew."""
+    """Delete the run that is in `out` and start anew. It is of this start alone: where SLURM or torchrun starts the
+    command again, the run goes on."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Seeds the weights, the order of the images, the crops and the masks."""
     epochs: int | float = Field(800, gt=0)

@@ -57,7 +57,7 @@ class BadFiles:
             raise ValueError(
                 f"data.max_bad_share: {len(self._known)} of {self._num_files} files cannot be used, more than the "
                 f"share {self._max_share:g} ({first}; all are in {self._path}): "
-                "repair or remove them and delete that list, or raise the share"
+                "repair them and delete that list, raise the share, or leave them out in another --out"
             )
         others = f" and {len(new) - 1} more" if len(new) > 1 else ""
         logger.warning("skipped %s%s; %d bad files so far, listed in %s", first, others, len(self._known), self._path)

@@ -30,12 +30,13 @@ from fcmae.data.split import evenly
 from fcmae.evaluation import paired
 from fcmae.evaluation.charts import Chart, Table, heat_map, line_chart, shown
 from fcmae.evaluation.records import COLUMNS, Evaluation, score_rows
-from fcmae.evaluation.runs import MAX_JSON, Run, curve, finite, read_json, read_run, took_s
+from fcmae.evaluation.runs import MAX_JSON, Run, curve, finite, processes_of, read_json, read_run, took_s
 from fcmae.evaluation.verdicts import is_collapsing, is_working, was_worth_it
 from fcmae.training.messages import how_it_ended
 
 MARK = '<meta name="generator" content="fcmae report'
 MOST_PICTURES = 12  # over time
+OF_A_START = {"chosen", "planned_s", "overwrite"}  # no settings of what is computed
 MAX_PICTURE, MAX_PIXELS = 2**25, 2**26  # bytes and pixels of one
 KINDS = {"pretrain": "pretraining", "finetune": "fine-tuning", "segment": "segmentation"}
 ANALYZED = ("cosine_distance", "effective_rank", "dead_share", "saturated_share", "grn_gamma", "grn_beta")
@@ -513,21 +514,21 @@ def reproduce(run: Run) -> Section:
         section.notes.append(
             f"As typed in {last.get('directory', 'its directory')}; and the same with all settings as flags."
         )
-    processes = _text(last.get("num_processes"))
-    section.commands.append(command(run.kind, run.changed, int(processes) if processes.isdecimal() else 1))
+    settings = {key: value for key, value in run.settings.items() if key not in OF_A_START}
+    section.commands.append(command(run.kind, settings, processes_of(run)))
     section.commands += [found["command"] for found in run.evaluations.values() if "command" in found]
     return section
 
 
-def command(kind: str, changed: Mapping[str, Any], num_processes: int = 1) -> str:
-    """The command that gives a run with these settings, and the default of all others.
+def command(kind: str, settings: Mapping[str, Any], num_processes: int = 1) -> str:
+    """The command that gives a run with these settings; what is not among them is chosen.
 
     Args:
         kind: pretrain, finetune or segment.
-        changed: settings by dotted key.
+        settings: by dotted key.
         num_processes: of the run; more than one are launched by accelerate.
     """
     words = ["fcmae", kind]
     if num_processes > 1:
         words = ["accelerate", "launch", "--num_processes", str(num_processes), f"{kind}.py"]
-    return shlex.join([*words, *options.flags(changed)])
+    return shlex.join([*words, *options.flags(settings)])

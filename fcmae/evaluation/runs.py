@@ -73,6 +73,12 @@ class Run:
     problems: list[str]
 
 
+def processes_of(run: Run) -> int:
+    """How many computed when it last started."""
+    given = str(run.starts[-1].get("num_processes")) if run.starts else ""
+    return int(given) if given.isdecimal() else 1
+
+
 def read_run(path: Path, name: str) -> Run:
     """All that a run's directory holds, but for pictures; what cannot be read becomes one of the run's problems.
 

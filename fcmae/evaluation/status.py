@@ -12,7 +12,7 @@ from pathlib import Path
 from fcmae.config.base import near_runs
 from fcmae.data.source import printable
 from fcmae.evaluation import paired
-from fcmae.evaluation.runs import Run, curve, finite, read_run, took_s
+from fcmae.evaluation.runs import Run, curve, finite, processes_of, read_run, took_s
 from fcmae.evaluation.verdicts import is_collapsing, is_working
 from fcmae.tables import table
 from fcmae.training import checkpoint
@@ -153,6 +153,15 @@ def _time(run: Run, state: str) -> Iterator[str]:
     yield text
 
 
+def _resuming(run: Run, given: str) -> str:
+    """The command as it was given, where it is one that can be given again; else one by the run's settings."""
+    if (num := processes_of(run)) == 1 and given.startswith("fcmae "):
+        return given
+    config = shlex.quote(str(run.path / "config.yaml"))
+    program = f"fcmae {run.kind}" if num == 1 else f"accelerate launch --num_processes {num} {run.kind}.py"
+    return f"{program} --config {config}"
+
+
 def next_commands(run: Run, state: str) -> list[str]:
     """What to type next, ready to be copied.
 
@@ -165,7 +174,7 @@ def next_commands(run: Run, state: str) -> list[str]:
         return [f"fcmae status {path}", f"fcmae report {path}"]
     if state in ("stopped", "cut off", "failed", "not begun") or checkpoint.latest(run.path) is None:
         if state != "finished" and run.starts and (given := run.starts[-1].get("command")):
-            return [f"{given}  # goes on", f"fcmae report {path}"]
+            return [f"{_resuming(run, str(given))}  # goes on", f"fcmae report {path}"]
         return [f"fcmae report {path}"]
     if run.kind == "segment":
         return [f"fcmae predict {path} IMAGES --out maps", f"fcmae report {path}"]

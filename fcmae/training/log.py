@@ -47,7 +47,9 @@ class Log:
     def __init__(self, cfg: RunConfig, accelerator: Accelerator, schedule: Schedule, num_files: int) -> None:
         assert cfg.out is not None
         self.run = cfg.out
-        self.metrics = Metrics(self.run / "metrics.jsonl", accelerator, schedule.start)
+        # What an evaluation alone said before was of other images perhaps, or of other weights.
+        start = -1 if getattr(cfg, "eval_only", False) else schedule.start
+        self.metrics = Metrics(self.run / "metrics.jsonl", accelerator, start)
         self.window = Window(cfg.batch_size, accelerator.device.type)
         self.unread_files: list[tuple[str, str]] = []
         self._accelerator, self._batch_size, self._schedule = accelerator, cfg.batch_size, schedule

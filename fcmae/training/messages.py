@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 import threading
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from fcmae.config import RunConfig
 from fcmae.data.source import printable
 
 logger = logging.getLogger("fcmae")
@@ -19,6 +21,17 @@ logger = logging.getLogger("fcmae")
 LOG_END = 2**16  # bytes of train.log in which its last line is looked for
 CUT_OFF = "cut off"
 STAMP = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
+
+
+def overwrites(cfg: RunConfig) -> bool:
+    """Whether what is in `out` is to go: at a start that was typed, not where a launcher starts a command again."""
+    starts = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
+    return cfg.overwrite and not any(os.environ.get(name, "0").strip("0") for name in starts)
+
+
+def same_command(cfg: RunConfig) -> str:
+    """What resumes a run, in words."""
+    return "the same command without --overwrite" if cfg.overwrite else "the same command"
 
 
 @contextmanager

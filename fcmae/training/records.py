@@ -7,6 +7,7 @@ import os
 import platform
 import shlex
 import sys
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from datetime import datetime
 from importlib import metadata
@@ -18,6 +19,7 @@ import torch
 import fcmae
 from fcmae.atomic import read_bytes, write_text
 from fcmae.data.cores import num_cores
+from fcmae.options import SWITCHED
 
 MAX_METRICS = 2**30  # bytes of metrics.jsonl
 
@@ -74,9 +76,18 @@ def record_start(path: Path, cpu: bool, network: str = "") -> None:
         **({"network": network} if network else {}),
         "directory": str(Path.cwd()),
         # `python -m fcmae.cli` is another way to say fcmae.
-        "command": shlex.join(["fcmae" if program.name == "cli.py" else program.name, *sys.argv[1:]]),
+        "command": shlex.join(["fcmae" if program.name == "cli.py" else program.name, *_lasting(sys.argv[1:])]),
     }
     write_text(path, json.dumps([*_starts(path), record], indent=1) + "\n")
+
+
+def _lasting(words: Sequence[str]) -> Iterator[str]:
+    """The words of a command line without --overwrite, which would delete the run where it is to go on."""
+    follows = False
+    for word in words:
+        is_value, follows = follows and word.lower() in SWITCHED, word == "--overwrite"
+        if not (is_value or follows or word.startswith("--overwrite=")):
+            yield word
 
 
 def _starts(path: Path) -> list[dict[str, Any]]:

@@ -40,7 +40,7 @@ from fcmae.data.storage import CACHE, INDEX
 from fcmae.tables import table
 from fcmae.training import checkpoint, health, own_files
 from fcmae.training.launch import uses_cpu
-from fcmae.training.messages import CUT_OFF, how_it_ended, logging_to
+from fcmae.training.messages import CUT_OFF, how_it_ended, logging_to, overwrites, same_command
 from fcmae.training.records import read_metrics, record_start
 
 logger = logging.getLogger("fcmae")
@@ -90,15 +90,16 @@ class RunDirectory:
         if not holds_run and self.path.exists() and not self._is_unused():
             raise ValueError(f"out = {self.path} is not empty and holds no run of fcmae: give another directory")
         begun = (self.path / "metrics.jsonl").exists() or checkpoint.latest(self.path) is not None
-        self.exists = holds_run and begun and not cfg.overwrite
+        self.overwrites = overwrites(cfg)
+        self.exists = holds_run and begun and not self.overwrites
         if not self.exists:
-            _check_inputs(cfg.out, cfg.inputs(), cfg.overwrite)
+            _check_inputs(cfg.out, cfg.inputs(), self.overwrites)
         self.saved = self._read_same_run(config, header) if self.exists else None
         self._found = self.resume_from
         if self.exists:
             if not getattr(cfg, "eval_only", False):
                 self._check_not_finished()
-        elif not cfg.overwrite and (results := own_files.written(self.path, own_files.RESULTS)):
+        elif not self.overwrites and (results := own_files.written(self.path, own_files.RESULTS)):
             # config.yaml may have been copied here to start the next experiment.
             raise ValueError(
                 f"out = {self.path} has a config.yaml and {results[0].relative_to(self.path)}, but no run that can go "
@@ -221,7 +222,7 @@ class RunDirectory:
             with self._opened():
                 yield
         except OSError as error:
-            goes_on = f"the same command goes on from {checkpoint.latest(self.path) or 'the beginning'}"
+            goes_on = f"{same_command(self.cfg)} goes on from {checkpoint.latest(self.path) or 'the beginning'}"
             if isinstance(error, ChildProcessError):
                 raise ChildProcessError(f"{error}; {goes_on}") from error
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -246,9 +247,11 @@ class RunDirectory:
                 raise ValueError(in_use)
             own_files.remove_aside(self.path)
             own_files.remove_unfinished(self.path)
-            if not self.exists and self.cfg.overwrite:
+            if not self.exists and self.overwrites:
                 own_files.remove(self.path)
-            text = f"# fcmae {self.kind} {fcmae.__version__}\n{options.dump(self.cfg)}"
+            # The settings of the run, which goes on; what is to be deleted is told once.
+            kept = self.cfg.model_copy(update={"overwrite": False})
+            text = f"# fcmae {self.kind} {fcmae.__version__}\n{options.dump(kept)}"
             write_text(self.path / "config.yaml", text)
             record_start(self.path / "environment.json", uses_cpu(self.cfg), self.network)
             ended = how_it_ended(self.path / "train.log")

@@ -35,6 +35,7 @@ from fcmae.masked import FCMAE
 from fcmae.training import checkpoint
 from fcmae.training.launch import same_everywhere
 from fcmae.training.log import Log
+from fcmae.training.messages import same_command
 from fcmae.training.optim import Schedule, set_learning_rate
 from fcmae.training.records import images_that_fit, record_images_that_fit
 from fcmae.training.run import SMALLER, RunDirectory
@@ -201,7 +202,7 @@ class Steps:
             self.written.window.skip_since(step.logged_at)
             if step.is_last and number + 1 < self.schedule.total:
                 signal = self.stop.received or "a signal"
-                logger.info("stopped by %s after step %d; the same command resumes", signal, number + 1)
+                logger.info("stopped by %s after step %d; %s resumes", signal, number + 1, same_command(self.cfg))
                 return
         self.finished = True
         logger.info("finished %d steps", self.schedule.total)
@@ -243,7 +244,7 @@ class Steps:
         record_images_that_fit(cfg.out, at_once)
         if exchanges:
             raise ValueError(
-                f"{lack}, and other processes wait for it: the same command goes on with {at_once} at once"
+                f"{lack}, and other processes wait for it: {same_command(cfg)} goes on with {at_once} at once"
             )
         logger.warning("%s: it is taken again with %d at once, as are those to come", lack, at_once)
         self.cfg = smaller
