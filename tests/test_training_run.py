@@ -128,13 +128,14 @@ def test_every_other_setting_that_matters_is_named(tmp_path: Path) -> None:
 
 def test_settings_that_only_say_where_and_how_fast_may_change(tmp_path: Path) -> None:
     make_run(tmp_path)
-    changed = config(Path("elsewhere"), tmp_path, data__num_workers=3, checkpoint__keep=7)
+    changed = config(Path("elsewhere"), tmp_path, data__num_workers=3, checkpoint__keep=7, hours=9)
     run = RunDirectory(changed, "pretrain")
     assert run.exists
     assert run.kept("seed", "model.variant")
     assert not run.kept("seed", "data.path")
     with run.open(is_main=True):
         pass
+    assert "hours = 9 changes nothing: the run goes on to its" in (tmp_path / "train.log").read_text()
     # The settings in force are those in the file.
     assert options.read(PretrainConfig, tmp_path / "config.yaml") == changed
     assert RunDirectory(changed, "pretrain").kept("data.path")

@@ -262,6 +262,10 @@ class RunDirectory:
                         "the machine went off; if it happens again, raise grad_accum or lower data.num_workers"
                     )
                 _tell_choices(self.cfg)
+                if self.saved is not None and self.cfg.hours not in (None, self.saved.hours):
+                    logger.warning(
+                        "hours = %g changes nothing: the run goes on to its %g epochs", self.cfg.hours, self.cfg.epochs
+                    )
                 if self.needs:
                     memory = self.cfg.chosen.get("grad_accum", "")
                     logger.info("%s", f"{memory}, {self.needs}" if memory else self.needs)
