@@ -86,6 +86,33 @@ def test_values_of_the_modality_are_its_units_and_padding_is_missing() -> None:
     assert plain.known is not None and not plain.known[0, :3].any()
 
 
+def test_padding_that_is_told_as_unsigned_is_missing_too() -> None:
+    stored = DEEP.astype(np.int16)
+    stored[:3] = -2000
+    content = written(stored, RescaleIntercept=-1024, PixelPaddingValue=-2000)
+    told = pydicom.dcmread(io.BytesIO(content))
+    told["PixelPaddingValue"].VR = "US"
+    told.PixelPaddingValue = 2**16 - 2000
+    file = io.BytesIO()
+    told.save_as(file, enforce_file_format=True)
+    found = read_known(file.getvalue(), 1, whole, None, fill=[5.0])
+    assert found.known is not None and not found.known[0, :3].any() and (found.values[0, :3] == 5).all()
+
+
+@pytest.mark.parametrize("which", ["Shared", "PerFrame"])
+def test_frames_have_the_units_that_their_groups_tell(which: str) -> None:
+    frames = RNG.integers(0, 2**12, (3, H, W), dtype=np.uint16)
+    groups = []
+    for slope in (1, 2, 3) if which == "PerFrame" else (2,):
+        values, group = pydicom.Dataset(), pydicom.Dataset()
+        values.RescaleSlope, values.RescaleIntercept = slope, -1024
+        group.PixelValueTransformationSequence = [values]
+        groups.append(group)
+    content = written(frames, **{f"{which}FunctionalGroupsSequence": groups})
+    slopes = np.array([1, 2, 3] if which == "PerFrame" else [2, 2, 2])[:, None, None]
+    np.testing.assert_array_equal(read_crop(content, 3, whole, None), frames * slopes - 1024.0)
+
+
 def test_frames_are_channels() -> None:
     frames = RNG.integers(0, 256, (5, H, W), dtype=np.uint8)
     np.testing.assert_array_equal(read_crop(written(frames), 5, whole, None), frames)

@@ -107,6 +107,15 @@ def test_a_raster_larger_than_max_pixels_is_read_in_parts_and_refused_as_a_whole
         Raster(png(Image.fromarray(COLOURS)), 3, [0.0], max_pixels=2000)
 
 
+def test_bands_that_only_their_bytes_make_too_large_are_read_in_parts() -> None:
+    bands = np.random.default_rng(0).random((50, 70, 12), dtype=np.float32)
+    found = read_crop(tiff(bands, tile=(16, 16)), 12, lambda h, w: (0, 0, h, w), None, max_pixels=3600)
+    rows, columns = found.shape[1:]
+    assert 0.9 < rows * columns * 4 / 3600 <= 1  # of 48 bytes, four times those that max_pixels counts on
+    top, left = (50 - rows) // 2, (70 - columns) // 2
+    np.testing.assert_array_equal(found, bands.transpose(2, 0, 1)[:, top : top + rows, left : left + columns])
+
+
 @pytest.mark.parametrize("settings", STORED[1:])
 @pytest.mark.parametrize("array", [COLOURS, BANDS], ids=["8-bit RGB", "16-bit bands"])
 def test_crops_of_a_tiff_larger_than_max_pixels_are_those_of_the_whole(

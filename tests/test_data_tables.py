@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import signal
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,15 @@ def test_a_dataset_saved_by_datasets_is_read_with_its_class_names(tmp_path: Path
         assert found.class_names == ("cat", "dog")
         assert found.labels is not None and found.labels.tolist() == rows["label"]
         assert find_images([str(tmp_path / folder)]).names() == found.names()
+
+
+def test_what_datasets_marks_as_not_known_is_no_class(tmp_path: Path) -> None:
+    features = {"label": {"names": ["cat", "dog"]}}
+    content = table(label=[0, 1, -1] + [0] * 7)
+    kept = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
+    pq.write_table(content.replace_schema_metadata(kept), tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match="no label"):
+        find_labelled(str(tmp_path / "x.parquet"))
 
 
 def test_a_table_that_cannot_be_read_image_by_image_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,6 +88,14 @@ def test_the_command_of_tensorboard_is_told_where_it_has_something_to_show(
     assert "tensorboard" not in status(run)
 
 
+def test_the_best_score_is_of_the_moving_average_where_that_is_the_model(tmp_path: Path) -> None:
+    run = finetune_run(tmp_path / "tuned", 0.8)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines[-1] |= {"ema_balanced_accuracy": 0.9}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "best ema_balanced_accuracy: 0.9000" in status(run)
+
+
 def test_a_run_that_was_cut_off_names_its_command(run: Path) -> None:
     said = status(log(run, "step 30/60, epoch 3.00"))
     assert "ended without a word, probably for want of memory" in said

@@ -68,6 +68,27 @@ def test_a_classifier_works_if_it_is_better_than_a_guess(tmp_path: Path, score: 
     assert verdict.sentences[0] == f"Balanced accuracy is {score:.3f} on 100 held-out images; a guess scores 0.500."
 
 
+def test_a_guess_is_among_the_classes_that_held_out_images_are_of(tmp_path: Path) -> None:
+    """One answer to all has a balanced accuracy of a half where two of ten classes are held out."""
+    (run,) = read(finetune_run(tmp_path / "run", 0.5))
+    verdict = is_working([replace(run, counts=run.counts | {"classes": 10}, class_counts=[50, 50] + [0] * 8)])
+    assert verdict.state == "attention" and "a guess scores 0.500" in verdict.sentences[0]
+
+
+@pytest.mark.parametrize(
+    ("loss", "val_loss", "state"),
+    [([0.0851, 0.085], [], "unknown"), ([0.08, 0.05], [0.08, 0.12], "unknown"), ([0.08, 0.05], [0.06], "good")],
+)
+def test_a_loss_that_hardly_falls_or_rises_on_held_out_images_is_no_yes(
+    tmp_path: Path, loss: list[float], val_loss: list[float], state: str
+) -> None:
+    path = pretrain_run(tmp_path / "run", model__target="hog", model__normalize_target="false")
+    lines: list[dict[str, float]] = [{"step": i, "epoch": i, "loss": value} for i, value in enumerate(loss)]
+    lines += [{"step": 2 + i, "epoch": 2 + i, "val_loss": value} for i, value in enumerate(val_loss)]
+    write_lines(path, lines)
+    assert is_working(read(path)).state == state
+
+
 def test_healthy_features_show_no_sign_of_collapse(tmp_path: Path) -> None:
     verdict = is_collapsing(read(pretrain_run(tmp_path / "run")))
     assert verdict.state == "good"

@@ -36,6 +36,13 @@ def test_grn_and_linear_in_one_give_the_values_and_gradients_of_both(batch: int,
         torch.testing.assert_close(one, other)
 
 
+def test_second_derivatives_are_refused_and_not_wrong() -> None:
+    grn, linear = parts(4, 6)
+    rows = torch.randn(3, 5, 6, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(RuntimeError, match="second derivatives are not computed"):
+        torch.autograd.grad(grn_linear(rows, grn, linear).sum(), rows, create_graph=True)
+
+
 @pytest.mark.parametrize("learns", [False, True])
 def test_gelu_takes_the_place_of_features_that_no_gradient_needs(learns: bool) -> None:
     kept = torch.linspace(-4, 4, 9)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import accelerate
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import GradientState
 from runs import config
 
-from fcmae.training.launch import make_accelerator
+from fcmae.training.launch import ending_together, make_accelerator
 
 pytestmark = pytest.mark.usefixtures("forgotten")
 
@@ -20,6 +22,22 @@ def test_half_precision_on_a_cpu_is_refused(tmp_path: Path) -> None:
     cfg = config(Path("photos"), tmp_path).model_copy(update={"precision": "fp16"})
     with pytest.raises(ValueError, match="precision = fp16 needs a GPU: use fp32 or bf16"):
         make_accelerator(cfg)
+
+
+def test_what_an_interrupted_loop_left_skips_no_step(tmp_path: Path) -> None:
+    """accelerate's optimizers do nothing between the parts of a step."""
+    GradientState()._set_sync_gradients(False)
+    make_accelerator(config(Path("photos"), tmp_path))
+    assert GradientState().sync_gradients
+
+
+def test_trackers_are_closed_where_a_run_ends_by_an_error(tmp_path: Path) -> None:
+    accelerator = make_accelerator(config(Path("photos"), tmp_path))
+    ended: list[bool] = []
+    accelerator.trackers = [SimpleNamespace(finish=lambda: ended.append(True))]
+    with pytest.raises(FloatingPointError), ending_together(accelerator, tmp_path):
+        raise FloatingPointError
+    assert ended == [True]
 
 
 def test_automatic_precision_on_a_cpu_is_full(tmp_path: Path) -> None:

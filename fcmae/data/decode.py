@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fcmae.data.geometry import MAX_PIXELS, Box
+from fcmae.data.geometry import MAX_PIXELS, PIXEL_BYTES, Box, shrunk
 from fcmae.data.rasters import open_tiles
 from fcmae.data.readers import OpenImage, Pixels, TooLarge, check_finite, open_image, reading
 
@@ -113,7 +113,9 @@ def read_known(
         BadImage: likewise.
     """
     image = open_any(file, in_chans, max_pixels, nodata)
-    box = choose_box(image.height, image.width)
+    # What is known only now: how many bytes its pixels take.
+    most = max_pixels * PIXEL_BYTES / max(PIXEL_BYTES, image.pixel_bytes)
+    box = shrunk(choose_box(image.height, image.width), most)
     with reading(max_pixels):
         pixels = image.read(box, size or box[2:], fill)
     if fill is not None:

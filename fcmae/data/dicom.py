@@ -69,9 +69,11 @@ def read_header(file: BinaryIO) -> Stored:
     channel_axis = 2 if samples == 3 else 0 if frames > 1 else None
     shape = (*shape, 3) if samples == 3 else (frames, *shape) if frames > 1 else shape
     dtype = np.dtype(f"{'i' if found.PixelRepresentation else 'u'}{max(1, found.BitsAllocated // 8)}")
-    slope, intercept = (float(found.get(key, plain)) for key, plain in (("RescaleSlope", 1), ("RescaleIntercept", 0)))
+    slope, intercept = _rescaling(found, frames)
     padding, inverted = found.get("PixelPaddingValue"), kind == "MONOCHROME1"
-    if (slope, intercept) == (1, 0) and not (inverted and dtype.kind == "i"):
+    if padding is not None and dtype.kind == "i" and padding >= 1 << (found.BitsAllocated - 1):
+        padding -= 1 << found.BitsAllocated  # signed, and told as unsigned
+    if (slope == 1).all() and (intercept == 0).all() and not (inverted and dtype.kind == "i"):
         return Stored(lambda: found.pixel_array, shape, dtype, channel_axis, found.BitsStored, inverted, padding)
 
     def rescaled() -> NDArray[Any]:
@@ -79,9 +81,23 @@ def read_header(file: BinaryIO) -> Stored:
         shown = values.astype(np.float32)
         if inverted:  # about the middle of what BitsStored can hold
             shown = (-1 if dtype.kind == "i" else 2**found.BitsStored - 1) - shown
-        scaled: NDArray[np.float32] = shown * np.float32(slope) + np.float32(intercept)
+        scaled: NDArray[np.float32] = shown * slope + intercept
         if padding is not None:
             scaled[values == padding] = np.nan
         return scaled
 
     return Stored(rescaled, shape, np.dtype("f4"), channel_axis, None, False, None)
+
+
+def _rescaling(found: Any, frames: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Slope and intercept of the stored values: of all of them, or (frames, 1, 1)."""
+    shared, each = (found.get(f"{which}FunctionalGroupsSequence") or [] for which in ("Shared", "PerFrame"))
+    if len(each) == frames and all("PixelValueTransformationSequence" in group for group in each):
+        told = [group.PixelValueTransformationSequence[0] for group in each]
+    elif shared and "PixelValueTransformationSequence" in shared[0]:
+        told = [shared[0].PixelValueTransformationSequence[0]]
+    else:
+        told = [found]
+    values = ([one.get(key, plain) for one in told] for key, plain in (("RescaleSlope", 1), ("RescaleIntercept", 0)))
+    slope, intercept = (np.array(found, np.float32).reshape((-1, 1, 1) if len(told) > 1 else ()) for found in values)
+    return slope, intercept

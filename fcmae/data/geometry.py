@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from numpy.typing import NDArray
@@ -24,6 +25,21 @@ def readable_share(height: int, width: int, in_chans: int, max_pixels: int) -> f
     if height * width <= max_pixels:
         return 1.0
     return max_pixels * PIXEL_BYTES / max(PIXEL_BYTES, 8 * in_chans) / (height * width)
+
+
+def shrunk(box: Box, most: float) -> Box:
+    """The box, or the part about its centre, of its form, that has no more pixels.
+
+    Args:
+        box: of an image.
+        most: pixels.
+    """
+    top, left, height, width = box
+    if height * width <= most:
+        return box
+    share = math.sqrt(most / (height * width))
+    rows, columns = (max(1, int(side * share)) for side in (height, width))
+    return top + (height - rows) // 2, left + (width - columns) // 2, rows, columns
 
 
 # EXIF orientation: a stored image becomes upright by mirroring its columns (2, 3, 7, 8) and its rows (3, 4, 6, 7), and

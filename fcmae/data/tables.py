@@ -173,7 +173,7 @@ def _labels(table: Any) -> list[str]:
     classes = feature.get("names") if isinstance(feature, dict) else None
 
     def text(value: Any) -> str:
-        if value is None:
+        if value is None or (classes and value == -1):  # as datasets writes what is not known
             return ""
         return str(classes[value]) if classes and isinstance(value, int) and 0 <= value < len(classes) else str(value)
 

@@ -435,10 +435,12 @@ def _monitors(run: Run) -> Section:
 def _evaluation(folder: Path, found: Evaluation) -> Section:
     """The tables of an evaluation.json."""
     section, data, results = Section(f"Evaluation of {found['model']}"), found["data"], found["results"]
+    matrix = (found["confusion"] or {"matrix": []})["matrix"]
+    num_tested = sum(any(row) for row in matrix) or len(data["class_names"])  # classes that the test images are of
     section.notes.append(
         f"{data['num_train']:,} labelled images to learn from ({data['train']}), {data['num_test']:,} to test on "
-        f"({data['test']}), {len(data['class_names'])} classes; a guess scores "
-        f"{shown(1 / len(data['class_names']))} in balanced accuracy."
+        f"({data['test']}), {len(data['class_names'])} classes; a guess scores {shown(1 / num_tested)} in balanced "
+        "accuracy."
     )
     spread = "; in brackets, the 95 % interval over draws" if any("spread" in r for r in results) else ""
     section.tables.append(Table(f"Scores of each probe on the test images{spread}", COLUMNS, score_rows([found])))
@@ -490,9 +492,14 @@ def compare(runs: Sequence[Run]) -> list[Section]:
             continue
         section = Section(f"{KINDS[kind].capitalize()} runs")
         for key in keys:
-            if len(curves := [c for run in same if (c := curve(run, key, run.name))]) > 1:
+            of_models = [curve(run, f"ema_{key}", run.name) or curve(run, key, run.name) for run in same]
+            if len(curves := [found for found in of_models if found]) > 1:
                 section.charts.append(line_chart(curves, f"{key} of each run"))
+        # Of the moving average where there is one: that is the model.
         last = [{key: value for line in run.lines for key, value in line.items()} for run in same]
+        last = [
+            values | {key: values[f"ema_{key}"] for key in LAST_VALUES if f"ema_{key}" in values} for values in last
+        ]
         there = [key for key in LAST_VALUES if any(key in values for values in last)]
         rows = [[run.name, *(shown(values.get(key)) for key in there)] for run, values in zip(same, last, strict=True)]
         section.tables.append(Table("Last values", ["run", *there], rows))

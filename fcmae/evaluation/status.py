@@ -115,7 +115,8 @@ def _row(run: Run) -> tuple[str, ...]:
 
 
 def _best_score(run: Run) -> tuple[str, float] | None:
-    for key in ("balanced_accuracy", "miou", "knn_top1"):
+    # Of the moving average where there is one: that is the model.
+    for key in ("ema_balanced_accuracy", "balanced_accuracy", "ema_miou", "miou", "knn_top1"):
         values = [value for line in run.lines if (value := finite(line, key)) is not None]
         if values:
             return key, max(values)

@@ -59,7 +59,9 @@ def _working(run: Run) -> Found:
             f"The loss went from {shown(loss.values[0])} to {shown(loss.values[-1])}{held_out} by epoch "
             f"{loss.epochs[-1]:.4g} of {run.settings.get('epochs')}{trend(loss.values)}."
         )
-        learnt = run.kind == "pretrain" and loss.values[-1] < loss.values[0]
+        held_out_again = val_loss is not None and len(val_loss.values) > 1
+        judged = val_loss if val_loss is not None and held_out_again else loss
+        learnt = run.kind == "pretrain" and judged.values[-1] < LEARNT * judged.values[0]
         if run.kind == "pretrain" and run.settings.get("model.normalize_target"):
             learnt = (val_loss or loss).values[-1] < LEARNT
             sentence += " Painting every patch in its own mean colour scores 1"
@@ -67,11 +69,15 @@ def _working(run: Run) -> Found:
         state = "good" if learnt and not worrying else state
         sentences.insert(0, sentence)
     if run.kind == "segment" and (found := [line for line in run.lines if "miou" in line]):
-        miou, guess = found[-1]["miou"], 1 / max(1, sum(key.startswith("iou/") for key in found[-1]))
+        miou, guess = (
+            found[-1].get("ema_miou", found[-1]["miou"]),
+            1 / max(1, sum(key.startswith("iou/") for key in found[-1])),
+        )
         sentences.insert(0, f"Mean IoU is {miou:.3f}; one class everywhere scores {guess:.3f} at most.")
         state = "good" if miou > guess and not worrying else "attention"
     if scored and run.counts.get("classes"):
-        score, guess = _score(scored[-1]), 1 / run.counts["classes"]
+        # Balanced accuracy is over the classes that held-out images are of.
+        score, guess = _score(scored[-1]), 1 / (sum(map(bool, run.class_counts)) or run.counts["classes"])
         sentences.insert(
             0,
             f"Balanced accuracy is {score:.3f} on {run.counts['held out']:,} held-out images; a guess scores "
@@ -187,7 +193,7 @@ def _against_untrained(run: Run) -> Found:
     sizes = [sum(row) for row in evaluation["confusion"]["matrix"]]  # test images of each class
     sentence = (
         f"{PROBES[probe]} on the last stage's features score {score:.3f} in balanced accuracy on {data['num_test']:,} "
-        f"images; a guess scores {1 / len(data['class_names']):.3f}."
+        f"images; a guess scores {1 / max(1, sum(map(bool, sizes))):.3f}."
     )
     for other in run.evaluations.values():
         untrained = _best_probe(run, other, probe)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fcmae.layouts import native
 from fcmae.layouts.masked import Masked
+from fcmae.layouts.norms import refuse_second_derivatives
 
 
 class Dense(Masked):
@@ -38,6 +39,7 @@ class _DepthwiseConv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        refuse_second_derivatives()
         f, weight = ctx.saved_tensors
         grad_f, _ = native.conv_gradients(grad.permute(0, 3, 1, 2), f.permute(0, 3, 1, 2), weight, with_weight=False)
         rows = torch.arange(f.shape[0] * f.shape[1], device=f.device)  # whole lines of the maps

@@ -16,7 +16,7 @@ from timm.layers import drop_path
 from torch import Tensor
 
 from fcmae.layouts.masked import Masked
-from fcmae.layouts.norms import l2_norm, root
+from fcmae.layouts.norms import l2_norm, refuse_second_derivatives, root
 
 try:
     with warnings.catch_warnings():
@@ -170,6 +170,7 @@ class _DepthwiseConv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        refuse_second_derivatives()
         f, kernel, neighbours = ctx.saved_tensors
         padded = _with_zero_row(grad)
         grad_f, grad_kernel = torch.zeros_like(f), torch.empty_like(kernel)

@@ -1,4 +1,4 @@
-"""Precision and norms: what keeps sums over many 16-bit features, and the gradient of a norm at zero, finite."""
+"""Precision, norms, gradients: what keeps sums of 16-bit features and gradients at zero finite, and wrong ones out."""
 
 from __future__ import annotations
 
@@ -31,3 +31,13 @@ def l2_norm(x: Tensor, dims: tuple[int, ...]) -> Tensor:
         parts = torch.split(x, max(1, CACHED // x[:, 0].numel()), 1)
         return root(torch.stack([part.square().sum(dims, keepdim=True) for part in parts]).sum(0))
     return root(x.square().sum(dims, keepdim=True))
+
+
+def refuse_second_derivatives() -> None:
+    """To be called by a backward pass whose own operations autograd does not see, as they are not what it would derive.
+
+    Raises:
+        RuntimeError: under create_graph.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError("second derivatives are not computed: the layers of fcmae have first ones only")

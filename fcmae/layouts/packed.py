@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fcmae.layouts import native
 from fcmae.layouts.attention import attend
-from fcmae.layouts.norms import l2_norm
+from fcmae.layouts.norms import l2_norm, refuse_second_derivatives
 from fcmae.layouts.sites import true_rows
 
 
@@ -155,6 +155,7 @@ class _DepthwiseConv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
+        refuse_second_derivatives()
         f, weight, rows = ctx.saved_tensors
         x = _canvas(f, rows, ctx.size)
         has_loop = weight.shape[-1] == native.SIZE and native.available(f.device, f.dtype)

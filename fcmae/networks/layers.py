@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fcmae.layouts import Layout
-from fcmae.layouts.norms import at_least_float32, l2_norm
+from fcmae.layouts.norms import at_least_float32, l2_norm, refuse_second_derivatives
 from fcmae.networks.spec import MLP_RATIO
 
 EPS = 1e-6
@@ -107,6 +107,7 @@ class _GRNLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        refuse_second_derivatives()
         rows, gamma, beta, weight, norm, scale = ctx.saved_tensors
         grad_bias = grad.sum((0, 1))
         grad_beta = grad_bias.to(gamma.dtype) @ weight.to(gamma.dtype)

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object, parse_flag_from_env
 
 from fcmae.config import RunConfig
@@ -37,7 +37,6 @@ def make_accelerator(cfg: RunConfig) -> Accelerator:
     Raises:
         ValueError: for fp16 and tf32 on a CPU, and where the environment asks for shards of the model.
     """
-    AcceleratorState._reset_state(reset_partial_state=True)
     cpu = uses_cpu(cfg)
     precision = {"fp32": "no", "tf32": "no", "auto": "no"}.get(cfg.precision, cfg.precision)
     # GPUs without bf16 emulate it, slower than float32.
@@ -46,6 +45,8 @@ def make_accelerator(cfg: RunConfig) -> Accelerator:
         precision = "bf16"
     if cpu and cfg.precision in ("fp16", "tf32"):
         raise ValueError(f"precision = {cfg.precision} needs a GPU: use fp32 or bf16 on a CPU")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()  # a loop that was interrupted may have left it between the parts of a step
     # Explicit, as torch's own default has TF32 in convolutions and not in matrix products.
     torch.set_float32_matmul_precision("high" if cfg.precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = cfg.precision == "tf32"
@@ -78,7 +79,7 @@ def same_everywhere(accelerator: Accelerator, find: Callable[[], Found]) -> Foun
 
 @contextmanager
 def ending_together(accelerator: Accelerator, out: Path | None) -> Iterator[None]:
-    """Have the error of one process end all of a run, each with its sentence.
+    """Have the error of one process end all of a run, each with its sentence, and close its trackers at any end.
 
     The others may wait for it in a collective, where no signal reaches them.
 
@@ -89,6 +90,16 @@ def ending_together(accelerator: Accelerator, out: Path | None) -> Iterator[None
     Raises:
         ChildProcessError: if another process failed.
     """
+    try:
+        with _watching(accelerator, out):
+            yield
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()
+
+
+@contextmanager
+def _watching(accelerator: Accelerator, out: Path | None) -> Iterator[None]:
     if accelerator.num_processes == 1:
         yield
         return
@@ -127,7 +138,7 @@ def ending_together(accelerator: Accelerator, out: Path | None) -> Iterator[None
 
 
 def finish(accelerator: Accelerator, stop: StopSignal) -> None:
-    """End a run: close the trackers, tell all processes of a signal to one, and let none go before the others.
+    """End a run: tell all processes of a signal to one, and let none go before the others.
 
     A launcher that sees one end with a signal's status ends the rest, of which one may still save. The processes stay
     joined until they end, for another run of the same script: they cannot be joined twice.
@@ -136,8 +147,6 @@ def finish(accelerator: Accelerator, stop: StopSignal) -> None:
         accelerator: of the processes.
         stop: the signals of this one; of a signal to another alone, it has that one's then.
     """
-    for tracker in accelerator.trackers:
-        tracker.finish()
     if accelerator.num_processes > 1:
         received = gather_object([stop.received])
         stop.received = stop.received or next(filter(None, received), None)
