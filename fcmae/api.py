@@ -32,6 +32,7 @@ from fcmae.masked import masked_loss
 from fcmae.networks.encoder import StagedEncoder
 from fcmae.networks.spec import NetworkSpec
 from fcmae.segmentation import check_sides
+from fcmae.training.launch import for_a_caller
 from fcmae.training.run import Run
 from fcmae.weights.convert import build_encoder, convert
 from fcmae.weights.files import read_weights
@@ -73,7 +74,8 @@ def pretrain(
     """
     paths = [images] if isinstance(images, str | os.PathLike) else images
     given = {"data.path": paths, "out": out, "model.variant": variant}
-    return pretraining.pretrain(_settings(PretrainConfig, given, config, settings, planning.pretraining))
+    with for_a_caller():
+        return pretraining.pretrain(_settings(PretrainConfig, given, config, settings, planning.pretraining))
 
 
 def finetune(
@@ -103,7 +105,8 @@ def finetune(
         FloatingPointError: if the loss or a gradient stops being finite.
     """
     given = {"data.path": labelled, "out": out, "model.init": init, "model.variant": variant}
-    return finetuning.finetune(_settings(FinetuneConfig, given, config, settings, planning.finetuning))
+    with for_a_caller():
+        return finetuning.finetune(_settings(FinetuneConfig, given, config, settings, planning.finetuning))
 
 
 def segment(
@@ -135,7 +138,8 @@ def segment(
         FloatingPointError: if the loss or a gradient stops being finite.
     """
     given = {"data.path": images, "data.maps": maps, "out": out, "model.init": init, "model.variant": variant}
-    return segmenting.segment(_settings(SegmentConfig, given, config, settings, planning.segmentation))
+    with for_a_caller():
+        return segmenting.segment(_settings(SegmentConfig, given, config, settings, planning.segmentation))
 
 
 def _settings(

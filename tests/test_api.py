@@ -8,6 +8,7 @@ import pkgutil
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 import runs
 import timm
 import torch
+from accelerate import Accelerator
 from conftest import randomize
 from runs import TINY, assert_same, config, final_state, write_images
 
@@ -149,6 +151,32 @@ def test_a_run_from_python_is_that_of_the_command(photos: Path, tmp_path: Path) 
     assert cli.main(["pretrain", *runs.flags(photos, tmp_path / "python")]) == 0
     again = fcmae.pretrain(str(photos), str(tmp_path / "command"), settings=cfg)
     assert again.finished and "resuming after step 6" in (again.path / "train.log").read_text()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what is refused on a CPU is not on a GPU")
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_run_leaves_the_caller_s_own_training_as_it_was(
+    precision: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    own = Accelerator(cpu=True)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    settings = SMALL | {"device": "auto", "precision": precision}
+    train = partial(
+        fcmae.pretrain, photos, tmp_path / "a", variant=TINY_NUMBERS, config=runs.DEFAULTS, settings=settings
+    )
+    try:
+        if precision == "fp32":
+            train()
+        else:
+            with pytest.raises(ValueError, match="precision = fp16 needs a GPU"):
+                train()
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert (own.mixed_precision, own.device.type) == ("bf16", "cpu") and own.sync_gradients
+    assert os.environ["ACCELERATE_MIXED_PRECISION"] == "bf16"
 
 
 def test_a_run_outside_the_main_thread_leaves_signals_alone(photos: Path, tmp_path: Path) -> None:

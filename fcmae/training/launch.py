@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object, parse_flag_from_env
 
 from fcmae.config import RunConfig
@@ -75,6 +75,31 @@ def same_everywhere(accelerator: Accelerator, find: Callable[[], Found]) -> Foun
     broadcast_object_list(found)
     result: Found = found[0]
     return result
+
+
+@contextmanager
+def for_a_caller() -> Iterator[None]:
+    """Leave accelerate's state, what the environment says to it, and torch's precision as they were.
+
+    For a run in a process that trains by itself too. Processes that a launcher joined stay as the run has them: they
+    cannot be joined twice.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        yield
+        return
+    states = [state._shared_state for state in (PartialState, AcceleratorState, GradientState)]
+    before = [dict(state) for state in states]
+    environment = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
+    precision, allowed = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        yield
+    finally:
+        for state, kept in zip(states, before, strict=True):
+            state.clear()
+            state.update(kept)
+        os.environ |= environment
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cudnn.allow_tf32 = allowed
 
 
 @contextmanager
