@@ -232,7 +232,7 @@ class Features(nn.Module):
         if images.dtype != torch.uint8 and not images.is_floating_point():
             raise ValueError(f"images: received {images.dtype}; give uint8, or float in units of a full range of 1")
         normalized: Tensor = self.normalize(images)
-        return normalized
+        return normalized.to(next(self.encoder.parameters()).dtype)  # of .double() too
 
     def _checked(self, mask: Tensor, images: Tensor) -> Tensor:
         (B, _, H, W), stride = images.shape, self.encoder.total_stride

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import os
 import pkgutil
@@ -297,6 +298,13 @@ def test_images_are_normalised_as_they_come(model: Features) -> None:
     torch.testing.assert_close(model(pixels), expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(model(pixels / 255), expected, atol=1e-4, rtol=1e-4)
     assert torch.equal(model.pyramid(pixels)[-1], model(pixels).permute(0, 3, 1, 2))
+
+
+def test_features_have_the_precision_of_the_module(model: Features) -> None:
+    images = torch.randint(256, (2, 2, 64, 64), dtype=torch.uint8)
+    expected, found = model(images), copy.deepcopy(model).double()(images)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found.float(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_features_under_a_mask_are_those_of_visible_patches_and_have_gradients(model: Features) -> None:
