@@ -308,7 +308,7 @@ def test_report_compares_a_segmentation_that_may_stop_at_the_same_accuracy(
     (tmp_path / "benchmarks" / "anytime.json").write_text(json.dumps(found))
     report.main(["--docs", str(tmp_path)])
     page = (tmp_path / "benchmarks.md").read_text()
-    assert row(page, "nothing hidden")[3:] == ["1.10x (1.10 - 1.10)", "**not met**"]
+    assert row(page, "random weights, nothing hidden")[3:] == ["1.10x (1.10 - 1.10)", "**not met**"]
     assert row(page, "fastest side")[3:] == row(page, "time saved")[3:] == ["not measured", ""]
     (tmp_path / "benchmarks" / "anytime_landsea.json").write_text(json.dumps(found))
     report.main(["--docs", str(tmp_path)])
