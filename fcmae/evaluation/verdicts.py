@@ -59,8 +59,7 @@ def _working(run: Run) -> Found:
             f"The loss went from {shown(loss.values[0])} to {shown(loss.values[-1])}{held_out} by epoch "
             f"{loss.epochs[-1]:.4g} of {run.settings.get('epochs')}{trend(loss.values)}."
         )
-        held_out_again = val_loss is not None and len(val_loss.values) > 1
-        judged = val_loss if val_loss is not None and held_out_again else loss
+        judged = val_loss if val_loss is not None and len(val_loss.values) > 1 else loss
         learnt = run.kind == "pretrain" and judged.values[-1] < LEARNT * judged.values[0]
         if run.kind == "pretrain" and run.settings.get("model.normalize_target"):
             learnt = (val_loss or loss).values[-1] < LEARNT
@@ -69,10 +68,8 @@ def _working(run: Run) -> Found:
         state = "good" if learnt and not worrying else state
         sentences.insert(0, sentence)
     if run.kind == "segment" and (found := [line for line in run.lines if "miou" in line]):
-        miou, guess = (
-            found[-1].get("ema_miou", found[-1]["miou"]),
-            1 / max(1, sum(key.startswith("iou/") for key in found[-1])),
-        )
+        miou = found[-1].get("ema_miou", found[-1]["miou"])
+        guess = 1 / max(1, sum(key.startswith("iou/") for key in found[-1]))
         sentences.insert(0, f"Mean IoU is {miou:.3f}; one class everywhere scores {guess:.3f} at most.")
         state = "good" if miou > guess and not worrying else "attention"
     if scored and run.counts.get("classes"):
