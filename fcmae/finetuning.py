@@ -32,7 +32,7 @@ from fcmae.heads import Classifier
 from fcmae.networks.build import make_encoder
 from fcmae.networks.spec import describe
 from fcmae.starting import check_apart, check_start, class_balance, image_settings, prepare, starting_weights
-from fcmae.training.launch import ending_together, finish, make_accelerator, same_everywhere
+from fcmae.training.launch import closing_trackers, ending_together, finish, make_accelerator, same_everywhere
 from fcmae.training.log import Log
 from fcmae.training.run import Run, RunDirectory
 from fcmae.training.signals import StopSignal
@@ -83,7 +83,7 @@ def finetune(cfg: FinetuneConfig, net: Classifier | None = None) -> Run:
             origin={} if cfg.model.license is None else {"license": cfg.model.license},
         )
         check_start(cfg, run, net, (len(train_images), len(val_images)), fingerprint(train_images, val_images))
-        with run.open(accelerator.is_main_process), StopSignal() as stop:
+        with run.open(accelerator.is_main_process), closing_trackers(accelerator), StopSignal() as stop:
             if accelerator.is_main_process:
                 train_images.save(run.path / "files.json")
                 val_images.save(run.path / "val_files.json")

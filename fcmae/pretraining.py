@@ -38,7 +38,7 @@ from fcmae.networks.build import make_encoder
 from fcmae.networks.spec import describe
 from fcmae.training import checkpoint, optim
 from fcmae.training.compiling import compile_model
-from fcmae.training.launch import ending_together, finish, make_accelerator, same_everywhere
+from fcmae.training.launch import closing_trackers, ending_together, finish, make_accelerator, same_everywhere
 from fcmae.training.log import Log
 from fcmae.training.optim import Schedule
 from fcmae.training.records import read_metrics
@@ -91,7 +91,7 @@ def pretrain(cfg: PretrainConfig, net: FCMAE | None = None) -> Run:
         labelled = None
         if cfg.monitor.labelled is not None and accelerator.is_main_process:
             labelled = find_monitored_labels(cfg.monitor.labelled, build_reading(cfg), cfg.seed)
-        with run.open(accelerator.is_main_process), StopSignal() as stop:
+        with run.open(accelerator.is_main_process), closing_trackers(accelerator), StopSignal() as stop:
             if accelerator.is_main_process:
                 if kept_index(cfg, run) is None:
                     images.save(run.path / "files.json")

@@ -48,7 +48,7 @@ from fcmae.segmentation import (
     segmentation_loss,
 )
 from fcmae.starting import check_apart, check_start, class_balance, image_settings, prepare, starting_weights
-from fcmae.training.launch import ending_together, finish, make_accelerator, same_everywhere
+from fcmae.training.launch import closing_trackers, ending_together, finish, make_accelerator, same_everywhere
 from fcmae.training.log import Log
 from fcmae.training.run import Run, RunDirectory
 from fcmae.training.signals import StopSignal
@@ -121,7 +121,7 @@ def segment(cfg: SegmentConfig, net: Segmenter | None = None) -> Run:
         weights = replace(weights, state={}, image=image_settings(cfg, weights) | {"crop_pct": 1.0}, origin=origin)
         check_sides("data.image_size", weights.image["input_size"][1:], weights.architecture.spec.total_stride)
         check_start(cfg, run, net, (len(data.images), len(data.val_images)), data.fingerprint())
-        with run.open(accelerator.is_main_process), StopSignal() as stop:
+        with run.open(accelerator.is_main_process), closing_trackers(accelerator), StopSignal() as stop:
             if accelerator.is_main_process:
                 for name, part in zip(FILES, data, strict=True):
                     part.save(run.path / name)

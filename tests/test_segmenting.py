@@ -301,7 +301,7 @@ def test_report_and_status_show_it(segmented: Path, capsys: pytest.CaptureFixtur
     assert page.count("Label maps at step") == 3
     assert cli.main(["status", str(segmented)]) == 0
     shown = capsys.readouterr().out
-    assert "best miou" in shown and f"fcmae predict {segmented} IMAGES --out maps" in shown
+    assert "best ema_miou" in shown and f"fcmae predict {segmented} IMAGES --out maps" in shown
 
 
 # Files of a segmenter

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.state import GradientState
 from runs import config
 
-from fcmae.training.launch import ending_together, make_accelerator
+from fcmae.training.launch import closing_trackers, make_accelerator
 
 pytestmark = pytest.mark.usefixtures("forgotten")
 
@@ -35,7 +35,7 @@ def test_trackers_are_closed_where_a_run_ends_by_an_error(tmp_path: Path) -> Non
     accelerator = make_accelerator(config(Path("photos"), tmp_path))
     ended: list[bool] = []
     accelerator.trackers = [SimpleNamespace(finish=lambda: ended.append(True))]
-    with pytest.raises(FloatingPointError), ending_together(accelerator, tmp_path):
+    with pytest.raises(FloatingPointError), closing_trackers(accelerator):
         raise FloatingPointError
     assert ended == [True]
 

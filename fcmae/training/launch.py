@@ -104,7 +104,7 @@ def for_a_caller() -> Iterator[None]:
 
 @contextmanager
 def ending_together(accelerator: Accelerator, out: Path | None) -> Iterator[None]:
-    """Have the error of one process end all of a run, each with its sentence, and close its trackers at any end.
+    """Have the error of one process end all of a run, each with its sentence.
 
     The others may wait for it in a collective, where no signal reaches them.
 
@@ -115,16 +115,6 @@ def ending_together(accelerator: Accelerator, out: Path | None) -> Iterator[None
     Raises:
         ChildProcessError: if another process failed.
     """
-    try:
-        with _watching(accelerator, out):
-            yield
-    finally:
-        for tracker in accelerator.trackers:
-            tracker.finish()
-
-
-@contextmanager
-def _watching(accelerator: Accelerator, out: Path | None) -> Iterator[None]:
     if accelerator.num_processes == 1:
         yield
         return
@@ -160,6 +150,16 @@ def _watching(accelerator: Accelerator, out: Path | None) -> Iterator[None]:
         raise ChildProcessError(sentence) from error
     finally:
         left.set()
+
+
+@contextmanager
+def closing_trackers(accelerator: Accelerator) -> Iterator[None]:
+    """Close the trackers of a run however it ends, so that the next one in this process has its own."""
+    try:
+        yield
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()
 
 
 def finish(accelerator: Accelerator, stop: StopSignal) -> None:
