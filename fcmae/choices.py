@@ -253,7 +253,7 @@ def pretraining_batch(choices: Choices, images: Images, device: str) -> None:
     share = min(0.2, max(0.01, 32 / images.num))
     share = choices.take("data.val_share", float(f"{share:.2g}"), "some 32 images for the validation loss, 1 % of many")
     num = images.num - round(images.num * share)
-    # Few views on a CPU: 780 steps of 256 images gain less than 3,125 of 64, in as much time (studies/recipe.py).
+    # Few views on a CPU: 780 steps of 256 images gain less than 3,120 of 64, in as much time (studies/recipe.py).
     largest = 64 if device == "cpu" else 4096
     batch = min(largest, max(1, _power_of_two_below(num / (8 if device == "cpu" else 20))))
     why = "8 steps an epoch or more" if batch < largest else "small, as a CPU has few views"

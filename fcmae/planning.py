@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
     from fcmae.data.dataset import ImageDataset
     from fcmae.heads import Classifier, Segmenter
-    from fcmae.weights.files import Weights
 
 # What may change on resume, and yet tells which run is meant where `out` is not given.
 WHICH_RUN = {"data.path", "data.val_path", "data.maps", "data.val_maps", "hours"}
@@ -69,7 +68,7 @@ def pretraining(sketch: PretrainConfig, given: Mapping[str, Any]) -> dict[str, A
     images = find_images(sketch.data.path, storage=Storage.of_run(out, sketch.data.index, sketch.data.cache_gb))
     device = _device(sketch)
     facts = _facts(images, given.get("data.in_chans"), sketch.data)
-    held = None if sketch.model.init is None else _held(sketch)[0]
+    held, *_ = _held(sketch)
     smaller: NetworkSpec | None = None
     while True:
         plan = choices.Choices(given)
@@ -110,13 +109,12 @@ def finetuning(sketch: FinetuneConfig, given: Mapping[str, Any]) -> dict[str, An
         return _parts(sketch, lambda at_once: _dense_step(sketch, at_once, SHORT_S))
     _refuse_launcher()
     storage = Storage.of_run(out, sketch.data.index, sketch.data.cache_gb)
-    names = None
-    if sketch.model.init is not None and sketch.model.keep_head:
-        names = _weights(sketch).class_names or None
-    images = find_labelled(sketch.data.path, names, key="data.path", storage=storage)
+    held, image, names = _held(sketch)
+    images = find_labelled(
+        sketch.data.path, names if sketch.model.keep_head else None, key="data.path", storage=storage
+    )
     device = _device(sketch)
     plan = choices.Choices(given)
-    held, image = (None, {}) if sketch.model.init is None else _held(sketch)
     if "input_size" in image:
         plan.take("data.in_chans", image["input_size"][0], "that of model.init")
     facts = _facts(images, plan.settings.get("data.in_chans"), sketch.data)
@@ -159,7 +157,7 @@ def segmentation(sketch: SegmentConfig, given: Mapping[str, Any]) -> dict[str, A
     images, _ = find(sketch.data.path, sketch.data.maps)
     device = _device(sketch)
     plan = choices.Choices(given)
-    held, image = (None, {}) if sketch.model.init is None else _held(sketch)
+    held, image, _ = _held(sketch)
     if "input_size" in image:
         plan.take("data.in_chans", image["input_size"][0], "that of model.init")
     num_held_out = round(len(images) * sketch.data.val_share)
@@ -229,7 +227,7 @@ def _saved(sketch: RunConfig, place: Path, kind: str, begun: bool = True) -> dic
 
     begun: only of one that has something to go on from. One that was cut off in its first steps chooses anew.
     """
-    from fcmae.training.messages import overwrites
+    from fcmae.training.own_files import overwrites
 
     config = place / "config.yaml"
     if overwrites(sketch) or not config.is_file() or (begun and not _has_begun(place)):
@@ -246,7 +244,8 @@ def _has_begun(place: Path) -> bool:
 
 def _cut_off_at(cfg: RunConfig) -> float:
     """The images at once of a start in this place that was cut off in its first steps, or infinity."""
-    from fcmae.training.messages import CUT_OFF, how_it_ended, overwrites
+    from fcmae.training.messages import CUT_OFF, how_it_ended
+    from fcmae.training.own_files import overwrites
     from fcmae.training.steps import images_at_once
 
     assert cfg.out is not None
@@ -267,16 +266,16 @@ def _facts(images: Images, in_chans: int | None, data: ImageConfig) -> choices.I
     return choices.Images(len(images), found.short_side, found.in_chans, found.is_deep, found.mean, found.std, counts)
 
 
-def _held(sketch: PretrainConfig | DenseConfig) -> tuple[NetworkSpec, dict[str, Any]]:
-    """The network of the starting weights, and how their images were read."""
-    weights = _weights(sketch)
-    return weights.architecture.spec, weights.image
-
-
-def _weights(sketch: PretrainConfig | DenseConfig) -> Weights:
+def _held(
+    sketch: PretrainConfig | DenseConfig,
+) -> tuple[NetworkSpec | None, dict[str, Any], tuple[str, ...] | None]:
+    """The network of the starting weights, how their images were read, and their classes, as far as there are any."""
+    if sketch.model.init is None:
+        return None, {}, None
     from fcmae.weights.files import read_init
 
-    return read_init(str(sketch.model.init), sketch.model.key, sketch.model.prefix)
+    weights = read_init(str(sketch.model.init), sketch.model.key, sketch.model.prefix)
+    return weights.architecture.spec, weights.image, weights.class_names or None
 
 
 def _device(sketch: RunConfig) -> str:

@@ -51,7 +51,7 @@ from fcmae.pretraining import pretrain
 from fcmae.tables import table
 from fcmae.training.messages import how_it_ended
 from fcmae.training.own_files import remove_models
-from fcmae.training.records import read_metrics
+from fcmae.training.records import of_model, read_metrics
 from fcmae.training.run import Run
 from fcmae.weights.files import Weights, read_init
 from fcmae.weights.tensors import digest
@@ -490,8 +490,7 @@ def _write(
         num_done += 1
         if job.labels is not None:
             line = [line for line in read_metrics(run / "metrics.jsonl") if "top1" in line][-1]
-            # Of the moving average where there is one.
-            named = {name: line.get(f"ema_{name}", line[name]) for name in SCORES if name in line}
+            named = {name: of_model(line, name) for name in SCORES if name in line}
             scores.append({"arm": job.arm, "labels": job.labels, "seed": job.seed, "scores": named})
     given = {key: value for key, value in options.changed(cfg).items() if key not in ("data", "unlabelled")}
     found: paired.Comparison = paired.COMPARISON.validate_python(

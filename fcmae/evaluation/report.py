@@ -31,8 +31,9 @@ from fcmae.evaluation import paired
 from fcmae.evaluation.charts import Chart, Table, heat_map, line_chart, shown
 from fcmae.evaluation.records import COLUMNS, Evaluation, score_rows
 from fcmae.evaluation.runs import MAX_JSON, Run, curve, finite, processes_of, read_json, read_run, took_s
-from fcmae.evaluation.verdicts import is_collapsing, is_working, was_worth_it
+from fcmae.evaluation.verdicts import guessed, is_collapsing, is_working, was_worth_it
 from fcmae.training.messages import how_it_ended
+from fcmae.training.records import of_model
 
 MARK = '<meta name="generator" content="fcmae report'
 MOST_PICTURES = 12  # over time
@@ -436,10 +437,10 @@ def _evaluation(folder: Path, found: Evaluation) -> Section:
     """The tables of an evaluation.json."""
     section, data, results = Section(f"Evaluation of {found['model']}"), found["data"], found["results"]
     matrix = (found["confusion"] or {"matrix": []})["matrix"]
-    num_tested = sum(any(row) for row in matrix) or len(data["class_names"])  # classes that the test images are of
+    tested = [sum(row) for row in matrix] or [1] * len(data["class_names"])  # images of each class
     section.notes.append(
         f"{data['num_train']:,} labelled images to learn from ({data['train']}), {data['num_test']:,} to test on "
-        f"({data['test']}), {len(data['class_names'])} classes; a guess scores {shown(1 / num_tested)} in balanced "
+        f"({data['test']}), {len(data['class_names'])} classes; a guess scores {shown(guessed(tested))} in balanced "
         "accuracy."
     )
     spread = "; in brackets, the 95 % interval over draws" if any("spread" in r for r in results) else ""
@@ -495,11 +496,8 @@ def compare(runs: Sequence[Run]) -> list[Section]:
             of_models = [curve(run, f"ema_{key}", run.name) or curve(run, key, run.name) for run in same]
             if len(curves := [found for found in of_models if found]) > 1:
                 section.charts.append(line_chart(curves, f"{key} of each run"))
-        # Of the moving average where there is one: that is the model.
         last = [{key: value for line in run.lines for key, value in line.items()} for run in same]
-        last = [
-            values | {key: values[f"ema_{key}"] for key in LAST_VALUES if f"ema_{key}" in values} for values in last
-        ]
+        last = [values | {key: of_model(values, key) for key in LAST_VALUES if key in values} for values in last]
         there = [key for key in LAST_VALUES if any(key in values for values in last)]
         rows = [[run.name, *(shown(values.get(key)) for key in there)] for run, values in zip(same, last, strict=True)]
         section.tables.append(Table("Last values", ["run", *there], rows))

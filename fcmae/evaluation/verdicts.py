@@ -14,6 +14,7 @@ from fcmae.evaluation.charts import shown
 from fcmae.evaluation.records import Evaluation
 from fcmae.evaluation.runs import Run, curve, is_untrained
 from fcmae.training import health
+from fcmae.training.records import of_model
 
 K = 20  # neighbours: to take the best of several would be to choose by the test images
 PROBES = {"linear": "Linear probes", "knn": "Nearest neighbours"}
@@ -68,13 +69,12 @@ def _working(run: Run) -> Found:
         state = "good" if learnt and not worrying else state
         sentences.insert(0, sentence)
     if run.kind == "segment" and (found := [line for line in run.lines if "miou" in line]):
-        miou = found[-1].get("ema_miou", found[-1]["miou"])
+        miou = of_model(found[-1], "miou")
         guess = 1 / max(1, sum(key.startswith("iou/") for key in found[-1]))
         sentences.insert(0, f"Mean IoU is {miou:.3f}; one class everywhere scores {guess:.3f} at most.")
         state = "good" if miou > guess and not worrying else "attention"
     if scored and run.counts.get("classes"):
-        # Balanced accuracy is over the classes that held-out images are of.
-        score, guess = _score(scored[-1]), 1 / (sum(map(bool, run.class_counts)) or run.counts["classes"])
+        score, guess = _score(scored[-1]), guessed(run.class_counts or [1] * run.counts["classes"])
         sentences.insert(
             0,
             f"Balanced accuracy is {score:.3f} on {run.counts['held out']:,} held-out images; a guess scores "
@@ -190,7 +190,7 @@ def _against_untrained(run: Run) -> Found:
     sizes = [sum(row) for row in evaluation["confusion"]["matrix"]]  # test images of each class
     sentence = (
         f"{PROBES[probe]} on the last stage's features score {score:.3f} in balanced accuracy on {data['num_test']:,} "
-        f"images; a guess scores {1 / max(1, sum(map(bool, sizes))):.3f}."
+        f"images; a guess scores {guessed(sizes):.3f}."
     )
     for other in run.evaluations.values():
         untrained = _best_probe(run, other, probe)
@@ -210,6 +210,11 @@ def _neighbours(run: Run) -> list[str]:
         return []
     first, last = (f"{found.values[i]:.3f} at epoch {found.epochs[i]:.4g}" for i in (0, -1))
     return [f"While training, nearest neighbours had a balanced accuracy of {first} and {last}."]
+
+
+def guessed(class_counts: Sequence[int]) -> float:
+    """The balanced accuracy of a guess: it is over the classes that the images are of."""
+    return 1 / max(1, sum(map(bool, class_counts)))
 
 
 def standard_error(score: float, class_counts: Sequence[int]) -> float:
@@ -234,8 +239,8 @@ def _best_probe(run: Run, evaluation: Evaluation, probe: str | None = None) -> t
 
 
 def _score(line: Mapping[str, Any]) -> float:
-    """Balanced accuracy, of the moving average where there is one."""
-    return float(line.get("ema_balanced_accuracy", line.get("balanced_accuracy", 0)))
+    """Balanced accuracy."""
+    return float(of_model(line, "balanced_accuracy") or 0)
 
 
 def _named(runs: Sequence[Run], found: Iterable[Found]) -> list[Found]:

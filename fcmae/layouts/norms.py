@@ -36,6 +36,8 @@ def l2_norm(x: Tensor, dims: tuple[int, ...]) -> Tensor:
 def refuse_second_derivatives() -> None:
     """To be called by a backward pass whose own operations autograd does not see, as they are not what it would derive.
 
+    torch's once_differentiable would raise only where the incoming gradient has one itself, and else leave terms out.
+
     Raises:
         RuntimeError: under create_graph.
     """

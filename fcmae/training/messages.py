@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 import sys
 import threading
@@ -21,12 +20,6 @@ logger = logging.getLogger("fcmae")
 LOG_END = 2**16  # bytes of train.log in which its last line is looked for
 CUT_OFF = "cut off"
 STAMP = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
-
-
-def overwrites(cfg: RunConfig) -> bool:
-    """Whether what is in `out` is to go: at a start that was typed, not where a launcher starts a command again."""
-    starts = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
-    return cfg.overwrite and not any(os.environ.get(name, "0").strip("0") for name in starts)
 
 
 def same_command(cfg: RunConfig) -> str:

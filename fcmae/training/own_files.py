@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from fcmae.config import RunConfig
+
 # What evaluate and analyze write, by the folder of a run that they do so in by default.
 FOUND = {
     "evaluation": ("evaluation.json", "confusion.png", "table.md"),
@@ -71,6 +73,12 @@ FOLDERS = ("index", "cache", "checkpoints", "tensorboard", "reconstructions", "o
 ASIDE = ".tmp-checkpoints"
 UNFINISHED = ".tmp-"  # before the name of a file that is being written, see `fcmae.atomic.replacing`
 SAVED = ".saved"  # there once a checkpoint was: without one, the run is finished and tidied up, or somebody's loss
+
+
+def overwrites(cfg: RunConfig) -> bool:
+    """Whether what is in `out` is to go: at a start that was typed, not where a launcher starts a command again."""
+    starts = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
+    return cfg.overwrite and not any(os.environ.get(name, "0").strip("0") for name in starts)
 
 
 def written(run: Path, patterns: tuple[str, ...]) -> list[Path]:

@@ -7,7 +7,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from importlib import metadata
@@ -47,6 +47,11 @@ def split_metrics(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def of_model(line: Mapping[str, Any], name: str) -> Any:
+    """A number of a line, or None: of the moving average of the weights where there is one, as that is the model."""
+    return line.get(f"ema_{name}", line.get(name))
 
 
 def record_start(path: Path, cpu: bool, network: str = "") -> None:

@@ -40,7 +40,7 @@ from fcmae.data.storage import CACHE, INDEX
 from fcmae.tables import table
 from fcmae.training import checkpoint, health, own_files
 from fcmae.training.launch import uses_cpu
-from fcmae.training.messages import CUT_OFF, how_it_ended, logging_to, overwrites, same_command
+from fcmae.training.messages import CUT_OFF, how_it_ended, logging_to, same_command
 from fcmae.training.records import read_metrics, record_start
 
 logger = logging.getLogger("fcmae")
@@ -90,7 +90,7 @@ class RunDirectory:
         if not holds_run and self.path.exists() and not self._is_unused():
             raise ValueError(f"out = {self.path} is not empty and holds no run of fcmae: give another directory")
         begun = (self.path / "metrics.jsonl").exists() or checkpoint.latest(self.path) is not None
-        self.overwrites = overwrites(cfg)
+        self.overwrites = own_files.overwrites(cfg)
         self.exists = holds_run and begun and not self.overwrites
         if not self.exists:
             _check_inputs(cfg.out, cfg.inputs(), self.overwrites)
