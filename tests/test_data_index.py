@@ -220,11 +220,13 @@ def test_an_index_in_pieces_is_the_one_that_is_written_and_read_at_once(
         known = []
         if isinstance(images.source, Parts):
             at = slice(None) if images.positions is None else images.positions
-            values |= {"shards": images.source.shards, "places": images.source.table[:, at].tolist()}
             known = [images.source.fingerprint()]
+            part = {} if images.positions is None else {"fingerprint": known[0]}
+            values |= {"shards": images.source.shards, **part, "places": images.source.table[:, at].tolist()}
         assert path.read_text() == json.dumps(values)
         again = Images.load(path)
         assert content(again) == content(images) and type(again.source) is type(images.source)
+        assert again.fingerprint() == images.fingerprint()
         if isinstance(again.source, Parts):
             assert again.source.table.tolist() == values["places"]
         text = json.dumps([[name[3:] for name in paths], values["labels"], images.class_names, *known])

@@ -420,13 +420,32 @@ def test_a_run_goes_on_by_its_own_index_and_is_deleted_with_it(
     assert main(["pretrain", *run, "--overwrite", "true"]) == 0 and len(found) == 2
 
 
+def tuned(packed: Path, out: Path) -> list[str]:
+    """The command of a short fine-tuning whose held-out images are split off."""
+    names = ("--data.auto_augment", "none", "--model.variant", "{depths: [1, 1, 1, 1], dims: [8, 8, 8, 8]}")
+    command = ["finetune", "--config", str(runs.DEFAULTS), "--data.path", str(packed), "--out", str(out)]
+    command += ["--device", "cpu", "--data.image_size", "32", "--data.num_workers", "0", "--batch_size", "4", *names]
+    return [*command, "--epochs", "1", "--log.trackers", "none", "--data.max_bad_share", "0.5", "--model.stem_stride", "1"]
+
+
+@pytest.mark.usefixtures("_alone")
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_fine_tuning_whose_images_are_split_goes_on_exactly(
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moved: bool
+) -> None:
+    assert main(tuned(packed, tmp_path / "whole")) == 0
+    with monkeypatch.context() as patch:
+        runs.at_step(patch, 1, runs.kill_self(signal.SIGTERM))
+        assert main(tuned(packed, tmp_path / "cut")) == 143
+    if moved:
+        packed = packed.rename(tmp_path / "moved")
+    assert main(tuned(packed, tmp_path / "cut")) == 0
+    runs.assert_same(runs.final_state(tmp_path / "cut"), runs.final_state(tmp_path / "whole"))
+
+
 @pytest.mark.usefixtures("_alone")
 def test_labels_of_shards_are_learnt_and_evaluated(packed: Path, tmp_path: Path) -> None:
-    names = ("--data.auto_augment", "none", "--model.variant", "{depths: [1, 1, 1, 1], dims: [8, 8, 8, 8]}")
-    command = ["finetune", "--config", str(runs.DEFAULTS), "--data.path", str(packed), "--out", str(tmp_path / "out")]
-    command += ["--device", "cpu", "--data.image_size", "32", "--data.num_workers", "0", "--batch_size", "4", *names]
-    command += ["--epochs", "1", "--log.trackers", "none", "--data.max_bad_share", "0.5", "--model.stem_stride", "1"]
-    assert main(command) == 0
+    assert main(tuned(packed, tmp_path / "out")) == 0
     rows = (tmp_path / "out/last/predictions.csv").read_text().splitlines()
     assert all(".tar/" in row for row in rows[1:]) and len(rows) > 2
     runs.forget_accelerator()

@@ -176,6 +176,8 @@ class Images:
             yield f', "shards": {json.dumps(self.source.shards)}, '
             if self.source.stamps:
                 yield f'"stamps": {json.dumps(self.source.stamps)}, '
+            if self.positions is not None:
+                yield f'"fingerprint": {json.dumps(self.source.fingerprint())}, '
             yield '"places": '
             for before, row in zip(("[", ", ", ", "), self.source.table, strict=True):
                 yield before
@@ -199,8 +201,10 @@ class Images:
             with Path(path).open(encoding="utf-8", errors="surrogatepass") as file:
                 found = read_listing(file)
             names, labels, classes = found["paths"], found["labels"], found["class_names"]
-            is_packed, stamps = "shards" in found, found.get("stamps", ())
-            source = Parts(names, found["shards"], found["places"], storage, stamps) if is_packed else Files(names)
+            source: Source = Files(names)
+            if "shards" in found:
+                known = found.get("stamps", ()), found.get("fingerprint")
+                source = Parts(names, found["shards"], found["places"], storage, *known)
             if labels is not None and labels.shape != (len(names),):
                 raise ValueError(f"{len(labels)} labels of {len(names)} images")
             return cls(source, None, labels, None if classes is None else tuple(classes))

@@ -46,8 +46,8 @@ def read_listing(file: TextIO) -> dict[str, Any]:
         file: at its start; it can seek.
 
     Returns:
-        paths, Names; labels, (N,) int64 or None; class_names; and where there are shards, these, their stamps if they
-        were kept, and places, (3, N) int64.
+        paths, Names; labels, (N,) int64 or None; class_names; and where there are shards, these, their stamps and the
+        fingerprint if they were kept, and places, (3, N) int64.
 
     Raises:
         ValueError: if it holds something else; or KeyError, TypeError, OverflowError, RecursionError.
@@ -62,7 +62,7 @@ def read_listing(file: TextIO) -> dict[str, Any]:
     found["labels"] = None if labels is None else np.array(labels, np.int64)
     if "shards" in values:
         found |= {"shards": values["shards"], "places": np.array(values["places"], np.int64)}
-        found["stamps"] = values.get("stamps", ())
+        found |= {key: values[key] for key in ("stamps", "fingerprint") if key in values}
     return found
 
 

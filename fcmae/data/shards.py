@@ -308,6 +308,7 @@ class Parts(Listed):
         table: (3, N) int64: number of the tar file or -1, first byte, and size or what stands in its place.
         storage: that reads them.
         stamps: of the shards, see `Storage.stamp`; a table says nothing else of whether it is the same.
+        known: the fingerprint, of more images than these where they are a part of what was found.
 
     Raises:
         ValueError: if the table has another shape, or names a tar file that is not there.
@@ -320,12 +321,13 @@ class Parts(Listed):
         table: NDArray[np.int64],
         storage: Storage,
         stamps: Sequence[str] = (),
+        known: str | None = None,
     ) -> None:
         if table.shape != (3, len(names)) or not len(shards) > table[0].max(initial=-1) >= -1:
             raise ValueError(f"places of {len(names)} images in {len(shards)} shards of shape {table.shape}")
         super().__init__(names)
         self.shards, self.table, self._storage = tuple(shards), table, storage
-        self.stamps, self._seen = tuple(stamps), set[int]()
+        self.stamps, self._seen, self._fingerprint = tuple(stamps), set[int](), known
 
     def read(self, i: int) -> bytes:
         number, start, size = self.table[:, i].tolist()
@@ -360,5 +362,5 @@ class Parts(Listed):
             self._seen.add(number)
 
     def fingerprint(self) -> str:
-        """Of the sizes of the images within tar files."""
-        return hashlib.sha256(self.table[2].astype("<i8").tobytes()).hexdigest()
+        """Of the sizes of the images within tar files, all that were found."""
+        return self._fingerprint or hashlib.sha256(self.table[2].astype("<i8").tobytes()).hexdigest()
