@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, is_shared: bool = False) -> Iterator[Path]:
     """A place beside `path` to write a file to, which takes that path when the block ends; an error removes it.
+
+    It is whole even if the machine goes off just then.
 
     Args:
         path: of the file, which may be there already. Missing folders are made.
+        is_shared: other processes may write it at the same time; the last one's stays. Whoever reads it checks it, so
+            that nobody waits for the disk.
 
     Raises:
         OSError: if the file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".tmp-{path.name}")
+    aside = path.with_name(f".tmp-{secrets.token_hex(4)}-{path.name}" if is_shared else f".tmp-{path.name}")
     aside.unlink(missing_ok=True)  # what was killed here has left one
     try:
         yield aside
+        if not is_shared:
+            sync(aside)  # the rename must not reach the disk before the content does
         aside.replace(path)
     except OSError as error:
         if error.errno is not None:  # what a full disk stops knows no name
@@ -33,9 +41,27 @@ def replacing(path: Path) -> Iterator[Path]:
         aside.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file whole or not at all; bytes of names that are no Unicode (surrogates) are kept."""
-    with replacing(path) as aside:
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str, *, is_shared: bool = False) -> None:
+    """Write a UTF-8 file whole or not at all; bytes of names that are no Unicode (surrogates) are kept.
+
+    Args:
+        path: see `replacing`.
+        text: its content.
+        is_shared: see `replacing`.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
+    with replacing(path, is_shared=is_shared) as aside:
         aside.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 

@@ -60,7 +60,7 @@ def pretraining(sketch: PretrainConfig, given: Mapping[str, Any]) -> dict[str, A
     began = time.monotonic()
     out = _run_directory(sketch, given, sketch.data.path[0])
     if (saved := _saved(sketch, out, "pretrain")) is not None:
-        return {key: value for key, value in saved.items() if key not in given} | {"out": out}
+        return _resumed(sketch, saved, given, out)
     if _is_settled(sketch, given):
         cfg = options.make(BenchConfig, options.flat(sketch) | {"seconds": SHORT_S})
         return _parts(sketch, lambda at_once: _pretraining_step(cfg, at_once, False))
@@ -104,7 +104,7 @@ def finetuning(sketch: FinetuneConfig, given: Mapping[str, Any]) -> dict[str, An
     assert sketch.data.path is not None
     out = _run_directory(sketch, given, sketch.data.path)
     if (saved := _saved(sketch, out, "finetune")) is not None:
-        return {key: value for key, value in saved.items() if key not in given} | {"out": out}
+        return _resumed(sketch, saved, given, out)
     if _is_settled(sketch, given):
         return _parts(sketch, lambda at_once: _dense_step(sketch, at_once, SHORT_S))
     _refuse_launcher()
@@ -149,7 +149,7 @@ def segmentation(sketch: SegmentConfig, given: Mapping[str, Any]) -> dict[str, A
     assert sketch.data.path is not None
     out = _run_directory(sketch, given, sketch.data.path)
     if (saved := _saved(sketch, out, "segment")) is not None:
-        return {key: value for key, value in saved.items() if key not in given} | {"out": out}
+        return _resumed(sketch, saved, given, out)
     if _is_settled(sketch, given):
         return _parts(sketch, lambda at_once: _dense_step(sketch, at_once, SHORT_S))
     _refuse_launcher()
@@ -236,6 +236,24 @@ def _saved(sketch: RunConfig, place: Path, kind: str, begun: bool = True) -> dic
         if not file.readline().startswith(f"# fcmae {kind} "):
             return None
     return options.flat(options.read(type(sketch), config))
+
+
+def _resumed(sketch: RunConfig, saved: Mapping[str, Any], given: Mapping[str, Any], out: Path) -> dict[str, Any]:
+    """What `_saved` found of a run that goes on, where nothing else is given.
+
+    Its parts stay as large as they are, on any number of processes.
+    """
+    from fcmae.training.records import processes_before
+    from fcmae.training.steps import images_at_once, in_parts_of, pools_a_part
+
+    values = {key: value for key, value in saved.items() if key not in given} | {"out": out}
+    cfg, processes = options.make(type(sketch), saved), int(os.environ.get("WORLD_SIZE", "1"))
+    before = processes_before(out) or processes
+    if processes != before and "grad_accum" in values and not pools_a_part(cfg):
+        most = images_at_once(cfg, before)
+        parts = in_parts_of(cfg.model_copy(update={"grad_accum": 1}), processes, most).num_parts
+        values |= {"grad_accum": parts, "chosen": cfg.chosen | {"grad_accum": f"{most} images at once, as before"}}
+    return values
 
 
 def _has_begun(place: Path) -> bool:

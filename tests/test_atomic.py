@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from fcmae import atomic
 from fcmae.atomic import read_bytes, replacing, sha256_of, write_text
 
 
@@ -73,3 +74,23 @@ def test_what_a_killed_process_left_is_in_nobodys_way(tmp_path: Path) -> None:
         file.write("whole")
     assert [path.name for path in tmp_path.iterdir()] == ["table.csv"]
     assert (tmp_path / "table.csv").read_text() == "whole"
+
+
+def test_what_several_write_at_the_same_time_is_that_of_the_last(tmp_path: Path) -> None:
+    path = tmp_path / "shared.json"
+    with replacing(path, is_shared=True) as first, replacing(path, is_shared=True) as second:
+        first.write_text("first")
+        second.write_text("second")
+    assert path.read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["shared.json"]
+
+
+def test_a_file_takes_its_name_once_its_content_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+
+    def synced(path: Path) -> None:
+        found.append((path.read_text(), (tmp_path / "config.yaml").exists()))
+
+    monkeypatch.setattr(atomic, "sync", synced)
+    write_text(tmp_path / "config.yaml", "seed: 1\n")
+    assert found == [("seed: 1\n", False)]

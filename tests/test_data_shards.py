@@ -425,7 +425,8 @@ def tuned(packed: Path, out: Path) -> list[str]:
     names = ("--data.auto_augment", "none", "--model.variant", "{depths: [1, 1, 1, 1], dims: [8, 8, 8, 8]}")
     command = ["finetune", "--config", str(runs.DEFAULTS), "--data.path", str(packed), "--out", str(out)]
     command += ["--device", "cpu", "--data.image_size", "32", "--data.num_workers", "0", "--batch_size", "4", *names]
-    return [*command, "--epochs", "1", "--log.trackers", "none", "--data.max_bad_share", "0.5", "--model.stem_stride", "1"]
+    command += ["--epochs", "1", "--log.trackers", "none", "--data.max_bad_share", "0.5", "--model.stem_stride", "1"]
+    return command
 
 
 @pytest.mark.usefixtures("_alone")

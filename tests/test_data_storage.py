@@ -450,6 +450,13 @@ def test_a_cache_keeps_to_its_size_and_forgets_what_was_used_longest_ago(tmp_pat
     assert cache.get("large") is None
 
 
+def test_a_cache_keeps_to_its_size_however_many_processes_fill_it(tmp_path: Path) -> None:
+    caches = [Cache(tmp_path, 64_000, sharers=32) for _ in range(32)]
+    for number in range(320):
+        caches[number % 32].put(str(number), bytes(900))
+        assert sum(path.stat().st_size for path in tmp_path.rglob("*.read")) <= 64_000
+
+
 def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     cache = Cache(tmp_path / "file", 10**6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -246,6 +247,34 @@ def test_a_recipe_is_computed_in_parts_that_are_measured_to_fit(
     start_run(Path("out"), cfg.model_copy(update={"grad_accum": 256}))
     measured.clear()
     assert load(PretrainConfig, RECIPE, prog="x", complete=planning.pretraining).grad_accum == 256 and not measured
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "parts", "settings"),
+    [
+        ((16, 1), 4, 4, []),
+        ((1, 16), 32, 1, []),  # 16 parts of 32 processes do not divide the batch
+        ((16, 1), 16, 1, []),
+        ((4, 16), 1, 16, ["--model.grn_scope", "batch"]),  # GRN is another one over other parts: it is refused later
+        ((16, 1), 4, 2, ["--grad_accum", "2"]),
+    ],
+)
+def test_a_run_goes_on_in_parts_as_large_as_before_on_any_number_of_processes(
+    photos: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    before: tuple[int, int],
+    now: int,
+    parts: int,
+    settings: list[str],
+) -> None:
+    words = [*RECIPE, "--batch_size", "256", *settings]
+    processes, kept = before
+    cfg = load(PretrainConfig, [*words, "--grad_accum", "1"], prog="x")
+    start_run(Path("out"), cfg.model_copy(update={"grad_accum": kept}))
+    (Path("out") / "environment.json").write_text(json.dumps([{"num_processes": processes}]))
+    monkeypatch.setenv("WORLD_SIZE", str(now))
+    found = load(PretrainConfig, words, prog="x", num_processes=now, complete=planning.pretraining)
+    assert found.grad_accum == parts
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ class Cut(BaseException):
     """Stands for a process that ends here."""
 
 
-@pytest.mark.parametrize("operation", ["save_file", "_sync", "rename"])
+@pytest.mark.parametrize("operation", ["save_file", "sync", "rename"])
 def test_a_save_that_is_cut_off_leaves_no_checkpoint_and_does_not_hinder_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str
 ) -> None:
@@ -416,7 +416,7 @@ class DiskFullError(OSError):
         super().__init__(errno.ENOSPC, os.strerror(errno.ENOSPC), "file")
 
 
-@pytest.mark.parametrize("operation", ["save_file", "write_text", "_sync"])
+@pytest.mark.parametrize("operation", ["save_file", "write_text", "sync"])
 def test_a_full_disk_leaves_nothing_of_a_checkpoint_and_the_one_before_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str
 ) -> None:

@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
+from fcmae.atomic import replacing
+from fcmae.data.cores import local_processes, num_cores
 from fcmae.data.source import open_file
 
 INDEX, CACHE = "index", "cache"  # folders of a run directory
@@ -66,11 +68,12 @@ class Cache:
 
     Args:
         folder: of its files, which several processes may share.
-        most_bytes: that they take, however many processes up to eight fill it.
+        most_bytes: that they take.
+        sharers: processes that fill it, at the most.
     """
 
-    def __init__(self, folder: Path, most_bytes: int) -> None:
-        self._folder, self._most = folder, most_bytes
+    def __init__(self, folder: Path, most_bytes: int, sharers: int = 8) -> None:
+        self._folder, self._most, self._between_looks = folder, most_bytes, most_bytes // (8 * sharers)
         self._written = most_bytes  # since it was last looked what is there: before the first time, unknown
 
     def _path(self, key: str) -> Path:
@@ -93,8 +96,9 @@ class Cache:
             return
         self._written += len(content)
         with suppress(OSError):
-            _write(self._path(key), _digest(content) + content)
-            if self._written > self._most // 64:
+            with replacing(self._path(key), is_shared=True) as aside:
+                aside.write_bytes(_digest(content) + content)
+            if self._written > self._between_looks:
                 self._written = 0
                 self._trim()
 
@@ -134,7 +138,9 @@ class Storage:
         ours = {INDEX, CACHE, "config.yaml"}
         if out is None or (out.exists() and any(out.iterdir()) and not ours & {path.name for path in out.iterdir()}):
             return cls(beside=index == "beside")
-        cache = Cache(out / CACHE, int(cache_gb * GIGABYTE)) if cache_gb else None
+        machines = int(os.environ.get("WORLD_SIZE", "1")) // local_processes()
+        sharers = max(8, num_cores() * machines)  # a worker each
+        cache = Cache(out / CACHE, int(cache_gb * GIGABYTE), sharers) if cache_gb else None
         return cls(out / INDEX, index == "beside", cache)
 
     def read(self, address: str, start: int = 0, size: int | None = None) -> bytes:
@@ -205,18 +211,9 @@ class Storage:
         if self.beside and is_remote(address):
             _asked(f"{address}.index", "pipe_file", content)
         elif self.beside or self.kept is not None:
-            _write(Path(f"{address}.index") if self.beside else self.kept / name, content)  # type: ignore[operator]
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Whole or not at all, whoever else writes the same."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
-        aside.write_bytes(content)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+            path = Path(f"{address}.index") if self.beside else self.kept / name  # type: ignore[operator]
+            with replacing(path, is_shared=True) as aside:
+                aside.write_bytes(content)
 
 
 def _read(address: str, start: int = 0, size: int | None = None) -> bytes:

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.util import find_spec
+from threading import Semaphore
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fcmae.data.storage import Storage, is_remote
+from fcmae.data.storage import AT_ONCE, Storage, is_remote
 
 PARQUET, ARROW = ".parquet", ".arrow"
 LABELS = ("label", "labels", "cls", "class")  # columns, the first that there is
+WHOLE_AT_ONCE = Semaphore(4)  # Arrow files from afar, of half a gigabyte each, that threads hold in memory
 MAX_GROUP = 1 << 30  # bytes of images that are read for one
 EMPTY = -5  # in place of a size
 
@@ -59,7 +61,8 @@ def _arrow(storage: Storage, address: str) -> Iterable[tuple[Any, Any, list[str]
     import pyarrow as pa
 
     if is_remote(address):
-        whole = pa.py_buffer(storage.read(address))
+        with WHOLE_AT_ONCE, storage.open(address) as file:
+            whole = pa.py_buffer(b"".join(iter(partial(file.read, AT_ONCE), b"")))
     else:
         with pa.memory_map(address) as file:
             whole = file.read_buffer()

@@ -34,7 +34,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import fcmae
-from fcmae.atomic import sha256_of
+from fcmae.atomic import sha256_of, sync
 from fcmae.training import own_files
 
 FORMAT = 2
@@ -172,12 +172,12 @@ def save(run: Path, meta: Meta, tensors: dict[str, dict[str, Tensor]]) -> Path:
         meta.checksums[META] = meta.own_checksum()
         (aside / META).write_text(json.dumps(asdict(meta), indent=2))
         for path in [*aside.iterdir(), aside]:
-            _sync(path)  # the rename must not reach the disk before the contents do
+            sync(path)  # the rename must not reach the disk before the contents do
         aside.rename(place)
     except OSError:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    _sync(place.parent)
+    sync(place.parent)
     (run / own_files.SAVED).touch()
     return place
 
@@ -202,14 +202,6 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
         code = int(number[1]) if number else errno.EIO
         raise OSError(code, os.strerror(code), str(path)) from error
     path.chmod(mode)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def steps(run: Path) -> dict[int, Path]:
@@ -411,7 +403,7 @@ def prune(run: Path, keep: int, milestone_steps: float, good: Path | None = None
         if path != good and (milestone_steps == 0 or step % milestone_steps):
             aside = path.with_name(f".tmp-{path.name}")
             path.rename(aside)
-            shutil.rmtree(aside)
+            shutil.rmtree(aside, ignore_errors=True)  # NFS keeps what another process reads; the next time it goes
 
 
 def check_space(run: Path, model: nn.Module, num_checkpoints: float, num_states: int = 3) -> str:

@@ -111,12 +111,18 @@ def record_images_that_fit(run: Path, num: int) -> None:
     """Keep with the run's latest start how many images at once its memory suffices for, as it did not for more.
 
     Args:
-        run: its directory.
+        run: its directory, of which all processes may find so at the same time.
         num: of a process, each counted as often as it has masks.
     """
     if starts := _starts(run / "environment.json"):
-        starts[-1]["images_at_once"] = num
-        write_text(run / "environment.json", json.dumps(starts, indent=1) + "\n")
+        starts[-1]["images_at_once"] = min(num, starts[-1].get("images_at_once", num))
+        write_text(run / "environment.json", json.dumps(starts, indent=1) + "\n", is_shared=True)
+
+
+def processes_before(run: Path) -> int | None:
+    """How many processes the run's latest start had, if that is known."""
+    found = [start.get("num_processes") for start in _starts(run / "environment.json")]
+    return found[-1] if found and isinstance(found[-1], int) else None
 
 
 def images_that_fit(run: Path, device: torch.device) -> int | None:

@@ -91,6 +91,19 @@ def in_smaller_parts(cfg: Fitting, num_processes: int) -> Fitting | None:
     return None
 
 
+def in_parts_of(cfg: Fitting, num_processes: int, most: float) -> Fitting:
+    """The same run with at most so many images at once, or as few as it can have.
+
+    Args:
+        cfg: of the run.
+        num_processes: of it.
+        most: images of a process.
+    """
+    while images_at_once(cfg, num_processes) > most and (smaller := in_smaller_parts(cfg, num_processes)) is not None:
+        cfg = smaller
+    return cfg
+
+
 def in_parts(cfg: Fitting, num_processes: int, device_type: str, saved: RunConfig | None = None) -> Fitting:
     """The settings with grad_accum a number, where it is auto and nothing is measured.
 
@@ -109,10 +122,7 @@ def in_parts(cfg: Fitting, num_processes: int, device_type: str, saved: RunConfi
     found = cfg.model_copy(update={"grad_accum": 1})
     if isinstance(cfg, DenseConfig) and cfg.eval_only:
         return found  # nothing is trained
-    while images_at_once(found, num_processes) > AT_ONCE.get(device_type, min(AT_ONCE.values())):
-        if (smaller := in_smaller_parts(found, num_processes)) is None:
-            break
-        found = smaller
+    found = in_parts_of(found, num_processes, AT_ONCE.get(device_type, min(AT_ONCE.values())))
     why = f"{images_at_once(found, num_processes)} images at once in each process: not measured"
     if pools_a_part(cfg):
         what = "model.grn_scope = batch" if isinstance(cfg, PretrainConfig) else "BatchNorm"
@@ -136,11 +146,8 @@ def that_fits(cfg: Fitting, accelerator: Accelerator) -> Fitting:
     """
     assert cfg.out is not None
     fits = same_everywhere(accelerator, partial(images_that_fit, cfg.out, accelerator.device))
-    processes, fitting = accelerator.num_processes, cfg
-    while fits is not None and images_at_once(fitting, processes) > fits:
-        if (smaller := in_smaller_parts(fitting, processes)) is None:
-            break
-        fitting = smaller
+    processes = accelerator.num_processes
+    fitting = cfg if fits is None else in_parts_of(cfg, processes, fits)
     if fitting is not cfg:
         message = "%d images at once, as more did not fit into the memory before: grad_accum = %d"
         logger.info(message, images_at_once(fitting, processes), fitting.grad_accum)
