@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -88,3 +92,45 @@ def test_what_accelerate_reads_from_the_environment_changes_no_gradient_or_is_re
                 assert rest == others, name
     kinds = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER")
     assert refused == {f"ACCELERATE_USE_{kind}" for kind in kinds}
+
+
+def test_processes_wait_for_what_the_first_one_finds_and_learn_of_any_error(tmp_path: Path) -> None:
+    """For longer than their collectives do."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import time\n"
+        "from datetime import timedelta\n"
+        "import torch\n"
+        "from accelerate import Accelerator\n"
+        "from fcmae.training.launch import ending_together, same_everywhere\n"
+        "torch.distributed.init_process_group('gloo', timeout=timedelta(seconds=2))\n"
+        "accelerator = Accelerator(cpu=True)\n"
+        "with ending_together(accelerator, None):\n"
+        "    print(same_everywhere(accelerator, lambda: time.sleep(4) or 'found'), flush=True)\n"
+        "    if accelerator.process_index:\n"
+        "        raise LookupError('no such kernel')\n"
+        "    time.sleep(600)\n"
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    joined = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(script)],
+            env=os.environ | joined | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=120) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [out for out, _ in said] == ["found\n", "found\n"]
+    assert [process.returncode for process in started] == [2, 1]
+    assert "fcmae: error: process 1 failed: no such kernel" in said[0][1]
+    assert "LookupError: no such kernel" in said[1][1]

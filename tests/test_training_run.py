@@ -234,6 +234,16 @@ def test_a_second_process_is_refused_until_the_first_has_ended(tmp_path: Path) -
         pass
 
 
+def test_a_disk_without_locks_is_told_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.lockf", refuse)
+    sentence = rf"^out = {tmp_path} lies where files cannot be locked \(No locks available\): mount it with locks"
+    with pytest.raises(OSError, match=sentence), RunDirectory(config(Path("photos"), tmp_path), "pretrain").open(True):
+        pass
+
+
 def test_a_run_that_was_made_since_the_first_look_is_not_deleted(tmp_path: Path) -> None:
     cfg = config(Path("photos"), tmp_path)
     early = RunDirectory(cfg, "pretrain")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import itertools
 import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +22,11 @@ from fcmae.config import RunConfig
 from fcmae.data.loader import end_workers
 from fcmae.training.signals import StopSignal
 
+FOREVER = timedelta(days=7)
+ENDED = "a process of the run has ended: see what it said"
+
 Found = TypeVar("Found")
+_calls = itertools.count()  # of `same_everywhere`, which all processes make in the same order
 
 
 def uses_cpu(cfg: RunConfig) -> bool:
@@ -70,11 +76,30 @@ def make_accelerator(cfg: RunConfig) -> Accelerator:
 
 
 def same_everywhere(accelerator: Accelerator, find: Callable[[], Found]) -> Found:
-    """What the first process finds, sent to all."""
+    """What the first process finds, sent to all, which wait for it however long it takes.
+
+    In a collective they would for some minutes: the index of many images on slow storage takes longer.
+
+    Args:
+        accelerator: of the processes.
+        find: called in the first one.
+    """
     found: list[Any] = [find() if accelerator.is_main_process else None]
+    if accelerator.num_processes > 1:
+        store, key = _store(), f"fcmae/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}/found/{next(_calls)}"
+        if accelerator.is_main_process:
+            store.set(key, "")
+        else:
+            store.wait([key], FOREVER)
     broadcast_object_list(found)
     result: Found = found[0]
     return result
+
+
+def _store() -> Any:
+    """What the processes of a run share beside their collectives."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return torch.distributed.TCPStore(address, port, is_master=False, wait_for_workers=False)  # type: ignore[attr-defined]
 
 
 @contextmanager
@@ -118,14 +143,13 @@ def ending_together(accelerator: Accelerator, out: Path | None) -> Iterator[None
     if accelerator.num_processes == 1:
         yield
         return
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = torch.distributed.TCPStore(address, port, is_master=False, wait_for_workers=False)  # type: ignore[attr-defined]
-    key, left = f"fcmae/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}/{out}", threading.Event()
+    store, left = _store(), threading.Event()
+    key = f"fcmae/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}/{out}"
 
     def told() -> str | None:
         with suppress(RuntimeError):  # the store went with the process that kept it
             return store.get(key).decode() if store.check([key]) else None
-        return "a process of the run has ended: see what it said"
+        return ENDED
 
     def watch() -> None:
         while not left.wait(1):
@@ -137,17 +161,14 @@ def ending_together(accelerator: Accelerator, out: Path | None) -> Iterator[None
     threading.Thread(target=watch, daemon=True).start()
     try:
         yield
-    except (ValueError, OSError, FloatingPointError) as error:
+    except Exception as error:
         left.set()
-        store.set(key, f"process {accelerator.process_index} failed: {error}")
+        # It may be what a collective says where another process has ended.
+        if isinstance(error, RuntimeError) and (sentence := told() or (ENDED if "by peer" in str(error) else None)):
+            raise ChildProcessError(sentence) from error
+        with suppress(RuntimeError):  # as above
+            store.set(key, f"process {accelerator.process_index} failed: {error or type(error).__name__}")
         raise
-    except RuntimeError as error:
-        left.set()
-        if (sentence := told()) is None and "by peer" in str(error):
-            sentence = "a process of the run has ended: see what it said"
-        if sentence is None:
-            raise
-        raise ChildProcessError(sentence) from error
     finally:
         left.set()
 

@@ -216,7 +216,8 @@ class RunDirectory:
         """
         if not is_main:
             logger.setLevel(logging.WARNING)
-            yield
+            with _telling_of_memory():
+                yield
             return
         try:
             with self._opened():
@@ -241,6 +242,14 @@ class RunDirectory:
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError):
                 raise ValueError(in_use) from None
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                    raise
+                # Two processes in it would spoil each other's files.
+                raise OSError(
+                    f"out = {self.path} lies where files cannot be locked ({error.strerror}): mount it with locks "
+                    "(flock of Lustre, lockd of NFS 3), or give another --out"
+                ) from error
             # Another process may have made, deleted, or gone on with a run here since this one looked.
             now = RunDirectory(self.cfg, self.kind)
             if (now.exists, now.resume_from) != (self.exists, self._found):
@@ -270,12 +279,19 @@ class RunDirectory:
                     memory = self.cfg.chosen.get("grad_accum", "")
                     logger.info("%s", f"{memory}, {self.needs}" if memory else self.needs)
                 try:
-                    yield
+                    with _telling_of_memory():
+                        yield
                 except FloatingPointError as error:
                     raise FloatingPointError(f"{error}; {self._way_out()}") from None
-                except torch.OutOfMemoryError as error:
-                    told = str(error).partition("\n")[0]
-                    raise ValueError(f"{told.rstrip('.')}: raise grad_accum, or try {SMALLER}") from error
+
+
+@contextmanager
+def _telling_of_memory() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        told = str(error).partition("\n")[0]
+        raise ValueError(f"{told.rstrip('.')}: raise grad_accum, or try {SMALLER}") from error
 
 
 def _check_inputs(out: Path, inputs: Mapping[str, Sequence[str]], overwrite: bool) -> None:
