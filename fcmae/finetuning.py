@@ -22,7 +22,7 @@ from fcmae.classification import class_probabilities, scores, write_predictions
 from fcmae.config import FinetuneConfig, check_launch
 from fcmae.data.augment import CropAndFlip, FinetuneAugment
 from fcmae.data.dataset import Batch, FinetuneDataset, Reading
-from fcmae.data.index import Images, find_labelled
+from fcmae.data.index import Images, find_labelled, kept_images
 from fcmae.data.loader import choose_num_workers, evaluation_loader
 from fcmae.data.normalize import Normalize
 from fcmae.data.sampler import steps_per_epoch
@@ -222,8 +222,9 @@ def run_images(cfg: FinetuneConfig, run: RunDirectory, weights: Weights) -> tupl
     """
     cached = (run.path / "files.json", run.path / "val_files.json")
     storage = Storage.of_run(run.path, cfg.data.index, cfg.data.cache_gb)
-    if not cfg.eval_only and run.kept("data.path", "data.val_path") and all(path.is_file() for path in cached):
-        return Images.load(cached[0], storage), Images.load(cached[1], storage)
+    same = not cfg.eval_only and run.kept("data.path", "data.val_path")
+    if same and (kept := kept_images(cached, storage)) is not None:
+        return kept[0], kept[1]
     names, own = weights.class_names if _keeps_head(cfg) else None, cfg.data.path
     train = find_labelled(own, names, key="data.path", storage=storage) if own else Images.of_files((), (), names)
     if cfg.data.val_path is None:

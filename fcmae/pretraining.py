@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -16,7 +15,7 @@ from accelerate import Accelerator
 from fcmae.config import PretrainConfig, check_launch
 from fcmae.data.augment import CenterCrop, CropAndFlip
 from fcmae.data.dataset import Batch, PretrainDataset, Reading, collate
-from fcmae.data.index import Images, find_images
+from fcmae.data.index import Images, find_images, kept_images
 from fcmae.data.loader import build_loader, choose_num_workers
 from fcmae.data.normalize import Normalize
 from fcmae.data.sampler import EVAL_EPOCH, evaluation_batches, steps_per_epoch
@@ -76,7 +75,7 @@ def pretrain(cfg: PretrainConfig, net: FCMAE | None = None) -> Run:
         run.agree(accelerator)
         check_launch(cfg, accelerator.num_processes)
         cfg = in_parts(cfg, accelerator.num_processes, accelerator.device.type, run.saved)
-        images = same_everywhere(accelerator, partial(run_images, cfg, run))
+        images, are_new = same_everywhere(accelerator, partial(run_images, cfg, run))
         train_images, val_images = split(images, cfg.data.val_share, cfg.seed)
         schedule = build_schedule(cfg, run, train_images)
         check_pooled(cfg, run, accelerator)
@@ -93,7 +92,7 @@ def pretrain(cfg: PretrainConfig, net: FCMAE | None = None) -> Run:
             labelled = find_monitored_labels(cfg.monitor.labelled, build_reading(cfg), cfg.seed)
         with run.open(accelerator.is_main_process), closing_trackers(accelerator), StopSignal() as stop:
             if accelerator.is_main_process:
-                if kept_index(cfg, run) is None:
+                if are_new:
                     images.save(run.path / "files.json")
                 for note in images.notes:
                     logger.info("%s", note)
@@ -177,18 +176,12 @@ def train(
 # The parts
 
 
-def run_images(cfg: PretrainConfig, run: RunDirectory) -> Images:
-    """The images: as listed in the run directory, else found."""
+def run_images(cfg: PretrainConfig, run: RunDirectory) -> tuple[Images, bool]:
+    """The images: as listed in the run directory, else found, which is told."""
     storage = Storage.of_run(run.path, cfg.data.index, cfg.data.cache_gb)
-    if (kept := kept_index(cfg, run)) is not None:
-        return Images.load(kept, storage)
-    return find_images(cfg.data.path, storage=storage)
-
-
-def kept_index(cfg: PretrainConfig, run: RunDirectory) -> Path | None:
-    """The run directory's file that lists its images, if it is of the same `data.path`."""
-    path = run.path / "files.json"
-    return path if run.kept("data.path") and path.is_file() else None
+    if run.kept("data.path") and (kept := kept_images([run.path / "files.json"], storage)) is not None:
+        return kept[0], False
+    return find_images(cfg.data.path, storage=storage), True
 
 
 def build_schedule(cfg: PretrainConfig, run: RunDirectory, images: Images) -> Schedule:

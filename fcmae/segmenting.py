@@ -24,7 +24,7 @@ from fcmae.atomic import replacing
 from fcmae.config import SegmentConfig, check_launch
 from fcmae.data.augment import CropBoth, check_same_size
 from fcmae.data.dataset import SegmentDataset
-from fcmae.data.index import Images, find_mapped
+from fcmae.data.index import Images, find_mapped, kept_images
 from fcmae.data.loader import choose_num_workers
 from fcmae.data.maps import Classes, count_values, find_classes
 from fcmae.data.normalize import Normalize
@@ -215,9 +215,9 @@ def run_images(cfg: SegmentConfig, run: RunDirectory) -> Mapped:
     """
     cached = [run.path / name for name in FILES]
     same = not cfg.eval_only and run.kept("data.path", "data.maps", "data.val_path", "data.val_maps")
-    if same and all(path.is_file() for path in cached):
-        storage = Storage.of_run(run.path, cfg.data.index, cfg.data.cache_gb)
-        return _counted(cfg, *(Images.load(path, storage) for path in cached))
+    storage = Storage.of_run(run.path, cfg.data.index, cfg.data.cache_gb)
+    if same and (kept := kept_images(cached, storage)) is not None:
+        return _counted(cfg, *kept)
     return find_data(cfg)
 
 

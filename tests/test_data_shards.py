@@ -161,7 +161,7 @@ def test_damage_costs_the_members_it_hits_and_no_others(tmp_path: Path) -> None:
     found = contents(images)
     assert found.pop(f"@{starts[1] - BLOCK}") == "it cannot be read: the shard is damaged here: pack it again"
     assert found == {f"{i:03}.png": image(i) for i in (0, 2, 3)}
-    assert images.notes == (f"data.path: 1 places in 1 shards are damaged or doubled, first in {path}",)
+    assert images.notes == (f"data.path: 1 places in 1 shards are damaged, doubled or links, first in {path}",)
     assert [Path(name).name for name in find_labelled(str(path)).names()] == ["000.png", "002.png", "003.png"]
 
 
@@ -329,6 +329,23 @@ def test_an_index_holds_what_was_scanned_and_is_for_one_stamp(tmp_path: Path) ->
         assert (again.names, again.labels) == (members.names, members.labels)
         assert np.array_equal([again.starts, again.sizes], [members.starts, members.sizes])
         assert Members.unpacked(members.packed("a"), "b") is None
+
+
+def test_a_link_in_a_tar_file_is_told_with_the_remedy(tmp_path: Path) -> None:
+    """A folder would give the image under both names."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(image(0))
+    (folder / "b.png").hardlink_to(folder / "a.png")
+    (folder / "c.png").symlink_to("a.png")
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        archive.add(folder, "photos")
+    images = find_images([str(tmp_path / "x.tar")])
+    found = list(contents(images).values())
+    assert found[0] == image(0) and len(found) == 3
+    assert all("it is a link to another member: pack it again" in str(reason) for reason in found[1:])
+    (note,) = images.notes
+    assert note.startswith("data.path: 2 places in 1 shards are damaged, doubled or links, first in ")
 
 
 def test_images_in_shards_are_saved_with_their_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -212,6 +212,23 @@ class Images:
             raise ValueError(f"{path} is not an index of images ({error}): delete it to have it made anew") from error
 
 
+def kept_images(paths: Sequence[Path], storage: Storage) -> list[Images] | None:
+    """What lists of a run hold; None if one is not there, or tables were copied since and are to be read again.
+
+    Args:
+        paths: of the lists.
+        storage: that reads the images.
+
+    Raises:
+        ValueError: if a file is no list.
+    """
+    if not all(path.is_file() for path in paths):
+        return None
+    found = [Images.load(path, storage) for path in paths]
+    is_copied = any(isinstance(images.source, Parts) and images.source.is_copied() for images in found)
+    return None if is_copied else found
+
+
 def find_images(sources: Sequence[str], *, key: str = "data.path", storage: Storage = ANY) -> Images:
     """All images of one or several sources, sorted by path and without duplicates.
 

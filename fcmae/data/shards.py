@@ -16,6 +16,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO
@@ -40,13 +41,14 @@ LABELS = (".cls", ".json", ".txt")  # the first that an image has counts
 MAX_LABEL = 1 << 16  # bytes
 _SHARD = re.compile("(" + "|".join(map(re.escape, SHARDS)) + ")/")
 
-CHANGED = "{} has changed since its index was made"
+CHANGED = "{} has changed since its index was made: begin another run, or put it back"
 # In place of a size.
-WHOLE, DAMAGED, TWICE, MISSING = -1, -2, -3, -4
+WHOLE, DAMAGED, TWICE, MISSING, LINK = -1, -2, -3, -4, -6
 REASONS = {
     DAMAGED: "the shard is damaged here: pack it again",
     TWICE: "the shard has an earlier member of this name: pack it again",
     MISSING: "the shard has no such member",
+    LINK: "it is a link to another member: pack it again with the links' files (tar --dereference --hard-dereference)",
     EMPTY: "its row has no bytes of an image",
 }
 
@@ -154,12 +156,14 @@ def scan(file: BinaryIO) -> Members:
         end = member.offset_data + (-(-member.size // BLOCK) * BLOCK if member.isreg() else 0)
         path = _plain(member.name)
         name, suffix = str(path), path.suffix.lower()
-        if not member.isreg() or member.issparse() or any(part.startswith(".") for part in path.parts):
+        is_link = member.islnk() or member.issym()
+        is_file = (member.isreg() or is_link) and not member.issparse()
+        if not is_file or any(part.startswith(".") for part in path.parts):
             continue
         if is_image(path.name):
             names.append(name)
-            places.append((member.offset_data, member.size))
-        elif suffix in LABELS and member.size <= MAX_LABEL and end <= total:
+            places.append((member.offset_data, LINK if is_link else member.size))
+        elif suffix in LABELS and not is_link and member.size <= MAX_LABEL and end <= total:
             file.seek(member.offset_data)
             texts.setdefault(name, _label(file.read(member.size), suffix))
     if end < total:
@@ -273,7 +277,7 @@ class Shards:
         if not (bad := {shard: count for shard, count in counts.items() if count}):
             return ()
         total, first = sum(bad.values()), printable(next(iter(bad)))
-        return (f"{self._key}: {total} places in {len(bad)} shards are damaged or doubled, first in {first}",)
+        return (f"{self._key}: {total} places in {len(bad)} shards are damaged, doubled or links, first in {first}",)
 
     def source(self, addresses: Sequence[str]) -> Source:
         """Images by their addresses, in tar files or not, in the given order.
@@ -360,6 +364,16 @@ class Parts(Listed):
             if self._storage.stamp(self.shards[number])[1] != self.stamps[number]:
                 raise OSError(CHANGED.format(self.shards[number]))
             self._seen.add(number)
+
+    def is_copied(self) -> bool:
+        """Whether a table on this machine has its size and another time, as a copy has: it is to be looked at again."""
+        for shard, stamp in zip(self.shards, self.stamps, strict=False):  # none of an older index
+            if not shard.endswith(TAR) and not is_remote(shard):
+                with suppress(OSError):  # it is gone, which is told where it is read
+                    size, now = self._storage.stamp(shard)
+                    if now != stamp and stamp.startswith(f"{size}-"):
+                        return True
+        return False
 
     def fingerprint(self) -> str:
         """Of the sizes of the images within tar files, all that were found."""
