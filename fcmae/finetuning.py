@@ -265,11 +265,12 @@ def build_train_set(cfg: FinetuneConfig, images: Images, weights: Weights) -> Fi
     Args:
         cfg: the run's settings.
         images: to learn from.
-        weights: the size, mean and std of their images are taken.
+        weights: the size, mean, std and nodata of their images are taken.
     """
     data, (in_chans, height, width), mean = cfg.data, weights.image["input_size"], weights.image["mean"]
+    nodata = weights.image.get("nodata")
     crop = CropAndFlip(
-        in_chans, (height, width), data.crop_scale, data.hflip, data.vflip, mean, data.max_pixels, data.nodata
+        in_chans, (height, width), data.crop_scale, data.hflip, data.vflip, mean, data.max_pixels, nodata
     )
     augment = FinetuneAugment(
         crop, auto_augment=data.auto_augment, random_erasing=data.random_erasing, mean=mean, std=weights.image["std"]
@@ -279,7 +280,7 @@ def build_train_set(cfg: FinetuneConfig, images: Images, weights: Weights) -> Fi
 
 def build_reading(cfg: FinetuneConfig, weights: Weights) -> Reading:
     """How images are read that are not trained on, as the weights have it."""
-    return replace(weights.reading("model.init"), max_pixels=cfg.data.max_pixels, nodata=cfg.data.nodata)
+    return replace(weights.reading("model.init"), max_pixels=cfg.data.max_pixels)
 
 
 def build_mixup(cfg: FinetuneConfig, num_classes: int) -> Mixup | None:

@@ -266,9 +266,7 @@ def prune(cfg: PruneConfig) -> str:
         raise ValueError(
             f"model = {cfg.model} is {describe(encoder.spec)}, and what is pruned is a ConvNeXt: give one of those"
         )
-    reading = replace(
-        weights.reading(f"model = {cfg.model}", cfg.image_size), max_pixels=cfg.max_pixels, nodata=cfg.nodata
-    )
+    reading = weights.reading(f"model = {cfg.model}", cfg.image_size).told(cfg.max_pixels, cfg.nodata)
     images = find_images(cfg.data, key="data")
     images = images.subset(evenly(len(images), cfg.max_images))
     reading.check_values(images)

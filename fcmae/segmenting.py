@@ -127,7 +127,7 @@ def segment(cfg: SegmentConfig, net: Segmenter | None = None) -> Run:
                     part.save(run.path / name)
                 for note in dict.fromkeys(note for part in data for note in part.notes):
                     logger.info("%s", note)
-                reading = replace(weights.reading("model.init"), max_pixels=cfg.data.max_pixels, nodata=cfg.data.nodata)
+                reading = replace(weights.reading("model.init"), max_pixels=cfg.data.max_pixels)
                 reading.check_values(data.images if len(data.images) else data.val_images)
             finished = train(cfg, run, accelerator, net, weights, per_epoch, data, stop)
             finish(accelerator, stop)
@@ -289,7 +289,7 @@ def build_train_set(cfg: SegmentConfig, data: Mapped, weights: Weights) -> Segme
     Args:
         cfg: the run's settings.
         data: images and maps.
-        weights: the size and mean of their images are taken.
+        weights: the size, mean and nodata of their images are taken.
     """
     in_chans, height, width = weights.image["input_size"]
     own = cfg.data
@@ -302,7 +302,7 @@ def build_train_set(cfg: SegmentConfig, data: Mapped, weights: Weights) -> Segme
         data.classes,
         weights.image["mean"],
         own.max_pixels,
-        own.nodata,
+        weights.image.get("nodata"),
         own.color_jitter,
     )
     return SegmentDataset(data.images, data.maps, crop, seed=cfg.seed)
@@ -443,7 +443,7 @@ class Evaluation:
             self.cfg.data.max_pixels,
         )
         with self.data.val_images.open(i) as file, self.data.val_maps.open(i) as map_file:
-            raster = Raster(file, in_chans, fill, max_pixels, self.cfg.data.nodata)
+            raster = Raster(file, in_chans, fill, max_pixels, self.weights.image.get("nodata"))
             labels = LabelMap(map_file, max_pixels)
             check_same_size(raster, labels)
             yield raster, labels

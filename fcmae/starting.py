@@ -69,7 +69,7 @@ def starting_weights(cfg: DenseConfig) -> Weights:
 
 
 def image_settings(cfg: DenseConfig, weights: Weights) -> dict[str, Any]:
-    """Mean, std and input size: the settings', else those that the weights were trained with.
+    """Mean, std, input size and nodata: the settings', else those that the weights were trained with.
 
     The size of the weights is taken only to evaluate them as they are.
 
@@ -86,7 +86,11 @@ def image_settings(cfg: DenseConfig, weights: Weights) -> dict[str, Any]:
         )
     if cfg.eval_only and "image_size" not in cfg.data.model_fields_set:
         size = list(weights.image.get("input_size", size))
-    return {"input_size": size, "mean": list(mean), "std": list(std)}
+    nodata = weights.image.get("nodata") if cfg.data.nodata is None else cfg.data.nodata
+    if cfg.data.nodata is None and nodata is not None:
+        logger.info("data.nodata = %g, as the weights were trained", nodata)
+    known = {} if nodata is None else {"nodata": nodata}
+    return {"input_size": size, "mean": list(mean), "std": list(std), **known}
 
 
 def build_optimizer(cfg: DenseConfig, net: Classifier | Segmenter) -> torch.optim.AdamW:

@@ -274,6 +274,7 @@ def _make_plan(place: Path, cfg: WorthConfig, train: Images, test: Images) -> di
         notes += [f"{seen} of the test images are among those of the pretraining, without labels."] if seen else []
         mean, std = made.data.statistics()
         reading = {"in_chans": made.data.in_chans, "image_size": list(made.data.image_size), "mean": mean, "std": std}
+        reading |= {} if made.data.nodata is None else {"nodata": made.data.nodata}
         starts.insert(0, Start(PRETRAINED, None, None, made.model.spec, reading))
     arms, scratch = list[dict[str, Any]](), dict[str, str]()
     for start in starts:
@@ -329,7 +330,7 @@ def _given_starts(cfg: WorthConfig) -> list[Start]:
     starts = list[Start]()
     for name, path in zip(folder_names(cfg.init), cfg.init, strict=True):
         weights = _weights(cfg, path)
-        reading: dict[str, Any] = {key: weights.image[key] for key in ("mean", "std") if key in weights.image}
+        reading: dict[str, Any] = {key: weights.image[key] for key in ("mean", "std", "nodata") if key in weights.image}
         if "input_size" in weights.image:
             reading["in_chans"], *reading["image_size"] = weights.image["input_size"]
         # A name that another arm has, or may have.
@@ -447,7 +448,8 @@ def _probe(
     if not wanted:
         return found
     seen = options.read(FinetuneConfig, place / "settings" / f"scratch-{_plain(cfg.labels[0])}.yaml").data
-    like = Reading(seen.in_chans, seen.image_size, seen.crop_pct, Normalize((), ()), seen.max_pixels, seen.nodata)
+    normalize = Normalize(*seen.statistics())
+    like = Reading(seen.in_chans, seen.image_size, seen.crop_pct, normalize, seen.max_pixels, seen.nodata)
     backbone = load_backbone(name, max_pixels=seen.max_pixels, like=like, nodata=seen.nodata)
     device = choose_device(cfg.device)
     learnt = np.unique(np.concatenate([drawn(train, *pair) for pair in wanted]))

@@ -256,6 +256,8 @@ def test_controls_see_what_the_first_network_sees(tmp_path: Path) -> None:
     for name in ("in_chans", "image_size", "crop_pct"):
         assert getattr(control.reading, name) == getattr(network.reading, name)
     assert control.reading.normalize.std.flatten().tolist() == [1, 1, 1]
+    # What is missing is no feature of the control alone.
+    assert tuple(control.reading.view.fill) == tuple(network.reading.view.fill)
 
 
 @pytest.mark.parametrize("changed", [{"act_layer": "gelu_tanh"}, {"norm_eps": 1e-5}])

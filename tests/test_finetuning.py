@@ -18,14 +18,18 @@ import torch
 from runs import assert_same, at_step, final_state, flags, kill_self, write_colors, write_images
 from safetensors.torch import load_file
 
-from fcmae import cli, finetuning
+from fcmae import cli, finetuning, options
 from fcmae.config import FinetuneConfig
+from fcmae.data.augment import FinetuneAugment
+from fcmae.data.index import find_images
+from fcmae.evaluation.models import load_backbone
 from fcmae.finetuning import classification_loss
 from fcmae.networks.spec import VARIANTS
 from fcmae.starting import class_balance
 from fcmae.training import checkpoint
 from fcmae.training.messages import how_it_ended
 from fcmae.weights.convert import convert
+from fcmae.weights.files import read_weights
 from fcmae.weights.formats import to_state
 
 COLORS = {"blue": (40, 40, 200), "green": (40, 200, 40)}
@@ -177,6 +181,28 @@ def test_it_starts_from_a_run_a_conversion_and_a_fair_file_alike(
     for name, value in encoder.items():
         assert torch.equal(starts[0][name], value), name
     assert starts[0]["head.weight"].abs().max() < 0.001
+
+
+def test_what_stands_for_missing_values_goes_with_the_weights(
+    pretrained: Path, labelled: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Through pretraining, fine-tuning and exports, as mean and std do, which were measured without it."""
+    images = write_images(tmp_path / "images", 9)
+    model = {"model__variant": runs.TINY, "model__stem_stride": 1, "model__mask_patch": 8, "data__nodata": 7}
+    assert cli.main(["pretrain", *flags(images, tmp_path / "run", **model, epochs=1, optim__warmup_epochs=0)]) == 0
+    runs.forget_accelerator()
+    assert read_weights(tmp_path / "run").reading("x").nodata == 7
+    with caplog.at_level("INFO", "fcmae"):
+        assert finetune(labelled, tmp_path / "tuned", model__init=tmp_path / "run", epochs=1) == 0
+    assert "data.nodata = 7, as the weights were trained" in caplog.text
+    cfg, weights = options.read(FinetuneConfig, tmp_path / "tuned/config.yaml"), read_weights(tmp_path / "tuned")
+    assert cfg.data.nodata is None and weights.reading("x").nodata == 7
+    train_set = finetuning.build_train_set(cfg, find_images([str(images)]), weights)
+    assert isinstance(train_set._view, FinetuneAugment) and train_set._view.crop.nodata == 7
+    for to, dest in (("timm", "timm"), ("fcmae", "one.safetensors"), ("fair", "one.pth")):
+        convert(tmp_path / "tuned", tmp_path / dest, to)
+        assert load_backbone(str(tmp_path / dest)).reading.nodata == 7
+    assert load_backbone(str(tmp_path / "timm"), nodata=8).reading.nodata == 8
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(

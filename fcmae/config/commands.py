@@ -63,7 +63,7 @@ class Reading(Settings):
     max_pixels: int = Field(MAX_PIXELS, ge=1)
     """Pixels of the largest image that is read, of up to 12 bytes each."""
     nodata: float | None = Field(None, allow_inf_nan=False)
-    """The stored value that stands for missing ones, where files do not say it."""
+    """The stored value that stands for missing ones, where files do not say it. Default: that of the weights."""
     device: Device = "auto"
     """auto takes a GPU when there is one."""
 

@@ -39,9 +39,10 @@ class Reading:
         in_chans: channels.
         image_size: height and width.
         crop_pct: see `center_box`.
-        normalize: what they go through then; its mean stands for missing values.
+        normalize: what they go through then.
         max_pixels: see `read_crop`.
         nodata: likewise.
+        fill: what stands for missing values, where it is not the mean of `normalize`.
     """
 
     in_chans: int
@@ -50,11 +51,16 @@ class Reading:
     normalize: Normalize
     max_pixels: int = MAX_PIXELS
     nodata: float | None = None
+    fill: tuple[float, ...] | None = None
+
+    def told(self, max_pixels: int, nodata: float | None) -> Reading:
+        """The same with what a command was told of its images; without a nodata, that of the network stays."""
+        return replace(self, max_pixels=max_pixels, nodata=self.nodata if nodata is None else nodata)
 
     @property
     def view(self) -> CenterCrop:
         """What makes a file an image."""
-        fill = self.normalize.mean.flatten().tolist()
+        fill = self.fill or self.normalize.mean.flatten().tolist()
         return CenterCrop(self.in_chans, self.image_size, self.crop_pct, fill, self.max_pixels, self.nodata)
 
     def check_values(self, images: Images) -> None:

@@ -155,10 +155,11 @@ def load_backbone(
         image_size: height and width, where it is not to be that of the weights.
         in_chans: of a timm model or a control, where it is not to be 3.
         max_pixels: of an image, see `read_crop`.
-        like: how images are read for a control, but for mean and std; None is 224 x 224 pixels, or `image_size`.
+        like: how images are read for a control, but for mean and std, which fill what is missing; None is 224 x 224
+            pixels, or `image_size`.
         key: of a file, see `read_weights`; other sources have none.
         prefix: likewise.
-        nodata: of the images, see `read_crop`.
+        nodata: of the images, see `read_crop`; None is that of the weights.
 
     Raises:
         ValueError: if there is no such model, its weights cannot be had or are not finite, or it cannot take images of
@@ -170,7 +171,8 @@ def load_backbone(
     if is_control(source):
         read = like or Reading(in_chans or 3, image_size or (224, 224), 1.0, Normalize((), ()))
         plain = Normalize([0.0] * read.in_chans, [1.0] * read.in_chans)
-        backbone = Backbone(source, Control(source), replace(read, normalize=plain), {"control": source})
+        fill = tuple(read.normalize.mean.flatten().tolist()) or None  # what is missing is no feature of a control alone
+        backbone = Backbone(source, Control(source), replace(read, normalize=plain, fill=fill), {"control": source})
     elif path.exists():
         if path.is_dir() and (key or prefix):  # of several models that are compared, it is for the files
             logger.warning("%s is a directory: key and prefix are not for it", path)
@@ -191,7 +193,7 @@ def load_backbone(
             "give an earlier checkpoint"
         )
     _try(backbone)
-    return replace(backbone, reading=replace(backbone.reading, max_pixels=max_pixels, nodata=nodata))
+    return replace(backbone, reading=backbone.reading.told(max_pixels, nodata))
 
 
 def choose_device(setting: str) -> torch.device:

@@ -58,7 +58,7 @@ class Weights:
     Attributes:
         state: encoder.*, and where they are there decoder.*, norm.*, head.*.
         architecture: what they are of.
-        image: mean, std, input_size (C, H, W) and crop_pct, where known.
+        image: mean, std, input_size (C, H, W), crop_pct and nodata, where known.
         class_names: of the head, numbers where the file names none.
         origin: what they were made from.
         expected_output: see `encoder_output`; empty if the file does not say.
@@ -97,7 +97,8 @@ class Weights:
             raise ValueError(f"{source} does not say the mean and std of its {in_chans} channels: export it with fcmae")
         _, height, width = self.image.get("input_size", (in_chans, *defaults.image_size))
         crop_pct = self.image.get("crop_pct", defaults.crop_pct)
-        return Reading(in_chans, image_size or (height, width), crop_pct, Normalize(mean, std))
+        size, nodata = image_size or (height, width), self.image.get("nodata")
+        return Reading(in_chans, size, crop_pct, Normalize(mean, std), nodata=nodata)
 
 
 class ImageRecord(BaseModel):
@@ -108,12 +109,14 @@ class ImageRecord(BaseModel):
         std: likewise.
         input_size: (C, H, W), H and W up to 8192, so that a file cannot ask for pictures that take all memory.
         crop_pct: see `fcmae.data.augment.center_box`.
+        nodata: the stored value that stood for missing ones, whatever the files said.
     """
 
     mean: list[FiniteFloat] | None = None
     std: list[Annotated[FiniteFloat, Field(gt=0)]] | None = None
     input_size: tuple[PositiveInt, Side, Side] | None = None
     crop_pct: Annotated[float, Field(gt=0, le=1)] | None = None
+    nodata: FiniteFloat | None = None
 
 
 class Record(BaseModel):
@@ -245,7 +248,7 @@ def _read_checkpoint(path: Path, variant: str | None) -> Weights:
         "version": meta.version,
     } | ({} if cfg.model.license is None else {"license": cfg.model.license})
     size = (cfg.data.in_chans, *cfg.data.image_size)
-    image = ImageRecord(mean=mean, std=std, input_size=size, crop_pct=1.0)
+    image = ImageRecord(mean=mean, std=std, input_size=size, crop_pct=1.0, nodata=cfg.data.nodata)
     state = checkpoint.read_tensors(path, "model")
     if meta.format == checkpoint.FORMAT:
         state = _described(path, state, cfg)
