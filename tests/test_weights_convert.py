@@ -733,12 +733,15 @@ def test_a_directory_of_a_network_that_computes_otherwise_is_refused(
         read_weights(tmp_path)
 
 
-@pytest.mark.parametrize(("size", "is_written"), [((64, 64), True), ((64, 96), False), ((384, 384), False)])
+@pytest.mark.parametrize(
+    ("size", "mean", "is_written"),
+    [((64, 64), 0.5, True), ((64, 96), 0.5, False), ((384, 384), 0.5, False), ((64, 64), -600, False)],
+)
 def test_transformers_is_told_how_images_are_read_where_it_can_read_them_so(
-    tmp_path: Path, size: tuple[int, int], is_written: bool
+    tmp_path: Path, size: tuple[int, int], mean: float, is_written: bool
 ) -> None:
     model = Classifier(Encoder(ATTO), 2)
-    image = {"mean": [0.5] * 3, "std": [0.5] * 3, "input_size": [3, *size], "crop_pct": 0.9}
+    image = {"mean": [mean] * 3, "std": [0.5] * 3, "input_size": [3, *size], "crop_pct": 0.9}
     save_classifier(tmp_path / "tuned", model, Weights({}, Architecture(ATTO), image, ("a", "b")))
     said = convert(tmp_path / "tuned", tmp_path / "out", "transformers")
     assert (tmp_path / "out" / "preprocessor_config.json").exists() == is_written

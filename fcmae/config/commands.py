@@ -319,7 +319,8 @@ class ExportConfig(Settings, FromFile):
     """What an ONNX file gives: logits of the classes, features averaged over the image, or the features of every stage,
     the last two before any norm. Default: logits if there is a classifier, else pooled."""
     normalize: bool = False
-    """Whether an ONNX file takes images in 0..1 and normalises them. Default: they come normalised."""
+    """Whether an ONNX file takes images as they are read, those of 8 and 16 bits in 0..1, and normalises them. Default:
+    they come normalised."""
     images: Annotated[list[UserText], Spelling(commas=False)] = Field([])
     """Images to check an ONNX file on: files, folders, lists or glob patterns. Default: those of the run, or made-up
     ones."""

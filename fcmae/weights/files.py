@@ -549,13 +549,14 @@ def _transformers_config(weights: Weights) -> dict[str, Any]:
 def reads_alike(weights: Weights) -> bool:
     """Whether transformers' processor of ConvNeXt can read images as these weights learnt them.
 
-    It makes squares, and from 384 pixels on squashes images to them.
+    It makes squares, from 384 pixels on squashes images to them, and divides grey and colours of 8 bits by 255.
 
     Args:
-        weights: with what is known of their images.
+        weights: with what is known of their images; that they were of 16 bits is not.
     """
-    height, width = weights.image.get("input_size", [0, 224, 224])[1:]
-    return "mean" in weights.image and height == width < 384
+    in_chans, height, width = weights.image.get("input_size", [weights.architecture.in_chans, 224, 224])
+    is_of_bytes = in_chans in (1, 3) and all(0 <= mean <= 1 for mean in weights.image.get("mean", [-1]))
+    return is_of_bytes and height == width < 384
 
 
 def _processor_config(weights: Weights) -> dict[str, Any]:

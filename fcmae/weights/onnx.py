@@ -111,7 +111,7 @@ def export_onnx(cfg: ExportConfig) -> str:
             )
         for file in sorted(Path(folder).iterdir(), reverse=True):  # that of the numbers, where there is one, is first
             file.replace(cfg.dest.with_name(file.name))
-    taken = "images in 0..1" if cfg.normalize else "normalised images"
+    taken = "images as fcmae reads them" if cfg.normalize else "normalised images"
     return (
         f"wrote {cfg.dest}: {', '.join(names)} of {describe(spec)} from {taken} (batch, {reading.in_chans}, height, "
         f"width)\nonnxruntime and torch differ by at most {error:.1e} of the largest output, on {what} (allowed "
