@@ -224,9 +224,9 @@ There: ImageNet-1k at 224 pixels, as published. Here: `{REGIME}` on tiny20, 20 c
 {found["side"]} pixels, {found["percent"]} % of 10,000 labelled photographs, 1,000 others to test on,
 {found["epochs"]:g} epochs by the published recipe but for crops, of 35 % of the area and more, a batch of {BATCH} and a
 base_lr of {found["rate"]}; {in_words(found["machine"])}. A gain is over the step that it changes, of each seed
-with the same images, order and augmentation; brackets are 95 % intervals of the mean (Student's t). There are
-{len(STEPS) - 1} of them: one in twenty misses by chance. Multiply-adds are of one image; times of forward and
-backward of {TIMED} images, all networks in turn, the median; {in_words(found["time"]["machine"])}.
+with the same images, order and augmentation; brackets are 95 % intervals of the mean (Student's t), all tested on the
+same images. There are {len(STEPS) - 1} of them: one in twenty misses by chance. Multiply-adds are of one image; times
+of forward and backward of {TIMED} images, all networks in turn, the median; {in_words(found["time"]["machine"])}.
 Written by `studies/roadmap.py` from `docs/roadmap.json`.
 
 Rates that were compared, tested on 900 training images that were held out, one run each:

@@ -286,8 +286,9 @@ def page(name: str, found: dict[str, Any], words: str) -> str:
 
 Written by `studies/segmentation.py {name}` from `docs/{known.page}.json`. {known.told.format(num=known.num)}
 Brackets are 95 % intervals of the mean over seeds (Student's t); each seed draws other labels (of all of them, another
-order) and another head, the same for all starts. There is one pretraining of each kind, so the spread is that of what
-follows. On {in_words(found["machine"])}.
+order) and another head, the same for all starts. Layer decay is .9 from weights and 1 from scratch, the rate the same;
+no rate was compared. All are tested on the same images: what others would give, the intervals do not tell. There is one
+pretraining of each kind, so the spread is that of what follows. On {in_words(found["machine"])}.
 
 {table(COLUMNS, rows(found), left=2)}
 {f"{chr(10)}{against}{chr(10)}" if others else ""}

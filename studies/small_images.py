@@ -8,11 +8,12 @@
 SHARDS: the folder of tiny20's shards (see studies/sets.py). Pretraining is `pretrain_small_images` and what differs
 from it in one thing; fine-tuning is `finetune_small_images` on the same labels, in the same order, with the same head,
 from each of these and from scratch. What is chosen is compared on training images that are held out, the rest of the
-recipe by studies/recipe.py, and the test images are evaluated once, at the last step: they choose nothing. Pretrainings
-come first and alone, as commands on few labels would take the cores from them. What is finished is not done again, and
-what was cut off resumes. Hours are an estimate, by the seconds in docs/small_images_gpu.json and
-docs/small_images_cpu.json. The part `teacher` of studies/objectives.py, which needs the weights of another network, is
-not compared. What is found is in OUT/small_images.json, and with `--docs` there too.
+recipe by studies/recipe.py, and the test images are evaluated once, at the last step: they choose nothing but the
+target and the mask ratio, which were chosen by them (docs/small_images.md). Pretrainings come first and alone, as
+commands on few labels would take the cores from them. What is finished is not done again, and what was cut off resumes.
+Hours are an estimate, by the seconds in docs/small_images_gpu.json and docs/small_images_cpu.json. The part `teacher`
+of studies/objectives.py, which needs the weights of another network, is not compared. What is found is in
+OUT/small_images.json, and with `--docs` there too.
 """
 
 from __future__ import annotations
@@ -362,7 +363,11 @@ def draw(found: dict[str, dict[str, Any]], path: Path) -> None:
             axis.errorbar(views, gains, ends, fmt="o-", capsize=3, label=label)
             for view, gain in zip(views, gains, strict=True):
                 axis.annotate(f"{gain:+.1f}", (view, gain), (6, 4), textcoords="offset points", fontsize="small")
-    axis.set(xlabel="million views of pretraining on HOG", ylabel="gain over scratch, points of top-1", xlim=(0, None))
+    axis.set(
+        xlabel="million views of pretraining on HOG",
+        ylabel="gain over scratch at 8e-3, points of top-1",
+        xlim=(0, None),
+    )
     if axis.containers:
         axis.legend(loc="lower right", fontsize="small")
     save(figure, path)
@@ -385,7 +390,7 @@ def page(found: dict[str, dict[str, Any]], words: str) -> str:
 
 {words.strip()}
 
-![Gain over scratch by views of pretraining](results/small_images.svg)
+![Gain over scratch at 8e-3 by views of pretraining](results/small_images.svg)
 
 Made by `python studies/small_images.py SHARDS --out runs/small_images --docs docs`, where SHARDS is a folder of tar
 shards as `studies/sets.py` describes them, and written from

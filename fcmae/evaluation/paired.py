@@ -243,7 +243,8 @@ def notes(found: Comparison) -> list[str]:
         f"{found['num_train']:,} images to draw labels from, {found['num_test']:,} to test on, {found['num_classes']} "
         f"classes; a guess scores {100 / found['num_classes']:.1f}. {labels}.",
         "Scores are of the last step, in %; in brackets the 95 % interval of the mean over the seeds (Student's t), of "
-        "which one in twenty misses by chance. A seed draws the same labels, order and head for every start.",
+        "which one in twenty misses by chance. A seed draws the same labels, order and head for every start, and "
+        "all are tested on the same images: what others would give, the interval does not tell.",
     ]
     told += [f"{arm['name']}: {arm['network']}." for arm in found["arms"] if arm["kind"] == "scratch"]
     told += [
