@@ -203,6 +203,7 @@ def test_what_stands_for_missing_values_goes_with_the_weights(
         convert(tmp_path / "tuned", tmp_path / dest, to)
         assert load_backbone(str(tmp_path / dest)).reading.nodata == 7
     assert load_backbone(str(tmp_path / "timm"), nodata=8).reading.nodata == 8
+    assert timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).num_classes == 2
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(

@@ -513,7 +513,7 @@ def _timm_config(weights: Weights) -> dict[str, Any]:
             "fixed_input_size": False,
             "interpolation": "bicubic",
             "crop_mode": "center",
-            **weights.image,
+            **{key: value for key, value in weights.image.items() if key != "nodata"},  # which timm does not know
             **_licensed(weights),
             "num_classes": architecture.num_classes,
             "pool_size": None,
