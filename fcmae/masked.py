@@ -355,7 +355,7 @@ def masked_loss(
     masks: Tensor,
     num_visible: int | None = None,
     *,
-    target: Target = normalized_pixels,
+    target: Target | None = None,
     known: Tensor | None = None,
 ) -> Tensor:
     """The objective of pretraining: how well `model` predicts what the masks hide.
@@ -365,7 +365,7 @@ def masked_loss(
         images: (B, C, H, W) float, normalised.
         masks: (B * n, gh, gw) bool, True = hidden; the n masks of an image follow each other.
         num_visible: visible patches under each mask; None counts them, which waits for the device.
-        target: what it was to predict, see `FCMAE`.
+        target: what it was to predict; None is its own, see `FCMAE`, or `normalized_pixels` of a model without one.
         known: (B, C, H, W) bool, false for values that are missing, which are in no loss; None if none is. What stands
             for them in `images` the model sees, at best 0, the mean.
 
@@ -378,5 +378,7 @@ def masked_loss(
     if (num_masks := len(masks) // len(images)) > 1:
         images = images.repeat_interleave(num_masks, dim=0)  # (B * n, C, H, W)
         known = None if known is None else known.repeat_interleave(num_masks, dim=0)
+    if target is None:  # of what is wrapped for several processes, that of what is inside
+        target = getattr(getattr(model, "module", model), "target", normalized_pixels)
     pred, site_mask = model(images, masks, num_visible)
     return reconstruction_loss(pred, images, site_mask, target=target, known=known)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import itertools
 import os
+import random
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -104,7 +106,7 @@ def _store() -> Any:
 
 @contextmanager
 def for_a_caller() -> Iterator[None]:
-    """Leave accelerate's state, what the environment says to it, and torch's precision as they were.
+    """Leave accelerate's state, what the environment says to it, torch's precision, and what is drawn as they were.
 
     For a run in a process that trains by itself too. Processes that a launcher joined stay as the run has them: they
     cannot be joined twice.
@@ -116,9 +118,16 @@ def for_a_caller() -> Iterator[None]:
     before = [dict(state) for state in states]
     environment = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
     precision, allowed = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    drawn = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    drawn_there = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     try:
         yield
     finally:
+        random.setstate(drawn[0])
+        np.random.set_state(drawn[1])  # noqa: NPY002
+        torch.set_rng_state(drawn[2])
+        if drawn_there is not None:
+            torch.cuda.set_rng_state_all(drawn_there)
         for state, kept in zip(states, before, strict=True):
             state.clear()
             state.update(kept)
