@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fcmae.data.decode import read_crop
+from fcmae.data.rasters import LabelMap, Raster
 from fcmae.data.source import BadImage
 
 SHAPE = (20, 28)  # no whole tiles
@@ -135,3 +136,50 @@ def test_a_slide_in_several_sizes_is_read_at_its_largest_by_pillow(tmp_path: Pat
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (*SHAPE, 3), dtype=np.uint8))
     image.save(tmp_path / "x.tif", compression="tiff_lzw", save_all=True, append_images=[image.reduce(2)])
     np.testing.assert_array_equal(read(tmp_path / "x.tif", 3), np.asarray(image).transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("nodata", [None, 7])
+@pytest.mark.parametrize("layout", ["strips", "tiles"])
+@pytest.mark.parametrize("bands", [1, 3])
+def test_blocks_that_a_sparse_tiff_leaves_out_are_missing_or_0(
+    tmp_path: Path, layout: str, nodata: int | None, bands: int
+) -> None:
+    """GDAL leaves out what is empty: such blocks have an offset of 0 and no bytes."""
+    image = np.random.default_rng(0).integers(100, 255, (32, 32, bands), dtype=np.uint8)
+    tifffile.imwrite(
+        tmp_path / "x.tif",
+        image if bands == 3 else image[..., 0],
+        photometric="rgb" if bands == 3 else "minisblack",
+        extratags=[] if nodata is None else [(42113, "s", 0, str(nodata), True)],
+        **({"tile": (16, 16)} if layout == "tiles" else {"rowsperstrip": 8}),
+    )
+    with tifffile.TiffFile(tmp_path / "x.tif", mode="r+b") as file:
+        for code in (273, 279) if layout == "strips" else (324, 325):
+            tag = file.pages[0].tags[code]
+            tag.overwrite((tag.value[0], 0, *tag.value[2:]))
+    left_out = np.s_[:, 8:16] if layout == "strips" else np.s_[:, :16, 16:]
+    expected = image.transpose(2, 0, 1).copy()
+    expected[left_out] = 0 if nodata is None else 51
+    with (tmp_path / "x.tif").open("rb") as file:
+        found = read_crop(file, bands, lambda height, width: (0, 0, height, width), None, fill=[0.2])
+        file.seek(0)
+        parts = Raster(file, bands, [0.2]).read((0, 0, 32, 32))
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(parts, expected)
+
+
+def test_a_sparse_label_map_of_few_bits_is_refused_or_read(tmp_path: Path) -> None:
+    labels = np.random.default_rng(0).random((32, 32)) > 0.5
+    tifffile.imwrite(tmp_path / "x.tif", labels, photometric="minisblack", rowsperstrip=16)
+    with tifffile.TiffFile(tmp_path / "x.tif", mode="r+b") as file:
+        for code in (273, 279):
+            tag = file.pages[0].tags[code]
+            tag.overwrite((tag.value[0], 0))
+    labels[16:] = False
+    with (tmp_path / "x.tif").open("rb") as file:
+        try:
+            found = LabelMap(file).read((0, 0, 32, 32))
+        except BadImage as error:
+            assert "leaves out strips or tiles" in str(error)
+        else:  # with imagecodecs
+            np.testing.assert_array_equal(found, labels)

@@ -28,6 +28,7 @@ from fcmae.data.readers import (
     check_finite,
     check_segments,
     check_size,
+    is_sparse,
     map_npy,
     nodata_of,
     open_image,
@@ -331,6 +332,8 @@ def _stored_values(file: BinaryIO, max_pixels: int) -> NDArray[Any]:
         check_size(image.height, image.width, 4, len(content), max_pixels)
         if image.format == "JPEG":
             raise BadImage("it is a JPEG, which changes the numbers that it stores: give a PNG, TIFF or .npy file")
+        if is_sparse(image):
+            raise BadImage("it leaves out strips or tiles, and is of a kind that can only be read whole: save it again")
         values: NDArray[Any] = np.array(image)  # of a palette, its indices
         if image.format == "PNG":
             depth, is_grey, is_inverted = content[24], content[25] == 0, False

@@ -517,6 +517,8 @@ def _pillow_reads_all_of(image: Image.Image, in_chans: int) -> bool:
     tags = image.tag_v2  # type: ignore[attr-defined]
     if tags.get(254, 0) & 1:
         return False  # the first page is a thumbnail
+    if is_sparse(image):
+        return False
     if image.mode == "F" and tags.prefix == b"MM" and tags.get(259, 1) != 1:
         return False  # Pillow swaps the bytes of compressed floats twice
     bits, samples, is_rgb = tags.get(258, (1,)), tags.get(277, 1), tags.get(262) == 2
@@ -527,6 +529,16 @@ def _pillow_reads_all_of(image: Image.Image, in_chans: int) -> bool:
     if in_chans in (1, 3):
         return bool(samples == len(image.getbands()) or is_rgb)
     return bool(samples == len(image.getbands()) == in_chans)
+
+
+def is_sparse(image: Image.Image) -> bool:
+    """Whether a TIFF leaves out strips or tiles, in whose place Pillow shows bytes from the file's start.
+
+    Args:
+        image: of Pillow, in any format.
+    """
+    tags = getattr(image, "tag_v2", {})
+    return 0 in tags.get(279, ()) or 0 in tags.get(325, ())
 
 
 def without_alpha(page: Any) -> int:
