@@ -688,6 +688,83 @@ def test_a_given_value_is_missing_whatever_the_file_says(tmp_path: Path, name: s
                 np.testing.assert_array_equal(found.known, ~missing)
 
 
+def few_bits(path: Path, numbers: NDArray, bits: int, white: bool) -> None:
+    """(H, W) as grey of 1, 2 or 4 bits."""
+    if path.suffix == ".png":
+        image = Image.fromarray(numbers).convert("L")
+        image.putpalette(bytes(768))
+        image.save(path, bits=bits)
+        content = bytearray(path.read_bytes())
+        content[25] = 0  # grey in place of a palette
+        path.write_bytes(chaos.images._mended_png(bytes(content)))
+        return
+    tifffile.imwrite(path, np.packbits(np.unpackbits(numbers[..., None], axis=2)[..., -bits:].reshape(H, -1), axis=1))
+    with tifffile.TiffFile(path, mode="r+b") as file:
+        tags = file.pages.first.tags
+        tags["BitsPerSample"].overwrite(bits)
+        tags["ImageWidth"].overwrite(W)
+        tags["PhotometricInterpretation"].overwrite(0 if white else 1)
+
+
+@pytest.mark.parametrize("in_chans", [1, 3])
+@pytest.mark.parametrize("name", ["grey.png", "grey.tif", "white.tif"])
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_a_missing_value_of_few_bits_is_the_number_that_is_stored(
+    tmp_path: Path, bits: int, name: str, in_chans: int
+) -> None:
+    numbers = noise(H, W) % 2**bits
+    few_bits(tmp_path / name, numbers, bits, "white" in name)
+    content = (tmp_path / name).read_bytes()
+    plain = read_known(content, in_chans, whole, None, fill=[0.4])
+    assert plain.known is None and plain.values.dtype == np.uint8
+    white = 255 - numbers * (255 // (2**bits - 1)) if "white" in name else numbers * (255 // (2**bits - 1))
+    np.testing.assert_array_equal(plain.values[0], white)
+    for nodata in {0, 1, 2**bits - 1}:
+        found = read_known(content, in_chans, whole, None, fill=[0.4], nodata=nodata)
+        assert found.known is not None and found.values.dtype == np.uint8
+        np.testing.assert_array_equal(found.known, np.broadcast_to(numbers != nodata, plain.values.shape))
+        np.testing.assert_array_equal(found.values, np.where(numbers == nodata, 102, plain.values))
+    assert read_known(content, in_chans, whole, None, fill=[0.4], nodata=2**bits).known is None
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "bmp"])
+@pytest.mark.parametrize("mode", ["1", "P", "LA", "PA", "CMYK", "RGBA"])
+def test_a_missing_value_is_what_is_stored_in_every_mode(tmp_path: Path, mode: str, suffix: str) -> None:
+    """Of a palette the number of a colour, of one bit 0 or 1, of colours with alpha these alone, of inks all."""
+    if (suffix, mode) in {("png", "PA"), ("png", "CMYK"), *(("bmp", mode) for mode in ("LA", "PA", "CMYK", "RGBA"))}:
+        return  # there is no such file
+    stored = noise(H, W, len(Image.new(mode, (1, 1)).getbands())) % (2 if mode == "1" else 3)
+    stored[noise(H, W) > 200] = 1
+    bits = Image.fromarray(stored[..., 0] > 0)
+    image = bits if mode == "1" else Image.frombytes(mode, (W, H), stored.tobytes())
+    if mode[0] == "P":
+        image.putpalette(b"\1\2\3" * 2 + noise(254, 3).tobytes())  # two numbers have one colour
+    paths = [tmp_path / f"plain.{suffix}", tmp_path / "told.tif"]
+    image.save(paths[0])
+    image.save(paths[1], tiffinfo={42113: "1"})
+    num_alpha = int(mode in ("LA", "PA", "RGBA"))
+    for in_chans in {1, 3, stored.shape[2] - (mode == "P")} - {0}:
+        compared = stored[..., : stored.shape[2] - num_alpha if in_chans in (1, 3) else None]
+        is_known = ~(compared == 1).all(axis=2)
+        plain = read_known(paths[0].read_bytes(), in_chans, whole, None, fill=[0.4])
+        assert plain.known is None and 0 < is_known.mean() < 1
+        for path, nodata in zip(paths, (1, None), strict=True):
+            found = read_known(path.read_bytes(), in_chans, whole, None, fill=[0.4], nodata=nodata)
+            assert found.known is not None and found.values.dtype == np.uint8
+            np.testing.assert_array_equal(found.known, np.broadcast_to(is_known, found.known.shape))
+            # numpy and Pillow round grey otherwise
+            np.testing.assert_allclose(found.values, np.where(is_known, plain.values, 102), atol=int(in_chans == 1))
+
+
+def test_a_missing_bit_of_an_array_is_0_or_1(tmp_path: Path) -> None:
+    bits = noise(H, W) > 127
+    np.save(tmp_path / "a.npy", bits)
+    found = read_known((tmp_path / "a.npy").read_bytes(), 1, whole, None, fill=[0.4], nodata=0)
+    assert found.known is not None
+    np.testing.assert_array_equal(found.known[0], bits)
+    np.testing.assert_array_equal(found.values[0], np.where(bits, 255, 102))
+
+
 def test_a_jpeg_stores_no_value_exactly_and_misses_none(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((H, W, 3), np.uint8)).save(tmp_path / "a.jpg")
     found = read_known((tmp_path / "a.jpg").read_bytes(), 3, whole, None, fill=[0.4], nodata=0)

@@ -168,6 +168,18 @@ def test_blocks_that_a_sparse_tiff_leaves_out_are_missing_or_0(
     np.testing.assert_array_equal(parts, expected)
 
 
+def test_a_sparse_tiff_with_a_palette_shows_its_colours(tmp_path: Path) -> None:
+    colours = np.random.default_rng(0).integers(0, 256, (3, 256), dtype=np.uint16)
+    numbers = np.arange(32 * 32, dtype=np.uint8).reshape(32, 32)
+    tifffile.imwrite(tmp_path / "x.tif", numbers, photometric="palette", colormap=colours * 256, rowsperstrip=16)
+    with tifffile.TiffFile(tmp_path / "x.tif", mode="r+b") as file:
+        for code in (273, 279):
+            tag = file.pages[0].tags[code]
+            tag.overwrite((tag.value[0], 0))
+    numbers[16:] = 0
+    np.testing.assert_array_equal(read(tmp_path / "x.tif", 3), colours[:, numbers])
+
+
 def test_a_sparse_label_map_of_few_bits_is_refused_or_read(tmp_path: Path) -> None:
     labels = np.random.default_rng(0).random((32, 32)) > 0.5
     tifffile.imwrite(tmp_path / "x.tif", labels, photometric="minisblack", rowsperstrip=16)

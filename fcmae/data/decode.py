@@ -34,8 +34,10 @@ def read_crop(
     file is (H, W, C) if its last axis fits in_chans, else (C, H, W). The pages of a TIFF are its bands when in_chans
     is neither 1 nor 3; else the first page is read.
 
-    Missing values: those of floats that are not finite, and those that the tag GDAL_NODATA of a TIFF names; of unsigned
-    integers, where all bands of a pixel have it. They are filled before the resize, which would mix them with others.
+    Missing values: those of floats that are not finite, and those that the tag GDAL_NODATA of a TIFF names; of bits and
+    unsigned integers, where all bands of a pixel have it. The number that is stored counts: of a palette that of the
+    colour, of grey and colours for 1 and 3 channels without their alpha, of inks of all. They are filled before the
+    resize, which would mix them with others.
 
     Args:
         file: the image, or a file of it that can seek, at its start.
@@ -48,7 +50,8 @@ def read_crop(
             are normalised with, so that the network sees 0. None for NaN, in float32, which a resize spreads.
         max_pixels: of an image that is read, or of the box of a TIFF that can be read in parts; of pixels that take
             more than 12 bytes, fewer.
-        nodata: a stored value that stands for missing ones, whatever the file says; JPEG and WebP store none exactly.
+        nodata: a stored value that stands for missing ones, whatever the file says; in JPEG and WebP, also without
+            loss, it is not looked for.
 
     Returns:
         (in_chans, height, width). uint8 images stay uint8 (bool becomes 0 and 255). 16-bit unsigned ones become float32

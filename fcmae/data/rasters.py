@@ -33,6 +33,8 @@ from fcmae.data.readers import (
     nodata_of,
     open_image,
     reading,
+    spread_of,
+    stored_values,
     without_alpha,
 )
 from fcmae.data.source import BadImage
@@ -334,14 +336,4 @@ def _stored_values(file: BinaryIO, max_pixels: int) -> NDArray[Any]:
             raise BadImage("it is a JPEG, which changes the numbers that it stores: give a PNG, TIFF or .npy file")
         if is_sparse(image):
             raise BadImage("it leaves out strips or tiles, and is of a kind that can only be read whole: save it again")
-        values: NDArray[Any] = np.array(image)  # of a palette, its indices
-        if image.format == "PNG":
-            depth, is_grey, is_inverted = content[24], content[25] == 0, False
-        else:
-            tags = getattr(image, "tag_v2", {})
-            depth, is_grey, is_inverted = tags.get(258, (8,))[0], image.mode in ("1", "L"), tags.get(262) == 0
-    if is_grey and is_inverted:  # Pillow inverts what has up to 8 bits where 0 is white
-        values = ~values
-    if is_grey and depth in (2, 4):
-        values //= 255 // (2**depth - 1)  # Pillow spreads what has fewer than 8 bits over all of them
-    return values
+        return stored_values(image, spread_of(image))

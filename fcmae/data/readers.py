@@ -30,7 +30,7 @@ import numpy as np
 import tifffile
 import torch
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from torch.nn import functional as F
 
 from fcmae.data.dicom import is_dicom, read_header
@@ -299,8 +299,9 @@ def _match_channels(pixels: NDArray[Any], in_chans: int) -> NDArray[Any]:
 class _PillowImage:
     """8 bits a value, by Pillow or simplejpeg."""
 
-    def __init__(self, image: Image.Image, in_chans: int, jpeg: bytes | None = None) -> None:
+    def __init__(self, image: ImageFile.ImageFile, in_chans: int, jpeg: bytes | None = None) -> None:
         self._image, self._in_chans, self._jpeg = image, in_chans, jpeg
+        self._spread = spread_of(image)
         self.pixel_bytes = len(image.getbands())
         self.channels = _num_channels(image, in_chans)
         self.is_deep = image.mode == "F" or image.mode.startswith("I")
@@ -324,20 +325,9 @@ class _PillowImage:
         return Pixels(np.ascontiguousarray(_match_channels(pixels, self._in_chans)))
 
     def without(self, nodata: float) -> OpenImage:
-        image = self._image
-        if image.format not in ("PNG", "BMP", "TIFF") or image.mode not in ("L", "RGB", "RGBA"):
+        if self._image.format not in ("PNG", "BMP", "TIFF"):
             return self
-        if image.format == "TIFF" and image.tag_v2.get(262) == 0:  # type: ignore[attr-defined]  # Pillow inverts it
-            nodata = 255 - nodata
-        kept = 3 if self._in_chans in (1, 3) and image.mode == "RGBA" else len(image.getbands())
-        return ArrayImage(
-            lambda: np.asarray(image).reshape(image.height, image.width, -1)[..., :kept],
-            (image.height, image.width, kept),
-            np.dtype("u1"),
-            2,
-            self._in_chans,
-            orientation=self._orientation,
-        ).without(nodata)
+        return _stored_image(self._image, self._in_chans, self._spread).without(nodata)
 
     def _decode(self, scale: int) -> tuple[Sequence[Image.Image | NDArray[np.uint8]], int]:
         """Planes, and how many times smaller than stored (1; JPEGs `scale`)."""
@@ -464,27 +454,83 @@ def _has_more_pages(image: Image.Image) -> bool:
     return True
 
 
-def _pillow_tiff(image: Image.Image, in_chans: int) -> OpenImage:
+def _pillow_tiff(image: ImageFile.ImageFile, in_chans: int) -> OpenImage:
     """A TIFF that Pillow reads: through an array, if it is deep or says which values are missing."""
     tags = image.tag_v2  # type: ignore[attr-defined]
     _check_tiles(tags.get(322, 0) * tags.get(323, 0) * len(image.getbands()), image.height * image.width)
-    is_deep = image.mode == "F" or image.mode.startswith("I;16")
-    if not is_deep and not (_NODATA in tags and image.mode in ("L", "RGB", "RGBA")):
-        return _PillowImage(image, in_chans)
-    dtype = np.dtype("f4" if image.mode == "F" else "u2" if is_deep else "u1")
-    inverted, nodata = tags.get(262) == 0, nodata_of(tags.get(_NODATA), dtype)
-    if inverted and not is_deep:  # Pillow itself inverts 8 bits
-        inverted, nodata = False, None if nodata is None else 255 - nodata
-    kept = 3 if in_chans in (1, 3) and image.mode == "RGBA" else len(image.getbands())
+    if image.mode == "F" or image.mode.startswith("I;16") or _NODATA in tags:
+        return _stored_image(image, in_chans, spread_of(image))
+    return _PillowImage(image, in_chans)
+
+
+def spread_of(image: ImageFile.ImageFile) -> int:
+    """By what Pillow multiplies grey of 2 and 4 bits, which it spreads over 8.
+
+    Args:
+        image: of Pillow, whose pixels are not decoded yet: only then it says how they are packed.
+    """
+    args = image.tile[0].args if image.tile else None
+    return {"L;2": 85, "L;4": 17}.get(str(args[0] if isinstance(args, tuple) else args)[:3], 1)
+
+
+def stored_values(image: Image.Image, spread: int) -> NDArray[Any]:
+    """(H, W) or (H, W, C), the numbers that a file holds: of a palette, those of its colours.
+
+    Args:
+        image: of Pillow.
+        spread: see `spread_of`.
+    """
+    values: NDArray[Any] = np.array(image)
+    if image.mode in ("1", "L") and is_inverted(image):
+        values = ~values
+    return values // spread if spread > 1 else values
+
+
+def is_inverted(image: Image.Image) -> bool:
+    """Whether 0 is white in a TIFF, which Pillow inverts where it has up to 8 bits.
+
+    Args:
+        image: of Pillow, in any format.
+    """
+    return bool(getattr(image, "tag_v2", {}).get(262) == 0)
+
+
+def _stored_image(image: Image.Image, in_chans: int, spread: int) -> ArrayImage:
+    """An image of Pillow through an array of what it stores, which is compared with what stands for missing values.
+
+    image: of a format that changes nothing of what it stores.
+    spread: see `spread_of`.
+    """
+    tags, mode, is_colour = getattr(image, "tag_v2", {}), image.mode, in_chans in (1, 3)
+    is_deep = mode == "F" or mode.startswith("I;16")
+    dtype = np.dtype("f4" if mode == "F" else "u2" if is_deep else "?" if mode == "1" else "u1")
+    if is_colour:  # alpha is compared with nothing
+        mode = {"LA": "L", "PA": "P", "RGBA": "RGB"}.get(mode, mode)
+    shape = (image.height, image.width, Image.getmodebands(mode))
+
+    def load() -> NDArray[Any]:
+        return stored_values(image, spread).reshape(image.height, image.width, -1)[..., : shape[2]]
+
+    def show(part: NDArray[Any]) -> NDArray[Any]:
+        picture = Image.frombytes(mode, part.shape[1::-1], part.tobytes())
+        if image.palette is not None:
+            picture.putpalette(image.palette)
+        picture.info = image.info
+        planes = [np.atleast_3d(np.asarray(plane)) for plane in _planes(picture, in_chans)]
+        return np.concatenate(planes, axis=2)
+
+    has_inks = mode == "P" or (mode == "CMYK" and is_colour)
     return ArrayImage(
-        lambda: np.asarray(image).reshape(image.height, image.width, -1)[..., :kept],
-        (image.height, image.width, kept),
+        load,
+        shape,
         dtype,
         2,
         in_chans,
+        orientation=_orientation(image),
         bits=max(tags.get(258, (16,))) if is_deep else 8,
-        inverted=inverted,
-        nodata=nodata,
+        inverted=is_inverted(image),
+        nodata=nodata_of(tags.get(_NODATA), dtype),
+        show=show if has_inks else (lambda part: part * np.uint8(spread)) if spread > 1 else None,
     )
 
 
@@ -501,7 +547,7 @@ def nodata_of(text: Any, dtype: np.dtype[Any]) -> float | None:
     """The number that stands for missing values, if values of this type can be it."""
     try:
         value = float(str(text).strip(" \0"))
-        return value if dtype.kind == "f" or (dtype.kind in "ui" and dtype.type(int(value)) == value) else None
+        return value if dtype.kind == "f" or (dtype.kind in "bui" and dtype.type(int(value)) == value) else None
     except (ValueError, OverflowError):  # no tag, no number, or one that is out of the type's range
         return None
 
@@ -567,6 +613,9 @@ def _open_tifffile(tiff: tifffile.TiffFile, in_chans: int) -> OpenImage:
         raise BadImage(f"it has the axes {axes}, not rows, columns and at most one of bands")
     axis = band_axes[0] if band_axes else None
     kept = without_alpha(page) if colour and source is page and axis is not None else 0
+    palette = None
+    if colour and source is page and axis is None and page.photometric == 3 and page.colormap is not None:
+        palette = (page.colormap.T >> 8).astype(np.uint8)  # (numbers, 3)
     extra = bool(kept) and axis is not None and shape[axis] > kept
 
     def load() -> NDArray[Any]:
@@ -589,6 +638,7 @@ def _open_tifffile(tiff: tifffile.TiffFile, in_chans: int) -> OpenImage:
         bits=page.bitspersample,
         inverted=page.photometric == 0,  # 0 = white
         nodata=nodata_of(page.tags.valueof(_NODATA), dtype),
+        show=None if palette is None else lambda part: palette[part[..., 0]],
     )
     image.pixel_bytes = max(image.pixel_bytes, stored_bands * dtype.itemsize)
     return image
@@ -669,6 +719,8 @@ class ArrayImage:
         inverted: 0 is white.
         nodata: the stored value that stands for a missing one.
         may_be_empty: all values may be missing, as those of a part.
+        show: makes of stored values (h, w, C), which are compared with `nodata`, those of the image, as many or with
+            other channels; None leaves them. The arguments above are of the stored ones, but for `bits`.
 
     Raises:
         BadImage: for other channels, or values that are no numbers.
@@ -687,12 +739,17 @@ class ArrayImage:
         inverted: bool = False,
         nodata: float | None = None,
         may_be_empty: bool = False,
+        show: Callable[[NDArray[Any]], NDArray[Any]] | None = None,
     ) -> None:
         self._load, self._axis, self._in_chans, self._orientation = load, channel_axis, in_chans, orientation
         self._bits, self._inverted, self._dtype = bits or 8 * dtype.itemsize, inverted, dtype
         self._nodata = [] if nodata is None else [nodata]
-        self._may_be_empty = may_be_empty
-        self.channels = channels = 1 if channel_axis is None else shape[channel_axis]
+        self._may_be_empty, self._show = may_be_empty, show
+        channels = 1 if channel_axis is None else shape[channel_axis]
+        if show is not None:
+            shown = show(np.zeros((1, 1, channels), dtype))
+            channels, dtype = shown.shape[2], shown.dtype
+        self.channels = channels
         self.is_deep = dtype not in (np.uint8, np.bool_)
         height, width = (side for i, side in enumerate(shape) if i != channel_axis)
         check_channels(channels, in_chans)
@@ -710,8 +767,8 @@ class ArrayImage:
         array = array[..., None] if self._axis is None else np.moveaxis(array, self._axis, -1)  # (H, W, C)
         array = make_upright(array, self._orientation)
         part = array[top : top + height, left : left + width]  # (h, w, C)
-        missing = self._missing(part)
-        if not self._may_be_empty and missing.all() and self._missing(array).all():
+        part, missing = self._shown(part)
+        if not self._may_be_empty and missing.all() and self._shown(array)[1].all():
             raise BadImage("it holds no values: all are missing")
         planes: Sequence[NDArray[Any]] = [self._plane(part[..., i]) for i in range(part.shape[-1])]
         known = None
@@ -722,7 +779,7 @@ class ArrayImage:
             planes = list(_filled(np.stack(planes), lacking, self._in_chans, fill))
             known = _resized(lacking.astype(np.float32), size) == 0
         pixels = _resized(planes, size)
-        if self._full_range(array.dtype):
+        if self._full_range(part.dtype):
             pixels = pixels.clip(0, 1)  # bicubic weights overshoot
         return Pixels(_match_channels(pixels, self._in_chans), known)
 
@@ -749,13 +806,23 @@ class ArrayImage:
             plane /= np.float32(full_range)
         return plane
 
+    def _shown(self, stored: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        """(h, w, C) as stored to those of the image, and which of them are missing."""
+        missing = self._missing(stored)
+        if self._show is None:
+            return stored, missing
+        shown = self._show(stored)
+        if shown.shape != missing.shape:
+            missing = np.broadcast_to(missing.all(axis=-1, keepdims=True), shown.shape)
+        return shown, missing
+
     def _missing(self, array: NDArray[Any]) -> NDArray[np.bool_]:
         """Of (h, w, C), which values are missing."""
         kind = array.dtype.kind
         missing: NDArray[np.bool_] = ~np.isfinite(array) if kind == "f" else np.zeros(array.shape, np.bool_)
         for value in self._nodata:
             is_nodata = array == array.dtype.type(value)
-            if kind == "u":  # 0, say, is also a value that a band may have beside others
+            if kind in "bu":  # 0, say, is also a value that a band may have beside others
                 is_nodata = np.broadcast_to(is_nodata.all(axis=-1, keepdims=True), array.shape)
             missing |= is_nodata
         return missing
