@@ -22,6 +22,7 @@ from fcmae.data import readers
 from fcmae.data.decode import ChooseBox, read_crop, read_known
 from fcmae.data.geometry import Box, align, decode_scale, make_upright, stored_box
 from fcmae.data.index import Images
+from fcmae.data.rasters import Raster
 from fcmae.data.source import BadImage
 
 H, W = 24, 36  # not square
@@ -763,6 +764,29 @@ def test_a_missing_bit_of_an_array_is_0_or_1(tmp_path: Path) -> None:
     assert found.known is not None
     np.testing.assert_array_equal(found.known[0], bits)
     np.testing.assert_array_equal(found.values[0], np.where(bits, 255, 102))
+
+
+@pytest.mark.parametrize("planar", ["contig", "separate"])
+@pytest.mark.parametrize("compression", [None, "zlib"])
+def test_colours_are_as_stored_where_alpha_has_multiplied_them(
+    tmp_path: Path, planar: str, compression: str | None
+) -> None:
+    image = noise(H, W, 4)
+    stored = image if planar == "contig" else image.transpose(2, 0, 1)
+    tifffile.imwrite(
+        tmp_path / "a.tif",
+        stored,
+        photometric="rgb",
+        extrasamples=["assocalpha"],
+        planarconfig=planar,
+        compression=compression,
+    )
+    content = (tmp_path / "a.tif").read_bytes()
+    np.testing.assert_array_equal(read_crop(content, 3, whole, None), image.transpose(2, 0, 1)[:3])
+    np.testing.assert_array_equal(read_crop(content, 4, whole, None), image.transpose(2, 0, 1))
+    np.testing.assert_array_equal(
+        Raster(io.BytesIO(content), 3, [0.0]).read((0, 0, H, W)), image.transpose(2, 0, 1)[:3]
+    )
 
 
 def test_a_jpeg_stores_no_value_exactly_and_misses_none(tmp_path: Path) -> None:

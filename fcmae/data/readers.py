@@ -458,9 +458,16 @@ def _pillow_tiff(image: ImageFile.ImageFile, in_chans: int) -> OpenImage:
     """A TIFF that Pillow reads: through an array, if it is deep or says which values are missing."""
     tags = image.tag_v2  # type: ignore[attr-defined]
     _check_tiles(tags.get(322, 0) * tags.get(323, 0) * len(image.getbands()), image.height * image.width)
+    # Pillow divides colours by an alpha that they were multiplied with, which nobody else does here.
+    image.tile = [tile._replace(args=_undivided(tile.args)) for tile in image.tile]
     if image.mode == "F" or image.mode.startswith("I;16") or _NODATA in tags:
         return _stored_image(image, in_chans, spread_of(image))
     return _PillowImage(image, in_chans)
+
+
+def _undivided(args: Any) -> Any:
+    """Of a tile, where the first says how its bytes become colours."""
+    return (args[0].replace("RGBa", "RGBA"), *args[1:]) if isinstance(args, tuple) else args
 
 
 def spread_of(image: ImageFile.ImageFile) -> int:
@@ -567,6 +574,8 @@ def _pillow_reads_all_of(image: Image.Image, in_chans: int) -> bool:
         return False
     if image.mode == "F" and tags.prefix == b"MM" and tags.get(259, 1) != 1:
         return False  # Pillow swaps the bytes of compressed floats twice
+    if tags.get(284) == 2 and 1 in tags.get(338, ()):
+        return False  # its decoder divides by alpha, see `_pillow_tiff`
     bits, samples, is_rgb = tags.get(258, (1,)), tags.get(277, 1), tags.get(262) == 2
     if max(bits) <= 8 and 2 in tags.get(339, ()):
         return False  # signed
