@@ -99,6 +99,65 @@ def test_padding_that_is_told_as_unsigned_is_missing_too() -> None:
     assert found.known is not None and not found.known[0, :3].any() and (found.values[0, :3] == 5).all()
 
 
+def retold(content: bytes, **values: tuple[str, int]) -> bytes:
+    """The same file with other elements: their type and value."""
+    told = pydicom.dcmread(io.BytesIO(content))
+    for key, (kind, value) in values.items():
+        told.add_new(key, kind, value)
+    file = io.BytesIO()
+    told.save_as(file, enforce_file_format=True)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("slope", [1, 2])
+@pytest.mark.parametrize(
+    ("array", "kind", "padding", "missing"),
+    [
+        (DEEP, "SS", -2000, 2**16 - 2000),
+        (GREY, "SS", -1, 255),
+        (GREY, "US", 2**16 - 1, None),
+        (GREY.astype(np.int8), "US", 300, None),
+        (GREY.astype(np.int8), "US", 200, 200 - 256),
+    ],
+)
+def test_padding_that_the_type_cannot_hold_is_its_twin_or_nothing(
+    array: NDArray[Any], kind: str, padding: int, missing: int | None, slope: int
+) -> None:
+    stored = array.copy()
+    stored[:3] = 7 if missing is None else missing
+    content = retold(written(stored, RescaleSlope=slope), PixelPaddingValue=(kind, padding))
+    found = read_known(content, 1, whole, None, fill=[5.0])
+    if missing is None:
+        assert found.known is None
+    else:
+        assert found.known is not None
+        np.testing.assert_array_equal(found.known[0], stored != missing)
+
+
+@pytest.mark.parametrize("intercept", [0, -1024])
+@pytest.mark.parametrize(("first", "last"), [(-2000, -1000), (-1000, -2000)])
+def test_all_values_up_to_the_limit_of_padding_are_missing(first: int, last: int, intercept: int) -> None:
+    stored = DEEP.astype(np.int16)
+    stored[0], stored[1], stored[2], stored[3], stored[4] = -2001, -2000, -1500, -1000, -999
+    told = written(stored, RescaleIntercept=intercept)
+    content = retold(told, PixelPaddingValue=("SS", first), PixelPaddingRangeLimit=("SS", last))
+    found = read_known(content, 1, whole, None, fill=[5.0])
+    assert found.known is not None
+    np.testing.assert_array_equal(found.known[0], (stored < -2000) | (stored > -1000))
+    np.testing.assert_array_equal(found.values[0], np.where(found.known[0], stored + float(intercept), 5))
+
+
+@pytest.mark.parametrize("which", ["MONOCHROME1", "MONOCHROME2"])
+def test_a_given_missing_value_is_the_stored_one_and_not_that_of_the_modality(which: str) -> None:
+    stored = DEEP.astype(np.int16)
+    stored[:3], stored[3] = -2000, (-2000 + 1024) // 2
+    content = written(stored, RescaleSlope=2, RescaleIntercept=-1024, PhotometricInterpretation=which)
+    found = read_known(content, 1, whole, None, fill=[5.0], nodata=-2000)
+    assert found.known is not None
+    np.testing.assert_array_equal(found.known[0], stored != -2000)
+    assert read_known(content, 1, whole, None, fill=[5.0]).known is None
+
+
 @pytest.mark.parametrize("which", ["Shared", "PerFrame"])
 def test_frames_have_the_units_that_their_groups_tell(which: str) -> None:
     frames = RNG.integers(0, 2**12, (3, H, W), dtype=np.uint16)

@@ -16,7 +16,7 @@ DEFLATED = b"1.2.840.10008.1.2.1.99"  # a transfer syntax
 
 
 class Stored(NamedTuple):
-    """What a file holds; see `fcmae.data.readers.ArrayImage`.
+    """What a file stores; see `fcmae.data.readers.ArrayImage`.
 
     Attributes:
         load: its values.
@@ -24,8 +24,9 @@ class Stored(NamedTuple):
         dtype: likewise.
         channel_axis: likewise; several frames are channels.
         bits: of a value.
-        inverted: 0 is white, and `load` leaves it so.
-        nodata: the value that stands for missing ones.
+        inverted: 0 is white, and `load` leaves it so, but not `show`.
+        nodata: the first and the last of the values that stand for missing ones.
+        show: makes values of the modality of those that `load` gives, (H, W, C); None if they are the same.
     """
 
     load: Callable[[], NDArray[Any]]
@@ -34,7 +35,8 @@ class Stored(NamedTuple):
     channel_axis: int | None
     bits: int | None
     inverted: bool
-    nodata: float | None
+    nodata: tuple[float, float] | None
+    show: Callable[[NDArray[Any]], NDArray[Any]] | None
 
 
 def is_dicom(start: bytes) -> bool:
@@ -70,27 +72,43 @@ def read_header(file: BinaryIO) -> Stored:
     shape = (*shape, 3) if samples == 3 else (frames, *shape) if frames > 1 else shape
     dtype = np.dtype(f"{'i' if found.PixelRepresentation else 'u'}{max(1, found.BitsAllocated // 8)}")
     slope, intercept = _rescaling(found, frames)
-    padding, inverted = found.get("PixelPaddingValue"), kind == "MONOCHROME1"
-    if padding is not None and dtype.kind == "i" and padding >= 1 << (found.BitsAllocated - 1):
-        padding -= 1 << found.BitsAllocated  # signed, and told as unsigned
+    padding, inverted = _padding(found, dtype), kind == "MONOCHROME1"
+    stored = Stored(lambda: found.pixel_array, shape, dtype, channel_axis, found.BitsStored, inverted, padding, None)
     if (slope == 1).all() and (intercept == 0).all() and not (inverted and dtype.kind == "i"):
-        return Stored(lambda: found.pixel_array, shape, dtype, channel_axis, found.BitsStored, inverted, padding)
+        return stored
 
-    def rescaled() -> NDArray[Any]:
-        values = found.pixel_array
+    def rescaled(values: NDArray[Any]) -> NDArray[Any]:
         shown = values.astype(np.float32)
         if inverted:  # about the middle of what BitsStored can hold
             shown = (-1 if dtype.kind == "i" else 2**found.BitsStored - 1) - shown
         scaled: NDArray[np.float32] = shown * slope + intercept
         if padding is not None:
-            scaled[values == padding] = np.nan
+            scaled[(values >= padding[0]) & (values <= padding[1])] = np.nan  # of one frame too
         return scaled
 
-    return Stored(rescaled, shape, np.dtype("f4"), channel_axis, None, False, None)
+    return stored._replace(show=rescaled)
+
+
+def _padding(found: Any, dtype: np.dtype[Any]) -> tuple[float, float] | None:
+    """The first and the last of the stored values that stand for missing ones."""
+    ends = [_stored(found.get(key), dtype) for key in ("PixelPaddingValue", "PixelPaddingRangeLimit")]
+    if ends[0] is None:
+        return None
+    told = [end for end in ends if end is not None]
+    return min(told), max(told)
+
+
+def _stored(value: Any, dtype: np.dtype[Any]) -> int | None:
+    """A value of this type, which may be told as of its signed or unsigned twin; None if it is of neither."""
+    twin = np.dtype(f"{'u' if dtype.kind == 'i' else 'i'}{dtype.itemsize}")
+    for kind in (dtype, twin):
+        if isinstance(value, int) and np.iinfo(kind).min <= value <= np.iinfo(kind).max:
+            return int(np.array(value, kind).astype(dtype))
+    return None
 
 
 def _rescaling(found: Any, frames: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Slope and intercept of the stored values: of all of them, or (frames, 1, 1)."""
+    """Slope and intercept of the stored values: of all of them, or (frames,)."""
     shared, each = (found.get(f"{which}FunctionalGroupsSequence") or [] for which in ("Shared", "PerFrame"))
     if len(each) == frames and all("PixelValueTransformationSequence" in group for group in each):
         told = [group.PixelValueTransformationSequence[0] for group in each]
@@ -99,5 +117,5 @@ def _rescaling(found: Any, frames: int) -> tuple[NDArray[np.float32], NDArray[np
     else:
         told = [found]
     values = ([one.get(key, plain) for one in told] for key, plain in (("RescaleSlope", 1), ("RescaleIntercept", 0)))
-    slope, intercept = (np.array(found, np.float32).reshape((-1, 1, 1) if len(told) > 1 else ()) for found in values)
+    slope, intercept = (np.array(found, np.float32).reshape(-1 if len(told) > 1 else ()) for found in values)
     return slope, intercept

@@ -163,7 +163,14 @@ def _open(file: BinaryIO, in_chans: int, check: Callable[[int, int, int], None])
         return _open_tiff(file, in_chans)
     if is_dicom(start):
         stored = read_header(file)
-        return ArrayImage(*stored[:4], in_chans, bits=stored.bits, inverted=stored.inverted, nodata=stored.nodata)
+        return ArrayImage(
+            *stored[:4],
+            in_chans,
+            bits=stored.bits,
+            inverted=stored.inverted,
+            nodata=stored.nodata,
+            show=stored.show,
+        )
     image = Image.open(file, formats=PILLOW_FORMATS)
     check(image.height, image.width, len(image.getbands()))  # before Pillow looks for EXIF behind a PNG's pixels
     if image.format == "PNG" and start[24] == 16 and start[25] in _PNG_CHANNELS:
@@ -726,7 +733,7 @@ class ArrayImage:
         orientation: EXIF's.
         bits: of a value, as the file declares them; 2 ** bits - 1 is the full range of unsigned ones of up to 16.
         inverted: 0 is white.
-        nodata: the stored value that stands for a missing one.
+        nodata: the stored value that stands for a missing one, or the first and the last of several.
         may_be_empty: all values may be missing, as those of a part.
         show: makes of stored values (h, w, C), which are compared with `nodata`, those of the image, as many or with
             other channels; None leaves them. The arguments above are of the stored ones, but for `bits`.
@@ -746,13 +753,14 @@ class ArrayImage:
         orientation: int = 1,
         bits: int | None = None,
         inverted: bool = False,
-        nodata: float | None = None,
+        nodata: float | tuple[float, float] | None = None,
         may_be_empty: bool = False,
         show: Callable[[NDArray[Any]], NDArray[Any]] | None = None,
     ) -> None:
         self._load, self._axis, self._in_chans, self._orientation = load, channel_axis, in_chans, orientation
         self._bits, self._inverted, self._dtype = bits or 8 * dtype.itemsize, inverted, dtype
-        self._nodata = [] if nodata is None else [nodata]
+        several = nodata if isinstance(nodata, tuple) else (nodata, nodata)
+        self._nodata = [] if nodata is None else [several]
         self._may_be_empty, self._show = may_be_empty, show
         channels = 1 if channel_axis is None else shape[channel_axis]
         if show is not None:
@@ -794,7 +802,7 @@ class ArrayImage:
 
     def without(self, nodata: float) -> ArrayImage:
         if (value := nodata_of(nodata, self._dtype)) is not None:
-            self._nodata.append(value)
+            self._nodata.append((value, value))
         return self
 
     def _full_range(self, dtype: np.dtype[Any]) -> int:
@@ -823,14 +831,15 @@ class ArrayImage:
         shown = self._show(stored)
         if shown.shape != missing.shape:
             missing = np.broadcast_to(missing.all(axis=-1, keepdims=True), shown.shape)
-        return shown, missing
+        return shown, missing if shown.dtype.kind != "f" else missing | ~np.isfinite(shown)
 
     def _missing(self, array: NDArray[Any]) -> NDArray[np.bool_]:
         """Of (h, w, C), which values are missing."""
         kind = array.dtype.kind
         missing: NDArray[np.bool_] = ~np.isfinite(array) if kind == "f" else np.zeros(array.shape, np.bool_)
-        for value in self._nodata:
-            is_nodata = array == array.dtype.type(value)
+        for first, last in self._nodata:
+            low, high = array.dtype.type(first), array.dtype.type(last)
+            is_nodata = array == low if low == high else (array >= low) & (array <= high)
             if kind in "bu":  # 0, say, is also a value that a band may have beside others
                 is_nodata = np.broadcast_to(is_nodata.all(axis=-1, keepdims=True), array.shape)
             missing |= is_nodata
