@@ -241,7 +241,8 @@ def test_a_cut_off_tiff_is_refused_where_it_is_read(tmp_path: Path) -> None:
 
 def test_georeferencing_is_found_and_survives_writing() -> None:
     scale, tie = (10.0, 10.0, 0.0), (0.0, 0.0, 0.0, 500000.0, 4600000.0, 0.0)
-    tags = [(33550, 12, 3, scale, True), (33922, 12, 6, tie, True)]
+    coefficients = tuple(np.linspace(-1, 1, 92).tolist())
+    tags = [(33550, 12, 3, scale, True), (33922, 12, 6, tie, True), (50844, 12, 92, coefficients, True)]
     found = geo_tags(tiff(COLOURS, extratags=tags))
     assert found == tags
     assert geo_tags(tiff(COLOURS, extratags=found)) == tags

@@ -39,7 +39,8 @@ from fcmae.data.readers import (
 )
 from fcmae.data.source import BadImage
 
-GEO_TAGS = (33550, 33922, 34264, 34735, 34736, 34737)  # GeoTIFF's: scale, tie points, matrix, keys and their values
+# GeoTIFF's: scale, tie points, matrix, keys and their values; and the coefficients of a satellite's camera (RPC).
+GEO_TAGS = (33550, 33922, 34264, 34735, 34736, 34737, 50844)
 
 
 class Raster:
