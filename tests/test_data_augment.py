@@ -255,3 +255,15 @@ def test_jitter_is_cut_off_at_white_and_black_of_eight_bits_alone() -> None:
     assert min(each.min() for each in seen) == 0 and max(each.max() for each in seen) == 255
     deep = [jittered(image / np.float32(255), 1.0, np.random.default_rng(seed)) for seed in range(20)]
     assert max(each.max() for each in deep) > 1
+
+
+def test_contrast_of_bands_is_by_band_whatever_their_units() -> None:
+    image = np.random.default_rng(0).normal(size=(5, 8, 9)).astype(np.float32) + 3
+    units = np.float32([1, 1e-3, 1e4, 1, 50]).reshape(5, 1, 1)
+    for seed in range(5):
+        found = jittered(image, 0.5, np.random.default_rng(seed))
+        scaled = jittered(image * units, 0.5, np.random.default_rng(seed))
+        np.testing.assert_allclose(scaled, found * units, rtol=1e-4, atol=1e-6)
+        brightness, contrast, _ = np.random.default_rng(seed).uniform(0.5, 1.5, 3)
+        np.testing.assert_allclose(found.mean(axis=(1, 2)), image.mean(axis=(1, 2)) * brightness, rtol=1e-5)
+        np.testing.assert_allclose(found.std(axis=(1, 2)), image.std(axis=(1, 2)) * brightness * contrast, rtol=1e-4)

@@ -45,6 +45,24 @@ def crop(**changes: object) -> CropBoth:
     return CropBoth(**given)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("bands", [1, 5])
+def test_missing_values_stay_filled_where_the_rest_is_jittered(tmp_path: Path, bands: int) -> None:
+    rng = np.random.default_rng(0)
+    values = rng.random((40, 56, bands), dtype=np.float32)
+    values[8:20, 10:30, 0] = np.nan
+    np.save(tmp_path / "a.npy", values)
+    Image.fromarray(VALUES[rng.integers(0, 4, (40, 56))]).save(tmp_path / "a.png")
+    settings = {"in_chans": bands, "image_size": (40, 56), "fill": [0.5] * bands, "hflip": 0, "vflip": 0}
+    found = []
+    for strength in (0.0, 0.9):
+        with (tmp_path / "a.npy").open("rb") as file, (tmp_path / "a.png").open("rb") as map_file:
+            view = crop(**settings, color_jitter=strength)
+            found.append(view(file, map_file, "a.png", np.random.default_rng(1))[0])
+    is_known = np.isfinite(values.transpose(2, 0, 1))
+    assert (found[1][~is_known] == 0.5).all()
+    assert (found[1] != found[0])[is_known].mean() > 0.9
+
+
 def test_two_folders_are_paired_by_name_whatever_the_suffix(tmp_path: Path) -> None:
     images, labels = write_pairs(tmp_path)
     (labels / "more.png").write_bytes((labels / "a" / "0.tif").read_bytes())

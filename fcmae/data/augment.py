@@ -267,9 +267,10 @@ class CropBoth:
         (top, height, above, rows), (left, width, before, columns) = spans
         flips = rng.random(2) < (self.hflip, self.vflip)
         box, size = (top, left, height, width), (rows, columns)
-        part, known = raster.read(box, size), self.classes.numbers(labels.read(box, size), map_name)
+        (part, is_known), known = raster.known(box, size), self.classes.numbers(labels.read(box, size), map_name)
         if self.color_jitter:
-            part = jittered(part, self.color_jitter, rng)
+            changed = jittered(part, self.color_jitter, rng)
+            part = changed if is_known is None else np.where(is_known, changed, part)  # what is missing stays filled
         ys, xs = slice(above, above + rows), slice(before, before + columns)
         fill = np.broadcast_to(np.asarray(self.fill, np.float32).reshape(-1, 1, 1), (self.in_chans, *self.image_size))
         image = (np.rint(fill * 255).clip(0, 255) if part.dtype == np.uint8 else fill).astype(part.dtype)
@@ -293,6 +294,9 @@ def check_same_size(raster: Raster, labels: LabelMap) -> None:
 def jittered(image: NDArray[Any], strength: float, rng: np.random.Generator) -> NDArray[Any]:
     """Brightness, contrast and, of three channels, saturation, each times a factor in 1 - strength to 1 + strength.
 
+    Contrast is about the mean grey of one or three channels, and about each channel's own mean of others, whose units
+    may differ.
+
     Args:
         image: (C, H, W) uint8 or float32; of 8 bits it is cut off at black and white, as in torchvision's ColorJitter,
             of others not.
@@ -304,7 +308,7 @@ def jittered(image: NDArray[Any], strength: float, rng: np.random.Generator) -> 
     """
     brightness, contrast, saturation = rng.uniform(1 - strength, 1 + strength, 3).astype(np.float32)
     values: NDArray[np.float32] = image.astype(np.float32) * brightness
-    middle = values.mean()
+    middle = values.mean(axis=(1, 2), keepdims=True)
     if len(image) == 3:
         grey = np.tensordot(np.asarray(LUMA, np.float32), values, 1)  # (H, W)
         values, middle = grey + saturation * (values - grey), grey.mean()

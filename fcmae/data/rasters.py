@@ -70,7 +70,7 @@ class Raster:
         nodata: float | None = None,
     ) -> None:
         self._fill, self._max_pixels = fill, max_pixels
-        self._whole: NDArray[Any] | None = None
+        self._whole: Pixels | None = None
         tiles = open_tiles(file, in_chans, max_pixels)
         file.seek(0)
         self._in_parts = tiles is not None or file.read(6) == b"\x93NUMPY"
@@ -92,17 +92,31 @@ class Raster:
         Raises:
             BadImage: if it cannot be read.
         """
+        return self.known(box, size).values
+
+    def known(self, box: Box, size: tuple[int, int] | None = None) -> Pixels:
+        """Likewise, and what of it is known.
+
+        Args:
+            box: see `read`.
+            size: likewise.
+
+        Raises:
+            BadImage: likewise.
+        """
         with reading(self._max_pixels):
             if size is not None or self._in_parts:
-                return self._values(box, size or box[2:])
+                return self._pixels(box, size or box[2:])
             if self._whole is None:
-                self._whole = self._values((0, 0, self.height, self.width), (self.height, self.width))
-            return self._whole[:, box[0] : box[0] + box[2], box[1] : box[1] + box[3]]
+                self._whole = self._pixels((0, 0, self.height, self.width), (self.height, self.width))
+            part = np.s_[:, box[0] : box[0] + box[2], box[1] : box[1] + box[3]]
+            values, known = self._whole
+            return Pixels(values[part], None if known is None else known[part])
 
-    def _values(self, box: Box, size: tuple[int, int]) -> NDArray[Any]:
-        values = self._image.read(box, size, self._fill).values
-        check_finite(values)
-        return values
+    def _pixels(self, box: Box, size: tuple[int, int]) -> Pixels:
+        pixels = self._image.read(box, size, self._fill)
+        check_finite(pixels.values)
+        return pixels
 
 
 def open_tiles(file: BinaryIO, in_chans: int, max_pixels: int = MAX_PIXELS) -> Tiles | None:
