@@ -25,7 +25,7 @@ from fcmae.classification import add_predictions, open_table, probabilities_of
 from fcmae.config.commands import PredictConfig
 from fcmae.data.index import find_images
 from fcmae.data.loader import choose_num_workers, evaluation_loader
-from fcmae.data.maps import Classes
+from fcmae.data.maps import IGNORED, Classes
 from fcmae.data.rasters import Raster, geo_tags
 from fcmae.data.source import BadImage, printable
 from fcmae.data.storage import is_remote
@@ -202,7 +202,9 @@ def write_map(
 ) -> NDArray[np.float64]:
     """Write the label map of an image, and the probabilities of its classes if they are wanted.
 
-    A TIFF is written as it comes, in bounded memory, also that of the probabilities.
+    A TIFF is written as it comes, in bounded memory, also that of the probabilities. Where all bands of a pixel are
+    missing, the map holds the value that is ignored, if there is one, and the probabilities NaN; a TIFF says so by the
+    tag GDAL_NODATA.
 
     Args:
         place: of the map, a .tif or a .png file; a .png has the classes' colours where their values are below 256.
@@ -213,7 +215,7 @@ def write_map(
         with_probabilities: whether they are wanted.
 
     Returns:
-        (classes,), the share of the pixels of each.
+        (classes,), the share of the pixels of each, but for those that are missing.
 
     Raises:
         BadImage: if a probability is not finite; nothing is written then.
@@ -224,16 +226,22 @@ def write_map(
         if with_probabilities:
             aside = stack.enter_context(replacing(probabilities_beside(place)))
             bands, kind = (*shape, len(classes)), {"photometric": "minisblack", "planarconfig": "contig"}
-            kept = tifffile.memmap(aside, shape=bands, dtype=np.float32, extratags=tags, metadata=None, **kind)
+            told = _with_nodata(tags, "nan")
+            kept = tifffile.memmap(aside, shape=bands, dtype=np.float32, extratags=told, metadata=None, **kind)
 
         def labels() -> Iterator[NDArray[Any]]:
             for top, found in rows:
                 if not np.isfinite(found).all():
                     raise BadImage("its probabilities are not finite: are missing pixels a huge number? Give --nodata")
                 numbers = found.argmax(0)
-                np.add(counts, np.bincount(numbers.ravel(), minlength=len(classes)), out=counts)
+                known = raster.known((top, 0, *numbers.shape)).known
+                is_seen = np.ones(numbers.shape, np.bool_) if known is None else known.any(axis=0)
+                np.add(counts, np.bincount(numbers[is_seen], minlength=len(classes)), out=counts)
                 if kept is not None:
                     kept[top : top + len(numbers)] = found.transpose(1, 2, 0)
+                    kept[top : top + len(numbers)][~is_seen] = np.nan
+                if classes.ignored is not None:
+                    numbers[~is_seen] = IGNORED
                 yield classes.stored(numbers)
 
         aside = stack.enter_context(replacing(place))
@@ -248,12 +256,17 @@ def write_map(
                 photometric="minisblack",
                 tile=(TILE, TILE),
                 compression="zlib",
-                extratags=tags,
+                extratags=tags if classes.ignored is None else _with_nodata(tags, str(classes.ignored)),
                 metadata=None,
             )
         if kept is not None:
             kept.flush()
     return counts / max(1, int(counts.sum()))
+
+
+def _with_nodata(tags: list[Any], value: str) -> list[Any]:
+    """Tags as tifffile writes them, and GDAL_NODATA."""
+    return [*tags, (42113, "s", 0, value, True)]
 
 
 def _tiles(strips: Iterator[NDArray[Any]]) -> Iterator[NDArray[Any]]:

@@ -406,6 +406,39 @@ def test_a_geotiff_keeps_its_place_and_has_probabilities_beside_it(tmp_path: Pat
             assert {code: tags[code].value for code in GEO_TAGS if code in tags} == {t[0]: t[3] for t in geo}
 
 
+@pytest.mark.parametrize("ignored", [255, 300, None])
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_missing_pixels_have_no_class(
+    suffix: str, ignored: int | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = save(tmp_path / "model", Classes(("sea", "land"), (0, 7), ignored))
+    image = np.random.default_rng(0).integers(1, 256, (60, 50, 3), dtype=np.uint8)
+    image[:40, :20] = 0
+    image[50, 30, 0] = 0  # of one band alone it is a value
+    is_missing = (image == 0).all(axis=2)
+    (tmp_path / "scenes").mkdir()
+    scene = tmp_path / "scenes" / f"a.{suffix}"
+    if suffix == "tif":
+        tifffile.imwrite(scene, image, photometric="rgb", tile=(16, 16))
+    else:
+        Image.fromarray(image).save(scene)
+    more = ("--nodata", "0", "--probabilities", "true")
+    assert predict(tmp_path / "model", tmp_path / "scenes", tmp_path / "maps", *more) == 0
+    with scene.open("rb") as file:
+        whole, expected = expected_map(model, Raster(file, 3, [0.5] * 3, nodata=0))
+    shares = [f"{name} {(expected[~is_missing] == value).mean():.1%}" for name, value in (("sea", 0), ("land", 7))]
+    told = capsys.readouterr().out.strip().split("\t")[2].split(", ")
+    assert told == [share for share in shares if not share.endswith(" 0.0%")]
+    expected[is_missing] = expected[is_missing] if ignored is None else ignored
+    with Image.open(tmp_path / "maps" / f"a.{suffix}") as picture:
+        np.testing.assert_array_equal(np.asarray(picture), expected)
+    beside = tifffile.imread(tmp_path / "maps" / "a.probabilities.tif")
+    np.testing.assert_allclose(beside, np.where(is_missing, np.nan, whole).transpose(1, 2, 0), atol=1e-6)
+    if suffix == "tif":
+        with tifffile.TiffFile(tmp_path / "maps" / "a.tif") as file:
+            assert file.pages.first.tags.valueof(42113) == (None if ignored is None else str(ignored))
+
+
 def test_what_cannot_be_predicted_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save(tmp_path / "model")
     photos = write_images(tmp_path / "photos", 1)

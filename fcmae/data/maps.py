@@ -72,9 +72,13 @@ class Classes:
         return found
 
     def stored(self, numbers: NDArray[np.int64]) -> NDArray[np.unsignedinteger]:
-        """What a map holds for classes by number, in the smallest of uint8 and uint16 that can."""
-        kind = np.uint8 if max(self.values) < 2**8 else np.uint16
-        return np.asarray(self.values, kind)[numbers]
+        """What a map holds for classes by number, in the smallest of uint8 and uint16 that can.
+
+        Args:
+            numbers: of any shape; IGNORED only where `ignored` is a value.
+        """
+        values = self.values if self.ignored is None else (*self.values, self.ignored)  # IGNORED is the last
+        return np.asarray(values, np.uint8 if max(values) < 2**8 else np.uint16)[numbers]
 
 
 def _few(values: Sequence[int]) -> str:
