@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from chaos.images import tiff
 from conftest import requires_time
 from PIL import Image
 from runs import TINY, forget_accelerator, start, write_colors, write_images
@@ -21,6 +22,7 @@ import fcmae
 from fcmae import api, bench, choices, cli, planning
 from fcmae.config import BenchConfig, FinetuneConfig, PretrainConfig, SegmentConfig
 from fcmae.data import cores
+from fcmae.data.decode import read_crop
 from fcmae.data.index import find_images
 from fcmae.data.survey import survey
 from fcmae.heads import Classifier
@@ -60,8 +62,49 @@ def bands(path: Path, rng: np.random.Generator) -> None:
 
 
 @pytest.mark.parametrize(
+    ("extra", "in_chans"),
+    [((0,), 4), ((0, 0), 5), ((1,), 3), ((2,), 3), ((0, 2), 4), ((2, 0), 4), ((0, 0, 2), 5)],
+)
+@pytest.mark.parametrize("max_pixels", [2400, 2000])
+def test_bands_behind_colours_count_and_alpha_does_not(
+    tmp_path: Path, extra: tuple[int, ...], in_chans: int, max_pixels: int
+) -> None:
+    """Of a TIFF tagged RGB: its samples behind the colours are 0 for a band, 1 and 2 for alpha."""
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3 + len(extra)), dtype=np.uint8)
+    kind = {"photometric": "rgb", "planarconfig": "contig", "tile": (16, 16), "extrasamples": extra}
+    tifffile.imwrite(tmp_path / "a.tif", pixels, **kind)
+    found = survey(find_images([str(tmp_path)]), max_pixels=max_pixels)
+    assert (found.in_chans, len(found.mean)) == (in_chans, in_chans)
+    bands = [i for i in range(3 + len(extra)) if i < 3 or not extra[i - 3]]
+    with (tmp_path / "a.tif").open("rb") as file:
+        for which in (bands, [0, 1, 2], list(range(3 + len(extra)))):
+            file.seek(0)
+            part = read_crop(file, len(which), lambda *_: (3, 5, 20, 25), None, max_pixels=max_pixels)
+            np.testing.assert_array_equal(part.transpose(1, 2, 0), pixels[3:23, 5:30, which])
+
+
+def inks(path: Path, rng: np.random.Generator) -> None:
+    Image.fromarray(rng.integers(0, 256, (40, 60, 4), dtype=np.uint8)).convert("CMYK").save(path.with_suffix(".tif"))
+
+
+def unsaid(path: Path, rng: np.random.Generator) -> None:
+    """RGB and a fourth sample of which nothing is said."""
+    tags = {256: (60,), 257: (40,), 258: (8,) * 4, 262: (2,), 273: (8,), 277: (4,), 278: (40,), 279: (60 * 40 * 4,)}
+    content = tiff({tag: ("I", values) for tag, values in tags.items()}, rng.bytes(60 * 40 * 4))
+    path.with_suffix(".tif").write_bytes(content)
+
+
+@pytest.mark.parametrize(
     ("write", "in_chans", "is_deep"),
-    [(photo, 3, False), (alpha, 3, False), (grey, 1, False), (deep, 1, True), (bands, 5, True)],
+    [
+        (photo, 3, False),
+        (alpha, 3, False),
+        (grey, 1, False),
+        (deep, 1, True),
+        (bands, 5, True),
+        (inks, 3, False),
+        (unsaid, 3, False),
+    ],
 )
 def test_a_survey_finds_channels_depth_and_size(tmp_path: Path, write: Write, in_chans: int, is_deep: bool) -> None:
     rng = np.random.default_rng(0)

@@ -31,8 +31,8 @@ def read_crop(
 
     Channels: grey is copied into 3; RGB becomes grey for 1; alpha is dropped for 1 and 3, and colours that it has
     multiplied stay so; CMYK and palettes become RGB for 1 and 3. For any other in_chans the file must have that many
-    channels. An array of three axes in a .npy file is (H, W, C) if its last axis fits in_chans, else (C, H, W). The
-    pages of a TIFF are its bands when in_chans is neither 1 nor 3; else the first page is read.
+    channels, with alpha or without. An array of three axes in a .npy file is (H, W, C) if its last axis fits in_chans,
+    else (C, H, W). The pages of a TIFF are its bands when in_chans is neither 1 nor 3; else the first page is read.
 
     Missing values: those of floats that are not finite, and those that the tag GDAL_NODATA of a TIFF names; of bits and
     unsigned integers, where all bands of a pixel have it. The number that is stored counts: of a palette that of the

@@ -150,13 +150,16 @@ class Tiles:
         self._page, self._in_chans, self._max_pixels = page, in_chans, max_pixels
         self._nodata: float | None = None
         self.height, self.width = page.imagelength, page.imagewidth
-        self.channels = without_alpha(page) if in_chans in (1, 3) else page.samplesperpixel
+        self._kept = without_alpha(page, in_chans)
+        self.channels = len(self._kept)
         check_channels(self.channels, in_chans)
         self.is_deep = page.dtype not in (np.uint8, np.bool_)
         self.pixel_bytes = page.samplesperpixel * page.dtype.itemsize
 
     def read(self, box: Box, size: tuple[int, int], fill: Sequence[float] | None) -> Pixels:
-        page, window = self._page, read_window(self._page, box, self._max_pixels)[..., : self.channels]
+        page, window = self._page, read_window(self._page, box, self._max_pixels)
+        if self.channels < window.shape[2]:
+            window = window[..., self._kept]
         image = ArrayImage(
             lambda: window,
             window.shape,
@@ -239,6 +242,24 @@ class LabelMap:
 def _nearest(side: int, size: int) -> NDArray[np.int64]:
     """The pixels of a side under the middles of as many as `size` that it becomes."""
     return ((np.arange(size) + 0.5) * side / size).astype(np.int64)
+
+
+def num_bands(file: BinaryIO) -> int:
+    """How many bands a TIFF of grey or RGB says it has, those behind it with it and without alpha; 0 of other files.
+
+    Args:
+        file: at its start.
+
+    Raises:
+        BadImage: if it is damaged.
+    """
+    if file.read(4) not in TIFF_STARTS:
+        return 0
+    file.seek(0)
+    with reading(MAX_PIXELS):
+        page = tifffile.TiffFile(file).pages.first
+        grey_or_rgb = {0: 1, 1: 1, 2: 3}.get(page.photometric, 0)
+        return grey_or_rgb and grey_or_rgb + page.extrasamples.count(0)  # 0: unspecified
 
 
 def geo_tags(file: BinaryIO) -> list[tuple[int, int, int, Any, bool]]:

@@ -603,17 +603,20 @@ def is_sparse(image: Image.Image) -> bool:
     return 0 in tags.get(279, ()) or 0 in tags.get(325, ())
 
 
-def without_alpha(page: Any) -> int:
-    """How many samples of a TIFF's page are colours, or grey, where those behind them are left out.
+def without_alpha(page: Any, in_chans: int) -> list[int]:
+    """Which samples of a TIFF's page are read: of colours for 1 and 3 these, and no alpha where that leaves in_chans.
 
     Args:
         page: of tifffile.
+        in_chans: see `read_crop`.
     """
     samples: int = page.samplesperpixel
-    if page.photometric == 2:  # RGB, and whatever else
-        return min(3, samples)
-    is_alpha = samples == 2 and bool(set(page.extrasamples) & {1, 2})
-    return 1 if page.photometric in (0, 1) and is_alpha else samples
+    if in_chans in (1, 3) and page.photometric == 2:  # RGB, and whatever else
+        return list(range(min(3, samples)))
+    first = samples - len(page.extrasamples)
+    others = [i for i in range(samples) if i < first or page.extrasamples[i - first] not in (1, 2)]
+    is_grey = in_chans in (1, 3) and page.photometric in (0, 1)
+    return others if len(others) == (1 if is_grey else in_chans) else list(range(samples))
 
 
 def _open_tifffile(tiff: tifffile.TiffFile, in_chans: int) -> OpenImage:
@@ -628,22 +631,22 @@ def _open_tifffile(tiff: tifffile.TiffFile, in_chans: int) -> OpenImage:
     if axes.count("Y") != 1 or axes.count("X") != 1 or axes.index("Y") > axes.index("X") or len(band_axes) > 1:
         raise BadImage(f"it has the axes {axes}, not rows, columns and at most one of bands")
     axis = band_axes[0] if band_axes else None
-    kept = without_alpha(page) if colour and source is page and axis is not None else 0
+    kept = without_alpha(page, in_chans)
     palette = None
     if colour and source is page and axis is None and page.photometric == 3 and page.colormap is not None:
         palette = (page.colormap.T >> 8).astype(np.uint8)  # (numbers, 3)
-    extra = bool(kept) and axis is not None and shape[axis] > kept
+    extra = axis is not None and shape[axis] == page.samplesperpixel > len(kept)
 
     def load() -> NDArray[Any]:
         for part in source.pages if source is series else [page]:
             if part is not None:
                 check_segments(part)
         array: NDArray[Any] = source.asarray(maxworkers=1)
-        return np.take(array, range(kept), axis=axis) if extra else array
+        return np.take(array, kept, axis=axis) if extra else array
 
     stored_bands = 1 if axis is None else shape[axis]
     if extra:
-        shape = tuple(kept if i == axis else side for i, side in enumerate(shape))
+        shape = tuple(len(kept) if i == axis else side for i, side in enumerate(shape))
     image = ArrayImage(
         load,
         shape,

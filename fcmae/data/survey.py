@@ -10,6 +10,7 @@ from typing import BinaryIO
 from fcmae.data.decode import open_any
 from fcmae.data.geometry import MAX_PIXELS
 from fcmae.data.index import Images
+from fcmae.data.rasters import num_bands
 from fcmae.data.readers import OpenImage
 from fcmae.data.source import BadImage, OtherChannels
 from fcmae.data.split import evenly
@@ -78,9 +79,14 @@ def survey(
 
 
 def _open(file: BinaryIO, max_pixels: int) -> OpenImage:
-    """With as many channels as it has: 1, 3 for colours with or without alpha, or another number of bands."""
+    """With as many channels as it has: 1, 3 for colours with or without alpha, or another number of bands.
+
+    Bands behind colours count too, which are left out where 3 are asked for.
+    """
+    bands = num_bands(file)
+    file.seek(0)
     try:
-        return open_any(file, 3, max_pixels)
+        return open_any(file, bands if bands > 3 else 3, max_pixels)
     except OtherChannels as error:
         file.seek(0)
         return open_any(file, error.channels, max_pixels)
