@@ -168,6 +168,30 @@ def test_blocks_that_a_sparse_tiff_leaves_out_are_missing_or_0(
     np.testing.assert_array_equal(parts, expected)
 
 
+@pytest.mark.parametrize("rows", [20, 10])
+@pytest.mark.parametrize("kind", ["grey", "bands", "pages"])
+def test_a_tiff_or_a_page_of_which_all_is_left_out_is_empty(tmp_path: Path, kind: str, rows: int) -> None:
+    image = values("uint8", 1 if kind == "grey" else 5)
+    stored = image[0] if kind == "grey" else image.transpose(1, 2, 0) if kind == "bands" else image
+    settings = {"planarconfig": "contig"} if kind == "bands" else {}
+    tifffile.imwrite(tmp_path / "x.tif", stored, photometric="minisblack", rowsperstrip=rows, metadata=None, **settings)
+    empty = 2 if kind == "pages" else 0
+    with tifffile.TiffFile(tmp_path / "x.tif", mode="r+b") as file:
+        for code in (273, 279):
+            file.pages[empty].tags[code].overwrite((0, 0) if rows == 10 else 0)
+    expected = image.copy()
+    expected[empty if kind == "pages" else slice(None)] = 0
+    np.testing.assert_array_equal(read(tmp_path / "x.tif", len(image)), expected)
+
+
+def test_a_strip_whose_length_is_not_told_is_no_sparse_one(tmp_path: Path) -> None:
+    image = values("uint8", 1)[0]
+    tifffile.imwrite(tmp_path / "x.tif", image)
+    with tifffile.TiffFile(tmp_path / "x.tif", mode="r+b") as file:
+        file.pages[0].tags[279].overwrite(0)
+    np.testing.assert_array_equal(read(tmp_path / "x.tif", 1)[0], image)
+
+
 def test_a_sparse_tiff_with_a_palette_shows_its_colours(tmp_path: Path) -> None:
     colours = np.random.default_rng(0).integers(0, 256, (3, 256), dtype=np.uint16)
     numbers = np.arange(32 * 32, dtype=np.uint8).reshape(32, 32)

@@ -600,7 +600,7 @@ def is_sparse(image: Image.Image) -> bool:
         image: of Pillow, in any format.
     """
     tags = getattr(image, "tag_v2", {})
-    return 0 in tags.get(279, ()) or 0 in tags.get(325, ())
+    return 0 in tags.get(273, ()) or 0 in tags.get(324, ())  # where they would start
 
 
 def without_alpha(page: Any, in_chans: int) -> list[int]:
@@ -638,10 +638,14 @@ def _open_tifffile(tiff: tifffile.TiffFile, in_chans: int) -> OpenImage:
     extra = axis is not None and shape[axis] == page.samplesperpixel > len(kept)
 
     def load() -> NDArray[Any]:
-        for part in source.pages if source is series else [page]:
+        parts = list(source.pages) if source is series else [page]
+        for part in parts:
             if part is not None:
                 check_segments(part)
         array: NDArray[Any] = source.asarray(maxworkers=1)
+        # Where a page's only strip or tile is left out, tifffile too reads it from the file's start.
+        if empty := [i for i, part in enumerate(parts) if part is not None and not any(part.dataoffsets)]:
+            array.reshape(len(parts), -1)[empty] = page.nodata
         return np.take(array, kept, axis=axis) if extra else array
 
     stored_bands = 1 if axis is None else shape[axis]
