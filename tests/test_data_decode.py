@@ -757,6 +757,16 @@ def test_a_missing_value_is_what_is_stored_in_every_mode(tmp_path: Path, mode: s
             np.testing.assert_allclose(found.values, np.where(is_known, plain.values, 102), atol=int(in_chans == 1))
 
 
+def test_lightness_and_two_colours_are_shown_as_they_are_where_a_value_may_be_missing(tmp_path: Path) -> None:
+    Image.frombytes("LAB", (W, H), (noise(H, W, 3) | 1).tobytes()).save(tmp_path / "a.tif")
+    content = (tmp_path / "a.tif").read_bytes()
+    found = read_crop(content, 3, whole, None, nodata=0)
+    np.testing.assert_array_equal(found, read_crop(content, 3, whole, None))
+    for nodata in (None, 0):
+        with pytest.raises(BadImage, match="LAB to RGB not supported"):
+            read_crop(content, 1, whole, None, nodata=nodata)
+
+
 def test_a_missing_bit_of_an_array_is_0_or_1(tmp_path: Path) -> None:
     bits = noise(H, W) > 127
     np.save(tmp_path / "a.npy", bits)

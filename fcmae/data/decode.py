@@ -88,7 +88,8 @@ def open_any(
         if (tiles := open_tiles(file, in_chans, max_pixels)) is None:
             raise
         image = tiles
-    return image if nodata is None else image.without(nodata)
+    with reading(max_pixels):
+        return image if nodata is None else image.without(nodata)
 
 
 def read_known(

@@ -76,7 +76,8 @@ class Raster:
         self._in_parts = tiles is not None or file.read(6) == b"\x93NUMPY"
         file.seek(0)
         image = tiles or open_image(file, in_chans, max_pixels)
-        self._image = image if nodata is None else image.without(nodata)
+        with reading(max_pixels):
+            self._image = image if nodata is None else image.without(nodata)
         self.height, self.width = self._image.height, self._image.width
 
     def read(self, box: Box, size: tuple[int, int] | None = None) -> NDArray[Any]:

@@ -494,7 +494,7 @@ def stored_values(image: Image.Image, spread: int) -> NDArray[Any]:
         image: of Pillow.
         spread: see `spread_of`.
     """
-    values: NDArray[Any] = np.array(image)
+    values: NDArray[Any] = np.asarray(image)
     if image.mode in ("1", "L") and is_inverted(image):
         values = ~values
     return values // spread if spread > 1 else values
@@ -533,7 +533,7 @@ def _stored_image(image: Image.Image, in_chans: int, spread: int) -> ArrayImage:
         planes = [np.atleast_3d(np.asarray(plane)) for plane in _planes(picture, in_chans)]
         return np.concatenate(planes, axis=2)
 
-    has_inks = mode == "P" or (mode == "CMYK" and is_colour)
+    is_plain = is_deep or mode in ("1", "L", "RGB") or not (mode == "P" or is_colour)
     return ArrayImage(
         load,
         shape,
@@ -544,7 +544,7 @@ def _stored_image(image: Image.Image, in_chans: int, spread: int) -> ArrayImage:
         bits=max(tags.get(258, (16,))) if is_deep else 8,
         inverted=is_inverted(image),
         nodata=nodata_of(tags.get(_NODATA), dtype),
-        show=show if has_inks else (lambda part: part * np.uint8(spread)) if spread > 1 else None,
+        show=show if not is_plain else (lambda part: part * np.uint8(spread)) if spread > 1 else None,
     )
 
 
