@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import replace
 from itertools import compress
 from pathlib import Path
 from typing import Any
@@ -58,7 +57,7 @@ def predict(cfg: PredictConfig) -> None:
         raise ValueError(f"{cfg.model} has no classifier: give a fine-tuned model")
     accelerator = Accelerator(cpu=cfg.device == "cpu")
     model = build_classifier(weights).to(accelerator.device).eval()
-    reading = replace(weights.reading(str(cfg.model), cfg.image_size), max_pixels=cfg.max_pixels, nodata=cfg.nodata)
+    reading = weights.reading(str(cfg.model), cfg.image_size).told(cfg.max_pixels, cfg.nodata)
     images = find_images(cfg.images)
     reading.check_values(images)
     loader = evaluation_loader(
@@ -122,7 +121,7 @@ def predict_maps(cfg: PredictConfig) -> None:
     if os.path.lexists(cfg.out):
         raise ValueError(f"out = {cfg.out} exists: give a new path, or remove it")
     model, weights, record = read_segmenter(cfg.model)
-    reading = weights.reading(str(cfg.model), cfg.image_size)
+    reading = weights.reading(str(cfg.model), cfg.image_size).told(cfg.max_pixels, cfg.nodata)
     unit = model.encoder.total_stride
     check_sides("image_size", reading.image_size, unit)
     accelerator = Accelerator(cpu=cfg.device == "cpu")
@@ -155,7 +154,7 @@ def predict_maps(cfg: PredictConfig) -> None:
             with images.open(i) as file:
                 tags = geo_tags(file)
                 file.seek(0)
-                raster = Raster(file, reading.in_chans, fill, cfg.max_pixels, cfg.nodata)
+                raster = Raster(file, reading.in_chans, fill, cfg.max_pixels, reading.nodata)
                 rows = probabilities_by_rows(
                     raster, predict_tiles, reading.image_size, unit, cfg.overlap, fill, cfg.batch_size, limit_s
                 )

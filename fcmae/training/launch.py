@@ -119,7 +119,8 @@ def for_a_caller() -> Iterator[None]:
     environment = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
     precision, allowed = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     drawn = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
-    drawn_there = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    has_drawn = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    drawn_there = torch.cuda.get_rng_state_all() if has_drawn else None
     try:
         yield
     finally:
