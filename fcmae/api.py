@@ -231,8 +231,11 @@ class Features(nn.Module):
             raise ValueError(f"images: received the shape {shape}; give (B, {in_chans}, H, W), H and W >= {least}")
         if images.dtype != torch.uint8 and not images.is_floating_point():
             raise ValueError(f"images: received {images.dtype}; give uint8, or float in units of a full range of 1")
-        normalized: Tensor = self.normalize(images)
-        return normalized.to(next(self.encoder.parameters()).dtype)  # of .double() too
+        normalized, dtype = self.normalize(images), next(self.encoder.parameters()).dtype
+        if dtype in (torch.float16, torch.bfloat16):
+            raise ValueError(f"the weights are {dtype}: keep them in float32 and compute in 16 bits by torch.autocast")
+        found: Tensor = normalized.to(dtype)  # of .double() too
+        return found
 
     def _checked(self, mask: Tensor, images: Tensor) -> Tensor:
         (B, _, H, W), stride = images.shape, self.encoder.total_stride
@@ -264,7 +267,7 @@ class Segmented(Features):
         self.class_names = tuple(class_names)
 
     def maps(self, images: Tensor) -> Tensor:
-        """Logits of every pixel's classes, (B, classes, H, W).
+        """Logits of every pixel's classes, (B, classes, H, W); those of `model.head` anytime have no gradients.
 
         Args:
             images: see `forward`; of sides that the total stride divides.
@@ -311,7 +314,8 @@ def load(source: PathLike, *, key: str | None = None, prefix: str | None = None)
         of `segment`, a `Segmented`.
 
     Raises:
-        ValueError: if `source` holds no such weights, or does not say the mean and std of its channels.
+        ValueError: if `source` holds no such weights, or does not say the mean and std of channels other than grey or
+            RGB, which have the published ones then.
     """
     if key is None and prefix is None and segmenter_in(Path(source)) is not None:
         segmenter, weights, record = read_segmenter(Path(source))

@@ -6,6 +6,7 @@ import copy
 import importlib
 import os
 import pkgutil
+import random
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import runs
 import timm
@@ -25,6 +27,7 @@ import fcmae
 from fcmae import api, cli, finetuning, planning, pretraining, starting
 from fcmae.api import Features
 from fcmae.config import FinetuneConfig, PretrainConfig
+from fcmae.data.augment import seeded
 from fcmae.data.normalize import Normalize
 from fcmae.layouts import Masked
 from fcmae.networks.convnext import Encoder
@@ -180,6 +183,17 @@ def test_a_run_leaves_the_caller_s_own_training_as_it_was(
     assert os.environ["ACCELERATE_MIXED_PRECISION"] == "bf16"
 
 
+def test_a_run_leaves_what_the_caller_draws_as_it_was(photos: Path, tmp_path: Path) -> None:
+    def draws() -> tuple[float, float, float]:
+        return random.random(), np.random.random(), torch.rand(1).item()  # noqa: NPY002
+
+    with seeded([3]):
+        expected = draws()
+    with seeded([3]):
+        fcmae.pretrain(photos, tmp_path / "out", settings=config(photos, tmp_path))
+        assert draws() == expected
+
+
 def test_a_run_outside_the_main_thread_leaves_signals_alone(photos: Path, tmp_path: Path) -> None:
     found: list[Run | BaseException] = []
 
@@ -305,6 +319,9 @@ def test_features_have_the_precision_of_the_module(model: Features) -> None:
     expected, found = model(images), copy.deepcopy(model).double()(images)
     assert found.dtype == torch.float64
     torch.testing.assert_close(found.float(), expected, rtol=1e-4, atol=1e-5)
+    for half in (torch.float16, torch.bfloat16):
+        with pytest.raises(ValueError, match=rf"the weights are {half}: keep them in float32 and .* torch.autocast"):
+            copy.deepcopy(model).to(half)(images)
 
 
 def test_features_under_a_mask_are_those_of_visible_patches_and_have_gradients(model: Features) -> None:

@@ -349,8 +349,12 @@ def test_target_and_decoder_are_parts_that_see_hidden_patches_and_every_stage() 
     model = FCMAE(Encoder(ConvNeXtSpec(depths=(1, 1), dims=(4, 6)), 2), Ones(), target=place)
     mask = torch.ones(2, 3, 2, dtype=torch.bool)
     mask[0, 0, 1] = mask[1, 2, 0] = False  # patches 1 and 10 of 12
-    loss = masked_loss(model, torch.randn(2, 2, 24, 16), mask, 1, target=model.target)
-    assert float(loss) == np.mean([(1 - i) ** 2 for i in range(12) if i not in (1, 10)])
+    for given in ({"target": model.target}, {}):  # its own, where none is given
+        loss = masked_loss(model, torch.randn(2, 2, 24, 16), mask, 1, **given)
+        assert float(loss) == np.mean([(1 - i) ** 2 for i in range(12) if i not in (1, 10)])
+    wrapped = nn.Module()  # as for several processes
+    wrapped.module, wrapped.forward = model, model.forward
+    assert torch.equal(masked_loss(wrapped, torch.randn(2, 2, 24, 16), mask, 1), loss)
 
 
 def test_masked_loss_refuses_masks_that_hide_nothing_or_all() -> None:

@@ -18,7 +18,7 @@ from timm.models.convnext import checkpoint_filter_fn
 import fcmae
 from fcmae.config import PretrainConfig
 from fcmae.heads import Classifier
-from fcmae.masked import FCMAE, build_fcmae
+from fcmae.masked import FCMAE, build_fcmae, hog, normalized_pixels
 from fcmae.networks.build import make_encoder
 from fcmae.networks.convnext import Encoder
 from fcmae.networks.spec import VARIANTS, ConvNeXtSpec, RoadmapSpec
@@ -45,7 +45,8 @@ def write_checkpoint(out: Path, **model: object) -> tuple[Path, FCMAE]:
     if in_chans not in (1, 3):
         data |= {"mean": [0.5] * in_chans, "std": [0.25] * in_chans}
     cfg = PretrainConfig.model_validate({"out": out, "data": data, "model": {"decoder_dim": 16, **model}})
-    net = build_fcmae(Encoder(cfg.model.spec, in_chans), 16)
+    target = hog if cfg.model.target == "hog" else normalized_pixels
+    net = build_fcmae(Encoder(cfg.model.spec, in_chans), 16, target=target)
     randomize(net, std=0.1)
     config, spec = cfg.model_dump(mode="json"), net.encoder.spec.model_dump()
     meta = checkpoint.Meta("pretrain", 3, config, "fingerprint", spec=spec)
@@ -398,6 +399,14 @@ def test_channels_adapt_where_a_dense_stem_meets_the_image() -> None:
     torch.testing.assert_close(grey(image), encoder(image.expand(1, 3, 16, 16)), rtol=1e-4, atol=1e-5)
 
 
+def test_a_decoder_of_gradients_is_said_to_be_left_out(tmp_path: Path) -> None:
+    place, _ = write_checkpoint(tmp_path / "run", target="hog")
+    weights = read_weights(place)
+    text = start_from(build_fcmae(Encoder(ATTO), 16), weights)
+    assert text.endswith("; a fresh decoder, as model.init has one that was left out, as it predicts hog")
+    assert "decoder left out, as it predicts hog" in convert(place, tmp_path / "out.safetensors", "fcmae")
+
+
 @pytest.mark.parametrize("to", FORMATS)
 def test_pretraining_starts_from_every_format(tmp_path: Path, to: str) -> None:
     place, net = write_checkpoint(tmp_path / "run")
@@ -721,6 +730,8 @@ def test_a_link_that_leads_nowhere_is_not_written_over(tmp_path: Path) -> None:
     [
         ({"architecture": "convnextv2_atto", "model_args": {"act_layer": "silu"}}, "its activation is silu"),
         ({"architecture": "convnextv2_atto", "model_args": {"norm_eps": 1e-5}}, "its norms add 1e-05"),
+        ({"architecture": "convnextv2_atto", "model_args": {"output_stride": 16}}, "its output_stride is 16"),
+        ({"architecture": "convnextv2_atto", "num_classes": 2, "global_pool": "max"}, "its global_pool is max"),
         ({"model_type": "convnextv2", "hidden_act": "relu"}, "its activation is relu"),
     ],
 )

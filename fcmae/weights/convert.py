@@ -80,7 +80,7 @@ def start_from(model: FCMAE, weights: Weights) -> str:
     model.load_state_dict(own | found)
     if fits:
         return f"{text}; decoder too"
-    why = "none"
+    why = "none" if "decoder" not in weights.origin else f"one that was {weights.origin['decoder']}"
     if held.decoder_depth:
         why = f"one of depth {held.decoder_depth} and width {held.decoder_dim} for {held.in_chans} channels"
     return f"{text}; a fresh decoder, as model.init has {why}"

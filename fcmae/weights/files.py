@@ -251,6 +251,8 @@ def _read_checkpoint(path: Path, variant: str | None) -> Weights:
     image = ImageRecord(mean=mean, std=std, input_size=size, crop_pct=1.0, nodata=cfg.data.nodata)
     state = checkpoint.read_tensors(path, "model")
     if meta.format == checkpoint.FORMAT:
+        if cfg.model.target != "pixels":
+            origin["decoder"] = f"left out, as it predicts {cfg.model.target}"
         state = _described(path, state, cfg)
     return _weights(path, state, variant, Record(image=image, origin=origin, spec=cfg.model.spec))
 
@@ -278,8 +280,15 @@ def _read_directory(path: Path, variant: str | None) -> Weights:
             arguments, name = config.get("model_args") or {}, str(config["architecture"]).split(".")[0]
             variant = variant or (None if {"depths", "dims"} & set(arguments) or name == NOT_IN_TIMM else name)
             _check_computes(arguments.get("act_layer"), arguments.get("norm_eps"))
+            if (stride := arguments.get("output_stride")) not in (None, 32):
+                raise ValueError(f"its output_stride is {stride}, and that of a ConvNeXt is 32 here")
+            pool, has_head = arguments.get("global_pool", config.get("global_pool")), config.get("num_classes") != 0
+            if has_head and pool not in (None, "", "avg"):
+                raise ValueError(f"its global_pool is {pool}, and that of a classifier is avg here")
             image = ImageRecord.model_validate(config.get("pretrained_cfg") or {})
-            record = Record(image=image, class_names=tuple(config.get("label_names") or ()), origin=record.origin)
+            names = config.get("label_names") or ()
+            names = tuple(names.values() if isinstance(names, dict) else names)
+            record = Record(image=image, class_names=names, origin=record.origin)
         elif str(config["model_type"]).startswith("convnext"):  # transformers
             labels = config.get("id2label") or {}
             names = tuple(labels[key] for key in sorted(labels, key=int))
