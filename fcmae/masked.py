@@ -273,10 +273,19 @@ class FCMAE(nn.Module):
         Returns:
             pred: (B, M, num_values), the M hidden sites (or all) in row-major order; for pixels p * p * C values,
             ordered (row, column, channel). site_mask: (B, H / p, W / p) bool, the mask at the sites.
+
+        Raises:
+            ValueError: if the masks are not those of the images, by their number or their sides.
         """
+        (B, _, H, W), stride, (num_masks, gh, gw) = images.shape, self.encoder.total_stride, mask.shape
+        factor = H // stride // max(1, gh)  # sites along a side of a mask patch
+        if num_masks != B or factor == 0 or (gh * factor * stride, gw * factor * stride) != (H, W):
+            raise ValueError(
+                f"mask: received {tuple(mask.shape)} for images {tuple(images.shape)}; give one of each image, of "
+                f"square patches whose side is a multiple of the total stride {stride}"
+            )
         if num_visible is None and len(counts := visible_counts(mask)) == 1:
             num_visible = counts[0]
-        factor = images.shape[2] // self.encoder.total_stride // mask.shape[1]  # sites along a side of a mask patch
         site_mask = refine(mask, factor)  # (B, h, w)
         num_hidden = None
         if hidden_only and num_visible is not None:
@@ -373,8 +382,10 @@ def masked_loss(
         A float32 scalar with gradients, the mean over all hidden patches, see `reconstruction_loss`.
 
     Raises:
-        ValueError: if a mask hides nothing, or all.
+        ValueError: if a mask hides nothing, or all, or images differ in the number of their masks.
     """
+    if len(masks) % len(images):
+        raise ValueError(f"masks: received {len(masks)} for {len(images)} images; give as many of each")
     if (num_masks := len(masks) // len(images)) > 1:
         images = images.repeat_interleave(num_masks, dim=0)  # (B * n, C, H, W)
         known = None if known is None else known.repeat_interleave(num_masks, dim=0)

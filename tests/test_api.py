@@ -194,6 +194,19 @@ def test_a_run_leaves_what_the_caller_draws_as_it_was(photos: Path, tmp_path: Pa
         assert draws() == expected
 
 
+def test_a_run_leaves_the_precisions_that_the_caller_has_set_one_by_one(photos: Path, tmp_path: Path) -> None:
+    places = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul, torch.backends.cudnn.conv)
+    before = [place.fp32_precision for place in places]
+    try:
+        torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision = "tf32", "ieee"
+        own = [place.fp32_precision for place in places]
+        fcmae.pretrain(photos, tmp_path / "out", settings=config(photos, tmp_path))
+        assert [place.fp32_precision for place in places] == own
+    finally:
+        for place, kept in zip(places, before, strict=True):
+            place.fp32_precision = kept
+
+
 def test_a_run_outside_the_main_thread_leaves_signals_alone(photos: Path, tmp_path: Path) -> None:
     found: list[Run | BaseException] = []
 

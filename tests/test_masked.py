@@ -357,6 +357,25 @@ def test_target_and_decoder_are_parts_that_see_hidden_patches_and_every_stage() 
     assert torch.equal(masked_loss(wrapped, torch.randn(2, 2, 24, 16), mask, 1), loss)
 
 
+@pytest.mark.parametrize(
+    ("num_masks", "size", "message"),
+    [
+        (1, (32, 32), "masks: received 1 for 2 images; give as many of each"),
+        (3, (32, 32), "masks: received 3 for 2 images; give as many of each"),
+        (2, (32, 64), r"mask: received \(2, 4, 4\) for images \(2, 2, 32, 64\); give one of each image"),
+        (2, (16, 16), r"mask: received \(2, 4, 4\) for images \(2, 2, 16, 16\); give one of each image"),
+    ],
+)
+def test_masks_that_are_not_those_of_the_images_are_refused(
+    num_masks: int, size: tuple[int, int], message: str
+) -> None:
+    model = build_fcmae(Encoder(ConvNeXtSpec(depths=(1, 1), dims=(4, 6)), 2), 8)
+    mask = torch.zeros(num_masks, 4, 4, dtype=torch.bool)
+    mask[:, 0] = True
+    with pytest.raises(ValueError, match=message):
+        masked_loss(model, torch.randn(2, 2, *size), mask)
+
+
 def test_masked_loss_refuses_masks_that_hide_nothing_or_all() -> None:
     model, images = small(ConvNeXtSpec(depths=(1, 1), dims=(4, 6))), torch.randn(1, 2, 16, 16)
     with pytest.raises(ValueError, match="hides no patch"):

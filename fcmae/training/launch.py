@@ -26,6 +26,13 @@ from fcmae.training.signals import StopSignal
 
 FOREVER = timedelta(days=7)
 ENDED = "a process of the run has ended: see what it said"
+# Where torch keeps whether float32 may be computed in TF32.
+_PRECISIONS: tuple[Any, ...] = (
+    torch.backends.cuda.matmul,
+    torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]
+    torch.backends.cudnn.conv,  # type: ignore[attr-defined]
+    torch.backends.cudnn.rnn,
+)
 
 Found = TypeVar("Found")
 _calls = itertools.count()  # of `same_everywhere`, which all processes make in the same order
@@ -117,24 +124,30 @@ def for_a_caller() -> Iterator[None]:
     states = [state._shared_state for state in (PartialState, AcceleratorState, GradientState)]
     before = [dict(state) for state in states]
     environment = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
-    precision, allowed = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    precision, precisions = None, [place.fp32_precision for place in _PRECISIONS]
+    with suppress(RuntimeError):  # where the caller has set these, torch does not say them in one word
+        precision = torch.get_float32_matmul_precision()
     drawn = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
-    has_drawn = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    drawn_there = torch.cuda.get_rng_state_all() if has_drawn else None
+    has_drawn, seed = torch.cuda.is_initialized(), torch.initial_seed()  # type: ignore[no-untyped-call]
+    drawn_there = torch.cuda.get_rng_state_all() if has_drawn else []
     try:
         yield
     finally:
         random.setstate(drawn[0])
         np.random.set_state(drawn[1])  # noqa: NPY002
         torch.set_rng_state(drawn[2])
-        if drawn_there is not None:
+        if has_drawn:
             torch.cuda.set_rng_state_all(drawn_there)
+        else:
+            torch.cuda.manual_seed_all(seed)  # which waits until a GPU is used
         for state, kept in zip(states, before, strict=True):
             state.clear()
             state.update(kept)
         os.environ |= environment
-        torch.set_float32_matmul_precision(precision)
-        torch.backends.cudnn.allow_tf32 = allowed
+        if precision is not None:
+            torch.set_float32_matmul_precision(precision)
+        for place, kept in zip(_PRECISIONS, precisions, strict=True):
+            place.fp32_precision = kept
 
 
 @contextmanager

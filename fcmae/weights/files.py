@@ -287,7 +287,7 @@ def _read_directory(path: Path, variant: str | None) -> Weights:
                 raise ValueError(f"its global_pool is {pool}, and that of a classifier is avg here")
             image = ImageRecord.model_validate(config.get("pretrained_cfg") or {})
             names = config.get("label_names") or ()
-            names = tuple(names.values() if isinstance(names, dict) else names)
+            names = tuple(names[key] for key in sorted(names, key=int)) if isinstance(names, dict) else tuple(names)
             record = Record(image=image, class_names=names, origin=record.origin)
         elif str(config["model_type"]).startswith("convnext"):  # transformers
             labels = config.get("id2label") or {}
