@@ -165,7 +165,7 @@ def test_the_newest_and_the_milestones_stay(tmp_path: Path, keep: int, milestone
 def test_a_checkpoint_that_is_half_deleted_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, 1), write(tmp_path, 2)
 
-    def cut(path: Path) -> None:
+    def cut(path: Path, **_: object) -> None:
         next(path.iterdir()).unlink()
         raise Cut
 
