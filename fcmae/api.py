@@ -35,8 +35,8 @@ from fcmae.segmentation import check_sides
 from fcmae.training.launch import for_a_caller
 from fcmae.training.run import Run
 from fcmae.weights.convert import build_encoder, convert
-from fcmae.weights.files import read_weights
-from fcmae.weights.segmenters import read_segmenter, segmenter_in
+from fcmae.weights.files import read_weights, segmenter_in
+from fcmae.weights.segmenters import read_segmenter
 
 __all__ = ["Features", "Segmented", "export", "finetune", "load", "masked_loss", "pretrain", "prune", "segment"]
 

@@ -25,7 +25,7 @@ from fcmae.evaluation.runs import Run, is_untrained, read_run
 from fcmae.networks.spec import describe
 from fcmae.tables import table
 from fcmae.weights.convert import check_dest, read_sound, write
-from fcmae.weights.files import Weights, timm_holds
+from fcmae.weights.files import Weights, segmenter_in, timm_holds
 
 # Of a file that is large, of the system, and of the library that this huggingface_hub speaks HTTP with.
 FAILURES: tuple[type[Exception], ...] = (RuntimeError, OSError, HfHubHTTPError.__mro__[1])
@@ -114,7 +114,7 @@ def _refusals(repo: str, endpoint: str) -> Iterator[None]:
 def _write(model: Path, dest: Path, name: str, key: str | None, prefix: str | None) -> str:
     """The two files and the card in a new folder; what `write` says."""
     run = _run_of(model)
-    if run is not None and run.kind == "segment":
+    if segmenter_in(model) is not None or (run is not None and run.kind == "segment"):
         raise ValueError(
             f"model = {model} makes label maps, and no format of the hub holds its head: `fcmae convert` writes its "
             "encoder alone"

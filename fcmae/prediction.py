@@ -30,8 +30,8 @@ from fcmae.data.source import BadImage, printable
 from fcmae.data.storage import is_remote
 from fcmae.segmentation import check_sides, colours, each_image, predictor, probabilities_by_rows
 from fcmae.weights.convert import build_classifier
-from fcmae.weights.files import read_weights
-from fcmae.weights.segmenters import read_segmenter, segmenter_in
+from fcmae.weights.files import read_weights, segmenter_in
+from fcmae.weights.segmenters import read_segmenter
 
 
 def predict(cfg: PredictConfig) -> None:

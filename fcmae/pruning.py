@@ -35,7 +35,14 @@ from fcmae.networks.encoder import StagedEncoder
 from fcmae.networks.layers import EPS, Block
 from fcmae.networks.spec import ConvNeXtSpec, describe
 from fcmae.weights.convert import build_encoder
-from fcmae.weights.files import FILE_SUFFIXES, Weights, read_weights, save_weights, timm_holds
+from fcmae.weights.files import (
+    FILE_SUFFIXES,
+    Weights,
+    read_weights,
+    save_weights,
+    tell_encoder_alone,
+    timm_holds,
+)
 
 What = Literal["hidden", "blocks"]
 How = Literal["uniform", "global"]
@@ -259,6 +266,7 @@ def prune(cfg: PruneConfig) -> str:
         raise ValueError(f"dest = {cfg.dest} exists: give a new path, or remove it")
     if cfg.dest.suffix not in FILE_SUFFIXES:
         raise ValueError(f"dest = {cfg.dest}: give it a name in {', '.join(FILE_SUFFIXES)}")
+    tell_encoder_alone(cfg.model)
     weights = read_weights(cfg.model, key=cfg.key, prefix=cfg.prefix)
     device = choose_device(cfg.device)
     encoder = build_encoder(weights).eval().to(device)

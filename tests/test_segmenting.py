@@ -43,9 +43,9 @@ from fcmae.segmenting import Mapped
 from fcmae.starting import class_balance
 from fcmae.training import checkpoint
 from fcmae.weights import segmenters
-from fcmae.weights.files import Weights, read_weights
+from fcmae.weights.files import HEAD, Weights, read_weights, segmenter_in
 from fcmae.weights.formats import Architecture
-from fcmae.weights.segmenters import HEAD, HeadRecord, read_segmenter, save_segmenter, segmenter_in
+from fcmae.weights.segmenters import HeadRecord, read_segmenter, save_segmenter
 from fcmae.weights.tensors import RECORD, digest
 
 pytestmark = pytest.mark.usefixtures("one_thread", "forgotten")
@@ -325,6 +325,24 @@ def test_a_segmenter_is_read_as_it_was_written(tmp_path: Path) -> None:
     images = torch.randn(1, 3, 16, 24)
     assert torch.equal(found(images), model(images))
     assert record.classes == Classes(("sea", "land"), (0, 7), 255) and weights.image["mean"] == [0.5] * 3
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("convert", "{model}", "{out}.safetensors", "--to", "fcmae"),
+        ("prune", "{model}", "{out}.safetensors", "--data", "{images}", "--keep", "0.5"),
+        ("export", "{model}", "{out}.onnx", "--to", "onnx"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_head_that_is_left_out_is_told(
+    words: tuple[str, ...], tiles: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(tmp_path / "model")
+    paths = {"model": tmp_path / "model", "out": tmp_path / "out", "images": tiles / "images"}
+    assert cli.main([word.format(**paths) for word in words]) == 0
+    assert "left out, as it makes label maps: head.safetensors; the encoder alone is taken" in caplog.text
 
 
 @pytest.mark.parametrize("spoiled", ["model.safetensors", HEAD])

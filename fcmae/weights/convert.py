@@ -27,6 +27,7 @@ from fcmae.weights.files import (
     read_weights,
     reads_alike,
     save_weights,
+    tell_encoder_alone,
     timm_holds,
 )
 from fcmae.weights.formats import FORMATS, first_weight, holds, rename, to_state, unwrapped
@@ -223,6 +224,7 @@ def read_sound(source: Path, variant: str | None = None, key: str | None = None,
     Raises:
         ValueError: if they cannot be read, or are damaged.
     """
+    tell_encoder_alone(source)
     weights = read_weights(source, variant, key, prefix)
     if weights.expected_output:
         _compare(source, weights)

@@ -47,6 +47,7 @@ NOT_IN_TIMM = "fcmae_convnext"  # what config.json names as the architecture of 
 DIRECTORIES = ("timm", "transformers")  # the formats that are directories
 FILE_SUFFIXES = (".safetensors", ".pth", ".pt")
 MAX_CARD = 2**20  # bytes of a model card
+HEAD = "head.safetensors"  # of a segmentation model, beside its encoder; see `fcmae.weights.segmenters`
 
 Side = Annotated[int, Field(gt=0, le=8192)]
 
@@ -174,6 +175,17 @@ def read_weights(path: Path, variant: str | None = None, key: str | None = None,
         f"{path} is no run, checkpoint, timm or transformers directory, or file of weights: give one of these"
         f"{near_runs(path)}"
     )
+
+
+def segmenter_in(path: Path) -> Path | None:
+    """The directory of the segmenter that a path names, itself or a run with its best one; None if there is none."""
+    return next((place for place in (path / "best", path) if (place / HEAD).is_file()), None)
+
+
+def tell_encoder_alone(path: Path) -> None:
+    """Say that the head of a segmentation model is not among the weights, where `path` is one."""
+    if (place := segmenter_in(path)) is not None:
+        logger.warning("%s: left out, as it makes label maps: %s; the encoder alone is taken", place, HEAD)
 
 
 def read_init(init: str, key: str | None, prefix: str | None, setting: str = "model.init") -> Weights:

@@ -25,7 +25,7 @@ from fcmae.layouts import DENSE, Layout
 from fcmae.layouts.masked import Masked
 from fcmae.networks.spec import describe
 from fcmae.weights.convert import build_classifier, build_encoder
-from fcmae.weights.files import Weights, read_weights
+from fcmae.weights.files import Weights, read_weights, tell_encoder_alone
 
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
 NUM_IMAGES = 4  # that are compared
@@ -90,6 +90,7 @@ def export_onnx(cfg: ExportConfig) -> str:
     for path in (cfg.dest, _data_of(cfg.dest)):
         if os.path.lexists(path):
             raise ValueError(f"{path} exists: give a new path, or remove it")
+    tell_encoder_alone(cfg.model)
     weights = read_weights(cfg.model, key=cfg.key, prefix=cfg.prefix)
     spec, num_classes = weights.architecture.spec, weights.architecture.num_classes
     output = cfg.output or ("logits" if num_classes else "pooled")

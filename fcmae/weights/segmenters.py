@@ -23,10 +23,9 @@ from fcmae.data.maps import MAX_VALUE, Classes
 from fcmae.heads import Segmenter
 from fcmae.training import checkpoint
 from fcmae.weights.convert import build_encoder
-from fcmae.weights.files import Weights, read_weights, save_weights
+from fcmae.weights.files import HEAD, Weights, read_weights, save_weights, segmenter_in
 from fcmae.weights.tensors import RECORD, digest
 
-HEAD = "head.safetensors"
 Value = Annotated[int, Field(ge=0, lt=MAX_VALUE)]
 
 
@@ -102,11 +101,6 @@ def _text(record: HeadRecord) -> str:
     told = asdict(replace(record, sha256=""))
     # Heads that have no thresholds are told as before there were any.
     return json.dumps({k: v for k, v in told.items() if v is not None or k == "ignored"}, sort_keys=True)
-
-
-def segmenter_in(path: Path) -> Path | None:
-    """The directory of the segmenter that a path names, itself or a run with its best one; None if there is none."""
-    return next((place for place in (path / "best", path) if (place / HEAD).is_file()), None)
 
 
 def read_segmenter(path: Path) -> tuple[Segmenter, Weights, HeadRecord]:
