@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import all_labels
 import numpy as np
 import small_images
 from study import CONTROLS, K, half_width, in_words, of_probe, percent_of, save
@@ -264,8 +265,8 @@ HEAD = """# Results
 
 What pretraining gives on three small sets of images, what its parts give, and which losses are normal.
 Written by `studies/results.py` from the JSON of each study. `studies/run_all.py` makes what is below the heading
-"Scale" from nothing, and as much of the small images as 2 cores have time for; the other sections name the study that
-makes them.
+"Scale" from nothing, all labels, the recipe, the collapses, and as much of the small images as 2 cores have time for,
+in 15 hours there; the other sections name the study that makes them.
 Scores are in %; ± is the half width of the 95 % interval of the mean over seeds (Student's t). *Better* and *worse* are
 said of three runs or more, where the interval of the differences excludes 0.
 
@@ -287,6 +288,8 @@ def page(found: Mapping[str, Json], folder: Path) -> str:
     parts = [HEAD, *([f"Of label maps: {', '.join(links)}.\n"] if links else [])]
     if small := small_images.headline(folder.parent):
         parts.append(f"## Small images, few labels\n\n{small}\n")
+    if labels := all_labels.section(folder.parent):
+        parts.append(f"## All of the labels\n\n{labels}\n")
     if (long := folder.parent / "demo-long" / paired.FILE).exists():
         compared = paired.compare(paired.COMPARISON.validate_json(long.read_text()))
         rows = table(paired.COLUMNS, map(paired.cells, compared), left=2)

@@ -1,17 +1,19 @@
 """Run the first studies of docs/results.md: pretraining, fine-tuning and probes, each a command that can be typed.
 
-    python studies/run_all.py --tiny20 SHARDS                 # 2 cores, 8 hours and more
+    python studies/run_all.py --tiny20 SHARDS                 # 2 cores, 15 hours
     python studies/run_all.py --tiny20 SHARDS --scale gpu     # one GPU: hundreds of epochs, five seeds
     python studies/run_all.py --tiny20 SHARDS --list          # the commands, without running them
 
 SHARDS: the folder of tiny20's shards (see studies/sets.py). Everything is written below --out; what is finished is
 not done again, and what was cut off resumes. Then, unless --only leaves something out, studies/collect.py takes the
-numbers, studies/small_images.py runs and writes its page, and studies/results.py writes docs/results.md.
+numbers, small_images.py, recipe.py, all_labels.py and collapse.py run, and studies/results.py writes results.md of it
+all in OUT/docs, beside the pages and the JSON. --docs names another folder: one whose JSON has other runs is refused.
 
-On 2 cores the commands here took 5.0 hours, two at a time, before controls with few labels were among them, and what of
-small_images.py is run there takes 3 more, by the seconds in docs/small_images_cpu.json. recipe.py, collapse.py,
-segmentation.py, container.py, roadmap.py and pruning.py are commands of their own. On a GPU small_images.py takes
-1.5 hours, and the rest was not run by us.
+On 2 cores the commands here took 5.0 hours, two at a time, before controls with few labels were among them, and by the
+seconds in the JSON of docs/ what is run there of small_images.py takes 3 more, of recipe.py 3, of all_labels.py 3 and
+of collapse.py 1. On a GPU small_images.py takes 1.5 hours, and the rest was not run by us. `make demo-long` and the
+studies of other networks, roadmap.py, container.py and pruning.py, of which docs/results.md also tells, and
+segmentation.py are commands of their own.
 """
 
 from __future__ import annotations
@@ -19,12 +21,15 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import all_labels
+import collapse
 import collect
+import recipe
 import results
 import small_images
 from study import CONTROLS, FCMAE, STUDIES, Job, add_arguments, chosen, probe, schedule, write_images
@@ -96,9 +101,18 @@ SCALES = {
 }
 
 
+# Of studies/recipe.py, whose other arms take half an hour each on two cores.
+RECIPE = ("hog", "again", "batch256", "pixels")
 # Of studies/small_images.py, which takes days on two cores.
 PROBES = tuple(f"probe-{name}" for name in ("hog20", "random", *CONTROLS))
 SMALL = {"cpu": ("--at-once", "1", "--only", "hog20-p", "scratch-5", "hog20-5", *PROBES), "gpu": ()}
+# The other studies of the same images, their folders below --out, and their flags by scale.
+OTHERS: tuple[tuple[Callable[[list[str]], None], str, dict[str, tuple[str, ...]]], ...] = (
+    (small_images.main, "small_images", SMALL),
+    (recipe.main, "recipe", {"cpu": ("--at-once", "2", "--size", "48", "--only", *RECIPE), "gpu": ()}),
+    (all_labels.main, "recipe", {"cpu": (), "gpu": ("--at-once", "12", "--size", "64")}),  # from an encoder of recipe's
+    (collapse.main, "collapse", {"cpu": ("--at-once", "2"), "gpu": ()}),
+)
 
 
 def jobs(out: Path, scale: Scale) -> list[Job]:
@@ -269,7 +283,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tiny20", type=Path, required=True, metavar="SHARDS", help="the folder of tiny20's shards")
     parser.add_argument("--scale", choices=SCALES, default="cpu", help="how much of everything [cpu]")
     parser.add_argument("--jobs", type=int, help="commands at a time, each with an equal share of the cores [2 or 1]")
-    parser.add_argument("--docs", type=Path, default=results.DOCS, help="the folder docs, in which pages are written")
+    parser.add_argument("--docs", type=Path, metavar="DIR", help="where pages and JSON are written [OUT/docs]")
     add_arguments(parser, "runs/studies")
     args = parser.parse_args(argv)
     out, scale = args.out.absolute(), SCALES[args.scale]
@@ -281,9 +295,10 @@ def main(argv: list[str] | None = None) -> None:
     threads = max(1, (os.cpu_count() or 1) // at_once) if args.scale == "cpu" else None
     schedule(wanted, out, at_once, threads)
     if args.only == [""]:
-        docs = ("--docs", str(args.docs))
+        docs = ("--docs", str(args.docs or out / "docs"))
         collect.main([str(out), "--scale", args.scale, *docs])
-        small_images.main([str(args.tiny20), "--out", str(out / "small_images"), *docs, *SMALL[args.scale]])
+        for study, name, flags in OTHERS:
+            study([str(args.tiny20), "--out", str(out / name), *docs, *flags[args.scale]])
         results.main([*docs])
 
 

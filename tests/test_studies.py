@@ -46,6 +46,7 @@ from fcmae.weights.files import read_weights
 sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
 pytest.importorskip("elpv_dataset")
 import ablated
+import all_labels
 import collapse
 import collect
 import pruning
@@ -437,9 +438,13 @@ def test_the_page_says_what_the_numbers_say(tmp_path: Path) -> None:
 
 def test_all_of_the_studies_end_with_their_pages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ran: list[str] = []
-    for module, name in ((run_all, "schedule"), (run_all, "write_images"), (small_images, "prepare_tiny20")):
-        monkeypatch.setattr(module, name, lambda *_, **__: None)
-    monkeypatch.setattr(small_images, "schedule", lambda jobs, *_: ran.extend(job.name for job in jobs))
+    for module in (run_all, collapse):
+        monkeypatch.setattr(module, "write_images", lambda *_, **__: None)
+    for module in (small_images, recipe, all_labels):
+        monkeypatch.setattr(module, "prepare_tiny20", lambda *_, **__: None)
+    for module in (small_images, recipe, all_labels, collapse):
+        monkeypatch.setattr(module, "schedule", lambda jobs, *_: ran.extend(job.name for job in jobs))
+    monkeypatch.setattr(run_all, "schedule", lambda *_, **__: None)
     monkeypatch.setattr(collect, "machine", lambda runs: {"CPU": "made up"})
     (tmp_path / "jobs").mkdir()
     words = ["--tiny20", "shards", "--out", str(tmp_path), "--docs", str(tmp_path / "docs")]
@@ -451,7 +456,9 @@ def test_all_of_the_studies_end_with_their_pages(monkeypatch: pytest.MonkeyPatch
     assert (
         ran[0] == "hog20-p"
         and {"scratch-5-7", "hog20-5-7", "probe-mean"} <= set(ran)
-        and not {"hog-p", "probe-hog"} & set(ran)
+        and {"hog-4", "pixels-4", "batch256-p"} <= set(ran)
+        and not {"probe-hog", "four-p", "multiscale-0"} & set(ran)
+        and {"tuned20-2", "knn-random"} <= set(ran)
     )
     page = (tmp_path / "docs" / "results.md").read_text()
     assert "It pays." in page and "More." not in page and "[small images](small_images.md)" in page
@@ -547,6 +554,53 @@ def test_the_study_of_the_recipe_tells_differences_draw_by_draw(
     assert f"| crops from 8 % of the area | 5 | 34.0 [32.0, 36.0] | {shipped} | +2.0 [+2.0, +2.0] | better |" in page
     assert "| patches at 4 x 4 pixels | 5 | 35.0 [33.0, 37.0] | pixels | +4.0 [+4.0, +4.0] | better |" in page
     assert f"| {shipped} | 5 | 32.0 [30.0, 34.0] | | | |" in page
+
+
+def test_all_labels_are_learnt_from_by_all_arms_alike_and_tested_once(tmp_path: Path) -> None:
+    made = list(all_labels.jobs(tmp_path, 48, at_once=2))
+    assert [job.name for job in made[:3]] == ["again-p", "scratch-0", "tuned8-0"] and len(made) == 1 + 4 * 3
+    assert made[0] == next(job for job in recipe.jobs(tmp_path, 20, 48, at_once=2) if job.name == "again-p")
+    for job in made[1:]:
+        cfg = load(COMMANDS["finetune"][0], job.words[job.words.index("finetune") + 1 :], prog="fcmae")
+        arm, _, seed = job.name.partition("-")
+        assert str(cfg.data.path).endswith(f"train-100-{seed}.csv") and str(cfg.data.val_path).endswith("/test.csv")
+        assert cfg.data.image_size == (48, 48) and cfg.seed == int(seed) and cfg.log.eval_epochs >= cfg.epochs
+        assert cfg.optim.warmup_epochs / cfg.epochs == 1 / 8 and (cfg.model.init is None) == (not job.needs)
+        assert cfg.optim.base_lr == {"scratch": 8e-3}.get(arm, 4e-3)
+    # A sparse view is half the multiply-adds of a dense one.
+    arms = all_labels.ARMS
+    assert all_labels.PRETRAINING / 2 + arms["tuned8"].epochs <= arms["scratch"].epochs
+
+
+def test_the_study_of_all_labels_compares_seeds_that_both_arms_have(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    scores = {"scratch": (0.5, 0.52, 0.51), "tuned8": (0.56, 0.57, 0.575), "lower": (0.51, 0.53)}
+
+    def run(jobs: list[study.Job], out: Path, *_: object) -> None:
+        (out / "jobs").mkdir(parents=True)
+        for job in jobs:
+            arm, _, seed = job.name.partition("-")
+            if seed == "p" or int(seed) < len(scores.get(arm, ())):
+                study.finish(subprocess.Popen(["true"]), job, out, 1)
+                (out / "runs" / job.name).mkdir(parents=True)
+                line = {"step": 1, "epoch": 1} | ({} if seed == "p" else {"top1": scores[arm][int(seed)]})
+                (out / "runs" / job.name / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+
+    monkeypatch.setattr(all_labels, "schedule", run)
+    monkeypatch.setattr(all_labels, "prepare_tiny20", lambda *_, **__: None)
+    docs = tmp_path / "docs"
+    (docs / "results").mkdir(parents=True)
+    (docs / "results" / "all_labels.md").write_text("**Read this.**\n")
+    all_labels.main(["shards", "--out", str(tmp_path / "out"), "--docs", str(docs)])
+    results.main(["--docs", str(docs)])
+    page = " ".join((docs / "results.md").read_text().split())
+    assert "## All of the labels **Read this.** Written by" in page
+    low, tuned, scratch = (all_labels.ARMS[name].title for name in ("lower", "tuned8", "scratch"))
+    assert f"| {scratch} | 3 | 51.0 [48.5, 53.5] | | | |" in page
+    assert f"| {tuned} | 3 | 56.8 [54.9, 58.7] | {scratch} | +5.8 [+3.9, +7.7] | better |" in page
+    assert f"| {tuned} | 2 | 56.5 [50.1, 62.9] | {low} |" in page
+    assert f"Seeds that were run: {low}, 2 of 3; pretrained, 20 epochs, 0 of 3." in page
 
 
 def test_what_is_tried_never_sees_what_it_is_tested_on_nor_the_test_images() -> None:
