@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import recipe
+import small_images
 from study import (
+    CONTROLS,
     FCMAE,
     Job,
     add_arguments,
@@ -30,6 +32,7 @@ from study import (
     last_scores,
     paired,
     prepare_tiny20,
+    probe,
     schedule,
     write_found,
 )
@@ -72,7 +75,7 @@ COLUMNS = ("start", "seeds", "top-1, %", "against", "difference of each seed", "
 
 
 def jobs(out: Path, size: int, at_once: int) -> Iterator[Job]:
-    """All commands: the first two arms seed by seed, then the next two."""
+    """All commands: the first two arms seed by seed, then the next two, and features without fine-tuning."""
     yield next(job for job in recipe.jobs(out, PRETRAINING, size, at_once) if job.name == PRETRAINED)
     names = list(ARMS)
     for pair in (names[:2], names[2:]):
@@ -89,6 +92,11 @@ def jobs(out: Path, size: int, at_once: int) -> Iterator[Job]:
                     yield Job(f"{name}-{seed}", (*FCMAE, *words))
                 else:
                     yield Job(f"{name}-{seed}", (*FCMAE, *words, f"--init={out}/runs/{PRETRAINED}"), (PRETRAINED,))
+    encoder, needs = f"{out}/runs/{PRETRAINED}", (PRETRAINED,)
+    yield probe("probe-pretrained", encoder, out, out, needs, *small_images.PROBES)
+    yield probe("probe-random", f"random:{encoder}", out, out, needs, *small_images.PROBES)
+    for name, (model, _) in CONTROLS.items():
+        yield probe(f"probe-{name}", model, out, out, (), *small_images.PROBES, "--image-size", str(size))
 
 
 def result(found: Mapping[str, Any]) -> str:
@@ -132,7 +140,9 @@ images. There is one encoder, and intervals are over order and head of fine-tuni
 On {in_words(found["machine"])}, a core for each command. Minutes of a run: {minutes}.
 {f"Seeds that were run: {'; '.join(missing)}." if missing else ""}
 
-{result(found)}"""
+{result(found)}
+
+{small_images.frozen(found, {"pretrained": "pretrained"})}"""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -156,6 +166,7 @@ def main(argv: list[str] | None = None) -> None:
             for seed in range(SEEDS)
             if (run := f"{name}-{seed}") in scores
         ],
+        "probes": small_images.probed(out, every),
     }
     write_text(out / "all_labels.json", json.dumps(found, indent=1) + "\n")
     print("\n" + result(found))

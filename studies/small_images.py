@@ -21,7 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -226,12 +226,17 @@ def collect(out: Path, wanted: list[Job]) -> dict[str, Any]:
             for seed in range(seeds)
             if (value := found.get(f"{name}-{percent}-{seed}")) is not None
         ],
-        "probes": {
-            job.name.removeprefix("probe-"): evaluation(out / "runs" / job.name / "evaluation.json")
-            for job in wanted
-            if job.name.startswith("probe-") and is_done(job, out)
-        },
+        "probes": probed(out, wanted),
     }  # fmt: skip
+
+
+def probed(out: Path, wanted: Iterable[Job]) -> dict[str, Any]:
+    """What the probes that are done have found, by name."""
+    return {
+        job.name.removeprefix("probe-"): evaluation(out / "runs" / job.name / "evaluation.json")
+        for job in wanted
+        if job.name.startswith("probe-") and is_done(job, out)
+    }
 
 
 def differences(scores: Sequence[dict[str, Any]], pairs: Sequence[tuple[str, str]]) -> list[Row]:
@@ -286,10 +291,12 @@ def trials(found: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def frozen(found: dict[str, Any]) -> list[list[str]]:
-    """Rows of a table: encoders as pretraining left them, and what needs none."""
-    titles = {name: ARMS[name].title for name in CURVE} | {"random": "random weights"}
-    titles |= {name: title for name, (_, title) in CONTROLS.items()}
+def frozen(found: dict[str, Any], encoders: Mapping[str, str]) -> str:
+    """A table of encoders as pretraining left them, of random weights and of what needs no network; empty if none ran.
+
+    encoders: titles of pretrained ones, by the names of their probes.
+    """
+    titles = {**encoders, "random": "random weights", **{name: title for name, (_, title) in CONTROLS.items()}}
     rows = []
     for name, title in titles.items():
         if results := found["probes"].get(name):
@@ -297,7 +304,13 @@ def frozen(found: dict[str, Any]) -> list[list[str]]:
             scores = [percent_of(of_probe(results, kind, "top1", stage)) for kind in ("knn", "linear")]
             few = {one["setting"]["labels"]: one for one in results if one["probe"] == "few-shot"}
             rows.append([title, *scores, *(half_width(few[labels], "top1") for labels in ("1%", "10%"))])
-    return rows
+    if not rows:
+        return ""
+    columns = ("features", "kNN, k = 20", "linear", "linear, 1 % of the labels", "linear, 10 % of the labels")
+    return (
+        "### Frozen features, and what needs no network\n\n`fcmae evaluate`, top-1 in %; with few labels the mean "
+        f"of five draws and half its 95 % interval.\n\n{table(columns, rows)}"
+    )
 
 
 def section(found: dict[str, Any]) -> str:
@@ -305,13 +318,8 @@ def section(found: dict[str, Any]) -> str:
     tables = [f"### Against scratch\n\n{result(found)}"]
     if pairs := against_each_other(found["scores"], PAIRS):
         tables.append(f"### Against each other\n\n{pairs}")
-    columns: tuple[str, ...]
-    if rows := frozen(found):
-        columns = ("features", "kNN, k = 20", "linear", "linear, 1 % of the labels", "linear, 10 % of the labels")
-        tables.append(
-            "### Frozen features, and what needs no network\n\n`fcmae evaluate`, top-1 in %; with few labels the mean "
-            f"of five draws and half its 95 % interval.\n\n{table(columns, rows)}"
-        )
+    if rows := frozen(found, {name: ARMS[name].title for name in CURVE}):
+        tables.append(rows)
     if found["tried"]:
         columns = ("labels", "start", "epochs", "rate", "layer decay", "seeds", "top-1, %")
         tables.append(
