@@ -31,7 +31,15 @@ from fcmae.data.storage import Storage
 from fcmae.heads import Classifier
 from fcmae.networks.build import make_encoder
 from fcmae.networks.spec import describe
-from fcmae.starting import check_apart, check_start, class_balance, image_settings, prepare, starting_weights
+from fcmae.starting import (
+    check_apart,
+    check_start,
+    check_unlearnt,
+    class_balance,
+    image_settings,
+    prepare,
+    starting_weights,
+)
 from fcmae.training.launch import closing_trackers, ending_together, finish, make_accelerator, same_everywhere
 from fcmae.training.log import Log
 from fcmae.training.run import Run, RunDirectory
@@ -228,7 +236,10 @@ def run_images(cfg: FinetuneConfig, run: RunDirectory, weights: Weights) -> tupl
     names, own = weights.class_names if _keeps_head(cfg) else None, cfg.data.path
     train = find_labelled(own, names, key="data.path", storage=storage) if own else Images.of_files((), (), names)
     if cfg.data.val_path is None:
-        return split(train, cfg.data.val_share, cfg.seed)
+        train, val = split(train, cfg.data.val_share, cfg.seed)
+        if cfg.eval_only:
+            check_unlearnt(cfg, val)
+        return train, val
     val = find_labelled(cfg.data.val_path, train.class_names, storage=storage)
     if not cfg.eval_only:
         check_apart(train, val)

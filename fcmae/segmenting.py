@@ -47,7 +47,15 @@ from fcmae.segmentation import (
     probabilities_by_rows,
     segmentation_loss,
 )
-from fcmae.starting import check_apart, check_start, class_balance, image_settings, prepare, starting_weights
+from fcmae.starting import (
+    check_apart,
+    check_start,
+    check_unlearnt,
+    class_balance,
+    image_settings,
+    prepare,
+    starting_weights,
+)
 from fcmae.training.launch import closing_trackers, ending_together, finish, make_accelerator, same_everywhere
 from fcmae.training.log import Log
 from fcmae.training.run import Run, RunDirectory
@@ -239,6 +247,8 @@ def find_data(cfg: SegmentConfig) -> Mapped:
             check_apart(images, val_images)
         return _counted(cfg, images, maps, val_images, val_maps)
     train, val = split(images, data.val_share, cfg.seed)
+    if cfg.eval_only:
+        check_unlearnt(cfg, val)
     assert val.positions is not None
     train_maps = maps if train.positions is None else maps.subset(train.positions)
     return _counted(cfg, train, train_maps, val, maps.subset(val.positions))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -116,6 +118,39 @@ def check_apart(train: Images, val: Images) -> None:
         raise ValueError(
             f"data.val_path: {len(both)} of {len(val)} images are in data.path too, such as {printable(min(both))}: "
             "take them out of one"
+        )
+
+
+def learnt_from(init: str | Path) -> Images | None:
+    """The images that given weights were trained on, with labels if they had them; None where nothing here says.
+
+    Args:
+        init: the weights: a run, its best/ or last/, or a checkpoint.
+    """
+    path = Path(init)
+    with suppress(ValueError, OSError):
+        for run in (path, *path.parents[:2]):
+            if (run / "files.json").is_file():
+                return Images.load(run / "files.json")
+    return None
+
+
+def check_unlearnt(cfg: DenseConfig, val: Images) -> None:
+    """Refuse to score given weights on images that they learnt from, where these were drawn and not chosen.
+
+    Args:
+        cfg: the settings of a run that only evaluates.
+        val: what it drew from data.path.
+
+    Raises:
+        ValueError: if the run of the weights learnt from one of them.
+    """
+    learnt = learnt_from(str(cfg.model.init))
+    if learnt is not None and (both := set(val.names()).intersection(learnt.names())):
+        raise ValueError(
+            f"data.val_share = {cfg.data.val_share:g} with seed = {cfg.seed} holds out {len(both)} of {len(val)} "
+            f"images that model.init = {cfg.model.init} learnt from, such as {printable(min(both))}: give the seed and "
+            "val_share of its run, or the images by data.val_path"
         )
 
 

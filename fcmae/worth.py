@@ -48,6 +48,7 @@ from fcmae.evaluation.records import SCORES
 from fcmae.finetuning import finetune, fingerprint
 from fcmae.networks.spec import NetworkSpec, describe
 from fcmae.pretraining import pretrain
+from fcmae.starting import learnt_from
 from fcmae.tables import table
 from fcmae.training.messages import how_it_ended
 from fcmae.training.own_files import remove_models
@@ -133,7 +134,7 @@ def worth(cfg: WorthConfig) -> int:
     while waiting:
         job = waiting.pop(0)
         try:
-            run = _run(job, place, plan)
+            run = _run(job, place, plan, cfg)
         except FloatingPointError as error:
             if job.labels is None:
                 raise
@@ -243,11 +244,17 @@ def _saved_plan(place: Path, cfg: WorthConfig, train: Images, test: Images) -> d
             "give another --out"
         )
     for arm in plan["arms"]:
-        if arm.get("sha256") and arm["sha256"] != digest(_weights(cfg, arm["init"]).state, ""):
-            raise ValueError(
-                f"init = {arm['init']} has other weights than when the comparison in {place} began: give another --out"
-            )
+        _check_same(arm, place, cfg)
     return plan
+
+
+def _check_same(arm: Mapping[str, Any], place: Path, cfg: WorthConfig) -> None:
+    """Refuse given weights that have changed."""
+    if arm.get("sha256") and arm["sha256"] != digest(_weights(cfg, arm["init"]).state, ""):
+        raise ValueError(
+            f"init = {arm['init']} has other weights than when the comparison in {place} began: give another --out, "
+            "and of a run that goes on a checkpoint"
+        )
 
 
 def _recipes(cfg: WorthConfig) -> dict[str, Any]:
@@ -268,9 +275,10 @@ def _make_plan(place: Path, cfg: WorthConfig, train: Images, test: Images) -> di
     write_text(place / "labels" / "unlabelled.txt", "".join(f"{name}\n" for name in train.names()))
     seconds, epochs, notes, decay = dict[str, float](), dict[str, float](), list[str](), choices.LAYER_DECAY
     starts = _given_starts(cfg)
+    notes += [note for start in starts for note in _known(start, train, test)]
     if cfg.hours or cfg.pretraining:
         made, seconds[PRETRAINED] = _choose_pretraining(place, cfg)
-        seen = len({*map(_identity, find_images(made.data.path).names())} & {*map(_identity, test.names())})
+        seen = _num_shared(find_images(made.data.path), test)
         notes += [f"{seen} of the test images are among those of the pretraining, without labels."] if seen else []
         mean, std = made.data.statistics()
         reading = {"in_chans": made.data.in_chans, "image_size": list(made.data.image_size), "mean": mean, "std": std}
@@ -304,6 +312,30 @@ def _make_plan(place: Path, cfg: WorthConfig, train: Images, test: Images) -> di
     }
     write_text(place / "plan.json", json.dumps(plan, indent=1) + "\n")
     return plan
+
+
+def _known(start: Start, train: Images, test: Images) -> Iterator[str]:
+    """What given weights have seen of these images, where their run says so, in sentences.
+
+    Raises:
+        ValueError: if they learnt from labels of images to test on.
+    """
+    if (learnt := learnt_from(str(start.init))) is None:
+        return
+    seen, drawn_from = _num_shared(learnt, test), _num_shared(learnt, train)
+    if learnt.labels is None and seen:
+        yield f"{seen} of the test images are among those of the pretraining of {start.name}, without labels."
+    if learnt.labels is not None and seen:
+        raise ValueError(
+            f"init = {start.init} has learnt from {seen} of the {len(test)} test images with their labels: give "
+            "weights that have not, or other images by --test"
+        )
+    if learnt.labels is not None and drawn_from:
+        yield f"{start.name} has learnt from {drawn_from} of the labels already, however few a row of the table says."
+
+
+def _num_shared(some: Images, others: Images) -> int:
+    return len({*map(_identity, some.names())} & {*map(_identity, others.names())})
 
 
 def _identity(name: str) -> tuple[int, int] | str:
@@ -408,7 +440,7 @@ def _jobs(plan: Mapping[str, Any], cfg: WorthConfig) -> Iterator[Job]:
                 yield Job(name, arm["name"], labels, seed, seconds[f"{arm['against'] or arm['name']} {labels}"])
 
 
-def _run(job: Job, place: Path, plan: Mapping[str, Any]) -> Run:
+def _run(job: Job, place: Path, plan: Mapping[str, Any], cfg: WorthConfig) -> Run:
     """Begin a run, or go on with it; of a fine-tuning that is finished the models are removed."""
     out = place / "runs" / job.name
     if job.labels is None:
@@ -423,6 +455,7 @@ def _run(job: Job, place: Path, plan: Mapping[str, Any]) -> Run:
         "seed": job.seed,
     }
     if arm["kind"] == "start":
+        _check_same(arm, place, cfg)  # those of a run that goes on are other ones by now
         init = arm["init"] or str(place / "runs" / PRETRAINED)
         said = plan["settings"] if Path(init).is_file() else {}
         given |= {

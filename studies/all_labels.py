@@ -109,9 +109,9 @@ def result(found: Mapping[str, Any]) -> str:
         other = AGAINST[row.arm]
         rows.append([ARMS[row.arm].title, num, top1, "" if other is None else ARMS[other].title, *difference])
     for name, other in ALSO:
-        if {name, other} <= ran:
-            seeds = {seed for arm, _, seed, _ in values if arm == name}
-            seeds &= {seed for arm, _, seed, _ in values if arm == other}
+        seeds = {seed for arm, _, seed, _ in values if arm == name}
+        seeds &= {seed for arm, _, seed, _ in values if arm == other}
+        if seeds:
             both = [value for value in values if value[0] in (name, other) and value[2] in seeds]
             row = next(row for row in paired(both, {other: None, name: other}) if row.arm == name)
             _, _, num, top1, *difference = cells(row)
@@ -123,7 +123,7 @@ def section(docs: Path) -> str:
     """What docs/results.md has of it; empty if nothing was found yet."""
     path, words = docs / "all_labels.json", docs / "results" / "all_labels.md"
     found = json.loads(path.read_text()) if path.exists() else {"scores": []}
-    if not found["scores"]:
+    if not any(ARMS[one["arm"]].flags == () for one in found["scores"]):  # scratch alone, or nothing yet
         return ""
     num = {name: sum(one["arm"] == name for one in found["scores"]) for name in ARMS}
     took = {
@@ -137,7 +137,7 @@ def section(docs: Path) -> str:
 Written by `studies/all_labels.py`: tiny20 at {found["size"]} pixels, pretrained on {10_000 * PRETRAINING:,} views in
 {found["seconds"][PRETRAINED] / 60:.0f} minutes, fine-tuned on all 10,000 labels, and tested once on the 1,000 test
 images. There is one encoder, and intervals are over order and head of fine-tuning.
-On {in_words(found["machine"])}, a core for each command. Minutes of a run: {minutes}.
+On {in_words(found["machine"])}, {found["at_once"]} at a time. Minutes of a run: {minutes}.
 {f"Seeds that were run: {'; '.join(missing)}." if missing else ""}
 
 {result(found)}
@@ -160,6 +160,7 @@ def main(argv: list[str] | None = None) -> None:
     found = {
         **facts(out, every),
         "size": args.size,
+        "at_once": args.at_once,
         "scores": [
             {"arm": name, "seed": seed, "top1": scores[run]["top1"]}
             for name in ARMS

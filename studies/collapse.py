@@ -37,6 +37,7 @@ from study import (
 from fcmae.atomic import write_text
 from fcmae.tables import table
 from fcmae.training import health
+from fcmae.training.messages import how_it_ended
 from fcmae.training.records import read_metrics
 
 # By name: what stands in the table, the script and part that makes it, and flags.
@@ -101,6 +102,12 @@ def finding(run: Path) -> dict[str, Any]:
         "epoch": lines[-1]["epoch"] if lines else 0,
         "loss": next((line["loss"] for line in reversed(lines) if "loss" in line), None),
     }
+
+
+def broke_down(run: Path) -> bool:
+    """Whether a run ended as its loss or a gradient was not finite."""
+    log = run / "train.log"
+    return how_it_ended(log) == "failed" and "FloatingPointError: " in log.read_text()
 
 
 def knn(name: str, out: Path) -> float | None:
@@ -175,7 +182,7 @@ def main(argv: list[str] | None = None) -> None:
             "knn": knn(job.name, out),
         }
         for job in every
-        if not job.name.startswith("knn-") and (out / "runs" / job.name / "metrics.jsonl").exists()
+        if not job.name.startswith("knn-") and (is_done(job, out) or broke_down(out / "runs" / job.name))
     ]
     random = knn("random", out)
     print("\n" + table(COLUMNS, rows(runs), left=3))

@@ -72,12 +72,18 @@ def add_arguments(
 
 
 def chosen(args: argparse.Namespace, every: Iterable[Job]) -> list[Job]:
-    """The jobs that --only names. With --list their commands are printed, and the program ends."""
+    """The jobs that --only names. With --list their commands are printed, and the program ends.
+
+    Raises:
+        SystemExit: if a job was done with other words, named or not: a table would have both.
+    """
+    every, out = list(every), args.out.absolute()
     wanted = [job for job in every if job.name.startswith(tuple(args.only))]
     if args.list:
         for job in wanted:
-            print(f"# {job.name}\n{shown(job, args.out.absolute())}")
+            print(f"# {job.name}\n{shown(job, out)}")
         raise SystemExit(0)
+    check_done(every, out)
     return wanted
 
 
@@ -133,14 +139,11 @@ def schedule(wanted: Iterable[Job], out: Path, at_once: int, threads: int | None
     Raises:
         SystemExit: before anything runs, if a job was done with other words.
     """
+    wanted = list(wanted)
+    check_done(wanted, out)
     (out / "jobs").mkdir(parents=True, exist_ok=True)
     done = {path.stem for path in (out / "jobs").glob("*.json") if not path.name.startswith(".")}
-    waiting, running = list[Job](), dict[Future[bool], Job]()
-    for job in wanted:
-        if job.name not in done:
-            waiting.append(job)
-        elif (command := record_of(job, out)["command"]) != shown(job, out):
-            sys.exit(f"{out}: {job.name} was done by other settings ({command}): give the same ones, or another --out")
+    waiting, running = [job for job in wanted if job.name not in done], dict[Future[bool], Job]()
     total, begun, processes = len(waiting), time.time(), list[subprocess.Popen[bytes]]()
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
@@ -168,6 +171,13 @@ def schedule(wanted: Iterable[Job], out: Path, at_once: int, threads: int | None
                     process.terminate()
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def check_done(jobs: Iterable[Job], out: Path) -> None:
+    """End the program if one of the jobs was done with other words."""
+    for job in jobs:
+        if is_done(job, out) and (command := record_of(job, out)["command"]) != shown(job, out):
+            sys.exit(f"{out}: {job.name} was done by other settings ({command}): give the same ones, or another --out")
 
 
 def start(job: Job, out: Path, threads: int | None) -> subprocess.Popen[bytes]:

@@ -6,6 +6,7 @@ import fcntl
 import json
 import multiprocessing
 from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ import pytest
 from reported import finetune_run, pretrain_run
 
 from fcmae import cli
-from fcmae.evaluation.status import state_of, status
+from fcmae.evaluation import paired
+from fcmae.evaluation.status import find_runs, state_of, status
 
 STAMP = "2030-01-02 03:04:05 "
 
@@ -50,8 +52,8 @@ def _hold(path: str, pipe: Connection) -> None:
         pipe.recv()
 
 
-@pytest.fixture
-def running(run: Path) -> Iterator[Path]:
+@contextmanager
+def held(run: Path) -> Iterator[Path]:
     ours, theirs = multiprocessing.Pipe()
     process = multiprocessing.get_context("fork").Process(target=_hold, args=(str(run / ".lock"), theirs))
     process.start()
@@ -59,6 +61,12 @@ def running(run: Path) -> Iterator[Path]:
     yield log(run, "step 30/60, epoch 3.00")
     ours.send(True)
     process.join()
+
+
+@pytest.fixture
+def running(run: Path) -> Iterator[Path]:
+    with held(run) as path:
+        yield path
 
 
 def test_a_run_whose_lock_is_held_is_running_and_tells_its_end(running: Path) -> None:
@@ -155,3 +163,19 @@ def test_a_run_that_one_may_only_read_has_the_state_that_its_log_tells(
     assert state_of(run) == before
     monkeypatch.setattr(Path, "open", refused)
     assert state_of(run) == before != "running"
+
+
+def test_a_comparison_tells_which_of_its_runs_is_running(tmp_path: Path) -> None:
+    found = {
+        "arms": [{"name": "scratch", "kind": "scratch"} | dict.fromkeys(("against", "network", "init", "license"))],
+        "amounts": [{"labels": "10%", "num_labels": 2, "epochs": 1}],
+        "num_train": 20, "num_test": 5, "num_classes": 2, "num_done": 0, "num_runs": 3, "notes": [], "scores": [],
+        "command": "fcmae worth labelled",
+    }  # fmt: skip
+    (tmp_path / paired.FILE).write_text(json.dumps(found))
+    run = finetune_run(tmp_path / "runs" / "scratch-10pct-0", 0.5)
+    assert "fcmae worth labelled  # goes on" in status(tmp_path)
+    with held(run):
+        said = status(tmp_path)
+        assert "running: scratch-10pct-0, epoch 3 of 3" in said and "goes on" not in said
+    assert [found.name for found in find_runs(tmp_path)] == []

@@ -144,6 +144,13 @@ def test_given_weights_help_if_every_run_beats_every_one_from_scratch(
     assert ("other seeds" in sentence) == (len(given) < 3)
 
 
+def test_the_same_run_again_is_no_second_run(tmp_path: Path) -> None:
+    runs = [finetune_run(tmp_path / f"given-{i}", 0.8, init="first") for i in range(3)]
+    verdict = was_worth_it(read(*runs, *(finetune_run(tmp_path / f"scratch-{i}", 0.6) for i in range(3))))
+    assert verdict.state == "unknown" and "0.800 (0.800) from given weights" in verdict.sentences[0]
+    assert "on the same data.val_path, may turn it round; `fcmae worth` runs them." in verdict.sentences[0]
+
+
 def test_runs_of_other_budgets_are_not_compared(tmp_path: Path) -> None:
     given, scratch = tuned(tmp_path, [0.8], [0.6])
     config = scratch.path / "config.yaml"
@@ -174,6 +181,16 @@ def test_probes_are_held_against_those_of_an_untrained_network(
     assert verdict.state == state
     (sentence,) = verdict.sentences
     assert f"score {score:.3f}" in sentence and f"An untrained network scores {untrained:.3f}" in sentence
+
+
+def test_probes_of_an_earlier_step_say_so_and_judge_nothing(tmp_path: Path) -> None:
+    path = pretrain_run(tmp_path / "run")
+    for name, score in (("run", 0.62), ("random-run", 0.6)):
+        evaluation(path / "evaluation" / name, name.replace("-", ":"), score)
+        file = path / "evaluation" / name / "evaluation.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"step": 10 if name == "run" else None}))
+    verdict = was_worth_it(read(path))
+    assert verdict.state == "unknown" and "That was at step 10 of 60: evaluate it again." in verdict.sentences[0]
 
 
 @pytest.mark.parametrize(("stage", "counts"), [(3, True), (2, False)])

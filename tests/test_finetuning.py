@@ -134,6 +134,15 @@ def test_evaluating_only_and_predicting_repeat_the_last_evaluation(
     (line,) = metrics(out)
     assert line["top1"] == pytest.approx(1 - metrics(tuned)[-1]["top1"])
 
+    # Drawn by another seed they would be among those that it learnt from.
+    runs.forget_accelerator()
+    capsys.readouterr()
+    drawing = [*evaluating[:5], f"{out}-drawn", "--data.path", str(labelled), *evaluating[8:], "--seed"]
+    assert cli.main([*drawing, "1"]) == 2
+    assert "images that model.init =" in (said := capsys.readouterr().err) and "give the seed and" in said
+    runs.forget_accelerator()
+    assert cli.main([*drawing, "0"]) == 0
+
     capsys.readouterr()
     (tmp_path / "broken.png").write_bytes(b"no image")
     words = ["predict", str(tuned / "last"), *expected, str(tmp_path / "broken.png"), "--csv", str(tmp_path / "p.csv")]

@@ -22,7 +22,7 @@ import fcmae.training.steps
 from fcmae import bench, choices, cli, planning, worth
 from fcmae.config import FinetuneConfig, PretrainConfig
 from fcmae.data.index import Images, find_labelled
-from fcmae.evaluation import paired, probes
+from fcmae.evaluation import evaluate, paired, probes
 from fcmae.networks.convnext import Encoder
 from fcmae.networks.spec import ConvNeXtSpec
 from fcmae.options import read
@@ -388,6 +388,46 @@ def test_seeds_are_not_added_on_other_weights(folder: Path, capsys: pytest.Captu
     save_file({name: value + 1 for name, value in state.items()}, folder / "own.safetensors")
     assert run(*words, "2") == 2
     assert "own.safetensors has other weights than when the comparison in" in capsys.readouterr().err
+
+
+def test_weights_that_change_meanwhile_are_not_compared_as_one_start(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state, finetune = load_file(write_init(folder / "own.safetensors")), worth.finetune
+
+    def then_changed(cfg: FinetuneConfig) -> Any:
+        made = finetune(cfg)
+        save_file({name: value + 1 for name, value in state.items()}, folder / "own.safetensors")
+        return made
+
+    monkeypatch.setattr(worth, "finetune", then_changed)
+    words = ["worth", "labelled", "--init", "own.safetensors", "--finetuning", "tune.yaml", *TINY, "--seeds", "1"]
+    assert run(*words) == 2
+    assert "and of a run that goes on a checkpoint" in capsys.readouterr().err
+    assert [path.name for path in (OUT / "runs").iterdir()] == ["scratch-50pct-0"]
+
+
+@pytest.mark.parametrize(
+    ("what", "labelled", "status", "said"),
+    [
+        ("all", True, 2, "init = seen has learnt from 4 of the 4 test images with their labels: give weights that"),
+        ("train", True, 0, "seen has learnt from 16 of the labels already, however few a row of the table says."),
+        ("all", False, 0, "4 of the test images are among those of the pretraining of seen, without labels."),
+    ],
+)
+def test_what_given_weights_have_seen_is_told(
+    what: str, labelled: bool, status: int, said: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_init(folder / "own.safetensors")
+    (folder / "seen").mkdir()
+    assert run("convert", "own.safetensors", "seen/best") == 0
+    train, _ = evaluate.find_data("labelled", None, 0.2, 0)
+    listed = train if what == "train" else find_labelled("labelled")
+    (listed if labelled else Images.of_files(listed.names())).save(folder / "seen" / "files.json")
+    words = ["worth", "labelled", "--init", "seen", "--finetuning", "tune.yaml", *TINY, "--seeds", "1"]
+    assert run(*words) == status
+    printed = capsys.readouterr()
+    assert said in printed.out + printed.err
 
 
 def test_seeds_are_not_added_by_other_recipes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -51,6 +51,7 @@ class Evaluation(TypedDict):
     results: list[Result]
     confusion: Confusion | None
     command: NotRequired[str]
+    step: NotRequired[Count | None]
 
 
 def score_rows(records: Sequence[Mapping[str, Any]]) -> list[list[str]]:

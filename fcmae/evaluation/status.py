@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -49,14 +49,17 @@ def status(place: Path) -> str:
 
 def find_runs(place: Path) -> Iterator[Run]:
     """The runs in and below a folder, as far as they can be read, without those of comparisons."""
-    for depth in range(DEPTH + 1):
-        for config in sorted(place.glob("*/" * depth + "config.yaml")):
-            if (config.parent.parent.parent / paired.FILE).is_file():
-                continue
-            try:
-                yield read_run(config.parent, printable(str(config.parent.relative_to(place))))
-            except (ValueError, OSError):
-                continue  # of something else
+    found = [path.parent for depth in range(DEPTH + 1) for path in sorted(place.glob("*/" * depth + "config.yaml"))]
+    yield from _readable((path for path in found if not (path.parent.parent / paired.FILE).is_file()), place)
+
+
+def _readable(paths: Iterable[Path], place: Path) -> Iterator[Run]:
+    """Those of the directories that are runs, named from a folder on."""
+    for path in paths:
+        try:
+            yield read_run(path, printable(str(path.relative_to(place))))
+        except (ValueError, OSError):
+            continue  # of something else
 
 
 def _comparison(place: Path) -> Iterator[str]:
@@ -65,7 +68,8 @@ def _comparison(place: Path) -> Iterator[str]:
     found = paired.read(place, problems)
     if found is None:
         raise ValueError("\n".join(problems))
-    running = [run for run in find_runs(place / "runs") if state_of(run.path) == "running"]
+    runs = _readable((path.parent for path in sorted(place.glob("runs/*/config.yaml"))), place / "runs")
+    running = [run for run in runs if state_of(run.path) == "running"]
     yield f"{printable(str(place))}: {found['num_done']} of {found['num_runs']} runs are done"
     yield from (f"running: {_row(run)[0]}, epoch {_row(run)[3]}" for run in running)
     yield f"\n{paired.summary(found)}\n\nnext:"

@@ -145,17 +145,19 @@ def was_worth_it(runs: Sequence[Run]) -> Verdict:
 
 
 def _against_scratch(runs: Sequence[Run]) -> list[Found]:
-    """Fine-tuning runs on as many images that are scored on the same ones."""
-    groups: dict[tuple[Any, ...], tuple[list[float], list[float]]] = {}
+    """Fine-tuning runs on as many images that are scored on the same ones. The same again is no second run."""
+    groups: dict[tuple[Any, ...], tuple[dict[Any, float], dict[Any, float]]] = {}
     for run in runs:
         scored = [line for line in run.lines if "top1" in line]
         if run.kind == "finetune" and scored and not run.settings.get("eval_only") and _is_complete(run, scored[-1]):
             network = run.starts[-1].get("network") if run.starts else None
             budget = [str(network), *(str(run.settings.get(key)) for key in BUDGET)]
-            group = groups.setdefault((run.counts.get("to learn from", 0), run.held_out, *budget), ([], []))
-            group[run.settings.get("model.init") is None].append(_score(scored[-1]))
+            group = groups.setdefault((run.counts.get("to learn from", 0), run.held_out, *budget), ({}, {}))
+            init = run.settings.get("model.init")
+            group[init is None][init, run.settings.get("seed")] = _score(scored[-1])
     found = []
-    for (num_images, *_), (started, scratch) in groups.items():
+    for (num_images, *_), scores in groups.items():
+        started, scratch = (list(each.values()) for each in scores)
         if not started or not scratch:
             continue
         few = min(len(started), len(scratch)) < LEAST_RUNS
@@ -166,7 +168,10 @@ def _against_scratch(runs: Sequence[Run]) -> list[Found]:
             f"{each[1]} from scratch."
         )
         if few:
-            sentence += f" Fewer than {LEAST_RUNS} runs of a kind show little: other seeds may turn it round."
+            sentence += (
+                f" Fewer than {LEAST_RUNS} runs of a kind show little: other seeds, on the same data.val_path, may "
+                "turn it round; `fcmae worth` runs them."
+            )
         found.append(("attention" if not ahead else "unknown" if few else "good", [sentence]))
     return found
 
@@ -192,6 +197,10 @@ def _against_untrained(run: Run) -> Found:
         f"{PROBES[probe]} on the last stage's features score {score:.3f} in balanced accuracy on {data['num_test']:,} "
         f"images; a guess scores {guessed(sizes):.3f}."
     )
+    step, last = evaluation.get("step"), run.lines[-1]["step"] if run.lines else 0
+    late = run.kind == "pretrain" and step is not None and step < last  # of a fine-tuning the best is of an earlier one
+    if late:
+        sentence += f" That was at step {step:,} of {last:,}: evaluate it again."
     for other in run.evaluations.values():
         untrained = _best_probe(run, other, probe)
         if is_untrained(other) and other.get("data") == data and untrained is not None:
@@ -199,7 +208,7 @@ def _against_untrained(run: Run) -> Found:
             more = score > low + 2 * math.hypot(standard_error(score, sizes), standard_error(low, sizes))
             gain = "more than chance would give" if more else "no more than chance would give"
             sentence += f" An untrained network scores {low:.3f}: the gain is {gain}."
-            return "good" if more else "attention", [sentence]
+            return "unknown" if late else "good" if more else "attention", [sentence]
     return "unknown", [f"{sentence} What an untrained network scores was not measured."]
 
 
