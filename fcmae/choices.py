@@ -81,7 +81,9 @@ class Choices:
     """
 
     def __init__(self, given: Mapping[str, Any]) -> None:
-        self.settings = dict(given)
+        # Others are left out by None; without these there is no run.
+        needed = ("hours", "model.stem_stride")
+        self.settings = {key: value for key, value in given.items() if value is not None or key not in needed}
         self.made: list[Choice] = []
         self.planned_s: float | None = None
 

@@ -37,14 +37,16 @@ from fcmae.starting import (
     check_unlearnt,
     class_balance,
     image_settings,
+    kept_image,
     prepare,
+    progress_of,
     starting_weights,
 )
 from fcmae.training.launch import closing_trackers, ending_together, finish, make_accelerator, same_everywhere
 from fcmae.training.log import Log
 from fcmae.training.run import Run, RunDirectory
 from fcmae.training.signals import StopSignal
-from fcmae.training.steps import Steps, images_at_once, in_parts, that_fits
+from fcmae.training.steps import AT_ONCE, Steps, check_pooled, images_at_once, in_parts, that_fits
 from fcmae.weights.convert import save_classifier
 from fcmae.weights.files import Weights
 from fcmae.weights.formats import rename
@@ -86,10 +88,12 @@ def finetune(cfg: FinetuneConfig, net: Classifier | None = None) -> Run:
         weights = replace(
             weights,
             state={},
-            image=reading_settings(cfg, weights),
+            image=kept_image(run, reading_settings(cfg, weights)),
             class_names=tuple(val_images.class_names),
             origin={} if cfg.model.license is None else {"license": cfg.model.license},
         )
+        if net.encoder.spec.has_batch_norm:
+            check_pooled(cfg, run, accelerator.num_processes, "BatchNorm")
         check_start(cfg, run, net, (len(train_images), len(val_images)), fingerprint(train_images, val_images))
         with run.open(accelerator.is_main_process), closing_trackers(accelerator), StopSignal() as stop:
             if accelerator.is_main_process:
@@ -139,6 +143,8 @@ def train(
     schedule, model, optimizer, ema, best = ready
     normalize = Normalize(weights.image["mean"], weights.image["std"]).to(accelerator.device)
     at_once = images_at_once(cfg, accelerator.num_processes)
+    if cfg.eval_only:  # batch_size was given for no step
+        at_once = min(at_once, AT_ONCE.get(accelerator.device.type, min(AT_ONCE.values())))
     images_used = fingerprint(train_images, val_images)
     assert train_images.labels is not None
     counts = np.bincount(train_images.labels, minlength=len(weights.class_names))
@@ -172,7 +178,8 @@ def train(
             if step.evaluates:
                 places = ("last",) if step.number == schedule.total else ()
                 evaluation.run(net, ema, step.number, step.epoch, places)
-            step.save(run, net, images_used, {"best": vars(best)}, None if ema is None else ema.module)
+            progress = progress_of(steps.cfg, net, weights.image, best, accelerator.num_processes)
+            step.save(run, net, images_used, progress, None if ema is None else ema.module)
     if steps.finished:
         logger.info("best and last model: %s, %s", run.path / "best", run.path / "last")
     return steps.finished
@@ -368,7 +375,10 @@ class Evaluation:
                 )
                 self.log.note_bad_files(bad)
                 if len(positions) == 0:
-                    raise ValueError(f"none of the {len(self.images)} held-out images can be read: see data.val_path")
+                    raise ValueError(
+                        f"none of the {len(self.images)} held-out images can be read: see bad_files.txt in "
+                        f"{self.log.run}"
+                    )
                 truth = self.images.labels[positions]
                 found = scores(truth, probabilities)
                 values |= {prefix + name: value for name, value in found.items()}

@@ -135,13 +135,13 @@ def _made(
     problems: Sequence[str] = (),
 ) -> Config:
     """Those given put before the file's, hours before its epochs; the rest chosen; all checked."""
-    if "hours" in given and "epochs" not in given:
+    if given.get("hours") is not None and "epochs" not in given:
         settings.pop("epochs", None)
     _put(settings, given)
     sketch, invalid = _validate(model, settings, (), {"sketch": True})
     # Nothing is chosen beside a recipe, unless there are hours for which it was not yet.
     has_recipe = has_file and not settings.keys().isdisjoint({"epochs", "batch_size"})
-    to_fill = "hours" in given or (getattr(sketch, "hours", None) and not getattr(sketch, "chosen", None))
+    to_fill = given.get("hours") is not None or (getattr(sketch, "hours", None) and not getattr(sketch, "chosen", None))
     if complete is not None and sketch is not None and not (problems or invalid) and (to_fill or not has_recipe):
         keys = {key for key, _ in _pairs(settings, _fields(model))}
         keys -= TO_CHOOSE if flat(sketch).get("grad_accum") == "auto" else set()

@@ -43,7 +43,7 @@ from fcmae.training.optim import Schedule
 from fcmae.training.records import read_metrics
 from fcmae.training.run import Run, RunDirectory
 from fcmae.training.signals import StopSignal
-from fcmae.training.steps import Step, Steps, images_at_once, in_parts, schedule_of, that_fits
+from fcmae.training.steps import Step, Steps, check_pooled, images_at_once, in_parts, schedule_of, that_fits
 from fcmae.weights.convert import start_from
 from fcmae.weights.files import read_init
 from fcmae.weights.formats import OLD, rename
@@ -78,7 +78,8 @@ def pretrain(cfg: PretrainConfig, net: FCMAE | None = None) -> Run:
         images, are_new = same_everywhere(accelerator, partial(run_images, cfg, run))
         train_images, val_images = split(images, cfg.data.val_share, cfg.seed)
         schedule = build_schedule(cfg, run, train_images)
-        check_pooled(cfg, run, accelerator)
+        if cfg.model.grn_scope == "batch":
+            check_pooled(cfg, run, accelerator.num_processes, "model.grn_scope = batch")
         started, found = ["from the model that was handed in"] if run.resume_from is None else [], None
         if net is None:
             net = build_model(cfg)
@@ -205,27 +206,6 @@ def build_schedule(cfg: PretrainConfig, run: RunDirectory, images: Images) -> Sc
     if run.resume_from is not None:
         checkpoint.check_origin(run.resume_from, run.kind, images.fingerprint())
     return schedule
-
-
-def check_pooled(cfg: PretrainConfig, run: RunDirectory, accelerator: Accelerator) -> None:
-    """Refuse to go on with other batches under GRN than before, where it pools over them.
-
-    Args:
-        cfg: the run's settings.
-        run: where it stands.
-        accelerator: of its processes.
-
-    Raises:
-        ValueError: in one sentence.
-    """
-    if cfg.model.grn_scope == "image" or run.resume_from is None:
-        return
-    now = images_at_once(cfg, accelerator.num_processes)
-    if (before := checkpoint.read_meta(run.resume_from).progress.get("images_at_once", now)) != now:
-        raise ValueError(
-            f"model.grn_scope = batch pools over {now} images, and the run did over {before}: choose grad_accum and "
-            f"processes so that batch_size / (grad_accum * processes) is {before} again"
-        )
 
 
 def build_model(cfg: PretrainConfig) -> FCMAE:

@@ -53,14 +53,16 @@ from fcmae.starting import (
     check_unlearnt,
     class_balance,
     image_settings,
+    kept_image,
     prepare,
+    progress_of,
     starting_weights,
 )
 from fcmae.training.launch import closing_trackers, ending_together, finish, make_accelerator, same_everywhere
 from fcmae.training.log import Log
 from fcmae.training.run import Run, RunDirectory
 from fcmae.training.signals import StopSignal
-from fcmae.training.steps import Steps, images_at_once, in_parts, that_fits
+from fcmae.training.steps import Steps, check_pooled, images_at_once, in_parts, that_fits
 from fcmae.weights.files import Weights
 from fcmae.weights.segmenters import read_segmenter, save_segmenter
 
@@ -126,8 +128,11 @@ def segment(cfg: SegmentConfig, net: Segmenter | None = None) -> Run:
             net = build_model(cfg, weights, len(data.classes))
         cfg, run.network = run.licensed(cfg, weights.license), describe(net.encoder.spec)
         origin = {} if cfg.model.license is None else {"license": cfg.model.license}
-        weights = replace(weights, state={}, image=image_settings(cfg, weights) | {"crop_pct": 1.0}, origin=origin)
+        image = kept_image(run, image_settings(cfg, weights) | {"crop_pct": 1.0})
+        weights = replace(weights, state={}, image=image, origin=origin)
         check_sides("data.image_size", weights.image["input_size"][1:], weights.architecture.spec.total_stride)
+        if net.encoder.spec.has_batch_norm:
+            check_pooled(cfg, run, accelerator.num_processes, "BatchNorm")
         check_start(cfg, run, net, (len(data.images), len(data.val_images)), data.fingerprint())
         with run.open(accelerator.is_main_process), closing_trackers(accelerator), StopSignal() as stop:
             if accelerator.is_main_process:
@@ -205,7 +210,8 @@ def train(
             if step.evaluates:
                 places = ("last",) if step.number == schedule.total else ()
                 evaluation.run(net, ema, step.number, step.epoch, places)
-            step.save(run, net, images_used, {"best": vars(best)}, None if ema is None else ema.module)
+            progress = progress_of(steps.cfg, net, weights.image, best, accelerator.num_processes)
+            step.save(run, net, images_used, progress, None if ema is None else ema.module)
     if steps.finished:
         logger.info("best and last model: %s, %s", run.path / "best", run.path / "last")
     return steps.finished
@@ -423,7 +429,10 @@ class Evaluation:
             parts = gather_object(parts)
         self.log.note_bad_files([each for _, others, _ in parts for each in others])
         if not sum(num for _, _, num in parts):
-            raise ValueError(f"none of the {len(self.data.val_images)} held-out images can be read: see data.val_path")
+            raise ValueError(
+                f"none of the {len(self.data.val_images)} held-out images can be read: see bad_files.txt in "
+                f"{self.log.run}"
+            )
         total = Scores(len(classes))
         for part, _, _ in parts:
             total.merge(part)

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from fcmae.config import DenseConfig
+from fcmae.config import DenseConfig, RunConfig
 from fcmae.data.index import Images
 from fcmae.data.source import printable
 from fcmae.heads import Classifier, Segmenter
@@ -93,6 +93,37 @@ def image_settings(cfg: DenseConfig, weights: Weights) -> dict[str, Any]:
         logger.info("data.nodata = %g, as the weights were trained", nodata)
     known = {} if nodata is None else {"nodata": nodata}
     return {"input_size": size, "mean": list(mean), "std": list(std), **known}
+
+
+def kept_image(run: RunDirectory, image: dict[str, Any]) -> dict[str, Any]:
+    """How a run's images are read: as when it began, whatever `model.init` holds by now.
+
+    Args:
+        run: where it stands.
+        image: what `image_settings` gives.
+    """
+    if run.resume_from is None:
+        return image
+    kept: dict[str, Any] = checkpoint.read_meta(run.resume_from).progress.get("image", image)
+    if kept != image:
+        logger.warning("model.init holds other weights than when the run began: images are read as they were then")
+    return kept
+
+
+def progress_of(
+    cfg: RunConfig, net: Classifier | Segmenter, image: dict[str, Any], best: object, num_processes: int
+) -> dict[str, Any]:
+    """What the run needs to go on, beside weights.
+
+    Args:
+        cfg: the run's settings, in the parts that it computes by now.
+        net: the model.
+        image: how images are read.
+        best: the best evaluation so far.
+        num_processes: of the run.
+    """
+    pooled = {"images_at_once": images_at_once(cfg, num_processes)} if net.encoder.spec.has_batch_norm else {}
+    return {"best": vars(best), "image": image, **pooled}
 
 
 def build_optimizer(cfg: DenseConfig, net: Classifier | Segmenter) -> torch.optim.AdamW:
@@ -171,7 +202,8 @@ def check_start(cfg: DenseConfig, run: RunDirectory, net: nn.Module, num_images:
         remedy = "raise it" if num_images[0] > 1 else "give images to hold out by data.val_path"
         raise ValueError(f"data.val_share = {cfg.data.val_share} holds out none of {num_images[0]} images: {remedy}")
     if run.resume_from is not None:
-        checkpoint.check_origin(run.resume_from, run.kind, images)
+        keys = [key for key in cfg.inputs() if key.startswith("data.")]
+        checkpoint.check_origin(run.resume_from, run.kind, images, keys)
     elif not cfg.eval_only:
         kept = checkpoint.num_kept(cfg.checkpoint.keep, cfg.epochs, cfg.checkpoint.milestone_epochs)
         # The best and the last model too, which are a third of a checkpoint each.

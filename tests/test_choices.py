@@ -50,6 +50,11 @@ def test_what_is_given_stays_and_the_rest_fits_it() -> None:
     assert cfg.optim.warmup_epochs == pytest.approx(3 / 20)
 
 
+def test_what_a_run_needs_cannot_be_given_as_nothing() -> None:
+    given = {"hours": None, "model.stem_stride": None, "data.val_path": None}
+    assert Choices(given).settings == {"data.val_path": None}
+
+
 def test_a_given_network_gets_patches_of_whole_strides() -> None:
     cfg = pretraining(images(), given={"model.variant": "convnextv2_nano", "model.stem_stride": 2})
     assert cfg.model.mask_patch % 16 == 0

@@ -113,7 +113,7 @@ def test_a_run_that_was_cut_off_names_its_command(run: Path) -> None:
 @pytest.mark.parametrize(
     ("command", "processes", "shown"),
     [
-        ("pretrain.py --config eight.yaml", 8, "accelerate launch --num_processes 8 pretrain.py --config {}"),
+        ("pretrain.py --config a.yaml", 8, "accelerate launch --multi_gpu --num_processes 8 pretrain.py --config {}"),
         ("ipykernel_launcher.py -f x.json", 1, "fcmae pretrain --config {}"),
     ],
 )

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from fcmae.starting import class_balance
 from fcmae.training import checkpoint
 from fcmae.training.messages import how_it_ended
 from fcmae.weights.convert import convert
-from fcmae.weights.files import read_weights
+from fcmae.weights.files import read_weights, save_weights
 from fcmae.weights.formats import to_state
 
 COLORS = {"blue": (40, 40, 200), "green": (40, 200, 40)}
@@ -244,6 +245,23 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
         assert cut.read_text() == whole.read_text()
     assert any(name.startswith("ema:") for name in final_state(tmp_path / "cut"))
     assert "ema_auroc" in metrics(tmp_path / "cut")[-1]
+
+
+def test_a_run_goes_on_reading_images_as_it_began_whatever_its_first_weights_are_by_now(
+    pretrained: Path, labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, init = read_weights(pretrained), tmp_path / "first.safetensors"
+    means = [0.4, 0.5, 0.6], [0.1, 0.2, 0.3]
+    save_weights(init, replace(first, image=first.image | {"mean": means[0]}), "fcmae")
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, kill_self(signal.SIGTERM))
+        assert finetune(labelled, tmp_path / "run", model__init=init) == 143
+    init.unlink()
+    save_weights(init, replace(first, image=first.image | {"mean": means[1]}), "fcmae")
+    runs.forget_accelerator()
+    assert finetune(labelled, tmp_path / "run", model__init=init) == 0
+    assert read_weights(tmp_path / "run" / "last").image["mean"] == means[0]
+    assert "model.init holds other weights than when the run began" in caplog.text
 
 
 def test_the_moving_average_of_a_short_run_has_left_its_first_weights(labelled: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,21 @@ def test_batch_norm_sees_the_whole_batch_unless_parts_are_asked_for(tmp_path: Pa
     assert in_smaller_parts(found, 1) is None  # where memory does not suffice
     assert parts("layer-norm").num_parts > 1
     assert parts("inverted", grad_accum=4).num_parts == 4
+
+
+def test_a_run_with_batch_norm_goes_on_with_as_many_images_at_once(
+    labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = words(labelled, tmp_path / "out", NUMBERS["inverted"], epochs=2)
+    with monkeypatch.context() as patch:
+        runs.at_step(patch, 2, runs.kill_self(signal.SIGTERM))
+        assert cli.main(given) == 143
+    runs.forget_accelerator()
+    assert cli.main([*given, "--grad_accum", "2"]) == 2
+    assert "BatchNorm pools over 4 images, and the run did over 8: choose grad_accum" in capsys.readouterr().err
+    runs.forget_accelerator()
+    assert cli.main(given) == 0
+    runs.forget_accelerator()
 
 
 def words(labelled: Path, out: Path, numbers: str, epochs: int = 24) -> list[str]:

@@ -42,9 +42,9 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, num_steps: int) -> 
         optimizer.zero_grad()
 
 
-def write(run: Path, number: int = 7, **fields: Any) -> Path:
+def write(run: Path, number: int = 7, config: dict[str, Any] | None = None, **fields: Any) -> Path:
     model, optimizer = trained()
-    meta = Meta("pretrain", number, {"seed": 3}, "fingerprint", **fields)
+    meta = Meta("pretrain", number, config or {"seed": 3}, "fingerprint", **fields)
     return save(run, meta, {"model": model.state_dict(), "optimizer": checkpoint.optimizer_state(optimizer, model)})
 
 
@@ -145,7 +145,7 @@ def test_a_save_that_is_cut_off_leaves_no_checkpoint_and_does_not_hinder_the_nex
     assert list(steps(tmp_path)) == [1]
     write(tmp_path, 2)
     assert list(steps(tmp_path)) == [1, 2]
-    prune(tmp_path, 2, 0)
+    prune(tmp_path, 2, 1, 0)
     assert not list(tmp_path.glob("checkpoints/.tmp-*"))
 
 
@@ -157,9 +157,16 @@ def test_the_newest_and_the_milestones_stay(tmp_path: Path, keep: int, milestone
     for number in (3, 4, 6, 9):
         (tmp_path / "checkpoints" / f"step-{number:08d}").mkdir(parents=True)
     (tmp_path / "checkpoints" / "step-notes").mkdir()  # not ours
-    prune(tmp_path, keep, milestone)
+    prune(tmp_path, keep, 1, milestone)
     assert list(steps(tmp_path)) == expected
     assert (tmp_path / "checkpoints" / "step-notes").exists()
+
+
+def test_milestones_stay_where_the_setting_is_another_by_now(tmp_path: Path) -> None:
+    for number, every in ((4, 2), (6, 2), (8, 2), (10, 3), (12, 0), (14, 0)):
+        write(tmp_path, number, {"checkpoint": {"milestone_epochs": every}})
+    prune(tmp_path, 1, 2, 0)  # of two steps an epoch
+    assert list(steps(tmp_path)) == [4, 8, 14]
 
 
 def test_a_checkpoint_that_is_half_deleted_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,9 +179,9 @@ def test_a_checkpoint_that_is_half_deleted_is_none(tmp_path: Path, monkeypatch: 
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", cut)
         with pytest.raises(Cut):
-            prune(tmp_path, 1, 0)
+            prune(tmp_path, 1, 1, 0)
     assert list(steps(tmp_path)) == [2]
-    prune(tmp_path, 1, 0)
+    prune(tmp_path, 1, 1, 0)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
 
 
@@ -192,6 +199,8 @@ def test_other_images_are_refused(tmp_path: Path) -> None:
     place = write(tmp_path)
     with pytest.raises(ValueError, match=r"data.path no longer gives the images of .*step-00000007"):
         check_origin(place, "pretrain", "other")
+    with pytest.raises(ValueError, match=r"data.path and data.val_path no longer gives the images of"):
+        check_origin(place, "pretrain", "other", ["data.path", "data.val_path"])
     with pytest.raises(
         ValueError, match=r"step-00000007 is of another kind of run, pretrain and not finetune: restore"
     ):
@@ -383,7 +392,7 @@ def test_the_last_good_one_stays_however_old_it_is(tmp_path: Path) -> None:
     places = {number: tmp_path / "checkpoints" / f"step-{number:08d}" for number in (3, 4, 6, 9)}
     for place in places.values():
         place.mkdir(parents=True)
-    prune(tmp_path, 1, 0, good=places[4])
+    prune(tmp_path, 1, 1, 0, good=places[4])
     assert list(steps(tmp_path)) == [4, 9]
 
 

@@ -50,6 +50,16 @@ def test_automatic_precision_on_a_cpu_is_full(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_one_of_several_processes_without_a_gpu_is_named_before_the_others_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    for name, value in {"WORLD_SIZE": "4", "RANK": "3"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="device = auto: process 3 of 4 finds no GPU that torch can use: mend that"):
+        make_accelerator(config(Path("photos"), tmp_path, device="auto"))
+
+
 def gradient(accelerator: Accelerator) -> tuple[torch.Tensor, object, object]:
     """Of a fixed step, and in what it was computed."""
     torch.manual_seed(0)

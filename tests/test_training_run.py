@@ -53,8 +53,8 @@ def test_processes_that_were_given_other_settings_or_find_another_step_are_refus
 ) -> None:
     run = RunDirectory(config(Path("photos"), tmp_path), "pretrain")
 
-    def agree(kind: str = "pretrain", step: int = 0, **changed: object) -> None:
-        other = {"command": kind} | options.flat(config(Path("photos"), tmp_path, **changed))
+    def agree(kind: str = "pretrain", step: int = 0, precision: str = "no", **changed: object) -> None:
+        other = options.flat(config(Path("photos"), tmp_path, **changed)) | {"command": kind, "precision": precision}
         monkeypatch.setattr("fcmae.training.run.gather_object", lambda own: [*own, (other, step)])
         run.agree(make_accelerator(run.cfg))
 
@@ -63,6 +63,8 @@ def test_processes_that_were_given_other_settings_or_find_another_step_are_refus
         agree(seed=5)
     with pytest.raises(ValueError, match=r"^command: process 1 has segment and process 0 pretrain"):
         agree("segment")
+    with pytest.raises(ValueError, match=r"^precision: process 1 has bf16 and process 0 no"):  # what auto is there
+        agree(precision="bf16")
     with pytest.raises(ValueError, match="process 1 finds step 7 there and process 0 step 0: put it on storage that"):
         agree(step=7)
 
@@ -171,6 +173,23 @@ def test_what_is_to_be_deleted_is_deleted_at_the_start_that_said_so_alone(
     monkeypatch.setenv(restarted, "1")
     assert RunDirectory(cfg, "pretrain").exists
     assert messages.same_command(cfg) == "the same command without --overwrite"
+
+
+def test_nothing_is_deleted_under_a_launcher_that_counts_not_all_of_its_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node that comes has torchrun start all workers anew, the first time as the first time."""
+    make_run(tmp_path)
+    before = names(tmp_path)
+    cfg = config(Path("photos"), tmp_path, overwrite="true")
+    for name, value in {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="overwrite: a launcher of several nodes gives it again"):
+        RunDirectory(cfg, "pretrain")
+    assert names(tmp_path) == before
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "1")
+    assert not RunDirectory(cfg, "pretrain").exists
 
 
 def test_an_overwrite_cut_off_anywhere_leaves_the_old_run_with_all_its_checkpoints_or_none(

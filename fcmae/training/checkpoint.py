@@ -20,8 +20,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -284,13 +284,14 @@ def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
     return tensors
 
 
-def check_origin(checkpoint: Path, kind: str, data_fingerprint: str) -> None:
+def check_origin(checkpoint: Path, kind: str, data_fingerprint: str, keys: Sequence[str] = ("data.path",)) -> None:
     """Refuse a checkpoint of another kind of run, or one that was made with other images.
 
     Args:
         checkpoint: its directory.
         kind: of the run, "pretrain", "finetune" or "segment".
         data_fingerprint: of the run's images.
+        keys: of the settings that give them.
 
     Raises:
         ValueError: in one sentence.
@@ -299,7 +300,9 @@ def check_origin(checkpoint: Path, kind: str, data_fingerprint: str) -> None:
     if meta.kind != kind:
         raise ValueError(f"{checkpoint} is of another kind of run, {meta.kind} and not {kind}: {_instead(checkpoint)}")
     if meta.data_fingerprint != data_fingerprint:
-        raise ValueError(f"data.path no longer gives the images of {checkpoint}: restore them, or give another --out")
+        raise ValueError(
+            f"{' and '.join(keys)} no longer gives the images of {checkpoint}: restore them, or give another --out"
+        )
 
 
 def restore(
@@ -388,22 +391,32 @@ def _read_named(
     return found | tensors
 
 
-def prune(run: Path, keep: int, milestone_steps: float, good: Path | None = None) -> None:
+def prune(run: Path, keep: int, steps_per_epoch: int, milestone_epochs: int, good: Path | None = None) -> None:
     """Delete old checkpoints, and what writing or deleting left that was cut off.
 
     Args:
         run: directory of the run.
         keep: the newest checkpoints that stay, at least 1.
-        milestone_steps: those at multiples of it stay too; 0: none.
+        steps_per_epoch: of the run.
+        milestone_epochs: those at multiples of it stay too, and at multiples of what it was when they were written; 0:
+            none.
         good: the last one that is known to be good, which stays too.
     """
     for path in (run / DIRECTORY).glob(".tmp-*"):
         shutil.rmtree(path, ignore_errors=True)
     for step, path in list(steps(run).items())[:-keep]:
-        if path != good and (milestone_steps == 0 or step % milestone_steps):
+        every = [steps_per_epoch * epochs for epochs in (milestone_epochs, _milestone_epochs(path)) if epochs]
+        if path != good and all(step % steps for steps in every):
             aside = path.with_name(f".tmp-{path.name}")
             path.rename(aside)
             shutil.rmtree(aside, ignore_errors=True)  # NFS keeps what another process reads; the next time it goes
+
+
+def _milestone_epochs(checkpoint: Path) -> int:
+    """What the setting was when a checkpoint was written."""
+    with suppress(ValueError, KeyError, TypeError):
+        return int(read_meta(checkpoint).config["checkpoint"]["milestone_epochs"])
+    return 0
 
 
 def check_space(run: Path, model: nn.Module, num_checkpoints: float, num_states: int = 3) -> str:
@@ -428,8 +441,8 @@ def check_space(run: Path, model: nn.Module, num_checkpoints: float, num_states:
     if needed > free:
         raise ValueError(
             f"out = {run}: {num_checkpoints + 1:.0f} checkpoints of {size / 1e6:,.0f} MB do not fit, as the disk has "
-            f"{free / 1e6:,.0f} MB free: make room, give another out, or lower checkpoint.keep or raise "
-            "checkpoint.milestone_epochs"
+            f"{free / 1e6:,.0f} MB free: make room, give another out, or have fewer by checkpoint.keep "
+            "and checkpoint.milestone_epochs"
         )
     return f"checkpoints take up to {needed / 1e6:,.0f} MB of {free / 1e9:,.1f} GB free"
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import atexit
-import itertools
 import os
 import random
+import secrets
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,13 +18,20 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object, parse_flag_from_env
+from accelerate.utils import (
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+    gather_object,
+    parse_flag_from_env,
+)
 
 from fcmae.config import RunConfig
 from fcmae.data.loader import end_workers
 from fcmae.training.signals import StopSignal
 
 FOREVER = timedelta(days=7)
+PATIENCE = timedelta(hours=6)  # of a process in a collective: another may still evaluate, or draw pictures
 ENDED = "a process of the run has ended: see what it said"
 # Where torch keeps whether float32 may be computed in TF32.
 _PRECISIONS: tuple[Any, ...] = (
@@ -35,7 +42,6 @@ _PRECISIONS: tuple[Any, ...] = (
 )
 
 Found = TypeVar("Found")
-_calls = itertools.count()  # of `same_everywhere`, which all processes make in the same order
 
 
 def uses_cpu(cfg: RunConfig) -> bool:
@@ -50,9 +56,15 @@ def make_accelerator(cfg: RunConfig) -> Accelerator:
     what the environment says to accelerate: the settings hold.
 
     Raises:
-        ValueError: for fp16 and tf32 on a CPU, and where the environment asks for shards of the model.
+        ValueError: for fp16 and tf32 on a CPU, where the environment asks for shards of the model, and where one of
+            several processes finds no GPU: others that do would wait for it in vain.
     """
-    cpu = uses_cpu(cfg)
+    cpu, num_processes = uses_cpu(cfg), int(os.environ.get("WORLD_SIZE", "1"))
+    if cpu and cfg.device != "cpu" and num_processes > 1:
+        raise ValueError(
+            f"device = {cfg.device}: process {os.environ.get('RANK', '0')} of {num_processes} finds no GPU that torch "
+            "can use: mend that there, or give all of them --device cpu"
+        )
     precision = {"fp32": "no", "tf32": "no", "auto": "no"}.get(cfg.precision, cfg.precision)
     # GPUs without bf16 emulate it, slower than float32.
     has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -81,6 +93,7 @@ def make_accelerator(cfg: RunConfig) -> Accelerator:
         mixed_precision=precision,
         log_with=cfg.log.trackers or None,
         project_config=ProjectConfiguration(project_dir=str(cfg.out), logging_dir=f"{cfg.out}/tensorboard"),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
 
 
@@ -93,9 +106,10 @@ def same_everywhere(accelerator: Accelerator, find: Callable[[], Found]) -> Foun
         accelerator: of the processes.
         find: called in the first one.
     """
+    key = _new_key(accelerator)
     found: list[Any] = [find() if accelerator.is_main_process else None]
     if accelerator.num_processes > 1:
-        store, key = _store(), f"fcmae/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}/found/{next(_calls)}"
+        store = _store()
         if accelerator.is_main_process:
             store.set(key, "")
         else:
@@ -103,6 +117,11 @@ def same_everywhere(accelerator: Accelerator, find: Callable[[], Found]) -> Foun
     broadcast_object_list(found)
     result: Found = found[0]
     return result
+
+
+def _new_key(accelerator: Accelerator) -> str:
+    """A key of the store that no earlier start has used; each launcher counts its starts by itself."""
+    return str(broadcast_object_list([f"fcmae/{secrets.token_hex(8)}"])[0]) if accelerator.num_processes > 1 else ""
 
 
 def _store() -> Any:
@@ -166,8 +185,7 @@ def ending_together(accelerator: Accelerator, out: Path | None) -> Iterator[None
     if accelerator.num_processes == 1:
         yield
         return
-    store, left = _store(), threading.Event()
-    key = f"fcmae/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}/{out}"
+    store, left, key = _store(), threading.Event(), _new_key(accelerator)
 
     def told() -> str | None:
         with suppress(RuntimeError):  # the store went with the process that kept it

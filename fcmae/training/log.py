@@ -58,8 +58,10 @@ class Log:
         self._upkeep_s = 0.0  # since this start
         self._told = self._told_late = not accelerator.is_main_process
         self._begun, self._planned_s, self._others = time.monotonic(), math.inf, threads.Others()
-        if cfg.planned_s is not None and (steps := schedule.total - schedule.start) > 0:
-            self._planned_s = cfg.planned_s * steps / schedule.total
+        # Of one process: more take less, nobody has measured how much.
+        planned_s = cfg.planned_s if accelerator.num_processes == 1 else None
+        if planned_s is not None and (steps := schedule.total - schedule.start) > 0:
+            self._planned_s = planned_s * steps / schedule.total
             ends = datetime.now() + timedelta(seconds=self._planned_s)
             views, minutes = steps * cfg.batch_size, max(1, round(self._planned_s / 60))
             took = f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"

@@ -76,9 +76,20 @@ SAVED = ".saved"  # there once a checkpoint was: without one, the run is finishe
 
 
 def overwrites(cfg: RunConfig) -> bool:
-    """Whether what is in `out` is to go: at a start that was typed, not where a launcher starts a command again."""
+    """Whether what is in `out` is to go: at a start that was typed, not where a launcher starts a command again.
+
+    Raises:
+        ValueError: under torchrun on several nodes, which counts no start that it makes as one comes or goes.
+    """
     starts = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
-    return cfg.overwrite and not any(os.environ.get(name, "0").strip("0") for name in starts)
+    if not cfg.overwrite or any(os.environ.get(name, "0").strip("0") for name in starts):
+        return False
+    if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            "overwrite: a launcher of several nodes gives it again when one comes or goes, and what "
+            f"{cfg.out} holds by then would go too: delete it before, or give another --out"
+        )
+    return True
 
 
 def written(run: Path, patterns: tuple[str, ...]) -> list[Path]:

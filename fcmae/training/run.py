@@ -142,7 +142,8 @@ class RunDirectory:
         Raises:
             ValueError: in all of them, with what differs.
         """
-        (settings, step), *others = gather_object([({"command": self.kind} | options.flat(self.cfg), self.resume_step)])
+        own = options.flat(self.cfg) | {"command": self.kind, "precision": accelerator.mixed_precision}
+        (settings, step), *others = gather_object([(own, self.resume_step)])
         for process, (their_settings, their_step) in enumerate(others, start=1):
             for key in sorted({*settings, *their_settings} - OF_EACH_PROCESS):
                 if settings.get(key) != their_settings.get(key):

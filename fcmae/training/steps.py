@@ -137,6 +137,28 @@ def pools_a_part(cfg: RunConfig) -> bool:
     return isinstance(cfg, DenseConfig) and cfg.model.spec is not None and cfg.model.spec.has_batch_norm
 
 
+def check_pooled(cfg: RunConfig, run: RunDirectory, num_processes: int, what: str) -> None:
+    """Refuse to go on with other numbers of images at once than before, where something pools over them.
+
+    Args:
+        cfg: the run's settings.
+        run: where it stands.
+        num_processes: of the run.
+        what: pools.
+
+    Raises:
+        ValueError: in one sentence.
+    """
+    if run.resume_from is None:
+        return
+    now = images_at_once(cfg, num_processes)
+    if (before := checkpoint.read_meta(run.resume_from).progress.get("images_at_once", now)) != now:
+        raise ValueError(
+            f"{what} pools over {now} images, and the run did over {before}: choose grad_accum and processes so that "
+            f"batch_size / (grad_accum * processes) is {before} again"
+        )
+
+
 def that_fits(cfg: Fitting, accelerator: Accelerator) -> Fitting:
     """The settings in parts that are as small as this run was found to need on this device.
 
@@ -384,7 +406,8 @@ class Step:
         spec, config = net.encoder.spec.model_dump(), cfg.model_dump(mode="json")
         meta = checkpoint.Meta(run.kind, self.number, config, fingerprint, progress, spec)
         checkpoint.save(run.path, meta, tensors)
-        checkpoint.prune(run.path, cfg.checkpoint.keep, steps.schedule.milestone_every, run.last_good())
+        per_epoch, milestone_epochs = steps.schedule.per_epoch, cfg.checkpoint.milestone_epochs
+        checkpoint.prune(run.path, cfg.checkpoint.keep, per_epoch, milestone_epochs, run.last_good())
 
     def log(self) -> None:
         """Read the numbers of the step before while the device computes this one; where something is due, of this one.
