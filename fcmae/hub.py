@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
@@ -21,7 +22,7 @@ from fcmae.data.source import printable
 from fcmae.data.split import evenly
 from fcmae.evaluation.charts import shown
 from fcmae.evaluation.records import COLUMNS, score_rows
-from fcmae.evaluation.runs import Run, is_untrained, read_run
+from fcmae.evaluation.runs import Run, is_untrained, needs_no_network, read_run
 from fcmae.networks.spec import describe
 from fcmae.tables import table
 from fcmae.weights.convert import check_dest, read_sound, write
@@ -63,7 +64,7 @@ def write_repository(cfg: ExportConfig) -> str:
     Raises:
         ValueError: if the model cannot be read, or the folder is there.
     """
-    written = _write(cfg.model, cfg.dest, f"local-dir:{cfg.dest}", cfg.key, cfg.prefix)
+    written = _write(cfg.model, cfg.dest, f"local-dir:{cfg.dest.name}", cfg.key, cfg.prefix)
     return f"{written}\nwrote its card, {cfg.dest / 'README.md'}: read it before you publish it"
 
 
@@ -88,9 +89,13 @@ def push(cfg: PushConfig) -> str:
         _write(cfg.model, place, f"hf-hub:{repo}", cfg.key, cfg.prefix)
         with _refusals(cfg.repo, api.endpoint):
             made = api.create_repo(repo, private=not cfg.public, exist_ok=cfg.overwrite)
+            is_private = bool(api.repo_info(made.repo_id).private)  # what was there stays as it is
+        if not (is_private or cfg.public):
+            raise ValueError(f"repo = {made.repo_id} is public: give --public, or make it private there")
+        with _refusals(cfg.repo, api.endpoint):
             message = f"Upload by fcmae {fcmae.__version__}"
             api.upload_folder(repo_id=made.repo_id, folder_path=place, commit_message=message)
-    return f"pushed to {made}: {'public' if cfg.public else 'private, as --public is not given'}"
+    return f"pushed to {made}: {'private' if is_private else 'public'}"
 
 
 @contextmanager
@@ -239,12 +244,20 @@ def _training(run: Run, step: object) -> Iterator[str]:
 
 
 def _results(run: Run) -> Iterator[str]:
-    if not run.evaluations:
+    last, records = run.lines[-1]["step"] if run.lines else None, list[dict[str, Any]]()
+    for folder, found in run.evaluations.items():
+        name, step = found["model"], found.get("step")
+        if run.is_own(folder, found):
+            name = "this" if step in (None, last) or run.kind != "pretrain" else f"this, at step {step:,}"
+        elif is_untrained(found):
+            name = "untrained"
+        elif not needs_no_network(found):
+            continue  # of another network
+        records.append({**found, "model": name})
+    if not records:
         return
+    data = records[0]["data"]
     yield "## What its features tell"
-    names = ["untrained" if is_untrained(found) else "this" for found in run.evaluations.values()]
-    records = [{**found, "model": name} for name, found in zip(names, run.evaluations.values(), strict=True)]
-    data = next(iter(run.evaluations.values()))["data"]
     yield (
         f"Probes on frozen features (`fcmae evaluate`) learnt {len(data['class_names'])} classes from "
         f"{data['num_train']:,} images and told them apart on {data['num_test']:,} others."

@@ -6,7 +6,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from itertools import compress
 from pathlib import Path
 from typing import Any
@@ -132,6 +132,7 @@ def predict_maps(cfg: PredictConfig) -> None:
     limit_s = math.inf if cfg.limit_ms is None else cfg.limit_ms / 1000
     predict_tiles = predictor(model.to(accelerator.device).eval(), normalize, accelerator, cfg.tau, cfg.budget)
     images = find_images(cfg.images)
+    reading.check_values(images)
     names = images.names()
     below = [f"/{name}" if is_remote(name) else name for name in names]  # all of them absolute
     root = os.path.commonpath([os.path.dirname(name) for name in below])  # noqa: PTH120
@@ -179,6 +180,10 @@ def predict_maps(cfg: PredictConfig) -> None:
             )
             print(f"{printable(name)}\t{printable(str(place))}\t{told}")
     if not num_done:
+        made = {folder for place in places for folder in place.parents if folder == out or out in folder.parents}
+        for folder in sorted(made, reverse=True):  # a folder after what is in it
+            with suppress(OSError):
+                folder.rmdir()
         raise ValueError(f"none of {len(images)} images could be segmented: {first_bad}")
 
 

@@ -264,10 +264,32 @@ def _counted(cfg: SegmentConfig, images: Images, maps: Images, val_images: Image
     data = cfg.data
     counts = count_values(maps if len(maps) else val_maps, max_pixels=data.max_pixels)
     if cfg.eval_only:
-        classes = read_segmenter(Path(str(cfg.model.init)))[2].classes
+        classes = known_classes(cfg, read_segmenter(Path(str(cfg.model.init)))[2].classes)
     else:
         classes = find_classes(counts, data.class_names, data.class_values, data.ignore_value)
     return Mapped(images, maps, val_images, val_maps, classes, counts[list(classes.values)])
+
+
+def known_classes(cfg: SegmentConfig, known: Classes) -> Classes:
+    """The classes of a model that is only evaluated, by what the maps to evaluate it on hold for each.
+
+    Args:
+        cfg: the run's settings; what they leave out is as the model learnt it.
+        known: those that it learnt.
+
+    Raises:
+        ValueError: if the settings are of other classes.
+    """
+    data, what = cfg.data, f"model.init = {cfg.model.init} has {', '.join(known.names[:10])}"
+    if data.class_names and tuple(data.class_names) != known.names:
+        raise ValueError(f"data.class_names = {','.join(data.class_names)}, but {what}: leave it out")
+    if data.class_values and len(data.class_values) != len(known):
+        raise ValueError(f"data.class_values has {len(data.class_values)} values, but {what}: give one each, in order")
+    values = tuple(data.class_values) or known.values
+    ignored = data.ignore_value if "ignore_value" in data.model_fields_set else known.ignored
+    if ignored in values:
+        raise ValueError(f"data.ignore_value = {ignored} is what maps hold for a class: {what}; give data.class_values")
+    return Classes(known.names, values, ignored)
 
 
 def build_model(cfg: SegmentConfig, weights: Weights, num_classes: int) -> Segmenter:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +17,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from fcmae.config import DenseConfig, RunConfig
-from fcmae.data.index import Images
+from fcmae.data.index import Images, images_of_run
 from fcmae.data.source import printable
 from fcmae.heads import Classifier, Segmenter
 from fcmae.networks.encoder import layer_of, num_layers
@@ -29,7 +28,7 @@ from fcmae.training.optim import Schedule
 from fcmae.training.run import RunDirectory
 from fcmae.training.steps import images_at_once, schedule_of
 from fcmae.weights.convert import adapt_in_chans
-from fcmae.weights.files import Weights, read_init
+from fcmae.weights.files import Weights, read_init, tell_encoder_alone
 from fcmae.weights.formats import Architecture
 
 logger = logging.getLogger("fcmae")
@@ -48,6 +47,8 @@ def starting_weights(cfg: DenseConfig) -> Weights:
         return Weights({}, Architecture(cfg.model.spec, cfg.data.in_chans))
     path = cfg.model.init
     weights = read_init(path, cfg.model.key, cfg.model.prefix)
+    if not cfg.eval_only:
+        tell_encoder_alone(Path(path))
     held = weights.architecture
     if cfg.model.stem_stride not in (None, held.spec.stem_stride):
         raise ValueError(
@@ -152,20 +153,6 @@ def check_apart(train: Images, val: Images) -> None:
         )
 
 
-def learnt_from(init: str | Path) -> Images | None:
-    """The images that given weights were trained on, with labels if they had them; None where nothing here says.
-
-    Args:
-        init: the weights: a run, its best/ or last/, or a checkpoint.
-    """
-    path = Path(init)
-    with suppress(ValueError, OSError):
-        for run in (path, *path.parents[:2]):
-            if (run / "files.json").is_file():
-                return Images.load(run / "files.json")
-    return None
-
-
 def check_unlearnt(cfg: DenseConfig, val: Images) -> None:
     """Refuse to score given weights on images that they learnt from, where these were drawn and not chosen.
 
@@ -176,7 +163,7 @@ def check_unlearnt(cfg: DenseConfig, val: Images) -> None:
     Raises:
         ValueError: if the run of the weights learnt from one of them.
     """
-    learnt = learnt_from(str(cfg.model.init))
+    learnt = images_of_run(Path(str(cfg.model.init)))
     if learnt is not None and (both := set(val.names()).intersection(learnt.names())):
         raise ValueError(
             f"data.val_share = {cfg.data.val_share:g} with seed = {cfg.seed} holds out {len(both)} of {len(val)} "

@@ -34,7 +34,7 @@ from fcmae.atomic import write_text
 from fcmae.config import FinetuneConfig, PretrainConfig
 from fcmae.config.commands import WorthConfig
 from fcmae.data.dataset import Reading
-from fcmae.data.index import Images, find_images
+from fcmae.data.index import Images, find_images, images_of_run
 from fcmae.data.normalize import Normalize
 from fcmae.data.source import is_unicode, printable
 from fcmae.data.split import draw
@@ -48,7 +48,6 @@ from fcmae.evaluation.records import SCORES
 from fcmae.finetuning import finetune, fingerprint
 from fcmae.networks.spec import NetworkSpec, describe
 from fcmae.pretraining import pretrain
-from fcmae.starting import learnt_from
 from fcmae.tables import table
 from fcmae.training.messages import how_it_ended
 from fcmae.training.own_files import remove_models
@@ -320,7 +319,7 @@ def _known(start: Start, train: Images, test: Images) -> Iterator[str]:
     Raises:
         ValueError: if they learnt from labels of images to test on.
     """
-    if (learnt := learnt_from(str(start.init))) is None:
+    if (learnt := images_of_run(Path(str(start.init)))) is None:
         return
     seen, drawn_from = _num_shared(learnt, test), _num_shared(learnt, train)
     if learnt.labels is None and seen:

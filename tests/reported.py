@@ -94,7 +94,9 @@ def picture(path: Path, seed: int = 0) -> None:
     Image.fromarray(np.random.default_rng(seed).integers(0, 256, (12, 16, 3), dtype=np.uint8)).save(path)
 
 
-def evaluation(path: Path, model: str, score: float, class_names: tuple[str, ...] = ("a", "b"), stage: int = 4) -> None:
+def evaluation(
+    path: Path, model: str, score: float, class_names: tuple[str, ...] = ("a", "b"), stage: int | None = 4
+) -> None:
     """PATH/evaluation.json and a picture beside it: a linear probe and few labels on 400 test images."""
     probes = [
         {"probe": "linear", "stage": stage, "setting": {"lr": 0.1, "l2": 0}, "scores": {"balanced_accuracy": score}},

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -133,6 +134,22 @@ def test_the_card_of_a_pretraining_has_its_curves_and_probes(tmp_path: Path) -> 
     assert ModelCard(text).data.license is None
 
 
+def test_the_card_tells_whose_features_the_probes_are_of(tmp_path: Path) -> None:
+    path = pretrain_run(tmp_path / "first")
+    for name, model, stage, step in (
+        ("first", str(path), 4, 10),
+        ("random", f"random:{path}", 4, None),
+        ("pixels", "pixels:32", None, None),
+        ("other", "runs/other", 4, 60),
+    ):
+        evaluation(path / "evaluation" / name, model, 0.8, stage=stage)
+        file = path / "evaluation" / name / "evaluation.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"step": step}))
+    text = card(Weights({}, Architecture(VARIANTS["convnextv2_atto"]), IMAGE), read_run(path, "first"), "local-dir:f")
+    rows = re.findall(r"\| linear +\| +(\S+) +\| +([^|]+?) +\|", text)
+    assert sorted(rows) == [("-", "pixels:32"), ("4", "this, at step 10"), ("4", "untrained")]
+
+
 @pytest.mark.parametrize(("said", "written"), [("MIT", ("mit", None)), ("my own", ("other", "my own"))])
 def test_a_licence_is_named_as_the_hub_names_it(said: str, written: tuple[str, str | None]) -> None:
     weights = Weights({}, Architecture(SPEC), IMAGE, origin={"license": said})
@@ -140,14 +157,17 @@ def test_a_licence_is_named_as_the_hub_names_it(said: str, written: tuple[str, s
     assert (read.license, read.license_name) == written
 
 
-def test_the_card_of_a_network_that_timm_does_not_have_names_fcmae_alone(tmp_path: Path) -> None:
+def test_the_card_of_a_network_that_timm_does_not_have_names_fcmae_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_model(tmp_path / "model", ConvNeXtSpec(depths=(1, 1), dims=(8, 8)))
     (tmp_path / "config.yaml").write_text("of: somebody else\n")
     assert main(["export", str(tmp_path / "model"), str(tmp_path / "page"), "--to", "hub"]) == 0
     text = (tmp_path / "page" / "README.md").read_text()
     assert ModelCard(text).data.library_name == "fcmae"
     assert "import timm" not in text and "import transformers" not in text
-    assert "How it was trained" not in text
+    assert "How it was trained" not in text and str(tmp_path) not in text
+    monkeypatch.chdir(tmp_path)
     exec(re.findall(r"```python\n(.*?)```", text, re.S)[0], {})
 
 
@@ -213,8 +233,11 @@ class Hub(BaseHTTPRequestHandler):
         return self.answer({"commitUrl": f"{url}/{match[1]}/commit/{'0' * 40}", "commitOid": "0" * 40})
 
     def do_GET(self) -> None:
-        assert self.path == "/api/whoami-v2", self.path
-        self.answer({"type": "user", "name": "me"})
+        if self.path == "/api/whoami-v2":
+            return self.answer({"type": "user", "name": "me"})
+        name = self.path.removeprefix("/api/models/")
+        assert name in self.repos, self.path
+        return self.answer({"id": name, "private": self.visibility.get(name) in (True, "private"), "siblings": []})
 
     def do_PUT(self) -> None:
         if (refused := self.refuses.get("PUT")) is not None:
@@ -253,7 +276,7 @@ def test_a_pushed_model_is_private_and_comes_back_as_it_was(
     run: Path, hub: type[Hub], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["push", str(run), "me/cells"]) == 0
-    assert re.search(r"pushed to http://127.+/me/cells: private, as --public is not given", capsys.readouterr().out)
+    assert re.search(r"pushed to http://127.+/me/cells: private$", capsys.readouterr().out.strip())
     assert hub.visibility["me/cells"] in (True, "private")
     files = hub.repos["me/cells"]
     assert set(files) == {"README.md", "config.json", "model.safetensors"}
@@ -286,7 +309,11 @@ def test_a_repository_that_is_there_is_added_to_only_if_asked(
     assert main(["push", str(run), "me/cells"]) == 2
     assert "give another name, or --overwrite to add to it" in capsys.readouterr().err
     assert hub.repos["me/cells"] == {"README.md": b"mine"}
+    assert main(["push", str(run), "me/cells", "--overwrite"]) == 2  # it was made public, by hand perhaps
+    assert "repo = me/cells is public: give --public, or make it private there" in capsys.readouterr().err
+    assert hub.repos["me/cells"] == {"README.md": b"mine"}
     assert main(["push", str(run), "me/cells", "--overwrite", "--public"]) == 0
+    assert re.search("me/cells: public$", capsys.readouterr().out.strip())
     assert set(hub.repos["me/cells"]) == {"README.md", "config.json", "model.safetensors"}
 
 
@@ -346,5 +373,9 @@ def test_a_segmentation_is_refused_in_a_sentence(run: Path, tmp_path: Path, caps
     settings = options.dump(SegmentConfig(out=run, data=data, model=model))
     (run / "config.yaml").write_text(f"# fcmae segment {fcmae.__version__}\n{settings}")
     assert main(["export", str(run), str(tmp_path / "page"), "--to", "hub"]) == 2
+    assert "makes label maps, and no format of the hub holds its head" in capsys.readouterr().err
+    (run / "best" / "head.safetensors").touch()  # a copy, in no run
+    shutil.copytree(run / "best", tmp_path / "copy")
+    assert main(["export", str(tmp_path / "copy"), str(tmp_path / "page"), "--to", "hub"]) == 2
     assert "makes label maps, and no format of the hub holds its head" in capsys.readouterr().err
     assert not (tmp_path / "page").exists()

@@ -158,6 +158,40 @@ def test_evaluating_the_best_model_gives_its_scores_again(segmented: Path, tiles
     assert not (tmp_path / "run" / "best").exists()
 
 
+def test_maps_that_hold_other_numbers_score_the_same_classes(segmented: Path, tiles: Path, tmp_path: Path) -> None:
+    """Black and white ones, where 7 is unknown."""
+    (tmp_path / "maps").mkdir()
+    for file in (tiles / "maps").iterdir():
+        stored = np.asarray(Image.open(file))
+        Image.fromarray(np.select([stored == 0, stored == 1], [100, 200], 7).astype(np.uint8)).save(
+            tmp_path / "maps" / file.name
+        )
+    given = {"model__init": segmented, "eval_only": "true", "data__maps": tmp_path / "maps"}
+    told = {"data__class_values": "100,200", "data__ignore_value": 7}
+    assert segment(tiles, tmp_path / "run", **given, **told) == 0
+    assert (tmp_path / "run" / "confusion.csv").read_text() == (segmented / "best" / "confusion.csv").read_text()
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"data__class_names": "sea,land"}, "data.class_names = sea,land, but model.init = "),
+        ({"data__class_values": "0,1,2"}, "data.class_values has 3 values, but model.init = "),
+        ({"data__ignore_value": 1}, "data.ignore_value = 1 is what maps hold for a class: model.init = "),
+    ],
+)
+def test_other_classes_than_those_of_the_model_are_refused(
+    given: dict[str, Any],
+    sentence: str,
+    segmented: Path,
+    tiles: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert segment(tiles, tmp_path / "run", model__init=segmented, eval_only="true", **given) == 2
+    assert sentence in (said := capsys.readouterr().err) and "has dark, bright" in said
+
+
 @pytest.mark.parametrize("kind", ["pyramid", "upernet"])
 def test_it_starts_from_a_pretraining_run(kind: str, pretrained: Path, tiles: Path, tmp_path: Path) -> None:
     cfg = SegmentConfig.model_validate(
@@ -470,6 +504,10 @@ def test_what_cannot_be_predicted_is_refused(tmp_path: Path, capsys: pytest.Capt
     (photos / "00.jpg").write_bytes(b"broken")
     assert predict(tmp_path / "model", photos, tmp_path / "maps") == 2
     assert "none of 1 images could be segmented" in capsys.readouterr().err
+    tifffile.imwrite(photos / "01.tif", np.full((16, 16, 3), 1e38, np.float32), photometric="rgb")
+    assert predict(tmp_path / "model", photos, tmp_path / "maps") == 2
+    assert "are missing pixels a huge number? Give --nodata" in capsys.readouterr().err
+    assert not (tmp_path / "maps").exists()  # so that the same command can do so
 
 
 def test_images_here_and_elsewhere_are_mapped_together(tmp_path: Path) -> None:

@@ -731,6 +731,7 @@ def test_a_link_that_leads_nowhere_is_not_written_over(tmp_path: Path) -> None:
         ({"architecture": "convnextv2_atto", "model_args": {"act_layer": "silu"}}, "its activation is silu"),
         ({"architecture": "convnextv2_atto", "model_args": {"norm_eps": 1e-5}}, "its norms add 1e-05"),
         ({"architecture": "convnextv2_atto", "model_args": {"output_stride": 16}}, "its output_stride is 16"),
+        ({"architecture": "convnextv2_atto", "model_args": {"patch_size": 8}}, "its patch_size is 8, for which timm"),
         ({"architecture": "convnextv2_atto", "num_classes": 2, "global_pool": "max"}, "its global_pool is max"),
         ({"model_type": "convnextv2", "hidden_act": "relu"}, "its activation is relu"),
     ],

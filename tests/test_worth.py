@@ -421,6 +421,7 @@ def test_what_given_weights_have_seen_is_told(
     write_init(folder / "own.safetensors")
     (folder / "seen").mkdir()
     assert run("convert", "own.safetensors", "seen/best") == 0
+    (folder / "seen" / "config.yaml").write_text("# fcmae finetune\n")
     train, _ = evaluate.find_data("labelled", None, 0.2, 0)
     listed = train if what == "train" else find_labelled("labelled")
     (listed if labelled else Images.of_files(listed.names())).save(folder / "seen" / "files.json")

@@ -14,6 +14,7 @@ import time
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, groupby
@@ -210,6 +211,19 @@ class Images:
             return cls(source, None, labels, None if classes is None else tuple(classes))
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise ValueError(f"{path} is not an index of images ({error}): delete it to have it made anew") from error
+
+
+def images_of_run(path: Path) -> Images | None:
+    """The images that a run learnt from, with labels if they had them; None where there is no run that says.
+
+    Args:
+        path: the run, or weights in its directory: best/, last/ or a checkpoint.
+    """
+    with suppress(ValueError, OSError):
+        for run in (path, *path.parents[:2]):
+            if (run / "config.yaml").is_file() and (run / "files.json").is_file():
+                return Images.load(run / "files.json")
+    return None
 
 
 def kept_images(paths: Sequence[Path], storage: Storage) -> list[Images] | None:

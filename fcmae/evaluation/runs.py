@@ -72,6 +72,17 @@ class Run:
     evaluations: dict[Path, Evaluation]
     problems: list[str]
 
+    def is_own(self, folder: Path, evaluation: Evaluation) -> bool:
+        """Whether one of its evaluations is of what it trained, and not of another network or of none.
+
+        Args:
+            folder: which it is in.
+            evaluation: what that says.
+        """
+        model = evaluation["model"]
+        named = folder == self.path / "evaluation" or Path(model).name == self.path.resolve().name
+        return named and not is_untrained(evaluation) and not needs_no_network(evaluation)
+
 
 def processes_of(run: Run) -> int:
     """How many computed when it last started."""
@@ -136,6 +147,11 @@ def _lines(path: Path, problems: list[str]) -> list[dict[str, Any]]:
 def is_untrained(evaluation: Evaluation) -> bool:
     """Whether it is of a network that was not trained."""
     return evaluation["model"].startswith("random:")
+
+
+def needs_no_network(evaluation: Evaluation) -> bool:
+    """Whether it is of pixels or colours, which have no stages."""
+    return all(result["stage"] is None for result in evaluation["results"])
 
 
 def read_json(path: Path, shape: TypeAdapter[Any], remedy: str, problems: list[str]) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -185,8 +184,7 @@ def _is_complete(run: Run, line: Mapping[str, Any]) -> bool:
 def _against_untrained(run: Run) -> Found:
     """The run's own probe against the one of an untrained network, on the same test images."""
     for folder, evaluation in run.evaluations.items():
-        own = folder == run.path / "evaluation" or Path(evaluation["model"]).name == run.path.resolve().name
-        if own and not is_untrained(evaluation) and (best := _best_probe(run, evaluation)) is not None:
+        if run.is_own(folder, evaluation) and (best := _best_probe(run, evaluation)) is not None:
             break
     else:
         return "unknown", []

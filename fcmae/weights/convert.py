@@ -145,6 +145,7 @@ def check(path: Path, variant: str | None = None, key: str | None = None, prefix
         ValueError: if they differ by more than 1e-4 of the largest (float32 on another machine, summed in another
             order, stays within 1e-5), or if the file does not say what to expect, as those of others do not.
     """
+    tell_encoder_alone(path)
     weights = read_weights(path, variant, key, prefix)
     if not weights.expected_output:
         raise ValueError(f"{path} does not say what to expect of it: only what `fcmae convert` and finetune write does")

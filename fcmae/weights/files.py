@@ -294,6 +294,8 @@ def _read_directory(path: Path, variant: str | None) -> Weights:
             _check_computes(arguments.get("act_layer"), arguments.get("norm_eps"))
             if (stride := arguments.get("output_stride")) not in (None, 32):
                 raise ValueError(f"its output_stride is {stride}, and that of a ConvNeXt is 32 here")
+            if name != NOT_IN_TIMM and (patch := arguments.get("patch_size") or 4) > 7:
+                raise ValueError(f"its patch_size is {patch}, for which timm dilates the last stage")
             pool, has_head = arguments.get("global_pool", config.get("global_pool")), config.get("num_classes") != 0
             if has_head and pool not in (None, "", "avg"):
                 raise ValueError(f"its global_pool is {pool}, and that of a classifier is avg here")

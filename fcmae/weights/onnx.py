@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import fcmae
 from fcmae.config.commands import ExportConfig
 from fcmae.data.dataset import Reading, collate
-from fcmae.data.index import Images, find_images
+from fcmae.data.index import find_images, images_of_run
 from fcmae.data.normalize import Normalize
 from fcmae.data.source import printable
 from fcmae.data.split import evenly
@@ -126,8 +126,7 @@ def _data_of(path: Path) -> Path:
 
 def _images(cfg: ExportConfig, reading: Reading) -> tuple[Tensor, str]:
     """Images as the file takes them, (B, C, H, W) float32, and what they are."""
-    run = next((path for path in (cfg.model, *cfg.model.parents[:2]) if (path / "files.json").is_file()), None)
-    found = find_images(cfg.images, key="images") if cfg.images else Images.load(run / "files.json") if run else None
+    found = find_images(cfg.images, key="images") if cfg.images else images_of_run(cfg.model)
     if found is not None:
         dataset = reading.dataset(found)
         samples = [dataset[(0, i)] for i in evenly(len(found), NUM_IMAGES)]
