@@ -272,7 +272,12 @@ def _make_plan(place: Path, cfg: WorthConfig, train: Images, test: Images) -> di
     write_labels(place / "labels" / "train.csv", train)
     write_labels(place / "labels" / "test.csv", test)
     write_text(place / "labels" / "unlabelled.txt", "".join(f"{name}\n" for name in train.names()))
-    seconds, epochs, notes, decay = dict[str, float](), dict[str, float](), list[str](), choices.LAYER_DECAY
+    assert test.labels is not None
+    tested = np.bincount(test.labels)
+    tested = tested[tested > 0]  # images of each class that has any
+    one = 100 / len(tested) / min(tested)
+    notes = [f"The class with the fewest test images has {min(tested)}: one of them is {one:.1f} points."]
+    seconds, epochs, decay = dict[str, float](), dict[str, float](), choices.LAYER_DECAY
     starts = _given_starts(cfg)
     notes += [note for start in starts for note in _known(start, train, test)]
     if cfg.hours or cfg.pretraining:
@@ -304,7 +309,12 @@ def _make_plan(place: Path, cfg: WorthConfig, train: Images, test: Images) -> di
         "images": fingerprint(train, test),
         "arms": [_arm(name, "control", "scratch", None) for name in cfg.controls] + arms,
         "amounts": [{"labels": labels, "num_labels": amounts[labels], "epochs": epochs[labels]} for labels in amounts],
-        "counts": {"num_train": len(train), "num_test": len(test), "num_classes": len(train.class_names or ())},
+        "counts": {
+            "num_train": len(train),
+            "num_test": len(test),
+            "num_classes": len(train.class_names or ()),
+            "num_tested": len(tested),
+        },
         "notes": notes,
         "layer_decay": decay,
         "seconds": seconds,

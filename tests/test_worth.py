@@ -224,7 +224,11 @@ def test_weights_are_a_start_beside_scratch_of_their_own_network_and_their_licen
     tuned = read(FinetuneConfig, OUT / "runs/dino-50pct-0/config.yaml")
     assert tuned.model.license == "dinov3-license" and tuned.data.image_size == (32, 32)
     assert read(FinetuneConfig, OUT / "runs/scratch-50pct-0/config.yaml").model.license is None
-    assert "The weights of dino have the licence dinov3-license." in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "The weights of dino have the licence dinov3-license." in said
+    assert (
+        "The class with the fewest test images has 2: one of them is 25.0 points." in said and found["num_tested"] == 2
+    )
 
 
 def test_without_files_of_settings_they_are_chosen_as_for_a_run_alone(

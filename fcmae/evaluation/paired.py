@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from markupsafe import escape
 from pydantic import Field, FiniteFloat, TypeAdapter
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from fcmae.evaluation.charts import COLOURS, LAYOUT, Chart, Table
 from fcmae.evaluation.probes import mean_and_interval
@@ -69,6 +69,7 @@ class Comparison(TypedDict):
         num_train: images that labels are drawn from.
         num_test: images that are tested on.
         num_classes: of both.
+        num_tested: classes that a test image is of; all of them where it is not told.
         notes: sentences on what was done.
         arms: controls, then from scratch, then from weights.
         amounts: in the order that they were asked for.
@@ -81,6 +82,7 @@ class Comparison(TypedDict):
     num_train: Count
     num_test: Count
     num_classes: Annotated[int, Field(ge=2)]
+    num_tested: NotRequired[Annotated[int, Field(ge=1)]]
     notes: list[str]
     arms: list[Arm]
     amounts: list[Amount]
@@ -241,7 +243,7 @@ def notes(found: Comparison) -> list[str]:
     labels = ", ".join(f"{_amount(a['labels'])}: {a['num_labels']:,}, {a['epochs']:g} epochs" for a in found["amounts"])
     told = [
         f"{found['num_train']:,} images to draw labels from, {found['num_test']:,} to test on, {found['num_classes']} "
-        f"classes; a guess scores {100 / found['num_classes']:.1f}. {labels}.",
+        f"classes; a guess scores {100 / found.get('num_tested', found['num_classes']):.1f}. {labels}.",
         "Scores are of the last step, in %; in brackets the 95 % interval of the mean over the seeds (Student's t), of "
         "which one in twenty misses by chance. A seed draws the same labels, order and head for every start, and "
         "all are tested on the same images: what others would give, the interval does not tell.",
