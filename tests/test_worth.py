@@ -226,9 +226,8 @@ def test_weights_are_a_start_beside_scratch_of_their_own_network_and_their_licen
     assert read(FinetuneConfig, OUT / "runs/scratch-50pct-0/config.yaml").model.license is None
     said = capsys.readouterr().out
     assert "The weights of dino have the licence dinov3-license." in said
-    assert (
-        "The class with the fewest test images has 2: one of them is 25.0 points." in said and found["num_tested"] == 2
-    )
+    assert "The class with the fewest test images has 2: one of them is 25.0 points." in said
+    assert found["num_tested"] == 2
 
 
 def test_without_files_of_settings_they_are_chosen_as_for_a_run_alone(
