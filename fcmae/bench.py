@@ -213,7 +213,8 @@ def search(
     images = first.images
 
     def can_halve(number: int) -> bool:
-        return unit is not None and number % (2 * unit) == 0
+        # A graph cannot add up the gradients of several parts.
+        return unit is not None and number % (2 * unit) == 0 and first.compile != "cudagraphs"
 
     while True:
         results = [measure(replace(first, backend=backend, images=images)) for backend in backends]
@@ -245,7 +246,6 @@ def search(
         if not gains(replace(best.candidate, images=best.candidate.images // 2)):
             break
     for setting in compiled:
-        # A graph cannot add up the gradients of several parts.
         whole = setting != "cudagraphs" or best.candidate.images == batch_size
         if whole and setting != best.candidate.compile:
             gains(replace(best.candidate, compile=setting))

@@ -169,8 +169,8 @@ def train(
                     images, target = normalize(batch.images), batch.given_labels  # (B, C, H, W) float32, (B,) int64
                     if mixup is not None:
                         images, target = mixup(images, target)  # (B, classes)
-                    loss = classification_loss(model(images), target, balance, smoothing)
-                    step.backward(loss)
+                    # Without a name, so that what a part computed is let go where the memory does not suffice.
+                    step.backward(classification_loss(model(images), target, balance, smoothing))
             step.update()
             if ema is not None:
                 ema.update(net, step.number)

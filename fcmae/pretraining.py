@@ -163,8 +163,10 @@ def train(
             for batch in step.batches():
                 with step.part():
                     images = normalize(batch.images)  # (B, C, H, W) float32
-                    loss = masked_loss(model, images, batch.given_masks, visible, target=net.target, known=batch.known)
-                    step.backward(loss)
+                    # Without a name, so that what a part computed is let go where the memory does not suffice.
+                    step.backward(
+                        masked_loss(model, images, batch.given_masks, visible, target=net.target, known=batch.known)
+                    )
             step.update()
             step.log()
             if step.evaluates:

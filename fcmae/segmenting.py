@@ -201,8 +201,8 @@ def train(
             for batch in step.batches():
                 with step.part():
                     images, target = normalize(batch.images), batch.given_labels  # (B, C, H, W), (B, H, W)
-                    loss = segmentation_loss(model(images), target, balance, dice)
-                    step.backward(loss)
+                    # Without a name, so that what a part computed is let go where the memory does not suffice.
+                    step.backward(segmentation_loss(model(images), target, balance, dice))
             step.update()
             if ema is not None:
                 ema.update(net, step.number)

@@ -243,7 +243,8 @@ def prepare(
             logits = net(torch.randn(at_once, *weights.image["input_size"], device=accelerator.device))
         logits.float().mean().backward()
 
-    compile_model(net, cfg.model.compile, trial, (schedule.total - schedule.start) * cfg.num_parts)
+    if not cfg.eval_only:  # which computes no step
+        compile_model(net, cfg.model.compile, trial, (schedule.total - schedule.start) * cfg.num_parts)
     # The optimizer's state is where it has to be, beside the parameters.
     model, optimizer = accelerator.prepare(net, adamw, device_placement=[True, False])
     return schedule, model, optimizer, ema, so_far

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -253,11 +254,12 @@ def losses(run: Path) -> list[tuple[int, float]]:
 
 
 def run_out_of_memory(monkeypatch: pytest.MonkeyPatch, calls: Sequence[int], after_backward: bool) -> None:
-    """Have parts of training fail as for want of GPU memory.
+    """Have parts of training fail as for want of GPU memory, whose loss must be gone before the step is taken again.
 
     calls: their numbers, counted from 1 over all parts that are tried. after_backward: their gradients are there.
     """
-    backward, tried = fcmae.training.steps.Step.backward, 0
+    backward, tried, losses = fcmae.training.steps.Step.backward, 0, list[weakref.ref[Tensor]]()
+    take_smaller_parts = fcmae.training.steps.Steps.take_smaller_parts
 
     def failing(self: fcmae.training.steps.Step, loss: Tensor) -> None:
         nonlocal tried
@@ -265,9 +267,15 @@ def run_out_of_memory(monkeypatch: pytest.MonkeyPatch, calls: Sequence[int], aft
         if after_backward or tried not in calls:
             backward(self, loss)
         if tried in calls:
+            losses.append(weakref.ref(loss))
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
+    def looking(self: fcmae.training.steps.Steps, *given: Any) -> None:
+        assert not any(loss() is not None for loss in losses)
+        take_smaller_parts(self, *given)
+
     monkeypatch.setattr(fcmae.training.steps.Step, "backward", failing)
+    monkeypatch.setattr(fcmae.training.steps.Steps, "take_smaller_parts", looking)
 
 
 TIMINGS = {"images_per_s", "data_wait_s", "data_wait_share", "upkeep_s"}

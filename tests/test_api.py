@@ -207,6 +207,18 @@ def test_a_run_leaves_the_precisions_that_the_caller_has_set_one_by_one(photos: 
             place.fp32_precision = kept
 
 
+def test_a_run_leaves_torch_s_words_for_tf32_in_agreement(photos: Path, tmp_path: Path) -> None:
+    """Where they contradict each other torch raises as it exports a model."""
+    before = torch.backends.cudnn.allow_tf32
+    for value in (True, False):
+        torch.backends.cudnn.allow_tf32 = value
+        try:
+            fcmae.pretrain(photos, tmp_path / str(value), settings=config(photos, tmp_path))
+            assert torch.backends.cudnn.allow_tf32 is value
+        finally:
+            torch.backends.cudnn.allow_tf32 = before
+
+
 def test_a_run_outside_the_main_thread_leaves_signals_alone(photos: Path, tmp_path: Path) -> None:
     found: list[Run | BaseException] = []
 

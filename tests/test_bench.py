@@ -93,6 +93,9 @@ def test_graphs_are_tried_where_a_step_has_one_part() -> None:
     for images, expected in ((64, "cudagraphs"), (32, False)):
         first = Candidate("packed", "fp32", images)
         assert find(made, first, unit=None, compiled=["cudagraphs"]).compile == expected
+    made = Made(lambda candidate: 1)
+    find(made, Candidate("packed", "fp32", 64, "cudagraphs"), unit=1)  # which would be tried with half the images
+    assert {candidate.images for candidate in made.seen} == {64}
 
 
 def test_a_compilation_that_is_configured_is_not_tried_again() -> None:

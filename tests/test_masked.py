@@ -274,15 +274,15 @@ def test_recomputing_blocks_changes_nothing_in_the_other_backends(backend: str) 
     torch.testing.assert_close(*gradients)
 
 
-@pytest.mark.parametrize("option", ["grad_checkpointing", "compile"])
-def test_memory_and_speed_options_change_nothing(option: str) -> None:
+@pytest.mark.parametrize("options", [{"grad_checkpointing"}, {"compile"}, {"grad_checkpointing", "compile"}], ids=str)
+def test_memory_and_speed_options_change_nothing(options: set[str]) -> None:
     # What is compiled has no drop path, whose draws a compiler orders otherwise.
-    spec, rate = (SOON_COMPILED, 0.0) if option == "compile" else ("convnextv2_atto", 0.3)
+    spec, rate = (SOON_COMPILED, 0.0) if "compile" in options else ("convnextv2_atto", 0.3)
     plain = small(spec, drop_path_rate=rate)
     randomize(plain, std=0.1)
-    other = small(spec, drop_path_rate=rate, grad_checkpointing=option == "grad_checkpointing")
+    other = small(spec, drop_path_rate=rate, grad_checkpointing="grad_checkpointing" in options)
     other.load_state_dict(plain.state_dict())
-    if option == "compile":
+    if "compile" in options:
         # aot_eager traces and differentiates the same graph without waiting for a C++ compiler.
         other.compile(backend="aot_eager", fullgraph=True)
     images, mask = torch.randn(2, 2, 24, 24), masks(2, (3, 3), 4)

@@ -2,9 +2,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fcmae.layouts import Masked, Packed
+from fcmae.layouts import DENSE, Layout, Masked, Packed
 from fcmae.layouts.norms import l2_norm
-from fcmae.networks.layers import GRN, Block, _GRNLinear, gelu, grn_linear
+from fcmae.networks.layers import GRN, Block, _GRNLinear, gelu_of, grn_linear
 
 
 def parts(width: int, channels: int, dtype: torch.dtype = torch.float64) -> tuple[GRN, nn.Linear]:
@@ -47,7 +47,7 @@ def test_second_derivatives_are_refused_and_not_wrong() -> None:
 def test_gelu_takes_the_place_of_features_that_no_gradient_needs(learns: bool) -> None:
     kept = torch.linspace(-4, 4, 9)
     features = kept.clone().requires_grad_(learns)
-    out = gelu(features)
+    out = gelu_of(nn.Identity(), features)
     torch.testing.assert_close(out, nn.functional.gelu(kept), rtol=0, atol=0)
     assert torch.equal(features, kept if learns else out)
     if learns:
@@ -117,7 +117,35 @@ def test_a_block_computes_the_same_with_many_sites_an_image_and_with_few(layout:
 
         seen = torch.zeros(1, 2, 6, 1, dtype=torch.bool)
         seen[:, :, :2] = seen[:, :, 4:] = True
-        h = block.dwconv((x * seen).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        h = nn.Conv2d.forward(block.dwconv, (x * seen).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         h = nn.functional.gelu(block.pwconv1(block.norm(h))) * seen
         expected = x + block.pwconv2(block.grn(h, torch.linalg.vector_norm(h, dim=(1, 2), keepdim=True)))
         torch.testing.assert_close(out, expected * seen)
+
+
+@pytest.mark.parametrize("layout", ["dense", "packed"])
+@torch.no_grad()
+def test_hooks_see_what_the_layers_give_and_replacements_are_called(layout: str) -> None:
+    torch.manual_seed(0)
+    block = Block(4).double()
+    assert block.grn is not None
+    nn.init.normal_(block.grn.gamma)
+    place: Layout = DENSE if layout == "dense" else Packed(torch.tensor([[[False, True, False]]]), 2)
+    x = torch.randn(1, 2, 6, 4, dtype=torch.float64)
+    x = place.pack(x) if isinstance(place, Packed) else x
+    expected, seen = block(x, place), dict[str, Tensor]()
+    for name, layer in block.named_children():
+        layer.register_forward_hook(lambda layer, given, out, name=name: seen.update({name: out}))
+    torch.testing.assert_close(block(x, place), expected)
+    assert list(seen) == ["dwconv", "norm", "pwconv1", "grn", "pwconv2"]
+    torch.testing.assert_close(seen["pwconv1"], nn.functional.linear(seen["norm"], *block.pwconv1.parameters()))
+    torch.testing.assert_close(x + seen["pwconv2"], expected)
+
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    other = Block(4).double()
+    other.pwconv2 = Doubled(16, 4).double()
+    other.load_state_dict(block.state_dict())
+    torch.testing.assert_close(other(x, place), x + 2 * (expected - x))

@@ -89,7 +89,8 @@ def test_what_is_measured_is_what_the_blocks_do_image_by_image(spec: ConvNeXtSpe
         values, norms, shares = [], [], []
         for here in expanded:
             x, out = here[2 * number : 2 * number + 2]
-            h = torch.nn.functional.gelu(block.pwconv1(block.norm(block.dwconv(x.movedim(-1, 1)).movedim(1, -1))))[0]
+            h = torch.nn.Conv2d.forward(block.dwconv, x.movedim(-1, 1)).movedim(1, -1)
+            h = torch.nn.functional.gelu(block.pwconv1(block.norm(h)))[0]
             g = h.flatten(0, 1).norm(dim=0)
             if block.grn is not None:
                 h = h * (1 + block.grn.gamma.flatten() * g / g.mean()) + block.grn.beta.flatten()

@@ -127,3 +127,15 @@ def test_a_trial_leaves_the_statistics_of_batches_as_they_were(
     compile_model(net, setting, lambda: net(torch.randn(4, 3)).sum().backward(), 10**9)
     for name, buffer in net.named_buffers():
         assert torch.equal(buffer, before[name]), name
+
+
+@pytest.mark.parametrize("setting", [True, "auto"])
+def test_a_trial_that_does_not_fit_into_memory_leaves_that_to_the_first_step(setting: Setting) -> None:
+    net = Sleeper(0.001)
+
+    def trial() -> None:
+        net().backward()
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    compile_model(net, setting, trial, 10**6)
+    assert net.weight.grad is None and net.modes == ([None] if setting is True else [])

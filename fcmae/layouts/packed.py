@@ -84,6 +84,7 @@ class Packed:
 
     def downsample(self, f: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         B, K, b, _, C = f.shape
+        self._row_indices(b // 2)  # of the stage to come: compiled, a block that is recomputed may not keep them
         x = f.view(B, K, b // 2, 2, b // 2, 2, C).transpose(3, 4)  # (B, K, b/2, b/2, 2, 2, C)
         return F.linear(x.reshape(B, K, b // 2, b // 2, 4 * C), weight.permute(0, 2, 3, 1).flatten(1), bias)
 

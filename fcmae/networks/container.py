@@ -15,26 +15,10 @@ from torch import Tensor, nn
 from fcmae.layouts import Layout
 from fcmae.networks.convnext import init_weights
 from fcmae.networks.encoder import StagedEncoder, drop_path_rates
-from fcmae.networks.layers import LayerNorm, gelu
+from fcmae.networks.layers import DepthwiseConv, LayerNorm, gelu_of
 from fcmae.networks.spec import Affinity, ContainerSpec
 
 KERNEL_SIZE, POSITION_SIZE = 5, 3  # of the static affinity and of what stands for a table of positions
-
-
-class DepthwiseConv(nn.Conv2d):
-    """A depthwise convolution of features in any layout: a static affinity with a head for each channel.
-
-    Args:
-        dim: channels C.
-        kernel_size: odd.
-    """
-
-    def __init__(self, dim: int, kernel_size: int) -> None:
-        super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
-
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:  # type: ignore[override]
-        """Features (..., C) in `layout` to features of the same shape."""
-        return layout.depthwise_conv(x, self.weight, self.bias)
 
 
 class Matrix(nn.Module):
@@ -150,7 +134,7 @@ class Block(nn.Module):
         """As the call, with the expanded features that pwconv2 sees; see `encoder.StageBlock`."""
         x = x + self.position(x, layout)
         x = x + self._drop_path(self.aggregate(self.norm1(x), layout), layout)
-        h = gelu(self.pwconv1(self.norm2(x)))  # (..., hidden)
+        h = gelu_of(self.pwconv1, self.norm2(x))  # (..., hidden)
         return h, x + self._drop_path(self.pwconv2(h), layout)
 
     def _drop_path(self, branch: Tensor, layout: Layout) -> Tensor:

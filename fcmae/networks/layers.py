@@ -142,19 +142,35 @@ def _scales_weight(rows: Tensor, weight: Tensor) -> bool:
     return rows.shape[1] >= weight.shape[0]
 
 
-def gelu(x: Tensor) -> Tensor:
-    """GELU of features that nobody else holds: in their place where no gradient needs them.
+def is_watched(module: nn.Module) -> bool:
+    """Whether a hook waits for the module to be called, or for its gradient."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks)
+
+
+def gelu_of(linear: nn.Module, x: Tensor) -> Tensor:
+    """GELU(linear(x)): in the place of the product where no gradient needs it and no hook may hold it.
 
     A large image's expanded features are memory that the system gives page by page, which takes longer than GELU.
+
+    Args:
+        linear: from C to D channels.
+        x: (..., C).
+
+    Returns:
+        (..., D).
     """
-    if x.requires_grad or torch.compiler.is_compiling():
-        return F.gelu(x)
-    out: Tensor = torch.ops.aten.gelu_(x)
+    product: Tensor = linear(x)
+    if product.requires_grad or torch.compiler.is_compiling() or is_watched(linear):
+        return F.gelu(product)
+    out: Tensor = torch.ops.aten.gelu_(product)
     return out
 
 
 def project(features: Tensor, grn: GRN, linear: nn.Linear, layout: Layout) -> Tensor:
     """linear(grn(features)): as one operation where the layout has the rows of each image together, else one by one.
+
+    One by one too where a hook waits for either, or something else than a Linear has taken its place.
 
     Args:
         features: (..., C) in `layout`, with any value at hidden sites.
@@ -165,11 +181,28 @@ def project(features: Tensor, grn: GRN, linear: nn.Linear, layout: Layout) -> Te
     Returns:
         (..., D), in `layout`.
     """
-    rows = layout.image_rows(features)
+    is_plain = type(linear) is nn.Linear and not (is_watched(grn) or is_watched(linear))
+    rows = layout.image_rows(features) if is_plain else None
     if rows is not None:
         return grn_linear(rows, grn, linear).view(*features.shape[:-1], -1)
     out: Tensor = linear(grn(features, layout.image_norm(at_least_float32(features))))
     return out
+
+
+class DepthwiseConv(nn.Conv2d):
+    """A depthwise convolution of features in any layout.
+
+    Args:
+        dim: channels C.
+        kernel_size: odd.
+    """
+
+    def __init__(self, dim: int, kernel_size: int) -> None:
+        super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
+
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:  # type: ignore[override]
+        """Features (..., C) in `layout` to features of the same shape."""
+        return layout.depthwise_conv(x, self.weight, self.bias)
 
 
 class Block(nn.Module):
@@ -195,7 +228,7 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         hidden = hidden or MLP_RATIO * dim
-        self.dwconv = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
+        self.dwconv = DepthwiseConv(dim, kernel_size)
         self.norm = LayerNorm(dim)
         self.pwconv1 = nn.Linear(dim, hidden)
         self.grn = GRN(hidden) if use_grn else None
@@ -218,8 +251,7 @@ class Block(nn.Module):
 
     def expand(self, x: Tensor, layout: Layout) -> Tensor:
         """GELU(pwconv1(LayerNorm(dwconv(x)))): (..., C) to (..., hidden), in `layout`."""
-        h = layout.depthwise_conv(x, self.dwconv.weight, self.dwconv.bias)  # (..., C)
-        return gelu(self.pwconv1(self.norm(h)))  # (..., hidden)
+        return gelu_of(self.pwconv1, self.norm(self.dwconv(x, layout)))  # (..., hidden)
 
     def add(self, x: Tensor, branch: Tensor, layout: Layout) -> Tensor:
         """x + DropPath(branch), or x + DropPath(gamma * branch) in V1.

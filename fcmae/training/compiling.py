@@ -6,6 +6,7 @@ import logging
 import math
 import statistics
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Literal
 
 import torch
@@ -48,6 +49,8 @@ def compile_model(net: nn.Module, setting: Setting, step: Callable[[], None], nu
         net.compile()
         try:
             step()
+        except torch.OutOfMemoryError:
+            pass  # the first step is taken again in smaller parts
         except torch._dynamo.exc.TorchDynamoException as error:
             raise ValueError(
                 f"model.compile = true fails here ({_one_line(error)}): install a C++ compiler (see fcmae doctor), "
@@ -74,7 +77,10 @@ def _pays(net: nn.Module, step: Callable[[], None], num_steps: int) -> bool:
         step()
         net.zero_grad()
 
-    eager = statistics.median(in_turn({"eager": trial}, TIMED, device=device)["eager"])
+    eager = 0.0  # where a part does not fit, which the first step will find too
+    with suppress(torch.OutOfMemoryError):
+        eager = statistics.median(in_turn({"eager": trial}, TIMED, device=device)["eager"])
+    net.zero_grad()
     tries = [eager * num_steps >= LEAST_RUN_S]
     broadcast_object_list(tries)
     if not tries[0]:

@@ -144,8 +144,11 @@ def for_a_caller() -> Iterator[None]:
     before = [dict(state) for state in states]
     environment = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
     precision, precisions = None, [place.fp32_precision for place in _PRECISIONS]
+    has_tf32 = True  # torch's default
     with suppress(RuntimeError):  # where the caller has set these, torch does not say them in one word
         precision = torch.get_float32_matmul_precision()
+    with suppress(RuntimeError):
+        has_tf32 = torch.backends.cudnn.allow_tf32
     drawn = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     has_drawn, seed = torch.cuda.is_initialized(), torch.initial_seed()  # type: ignore[no-untyped-call]
     drawn_there = torch.cuda.get_rng_state_all() if has_drawn else []
@@ -165,6 +168,8 @@ def for_a_caller() -> Iterator[None]:
         os.environ |= environment
         if precision is not None:
             torch.set_float32_matmul_precision(precision)
+        # A word that torch keeps beside those below: where they contradict it, an export raises.
+        torch.backends.cudnn.allow_tf32 = has_tf32
         for place, kept in zip(_PRECISIONS, precisions, strict=True):
             place.fp32_precision = kept
 
