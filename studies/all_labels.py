@@ -1,6 +1,6 @@
 """Does pretraining pay where every image has its label, beside scratch that is given the compute of pretraining too?
 
-    python studies/all_labels.py SHARDS --out runs/all_labels           # 2 cores: 3 h
+    python studies/all_labels.py SHARDS --out runs/all_labels           # 2 cores: 4 h
     python studies/all_labels.py SHARDS --out runs/all_labels --list    # the commands, without running them
 
 SHARDS: the folder of tiny20's shards (see studies/sets.py). Pretraining is that of the arm `again` of

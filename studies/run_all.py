@@ -10,7 +10,7 @@ numbers, small_images.py, recipe.py, all_labels.py and collapse.py run, and stud
 all in OUT/docs, beside the pages and the JSON. --docs names another folder: one whose JSON has other runs is refused.
 
 On 2 cores the commands here took 5.0 hours, two at a time, before controls with few labels were among them, and by the
-seconds in the JSON of docs/ what is run there of small_images.py takes 3 more, of recipe.py 3, of all_labels.py 3 and
+seconds in the JSON of docs/ what is run there of small_images.py takes 3 more, of recipe.py 2, of all_labels.py 4 and
 of collapse.py 1. On a GPU small_images.py takes 1.5 hours, and the rest was not run by us. `make demo-long` and the
 studies of other networks, roadmap.py, container.py and pruning.py, of which docs/results.md also tells, and
 segmentation.py are commands of their own.
