@@ -46,7 +46,7 @@ from fcmae.training.launch import closing_trackers, ending_together, finish, mak
 from fcmae.training.log import Log
 from fcmae.training.run import Run, RunDirectory
 from fcmae.training.signals import StopSignal
-from fcmae.training.steps import AT_ONCE, Steps, check_pooled, images_at_once, in_parts, that_fits
+from fcmae.training.steps import AT_ONCE, Steps, images_at_once, in_parts, that_fits
 from fcmae.weights.convert import save_classifier
 from fcmae.weights.files import Weights
 from fcmae.weights.formats import rename
@@ -92,9 +92,8 @@ def finetune(cfg: FinetuneConfig, net: Classifier | None = None) -> Run:
             class_names=tuple(val_images.class_names),
             origin={} if cfg.model.license is None else {"license": cfg.model.license},
         )
-        if net.encoder.spec.has_batch_norm:
-            check_pooled(cfg, run, accelerator.num_processes, "BatchNorm")
-        check_start(cfg, run, net, (len(train_images), len(val_images)), fingerprint(train_images, val_images))
+        num_images, images = (len(train_images), len(val_images)), fingerprint(train_images, val_images)
+        check_start(cfg, run, net, num_images, images, accelerator.num_processes)
         with run.open(accelerator.is_main_process), closing_trackers(accelerator), StopSignal() as stop:
             if accelerator.is_main_process:
                 train_images.save(run.path / "files.json")

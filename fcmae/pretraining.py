@@ -37,7 +37,14 @@ from fcmae.networks.build import make_encoder
 from fcmae.networks.spec import describe
 from fcmae.training import checkpoint, optim
 from fcmae.training.compiling import compile_model
-from fcmae.training.launch import closing_trackers, ending_together, finish, make_accelerator, same_everywhere
+from fcmae.training.launch import (
+    closing_trackers,
+    ending_together,
+    finish,
+    make_accelerator,
+    same_everywhere,
+    waiting_for_all,
+)
 from fcmae.training.log import Log
 from fcmae.training.optim import Schedule
 from fcmae.training.records import read_metrics
@@ -170,7 +177,8 @@ def train(
             step.update()
             step.log()
             if step.evaluates:
-                evaluation.run(net, step)
+                with waiting_for_all(accelerator):  # the first one looks at features and draws pictures
+                    evaluation.run(net, step)
             at_once = images_at_once(steps.cfg, accelerator.num_processes)
             step.save(run, net, fingerprint, {"images_at_once": at_once})
     return steps.finished

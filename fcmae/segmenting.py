@@ -58,11 +58,18 @@ from fcmae.starting import (
     progress_of,
     starting_weights,
 )
-from fcmae.training.launch import closing_trackers, ending_together, finish, make_accelerator, same_everywhere
+from fcmae.training.launch import (
+    closing_trackers,
+    ending_together,
+    finish,
+    make_accelerator,
+    same_everywhere,
+    waiting_for_all,
+)
 from fcmae.training.log import Log
 from fcmae.training.run import Run, RunDirectory
 from fcmae.training.signals import StopSignal
-from fcmae.training.steps import Steps, check_pooled, images_at_once, in_parts, that_fits
+from fcmae.training.steps import Steps, images_at_once, in_parts, that_fits
 from fcmae.weights.files import Weights
 from fcmae.weights.segmenters import read_segmenter, save_segmenter
 
@@ -131,9 +138,8 @@ def segment(cfg: SegmentConfig, net: Segmenter | None = None) -> Run:
         image = kept_image(run, image_settings(cfg, weights) | {"crop_pct": 1.0})
         weights = replace(weights, state={}, image=image, origin=origin)
         check_sides("data.image_size", weights.image["input_size"][1:], weights.architecture.spec.total_stride)
-        if net.encoder.spec.has_batch_norm:
-            check_pooled(cfg, run, accelerator.num_processes, "BatchNorm")
-        check_start(cfg, run, net, (len(data.images), len(data.val_images)), data.fingerprint())
+        num_images = (len(data.images), len(data.val_images))
+        check_start(cfg, run, net, num_images, data.fingerprint(), accelerator.num_processes)
         with run.open(accelerator.is_main_process), closing_trackers(accelerator), StopSignal() as stop:
             if accelerator.is_main_process:
                 for name, part in zip(FILES, data, strict=True):
@@ -438,7 +444,7 @@ class Evaluation:
         found, bad, num_read = Scores(len(classes)), list[tuple[str, str]](), 0
         which = range(rank, len(self.data.val_images), num_processes)
         num_threads = choose_num_workers(self.cfg.data.num_workers, self.accelerator.device.type)
-        with evaluating(network):
+        with waiting_for_all(self.accelerator), evaluating(network):  # images are of many sizes
             predict = predictor(network, self.normalize, self.accelerator)
             for i, one in zip(which, each_image(partial(self._score_one, predict), which, num_threads), strict=True):
                 if isinstance(one, BadImage):

@@ -26,7 +26,7 @@ from fcmae.training import checkpoint, optim
 from fcmae.training.compiling import compile_model
 from fcmae.training.optim import Schedule
 from fcmae.training.run import RunDirectory
-from fcmae.training.steps import images_at_once, schedule_of
+from fcmae.training.steps import check_pooled, images_at_once, schedule_of
 from fcmae.weights.convert import adapt_in_chans
 from fcmae.weights.files import Weights, read_init, tell_encoder_alone
 from fcmae.weights.formats import Architecture
@@ -172,7 +172,14 @@ def check_unlearnt(cfg: DenseConfig, val: Images) -> None:
         )
 
 
-def check_start(cfg: DenseConfig, run: RunDirectory, net: nn.Module, num_images: tuple[int, int], images: str) -> None:
+def check_start(
+    cfg: DenseConfig,
+    run: RunDirectory,
+    net: Classifier | Segmenter,
+    num_images: tuple[int, int],
+    images: str,
+    num_processes: int,
+) -> None:
     """Refuse to start where the run could not end, or where a checkpoint is of other images.
 
     Args:
@@ -181,6 +188,7 @@ def check_start(cfg: DenseConfig, run: RunDirectory, net: nn.Module, num_images:
         net: what it trains.
         num_images: to learn from, and held out.
         images: the fingerprint of all.
+        num_processes: of the run.
 
     Raises:
         ValueError: in one sentence.
@@ -188,6 +196,8 @@ def check_start(cfg: DenseConfig, run: RunDirectory, net: nn.Module, num_images:
     if num_images[1] == 0:
         remedy = "raise it" if num_images[0] > 1 else "give images to hold out by data.val_path"
         raise ValueError(f"data.val_share = {cfg.data.val_share} holds out none of {num_images[0]} images: {remedy}")
+    if net.encoder.spec.has_batch_norm:
+        check_pooled(cfg, run, num_processes, "BatchNorm")
     if run.resume_from is not None:
         keys = [key for key in cfg.inputs() if key.startswith("data.")]
         checkpoint.check_origin(run.resume_from, run.kind, images, keys)

@@ -282,7 +282,7 @@ def _make_plan(place: Path, cfg: WorthConfig, train: Images, test: Images) -> di
     notes += [note for start in starts for note in _known(start, train, test)]
     if cfg.hours or cfg.pretraining:
         made, seconds[PRETRAINED] = _choose_pretraining(place, cfg)
-        seen = _num_shared(find_images(made.data.path), test)
+        seen = len(_identities(find_images(made.data.path)) & _identities(test))
         notes += [f"{seen} of the test images are among those of the pretraining, without labels."] if seen else []
         mean, std = made.data.statistics()
         reading = {"in_chans": made.data.in_chans, "image_size": list(made.data.image_size), "mean": mean, "std": std}
@@ -331,20 +331,22 @@ def _known(start: Start, train: Images, test: Images) -> Iterator[str]:
     """
     if (learnt := images_of_run(Path(str(start.init)))) is None:
         return
-    seen, drawn_from = _num_shared(learnt, test), _num_shared(learnt, train)
-    if learnt.labels is None and seen:
-        yield f"{seen} of the test images are among those of the pretraining of {start.name}, without labels."
-    if learnt.labels is not None and seen:
+    known = _identities(learnt)
+    tested, drawn_from = (len(known & _identities(images)) for images in (test, train))
+    if learnt.labels is None:
+        if tested:
+            yield f"{tested} of the test images are among those of the pretraining of {start.name}, without labels."
+    elif tested:
         raise ValueError(
-            f"init = {start.init} has learnt from {seen} of the {len(test)} test images with their labels: give "
+            f"init = {start.init} has learnt from {tested} of the {len(test)} test images with their labels: give "
             "weights that have not, or other images by --test"
         )
-    if learnt.labels is not None and drawn_from:
+    elif drawn_from:
         yield f"{start.name} has learnt from {drawn_from} of the labels already, however few a row of the table says."
 
 
-def _num_shared(some: Images, others: Images) -> int:
-    return len({*map(_identity, some.names())} & {*map(_identity, others.names())})
+def _identities(images: Images) -> set[tuple[int, int] | str]:
+    return {*map(_identity, images.names())}
 
 
 def _identity(name: str) -> tuple[int, int] | str:

@@ -163,8 +163,9 @@ def _resuming(run: Run, given: str) -> str:
     if (num := processes_of(run)) == 1 and given.startswith("fcmae "):
         return given
     config = shlex.quote(str(run.path / "config.yaml"))
-    launcher = f"accelerate launch --multi_gpu --num_processes {num} {run.kind}.py"  # --multi_gpu: on CPUs too
-    return f"{f'fcmae {run.kind}' if num == 1 else launcher} --config {config}"
+    launcher = f"accelerate launch --multi_gpu --num_processes {num}"  # --multi_gpu: on CPUs too
+    program = f"fcmae {run.kind}" if num == 1 else f"{launcher} {run.kind}.py"
+    return f"{program} --config {config}"
 
 
 def next_commands(run: Run, state: str) -> list[str]:

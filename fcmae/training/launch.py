@@ -18,20 +18,13 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import (
-    InitProcessGroupKwargs,
-    ProjectConfiguration,
-    broadcast_object_list,
-    gather_object,
-    parse_flag_from_env,
-)
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object, parse_flag_from_env
 
 from fcmae.config import RunConfig
 from fcmae.data.loader import end_workers
 from fcmae.training.signals import StopSignal
 
 FOREVER = timedelta(days=7)
-PATIENCE = timedelta(hours=6)  # of a process in a collective: another may still evaluate, or draw pictures
 ENDED = "a process of the run has ended: see what it said"
 # Where torch keeps whether float32 may be computed in TF32.
 _PRECISIONS: tuple[Any, ...] = (
@@ -93,30 +86,36 @@ def make_accelerator(cfg: RunConfig) -> Accelerator:
         mixed_precision=precision,
         log_with=cfg.log.trackers or None,
         project_config=ProjectConfiguration(project_dir=str(cfg.out), logging_dir=f"{cfg.out}/tensorboard"),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
 
 
 def same_everywhere(accelerator: Accelerator, find: Callable[[], Found]) -> Found:
-    """What the first process finds, sent to all, which wait for it however long it takes.
-
-    In a collective they would for some minutes: the index of many images on slow storage takes longer.
+    """What the first process finds, sent to all.
 
     Args:
         accelerator: of the processes.
-        find: called in the first one.
+        find: called in the first one, for as long as it takes: the index of many images on slow storage.
     """
-    key = _new_key(accelerator)
-    found: list[Any] = [find() if accelerator.is_main_process else None]
-    if accelerator.num_processes > 1:
-        store = _store()
-        if accelerator.is_main_process:
-            store.set(key, "")
-        else:
-            store.wait([key], FOREVER)
+    with waiting_for_all(accelerator):
+        found: list[Any] = [find() if accelerator.is_main_process else None]
     broadcast_object_list(found)
     result: Found = found[0]
     return result
+
+
+@contextmanager
+def waiting_for_all(accelerator: Accelerator) -> Iterator[None]:
+    """Around what takes one process longer than others: these wait at its end, where a collective gives up in minutes.
+
+    Args:
+        accelerator: of the processes.
+    """
+    key = _new_key(accelerator)
+    yield
+    if accelerator.num_processes > 1:
+        store = _store()
+        store.set(f"{key}/{accelerator.process_index}", "")
+        store.wait([f"{key}/{process}" for process in range(accelerator.num_processes)], FOREVER)
 
 
 def _new_key(accelerator: Accelerator) -> str:
