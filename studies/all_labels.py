@@ -29,11 +29,11 @@ from study import (
     chosen,
     facts,
     in_words,
-    last_scores,
     paired,
     prepare_tiny20,
     probe,
     schedule,
+    scores_by_seed,
     write_found,
 )
 
@@ -156,17 +156,11 @@ def main(argv: list[str] | None = None) -> None:
     wanted = chosen(args, every)
     prepare_tiny20(args.shards, out, {100: SEEDS}, trials=0)
     schedule(wanted, out, args.at_once, None if args.at_once == 1 else 1)
-    scores = last_scores(out, every, "top1")
     found = {
         **facts(out, every),
         "size": args.size,
         "at_once": args.at_once,
-        "scores": [
-            {"arm": name, "seed": seed, "top1": scores[run]["top1"]}
-            for name in ARMS
-            for seed in range(SEEDS)
-            if (run := f"{name}-{seed}") in scores
-        ],
+        "scores": scores_by_seed(out, every, ARMS, SEEDS),
         "probes": small_images.probed(out, every),
     }
     write_text(out / "all_labels.json", json.dumps(found, indent=1) + "\n")

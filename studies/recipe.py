@@ -28,10 +28,10 @@ from study import (
     chosen,
     facts,
     in_words,
-    last_scores,
     paired,
     prepare_tiny20,
     schedule,
+    scores_by_seed,
     write_found,
 )
 
@@ -169,17 +169,11 @@ def main(argv: list[str] | None = None) -> None:
     wanted = chosen(args, every)
     prepare_tiny20(args.shards, out, {PERCENT: 0}, DRAWS)
     schedule(wanted, out, args.at_once, None if args.at_once == 1 else 1)
-    scores = last_scores(out, every, "top1")
     found = {
         **facts(out, every),
         "epochs": args.epochs,
         "size": args.size,
-        "scores": [
-            {"arm": name, "seed": seed, "top1": scores[run]["top1"]}
-            for name in ARMS
-            for seed in range(DRAWS)
-            if (run := f"{name}-{seed}") in scores
-        ],
+        "scores": scores_by_seed(out, every, ARMS, DRAWS),
     }
     write_text(out / "recipe.json", json.dumps(found, indent=1) + "\n")
     print("\n" + result(found))

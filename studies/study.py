@@ -83,7 +83,9 @@ def chosen(args: argparse.Namespace, every: Iterable[Job]) -> list[Job]:
         for job in wanted:
             print(f"# {job.name}\n{shown(job, out)}")
         raise SystemExit(0)
-    check_done(every, out)
+    for job in every:
+        if is_done(job, out) and (command := record_of(job, out)["command"]) != shown(job, out):
+            sys.exit(f"{out}: {job.name} was done by other settings ({command}): give the same ones, or another --out")
     return wanted
 
 
@@ -135,12 +137,7 @@ def schedule(wanted: Iterable[Job], out: Path, at_once: int, threads: int | None
     """Run the jobs in their order, each as soon as what it needs is done.
 
     Stopped by SIGTERM or an interrupt, it stops what runs, which saves what it has, and waits for it.
-
-    Raises:
-        SystemExit: before anything runs, if a job was done with other words.
     """
-    wanted = list(wanted)
-    check_done(wanted, out)
     (out / "jobs").mkdir(parents=True, exist_ok=True)
     done = {path.stem for path in (out / "jobs").glob("*.json") if not path.name.startswith(".")}
     waiting, running = [job for job in wanted if job.name not in done], dict[Future[bool], Job]()
@@ -171,13 +168,6 @@ def schedule(wanted: Iterable[Job], out: Path, at_once: int, threads: int | None
                     process.terminate()
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def check_done(jobs: Iterable[Job], out: Path) -> None:
-    """End the program if one of the jobs was done with other words."""
-    for job in jobs:
-        if is_done(job, out) and (command := record_of(job, out)["command"]) != shown(job, out):
-            sys.exit(f"{out}: {job.name} was done by other settings ({command}): give the same ones, or another --out")
 
 
 def start(job: Job, out: Path, threads: int | None) -> subprocess.Popen[bytes]:
@@ -245,6 +235,17 @@ def last_scores(out: Path, every: Iterable[Job], key: str) -> dict[str, dict[str
                 if key in line:
                     found[job.name] = {name: value for name, value in line.items() if name not in ("step", "epoch")}
     return found
+
+
+def scores_by_seed(out: Path, every: Iterable[Job], arms: Iterable[str], seeds: int) -> list[dict[str, Any]]:
+    """Top-1 of the runs named ARM-SEED that are done."""
+    found = last_scores(out, every, "top1")
+    return [
+        {"arm": name, "seed": seed, "top1": found[run]["top1"]}
+        for name in arms
+        for seed in range(seeds)
+        if (run := f"{name}-{seed}") in found
+    ]
 
 
 def facts(out: Path, every: Iterable[Job]) -> dict[str, Any]:

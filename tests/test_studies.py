@@ -12,6 +12,7 @@ import sys
 import tarfile
 import threading
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -327,7 +328,9 @@ def test_jobs_run_in_order_once_and_not_without_what_they_need(
     study.schedule([job("first", "first"), job("glob", str(tmp_path / "*.txt"))], tmp_path, at_once=2, threads=None)
     assert said.read_text() == f"first;last;{tmp_path / 'a.txt'};"
     with pytest.raises(SystemExit, match=r"first was done by other settings \(python -c .* first\): give the same"):
-        study.schedule([job("new", "new"), job("first", "again")], tmp_path, at_once=2, threads=None)
+        study.chosen(
+            Namespace(out=tmp_path, only=["new"], list=False), [job("new", "new"), job("first", "again")]
+        )  # named or not
     assert said.read_text() == f"first;last;{tmp_path / 'a.txt'};"
 
 
