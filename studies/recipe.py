@@ -108,6 +108,7 @@ def jobs(out: Path, epochs: float, size: int, at_once: int) -> Iterator[Job]:
         )  # fmt: skip
         yield Job(f"{name}-p", (*program, *words, *pretraining))
         start, needs = f"{out}/runs/{name}-p", f"{name}-p"
+        network = [flag for flag in arm.flags if flag.startswith("--model.variant=")]  # the config has the shipped one
         if arm.part == "ema":
             start, needs = f"{out}/runs/{name}-average.safetensors", f"{name}-average"
             yield Job(needs, (*objectives, "ema", "average", f"{out}/runs/{name}-p", start), (f"{name}-p",))
@@ -116,7 +117,8 @@ def jobs(out: Path, epochs: float, size: int, at_once: int) -> Iterator[Job]:
             tuning = (
                 "finetune", "--config=finetune_small_images", f"--init={start}", f"--data.path={draw[0]}",
                 f"--data.val_path={draw[1]}", f"--data.image_size={size}", f"--seed={seed}",
-                f"--out={out}/runs/{name}-{seed}", *(() if at_once == 1 else ("--data.num_workers=1",)),
+                f"--out={out}/runs/{name}-{seed}", *network,
+                *(() if at_once == 1 else ("--data.num_workers=1",)),
             )  # fmt: skip
             yield Job(f"{name}-{seed}", (*FCMAE, *tuning), (needs,))
 

@@ -37,7 +37,7 @@ from fcmae.layouts import MakeLayout, make_layout
 from fcmae.masked import build_fcmae
 from fcmae.masking import random_mask
 from fcmae.networks.convnext import Encoder
-from fcmae.networks.spec import VARIANTS, ConvNeXtSpec
+from fcmae.networks.spec import VARIANTS, ConvNeXtSpec, NetworkSpec
 from fcmae.options import load
 from fcmae.pretraining import build_model, pretrain
 from fcmae.tables import table
@@ -505,14 +505,15 @@ def test_each_arm_of_the_recipe_changes_one_thing_and_sees_no_test_images(tmp_pa
     assert len(jobs) == len(made) == len(recipe.ARMS) * (1 + recipe.DRAWS) + 1
     # What an arm does not give, it has by default.
     base = {"--seed": 0, "--model.mask_patch": 8, "--data.masks_per_image": 1}
+    networks: dict[str, set[NetworkSpec]] = {}
     for number, job in enumerate(made):
         assert set(job.needs) <= {one.name for one in made[:number]} and "/test.csv" not in " ".join(job.words)
         if "average" not in job.words:
             verb = next(verb for verb in ("pretrain", "finetune") if verb in job.words)
-            assert load(COMMANDS[verb][0], job.words[job.words.index(verb) + 1 :], prog="fcmae").data.image_size == (
-                48,
-                48,
-            )
+            cfg = load(COMMANDS[verb][0], job.words[job.words.index(verb) + 1 :], prog="fcmae")
+            assert cfg.data.image_size == (48, 48)
+            networks.setdefault(job.name.split("-")[0], set()).add(cfg.model.spec)
+    assert [arm for arm, specs in networks.items() if len(specs) != 1] == []  # weights are fine-tuned as they are
     for name, arm in recipe.ARMS.items():
         flags = [flag for flag in arm.flags if flag != recipe.PIXELS]
         assert len(flags) + (arm.part is not None) == {
