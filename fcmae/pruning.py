@@ -42,6 +42,7 @@ from fcmae.weights.files import (
     save_weights,
     tell_encoder_alone,
     timm_holds,
+    transformers_holds,
 )
 
 What = Literal["hidden", "blocks"]
@@ -313,9 +314,16 @@ def _next(dest: Path, pruned: Weights) -> list[str]:
     lines = [f"use: fcmae finetune LABELLED --init {quoted}{head}"]
     if architecture.decoder_depth:
         numbers = architecture.spec.model_dump_json(exclude_defaults=True)
-        lines.append(f"the decoder is as it was: fcmae pretrain IMAGES --init {quoted} --model.variant '{numbers}'")
+        decoder = f"--model.decoder_depth {architecture.decoder_depth} --model.decoder_dim {architecture.decoder_dim}"
+        lines.append(
+            f"the decoder is as it was: fcmae pretrain IMAGES --init {quoted} --model.variant '{numbers}' {decoder}"
+        )
     if timm_holds(architecture.spec):
         lines.append(f"for timm: fcmae convert {quoted} DIRECTORY")
+    elif transformers_holds(architecture.spec):
+        lines.append(
+            f"for transformers, as timm has no such network: fcmae convert {quoted} DIRECTORY --to transformers"
+        )
     else:
-        lines.append("timm and transformers have no such network: their hidden channels are 4 times a stage's")
+        lines.append("neither timm nor transformers can build such a network")
     return lines

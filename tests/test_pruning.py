@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any, cast
 
@@ -285,7 +286,11 @@ def test_what_is_pruned_loads_in_every_command(
     out = capsys.readouterr().out
     assert "hidden channels: 120 -> 60" in out
     assert f"use: fcmae finetune LABELLED --init '{pruned}' --model.keep_head" in out
-    assert "timm and transformers have no such network" in out
+    assert "neither timm nor transformers can build such a network" in out
+    blocks = tmp_path / "blocks.safetensors"
+    assert prune(tuned, blocks, photos, "--what", "blocks") == 0
+    assert "for transformers, as timm has no such network: fcmae convert" in capsys.readouterr().out
+    assert cli.main(["convert", str(blocks), str(tmp_path / "hf"), "--to", "transformers"]) == 0
     weights = read_weights(pruned)
     assert sum(map(sum, weights.architecture.spec.hidden_widths)) == 60
     assert (weights.class_names, weights.image) == (("cat", "dog"), IMAGE)
@@ -335,13 +340,12 @@ def test_a_pretrained_encoder_keeps_its_decoder_and_goes_on(
     line = next(line for line in capsys.readouterr().out.splitlines() if "the decoder is as it was" in line)
     kept = read_weights(tmp_path / "pruned.safetensors")
     assert all(torch.equal(v, kept.state[k]) for k, v in model.state_dict().items() if k.startswith("decoder."))
-    numbers = line.partition("--model.variant ")[2].strip("'")
-    small: dict[str, Any] = {
-        "model__variant": numbers,
-        "model__stem_stride": 4,
-        "init": tmp_path / "pruned.safetensors",
-    }
-    assert cli.main(["pretrain", *runs.flags(photos, tmp_path / "run", **small, epochs=1)]) == 0
+    words = shlex.split(line)  # the last ones are flags and their values, which stand above those of the test
+    own = words[words.index("--init") :]
+    given = {*own, "--model.stem_stride"}
+    flags = iter(runs.flags(photos, tmp_path / "run", epochs=1))
+    others = [word for flag in flags for word in (flag, next(flags)) if flag not in given]
+    assert cli.main(["pretrain", *others, *own]) == 0
     assert "decoder too" in (tmp_path / "run" / "train.log").read_text()
 
 

@@ -456,6 +456,11 @@ def timm_holds(spec: NetworkSpec) -> bool:
     return plain and spec.num_stages == 4 and spec.stem_stride in (1, 3, 4, 5, 6, 7)
 
 
+def transformers_holds(spec: NetworkSpec) -> bool:
+    """Whether transformers can build it: any stages, but 7x7 kernels, 4C hidden channels and a plain stem."""
+    return isinstance(spec, ConvNeXtSpec) and spec.hidden is None and spec.kernel_size == 7 and not spec.dense_stem
+
+
 def save_weights(dest: Path, weights: Weights, to: str) -> None:
     """Write the weights in a format: what it has no place for is left out.
 
@@ -476,7 +481,7 @@ def save_weights(dest: Path, weights: Weights, to: str) -> None:
     if not isinstance(spec, ConvNeXtSpec):
         if to not in ("fcmae", "timm"):
             raise ValueError(f"{dest}: {to} has ConvNeXts only, and this is {describe(spec)}: use --to fcmae")
-    elif to == "transformers" and (spec.hidden is not None or spec.kernel_size != 7 or spec.dense_stem):
+    elif to == "transformers" and not transformers_holds(spec):
         raise ValueError(
             f"{dest}: transformers' ConvNeXts have 7x7 kernels, 4C hidden channels and a plain stem: use --to fcmae"
         )
