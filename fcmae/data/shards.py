@@ -285,21 +285,24 @@ class Shards:
         Raises:
             ValueError: for a tar file that cannot be read.
         """
-        lies_in = list(shards_of(addresses))
+        once = list(dict.fromkeys(addresses))  # a label map may be that of several images
+        lies_in = list(shards_of(once))
         shards = sorted({shard for shard in lies_in if shard is not None})
         if not shards and not any(map(is_remote, addresses)):
             return Files(addresses)
         self.learn(shards)
-        wanted = {address: i for i, address in enumerate(addresses)}
+        wanted = {address: i for i, address in enumerate(once)}
         is_member = np.array([shard is not None for shard in lies_in], np.bool_)
         # Number of the shard, first byte, and size or what stands in its place.
-        table = np.stack([np.full(len(addresses), -1), np.zeros(len(addresses)), np.where(is_member, MISSING, WHOLE)])
+        table = np.stack([np.full(len(once), -1), np.zeros(len(once)), np.where(is_member, MISSING, WHOLE)])
         table = table.astype(np.int64)
         for number, shard in enumerate(shards):
             members, prefix = self._known[shard], f"{shard}/"
             at = np.array([wanted.get(prefix + name, -1) for name in members.names], np.int64)
             table[0, at[at >= 0]] = number
             table[1:, at[at >= 0]] = members.starts[at >= 0], members.sizes[at >= 0]
+        if len(once) < len(addresses):
+            table = table[:, [wanted[address] for address in addresses]]
         return Parts(addresses, shards, table, self._storage, [self._stamps[shard] for shard in shards])
 
 
