@@ -28,7 +28,7 @@ from fcmae.masked import build_fcmae
 from fcmae.masking import random_mask
 from fcmae.networks.build import make_encoder
 from fcmae.networks.encoder import layer_of, num_layers
-from fcmae.networks.roadmap import BatchNorm
+from fcmae.networks.roadmap import BatchNorm, Conv
 from fcmae.networks.spec import (
     REGIMES,
     VARIANTS,
@@ -433,6 +433,11 @@ def test_networks_between_the_steps_run_and_are_described_by_what_they_have() ->
     encoder, layouts = make_encoder(spec), [make_layout(backend, mask) for backend in ("packed", "masked")]
     packed, masked = (layout.unpack(encoder(images, layout)) for layout in layouts)
     torch.testing.assert_close(packed, masked)
+
+
+def test_a_depthwise_kernel_of_one_pixel_scales_channels() -> None:
+    conv, x = Conv(4, 4, 1, stride=2, groups=4), torch.randn(2, 6, 6, 4)
+    torch.testing.assert_close(conv(x), x[:, ::2, ::2] * conv.weight.flatten() + conv.bias)
 
 
 class Convolved(TorchDispatchMode):

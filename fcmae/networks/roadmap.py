@@ -53,7 +53,7 @@ class Conv(nn.Conv2d):
     """nn.Conv2d of features (B, H, W, C)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.kernel_size == (1, 1):
+        if self.kernel_size == (1, 1) and self.groups == 1:
             # On CPUs without AVX-512, oneDNN's convolution with a stride writes past its buffers below 8 channels
             # (https://github.com/uxlfoundation/oneDNN/issues/6035).
             rows, columns = self.stride
