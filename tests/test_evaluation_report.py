@@ -283,7 +283,8 @@ def test_the_command_gives_the_same_settings(words: list[str], tmp_path: Path) -
 
 
 def test_several_processes_are_launched() -> None:
-    assert command("pretrain", {"seed": 1}, 4) == "accelerate launch --num_processes 4 pretrain.py --seed 1"
+    line = "accelerate launch --multi_gpu --num_processes 4 pretrain.py --seed 1"
+    assert command("pretrain", {"seed": 1}, 4) == line
 
 
 def test_the_commands_are_on_the_page_as_they_were_typed(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from fcmae.data.split import evenly
 from fcmae.evaluation import paired
 from fcmae.evaluation.charts import Chart, Table, heat_map, line_chart, shown
 from fcmae.evaluation.records import COLUMNS, Evaluation, score_rows
-from fcmae.evaluation.runs import MAX_JSON, Run, curve, finite, processes_of, read_json, read_run, took_s
+from fcmae.evaluation.runs import MAX_JSON, Run, curve, finite, processes_of, program, read_json, read_run, took_s
 from fcmae.evaluation.verdicts import guessed, is_collapsing, is_working, was_worth_it
 from fcmae.training.messages import how_it_ended
 from fcmae.training.records import of_model
@@ -531,9 +531,6 @@ def command(kind: str, settings: Mapping[str, Any], num_processes: int = 1) -> s
     Args:
         kind: pretrain, finetune or segment.
         settings: by dotted key.
-        num_processes: of the run; more than one are launched by accelerate.
+        num_processes: of the run.
     """
-    words = ["fcmae", kind]
-    if num_processes > 1:
-        words = ["accelerate", "launch", "--num_processes", str(num_processes), f"{kind}.py"]
-    return shlex.join([*words, *options.flags(settings)])
+    return shlex.join([*program(kind, num_processes), *options.flags(settings)])

@@ -90,6 +90,19 @@ def processes_of(run: Run) -> int:
     return int(given) if given.isdecimal() else 1
 
 
+def program(kind: str, num_processes: int) -> list[str]:
+    """The words that start a run by so many processes, before its settings.
+
+    Args:
+        kind: pretrain, finetune or segment.
+        num_processes: of the run; more than one are launched by accelerate.
+    """
+    if num_processes == 1:
+        return ["fcmae", kind]
+    # Without --multi_gpu accelerate starts one on a CPU.
+    return ["accelerate", "launch", "--multi_gpu", "--num_processes", str(num_processes), f"{kind}.py"]
+
+
 def read_run(path: Path, name: str) -> Run:
     """All that a run's directory holds, but for pictures; what cannot be read becomes one of the run's problems.
 

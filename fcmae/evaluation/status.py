@@ -12,7 +12,7 @@ from pathlib import Path
 from fcmae.config.base import near_runs
 from fcmae.data.source import printable
 from fcmae.evaluation import paired
-from fcmae.evaluation.runs import Run, curve, finite, processes_of, read_run, took_s
+from fcmae.evaluation.runs import Run, curve, finite, processes_of, program, read_run, took_s
 from fcmae.evaluation.verdicts import is_collapsing, is_working
 from fcmae.tables import table
 from fcmae.training import checkpoint
@@ -163,9 +163,7 @@ def _resuming(run: Run, given: str) -> str:
     if (num := processes_of(run)) == 1 and given.startswith("fcmae "):
         return given
     config = shlex.quote(str(run.path / "config.yaml"))
-    launcher = f"accelerate launch --multi_gpu --num_processes {num}"  # --multi_gpu: on CPUs too
-    program = f"fcmae {run.kind}" if num == 1 else f"{launcher} {run.kind}.py"
-    return f"{program} --config {config}"
+    return f"{' '.join(program(run.kind, num))} --config {config}"
 
 
 def next_commands(run: Run, state: str) -> list[str]:
