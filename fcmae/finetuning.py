@@ -42,7 +42,14 @@ from fcmae.starting import (
     progress_of,
     starting_weights,
 )
-from fcmae.training.launch import closing_trackers, ending_together, finish, make_accelerator, same_everywhere
+from fcmae.training.launch import (
+    closing_trackers,
+    ending_together,
+    finish,
+    make_accelerator,
+    same_everywhere,
+    share_buffers,
+)
 from fcmae.training.log import Log
 from fcmae.training.run import Run, RunDirectory
 from fcmae.training.signals import StopSignal
@@ -369,6 +376,7 @@ class Evaluation:
         values: dict[str, float] = {}
         for prefix, network in (("", net), ("ema_", None if ema is None else ema.module)):
             if network is not None:
+                share_buffers(network)
                 positions, probabilities, bad = class_probabilities(
                     network, self.batches, self.normalize, self.accelerator
                 )

@@ -112,14 +112,17 @@ def test_processes_wait_for_what_the_first_one_finds_and_learn_of_any_error(tmp_
         "from datetime import timedelta\n"
         "import torch\n"
         "from accelerate import Accelerator\n"
-        "from fcmae.training.launch import ending_together, same_everywhere, waiting_for_all\n"
+        "from fcmae.training.launch import ending_together, same_everywhere, share_buffers, waiting_for_all\n"
         "torch.distributed.init_process_group('gloo', timeout=timedelta(seconds=2))\n"
         "accelerator = Accelerator(cpu=True)\n"
         "with ending_together(accelerator, None):\n"
         "    print(same_everywhere(accelerator, lambda: time.sleep(4) or 'found'), flush=True)\n"
         "    with waiting_for_all(accelerator):\n"
         "        time.sleep(4 * accelerator.process_index)\n"
-        "    torch.distributed.barrier()\n"
+        "    norm = torch.nn.BatchNorm1d(2)\n"
+        "    norm.running_mean += 1 + accelerator.process_index\n"
+        "    share_buffers(norm)\n"
+        "    assert norm.running_mean.tolist() == [1, 1]\n"
         "    if accelerator.process_index:\n"
         "        raise LookupError('no such kernel')\n"
         "    time.sleep(600)\n"
@@ -144,6 +147,6 @@ def test_processes_wait_for_what_the_first_one_finds_and_learn_of_any_error(tmp_
         for process in started:
             process.kill()
     assert [out for out, _ in said] == ["found\n", "found\n"]
-    assert [process.returncode for process in started] == [2, 1]
+    assert [process.returncode for process in started] == [2, 1], said
     assert "fcmae: error: process 1 failed: no such kernel" in said[0][1]
     assert "LookupError: no such kernel" in said[1][1]

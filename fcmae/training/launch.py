@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object, parse_flag_from_env
+from accelerate.utils import ProjectConfiguration, broadcast, broadcast_object_list, gather_object, parse_flag_from_env
+from torch import nn
 
 from fcmae.config import RunConfig
 from fcmae.data.loader import end_workers
@@ -118,6 +119,16 @@ def waiting_for_all(accelerator: Accelerator) -> Iterator[None]:
         store.wait([f"{key}/{process}" for process in range(accelerator.num_processes)], FOREVER)
 
 
+def share_buffers(model: nn.Module) -> None:
+    """Give a model the first process's buffers, those that are exported: BatchNorm's statistics are each process's own.
+
+    Args:
+        model: on every process, which all call this.
+    """
+    for buffer in model.buffers():
+        broadcast(buffer)
+
+
 def _new_key(accelerator: Accelerator) -> str:
     """A key of the store that no earlier start has used; each launcher counts its starts by itself."""
     return str(broadcast_object_list([f"fcmae/{secrets.token_hex(8)}"])[0]) if accelerator.num_processes > 1 else ""
@@ -203,7 +214,8 @@ def ending_together(accelerator: Accelerator, out: Path | None) -> Iterator[None
                 end_workers()
                 os._exit(2)
 
-    threading.Thread(target=watch, daemon=True).start()
+    watching = threading.Thread(target=watch, daemon=True)
+    watching.start()
     try:
         yield
     except Exception as error:
@@ -216,6 +228,8 @@ def ending_together(accelerator: Accelerator, out: Path | None) -> Iterator[None
         raise
     finally:
         left.set()
+        # A thread that comes out of torch's C++ code when the interpreter is gone aborts the process.
+        watching.join(StopSignal.GRACE_S)
 
 
 @contextmanager
