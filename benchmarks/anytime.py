@@ -164,8 +164,9 @@ def read(args: argparse.Namespace) -> tuple[Anytime, list[Tensor], list[NDArray[
                     LabelMap(map_file),
                 )
                 box = (0, 0, raster.height, raster.width)
-                images.append(normalize(torch.from_numpy(raster.read(box))[None]))
-                truths.append(record.classes.numbers(labels.read(box), maps.name(i)))
+                pixels = raster.known(box)
+                images.append(normalize(torch.from_numpy(pixels.values)[None]))
+                truths.append(record.classes.numbers(labels.read(box), maps.name(i), pixels.is_seen))
     if not isinstance(model, Anytime):
         raise SystemExit(f"--model {args.model}: give a model that was trained with model.head anytime")
     return model, images, truths

@@ -28,7 +28,7 @@ from fcmae.data.maps import IGNORED, Classes
 from fcmae.data.rasters import Raster, geo_tags
 from fcmae.data.source import BadImage, printable
 from fcmae.data.storage import is_remote
-from fcmae.segmentation import check_sides, colours, each_image, predictor, probabilities_by_rows
+from fcmae.segmentation import Strip, check_sides, colours, each_image, predictor, probabilities_by_rows
 from fcmae.weights.convert import build_classifier
 from fcmae.weights.files import read_weights, segmenter_in
 from fcmae.weights.segmenters import read_segmenter
@@ -156,10 +156,11 @@ def predict_maps(cfg: PredictConfig) -> None:
                 tags = geo_tags(file)
                 file.seek(0)
                 raster = Raster(file, reading.in_chans, fill, cfg.max_pixels, reading.nodata)
-                rows = probabilities_by_rows(
+                strips = probabilities_by_rows(
                     raster, predict_tiles, reading.image_size, unit, cfg.overlap, fill, cfg.batch_size, limit_s
                 )
-                return write_map(place, raster, rows, record.classes, tags, cfg.probabilities)
+                shape = (raster.height, raster.width)
+                return write_map(place, shape, strips, record.classes, tags, cfg.probabilities)
         except BadImage as error:
             return error
 
@@ -198,8 +199,8 @@ def probabilities_beside(place: Path) -> Path:
 
 def write_map(
     place: Path,
-    raster: Raster,
-    rows: Iterator[tuple[int, NDArray[np.float32]]],
+    shape: tuple[int, int],
+    strips: Iterator[Strip],
     classes: Classes,
     tags: list[Any],
     with_probabilities: bool,
@@ -212,8 +213,8 @@ def write_map(
 
     Args:
         place: of the map, a .tif or a .png file; a .png has the classes' colours where their values are below 256.
-        raster: the image.
-        rows: see `probabilities_by_rows`.
+        shape: of the image, height and width.
+        strips: see `probabilities_by_rows`.
         classes: of a pixel.
         tags: of a GeoTIFF, see `geo_tags`.
         with_probabilities: whether they are wanted.
@@ -224,22 +225,23 @@ def write_map(
     Raises:
         BadImage: if a probability is not finite; nothing is written then.
     """
-    counts, shape = np.zeros(len(classes), np.int64), (raster.height, raster.width)
+    counts = np.zeros(len(classes), np.int64)
     with ExitStack() as stack:
         kept = None
         if with_probabilities:
             aside = stack.enter_context(replacing(probabilities_beside(place)))
             bands, kind = (*shape, len(classes)), {"photometric": "minisblack", "planarconfig": "contig"}
             told = _with_nodata(tags, "nan")
+            # A sparse file's place on the disk is taken at once: where it is full, writing to the map ends the process.
             kept = tifffile.memmap(aside, shape=bands, dtype=np.float32, extratags=told, metadata=None, **kind)
+            with aside.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
 
         def labels() -> Iterator[NDArray[Any]]:
-            for top, found in rows:
+            for top, found, is_seen in strips:
                 if not np.isfinite(found).all():
                     raise BadImage("its probabilities are not finite: are missing pixels a huge number? Give --nodata")
                 numbers = found.argmax(0)
-                known = raster.known((top, 0, *numbers.shape)).known
-                is_seen = np.ones(numbers.shape, np.bool_) if known is None else known.any(axis=0)
                 np.add(counts, np.bincount(numbers[is_seen], minlength=len(classes)), out=counts)
                 if kept is not None:
                     kept[top : top + len(numbers)] = found.transpose(1, 2, 0)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -95,6 +95,20 @@ def hann(size: int) -> NDArray[np.float32]:
     return (np.sin(np.pi * (np.arange(size) + 0.5) / size) ** 2).astype(np.float32)
 
 
+class Strip(NamedTuple):
+    """Some rows of an image whose classes are predicted.
+
+    Attributes:
+        top: the first of them, from the top.
+        probabilities: (classes, rows, width), which sum to 1 over the classes.
+        is_seen: (rows, width), False where all bands of the image are missing.
+    """
+
+    top: int
+    probabilities: NDArray[np.float32]
+    is_seen: NDArray[np.bool_]
+
+
 def probabilities_by_rows(
     raster: Raster,
     predict: Predict,
@@ -104,7 +118,7 @@ def probabilities_by_rows(
     fill: Sequence[float],
     at_once: int,
     limit_s: float = math.inf,
-) -> Iterator[tuple[int, NDArray[np.float32]]]:
+) -> Iterator[Strip]:
     """The probabilities of an image's classes, by overlapping tiles under Hann weights, some rows at a time.
 
     Memory is for the rows of one line of tiles: classes * tile height * image width * 4 bytes, and the image's own.
@@ -120,7 +134,7 @@ def probabilities_by_rows(
         limit_s: seconds that the tiles share, see `predictor`.
 
     Yields:
-        The first row, from the top, and (classes, rows, width), which sum to 1 over the classes.
+        Strip after strip from the top.
     """
     sides = (raster.height, raster.width)
     th, tw = (min(side, -(-length // unit) * unit) for side, length in zip(tile, sides, strict=True))
@@ -131,7 +145,8 @@ def probabilities_by_rows(
     weights = np.zeros((th, raster.width), np.float32)
     for y, following in zip(ys, [*ys[1:], raster.height], strict=True):
         rows = min(th, raster.height - y)
-        band = raster.read((y, 0, rows, raster.width))  # (C, rows, width)
+        pixels = raster.known((y, 0, rows, raster.width))
+        band, is_seen = pixels.values, pixels.is_seen  # (C, rows, width); (rows, width) or None
         for first in range(0, len(xs), at_once):
             places = xs[first : first + at_once]
             tiles = np.stack([padded(band[:, :, x : x + tw], (th, tw), fill) for x in places])
@@ -144,7 +159,8 @@ def probabilities_by_rows(
                 weights[:rows, x : x + columns] += weight[:rows, :columns]
         assert sums is not None
         done = following - y
-        yield y, np.divide(sums[:, :done], weights[:done], dtype=np.float32)
+        found = np.divide(sums[:, :done], weights[:done], dtype=np.float32)
+        yield Strip(y, found, np.ones((done, raster.width), np.bool_) if is_seen is None else is_seen[:done])
         for buffer in (sums, weights):
             buffer[..., : th - done, :] = buffer[..., done:, :].copy()
             buffer[..., th - done :, :] = 0

@@ -64,6 +64,7 @@ from fcmae.training.launch import (
     finish,
     make_accelerator,
     same_everywhere,
+    share_buffers,
     waiting_for_all,
 )
 from fcmae.training.log import Log
@@ -307,9 +308,17 @@ def build_model(cfg: SegmentConfig, weights: Weights, num_classes: int) -> Segme
         cfg: the run's settings.
         weights: see `starting_weights`.
         num_classes: of a pixel.
+
+    Raises:
+        ValueError: if a threshold is given for a model without exits.
     """
     if cfg.eval_only:
         model = read_segmenter(Path(str(cfg.model.init)))[0]
+        if not isinstance(model, Anytime) and (cfg.model.tau, cfg.model.quantile) != (None, None):
+            raise ValueError(
+                f"model.tau and model.quantile are for models with model.head anytime, and {cfg.model.init} is none: "
+                "leave them out"
+            )
         if isinstance(model, Anytime):
             model.head.tau = model.head.tau if cfg.model.tau is None else cfg.model.tau
             model.head.quantile = model.head.quantile if cfg.model.quantile is None else cfg.model.quantile
@@ -443,6 +452,7 @@ class Evaluation:
         classes, rank, num_processes = self.data.classes, self.accelerator.process_index, self.accelerator.num_processes
         found, bad, num_read = Scores(len(classes)), list[tuple[str, str]](), 0
         which = range(rank, len(self.data.val_images), num_processes)
+        share_buffers(network)
         num_threads = choose_num_workers(self.cfg.data.num_workers, self.accelerator.device.type)
         with waiting_for_all(self.accelerator), evaluating(network):  # images are of many sizes
             predict = predictor(network, self.normalize, self.accelerator)
@@ -474,8 +484,8 @@ class Evaluation:
             with self._opened(i) as (raster, labels):
                 strips = probabilities_by_rows(raster, predict, tile, unit, self.cfg.data.overlap, fill, self.at_once)
                 scores.add(
-                    (found, self.data.classes.numbers(labels.read((top, 0, *found.shape[1:])), name))
-                    for top, found in strips
+                    (found, self.data.classes.numbers(labels.read((top, 0, *is_seen.shape)), name, is_seen))
+                    for top, found, is_seen in strips
                 )
         except BadImage as error:
             return error
@@ -509,8 +519,9 @@ class Evaluation:
                 with suppress(BadImage), self._opened(i) as (raster, labels):
                     h, w = min(size[0], raster.height), min(size[1], raster.width)
                     box = ((raster.height - h) // 2, (raster.width - w) // 2, h, w)
-                    image = raster.read(box)  # (C, h, w)
-                    truth = self.data.classes.numbers(labels.read(box), self.data.val_maps.name(i))
+                    pixels = raster.known(box)
+                    image = pixels.values  # (C, h, w)
+                    truth = self.data.classes.numbers(labels.read(box), self.data.val_maps.name(i), pixels.is_seen)
                     predicted = predict(padded(image, size, fill)[None], math.inf)[0, :, :h, :w].argmax(0)
                     panels.append((image, truth, predicted))
         place = self.log.run / "overlays" / f"step-{step:08}.png"

@@ -81,6 +81,19 @@ def test_a_csv_file_pairs_what_it_lists(tmp_path: Path) -> None:
     assert [Path(name).name for name in labels.names()] == ["0.tif", "3.tif"]
 
 
+@pytest.mark.parametrize("where", ["maps", "maps.tar"])
+def test_several_images_may_share_a_map(tmp_path: Path, where: str) -> None:
+    _, folder = write_pairs(tmp_path)
+    with tarfile.open(tmp_path / "maps.tar", "w") as tar:
+        tar.add(folder, ".")
+    rows = [f"images/a/{number}.png,{where}/a/{number // 2}.tif" for number in range(4)]
+    (tmp_path / "list.csv").write_text("\n".join(["image,mask", *rows]))
+    _, labels = find_mapped(str(tmp_path / "list.csv"), None)
+    for number in range(4):
+        with labels.open(number) as file:
+            assert file.read() == (folder / "a" / f"{number // 2}.tif").read_bytes()
+
+
 @pytest.mark.parametrize("where", ["tar", "url", "csv by url", "csv of members"])
 def test_pairs_in_tar_files_and_by_url_are_those_of_folders(tmp_path: Path, where: str) -> None:
     folders = write_pairs(tmp_path)
@@ -199,6 +212,15 @@ def test_a_crop_at_scale_1_is_exact_and_flips_both() -> None:
         assert flips == (0.0, 0.0) or not np.array_equal(unflipped, labels)
         first = crop(hflip=0.0, vflip=0.0)(*pair(values), "map", np.random.default_rng(2))[1]
         np.testing.assert_array_equal(unflipped, first)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_a_pixel_without_any_band_has_no_class(scale: float) -> None:
+    values = VALUES[np.random.default_rng(1).integers(1, 3, (40, 60))]  # 0 is missing
+    values[:, 20:40] = 0
+    image, labels = crop(scale=(scale, scale), nodata=0.0, fill=[0.5])(*pair(values), "map", np.random.default_rng(2))
+    assert set(labels.flatten()) == {IGNORED, 1, 2}
+    assert scale < 1 or (image[0][labels == IGNORED] == 128).all()
 
 
 def test_a_map_of_another_size_is_a_bad_image() -> None:

@@ -115,8 +115,9 @@ def test_what_depends_on_the_pixel_alone_is_the_same_by_tiles(shape: tuple[int, 
         return np.stack([p, 1 - p], 1)
 
     found = list(probabilities_by_rows(raster(array), predict, (32, 48), 8, overlap, [0.5], 3))
-    assert [first for first, _ in found] == np.cumsum([0, *(len(strip[0]) for _, strip in found[:-1])]).tolist()
-    whole = np.concatenate([strip for _, strip in found], axis=1)
+    tops = np.cumsum([0, *(len(strip.is_seen) for strip in found[:-1])]).tolist()
+    assert [strip.top for strip in found] == tops and all(strip.is_seen.all() for strip in found)
+    whole = np.concatenate([strip.probabilities for strip in found], axis=1)
     np.testing.assert_allclose(whole[0], array / 255, atol=1e-6)
     np.testing.assert_allclose(whole.sum(0), 1, atol=1e-6)
     assert len(sizes) == 1 and all(h % 8 == 0 and w % 8 == 0 and h <= 32 and w <= 48 for h, w in sizes)
@@ -129,7 +130,7 @@ def test_overlapping_tiles_are_weighted_by_hann_windows() -> None:
     def predict(tiles: NDArray[Any], *_: float) -> NDArray[np.float32]:
         return np.stack([np.full((1, 32, 32), next(numbers), np.float32) for _ in tiles])
 
-    ((_, strip),) = probabilities_by_rows(raster(array), predict, (32, 32), 8, 0.5, [0.5], 2)
+    ((_, strip, _),) = probabilities_by_rows(raster(array), predict, (32, 32), 8, 0.5, [0.5], 2)
     sums, weights = np.zeros(80), np.zeros(80)
     for number, start in enumerate((0, 16, 32, 48)):
         sums[start : start + 32] += number * hann(32)
@@ -145,7 +146,7 @@ def test_an_image_smaller_than_a_tile_is_padded_with_the_mean() -> None:
         return np.ones((len(tiles), 1, *tiles.shape[2:]), np.float32)
 
     (found,) = probabilities_by_rows(raster(np.full((10, 12), 9, np.uint8)), predict, (32, 32), 8, 0.5, [0.2], 4)
-    assert found[1].shape == (1, 10, 12) and seen[0].shape == (1, 1, 16, 16)
+    assert found.probabilities.shape == (1, 10, 12) and seen[0].shape == (1, 1, 16, 16)
     assert (seen[0][0, 0, 10:] == 51).all() and (seen[0][0, 0, :10, :12] == 9).all()
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
+import math
+import os
 import re
 import shutil
 import signal
@@ -135,6 +138,25 @@ def test_it_learns_and_leaves_scores_pictures_and_models(segmented: Path) -> Non
     total = sum(int(n) for row in rows[1:] for n in row[1:])
     held = json.loads((segmented / "val_maps.json").read_text())["paths"]
     assert total == sum(int((np.asarray(Image.open(path)) != 255).sum()) for path in held)
+
+
+def test_pixels_that_are_missing_are_not_scored(segmented: Path, tiles: Path, tmp_path: Path) -> None:
+    held = [Path(path) for path in json.loads((segmented / "val_maps.json").read_text())["paths"]]
+    known = 0
+    for name in ("images", "maps"):
+        (tmp_path / name).mkdir()
+    for path in held:
+        shutil.copy(path, tmp_path / "maps")
+        with Image.open(tiles / "images" / path.name) as picture:
+            image = np.asarray(picture).copy()
+        image[:, :9] = 0
+        image[:, 20, 0] = 0  # the pixel has other bands
+        Image.fromarray(image).save(tmp_path / "images" / path.name)
+        known += int(((np.asarray(Image.open(path)) != 255) & (image != 0).any(axis=2)).sum())
+    given = {"data__val_path": tmp_path / "images", "data__val_maps": tmp_path / "maps", "data__nodata": 0}
+    assert segment(tiles, tmp_path / "run", model__init=segmented, eval_only="true", **given) == 0
+    rows = list(csv.reader((tmp_path / "run" / "confusion.csv").read_text().splitlines()))
+    assert sum(int(n) for row in rows[1:] for n in row[1:]) == known
 
 
 def test_the_exported_encoder_is_one_that_everything_reads(segmented: Path) -> None:
@@ -416,7 +438,7 @@ def expected_map(model: Segmenter, raster: Raster) -> tuple[Any, Any]:
     normalize = Normalize(mean, [0.25] * len(mean))
     tile = predictor(model.eval(), normalize, Accelerator(cpu=True))
     whole = np.concatenate(
-        [rows for _, rows in probabilities_by_rows(raster, tile, (32, 32), 8, 0.5, mean, 64)], axis=1
+        [strip.probabilities for strip in probabilities_by_rows(raster, tile, (32, 32), 8, 0.5, mean, 64)], axis=1
     )
     return whole, np.array([0, 7])[whole.argmax(0)]
 
@@ -489,6 +511,26 @@ def test_missing_pixels_have_no_class(
     if suffix == "tif":
         with tifffile.TiffFile(tmp_path / "maps" / "a.tif") as file:
             assert file.pages.first.tags.valueof(42113) == (None if ignored is None else str(ignored))
+
+
+def test_a_full_disk_is_told_before_probabilities_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Writing to the map of a sparse file would end the process by a signal."""
+    save(tmp_path / "model")
+    photos = write_images(tmp_path / "photos", 1)
+
+    with Image.open(photos / "00.jpg") as picture:
+        num_pixels = math.prod(picture.size)
+
+    def full(descriptor: int, start: int, size: int) -> None:
+        assert size >= num_pixels * 2 * np.float32().nbytes
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    assert predict(tmp_path / "model", photos, tmp_path / "maps", "--probabilities", "true") == 2
+    assert "No space left on device; free some space there" in capsys.readouterr().err
+    assert list((tmp_path / "maps").iterdir()) == []
 
 
 def test_what_cannot_be_predicted_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -577,7 +619,7 @@ def test_prediction_may_stop_by_confidence_budget_or_time(
         raster = Raster(file, 3, [0.0] * 3, 10**6)
         mean = normalize.mean.flatten().tolist()
         rows = probabilities_by_rows(raster, tile, (16, 16), 8, 0.5, mean, 64, arguments.get("limit_s", np.inf))
-        expected = np.concatenate([strip for _, strip in rows], axis=1)
+        expected = np.concatenate([strip.probabilities for strip in rows], axis=1)
     np.testing.assert_allclose(found.transpose(2, 0, 1), expected, atol=1e-6)
 
 
@@ -587,6 +629,15 @@ def test_what_cannot_stop_is_told(
 ) -> None:
     assert predict(segmented, write_images(tmp_path / "photos", 1), tmp_path / "maps", flag) == 2
     assert "tau, budget and limit_ms are for models with model.head anytime" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["model__tau", "model__quantile"])
+def test_a_threshold_is_for_what_has_exits(
+    key: str, segmented: Path, tiles: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert segment(tiles, tmp_path / "run", model__init=segmented, eval_only="true", **{key: 0.5}) == 2
+    said = re.sub(r"\s+", " ", capsys.readouterr().err)
+    assert "model.tau and model.quantile are for models with model.head anytime" in said
 
 
 def test_settings_of_what_may_stop_are_checked(tiles: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -252,7 +252,8 @@ class CropBoth:
             rng: what is drawn from.
 
         Returns:
-            (C, H, W) uint8 or float32, units of `read_crop`; (H, W), IGNORED where the class is unknown.
+            (C, H, W) uint8 or float32, units of `read_crop`; (H, W), IGNORED where the class is unknown or all bands of
+            the image are missing.
 
         Raises:
             BadImage: if one cannot be read, or their sizes differ.
@@ -267,7 +268,9 @@ class CropBoth:
         (top, height, above, rows), (left, width, before, columns) = spans
         flips = rng.random(2) < (self.hflip, self.vflip)
         box, size = (top, left, height, width), (rows, columns)
-        (part, is_known), known = raster.known(box, size), self.classes.numbers(labels.read(box, size), map_name)
+        pixels = raster.known(box, size)
+        part, is_known = pixels
+        classes = self.classes.numbers(labels.read(box, size), map_name, pixels.is_seen)
         if self.color_jitter:
             changed = jittered(part, self.color_jitter, rng)
             part = changed if is_known is None else np.where(is_known, changed, part)  # what is missing stays filled
@@ -275,7 +278,7 @@ class CropBoth:
         fill = np.broadcast_to(np.asarray(self.fill, np.float32).reshape(-1, 1, 1), (self.in_chans, *self.image_size))
         image = (np.rint(fill * 255).clip(0, 255) if part.dtype == np.uint8 else fill).astype(part.dtype)
         numbers = np.full(self.image_size, IGNORED, np.int16)
-        image[:, ys, xs], numbers[ys, xs] = part, known
+        image[:, ys, xs], numbers[ys, xs] = part, classes
         axes = tuple(axis for axis, flipped in zip((-1, -2), flips, strict=True) if flipped)
         return np.ascontiguousarray(np.flip(image, axes)), np.ascontiguousarray(np.flip(numbers, axes))
 

@@ -52,12 +52,15 @@ class Classes:
         table[list(self.values)] = np.arange(len(self.values))
         return table
 
-    def numbers(self, stored: NDArray[np.int64], name: str) -> NDArray[np.int16]:
+    def numbers(
+        self, stored: NDArray[np.int64], name: str, is_seen: NDArray[np.bool_] | None = None
+    ) -> NDArray[np.int16]:
         """Classes by number, IGNORED where they are unknown.
 
         Args:
             stored: of any shape, what a map holds.
             name: of the map, for the error.
+            is_seen: likewise, False where the image is missing and no class is to be known; None: it is nowhere.
 
         Raises:
             UnknownClass: if a value is of no class.
@@ -69,7 +72,7 @@ class Classes:
                 f"{_few(self.values)}, and {self.ignored} is ignored; set data.class_names, data.class_values or "
                 "data.ignore_value"
             )
-        return found
+        return found if is_seen is None else np.where(is_seen, found, np.int16(IGNORED))
 
     def stored(self, numbers: NDArray[np.int64]) -> NDArray[np.unsignedinteger]:
         """What a map holds for classes by number, in the smallest of uint8 and uint16 that can.

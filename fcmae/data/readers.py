@@ -92,6 +92,11 @@ class Pixels(NamedTuple):
     values: NDArray[Any]
     known: NDArray[np.bool_] | None = None
 
+    @property
+    def is_seen(self) -> NDArray[np.bool_] | None:
+        """(H, W), False where all channels are missing; None where `known` is."""
+        return None if self.known is None else np.asarray(self.known.any(axis=0))
+
 
 class OpenImage(Protocol):
     """An image whose header has been read: its upright size is known, its pixels are not.
