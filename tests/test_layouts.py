@@ -249,6 +249,14 @@ def test_masks_of_unequal_count_are_refused() -> None:
         make_layout("packed", uneven)
 
 
+@pytest.mark.parametrize("backend", ["packed", MINKOWSKI])
+@pytest.mark.parametrize("shape", [(2, 8, 12), (2, 12, 8), (3, 8, 8), (2, 7, 8)])
+def test_masks_that_do_not_lie_on_the_maps_are_refused(backend: str, shape: tuple[int, int, int]) -> None:
+    layout = make_layout(backend, masks(2, (4, 4), 3))
+    with pytest.raises(ValueError, match=r"mask: 2 of 4 x 4 patches do not lie on \d maps of"):
+        layout.pack(torch.zeros(*shape, 5))
+
+
 def test_an_unknown_backend_is_refused() -> None:
     with pytest.raises(ValueError, match="backend = 'dense': use packed, triton, masked or minkowski"):
         make_layout("dense", masks(1, (2, 2), 1))

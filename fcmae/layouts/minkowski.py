@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fcmae.layouts.masked import Masked
 from fcmae.layouts.norms import l2_norm, refuse_second_derivatives, root
+from fcmae.layouts.sites import sites_of_a_patch
 
 try:
     with warnings.catch_warnings():
@@ -58,7 +59,7 @@ class Minkowski:
         self._levels: dict[int, _Level] = {}
 
     def pack(self, x: Tensor) -> Tensor:
-        b = x.shape[1] // self.grid[0]
+        b = sites_of_a_patch(x, self.batch, self.grid)
         if b not in self._levels:
             assert not self._levels, "a layout packs at one resolution; the others follow from it"
             steps = torch.arange(b, device=x.device)

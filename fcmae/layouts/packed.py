@@ -18,7 +18,7 @@ from torch import Tensor
 from fcmae.layouts import native
 from fcmae.layouts.attention import attend
 from fcmae.layouts.norms import l2_norm, refuse_second_derivatives
-from fcmae.layouts.sites import true_rows
+from fcmae.layouts.sites import sites_of_a_patch, true_rows
 
 
 class Packed:
@@ -38,7 +38,7 @@ class Packed:
         self._rows: dict[int, Tensor] = {}
 
     def pack(self, x: Tensor) -> Tensor:
-        b = x.shape[1] // self.grid[0]
+        b = sites_of_a_patch(x, self.batch, self.grid)
         rows = _gather(x.reshape(-1, b * x.shape[-1]), self._row_indices(b))  # (B*K*b, b*C)
         return rows.view(self.batch, self.num_visible, b, b, x.shape[-1])
 

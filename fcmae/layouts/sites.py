@@ -5,6 +5,8 @@ Where every image has the same number of each, shapes are static and `true_rows`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -57,6 +59,26 @@ def visible_counts(mask: Tensor) -> list[int]:
     if counts == [0]:
         raise ValueError("mask leaves no patch visible: leave at least 1")
     return counts
+
+
+def sites_of_a_patch(x: Tensor, batch: int, grid: Sequence[int]) -> int:
+    """Side of a patch in the sites of a map.
+
+    Args:
+        x: the map, (B, H, W, C).
+        batch: number of masks.
+        grid: their patches, (gh, gw).
+
+    Raises:
+        ValueError: if the masks do not lie on the map.
+    """
+    side = x.shape[1] // grid[0]
+    if tuple(x.shape[:3]) != (batch, grid[0] * side, grid[1] * side):
+        raise ValueError(
+            f"mask: {batch} of {grid[0]} x {grid[1]} patches do not lie on {x.shape[0]} maps of {x.shape[1]} x "
+            f"{x.shape[2]} sites: give each image a mask, of square patches"
+        )
+    return side
 
 
 def refine(mask: Tensor, factor: int) -> Tensor:
