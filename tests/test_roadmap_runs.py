@@ -100,6 +100,18 @@ def tuned(labelled: Path, tmp_path_factory: pytest.TempPathFactory, request: pyt
     return out
 
 
+def test_what_pools_is_not_taken_again_in_parts_though_init_alone_tells_the_network(
+    labelled: Path, tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = words(labelled, tmp_path / "out", "none", epochs=1)
+    at = given.index("--model.variant")
+    given[at : at + 4] = ["--init", str(tuned)]
+    runs.run_out_of_memory(monkeypatch, [2], after_backward=False)
+    assert cli.main(given) == 2
+    assert "the run cannot be computed in smaller parts" in capsys.readouterr().err
+    runs.forget_accelerator()
+
+
 def test_a_step_is_trained_predicts_and_is_evaluated(labelled: Path, tuned: Path, tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tuned / "metrics.jsonl").read_text().splitlines()]
     assert max(line["top1"] for line in lines if "top1" in line) == 1

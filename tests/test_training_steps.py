@@ -31,6 +31,7 @@ from fcmae.training.steps import (
     Step,
     Steps,
     images_at_once,
+    in_parts,
     in_smaller_parts,
     schedule_of,
     seed_step,
@@ -160,6 +161,17 @@ def test_parts_become_the_next_smaller_ones_that_divide_the_batch(images: Path, 
     assert sizes(batch_size=24) == [12, 6, 3, 1]
     assert sizes(batch_size=24, data__masks_per_image=3) == [12, 6, 3]
     assert sizes(batch_size=24, model__grn_scope="batch") == [12]
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "device", "at_once"),
+    [(64, "cpu", 64), (96, "cpu", 48), (131, "cpu", 131), (142, "cpu", 71), (521, "cpu", 1), (257, "cuda", 257)],
+)
+def test_a_batch_that_divides_badly_is_computed_in_parts_that_are_somewhat_large(
+    images: Path, tmp_path: Path, batch_size: int, device: str, at_once: int
+) -> None:
+    cfg = config(images, tmp_path, batch_size=batch_size)
+    assert images_at_once(in_parts(cfg, 1, device), 1) == at_once
 
 
 def test_the_numbers_of_a_step_are_read_while_the_next_computes(

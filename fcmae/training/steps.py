@@ -32,6 +32,7 @@ from fcmae.data.loader import build_loader, choose_num_workers, prefetched
 from fcmae.data.sampler import StepSampler
 from fcmae.heads import Classifier, Segmenter
 from fcmae.masked import FCMAE
+from fcmae.networks.roadmap import BatchNorm
 from fcmae.training import checkpoint
 from fcmae.training.launch import same_everywhere
 from fcmae.training.log import Log
@@ -91,15 +92,18 @@ def in_smaller_parts(cfg: Fitting, num_processes: int) -> Fitting | None:
     return None
 
 
-def in_parts_of(cfg: Fitting, num_processes: int, most: float) -> Fitting:
+def in_parts_of(cfg: Fitting, num_processes: int, most: float, slack: float = 1) -> Fitting:
     """The same run with at most so many images at once, or as few as it can have.
 
     Args:
         cfg: of the run.
         num_processes: of it.
         most: images of a process.
+        slack: times so many stay where the next fewer that divide its batch are less than `most` by this factor.
     """
     while images_at_once(cfg, num_processes) > most and (smaller := in_smaller_parts(cfg, num_processes)) is not None:
+        if images_at_once(cfg, num_processes) <= most * slack and images_at_once(smaller, num_processes) < most / slack:
+            break
         cfg = smaller
     return cfg
 
@@ -122,7 +126,7 @@ def in_parts(cfg: Fitting, num_processes: int, device_type: str, saved: RunConfi
     found = cfg.model_copy(update={"grad_accum": 1})
     if isinstance(cfg, DenseConfig) and cfg.eval_only:
         return found  # nothing is trained
-    found = in_parts_of(found, num_processes, AT_ONCE.get(device_type, min(AT_ONCE.values())))
+    found = in_parts_of(found, num_processes, AT_ONCE.get(device_type, min(AT_ONCE.values())), slack=4)
     why = f"{images_at_once(found, num_processes)} images at once in each process: not measured"
     if pools_a_part(cfg):
         what = "model.grn_scope = batch" if isinstance(cfg, PretrainConfig) else "BatchNorm"
@@ -266,7 +270,8 @@ class Steps:
         """
         cfg, processes, started = self.cfg, self.accelerator.num_processes, number - 1
         lack = f"step {number}: the memory of the GPU does not suffice for {images_at_once(cfg, processes)} images"
-        if (smaller := in_smaller_parts(cfg, processes)) is None:
+        pools = any(isinstance(module, BatchNorm) for module in self.model.modules())  # model.init may have it
+        if pools or (smaller := in_smaller_parts(cfg, processes)) is None:
             raise ValueError(f"{lack} at once, and the run cannot be computed in smaller parts: try {SMALLER}")
         at_once = images_at_once(smaller, processes)
         assert cfg.out is not None
