@@ -358,6 +358,21 @@ def reconstruction_loss(
     return error.where(counts, 0).square().sum() / counts.sum().clamp(min=1)
 
 
+def share_known(known: Tensor, masks: Tensor) -> Tensor:
+    """How much of what the masks hide is known, by which a batch counts beside others in a mean of `masked_loss`.
+
+    Args:
+        known: (B, C, H, W) bool, false for values that are missing.
+        masks: (B * n, gh, gw) bool, True = hidden.
+
+    Returns:
+        A float32 scalar, 0 to 1.
+    """
+    hidden = refine(masks, known.shape[2] // masks.shape[1])[:, None]  # (B * n, 1, H, W)
+    there = known.repeat_interleave(len(masks) // len(known), dim=0) & hidden
+    return there.sum() / (hidden.sum() * known.shape[1])
+
+
 def masked_loss(
     model: Callable[[Tensor, Tensor, int | None], tuple[Tensor, Tensor]],
     images: Tensor,
@@ -382,7 +397,7 @@ def masked_loss(
         A float32 scalar with gradients, the mean over all hidden patches, see `reconstruction_loss`.
 
     Raises:
-        ValueError: if a mask hides nothing, or all, or images differ in the number of their masks.
+        ValueError: if the masks hide nothing at all, or everything, or images differ in the number of their masks.
     """
     if len(masks) % len(images):
         raise ValueError(f"masks: received {len(masks)} for {len(images)} images; give as many of each")

@@ -31,7 +31,7 @@ from fcmae.evaluation.pictures import (
     save_tiles,
 )
 from fcmae.layouts import make_layout
-from fcmae.masked import FCMAE, build_fcmae, hog, masked_loss, normalized_pixels, pixels
+from fcmae.masked import FCMAE, build_fcmae, hog, masked_loss, normalized_pixels, pixels, share_known
 from fcmae.masking import num_visible, random_mask
 from fcmae.networks.build import make_encoder
 from fcmae.networks.spec import describe
@@ -376,12 +376,13 @@ class Evaluation:
             step: steps that were done.
 
         Returns:
-            val_loss: the mean over the images of all processes that could be read; nothing without any.
+            val_loss: the mean over the images of all processes that could be read, each counting by the share of its
+                hidden pixels that is known; nothing without any.
 
         Raises:
             FloatingPointError: if it is not finite.
         """
-        sums = torch.zeros(2, device=self.accelerator.device)  # loss times images, images
+        sums = torch.zeros(3, device=self.accelerator.device)  # loss times weight, weight, images
         bad: list[tuple[str, str]] = []
         for batch in self.batches:
             bad += batch.bad
@@ -396,12 +397,15 @@ class Evaluation:
                     target=net.target,
                     known=read.known,
                 )
-                sums += torch.stack([loss * num, loss.new_tensor(num)])
-        loss_sum, num_images = self.accelerator.reduce(sums, reduction="sum").tolist()
+                weight = loss.new_tensor(num)
+                if read.known is not None:
+                    weight *= share_known(read.known, read.given_masks)
+                sums += torch.stack([loss * weight, weight, loss.new_tensor(num)])
+        loss_sum, weight_sum, num_images = self.accelerator.reduce(sums, reduction="sum").tolist()
         self.log.add_bad_files(bad)
-        if not num_images:
+        if not weight_sum:
             return {}
-        value = loss_sum / num_images
+        value = loss_sum / weight_sum
         if not math.isfinite(value):
             raise FloatingPointError(f"step {step}: the validation loss is {value}")
         logger.info("step %d: validation loss %.4f on %d images", step, value, num_images)

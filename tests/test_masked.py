@@ -26,6 +26,7 @@ from fcmae.masked import (
     patchify,
     pixels,
     reconstruction_loss,
+    share_known,
     unpatchify,
 )
 from fcmae.masking import random_mask
@@ -465,6 +466,18 @@ def test_missing_values_are_in_no_loss_and_in_no_statistic(normalize: bool) -> N
     everything = reconstruction_loss(pred, images, mask, target=target, known=torch.ones_like(known))
     torch.testing.assert_close(everything, reconstruction_loss(pred, images, mask, target=target))
     pred.grad = None
+    # Apart, images count by what of them is known.
+    halves = torch.randn(2, 3, 8, 12, dtype=torch.float64), torch.rand(2, 3, 8, 12) < 0.5
+    halves[1][0, :, :4] = False
+    masks = mask.expand(2, -1, -1)
+    preds = torch.randn(2, 4, 48, dtype=torch.float64)
+    parts = [
+        reconstruction_loss(preds[i : i + 1], halves[0][i : i + 1], mask, target=target, known=halves[1][i : i + 1])
+        for i in range(2)
+    ]
+    weights = torch.stack([share_known(halves[1][i : i + 1], mask) for i in range(2)]).double()
+    together = reconstruction_loss(preds, halves[0], masks, target=target, known=halves[1])
+    torch.testing.assert_close((torch.stack(parts) * weights).sum() / weights.sum(), together, atol=1e-6, rtol=1e-6)
     nothing = reconstruction_loss(pred, images, mask, target=target, known=torch.zeros_like(known))
     nothing.backward()
     assert float(nothing.detach()) == 0 and not pred.grad.any()
