@@ -159,7 +159,7 @@ def compare(backend: str, device: str, precision: str, references: Sequence[dict
     for case, expected in zip(CASES, references, strict=True):
         try:
             found = tensors(case, backend, device, precision)
-        except RuntimeError as error:  # torch's and the engine's, of a bad build or a full device
+        except Exception as error:  # torch's, the engine's and the compilers', of a bad build or a full device
             reason = " ".join(str(error).split())[:200]
             return Result(backend, precision, math.inf, math.inf, f"{case}: {reason}")
         for name, tensor in expected.items():

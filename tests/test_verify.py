@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Callable
 
@@ -66,6 +67,10 @@ def failing(self: Packed, f: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
     raise RuntimeError("CUDA error: no kernel image is available")
 
 
+def without_headers(self: Packed, f: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    raise subprocess.CalledProcessError(1, ["gcc"])  # of a compiler of kernels
+
+
 def not_a_number(self: Packed, f: Tensor) -> Tensor:
     return image_rows(self, f) * torch.nan
 
@@ -81,6 +86,7 @@ depthwise_conv, downsample, image_rows = Packed.depthwise_conv, Packed.downsampl
         ("image_rows", over_the_batch),
         ("image_rows", not_a_number),
         ("downsample", failing),
+        ("downsample", without_headers),
     ],
 )
 def test_a_backend_that_computes_wrong_is_named(

@@ -77,14 +77,15 @@ def _pays(net: nn.Module, step: Callable[[], None], num_steps: int) -> bool:
         step()
         net.zero_grad()
 
-    eager = 0.0  # where a part does not fit, which the first step will find too
+    eager = 0.0  # where a part does not fit, which the first step will find too and take smaller ones
     with suppress(torch.OutOfMemoryError):
         eager = statistics.median(in_turn({"eager": trial}, TIMED, device=device)["eager"])
     net.zero_grad()
     tries = [eager * num_steps >= LEAST_RUN_S]
     broadcast_object_list(tries)
     if not tries[0]:
-        logger.info("compile: no, the run takes about %.0f s and compiling a minute or two", eager * num_steps)
+        why = f"the run takes about {eager * num_steps:.0f} s and compiling a minute or two"
+        logger.info("compile: no, %s", why if eager else "a part does not fit into memory, and it cannot be timed")
         return False
     net.compile()
     compiled_call = net._compiled_call_impl

@@ -82,7 +82,10 @@ class Schedule:
         peak_lr: learning rate at the end of the warm-up.
         min_lr: that the cosine ends at, one step after the last.
         warmup: steps of the warm-up.
-        log_every, eval_every, save_every, milestone_every: steps between; fractions are allowed, 0 is never.
+        log_every: steps between lines of the log.
+        eval_every: steps between evaluations, which may be fractional.
+        save_every: likewise between checkpoints.
+        milestone_every: steps between checkpoints that stay, 0 for none.
     """
 
     start: int
