@@ -17,7 +17,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from fcmae.config import DenseConfig, RunConfig
-from fcmae.data.index import Images, images_of_run
+from fcmae.data.index import Images, also_in, images_of_run
 from fcmae.data.source import printable
 from fcmae.heads import Classifier, Segmenter
 from fcmae.networks.encoder import layer_of, num_layers
@@ -146,7 +146,7 @@ def check_apart(train: Images, val: Images) -> None:
     Raises:
         ValueError: if an image is both.
     """
-    if both := set(val.names()).intersection(train.names()):
+    if both := also_in(val, train):
         raise ValueError(
             f"data.val_path: {len(both)} of {len(val)} images are in data.path too, such as {printable(min(both))}: "
             "take them out of one"
@@ -164,7 +164,7 @@ def check_unlearnt(cfg: DenseConfig, val: Images) -> None:
         ValueError: if the run of the weights learnt from one of them.
     """
     learnt = images_of_run(Path(str(cfg.model.init)))
-    if learnt is not None and (both := set(val.names()).intersection(learnt.names())):
+    if learnt is not None and (both := also_in(val, learnt)):
         raise ValueError(
             f"data.val_share = {cfg.data.val_share:g} with seed = {cfg.seed} holds out {len(both)} of {len(val)} "
             f"images that model.init = {cfg.model.init} learnt from, such as {printable(min(both))}: give the seed and "

@@ -34,7 +34,7 @@ from fcmae.atomic import write_text
 from fcmae.config import FinetuneConfig, PretrainConfig
 from fcmae.config.commands import WorthConfig
 from fcmae.data.dataset import Reading
-from fcmae.data.index import Images, find_images, images_of_run
+from fcmae.data.index import Images, also_in, find_images, images_of_run
 from fcmae.data.normalize import Normalize
 from fcmae.data.source import is_unicode, printable
 from fcmae.data.split import draw
@@ -282,7 +282,7 @@ def _make_plan(place: Path, cfg: WorthConfig, train: Images, test: Images) -> di
     notes += [note for start in starts for note in _known(start, train, test)]
     if cfg.hours or cfg.pretraining:
         made, seconds[PRETRAINED] = _choose_pretraining(place, cfg)
-        seen = len(_identities(find_images(made.data.path)) & _identities(test))
+        seen = len(also_in(test, find_images(made.data.path)))
         notes += [f"{seen} of the test images are among those of the pretraining, without labels."] if seen else []
         mean, std = made.data.statistics()
         reading = {"in_chans": made.data.in_chans, "image_size": list(made.data.image_size), "mean": mean, "std": std}
@@ -331,8 +331,7 @@ def _known(start: Start, train: Images, test: Images) -> Iterator[str]:
     """
     if (learnt := images_of_run(Path(str(start.init)))) is None:
         return
-    known = _identities(learnt)
-    tested, drawn_from = (len(known & _identities(images)) for images in (test, train))
+    tested, drawn_from = (len(also_in(images, learnt)) for images in (test, train))
     if learnt.labels is None:
         if tested:
             yield f"{tested} of the test images are among those of the pretraining of {start.name}, without labels."
@@ -343,19 +342,6 @@ def _known(start: Start, train: Images, test: Images) -> Iterator[str]:
         )
     elif drawn_from:
         yield f"{start.name} has learnt from {drawn_from} of the labels already, however few a row of the table says."
-
-
-def _identities(images: Images) -> set[tuple[int, int] | str]:
-    return {*map(_identity, images.names())}
-
-
-def _identity(name: str) -> tuple[int, int] | str:
-    """The same for a file that has two names."""
-    try:
-        found = Path(name).stat()
-    except (OSError, ValueError):  # of an archive, or elsewhere
-        return name
-    return found.st_dev, found.st_ino
 
 
 def _arm(name: str, kind: str, against: str | None, network: str | None) -> dict[str, Any]:

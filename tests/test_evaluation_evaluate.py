@@ -4,6 +4,7 @@ import csv
 import json
 import shlex
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,32 @@ def test_labels_of_test_images_cannot_influence_what_is_predicted(labelled: Path
     assert settings[0] == settings[1]
     # The rows, true classes, have moved; which images are taken for which class has not.
     assert matrices[1] == [matrices[0][(row - 1) % 3] for row in range(3)]
+
+
+def test_a_run_is_not_probed_on_labels_that_it_has_learnt(
+    labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint, _ = write_checkpoint(tmp_path / "run", stem_stride=1)
+    train, _ = find_data(str(labelled), None, 0.2, seed=1)
+    train.save(tmp_path / "run" / "files.json")
+    (tmp_path / "run" / "config.yaml").write_text("# a run\n")
+    given = ["--data", labelled, "--probes", "knn", "--out"]
+    assert evaluate(checkpoint, f"random:{checkpoint}", *given, tmp_path / "out") == 2
+    said = capsys.readouterr().err
+    assert f"{checkpoint} has learnt from" in said and "of the 6 test images with their labels, such as" in said
+    assert not (tmp_path / "out").exists()
+    assert evaluate(checkpoint, *given, tmp_path / "out", "--seed", "1") == 0  # those that it held out
+    replace(train, labels=None, class_names=None).save(tmp_path / "run" / "files.json")
+    assert evaluate(checkpoint, *given, tmp_path / "pretrained") == 0  # of pretraining
+
+
+def test_a_test_image_is_known_by_its_other_name(labelled: Path, tmp_path: Path) -> None:
+    for folder in labelled.iterdir():
+        (tmp_path / folder.name).mkdir()
+        for path in sorted(folder.iterdir())[:2]:
+            (tmp_path / folder.name / f"copy-{path.name}").symlink_to(path)
+    with pytest.raises(ValueError, match=r"test: 6 images are in .* too"):
+        find_data(str(labelled), str(tmp_path), 0.2, 0)
 
 
 def test_models_stand_side_by_side(labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

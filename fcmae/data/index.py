@@ -226,6 +226,30 @@ def images_of_run(path: Path) -> Images | None:
     return None
 
 
+MAX_LOOKED_AT = 200_000  # files whose second names are looked for: that takes as long as listing them
+
+
+def also_in(images: Images, others: Images) -> list[str]:
+    """The names of images that are among others, a file that has two names too.
+
+    Args:
+        images: that are looked for.
+        others: that they are looked for among; of very many, names alone count.
+    """
+    identity = _identity if len(images) + len(others) <= MAX_LOOKED_AT else str
+    known = set(map(identity, others.names()))
+    return [name for name in images.names() if identity(name) in known]
+
+
+def _identity(name: str) -> tuple[int, int] | str:
+    """The same for a file that has two names."""
+    try:
+        found = Path(name).stat()
+    except (OSError, ValueError):  # of an archive, or elsewhere
+        return name
+    return found.st_dev, found.st_ino
+
+
 def kept_images(paths: Sequence[Path], storage: Storage) -> list[Images] | None:
     """What lists of a run hold; None if one is not there, or tables were copied since and are to be read again.
 

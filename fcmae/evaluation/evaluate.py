@@ -27,7 +27,8 @@ from fcmae import options
 from fcmae.atomic import write_text
 from fcmae.classification import macro_auroc, scores
 from fcmae.config.commands import EvaluateConfig
-from fcmae.data.index import Images, find_labelled
+from fcmae.data.index import Images, also_in, find_labelled, images_of_run
+from fcmae.data.source import printable
 from fcmae.data.split import draw, split
 from fcmae.evaluation.features import check_stages, extract
 from fcmae.evaluation.models import RANDOM, Backbone, choose_device, is_control, load_backbones
@@ -58,6 +59,8 @@ def evaluate(cfg: EvaluateConfig) -> str:
     if "few-shot" in cfg.probes:
         for label in cfg.labels:
             few_shot_counts(label, _labels(train_index))
+    for model in cfg.models:
+        check_untaught(model, test_index)
     backbones = load_backbones(cfg.models, cfg.image_size, cfg.max_pixels, cfg.key, cfg.prefix, cfg.nodata)
     for backbone in backbones:
         check_stages(backbone, _stages(backbone, cfg))
@@ -190,9 +193,27 @@ def find_data(data: str, test: str | None, test_share: float, seed: int) -> tupl
             raise ValueError(f"test_share = {test_share:g} leaves no image of {data} to test on: raise it")
         return train_index, test_index
     test_index = find_labelled(test, found.class_names, key="test")
-    if both := set(found.names()) & set(test_index.names()):
+    if both := also_in(test_index, found):
         raise ValueError(f"test: {len(both)} images are in {data} too, such as {min(both)}: take them out of one")
     return found, test_index
+
+
+def check_untaught(model: str, test_index: Images) -> None:
+    """Refuse to probe a run on images whose labels it has learnt.
+
+    Args:
+        model: what is probed; of what is no run, nothing is known.
+        test_index: the images to test on.
+
+    Raises:
+        ValueError: if it has learnt some.
+    """
+    learnt = images_of_run(Path(model))
+    if learnt is not None and learnt.labels is not None and (both := also_in(test_index, learnt)):
+        raise ValueError(
+            f"{model} has learnt from {len(both)} of the {len(test_index)} test images with their labels, such as "
+            f"{printable(min(both))}: give others by test, or the seed and share by which the run held images out"
+        )
 
 
 def _labels(images: Images) -> NDArray[np.int64]:
