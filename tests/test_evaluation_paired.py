@@ -65,7 +65,7 @@ def test_a_seed_without_its_pair_makes_no_difference() -> None:
 
 def test_the_verdict_is_in_plain_words() -> None:
     said = paired.verdict(comparison(GAINED))
-    assert (said.state, said.answer) == ("good", "✓ Yes")
+    assert (said.state, said.answer) == ("good", "✓ Yes, in 1 of 2 comparisons")
     (sentence,) = said.sentences
     assert "with 10 % of the labels it gained 6.0 points (95 % interval 3.5 to 8.5)" in sentence
     assert "with all labels it cannot be told (+0.3 points, 95 % interval -3.5 to +4.1)" in sentence
@@ -99,7 +99,28 @@ def test_labels_that_need_no_network_are_told_of() -> None:
     assert len(said.sentences) == 2
     assert (said.state, said.answer) == ("attention", "! It gains, where no network is needed")
     elsewhere = paired.verdict(comparison(GAINED | {("histogram:8", "100%"): [0.9, 0.9, 0.9]}))
-    assert (elsewhere.state, elsewhere.answer) == ("good", "✓ Yes")  # it gained with 10 %
+    assert (elsewhere.state, elsewhere.answer) == ("good", "✓ Yes, in 1 of 2 comparisons")  # it gained with 10 %
+    alone = {key: scores for key, scores in GAINED.items() if key[1] == "10%"}
+    assert paired.verdict(comparison(alone)).answer == "✓ Yes"
+
+
+def test_one_gain_among_many_comparisons_may_be_chance() -> None:
+    found = comparison(GAINED)
+    for name in ("second", "third"):
+        found["arms"].append({**found["arms"][-1], "name": name})
+        others = [score for score in found["scores"] if score["arm"] == "scratch"]
+        found["scores"] += [{**score, "arm": name} for score in others]
+    said = paired.verdict(found)
+    assert (said.state, said.answer) == ("attention", "! Only in 1 of 6 comparisons, which may be chance")
+
+
+@pytest.mark.parametrize(
+    ("num", "told"), [(2, "too few runs"), (3, "too few runs"), (5, "too few runs"), (6, "better")]
+)
+def test_few_gains_of_the_same_size_are_no_certainty(num: int, told: str) -> None:
+    """One test image of a class of ten is ten points."""
+    assert paired.tell([0.1] * num) == told
+    assert paired.tell([0.0] * 3) == "no difference seen"
 
 
 def test_the_summary_has_the_numbers_the_licence_and_what_is_left() -> None:

@@ -96,6 +96,10 @@ COMPARISON = TypeAdapter(Comparison)
 Mean = tuple[float, tuple[float, float] | None]  # and its 95 % interval
 
 
+ALIKE = 1e-9  # scores that are as close differ by rounding
+LEAST_ALIKE = 6  # so many of one sign are by chance once in 32 times
+
+
 class Row(NamedTuple):
     """An arm at an amount of labels.
 
@@ -125,10 +129,11 @@ def tell(differences: Sequence[float]) -> str:
         differences: one a seed.
 
     Returns:
-        better, worse, no difference seen, or too few runs.
+        better, worse, no difference seen, or too few runs; also where few gain exactly as much, as on few test images.
     """
     interval = mean_and_interval(differences)[1] if len(differences) >= LEAST_RUNS else None
-    if interval is None:
+    alike = max(differences) - min(differences) < ALIKE and abs(differences[0]) >= ALIKE
+    if interval is None or (alike and len(differences) < LEAST_ALIKE):
         return "too few runs"
     return "better" if interval[0] > 0 else "worse" if interval[1] < 0 else "no difference seen"
 
@@ -205,15 +210,19 @@ def verdict(found: Comparison) -> Verdict:
                 f"With {_amount(plain.labels)}, {plain.arm} and a linear classifier score {100 * plain.mean[0]:.1f}, "
                 f"no less than any network ({100 * max(trained):.1f}): these labels hardly need one."
             )
-    told = {row.told for row in rows if row.arm in starts}
-    gained = {row.labels for row in rows if row.arm in starts and row.told == "better"}
+    judged = [row for row in rows if row.arm in starts and row.told not in ("", "too few runs")]
+    told = {row.told for row in judged}
+    ahead = [row for row in judged if row.told == "better"]
+    gained, where = {row.labels for row in ahead}, f"in {len(ahead)} of {len(judged)} comparisons"
     state = "attention"
     if gained and "worse" in told:
         answer = "! It depends"
     elif gained and gained <= needless:
         answer = "! It gains, where no network is needed"
+    elif gained and 2 * len(ahead) < len(judged):
+        answer = f"! Only {where}, which may be chance"
     elif gained:
-        state, answer = "good", "✓ Yes"
+        state, answer = "good", "✓ Yes" if len(ahead) == len(judged) else f"✓ Yes, {where}"
     elif "worse" in told:
         answer = "! No, it loses"
     elif "no difference seen" in told:
