@@ -151,6 +151,16 @@ def test_the_same_run_again_is_no_second_run(tmp_path: Path) -> None:
     assert "on the same data.val_path, may turn it round; `fcmae worth` runs them." in verdict.sentences[0]
 
 
+def test_a_run_of_the_same_seed_with_other_settings_is_left_out_by_name(tmp_path: Path) -> None:
+    given, scratch = tuned(tmp_path, [0.8], [0.6])
+    other = finetune_run(tmp_path / "scratch-of-another-rate", 0.9)
+    config = other / "config.yaml"
+    config.write_text(f"{config.read_text()}\noptim: {{base_lr: 0.5}}\n".replace("optim:\n", "optim_was:\n"))
+    (sentence,) = was_worth_it([given, scratch, *read(other)]).sentences
+    assert "0.600 (0.600) from scratch" in sentence
+    assert "another run of the same start and seed has other settings: " in sentence and "another-rate" in sentence
+
+
 def test_runs_of_other_budgets_are_not_compared(tmp_path: Path) -> None:
     given, scratch = tuned(tmp_path, [0.8], [0.6])
     config = scratch.path / "config.yaml"

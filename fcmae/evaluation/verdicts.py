@@ -145,18 +145,24 @@ def was_worth_it(runs: Sequence[Run]) -> Verdict:
 
 def _against_scratch(runs: Sequence[Run]) -> list[Found]:
     """Fine-tuning runs on as many images that are scored on the same ones. The same again is no second run."""
-    groups: dict[tuple[Any, ...], tuple[dict[Any, float], dict[Any, float]]] = {}
+    groups: dict[tuple[Any, ...], tuple[dict[Any, Run], dict[Any, Run]]] = {}
+    others: dict[tuple[Any, ...], list[str]] = {}
     for run in runs:
         scored = [line for line in run.lines if "top1" in line]
         if run.kind == "finetune" and scored and not run.settings.get("eval_only") and _is_complete(run, scored[-1]):
             network = run.starts[-1].get("network") if run.starts else None
             budget = [str(network), *(str(run.settings.get(key)) for key in BUDGET)]
-            group = groups.setdefault((run.counts.get("to learn from", 0), run.held_out, *budget), ({}, {}))
+            key = (run.counts.get("to learn from", 0), run.held_out, *budget)
             init = run.settings.get("model.init")
-            group[init is None][init, run.settings.get("seed")] = _score(scored[-1])
+            first = groups.setdefault(key, ({}, {}))[init is None].setdefault((init, run.settings.get("seed")), run)
+            if _own_settings(run) != _own_settings(first):
+                others.setdefault(key, []).append(run.name)
     found = []
-    for (num_images, *_), scores in groups.items():
-        started, scratch = (list(each.values()) for each in scores)
+    for key, kinds in groups.items():
+        num_images = key[0]
+        started, scratch = (
+            [_score([line for line in run.lines if "top1" in line][-1]) for run in each.values()] for each in kinds
+        )
         if not started or not scratch:
             continue
         few = min(len(started), len(scratch)) < LEAST_RUNS
@@ -171,8 +177,16 @@ def _against_scratch(runs: Sequence[Run]) -> list[Found]:
                 f" Fewer than {LEAST_RUNS} runs of a kind show little: other seeds, on the same data.val_path, may "
                 "turn it round; `fcmae worth` runs them."
             )
+        if left_out := others.get(key):
+            sentence += (
+                f" Left out, as another run of the same start and seed has other settings: {', '.join(left_out)}."
+            )
         found.append(("attention" if not ahead else "unknown" if few else "good", [sentence]))
     return found
+
+
+def _own_settings(run: Run) -> dict[str, Any]:
+    return {key: value for key, value in run.settings.items() if key not in ("out", "overwrite", "planned_s")}
 
 
 def _is_complete(run: Run, line: Mapping[str, Any]) -> bool:
