@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from fcmae import finetuning, options, planning, pretraining, pruning, segmenting
 from fcmae.anytime import Answer, Anytime
 from fcmae.config import FinetuneConfig, PretrainConfig, RunConfig, SegmentConfig
+from fcmae.config.base import found_run
 from fcmae.config.commands import PruneConfig
 from fcmae.data.normalize import Normalize
 from fcmae.heads import Segmenter
@@ -305,7 +306,8 @@ def load(source: PathLike, *, key: str | None = None, prefix: str | None = None)
     """The encoder of a run or of weights in any format that `fcmae convert` reads, for features.
 
     Args:
-        source: a run, a checkpoint, a directory or a file. Of a fine-tuning run, its best model.
+        source: a run, also by its name below runs/, a checkpoint, a directory or a file. Of a fine-tuning run, its best
+            model.
         key: the entry of a .pth file that holds the weights, such as "model_ema"; by default a usual one.
         prefix: what stands before their names in a file, such as "student"; by default found out.
 
@@ -317,10 +319,11 @@ def load(source: PathLike, *, key: str | None = None, prefix: str | None = None)
         ValueError: if `source` holds no such weights, or does not say the mean and std of channels other than grey or
             RGB, which have the published ones then.
     """
-    if key is None and prefix is None and segmenter_in(Path(source)) is not None:
-        segmenter, weights, record = read_segmenter(Path(source))
+    place = found_run(source)
+    if key is None and prefix is None and segmenter_in(place) is not None:
+        segmenter, weights, record = read_segmenter(place)
         return Segmented(segmenter, weights.reading(os.fspath(source)).normalize, record.class_names).eval()
-    weights = read_weights(Path(source), key=key, prefix=prefix)
+    weights = read_weights(place, key=key, prefix=prefix)
     return Features(build_encoder(weights), weights.reading(os.fspath(source)).normalize).eval()
 
 
@@ -339,7 +342,7 @@ def export(
     Raises:
         ValueError: if the source cannot be read or is damaged, or `dest` exists or is no name for that format.
     """
-    convert(Path(source), Path(dest), to, key=key, prefix=prefix)
+    convert(found_run(source), Path(dest).expanduser(), to, key=key, prefix=prefix)
 
 
 def prune(

@@ -241,6 +241,8 @@ def _training(run: Run, step: object) -> Iterator[str]:
         yield "Curves, evenly spaced:"
         chosen = [lines[i] for i in evenly(len(lines), MAX_ROWS)]
         yield table(["epoch", *keys], [[shown(line.get(key)) for key in ("epoch", *keys)] for line in chosen])
+        if run.kind == "finetune":
+            yield "The best checkpoint is chosen by these scores, so that its own is too high for other images."
 
 
 def _results(run: Run) -> Iterator[str]:

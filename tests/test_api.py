@@ -22,6 +22,7 @@ import torch
 from accelerate import Accelerator
 from conftest import randomize
 from runs import TINY, assert_same, config, final_state, write_images
+from test_weights_convert import write_checkpoint
 
 import fcmae
 from fcmae import api, cli, finetuning, planning, pretraining, starting
@@ -419,6 +420,20 @@ def test_load_and_export_take_the_weights_that_are_named(tmp_path: Path) -> None
     fcmae.export(tmp_path / "a.pth", tmp_path / "out", key="net", prefix="b")
     for loaded in (fcmae.load(tmp_path / "a.pth", key="net", prefix="a"), fcmae.load(tmp_path / "out")):
         assert all(torch.equal(value, state[name]) for name, value in loaded.encoder.state_dict().items())
+
+
+def test_paths_are_those_that_a_person_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As to the commands: home is ~, and a run may be named without its folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_checkpoint(tmp_path / "runs" / "first")
+    (tmp_path / "runs" / "first" / "config.yaml").write_text("# a run\n")
+    expected = fcmae.load(tmp_path / "runs" / "first").encoder.state_dict()
+    fcmae.export("first", "~/out")
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    for name in ("first", "~/runs/first", "~/out"):
+        found = fcmae.load(name).encoder.state_dict()
+        assert all(torch.equal(value, expected[key]) for key, value in found.items())
 
 
 def test_runs_start_from_the_weights_that_are_named(tmp_path: Path) -> None:

@@ -95,6 +95,16 @@ def test_pictures_are_drawn_and_replaced_only_when_asked(
     assert "holds 'mine.npy', which is not of this command" in capsys.readouterr().err
 
 
+def test_queries_that_cannot_be_read_are_told_before_anything_is_written(
+    labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "broken.jpg").write_bytes(b"broken")
+    given = ["--images", labelled, "--out", tmp_path / "out", "--neighbours"]
+    assert embed(*given, tmp_path / "broken.jpg") == 2
+    assert "none of 1 images can be read" in capsys.readouterr().err
+    assert embed(*given, labelled / "a" / "0.png") == 0  # the same place is free
+
+
 def test_a_few_images_have_no_map(labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     query = labelled / "a" / "0.png"
     assert embed("--images", query, "--out", tmp_path / "out", "--neighbours", query) == 0

@@ -72,6 +72,7 @@ def test_a_repository_is_loaded_by_timm_transformers_and_fcmae_as_its_card_says(
     assert main(["export", str(run), "page", "--to", "hub"]) == 0
     assert "page/README.md: read it before you publish it" in capsys.readouterr().out
     assert sorted(path.name for path in Path("page").iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    assert "The best checkpoint is chosen by these scores" in Path("page/README.md").read_text()
     found: dict[str, Any] = {}
     blocks = re.findall(r"```python\n(.*?)```", Path("page/README.md").read_text(), re.S)
     assert len(blocks) == 3

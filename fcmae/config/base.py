@@ -126,6 +126,18 @@ def _find_run(name: str) -> str:
     return f"{kind}{colon}{text if found or not any((place / file).is_file() for file in _OF_RUNS) else place}"
 
 
+def found_run(source: str | os.PathLike[str]) -> Path:
+    """The path of a run or of weights that a person names.
+
+    Args:
+        source: a path, in which ~ is their home, or the name of a run below runs/.
+
+    Raises:
+        ValueError: for the home of a user that there is none of.
+    """
+    return Path(_find_run(os.fspath(source)))
+
+
 def near_runs(name: str | Path) -> str:
     """Name the runs below runs/ that are spelt nearly so, for the end of a sentence; empty if there is none."""
     known = [str(file.parent.relative_to("runs")) for file in Path("runs").glob("**/config.yaml")]

@@ -75,6 +75,8 @@ def embed(cfg: EmbedConfig) -> str:
             tell_unread(extracted.bad, name)
             return found.subset(extracted.positions), next(iter(extracted.stages.values()))
 
+        # First, so that nothing is written where none of them can be read.
+        asked = None if queries is None else features_of(queries, "queries")
         index, features = features_of(index, "images")
         if cfg.parquet:
             written = [write_parquet(out / "features.parquet", features, index)]
@@ -98,8 +100,8 @@ def embed(cfg: EmbedConfig) -> str:
                 f"{shortened(cfg.model, 80)}\n{name} of {some} images",
             )
             written.append(out / "map.png")
-        if queries is not None:
-            queries, query_features = features_of(queries, "queries")
+        if asked is not None:
+            queries, query_features = asked
             nearest = neighbours(query_features, features, queries.names(), index.names())
             for number, (rows, similarities) in enumerate(nearest):
                 picture = free(out / f"{NEIGHBOURS}{file_name(Path(queries.name(number)).stem)}.png", written)

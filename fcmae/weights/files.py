@@ -79,7 +79,8 @@ class Weights:
     @property
     def license(self) -> str | None:
         """What their files say their licence is, or that of the weights that they were made from."""
-        return self.origin.get("license")
+        said = self.origin.get("license")
+        return printable(said)[:200] if isinstance(said, str) and said else None
 
     def reading(self, source: str, image_size: tuple[int, int] | None = None) -> Reading:
         """How images are read for the weights: as they say, and as published where they do not.
