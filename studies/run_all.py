@@ -165,7 +165,7 @@ def geometry(scale: Scale) -> dict[str, object]:
 
 def command(out: Path, name: str, verb: str, flags: dict[str, object], ablated: str | None = None) -> tuple[str, ...]:
     program = FCMAE if ablated is None else (sys.executable, str(STUDIES / "ablated.py"), ablated)
-    flags = {"model.variant": "convnextv2_atto", "log.every_steps": 20} | flags
+    flags = {"config": f"{STUDIES}/defaults.yaml", "model.variant": "convnextv2_atto", "log.every_steps": 20} | flags
     words = [f"--{key}={value}" for key, value in flags.items() if value is not None]
     return (*program, verb, *words, f"--out={out}/runs/{name}")
 

@@ -26,7 +26,7 @@ from conftest import randomize
 from PIL import Image
 from torch import Tensor
 
-from fcmae import cli
+from fcmae import cli, options, planning
 from fcmae.cli import COMMANDS
 from fcmae.config import FinetuneConfig, PretrainConfig
 from fcmae.evaluation import paired
@@ -377,7 +377,12 @@ def test_every_job_needs_jobs_that_are_there_and_its_flags_are_settings(scale: s
         for verb in COMMANDS:
             if verb in job.words:
                 given.add(verb)
-                load(COMMANDS[verb][0], job.words[job.words.index(verb) + 1 :], prog="test")
+                words = job.words[job.words.index(verb) + 1 :]
+                cfg = load(COMMANDS[verb][0], words, prog="test")
+                if verb in ("pretrain", "finetune") and not {"--hours", "ablated.py"} & {*words}:
+                    complete = {"pretrain": planning.pretraining, "finetune": planning.finetuning}[verb]
+                    asked = load(COMMANDS[verb][0], words, prog="test", complete=complete)
+                    assert options.flat(asked) | {"grad_accum": "auto", "chosen": {}} == options.flat(cfg)
     assert given == {"pretrain", "finetune", "evaluate", "analyze"}
 
 
