@@ -460,7 +460,7 @@ def time_training(cfg: FinetuneConfig | SegmentConfig, at_once: int, duration_s:
         net: Classifier | Segmenter = segmenting.build_model(cfg, weights, len(data.classes))
         weights.image.update(starting.image_settings(cfg, weights))
         train_set: ImageDataset = segmenting.build_train_set(cfg, data, weights)
-        loss_of: Callable[[Tensor, Tensor], Tensor] = segmentation_loss
+        loss_of: Callable[[Tensor, Tensor], Tensor] = partial(segmentation_loss, dice=cfg.regularization.dice)
     else:
         names = weights.class_names or None if cfg.model.keep_head else None
         storage = Storage.of_run(cfg.out, cfg.data.index, cfg.data.cache_gb)

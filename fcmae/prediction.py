@@ -55,7 +55,7 @@ def predict(cfg: PredictConfig) -> None:
     class_names = weights.class_names
     if not class_names:
         raise ValueError(f"{cfg.model} has no classifier: give a fine-tuned model")
-    accelerator = Accelerator(cpu=cfg.device == "cpu")
+    accelerator = Accelerator(cpu=cfg.device == "cpu", mixed_precision="no")  # whatever the environment says
     model = build_classifier(weights).to(accelerator.device).eval()
     reading = weights.reading(str(cfg.model), cfg.image_size).told(cfg.max_pixels, cfg.nodata)
     images = find_images(cfg.images)
@@ -124,7 +124,7 @@ def predict_maps(cfg: PredictConfig) -> None:
     reading = weights.reading(str(cfg.model), cfg.image_size).told(cfg.max_pixels, cfg.nodata)
     unit = model.encoder.total_stride
     check_sides("image_size", reading.image_size, unit)
-    accelerator = Accelerator(cpu=cfg.device == "cpu")
+    accelerator = Accelerator(cpu=cfg.device == "cpu", mixed_precision="no")  # whatever the environment says
     normalize = reading.normalize.to(accelerator.device)
     fill = reading.normalize.mean.flatten().tolist()
     if not isinstance(model, Anytime) and (cfg.tau, cfg.budget, cfg.limit_ms) != (None, None, None):

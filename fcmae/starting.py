@@ -60,7 +60,8 @@ def starting_weights(cfg: DenseConfig) -> Weights:
         remedy = variant_of(held.spec) or "none, which takes that of model.init"
         found = describe(held.spec)
         raise ValueError(f"model.variant = {describe(asked)}, but model.init = {path} has {found}: set it to {remedy}")
-    if cfg.data.in_chans != held.in_chans:
+    is_told = not cfg.eval_only or "in_chans" in cfg.data.model_fields_set
+    if is_told and cfg.data.in_chans != held.in_chans:
         if cfg.eval_only or held.in_chans != 3:
             raise ValueError(
                 f"data.in_chans = {cfg.data.in_chans}, but model.init = {path} has {held.in_chans}: "
@@ -74,17 +75,18 @@ def starting_weights(cfg: DenseConfig) -> Weights:
 def image_settings(cfg: DenseConfig, weights: Weights) -> dict[str, Any]:
     """Mean, std, input size and nodata: the settings', else those that the weights were trained with.
 
-    The size of the weights is taken only to evaluate them as they are.
+    The size of the weights is taken only to evaluate them as they are, as are their channels.
 
     Raises:
         ValueError: if neither side has the mean and std of images that are not grey or RGB.
     """
-    (mean, std), size = cfg.data.statistics(), [cfg.data.in_chans, *cfg.data.image_size]
+    in_chans = weights.architecture.in_chans
+    (mean, std), size = cfg.data.statistics(), [in_chans, *cfg.data.image_size]
     if cfg.data.mean is None and "mean" in weights.image:
         mean, std = weights.image["mean"], weights.image["std"]
-    if len(mean) != cfg.data.in_chans:
+    if len(mean) != in_chans:
         raise ValueError(
-            f"data.mean is missing for in_chans = {cfg.data.in_chans}, and model.init does not hold it: "
+            f"data.mean is missing for in_chans = {in_chans}, and model.init does not hold it: "
             "compute it with `fcmae stats`"
         )
     if cfg.eval_only and "image_size" not in cfg.data.model_fields_set:

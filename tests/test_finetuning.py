@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import runs
 import timm
@@ -25,13 +26,15 @@ from fcmae.data.augment import FinetuneAugment
 from fcmae.data.index import find_images
 from fcmae.evaluation.models import load_backbone
 from fcmae.finetuning import classification_loss
-from fcmae.networks.spec import VARIANTS
+from fcmae.heads import Classifier
+from fcmae.networks.convnext import Encoder
+from fcmae.networks.spec import VARIANTS, ConvNeXtSpec
 from fcmae.starting import class_balance
 from fcmae.training import checkpoint
 from fcmae.training.messages import how_it_ended
-from fcmae.weights.convert import convert
-from fcmae.weights.files import read_weights, save_weights
-from fcmae.weights.formats import to_state
+from fcmae.weights.convert import convert, save_classifier
+from fcmae.weights.files import Weights, read_weights, save_weights
+from fcmae.weights.formats import Architecture, to_state
 
 COLORS = {"blue": (40, 40, 200), "green": (40, 200, 40)}
 
@@ -440,6 +443,20 @@ def test_two_processes_train_and_score_like_one(labelled: Path, tmp_path: Path) 
     for place in ("best", "last"):
         rows = [(tmp_path / run / place / "predictions.csv").read_text().count("\n") for run in ("one", "two")]
         assert rows == [5, 5]
+
+
+def test_a_model_of_bands_is_evaluated_without_saying_how_many(tmp_path: Path) -> None:
+    spec = ConvNeXtSpec(depths=(1, 1), dims=(4, 6))
+    image = {"input_size": [5, 16, 16], "mean": [0.5] * 5, "std": [0.25] * 5}
+    weights = Weights({}, Architecture(spec, 5), image, class_names=("a", "b"))
+    save_classifier(tmp_path / "model", Classifier(Encoder(spec, 5), 2), weights)
+    for name in "ab":
+        (tmp_path / "tested" / name).mkdir(parents=True)
+        np.save(tmp_path / "tested" / name / "0.npy", np.random.default_rng(0).random((16, 16, 5), np.float32))
+    words = ["--data.val_path", tmp_path / "tested", "--init", tmp_path / "model", "--out", tmp_path / "out"]
+    words += ["--device", "cpu", "--log.trackers", "none", "--data.num_workers", "0"]
+    assert cli.main(["finetune", "--eval_only", *map(str, words)]) == 0
+    assert metrics(tmp_path / "out")[-1]["top1"] == 0.5
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import randomize
 from PIL import Image
-from runs import write_images
+from runs import forget_accelerator, write_images
 
 from fcmae import cli, prediction
 from fcmae.classification import probabilities_of
@@ -62,6 +62,18 @@ def test_lines_are_written_as_they_come(classifier: Path, tmp_path: Path, monkey
     rows = list(csv.DictReader(table.read_text().splitlines()))
     assert [row["path"] for row in rows] == [str(path) for path in sorted(photos.iterdir())[:4]]
     assert {row["predicted"] for row in rows} <= {"cat", "dog"}
+
+
+def test_the_environment_does_not_say_in_which_precision(
+    classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos, tables = write_images(tmp_path / "photos", 3), [tmp_path / "a.csv", tmp_path / "b.csv"]
+    for table in tables:
+        forget_accelerator()
+        assert cli.main(words(classifier, photos, "--csv", str(table))) == 0
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    forget_accelerator()
+    assert tables[0].read_text() == tables[1].read_text()
 
 
 def test_the_table_is_whole_when_nobody_reads_what_is_printed(

@@ -659,7 +659,7 @@ class FinetuneConfig(DenseConfig):
     def conflicts(self, num_processes: int | None = None) -> Iterator[Conflict]:
         yield from super().conflicts(num_processes)
         data = self.data
-        if data.auto_augment and data.in_chans not in (1, 3):
+        if data.auto_augment and data.in_chans not in (1, 3) and not self.eval_only:
             yield (
                 ("data.auto_augment", "data.in_chans"),
                 f"{data.auto_augment} needs 1 or 3 channels, not {data.in_chans}: set it to none",
