@@ -226,30 +226,27 @@ class NoUsableImage(DataError):  # noqa: N818
 
 
 class ImageDataset(Dataset[Sample]):
-    """Reads images through a view. Training replaces what it cannot read; evaluation marks it.
+    """Samples by key (epoch, index). Training replaces an image that it cannot read; evaluation marks it.
 
     Args:
         images: what to read.
-        view: what makes a file an image: centre crops for evaluation, anything else for training.
-        seed: of what the view draws, and of replacements.
+        crop: whose size an image that could not be read has: centre crops are for evaluation, others for training.
+        seed: of what is drawn for a sample, and of replacements.
     """
 
-    def __init__(self, images: Images, view: View | CropBoth, *, seed: int) -> None:
-        self._images, self._view, self._seed = images, view, seed
-        self._replaces = not isinstance(view, CenterCrop)
-        crop = view.crop if isinstance(view, FinetuneAugment) else view
-        self._shape = (crop.in_chans, *crop.image_size)  # of what stands for an image that could not be read
+    def __init__(self, images: Images, crop: CropAndFlip | CenterCrop | CropBoth, *, seed: int) -> None:
+        self._images, self._seed = images, seed
+        self._replaces = not isinstance(crop, CenterCrop)
+        self._shape = (crop.in_chans, *crop.image_size)
 
     def __len__(self) -> int:
         return len(self._images)
 
     def _load(self, i: int, rng: np.random.Generator) -> tuple[Pixels, int | NDArray[np.int16] | None]:
-        """Image i through the view, and its label."""
-        assert not isinstance(self._view, CropBoth)
-        with self._images.open(i) as file:
-            return Pixels(self._view(file, rng)), self._images.label(i)
+        """What image i gives, and its label."""
+        raise NotImplementedError
 
-    def _read(self, key: Key) -> Sample:
+    def __getitem__(self, key: Key) -> Sample:
         """The sample of a key, without a mask.
 
         Raises NoUsableImage, a ValueError, if replacing is allowed and none of MAX_TRIES files can be read.
@@ -300,24 +297,36 @@ class PretrainDataset(ImageDataset):
             masks_per_image: masks of each sample, drawn independently.
         """
         super().__init__(images, view, seed=seed)
-        self._known_view = view
+        self._view = view
         self._grid, self.visible, self._masks_per_image = grid, visible, masks_per_image
 
     def _load(self, i: int, rng: np.random.Generator) -> tuple[Pixels, int | None]:
         with self._images.open(i) as file:
-            return self._known_view.known(file, rng), self._images.label(i)
+            return self._view.known(file, rng), self._images.label(i)
 
     def __getitem__(self, key: Key) -> Sample:
         first = (self._seed, *key)
         seeds = [first, *((*first, MASK_STREAM, number) for number in range(1, self._masks_per_image))]
-        return replace(self._read(key), masks=random_mask(self._grid, self.visible, seeds))
+        return replace(super().__getitem__(key), masks=random_mask(self._grid, self.visible, seeds))
 
 
 class FinetuneDataset(ImageDataset):
     """Images and labels for fine-tuning, by key (epoch, index): augmented ones to train on, centre crops otherwise."""
 
-    def __getitem__(self, key: Key) -> Sample:
-        return self._read(key)
+    def __init__(self, images: Images, view: FinetuneAugment | CenterCrop, *, seed: int) -> None:
+        """Nothing is read yet.
+
+        Args:
+            images: what to read.
+            view: what makes a file an image; augmented ones that cannot be read are replaced.
+            seed: of what the view draws, and of replacements.
+        """
+        super().__init__(images, view.crop if isinstance(view, FinetuneAugment) else view, seed=seed)
+        self._view = view
+
+    def _load(self, i: int, rng: np.random.Generator) -> tuple[Pixels, int | None]:
+        with self._images.open(i) as file:
+            return Pixels(self._view(file, rng)), self._images.label(i)
 
 
 class SegmentDataset(ImageDataset):
@@ -339,6 +348,3 @@ class SegmentDataset(ImageDataset):
         with self._images.open(i) as file, self._maps.open(i) as map_file:
             image, numbers = self._crop(file, map_file, self._maps.name(i), rng)
             return Pixels(image), numbers
-
-    def __getitem__(self, key: Key) -> Sample:
-        return self._read(key)
