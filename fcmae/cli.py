@@ -307,40 +307,25 @@ COMMANDS: dict[str, tuple[type[Settings], Callable[[Any], int | None]]] = {
 }
 
 
-def _complete_pretraining(sketch: config.PretrainConfig, given: Mapping[str, Any]) -> Mapping[str, Any]:
-    if not sketch.data.path:
-        return {}  # the settings say so, without torch
+def _complete(what: str) -> Complete:
+    """The function of `planning` of this name, for a run that trains: planning loads torch."""
 
-    threads.prepare()  # before steps are timed
-    from fcmae import planning
+    def complete(sketch: Any, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        if not sketch.data.path or getattr(sketch, "eval_only", False):
+            return {}
+        threads.prepare()  # before steps are timed
+        from fcmae import planning
 
-    return planning.pretraining(sketch, given)
+        found: Mapping[str, Any] = getattr(planning, what)(sketch, given)
+        return found
 
-
-def _complete_finetuning(sketch: config.FinetuneConfig, given: Mapping[str, Any]) -> Mapping[str, Any]:
-    if not sketch.data.path or sketch.eval_only:
-        return {}
-
-    threads.prepare()  # before steps are timed
-    from fcmae import planning
-
-    return planning.finetuning(sketch, given)
+    return complete
 
 
-def _complete_segmentation(sketch: config.SegmentConfig, given: Mapping[str, Any]) -> Mapping[str, Any]:
-    if not sketch.data.path or sketch.eval_only:
-        return {}
-
-    threads.prepare()  # before steps are timed
-    from fcmae import planning
-
-    return planning.segmentation(sketch, given)
-
-
-COMPLETE: dict[str, Complete] = {
-    "pretrain": _complete_pretraining,
-    "finetune": _complete_finetuning,
-    "segment": _complete_segmentation,
+COMPLETE = {
+    "pretrain": _complete("pretraining"),
+    "finetune": _complete("finetuning"),
+    "segment": _complete("segmentation"),
 }
 IDLE = frozenset(
     {"report", "status", "stats", "doctor", "configs", "schema", "completion"}

@@ -79,7 +79,7 @@ def finetune(cfg: FinetuneConfig, net: Classifier | None = None) -> Run:
     """
     accelerator = make_accelerator(cfg)
     with ending_together(accelerator, cfg.out):
-        run = RunDirectory(cfg, "finetune")
+        run = RunDirectory(cfg)
         run.agree(accelerator)
         check_launch(cfg, accelerator.num_processes)
         cfg = in_parts(cfg, accelerator.num_processes, accelerator.device.type, run.saved)
@@ -110,7 +110,7 @@ def finetune(cfg: FinetuneConfig, net: Classifier | None = None) -> Run:
                 build_reading(cfg, weights).check_values(train_images if len(train_images) else val_images)
             finished = train(cfg, run, accelerator, net, weights, per_epoch, train_images, val_images, stop)
             finish(accelerator, stop)
-    return Run(run.path, "finetune", finished, stop.received)
+    return Run(run.path, run.kind, finished, stop.received)
 
 
 def train(

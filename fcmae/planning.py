@@ -58,13 +58,14 @@ def pretraining(sketch: PretrainConfig, given: Mapping[str, Any]) -> dict[str, A
         ValueError: if there are no images, none can be read, or a step does not fit into the memory.
     """
     began = time.monotonic()
-    out = _run_directory(sketch, given, sketch.data.path[0])
-    if (saved := _saved(sketch, out, "pretrain")) is not None:
-        return _resumed(sketch, saved, given, out)
-    if _is_settled(sketch, given):
-        cfg = options.make(BenchConfig, options.flat(sketch) | {"seconds": SHORT_S})
-        return _parts(sketch, lambda at_once: _pretraining_step(cfg, at_once, False))
-    _refuse_launcher()
+
+    def measure(at_once: int) -> bench.Result:
+        settled = options.make(BenchConfig, options.flat(sketch) | {"seconds": SHORT_S})
+        return _pretraining_step(settled, at_once, False)
+
+    out, found = _begun(sketch, given, sketch.data.path[0], measure)
+    if found is not None:
+        return found
     images = find_images(sketch.data.path, storage=Storage.of_run(out, sketch.data.index, sketch.data.cache_gb))
     device = _device(sketch)
     facts = _facts(images, given.get("data.in_chans"), sketch.data)
@@ -102,12 +103,9 @@ def finetuning(sketch: FinetuneConfig, given: Mapping[str, Any]) -> dict[str, An
     """
     began = time.monotonic()
     assert sketch.data.path is not None
-    out = _run_directory(sketch, given, sketch.data.path)
-    if (saved := _saved(sketch, out, "finetune")) is not None:
-        return _resumed(sketch, saved, given, out)
-    if _is_settled(sketch, given):
-        return _parts(sketch, lambda at_once: _dense_step(sketch, at_once, SHORT_S))
-    _refuse_launcher()
+    out, found = _begun(sketch, given, sketch.data.path, lambda at_once: _dense_step(sketch, at_once, SHORT_S))
+    if found is not None:
+        return found
     storage = Storage.of_run(out, sketch.data.index, sketch.data.cache_gb)
     held, image, names = _held(sketch)
     images = find_labelled(
@@ -147,12 +145,9 @@ def segmentation(sketch: SegmentConfig, given: Mapping[str, Any]) -> dict[str, A
     """
     began = time.monotonic()
     assert sketch.data.path is not None
-    out = _run_directory(sketch, given, sketch.data.path)
-    if (saved := _saved(sketch, out, "segment")) is not None:
-        return _resumed(sketch, saved, given, out)
-    if _is_settled(sketch, given):
-        return _parts(sketch, lambda at_once: _dense_step(sketch, at_once, SHORT_S))
-    _refuse_launcher()
+    out, found = _begun(sketch, given, sketch.data.path, lambda at_once: _dense_step(sketch, at_once, SHORT_S))
+    if found is not None:
+        return found
     find = partial(find_mapped, storage=Storage.of_run(out, sketch.data.index, sketch.data.cache_gb))
     images, _ = find(sketch.data.path, sketch.data.maps)
     device = _device(sketch)
@@ -179,6 +174,26 @@ def segmentation(sketch: SegmentConfig, given: Mapping[str, Any]) -> dict[str, A
     return _chosen(plan) | {"out": out}
 
 
+def _begun(
+    sketch: RunConfig, given: Mapping[str, Any], images: str, measure: Measure
+) -> tuple[Path, dict[str, Any] | None]:
+    """The run directory, and the settings where these are known already, or parts of a batch alone are to be found.
+
+    Args:
+        sketch: the settings that were given.
+        given: likewise, by dotted key.
+        images: the first source of images, which names the directory where `out` does not.
+        measure: a step of so many images.
+    """
+    out = _run_directory(sketch, given, images)
+    if (saved := _saved(sketch, out)) is not None:
+        return out, _resumed(sketch, saved, given, out)
+    if _is_settled(sketch, given):
+        return out, _parts(sketch, measure)
+    _refuse_launcher()
+    return out, None
+
+
 def _chosen(plan: choices.Choices) -> dict[str, Any]:
     values = {choice.key: choice.value for choice in plan.made}
     return values | {"chosen": {choice.key: choice.why for choice in plan.made}, "planned_s": plan.planned_s}
@@ -197,23 +212,21 @@ def _run_directory(sketch: RunConfig, given: Mapping[str, Any], images: str) -> 
     if sketch.out is not None:
         return sketch.out
     name = re.sub(r"[*?\[\]]", "", Path(images).expanduser().absolute().stem) or "images"
-    kinds = {FinetuneConfig: "finetune", SegmentConfig: "segment"}
-    kind = next((kind for model, kind in kinds.items() if isinstance(sketch, model)), "pretrain")
-    name += SUFFIX[kind]
+    name += SUFFIX[sketch.kind]
     number, place = 1, Path("runs") / name
     if sketch.overwrite and place.exists():
         raise ValueError(f"overwrite: {place} may be another run: name the one to delete by --out")
-    while place.exists() and not _goes_on(sketch, given, place, kind):
+    while place.exists() and not _goes_on(sketch, given, place):
         number += 1
         place = Path("runs") / f"{name}-{number}"
     return place
 
 
-def _goes_on(sketch: RunConfig, given: Mapping[str, Any], place: Path, kind: str) -> bool:
+def _goes_on(sketch: RunConfig, given: Mapping[str, Any], place: Path) -> bool:
     """Whether the run there is the one that this command began and did not end."""
     from fcmae.training.messages import how_it_ended
 
-    saved = _saved(sketch, place, kind, begun=False)
+    saved = _saved(sketch, place, begun=False)
     if saved is None:
         return False
     wanted = options.flat(sketch)
@@ -222,7 +235,7 @@ def _goes_on(sketch: RunConfig, given: Mapping[str, Any], place: Path, kind: str
     return same and how_it_ended(place / "train.log") != "finished"
 
 
-def _saved(sketch: RunConfig, place: Path, kind: str, begun: bool = True) -> dict[str, Any] | None:
+def _saved(sketch: RunConfig, place: Path, begun: bool = True) -> dict[str, Any] | None:
     """The settings of the run in a directory, by dotted key; None without one of this kind, or if it is to go.
 
     begun: only of one that has something to go on from. One that was cut off in its first steps chooses anew.
@@ -233,7 +246,7 @@ def _saved(sketch: RunConfig, place: Path, kind: str, begun: bool = True) -> dic
     if overwrites(sketch) or not config.is_file() or (begun and not _has_begun(place)):
         return None
     with config.open(encoding="utf-8", errors="replace") as file:
-        if not file.readline().startswith(f"# fcmae {kind} "):
+        if not file.readline().startswith(f"# fcmae {sketch.kind} "):
             return None
     return options.flat(options.read(type(sketch), config))
 

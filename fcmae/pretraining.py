@@ -78,7 +78,7 @@ def pretrain(cfg: PretrainConfig, net: FCMAE | None = None) -> Run:
     """
     accelerator = make_accelerator(cfg)
     with ending_together(accelerator, cfg.out):
-        run = RunDirectory(cfg, "pretrain")
+        run = RunDirectory(cfg)
         run.agree(accelerator)
         check_launch(cfg, accelerator.num_processes)
         cfg = in_parts(cfg, accelerator.num_processes, accelerator.device.type, run.saved)
@@ -109,7 +109,7 @@ def pretrain(cfg: PretrainConfig, net: FCMAE | None = None) -> Run:
                 logger.info("start: %s", sentence)
             finished = train(cfg, run, accelerator, net, schedule, train_images, val_images, labelled, stop)
             finish(accelerator, stop)
-    return Run(run.path, "pretrain", finished, stop.received)
+    return Run(run.path, run.kind, finished, stop.received)
 
 
 def train(

@@ -12,6 +12,7 @@ from pydantic import Field, TypeAdapter
 from torch.utils.flop_counter import FlopCounterMode
 from typing_extensions import TypedDict
 
+from fcmae.evaluation.paired import in_percent
 from fcmae.evaluation.probes import mean_and_interval
 from fcmae.evaluation.records import Count, Share
 from fcmae.evaluation.runs import read_json
@@ -109,10 +110,7 @@ def _rows(regime: str, found: dict[str, list[float]]) -> Iterator[list[str]]:
 
 def percent(values: list[float]) -> str:
     """Mean of shares in %, and its 95 % interval in brackets; empty without any."""
-    if not values:
-        return ""
-    mean, interval = mean_and_interval(values)
-    return f"{100 * mean:.1f}" + ("" if interval is None else " [{:.1f}, {:.1f}]".format(*(100 * e for e in interval)))
+    return in_percent(mean_and_interval(values), ".1f") if values else ""
 
 
 def read_study(path: Path) -> Found:

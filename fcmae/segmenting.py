@@ -125,7 +125,7 @@ def segment(cfg: SegmentConfig, net: Segmenter | None = None) -> Run:
     """
     accelerator = make_accelerator(cfg)
     with ending_together(accelerator, cfg.out):
-        run = RunDirectory(cfg, "segment")
+        run = RunDirectory(cfg)
         run.agree(accelerator)
         check_launch(cfg, accelerator.num_processes)
         cfg = in_parts(cfg, accelerator.num_processes, accelerator.device.type, run.saved)
@@ -151,7 +151,7 @@ def segment(cfg: SegmentConfig, net: Segmenter | None = None) -> Run:
                 reading.check_values(data.images if len(data.images) else data.val_images)
             finished = train(cfg, run, accelerator, net, weights, per_epoch, data, stop)
             finish(accelerator, stop)
-    return Run(run.path, "segment", finished, stop.received)
+    return Run(run.path, run.kind, finished, stop.received)
 
 
 def train(

@@ -48,7 +48,7 @@ from study import (
 )
 
 from fcmae.atomic import write_text
-from fcmae.evaluation.paired import tell
+from fcmae.evaluation.paired import in_percent, tell
 from fcmae.evaluation.probes import mean_and_interval
 from fcmae.heads import Classifier
 from fcmae.networks.build import make_encoder
@@ -179,12 +179,7 @@ def rows(found: dict[str, Any]) -> Iterator[list[str]]:
 
 def points(differences: list[float]) -> str:
     """Mean in points, with its sign, and its 95 % interval."""
-    if not differences:
-        return ""
-    mean, interval = mean_and_interval(differences)
-    return f"{100 * mean:+.1f}" + (
-        "" if interval is None else " [{:+.1f}, {:+.1f}]".format(*(100 * e for e in interval))
-    )
+    return in_percent(mean_and_interval(differences), "+.1f") if differences else ""
 
 
 def draw(found: dict[str, Any], path: Path) -> None:

@@ -168,7 +168,7 @@ def solar_rows() -> tuple[list[Labelled], list[Labelled]]:
     return [rows[i] for i in training], [rows[i] for i in test]
 
 
-SURFACES = ("sea", "land", "lake")  # 0, 1, 2 in the mask
+# Sea, land and lake are 0, 1 and 2 in the mask.
 TILE, TOP, ROWS, COLUMNS, BAND = 128, 225, 15, 42, 5  # pixels; the first row, at 75 N; tiles; tile columns of a band
 TESTED = (2, 5)  # bands from the west
 
@@ -227,7 +227,7 @@ def write_squares(out: Path, earth: tuple[NDArray[np.uint8], NDArray[np.uint8]])
         csv.writer(file).writerows([("image", "mask"), *squares])
 
 
-TISSUES = ("other", "grey", "white")  # 0, 1, 2 in the maps
+# Other tissue, grey and white matter are 0, 1 and 2 in the maps.
 SLAB, MARGIN, TESTED_SLABS = 21, 2, (2, 5)  # slices; of them, beside what is tested; slabs from below
 
 

@@ -328,7 +328,7 @@ def test_class_weights_are_inverse_to_the_share_of_the_pixels(tiles: Path) -> No
             "model": {"variant": "atto"}, "regularization": {"class_weights": "balanced"},
         }
     )  # fmt: skip
-    data = segmenting.run_images(cfg, segmenting.RunDirectory(cfg, "segment"))
+    data = segmenting.run_images(cfg, segmenting.RunDirectory(cfg))
     assert isinstance(data, Mapped) and len(data.images) + len(data.val_images) == 12
     stored = np.concatenate([np.asarray(Image.open(path)).ravel() for path in data.maps.names()])
     assert data.counts.tolist() == [(stored == 0).sum(), (stored == 1).sum()]

@@ -163,7 +163,7 @@ def test_a_home_is_meant_by_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     cfg = runs.config(Path("~/photos"), Path("~/runs/first"))
     assert cfg.out == tmp_path / "runs" / "first"
     assert cfg.data.path == [str(tmp_path / "photos")]
-    assert RunDirectory(cfg, "pretrain").path == tmp_path / "runs" / "first"
+    assert RunDirectory(cfg).path == tmp_path / "runs" / "first"
 
 
 def test_files_that_were_being_written_are_the_runs_and_go_at_its_next_start(run: Path, images: Path) -> None:

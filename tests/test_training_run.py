@@ -34,7 +34,7 @@ def names(folder: Path) -> set[str]:
 def make_run(out: Path, **changed: object) -> PretrainConfig:
     """A run with a checkpoint in `out`."""
     cfg = config(Path("photos"), out, **changed)
-    with RunDirectory(cfg, "pretrain").open(is_main=True):
+    with RunDirectory(cfg).open(is_main=True):
         for name in OWN:
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             (out / name).write_text("")
@@ -51,7 +51,7 @@ def test_the_settings_are_written_with_the_kind_of_run(tmp_path: Path) -> None:
 def test_processes_that_were_given_other_settings_or_find_another_step_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = RunDirectory(config(Path("photos"), tmp_path), "pretrain")
+    run = RunDirectory(config(Path("photos"), tmp_path))
 
     def agree(kind: str = "pretrain", step: int = 0, precision: str = "no", **changed: object) -> None:
         other = options.flat(config(Path("photos"), tmp_path, **changed)) | {"command": kind, "precision": precision}
@@ -70,7 +70,7 @@ def test_processes_that_were_given_other_settings_or_find_another_step_are_refus
 
 
 def test_looking_at_a_directory_changes_nothing(tmp_path: Path) -> None:
-    run = RunDirectory(config(Path("photos"), tmp_path / "out"), "pretrain")
+    run = RunDirectory(config(Path("photos"), tmp_path / "out"))
     assert not run.exists
     assert run.resume_from is None
     assert not list(tmp_path.iterdir())
@@ -78,7 +78,7 @@ def test_looking_at_a_directory_changes_nothing(tmp_path: Path) -> None:
 
 def test_the_same_settings_find_the_run_and_its_newest_checkpoint(tmp_path: Path) -> None:
     cfg = make_run(tmp_path)
-    run = RunDirectory(cfg, "pretrain")
+    run = RunDirectory(cfg)
     assert run.exists
     assert run.resume_from == tmp_path / "checkpoints" / "step-00000001"
 
@@ -90,7 +90,7 @@ def test_a_directory_with_anything_else_is_refused_and_stays(tmp_path: Path) -> 
         (tmp_path / name).write_text(text)
         for overwrite in (False, True):
             with pytest.raises(ValueError, match="is not empty and holds no run of fcmae: give another directory"):
-                RunDirectory(cfg.model_copy(update={"overwrite": overwrite}), "pretrain")
+                RunDirectory(cfg.model_copy(update={"overwrite": overwrite}))
         assert (tmp_path / name).read_text() == text
         (tmp_path / name).unlink()
 
@@ -98,7 +98,7 @@ def test_a_directory_with_anything_else_is_refused_and_stays(tmp_path: Path) -> 
 def test_a_file_in_place_of_the_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("")
     with pytest.raises(ValueError, match="holds no run of fcmae"):
-        RunDirectory(config(Path("photos"), tmp_path / "out"), "pretrain")
+        RunDirectory(config(Path("photos"), tmp_path / "out"))
 
 
 def test_what_a_run_left_that_was_killed_before_it_began_is_no_hindrance(tmp_path: Path) -> None:
@@ -111,16 +111,13 @@ def test_what_a_run_left_that_was_killed_before_it_began_is_no_hindrance(tmp_pat
 def test_another_kind_of_run_is_refused(tmp_path: Path) -> None:
     make_run(tmp_path)
     with pytest.raises(ValueError, match=r"holds another kind of run \(fcmae pretrain .*--overwrite"):
-        RunDirectory(
-            FinetuneConfig.model_validate({"out": tmp_path, "data": {"path": "x"}, "model": {"init": "run"}}),
-            "finetune",
-        )
+        RunDirectory(FinetuneConfig.model_validate({"out": tmp_path, "data": {"path": "x"}, "model": {"init": "run"}}))
 
 
 def test_every_other_setting_that_matters_is_named(tmp_path: Path) -> None:
     make_run(tmp_path)
     with pytest.raises(ValueError, match="holds a run with other settings") as error:
-        RunDirectory(config(Path("photos"), tmp_path, seed=5, optim__base_lr=0.1), "pretrain")
+        RunDirectory(config(Path("photos"), tmp_path, seed=5, optim__base_lr=0.1))
     _, *lines = str(error.value).splitlines()
     assert [line.strip() for line in lines] == [
         "seed: the run has 0, this command 5",
@@ -131,7 +128,7 @@ def test_every_other_setting_that_matters_is_named(tmp_path: Path) -> None:
 def test_settings_that_only_say_where_and_how_fast_may_change(tmp_path: Path) -> None:
     make_run(tmp_path)
     changed = config(Path("elsewhere"), tmp_path, data__num_workers=3, checkpoint__keep=7, hours=9)
-    run = RunDirectory(changed, "pretrain")
+    run = RunDirectory(changed)
     assert run.exists
     assert run.kept("seed", "model.variant")
     assert not run.kept("seed", "data.path")
@@ -140,7 +137,7 @@ def test_settings_that_only_say_where_and_how_fast_may_change(tmp_path: Path) ->
     assert "hours = 9 changes nothing: the run goes on to its" in (tmp_path / "train.log").read_text()
     # The settings in force are those in the file.
     assert options.read(PretrainConfig, tmp_path / "config.yaml") == changed
-    assert RunDirectory(changed, "pretrain").kept("data.path")
+    assert RunDirectory(changed).kept("data.path")
     assert set(OWN) < names(tmp_path)
 
 
@@ -149,7 +146,7 @@ def test_overwrite_deletes_the_run_s_own_files_only(tmp_path: Path) -> None:
     for name in ("notes.txt", "plots/mine.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("mine")
-    run = RunDirectory(config(Path("photos"), tmp_path, overwrite="true", seed=5), "pretrain")
+    run = RunDirectory(config(Path("photos"), tmp_path, overwrite="true", seed=5))
     assert run.resume_from is None
     with run.open(is_main=True):
         pass
@@ -163,15 +160,15 @@ def test_what_is_to_be_deleted_is_deleted_at_the_start_that_said_so_alone(
     make_run(tmp_path)
     monkeypatch.setattr("sys.argv", ["fcmae", "pretrain", "photos", "--overwrite", "TRUE", "--out", "x", "--overwrite"])
     cfg = config(Path("photos"), tmp_path, overwrite="true")
-    with RunDirectory(cfg, "pretrain").open(is_main=True):
+    with RunDirectory(cfg).open(is_main=True):
         pass
     assert starts(tmp_path)[-1]["command"] == "fcmae pretrain photos --out x"
     assert not options.read(PretrainConfig, tmp_path / "config.yaml").overwrite
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "epoch": 0.5}\n')
     monkeypatch.setenv(restarted, "0")
-    assert not RunDirectory(cfg, "pretrain").exists
+    assert not RunDirectory(cfg).exists
     monkeypatch.setenv(restarted, "1")
-    assert RunDirectory(cfg, "pretrain").exists
+    assert RunDirectory(cfg).exists
     assert messages.same_command(cfg) == "the same command without --overwrite"
 
 
@@ -186,10 +183,10 @@ def test_nothing_is_deleted_under_a_launcher_that_counts_not_all_of_its_starts(
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="overwrite: a launcher of several nodes gives it again"):
-        RunDirectory(cfg, "pretrain")
+        RunDirectory(cfg)
     assert names(tmp_path) == before
     monkeypatch.setenv("GROUP_WORLD_SIZE", "1")
-    assert not RunDirectory(cfg, "pretrain").exists
+    assert not RunDirectory(cfg).exists
 
 
 def test_an_overwrite_cut_off_anywhere_leaves_the_old_run_with_all_its_checkpoints_or_none(
@@ -222,19 +219,19 @@ def test_an_overwrite_cut_off_anywhere_leaves_the_old_run_with_all_its_checkpoin
             patch.setattr(os, "unlink", counted(os.unlink))  # what shutil.rmtree calls
             patch.setattr(os, "rmdir", counted(os.rmdir))
             try:
-                with RunDirectory(new, "pretrain").open(is_main=True):
+                with RunDirectory(new).open(is_main=True):
                     break
             except Cut:
                 pass
         assert set(OWN[-1:]) <= names(out) or not (out / "checkpoints").exists()
-        assert RunDirectory(old, "pretrain").path == out  # still taken for a run, not for somebody's files
-        with RunDirectory(new, "pretrain").open(is_main=True):
+        assert RunDirectory(old).path == out  # still taken for a run, not for somebody's files
+        with RunDirectory(new).open(is_main=True):
             assert names(out) == {"config.yaml", "environment.json", "train.log", ".lock", "notes.txt"}
     assert limit > 10  # it was cut in many places
 
 
 def hold(out: str, opened: object, release: object) -> None:
-    with RunDirectory(config(Path("photos"), Path(out)), "pretrain").open(is_main=True):
+    with RunDirectory(config(Path("photos"), Path(out))).open(is_main=True):
         opened.set()  # type: ignore[attr-defined]
         release.wait(60)  # type: ignore[attr-defined]
 
@@ -244,7 +241,7 @@ def test_a_second_process_is_refused_until_the_first_has_ended(tmp_path: Path) -
     process = PROCESSES.Process(target=hold, args=(str(tmp_path), opened, release))
     process.start()
     assert opened.wait(60)
-    run = RunDirectory(config(Path("photos"), tmp_path), "pretrain")
+    run = RunDirectory(config(Path("photos"), tmp_path))
     with pytest.raises(ValueError, match="is in use by another process"), run.open(is_main=True):
         pass
     process.kill()  # a lock that outlived its process would need a hand to remove it
@@ -259,13 +256,13 @@ def test_a_disk_without_locks_is_told_with_the_remedy(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr("fcntl.lockf", refuse)
     sentence = rf"^out = {tmp_path} lies where files cannot be locked \(No locks available\): mount it with locks"
-    with pytest.raises(OSError, match=sentence), RunDirectory(config(Path("photos"), tmp_path), "pretrain").open(True):
+    with pytest.raises(OSError, match=sentence), RunDirectory(config(Path("photos"), tmp_path)).open(True):
         pass
 
 
 def test_a_run_that_was_made_since_the_first_look_is_not_deleted(tmp_path: Path) -> None:
     cfg = config(Path("photos"), tmp_path)
-    early = RunDirectory(cfg, "pretrain")
+    early = RunDirectory(cfg)
     make_run(tmp_path)
     with pytest.raises(ValueError, match="in use by another process"), early.open(is_main=True):
         pass
@@ -274,7 +271,7 @@ def test_a_run_that_was_made_since_the_first_look_is_not_deleted(tmp_path: Path)
 
 def test_other_processes_of_a_run_write_nothing(tmp_path: Path) -> None:
     level = logging.getLogger("fcmae").level
-    with RunDirectory(config(Path("photos"), tmp_path), "pretrain").open(is_main=False):
+    with RunDirectory(config(Path("photos"), tmp_path)).open(is_main=False):
         pass
     logging.getLogger("fcmae").setLevel(level)
     assert not names(tmp_path)
@@ -283,7 +280,7 @@ def test_other_processes_of_a_run_write_nothing(tmp_path: Path) -> None:
 def test_the_log_is_on_the_terminal_and_in_the_file_which_ends_with_what_stopped_the_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = RunDirectory(config(Path("photos"), tmp_path), "pretrain")
+    run = RunDirectory(config(Path("photos"), tmp_path))
     with pytest.raises(FloatingPointError), run.open(is_main=True):
         logging.getLogger("fcmae.somewhere").info("größer")
         raise FloatingPointError("step 3: the loss is nan")
@@ -296,10 +293,10 @@ def test_the_log_is_on_the_terminal_and_in_the_file_which_ends_with_what_stopped
 
 
 def test_a_run_that_was_refused_before_its_first_line_takes_other_settings(tmp_path: Path) -> None:
-    with RunDirectory(config(Path("photos"), tmp_path), "pretrain").open(is_main=True):
+    with RunDirectory(config(Path("photos"), tmp_path)).open(is_main=True):
         pass
     corrected = config(Path("photos"), tmp_path, seed=5)
-    with RunDirectory(corrected, "pretrain").open(is_main=True):
+    with RunDirectory(corrected).open(is_main=True):
         pass
     assert options.read(PretrainConfig, tmp_path / "config.yaml") == corrected
 
@@ -346,7 +343,7 @@ def test_an_overwritten_run_forgets_its_starts_and_what_was_found_of_it_and_noth
     ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("of the old run")
-    with RunDirectory(config(Path("photos"), tmp_path, overwrite="true"), "pretrain").open(is_main=True):
+    with RunDirectory(config(Path("photos"), tmp_path, overwrite="true")).open(is_main=True):
         pass
     assert len(starts(tmp_path)) == 1
     assert not (tmp_path / "evaluation").exists()
@@ -362,7 +359,7 @@ def test_lines_that_find_no_space_in_the_log_or_no_terminal_are_left_out(
     make_run(tmp_path)
     (tmp_path / "train.log").unlink()
     (tmp_path / "train.log").symlink_to("/dev/full")
-    with RunDirectory(config(Path("photos"), tmp_path), "pretrain").open(is_main=True):
+    with RunDirectory(config(Path("photos"), tmp_path)).open(is_main=True):
         logging.getLogger("fcmae").info("seen")
         monkeypatch.setattr(messages.tqdm, "write", gone)
         logging.getLogger("fcmae").info("lost")
@@ -373,7 +370,7 @@ def test_lines_that_find_no_space_in_the_log_or_no_terminal_are_left_out(
 def test_what_a_removal_that_was_cut_off_left_is_removed_by_the_next_start(tmp_path: Path) -> None:
     make_run(tmp_path)
     (tmp_path / "checkpoints").rename(tmp_path / ".tmp-checkpoints")
-    with RunDirectory(config(Path("photos"), tmp_path), "pretrain").open(is_main=True):
+    with RunDirectory(config(Path("photos"), tmp_path)).open(is_main=True):
         assert not (tmp_path / ".tmp-checkpoints").exists()
 
 
@@ -381,11 +378,11 @@ def test_a_run_that_went_on_since_the_first_look_is_not_trained_from_the_wrong_s
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_run(tmp_path)
-    early = RunDirectory(config(Path("photos"), tmp_path), "pretrain")
+    early = RunDirectory(config(Path("photos"), tmp_path))
     (tmp_path / "checkpoints" / "step-00000099").mkdir(parents=True)
     with pytest.raises(ValueError, match="in use by another process"), early.open(is_main=True):
         pass
-    with RunDirectory(config(Path("photos"), tmp_path), "pretrain").open(is_main=True):
+    with RunDirectory(config(Path("photos"), tmp_path)).open(is_main=True):
         pass
 
 
@@ -394,5 +391,5 @@ def test_settings_that_could_not_be_read_again_are_refused(tmp_path: Path) -> No
     many = [f"/data/shards/photographs-of-something-{number:08}.tar" for number in range(6000)]
     cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update={"path": many})})
     with pytest.raises(ValueError, match=r"data\.path has too many places .* put quotes round the pattern"):
-        RunDirectory(cfg, "pretrain")
+        RunDirectory(cfg)
     assert not (tmp_path / "run").exists()

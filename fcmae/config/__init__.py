@@ -419,8 +419,9 @@ class LogConfig(Section):
 
 
 class RunConfig(Settings):
-    """What both kinds of run share."""
+    """What all kinds of run share."""
 
+    kind: ClassVar[Literal["pretrain", "finetune", "segment"]]
     out: UserPath | None = None
     """The run directory: everything a run writes goes here. The same command again resumes it. Where settings are
     chosen, runs/NAME of the images by default, with -tuned or -segmented behind it when that is done."""
@@ -482,7 +483,8 @@ class RunConfig(Settings):
             )
 
 
-def _compile_conflicts(cfg: RunConfig, setting: bool | str) -> Iterator[Conflict]:
+def _compile_conflicts(cfg: PretrainConfig | DenseConfig) -> Iterator[Conflict]:
+    setting = cfg.model.compile
     if setting == "cudagraphs" and cfg.device == "cpu":
         yield ("model.compile", "device"), "cudagraphs needs a GPU and device is cpu: use true or auto"
     if setting == "cudagraphs" and cfg.num_parts > 1:
@@ -530,6 +532,7 @@ class PretrainConfig(RunConfig):
     Example: fcmae pretrain photos --hours 4
     """
 
+    kind: ClassVar = "pretrain"
     data: PretrainData = Field(default_factory=PretrainData)
     model: PretrainModel = Field(default_factory=PretrainModel)
     optim: Optim = Field(default_factory=Optim)
@@ -552,7 +555,7 @@ class PretrainConfig(RunConfig):
                 f"{self.batch_size} is not a multiple of masks_per_image x processes x grad_accum = {unit}: "
                 f"use {_nearest_multiples(self.batch_size, unit)}",
             )
-        yield from _compile_conflicts(self, self.model.compile)
+        yield from _compile_conflicts(self)
         if self.model.backend == "triton" and self.device == "cpu":
             yield ("model.backend", "device"), "triton needs a GPU and device is cpu: use packed"
         if num_processes and self.model.backend == "minkowski" and find_spec("MinkowskiEngine") is None:
@@ -614,7 +617,7 @@ class DenseConfig(RunConfig):
 
     def conflicts(self, num_processes: int | None = None) -> Iterator[Conflict]:
         yield from super().conflicts(num_processes)
-        yield from _compile_conflicts(self, self.model.compile)
+        yield from _compile_conflicts(self)
         data, model = self.data, self.model
         if not data.path and not (self.eval_only and data.val_path):
             yield ("data.path", "eval_only", "data.val_path"), f"missing: {self._images}"
@@ -647,6 +650,7 @@ class FinetuneConfig(DenseConfig):
     Example: fcmae finetune labelled --init runs/photos --hours 1
     """
 
+    kind: ClassVar = "finetune"
     epochs: int | float = Field(100, gt=0)
     """Passes over the training images; a fraction is allowed."""
     batch_size: int = Field(1024, ge=1)
@@ -687,6 +691,7 @@ class SegmentConfig(DenseConfig):
     Example: fcmae segment tiles/images --maps tiles/maps --init runs/photos --hours 1
     """
 
+    kind: ClassVar = "segment"
     _images: ClassVar[str] = "a folder of images or a CSV file, e.g. --data.path tiles/images"
 
     epochs: int | float = Field(50, gt=0)

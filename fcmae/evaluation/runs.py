@@ -26,9 +26,7 @@ from fcmae.training.records import split_metrics
 MOST_SECONDS = 1e9  # thirty years
 
 CONFIGS: dict[str, type[PretrainConfig] | type[FinetuneConfig] | type[SegmentConfig]] = {
-    "pretrain": PretrainConfig,
-    "finetune": FinetuneConfig,
-    "segment": SegmentConfig,
+    cfg.kind: cfg for cfg in (PretrainConfig, FinetuneConfig, SegmentConfig)
 }
 MAX_JSON = 2**26  # bytes of a file
 HUGE = 1e100  # no number that was measured, and its square is finite

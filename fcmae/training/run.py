@@ -61,7 +61,6 @@ class RunDirectory:
 
     Args:
         cfg: settings of the run, with `out`.
-        kind: "pretrain", "finetune" or "segment".
 
     Raises:
         ValueError: if the settings are too long to be read again; if `cfg.out` holds something other than this run:
@@ -70,10 +69,10 @@ class RunDirectory:
             `cfg.out` lies where images are searched.
     """
 
-    def __init__(self, cfg: RunConfig, kind: str) -> None:
+    def __init__(self, cfg: RunConfig) -> None:
         assert cfg.out is not None  # its settings have seen to it
         self.cfg = cfg
-        self.kind = kind
+        self.kind = cfg.kind
         self.path = cfg.out
         self.needs = self.network = ""
         if len(options.dump(cfg).encode(errors="surrogateescape")) > options.MAX_YAML - 1000:  # a header and choices
@@ -252,7 +251,7 @@ class RunDirectory:
                     "(flock of Lustre, lockd of NFS 3), or give another --out"
                 ) from error
             # Another process may have made, deleted, or gone on with a run here since this one looked.
-            now = RunDirectory(self.cfg, self.kind)
+            now = RunDirectory(self.cfg)
             if (now.exists, now.resume_from) != (self.exists, self._found):
                 raise ValueError(in_use)
             own_files.remove_aside(self.path)

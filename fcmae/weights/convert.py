@@ -87,16 +87,14 @@ def start_from(model: FCMAE, weights: Weights) -> str:
     return f"{text}; a fresh decoder, as model.init has {why}"
 
 
-def build_encoder(weights: Weights, drop_path_rate: float = 0.0, grad_checkpointing: bool = False) -> StagedEncoder:
+def build_encoder(weights: Weights) -> StagedEncoder:
     """The encoder that the weights hold.
 
     Args:
         weights: with tensors of an encoder; others are left out.
-        drop_path_rate: stochastic depth, see `Encoder`.
-        grad_checkpointing: likewise.
     """
     architecture = weights.architecture
-    encoder = make_encoder(architecture.spec, architecture.in_chans, drop_path_rate, grad_checkpointing)
+    encoder = make_encoder(architecture.spec, architecture.in_chans)
     encoder.load_state_dict(
         {name.removeprefix("encoder."): value for name, value in weights.state.items() if name.startswith("encoder.")}
     )
