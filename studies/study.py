@@ -178,8 +178,12 @@ def start(job: Job, out: Path, threads: int | None) -> subprocess.Popen[bytes]:
 
 
 def finish(process: subprocess.Popen[bytes], job: Job, out: Path, threads: int | None) -> bool:
-    """Wait for a job, and write a record of it to OUT/jobs if it succeeded, which is returned."""
-    started = time.time()
+    """Wait for a job, and write a record of it to OUT/jobs if it succeeded, which is returned.
+
+    What was stopped goes on from there at its next start: its seconds are kept beside, and count.
+    """
+    before = out / "jobs" / f"{job.name}.seconds"
+    started = time.time() - (float(before.read_text()) if before.exists() else 0)
     try:
         status = process.wait(None if job.minutes is None else 60 * job.minutes)
     except subprocess.TimeoutExpired:
@@ -188,7 +192,10 @@ def finish(process: subprocess.Popen[bytes], job: Job, out: Path, threads: int |
         status = 0 if status == 128 + signal.SIGTERM else status  # fcmae's own, when it was told to stop
     if status:
         print(f"{job.name}: status {status}, see {out / 'jobs' / job.name}.log", file=sys.stderr, flush=True)
+        if status in (128 + signal.SIGTERM, -signal.SIGTERM):
+            write_text(before, f"{time.time() - started:.1f}")
         return False
+    before.unlink(missing_ok=True)
     record = {
         "name": job.name,
         "command": shown(job, out),

@@ -364,6 +364,11 @@ def test_a_study_that_is_stopped_stops_its_jobs_and_they_are_not_done(tmp_path: 
     thread.join()
     assert not any(study.is_done(job, tmp_path) for job in wanted)
     assert not logs[2].exists()
+    kept = tmp_path / "jobs" / "one.seconds"  # the next start goes on from there
+    assert 0 <= float(kept.read_text()) < 60
+    kept.write_text("1000")
+    assert study.finish(subprocess.Popen(["true"]), wanted[0], tmp_path, 1)
+    assert 1000 <= study.record_of(wanted[0], tmp_path)["seconds"] < 1060 and not kept.exists()
 
 
 @pytest.mark.parametrize("scale", run_all.SCALES)
