@@ -20,8 +20,15 @@ help:
 	@echo 'make bench      time what a CPU can in 10 minutes, and write docs/benchmarks.md'
 	@echo 'make minkowski  build and install MinkowskiEngine for the minkowski backend: minutes, the first time'
 
+# Another Python than that of .venv, where one was named, would be mixed into it.
+define same
+	@if [ "$(origin PYTHON)" != file ] && [ -x $(BIN)/python ] && \
+	    [ "$$($(BIN)/python --version)" != "$$($(PYTHON) --version)" ]; then \
+	    echo "make: $(VENV) is of $$($(BIN)/python --version): remove it to set up with $(PYTHON) (rm -rf $(VENV))" >&2; exit 1; fi
+endef
+
 setup: $(READY)
-	@:
+	$(same)
 
 # The stamp is written last, so that a set-up that was cut off is done again.
 $(READY): pyproject.toml constraints.txt
@@ -31,6 +38,7 @@ $(READY): pyproject.toml constraints.txt
 	    echo "make: $(PYTHON) is $$($(PYTHON) --version): fcmae needs 3.10 or newer: make setup PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
 	    echo 'make: $(PYTHON) lacks its venv module: install it (on Debian and Ubuntu: apt install python3-venv)' >&2; exit 1; }
+	$(same)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[demo,dev]'
 	@touch $@

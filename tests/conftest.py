@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shlex
 import shutil
 import signal
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ import torch
 from hypothesis import settings
 from torch import nn
 
+from fcmae.layouts import native
 from fcmae.networks.spec import VARIANTS, ConvNeXtSpec
 
 settings.register_profile("fcmae", deadline=None)  # no test asserts a time
@@ -37,6 +39,15 @@ requires_minkowski = pytest.mark.skipif(
     find_spec("MinkowskiEngine") is None and not os.environ.get("FCMAE_REQUIRE_MINKOWSKI"),
     reason="MinkowskiEngine is not installed",
 )
+
+
+def require_native() -> None:
+    """Skip without a C compiler; with one, the loop must compile and load."""
+    if shutil.which((shlex.split(os.environ.get("CC", "")) or ["cc"])[0]) is None:
+        pytest.skip("there is no C compiler")
+    assert native.library() is not None
+
+
 # Chromium is a program, not a package. Where it must be there: FCMAE_REQUIRE_CHROMIUM=1.
 requires_chromium = pytest.mark.skipif(
     not (shutil.which("chromium") and find_spec("playwright")) and not os.environ.get("FCMAE_REQUIRE_CHROMIUM"),

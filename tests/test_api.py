@@ -140,7 +140,7 @@ def test_a_script_of_two_processes_makes_one_run_after_another(photos: Path, tmp
     (tmp_path / "script.py").write_text("\n".join(lines))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "script.py"]
     done = subprocess.run(
-        launch, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+        launch, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("2 steps of 4 images on 2 x cpu in fp32") == 1

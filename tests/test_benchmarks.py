@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 import sys
 import time
@@ -318,6 +319,12 @@ def test_report_compares_a_segmentation_that_may_stop_at_the_same_accuracy(
     assert "| against, stopped | against-exit-1 |" in words
     assert ("| tau | none within 0.3 points |" in words) == (tau[0] < 0.797)
     assert not (tmp_path / "benchmarks.svg").exists()  # its curve is drawn beside its pictures
+
+
+def test_the_page_is_what_its_json_says(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "docs" / "benchmarks", tmp_path / "benchmarks")
+    report.main(["--docs", str(tmp_path)])
+    assert (tmp_path / "benchmarks.md").read_text() == (ROOT / "docs" / "benchmarks.md").read_text()
 
 
 def test_models_that_compute_something_else_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,5 +53,5 @@ def test_zsh_takes_the_script_of_bash_and_fish_has_a_line_a_flag() -> None:
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_a_shell_that_is_here_can_read_its_script(shell: str) -> None:
     if shutil.which(shell) is None:
-        return  # nothing to read it
+        pytest.skip(f"there is no {shell}")
     subprocess.run([shell, "-n"], input=script(shell, SETTINGS), text=True, check=True)

@@ -436,7 +436,9 @@ def test_two_processes_train_and_score_like_one(labelled: Path, tmp_path: Path) 
     assert cli.main(["finetune", *words, "--out", str(tmp_path / "one")]) == 0
     script = Path(__file__).parents[1] / "finetune.py"
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)]
-    done = subprocess.run([*launch, *words, "--out", str(tmp_path / "two")], capture_output=True, text=True)
+    done = subprocess.run(
+        [*launch, *words, "--out", str(tmp_path / "two")], capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     assert "2 x cpu" in done.stderr
     runs.assert_same_metrics(tmp_path / "two", tmp_path / "one", rel=1e-3, abs=1e-5)

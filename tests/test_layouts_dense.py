@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import randomize
+from conftest import randomize, require_native
 from torch import Tensor
 
 from fcmae.layouts import DENSE, Layout, Masked, native
@@ -55,8 +55,8 @@ def test_maps_that_do_not_lie_together_in_memory_are_taken() -> None:
 def test_the_loop_in_c_computes_the_weights_gradient_where_it_can_be_had(
     monkeypatch: pytest.MonkeyPatch, has_compiler: bool
 ) -> None:
-    if has_compiler and native.library() is None:
-        pytest.skip("there is no C compiler")
+    if has_compiler:
+        require_native()
     calls = []
     loop = native.weight_gradient
     monkeypatch.setattr(native, "weight_gradient", lambda *x: calls.append(len(x)) or loop(*x))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import require_native
 from torch import Tensor
 
 from fcmae.layouts import Packed, native
@@ -44,8 +45,7 @@ def gradients(layout: Packed, f: Tensor, weight: Tensor, bias: Tensor, pull: Ten
 def test_the_loop_equals_torch(
     grid: tuple[int, int], visible: int, batch: int, b: int, channels: int, threads: int
 ) -> None:
-    if native.library() is None:
-        pytest.skip("there is no C compiler")
+    require_native()
     mask = torch.from_numpy(random_mask(grid, visible, [(3, i) for i in range(batch)]))
     layout = Packed(mask, visible)
     f = torch.randn(batch, visible, b, b, channels)
@@ -62,8 +62,7 @@ def test_the_loop_equals_torch(
 
 
 def test_it_is_registered_as_torch_asks() -> None:
-    if native.library() is None:
-        pytest.skip("there is no C compiler")
+    require_native()
     sample = (torch.randn(4, 2, 3), torch.randn(1, 4, 4, 3), torch.tensor([0, 2, 4, 6]))
     torch.library.opcheck(native.weight_gradient, sample)
 
@@ -110,8 +109,7 @@ def test_without_a_home_directory_torch_computes(monkeypatch: pytest.MonkeyPatch
 
 def test_it_is_compiled_once_for_all_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FCMAE_CACHE", str(tmp_path))
-    if native.library() is None:
-        pytest.skip("there is no C compiler")
+    require_native()
     (made,) = tmp_path.rglob("*.so")
     commands: list[list[str]] = []
     real = subprocess.run

@@ -91,10 +91,14 @@ def allowed() -> None:
         reason = "network namespaces need root"
     elif shutil.which("ip") is None:
         reason = "network namespaces need the ip command of iproute2"
-    elif (made := subprocess.run(["ip", "netns", "add", "fcmaetry"], capture_output=True, text=True)).returncode:
-        reason = f"no network namespace can be made: {made.stderr.strip()}"
     else:
-        ip("netns", "delete", "fcmaetry")
+        tried = Nodes(1)
+        try:
+            tried.__enter__()
+        except subprocess.CalledProcessError as error:
+            reason = f"no network namespaces can be made: {error.stderr.strip()}"
+        finally:
+            tried.__exit__()
     if reason is not None:
         (pytest.fail if os.environ.get("FCMAE_REQUIRE_NODES") else pytest.skip)(reason)
 
@@ -104,8 +108,8 @@ def nodes(allowed: None) -> Iterator[Callable[[int], Nodes]]:
     entered: list[Nodes] = []
 
     def make(number: int) -> Nodes:
-        entered.append(Nodes(number).__enter__())
-        return entered[-1]
+        entered.append(Nodes(number))  # before it is made: what of it was is removed
+        return entered[-1].__enter__()
 
     yield make
     for each in entered:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -403,7 +404,7 @@ def test_images_and_label_maps_alone_make_a_run(photos: Path, measured: list[int
         load(SegmentConfig, ["photos"], prog="x", complete=planning.segmentation)
 
 
-def test_steps_are_really_timed_and_their_memory_measured(photos: Path) -> None:
+def test_steps_are_really_timed_and_their_memory_measured(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("a", "b"):
         write_images(Path("labelled") / name, 9)
     write_maps(Path("maps"))
@@ -413,6 +414,9 @@ def test_steps_are_really_timed_and_their_memory_measured(photos: Path) -> None:
     for words in (pretraining, ["finetune", "labelled", *common], [*segmentation, *common]):
         with pytest.raises(SystemExit):
             cli.main(words)
+        printed = " ".join(capsys.readouterr().out.split())
+        assert re.search(r"at [1-9][\d,.]* images/s", printed), printed
+        assert re.search(r"images at once take [\d.]+ GB of [\d.]+ GB free", printed), printed
 
 
 def large_photos(folder: Path) -> Path:

@@ -11,6 +11,7 @@ the tests: why.*, or a page of measurements (MEASURED): their scripts exist and 
 import contextlib
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -179,7 +180,7 @@ def launch(words: list[str]) -> None:
     """accelerate launch: two CPU processes in place of eight GPUs."""
     words = with_flags(with_flags(words[1:], LAUNCH), SMALL)
     line = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *words]
-    done = subprocess.run(line, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    done = subprocess.run(line, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "2 x cpu" in done.stderr
 
@@ -242,6 +243,21 @@ def test_the_installing_commands_name_what_exists() -> None:
         for extra in re.findall(r"pip install '(?:\.|fcmae)\[([\w,]+)\]'", page.read_text()):
             for name in extra.split(","):
                 assert re.search(rf"^{name} = ", extras[1], re.M), f"{page.name} installs the extra {name}"
+
+
+@pytest.mark.parametrize("target", ["demo-cifar10", "demo-long", "demo-solar", "bench"])
+def test_what_make_would_do_is_taken_by_the_commands(target: str) -> None:
+    dry = [*("make", "-n", "-o", ".venv/.ready"), target]
+    text = subprocess.run(dry, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    lines = [shlex.split(line) for line in text.replace("\\\n", " ").splitlines() if line.startswith(".venv/bin/")]
+    assert lines
+    for program, *words in lines:
+        if program.endswith("/fcmae"):
+            load(COMMANDS[words[0]][0], words[1:], prog="test")
+        elif words[0].endswith(".py"):
+            script = runpy.run_path(str(ROOT / words[0]))  # its main is not called
+            if "parser" in script and words[0].startswith("benchmarks/"):
+                script["parser"]().parse_args(words[1:])
 
 
 def test_the_tree_names_every_file_and_nothing_else() -> None:

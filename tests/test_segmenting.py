@@ -271,7 +271,8 @@ def test_two_processes_train_and_score_like_one(head: str, tiles: Path, tmp_path
     assert cli.main(command) == 0
     script = Path(__file__).parents[1] / "segment.py"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    done = subprocess.run([*launch, *words(tiles, tmp_path / "two", **settings)[1:]], capture_output=True, text=True)
+    command = [*launch, *words(tiles, tmp_path / "two", **settings)[1:]]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "2 x cpu" in done.stderr
     runs.assert_same_metrics(tmp_path / "two", tmp_path / "one", rel=1e-3, abs=1e-5)
