@@ -23,15 +23,17 @@ from safetensors.torch import load_file
 from fcmae import cli, finetuning, options
 from fcmae.config import FinetuneConfig
 from fcmae.data.augment import FinetuneAugment
-from fcmae.data.index import find_images
+from fcmae.data.index import find_images, find_labelled
 from fcmae.evaluation.models import load_backbone
 from fcmae.finetuning import classification_loss
 from fcmae.heads import Classifier
 from fcmae.networks.convnext import Encoder
+from fcmae.networks.encoder import num_layers
 from fcmae.networks.spec import VARIANTS, ConvNeXtSpec
-from fcmae.starting import class_balance
+from fcmae.starting import build_optimizer, class_balance
 from fcmae.training import checkpoint
 from fcmae.training.messages import how_it_ended
+from fcmae.training.steps import schedule_of
 from fcmae.weights.convert import convert, save_classifier
 from fcmae.weights.files import Weights, read_weights, save_weights
 from fcmae.weights.formats import Architecture, to_state
@@ -445,6 +447,30 @@ def test_two_processes_train_and_score_like_one(labelled: Path, tmp_path: Path) 
     for place in ("best", "last"):
         rows = [(tmp_path / run / place / "predictions.csv").read_text().count("\n") for run in ("one", "two")]
         assert rows == [5, 5]
+
+
+def test_settings_reach_what_they_are_for(labelled: Path, tmp_path: Path) -> None:
+    """Those that no other test has at another value than the default."""
+    given = {
+        "out": tmp_path / "out",
+        "data": {"path": str(labelled), "crop_scale": [1, 1], "hflip": 0.0, "vflip": 1.0, "auto_augment": None}
+        | {"image_size": 16, "random_erasing": 0.0},
+        "model": {"variant": {"depths": [3, 3], "dims": [4, 6]}, "stem_stride": 4},
+        "optim": {"betas": [0.8, 0.7], "min_lr": 0.125, "layer_decay": 0.5, "layer_decay_mode": "group"},
+    }
+    cfg = FinetuneConfig.model_validate(given)
+    images = find_labelled(str(labelled), key="data.path")
+    weights = Weights({}, Architecture(cfg.model.spec, 3), {"input_size": [3, 16, 16], "mean": [0.5] * 3})
+    weights.image["std"] = [0.25] * 3
+    plain = FinetuneConfig.model_validate(given | {"data": given["data"] | {"vflip": 0.0}})
+    flipped, kept = (finetuning.build_train_set(each, images, weights)[(0, 0)].image for each in (cfg, plain))
+    np.testing.assert_array_equal(flipped, kept[:, ::-1])
+    assert schedule_of(cfg, 1, 0).min_lr == 0.125
+    net = Classifier(Encoder(cfg.model.spec), 2)
+    optimizer = build_optimizer(cfg, net)
+    assert optimizer.defaults["betas"] == (0.8, 0.7)
+    single, group = (num_layers(cfg.model.spec, mode) for mode in ("single", "group"))
+    assert min(each["lr_scale"] for each in optimizer.param_groups) == 0.5**group != 0.5**single
 
 
 def test_a_model_of_bands_is_evaluated_without_saying_how_many(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fcmae
-from fcmae import cli, segmenting
+from fcmae import cli, prediction, segmenting
 from fcmae.anytime import Anytime
 from fcmae.config import SegmentConfig
 from fcmae.data.maps import Classes
@@ -41,6 +41,7 @@ from fcmae.evaluation.status import state_of
 from fcmae.heads import Segmenter, build_head
 from fcmae.networks.convnext import Encoder
 from fcmae.networks.spec import ConvNeXtSpec
+from fcmae.options import load
 from fcmae.segmentation import predictor, probabilities_by_rows
 from fcmae.segmenting import Mapped
 from fcmae.starting import class_balance
@@ -138,6 +139,30 @@ def test_it_learns_and_leaves_scores_pictures_and_models(segmented: Path) -> Non
     total = sum(int(n) for row in rows[1:] for n in row[1:])
     held = json.loads((segmented / "val_maps.json").read_text())["paths"]
     assert total == sum(int((np.asarray(Image.open(path)) != 255).sum()) for path in held)
+
+
+def test_settings_reach_what_they_are_for(
+    tiles: Path, segmented: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that no other test has at another value than the default."""
+    overlaps = set()
+
+    def noted(*given: Any) -> Any:
+        overlaps.add(given[4])
+        return probabilities_by_rows(*given)
+
+    for module in (segmenting, prediction):
+        monkeypatch.setattr(module, "probabilities_by_rows", noted)
+    assert segment(tiles, tmp_path / "run", model__init=segmented, eval_only="true", data__overlap=0.25) == 0
+    assert predict(segmented, tiles / "images", tmp_path / "maps", "--overlap", "0.75") == 0
+    assert overlaps == {0.25, 0.75}
+    given = words(tiles, tmp_path, data__color_jitter=0.5, data__vflip=1.0, data__hflip=0.25)[1:]
+    cfg = load(SegmentConfig, given, prog="test")
+    data = segmenting.find_data(cfg)
+    weights = segmenting.starting_weights(cfg)
+    weights.image.update({"input_size": [3, 16, 16], "mean": [0.5] * 3})
+    crop = segmenting.build_train_set(cfg, data, weights)._crop
+    assert (crop.color_jitter, crop.vflip, crop.hflip, crop.scale) == (0.5, 1.0, 0.25, (0.8, 1.25))
 
 
 def test_pixels_that_are_missing_are_not_scored(segmented: Path, tiles: Path, tmp_path: Path) -> None:
