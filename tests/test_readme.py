@@ -246,7 +246,8 @@ def test_the_installing_commands_name_what_exists() -> None:
 
 
 @pytest.mark.parametrize("target", ["demo-cifar10", "demo-long", "demo-solar", "bench"])
-def test_what_make_would_do_is_taken_by_the_commands(target: str) -> None:
+def test_what_make_would_do_is_taken_by_the_commands(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")  # as of a script that is run
     dry = [*("make", "-n", "-o", ".venv/.ready"), target]
     text = subprocess.run(dry, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     lines = [shlex.split(line) for line in text.replace("\\\n", " ").splitlines() if line.startswith(".venv/bin/")]
