@@ -19,14 +19,16 @@ import json
 import os
 import shlex
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from pydantic import TypeAdapter
+from typing_extensions import NotRequired, TypedDict
 
 import fcmae
 from fcmae import choices, options, planning
@@ -79,6 +81,41 @@ class Start(NamedTuple):
     spec: NetworkSpec
     reading: dict[str, Any]
     sha256: str | None = None
+
+
+class PlannedArm(paired.Arm):
+    """What is compared, and the SHA-256 of weights that were given."""
+
+    sha256: NotRequired[str | None]
+
+
+class Plan(TypedDict):
+    """What plan.json holds.
+
+    Attributes:
+        settings: of the comparison, by dotted key.
+        recipes: what files of settings held, by the setting that names them.
+        images: their fingerprint.
+        arms: controls, from scratch, from weights.
+        amounts: of labels.
+        counts: of images and classes.
+        notes: sentences on what was done.
+        layer_decay: of what starts from weights.
+        seconds: that a run takes, by PRETRAINED or by arm from scratch and labels.
+    """
+
+    settings: dict[str, Any]
+    recipes: NotRequired[dict[str, Any]]
+    images: str
+    arms: list[PlannedArm]
+    amounts: list[paired.Amount]
+    counts: dict[str, int]
+    notes: list[str]
+    layer_decay: float
+    seconds: dict[str, float]
+
+
+PLAN = TypeAdapter(Plan)
 
 
 class Job(NamedTuple):
@@ -207,20 +244,18 @@ def _plain(labels: str) -> str:
     return labels.replace("%", "pct")
 
 
-def _saved_plan(place: Path, cfg: WorthConfig, train: Images, test: Images) -> dict[str, Any] | None:
+def _saved_plan(place: Path, cfg: WorthConfig, train: Images, test: Images) -> Plan | None:
     if not (place / "plan.json").is_file():
         if place.exists() and any(place.iterdir()):
             raise ValueError(f"out = {place} is not empty and holds no comparison: give another --out")
         return None
     try:
-        plan: dict[str, Any] = json.loads((place / "plan.json").read_text(encoding="utf-8"))
-        if plan == PLANNING:
+        found = json.loads((place / "plan.json").read_text(encoding="utf-8"))
+        if found == PLANNING:
             return None
-        is_whole = plan.keys() >= {"settings", "images", "arms", "amounts", "counts", "seconds"}
-    except (ValueError, AttributeError):
-        is_whole = False
-    if not is_whole:
-        raise ValueError(f"{place / 'plan.json'} is damaged, or of another version: give another --out")
+        plan = PLAN.validate_python(found)
+    except ValueError:  # pydantic's is one
+        raise ValueError(f"{place / 'plan.json'} is damaged, or of another version: give another --out") from None
     wanted = options.flat(cfg)
     if different := [key for key in wanted if key not in FREE and plan["settings"].get(key) != wanted[key]]:
         raise ValueError(
@@ -247,9 +282,10 @@ def _saved_plan(place: Path, cfg: WorthConfig, train: Images, test: Images) -> d
     return plan
 
 
-def _check_same(arm: Mapping[str, Any], place: Path, cfg: WorthConfig) -> None:
+def _check_same(arm: PlannedArm, place: Path, cfg: WorthConfig) -> None:
     """Refuse given weights that have changed."""
-    if arm.get("sha256") and arm["sha256"] != digest(_weights(cfg, arm["init"]).state, ""):
+    sha256, init = arm.get("sha256"), arm["init"]
+    if sha256 and init and sha256 != digest(_weights(cfg, init).state, ""):
         raise ValueError(
             f"init = {arm['init']} has other weights than when the comparison in {place} began: give another --out, "
             "and of a run that goes on a checkpoint"
@@ -262,7 +298,7 @@ def _recipes(cfg: WorthConfig) -> dict[str, Any]:
     return {key: options.read_yaml(options.find_config(name)) for key, name in named.items() if name is not None}
 
 
-def _make_plan(place: Path, cfg: WorthConfig, train: Images, test: Images) -> dict[str, Any]:
+def _make_plan(place: Path, cfg: WorthConfig, train: Images, test: Images) -> Plan:
     """Choose the settings of all runs, and write them down with what is compared and how long it will take."""
     amounts = {labels: len(drawn(train, labels, cfg.seed)) for labels in _amounts(cfg)}
     for name in cfg.controls:
@@ -288,7 +324,7 @@ def _make_plan(place: Path, cfg: WorthConfig, train: Images, test: Images) -> di
         reading = {"in_chans": made.data.in_chans, "image_size": list(made.data.image_size), "mean": mean, "std": std}
         reading |= {} if made.data.nodata is None else {"nodata": made.data.nodata}
         starts.insert(0, Start(PRETRAINED, None, None, made.model.spec, reading))
-    arms, scratch = list[dict[str, Any]](), dict[str, str]()
+    arms, scratch = list[PlannedArm](), dict[str, str]()
     for start in starts:
         network = describe(start.spec)
         key = json.dumps([start.spec.model_dump(), start.reading], sort_keys=True)
@@ -300,10 +336,9 @@ def _make_plan(place: Path, cfg: WorthConfig, train: Images, test: Images) -> di
                 write_text(place / "settings" / f"{against}-{_plain(labels)}.yaml", options.dump(chosen))
                 epochs[labels] = chosen.epochs
                 seconds[f"{against} {labels}"] = (chosen.epochs * num + len(test)) / planning.images_per_s(chosen)
-        own = {"init": start.init, "license": start.license, "sha256": start.sha256}
-        arms.append(_arm(start.name, "start", scratch[key], network) | own)
+        arms.append(_arm(start.name, "start", scratch[key], network, start))
     arms.sort(key=lambda arm: arm["kind"] != "scratch")
-    plan = {
+    plan: Plan = {
         "settings": options.flat(cfg),
         "recipes": _recipes(cfg),
         "images": fingerprint(train, test),
@@ -344,8 +379,19 @@ def _known(start: Start, train: Images, test: Images) -> Iterator[str]:
         yield f"{start.name} has learnt from {drawn_from} of the labels already, however few a row of the table says."
 
 
-def _arm(name: str, kind: str, against: str | None, network: str | None) -> dict[str, Any]:
-    return {"name": name, "kind": kind, "against": against, "network": network, "init": None, "license": None}
+def _arm(
+    name: str,
+    kind: Literal["control", "scratch", "start"],
+    against: str | None,
+    network: str | None,
+    start: Start | None = None,
+) -> PlannedArm:
+    arm: PlannedArm = {
+        "name": name, "kind": kind, "against": against, "network": network, "init": None, "license": None
+    }  # fmt: skip
+    if start is not None:
+        arm |= {"init": start.init, "license": start.license, "sha256": start.sha256}
+    return arm
 
 
 def _weights(cfg: WorthConfig, init: str) -> Weights:
@@ -426,7 +472,7 @@ def _machine(cfg: WorthConfig) -> dict[str, Any]:
 # What is done
 
 
-def _jobs(plan: Mapping[str, Any], cfg: WorthConfig) -> Iterator[Job]:
+def _jobs(plan: Plan, cfg: WorthConfig) -> Iterator[Job]:
     seconds = plan["seconds"]
     if PRETRAINED in seconds:
         yield Job(PRETRAINED, PRETRAINED, None, cfg.seed, seconds[PRETRAINED])
@@ -437,7 +483,7 @@ def _jobs(plan: Mapping[str, Any], cfg: WorthConfig) -> Iterator[Job]:
                 yield Job(name, arm["name"], labels, seed, seconds[f"{arm['against'] or arm['name']} {labels}"])
 
 
-def _run(job: Job, place: Path, plan: Mapping[str, Any], cfg: WorthConfig) -> Run:
+def _run(job: Job, place: Path, plan: Plan, cfg: WorthConfig) -> Run:
     """Begin a run, or go on with it; of a fine-tuning that is finished the models are removed."""
     out = place / "runs" / job.name
     if job.labels is None:
@@ -467,9 +513,7 @@ def _run(job: Job, place: Path, plan: Mapping[str, Any], cfg: WorthConfig) -> Ru
     return run
 
 
-def _probe(
-    name: str, place: Path, cfg: WorthConfig, plan: Mapping[str, Any], train: Images, test: Images
-) -> list[paired.Score]:
+def _probe(name: str, place: Path, cfg: WorthConfig, plan: Plan, train: Images, test: Images) -> list[paired.Score]:
     """Scores of linear classifiers on what needs no network, on the labels of each draw; those that are there stay."""
     file = place / "controls" / f"{file_name(name)}.json"
     found: list[paired.Score] = json.loads(file.read_text()) if file.is_file() else []
@@ -509,7 +553,7 @@ def _probe(
 
 
 def _write(
-    place: Path, cfg: WorthConfig, plan: Mapping[str, Any], controls: Sequence[paired.Score], jobs: Sequence[Job]
+    place: Path, cfg: WorthConfig, plan: Plan, controls: Sequence[paired.Score], jobs: Sequence[Job]
 ) -> paired.Comparison:
     """Write worth.json and table.md of what there is so far."""
     scores, num_done = [score for score in controls if score["seed"] in _seeds(cfg)], 0
@@ -543,7 +587,7 @@ def _write(
     return found
 
 
-def _estimate(plan: Mapping[str, Any], jobs: Sequence[Job], place: Path) -> str:
+def _estimate(plan: Plan, jobs: Sequence[Job], place: Path) -> str:
     """A table of the jobs with how long they take, and what is left of it."""
     by_kind = dict[tuple[str, str], list[Job]]()
     for job in jobs:

@@ -374,7 +374,10 @@ def test_a_name_that_is_no_unicode_is_told_of_before_anything_is_compared(
     assert r"\udcff.png has a name that is no UTF-8" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", ["{}", "{", "[]"])
+OTHER_PLAN = '{"settings": {}, "images": "", "arms": [{}], "amounts": [], "counts": {}, "seconds": {}}'
+
+
+@pytest.mark.parametrize("content", ["{}", "{", "[]", OTHER_PLAN])
 def test_a_damaged_plan_is_named(folder: Path, content: str, capsys: pytest.CaptureFixture[str]) -> None:
     write_init(folder / "own.safetensors")
     OUT.mkdir(parents=True)
