@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -146,14 +147,15 @@ def text(found: Mapping[str, Any]) -> str:
     unknown = "" if "again" in ran else ", and it was not run"
     missing = [arm.title for name, arm in ARMS.items() if name not in ran]
     views = f"{10_000 * found['epochs']:,.0f}"
+    last = f"On {in_words(found['machine'])}; {sum(found['seconds'].values()) / 3600:.1f} hours of commands."
+    last += f" Not run: {'; '.join(missing)}." if missing else ""
     return f"""## The recipe for small images
 
 Written by `studies/recipe.py`: tiny20 at {found["size"]} pixels, {views} views of pretraining each, fine-tuned on
 {PERCENT} % of the labels. Every draw is of labels and of 900 images to test on, training images all of them, which
 pretraining has seen, and the same for every arm. There is one pretraining of each arm, so intervals are of fine-tuning
 alone: what "another seed of pretraining" differs by is what a difference has to exceed{unknown}.
-On {in_words(found["machine"])};
-{sum(found["seconds"].values()) / 3600:.1f} hours of commands.{f" Not run: {'; '.join(missing)}." if missing else ""}
+{textwrap.fill(last, 120)}
 
 {result(found)}
 """
