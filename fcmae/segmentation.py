@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from fcmae.anytime import Anytime
 from fcmae.data.maps import IGNORED
 from fcmae.data.normalize import Normalize
 from fcmae.data.rasters import Raster
+from fcmae.data.readers import in_units
 from fcmae.heads import Segmenter
 
 NEAR = 2  # pixels by which a boundary may be off and count as found
@@ -208,9 +209,7 @@ def padded(tile: NDArray[np.float32], size: tuple[int, int], fill: Sequence[floa
     """
     if tile.shape[1:] == size:
         return tile
-    values = np.asarray(fill, np.float32).reshape(-1, 1, 1)
-    values = np.rint(values * 255).clip(0, 255) if tile.dtype == np.uint8 else values
-    whole = np.broadcast_to(values, (len(tile), *size)).astype(tile.dtype)
+    whole: NDArray[Any] = np.broadcast_to(in_units(fill, tile.dtype), (len(tile), *size)).copy()
     whole[:, : tile.shape[1], : tile.shape[2]] = tile
     return whole
 

@@ -24,10 +24,8 @@ from fcmae.data.geometry import MAX_PIXELS, Box, align, decode_scale, readable_s
 from fcmae.data.maps import IGNORED, Classes
 from fcmae.data.normalize import Normalize
 from fcmae.data.rasters import LabelMap, Raster
-from fcmae.data.readers import Pixels
+from fcmae.data.readers import GREY_WEIGHTS, Pixels, in_units
 from fcmae.data.source import BadImage, DataError
-
-LUMA = (0.299, 0.587, 0.114)  # of red, green and blue in grey, ITU-R BT.601
 
 
 def random_resized_box(
@@ -275,8 +273,7 @@ class CropBoth:
             changed = jittered(part, self.color_jitter, rng)
             part = changed if is_known is None else np.where(is_known, changed, part)  # what is missing stays filled
         ys, xs = slice(above, above + rows), slice(before, before + columns)
-        fill = np.broadcast_to(np.asarray(self.fill, np.float32).reshape(-1, 1, 1), (self.in_chans, *self.image_size))
-        image = (np.rint(fill * 255).clip(0, 255) if part.dtype == np.uint8 else fill).astype(part.dtype)
+        image = np.broadcast_to(in_units(self.fill, part.dtype), (self.in_chans, *self.image_size)).copy()
         numbers = np.full(self.image_size, IGNORED, np.int16)
         image[:, ys, xs], numbers[ys, xs] = part, classes
         axes = tuple(axis for axis, flipped in zip((-1, -2), flips, strict=True) if flipped)
@@ -313,7 +310,7 @@ def jittered(image: NDArray[Any], strength: float, rng: np.random.Generator) -> 
     values: NDArray[np.float32] = image.astype(np.float32) * brightness
     middle = values.mean(axis=(1, 2), keepdims=True)
     if len(image) == 3:
-        grey = np.tensordot(np.asarray(LUMA, np.float32), values, 1)  # (H, W)
+        grey = np.tensordot(GREY_WEIGHTS, values, 1)  # (H, W)
         values, middle = grey + saturation * (values - grey), grey.mean()
     values = middle + contrast * (values - middle)
     return np.rint(values).clip(0, 255).astype(np.uint8) if image.dtype == np.uint8 else values

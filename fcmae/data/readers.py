@@ -54,7 +54,7 @@ MAX_PAGES = 10_000  # of a TIFF
 MAX_RATIO = 2000  # of what is stored to the file; deflate gets to 1032
 SMALL = 2**26  # bytes, which a file may take whatever it is
 
-_GREY_WEIGHTS = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R 601, as Pillow's mode L
+GREY_WEIGHTS = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R 601, as Pillow's mode L
 
 # What Pillow, tifffile and numpy raise on files that are broken or lie about their contents.
 _READ_ERRORS = (
@@ -304,7 +304,7 @@ def _match_channels(pixels: NDArray[Any], in_chans: int) -> NDArray[Any]:
         return pixels
     if in_chans == 3:
         return np.repeat(pixels, 3, axis=0)
-    grey = np.tensordot(_GREY_WEIGHTS, pixels, axes=1)[None]
+    grey = np.tensordot(GREY_WEIGHTS, pixels, axes=1)[None]
     return np.rint(grey).astype(np.uint8) if pixels.dtype == np.uint8 else grey
 
 
@@ -871,7 +871,18 @@ def _filled(
     pixels = _match_channels(pixels, in_chans)
     if fill is None and pixels.dtype == np.uint8:
         pixels = pixels / np.float32(255)
-    values = np.array([np.nan] if fill is None else fill, np.float32).reshape(-1, 1, 1)
-    if pixels.dtype == np.uint8:
-        values = np.rint(values * 255).clip(0, 255)
-    return np.where(missing, values.astype(pixels.dtype), pixels)
+    return np.where(missing, in_units([np.nan] if fill is None else fill, pixels.dtype), pixels)
+
+
+def in_units(fill: Sequence[float], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """What stands for missing values, as images of a type have it.
+
+    Args:
+        fill: (C,), in units of a full range of 1.
+        dtype: uint8, or a float.
+
+    Returns:
+        (C, 1, 1), of that type.
+    """
+    values = np.asarray(fill, np.float32).reshape(-1, 1, 1)
+    return (np.rint(values * 255).clip(0, 255) if dtype == np.uint8 else values).astype(dtype)

@@ -185,6 +185,8 @@ class Steps:
 
     Attributes:
         cfg: settings of the run, in smaller parts once its memory did not suffice.
+        schedule, accelerator, model, optimizer, log, stop: as they were given.
+        batches: of the steps that are left, in their parts.
         finished: whether the end was reached.
 
     Args:
@@ -212,7 +214,7 @@ class Steps:
         masks_per_image: int = 1,
     ) -> None:
         self.cfg, self.schedule, self.accelerator = cfg, schedule, accelerator
-        self.model, self.optimizer, self.written, self.stop = model, optimizer, log, stop
+        self.model, self.optimizer, self.log, self.stop = model, optimizer, log, stop
         self._dataset, self._masks_per_image = dataset, masks_per_image
         self.batches = self._read_from(schedule.start)
         self.unread: StartedStep | None = None
@@ -232,7 +234,7 @@ class Steps:
             set_learning_rate(self.optimizer, lr, number)
             step = Step(self, number + 1, lr)
             yield step
-            self.written.window.skip_since(step.logged_at)
+            self.log.window.skip_since(step.logged_at)
             if step.is_last and number + 1 < self.schedule.total:
                 signal = self.stop.received or "a signal"
                 logger.info("stopped by %s after step %d; %s resumes", signal, number + 1, same_command(self.cfg))
@@ -256,7 +258,7 @@ class Steps:
         )
         workers = choose_num_workers(cfg.data.num_workers, device.type)
         loader = build_loader(self._dataset, order, num_workers=workers, device_type=device.type)
-        return self.written.window.timed(prefetched(loader, device))
+        return self.log.window.timed(prefetched(loader, device))
 
     def take_smaller_parts(self, number: int, exchanges: bool) -> None:
         """Have this step, of which nothing is kept, and those to come computed in smaller parts.
@@ -348,7 +350,7 @@ class Step:
                 if steps.cfg.model.compile == "cudagraphs":  # else it would load the compiler, 3 s of every start
                     torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
                 batch = next(steps.batches)
-                steps.written.unread_files.extend(batch.bad)
+                steps.log.unread_files.extend(batch.bad)
                 yield batch
             done += 1
             if self._lacks_memory:
@@ -381,7 +383,7 @@ class Step:
             clip_grad=steps.cfg.optim.clip_grad,
             stop=steps.stop.received is not None,
         )
-        steps.written.advance()
+        steps.log.advance()
 
     def save(
         self,
@@ -433,7 +435,7 @@ class Step:
             self.saves = self.saves or self.is_last
             # A checkpoint ends the window, so that the lines of a resumed run are over the same steps.
             if logs or self.saves:
-                steps.written.write(number, self.lr, result.grad_norm)
+                steps.log.write(number, self.lr, result.grad_norm)
         self.logged_at = time.perf_counter()
 
     def _read(self, started: StartedStep, number: int) -> StepResult:
@@ -441,7 +443,7 @@ class Step:
             result = started.result()
         except FloatingPointError as error:
             raise FloatingPointError(f"step {number}: {error}") from None
-        self._steps.written.window.add(result.loss)
+        self._steps.log.window.add(result.loss)
         return result
 
 
