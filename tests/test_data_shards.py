@@ -468,7 +468,9 @@ def test_labels_of_shards_are_learnt_and_evaluated(packed: Path, tmp_path: Path)
     assert all(".tar/" in row for row in rows[1:]) and len(rows) > 2
     runs.forget_accelerator()
     tables = ["--data", str(packed / "0.tar"), "--test", str(packed / "1.tar"), "--out", str(tmp_path / "evaluation")]
-    assert main(["evaluate", str(tmp_path / "out"), *tables, "--probes", "knn", "--device", "cpu"]) == 0
+    given = [*tables, "--probes", "knn", "--device", "cpu"]
+    assert main(["evaluate", str(tmp_path / "out"), *given]) == 2  # it has learnt their labels
+    assert main(["evaluate", f"random:{tmp_path / 'out'}", *given]) == 0
     record = json.loads((tmp_path / "evaluation/evaluation.json").read_text())
     assert (record["data"]["num_train"], record["data"]["num_test"]) == (7, 6)
 

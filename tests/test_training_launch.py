@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -150,6 +151,8 @@ def test_processes_wait_for_what_the_first_one_finds_and_learn_of_any_error(tmp_
         for process in started:
             process.kill()
     assert [out for out, _ in said] == ["found\n", "found\n"]
-    assert [process.returncode for process in started] == [2, 1], said
+    first, second = (process.returncode for process in started)
+    # Torch's own threads may abort a process that ends by an exception: it has said why, and is none that succeeded.
+    assert first == 2 and second in (1, -signal.SIGABRT), (first, second, said)
     assert "fcmae: error: process 1 failed: no such kernel" in said[0][1]
     assert "LookupError: no such kernel" in said[1][1]

@@ -26,6 +26,7 @@ from fcmae.data.loader import end_workers
 from fcmae.training.signals import StopSignal
 
 FOREVER = timedelta(days=7)
+STORE_S = 60.0  # that an answer of the store may take on a busy machine
 ENDED = "a process of the run has ended: see what it said"
 # Where torch keeps whether float32 may be computed in TF32.
 _PRECISIONS: tuple[Any, ...] = (
@@ -229,7 +230,7 @@ def ending_together(accelerator: Accelerator, out: Path | None) -> Iterator[None
     finally:
         left.set()
         # A thread that comes out of torch's C++ code when the interpreter is gone aborts the process.
-        watching.join(StopSignal.GRACE_S)
+        watching.join(STORE_S)
 
 
 @contextmanager
