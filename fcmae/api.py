@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from fcmae import finetuning, options, planning, pretraining, pruning, segmenting
 from fcmae.anytime import Answer, Anytime
 from fcmae.config import FinetuneConfig, PretrainConfig, RunConfig, SegmentConfig
-from fcmae.config.base import found_run
+from fcmae.config.base import find_run
 from fcmae.config.commands import PruneConfig
 from fcmae.data.normalize import Normalize
 from fcmae.heads import Segmenter
@@ -319,7 +319,7 @@ def load(source: PathLike, *, key: str | None = None, prefix: str | None = None)
         ValueError: if `source` holds no such weights, or does not say the mean and std of channels other than grey or
             RGB, which have the published ones then.
     """
-    place = found_run(source)
+    place = Path(find_run(os.fspath(source)))
     if key is None and prefix is None and segmenter_in(place) is not None:
         segmenter, weights, record = read_segmenter(place)
         return Segmented(segmenter, weights.reading(os.fspath(source)).normalize, record.class_names).eval()
@@ -342,7 +342,7 @@ def export(
     Raises:
         ValueError: if the source cannot be read or is damaged, or `dest` exists or is no name for that format.
     """
-    convert(found_run(source), Path(dest).expanduser(), to, key=key, prefix=prefix)
+    convert(Path(find_run(os.fspath(source))), Path(dest).expanduser(), to, key=key, prefix=prefix)
 
 
 def prune(

@@ -113,10 +113,16 @@ UserPath = Annotated[Path, AfterValidator(lambda path: Path(_expanded(str(path))
 _OF_RUNS = ("config.yaml", "worth.json")  # of a run, and of a comparison of runs
 
 
-def _find_run(name: str) -> str:
+def find_run(name: str) -> str:
     """A run may be named without the folder runs/, unless that names a file, a run or an exported model; random: stays.
 
     The images of a run are often in a folder of the same name.
+
+    Args:
+        name: a path, in which ~ is the user's home, or a name below runs/.
+
+    Raises:
+        ValueError: for the home of a user that there is none of.
     """
     kind, colon, path = name.rpartition("random:")
     text = _expanded(path)
@@ -124,18 +130,6 @@ def _find_run(name: str) -> str:
     place = Path("runs") / given
     found = given.is_file() or any((given / file).is_file() for file in (*_OF_RUNS, "config.json", "checkpoint.json"))
     return f"{kind}{colon}{text if found or not any((place / file).is_file() for file in _OF_RUNS) else place}"
-
-
-def found_run(source: str | os.PathLike[str]) -> Path:
-    """The path of a run or of weights that a person names.
-
-    Args:
-        source: a path, in which ~ is their home, or the name of a run below runs/.
-
-    Raises:
-        ValueError: for the home of a user that there is none of.
-    """
-    return Path(_find_run(os.fspath(source)))
 
 
 def near_runs(name: str | Path) -> str:
@@ -146,7 +140,7 @@ def near_runs(name: str | Path) -> str:
 
 
 # A run, by its path or its name below runs/, or what else a setting takes in its place.
-RunText = Annotated[str, AfterValidator(_find_run)]
-RunPath = Annotated[Path, AfterValidator(lambda path: Path(_find_run(str(path))))]
+RunText = Annotated[str, AfterValidator(find_run)]
+RunPath = Annotated[Path, AfterValidator(lambda path: Path(find_run(str(path))))]
 Backend = Literal["packed", "triton", "masked", "minkowski"]
 Device = Literal["auto", "cpu"]
