@@ -32,7 +32,6 @@ from fcmae.data.loader import build_loader, choose_num_workers, prefetched
 from fcmae.data.sampler import StepSampler
 from fcmae.heads import Classifier, Segmenter
 from fcmae.masked import FCMAE
-from fcmae.networks.roadmap import BatchNorm
 from fcmae.training import checkpoint
 from fcmae.training.launch import same_everywhere
 from fcmae.training.log import Log
@@ -272,7 +271,7 @@ class Steps:
         """
         cfg, processes, started = self.cfg, self.accelerator.num_processes, number - 1
         lack = f"step {number}: the memory of the GPU does not suffice for {images_at_once(cfg, processes)} images"
-        pools = any(isinstance(module, BatchNorm) for module in self.model.modules())  # model.init may have it
+        pools = self.accelerator.unwrap_model(self.model).encoder.spec.has_batch_norm  # model.init may have brought it
         if pools or (smaller := in_smaller_parts(cfg, processes)) is None:
             raise ValueError(f"{lack} at once, and the run cannot be computed in smaller parts: try {SMALLER}")
         at_once = images_at_once(smaller, processes)
