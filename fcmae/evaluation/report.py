@@ -30,14 +30,24 @@ from fcmae.data.split import evenly
 from fcmae.evaluation import paired
 from fcmae.evaluation.charts import Chart, Table, heat_map, line_chart, shown
 from fcmae.evaluation.records import COLUMNS, Evaluation, score_rows
-from fcmae.evaluation.runs import MAX_JSON, Run, curve, finite, processes_of, program, read_json, read_run, took_s
+from fcmae.evaluation.runs import (
+    MAX_JSON,
+    OF_A_START,
+    Run,
+    curve,
+    finite,
+    processes_of,
+    program,
+    read_json,
+    read_run,
+    took_s,
+)
 from fcmae.evaluation.verdicts import guessed, is_collapsing, is_working, was_worth_it
 from fcmae.training.messages import how_it_ended
 from fcmae.training.records import of_model
 
 MARK = '<meta name="generator" content="fcmae report'
 MOST_PICTURES = 12  # over time
-OF_A_START = {"chosen", "planned_s", "overwrite"}  # no settings of what is computed
 MAX_PICTURE, MAX_PIXELS = 2**25, 2**26  # bytes and pixels of one
 KINDS = {"pretrain": "pretraining", "finetune": "fine-tuning", "segment": "segmentation"}
 ANALYZED = ("cosine_distance", "effective_rank", "dead_share", "saturated_share", "grn_gamma", "grn_beta")

@@ -28,6 +28,7 @@ MOST_SECONDS = 1e9  # thirty years
 CONFIGS: dict[str, type[PretrainConfig] | type[FinetuneConfig] | type[SegmentConfig]] = {
     cfg.kind: cfg for cfg in (PretrainConfig, FinetuneConfig, SegmentConfig)
 }
+OF_A_START = {"chosen", "planned_s", "overwrite"}  # no settings of what is computed
 MAX_JSON = 2**26  # bytes of a file
 HUGE = 1e100  # no number that was measured, and its square is finite
 

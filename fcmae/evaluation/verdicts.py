@@ -11,7 +11,7 @@ import numpy as np
 
 from fcmae.evaluation.charts import shown
 from fcmae.evaluation.records import Evaluation
-from fcmae.evaluation.runs import Run, curve, is_untrained
+from fcmae.evaluation.runs import OF_A_START, Run, curve, is_untrained
 from fcmae.training import health
 from fcmae.training.records import of_model
 
@@ -186,7 +186,7 @@ def _against_scratch(runs: Sequence[Run]) -> list[Found]:
 
 
 def _own_settings(run: Run) -> dict[str, Any]:
-    return {key: value for key, value in run.settings.items() if key not in ("out", "overwrite", "planned_s")}
+    return {key: value for key, value in run.settings.items() if key not in OF_A_START | {"out"}}
 
 
 def _is_complete(run: Run, line: Mapping[str, Any]) -> bool:
