@@ -351,7 +351,7 @@ def _license(path: Path) -> dict[str, str]:
         else:
             released = map(timm.get_pretrained_cfg, timm.list_pretrained("convnext*"))
             said = next((each.license for each in released if each and Path(str(each.url)).name == path.name), None)
-    return {"license": printable(said)[:200]} if isinstance(said, str) and said else {}
+    return {"license": said} if isinstance(said, str) and said else {}
 
 
 def _in_card(path: Path) -> str | None:
