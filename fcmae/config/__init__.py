@@ -107,8 +107,7 @@ class ImageConfig(Section):
     """The stored value that stands for missing ones, such as 0 or -9999, where files do not say it (GDAL_NODATA); of a
     palette the number of a colour. In bands of unsigned integers all bands of a pixel must have it. What is missing is
     in no statistic and no loss of pretraining, a pixel without any band is of no class in `segment`, and the network
-    sees the mean there. Without it fine-tuning takes that
-    of the weights, if any."""
+    sees the mean there. Without it fine-tuning takes that of the weights, if any."""
     index: Literal["run", "beside"] = "run"
     """Where it is kept what lies where in tar files: in the run directory, or beside them for all runs."""
     cache_gb: float = Field(0, ge=0)
