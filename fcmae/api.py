@@ -148,11 +148,11 @@ def _settings(
     given: Mapping[str, Any],
     config: PathLike | None,
     settings: Mapping[str, Any] | Config | None,
-    complete: options.Complete | None,
+    complete: options.Complete,
 ) -> Config:
     """The settings of a run: what is given goes before `settings`, and these before the file.
 
-    Without a file or whole settings, or with hours, the rest is chosen.
+    Without a file or whole settings, or with hours for which nothing was chosen yet, the rest is chosen.
 
     Raises:
         ValueError: with a line for each problem.
@@ -166,11 +166,9 @@ def _settings(
     values |= {key: value for key, value in given.items() if value is not None}
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     name = None if config is None else os.fspath(config)
-    if not values.get("data.path") or values.get("eval_only"):
-        complete = None
-    whole = isinstance(settings, model)
-    made = options.make(model, values, name, processes, None if whole else complete)
-    return options.settled(made, complete) if whole and complete else made
+    if isinstance(settings, model) and (settings.hours is None or settings.chosen):
+        return options.settled(options.make(model, values, name, processes), complete)
+    return options.make(model, values, name, processes, complete)
 
 
 class Features(nn.Module):

@@ -41,11 +41,11 @@ def main(argv: list[str] | None = None) -> int:
         SystemExit: With status 0, after printing for `--help`, `--version` and `--print-config`.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in words
+    debug = not {"--debug", "--debug=true"}.isdisjoint(words)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be Unicode
     try:
-        status = _run([word for word in words if word != "--debug"])
+        status = _run(words[words[:1] == ["--debug"] :])
         sys.stdout.flush()
         return status
     except (ValueError, OSError, FloatingPointError) as error:
@@ -244,6 +244,8 @@ def _stats(cfg: commands.StatsConfig) -> None:
         nodata=cfg.nodata,
     )
     print(f"# {num_images} images\ndata:\n  in_chans: {cfg.in_chans}")
+    if cfg.nodata is not None:
+        print(f"  nodata: {cfg.nodata!r}")
     for name, values in (("mean", mean), ("std", std)):
         print(f"  {name}: [{', '.join(f'{value:.4g}' for value in values)}]")
 
@@ -311,8 +313,6 @@ def _complete(what: str) -> Complete:
     """The function of `planning` of this name, for a run that trains: planning loads torch."""
 
     def complete(sketch: Any, given: Mapping[str, Any]) -> Mapping[str, Any]:
-        if not sketch.data.path or getattr(sketch, "eval_only", False):
-            return {}
         threads.prepare()  # before steps are timed
         from fcmae import planning
 

@@ -139,6 +139,8 @@ def _made(
         settings.pop("epochs", None)
     _put(settings, given)
     sketch, invalid = _validate(model, settings, (), {"sketch": True})
+    if sketch is not None and not _trains(sketch):
+        complete = None
     # Nothing is chosen beside a recipe, unless there are hours for which it was not yet.
     has_recipe = has_file and not settings.keys().isdisjoint({"epochs", "batch_size"})
     to_fill = given.get("hours") is not None or (getattr(sketch, "hours", None) and not getattr(sketch, "chosen", None))
@@ -152,15 +154,21 @@ def _made(
     return config if complete is None else settled(config, complete)
 
 
+def _trains(sketch: Settings) -> bool:
+    """Whether it is of a run that trains, and says on what."""
+    values = flat(sketch)
+    return bool(values.get("data.path")) and not values.get("eval_only")
+
+
 def settled(config: Config, complete: Complete) -> Config:
-    """The settings with grad_accum chosen, where it is auto.
+    """The settings with grad_accum chosen, where it is auto and the run trains.
 
     Args:
         config: Of a run.
         complete: See `load`.
     """
     values = flat(config)
-    if values.get("grad_accum") != "auto":
+    if values.get("grad_accum") != "auto" or not _trains(config):
         return config
     found = complete(config, {key: value for key, value in values.items() if key not in TO_CHOOSE})
     return config.model_copy(update=dict(found))  # what else was given and what was not stays to be seen

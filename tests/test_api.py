@@ -25,7 +25,7 @@ from runs import TINY, assert_same, config, final_state, write_images
 from test_weights_convert import write_checkpoint
 
 import fcmae
-from fcmae import api, cli, finetuning, planning, pretraining, starting
+from fcmae import api, cli, finetuning, planning, pretraining, segmenting, starting
 from fcmae.api import Features
 from fcmae.config import FinetuneConfig, PretrainConfig
 from fcmae.data.augment import seeded
@@ -244,6 +244,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     found: list[Any] = []
     monkeypatch.setattr(pretraining, "pretrain", found.append)
     monkeypatch.setattr(finetuning, "finetune", found.append)
+    monkeypatch.setattr(segmenting, "segment", found.append)
     monkeypatch.setattr(planning, "_parts", lambda cfg, measure: {"grad_accum": 1})
     return found
 
@@ -278,6 +279,34 @@ def test_a_configuration_made_by_hand_is_taken_whole(asked: list[Any], tmp_path:
     made = FinetuneConfig.model_validate({"out": "o", "eval_only": True, "model": {"init": "run"}, "data": data})
     fcmae.finetune("y", "o", settings=made)
     assert "image_size" in asked[1].data.model_fields_set and "crop_pct" not in asked[1].data.model_fields_set
+
+
+def test_nothing_is_chosen_of_what_only_evaluates_wherever_that_stands(asked: list[Any], tmp_path: Path) -> None:
+    (tmp_path / "eval.yaml").write_text("eval_only: true\nmodel: {init: run}\n")
+    fcmae.finetune(tmp_path, tmp_path / "out", config=tmp_path / "eval.yaml")
+    fcmae.segment(tmp_path, tmp_path / "out", tmp_path, config=tmp_path / "eval.yaml")
+    for cfg in asked:
+        assert cfg.eval_only and not cfg.chosen
+        assert cfg.data.model_fields_set <= {"path", "maps"} and "batch_size" not in cfg.model_fields_set
+
+
+def test_hours_in_whole_settings_have_the_rest_chosen(
+    photos: Path, asked: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sketches = []
+
+    def choose(sketch: PretrainConfig, given: dict[str, Any]) -> dict[str, Any]:
+        sketches.append(given)
+        return {"epochs": 3, "batch_size": 8, "grad_accum": 1, "chosen": {"epochs": "a test"}}
+
+    monkeypatch.setattr("fcmae.planning.pretraining", choose)
+    settings = PretrainConfig.model_validate({"hours": 0.5, "out": "o", "data": {"path": ["x"], "hflip": 0.25}})
+    fcmae.pretrain(photos, tmp_path, settings=settings)
+    assert (asked[0].epochs, asked[0].batch_size, asked[0].data.hflip) == (3, 8, 0.25)
+    assert "epochs" not in sketches[0] and sketches[0]["data.hflip"] == 0.25
+    # What was chosen once stays.
+    fcmae.pretrain(photos, tmp_path, settings=asked[0].model_copy(update={"epochs": 7}))
+    assert asked[1].epochs == 7 and len(sketches) == 1
 
 
 def test_all_mistakes_are_told_at_once_in_the_sentences_of_the_command(

@@ -328,6 +328,9 @@ def test_a_tilde_is_the_home_in_every_path(monkeypatch: pytest.MonkeyPatch) -> N
     [
         ({"data": {"maps": None}}, "data.maps", "missing: the folder of the label maps of images"),
         ({"data": {"val_path": "held"}}, "data.val_maps", "missing: the folder of the label maps of held"),
+        ({"data": {"val_maps": "held"}}, "data.val_path", "missing: the images of the label maps held"),
+        ({"model": {"init": "a"}, "data": {"in_chans": 2, "mean": [1, 2]}}, "data.std", "give both or neither"),
+        ({"model": {"init": "a"}, "data": {"in_chans": 2, "std": [1, 2]}}, "data.mean", "give both or neither"),
         ({"data": {"path": None}}, "data.path", "a folder of images or a CSV file"),
         ({"data": {"scale": [2, 1]}}, "data.scale", "[2.0, 1.0] is not in rising order"),
         ({"data": {"class_names": ["sea", "sea"]}}, "data.class_names", "has a name twice"),

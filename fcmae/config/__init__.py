@@ -435,7 +435,8 @@ class RunConfig(Settings):
     """Images a step, over all processes and accumulated batches."""
     grad_accum: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Parts that a process's share of the batch is computed in. auto: so many that they fit into the memory, which is
-    measured before the first step; with several processes, parts of at most 64 images on a CPU and 256 on a GPU."""
+    measured before the first step; with several processes, parts of at most 64 images on a CPU and 256 on a GPU, and
+    up to four times as many where the batch divides into none between."""
     hours: float | None = Field(None, gt=0)
     """How long the run may take. Without a recipe, or where this is given, all that is not given is chosen for the
     images, the machine and these hours, and `epochs` among it; a default is said at the start."""
@@ -503,7 +504,7 @@ def _image_conflicts(data: ImageConfig, *, known_statistics: bool = False) -> It
             yield keys, f"missing for in_chans = {data.in_chans}: compute it with `fcmae stats`"
         if values is not None and len(values) != data.in_chans:
             yield keys, f"{values} has {len(values)} values, in_chans = {data.in_chans} needs {data.in_chans}"
-    if (data.mean is None) != (data.std is None) and data.in_chans in (1, 3):
+    if (data.mean is None) != (data.std is None) and (data.in_chans in (1, 3) or known_statistics):
         given, absent = ("std", "mean") if data.mean is None else ("mean", "std")
         yield (f"data.{absent}", f"data.{given}"), f"missing beside data.{given}: give both or neither"
     name = "scale" if isinstance(data, SegmentData) else "crop_scale"
@@ -715,6 +716,8 @@ class SegmentConfig(DenseConfig):
         for name, maps, images in (("maps", data.maps, data.path), ("val_maps", data.val_maps, data.val_path)):
             if images and not images.lower().endswith(".csv") and not maps:
                 yield (f"data.{name}",), f"missing: the folder of the label maps of {images}"
+        if data.val_maps and not data.val_path:
+            yield ("data.val_path", "data.val_maps"), f"missing: the images of the label maps {data.val_maps}"
         names, values = data.class_names, data.class_values
         if len(set(names)) < len(names):
             yield ("data.class_names",), f"{names} has a name twice: give each class its own"
