@@ -125,6 +125,19 @@ def image_settings(choices: Choices, images: Images) -> None:
     choices.take("data.std", [max(float(f"{value:.4g}"), 1e-6) for value in images.std], why)
 
 
+def are_read_as(image: Mapping[str, Any], in_chans: int, is_deep: bool) -> bool:
+    """Whether images can be read as those were that weights have learnt; where these are photographs, not all can.
+
+    Args:
+        image: how those of the weights were read.
+        in_chans: channels of the images.
+        is_deep: whether they have more than 8 bits a channel.
+    """
+    mean, size = list(image.get("mean", IMAGENET_MEAN)), image.get("input_size", (3,))
+    of_photographs = size[0] == 3 and mean in (IMAGENET_MEAN, [0.5, 0.5, 0.5])
+    return not of_photographs or (in_chans in (1, 3) and not is_deep)
+
+
 def machine_settings(choices: Choices, device: str, num_workers: int, precision: str) -> float:
     """Hours, and how this machine computes.
 
@@ -396,7 +409,7 @@ def duration(
     seconds = epochs * num_images / images_per_s
     choices.planned_s = round(seconds / TRAINING_SHARE, 1)
     warmup = min(40, epochs / 20)
-    choices.take("optim.warmup_epochs", float(f"{warmup:.3g}"), "a twentieth of the run, as published")
+    choices.take("optim.warmup_epochs", float(f"{warmup:.3g}"), "a twentieth of the run, 40 at the most")
     every = epochs / max(1, seconds / 600)
     choices.take("checkpoint.every_epochs", float(f"{every:.3g}"), "every ten minutes or so")
     looks = max(5, min(20, seconds / 180))  # of which a judgement on the features takes four

@@ -429,8 +429,8 @@ def _cpu() -> Iterator[Finding]:
     found = f"{cores} of {os.cpu_count()} cores"
     if share < cores:
         found += f", of which this container gets the time of {share:g}"
-    cost, few = "threads and loader workers, as many as there are cores, wait for each other", max(1, int(share))
-    yield _judge("CPU", found, share < cores, cost, f"set OMP_NUM_THREADS={few} and --data.num_workers {few}")
+    cost = "torch's threads, as many as there are cores, wait for each other"
+    yield _judge("CPU", found, share < cores, cost, f"set OMP_NUM_THREADS={max(1, int(share))}")
 
 
 def _threads() -> Iterator[Finding]:

@@ -167,7 +167,9 @@ def card(weights: Weights, run: Run | None, name: str) -> str:
     place = name.partition(":")[2]
     title = os.path.basename(place)  # noqa: PTH119  # of a repository's name too
     parts = [f"---\n{data.to_yaml()}\n---", f"# {_cell(title)}", *_what(weights), *_how_to_load(weights, name, place)]
-    if run is not None:
+    if pruned := weights.origin.get("pruned"):  # scores and curves of the run are those of the network before
+        parts += [f"It was pruned ({_cell(pruned)}), and has not been trained since."]
+    elif run is not None:
         parts += [*_training(run, weights.origin.get("step")), *_results(run)]
     if license_ is None:
         parts += ["## Licence", "None was given. Whoever publishes this names one in the head of this file."]

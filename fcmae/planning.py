@@ -57,7 +57,6 @@ def pretraining(sketch: PretrainConfig, given: Mapping[str, Any]) -> dict[str, A
     Raises:
         ValueError: if there are no images, none can be read, or a step does not fit into the memory.
     """
-    began = time.monotonic()
 
     def measure(at_once: int) -> bench.Result:
         settled = options.make(BenchConfig, options.flat(sketch) | {"seconds": SHORT_S})
@@ -67,6 +66,7 @@ def pretraining(sketch: PretrainConfig, given: Mapping[str, Any]) -> dict[str, A
     if found is not None:
         return found
     images = find_images(sketch.data.path, storage=Storage.of_run(out, sketch.data.index, sketch.data.cache_gb))
+    began = time.monotonic()  # a first index of many tar files, of which a later start has no need, is not of the run
     device = _device(sketch)
     facts = _facts(images, given.get("data.in_chans"), sketch.data)
     held, *_ = _held(sketch)
@@ -101,7 +101,6 @@ def finetuning(sketch: FinetuneConfig, given: Mapping[str, Any]) -> dict[str, An
     Raises:
         ValueError: as in `pretraining`.
     """
-    began = time.monotonic()
     assert sketch.data.path is not None
     out, found = _begun(sketch, given, sketch.data.path, lambda at_once: _dense_step(sketch, at_once, SHORT_S))
     if found is not None:
@@ -111,13 +110,10 @@ def finetuning(sketch: FinetuneConfig, given: Mapping[str, Any]) -> dict[str, An
     images = find_labelled(
         sketch.data.path, names if sketch.model.keep_head else None, key="data.path", storage=storage
     )
+    began = time.monotonic()
     device = _device(sketch)
     plan = choices.Choices(given)
-    if "input_size" in image:
-        plan.take("data.in_chans", image["input_size"][0], "that of model.init")
-    facts = _facts(images, plan.settings.get("data.in_chans"), sketch.data)
-    if len(image.get("mean", ())) != plan.settings.get("data.in_chans", facts.in_chans):
-        choices.image_settings(plan, facts)
+    facts = _image_settings(plan, images, sketch.data, image)
     choices.finetuning_settings(plan, facts, device, held, image.get("input_size", [])[1:])
     hours = _machine(plan, device)
     cfg = options.make(FinetuneConfig, {"epochs": 1} | plan.settings | {"out": out, "log.trackers": "none"})
@@ -143,26 +139,22 @@ def segmentation(sketch: SegmentConfig, given: Mapping[str, Any]) -> dict[str, A
     Raises:
         ValueError: as in `pretraining`.
     """
-    began = time.monotonic()
     assert sketch.data.path is not None
     out, found = _begun(sketch, given, sketch.data.path, lambda at_once: _dense_step(sketch, at_once, SHORT_S))
     if found is not None:
         return found
     find = partial(find_mapped, storage=Storage.of_run(out, sketch.data.index, sketch.data.cache_gb))
     images, _ = find(sketch.data.path, sketch.data.maps)
+    began = time.monotonic()
     device = _device(sketch)
     plan = choices.Choices(given)
     held, image, _ = _held(sketch)
-    if "input_size" in image:
-        plan.take("data.in_chans", image["input_size"][0], "that of model.init")
     num_held_out = round(len(images) * sketch.data.val_share)
     if sketch.data.val_path is not None:
         num_held_out = len(find(sketch.data.val_path, sketch.data.val_maps, key="data.val_path")[0])
     else:
         images = images.subset(range(len(images) - num_held_out))
-    facts = _facts(images, plan.settings.get("data.in_chans"), sketch.data)
-    if len(image.get("mean", ())) != plan.settings.get("data.in_chans", facts.in_chans):
-        choices.image_settings(plan, facts)
+    facts = _image_settings(plan, images, sketch.data, image)
     choices.segmentation_settings(plan, facts, device, held)
     hours = _machine(plan, device)
     cfg = options.make(SegmentConfig, {"epochs": 1} | plan.settings | {"out": out, "log.trackers": "none"})
@@ -297,6 +289,26 @@ def _facts(images: Images, in_chans: int | None, data: ImageConfig) -> choices.I
     return choices.Images(len(images), found.short_side, found.in_chans, found.is_deep, found.mean, found.std, counts)
 
 
+def _image_settings(
+    plan: choices.Choices, images: Images, data: ImageConfig, image: Mapping[str, Any]
+) -> choices.Images:
+    """The facts, and channels, mean and std chosen: those of the weights, where their images were like these.
+
+    image: how those of the weights were read.
+    """
+    facts = _facts(images, plan.settings.get("data.in_chans"), data)
+    if choices.are_read_as(image, facts.in_chans, facts.is_deep):
+        in_chans = facts.in_chans
+        if "input_size" in image:
+            in_chans = plan.take("data.in_chans", image["input_size"][0], "that of model.init")
+        if in_chans != facts.in_chans:
+            facts = _facts(images, in_chans, data)
+        if len(image.get("mean", ())) == in_chans:
+            return facts
+    choices.image_settings(plan, facts)
+    return facts
+
+
 def _held(
     sketch: PretrainConfig | DenseConfig,
 ) -> tuple[NetworkSpec | None, dict[str, Any], tuple[str, ...] | None]:
@@ -360,7 +372,7 @@ def _most_memory(cfg: RunConfig, at_once: int) -> float:
     A block keeps some 20 C numbers of a site for its backward pass, and nothing is taken to be hidden.
     """
     assert isinstance(cfg, PretrainConfig | DenseConfig)
-    spec = cfg.model.spec or _held(cfg)[0]
+    spec = _held(cfg)[0] or cfg.model.spec  # one that is named need not say the stem of the weights
     if not isinstance(spec, ConvNeXtSpec):
         return math.inf
     pixels, sites, weights = math.prod(cfg.data.image_size), 0.0, 0.0

@@ -84,7 +84,7 @@ def measure(encoder: Encoder, batches: Iterable[Tensor]) -> dict[str, Measured]:
         By the block's name, stages.I.J.
 
     Raises:
-        ValueError: if there are no images.
+        ValueError: if there are no images, or what a block makes of them is not finite.
     """
     sums: dict[str, list[Tensor]] = {}
     num_images = 0
@@ -106,6 +106,11 @@ def measure(encoder: Encoder, batches: Iterable[Tensor]) -> dict[str, Measured]:
         raise ValueError("data: none of the images can be read: give others")
     measured = {}
     for name, totals in sums.items():
+        if not all(total.isfinite().all() for total in totals):
+            raise ValueError(
+                f"data: what {name} makes of the images is not finite: if missing pixels are stored as a huge number, "
+                "give --nodata"
+            )
         mean, squares, norms, power, share = (total / num_images for total in totals)
         std = (squares - mean.square()).clamp(min=0).sqrt()
         measured[name] = Measured(mean, std, norms, float(power.sqrt()), float(share))

@@ -40,6 +40,7 @@ from fcmae.data.index import Images, also_in, find_images, images_of_run
 from fcmae.data.normalize import Normalize
 from fcmae.data.source import is_unicode, printable
 from fcmae.data.split import draw
+from fcmae.data.survey import survey
 from fcmae.evaluation import paired
 from fcmae.evaluation.evaluate import find_data, folder_names, score
 from fcmae.evaluation.features import extract
@@ -314,7 +315,7 @@ def _make_plan(place: Path, cfg: WorthConfig, train: Images, test: Images) -> Pl
     one = 100 / len(tested) / min(tested)
     notes = [f"The class with the fewest test images has {min(tested)}: one of them is {one:.1f} points."]
     seconds, epochs, decay = dict[str, float](), dict[str, float](), choices.LAYER_DECAY
-    starts = _given_starts(cfg)
+    starts = _given_starts(cfg, train)
     notes += [note for start in starts for note in _known(start, train, test)]
     if cfg.hours or cfg.pretraining:
         made, seconds[PRETRAINED] = _choose_pretraining(place, cfg)
@@ -399,15 +400,19 @@ def _weights(cfg: WorthConfig, init: str) -> Weights:
     return read_init(init, key, prefix, "init")
 
 
-def _given_starts(cfg: WorthConfig) -> list[Start]:
+def _given_starts(cfg: WorthConfig, train: Images) -> list[Start]:
     if twice := [path for number, path in enumerate(cfg.init) if path in cfg.init[:number]]:
         raise ValueError(f"init = {twice[0]} is given twice: give each once")
-    starts = list[Start]()
+    if not cfg.init:
+        return []
+    starts, seen = list[Start](), survey(train)
     for name, path in zip(folder_names(cfg.init), cfg.init, strict=True):
         weights = _weights(cfg, path)
         reading: dict[str, Any] = {key: weights.image[key] for key in ("mean", "std", "nodata") if key in weights.image}
         if "input_size" in weights.image:
             reading["in_chans"], *reading["image_size"] = weights.image["input_size"]
+        if not choices.are_read_as(weights.image, seen.in_chans, seen.is_deep):
+            reading = {"image_size": reading["image_size"]} if "image_size" in reading else {}
         # A name that another arm has, or may have.
         name = f"init-{name}" if name == PRETRAINED or name.startswith("scratch") or is_control(path) else name
         spec, sha256 = weights.architecture.spec, digest(weights.state, "")

@@ -225,7 +225,7 @@ def test_a_containers_share_of_the_cores_is_noted(cgroup: Fake, files: dict[str,
         cgroup(name, text)
     (found,) = find("CPU")
     assert found.state == state
-    assert ("the time of 0.5" in found.found) == ("--data.num_workers 1" in found.mend) == (state == "note")
+    assert ("the time of 0.5" in found.found) == (found.mend == "set OMP_NUM_THREADS=1") == (state == "note")
 
 
 def test_packages_are_held_to_the_minimum_that_fcmae_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,8 +15,11 @@ import pytest
 from reported import finetune_run, pretrain_run
 
 from fcmae import cli
+from fcmae.data.dataset import NoUsableImage
 from fcmae.evaluation import paired
 from fcmae.evaluation.status import find_runs, state_of, status
+from fcmae.processes import Failed
+from fcmae.training.messages import logging_to
 
 STAMP = "2030-01-02 03:04:05 "
 
@@ -36,13 +39,20 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         (["step 60/60, epoch 6", "finished 60 steps", "next: fcmae convert"], "finished"),
         (["step 9/60", "stopped by SIGTERM after step 9; the same command resumes"], "stopped"),
-        (["step 9/60", "FloatingPointError: step 10: the loss is nan"], "failed"),
+        (["step 9/60", "failed: FloatingPointError: step 10: the loss is nan"], "failed"),
         (["finished 60 steps", "resuming after step 60", "step 9/60, epoch 1"], "cut off"),
         ([], "not begun"),
     ],
 )
 def test_the_log_tells_how_a_run_ended(run: Path, lines: list[str], state: str) -> None:
     assert state_of(log(run, *lines)) == state
+
+
+@pytest.mark.parametrize("error", [NoUsableImage("none of 3 files can be read"), KeyboardInterrupt(), Failed("killed")])
+def test_whatever_ends_a_run_is_in_its_log(tmp_path: Path, error: BaseException) -> None:
+    with pytest.raises(type(error)), logging_to(tmp_path / "train.log"):
+        raise error
+    assert state_of(tmp_path) == "failed"
 
 
 def _hold(path: str, pipe: Connection) -> None:

@@ -151,6 +151,13 @@ def test_the_card_tells_whose_features_the_probes_are_of(tmp_path: Path) -> None
     assert sorted(rows) == [("-", "pixels:32"), ("4", "this, at step 10"), ("4", "untrained")]
 
 
+def test_a_pruned_model_has_no_scores_of_the_network_before(run: Path) -> None:
+    weights = replace(read_weights(run), origin={"pruned": "0.5 of channels kept"})
+    text = card(weights, read_run(run, "cells"), "local-dir:f")
+    assert "It was pruned (0.5 of channels kept), and has not been trained since." in text
+    assert "How it was trained" not in text and "What its features tell" not in text
+
+
 @pytest.mark.parametrize(("said", "written"), [("MIT", ("mit", None)), ("my own", ("other", "my own"))])
 def test_a_licence_is_named_as_the_hub_names_it(said: str, written: tuple[str, str | None]) -> None:
     weights = Weights({}, Architecture(SPEC), IMAGE, origin={"license": said})

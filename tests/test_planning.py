@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ from PIL import Image
 from runs import TINY, forget_accelerator, start, write_colors, write_images
 
 import fcmae
-from fcmae import api, bench, choices, cli, planning
-from fcmae.config import BenchConfig, FinetuneConfig, PretrainConfig, SegmentConfig
+from fcmae import api, bench, choices, cli, options, planning
+from fcmae.config import IMAGENET_MEAN, IMAGENET_STD, BenchConfig, FinetuneConfig, PretrainConfig, SegmentConfig
 from fcmae.data import cores
 from fcmae.data.decode import read_crop
 from fcmae.data.index import find_images
@@ -32,7 +33,7 @@ from fcmae.networks.spec import VARIANTS, ConvNeXtSpec
 from fcmae.options import load, read
 from fcmae.pretraining import pretrain
 from fcmae.processes import OUT_OF_MEMORY, Failed
-from fcmae.weights.files import Weights, save_weights
+from fcmae.weights.files import Weights, read_init, save_weights
 from fcmae.weights.formats import Architecture
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
@@ -466,7 +467,7 @@ def test_the_weights_that_a_run_starts_from_are_found_by_their_key(photos: Path,
 @pytest.fixture
 def tuned(tmp_path: Path) -> Path:
     """A classifier of three colours, of images of 32 x 48 with a mean and std of their own."""
-    spec = ConvNeXtSpec(depths=(1, 1), dims=(8, 16), stem_stride=4)
+    spec = ConvNeXtSpec(depths=(1, 1), dims=(8, 16), stem_stride=2)
     image = {"input_size": [3, 32, 48], "mean": [0.1, 0.2, 0.3], "std": [1.0, 1.0, 1.0], "crop_pct": 1.0}
     architecture = Architecture(spec, num_classes=3)
     weights = Weights(Classifier(Encoder(spec), 3).state_dict(), architecture, image, ("blue", "green", "red"))
@@ -499,6 +500,40 @@ def test_grey_images_are_measured_where_the_weights_are_of_colours(
     words = [str(tmp_path / "xray"), "--init", str(tuned), "--device", "cpu", "--out", str(tmp_path / "out")]
     cfg = load(FinetuneConfig, [*words, "--data.in_chans", "1"], prog="x", complete=planning.finetuning)
     assert cfg.data.mean is not None and cfg.data.mean[0] == pytest.approx(2048 / 65535, rel=0.1)
+    # These weights have learnt images of such values, as three channels.
+    cfg = load(FinetuneConfig, words, prog="x", complete=planning.finetuning)
+    assert (cfg.data.in_chans, cfg.data.mean) == (3, None)
+
+
+@pytest.mark.parametrize(("bands", "kind"), [(1, "uint16"), (3, "uint16"), (6, "uint8"), (1, "uint8")])
+def test_what_is_no_photograph_is_read_as_it_is_beside_weights_of_photographs(
+    tuned: Path, tmp_path: Path, measured: list[int], bands: int, kind: str
+) -> None:
+    weights = read_init(str(tuned), None, None)
+    save_weights(tuned, replace(weights, image=weights.image | {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}), "fcmae")
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        (tmp_path / "xray" / name).mkdir(parents=True)
+        for i in range(8):
+            pixels = rng.integers(0, 200, (40, 60, bands)).astype(kind)
+            pixels = pixels[..., 0] if bands == 1 else pixels
+            tifffile.imwrite(
+                tmp_path / "xray" / name / f"{i}.tif", pixels, photometric="minisblack", planarconfig="contig"
+            )
+    words = [str(tmp_path / "xray"), "--init", str(tuned), "--device", "cpu", "--out", str(tmp_path / "out")]
+    cfg = load(FinetuneConfig, words, prog="x", complete=planning.finetuning)
+    if (bands, kind) == (1, "uint8"):  # shades of grey are read as colours
+        assert (cfg.data.in_chans, cfg.data.mean) == (3, None)
+    else:
+        assert cfg.data.in_chans == bands and cfg.data.mean is not None
+        assert cfg.data.mean == pytest.approx([100 / np.iinfo(kind).max] * bands, rel=0.1)
+
+
+def test_the_stem_of_the_weights_is_reckoned_with(tuned: Path) -> None:
+    settings = {"data.path": "x", "out": "o", "model.init": str(tuned), "data.image_size": 224}
+    named = {"model.variant": {"depths": [1, 1], "dims": [8, 16]}}
+    cfg = options.make(FinetuneConfig, settings | named)
+    assert planning._most_memory(cfg, 64) == planning._most_memory(options.make(FinetuneConfig, settings), 64)
 
 
 def test_held_out_images_count_among_the_hours_of_a_fine_tuning(

@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import runs
 import timm
@@ -347,6 +348,18 @@ def test_a_pretrained_encoder_keeps_its_decoder_and_goes_on(
     others = [word for flag in flags for word in (flag, next(flags)) if flag not in given]
     assert cli.main(["pretrain", *others, *own]) == 0
     assert "decoder too" in (tmp_path / "run" / "train.log").read_text()
+
+
+def test_images_of_huge_numbers_are_told_and_nothing_is_written(
+    tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "images").mkdir()
+    for i in range(3):
+        np.save(tmp_path / "images" / f"{i}.npy", np.full((32, 32, 3), -3.4e38 if i else 0.5, np.float32))
+    assert prune(tuned, tmp_path / "a.pth", tmp_path / "images") == 2
+    assert "not finite: if missing pixels are stored as a huge number, give --nodata" in capsys.readouterr().err
+    assert not (tmp_path / "a.pth").exists()
+    assert prune(tuned, tmp_path / "a.pth", tmp_path / "images", "--nodata", "-3.4e38") == 0
 
 
 def test_what_cannot_be_pruned_is_said(

@@ -19,6 +19,7 @@ from accelerate.state import GradientState
 from runs import config
 
 from fcmae.training.launch import closing_trackers, make_accelerator
+from fcmae.training.messages import how_it_ended
 
 pytestmark = pytest.mark.usefixtures("forgotten")
 
@@ -43,6 +44,22 @@ def test_trackers_are_closed_where_a_run_ends_by_an_error(tmp_path: Path) -> Non
     with pytest.raises(FloatingPointError), closing_trackers(accelerator):
         raise FloatingPointError
     assert ended == [True]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("tensorbored", "log.trackers: tensorbored is none of accelerate's: .*tensorboard.*wandb"),
+        ("wandb", "log.trackers: wandb is not installed: `pip install wandb`, or leave it out"),
+    ],
+)
+def test_a_tracker_that_would_be_left_out_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str
+) -> None:
+    monkeypatch.setattr("accelerate.tracking.is_wandb_available", lambda: False)
+    cfg = config(Path("photos"), tmp_path)
+    with pytest.raises(ValueError, match=message):
+        make_accelerator(cfg.model_copy(update={"log": cfg.log.model_copy(update={"trackers": ["tensorboard", name]})}))
 
 
 def test_automatic_precision_on_a_cpu_is_full(tmp_path: Path) -> None:
@@ -110,6 +127,9 @@ def test_processes_wait_for_what_the_first_one_finds_and_learn_of_any_error(tmp_
     script = tmp_path / "train.py"
     script.write_text(
         "import os, time\n"
+        "from contextlib import nullcontext\n"
+        "from pathlib import Path\n"
+        "from fcmae.training.messages import logging_to\n"
         "from datetime import timedelta\n"
         "import torch\n"
         "from accelerate import Accelerator\n"
@@ -119,7 +139,8 @@ def test_processes_wait_for_what_the_first_one_finds_and_learn_of_any_error(tmp_
         "given = dict(store=store, rank=rank, world_size=2, timeout=timedelta(seconds=5))\n"
         "torch.distributed.init_process_group('gloo', **given)\n"
         "accelerator = Accelerator(cpu=True)\n"
-        "with ending_together(accelerator, None):\n"
+        "log = logging_to(Path('train.log')) if rank == 0 else nullcontext()\n"
+        "with log, ending_together(accelerator, None):\n"
         "    print(same_everywhere(accelerator, lambda: time.sleep(8) or 'found'), flush=True)\n"
         "    with waiting_for_all(accelerator):\n"
         "        time.sleep(8 * accelerator.process_index)\n"
@@ -138,6 +159,7 @@ def test_processes_wait_for_what_the_first_one_finds_and_learn_of_any_error(tmp_
     started = [
         subprocess.Popen(
             [sys.executable, str(script)],
+            cwd=tmp_path,
             env=os.environ | joined | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -155,4 +177,5 @@ def test_processes_wait_for_what_the_first_one_finds_and_learn_of_any_error(tmp_
     # Torch's own threads may abort a process that ends by an exception: it has said why, and is none that succeeded.
     assert first == 2 and second in (1, -signal.SIGABRT), (first, second, said)
     assert "fcmae: error: process 1 failed: no such kernel" in said[0][1]
+    assert how_it_ended(tmp_path / "train.log") == "failed"
     assert "LookupError: no such kernel" in said[1][1]

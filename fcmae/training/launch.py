@@ -8,7 +8,7 @@ import random
 import secrets
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -18,11 +18,13 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import ProjectConfiguration, broadcast, broadcast_object_list, gather_object, parse_flag_from_env
 from torch import nn
 
 from fcmae.config import RunConfig
 from fcmae.data.loader import end_workers
+from fcmae.training.messages import log_failure
 from fcmae.training.signals import StopSignal
 
 FOREVER = timedelta(days=7)
@@ -74,6 +76,7 @@ def make_accelerator(cfg: RunConfig) -> Accelerator:
     torch.backends.cudnn.allow_tf32 = cfg.precision == "tf32"
     # DDP remarks on the strides of the gradients of depthwise weights, in their dimension of size 1: they cost nothing.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+    _check_trackers(cfg.log.trackers)
     for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER"):
         if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
             raise ValueError(
@@ -89,6 +92,16 @@ def make_accelerator(cfg: RunConfig) -> Accelerator:
         log_with=cfg.log.trackers or None,
         project_config=ProjectConfiguration(project_dir=str(cfg.out), logging_dir=f"{cfg.out}/tensorboard"),
     )
+
+
+def _check_trackers(names: Sequence[str]) -> None:
+    """Refuse those that accelerate would leave out without a word, which shows when the run has no curves."""
+    there = [str(tracker) for tracker in get_available_trackers()]
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise ValueError(f"log.trackers: {name} is none of accelerate's: {', '.join(LOGGER_TYPE_TO_CLASS)}")
+        if name not in there:
+            raise ValueError(f"log.trackers: {name} is not installed: `pip install {name}`, or leave it out")
 
 
 def same_everywhere(accelerator: Accelerator, find: Callable[[], Found]) -> Found:
@@ -211,6 +224,7 @@ def ending_together(accelerator: Accelerator, out: Path | None) -> Iterator[None
     def watch() -> None:
         while not left.wait(1):
             if (sentence := told()) and not left.wait(StopSignal.GRACE_S):
+                log_failure(sentence)
                 os.write(2, f"fcmae: error: {sentence}\n".encode(errors="replace"))
                 end_workers()
                 os._exit(2)

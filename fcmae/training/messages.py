@@ -19,6 +19,7 @@ logger = logging.getLogger("fcmae")
 
 LOG_END = 2**16  # bytes of train.log in which its last line is looked for
 CUT_OFF = "cut off"
+FAILED = "failed: "  # begins the line of what ended a run
 STAMP = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
 
 
@@ -34,8 +35,7 @@ def logging_to(path: Path) -> Iterator[None]:
     Args:
         path: the file.
     """
-    terminal = _TerminalHandler(logging.INFO)
-    handlers: list[logging.Handler] = [_FileHandler(path, encoding="utf-8"), terminal]
+    handlers: list[logging.Handler] = [_FileHandler(path, encoding="utf-8"), _TerminalHandler(logging.INFO)]
     for handler in handlers:
         handler.setFormatter(_Printable("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         logger.addHandler(handler)
@@ -43,15 +43,25 @@ def logging_to(path: Path) -> Iterator[None]:
     previous, threading.excepthook = threading.excepthook, _thread_failed
     try:
         yield
-    except Exception as error:
-        logger.removeHandler(terminal)  # the command shows it there
-        logger.error("%s: %s", type(error).__name__, error)
+    except BaseException as error:
+        log_failure(f"{type(error).__name__}: {error}")
         raise
     finally:
         threading.excepthook = previous
         for handler in handlers:
             logger.removeHandler(handler)
             handler.close()
+
+
+def log_failure(what: str) -> None:
+    """Have it in train.log what ends the run, in the process that keeps one. The terminal is told by the command.
+
+    Args:
+        what: the error.
+    """
+    for handler in logger.handlers:
+        if isinstance(handler, _FileHandler):
+            handler.handle(logger.makeRecord(logger.name, logging.ERROR, "", 0, FAILED + what, (), None))
 
 
 class _TerminalHandler(logging.Handler):
@@ -100,6 +110,6 @@ def how_it_ended(log: Path) -> str:
         return "finished"
     if re.match(STAMP + "stopped by ", last):
         return "stopped"
-    if re.match(STAMP + r"\w+(Error|Exception): ", last):
+    if re.match(STAMP + FAILED, last):
         return "failed"
     return CUT_OFF if last else "not begun"

@@ -96,7 +96,10 @@ class Weights:
         defaults = FinetuneData(in_chans=in_chans)
         mean, std = (self.image.get(k, v) for k, v in zip(("mean", "std"), defaults.statistics(), strict=True))
         if len(mean) != in_chans:
-            raise ValueError(f"{source} does not say the mean and std of its {in_chans} channels: export it with fcmae")
+            raise ValueError(
+                f"{source} does not say the mean and std of its {in_chans} channels: pretrain or fine-tune from it "
+                "with --data.mean and --data.std, and give that run"
+            )
         _, height, width = self.image.get("input_size", (in_chans, *defaults.image_size))
         crop_pct = self.image.get("crop_pct", defaults.crop_pct)
         size, nodata = image_size or (height, width), self.image.get("nodata")
