@@ -197,6 +197,17 @@ def test_images_far_from_their_mean_are_warned_of_with_the_way_out(
     assert ("values from -840 to -830" in caplog.text and "fcmae stats IMAGES --in_chans 1" in caplog.text) == far
 
 
+@pytest.mark.parametrize(("num", "warned"), [(3, False), (4, True)])
+def test_twelve_bits_in_sixteen_are_warned_of_under_the_usual_mean(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, num: int, warned: bool
+) -> None:
+    rng = np.random.default_rng(0)
+    for i in range(num):
+        Image.fromarray(rng.integers(0, 4096, (20, 20), dtype=np.uint16)).save(tmp_path / f"{i}.png")
+    Reading(1, (16, 16), 1.0, Normalize([0.449], [0.226])).check_values(find_images([str(tmp_path)]))
+    assert ("too narrow for the mean 0.449 and std 0.226" in caplog.text) == warned
+
+
 def test_photographs_are_not_warned_of(index: Images, caplog: pytest.LogCaptureFixture) -> None:
     Reading(3, SIZE, 1.0, Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])).check_values(index)
     Reading(3, SIZE, 1.0, Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])).check_values(index.subset([1]))

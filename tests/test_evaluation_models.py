@@ -13,7 +13,9 @@ from timm.models import ConvNeXt
 from torch import nn
 
 from fcmae.data.augment import seeded
+from fcmae.data.dataset import Reading
 from fcmae.data.index import Images, find_images
+from fcmae.data.normalize import Normalize
 from fcmae.evaluation.features import extract
 from fcmae.evaluation.models import Control, _as_ours, choose_device, load_backbone, load_backbones, stage_maps
 from fcmae.heads import Classifier
@@ -245,8 +247,25 @@ def test_small_histograms_count_colours_and_large_ones_channels(photos: Images, 
 
 
 def test_a_histogram_refuses_values_that_are_no_shares_of_a_range() -> None:
-    with pytest.raises(ValueError, match=r"counts values from 0 to 1, .* reach from -1000 to 500: take pixels:32"):
+    with pytest.raises(
+        ValueError, match=r"counts values from 0 to 1, .* reach from -1000 to 500: .* or take pixels:32"
+    ):
         Control("histogram:8")(torch.tensor([-1000.0, 500.0]).view(1, 1, 1, 2))
+
+
+def test_a_histogram_counts_the_range_that_deep_images_have() -> None:
+    scanner = Control("histogram:4", [-250.0], [500.0])  # from -1250 to 750
+    values = torch.tensor([-2000.0, -1249, -751, -749, -251, -249, 249, 251, 5000]).view(1, 1, 1, 9)
+    assert (scanner(values) * 9).tolist() == [[3, 2, 2, 2]]
+    twelve_bits = torch.arange(4096).view(1, 1, 64, 64) / 65535
+    assert Control("histogram:8", [1 / 32], [1 / 64])(twelve_bits).count_nonzero() == 8
+    usual = Control("histogram:2", [0.5], [0.23])
+    assert usual(torch.tensor([0.0, 0.1, 0.49, 0.51]).view(1, 1, 1, 4)).tolist() == [[0.75, 0.25]]
+
+
+def test_a_control_beside_a_network_knows_the_range_of_its_images() -> None:
+    like = Reading(1, (16, 16), 1.0, Normalize([-250.0], [500.0]))
+    assert load_backbone("histogram:8", like=like).model.high == 750
 
 
 def test_controls_see_what_the_first_network_sees(tmp_path: Path) -> None:

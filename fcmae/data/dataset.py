@@ -26,6 +26,7 @@ from fcmae.masking import random_mask
 logger = logging.getLogger("fcmae")
 
 FAR = 4  # standard deviations
+NARROW = 8  # times less than the standard deviation, of several images together
 MAX_TRIES = 16  # files that a training sample tries before it gives up
 
 View = CenterCrop | CropAndFlip | FinetuneAugment  # file -> (C, H, W), drawing from the sample's own generator
@@ -64,7 +65,7 @@ class Reading:
         return CenterCrop(self.in_chans, self.image_size, self.crop_pct, fill, self.max_pixels, self.nodata)
 
     def check_values(self, images: Images) -> None:
-        """Warn if some of the images hold values far from the mean, as images in other units do."""
+        """Warn if some of the images hold values far from the mean, as images in other units do, or of no spread."""
         samples = [self.dataset(images)[(0, i)] for i in evenly(len(images), 8)]
         if not (readable := [sample for sample in samples if sample.valid]):
             return
@@ -73,13 +74,15 @@ class Reading:
         spread, centre = torch.std_mean(values, dim=(0, 2, 3), correction=0)
         mean, std = self.normalize.mean.cpu().flatten(), self.normalize.std.cpu().flatten()
         far = torch.maximum((centre - mean).abs(), spread) / std
-        if far.max() > FAR:
+        is_narrow = len(readable) > 3 and (spread / std).max() < 1 / NARROW
+        if far.max() > FAR or is_narrow:
             i = int(far.argmax())
             logger.warning(
-                "the images hold values from %.4g to %.4g, in channel %d of mean %.4g and std %.4g, far from the mean "
-                "%.4g and std %.4g that they are normalised with: `fcmae stats IMAGES --in_chans %d` prints the right "
-                "ones",
-                *(values[:, i].min(), values[:, i].max(), i, centre[i], spread[i], mean[i], std[i], self.in_chans),
+                "the images hold values from %.4g to %.4g, in channel %d of mean %.4g and std %.4g, %s the mean %.4g "
+                "and std %.4g that they are normalised with: `fcmae stats IMAGES --in_chans %d` prints the right ones",
+                *(values[:, i].min(), values[:, i].max(), i, centre[i], spread[i]),
+                "too narrow for" if is_narrow else "far from",
+                *(mean[i], std[i], self.in_chans),
             )
 
     def dataset(self, images: Images) -> FinetuneDataset:

@@ -65,19 +65,31 @@ class Control(nn.Module):
 
     Args:
         name: "pixels:N" for the image averaged to N x N pixels, of which 1 is the mean colour; "histogram:N" for the
-            shares of the pixels in N equal steps of the values 0..1, of all channels together where these make at most
+            shares of the pixels in N equal steps of a range, of all channels together where these make at most
             MAX_CELLS cells (N ** C), else of each channel.
+        mean: of each channel, in units of a full range of 1, where they are known.
+        std: likewise. The range of a histogram is 0..1, or mean ± 2 std of each channel where one of these is less than
+            a quarter of that or far outside, as of 12 bits stored in 16, or of Hounsfield units.
 
     Raises:
         ValueError: if it is neither, or the number is none from 1.
     """
 
-    def __init__(self, name: str) -> None:
+    low: Tensor
+    high: Tensor
+
+    def __init__(self, name: str, mean: Sequence[float] = (), std: Sequence[float] = ()) -> None:
         super().__init__()
         kind, _, number = name.partition(":")
         if not is_control(name) or not number.isdecimal() or not 1 <= int(number) <= 256:
             raise ValueError(f"model = {name!r}: give a number from 1 to 256, such as {PIXELS}32 or {HISTOGRAM}8")
         self.kind, self.num = kind, int(number)
+        middle, reach = torch.tensor(mean), 2 * torch.tensor(std)
+        low, high = middle - reach, middle + reach
+        if all((2 * reach > 1 / 4) & (low > -0.5) & (high < 1.5)):
+            low, high = torch.zeros(()), torch.ones(())
+        self.register_buffer("low", low.view(-1, 1))
+        self.register_buffer("high", high.view(-1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W) to (B, D).
@@ -89,13 +101,14 @@ class Control(nn.Module):
             if self.num > min(images.shape[2:]):
                 raise ValueError(f"they have fewer than {self.num} pixels a side")
             return F.adaptive_avg_pool2d(images, self.num).flatten(1)
-        low, high = float(images.min()), float(images.max())
-        if low < -0.5 or high > 1.5:
+        least, most = float(images.min()), float(images.max())
+        if self.low.numel() == 1 and self.low == 0 and (least < -0.5 or most > 1.5):
             raise ValueError(
-                f"model = {HISTOGRAM}{self.num} counts values from 0 to 1, and the images' reach from {low:.4g} to "
-                f"{high:.4g}: take {PIXELS}32"
+                f"model = {HISTOGRAM}{self.num} counts values from 0 to 1, and the images' reach from {least:.4g} to "
+                f"{most:.4g}: give a network with their mean and std beside it, or take {PIXELS}32"
             )
-        cells = (images.flatten(2) * self.num).long().clamp(0, self.num - 1)  # (B, C, H * W)
+        shares = (images.flatten(2) - self.low) / (self.high - self.low)
+        cells = (shares * self.num).long().clamp(0, self.num - 1)  # (B, C, H * W)
         num_cells, num_channels = self.num, images.shape[1]
         if self.num**num_channels <= MAX_CELLS:
             places = self.num ** torch.arange(num_channels, device=images.device)
@@ -172,7 +185,9 @@ def load_backbone(
         read = like or Reading(in_chans or 3, image_size or (224, 224), 1.0, Normalize((), ()))
         plain = Normalize([0.0] * read.in_chans, [1.0] * read.in_chans)
         fill = tuple(read.normalize.mean.flatten().tolist()) or None  # what is missing is no feature of a control alone
-        backbone = Backbone(source, Control(source), replace(read, normalize=plain, fill=fill), {"control": source})
+        mean, std = (each.flatten().tolist() for each in (read.normalize.mean, read.normalize.std))
+        control = Control(source, mean, std)
+        backbone = Backbone(source, control, replace(read, normalize=plain, fill=fill), {"control": source})
     elif path.exists():
         if path.is_dir() and (key or prefix):  # of several models that are compared, it is for the files
             logger.warning("%s is a directory: key and prefix are not for it", path)
