@@ -53,7 +53,7 @@ requires_chromium = pytest.mark.skipif(
     not (shutil.which("chromium") and find_spec("playwright")) and not os.environ.get("FCMAE_REQUIRE_CHROMIUM"),
     reason="Chromium or playwright is not installed",
 )
-# What takes most of a minute: FCMAE_REQUIRE_SLOW=1.
+# What takes long for what it tells from day to day: FCMAE_REQUIRE_SLOW=1, as in CI.
 requires_time = pytest.mark.skipif(
     not os.environ.get("FCMAE_REQUIRE_SLOW"), reason="FCMAE_REQUIRE_SLOW=1 takes the time"
 )

@@ -201,6 +201,7 @@ def test_fine_tuning_steps_of_ours_and_timms_start_from_the_same_weights(tmp_pat
         assert all(weight.grad is None for weight in side.given[1:])
 
 
+@requires_time
 def test_whole_and_pruned_networks_are_counted_and_timed_by_torch_and_onnxruntime(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -458,6 +459,7 @@ def test_scaling_writes_three_sweeps_and_report_draws_them(tmp_path: Path) -> No
 ON_CPU = ["--device", "cpu", "--variants", "convnextv2_atto", "--batch", "2", "--size", "64", "--repeats", "2"]
 
 
+@requires_time
 def test_the_gpus_parts_run_on_a_cpu_and_write_what_they_find(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
 ) -> None:
@@ -596,6 +598,7 @@ def test_what_is_compiled_beforehand_is_what_the_parts_use(tmp_path: Path, monke
     assert {(kernels.features, kernels.weights) for kernels in gpu.kernels_of(session, "verify")} == both | plain
 
 
+@requires_time
 def test_what_does_not_fit_into_memory_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     step_of = train_step.side
 

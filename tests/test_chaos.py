@@ -14,10 +14,12 @@ from chaos import __main__ as chaos
 from chaos import kills, page
 from chaos.commands import Outcome, fault
 from chaos.samples import Samples
+from conftest import requires_time
 
 DOCS = Path(__file__).parents[1] / "docs"
 
 
+@requires_time
 def test_a_folder_of_the_users_is_not_taken_for_a_module_of_the_tests(tmp_path: Path) -> None:
     """`make demo` leaves runs/, which the server of processes, that knows no tests/, would import."""
     (tmp_path / "runs").mkdir()

@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import CONVNEXTS, MINKOWSKI, randomize
+from conftest import CONVNEXTS, MINKOWSKI, randomize, requires_time
 from timm.layers import DropPath
 from timm.models import ConvNeXt
 from timm.models.convnext import ConvNeXtBlock
@@ -35,7 +35,9 @@ def assert_close(found: Tensor, expected: Tensor, tolerance: float, name: str = 
 # Against timm's
 
 
-@pytest.mark.parametrize("variant", CONVNEXTS)
+@pytest.mark.parametrize(
+    "variant", [pytest.param(v, marks=requires_time if v.endswith(("large", "huge")) else ()) for v in CONVNEXTS]
+)
 def test_every_variant_equals_timms_in_values_and_gradients(variant: str) -> None:
     # Neither is initialised twice, and both have the same memory: huge has 657 million parameters.
     spec = VARIANTS[variant]

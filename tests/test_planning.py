@@ -405,6 +405,7 @@ def test_images_and_label_maps_alone_make_a_run(photos: Path, measured: list[int
         load(SegmentConfig, ["photos"], prog="x", complete=planning.segmentation)
 
 
+@requires_time
 def test_steps_are_really_timed_and_their_memory_measured(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("a", "b"):
         write_images(Path("labelled") / name, 9)

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 from accelerate.state import AcceleratorState, GradientState
+from conftest import requires_time
 from PIL import Image
 
 from fcmae import api, bench, planning
@@ -35,6 +36,7 @@ README = ROOT / "README.md"
 MEASURED = {"benchmarks.md", "performance.md", "results.md"}
 PAGES = sorted(path for path in (ROOT / "docs").glob("*.md") if path.name not in MEASURED)
 SMALL = {"--epochs": "1", "--batch_size": "4", "--device": "cpu", "--data.num_workers": "0"}
+LONG = {"backends", "container", "evaluating", "export", "howto", "segmentation", "sources", "weights"}
 GOES_ON = "# Goes on from the block"  # of Python that has the names of those before it
 LAUNCH = {"--num_processes": "2"}
 # What these commands do in full is for their own tests; these flags keep them short here.
@@ -191,7 +193,10 @@ def test_the_commands_of_the_first_page_make_what_it_says(begun: Path) -> None:
     assert (begun / "runs" / "labelled-tuned" / "best").is_dir()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, id=page.stem, marks=requires_time if page.stem in LONG else ()) for page in PAGES],
+)
 def test_the_commands_and_the_python_of_a_page_run(page: Path, folder: Path) -> None:
     run_page(page)
     if page.stem == "tutorial":

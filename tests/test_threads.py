@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import runs
+from conftest import requires_time
 
 from fcmae import threads
 from fcmae.cli import main
@@ -151,6 +152,7 @@ def test_the_benchmark_times_each_setting_on_a_quiet_and_a_busy_machine(
     ]
 
 
+@requires_time
 def test_the_benchmark_times_pretraining_in_a_process_under_one_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GOMP_SPINCOUNT", "7")  # of this process; not of that
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
