@@ -164,7 +164,7 @@ def read(args: argparse.Namespace) -> tuple[Anytime, list[Tensor], list[NDArray[
                     LabelMap(map_file),
                 )
                 box = (0, 0, raster.height, raster.width)
-                pixels = raster.known(box)
+                pixels = raster.read(box)
                 images.append(normalize(torch.from_numpy(pixels.values)[None]))
                 truths.append(record.classes.numbers(labels.read(box), maps.name(i), pixels.is_seen))
     if not isinstance(model, Anytime):

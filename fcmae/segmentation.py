@@ -146,7 +146,7 @@ def probabilities_by_rows(
     weights = np.zeros((th, raster.width), np.float32)
     for y, following in zip(ys, [*ys[1:], raster.height], strict=True):
         rows = min(th, raster.height - y)
-        pixels = raster.known((y, 0, rows, raster.width))
+        pixels = raster.read((y, 0, rows, raster.width))
         band, is_seen = pixels.values, pixels.is_seen  # (C, rows, width); (rows, width) or None
         for first in range(0, len(xs), at_once):
             places = xs[first : first + at_once]

@@ -519,7 +519,7 @@ class Evaluation:
                 with suppress(BadImage), self._opened(i) as (raster, labels):
                     h, w = min(size[0], raster.height), min(size[1], raster.width)
                     box = ((raster.height - h) // 2, (raster.width - w) // 2, h, w)
-                    pixels = raster.known(box)
+                    pixels = raster.read(box)
                     image = pixels.values  # (C, h, w)
                     truth = self.data.classes.numbers(labels.read(box), self.data.val_maps.name(i), pixels.is_seen)
                     predicted = predict(padded(image, size, fill)[None], math.inf)[0, :, :h, :w].argmax(0)

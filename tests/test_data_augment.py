@@ -112,7 +112,7 @@ def test_flips_have_their_probabilities(tmp_path: Path) -> None:
     image = np.asarray(Image.open(tmp_path / "a.png"))[None]
     seen = set()
     for seed in range(40):
-        out = CropAndFlip(1, (12, 16), (1.0, 1.0), hflip=1.0, vflip=0.0)(file, rng(seed))
+        out = CropAndFlip(1, (12, 16), (1.0, 1.0), hflip=1.0, vflip=0.0)(file, rng(seed)).values
         if out.tobytes() == image[..., ::-1].tobytes():
             seen.add("whole")  # the box drawn was the whole image
     assert seen == {"whole"}
@@ -120,7 +120,7 @@ def test_flips_have_their_probabilities(tmp_path: Path) -> None:
     plain = CropAndFlip(1, (12, 16), (0.2, 1.0), hflip=0.0)
     kinds = []
     for seed in range(200):
-        out, base = view(file, rng(seed)), plain(file, rng(seed))
+        out, base = view(file, rng(seed)).values, plain(file, rng(seed)).values
         turned = [base, base[:, :, ::-1], base[:, ::-1], base[:, ::-1, ::-1]]
         kinds.append(next(i for i, item in enumerate(turned) if np.array_equal(item, out)))
     assert np.bincount(kinds, minlength=4).min() > 30  # of 50 expected
@@ -130,9 +130,8 @@ def test_a_crop_of_a_large_jpeg_is_the_box_that_was_drawn_to_half_a_pixel(tmp_pa
     ramp = np.stack([np.indices((255, 253)).sum(0) % 256, *np.indices((255, 253))], axis=2).astype(np.uint8)
     Image.fromarray(ramp).save(tmp_path / "a.jpg", quality=100, subsampling=0)
     for seed in range(20):
-        out = CropAndFlip(3, (32, 32), (0.3, 1.0), hflip=0.0)((tmp_path / "a.jpg").read_bytes(), rng(seed)).astype(
-            float
-        )
+        crop = CropAndFlip(3, (32, 32), (0.3, 1.0), hflip=0.0)
+        out = crop((tmp_path / "a.jpg").read_bytes(), rng(seed)).values.astype(float)
         top, left, height, width = random_resized_box(255, 253, (0.3, 1.0), rng=rng(seed))
         # Rows and columns are written in the second and third channel: in the middle of the crop, those of the box.
         # One of scale 4 moves by 2 pixels at most, or 3 at the border.
@@ -143,7 +142,7 @@ def test_a_crop_of_a_large_jpeg_is_the_box_that_was_drawn_to_half_a_pixel(tmp_pa
 def test_centre_crop_draws_nothing_and_reads_the_centre(tmp_path: Path) -> None:
     file = write(tmp_path / "a.png", 20, 30, 3)
     generator = rng()
-    out = CenterCrop(3, (10, 10), 0.5)(file, generator)
+    out = CenterCrop(3, (10, 10), 0.5)(file, generator).values
     np.testing.assert_array_equal(out, np.asarray(Image.open(tmp_path / "a.png")).transpose(2, 0, 1)[:, 5:15, 10:20])
     assert generator.random() == rng().random()
 
@@ -175,9 +174,9 @@ def test_finetune_augment_depends_on_the_generator_alone(
     for seed in range(6):
         torch.manual_seed(seed)
         random.seed(seed)
-        first = finetune(in_chans, policy)(file, rng(seed))
+        first = finetune(in_chans, policy)(file, rng(seed)).values
         random.seed(99)
-        np.testing.assert_array_equal(finetune(in_chans, policy)(file, rng(seed)), first)
+        np.testing.assert_array_equal(finetune(in_chans, policy)(file, rng(seed)).values, first)
         outs.append(first)
         assert first.shape == (in_chans, 24, 20) and first.flags.c_contiguous
         assert first.dtype == (np.float32 if dtype == np.uint16 else np.uint8)
@@ -188,8 +187,8 @@ def test_erasing_writes_normal_noise_in_normalised_units_and_leaves_the_rest(tmp
     file = write(tmp_path / "a.png", 24, 20, 3)
     values = []
     for seed in range(40):
-        plain = finetune(3, None, 0.0)(file, rng(seed))
-        erased = finetune(3, None, 1.0)(file, rng(seed))
+        plain = finetune(3, None, 0.0)(file, rng(seed)).values
+        erased = finetune(3, None, 1.0)(file, rng(seed)).values
         rows, columns = np.nonzero((plain != erased).any(axis=0))
         box = erased[:, rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
         assert box[0].size <= 24 * 20 / 2
@@ -218,7 +217,7 @@ def test_policies_at_full_strength_keep_at_least_one_bit(
     file = write(tmp_path / "a.png", 24, 20, 3)
     augment = finetune(3, policy, 0.0)
     for seed in range(60):
-        assert augment(file, rng(seed)).shape == (3, 24, 20)
+        assert augment(file, rng(seed)).values.shape == (3, 24, 20)
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "int16", "float32"])
@@ -230,7 +229,7 @@ def test_policies_that_work_on_8_bits_refuse_deeper_images(tmp_path: Path, dtype
     with pytest.raises(DeepImageError, match=r"^data\.auto_augment: .* set it to none$"):
         augment((tmp_path / "x.tif").read_bytes(), np.random.default_rng(0))
     plain = FinetuneAugment(crop, auto_augment=None, random_erasing=0, mean=[0.4], std=[0.2])
-    assert len(np.unique(plain((tmp_path / "x.tif").read_bytes(), np.random.default_rng(0)))) > 500
+    assert len(np.unique(plain((tmp_path / "x.tif").read_bytes(), np.random.default_rng(0)).values)) > 500
 
 
 @pytest.mark.parametrize("in_chans", [1, 3])

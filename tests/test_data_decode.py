@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps
 
 from fcmae.data import readers
-from fcmae.data.decode import ChooseBox, read_crop, read_known
+from fcmae.data.decode import ChooseBox, read_crop
 from fcmae.data.geometry import Box, align, decode_scale, make_upright, stored_box
 from fcmae.data.index import Images
 from fcmae.data.rasters import Raster
@@ -35,8 +35,8 @@ def whole(height: int, width: int) -> Box:
 def read_box(path: Path, in_chans: int, choose_box: ChooseBox, size: tuple[int, int] | None) -> NDArray:
     """As datasets read files; from memory it must be the same."""
     with Images.of_files([str(path)]).open(0) as file:
-        found = read_crop(file, in_chans, choose_box, size)
-    np.testing.assert_array_equal(read_crop(path.read_bytes(), in_chans, choose_box, size), found)
+        found = read_crop(file, in_chans, choose_box, size).values
+    np.testing.assert_array_equal(read_crop(path.read_bytes(), in_chans, choose_box, size).values, found)
     return found
 
 
@@ -514,7 +514,7 @@ def test_bombs_are_refused_before_they_are_decoded(tmp_path: Path, monkeypatch: 
         with pytest.raises(BadImage, match=r"24 x 36 pixels, more than max_pixels = 863 allows .*: cut .* or raise"):
             read_crop(content, 3, lambda height, width: pytest.fail("was opened"), None, max_pixels=H * W - 1)
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", H * W // 3)  # Pillow's own, from which it raises
-        assert read_crop(content, 3, whole, None, max_pixels=H * W).shape == (3, H, W)
+        assert read_crop(content, 3, whole, None, max_pixels=H * W).values.shape == (3, H, W)
         assert H * W // 3 == Image.MAX_IMAGE_PIXELS
 
 
@@ -603,8 +603,8 @@ def test_missing_floats_are_filled_and_do_not_spread_into_others(tmp_path: Path,
     content = gdal(tmp_path / "a.tif", image if bands > 1 else image[..., 0], nodata, **contig(bands))
     fill = [0.25, 0.5, 0.5, 0.5][:bands]
     for size in ((H, W), (H // 2, W // 2), (2 * H, 2 * W)):
-        np.testing.assert_allclose(read_crop(content, bands, whole, size, fill=fill), 0.25, atol=1e-6)
-    missing = np.isnan(read_crop(content, bands, whole, None))
+        np.testing.assert_allclose(read_crop(content, bands, whole, size, fill=fill).values, 0.25, atol=1e-6)
+    missing = np.isnan(read_crop(content, bands, whole, None).values)
     np.testing.assert_array_equal(missing.transpose(1, 2, 0), ~np.isfinite(image) | (image == np.float32(nodata)))
 
 
@@ -614,7 +614,7 @@ def test_missing_integers_are_filled_and_8_bits_stay_8_bits(tmp_path: Path, dtyp
     image[:5] = 0
     image[7, 7, 0] = 0
     content = gdal(tmp_path / "a.tif", image, "0", planarconfig="contig")
-    out = read_crop(content, 3, whole, None, fill=[0.2, 0.4, 0.6])
+    out = read_crop(content, 3, whole, None, fill=[0.2, 0.4, 0.6]).values
     scale = {np.uint8: 255, np.uint16: 1, np.int16: 1}[dtype]
     assert out.dtype == (np.uint8 if dtype == np.uint8 else np.float32)
     np.testing.assert_allclose(
@@ -630,7 +630,7 @@ def test_grey_with_missing_values_becomes_rgb_filled_channel_by_channel(tmp_path
     image = np.full((H, W), 100, np.uint8)
     image[3:] = 7
     content = gdal(tmp_path / "a.tif", image, "7")
-    out = read_crop(content, 3, whole, None, fill=[51 / 255, 102 / 255, 1])
+    out = read_crop(content, 3, whole, None, fill=[51 / 255, 102 / 255, 1]).values
     assert out.dtype == np.uint8 and out[:, 0, 0].tolist() == [100] * 3 and out[:, 5, 0].tolist() == [51, 102, 255]
 
 
@@ -641,7 +641,7 @@ def test_what_is_known_is_what_no_filling_reaches(tmp_path: Path, in_chans: int,
     image = noise(H, W, 3).astype(np.float32)
     image[:5, :9, 0] = image[H - 4 :, :, 2] = -9999
     content = gdal(tmp_path / "a.tif", image, "-9999", planarconfig="contig")
-    found = [read_known(content, in_chans, whole, size, fill=[fill]) for fill in (0.0, 1000.0)]
+    found = [read_crop(content, in_chans, whole, size, fill=[fill]) for fill in (0.0, 1000.0)]
     known = found[0].known
     assert known is not None and known.shape == (in_chans, *size) and known.any() and not known.all()
     assert np.array_equal(known, found[1].known)
@@ -649,7 +649,7 @@ def test_what_is_known_is_what_no_filling_reaches(tmp_path: Path, in_chans: int,
     np.testing.assert_array_equal(agree, known)
     if in_chans == 3:
         assert known[1].all()  # a channel of which nothing is missing
-    right = read_known(content, in_chans, lambda *_: (8, 12, 4, 4), None, fill=[0.0])
+    right = read_crop(content, in_chans, lambda *_: (8, 12, 4, 4), None, fill=[0.0])
     assert right.known is None
 
 
@@ -670,13 +670,13 @@ def test_a_given_value_is_missing_whatever_the_file_says(tmp_path: Path, name: s
     else:
         Image.fromarray(image).save(path)
     in_chans = 3 if image.ndim == 3 else 1
-    plain = read_known(path.read_bytes(), in_chans, whole, None, fill=[0.4])
+    plain = read_crop(path.read_bytes(), in_chans, whole, None, fill=[0.4])
     assert plain.known is None
     content = path.read_bytes()
     for max_pixels in (10**6, 800) if name == "tiles.tif" else (10**6,):
         boxes = [(0, 0, H, W)] if max_pixels > 800 else [(0, 0, 12, 24), (12, 3, 10, 24)]
         for box in boxes:
-            found = read_known(content, in_chans, lambda *_: box, None, fill=[0.4], nodata=0, max_pixels=max_pixels)  # noqa: B023
+            found = read_crop(content, in_chans, lambda *_: box, None, fill=[0.4], nodata=0, max_pixels=max_pixels)  # noqa: B023
             top, left, height, width = box
             part = plain.values[:, top : top + height, left : left + width]
             missing = np.zeros(part.shape, np.bool_)
@@ -716,16 +716,16 @@ def test_a_missing_value_of_few_bits_is_the_number_that_is_stored(
     numbers = noise(H, W) % 2**bits
     few_bits(tmp_path / name, numbers, bits, "white" in name)
     content = (tmp_path / name).read_bytes()
-    plain = read_known(content, in_chans, whole, None, fill=[0.4])
+    plain = read_crop(content, in_chans, whole, None, fill=[0.4])
     assert plain.known is None and plain.values.dtype == np.uint8
     white = 255 - numbers * (255 // (2**bits - 1)) if "white" in name else numbers * (255 // (2**bits - 1))
     np.testing.assert_array_equal(plain.values[0], white)
     for nodata in {0, 1, 2**bits - 1}:
-        found = read_known(content, in_chans, whole, None, fill=[0.4], nodata=nodata)
+        found = read_crop(content, in_chans, whole, None, fill=[0.4], nodata=nodata)
         assert found.known is not None and found.values.dtype == np.uint8
         np.testing.assert_array_equal(found.known, np.broadcast_to(numbers != nodata, plain.values.shape))
         np.testing.assert_array_equal(found.values, np.where(numbers == nodata, 102, plain.values))
-    assert read_known(content, in_chans, whole, None, fill=[0.4], nodata=2**bits).known is None
+    assert read_crop(content, in_chans, whole, None, fill=[0.4], nodata=2**bits).known is None
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif", "bmp"])
@@ -747,10 +747,10 @@ def test_a_missing_value_is_what_is_stored_in_every_mode(tmp_path: Path, mode: s
     for in_chans in {1, 3, stored.shape[2] - (mode == "P")} - {0}:
         compared = stored[..., : stored.shape[2] - num_alpha if in_chans in (1, 3) else None]
         is_known = ~(compared == 1).all(axis=2)
-        plain = read_known(paths[0].read_bytes(), in_chans, whole, None, fill=[0.4])
+        plain = read_crop(paths[0].read_bytes(), in_chans, whole, None, fill=[0.4])
         assert plain.known is None and 0 < is_known.mean() < 1
         for path, nodata in zip(paths, (1, None), strict=True):
-            found = read_known(path.read_bytes(), in_chans, whole, None, fill=[0.4], nodata=nodata)
+            found = read_crop(path.read_bytes(), in_chans, whole, None, fill=[0.4], nodata=nodata)
             assert found.known is not None and found.values.dtype == np.uint8
             np.testing.assert_array_equal(found.known, np.broadcast_to(is_known, found.known.shape))
             # numpy and Pillow round grey otherwise
@@ -760,8 +760,8 @@ def test_a_missing_value_is_what_is_stored_in_every_mode(tmp_path: Path, mode: s
 def test_lightness_and_two_colours_are_shown_as_they_are_where_a_value_may_be_missing(tmp_path: Path) -> None:
     Image.frombytes("LAB", (W, H), (noise(H, W, 3) | 1).tobytes()).save(tmp_path / "a.tif")
     content = (tmp_path / "a.tif").read_bytes()
-    found = read_crop(content, 3, whole, None, nodata=0)
-    np.testing.assert_array_equal(found, read_crop(content, 3, whole, None))
+    found = read_crop(content, 3, whole, None, nodata=0).values
+    np.testing.assert_array_equal(found, read_crop(content, 3, whole, None).values)
     for nodata in (None, 0):
         with pytest.raises(BadImage, match="LAB to RGB not supported"):
             read_crop(content, 1, whole, None, nodata=nodata)
@@ -770,7 +770,7 @@ def test_lightness_and_two_colours_are_shown_as_they_are_where_a_value_may_be_mi
 def test_a_missing_bit_of_an_array_is_0_or_1(tmp_path: Path) -> None:
     bits = noise(H, W) > 127
     np.save(tmp_path / "a.npy", bits)
-    found = read_known((tmp_path / "a.npy").read_bytes(), 1, whole, None, fill=[0.4], nodata=0)
+    found = read_crop((tmp_path / "a.npy").read_bytes(), 1, whole, None, fill=[0.4], nodata=0)
     assert found.known is not None
     np.testing.assert_array_equal(found.known[0], bits)
     np.testing.assert_array_equal(found.values[0], np.where(bits, 255, 102))
@@ -792,23 +792,23 @@ def test_colours_are_as_stored_where_alpha_has_multiplied_them(
         compression=compression,
     )
     content = (tmp_path / "a.tif").read_bytes()
-    np.testing.assert_array_equal(read_crop(content, 3, whole, None), image.transpose(2, 0, 1)[:3])
-    np.testing.assert_array_equal(read_crop(content, 4, whole, None), image.transpose(2, 0, 1))
+    np.testing.assert_array_equal(read_crop(content, 3, whole, None).values, image.transpose(2, 0, 1)[:3])
+    np.testing.assert_array_equal(read_crop(content, 4, whole, None).values, image.transpose(2, 0, 1))
     np.testing.assert_array_equal(
-        Raster(io.BytesIO(content), 3, [0.0]).read((0, 0, H, W)), image.transpose(2, 0, 1)[:3]
+        Raster(io.BytesIO(content), 3, [0.0]).read((0, 0, H, W)).values, image.transpose(2, 0, 1)[:3]
     )
 
 
 def test_a_jpeg_stores_no_value_exactly_and_misses_none(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((H, W, 3), np.uint8)).save(tmp_path / "a.jpg")
-    found = read_known((tmp_path / "a.jpg").read_bytes(), 3, whole, None, fill=[0.4], nodata=0)
+    found = read_crop((tmp_path / "a.jpg").read_bytes(), 3, whole, None, fill=[0.4], nodata=0)
     assert found.known is None and not found.values.any()
 
 
 @pytest.mark.parametrize("nodata", ["", "none", "300", "-1", "0.5"])
 def test_a_nodata_that_no_value_can_be_changes_nothing(tmp_path: Path, nodata: str) -> None:
     image = noise(H, W)
-    np.testing.assert_array_equal(read_crop(gdal(tmp_path / "a.tif", image, nodata), 1, whole, None)[0], image)
+    np.testing.assert_array_equal(read_crop(gdal(tmp_path / "a.tif", image, nodata), 1, whole, None).values[0], image)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -818,9 +818,9 @@ def test_values_that_are_not_finite_are_missing_and_an_image_of_nothing_else_is_
     image = np.ones((H, W), np.float32)
     image[:5] = value
     np.save(tmp_path / "a.npy", image)
-    out = read_crop((tmp_path / "a.npy").read_bytes(), 1, whole, None, fill=(3.0,))[0]
+    out = read_crop((tmp_path / "a.npy").read_bytes(), 1, whole, None, fill=(3.0,)).values[0]
     np.testing.assert_array_equal(out, np.where(np.isfinite(image), image, 3))
-    corner = read_crop((tmp_path / "a.npy").read_bytes(), 1, lambda *_: (0, 0, 4, 4), None, fill=(3.0,))
+    corner = read_crop((tmp_path / "a.npy").read_bytes(), 1, lambda *_: (0, 0, 4, 4), None, fill=(3.0,)).values
     assert (corner == 3).all()  # a crop may hold none
     np.save(tmp_path / "a.npy", np.full((H, W), value, np.float32))
     with pytest.raises(BadImage, match="all are missing"):
@@ -838,10 +838,10 @@ def test_16_bit_png_keeps_its_depth(channels: int, orientation: int) -> None:
     upright = make_upright(image, orientation).transpose(2, 0, 1) / 65535
     colours = upright[: 3 if channels > 2 else 1]
     np.testing.assert_allclose(
-        read_crop(content, 3, whole, None), np.broadcast_to(colours, (3, *upright.shape[1:])), atol=1e-7
+        read_crop(content, 3, whole, None).values, np.broadcast_to(colours, (3, *upright.shape[1:])), atol=1e-7
     )
     if channels in (2, 4):
-        np.testing.assert_allclose(read_crop(content, channels, whole, None), upright, atol=1e-7)
+        np.testing.assert_allclose(read_crop(content, channels, whole, None).values, upright, atol=1e-7)
     with pytest.raises(BadImage, match="in_chans is 5"):
         read_crop(content, 5, whole, None)
 
@@ -879,7 +879,7 @@ def test_every_kind_of_npy_gives_its_own_values(tmp_path: Path, dtype: str, byte
 def test_deep_pixels_count_for_more_of_max_pixels(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.zeros((10, 10, 6), np.float64))  # 48 bytes
     content = (tmp_path / "a.npy").read_bytes()
-    assert read_crop(content, 6, whole, None, max_pixels=400).shape == (6, 10, 10)
+    assert read_crop(content, 6, whole, None, max_pixels=400).values.shape == (6, 10, 10)
     assert "10 x 10 pixels of 48 bytes, more than max_pixels = 399" in refusal(content, 6, max_pixels=399)
 
 
@@ -900,6 +900,6 @@ def test_libraries_log_nothing_and_are_as_they_were(caplog: pytest.LogCaptureFix
 def test_damaged_images_of_every_format_are_read_or_refused() -> None:
     for (_, content), in_chans in zip(islice(chaos.images.mutated(0), 500), cycle((1, 3, 4)), strict=False):
         try:
-            assert read_crop(content, in_chans, whole, (8, 8), fill=(0.0,)).shape == (in_chans, 8, 8)
+            assert read_crop(content, in_chans, whole, (8, 8), fill=(0.0,)).values.shape == (in_chans, 8, 8)
         except BadImage as error:
             assert "\n" not in str(error) and len(str(error)) < 310

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from fcmae.data import dicom
-from fcmae.data.decode import read_crop, read_known
+from fcmae.data.decode import read_crop
 from fcmae.data.source import BadImage
 
 pydicom = pytest.importorskip("pydicom")
@@ -57,19 +57,19 @@ def written(array: NDArray[Any], *, packed: bool = False, **values: Any) -> byte
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_8_bits_are_read_as_they_are_stored(packed: bool) -> None:
-    np.testing.assert_array_equal(read_crop(written(GREY, packed=packed), 1, whole, None)[0], GREY)
+    np.testing.assert_array_equal(read_crop(written(GREY, packed=packed), 1, whole, None).values[0], GREY)
     np.testing.assert_array_equal(
-        read_crop(written(COLOURS, packed=packed), 3, whole, None).transpose(1, 2, 0), COLOURS
+        read_crop(written(COLOURS, packed=packed), 3, whole, None).values.transpose(1, 2, 0), COLOURS
     )
-    assert read_crop(written(GREY), 3, whole, None).shape == (3, H, W)
+    assert read_crop(written(GREY), 3, whole, None).values.shape == (3, H, W)
 
 
 def test_deep_values_are_shares_of_their_range_and_1_begins_with_white() -> None:
-    found = read_crop(written(DEEP, BitsStored=12), 1, whole, None)
+    found = read_crop(written(DEEP, BitsStored=12), 1, whole, None).values
     np.testing.assert_allclose(found[0], DEEP / 4095, rtol=1e-6)
-    inverted = read_crop(written(DEEP, BitsStored=12, PhotometricInterpretation="MONOCHROME1"), 1, whole, None)
+    inverted = read_crop(written(DEEP, BitsStored=12, PhotometricInterpretation="MONOCHROME1"), 1, whole, None).values
     np.testing.assert_allclose(inverted[0], 1 - DEEP / 4095, atol=1e-6)
-    inverted = read_crop(written(GREY, PhotometricInterpretation="MONOCHROME1"), 1, whole, None)
+    inverted = read_crop(written(GREY, PhotometricInterpretation="MONOCHROME1"), 1, whole, None).values
     np.testing.assert_array_equal(inverted[0], 255 - GREY)
 
 
@@ -77,11 +77,11 @@ def test_values_of_the_modality_are_its_units_and_padding_is_missing() -> None:
     stored = DEEP.astype(np.int16)
     stored[:3] = -2000
     content = written(stored, RescaleSlope=2, RescaleIntercept=-1024, PixelPaddingValue=-2000)
-    found = read_known(content, 1, whole, None, fill=[5.0])
+    found = read_crop(content, 1, whole, None, fill=[5.0])
     np.testing.assert_array_equal(found.values[0, 3:], stored[3:] * 2.0 - 1024)
     assert (found.values[0, :3] == 5).all()
     assert found.known is not None and not found.known[0, :3].any() and found.known[0, 3:].all()
-    plain = read_known(written(stored, PixelPaddingValue=-2000), 1, whole, None, fill=[5.0])
+    plain = read_crop(written(stored, PixelPaddingValue=-2000), 1, whole, None, fill=[5.0])
     np.testing.assert_array_equal(plain.values[0, 3:], stored[3:])
     assert plain.known is not None and not plain.known[0, :3].any()
 
@@ -95,7 +95,7 @@ def test_padding_that_is_told_as_unsigned_is_missing_too() -> None:
     told.PixelPaddingValue = 2**16 - 2000
     file = io.BytesIO()
     told.save_as(file, enforce_file_format=True)
-    found = read_known(file.getvalue(), 1, whole, None, fill=[5.0])
+    found = read_crop(file.getvalue(), 1, whole, None, fill=[5.0])
     assert found.known is not None and not found.known[0, :3].any() and (found.values[0, :3] == 5).all()
 
 
@@ -126,7 +126,7 @@ def test_padding_that_the_type_cannot_hold_is_its_twin_or_nothing(
     stored = array.copy()
     stored[:3] = 7 if missing is None else missing
     content = retold(written(stored, RescaleSlope=slope), PixelPaddingValue=(kind, padding))
-    found = read_known(content, 1, whole, None, fill=[5.0])
+    found = read_crop(content, 1, whole, None, fill=[5.0])
     if missing is None:
         assert found.known is None
     else:
@@ -141,7 +141,7 @@ def test_all_values_up_to_the_limit_of_padding_are_missing(first: int, last: int
     stored[0], stored[1], stored[2], stored[3], stored[4] = -2001, -2000, -1500, -1000, -999
     told = written(stored, RescaleIntercept=intercept)
     content = retold(told, PixelPaddingValue=("SS", first), PixelPaddingRangeLimit=("SS", last))
-    found = read_known(content, 1, whole, None, fill=[5.0])
+    found = read_crop(content, 1, whole, None, fill=[5.0])
     assert found.known is not None
     np.testing.assert_array_equal(found.known[0], (stored < -2000) | (stored > -1000))
     np.testing.assert_array_equal(found.values[0], np.where(found.known[0], stored + float(intercept), 5))
@@ -152,10 +152,10 @@ def test_a_given_missing_value_is_the_stored_one_and_not_that_of_the_modality(wh
     stored = DEEP.astype(np.int16)
     stored[:3], stored[3] = -2000, (-2000 + 1024) // 2
     content = written(stored, RescaleSlope=2, RescaleIntercept=-1024, PhotometricInterpretation=which)
-    found = read_known(content, 1, whole, None, fill=[5.0], nodata=-2000)
+    found = read_crop(content, 1, whole, None, fill=[5.0], nodata=-2000)
     assert found.known is not None
     np.testing.assert_array_equal(found.known[0], stored != -2000)
-    assert read_known(content, 1, whole, None, fill=[5.0]).known is None
+    assert read_crop(content, 1, whole, None, fill=[5.0]).known is None
 
 
 @pytest.mark.parametrize("which", ["Shared", "PerFrame"])
@@ -169,12 +169,12 @@ def test_frames_have_the_units_that_their_groups_tell(which: str) -> None:
         groups.append(group)
     content = written(frames, **{f"{which}FunctionalGroupsSequence": groups})
     slopes = np.array([1, 2, 3] if which == "PerFrame" else [2, 2, 2])[:, None, None]
-    np.testing.assert_array_equal(read_crop(content, 3, whole, None), frames * slopes - 1024.0)
+    np.testing.assert_array_equal(read_crop(content, 3, whole, None).values, frames * slopes - 1024.0)
 
 
 def test_frames_are_channels() -> None:
     frames = RNG.integers(0, 256, (5, H, W), dtype=np.uint8)
-    np.testing.assert_array_equal(read_crop(written(frames), 5, whole, None), frames)
+    np.testing.assert_array_equal(read_crop(written(frames), 5, whole, None).values, frames)
     with pytest.raises(BadImage, match="5 channels, in_chans is 3"):
         read_crop(written(frames), 3, whole, None)
 
@@ -199,7 +199,7 @@ def test_without_pydicom_the_command_that_installs_it_is_named(monkeypatch: pyte
 
 
 def test_few_stored_bits_in_many_are_shares_of_their_range() -> None:
-    found = read_crop(written(GREY.astype(np.uint16), BitsStored=8), 1, whole, None)[0]
+    found = read_crop(written(GREY.astype(np.uint16), BitsStored=8), 1, whole, None).values[0]
     np.testing.assert_allclose(found, GREY / np.float32(255), rtol=1e-6)
 
 
@@ -209,7 +209,7 @@ def test_where_0_is_white_units_and_signed_values_are_inverted_too(intercept: in
     array = DEEP.astype(np.int16) - 2**11 if signed else DEEP
     values = {"BitsStored": 12, "RescaleSlope": "1", "RescaleIntercept": str(intercept)}
     plain, inverted = (
-        read_crop(written(array, **values, PhotometricInterpretation=f"MONOCHROME{kind}"), 1, whole, None)[0]
+        read_crop(written(array, **values, PhotometricInterpretation=f"MONOCHROME{kind}"), 1, whole, None).values[0]
         for kind in (2, 1)
     )
     black, white = (-(2**11), 2**11 - 1) if signed else (0, 2**12 - 1)

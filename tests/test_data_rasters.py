@@ -67,9 +67,9 @@ def test_a_window_of_a_tiff_is_that_part_of_the_whole(array: NDArray[Any], setti
     in_chans = array.shape[2]
     raster = Raster(tiff(array, **settings), in_chans, [0.0])
     assert (raster.height, raster.width) == (50, 70)
-    whole = read_crop(tiff(array, **settings), in_chans, lambda h, w: (0, 0, h, w), None, fill=[0.0])
+    whole = read_crop(tiff(array, **settings), in_chans, lambda h, w: (0, 0, h, w), None, fill=[0.0]).values
     top, left, height, width = BOX
-    found = raster.read(BOX)
+    found = raster.read(BOX).values
     np.testing.assert_array_equal(found, whole[:, top : top + height, left : left + width])
     assert found.dtype == whole.dtype
 
@@ -95,12 +95,12 @@ def test_other_formats_give_the_same_windows(kind: str) -> None:
     top, left, height, width = BOX
     expected = COLOURS[top : top + height, left : left + width].transpose(2, 0, 1)
     for _ in range(2):
-        np.testing.assert_array_equal(raster.read(BOX), expected)
+        np.testing.assert_array_equal(raster.read(BOX).values, expected)
 
 
 def test_a_raster_larger_than_max_pixels_is_read_in_parts_and_refused_as_a_whole() -> None:
     raster = Raster(tiff(COLOURS, tile=(16, 16)), 3, [0.0], max_pixels=2000)
-    assert raster.read(BOX).shape == (3, 30, 41)
+    assert raster.read(BOX).values.shape == (3, 30, 41)
     with pytest.raises(BadImage, match="more than max_pixels = 2000"):
         raster.read((0, 0, 50, 70))
     with pytest.raises(BadImage, match="more than max_pixels = 2000"):
@@ -109,7 +109,7 @@ def test_a_raster_larger_than_max_pixels_is_read_in_parts_and_refused_as_a_whole
 
 def test_bands_that_only_their_bytes_make_too_large_are_read_in_parts() -> None:
     bands = np.random.default_rng(0).random((50, 70, 12), dtype=np.float32)
-    found = read_crop(tiff(bands, tile=(16, 16)), 12, lambda h, w: (0, 0, h, w), None, max_pixels=3600)
+    found = read_crop(tiff(bands, tile=(16, 16)), 12, lambda h, w: (0, 0, h, w), None, max_pixels=3600).values
     rows, columns = found.shape[1:]
     assert 0.9 < rows * columns * 4 / 3600 <= 1  # of 48 bytes, four times those that max_pixels counts on
     top, left = (50 - rows) // 2, (70 - columns) // 2
@@ -122,7 +122,7 @@ def test_crops_of_a_tiff_larger_than_max_pixels_are_those_of_the_whole(
     array: NDArray[Any], settings: dict[str, Any]
 ) -> None:
     in_chans, boxes = array.shape[2], []
-    whole = read_crop(tiff(array, **settings), in_chans, lambda h, w: (0, 0, h, w), None, fill=[0.0])
+    whole = read_crop(tiff(array, **settings), in_chans, lambda h, w: (0, 0, h, w), None, fill=[0.0]).values
 
     def choose(height: int, width: int) -> tuple[int, int, int, int]:
         boxes.append(CropAndFlip(in_chans, (16, 24), (0.2, 1.0), 0, max_pixels=2000).box(height, width, rng))
@@ -130,7 +130,7 @@ def test_crops_of_a_tiff_larger_than_max_pixels_are_those_of_the_whole(
 
     rng = np.random.default_rng(0)
     for _ in range(20):
-        found = read_crop(tiff(array, **settings), in_chans, choose, None, fill=[0.0], max_pixels=2000)
+        found = read_crop(tiff(array, **settings), in_chans, choose, None, fill=[0.0], max_pixels=2000).values
         top, left, height, width = boxes[-1]
         np.testing.assert_array_equal(found, whole[:, top : top + height, left : left + width])
         assert height * width * 8 * in_chans / 12 <= 2000
@@ -152,7 +152,7 @@ def test_every_view_and_the_statistics_read_parts_of_a_raster_larger_than_max_pi
     )
     for view in views:
         with images.open(0) as file:
-            assert view(file, rng).shape == (3, 16, 24)
+            assert view(file, rng).values.shape == (3, 16, 24)
     mean, _, num = channel_statistics(images, 3, max_pixels=2000)
     share = (2000 * 12 / 24 / 3500) ** 0.5
     rows, columns = int(50 * share), int(70 * share)
@@ -168,8 +168,8 @@ def test_missing_values_of_a_window_are_filled_even_where_it_has_no_others() -> 
     values = np.ones((64, 64), np.float32)
     values[:32] = np.nan
     raster = Raster(tiff(values, tile=(16, 16)), 1, [0.25])
-    assert (raster.read((0, 0, 16, 16)) == 0.25).all()
-    assert set(np.unique(raster.read((16, 0, 32, 16)))) == {0.25, 1.0}
+    assert (raster.read((0, 0, 16, 16)).values == 0.25).all()
+    assert set(np.unique(raster.read((16, 0, 32, 16)).values)) == {0.25, 1.0}
 
 
 def test_label_maps_are_read_as_they_are_stored() -> None:
@@ -254,7 +254,7 @@ def test_without_a_decoder_for_its_compression_a_tiff_is_read_whole(monkeypatch:
     raster = Raster(tiff(COLOURS), 3, [0.0])
     top, left, height, width = BOX
     expected = COLOURS[top : top + height, left : left + width].transpose(2, 0, 1)
-    np.testing.assert_array_equal(raster.read(BOX), expected)
+    np.testing.assert_array_equal(raster.read(BOX).values, expected)
 
 
 @pytest.mark.parametrize("white_is_zero", [False, True])
@@ -285,13 +285,13 @@ def test_a_mask_of_missing_pixels_behind_an_image_is_no_second_image(image: NDAr
     channels = 3 if image.ndim == 3 else 1
     expected = np.atleast_3d(image).transpose(2, 0, 1)
     file.seek(0)
-    found = read_crop(file, channels, lambda height, width: (0, 0, height, width), None)
+    found = read_crop(file, channels, lambda height, width: (0, 0, height, width), None).values
     np.testing.assert_array_equal(found, expected)
     file.seek(0)
     assert rasters.open_tiles(file, channels) is not None
     file.seek(0)
     top, left, height, width = BOX
-    part = Raster(file, channels, [0.0]).read(BOX)
+    part = Raster(file, channels, [0.0]).read(BOX).values
     np.testing.assert_array_equal(part, expected[:, top : top + height, left : left + width])
 
 
@@ -299,11 +299,11 @@ def test_a_mask_of_missing_pixels_behind_an_image_is_no_second_image(image: NDAr
 @pytest.mark.parametrize("in_chans", [1, 3])
 def test_alpha_behind_grey_is_left_out_of_crops_and_of_rasters_alike(dtype: type, in_chans: int) -> None:
     file = tiff(np.stack([COLOURS[..., 0], COLOURS[..., 1]], -1).astype(dtype), extrasamples=["unassalpha"])
-    whole = read_crop(file, in_chans, lambda height, width: (0, 0, height, width), None)
+    whole = read_crop(file, in_chans, lambda height, width: (0, 0, height, width), None).values
     full = 1 if dtype is np.uint8 else np.float32(2**16 - 1)
     np.testing.assert_allclose(whole, np.broadcast_to(COLOURS[..., 0] / full, whole.shape), rtol=1e-6)
     file.seek(0)
-    np.testing.assert_array_equal(Raster(file, in_chans, [0.0] * in_chans).read((0, 0, 50, 70)), whole)
+    np.testing.assert_array_equal(Raster(file, in_chans, [0.0] * in_chans).read((0, 0, 50, 70)).values, whole)
 
 
 def test_a_place_whose_words_are_not_ascii_survives_writing() -> None:

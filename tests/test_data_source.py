@@ -178,11 +178,11 @@ def test_arrays_on_disk_are_mapped_not_read(tmp_path: Path, by_column: bool, mon
 
     monkeypatch.setattr(readers.mmap, "mmap", Map)
     with io.BufferedReader(Counted(tmp_path / "a.npy")) as file:
-        found = read_crop(file, 3, lambda height, width: (10, 20, 30, 40), None)
+        found = read_crop(file, 3, lambda height, width: (10, 20, 30, 40), None).values
     np.testing.assert_array_equal(found, array[10:40, 20:60].transpose(2, 0, 1))
     assert len(mapped) == 1 and sum(read) < array.nbytes / 4  # the header, through a buffer
     with BytesIO((tmp_path / "a.npy").read_bytes()) as memory:
-        np.testing.assert_array_equal(read_crop(memory, 3, lambda height, width: (10, 20, 30, 40), None), found)
+        np.testing.assert_array_equal(read_crop(memory, 3, lambda height, width: (10, 20, 30, 40), None).values, found)
     assert len(mapped) == 1
 
 
@@ -196,7 +196,7 @@ def test_every_version_of_the_array_format_is_read_and_others_are_refused(versio
         with pytest.raises(BadImage, match=r"of version 4\.0 of the \.npy format"):
             read_crop(bytes(content), 1, whole, None)
     else:
-        np.testing.assert_array_equal(read_crop(bytes(content), 1, whole, None)[0], array)
+        np.testing.assert_array_equal(read_crop(bytes(content), 1, whole, None).values[0], array)
 
 
 # From any source

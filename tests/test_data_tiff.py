@@ -24,7 +24,7 @@ COMPRESSIONS = (None, "zlib", "lzma")
 
 def read(path: Path, in_chans: int) -> NDArray[Any]:
     with path.open("rb") as file:
-        return read_crop(file, in_chans, lambda height, width: (0, 0, height, width), None)
+        return read_crop(file, in_chans, lambda height, width: (0, 0, height, width), None).values
 
 
 def values(dtype: str, bands: int) -> NDArray[Any]:
@@ -161,9 +161,9 @@ def test_blocks_that_a_sparse_tiff_leaves_out_are_missing_or_0(
     expected = image.transpose(2, 0, 1).copy()
     expected[left_out] = 0 if nodata is None else 51
     with (tmp_path / "x.tif").open("rb") as file:
-        found = read_crop(file, bands, lambda height, width: (0, 0, height, width), None, fill=[0.2])
+        found = read_crop(file, bands, lambda height, width: (0, 0, height, width), None, fill=[0.2]).values
         file.seek(0)
-        parts = Raster(file, bands, [0.2]).read((0, 0, 32, 32))
+        parts = Raster(file, bands, [0.2]).read((0, 0, 32, 32)).values
     np.testing.assert_array_equal(found, expected)
     np.testing.assert_array_equal(parts, expected)
 

@@ -81,7 +81,7 @@ def test_bands_behind_colours_count_and_alpha_does_not(
     with (tmp_path / "a.tif").open("rb") as file:
         for which in (bands, [0, 1, 2], list(range(3 + len(extra)))):
             file.seek(0)
-            part = read_crop(file, len(which), lambda *_: (3, 5, 20, 25), None, max_pixels=max_pixels)
+            part = read_crop(file, len(which), lambda *_: (3, 5, 20, 25), None, max_pixels=max_pixels).values
             np.testing.assert_array_equal(part.transpose(1, 2, 0), pixels[3:23, 5:30, which])
 
 

@@ -19,7 +19,7 @@ from timm.data import auto_augment as timm_auto_augment
 from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
 
-from fcmae.data.decode import ChooseBox, read_known, to_pil
+from fcmae.data.decode import ChooseBox, read_crop, to_pil
 from fcmae.data.geometry import MAX_PIXELS, Box, align, decode_scale, readable_share
 from fcmae.data.maps import IGNORED, Classes
 from fcmae.data.normalize import Normalize
@@ -117,16 +117,12 @@ class CenterCrop:
     max_pixels: int = MAX_PIXELS
     nodata: float | None = None
 
-    def __call__(self, file: BinaryIO | bytes, rng: np.random.Generator) -> NDArray[Any]:
-        """(C, H, W) uint8 or float32, units of `read_crop`; draws nothing.
+    def __call__(self, file: BinaryIO | bytes, rng: np.random.Generator) -> Pixels:
+        """(C, H, W), as `read_crop` gives it; draws nothing.
 
         Raises:
             BadImage: as `read_crop` does.
         """
-        return self.known(file, rng).values
-
-    def known(self, file: BinaryIO | bytes, rng: np.random.Generator) -> Pixels:
-        """Likewise, and what of it is known."""
 
         def choose_box(height: int, width: int) -> Box:
             share = readable_share(height, width, self.in_chans, self.max_pixels)
@@ -159,17 +155,12 @@ class CropAndFlip:
     max_pixels: int = MAX_PIXELS
     nodata: float | None = None
 
-    def __call__(self, file: BinaryIO | bytes, rng: np.random.Generator) -> NDArray[Any]:
-        """(C, H, W) uint8 or float32, units of `read_crop`.
+    def __call__(self, file: BinaryIO | bytes, rng: np.random.Generator) -> Pixels:
+        """(C, H, W), as `read_crop` gives it.
 
         Raises:
             BadImage: as `read_crop` does.
         """
-        return self.known(file, rng).values
-
-    def known(self, file: BinaryIO | bytes, rng: np.random.Generator) -> Pixels:
-        """Likewise, and what of it is known."""
-
         read = _read(self, file, partial(self.box, rng=rng))
         flipped = rng.random(2) < (self.hflip, self.vflip)
         turn = partial(_flipped, columns=flipped[0], rows=flipped[1])
@@ -192,7 +183,7 @@ class CropAndFlip:
 
 
 def _read(view: CenterCrop | CropAndFlip, file: BinaryIO | bytes, choose_box: ChooseBox) -> Pixels:
-    return read_known(
+    return read_crop(
         file,
         view.in_chans,
         choose_box,
@@ -266,7 +257,7 @@ class CropBoth:
         (top, height, above, rows), (left, width, before, columns) = spans
         flips = rng.random(2) < (self.hflip, self.vflip)
         box, size = (top, left, height, width), (rows, columns)
-        pixels = raster.known(box, size)
+        pixels = raster.read(box, size)
         part, is_known = pixels
         classes = self.classes.numbers(labels.read(box, size), map_name, pixels.is_seen)
         if self.color_jitter:
@@ -361,17 +352,17 @@ class FinetuneAugment:
         self._erase = RandomErasing(probability=1.0, mode="pixel", device="cpu")
         self._normalize = Normalize(mean, std)
 
-    def __call__(self, file: BinaryIO | bytes, rng: np.random.Generator) -> NDArray[Any]:
-        """(C, H, W) uint8 or float32, units of `read_crop`.
+    def __call__(self, file: BinaryIO | bytes, rng: np.random.Generator) -> Pixels:
+        """(C, H, W), as `read_crop` gives it, but for what is known of it: a policy moves pixels.
 
         Raises:
             BadImage: as `read_crop` does.
             DeepImageError: for an image of more than 8 bits, if there is a policy.
         """
-        image = self.crop(file, rng)
+        image = self.crop(file, rng).values
         erases = rng.random() < self._random_erasing
         if self._policy is None and not erases:
-            return image
+            return Pixels(image)
         with seeded(rng.integers(2**32, size=4).tolist()):
             if self._policy is not None:
                 if image.dtype != np.uint8:
@@ -380,7 +371,7 @@ class FinetuneAugment:
                         "which are among these: set it to none"
                     )
                 image = self._augmented(image)
-            return self._erased(image) if erases else image
+            return Pixels(self._erased(image) if erases else image)
 
     def _augmented(self, image: NDArray[Any]) -> NDArray[Any]:
         assert self._policy is not None

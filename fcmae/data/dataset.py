@@ -305,7 +305,7 @@ class PretrainDataset(ImageDataset):
 
     def _load(self, i: int, rng: np.random.Generator) -> tuple[Pixels, int | None]:
         with self._images.open(i) as file:
-            return self._view.known(file, rng), self._images.label(i)
+            return self._view(file, rng), self._images.label(i)
 
     def __getitem__(self, key: Key) -> Sample:
         first = (self._seed, *key)
@@ -329,7 +329,7 @@ class FinetuneDataset(ImageDataset):
 
     def _load(self, i: int, rng: np.random.Generator) -> tuple[Pixels, int | None]:
         with self._images.open(i) as file:
-            return Pixels(self._view(file, rng)), self._images.label(i)
+            return Pixels(self._view(file, rng).values), self._images.label(i)
 
 
 class SegmentDataset(ImageDataset):

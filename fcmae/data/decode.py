@@ -26,7 +26,7 @@ def read_crop(
     fill: Sequence[float] | None = None,
     max_pixels: int = MAX_PIXELS,
     nodata: float | None = None,
-) -> NDArray[Any]:
+) -> Pixels:
     """Read part of an image and resize it (bicubic, antialiased).
 
     Channels: grey is copied into 3; RGB becomes grey for 1; alpha is dropped for 1 and 3, and colours that it has
@@ -54,15 +54,23 @@ def read_crop(
             loss, it is not looked for.
 
     Returns:
-        (in_chans, height, width). uint8 images stay uint8 (bool becomes 0 and 255). 16-bit unsigned ones become float32
-        in 0..1, full range = 1, and so do those of a declared depth below 16 but 8. Floats are taken as they are and
-        other integers unscaled, both as float32.
+        Values (in_chans, height, width), and which of them nothing missing went into. uint8 images stay uint8 (bool
+        becomes 0 and 255). 16-bit unsigned ones become float32 in 0..1, full range = 1, and so do those of a declared
+        depth below 16 but 8. Floats are taken as they are and other integers unscaled, both as float32.
 
     Raises:
         BadImage: for a file that is broken, not an image, has other channels, has no value that is not missing, or has
             more than max_pixels pixels to be read.
     """
-    return read_known(file, in_chans, choose_box, size, fill=fill, max_pixels=max_pixels, nodata=nodata).values
+    image = open_any(file, in_chans, max_pixels, nodata)
+    # What is known only now: how many bytes its pixels take.
+    most = max_pixels * PIXEL_BYTES / max(PIXEL_BYTES, image.pixel_bytes)
+    box = shrunk(choose_box(image.height, image.width), most)
+    with reading(max_pixels):
+        pixels = image.read(box, size or box[2:], fill)
+    if fill is not None:
+        check_finite(pixels.values)
+    return pixels
 
 
 def open_any(
@@ -90,41 +98,6 @@ def open_any(
         image = tiles
     with reading(max_pixels):
         return image if nodata is None else image.without(nodata)
-
-
-def read_known(
-    file: BinaryIO | bytes,
-    in_chans: int,
-    choose_box: ChooseBox,
-    size: tuple[int, int] | None,
-    *,
-    fill: Sequence[float] | None = None,
-    max_pixels: int = MAX_PIXELS,
-    nodata: float | None = None,
-) -> Pixels:
-    """What `read_crop` reads, and which of its values nothing missing went into.
-
-    Args:
-        file: see `read_crop`.
-        in_chans: likewise.
-        choose_box: likewise.
-        size: likewise.
-        fill: likewise.
-        max_pixels: likewise.
-        nodata: likewise.
-
-    Raises:
-        BadImage: likewise.
-    """
-    image = open_any(file, in_chans, max_pixels, nodata)
-    # What is known only now: how many bytes its pixels take.
-    most = max_pixels * PIXEL_BYTES / max(PIXEL_BYTES, image.pixel_bytes)
-    box = shrunk(choose_box(image.height, image.width), most)
-    with reading(max_pixels):
-        pixels = image.read(box, size or box[2:], fill)
-    if fill is not None:
-        check_finite(pixels.values)
-    return pixels
 
 
 def to_pil(pixels: NDArray[Any]) -> Image.Image:

@@ -80,30 +80,15 @@ class Raster:
             self._image = image if nodata is None else image.without(nodata)
         self.height, self.width = self._image.height, self._image.width
 
-    def read(self, box: Box, size: tuple[int, int] | None = None) -> NDArray[Any]:
+    def read(self, box: Box, size: tuple[int, int] | None = None) -> Pixels:
         """A part of it, as `read_crop` gives it.
 
         Args:
             box: which.
             size: height and width that it is resized to; None for its own, which may be followed by other parts.
 
-        Returns:
-            (in_chans, height, width), uint8 or float32.
-
         Raises:
             BadImage: if it cannot be read.
-        """
-        return self.known(box, size).values
-
-    def known(self, box: Box, size: tuple[int, int] | None = None) -> Pixels:
-        """Likewise, and what of it is known.
-
-        Args:
-            box: see `read`.
-            size: likewise.
-
-        Raises:
-            BadImage: likewise.
         """
         with reading(self._max_pixels):
             if size is not None or self._in_parts:

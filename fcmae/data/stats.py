@@ -94,7 +94,7 @@ class _Moments(Dataset[NDArray[np.float64] | str]):
             with self._images.open(position) as file:
                 image = read_crop(
                     file, self._in_chans, self._box, None, max_pixels=self._max_pixels, nodata=self._nodata
-                )
+                ).values
         except BadImage as error:
             return f"{printable(self._images.name(position))}: {error}"
         pixels, known = image.reshape(self._in_chans, -1), np.zeros(self._in_chans)

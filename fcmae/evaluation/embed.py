@@ -301,7 +301,7 @@ def save_neighbours(
     shown = [(query, 0), *((found, row) for row in range(len(found)))]
     for axis, (images, row), title in zip(axes[: len(shown)], shown, titles, strict=True):
         with images.open(row) as file:
-            values = backbone.reading.view(file, np.random.default_rng(0))
+            values = backbone.reading.view(file, np.random.default_rng(0)).values
         pixels = torch.from_numpy(values) / (255 if values.dtype == np.uint8 else 1)
         axis.imshow(displayable(pixels, float(pixels.min()), float(pixels.max())), cmap="gray", vmin=0, vmax=1)
         axis.set_title(title, fontsize=9)
