@@ -279,6 +279,18 @@ def test_a_photograph_turned_right_is_rotated_back(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read(tmp_path / "a.tif", 5).transpose(1, 2, 0), np.rot90(noise(H, W, 5), -1))
 
 
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_a_picture_whose_exif_is_broken_is_read_as_it_lies(tmp_path: Path, suffix: str) -> None:
+    image = noise(H, W, 3)
+    path = tmp_path / f"a.{suffix}"
+    options = {"lossless": True} if suffix == "webp" else {"dpi": (72, 72)}
+    Image.fromarray(image).save(path, exif=b"Exif\0\0" + b"no header of a TIFF", **options)
+    found = read(path, 3)
+    assert found.shape == (3, H, W)
+    if suffix != "jpg":
+        np.testing.assert_array_equal(found.transpose(1, 2, 0), image)
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_stored_box_holds_the_pixels_of_the_upright_box(orientation: int) -> None:
     image = noise(H, W)

@@ -192,6 +192,20 @@ def test_what_is_no_image_is_refused_with_the_reason() -> None:
         read_crop(written(DEEP), 1, lambda *_: pytest.fail("was opened"), None, max_pixels=100)
 
 
+def test_a_length_that_is_none_of_its_type_is_a_bad_image() -> None:
+    content = written(DEEP)
+    for key in (b"\x28\x00\x10\x00", b"\x28\x00\x00\x01"):  # (0028,0010), Rows, and (0028,0100), BitsAllocated
+        value = content.index(key + b"US\x02\x00") + 8
+        longer = content[: value - 2] + b"\x03\x00" + content[value : value + 2] + b"\0" + content[value + 2 :]
+        with pytest.raises(BadImage, match="damaged"):
+            read_crop(longer, 1, whole, None)
+
+
+def test_values_that_are_there_and_empty_are_the_usual_ones() -> None:
+    empty = {"RescaleSlope": None, "RescaleIntercept": None, "NumberOfFrames": None}
+    np.testing.assert_array_equal(read_crop(written(GREY, **empty), 1, whole, None).values[0], GREY)
+
+
 def test_without_pydicom_the_command_that_installs_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dicom, "find_spec", lambda name: None)
     with pytest.raises(BadImage, match=r"it is DICOM, which needs pydicom: pip install 'fcmae\[dicom\]'"):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tifffile
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from fcmae.data import rasters
 from fcmae.data.augment import CenterCrop, CropAndFlip
@@ -209,6 +209,19 @@ def test_a_png_of_few_bits_keeps_its_numbers(depth: int) -> None:
     content = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     found = LabelMap(io.BytesIO(b"\x89PNG\r\n\x1a\n" + content)).read((0, 0, 3, 8))
     np.testing.assert_array_equal(found, values)
+
+
+@pytest.mark.parametrize("orientation", [1, 2, 3, 6])
+def test_a_label_map_is_turned_upright_as_its_image_is(orientation: int) -> None:
+    labels = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    file = io.BytesIO()
+    Image.fromarray(labels).save(file, "png", exif=exif)
+    upright = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(file.getvalue()))))
+    found = LabelMap(io.BytesIO(file.getvalue()))
+    assert (found.height, found.width) == upright.shape
+    np.testing.assert_array_equal(found.read((0, 0, *upright.shape)), upright)
 
 
 def test_a_label_map_is_resized_by_the_nearest_pixel() -> None:

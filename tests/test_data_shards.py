@@ -178,11 +178,33 @@ def test_the_second_member_of_a_name_is_bad(tmp_path: Path) -> None:
     assert found == {"a.png": image(0), "b.png": image(1)}
 
 
+def test_what_is_said_of_all_members_is_no_damage(tmp_path: Path) -> None:
+    path = pack(tmp_path / "x.tar", *labelled(2))
+    comment = tarfile.TarInfo.create_pax_global_header({"comment": "a" * 40})  # as `git archive` begins
+    path.write_bytes(comment + path.read_bytes())
+    images = find_images([str(path)])
+    assert contents(images) == {f"{i:03}.png": image(i) for i in range(2)} and not images.notes
+
+
+def test_a_member_of_a_negative_size_ends_the_scan(tmp_path: Path) -> None:
+    path = pack(tmp_path / "x.tar", ("a.png", image(0)), ("b.png", b""), ("c.cls", b""))
+    content = bytearray(path.read_bytes())
+    for name in (b"b.png", b"c.cls"):
+        start = content.index(name)
+        content[start + 124 : start + 136] = b"\xff" * 10 + (2**16 - BLOCK).to_bytes(2)  # in base 256
+        content[start + 148 : start + 156] = b" " * 8
+        content[start + 148 : start + 156] = b"%06o\0 " % sum(content[start : start + BLOCK])
+    path.write_bytes(content)
+    assert contents(find_images([str(path)]))["a.png"] == image(0)
+
+
+@pytest.mark.parametrize("folder", [".", "Müller"])
 @pytest.mark.parametrize("renamed", [False, True])
-def test_a_shard_that_changes_while_it_is_used_gives_no_wrong_image(tmp_path: Path, renamed: bool) -> None:
+def test_a_shard_that_changes_while_it_is_used_gives_no_wrong_image(tmp_path: Path, renamed: bool, folder: str) -> None:
     first, second = image(0), image(1)
     size = max(len(first), len(second))
-    path = pack(tmp_path / "x.tar", ("a.npy", first.ljust(size)), ("b.npy", second.ljust(size)))
+    (tmp_path / folder).mkdir(exist_ok=True)
+    path = pack(tmp_path / folder / "x.tar", ("a.npy", first.ljust(size)), ("b.npy", second.ljust(size)))
     images = find_images([str(path)])
     if renamed:  # the other order, of the same sizes
         pack(path, ("b.npy", second.ljust(size)), ("a.npy", first.ljust(size)))
@@ -313,7 +335,16 @@ def test_making_an_index_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatc
     assert len(find_images([str(tmp_path)], storage=storage)) == 4 and len(found) == 1
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 no", b"\x93NUMPY"])
+def test_what_another_program_wrote_beside_a_shard_is_not_replaced(tmp_path: Path) -> None:
+    pack(tmp_path / "x.tar", *labelled(2))
+    (tmp_path / "x.tar.index").write_text("block 0: 000.png\n")  # as GNU tar writes one
+    with pytest.raises(ValueError, match=r"x\.tar\.index is there and was not made by fcmae, .* move it"):
+        find_images([str(tmp_path)], storage=Storage(beside=True))
+    assert (tmp_path / "x.tar.index").read_text() == "block 0: 000.png\n"
+    assert len(find_images([str(tmp_path)])) == 2
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 no"])
 def test_a_damaged_index_is_made_anew(tmp_path: Path, content: bytes) -> None:
     pack(tmp_path / "x.tar", *labelled(2))
     (tmp_path / "x.tar.index").write_bytes(content)

@@ -75,6 +75,12 @@ def test_a_channel_without_a_value_is_an_error_and_one_image_may_lack_it(tmp_pat
     assert channel_statistics(find_images([str(tmp_path)]), 2)[0] == [2.0, 3.0]
 
 
+def test_values_too_large_for_a_network_count_as_little_as_a_broken_file(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.full((4, 4), 0.25))
+    np.save(tmp_path / "b.npy", np.full((4, 4), -1.79e308))
+    assert channel_statistics(find_images([str(tmp_path)]), 1) == ([0.25], [0.0], 1)
+
+
 def test_an_error_shows_names_as_any_terminal_can(tmp_path: Path) -> None:
     (tmp_path / "a\x1b[31m\n.png").write_bytes(b"no")
     with pytest.raises(ValueError, match=r"a\\x1b\[31m\\n\.png: it is no JPEG"):

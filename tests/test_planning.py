@@ -26,6 +26,7 @@ from fcmae.config import IMAGENET_MEAN, IMAGENET_STD, BenchConfig, FinetuneConfi
 from fcmae.data import cores
 from fcmae.data.decode import read_crop
 from fcmae.data.index import find_images
+from fcmae.data.source import BadImage
 from fcmae.data.survey import survey
 from fcmae.heads import Classifier
 from fcmae.networks.convnext import Encoder
@@ -83,6 +84,27 @@ def test_bands_behind_colours_count_and_alpha_does_not(
             file.seek(0)
             part = read_crop(file, len(which), lambda *_: (3, 5, 20, 25), None, max_pixels=max_pixels).values
             np.testing.assert_array_equal(part.transpose(1, 2, 0), pixels[3:23, 5:30, which])
+
+
+@pytest.mark.parametrize(
+    ("extra", "in_chans"), [((0, 2), 2), ((0, 0, 2), 3), ((0, 0, 0, 2), 4), ((2,), 1), ((0, 0), 3), ((0, 1), 2)]
+)
+@pytest.mark.parametrize("max_pixels", [2400, 2000])
+def test_alpha_behind_bands_tagged_grey_is_no_band(
+    tmp_path: Path, extra: tuple[int, ...], in_chans: int, max_pixels: int
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 1 + len(extra)), dtype=np.uint8)
+    kind = {"photometric": "minisblack", "planarconfig": "contig", "tile": (16, 16), "extrasamples": extra}
+    tifffile.imwrite(tmp_path / "a.tif", pixels, **kind)
+    found = survey(find_images([str(tmp_path)]), max_pixels=max_pixels)
+    assert (found.in_chans, len(found.mean)) == (in_chans, in_chans)
+    with (tmp_path / "a.tif").open("rb") as file:
+        part = read_crop(file, in_chans, lambda *_: (3, 5, 20, 25), None, max_pixels=max_pixels).values
+        np.testing.assert_array_equal(part.transpose(1, 2, 0), pixels[3:23, 5:30, :in_chans])
+        if in_chans == 2:  # neither grey nor colours
+            file.seek(0)
+            with pytest.raises(BadImage, match="2 channels, in_chans is 3"):
+                read_crop(file, 3, lambda *_: (3, 5, 20, 25), None, max_pixels=max_pixels)
 
 
 def inks(path: Path, rng: np.random.Generator) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any, BinaryIO, NamedTuple
 
@@ -58,13 +59,30 @@ def read_header(file: BinaryIO) -> Stored:
     """
     if find_spec("pydicom") is None:
         raise BadImage("it is DICOM, which needs pydicom: pip install 'fcmae[dicom]'")
+    with _bad_lengths():
+        return _read(file)
+
+
+@contextmanager
+def _bad_lengths() -> Iterator[None]:
+    """What pydicom raises of an element whose length is none of its type, which is nothing that Python has."""
+    from pydicom.errors import BytesLengthException
+
+    try:
+        yield
+    except BytesLengthException as error:
+        raise BadImage(f"it is damaged ({error})") from error
+
+
+def _read(file: BinaryIO) -> Stored:
     import pydicom
 
     if DEFLATED in file.read(1 << 16):  # all of it would be unpacked here, whatever that takes
         raise BadImage("it is DICOM that is deflated as a whole: save it again")
     file.seek(0)
     found = pydicom.dcmread(file)
-    kind, frames, samples = found.PhotometricInterpretation, int(found.get("NumberOfFrames", 1)), found.SamplesPerPixel
+    kind, samples = found.PhotometricInterpretation, found.SamplesPerPixel
+    frames = int(found.get("NumberOfFrames") or 1)
     if not (kind.startswith("MONOCHROME") and samples == 1) and not (kind in COLOURS and samples == 3 and frames == 1):
         raise BadImage(f"it is DICOM of {kind} with {frames} frames, and one image of RGB or frames of grey are read")
     shape: tuple[int, ...] = (found.Rows, found.Columns)
@@ -73,14 +91,15 @@ def read_header(file: BinaryIO) -> Stored:
     dtype = np.dtype(f"{'i' if found.PixelRepresentation else 'u'}{max(1, found.BitsAllocated // 8)}")
     slope, intercept = _rescaling(found, frames)
     padding, inverted = _padding(found, dtype), kind == "MONOCHROME1"
-    stored = Stored(lambda: found.pixel_array, shape, dtype, channel_axis, found.BitsStored, inverted, padding, None)
+    load, bits = _bad_lengths()(lambda: found.pixel_array), found.BitsStored
+    stored = Stored(load, shape, dtype, channel_axis, bits, inverted, padding, None)
     if (slope == 1).all() and (intercept == 0).all() and not (inverted and dtype.kind == "i"):
         return stored
 
     def rescaled(values: NDArray[Any]) -> NDArray[Any]:
         shown = values.astype(np.float32)
         if inverted:  # about the middle of what BitsStored can hold
-            shown = (-1 if dtype.kind == "i" else 2**found.BitsStored - 1) - shown
+            shown = (-1 if dtype.kind == "i" else 2**bits - 1) - shown
         scaled: NDArray[np.float32] = shown * slope + intercept
         if padding is not None:
             scaled[(values >= padding[0]) & (values <= padding[1])] = np.nan  # of one frame too
@@ -116,6 +135,7 @@ def _rescaling(found: Any, frames: int) -> tuple[NDArray[np.float32], NDArray[np
         told = [shared[0].PixelValueTransformationSequence[0]]
     else:
         told = [found]
-    values = ([one.get(key, plain) for one in told] for key, plain in (("RescaleSlope", 1), ("RescaleIntercept", 0)))
+    usual = {"RescaleSlope": 1, "RescaleIntercept": 0}  # of a value that is there and empty, too
+    values = ([plain if one.get(key) is None else one.get(key) for one in told] for key, plain in usual.items())
     slope, intercept = (np.array(found, np.float32).reshape(-1 if len(told) > 1 else ()) for found in values)
     return slope, intercept

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from fcmae.atomic import check_file, replacing
 from fcmae.data.listing import json_list, json_numbers, read_listing
-from fcmae.data.shards import COMPRESSED, SHARDS, SUFFIXES, Parts, Shards, is_damage, is_image, is_shard
+from fcmae.data.shards import COMPRESSED, SHARDS, SUFFIXES, Parts, Shards, is_damage, is_double, is_image, is_shard
 from fcmae.data.source import PART, BadImage, Files, Source, is_unicode, printable
 from fcmae.data.storage import Storage, canonical, is_remote, joined, listed
 from fcmae.data.tables import can_read
@@ -677,7 +677,8 @@ def find_mapped(
     notes = images.notes
     if surplus := len(map_of) - len(image_of):
         notes += (f"{maps_key}: {surplus} label maps are of no image and were left out",)
-    return replace(images, notes=notes), found.subset([map_of[stem] for stem in image_of])
+    usable = images if len(image_of) == len(images) else images.subset(list(image_of.values()))
+    return replace(usable, notes=notes), found.subset([map_of[stem] for stem in image_of])
 
 
 def _by_stem(images: Images, root: str, key: str) -> dict[str, int]:
@@ -685,6 +686,8 @@ def _by_stem(images: Images, root: str, key: str) -> dict[str, int]:
     root = canonical(root) if is_remote(root) else _absolute(Path(root).expanduser())
     named: dict[str, int] = {}
     for i, name in enumerate(images.names()):
+        if is_damage(name) or is_double(name):  # a note tells of them
+            continue
         stem = os.path.splitext(os.path.relpath(name, root))[0]  # noqa: PTH122
         if (other := named.setdefault(stem, i)) != i:
             raise ValueError(f"{key}: {images.name(other)} and {name} differ in their suffix only: remove one")

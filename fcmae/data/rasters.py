@@ -17,7 +17,7 @@ import tifffile
 from numpy.typing import NDArray
 from PIL import Image
 
-from fcmae.data.geometry import MAX_PIXELS, Box
+from fcmae.data.geometry import MAX_PIXELS, Box, make_upright
 from fcmae.data.readers import (
     MAX_PAGES,
     PILLOW_FORMATS,
@@ -32,6 +32,7 @@ from fcmae.data.readers import (
     map_npy,
     nodata_of,
     open_image,
+    orientation_of,
     reading,
     spread_of,
     stored_values,
@@ -358,4 +359,4 @@ def _stored_values(file: BinaryIO, max_pixels: int) -> NDArray[Any]:
             raise BadImage("it is a JPEG, which changes the numbers that it stores: give a PNG, TIFF or .npy file")
         if is_sparse(image):
             raise BadImage("it leaves out strips or tiles, and is of a kind that can only be read whole: save it again")
-        return stored_values(image, spread_of(image))
+        return np.ascontiguousarray(make_upright(stored_values(image, spread_of(image)), orientation_of(image)))

@@ -318,7 +318,7 @@ class _PillowImage:
         self.channels = _num_channels(image, in_chans)
         self.is_deep = image.mode == "F" or image.mode.startswith("I")
         check_channels(self.channels, in_chans)
-        self._orientation = _orientation(image)
+        self._orientation = orientation_of(image)
         self._stored_size = image.height, image.width
         self._swapped = self._orientation in (5, 6, 7, 8)
         self.height, self.width = self._stored_size[::-1] if self._swapped else self._stored_size
@@ -359,9 +359,20 @@ class _PillowImage:
         return _planes(image, self._in_chans), 1 if draft is None else round(width / draft[1][2])
 
 
-def _orientation(image: Image.Image) -> int:
-    # Pillow itself turns TIFFs upright, in their size at once and in their pixels when it decodes them.
-    return 1 if image.format == "TIFF" else image.getexif().get(ExifTags.Base.Orientation, 1)
+def orientation_of(image: Image.Image) -> int:
+    """How it lies, as Exif counts, 1 to 8; where that cannot be read, 1.
+
+    Args:
+        image: of Pillow, in any format. TIFFs are turned by Pillow, in their size at once and in their pixels later.
+    """
+    if image.format == "TIFF":
+        return 1
+    if image.format == "PNG" and image.info.keys().isdisjoint({"exif", "Raw profile type exif"}):
+        image.load()  # as getexif does: what is wrong with the pixels is no matter of Exif
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except (SyntaxError, struct.error, ValueError):
+        return 1
 
 
 def _resize(
@@ -433,7 +444,7 @@ def _open_deep_png(image: Image.Image, file: BinaryIO, channels: int, in_chans: 
         return array[..., :kept]
 
     kept = channels - 1 if in_chans in (1, 3) and channels in (2, 4) else channels  # without alpha
-    shape, orientation = (image.height, image.width, kept), _orientation(image)
+    shape, orientation = (image.height, image.width, kept), orientation_of(image)
     return ArrayImage(load, shape, np.dtype(np.uint16), 2, in_chans, orientation=orientation)
 
 
@@ -545,7 +556,7 @@ def _stored_image(image: Image.Image, in_chans: int, spread: int) -> ArrayImage:
         dtype,
         2,
         in_chans,
-        orientation=_orientation(image),
+        orientation=orientation_of(image),
         bits=max(tags.get(258, (16,))) if is_deep else 8,
         inverted=is_inverted(image),
         nodata=nodata_of(tags.get(_NODATA), dtype),
@@ -621,7 +632,7 @@ def without_alpha(page: Any, in_chans: int) -> list[int]:
     first = samples - len(page.extrasamples)
     others = [i for i in range(samples) if i < first or page.extrasamples[i - first] not in (1, 2)]
     is_grey = in_chans in (1, 3) and page.photometric in (0, 1)
-    return others if len(others) == (1 if is_grey else in_chans) else list(range(samples))
+    return others if is_grey or len(others) == in_chans else list(range(samples))
 
 
 def _open_tifffile(tiff: tifffile.TiffFile, in_chans: int) -> OpenImage:

@@ -35,6 +35,7 @@ TAR = ".tar"
 SHARDS = (TAR, PARQUET, ARROW)
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".npy", ".dcm", ".dicom")
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+ZIP = b"PK"  # begins an .npz, as an index is
 MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 BLOCK = 512  # bytes; a member's header is one
 LABELS = (".cls", ".json", ".txt")  # the first that an image has counts
@@ -62,6 +63,11 @@ def is_damage(address: str) -> bool:
     """Whether it stands for bytes of a tar file that are no member: see `scan`."""
     name = os.path.basename(address)  # noqa: PTH119
     return name.startswith("@") and not is_image(name)
+
+
+def is_double(address: str) -> bool:
+    """Whether it stands for a later member of the same name: see `scan`."""
+    return re.search(r"#\d+$", address) is not None
 
 
 def is_shard(address: str) -> bool:
@@ -145,9 +151,10 @@ def scan(file: BinaryIO) -> Members:
     names, places, texts, end = list[str](), list[tuple[int, int]](), dict[str, str](), 0
 
     def skipped(start: int, stop: int) -> None:
-        """Take note of bytes that are no member."""
+        """Take note of bytes that are neither a member nor said of all of them."""
         file.seek(start)
-        if start < stop and file.read(min(BLOCK, stop - start)).strip(b"\0"):
+        block = file.read(min(BLOCK, stop - start)) if start < stop else b""
+        if block.strip(b"\0") and not _is_of_all(block, stop - start):
             names.append(f"@{start}")
             places.append((start, DAMAGED))
 
@@ -180,15 +187,32 @@ def scan(file: BinaryIO) -> Members:
     return Members(names, starts, sizes, labels)
 
 
+def _is_of_all(block: bytes, size: int) -> bool:
+    """Whether it begins a global header of so many bytes, as `git archive` writes one."""
+    try:
+        header = tarfile.TarInfo.frombuf(block, tarfile.ENCODING, "surrogateescape")
+    except tarfile.HeaderError:
+        return False
+    return header.type == tarfile.XGLTYPE and size == BLOCK + -(-header.size // BLOCK) * BLOCK
+
+
 def _headers(file: BinaryIO) -> Iterable[tarfile.TarInfo]:
     """Of all members; what is none is passed over."""
-    try:
-        with tarfile.open(fileobj=file, mode="r:", ignore_zeros=True) as archive:
-            while (member := archive.next()) is not None:
-                archive.members.clear()  # type: ignore[attr-defined]  # it would keep them all
-                yield member
-    except tarfile.ReadError:  # it ends within a member
-        return
+    total = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    with suppress(tarfile.ReadError), tarfile.open(fileobj=file, mode="r:", ignore_zeros=True) as archive:
+        while True:
+            try:
+                member = archive.next()
+            except tarfile.ReadError:  # it ends within a member, or what belongs to a header is damaged
+                archive.offset += BLOCK
+                if archive.offset >= total:
+                    return
+                continue
+            if member is None or member.size < 0:  # which would lead back
+                return
+            archive.members.clear()  # type: ignore[attr-defined]  # it would keep them all
+            yield member
 
 
 def _plain(name: str) -> PurePosixPath:
@@ -251,6 +275,8 @@ class Shards:
             name = f"{hashlib.sha256(os.fsencode(shard)).hexdigest()[:32]}.index"
             if (kept := self._storage.recall(shard, name)) and (members := Members.unpacked(kept, stamp)):
                 return members
+            if kept and self._storage.beside and not kept.startswith(ZIP):
+                raise ValueError(f"{shard}.index is there and was not made by fcmae, and data.index is beside: move it")
             if shard.endswith(TAR):
                 with self._storage.open(shard) as file:
                     members = scan(file)
@@ -356,7 +382,7 @@ class Parts(Listed):
             header = tarfile.TarInfo.frombuf(content[:BLOCK], tarfile.ENCODING, "surrogateescape")
         except tarfile.HeaderError:
             header = tarfile.TarInfo()
-        is_long = len(header.name) >= 100 or not name.isascii()  # and so is told elsewhere
+        is_long = len(header.name) >= 100 or not name[len(shard) :].isascii()  # and so is told elsewhere
         if header.size != size or not (is_long or f"{shard}/{_plain(header.name)}" == name):
             raise OSError(CHANGED.format(shard))
         return content[BLOCK:]

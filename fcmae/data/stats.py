@@ -97,6 +97,8 @@ class _Moments(Dataset[NDArray[np.float64] | str]):
                 ).values
         except BadImage as error:
             return f"{printable(self._images.name(position))}: {error}"
+        if np.isinf(image).any():
+            return f"{printable(self._images.name(position))}: it holds values too large for float32"
         pixels, known = image.reshape(self._in_chans, -1), np.zeros(self._in_chans)
         sums = np.zeros((2, self._in_chans))
         for first in range(0, pixels.shape[1], AT_ONCE):  # in float64 the whole would take eight times its memory

@@ -86,7 +86,7 @@ def _open(file: BinaryIO, max_pixels: int) -> OpenImage:
     bands = num_bands(file)
     file.seek(0)
     try:
-        return open_any(file, bands if bands > 3 else 3, max_pixels)
+        return open_any(file, bands if bands == 2 or bands > 3 else 3, max_pixels)
     except OtherChannels as error:
         file.seek(0)
         return open_any(file, error.channels, max_pixels)
