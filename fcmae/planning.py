@@ -372,7 +372,9 @@ def _most_memory(cfg: RunConfig, at_once: int) -> float:
     A block keeps some 20 C numbers of a site for its backward pass, and nothing is taken to be hidden.
     """
     assert isinstance(cfg, PretrainConfig | DenseConfig)
-    spec = _held(cfg)[0] or cfg.model.spec  # one that is named need not say the stem of the weights
+    spec = cfg.model.spec
+    if cfg.model.init is not None and cfg.model.stem_stride is None:  # which is that of the weights
+        spec = _held(cfg)[0]
     if not isinstance(spec, ConvNeXtSpec):
         return math.inf
     pixels, sites, weights = math.prod(cfg.data.image_size), 0.0, 0.0

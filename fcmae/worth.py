@@ -36,7 +36,7 @@ from fcmae.atomic import write_text
 from fcmae.config import FinetuneConfig, PretrainConfig
 from fcmae.config.commands import WorthConfig
 from fcmae.data.dataset import Reading
-from fcmae.data.index import Images, also_in, find_images, images_of_run
+from fcmae.data.index import Images, also_in, find_images, images_of_run, images_that_chose
 from fcmae.data.normalize import Normalize
 from fcmae.data.source import is_unicode, printable
 from fcmae.data.split import draw
@@ -44,7 +44,7 @@ from fcmae.data.survey import survey
 from fcmae.evaluation import paired
 from fcmae.evaluation.evaluate import find_data, folder_names, score
 from fcmae.evaluation.features import extract
-from fcmae.evaluation.models import Control, choose_device, is_control, load_backbone
+from fcmae.evaluation.models import Backbone, Control, choose_device, is_control, load_backbone
 from fcmae.evaluation.outputs import TEMPORARY, file_name, tell_unread
 from fcmae.evaluation.probes import few_shot_counts, fit_linear
 from fcmae.evaluation.records import SCORES
@@ -317,6 +317,8 @@ def _make_plan(place: Path, cfg: WorthConfig, train: Images, test: Images) -> Pl
     seconds, epochs, decay = dict[str, float](), dict[str, float](), choices.LAYER_DECAY
     starts = _given_starts(cfg, train)
     notes += [note for start in starts for note in _known(start, train, test)]
+    if starts or cfg.hours or cfg.pretraining:
+        notes.append("Each start is of one pretraining: intervals are over draws of labels and fine-tuning.")
     if cfg.hours or cfg.pretraining:
         made, seconds[PRETRAINED] = _choose_pretraining(place, cfg)
         seen = len(also_in(test, find_images(made.data.path)))
@@ -338,6 +340,8 @@ def _make_plan(place: Path, cfg: WorthConfig, train: Images, test: Images) -> Pl
                 epochs[labels] = chosen.epochs
                 seconds[f"{against} {labels}"] = (chosen.epochs * num + len(test)) / planning.images_per_s(chosen)
         arms.append(_arm(start.name, "start", scratch[key], network, start))
+    for name in cfg.controls:
+        _control(name, place, cfg)
     arms.sort(key=lambda arm: arm["kind"] != "scratch")
     plan: Plan = {
         "settings": options.flat(cfg),
@@ -376,7 +380,10 @@ def _known(start: Start, train: Images, test: Images) -> Iterator[str]:
             f"init = {start.init} has learnt from {tested} of the {len(test)} test images with their labels: give "
             "weights that have not, or other images by --test"
         )
-    elif drawn_from:
+    chose = images_that_chose(Path(str(start.init)))
+    if chose is not None and (num := len(also_in(test, chose))):
+        yield f"{num} of the test images chose best/ of {start.name}, so that its scores are too high: give its last/."
+    if drawn_from and learnt.labels is not None:
         yield f"{start.name} has learnt from {drawn_from} of the labels already, however few a row of the table says."
 
 
@@ -518,6 +525,14 @@ def _run(job: Job, place: Path, plan: Plan, cfg: WorthConfig) -> Run:
     return run
 
 
+def _control(name: str, place: Path, cfg: WorthConfig) -> Backbone:
+    """What needs no network, of images as the runs from scratch see them."""
+    seen = options.read(FinetuneConfig, place / "settings" / f"scratch-{_plain(cfg.labels[0])}.yaml").data
+    normalize = Normalize(*seen.statistics())
+    like = Reading(seen.in_chans, seen.image_size, seen.crop_pct, normalize, seen.max_pixels, seen.nodata)
+    return load_backbone(name, max_pixels=seen.max_pixels, like=like, nodata=seen.nodata)
+
+
 def _probe(name: str, place: Path, cfg: WorthConfig, plan: Plan, train: Images, test: Images) -> list[paired.Score]:
     """Scores of linear classifiers on what needs no network, on the labels of each draw; those that are there stay."""
     file = place / "controls" / f"{file_name(name)}.json"
@@ -526,10 +541,7 @@ def _probe(name: str, place: Path, cfg: WorthConfig, plan: Plan, train: Images, 
     wanted = [pair for pair in product(_amounts(cfg), _seeds(cfg)) if pair not in there]
     if not wanted:
         return found
-    seen = options.read(FinetuneConfig, place / "settings" / f"scratch-{_plain(cfg.labels[0])}.yaml").data
-    normalize = Normalize(*seen.statistics())
-    like = Reading(seen.in_chans, seen.image_size, seen.crop_pct, normalize, seen.max_pixels, seen.nodata)
-    backbone = load_backbone(name, max_pixels=seen.max_pixels, like=like, nodata=seen.nodata)
+    backbone = _control(name, place, cfg)
     device = choose_device(cfg.device)
     learnt = np.unique(np.concatenate([drawn(train, *pair) for pair in wanted]))
     with TemporaryDirectory(prefix=TEMPORARY[0], dir=place) as directory:

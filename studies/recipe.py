@@ -5,10 +5,11 @@
     python studies/recipe.py SHARDS --out runs/recipe --list                   # the commands, without running them
 
 SHARDS: the folder of tiny20's shards (see studies/sets.py). Each arm is `pretrain_small_images` with as many views and
-what differs in one thing, then `finetune_small_images` on draws of few labels, the same for all arms. It is tested on
-training images that are held out of the labels, which pretraining has seen, and not on the test images. What is
-finished is not done again, and what was cut off resumes. What is found is in OUT/recipe.json, and with --docs in
-recipe.json and results/recipe.md there, which `studies/results.py` puts into docs/results.md.
+what differs in one thing (in two, stages and patches, where there are four stages), then `finetune_small_images` on
+draws of few labels, the same for all arms. It is tested on training images that are held out of the labels, which
+pretraining has seen, and not on the test images. What is finished is not done again, and what was cut off resumes. What
+is found is in OUT/recipe.json, and with --docs in recipe.json and results/recipe.md there, which `studies/results.py`
+puts into docs/results.md.
 """
 
 from __future__ import annotations

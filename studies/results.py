@@ -272,8 +272,8 @@ said of three runs or more, where the interval of the differences excludes 0.
 
 - **tiny20**: 20 classes of Tiny ImageNet, 10,000 photographs to learn from, 1,000 to test on, 64 pixels.
 - **CIFAR-10**: 50,000 photographs to learn from, 10,000 to test on, 32 pixels, of ten kinds.
-- **solar**: 2,624 photographs of solar cells (the package elpv-dataset), 1,968 to learn from, 656 of other
-  modules to test on, 128 pixels, grey; defective or not.
+- **solar**: 2,624 photographs of solar cells (the package elpv-dataset), 1,968 to learn from, 656 in whole
+  blocks of its list to test on, so of other modules but at the blocks' edges, 128 pixels, grey; defective or not.
 
 No number here is of the paper's scale: it pretrains for 800 epochs on 1.28 million photographs.
 """

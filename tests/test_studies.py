@@ -395,7 +395,7 @@ def test_a_study_that_is_stopped_stops_its_jobs_and_they_are_not_done(tmp_path: 
 def test_every_job_needs_jobs_that_are_there_and_its_flags_are_settings(
     scale: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(planning, "_free_memory", lambda device: 10**12)  # nothing is to be measured
+    monkeypatch.setattr(planning, "_most_memory", lambda cfg, at_once: 0)  # nothing is to be measured
     found = run_all.jobs(tmp_path, run_all.SCALES[scale])
     names = [job.name for job in found]
     assert len(set(names)) == len(names)
@@ -1004,7 +1004,7 @@ def test_the_study_of_collapse_puts_its_table_into_the_results(monkeypatch: pyte
         for job in jobs:
             (out / "runs" / job.name).mkdir(parents=True)
             if job.name == "rate-300-0":
-                ended = "2030-01-02 03:04:05 FloatingPointError: step 7: the loss is nan\n"
+                ended = "2030-01-02 03:04:05 failed: FloatingPointError: step 7: the loss is nan\n"
                 (out / "runs" / job.name / "train.log").write_text(ended)
             elif job.name != "pixels-2":  # which was cut off
                 (out / "jobs").mkdir(exist_ok=True)

@@ -437,6 +437,33 @@ def test_what_given_weights_have_seen_is_told(
     assert said in printed.out + printed.err
 
 
+def test_test_images_that_chose_the_best_weights_are_told_of(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_init(folder / "own.safetensors")
+    assert run("convert", "own.safetensors", "seen/best") == 0
+    (folder / "seen" / "config.yaml").write_text("# fcmae finetune\n")
+    train, held_out = evaluate.find_data("labelled", None, 0.2, 0)
+    train.save(folder / "seen" / "files.json")
+    held_out.save(folder / "seen" / "val_files.json")
+    words = ["worth", "labelled", "--init", "seen", "--finetuning", "tune.yaml", *TINY, "--seeds", "1"]
+    assert run(*words) == 0
+    said = capsys.readouterr().out
+    assert f"{len(held_out)} of the test images chose best/ of seen, so that its scores are too high" in said
+    assert "Each start is of one pretraining: intervals are over draws of labels and fine-tuning." in said
+
+
+def test_a_control_that_images_are_too_small_for_is_told_before_the_plan(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_init(folder / "own.safetensors")
+    words = ["worth", "labelled", "--init", "own.safetensors", "--finetuning", "tune.yaml", "--seeds", "1", *TINY]
+    assert run(*words, "--controls", "pixels:64") == 2
+    assert (
+        "they have fewer than 64 pixels a side): give another image size, or a smaller number"
+        in capsys.readouterr().err
+    )
+    assert run(*words) == 0  # the same place: nothing was planned
+
+
 def test_seeds_are_not_added_by_other_recipes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_init(folder / "own.safetensors")
     words = ["worth", "labelled", "--init", "own.safetensors", "--finetuning", "tune.yaml", *TINY, "--seeds"]

@@ -226,6 +226,19 @@ def images_of_run(path: Path) -> Images | None:
     return None
 
 
+def images_that_chose(path: Path) -> Images | None:
+    """The labelled images by which a run chose the weights that are read from a path; None where none did.
+
+    Args:
+        path: a run with labels, whose best weights are read, or its best/.
+    """
+    run = path.parent if path.name == "best" else path
+    with suppress(ValueError, OSError):
+        if (run / "best").is_dir() and (run / "config.yaml").is_file():
+            return Images.load(run / "val_files.json")
+    return None
+
+
 MAX_LOOKED_AT = 200_000  # files whose second names are looked for: that takes as long as listing them
 
 

@@ -9,6 +9,7 @@ With several models these are in OUT/MODEL/, and OUT/table.md has all models sid
 from __future__ import annotations
 
 import json
+import logging
 import shlex
 import time
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ from fcmae import options
 from fcmae.atomic import write_text
 from fcmae.classification import macro_auroc, scores
 from fcmae.config.commands import EvaluateConfig
-from fcmae.data.index import Images, also_in, find_labelled, images_of_run
+from fcmae.data.index import Images, also_in, find_labelled, images_of_run, images_that_chose
 from fcmae.data.source import printable
 from fcmae.data.split import draw, split
 from fcmae.evaluation.features import check_stages, extract
@@ -39,6 +40,8 @@ from fcmae.evaluation.records import COLUMNS, score_rows
 from fcmae.tables import table
 from fcmae.training.own_files import FOUND
 from fcmae.training.records import cpu_name
+
+logger = logging.getLogger("fcmae")
 
 KS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
@@ -199,7 +202,7 @@ def find_data(data: str, test: str | None, test_share: float, seed: int) -> tupl
 
 
 def check_untaught(model: str, test_index: Images) -> None:
-    """Refuse to probe a run on images whose labels it has learnt.
+    """Refuse to probe a run on images whose labels it has learnt; warn where they chose its best weights.
 
     Args:
         model: what is probed; of what is no run, nothing is known.
@@ -213,6 +216,12 @@ def check_untaught(model: str, test_index: Images) -> None:
         raise ValueError(
             f"{model} has learnt from {len(both)} of the {len(test_index)} test images with their labels, such as "
             f"{printable(min(both))}: give others by test, or the seed and share by which the run held images out"
+        )
+    if (chose := images_that_chose(Path(model))) is not None and (both := also_in(test_index, chose)):
+        logger.warning(
+            "%d of the %d test images chose best/ of %s, so that its scores are too high: give last/ of it, or others "
+            "by test",
+            *(len(both), len(test_index), model),
         )
 
 
@@ -256,7 +265,11 @@ def probe_stage(
     predicted: dict[str, NDArray[np.float32]] = {}
     if "knn" in cfg.probes:
         ks = [k for k in KS if k <= len(train[0])] or [len(train[0])]
-        by_k = knn_probabilities(*train, test[0], num_classes, ks=ks, temperature=TEMPERATURE, device=device)
+        learnt, tested = train[0], test[0]
+        if is_control(model):  # the cosine of plain pixels, none below 0, hardly tells bright from dark
+            middle = learnt.mean(0)
+            learnt, tested = learnt - middle, tested - middle
+        by_k = knn_probabilities(learnt, train[1], tested, num_classes, ks=ks, temperature=TEMPERATURE, device=device)
         for k, probabilities in by_k.items():
             results.append(_result("knn", stage, {"k": k, "temperature": TEMPERATURE}, score(test[1], probabilities)))
         predicted["knn"] = by_k[20 if 20 in by_k else ks[0]]

@@ -318,9 +318,10 @@ def _try(backbone: Backbone) -> None:
     try:
         maps = stage_maps(backbone.model, image)
     except (RuntimeError, AssertionError, ValueError, IndexError) as error:
+        remedy = "give another image size" + ", or a smaller number" * is_control(backbone.name)
         raise ValueError(
             f"model = {backbone.name!r} cannot take images of {height}x{width} pixels "
-            f"({' '.join(str(error).split())[:200]}): give another image size"
+            f"({' '.join(str(error).split())[:200]}): {remedy}"
         ) from error
     if any(0 in found.shape for found in maps):
         raise ValueError(

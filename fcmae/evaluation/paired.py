@@ -5,8 +5,10 @@ OUT/worth.json holds a `Comparison`, and what follows from it: the rows of its t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any, Literal, NamedTuple
 
 from markupsafe import escape
@@ -146,10 +148,7 @@ def compare(found: Comparison) -> list[Row]:
     """
     rows = []
     for amount in found["amounts"]:
-        by_arm: dict[str, dict[int, float]] = {arm["name"]: {} for arm in found["arms"]}
-        for score in found["scores"]:
-            if score["labels"] == amount["labels"] and METRIC in score["scores"]:
-                by_arm[score["arm"]][score["seed"]] = score["scores"][METRIC]
+        by_arm = _by_arm(found, amount["labels"])
         for arm in found["arms"]:
             scores, other = by_arm[arm["name"]], by_arm.get(arm["against"] or "", {})
             gains = [score - other[seed] for seed, score in scores.items() if seed in other]
@@ -160,6 +159,15 @@ def compare(found: Comparison) -> list[Row]:
                 mean = mean_and_interval(values)
                 rows.append(Row(amount["labels"], arm["name"], len(values), mean, gain, told, len(gains)))
     return rows
+
+
+def _by_arm(found: Comparison, labels: str) -> dict[str, dict[int, float]]:
+    """The scores of each arm with so many labels, by seed."""
+    by_arm: dict[str, dict[int, float]] = {arm["name"]: {} for arm in found["arms"]}
+    for score in found["scores"]:
+        if score["labels"] == labels and METRIC in score["scores"]:
+            by_arm[score["arm"]][score["seed"]] = score["scores"][METRIC]
+    return by_arm
 
 
 def cells(row: Row) -> list[str]:
@@ -201,14 +209,19 @@ def verdict(found: Comparison) -> Verdict:
         if parts := [_gained(row) for row in rows if row.arm == name and row.gain is not None]:
             sentences.append(f"Starting from {name}, against scratch: {'; '.join(parts)}.")
     for amount in found["amounts"]:
-        here = [row for row in rows if row.labels == amount["labels"]]
-        plain = max((row for row in here if row.arm in controls), key=lambda row: row.mean[0], default=None)
-        trained = [row.mean[0] for row in here if row.arm not in controls]
-        if plain is not None and trained and plain.mean[0] >= max(trained):
-            needless.add(plain.labels)
+        labels = amount["labels"]
+        scores = [(arm, by_seed) for arm, by_seed in _by_arm(found, labels).items() if by_seed]
+        plain, network = (
+            max((pair for pair in scores if (pair[0] in controls) == is_plain), key=_mean_score, default=("", {}))
+            for is_plain in (True, False)
+        )
+        seeds = sorted(plain[1].keys() & network[1].keys())
+        means = [fmean(by_seed[seed] for seed in seeds) if seeds else math.nan for _, by_seed in (plain, network)]
+        if means[0] >= means[1]:
+            needless.add(labels)
             sentences.append(
-                f"With {_amount(plain.labels)}, {plain.arm} and a linear classifier score {100 * plain.mean[0]:.1f}, "
-                f"no less than any network ({100 * max(trained):.1f}): these labels hardly need one."
+                f"With {_amount(labels)}, {plain[0]} and a linear classifier score {100 * means[0]:.1f}, no less than "
+                f"any network ({100 * means[1]:.1f}): these labels hardly need one."
             )
     judged = [row for row in rows if row.arm in starts and row.told not in ("", "too few runs")]
     told = {row.told for row in judged}
@@ -230,6 +243,10 @@ def verdict(found: Comparison) -> Verdict:
     else:
         state, answer = "unknown", "? Too early to tell"
     return Verdict("Is pretraining worth it?", state, answer, sentences)
+
+
+def _mean_score(arm: tuple[str, Mapping[int, float]]) -> float:
+    return fmean(arm[1].values())
 
 
 def _gained(row: Row) -> str:

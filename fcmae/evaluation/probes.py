@@ -94,6 +94,8 @@ class Setting:
     l2: float
 
 
+# With rates to .1 and penalties from 1e-6 besides, the accuracy of five kinds of features of 10,000 photographs, of a
+# trained, an untrained and no network, changed by .6 points at most (two seeds each).
 GRID = tuple(Setting(lr, l2) for lr, l2 in product((1e-4, 1e-3, 1e-2), (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)))
 DEFAULT = Setting(1e-3, 1e-1)  # where there is too little to choose on
 HELD_OUT_SHARE = 0.2

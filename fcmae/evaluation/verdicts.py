@@ -145,7 +145,7 @@ def was_worth_it(runs: Sequence[Run]) -> Verdict:
 
 def _against_scratch(runs: Sequence[Run]) -> list[Found]:
     """Fine-tuning runs on as many images that are scored on the same ones. The same again is no second run."""
-    groups: dict[tuple[Any, ...], tuple[dict[Any, Run], dict[Any, Run]]] = {}
+    groups: dict[tuple[Any, ...], dict[str | None, dict[Any, Run]]] = {}  # by what is started from, by seed
     others: dict[tuple[Any, ...], list[str]] = {}
     for run in runs:
         scored = [line for line in run.lines if "top1" in line]
@@ -154,24 +154,33 @@ def _against_scratch(runs: Sequence[Run]) -> list[Found]:
             budget = [str(network), *(str(run.settings.get(key)) for key in BUDGET)]
             key = (run.counts.get("to learn from", 0), run.held_out, *budget)
             init = run.settings.get("model.init")
-            first = groups.setdefault(key, ({}, {}))[init is None].setdefault((init, run.settings.get("seed")), run)
+            first = groups.setdefault(key, {}).setdefault(init, {}).setdefault(run.settings.get("seed"), run)
             if _own_settings(run) != _own_settings(first):
                 others.setdefault(key, []).append(run.name)
     found = []
-    for key, kinds in groups.items():
+    pairs = (
+        (key, init, list(kinds[init].values()), list(kinds.get(None, {}).values()))
+        for key, kinds in groups.items()
+        for init in kinds
+        if init is not None
+    )
+    for key, init, started_runs, scratch_runs in pairs:
         num_images = key[0]
         started, scratch = (
-            [_score([line for line in run.lines if "top1" in line][-1]) for run in each.values()] for each in kinds
+            [_score([line for line in run.lines if "top1" in line][-1]) for run in each]
+            for each in (started_runs, scratch_runs)
         )
-        if not started or not scratch:
+        if not scratch:
             continue
         few = min(len(started), len(scratch)) < LEAST_RUNS
         ahead = np.mean(started) > np.mean(scratch) if few else min(started) > max(scratch)
         each = [f"{np.mean(values):.3f} ({', '.join(f'{v:.3f}' for v in values)})" for values in (started, scratch)]
         sentence = (
-            f"Fine-tuned on {num_images:,} images, the last balanced accuracy is {each[0]} from given weights and "
-            f"{each[1]} from scratch."
+            f"Fine-tuned on {num_images:,} images, the last balanced accuracy is {each[0]} from "
+            f"{'given weights' if len(groups[key]) == 2 else init} and {each[1]} from scratch."
         )
+        if differing := _differing(started_runs, scratch_runs):
+            sentence += f" They differ in {', '.join(differing)} too."
         if few:
             sentence += (
                 f" Fewer than {LEAST_RUNS} runs of a kind show little: other seeds, on the same data.val_path, may "
@@ -187,6 +196,15 @@ def _against_scratch(runs: Sequence[Run]) -> list[Found]:
 
 def _own_settings(run: Run) -> dict[str, Any]:
     return {key: value for key, value in run.settings.items() if key not in OF_A_START | {"out"}}
+
+
+def _differing(runs: Sequence[Run], others: Sequence[Run]) -> list[str]:
+    """Settings of the recipe in which two kinds of runs differ, but for the layer decay, which is for weights."""
+    recipe = ("data.", "optim.", "regularization.")
+    keys = {key for run in (*runs, *others) for key in run.settings if key.startswith(recipe)}
+    keys = {key for key in keys if not key.startswith(("optim.layer_decay", "data.num_workers"))}
+    values = [{key: {str(run.settings.get(key)) for run in side} for key in keys} for side in (runs, others)]
+    return sorted(key for key in keys if values[0][key] != values[1][key])
 
 
 def _is_complete(run: Run, line: Mapping[str, Any]) -> bool:
