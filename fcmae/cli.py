@@ -10,8 +10,9 @@ import os
 import select
 import signal
 import sys
+import threading
 import webbrowser
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import fcmae
@@ -38,7 +39,8 @@ def main(argv: list[str] | None = None) -> int:
         have saved at; 0 after SIGUSR1, by which schedulers warn that time is up, as the job is then queued again.
 
     Raises:
-        SystemExit: With status 0, after printing for `--help`, `--version` and `--print-config`.
+        SystemExit: With status 0, after printing for `--help`, `--version` and `--print-config`; with 143 after a
+            SIGTERM to a command that does not train, which has removed what is temporary.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     debug = not {"--debug", "--debug=true"}.isdisjoint(words)
@@ -90,7 +92,25 @@ def _run(words: list[str]) -> int:
     given = load(settings, rest, prog=f"fcmae {name}", num_processes=processes, complete=COMPLETE.get(name))
     if name not in IDLE:
         threads.prepare()
-    return run(given) or 0
+    with contextlib.nullcontext() if name in COMPLETE else _ending_tidily():
+        return run(given) or 0
+
+
+@contextlib.contextmanager
+def _ending_tidily() -> Iterator[None]:
+    """A SIGTERM ends the command so that it removes what is temporary; those that train save, see `StopSignal`."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _command(name: str) -> tuple[type[Settings], Callable[[Any], int | None]]:

@@ -3,12 +3,14 @@ import importlib
 import io
 import json
 import shlex
+import signal
 import subprocess
 import sys
 import zipfile
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
 
@@ -74,6 +76,21 @@ def test_errors_a_user_can_mend_show_a_traceback_only_with_debug(
     for words in ("--debug convert run out", "convert --debug run out", "convert run out --debug true"):
         with pytest.raises(type(error)):
             main(words.split())
+
+
+def test_a_signal_to_a_command_that_does_not_train_leaves_nothing_temporary(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def convert(*_: object) -> None:
+        with TemporaryDirectory(dir=tmp_path):
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("fcmae.weights.convert.convert", convert)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        main(["convert", "run", "out"])
+    assert ended.value.code == 143 and not list(tmp_path.iterdir())
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_full_disk_is_a_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
