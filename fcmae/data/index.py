@@ -19,16 +19,16 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, groupby
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 from urllib.parse import unquote
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fcmae.atomic import check_file, replacing
-from fcmae.data.listing import json_list, json_numbers, read_listing
+from fcmae.data.listing import json_list, json_numbers
 from fcmae.data.shards import COMPRESSED, SHARDS, SUFFIXES, Parts, Shards, is_damage, is_double, is_image, is_shard
-from fcmae.data.source import PART, BadImage, Files, Source, is_unicode, printable
+from fcmae.data.source import PART, BadImage, Files, Names, Source, is_unicode, printable
 from fcmae.data.storage import Storage, canonical, is_remote, joined, listed
 from fcmae.data.tables import can_read
 
@@ -163,28 +163,28 @@ class Images:
         return Images(self.source, np.concatenate([self._positions(), other._positions()]))
 
     def save(self, path: str | Path) -> None:
-        """Write the names as JSON, and the places of what lies in shards, whole or not at all."""
-        with replacing(Path(path)) as aside, aside.open("w", encoding="utf-8") as file:
-            file.writelines(self._text())
+        """Write names, labels and the places of what lies in shards, whole or not at all.
 
-    def _text(self) -> Iterator[str]:
-        yield '{"paths": '
-        yield from json_list(self._names())
-        yield ', "labels": '
-        yield from json_numbers(self.labels)
-        yield f', "class_names": {json.dumps(self.class_names)}'
-        if isinstance(self.source, Parts):
-            yield f', "shards": {json.dumps(self.source.shards)}, '
-            if self.source.stamps:
-                yield f'"stamps": {json.dumps(self.source.stamps)}, '
-            if self.positions is not None:
-                yield f'"fingerprint": {json.dumps(self.source.fingerprint())}, '
-            yield '"places": '
-            for before, row in zip(("[", ", ", ", "), self.source.table, strict=True):
-                yield before
-                yield from json_numbers(row if self.positions is None else row[self.positions])
-            yield "]"
-        yield "}"
+        Each line is a JSON object, of at most PART images, so that nothing is in memory twice.
+        """
+        with replacing(Path(path)) as aside, aside.open("w", encoding="utf-8") as file:
+            file.writelines(f"{json.dumps(part)}\n" for part in self._parts())
+
+    def _parts(self) -> Iterator[dict[str, Any]]:
+        """What is written of some images at a time, and of all of them in the first."""
+        for start in range(0, max(1, len(self)), PART):
+            at = np.arange(start, min(start + PART, len(self)))
+            labels = None if self.labels is None else self.labels[at].tolist()
+            at = at if self.positions is None else self.positions[at]
+            part: dict[str, Any] = {"paths": self.source.names(at), "labels": labels}
+            if not start:
+                part["class_names"] = self.class_names
+            if isinstance(self.source, Parts):
+                if not start:
+                    part |= {"shards": self.source.shards, "stamps": self.source.stamps}
+                    part |= {} if self.positions is None else {"fingerprint": self.source.fingerprint()}
+                part["places"] = self.source.table[:, at].tolist()
+            yield part
 
     @classmethod
     def load(cls, path: str | Path, storage: Storage = ANY) -> Images:
@@ -197,18 +197,33 @@ class Images:
         Raises:
             ValueError: if the file holds something else.
         """
+        first: dict[str, Any] = {}
+        labels, places = list[NDArray[np.int64]](), list[NDArray[np.int64]]()
+
+        def names(lines: Iterable[str]) -> Iterator[str]:
+            for number, line in enumerate(lines):
+                part = json.loads(line)
+                yield from part["paths"]
+                if part["labels"] is not None:
+                    labels.append(np.array(part["labels"], np.int64))
+                if "places" in part:
+                    places.append(np.array(part["places"], np.int64))
+                if not number:
+                    first.update(class_names=part["class_names"])
+                    first.update((key, part[key]) for key in ("shards", "stamps", "fingerprint") if key in part)
+
         try:
             check_file(Path(path), MAX_INDEX)
             with Path(path).open(encoding="utf-8", errors="surrogatepass") as file:
-                found = read_listing(file)
-            names, labels, classes = found["paths"], found["labels"], found["class_names"]
-            source: Source = Files(names)
-            if "shards" in found:
-                known = found.get("stamps", ()), found.get("fingerprint")
-                source = Parts(names, found["shards"], found["places"], storage, *known)
-            if labels is not None and labels.shape != (len(names),):
-                raise ValueError(f"{len(labels)} labels of {len(names)} images")
-            return cls(source, None, labels, None if classes is None else tuple(classes))
+                found, classes = Names(names(file)), first["class_names"]
+            source: Source = Files(found)
+            if "shards" in first:
+                known = first.get("stamps", ()), first.get("fingerprint")
+                source = Parts(found, first["shards"], np.concatenate(places, axis=1), storage, *known)
+            numbers = np.concatenate(labels) if labels else None
+            if numbers is not None and numbers.shape != (len(found),):
+                raise ValueError(f"{len(numbers)} labels of {len(found)} images")
+            return cls(source, None, numbers, None if classes is None else tuple(classes))
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise ValueError(f"{path} is not an index of images ({error}): delete it to have it made anew") from error
 
