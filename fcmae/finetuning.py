@@ -161,7 +161,7 @@ def train(
     with closing(Log(cfg, accelerator, schedule, len(train_images) + len(val_images))) as log:
         evaluation = build_evaluation(cfg, accelerator, normalize, val_images, weights, best, log, at_once)
         if cfg.eval_only:
-            evaluation.run(net, None, 0, 0.0, (".",))
+            evaluation.evaluate(net, None, 0, 0.0, (".",))
             logger.info("finished evaluating")
             return True
         message = "%s: %d training images of %d classes, %d held out"
@@ -180,10 +180,10 @@ def train(
             step.update()
             if ema is not None:
                 ema.update(net, step.number)
-            step.log()
+            step.settle()
             if step.evaluates:
                 places = ("last",) if step.number == schedule.total else ()
-                evaluation.run(net, ema, step.number, step.epoch, places)
+                evaluation.evaluate(net, ema, step.number, step.epoch, places)
             progress = progress_of(steps.cfg, net, weights.image, best, accelerator.num_processes)
             step.save(run, net, images_used, progress, None if ema is None else ema.module)
     if steps.finished:
@@ -355,7 +355,9 @@ class Evaluation:
     best: Best
     log: Log
 
-    def run(self, net: Classifier, ema: ModelEmaV3 | None, step: int, epoch: float, places: tuple[str, ...]) -> None:
+    def evaluate(
+        self, net: Classifier, ema: ModelEmaV3 | None, step: int, epoch: float, places: tuple[str, ...]
+    ) -> None:
         """Score `net`, and its moving average if there is one, after a step, on every process at once.
 
         What is exported and compared is the moving average where there is one, the weights themselves otherwise.
@@ -384,7 +386,7 @@ class Evaluation:
                 if len(positions) == 0:
                     raise ValueError(
                         f"none of the {len(self.images)} held-out images can be read: see bad_files.txt in "
-                        f"{self.log.run}"
+                        f"{self.log.folder}"
                     )
                 truth = self.images.labels[positions]
                 found = scores(truth, probabilities)
@@ -400,9 +402,9 @@ class Evaluation:
             self.best.balanced_accuracy, self.best.step = found["balanced_accuracy"], step
             places = (*places, "best")
         for place in places:
-            folder = self.log.run / place
+            folder = self.log.folder / place
             if step:
-                origin = self.weights.origin | {"run": str(self.log.run), "init": self.init, "step": step, **found}
+                origin = self.weights.origin | {"run": str(self.log.folder), "init": self.init, "step": step, **found}
                 save_classifier(folder, net if ema is None else ema.module, replace(self.weights, origin=origin))
             names = self.images.subset(positions).names()
             write_predictions(

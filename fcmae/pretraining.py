@@ -175,10 +175,10 @@ def train(
                         masked_loss(model, images, batch.given_masks, visible, target=net.target, known=batch.known)
                     )
             step.update()
-            step.log()
+            step.settle()
             if step.evaluates:
                 with waiting_for_all(accelerator):  # the first one looks at features and draws pictures
-                    evaluation.run(net, step)
+                    evaluation.evaluate(net, step)
             at_once = images_at_once(steps.cfg, accelerator.num_processes)
             step.save(run, net, fingerprint, {"images_at_once": at_once})
     return steps.finished
@@ -347,7 +347,7 @@ class Evaluation:
     log: Log
 
     @torch.no_grad()
-    def run(self, net: FCMAE, step: Step) -> None:
+    def evaluate(self, net: FCMAE, step: Step) -> None:
         """Evaluate `net` after a step, on every process at once.
 
         Raises:
@@ -363,8 +363,8 @@ class Evaluation:
                 self.log.metrics.write(step.number, step.epoch, **values)
             self.picture(net, step)
             lines = read_metrics(self.log.metrics.path)
-            for name in draw_over_time(self.log.run, lines):
-                self.log.show(f"over_time/{name}", self.log.run / f"{name}.png", step.number)
+            for name in draw_over_time(self.log.folder, lines):
+                self.log.show(f"over_time/{name}", self.log.folder / f"{name}.png", step.number)
             self.watch.look(lines)
         net.train()
 
@@ -413,7 +413,7 @@ class Evaluation:
 
     def picture(self, net: FCMAE, step: Step) -> None:
         """Draw the curves of the loss, and where pixels are predicted reconstructions, and the same over time."""
-        save_curves(self.log.run / "loss.png", self.log.metrics.curves("loss", "val_loss"), "loss")
+        save_curves(self.log.folder / "loss.png", self.log.metrics.curves("loss", "val_loss"), "loss")
         if net.target not in (pixels, normalized_pixels):
             return
         shown = [self.pictured[(EVAL_EPOCH, i)] for i in range(min(PICTURED, len(self.pictured)))]
@@ -423,7 +423,7 @@ class Evaluation:
         panels = reconstruction_panels(
             pred, images, site_mask, self.normalize, normalize_target=net.target is normalized_pixels
         )
-        name, folder = describe(net.encoder.spec), self.log.run / "reconstructions"
+        name, folder = describe(net.encoder.spec), self.log.folder / "reconstructions"
         now, over_time = folder / f"step-{step.number:08d}.png", folder / "over-time.png"
         save_reconstructions(now, panels, f"{name}, epoch {step.epoch:.4g}, {self.title}")
         save_tiles(folder / "tiles" / now.name, panels)

@@ -194,7 +194,7 @@ def train(
     with closing(Log(cfg, accelerator, schedule, len(data.images) + len(data.val_images))) as log:
         evaluation = Evaluation(cfg, accelerator, normalize, data, weights, log, best, at_once)
         if cfg.eval_only:
-            evaluation.run(net, None, 0, 0.0, (".",))
+            evaluation.evaluate(net, None, 0, 0.0, (".",))
             logger.info("finished evaluating")
             return True
         message = "%s under %s: %d training images of %d classes (%s), %d held out"
@@ -213,10 +213,10 @@ def train(
             step.update()
             if ema is not None:
                 ema.update(net, step.number)
-            step.log()
+            step.settle()
             if step.evaluates:
                 places = ("last",) if step.number == schedule.total else ()
-                evaluation.run(net, ema, step.number, step.epoch, places)
+                evaluation.evaluate(net, ema, step.number, step.epoch, places)
             progress = progress_of(steps.cfg, net, weights.image, best, accelerator.num_processes)
             step.save(run, net, images_used, progress, None if ema is None else ema.module)
     if steps.finished:
@@ -396,7 +396,9 @@ class Evaluation:
     best: Best = field(default_factory=Best)
     at_once: int = 1
 
-    def run(self, net: Segmenter, ema: ModelEmaV3 | None, step: int, epoch: float, places: tuple[str, ...]) -> None:
+    def evaluate(
+        self, net: Segmenter, ema: ModelEmaV3 | None, step: int, epoch: float, places: tuple[str, ...]
+    ) -> None:
         """Score `net`, and its moving average if there is one, after a step, on every process at once.
 
         What is exported, drawn and compared is the moving average where there is one, the weights themselves otherwise.
@@ -436,9 +438,9 @@ class Evaluation:
             self.best.miou, self.best.step = found["miou"], step
             places = (*places, "best")
         for place in places:
-            folder = self.log.run / place
+            folder = self.log.folder / place
             if step:
-                what = {"run": str(self.log.run), "init": self.cfg.model.init, "step": step, **found}
+                what = {"run": str(self.log.folder), "init": self.cfg.model.init, "step": step, **found}
                 weights = replace(self.weights, origin=self.weights.origin | what)
                 save_segmenter(folder, chosen, weights, self.cfg.model.head, self.data.classes)
             write_confusion(folder / "confusion.csv", scores.confusion, names)
@@ -469,7 +471,7 @@ class Evaluation:
         if not sum(num for _, _, num in parts):
             raise ValueError(
                 f"none of the {len(self.data.val_images)} held-out images can be read: see bad_files.txt in "
-                f"{self.log.run}"
+                f"{self.log.folder}"
             )
         total = Scores(len(classes))
         for part, _, _ in parts:
@@ -524,7 +526,7 @@ class Evaluation:
                     truth = self.data.classes.numbers(labels.read(box), self.data.val_maps.name(i), pixels.is_seen)
                     predicted = predict(padded(image, size, fill)[None], math.inf)[0, :, :h, :w].argmax(0)
                     panels.append((image, truth, predicted))
-        place = self.log.run / "overlays" / f"step-{step:08}.png"
+        place = self.log.folder / "overlays" / f"step-{step:08}.png"
         save_overlays(place, panels, self.data.classes.names, f"step {step:,}")
         self.log.show("overlays", place, step)
 

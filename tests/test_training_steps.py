@@ -80,7 +80,7 @@ def take(step: Step, net: nn.Module, parts: tuple[Tensor, ...]) -> None:
         step.backward(net(part).square().mean())
     assert len(set(seen)) == 8
     step.update()
-    step.log()
+    step.settle()
 
 
 def plain_step(net: nn.Module, batch: Tensor, clip_grad: float | None = None) -> tuple[float, float]:

@@ -46,14 +46,14 @@ class Log:
 
     def __init__(self, cfg: RunConfig, accelerator: Accelerator, schedule: Schedule, num_files: int) -> None:
         assert cfg.out is not None
-        self.run = cfg.out
+        self.folder = cfg.out
         # What an evaluation alone said before was of other images perhaps, or of other weights.
         start = -1 if getattr(cfg, "eval_only", False) else schedule.start
-        self.metrics = Metrics(self.run / "metrics.jsonl", accelerator, start)
+        self.metrics = Metrics(self.folder / "metrics.jsonl", accelerator, start)
         self.window = Window(cfg.batch_size, accelerator.device.type)
         self.unread_files: list[tuple[str, str]] = []
         self._accelerator, self._batch_size, self._schedule = accelerator, cfg.batch_size, schedule
-        self._bad_files = BadFiles(self.run / "bad_files.txt", num_files, cfg.data.max_bad_share)
+        self._bad_files = BadFiles(self.folder / "bad_files.txt", num_files, cfg.data.max_bad_share)
         self._recent: deque[dict[str, float]] = deque(maxlen=2 * health.STARVED_WINDOWS)
         self._upkeep_s = 0.0  # since this start
         self._told = self._told_late = not accelerator.is_main_process

@@ -5,7 +5,7 @@ for step in steps:
         with step.part():
             step.backward(loss of the batch)
     step.update()
-    step.log()
+    step.settle()
     ...
 """
 
@@ -316,8 +316,8 @@ class Step:
         number: steps that are done when this one is.
         epoch: likewise, in epochs.
         evaluates: whether an evaluation is due after it.
-        saves: whether a checkpoint is due after it, as `log` has found out.
-        is_last: whether a process was told to stop, as `log` has found out.
+        saves: whether a checkpoint is due after it, as `settle` decides.
+        is_last: whether a process was told to stop, as `settle` decides.
 
     Args:
         steps: of which it is one.
@@ -415,8 +415,10 @@ class Step:
         per_epoch, milestone_epochs = steps.schedule.per_epoch, cfg.checkpoint.milestone_epochs
         checkpoint.prune(run.path, cfg.checkpoint.keep, per_epoch, milestone_epochs, run.last_good())
 
-    def log(self) -> None:
-        """Read the numbers of the step before while the device computes this one; where something is due, of this one.
+    def settle(self) -> None:
+        """Decide whether this step is the last one and is saved, and write the line that is due.
+
+        While the device computes it, the numbers of the step before are read; where something is due, its own.
 
         Raises:
             FloatingPointError: see `Steps`.
