@@ -217,7 +217,7 @@ def _keeps_head(cfg: FinetuneConfig) -> bool:
 
 
 def reading_settings(cfg: FinetuneConfig, weights: Weights) -> dict[str, Any]:
-    """What `image_settings` gives, and the crop; that of the weights is taken only to evaluate them as they are.
+    """What `image_settings` gives, and crop_pct: the settings', or with eval_only the weights' unless it was given.
 
     Raises:
         ValueError: see there.
@@ -229,7 +229,7 @@ def reading_settings(cfg: FinetuneConfig, weights: Weights) -> dict[str, Any]:
 
 
 def fingerprint(train_images: Images, val_images: Images) -> str:
-    """Of the training and the held-out images: the best model is chosen by the latter."""
+    """Of the training and of the held-out images, as these choose the best model."""
     return f"{train_images.fingerprint()}-{val_images.fingerprint()}"
 
 

@@ -215,7 +215,7 @@ class Exits(nn.Module):
         num_classes: outputs.
         dim: channels of the exits' levels.
         tau: a patch leaves when it is surer than this, 0 to 1; at 1 none does.
-        quantile: a patch is as sure as the site below which this share of its sites is; 0 is the least sure one.
+        quantile: of the sites' confidences, which is the patch's; 0 is that of its least sure site.
     """
 
     def __init__(

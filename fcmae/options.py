@@ -134,7 +134,7 @@ def _made(
     wrong: Iterable[str] = (),
     problems: Sequence[str] = (),
 ) -> Config:
-    """Those given put before the file's, hours before its epochs; the rest chosen; all checked."""
+    """What is given goes before the file's, and hours before its epochs; the rest is chosen, and all is checked."""
     if given.get("hours") is not None and "epochs" not in given:
         settings.pop("epochs", None)
     _put(settings, given)
@@ -220,7 +220,7 @@ def flat(config: Settings) -> dict[str, Any]:
 
 
 def changed(config: Settings) -> dict[str, Any]:
-    """Those of `flat` without which the settings would be others."""
+    """The settings that have to be given to get these again: without any one of them others would come out."""
     found = {}
     for key, value in flat(config).items():
         rest = config.model_dump(mode="json")

@@ -37,7 +37,7 @@ Best = TypeVar("Best")
 
 
 def starting_weights(cfg: DenseConfig) -> Weights:
-    """What `model.init` names; without tensors from scratch.
+    """The weights that `model.init` names, checked against the settings; without it, none.
 
     Raises:
         ValueError: if it does not fit the settings.

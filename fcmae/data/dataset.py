@@ -55,7 +55,7 @@ class Reading:
     fill: tuple[float, ...] | None = None
 
     def told(self, max_pixels: int, nodata: float | None) -> Reading:
-        """The same with what a command was told of its images; without a nodata, that of the network stays."""
+        """A copy with another `max_pixels` and, unless it is None, another `nodata`."""
         return replace(self, max_pixels=max_pixels, nodata=self.nodata if nodata is None else nodata)
 
     @property

@@ -84,9 +84,9 @@ class Layout(Protocol):
         ...
 
     def image_rows(self, f: Tensor) -> Tensor | None:
-        """All sites of each image, (B, n, C) with hidden ones zero.
+        """f as (B, n, C), the sites of each image with hidden ones zero.
 
-        Where f can be seen so at no cost and GRN takes one image; else None.
+        None where that would be a copy, or where GRN pools over the batch.
         """
         ...
 

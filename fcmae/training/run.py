@@ -165,11 +165,11 @@ class RunDirectory:
         return self.saved is not None and attrgetter(*keys)(self.saved) == attrgetter(*keys)(self.cfg)
 
     def licensed(self, cfg: AnyConfig, found: str | None) -> AnyConfig:
-        """The run's settings with the licence of the weights that it started from, as config.yaml will have them.
+        """The settings with `model.license`: the given one, else that of the run when it began, else the weights'.
 
         Args:
-            cfg: its settings, which go before what the weights say.
-            found: what these say, where they were read.
+            cfg: of the run, as far as they are known.
+            found: the licence that the weights name, where they were read.
         """
         kept = None if self.saved is None else self.saved.model.license
         model = cfg.model.model_copy(update={"license": cfg.model.license or kept or found})

@@ -98,7 +98,7 @@ def in_parts_of(cfg: Fitting, num_processes: int, most: float, slack: float = 1)
         cfg: of the run.
         num_processes: of it.
         most: images of a process.
-        slack: times so many stay where the next fewer that divide its batch are less than `most` by this factor.
+        slack: up to slack * most stay as they are, rather than to fall below most / slack.
     """
     while images_at_once(cfg, num_processes) > most and (smaller := in_smaller_parts(cfg, num_processes)) is not None:
         if images_at_once(cfg, num_processes) <= most * slack and images_at_once(smaller, num_processes) < most / slack:
