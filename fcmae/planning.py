@@ -106,14 +106,14 @@ def finetuning(sketch: FinetuneConfig, given: Mapping[str, Any]) -> dict[str, An
     if found is not None:
         return found
     storage = Storage.of_run(out, sketch.data.index, sketch.data.cache_gb)
-    held, image, names = _held(sketch)
+    held, image, names, is_ours = _held(sketch)
     images = find_labelled(
         sketch.data.path, names if sketch.model.keep_head else None, key="data.path", storage=storage
     )
     began = time.monotonic()
     device = _device(sketch)
     plan = choices.Choices(given)
-    facts = _image_settings(plan, images, sketch.data, image)
+    facts = _image_settings(plan, images, sketch.data, image, is_ours)
     choices.finetuning_settings(plan, facts, device, held, image.get("input_size", [])[1:])
     hours = _machine(plan, device)
     cfg = options.make(FinetuneConfig, {"epochs": 1} | plan.settings | {"out": out, "log.trackers": "none"})
@@ -148,13 +148,13 @@ def segmentation(sketch: SegmentConfig, given: Mapping[str, Any]) -> dict[str, A
     began = time.monotonic()
     device = _device(sketch)
     plan = choices.Choices(given)
-    held, image, _ = _held(sketch)
+    held, image, _, is_ours = _held(sketch)
     num_held_out = round(len(images) * sketch.data.val_share)
     if sketch.data.val_path is not None:
         num_held_out = len(find(sketch.data.val_path, sketch.data.val_maps, key="data.val_path")[0])
     else:
         images = images.subset(range(len(images) - num_held_out))
-    facts = _image_settings(plan, images, sketch.data, image)
+    facts = _image_settings(plan, images, sketch.data, image, is_ours)
     choices.segmentation_settings(plan, facts, device, held)
     hours = _machine(plan, device)
     cfg = options.make(SegmentConfig, {"epochs": 1} | plan.settings | {"out": out, "log.trackers": "none"})
@@ -290,14 +290,14 @@ def _facts(images: Images, in_chans: int | None, data: ImageConfig) -> choices.I
 
 
 def _image_settings(
-    plan: choices.Choices, images: Images, data: ImageConfig, image: Mapping[str, Any]
+    plan: choices.Choices, images: Images, data: ImageConfig, image: Mapping[str, Any], is_ours: bool
 ) -> choices.Images:
     """The facts, and channels, mean and std chosen: those of the weights, where their images were like these.
 
-    image: how those of the weights were read.
+    image, is_ours: see `choices.are_read_as`.
     """
     facts = _facts(images, plan.settings.get("data.in_chans"), data)
-    if choices.are_read_as(image, facts.in_chans, facts.is_deep):
+    if choices.are_read_as(image, is_ours, facts.in_chans, facts.is_deep):
         in_chans = facts.in_chans
         if "input_size" in image:
             in_chans = plan.take("data.in_chans", image["input_size"][0], "that of model.init")
@@ -311,14 +311,14 @@ def _image_settings(
 
 def _held(
     sketch: PretrainConfig | DenseConfig,
-) -> tuple[NetworkSpec | None, dict[str, Any], tuple[str, ...] | None]:
-    """The network of the starting weights, how their images were read, and their classes, as far as there are any."""
+) -> tuple[NetworkSpec | None, dict[str, Any], tuple[str, ...] | None, bool]:
+    """The network of the starting weights, how their images were read, their classes, and whether a run made them."""
     if sketch.model.init is None:
-        return None, {}, None
+        return None, {}, None, False
     from fcmae.weights.files import read_init
 
     weights = read_init(str(sketch.model.init), sketch.model.key, sketch.model.prefix)
-    return weights.architecture.spec, weights.image, weights.class_names or None
+    return weights.architecture.spec, weights.image, weights.class_names or None, "run" in weights.origin
 
 
 def _device(sketch: RunConfig) -> str:

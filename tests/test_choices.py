@@ -75,12 +75,16 @@ def test_how_the_machine_computes_is_chosen_with_its_reason(
     device: str, hours: float | None, found: bool | str
 ) -> None:
     plan = Choices({} if hours is None else {"hours": hours})
-    assert choices.machine_settings(plan, device, 5, "bf16") == hours or hours is None
+    assert choices.machine_settings(plan, device, 5, "bf16") == (hours or 8)
     chosen = {choice.key: choice.value for choice in plan.made if choice.why}
     assert (chosen["data.num_workers"], chosen["precision"], chosen["model.compile"]) == (5, "bf16", found)
     given = Choices({"data.num_workers": 0, "precision": "fp32", "model.compile": True})
     choices.machine_settings(given, device, 5, "bf16")
     assert [choice.key for choice in given.made] == ["hours"]
+
+
+def test_a_run_that_is_not_told_takes_two_hours_on_a_cpu() -> None:
+    assert choices.machine_settings(Choices({}), "cpu", 5, "fp32") == 2
 
 
 def test_the_hours_are_filled_and_no_more() -> None:

@@ -120,21 +120,24 @@ def test_pairs_in_tar_files_and_by_url_are_those_of_folders(tmp_path: Path, wher
         assert [[part.open(i).read() for i in range(len(part))] for part in images] == expected
 
 
-def test_damage_and_doubled_members_cost_a_pair_and_no_others(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damaged", ["images", "maps"])
+def test_damage_and_doubled_members_cost_a_pair_and_no_others(tmp_path: Path, damaged: str) -> None:
     for folder in write_pairs(tmp_path):
         with tarfile.open(tmp_path / f"{folder.name}.tar", "w") as tar:
             tar.add(folder, ".")
             twice = next(folder.rglob("0.*"))
             tar.add(twice, twice.relative_to(folder))
-    with tarfile.open(tmp_path / "images.tar") as tar:
-        header = tar.getmember("./a/3.png").offset_data - 512
-    broken = bytearray((tmp_path / "images.tar").read_bytes())
+    with tarfile.open(tmp_path / f"{damaged}.tar") as tar:
+        header = tar.getmember(f"./a/3.{'png' if damaged == 'images' else 'tif'}").offset_data - 512
+    broken = bytearray((tmp_path / f"{damaged}.tar").read_bytes())
     broken[header + 148] ^= 1  # its sum
-    (tmp_path / "images.tar").write_bytes(broken)
+    (tmp_path / f"{damaged}.tar").write_bytes(broken)
     images, maps = find_mapped(f"{tmp_path}/images.tar", f"{tmp_path}/maps.tar")
     assert [Path(name).stem for name in images.names()] == ["0", "1", "2", "4"]
     assert [Path(name).stem for name in maps.names()] == ["0", "1", "2", "4"]
-    assert "2 places in 1 shards are damaged, doubled or links" in images.notes[0]
+    notes = " ".join(images.notes)
+    assert "damaged, doubled or links" in notes
+    assert ("1 images, such as 'a/3', have no map in what is whole of" in notes) == (damaged == "maps")
 
 
 @pytest.mark.parametrize(

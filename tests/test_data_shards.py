@@ -186,6 +186,21 @@ def test_what_is_said_of_all_members_is_no_damage(tmp_path: Path) -> None:
     assert contents(images) == {f"{i:03}.png": image(i) for i in range(2)} and not images.notes
 
 
+@pytest.mark.parametrize("number", [0, 1])
+def test_damage_behind_a_pax_header_costs_one_member(tmp_path: Path, number: int) -> None:
+    members = [("ü" * 40 + f"{i}.png", image(i)) for i in range(3)]
+    path = pack(tmp_path / "x.tar", *members, form=tarfile.PAX_FORMAT)
+    with tarfile.open(path) as archive:
+        header = archive.getmembers()[number].offset_data - BLOCK
+    content = bytearray(path.read_bytes())
+    content[header + 148] ^= 1  # its sum
+    path.write_bytes(content)
+    found = contents(find_images([str(path)]))
+    assert {name: found[name] for name in found if not name.startswith("@")} == {
+        name: value for i, (name, value) in enumerate(members) if i != number
+    }
+
+
 def test_a_member_of_a_negative_size_ends_the_scan(tmp_path: Path) -> None:
     path = pack(tmp_path / "x.tar", ("a.png", image(0)), ("b.png", b""), ("c.cls", b""))
     content = bytearray(path.read_bytes())

@@ -132,7 +132,11 @@ def test_images_that_chose_the_best_weights_are_warned_of(
     train, held_out = find_data(str(labelled), None, 0.2, seed=0)
     train.save(tmp_path / "run" / "files.json")
     held_out.save(tmp_path / "run" / "val_files.json")
-    (tmp_path / "run" / "config.yaml").write_text("# a run\n")
+    line = json.dumps({"step": 1, "epoch": 1.0, "balanced_accuracy": 0.5})
+    (tmp_path / "run" / "metrics.jsonl").write_text(f"{line}\n")
+    check_untaught(str(tmp_path / folder), held_out)  # the only evaluation chooses nothing
+    assert not caplog.text
+    (tmp_path / "run" / "metrics.jsonl").write_text(f"{line}\n{line}\n")
     check_untaught(str(tmp_path / folder), held_out)
     warned = (
         f"6 of the 6 test images chose best/ of {tmp_path / folder}, so that its scores are too high" in caplog.text

@@ -259,7 +259,9 @@ def test_a_histogram_counts_the_range_that_deep_images_have() -> None:
     assert (scanner(values) * 9).tolist() == [[3, 2, 2, 2]]
     twelve_bits = torch.arange(4096).view(1, 1, 64, 64) / 65535
     assert Control("histogram:8", [1 / 32], [1 / 64])(twelve_bits).count_nonzero() == 8
-    usual = Control("histogram:2", [0.5], [0.23])
+    for std in (0.23, 0.5):
+        usual = Control("histogram:2", [0.5], [std])
+        assert (usual.low, usual.high) == (0, 1)
     assert usual(torch.tensor([0.0, 0.1, 0.49, 0.51]).view(1, 1, 1, 4)).tolist() == [[0.75, 0.25]]
 
 

@@ -107,6 +107,8 @@ def test_labels_that_need_no_network_are_told_of() -> None:
 def test_a_network_is_held_against_what_needs_none_on_the_seeds_that_both_have() -> None:
     begun = {("scratch", "10%"): [0.30], ("mine", "10%"): [0.35], ("histogram:8", "10%"): [0.30, 0.60, 0.60]}
     assert not any("hardly need one" in sentence for sentence in paired.verdict(comparison(begun)).sentences)
+    begun = {("scratch", "10%"): [0.5, 0.65, 0.62], ("mine", "10%"): [0.6], ("histogram:8", "10%"): [0.6, 0.55, 0.55]}
+    assert not any("hardly need one" in sentence for sentence in paired.verdict(comparison(begun)).sentences)
 
 
 def test_one_gain_among_many_comparisons_may_be_chance() -> None:

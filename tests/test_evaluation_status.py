@@ -40,6 +40,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["step 60/60, epoch 6", "finished 60 steps", "next: fcmae convert"], "finished"),
         (["step 9/60", "stopped by SIGTERM after step 9; the same command resumes"], "stopped"),
         (["step 9/60", "failed: FloatingPointError: step 10: the loss is nan"], "failed"),
+        (["step 9/60", "ValueError: as it was written before"], "failed"),
         (["finished 60 steps", "resuming after step 60", "step 9/60, epoch 1"], "cut off"),
         ([], "not begun"),
     ],

@@ -455,8 +455,11 @@ def test_settings_reach_what_they_are_for(labelled: Path, tmp_path: Path) -> Non
         "out": tmp_path / "out",
         "data": {"path": str(labelled), "crop_scale": [1, 1], "hflip": 0.0, "vflip": 1.0, "auto_augment": None}
         | {"image_size": 16, "random_erasing": 0.0},
-        "model": {"variant": {"depths": [3, 3], "dims": [4, 6]}, "stem_stride": 4},
-        "optim": {"betas": [0.8, 0.7], "min_lr": 0.125, "layer_decay": 0.5, "layer_decay_mode": "group"},
+        "model": {"variant": {"depths": [3, 3], "dims": [4, 6]}, "stem_stride": 4}
+        | {"drop_path_rate": 0.25, "grad_checkpointing": True},
+        "optim": {"betas": [0.8, 0.7], "min_lr": 0.125, "layer_decay": 0.5, "layer_decay_mode": "group"}
+        | {"weight_decay": 0.375},
+        "regularization": {"mixup": 0.3, "cutmix": 0.6, "label_smoothing": 0.2},
     }
     cfg = FinetuneConfig.model_validate(given)
     images = find_labelled(str(labelled), key="data.path")
@@ -466,8 +469,13 @@ def test_settings_reach_what_they_are_for(labelled: Path, tmp_path: Path) -> Non
     flipped, kept = (finetuning.build_train_set(each, images, weights)[(0, 0)].image for each in (cfg, plain))
     np.testing.assert_array_equal(flipped, kept[:, ::-1])
     assert schedule_of(cfg, 1, 0).min_lr == 0.125
-    net = Classifier(Encoder(cfg.model.spec), 2)
+    net = finetuning.build_model(cfg, weights, 2)
+    rates = [module.drop_path_rate for module in net.encoder.modules() if hasattr(module, "drop_path_rate")]
+    assert net.encoder.grad_checkpointing and max(rates) == 0.25
+    mixup = finetuning.build_mixup(cfg, 2)
+    assert mixup is not None and (mixup.mixup_alpha, mixup.cutmix_alpha, mixup.label_smoothing) == (0.3, 0.6, 0.2)
     optimizer = build_optimizer(cfg, net)
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.375}
     assert optimizer.defaults["betas"] == (0.8, 0.7)
     single, group = (num_layers(cfg.model.spec, mode) for mode in ("single", "group"))
     assert min(each["lr_scale"] for each in optimizer.param_groups) == 0.5**group != 0.5**single

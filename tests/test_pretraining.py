@@ -49,11 +49,12 @@ from safetensors.torch import load_file, save_file
 import fcmae
 from fcmae import cli, pretraining
 from fcmae.config import PretrainConfig
+from fcmae.data.augment import CropAndFlip
 from fcmae.data.index import find_images
 from fcmae.data.normalize import Normalize
 from fcmae.data.sampler import epoch_order
 from fcmae.data.split import split
-from fcmae.masked import masked_loss
+from fcmae.masked import masked_loss, pixels
 from fcmae.options import read
 from fcmae.training import checkpoint, health
 from fcmae.training.records import read_metrics
@@ -303,6 +304,22 @@ def test_missing_values_are_in_the_loss_of_no_step_and_no_evaluation(
     assert any(seen) and not all(seen)
 
 
+def test_held_out_images_count_by_what_is_known_of_them_however_they_are_divided(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for number in range(8):
+        image = np.random.default_rng(number).normal(number % 2, 1, (24, 24, 1)).astype(np.float32)
+        image[:, : 20 * (number % 2)] = np.nan  # of every second one hardly anything is known
+        np.save(tmp_path / f"images/{number}.npy", image)
+    one = {"data__in_chans": 1, "data__mean": "0.5", "data__std": "1", "data__val_share": 0.5, "optim__base_lr": 1e-9}
+    found = []
+    for parts in (1, 4):
+        out = tmp_path / str(parts)
+        assert run(tmp_path / "images", out, **one, grad_accum=parts, epochs=1, optim__warmup_epochs=0) == 0
+        last = (out / "metrics.jsonl").read_text().splitlines()[-1]
+        found.append(json.loads(last)["val_loss"])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
 def test_evaluations_may_come_before_the_first_line_of_the_log(images: Path, tmp_path: Path) -> None:
     options = {"log__eval_epochs": 0.34, "log__every_steps": 99, "data__val_share": 0, "checkpoint__every_epochs": 9}
     assert run(images, tmp_path / "out", epochs=1, **options) == 0
@@ -319,6 +336,29 @@ def test_reduced_precision_trains(images: Path, tmp_path: Path) -> None:
     assert run(images, tmp_path / "out", precision="bf16", epochs=1) == 0
     assert "in bf16" in (tmp_path / "out" / "train.log").read_text()
     assert {value.dtype for value in final_state(tmp_path / "out").values()} == {torch.float32}
+    assert run(images, tmp_path / "full", precision="fp32", epochs=1) == 0
+    rounded, full = ([loss for _, loss in runs.losses(tmp_path / name)] for name in ("out", "full"))
+    assert rounded == pytest.approx(full, rel=0.02)
+    assert all(value != other for value, other in zip(rounded, full, strict=True))
+
+
+def test_settings_reach_what_they_are_for(images: Path, tmp_path: Path) -> None:
+    """Those that no other test has at another value than the default."""
+    given = {"data__hflip": 0.25, "data__crop_scale": "0.3,0.6", "model__mask_ratio": 0.25, "model__target": "pixels"}
+    given |= {"model__normalize_target": "false", "model__drop_path_rate": 0.5, "model__decoder_depth": 2}
+    given |= {"model__grad_checkpointing": "true", "optim__weight_decay": 0.125, "optim__betas": "0.7,0.8"}
+    cfg = config(images, tmp_path, **given)
+    data = pretraining.build_dataset(cfg, find_images([str(images)]), augment=True)
+    crop = data._view
+    assert isinstance(crop, CropAndFlip) and (crop.hflip, crop.crop_scale) == (0.25, (0.3, 0.6))
+    assert data.visible == 3  # of 4 patches
+    net = pretraining.build_model(cfg)
+    assert net.target is pixels and len(net.decoder.blocks) == 2 and net.encoder.grad_checkpointing
+    rates = [module.drop_path_rate for module in net.encoder.modules() if hasattr(module, "drop_path_rate")]
+    assert max(rates) == 0.5
+    optimizer = pretraining.build_optimizer(cfg, net)
+    assert optimizer.defaults["betas"] == (0.7, 0.8)
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.125}
 
 
 # The same training, however it is computed

@@ -241,7 +241,7 @@ def test_what_is_not_run_can_be_read(page: Path) -> None:
 def test_the_installing_commands_name_what_exists() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for page in (README, *PAGES):
-        for target in re.findall(r"^make (\w+)|`make (\w+)`", page.read_text(), re.M):
+        for target in re.findall(r"^make ([\w-]+)|`make ([\w-]+)`", page.read_text(), re.M):
             assert re.search(rf"^{''.join(target)}:", makefile, re.M), f"{page.name} says make {target}"
     project = (ROOT / "pyproject.toml").read_text()
     extras = re.search(r"^\[project.optional-dependencies\]$(.*?)^\[", project, re.M | re.S)

@@ -24,7 +24,7 @@ import torch
 from accelerate import Accelerator
 from conftest import randomize, requires_time
 from PIL import Image
-from runs import assert_same, at_step, final_state, flags, kill_self, write_images
+from runs import assert_same, assert_same_metrics, at_step, final_state, flags, kill_self, write_images
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -157,12 +157,16 @@ def test_settings_reach_what_they_are_for(
     assert predict(segmented, tiles / "images", tmp_path / "maps", "--overlap", "0.75") == 0
     assert overlaps == {0.25, 0.75}
     given = words(tiles, tmp_path, data__color_jitter=0.5, data__vflip=1.0, data__hflip=0.25)[1:]
+    given += ["--model.drop_path_rate", "0.25", "--model.grad_checkpointing", "true"]
     cfg = load(SegmentConfig, given, prog="test")
     data = segmenting.find_data(cfg)
     weights = segmenting.starting_weights(cfg)
     weights.image.update({"input_size": [3, 16, 16], "mean": [0.5] * 3})
     crop = segmenting.build_train_set(cfg, data, weights)._crop
     assert (crop.color_jitter, crop.vflip, crop.hflip, crop.scale) == (0.5, 1.0, 0.25, (0.8, 1.25))
+    net = segmenting.build_model(cfg, segmenting.starting_weights(cfg), 3)
+    rates = [module.drop_path_rate for module in net.encoder.modules() if hasattr(module, "drop_path_rate")]
+    assert net.encoder.grad_checkpointing and max(rates) == 0.25
 
 
 def test_pixels_that_are_missing_are_not_scored(segmented: Path, tiles: Path, tmp_path: Path) -> None:
@@ -284,6 +288,7 @@ def test_parts_of_a_batch_give_the_same_steps(tiles: Path, tmp_path: Path) -> No
         if name.startswith("model:"):
             # Sums are rounded in another order, and AdamW divides small gradients by their size.
             torch.testing.assert_close(two[name], value, atol=3e-4, rtol=1e-3)
+    assert_same_metrics(tmp_path / "1", tmp_path / "2", rel=1e-3, abs=1e-5)  # losses and gradients
 
 
 @pytest.mark.parametrize("head", ["pyramid", "anytime"])

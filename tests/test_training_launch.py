@@ -56,7 +56,7 @@ def test_trackers_are_closed_where_a_run_ends_by_an_error(tmp_path: Path) -> Non
 def test_a_tracker_that_would_be_left_out_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str
 ) -> None:
-    monkeypatch.setattr("accelerate.tracking.is_wandb_available", lambda: False)
+    monkeypatch.setattr("fcmae.training.launch.get_available_trackers", lambda: ["tensorboard"])
     cfg = config(Path("photos"), tmp_path)
     with pytest.raises(ValueError, match=message):
         make_accelerator(cfg.model_copy(update={"log": cfg.log.model_copy(update={"trackers": ["tensorboard", name]})}))

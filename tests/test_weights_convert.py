@@ -23,6 +23,7 @@ from fcmae.networks.build import make_encoder
 from fcmae.networks.convnext import Encoder
 from fcmae.networks.spec import VARIANTS, ConvNeXtSpec, RoadmapSpec
 from fcmae.training import checkpoint
+from fcmae.weights import files
 from fcmae.weights.convert import (
     adapt_in_chans,
     build_classifier,
@@ -488,6 +489,20 @@ def test_what_reads_back_otherwise_is_removed(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(checkpoint, "write_tensors", zeroed)
     with pytest.raises(ValueError, match=r"has changed since it was written"):
+        convert(place, tmp_path / "out.safetensors", "fcmae")
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_every_tensor_that_was_written_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place, _ = write_checkpoint(tmp_path / "run")
+    layout = files.to_state
+
+    def zeroed(state: dict[str, torch.Tensor], *rest: Any) -> dict[str, torch.Tensor]:
+        found = layout(state, *rest)
+        return found | {"decoder.pred.weight": torch.zeros_like(found["decoder.pred.weight"])}
+
+    monkeypatch.setattr(files, "to_state", zeroed)
+    with pytest.raises(ValueError, match=r"what was written is not what is read back: decoder\.pred\.weight"):
         convert(place, tmp_path / "out.safetensors", "fcmae")
     assert not (tmp_path / "out.safetensors").exists()
 

@@ -18,6 +18,7 @@ from fcmae.weights.convert import build_encoder
 from fcmae.weights.files import read_weights
 from fcmae.weights.formats import (
     FORMATS,
+    MMPRETRAIN,
     OLD,
     Architecture,
     detect,
@@ -30,7 +31,7 @@ from fcmae.weights.formats import (
 )
 
 ATTO = VARIANTS["convnextv2_atto"]
-READABLE = (*FORMATS, OLD)
+READABLE = (*FORMATS, OLD, MMPRETRAIN)
 # Of odd sizes, so that no two of their shapes are alike.
 ODD = ConvNeXtSpec(depths=(1, 2, 3, 1), dims=(6, 10, 14, 18))
 ODD_V1 = ODD.model_copy(update={"use_grn": False})
@@ -92,6 +93,26 @@ def test_names_of_the_released_dense_model() -> None:
     assert fair["downsample_layers.0.0.weight"] == (40, 3, 4, 4)
     assert fair["stages.2.5.grn.gamma"] == (1, 1, 1, 640)
     assert not any(name.startswith(("norm", "head", "encoder", "decoder")) for name in fair)
+
+
+def test_names_and_shapes_of_mmpretrain() -> None:
+    """Those of the modules in its ConvNeXt and GRN, mmpretrain/models/backbones/convnext.py and utils/norm.py."""
+    state = {name: value for name, value in weights(ATTO).items() if holds(name, MMPRETRAIN)}
+    theirs = to_state(state, ATTO, MMPRETRAIN)
+    theirs = {name: value.flatten() if ".grn." in name else value for name, value in theirs.items()}
+    expected = {
+        "downsample_layers.0.0.weight": (40, 3, 4, 4),
+        "downsample_layers.1.1.weight": (80, 40, 2, 2),
+        "stages.2.5.depthwise_conv.weight": (160, 1, 7, 7),
+        "stages.2.5.norm.weight": (160,),
+        "stages.2.5.pointwise_conv1.weight": (640, 160),
+        "stages.2.5.pointwise_conv2.bias": (160,),
+        "stages.2.5.grn.gamma": (640,),
+    }
+    assert {name: tuple(theirs[name].shape) for name in expected} == expected
+    _, source, ours, _ = from_state(theirs | {"norm3.weight": torch.ones(320) * 2, "norm3.bias": torch.zeros(320)})
+    assert source == MMPRETRAIN and (ours["norm.weight"] == 2).all()
+    assert all(torch.equal(ours[name], value) for name, value in state.items())
 
 
 @pytest.mark.parametrize("num_classes", [0, 3])

@@ -444,6 +444,8 @@ def test_test_images_that_chose_the_best_weights_are_told_of(folder: Path, capsy
     train, held_out = evaluate.find_data("labelled", None, 0.2, 0)
     train.save(folder / "seen" / "files.json")
     held_out.save(folder / "seen" / "val_files.json")
+    lines = [json.dumps({"step": step, "epoch": 1.0 * step, "balanced_accuracy": 0.5}) for step in (1, 2)]
+    (folder / "seen" / "metrics.jsonl").write_text("\n".join(lines))
     words = ["worth", "labelled", "--init", "seen", "--finetuning", "tune.yaml", *TINY, "--seeds", "1"]
     assert run(*words) == 0
     said = capsys.readouterr().out

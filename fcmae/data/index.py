@@ -241,19 +241,6 @@ def images_of_run(path: Path) -> Images | None:
     return None
 
 
-def images_that_chose(path: Path) -> Images | None:
-    """The labelled images by which a run chose the weights that are read from a path; None where none did.
-
-    Args:
-        path: a run with labels, whose best weights are read, or its best/.
-    """
-    run = path.parent if path.name == "best" else path
-    with suppress(ValueError, OSError):
-        if (run / "best").is_dir() and (run / "config.yaml").is_file():
-            return Images.load(run / "val_files.json")
-    return None
-
-
 MAX_LOOKED_AT = 200_000  # files whose second names are looked for: that takes as long as listing them
 
 
@@ -697,12 +684,16 @@ def find_mapped(
         find_images([each], key=each_key, storage=storage) for each, each_key in ((source, key), (maps, maps_key))
     )
     image_of, map_of = _by_stem(images, source, key), _by_stem(found, maps, maps_key)
-    if absent := [stem for stem in image_of if stem not in map_of]:
+    absent = [stem for stem in image_of if stem not in map_of]
+    notes = images.notes
+    if absent and any(map(is_damage, found.names())):
+        notes += (f"{maps_key}: {len(absent)} images, such as {absent[0]!r}, have no map in what is whole of {maps!r}",)
+        image_of = {stem: i for stem, i in image_of.items() if stem in map_of}
+    elif absent:
         raise ValueError(
             f"{maps_key}: {maps!r} has no label map for {len(absent)} of {len(image_of)} images, {absent[0]!r} the "
             "first: give each image a map of its name"
         )
-    notes = images.notes
     if surplus := len(map_of) - len(image_of):
         notes += (f"{maps_key}: {surplus} label maps are of no image and were left out",)
     usable = images if len(image_of) == len(images) else images.subset(list(image_of.values()))

@@ -198,21 +198,17 @@ def _is_of_all(block: bytes, size: int) -> bool:
 
 def _headers(file: BinaryIO) -> Iterable[tarfile.TarInfo]:
     """Of all members; what is none is passed over."""
-    total = file.seek(0, os.SEEK_END)
-    file.seek(0)
-    with suppress(tarfile.ReadError), tarfile.open(fileobj=file, mode="r:", ignore_zeros=True) as archive:
-        while True:
-            try:
-                member = archive.next()
-            except tarfile.ReadError:  # it ends within a member, or what belongs to a header is damaged
-                archive.offset += BLOCK
-                if archive.offset >= total:
-                    return
-                continue
-            if member is None or member.size < 0:  # which would lead back
-                return
-            archive.members.clear()  # type: ignore[attr-defined]  # it would keep them all
-            yield member
+    total, start = file.seek(0, os.SEEK_END), 0
+    while start < total:
+        file.seek(start)
+        # It ends within a member, or what belongs to a header is damaged: whether that is the first or not.
+        with suppress(tarfile.ReadError), tarfile.open(fileobj=file, mode="r:", ignore_zeros=True) as archive:
+            while (member := archive.next()) is not None and member.size >= 0:  # which would lead back
+                archive.members.clear()  # type: ignore[attr-defined]  # it would keep them all
+                start = archive.offset
+                yield member
+            return
+        start += BLOCK
 
 
 def _plain(name: str) -> PurePosixPath:

@@ -13,6 +13,7 @@ import logging
 import shlex
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -28,18 +29,18 @@ from fcmae import options
 from fcmae.atomic import write_text
 from fcmae.classification import macro_auroc, scores
 from fcmae.config.commands import EvaluateConfig
-from fcmae.data.index import Images, also_in, find_labelled, images_of_run, images_that_chose
+from fcmae.data.index import Images, also_in, find_labelled, images_of_run
 from fcmae.data.source import printable
 from fcmae.data.split import draw, split
 from fcmae.evaluation.features import check_stages, extract
-from fcmae.evaluation.models import RANDOM, Backbone, choose_device, is_control, load_backbones
+from fcmae.evaluation.models import PIXELS, RANDOM, Backbone, choose_device, is_control, load_backbones
 from fcmae.evaluation.outputs import TEMPORARY, claim, default_out, file_name, free, shortened, tell_unread
 from fcmae.evaluation.pictures import save_figure
 from fcmae.evaluation.probes import few_shot_counts, fit_linear, knn_probabilities, mean_and_interval
 from fcmae.evaluation.records import COLUMNS, score_rows
 from fcmae.tables import table
 from fcmae.training.own_files import FOUND
-from fcmae.training.records import cpu_name
+from fcmae.training.records import cpu_name, read_metrics
 
 logger = logging.getLogger("fcmae")
 
@@ -70,7 +71,8 @@ def evaluate(cfg: EvaluateConfig) -> str:
     several = len(cfg.models) > 1
     folders = [place / name for name in folder_names(cfg.models)] if several else [place]
     claim(place, _is_ours, cfg.overwrite)
-    backbones[0].reading.check_values(train_index)
+    if networks := [backbone for backbone in backbones if not is_control(backbone.name)]:
+        networks[0].reading.check_values(train_index)
     records: list[dict[str, Any]] = []
     for backbone, folder in zip(backbones, folders, strict=True):
         with TemporaryDirectory(prefix=TEMPORARY[0], dir=place) as directory:
@@ -225,6 +227,20 @@ def check_untaught(model: str, test_index: Images) -> None:
         )
 
 
+def images_that_chose(path: Path) -> Images | None:
+    """The labelled images by which a run chose the weights that are read from a path; None where none did.
+
+    Args:
+        path: a run with labels, whose best weights are read, or its best/.
+    """
+    run = path.parent if path.name == "best" else path
+    with suppress(ValueError, OSError):
+        scored = [line for line in read_metrics(run / "metrics.jsonl") if "balanced_accuracy" in line]
+        if (run / "best").is_dir() and len(scored) > 1:  # the only one of a run is its best and its last
+            return Images.load(run / "val_files.json")
+    return None
+
+
 def _labels(images: Images) -> NDArray[np.int64]:
     assert images.labels is not None
     return images.labels
@@ -265,11 +281,11 @@ def probe_stage(
     predicted: dict[str, NDArray[np.float32]] = {}
     if "knn" in cfg.probes:
         ks = [k for k in KS if k <= len(train[0])] or [len(train[0])]
-        learnt, tested = train[0], test[0]
-        if is_control(model):  # the cosine of plain pixels, none below 0, hardly tells bright from dark
-            middle = learnt.mean(0)
-            learnt, tested = learnt - middle, tested - middle
-        by_k = knn_probabilities(learnt, train[1], tested, num_classes, ks=ks, temperature=TEMPERATURE, device=device)
+        # The cosine of plain pixels, none below 0, hardly tells bright from dark.
+        centre = train[0].mean(0, np.float64).astype(np.float32) if model.startswith(PIXELS) else None
+        by_k = knn_probabilities(
+            *train, test[0], num_classes, ks=ks, temperature=TEMPERATURE, centre=centre, device=device
+        )
         for k, probabilities in by_k.items():
             results.append(_result("knn", stage, {"k": k, "temperature": TEMPERATURE}, score(test[1], probabilities)))
         predicted["knn"] = by_k[20 if 20 in by_k else ks[0]]

@@ -86,7 +86,7 @@ class Control(nn.Module):
         self.kind, self.num = kind, int(number)
         middle, reach = torch.tensor(mean), 2 * torch.tensor(std)
         low, high = middle - reach, middle + reach
-        if all((2 * reach > 1 / 4) & (low > -0.5) & (high < 1.5)):
+        if all((2 * reach > 1 / 4) & (low >= -0.5) & (high <= 1.5)):
             low, high = torch.zeros(()), torch.ones(())
         self.register_buffer("low", low.view(-1, 1))
         self.register_buffer("high", high.view(-1, 1))
@@ -168,8 +168,8 @@ def load_backbone(
         image_size: height and width, where it is not to be that of the weights.
         in_chans: of a timm model or a control, where it is not to be 3.
         max_pixels: of an image, see `read_crop`.
-        like: how images are read for a control, but for mean and std, which fill what is missing; None is 224 x 224
-            pixels, or `image_size`.
+        like: how images are read for a control, but for mean and std, which fill what is missing and give a histogram
+            its range; None is 224 x 224 pixels, or `image_size`.
         key: of a file, see `read_weights`; other sources have none.
         prefix: likewise.
         nodata: of the images, see `read_crop`; None is that of the weights.

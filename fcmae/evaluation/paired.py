@@ -5,7 +5,6 @@ OUT/worth.json holds a `Comparison`, and what follows from it: the rows of its t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -210,18 +209,16 @@ def verdict(found: Comparison) -> Verdict:
             sentences.append(f"Starting from {name}, against scratch: {'; '.join(parts)}.")
     for amount in found["amounts"]:
         labels = amount["labels"]
-        scores = [(arm, by_seed) for arm, by_seed in _by_arm(found, labels).items() if by_seed]
-        plain, network = (
-            max((pair for pair in scores if (pair[0] in controls) == is_plain), key=_mean_score, default=("", {}))
-            for is_plain in (True, False)
-        )
-        seeds = sorted(plain[1].keys() & network[1].keys())
-        means = [fmean(by_seed[seed] for seed in seeds) if seeds else math.nan for _, by_seed in (plain, network)]
-        if means[0] >= means[1]:
+        scores = {arm: by_seed for arm, by_seed in _by_arm(found, labels).items() if by_seed}
+        plain = max((arm for arm in scores if arm in controls), key=lambda arm: fmean(scores[arm].values()), default="")
+        # Of each network and of what needs none, on the seeds that both have.
+        pairs = [_on_same_seeds(scores[arm], scores.get(plain, {})) for arm in scores if arm not in controls]
+        if plain and pairs and all(pair is not None and pair[0] <= pair[1] for pair in pairs):
             needless.add(labels)
+            best, its_plain = max(pair for pair in pairs if pair is not None)
             sentences.append(
-                f"With {_amount(labels)}, {plain[0]} and a linear classifier score {100 * means[0]:.1f}, no less than "
-                f"any network ({100 * means[1]:.1f}): these labels hardly need one."
+                f"With {_amount(labels)}, {plain} and a linear classifier score {100 * its_plain:.1f}, no less than "
+                f"any network ({100 * best:.1f}): these labels hardly need one."
             )
     judged = [row for row in rows if row.arm in starts and row.told not in ("", "too few runs")]
     told = {row.told for row in judged}
@@ -245,8 +242,9 @@ def verdict(found: Comparison) -> Verdict:
     return Verdict("Is pretraining worth it?", state, answer, sentences)
 
 
-def _mean_score(arm: tuple[str, Mapping[int, float]]) -> float:
-    return fmean(arm[1].values())
+def _on_same_seeds(scores: Mapping[int, float], others: Mapping[int, float]) -> tuple[float, float] | None:
+    seeds = scores.keys() & others.keys()
+    return (fmean(scores[s] for s in seeds), fmean(others[s] for s in seeds)) if seeds else None
 
 
 def _gained(row: Row) -> str:

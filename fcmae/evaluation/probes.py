@@ -34,6 +34,7 @@ def knn_probabilities(
     *,
     ks: Sequence[int],
     temperature: float = 0.07,
+    centre: NDArray[np.float32] | None = None,
     device: torch.device | str = "cpu",
 ) -> dict[int, NDArray[np.float32]]:
     """Class probabilities by weighted votes of the k nearest training images, for each k.
@@ -48,6 +49,7 @@ def knn_probabilities(
         num_classes: of the labels.
         ks: numbers of neighbours, each at most N.
         temperature: of the weights.
+        centre: (D,), from which cosines are taken; None is 0.
         device: where it is computed.
 
     Returns:
@@ -55,14 +57,15 @@ def knn_probabilities(
     """
     assert max(ks) <= len(train)
     labels = torch.from_numpy(np.asarray(train_labels, np.int64)).to(device)
+    middle = 0.0 if centre is None else torch.from_numpy(centre).to(device)
     found: dict[int, list[NDArray[np.float32]]] = {k: [] for k in ks}
     for query in _chunks(test, TEST_ROWS, device):
-        query = F.normalize(query)
+        query = F.normalize(query - middle)
         best = query.new_empty((len(query), 0))
         votes = labels.new_empty((len(query), 0))
         start = 0
         for rows in _chunks(train, TRAIN_ROWS, device):
-            similarity = query @ F.normalize(rows).T  # (M', N')
+            similarity = query @ F.normalize(rows - middle).T  # (M', N')
             nearest = similarity.topk(min(max(ks), len(rows)), dim=1)
             best = torch.cat([best, nearest.values], 1)
             votes = torch.cat([votes, labels[start + nearest.indices]], 1)

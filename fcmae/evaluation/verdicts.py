@@ -156,7 +156,7 @@ def _against_scratch(runs: Sequence[Run]) -> list[Found]:
             init = run.settings.get("model.init")
             first = groups.setdefault(key, {}).setdefault(init, {}).setdefault(run.settings.get("seed"), run)
             if _own_settings(run) != _own_settings(first):
-                others.setdefault(key, []).append(run.name)
+                others.setdefault((key, init), []).append(run.name)
     found = []
     pairs = (
         (key, init, list(kinds[init].values()), list(kinds.get(None, {}).values()))
@@ -186,7 +186,7 @@ def _against_scratch(runs: Sequence[Run]) -> list[Found]:
                 f" Fewer than {LEAST_RUNS} runs of a kind show little: other seeds, on the same data.val_path, may "
                 "turn it round; `fcmae worth` runs them."
             )
-        if left_out := others.get(key):
+        if left_out := [*others.get((key, init), []), *others.get((key, None), [])]:
             sentence += (
                 f" Left out, as another run of the same start and seed has other settings: {', '.join(left_out)}."
             )
@@ -202,7 +202,9 @@ def _differing(runs: Sequence[Run], others: Sequence[Run]) -> list[str]:
     """Settings of the recipe in which two kinds of runs differ, but for the layer decay, which is for weights."""
     recipe = ("data.", "optim.", "regularization.")
     keys = {key for run in (*runs, *others) for key in run.settings if key.startswith(recipe)}
-    keys = {key for key in keys if not key.startswith(("optim.layer_decay", "data.num_workers"))}
+    # What weights bring, which images are drawn, and what computes no other numbers.
+    left_out = ("optim.layer_decay", "data.mean", "data.std", "data.path", "data.val_path", "data.num_workers")
+    keys = {key for key in keys if not key.startswith(left_out)}
     values = [{key: {str(run.settings.get(key)) for run in side} for key in keys} for side in (runs, others)]
     return sorted(key for key in keys if values[0][key] != values[1][key])
 

@@ -97,7 +97,7 @@ def make_accelerator(cfg: RunConfig) -> Accelerator:
 def _check_trackers(names: Sequence[str]) -> None:
     """Refuse those that accelerate would leave out without a word, which shows when the run has no curves."""
     there = [str(tracker) for tracker in get_available_trackers()]
-    for name in names:
+    for name in names if "all" not in names else ():
         if name not in LOGGER_TYPE_TO_CLASS:
             raise ValueError(f"log.trackers: {name} is none of accelerate's: {', '.join(LOGGER_TYPE_TO_CLASS)}")
         if name not in there:

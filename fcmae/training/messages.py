@@ -110,6 +110,6 @@ def how_it_ended(log: Path) -> str:
         return "finished"
     if re.match(STAMP + "stopped by ", last):
         return "stopped"
-    if re.match(STAMP + FAILED, last):
+    if re.match(STAMP + rf"({FAILED}|\w+(Error|Exception): )", last):  # as begun before the word stood there
         return "failed"
     return CUT_OFF if last else "not begun"

@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Any
 
 from fcmae.data.loader import STOP_SIGNALS, end_workers
+from fcmae.training.messages import log_failure
 
 
 class StopSignal:
@@ -82,5 +83,6 @@ class StopSignal:
                 return
             end_workers()
             if not self._left.wait(self.GRACE_S) and not hasattr(sys, "ps1"):
+                log_failure("KeyboardInterrupt")
                 os.write(2, b"\nfcmae: interrupted\n")
                 os._exit(130)

@@ -70,7 +70,9 @@ def begin(words: list[str], log: Path, prepare: Callable[[], None] | None = None
 
 
 def new_log(folder: Path) -> Path:
-    return folder / f"output-{len(list(folder.glob('output-*')))}.txt"
+    log = folder / f"output-{len(list(folder.glob('output-*.txt')))}.txt"
+    log.touch()  # a process may be killed before it writes
+    return log
 
 
 def _at_home(log: Path, prepare: Callable[[], None] | None) -> None:

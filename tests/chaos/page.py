@@ -53,7 +53,7 @@ goes on with other numbers.
 
 Each trial damages one file (bits flipped, cut, emptied, other contents, another type of a value, removed, a folder or a
 link in its place) and runs one command: the run's own again, `report`, `convert`, `predict`, `evaluate`, `embed` or
-`analyze`.""",
+`analyze`. Both are drawn, so that not every command reads the file.""",
     ),
     "overwrites": (
         "Files of the user's",
