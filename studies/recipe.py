@@ -5,11 +5,10 @@
     python studies/recipe.py SHARDS --out runs/recipe --list                   # the commands, without running them
 
 SHARDS: the folder of tiny20's shards (see studies/sets.py). Each arm is `pretrain_small_images` with as many views and
-what differs in one thing (in two, stages and patches, where there are four stages), then `finetune_small_images` on
-draws of few labels, the same for all arms. It is tested on training images that are held out of the labels, which
-pretraining has seen, and not on the test images. What is finished is not done again, and what was cut off resumes. What
-is found is in OUT/recipe.json, and with --docs in recipe.json and results/recipe.md there, which `studies/results.py`
-puts into docs/results.md.
+what differs in one thing, then `finetune_small_images` on draws of few labels, the same for all arms. It is tested on
+training images that are held out of the labels, which pretraining has seen, and not on the test images. What is
+finished is not done again, and what was cut off resumes. What is found is in OUT/recipe.json, and with --docs in
+recipe.json and results/recipe.md there, which `studies/results.py` puts into docs/results.md.
 """
 
 from __future__ import annotations
@@ -70,11 +69,13 @@ ARMS = {
     # The rate is of 256 images.
     "batch256": Arm("batch of 256, the same rate", "hog", ("--batch_size=256", "--optim.base_lr=1e-3")),
     "batch32": Arm("batch of 32, the same rate", "hog", ("--batch_size=32", "--optim.base_lr=8e-3")),
-    "four": Arm("four stages, patches of 16", "hog", (FOUR, "--model.mask_patch=16")),
     "patch16": Arm("patches of 16", "hog", ("--model.mask_patch=16",)),
+    "four": Arm("patches of 16, four stages", "patch16", (FOUR, "--model.mask_patch=16")),
     "ratio75": Arm("75 % hidden", "hog", ("--model.mask_ratio=0.75",)),
     "ratio50": Arm("50 % hidden", "hog", ("--model.mask_ratio=0.5",)),
+    "ratio50b": Arm("50 % hidden, another seed", "again", ("--model.mask_ratio=0.5", "--seed=1")),
     "crop50": Arm("crops from 50 % of the area", "hog", ("--data.crop_scale=0.5,1",)),
+    "crop50b": Arm("crops from 50 % of the area, another seed", "again", ("--data.crop_scale=0.5,1", "--seed=1")),
     "crop8": Arm("crops from 8 % of the area", "hog", ("--data.crop_scale=0.08,1",)),
     "masks2": Arm(
         # Of half the epochs as many steps are half the warm-up.
@@ -156,7 +157,7 @@ Written by `studies/recipe.py`: tiny20 at {found["size"]} pixels, {views} views 
 {PERCENT} % of the labels. Every draw is of labels and of 900 images to test on, training images all of them, which
 pretraining has seen, and the same for every arm. There is one pretraining of each arm, so intervals are of fine-tuning
 alone: what "another seed of pretraining" differs by is what a difference has to exceed{unknown}.
-{textwrap.fill(last, 120)}
+{textwrap.fill(last, 120, break_on_hyphens=False)}
 
 {result(found)}
 """

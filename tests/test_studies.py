@@ -556,6 +556,8 @@ def test_each_arm_of_the_recipe_changes_one_thing_and_sees_no_test_images(tmp_pa
             "batch256": 2,
             "batch32": 2,
             "masks2": 2,
+            "ratio50b": 2,  # and the seed, which its base has too
+            "crop50b": 2,
         }.get(name, 1)
         assert name == "hog" or arm.against in recipe.ARMS
         assert not base.items() & {flag.partition("=")[0]: flag.partition("=")[2] for flag in flags}.items()
