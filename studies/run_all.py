@@ -102,8 +102,10 @@ SCALES = {
 
 
 # Of studies/recipe.py, whose other arms take half an hour each on two cores.
-RECIPE = ("hog", "again", "batch256", "batch32", "patch16", "four", "ratio75", "ratio50", "crop50", "masks2", "rate2")
-RECIPE += ("pixels",)
+RECIPE = (
+    *("hog", "again", "batch256", "batch32", "patch16", "four"),
+    *("ratio75", "ratio50", "crop50", "masks2", "rate2", "pixels"),
+)
 # Of studies/small_images.py, which takes days on two cores.
 PROBES = tuple(f"probe-{name}" for name in ("hog20", "random", *CONTROLS))
 SMALL = {"cpu": ("--at-once", "1", "--only", "hog20-p", "scratch-5", "hog20-5", *PROBES), "gpu": ()}

@@ -42,7 +42,7 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> Samples:
 @pytest.mark.parametrize(
     ("part", "seed", "expected"),
     [
-        ("kills", 104, "SIGKILL"),
+        ("kills", 239, "SIGKILL"),
         ("corruptions", 25, "empty"),
         ("overwrites", 14, "files in a run"),
         ("hostile", 0, "settings"),

@@ -286,8 +286,8 @@ def test_the_log_is_on_the_terminal_and_in_the_file_which_ends_with_what_stopped
         raise FloatingPointError("step 3: the loss is nan")
     assert capsys.readouterr().err.endswith(" größer\n")  # the command itself prints what it raised
     lines = (tmp_path / "train.log").read_text(encoding="utf-8").splitlines()
-    told = "FloatingPointError: step 3: the loss is nan; there is no checkpoint yet; start again with another --out, "
-    told += "a lower optim.base_lr, or optim.clip_grad 1"
+    told = "failed: FloatingPointError: step 3: the loss is nan; there is no checkpoint yet; start again with another "
+    told += "--out, a lower optim.base_lr, or optim.clip_grad 1"
     assert [line.split(" ", 2)[2] for line in lines] == ["größer", told]
     assert not logging.getLogger("fcmae").handlers
 
@@ -393,3 +393,13 @@ def test_settings_that_could_not_be_read_again_are_refused(tmp_path: Path) -> No
     with pytest.raises(ValueError, match=r"data\.path has too many places .* put quotes round the pattern"):
         RunDirectory(cfg)
     assert not (tmp_path / "run").exists()
+
+
+def test_numbers_beside_a_copied_configuration_are_no_runs(tmp_path: Path) -> None:
+    """A config.yaml that was copied to begin the next experiment, where somebody's metrics.jsonl lies."""
+    cfg = config(Path("photos"), tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.yaml").write_text(f"# fcmae pretrain 0.1.0\n{options.dump(cfg)}")
+    (tmp_path / "out" / "metrics.jsonl").write_text('{"loss": 1}\n')
+    with pytest.raises(ValueError, match=r"has a config\.yaml and metrics\.jsonl, but no run that can go on"):
+        RunDirectory(cfg)

@@ -141,7 +141,7 @@ def remove(run: Path) -> None:
         checkpoints.rename(run / ASIDE)
         remove_aside(run)
     for path in written(run, (*RESULTS, *STARTED)):
-        if path.name not in (".lock", "config.yaml", "metrics.jsonl"):
+        if path.name not in (".lock", "config.yaml", "environment.json", "metrics.jsonl"):
             path.unlink(missing_ok=True)
     for place, own in FOUND.items():
         for path in [*(run / place).glob("*/*"), *(run / place).glob("*")]:
@@ -151,7 +151,8 @@ def remove(run: Path) -> None:
     for path in [*(inner for folder in folders for inner in folder.glob("*/")), *folders]:
         with suppress(OSError):  # not empty, or a link
             path.rmdir()
-    (run / "metrics.jsonl").unlink(missing_ok=True)
+    for name in ("metrics.jsonl", "environment.json"):
+        (run / name).unlink(missing_ok=True)
 
 
 def remove_models(run: Path) -> None:

@@ -20,8 +20,8 @@ from chaos.samples import WATCHED, Samples
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP")
 WAYS = (*SIGNALS, "SIGINT twice", "SIGKILL to a worker")
 KILLS = 5  # of a run, before it may finish
-SECONDS = 3.0  # that a run takes on a slow machine
-OPERATIONS = 300  # that a run has on files
+SECONDS = 1.5  # that a run takes, or a little less
+OPERATIONS = 120  # that a run has on files at the least
 
 
 def trial(samples: Samples, rng: random.Random, folder: Path) -> tuple[str, str | None]:

@@ -40,7 +40,9 @@ PARTS = {
         """A run that is stopped or killed at any moment goes on when its command is given again, and ends with the
 weights, moments, averages, predictions and numbers of a run that nothing disturbed, to the last bit. No process and no
 temporary file stays. SIGTERM, SIGINT and SIGHUP save first. The ways are SIGKILL, SIGTERM, SIGINT once and twice,
-SIGHUP, and SIGKILL to a worker; what the table lacks was not drawn.
+SIGHUP, and SIGKILL to a worker; what the table lacks was not drawn. Where the parts of a batch are chosen (`grad_accum:
+auto`), a run that is cut off before its first line takes smaller ones, as if for want of memory, and then rounds
+otherwise; the trials give their number.
 
 Each trial kills one run up to five times, at random moments or just before random file operations, saving included,
 and compares everything at the end.""",

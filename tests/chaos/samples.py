@@ -52,7 +52,8 @@ class Samples:
 
     def words(self, kind: str, out: Path, **changed: Any) -> list[str]:
         """The command line of a run of 3 epochs with a checkpoint a step. kind: "pretrain" or "finetune"."""
-        settings = {"checkpoint__every_epochs": 0.1, "checkpoint__keep": 3} | changed
+        # Parts are given: a run that is cut off before its first line would choose smaller ones, and round otherwise.
+        settings = {"checkpoint__every_epochs": 0.1, "checkpoint__keep": 3, "grad_accum": 1} | changed
         if kind == "pretrain":
             return ["pretrain", *flags(self.images, out, **{"data__val_share": 0.1} | settings)]
         ours = dict.fromkeys(("model__mask_patch", "model__decoder_dim", "monitor__num_images"))
