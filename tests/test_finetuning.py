@@ -347,7 +347,8 @@ def test_a_pretraining_run_is_no_fine_tuning_run(
 ) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("# fcmae pretrain 0.1.0\n")
-    (tmp_path / "run" / "metrics.jsonl").touch()
+    for name in ("metrics.jsonl", "environment.json"):
+        (tmp_path / "run" / name).touch()
     assert finetune(labelled, tmp_path / "run", model__variant="convnextv2_atto") == 2
     assert "holds another kind of run" in capsys.readouterr().err
 

@@ -158,7 +158,7 @@ def scan(file: BinaryIO) -> Members:
             names.append(f"@{start}")
             places.append((start, DAMAGED))
 
-    for member in _headers(file):
+    for member in _headers(file, total):
         skipped(end, member.offset)
         end = member.offset_data + (-(-member.size // BLOCK) * BLOCK if member.isreg() else 0)
         path = _plain(member.name)
@@ -196,9 +196,9 @@ def _is_of_all(block: bytes, size: int) -> bool:
     return header.type == tarfile.XGLTYPE and size == BLOCK + -(-header.size // BLOCK) * BLOCK
 
 
-def _headers(file: BinaryIO) -> Iterable[tarfile.TarInfo]:
+def _headers(file: BinaryIO, total: int) -> Iterable[tarfile.TarInfo]:
     """Of all members; what is none is passed over."""
-    total, start = file.seek(0, os.SEEK_END), 0
+    start = 0
     while start < total:
         file.seek(start)
         # It ends within a member, or what belongs to a header is damaged: whether that is the first or not.
