@@ -125,18 +125,20 @@ def image_settings(choices: Choices, images: Images) -> None:
     choices.take("data.std", [max(float(f"{value:.4g}"), 1e-6) for value in images.std], why)
 
 
-def are_read_as(image: Mapping[str, Any], is_ours: bool, in_chans: int, is_deep: bool) -> bool:
-    """Whether images can be read as those were that weights have learnt; where these are photographs, not all can.
+def learnt_photographs(image: Mapping[str, Any]) -> bool:
+    """Whether weights that were published have learnt photographs, by how their images were read."""
+    mean, size = list(image.get("mean", IMAGENET_MEAN)), image.get("input_size", (3,))
+    return size[0] == 3 and mean in (IMAGENET_MEAN, [0.5, 0.5, 0.5])
+
+
+def may_be_photographs(in_chans: int, is_deep: bool) -> bool:
+    """Whether images can be read as photographs are.
 
     Args:
-        image: how those of the weights were read.
-        is_ours: the weights are of a run of ours, which was told how.
-        in_chans: channels of the images.
+        in_chans: their channels.
         is_deep: whether they have more than 8 bits a channel.
     """
-    mean, size = list(image.get("mean", IMAGENET_MEAN)), image.get("input_size", (3,))
-    of_photographs = size[0] == 3 and mean in (IMAGENET_MEAN, [0.5, 0.5, 0.5])
-    return is_ours or not of_photographs or (in_chans in (1, 3) and not is_deep)
+    return in_chans in (1, 3) and not is_deep
 
 
 def machine_settings(choices: Choices, device: str, num_workers: int, precision: str) -> float:

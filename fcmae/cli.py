@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be Unicode
     try:
-        status = _run(words[words[:1] == ["--debug"] :])
+        status = _run(words[1:] if words[:1] == ["--debug"] else words)
         sys.stdout.flush()
         return status
     except (ValueError, OSError, FloatingPointError) as error:

@@ -11,6 +11,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,14 +107,14 @@ def finetuning(sketch: FinetuneConfig, given: Mapping[str, Any]) -> dict[str, An
     if found is not None:
         return found
     storage = Storage.of_run(out, sketch.data.index, sketch.data.cache_gb)
-    held, image, names, is_ours = _held(sketch)
+    held, image, names, is_published = _held(sketch)
     images = find_labelled(
         sketch.data.path, names if sketch.model.keep_head else None, key="data.path", storage=storage
     )
     began = time.monotonic()
     device = _device(sketch)
     plan = choices.Choices(given)
-    facts = _image_settings(plan, images, sketch.data, image, is_ours)
+    facts = _image_settings(plan, images, sketch.data, image, is_published)
     choices.finetuning_settings(plan, facts, device, held, image.get("input_size", [])[1:])
     hours = _machine(plan, device)
     cfg = options.make(FinetuneConfig, {"epochs": 1} | plan.settings | {"out": out, "log.trackers": "none"})
@@ -148,13 +149,13 @@ def segmentation(sketch: SegmentConfig, given: Mapping[str, Any]) -> dict[str, A
     began = time.monotonic()
     device = _device(sketch)
     plan = choices.Choices(given)
-    held, image, _, is_ours = _held(sketch)
+    held, image, _, is_published = _held(sketch)
     num_held_out = round(len(images) * sketch.data.val_share)
     if sketch.data.val_path is not None:
         num_held_out = len(find(sketch.data.val_path, sketch.data.val_maps, key="data.val_path")[0])
     else:
         images = images.subset(range(len(images) - num_held_out))
-    facts = _image_settings(plan, images, sketch.data, image, is_ours)
+    facts = _image_settings(plan, images, sketch.data, image, is_published)
     choices.segmentation_settings(plan, facts, device, held)
     hours = _machine(plan, device)
     cfg = options.make(SegmentConfig, {"epochs": 1} | plan.settings | {"out": out, "log.trackers": "none"})
@@ -262,7 +263,9 @@ def _resumed(sketch: RunConfig, saved: Mapping[str, Any], given: Mapping[str, An
 
 
 def _has_begun(place: Path) -> bool:
-    return (place / "metrics.jsonl").exists() or any(place.glob("checkpoints/step-*"))
+    from fcmae.training.own_files import has_numbers
+
+    return has_numbers(place) or any(place.glob("checkpoints/step-*"))
 
 
 def _cut_off_at(cfg: RunConfig) -> float:
@@ -290,21 +293,22 @@ def _facts(images: Images, in_chans: int | None, data: ImageConfig) -> choices.I
 
 
 def _image_settings(
-    plan: choices.Choices, images: Images, data: ImageConfig, image: Mapping[str, Any], is_ours: bool
+    plan: choices.Choices, images: Images, data: ImageConfig, image: Mapping[str, Any], is_published: bool
 ) -> choices.Images:
-    """The facts, and channels, mean and std chosen: those of the weights, where their images were like these.
+    """The facts, and channels, mean and std chosen: the weights', but of photographs alone where these were published.
 
-    image, is_ours: see `choices.are_read_as`.
+    image: how the images of the weights were read.
     """
     facts = _facts(images, plan.settings.get("data.in_chans"), data)
-    if choices.are_read_as(image, is_ours, facts.in_chans, facts.is_deep):
+    are_photographs = is_published and choices.learnt_photographs(image)
+    if not are_photographs or choices.may_be_photographs(facts.in_chans, facts.is_deep):
         in_chans = facts.in_chans
         if "input_size" in image:
             in_chans = plan.take("data.in_chans", image["input_size"][0], "that of model.init")
+        if len(image.get("mean", ())) == in_chans:
+            return replace(facts, in_chans=in_chans)
         if in_chans != facts.in_chans:
             facts = _facts(images, in_chans, data)
-        if len(image.get("mean", ())) == in_chans:
-            return facts
     choices.image_settings(plan, facts)
     return facts
 
@@ -312,13 +316,13 @@ def _image_settings(
 def _held(
     sketch: PretrainConfig | DenseConfig,
 ) -> tuple[NetworkSpec | None, dict[str, Any], tuple[str, ...] | None, bool]:
-    """The network of the starting weights, how their images were read, their classes, and whether a run made them."""
+    """The network of the starting weights, how their images were read, their classes, and whether no run made them."""
     if sketch.model.init is None:
         return None, {}, None, False
     from fcmae.weights.files import read_init
 
     weights = read_init(str(sketch.model.init), sketch.model.key, sketch.model.prefix)
-    return weights.architecture.spec, weights.image, weights.class_names or None, "run" in weights.origin
+    return weights.architecture.spec, weights.image, weights.class_names or None, "run" not in weights.origin
 
 
 def _device(sketch: RunConfig) -> str:

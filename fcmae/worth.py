@@ -40,7 +40,7 @@ from fcmae.data.index import Images, also_in, find_images, images_of_run
 from fcmae.data.normalize import Normalize
 from fcmae.data.source import is_unicode, printable
 from fcmae.data.split import draw
-from fcmae.data.survey import survey
+from fcmae.data.survey import Survey, survey
 from fcmae.evaluation import paired
 from fcmae.evaluation.evaluate import find_data, folder_names, images_that_chose, score
 from fcmae.evaluation.features import extract
@@ -411,15 +411,15 @@ def _given_starts(cfg: WorthConfig, train: Images) -> list[Start]:
     if twice := [path for number, path in enumerate(cfg.init) if path in cfg.init[:number]]:
         raise ValueError(f"init = {twice[0]} is given twice: give each once")
     starts = list[Start]()
+    seen: Survey | None = None
     for name, path in zip(folder_names(cfg.init), cfg.init, strict=True):
         weights = _weights(cfg, path)
         reading: dict[str, Any] = {key: weights.image[key] for key in ("mean", "std", "nodata") if key in weights.image}
         if "input_size" in weights.image:
             reading["in_chans"], *reading["image_size"] = weights.image["input_size"]
-        is_ours = "run" in weights.origin
-        if cfg.finetuning is None and not choices.are_read_as(weights.image, is_ours, 1, True):
-            seen = survey(train)  # of photographs: these may be none
-            if not choices.are_read_as(weights.image, is_ours, seen.in_chans, seen.is_deep):
+        if cfg.finetuning is None and "run" not in weights.origin and choices.learnt_photographs(weights.image):
+            seen = seen or survey(train)
+            if not choices.may_be_photographs(seen.in_chans, seen.is_deep):
                 reading = {"image_size": reading["image_size"]} if "image_size" in reading else {}
         # A name that another arm has, or may have.
         name = f"init-{name}" if name == PRETRAINED or name.startswith("scratch") or is_control(path) else name

@@ -214,6 +214,7 @@ def start_run(run: Path, cfg: PretrainConfig) -> None:
     run.mkdir(parents=True)
     (run / "config.yaml").write_text(f"# fcmae pretrain {fcmae.__version__}\n{fcmae.options.dump(cfg)}")
     (run / "metrics.jsonl").write_text('{"step": 1, "epoch": 0.5}\n')
+    (run / "environment.json").write_text("[]")
 
 
 def test_a_run_that_was_cut_off_goes_on_with_what_was_chosen(photos: Path, measured: list[int]) -> None:

@@ -154,7 +154,7 @@ def scan(file: BinaryIO) -> Members:
         """Take note of bytes that are neither a member nor said of all of them."""
         file.seek(start)
         block = file.read(min(BLOCK, stop - start)) if start < stop else b""
-        if block.strip(b"\0") and not _is_of_all(block, stop - start):
+        if block.strip(b"\0") and not _is_global_header(block, stop - start):
             names.append(f"@{start}")
             places.append((start, DAMAGED))
 
@@ -187,7 +187,7 @@ def scan(file: BinaryIO) -> Members:
     return Members(names, starts, sizes, labels)
 
 
-def _is_of_all(block: bytes, size: int) -> bool:
+def _is_global_header(block: bytes, size: int) -> bool:
     """Whether it begins a global header of so many bytes, as `git archive` writes one."""
     try:
         header = tarfile.TarInfo.frombuf(block, tarfile.ENCODING, "surrogateescape")

@@ -223,7 +223,9 @@ def check_untaught(model: str, test_index: Images) -> None:
         logger.warning(
             "%d of the %d test images chose best/ of %s, so that its scores are too high: give last/ of it, or others "
             "by test",
-            *(len(both), len(test_index), model),
+            len(both),
+            len(test_index),
+            model,
         )
 
 

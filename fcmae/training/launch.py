@@ -53,8 +53,8 @@ def make_accelerator(cfg: RunConfig) -> Accelerator:
     what the environment says to accelerate: the settings hold.
 
     Raises:
-        ValueError: for fp16 and tf32 on a CPU, where the environment asks for shards of the model, and where one of
-            several processes finds no GPU: others that do would wait for it in vain.
+        ValueError: for fp16 and tf32 on a CPU, for a tracker that is not there, where the environment asks for shards
+            of the model, and where one of several processes finds no GPU: others that do would wait for it in vain.
     """
     cpu, num_processes = uses_cpu(cfg), int(os.environ.get("WORLD_SIZE", "1"))
     if cpu and cfg.device != "cpu" and num_processes > 1:
@@ -96,8 +96,10 @@ def make_accelerator(cfg: RunConfig) -> Accelerator:
 
 def _check_trackers(names: Sequence[str]) -> None:
     """Refuse those that accelerate would leave out without a word, which shows when the run has no curves."""
+    if "all" in names:
+        return
     there = [str(tracker) for tracker in get_available_trackers()]
-    for name in names if "all" not in names else ():
+    for name in names:
         if name not in LOGGER_TYPE_TO_CLASS:
             raise ValueError(f"log.trackers: {name} is none of accelerate's: {', '.join(LOGGER_TYPE_TO_CLASS)}")
         if name not in there:

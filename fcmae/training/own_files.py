@@ -92,6 +92,11 @@ def overwrites(cfg: RunConfig) -> bool:
     return True
 
 
+def has_numbers(run: Path) -> bool:
+    """Whether a run has written numbers: each start writes environment.json, without which they are somebody else's."""
+    return all((run / name).exists() for name in ("environment.json", "metrics.jsonl"))
+
+
 def written(run: Path, patterns: tuple[str, ...]) -> list[Path]:
     """Paths of a run that match one of the patterns."""
     return [path for path in _below(run) if _matches(path.relative_to(run), patterns)]

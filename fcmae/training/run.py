@@ -88,9 +88,7 @@ class RunDirectory:
         holds_run = header.startswith("# fcmae ")
         if not holds_run and self.path.exists() and not self._is_unused():
             raise ValueError(f"out = {self.path} is not empty and holds no run of fcmae: give another directory")
-        # Each start writes environment.json, so that numbers without it are no run's, though a config.yaml was copied.
-        started = all((self.path / name).exists() for name in ("environment.json", "metrics.jsonl"))
-        begun = started or checkpoint.latest(self.path) is not None
+        begun = own_files.has_numbers(self.path) or checkpoint.latest(self.path) is not None
         self.overwrites = own_files.overwrites(cfg)
         self.exists = holds_run and begun and not self.overwrites
         if not self.exists:
