@@ -29,7 +29,7 @@ from fcmae.heads import Segmenter, build_head
 from fcmae.networks.build import make_encoder
 from fcmae.networks.spec import ConvNeXtSpec
 from fcmae.tables import table
-from fcmae.weights.files import Weights
+from fcmae.weights.files import ImageRecord, Weights
 from fcmae.weights.formats import Architecture
 from fcmae.weights.segmenters import save_segmenter
 
@@ -55,7 +55,7 @@ def write_raster(path: Path, side: int) -> None:
 def write_model(folder: Path, num_classes: int) -> None:
     """An untrained network of two small stages, for tiles of TILE pixels."""
     model = Segmenter(make_encoder(SPEC, 1), build_head("pyramid", SPEC.dims, num_classes, 8))
-    image = {"input_size": [1, TILE, TILE], "mean": [0.5], "std": [0.25], "crop_pct": 1.0}
+    image = ImageRecord(input_size=(1, TILE, TILE), mean=(0.5,), std=(0.25,), crop_pct=1.0)
     classes = Classes(tuple(f"class {i}" for i in range(num_classes)), tuple(range(num_classes)), 255)
     save_segmenter(folder, model, Weights({}, Architecture(SPEC, 1), image=image), "pyramid", classes)
 

@@ -262,8 +262,14 @@ class Segmented(Features):
 
     def __init__(self, segmenter: Segmenter, normalize: Normalize, class_names: Sequence[str]) -> None:
         super().__init__(segmenter.encoder, normalize)
+        del self.encoder  # registered twice, its tensors would be twice in a state dict
         self.segmenter = segmenter
         self.class_names = tuple(class_names)
+
+    @property
+    def encoder(self) -> StagedEncoder:  # type: ignore[override]  # it is not set
+        """The segmenter's."""
+        return self.segmenter.encoder
 
     def maps(self, images: Tensor) -> Tensor:
         """Logits of every pixel's classes, (B, classes, H, W); those of `model.head` anytime have no gradients.

@@ -125,10 +125,14 @@ def image_settings(choices: Choices, images: Images) -> None:
     choices.take("data.std", [max(float(f"{value:.4g}"), 1e-6) for value in images.std], why)
 
 
-def learnt_photographs(image: Mapping[str, Any]) -> bool:
-    """Whether weights that were published have learnt photographs, by how their images were read."""
-    mean, size = list(image.get("mean", IMAGENET_MEAN)), image.get("input_size", (3,))
-    return size[0] == 3 and mean in (IMAGENET_MEAN, [0.5, 0.5, 0.5])
+def learnt_photographs(in_chans: int | None, mean: Sequence[float] | None) -> bool:
+    """Whether weights that were published have learnt photographs, by how their images were read.
+
+    Args:
+        in_chans: channels of these, where known.
+        mean: their means, likewise.
+    """
+    return in_chans in (3, None) and (mean is None or list(mean) in (IMAGENET_MEAN, [0.5, 0.5, 0.5]))
 
 
 def may_be_photographs(in_chans: int, is_deep: bool) -> bool:

@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor
 
 from fcmae.classification import class_probabilities, scores, write_predictions
-from fcmae.config import FinetuneConfig, check_launch
+from fcmae.config import FinetuneConfig
 from fcmae.data.augment import CropAndFlip, FinetuneAugment
 from fcmae.data.dataset import Batch, FinetuneDataset, Reading
 from fcmae.data.index import Images, find_labelled, kept_images
@@ -36,26 +35,22 @@ from fcmae.starting import (
     check_start,
     check_unlearnt,
     class_balance,
-    image_settings,
-    kept_image,
+    kept_reading,
     prepare,
     progress_of,
+    reading_for,
     starting_weights,
 )
 from fcmae.training.launch import (
-    closing_trackers,
-    ending_together,
-    finish,
-    make_accelerator,
     same_everywhere,
     share_buffers,
 )
 from fcmae.training.log import Log
 from fcmae.training.run import Run, RunDirectory
-from fcmae.training.signals import StopSignal
-from fcmae.training.steps import AT_ONCE, Steps, images_at_once, in_parts, that_fits
+from fcmae.training.session import Session, begin
+from fcmae.training.steps import AT_ONCE, Steps, images_at_once, that_fits
 from fcmae.weights.convert import save_classifier
-from fcmae.weights.files import Weights
+from fcmae.weights.files import ImageRecord, Weights
 from fcmae.weights.formats import rename
 
 logger = logging.getLogger("fcmae")
@@ -77,12 +72,8 @@ def finetune(cfg: FinetuneConfig, net: Classifier | None = None) -> Run:
             batch or `model.init` does not fit.
         FloatingPointError: if the loss or a gradient stops being finite.
     """
-    accelerator = make_accelerator(cfg)
-    with ending_together(accelerator, cfg.out):
-        run = RunDirectory(cfg)
-        run.agree(accelerator)
-        check_launch(cfg, accelerator.num_processes)
-        cfg = in_parts(cfg, accelerator.num_processes, accelerator.device.type, run.saved)
+    with begin(cfg) as session:
+        cfg, run, accelerator = session.cfg, session.run, session.accelerator
         weights = starting_weights(cfg)
         if _keeps_head(cfg) and not weights.class_names:
             raise ValueError(f"model.init = {cfg.model.init} has no classifier: give a fine-tuned model")
@@ -92,50 +83,48 @@ def finetune(cfg: FinetuneConfig, net: Classifier | None = None) -> Run:
         if net is None:
             net = build_model(cfg, weights, len(val_images.class_names))
         cfg, run.network = run.licensed(cfg, weights.license), describe(net.encoder.spec)
+        reading = kept_reading(run, build_reading(cfg, weights))
         weights = replace(
             weights,
             state={},
-            image=kept_image(run, reading_settings(cfg, weights)),
+            image=ImageRecord.of(reading),
             class_names=tuple(val_images.class_names),
             origin={} if cfg.model.license is None else {"license": cfg.model.license},
         )
         num_images, images = (len(train_images), len(val_images)), fingerprint(train_images, val_images)
         check_start(cfg, run, net, num_images, images, accelerator.num_processes)
-        with run.open(accelerator.is_main_process), closing_trackers(accelerator), StopSignal() as stop:
+        with session.open():
             if accelerator.is_main_process:
                 train_images.save(run.path / "files.json")
                 val_images.save(run.path / "val_files.json")
                 for note in dict.fromkeys(train_images.notes + val_images.notes):
                     logger.info("%s", note)
-                build_reading(cfg, weights).check_values(train_images if len(train_images) else val_images)
-            finished = train(cfg, run, accelerator, net, weights, per_epoch, train_images, val_images, stop)
-            finish(accelerator, stop)
-    return Run(run.path, run.kind, finished, stop.received)
+                reading.check_values(train_images if len(train_images) else val_images)
+            run.finished = train(session, cfg, net, weights, reading, per_epoch, train_images, val_images)
+    return session.result()
 
 
 def train(
+    session: Session[FinetuneConfig],
     cfg: FinetuneConfig,
-    run: RunDirectory,
-    accelerator: Accelerator,
     net: Classifier,
     weights: Weights,
+    reading: Reading,
     per_epoch: int,
     train_images: Images,
     val_images: Images,
-    stop: StopSignal,
 ) -> bool:
     """Train `net` from where the run stands to its end, or to a signal; or evaluate only.
 
     Args:
-        cfg: the run's settings.
-        run: its directory, open.
-        accelerator: of this process.
+        session: open.
+        cfg: the run's settings, all of them known.
         net: the classifier, which starts as it is or is overwritten by the checkpoint that the run resumes from.
         weights: what describes the exported models, without tensors.
+        reading: how images are read.
         per_epoch: steps of an epoch; 0 to evaluate only.
         train_images: to learn from.
         val_images: held out.
-        stop: the signal.
 
     Returns:
         Whether the end was reached.
@@ -144,10 +133,11 @@ def train(
         FloatingPointError: if the loss or a gradient stops being finite.
         ValueError: if none of the held-out images can be read.
     """
+    run, accelerator = session.run, session.accelerator
     cfg = that_fits(cfg, accelerator)
-    ready = prepare(cfg, run, accelerator, net, weights, per_epoch, Best, partial(rename, to="timm"))
-    schedule, model, optimizer, ema, best = ready
-    normalize = Normalize(weights.image["mean"], weights.image["std"]).to(accelerator.device)
+    ready = prepare(cfg, run, accelerator, net, reading.image_size, per_epoch, Best, partial(rename, to="timm"))
+    schedule, ema, best = ready.schedule, ready.ema, ready.best
+    normalize = reading.normalize.to(accelerator.device)
     at_once = images_at_once(cfg, accelerator.num_processes)
     if cfg.eval_only:  # batch_size was given for no step
         at_once = min(at_once, AT_ONCE.get(accelerator.device.type, min(AT_ONCE.values())))
@@ -159,7 +149,7 @@ def train(
     smoothing = 0.0 if mixup is not None else cfg.regularization.label_smoothing  # mixup's targets come smoothed
 
     with closing(Log(cfg, accelerator, schedule, len(train_images) + len(val_images))) as log:
-        evaluation = build_evaluation(cfg, accelerator, normalize, val_images, weights, best, log, at_once)
+        evaluation = build_evaluation(cfg, accelerator, reading, val_images, weights, best, log, at_once)
         if cfg.eval_only:
             evaluation.evaluate(net, None, 0, 0.0, (".",))
             logger.info("finished evaluating")
@@ -167,8 +157,8 @@ def train(
         message = "%s: %d training images of %d classes, %d held out"
         name, num_classes = describe(net.encoder.spec), len(weights.class_names)
         logger.info(message, name, len(train_images), num_classes, len(val_images))
-        train_set = build_train_set(cfg, train_images, weights)
-        steps = Steps(cfg, schedule, accelerator, model, optimizer, train_set, log, stop)
+        train_set = build_train_set(cfg, train_images, reading)
+        steps = Steps(cfg, schedule, accelerator, ready.model, ready.optimizer, train_set, log, session.stop)
         for step in steps:
             for batch in step.batches():
                 with step.part():
@@ -176,7 +166,7 @@ def train(
                     if mixup is not None:
                         images, target = mixup(images, target)  # (B, classes)
                     # Without a name, so that what a part computed is let go where the memory does not suffice.
-                    step.backward(classification_loss(model(images), target, balance, smoothing))
+                    step.backward(classification_loss(ready.model(images), target, balance, smoothing))
             step.update()
             if ema is not None:
                 ema.update(net, step.number)
@@ -184,7 +174,7 @@ def train(
             if step.evaluates:
                 places = ("last",) if step.number == schedule.total else ()
                 evaluation.evaluate(net, ema, step.number, step.epoch, places)
-            progress = progress_of(steps.cfg, net, weights.image, best, accelerator.num_processes)
+            progress = progress_of(steps.cfg, net, reading, best, accelerator.num_processes)
             step.save(run, net, images_used, progress, None if ema is None else ema.module)
     if steps.finished:
         logger.info("best and last model: %s, %s", run.path / "best", run.path / "last")
@@ -216,16 +206,16 @@ def _keeps_head(cfg: FinetuneConfig) -> bool:
     return cfg.eval_only or cfg.model.keep_head
 
 
-def reading_settings(cfg: FinetuneConfig, weights: Weights) -> dict[str, Any]:
-    """What `image_settings` gives, and crop_pct: the settings', or with eval_only the weights' unless it was given.
+def build_reading(cfg: FinetuneConfig, weights: Weights) -> Reading:
+    """How images are read: see `reading_for`; crop_pct is the settings', or with eval_only the weights' unless given.
 
     Raises:
         ValueError: see there.
     """
     crop_pct = cfg.data.crop_pct
     if cfg.eval_only and "crop_pct" not in cfg.data.model_fields_set:
-        crop_pct = weights.image.get("crop_pct", crop_pct)
-    return image_settings(cfg, weights) | {"crop_pct": crop_pct}
+        crop_pct = weights.image.crop_pct or crop_pct
+    return reading_for(cfg, weights, crop_pct)
 
 
 def fingerprint(train_images: Images, val_images: Images) -> str:
@@ -283,28 +273,33 @@ def build_model(cfg: FinetuneConfig, weights: Weights, num_classes: int) -> Clas
     return model
 
 
-def build_train_set(cfg: FinetuneConfig, images: Images, weights: Weights) -> FinetuneDataset:
+def build_train_set(cfg: FinetuneConfig, images: Images, reading: Reading) -> FinetuneDataset:
     """Training images, cropped and augmented.
 
     Args:
         cfg: the run's settings.
         images: to learn from.
-        weights: the size, mean, std and nodata of their images are taken.
+        reading: how they are read.
     """
-    data, (in_chans, height, width), mean = cfg.data, weights.image["input_size"], weights.image["mean"]
-    nodata = weights.image.get("nodata")
+    data = cfg.data
     crop = CropAndFlip(
-        in_chans, (height, width), data.crop_scale, data.hflip, data.vflip, mean, data.max_pixels, nodata
+        reading.in_chans,
+        reading.image_size,
+        data.crop_scale,
+        data.hflip,
+        data.vflip,
+        reading.mean,
+        reading.max_pixels,
+        reading.nodata,
     )
     augment = FinetuneAugment(
-        crop, auto_augment=data.auto_augment, random_erasing=data.random_erasing, mean=mean, std=weights.image["std"]
+        crop,
+        auto_augment=data.auto_augment,
+        random_erasing=data.random_erasing,
+        mean=reading.mean,
+        std=reading.std,
     )
     return FinetuneDataset(images, augment, seed=cfg.seed)
-
-
-def build_reading(cfg: FinetuneConfig, weights: Weights) -> Reading:
-    """How images are read that are not trained on, as the weights have it."""
-    return replace(weights.reading("model.init"), max_pixels=cfg.data.max_pixels)
 
 
 def build_mixup(cfg: FinetuneConfig, num_classes: int) -> Mixup | None:
@@ -342,7 +337,7 @@ class Evaluation:
         batches: this process's share of them.
         weights: what describes the exported models.
         init: what the run started from.
-        best: so far, which `run` moves on.
+        best: so far, which `evaluate` moves on.
         log: of the run.
     """
 
@@ -415,7 +410,7 @@ class Evaluation:
 def build_evaluation(
     cfg: FinetuneConfig,
     accelerator: Accelerator,
-    normalize: Normalize,
+    reading: Reading,
     images: Images,
     weights: Weights,
     best: Best,
@@ -427,15 +422,15 @@ def build_evaluation(
     Args:
         cfg: the run's settings.
         accelerator: of this process.
-        normalize: on its device, as in training.
+        reading: how images are read.
         images: held out.
-        weights: what describes the exported models, and how images are read.
+        weights: what describes the exported models.
         best: the best evaluation so far.
         log: of the run.
         at_once: images at a time.
     """
     loader = evaluation_loader(
-        replace(build_reading(cfg, weights), normalize=normalize),
+        reading,
         images,
         at_once,
         num_workers=choose_num_workers(cfg.data.num_workers, accelerator.device.type),
@@ -443,4 +438,5 @@ def build_evaluation(
         rank=accelerator.process_index,
         num_processes=accelerator.num_processes,
     )
+    normalize = reading.normalize.to(accelerator.device)
     return Evaluation(accelerator, normalize, images, loader, weights, cfg.model.init, best, log)

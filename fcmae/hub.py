@@ -192,9 +192,8 @@ def _what(weights: Weights) -> Iterator[str]:
         f"{what}: {_cell(network)}, {count / 1e6:.2f} million parameters, made with fcmae {fcmae.__version__} "
         "(masked pretraining of ConvNets, arXiv 2301.00808)."
     )
-    image = {key: _cell(list(value) if isinstance(value, tuple) else value) for key, value in weights.image.items()}
-    if image:
-        yield table(["images", "value"], list(image.items()), left=2)
+    if known := weights.image.known():
+        yield table(["images", "value"], [[key, _cell(value)] for key, value in known.items()], left=2)
     if num_classes:
         yield "Classes, in order: " + ", ".join(map(_cell, weights.class_names)) + "."
 

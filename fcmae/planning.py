@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
     from fcmae.data.dataset import ImageDataset
     from fcmae.heads import Classifier, Segmenter
+    from fcmae.weights.files import ImageRecord
 
 # What may change on resume, and yet tells which run is meant where `out` is not given.
 WHICH_RUN = {"data.path", "data.val_path", "data.maps", "data.val_maps", "hours"}
@@ -115,7 +116,7 @@ def finetuning(sketch: FinetuneConfig, given: Mapping[str, Any]) -> dict[str, An
     device = _device(sketch)
     plan = choices.Choices(given)
     facts = _image_settings(plan, images, sketch.data, image, is_published)
-    choices.finetuning_settings(plan, facts, device, held, image.get("input_size", [])[1:])
+    choices.finetuning_settings(plan, facts, device, held, image.size or ())
     hours = _machine(plan, device)
     cfg = options.make(FinetuneConfig, {"epochs": 1} | plan.settings | {"out": out, "log.trackers": "none"})
     result = _fit(plan, cfg, lambda at_once: _dense_step(cfg, at_once, _measured_s(hours)))
@@ -217,7 +218,7 @@ def _run_directory(sketch: RunConfig, given: Mapping[str, Any], images: str) -> 
 
 def _goes_on(sketch: RunConfig, given: Mapping[str, Any], place: Path) -> bool:
     """Whether the run there is the one that this command began and did not end."""
-    from fcmae.training.messages import how_it_ended
+    from fcmae.training.records import last_state
 
     saved = _saved(sketch, place, begun=False)
     if saved is None:
@@ -225,7 +226,7 @@ def _goes_on(sketch: RunConfig, given: Mapping[str, Any], place: Path) -> bool:
     wanted = options.flat(sketch)
     compared = (given.keys() & wanted.keys()) - (FREE_ON_RESUME - WHICH_RUN)
     same = all(saved.get(key) == wanted[key] for key in compared)
-    return same and how_it_ended(place / "train.log") != "finished"
+    return same and last_state(place) != "finished"
 
 
 def _saved(sketch: RunConfig, place: Path, begun: bool = True) -> dict[str, Any] | None:
@@ -270,13 +271,13 @@ def _has_begun(place: Path) -> bool:
 
 def _cut_off_at(cfg: RunConfig) -> float:
     """The images at once of a start in this place that was cut off in its first steps, or infinity."""
-    from fcmae.training.messages import CUT_OFF, how_it_ended
     from fcmae.training.own_files import overwrites
+    from fcmae.training.records import last_state
     from fcmae.training.steps import images_at_once
 
     assert cfg.out is not None
     config = cfg.out / "config.yaml"
-    if overwrites(cfg) or not config.is_file() or _has_begun(cfg.out) or how_it_ended(cfg.out / "train.log") != CUT_OFF:
+    if overwrites(cfg) or not config.is_file() or _has_begun(cfg.out) or last_state(cfg.out) != "cut off":
         return math.inf
     return images_at_once(options.read(type(cfg), config), 1)
 
@@ -293,19 +294,19 @@ def _facts(images: Images, in_chans: int | None, data: ImageConfig) -> choices.I
 
 
 def _image_settings(
-    plan: choices.Choices, images: Images, data: ImageConfig, image: Mapping[str, Any], is_published: bool
+    plan: choices.Choices, images: Images, data: ImageConfig, image: ImageRecord, is_published: bool
 ) -> choices.Images:
     """The facts, and channels, mean and std chosen: the weights', but of photographs alone where these were published.
 
     image: how the images of the weights were read.
     """
     facts = _facts(images, plan.settings.get("data.in_chans"), data)
-    are_photographs = is_published and choices.learnt_photographs(image)
+    are_photographs = is_published and choices.learnt_photographs(image.in_chans, image.mean)
     if not are_photographs or choices.may_be_photographs(facts.in_chans, facts.is_deep):
         in_chans = facts.in_chans
-        if "input_size" in image:
-            in_chans = plan.take("data.in_chans", image["input_size"][0], "that of model.init")
-        if len(image.get("mean", ())) == in_chans:
+        if image.in_chans is not None:
+            in_chans = plan.take("data.in_chans", image.in_chans, "that of model.init")
+        if len(image.mean or ()) == in_chans:
             return replace(facts, in_chans=in_chans)
         if in_chans != facts.in_chans:
             facts = _facts(images, in_chans, data)
@@ -315,12 +316,12 @@ def _image_settings(
 
 def _held(
     sketch: PretrainConfig | DenseConfig,
-) -> tuple[NetworkSpec | None, dict[str, Any], tuple[str, ...] | None, bool]:
+) -> tuple[NetworkSpec | None, ImageRecord, tuple[str, ...] | None, bool]:
     """The network of the starting weights, how their images were read, their classes, and whether no run made them."""
-    if sketch.model.init is None:
-        return None, {}, None, False
-    from fcmae.weights.files import read_init
+    from fcmae.weights.files import ImageRecord, read_init
 
+    if sketch.model.init is None:
+        return None, ImageRecord(), None, False
     weights = read_init(str(sketch.model.init), sketch.model.key, sketch.model.prefix)
     return weights.architecture.spec, weights.image, weights.class_names or None, "run" not in weights.origin
 
@@ -477,7 +478,6 @@ def time_training(cfg: FinetuneConfig | SegmentConfig, at_once: int, duration_s:
     """
     from fcmae import finetuning, segmenting, starting
     from fcmae.data.loader import build_loader, choose_num_workers, prefetched
-    from fcmae.data.normalize import Normalize
     from fcmae.data.sampler import StepSampler
     from fcmae.segmentation import segmentation_loss
     from fcmae.timing import for_a_while
@@ -489,8 +489,8 @@ def time_training(cfg: FinetuneConfig | SegmentConfig, at_once: int, duration_s:
     if isinstance(cfg, SegmentConfig):
         data = segmenting.find_data(cfg)
         net: Classifier | Segmenter = segmenting.build_model(cfg, weights, len(data.classes))
-        weights.image.update(starting.image_settings(cfg, weights))
-        train_set: ImageDataset = segmenting.build_train_set(cfg, data, weights)
+        reading = starting.reading_for(cfg, weights, crop_pct=1.0)
+        train_set: ImageDataset = segmenting.build_train_set(cfg, data, reading)
         loss_of: Callable[[Tensor, Tensor], Tensor] = partial(segmentation_loss, dice=cfg.regularization.dice)
     else:
         names = weights.class_names or None if cfg.model.keep_head else None
@@ -498,11 +498,11 @@ def time_training(cfg: FinetuneConfig | SegmentConfig, at_once: int, duration_s:
         images = find_labelled(cfg.data.path or "", names, key="data.path", storage=storage)
         assert images.class_names is not None
         net = finetuning.build_model(cfg, weights, len(images.class_names))
-        weights.image.update(finetuning.reading_settings(cfg, weights))
-        train_set = finetuning.build_train_set(cfg, images, weights)
+        reading = finetuning.build_reading(cfg, weights)
+        train_set = finetuning.build_train_set(cfg, images, reading)
         loss_of = partial(finetuning.classification_loss, balance=None, label_smoothing=0.0)
     net = net.to(device)
-    normalize = Normalize(weights.image["mean"], weights.image["std"]).to(device)
+    normalize = reading.normalize.to(device)
     model, optimizer = accelerator.prepare(net, starting.build_optimizer(cfg, net), device_placement=[True, False])
     order = StepSampler(len(train_set), min(at_once, len(train_set)), cfg.seed, end_step=bench.ENDLESS)
     workers = choose_num_workers(cfg.data.num_workers, device.type)

@@ -126,7 +126,7 @@ def predict_maps(cfg: PredictConfig) -> None:
     check_sides("image_size", reading.image_size, unit)
     accelerator = Accelerator(cpu=cfg.device == "cpu", mixed_precision="no")  # whatever the environment says
     normalize = reading.normalize.to(accelerator.device)
-    fill = reading.normalize.mean.flatten().tolist()
+    fill = reading.mean
     if not isinstance(model, Anytime) and (cfg.tau, cfg.budget, cfg.limit_ms) != (None, None, None):
         raise ValueError(f"tau, budget and limit_ms are for models with model.head anytime, and {cfg.model} is none")
     limit_s = math.inf if cfg.limit_ms is None else cfg.limit_ms / 1000

@@ -6,13 +6,13 @@ import logging
 import math
 from collections.abc import Iterable
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from accelerate import Accelerator
 
-from fcmae.config import PretrainConfig, check_launch
+from fcmae.config import PretrainConfig
 from fcmae.data.augment import CenterCrop, CropAndFlip
 from fcmae.data.dataset import Batch, PretrainDataset, Reading, collate
 from fcmae.data.index import Images, find_images, kept_images
@@ -38,10 +38,6 @@ from fcmae.networks.spec import describe
 from fcmae.training import checkpoint, optim
 from fcmae.training.compiling import compile_model
 from fcmae.training.launch import (
-    closing_trackers,
-    ending_together,
-    finish,
-    make_accelerator,
     same_everywhere,
     waiting_for_all,
 )
@@ -49,10 +45,10 @@ from fcmae.training.log import Log
 from fcmae.training.optim import Schedule
 from fcmae.training.records import read_metrics
 from fcmae.training.run import Run, RunDirectory
-from fcmae.training.signals import StopSignal
-from fcmae.training.steps import Step, Steps, check_pooled, images_at_once, in_parts, schedule_of, that_fits
+from fcmae.training.session import Session, begin
+from fcmae.training.steps import Step, Steps, check_pooled, images_at_once, schedule_of, that_fits
 from fcmae.weights.convert import start_from
-from fcmae.weights.files import read_init
+from fcmae.weights.files import read_init, reading_of
 from fcmae.weights.formats import OLD, rename
 
 logger = logging.getLogger("fcmae")
@@ -76,12 +72,8 @@ def pretrain(cfg: PretrainConfig, net: FCMAE | None = None) -> Run:
             batch, or `model.init` or `monitor.labelled` does not fit.
         FloatingPointError: if the loss or a gradient stops being finite.
     """
-    accelerator = make_accelerator(cfg)
-    with ending_together(accelerator, cfg.out):
-        run = RunDirectory(cfg)
-        run.agree(accelerator)
-        check_launch(cfg, accelerator.num_processes)
-        cfg = in_parts(cfg, accelerator.num_processes, accelerator.device.type, run.saved)
+    with begin(cfg) as session:
+        cfg, run, accelerator = session.cfg, session.run, session.accelerator
         images, are_new = same_everywhere(accelerator, partial(run_images, cfg, run))
         train_images, val_images = split(images, cfg.data.val_share, cfg.seed)
         schedule = build_schedule(cfg, run, train_images)
@@ -98,7 +90,7 @@ def pretrain(cfg: PretrainConfig, net: FCMAE | None = None) -> Run:
         labelled = None
         if cfg.monitor.labelled is not None and accelerator.is_main_process:
             labelled = find_monitored_labels(cfg.monitor.labelled, build_reading(cfg), cfg.seed)
-        with run.open(accelerator.is_main_process), closing_trackers(accelerator), StopSignal() as stop:
+        with session.open():
             if accelerator.is_main_process:
                 if are_new:
                     images.save(run.path / "files.json")
@@ -107,34 +99,29 @@ def pretrain(cfg: PretrainConfig, net: FCMAE | None = None) -> Run:
                 build_reading(cfg).check_values(images)
             for sentence in started:
                 logger.info("start: %s", sentence)
-            finished = train(cfg, run, accelerator, net, schedule, train_images, val_images, labelled, stop)
-            finish(accelerator, stop)
-    return Run(run.path, run.kind, finished, stop.received)
+            run.finished = train(session, cfg, net, schedule, train_images, val_images, labelled)
+    return session.result()
 
 
 def train(
+    session: Session[PretrainConfig],
     cfg: PretrainConfig,
-    run: RunDirectory,
-    accelerator: Accelerator,
     net: FCMAE,
     schedule: Schedule,
     train_images: Images,
     val_images: Images,
     labelled: Labelled | None,
-    stop: StopSignal,
 ) -> bool:
     """Train `net` from where the run stands to its end, or to a signal.
 
     Args:
-        cfg: the run's settings.
-        run: its directory, open.
-        accelerator: of this process.
+        session: open.
+        cfg: the run's settings, all of them known.
         net: the model, which starts as it is or is overwritten by the checkpoint that the run resumes from.
         schedule: see `build_schedule`.
         train_images: to learn from.
         val_images: held out; may be empty.
         labelled: for the monitor's nearest neighbours, on the main process; or None.
-        stop: the signal.
 
     Returns:
         Whether the end was reached.
@@ -142,6 +129,7 @@ def train(
     Raises:
         FloatingPointError: if the loss or a gradient stops being finite.
     """
+    run, accelerator = session.run, session.accelerator
     cfg = that_fits(cfg, accelerator)
     net = net.to(accelerator.device)
     adamw = build_optimizer(cfg, net)
@@ -165,7 +153,9 @@ def train(
     logger.info("%s: %d training images, %d held out", describe(net.encoder.spec), len(train_images), len(val_images))
     with closing(Log(cfg, accelerator, schedule, len(train_images) + len(val_images))) as log:
         evaluation = build_evaluation(cfg, accelerator, normalize, train_images, val_images, labelled, log)
-        steps = Steps(cfg, schedule, accelerator, model, optimizer, train_set, log, stop, cfg.data.masks_per_image)
+        steps = Steps(
+            cfg, schedule, accelerator, model, optimizer, train_set, log, session.stop, cfg.data.masks_per_image
+        )
         for step in steps:
             for batch in step.batches():
                 with step.part():
@@ -242,9 +232,11 @@ def start(cfg: PretrainConfig, net: FCMAE) -> tuple[list[str], str | None]:
         return ["from scratch"], None
     weights = read_init(cfg.model.init, cfg.model.key, cfg.model.prefix)
     done = [start_from(net, weights)]
-    trained, here = [weights.image.get(key) for key in ("mean", "std")], list(cfg.data.statistics())
-    if None not in trained and trained != here and weights.architecture.in_chans == cfg.data.in_chans:
-        done.append(f"it was trained with [mean, std] {trained} and goes on with {here} (data.mean, data.std)")
+    image, here = weights.image, cfg.data.statistics()
+    if image.mean and image.std and weights.architecture.in_chans == cfg.data.in_chans:
+        trained = (list(image.mean), list(image.std))
+        if trained != here:
+            done.append(f"it was trained with (mean, std) {trained} and goes on with {here} (data.mean, data.std)")
     return done, weights.license
 
 
@@ -266,8 +258,7 @@ def mask_grid(cfg: PretrainConfig) -> tuple[int, int]:
 
 def build_reading(cfg: PretrainConfig) -> Reading:
     """How images are measured: centre crops of the full shorter side, as `read_weights` has it for checkpoints."""
-    data = cfg.data
-    return Reading(data.in_chans, data.image_size, 1.0, Normalize(*data.statistics()), data.max_pixels, data.nodata)
+    return reading_of(cfg.data, crop_pct=1.0)
 
 
 def build_dataset(cfg: PretrainConfig, images: Images, *, augment: bool) -> PretrainDataset:
@@ -464,7 +455,7 @@ def build_evaluation(
     monitor = Monitor(
         monitored_images(val_images, train_images, cfg.monitor.num_images),
         labelled,
-        replace(build_reading(cfg), normalize=normalize),
+        build_reading(cfg),
         device=device,
         # Not more at a time than training has, which also keeps what its backward pass needs.
         batch_size=max(1, min(BATCH_SIZE, at_once)),

@@ -21,13 +21,12 @@ from torch import nn
 
 from fcmae.anytime import Anytime, build_segmenter
 from fcmae.atomic import replacing
-from fcmae.config import SegmentConfig, check_launch
+from fcmae.config import SegmentConfig
 from fcmae.data.augment import CropBoth, check_same_size
-from fcmae.data.dataset import SegmentDataset
+from fcmae.data.dataset import Reading, SegmentDataset
 from fcmae.data.index import Images, find_mapped, kept_images
 from fcmae.data.loader import choose_num_workers
 from fcmae.data.maps import Classes, count_values, find_classes
-from fcmae.data.normalize import Normalize
 from fcmae.data.rasters import LabelMap, Raster
 from fcmae.data.sampler import steps_per_epoch
 from fcmae.data.source import BadImage
@@ -52,26 +51,22 @@ from fcmae.starting import (
     check_start,
     check_unlearnt,
     class_balance,
-    image_settings,
-    kept_image,
+    kept_reading,
     prepare,
     progress_of,
+    reading_for,
     starting_weights,
 )
 from fcmae.training.launch import (
-    closing_trackers,
-    ending_together,
-    finish,
-    make_accelerator,
     same_everywhere,
     share_buffers,
     waiting_for_all,
 )
 from fcmae.training.log import Log
 from fcmae.training.run import Run, RunDirectory
-from fcmae.training.signals import StopSignal
-from fcmae.training.steps import Steps, images_at_once, in_parts, that_fits
-from fcmae.weights.files import Weights
+from fcmae.training.session import Session, begin
+from fcmae.training.steps import Steps, images_at_once, that_fits
+from fcmae.weights.files import ImageRecord, Weights
 from fcmae.weights.segmenters import read_segmenter, save_segmenter
 
 logger = logging.getLogger("fcmae")
@@ -123,12 +118,8 @@ def segment(cfg: SegmentConfig, net: Segmenter | None = None) -> Run:
             batch, their maps cannot be used or `model.init` does not fit.
         FloatingPointError: if the loss or a gradient stops being finite.
     """
-    accelerator = make_accelerator(cfg)
-    with ending_together(accelerator, cfg.out):
-        run = RunDirectory(cfg)
-        run.agree(accelerator)
-        check_launch(cfg, accelerator.num_processes)
-        cfg = in_parts(cfg, accelerator.num_processes, accelerator.device.type, run.saved)
+    with begin(cfg) as session:
+        cfg, run, accelerator = session.cfg, session.run, session.accelerator
         weights = starting_weights(cfg)
         data = same_everywhere(accelerator, partial(run_images, cfg, run))
         per_epoch = 0 if cfg.eval_only else steps_per_epoch(len(data.images), cfg.batch_size)
@@ -136,45 +127,41 @@ def segment(cfg: SegmentConfig, net: Segmenter | None = None) -> Run:
             net = build_model(cfg, weights, len(data.classes))
         cfg, run.network = run.licensed(cfg, weights.license), describe(net.encoder.spec)
         origin = {} if cfg.model.license is None else {"license": cfg.model.license}
-        image = kept_image(run, image_settings(cfg, weights) | {"crop_pct": 1.0})
-        weights = replace(weights, state={}, image=image, origin=origin)
-        check_sides("data.image_size", weights.image["input_size"][1:], weights.architecture.spec.total_stride)
+        reading = kept_reading(run, reading_for(cfg, weights, crop_pct=1.0))
+        weights = replace(weights, state={}, image=ImageRecord.of(reading), origin=origin)
+        check_sides("data.image_size", reading.image_size, weights.architecture.spec.total_stride)
         num_images = (len(data.images), len(data.val_images))
         check_start(cfg, run, net, num_images, data.fingerprint(), accelerator.num_processes)
-        with run.open(accelerator.is_main_process), closing_trackers(accelerator), StopSignal() as stop:
+        with session.open():
             if accelerator.is_main_process:
                 for name, part in zip(FILES, data, strict=True):
                     part.save(run.path / name)
                 for note in dict.fromkeys(note for part in data for note in part.notes):
                     logger.info("%s", note)
-                reading = replace(weights.reading("model.init"), max_pixels=cfg.data.max_pixels)
                 reading.check_values(data.images if len(data.images) else data.val_images)
-            finished = train(cfg, run, accelerator, net, weights, per_epoch, data, stop)
-            finish(accelerator, stop)
-    return Run(run.path, run.kind, finished, stop.received)
+            run.finished = train(session, cfg, net, weights, reading, per_epoch, data)
+    return session.result()
 
 
 def train(
+    session: Session[SegmentConfig],
     cfg: SegmentConfig,
-    run: RunDirectory,
-    accelerator: Accelerator,
     net: Segmenter,
     weights: Weights,
+    reading: Reading,
     per_epoch: int,
     data: Mapped,
-    stop: StopSignal,
 ) -> bool:
     """Train `net` from where the run stands to its end, or to a signal; or evaluate only.
 
     Args:
-        cfg: the run's settings.
-        run: its directory, open.
-        accelerator: of this process.
+        session: open.
+        cfg: the run's settings, all of them known.
         net: the model, which starts as it is or is overwritten by the checkpoint that the run resumes from.
         weights: what describes the exported models, without tensors.
+        reading: how images are read.
         per_epoch: steps of an epoch; 0 to evaluate only.
         data: images and maps.
-        stop: the signal.
 
     Returns:
         Whether the end was reached.
@@ -183,16 +170,17 @@ def train(
         FloatingPointError: if the loss or a gradient stops being finite.
         ValueError: if none of the held-out images can be read.
     """
+    run, accelerator = session.run, session.accelerator
     cfg = that_fits(cfg, accelerator)
-    ready = prepare(cfg, run, accelerator, net, weights, per_epoch, Best)
-    schedule, model, optimizer, ema, best = ready
-    normalize = Normalize(weights.image["mean"], weights.image["std"]).to(accelerator.device)
+    ready = prepare(cfg, run, accelerator, net, reading.image_size, per_epoch, Best)
+    schedule, ema, best = ready.schedule, ready.ema, ready.best
+    normalize = reading.normalize.to(accelerator.device)
     at_once = images_at_once(cfg, accelerator.num_processes)
     images_used = data.fingerprint()
     balance, dice = class_balance(cfg, data.counts, accelerator.device), cfg.regularization.dice
 
     with closing(Log(cfg, accelerator, schedule, len(data.images) + len(data.val_images))) as log:
-        evaluation = Evaluation(cfg, accelerator, normalize, data, weights, log, best, at_once)
+        evaluation = Evaluation(cfg, accelerator, reading, data, weights, log, best, at_once)
         if cfg.eval_only:
             evaluation.evaluate(net, None, 0, 0.0, (".",))
             logger.info("finished evaluating")
@@ -202,14 +190,14 @@ def train(
         logger.info(
             message, describe(net.encoder.spec), cfg.model.head, len(data.images), num, names, len(data.val_images)
         )
-        train_set = build_train_set(cfg, data, weights)
-        steps = Steps(cfg, schedule, accelerator, model, optimizer, train_set, log, stop)
+        train_set = build_train_set(cfg, data, reading)
+        steps = Steps(cfg, schedule, accelerator, ready.model, ready.optimizer, train_set, log, session.stop)
         for step in steps:
             for batch in step.batches():
                 with step.part():
                     images, target = normalize(batch.images), batch.given_labels  # (B, C, H, W), (B, H, W)
                     # Without a name, so that what a part computed is let go where the memory does not suffice.
-                    step.backward(segmentation_loss(model(images), target, balance, dice))
+                    step.backward(segmentation_loss(ready.model(images), target, balance, dice))
             step.update()
             if ema is not None:
                 ema.update(net, step.number)
@@ -217,7 +205,7 @@ def train(
             if step.evaluates:
                 places = ("last",) if step.number == schedule.total else ()
                 evaluation.evaluate(net, ema, step.number, step.epoch, places)
-            progress = progress_of(steps.cfg, net, weights.image, best, accelerator.num_processes)
+            progress = progress_of(steps.cfg, net, reading, best, accelerator.num_processes)
             step.save(run, net, images_used, progress, None if ema is None else ema.module)
     if steps.finished:
         logger.info("best and last model: %s, %s", run.path / "best", run.path / "last")
@@ -336,26 +324,25 @@ def build_model(cfg: SegmentConfig, weights: Weights, num_classes: int) -> Segme
     return model
 
 
-def build_train_set(cfg: SegmentConfig, data: Mapped, weights: Weights) -> SegmentDataset:
+def build_train_set(cfg: SegmentConfig, data: Mapped, reading: Reading) -> SegmentDataset:
     """Training crops of images and maps.
 
     Args:
         cfg: the run's settings.
         data: images and maps.
-        weights: the size, mean and nodata of their images are taken.
+        reading: how the images are read.
     """
-    in_chans, height, width = weights.image["input_size"]
     own = cfg.data
     crop = CropBoth(
-        in_chans,
-        (height, width),
+        reading.in_chans,
+        reading.image_size,
         own.scale,
         own.hflip,
         own.vflip,
         data.classes,
-        weights.image["mean"],
-        own.max_pixels,
-        weights.image.get("nodata"),
+        reading.mean,
+        reading.max_pixels,
+        reading.nodata,
         own.color_jitter,
     )
     return SegmentDataset(data.images, data.maps, crop, seed=cfg.seed)
@@ -379,17 +366,17 @@ class Evaluation:
     Attributes:
         cfg: the run's settings.
         accelerator: of the run's processes.
-        normalize: as in training.
+        reading: how images are read, and the size of a tile.
         data: the held-out images are taken.
-        weights: what describes the exported models, and the size of a tile.
+        weights: what describes the exported models.
         log: of the run.
-        best: so far, which `run` moves on.
+        best: so far, which `evaluate` moves on.
         at_once: tiles at a time.
     """
 
     cfg: SegmentConfig
     accelerator: Accelerator
-    normalize: Normalize
+    reading: Reading
     data: Mapped
     weights: Weights
     log: Log
@@ -457,7 +444,7 @@ class Evaluation:
         share_buffers(network)
         num_threads = choose_num_workers(self.cfg.data.num_workers, self.accelerator.device.type)
         with waiting_for_all(self.accelerator), evaluating(network):  # images are of many sizes
-            predict = predictor(network, self.normalize, self.accelerator)
+            predict = self._predictor(network)
             for i, one in zip(which, each_image(partial(self._score_one, predict), which, num_threads), strict=True):
                 if isinstance(one, BadImage):
                     bad.append((self.data.val_images.name(i), str(one)))
@@ -478,9 +465,12 @@ class Evaluation:
             total.merge(part)
         return total
 
+    def _predictor(self, network: Segmenter) -> Predict:
+        return predictor(network, self.reading.normalize.to(self.accelerator.device), self.accelerator)
+
     def _score_one(self, predict: Predict, i: int) -> Scores | BadImage:
         scores, name = Scores(len(self.data.classes)), self.data.val_maps.name(i)
-        tile, fill = self.weights.image["input_size"][1:], self.weights.image["mean"]
+        tile, fill = self.reading.image_size, self.reading.mean
         unit = self.weights.architecture.spec.total_stride
         try:
             with self._opened(i) as (raster, labels):
@@ -496,14 +486,10 @@ class Evaluation:
     @contextmanager
     def _opened(self, i: int) -> Iterator[tuple[Raster, LabelMap]]:
         """Held-out image i and its map."""
-        in_chans, fill, max_pixels = (
-            self.weights.architecture.in_chans,
-            self.weights.image["mean"],
-            self.cfg.data.max_pixels,
-        )
+        reading = self.reading
         with self.data.val_images.open(i) as file, self.data.val_maps.open(i) as map_file:
-            raster = Raster(file, in_chans, fill, max_pixels, self.weights.image.get("nodata"))
-            labels = LabelMap(map_file, max_pixels)
+            raster = Raster(file, reading.in_chans, reading.mean, reading.max_pixels, reading.nodata)
+            labels = LabelMap(map_file, reading.max_pixels)
             check_same_size(raster, labels)
             yield raster, labels
 
@@ -514,9 +500,9 @@ class Evaluation:
             network: the model.
             step: after which it is drawn.
         """
-        size, fill, panels = self.weights.image["input_size"][1:], self.weights.image["mean"], []
+        size, fill, panels = self.reading.image_size, self.reading.mean, []
         with evaluating(network):
-            predict = predictor(network, self.normalize, self.accelerator)
+            predict = self._predictor(network)
             for i in evenly(len(self.data.val_images), SHOWN):
                 with suppress(BadImage), self._opened(i) as (raster, labels):
                     h, w = min(size[0], raster.height), min(size[1], raster.width)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from fcmae.config import DenseConfig, RunConfig
+from fcmae.data.dataset import Reading
 from fcmae.data.index import Images, also_in, images_of_run
 from fcmae.data.source import printable
 from fcmae.heads import Classifier, Segmenter
@@ -28,7 +30,7 @@ from fcmae.training.optim import Schedule
 from fcmae.training.run import RunDirectory
 from fcmae.training.steps import check_pooled, images_at_once, schedule_of
 from fcmae.weights.convert import adapt_in_chans
-from fcmae.weights.files import Weights, read_init, tell_encoder_alone
+from fcmae.weights.files import ImageRecord, Weights, read_init, reading_of, tell_encoder_alone
 from fcmae.weights.formats import Architecture
 
 logger = logging.getLogger("fcmae")
@@ -72,61 +74,75 @@ def starting_weights(cfg: DenseConfig) -> Weights:
     return weights
 
 
-def image_settings(cfg: DenseConfig, weights: Weights) -> dict[str, Any]:
-    """Mean, std, input size and nodata: the settings', else those that the weights were trained with.
+def reading_for(cfg: DenseConfig, weights: Weights, crop_pct: float) -> Reading:
+    """How a run's images are read: as its settings say, and where they do not as those of the weights were.
 
     The size of the weights is taken only to evaluate them as they are, as are their channels.
+
+    Args:
+        cfg: the run's settings.
+        weights: what it starts from.
+        crop_pct: of images that are not trained on.
 
     Raises:
         ValueError: if neither side has the mean and std of images that are not grey or RGB.
     """
-    in_chans = weights.architecture.in_chans
-    (mean, std), size = cfg.data.statistics(), [in_chans, *cfg.data.image_size]
-    if cfg.data.mean is None and "mean" in weights.image:
-        mean, std = weights.image["mean"], weights.image["std"]
-    if len(mean) != in_chans:
+    in_chans, learnt = weights.architecture.in_chans, weights.image
+    reading = replace(reading_of(cfg.data, crop_pct), in_chans=in_chans)
+    if cfg.data.mean is None and learnt.mean and learnt.std:
+        reading = replace(reading, mean=learnt.mean, std=learnt.std)
+    if len(reading.mean) != in_chans:
         raise ValueError(
             f"data.mean is missing for in_chans = {in_chans}, and model.init does not hold it: "
             "compute it with `fcmae stats`"
         )
-    if cfg.eval_only and "image_size" not in cfg.data.model_fields_set:
-        size = list(weights.image.get("input_size", size))
-    nodata = weights.image.get("nodata") if cfg.data.nodata is None else cfg.data.nodata
-    if cfg.data.nodata is None and nodata is not None:
-        logger.info("data.nodata = %g, as the weights were trained", nodata)
-    known = {} if nodata is None else {"nodata": nodata}
-    return {"input_size": size, "mean": list(mean), "std": list(std), **known}
+    if cfg.eval_only and "image_size" not in cfg.data.model_fields_set and learnt.size is not None:
+        reading = replace(reading, image_size=learnt.size)
+    if cfg.data.nodata is None and learnt.nodata is not None:
+        logger.info("data.nodata = %g, as the weights were trained", learnt.nodata)
+        reading = replace(reading, nodata=learnt.nodata)
+    return reading
 
 
-def kept_image(run: RunDirectory, image: dict[str, Any]) -> dict[str, Any]:
+def kept_reading(run: RunDirectory, reading: Reading) -> Reading:
     """How a run's images are read: as when it began, whatever `model.init` holds by now.
 
     Args:
         run: where it stands.
-        image: what `image_settings` gives.
+        reading: what `reading_for` gives.
     """
     if run.resume_from is None:
-        return image
-    kept: dict[str, Any] = checkpoint.read_meta(run.resume_from).progress.get("image", image)
-    if kept != image:
+        return reading
+    with checkpoint.reading_progress(run.resume_from):
+        meta = checkpoint.read_meta(run.resume_from)
+        image = ImageRecord.model_validate(meta.progress.get("image", ImageRecord.of(reading)))
+    kept = replace(
+        reading,
+        image_size=image.size or reading.image_size,
+        crop_pct=image.crop_pct or reading.crop_pct,
+        mean=image.mean or reading.mean,
+        std=image.std or reading.std,
+        nodata=image.nodata,
+    )
+    if kept != reading:
         logger.warning("model.init holds other weights than when the run began: images are read as they were then")
     return kept
 
 
 def progress_of(
-    cfg: RunConfig, net: Classifier | Segmenter, image: dict[str, Any], best: object, num_processes: int
+    cfg: RunConfig, net: Classifier | Segmenter, reading: Reading, best: object, num_processes: int
 ) -> dict[str, Any]:
     """What the run needs to go on, beside weights.
 
     Args:
         cfg: the run's settings, in the parts that it computes by now.
         net: the model.
-        image: how images are read.
+        reading: how images are read.
         best: the best evaluation so far.
         num_processes: of the run.
     """
     pooled = {"images_at_once": images_at_once(cfg, num_processes)} if net.encoder.spec.has_batch_norm else {}
-    return {"best": vars(best), "image": image, **pooled}
+    return {"best": vars(best), "image": ImageRecord.of(reading).known(), **pooled}
 
 
 def build_optimizer(cfg: DenseConfig, net: Classifier | Segmenter) -> torch.optim.AdamW:
@@ -209,31 +225,46 @@ def check_start(
         run.needs = checkpoint.check_space(run.path, net, kept + 1, 4 if cfg.regularization.ema_decay else 3)
 
 
+@dataclass(frozen=True)
+class Prepared(Generic[Best]):
+    """What a run trains with.
+
+    Attributes:
+        schedule: when what happens.
+        model: as accelerate prepared it.
+        optimizer: likewise.
+        ema: moving average of the model, or None.
+        best: the best evaluation so far.
+    """
+
+    schedule: Schedule
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    ema: ModelEmaV3 | None
+    best: Best
+
+
 def prepare(
     cfg: DenseConfig,
     run: RunDirectory,
     accelerator: Accelerator,
     net: Classifier | Segmenter,
-    weights: Weights,
+    image_size: tuple[int, int],
     per_epoch: int,
     best: type[Best],
     renamed: Callable[[str], str] = str,
-) -> tuple[Schedule, nn.Module, torch.optim.Optimizer, ModelEmaV3 | None, Best]:
-    """Have the model on its device, as the checkpoint has it that the run resumes from, and compiled where that pays.
+) -> Prepared[Best]:
+    """Move the model to its device, restore the checkpoint that the run resumes from, and compile it where that pays.
 
     Args:
         cfg: the run's settings.
         run: its directory, open.
         accelerator: of this process.
         net: the model, which starts as it is or is overwritten.
-        weights: the size, mean and std of their images are taken.
+        image_size: height and width of the images.
         per_epoch: steps of an epoch; 0 to evaluate only.
         best: what evaluations are compared by.
         renamed: our names to those of checkpoints of the first format.
-
-    Returns:
-        When what happens, the model and the optimizer as accelerate prepared them, the moving average of the model or
-        None, and the best evaluation so far.
     """
     net = net.to(accelerator.device)
     ema_decay = cfg.regularization.ema_decay
@@ -252,14 +283,14 @@ def prepare(
 
     def trial() -> None:
         with accelerator.autocast():
-            logits = net(torch.randn(at_once, *weights.image["input_size"], device=accelerator.device))
+            logits = net(torch.randn(at_once, net.encoder.in_chans, *image_size, device=accelerator.device))
         logits.float().mean().backward()
 
     if not cfg.eval_only:  # which computes no step
         compile_model(net, cfg.model.compile, trial, (schedule.total - schedule.start) * cfg.num_parts)
     # The optimizer's state is where it has to be, beside the parameters.
     model, optimizer = accelerator.prepare(net, adamw, device_placement=[True, False])
-    return schedule, model, optimizer, ema, so_far
+    return Prepared(schedule, model, optimizer, ema, so_far)
 
 
 def class_balance(cfg: DenseConfig, counts: Sequence[int] | NDArray[np.int64], device: torch.device) -> Tensor | None:

@@ -35,9 +35,7 @@ from fcmae import choices, options, planning
 from fcmae.atomic import write_text
 from fcmae.config import FinetuneConfig, PretrainConfig
 from fcmae.config.commands import WorthConfig
-from fcmae.data.dataset import Reading
 from fcmae.data.index import Images, also_in, find_images, images_of_run
-from fcmae.data.normalize import Normalize
 from fcmae.data.source import is_unicode, printable
 from fcmae.data.split import draw
 from fcmae.data.survey import Survey, survey
@@ -52,11 +50,10 @@ from fcmae.finetuning import finetune, fingerprint
 from fcmae.networks.spec import NetworkSpec, describe
 from fcmae.pretraining import pretrain
 from fcmae.tables import table
-from fcmae.training.messages import how_it_ended
 from fcmae.training.own_files import remove_models
-from fcmae.training.records import of_model, read_metrics
+from fcmae.training.records import last_state, of_model, read_metrics
 from fcmae.training.run import Run
-from fcmae.weights.files import Weights, read_init
+from fcmae.weights.files import Weights, read_init, reading_of
 from fcmae.weights.tensors import digest
 
 PRETRAINED = "pretrained"
@@ -165,7 +162,7 @@ def worth(cfg: WorthConfig) -> int:
     jobs = list(_jobs(plan, cfg))
     print(_estimate(plan, jobs, place), flush=True)
     scores = [found for name in cfg.controls for found in _probe(name, place, cfg, plan, train, test)]
-    waiting = [job for job in jobs if how_it_ended(place / "runs" / job.name / "train.log") != "finished"]
+    waiting = [job for job in jobs if last_state(place / "runs" / job.name) != "finished"]
     _write(place, cfg, plan, scores, jobs)
     began, computed = time.monotonic(), 0.0
     while waiting:
@@ -414,17 +411,19 @@ def _given_starts(cfg: WorthConfig, train: Images) -> list[Start]:
     seen: Survey | None = None
     for name, path in zip(folder_names(cfg.init), cfg.init, strict=True):
         weights = _weights(cfg, path)
-        reading: dict[str, Any] = {key: weights.image[key] for key in ("mean", "std", "nodata") if key in weights.image}
-        if "input_size" in weights.image:
-            reading["in_chans"], *reading["image_size"] = weights.image["input_size"]
-        if cfg.finetuning is None and "run" not in weights.origin and choices.learnt_photographs(weights.image):
+        image = weights.image
+        size = {} if image.size is None else {"image_size": list(image.size)}
+        channels = {"mean": image.mean, "std": image.std, "nodata": image.nodata, "in_chans": image.in_chans}
+        channels = {key: value for key, value in channels.items() if value is not None}
+        is_published = cfg.finetuning is None and "run" not in weights.origin
+        if is_published and choices.learnt_photographs(image.in_chans, image.mean):
             seen = seen or survey(train)
             if not choices.may_be_photographs(seen.in_chans, seen.is_deep):
-                reading = {"image_size": reading["image_size"]} if "image_size" in reading else {}
+                channels = {}
         # A name that another arm has, or may have.
         name = f"init-{name}" if name == PRETRAINED or name.startswith("scratch") or is_control(path) else name
         spec, sha256 = weights.architecture.spec, digest(weights.state, "")
-        starts.append(Start(name, path, weights.license, spec, reading, sha256))
+        starts.append(Start(name, path, weights.license, spec, size | channels, sha256))
     return starts
 
 
@@ -529,8 +528,7 @@ def _run(job: Job, place: Path, plan: Plan, cfg: WorthConfig) -> Run:
 def _control(name: str, place: Path, cfg: WorthConfig) -> Backbone:
     """What needs no network, of images as the runs from scratch see them."""
     seen = options.read(FinetuneConfig, place / "settings" / f"scratch-{_plain(cfg.labels[0])}.yaml").data
-    normalize = Normalize(*seen.statistics())
-    like = Reading(seen.in_chans, seen.image_size, seen.crop_pct, normalize, seen.max_pixels, seen.nodata)
+    like = reading_of(seen, seen.crop_pct)
     return load_backbone(name, max_pixels=seen.max_pixels, like=like, nodata=seen.nodata)
 
 
@@ -578,7 +576,7 @@ def _write(
     notes = list[str](plan["notes"])
     for job in jobs:
         run = place / "runs" / job.name
-        if (ended := how_it_ended(run / "train.log")) != "finished":
+        if (ended := last_state(run)) != "finished":
             notes += [f"{job.name} failed and has no score: see {run / 'train.log'}."] if ended == "failed" else []
             continue
         num_done += 1
@@ -615,7 +613,7 @@ def _estimate(plan: Plan, jobs: Sequence[Job], place: Path) -> str:
         (arm, labels or "pretraining", str(len(same)), epochs.get(labels, ""), _hours(sum(job.seconds for job in same)))
         for (arm, labels), same in by_kind.items()
     ]
-    left = [job for job in jobs if how_it_ended(place / "runs" / job.name / "train.log") != "finished"]
+    left = [job for job in jobs if last_state(place / "runs" / job.name) != "finished"]
     return (
         f"{table(('start', 'labels', 'runs', 'epochs', 'time'), rows, left=2)}\n{len(left)} of {len(jobs)} runs are to "
         f"be done, about {_hours(sum(job.seconds for job in left))}, and the controls; the same command goes on with "

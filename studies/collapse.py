@@ -37,8 +37,7 @@ from study import (
 from fcmae.atomic import write_text
 from fcmae.tables import table
 from fcmae.training import health
-from fcmae.training.messages import how_it_ended
-from fcmae.training.records import read_metrics
+from fcmae.training.records import last_state, read_metrics
 
 # By name: what stands in the table, the script and part that makes it, and flags.
 RUNS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
@@ -106,8 +105,7 @@ def finding(run: Path) -> dict[str, Any]:
 
 def broke_down(run: Path) -> bool:
     """Whether a run ended as its loss or a gradient was not finite."""
-    log = run / "train.log"
-    return how_it_ended(log) == "failed" and "FloatingPointError: " in log.read_text()
+    return last_state(run) == "failed" and "FloatingPointError: " in (run / "train.log").read_text()
 
 
 def knn(name: str, out: Path) -> float | None:

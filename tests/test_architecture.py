@@ -79,6 +79,7 @@ ORDER = [
     "fcmae.training.compiling",
     "fcmae.training.log",
     "fcmae.training.steps",
+    "fcmae.training.session",
     "fcmae.weights",
     "fcmae.weights.formats",
     "fcmae.weights.tensors",

@@ -68,7 +68,7 @@ def test_exports_are_read_and_give_the_output_that_their_writer_saw(name: str, s
     assert weights.format == EXPORTS[name]
     assert weights.architecture.spec == SMALL_STEM
     assert (weights.origin["version"], weights.origin["step"]) == ("0.1.0", 6)
-    assert weights.image["input_size"] == [3, 16, 16]
+    assert weights.image.input_size == (3, 16, 16)
     assert len(weights.expected_output) == 8
     assert "the encoder's output is as expected" in check(BEFORE / name)
     has_decoder = weights.format in (OLD, "minkowski")

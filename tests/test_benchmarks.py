@@ -29,7 +29,7 @@ from fcmae.networks.build import make_encoder
 from fcmae.networks.spec import VARIANTS, ConvNeXtSpec
 from fcmae.tables import table
 from fcmae.training import checkpoint
-from fcmae.weights.files import Weights
+from fcmae.weights.files import ImageRecord, Weights
 from fcmae.weights.formats import Architecture, to_state
 from fcmae.weights.segmenters import save_segmenter
 
@@ -233,7 +233,8 @@ def test_whole_and_pruned_networks_are_counted_and_timed_by_torch_and_onnxruntim
 def test_a_segmentation_that_may_stop_is_timed_scored_and_drawn(tmp_path: Path) -> None:
     spec = ConvNeXtSpec(depths=(1, 1), dims=(4, 6))
     model = build_segmenter(make_encoder(spec), "anytime", 2, 8, tau=0.6)
-    image, classes = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.25] * 3}, Classes(("a", "b"), (0, 1), 255)
+    image = ImageRecord(input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.25,) * 3)
+    classes = Classes(("a", "b"), (0, 1), 255)
     save_segmenter(tmp_path / "model", model, Weights({}, Architecture(spec), image), "anytime", classes)
     rows = ["image,mask"]
     for i in range(3):

@@ -20,7 +20,6 @@ from fcmae.data.dataset import (
     collate,
 )
 from fcmae.data.index import Images, find_images
-from fcmae.data.normalize import Normalize
 from fcmae.data.sampler import EVAL_EPOCH
 from fcmae.masking import random_mask
 
@@ -193,7 +192,7 @@ def test_images_far_from_their_mean_are_warned_of_with_the_way_out(
     for i in range(3):
         tifffile.imwrite(tmp_path / f"{i}.tif", np.full((20, 20), -850 + 10 * i, np.int16))
     (tmp_path / "0.tif").write_bytes(b"broken")
-    Reading(1, (16, 16), 1.0, Normalize([mean], [std])).check_values(find_images([str(tmp_path)]))
+    Reading(1, (16, 16), 1.0, (mean,), (std,)).check_values(find_images([str(tmp_path)]))
     assert ("values from -840 to -830" in caplog.text and "fcmae stats IMAGES --in_chans 1" in caplog.text) == far
 
 
@@ -204,13 +203,13 @@ def test_twelve_bits_in_sixteen_are_warned_of_under_the_usual_mean(
     rng = np.random.default_rng(0)
     for i in range(num):
         Image.fromarray(rng.integers(0, 4096, (20, 20), dtype=np.uint16)).save(tmp_path / f"{i}.png")
-    Reading(1, (16, 16), 1.0, Normalize([0.449], [0.226])).check_values(find_images([str(tmp_path)]))
+    Reading(1, (16, 16), 1.0, (0.449,), (0.226,)).check_values(find_images([str(tmp_path)]))
     assert ("too narrow for the mean 0.449 and std 0.226" in caplog.text) == warned
 
 
 def test_photographs_are_not_warned_of(index: Images, caplog: pytest.LogCaptureFixture) -> None:
-    Reading(3, SIZE, 1.0, Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])).check_values(index)
-    Reading(3, SIZE, 1.0, Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])).check_values(index.subset([1]))
+    Reading(3, SIZE, 1.0, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)).check_values(index)
+    Reading(3, SIZE, 1.0, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)).check_values(index.subset([1]))
     assert not caplog.records
 
 
@@ -219,9 +218,8 @@ def test_the_network_sees_zero_where_values_are_missing(tmp_path: Path) -> None:
     image[:, :8] = -9999
     tags = [(42113, "s", 0, "-9999", True)]
     tifffile.imwrite(tmp_path / "a.tif", image, photometric="minisblack", planarconfig="contig", extratags=tags)
-    normalize = Normalize([0.1, 0.2, 0.3, 0.4], [0.1] * 4)
-    reading = Reading(4, (16, 16), 1.0, normalize)
-    seen = normalize(torch.from_numpy(reading.dataset(find_images([str(tmp_path)]))[(0, 0)].image))
+    reading = Reading(4, (16, 16), 1.0, (0.1, 0.2, 0.3, 0.4), (0.1,) * 4)
+    seen = reading.normalize(torch.from_numpy(reading.dataset(find_images([str(tmp_path)]))[(0, 0)].image))
     torch.testing.assert_close(seen[:, :, :2], torch.zeros(4, 16, 2), atol=1e-6, rtol=0)
 
 

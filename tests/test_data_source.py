@@ -24,7 +24,6 @@ from fcmae.data.decode import read_crop
 from fcmae.data.geometry import Box
 from fcmae.data.index import Images, find_images
 from fcmae.data.loader import build_loader
-from fcmae.data.normalize import Normalize
 from fcmae.data.sampler import EVAL_EPOCH, StepSampler
 from fcmae.data.source import BadImage, Files, Source
 from fcmae.data.split import split
@@ -219,7 +218,7 @@ def test_parts_of_a_source_are_split_measured_and_evaluated_without_files(folder
     files, memory = find_images([str(folder)]), in_memory(folder)
     assert [part.names() for part in split(memory, 0.4, 1)] == [part.names() for part in split(files, 0.4, 1)]
     assert channel_statistics(memory, 3, num_workers=1) == channel_statistics(files, 3)
-    reading = Reading(3, SIZE, 0.9, Normalize([0.5] * 3, [0.2] * 3))
+    reading = Reading(3, SIZE, 0.9, (0.5,) * 3, (0.2,) * 3)
     train, _ = split(memory, 0.4, 1)
     found = [
         list(batches_of(reading, images, device=torch.device("cpu"), batch_size=4, num_workers=workers))

@@ -22,7 +22,7 @@ from fcmae.heads import Classifier
 from fcmae.networks.convnext import Encoder
 from fcmae.networks.spec import VARIANTS
 from fcmae.weights.convert import save_classifier
-from fcmae.weights.files import Weights
+from fcmae.weights.files import ImageRecord, Weights
 from fcmae.weights.formats import Architecture
 
 FIGURES = {"cosine_distance.png", "channels.png", "effective_rank.png", "activations.png"}
@@ -125,7 +125,7 @@ def test_a_table_is_printed_and_selectivity_needs_labels(
 def test_a_run_and_the_same_untrained_go_into_the_run(labelled: Path, tmp_path: Path) -> None:
     """A fine-tuning run's best model; how its images are read is in the file."""
     spec = VARIANTS["convnextv2_atto"]
-    image = {"input_size": [1, 32, 48], "mean": [0.4], "std": [0.3]}
+    image = ImageRecord(input_size=(1, 32, 48), mean=(0.4,), std=(0.3,))
     weights = Weights({}, Architecture(spec, in_chans=1), image, ("a", "b"))
     save_classifier(tmp_path / "run" / "best", Classifier(Encoder(spec, 1), 2), weights)
     (tmp_path / "run" / "config.yaml").write_text("# fcmae finetune 0\n")

@@ -15,14 +15,13 @@ from torch import nn
 from fcmae.data.augment import seeded
 from fcmae.data.dataset import Reading
 from fcmae.data.index import Images, find_images
-from fcmae.data.normalize import Normalize
 from fcmae.evaluation.features import extract
 from fcmae.evaluation.models import Control, _as_ours, choose_device, load_backbone, load_backbones, stage_maps
 from fcmae.heads import Classifier
 from fcmae.networks.convnext import Encoder
 from fcmae.networks.spec import VARIANTS, ConvNeXtSpec
 from fcmae.weights.convert import save_classifier
-from fcmae.weights.files import Weights, save_weights
+from fcmae.weights.files import ImageRecord, Weights, save_weights
 from fcmae.weights.formats import Architecture
 
 ATTO = VARIANTS["convnextv2_atto"]
@@ -43,7 +42,7 @@ def test_a_checkpoint_is_read_as_it_was_trained(tmp_path: Path) -> None:
 
 
 def test_a_classifier_loses_its_head_and_keeps_its_image_settings(tmp_path: Path) -> None:
-    image = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "input_size": [3, 64, 96], "crop_pct": 0.9}
+    image = ImageRecord(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), input_size=(3, 64, 96), crop_pct=0.9)
     model = Classifier(Encoder(ATTO), 3)
     save_classifier(tmp_path / "tuned", model, Weights({}, Architecture(ATTO), image, ("a", "b", "c")))
     backbone = load_backbone(str(tmp_path / "tuned"))
@@ -266,7 +265,7 @@ def test_a_histogram_counts_the_range_that_deep_images_have() -> None:
 
 
 def test_a_control_beside_a_network_knows_the_range_of_its_images() -> None:
-    like = Reading(1, (16, 16), 1.0, Normalize([-250.0], [500.0]))
+    like = Reading(1, (16, 16), 1.0, (-250.0,), (500.0,))
     assert load_backbone("histogram:8", like=like).model.high == 750
 
 

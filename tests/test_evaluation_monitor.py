@@ -21,7 +21,6 @@ from runs import assert_same, at_step, final_state, flags, kill_self, write_imag
 from fcmae import cli
 from fcmae.data.dataset import Reading
 from fcmae.data.index import Images, find_images, find_labelled
-from fcmae.data.normalize import Normalize
 from fcmae.data.sampler import EVAL_EPOCH
 from fcmae.data.split import split
 from fcmae.evaluation.monitor import Monitor, Watch, find_monitored_labels, monitored_images, over_time
@@ -33,7 +32,7 @@ from fcmae.training.records import read_metrics
 from fcmae.weights.convert import build_encoder
 from fcmae.weights.files import read_weights
 
-READING = Reading(3, (16, 16), 1.0, Normalize([0.5] * 3, [0.25] * 3))
+READING = Reading(3, (16, 16), 1.0, (0.5,) * 3, (0.25,) * 3)
 SPEC = "{depths: [1, 1, 2, 2], dims: [8, 16, 16, 32]}"
 LAYERS = [f"stages.{i}.{j}" for i, depth in enumerate((1, 1, 2, 2)) for j in range(depth)]
 

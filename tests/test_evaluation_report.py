@@ -30,6 +30,7 @@ from fcmae.config import FinetuneConfig, PretrainConfig
 from fcmae.evaluation.charts import COLOURS
 from fcmae.evaluation.report import MARK, MOST_PICTURES, command, report, reproduce
 from fcmae.evaluation.runs import CONFIGS, read_run
+from fcmae.training.records import record_end
 
 HOSTILE = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">'&"
 
@@ -687,10 +688,12 @@ def test_a_page_that_does_not_fit_on_the_disk_leaves_the_last_one(whole: Path, t
     assert text(out) == before and list(tmp_path.iterdir()) == [out]
 
 
-def test_a_run_of_a_fraction_of_an_epoch_that_its_log_ends_is_finished(tmp_path: Path) -> None:
+def test_a_run_of_a_fraction_of_an_epoch_that_has_ended_is_finished(tmp_path: Path) -> None:
     path = pretrain_run(tmp_path / "run", num_epochs=1)
     config = path / "config.yaml"
     config.write_text(config.read_text().replace("epochs: 1\n", "epochs: 1.04\n", 1))  # of 10 steps: 10 in all
-    for log, is_finished in (("step 10/10, epoch 1.00", False), ("finished 10 steps", True)):
-        (path / "train.log").write_text(f"2030-01-02 03:04:05 {log}\n")
+    (path / "train.log").touch()
+    for is_finished in (False, True):
+        if is_finished:
+            record_end(path, "finished")
         assert ("finished after 1.04 epochs" in report([path], None).read_text()) == is_finished

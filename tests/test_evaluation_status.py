@@ -7,6 +7,7 @@ import json
 import multiprocessing
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,17 @@ from fcmae.evaluation import paired
 from fcmae.evaluation.status import find_runs, state_of, status
 from fcmae.processes import Failed
 from fcmae.training.messages import logging_to
+from fcmae.training.records import Ended, record_end, record_start
 
-STAMP = "2030-01-02 03:04:05 "
 
-
-def log(run: Path, *lines: str) -> Path:
-    (run / "train.log").write_text("".join(f"{STAMP}{line}\n" for line in lines))
+def ended(run: Path, how: Ended | None) -> Path:
+    """A run whose latest start ended so; None is without a word, or not yet."""
+    (run / "train.log").touch()
+    starts = json.loads((run / "environment.json").read_text())
+    starts[-1].pop("ended", None)
+    (run / "environment.json").write_text(json.dumps(starts))
+    if how is not None:
+        record_end(run, how)
     return run
 
 
@@ -34,26 +40,26 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pretrain_run(tmp_path_factory.mktemp("runs") / "first")
 
 
-@pytest.mark.parametrize(
-    ("lines", "state"),
-    [
-        (["step 60/60, epoch 6", "finished 60 steps", "next: fcmae convert"], "finished"),
-        (["step 9/60", "stopped by SIGTERM after step 9; the same command resumes"], "stopped"),
-        (["step 9/60", "failed: FloatingPointError: step 10: the loss is nan"], "failed"),
-        (["step 9/60", "ValueError: as it was written before"], "failed"),
-        (["finished 60 steps", "resuming after step 60", "step 9/60, epoch 1"], "cut off"),
-        ([], "not begun"),
-    ],
-)
-def test_the_log_tells_how_a_run_ended(run: Path, lines: list[str], state: str) -> None:
-    assert state_of(log(run, *lines)) == state
+@pytest.mark.parametrize("how", ["finished", "stopped", "failed", None])
+def test_a_run_keeps_how_its_latest_start_ended(tmp_path: Path, how: Ended | None) -> None:
+    run = pretrain_run(tmp_path / "run")
+    assert state_of(ended(run, how)) == (how or "cut off")
+    record_start(run / "environment.json", cpu=True)
+    assert state_of(run) == "cut off"
+    (run / "train.log").unlink()
+    assert state_of(run) == "not begun"
 
 
 @pytest.mark.parametrize("error", [NoUsableImage("none of 3 files can be read"), KeyboardInterrupt(), Failed("killed")])
 def test_whatever_ends_a_run_is_in_its_log(tmp_path: Path, error: BaseException) -> None:
-    with pytest.raises(type(error)), logging_to(tmp_path / "train.log"):
+    record_start(tmp_path / "environment.json", cpu=True)
+    with (
+        pytest.raises(type(error)),
+        logging_to(tmp_path / "train.log", partial(record_end, tmp_path, "failed")),
+    ):
         raise error
     assert state_of(tmp_path) == "failed"
+    assert f"failed: {type(error).__name__}: {error}" in (tmp_path / "train.log").read_text()
 
 
 def _hold(path: str, pipe: Connection) -> None:
@@ -69,7 +75,7 @@ def held(run: Path) -> Iterator[Path]:
     process = multiprocessing.get_context("fork").Process(target=_hold, args=(str(run / ".lock"), theirs))
     process.start()
     assert ours.recv()
-    yield log(run, "step 30/60, epoch 3.00")
+    yield ended(run, None)
     ours.send(True)
     process.join()
 
@@ -87,7 +93,7 @@ def test_a_run_whose_lock_is_held_is_running_and_tells_its_end(running: Path) ->
 
 
 def test_a_finished_pretraining_names_what_can_be_done_with_it(run: Path) -> None:
-    log(run, "finished 60 steps")
+    ended(run, "finished")
     (run / "checkpoints" / "step-00000060").mkdir(parents=True, exist_ok=True)
     (run / "checkpoints" / "step-00000060" / "checkpoint.json").write_text("{}")
     said = status(run)
@@ -116,7 +122,7 @@ def test_the_best_score_is_of_the_moving_average_where_that_is_the_model(tmp_pat
 
 
 def test_a_run_that_was_cut_off_names_its_command(run: Path) -> None:
-    said = status(log(run, "step 30/60, epoch 3.00"))
+    said = status(ended(run, None))
     assert "ended without a word, probably for want of memory" in said
     assert "fcmae pretrain --out run  # goes on" in said
 
@@ -131,7 +137,7 @@ def test_a_run_that_was_cut_off_names_its_command(run: Path) -> None:
 def test_what_goes_on_is_a_command(run: Path, command: str, processes: int, shown: str) -> None:
     start = {"time": "2026-01-01T00:00:00+00:00", "command": command, "num_processes": processes}
     (run / "environment.json").write_text(json.dumps([start]))
-    said = status(log(run, "step 30/60, epoch 3.00"))
+    said = status(ended(run, None))
     assert f"  {shown.format(run / 'config.yaml')}  # goes on" in said
 
 

@@ -32,10 +32,10 @@ from fcmae.networks.encoder import num_layers
 from fcmae.networks.spec import VARIANTS, ConvNeXtSpec
 from fcmae.starting import build_optimizer, class_balance
 from fcmae.training import checkpoint
-from fcmae.training.messages import how_it_ended
+from fcmae.training.records import last_state
 from fcmae.training.steps import schedule_of
 from fcmae.weights.convert import convert, save_classifier
-from fcmae.weights.files import Weights, read_weights, save_weights
+from fcmae.weights.files import ImageRecord, Weights, read_weights, save_weights
 from fcmae.weights.formats import Architecture, to_state
 
 COLORS = {"blue": (40, 40, 200), "green": (40, 200, 40)}
@@ -98,7 +98,7 @@ def test_it_learns_and_reports_what_it_learned(tuned: Path) -> None:
     assert last["top1"] == last["balanced_accuracy"] == last["auroc"] == 1.0
     assert "top5" not in last
     log = (tuned / "train.log").read_text()
-    assert "best and last model" in log and how_it_ended(tuned / "train.log") == "finished"
+    assert "best and last model" in log and last_state(tuned) == "finished"
     assert "far from the mean" not in log
 
 
@@ -212,7 +212,7 @@ def test_what_stands_for_missing_values_goes_with_the_weights(
     assert "data.nodata = 7, as the weights were trained" in caplog.text
     cfg, weights = options.read(FinetuneConfig, tmp_path / "tuned/config.yaml"), read_weights(tmp_path / "tuned")
     assert cfg.data.nodata is None and weights.reading("x").nodata == 7
-    train_set = finetuning.build_train_set(cfg, find_images([str(images)]), weights)
+    train_set = finetuning.build_train_set(cfg, find_images([str(images)]), finetuning.build_reading(cfg, weights))
     assert isinstance(train_set._view, FinetuneAugment) and train_set._view.crop.nodata == 7
     for to, dest in (("timm", "timm"), ("fcmae", "one.safetensors"), ("fair", "one.pth")):
         convert(tmp_path / "tuned", tmp_path / dest, to)
@@ -256,16 +256,17 @@ def test_a_run_goes_on_reading_images_as_it_began_whatever_its_first_weights_are
     pretrained: Path, labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     first, init = read_weights(pretrained), tmp_path / "first.safetensors"
-    means = [0.4, 0.5, 0.6], [0.1, 0.2, 0.3]
-    save_weights(init, replace(first, image=first.image | {"mean": means[0]}), "fcmae")
+    means = (0.4, 0.5, 0.6), (0.1, 0.2, 0.3)
+    images = [first.image.model_copy(update={"mean": mean}) for mean in means]
+    save_weights(init, replace(first, image=images[0]), "fcmae")
     with monkeypatch.context() as patch:
         at_step(patch, 3, kill_self(signal.SIGTERM))
         assert finetune(labelled, tmp_path / "run", model__init=init) == 143
     init.unlink()
-    save_weights(init, replace(first, image=first.image | {"mean": means[1]}), "fcmae")
+    save_weights(init, replace(first, image=images[1]), "fcmae")
     runs.forget_accelerator()
     assert finetune(labelled, tmp_path / "run", model__init=init) == 0
-    assert read_weights(tmp_path / "run" / "last").image["mean"] == means[0]
+    assert read_weights(tmp_path / "run" / "last").image.mean == means[0]
     assert "model.init holds other weights than when the run began" in caplog.text
 
 
@@ -464,10 +465,10 @@ def test_settings_reach_what_they_are_for(labelled: Path, tmp_path: Path) -> Non
     }
     cfg = FinetuneConfig.model_validate(given)
     images = find_labelled(str(labelled), key="data.path")
-    weights = Weights({}, Architecture(cfg.model.spec, 3), {"input_size": [3, 16, 16], "mean": [0.5] * 3})
-    weights.image["std"] = [0.25] * 3
+    weights = Weights({}, Architecture(cfg.model.spec, 3))
+    reading = finetuning.build_reading(cfg, weights)
     plain = FinetuneConfig.model_validate(given | {"data": given["data"] | {"vflip": 0.0}})
-    flipped, kept = (finetuning.build_train_set(each, images, weights)[(0, 0)].image for each in (cfg, plain))
+    flipped, kept = (finetuning.build_train_set(each, images, reading)[(0, 0)].image for each in (cfg, plain))
     np.testing.assert_array_equal(flipped, kept[:, ::-1])
     assert schedule_of(cfg, 1, 0).min_lr == 0.125
     net = finetuning.build_model(cfg, weights, 2)
@@ -484,7 +485,7 @@ def test_settings_reach_what_they_are_for(labelled: Path, tmp_path: Path) -> Non
 
 def test_a_model_of_bands_is_evaluated_without_saying_how_many(tmp_path: Path) -> None:
     spec = ConvNeXtSpec(depths=(1, 1), dims=(4, 6))
-    image = {"input_size": [5, 16, 16], "mean": [0.5] * 5, "std": [0.25] * 5}
+    image = ImageRecord(input_size=(5, 16, 16), mean=(0.5,) * 5, std=(0.25,) * 5)
     weights = Weights({}, Architecture(spec, 5), image, class_names=("a", "b"))
     save_classifier(tmp_path / "model", Classifier(Encoder(spec, 5), 2), weights)
     for name in "ab":

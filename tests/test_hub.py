@@ -33,11 +33,11 @@ from fcmae.hub import card
 from fcmae.networks.convnext import Encoder
 from fcmae.networks.spec import VARIANTS, ConvNeXtSpec
 from fcmae.weights.convert import build_classifier, save_classifier
-from fcmae.weights.files import Weights, read_weights
+from fcmae.weights.files import ImageRecord, Weights, read_weights
 from fcmae.weights.formats import Architecture
 
 SPEC = ConvNeXtSpec(depths=(1, 1, 1, 1), dims=(8, 8, 8, 16))
-IMAGE = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.3], "input_size": [3, 64, 64], "crop_pct": 1.0}
+IMAGE = ImageRecord(mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3), input_size=(3, 64, 64), crop_pct=1.0)
 NAMES = ("cat", "do|g", "<b>ünï")
 
 
@@ -85,7 +85,7 @@ def test_a_repository_is_loaded_by_timm_transformers_and_fcmae_as_its_card_says(
     torch.testing.assert_close(found["transformers"](images).logits, expected, rtol=1e-3, atol=1e-3)
     assert found["transformers"].config.id2label == dict(enumerate(NAMES))
     assert isinstance(found["processor"], transformers.ImageProcessingMixin)
-    torch.testing.assert_close(found["encoder"].normalize.mean.flatten(), torch.tensor(IMAGE["mean"]))
+    torch.testing.assert_close(found["encoder"].normalize.mean.flatten(), torch.tensor(IMAGE.mean))
     assert isinstance(found["timm"], timm.models.ConvNeXt)
 
 

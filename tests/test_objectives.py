@@ -86,7 +86,7 @@ def make_teacher(
     """Of total stride 8, for images of that size and half their contrast."""
     encoder = Encoder(SPEC).eval().requires_grad_(False)
     randomize(encoder, std=scale)
-    reading = Reading(3, size, 1.0, Normalize([0.5] * 3, [0.5] * 3))
+    reading = Reading(3, size, 1.0, (0.5,) * 3, (0.5,) * 3)
     backbone = Backbone("teacher", encoder, reading, {})
     monkeypatch.setattr(objectives, "load_backbone", lambda source, in_chans: backbone)
     return objectives.Teacher("teacher", Normalize([0.5] * 3, [std] * 3), kept), encoder

@@ -34,7 +34,7 @@ from fcmae.networks.spec import VARIANTS, ConvNeXtSpec
 from fcmae.options import load, read
 from fcmae.pretraining import pretrain
 from fcmae.processes import OUT_OF_MEMORY, Failed
-from fcmae.weights.files import Weights, read_init, save_weights
+from fcmae.weights.files import ImageRecord, Weights, read_init, save_weights
 from fcmae.weights.formats import Architecture
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
@@ -200,6 +200,7 @@ def test_a_run_that_was_killed_in_its_first_step_starts_anew_in_its_place(photos
     run = Path("runs/photos")
     start_run(run, first)
     (run / "metrics.jsonl").unlink()
+    (run / "environment.json").write_text("[{}]")
     (run / "train.log").write_text("2026-01-01 00:00:00 3 steps of 8 images on 1 x cpu in fp32\n")
     assert load(PretrainConfig, [*words, "--seed", "1"], prog="x", complete=planning.pretraining).out != run
     again = load(PretrainConfig, words, prog="x", complete=planning.pretraining)
@@ -492,7 +493,7 @@ def test_the_weights_that_a_run_starts_from_are_found_by_their_key(photos: Path,
 def tuned(tmp_path: Path) -> Path:
     """A classifier of three colours, of images of 32 x 48 with a mean and std of their own."""
     spec = ConvNeXtSpec(depths=(1, 1), dims=(8, 16), stem_stride=2)
-    image = {"input_size": [3, 32, 48], "mean": [0.1, 0.2, 0.3], "std": [1.0, 1.0, 1.0], "crop_pct": 1.0}
+    image = ImageRecord(input_size=(3, 32, 48), mean=(0.1, 0.2, 0.3), std=(1.0, 1.0, 1.0), crop_pct=1.0)
     architecture = Architecture(spec, num_classes=3)
     weights = Weights(Classifier(Encoder(spec), 3).state_dict(), architecture, image, ("blue", "green", "red"))
     save_weights(tmp_path / "tuned.safetensors", weights, "fcmae")
@@ -534,7 +535,8 @@ def test_what_is_no_photograph_is_read_as_it_is_beside_weights_of_photographs(
     tuned: Path, tmp_path: Path, measured: list[int], bands: int, kind: str
 ) -> None:
     weights = read_init(str(tuned), None, None)
-    save_weights(tuned, replace(weights, image=weights.image | {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}), "fcmae")
+    image = weights.image.model_copy(update={"mean": tuple(IMAGENET_MEAN), "std": tuple(IMAGENET_STD)})
+    save_weights(tuned, replace(weights, image=image), "fcmae")
     rng = np.random.default_rng(0)
     for name in ("a", "b"):
         (tmp_path / "xray" / name).mkdir(parents=True)

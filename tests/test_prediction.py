@@ -23,7 +23,7 @@ from fcmae.networks.convnext import Encoder
 from fcmae.networks.spec import ConvNeXtSpec
 from fcmae.prediction import predict
 from fcmae.weights.convert import save_classifier
-from fcmae.weights.files import Weights
+from fcmae.weights.files import ImageRecord, Weights
 from fcmae.weights.formats import Architecture
 
 SPEC = ConvNeXtSpec(depths=(1, 1), dims=(4, 6))
@@ -34,7 +34,7 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = Classifier(Encoder(SPEC), 2)
     randomize(model)
     dest = tmp_path_factory.mktemp("models") / "tuned"
-    image = {"input_size": [3, 16, 16]}
+    image = ImageRecord(input_size=(3, 16, 16))
     save_classifier(dest, model, Weights({}, Architecture(SPEC), image, class_names=("cat", "dog")))
     return dest
 

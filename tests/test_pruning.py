@@ -24,13 +24,13 @@ from fcmae.networks.layers import Block
 from fcmae.networks.spec import VARIANTS, ConvNeXtSpec
 from fcmae.pruning import By, How, choose, cut, keep_best, measure, multiply_adds, uniformly
 from fcmae.weights.convert import build_classifier, build_encoder, save_classifier
-from fcmae.weights.files import Weights, read_weights, save_weights
+from fcmae.weights.files import ImageRecord, Weights, read_weights, save_weights
 from fcmae.weights.formats import Architecture, to_state
 
 pytestmark = pytest.mark.usefixtures("one_thread", "forgotten")
 SPEC = ConvNeXtSpec(depths=(2, 1, 2), dims=(4, 6, 8), stem_stride=2)
 V1 = SPEC.model_copy(update={"use_grn": False})
-IMAGE = {"input_size": [3, 16, 16], "mean": [0.5] * 3, "std": [0.25] * 3}
+IMAGE = ImageRecord(input_size=(3, 16, 16), mean=(0.5,) * 3, std=(0.25,) * 3)
 
 
 def classifier(spec: ConvNeXtSpec = SPEC, num_classes: int = 2) -> Classifier:
@@ -318,7 +318,7 @@ def test_what_is_pruned_loads_in_every_command(
 
 def test_timm_loads_what_lost_blocks(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = classifier(ConvNeXtSpec(depths=(1, 1, 3, 1), dims=(4, 6, 8, 10)))
-    weights = weights_of(model, image=IMAGE | {"input_size": [3, 32, 32]}, class_names=("cat", "dog"))
+    weights = weights_of(model, image=IMAGE.model_copy(update={"input_size": (3, 32, 32)}), class_names=("cat", "dog"))
     save_weights(tmp_path / "whole.pth", weights, "fcmae")
     fcmae.prune(tmp_path / "whole.pth", tmp_path / "pruned.pth", photos, what="blocks", keep=0.67)
     fcmae.export(tmp_path / "pruned.pth", tmp_path / "timm")

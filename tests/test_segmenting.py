@@ -44,10 +44,10 @@ from fcmae.networks.spec import ConvNeXtSpec
 from fcmae.options import load
 from fcmae.segmentation import predictor, probabilities_by_rows
 from fcmae.segmenting import Mapped
-from fcmae.starting import class_balance
+from fcmae.starting import class_balance, reading_for
 from fcmae.training import checkpoint
 from fcmae.weights import segmenters
-from fcmae.weights.files import HEAD, Weights, read_weights, segmenter_in
+from fcmae.weights.files import HEAD, ImageRecord, Weights, read_weights, segmenter_in
 from fcmae.weights.formats import Architecture
 from fcmae.weights.segmenters import HeadRecord, read_segmenter, save_segmenter
 from fcmae.weights.tensors import RECORD, digest
@@ -161,8 +161,7 @@ def test_settings_reach_what_they_are_for(
     cfg = load(SegmentConfig, given, prog="test")
     data = segmenting.find_data(cfg)
     weights = segmenting.starting_weights(cfg)
-    weights.image.update({"input_size": [3, 16, 16], "mean": [0.5] * 3})
-    crop = segmenting.build_train_set(cfg, data, weights)._crop
+    crop = segmenting.build_train_set(cfg, data, reading_for(cfg, weights, crop_pct=1.0))._crop
     assert (crop.color_jitter, crop.vflip, crop.hflip, crop.scale) == (0.5, 1.0, 0.25, (0.8, 1.25))
     net = segmenting.build_model(cfg, segmenting.starting_weights(cfg), 3)
     rates = [module.drop_path_rate for module in net.encoder.modules() if hasattr(module, "drop_path_rate")]
@@ -190,7 +189,7 @@ def test_pixels_that_are_missing_are_not_scored(segmented: Path, tiles: Path, tm
 
 def test_the_exported_encoder_is_one_that_everything_reads(segmented: Path) -> None:
     weights = read_weights(segmented)
-    assert weights.architecture.num_classes == 0 and weights.image["input_size"] == [3, 16, 16]
+    assert weights.architecture.num_classes == 0 and weights.image.input_size == (3, 16, 16)
     model, _, record = read_segmenter(segmented)
     for name, value in weights.state.items():
         assert torch.equal(model.get_parameter(name), value)
@@ -321,8 +320,8 @@ def test_images_of_one_channel_are_learnt_and_mapped(head: str, tiles: Path, tmp
     assert segment(tiles, tmp_path / "run", **channels, model__head=head, epochs=1) == 0
     runs.forget_accelerator()
     model, weights, _ = read_segmenter(tmp_path / "run")
-    assert model.encoder.in_chans == 1 and weights.image["input_size"] == [1, 16, 16]
-    assert weights.image["mean"] == [0.4]
+    assert model.encoder.in_chans == 1 and weights.image.input_size == (1, 16, 16)
+    assert weights.image.mean == (0.4,)
     assert predict(tmp_path / "run", tmp_path / "grey", tmp_path / "maps") == 0
     assert len(list((tmp_path / "maps").iterdir())) == 12
 
@@ -401,7 +400,7 @@ def save(dest: Path, classes: Classes | None = None, in_chans: int = 3) -> Segme
     classes = classes or Classes(("sea", "land"), (0, 7), 255)
     model = Segmenter(Encoder(SPEC, in_chans), build_head("pyramid", SPEC.dims, len(classes), 8))
     randomize(model)
-    image = {"input_size": [in_chans, 32, 32], "mean": [0.5] * in_chans, "std": [0.25] * in_chans}
+    image = ImageRecord(input_size=(in_chans, 32, 32), mean=(0.5,) * in_chans, std=(0.25,) * in_chans)
     save_segmenter(dest, model, Weights({}, Architecture(SPEC, in_chans), image), "pyramid", classes)
     return model
 
@@ -411,7 +410,7 @@ def test_a_segmenter_is_read_as_it_was_written(tmp_path: Path) -> None:
     found, weights, record = read_segmenter(tmp_path / "model")
     images = torch.randn(1, 3, 16, 24)
     assert torch.equal(found(images), model(images))
-    assert record.classes == Classes(("sea", "land"), (0, 7), 255) and weights.image["mean"] == [0.5] * 3
+    assert record.classes == Classes(("sea", "land"), (0, 7), 255) and weights.image.mean == (0.5,) * 3
 
 
 @pytest.mark.parametrize(
@@ -437,7 +436,7 @@ def test_a_head_beside_another_encoder_is_refused(spoiled: str, tmp_path: Path) 
     save(tmp_path / "model")
     torch.manual_seed(1)
     other = Segmenter(Encoder(SPEC), build_head("pyramid", SPEC.dims, 2, 8))
-    image = {"input_size": [3, 32, 32]}
+    image = ImageRecord(input_size=(3, 32, 32))
     classes = Classes(("a", "b"), (0, 1), None)
     save_segmenter(tmp_path / "other", other, Weights({}, Architecture(SPEC), image), "pyramid", classes)
     shutil.copy(tmp_path / "other" / spoiled, tmp_path / "model" / spoiled)

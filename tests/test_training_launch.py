@@ -19,7 +19,7 @@ from accelerate.state import GradientState
 from runs import config
 
 from fcmae.training.launch import closing_trackers, make_accelerator
-from fcmae.training.messages import how_it_ended
+from fcmae.training.records import last_state
 
 pytestmark = pytest.mark.usefixtures("forgotten")
 
@@ -130,6 +130,7 @@ def test_processes_wait_for_what_the_first_one_finds_and_learn_of_any_error(tmp_
         "from contextlib import nullcontext\n"
         "from pathlib import Path\n"
         "from fcmae.training.messages import logging_to\n"
+        "from fcmae.training.records import record_end, record_start\n"
         "from datetime import timedelta\n"
         "import torch\n"
         "from accelerate import Accelerator\n"
@@ -139,7 +140,11 @@ def test_processes_wait_for_what_the_first_one_finds_and_learn_of_any_error(tmp_
         "given = dict(store=store, rank=rank, world_size=2, timeout=timedelta(seconds=5))\n"
         "torch.distributed.init_process_group('gloo', **given)\n"
         "accelerator = Accelerator(cpu=True)\n"
-        "log = logging_to(Path('train.log')) if rank == 0 else nullcontext()\n"
+        "if rank == 0:\n"
+        "    record_start(Path('environment.json'), cpu=True)\n"
+        "    log = logging_to(Path('train.log'), lambda: record_end(Path(), 'failed'))\n"
+        "else:\n"
+        "    log = nullcontext()\n"
         "with log, ending_together(accelerator, None):\n"
         "    print(same_everywhere(accelerator, lambda: time.sleep(8) or 'found'), flush=True)\n"
         "    with waiting_for_all(accelerator):\n"
@@ -177,5 +182,5 @@ def test_processes_wait_for_what_the_first_one_finds_and_learn_of_any_error(tmp_
     # Torch's own threads may abort a process that ends by an exception: it has said why, and is none that succeeded.
     assert first == 2 and second in (1, -signal.SIGABRT), (first, second, said)
     assert "fcmae: error: process 1 failed: no such kernel" in said[0][1]
-    assert how_it_ended(tmp_path / "train.log") == "failed"
+    assert last_state(tmp_path) == "failed"
     assert "LookupError: no such kernel" in said[1][1]

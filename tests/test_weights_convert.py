@@ -33,7 +33,7 @@ from fcmae.weights.convert import (
     save_classifier,
     start_from,
 )
-from fcmae.weights.files import Weights, encoder_output, read_weights, save_weights
+from fcmae.weights.files import ImageRecord, Weights, encoder_output, read_weights, save_weights
 from fcmae.weights.formats import FORMATS, MMEARTH, Architecture, to_state
 
 ATTO = VARIANTS["convnextv2_atto"]
@@ -195,7 +195,7 @@ def test_a_directory_with_another_config_is_refused(tmp_path: Path, config: str)
 def test_a_classifier_comes_back_with_its_classes_and_image_settings(tmp_path: Path) -> None:
     model = Classifier(Encoder(ATTO), 3)
     randomize(model)
-    image = {"mean": [0.5] * 3, "std": [0.5] * 3, "input_size": [3, 64, 64]}
+    image = ImageRecord(mean=(0.5,) * 3, std=(0.5,) * 3, input_size=(3, 64, 64))
     save_classifier(tmp_path / "tuned", model, Weights({}, Architecture(ATTO), image, ("a", "b", "c")))
     read = read_weights(tmp_path / "tuned")
     assert (read.class_names, read.image, read.architecture.num_classes) == (("a", "b", "c"), image, 3)
@@ -218,7 +218,7 @@ def test_what_a_file_says_of_itself_survives_every_format(tmp_path: Path, to: st
     assert "is as expected" in check(dest)
     read = read_weights(dest)
     assert (read.format, read.architecture.spec, read.architecture.in_chans) == (to, ATTO, 5)
-    assert (read.image["mean"], read.image["input_size"], read.origin["step"]) == ([0.5] * 5, [5, 64, 64], 3)
+    assert (read.image.mean, read.image.input_size, read.origin["step"]) == ((0.5,) * 5, (5, 64, 64), 3)
     assert all(torch.equal(value, net.state_dict()[name]) for name, value in read.state.items())
     # And on from there, as a .pth file.
     convert(dest, tmp_path / "back.pth", "fcmae")
@@ -370,7 +370,7 @@ def test_rgb_weights_adapt_as_timm_adapts_them(tmp_path: Path) -> None:
         torch.testing.assert_close(found, expected, atol=1e-4 * float(expected.abs().max()), rtol=1e-3)
     held = five.state["encoder.downsample_layers.0.0.weight"]
     torch.testing.assert_close(held, stem.data[:, [0, 1, 2, 0, 1]] * 3 / 5)
-    assert (five.architecture.in_chans, five.image, five.expected_output) == (5, {}, ())
+    assert (five.architecture.in_chans, five.image, five.expected_output) == (5, ImageRecord(), ())
     assert not any(name.startswith("decoder.") for name in five.state)
     with pytest.raises(ValueError, match=r"only those of 3 \(RGB\) adapt"):
         adapt_in_chans(five, 4)
@@ -599,7 +599,7 @@ def test_the_image_processor_of_transformers_is_read(tmp_path: Path, size: objec
     changed = written | {"size": size, "image_std": [0.5] * 3}
     (tmp_path / "hf" / "preprocessor_config.json").write_text(json.dumps(changed))
     image = read_weights(tmp_path / "hf").image
-    assert (image["input_size"], image["std"], image["crop_pct"]) == ([3, 96, 96], [0.5] * 3, 1.0)
+    assert (image.input_size, image.std, image.crop_pct) == ((3, 96, 96), (0.5,) * 3, 1.0)
 
 
 def test_transformers_shards_are_joined_and_stay_in_their_directory(tmp_path: Path) -> None:
@@ -616,7 +616,7 @@ def test_transformers_shards_are_joined_and_stay_in_their_directory(tmp_path: Pa
     index.write_text(json.dumps({"weight_map": {name: part for part, held in parts.items() for name in held}}))
     read = read_weights(tmp_path / "hf")
     assert all(torch.equal(value, net.state_dict()[name]) for name, value in read.state.items())
-    assert read.image["mean"] == pytest.approx([0.485, 0.456, 0.406])  # of preprocessor_config.json
+    assert read.image.mean == pytest.approx([0.485, 0.456, 0.406])  # of preprocessor_config.json
     index.write_text(json.dumps({"weight_map": {"a": "../a.safetensors"}}))
     with pytest.raises(ValueError, match="names files of other directories"):
         read_weights(tmp_path / "hf")
@@ -768,7 +768,7 @@ def test_transformers_is_told_how_images_are_read_where_it_can_read_them_so(
     tmp_path: Path, size: tuple[int, int], mean: float, is_written: bool
 ) -> None:
     model = Classifier(Encoder(ATTO), 2)
-    image = {"mean": [mean] * 3, "std": [0.5] * 3, "input_size": [3, *size], "crop_pct": 0.9}
+    image = ImageRecord(mean=(mean,) * 3, std=(0.5,) * 3, input_size=(3, *size), crop_pct=0.9)
     save_classifier(tmp_path / "tuned", model, Weights({}, Architecture(ATTO), image, ("a", "b")))
     said = convert(tmp_path / "tuned", tmp_path / "out", "transformers")
     assert (tmp_path / "out" / "preprocessor_config.json").exists() == is_written

@@ -23,14 +23,14 @@ from fcmae.networks.build import make_encoder
 from fcmae.networks.spec import ContainerSpec, ConvNeXtSpec, NetworkSpec
 from fcmae.weights import onnx as ours
 from fcmae.weights.convert import build_classifier
-from fcmae.weights.files import Weights, read_weights, save_weights
+from fcmae.weights.files import ImageRecord, Weights, read_weights, save_weights
 from fcmae.weights.formats import Architecture
 
 V2 = ConvNeXtSpec(depths=(1, 2), dims=(8, 12), stem_stride=2)
 UNEVEN = ConvNeXtSpec(depths=(1, 2), dims=(8, 12), stem_stride=2, hidden=((5,), (7, 30)))
 CONTAINER = ContainerSpec(depths=(1, 1), dims=(8, 16), affinity=("static", "mixed"), mlp_ratios=(2, 2), num_heads=2)
 V1 = ConvNeXtSpec(depths=(1, 1), dims=(8, 12), kernel_size=3, use_grn=False)
-IMAGE = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.3], "input_size": [3, 24, 32], "crop_pct": 1.0}
+IMAGE = ImageRecord(mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3), input_size=(3, 24, 32), crop_pct=1.0)
 NAMES = ("cat", "dog", "ünïcode")
 
 
@@ -85,7 +85,7 @@ def test_the_file_says_what_it_is_and_nothing_of_this_machine(classifier: Path) 
     said = session_of(classifier / "model.onnx").get_modelmeta().custom_metadata_map
     assert json.loads(said["class_names"]) == list(NAMES)
     assert said["license"] == "cc-by-nc-4.0"
-    assert {key: json.loads(said[key]) for key in IMAGE} == IMAGE
+    assert {key: json.loads(said[key]) for key in IMAGE.known()} == IMAGE.known()
     assert json.loads(said["normalizes"]) is True
     onnx.checker.check_model(str(classifier / "model.onnx"), full_check=True)
     content = (classifier / "model.onnx").read_bytes()

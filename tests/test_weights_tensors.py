@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fcmae.networks.spec import ConvNeXtSpec
-from fcmae.weights.files import Weights, read_weights, save_weights
+from fcmae.weights.files import ImageRecord, Weights, read_weights, save_weights
 from fcmae.weights.formats import Architecture, to_state
 from fcmae.weights.tensors import digest, load_tensors
 
@@ -324,7 +324,7 @@ def test_a_record_of_an_impossible_network_is_refused(tmp_path: Path) -> None:
 def write_export(folder: Path, to: str) -> Path:
     ours = {name: torch.randn(shape) for name, shape in Architecture(SPEC).shapes().items()}
     ours["encoder.stages.0.0.dwconv.bias"].fill_(1.25)
-    image = {"mean": [0.5] * 3, "std": [0.25] * 3, "input_size": [3, 64, 64]}
+    image = ImageRecord(mean=(0.5,) * 3, std=(0.25,) * 3, input_size=(3, 64, 64))
     dest = folder / {"timm": "out", "transformers": "out", "fair": "out.pth"}.get(to, "out.safetensors")
     save_weights(dest, Weights(ours, Architecture(SPEC), image), to)
     return dest

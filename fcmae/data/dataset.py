@@ -40,19 +40,26 @@ class Reading:
         in_chans: channels.
         image_size: height and width.
         crop_pct: see `center_box`.
-        normalize: what they go through then.
+        mean: (in_chans,), in units of a full range of 1.
+        std: likewise.
         max_pixels: see `read_crop`.
         nodata: likewise.
-        fill: what stands for missing values, where it is not the mean of `normalize`.
+        fill: what stands for missing values, where it is not the mean.
     """
 
     in_chans: int
     image_size: tuple[int, int]
     crop_pct: float
-    normalize: Normalize
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     max_pixels: int = MAX_PIXELS
     nodata: float | None = None
     fill: tuple[float, ...] | None = None
+
+    @property
+    def normalize(self) -> Normalize:
+        """A new module that does it to the images."""
+        return Normalize(self.mean, self.std)
 
     def told(self, max_pixels: int, nodata: float | None) -> Reading:
         """A copy with another `max_pixels` and, unless it is None, another `nodata`."""
@@ -61,7 +68,7 @@ class Reading:
     @property
     def view(self) -> CenterCrop:
         """What makes a file an image."""
-        fill = self.fill or self.normalize.mean.flatten().tolist()
+        fill = self.fill or self.mean
         return CenterCrop(self.in_chans, self.image_size, self.crop_pct, fill, self.max_pixels, self.nodata)
 
     def check_values(self, images: Images) -> None:
@@ -72,7 +79,7 @@ class Reading:
         seen = collate(readable).images
         values = seen.float() / (255 if seen.dtype == torch.uint8 else 1)
         spread, centre = torch.std_mean(values, dim=(0, 2, 3), correction=0)
-        mean, std = self.normalize.mean.cpu().flatten(), self.normalize.std.cpu().flatten()
+        mean, std = torch.tensor(self.mean), torch.tensor(self.std)
         far = torch.maximum((centre - mean).abs(), spread) / std
         is_narrow = len(readable) > 3 and (spread / std).max() < 1 / NARROW
         if far.max() > FAR or is_narrow:

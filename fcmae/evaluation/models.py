@@ -22,7 +22,6 @@ from fcmae.config.base import near_runs
 from fcmae.data.augment import seeded
 from fcmae.data.dataset import Reading
 from fcmae.data.geometry import MAX_PIXELS
-from fcmae.data.normalize import Normalize
 from fcmae.networks.build import make_encoder
 from fcmae.networks.encoder import StagedEncoder
 from fcmae.networks.spec import describe
@@ -182,12 +181,10 @@ def load_backbone(
     name = source.removeprefix(RANDOM)
     path = Path(os.path.expanduser(name))  # noqa: PTH111  # Path's fails of an unknown user
     if is_control(source):
-        read = like or Reading(in_chans or 3, image_size or (224, 224), 1.0, Normalize((), ()))
-        plain = Normalize([0.0] * read.in_chans, [1.0] * read.in_chans)
-        fill = tuple(read.normalize.mean.flatten().tolist()) or None  # what is missing is no feature of a control alone
-        mean, std = (each.flatten().tolist() for each in (read.normalize.mean, read.normalize.std))
-        control = Control(source, mean, std)
-        backbone = Backbone(source, control, replace(read, normalize=plain, fill=fill), {"control": source})
+        read = like or Reading(in_chans or 3, image_size or (224, 224), 1.0, (), ())
+        # What is missing is no feature of a control alone.
+        plain = replace(read, mean=(0.0,) * read.in_chans, std=(1.0,) * read.in_chans, fill=read.mean or None)
+        backbone = Backbone(source, Control(source, read.mean, read.std), plain, {"control": source})
     elif path.exists():
         if path.is_dir() and (key or prefix):  # of several models that are compared, it is for the files
             logger.warning("%s is a directory: key and prefix are not for it", path)
@@ -266,7 +263,7 @@ def _from_timm(
     return Backbone(
         name=source,
         model=_as_ours(model),
-        reading=Reading(in_chans, size, settings["crop_pct"], Normalize(mean, std)),
+        reading=Reading(in_chans, size, settings["crop_pct"], tuple(mean), tuple(std)),
         origin=_random_origin(source) if is_random else {"timm": f"{settings['architecture']}.{settings['tag']}"},
     )
 

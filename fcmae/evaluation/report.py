@@ -43,8 +43,7 @@ from fcmae.evaluation.runs import (
     took_s,
 )
 from fcmae.evaluation.verdicts import guessed, is_collapsing, is_working, was_worth_it
-from fcmae.training.messages import how_it_ended
-from fcmae.training.records import of_model
+from fcmae.training.records import last_state, of_model
 
 MARK = '<meta name="generator" content="fcmae report'
 MOST_PICTURES = 12  # over time
@@ -338,7 +337,7 @@ def _status(run: Run) -> str:
     if run.settings.get("eval_only"):
         return "an evaluation"
     # A fraction of an epoch may end a step before or after it.
-    if how_it_ended(run.path / "train.log") == "finished" or (isinstance(epochs, int | float) and epoch >= epochs):
+    if last_state(run.path) == "finished" or (isinstance(epochs, int | float) and epoch >= epochs):
         return f"finished after {epochs} epochs, {step:,} steps"
     return f"running or stopped at epoch {epoch:.4g} of {epochs}, step {step:,}"
 

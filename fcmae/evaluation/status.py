@@ -16,7 +16,7 @@ from fcmae.evaluation.runs import Run, curve, finite, processes_of, program, rea
 from fcmae.evaluation.verdicts import is_collapsing, is_working
 from fcmae.tables import table
 from fcmae.training import checkpoint
-from fcmae.training.messages import how_it_ended
+from fcmae.training.records import State, last_state
 from fcmae.training.run import curves_commands
 
 DEPTH = 3  # folders below the given one in which runs are looked for
@@ -78,7 +78,7 @@ def _comparison(place: Path) -> Iterator[str]:
     yield f"  fcmae report {shlex.quote(str(place))}"
 
 
-def state_of(path: Path) -> str:
+def state_of(path: Path) -> State:
     """running, finished, stopped, failed, or cut off: it ended without a word.
 
     Args:
@@ -86,7 +86,7 @@ def state_of(path: Path) -> str:
     """
     if _is_locked(path / ".lock"):
         return "running"
-    return how_it_ended(path / "train.log")
+    return last_state(path)
 
 
 def _is_locked(lock: Path) -> bool:

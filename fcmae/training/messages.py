@@ -1,12 +1,11 @@
-"""train.log: what a run says, there and on the terminal, and how it ended by that."""
+"""train.log: what a run says, there and on the terminal."""
 
 from __future__ import annotations
 
 import logging
-import re
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -17,11 +16,6 @@ from fcmae.data.source import printable
 
 logger = logging.getLogger("fcmae")
 
-LOG_END = 2**16  # bytes of train.log in which its last line is looked for
-CUT_OFF = "cut off"
-FAILED = "failed: "  # begins the line of what ended a run
-STAMP = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
-
 
 def same_command(cfg: RunConfig) -> str:
     """What resumes a run, in words."""
@@ -29,13 +23,14 @@ def same_command(cfg: RunConfig) -> str:
 
 
 @contextmanager
-def logging_to(path: Path) -> Iterator[None]:
+def logging_to(path: Path, failed: Callable[[], object]) -> Iterator[None]:
     """Have what is said inside the block, and the error that ends it, added to a file; what is said shown too.
 
     Args:
         path: the file.
+        failed: called after that error was added, or what `log_failure` is given.
     """
-    handlers: list[logging.Handler] = [_FileHandler(path, encoding="utf-8"), _TerminalHandler(logging.INFO)]
+    handlers: list[logging.Handler] = [_FileHandler(path, failed), _TerminalHandler(logging.INFO)]
     for handler in handlers:
         handler.setFormatter(_Printable("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         logger.addHandler(handler)
@@ -61,7 +56,8 @@ def log_failure(what: str) -> None:
     """
     for handler in logger.handlers:
         if isinstance(handler, _FileHandler):
-            handler.handle(logger.makeRecord(logger.name, logging.ERROR, "", 0, FAILED + what, (), None))
+            handler.handle(logger.makeRecord(logger.name, logging.ERROR, "", 0, f"failed: {what}", (), None))
+            handler.failed()
 
 
 class _TerminalHandler(logging.Handler):
@@ -74,6 +70,10 @@ class _TerminalHandler(logging.Handler):
 
 class _FileHandler(logging.FileHandler):
     """train.log. On a full disk a line is left out: the numbers and checkpoints beside it stop the run."""
+
+    def __init__(self, path: Path, failed: Callable[[], object]) -> None:
+        super().__init__(path, encoding="utf-8")
+        self.failed = failed
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         if not isinstance(sys.exc_info()[1], OSError):
@@ -95,21 +95,3 @@ def _thread_failed(failure: threading.ExceptHookArgs) -> None:
     """No traceback of a tracker's thread that could not write: the main thread gets the same error."""
     if not isinstance(failure.exc_value, OSError):
         threading.__excepthook__(failure)
-
-
-def how_it_ended(log: Path) -> str:
-    """How a run's last start ended, by its train.log: finished, stopped, failed, or CUT_OFF; without one, not begun."""
-    if not log.is_file():
-        return "not begun"
-    with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - LOG_END))
-        lines = file.read(LOG_END).decode(errors="replace").splitlines()
-    advice = re.compile(STAMP + "(next: |best and last model: )")
-    last = next((line for line in reversed(lines) if re.match(STAMP, line) and not advice.match(line)), "")
-    if re.match(STAMP + r"finished (\d+ steps|evaluating)$", last):
-        return "finished"
-    if re.match(STAMP + "stopped by ", last):
-        return "stopped"
-    if re.match(STAMP + rf"({FAILED}|\w+(Error|Exception): )", last):  # as begun before the word stood there
-        return "failed"
-    return CUT_OFF if last else "not begun"

@@ -12,7 +12,7 @@ from contextlib import suppress
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -22,6 +22,9 @@ from fcmae.data.cores import num_cores
 from fcmae.options import SWITCHED
 
 MAX_METRICS = 2**30  # bytes of metrics.jsonl
+
+Ended = Literal["finished", "stopped", "failed"]  # by itself, by a signal, by an error
+State = Literal["not begun", "running", "cut off"] | Ended  # cut off: it ended without a word
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -84,6 +87,32 @@ def record_start(path: Path, cpu: bool, network: str = "") -> None:
         "command": shlex.join(["fcmae" if program.name == "cli.py" else program.name, *_lasting(sys.argv[1:])]),
     }
     write_text(path, json.dumps([*_starts(path), record], indent=1) + "\n")
+
+
+def record_end(run: Path, ended: Ended) -> None:
+    """Keep with the run's latest start how it ended, unless the disk is full.
+
+    Args:
+        run: its directory.
+        ended: in which way.
+    """
+    if starts := _starts(run / "environment.json"):
+        starts[-1] |= {"ended": ended, "end": datetime.now().astimezone().isoformat(timespec="seconds")}
+        with suppress(OSError):
+            write_text(run / "environment.json", json.dumps(starts, indent=1) + "\n")
+
+
+def last_state(run: Path) -> State:
+    """How a run's latest start ended; "cut off" too while it lasts, which its lock tells.
+
+    Args:
+        run: its directory.
+    """
+    starts = _starts(run / "environment.json")
+    if not starts or not (run / "train.log").exists():  # made after a start is kept, and removed before
+        return "not begun"
+    ended: str | None = starts[-1].get("ended")
+    return next((known for known in get_args(Ended) if known == ended), "cut off")
 
 
 def _lasting(words: Sequence[str]) -> Iterator[str]:

@@ -23,6 +23,7 @@ import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from operator import attrgetter
 from pathlib import Path
@@ -40,8 +41,8 @@ from fcmae.data.storage import CACHE, INDEX
 from fcmae.tables import table
 from fcmae.training import checkpoint, health, own_files
 from fcmae.training.launch import uses_cpu
-from fcmae.training.messages import CUT_OFF, how_it_ended, logging_to, same_command
-from fcmae.training.records import read_metrics, record_start
+from fcmae.training.messages import logging_to, same_command
+from fcmae.training.records import last_state, read_metrics, record_end, record_start
 
 logger = logging.getLogger("fcmae")
 
@@ -58,6 +59,7 @@ class RunDirectory:
     Attributes:
         needs: what its checkpoints take of the disk, in words, once that is known; told when it is opened.
         network: what it trains, in words, once that is known; kept when it is opened.
+        finished: whether it came to its end; kept when it is closed.
 
     Args:
         cfg: settings of the run, with `out`.
@@ -75,6 +77,7 @@ class RunDirectory:
         self.kind = cfg.kind
         self.path = cfg.out
         self.needs = self.network = ""
+        self.finished = False
         if len(options.dump(cfg).encode(errors="surrogateescape")) > options.MAX_YAML - 1000:  # a header and choices
             raise ValueError(
                 "data.path has too many places to be kept in config.yaml: put quotes round the pattern, so that the "
@@ -126,7 +129,7 @@ class RunDirectory:
         """Refuse to train over a run whose checkpoints are gone, as of one that is finished and tidied up."""
         if checkpoint.latest(self.path) is not None:
             return
-        if how_it_ended(self.path / "train.log") == "finished" or (self.path / own_files.SAVED).exists():
+        if last_state(self.path) == "finished" or (self.path / own_files.SAVED).exists():
             raise ValueError(
                 f"out = {self.path} has the results of a run and no checkpoint to go on from: give another "
                 "--out, or --overwrite to delete it"
@@ -262,10 +265,10 @@ class RunDirectory:
             kept = self.cfg.model_copy(update={"overwrite": False})
             text = f"# fcmae {self.kind} {fcmae.__version__}\n{options.dump(kept)}"
             write_text(self.path / "config.yaml", text)
+            before = last_state(self.path)
             record_start(self.path / "environment.json", uses_cpu(self.cfg), self.network)
-            ended = how_it_ended(self.path / "train.log")
-            with logging_to(self.path / "train.log"):
-                if ended == CUT_OFF:
+            with logging_to(self.path / "train.log", partial(record_end, self.path, "failed")):
+                if before == "cut off":
                     logger.warning(
                         "the last start ended without a word, as when the system kills what takes too much memory, or "
                         "the machine went off; if it happens again, raise grad_accum or lower data.num_workers"
@@ -283,6 +286,7 @@ class RunDirectory:
                         yield
                 except FloatingPointError as error:
                     raise FloatingPointError(f"{error}; {self._way_out()}") from None
+                record_end(self.path, "finished" if self.finished else "stopped")
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from fcmae.networks.spec import ConvNeXtSpec, NetworkSpec, describe, variant_of
 from fcmae.weights.files import (
     DIRECTORIES,
     FILE_SUFFIXES,
+    ImageRecord,
     Weights,
     encoder_output,
     read_weights,
@@ -52,7 +53,7 @@ def adapt_in_chans(weights: Weights, in_chans: int) -> Weights:
     first = first_weight(weights.architecture.spec)
     state[first] = adapt_input_conv(in_chans, state[first])
     architecture = replace(weights.architecture, in_chans=in_chans, decoder_depth=0, decoder_dim=0)
-    return replace(weights, state=state, architecture=architecture, image={}, expected_output=())
+    return replace(weights, state=state, architecture=architecture, image=ImageRecord(), expected_output=())
 
 
 def start_from(model: FCMAE, weights: Weights) -> str:
@@ -275,7 +276,7 @@ def write(weights: Weights, dest: Path | None, to: str) -> str:
             shutil.rmtree(dest)
         dest.unlink(missing_ok=True)
         raise
-    if to == "transformers" and "mean" in weights.image and not reads_alike(weights):
+    if to == "transformers" and weights.image.mean is not None and not reads_alike(weights):
         lines.append(
             "no preprocessor_config.json: transformers' processor cannot read images as these weights learnt them"
         )

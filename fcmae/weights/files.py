@@ -30,10 +30,9 @@ from torch import Tensor
 
 import fcmae
 from fcmae.atomic import read_bytes, replacing
-from fcmae.config import FinetuneData, PretrainConfig
+from fcmae.config import FinetuneData, ImageConfig, PretrainConfig
 from fcmae.config.base import near_runs
 from fcmae.data.dataset import Reading
-from fcmae.data.normalize import Normalize
 from fcmae.data.source import printable
 from fcmae.networks.build import make_encoder
 from fcmae.networks.spec import VARIANTS, ConvNeXtSpec, NetworkSpec, Spec, describe, variant_named, variant_of
@@ -59,7 +58,7 @@ class Weights:
     Attributes:
         state: encoder.*, and where they are there decoder.*, norm.*, head.*.
         architecture: what they are of.
-        image: mean, std, input_size (C, H, W), crop_pct and nodata, where known.
+        image: how the images were read that they were trained on.
         class_names: of the head, numbers where the file names none.
         origin: what they were made from.
         expected_output: see `encoder_output`; empty if the file does not say.
@@ -69,7 +68,7 @@ class Weights:
 
     state: dict[str, Tensor]
     architecture: Architecture
-    image: dict[str, Any] = field(default_factory=dict)
+    image: ImageRecord = field(default_factory=lambda: ImageRecord())
     class_names: tuple[str, ...] = ()
     origin: dict[str, Any] = field(default_factory=dict)
     expected_output: tuple[float, ...] = ()
@@ -92,21 +91,19 @@ class Weights:
         Raises:
             ValueError: if nobody knows the mean and std of the channels.
         """
-        in_chans = self.architecture.in_chans
+        in_chans, image = self.architecture.in_chans, self.image
         defaults = FinetuneData(in_chans=in_chans)
-        mean, std = (self.image.get(k, v) for k, v in zip(("mean", "std"), defaults.statistics(), strict=True))
+        mean, std = (tuple(a or b) for a, b in zip((image.mean, image.std), defaults.statistics(), strict=True))
         if len(mean) != in_chans:
             raise ValueError(
                 f"{source} does not say the mean and std of its {in_chans} channels: pretrain or fine-tune from it "
                 "with --data.mean and --data.std, and give that run"
             )
-        _, height, width = self.image.get("input_size", (in_chans, *defaults.image_size))
-        crop_pct = self.image.get("crop_pct", defaults.crop_pct)
-        size, nodata = image_size or (height, width), self.image.get("nodata")
-        return Reading(in_chans, size, crop_pct, Normalize(mean, std), nodata=nodata)
+        size = image_size or image.size or defaults.image_size
+        return Reading(in_chans, size, image.crop_pct or defaults.crop_pct, mean, std, nodata=image.nodata)
 
 
-class ImageRecord(BaseModel):
+class ImageRecord(BaseModel, frozen=True):
     """How the images were read that weights were trained on, as far as it is known.
 
     Attributes:
@@ -117,11 +114,47 @@ class ImageRecord(BaseModel):
         nodata: the stored value that stood for missing ones, whatever the files said.
     """
 
-    mean: list[FiniteFloat] | None = None
-    std: list[Annotated[FiniteFloat, Field(gt=0)]] | None = None
+    mean: tuple[FiniteFloat, ...] | None = None
+    std: tuple[Annotated[FiniteFloat, Field(gt=0)], ...] | None = None
     input_size: tuple[PositiveInt, Side, Side] | None = None
     crop_pct: Annotated[float, Field(gt=0, le=1)] | None = None
     nodata: FiniteFloat | None = None
+
+    @classmethod
+    def of(cls, reading: Reading) -> ImageRecord:
+        """All of it known."""
+        return cls(
+            mean=reading.mean,
+            std=reading.std,
+            input_size=(reading.in_chans, *reading.image_size),
+            crop_pct=reading.crop_pct,
+            nodata=reading.nodata,
+        )
+
+    @property
+    def in_chans(self) -> int | None:
+        """Channels."""
+        return None if self.input_size is None else self.input_size[0]
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width."""
+        return None if self.input_size is None else self.input_size[1:]
+
+    def known(self) -> dict[str, Any]:
+        """What is known, as JSON has it."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+
+def reading_of(data: ImageConfig, crop_pct: float) -> Reading:
+    """How images are read, as the settings of a run have it.
+
+    Args:
+        data: these settings.
+        crop_pct: see `fcmae.data.augment.center_box`.
+    """
+    mean, std = map(tuple, data.statistics())
+    return Reading(data.in_chans, data.image_size, crop_pct, mean, std, data.max_pixels, data.nodata)
 
 
 class Record(BaseModel):
@@ -227,11 +260,10 @@ def _weights(
             "earlier checkpoint"
         )
     names = {name: inside[theirs] for name, theirs in names.items()}
-    image = record.image.model_dump(exclude_none=True)
+    image, in_chans = record.image, architecture.in_chans
     # A model made for other channels may still name the statistics of RGB.
-    image = {k: v for k, v in image.items() if k not in ("mean", "std") or len(v) == architecture.in_chans}
-    if "input_size" in image:
-        image["input_size"] = [architecture.in_chans, *image["input_size"][1:]]
+    misfits = {key: None for key in ("mean", "std") if len(getattr(image, key) or ()) != in_chans}
+    image = image.model_copy(update=misfits | ({} if image.size is None else {"input_size": (in_chans, *image.size)}))
     num_classes = architecture.num_classes
     if num_classes and record.class_names and len(record.class_names) != num_classes:
         raise ValueError(f"{path} names {len(record.class_names)} classes, but its head has {num_classes}")
@@ -255,7 +287,6 @@ def _read_checkpoint(path: Path, variant: str | None) -> Weights:
     if meta.kind != "pretrain":
         raise ValueError(f"{path} is a {meta.kind} checkpoint: use the run's `best` or `last` directory")
     cfg = PretrainConfig.model_validate(meta.config)
-    mean, std = cfg.data.statistics()
     origin = {
         "run": str(cfg.out),
         "step": meta.step,
@@ -263,8 +294,7 @@ def _read_checkpoint(path: Path, variant: str | None) -> Weights:
         "config_sha256": hashlib.sha256(json.dumps(meta.config, sort_keys=True).encode()).hexdigest(),
         "version": meta.version,
     } | ({} if cfg.model.license is None else {"license": cfg.model.license})
-    size = (cfg.data.in_chans, *cfg.data.image_size)
-    image = ImageRecord(mean=mean, std=std, input_size=size, crop_pct=1.0, nodata=cfg.data.nodata)
+    image = ImageRecord.of(reading_of(cfg.data, crop_pct=1.0))
     state = checkpoint.read_tensors(path, "model")
     if meta.format == checkpoint.FORMAT:
         if cfg.model.target != "pixels":
@@ -496,7 +526,7 @@ def save_weights(dest: Path, weights: Weights, to: str) -> None:
         state[name] = value.clone() if value.data_ptr() in seen else value
         seen.add(value.data_ptr())
     fields = {
-        "image": weights.image,
+        "image": weights.image.known(),
         "class_names": weights.class_names,
         "origin": weights.origin | {"exported_by": f"fcmae {fcmae.__version__}"},
         "expected_output": weights.expected_output or encoder_output(weights),
@@ -545,7 +575,7 @@ def _timm_config(weights: Weights) -> dict[str, Any]:
             "fixed_input_size": False,
             "interpolation": "bicubic",
             "crop_mode": "center",
-            **{key: value for key, value in weights.image.items() if key != "nodata"},  # which timm does not know
+            **weights.image.model_copy(update={"nodata": None}).known(),  # which timm does not know
             **_licensed(weights),
             "num_classes": architecture.num_classes,
             "pool_size": None,
@@ -573,7 +603,7 @@ def _transformers_config(weights: Weights) -> dict[str, Any]:
         "hidden_act": "gelu",
         "layer_norm_eps": 1e-6,  # of the final norm; the others are fixed
         **_licensed(weights),
-        **({"image_size": weights.image["input_size"][-1]} if "input_size" in weights.image else {}),
+        **({} if weights.image.size is None else {"image_size": weights.image.size[-1]}),
         **(classes if architecture.num_classes else {}),
     }
 
@@ -586,8 +616,8 @@ def reads_alike(weights: Weights) -> bool:
     Args:
         weights: with what is known of their images; that they were of 16 bits is not.
     """
-    in_chans, height, width = weights.image.get("input_size", [weights.architecture.in_chans, 224, 224])
-    is_of_bytes = in_chans in (1, 3) and all(0 <= mean <= 1 for mean in weights.image.get("mean", [-1]))
+    (height, width), mean = weights.image.size or (224, 224), weights.image.mean
+    is_of_bytes = weights.architecture.in_chans in (1, 3) and mean is not None and all(0 <= each <= 1 for each in mean)
     return is_of_bytes and height == width < 384
 
 
@@ -597,12 +627,12 @@ def _processor_config(weights: Weights) -> dict[str, Any]:
     return {
         "image_processor_type": "ConvNextImageProcessor",
         "do_resize": True,
-        "size": {"shortest_edge": image.get("input_size", [0, 0, 224])[-1]},
-        "crop_pct": image.get("crop_pct", 0.875),
+        "size": {"shortest_edge": (image.size or (224, 224))[-1]},
+        "crop_pct": image.crop_pct or 0.875,
         "resample": 3,  # bicubic
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": image["mean"],
-        "image_std": image["std"],
+        "image_mean": image.mean,
+        "image_std": image.std,
     }

@@ -143,7 +143,7 @@ def _described(weights: Weights, normalize: bool) -> dict[str, str]:
     """What the file says of itself, as JSON but for the licence and the version."""
     said: dict[str, Any] = {
         "class_names": weights.class_names,
-        **weights.image,
+        **weights.image.known(),
         "normalizes": normalize,
         "origin": weights.origin,
     }

@@ -1,0 +1,63 @@
+"""What every run does before it knows its images, and around all that it writes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Generic
+
+from accelerate import Accelerator
+
+from fcmae.config import check_launch
+from fcmae.training.launch import closing_trackers, ending_together, finish, make_accelerator
+from fcmae.training.run import Run, RunDirectory
+from fcmae.training.signals import StopSignal
+from fcmae.training.steps import Fitting, in_parts
+
+
+@dataclass(frozen=True)
+class Session(Generic[Fitting]):
+    """A run that has been called for, on all of its processes.
+
+    Attributes:
+        cfg: its settings, with a number for grad_accum unless that is measured.
+        run: its directory, not yet open.
+        accelerator: of this process.
+        stop: the signals to it, once it is open.
+    """
+
+    cfg: Fitting
+    run: RunDirectory
+    accelerator: Accelerator
+    stop: StopSignal
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Around all that is written: see `RunDirectory.open`. Signals stop it at a step, and all processes end it."""
+        with self.run.open(self.accelerator.is_main_process), closing_trackers(self.accelerator), self.stop:
+            yield
+            finish(self.accelerator, self.stop)
+
+    def result(self) -> Run:
+        """The run, ended."""
+        return Run(self.run.path, self.run.kind, self.run.finished, self.stop.received)
+
+
+@contextmanager
+def begin(cfg: Fitting) -> Iterator[Session[Fitting]]:
+    """Join the processes of a run and look at its directory; nothing is written, and an error of one ends all.
+
+    Args:
+        cfg: its settings, with `out`.
+
+    Raises:
+        ValueError: see `make_accelerator`, `RunDirectory`, its `agree` and `check_launch`.
+    """
+    accelerator = make_accelerator(cfg)
+    with ending_together(accelerator, cfg.out):
+        run = RunDirectory(cfg)
+        run.agree(accelerator)
+        check_launch(cfg, accelerator.num_processes)
+        cfg = in_parts(cfg, accelerator.num_processes, accelerator.device.type, run.saved)
+        yield Session(cfg, run, accelerator, StopSignal())
