@@ -39,6 +39,8 @@ Complete = Callable[[Any, Mapping[str, Any]], Mapping[str, Any]]
 HELP = ("-h", "--help")
 SWITCHED = {"true", "false", "yes", "no", "on", "off", "1", "0"}  # what a switch takes for its value
 TO_CHOOSE = {"grad_accum", "chosen", "planned_s"}  # what stays to be chosen where all else is given
+# What a file has for its own number of epochs, which hours replace.
+OF_EPOCHS = ("epochs", "optim.warmup_epochs", "checkpoint.every_epochs", "log.eval_epochs", "log.every_steps")
 NONE = {"none", "null", "~"}
 MAX_YAML = 2**18  # bytes of a file of settings: YAML is read at some 100 kB a second
 
@@ -135,8 +137,9 @@ def _made(
     problems: Sequence[str] = (),
 ) -> Config:
     """What is given goes before the file's, and hours before its epochs; the rest is chosen, and all is checked."""
-    if given.get("hours") is not None and "epochs" not in given:
-        settings.pop("epochs", None)
+    if given.get("hours") is not None and "epochs" not in given and "epochs" in settings:
+        for key in OF_EPOCHS:
+            _drop(settings, key)
     _put(settings, given)
     sketch, invalid = _validate(model, settings, (), {"sketch": True})
     if sketch is not None and not _trains(sketch):
@@ -593,6 +596,16 @@ def _pairs(settings: Mapping[str, Any], fields: Fields, section: str = "") -> It
             yield from _pairs(value, fields, f"{key}.")
         else:
             yield key, _plain(value)
+
+
+def _drop(settings: dict[str, Any], key: str) -> None:
+    """Leave out a setting by dotted key, from its section of `settings`."""
+    *sections, name = key.split(".")
+    place: Any = settings
+    for section in sections:
+        place = place.get(section) if isinstance(place, dict) else None
+    if isinstance(place, dict):
+        place.pop(name, None)
 
 
 def _put(settings: dict[str, Any], values: Mapping[str, Any]) -> None:

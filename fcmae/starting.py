@@ -298,7 +298,7 @@ def class_balance(cfg: DenseConfig, counts: Sequence[int] | NDArray[np.int64], d
 
     Args:
         cfg: the run's settings: one weight a class; or "balanced", inverse to their frequency, with a mean of 1 over
-            what is counted. Of a class that was not met it is that of the rarest.
+            what is counted. A class with count 0 gets the weight of the rarest class present.
         counts: (classes,), how often each is there: images or pixels.
         device: where the weights are to be.
 

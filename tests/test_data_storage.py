@@ -23,11 +23,13 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import runs
+import tifffile
 from PIL import Image
 
 from fcmae.cli import main
 from fcmae.data import storage
 from fcmae.data.index import Images, find_images, find_labelled
+from fcmae.data.rasters import Raster
 from fcmae.data.source import BadImage
 from fcmae.data.storage import Cache, CutShort, Storage, joined
 
@@ -258,6 +260,33 @@ def test_images_in_memory_are_found_as_any_others(folder: Path) -> None:
         assert_same(find_images([f"memory://m/{source}"]), find_images([str(folder / source)]))
     for source in LABELLED:
         assert_same(find_labelled(f"memory://m/{source}"), find_labelled(str(folder / source)))
+
+
+@web
+def test_of_a_large_tiff_on_a_web_server_only_what_is_asked_for_is_read(
+    folder: Path, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fcmae.data.shards.MUCH", 1 << 16)
+    monkeypatch.setattr("fcmae.data.storage.AT_ONCE", 1 << 12)
+    values = np.random.default_rng(0).integers(0, 256, (512, 512), dtype=np.uint8)
+    (folder / "large").mkdir()
+    tifffile.imwrite(folder / "large/a.tif", values, tile=(64, 64))
+
+    def read() -> int:
+        """The bytes that a crop takes, which is right."""
+        Handler.asked.clear()
+        with find_images([f"{server}/large"]).open(0) as file:
+            found = Raster(file, 1, [0.0]).read((100, 200, 50, 60)).values
+        np.testing.assert_array_equal(found[0], values[100:150, 200:260])
+        ranges = [re.fullmatch(r"bytes=(\d+)-(\d+)", part) for path, part in Handler.asked if part and "a.tif" in path]
+        return sum(int(found[2]) - int(found[1]) + 1 for found in ranges if found)
+
+    assert 0 < read() < values.size // 4
+    Handler.faults["/large/a.tif"] = ["whole"]  # a server that knows no ranges
+    assert read() > 0
+    Handler.faults["/large/a.tif"] = ["whole"] * 3
+    monkeypatch.setattr("fcmae.data.shards.MUCH", 1 << 24)
+    read()
 
 
 def test_here_and_afar_may_be_mixed(folder: Path, tmp_path: Path) -> None:

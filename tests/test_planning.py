@@ -245,6 +245,15 @@ def test_a_file_of_settings_leaves_nothing_to_choose_unless_hours_are_given(phot
     assert "data.val_share" in cfg.chosen and "data.image_size" not in cfg.chosen
     # Flags go before the file: the hours before its epochs.
     assert cfg.epochs == 1600 and "epochs" in cfg.chosen
+    # And with them what the file has for its own epochs.
+    assert {"optim.warmup_epochs", "checkpoint.every_epochs", "log.eval_epochs"} <= cfg.chosen.keys()
+    file = Path("mine.yaml")
+    file.write_text("{epochs: 800, batch_size: 4, optim: {warmup_epochs: 39}, log: {eval_epochs: 7}}")
+    mine = ["photos", "--config", "mine.yaml", "--out", "out", "--hours", "1"]
+    cfg = load(PretrainConfig, [*mine, "--log.eval_epochs", "9"], prog="x", complete=planning.pretraining)
+    assert (cfg.optim.warmup_epochs, cfg.log.eval_epochs) == (40, 9)
+    file.write_text("{batch_size: 4, optim: {warmup_epochs: 39}}")
+    assert load(PretrainConfig, mine, prog="x", complete=planning.pretraining).optim.warmup_epochs == 39
     assert (
         load(PretrainConfig, [*words, "--hours", "1", "--epochs", "3"], prog="x", complete=planning.pretraining).epochs
         == 3

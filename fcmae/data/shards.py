@@ -40,6 +40,7 @@ MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f
 BLOCK = 512  # bytes; a member's header is one
 LABELS = (".cls", ".json", ".txt")  # the first that an image has counts
 MAX_LABEL = 1 << 16  # bytes
+MUCH = 1 << 24  # bytes of a TIFF from afar of which no more is read than is asked for
 _SHARD = re.compile("(" + "|".join(map(re.escape, SHARDS)) + ")/")
 
 CHANGED = "{} has changed since its index was made: begin another run, or put it back"
@@ -382,6 +383,18 @@ class Parts(Listed):
         if header.size != size or not (is_long or f"{shard}/{_plain(header.name)}" == name):
             raise OSError(CHANGED.format(shard))
         return content[BLOCK:]
+
+    def open(self, i: int) -> BinaryIO:
+        name = self.name(i)
+        number, _, size = self.table[:, i].tolist()
+        if number < 0 and size == WHOLE and is_remote(name) and name.lower().endswith((".tif", ".tiff")):
+            with suppress(OSError):  # a server that tells no size or gives no parts gives the whole
+                file = self._storage.open(name, cached=True)
+                if file.seek(0, os.SEEK_END) > MUCH:
+                    file.seek(0)
+                    file.peek(1)
+                    return file
+        return super().open(i)
 
     def _check(self, number: int) -> None:
         """Once in each process."""

@@ -177,7 +177,7 @@ class Storage:
         status = os.stat(address)  # noqa: PTH116
         return status.st_size, f"{status.st_size}-{status.st_mtime_ns}"
 
-    def open(self, address: str, *, cached: bool = False) -> BinaryIO:
+    def open(self, address: str, *, cached: bool = False) -> io.BufferedReader:
         """A file that can seek; the caller closes it.
 
         Args:

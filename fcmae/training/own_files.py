@@ -121,7 +121,7 @@ def remove(run: Path) -> None:
 
     The checkpoints go first and in one rename, so that the old run is left with all of them or none, wherever this is
     cut off; where `checkpoints` is a link, to a bigger disk say, the link stays and they go one by one, the oldest
-    first. What tells that there were some goes before them, and what tells that there is a run last.
+    first. `.saved` and train.log go before the checkpoints; metrics.jsonl and environment.json, which mark a run, go last.
 
     Raises:
         ValueError: before anything is removed, if the folders hold something else.

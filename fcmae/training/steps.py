@@ -76,7 +76,9 @@ def images_at_once(cfg: RunConfig, num_processes: int) -> int:
 
 
 def in_smaller_parts(cfg: Fitting, num_processes: int) -> Fitting | None:
-    """The same run with half the images at once, or the next fewer that divide its batch; None if that is another run.
+    """The settings with a smaller micro-batch: half, or the next size that divides the batch.
+
+    None if it cannot shrink, or if its size changes the result (BatchNorm, grn_scope = batch).
 
     Args:
         cfg: of the run.
@@ -92,13 +94,13 @@ def in_smaller_parts(cfg: Fitting, num_processes: int) -> Fitting | None:
 
 
 def in_parts_of(cfg: Fitting, num_processes: int, most: float, slack: float = 1) -> Fitting:
-    """The same run with at most so many images at once, or as few as it can have.
+    """The settings with a micro-batch of at most `most` images, or the smallest that they allow.
 
     Args:
         cfg: of the run.
         num_processes: of it.
-        most: images of a process.
-        slack: up to slack * most stay as they are, rather than to fall below most / slack.
+        most: images that a process computes at once.
+        slack: a micro-batch up to slack * most is kept if splitting it would go below most / slack.
     """
     while images_at_once(cfg, num_processes) > most and (smaller := in_smaller_parts(cfg, num_processes)) is not None:
         if images_at_once(cfg, num_processes) <= most * slack and images_at_once(smaller, num_processes) < most / slack:
@@ -108,7 +110,7 @@ def in_parts_of(cfg: Fitting, num_processes: int, most: float, slack: float = 1)
 
 
 def in_parts(cfg: Fitting, num_processes: int, device_type: str, saved: RunConfig | None = None) -> Fitting:
-    """The settings with grad_accum a number, where it is auto and nothing is measured.
+    """Replace grad_accum = auto by a number without measuring: the saved run's, else the device's default micro-batch.
 
     Args:
         cfg: of the run.
