@@ -31,6 +31,7 @@ from fcmae.heads import Classifier
 from fcmae.networks.build import make_encoder
 from fcmae.networks.spec import describe
 from fcmae.starting import (
+    Best,
     check_apart,
     check_start,
     check_unlearnt,
@@ -135,7 +136,7 @@ def train(
     """
     run, accelerator = session.run, session.accelerator
     cfg = that_fits(cfg, accelerator)
-    ready = prepare(cfg, run, accelerator, net, reading.image_size, per_epoch, Best, partial(rename, to="timm"))
+    ready = prepare(cfg, run, accelerator, net, reading.image_size, per_epoch, partial(rename, to="timm"))
     schedule, ema, best = ready.schedule, ready.ema, ready.best
     normalize = reading.normalize.to(accelerator.device)
     at_once = images_at_once(cfg, accelerator.num_processes)
@@ -149,7 +150,16 @@ def train(
     smoothing = 0.0 if mixup is not None else cfg.regularization.label_smoothing  # mixup's targets come smoothed
 
     with closing(Log(cfg, accelerator, schedule, len(train_images) + len(val_images))) as log:
-        evaluation = build_evaluation(cfg, accelerator, reading, val_images, weights, best, log, at_once)
+        batches = evaluation_loader(
+            reading,
+            val_images,
+            at_once,
+            num_workers=choose_num_workers(cfg.data.num_workers, accelerator.device.type),
+            device_type=accelerator.device.type,
+            rank=accelerator.process_index,
+            num_processes=accelerator.num_processes,
+        )
+        evaluation = Evaluation(accelerator, normalize, val_images, batches, weights, cfg.model.init, best, log)
         if cfg.eval_only:
             evaluation.evaluate(net, None, 0, 0.0, (".",))
             logger.info("finished evaluating")
@@ -318,14 +328,6 @@ def build_mixup(cfg: FinetuneConfig, num_classes: int) -> Mixup | None:
 # What is looked at while it trains
 
 
-@dataclass
-class Best:
-    """The evaluation with the highest balanced accuracy so far."""
-
-    balanced_accuracy: float = -1.0
-    step: int = 0
-
-
 @dataclass(frozen=True)
 class Evaluation:
     """Scores on the held-out images, of the moving average too; the best and the last model are exported.
@@ -393,8 +395,8 @@ class Evaluation:
         logger.info("step %d: %s on %d images", step, text, len(positions))
         if not self.accelerator.is_main_process:
             return
-        if step and found["balanced_accuracy"] > self.best.balanced_accuracy:
-            self.best.balanced_accuracy, self.best.step = found["balanced_accuracy"], step
+        if step and found["balanced_accuracy"] > self.best.score:
+            self.best.score, self.best.step = found["balanced_accuracy"], step
             places = (*places, "best")
         for place in places:
             folder = self.log.folder / place
@@ -405,38 +407,3 @@ class Evaluation:
             write_predictions(
                 folder / "predictions.csv", names, probabilities, self.weights.class_names, truth.tolist()
             )
-
-
-def build_evaluation(
-    cfg: FinetuneConfig,
-    accelerator: Accelerator,
-    reading: Reading,
-    images: Images,
-    weights: Weights,
-    best: Best,
-    log: Log,
-    at_once: int,
-) -> Evaluation:
-    """The evaluation of a run.
-
-    Args:
-        cfg: the run's settings.
-        accelerator: of this process.
-        reading: how images are read.
-        images: held out.
-        weights: what describes the exported models.
-        best: the best evaluation so far.
-        log: of the run.
-        at_once: images at a time.
-    """
-    loader = evaluation_loader(
-        reading,
-        images,
-        at_once,
-        num_workers=choose_num_workers(cfg.data.num_workers, accelerator.device.type),
-        device_type=accelerator.device.type,
-        rank=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-    )
-    normalize = reading.normalize.to(accelerator.device)
-    return Evaluation(accelerator, normalize, images, loader, weights, cfg.model.init, best, log)

@@ -85,8 +85,7 @@ def pretrain(cfg: PretrainConfig, net: FCMAE | None = None) -> Run:
             started, found = start(cfg, net) if run.resume_from is None else ([], None)
         cfg, run.network = run.licensed(cfg, found), describe(net.encoder.spec)
         if run.resume_from is None:
-            kept = checkpoint.num_kept(cfg.checkpoint.keep, cfg.epochs, cfg.checkpoint.milestone_epochs)
-            run.needs = checkpoint.check_space(run.path, net, kept)
+            run.needs = checkpoint.check_space(run.path, net, cfg.num_checkpoints)
         labelled = None
         if cfg.monitor.labelled is not None and accelerator.is_main_process:
             labelled = find_monitored_labels(cfg.monitor.labelled, build_reading(cfg), cfg.seed)

@@ -47,6 +47,7 @@ from fcmae.segmentation import (
     segmentation_loss,
 )
 from fcmae.starting import (
+    Best,
     check_apart,
     check_start,
     check_unlearnt,
@@ -172,7 +173,7 @@ def train(
     """
     run, accelerator = session.run, session.accelerator
     cfg = that_fits(cfg, accelerator)
-    ready = prepare(cfg, run, accelerator, net, reading.image_size, per_epoch, Best)
+    ready = prepare(cfg, run, accelerator, net, reading.image_size, per_epoch)
     schedule, ema, best = ready.schedule, ready.ema, ready.best
     normalize = reading.normalize.to(accelerator.device)
     at_once = images_at_once(cfg, accelerator.num_processes)
@@ -351,14 +352,6 @@ def build_train_set(cfg: SegmentConfig, data: Mapped, reading: Reading) -> Segme
 # What is looked at while it trains
 
 
-@dataclass
-class Best:
-    """The evaluation with the highest mean IoU so far."""
-
-    miou: float = -1.0
-    step: int = 0
-
-
 @dataclass(frozen=True)
 class Evaluation:
     """Scores on the held-out images, whole; pictures of some; the best and the last model are exported.
@@ -421,8 +414,8 @@ class Evaluation:
         if not self.accelerator.is_main_process:
             return
         self.draw(chosen, step)
-        if step and found["miou"] > self.best.miou:
-            self.best.miou, self.best.step = found["miou"], step
+        if step and found["miou"] > self.best.score:
+            self.best.score, self.best.step = found["miou"], step
             places = (*places, "best")
         for place in places:
             folder = self.log.folder / place

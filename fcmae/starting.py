@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,8 +34,6 @@ from fcmae.weights.files import ImageRecord, Weights, read_init, reading_of, tel
 from fcmae.weights.formats import Architecture
 
 logger = logging.getLogger("fcmae")
-
-Best = TypeVar("Best")
 
 
 def starting_weights(cfg: DenseConfig) -> Weights:
@@ -130,7 +128,7 @@ def kept_reading(run: RunDirectory, reading: Reading) -> Reading:
 
 
 def progress_of(
-    cfg: RunConfig, net: Classifier | Segmenter, reading: Reading, best: object, num_processes: int
+    cfg: RunConfig, net: Classifier | Segmenter, reading: Reading, best: Best, num_processes: int
 ) -> dict[str, Any]:
     """What the run needs to go on, beside weights.
 
@@ -220,13 +218,21 @@ def check_start(
         keys = [key for key in cfg.inputs() if key.startswith("data.")]
         checkpoint.check_origin(run.resume_from, run.kind, images, keys)
     elif not cfg.eval_only:
-        kept = checkpoint.num_kept(cfg.checkpoint.keep, cfg.epochs, cfg.checkpoint.milestone_epochs)
         # The best and the last model too, which are a third of a checkpoint each.
-        run.needs = checkpoint.check_space(run.path, net, kept + 1, 4 if cfg.regularization.ema_decay else 3)
+        num_states = 4 if cfg.regularization.ema_decay else 3
+        run.needs = checkpoint.check_space(run.path, net, cfg.num_checkpoints + 1, num_states)
+
+
+@dataclass
+class Best:
+    """The evaluation with the highest score so far: balanced accuracy, or mean IoU."""
+
+    score: float = -1.0
+    step: int = 0
 
 
 @dataclass(frozen=True)
-class Prepared(Generic[Best]):
+class Prepared:
     """What a run trains with.
 
     Attributes:
@@ -251,9 +257,8 @@ def prepare(
     net: Classifier | Segmenter,
     image_size: tuple[int, int],
     per_epoch: int,
-    best: type[Best],
     renamed: Callable[[str], str] = str,
-) -> Prepared[Best]:
+) -> Prepared:
     """Move the model to its device, restore the checkpoint that the run resumes from, and compile it where that pays.
 
     Args:
@@ -263,7 +268,6 @@ def prepare(
         net: the model, which starts as it is or is overwritten.
         image_size: height and width of the images.
         per_epoch: steps of an epoch; 0 to evaluate only.
-        best: what evaluations are compared by.
         renamed: our names to those of checkpoints of the first format.
     """
     net = net.to(accelerator.device)
@@ -271,11 +275,11 @@ def prepare(
     # After n steps the decay is n / (n + 9) at the most: .9999 alone would keep a short run's first weights to its end.
     rising: dict[str, Any] = {"use_warmup": True, "warmup_gamma": 9, "warmup_power": 1}
     ema = ModelEmaV3(net, decay=ema_decay, **rising) if ema_decay and not cfg.eval_only else None
-    adamw, so_far = build_optimizer(cfg, net), best()
+    adamw, best = build_optimizer(cfg, net), Best()
     if (resumed := run.resume_from) is not None:
         meta = checkpoint.restore(resumed, net, adamw, renamed, accelerator.scaler)
         with checkpoint.reading_progress(resumed):
-            so_far = TypeAdapter(best).validate_python(meta.progress["best"])
+            best = TypeAdapter(Best).validate_python(meta.progress["best"])
         if ema is not None:
             ema.module.load_state_dict(checkpoint.read_state(resumed, "ema", net, renamed))
     schedule = schedule_of(cfg, per_epoch, run.resume_step)
@@ -290,7 +294,7 @@ def prepare(
         compile_model(net, cfg.model.compile, trial, (schedule.total - schedule.start) * cfg.num_parts)
     # The optimizer's state is where it has to be, beside the parameters.
     model, optimizer = accelerator.prepare(net, adamw, device_placement=[True, False])
-    return Prepared(schedule, model, optimizer, ema, so_far)
+    return Prepared(schedule, model, optimizer, ema, best)
 
 
 def class_balance(cfg: DenseConfig, counts: Sequence[int] | NDArray[np.int64], device: torch.device) -> Tensor | None:

@@ -28,7 +28,6 @@ ORDER = [
     "fcmae.threads",
     "fcmae.timing",
     "fcmae.data.source",
-    "fcmae.data.listing",
     "fcmae.data.storage",
     "fcmae.data.tables",
     "fcmae.data.shards",

@@ -28,7 +28,7 @@ def ended(run: Path, how: Ended | None) -> Path:
     """A run whose latest start ended so; None is without a word, or not yet."""
     (run / "train.log").touch()
     starts = json.loads((run / "environment.json").read_text())
-    starts[-1].pop("ended", None)
+    starts[-1]["ended"] = ""
     (run / "environment.json").write_text(json.dumps(starts))
     if how is not None:
         record_end(run, how)
@@ -48,6 +48,23 @@ def test_a_run_keeps_how_its_latest_start_ended(tmp_path: Path, how: Ended | Non
     assert state_of(run) == "cut off"
     (run / "train.log").unlink()
     assert state_of(run) == "not begun"
+
+
+@pytest.mark.parametrize(
+    ("lines", "state"),
+    [
+        (["step 60/60, epoch 6", "finished 60 steps", "next: fcmae convert"], "finished"),
+        (["step 9/60", "stopped by SIGTERM after step 9; the same command resumes"], "stopped"),
+        (["step 9/60", "failed: FloatingPointError: step 10: the loss is nan"], "failed"),
+        (["step 9/60", "ValueError: as it was written before"], "failed"),
+        (["finished 60 steps", "resuming after step 60", "step 9/60, epoch 1"], "cut off"),
+        ([], "cut off"),
+    ],
+)
+def test_the_log_tells_how_a_run_of_before_ended(tmp_path: Path, lines: list[str], state: str) -> None:
+    run = pretrain_run(tmp_path / "run")
+    (run / "train.log").write_text("".join(f"2030-01-02 03:04:05 {line}\n" for line in lines))
+    assert state_of(run) == state
 
 
 @pytest.mark.parametrize("error", [NoUsableImage("none of 3 files can be read"), KeyboardInterrupt(), Failed("killed")])

@@ -19,7 +19,7 @@ from fcmae.layouts import DENSE, Layout, Masked, make_layout
 from fcmae.layouts.sites import refine
 from fcmae.masked import build_fcmae, masked_loss
 from fcmae.networks.build import make_encoder
-from fcmae.networks.container import Aggregation, Block, Encoder, Matrix
+from fcmae.networks.container import Aggregation, Block, Encoder
 from fcmae.networks.encoder import layer_of, num_layers
 from fcmae.networks.layers import LayerNorm
 from fcmae.networks.spec import VARIANTS, ContainerSpec
@@ -34,6 +34,23 @@ TINY = ContainerSpec(
     stem_stride=1,
 )
 MASK = torch.tensor([[[0, 1, 0], [1, 0, 1]], [[1, 1, 0], [0, 1, 0]]]).bool()  # three of six patches visible
+
+
+class Matrix(nn.Module):
+    """A static affinity without a form: any matrix over the sites of a grid, as MLP-mixer has one."""
+
+    def __init__(self, num_sites: int, num_heads: int = 1) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_heads, num_sites, num_sites))
+        nn.init.normal_(self.weight, std=0.02)
+
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        """Features (..., C) in `layout` to features of the same shape; hidden sites count as zero."""
+        dense = layout.unpack(x)  # (B, h, w, C)
+        heads = dense.reshape(
+            len(dense), self.weight.shape[1], len(self.weight), -1
+        )  # (B, n, num_heads, C / num_heads)
+        return layout.pack(torch.einsum("hij,bjhc->bihc", self.weight, heads).reshape(dense.shape))
 
 
 def macs(call: Callable[[], Any]) -> dict[str, int]:

@@ -214,7 +214,7 @@ def test_other_images_are_refused(tmp_path: Path) -> None:
         (None, "is not a checkpoint of fcmae: checkpoint.json: .*No such file"),
         ("{", "is not a checkpoint of fcmae"),
         ("[" * 100_000, "is not a checkpoint of fcmae: checkpoint.json: recursion limit exceeded"),
-        (" " * 20_000_000, "is not a checkpoint of fcmae: checkpoint.json: it has 20000000 bytes"),
+        (" " * 20_000_000, "is not a checkpoint of fcmae: checkpoint.json: .*it has more than 16,777,216 bytes"),
         ("\0\1\2", "is not a checkpoint of fcmae: checkpoint.json: expected value"),
         ("1" * 10_000, "is not a checkpoint of fcmae: checkpoint.json: number out of range"),
         ("[]", "is not a checkpoint of fcmae"),
@@ -274,7 +274,6 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused_before_anything_is_w
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = nn.Linear(250_000, 1, bias=False)  # of a megabyte: three with AdamW's moments
-    assert checkpoint.num_kept(2, 100, 30) == 5 and checkpoint.num_kept(2, 100, 0) == 2
     for free, fits in ((9_000_000, True), (8_999_999, False)):
         monkeypatch.setattr(shutil, "disk_usage", lambda place, free=free: shutil._ntuple_diskusage(0, 0, free))
         if fits:
@@ -378,7 +377,7 @@ def test_a_pipe_in_place_of_a_file_is_not_waited_for(tmp_path: Path, name: str) 
     place = write(tmp_path)
     (place / name).unlink()
     os.mkfifo(place / name)
-    with pytest.raises(ValueError, match=f"{name}.*it is not a regular file"):
+    with pytest.raises(ValueError, match=f"{name}.*it is no file"):
         read_tensors(place, "model")
 
 

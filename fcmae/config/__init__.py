@@ -1,6 +1,6 @@
-"""The settings of runs; those of the other commands are in `commands`, and what all are made of is in `base`.
+"""Settings of runs; `commands` has those of the other commands, and `base` the common parts.
 
-Each command has one model, which is checked whole when it is made, from a file, flags or Python.
+Each command has one model, validated as a whole when it is made from a file, flags or Python.
 Nothing here imports torch, so that `--help` and rejected settings answer at once, and nothing reads the environment.
 `fcmae.options` fills these models from YAML files and command lines.
 """
@@ -45,11 +45,11 @@ GREY_MEAN, GREY_STD = [0.449], [0.226]
 
 
 def check_launch(cfg: Settings, num_processes: int) -> None:
-    """Check what settings cannot know before a run starts: its processes, and what this machine has installed.
+    """Check what depends on the launch: the number of processes, and what is installed on this machine.
 
     Args:
         cfg: Settings of pretraining or fine-tuning.
-        num_processes: That share the batch.
+        num_processes: Processes that share the batch.
 
     Raises:
         ValueError: With a line for each problem.
@@ -86,11 +86,12 @@ class ImageConfig(Section):
     """Where the images are and how they are read; shared by pretraining and fine-tuning."""
 
     image_size: Size = (224, 224)
-    """Height and width the network sees, in pixels; one number is a square."""
+    """Height and width of the network's input, in pixels; a single number means a square."""
     in_chans: int = Field(3, ge=1, le=4096)
     """Channels of the images: 1 grey, 3 RGB, any other number for multi-band TIFF and .npy."""
     mean: list[float] | None = None
-    """Per-channel mean, where a format's full range is 1. Default: ImageNet's (3 channels) or its grey average (1)."""
+    """Per-channel mean, with a format's full range scaled to 1. Default: ImageNet's (3 channels) or its grey average
+    (1)."""
     std: list[Annotated[float, Field(gt=0)]] | None = None
     """Per-channel standard deviation, in the same units."""
     hflip: float = Field(0.5, ge=0, le=1)
@@ -100,43 +101,45 @@ class ImageConfig(Section):
     max_bad_share: float = Field(0.01, ge=0, le=1)
     """Share of unreadable files above which the run stops."""
     max_pixels: int = Field(MAX_PIXELS, ge=1)
-    """Pixels of the largest image that is read, a bound on memory: one takes up to 12 bytes (three channels of 32
-    bits), and of deeper ones fewer are read. A larger image counts as unreadable, but for TIFFs that can be read in
-    parts: a crop takes so many at the most."""
+    """Largest image that is read, in pixels of up to 12 bytes; the limit shrinks for images with more bytes per pixel.
+    Larger images are skipped, except tiled or striped TIFFs, from which crops of at most this size are read."""
     nodata: float | None = Field(None, allow_inf_nan=False)
-    """The stored value that stands for missing ones, such as 0 or -9999, where files do not say it (GDAL_NODATA); of a
-    palette the number of a colour. In bands of unsigned integers all bands of a pixel must have it. What is missing is
-    in no statistic and no loss of pretraining, a pixel without any band is of no class in `segment`, and the network
-    sees the mean there. Without it fine-tuning takes that of the weights, if any."""
+    """The stored value that marks missing data, such as 0 or -9999, for files that do not state it (GDAL_NODATA); for
+    palette images, the index of a colour. With unsigned integers, a pixel is missing only if all its bands have this
+    value. Missing values enter neither the statistics nor the pretraining loss; the network sees the mean instead. In
+    `segment`, a pixel without any valid band has no class. If you do not give it, fine-tuning takes the value of the
+    starting weights, if they have one."""
     index: Literal["run", "beside"] = "run"
-    """Where it is kept what lies where in tar files: in the run directory, or beside them for all runs."""
+    """Where the index of each tar file is stored: in the run directory (run), or next to the tar file, where all runs
+    can use it (beside)."""
     cache_gb: float = Field(0, ge=0)
-    """Gigabytes of images from URLs that are kept in the run directory, those used last; they must not change there."""
+    """Gigabytes of images from URLs to cache in the run directory, the most recently used ones; an object larger than
+    1/64 of this is not kept. The images at the URLs must not change."""
     num_workers: int | None = Field(None, ge=0)
     """Processes that decode images, for each training process. Default: 1 on CPU, up to 8 on a GPU."""
 
     def statistics(self) -> tuple[list[float], list[float]]:
-        """Mean and std that are in force, per channel."""
+        """Mean and std in effect, per channel."""
         default = (IMAGENET_MEAN, IMAGENET_STD) if self.in_chans == 3 else (GREY_MEAN, GREY_STD)
         return self.mean or default[0], self.std or default[1]
 
 
 class PretrainData(ImageConfig):
     path: Annotated[list[UserText], Spelling("IMAGES", commas=False)] = Field([])
-    """Folders (searched recursively), tar files, text files that list paths, or glob patterns, here or by URL (s3://,
+    """Folders (searched recursively), tar files, text files that list paths, or glob patterns, local or by URL (s3://,
     https:// and others). No labels are needed."""
     crop_scale: Span = (0.2, 1.0)
     """Share of the image's area that a training crop covers, smallest and largest."""
     masks_per_image: int = Field(1, ge=1)
-    """Masks that each decoded crop is trained under within a step: n of them decode n times fewer images. batch_size
-    counts an image under each of its masks."""
+    """Masks applied to each decoded crop within a step. With n masks, n times fewer images are decoded; batch_size
+    counts an image once for each of its masks."""
 
 
 class FinetuneData(ImageConfig):
     path: Annotated[UserText | None, Spelling("IMAGES")] = None
-    """A folder with one sub-folder a class, a CSV file with the columns path,label, or tar files with labels."""
+    """A folder with one sub-folder per class, a CSV file with the columns path,label, or tar files with labels."""
     val_path: UserText | None = None
-    """Held-out images, of the same form. Default: a stratified share (val_share) of `path`."""
+    """Held-out images, in the same form. Default: a stratified share (val_share) of `path`."""
     crop_scale: Span = (0.08, 1.0)
     """Share of the image's area that a training crop covers, smallest and largest."""
     val_share: float = Field(0.2, ge=0, lt=1)
@@ -153,59 +156,59 @@ class FinetuneData(ImageConfig):
 
 class SegmentData(ImageConfig):
     path: Annotated[UserText | None, Spelling("IMAGES")] = None
-    """A folder of images (searched recursively) or a tar file of them, or a CSV file with the columns image,mask; here
+    """A folder of images (searched recursively) or a tar file of them, or a CSV file with the columns image,mask; local
     or by URL."""
     maps: Annotated[UserText | None, Spelling(short="maps")] = None
-    """A folder or tar file of label maps under the names of the images: PNG, TIFF or .npy of one channel, 8 or 16 bit
-    or with a palette. Of a CSV file it is left out."""
+    """A folder or tar file of label maps named like the images: single-channel PNG, TIFF or .npy, 8 or 16 bit or with a
+    palette. Leave it out with a CSV file."""
     val_path: UserText | None = None
-    """Held-out images, of the same form. Default: a share (val_share) of `path`."""
+    """Held-out images, in the same form. Default: a share (val_share) of `path`."""
     val_maps: UserText | None = None
-    """Their label maps, of the same form."""
+    """Label maps of the held-out images, in the same form as `maps`."""
     class_names: list[Annotated[str, Field(min_length=1)]] = Field([])
     """Names of the classes. Default: the values from 0 to the largest in a sample of the maps."""
     class_values: list[Annotated[int, Field(ge=0, lt=2**16)]] = Field([])
-    """What the maps hold for each class, such as 0 255. Default: 0, 1, 2 and so on."""
+    """The value in the maps for each class, such as 0 255. Default: 0, 1, 2 and so on."""
     ignore_value: int | None = Field(255, ge=0, lt=2**16)
-    """What the maps hold where the class is unknown, or none: such pixels are neither learnt from nor scored."""
+    """The value in the maps that marks pixels of unknown class, or none. They are ignored in training and scoring."""
     scale: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.5, 2.0)
-    """How many times larger a training crop is drawn than it is in the image, smallest and largest."""
+    """Range of the random factor by which a training crop is enlarged: smallest and largest."""
     color_jitter: float = Field(0.0, ge=0, le=1)
-    """Most by which brightness, contrast and (of 3 channels) saturation of a training crop change, as a share; 0 for
+    """Largest relative change of a training crop's brightness, contrast and (with 3 channels) saturation; 0 for
     none."""
     val_share: float = Field(0.2, ge=0, lt=1)
     """Share of the images held out when no val_path is given, drawn with the run's seed."""
     vflip: float = Field(0.0, ge=0, le=1)
     """Probability of a vertical flip in training."""
     overlap: float = Field(0.5, ge=0, le=0.9)
-    """Share of a tile's side that it has in common with the next, where whole images are evaluated tile by tile."""
+    """Share of a tile's side by which it overlaps the next, when whole images are evaluated tile by tile."""
 
 
 class EncoderConfig(Section):
-    """The encoder, and what it starts from; shared by all runs."""
+    """The encoder and its starting weights; shared by all runs."""
 
     variant: Network | None = None
-    """The network. Default: the one that `init` holds."""
+    """The network. Default: that of `init`."""
     init: Annotated[RunText | None, Spelling(short="init")] = Field(None, min_length=1)
-    """Starting weights: a run, a checkpoint, or weights in any format that `fcmae convert` reads. What they do not
-    have, or what does not fit, such as a decoder or a head, starts fresh. Default: all from scratch."""
+    """Starting weights: a run, a checkpoint, or weights in any format that `fcmae convert` reads. What they lack or
+    what does not fit, such as a decoder or a head, starts from scratch. Default: all from scratch."""
     key: Annotated[str | None, Spelling(short="key")] = Field(None, min_length=1)
-    """The entry of a .pth file in `init` that holds the weights, e.g. model_ema. Default: model, or another usual
+    """The entry that holds the weights in a .pth file given as `init`, e.g. model_ema. Default: model, or another usual
     one."""
     prefix: Annotated[str | None, Spelling(short="prefix")] = None
-    """What stands before the weights' names in the file that `init` names, e.g. student. Default: found out."""
+    """Prefix of the weights' names in the `init` file, e.g. student. Default: detected."""
     license: str | None = Field(None, min_length=1)
-    """Licence of the weights that `init` names, which the run and its exports carry on. Default: what they say."""
+    """Licence of the `init` weights, which is passed on to the run and its exports. Default: the one they state."""
     stem_stride: int | None = Field(None, ge=1, validate_default=True)
     """Stride of the stem; 1 or 2 for small images. With four stages, the total stride is 8 times this. Default: the
     variant's, which is 4 as published; in fine-tuning, that of `init`."""
     drop_path_rate: float = Field(0.0, ge=0, lt=1)
-    """Stochastic depth in the encoder, rising linearly to this."""
+    """Stochastic depth in the encoder: the rate of its last block, up to which the rates rise linearly."""
     grad_checkpointing: bool = False
-    """Recompute the encoder's blocks in backward: less memory, more time."""
+    """Recompute the encoder's blocks in the backward pass: less memory, more time."""
     compile: bool | Literal["auto", "cudagraphs"] = False
-    """torch.compile the model: true, false, auto (times a few steps both ways, in runs of more than ten minutes, also
-    at a resume) or cudagraphs (a GPU's kernels are recorded once and replayed)."""
+    """Whether to torch.compile the model: true, false, auto (in runs of more than ten minutes, times a few steps both
+    ways, also on resume) or cudagraphs (GPU kernels are recorded once and replayed)."""
 
     @field_validator("stem_stride")
     @classmethod
@@ -225,9 +228,9 @@ class EncoderConfig(Section):
 
     @model_validator(mode="after")
     def _spell_once(self) -> Self:
-        """A network is written in one way: by its name if it has one, and without the stride that has a setting."""
+        """Give each network one spelling: its name if it has one, and no stride, which is a setting of its own."""
         if isinstance(self.variant, NetworkSpec):
-            # Made anew, as it may have been made from a file's texts.
+            # Built again, as it may have been built from the strings of a file.
             plain = read_spec(self.variant.model_dump(exclude={"stem_stride"}))
             self.variant = variant_of(plain) or plain
         return self
@@ -240,17 +243,18 @@ def _spec(variant: str | NetworkSpec, stem_stride: int | None) -> NetworkSpec:
 
 class PretrainModel(EncoderConfig):
     variant: Network = "convnextv2_atto"
-    """The encoder: a variant's name, which may be its last word alone, or the numbers of a network, depths and dims,
-    and kernel_size, hidden and use_grn if they are not the usual ones."""
+    """The encoder: the name of a variant (its last word is enough), or the numbers of a network: depths and dims, and
+    kernel_size, hidden and use_grn where they differ from the usual ones."""
     freeze_encoder_steps: int = Field(0, ge=0)
-    """Steps at the start in which only the decoder learns."""
+    """Steps at the start in which only the decoder is trained."""
     backend: Backend = "packed"
     """How the sparse encoder computes: packed (fast), triton (packed, with kernels for NVIDIA GPUs), masked (dense) or
     minkowski. A resumed run may switch."""
     grn_scope: Literal["image", "batch"] = "image"
-    """What the encoder's GRN pools over: image; or batch, the images that a process computes at once, to continue a run
-    of the released PyTorch code. It pooled 64: set grad_accum to batch_size / (64 * processes). A resumed run pools as
-    many as before. The optimizer's state starts anew, and GRN's parameters and the mask token no longer decay."""
+    """What the encoder's GRN pools over: image; or batch (the images that a process computes at once), to continue a
+    run of the released PyTorch code, which pooled over 64: set grad_accum to batch_size / (64 * processes). A resumed
+    run pools over as many as before. When continuing such a run, the optimizer's state starts anew, and GRN's
+    parameters and the mask token no longer decay."""
     mask_patch: int = Field(32, ge=4)
     """Side of a mask patch in pixels: a multiple of the total stride."""
     mask_ratio: float = Field(0.6, gt=0, lt=1)
@@ -260,14 +264,14 @@ class PretrainModel(EncoderConfig):
     decoder_dim: int = Field(512, ge=8)
     """Width of the decoder."""
     target: Literal["pixels", "hog"] = "pixels"
-    """What is predicted of a hidden patch: its pixels, as published; or hog, histograms of its gradients' directions as
-    in MaskFeat, which did better on small photographs (docs/small_images.md) and of which no pictures are drawn."""
+    """What is predicted for a hidden patch: its pixels, as published; or hog, histograms of oriented gradients as in
+    MaskFeat, which did better on small photographs (docs/small_images.md). No reconstructions are drawn for hog."""
     normalize_target: bool = True
     """Standardise each target patch of pixels by its own mean and variance."""
 
     @property
     def spec(self) -> NetworkSpec:
-        """The encoder's numbers, with the stem's stride that is in force."""
+        """The encoder's numbers, with the stem stride in effect."""
         return _spec(self.variant, self.stem_stride)
 
     @model_validator(mode="after")
@@ -282,7 +286,7 @@ class PretrainModel(EncoderConfig):
 
 
 class DenseModel(EncoderConfig):
-    """An encoder under a head; what it is may be left to `init`."""
+    """An encoder under a head; which encoder may be left to `init`."""
 
     @property
     def spec(self) -> NetworkSpec | None:
@@ -298,47 +302,47 @@ class DenseModel(EncoderConfig):
 
 class FinetuneModel(DenseModel):
     head_init_scale: float | None = Field(None, gt=0)
-    """Factor on the classifier's first weights. Default: .001 with `init`, 1 from scratch."""
+    """Factor on the classifier's initial weights. Default: .001 with `init`, 1 from scratch."""
     keep_head: bool = False
-    """Start from the classifier of `init` too, as after `fcmae prune`; the classes are then its own."""
+    """Start from the classifier of `init` too, e.g. after `fcmae prune`; its classes are then used."""
 
 
 class SegmentModel(DenseModel):
     head: Literal["pyramid", "upernet", "anytime"] = "pyramid"
-    """What makes a label map of the encoder's stages: a light feature pyramid, UPerNet, or an exit on each stage, after
-    which the stages above compute only the patches that it is not sure of."""
+    """The segmentation head: pyramid, a light feature pyramid; upernet, UPerNet; or anytime, an exit after each stage,
+    so that later stages compute only the patches that are still uncertain."""
     head_dim: int | None = Field(None, ge=8)
     """Channels of the head. Default: 128 for pyramid, 512 for upernet, 32 for anytime."""
     tau: float | None = Field(None, ge=0, le=1)
-    """Of anytime: a patch leaves when its largest probability is above this at its least sure site; at 1 none leaves.
-    Default: .998, and that of `init` to evaluate only."""
+    """For anytime: a patch exits when the largest class probability at its least confident site is above this; at 1
+    none exits. Default: .998; with eval_only, that of `init`."""
     quantile: float | None = Field(None, ge=0, lt=1)
-    """Of anytime: the share of a patch's sites that may be less sure. Default: 0, and that of `init` to evaluate
-    only."""
+    """For anytime: the share of a patch's sites that may be less confident than tau. Default: 0; with eval_only, that
+    of `init`."""
 
 
 class Optim(Section):
     """AdamW with a half-cosine learning rate after a linear warm-up."""
 
     base_lr: float = Field(1.5e-4, gt=0)
-    """Peak learning rate for 256 images a step; the one used is base_lr * batch_size / 256."""
+    """Peak learning rate for 256 images per step; the one used is base_lr * batch_size / 256."""
     min_lr: float = Field(0.0, ge=0)
-    """Learning rate that the cosine ends at, one step after the last (absolute)."""
+    """Final learning rate of the cosine schedule (absolute), reached one step after the last."""
     warmup_epochs: float = Field(40, ge=0)
     """Epochs of linear warm-up."""
     weight_decay: float = Field(0.05, ge=0)
-    """Decay of weights; biases, norms, GRN and the mask token are exempt."""
+    """Weight decay; biases, norms, GRN and the mask token are exempt."""
     betas: Betas = (0.9, 0.95)
     """AdamW's decay rates."""
     clip_grad: float | None = Field(None, gt=0)
-    """Largest norm of the gradient."""
+    """Norm to which the gradient is clipped."""
 
 
 class FinetuneOptim(Optim):
     base_lr: float = Field(2e-4, gt=0)
-    """Peak learning rate for 256 images a step; the one used is base_lr * batch_size / 256."""
+    """Peak learning rate for 256 images per step; the one used is base_lr * batch_size / 256."""
     min_lr: float = Field(1e-6, ge=0)
-    """Learning rate that the cosine ends at, one step after the last (absolute)."""
+    """Final learning rate of the cosine schedule (absolute), reached one step after the last."""
     warmup_epochs: float = Field(0, ge=0)
     """Epochs of linear warm-up."""
     betas: Betas = (0.9, 0.999)
@@ -346,14 +350,14 @@ class FinetuneOptim(Optim):
     layer_decay: float = Field(1.0, gt=0, le=1)
     """Factor on the learning rate from each layer to the one below it."""
     layer_decay_mode: Literal["single", "group"] = "single"
-    """What a layer is: each block (single), or 12 groups of three blocks as for base and larger (group)."""
+    """What counts as a layer: each block (single), or 12 groups of three blocks as for base and larger (group)."""
 
 
 ClassWeights = Literal["balanced"] | list[Annotated[float, Field(ge=0)]] | None
 
 
 class Regularization(Section):
-    """What keeps a classifier from learning its training images by heart."""
+    """What keeps a classifier from overfitting."""
 
     label_smoothing: float = Field(0.1, ge=0, lt=1)
     """Share of the target spread over all classes."""
@@ -364,48 +368,48 @@ class Regularization(Section):
     class_weights: ClassWeights = None
     """Weights of the classes in the loss: a list, or balanced (inverse to their frequency)."""
     ema_decay: float = Field(0.0, ge=0, lt=1)
-    """Decay of the moving average of the weights, 0 for none; n / (n + 9) after n steps as long as that is less.
-    Evaluated beside the weights themselves."""
+    """Decay of the weights' moving average (EMA), 0 for none; after n steps, n / (n + 9) as long as that is less. The
+    average is evaluated beside the weights themselves."""
 
 
 class SegmentOptim(FinetuneOptim):
     base_lr: float = Field(1.6e-3, gt=0)
-    """Peak learning rate for 256 images a step; the one used is base_lr * batch_size / 256."""
+    """Peak learning rate for 256 images per step; the one used is base_lr * batch_size / 256."""
     warmup_epochs: float = Field(1, ge=0)
     """Epochs of linear warm-up."""
 
 
 class SegmentRegularization(Section):
-    """What the loss of a label map counts, and what is averaged."""
+    """Terms of the segmentation loss, and averaging of the weights."""
 
     class_weights: ClassWeights = None
     """Weights of the classes in the loss: a list, or balanced (inverse to their share of the pixels)."""
     dice: float = Field(0.0, ge=0)
-    """Weight of the Dice loss beside the cross-entropy, 0 for none."""
+    """Weight of the Dice loss, added to the cross-entropy; 0 for none."""
     ema_decay: float = Field(0.0, ge=0, lt=1)
-    """Decay of the moving average of the weights, 0 for none; n / (n + 9) after n steps as long as that is less.
-    Evaluated beside the weights themselves."""
+    """Decay of the weights' moving average (EMA), 0 for none; after n steps, n / (n + 9) as long as that is less. The
+    average is evaluated beside the weights themselves."""
 
 
 class CheckpointConfig(Section):
     every_epochs: float = Field(1.0, gt=0)
     """Epochs between checkpoints; a fraction is allowed."""
     keep: int = Field(2, ge=1)
-    """How many of the newest checkpoints stay; the last one that is known to be good stays too."""
+    """How many of the newest checkpoints to keep; the last one known to be good is kept too."""
     milestone_epochs: int = Field(0, ge=0)
-    """Every how many epochs a checkpoint stays for good; 0 for never."""
+    """Interval in epochs at which a checkpoint is kept for good; 0 for never."""
 
 
 class MonitorConfig(Section):
-    """What is watched of the encoder at each evaluation."""
+    """What is measured of the encoder at each evaluation."""
 
     num_images: int = Field(256, ge=0)
-    """Images, held out as far as there are, on which each block's cosine distance, effective rank and dead and
+    """Number of images, held-out ones first, on which each block's cosine distance, effective rank and dead and
     saturated channels are measured; 0 for none."""
     labelled: UserText | None = Field(None, min_length=1)
-    """Labelled images, a folder with one sub-folder a class or a CSV file with the columns path,label. A quarter of
-    them (of 2,000 if there are more) is classified by its 20 nearest neighbours among the others; nothing is trained on
-    labels."""
+    """Labelled images: a folder with one sub-folder per class or a CSV file with the columns path,label. A quarter of
+    them (of 2,000 if there are more) is classified by its 20 nearest neighbours among the rest; nothing is trained on
+    the labels."""
 
 
 class LogConfig(Section):
@@ -418,48 +422,55 @@ class LogConfig(Section):
 
 
 class RunConfig(Settings):
-    """What all kinds of run share."""
+    """Settings that all kinds of run share."""
 
     kind: ClassVar[Literal["pretrain", "finetune", "segment"]]
     out: UserPath | None = None
-    """The run directory: everything a run writes goes here. The same command again resumes it. Where settings are
-    chosen, runs/NAME of the images by default, with -tuned or -segmented behind it when that is done."""
+    """The run directory: everything a run writes goes here. Running the same command again resumes it. Where settings
+    are chosen for you, runs/NAME of the images by default, with -tuned or -segmented appended for those commands."""
     overwrite: bool = False
-    """Delete the run that is in `out` and start anew. It is of this start alone: where SLURM or torchrun starts the
-    command again, the run goes on."""
+    """Delete the run in `out` and start anew. This holds for one start only: when SLURM or torchrun restarts the
+    command, the run resumes."""
     seed: int = Field(0, ge=0, lt=2**32)
-    """Seeds the weights, the order of the images, the crops and the masks."""
+    """Random seed of the weights, the order of the images, the crops and the masks."""
     epochs: int | float = Field(800, gt=0)
     """Passes over the training images; a fraction is allowed."""
     batch_size: int = Field(4096, ge=1)
-    """Images a step, over all processes and accumulated batches."""
+    """Images per step, over all processes and micro-batches."""
     grad_accum: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """Parts that a process's share of the batch is computed in. auto: so many that they fit into the memory, which is
-    measured before the first step; with several processes, parts of at most 64 images on a CPU and 256 on a GPU, and
-    up to four times as many where the batch divides into none between."""
+    """Micro-batches into which a process's share of the batch is divided (gradient accumulation). auto: as many as
+    needed to fit into memory, measured before the first step. With several processes nothing is measured: each process
+    computes at most 64 images at once on a CPU and 256 on a GPU, or up to four times that if the batch cannot be
+    divided evenly into smaller parts of reasonable size."""
     hours: float | None = Field(None, gt=0)
-    """How long the run may take. Without a recipe, or where this is given, all that is not given is chosen for the
-    images, the machine and these hours, and `epochs` among it; a default is said at the start."""
+    """How long the run may take. Without a recipe, or if you give this, all settings that you do not give, `epochs`
+    among them, are chosen for the images, the machine and these hours. The default is printed at the start."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
-    """Arithmetic: auto is bf16 on a GPU that has it, else fp32. tf32 is fp32 whose products a GPU rounds to 10 bits.
+    """Precision: auto is bf16 on a GPU that has it, else fp32. tf32 is fp32 whose products a GPU rounds to 10 bits.
     GRN's norms, LayerNorm and the loss are always fp32."""
     device: Device = "auto"
     """auto takes a GPU when there is one."""
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     log: LogConfig = Field(default_factory=LogConfig)
     chosen: Annotated[dict[str, str], Spelling(hidden=True)] = Field(default_factory=dict)
-    """Settings that nobody gave, each with the reason for its value; written by `fcmae.planning`."""
+    """Settings that were chosen automatically, each with the reason; written by `fcmae.planning`."""
     planned_s: Annotated[float | None, Spelling(hidden=True)] = None
-    """Seconds that the whole run takes at the speed measured before it; written by `fcmae.planning`."""
+    """Estimated seconds of the whole run, from the speed measured before it; written by `fcmae.planning`."""
 
-    if TYPE_CHECKING:  # what each kind of run has of its own
+    if TYPE_CHECKING:  # each kind of run has its own
         data: ImageConfig
         model: EncoderConfig
         optim: Optim
 
     @property
+    def num_checkpoints(self) -> int:
+        """Checkpoints that the run has at its end."""
+        own = self.checkpoint
+        return own.keep + (int(self.epochs // own.milestone_epochs) if own.milestone_epochs else 0)
+
+    @property
     def num_parts(self) -> int:
-        """grad_accum, which is settled before a run begins: 1 as long as it is auto."""
+        """grad_accum as a number: 1 as long as it is auto, which is settled before a run begins."""
         return 1 if self.grad_accum == "auto" else self.grad_accum
 
     def inputs(self) -> dict[str, list[str]]:
@@ -488,7 +499,7 @@ def _compile_conflicts(cfg: PretrainConfig | DenseConfig) -> Iterator[Conflict]:
     if setting == "cudagraphs" and cfg.device == "cpu":
         yield ("model.compile", "device"), "cudagraphs needs a GPU and device is cpu: use true or auto"
     if setting == "cudagraphs" and cfg.num_parts > 1:
-        # The gradients of one part lie in memory that the next part's graph writes.
+        # The gradients of one micro-batch lie in memory that the next one's graph overwrites.
         yield ("model.compile", "grad_accum"), f"cudagraphs needs grad_accum 1, not {cfg.num_parts}: use true or auto"
 
 
@@ -497,7 +508,7 @@ def _total_stride(spec: NetworkSpec) -> str:
 
 
 def _image_conflicts(data: ImageConfig, *, known_statistics: bool = False) -> Iterator[Conflict]:
-    """known_statistics: mean and std may be absent for any number of channels, as the starting weights bring them."""
+    """known_statistics: mean and std may be absent for any number of channels, as the starting weights have them."""
     for name, values in (("mean", data.mean), ("std", data.std)):
         keys = (f"data.{name}", "data.in_chans")
         if values is None and data.in_chans not in (1, 3) and not known_statistics:
@@ -524,10 +535,10 @@ def _floor(share: float) -> str:
 
 
 class PretrainConfig(RunConfig):
-    """Pretrain a ConvNeXt V2 (or V1) encoder on unlabeled images, by filling in what a mask hides.
+    """Pretrain a ConvNeXt V2 (or V1) encoder on unlabeled images, by predicting what a mask hides.
 
-    Without --config, what is not given is chosen for the images, the machine and the hours;
-    --print-config shows it. `fcmae configs` lists recipes.
+    Without --config, settings that you do not give are chosen for the images, the machine and the hours;
+    --print-config shows them. `fcmae configs` lists recipes.
 
     Example: fcmae pretrain photos --hours 4
     """
@@ -598,7 +609,7 @@ class PretrainConfig(RunConfig):
 
 
 class DenseConfig(RunConfig):
-    """What runs on labelled images share."""
+    """Settings that runs on labelled images share."""
 
     eval_only: bool = False
     """Evaluate `model.init` on the held-out images and stop."""
@@ -644,8 +655,8 @@ class DenseConfig(RunConfig):
 class FinetuneConfig(DenseConfig):
     """Train a classifier on labelled images, from pretrained weights or from scratch, or evaluate one.
 
-    Without --config, what is not given is chosen for the images, the machine and the hours;
-    --print-config shows it. `fcmae configs` lists recipes.
+    Without --config, settings that you do not give are chosen for the images, the machine and the hours;
+    --print-config shows them. `fcmae configs` lists recipes.
 
     Example: fcmae finetune labelled --init runs/photos --hours 1
     """
@@ -654,7 +665,7 @@ class FinetuneConfig(DenseConfig):
     epochs: int | float = Field(100, gt=0)
     """Passes over the training images; a fraction is allowed."""
     batch_size: int = Field(1024, ge=1)
-    """Images a step, over all processes and accumulated batches."""
+    """Images per step, over all processes and micro-batches."""
     data: FinetuneData = Field(default_factory=FinetuneData)
     model: FinetuneModel = Field(default_factory=FinetuneModel)
     optim: FinetuneOptim = Field(default_factory=FinetuneOptim)
@@ -685,8 +696,8 @@ class FinetuneConfig(DenseConfig):
 class SegmentConfig(DenseConfig):
     """Train a network that gives every pixel a class, from pretrained weights or from scratch, or evaluate one.
 
-    Without --config, what is not given is chosen for the images, the machine and the hours;
-    --print-config shows it. `fcmae configs` lists recipes.
+    Without --config, settings that you do not give are chosen for the images, the machine and the hours;
+    --print-config shows them. `fcmae configs` lists recipes.
 
     Example: fcmae segment tiles/images --maps tiles/maps --init runs/photos --hours 1
     """
@@ -697,7 +708,7 @@ class SegmentConfig(DenseConfig):
     epochs: int | float = Field(50, gt=0)
     """Passes over the training images; a fraction is allowed."""
     batch_size: int = Field(16, ge=1)
-    """Images a step, over all processes and accumulated batches."""
+    """Images per step, over all processes and micro-batches."""
     data: SegmentData = Field(default_factory=SegmentData)
     model: SegmentModel = Field(default_factory=SegmentModel)
     optim: SegmentOptim = Field(default_factory=SegmentOptim)
@@ -739,9 +750,9 @@ Stage = Literal["backend", "precision", "images", "compile"]
 
 
 class BenchConfig(PretrainConfig):
-    """Time a pretraining run on this machine and name the fastest way to compute it.
+    """Time a pretraining run on this machine and print the fastest way to compute it.
 
-    The settings are those of `fcmae pretrain`, and --seconds and --vary; --out and the images may be left out.
+    The settings are those of `fcmae pretrain`, plus --seconds and --vary; --out and the images may be left out.
 
     Example: fcmae bench photos --config pretrain_cpu
     """
@@ -749,8 +760,8 @@ class BenchConfig(PretrainConfig):
     seconds: float = Field(3.0, gt=0)
     """Only for bench: how long each candidate is timed, after its warm-up."""
     vary: Annotated[list[Stage], BeforeValidator(_no_items)] = Field(list(get_args(Stage)))
-    """Only for bench: what to try other values of, in this order, each with the best of those before, or none. images:
-    how many are computed at once, which grad_accum sets."""
+    """Only for bench: settings whose values are varied, in this order, each with the best values found before; or none.
+    images: how many are computed at once, which grad_accum sets."""
 
     def conflicts(self, num_processes: int | None = None) -> Iterator[Conflict]:
         for keys, sentence in super().conflicts(num_processes):
@@ -759,7 +770,7 @@ class BenchConfig(PretrainConfig):
 
 
 # Settings that change where or how fast a run computes but not what it computes: a resumed run may change them. (Under
-# another grad_accum, sums round in another order, and mixup and drop path are drawn in other parts.)
+# another grad_accum, sums are rounded in another order, and mixup and drop path are drawn for other micro-batches.)
 # The images themselves are compared by the fingerprint of the file index, so that a folder may move.
 FREE_ON_RESUME = frozenset(
     {

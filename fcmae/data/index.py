@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain, groupby
+from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 from urllib.parse import unquote
@@ -26,7 +26,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fcmae.atomic import check_file, replacing
-from fcmae.data.listing import json_list, json_numbers
 from fcmae.data.shards import COMPRESSED, SHARDS, SUFFIXES, Parts, Shards, is_damage, is_double, is_image, is_shard
 from fcmae.data.source import PART, BadImage, Files, Names, Source, is_unicode, printable
 from fcmae.data.storage import Storage, canonical, is_remote, joined, listed
@@ -42,6 +41,7 @@ TELL_EVERY_S = 10.0
 ANY = Storage()
 
 Found = TypeVar("Found")
+OF_A_PART = ("paths", "labels", "places")  # in each line of an index; the first has what is of all
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,16 +136,11 @@ class Images:
             ends = [min(part), max(part), *([] if shared is None else [shared])]
             shared = os.path.commonprefix(ends)  # noqa: RUF071
         start = 0 if shared is None else shared.rfind("/") + 1
-        known = self.source.fingerprint()
-        texts = (
-            json_list([name[start:] for name in part] for part in self._names()),
-            [", "],
-            json_numbers(self.labels),
-            [", ", json.dumps([self.class_names, *([known] if known else [])])[1:-1]],
-        )
-        digest = hashlib.sha256()
-        for text in chain(["["], *texts, ["]"]):
-            digest.update(text.encode())
+        digest = hashlib.sha256(json.dumps([self.class_names, self.source.fingerprint()]).encode())
+        for part in self._names():
+            digest.update(f"{json.dumps([name[start:] for name in part])[1:-1]}, ".encode())
+        if self.labels is not None:
+            digest.update(self.labels.astype("<i8").tobytes())
         return digest.hexdigest()
 
     def subset(self, positions: Sequence[int] | NDArray[np.int64]) -> Images:
@@ -178,7 +173,7 @@ class Images:
             at = at if self.positions is None else self.positions[at]
             part: dict[str, Any] = {"paths": self.source.names(at), "labels": labels}
             if not start:
-                part["class_names"] = self.class_names
+                part |= {"num_images": len(self), "class_names": self.class_names}
             if isinstance(self.source, Parts):
                 if not start:
                     part |= {"shards": self.source.shards, "stamps": self.source.stamps}
@@ -209,13 +204,14 @@ class Images:
                 if "places" in part:
                     places.append(np.array(part["places"], np.int64))
                 if not number:
-                    first.update(class_names=part["class_names"])
-                    first.update((key, part[key]) for key in ("shards", "stamps", "fingerprint") if key in part)
+                    first.update({key: value for key, value in part.items() if key not in OF_A_PART})
 
         try:
             check_file(Path(path), MAX_INDEX)
             with Path(path).open(encoding="utf-8", errors="surrogatepass") as file:
                 found, classes = Names(names(file)), first["class_names"]
+            if len(found) != first["num_images"]:
+                raise ValueError(f"{len(found)} of {first['num_images']} images")
             source: Source = Files(found)
             if "shards" in first:
                 known = first.get("stamps", ()), first.get("fingerprint")
@@ -686,7 +682,7 @@ def find_mapped(
     image_of, map_of = _by_stem(images, source, key), _by_stem(found, maps, maps_key)
     absent = [stem for stem in image_of if stem not in map_of]
     notes = images.notes
-    if absent and any(map(is_damage, found.names())):
+    if len(absent) < len(image_of) and absent and any(map(is_damage, found.names())):
         notes += (f"{maps_key}: {len(absent)} images, such as {absent[0]!r}, have no map in what is whole of {maps!r}",)
         image_of = {stem: i for stem, i in image_of.items() if stem in map_of}
     elif absent:

@@ -25,7 +25,7 @@ from fcmae.data.split import evenly
 from fcmae.evaluation.analysis import Layer, activation_maps, as_encoder, grn_norms, measure
 from fcmae.evaluation.features import batches_of
 from fcmae.evaluation.figures import last_of_stages, save_activations, save_by_layer, save_selectivity
-from fcmae.evaluation.models import Backbone, choose_device, load_backbone
+from fcmae.evaluation.models import Backbone, choose_device, load_backbones
 from fcmae.evaluation.outputs import claim, default_out, tell_unread
 from fcmae.evaluation.pictures import displayable
 from fcmae.tables import table
@@ -68,12 +68,7 @@ def analyze(cfg: AnalyzeConfig) -> str:
     index = find_labelled(cfg.data, key="data") if cfg.data is not None else find_images(cfg.images or (), key="images")
     index = index.subset(evenly(len(index), cfg.max_images))
     where = choose_device(cfg.device)
-    backbones = [
-        load_backbone(
-            model, cfg.image_size, max_pixels=cfg.max_pixels, key=cfg.key, prefix=cfg.prefix, nodata=cfg.nodata
-        )
-        for model in cfg.models
-    ]
+    backbones = load_backbones(cfg.models, cfg.image_size, cfg.max_pixels, cfg.key, cfg.prefix, cfg.nodata)
     for backbone in backbones:
         try:
             as_encoder(backbone.model)

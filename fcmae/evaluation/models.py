@@ -199,11 +199,6 @@ def load_backbone(
             f"file of weights, a name that timm.list_models() has, or one of these after {RANDOM}{near_runs(name)}"
         )
     backbone.model.eval().requires_grad_(False)
-    if wrong := [name for name, tensor in backbone.model.state_dict().items() if not tensor.isfinite().all()]:
-        raise ValueError(
-            f"model = {source!r}: the weights are not finite, {wrong[0]} among them: it is of a run that broke down; "
-            "give an earlier checkpoint"
-        )
     _try(backbone)
     return replace(backbone, reading=backbone.reading.told(max_pixels, nodata))
 

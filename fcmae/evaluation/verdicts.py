@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fcmae.config import FREE_ON_RESUME
 from fcmae.evaluation.charts import shown
 from fcmae.evaluation.records import Evaluation
 from fcmae.evaluation.runs import OF_A_START, Run, curve, is_untrained
@@ -200,11 +201,10 @@ def _own_settings(run: Run) -> dict[str, Any]:
 
 def _differing(runs: Sequence[Run], others: Sequence[Run]) -> list[str]:
     """Settings of the recipe in which two kinds of runs differ, but for the layer decay, which is for weights."""
-    recipe = ("data.", "optim.", "regularization.")
+    recipe = ("data.", "optim.", "regularization.", "model.drop_path_rate", "precision")
     keys = {key for run in (*runs, *others) for key in run.settings if key.startswith(recipe)}
     # What weights bring, which images are drawn, and what computes no other numbers.
-    left_out = ("optim.layer_decay", "data.mean", "data.std", "data.path", "data.val_path", "data.num_workers")
-    keys = {key for key in keys if not key.startswith(left_out)}
+    keys -= FREE_ON_RESUME | {"optim.layer_decay", "data.mean", "data.std"}
     values = [{key: {str(run.settings.get(key)) for run in side} for key in keys} for side in (runs, others)]
     return sorted(key for key in keys if values[0][key] != values[1][key])
 

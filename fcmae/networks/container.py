@@ -21,33 +21,6 @@ from fcmae.networks.spec import Affinity, ContainerSpec
 KERNEL_SIZE, POSITION_SIZE = 5, 3  # of the static affinity and of what stands for a table of positions
 
 
-class Matrix(nn.Module):
-    """A static affinity without a form: any matrix over the sites of a grid, as MLP-mixer has one.
-
-    It is of one image size, so no spec has it.
-
-    Args:
-        num_sites: n, of an image with nothing hidden.
-        num_heads: matrices, each of as many channels; 1 is the mixer's.
-
-    Attributes:
-        weight: (num_heads, n, n), from sites (second n) to sites (first n).
-    """
-
-    def __init__(self, num_sites: int, num_heads: int = 1) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_heads, num_sites, num_sites))
-        nn.init.normal_(self.weight, std=0.02)
-
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        """Features (..., C) in `layout` to features of the same shape; hidden sites count as zero."""
-        dense = layout.unpack(x)  # (B, h, w, C)
-        heads = dense.reshape(
-            len(dense), self.weight.shape[1], len(self.weight), -1
-        )  # (B, n, num_heads, C / num_heads)
-        return layout.pack(torch.einsum("hij,bjhc->bihc", self.weight, heads).reshape(dense.shape))
-
-
 class Aggregation(nn.Module):
     """output(A values(x)), A = alpha * dynamic + beta * static, or one of them alone.
 

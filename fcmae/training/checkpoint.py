@@ -20,6 +20,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -34,7 +35,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import fcmae
-from fcmae.atomic import sha256_of, sync
+from fcmae.atomic import check_file, read_bytes, sha256_of, sync
 from fcmae.training import own_files
 
 FORMAT = 2
@@ -226,10 +227,7 @@ def read_meta(checkpoint: Path) -> Meta:
     """
     path = checkpoint / META
     try:
-        _check_regular(path)
-        if (num_bytes := path.stat().st_size) > MOST_BYTES:
-            raise ValueError(f"it has {num_bytes} bytes")
-        content = path.read_bytes()
+        content = read_bytes(path, MOST_BYTES)
         fields = from_json(content)
         # Looked at first: another format may have other fields.
         number, version = fields["format"], fields["version"]
@@ -252,12 +250,6 @@ def read_meta(checkpoint: Path) -> Meta:
 _META = TypeAdapter(Meta)
 
 
-def _check_regular(path: Path) -> None:
-    """A pipe or a device in place of a file is an OSError: reading it may wait for ever."""
-    if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
-
-
 def _instead(checkpoint: Path) -> str:
     """What to do about a checkpoint that cannot be used."""
     others = [path for path in steps(checkpoint.parent.parent).values() if path.name != checkpoint.name]
@@ -275,7 +267,7 @@ def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
     path = checkpoint / f"{name}.safetensors"
     checksum = read_meta(checkpoint).checksums.get(path.name)
     try:
-        _check_regular(path)
+        check_file(path, sys.maxsize)
         if checksum is not None and sha256_of(path) != checksum:
             raise ValueError(f"{path} has changed since it was written: {_instead(checkpoint)}")
         tensors: dict[str, Tensor] = load_file(path)
@@ -419,7 +411,7 @@ def _milestone_epochs(checkpoint: Path) -> int:
     return 0
 
 
-def check_space(run: Path, model: nn.Module, num_checkpoints: float, num_states: int = 3) -> str:
+def check_space(run: Path, model: nn.Module, num_checkpoints: int, num_states: int = 3) -> str:
     """Refuse to start a run whose checkpoints its disk cannot hold, and say what they take.
 
     Args:
@@ -440,19 +432,8 @@ def check_space(run: Path, model: nn.Module, num_checkpoints: float, num_states:
     needed, free = round(size * (num_checkpoints + 1)), shutil.disk_usage(place).free
     if needed > free:
         raise ValueError(
-            f"out = {run}: {num_checkpoints + 1:.0f} checkpoints of {size / 1e6:,.0f} MB do not fit, as the disk has "
+            f"out = {run}: {num_checkpoints + 1} checkpoints of {size / 1e6:,.0f} MB do not fit, as the disk has "
             f"{free / 1e6:,.0f} MB free: make room, give another out, or have fewer by checkpoint.keep "
             "and checkpoint.milestone_epochs"
         )
     return f"checkpoints take up to {needed / 1e6:,.0f} MB of {free / 1e9:,.1f} GB free"
-
-
-def num_kept(keep: int, epochs: float, milestone_epochs: int) -> float:
-    """Checkpoints that a run has at its end.
-
-    Args:
-        keep: the newest that stay.
-        epochs: of the run.
-        milestone_epochs: every how many one stays for good; 0 for never.
-    """
-    return keep + (epochs // milestone_epochs if milestone_epochs else 0)

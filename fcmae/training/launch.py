@@ -24,7 +24,7 @@ from torch import nn
 
 from fcmae.config import RunConfig
 from fcmae.data.loader import end_workers
-from fcmae.training.messages import log_failure
+from fcmae.training.messages import last_words
 from fcmae.training.signals import StopSignal
 
 FOREVER = timedelta(days=7)
@@ -226,8 +226,7 @@ def ending_together(accelerator: Accelerator, out: Path | None) -> Iterator[None
     def watch() -> None:
         while not left.wait(1):
             if (sentence := told()) and not left.wait(StopSignal.GRACE_S):
-                log_failure(sentence)
-                os.write(2, f"fcmae: error: {sentence}\n".encode(errors="replace"))
+                last_words(sentence, f"fcmae: error: {sentence}\n")
                 end_workers()
                 os._exit(2)
 

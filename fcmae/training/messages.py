@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -46,6 +47,19 @@ def logging_to(path: Path, failed: Callable[[], object]) -> Iterator[None]:
         for handler in handlers:
             logger.removeHandler(handler)
             handler.close()
+
+
+def last_words(what: str, said: str) -> None:
+    """Say on the terminal what ends this process, and log it if the disk answers within a second.
+
+    Args:
+        what: for the log.
+        said: for the terminal, which no lock holds up.
+    """
+    os.write(2, said.encode(errors="replace"))
+    logging_it = threading.Thread(target=log_failure, args=(what,), daemon=True)
+    logging_it.start()
+    logging_it.join(1)
 
 
 def log_failure(what: str) -> None:

@@ -40,6 +40,7 @@ STARTED = (
     "tensorboard/events.*",
     "tensorboard/fcmae/events.*",
 )
+EXPORTED = ("config.json", "model.safetensors", "head.safetensors")  # of a model
 # What it leaves after that.
 RESULTS = (
     ".saved",
@@ -58,16 +59,7 @@ RESULTS = (
         for folder in ("step-#", ".tmp-step-#")
         for name in ("model.safetensors", "optimizer.safetensors", "ema.safetensors", "checkpoint.json")
     ),
-    "best/config.json",
-    "best/model.safetensors",
-    "best/predictions.csv",
-    "best/head.safetensors",
-    "best/confusion.csv",
-    "last/config.json",
-    "last/model.safetensors",
-    "last/predictions.csv",
-    "last/head.safetensors",
-    "last/confusion.csv",
+    *(f"{place}/{name}" for place in ("best", "last") for name in (*EXPORTED, "predictions.csv", "confusion.csv")),
 )
 FOLDERS = ("index", "cache", "checkpoints", "tensorboard", "reconstructions", "overlays", "best", "last")
 ASIDE = ".tmp-checkpoints"
@@ -121,7 +113,8 @@ def remove(run: Path) -> None:
 
     The checkpoints go first and in one rename, so that the old run is left with all of them or none, wherever this is
     cut off; where `checkpoints` is a link, to a bigger disk say, the link stays and they go one by one, the oldest
-    first. `.saved` and train.log go before the checkpoints; metrics.jsonl and environment.json, which mark a run, go last.
+    first. `.saved` and train.log go before the checkpoints; metrics.jsonl and environment.json, which mark a run, go
+    last.
 
     Raises:
         ValueError: before anything is removed, if the folders hold something else.
@@ -163,10 +156,8 @@ def remove(run: Path) -> None:
 def remove_models(run: Path) -> None:
     """Remove the checkpoints and exported models of a finished run, which is then done and no longer goes on."""
     shutil.rmtree(run / "checkpoints", ignore_errors=True)
-    for place in ("best", "last"):
-        (run / place / "model.safetensors").unlink(missing_ok=True)
-        (run / place / "head.safetensors").unlink(missing_ok=True)
-        (run / place / "config.json").unlink(missing_ok=True)
+    for path in [run / place / name for place in ("best", "last") for name in EXPORTED]:
+        path.unlink(missing_ok=True)
 
 
 def remove_aside(run: Path) -> None:

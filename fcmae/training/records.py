@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +23,8 @@ from fcmae.data.cores import num_cores
 from fcmae.options import SWITCHED
 
 MAX_METRICS = 2**30  # bytes of metrics.jsonl
+LOG_END = 2**16  # bytes of train.log in which its last line is looked for
+STAMP = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
 
 Ended = Literal["finished", "stopped", "failed"]  # by itself, by a signal, by an error
 State = Literal["not begun", "running", "cut off"] | Ended  # cut off: it ended without a word
@@ -82,6 +85,7 @@ def record_start(path: Path, cpu: bool, network: str = "") -> None:
         "cpu": cpu_name(),
         "cores": num_cores(),
         **({"network": network} if network else {}),
+        "ended": "",  # see `record_end`
         "directory": str(Path.cwd()),
         # `python -m fcmae.cli` is another way to say fcmae.
         "command": shlex.join(["fcmae" if program.name == "cli.py" else program.name, *_lasting(sys.argv[1:])]),
@@ -108,11 +112,25 @@ def last_state(run: Path) -> State:
     Args:
         run: its directory.
     """
-    starts = _starts(run / "environment.json")
-    if not starts or not (run / "train.log").exists():  # made after a start is kept, and removed before
+    log, starts = run / "train.log", _starts(run / "environment.json")
+    if not log.is_file():  # made after a start is kept, and removed before
         return "not begun"
-    ended: str | None = starts[-1].get("ended")
+    ended: str | None = starts[-1]["ended"] if starts and "ended" in starts[-1] else _logged_end(log)
     return next((known for known in get_args(Ended) if known == ended), "cut off")
+
+
+def _logged_end(log: Path) -> Ended | None:
+    """How a run ended that was begun before environment.json kept it, by the last line of its train.log."""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - LOG_END))
+        lines = file.read(LOG_END).decode(errors="replace").splitlines()
+    said = [match[1] for line in lines if (match := re.match(STAMP + "(?!next: |best and last model: )(.*)", line))]
+    ends: dict[Ended, str] = {
+        "finished": r"finished (\d+ steps|evaluating)$",
+        "stopped": "stopped by ",
+        "failed": r"(failed|\w+(Error|Exception)): ",
+    }
+    return next((ended for ended, pattern in ends.items() if said and re.match(pattern, said[-1])), None)
 
 
 def _lasting(words: Sequence[str]) -> Iterator[str]:

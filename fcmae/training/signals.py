@@ -11,7 +11,7 @@ from types import FrameType
 from typing import Any
 
 from fcmae.data.loader import STOP_SIGNALS, end_workers
-from fcmae.training.messages import log_failure
+from fcmae.training.messages import last_words
 
 
 class StopSignal:
@@ -83,6 +83,5 @@ class StopSignal:
                 return
             end_workers()
             if not self._left.wait(self.GRACE_S) and not hasattr(sys, "ps1"):
-                log_failure("KeyboardInterrupt")
-                os.write(2, b"\nfcmae: interrupted\n")
+                last_words("KeyboardInterrupt", "\nfcmae: interrupted\n")
                 os._exit(130)
