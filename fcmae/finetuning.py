@@ -45,6 +45,7 @@ from fcmae.starting import (
 from fcmae.training.launch import (
     same_everywhere,
     share_buffers,
+    waiting_for_all,
 )
 from fcmae.training.log import Log
 from fcmae.training.run import Run, RunDirectory
@@ -183,7 +184,8 @@ def train(
             step.settle()
             if step.evaluates:
                 places = ("last",) if step.number == schedule.total else ()
-                evaluation.evaluate(net, ema, step.number, step.epoch, places)
+                with waiting_for_all(accelerator):  # the first one writes models
+                    evaluation.evaluate(net, ema, step.number, step.epoch, places)
             progress = progress_of(steps.cfg, net, reading, best, accelerator.num_processes)
             step.save(run, net, images_used, progress, None if ema is None else ema.module)
     if steps.finished:

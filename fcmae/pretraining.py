@@ -87,8 +87,10 @@ def pretrain(cfg: PretrainConfig, net: FCMAE | None = None) -> Run:
         if run.resume_from is None:
             run.needs = checkpoint.check_space(run.path, net, cfg.num_checkpoints)
         labelled = None
-        if cfg.monitor.labelled is not None and accelerator.is_main_process:
-            labelled = find_monitored_labels(cfg.monitor.labelled, build_reading(cfg), cfg.seed)
+        if cfg.monitor.labelled is not None:
+            with waiting_for_all(accelerator):
+                if accelerator.is_main_process:
+                    labelled = find_monitored_labels(cfg.monitor.labelled, build_reading(cfg), cfg.seed)
         with session.open():
             if accelerator.is_main_process:
                 if are_new:
@@ -140,13 +142,13 @@ def train(
 
     def trial() -> None:
         noise = noise_batch(cfg, images_at_once(cfg, accelerator.num_processes)).to(accelerator.device)
-        with accelerator.autocast():
-            loss = masked_loss(net, normalize(noise.images), noise.given_masks, visible, target=net.target)
+        loss = masked_loss(net, normalize(noise.images), noise.given_masks, visible, target=net.target)
         loss.backward()  # type: ignore[no-untyped-call]
 
-    compile_model(net, cfg.model.compile, trial, (schedule.total - schedule.start) * cfg.num_parts)
     # The optimizer's state is where it has to be, beside the parameters.
     model, optimizer = accelerator.prepare(net, adamw, device_placement=[True, False])
+    # With the autocast that the forward pass has by now: without it the first step would compile once more.
+    compile_model(net, cfg.model.compile, trial, (schedule.total - schedule.start) * cfg.num_parts)
 
     train_set = build_dataset(cfg, train_images, augment=True)
     logger.info("%s: %d training images, %d held out", describe(net.encoder.spec), len(train_images), len(val_images))

@@ -205,7 +205,8 @@ def train(
             step.settle()
             if step.evaluates:
                 places = ("last",) if step.number == schedule.total else ()
-                evaluation.evaluate(net, ema, step.number, step.epoch, places)
+                with waiting_for_all(accelerator):  # the first one writes models
+                    evaluation.evaluate(net, ema, step.number, step.epoch, places)
             progress = progress_of(steps.cfg, net, reading, best, accelerator.num_processes)
             step.save(run, net, images_used, progress, None if ema is None else ema.module)
     if steps.finished:

@@ -286,14 +286,14 @@ def prepare(
     at_once = images_at_once(cfg, accelerator.num_processes)
 
     def trial() -> None:
-        with accelerator.autocast():
-            logits = net(torch.randn(at_once, net.encoder.in_chans, *image_size, device=accelerator.device))
+        logits = net(torch.randn(at_once, net.encoder.in_chans, *image_size, device=accelerator.device))
         logits.float().mean().backward()
 
-    if not cfg.eval_only:  # which computes no step
-        compile_model(net, cfg.model.compile, trial, (schedule.total - schedule.start) * cfg.num_parts)
     # The optimizer's state is where it has to be, beside the parameters.
     model, optimizer = accelerator.prepare(net, adamw, device_placement=[True, False])
+    if not cfg.eval_only:  # which computes no step
+        # With the autocast that the forward pass has by now: without it the first step would compile once more.
+        compile_model(net, cfg.model.compile, trial, (schedule.total - schedule.start) * cfg.num_parts)
     return Prepared(schedule, model, optimizer, ema, best)
 
 

@@ -38,6 +38,7 @@ STOP_SIGNALS = tuple(
 )
 
 _WORKERS = WeakSet[BaseProcess]()  # those that loaders here have started
+LOST = ("DataLoader worker", "Pin memory thread")  # begins what torch says where a worker was killed
 
 
 class Loader(DataLoader[Batch]):
@@ -66,7 +67,7 @@ class Loader(DataLoader[Batch]):
         except (RuntimeError, ConnectionError, EOFError) as error:
             # What DataLoader says of it, or the end of a connection over which a batch was on its way.
             own = "in DataLoader worker process" in str(error)  # raised by the data
-            if own or (isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker")):
+            if own or (isinstance(error, RuntimeError) and not str(error).startswith(LOST)):
                 raise
             raise ChildProcessError(
                 "a process that decodes images was killed, most often by the system for want of memory: lower "

@@ -26,6 +26,7 @@ the same at every run.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ class PackedTriton(Packed):
         grn_scope: see `Packed`.
 
     Raises:
-        ValueError: on a device that cannot run them.
+        ValueError: on a device that cannot run them, or where they cannot be compiled.
     """
 
     def __init__(self, mask: Tensor, num_visible: int, grn_scope: str = "image") -> None:
@@ -60,6 +61,7 @@ class PackedTriton(Packed):
                 "backend = 'triton' computes on NVIDIA GPUs of capability 8.0 or newer, "
                 f"not on {mask.device}: use packed"
             )
+        _check_compiler()
         super().__init__(mask, num_visible, grn_scope)
         self.neighbours = neighbour_table(mask, self.visible)
 
@@ -73,6 +75,20 @@ class PackedTriton(Packed):
 def available(device: torch.device) -> bool:
     """Whether the kernels run on this device: CUDA of capability 8.0 (A100) or newer, which has bfloat16."""
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@torch.compiler.assume_constant_result
+@cache
+def _check_compiler() -> None:
+    """Have Triton build what it launches kernels by, as it does before the first one."""
+    try:
+        triton.runtime.driver.active.get_current_device()
+    except Exception as error:  # whatever its build runs into
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"backend = 'triton' cannot compile its kernels ({reason}): install a C compiler and Python's headers (see "
+            "fcmae doctor), or use packed"
+        ) from error
 
 
 def neighbour_table(mask: Tensor, visible: Tensor) -> Tensor:

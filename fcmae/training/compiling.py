@@ -31,14 +31,14 @@ def compile_model(net: nn.Module, setting: Setting, step: Callable[[], None], nu
 
     Args:
         net: what is compiled.
-        setting: True and False are what they say, and True is tried before training starts; "cudagraphs" also records
-            the kernels of a step and replays them, which saves the host's time a kernel; "auto" times a few steps of
+        setting: True and False are what they say; "cudagraphs" also records the kernels of a step and replays them,
+            which saves the host's time a kernel; both are tried before training starts; "auto" times a few steps of
             both kinds if the run is long enough.
         step: forward and backward on a part of a batch as the run will see them; its gradients are dropped.
         num_steps: as many as the run has left.
 
     Raises:
-        ValueError: for "cudagraphs" without a GPU, and for True where compiling fails.
+        ValueError: for "cudagraphs" without a GPU, and for both where compiling fails.
     """
     buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}  # which a trial on noise changes
     if setting == "cudagraphs":
@@ -47,17 +47,18 @@ def compile_model(net: nn.Module, setting: Setting, step: Callable[[], None], nu
         net.compile(mode="reduce-overhead")
     elif setting is True:
         net.compile()
+    if setting in (True, "cudagraphs"):
         try:
             step()
         except torch.OutOfMemoryError:
             pass  # the first step is taken again in smaller parts
         except torch._dynamo.exc.TorchDynamoException as error:
             raise ValueError(
-                f"model.compile = true fails here ({_one_line(error)}): install a C++ compiler (see fcmae doctor), "
-                "or set model.compile to false or auto"
+                f"model.compile = {str(setting).lower()} fails here ({_one_line(error)}): install a C++ compiler "
+                "(see fcmae doctor), or set model.compile to false or auto"
             ) from error
         net.zero_grad()
-    elif setting == "auto" and _pays(net, step, num_steps):
+    if setting == "auto" and _pays(net, step, num_steps):
         net.compile()
     with torch.no_grad():
         for name, buffer in net.named_buffers():

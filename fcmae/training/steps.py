@@ -33,7 +33,7 @@ from fcmae.data.sampler import StepSampler
 from fcmae.heads import Classifier, Segmenter
 from fcmae.masked import FCMAE
 from fcmae.training import checkpoint
-from fcmae.training.launch import same_everywhere
+from fcmae.training.launch import same_everywhere, waiting_for_all
 from fcmae.training.log import Log
 from fcmae.training.messages import same_command
 from fcmae.training.optim import Schedule, set_learning_rate
@@ -403,10 +403,22 @@ class Step:
             progress: what else the loop needs to go on, as JSON values.
             ema: the moving average of the model, or None.
         """
+        if not self.saves:
+            return
+        with waiting_for_all(accelerator := self._steps.accelerator):
+            if accelerator.is_main_process:
+                self._write(run, net, fingerprint, progress, ema)
+
+    def _write(
+        self,
+        run: RunDirectory,
+        net: FCMAE | Classifier | Segmenter,
+        fingerprint: str,
+        progress: dict[str, Any],
+        ema: nn.Module | None,
+    ) -> None:
         steps = self._steps
         cfg, accelerator = steps.cfg, steps.accelerator
-        if not (self.saves and accelerator.is_main_process):
-            return
         tensors = {"model": net.state_dict(), "optimizer": checkpoint.optimizer_state(steps.optimizer, net)}
         if ema is not None:
             tensors["ema"] = ema.state_dict()
