@@ -1,12 +1,12 @@
-"""Segmentation that may stop at any moment: an exit after each stage, and later stages on unsure patches alone.
+"""Segmentation that may stop at any moment: an exit after each stage, and later stages on uncertain patches alone.
 
-A patch of total_stride pixels leaves when the exits are sure of it. What is left is computed in a new, smaller packed
-layout: fewer patches are less time, not only fewer counted operations.
+A patch of total_stride pixels exits when the predictions for it are confident. The remaining patches are computed in a
+new, smaller packed layout: fewer patches take less time, not only fewer counted operations.
 
-Source: anytime dense prediction with confidence adaptivity, arXiv 2104.00749. What differs: there a site leaves, here a
-whole patch, so that the rest is dense algebra; what has left is zero to its neighbours, as hidden patches are in
-pretraining, where the paper fills it in; and an exit adds to the logits of the one before, as a ConvNeXt's later stages
-are coarse (skips of scores, arXiv 1411.4038).
+Source: anytime dense prediction with confidence adaptivity, arXiv 2104.00749. Differences: there a site exits, here a
+whole patch, so that the rest is dense algebra; a patch that has exited is zero to its neighbours, like hidden patches
+in pretraining, where the paper fills it in; and an exit adds to the logits of the one before, as a ConvNeXt's later
+stages are coarse (skips of scores, arXiv 1411.4038).
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from fcmae.networks.encoder import StagedEncoder
 from fcmae.networks.spec import describe
 from fcmae.timing import wait
 
-# (stage, confidence, hidden) -> the patches that are hidden from the stage, and how many of an image it sees, which may
-# be None where nobody needs it.
+# (stage, confidence, hidden) -> the patches that are hidden from the stage, and how many it sees of each image, which
+# may be None where that number is not needed.
 Choose = Callable[[int, Tensor, Tensor], tuple[Tensor, int | None]]
-# (hidden, how many are seen, layout, features in it) -> the stage's layout, and the features in it.
+# (hidden, number of visible patches, layout, features in it) -> the stage's layout, and the features in it.
 Narrow = Callable[[Tensor, int | None, Masked | Packed, Tensor], tuple[Masked | Packed, Tensor]]
 
 
 def narrow_masked(
     hidden: Tensor, num_visible: int | None, layout: Masked | Packed, f: Tensor
 ) -> tuple[Masked | Packed, Tensor]:
-    """Maps stay as they are: `Masked` zeroes what is hidden wherever it could be seen.
+    """Maps stay as they are: `Masked` zeroes hidden sites wherever they could be seen.
 
     Args:
         hidden: (B, gh, gw) bool, True = hidden.
-        num_visible: is not needed.
+        num_visible: not used.
         layout: that of f.
         f: a map.
 
@@ -55,8 +55,8 @@ class Answer:
     """What is known after an exit.
 
     Attributes:
-        logits: (B, classes, h, w), of the first stage's sites. Where a patch has left, those that it left with.
-        confidence: (B, gh, gw) float32 in 0..1, of each patch when it was computed last.
+        logits: (B, classes, h, w), at the first stage's sites. A patch that has exited keeps its logits.
+        confidence: (B, gh, gw) float32 in 0..1, of each patch when it was last computed.
         computed: (B, gh, gw) bool, the patches that the stage computed.
         size: height and width of the images.
     """
@@ -74,18 +74,18 @@ class Answer:
 class Anytime(Segmenter):
     """An encoder with an exit on each stage.
 
-    In training a stage computes the whole map with the patches that have left zeroed, as `Masked` has it, and all
-    answers are returned; else it computes the others alone.
+    In training a stage computes the whole map, in which patches that have exited are zeroed as by `Masked`, and all
+    answers are returned. Otherwise it computes the remaining patches alone.
 
     Parameters are encoder.*, head.*.
 
     Args:
-        encoder: of the stages.
+        encoder: has the stages.
         head: its exits.
     """
 
     head: Exits
-    narrow: Narrow = staticmethod(narrow_masked)  # in training; an ablation has another
+    narrow: Narrow = staticmethod(narrow_masked)  # in training; an ablation uses another
 
     def __init__(self, encoder: StagedEncoder, head: Exits) -> None:
         super().__init__(encoder, head)
@@ -114,22 +114,22 @@ class Anytime(Segmenter):
         budget: float | Sequence[float] | None = None,
         limit_s: float = math.inf,
     ) -> Tensor:
-        """Logits of every pixel, (B, num_classes, H, W): the last answer, or the best within a time.
+        """Logits of every pixel, (B, num_classes, H, W): the last answer, or the best within a time limit.
 
         Args:
             images: see `anytime`, any number of them.
             tau: see `anytime`.
-            budget: likewise.
-            limit_s: seconds after which no stage but the first begins, which the images share.
+            budget: see `anytime`.
+            limit_s: time limit in seconds, shared by the images, after which no stage but the first begins.
 
         Raises:
             ValueError: see `anytime`.
         """
-        parts = images[:, None] if budget is None else [images]  # by tau, of each image other patches are left
+        parts = images[:, None] if budget is None else [images]  # with tau, different patches remain in each image
 
         def now() -> float:
             if limit_s < math.inf:
-                wait(images.device)  # a GPU is given its work long before it has done it
+                wait(images.device)  # a GPU's work is queued long before it is done
             return time.perf_counter()
 
         begun, last = now(), []
@@ -149,21 +149,21 @@ class Anytime(Segmenter):
         budget: float | Sequence[float] | None = None,
         make_layout: MakeLayout = PACKED,
     ) -> Iterator[Answer]:
-        """Answers, each better and later than the one before; take no more of them and nothing more is computed.
+        """Successive answers, each better than the one before; nothing more is computed once you stop iterating.
 
         Args:
             images: (B, in_chans, H, W), normalised, H and W multiples of the total stride; one image unless there is a
                 budget.
-            tau: a patch leaves when it is surer; None is the head's.
-            budget: in its place, the share of the patches that stays, those least sure of each image: one for all
-                stages after the first, or one each.
-            make_layout: of the patches that are left, packed or triton.
+            tau: a patch exits when its confidence is above this; None is the head's.
+            budget: instead of tau, the share of patches to keep, the least confident ones of each image: one number for
+                all stages after the first, or one for each.
+            make_layout: layout of the remaining patches, packed or triton.
 
         Yields:
-            The answer after each stage. There is none after a stage that would have no patch.
+            The answer after each stage, up to the first stage for which no patch remains.
 
         Raises:
-            ValueError: for another size, for several images without a budget, or a budget that is none.
+            ValueError: for another size, for several images without a budget, or for an invalid budget.
         """
         later = len(self.head) - 1
         if budget is None and len(images) != 1:
@@ -180,7 +180,7 @@ class Anytime(Segmenter):
                 hidden = unsure(confidence, hidden, threshold)
                 return hidden, int(hidden.logical_not().sum())
             num_patches = hidden[0].numel()
-            # A patch that has left does not come back.
+            # A patch that has exited does not come back.
             # The small term keeps .55 of 100 at 55, as in `masking.num_visible`.
             share = max(1, math.ceil(num_patches * shares[stage - 1] - 1e-6))
             num_visible = min(num_visible or num_patches, share)
@@ -194,7 +194,7 @@ class Anytime(Segmenter):
         Args:
             images: see `anytime`.
             choose: which patches are hidden from the next stage.
-            narrow: how it leaves them out.
+            narrow: how that stage leaves them out.
 
         Yields:
             The answer after each stage.
@@ -226,7 +226,7 @@ class Anytime(Segmenter):
 
 
 def unsure(confidence: Tensor, hidden: Tensor, tau: float) -> Tensor:
-    """Hide the patches that are surer than tau, beside those that are hidden.
+    """Hide the patches whose confidence is above tau, in addition to those already hidden.
 
     Args:
         confidence: (B, gh, gw).
@@ -240,7 +240,7 @@ def unsure(confidence: Tensor, hidden: Tensor, tau: float) -> Tensor:
 
 
 def least_sure(confidence: Tensor, hidden: Tensor, num_visible: int) -> Tensor:
-    """Hide all but those patches of each image that are least sure among those that are not hidden yet.
+    """Hide all patches of each image except the least confident of those that are not hidden yet.
 
     Args:
         confidence: (B, gh, gw).
@@ -262,11 +262,11 @@ def narrow_packed(
     f: Tensor,
     make_layout: MakeLayout,
 ) -> tuple[Masked | Packed, Tensor]:
-    """Packed rows of the patches that are left, by one gather; a map as it is while none has left.
+    """Packed rows of the remaining patches, by one gather; f as it is while none has exited.
 
     Args:
         hidden: (B, gh, gw) bool, True = hidden, the same number in each image.
-        num_visible: how many of an image are not.
+        num_visible: how many patches of each image are not hidden.
         layout: that of f.
         f: a map, or packed rows.
         make_layout: packed or triton.
@@ -290,18 +290,18 @@ def build_segmenter(
     tau: float | None = None,
     quantile: float | None = None,
 ) -> Segmenter:
-    """A network that gives every pixel a class, by the name of its head.
+    """A network that gives every pixel a class, with the named head.
 
     Args:
-        encoder: of the stages.
+        encoder: has the stages.
         kind: see `build_head`.
         num_classes: outputs.
         dim: see `build_head`.
-        tau: of `Exits`; None is .998.
-        quantile: likewise; None is 0.
+        tau: see `Exits`; None is .998.
+        quantile: see `Exits`; None is 0.
 
     Raises:
-        ValueError: for another kind, or exits of a network that cannot compute on some patches alone.
+        ValueError: for another kind, or for exits on a network that cannot compute on some patches alone.
     """
     head = build_head(kind, encoder.spec.dims, num_classes, dim)
     if not isinstance(head, Exits):

@@ -53,21 +53,21 @@ def pretrain(
     config: PathLike | None = None,
     settings: Mapping[str, Any] | PretrainConfig | None = None,
 ) -> Run:
-    """Pretrain an encoder on unlabeled images, or go on with the run in `out`, as `fcmae pretrain` does.
+    """Pretrain an encoder on unlabeled images, or resume the run in `out`, as `fcmae pretrain` does.
 
     Args:
         images: folders (searched recursively), text files that list paths, or glob patterns.
         out: the run directory.
         variant: the network; see `model.variant`.
         config: a YAML file of settings, or the name of a shipped one (`fcmae configs`). Without it, or with `hours`
-            in `settings`, what is not given is chosen for the images, the machine and the hours.
-        settings: more of them, which go before the file's: a mapping, with sections as mappings or keys dotted,
+            in `settings`, what you do not give is chosen for the images, the machine and the hours.
+        settings: more settings, which override the file's: a mapping, with sections as mappings or dotted keys,
             {"epochs": 100, "data.image_size": 64}; or a `PretrainConfig`. `fcmae pretrain --help` lists them. The
-            arguments above go before both.
+            arguments above override both.
 
     Returns:
         The run, finished, or stopped by a signal after a checkpoint (an interrupted notebook sends SIGINT). The same
-        call resumes it. It is a path, and `finetune`, `load` and `export` take it.
+        call resumes it. It is a path that `finetune`, `load` and `export` accept.
 
     Raises:
         ValueError: with a line for each problem with settings or images, before anything is written.
@@ -88,10 +88,10 @@ def finetune(
     config: PathLike | None = None,
     settings: Mapping[str, Any] | FinetuneConfig | None = None,
 ) -> Run:
-    """Train a classifier on labelled images, or go on with the run in `out`, as `fcmae finetune` does.
+    """Train a classifier on labelled images, or resume the run in `out`, as `fcmae finetune` does.
 
     Args:
-        labelled: a folder with one sub-folder a class, or a CSV file with the columns path,label.
+        labelled: a folder with one sub-folder per class, or a CSV file with the columns path,label.
         out: the run directory; see `pretrain`.
         init: starting weights: a run of `pretrain`, or a path to weights in any format that `fcmae convert` reads.
         variant: the network; by default that of `init`.
@@ -120,11 +120,11 @@ def segment(
     config: PathLike | None = None,
     settings: Mapping[str, Any] | SegmentConfig | None = None,
 ) -> Run:
-    """Train a network that gives every pixel a class, or go on with the run in `out`, as `fcmae segment` does.
+    """Train a network that gives every pixel a class, or resume the run in `out`, as `fcmae segment` does.
 
     Args:
         images: a folder of images, or a CSV file with the columns image,mask.
-        maps: the folder of their label maps, under the same names; None beside a CSV file.
+        maps: the folder of their label maps, which have the same names; None with a CSV file.
         out: the run directory; see `pretrain`.
         init: starting weights; see `finetune`.
         variant: the network; by default that of `init`.
@@ -150,9 +150,9 @@ def _settings(
     settings: Mapping[str, Any] | Config | None,
     complete: options.Complete,
 ) -> Config:
-    """The settings of a run: what is given goes before `settings`, and these before the file.
+    """The settings of a run: `given` overrides `settings`, which override the file.
 
-    Without a file or whole settings, or with hours for which nothing was chosen yet, the rest is chosen.
+    The rest is chosen if there is neither a file nor a whole configuration, or hours for which nothing was chosen yet.
 
     Raises:
         ValueError: with a line for each problem.
@@ -172,12 +172,12 @@ def _settings(
 
 
 class Features(nn.Module):
-    """An encoder that takes images as they are. It is differentiable, and moves to a device like any module.
+    """An encoder that normalises the images that it takes. It is differentiable and moves to a device like any module.
 
     Attributes:
         encoder: the network, on normalised images.
-        normalize: what images go through first.
-        feature_info: timm's description of the maps that `pyramid` gives: channels(), reduction() in pixels a site.
+        normalize: the normalisation of images, applied first.
+        feature_info: timm's description of the maps of `pyramid`: channels(), reduction() in pixels per site.
     """
 
     def __init__(self, encoder: StagedEncoder, normalize: Normalize) -> None:
@@ -192,13 +192,13 @@ class Features(nn.Module):
         """Features of the last stage, before any norm.
 
         Args:
-            images: (B, C, H, W), uint8, or float in units of a full range of 1.
-            mask: (B, gh, gw) bool, True = hidden, a patch of the images each; every image has the same number K of
-                visible ones. None shows the encoder the whole images.
+            images: (B, C, H, W), uint8, or float with a full range of 1.
+            mask: (B, gh, gw) bool, True = hidden, one element per patch; every image has the same number K of visible
+                patches. None shows the encoder the whole images.
 
         Returns:
-            (B, h, w, D), a site each total_stride x total_stride pixels; under a mask (B, K, b, b, D), the b x b sites
-            of each visible patch, these in row-major order.
+            (B, h, w, D), one site per total_stride x total_stride pixels; under a mask (B, K, b, b, D), the b x b sites
+            of each visible patch, patches in row-major order.
 
         Raises:
             ValueError: if images or mask have another type or shape.
@@ -217,7 +217,7 @@ class Features(nn.Module):
             images: see `forward`.
 
         Returns:
-            (B, D_i, h_i, w_i) each, half as high and wide as the one before.
+            (B, D_i, h_i, w_i) each, half the height and width of the one before.
 
         Raises:
             ValueError: see `forward`.
@@ -233,7 +233,7 @@ class Features(nn.Module):
         normalized, dtype = self.normalize(images), next(self.encoder.parameters()).dtype
         if dtype in (torch.float16, torch.bfloat16):
             raise ValueError(f"the weights are {dtype}: keep them in float32 and compute in 16 bits by torch.autocast")
-        found: Tensor = normalized.to(dtype)  # of .double() too
+        found: Tensor = normalized.to(dtype)  # also after .double()
         return found
 
     def _checked(self, mask: Tensor, images: Tensor) -> Tensor:
@@ -253,11 +253,11 @@ class Features(nn.Module):
 
 
 class Segmented(Features):
-    """An encoder with the head of `segment`, for images as they are: features, and a class for every pixel.
+    """An encoder with the head of `segment`, which normalises images itself: features, and a class for every pixel.
 
     Attributes:
         segmenter: the network, on normalised images.
-        class_names: of its outputs.
+        class_names: names of its outputs.
     """
 
     def __init__(self, segmenter: Segmenter, normalize: Normalize, class_names: Sequence[str]) -> None:
@@ -268,14 +268,14 @@ class Segmented(Features):
 
     @property
     def encoder(self) -> StagedEncoder:  # type: ignore[override]  # it is not set
-        """The segmenter's."""
+        """The segmenter's encoder."""
         return self.segmenter.encoder
 
     def maps(self, images: Tensor) -> Tensor:
-        """Logits of every pixel's classes, (B, classes, H, W); those of `model.head` anytime have no gradients.
+        """Class logits of every pixel, (B, classes, H, W); with `model.head` anytime they have no gradients.
 
         Args:
-            images: see `forward`; of sides that the total stride divides.
+            images: see `forward`; H and W are multiples of the total stride.
 
         Raises:
             ValueError: see `forward`; or if the total stride does not divide a side.
@@ -288,12 +288,12 @@ class Segmented(Features):
     def anytime(
         self, images: Tensor, tau: float | None = None, budget: float | Sequence[float] | None = None
     ) -> Iterator[Answer]:
-        """Answers, each better and later than the one before; take no more of them and nothing more is computed.
+        """Successive answers, each better than the one before; nothing more is computed once you stop iterating.
 
         Args:
-            images: see `forward`; one image unless there is a budget, of sides that the total stride divides.
+            images: see `forward`; one image unless there is a budget. H and W are multiples of the total stride.
             tau: see `Anytime.anytime`.
-            budget: likewise.
+            budget: see `Anytime.anytime`.
 
         Yields:
             The answer after each stage; `pixels` gives its logits.
@@ -310,18 +310,18 @@ def load(source: PathLike, *, key: str | None = None, prefix: str | None = None)
     """The encoder of a run or of weights in any format that `fcmae convert` reads, for features.
 
     Args:
-        source: a run, also by its name below runs/, a checkpoint, a directory or a file. Of a fine-tuning run, its best
-            model.
+        source: a run, also by its name below runs/, a checkpoint, a directory or a file. For a fine-tuning run, its
+            best model.
         key: the entry of a .pth file that holds the weights, such as "model_ema"; by default a usual one.
-        prefix: what stands before their names in a file, such as "student"; by default found out.
+        prefix: the prefix of their names in a file, such as "student"; by default detected.
 
     Returns:
-        The module, on the CPU, in evaluation mode. With `encoder` it normalises as the weights were trained. Of a model
+        The module, on the CPU, in evaluation mode. It normalises images as in the training of the weights. For a model
         of `segment`, a `Segmented`.
 
     Raises:
-        ValueError: if `source` holds no such weights, or does not say the mean and std of channels other than grey or
-            RGB, which have the published ones then.
+        ValueError: if `source` holds no such weights, or does not state the mean and std of its channels; for grey and
+            RGB the published ones are then used.
     """
     place = Path(find_run(os.fspath(source)))
     if key is None and prefix is None and segmenter_in(place) is not None:
@@ -344,7 +344,7 @@ def export(
         prefix: see `load`.
 
     Raises:
-        ValueError: if the source cannot be read or is damaged, or `dest` exists or is no name for that format.
+        ValueError: if the source cannot be read or is damaged, or `dest` exists or is not a name for that format.
     """
     convert(Path(find_run(os.fspath(source))), Path(dest).expanduser(), to, key=key, prefix=prefix)
 
@@ -361,16 +361,16 @@ def prune(
     key: str | None = None,
     prefix: str | None = None,
 ) -> None:
-    """Remove hidden channels or whole blocks, make up for them on images, and write what stays, as `fcmae prune` does.
+    """Remove hidden channels or whole blocks, compensate for them on images and write the rest, as `fcmae prune` does.
 
     Args:
         source: see `load`.
         dest: a new file, .safetensors, .pth or .pt, that `finetune`, `load` and `export` take.
         images: folders, lists or glob patterns, like those that the model is for; no labels are needed.
-        keep: share of the channels or blocks that stays, between 0 and 1.
-        what: hidden channels of the blocks, or blocks.
-        how: that share of each block (or stage), or of the whole network.
-        by: what they add to the features of the images, or the norm of their weights.
+        keep: share of the channels or blocks to keep, between 0 and 1.
+        what: remove hidden channels of the blocks, or whole blocks.
+        how: keep that share of each block (or stage), or of the whole network.
+        by: measure of importance: what they add to the features of the images, or the norm of their weights.
         key: see `load`.
         prefix: see `load`.
 

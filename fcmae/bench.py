@@ -1,7 +1,7 @@
 """Which backend, precision and number of images at once is fastest for a run on this machine: `fcmae bench`.
 
-Each candidate is timed in a process of its own, so that one that runs out of memory is a row of the table and its peak
-of memory is its own. Only those processes import torch: a process on Linux starts with its parent's peak.
+Each candidate is timed in a process of its own, so that one that runs out of memory is a row of the table and each has
+its own memory peak. Only those processes import torch, as a process on Linux starts with its parent's peak.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     from fcmae.data.dataset import Batch
     from fcmae.data.index import Images
 
-GAIN = 1.02  # a smaller difference is taken for noise
+GAIN = 1.02  # a smaller ratio counts as noise
 CPU_IMAGES = 32  # at once, to start from on a CPU: more gain little there, and a step of thousands takes minutes
 LOADER_IMAGES = 32  # in a batch of the loader when it is timed alone
-ENDLESS = 10**9  # steps: more than are timed
+ENDLESS = 10**9  # steps, more than are ever timed
 HEADER = f"{'backend':10} {'precision':9} {'compiled':10} {'at once':>7}  {'images/s':>8}  {'slowest - fastest':>17}"
 HEADER += f"  {'s/step':>7}  {'memory':>8}"
 
@@ -43,9 +43,9 @@ class Candidate:
     """One way to compute a step.
 
     Attributes:
-        backend: its name.
-        precision: likewise.
-        images: computed at once, a divisor of batch_size, and counted as it counts them.
+        backend: name of the backend.
+        precision: name of the precision.
+        images: images computed at once, a divisor of batch_size and counted like it.
         compile: as in the settings.
     """
 
@@ -61,13 +61,13 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a candidate.
+    """The result of timing a candidate.
 
     Attributes:
         candidate: what was timed.
-        batch_size: images of a step.
-        step_s: each timed step, at least one unless it failed.
-        first_s: the first step, with compilation.
+        batch_size: images per step.
+        step_s: seconds of each timed step, at least one unless it failed.
+        first_s: seconds of the first step, with compilation.
         memory: peak in bytes, of the process on a CPU or of tensors on a GPU.
         failure: why it could not run, or empty.
     """
@@ -85,12 +85,12 @@ class Result:
 
     @property
     def images_per_s(self) -> float:
-        """0 if it failed."""
+        """By the median step; 0 if it failed."""
         return 0.0 if self.failure else self.batch_size / self.median_s
 
     @property
     def mean_images_per_s(self) -> float:
-        """Over all timed steps: some are slow, as where workers share the cores. 0 if it failed."""
+        """Mean over all timed steps, some of which are slow, e.g. if workers share the cores; 0 if it failed."""
         return 0.0 if self.failure else self.batch_size * len(self.step_s) / sum(self.step_s)
 
     def __str__(self) -> str:
@@ -106,16 +106,16 @@ class Result:
 
 @dataclass(frozen=True)
 class Machine:
-    """What was found before anything is timed.
+    """What is known before anything is timed.
 
     Attributes:
-        device: its type.
-        name: in words.
-        precision: the configured one, auto resolved.
-        precisions: those that it has instructions for.
-        num_workers: that read the user's images; 0 without data.path.
+        device: type of the device.
+        name: name of the device.
+        precision: the configured one, with auto resolved.
+        precisions: those for which the device has instructions.
+        num_workers: workers that read the user's images; 0 without data.path.
         loader_images_per_s: of these images; None without data.path.
-        steps_per_epoch: likewise.
+        steps_per_epoch: with these images; None without data.path.
     """
 
     device: str
@@ -156,7 +156,7 @@ def bench(cfg: BenchConfig) -> None:
 
     def measure(candidate: Candidate, from_files: bool = False) -> Result:
         if sys.stdout.isatty():
-            print(candidate, end="\r", flush=True)  # what is being timed; its row takes the place
+            print(candidate, end="\r", flush=True)  # what is being timed; its row replaces this line
         try:
             result: Result = in_process(time_candidate, cfg, candidate, from_files)
         except Failed as error:
@@ -164,7 +164,7 @@ def bench(cfg: BenchConfig) -> None:
         print(f"{candidate}  {result}{'  with your images' if from_files else ''}", flush=True)
         return result
 
-    # GRN over the batch is over the images at once, so their number changes what is computed.
+    # GRN over the batch pools over the images at once, so their number changes what is computed.
     sizes = "images" in cfg.vary and cfg.model.grn_scope == "image"
     images, unit = cfg.batch_size // cfg.num_parts, cfg.data.masks_per_image
     while sizes and machine.device == "cpu" and images > CPU_IMAGES and images % (2 * unit) == 0:
@@ -193,18 +193,18 @@ def search(
     unit: int | None,
     compiled: Sequence[Literal[True, "cudagraphs"]],
 ) -> Result:
-    """The fastest of the candidates, of which few are measured: one property is varied at a time.
+    """The fastest of the candidates, few of which are measured, as one property is varied at a time.
 
-    First the backends, at half the images as often as all of them run out of memory; then, each with the best so far,
-    the precisions, the number of images at once (doubled while that is faster, else halved), and compilation.
+    First the backends, with the images halved as long as all of them run out of memory; then, each with the best so
+    far, the precisions, the number of images at once (doubled while that is faster, else halved), and compilation.
 
     Args:
         first: where to start.
         measure: times a candidate.
         backends: all that are tried.
-        precisions: others than the first's.
+        precisions: those to try besides the first's.
         batch_size: of a whole step; the number of images at once divides it.
-        unit: what this number is a multiple of; None leaves it as it is.
+        unit: the number of images at once is a multiple of this; None leaves that number as it is.
         compiled: ways to compile.
 
     Raises:
@@ -213,7 +213,7 @@ def search(
     images = first.images
 
     def can_halve(number: int) -> bool:
-        # A graph cannot add up the gradients of several parts.
+        # A graph cannot add up the gradients of several micro-batches.
         return unit is not None and number % (2 * unit) == 0 and first.compile != "cudagraphs"
 
     while True:
@@ -230,7 +230,7 @@ def search(
         images //= 2
 
     def gains(other: Candidate) -> bool:
-        """Whether another candidate is faster; it is the best then."""
+        """Whether another candidate is faster; if so, it becomes the best."""
         nonlocal best
         result = measure(other)
         is_faster = result.images_per_s > GAIN * best.images_per_s
@@ -259,7 +259,7 @@ def report(cfg: BenchConfig, machine: Machine, best: Result, fed: Result | None)
         cfg: of the run.
         machine: what it runs on.
         best: the fastest candidate.
-        fed: the same, fed with those images.
+        fed: the same candidate, fed with the user's images.
     """
     found = best.candidate
     flags = f"--model.backend {found.backend} --precision {found.precision}"
@@ -331,7 +331,7 @@ def survey(cfg: BenchConfig) -> Machine:
 def time_candidate(cfg: BenchConfig, candidate: Candidate, from_files: bool) -> Result:
     """Time optimizer steps as pretraining takes them, at a learning rate of 0.
 
-    On a CPU a step has at most two parts, whatever grad_accum says: those that are left out take as long as the first.
+    On a CPU a step has at most two micro-batches, whatever grad_accum is: those left out take as long as the first.
 
     Args:
         cfg: of the run.
@@ -386,7 +386,7 @@ def time_candidate(cfg: BenchConfig, candidate: Candidate, from_files: bool) -> 
         sum_.add_(loss.detach() / grad_accum)
 
     def step() -> None:
-        """As in training, the device computes it while the host reads the one before."""
+        """As in training, the device computes a step while the host reads the result of the one before."""
         nonlocal unread
         sum_.zero_()
         left_out_s.append((grad_accum - num_parts) * seconds(part))
@@ -412,7 +412,7 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
-    if status.is_file():  # the peak that getrusage tells counts that of the process that started this one
+    if status.is_file():  # getrusage also counts the peak of the process that started this one
         return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])  # type: ignore[index]
     # In bytes on macOS, in units of 1024 elsewhere.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,13 +1,13 @@
-"""What a run is like where nobody says: the rules, each with its reason. Nothing is measured here.
+"""The rules that choose settings that nobody gave, each with its reason. Nothing is measured here.
 
 `fcmae.planning` finds the facts, applies these rules to what was not given, and records what was chosen and why.
 Published recipes are files in configs/, and what a file or a flag gives is never touched.
 
-"Published" is FCMAE (arXiv 2301.00808, ConvNeXt V2): masks, batch, rate, augmentation; the longest pretraining is that
-of MAE (arXiv 2111.06377). docs/small_images.md compared, on photographs of 64 pixels, targets, and rates and layer
-decays of fine-tuning, which from weights differed by less than their intervals and do not depend on the number of
-labels here; network, grid and crops are those that it was measured with, not compared with others. The rest is our
-choice.
+"Published" is FCMAE (arXiv 2301.00808, ConvNeXt V2): masks, batch, learning rate, augmentation; the longest pretraining
+is that of MAE (arXiv 2111.06377). docs/small_images.md compared, on photographs of 64 pixels, targets, and learning
+rates and layer decays of fine-tuning. Starting from weights, these differed by less than their confidence intervals,
+and they do not depend on the number of labels here. The network, grid and crops are those of that comparison; they were
+not compared with others. The rest is our choice.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from fcmae.networks.spec import VARIANTS, ConvNeXtSpec, NetworkSpec, read_spec
 
 SMALL = ConvNeXtSpec(depths=(2, 2, 6), dims=(40, 80, 160))  # three stages: for a fine grid on small images
 WIDE = ConvNeXtSpec(depths=(2, 2, 8), dims=(80, 160, 320))  # the same, for many images on a GPU
-# Networks that are chosen among, the largest first.
+# Networks to choose from, the largest first.
 FAMILIES = ([VARIANTS[f"convnextv2_{name}"] for name in ("tiny", "nano", "pico", "femto", "atto")], [WIDE, SMALL])
-# Sides of images that divide into 6, 7 or 8 patches a side, with the stem's stride and the side of a patch.
+# Sides of images that divide into 6, 7 or 8 patches per side, with the stem's stride and the side of a patch.
 GRIDS = {48: (2, 8), 64: (2, 8), 96: (4, 16), 128: (4, 16), 192: (4, 32), 224: (4, 32)}
 LARGEST = {"cpu": 128}  # sides; elsewhere the largest of GRIDS
-LARGEST_CROP = {"cpu": 128, "cuda": 512}  # sides of what is learnt of label maps at once
+LARGEST_CROP = {"cpu": 128, "cuda": 512}  # sides of training crops of segmentation
 MAX_EPOCHS = 1600  # the longest that masked autoencoders of images were published with
-LAYER_DECAY = 0.9  # of what starts from weights; what starts from nothing has nothing to keep
+LAYER_DECAY = 0.9  # when starting from weights; from scratch there is nothing to preserve
 COMPILED_HOURS = 1.0  # on a GPU
 TRAINING_SHARE = 0.88  # of the hours; the rest is for evaluations, pictures and checkpoints
 
 
 def default_hours(device: str) -> float:
-    """How long a run takes that is not told: an evening on a CPU, a night on a GPU."""
+    """Hours of a run if none are given: an evening on a CPU, a night on a GPU."""
     return 2.0 if device == "cpu" else 8.0
 
 
@@ -50,15 +50,15 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class Images:
-    """What the images are like.
+    """Facts about the images.
 
     Attributes:
-        num: how many to learn from and to hold out.
+        num: how many there are, for training and validation together.
         short_side: the median over a sample, in pixels.
         in_chans: channels of most of the sample.
-        is_deep: whether they are other than 8 bits a channel.
-        mean: of each channel, where a format's full range is 1.
-        std: likewise.
+        is_deep: whether they have other than 8 bits per channel.
+        mean: of each channel, with a format's full range scaled to 1.
+        std: of each channel, in the same units.
         class_counts: labelled images of each class; empty without labels.
     """
 
@@ -72,28 +72,28 @@ class Images:
 
 
 class Choices:
-    """Takes what is given, and chooses the rest.
+    """Keeps given settings, and chooses the rest.
 
     Attributes:
         settings: by dotted key, what was given and what was chosen so far.
         made: what was chosen, in order.
-        planned_s: how long the run takes by that, with evaluations and checkpoints; None until it is known.
+        planned_s: estimated seconds of the run, with evaluations and checkpoints; None until it is known.
     """
 
     def __init__(self, given: Mapping[str, Any]) -> None:
-        # Others are left out by None; without these there is no run.
+        # None unsets other settings; a run needs these.
         needed = ("hours", "model.stem_stride")
         self.settings = {key: value for key, value in given.items() if value is not None or key not in needed}
         self.made: list[Choice] = []
         self.planned_s: float | None = None
 
     def take(self, key: str, value: Any, why: str) -> Any:
-        """The given value of a setting, else this one.
+        """The given value of a setting, else `value`, which is recorded as chosen.
 
         Args:
             key: dotted.
-            value: to choose.
-            why: for the user.
+            value: the value to choose.
+            why: the reason, for the user.
         """
         if key not in self.settings:
             self.settings[key] = value
@@ -105,14 +105,14 @@ def image_settings(choices: Choices, images: Images) -> None:
     """How images are read: channels, mean and std.
 
     Args:
-        choices: goes on.
+        choices: takes what is chosen.
         images: their facts.
     """
     in_chans = choices.take("data.in_chans", images.in_chans, "that most of the images have")
     if "data.mean" in choices.settings or "data.std" in choices.settings:
         return
     if len(images.mean) != in_chans:
-        return  # the settings say what is missing
+        return  # the check of the settings reports what is missing
     if in_chans not in (1, 3):
         why = f"measured: {in_chans} channels have no usual values"
     elif images.is_deep:
@@ -126,17 +126,17 @@ def image_settings(choices: Choices, images: Images) -> None:
 
 
 def learnt_photographs(in_chans: int | None, mean: Sequence[float] | None) -> bool:
-    """Whether weights that were published have learnt photographs, by how their images were read.
+    """Whether published weights were trained on photographs, judged by how their images were read.
 
     Args:
-        in_chans: channels of these, where known.
-        mean: their means, likewise.
+        in_chans: channels of their images, if known.
+        mean: means of these channels, if known.
     """
     return in_chans in (3, None) and (mean is None or list(mean) in (IMAGENET_MEAN, [0.5, 0.5, 0.5]))
 
 
 def may_be_photographs(in_chans: int, is_deep: bool) -> bool:
-    """Whether images can be read as photographs are.
+    """Whether images can be read like photographs.
 
     Args:
         in_chans: their channels.
@@ -149,10 +149,10 @@ def machine_settings(choices: Choices, device: str, num_workers: int, precision:
     """Hours, and how this machine computes.
 
     Args:
-        choices: goes on.
+        choices: takes what is chosen.
         device: "cpu", or another type.
-        num_workers: that it has cores for.
-        precision: that it computes fast in.
+        num_workers: workers for which it has cores.
+        precision: the precision in which it computes fast.
 
     Returns:
         The hours.
@@ -170,7 +170,7 @@ def machine_settings(choices: Choices, device: str, num_workers: int, precision:
 
 
 def far_from_usual(mean: Sequence[float], std: Sequence[float]) -> bool:
-    """Whether ImageNet's statistics would leave images more than half a std off the middle, or 1.5 times as wide."""
+    """Whether a mean is more than half a std from ImageNet's grey mean, or a std 1.5 times wider or narrower."""
     usual_mean, usual_std = sum(IMAGENET_MEAN) / 3, sum(IMAGENET_STD) / 3
     return any(
         abs(m - usual_mean) > usual_std / 2 or not 2 / 3 < s / usual_std < 3 / 2 for m, s in zip(mean, std, strict=True)
@@ -178,7 +178,7 @@ def far_from_usual(mean: Sequence[float], std: Sequence[float]) -> bool:
 
 
 def smaller_network(variant: Any) -> NetworkSpec | None:
-    """The next smaller of the networks that are chosen among, None after the smallest, or of another.
+    """The next smaller of the networks to choose from; None after the smallest, or for any other network.
 
     Args:
         variant: as the setting has it.
@@ -193,11 +193,11 @@ def pretraining_network(
     """Image size, network, patches, masks and decoder: what a step costs.
 
     Args:
-        choices: goes on.
+        choices: takes what is chosen.
         images: their facts.
         device: "cpu", or another type.
         held: the network of the starting weights, if there are any.
-        smaller: a network in place of one that was too slow.
+        smaller: a network to use in place of one that was too slow.
     """
     side = choices.take("data.image_size", *_image_size(images.short_side, device))
     side = min(side) if isinstance(side, list) else side
@@ -255,7 +255,7 @@ def _mask_patch(side: int, total_stride: int) -> tuple[int, str]:
 
 
 def _written(spec: NetworkSpec) -> Any:
-    """As the setting has it: a name where there is one."""
+    """As in the setting: a name if there is one."""
     name = next((name for name, known in VARIANTS.items() if known == spec), None)
     return name or spec.settings()
 
@@ -265,10 +265,10 @@ def _read(variant: Any) -> NetworkSpec:
 
 
 def pretraining_batch(choices: Choices, images: Images, device: str) -> None:
-    """Batch and learning rate, and what is held out.
+    """Batch size, learning rate, and the share that is held out.
 
     Args:
-        choices: goes on.
+        choices: takes what is chosen.
         images: their facts.
         device: "cpu", or another type.
     """
@@ -294,7 +294,7 @@ def finetuning_settings(
     """Everything of a fine-tuning but its epochs, by the number of labels and their balance.
 
     Args:
-        choices: goes on.
+        choices: takes what is chosen.
         images: their facts, with class_counts.
         device: "cpu", or another type.
         held: the network of the starting weights, if there are any.
@@ -313,7 +313,8 @@ def finetuning_settings(
         choices.take("model.stem_stride", stem_stride, f"{side} pixels")
     num = sum(images.class_counts)
     few = num < 10_000
-    to_learn = max(2, int(0.8 * num))  # of which some may be held out
+    held_out = 0.0 if "data.val_path" in choices.settings else choices.settings.get("data.val_share", 0.2)
+    to_learn = max(2, int((1 - held_out) * num))
     batch = min(128 if device == "cpu" else 512, max(8, _power_of_two_below(num / 16)), _power_of_two_below(to_learn))
     batch = choices.take("batch_size", batch, f"{num:,} labels: {_count(max(1, to_learn // batch))} an epoch or more")
     rate = 1e-3
@@ -339,7 +340,7 @@ def segmentation_settings(choices: Choices, images: Images, device: str, held: N
     """Everything of a segmentation but its epochs, by the number of images and their size.
 
     Args:
-        choices: goes on.
+        choices: takes what is chosen.
         images: to learn from.
         device: "cpu", or another type.
         held: the network of the starting weights, if there are any.
@@ -369,7 +370,7 @@ def segmentation_settings(choices: Choices, images: Images, device: str, held: N
 
 
 def segmentation_epochs(choices: Choices, images: Images) -> float:
-    """How long label maps are worth learning from, if there is time: every pixel 100 times, and 2,000 steps.
+    """Most epochs that are useful on label maps, if there is time: every pixel 100 times, and 2,000 steps.
 
     Args:
         choices: those of `segmentation_settings`.
@@ -381,12 +382,12 @@ def segmentation_epochs(choices: Choices, images: Images) -> float:
 
 
 def finetuning_epochs(num_labels: int) -> int:
-    """How long labels are worth learning from, if there is time: 100 epochs of few labels, 30 of a hundred thousand."""
+    """Most epochs that are useful on labels, if there is time: 100 of few labels, 30 of a hundred thousand."""
     return 100 if num_labels <= 5_000 else 50 if num_labels <= 50_000 else 30
 
 
 def num_seen(hours: float, images_per_s: float) -> float:
-    """Views of images that a run takes in the hours, at a speed that was measured."""
+    """Views of images that a run computes in the hours, at the measured speed."""
     return images_per_s * hours * 3600 * TRAINING_SHARE
 
 
@@ -398,14 +399,14 @@ def duration(
     most: float = MAX_EPOCHS,
     num_evaluated: float = 0,
 ) -> None:
-    """Epochs, warm-up, and how often is saved, evaluated and logged, for the hours that there are.
+    """Choose epochs, warm-up, and how often to save, evaluate and log, for the given hours.
 
     Args:
-        choices: goes on.
-        num_images: to learn from, each as often as it has masks.
-        hours: that the run may take.
-        images_per_s: measured, counted as batch_size counts them.
-        most: epochs that are of use.
+        choices: takes what is chosen.
+        num_images: training images, each counted once per mask.
+        hours: hours that the run may take.
+        images_per_s: measured speed, with images counted as in batch_size.
+        most: most epochs that are useful.
         num_evaluated: images, or tiles of them, that an evaluation computes.
     """
     batch = choices.settings["batch_size"]
@@ -419,8 +420,8 @@ def duration(
     choices.take("optim.warmup_epochs", float(f"{warmup:.3g}"), "a twentieth of the run, 40 at the most")
     every = epochs / max(1, seconds / 600)
     choices.take("checkpoint.every_epochs", float(f"{every:.3g}"), "every ten minutes or so")
-    looks = max(5, min(20, seconds / 180))  # of which a judgement on the features takes four
-    # An evaluation goes some three times as fast as training, and all are to take a tenth of its time.
+    looks = max(5, min(20, seconds / 180))  # evaluations, of which a verdict on the features needs four
+    # Evaluation is some three times as fast as training, and in total may take a tenth of its time.
     looks = max(1, min(looks, 0.3 * epochs * num_images / max(1, num_evaluated)))
     choices.take("log.eval_epochs", float(f"{max(epochs / looks, 1e-3):.3g}"), f"about {looks:.0f} times in the run")
     lines = epochs * num_images / batch / max(1.0, seconds / 10)

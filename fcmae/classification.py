@@ -18,7 +18,7 @@ from fcmae.atomic import replacing
 from fcmae.data.dataset import Batch
 from fcmae.data.normalize import Normalize
 
-MAX_AUROC_CLASSES = 100  # of more, it takes as long as the images
+MAX_AUROC_CLASSES = 100  # for more, it takes as long as computing the images
 
 
 @torch.no_grad()
@@ -30,14 +30,14 @@ def probabilities_of(
     Args:
         model: in evaluation mode; see `class_probabilities`.
         batch: with at least one image.
-        normalize: likewise.
-        accelerator: likewise.
+        normalize: see `class_probabilities`.
+        accelerator: see `class_probabilities`.
 
     Returns:
         (B, classes).
     """
     images = normalize(batch.images.to(accelerator.device, non_blocking=True))
-    with accelerator.autocast():  # a moving average has not been through accelerate
+    with accelerator.autocast():  # a moving average is not prepared by accelerate
         # forward, as calling a compiled model would compile it again for another batch size
         probabilities: NDArray[np.float32] = model.forward(images).float().softmax(-1).cpu().numpy()
     return probabilities
@@ -46,10 +46,10 @@ def probabilities_of(
 def class_probabilities(
     model: nn.Module, batches: Iterable[Batch], normalize: Normalize, accelerator: Accelerator
 ) -> tuple[NDArray[np.int64], NDArray[np.float32], list[tuple[str, str]]]:
-    """Softmax outputs for all images that could be read, of all processes together, in their order.
+    """Softmax outputs for all images that could be read, gathered from all processes, in the order of the images.
 
     Args:
-        model: images, normalised, to logits (B, classes); on the accelerator's device.
+        model: maps normalised images to logits (B, classes); on the accelerator's device.
         batches: this process's share.
         normalize: on the model's device.
         accelerator: of this process.
@@ -78,16 +78,16 @@ def class_probabilities(
 
 
 def scores(labels: Sequence[int] | NDArray[np.int64], probabilities: NDArray[np.float32]) -> dict[str, float]:
-    """What is usually reported of a classifier.
+    """The usual scores of a classifier.
 
     Args:
         labels: (N,) class indices.
         probabilities: (N, classes).
 
     Returns:
-        By name, each in 0..1 but the loss: top1; top5 where there are more than five classes; balanced_accuracy, the
-        mean recall of the classes that occur; auroc where every class of at most MAX_AUROC_CLASSES occurs, see
-        `macro_auroc`; val_loss, the mean cross-entropy in nats.
+        By name, each in 0..1 except the loss: top1; top5 if there are more than five classes; balanced_accuracy, the
+        mean recall of the classes that occur; auroc (see `macro_auroc`) if there are at most MAX_AUROC_CLASSES classes
+        and all occur; val_loss, the mean cross-entropy in nats.
     """
     from sklearn.metrics import recall_score
 
@@ -104,7 +104,7 @@ def scores(labels: Sequence[int] | NDArray[np.int64], probabilities: NDArray[np.
     if num_classes > 5:
         best = np.argpartition(probabilities, -5, axis=1)[:, -5:]
         found["top5"] = float((best == truth[:, None]).any(1).mean())
-    # What is not finite is for the caller to report, by the loss.
+    # The caller reports probabilities that are not finite, by the loss.
     if 1 < len(present) == num_classes <= MAX_AUROC_CLASSES and np.isfinite(probabilities).all():
         found["auroc"] = macro_auroc(truth, probabilities)
     return found
@@ -116,7 +116,7 @@ def macro_auroc(labels: Sequence[int] | NDArray[np.int64], probabilities: NDArra
     For two classes it is the usual area, which is the same for both.
 
     Args:
-        labels: (N,) class indices, of two classes at least.
+        labels: (N,) class indices, of at least two classes.
         probabilities: (N, classes).
     """
     from sklearn.metrics import roc_auc_score
@@ -171,7 +171,7 @@ def add_predictions(
     class_names: Sequence[str],
     labels: Sequence[int] | None = None,
 ) -> None:
-    """Add lines to the file of `open_table`, which are in it when this ends.
+    """Add lines to the file of `open_table` and flush them.
 
     Args:
         table: the file.

@@ -89,11 +89,18 @@ def _run(words: list[str]) -> int:
         raise SystemExit(0 if words else 2)
     settings, run = _command(name)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    given = load(settings, rest, prog=f"fcmae {name}", num_processes=processes, complete=COMPLETE.get(name))
-    if name not in IDLE:
-        threads.prepare()
-    with contextlib.nullcontext() if name in COMPLETE else _ending_tidily():
+    with _showing() if name in COMPLETE else _ending_tidily():
+        given = load(settings, rest, prog=f"fcmae {name}", num_processes=processes, complete=COMPLETE.get(name))
+        if name not in IDLE:
+            threads.prepare()
         return run(given) or 0
+
+
+def _showing() -> contextlib.AbstractContextManager[None]:
+    """Around a run and what is chosen for it: what it says is shown, by its first process."""
+    from fcmae.training.messages import showing
+
+    return showing() if os.environ.get("RANK", "0") == "0" else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -122,7 +129,7 @@ def _command(name: str) -> tuple[type[Settings], Callable[[Any], int | None]]:
 def _help() -> str:
     lines = [f"  {name:11} {(settings.__doc__ or '').splitlines()[0]}" for name, (settings, _) in COMMANDS.items()]
     head = ["usage: fcmae COMMAND [WORD ...] [--KEY VALUE ...]", "", fcmae.__doc__ or "", "", "commands:"]
-    return "\n".join([*head, *lines, "", "`fcmae COMMAND --help` says more, `fcmae --version` which this is."])
+    return "\n".join([*head, *lines, "", "`fcmae COMMAND --help` explains it, `fcmae --version` prints the version."])
 
 
 def _ended(run: Run) -> int:
@@ -253,8 +260,7 @@ def _stats(cfg: commands.StatsConfig) -> None:
 
     workers = min(8, num_cores()) if cfg.num_workers is None else cfg.num_workers
     index = find_images(cfg.path)
-    for note in index.notes:
-        print(note, file=sys.stderr)
+    index.tell_notes()
     mean, std, num_images = channel_statistics(
         index,
         cfg.in_chans,
@@ -266,7 +272,7 @@ def _stats(cfg: commands.StatsConfig) -> None:
     print(f"# {num_images} images\ndata:\n  in_chans: {cfg.in_chans}")
     if cfg.nodata is not None:
         print(f"  nodata: {cfg.nodata!r}")
-    for name, values in (("mean", mean), ("std", std)):
+    for name, values in (("mean", mean), ("std", [max(value, 1e-6) for value in std])):
         print(f"  {name}: [{', '.join(f'{value:.4g}' for value in values)}]")
 
 

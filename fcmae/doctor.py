@@ -1,7 +1,7 @@
-"""What this machine has for pretraining and what it lacks; what that costs and how to mend it.
+"""What this machine has for pretraining and what it lacks; what that costs and how to fix it.
 
 What may crash or block an interpreter (compiled packages, compilers, process groups) is tried in another one, so that a
-broken part becomes a row of the table: nothing here imports torch but there.
+broken part becomes a row of the table; torch is imported only there.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class Finding:
         name: of what was looked at.
         state: note = works, at a cost; missing = not there; broken = there, but does not work.
         found: versions, sizes or the error.
-        cost: what it costs, where there is something to say.
-        mend: how to mend it, likewise.
+        cost: what it costs, if there is something to say.
+        mend: how to fix it, if there is something to say.
         needed: while this is missing or broken, nothing can be pretrained.
     """
 
@@ -73,7 +73,7 @@ class Finding:
 
 Find = Callable[[], Iterator[Finding]]
 
-# Rows of what is tried in another Python, where it fails there.
+# Rows of checks that are run in another Python, if they fail there.
 _lacking = partial(Finding, state="broken", found="")
 NO_TORCH = _lacking("torch", cost=NOTHING, mend=PAIR, needed=True)
 NO_COMPILE = _lacking(
@@ -95,17 +95,17 @@ NO_ENGINE = _lacking(
 
 
 def checks(out: Path = Path(), quick: bool = False) -> dict[str, Find]:
-    """All that is looked at, by name and in order.
+    """All checks, by name and in order.
 
     Args:
         out: see `diagnose`.
-        quick: likewise.
+        quick: see `diagnose`.
     """
     engine = partial(_alone, partial(_minkowski, quick), NO_ENGINE, timeout_s=60)
     found: dict[str, Find] = {
         "Python": _python,
         "packages": _packages,
-        # It is here that a driver may block, or a package kill Python; the rows that came before tell which.
+        # Here a driver may block, or a package kill Python; the rows before this one tell which.
         "torch": partial(_alone, _torch, NO_TORCH, timeout_s=120),
         "torch.compile": partial(_alone, _compile, NO_COMPILE, timeout_s=120),
         "processes": partial(_alone, _processes, NO_GROUP, timeout_s=30),
@@ -128,7 +128,7 @@ def doctor(out: Path = Path(), quick: bool = False, as_json: bool = False) -> bo
 
     Args:
         out: see `diagnose`.
-        quick: likewise.
+        quick: see `diagnose`.
         as_json: one object, at the end.
 
     Returns:
@@ -157,11 +157,11 @@ def _line(finding: Finding) -> str:
 
 
 def diagnose(out: Path = Path(), quick: bool = False) -> Iterator[Finding]:
-    """Look at everything, one thing after the other; a part that is broken is a finding, never an exception.
+    """Run all checks, one after the other; a broken part is a finding, never an exception.
 
     Args:
-        out: where runs are to be written; it need not exist yet.
-        quick: try neither torch.compile nor a process group nor MinkowskiEngine, which take most of the time.
+        out: where runs will be written; it need not exist yet.
+        quick: skip torch.compile, process groups and MinkowskiEngine, which take most of the time.
     """
     for name, find in checks(out, quick).items():
         try:
@@ -171,7 +171,7 @@ def diagnose(out: Path = Path(), quick: bool = False) -> Iterator[Finding]:
 
 
 def _alone(find: Find, lacking: Finding, timeout_s: float) -> Iterator[Finding]:
-    """The findings of a check that may kill or block Python, or fail: that is what `lacking` is then found by."""
+    """The findings of a check that may kill or block Python, or fail, of which `lacking` is then the finding."""
     with TemporaryDirectory(ignore_cleanup_errors=True) as directory:
         try:
             yield from each_in_process(_quietly, find, directory, timeout_s=timeout_s)
@@ -183,7 +183,7 @@ def _quietly(find: Find, cache: str) -> Iterator[Finding]:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
-    # What was compiled once needs no compiler: only an empty cache shows whether there is one that works.
+    # Cached code needs no compiler: only an empty cache shows whether there is one that works.
     os.environ |= {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": cache}
     yield from find()
 
@@ -241,7 +241,7 @@ def _torch() -> Iterator[Finding]:
         else:
             yield Finding(name, "ok", module.__version__)
             if name == "torch":
-                yield from _gpus()  # before anything else can take the driver's warnings
+                yield from _gpus()  # before anything else can consume the driver's warnings
     if works:
         import torch
 

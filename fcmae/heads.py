@@ -1,4 +1,4 @@
-"""What is put on an encoder's output for a task."""
+"""Heads, which turn an encoder's output into that of a task."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Classifier(nn.Module):
     Args:
         encoder: dense, on whole images.
         num_classes: outputs.
-        head_init_scale: factor on the Linear's first weights; .001 for an encoder that was trained, 1 from scratch.
+        head_init_scale: factor on the Linear's initial weights; .001 for a trained encoder, 1 from scratch.
     """
 
     def __init__(self, encoder: StagedEncoder, num_classes: int, head_init_scale: float = 1.0) -> None:
@@ -50,7 +50,7 @@ class Segmenter(nn.Module):
 
     Args:
         encoder: dense, on whole images.
-        head: from the maps of the stages, first to last, (B, C_i, h_i, w_i), to logits of the first one's sites.
+        head: maps the stages' outputs, first to last, (B, C_i, h_i, w_i), to logits at the first stage's sites.
     """
 
     def __init__(self, encoder: StagedEncoder, head: FeaturePyramid | UPerNet | Exits) -> None:
@@ -67,7 +67,7 @@ class Segmenter(nn.Module):
 class Layer(nn.Sequential):
     """Convolution of stride 1 -> LayerNorm over the channels -> GELU, on (B, C, h, w).
 
-    The norm looks at one site: what is predicted there is the same in every batch and on every tile.
+    The norm looks at one site, so a prediction does not depend on the rest of the batch or tile through it.
     """
 
     def __init__(self, in_chans: int, dim: int, kernel_size: int = 1) -> None:
@@ -80,7 +80,7 @@ class _ChannelNorm(LayerNorm):
 
 
 class FeaturePyramid(nn.Module):
-    """A light head: each stage's map is added to the coarser ones below it; all are brought to the finest and summed.
+    """A light head: coarser maps are added to each stage's map; all are resized to the finest and summed.
 
     Source: feature pyramids, arXiv 1612.03144, with the summed levels of arXiv 1901.02446; norms as in `Layer`.
 
@@ -111,7 +111,7 @@ class FeaturePyramid(nn.Module):
 class UPerNet(nn.Module):
     """Pyramid pooling on the last stage, a feature pyramid, and all levels fused.
 
-    Source: arXiv 1807.10221, the semantic segmentation part; norms as in `Layer` where it has BatchNorm.
+    Source: arXiv 1807.10221, the semantic segmentation part; with the norms of `Layer` instead of BatchNorm.
 
     Args:
         dims: channels of the stages.
@@ -145,7 +145,7 @@ class UPerNet(nn.Module):
 
 
 class Exit(nn.Module):
-    """A stage's part in the answer. It looks at no other patch, so it runs on maps and on packed rows alike.
+    """A stage's part in the answer. It looks at each patch alone, so it runs on maps and on packed rows alike.
 
         level = lateral(f) + nearest(pooled(...pooled(lateral(f)))), pooled to one site a patch
         logits = classify(fuse(level))
@@ -154,7 +154,7 @@ class Exit(nn.Module):
 
     Args:
         in_dim: channels of the stage.
-        dim: of its levels.
+        dim: channels of its levels.
         num_poolings: log2 of the stage's sites along a side of a patch.
         num_classes: outputs.
     """
@@ -167,7 +167,7 @@ class Exit(nn.Module):
         self.classify = nn.Linear(dim, num_classes)
 
     def forward(self, f: Tensor) -> Tensor:
-        """What the stage adds to the logits, (..., h, w, num_classes), of its output (..., h, w, C)."""
+        """What the stage adds to the logits, (..., h, w, num_classes), from its output (..., h, w, C)."""
         level = context = self.lateral(f)
         for layer in self.pooled:
             context = layer(_halved(context))
@@ -192,7 +192,7 @@ def _halved(x: Tensor) -> Tensor:
 
 
 def add_nearest(fine: Tensor, coarse: Tensor) -> Tensor:
-    """Maps, or sites of patches, and coarser ones, whose sites are repeated.
+    """Add coarser maps to maps, or to sites of patches, repeating the coarse sites.
 
     Args:
         fine: (..., h, w, C).
@@ -208,14 +208,14 @@ def add_nearest(fine: Tensor, coarse: Tensor) -> Tensor:
 
 
 class Exits(nn.Module):
-    """An exit on each stage of an encoder, whose logits add up, and when a patch may leave.
+    """An exit on each stage of an encoder, whose logits add up, and the rule by which a patch exits.
 
     Args:
         dims: channels of the stages.
         num_classes: outputs.
         dim: channels of the exits' levels.
-        tau: a patch leaves when it is surer than this, 0 to 1; at 1 none does.
-        quantile: of the sites' confidences, which is the patch's; 0 is that of its least sure site.
+        tau: a patch exits when its confidence is above this, 0 to 1; at 1 none does.
+        quantile: a patch's confidence is this quantile of its sites' confidences; 0 is the minimum.
     """
 
     def __init__(
@@ -235,7 +235,7 @@ class Exits(nn.Module):
         return cast("Iterator[Exit]", iter(self.exits))
 
     def confidence(self, logits: Tensor) -> Tensor:
-        """How sure patches are: the largest probability at their least sure site, or at the quantile's.
+        """Confidence of patches: the quantile (or minimum) over their sites of the largest class probability.
 
         Args:
             logits: (..., h, w, classes) of maps or of sites of patches.

@@ -1,4 +1,4 @@
-"""A repository of a model as the Hugging Face hub has it: timm's two files, and a card written from the run."""
+"""A model repository for the Hugging Face hub: timm's two files, and a card written from the run."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from fcmae.tables import table
 from fcmae.weights.convert import check_dest, read_sound, write
 from fcmae.weights.files import Weights, segmenter_in, timm_holds
 
-# Of a file that is large, of the system, and of the library that this huggingface_hub speaks HTTP with.
+# Errors of large files, of the system, and of the HTTP library that this huggingface_hub uses.
 FAILURES: tuple[type[Exception], ...] = (RuntimeError, OSError, HfHubHTTPError.__mro__[1])
-# Where the images and the run lie is nobody's business, nor what a machine needs to be told.
+# Not in the card: where the images and the run are, and settings that depend on the machine.
 LEFT_OUT = (
     "out",
     "chosen",
@@ -45,10 +45,10 @@ LEFT_OUT = (
     "device",
     "overwrite",
 )
-OF_FILES = ("run", "init", "file", "directory")  # of where weights are from
+OF_FILES = ("run", "init", "file", "directory")  # of the origin of weights
 CURVES = ("loss", "val_loss", "top1", "balanced_accuracy", "auroc")
 MAX_ROWS = 12  # of the table of curves
-# Of the names that the hub knows; it takes others as "other" with a name of its own.
+# Some of the licences that the hub knows by name; others are given as "other" with a name of their own.
 LICENSES = (
     *("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "gpl-3.0", "lgpl-3.0", "agpl-3.0", "cc0-1.0", "unlicense"),
     *(f"cc-by{kind}-4.0" for kind in ("", "-sa", "-nd", "-nc", "-nc-sa", "-nc-nd")),
@@ -62,7 +62,7 @@ def write_repository(cfg: ExportConfig) -> str:
         cfg: the model, and the folder.
 
     Raises:
-        ValueError: if the model cannot be read, or the folder is there.
+        ValueError: if the model cannot be read, or the folder exists.
     """
     written = _write(cfg.model, cfg.dest, f"local-dir:{cfg.dest.name}", cfg.key, cfg.prefix)
     return f"{written}\nwrote its card, {cfg.dest / 'README.md'}: read it before you publish it"
@@ -72,10 +72,10 @@ def push(cfg: PushConfig) -> str:
     """Write the repository of a model and upload it; the hub checks the card first.
 
     Args:
-        cfg: the model, the repository, and whether it is there.
+        cfg: the model, the repository, and whether it may exist.
 
     Returns:
-        Where it is.
+        The address of the repository.
 
     Raises:
         ValueError: if the model cannot be read, or the hub refuses the card, the token or the repository, or cannot be
@@ -89,7 +89,7 @@ def push(cfg: PushConfig) -> str:
         _write(cfg.model, place, f"hf-hub:{repo}", cfg.key, cfg.prefix)
         with _refusals(cfg.repo, api.endpoint):
             made = api.create_repo(repo, private=not cfg.public, exist_ok=cfg.overwrite)
-            is_private = bool(api.repo_info(made.repo_id).private)  # what was there stays as it is
+            is_private = bool(api.repo_info(made.repo_id).private)  # an existing repository keeps its visibility
         if not (is_private or cfg.public):
             raise ValueError(f"repo = {made.repo_id} is public: give --public, or make it private there")
         with _refusals(cfg.repo, api.endpoint):
@@ -100,7 +100,7 @@ def push(cfg: PushConfig) -> str:
 
 @contextmanager
 def _refusals(repo: str, endpoint: str) -> Iterator[None]:
-    """What the hub answers, as an error in one sentence."""
+    """Turn errors of the hub into a sentence."""
     try:
         yield
     except FAILURES as error:
@@ -117,7 +117,7 @@ def _refusals(repo: str, endpoint: str) -> Iterator[None]:
 
 
 def _write(model: Path, dest: Path, name: str, key: str | None, prefix: str | None) -> str:
-    """The two files and the card in a new folder; what `write` says."""
+    """Write the two files and the card into a new folder; returns what `write` says."""
     run = _run_of(model)
     if segmenter_in(model) is not None or (run is not None and run.kind == "segment"):
         raise ValueError(
@@ -152,8 +152,8 @@ def card(weights: Weights, run: Run | None, name: str) -> str:
 
     Args:
         weights: of the model.
-        run: that it is of, where there is one.
-        name: by which timm loads it, hf-hub:USER/NAME or local-dir:FOLDER.
+        run: the run that the model is of, if there is one.
+        name: name by which timm loads it, hf-hub:USER/NAME or local-dir:FOLDER.
     """
     num_classes, license_ = weights.architecture.num_classes, weights.license
     known = license_ is None or license_.lower() in LICENSES
@@ -167,7 +167,7 @@ def card(weights: Weights, run: Run | None, name: str) -> str:
     place = name.partition(":")[2]
     title = os.path.basename(place)  # noqa: PTH119  # of a repository's name too
     parts = [f"---\n{data.to_yaml()}\n---", f"# {_cell(title)}", *_what(weights), *_how_to_load(weights, name, place)]
-    if pruned := weights.origin.get("pruned"):  # scores and curves of the run are those of the network before
+    if pruned := weights.origin.get("pruned"):  # scores and curves of the run are those before pruning
         parts += [f"It was pruned ({_cell(pruned)}), and has not been trained since."]
     elif run is not None:
         parts += [*_training(run, weights.origin.get("step")), *_results(run)]
@@ -179,7 +179,7 @@ def card(weights: Weights, run: Run | None, name: str) -> str:
 
 
 def _cell(value: object) -> str:
-    """What a file holds, as a text that Markdown and a terminal show as it is."""
+    """A value from a file, as text that Markdown and a terminal show literally."""
     return "".join(f"\\{sign}" if sign in "|`*_[]<>\\#" else sign for sign in printable(options.text(value)))
 
 
@@ -215,7 +215,7 @@ def _how_to_load(weights: Weights, name: str, place: str) -> Iterator[str]:
 
 
 def _training(run: Run, step: object) -> Iterator[str]:
-    """How the run came to the weights of a step, None if that is not known: as far as it was trained."""
+    """How the run was trained up to a step; up to its end if the step is None, as it is not known."""
     told = [line for line in run.lines if not isinstance(step, int) or line["step"] <= step]
     yield "## How it was trained"
     rows = [["kind", {"pretrain": "masked pretraining", "finetune": "fine-tuning with labels"}[run.kind]]]
@@ -235,7 +235,7 @@ def _training(run: Run, step: object) -> Iterator[str]:
     for line in told:
         by_step.setdefault(int(line["step"]), {}).update(line)
     seen = {key for line in told for key in line}
-    # Where there is a moving average of the weights, that is the model.
+    # If there is a moving average of the weights, it is the model.
     keys = [f"ema_{key}" if f"ema_{key}" in seen else key for key in CURVES if key in seen]
     lines = [line for line in by_step.values() if keys[-1] in line] if keys else []
     if lines:

@@ -1,7 +1,7 @@
 """The method (FCMAE, arXiv 2301.00808, Sec. 3), in reading order: target, decoder, masked autoencoder, loss, objective.
 
-Which patches are hidden is drawn in `fcmae.masking`; the encoder is any of `fcmae.networks`, and sees visible patches
-only, by the layout (`fcmae.layouts`) that is made from the mask.
+`fcmae.masking` draws which patches are hidden. The encoder is any of `fcmae.networks`; the layout that is made from the
+mask (`fcmae.layouts`) shows it visible patches only.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from fcmae.networks.convnext import init_weights
 from fcmae.networks.encoder import StagedEncoder
 from fcmae.networks.layers import Block
 
-EPS = 1e-6  # beside a target patch's variance
+EPS = 1e-6  # added to a target patch's variance
 
 
 # What is to be predicted
 
-# (images, hidden, patch, known) -> what is to be predicted of each hidden patch, (N, num_values); see `pixels`.
+# (images, hidden, patch, known) -> the values to predict for each hidden patch, (N, num_values); see `pixels`.
 Target = Callable[[Tensor, Tensor, int, Tensor | None], Tensor]
 
 
@@ -80,8 +80,8 @@ def pixels(images: Tensor, hidden: Tensor, patch: int, known: Tensor | None = No
         known: (B, C, H, W) bool, false for values that are missing; None if none is.
 
     Returns:
-        (N, patch * patch * C), at least float32, in the order of `patchify`; NaN for what is not to be predicted, as it
-        is missing.
+        (N, patch * patch * C), at least float32, in the order of `patchify`; NaN for missing values, which are not to
+        be predicted.
     """
     if known is not None:
         images = images.masked_fill(~known, torch.nan)
@@ -89,16 +89,16 @@ def pixels(images: Tensor, hidden: Tensor, patch: int, known: Tensor | None = No
 
 
 def normalized_pixels(images: Tensor, hidden: Tensor, patch: int, known: Tensor | None = None) -> Tensor:
-    """The values of hidden patches, each standardised by its own mean and unbiased variance: the paper's; see `pixels`.
+    """The values of hidden patches, each standardised by its own mean and unbiased variance, as in the paper.
 
     Args:
         images: see `pixels`.
-        hidden: likewise.
-        patch: likewise.
-        known: likewise; mean and variance are those of the known values of a patch.
+        hidden: see `pixels`.
+        patch: see `pixels`.
+        known: see `pixels`; mean and variance are those of the known values of a patch.
 
     Returns:
-        Likewise.
+        See `pixels`.
     """
     values = pixels(images, hidden, patch, known)
     if known is None:
@@ -114,17 +114,17 @@ def normalized_pixels(images: Tensor, hidden: Tensor, patch: int, known: Tensor 
 def hog(
     images: Tensor, hidden: Tensor, patch: int, known: Tensor | None = None, *, num_bins: int = 9, cell: int = 8
 ) -> Tensor:
-    """Histograms of oriented gradients of each cell and channel, of L2 norm 1 (MaskFeat, arXiv 2112.09133).
+    """Histograms of oriented gradients of each cell and channel, scaled to L2 norm 1 (MaskFeat, arXiv 2112.09133).
 
-    Gradients are differences of neighbours, of the whole image, so that those at a patch's border look across it; at
-    the image's border they are 0. A pixel counts for the one bin that its gradient's direction, of 180 degrees, is in.
+    Gradients are differences of neighbouring pixels of the whole image, so they look across the borders of patches; at
+    the image's border they are 0. A pixel counts in one bin, that of its gradient's direction within 180 degrees.
 
     Args:
         images: see `pixels`.
-        hidden: likewise.
-        patch: likewise.
-        known: likewise; a cell with a value that is missing, or has such a neighbour, is not to be predicted.
-        num_bins: of 180 degrees.
+        hidden: see `pixels`.
+        patch: see `pixels`.
+        known: see `pixels`; a cell that has a missing value or borders on one is not to be predicted.
+        num_bins: number of bins in 180 degrees.
         cell: side in pixels; a smaller patch is one cell.
 
     Returns:
@@ -163,7 +163,7 @@ class Decoder(nn.Module):
 
     Args:
         encoder_dim: channels of the encoder's output.
-        num_values: predicted values a site: those of the target, p * p * C for pixels.
+        num_values: predicted values per site, as many as the target has: p * p * C for pixels.
         dim: width.
         depth: number of blocks.
     """
@@ -184,7 +184,7 @@ class Decoder(nn.Module):
             stages: the output of each of the encoder's stages, first to last, in `layout`.
             layout: that of the features.
             site_mask: (B, h, w) bool, True = hidden.
-            num_hidden: hidden sites of each image, which alone are then predicted; None predicts all.
+            num_hidden: number of hidden sites of each image; only these are then predicted. None predicts all sites.
 
         Returns:
             (B, M, num_values), the M = num_hidden hidden sites, or all h * w, in row-major order.
@@ -198,22 +198,22 @@ class Decoder(nn.Module):
         return _pointwise(x, self.pred).reshape(len(site_mask), -1, self.pred.out_channels)
 
     def project(self, stages: Sequence[Tensor], layout: Layout) -> Tensor:
-        """What the blocks start from: the last stage alone, projected; see `forward`.
+        """The input of the blocks: the output of the last stage alone, projected.
 
         Args:
             stages: see `forward`.
-            layout: likewise.
+            layout: see `forward`.
 
         Returns:
-            (B, h, w, dim) on the last stage's grid, with any value at hidden sites.
+            (B, h, w, dim) on the last stage's grid, with arbitrary values at hidden sites.
         """
         return layout.unpack(_pointwise(stages[-1], self.proj))
 
 
 def _at_sites(block: Block, x: Tensor, rows: Tensor) -> Tensor:
-    """A V2 block's output at some sites of a dense map: its GRN needs the expanded features everywhere, the rest not.
+    """A V2 block's output at some sites of a dense map; only its GRN needs the expanded features of all sites.
 
-    x: (B, h, w, C). rows: (N,) int64, indices into its B * h * w sites, equally many of each image. Returns (N, C)
+    x: (B, h, w, C). rows: (N,) int64, indices into its B * h * w sites, the same number for each image. Returns (N, C)
     as (B, N / B, 1, C).
     """
 
@@ -232,14 +232,14 @@ def _pointwise(f: Tensor, conv: nn.Conv2d) -> Tensor:
 
 
 class FCMAE(nn.Module):
-    """A fully convolutional masked autoencoder of finished parts.
+    """A fully convolutional masked autoencoder, made of the given parts.
 
     Args:
         encoder: sees visible sites only.
-        decoder: predicts hidden sites, of the encoder's total stride, from the output of its stages; called as
-            `Decoder.forward` is.
-        make_layout: (mask, num_visible) to the layout of the encoder's features; by default packed.
-        target: what the decoder predicts of each site, for `masked_loss`.
+        decoder: predicts hidden sites, at the encoder's total stride, from the output of its stages; called like
+            `Decoder.forward`.
+        make_layout: maps (mask, num_visible) to the layout of the encoder's features; by default packed.
+        target: what the decoder predicts for each site, for `masked_loss`.
     """
 
     def __init__(
@@ -264,18 +264,18 @@ class FCMAE(nn.Module):
 
         Args:
             images: (B, C, H, W) float, normalised; H and W are multiples of the mask patch.
-            mask: (B, gh, gw) bool, True = hidden, one element a mask patch.
-            num_visible: visible patches of each image; None counts them, which waits for the device. If images differ
-                in that number, which packed refuses, leave it None.
-            hidden_only: predict hidden sites only, as the loss needs; False predicts every site, for pictures, as
-                happens too if images differ.
+            mask: (B, gh, gw) bool, True = hidden, one element per mask patch.
+            num_visible: visible patches of each image; None counts them, which waits for the device. Leave it None if
+                images differ in that number, which packed refuses.
+            hidden_only: predict hidden sites only, as the loss needs; False predicts every site, for pictures. Every
+                site is also predicted if images differ in their number of visible patches.
 
         Returns:
             pred: (B, M, num_values), the M hidden sites (or all) in row-major order; for pixels p * p * C values,
             ordered (row, column, channel). site_mask: (B, H / p, W / p) bool, the mask at the sites.
 
         Raises:
-            ValueError: if the masks are not those of the images, by their number or their sides.
+            ValueError: if the masks do not match the images in number or size.
         """
         (B, _, H, W), stride, (num_masks, gh, gw) = images.shape, self.encoder.total_stride, mask.shape
         factor = H // stride // max(1, gh)  # sites along a side of a mask patch
@@ -301,14 +301,14 @@ def build_fcmae(
     make_layout: MakeLayout = PACKED,
     target: Target = normalized_pixels,
 ) -> FCMAE:
-    """The paper's model around an encoder: its plain decoder predicts the target of one site of the total stride.
+    """The paper's model around an encoder: its plain decoder predicts the target of each site at the total stride.
 
     Args:
         encoder: sees visible sites only.
         decoder_dim: width of the decoder.
         decoder_depth: number of its blocks.
-        make_layout: (mask, num_visible) to the layout of the encoder's features; by default packed.
-        target: of one site.
+        make_layout: maps (mask, num_visible) to the layout of the encoder's features; by default packed.
+        target: what is predicted for a site.
     """
     patch = torch.zeros(1, encoder.in_chans, encoder.total_stride, encoder.total_stride)
     num_values = target(patch, torch.zeros(1, dtype=torch.int64), encoder.total_stride, None).shape[1]
@@ -322,21 +322,21 @@ def build_fcmae(
 def reconstruction_loss(
     pred: Tensor, images: Tensor, mask: Tensor, *, target: Target = normalized_pixels, known: Tensor | None = None
 ) -> Tensor:
-    """Mean squared error over hidden patches only (arXiv 2301.00808, Sec. 3), and of these over what is known.
+    """Mean squared error over the known values of hidden patches only (arXiv 2301.00808, Sec. 3).
 
-    Every known value counts the same, so that a patch counts by the share of it that is known, and one that is missing
-    as a whole not at all.
+    Every known value has the same weight: a patch counts by its share of known values, and one that is missing entirely
+    does not count.
 
     Args:
         pred: (B, M, num_values) float, the predictions for the M hidden patches of each image, or for every patch if
             images differ in their number of hidden ones, in row-major order.
         images: (B, C, H, W) float.
         mask: (B, H / p, W / p) bool, True = hidden.
-        target: what was to be predicted.
+        target: what is to be predicted.
         known: (B, C, H, W) bool, false for values that are missing; None if none is.
 
     Returns:
-        A float32 scalar; 0 if nothing that is hidden is known.
+        A float32 scalar; 0 if no hidden value is known.
 
     Raises:
         ValueError: if no patch is hidden.
@@ -354,12 +354,12 @@ def reconstruction_loss(
     if known is None:
         return error.square().mean()
     counts = ~wanted.isnan()
-    # Before the square, whose gradient at NaN would be NaN even where it does not count.
+    # Masked before the square: its gradient at NaN would be NaN even where it does not count.
     return error.where(counts, 0).square().sum() / counts.sum().clamp(min=1)
 
 
 def share_known(known: Tensor, masks: Tensor) -> Tensor:
-    """How much of what the masks hide is known, by which a batch counts beside others in a mean of `masked_loss`.
+    """Share of the hidden values that are not missing: the batch's weight when masked_loss is averaged over batches.
 
     Args:
         known: (B, C, H, W) bool, false for values that are missing.
@@ -389,9 +389,9 @@ def masked_loss(
         images: (B, C, H, W) float, normalised.
         masks: (B * n, gh, gw) bool, True = hidden; the n masks of an image follow each other.
         num_visible: visible patches under each mask; None counts them, which waits for the device.
-        target: what it was to predict; None is its own, see `FCMAE`, or `normalized_pixels` of a model without one.
-        known: (B, C, H, W) bool, false for values that are missing, which are in no loss; None if none is. What stands
-            for them in `images` the model sees, at best 0, the mean.
+        target: what the model is to predict; None takes the model's own (see `FCMAE`), else `normalized_pixels`.
+        known: (B, C, H, W) bool, false for missing values, which do not enter the loss; None if none is missing. The
+            model sees what `images` holds in their place, ideally 0, the mean.
 
     Returns:
         A float32 scalar with gradients, the mean over all hidden patches, see `reconstruction_loss`.
@@ -404,7 +404,7 @@ def masked_loss(
     if (num_masks := len(masks) // len(images)) > 1:
         images = images.repeat_interleave(num_masks, dim=0)  # (B * n, C, H, W)
         known = None if known is None else known.repeat_interleave(num_masks, dim=0)
-    if target is None:  # of what is wrapped for several processes, that of what is inside
+    if target is None:  # of a model wrapped for several processes, that of the model inside
         target = getattr(getattr(model, "module", model), "target", normalized_pixels)
     pred, site_mask = model(images, masks, num_visible)
     return reconstruction_loss(pred, images, site_mask, target=target, known=known)

@@ -53,12 +53,12 @@ class ConfigError(ValueError):
 
 
 class _Also(Section):
-    """What every command line may give beside settings."""
+    """What every command line may give besides settings."""
 
     config: str | None = None
     """A YAML file of settings, or the name of a shipped one (`fcmae configs`)."""
     print_config: bool = False
-    """Print the resolved settings and stop."""
+    """Print all settings as a run would use them, and stop."""
     debug: bool = False
     """Show the traceback of an error."""
 
@@ -93,14 +93,23 @@ def load(
     problems += invalid
     file = None if also is None else also.config
     try:
-        settings = {} if file is None else read_yaml(find_config(file))
+        settings = {} if file is None else _recipe(file)
     except ConfigError as error:
         raise ConfigError([*problems, str(error)]) from error
     config = _made(model, settings, values, file is not None, num_processes, complete, wrong, problems)
     if also is not None and also.print_config:
-        print(dump(config), end="")
+        print(dump(config.model_copy(update=dict.fromkeys({"overwrite"} & config.model_fields_set, False))), end="")
         raise SystemExit(0)
     return config
+
+
+def _recipe(file: str) -> dict[str, Any]:
+    """The settings in a file, or in a shipped one of that name."""
+    settings = read_yaml(find_config(file))
+    # The run would be deleted where it is to go on.
+    if str(settings.get("overwrite", "false")).lower() not in ("false", "no", "off", "0"):
+        raise ConfigError(["overwrite: it is in a file, and would delete at every start: give --overwrite"])
+    return settings
 
 
 def make(
@@ -122,7 +131,7 @@ def make(
     Raises:
         ConfigError: See `load`.
     """
-    values = {} if config is None else read_yaml(find_config(config))
+    values = {} if config is None else _recipe(config)
     return _made(model, values, flattened(model, settings), config is not None, num_processes, complete)
 
 
@@ -489,8 +498,8 @@ def usage(model: type[Settings], prog: str) -> str:
         shown = key.replace("_", "-") if title == "also" else key
         lines.append(_row(f"{short}--{shown} {_metavar(field.annotation)}", field))
     notes = (
-        "A flag's text means what it would mean in a YAML file. Lists are written 0.2,1 or 0.2 1 or [0.2, 1], or by "
-        "repeating the flag. Where a setting may be left out, none does so. Dashes and underscores are the same."
+        "A flag's value means the same as in a YAML file. Write a list as 0.2,1 or 0.2 1 or [0.2, 1], or repeat the "
+        "flag. To unset an optional setting, give `none`. Dashes and underscores are interchangeable."
     )
     return "\n".join([*lines, "", *textwrap.wrap(notes, 100)])
 

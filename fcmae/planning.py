@@ -1,7 +1,7 @@
-"""A run's settings from its images, this machine and the time there is: what is found and measured for `choices`.
+"""A run's settings from its images, this machine and the available time: finds and measures what `choices` needs.
 
-Without --config, or where `hours` is given, what is not given is chosen before the run starts. It is written to the
-run's config.yaml with the reasons, and the same command takes it from there when it resumes.
+Without --config, or if `hours` is given, settings that were not given are chosen before the run starts. They are
+written to the run's config.yaml with the reasons, and the same command reads them from there when it resumes.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ if TYPE_CHECKING:
     from fcmae.heads import Classifier, Segmenter
     from fcmae.weights.files import ImageRecord
 
-# What may change on resume, and yet tells which run is meant where `out` is not given.
+# Settings that may change on resume, but identify the run if `out` is not given.
 WHICH_RUN = {"data.path", "data.val_path", "data.maps", "data.val_maps", "hours"}
-SHORT_S = 0.01  # to measure the memory of a step, whatever its time
-MEMORY_SHARE = 0.7  # of what is free, for the run as it was measured
+SHORT_S = 0.01  # to measure the memory of a step, not its time
+MEMORY_SHARE = 0.7  # of the free memory, for the run as measured
 SUFFIX = {"pretrain": "", "finetune": "-tuned", "segment": "-segmented"}  # of run directories, by the kind of run
 Measure = Callable[[int], bench.Result]
 
 
 def pretraining(sketch: PretrainConfig, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What `fcmae pretrain` was not given, by dotted key.
+    """Choose the settings that `fcmae pretrain` was not given; by dotted key.
 
     Args:
-        sketch: its settings, checked one by one but not together, with `data.path`.
+        sketch: its settings, each checked but not in combination, with `data.path`.
         given: those that were given, by dotted key.
 
     Raises:
@@ -68,7 +68,7 @@ def pretraining(sketch: PretrainConfig, given: Mapping[str, Any]) -> dict[str, A
     if found is not None:
         return found
     images = find_images(sketch.data.path, storage=Storage.of_run(out, sketch.data.index, sketch.data.cache_gb))
-    began = time.monotonic()  # a first index of many tar files, of which a later start has no need, is not of the run
+    began = time.monotonic()  # the first indexing of many tar files, which later starts skip, is not counted
     device = _device(sketch)
     facts = _facts(images, given.get("data.in_chans"), sketch.data)
     held, *_ = _held(sketch)
@@ -94,10 +94,10 @@ def pretraining(sketch: PretrainConfig, given: Mapping[str, Any]) -> dict[str, A
 
 
 def finetuning(sketch: FinetuneConfig, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What `fcmae finetune` was not given, by dotted key.
+    """Choose the settings that `fcmae finetune` was not given; by dotted key.
 
     Args:
-        sketch: its settings, checked one by one but not together, with `data.path`.
+        sketch: its settings, each checked but not in combination, with `data.path`.
         given: those that were given, by dotted key.
 
     Raises:
@@ -132,10 +132,10 @@ def finetuning(sketch: FinetuneConfig, given: Mapping[str, Any]) -> dict[str, An
 
 
 def segmentation(sketch: SegmentConfig, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What `fcmae segment` was not given, by dotted key.
+    """Choose the settings that `fcmae segment` was not given; by dotted key.
 
     Args:
-        sketch: its settings, checked one by one but not together, with `data.path`.
+        sketch: its settings, each checked but not in combination, with `data.path`.
         given: those that were given, by dotted key.
 
     Raises:
@@ -171,13 +171,13 @@ def segmentation(sketch: SegmentConfig, given: Mapping[str, Any]) -> dict[str, A
 def _begun(
     sketch: RunConfig, given: Mapping[str, Any], images: str, measure: Measure
 ) -> tuple[Path, dict[str, Any] | None]:
-    """The run directory, and the settings where these are known already, or parts of a batch alone are to be found.
+    """The run directory, and the settings if they are known already or only grad_accum is to be found, else None.
 
     Args:
         sketch: the settings that were given.
-        given: likewise, by dotted key.
-        images: the first source of images, which names the directory where `out` does not.
-        measure: a step of so many images.
+        given: the settings that were given, by dotted key.
+        images: the first source of images, after which the directory is named if `out` is not given.
+        measure: times a step of a number of images.
     """
     out = _run_directory(sketch, given, images)
     if (saved := _saved(sketch, out)) is not None:
@@ -202,22 +202,24 @@ def _is_settled(sketch: RunConfig, given: Mapping[str, Any]) -> bool:
 
 
 def _run_directory(sketch: RunConfig, given: Mapping[str, Any], images: str) -> Path:
-    """`out`, by default runs/NAME of the images; with a number where NAME is taken by another run."""
+    """`out`, by default runs/NAME of the images; with a number if NAME is taken by another run."""
     if sketch.out is not None:
         return sketch.out
-    name = re.sub(r"[*?\[\]]", "", Path(images).expanduser().absolute().stem) or "images"
+    from fcmae.training.own_files import is_unused
+
+    name = re.sub(r"[*?\[\]]", "", Path(images).absolute().stem) or "images"
     name += SUFFIX[sketch.kind]
     number, place = 1, Path("runs") / name
     if sketch.overwrite and place.exists():
         raise ValueError(f"overwrite: {place} may be another run: name the one to delete by --out")
-    while place.exists() and not _goes_on(sketch, given, place):
+    while place.exists() and not (is_unused(place) or _goes_on(sketch, given, place)):
         number += 1
         place = Path("runs") / f"{name}-{number}"
     return place
 
 
 def _goes_on(sketch: RunConfig, given: Mapping[str, Any], place: Path) -> bool:
-    """Whether the run there is the one that this command began and did not end."""
+    """Whether the run there was started by this command and is not finished."""
     from fcmae.training.records import last_state
 
     saved = _saved(sketch, place, begun=False)
@@ -230,9 +232,9 @@ def _goes_on(sketch: RunConfig, given: Mapping[str, Any], place: Path) -> bool:
 
 
 def _saved(sketch: RunConfig, place: Path, begun: bool = True) -> dict[str, Any] | None:
-    """The settings of the run in a directory, by dotted key; None without one of this kind, or if it is to go.
+    """The settings of the run in a directory, by dotted key; None without one of this kind, or if it is to be deleted.
 
-    begun: only of one that has something to go on from. One that was cut off in its first steps chooses anew.
+    begun: only of a run that has something to resume from. One that was cut off in its first steps chooses anew.
     """
     from fcmae.training.own_files import overwrites
 
@@ -246,9 +248,9 @@ def _saved(sketch: RunConfig, place: Path, begun: bool = True) -> dict[str, Any]
 
 
 def _resumed(sketch: RunConfig, saved: Mapping[str, Any], given: Mapping[str, Any], out: Path) -> dict[str, Any]:
-    """What `_saved` found of a run that goes on, where nothing else is given.
+    """The settings that `_saved` found of a run that resumes, without those that are given.
 
-    Its parts stay as large as they are, on any number of processes.
+    Its micro-batches keep their size, on any number of processes.
     """
     from fcmae.training.records import processes_before
     from fcmae.training.steps import images_at_once, in_parts_of, pools_a_part
@@ -270,7 +272,7 @@ def _has_begun(place: Path) -> bool:
 
 
 def _cut_off_at(cfg: RunConfig) -> float:
-    """The images at once of a start in this place that was cut off in its first steps, or infinity."""
+    """Images at once of an earlier start in this directory that was cut off in its first steps; else infinity."""
     from fcmae.training.own_files import overwrites
     from fcmae.training.records import last_state
     from fcmae.training.steps import images_at_once
@@ -296,7 +298,8 @@ def _facts(images: Images, in_chans: int | None, data: ImageConfig) -> choices.I
 def _image_settings(
     plan: choices.Choices, images: Images, data: ImageConfig, image: ImageRecord, is_published: bool
 ) -> choices.Images:
-    """The facts, and channels, mean and std chosen: the weights', but of photographs alone where these were published.
+    """The facts, and the choice of channels, mean and std: the weights' own, except where published weights were
+    trained on photographs and the images cannot be read like these.
 
     image: how the images of the weights were read.
     """
@@ -317,7 +320,9 @@ def _image_settings(
 def _held(
     sketch: PretrainConfig | DenseConfig,
 ) -> tuple[NetworkSpec | None, ImageRecord, tuple[str, ...] | None, bool]:
-    """The network of the starting weights, how their images were read, their classes, and whether no run made them."""
+    """The network of the starting weights, how their images were read, their classes, and whether no run of ours made
+    them.
+    """
     from fcmae.weights.files import ImageRecord, read_init
 
     if sketch.model.init is None:
@@ -354,7 +359,7 @@ def _measured_s(hours: float) -> float:
 
 
 def _parts(sketch: RunConfig, measure: Measure) -> dict[str, Any]:
-    """grad_accum, where nothing else is to be chosen."""
+    """grad_accum, if nothing else is to be chosen."""
     from fcmae.training.steps import images_at_once, in_parts, pools_a_part
 
     processes, device = int(os.environ.get("WORLD_SIZE", "1")), _device(sketch)
@@ -372,9 +377,9 @@ def _parts(sketch: RunConfig, measure: Measure) -> dict[str, Any]:
 
 
 def _most_memory(cfg: RunConfig, at_once: int) -> float:
-    """Bytes that a step takes at the most, or infinity where only measuring tells; workers and libraries included.
+    """Most bytes that a step may take, workers and libraries included; infinity where only measuring tells.
 
-    A block keeps some 20 C numbers of a site for its backward pass, and nothing is taken to be hidden.
+    A block keeps some 20 C numbers per site for its backward pass, and nothing is assumed to be hidden.
     """
     assert isinstance(cfg, PretrainConfig | DenseConfig)
     spec = cfg.model.spec
@@ -396,7 +401,7 @@ def _most_memory(cfg: RunConfig, at_once: int) -> float:
 
 
 def _fit(plan: choices.Choices, cfg: RunConfig, measure: Measure) -> bench.Result:
-    """Time a step, and set grad_accum so that it fits into the memory.
+    """Time a step, and set grad_accum so that it fits into memory.
 
     Raises:
         ValueError: if one image at a time does not, or a step cannot run.

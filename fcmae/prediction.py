@@ -37,8 +37,8 @@ from fcmae.weights.segmenters import read_segmenter
 def predict(cfg: PredictConfig) -> None:
     """Print path, class and probability of every image as it comes, and write them to a CSV file if one is named.
 
-    With a model of segmentation, write a label map of every image; see `predict_maps`. Files that cannot be read are
-    named on stderr.
+    With a segmentation model, write a label map of every image instead; see `predict_maps`. Files that cannot be read
+    are named on stderr.
 
     Raises:
         ValueError: if the model has no classifier, cfg.csv exists, or no image can be classified.
@@ -49,7 +49,7 @@ def predict(cfg: PredictConfig) -> None:
     if cfg.out is not None or cfg.probabilities or (cfg.tau, cfg.budget, cfg.limit_ms) != (None, None, None):
         what = "out, probabilities, tau, budget and limit_ms are for label maps"
         raise ValueError(f"{what}, and {cfg.model} is no model of `fcmae segment`")
-    if cfg.csv is not None and os.path.lexists(cfg.csv):  # a link that leads nowhere too
+    if cfg.csv is not None and os.path.lexists(cfg.csv):  # also a dangling link
         raise ValueError(f"csv = {cfg.csv} exists: give a new path, or remove it")
     weights = read_weights(cfg.model, key=cfg.key, prefix=cfg.prefix)
     class_names = weights.class_names
@@ -59,6 +59,7 @@ def predict(cfg: PredictConfig) -> None:
     model = build_classifier(weights).to(accelerator.device).eval()
     reading = weights.reading(str(cfg.model), cfg.image_size).told(cfg.max_pixels, cfg.nodata)
     images = find_images(cfg.images)
+    images.tell_notes()
     reading.check_values(images)
     loader = evaluation_loader(
         reading, images, cfg.batch_size, num_workers=cfg.num_workers, device_type=accelerator.device.type
@@ -88,7 +89,7 @@ def predict(cfg: PredictConfig) -> None:
                 try:
                     for name, i, row in zip(names, best, probabilities, strict=True) if is_read else ():
                         print(f"{printable(name)}\t{printable(class_names[i])}\t{row[i]:.4f}")
-                except BrokenPipeError:  # the table is written whole all the same
+                except BrokenPipeError:  # the table is completed all the same
                     if table is None:
                         raise
                     is_read = False
@@ -103,7 +104,7 @@ def predict(cfg: PredictConfig) -> None:
         raise ValueError(f"none of {len(images)} images could be classified: {first_bad}")
 
 
-TILE = 256  # side of the tiles of a TIFF that is written
+TILE = 256  # side of the tiles of written TIFFs
 
 
 def predict_maps(cfg: PredictConfig) -> None:
@@ -132,6 +133,7 @@ def predict_maps(cfg: PredictConfig) -> None:
     limit_s = math.inf if cfg.limit_ms is None else cfg.limit_ms / 1000
     predict_tiles = predictor(model.to(accelerator.device).eval(), normalize, accelerator, cfg.tau, cfg.budget)
     images = find_images(cfg.images)
+    images.tell_notes()
     reading.check_values(images)
     names = images.names()
     below = [f"/{name}" if is_remote(name) else name for name in names]  # all of them absolute
@@ -182,17 +184,17 @@ def predict_maps(cfg: PredictConfig) -> None:
             print(f"{printable(name)}\t{printable(str(place))}\t{told}")
     if not num_done:
         made = {folder for place in places for folder in place.parents if folder == out or out in folder.parents}
-        for folder in sorted(made, reverse=True):  # a folder after what is in it
+        for folder in sorted(made, reverse=True):  # a folder after its contents
             with suppress(OSError):
                 folder.rmdir()
         raise ValueError(f"none of {len(images)} images could be segmented: {first_bad}")
 
 
 def probabilities_beside(place: Path) -> Path:
-    """The file of the classes' probabilities of an image.
+    """The path of the class probabilities of an image.
 
     Args:
-        place: of its label map.
+        place: path of its label map.
     """
     return place.with_suffix(".probabilities.tif")
 
@@ -207,20 +209,20 @@ def write_map(
 ) -> NDArray[np.float64]:
     """Write the label map of an image, and the probabilities of its classes if they are wanted.
 
-    A TIFF is written as it comes, in bounded memory, also that of the probabilities. Where all bands of a pixel are
-    missing, the map holds the value that is ignored, if there is one, and the probabilities NaN; a TIFF says so by the
-    tag GDAL_NODATA.
+    TIFFs are written as the strips come, in bounded memory, including that of the probabilities. Where all bands of a
+    pixel are missing, the map holds the ignored value, if there is one, and the probabilities are NaN; the tag
+    GDAL_NODATA of a TIFF states this.
 
     Args:
-        place: of the map, a .tif or a .png file; a .png has the classes' colours where their values are below 256.
-        shape: of the image, height and width.
+        place: path of the map, a .tif or a .png file; a .png has the classes' colours if their values are below 256.
+        shape: height and width of the image.
         strips: see `probabilities_by_rows`.
-        classes: of a pixel.
+        classes: the classes of a pixel.
         tags: of a GeoTIFF, see `geo_tags`.
-        with_probabilities: whether they are wanted.
+        with_probabilities: whether to write the probabilities.
 
     Returns:
-        (classes,), the share of the pixels of each, but for those that are missing.
+        (classes,), each one's share of the pixels that are not missing.
 
     Raises:
         BadImage: if a probability is not finite; nothing is written then.
@@ -232,7 +234,7 @@ def write_map(
             aside = stack.enter_context(replacing(probabilities_beside(place)))
             bands, kind = (*shape, len(classes)), {"photometric": "minisblack", "planarconfig": "contig"}
             told = _with_nodata(tags, "nan")
-            # A sparse file's place on the disk is taken at once: where it is full, writing to the map ends the process.
+            # Disk space is allocated at once: writing to a memory-mapped sparse file on a full disk kills the process.
             kept = tifffile.memmap(aside, shape=bands, dtype=np.float32, extratags=told, metadata=None, **kind)
             with aside.open("r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
@@ -271,12 +273,12 @@ def write_map(
 
 
 def _with_nodata(tags: list[Any], value: str) -> list[Any]:
-    """Tags as tifffile writes them, and GDAL_NODATA."""
+    """Tags in tifffile's form, with GDAL_NODATA added."""
     return [*tags, (42113, "s", 0, value, True)]
 
 
 def _tiles(strips: Iterator[NDArray[Any]]) -> Iterator[NDArray[Any]]:
-    """A map in tiles of a TIFF, those at its right and lower edge filled with 0, from strips of any height."""
+    """The TIFF tiles of a map, from strips of any height; tiles at the right and lower edge are padded with 0."""
     for strip in _of_height(strips, TILE):
         for left in range(0, strip.shape[1], TILE):
             tile = np.zeros((TILE, TILE), strip.dtype)
@@ -299,7 +301,7 @@ def _of_height(strips: Iterator[NDArray[Any]], rows: int) -> Iterator[NDArray[An
 
 
 def _picture(stored: NDArray[Any], classes: Classes) -> Image.Image:
-    """A map as a picture: the numbers of a palette, or of 16 bits."""
+    """A map as a picture: with a palette, or of 16 bits."""
     picture = Image.fromarray(stored)
     if stored.dtype == np.uint8:
         palette = np.zeros((256, 3), np.uint8)

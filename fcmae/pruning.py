@@ -1,10 +1,10 @@
-"""Structured pruning of a ConvNeXt: hidden channels of its blocks, or whole blocks, and what makes up for them.
+"""Structured pruning of a ConvNeXt: removing hidden channels of its blocks, or whole blocks, and compensating for them.
 
 A hidden channel is a row of pwconv1 and its bias, GRN's gamma and beta, and a column of pwconv2; nothing else depends
-on it. What it adds on average is folded into pwconv2's bias: of a dead channel that is beta, exactly. GRN divides by
-the mean over channels, so removing some changes all others: gamma of those that stay is multiplied by
-(mean of G over those that stay) / (mean of G over all), averaged over images. With both, removing dead channels leaves
-the function as it was.
+on it. Its mean is folded into pwconv2's bias; for a dead channel the mean is beta, exactly. GRN divides by the mean
+over channels, so removing some changes all others: the gamma of those that stay is multiplied by
+(mean of G over those that stay) / (mean of G over all), averaged over images. With both corrections, removing dead
+channels leaves the function as it was.
 """
 
 from __future__ import annotations
@@ -55,14 +55,14 @@ _HIDDEN = {"pwconv1.weight": 0, "pwconv1.bias": 0, "pwconv2.weight": 1, "grn.gam
 
 @dataclass(frozen=True)
 class Measured:
-    """What a block does, over all sites of images with nothing hidden, each image counting alike.
+    """Statistics of a block over all sites of images with nothing hidden; every image has the same weight.
 
     Attributes:
-        mean: (hidden,) float64, of the channels as pwconv2 sees them.
-        std: (hidden,), likewise.
+        mean: (hidden,) float64, mean of each channel at pwconv2's input.
+        std: (hidden,), standard deviation of each channel there.
         norms: (hidden,), G / (mean of G over channels), averaged over images; ones in V1.
-        output_rms: of the block's output.
-        share: of the branch in the block's output, the ratio of their norms averaged over images.
+        output_rms: RMS of the block's output.
+        share: norm of the branch / norm of the block's output, averaged over images.
     """
 
     mean: Tensor
@@ -74,7 +74,7 @@ class Measured:
 
 @torch.no_grad()
 def measure(encoder: Encoder, batches: Iterable[Tensor]) -> dict[str, Measured]:
-    """What the blocks do on images.
+    """Statistics of the blocks on images.
 
     Args:
         encoder: in evaluation mode.
@@ -84,7 +84,7 @@ def measure(encoder: Encoder, batches: Iterable[Tensor]) -> dict[str, Measured]:
         By the block's name, stages.I.J.
 
     Raises:
-        ValueError: if there are no images, or what a block makes of them is not finite.
+        ValueError: if there are no images, or a block's output is not finite.
     """
     sums: dict[str, list[Tensor]] = {}
     num_images = 0
@@ -122,10 +122,10 @@ def channel_scores(block: Block, measured: Measured, by: By) -> Tensor:
 
     Args:
         block: of the encoder.
-        measured: of it.
-        by: activation is the standard deviation of the channel, as its mean is kept, times the norm of its column of
+        measured: its statistics.
+        by: activation is the standard deviation of the channel (its mean is kept) times the norm of its column of
             pwconv2, as a share of the block's output; norm is the norm of its row of pwconv1 times that of its column,
-            divided by their mean over the block. LayerScale is part of the column.
+            divided by the mean of these products over the block. LayerScale is part of the column.
 
     Returns:
         (hidden,) float64, from 0.
@@ -140,12 +140,12 @@ def channel_scores(block: Block, measured: Measured, by: By) -> Tensor:
 
 
 def num_kept(num: int, keep: float) -> int:
-    """How many of so many a share is, one at least."""
+    """round(keep * num), at least 1."""
     return max(1, round(keep * num))
 
 
 def uniformly(spec: ConvNeXtSpec, keep: float, what: What) -> ConvNeXtSpec:
-    """What uniform pruning makes of a network whose blocks of a stage are alike.
+    """The spec after uniform pruning of a network in which the blocks of a stage are alike.
 
     Args:
         spec: of the network.
@@ -160,15 +160,15 @@ def uniformly(spec: ConvNeXtSpec, keep: float, what: What) -> ConvNeXtSpec:
 
 
 def keep_best(groups: Sequence[Tensor], keep: float, how: How) -> list[Tensor]:
-    """Which members of each group stay, one at least.
+    """Which members of each group to keep, at least one.
 
     Args:
         groups: scores, (n,) each.
-        keep: share that stays, 0..1.
-        how: uniform keeps that share of each group; global of all together, those with the highest scores.
+        keep: share to keep, 0..1.
+        how: uniform keeps that share of each group, global of all groups together: the highest scores.
 
     Returns:
-        Rising positions in each group.
+        Positions of the kept members in each group, in rising order.
     """
     if how == "uniform":
         return [scores.topk(num_kept(len(scores), keep)).indices.sort().values for scores in groups]
@@ -180,15 +180,15 @@ def keep_best(groups: Sequence[Tensor], keep: float, how: How) -> list[Tensor]:
 
 
 def choose(encoder: Encoder, measured: Mapping[str, Measured], keep: float, what: What, how: How, by: By) -> Kept:
-    """What stays of an encoder.
+    """Choose what to keep of an encoder.
 
     Args:
         encoder: to be pruned.
         measured: see `measure`.
-        keep: see `keep_best`; a stage keeps one block at least, and a block one channel.
+        keep: see `keep_best`; a stage keeps at least one block, and a block at least one channel.
         what: hidden channels of the blocks, see `channel_scores`; or blocks, by the share of their branch in their
             output (activation) or the mean size of LayerScale (norm).
-        how: see `keep_best`; the groups are blocks of channels, or stages of blocks.
+        how: see `keep_best`; a group is the channels of a block, or the blocks of a stage.
         by: see `what`.
 
     Raises:
@@ -213,12 +213,12 @@ def choose(encoder: Encoder, measured: Mapping[str, Measured], keep: float, what
 
 
 def cut(weights: Weights, kept: Kept, measured: Mapping[str, Measured] | None = None) -> Weights:
-    """The weights without what does not stay. All else is as it was, a decoder, norm and head too.
+    """The weights without what is pruned. Everything else is as it was, including a decoder, norm and head.
 
     Args:
         weights: with an encoder.
-        kept: what stays, one block a stage at least.
-        measured: see `measure`, of these weights; None only cuts, and makes up for nothing.
+        kept: what stays, at least one block per stage.
+        measured: see `measure`, of these weights; None cuts without compensating.
     """
     spec, old = weights.architecture.spec, weights.state
     stages = [[j for j in range(depth) if f"stages.{i}.{j}" in kept] for i, depth in enumerate(spec.depths)]
@@ -262,13 +262,13 @@ def multiply_adds(encoder: StagedEncoder, image_size: tuple[int, int]) -> int:
 
 
 def prune(cfg: PruneConfig) -> str:
-    """Prune the weights that `cfg` names, write them, and say what was done.
+    """Prune the weights that `cfg` names, write them, and describe what was done.
 
     Raises:
-        ValueError: if `cfg.dest` exists or is no name of a file of weights, the weights or images cannot be read, or
-            there is nothing to choose by.
+        ValueError: if `cfg.dest` exists or is not a name for a file of weights, the weights or images cannot be read,
+            or there is nothing to choose by.
     """
-    if os.path.lexists(cfg.dest):  # a link that leads nowhere too
+    if os.path.lexists(cfg.dest):  # also a dangling link
         raise ValueError(f"dest = {cfg.dest} exists: give a new path, or remove it")
     if cfg.dest.suffix not in FILE_SUFFIXES:
         raise ValueError(f"dest = {cfg.dest}: give it a name in {', '.join(FILE_SUFFIXES)}")
@@ -282,6 +282,7 @@ def prune(cfg: PruneConfig) -> str:
         )
     reading = weights.reading(f"model = {cfg.model}", cfg.image_size).told(cfg.max_pixels, cfg.nodata)
     images = find_images(cfg.data, key="data")
+    images.tell_notes()
     images = images.subset(evenly(len(images), cfg.max_images))
     reading.check_values(images)
     bad: list[tuple[str, str]] = []

@@ -1,4 +1,4 @@
-"""The steps from ResNet to ConvNeXt side by side: what each changes, costs and gave."""
+"""The steps from ResNet to ConvNeXt side by side: what each changes, its cost and its accuracy."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from fcmae.tables import table
 
 
 class Score(TypedDict):
-    """Of one run after a step.
+    """The score of one run of the network after a step.
 
     Attributes:
-        step: its name.
-        seed: of the run.
-        top1: on the test images.
+        step: name of the step.
+        seed: random seed of the run.
+        top1: accuracy on the test images.
     """
 
     step: str
@@ -54,11 +54,11 @@ FOUND = TypeAdapter(Found)
 
 
 class Cost(NamedTuple):
-    """Of one image, and in memory.
+    """Cost of a network.
 
     Attributes:
-        multiply_adds: of the convolutions and Linears.
-        params: learnt numbers.
+        multiply_adds: of the convolutions and Linears, for one image.
+        params: number of parameters.
     """
 
     multiply_adds: int
@@ -67,7 +67,7 @@ class Cost(NamedTuple):
 
 @cache
 def cost(spec: NetworkSpec, image_size: int = 224, num_classes: int = 1000) -> Cost:
-    """What a classifier costs. It is counted without computing anything.
+    """The cost of a classifier, counted without computing anything.
 
     Args:
         spec: of its encoder, which sees RGB.
@@ -85,10 +85,10 @@ def listing(regime: str, ours: Path | None = None) -> str:
 
     Args:
         regime: one of REGIMES.
-        ours: a file of `studies/roadmap.py`; None leaves out what its runs gave.
+        ours: a file of `studies/roadmap.py`; None leaves out the results of its runs.
 
     Raises:
-        ValueError: if there is no such file, or it is none of the study's.
+        ValueError: if there is no such file, or it is not one of the study's.
     """
     header = ["variant", "what changes", "GMACs", "params, M", "published, %"]
     if ours is None:
@@ -114,13 +114,13 @@ def percent(values: list[float]) -> str:
 
 
 def read_study(path: Path) -> Found:
-    """What the study found.
+    """Read the results of the study.
 
     Args:
         path: the file that `studies/roadmap.py` writes.
 
     Raises:
-        ValueError: if there is none, or it is none of the study's.
+        ValueError: if there is no such file, or it is not one of the study's.
     """
     if not path.is_file():
         raise ValueError(f"ours = {path} does not exist: give the JSON file that studies/roadmap.py writes")

@@ -24,16 +24,16 @@ from fcmae.data.rasters import Raster
 from fcmae.data.readers import in_units
 from fcmae.heads import Segmenter
 
-NEAR = 2  # pixels by which a boundary may be off and count as found
-HALO = NEAR + 1  # rows beside those that are counted: a boundary there is one by its neighbours
-TINT = 0.5  # of a class's colour over a picture
+NEAR = 2  # pixels by which a boundary may be off and still count as found
+HALO = NEAR + 1  # rows beside the counted ones, as whether a pixel is on a boundary depends on its neighbours
+TINT = 0.5  # opacity of a class's colour over a picture
 
 Result = TypeVar("Result")
 Predict = Callable[[NDArray[np.float32] | NDArray[np.uint8], float], NDArray[np.float32]]
 
 
 def segmentation_loss(logits: Tensor, target: Tensor, balance: Tensor | None = None, dice: float = 0.0) -> Tensor:
-    """Cross-entropy of the pixels, and the Dice loss of the images if it has a weight.
+    """Cross-entropy of the pixels, plus the Dice loss of the images if it has a weight.
 
     Args:
         logits: (B, classes, H, W); or (exits, B, classes, H, W), whose losses are added up.
@@ -42,8 +42,8 @@ def segmentation_loss(logits: Tensor, target: Tensor, balance: Tensor | None = N
         dice: weight of the Dice loss.
 
     Returns:
-        A float32 scalar. The cross-entropy is over the number of all pixels, the unknown too: so it does not depend on
-        the parts and processes that a batch is computed in.
+        A float32 scalar. The cross-entropy is divided by the number of all pixels, including unknown ones, so it does
+        not depend on the micro-batches and processes into which a batch is divided.
     """
     if logits.ndim == 5:
         return torch.stack([segmentation_loss(each, target, balance, dice) for each in logits]).sum()
@@ -54,7 +54,7 @@ def segmentation_loss(logits: Tensor, target: Tensor, balance: Tensor | None = N
 
 
 def dice_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """1 - 2 |P T| / (|P| + |T|), the mean over the classes that are in an image, and then over the images.
+    """1 - 2 |P T| / (|P| + |T|), averaged over the classes that are in an image, and then over the images.
 
     Source: V-Net, arXiv 1606.04797, Sec. 3, with sums in the denominator where it has squares.
 
@@ -78,12 +78,12 @@ def dice_loss(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def starts(length: int, tile: int, overlap: float) -> list[int]:
-    """Where tiles begin along a side, so that they cover it and each has at least `overlap` of it with the next.
+    """Where tiles begin along a side, so that they cover it and each overlaps the next by at least `overlap`.
 
     Args:
-        length: of the side.
-        tile: of a tile's side.
-        overlap: share of it.
+        length: length of the side.
+        tile: length of a tile's side.
+        overlap: share of a tile's side.
     """
     if length <= tile:
         return [0]
@@ -97,7 +97,7 @@ def hann(size: int) -> NDArray[np.float32]:
 
 
 class Strip(NamedTuple):
-    """Some rows of an image whose classes are predicted.
+    """Class predictions for some rows of an image.
 
     Attributes:
         top: the first of them, from the top.
@@ -120,19 +120,19 @@ def probabilities_by_rows(
     at_once: int,
     limit_s: float = math.inf,
 ) -> Iterator[Strip]:
-    """The probabilities of an image's classes, by overlapping tiles under Hann weights, some rows at a time.
+    """Class probabilities of an image, from overlapping tiles with Hann weights, some rows at a time.
 
-    Memory is for the rows of one line of tiles: classes * tile height * image width * 4 bytes, and the image's own.
+    Memory holds the rows of one line of tiles, classes * tile height * image width * 4 bytes, and the image's own.
 
     Args:
         raster: the image.
-        predict: (n, C, h, w), as the raster gives them, and seconds, to (n, classes, h, w).
+        predict: maps tiles (n, C, h, w), as the raster gives them, and a time limit in seconds to (n, classes, h, w).
         tile: height and width of a tile; along a smaller image, the next multiple of `unit`.
         unit: total stride of the network.
         overlap: see `starts`.
-        fill: (C,), what stands around an image that is smaller than a tile.
+        fill: (C,), padding around an image that is smaller than a tile.
         at_once: tiles that are predicted together.
-        limit_s: seconds that the tiles share, see `predictor`.
+        limit_s: time limit in seconds, shared by the tiles, see `predictor`.
 
     Yields:
         Strip after strip from the top.
@@ -168,7 +168,7 @@ def probabilities_by_rows(
 
 
 def check_sides(key: str, sides: Iterable[int], unit: int) -> None:
-    """Refuse a size that the network's stages do not divide, by which its maps would not lie on one another.
+    """Refuse a size that is not a multiple of the total stride: the maps of the network's stages would not align.
 
     Args:
         key: the setting.
@@ -176,7 +176,7 @@ def check_sides(key: str, sides: Iterable[int], unit: int) -> None:
         unit: total stride of the network.
 
     Raises:
-        ValueError: if a side is no multiple of it.
+        ValueError: if a side is not a multiple of it.
     """
     for side in sides:
         if side % unit:
@@ -185,10 +185,10 @@ def check_sides(key: str, sides: Iterable[int], unit: int) -> None:
 
 
 def each_image(function: Callable[[int], Result], which: Iterable[int], num_threads: int) -> Iterator[Result]:
-    """What a function gives for images, in order: one is decoded and counted while another is predicted.
+    """The results of a function for images, in order: one is decoded and counted while another is predicted.
 
     Args:
-        function: of the number of an image; what it raises is raised here, in its place.
+        function: takes the number of an image; an error is raised here in place of its result.
         which: numbers of the images.
         num_threads: images at a time; below 2 no thread is started.
     """
@@ -200,7 +200,7 @@ def each_image(function: Callable[[int], Result], which: Iterable[int], num_thre
 
 
 def padded(tile: NDArray[np.float32], size: tuple[int, int], fill: Sequence[float]) -> NDArray[np.float32]:
-    """A tile with missing values below and to the right of it.
+    """A tile padded below and to the right with the values that stand for missing ones.
 
     Args:
         tile: (C, h, w), uint8 or float32.
@@ -221,15 +221,16 @@ def predictor(
     tau: float | None = None,
     budget: float | None = None,
 ) -> Predict:
-    """Softmax outputs of a model for tiles, within a time if it can stop; threads that ask at once wait for each
-    other.
+    """Make the function that gives a model's softmax outputs for tiles, within a time limit if the model can stop.
+
+    Threads that call it at the same time take turns.
 
     Args:
         model: in evaluation mode, on the accelerator's device.
         normalize: on that device.
         accelerator: of this process.
-        tau: of a model that can stop, see `Anytime.anytime`.
-        budget: likewise.
+        tau: for a model that can stop, see `Anytime.anytime`.
+        budget: for a model that can stop, see `Anytime.anytime`.
     """
     turn = Lock()  # the device's memory is for one batch
 
@@ -249,12 +250,12 @@ def predictor(
 
 
 class Scores:
-    """What label maps have in common with the true ones, pixel by pixel and boundary by boundary.
+    """Agreement of label maps with the true ones, by pixels and by boundaries.
 
     Attributes:
-        confusion: (classes, classes) int64, pixels by their class and the predicted one.
-        boundaries: (classes, 4) int64: boundary pixels of a prediction, those of them that are within NEAR pixels of a
-            true one of their class; true ones, those that are found likewise.
+        confusion: (classes, classes) int64, numbers of pixels by true and predicted class.
+        boundaries: (classes, 4) int64. Counts per class: predicted boundary pixels; those within NEAR of a true one;
+            true boundary pixels; those within NEAR of a predicted one.
         loss: sum of the pixels' cross-entropy, in nats.
 
     Args:
@@ -267,7 +268,7 @@ class Scores:
         self.loss = 0.0
 
     def merge(self, other: Scores) -> None:
-        """Count what another has counted too."""
+        """Add the counts of another."""
         self.confusion += other.confusion
         self.boundaries += other.boundaries
         self.loss += other.loss
@@ -280,7 +281,7 @@ class Scores:
                 unknown.
         """
         kept: NDArray[np.int16] | None = None  # (2, rows, width): predicted and true classes
-        counted = 0  # rows of it whose boundaries are
+        counted = 0  # rows of it whose boundaries are counted
         for probabilities, truth in strips:
             predicted = probabilities.argmax(0).astype(np.int16)
             known = truth != IGNORED
@@ -312,14 +313,14 @@ class Scores:
             self.boundaries[label] += [int(part[first:end].sum()) for part in parts]
 
     def values(self, class_names: Sequence[str]) -> dict[str, float]:
-        """What is usually reported, each in 0..1 but the loss.
+        """The usual scores, each in 0..1 except the loss.
 
         Args:
             class_names: of the classes.
 
         Returns:
             By name: val_loss, the mean cross-entropy in nats; miou, the mean over the classes that are true or
-            predicted somewhere, and each one's as iou/NAME; pixel_accuracy; boundary_f1, the mean over the classes
+            predicted somewhere, and iou/NAME for each class; pixel_accuracy; boundary_f1, the mean over the classes
             that have a boundary.
         """
         right = np.diag(self.confusion)
@@ -337,7 +338,7 @@ class Scores:
 
 
 def boundary(labels: NDArray[np.int16], known: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Pixels above, below, left or right of which another class is, both known.
+    """Pixels with a pixel of another class above, below, left or right of them, both known.
 
     Args:
         labels: (H, W).

@@ -73,13 +73,13 @@ TOLERANCES = {"float64": 1e-11, "float32": 1e-4, "bfloat16": 0.2}
 
 @dataclass(frozen=True)
 class Result:
-    """How far one backend is from the reference in one precision, the largest over all cases.
+    """Largest difference of one backend from the reference in one precision, over all cases.
 
     Attributes:
-        backend: its name.
-        precision: likewise.
+        backend: name of the backend.
+        precision: name of the precision.
         values: largest error of what is computed, relative to the largest element of its tensor.
-        gradients: likewise, of all gradients.
+        gradients: largest error of all gradients, each relative to the largest element of its tensor.
         worst: the case and tensor that is farthest off.
     """
 
@@ -109,7 +109,7 @@ def verify(backends: Sequence[str] | None = None, device: str = "cpu") -> list[R
     """Compare and time backends, and print a table line by line as the results come.
 
     Args:
-        backends: names; None takes all, leaving out with a remark the one that cannot run here.
+        backends: names; None takes all, and those that cannot run here are left out with a remark.
         device: cpu or cuda, where the backends run; the reference always runs on the CPU.
 
     Returns:
@@ -229,7 +229,7 @@ def make(case: Case, backend: str) -> tuple[StagedEncoder | FCMAE, Tensor, Tenso
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         for parameter in net.parameters():
-            # None at the zero or one that it starts from, which would hide a mistake.
+            # No parameter keeps its initial zero or one, which would hide a mistake.
             nn.init.normal_(parameter, std=0.1)
         images = torch.randn(case.batch, 3, rows * PATCH, columns * PATCH)
     mask = torch.zeros(case.batch, rows, columns, dtype=torch.bool)

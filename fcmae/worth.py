@@ -3,12 +3,12 @@
 OUT/
     worth.json    scores so far, and what they say: see fcmae.evaluation.paired
     table.md      the same as a table
-    plan.json     what is compared, and the seconds that it was estimated at
+    plan.json     what is compared, and the estimated seconds
     settings/     of the runs, without labels and seed
     labels/       test.csv, train.csv, and AMOUNT-SEED.csv of each draw
-    controls/     scores of what needs no network
-    runs/         pretrained, if that was asked for, and START-AMOUNT-SEED, of which the models are not kept
-Every run is an ordinary one. What is finished is not done again, and what was cut off goes on.
+    controls/     scores of baselines without a network
+    runs/         pretrained, if that was asked for, and START-AMOUNT-SEED, whose models are not kept
+Every run is an ordinary one. Finished runs are not repeated, and interrupted ones resume.
 """
 
 from __future__ import annotations
@@ -58,19 +58,19 @@ from fcmae.weights.tensors import digest
 
 PRETRAINED = "pretrained"
 FREE = ("seeds", "out")  # what a second start may change
-PLANNING = {"planned": False}  # what plan.json holds until there is a plan: the directory is ours
+PLANNING = {"planned": False}  # content of plan.json until there is a plan; it marks the directory as ours
 
 
 class Start(NamedTuple):
-    """What is fine-tuned from.
+    """Starting weights to fine-tune.
 
     Attributes:
         name: of the arm.
-        init: where its weights are; None for the pretraining that is made first.
-        license: of these, where they say.
+        init: where its weights are; None for the pretraining that is done first.
+        license: licence of the weights, if they state one.
         spec: the network.
         reading: how its images are read, by the settings' keys.
-        sha256: of its weights; None where init is.
+        sha256: of its weights; None if init is None.
     """
 
     name: str
@@ -82,7 +82,7 @@ class Start(NamedTuple):
 
 
 class PlannedArm(paired.Arm):
-    """What is compared, and the SHA-256 of weights that were given."""
+    """An arm of the comparison, and the SHA-256 of its weights if they were given."""
 
     sha256: NotRequired[str | None]
 
@@ -92,14 +92,14 @@ class Plan(TypedDict):
 
     Attributes:
         settings: of the comparison, by dotted key.
-        recipes: what files of settings held, by the setting that names them.
-        images: their fingerprint.
-        arms: controls, from scratch, from weights.
+        recipes: content of the files of settings, by the setting that names them.
+        images: fingerprint of the images.
+        arms: controls, then from scratch, then from weights.
         amounts: of labels.
         counts: of images and classes.
         notes: sentences on what was done.
-        layer_decay: of what starts from weights.
-        seconds: that a run takes, by PRETRAINED or by arm from scratch and labels.
+        layer_decay: for runs that start from weights.
+        seconds: estimated for a run, by PRETRAINED or by arm from scratch and labels.
     """
 
     settings: dict[str, Any]
@@ -121,10 +121,10 @@ class Job(NamedTuple):
 
     Attributes:
         name: of its directory.
-        arm: which start; PRETRAINED's own pretraining has no amount of labels.
-        labels: the amount.
+        arm: which start.
+        labels: the amount; None for the pretraining of PRETRAINED itself.
         seed: of the draw and the run.
-        seconds: that it was estimated at.
+        seconds: estimated.
     """
 
     name: str
@@ -135,23 +135,23 @@ class Job(NamedTuple):
 
 
 def worth(cfg: WorthConfig) -> int:
-    """Compare, or go on with what an earlier call began, and print the table and what it says.
+    """Compare, or resume the comparison of an earlier call, and print the table and the verdict.
 
     Args:
         cfg: what is compared, on which images.
 
     Returns:
-        The exit status: that of the run which a signal stopped, else 0.
+        The exit status: that of the run that a signal stopped, else 0.
 
     Raises:
         ValueError: before anything is computed, for what cannot be read or used together; or if `cfg.out` holds
             something else.
-        FloatingPointError: if the loss or a gradient of the pretraining stops being finite. A fine-tuning in which one
-            does has no score, and the others go on.
+        FloatingPointError: if the loss or a gradient of the pretraining stops being finite. A fine-tuning in which this
+            happens has no score, and the others continue.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("worth is one process: start it without a launcher")
-    place = cfg.out or Path("runs") / f"{Path(cfg.data).expanduser().absolute().stem or 'images'}-worth"
+    place = cfg.out or Path("runs") / f"{Path(cfg.data).absolute().stem or 'images'}-worth"
     train, test = find_data(cfg.data, cfg.test, cfg.test_share, cfg.seed)
     plan = _saved_plan(place, cfg, train, test)
     if plan is None:
@@ -174,12 +174,12 @@ def worth(cfg: WorthConfig) -> int:
                 raise
             print(f"{job.name} has no score: {error}", flush=True)
             continue
-        if run.stopped_by is not None:  # at its last step perhaps, which is not ours
+        if run.stopped_by is not None:  # perhaps at its last step, which is not the end of the comparison
             print(f"stopped by {run.stopped_by}: the same command goes on", flush=True)
             return replace(run, finished=False).status
         computed += job.seconds
         found = _write(place, cfg, plan, scores, jobs)
-        # Estimates are of steps alone, on a machine that may have had more or less to do.
+        # Estimates count steps only, and the machine may have been more or less busy then.
         seconds = sum(each.seconds for each in waiting) * (time.monotonic() - began) / computed
         left = f", about {_hours(seconds)} left" if waiting else ""
         of_job = [each["scores"] for each in found["scores"] if (each["arm"], each["labels"], each["seed"]) == job[1:4]]
@@ -202,7 +202,7 @@ def _amounts(cfg: WorthConfig) -> list[str]:
 
 
 def drawn(train: Images, labels: str, seed: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Positions of the training images whose labels are learnt from, the same for every start.
+    """Positions of the training images whose labels are used, the same for every start.
 
     Args:
         train: all training images.
@@ -210,7 +210,7 @@ def drawn(train: Images, labels: str, seed: int) -> np.ndarray[Any, np.dtype[np.
         seed: of the draw.
 
     Raises:
-        ValueError: if `labels` is no amount.
+        ValueError: if `labels` is not an amount.
     """
     assert train.labels is not None
     return draw(train.labels, few_shot_counts(labels, train.labels), seed)
@@ -220,7 +220,7 @@ def write_labels(path: Path, images: Images) -> None:
     """Write labelled images as the CSV file that `find_labelled` reads.
 
     Args:
-        path: of the file; its folder is made.
+        path: of the file; its folder is created.
         images: with labels.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -291,7 +291,7 @@ def _check_same(arm: PlannedArm, place: Path, cfg: WorthConfig) -> None:
 
 
 def _recipes(cfg: WorthConfig) -> dict[str, Any]:
-    """What the files of settings hold."""
+    """The content of the files of settings."""
     named = {key: getattr(cfg, key) for key in ("pretraining", "finetuning")}
     return {key: options.read_yaml(options.find_config(name)) for key, name in named.items() if name is not None}
 
@@ -361,10 +361,10 @@ def _make_plan(place: Path, cfg: WorthConfig, train: Images, test: Images) -> Pl
 
 
 def _known(start: Start, train: Images, test: Images) -> Iterator[str]:
-    """What given weights have seen of these images, where their run says so, in sentences.
+    """Sentences on which of these images given weights have seen, as far as their run tells.
 
     Raises:
-        ValueError: if they learnt from labels of images to test on.
+        ValueError: if they were trained on labels of test images.
     """
     if (learnt := images_of_run(Path(str(start.init)))) is None:
         return
@@ -447,7 +447,7 @@ def _choose_pretraining(place: Path, cfg: WorthConfig) -> tuple[PretrainConfig, 
 def _choose_finetuning(
     place: Path, cfg: WorthConfig, labels: Path, num: int, start: Start
 ) -> tuple[FinetuneConfig, float]:
-    """The settings from scratch of the network of a start, and the layer decay of what starts from weights."""
+    """Settings to train the network of a start from scratch, and the layer decay for runs from weights."""
     file = {} if cfg.finetuning is None else options.read_yaml(options.find_config(cfg.finetuning))
     given = {f"data.{key}": value for key, value in start.reading.items()}
     given |= {"epochs": choices.finetuning_epochs(num)} if cfg.finetuning is None else {}
@@ -468,7 +468,7 @@ def _choose_finetuning(
     complete = planning.finetuning if cfg.finetuning is None else None
     made = options.make(FinetuneConfig, given, complete=complete)
     if made.batch_size > num:
-        # A power of two is divided into parts, and mixed in pairs.
+        # A power of two divides into micro-batches, and into pairs to mix.
         fewer = {"batch_size": 1 << (num.bit_length() - 1), "grad_accum": "auto"}
         made = options.make(FinetuneConfig, given | fewer, complete=complete)
     # The only evaluation is the last: the test images choose nothing.
@@ -496,7 +496,7 @@ def _jobs(plan: Plan, cfg: WorthConfig) -> Iterator[Job]:
 
 
 def _run(job: Job, place: Path, plan: Plan, cfg: WorthConfig) -> Run:
-    """Begin a run, or go on with it; of a fine-tuning that is finished the models are removed."""
+    """Start or resume a run; the models of a finished fine-tuning are removed."""
     out = place / "runs" / job.name
     if job.labels is None:
         return pretrain(options.read(PretrainConfig, place / "settings" / f"{PRETRAINED}.yaml"))
@@ -510,7 +510,7 @@ def _run(job: Job, place: Path, plan: Plan, cfg: WorthConfig) -> Run:
         "seed": job.seed,
     }
     if arm["kind"] == "start":
-        _check_same(arm, place, cfg)  # those of a run that goes on are other ones by now
+        _check_same(arm, place, cfg)  # a resumed run's own weights have changed by now
         init = arm["init"] or str(place / "runs" / PRETRAINED)
         said = plan["settings"] if Path(init).is_file() else {}
         given |= {
@@ -526,14 +526,14 @@ def _run(job: Job, place: Path, plan: Plan, cfg: WorthConfig) -> Run:
 
 
 def _control(name: str, place: Path, cfg: WorthConfig) -> Backbone:
-    """What needs no network, of images as the runs from scratch see them."""
+    """A baseline without a network, on images as the runs from scratch see them."""
     seen = options.read(FinetuneConfig, place / "settings" / f"scratch-{_plain(cfg.labels[0])}.yaml").data
     like = reading_of(seen, seen.crop_pct)
     return load_backbone(name, max_pixels=seen.max_pixels, like=like, nodata=seen.nodata)
 
 
 def _probe(name: str, place: Path, cfg: WorthConfig, plan: Plan, train: Images, test: Images) -> list[paired.Score]:
-    """Scores of linear classifiers on what needs no network, on the labels of each draw; those that are there stay."""
+    """Scores of linear classifiers on a baseline without a network, for each draw of labels; existing ones are kept."""
     file = place / "controls" / f"{file_name(name)}.json"
     found: list[paired.Score] = json.loads(file.read_text()) if file.is_file() else []
     there = {(score["labels"], score["seed"]) for score in found}
@@ -604,7 +604,7 @@ def _write(
 
 
 def _estimate(plan: Plan, jobs: Sequence[Job], place: Path) -> str:
-    """A table of the jobs with how long they take, and what is left of it."""
+    """A table of the jobs with how long they take, and how much of that is left."""
     by_kind = dict[tuple[str, str], list[Job]]()
     for job in jobs:
         by_kind.setdefault((job.arm, job.labels or ""), []).append(job)

@@ -321,6 +321,8 @@ def test_a_tilde_is_the_home_in_every_path(monkeypatch: pytest.MonkeyPatch) -> N
         ValueError, match=r"model: received ~nobody-here/m; there is no such user: write ./~nobody-here"
     ):
         options.make(PredictConfig, {"model": "~nobody-here/m", "images": ["a"]})
+    predicted = options.make(PredictConfig, {"model": "./~nobody-here/m", "images": ["./~a"]})
+    assert (predicted.model, predicted.images) == (Path("~nobody-here/m"), ["./~a"])
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,25 @@ def test_links_to_folders_are_followed_once_and_never_loop(tmp_path: Path) -> No
     assert sorted(Path(path).name for path in found) == ["1.jpg", "2.jpg"]
 
 
+@pytest.mark.parametrize(
+    ("link", "to", "sentence"),
+    [
+        ("cat/up", "..", "'.*/cat/up' of the class 'cat' is a link to what the classes' own folder has"),
+        ("dog/others", "../cat", "'.*/dog/others' of the class 'dog' is a link to what the class 'cat' has"),
+        ("dog/shared", "../../shared", "'.*/dog/shared' of the class 'dog' is a link to what the class 'cat' has"),
+        ("dog/9.jpg", "../../shared/9.jpg", "'.*/dog/9.jpg' of the class 'dog' is a link to what the class 'cat' has"),
+    ],
+)
+def test_a_link_that_gives_images_a_second_label_is_refused(tmp_path: Path, link: str, to: str, sentence: str) -> None:
+    touch(tmp_path, "labelled/cat/1.jpg", "labelled/dog/2.jpg", "shared/8.jpg", "shared/9.jpg")
+    (tmp_path / "labelled/cat/shared").symlink_to("../../shared")
+    (tmp_path / "labelled/cat/9.jpg").symlink_to("../../shared/9.jpg")
+    assert find_labelled(str(tmp_path / "labelled")).class_names == ("cat", "dog")
+    (tmp_path / "labelled" / link).symlink_to(to)
+    with pytest.raises(ValueError, match=sentence):
+        find_labelled(str(tmp_path / "labelled"))
+
+
 def test_lists_hold_paths_relative_to_their_folder(tmp_path: Path) -> None:
     touch(tmp_path, "lists/a.jpg", "b.jpg", "without_suffix")
     text = f"\ufeffa.jpg\r\n\n  ../b.jpg  \n{tmp_path}/without_suffix\n"
@@ -309,6 +328,8 @@ def test_held_out_labels_point_into_the_training_classes(tmp_path: Path) -> None
         ("path,label\na.jpg\n", "line 2 of .* lacks its path or label"),
         ("path,label\na.jpg,x\na.jpg,y\n", "line 3 of .* the label 'y', an earlier one 'x'"),
         ("path,label\na.jpg,x\n", "has only the class 'x'"),
+        ("path,label\na,b.jpg,cat\n", "line 2 of .* has more fields than the header's 2: put quotes round"),
+        ("path,label,label\na.jpg,x,y\n", "the header of .* has label twice: keep one"),
     ],
 )
 def test_malformed_csv_files_are_errors_that_say_where(tmp_path: Path, text: str, message: str) -> None:

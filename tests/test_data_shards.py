@@ -213,18 +213,25 @@ def test_a_member_of_a_negative_size_ends_the_scan(tmp_path: Path) -> None:
     assert contents(find_images([str(path)]))["a.png"] == image(0)
 
 
-@pytest.mark.parametrize("folder", [".", "Müller"])
+@pytest.mark.parametrize(
+    ("folder", "a"),
+    [(".", "a"), ("Müller", "a"), (".", "ä"), (".", "å" * 40)],
+    ids=["ASCII", "folder", "short", "long"],
+)
+@pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
 @pytest.mark.parametrize("renamed", [False, True])
-def test_a_shard_that_changes_while_it_is_used_gives_no_wrong_image(tmp_path: Path, renamed: bool, folder: str) -> None:
+def test_a_shard_that_changes_while_it_is_used_gives_no_wrong_image(
+    tmp_path: Path, renamed: bool, folder: str, a: str, form: int
+) -> None:
     first, second = image(0), image(1)
     size = max(len(first), len(second))
     (tmp_path / folder).mkdir(exist_ok=True)
-    path = pack(tmp_path / folder / "x.tar", ("a.npy", first.ljust(size)), ("b.npy", second.ljust(size)))
+    path, both = tmp_path / folder / "x.tar", [(f"{a}1.npy", first.ljust(size)), (f"{a}2.npy", second.ljust(size))]
+    pack(path, *both, form=form)
     images = find_images([str(path)])
-    if renamed:  # the other order, of the same sizes
-        pack(path, ("b.npy", second.ljust(size)), ("a.npy", first.ljust(size)))
-    else:
-        pack(path, ("c.npy", b"x" * 700), ("a.npy", first.ljust(size)), ("b.npy", second.ljust(size)))
+    assert [images.open(i).read() for i in range(2)] == [content for _, content in both]
+    # The other order, of the same sizes; or with another before.
+    pack(path, *(both[::-1] if renamed else [("c.npy", b"x" * 700), *both]), form=form)
     for i in range(2):
         with pytest.raises(BadImage, match=r"x\.tar has changed since its index was made"):
             images.open(i)
@@ -312,7 +319,7 @@ def test_a_table_of_labels_may_name_members(tmp_path: Path) -> None:
 def scans(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry for each tar file that is scanned."""
     found = list[int]()
-    monkeypatch.setattr(shards, "scan", lambda file: (found.append(1), scan(file))[1])
+    monkeypatch.setattr(shards, "scan", lambda file, stop: (found.append(1), scan(file, stop))[1])
     return found
 
 

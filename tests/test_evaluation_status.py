@@ -213,3 +213,14 @@ def test_a_comparison_tells_which_of_its_runs_is_running(tmp_path: Path) -> None
         said = status(tmp_path)
         assert "running: scratch-10pct-0, epoch 3 of 3" in said and "goes on" not in said
     assert [found.name for found in find_runs(tmp_path)] == []
+
+
+def test_what_goes_on_elsewhere_begins_there(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for command, shown in (
+        ("fcmae pretrain photos", "fcmae pretrain photos"),
+        ("python -c x", f"fcmae pretrain --config {run / 'config.yaml'}"),
+    ):
+        start = {"time": "2026-01-01T00:00:00+00:00", "command": command, "directory": str(run.parent)}
+        (run / "environment.json").write_text(json.dumps([start]))
+        assert f"  cd {run.parent} && {shown}  # goes on" in status(ended(run, None))

@@ -105,7 +105,6 @@ def test_values_may_start_with_a_dash() -> None:
     ("text", "key", "value"),
     [
         ("010", "seed", 10),
-        ("yes", "overwrite", True),
         ("2024-01-01", "out", Path("2024-01-01")),
         ("0x10", "out", Path("0x10")),
     ],
@@ -128,11 +127,12 @@ def test_the_mistakes_of_any_command_are_reported_at_once() -> None:
         "image_size: received [64, 64, 64]; Tuple should have at most 2 items",
         "batch_size: received 0; allowed: >= 1",
         "device: received gpu; should be 'auto' or 'cpu'",
-        "models: missing: Runs, checkpoints, exported models, names of timm's models, or random: before one of these, "
-        "for the same network untrained. And what needs no network, of the same crops: pixels:32, the image averaged "
-        "to 32 x 32 pixels (pixels:1 is the mean colour); histogram:8, of colours in 8 steps a channel.",
-        "data: missing: Labelled images: a folder with one sub-folder a class, a CSV file with the columns path,label, "
-        "or shards with labels; or the URL of one.",
+        "models: missing: Runs, checkpoints, exported models, names of timm models, or one of these after random: for "
+        "the same network untrained. Also baselines without a network, on the same crops: pixels:32, the image "
+        "averaged to 32 x 32 pixels (pixels:1 is the mean colour); histogram:8, a colour histogram with 8 bins per "
+        "channel.",
+        "data: missing: Labelled images: a folder with one sub-folder per class, a CSV file with the columns "
+        "path,label, or shards with labels; local or by URL.",
         "test_share: received 1; allowed: > 0 and < 1",
         "probes: received [knn, lnear]; each item should be 'knn', 'linear' or 'few-shot'; did you mean linear?",
         "stages: received [4th]; '4th' is neither a number nor last: use such as 3 4, last or all",
@@ -142,6 +142,24 @@ def test_the_mistakes_of_any_command_are_reported_at_once() -> None:
 def test_switches_need_no_value_and_may_have_one() -> None:
     config = load("--model.compile", "--model.normalize_target", "false", "--overwrite")
     assert config.model.compile and not config.model.normalize_target and config.overwrite
+
+
+def test_overwrite_is_no_setting_of_a_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for text in ("overwrite: true\n", "overwrite: yes please\n"):
+        Path("a.yaml").write_text(text)
+        with pytest.raises(ConfigError, match=r"^overwrite: it is in a file, .*: give --overwrite$"):
+            load("--config", "a.yaml")
+        with pytest.raises(ConfigError, match=r"^overwrite: it is in a file"):
+            options.make(PretrainConfig, {}, "a.yaml")
+    with pytest.raises(SystemExit):
+        load("--overwrite", "--print-config")
+    printed = capsys.readouterr().out
+    assert "overwrite: false" in printed
+    Path("a.yaml").write_text(printed)
+    assert not load("--config", "a.yaml").overwrite
 
 
 def test_numbers_may_leave_out_the_zero_and_have_an_exponent(yaml_file: Path) -> None:

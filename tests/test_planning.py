@@ -210,6 +210,14 @@ def test_a_run_that_was_killed_in_its_first_step_starts_anew_in_its_place(photos
     assert "the last start ended without a word" in (run / "train.log").read_text()
 
 
+def test_a_start_that_left_an_index_alone_is_gone_on_with_in_its_place(photos: Path, measured: list[int]) -> None:
+    words = ["photos", "--hours", "0.001", *SMALL]
+    Path("runs/photos/index").mkdir(parents=True)
+    assert load(PretrainConfig, words, prog="x", complete=planning.pretraining).out == Path("runs/photos")
+    Path("runs/photos/mine.txt").touch()
+    assert load(PretrainConfig, words, prog="x", complete=planning.pretraining).out == Path("runs/photos-2")
+
+
 def start_run(run: Path, cfg: PretrainConfig) -> None:
     """What a run leaves that is killed after it has written its first line of numbers."""
     run.mkdir(parents=True)

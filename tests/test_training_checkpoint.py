@@ -285,6 +285,15 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused_before_anything_is_w
     assert not (tmp_path / "run").exists()
 
 
+def test_room_is_looked_for_where_checkpoints_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bigger").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "bigger")
+    free = {tmp_path / "bigger": 10**9}
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(0, 0, free.get(Path(place), 0)))
+    assert "of 1.0 GB free" in checkpoint.check_space(tmp_path / "run", nn.Linear(2, 2), 2)
+
+
 def without_checksums(place: Path) -> dict[str, Any]:
     """As earlier versions wrote it; returns the fields."""
     meta = json.loads((place / "checkpoint.json").read_text())

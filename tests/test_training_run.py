@@ -158,7 +158,7 @@ def test_what_is_to_be_deleted_is_deleted_at_the_start_that_said_so_alone(
     tmp_path: Path, restarted: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_run(tmp_path)
-    monkeypatch.setattr("sys.argv", ["fcmae", "pretrain", "photos", "--overwrite", "TRUE", "--out", "x", "--overwrite"])
+    monkeypatch.setattr("sys.argv", ["fcmae", "pretrain", "photos", "--overwrite", "TRUE", "--out", "x", "-overwrite"])
     cfg = config(Path("photos"), tmp_path, overwrite="true")
     with RunDirectory(cfg).open(is_main=True):
         pass

@@ -1,9 +1,9 @@
-"""What all settings are made of."""
+"""Common parts of all settings."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from operator import attrgetter
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Spelling:
-    """How a command line may write a setting, beside `--its.key VALUE`.
+    """How a command line may write a setting, besides `--its.key VALUE`.
 
-    argument: its name as a word without a flag; empty if it is none. short: another name of its flag. commas: whether
-    they divide a list; names of files may hold them. hidden: that no command line gives it.
+    argument: its name as a positional argument; empty if it is not one. short: another name of its flag. commas:
+    whether they separate the items of a list; names of files may contain them. hidden: not for the command line.
     """
 
     argument: str = ""
@@ -40,7 +40,7 @@ class Spelling:
     hidden: bool = False
 
 
-# A combination that cannot work: the keys it involves, the one to change first, and a sentence about that one.
+# Settings that cannot be combined: their keys, first the one to change, and a sentence about that one.
 Conflict = tuple[tuple[str, ...], str]
 
 
@@ -51,19 +51,19 @@ class Section(BaseModel):
 
 
 class Settings(Section):
-    """Base of the settings of a command: what cannot work together is refused when they are made."""
+    """Base of the settings of a command: a combination that cannot work is refused when they are made."""
 
     def conflicts(self, num_processes: int | None = None) -> Iterator[Conflict]:
-        """Combinations that cannot work.
+        """Combinations of settings that cannot work.
 
         Args:
-            num_processes: That a run is started on, here. None is one, on a machine that is not known yet.
+            num_processes: Processes of a run on this machine; None is one process, on a machine not known yet.
         """
         yield from ()
 
     @model_validator(mode="after")
     def _works(self, info: ValidationInfo) -> Self:
-        """Raise all conflicts. The validation's context may hold num_processes, or sketch, which has none."""
+        """Raise all conflicts. The validation's context may hold num_processes, or sketch, which skips the check."""
         if (info.context or {}).get("sketch"):
             return self
         if found := list(self.conflicts((info.context or {}).get("num_processes"))):
@@ -95,34 +95,39 @@ def _expanded(text: str) -> str:
     return found
 
 
+def _of_text(change: Callable[[str], str]) -> BeforeValidator:
+    """Changes the text of a path before it is one: as a Path, ./~name is ~name."""
+    return BeforeValidator(lambda path: change(os.fspath(path)) if isinstance(path, str | os.PathLike) else path)
+
+
 class FromFile(Section):
-    """Which weights are taken of a file that holds several."""
+    """Which weights to take from a file that holds several."""
 
     key: str | None = Field(None, min_length=1)
     """The entry of a .pth file that holds the weights, e.g. model_ema. Default: model, or another usual one."""
     prefix: str | None = None
-    """What stands before the weights' names in a file, e.g. student. Default: found out."""
+    """Prefix of the weights' names in a file, e.g. student. Default: detected."""
 
 
 Size = Annotated[tuple[Annotated[int, Field(ge=8)], Annotated[int, Field(ge=8)]], BeforeValidator(_square)]
 # A path that a person writes: ~ is their home.
 UserText = Annotated[str, AfterValidator(_expanded)]
-UserPath = Annotated[Path, AfterValidator(lambda path: Path(_expanded(str(path))))]
+UserPath = Annotated[Path, _of_text(_expanded)]
 
 
 _OF_RUNS = ("config.yaml", "worth.json")  # of a run, and of a comparison of runs
 
 
 def find_run(name: str) -> str:
-    """A run may be named without the folder runs/, unless that names a file, a run or an exported model; random: stays.
+    """Complete NAME to runs/NAME, unless NAME itself is a file, a run or an exported model; random: before it stays.
 
-    The images of a run are often in a folder of the same name.
+    Another folder of that name does not count, as it often has the images of the run.
 
     Args:
         name: a path, in which ~ is the user's home, or a name below runs/.
 
     Raises:
-        ValueError: for the home of a user that there is none of.
+        ValueError: if ~ names a user that does not exist.
     """
     kind, colon, path = name.rpartition("random:")
     text = _expanded(path)
@@ -133,14 +138,14 @@ def find_run(name: str) -> str:
 
 
 def near_runs(name: str | Path) -> str:
-    """Name the runs below runs/ that are spelt nearly so, for the end of a sentence; empty if there is none."""
+    """Suggest runs below runs/ with a similar name, as the end of a sentence; empty if there is none."""
     known = [str(file.parent.relative_to("runs")) for file in Path("runs").glob("**/config.yaml")]
     near = get_close_matches(str(name).removeprefix("runs/"), known, n=3)
     return f"; did you mean runs/{' or runs/'.join(near)}?" if near else ""
 
 
-# A run, by its path or its name below runs/, or what else a setting takes in its place.
+# A run, by its path or its name below runs/, or whatever else a setting accepts in its place.
 RunText = Annotated[str, AfterValidator(find_run)]
-RunPath = Annotated[Path, AfterValidator(lambda path: Path(find_run(str(path))))]
+RunPath = Annotated[Path, _of_text(find_run)]
 Backend = Literal["packed", "triton", "masked", "minkowski"]
 Device = Literal["auto", "cpu"]

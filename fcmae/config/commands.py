@@ -1,4 +1,4 @@
-"""The settings of the commands that are no runs: what is done with models and images."""
+"""The settings of the commands that are not runs: what is done with models and images."""
 
 from __future__ import annotations
 
@@ -55,15 +55,15 @@ class Reading(Settings):
     """How images are read for a model, and where it computes."""
 
     image_size: Size | None = None
-    """Height and width the network sees, in pixels; one number is a square. Default: the model's own."""
+    """Height and width of the network's input, in pixels; a single number means a square. Default: the model's own."""
     batch_size: int = Field(64, ge=1)
-    """Images at a time."""
+    """Images per batch."""
     num_workers: int | None = Field(None, ge=0)
     """Processes that decode images. Default: as many as help."""
     max_pixels: int = Field(MAX_PIXELS, ge=1)
-    """Pixels of the largest image that is read, of up to 12 bytes each."""
+    """Largest image that is read, in pixels of up to 12 bytes."""
     nodata: float | None = Field(None, allow_inf_nan=False)
-    """The stored value that stands for missing ones, where files do not say it. Default: that of the weights."""
+    """The stored value that marks missing data, for files that do not state it. Default: that of the weights."""
     device: Device = "auto"
     """auto takes a GPU when there is one."""
 
@@ -72,10 +72,10 @@ class Source(Reading):
     """Images with or without labels."""
 
     images: Annotated[list[UserText] | None, Spelling(commas=False)] = Field(None, min_length=1)
-    """Images, folders, lists, shards or glob patterns; URLs of them too."""
+    """Images, folders, lists, shards or glob patterns, local or by URL."""
     data: UserText | None = None
-    """Labelled images: a folder with one sub-folder a class, a CSV file with the columns path,label, or shards with
-    labels; or the URL of one."""
+    """Labelled images: a folder with one sub-folder per class, a CSV file with the columns path,label, or shards with
+    labels; local or by URL."""
 
     def conflicts(self, num_processes: int | None = None) -> Iterator[Conflict]:
         if (self.images is None) == (self.data is None):
@@ -87,32 +87,32 @@ Stages = Annotated[tuple[int, ...] | None, BeforeValidator(_stages)]
 
 
 class EvaluateConfig(Reading, FromFile):
-    """Tell by kNN, linear and few-label probes how well frozen features separate classes.
+    """Measure with kNN, linear and few-label probes how well frozen features separate classes.
 
     Example: fcmae evaluate runs/first random:runs/first pixels:32 --data labelled
     """
 
     models: Models
-    """Runs, checkpoints, exported models, names of timm's models, or random: before one of these, for the same network
-    untrained. And what needs no network, of the same crops: pixels:32, the image averaged to 32 x 32 pixels (pixels:1
-    is the mean colour); histogram:8, of colours in 8 steps a channel."""
+    """Runs, checkpoints, exported models, names of timm models, or one of these after random: for the same network
+    untrained. Also baselines without a network, on the same crops: pixels:32, the image averaged to 32 x 32 pixels
+    (pixels:1 is the mean colour); histogram:8, a colour histogram with 8 bins per channel."""
     data: UserText = Field(examples=["labelled"])
-    """Labelled images: a folder with one sub-folder a class, a CSV file with the columns path,label, or shards with
-    labels; or the URL of one."""
+    """Labelled images: a folder with one sub-folder per class, a CSV file with the columns path,label, or shards with
+    labels; local or by URL."""
     test: UserText | None = None
-    """Images to test on, of the same form. Default: a stratified share (test_share) of `data`."""
+    """Images to test on, in the same form. Default: a stratified share (test_share) of `data`."""
     test_share: float = Field(0.2, gt=0, lt=1)
     """Share of each class to test on."""
     probes: list[Literal["knn", "linear", "few-shot"]] = Field(["knn", "linear"], min_length=1)
-    """What tells the classes apart by the features."""
+    """Classifiers that predict the classes from the features."""
     labels: list[str] = Field(["1%", "10%"], min_length=1)
-    """Of few-shot: images a class, or a share of the training images."""
+    """For few-shot: numbers of images per class, or shares of the training images."""
     draws: int = Field(5, ge=1)
-    """Of few-shot: how often labels are drawn."""
+    """For few-shot: how many times labels are drawn."""
     stages: Stages = (-1,)
-    """Which outputs: numbers from 1, last, or all. Default: last."""
+    """Encoder stages whose output is used: numbers from 1, last, or all. Default: last."""
     seed: int = Field(0, ge=0)
-    """Of all that is drawn."""
+    """Seed of all random draws."""
     out: UserPath | None = None
     """Where results go. Default: RUN/evaluation, for RUN and random:RUN."""
     overwrite: bool = False
@@ -120,50 +120,52 @@ class EvaluateConfig(Reading, FromFile):
 
 
 class WorthConfig(Settings, FromFile):
-    """Tell whether pretraining is worth it: fine-tune from each start and from scratch, with paired seeds.
+    """Find out whether pretraining is worth it: fine-tune from each start and from scratch, with paired seeds.
 
-    Before it starts it says how long it will take. The same command goes on where it was stopped, and with more --seeds
-    adds to what is there.
+    It first prints how long it will take. The same command resumes a comparison that was stopped, and with more
+    --seeds extends one.
 
     Example: fcmae worth labelled photos --hours 4 --init runs/other --labels 1% 10% 100%
     """
 
     data: Annotated[UserText, Spelling("LABELLED")] = Field(examples=["labelled"])
-    """Labelled images: a folder with one sub-folder a class, a CSV file with the columns path,label, or shards with
-    labels; or the URL of one."""
+    """Labelled images: a folder with one sub-folder per class, a CSV file with the columns path,label, or shards with
+    labels; local or by URL."""
     unlabelled: Annotated[list[UserText], Spelling("UNLABELLED", commas=False)] = Field([])
     """Images that the pretraining learns from: folders, lists, shards, glob patterns or URLs. Default: the labelled
     training images."""
     test: UserText | None = None
-    """Images to test on, of the form of LABELLED. Default: a stratified share (test_share) of LABELLED."""
+    """Images to test on, in the form of LABELLED. Default: a stratified share (test_share) of LABELLED."""
     test_share: float = Field(0.2, gt=0, lt=1)
     """Share of each class to test on."""
     hours: float | None = Field(None, gt=0)
-    """Pretrain for so long first, and start from that. Default: no pretraining."""
+    """Hours of pretraining to do first, as one of the starts. Default: no pretraining."""
     pretraining: str | None = None
     """Settings of the pretraining: a YAML file, or the name of a shipped one (`fcmae configs`). Default: chosen."""
     init: Annotated[list[RunText], Spelling(commas=False)] = Field([])
-    """Weights to start from: runs, checkpoints, or all that `fcmae convert` reads; the flag may be repeated."""
+    """Weights to start from: runs, checkpoints, or anything that `fcmae convert` reads; the flag may be repeated."""
     labels: list[str] = Field(["1%", "10%", "100%"], min_length=1)
-    """How many labels are learnt from: shares of the training images, or numbers of images a class."""
+    """How many labels to train on: shares of the training images, or numbers of images per class."""
     seeds: int = Field(5, ge=1)
-    """How often each is done: with other labels, another order and another head, the same for every start."""
+    """Repetitions of each fine-tuning, each with other labels, another order and another head, the same for every
+    start."""
     epochs: int | float | None = Field(None, gt=0)
-    """Passes of a fine-tuning over its labels, whatever it starts from. Default: by their number."""
+    """Epochs of each fine-tuning, the same for every start. Default: chosen by the number of labels."""
     finetuning: str | None = None
-    """Settings of the fine-tunings, like those of the pretraining; from scratch layer_decay is 1. Default: chosen."""
+    """Settings of the fine-tunings, given like `pretraining`; from scratch, layer_decay is 1. Default: chosen."""
     controls: list[str] = Field(["pixels:32", "histogram:8", "pixels:1"])
-    """What needs no network, see `fcmae evaluate`, by linear classifiers on the same labels; or []."""
+    """Baselines without a network (see `fcmae evaluate`): linear classifiers on the same labels; or []."""
     image_size: Size | None = None
-    """Height and width the networks see, in pixels; one number is a square. Default: the weights' own, or chosen."""
+    """Height and width of the networks' input, in pixels; a single number means a square. Default: the weights' own, or
+    chosen."""
     num_workers: int | None = Field(None, ge=0)
     """Processes that decode images. Default: as many as help."""
     device: Device = "auto"
     """auto takes a GPU when there is one."""
     seed: int = Field(0, ge=0)
-    """Of the test images, of the pretraining, and the first of the seeds."""
+    """Seed of the draw of test images and of the pretraining, and the first of the fine-tunings' seeds."""
     out: UserPath | None = None
-    """Where all runs and results go. Default: runs/NAME-worth, NAME of LABELLED."""
+    """Where all runs and results go. Default: runs/NAME-worth, NAME from LABELLED."""
 
     def conflicts(self, num_processes: int | None = None) -> Iterator[Conflict]:
         if not (self.hours or self.pretraining or self.init):
@@ -184,35 +186,35 @@ class EmbedConfig(Source, FromFile):
     """
 
     model: Annotated[RunText, Spelling("MODEL")] = Field(examples=["runs/first"])
-    """A run, a checkpoint, an exported model, a name of timm's models, or random: before one of these."""
+    """A run, a checkpoint, an exported model, the name of a timm model, or one of these after random:, untrained."""
     out: UserPath = Field(examples=["embedded"])
     """Where results go."""
     map: Literal["tsne", "umap"] | None = "tsne"
     """How the map is made, or none; umap needs umap-learn."""
     neighbours: Annotated[list[UserText], Spelling(commas=False)] = Field([])
-    """Images whose 8 nearest are shown."""
+    """Images whose 8 nearest neighbours are drawn."""
     parquet: bool = False
-    """One Parquet file in place of .npy and .csv."""
+    """Write one Parquet file instead of .npy and .csv."""
     stage: Annotated[int, BeforeValidator(_stage)] = -1
-    """Which output: a number from 1, or last. Default: last."""
+    """Encoder stage whose output is used: a number from 1, or last. Default: last."""
     seed: int = Field(0, ge=0)
-    """Of the map."""
+    """Random seed of the map."""
     overwrite: bool = False
     """Replace earlier results."""
 
 
 class AnalyzeConfig(Source, FromFile):
-    """Compare what the channels of ConvNeXts do: diversity, dead ones, effective rank, GRN, class selectivity.
+    """Compare the channels of ConvNeXts: diversity, dead channels, effective rank, GRN, class selectivity.
 
-    Labels are for class selectivity.
+    Only class selectivity needs labels.
 
     Example: fcmae analyze runs/v1 runs/v2 random:runs/v2 --images photos --out compared
     """
 
     models: Models
-    """ConvNeXts: runs, checkpoints, exported models, names of timm's models, or random: before one of these."""
+    """ConvNeXts: runs, checkpoints, exported models, names of timm models, or one of these after random:, untrained."""
     max_images: int = Field(1000, ge=1)
-    """Of more images, that many are taken, evenly spread."""
+    """Most images to use; of more, this many are taken, evenly spread."""
     out: UserPath | None = None
     """Where figures go. Default: RUN/analysis, for RUN and random:RUN."""
     overwrite: bool = False
@@ -220,9 +222,9 @@ class AnalyzeConfig(Source, FromFile):
 
 
 class PredictConfig(Reading, FromFile):
-    """Classify images with a fine-tuned model, or write their label maps with one of `fcmae segment`.
+    """Classify images with a fine-tuned model, or write their label maps with a model of `fcmae segment`.
 
-    A label map is a TIFF that lies where its image does on earth, where that is a TIFF, and else a PNG.
+    The label map of a TIFF is a TIFF with the same georeferencing; that of any other image is a PNG.
 
     Example: fcmae predict runs/tuned photos --csv labels.csv
     """
@@ -230,21 +232,21 @@ class PredictConfig(Reading, FromFile):
     model: Annotated[RunPath, Spelling("MODEL")] = Field(examples=["runs/tuned"])
     """A run of fine-tuning or segmentation, or its exported model."""
     images: Annotated[list[UserText], Spelling("IMAGES", commas=False)] = Field(min_length=1, examples=[["photos"]])
-    """Images, folders, lists, shards or glob patterns; URLs of them too."""
+    """Images, folders, lists, shards or glob patterns, local or by URL."""
     csv: UserPath | None = None
-    """Of a classifier: a new file, for the predictions too."""
+    """For a classifier: a new file to which the predictions are written too."""
     out: UserPath | None = None
-    """Of segmentation: a new folder, for the label maps, under the images' names."""
+    """For segmentation: a new folder for the label maps, which are named like the images."""
     probabilities: bool = False
-    """Of segmentation: write NAME.probabilities.tif beside each map, a band of 32-bit numbers a class."""
+    """For segmentation: also write NAME.probabilities.tif beside each map, with one 32-bit band per class."""
     overlap: float = Field(0.5, ge=0, le=0.9)
-    """Of segmentation: share of a tile's side that it has in common with the next."""
+    """For segmentation: share of a tile's side by which it overlaps the next."""
     tau: float | None = Field(None, ge=0, le=1)
-    """Of an anytime model: a patch leaves when it is surer. Default: the model's."""
+    """For an anytime model: a patch exits when its confidence is above this. Default: the model's."""
     budget: float | None = Field(None, gt=0, le=1)
-    """Of an anytime model, in place of tau: the share of the patches that later stages compute."""
+    """For an anytime model, instead of tau: the share of the patches that later stages compute."""
     limit_ms: float | None = Field(None, gt=0)
-    """Of an anytime model: no stage of an image but the first begins after this time, which its tiles share."""
+    """For an anytime model: time limit per image, shared by its tiles, after which only first stages begin."""
 
     def conflicts(self, num_processes: int | None = None) -> Iterator[Conflict]:
         yield from super().conflicts(num_processes)
@@ -253,24 +255,24 @@ class PredictConfig(Reading, FromFile):
 
 
 class ConvertConfig(Settings, FromFile):
-    """Turn weights of any format into any other, from a run to timm by default.
+    """Convert weights from any format to another, by default from a run to timm.
 
     Example: fcmae convert runs/first encoder
     """
 
     source: Annotated[RunPath, Spelling("SRC")] = Field(examples=["runs/first"])
-    """A run, a checkpoint, a timm or transformers directory, or a .safetensors or .pth file of any format, the released
-    sparse and dense checkpoints too."""
+    """A run, a checkpoint, a timm or transformers directory, or a .safetensors or .pth file of any format, including
+    the released sparse and dense checkpoints."""
     dest: Annotated[UserPath | None, Spelling("DEST")] = None
     """Where to write it: a new path."""
     to: Literal["fcmae", "timm", "fair", "transformers", "minkowski"] = "timm"
     """timm and transformers: a directory; the others: a file that ends in .safetensors, .pth or .pt."""
     variant: Variant | None = None
-    """What the source must be of, e.g. convnextv2_atto, or its last word alone. Default: found out."""
+    """The network that the source must hold, e.g. convnextv2_atto, or its last word alone. Default: detected."""
     dry_run: bool = False
-    """Print what goes where and write nothing."""
+    """Print which tensor goes where, and write nothing."""
     check: bool = False
-    """Compare the source's output on a fixed image with the one stored in it, and stop."""
+    """Compare the source's output on a fixed image with the output stored in it, and stop."""
 
     def conflicts(self, num_processes: int | None = None) -> Iterator[Conflict]:
         if self.dest is None and not (self.dry_run or self.check):
@@ -278,51 +280,52 @@ class ConvertConfig(Settings, FromFile):
 
 
 class PruneConfig(Reading, FromFile):
-    """Remove hidden channels or whole blocks of a ConvNeXt, and make up for them on images.
+    """Remove hidden channels or whole blocks of a ConvNeXt, and compensate for them by statistics of images.
 
     Example: fcmae prune runs/tuned pruned.safetensors --data photos --keep .5
     """
 
     model: Annotated[RunPath, Spelling("MODEL")] = Field(examples=["runs/tuned"])
-    """A run, a checkpoint, an exported model, or all else that `fcmae convert` reads. Of a pretraining run the decoder
-    stays as it was."""
+    """A run, a checkpoint, an exported model, or anything else that `fcmae convert` reads. The decoder of a pretraining
+    run stays as it was."""
     dest: Annotated[UserPath, Spelling("DEST")] = Field(examples=["pruned.safetensors"])
     """A new file, .safetensors, .pth or .pt, for `finetune`, `predict`, `evaluate` and `convert`."""
     data: Annotated[list[UserText], Spelling(commas=False)] = Field(min_length=1, examples=[["photos"]])
-    """Images like those it is for: folders, lists or glob patterns. No labels are needed."""
+    """Images like those the model is for: folders, lists or glob patterns. No labels are needed."""
     keep: float = Field(0.5, gt=0, lt=1)
-    """Share of the hidden channels, or of the blocks, that stays."""
+    """Share of the hidden channels, or of the blocks, to keep."""
     what: Literal["hidden", "blocks"] = "hidden"
-    """Hidden channels of the blocks' MLPs; or whole blocks, of which each stage keeps one."""
+    """What to remove: hidden channels of the blocks' MLPs, or whole blocks, of which each stage keeps at least one."""
     how: Literal["uniform", "global"] = "uniform"
-    """That share of each block (of each stage, for blocks); or of the whole network, where it matters most."""
+    """uniform keeps that share in each block (for blocks, in each stage); global keeps the most important ones of the
+    whole network."""
     by: Literal["norm", "activation"] = "activation"
-    """What tells what matters. norm: the norm of its weights (for blocks LayerScale, which V1 has); activation: what it
-    adds to the features of the images."""
+    """How importance is measured. norm: by the norm of the weights (for blocks, of LayerScale, which V1 has);
+    activation: by what a channel or block adds to the features of the images."""
     max_images: int = Field(256, ge=1)
-    """Of more images, that many are taken, evenly spread."""
+    """Most images to use; of more, this many are taken, evenly spread."""
 
 
 class ExportConfig(Settings, FromFile):
-    """Write a model for others: an ONNX file, checked by onnxruntime, or a repository for the Hugging Face hub.
+    """Export a model: as an ONNX file, checked with onnxruntime, or as a repository for the Hugging Face hub.
 
     Example: fcmae export runs/tuned model.onnx --normalize
     """
 
     model: Annotated[RunPath, Spelling("MODEL")] = Field(examples=["runs/tuned"])
-    """A run, a checkpoint, an exported model, or all else that `fcmae convert` reads."""
+    """A run, a checkpoint, an exported model, or anything else that `fcmae convert` reads."""
     dest: Annotated[UserPath, Spelling("DEST")] = Field(examples=["model.onnx"])
     """A new path: a file that ends in .onnx, or a folder for hub."""
     to: Literal["onnx", "hub"] = "onnx"
     """hub: a folder of timm's files and a model card, written from the run."""
     output: Literal["logits", "pooled", "pyramid"] | None = None
-    """What an ONNX file gives: logits of the classes, features averaged over the image, or the features of every stage,
-    the last two before any norm. Default: logits if there is a classifier, else pooled."""
+    """Output of an ONNX file: logits of the classes, features averaged over the image (pooled), or the features of
+    every stage (pyramid), both before any norm. Default: logits if there is a classifier, else pooled."""
     normalize: bool = False
-    """Whether an ONNX file takes images as they are read, those of 8 and 16 bits in 0..1, and normalises them. Default:
-    they come normalised."""
+    """Have the ONNX file take images as they are read (8 and 16 bits scaled to 0..1) and normalise them itself.
+    Default: it takes normalised images."""
     images: Annotated[list[UserText], Spelling(commas=False)] = Field([])
-    """Images to check an ONNX file on: files, folders, lists or glob patterns. Default: those of the run, or made-up
+    """Images to check an ONNX file on: files, folders, lists or glob patterns. Default: those of the run, or synthetic
     ones."""
 
     def conflicts(self, num_processes: int | None = None) -> Iterator[Conflict]:
@@ -338,31 +341,31 @@ class PushConfig(Settings, FromFile):
     """
 
     model: Annotated[RunPath, Spelling("MODEL")] = Field(examples=["runs/tuned"])
-    """A run, a checkpoint, an exported model, or all else that `fcmae convert` reads."""
+    """A run, a checkpoint, an exported model, or anything else that `fcmae convert` reads."""
     repo: Annotated[str, AfterValidator(_repository), Spelling("REPO")] = Field(examples=["me/cells"])
-    """The repository: USER/NAME, or NAME for whom the token is of."""
+    """The repository, as USER/NAME; NAME alone means the account your token belongs to."""
     public: bool = False
-    """Everybody may read it. Default: it is private."""
+    """Let everybody read the repository. Default: it is private."""
     overwrite: bool = False
-    """Add to a repository that is there; what it had stays in its history."""
+    """Add to an existing repository; what it had stays in its history."""
 
 
 class ReportConfig(Settings):
-    """Write one HTML page on runs: settings, curves, reconstructions, scores, and what they say.
+    """Write one HTML page on runs: settings, curves, reconstructions, scores and what they mean.
 
     Example: fcmae report runs/first runs/tuned runs/scratch --out report.html
     """
 
     runs: Annotated[list[RunPath], Spelling("RUN", commas=False)] = Field(min_length=1, examples=[["runs/first"]])
-    """Directories of pretraining or fine-tuning, or of what `fcmae worth` compares."""
+    """Directories of runs of pretraining or fine-tuning, or of comparisons by `fcmae worth`."""
     out: UserPath | None = None
     """The page. Default: RUN/report.html, for one run."""
     open: bool = False
-    """Show it in a browser, where there is one."""
+    """Open the page in a browser, if there is one."""
 
 
 class StatusConfig(Settings):
-    """Tell where a run stands, whether it works and what to do next; or list the runs below a folder.
+    """Show how far a run is, whether it works and what to do next; or list the runs below a folder.
 
     Example: fcmae status runs/first
     """
@@ -372,7 +375,7 @@ class StatusConfig(Settings):
 
 
 class RoadmapConfig(Settings):
-    """List the steps from ResNet to ConvNeXt: what each changes, costs and gave where it was published.
+    """List the steps from ResNet to ConvNeXt: what each changes and costs, and its accuracy where published.
 
     Multiply-adds and parameters are counted at 224 x 224 pixels and 1,000 classes. `fcmae finetune --model.variant
     roadmap/inverted` trains the network after a step.
@@ -383,11 +386,11 @@ class RoadmapConfig(Settings):
     regime: Annotated[Literal["roadmap", "roadmap-200", "roadmap-small"], Spelling("REGIME")] = "roadmap"
     """ResNet-50 to ConvNeXt-T, ResNet-200 to ConvNeXt-B, or a small one for small images."""
     ours: UserPath | None = None
-    """The JSON file of studies/roadmap.py, for what its runs gave."""
+    """The JSON file of studies/roadmap.py, to add the accuracy of its runs."""
 
 
 class StatsConfig(Settings):
-    """Print the images' mean and std, as lines for a configuration.
+    """Print the images' mean and std, as lines for a configuration file.
 
     Example: fcmae stats photos --in_chans 4
     """
@@ -397,25 +400,25 @@ class StatsConfig(Settings):
     in_chans: int = Field(3, ge=1)
     """Channels of the images."""
     max_images: int = Field(2000, ge=1)
-    """Of more images, that many are read."""
+    """Most images to read."""
     num_workers: int | None = Field(None, ge=0)
-    """Processes that decode images. Default: one a core, up to 8."""
+    """Processes that decode images. Default: one per core, up to 8."""
     max_pixels: int = Field(MAX_PIXELS, ge=1)
-    """Pixels of the largest image that is read, of up to 12 bytes each."""
+    """Largest image that is read, in pixels of up to 12 bytes."""
     nodata: float | None = Field(None, allow_inf_nan=False)
-    """The stored value that stands for missing ones, where files do not say it."""
+    """The stored value that marks missing data, for files that do not state it."""
 
 
 class DoctorConfig(Settings):
-    """Tell what this machine has for pretraining, what it lacks and how to mend it.
+    """Show what this machine has for pretraining, what it lacks and how to fix it.
 
     Example: fcmae doctor --quick
     """
 
     out: UserPath = Path()
-    """Where runs are to be written."""
+    """Where runs will be written."""
     quick: bool = False
-    """Try neither torch.compile, processes nor MinkowskiEngine."""
+    """Skip the trials of torch.compile, processes and MinkowskiEngine."""
     as_json: Annotated[bool, Spelling(short="json")] = False
     """Print JSON."""
 
@@ -427,9 +430,9 @@ class VerifyConfig(Settings):
     """
 
     backend: list[Backend] | None = Field(None, min_length=1)
-    """What to check. Default: those that can run here."""
+    """Backends to check. Default: those that can run here."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where they run."""
+    """Where the backends run."""
 
 
 class ConfigsConfig(Settings):
@@ -440,20 +443,20 @@ class ConfigsConfig(Settings):
 
 
 class CompletionConfig(Settings):
-    """Print the script by which a shell completes our commands: source it where the shell starts.
+    """Print the script with which a shell completes fcmae commands: source it in the shell's startup file.
 
     Example: fcmae completion bash
     """
 
     shell: Annotated[Literal["bash", "zsh", "fish"], Spelling("SHELL")] = "bash"
-    """Of which kind."""
+    """The kind of shell."""
 
 
 class SchemaConfig(Settings):
-    """Print the JSON schema of a command's settings, by which editors check and complete YAML files.
+    """Print the JSON schema of a command's settings, with which editors check and complete YAML files.
 
     Example: fcmae schema pretrain
     """
 
     command: Annotated[str, Spelling("COMMAND")] = "pretrain"
-    """Whose settings: any command's."""
+    """The command, which may be any."""

@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import os
+import sys
 import time
 import unicodedata
 from collections import Counter
@@ -41,6 +42,7 @@ TELL_EVERY_S = 10.0
 ANY = Storage()
 
 Found = TypeVar("Found")
+Inode = tuple[int, int]  # device and number
 OF_A_PART = ("paths", "labels", "places")  # in each line of an index; the first has what is of all
 
 
@@ -142,6 +144,11 @@ class Images:
         if self.labels is not None:
             digest.update(self.labels.astype("<i8").tobytes())
         return digest.hexdigest()
+
+    def tell_notes(self) -> None:
+        """Say on stderr what was left out when they were found."""
+        for note in self.notes:
+            print(note, file=sys.stderr)
 
     def subset(self, positions: Sequence[int] | NDArray[np.int64]) -> Images:
         """The images at the given positions, in the given order, of the same source and with the same classes."""
@@ -318,7 +325,7 @@ def _told(found: Iterable[Found], key: str) -> Iterator[Found]:
 
 
 def _expand(source: str, key: str, others: Counter[str]) -> Iterator[str]:
-    path = Path(source).expanduser()
+    path = Path(source)
     if is_remote(source):
         yield from _expand_remote(source, key, others)
     elif path.is_dir():
@@ -387,13 +394,15 @@ def _absolute(path: str | Path) -> str:
     return os.path.abspath(path)  # noqa: PTH100
 
 
-def _walk(root: Path, key: str, others: Counter[str]) -> Iterator[str]:
+def _walk(root: Path, key: str, others: Counter[str], owners: dict[Inode, str] | None = None) -> Iterator[str]:
     """The images and shards below a folder; files of other formats are counted in `others`, by suffix.
 
     Hidden files and folders, those of systems, and the directories of runs, whose pictures are no images to learn from,
     are passed over, and so is everything that is no file.
+
+    owners: the classes whose folders and links led to a place, where the root is that of a class; they go on.
     """
-    seen: set[tuple[int, int]] = set()
+    seen: set[Inode] = set()
     folders = [_absolute(root)]
     while folders:
         folder = folders.pop()
@@ -402,6 +411,8 @@ def _walk(root: Path, key: str, others: Counter[str]) -> Iterator[str]:
             if (status.st_dev, status.st_ino) in seen:  # a link to a folder that was searched, or is being searched
                 continue
             seen.add((status.st_dev, status.st_ino))
+            if owners is not None:
+                _claim(folder, status, root.name, key, owners)
             with os.scandir(folder) as entries:
                 shown = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda e: e.name)
             shown = [entry for entry in shown if not _leads_to_itself(entry)]
@@ -413,10 +424,20 @@ def _walk(root: Path, key: str, others: Counter[str]) -> Iterator[str]:
         folders += [entry.path for entry in shown if entry.is_dir() and entry.name not in SYSTEM_FOLDERS]
         for entry in shown:
             if entry.is_file():
+                if owners is not None and entry.is_symlink():
+                    _claim(entry.path, entry.stat(), root.name, key, owners)
                 if is_image(entry.name) or (is_shard(entry.name) and (entry.name.endswith(".tar") or can_read())):
                     yield entry.path
                 else:
                     others[os.path.splitext(entry.name)[1].lower()] += 1  # noqa: PTH122
+
+
+def _claim(path: str, status: os.stat_result, name: str, key: str, owners: dict[Inode, str]) -> None:
+    """Refuse a place to which two classes lead: its images would have the label of either."""
+    owner = owners.setdefault((status.st_dev, status.st_ino), name)
+    if owner != name:
+        where = f"the class {owner!r}" if owner else "the classes' own folder"
+        raise ValueError(f"{key}: {path!r} of the class {name!r} is a link to what {where} has: remove the link")
 
 
 def _leads_to_itself(entry: os.DirEntry[str]) -> bool:
@@ -478,7 +499,7 @@ def find_labelled(
     """
     others, notes = Counter[str](), tuple[str, ...]()
     key = key or ("data.path" if class_names is None else "data.val_path")
-    path, shards = Path(source).expanduser(), Shards(storage, key)
+    path, shards = Path(source), Shards(storage, key)
     tars = _tars(source, path, key)
     if tars is not None and path.is_dir() and _has_class_folders(path, key):
         left = f"{key}: {_some([os.path.basename(tar) for tar in tars])} beside the class folders of {source!r} "  # noqa: PTH119
@@ -574,12 +595,13 @@ def _class_folders(source: str, key: str, others: Counter[str], *, may_be_empty:
                 found.setdefault(name, []).append(path)
         _refuse_splits(root, set(found), key)
     else:
-        root = str(Path(source).expanduser())
+        root = str(Path(source))
         folders = _inner_folders(Path(root))
         _refuse_splits(root, {path.name for path in folders}, key)
-        found = {folder.name: [] for folder in folders}
+        found, status = {folder.name: [] for folder in folders}, Path(root).stat()
+        owners = {(status.st_dev, status.st_ino): ""}
         for name, path in _told(
-            ((folder.name, path) for folder in folders for path in _walk(folder, key, others)), key
+            ((folder.name, path) for folder in folders for path in _walk(folder, key, others, owners)), key
         ):
             found[name].append(path)
     label_of = dict[str, str]()
@@ -626,7 +648,14 @@ def _read_csv(address: str, key: str, column: str = "path", other: str = "label"
         columns = rows.fieldnames or []
         if not {column, other} <= set(columns):
             raise ValueError(f"{key}: the header of {address} is {','.join(columns)!r}: it needs {column} and {other}")
+        if twice := [name for name in (column, other) if columns.count(name) > 1]:
+            raise ValueError(f"{key}: the header of {address} has {twice[0]} twice: keep one")
         for row in rows:
+            if None in row:
+                raise ValueError(
+                    f"{key}: line {rows.line_num} of {address} has more fields than the header's {len(columns)}: put "
+                    "quotes round what has a comma"
+                )
             image, text = (row[column] or "").strip(), (row[other] or "").strip()
             if other == "label":
                 text = _class_name(text, key)
@@ -666,7 +695,7 @@ def find_mapped(
     """
     maps_key = key.replace("path", "maps")
     if source.lower().endswith(".csv"):
-        address = source if is_remote(source) else str(Path(source).expanduser())
+        address = source if is_remote(source) else str(Path(source))
         beside, folder = _read_csv(address, key, "image", "mask"), os.path.dirname(address)  # noqa: PTH120
         paths = sorted(beside)
         addresses = [joined(folder, beside[image]) for image in paths]
@@ -698,7 +727,7 @@ def find_mapped(
 
 def _by_stem(images: Images, root: str, key: str) -> dict[str, int]:
     """Images by what they are called below a folder or in a tar file, without suffixes."""
-    root = canonical(root) if is_remote(root) else _absolute(Path(root).expanduser())
+    root = canonical(root) if is_remote(root) else _absolute(Path(root))
     named: dict[str, int] = {}
     for i, name in enumerate(images.names()):
         if is_damage(name) or is_double(name):  # a note tells of them

@@ -6,6 +6,7 @@ WebDataset: NAME.cls, NAME.json or NAME.txt. An image is called by the tar's add
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -18,7 +19,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import PurePosixPath
+from threading import Event
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -130,17 +133,18 @@ class Members:
         return cls(names, starts, sizes, labels) if texts["stamp"] == stamp and fits else None
 
 
-def scan(file: BinaryIO) -> Members:
+def scan(file: BinaryIO, stop: Event | None = None) -> Members:
     """Read a tar file's headers, and the labels beside images.
 
     What is damaged or cut off costs the members that it holds, and not those that follow.
 
     Args:
         file: at its start.
+        stop: is set where nobody waits for it any longer.
 
     Raises:
         ValueError: if it is compressed, or no tar file.
-        OSError: if it cannot be read.
+        OSError: if it cannot be read, or to stop.
     """
     total = file.seek(0, os.SEEK_END)
     file.seek(0)
@@ -160,6 +164,8 @@ def scan(file: BinaryIO) -> Members:
             places.append((start, DAMAGED))
 
     for member in _headers(file, total):
+        if stop is not None and stop.is_set():
+            raise InterruptedError(errno.EINTR, os.strerror(errno.EINTR))
         skipped(end, member.offset)
         end = member.offset_data + (-(-member.size // BLOCK) * BLOCK if member.isreg() else 0)
         path = _plain(member.name)
@@ -212,6 +218,17 @@ def _headers(file: BinaryIO, total: int) -> Iterable[tarfile.TarInfo]:
         start += BLOCK
 
 
+def _may_be(header: tarfile.TarInfo, name: str) -> bool:
+    """Whether a header is that of a member, as far as it can tell: an earlier one tells names that do not fit in it.
+
+    A long one is cut, in one way or another, and programs write "?" or else for what is not ASCII: the rest is there.
+    """
+    if len(os.fsencode(header.name)) >= 99 or (found := str(_plain(header.name))) == name:
+        return True
+    left = iter(found)
+    return not name.isascii() and all(c in left for c in name if c.isascii())
+
+
 def _plain(name: str) -> PurePosixPath:
     """A member's name as one below its tar file, which leads nowhere else."""
     return PurePosixPath(*("__" if part == ".." else part for part in name.split("/") if part))
@@ -256,16 +273,24 @@ class Shards:
         Raises:
             ValueError: for one that cannot be read.
         """
-        missing = sorted(set(shards) - self._known.keys())
+        missing, stop = sorted(set(shards) - self._known.keys()), Event()
         with ThreadPoolExecutor(min(32, 4 * num_cores())) as pool:
             try:
-                found = tqdm(pool.map(self._find, missing), "index", len(missing), delay=2, unit="shard", disable=None)
+                found = tqdm(
+                    pool.map(partial(self._find, stop), missing),
+                    "index",
+                    len(missing),
+                    delay=2,
+                    unit="shard",
+                    disable=None,
+                )
                 self._known.update(zip(missing, found, strict=True))
             except BaseException:
+                stop.set()
                 pool.shutdown(cancel_futures=True)
                 raise
 
-    def _find(self, shard: str) -> Members:
+    def _find(self, stop: Event, shard: str) -> Members:
         try:
             _, stamp = self._storage.stamp(shard)
             self._stamps[shard] = stamp
@@ -276,7 +301,7 @@ class Shards:
                 raise ValueError(f"{shard}.index is there and was not made by fcmae, and data.index is beside: move it")
             if shard.endswith(TAR):
                 with self._storage.open(shard) as file:
-                    members = scan(file)
+                    members = scan(file, stop)
             else:
                 starts, sizes, labels = scan_table(self._storage, shard)
                 members = Members([f"{row:09}" for row in range(len(starts))], starts, sizes, labels)
@@ -379,8 +404,7 @@ class Parts(Listed):
             header = tarfile.TarInfo.frombuf(content[:BLOCK], tarfile.ENCODING, "surrogateescape")
         except tarfile.HeaderError:
             header = tarfile.TarInfo()
-        is_long = len(header.name) >= 100 or not name[len(shard) :].isascii()  # and so is told elsewhere
-        if header.size != size or not (is_long or f"{shard}/{_plain(header.name)}" == name):
+        if header.size != size or not _may_be(header, name[len(shard) + 1 :]):
             raise OSError(CHANGED.format(shard))
         return content[BLOCK:]
 

@@ -1,7 +1,7 @@
-"""What the channels of a ConvNeXt do, block by block: are they diverse, dead, saturated, of what rank, how selective.
+"""Statistics of a ConvNeXt's channels, block by block: diversity, dead and saturated ones, rank, class selectivity.
 
 A layer is a block of the encoder with nothing hidden, by the name stages.I.J; its features are the expanded ones as
-its second Linear sees them, after GRN in V2. Images are streamed: what is kept does not grow with their number.
+its second Linear sees them, after GRN in V2. Images are streamed: memory does not grow with their number.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ SATURATED_STD = 0.1  # of the channel's own absolute mean
 
 
 class Passed(NamedTuple):
-    """What images have been through.
+    """A block that images have passed through.
 
     Attributes:
         name: of the block, stages.I.J.
-        block: itself.
+        block: the block itself.
         input: (B, h, w, C).
         expanded: (B, h, w, hidden), as the block's last Linear sees them.
         output: (B, h, w, C).
@@ -68,7 +68,7 @@ def walk(encoder: StagedEncoder, images: Tensor) -> Iterator[Passed]:
 
 
 def layer_names(encoder: StagedEncoder) -> list[str]:
-    """The names of the blocks, in the order that data pass them."""
+    """The names of the blocks, in the order of computation."""
     return [f"stages.{i}.{j}" for i, depth in enumerate(encoder.spec.depths) for j in range(depth)]
 
 
@@ -128,7 +128,7 @@ def saturated_channels(mean: Tensor, rms: Tensor) -> Tensor:
 
     Args:
         mean: (C,), each over all sites of all images.
-        rms: (C,), likewise.
+        rms: (C,), each over the same.
 
     Returns:
         (C,) bool.
@@ -146,8 +146,7 @@ def effective_rank(gram: Tensor) -> float:
         gram: (C, C) float64, Z^T Z for features Z (N, C), which are not centred; or Z Z^T, (N, N).
 
     Returns:
-        1 to min(N, C), so compare only what was computed of equally many images; NaN if the features are zero or not
-        finite.
+        1 to min(N, C), so compare only values from equally many images; NaN if the features are zero or not finite.
     """
     if not bool(gram.isfinite().all()):
         return math.nan
@@ -194,7 +193,7 @@ class Layer:
         num_channels: 4C, of the expanded features.
         cosine_distance: see `cosine_distance`; the mean over images.
         dead_share: of the channels.
-        saturated_share: likewise.
+        saturated_share: of the channels.
         effective_rank: of the block's output (C channels), averaged over each image's sites.
         selectivity: (4C,), see `class_selectivity`; None without labels, or if only one class occurred.
     """
@@ -220,7 +219,7 @@ class _Sums:
         self.class_counts = torch.zeros(num_classes, dtype=torch.float64)
 
     def add_expanded(self, features: Tensor, labels: Tensor | None) -> None:
-        """features: (B, h, w, 4C). Sums over the sites of one image are taken where the features are."""
+        """features: (B, h, w, 4C). Sums over the sites of one image are computed on the device of the features."""
         x = at_least_float32(features).flatten(1, 2)
         norms = l2_norm(x, (1,))
         self.num_images += x.shape[0]
@@ -229,7 +228,7 @@ class _Sums:
         self.mean += x.sum(1).cpu().double().sum(0)
         self.square += norms.squeeze(1).cpu().double().square().sum(0)
         if labels is not None:
-            # GELU is negative, if little, where a unit is off: that is no response, so it counts as zero.
+            # GELU is slightly negative where a unit is off: that is no response, so it counts as zero.
             responses = x.clamp(min=0).mean(1).cpu().double()
             self.class_sums.index_add_(0, labels.cpu(), responses)
             self.class_counts += torch.bincount(labels.cpu(), minlength=len(self.class_counts))
@@ -278,7 +277,7 @@ class Statistics:
 
     @torch.no_grad()
     def add(self, images: Tensor, labels: Tensor | None = None) -> None:
-        """Pass images through the encoder and add what its blocks make of them.
+        """Pass images through the encoder and add the outputs of its blocks.
 
         Args:
             images: (B, C, H, W), normalised, on the encoder's device.

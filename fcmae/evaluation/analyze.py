@@ -33,17 +33,17 @@ from fcmae.training.own_files import FOUND
 from fcmae.training.records import cpu_name
 
 RECORD = "analysis.json"
-FEW = 10  # images a class, below which the largest of their means is mostly chance
+FEW = 10  # images per class, below which the largest of their means is mostly chance
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """What was found of one model.
+    """The results of one model.
 
     Attributes:
         backbone: the model.
         layers: statistics of each block.
-        num_images: that could be read.
+        num_images: number of images that could be read.
         grn: of each block, gamma and beta (see `grn_norms`).
         image: (H, W) or (H, W, 3), in 0..1.
         maps: of some layers for that image, (channels, h, w).
@@ -61,11 +61,12 @@ def analyze(cfg: AnalyzeConfig) -> str:
     """Measure the models, write figures and analysis.json, and return a table.
 
     Raises:
-        ValueError: before anything is computed, if a model is no ConvNeXt or something cannot be read or used together.
+        ValueError: before anything is computed, if a model is not a ConvNeXt or inputs cannot be read or used together.
     """
     began = time.perf_counter()
     place = default_out(cfg.models, cfg.out, "analysis")
     index = find_labelled(cfg.data, key="data") if cfg.data is not None else find_images(cfg.images or (), key="images")
+    index.tell_notes()
     index = index.subset(evenly(len(index), cfg.max_images))
     where = choose_device(cfg.device)
     backbones = load_backbones(cfg.models, cfg.image_size, cfg.max_pixels, cfg.key, cfg.prefix, cfg.nodata)

@@ -15,7 +15,7 @@ MAX_LISTED = 6  # evaluations in the table of a heat map
 # Each has a contrast of 3 with the light and with the dark page; dashes tell apart what eyes or printers do not.
 COLOURS = ("#1f77c8", "#d9541e", "#2e8b4a", "#a55cc4", "#9a7a12", "#128a94", "#d6447a", "#7d838a")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot", "8px,3px", "3px,2px")
-CLEAR = "rgba(0,0,0,0)"  # the page's style sheet decides on the ground, and on the colours of text and grid
+CLEAR = "rgba(0,0,0,0)"  # the page's style sheet sets the background, and the colours of text and grid
 X_AXIS = {"title": {"text": "epoch"}, "unifiedhovertitle": {"text": "epoch %{x:.4~g}"}, "automargin": True}
 LAYOUT = {"paper_bgcolor": CLEAR, "plot_bgcolor": CLEAR, "margin": dict.fromkeys("trbl", 10), "xaxis": X_AXIS}
 
@@ -27,7 +27,7 @@ class Curve(NamedTuple):
         name: what it is called.
         steps: rising.
         epochs: of the same moments.
-        values: likewise.
+        values: of the same moments.
     """
 
     name: str
@@ -60,8 +60,8 @@ class Chart(NamedTuple):
 
     Attributes:
         caption: what it shows.
-        figure: data and layout, with every value as it came.
-        table: of the same numbers; it may be thinned out and then says how.
+        figure: data and layout, with every value unchanged.
+        table: of the same numbers; it may be thinned out, and then states how.
     """
 
     caption: str
@@ -70,7 +70,7 @@ class Chart(NamedTuple):
 
 
 def shown(value: float | None) -> str:
-    """A number with four digits, or with all before the point; "" for none."""
+    """A number with four digits, or with all digits before the point; "" for None."""
     return "" if value is None else f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
 
 
@@ -78,9 +78,9 @@ def line_chart(curves: Sequence[Curve], caption: str, *, may_be_log: bool = True
     """Draw curves over epochs.
 
     Args:
-        curves: what is drawn, one at least.
+        curves: what is drawn, at least one.
         caption: what it shows.
-        may_be_log: the vertical axis is logarithmic where positive values span more than two decades.
+        may_be_log: use a logarithmic vertical axis if positive values span more than two decades.
     """
     values = [value for curve in curves for value in curve.values]
     log = may_be_log and min(values) > 0 and max(values) > 100 * min(values)
@@ -133,7 +133,7 @@ def heat_map(layers: Sequence[Curve], caption: str, least_top: float) -> Chart:
 
 
 def _thinned(curves: Sequence[Curve], most: int, what: str) -> tuple[list[str], list[list[str]], str]:
-    """A row for at most so many values of each curve, evenly spaced, and words on how many there are."""
+    """Headings, rows for at most `most` evenly spaced values of each curve, and words on how many there are."""
     columns = [curve.by_place for curve in curves]
     kept = {place for column in columns for place in (list(column)[i] for i in evenly(len(column), most))}
     rows = [[f"{place[0]:.4g}", str(place[1]), *(shown(c.get(place)) for c in columns)] for place in sorted(kept)]

@@ -2,7 +2,7 @@
 
 OUT/
     features.npy, paths.csv   (N, C) float32; row, path and label of each row
-    features.parquet          the same in one table, where asked for
+    features.parquet          the same in one table, if asked for
     map.png                   every image a point, coloured by label
     neighbours-NAME.png       an image and those most like it
 """
@@ -38,13 +38,14 @@ ROWS = 16384  # of features in memory at once
 
 
 def embed(cfg: EmbedConfig) -> str:
-    """Write the features of images and pictures of them; say what was written.
+    """Write the features of images and pictures of them; return what was written.
 
     Raises:
         ValueError: before anything is computed, for what cannot be read or is not installed.
     """
     out = cfg.out
     index = find_labelled(cfg.data, key="data") if cfg.data is not None else find_images(cfg.images or (), key="images")
+    index.tell_notes()
     queries = find_images(cfg.neighbours, key="neighbours") if cfg.neighbours else None
     if cfg.parquet:
         _require("pyarrow.parquet", "parquet needs pyarrow: pip install pyarrow, or leave --parquet out for .npy")
@@ -75,7 +76,7 @@ def embed(cfg: EmbedConfig) -> str:
             tell_unread(extracted.bad, name)
             return found.subset(extracted.positions), next(iter(extracted.stages.values()))
 
-        # First, so that nothing is written where none of them can be read.
+        # First, so that nothing is written if none of them can be read.
         asked = None if queries is None else features_of(queries, "queries")
         index, features = features_of(index, "images")
         if cfg.parquet:
@@ -148,7 +149,7 @@ def _label(index: Images, row: int) -> list[str]:
 
 
 def write_parquet(path: Path, features: NDArray[np.float32], index: Images) -> Path:
-    """Write one table: path, label where known, and feature, a list of floats; a row group a chunk.
+    """Write one table: path, label where known, and feature, a list of floats; one row group per chunk.
 
     Args:
         path: the file.
@@ -167,7 +168,7 @@ def write_parquet(path: Path, features: NDArray[np.float32], index: Images) -> P
         for start in range(0, len(features), ROWS):
             rows = range(start, min(start + ROWS, len(features)))
             values: dict[str, Any] = {
-                # Parquet's text is Unicode: bytes that are none show as escapes.
+                # Parquet's text is Unicode: other bytes show as escapes.
                 "path": [index.name(row).encode("utf-8", "backslashreplace").decode() for row in rows],
                 "label": [name for row in rows for name in _label(index, row)],
                 "feature": pa.FixedSizeListArray.from_arrays(
@@ -179,7 +180,7 @@ def write_parquet(path: Path, features: NDArray[np.float32], index: Images) -> P
 
 
 def project(features: NDArray[np.float32], method: str, seed: int) -> NDArray[np.float32]:
-    """Features as points, by t-SNE or UMAP of their directions: neighbours are those by cosine.
+    """Project features to points by t-SNE or UMAP of their directions: neighbours are those by cosine.
 
     Args:
         features: (N, C).
@@ -237,7 +238,7 @@ def _directions(features: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def save_map(path: Path, points: NDArray[np.float32], index: Images, title: str) -> None:
-    """Draw points, coloured by label where there is one; of many classes, the largest have a colour.
+    """Draw points, coloured by label if they have one; with many classes, only the largest have a colour.
 
     Args:
         path: the file.

@@ -1,4 +1,4 @@
-"""How well a model's frozen features tell labels apart, by several probes: `fcmae evaluate`.
+"""How well a model's frozen features separate classes, by several probes: `fcmae evaluate`.
 
 OUT/
     evaluation.json   settings, data, machine and scores
@@ -53,7 +53,7 @@ Labelled = tuple[NDArray[np.float32], NDArray[np.int64]]  # features (N, D), cla
 
 
 def evaluate(cfg: EvaluateConfig) -> str:
-    """Probe the models' features, write what was found, and return a table of it.
+    """Probe the models' features, write the results, and return a table of them.
 
     Raises:
         ValueError: before anything is computed, for what cannot be read or used together.
@@ -77,7 +77,7 @@ def evaluate(cfg: EvaluateConfig) -> str:
     for backbone, folder in zip(backbones, folders, strict=True):
         with TemporaryDirectory(prefix=TEMPORARY[0], dir=place) as directory:
             record = evaluate_model(backbone, train_index, test_index, cfg, Path(directory))
-        # What a control sees is said by the network beside it.
+        # What a control sees is stated by the network beside it.
         alone = not is_control(backbone.name)
         record["command"] = _command(cfg, [backbone.name] if alone else cfg.models, folder if alone else place)
         folder.mkdir(exist_ok=True)
@@ -93,14 +93,14 @@ def evaluate(cfg: EvaluateConfig) -> str:
 def evaluate_model(
     backbone: Backbone, train_index: Images, test_index: Images, cfg: EvaluateConfig, directory: Path
 ) -> dict[str, Any]:
-    """What evaluation.json says of one model, but for the command.
+    """The content of evaluation.json for one model, except the command.
 
     Args:
         backbone: the model.
-        train_index: images to learn from.
+        train_index: images to train on.
         test_index: images to test on.
         cfg: the probes and stages, and how features are computed.
-        directory: an empty one, for the features.
+        directory: an empty directory, for the features.
     """
     started = time.perf_counter()
     device = choose_device(cfg.device)
@@ -163,8 +163,8 @@ def _stages(backbone: Backbone, cfg: EvaluateConfig) -> Sequence[int] | None:
 
 
 def folder_names(models: Sequence[str]) -> list[str]:
-    """A name of its own for each model that is a good folder: its last part, or all of it where last parts are the
-    same, with a number where that is the same too.
+    """A distinct name for each model that can be a folder: its last part, or all of it if last parts are the same, with
+    a number if that is the same too.
     """
     last = [file_name(model.rstrip("/").rpartition("/")[2]) or "model" for model in models]
     if any(model.startswith(RANDOM) for model in models):
@@ -184,34 +184,36 @@ def find_data(data: str, test: str | None, test_share: float, seed: int) -> tupl
 
     Args:
         data: labelled images, see `find_labelled`.
-        test: those to test on; None draws a share of each class.
+        test: images to test on; None draws a share of each class.
         test_share: that share.
         seed: of the draw.
 
     Raises:
-        ValueError: if there are no images of one, or an image is in both.
+        ValueError: if one of them has no images, or an image is in both.
     """
     found = find_labelled(data, key="data")
+    found.tell_notes()
     if test is None:
         train_index, test_index = split(found, test_share, seed)
         if not len(test_index):
             raise ValueError(f"test_share = {test_share:g} leaves no image of {data} to test on: raise it")
         return train_index, test_index
     test_index = find_labelled(test, found.class_names, key="test")
+    test_index.tell_notes()
     if both := also_in(test_index, found):
         raise ValueError(f"test: {len(both)} images are in {data} too, such as {min(both)}: take them out of one")
     return found, test_index
 
 
 def check_untaught(model: str, test_index: Images) -> None:
-    """Refuse to probe a run on images whose labels it has learnt; warn where they chose its best weights.
+    """Refuse to probe a run on images whose labels it was trained on; warn if they chose its best weights.
 
     Args:
-        model: what is probed; of what is no run, nothing is known.
+        model: what is probed; nothing is known of a model that is not a run.
         test_index: the images to test on.
 
     Raises:
-        ValueError: if it has learnt some.
+        ValueError: if it was trained on some of them.
     """
     learnt = images_of_run(Path(model))
     if learnt is not None and learnt.labels is not None and (both := also_in(test_index, learnt)):
@@ -230,7 +232,7 @@ def check_untaught(model: str, test_index: Images) -> None:
 
 
 def images_that_chose(path: Path) -> Images | None:
-    """The labelled images by which a run chose the weights that are read from a path; None where none did.
+    """The labelled images by which a run chose the weights that are read from a path; None if there are none.
 
     Args:
         path: a run with labels, whose best weights are read, or its best/.
@@ -238,7 +240,7 @@ def images_that_chose(path: Path) -> Images | None:
     run = path.parent if path.name == "best" else path
     with suppress(ValueError, OSError):
         scored = [line for line in read_metrics(run / "metrics.jsonl") if "balanced_accuracy" in line]
-        if (run / "best").is_dir() and len(scored) > 1:  # the only one of a run is its best and its last
+        if (run / "best").is_dir() and len(scored) > 1:  # a run's only evaluation is its best and its last
             return Images.load(run / "val_files.json")
     return None
 
@@ -267,9 +269,9 @@ def probe_stage(
 
     Args:
         model: its name, for the progress bars.
-        stage: its number, for the results; None if there are none.
-        train: features and labels to learn from.
-        test: those to test on.
+        stage: its number, for the results; None if the model has no stages.
+        train: features and labels to train on.
+        test: features and labels to test on.
         num_classes: of the labels.
         cfg: which probes, and their settings.
         device: where they are computed.
@@ -283,7 +285,7 @@ def probe_stage(
     predicted: dict[str, NDArray[np.float32]] = {}
     if "knn" in cfg.probes:
         ks = [k for k in KS if k <= len(train[0])] or [len(train[0])]
-        # The cosine of plain pixels, none below 0, hardly tells bright from dark.
+        # Pixels are never below 0, so their plain cosine hardly distinguishes bright from dark.
         centre = train[0].mean(0, np.float64).astype(np.float32) if model.startswith(PIXELS) else None
         by_k = knn_probabilities(
             *train, test[0], num_classes, ks=ks, temperature=TEMPERATURE, centre=centre, device=device
@@ -330,7 +332,7 @@ def _result(probe: str, stage: int | None, setting: dict[str, Any], scores: dict
 
 
 def score(labels: NDArray[np.int64], probabilities: NDArray[np.float32]) -> dict[str, float]:
-    """What a probe is judged by: top1, top5 for more than five classes, balanced_accuracy, and auroc.
+    """The scores of a probe: top1, top5 for more than five classes, balanced_accuracy, and auroc.
 
     Args:
         labels: (N,) class indices.
@@ -340,21 +342,21 @@ def score(labels: NDArray[np.int64], probabilities: NDArray[np.float32]) -> dict
         The scores by name; without auroc if only one class occurs.
     """
     found = scores(labels, probabilities)
-    del found["val_loss"]  # kNN's probabilities of 0 make it a matter of where they are cut off
+    del found["val_loss"]  # with kNN's probabilities of 0 it depends on where they are clipped
     if "auroc" not in found and len(np.unique(labels)) > 1 and np.isfinite(probabilities).all():
         found["auroc"] = macro_auroc(labels, probabilities)
     return found
 
 
 def _command(cfg: EvaluateConfig, models: list[str], out: Path) -> str:
-    """The command that evaluates these models, to the same result."""
+    """The command that evaluates these models with the same result."""
     given = options.changed(cfg.model_copy(update={"models": models, "out": out, "overwrite": False}))
     del given["models"]
     return shlex.join(["fcmae", "evaluate", *models, *options.flags(given)])
 
 
 def summary(records: Sequence[dict[str, Any]]) -> str:
-    """Table and a line on what it was measured on, in Markdown.
+    """A table, and a line on the images that it was measured on, in Markdown.
 
     Args:
         records: of the same images.

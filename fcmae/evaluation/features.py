@@ -39,8 +39,8 @@ def batches_of(
         num_workers: processes that decode; None chooses.
 
     Yields:
-        The images (B, C, H, W), normalised on the device, and the batch as it was read. What could not be read is left
-        out of both; its batch has it in `bad`.
+        The images (B, C, H, W), normalised on the device, and the batch as it was read. Images that could not be read
+        are left out of both; the batch lists them in `bad`.
     """
     normalize = reading.normalize.to(device)
     for batch in evaluation_loader(reading, images, batch_size, num_workers=num_workers, device_type=device.type):
@@ -50,10 +50,10 @@ def batches_of(
 
 @dataclass(frozen=True)
 class Features:
-    """Of N images that could be read, in their order.
+    """Features of the N images that could be read, in their order.
 
     Attributes:
-        positions: (N,) int64, among all that were given.
+        positions: (N,) int64, positions among all given images.
         stages: by number, from 1, the stage's output averaged over the image, (N, C) float32.
         bad: (name, reason) of the images that could not be read.
     """
@@ -79,17 +79,17 @@ def extract(
 
     Args:
         backbone: the network, which is moved to the device.
-        images: what features are computed of.
+        images: images whose features are computed.
         stages: numbers, from 1; negative ones count from the last; None is all.
         device: where the network computes.
         batch_size: images at a time.
         num_workers: processes that decode; None chooses.
-        directory: an empty one, where the features are written as they come and mapped into memory; None keeps them in
-            memory.
+        directory: an empty directory, where the features are written as they come and mapped into memory; None keeps
+            them in memory.
         title: of the progress bar.
 
     Returns:
-        The features; images of which they are not finite count as such that cannot be read.
+        The features; images whose features are not finite count as unreadable.
 
     Raises:
         OSError: if the features cannot be written.
@@ -122,7 +122,7 @@ def extract(
 
 
 class _Rows:
-    """Rows of numbers that come one after the other, to a file if one is named."""
+    """Rows of numbers that arrive one after the other, written to a file if one is named."""
 
     def __init__(self, path: Path | None, num_columns: int) -> None:
         # Written, not mapped: a mapped file that outgrows its disk kills the process.
@@ -142,7 +142,7 @@ class _Rows:
 
 
 def check_stages(backbone: Backbone, stages: Sequence[int] | None) -> None:
-    """See that the network, which is on the CPU, has some stages.
+    """Check that the network, which is on the CPU, has the given stages.
 
     Args:
         backbone: the network.

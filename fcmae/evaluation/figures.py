@@ -15,7 +15,7 @@ from torchvision.utils import make_grid
 from fcmae.evaluation.outputs import shortened
 from fcmae.evaluation.pictures import save_figure
 
-LineOf = Mapping[str, Mapping[str, float]]  # of each model the value of each layer
+LineOf = Mapping[str, Mapping[str, float]]  # the value of each layer, by model
 
 # Okabe and Ito's colours, which people with any kind of colour vision tell apart, and a shape for each.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -31,10 +31,10 @@ def save_by_layer(
     Args:
         path: the file.
         models: all that are compared, so that each has one colour in all figures.
-        panels: by what the vertical axis says; models may be missing. Those that differ in their layers are drawn over
-            the depth from 0 to 1.
+        panels: by the label of the vertical axis; models may be missing. Models that differ in their layers are drawn
+            over the depth from 0 to 1.
         title: above the panels.
-        shares: values are of 0..1 and shown as per cent.
+        shares: values are in 0..1 and shown in per cent.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -79,7 +79,7 @@ def _style(number: int) -> dict[str, Any]:
 
 
 def _layer_axis(axis: Any, layers: Sequence[str] | None) -> None:
-    """Name the layers along the horizontal axis, with a line between stages; None: of several networks, their depth."""
+    """Name the layers along the horizontal axis, with a line between stages; None shows the depth of networks."""
     if layers is None:
         axis.set_xlabel("depth, from the first block (0) to the last (1)")
         return
@@ -97,8 +97,8 @@ def save_selectivity(path: Path, values: Mapping[str, Mapping[str, NDArray[np.fl
 
     Args:
         path: the file.
-        values: of each model and layer (C,), in 0..1. Models that differ in their layers share panels for the last
-            layer of each stage, counted from the last one where they have not as many.
+        values: by model and layer, (C,), in 0..1. Models that differ in their layers share panels for the last layer of
+            each stage, counted from the last stage if their numbers of stages differ.
         title: above the panels.
     """
     from matplotlib.figure import Figure
@@ -144,8 +144,7 @@ def save_activations(
 
     Args:
         path: the file.
-        rows: of each model its name, the image as (H, W) or (H, W, 3), to be shown, and its maps (channels, h, w) by
-            layer.
+        rows: for each model its name, the image to show as (H, W) or (H, W, 3), and its maps (channels, h, w) by layer.
         title: above the rows.
     """
     from matplotlib.figure import Figure
@@ -167,8 +166,8 @@ def save_activations(
 
 
 def _mosaic(maps: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(channels, h, w) side by side, row by row, with gaps that are drawn as nothing."""
-    scale = math.ceil(24 / min(maps.shape[1:]))  # small maps are enlarged, or the gaps would be wide beside them
+    """(channels, h, w) side by side, row by row, with empty gaps."""
+    scale = math.ceil(24 / min(maps.shape[1:]))  # small maps are enlarged, so that gaps are narrow beside them
     maps = maps.repeat(scale, 1).repeat(scale, 2)
     gap = max(1, min(maps.shape[1:]) // 12)
     columns = math.ceil(math.sqrt(len(maps)))

@@ -1,4 +1,4 @@
-"""What gives features: our weights of any format, timm's models by name, the same untrained, and plain pixels."""
+"""Sources of features: our weights in any format, timm's models by name, both untrained, and plain pixels."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Backbone:
     """A dense network that gives features, and how its images are read.
 
     Attributes:
-        name: as it was asked for.
+        name: as the user gave it.
         model: an `Encoder`, which timm's ConvNeXts become too, another network of timm's without a head, or a
             `Control`; in evaluation mode, on the CPU, without gradients.
         reading: how its images are read.
@@ -55,23 +55,23 @@ class Backbone:
 
     @property
     def kind(self) -> str:
-        """What network it is."""
+        """The kind of network."""
         return describe(self.model.spec) if isinstance(self.model, StagedEncoder) else self.name.removeprefix(RANDOM)
 
 
 class Control(nn.Module):
-    """Features that need no network, which those of a network must beat: images (B, C, H, W) in 0..1 to (B, D).
+    """A baseline without a network, which a network's features must beat: maps images (B, C, H, W) in 0..1 to (B, D).
 
     Args:
-        name: "pixels:N" for the image averaged to N x N pixels, of which 1 is the mean colour; "histogram:N" for the
-            shares of the pixels in N equal steps of a range, of all channels together where these make at most
-            MAX_CELLS cells (N ** C), else of each channel.
-        mean: of each channel, in units of a full range of 1, where they are known.
-        std: likewise. The range of a histogram is 0..1, or mean ± 2 std of each channel where one of these is less than
-            a quarter of that or far outside, as of 12 bits stored in 16, or of Hounsfield units.
+        name: "pixels:N" for the image averaged to N x N pixels (1 is the mean colour); "histogram:N" for the shares of
+            the pixels in N equal bins of a range, jointly over all channels if this makes at most MAX_CELLS cells
+            (N ** C), else for each channel.
+        mean: of each channel, in units of a full range of 1, if known.
+        std: of each channel, in the same units. A histogram's range is 0..1, or mean ± 2 std of each channel if one of
+            these is less than a quarter of that or far outside, e.g. for 12 bits stored in 16, or Hounsfield units.
 
     Raises:
-        ValueError: if it is neither, or the number is none from 1.
+        ValueError: if it is neither, or the number is not at least 1.
     """
 
     low: Tensor
@@ -130,15 +130,15 @@ def load_backbones(
     prefix: str | None = None,
     nodata: float | None = None,
 ) -> list[Backbone]:
-    """The networks and controls that are compared; controls see images as the first network does.
+    """The networks and controls to compare; controls see images as the first network does.
 
     Args:
         sources: see `load_backbone`.
-        image_size: likewise.
-        max_pixels: likewise.
-        key: likewise.
-        prefix: likewise.
-        nodata: likewise.
+        image_size: see `load_backbone`.
+        max_pixels: see `load_backbone`.
+        key: see `load_backbone`.
+        prefix: see `load_backbone`.
+        nodata: see `load_backbone`.
 
     Raises:
         ValueError: see `load_backbone`.
@@ -164,18 +164,18 @@ def load_backbone(
     Args:
         source: a path (all that `read_weights` reads); or the name of a timm model, with its pretrained weights, which
             may be fetched from the network; or either after "random:", untrained, from seed 0; or that of a `Control`.
-        image_size: height and width, where it is not to be that of the weights.
-        in_chans: of a timm model or a control, where it is not to be 3.
+        image_size: height and width; None is that of the weights.
+        in_chans: of a timm model or a control; None is 3.
         max_pixels: of an image, see `read_crop`.
-        like: how images are read for a control, but for mean and std, which fill what is missing and give a histogram
+        like: how images are read for a control, except that mean and std only fill missing values and give a histogram
             its range; None is 224 x 224 pixels, or `image_size`.
         key: of a file, see `read_weights`; other sources have none.
-        prefix: likewise.
+        prefix: of a file, see `read_weights`; other sources have none.
         nodata: of the images, see `read_crop`; None is that of the weights.
 
     Raises:
-        ValueError: if there is no such model, its weights cannot be had or are not finite, or it cannot take images of
-            that size.
+        ValueError: if there is no such model, its weights cannot be obtained or are not finite, or it cannot take
+            images of that size.
     """
     is_random = source.startswith(RANDOM)
     name = source.removeprefix(RANDOM)
@@ -186,7 +186,7 @@ def load_backbone(
         plain = replace(read, mean=(0.0,) * read.in_chans, std=(1.0,) * read.in_chans, fill=read.mean or None)
         backbone = Backbone(source, Control(source, read.mean, read.std), plain, {"control": source})
     elif path.exists():
-        if path.is_dir() and (key or prefix):  # of several models that are compared, it is for the files
+        if path.is_dir() and (key or prefix):  # when several models are compared, it is for the files
             logger.warning("%s is a directory: key and prefix are not for it", path)
             key = prefix = None
         weights = read_weights(path, key=key, prefix=prefix)
@@ -237,7 +237,7 @@ def _from_timm(
 ) -> Backbone:
     in_chans = in_chans or 3
     config = timm.get_pretrained_cfg(name)
-    # Networks with a table of positions are built for one size; the others take any, and have no such argument.
+    # Networks with position embeddings are built for one size; others take any size, and have no such argument.
     sized = {"img_size": image_size} if image_size and config is not None and config.fixed_input_size else {}
     try:
         with seeded([0]):
@@ -264,7 +264,7 @@ def _from_timm(
 
 
 def _as_ours(model: nn.Module) -> Any:
-    """timm's ConvNeXt as an `Encoder`, where it is one that we know; others as they are."""
+    """timm's ConvNeXt as an `Encoder`, if it is one that we know; other networks as they are."""
     if not isinstance(model, ConvNeXt):
         return model
     try:
@@ -288,8 +288,8 @@ def stage_maps(model: nn.Module, images: Tensor) -> list[Tensor]:
         images: (B, C, H, W), normalised.
 
     Returns:
-        (B, C_i, H_i, W_i) each; of a control one of 1 x 1. Networks without stages give what timm has in their place: a
-        ViT the output of each block.
+        (B, C_i, H_i, W_i) each; for a control a single one of 1 x 1. Networks without stages give what timm has in
+        their place: a ViT gives the output of each block.
     """
     if isinstance(model, Control):
         return [model(images)[:, :, None, None]]
@@ -302,7 +302,7 @@ def stage_maps(model: nn.Module, images: Tensor) -> list[Tensor]:
 
 
 def _try(backbone: Backbone) -> None:
-    """Raise ValueError if the network has no features of stages, or none of images of this size."""
+    """Raise ValueError if the network gives no features of stages, or none for images of this size."""
     height, width = backbone.reading.image_size
     if not isinstance(backbone.model, StagedEncoder | Control) and not hasattr(backbone.model, "forward_intermediates"):
         raise ValueError(f"model = {backbone.name!r}: timm does not give the features of its stages: give another")

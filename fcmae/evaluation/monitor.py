@@ -1,4 +1,4 @@
-"""What is watched while an encoder is pretrained: its features on the same images at each evaluation."""
+"""Monitoring of an encoder during pretraining: its features on the same images at each evaluation."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ HEAT_MAPS = {
 
 @dataclass(frozen=True)
 class Labelled:
-    """Images that nearest neighbours are tried on.
+    """Labelled images for classification by nearest neighbours.
 
     Attributes:
         train: those that vote.
@@ -60,7 +60,7 @@ def find_monitored_labels(source: str, reading: Reading, seed: int) -> Labelled:
         seed: of the draw.
 
     Raises:
-        ValueError: if there are none, too few to hold any out, or the first cannot be read as the network needs it.
+        ValueError: if there are none or too few to hold any out, or the first cannot be read as the network needs it.
     """
     key = "monitor.labelled"
     train, test = split(find_labelled(source, key=key), TEST_SHARE, seed)
@@ -78,11 +78,11 @@ def find_monitored_labels(source: str, reading: Reading, seed: int) -> Labelled:
 
 
 def monitored_images(held_out: Images, training: Images, num: int) -> Images:
-    """Images to measure on: held out as far as they go, then of training; each evenly spread.
+    """Images to measure on: held-out ones first, then training images; each evenly spread.
 
     Args:
-        held_out: a part of a source.
-        training: the other part of it.
+        held_out: the held-out part of a source.
+        training: its training part.
         num: how many; if there are fewer, all.
     """
     first = evenly(len(held_out), num)
@@ -179,7 +179,7 @@ def over_time(lines: Sequence[Mapping[str, Any]], statistic: str) -> tuple[list[
 
 
 def draw_over_time(run: Path, lines: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Draw RUN/NAME.png, layer by time, of each statistic of HEAT_MAPS that the lines have; their names."""
+    """Draw RUN/NAME.png, layer by time, for each statistic of HEAT_MAPS that the lines have; returns their names."""
     drawn = []
     for statistic, (label, limits) in HEAT_MAPS.items():
         layers, epochs, values = over_time(lines, statistic)
@@ -192,17 +192,17 @@ def draw_over_time(run: Path, lines: Sequence[Mapping[str, Any]]) -> list[str]:
 class Watch:
     """Logs each kind of warning once.
 
-    Starving for data is told by the loop, which looks more often.
+    The training loop itself warns when it waits for data, as it looks more often.
 
     Args:
-        lines: of metrics.jsonl, as far as a resumed run has come: what they show is known.
+        lines: of metrics.jsonl before a resume: what they show has been reported.
     """
 
     def __init__(self, lines: Sequence[Mapping[str, Any]] = ()) -> None:
         self._known = {"data", *(finding.kind for finding in health.warnings(lines))}
 
     def look(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Warn of what the lines so far newly show."""
+        """Warn of what the lines so far show for the first time."""
         for finding in health.warnings(lines):
             if finding.kind not in self._known:
                 self._known.add(finding.kind)

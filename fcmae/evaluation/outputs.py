@@ -1,4 +1,4 @@
-"""Where the commands that look at models write, and what they call things there."""
+"""Where the commands that examine models write, and the names of their files."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from fcmae.config.base import near_runs
 from fcmae.data.source import printable
 from fcmae.evaluation.models import RANDOM, is_control
 
-TEMPORARY = (".features-", ".tmp-")  # how what a killed process leaves begins
+TEMPORARY = (".features-", ".tmp-")  # prefixes of what a killed process leaves
 
 
 def default_out(models: Sequence[str], out: Path | None, name: str) -> Path:
-    """Where a command writes: `out`, or RUN/NAME where the models are RUN, random:RUN or both, beside controls.
+    """Where a command writes: `out`, or RUN/NAME if the models, apart from controls, are RUN, random:RUN or both.
 
     Args:
         models: as they were given.
-        out: what was asked for, if anything.
+        out: the given path, if any.
         name: of the directory in RUN.
 
     Raises:
-        ValueError: if it is not known, or a model is given twice.
+        ValueError: if neither is known, or a model is given twice.
     """
     if doubled := [model for number, model in enumerate(models) if model in models[:number]]:
         raise ValueError(f"model = {doubled[0]!r} is given twice: give each once")
@@ -44,11 +44,11 @@ def claim(out: Path, is_ours: Callable[[Path], bool], overwrite: bool) -> None:
 
     Args:
         out: the directory.
-        is_ours: whether a path in it is of an earlier call of the same command.
-        overwrite: what is ours is deleted.
+        is_ours: whether a path in it was written by an earlier call of the same command.
+        overwrite: delete what was.
 
     Raises:
-        ValueError: if there is anything else, or something of ours and overwrite is false.
+        ValueError: if it holds anything else, or something of ours and overwrite is false.
     """
     if os.path.lexists(out) and not out.is_dir():
         what = "a link that leads nowhere" if out.is_symlink() and not out.exists() else "a file"
@@ -76,7 +76,7 @@ def tell_unread(bad: Sequence[tuple[str, str]], what: str) -> None:
 
     Args:
         bad: their names, and the reasons.
-        what: they are.
+        what: what they are.
     """
     for name, reason in bad:
         print(f"{printable(name)}: {printable(reason)}", file=sys.stderr)
@@ -90,12 +90,12 @@ def file_name(text: str) -> str:
 
 
 def shortened(name: str, length: int = 24, *, keep_end: bool = False) -> str:
-    """A name as matplotlib shows it as it is, with at most so many letters.
+    """A name with at most `length` letters, written so that matplotlib shows it literally.
 
     Args:
         name: of a class, an image or a model.
-        length: letters, one at least.
-        keep_end: of a longer name the end is kept, where paths differ, and not the beginning.
+        length: number of letters, at least one.
+        keep_end: keep the end of a longer name, where paths differ, instead of its beginning.
     """
     name = printable(name)
     if len(name) > length:
@@ -106,11 +106,11 @@ def shortened(name: str, length: int = 24, *, keep_end: bool = False) -> str:
 
 
 def free(path: Path, taken: Sequence[Path]) -> Path:
-    """The path, with a number after its name where that is taken.
+    """The path, with a number after its name if that is taken.
 
     Args:
-        path: of a file or folder that is to be made.
-        taken: those that will be there.
+        path: of a file or folder to create.
+        taken: paths that will exist.
     """
     number, found = 1, path
     while found in taken:

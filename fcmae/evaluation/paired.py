@@ -1,4 +1,4 @@
-"""What `fcmae worth` found: scores of several starts with the same labels and seeds, their differences, a verdict.
+"""Results of `fcmae worth`: scores of several starts with the same labels and seeds, their differences, a verdict.
 
 OUT/worth.json holds a `Comparison`, and what follows from it: the rows of its table, and the verdict.
 """
@@ -27,15 +27,15 @@ COLUMNS = ("labels", "start", "seeds", "balanced accuracy", "against scratch, of
 
 
 class Arm(TypedDict):
-    """What is compared.
+    """One arm of the comparison.
 
     Attributes:
-        name: of it.
-        kind: what needs no network; random weights; or weights.
-        against: the arm from scratch that it is compared with, of the same network; None for that one.
+        name: of the arm.
+        kind: a baseline without a network; random weights; or given weights.
+        against: the arm from scratch, of the same network, that it is compared with; None for that one.
         network: in words; None for a control.
         init: where the weights are.
-        license: of these, where they say.
+        license: licence of the weights, if they state one.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Arm(TypedDict):
 
 
 class Amount(TypedDict):
-    """Labels as they were asked for, how many these are, and the epochs on them."""
+    """An amount of labels as it was given, the number of labels, and the epochs on them."""
 
     labels: str
     num_labels: Count
@@ -64,20 +64,20 @@ class Score(TypedDict):
 
 
 class Comparison(TypedDict):
-    """What is read of a worth.json.
+    """What is read from a worth.json.
 
     Attributes:
-        num_train: images that labels are drawn from.
-        num_test: images that are tested on.
+        num_train: images from which labels are drawn.
+        num_test: test images.
         num_classes: of both.
-        num_tested: classes that a test image is of; all of them where it is not told.
+        num_tested: classes that have a test image; if absent, all.
         notes: sentences on what was done.
         arms: controls, then from scratch, then from weights.
-        amounts: in the order that they were asked for.
+        amounts: in the order in which they were given.
         scores: so far.
-        num_runs: of training, when all are done.
-        num_done: of these.
-        command: that made it, or goes on.
+        num_runs: number of training runs in total.
+        num_done: number of those that are done.
+        command: the command that made it, or resumes it.
     """
 
     num_train: Count
@@ -98,20 +98,20 @@ Mean = tuple[float, tuple[float, float] | None]  # and its 95 % interval
 
 
 ALIKE = 1e-9  # scores that are as close differ by rounding
-LEAST_ALIKE = 6  # so many of one sign are by chance once in 32 times
+LEAST_ALIKE = 6  # this many have one sign by chance once in 32 times
 
 
 class Row(NamedTuple):
     """An arm at an amount of labels.
 
     Attributes:
-        labels: of how many.
+        labels: the amount.
         arm: its name.
-        num: seeds.
-        mean: of the score, 0..1.
-        gain: mean of the differences to scratch, seed by seed; None of scratch itself, or before there is a pair.
+        num: number of seeds.
+        mean: mean score, 0..1.
+        gain: mean of the differences to scratch, seed by seed; None for scratch itself, or before there is a pair.
         told: what the differences say, see `tell`.
-        num_pairs: seeds of which scratch has a score too.
+        num_pairs: number of seeds for which scratch has a score too.
     """
 
     labels: str
@@ -127,10 +127,11 @@ def tell(differences: Sequence[float]) -> str:
     """What the 95 % interval of paired differences says, of three seeds or more: two may agree by chance.
 
     Args:
-        differences: one a seed.
+        differences: one per seed.
 
     Returns:
-        better, worse, no difference seen, or too few runs; also where few gain exactly as much, as on few test images.
+        better, worse, no difference seen, or too few runs; this also if the gains of few seeds are exactly equal, as
+        happens with few test images.
     """
     interval = mean_and_interval(differences)[1] if len(differences) >= LEAST_RUNS else None
     alike = max(differences) - min(differences) < ALIKE and abs(differences[0]) >= ALIKE
@@ -161,7 +162,7 @@ def compare(found: Comparison) -> list[Row]:
 
 
 def _by_arm(found: Comparison, labels: str) -> dict[str, dict[int, float]]:
-    """The scores of each arm with so many labels, by seed."""
+    """The scores of each arm with this amount of labels, by seed."""
     by_arm: dict[str, dict[int, float]] = {arm["name"]: {} for arm in found["arms"]}
     for score in found["scores"]:
         if score["labels"] == labels and METRIC in score["scores"]:
@@ -180,7 +181,7 @@ def in_percent(value: Mean, form: str) -> str:
     """A mean in per cent, and its interval in brackets.
 
     Args:
-        value: 0..1, and perhaps its interval.
+        value: 0..1, and its interval, if it has one.
         form: of each number, as `format` has it.
     """
     mean, interval = value
@@ -211,7 +212,7 @@ def verdict(found: Comparison) -> Verdict:
         labels = amount["labels"]
         scores = {arm: by_seed for arm, by_seed in _by_arm(found, labels).items() if by_seed}
         plain = max((arm for arm in scores if arm in controls), key=lambda arm: fmean(scores[arm].values()), default="")
-        # Of each network and of what needs none, on the seeds that both have.
+        # Of each network and of each baseline without one, on the seeds that both have.
         pairs = [_on_same_seeds(scores[arm], scores.get(plain, {})) for arm in scores if arm not in controls]
         if plain and pairs and all(pair is not None and pair[0] <= pair[1] for pair in pairs):
             needless.add(labels)
@@ -263,7 +264,7 @@ def _gained(row: Row) -> str:
 
 
 def notes(found: Comparison) -> list[str]:
-    """What is to be known beside the numbers, in sentences."""
+    """What a reader of the numbers should know besides, in sentences."""
     labels = ", ".join(f"{_amount(a['labels'])}: {a['num_labels']:,}, {a['epochs']:g} epochs" for a in found["amounts"])
     told = [
         f"{found['num_train']:,} images to draw labels from, {found['num_test']:,} to test on, {found['num_classes']} "
@@ -282,7 +283,7 @@ def notes(found: Comparison) -> list[str]:
 
 
 def summary(found: Comparison) -> str:
-    """The table, what is to be known of it, and the verdict.
+    """The table, the notes on it, and the verdict.
 
     Args:
         found: the comparison, as far as it has come.
@@ -293,7 +294,7 @@ def summary(found: Comparison) -> str:
 
 
 def read(path: Path, problems: list[str]) -> Comparison | None:
-    """What a directory's worth.json says.
+    """Read a directory's worth.json.
 
     Args:
         path: the directory.
@@ -313,7 +314,7 @@ def read(path: Path, problems: list[str]) -> Comparison | None:
 
 
 def chart(found: Comparison) -> Chart:
-    """Means and 95 % intervals by amount of labels, a colour an arm."""
+    """Means and 95 % intervals by amount of labels, one colour per arm."""
     rows, amounts = compare(found), [_amount(amount["labels"]) for amount in found["amounts"]]
     traces: list[dict[str, Any]] = []
     for number, arm in enumerate(arm["name"] for arm in found["arms"]):

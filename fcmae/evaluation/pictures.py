@@ -37,9 +37,9 @@ def reconstruction_panels(
         pred: (B, L, p * p * C), predictions of every site.
         images: (B, C, H, W), as `normalize` gives them.
         mask: (B, H / p, W / p) bool, True = hidden.
-        normalize: what the images went through.
-        normalize_target: the model predicts standardised patches; they are given the mean and deviation of the target
-            patch they stand for.
+        normalize: the normalisation of the images.
+        normalize_target: the model predicts standardised patches; each is given the mean and deviation of its target
+            patch.
 
     Returns:
         Four (B, C, H, W) float32 tensors in the images' own range.
@@ -59,7 +59,7 @@ def reconstruction_panels(
 
 
 def save_reconstructions(path: Path, panels: Sequence[Tensor], title: str) -> None:
-    """Draw reconstructions, one image a row. Multi-band images show their first three bands.
+    """Draw reconstructions, one image per row. Multi-band images show their first three bands.
 
     Args:
         path: the file.
@@ -91,11 +91,11 @@ def save_overlays(
     class_names: Sequence[str],
     title: str,
 ) -> None:
-    """Draw images beside their true and predicted classes, one image a row.
+    """Draw images beside their true and predicted classes, one image per row.
 
     Args:
         path: the file.
-        panels: of each, (C, H, W) uint8 or float32, and two (H, W) of classes by number; may be empty.
+        panels: for each image, (C, H, W) uint8 or float32, and two (H, W) of classes by number; may be empty.
         class_names: of the classes; the first LISTED are named.
         title: above the rows.
     """
@@ -123,7 +123,7 @@ def save_overlays(
 
 
 def save_tiles(path: Path, panels: Sequence[Tensor]) -> None:
-    """Keep what `save_over_time` shows of one evaluation: reconstructions with visible patches, below one another.
+    """Save what `save_over_time` shows of one evaluation: reconstructions with visible patches, below one another.
 
     Images of more than TILE pixels are scaled down.
 
@@ -152,18 +152,18 @@ def _read_tiles(path: Path) -> NDArray[np.uint8] | None:
     try:
         with Image.open(BytesIO(read_bytes(path, MAX_TILES)), formats=("PNG",)) as image:
             return np.asarray(image)
-    except Exception:  # of a broken file Pillow raises all that its parts do
+    except Exception:  # for a broken file Pillow raises whatever its parts raise
         return None
 
 
 def save_over_time(path: Path, panels: Sequence[Tensor], moments: Sequence[tuple[str, Path]], title: str) -> None:
-    """Draw how reconstructions of the same images became what they are, one image a row.
+    """Draw how reconstructions of the same images developed, one image per row.
 
     Args:
         path: the file.
-        panels: of `reconstruction_panels`, now: originals and masked images stand first.
-        moments: titles and files of `save_tiles`, in order; of more than MOMENTS, that many are drawn, evenly spread
-            from the first to the last, without those that are damaged or gone.
+        panels: the present ones of `reconstruction_panels`: originals and masked images come first.
+        moments: titles and files of `save_tiles`, in order; at most MOMENTS are drawn, evenly spread from the first to
+            the last, without those that are damaged or gone.
         title: above the rows.
     """
     from matplotlib.figure import Figure
@@ -241,7 +241,7 @@ def save_heat_map(
 
 
 def displayable(image: Tensor, low: float, high: float) -> NDArray[np.float32]:
-    """An image as matplotlib shows it; one of three channels or more by its first three, others by their first.
+    """An image in the form that matplotlib shows: the first three channels, or the first if there are fewer.
 
     Args:
         image: (C, H, W).
@@ -265,7 +265,7 @@ def save_curves(path: Path, curves: Mapping[str, tuple[Sequence[float], Sequence
     Args:
         path: the file.
         curves: (epochs, values) by name; may be empty.
-        ylabel: what the vertical axis says.
+        ylabel: label of the vertical axis.
     """
     from matplotlib.figure import Figure
 

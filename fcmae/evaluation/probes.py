@@ -1,7 +1,6 @@
-"""What frozen features tell of labels: nearest neighbours, a linear classifier, and one on few labels.
+"""Probes of frozen features: nearest neighbours, a linear classifier, and one on few labels.
 
-All read features row by row or in chunks, so that they may be arrays on disk. None sees the labels of the images that
-it is tested on.
+All read features row by row or in chunks, so features may be arrays on disk. None sees the labels of its test images.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from tqdm import trange
 from fcmae.data.sampler import epoch_order
 from fcmae.data.split import draw, share_of_each
 
-TEST_ROWS = 2048  # rows of test features, and of training features, that a similarity matrix is computed of at once
+TEST_ROWS = 2048  # rows of test features, and of training features, in one similarity matrix
 TRAIN_ROWS = 16384
 
 
@@ -49,7 +48,7 @@ def knn_probabilities(
         num_classes: of the labels.
         ks: numbers of neighbours, each at most N.
         temperature: of the weights.
-        centre: (D,), from which cosines are taken; None is 0.
+        centre: (D,), subtracted from features before cosines are taken; None is 0.
         device: where it is computed.
 
     Returns:
@@ -86,7 +85,7 @@ def _chunks(features: NDArray[np.float32], rows: int, device: torch.device | str
 
 @dataclass(frozen=True)
 class Setting:
-    """What a linear probe is trained with.
+    """Settings of the training of a linear probe.
 
     Attributes:
         lr: largest learning rate.
@@ -97,10 +96,10 @@ class Setting:
     l2: float
 
 
-# With rates to .1 and penalties from 1e-6 besides, the accuracy of five kinds of features of 10,000 photographs, of a
-# trained, an untrained and no network, changed by .6 points at most (two seeds each).
+# Adding rates up to .1 and penalties down to 1e-6 changed the accuracy of five kinds of features of 10,000 photographs,
+# of a trained, an untrained and no network, by at most .6 points (two seeds each).
 GRID = tuple(Setting(lr, l2) for lr, l2 in product((1e-4, 1e-3, 1e-2), (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)))
-DEFAULT = Setting(1e-3, 1e-1)  # where there is too little to choose on
+DEFAULT = Setting(1e-3, 1e-1)  # if there is too little to choose by
 HELD_OUT_SHARE = 0.2
 BATCH_SIZE = 512
 MIN_STEPS, MIN_EPOCHS = 1000, 20
@@ -115,7 +114,7 @@ class LinearProbe:
         weight: (classes, D).
         bias: (classes,).
         mean: (D,), of the features.
-        std: (D,), likewise.
+        std: (D,), of the features.
         setting: what it was trained with.
     """
 
@@ -147,18 +146,18 @@ def fit_linear(
     device: torch.device | str = "cpu",
     title: str | None = None,
 ) -> LinearProbe:
-    """A linear classifier on the features, its learning rate and penalty chosen on a part of them.
+    """A linear classifier on the features, with learning rate and penalty chosen on a part of them.
 
     A stratified fifth is held out, all settings of the grid are trained on the rest, and the one with the least
     cross-entropy on the held-out fifth (a score that class imbalance does not distort) is trained again on everything.
-    A class of one image keeps it for training; where all are such there is nothing to choose on: DEFAULT.
+    A class with one image keeps it for training; if all classes are such, nothing is chosen and DEFAULT is used.
 
     Args:
         features: (N, D), may lie on disk.
         labels: (N,) class indices.
         num_classes: of the labels.
         positions: the rows to use; None uses all.
-        grid: the settings; a single one is taken without choosing.
+        grid: the settings; a single one is used without a choice.
         seed: of the held-out part and the order.
         device: where it is trained, and where the probe is.
         title: of the progress bars; None shows none.
@@ -211,7 +210,7 @@ def _train(
     num_steps = max(MIN_STEPS, MIN_EPOCHS * per_epoch)
     for step in trange(num_steps, desc=title, unit="step", disable=True if title is None else None, leave=False):
         optimizer.param_groups[0]["lr"] = 0.5 * (1 + math.cos(math.pi * step / num_steps))
-        if step == 0 or batch_size < len(rows):  # else it has all of them, as before
+        if step == 0 or batch_size < len(rows):  # otherwise the batch is all rows, as in the step before
             if step % per_epoch == 0:
                 order = epoch_order(len(rows), seed, step // per_epoch)
             first = step % per_epoch * batch_size
@@ -221,7 +220,7 @@ def _train(
         unscaled = scaled * lr
         weight, bias = unscaled[..., :-1], unscaled[..., -1]
         logits = F.linear(images, weight.flatten(0, 1), bias.flatten()).view(len(batch), num_settings, num_classes)
-        # The sum over the settings, whose gradients do not meet.
+        # The sum over the settings, whose gradients are independent.
         loss = F.cross_entropy(logits.flatten(0, 1), target, reduction="sum")
         loss = loss / len(batch) + (l2 * weight.square().sum((1, 2))).sum() / 2
         optimizer.zero_grad()
@@ -241,7 +240,7 @@ def _statistics(features: NDArray[np.float32], rows: NDArray[np.int64]) -> tuple
         squares += (part**2).sum(0)
     mean = total / len(rows)
     std = np.sqrt(np.maximum(squares / len(rows) - mean**2, 0))
-    # What float32 rounds is no variation.
+    # Rounding in float32 is not variation.
     std[std <= 1e-6 * np.abs(mean)] = 1
     return torch.tensor(mean, dtype=torch.float32), torch.tensor(std, dtype=torch.float32)
 
@@ -272,8 +271,8 @@ def few_shot_counts(label: str, labels: NDArray[np.int64]) -> NDArray[np.int64]:
     """How many images of each class an amount of labels stands for.
 
     Args:
-        label: a share of each class ("1%"), at least one image of it, or a number of images a class ("5"), at most
-            those that there are.
+        label: a share of each class ("1%"), at least one image of it, or a number of images per class ("5"), at most
+            all of it.
         labels: (N,) class indices of all images.
 
     Returns:
@@ -298,7 +297,7 @@ def few_shot_counts(label: str, labels: NDArray[np.int64]) -> NDArray[np.int64]:
 def mean_and_interval(values: Sequence[float]) -> tuple[float, tuple[float, float] | None]:
     """Mean and its 95 % interval by Student's t, with one degree of freedom less than values; None for one value.
 
-    The interval is the mean plus and minus the same: of few scores it may leave 0..1.
+    The interval is symmetric about the mean; for few scores it may extend beyond 0..1.
     """
     from scipy import stats
 

@@ -1,4 +1,4 @@
-"""What evaluation.json says, as rows of a table: for the terminal, table.md and reports."""
+"""The content of evaluation.json as rows of a table: for the terminal, table.md and reports."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Result(TypedDict):
-    """Of one probe on one stage, with the scores by name."""
+    """The result of one probe on one stage, with the scores by name."""
 
     probe: Literal["knn", "linear", "few-shot"]
     stage: int | None
@@ -28,7 +28,7 @@ class Result(TypedDict):
 
 
 class Data(TypedDict):
-    """What was learnt from and tested on."""
+    """The training and test images."""
 
     train: str
     test: str
@@ -38,13 +38,13 @@ class Data(TypedDict):
 
 
 class Confusion(TypedDict):
-    """How many test images of each class, a row, were taken for each, a column."""
+    """How many test images of each class (row) were predicted as each class (column)."""
 
     matrix: list[list[Count]]
 
 
 class Evaluation(TypedDict):
-    """What is read of an evaluation.json."""
+    """What is read from an evaluation.json."""
 
     model: str
     data: Data
@@ -55,10 +55,10 @@ class Evaluation(TypedDict):
 
 
 def score_rows(records: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """The scores of several evaluations on the same images, a row a model and probe, in the columns of COLUMNS.
+    """The scores of several evaluations on the same images, one row per model and probe, in the columns of COLUMNS.
 
-    What the models are compared by stands together: the same probe with the same setting on the same stage, and what
-    has no stages after the stages.
+    Rows to compare are adjacent: the same probe with the same setting on the same stage. Models without stages come
+    after the stages.
     """
     rows: dict[str, dict[int | None, list[list[str]]]] = {}
     for record in records:

@@ -1,4 +1,4 @@
-"""What runs did, on one page: an HTML file that needs neither a network nor anything beside it."""
+"""A report on runs on one page: an HTML file that needs neither a network connection nor any other file."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ ANALYZED = ("cosine_distance", "effective_rank", "dead_share", "saturated_share"
 SCORES = ("balanced_accuracy", "auroc", "top1", "top5")
 OF_MAPS = ("miou", "pixel_accuracy", "boundary_f1")
 LAST_VALUES = ("epoch", "loss", "val_loss", *SCORES, *OF_MAPS, "knn_balanced_accuracy")
-# What is measured of each layer, and what the last colour stands for at least.
+# Statistics of each layer, each with the least value that the last colour stands for.
 LAYERED = {"cosine_distance": 0.5, "effective_rank": 1.0, "dead_share": 0.5, "saturated_share": 0.5}
 
 
 class Analyzed(TypedDict):
-    """What is read of a model in an analysis.json."""
+    """What is read about a model from an analysis.json."""
 
     name: str
     layers: list[dict[str, Any]]
@@ -72,10 +72,10 @@ class Picture(NamedTuple):
 
     Attributes:
         label: what is written beside it.
-        alt: what is read out in its place.
+        alt: text that is read out in its place.
         uri: a data URI.
         width: in pixels.
-        height: likewise.
+        height: in pixels.
     """
 
     label: str
@@ -92,11 +92,11 @@ class Section:
     Attributes:
         title: above it; a section without anything else is false.
         notes: sentences.
-        tables: shown as they are.
-        more: tables to be opened.
+        tables: always shown.
+        more: tables that are shown when opened.
         charts: each with its table.
-        series: pictures, one at a time.
-        pictures: all at once.
+        series: pictures, shown one at a time.
+        pictures: shown all at once.
         commands: to be copied.
     """
 
@@ -114,19 +114,19 @@ class Section:
 
 
 def report(paths: Sequence[Path], out: Path | None = None) -> Path:
-    """Write the page on one run or several; what cannot be read of them is said there.
+    """Write the page on one run or several; it also lists what could not be read of them.
 
     Args:
         paths: directories of runs.
         out: the page, a new file or an earlier page; by default report.html in the run's directory.
 
     Returns:
-        Where it is.
+        The path of the page.
 
     Raises:
         OSError: if it cannot be written.
-        ValueError: if none of the paths is a run, `out` is missing for several runs, or is there and no report of ours,
-            or plotly, which draws the charts, is not installed.
+        ValueError: if none of the paths is a run, `out` is missing for several runs, or exists and is not a report of
+            ours, or plotly, which draws the charts, is not installed.
     """
     if out is None:
         if len(paths) > 1:
@@ -138,7 +138,7 @@ def report(paths: Sequence[Path], out: Path | None = None) -> Path:
         raise ValueError(f"out = {out} is a link that leads nowhere: give another --out, or remove it")
     if out.exists() and not _is_report(out):
         raise ValueError(f"{out} is there and no report of fcmae: name another file with --out, or delete it")
-    # Directories are named by their last part, or by all of it where two have one name.
+    # Directories are named by their last part, or by the whole path if two have the same.
     short = [Path(os.path.realpath(path)).name for path in paths]
     names = short if len(set(short)) == len(paths) else map(str, paths)
     runs, compared, problems = list[Run](), dict[str, paired.Comparison](), list[str]()
@@ -172,9 +172,9 @@ def render(
     """The page. Everything in it that came from the user is escaped, and its policy lets only its own scripts run.
 
     Args:
-        runs: what it is about.
-        problems: what kept others from being read, in sentences.
-        compared: what `fcmae worth` found, by name.
+        runs: the runs that it is about.
+        problems: why others could not be read, in sentences.
+        compared: results of `fcmae worth`, by name.
 
     Raises:
         ValueError: if plotly is missing.
@@ -210,31 +210,31 @@ def render(
         verdicts=[verdict for verdict in verdicts if verdict.sentences],
         chapters=chapters,
     )
-    # Names of files may hold bytes that are no Unicode.
+    # Names of files may hold bytes that are not Unicode.
     return page.lstrip().encode("utf-8", "replace").decode("utf-8")
 
 
 def _code(text: str) -> Markup:
-    """What stands between backticks as code."""
+    """The text with what stands between backticks as code."""
     return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def _source_hash(text: str) -> str:
-    """What a Content-Security-Policy names an inline script by."""
+    """The hash by which a Content-Security-Policy names an inline script."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
 def read_picture(path: Path, label: str, alt: str, problems: list[str]) -> list[Picture]:
-    """A picture, as it is or as JPEG, whichever is smaller.
+    """A picture, unchanged or as JPEG, whichever is smaller.
 
     Args:
         path: the file.
         label: see `Picture`.
-        alt: likewise.
+        alt: see `Picture`.
         problems: a sentence is added if it cannot be read.
 
     Returns:
-        The picture alone; none if it cannot be read.
+        A list of the picture; empty if it cannot be read.
     """
     try:
         content = read_bytes(path, MAX_PICTURE)
@@ -247,7 +247,7 @@ def read_picture(path: Path, label: str, alt: str, problems: list[str]) -> list[
     except UnidentifiedImageError:
         problems.append(f"{path} cannot be shown (it is no PNG).")
         return []
-    except Exception as error:  # of a broken file Pillow raises all that its parts do
+    except Exception as error:  # for a broken file Pillow raises whatever its parts raise
         reason = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
         problems.append(f"{path} cannot be shown ({reason}).")
         return []
@@ -270,7 +270,7 @@ def _words(key: str) -> str:
 
 
 def describe(run: Run) -> list[Section]:
-    """The sections of a run's chapter, without those that there is nothing for."""
+    """The sections of a run's chapter, without empty ones."""
     waiting = {"Share of the time that was spent waiting for data": ["data_wait_share"]}
     if not any("data_wait_share" in line for line in run.lines):
         waiting = {"Seconds spent waiting for data since the line before": ["data_wait_s"]}
@@ -343,7 +343,7 @@ def _status(run: Run) -> str:
 
 
 def _charts(run: Run, charts: Mapping[str, Sequence[str]], *, may_be_log: bool = True) -> list[Chart]:
-    """Of what metrics.jsonl has under some keys, by caption; without those that it has nothing of."""
+    """Charts of what metrics.jsonl has under some keys, by caption; without empty ones."""
     found = {caption: [c for key in keys if (c := curve(run, key, key))] for caption, keys in charts.items()}
     return [line_chart(curves, caption, may_be_log=may_be_log) for caption, curves in found.items() if curves]
 
@@ -381,7 +381,7 @@ def _scores(run: Run) -> Section:
 
 
 def _classes(run: Run) -> Section:
-    """What a segmentation has of each class: the curve of its IoU, and the confusion matrix."""
+    """Results of a segmentation by class: the curve of its IoU, and the confusion matrix."""
     section = Section("Classes of the held-out pixels")
     keys = list(dict.fromkeys(key for line in run.lines for key in line if "iou/" in key))
     prefix = "ema_iou/" if any(key.startswith("ema_") for key in keys) else "iou/"
@@ -459,7 +459,7 @@ def _evaluation(folder: Path, found: Evaluation) -> Section:
 
 
 def _comparison(found: paired.Comparison) -> Section:
-    """What `fcmae worth` found: means and intervals by amount of labels, and differences to scratch, seed by seed."""
+    """Results of `fcmae worth`: means and intervals by amount of labels, and differences to scratch, seed by seed."""
     section = Section("Scores by start and number of labels", paired.notes(found))
     if rows := paired.compare(found):
         table = Table("Balanced accuracy in %", paired.COLUMNS, list(map(paired.cells, rows)))
@@ -521,7 +521,7 @@ def compare(runs: Sequence[Run]) -> list[Section]:
 
 
 def reproduce(run: Run) -> Section:
-    """The commands that give this run again: as typed, and from its settings alone; then those of its evaluations."""
+    """The commands that reproduce this run: as typed, and from its settings alone; then those of its evaluations."""
     section, last = Section(run.name), run.starts[-1] if run.starts else {}
     if "command" in last:
         section.commands.append(_text(last["command"]))
@@ -535,7 +535,7 @@ def reproduce(run: Run) -> Section:
 
 
 def command(kind: str, settings: Mapping[str, Any], num_processes: int = 1) -> str:
-    """The command that gives a run with these settings; what is not among them is chosen.
+    """The command for a run with these settings; other settings are chosen.
 
     Args:
         kind: pretrain, finetune or segment.

@@ -1,4 +1,4 @@
-"""What the files of a run say, whatever state they are in."""
+"""Read the files of a run, whatever state they are in."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ MOST_SECONDS = 1e9  # thirty years
 CONFIGS: dict[str, type[PretrainConfig] | type[FinetuneConfig] | type[SegmentConfig]] = {
     cfg.kind: cfg for cfg in (PretrainConfig, FinetuneConfig, SegmentConfig)
 }
-OF_A_START = {"chosen", "planned_s", "overwrite"}  # no settings of what is computed
+OF_A_START = {"chosen", "planned_s", "overwrite"}  # not settings of what is computed
 MAX_JSON = 2**26  # bytes of a file
-HUGE = 1e100  # no number that was measured, and its square is finite
+HUGE = 1e100  # no measured number is so large, and its square is finite
 
 Text = Annotated[str, Field(coerce_numbers_to_str=True)]
 Start = dict[str, dict[str, Text] | Text]
@@ -39,7 +39,7 @@ STARTS, EVALUATION = TypeAdapter(list[Start]), TypeAdapter(Evaluation)
 
 @dataclass(frozen=True)
 class Run:
-    """What the files of a run say.
+    """The content of the files of a run.
 
     Attributes:
         path: its directory.
@@ -47,12 +47,12 @@ class Run:
         kind: pretrain, finetune or segment.
         version: of fcmae, when it last started.
         settings: by dotted key, as JSON values.
-        changed: those that are not the default.
+        changed: settings that differ from the default.
         lines: of metrics.jsonl, with their finite numbers.
         starts: of environment.json.
-        counts: images by what they are for.
+        counts: numbers of images by their use.
         held_out: fingerprint of the held-out images of a fine-tuning.
-        class_counts: held-out ones of each class of a fine-tuning.
+        class_counts: numbers of held-out images of each class of a fine-tuning.
         evaluations: contents of evaluation.json by its directory, those of untrained networks last.
         problems: what could not be read, in sentences.
     """
@@ -72,11 +72,11 @@ class Run:
     problems: list[str]
 
     def is_own(self, folder: Path, evaluation: Evaluation) -> bool:
-        """Whether one of its evaluations is of what it trained, and not of another network or of none.
+        """Whether an evaluation in its directory is of its own trained network, and not of another or of none.
 
         Args:
-            folder: which it is in.
-            evaluation: what that says.
+            folder: the folder of the evaluation.
+            evaluation: the content of evaluation.json there.
         """
         model = evaluation["model"]
         named = folder == self.path / "evaluation" or Path(model).name == self.path.resolve().name
@@ -84,13 +84,13 @@ class Run:
 
 
 def processes_of(run: Run) -> int:
-    """How many computed when it last started."""
+    """Number of processes when it last started."""
     given = str(run.starts[-1].get("num_processes")) if run.starts else ""
     return int(given) if given.isdecimal() else 1
 
 
 def program(kind: str, num_processes: int) -> list[str]:
-    """The words that start a run by so many processes, before its settings.
+    """The words of a command that start a run on a number of processes, before its settings.
 
     Args:
         kind: pretrain, finetune or segment.
@@ -103,7 +103,7 @@ def program(kind: str, num_processes: int) -> list[str]:
 
 
 def read_run(path: Path, name: str) -> Run:
-    """All that a run's directory holds, but for pictures; what cannot be read becomes one of the run's problems.
+    """All that a run's directory holds, except pictures; what cannot be read becomes one of the run's problems.
 
     Args:
         path: the directory.
@@ -111,7 +111,7 @@ def read_run(path: Path, name: str) -> Run:
 
     Raises:
         OSError: if the directory cannot be read.
-        ValueError: if it is no run's.
+        ValueError: if it is not a run's.
     """
     problems = list[str]()
     kind, version = _kind(path, problems)
@@ -126,7 +126,7 @@ def read_run(path: Path, name: str) -> Run:
 
 
 def _kind(path: Path, problems: list[str]) -> tuple[str, str]:
-    """What kind of run it was, and the version of fcmae; from other files where that is lost."""
+    """The kind of run, and the version of fcmae; from other files if config.yaml is lost."""
     header, config = list[str](), path / "config.yaml"
     with suppress(OSError):
         if config.is_file():
@@ -157,12 +157,12 @@ def _lines(path: Path, problems: list[str]) -> list[dict[str, Any]]:
 
 
 def is_untrained(evaluation: Evaluation) -> bool:
-    """Whether it is of a network that was not trained."""
+    """Whether the evaluation is of an untrained network."""
     return evaluation["model"].startswith("random:")
 
 
 def needs_no_network(evaluation: Evaluation) -> bool:
-    """Whether it is of pixels or colours, which have no stages."""
+    """Whether the evaluation is of pixels or colours, which have no stages."""
     return all(result["stage"] is None for result in evaluation["results"])
 
 
@@ -190,7 +190,7 @@ def read_json(path: Path, shape: TypeAdapter[Any], remedy: str, problems: list[s
 
 
 def _settings(config: Path, kind: str, problems: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """All settings, and those that are not the default."""
+    """All settings, and those that differ from the default."""
     try:
         saved: PretrainConfig | FinetuneConfig | SegmentConfig = options.read(CONFIGS[kind], config)
         return options.flat(saved), options.changed(saved)
@@ -203,7 +203,7 @@ def _settings(config: Path, kind: str, problems: list[str]) -> tuple[dict[str, A
 
 
 def flat(nested: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings by their dotted keys, texts that stand for numbers as such."""
+    """Settings by dotted keys, with texts that stand for numbers made numbers."""
     found: dict[str, Any] = {}
     for key, value in nested.items():
         inner = flat(value) if isinstance(value, Mapping) else {"": _plain(value)}
@@ -239,7 +239,7 @@ def _count_images(
 
 
 def finite(line: Mapping[str, Any], key: str) -> Any:
-    """A number of a line; None if there is none that was measured."""
+    """A number of a line; None if it is missing or not a measured value."""
     value: Any = line.get(key)
     return value if type(value) in (int, float) and -HUGE < value < HUGE else None
 
@@ -248,7 +248,7 @@ def curve(run: Run, key: str, name: str) -> Curve | None:
     """What metrics.jsonl has under a key, where it is finite; None if there is nothing.
 
     Args:
-        run: whose it is.
+        run: the run.
         key: of the lines.
         name: of the curve.
     """
@@ -257,7 +257,7 @@ def curve(run: Run, key: str, name: str) -> Curve | None:
 
 
 def took_s(run: Run) -> float:
-    """The seconds that the logged windows took, images over images a second, and evaluating and saving beside them."""
+    """Seconds of the logged windows (images / images per second), plus those of evaluating and saving."""
     seconds, before, batch_size = 0.0, 0.0, run.settings.get("batch_size")
     for line in run.lines:
         if isinstance(batch_size, int) and (speed := line.get("images_per_s")):

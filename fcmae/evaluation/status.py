@@ -23,7 +23,7 @@ DEPTH = 3  # folders below the given one in which runs are looked for
 
 
 def status(place: Path) -> str:
-    """What is to be said of a run, or a table of the runs below a folder.
+    """A summary of a run, or a table of the runs below a folder.
 
     Args:
         place: the directory of a run, or of runs.
@@ -54,16 +54,16 @@ def find_runs(place: Path) -> Iterator[Run]:
 
 
 def _readable(paths: Iterable[Path], place: Path) -> Iterator[Run]:
-    """Those of the directories that are runs, named from a folder on."""
+    """Those of the directories that are runs, named relative to `place`."""
     for path in paths:
         try:
             yield read_run(path, printable(str(path.relative_to(place))))
         except (ValueError, OSError):
-            continue  # of something else
+            continue  # not a run
 
 
 def _comparison(place: Path) -> Iterator[str]:
-    """What is to be said of what `fcmae worth` does."""
+    """The lines on a comparison by `fcmae worth`."""
     problems = list[str]()
     found = paired.read(place, problems)
     if found is None:
@@ -79,7 +79,7 @@ def _comparison(place: Path) -> Iterator[str]:
 
 
 def state_of(path: Path) -> State:
-    """running, finished, stopped, failed, or cut off: it ended without a word.
+    """running, finished, stopped, failed, or cut off, if it ended without a record.
 
     Args:
         path: of a run.
@@ -90,7 +90,7 @@ def state_of(path: Path) -> State:
 
 
 def _is_locked(lock: Path) -> bool:
-    """Whether another process holds the lock that a run has while it lasts."""
+    """Whether another process holds the lock that a run has as long as it lasts."""
     try:
         file = lock.open("rb")
     except OSError:  # there is none, or nobody may read it here: train.log tells
@@ -119,7 +119,7 @@ def _row(run: Run) -> tuple[str, ...]:
 
 
 def _best_score(run: Run) -> tuple[str, float] | None:
-    # Of the moving average where there is one: that is the model.
+    # If there is a moving average, it is the model.
     for key in ("ema_balanced_accuracy", "balanced_accuracy", "ema_miou", "miou", "knn_top1"):
         values = [value for line in run.lines if (value := finite(line, key)) is not None]
         if values:
@@ -159,18 +159,23 @@ def _time(run: Run, state: str) -> Iterator[str]:
 
 
 def _resuming(run: Run, given: str) -> str:
-    """The command as it was given, where it is one that can be given again; else one by the run's settings."""
+    """The command as it was given, if it can be given again; otherwise one from the run's settings."""
+    folder, place = run.starts[-1].get("directory"), run.path
+    is_elsewhere = isinstance(folder, str) and Path(folder) != Path.cwd() and Path(folder).is_dir()
+    if is_elsewhere:
+        place = place.absolute()
     if (num := processes_of(run)) == 1 and given.startswith("fcmae "):
-        return given
-    config = shlex.quote(str(run.path / "config.yaml"))
-    return f"{' '.join(program(run.kind, num))} --config {config}"
+        command = given
+    else:
+        command = f"{' '.join(program(run.kind, num))} --config {shlex.quote(str(place / 'config.yaml'))}"
+    return f"cd {shlex.quote(str(folder))} && {command}" if is_elsewhere else command
 
 
 def next_commands(run: Run, state: str) -> list[str]:
     """What to type next, ready to be copied.
 
     Args:
-        run: that stands where it stands.
+        run: the run.
         state: see `state_of`.
     """
     path, export = shlex.quote(str(run.path)), shlex.quote(f"{run.path.absolute().name}-timm")

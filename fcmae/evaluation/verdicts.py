@@ -1,4 +1,4 @@
-"""The questions that people have about their runs, and what the numbers answer."""
+"""Questions about runs, and the answers that the numbers give."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from fcmae.evaluation.runs import OF_A_START, Run, curve, is_untrained
 from fcmae.training import health
 from fcmae.training.records import of_model
 
-K = 20  # neighbours: to take the best of several would be to choose by the test images
+K = 20  # neighbours; taking the best of several numbers would be a choice by the test images
 PROBES = {"linear": "Linear probes", "knn": "Nearest neighbours"}
 BUDGET = ("epochs", "batch_size", "data.image_size")  # what runs must share to be compared, beside the network
-# Of 3 runs of either kind all of one are ahead of all of the other by chance once in 20 times, of 2 once in 6.
+# With 3 runs of each kind, all of one are ahead of all of the other by chance once in 20 times; with 2, once in 6.
 LEAST_RUNS = 3
-LEARNT = 0.97  # a loss below shows that something was learnt, where predicting each patch's mean scores 1
+LEARNT = 0.97  # a loss below this shows that something was learnt; predicting each patch's mean scores 1
 
 Found = tuple[str, list[str]]  # a state (good, attention or unknown), and sentences
 
@@ -86,13 +86,13 @@ def _working(run: Run) -> Found:
 
 
 def _warnings(run: Run, *kinds: str) -> list[str]:
-    """What training warned of, or would have, as sentences."""
+    """What training warned of, or would have warned of, as sentences."""
     texts = [finding.text for finding in health.warnings(run.lines) if finding.kind in kinds]
     return [text[0].upper() + text[1:] for text in texts]
 
 
 def trend(values: Sequence[float]) -> str:
-    """Where a noisy curve is going: its last fifth against the one before, at two standard errors. "" if short."""
+    """Trend of a noisy curve: its last fifth against the one before, at two standard errors; "" if it is short."""
     num = len(values) // 5
     if num < 4:
         return ""
@@ -105,7 +105,7 @@ def trend(values: Sequence[float]) -> str:
 
 
 def is_collapsing(runs: Sequence[Run]) -> Verdict:
-    """What the monitors of the pretraining runs say of their features."""
+    """What the monitors of the pretraining runs say about their features."""
     answers = {"good": "✓ No sign of it", "attention": "! Look closer", "unknown": "? Not known"}
     found = (_collapsing(run) if run.kind == "pretrain" else ("unknown", []) for run in runs)
     return _verdict("Are the features collapsing?", answers, _named(runs, found))
@@ -130,7 +130,7 @@ def _collapsing(run: Run) -> Found:
 
 
 def was_worth_it(runs: Sequence[Run]) -> Verdict:
-    """Fine-tuning from given weights against scratch, and probes against an untrained network, where they are there."""
+    """Fine-tuning from given weights against scratch, and probes against an untrained network, if present."""
     found = [*_against_scratch(runs), *_named(runs, map(_against_untrained, runs))]
     if not any(sentences for _, sentences in found):
         path = next((shlex.quote(str(run.path)) for run in runs if run.kind == "pretrain"), "RUN")
@@ -145,7 +145,7 @@ def was_worth_it(runs: Sequence[Run]) -> Verdict:
 
 
 def _against_scratch(runs: Sequence[Run]) -> list[Found]:
-    """Fine-tuning runs on as many images that are scored on the same ones. The same again is no second run."""
+    """Compare fine-tuning runs with equally many training images and the same test images; repetitions count once."""
     groups: dict[tuple[Any, ...], dict[str | None, dict[Any, Run]]] = {}  # by what is started from, by seed
     others: dict[tuple[Any, ...], list[str]] = {}
     for run in runs:
@@ -203,14 +203,14 @@ def _differing(runs: Sequence[Run], others: Sequence[Run]) -> list[str]:
     """Settings of the recipe in which two kinds of runs differ, but for the layer decay, which is for weights."""
     recipe = ("data.", "optim.", "regularization.", "model.drop_path_rate", "precision")
     keys = {key for run in (*runs, *others) for key in run.settings if key.startswith(recipe)}
-    # What weights bring, which images are drawn, and what computes no other numbers.
+    # What comes from weights, which images are drawn, and what does not change the numbers.
     keys -= FREE_ON_RESUME | {"optim.layer_decay", "data.mean", "data.std"}
     values = [{key: {str(run.settings.get(key)) for run in side} for key in keys} for side in (runs, others)]
     return sorted(key for key in keys if values[0][key] != values[1][key])
 
 
 def _is_complete(run: Run, line: Mapping[str, Any]) -> bool:
-    """Whether a line is of the run's last epoch: one that is under way is not compared with one that is done."""
+    """Whether a line is of the run's last epoch: an unfinished run is not compared with a finished one."""
     epochs = run.settings.get("epochs")
     return not isinstance(epochs, int | float) or line["epoch"] > 0.99 * epochs
 
@@ -245,7 +245,7 @@ def _against_untrained(run: Run) -> Found:
 
 
 def _neighbours(run: Run) -> list[str]:
-    """What was watched of labelled images while training."""
+    """What was measured on labelled images during training."""
     found = curve(run, "knn_balanced_accuracy", "")
     if found is None:
         return []
@@ -254,12 +254,12 @@ def _neighbours(run: Run) -> list[str]:
 
 
 def guessed(class_counts: Sequence[int]) -> float:
-    """The balanced accuracy of a guess: it is over the classes that the images are of."""
+    """The balanced accuracy of a guess, which is over the classes that occur in the images."""
     return 1 / max(1, sum(map(bool, class_counts)))
 
 
 def standard_error(score: float, class_counts: Sequence[int]) -> float:
-    """Of a balanced accuracy near `score`: the mean of the classes' recalls, each of so many images."""
+    """Standard error of a balanced accuracy near `score`: the mean of the classes' recalls, each over its images."""
     found = [count for count in class_counts if count]
     return math.sqrt(score * (1 - score) * sum(1 / count for count in found)) / max(1, len(found))
 
@@ -285,13 +285,13 @@ def _score(line: Mapping[str, Any]) -> float:
 
 
 def _named(runs: Sequence[Run], found: Iterable[Found]) -> list[Found]:
-    """The sentences with the name of their run, where there are several."""
+    """The sentences with the name of their run, if there are several."""
     start = ["" if len(runs) == 1 else f"{run.name}: " for run in runs]
     return [(state, [name + text for text in texts]) for name, (state, texts) in zip(start, found, strict=True)]
 
 
 def _verdict(question: str, answers: Mapping[str, str], found: Sequence[Found]) -> Verdict:
-    """Of several runs the state is that of the one that needs most attention."""
+    """With several runs, the state is that of the one that needs most attention."""
     states = [state for state, sentences in found if sentences]
     state = next((state for state in ("attention", "good") if state in states), "unknown")
     return Verdict(question, state, answers[state], [sentence for _, sentences in found for sentence in sentences])

@@ -1,8 +1,8 @@
 """The layouts in which the encoder sees visible patches only.
 
-A layout is made for one batch of masks and offers the operations that depend on geometry (`Layout`): the six that
-make the networks, and two that know the images apart, for speed and for stochastic depth. Everything else in an
-encoder acts on the last dimension and does not know which layout it runs in.
+A layout is made for one batch of masks and offers the operations that depend on geometry (`Layout`): six of which the
+networks are made, and two that distinguish the images, for speed and for stochastic depth. Everything else in an
+encoder acts on the last dimension and is the same in every layout.
 
 Parameters stay in dense layout, (C, 1, k, k) and (Cout, Cin, 2, 2), whatever the layout of the features.
 """
@@ -22,11 +22,11 @@ from fcmae.layouts.sites import count_visible
 
 __all__ = ["DENSE", "PACKED", "Layout", "MakeLayout", "Masked", "Packed", "make_layout"]
 
-DENSE = Dense()  # nothing hidden; it holds nothing of a batch
+DENSE = Dense()  # nothing hidden; it holds nothing that depends on a batch
 
 
 class Layout(Protocol):
-    """What the encoder asks of a backend. Features f hold the channels C in their last dimension."""
+    """The interface that the encoder needs of a backend. Features f have the channels C in their last dimension."""
 
     def pack(self, x: Tensor) -> Tensor:
         """(B, H, W, C) dense map to features of the visible sites."""
@@ -53,9 +53,9 @@ class Layout(Protocol):
         """Multi-head attention among the visible sites of each image; see `attention.attend`.
 
         Args:
-            q: features, queries.
-            k: likewise, keys.
-            v: likewise, values.
+            q: features, the queries.
+            k: features, the keys.
+            v: features, the values.
             num_heads: a divisor of C.
 
         Returns:

@@ -11,10 +11,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, num_heads: int, seen: Tensor | None 
 
     Args:
         q: (B, n, C).
-        k: likewise.
-        v: likewise.
-        num_heads: a divisor of C; each has C / num_heads channels that follow each other.
-        seen: (B, n) bool, the sites whose values are taken; None takes all.
+        k: (B, n, C).
+        v: (B, n, C).
+        num_heads: a divisor of C; each head has C / num_heads consecutive channels.
+        seen: (B, n) bool, the sites that are attended to; None is all.
 
     Returns:
         (B, n, C).

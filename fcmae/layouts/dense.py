@@ -14,7 +14,7 @@ from fcmae.layouts.norms import refuse_second_derivatives
 
 
 class Dense(Masked):
-    """`Masked` without a mask, the weight's gradient by the loop in C where that can be had: (B, H, W, C) maps."""
+    """`Masked` without a mask, on (B, H, W, C) maps; the loop in C, if available, computes the weight's gradient."""
 
     def __init__(self) -> None:
         super().__init__(None)

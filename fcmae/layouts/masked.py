@@ -45,7 +45,7 @@ class Masked:
         return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0]).permute(0, 2, 3, 1)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
-        # What is hidden may be infinite, which no mask of products takes away.
+        # Hidden values may be infinite, which masking the products would not remove.
         queries, keys, values = (self._hide(x).flatten(1, 2) for x in (q, k, v))  # (B, H * W, C)
         seen = None if self.mask is None else self._hidden(v).logical_not().flatten(1)
         return attend(queries, keys, values, num_heads, seen).view_as(v)

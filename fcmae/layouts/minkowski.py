@@ -21,7 +21,7 @@ from fcmae.layouts.sites import sites_of_a_patch
 
 try:
     with warnings.catch_warnings():
-        # One built for the CPU says so at every import.
+        # A build for the CPU warns of it at every import.
         warnings.simplefilter("ignore")
         import MinkowskiEngine
         from MinkowskiEngineBackend._C import ConvolutionMode
@@ -118,7 +118,7 @@ class Minkowski:
         return f * keep.index_select(0, self._level(f).image)
 
     def _level(self, f: Tensor) -> _Level:
-        """The resolution of f: each visible patch is b x b rows, so their number tells it."""
+        """The resolution of f: each visible patch has b x b rows, so their number tells it."""
         return self._levels[isqrt(f.shape[0] // self.patches.shape[0])]
 
 

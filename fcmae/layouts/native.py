@@ -28,7 +28,7 @@ SIZE = 7  # side of the window
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def available(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the loop can be had for tensors of this kind: float32 on a CPU, with a C compiler."""
+    """Whether the loop can be used for tensors of this kind: float32 on a CPU, with a C compiler."""
     return device.type == "cpu" and dtype == torch.float32 and library() is not None
 
 
@@ -70,7 +70,7 @@ def conv_gradients(grad: Tensor, x: Tensor, weight: Tensor, *, with_weight: bool
         grad: (B, C, H, W), of the output.
         x: (B, C, H, W), the input.
         weight: (C, 1, k, k), k odd.
-        with_weight: whether the weight's is wanted, which `weight_gradient` computes sooner.
+        with_weight: whether to compute the weight's gradient too; `weight_gradient` is faster.
 
     Returns:
         The gradient of x, and of weight or None.
@@ -84,7 +84,7 @@ def conv_gradients(grad: Tensor, x: Tensor, weight: Tensor, *, with_weight: bool
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled loop, or None if there is no compiler, or if what it makes does not load."""
+    """The compiled loop, or None if there is no compiler or the compiled library does not load."""
     compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
     if sys.platform != "linux" or shutil.which(compiler[0]) is None:
         return None
@@ -97,7 +97,7 @@ def library() -> ctypes.CDLL | None:
 def _compiled(compiler: list[str]) -> Path:
     """The library's file, made if it is not there. Raises OSError or SubprocessError if it cannot be."""
     version = subprocess.run([*compiler, "--version"], capture_output=True, timeout=60, check=True).stdout
-    # What -march=native takes: a home directory may be shared by machines of several kinds.
+    # The processor, for which -march=native compiles: machines of several kinds may share a home directory.
     processor = [
         line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Features"))
     ]
@@ -108,7 +108,7 @@ def _compiled(compiler: list[str]) -> Path:
         place.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=place.parent) as folder:
             objects, made = Path(folder, "native.o"), Path(folder, "native.so")
-            # Not linked with OpenMP: it shall use the threads of torch's, which are there already.
+            # Not linked with OpenMP, so that it uses torch's, which is loaded already, and its threads.
             for command in (
                 [*FLAGS, "-c", str(SOURCE), "-o", str(objects)],
                 ["-shared", str(objects), "-o", str(made)],

@@ -1,4 +1,4 @@
-"""Precision, norms, gradients: what keeps sums of 16-bit features and gradients at zero finite, and wrong ones out."""
+"""Norms that keep sums of 16-bit features, and gradients at zero, finite; and a guard against wrong gradients."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 CACHED = 1 << 17  # features that a core's cache holds
-LARGE = 8 * CACHED  # of an image: fewer pass through memory as fast
+LARGE = 8 * CACHED  # features of an image: fewer pass through memory as fast
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -34,9 +34,9 @@ def l2_norm(x: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 
 def refuse_second_derivatives() -> None:
-    """To be called by a backward pass whose own operations autograd does not see, as they are not what it would derive.
+    """Call in a hand-written backward: raises if a second derivative is asked for, which it cannot give.
 
-    torch's once_differentiable would raise only where the incoming gradient has one itself, and else leave terms out.
+    torch's once_differentiable would raise only if the incoming gradient requires one itself, and omit terms otherwise.
 
     Raises:
         RuntimeError: under create_graph.

@@ -55,7 +55,7 @@ class Packed:
         return table.index_copy(0, self._row_indices(b), f.reshape(-1, b * channels)).view_as(x)
 
     def take(self, f: Tensor, wider: Packed) -> Tensor:
-        """Features of another layout, which shows these patches and more, at these: one gather.
+        """Features at this layout's patches, from a layout that shows these and more, by one gather.
 
         Args:
             f: (B, K', b, b, C), in the layout `wider`.
@@ -70,7 +70,7 @@ class Packed:
 
     def depthwise_conv(self, f: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         device = f.device.type
-        if torch.is_autocast_enabled(device):  # as it would for conv2d
+        if torch.is_autocast_enabled(device):  # as autocast does for conv2d
             dtype = torch.get_autocast_dtype(device)
             f, weight, bias = f.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         b = f.shape[-2]
@@ -84,7 +84,7 @@ class Packed:
 
     def downsample(self, f: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         B, K, b, _, C = f.shape
-        self._row_indices(b // 2)  # of the stage to come: compiled, a block that is recomputed may not keep them
+        self._row_indices(b // 2)  # for the next stage: a compiled block that is recomputed may not keep them
         x = f.view(B, K, b // 2, 2, b // 2, 2, C).transpose(3, 4)  # (B, K, b/2, b/2, 2, 2, C)
         return F.linear(x.reshape(B, K, b // 2, b // 2, 4 * C), weight.permute(0, 2, 3, 1).flatten(1), bias)
 
@@ -113,7 +113,7 @@ class Packed:
 
 
 class _Gather(torch.autograd.Function):
-    """table[rows] for rows that differ: the gradient is then a copy to its place, where torch's would add."""
+    """table[rows] for distinct rows: the gradient is then copied to its place, where torch's would add it."""
 
     @staticmethod
     def forward(ctx: Any, table: Tensor, rows: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ class _Gather(torch.autograd.Function):
 
 
 class _Scatter(torch.autograd.Function):
-    """Zeros (num_rows, ...) with `values` in the given rows, which differ: the inverse of _Gather, and its gradient."""
+    """Zeros (num_rows, ...) with `values` in distinct given rows: the inverse of _Gather, and its gradient."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, rows: Tensor, num_rows: int) -> Tensor:
@@ -142,7 +142,7 @@ class _Scatter(torch.autograd.Function):
 class _DepthwiseConv(torch.autograd.Function):
     """conv2d on the dense map (B, H, W) of which f, (B, K, b, b, C), are the given pixel rows and the rest is zero.
 
-    For the backward pass it keeps f, not the map, which is B * gh * gw / K times as large, and lays f out again.
+    For the backward pass it keeps f, not the map, which is gh * gw / K times as large, and lays f out again.
     """
 
     @staticmethod

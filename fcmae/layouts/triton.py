@@ -40,7 +40,7 @@ from fcmae.layouts.packed import Packed
 SIZE = 7  # side of the window; the kernels below write 3 for SIZE // 2 and 49 for its square
 REACH = 3  # in sites, so at most this many patches too
 PROGRAMS = 4096  # as many as a big GPU runs at once, about: 132 multiprocessors with 16 to 32 warps each
-SITES = 64  # a program's share of sites, if there are enough of them: over so many it spreads the load of the weights
+SITES = 64  # sites per program, if there are enough of them: it loads the weights once for all of these
 
 
 class PackedTriton(Packed):
@@ -151,7 +151,7 @@ def _convolution(f: Tensor, taps: Tensor, bias: Tensor | None, neighbours: Tenso
 
 @torch.library.custom_op("fcmae::depthwise_conv_input_gradient", mutates_args=())
 def _input_gradient(grad: Tensor, taps: Tensor, neighbours: Tensor, dtype: torch.dtype) -> Tensor:
-    """What a site gives to the one at some offset, that one gets from the opposite offset: the taps in reverse."""
+    """The gradient of f: a convolution with the taps in reverse, as neighbours see a site at the opposite offset."""
     out = torch.empty_like(grad, dtype=dtype)
     _launch_convolution(grad, taps.flip(0), None, neighbours, out)
     return out

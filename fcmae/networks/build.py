@@ -1,4 +1,4 @@
-"""An encoder from its spec, whatever the network: a line each."""
+"""An encoder from its spec, with one line per kind of network."""
 
 from __future__ import annotations
 

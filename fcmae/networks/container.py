@@ -30,7 +30,7 @@ class Aggregation(nn.Module):
 
     Args:
         dim: channels C.
-        affinity: which there are.
+        affinity: which affinities there are.
         static: maps (features, layout) to features; unused if the affinity is dynamic.
         num_heads: of the attention.
         mix: free or convex, see `ContainerSpec`.
@@ -68,7 +68,7 @@ class Aggregation(nn.Module):
         return cast("Tensor", self.output(mixed))
 
     def weights(self) -> tuple[Tensor, Tensor]:
-        """alpha and beta, of a mixed one."""
+        """alpha and beta of a mixed affinity."""
         if self.share is not None:
             share = self.share.sigmoid()
             return share, 1 - share
@@ -80,7 +80,7 @@ class Block(nn.Module):
     """x + position(x), then two branches: x + aggregate(norm1(x)), and x + pwconv2(GELU(pwconv1(norm2(x)))).
 
     Drop path multiplies each branch. `position`, a 3x3 depthwise convolution, tells sites apart by their neighbours and
-    by the border, so there is no table of positions, and any image size goes.
+    by the border, so no table of positions is needed, and any image size works.
 
     Args:
         dim: channels C.
@@ -104,7 +104,7 @@ class Block(nn.Module):
         return self.trace(x, layout)[1]
 
     def trace(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-        """As the call, with the expanded features that pwconv2 sees; see `encoder.StageBlock`."""
+        """The expanded features that pwconv2 sees, and the block's output; see `encoder.StageBlock`."""
         x = x + self.position(x, layout)
         x = x + self._drop_path(self.aggregate(self.norm1(x), layout), layout)
         h = gelu_of(self.pwconv1, self.norm2(x))  # (..., hidden)

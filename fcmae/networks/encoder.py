@@ -16,14 +16,14 @@ from fcmae.networks.spec import NetworkSpec
 
 
 class StageBlock(Protocol):
-    """What an encoder asks of a block."""
+    """The interface that an encoder needs of a block."""
 
     def __call__(self, x: Tensor, layout: Layout) -> Tensor:
         """Features (..., C) in `layout` to features of the same shape."""
         ...
 
     def trace(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-        """As the call, and what is analysed of a block.
+        """Like the call, but it also returns the features that are analysed.
 
         Args:
             x: features (..., C).
@@ -38,9 +38,8 @@ class StageBlock(Protocol):
 class StagedEncoder(nn.Module):
     """A stem and stages of blocks, each stage after the first at half the resolution of the one before.
 
-    A network's own class makes `downsample_layers`, the stem (a convolution, then its norm) and what goes before each
-    later stage, and `stages`, a list of `StageBlock`s each; and says what `downsample` does. Parameters have their
-    names.
+    A subclass makes `downsample_layers`, the stem (a convolution, then its norm) and the layers before each later
+    stage, and `stages`, a list of `StageBlock`s each; and implements `downsample`. Parameters are named after these.
 
     Args:
         spec: the numbers of the network.
@@ -128,11 +127,11 @@ class StagedEncoder(nn.Module):
         return x[:, :, : h * s, : w * s].reshape(B, C, h, s, w, s).permute(0, 2, 4, 1, 3, 5).reshape(B, h, w, C * s * s)
 
     def downsample(self, stage: int, f: Tensor, layout: Layout) -> Tensor:
-        """What goes before a stage.
+        """Apply the layers before a stage.
 
         Args:
-            stage: numbered from 0 and not the first.
-            f: the stage before's output, in `layout`.
+            stage: numbered from 0; not the first.
+            f: output of the previous stage, in `layout`.
             layout: that of f.
 
         Returns:
@@ -148,7 +147,7 @@ def drop_path_rates(spec: NetworkSpec, last: float) -> Iterator[float]:
 
 
 def num_layers(spec: NetworkSpec, mode: str) -> int:
-    """How many layers `layer_of` tells apart below the norm and head, which are one more."""
+    """Number of encoder layers for layer-wise decay. The norm and head form one further layer, of this index."""
     if mode == "single":
         return sum(spec.depths) + 1
     return 1 + sum(math.ceil(depth / 3) for depth in spec.depths)
@@ -162,7 +161,7 @@ def layer_of(name: str, spec: NetworkSpec, mode: str) -> int:
         spec: of the network.
         mode: "single" gives every block a layer of its own, with the downsampling before it; the stem is in the first
             block's. "group" makes every three consecutive blocks of a stage a layer, with the downsampling before
-            them; the stem is below. With depths 3 3 27 3 these are the 12 groups of the released recipes.
+            them; the stem is the layer below. With depths 3 3 27 3 these are the 12 groups of the released recipes.
 
     Returns:
         0 to num_layers(spec, mode) - 1 for the encoder's, num_layers(spec, mode) for the norm's and the head's.

@@ -63,7 +63,7 @@ class GRN(nn.Module):
 
 
 def grn_linear(rows: Tensor, grn: GRN, linear: nn.Linear) -> Tensor:
-    """linear(grn(rows)), with fewer passes over the features and fewer of them kept than layer after layer.
+    """linear(grn(rows)), with fewer passes over the features and fewer of them kept than by one layer after the other.
 
     Args:
         rows: (B, n, C), all the sites of each image, hidden ones zero.
@@ -77,7 +77,7 @@ def grn_linear(rows: Tensor, grn: GRN, linear: nn.Linear) -> Tensor:
     weight: Tensor = linear.weight
     bias: Tensor = linear.bias
     device = rows.device.type
-    if torch.is_autocast_enabled(device):  # as it would for F.linear
+    if torch.is_autocast_enabled(device):  # as autocast does for F.linear
         dtype = torch.get_autocast_dtype(device)
         rows, weight, bias = rows.to(dtype), weight.to(dtype), bias.to(dtype)
     out: Tensor = _GRNLinear.apply(rows, gamma, beta, weight, bias)
@@ -92,7 +92,8 @@ class _GRNLinear(torch.autograd.Function):
         (rows * scale + beta) @ weight^T + bias = rows @ (weight * scale)^T + (weight @ beta + bias).
 
     The gradient of that, P = grad^T @ rows for each image, gives those of scale and weight as sums of P * weight and
-    P * scale. The others scale the rows again for the backward pass: keeping them would double what a block keeps.
+    P * scale. Other images scale the rows again in the backward pass: keeping scaled rows would double what a block
+    keeps.
     """
 
     @staticmethod
@@ -143,15 +144,15 @@ def _scales_weight(rows: Tensor, weight: Tensor) -> bool:
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether a hook waits for the module to be called, or for its gradient."""
+    """Whether the module has hooks on its call or its gradient."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks)
 
 
 def gelu_of(linear: nn.Module, x: Tensor) -> Tensor:
-    """GELU(linear(x)): in the place of the product where no gradient needs it and no hook may hold it.
+    """GELU(linear(x)), which overwrites the product where no gradient needs it and no hook may hold it.
 
-    A large image's expanded features are memory that the system gives page by page, which takes longer than GELU.
+    The system allocates memory for a large image's expanded features page by page, which takes longer than GELU.
 
     Args:
         linear: from C to D channels.
@@ -168,12 +169,12 @@ def gelu_of(linear: nn.Module, x: Tensor) -> Tensor:
 
 
 def project(features: Tensor, grn: GRN, linear: nn.Linear, layout: Layout) -> Tensor:
-    """linear(grn(features)): as one operation where the layout has the rows of each image together, else one by one.
+    """linear(grn(features)), as one operation if the layout has the rows of each image together, else as two.
 
-    One by one too where a hook waits for either, or something else than a Linear has taken its place.
+    Also as two if either has a hook, or another module has replaced the Linear.
 
     Args:
-        features: (..., C) in `layout`, with any value at hidden sites.
+        features: (..., C) in `layout`, with arbitrary values at hidden sites.
         grn: of C channels.
         linear: from C to D channels.
         layout: that of the features.
@@ -243,7 +244,7 @@ class Block(nn.Module):
         return self.add(x, h, layout)
 
     def trace(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-        """As the call, with the expanded features that pwconv2 sees, after GRN in V2; see `encoder.StageBlock`."""
+        """The expanded features that pwconv2 sees (in V2 after GRN), and the output; see `encoder.StageBlock`."""
         h = self.expand(x, layout)  # (..., hidden)
         if self.grn is not None:
             h = self.grn(h, layout.image_norm(at_least_float32(h)))

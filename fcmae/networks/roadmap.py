@@ -1,7 +1,7 @@
-"""The way from ResNet to ConvNeXt (arXiv 2201.03545, Sec. 2): one network, whose spec says how far it has gone.
+"""The steps from ResNet to ConvNeXt (arXiv 2201.03545, Sec. 2): one network, whose spec says which it has taken.
 
-The steps and their numbers are in `fcmae.networks.spec.road`. Where the paper leaves it open: the shortcut's
-convolution keeps its norm at all steps, and the stem its activation until "fewer-activations". All weights start as
+The steps and their numbers are in `fcmae.networks.spec.road`. What the paper leaves open: the shortcut's convolution
+keeps its norm at all steps, and the stem its activation until "fewer-activations". All weights are initialised as
 ConvNeXt's, so that a step changes what its line says and nothing else.
 """
 
@@ -25,8 +25,8 @@ from fcmae.networks.spec import RoadmapSpec, describe
 class BatchNorm(nn.Module):
     """BatchNorm over all dimensions but the last, eps 1e-5 and momentum .1, computed and returned in float32.
 
-    nn.BatchNorm2d also counts its batches, as an integer, which files of weights have no place for. In several
-    processes, and in parts of a batch, the statistics are those of each part.
+    nn.BatchNorm2d also counts its batches, as an integer, for which files of weights have no place. Each process and
+    each micro-batch has its own statistics.
 
     Args:
         dim: channels C.
@@ -64,11 +64,11 @@ class Conv(nn.Conv2d):
 class Block(nn.Module):
     """x + the branch of three convolutions: pwconv1, conv, pwconv2; or conv, pwconv1, pwconv2 where it has moved up.
 
-    ResNet's: a norm after each, an activation after the first two and after the addition. With fewer of both: one norm
-    after conv, one activation after pwconv1. Where the shape changes, a 1x1 convolution and its norm stand for x.
+    In ResNet: a norm after each, an activation after the first two and after the addition. With fewer of both: one norm
+    after conv, one activation after pwconv1. Where the shape changes, a 1x1 convolution and its norm are applied to x.
 
     Args:
-        spec: how far the network has gone.
+        spec: which steps the network has taken.
         in_dim: channels of the input.
         dim: channels of the output.
         hidden: channels between pwconv1 and pwconv2.
@@ -100,7 +100,7 @@ class Block(nn.Module):
         return self.trace(x, layout)[1]
 
     def trace(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-        """As the call, with what pwconv2 sees; see `encoder.StageBlock`."""
+        """The features that pwconv2 sees, and the block's output; see `encoder.StageBlock`."""
         h = self._expand(self._look(x, layout)) if self.spec.moved_up else self._look(self._expand(x), layout)
         branch = self.norm2(self.pwconv2(h))
         if self.training and self.drop_path_rate > 0:
@@ -112,7 +112,7 @@ class Block(nn.Module):
         return activate(self.spec, self.norm1(self.pwconv1(x)))
 
     def _look(self, x: Tensor, layout: Layout) -> Tensor:
-        """Conv, its norm, and the activation of ResNet's."""
+        """Conv, its norm, and the activation that ResNet has after it."""
         if self.spec.depthwise and self.conv.stride == (1, 1):
             x = layout.depthwise_conv(x, self.conv.weight, self.conv.bias)
         else:
@@ -125,7 +125,7 @@ class Encoder(StagedEncoder):
     """Stem and stages: `downsample_layers.0` is the stem's convolution and norm, the others empty until the last step.
 
     Args:
-        spec: the numbers of the network, and how far it has gone.
+        spec: the numbers of the network, and which steps it has taken.
         in_chans: image channels.
         drop_path_rate: stochastic depth, rising linearly over the blocks to this.
         grad_checkpointing: recompute each block in backward instead of keeping its activations.
@@ -149,7 +149,7 @@ class Encoder(StagedEncoder):
             )
         self.spec: RoadmapSpec = spec
         stride, dims, has_bias, apart = spec.stem_stride, spec.dims, spec.layer_norm, spec.separate_downsampling
-        self.pool = 1 if spec.patchify or stride % 2 else 2  # an even stride is that of the convolution and of pooling
+        self.pool = 1 if spec.patchify or stride % 2 else 2  # an even stride is shared by the convolution and pooling
         dim = dims[0] if spec.inverted else spec.hidden_widths[0][0]
         side, padding = (stride, 0) if spec.patchify else (7, 3)
         stem = Conv(in_chans, dim, side, stride // self.pool, padding, bias=has_bias)
@@ -170,17 +170,17 @@ class Encoder(StagedEncoder):
         self.apply(init_weights)
 
     def stem(self, images: Tensor, layout: Layout) -> Tensor:
-        """The stem at visible sites; of a whole image where its kernels overlap. See `StagedEncoder.stem`.
+        """The stem at visible sites; where its kernels overlap, of a whole image only.
 
         Args:
-            images: likewise.
-            layout: likewise.
+            images: see `StagedEncoder.stem`.
+            layout: see `StagedEncoder.stem`.
 
         Returns:
-            Likewise.
+            See `StagedEncoder.stem`.
 
         Raises:
-            ValueError: if something is hidden from a network that cannot see visible patches alone.
+            ValueError: if anything is hidden and the network cannot compute on visible patches alone.
         """
         is_whole = isinstance(layout, Masked) and layout.mask is None
         if self.spec.dense_only is not None and not is_whole:

@@ -1,4 +1,4 @@
-"""The numbers that define a network, and the published ones by name. No torch: settings are checked against them."""
+"""The numbers that define a network, and published networks by name. Without torch, as settings are checked by them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MLP_RATIO = 4  # of a block's expanded width to its own, where a spec does not s
 
 MAX_DEPTH = 64  # blocks of a stage
 
-# The limits are beyond any network's: a damaged file must not ask for one that takes all memory to describe.
+# The limits exceed any network's: a damaged file must not describe one that takes all memory.
 Widths = tuple[Annotated[int, Field(gt=0, le=2**18)], ...]
 Depths = tuple[Annotated[int, Field(gt=0, le=MAX_DEPTH)], ...]
 
@@ -32,7 +32,7 @@ KernelSize = Annotated[int, Field(ge=1, le=255), AfterValidator(_odd)]
 class NetworkSpec(BaseModel):
     """What every network has: two to four stages, each at half the resolution of the one before it.
 
-    Travels in settings, checkpoints and exports as JSON, see `Spec`.
+    Stored as JSON in settings, checkpoints and exports, see `Spec`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -68,27 +68,27 @@ class NetworkSpec(BaseModel):
 
     @property
     def family(self) -> str:
-        """What networks of the kind are called."""
+        """Name of this kind of network."""
         raise NotImplementedError
 
     @property
     def peculiarities(self) -> list[str]:
-        """What sets the network apart from others of its family, depths and dims, in a few words each."""
+        """What distinguishes the network from others of the same family, depths and dims, in a few words each."""
         return []
 
     @property
     def has_final_norm(self) -> bool:
-        """Whether a classifier on the network normalises what it has pooled."""
+        """Whether a classifier on the network normalises the pooled features."""
         return True
 
     @property
     def stem_tells_stride(self) -> bool:
-        """Whether the stem's kernel is as large as its stride, so that weights tell it."""
+        """Whether the stem's kernel is as large as its stride, so that weights reveal the stride."""
         return True
 
     @property
     def dense_only(self) -> str | None:
-        """Why the network cannot see visible patches alone, as what is said of it; None if it can."""
+        """Why the network cannot compute on visible patches alone, as the predicate of a sentence; None if it can."""
         return None
 
     @property
@@ -97,7 +97,7 @@ class NetworkSpec(BaseModel):
         return False
 
     def settings(self) -> dict[str, Any]:
-        """As a file of settings has it, what is usual left out, and the stride that is a setting of its own."""
+        """As in a file of settings: without usual values, and without the stride, which is a setting of its own."""
         numbers = self.model_dump(mode="json", exclude_defaults=True, exclude={"stem_stride"})
         return self.model_dump(include={"network"}) | numbers
 
@@ -208,10 +208,10 @@ class ContainerSpec(NetworkSpec):
 
 
 class RoadmapSpec(NetworkSpec):
-    """A network on the way from ResNet to ConvNeXt: what is false here is as in ResNet.
+    """A network on the way from ResNet to ConvNeXt: where a field is false, the network is as in ResNet.
 
-    A block is three convolutions, of which one looks at neighbours. `dims` are what blocks give: a bottleneck has a
-    quarter of that inside, an inverted one four times as much.
+    A block is three convolutions, one of which looks at neighbours. `dims` are the output channels of blocks: a
+    bottleneck has a quarter of them inside, an inverted one four times as many.
 
     Source: arXiv 2201.03545, Sec. 2; the steps are those of `road`.
     """
@@ -229,13 +229,13 @@ class RoadmapSpec(NetworkSpec):
     kernel_size: KernelSize = 3
     """Side of that convolution's kernel, odd."""
     gelu: bool = False
-    """GELU for ReLU."""
+    """GELU instead of ReLU."""
     fewer_activations: bool = False
-    """One in a block, after its first 1x1 convolution, and none after the stem."""
+    """One activation in a block, after its first 1x1 convolution, and none after the stem."""
     fewer_norms: bool = False
-    """One in a block, after the convolution that looks at neighbours."""
+    """One norm in a block, after the convolution that looks at neighbours."""
     layer_norm: bool = False
-    """LayerNorm for BatchNorm, and convolutions with biases."""
+    """LayerNorm instead of BatchNorm, and convolutions with biases."""
     separate_downsampling: bool = False
     """A norm and a 2x2 convolution of stride 2 between stages, in place of a stride in their first blocks; and a norm
     after pooling."""
@@ -292,13 +292,13 @@ NETWORKS: dict[str, type[NetworkSpec]] = {
 
 
 def read_spec(value: Any) -> NetworkSpec:
-    """A spec from numbers, which say which network they are of; without a word they are a ConvNeXt's.
+    """A spec from numbers, which may name the kind of network; otherwise it is a ConvNeXt.
 
     Args:
         value: a mapping, or a spec.
 
     Raises:
-        ValueError: if there is no such network, or the numbers are of none.
+        ValueError: if there is no such network, or the numbers are not valid for it.
     """
     if isinstance(value, NetworkSpec):
         return type(value).model_validate(value)
@@ -316,13 +316,13 @@ Spec = Annotated[NetworkSpec, PlainValidator(read_spec), SerializeAsAny()]
 
 
 class Regime(NamedTuple):
-    """The numbers that the roadmap is walked with.
+    """The numbers of the networks along the roadmap.
 
     Attributes:
-        depths: blocks of each stage, of the ResNet, and from the step "stage-ratio" on.
-        widths: of the first stage's 3x3 convolutions, of the ResNet, from "stage-ratio" on, and from "width" on.
+        depths: blocks of each stage: in the ResNet, and from the step "stage-ratio" on.
+        widths: of the first stage's 3x3 convolutions: in the ResNet, from "stage-ratio" on, and from "width" on.
         published: top-1 accuracy on ImageNet-1k in %, by step; arXiv 2201.03545, Sec. 2.
-        own_recipe: that of the ResNet as it was published, trained by a recipe of its own.
+        own_recipe: that of the ResNet as it was first published, trained by its own recipe.
     """
 
     depths: tuple[Depths, Depths]
@@ -375,7 +375,7 @@ REGIMES = {
 
 
 def road(regime: Regime) -> list[Step]:
-    """The way from a ResNet to a ConvNeXt without LayerScale, in the order of the paper.
+    """The steps from a ResNet to a ConvNeXt without LayerScale, in the order of the paper.
 
     Args:
         regime: its numbers; one of REGIMES, or others.
@@ -461,10 +461,10 @@ VARIANTS |= {f"{name}/{step.name}": step.spec for name, regime in REGIMES.items(
 
 
 def variant_named(word: str) -> str:
-    """The whole name of a variant of VARIANTS, of which the last word is enough: atto is convnextv2_atto.
+    """The whole name of a variant of VARIANTS; its last word is enough: atto is convnextv2_atto.
 
     Raises:
-        ValueError: if there is none; the sentence names the nearest, or all.
+        ValueError: if there is no such variant; it names the nearest, or all.
     """
     for name in VARIANTS:
         if name == word or name.endswith(f"_{word}"):
@@ -473,7 +473,7 @@ def variant_named(word: str) -> str:
 
 
 def variants_near(word: str) -> list[str]:
-    """Variants that a mistyped word, whole or the last alone, may mean; none if none is near."""
+    """Variants that a mistyped name, or last word of one, may mean; empty if none is near."""
     words = {short: name for name in reversed(VARIANTS) for short in (name, name.rpartition("_")[2])}
     return list(dict.fromkeys(words[found] for found in get_close_matches(word, words, cutoff=0.7)))
 

@@ -428,7 +428,8 @@ def check_space(run: Path, model: nn.Module, num_checkpoints: int, num_states: i
         ValueError: if the disk has less room than the checkpoints that stay and the one being written.
     """
     size = num_states * 4 * sum(tensor.numel() for tensor in model.state_dict().values())
-    place = next(folder for folder in (run.absolute(), *run.absolute().parents) if folder.exists())
+    own = (run / DIRECTORY).resolve()  # which may be a link, to a bigger disk
+    place = next(folder for folder in (own, *own.parents) if folder.exists())
     needed, free = round(size * (num_checkpoints + 1)), shutil.disk_usage(place).free
     if needed > free:
         raise ValueError(

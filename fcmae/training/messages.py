@@ -17,6 +17,8 @@ from fcmae.data.source import printable
 
 logger = logging.getLogger("fcmae")
 
+FORM = "%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"  # of a line
+
 
 def same_command(cfg: RunConfig) -> str:
     """What resumes a run, in words."""
@@ -24,29 +26,50 @@ def same_command(cfg: RunConfig) -> str:
 
 
 @contextmanager
+def showing() -> Iterator[None]:
+    """Show what is said inside the block, and keep it for the train.log that is opened there."""
+    if any(isinstance(handler, _Early) for handler in logger.handlers):
+        yield
+        return
+    level, handlers = logger.level, (_Early(), _TerminalHandler(logging.INFO))
+    for handler in handlers:
+        handler.setFormatter(_Printable(*FORM))
+        logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        for handler in handlers:
+            logger.removeHandler(handler)
+
+
+@contextmanager
 def logging_to(path: Path, failed: Callable[[], object]) -> Iterator[None]:
-    """Have what is said inside the block, and the error that ends it, added to a file; what is said shown too.
+    """Have what is said inside the block, and the error that ends it, added to a file, and shown.
+
+    What was said before, inside `showing`, is added first.
 
     Args:
         path: the file.
         failed: called after that error was added, or what `log_failure` is given.
     """
-    handlers: list[logging.Handler] = [_FileHandler(path, failed), _TerminalHandler(logging.INFO)]
-    for handler in handlers:
-        handler.setFormatter(_Printable("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
-        logger.addHandler(handler)
-    logger.setLevel(logging.DEBUG)
+    file = _FileHandler(path, failed)
+    file.setFormatter(_Printable(*FORM))
     previous, threading.excepthook = threading.excepthook, _thread_failed
-    try:
-        yield
-    except BaseException as error:
-        log_failure(f"{type(error).__name__}: {error}")
-        raise
-    finally:
-        threading.excepthook = previous
-        for handler in handlers:
-            logger.removeHandler(handler)
-            handler.close()
+    with showing():
+        logger.addHandler(file)
+        for early in [handler for handler in logger.handlers if isinstance(handler, _Early)]:
+            early.hand_over(file)
+        try:
+            yield
+        except BaseException as error:
+            log_failure(f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            threading.excepthook = previous
+            logger.removeHandler(file)
+            file.close()
 
 
 def last_words(what: str, said: str) -> None:
@@ -72,6 +95,24 @@ def log_failure(what: str) -> None:
         if isinstance(handler, _FileHandler):
             handler.handle(logger.makeRecord(logger.name, logging.ERROR, "", 0, f"failed: {what}", (), None))
             handler.failed()
+
+
+class _Early(logging.Handler):
+    """What is said before there is a train.log."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._records: list[logging.LogRecord] | None = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self._records is not None:
+            self._records.append(record)
+
+    def hand_over(self, other: logging.Handler) -> None:
+        """Give it all, and keep no more."""
+        records, self._records = self._records or [], None
+        for record in records:
+            other.handle(record)
 
 
 class _TerminalHandler(logging.Handler):

@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from fcmae.config import RunConfig
+from fcmae.data.storage import CACHE, INDEX
 
 # What evaluate and analyze write, by the folder of a run that they do so in by default.
 FOUND = {
@@ -82,6 +83,13 @@ def overwrites(cfg: RunConfig) -> bool:
             f"{cfg.out} holds by then would go too: delete it before, or give another --out"
         )
     return True
+
+
+def is_unused(place: Path) -> bool:
+    """Whether a directory has nothing but what a run leaves that ended before it wrote its config.yaml."""
+    return place.is_dir() and all(
+        path.name in (INDEX, CACHE) or path.name.startswith((".lock", UNFINISHED)) for path in place.iterdir()
+    )
 
 
 def has_numbers(run: Path) -> bool:

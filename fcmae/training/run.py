@@ -37,7 +37,6 @@ import fcmae
 from fcmae import options
 from fcmae.atomic import write_text
 from fcmae.config import RunConfig
-from fcmae.data.storage import CACHE, INDEX
 from fcmae.tables import table
 from fcmae.training import checkpoint, health, own_files
 from fcmae.training.launch import uses_cpu
@@ -89,7 +88,7 @@ class RunDirectory:
             with config.open(encoding="utf-8", errors="replace") as file:
                 header = file.readline().strip()
         holds_run = header.startswith("# fcmae ")
-        if not holds_run and self.path.exists() and not self._is_unused():
+        if not holds_run and self.path.exists() and not own_files.is_unused(self.path):
             raise ValueError(f"out = {self.path} is not empty and holds no run of fcmae: give another directory")
         begun = own_files.has_numbers(self.path) or checkpoint.latest(self.path) is not None
         self.overwrites = own_files.overwrites(cfg)
@@ -107,12 +106,6 @@ class RunDirectory:
                 f"out = {self.path} has a config.yaml and {results[0].relative_to(self.path)}, but no run that can go "
                 "on: give another --out, or --overwrite to delete what a run wrote there"
             )
-
-    def _is_unused(self) -> bool:
-        """Whether there is nothing but what a run leaves that was killed before it wrote its config.yaml."""
-        return self.path.is_dir() and all(
-            path.name in (INDEX, CACHE) or path.name.startswith((".lock", ".tmp-")) for path in self.path.iterdir()
-        )
 
     def _read_same_run(self, config: Path, header: str) -> RunConfig:
         remedy = "give another --out, the same settings, or --overwrite to delete it"

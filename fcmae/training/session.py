@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Generic
 
@@ -11,6 +11,7 @@ from accelerate import Accelerator
 
 from fcmae.config import check_launch
 from fcmae.training.launch import closing_trackers, ending_together, finish, make_accelerator
+from fcmae.training.messages import showing
 from fcmae.training.run import Run, RunDirectory
 from fcmae.training.signals import StopSignal
 from fcmae.training.steps import Fitting, in_parts
@@ -55,7 +56,8 @@ def begin(cfg: Fitting) -> Iterator[Session[Fitting]]:
         ValueError: see `make_accelerator`, `RunDirectory`, its `agree` and `check_launch`.
     """
     accelerator = make_accelerator(cfg)
-    with ending_together(accelerator, cfg.out):
+    shown = showing() if accelerator.is_main_process else nullcontext()
+    with ending_together(accelerator, cfg.out), shown:
         run = RunDirectory(cfg)
         run.agree(accelerator)
         check_launch(cfg, accelerator.num_processes)

@@ -35,12 +35,12 @@ from fcmae.weights.formats import FORMATS, first_weight, holds, rename, to_state
 
 
 def adapt_in_chans(weights: Weights, in_chans: int) -> Weights:
-    """The weights for images of another number of channels, as timm does it: RGB summed for 1, repeated for more.
+    """Adapt weights to another number of image channels, as timm does: RGB summed for 1, repeated for more.
 
-    The decoder predicts pixels of the old channels and statistics are of them: both are left out.
+    The decoder and the image statistics belong to the old channels: both are left out.
 
     Raises:
-        ValueError: if the weights are not of RGB images.
+        ValueError: if the weights are not for RGB images.
     """
     if weights.architecture.in_chans == in_chans:
         return weights
@@ -73,7 +73,7 @@ def start_from(model: FCMAE, weights: Weights) -> str:
     text = f"encoder from {describe(held.spec)} in {weights.format}'s layout"
     if held.in_chans != encoder.in_chans:
         text += f", its stem adapted from {held.in_chans} channels to {encoder.in_chans}"
-    # What an FCMAE has no place for, the norm and head of a dense model, is left out.
+    # The norm and head of a dense model, for which an FCMAE has no place, are left out.
     found = {name: value for name, value in weights.state.items() if name.partition(".")[0] in ("encoder", "decoder")}
     own = model.state_dict()
     fits = {name: value.shape for name, value in found.items()} == {name: value.shape for name, value in own.items()}
@@ -121,7 +121,7 @@ def save_classifier(dest: Path, model: nn.Module, weights: Weights) -> None:
     Args:
         dest: the directory.
         model: the `Classifier`, on any device.
-        weights: all but the tensors describes it; decoder, norm and number of classes are the model's own.
+        weights: describes the model, apart from the tensors; decoder, norm and number of classes are the model's own.
     """
     state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
     has_norm, num_classes = weights.architecture.spec.has_final_norm, len(state["head.bias"])
@@ -132,17 +132,17 @@ def save_classifier(dest: Path, model: nn.Module, weights: Weights) -> None:
 
 
 def check(path: Path, variant: str | None = None, key: str | None = None, prefix: str | None = None) -> str:
-    """Compare the encoder's output on a fixed image with the one that the file's writer saw, and say how they agree.
+    """Compare the encoder's output on a fixed image with the one recorded in the file, and say how well they agree.
 
     Args:
         path: see `read_weights`.
-        variant: likewise.
-        key: likewise.
-        prefix: likewise.
+        variant: see `read_weights`.
+        key: see `read_weights`.
+        prefix: see `read_weights`.
 
     Raises:
-        ValueError: if they differ by more than 1e-4 of the largest (float32 on another machine, summed in another
-            order, stays within 1e-5), or if the file does not say what to expect, as those of others do not.
+        ValueError: if they differ by more than 1e-4 of the largest value (float32 on another machine, summed in another
+            order, stays within 1e-5), or if the file has no record, as files of other libraries.
     """
     tell_encoder_alone(path)
     weights = read_weights(path, variant, key, prefix)
@@ -174,29 +174,29 @@ def convert(
 
     Args:
         source: what `read_weights` reads.
-        dest: a new path; None writes nothing and describes what goes where.
+        dest: a new path; None writes nothing and describes which tensor goes where.
         to: one of FORMATS.
         variant: see `read_weights`.
-        key: likewise.
-        prefix: likewise.
+        key: see `read_weights`.
+        prefix: see `read_weights`.
 
     Returns:
         The description, and how to use what was written.
 
     Raises:
         ValueError: if there is no such format, the source cannot be read, does not fit or is damaged, dest exists or
-            has another kind of name than the format needs, or what is read back differs, which is then deleted.
+            has another kind of name than the format needs, or what is read back differs (dest is then deleted).
     """
     check_dest(dest, to)
     return write(read_sound(source, variant, key, prefix), dest, to)
 
 
 def check_dest(dest: Path | None, to: str) -> None:
-    """Refuse a place that weights cannot be written to.
+    """Refuse a path to which weights cannot be written.
 
     Args:
         dest: see `convert`.
-        to: likewise.
+        to: see `convert`.
 
     Raises:
         ValueError: if there is no such format, dest exists or has another kind of name than the format needs.
@@ -204,7 +204,7 @@ def check_dest(dest: Path | None, to: str) -> None:
     if to not in FORMATS:
         raise ValueError(f"to = {to!r}: use one of {', '.join(FORMATS)}")
     if dest is not None:
-        if os.path.lexists(dest):  # a link that leads nowhere too
+        if os.path.lexists(dest):  # also a dangling link
             raise ValueError(f"{dest} exists: give a new path, or remove it")
         if to in DIRECTORIES and dest.suffix in FILE_SUFFIXES:
             raise ValueError(f"{dest}: the format {to} is a directory: give it another name, or --to fcmae for a file")
@@ -213,13 +213,13 @@ def check_dest(dest: Path | None, to: str) -> None:
 
 
 def read_sound(source: Path, variant: str | None = None, key: str | None = None, prefix: str | None = None) -> Weights:
-    """Weights whose encoder gives what they say that it gives, or at least finite numbers.
+    """Read weights and check that the encoder's output is as recorded, or at least finite.
 
     Args:
         source: what `read_weights` reads.
-        variant: likewise.
-        key: likewise.
-        prefix: likewise.
+        variant: see `read_weights`.
+        key: see `read_weights`.
+        prefix: see `read_weights`.
 
     Raises:
         ValueError: if they cannot be read, or are damaged.
@@ -241,13 +241,13 @@ def write(weights: Weights, dest: Path | None, to: str) -> str:
     Args:
         weights: of `read_sound`.
         dest: see `convert`.
-        to: likewise.
+        to: see `convert`.
 
     Returns:
         See `convert`.
 
     Raises:
-        ValueError: if the format cannot hold them, or what is read back differs, which is then deleted.
+        ValueError: if the format cannot hold them, or what is read back differs (dest is then deleted).
     """
     spec = weights.architecture.spec
     state = to_state(weights.state, spec, to)

@@ -1,13 +1,13 @@
 """Weights in files: reading them from any source, writing them in any format.
 
-`fcmae.weights.formats` knows names and shapes, `fcmae.weights.tensors` opens a file; here is what files and directories
-say beside their tensors.
+`fcmae.weights.formats` knows names and shapes, `fcmae.weights.tensors` opens a file; this module handles what files and
+directories hold besides tensors.
 
-What we write says what it is in one record, RECORD: in the header of a .safetensors file, beside "model" in a .pth
-file. It holds a SHA-256 of itself and the tensors, by which bytes that changed since are noticed, and the encoder's
-output on a fixed image, so that a reader can tell that it computes what the writer did.
-timm's and transformers' config.json are written here: timm's own writer would put the licence and the origin of its
-published weights on them.
+Files that we write describe themselves in one record, RECORD: in the header of a .safetensors file, beside "model" in a
+.pth file. It holds a SHA-256 of itself and the tensors, which reveals changed bytes, and the encoder's output on a
+fixed image, so that a reader can check that it computes what the writer did.
+timm's and transformers' config.json are written here, as timm's own writer would add the licence and the origin of its
+published weights.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ class Weights:
     """Weights under our names, and what is known of them.
 
     Attributes:
-        state: encoder.*, and where they are there decoder.*, norm.*, head.*.
-        architecture: what they are of.
+        state: encoder.*, and decoder.*, norm.*, head.* where present.
+        architecture: the network that they belong to.
         image: how the images were read that they were trained on.
-        class_names: of the head, numbers where the file names none.
+        class_names: of the head; numbers if the file names none.
         origin: what they were made from.
-        expected_output: see `encoder_output`; empty if the file does not say.
-        format: what it was in.
-        names: our names to those in the file.
+        expected_output: see `encoder_output`; empty if the file has none.
+        format: the format of the file.
+        names: maps our names to those in the file.
     """
 
     state: dict[str, Tensor]
@@ -77,19 +77,19 @@ class Weights:
 
     @property
     def license(self) -> str | None:
-        """What their files say their licence is, or that of the weights that they were made from."""
+        """The licence that their files state for them, or for the weights that they were made from."""
         said = self.origin.get("license")
         return printable(said)[:200] if isinstance(said, str) and said else None
 
     def reading(self, source: str, image_size: tuple[int, int] | None = None) -> Reading:
-        """How images are read for the weights: as they say, and as published where they do not.
+        """How images are read for the weights: as these state, otherwise as published.
 
         Args:
-            source: what the weights are called in errors.
-            image_size: height and width, where they are not to be the weights' own.
+            source: name of the weights in errors.
+            image_size: height and width; None is the weights' own.
 
         Raises:
-            ValueError: if nobody knows the mean and std of the channels.
+            ValueError: if the mean and std of the channels are unknown.
         """
         in_chans, image = self.architecture.in_chans, self.image
         defaults = FinetuneData(in_chans=in_chans)
@@ -104,14 +104,14 @@ class Weights:
 
 
 class ImageRecord(BaseModel, frozen=True):
-    """How the images were read that weights were trained on, as far as it is known.
+    """How the images were read that weights were trained on, as far as is known.
 
     Attributes:
-        mean: one a channel, in units of a full range of 1.
-        std: likewise.
+        mean: one per channel, in units of a full range of 1.
+        std: one per channel, in the same units.
         input_size: (C, H, W), H and W up to 8192, so that a file cannot ask for pictures that take all memory.
         crop_pct: see `fcmae.data.augment.center_box`.
-        nodata: the stored value that stood for missing ones, whatever the files said.
+        nodata: the stored value that marked missing data, whatever the files stated.
     """
 
     mean: tuple[FiniteFloat, ...] | None = None
@@ -122,7 +122,7 @@ class ImageRecord(BaseModel, frozen=True):
 
     @classmethod
     def of(cls, reading: Reading) -> ImageRecord:
-        """All of it known."""
+        """A record in which everything is known."""
         return cls(
             mean=reading.mean,
             std=reading.std,
@@ -147,10 +147,10 @@ class ImageRecord(BaseModel, frozen=True):
 
 
 def reading_of(data: ImageConfig, crop_pct: float) -> Reading:
-    """How images are read, as the settings of a run have it.
+    """How images are read, from the settings of a run.
 
     Args:
-        data: these settings.
+        data: the settings.
         crop_pct: see `fcmae.data.augment.center_box`.
     """
     mean, std = map(tuple, data.statistics())
@@ -158,14 +158,14 @@ def reading_of(data: ImageConfig, crop_pct: float) -> Reading:
 
 
 class Record(BaseModel):
-    """What a file of weights says of itself; of others' files nothing.
+    """What a file of weights states about itself; empty for files that we did not write.
 
     Attributes:
         image: how its images are read.
         class_names: see `Weights`.
-        origin: likewise.
-        expected_output: likewise.
-        spec: the encoder's numbers, where the file says them.
+        origin: see `Weights`.
+        expected_output: see `Weights`.
+        spec: the encoder's numbers, if the file has them.
         sha256: see `fcmae.weights.tensors.digest`; earlier exports have none.
     """
 
@@ -182,10 +182,10 @@ def read_weights(path: Path, variant: str | None = None, key: str | None = None,
 
     Args:
         path: one of these; of a fine-tuning run, the best ones are read.
-        variant: what they must be of, a name or its last word; None finds out.
+        variant: the network that they must belong to, a name or its last word; None detects it.
         key: the entry of a .pth file that holds them, such as "model_ema"; None takes "model" or another usual one, or
             the file itself.
-        prefix: what stands before their names there, such as "student."; None takes the one that there is.
+        prefix: the prefix of their names there, such as "student."; None detects it.
 
     Raises:
         ValueError: if `path` is none of these, may not be unpickled or is damaged, if an entry is missing, extra or of
@@ -215,12 +215,12 @@ def read_weights(path: Path, variant: str | None = None, key: str | None = None,
 
 
 def segmenter_in(path: Path) -> Path | None:
-    """The directory of the segmenter that a path names, itself or a run with its best one; None if there is none."""
+    """The directory of a segmenter: the path itself, or best/ of the run that it names; None if there is none."""
     return next((place for place in (path / "best", path) if (place / HEAD).is_file()), None)
 
 
 def tell_encoder_alone(path: Path) -> None:
-    """Say that the head of a segmentation model is not among the weights, where `path` is one."""
+    """Warn, if `path` is a segmentation model, that its head is not among the weights."""
     if (place := segmenter_in(path)) is not None:
         logger.warning("%s: left out, as it makes label maps: %s; the encoder alone is taken", place, HEAD)
 
@@ -229,13 +229,13 @@ def read_init(init: str, key: str | None, prefix: str | None, setting: str = "mo
     """The weights that a run starts from.
 
     Args:
-        init: where they are.
+        init: path of the weights.
         key: see `read_weights`.
-        prefix: likewise.
-        setting: that names them.
+        prefix: see `read_weights`.
+        setting: the setting that names them.
 
     Raises:
-        ValueError: see `read_weights`; or if there is nothing.
+        ValueError: see `read_weights`; or if there is nothing at that path.
     """
     if not Path(init).exists():
         raise ValueError(
@@ -261,7 +261,7 @@ def _weights(
         )
     names = {name: inside[theirs] for name, theirs in names.items()}
     image, in_chans = record.image, architecture.in_chans
-    # A model made for other channels may still name the statistics of RGB.
+    # A model with other channels may still have the statistics of RGB.
     misfits = {key: None for key in ("mean", "std") if len(getattr(image, key) or ()) != in_chans}
     image = image.model_copy(update=misfits | ({} if image.size is None else {"input_size": (in_chans, *image.size)}))
     num_classes = architecture.num_classes
@@ -273,7 +273,7 @@ def _weights(
 
 
 def _inside(path: Path, state: Mapping[str, Tensor], prefix: str | None) -> dict[str, str]:
-    """The names of the network that a file holds to those in the file; what else is there is told."""
+    """Map the names of the network in a file to the names in the file, and warn of what else is there."""
     found, inside = network_in(state, prefix)
     if found and prefix is None:
         logger.warning("%s: reading the network under the prefix %r", path, found)
@@ -304,13 +304,15 @@ def _read_checkpoint(path: Path, variant: str | None) -> Weights:
 
 
 def _described(path: Path, state: Mapping[str, Tensor], cfg: PretrainConfig) -> dict[str, Tensor]:
-    """The encoder, and the decoder if it is that of the settings and predicts pixels, as all formats have it."""
+    """encoder.*, plus decoder.* only if it is the plain pixel decoder that the settings describe; no format can hold
+    another.
+    """
     architecture = Architecture(cfg.model.spec, cfg.data.in_chans, cfg.model.decoder_depth, cfg.model.decoder_dim)
     plain = {name: shape for name, shape in architecture.shapes().items() if name.startswith("decoder.")}
     decoder = {name: tuple(value.shape) for name, value in state.items() if name.startswith("decoder.")}
     kept = ("encoder.", "decoder.") if decoder == plain else ("encoder.",)
     known = ("encoder.", "decoder.") if cfg.model.target != "pixels" else kept
-    # A model that was handed in may have other parts.
+    # A model that the caller made may have other parts.
     if others := [name for name in state if not name.startswith(known)]:
         logger.warning("%s: left out, as its settings do not describe them: %s", path, few(others))
     return {name: value for name, value in state.items() if name.startswith(kept)}
@@ -322,7 +324,7 @@ def _read_directory(path: Path, variant: str | None) -> Weights:
     try:
         config = _read_json(path / "config.json")
         if "architecture" in config:  # timm
-            # Not handed to timm.create_model: a name can make it read another directory, or the network.
+            # Not passed to timm.create_model: a name can make it read another directory, or from the network.
             arguments, name = config.get("model_args") or {}, str(config["architecture"]).split(".")[0]
             variant = variant or (None if {"depths", "dims"} & set(arguments) or name == NOT_IN_TIMM else name)
             _check_computes(arguments.get("act_layer"), arguments.get("norm_eps"))
@@ -357,7 +359,7 @@ def _read_directory(path: Path, variant: str | None) -> Weights:
 
 
 def _check_computes(activation: Any, norm_eps: Any) -> None:
-    """Refuse a network whose layers are not those of ours, though its tensors are named alike."""
+    """Refuse a network that computes something else than ours, though its tensors have the same names."""
     if activation not in (None, "gelu"):
         raise ValueError(f"its activation is {activation}, and that of a ConvNeXt is gelu")
     if norm_eps not in (None, 1e-6):
@@ -365,12 +367,12 @@ def _check_computes(activation: Any, norm_eps: Any) -> None:
 
 
 def _license(path: Path) -> dict[str, str]:
-    """The licence that others' files say they have: in timm's config.json, a model card or a header of safetensors.
+    """The licence stated by files that we did not write: in timm's config.json, a model card or a safetensors header.
 
-    timm's table knows that of weights that were released: by their tag there, or by the name of their file.
+    For released weights it is in timm's table, under their tag or the name of their file.
     """
     said: object = None
-    # What else is wrong with the files is said where they are read; timm raises RuntimeError for what it does not know.
+    # Other faults of the files are reported where they are read; timm raises RuntimeError for what it does not know.
     with suppress(OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError):
         if path.is_dir():
             config = _read_json(path / "config.json")
@@ -388,7 +390,7 @@ def _license(path: Path) -> dict[str, str]:
 
 
 def _in_card(path: Path) -> str | None:
-    """The licence in the head of a model card of Hugging Face's, by its name where it is none of the usual."""
+    """The licence in the header of a Hugging Face model card; its license_name, if there is one."""
     if not path.is_file():
         return None
     head = read_bytes(path, MAX_CARD).decode(errors="replace").split("---")[1:2]
@@ -397,7 +399,7 @@ def _in_card(path: Path) -> str | None:
 
 
 def _line(error: Exception) -> str:
-    """What is wrong, in a line; of pydantic's errors, which show all that they are given, the first."""
+    """An error in one line; of pydantic's errors, whose text shows all of the input, only the first."""
     if isinstance(error, ValidationError):
         wrong = error.errors()[0]
         return f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}"
@@ -412,7 +414,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _from_processor(config: dict[str, Any]) -> ImageRecord:
-    """What transformers' image processor says: sizes below 384 are cropped, the others are not."""
+    """Read the settings of transformers' image processor: sizes below 384 are cropped, the others are not."""
     size, mean = config["size"], config["image_mean"]
     side = size if isinstance(size, int) else size.get("shortest_edge") or size["height"]  # as releases have written it
     crop_pct = config.get("crop_pct") if side < 384 else 1.0
@@ -447,7 +449,7 @@ def _load(path: Path, key: str | None = None) -> tuple[dict[str, Tensor], Record
         said = fields.pop("sha256", None)
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: its record {RECORD!r} is not one of ours: {_line(error)}") from error
-    # The record is of the weights that we wrote, not of others beside them.
+    # The record describes the weights that we wrote, not others beside them.
     if key in (None, "model") and said not in (None, digest(state, _dumped(fields))):
         raise ValueError(f"{path} has changed since it was written (its SHA-256 is another): copy or export it again")
     return state, record
@@ -459,11 +461,11 @@ def _dumped(fields: Mapping[str, Any]) -> str:
 
 @torch.no_grad()
 def encoder_output(weights: Weights) -> tuple[float, ...]:
-    """What the encoder makes of a fixed image with nothing masked: 16 of its channels, averaged over the image.
+    """The encoder's output on a fixed image with nothing masked: 16 of its channels, averaged over the image.
 
     The image, (1, C, 2s, 2s) at total stride s, is sin(i) at its i-th value in row-major order. Every weight of the
-    encoder takes part, so that one that is damaged, renamed or transposed shows; in V1 not those of blocks that
-    LayerScale still multiplies by 1e-6.
+    encoder takes part, so a damaged, renamed or transposed one shows; except, in V1, those of blocks that LayerScale
+    still multiplies by 1e-6.
     """
     architecture = weights.architecture
     with torch.device("meta"):
@@ -496,10 +498,10 @@ def transformers_holds(spec: NetworkSpec) -> bool:
 
 
 def save_weights(dest: Path, weights: Weights, to: str) -> None:
-    """Write the weights in a format: what it has no place for is left out.
+    """Write the weights in a format; parts for which it has no place are left out.
 
-    A network that timm cannot hold is written in timm's names and files all the same, for `read_weights`; timm refuses
-    the architecture that its config.json names.
+    A network that timm cannot hold is still written with timm's names and files, for `read_weights`; timm refuses the
+    architecture that its config.json names.
 
     Args:
         dest: a directory for timm and transformers; for the others a file, .safetensors, or .pth or .pt (a dict with
@@ -508,8 +510,8 @@ def save_weights(dest: Path, weights: Weights, to: str) -> None:
         to: one of FORMATS.
 
     Raises:
-        ValueError: if the format cannot hold the network: transformers' have 7x7 kernels, 4C hidden channels and a
-            plain stem only, and networks other than ConvNeXt go into our own file or a directory for timm.
+        ValueError: if the format cannot hold the network: transformers requires 7x7 kernels, 4C hidden channels and a
+            plain stem, and networks other than ConvNeXt go into our own file or a directory for timm.
     """
     spec = weights.architecture.spec
     if not isinstance(spec, ConvNeXtSpec):
@@ -556,7 +558,7 @@ def _licensed(weights: Weights) -> dict[str, str]:
 
 
 def _timm_config(weights: Weights) -> dict[str, Any]:
-    """As timm's own writer, which would also put the licence and the origin of its published weights here."""
+    """Like timm's own writer, which would also add the licence and the origin of its published weights."""
     architecture, spec = weights.architecture, weights.architecture.spec
     name = variant_of(spec)
     arguments: dict[str, Any] = {"in_chans": architecture.in_chans, "patch_size": spec.stem_stride}
@@ -609,12 +611,12 @@ def _transformers_config(weights: Weights) -> dict[str, Any]:
 
 
 def reads_alike(weights: Weights) -> bool:
-    """Whether transformers' processor of ConvNeXt can read images as these weights learnt them.
+    """Whether transformers' ConvNeXt processor can read images as in the training of these weights.
 
-    It makes squares, from 384 pixels on squashes images to them, and divides grey and colours of 8 bits by 255.
+    It makes square images, from 384 pixels on by squashing them, and divides 8-bit grey and colours by 255.
 
     Args:
-        weights: with what is known of their images; that they were of 16 bits is not.
+        weights: with what is known of their images; whether these had 16 bits is not.
     """
     (height, width), mean = weights.image.size or (224, 224), weights.image.mean
     is_of_bytes = weights.architecture.in_chans in (1, 3) and mean is not None and all(0 <= each <= 1 for each in mean)

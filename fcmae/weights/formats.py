@@ -1,8 +1,8 @@
 """Names and layouts of ConvNeXt weights in every format in use, to and from ours.
 
 Ours are the parameters of `FCMAE` (encoder.*, decoder.*), and for dense models norm.* and head.*. A format is one
-function from our name of a parameter to its own, and a few parameters of another shape; the way back is the same table,
-read from the other side. What network the tensors are of is read off their names and shapes.
+function from our name of a parameter to its own, and a few parameters of another shape; reading uses the same table in
+reverse. The network that tensors belong to is inferred from their names and shapes.
 
 | format | encoder | decoder | norm, head | what it is |
 | --- | --- | --- | --- | --- |
@@ -120,9 +120,9 @@ _COMMON = tuple(
     for layer in ("dwconv", "pwconv1", "pwconv2", "norm")
     for p in ("weight", "bias")
 )
-_ENOUGH = len(_COMMON) // 2  # less is a chance
+_ENOUGH = len(_COMMON) // 2  # fewer may be there by chance
 
-# What a loss function with weights of its own is called beside a network.
+# Names under which a loss function with weights of its own is stored beside a network.
 _LOSSES = ("criterion", "loss", "loss_fn", "loss_func")
 
 # Of MMEarth, which has a decoder for each kind of target.
@@ -139,14 +139,14 @@ _HIDDEN = (("pwconv1.bias", 0), ("pwconv1.weight", 0), ("pwconv2.weight", 1), ("
 
 @dataclass(frozen=True)
 class Architecture:
-    """What weights are of: enough to name and shape every one of them.
+    """The network that weights belong to: enough to know the name and shape of each of them.
 
     Attributes:
         spec: the encoder's numbers.
         in_chans: image channels.
         decoder_depth: blocks of the decoder, 0 without one.
         decoder_dim: its width, 0 without one.
-        final_norm: whether there is one.
+        final_norm: whether there is a final norm.
         num_classes: of the head, 0 without one.
     """
 
@@ -180,24 +180,24 @@ def rename(name: str, to: str) -> str:
 
 
 def unwrapped(name: str) -> str:
-    """A parameter's name without what wrappers put before it and into it."""
+    """A parameter's name without the parts that wrappers add before it and inside it."""
     return _WRAPPERS.sub("", name)
 
 
 def network_in(names: Iterable[str], prefix: str | None = None) -> tuple[str, dict[str, str]]:
-    """Find a network among names that stand under a prefix and in wrappers.
+    """Find a network among names that may have a prefix and wrappers.
 
     Args:
         names: of a file's entries.
-        prefix: what stands before the network's own names, such as "student."; None finds it out.
+        prefix: the prefix of the network's own names, such as "student."; None detects it.
 
     Returns:
-        The prefix, and the network's own names to those given. Others are left out: those under another prefix, and
-        those of a loss function.
+        The prefix, and a mapping from the network's own names to those given. Others are left out: those under another
+        prefix, and those of a loss function.
 
     Raises:
-        ValueError: if several prefixes have a network, nothing has the one that is asked for, or two names are alike
-            without their wrappers.
+        ValueError: if several prefixes have a network, no name has the given prefix, or two names are equal without
+            their wrappers.
     """
     plain: dict[str, str] = {}
     for name in names:
@@ -210,7 +210,7 @@ def network_in(names: Iterable[str], prefix: str | None = None) -> tuple[str, di
         if not any(name.startswith(prefix) for name in plain):
             has = f"there is a network under {listed}" if found else "there is no network under any"
             raise ValueError(f"no entry is under the prefix {prefix!r}: {has}")
-    # One that is asked for may be the beginning of the whole one.
+    # The given prefix may be the beginning of the whole one.
     possible = [each for each in found if each.startswith(prefix or "")]
     if prefix is None or prefix not in possible:
         if len(possible) > 1:
@@ -228,7 +228,7 @@ def network_in(names: Iterable[str], prefix: str | None = None) -> tuple[str, di
 
 
 def _prefixes(names: Collection[str]) -> list[str]:
-    """What stands before the names of a network in any format, for each that there is; empty for bare ones."""
+    """The prefixes before the names of networks in any format; empty for names without one."""
     known = {rename(name, to) for name in _COMMON for to in _FROM_OURS}
     counts: Counter[str] = Counter()
     for name in names:
@@ -254,20 +254,20 @@ def holds(name: str, to: str) -> bool:
 
 
 def detect(names: Iterable[str]) -> str:
-    """The format that names are of.
+    """The format that names belong to.
 
     Args:
         names: of a file's entries, as `network_in` gives them.
 
     Raises:
-        ValueError: if they are of none.
+        ValueError: if they belong to none.
     """
     names = set(names)
-    # The decoder tells ours from what ours was, and the stem MMEarth's from minkowski's.
+    # The decoder distinguishes our format from our earlier one, and the stem MMEarth's from minkowski's.
     others = ("decoder.mask_token", "decoder.proj.weight", "decoder.pred.weight", _STEM)
     found = {to: sum(rename(name, to) in names for name in (*_COMMON, *others)) for to in _FROM_OURS}
     best = max(_FROM_OURS, key=lambda to: found[to])
-    # Biases of ours and minkowski's have one name, so the one with the kernels too wins.
+    # Biases have the same names in ours and minkowski's, so the one whose kernels match too wins.
     if found[best] < _ENOUGH:
         shown = ", ".join(map(printable, sorted(names)[:3])) or "nothing"
         raise ValueError(f"the entries ({shown}, ...) are of no ConvNeXt in a format of {', '.join(FORMATS)}")
@@ -277,15 +277,15 @@ def detect(names: Iterable[str]) -> str:
 def from_state(
     state: Mapping[str, Tensor], spec: NetworkSpec | None = None
 ) -> tuple[Architecture, str, dict[str, Tensor], dict[str, str]]:
-    """Weights under any format's names, as ours; those of other networks than ConvNeXt have our names already.
+    """Convert weights from any format's names to ours; networks other than ConvNeXt have our names already.
 
     Args:
-        state: named tensors, under a prefix and in wrappers or not, see `network_in`.
-        spec: what they must be of, whatever the stem's stride; None finds out which ConvNeXt.
+        state: named tensors, with or without a prefix and wrappers, see `network_in`.
+        spec: the network that they must belong to, with any stem stride; None detects which ConvNeXt.
 
     Returns:
-        The architecture, the format found, the tensors under our names and in our shapes (views where possible), and
-        our names to theirs. A final norm that is the identity, without a head, counts as none.
+        The architecture, the format found, the tensors under our names and in our shapes (views where possible), and a
+        mapping from our names to theirs. A final norm that is the identity, without a head, counts as none.
 
     Raises:
         ValueError: with a list, if an entry is missing, extra or of another shape; see `network_in` too.
@@ -327,7 +327,7 @@ def from_state(
         and architecture.final_norm
         and _is_identity(ours["norm.weight"], ours["norm.bias"])
     ):
-        # What timm has in the place of a norm that was never trained.
+        # timm has the identity in place of a norm that was never trained.
         del ours["norm.weight"], ours["norm.bias"]
         architecture = replace(architecture, final_norm=False)
     return architecture, source, ours, {name: original[rename(name, source)] for name in ours}
@@ -345,7 +345,7 @@ def to_state(state: Mapping[str, Tensor], spec: NetworkSpec, to: str) -> dict[st
 
     Args:
         state: tensors under our names.
-        spec: the network that they are of.
+        spec: the network that they belong to.
         to: the format.
     """
     if not isinstance(spec, ConvNeXtSpec):
@@ -367,9 +367,9 @@ def to_state(state: Mapping[str, Tensor], spec: NetworkSpec, to: str) -> dict[st
 
 
 def _find_spec(tensors: Mapping[str, Tensor], source: str) -> ConvNeXtSpec:
-    """The network that the tensors look like. Of what several of them tell, most decide: one may be missing or wrong.
+    """The network that the tensors look like. Where several tell a number, the majority decides: one may be wrong.
 
-    Raises ValueError if they are of no network that can be.
+    Raises ValueError if they belong to no possible network.
     """
 
     def of(name: str) -> Tensor | None:
@@ -416,7 +416,7 @@ def _stem_stride(tensors: Mapping[str, Tensor], source: str) -> int:
 
 
 def _most_told(tensors: Mapping[str, Tensor], source: str, names: Iterable[tuple[str, int]]) -> int:
-    """The size that most of our parameters `names` have in the dimension beside each; 0 if none is there."""
+    """The size that most of our parameters `names` have in the dimension given with each; 0 if none is there."""
     found = [(tensors.get(rename(name, source)), dim) for name, dim in names]
     counted = Counter(value.shape[dim] for value, dim in found if value is not None and value.ndim > max(dim, 0))
     counted.pop(0, None)
@@ -424,7 +424,7 @@ def _most_told(tensors: Mapping[str, Tensor], source: str, names: Iterable[tuple
 
 
 def _architecture(tensors: Mapping[str, Tensor], source: str, spec: NetworkSpec) -> Architecture:
-    """What else the tensors are of, as far as they tell: what is missing or misshapen is found by comparing later."""
+    """The rest of the architecture, as far as tensors tell; missing or misshapen ones are found later by comparison."""
 
     def size(name: str, dim: int, default: int) -> int:
         value = tensors.get(rename(name, source))
@@ -492,5 +492,5 @@ def _to_kernel(weight: Tensor) -> Tensor:
 
 
 def _without_ones(shape: Iterable[int]) -> tuple[int, ...]:
-    """The shape without singletons, of which files of one format have more or fewer."""
+    """The shape without singletons, whose number differs between files of one format."""
     return tuple(size for size in shape if size != 1)

@@ -28,12 +28,12 @@ from fcmae.weights.convert import build_classifier, build_encoder
 from fcmae.weights.files import Weights, read_weights, tell_encoder_alone
 
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
-NUM_IMAGES = 4  # that are compared
+NUM_IMAGES = 4  # on which outputs are compared
 TOLERANCE = 1e-4  # of the largest output; float32 summed in another order stays within 1e-5
 
 
 class _Plain(Masked):
-    """Nothing hidden, and each layer as its equation: what the dense layout computes as one has no name in ONNX."""
+    """Nothing hidden, and each layer as its equation: the fused operations of the dense layout do not exist in ONNX."""
 
     def __init__(self) -> None:
         super().__init__(None)
@@ -43,14 +43,14 @@ class _Plain(Masked):
 
 
 class Outputs(nn.Module):
-    """Images (B, C, H, W) to what a file gives: logits (B, classes), pooled features (B, dim), or each stage's map.
+    """Maps images (B, C, H, W) to a file's output: logits (B, classes), pooled features (B, dim), or each stage's map.
 
-    Features, of which maps are (B, dims[i], h_i, w_i), are before any norm.
+    Features are taken before any norm; maps are (B, dims[i], h_i, w_i).
 
     Args:
         weights: of the network, with a head for logits.
         output: logits, pooled or pyramid.
-        normalize: what images go through first; None if they come normalised.
+        normalize: the normalisation of images; None if they are normalised already.
         layout: one without a mask.
     """
 
@@ -70,18 +70,18 @@ class Outputs(nn.Module):
 
 
 def export_onnx(cfg: ExportConfig) -> str:
-    """Write an ONNX file, compare what onnxruntime and torch make of images, and say how they agree.
+    """Write an ONNX file, compare the outputs of onnxruntime and torch on images, and say how well they agree.
 
-    Batch, height and width are free: the comparison is of several images together and of one that is wider. Of more
-    than 2 GB, the numbers are in a second file beside it, DEST.data.
+    Batch, height and width are free: several images together and one that is wider are compared. If the weights take
+    more than 2 GB, they are in a second file beside it, DEST.data.
 
     Args:
-        cfg: what to write of which weights, in float32, and which images to compare with: those of the run where it
-            names none, and where there is no run some that are made up.
+        cfg: what to write of which weights, in float32, and which images to compare on; by default those of the run, or
+            synthetic ones if there is no run.
 
     Raises:
-        ValueError: if a package is missing, cfg.dest is no new .onnx, the weights have no head for logits, none of the
-            images can be read, or the outputs differ by more than TOLERANCE of the largest.
+        ValueError: if a package is missing, cfg.dest is not a new .onnx file, the weights have no head for logits, none
+            of the images can be read, or the outputs differ by more than TOLERANCE of the largest.
     """
     if missing := [name for name in NEEDED if find_spec(name) is None]:
         raise ValueError(f"ONNX needs {' and '.join(missing)}: pip install 'fcmae[onnx]'")
@@ -110,7 +110,7 @@ def export_onnx(cfg: ExportConfig) -> str:
                 f"{cfg.model}: onnxruntime and torch differ by {error:.1e} of the largest output on {what}, more than "
                 f"{TOLERANCE:.0e}: nothing was written"
             )
-        for file in sorted(Path(folder).iterdir(), reverse=True):  # that of the numbers, where there is one, is first
+        for file in sorted(Path(folder).iterdir(), reverse=True):  # the file of weights, if there is one, is first
             file.replace(cfg.dest.with_name(file.name))
     taken = "images as fcmae reads them" if cfg.normalize else "normalised images"
     return (
@@ -140,7 +140,7 @@ def _images(cfg: ExportConfig, reading: Reading) -> tuple[Tensor, str]:
 
 
 def _described(weights: Weights, normalize: bool) -> dict[str, str]:
-    """What the file says of itself, as JSON but for the licence and the version."""
+    """What the file states about itself, as JSON except for the licence and the version."""
     said: dict[str, Any] = {
         "class_names": weights.class_names,
         **weights.image.known(),
@@ -156,7 +156,7 @@ def _write(path: Path, model: Outputs, names: list[str], described: dict[str, st
     free = {0: torch.export.Dim("batch"), 2: torch.export.Dim("height"), 3: torch.export.Dim("width")}
     example = torch.zeros(2, encoder.in_chans, 2 * encoder.total_stride, 3 * encoder.total_stride)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's, of its own affairs
+        warnings.simplefilter("ignore")  # the exporter's warnings about itself
         program = torch.onnx.export(
             model,
             (example,),
@@ -178,7 +178,7 @@ def _write(path: Path, model: Outputs, names: list[str], described: dict[str, st
 
 @torch.no_grad()
 def _difference(path: Path, expected: Outputs, images: Tensor) -> float:
-    """The largest between onnxruntime's and torch's outputs, as a share of the largest number of each."""
+    """The largest difference of onnxruntime's and torch's outputs, as a share of the largest value of each output."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])

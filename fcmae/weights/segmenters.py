@@ -2,7 +2,7 @@
 
 DEST/
     config.json, model.safetensors   the encoder; see fcmae.weights.files
-    head.safetensors                 the head, and in its header what it says and of which encoder it is
+    head.safetensors                 the head, with its record in the header, which names its encoder by SHA-256
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ Value = Annotated[int, Field(ge=0, lt=MAX_VALUE)]
 
 @dataclass(frozen=True)
 class HeadRecord:
-    """What the head's file says of it.
+    """What the head's file states about it.
 
     Attributes:
         kind: see `build_segmenter`.
-        dim: likewise.
+        dim: see `build_segmenter`.
         class_names: see `Classes`.
-        class_values: likewise.
-        ignored: likewise.
+        class_values: see `Classes`.
+        ignored: see `Classes`.
         encoder_sha256: of the encoder's file beside it.
         sha256: see `digest`.
-        tau: of `Exits`; None of other heads.
-        quantile: likewise.
+        tau: see `Exits`; None for other heads.
+        quantile: see `Exits`; None for other heads.
     """
 
     kind: Literal["pyramid", "upernet", "anytime"]
@@ -70,7 +70,7 @@ def save_segmenter(dest: Path, model: Segmenter, weights: Weights, kind: str, cl
     Args:
         dest: the directory.
         model: on any device.
-        weights: all but the tensors describes its encoder.
+        weights: describes the encoder, apart from the tensors.
         kind: of its head, see `build_segmenter`.
         classes: of a pixel.
     """
@@ -99,12 +99,12 @@ def save_segmenter(dest: Path, model: Segmenter, weights: Weights, kind: str, cl
 
 def _text(record: HeadRecord) -> str:
     told = asdict(replace(record, sha256=""))
-    # Heads that have no thresholds are told as before there were any.
+    # Leave out tau and quantile where None: the digest then matches files older than those fields.
     return json.dumps({k: v for k, v in told.items() if v is not None or k == "ignored"}, sort_keys=True)
 
 
 def read_segmenter(path: Path) -> tuple[Segmenter, Weights, HeadRecord]:
-    """A segmenter, on the CPU, what its encoder's file says and what its head's says.
+    """A segmenter, on the CPU, with the records of its encoder's file and its head's file.
 
     Args:
         path: what `save_segmenter` wrote, or a run.
@@ -126,7 +126,7 @@ def read_segmenter(path: Path) -> tuple[Segmenter, Weights, HeadRecord]:
             raise ValueError("it is of another encoder than the one beside it")
         encoder = build_encoder(weights)
         num_classes = len(record.class_names)
-        with torch.device("meta"):  # what a record says is not made before it is known to be what the file holds
+        with torch.device("meta"):  # takes no memory before the record is known to match the file
             model = build_segmenter(encoder, record.kind, num_classes, record.dim, record.tau, record.quantile)
         model.head.load_state_dict(state, assign=True)
     except (ValidationError, SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:

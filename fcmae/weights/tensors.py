@@ -1,4 +1,4 @@
-"""Tensors in files of others: read without running code, mapped into memory, and no more of them than the file holds.
+"""Tensors from untrusted files: read without running code, mapped into memory, and no more than the file holds.
 
 .pth files are unpickled with weights_only. What training code keeps beside them (flags, paths, numpy's numbers, logs)
 becomes a `_Beside`, which does nothing and holds nothing; every other class is refused.
@@ -25,12 +25,12 @@ from fcmae.data.source import printable
 
 logger = logging.getLogger("fcmae")
 
-RECORD = "fcmae"  # the key of what we say of our own files
+RECORD = "fcmae"  # the key of the record in our own files
 STATE_KEYS = ("model", "state_dict", "module", "model_state_dict")  # where training code keeps a model's weights
 
 
 class _Beside:
-    """What stands in a file beside its weights, whatever it was: nothing of it is run or kept."""
+    """Stands for anything in a file besides its weights: nothing of it is run or kept."""
 
     def __new__(cls, *_: object) -> _Beside:
         return super().__new__(cls)
@@ -73,8 +73,7 @@ def load_tensors(path: Path, key: str | None = None) -> tuple[dict[str, Tensor],
             file itself.
 
     Raises:
-        ValueError: if the file cannot be read, holds more than is safe, has no weights there, or has some that are not
-            all there.
+        ValueError: if the file cannot be read, holds more than is safe, has no weights there, or has incomplete ones.
     """
     if not path.is_file():
         raise ValueError(f"{path} is missing or no file: copy it again")
@@ -93,7 +92,7 @@ def load_tensors(path: Path, key: str | None = None) -> tuple[dict[str, Tensor],
     claimed, size = sum({each.data_ptr(): each.nbytes() for each in storages}.values()), path.stat().st_size
     if claimed > size:
         raise ValueError(f"{path} claims {claimed} bytes of numbers and has {size}: copy it again")
-    # Sets beside the one that is read have been told of.
+    # Other sets of weights in the file have been reported already.
     if others := [str(name) for name, value in state.items() if name not in tensors and not isinstance(value, dict)]:
         logger.warning("%s: left out, as they are no weights: %s", path, few(others))
     return tensors, record
@@ -104,7 +103,7 @@ def digest(tensors: Mapping[str, Tensor], text: str) -> str:
 
     Args:
         tensors: on the CPU; their order does not matter.
-        text: likewise of the digest.
+        text: goes into the digest too.
     """
     sha256 = hashlib.sha256(text.encode())
     for name, tensor in sorted(tensors.items()):
@@ -164,11 +163,11 @@ def _line(text: str) -> str:
 
 
 def _chosen(path: Path, content: object, key: str | None) -> Mapping[Any, Any]:
-    """The state dict of a file that is asked for, or the usual one."""
+    """The state dict under the given key of a file, or the usual one."""
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no weights: it is a {type(content).__name__}, not a dict of named tensors")
     sets = dict(_sets(content))
-    # Of a file that is a state dict itself, entries may be dicts of other tensors.
+    # If the file is a state dict itself, entries may be dicts of other tensors.
     bare = _num_weights(content) > max(map(_num_weights, sets.values()), default=0)
     chosen = key or next((name for name in STATE_KEYS if name in sets), None)
     if chosen in sets:
@@ -191,7 +190,7 @@ def _chosen(path: Path, content: object, key: str | None) -> Mapping[Any, Any]:
 
 
 def _sets(content: Mapping[Any, Any], depth: int = 2) -> Iterator[tuple[str, Mapping[Any, Any]]]:
-    """Dicts with tensors in a file, by their keys, and those one further inside where there are none."""
+    """Dicts with tensors in a file, by their keys, or those one level further inside where there are none."""
     for name, value in content.items():
         if isinstance(name, str) and isinstance(value, dict):
             if _num_weights(value):
