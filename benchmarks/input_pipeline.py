@@ -33,7 +33,7 @@ from torchvision.datasets import ImageFolder
 
 from fcmae.config import IMAGENET_MEAN, IMAGENET_STD
 from fcmae.data import readers
-from fcmae.data.augment import CropAndFlip
+from fcmae.data.augment import CropAndFlip, Reading
 from fcmae.data.dataset import Batch, PretrainDataset
 from fcmae.data.index import find_images
 from fcmae.data.loader import build_loader
@@ -94,7 +94,7 @@ def compare(files: Path, count: int, repeats: int) -> dict[str, Any]:
 def our_batches(files: Path, count: int) -> Iterator[Batch]:
     """Batches of all the files, of one epoch after the other."""
     index, grid = find_images([str(files)]), (CROP // 32, CROP // 32)
-    dataset = PretrainDataset(index, CropAndFlip(3, (CROP, CROP), SCALE, 0.5), grid=grid, visible=19, seed=0)
+    dataset = PretrainDataset(index, CropAndFlip(Reading(3, (CROP, CROP)), SCALE, 0.5), grid=grid, visible=19, seed=0)
     keys = ([(epoch, i) for i in range(count)] for epoch in range(1_000_000))
     return iter(build_loader(dataset, keys, num_workers=0, device_type="cpu"))
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from fcmae.classification import class_probabilities, scores, write_predictions
 from fcmae.config import FinetuneConfig
-from fcmae.data.augment import CropAndFlip, FinetuneAugment
-from fcmae.data.dataset import Batch, FinetuneDataset, Reading
+from fcmae.data.augment import CropAndFlip, FinetuneAugment, Reading
+from fcmae.data.dataset import Batch, FinetuneDataset, check_values
 from fcmae.data.index import Images, find_labelled, kept_images
 from fcmae.data.loader import choose_num_workers, evaluation_loader
 from fcmae.data.normalize import Normalize
@@ -101,7 +101,7 @@ def finetune(cfg: FinetuneConfig, net: Classifier | None = None) -> Run:
                 val_images.save(run.path / "val_files.json")
                 for note in dict.fromkeys(train_images.notes + val_images.notes):
                     logger.info("%s", note)
-                reading.check_values(train_images if len(train_images) else val_images)
+                check_values(reading, train_images if len(train_images) else val_images)
             run.finished = train(session, cfg, net, weights, reading, per_epoch, train_images, val_images)
     return session.result()
 
@@ -294,23 +294,8 @@ def build_train_set(cfg: FinetuneConfig, images: Images, reading: Reading) -> Fi
         reading: how they are read.
     """
     data = cfg.data
-    crop = CropAndFlip(
-        reading.in_chans,
-        reading.image_size,
-        data.crop_scale,
-        data.hflip,
-        data.vflip,
-        reading.mean,
-        reading.max_pixels,
-        reading.nodata,
-    )
-    augment = FinetuneAugment(
-        crop,
-        auto_augment=data.auto_augment,
-        random_erasing=data.random_erasing,
-        mean=reading.mean,
-        std=reading.std,
-    )
+    crop = CropAndFlip(reading, data.crop_scale, data.hflip, data.vflip)
+    augment = FinetuneAugment(crop, auto_augment=data.auto_augment, random_erasing=data.random_erasing)
     return FinetuneDataset(images, augment, seed=cfg.seed)
 
 

@@ -22,10 +22,11 @@ from fcmae.anytime import Anytime
 from fcmae.atomic import replacing
 from fcmae.classification import add_predictions, open_table, probabilities_of
 from fcmae.config.commands import PredictConfig
+from fcmae.data.dataset import check_values
 from fcmae.data.index import find_images
 from fcmae.data.loader import choose_num_workers, evaluation_loader
 from fcmae.data.maps import IGNORED, Classes
-from fcmae.data.rasters import Raster, geo_tags
+from fcmae.data.rasters import geo_tags
 from fcmae.data.source import BadImage, printable
 from fcmae.data.storage import is_remote
 from fcmae.segmentation import Strip, check_sides, colours, each_image, predictor, probabilities_by_rows
@@ -60,7 +61,7 @@ def predict(cfg: PredictConfig) -> None:
     reading = weights.reading(str(cfg.model), cfg.image_size).told(cfg.max_pixels, cfg.nodata)
     images = find_images(cfg.images)
     images.tell_notes()
-    reading.check_values(images)
+    check_values(reading, images)
     loader = evaluation_loader(
         reading, images, cfg.batch_size, num_workers=cfg.num_workers, device_type=accelerator.device.type
     )
@@ -134,7 +135,7 @@ def predict_maps(cfg: PredictConfig) -> None:
     predict_tiles = predictor(model.to(accelerator.device).eval(), normalize, accelerator, cfg.tau, cfg.budget)
     images = find_images(cfg.images)
     images.tell_notes()
-    reading.check_values(images)
+    check_values(reading, images)
     names = images.names()
     below = [f"/{name}" if is_remote(name) else name for name in names]  # all of them absolute
     root = os.path.commonpath([os.path.dirname(name) for name in below])  # noqa: PTH120
@@ -157,7 +158,7 @@ def predict_maps(cfg: PredictConfig) -> None:
             with images.open(i) as file:
                 tags = geo_tags(file)
                 file.seek(0)
-                raster = Raster(file, reading.in_chans, fill, cfg.max_pixels, reading.nodata)
+                raster = reading.raster(file)
                 strips = probabilities_by_rows(
                     raster, predict_tiles, reading.image_size, unit, cfg.overlap, fill, cfg.batch_size, limit_s
                 )

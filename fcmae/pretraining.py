@@ -13,8 +13,8 @@ import torch
 from accelerate import Accelerator
 
 from fcmae.config import PretrainConfig
-from fcmae.data.augment import CenterCrop, CropAndFlip
-from fcmae.data.dataset import Batch, PretrainDataset, Reading, collate
+from fcmae.data.augment import CenterCrop, CropAndFlip, Reading
+from fcmae.data.dataset import Batch, PretrainDataset, check_values, collate
 from fcmae.data.index import Images, find_images, kept_images
 from fcmae.data.loader import build_loader, choose_num_workers
 from fcmae.data.normalize import Normalize
@@ -97,7 +97,7 @@ def pretrain(cfg: PretrainConfig, net: FCMAE | None = None) -> Run:
                     images.save(run.path / "files.json")
                 for note in images.notes:
                     logger.info("%s", note)
-                build_reading(cfg).check_values(images)
+                check_values(build_reading(cfg), images)
             for sentence in started:
                 logger.info("start: %s", sentence)
             run.finished = train(session, cfg, net, schedule, train_images, val_images, labelled)
@@ -271,21 +271,11 @@ def build_dataset(cfg: PretrainConfig, images: Images, *, augment: bool) -> Pret
         augment: random crops, under as many masks each as the settings say; otherwise centre crops under one mask each
             that never changes.
     """
-    grid, data = mask_grid(cfg), cfg.data
-    mean, _ = data.statistics()
-    crop = CropAndFlip(
-        data.in_chans,
-        data.image_size,
-        data.crop_scale,
-        data.hflip,
-        fill=mean,
-        max_pixels=data.max_pixels,
-        nodata=data.nodata,
-    )
-    centre = CenterCrop(data.in_chans, data.image_size, 0.875, mean, data.max_pixels, data.nodata)
+    grid, reading = mask_grid(cfg), reading_of(cfg.data, crop_pct=0.875)
+    crop = CropAndFlip(reading, cfg.data.crop_scale, cfg.data.hflip)
     return PretrainDataset(
         images,
-        crop if augment else centre,
+        crop if augment else CenterCrop(reading),
         grid=grid,
         visible=num_visible(math.prod(grid), cfg.model.mask_ratio),
         seed=cfg.seed,

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fcmae.config.commands import PruneConfig
+from fcmae.data.dataset import check_values
 from fcmae.data.index import find_images
 from fcmae.data.split import evenly
 from fcmae.evaluation.analysis import layer_names, walk
@@ -284,7 +285,7 @@ def prune(cfg: PruneConfig) -> str:
     images = find_images(cfg.data, key="data")
     images.tell_notes()
     images = images.subset(evenly(len(images), cfg.max_images))
-    reading.check_values(images)
+    check_values(reading, images)
     bad: list[tuple[str, str]] = []
 
     def pixels() -> Iterable[Tensor]:

@@ -22,8 +22,8 @@ from torch import nn
 from fcmae.anytime import Anytime, build_segmenter
 from fcmae.atomic import replacing
 from fcmae.config import SegmentConfig
-from fcmae.data.augment import CropBoth, check_same_size
-from fcmae.data.dataset import Reading, SegmentDataset
+from fcmae.data.augment import CropBoth, Reading, check_same_size
+from fcmae.data.dataset import SegmentDataset, check_values
 from fcmae.data.index import Images, find_mapped, kept_images
 from fcmae.data.loader import choose_num_workers
 from fcmae.data.maps import Classes, count_values, find_classes
@@ -139,7 +139,7 @@ def segment(cfg: SegmentConfig, net: Segmenter | None = None) -> Run:
                     part.save(run.path / name)
                 for note in dict.fromkeys(note for part in data for note in part.notes):
                     logger.info("%s", note)
-                reading.check_values(data.images if len(data.images) else data.val_images)
+                check_values(reading, data.images if len(data.images) else data.val_images)
             run.finished = train(session, cfg, net, weights, reading, per_epoch, data)
     return session.result()
 
@@ -335,18 +335,7 @@ def build_train_set(cfg: SegmentConfig, data: Mapped, reading: Reading) -> Segme
         reading: how the images are read.
     """
     own = cfg.data
-    crop = CropBoth(
-        reading.in_chans,
-        reading.image_size,
-        own.scale,
-        own.hflip,
-        own.vflip,
-        data.classes,
-        reading.mean,
-        reading.max_pixels,
-        reading.nodata,
-        own.color_jitter,
-    )
+    crop = CropBoth(reading, own.scale, own.hflip, own.vflip, data.classes, own.color_jitter)
     return SegmentDataset(data.images, data.maps, crop, seed=cfg.seed)
 
 
@@ -482,7 +471,7 @@ class Evaluation:
         """Held-out image i and its map."""
         reading = self.reading
         with self.data.val_images.open(i) as file, self.data.val_maps.open(i) as map_file:
-            raster = Raster(file, reading.in_chans, reading.mean, reading.max_pixels, reading.nodata)
+            raster = reading.raster(file)
             labels = LabelMap(map_file, reading.max_pixels)
             check_same_size(raster, labels)
             yield raster, labels

@@ -18,7 +18,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from fcmae.config import DenseConfig, RunConfig
-from fcmae.data.dataset import Reading
+from fcmae.data.augment import Reading
 from fcmae.data.index import Images, also_in, images_of_run
 from fcmae.data.source import printable
 from fcmae.heads import Classifier, Segmenter

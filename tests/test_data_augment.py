@@ -19,6 +19,7 @@ from fcmae.data.augment import (
     CropAndFlip,
     DeepImageError,
     FinetuneAugment,
+    Reading,
     center_box,
     jittered,
     random_resized_box,
@@ -112,12 +113,12 @@ def test_flips_have_their_probabilities(tmp_path: Path) -> None:
     image = np.asarray(Image.open(tmp_path / "a.png"))[None]
     seen = set()
     for seed in range(40):
-        out = CropAndFlip(1, (12, 16), (1.0, 1.0), hflip=1.0, vflip=0.0)(file, rng(seed)).values
+        out = CropAndFlip(Reading(1, (12, 16)), (1.0, 1.0), hflip=1.0, vflip=0.0)(file, rng(seed)).values
         if out.tobytes() == image[..., ::-1].tobytes():
             seen.add("whole")  # the box drawn was the whole image
     assert seen == {"whole"}
-    view = CropAndFlip(1, (12, 16), (0.2, 1.0), hflip=0.5, vflip=0.5)
-    plain = CropAndFlip(1, (12, 16), (0.2, 1.0), hflip=0.0)
+    view = CropAndFlip(Reading(1, (12, 16)), (0.2, 1.0), hflip=0.5, vflip=0.5)
+    plain = CropAndFlip(Reading(1, (12, 16)), (0.2, 1.0), hflip=0.0)
     kinds = []
     for seed in range(200):
         out, base = view(file, rng(seed)).values, plain(file, rng(seed)).values
@@ -130,7 +131,7 @@ def test_a_crop_of_a_large_jpeg_is_the_box_that_was_drawn_to_half_a_pixel(tmp_pa
     ramp = np.stack([np.indices((255, 253)).sum(0) % 256, *np.indices((255, 253))], axis=2).astype(np.uint8)
     Image.fromarray(ramp).save(tmp_path / "a.jpg", quality=100, subsampling=0)
     for seed in range(20):
-        crop = CropAndFlip(3, (32, 32), (0.3, 1.0), hflip=0.0)
+        crop = CropAndFlip(Reading(3, (32, 32)), (0.3, 1.0), hflip=0.0)
         out = crop((tmp_path / "a.jpg").read_bytes(), rng(seed)).values.astype(float)
         top, left, height, width = random_resized_box(255, 253, (0.3, 1.0), rng=rng(seed))
         # Rows and columns are written in the second and third channel: in the middle of the crop, those of the box.
@@ -142,16 +143,15 @@ def test_a_crop_of_a_large_jpeg_is_the_box_that_was_drawn_to_half_a_pixel(tmp_pa
 def test_centre_crop_draws_nothing_and_reads_the_centre(tmp_path: Path) -> None:
     file = write(tmp_path / "a.png", 20, 30, 3)
     generator = rng()
-    out = CenterCrop(3, (10, 10), 0.5)(file, generator).values
+    out = CenterCrop(Reading(3, (10, 10), 0.5))(file, generator).values
     np.testing.assert_array_equal(out, np.asarray(Image.open(tmp_path / "a.png")).transpose(2, 0, 1)[:, 5:15, 10:20])
     assert generator.random() == rng().random()
 
 
 def finetune(in_chans: int, policy: str | None = POLICY, erasing: float = 0.5) -> FinetuneAugment:
-    crop = CropAndFlip(in_chans, (24, 20), (0.08, 1.0), hflip=0.5, vflip=0.1)
-    return FinetuneAugment(
-        crop, auto_augment=policy, random_erasing=erasing, mean=[0.4] * in_chans, std=[0.2] * in_chans
-    )
+    reading = Reading(in_chans, (24, 20), mean=(0.4,) * in_chans, std=(0.2,) * in_chans)
+    crop = CropAndFlip(reading, (0.08, 1.0), hflip=0.5, vflip=0.1)
+    return FinetuneAugment(crop, auto_augment=policy, random_erasing=erasing)
 
 
 @pytest.mark.parametrize(
@@ -224,11 +224,11 @@ def test_policies_at_full_strength_keep_at_least_one_bit(
 def test_policies_that_work_on_8_bits_refuse_deeper_images(tmp_path: Path, dtype: str) -> None:
     """Computed tomography, from -1000 to 150, came out blank in training and right in evaluation."""
     tifffile.imwrite(tmp_path / "x.tif", np.linspace(0, 150, 40 * 40).reshape(40, 40).astype(dtype))
-    crop = CropAndFlip(1, (32, 32), (0.5, 1), 0.5)
-    augment = FinetuneAugment(crop, auto_augment="rand-m9", random_erasing=0, mean=[0.4], std=[0.2])
+    crop = CropAndFlip(Reading(1, (32, 32), mean=(0.4,), std=(0.2,)), (0.5, 1), 0.5)
+    augment = FinetuneAugment(crop, auto_augment="rand-m9", random_erasing=0)
     with pytest.raises(DeepImageError, match=r"^data\.auto_augment: .* set it to none$"):
         augment((tmp_path / "x.tif").read_bytes(), np.random.default_rng(0))
-    plain = FinetuneAugment(crop, auto_augment=None, random_erasing=0, mean=[0.4], std=[0.2])
+    plain = FinetuneAugment(crop, auto_augment=None, random_erasing=0)
     assert len(np.unique(plain((tmp_path / "x.tif").read_bytes(), np.random.default_rng(0)).values)) > 500
 
 

@@ -9,14 +9,15 @@ import tifffile
 import torch
 from PIL import Image
 
-from fcmae.data.augment import CenterCrop, CropAndFlip, FinetuneAugment
+from fcmae.data.augment import CenterCrop, CropAndFlip, FinetuneAugment, Reading
 from fcmae.data.dataset import (
     Batch,
     FinetuneDataset,
     NoUsableImage,
     PretrainDataset,
-    Reading,
     Sample,
+    centre_crops,
+    check_values,
     collate,
 )
 from fcmae.data.index import Images, find_images
@@ -44,7 +45,9 @@ def pretrain(
 ) -> PretrainDataset:
     return PretrainDataset(
         index,
-        CropAndFlip(in_chans, SIZE, (0.2, 1.0), 0.5) if augment else CenterCrop(in_chans, SIZE, 0.875),
+        CropAndFlip(Reading(in_chans, SIZE), (0.2, 1.0), 0.5)
+        if augment
+        else CenterCrop(Reading(in_chans, SIZE, 0.875)),
         grid=GRID,
         visible=VISIBLE,
         seed=seed,
@@ -53,11 +56,10 @@ def pretrain(
 
 
 def finetune(index: Images, *, train: bool) -> FinetuneDataset:
-    crop = CropAndFlip(3, SIZE, (0.08, 1.0), 0.5)
-    augment = FinetuneAugment(
-        crop, auto_augment="rand-m9-mstd0.5-inc1", random_erasing=0.25, mean=[0.5] * 3, std=[0.2] * 3
-    )
-    return FinetuneDataset(index, augment if train else CenterCrop(3, SIZE, 0.875), seed=0)
+    reading = Reading(3, SIZE, 0.875, (0.5,) * 3, (0.2,) * 3)
+    crop = CropAndFlip(reading, (0.08, 1.0), 0.5)
+    augment = FinetuneAugment(crop, auto_augment="rand-m9-mstd0.5-inc1", random_erasing=0.25)
+    return FinetuneDataset(index, augment if train else CenterCrop(reading), seed=0)
 
 
 def same(a: Sample, b: Sample) -> bool:
@@ -192,7 +194,7 @@ def test_images_far_from_their_mean_are_warned_of_with_the_way_out(
     for i in range(3):
         tifffile.imwrite(tmp_path / f"{i}.tif", np.full((20, 20), -850 + 10 * i, np.int16))
     (tmp_path / "0.tif").write_bytes(b"broken")
-    Reading(1, (16, 16), 1.0, (mean,), (std,)).check_values(find_images([str(tmp_path)]))
+    check_values(Reading(1, (16, 16), 1.0, (mean,), (std,)), find_images([str(tmp_path)]))
     assert ("values from -840 to -830" in caplog.text and "fcmae stats IMAGES --in_chans 1" in caplog.text) == far
 
 
@@ -203,13 +205,13 @@ def test_twelve_bits_in_sixteen_are_warned_of_under_the_usual_mean(
     rng = np.random.default_rng(0)
     for i in range(num):
         Image.fromarray(rng.integers(0, 4096, (20, 20), dtype=np.uint16)).save(tmp_path / f"{i}.png")
-    Reading(1, (16, 16), 1.0, (0.449,), (0.226,)).check_values(find_images([str(tmp_path)]))
+    check_values(Reading(1, (16, 16), 1.0, (0.449,), (0.226,)), find_images([str(tmp_path)]))
     assert ("too narrow for the mean 0.449 and std 0.226" in caplog.text) == warned
 
 
 def test_photographs_are_not_warned_of(index: Images, caplog: pytest.LogCaptureFixture) -> None:
-    Reading(3, SIZE, 1.0, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)).check_values(index)
-    Reading(3, SIZE, 1.0, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)).check_values(index.subset([1]))
+    check_values(Reading(3, SIZE, 1.0, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), index)
+    check_values(Reading(3, SIZE, 1.0, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), index.subset([1]))
     assert not caplog.records
 
 
@@ -219,7 +221,7 @@ def test_the_network_sees_zero_where_values_are_missing(tmp_path: Path) -> None:
     tags = [(42113, "s", 0, "-9999", True)]
     tifffile.imwrite(tmp_path / "a.tif", image, photometric="minisblack", planarconfig="contig", extratags=tags)
     reading = Reading(4, (16, 16), 1.0, (0.1, 0.2, 0.3, 0.4), (0.1,) * 4)
-    seen = reading.normalize(torch.from_numpy(reading.dataset(find_images([str(tmp_path)]))[(0, 0)].image))
+    seen = reading.normalize(torch.from_numpy(centre_crops(reading, find_images([str(tmp_path)]))[(0, 0)].image))
     torch.testing.assert_close(seen[:, :, :2], torch.zeros(4, 16, 2), atol=1e-6, rtol=0)
 
 
@@ -230,8 +232,9 @@ def test_samples_say_what_is_known_of_them_turned_as_they_are(tmp_path: Path) ->
     np.save(tmp_path / "a.npy", image)
     np.save(tmp_path / "b.npy", np.nan_to_num(image))
     images = find_images([str(tmp_path)])
-    crop = CropAndFlip(2, SIZE, (0.5, 1.0), 0.5, 0.5, fill=(0.9,))
-    for view in (crop, CenterCrop(2, SIZE, 1.0, (0.9,))):
+    reading = Reading(2, SIZE, fill=(0.9,))
+    crop = CropAndFlip(reading, (0.5, 1.0), 0.5, 0.5)
+    for view in (crop, CenterCrop(reading)):
         dataset = PretrainDataset(images, view, grid=GRID, visible=VISIBLE, seed=0)
         samples = [dataset[(epoch, 0)] for epoch in range(8)]
         for sample in samples:

@@ -20,7 +20,7 @@ from PIL import Image
 from runs import PROCESSES
 from torch.utils.data import Dataset
 
-from fcmae.data.augment import CropAndFlip
+from fcmae.data.augment import CropAndFlip, Reading
 from fcmae.data.cores import core_time, free_memory
 from fcmae.data.dataset import Batch, NoUsableImage, PretrainDataset, Sample
 from fcmae.data.index import Images, find_images
@@ -43,7 +43,7 @@ def batches(
 ) -> list[Batch]:
     dataset = PretrainDataset(
         index,
-        CropAndFlip(chans, (16, 16), (0.2, 1.0), 0.5),
+        CropAndFlip(Reading(chans, (16, 16)), (0.2, 1.0), 0.5),
         grid=(2, 2),
         visible=2,
         seed=3,

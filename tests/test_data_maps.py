@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fcmae.data import maps
-from fcmae.data.augment import CropBoth
+from fcmae.data.augment import CropBoth, Reading
 from fcmae.data.dataset import SegmentDataset, collate
 from fcmae.data.index import Images, find_images, find_mapped
 from fcmae.data.loader import build_loader
@@ -42,7 +42,8 @@ def crop(**changes: object) -> CropBoth:
     given = {
         "in_chans": 1, "image_size": (32, 48), "scale": (1.0, 1.0), "hflip": 0.5, "vflip": 0.5, "classes": CLASSES
     } | changes  # fmt: skip
-    return CropBoth(**given)  # type: ignore[arg-type]
+    own = {name: given.pop(name) for name in Reading.__dataclass_fields__ if name in given}
+    return CropBoth(Reading(**own), **given)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("bands", [1, 5])

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps
 
 from fcmae.data import rasters
-from fcmae.data.augment import CenterCrop, CropAndFlip
+from fcmae.data.augment import CenterCrop, CropAndFlip, Reading
 from fcmae.data.decode import read_crop
 from fcmae.data.index import find_images
 from fcmae.data.rasters import LabelMap, Raster, geo_tags
@@ -122,10 +122,11 @@ def test_crops_of_a_tiff_larger_than_max_pixels_are_those_of_the_whole(
     array: NDArray[Any], settings: dict[str, Any]
 ) -> None:
     in_chans, boxes = array.shape[2], []
+    crop = CropAndFlip(Reading(in_chans, (16, 24), max_pixels=2000), (0.2, 1.0), 0)
     whole = read_crop(tiff(array, **settings), in_chans, lambda h, w: (0, 0, h, w), None, fill=[0.0]).values
 
     def choose(height: int, width: int) -> tuple[int, int, int, int]:
-        boxes.append(CropAndFlip(in_chans, (16, 24), (0.2, 1.0), 0, max_pixels=2000).box(height, width, rng))
+        boxes.append(crop.box(height, width, rng))
         return boxes[-1]
 
     rng = np.random.default_rng(0)
@@ -146,10 +147,8 @@ def test_a_raster_of_one_strip_larger_than_max_pixels_is_refused() -> None:
 def test_every_view_and_the_statistics_read_parts_of_a_raster_larger_than_max_pixels(tmp_path: Path) -> None:
     (tmp_path / "a.tif").write_bytes(tiff(COLOURS, tile=(16, 16)).getvalue())
     images, rng = find_images([str(tmp_path)]), np.random.default_rng(0)
-    views = (
-        CropAndFlip(3, (16, 24), (0.2, 1.0), 0.5, 0.5, max_pixels=2000),
-        CenterCrop(3, (16, 24), 1.0, max_pixels=2000),
-    )
+    reading = Reading(3, (16, 24), max_pixels=2000)
+    views = (CropAndFlip(reading, (0.2, 1.0), 0.5, 0.5), CenterCrop(reading))
     for view in views:
         with images.open(0) as file:
             assert view(file, rng).values.shape == (3, 16, 24)

@@ -18,8 +18,8 @@ from PIL import Image
 
 import fcmae.data
 from fcmae.data import readers
-from fcmae.data.augment import CenterCrop, CropAndFlip, FinetuneAugment
-from fcmae.data.dataset import FinetuneDataset, PretrainDataset, Reading, Sample
+from fcmae.data.augment import CenterCrop, CropAndFlip, FinetuneAugment, Reading
+from fcmae.data.dataset import FinetuneDataset, PretrainDataset, Sample
 from fcmae.data.decode import read_crop
 from fcmae.data.geometry import Box
 from fcmae.data.index import Images, find_images
@@ -89,7 +89,7 @@ def in_memory(folder: Path) -> Images:
 def pretraining(images: Images, *, augment: bool = True) -> PretrainDataset:
     return PretrainDataset(
         images,
-        CropAndFlip(3, SIZE, (0.2, 1.0), 0.5) if augment else CenterCrop(3, SIZE, 0.875),
+        CropAndFlip(Reading(3, SIZE), (0.2, 1.0), 0.5) if augment else CenterCrop(Reading(3, SIZE, 0.875)),
         grid=(2, 3),
         visible=2,
         seed=0,
@@ -97,9 +97,9 @@ def pretraining(images: Images, *, augment: bool = True) -> PretrainDataset:
 
 
 def finetuning(images: Images, *, train: bool = True) -> FinetuneDataset:
-    crop = CropAndFlip(3, SIZE, (0.2, 1.0), 0.5)
-    augment = FinetuneAugment(crop, auto_augment=None, random_erasing=0.25, mean=[0.5] * 3, std=[0.2] * 3)
-    return FinetuneDataset(images, augment if train else CenterCrop(3, SIZE, 0.875), seed=0)
+    reading = Reading(3, SIZE, 0.875, (0.5,) * 3, (0.2,) * 3)
+    augment = FinetuneAugment(CropAndFlip(reading, (0.2, 1.0), 0.5), auto_augment=None, random_erasing=0.25)
+    return FinetuneDataset(images, augment if train else CenterCrop(reading), seed=0)
 
 
 def datasets(images: Images) -> list[PretrainDataset | FinetuneDataset]:

@@ -44,7 +44,7 @@ def test_features_are_means_over_each_image_in_the_order_of_the_index(backbone: 
     found = extract(backbone, index, [1, 4], device=CPU, batch_size=3)
     assert found.positions.tolist() == list(range(7))
     assert not found.bad
-    crop = CenterCrop(3, backbone.reading.image_size, backbone.reading.crop_pct)
+    crop = CenterCrop(backbone.reading)
     for row in (0, 6):
         image = torch.from_numpy(crop(Path(index.name(row)).read_bytes(), np.random.default_rng(0)).values)
         maps = stage_maps(backbone.model, backbone.reading.normalize(image[None]))

@@ -12,8 +12,7 @@ from test_weights_convert import write_checkpoint
 from timm.models import ConvNeXt
 from torch import nn
 
-from fcmae.data.augment import seeded
-from fcmae.data.dataset import Reading
+from fcmae.data.augment import Reading, seeded
 from fcmae.data.index import Images, find_images
 from fcmae.evaluation.features import extract
 from fcmae.evaluation.models import Control, _as_ours, choose_device, load_backbone, load_backbones, stage_maps
@@ -268,7 +267,7 @@ def test_controls_see_what_the_first_network_sees(tmp_path: Path) -> None:
         assert getattr(control.reading, name) == getattr(network.reading, name)
     assert control.reading.normalize.std.flatten().tolist() == [1, 1, 1]
     # What is missing is no feature of the control alone.
-    assert tuple(control.reading.view.fill) == tuple(network.reading.view.fill)
+    assert tuple(control.reading.filling) == tuple(network.reading.filling)
 
 
 @pytest.mark.parametrize("changed", [{"act_layer": "gelu_tanh"}, {"norm_eps": 1e-5}])

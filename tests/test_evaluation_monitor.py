@@ -19,7 +19,8 @@ from PIL import Image
 from runs import assert_same, at_step, final_state, flags, kill_self, write_images
 
 from fcmae import cli
-from fcmae.data.dataset import Reading
+from fcmae.data.augment import Reading
+from fcmae.data.dataset import centre_crops
 from fcmae.data.index import Images, find_images, find_labelled
 from fcmae.data.sampler import EVAL_EPOCH
 from fcmae.data.split import split
@@ -132,7 +133,7 @@ def test_neighbours_are_those_of_the_checkpoints_features(monitored: Path, label
     encoder, reading = build_encoder(weights).eval(), weights.reading("the checkpoint")
     found = []
     for index in (train, test):
-        dataset = reading.dataset(index)
+        dataset = centre_crops(reading, index)
         batch = torch.stack([torch.as_tensor(dataset[(EVAL_EPOCH, i)].image) for i in range(len(index))])
         with torch.no_grad():
             found.append(encoder(reading.normalize(batch)).mean((1, 2)).numpy())

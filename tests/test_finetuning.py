@@ -213,7 +213,7 @@ def test_what_stands_for_missing_values_goes_with_the_weights(
     cfg, weights = options.read(FinetuneConfig, tmp_path / "tuned/config.yaml"), read_weights(tmp_path / "tuned")
     assert cfg.data.nodata is None and weights.reading("x").nodata == 7
     train_set = finetuning.build_train_set(cfg, find_images([str(images)]), finetuning.build_reading(cfg, weights))
-    assert isinstance(train_set._view, FinetuneAugment) and train_set._view.crop.nodata == 7
+    assert isinstance(train_set._view, FinetuneAugment) and train_set._view.crop.reading.nodata == 7
     for to, dest in (("timm", "timm"), ("fcmae", "one.safetensors"), ("fair", "one.pth")):
         convert(tmp_path / "tuned", tmp_path / dest, to)
         assert load_backbone(str(tmp_path / dest)).reading.nodata == 7

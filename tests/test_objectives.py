@@ -18,7 +18,7 @@ from scipy.fft import dctn
 from torch import Tensor, nn
 
 from fcmae import cli
-from fcmae.data.dataset import Reading
+from fcmae.data.augment import Reading
 from fcmae.data.normalize import Normalize
 from fcmae.evaluation.models import Backbone, stage_maps
 from fcmae.layouts import DENSE, MakeLayout, make_layout

@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from typing import Any, BinaryIO
@@ -98,24 +98,81 @@ def seeded(seed: Sequence[int]) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class CenterCrop:
-    """The centre of an image, for evaluation: see `center_box`.
+class Reading:
+    """How image files become images of one shape: what a view of them, whichever, has in common with the others.
 
     Attributes:
-        in_chans: see `read_crop`.
-        image_size: height and width of the result.
-        crop_pct: see `center_box`.
-        fill: what stands for missing values, see `read_crop`.
+        in_chans: channels.
+        image_size: height and width.
+        crop_pct: of an image that is not trained on, see `center_box`.
+        mean: (in_chans,), in units of a full range of 1.
+        std: (in_chans,), in these units.
         max_pixels: see `read_crop`.
-        nodata: likewise.
+        nodata: see `read_crop`.
+        fill: what stands for missing values, where it is not the mean.
     """
 
     in_chans: int
     image_size: tuple[int, int]
-    crop_pct: float
-    fill: Sequence[float] = (0.0,)
+    crop_pct: float = 1.0
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
     max_pixels: int = MAX_PIXELS
     nodata: float | None = None
+    fill: tuple[float, ...] | None = None
+
+    @property
+    def normalize(self) -> Normalize:
+        """A new module that does it to the images."""
+        return Normalize(self.mean, self.std)
+
+    @property
+    def filling(self) -> tuple[float, ...]:
+        """What stands for missing values."""
+        return self.fill or self.mean
+
+    def told(self, max_pixels: int, nodata: float | None) -> Reading:
+        """A copy with another `max_pixels` and, unless it is None, another `nodata`."""
+        return replace(self, max_pixels=max_pixels, nodata=self.nodata if nodata is None else nodata)
+
+    def readable_share(self, height: int, width: int) -> float:
+        """See `fcmae.data.geometry.readable_share`."""
+        return readable_share(height, width, self.in_chans, self.max_pixels)
+
+    def crop(self, file: BinaryIO | bytes, choose_box: ChooseBox) -> Pixels:
+        """A box of an image at `image_size`, as `read_crop` gives it.
+
+        Args:
+            file: at its start.
+            choose_box: see `read_crop`.
+
+        Raises:
+            BadImage: see `read_crop`.
+        """
+        options: dict[str, Any] = {"fill": self.filling, "max_pixels": self.max_pixels, "nodata": self.nodata}
+        return read_crop(file, self.in_chans, choose_box, self.image_size, **options)
+
+    def raster(self, file: BinaryIO) -> Raster:
+        """An image to be read in parts.
+
+        Args:
+            file: at its start.
+
+        Raises:
+            BadImage: see `Raster`.
+        """
+        return Raster(file, self.in_chans, self.filling, self.max_pixels, self.nodata)
+
+
+@dataclass(frozen=True)
+class CenterCrop:
+    """The centre of an image, for evaluation: see `center_box`.
+
+    Attributes:
+        reading: how it is read.
+    """
+
+    reading: Reading
 
     def __call__(self, file: BinaryIO | bytes, rng: np.random.Generator) -> Pixels:
         """(C, H, W), as `read_crop` gives it; draws nothing.
@@ -123,12 +180,13 @@ class CenterCrop:
         Raises:
             BadImage: as `read_crop` does.
         """
+        own = self.reading
 
         def choose_box(height: int, width: int) -> Box:
-            share = readable_share(height, width, self.in_chans, self.max_pixels)
-            return center_box(height, width, self.image_size, self.crop_pct * math.sqrt(share))
+            share = own.readable_share(height, width)
+            return center_box(height, width, own.image_size, own.crop_pct * math.sqrt(share))
 
-        return _read(self, file, choose_box)
+        return own.crop(file, choose_box)
 
 
 @dataclass(frozen=True)
@@ -136,24 +194,16 @@ class CropAndFlip:
     """Random resized crop (bicubic) and random flips, on the scaled decode of a file.
 
     Attributes:
-        in_chans: see `read_crop`.
-        image_size: height and width of the result.
+        reading: how it is read.
         crop_scale: smallest and largest share of the area; of an image with more than max_pixels, of so many.
         hflip: probability that columns are mirrored.
         vflip: probability that rows are.
-        fill: what stands for missing values, see `read_crop`.
-        max_pixels: see `read_crop`.
-        nodata: likewise.
     """
 
-    in_chans: int
-    image_size: tuple[int, int]
+    reading: Reading
     crop_scale: tuple[float, float]
     hflip: float
     vflip: float = 0.0
-    fill: Sequence[float] = (0.0,)
-    max_pixels: int = MAX_PIXELS
-    nodata: float | None = None
 
     def __call__(self, file: BinaryIO | bytes, rng: np.random.Generator) -> Pixels:
         """(C, H, W), as `read_crop` gives it.
@@ -161,7 +211,7 @@ class CropAndFlip:
         Raises:
             BadImage: as `read_crop` does.
         """
-        read = _read(self, file, partial(self.box, rng=rng))
+        read = self.reading.crop(file, partial(self.box, rng=rng))
         flipped = rng.random(2) < (self.hflip, self.vflip)
         turn = partial(_flipped, columns=flipped[0], rows=flipped[1])
         return Pixels(turn(read.values), None if read.known is None else turn(read.known))
@@ -171,27 +221,15 @@ class CropAndFlip:
 
         Args:
             height: of the image, in pixels.
-            width: likewise.
+            width: of the image, in pixels.
             rng: what it is drawn from.
         """
-        share = readable_share(height, width, self.in_chans, self.max_pixels)
+        share, size = self.reading.readable_share(height, width), self.reading.image_size
         smallest, largest = self.crop_scale
         box = random_resized_box(height, width, (smallest * share, largest * share), rng=rng)
         # Where it is decoded smaller, a box of whole pixels is resized several times as fast (see _resize).
-        aligned = align(box, scale := decode_scale(*box[2:], self.image_size), height, width)
-        return aligned if decode_scale(*aligned[2:], self.image_size) == scale else box
-
-
-def _read(view: CenterCrop | CropAndFlip, file: BinaryIO | bytes, choose_box: ChooseBox) -> Pixels:
-    return read_crop(
-        file,
-        view.in_chans,
-        choose_box,
-        view.image_size,
-        fill=view.fill,
-        max_pixels=view.max_pixels,
-        nodata=view.nodata,
-    )
+        aligned = align(box, scale := decode_scale(*box[2:], size), height, width)
+        return aligned if decode_scale(*aligned[2:], size) == scale else box
 
 
 def _flipped(image: NDArray[Any], columns: bool, rows: bool) -> NDArray[Any]:
@@ -206,27 +244,19 @@ class CropBoth:
     Where the image is too small for the crop, the rest is missing, and ignored in the map.
 
     Attributes:
-        in_chans: see `read_crop`.
-        image_size: height and width of the result.
+        reading: how the image is read.
         scale: how many times larger than in the image it is, smallest and largest, drawn log-uniformly.
         hflip: probability that columns are mirrored.
         vflip: probability that rows are.
         classes: of the map.
-        fill: what stands for missing values, see `read_crop`.
-        max_pixels: see `Raster`.
-        nodata: likewise.
         color_jitter: see `jittered`.
     """
 
-    in_chans: int
-    image_size: tuple[int, int]
+    reading: Reading
     scale: tuple[float, float]
     hflip: float
     vflip: float
     classes: Classes
-    fill: Sequence[float] = (0.0,)
-    max_pixels: int = MAX_PIXELS
-    nodata: float | None = None
     color_jitter: float = 0.0
 
     def __call__(
@@ -248,12 +278,12 @@ class CropBoth:
             BadImage: if one cannot be read, or their sizes differ.
             UnknownClass: see `Classes.numbers`.
         """
-        raster = Raster(file, self.in_chans, self.fill, self.max_pixels, self.nodata)
-        labels = LabelMap(map_file, self.max_pixels)
+        own, raster = self.reading, self.reading.raster(file)
+        labels = LabelMap(map_file, own.max_pixels)
         check_same_size(raster, labels)
         scale = math.exp(rng.uniform(math.log(self.scale[0]), math.log(self.scale[1])))
         sides = (raster.height, raster.width)
-        spans = [_place(side, size, scale, rng) for side, size in zip(sides, self.image_size, strict=True)]
+        spans = [_place(side, size, scale, rng) for side, size in zip(sides, own.image_size, strict=True)]
         (top, height, above, rows), (left, width, before, columns) = spans
         flips = rng.random(2) < (self.hflip, self.vflip)
         box, size = (top, left, height, width), (rows, columns)
@@ -264,8 +294,8 @@ class CropBoth:
             changed = jittered(part, self.color_jitter, rng)
             part = changed if is_known is None else np.where(is_known, changed, part)  # what is missing stays filled
         ys, xs = slice(above, above + rows), slice(before, before + columns)
-        image = np.broadcast_to(in_units(self.fill, part.dtype), (self.in_chans, *self.image_size)).copy()
-        numbers = np.full(self.image_size, IGNORED, np.int16)
+        image = np.broadcast_to(in_units(own.filling, part.dtype), (own.in_chans, *own.image_size)).copy()
+        numbers = np.full(own.image_size, IGNORED, np.int16)
         image[:, ys, xs], numbers[ys, xs] = part, classes
         axes = tuple(axis for axis, flipped in zip((-1, -2), flips, strict=True) if flipped)
         return np.ascontiguousarray(np.flip(image, axes)), np.ascontiguousarray(np.flip(numbers, axes))
@@ -329,8 +359,6 @@ class FinetuneAugment:
         *,
         auto_augment: str | None,
         random_erasing: float,
-        mean: Sequence[float],
-        std: Sequence[float],
     ) -> None:
         """Set it up.
 
@@ -339,18 +367,17 @@ class FinetuneAugment:
             auto_augment: a policy in timm's notation such as rand-m9-mstd0.5-inc1, for 1 and 3 channels; it works on
                 8-bit RGB, so grey images pass through RGB and back, and deeper ones are refused.
             random_erasing: probability that a rectangle becomes noise, normal in normalised units.
-            mean: (C,), which defines them, in units of a full range of 1.
-            std: (C,), likewise.
 
         Raises:
             ValueError: for a policy that timm does not know.
         """
-        assert auto_augment is None or crop.in_chans in (1, 3)
+        reading = crop.reading
+        assert auto_augment is None or reading.in_chans in (1, 3)
         self.crop = crop
-        self._policy = None if auto_augment is None else _policy(auto_augment, crop.image_size, mean)
+        self._policy = None if auto_augment is None else _policy(auto_augment, reading.image_size, reading.mean)
         self._random_erasing = random_erasing
         self._erase = RandomErasing(probability=1.0, mode="pixel", device="cpu")
-        self._normalize = Normalize(mean, std)
+        self._normalize = reading.normalize
 
     def __call__(self, file: BinaryIO | bytes, rng: np.random.Generator) -> Pixels:
         """(C, H, W), as `read_crop` gives it, but for what is known of it: a policy moves pixels.

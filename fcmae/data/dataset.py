@@ -13,10 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fcmae.data.augment import CenterCrop, CropAndFlip, CropBoth, FinetuneAugment
-from fcmae.data.geometry import MAX_PIXELS
+from fcmae.data.augment import CenterCrop, CropAndFlip, CropBoth, FinetuneAugment, Reading
 from fcmae.data.index import Images
-from fcmae.data.normalize import Normalize
 from fcmae.data.readers import Pixels
 from fcmae.data.sampler import MASK_STREAM, SAMPLE_STREAM, Key
 from fcmae.data.source import BadImage, DataError, printable
@@ -32,69 +30,32 @@ MAX_TRIES = 16  # files that a training sample tries before it gives up
 View = CenterCrop | CropAndFlip | FinetuneAugment  # file -> (C, H, W), drawing from the sample's own generator
 
 
-@dataclass(frozen=True)
-class Reading:
-    """How images are read for a network that is not being trained on them.
+def check_values(reading: Reading, images: Images) -> None:
+    """Warn if some of the images hold values far from the mean, as images in other units do, or of no spread.
 
-    Attributes:
-        in_chans: channels.
-        image_size: height and width.
-        crop_pct: see `center_box`.
-        mean: (in_chans,), in units of a full range of 1.
-        std: likewise.
-        max_pixels: see `read_crop`.
-        nodata: likewise.
-        fill: what stands for missing values, where it is not the mean.
+    Args:
+        reading: how they are read.
+        images: which.
     """
-
-    in_chans: int
-    image_size: tuple[int, int]
-    crop_pct: float
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    max_pixels: int = MAX_PIXELS
-    nodata: float | None = None
-    fill: tuple[float, ...] | None = None
-
-    @property
-    def normalize(self) -> Normalize:
-        """A new module that does it to the images."""
-        return Normalize(self.mean, self.std)
-
-    def told(self, max_pixels: int, nodata: float | None) -> Reading:
-        """A copy with another `max_pixels` and, unless it is None, another `nodata`."""
-        return replace(self, max_pixels=max_pixels, nodata=self.nodata if nodata is None else nodata)
-
-    @property
-    def view(self) -> CenterCrop:
-        """What makes a file an image."""
-        fill = self.fill or self.mean
-        return CenterCrop(self.in_chans, self.image_size, self.crop_pct, fill, self.max_pixels, self.nodata)
-
-    def check_values(self, images: Images) -> None:
-        """Warn if some of the images hold values far from the mean, as images in other units do, or of no spread."""
-        samples = [self.dataset(images)[(0, i)] for i in evenly(len(images), 8)]
-        if not (readable := [sample for sample in samples if sample.valid]):
-            return
-        seen = collate(readable).images
-        values = seen.float() / (255 if seen.dtype == torch.uint8 else 1)
-        spread, centre = torch.std_mean(values, dim=(0, 2, 3), correction=0)
-        mean, std = torch.tensor(self.mean), torch.tensor(self.std)
-        far = torch.maximum((centre - mean).abs(), spread) / std
-        is_narrow = len(readable) > 3 and (spread / std).max() < 1 / NARROW
-        if far.max() > FAR or is_narrow:
-            i = int(far.argmax())
-            logger.warning(
-                "the images hold values from %.4g to %.4g, in channel %d of mean %.4g and std %.4g, %s the mean %.4g "
-                "and std %.4g that they are normalised with: `fcmae stats IMAGES --in_chans %d` prints the right ones",
-                *(values[:, i].min(), values[:, i].max(), i, centre[i], spread[i]),
-                "too narrow for" if is_narrow else "far from",
-                *(mean[i], std[i], self.in_chans),
-            )
-
-    def dataset(self, images: Images) -> FinetuneDataset:
-        """Centre crops of the images."""
-        return FinetuneDataset(images, self.view, seed=0)
+    dataset = centre_crops(reading, images)
+    samples = [dataset[(0, i)] for i in evenly(len(images), 8)]
+    if not (readable := [sample for sample in samples if sample.valid]):
+        return
+    seen = collate(readable).images
+    values = seen.float() / (255 if seen.dtype == torch.uint8 else 1)
+    spread, centre = torch.std_mean(values, dim=(0, 2, 3), correction=0)
+    mean, std = torch.tensor(reading.mean), torch.tensor(reading.std)
+    far = torch.maximum((centre - mean).abs(), spread) / std
+    is_narrow = len(readable) > 3 and (spread / std).max() < 1 / NARROW
+    if far.max() > FAR or is_narrow:
+        i = int(far.argmax())
+        logger.warning(
+            "the images hold values from %.4g to %.4g, in channel %d of mean %.4g and std %.4g, %s the mean %.4g "
+            "and std %.4g that they are normalised with: `fcmae stats IMAGES --in_chans %d` prints the right ones",
+            *(values[:, i].min(), values[:, i].max(), i, centre[i], spread[i]),
+            "too narrow for" if is_narrow else "far from",
+            *(mean[i], std[i], reading.in_chans),
+        )
 
 
 @dataclass(frozen=True)
@@ -247,7 +208,7 @@ class ImageDataset(Dataset[Sample]):
     def __init__(self, images: Images, crop: CropAndFlip | CenterCrop | CropBoth, *, seed: int) -> None:
         self._images, self._seed = images, seed
         self._replaces = not isinstance(crop, CenterCrop)
-        self._shape = (crop.in_chans, *crop.image_size)
+        self._shape = (crop.reading.in_chans, *crop.reading.image_size)
 
     def __len__(self) -> int:
         return len(self._images)
@@ -337,6 +298,16 @@ class FinetuneDataset(ImageDataset):
     def _load(self, i: int, rng: np.random.Generator) -> tuple[Pixels, int | None]:
         with self._images.open(i) as file:
             return Pixels(self._view(file, rng).values), self._images.label(i)
+
+
+def centre_crops(reading: Reading, images: Images) -> FinetuneDataset:
+    """Centre crops of images.
+
+    Args:
+        reading: how they are read.
+        images: which.
+    """
+    return FinetuneDataset(images, CenterCrop(reading), seed=0)
 
 
 class SegmentDataset(ImageDataset):

@@ -17,6 +17,7 @@ from weakref import WeakSet
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from fcmae.data.augment import Reading
 from fcmae.data.cores import (
     FEW_FILES,
     SHARED_MEMORY,
@@ -26,7 +27,7 @@ from fcmae.data.cores import (
     local_processes,
     num_cores,
 )
-from fcmae.data.dataset import Batch, Reading, Sample, collate
+from fcmae.data.dataset import Batch, Sample, centre_crops, collate
 from fcmae.data.index import Images
 from fcmae.data.sampler import Key, evaluation_batches
 
@@ -184,7 +185,7 @@ def evaluation_loader(
     is_single = num_workers is None and len(images) <= batch_size
     num_workers = 0 if is_single else choose_num_workers(num_workers, device_type)
     keys = evaluation_batches(len(images), batch_size, rank, num_processes)
-    return build_loader(reading.dataset(images), keys, num_workers=num_workers, device_type=device_type)
+    return build_loader(centre_crops(reading, images), keys, num_workers=num_workers, device_type=device_type)
 
 
 def choose_num_workers(setting: int | None, device_type: str) -> int:

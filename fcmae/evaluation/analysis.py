@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fcmae.data.dataset import Reading
+from fcmae.data.augment import Reading
 from fcmae.data.index import Images
 from fcmae.data.split import evenly
 from fcmae.evaluation.features import BATCH_SIZE, batches_of

@@ -20,6 +20,7 @@ import fcmae
 from fcmae import options
 from fcmae.atomic import write_text
 from fcmae.config.commands import AnalyzeConfig
+from fcmae.data.dataset import check_values
 from fcmae.data.index import Images, find_images, find_labelled
 from fcmae.data.split import evenly
 from fcmae.evaluation.analysis import Layer, activation_maps, as_encoder, grn_norms, measure
@@ -76,7 +77,7 @@ def analyze(cfg: AnalyzeConfig) -> str:
         except ValueError as error:
             raise ValueError(f"model = {backbone.name!r}: {error}") from None
     claim(place, lambda path: path.name in FOUND["analysis"], cfg.overwrite)
-    backbones[0].reading.check_values(index)
+    check_values(backbones[0].reading, index)
     found = [_analyze(backbone, index, where, cfg.batch_size, cfg.num_workers) for backbone in backbones]
     record = {
         "fcmae": fcmae.__version__,

@@ -22,6 +22,8 @@ from numpy.typing import NDArray
 
 from fcmae.atomic import replacing
 from fcmae.config.commands import EmbedConfig
+from fcmae.data.augment import CenterCrop
+from fcmae.data.dataset import check_values
 from fcmae.data.index import Images, find_images, find_labelled
 from fcmae.evaluation.features import check_stages, extract
 from fcmae.evaluation.models import Backbone, choose_device, load_backbone
@@ -56,7 +58,7 @@ def embed(cfg: EmbedConfig) -> str:
     )
     check_stages(backbone, [cfg.stage])
     claim(out, _is_ours, cfg.overwrite)
-    backbone.reading.check_values(index)
+    check_values(backbone.reading, index)
     device = choose_device(cfg.device)
     with TemporaryDirectory(prefix=TEMPORARY[0], dir=out) as directory:
 
@@ -302,7 +304,7 @@ def save_neighbours(
     shown = [(query, 0), *((found, row) for row in range(len(found)))]
     for axis, (images, row), title in zip(axes[: len(shown)], shown, titles, strict=True):
         with images.open(row) as file:
-            values = backbone.reading.view(file, np.random.default_rng(0)).values
+            values = CenterCrop(backbone.reading)(file, np.random.default_rng(0)).values
         pixels = torch.from_numpy(values) / (255 if values.dtype == np.uint8 else 1)
         axis.imshow(displayable(pixels, float(pixels.min()), float(pixels.max())), cmap="gray", vmin=0, vmax=1)
         axis.set_title(title, fontsize=9)

@@ -29,6 +29,7 @@ from fcmae import options
 from fcmae.atomic import write_text
 from fcmae.classification import macro_auroc, scores
 from fcmae.config.commands import EvaluateConfig
+from fcmae.data.dataset import check_values
 from fcmae.data.index import Images, also_in, find_labelled, images_of_run
 from fcmae.data.source import printable
 from fcmae.data.split import draw, split
@@ -72,7 +73,7 @@ def evaluate(cfg: EvaluateConfig) -> str:
     folders = [place / name for name in folder_names(cfg.models)] if several else [place]
     claim(place, _is_ours, cfg.overwrite)
     if networks := [backbone for backbone in backbones if not is_control(backbone.name)]:
-        networks[0].reading.check_values(train_index)
+        check_values(networks[0].reading, train_index)
     records: list[dict[str, Any]] = []
     for backbone, folder in zip(backbones, folders, strict=True):
         with TemporaryDirectory(prefix=TEMPORARY[0], dir=place) as directory:

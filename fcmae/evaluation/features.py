@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from fcmae.data.dataset import Batch, Reading
+from fcmae.data.augment import Reading
+from fcmae.data.dataset import Batch
 from fcmae.data.index import Images
 from fcmae.data.loader import evaluation_loader
 from fcmae.evaluation.models import Backbone, stage_maps

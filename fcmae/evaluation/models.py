@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from fcmae.config import FinetuneData
 from fcmae.config.base import near_runs
-from fcmae.data.augment import seeded
-from fcmae.data.dataset import Reading
+from fcmae.data.augment import Reading, seeded
 from fcmae.data.geometry import MAX_PIXELS
 from fcmae.networks.build import make_encoder
 from fcmae.networks.encoder import StagedEncoder

@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 
 from fcmae.classification import scores
-from fcmae.data.dataset import Reading
+from fcmae.data.augment import Reading
+from fcmae.data.dataset import centre_crops
 from fcmae.data.index import Images, find_labelled
 from fcmae.data.sampler import EVAL_EPOCH
 from fcmae.data.source import printable
@@ -70,7 +71,7 @@ def find_monitored_labels(source: str, reading: Reading, seed: int) -> Labelled:
     )
     if not len(test):
         raise ValueError(f"{key}: {source!r} has no class of two images or more: give more of them")
-    sample = reading.dataset(train)[(EVAL_EPOCH, 0)]
+    sample = centre_crops(reading, train)[(EVAL_EPOCH, 0)]
     if not sample.valid:
         name, reason = sample.bad[0]
         raise ValueError(f"{key}: {printable(name)} cannot be used: {reason}")

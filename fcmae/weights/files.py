@@ -32,7 +32,7 @@ import fcmae
 from fcmae.atomic import read_bytes, replacing
 from fcmae.config import FinetuneData, ImageConfig, PretrainConfig
 from fcmae.config.base import near_runs
-from fcmae.data.dataset import Reading
+from fcmae.data.augment import Reading
 from fcmae.data.source import printable
 from fcmae.networks.build import make_encoder
 from fcmae.networks.spec import VARIANTS, ConvNeXtSpec, NetworkSpec, Spec, describe, variant_named, variant_of

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import fcmae
 from fcmae.config.commands import ExportConfig
-from fcmae.data.dataset import Reading, collate
+from fcmae.data.augment import Reading
+from fcmae.data.dataset import centre_crops, collate
 from fcmae.data.index import find_images, images_of_run
 from fcmae.data.normalize import Normalize
 from fcmae.data.source import printable
@@ -128,7 +129,7 @@ def _images(cfg: ExportConfig, reading: Reading) -> tuple[Tensor, str]:
     """Images as the file takes them, (B, C, H, W) float32, and what they are."""
     found = find_images(cfg.images, key="images") if cfg.images else images_of_run(cfg.model)
     if found is not None:
-        dataset = reading.dataset(found)
+        dataset = centre_crops(reading, found)
         samples = [dataset[(0, i)] for i in evenly(len(found), NUM_IMAGES)]
         if not (readable := [sample for sample in samples if sample.valid]):
             name, reason = samples[0].bad[0]
