@@ -166,7 +166,7 @@ def bench(cfg: BenchConfig) -> None:
 
     # GRN over the batch pools over the images at once, so their number changes what is computed.
     sizes = "images" in cfg.vary and cfg.model.grn_scope == "image"
-    images, unit = cfg.batch_size // cfg.num_parts, cfg.data.masks_per_image
+    images, unit = cfg.batch_size // cfg.num_micro_batches, cfg.data.masks_per_image
     while sizes and machine.device == "cpu" and images > CPU_IMAGES and images % (2 * unit) == 0:
         images //= 2
     compiled = False if cfg.model.compile == "auto" else cfg.model.compile
@@ -367,7 +367,7 @@ def time_candidate(cfg: BenchConfig, candidate: Candidate, from_files: bool) -> 
         noise = noise_batch(cfg, candidate.images)
         given = repeat(noise.pin_memory() if device.type == "cuda" else noise)
     batches = prefetched(given, device)
-    num_parts = min(grad_accum, 2) if device.type == "cpu" else grad_accum
+    num_micro_batches = min(grad_accum, 2) if device.type == "cpu" else grad_accum
     unread: StartedStep | None = None
     left_out_s: list[float] = []
 
@@ -389,8 +389,8 @@ def time_candidate(cfg: BenchConfig, candidate: Candidate, from_files: bool) -> 
         """As in training, the device computes a step while the host reads the result of the one before."""
         nonlocal unread
         sum_.zero_()
-        left_out_s.append((grad_accum - num_parts) * seconds(part))
-        for _ in range(num_parts - 1):
+        left_out_s.append((grad_accum - num_micro_batches) * seconds(part))
+        for _ in range(num_micro_batches - 1):
             part()
         started = start_update(accelerator, model, optimizer, sum_, clip_grad=cfg.optim.clip_grad)
         if unread is not None:

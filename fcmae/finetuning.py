@@ -50,7 +50,7 @@ from fcmae.training.launch import (
 from fcmae.training.log import Log
 from fcmae.training.run import Run, RunDirectory
 from fcmae.training.session import Session, begin
-from fcmae.training.steps import AT_ONCE, Steps, images_at_once, that_fits
+from fcmae.training.steps import AT_ONCE, Steps, limit_to_known_memory, micro_batch_size
 from fcmae.weights.convert import save_classifier
 from fcmae.weights.files import ImageRecord, Weights
 from fcmae.weights.formats import rename
@@ -136,11 +136,11 @@ def train(
         ValueError: if none of the held-out images can be read.
     """
     run, accelerator = session.run, session.accelerator
-    cfg = that_fits(cfg, accelerator)
+    cfg = limit_to_known_memory(cfg, accelerator)
     ready = prepare(cfg, run, accelerator, net, reading.image_size, per_epoch, partial(rename, to="timm"))
     schedule, ema, best = ready.schedule, ready.ema, ready.best
     normalize = reading.normalize.to(accelerator.device)
-    at_once = images_at_once(cfg, accelerator.num_processes)
+    at_once = micro_batch_size(cfg, accelerator.num_processes)
     if cfg.eval_only:  # batch_size was given for no step
         at_once = min(at_once, AT_ONCE.get(accelerator.device.type, min(AT_ONCE.values())))
     images_used = fingerprint(train_images, val_images)
@@ -171,12 +171,11 @@ def train(
         train_set = build_train_set(cfg, train_images, reading)
         steps = Steps(cfg, schedule, accelerator, ready.model, ready.optimizer, train_set, log, session.stop)
         for step in steps:
-            for batch in step.batches():
-                with step.part():
+            for batch in step.micro_batches():
+                with step.accumulate():
                     images, target = normalize(batch.images), batch.given_labels  # (B, C, H, W) float32, (B,) int64
                     if mixup is not None:
                         images, target = mixup(images, target)  # (B, classes)
-                    # Without a name, so that what a part computed is let go where the memory does not suffice.
                     step.backward(classification_loss(ready.model(images), target, balance, smoothing))
             step.update()
             if ema is not None:

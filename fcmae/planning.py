@@ -253,14 +253,14 @@ def _resumed(sketch: RunConfig, saved: Mapping[str, Any], given: Mapping[str, An
     Its micro-batches keep their size, on any number of processes.
     """
     from fcmae.training.records import processes_before
-    from fcmae.training.steps import images_at_once, in_parts_of, pools_a_part
+    from fcmae.training.steps import depends_on_micro_batch, micro_batch_size, with_micro_batch
 
     values = {key: value for key, value in saved.items() if key not in given} | {"out": out}
     cfg, processes = options.make(type(sketch), saved), int(os.environ.get("WORLD_SIZE", "1"))
     before = processes_before(out) or processes
-    if processes != before and "grad_accum" in values and not pools_a_part(cfg):
-        most = images_at_once(cfg, before)
-        parts = in_parts_of(cfg.model_copy(update={"grad_accum": 1}), processes, most).num_parts
+    if processes != before and "grad_accum" in values and not depends_on_micro_batch(cfg):
+        most = micro_batch_size(cfg, before)
+        parts = with_micro_batch(cfg.model_copy(update={"grad_accum": 1}), processes, most).num_micro_batches
         values |= {"grad_accum": parts, "chosen": cfg.chosen | {"grad_accum": f"{most} images at once, as before"}}
     return values
 
@@ -275,13 +275,13 @@ def _cut_off_at(cfg: RunConfig) -> float:
     """Images at once of an earlier start in this directory that was cut off in its first steps; else infinity."""
     from fcmae.training.own_files import overwrites
     from fcmae.training.records import last_state
-    from fcmae.training.steps import images_at_once
+    from fcmae.training.steps import micro_batch_size
 
     assert cfg.out is not None
     config = cfg.out / "config.yaml"
     if overwrites(cfg) or not config.is_file() or _has_begun(cfg.out) or last_state(cfg.out) != "cut off":
         return math.inf
-    return images_at_once(options.read(type(cfg), config), 1)
+    return micro_batch_size(options.read(type(cfg), config), 1)
 
 
 # What is found and measured
@@ -360,13 +360,13 @@ def _measured_s(hours: float) -> float:
 
 def _parts(sketch: RunConfig, measure: Measure) -> dict[str, Any]:
     """grad_accum, if nothing else is to be chosen."""
-    from fcmae.training.steps import images_at_once, in_parts, pools_a_part
+    from fcmae.training.steps import depends_on_micro_batch, micro_batch_size, settle_grad_accum
 
     processes, device = int(os.environ.get("WORLD_SIZE", "1")), _device(sketch)
-    start = in_parts(sketch, processes, device)
-    if processes > 1 or pools_a_part(sketch):
+    start = settle_grad_accum(sketch, processes, device)
+    if processes > 1 or depends_on_micro_batch(sketch):
         return {"grad_accum": start.grad_accum, "chosen": start.chosen}
-    plan, at_once, free = choices.Choices({}), images_at_once(start, processes), _free_memory(device)
+    plan, at_once, free = choices.Choices({}), micro_batch_size(start, processes), _free_memory(device)
     if (most := _most_memory(sketch, at_once)) < MEMORY_SHARE * free and _cut_off_at(sketch) == math.inf:
         why = f"{at_once} images at once take less than {most / 1e9:.1f} GB of {free / 1e9:.1f} GB free"
         plan.take("grad_accum", start.grad_accum, why)
@@ -406,15 +406,15 @@ def _fit(plan: choices.Choices, cfg: RunConfig, measure: Measure) -> bench.Resul
     Raises:
         ValueError: if one image at a time does not, or a step cannot run.
     """
-    from fcmae.training.steps import images_at_once, in_parts, in_smaller_parts
+    from fcmae.training.steps import micro_batch_size, settle_grad_accum, smaller_micro_batch
 
     device = _device(cfg)
-    free, cfg = _free_memory(device), in_parts(cfg, 1, device)
+    free, cfg = _free_memory(device), settle_grad_accum(cfg, 1, device)
     is_free, limit = "grad_accum" not in plan.settings, _cut_off_at(cfg)
-    while is_free and images_at_once(cfg, 1) >= limit and (smaller := in_smaller_parts(cfg, 1)) is not None:
+    while is_free and micro_batch_size(cfg, 1) >= limit and (smaller := smaller_micro_batch(cfg, 1)) is not None:
         cfg = smaller
     while True:
-        at_once = images_at_once(cfg, 1)
+        at_once = micro_batch_size(cfg, 1)
         try:
             result = measure(at_once)
             if device != "cpu" or result.memory <= MEMORY_SHARE * free:
@@ -424,13 +424,13 @@ def _fit(plan: choices.Choices, cfg: RunConfig, measure: Measure) -> bench.Resul
             why = f"{at_once} images at once: {error}"
             if OUT_OF_MEMORY not in why:
                 raise ValueError(f"a step does not run: {error}") from None
-        if not is_free or (smaller := in_smaller_parts(cfg, 1)) is None:
+        if not is_free or (smaller := smaller_micro_batch(cfg, 1)) is None:
             raise ValueError(
                 f"a step does not run: {why}; try --model.grad_checkpointing true, a smaller data.image_size or variant"
             )
         cfg = smaller
     why = f"{at_once} images at once take {result.memory / 1e9:.1f} GB of {free / 1e9:.1f} GB free"
-    plan.take("grad_accum", cfg.num_parts, why)
+    plan.take("grad_accum", cfg.num_micro_batches, why)
     return result
 
 
@@ -460,9 +460,9 @@ def images_per_s(cfg: PretrainConfig | FinetuneConfig) -> float:
     Raises:
         ValueError: if a step cannot run.
     """
-    from fcmae.training.steps import images_at_once, in_parts
+    from fcmae.training.steps import micro_batch_size, settle_grad_accum
 
-    at_once = images_at_once(in_parts(cfg, 1, _device(cfg)), 1)
+    at_once = micro_batch_size(settle_grad_accum(cfg, 1, _device(cfg)), 1)
     try:
         if isinstance(cfg, FinetuneConfig):
             return _dense_step(cfg, at_once, 2.0).mean_images_per_s

@@ -46,7 +46,7 @@ from fcmae.training.optim import Schedule
 from fcmae.training.records import read_metrics
 from fcmae.training.run import Run, RunDirectory
 from fcmae.training.session import Session, begin
-from fcmae.training.steps import Step, Steps, check_pooled, images_at_once, schedule_of, that_fits
+from fcmae.training.steps import Step, Steps, check_pooled, limit_to_known_memory, micro_batch_size, schedule_of
 from fcmae.weights.convert import start_from
 from fcmae.weights.files import read_init, reading_of
 from fcmae.weights.formats import OLD, rename
@@ -131,7 +131,7 @@ def train(
         FloatingPointError: if the loss or a gradient stops being finite.
     """
     run, accelerator = session.run, session.accelerator
-    cfg = that_fits(cfg, accelerator)
+    cfg = limit_to_known_memory(cfg, accelerator)
     net = net.to(accelerator.device)
     adamw = build_optimizer(cfg, net)
     fingerprint = train_images.fingerprint()
@@ -141,14 +141,14 @@ def train(
     visible = num_visible(math.prod(mask_grid(cfg)), cfg.model.mask_ratio)
 
     def trial() -> None:
-        noise = noise_batch(cfg, images_at_once(cfg, accelerator.num_processes)).to(accelerator.device)
+        noise = noise_batch(cfg, micro_batch_size(cfg, accelerator.num_processes)).to(accelerator.device)
         loss = masked_loss(net, normalize(noise.images), noise.given_masks, visible, target=net.target)
         loss.backward()  # type: ignore[no-untyped-call]
 
     # The optimizer's state is where it has to be, beside the parameters.
     model, optimizer = accelerator.prepare(net, adamw, device_placement=[True, False])
     # With the autocast that the forward pass has by now: without it the first step would compile once more.
-    compile_model(net, cfg.model.compile, trial, (schedule.total - schedule.start) * cfg.num_parts)
+    compile_model(net, cfg.model.compile, trial, (schedule.total - schedule.start) * cfg.num_micro_batches)
 
     train_set = build_dataset(cfg, train_images, augment=True)
     logger.info("%s: %d training images, %d held out", describe(net.encoder.spec), len(train_images), len(val_images))
@@ -158,10 +158,9 @@ def train(
             cfg, schedule, accelerator, model, optimizer, train_set, log, session.stop, cfg.data.masks_per_image
         )
         for step in steps:
-            for batch in step.batches():
-                with step.part():
+            for batch in step.micro_batches():
+                with step.accumulate():
                     images = normalize(batch.images)  # (B, C, H, W) float32
-                    # Without a name, so that what a part computed is let go where the memory does not suffice.
                     step.backward(
                         masked_loss(model, images, batch.given_masks, visible, target=net.target, known=batch.known)
                     )
@@ -170,7 +169,7 @@ def train(
             if step.evaluates:
                 with waiting_for_all(accelerator):  # the first one looks at features and draws pictures
                     evaluation.evaluate(net, step)
-            at_once = images_at_once(steps.cfg, accelerator.num_processes)
+            at_once = micro_batch_size(steps.cfg, accelerator.num_processes)
             step.save(run, net, fingerprint, {"images_at_once": at_once})
     return steps.finished
 
@@ -440,7 +439,7 @@ def build_evaluation(
         log: of the run.
     """
     rank, processes, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    at_once, workers = images_at_once(cfg, processes), choose_num_workers(cfg.data.num_workers, device.type)
+    at_once, workers = micro_batch_size(cfg, processes), choose_num_workers(cfg.data.num_workers, device.type)
     val_set = build_dataset(cfg, val_images, augment=False)
     keys = evaluation_batches(len(val_set), at_once, rank, processes)
     monitor = Monitor(

@@ -66,7 +66,7 @@ from fcmae.training.launch import (
 from fcmae.training.log import Log
 from fcmae.training.run import Run, RunDirectory
 from fcmae.training.session import Session, begin
-from fcmae.training.steps import Steps, images_at_once, that_fits
+from fcmae.training.steps import Steps, limit_to_known_memory, micro_batch_size
 from fcmae.weights.files import ImageRecord, Weights
 from fcmae.weights.segmenters import read_segmenter, save_segmenter
 
@@ -172,11 +172,11 @@ def train(
         ValueError: if none of the held-out images can be read.
     """
     run, accelerator = session.run, session.accelerator
-    cfg = that_fits(cfg, accelerator)
+    cfg = limit_to_known_memory(cfg, accelerator)
     ready = prepare(cfg, run, accelerator, net, reading.image_size, per_epoch)
     schedule, ema, best = ready.schedule, ready.ema, ready.best
     normalize = reading.normalize.to(accelerator.device)
-    at_once = images_at_once(cfg, accelerator.num_processes)
+    at_once = micro_batch_size(cfg, accelerator.num_processes)
     images_used = data.fingerprint()
     balance, dice = class_balance(cfg, data.counts, accelerator.device), cfg.regularization.dice
 
@@ -194,10 +194,9 @@ def train(
         train_set = build_train_set(cfg, data, reading)
         steps = Steps(cfg, schedule, accelerator, ready.model, ready.optimizer, train_set, log, session.stop)
         for step in steps:
-            for batch in step.batches():
-                with step.part():
+            for batch in step.micro_batches():
+                with step.accumulate():
                     images, target = normalize(batch.images), batch.given_labels  # (B, C, H, W), (B, H, W)
-                    # Without a name, so that what a part computed is let go where the memory does not suffice.
                     step.backward(segmentation_loss(ready.model(images), target, balance, dice))
             step.update()
             if ema is not None:

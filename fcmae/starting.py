@@ -28,7 +28,7 @@ from fcmae.training import checkpoint, optim
 from fcmae.training.compiling import compile_model
 from fcmae.training.optim import Schedule
 from fcmae.training.run import RunDirectory
-from fcmae.training.steps import check_pooled, images_at_once, schedule_of
+from fcmae.training.steps import check_pooled, micro_batch_size, schedule_of
 from fcmae.weights.convert import adapt_in_chans
 from fcmae.weights.files import ImageRecord, Weights, read_init, reading_of, tell_encoder_alone
 from fcmae.weights.formats import Architecture
@@ -139,7 +139,7 @@ def progress_of(
         best: the best evaluation so far.
         num_processes: of the run.
     """
-    pooled = {"images_at_once": images_at_once(cfg, num_processes)} if net.encoder.spec.has_batch_norm else {}
+    pooled = {"images_at_once": micro_batch_size(cfg, num_processes)} if net.encoder.spec.has_batch_norm else {}
     return {"best": vars(best), "image": ImageRecord.of(reading).known(), **pooled}
 
 
@@ -283,7 +283,7 @@ def prepare(
         if ema is not None:
             ema.module.load_state_dict(checkpoint.read_state(resumed, "ema", net, renamed))
     schedule = schedule_of(cfg, per_epoch, run.resume_step)
-    at_once = images_at_once(cfg, accelerator.num_processes)
+    at_once = micro_batch_size(cfg, accelerator.num_processes)
 
     def trial() -> None:
         logits = net(torch.randn(at_once, net.encoder.in_chans, *image_size, device=accelerator.device))
@@ -293,7 +293,7 @@ def prepare(
     model, optimizer = accelerator.prepare(net, adamw, device_placement=[True, False])
     if not cfg.eval_only:  # which computes no step
         # With the autocast that the forward pass has by now: without it the first step would compile once more.
-        compile_model(net, cfg.model.compile, trial, (schedule.total - schedule.start) * cfg.num_parts)
+        compile_model(net, cfg.model.compile, trial, (schedule.total - schedule.start) * cfg.num_micro_batches)
     return Prepared(schedule, model, optimizer, ema, best)
 
 

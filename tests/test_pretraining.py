@@ -58,7 +58,7 @@ from fcmae.masked import masked_loss, pixels
 from fcmae.options import read
 from fcmae.training import checkpoint, health
 from fcmae.training.records import read_metrics
-from fcmae.training.steps import in_parts
+from fcmae.training.steps import settle_grad_accum
 from fcmae.weights.files import read_weights
 from fcmae.weights.formats import OLD, rename
 
@@ -200,7 +200,7 @@ def test_a_run_writes_settings_logs_pictures_and_checkpoints(images: Path, tmp_p
         *("config.yaml", "environment.json", "files.json", "train.log", "metrics.jsonl", "loss.png", ".lock", ".saved"),
         *("checkpoints", "reconstructions", "tensorboard"),
     }
-    assert read(PretrainConfig, out / "config.yaml") == in_parts(cfg, 1, "cpu")
+    assert read(PretrainConfig, out / "config.yaml") == settle_grad_accum(cfg, 1, "cpu")
     assert [path.name for path in sorted((out / "checkpoints").iterdir())] == [
         *("step-00000004", "step-00000006", "step-00000008")
     ]

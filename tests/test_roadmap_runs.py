@@ -20,7 +20,7 @@ from fcmae.config import FinetuneConfig
 from fcmae.networks.roadmap import BatchNorm, Encoder
 from fcmae.networks.spec import VARIANTS, RoadmapSpec, read_spec
 from fcmae.training import checkpoint
-from fcmae.training.steps import in_parts, in_smaller_parts
+from fcmae.training.steps import settle_grad_accum, smaller_micro_batch
 from fcmae.weights.convert import build_classifier
 from fcmae.weights.files import read_weights
 
@@ -51,13 +51,13 @@ def test_batch_norm_sees_the_whole_batch_unless_parts_are_asked_for(tmp_path: Pa
         model = {"variant": f"roadmap-small/{step}", "stem_stride": 2}
         data, out = {"path": "labelled", "image_size": 64}, str(tmp_path / "out")
         cfg = FinetuneConfig.model_validate({"model": model, "data": data, "out": out, "batch_size": 512} | given)
-        return in_parts(cfg, 1, "cpu")
+        return settle_grad_accum(cfg, 1, "cpu")
 
     found = parts("inverted")
     assert found.grad_accum == 1 and "BatchNorm" in found.chosen["grad_accum"]
-    assert in_smaller_parts(found, 1) is None  # where memory does not suffice
-    assert parts("layer-norm").num_parts > 1
-    assert parts("inverted", grad_accum=4).num_parts == 4
+    assert smaller_micro_batch(found, 1) is None  # where memory does not suffice
+    assert parts("layer-norm").num_micro_batches > 1
+    assert parts("inverted", grad_accum=4).num_micro_batches == 4
 
 
 def test_a_run_with_batch_norm_goes_on_with_as_many_images_at_once(

@@ -32,11 +32,11 @@ from fcmae.training.steps import (
     StartedStep,
     Step,
     Steps,
-    images_at_once,
-    in_parts,
-    in_smaller_parts,
+    micro_batch_size,
     schedule_of,
     seed_step,
+    settle_grad_accum,
+    smaller_micro_batch,
     start_update,
 )
 
@@ -75,7 +75,7 @@ def steps_of(
 
 def take(step: Step, net: nn.Module, parts: tuple[Tensor, ...]) -> None:
     seen = []
-    for part, batch in zip(parts, step.batches(), strict=True):
+    for part, batch in zip(parts, step.micro_batches(), strict=True):
         seen += batch.index.tolist()
         step.backward(net(part).square().mean())
     assert len(set(seen)) == 8
@@ -93,17 +93,17 @@ def plain_step(net: nn.Module, batch: Tensor, clip_grad: float | None = None) ->
     return loss.item(), norm.item()
 
 
-@pytest.mark.parametrize("num_parts", [1, 2, 8])
+@pytest.mark.parametrize("num_micro_batches", [1, 2, 8])
 @pytest.mark.parametrize("clip_grad", ["none", 0.01, 100.0])
 def test_a_step_is_torch_s_own_in_any_number_of_parts(
-    accelerator: Accelerator, images: Path, tmp_path: Path, num_parts: int, clip_grad: str | float
+    accelerator: Accelerator, images: Path, tmp_path: Path, num_micro_batches: int, clip_grad: str | float
 ) -> None:
     net, batch = model_and_batch()
     reference = copy.deepcopy(net)
-    settings = {"optim__clip_grad": clip_grad, "grad_accum": num_parts}
+    settings = {"optim__clip_grad": clip_grad, "grad_accum": num_micro_batches}
     steps, log = steps_of(images, tmp_path / "out", accelerator, net, **settings)
     step = next(iter(steps))
-    take(step, net, batch.chunk(num_parts))
+    take(step, net, batch.chunk(num_micro_batches))
     log.close()
     loss, norm = plain_step(reference, batch, None if isinstance(clip_grad, str) else clip_grad)
     (line,) = map(json.loads, (tmp_path / "out" / "metrics.jsonl").read_text().splitlines())
@@ -132,22 +132,22 @@ def test_what_was_computed_of_a_part_without_memory_is_let_go_before_the_step_is
             raise torch.OutOfMemoryError("CUDA out of memory.")
         assert kept[0]() is None and all(parameter.grad is None for parameter in net.parameters())
 
-    num_parts = 0
-    for _ in step.batches():
-        num_parts += 1
-        with step.part():
+    num_micro_batches = 0
+    for _ in step.micro_batches():
+        num_micro_batches += 1
+        with step.accumulate():
             compute()
-        if num_parts == 2:
+        if num_micro_batches == 2:
             break
     log.close()
-    assert num_parts == 2 and steps.cfg.grad_accum == 2
+    assert num_micro_batches == 2 and steps.cfg.grad_accum == 2
 
 
 def test_any_other_error_of_a_part_is_raised(accelerator: Accelerator, images: Path, tmp_path: Path) -> None:
     steps, log = steps_of(images, tmp_path / "out", accelerator, model_and_batch()[0])
     step = next(iter(steps))
-    next(step.batches())
-    with pytest.raises(RuntimeError, match="of the model"), step.part():
+    next(step.micro_batches())
+    with pytest.raises(RuntimeError, match="of the model"), step.accumulate():
         raise RuntimeError("of the model")
     log.close()
 
@@ -157,8 +157,8 @@ def test_parts_become_the_next_smaller_ones_that_divide_the_batch(images: Path, 
         cfg: PretrainConfig | None = config(images, tmp_path, **settings)
         found = []
         while cfg is not None:
-            found.append(images_at_once(cfg, 2))
-            cfg = in_smaller_parts(cfg, 2)
+            found.append(micro_batch_size(cfg, 2))
+            cfg = smaller_micro_batch(cfg, 2)
         return found
 
     assert sizes(batch_size=24) == [12, 6, 3, 1]
@@ -174,7 +174,7 @@ def test_a_batch_that_divides_badly_is_computed_in_parts_that_are_somewhat_large
     images: Path, tmp_path: Path, batch_size: int, device: str, at_once: int
 ) -> None:
     cfg = config(images, tmp_path, batch_size=batch_size)
-    assert images_at_once(in_parts(cfg, 1, device), 1) == at_once
+    assert micro_batch_size(settle_grad_accum(cfg, 1, device), 1) == at_once
 
 
 def test_the_numbers_of_a_step_are_read_while_the_next_computes(

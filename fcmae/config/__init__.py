@@ -469,7 +469,7 @@ class RunConfig(Settings):
         return own.keep + (int(self.epochs // own.milestone_epochs) if own.milestone_epochs else 0)
 
     @property
-    def num_parts(self) -> int:
+    def num_micro_batches(self) -> int:
         """grad_accum as a number: 1 as long as it is auto, which is settled before a run begins."""
         return 1 if self.grad_accum == "auto" else self.grad_accum
 
@@ -483,14 +483,14 @@ class RunConfig(Settings):
         if self.device == "cpu" and self.precision in ("fp16", "tf32"):
             yield ("precision", "device"), f"{self.precision} needs a GPU and device is cpu: use auto, fp32 or bf16"
         processes = num_processes or 1
-        parts = processes * self.num_parts
+        parts = processes * self.num_micro_batches
         if self.batch_size < processes:
             yield ("batch_size",), f"{self.batch_size} is smaller than the {processes} processes: give each an image"
         elif self.batch_size % parts:
             yield (
                 ("batch_size", "grad_accum"),
-                f"{self.batch_size} is not a multiple of processes x grad_accum = {processes} x {self.num_parts}: "
-                f"the nearest is {max(1, round(self.batch_size / parts)) * parts}",
+                f"{self.batch_size} is not a multiple of processes x grad_accum = {processes} x "
+                f"{self.num_micro_batches}: the nearest is {max(1, round(self.batch_size / parts)) * parts}",
             )
 
 
@@ -498,9 +498,12 @@ def _compile_conflicts(cfg: PretrainConfig | DenseConfig) -> Iterator[Conflict]:
     setting = cfg.model.compile
     if setting == "cudagraphs" and cfg.device == "cpu":
         yield ("model.compile", "device"), "cudagraphs needs a GPU and device is cpu: use true or auto"
-    if setting == "cudagraphs" and cfg.num_parts > 1:
+    if setting == "cudagraphs" and cfg.num_micro_batches > 1:
         # The gradients of one micro-batch lie in memory that the next one's graph overwrites.
-        yield ("model.compile", "grad_accum"), f"cudagraphs needs grad_accum 1, not {cfg.num_parts}: use true or auto"
+        yield (
+            ("model.compile", "grad_accum"),
+            f"cudagraphs needs grad_accum 1, not {cfg.num_micro_batches}: use true or auto",
+        )
 
 
 def _total_stride(spec: NetworkSpec) -> str:
@@ -559,7 +562,7 @@ class PretrainConfig(RunConfig):
         if not self.data.path:
             yield ("data.path",), "missing: a folder of images, e.g. --data.path photos"
         yield from _image_conflicts(self.data)
-        parts = (num_processes or 1) * self.num_parts
+        parts = (num_processes or 1) * self.num_micro_batches
         if not self.batch_size % parts and self.batch_size % (unit := parts * self.data.masks_per_image):
             yield (
                 ("batch_size", "data.masks_per_image", "grad_accum"),
@@ -685,7 +688,7 @@ class FinetuneConfig(DenseConfig):
                 ("model.keep_head", "model.init", "model.head_init_scale"),
                 "it takes the classifier that init has: give --init, and no head_init_scale",
             )
-        images = self.batch_size // (num_processes or 1) // self.num_parts
+        images = self.batch_size // (num_processes or 1) // self.num_micro_batches
         if (self.regularization.mixup or self.regularization.cutmix) and images % 2:
             yield (
                 ("batch_size", "grad_accum", "regularization.mixup", "regularization.cutmix"),

@@ -111,7 +111,7 @@ class Source(Protocol):
         return ""
 
 
-def in_parts(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+def chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
     """Items in lists of a size; the last may be shorter."""
     left = iter(items)
     while part := list(islice(left, size)):
@@ -128,7 +128,7 @@ class Names:
 
     def __init__(self, names: Iterable[str]) -> None:
         self._block, ends, self._num = bytearray(), array("q", [0]), 0
-        for group in in_parts(names, GROUP):
+        for group in chunks(names, GROUP):
             if not all(isinstance(name, str) for name in group):
                 raise TypeError("names that are no text")
             self._block += zlib.compress(json.dumps(group).encode(), 1)  # JSON keeps what is no Unicode

@@ -14,7 +14,7 @@ from fcmae.training.launch import closing_trackers, ending_together, finish, mak
 from fcmae.training.messages import showing
 from fcmae.training.run import Run, RunDirectory
 from fcmae.training.signals import StopSignal
-from fcmae.training.steps import Fitting, in_parts
+from fcmae.training.steps import Fitting, settle_grad_accum
 
 
 @dataclass(frozen=True)
@@ -61,5 +61,5 @@ def begin(cfg: Fitting) -> Iterator[Session[Fitting]]:
         run = RunDirectory(cfg)
         run.agree(accelerator)
         check_launch(cfg, accelerator.num_processes)
-        cfg = in_parts(cfg, accelerator.num_processes, accelerator.device.type, run.saved)
+        cfg = settle_grad_accum(cfg, accelerator.num_processes, accelerator.device.type, run.saved)
         yield Session(cfg, run, accelerator, StopSignal())

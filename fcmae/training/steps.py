@@ -1,8 +1,8 @@
-"""The optimizer steps of a run, one by one: their images, seed, learning rate and end; the loop fills them.
+"""The optimizer steps of a run, one by one: their micro-batches, seed, learning rate and end; the loop fills them.
 
 for step in steps:
-    for batch in step.batches():
-        with step.part():
+    for batch in step.micro_batches():
+        with step.accumulate():
             step.backward(loss of the batch)
     step.update()
     step.settle()
@@ -70,12 +70,12 @@ def schedule_of(cfg: RunConfig, per_epoch: int, start: int) -> Schedule:
     )
 
 
-def images_at_once(cfg: RunConfig, num_processes: int) -> int:
-    """Images that a process computes together in training, each counted as often as it has masks."""
-    return max(1, cfg.batch_size // num_processes // cfg.num_parts)
+def micro_batch_size(cfg: RunConfig, num_processes: int) -> int:
+    """Images that a process computes at once in training, each counted as often as it has masks."""
+    return max(1, cfg.batch_size // num_processes // cfg.num_micro_batches)
 
 
-def in_smaller_parts(cfg: Fitting, num_processes: int) -> Fitting | None:
+def smaller_micro_batch(cfg: Fitting, num_processes: int) -> Fitting | None:
     """The settings with a smaller micro-batch: half, or the next size that divides the batch.
 
     None if it cannot shrink, or if its size changes the result (BatchNorm, grn_scope = batch).
@@ -84,16 +84,16 @@ def in_smaller_parts(cfg: Fitting, num_processes: int) -> Fitting | None:
         cfg: of the run.
         num_processes: of it.
     """
-    if pools_a_part(cfg):
+    if depends_on_micro_batch(cfg):
         return None
-    for num_parts in range(2 * cfg.num_parts, cfg.batch_size // num_processes + 1):
-        smaller = cfg.model_copy(update={"grad_accum": num_parts})
+    for num in range(2 * cfg.num_micro_batches, cfg.batch_size // num_processes + 1):
+        smaller = cfg.model_copy(update={"grad_accum": num})
         if not any(smaller.conflicts(num_processes)):
             return smaller
     return None
 
 
-def in_parts_of(cfg: Fitting, num_processes: int, most: float, slack: float = 1) -> Fitting:
+def with_micro_batch(cfg: Fitting, num_processes: int, most: float, slack: float = 1) -> Fitting:
     """The settings with a micro-batch of at most `most` images, or the smallest that they allow.
 
     Args:
@@ -102,14 +102,15 @@ def in_parts_of(cfg: Fitting, num_processes: int, most: float, slack: float = 1)
         most: images that a process computes at once.
         slack: a micro-batch up to slack * most is kept if splitting it would go below most / slack.
     """
-    while images_at_once(cfg, num_processes) > most and (smaller := in_smaller_parts(cfg, num_processes)) is not None:
-        if images_at_once(cfg, num_processes) <= most * slack and images_at_once(smaller, num_processes) < most / slack:
+    while (size := micro_batch_size(cfg, num_processes)) > most:
+        smaller = smaller_micro_batch(cfg, num_processes)
+        if smaller is None or (size <= most * slack and micro_batch_size(smaller, num_processes) < most / slack):
             break
         cfg = smaller
     return cfg
 
 
-def in_parts(cfg: Fitting, num_processes: int, device_type: str, saved: RunConfig | None = None) -> Fitting:
+def settle_grad_accum(cfg: Fitting, num_processes: int, device_type: str, saved: RunConfig | None = None) -> Fitting:
     """Replace grad_accum = auto by a number without measuring: the saved run's, else the device's default micro-batch.
 
     Args:
@@ -121,21 +122,21 @@ def in_parts(cfg: Fitting, num_processes: int, device_type: str, saved: RunConfi
     if cfg.grad_accum != "auto":
         return cfg
     if saved is not None:
-        kept = cfg.model_copy(update={"grad_accum": saved.num_parts, "chosen": cfg.chosen | saved.chosen})
+        kept = cfg.model_copy(update={"grad_accum": saved.num_micro_batches, "chosen": cfg.chosen | saved.chosen})
         if not any(kept.conflicts(num_processes)):
             return kept
     found = cfg.model_copy(update={"grad_accum": 1})
     if isinstance(cfg, DenseConfig) and cfg.eval_only:
         return found  # nothing is trained
-    found = in_parts_of(found, num_processes, AT_ONCE.get(device_type, min(AT_ONCE.values())), slack=4)
-    why = f"{images_at_once(found, num_processes)} images at once in each process: not measured"
-    if pools_a_part(cfg):
+    found = with_micro_batch(found, num_processes, AT_ONCE.get(device_type, min(AT_ONCE.values())), slack=4)
+    why = f"{micro_batch_size(found, num_processes)} images at once in each process: not measured"
+    if depends_on_micro_batch(cfg):
         what = "model.grn_scope = batch" if isinstance(cfg, PretrainConfig) else "BatchNorm"
         why = f"the whole batch, as {what} pools over what is computed at once"
     return found.model_copy(update={"chosen": cfg.chosen | {"grad_accum": why}})
 
 
-def pools_a_part(cfg: RunConfig) -> bool:
+def depends_on_micro_batch(cfg: RunConfig) -> bool:
     """Whether GRN or BatchNorm pools over what is computed at once, so that its size changes the result."""
     if isinstance(cfg, PretrainConfig):
         return cfg.model.grn_scope == "batch"
@@ -143,7 +144,7 @@ def pools_a_part(cfg: RunConfig) -> bool:
 
 
 def check_pooled(cfg: RunConfig, run: RunDirectory, num_processes: int, what: str) -> None:
-    """Refuse to go on with other numbers of images at once than before, where something pools over them.
+    """Refuse to go on with micro-batches of another size than before, where something pools over them.
 
     Args:
         cfg: the run's settings.
@@ -156,7 +157,7 @@ def check_pooled(cfg: RunConfig, run: RunDirectory, num_processes: int, what: st
     """
     if run.resume_from is None:
         return
-    now = images_at_once(cfg, num_processes)
+    now = micro_batch_size(cfg, num_processes)
     if (before := checkpoint.read_meta(run.resume_from).progress.get("images_at_once", now)) != now:
         raise ValueError(
             f"{what} pools over {now} images, and the run did over {before}: choose grad_accum and processes so that "
@@ -164,8 +165,8 @@ def check_pooled(cfg: RunConfig, run: RunDirectory, num_processes: int, what: st
         )
 
 
-def that_fits(cfg: Fitting, accelerator: Accelerator) -> Fitting:
-    """The settings in parts that are as small as this run was found to need on this device.
+def limit_to_known_memory(cfg: Fitting, accelerator: Accelerator) -> Fitting:
+    """The settings with micro-batches as small as this run was found to need on this device.
 
     Args:
         cfg: of the run.
@@ -174,10 +175,10 @@ def that_fits(cfg: Fitting, accelerator: Accelerator) -> Fitting:
     assert cfg.out is not None
     fits = same_everywhere(accelerator, partial(images_that_fit, cfg.out, accelerator.device))
     processes = accelerator.num_processes
-    fitting = cfg if fits is None else in_parts_of(cfg, processes, fits)
+    fitting = cfg if fits is None else with_micro_batch(cfg, processes, fits)
     if fitting is not cfg:
         message = "%d images at once, as more did not fit into the memory before: grad_accum = %d"
-        logger.info(message, images_at_once(fitting, processes), fitting.grad_accum)
+        logger.info(message, micro_batch_size(fitting, processes), fitting.grad_accum)
     return fitting
 
 
@@ -185,9 +186,9 @@ class Steps:
     """The steps of a run from where it starts to its end, or until a signal asks to stop.
 
     Attributes:
-        cfg: settings of the run, in smaller parts once its memory did not suffice.
+        cfg: settings of the run, with smaller micro-batches once its memory did not suffice.
         schedule, accelerator, model, optimizer, log, stop: as they were given.
-        batches: of the steps that are left, in their parts.
+        batches: the micro-batches of the steps that are left.
         finished: whether the end was reached.
 
     Args:
@@ -244,7 +245,7 @@ class Steps:
         logger.info("finished %d steps", self.schedule.total)
 
     def _read_from(self, start: int) -> Iterator[Batch]:
-        """The parts of the steps from one on."""
+        """The micro-batches of the steps from one on."""
         cfg, device = self.cfg, self.accelerator.device
         order = StepSampler(
             len(self._dataset),
@@ -254,15 +255,15 @@ class Steps:
             end_step=self.schedule.total,
             rank=self.accelerator.process_index,
             num_processes=self.accelerator.num_processes,
-            grad_accum=cfg.num_parts,
+            grad_accum=cfg.num_micro_batches,
             masks_per_image=self._masks_per_image,
         )
         workers = choose_num_workers(cfg.data.num_workers, device.type)
         loader = build_loader(self._dataset, order, num_workers=workers, device_type=device.type)
         return self.log.window.timed(prefetched(loader, device))
 
-    def take_smaller_parts(self, number: int, exchanges: bool) -> None:
-        """Have this step, of which nothing is kept, and those to come computed in smaller parts.
+    def shrink_micro_batches(self, number: int, exchanges: bool) -> None:
+        """Have this step, of which nothing is kept, and those to come computed in smaller micro-batches.
 
         Args:
             number: of the step that found too little memory.
@@ -272,11 +273,11 @@ class Steps:
             ValueError: if it cannot be, or not before the run is started again.
         """
         cfg, processes, started = self.cfg, self.accelerator.num_processes, number - 1
-        lack = f"step {number}: the memory of the GPU does not suffice for {images_at_once(cfg, processes)} images"
+        lack = f"step {number}: the memory of the GPU does not suffice for {micro_batch_size(cfg, processes)} images"
         pools = self.accelerator.unwrap_model(self.model).encoder.spec.has_batch_norm  # model.init may have brought it
-        if pools or (smaller := in_smaller_parts(cfg, processes)) is None:
+        if pools or (smaller := smaller_micro_batch(cfg, processes)) is None:
             raise ValueError(f"{lack} at once, and the run cannot be computed in smaller parts: try {SMALLER}")
-        at_once = images_at_once(smaller, processes)
+        at_once = micro_batch_size(smaller, processes)
         assert cfg.out is not None
         record_images_that_fit(cfg.out, at_once)
         if exchanges:
@@ -312,7 +313,7 @@ class Steps:
 
 
 class Step:
-    """One optimizer step, in parts that are computed one after the other.
+    """One optimizer step, in micro-batches that are computed one after the other.
 
     Attributes:
         number: steps that are done when this one is.
@@ -337,17 +338,17 @@ class Step:
         self._lacks_memory = False
         self._loss = torch.zeros((), device=steps.accelerator.device)
 
-    def batches(self) -> Iterator[Batch]:
-        """The parts of the step, each to be computed within `part`; only the last synchronises gradients.
+    def micro_batches(self) -> Iterator[Batch]:
+        """Those of the step, each to be computed within `accumulate`; only the last synchronises gradients.
 
         Raises:
-            ValueError: if the memory suffices for no part.
+            ValueError: if the memory does not suffice for the smallest.
         """
         steps, done = self._steps, 0
-        while done < steps.cfg.num_parts:
-            is_last = done + 1 == steps.cfg.num_parts
+        while done < steps.cfg.num_micro_batches:
+            is_last = done + 1 == steps.cfg.num_micro_batches
             with contextlib.nullcontext() if is_last else steps.accelerator.no_sync(steps.model):
-                # CUDA graphs may use the memory of the part before again.
+                # CUDA graphs may use the memory of the micro-batch before again.
                 if steps.cfg.model.compile == "cudagraphs":  # else it would load the compiler, 3 s of every start
                     torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
                 batch = next(steps.batches)
@@ -355,21 +356,24 @@ class Step:
                 yield batch
             done += 1
             if self._lacks_memory:
-                steps.take_smaller_parts(self.number, is_last and steps.accelerator.num_processes > 1)
+                steps.shrink_micro_batches(self.number, is_last and steps.accelerator.num_processes > 1)
                 self._loss.zero_()
                 self._lacks_memory, done = False, 0
 
     @contextlib.contextmanager
-    def part(self) -> Iterator[None]:
-        """Around the computing of a part: where the GPU lacks the memory, the step is taken again in smaller ones."""
+    def accumulate(self) -> Iterator[None]:
+        """Around the computing of a micro-batch: where the GPU lacks memory, the step is taken again in smaller ones.
+
+        What is computed should have no name outside it, so that it is let go then.
+        """
         try:
             yield
         except torch.OutOfMemoryError:
             self._lacks_memory = True  # what was computed is let go before more is done
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of a part's mean loss, a scalar."""
-        loss = loss / self._steps.cfg.num_parts
+        """Add the gradients of a micro-batch's mean loss, a scalar."""
+        loss = loss / self._steps.cfg.num_micro_batches
         self._steps.accelerator.backward(loss)
         self._loss += loss.detach()
 
@@ -466,7 +470,7 @@ class StepResult(NamedTuple):
     """The numbers of a step that is done.
 
     Attributes:
-        loss: mean over processes and parts.
+        loss: mean over processes and micro-batches.
         grad_norm: before clipping.
         stop: whether any process was told to stop.
     """
@@ -530,7 +534,7 @@ def start_update(
 
     Args:
         accelerator: of the processes.
-        model: as accelerate prepared it; its gradients are those of all parts.
+        model: as accelerate prepared it; its gradients are those of all micro-batches.
         optimizer: one of torch's fused ones, which can be told on the device to change nothing: so a loss or a gradient
             that is not finite leaves the weights as they are, and the host reads of it later.
         loss: () of this process, to be reported.
