@@ -210,7 +210,7 @@ def check_start(
         ValueError: in one sentence.
     """
     if num_images[1] == 0:
-        remedy = "raise it" if num_images[0] > 1 else "give images to hold out by data.val_path"
+        remedy = "raise it, or " * (num_images[0] > 1) + "give images to hold out by data.val_path"
         raise ValueError(f"data.val_share = {cfg.data.val_share} holds out none of {num_images[0]} images: {remedy}")
     if net.encoder.spec.has_batch_norm:
         check_pooled(cfg, run, num_processes, "BatchNorm")

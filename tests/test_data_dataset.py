@@ -215,6 +215,22 @@ def test_photographs_are_not_warned_of(index: Images, caplog: pytest.LogCaptureF
     assert not caplog.records
 
 
+def test_pages_that_are_not_read_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    values = np.random.default_rng(0).integers(0, 256, (5, 32, 32), dtype=np.uint8)
+    tifffile.imwrite(tmp_path / "z.tif", values, photometric="minisblack")
+    images = find_images([str(tmp_path)])
+    check_values(Reading(1, (16, 16), 1.0, (0.5,), (0.3,)), images)
+    assert "z.tif has 5 pages, and the first is read: in_chans = 5 reads them as channels" in caplog.text
+    caplog.clear()
+    five = Reading(5, (32, 32), 1.0, (0.5,) * 5, (0.3,) * 5)
+    check_values(five, images)
+    assert not caplog.records
+    np.testing.assert_array_equal(centre_crops(five, images)[(0, 0)].image, values)
+    tifffile.imwrite(tmp_path / "z.tif", values[0], photometric="minisblack")
+    check_values(Reading(1, (16, 16), 1.0, (0.5,), (0.3,)), images)
+    assert not caplog.records
+
+
 def test_the_network_sees_zero_where_values_are_missing(tmp_path: Path) -> None:
     image = np.full((32, 32, 4), 0.3, np.float32)
     image[:, :8] = -9999

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.utils.data import Dataset
 
 from fcmae.data.augment import CenterCrop, CropAndFlip, CropBoth, FinetuneAugment, Reading
 from fcmae.data.index import Images
+from fcmae.data.rasters import num_pages
 from fcmae.data.readers import Pixels
 from fcmae.data.sampler import MASK_STREAM, SAMPLE_STREAM, Key
 from fcmae.data.source import BadImage, DataError, printable
@@ -31,14 +33,20 @@ View = CenterCrop | CropAndFlip | FinetuneAugment  # file -> (C, H, W), drawing 
 
 
 def check_values(reading: Reading, images: Images) -> None:
-    """Warn if some of the images hold values far from the mean, as images in other units do, or of no spread.
+    """Warn if some of the images hold values far from the mean, as images in other units do, of no spread, or pages.
 
     Args:
         reading: how they are read.
         images: which.
     """
-    dataset = centre_crops(reading, images)
-    samples = [dataset[(0, i)] for i in evenly(len(images), 8)]
+    dataset, looked_at = centre_crops(reading, images), evenly(len(images), 8)
+    for i in looked_at if reading.in_chans in (1, 3) else ():
+        with suppress(BadImage), images.open(i) as file:
+            if (num := num_pages(file)) > 1:
+                message = "%s has %d pages, and the first is read: in_chans = %d reads them as channels"
+                logger.warning(message, printable(images.name(i)), num, num)
+                break
+    samples = [dataset[(0, i)] for i in looked_at]
     if not (readable := [sample for sample in samples if sample.valid]):
         return
     seen = collate(readable).images

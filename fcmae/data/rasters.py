@@ -24,6 +24,7 @@ from fcmae.data.readers import (
     TIFF_STARTS,
     ArrayImage,
     Pixels,
+    channel_pages,
     check_channels,
     check_finite,
     check_segments,
@@ -247,6 +248,23 @@ def num_bands(file: BinaryIO) -> int:
         page = tifffile.TiffFile(file).pages.first
         grey_or_rgb = {0: 1, 1: 1, 2: 3}.get(page.photometric, 0)
         return grey_or_rgb and grey_or_rgb + page.extrasamples.count(0)  # 0: unspecified
+
+
+def num_pages(file: BinaryIO) -> int:
+    """How many pages a TIFF has that are no channels, of which only the first is read as grey or RGB; 1 of other files.
+
+    Args:
+        file: at its start.
+
+    Raises:
+        BadImage: if it is damaged.
+    """
+    if file.read(4) not in TIFF_STARTS:
+        return 1
+    file.seek(0)
+    with reading(MAX_PIXELS):
+        series = tifffile.TiffFile(file).series[0]
+        return 1 if channel_pages(series) else len(series.pages)
 
 
 def geo_tags(file: BinaryIO) -> list[tuple[int, int, int, Any, bool]]:

@@ -461,7 +461,7 @@ def _open_tiff(file: BinaryIO, in_chans: int) -> OpenImage:
     tiff = tifffile.TiffFile(file)
     if len(tiff.pages) > MAX_PAGES:
         raise BadImage(f"it has {len(tiff.pages)} pages, more than {MAX_PAGES}")
-    if image is not None and not _channel_pages(tiff.series[0]):
+    if image is not None and not channel_pages(tiff.series[0]):
         return _pillow_tiff(image, in_chans)
     return _open_tifffile(tiff, in_chans)
 
@@ -582,8 +582,12 @@ def nodata_of(text: Any, dtype: np.dtype[Any]) -> float | None:
         return None
 
 
-def _channel_pages(series: tifffile.TiffPageSeries) -> int:
-    """How many channels a series stores as pages, as ImageJ and OME do; 0 if it does not."""
+def channel_pages(series: tifffile.TiffPageSeries) -> int:
+    """How many channels a series stores as pages, as ImageJ and OME do; 0 if it does not.
+
+    Args:
+        series: of tifffile.
+    """
     channels: int = series.sizes.get("channel", series.sizes.get("sample", 1))
     return channels if series.keyframe.samplesperpixel == 1 and channels > 1 else 0
 
@@ -639,7 +643,7 @@ def _open_tifffile(tiff: tifffile.TiffFile, in_chans: int) -> OpenImage:
     colour = in_chans in (1, 3)
     page = next((page for page in tiff.pages if not page.is_reduced), tiff.pages[0])
     series = next((series for series in tiff.series if page in series.pages), tiff.series[0])
-    if (channels := _channel_pages(series)) and in_chans == 1:
+    if (channels := channel_pages(series)) and in_chans == 1:
         raise BadImage(f"it has {channels} channels as pages, in_chans is 1")
     source = page if colour and not channels else series
     axes, shape, dtype = source.axes, source.shape, np.dtype(source.dtype)
