@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fcmae.config import IMAGENET_MEAN, IMAGENET_STD
 from fcmae.networks.spec import VARIANTS, ConvNeXtSpec, NetworkSpec, read_spec
+
+if TYPE_CHECKING:
+    from fcmae.data.survey import Survey
 
 SMALL = ConvNeXtSpec(depths=(2, 2, 6), dims=(40, 80, 160))  # three stages: for a fine grid on small images
 WIDE = ConvNeXtSpec(depths=(2, 2, 8), dims=(80, 160, 320))  # the same, for many images on a GPU
@@ -46,29 +48,6 @@ class Choice(NamedTuple):
     key: str
     value: Any
     why: str
-
-
-@dataclass(frozen=True)
-class Images:
-    """Facts about the images.
-
-    Attributes:
-        num: how many there are, for training and validation together.
-        short_side: the median over a sample, in pixels.
-        in_chans: channels of most of the sample.
-        is_deep: whether they have other than 8 bits per channel.
-        mean: of each channel, with a format's full range scaled to 1.
-        std: of each channel, in the same units.
-        class_counts: labelled images of each class; empty without labels.
-    """
-
-    num: int
-    short_side: int
-    in_chans: int
-    is_deep: bool
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    class_counts: tuple[int, ...] = ()
 
 
 class Choices:
@@ -101,7 +80,7 @@ class Choices:
         return self.settings[key]
 
 
-def image_settings(choices: Choices, images: Images) -> None:
+def image_settings(choices: Choices, images: Survey) -> None:
     """How images are read: channels, mean and std.
 
     Args:
@@ -188,7 +167,7 @@ def smaller_network(variant: Any) -> NetworkSpec | None:
 
 
 def pretraining_network(
-    choices: Choices, images: Images, device: str, held: NetworkSpec | None, smaller: NetworkSpec | None = None
+    choices: Choices, images: Survey, device: str, held: NetworkSpec | None, smaller: NetworkSpec | None = None
 ) -> None:
     """Image size, network, patches, masks and decoder: what a step costs.
 
@@ -264,7 +243,7 @@ def _read(variant: Any) -> NetworkSpec:
     return VARIANTS[variant] if isinstance(variant, str) else read_spec(variant)
 
 
-def pretraining_batch(choices: Choices, images: Images, device: str) -> None:
+def pretraining_batch(choices: Choices, images: Survey, device: str) -> None:
     """Batch size, learning rate, and the share that is held out.
 
     Args:
@@ -289,7 +268,7 @@ def pretraining_batch(choices: Choices, images: Images, device: str) -> None:
 
 
 def finetuning_settings(
-    choices: Choices, images: Images, device: str, held: NetworkSpec | None, held_size: Sequence[int]
+    choices: Choices, images: Survey, device: str, held: NetworkSpec | None, held_size: Sequence[int]
 ) -> None:
     """Everything of a fine-tuning but its epochs, by the number of labels and their balance.
 
@@ -336,7 +315,7 @@ def finetuning_settings(
         choices.take("regularization.class_weights", "balanced", why)
 
 
-def segmentation_settings(choices: Choices, images: Images, device: str, held: NetworkSpec | None) -> None:
+def segmentation_settings(choices: Choices, images: Survey, device: str, held: NetworkSpec | None) -> None:
     """Everything of a segmentation but its epochs, by the number of images and their size.
 
     Args:
@@ -369,7 +348,7 @@ def segmentation_settings(choices: Choices, images: Images, device: str, held: N
         choices.take("data.overlap", 0.25, "whole images in fewer tiles, as a CPU has little time")
 
 
-def segmentation_epochs(choices: Choices, images: Images) -> float:
+def segmentation_epochs(choices: Choices, images: Survey) -> float:
     """Most epochs that are useful on label maps, if there is time: every pixel 100 times, and 2,000 steps.
 
     Args:

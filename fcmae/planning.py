@@ -30,7 +30,7 @@ from fcmae.config import (
 from fcmae.data.cores import free_memory
 from fcmae.data.index import Images, find_images, find_labelled, find_mapped
 from fcmae.data.storage import Storage
-from fcmae.data.survey import survey
+from fcmae.data.survey import Survey, survey
 from fcmae.networks.spec import ConvNeXtSpec, NetworkSpec
 from fcmae.processes import OUT_OF_MEMORY, Failed, in_process
 
@@ -70,7 +70,7 @@ def pretraining(sketch: PretrainConfig, given: Mapping[str, Any]) -> dict[str, A
     images = find_images(sketch.data.path, storage=Storage.of_run(out, sketch.data.index, sketch.data.cache_gb))
     began = time.monotonic()  # the first indexing of many tar files, which later starts skip, is not counted
     device = _device(sketch)
-    facts = _facts(images, given.get("data.in_chans"), sketch.data)
+    facts = _survey(images, given.get("data.in_chans"), sketch.data)
     held, *_ = _held(sketch)
     smaller: NetworkSpec | None = None
     while True:
@@ -287,23 +287,19 @@ def _cut_off_at(cfg: RunConfig) -> float:
 # What is found and measured
 
 
-def _facts(images: Images, in_chans: int | None, data: ImageConfig) -> choices.Images:
-    found = survey(images, in_chans, max_pixels=data.max_pixels, nodata=data.nodata)
-    counts: tuple[int, ...] = ()
-    if images.labels is not None and images.class_names is not None:
-        counts = tuple(int((images.labels == number).sum()) for number in range(len(images.class_names)))
-    return choices.Images(len(images), found.short_side, found.in_chans, found.is_deep, found.mean, found.std, counts)
+def _survey(images: Images, in_chans: int | None, data: ImageConfig) -> Survey:
+    return survey(images, in_chans, max_pixels=data.max_pixels, nodata=data.nodata)
 
 
 def _image_settings(
     plan: choices.Choices, images: Images, data: ImageConfig, image: ImageRecord, is_published: bool
-) -> choices.Images:
+) -> Survey:
     """The facts, and the choice of channels, mean and std: the weights' own, except where published weights were
     trained on photographs and the images cannot be read like these.
 
     image: how the images of the weights were read.
     """
-    facts = _facts(images, plan.settings.get("data.in_chans"), data)
+    facts = _survey(images, plan.settings.get("data.in_chans"), data)
     are_photographs = is_published and choices.learnt_photographs(image.in_chans, image.mean)
     if not are_photographs or choices.may_be_photographs(facts.in_chans, facts.is_deep):
         in_chans = facts.in_chans
@@ -312,7 +308,7 @@ def _image_settings(
         if len(image.mean or ()) == in_chans:
             return replace(facts, in_chans=in_chans)
         if in_chans != facts.in_chans:
-            facts = _facts(images, in_chans, data)
+            facts = _survey(images, in_chans, data)
     choices.image_settings(plan, facts)
     return facts
 

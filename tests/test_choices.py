@@ -7,20 +7,21 @@ from typing import Any
 import pytest
 
 from fcmae import choices
-from fcmae.choices import Choices, Images
+from fcmae.choices import Choices
 from fcmae.config import FinetuneConfig, PretrainConfig, SegmentConfig
+from fcmae.data.survey import Survey
 from fcmae.networks.spec import ConvNeXtSpec
 from fcmae.options import make
 
 USUAL = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
-def images(num: int = 1000, short_side: int = 224, in_chans: int = 3, **changed: Any) -> Images:
-    return Images(num, short_side, in_chans, **({"is_deep": False, **USUAL} | changed))
+def images(num: int = 1000, short_side: int = 224, in_chans: int = 3, **changed: Any) -> Survey:
+    return Survey(num, short_side, in_chans, **({"is_deep": False, **USUAL} | changed))
 
 
 def pretraining(
-    facts: Images, device: str = "cpu", given: dict[str, Any] | None = None, speed: float = 100, hours: float = 1
+    facts: Survey, device: str = "cpu", given: dict[str, Any] | None = None, speed: float = 100, hours: float = 1
 ) -> PretrainConfig:
     """The settings of a run, through all rules."""
     plan = Choices(given or {})
@@ -127,7 +128,7 @@ def test_statistics_that_are_given_are_left_alone() -> None:
     assert cfg.data.statistics() == ([0, 0, 0], [1, 1, 1])
 
 
-def tuning(facts: Images, held: ConvNeXtSpec | None = None, side: int | None = None, **given: Any) -> FinetuneConfig:
+def tuning(facts: Survey, held: ConvNeXtSpec | None = None, side: int | None = None, **given: Any) -> FinetuneConfig:
     plan = Choices(given)
     choices.image_settings(plan, facts)
     choices.finetuning_settings(plan, facts, "cpu", held, [] if side is None else [side, side])
@@ -149,7 +150,7 @@ def test_fine_tuning_takes_network_and_size_of_its_weights() -> None:
 
 
 def segmenting(
-    facts: Images, device: str = "cpu", held: ConvNeXtSpec | None = None, num_evaluated: float = 0, hours: float = 1
+    facts: Survey, device: str = "cpu", held: ConvNeXtSpec | None = None, num_evaluated: float = 0, hours: float = 1
 ) -> SegmentConfig:
     plan = Choices({})
     choices.image_settings(plan, facts)
@@ -193,7 +194,7 @@ def test_evaluations_take_a_tenth_of_the_time_of_training() -> None:
         (images(class_counts=(5000, 5000), short_side=64), False),
     ],
 )
-def test_photographs_alone_are_augmented_as_photographs(facts: Images, augments: bool) -> None:
+def test_photographs_alone_are_augmented_as_photographs(facts: Survey, augments: bool) -> None:
     assert (tuning(facts).data.auto_augment is not None) == augments
 
 

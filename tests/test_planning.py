@@ -135,14 +135,14 @@ def test_a_survey_finds_channels_depth_and_size(tmp_path: Path, write: Write, in
     for number in range(3):
         write(tmp_path / f"{number}.x", rng)
     found = survey(find_images([str(tmp_path)]))
-    assert (found.in_chans, found.is_deep, found.short_side, found.num_seen) == (in_chans, is_deep, 40, 3)
+    assert (found.in_chans, found.is_deep, found.short_side, found.num) == (in_chans, is_deep, 40, 3)
     assert len(found.mean) == len(found.std) == in_chans
 
 
 def test_a_survey_passes_over_what_cannot_be_read(tmp_path: Path) -> None:
     write_images(tmp_path, 4)
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff")
-    assert survey(find_images([str(tmp_path)])).num_seen == 4
+    assert survey(find_images([str(tmp_path)])).num == 5
     with pytest.raises(ValueError, match=r"none of 1 images can be read; .*broken.jpg"):
         survey(find_images([str(tmp_path / "broken.jpg")]))
 

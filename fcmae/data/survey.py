@@ -7,6 +7,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import BinaryIO
 
+import numpy as np
+
 from fcmae.data.decode import open_any
 from fcmae.data.geometry import MAX_PIXELS
 from fcmae.data.index import Images
@@ -19,23 +21,25 @@ from fcmae.data.stats import channel_statistics
 
 @dataclass(frozen=True)
 class Survey:
-    """Of the images that could be read.
+    """Facts about images, by those of a sample that could be read.
 
     Attributes:
-        num_seen: how many these are.
+        num: how many there are, read or not.
         short_side: the median, in pixels.
         in_chans: channels of most of them.
-        is_deep: whether most have more than 8 bits a channel.
-        mean: of each channel, as in `channel_statistics`.
-        std: likewise.
+        is_deep: whether most have other than 8 bits per channel.
+        mean: of each channel, with a format's full range scaled to 1.
+        std: of each channel, in the same units.
+        class_counts: labelled images of each class; empty without labels.
     """
 
-    num_seen: int
+    num: int
     short_side: int
     in_chans: int
     is_deep: bool
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    class_counts: tuple[int, ...] = ()
 
 
 def survey(
@@ -73,9 +77,11 @@ def survey(
         raise ValueError(f"data.path: none of {len(sample)} images can be read; {reason}")
     in_chans = in_chans or channels.most_common(1)[0][0]
     mean, std, _ = channel_statistics(sample, in_chans, max_images=max_images, max_pixels=max_pixels, nodata=nodata)
-    return Survey(
-        len(sides), round(statistics.median(sides)), in_chans, deep.most_common(1)[0][0], tuple(mean), tuple(std)
-    )
+    counts: tuple[int, ...] = ()
+    if images.labels is not None and images.class_names is not None:
+        counts = tuple(np.bincount(images.labels, minlength=len(images.class_names)).tolist())
+    is_deep = deep.most_common(1)[0][0]
+    return Survey(len(images), round(statistics.median(sides)), in_chans, is_deep, tuple(mean), tuple(std), counts)
 
 
 def _open(file: BinaryIO, max_pixels: int) -> OpenImage:
