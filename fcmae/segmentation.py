@@ -18,10 +18,10 @@ from scipy.ndimage import maximum_filter
 from torch import Tensor
 
 from fcmae.anytime import Anytime
+from fcmae.data.arrays import in_units
 from fcmae.data.maps import IGNORED
 from fcmae.data.normalize import Normalize
 from fcmae.data.rasters import Raster
-from fcmae.data.readers import in_units
 from fcmae.heads import Segmenter
 
 NEAR = 2  # pixels by which a boundary may be off and still count as found

@@ -33,6 +33,7 @@ ORDER = [
     "fcmae.data.index",
     "fcmae.data.split",
     "fcmae.data.normalize",
+    "fcmae.data.arrays",
     "fcmae.data.dicom",
     "fcmae.data.readers",
     "fcmae.data.rasters",

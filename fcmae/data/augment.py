@@ -19,12 +19,12 @@ from timm.data import auto_augment as timm_auto_augment
 from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
 
+from fcmae.data.arrays import GREY_WEIGHTS, Pixels, in_units
 from fcmae.data.decode import ChooseBox, read_crop, to_pil
 from fcmae.data.geometry import MAX_PIXELS, Box, align, decode_scale, readable_share
 from fcmae.data.maps import IGNORED, Classes
 from fcmae.data.normalize import Normalize
 from fcmae.data.rasters import LabelMap, Raster
-from fcmae.data.readers import GREY_WEIGHTS, Pixels, in_units
 from fcmae.data.source import BadImage, DataError
 
 

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fcmae.data.arrays import Pixels
 from fcmae.data.augment import CenterCrop, CropAndFlip, CropBoth, FinetuneAugment, Reading
 from fcmae.data.index import Images
 from fcmae.data.rasters import num_pages
-from fcmae.data.readers import Pixels
 from fcmae.data.sampler import MASK_STREAM, SAMPLE_STREAM, Key
 from fcmae.data.source import BadImage, DataError, printable
 from fcmae.data.split import evenly

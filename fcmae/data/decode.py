@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from fcmae.data.arrays import OpenImage, Pixels
 from fcmae.data.geometry import MAX_PIXELS, PIXEL_BYTES, Box, shrunk
 from fcmae.data.rasters import open_tiles
-from fcmae.data.readers import OpenImage, Pixels, TooLarge, check_finite, open_image, reading
+from fcmae.data.readers import TooLarge, check_finite, open_image, reading
 
 ChooseBox = Callable[[int, int], Box]  # (height, width) -> box
 

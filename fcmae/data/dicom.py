@@ -2,42 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fcmae.data.arrays import ArrayImage
 from fcmae.data.source import BadImage
 
 COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")  # pydicom makes RGB of all
 DEFLATED = b"1.2.840.10008.1.2.1.99"  # a transfer syntax
-
-
-class Stored(NamedTuple):
-    """What a file stores; see `fcmae.data.readers.ArrayImage`.
-
-    Attributes:
-        load: its values.
-        shape: that they will have.
-        dtype: likewise.
-        channel_axis: likewise; several frames are channels.
-        bits: of a value.
-        inverted: 0 is white, and `load` leaves it so, but not `show`.
-        nodata: the first and the last of the values that stand for missing ones.
-        show: makes values of the modality of those that `load` gives, (H, W, C); None if they are the same.
-    """
-
-    load: Callable[[], NDArray[Any]]
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-    channel_axis: int | None
-    bits: int | None
-    inverted: bool
-    nodata: tuple[float, float] | None
-    show: Callable[[NDArray[Any]], NDArray[Any]] | None
 
 
 def is_dicom(start: bytes) -> bool:
@@ -45,14 +22,15 @@ def is_dicom(start: bytes) -> bool:
     return start[128:132] == b"DICM"
 
 
-def read_header(file: BinaryIO) -> Stored:
-    """What a file holds, before its pixels are decoded.
+def open_dicom(file: BinaryIO, in_chans: int) -> ArrayImage:
+    """Read a file's header; several frames are channels.
 
     Values are those of the modality, by RescaleSlope and RescaleIntercept, such as Hounsfield units, in float32;
     without these, as they are stored.
 
     Args:
         file: at its start.
+        in_chans: see `fcmae.data.decode.read_crop`.
 
     Raises:
         BadImage: if pydicom is not installed, or the pixels are of a kind that is not read; what pydicom raises else.
@@ -60,7 +38,7 @@ def read_header(file: BinaryIO) -> Stored:
     if find_spec("pydicom") is None:
         raise BadImage("it is DICOM, which needs pydicom: pip install 'fcmae[dicom]'")
     with _bad_lengths():
-        return _read(file)
+        return _open(file, in_chans)
 
 
 @contextmanager
@@ -74,7 +52,7 @@ def _bad_lengths() -> Iterator[None]:
         raise BadImage(f"it is damaged ({error})") from error
 
 
-def _read(file: BinaryIO) -> Stored:
+def _open(file: BinaryIO, in_chans: int) -> ArrayImage:
     import pydicom
 
     if DEFLATED in file.read(1 << 16):  # all of it would be unpacked here, whatever that takes
@@ -92,9 +70,6 @@ def _read(file: BinaryIO) -> Stored:
     slope, intercept = _rescaling(found, frames)
     padding, inverted = _padding(found, dtype), kind == "MONOCHROME1"
     load, bits = _bad_lengths()(lambda: found.pixel_array), found.BitsStored
-    stored = Stored(load, shape, dtype, channel_axis, bits, inverted, padding, None)
-    if (slope == 1).all() and (intercept == 0).all() and not (inverted and dtype.kind == "i"):
-        return stored
 
     def rescaled(values: NDArray[Any]) -> NDArray[Any]:
         shown = values.astype(np.float32)
@@ -105,7 +80,18 @@ def _read(file: BinaryIO) -> Stored:
             scaled[(values >= padding[0]) & (values <= padding[1])] = np.nan  # of one frame too
         return scaled
 
-    return stored._replace(show=rescaled)
+    is_as_stored = (slope == 1).all() and (intercept == 0).all() and not (inverted and dtype.kind == "i")
+    return ArrayImage(
+        load,
+        shape,
+        dtype,
+        channel_axis,
+        in_chans,
+        bits=bits,
+        inverted=inverted,
+        nodata=padding,
+        show=None if is_as_stored else rescaled,
+    )
 
 
 def _padding(found: Any, dtype: np.dtype[Any]) -> tuple[float, float] | None:

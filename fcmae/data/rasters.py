@@ -17,21 +17,18 @@ import tifffile
 from numpy.typing import NDArray
 from PIL import Image
 
+from fcmae.data.arrays import ArrayImage, Pixels, check_channels, nodata_of
 from fcmae.data.geometry import MAX_PIXELS, Box, make_upright
 from fcmae.data.readers import (
     MAX_PAGES,
     PILLOW_FORMATS,
     TIFF_STARTS,
-    ArrayImage,
-    Pixels,
     channel_pages,
-    check_channels,
     check_finite,
     check_segments,
     check_size,
     is_sparse,
     map_npy,
-    nodata_of,
     open_image,
     orientation_of,
     reading,

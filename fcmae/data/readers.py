@@ -19,12 +19,12 @@ import struct
 import tokenize
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from io import SEEK_END, BytesIO, FileIO
 from threading import Lock
-from typing import Any, BinaryIO, NamedTuple, Protocol
+from typing import Any, BinaryIO
 
 import numpy as np
 import tifffile
@@ -33,9 +33,10 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from torch.nn import functional as F
 
-from fcmae.data.dicom import is_dicom, read_header
+from fcmae.data.arrays import ArrayImage, OpenImage, Pixels, check_channels, match_channels, nodata_of
+from fcmae.data.dicom import is_dicom, open_dicom
 from fcmae.data.geometry import MAX_PIXELS, PIXEL_BYTES, Box, decode_scale, make_upright, stored_box
-from fcmae.data.source import BadImage, OtherChannels
+from fcmae.data.source import BadImage
 
 try:
     import simplejpeg
@@ -53,8 +54,6 @@ MAX_SCANS = 100  # of a JPEG; cameras and web sites make up to a dozen
 MAX_PAGES = 10_000  # of a TIFF
 MAX_RATIO = 2000  # of what is stored to the file; deflate gets to 1032
 SMALL = 2**26  # bytes, which a file may take whatever it is
-
-GREY_WEIGHTS = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R 601, as Pillow's mode L
 
 # What Pillow, tifffile and numpy raise on files that are broken or lie about their contents.
 _READ_ERRORS = (
@@ -79,55 +78,6 @@ _READ_ERRORS = (
 
 class TooLarge(BadImage):
     """An image, or a part of one, has more pixels than may be read."""
-
-
-class Pixels(NamedTuple):
-    """A part of an image.
-
-    Attributes:
-        values: (in_chans, height, width), uint8 or float32.
-        known: of the same shape, false for values that something missing went into; None if nothing is missing.
-    """
-
-    values: NDArray[Any]
-    known: NDArray[np.bool_] | None = None
-
-    @property
-    def is_seen(self) -> NDArray[np.bool_] | None:
-        """(H, W), False where all channels are missing; None where `known` is."""
-        return None if self.known is None else np.asarray(self.known.any(axis=0))
-
-
-class OpenImage(Protocol):
-    """An image whose header has been read: its upright size is known, its pixels are not.
-
-    Attributes:
-        height: upright, in pixels.
-        width: likewise.
-        channels: that the file has; 3 for colours of any kind where 1 or 3 are asked for.
-        is_deep: whether its values are other than 8 bits.
-        pixel_bytes: that a pixel takes once it is read.
-    """
-
-    height: int
-    width: int
-    channels: int
-    is_deep: bool
-    pixel_bytes: int
-
-    def read(self, box: Box, size: tuple[int, int], fill: Sequence[float] | None) -> Pixels:
-        """A part of it.
-
-        Args:
-            box: which.
-            size: height and width that it is resized to.
-            fill: see `read_crop`.
-        """
-        ...
-
-    def without(self, nodata: float) -> OpenImage:
-        """The image with this stored value missing too; of formats that change what they store, as it is."""
-        ...
 
 
 def open_image(file: BinaryIO | bytes, in_chans: int, max_pixels: int = MAX_PIXELS) -> OpenImage:
@@ -167,15 +117,7 @@ def _open(file: BinaryIO, in_chans: int, check: Callable[[int, int, int], None])
     if start[:4] in TIFF_STARTS:
         return _open_tiff(file, in_chans)
     if is_dicom(start):
-        stored = read_header(file)
-        return ArrayImage(
-            *stored[:4],
-            in_chans,
-            bits=stored.bits,
-            inverted=stored.inverted,
-            nodata=stored.nodata,
-            show=stored.show,
-        )
+        return open_dicom(file, in_chans)
     image = Image.open(file, formats=PILLOW_FORMATS)
     check(image.height, image.width, len(image.getbands()))  # before Pillow looks for EXIF behind a PNG's pixels
     if image.format == "PNG" and start[24] == 16 and start[25] in _PNG_CHANNELS:
@@ -284,30 +226,6 @@ def _check_scans(jpeg: bytes) -> None:
         raise BadImage(f"it has {scans} scans, more than {MAX_SCANS}: save it again")
 
 
-def check_channels(channels: int, in_chans: int) -> None:
-    """Refuse an image whose channels cannot become in_chans.
-
-    Args:
-        channels: that it has.
-        in_chans: see `read_crop`.
-
-    Raises:
-        OtherChannels: with both numbers.
-    """
-    if channels != in_chans and not (in_chans in (1, 3) and channels in (1, 3)):
-        raise OtherChannels(channels, in_chans)
-
-
-def _match_channels(pixels: NDArray[Any], in_chans: int) -> NDArray[Any]:
-    """(C, H, W) with the C that check_channels let through, to (in_chans, H, W)."""
-    if len(pixels) == in_chans:
-        return pixels
-    if in_chans == 3:
-        return np.repeat(pixels, 3, axis=0)
-    grey = np.tensordot(GREY_WEIGHTS, pixels, axes=1)[None]
-    return np.rint(grey).astype(np.uint8) if pixels.dtype == np.uint8 else grey
-
-
 class _PillowImage:
     """8 bits a value, by Pillow or simplejpeg."""
 
@@ -334,7 +252,7 @@ class _PillowImage:
         pixels = resized[0] if len(resized) == 1 else np.concatenate(resized)  # (C, H, W)
         if self._orientation != 1:
             pixels = make_upright(pixels.transpose(1, 2, 0), self._orientation).transpose(2, 0, 1)
-        return Pixels(np.ascontiguousarray(_match_channels(pixels, self._in_chans)))
+        return Pixels(np.ascontiguousarray(match_channels(pixels, self._in_chans)))
 
     def without(self, nodata: float) -> OpenImage:
         if self._image.format not in ("PNG", "BMP", "TIFF"):
@@ -573,15 +491,6 @@ def _check_tiles(tile: int, image: int) -> None:
 _NODATA = 42113  # GDAL_NODATA: the number, as text, that stands for missing values
 
 
-def nodata_of(text: Any, dtype: np.dtype[Any]) -> float | None:
-    """The number that stands for missing values, if values of this type can be it."""
-    try:
-        value = float(str(text).strip(" \0"))
-        return value if dtype.kind == "f" or (dtype.kind in "bui" and dtype.type(int(value)) == value) else None
-    except (ValueError, OverflowError):  # no tag, no number, or one that is out of the type's range
-        return None
-
-
 def channel_pages(series: tifffile.TiffPageSeries) -> int:
     """How many channels a series stores as pages, as ImageJ and OME do; 0 if it does not.
 
@@ -746,158 +655,3 @@ def _npy_channel_axis(shape: tuple[int, ...], in_chans: int) -> int | None:
             if shape[axis] == channels:
                 return axis
     return 2 if shape[2] <= shape[0] else 0
-
-
-class ArrayImage:
-    """Values of any type that some library reads into an array.
-
-    Args:
-        load: reads them.
-        shape: that they will have.
-        dtype: likewise.
-        channel_axis: which axis is that of the channels; None: there is none.
-        in_chans: see `open_image`.
-        orientation: EXIF's.
-        bits: of a value, as the file declares them; 2 ** bits - 1 is the full range of unsigned ones of up to 16.
-        inverted: 0 is white.
-        nodata: the stored value that stands for a missing one, or the first and the last of several.
-        may_be_empty: all values may be missing, as those of a part.
-        show: makes of stored values (h, w, C), which are compared with `nodata`, those of the image, as many or with
-            other channels; None leaves them. The arguments above are of the stored ones, but for `bits`.
-
-    Raises:
-        BadImage: for other channels, or values that are no numbers.
-    """
-
-    def __init__(
-        self,
-        load: Callable[[], NDArray[Any]],
-        shape: tuple[int, ...],
-        dtype: np.dtype[Any],
-        channel_axis: int | None,
-        in_chans: int,
-        *,
-        orientation: int = 1,
-        bits: int | None = None,
-        inverted: bool = False,
-        nodata: float | tuple[float, float] | None = None,
-        may_be_empty: bool = False,
-        show: Callable[[NDArray[Any]], NDArray[Any]] | None = None,
-    ) -> None:
-        self._load, self._axis, self._in_chans, self._orientation = load, channel_axis, in_chans, orientation
-        self._bits, self._inverted, self._dtype = bits or 8 * dtype.itemsize, inverted, dtype
-        several = nodata if isinstance(nodata, tuple) else (nodata, nodata)
-        self._nodata = [] if nodata is None else [several]
-        self._may_be_empty, self._show = may_be_empty, show
-        channels = 1 if channel_axis is None else shape[channel_axis]
-        if show is not None:
-            shown = show(np.zeros((1, 1, channels), dtype))
-            channels, dtype = shown.shape[2], shown.dtype
-        self.channels = channels
-        self.is_deep = dtype not in (np.uint8, np.bool_)
-        height, width = (side for i, side in enumerate(shape) if i != channel_axis)
-        check_channels(channels, in_chans)
-        if dtype.kind not in "buif":
-            raise BadImage(f"it holds values of type {dtype}, not numbers")
-        value_bytes = dtype.itemsize if dtype.itemsize == 1 and dtype.kind in "bu" else max(4, dtype.itemsize)
-        self.pixel_bytes, self._shape = channels * value_bytes, shape
-        self.height, self.width = (width, height) if orientation in (5, 6, 7, 8) else (height, width)
-
-    def read(self, box: Box, size: tuple[int, int], fill: Sequence[float] | None) -> Pixels:
-        top, left, height, width = box
-        array = self._load()
-        if array.shape != self._shape:
-            raise BadImage(f"its pixels have the shape {array.shape}, its header says {self._shape}")
-        array = array[..., None] if self._axis is None else np.moveaxis(array, self._axis, -1)  # (H, W, C)
-        array = make_upright(array, self._orientation)
-        part = array[top : top + height, left : left + width]  # (h, w, C)
-        part, missing = self._shown(part)
-        if not self._may_be_empty and missing.all() and self._shown(array)[1].all():
-            raise BadImage("it holds no values: all are missing")
-        planes: Sequence[NDArray[Any]] = [self._plane(part[..., i]) for i in range(part.shape[-1])]
-        known = None
-        if missing.any():
-            lacking = missing.transpose(2, 0, 1)
-            if len(lacking) != self._in_chans:  # each channel of the result is made of all
-                lacking = np.broadcast_to(lacking.any(axis=0), (self._in_chans, height, width))
-            planes = list(_filled(np.stack(planes), lacking, self._in_chans, fill))
-            known = _resized(lacking.astype(np.float32), size) == 0
-        pixels = _resized(planes, size)
-        if self._full_range(part.dtype):
-            pixels = pixels.clip(0, 1)  # bicubic weights overshoot
-        return Pixels(_match_channels(pixels, self._in_chans), known)
-
-    def without(self, nodata: float) -> ArrayImage:
-        if (value := nodata_of(nodata, self._dtype)) is not None:
-            self._nodata.append((value, value))
-        return self
-
-    def _full_range(self, dtype: np.dtype[Any]) -> int:
-        """By which values are divided: 0 where they are kept."""
-        is_plain = dtype == np.uint8 and self._bits == 8
-        return 2**self._bits - 1 if dtype.kind == "u" and self._bits <= 16 and not is_plain else 0
-
-    def _plane(self, values: NDArray[Any]) -> NDArray[Any]:
-        """(h, w) as stored, to uint8 or float32 in the units of `read_crop`."""
-        full_range = self._full_range(values.dtype)
-        if self._inverted and values.dtype.kind in "ub":
-            values = full_range - values if full_range else ~values
-        if values.dtype == np.bool_:
-            values = np.where(values, np.uint8(255), np.uint8(0))
-        is_plain = values.dtype == np.uint8 and not full_range
-        plane: NDArray[Any] = values.astype(np.uint8 if is_plain else np.float32, order="C")
-        if full_range:
-            plane /= np.float32(full_range)
-        return plane
-
-    def _shown(self, stored: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-        """(h, w, C) as stored to those of the image, and which of them are missing."""
-        missing = self._missing(stored)
-        if self._show is None:
-            return stored, missing
-        shown = self._show(stored)
-        if shown.shape != missing.shape:
-            missing = np.broadcast_to(missing.all(axis=-1, keepdims=True), shown.shape)
-        return shown, missing if shown.dtype.kind != "f" else missing | ~np.isfinite(shown)
-
-    def _missing(self, array: NDArray[Any]) -> NDArray[np.bool_]:
-        """Of (h, w, C), which values are missing."""
-        kind = array.dtype.kind
-        missing: NDArray[np.bool_] = ~np.isfinite(array) if kind == "f" else np.zeros(array.shape, np.bool_)
-        for first, last in self._nodata:
-            low, high = array.dtype.type(first), array.dtype.type(last)
-            is_nodata = array == low if low == high else (array >= low) & (array <= high)
-            if kind in "bu":  # 0, say, is also a value that a band may have beside others
-                is_nodata = np.broadcast_to(is_nodata.all(axis=-1, keepdims=True), array.shape)
-            missing |= is_nodata
-        return missing
-
-
-def _resized(planes: Iterable[NDArray[Any]], size: tuple[int, int]) -> NDArray[Any]:
-    """Planes (h, w) as (C, height, width)."""
-    images = [Image.fromarray(plane).resize(size[::-1], Image.Resampling.BICUBIC) for plane in planes]
-    return np.stack([np.asarray(image) for image in images])
-
-
-def _filled(
-    pixels: NDArray[Any], missing: NDArray[np.bool_], in_chans: int, fill: Sequence[float] | None
-) -> NDArray[Any]:
-    """Pixels (C, h, w) as in_chans channels with missing values filled, before a resize would spread them."""
-    pixels = _match_channels(pixels, in_chans)
-    if fill is None and pixels.dtype == np.uint8:
-        pixels = pixels / np.float32(255)
-    return np.where(missing, in_units([np.nan] if fill is None else fill, pixels.dtype), pixels)
-
-
-def in_units(fill: Sequence[float], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """What stands for missing values, as images of a type have it.
-
-    Args:
-        fill: (C,), in units of a full range of 1.
-        dtype: uint8, or a float.
-
-    Returns:
-        (C, 1, 1), of that type.
-    """
-    values = np.asarray(fill, np.float32).reshape(-1, 1, 1)
-    return (np.rint(values * 255).clip(0, 255) if dtype == np.uint8 else values).astype(dtype)

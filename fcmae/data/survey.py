@@ -9,11 +9,11 @@ from typing import BinaryIO
 
 import numpy as np
 
+from fcmae.data.arrays import OpenImage
 from fcmae.data.decode import open_any
 from fcmae.data.geometry import MAX_PIXELS
 from fcmae.data.index import Images
 from fcmae.data.rasters import num_bands
-from fcmae.data.readers import OpenImage
 from fcmae.data.source import BadImage, OtherChannels
 from fcmae.data.split import evenly
 from fcmae.data.stats import channel_statistics
