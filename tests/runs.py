@@ -259,7 +259,7 @@ def run_out_of_memory(monkeypatch: pytest.MonkeyPatch, calls: Sequence[int], aft
     calls: their numbers, counted from 1 over all parts that are tried. after_backward: their gradients are there.
     """
     backward, tried, losses = fcmae.training.steps.Step.backward, 0, list[weakref.ref[Tensor]]()
-    take_smaller_parts = fcmae.training.steps.Steps.take_smaller_parts
+    shrink_micro_batches = fcmae.training.steps.Steps.shrink_micro_batches
 
     def failing(self: fcmae.training.steps.Step, loss: Tensor) -> None:
         nonlocal tried
@@ -272,10 +272,10 @@ def run_out_of_memory(monkeypatch: pytest.MonkeyPatch, calls: Sequence[int], aft
 
     def looking(self: fcmae.training.steps.Steps, *given: Any) -> None:
         assert not any(loss() is not None for loss in losses)
-        take_smaller_parts(self, *given)
+        shrink_micro_batches(self, *given)
 
     monkeypatch.setattr(fcmae.training.steps.Step, "backward", failing)
-    monkeypatch.setattr(fcmae.training.steps.Steps, "take_smaller_parts", looking)
+    monkeypatch.setattr(fcmae.training.steps.Steps, "shrink_micro_batches", looking)
 
 
 TIMINGS = {"images_per_s", "data_wait_s", "data_wait_share", "upkeep_s"}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,6 +37,17 @@ def test_the_backend_is_refused_where_its_kernels_cannot_run() -> None:
         make_layout("triton", torch.zeros(1, 1, 1, dtype=torch.bool))
 
 
+def test_kernels_that_cannot_be_compiled_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing() -> None:
+        raise RuntimeError("Failed to find\nC compiler")
+
+    monkeypatch.setattr(kernels, "available", lambda device: True)
+    monkeypatch.setattr(kernels, "_check_compiler", kernels._check_compiler.__wrapped__)  # without its cache
+    monkeypatch.setattr(kernels.triton.runtime.driver, "_active", SimpleNamespace(get_current_device=failing))
+    with pytest.raises(ValueError, match=r"cannot compile its kernels \(Failed to find C compiler\): install a C comp"):
+        make_layout("triton", torch.zeros(1, 1, 1, dtype=torch.bool))
+
+
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> str:
     """Where the kernels run: on a GPU, or on the CPU in the interpreter.
@@ -46,6 +58,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(kernels, "PROGRAMS", 2)  # so that even here a program computes several cells
     if torch.cuda.is_available() and kernels.available(torch.device("cuda")):
         return "cuda"
+    monkeypatch.setattr(kernels, "_check_compiler", lambda: None)
     for name in KERNELS:
         monkeypatch.setattr(kernels, name, InterpretedFunction(getattr(kernels, name).fn))
     for name in HELPERS:
