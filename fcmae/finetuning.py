@@ -199,8 +199,8 @@ def classification_loss(logits: Tensor, target: Tensor, balance: Tensor | None, 
         logits: (B, classes).
         target: (B,) class indices, or (B, classes) shares of classes.
         balance: (classes,), weights of the classes; None is 1 each. It multiplies an image's loss, and the sum is over
-            the number of images, not torch's weighted mean: its divisor would differ between the parts and processes
-            that a batch is computed in.
+            the number of images, not torch's weighted mean: its divisor would differ between micro-batches and
+            processes.
         label_smoothing: share of the target spread over all classes.
 
     Returns:

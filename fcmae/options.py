@@ -93,7 +93,7 @@ def load(
     problems += invalid
     file = None if also is None else also.config
     try:
-        settings = {} if file is None else _recipe(file)
+        settings = {} if file is None else _recipe(model, file)
     except ConfigError as error:
         raise ConfigError([*problems, str(error)]) from error
     config = _made(model, settings, values, file is not None, num_processes, complete, wrong, problems)
@@ -103,11 +103,12 @@ def load(
     return config
 
 
-def _recipe(file: str) -> dict[str, Any]:
+def _recipe(model: type[Settings], file: str) -> dict[str, Any]:
     """The settings in a file, or in a shipped one of that name."""
     settings = read_yaml(find_config(file))
     # The run would be deleted where it is to go on.
-    if str(settings.get("overwrite", "false")).lower() not in ("false", "no", "off", "0"):
+    off = {"false", "no", "off", "0", "none"} | NONE
+    if issubclass(model, RunConfig) and str(settings.get("overwrite")).lower() not in off:
         raise ConfigError(["overwrite: it is in a file, and would delete at every start: give --overwrite"])
     return settings
 
@@ -131,7 +132,7 @@ def make(
     Raises:
         ConfigError: See `load`.
     """
-    values = {} if config is None else _recipe(config)
+    values = {} if config is None else _recipe(model, config)
     return _made(model, values, flattened(model, settings), config is not None, num_processes, complete)
 
 

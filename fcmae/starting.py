@@ -133,7 +133,7 @@ def progress_of(
     """What the run needs to go on, beside weights.
 
     Args:
-        cfg: the run's settings, in the parts that it computes by now.
+        cfg: the run's settings, with the micro-batches that it has by now.
         net: the model.
         reading: how images are read.
         best: the best evaluation so far.
@@ -279,7 +279,9 @@ def prepare(
     if (resumed := run.resume_from) is not None:
         meta = checkpoint.restore(resumed, net, adamw, renamed, accelerator.scaler)
         with checkpoint.reading_progress(resumed):
-            best = TypeAdapter(Best).validate_python(meta.progress["best"])
+            kept = dict(meta.progress["best"])
+            step, (score,) = kept.pop("step"), kept.values()  # under the score's own name, once
+            best = TypeAdapter(Best).validate_python({"score": score, "step": step})
         if ema is not None:
             ema.module.load_state_dict(checkpoint.read_state(resumed, "ema", net, renamed))
     schedule = schedule_of(cfg, per_epoch, run.resume_step)

@@ -322,7 +322,8 @@ def test_a_tilde_is_the_home_in_every_path(monkeypatch: pytest.MonkeyPatch) -> N
     ):
         options.make(PredictConfig, {"model": "~nobody-here/m", "images": ["a"]})
     predicted = options.make(PredictConfig, {"model": "./~nobody-here/m", "images": ["./~a"]})
-    assert (predicted.model, predicted.images) == (Path("~nobody-here/m"), ["./~a"])
+    assert (predicted.model, predicted.images) == (Path("~nobody-here/m").absolute(), ["./~a"])
+    assert options.make(PredictConfig, options.flat(predicted)) == predicted
 
 
 @pytest.mark.parametrize(

@@ -226,6 +226,10 @@ def test_pages_that_are_not_read_are_told(tmp_path: Path, caplog: pytest.LogCapt
     check_values(five, images)
     assert not caplog.records
     np.testing.assert_array_equal(centre_crops(five, images)[(0, 0)].image, values)
+    tifffile.imwrite(tmp_path / "z.tif", values[:3], photometric="minisblack")
+    check_values(Reading(3, (16, 16), 1.0, (0.5,) * 3, (0.3,) * 3), images)
+    assert caplog.text.endswith("z.tif has 3 pages, and the first is read\n")
+    caplog.clear()
     tifffile.imwrite(tmp_path / "z.tif", values[0], photometric="minisblack")
     check_values(Reading(1, (16, 16), 1.0, (0.5,), (0.3,)), images)
     assert not caplog.records

@@ -270,10 +270,10 @@ def test_of_a_large_tiff_on_a_web_server_only_what_is_asked_for_is_read(
     monkeypatch.setattr("fcmae.data.storage.AT_ONCE", 1 << 12)
     values = np.random.default_rng(0).integers(0, 256, (512, 512), dtype=np.uint8)
     (folder / "large").mkdir()
-    tifffile.imwrite(folder / "large/a.tif", values, tile=(64, 64))
 
-    def read() -> int:
+    def read(compression: str | None = None) -> int:
         """The bytes that a crop takes, which is right."""
+        tifffile.imwrite(folder / "large/a.tif", values, tile=(64, 64), compression=compression)
         Handler.asked.clear()
         with find_images([f"{server}/large"]).open(0) as file:
             found = Raster(file, 1, [0.0]).read((100, 200, 50, 60)).values
@@ -282,6 +282,10 @@ def test_of_a_large_tiff_on_a_web_server_only_what_is_asked_for_is_read(
         return sum(int(found[2]) - int(found[1]) + 1 for found in ranges if found)
 
     assert 0 < read() < values.size // 4
+    # What Pillow unpacks it asks for as a whole.
+    with find_images([f"{server}/large"]).open(0) as file:
+        Handler.asked.clear()
+        assert file.read() == (folder / "large/a.tif").read_bytes() and len(Handler.asked) == 1
     Handler.faults["/large/a.tif"] = ["whole"]  # a server that knows no ranges
     assert read() > 0
     Handler.faults["/large/a.tif"] = ["whole"] * 3

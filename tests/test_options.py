@@ -154,6 +154,8 @@ def test_overwrite_is_no_setting_of_a_file(
             load("--config", "a.yaml")
         with pytest.raises(ConfigError, match=r"^overwrite: it is in a file"):
             options.make(PretrainConfig, {}, "a.yaml")
+    Path("a.yaml").write_text("overwrite: true\nmodels: [m]\ndata: d\n")  # of a command that deletes nothing else
+    assert options.load(EvaluateConfig, ["--config", "a.yaml"], prog="x").overwrite
     with pytest.raises(SystemExit):
         load("--overwrite", "--print-config")
     printed = capsys.readouterr().out

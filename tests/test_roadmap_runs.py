@@ -108,7 +108,7 @@ def test_what_pools_is_not_taken_again_in_parts_though_init_alone_tells_the_netw
     given[at : at + 4] = ["--init", str(tuned)]
     runs.run_out_of_memory(monkeypatch, [2], after_backward=False)
     assert cli.main(given) == 2
-    assert "the run cannot be computed in smaller parts" in capsys.readouterr().err
+    assert "the run cannot be computed in smaller micro-batches" in capsys.readouterr().err
     runs.forget_accelerator()
 
 

@@ -96,8 +96,15 @@ def _expanded(text: str) -> str:
 
 
 def _of_text(change: Callable[[str], str]) -> BeforeValidator:
-    """Changes the text of a path before it is one: as a Path, ./~name is ~name."""
-    return BeforeValidator(lambda path: change(os.fspath(path)) if isinstance(path, str | os.PathLike) else path)
+    """Changes the text of a path before it is one: ./~name would be ~name, which is somebody's home."""
+
+    def changed(path: Any) -> Any:
+        if not isinstance(path, str | os.PathLike):
+            return path
+        found = change(os.fspath(path))
+        return os.path.abspath(found) if found.startswith("./~") else found  # noqa: PTH100
+
+    return BeforeValidator(changed)
 
 
 class FromFile(Section):

@@ -42,9 +42,10 @@ def check_values(reading: Reading, images: Images) -> None:
     dataset, looked_at = centre_crops(reading, images), evenly(len(images), 8)
     for i in looked_at if reading.in_chans in (1, 3) else ():
         with suppress(BadImage), images.open(i) as file:
-            if (num := num_pages(file)) > 1:
-                message = "%s has %d pages, and the first is read: in_chans = %d reads them as channels"
-                logger.warning(message, printable(images.name(i)), num, num)
+            num, are_channels = num_pages(file)
+            if num > 1:
+                remedy = f": in_chans = {num} reads them as channels" if are_channels else ""
+                logger.warning("%s has %d pages, and the first is read%s", printable(images.name(i)), num, remedy)
                 break
     samples = [dataset[(0, i)] for i in looked_at]
     if not (readable := [sample for sample in samples if sample.valid]):

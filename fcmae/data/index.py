@@ -14,11 +14,11 @@ import sys
 import time
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
-from itertools import groupby
+from functools import cache, cached_property
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 from urllib.parse import unquote
@@ -42,7 +42,6 @@ TELL_EVERY_S = 10.0
 ANY = Storage()
 
 Found = TypeVar("Found")
-Inode = tuple[int, int]  # device and number
 OF_A_PART = ("paths", "labels", "places")  # in each line of an index; the first has what is of all
 
 
@@ -138,11 +137,20 @@ class Images:
             ends = [min(part), max(part), *([] if shared is None else [shared])]
             shared = os.path.commonprefix(ends)  # noqa: RUF071
         start = 0 if shared is None else shared.rfind("/") + 1
-        digest = hashlib.sha256(json.dumps([self.class_names, self.source.fingerprint()]).encode())
-        for part in self._names():
-            digest.update(f"{json.dumps([name[start:] for name in part])[1:-1]}, ".encode())
-        if self.labels is not None:
-            digest.update(self.labels.astype("<i8").tobytes())
+        known, labels = self.source.fingerprint(), self.labels
+        told = [self.class_names, known] if known else [self.class_names]
+        texts = (  # of one JSON list, which nothing holds as a whole
+            _json_list([name[start:] for name in part] for part in self._names()),
+            ["null"]
+            if labels is None
+            else _json_list(labels[i : i + PART].tolist() for i in range(0, len(self), PART)),
+            [json.dumps(told)[1:-1]],
+        )
+        digest = hashlib.sha256(b"[")
+        for number, text in enumerate(texts):
+            for piece in chain([", "] if number else [], text):
+                digest.update(piece.encode())
+        digest.update(b"]")
         return digest.hexdigest()
 
     def tell_notes(self) -> None:
@@ -217,8 +225,8 @@ class Images:
             check_file(Path(path), MAX_INDEX)
             with Path(path).open(encoding="utf-8", errors="surrogatepass") as file:
                 found, classes = Names(names(file)), first["class_names"]
-            if len(found) != first["num_images"]:
-                raise ValueError(f"{len(found)} of {first['num_images']} images")
+            if len(found) != (num := first.get("num_images", len(found))):  # which indexes began to say
+                raise ValueError(f"{len(found)} of {num} images")
             source: Source = Files(found)
             if "shards" in first:
                 known = first.get("stamps", ()), first.get("fingerprint")
@@ -229,6 +237,15 @@ class Images:
             return cls(source, None, numbers, None if classes is None else tuple(classes))
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise ValueError(f"{path} is not an index of images ({error}): delete it to have it made anew") from error
+
+
+def _json_list(parts: Iterable[list[Any]]) -> Iterator[str]:
+    """The JSON text of one list of all items of lists, in pieces."""
+    between = "["
+    for part in filter(None, parts):
+        yield f"{between}{json.dumps(part)[1:-1]}"
+        between = ", "
+    yield "[]" if between == "[" else "]"
 
 
 def images_of_run(path: Path) -> Images | None:
@@ -394,15 +411,15 @@ def _absolute(path: str | Path) -> str:
     return os.path.abspath(path)  # noqa: PTH100
 
 
-def _walk(root: Path, key: str, others: Counter[str], owners: dict[Inode, str] | None = None) -> Iterator[str]:
+def _walk(root: Path, key: str, others: Counter[str], links: list[str] | None = None) -> Iterator[str]:
     """The images and shards below a folder; files of other formats are counted in `others`, by suffix.
 
     Hidden files and folders, those of systems, and the directories of runs, whose pictures are no images to learn from,
     are passed over, and so is everything that is no file.
 
-    owners: the classes whose folders and links led to a place, where the root is that of a class; they go on.
+    links: goes on with those to folders and images that are met.
     """
-    seen: set[Inode] = set()
+    seen: set[tuple[int, int]] = set()
     folders = [_absolute(root)]
     while folders:
         folder = folders.pop()
@@ -411,8 +428,6 @@ def _walk(root: Path, key: str, others: Counter[str], owners: dict[Inode, str] |
             if (status.st_dev, status.st_ino) in seen:  # a link to a folder that was searched, or is being searched
                 continue
             seen.add((status.st_dev, status.st_ino))
-            if owners is not None:
-                _claim(folder, status, root.name, key, owners)
             with os.scandir(folder) as entries:
                 shown = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda e: e.name)
             shown = [entry for entry in shown if not _leads_to_itself(entry)]
@@ -421,23 +436,44 @@ def _walk(root: Path, key: str, others: Counter[str], owners: dict[Inode, str] |
             raise ValueError(f"{key}: {where!r} cannot be listed ({why}): make it readable") from error
         if any(entry.name == "config.yaml" and _is_of_run(entry) for entry in shown):
             continue
-        folders += [entry.path for entry in shown if entry.is_dir() and entry.name not in SYSTEM_FOLDERS]
+        inner = [entry for entry in shown if entry.is_dir() and entry.name not in SYSTEM_FOLDERS]
+        folders += [entry.path for entry in inner]
+        if links is not None:
+            links += [entry.path for entry in inner if entry.is_symlink()]
         for entry in shown:
             if entry.is_file():
-                if owners is not None and entry.is_symlink():
-                    _claim(entry.path, entry.stat(), root.name, key, owners)
                 if is_image(entry.name) or (is_shard(entry.name) and (entry.name.endswith(".tar") or can_read())):
+                    if links is not None and entry.is_symlink():
+                        links.append(entry.path)
                     yield entry.path
                 else:
                     others[os.path.splitext(entry.name)[1].lower()] += 1  # noqa: PTH122
 
 
-def _claim(path: str, status: os.stat_result, name: str, key: str, owners: dict[Inode, str]) -> None:
-    """Refuse a place to which two classes lead: its images would have the label of either."""
-    owner = owners.setdefault((status.st_dev, status.st_ino), name)
-    if owner != name:
-        where = f"the class {owner!r}" if owner else "the classes' own folder"
-        raise ValueError(f"{key}: {path!r} of the class {name!r} is a link to what {where} has: remove the link")
+def _check_links(root: str, links: Mapping[str, list[str]], key: str) -> None:
+    """Refuse links that give images the label of a second class.
+
+    root: of the class folders. links: those below each, by its name.
+    """
+    real, top = cache(os.path.realpath), os.path.realpath(root)
+    places = list[tuple[str, str, str]]()  # where each leads, its class and itself
+    for name, paths in links.items():
+        for link in paths:
+            folder, last = os.path.split(os.path.join(os.path.dirname(link), os.readlink(link)))  # noqa: PTH115, PTH118, PTH120
+            is_name = last not in ("", os.curdir, os.pardir)  # then the folder is that of many links
+            places.append((f"{real(folder)}/{last}" if is_name else real(link), name, link))
+    owners: dict[str, str] = {}
+    for place, name, link in sorted(places):  # a folder before what is in it
+        if f"{top}/".startswith(f"{place}/"):
+            owner: str | None = ""
+        elif place.startswith(f"{top}/"):
+            owner = place[len(top) + 1 :].partition("/")[0]
+        else:
+            owner = next((owners[up] for up in (place, *map(str, Path(place).parents)) if up in owners), None)
+            owners.setdefault(place, name)
+        if owner not in (name, None):
+            what = f"the class {owner!r}" if owner else "the classes' own folder"
+            raise ValueError(f"{key}: {link!r} of the class {name!r} is a link to what {what} has: remove the link")
 
 
 def _leads_to_itself(entry: os.DirEntry[str]) -> bool:
@@ -598,12 +634,13 @@ def _class_folders(source: str, key: str, others: Counter[str], *, may_be_empty:
         root = str(Path(source))
         folders = _inner_folders(Path(root))
         _refuse_splits(root, {path.name for path in folders}, key)
-        found, status = {folder.name: [] for folder in folders}, Path(root).stat()
-        owners = {(status.st_dev, status.st_ino): ""}
+        found = {folder.name: [] for folder in folders}
+        links = {folder.name: [_absolute(folder)] if folder.is_symlink() else [] for folder in folders}
         for name, path in _told(
-            ((folder.name, path) for folder in folders for path in _walk(folder, key, others, owners)), key
+            ((folder.name, path) for folder in folders for path in _walk(folder, key, others, links[folder.name])), key
         ):
             found[name].append(path)
+        _check_links(root, links, key)
     label_of = dict[str, str]()
     for name, images in found.items():
         if not images and not may_be_empty:

@@ -247,21 +247,25 @@ def num_bands(file: BinaryIO) -> int:
         return grey_or_rgb and grey_or_rgb + page.extrasamples.count(0)  # 0: unspecified
 
 
-def num_pages(file: BinaryIO) -> int:
+def num_pages(file: BinaryIO) -> tuple[int, bool]:
     """How many pages a TIFF has that are no channels, of which only the first is read as grey or RGB; 1 of other files.
 
     Args:
         file: at its start.
 
+    Returns:
+        Their number, and whether so many channels read them all.
+
     Raises:
         BadImage: if it is damaged.
     """
     if file.read(4) not in TIFF_STARTS:
-        return 1
+        return 1, False
     file.seek(0)
     with reading(MAX_PIXELS):
         series = tifffile.TiffFile(file).series[0]
-        return 1 if channel_pages(series) else len(series.pages)
+        num = 1 if channel_pages(series) else len(series.pages)
+        return num, num not in (1, 3) and series.keyframe.samplesperpixel == 1
 
 
 def geo_tags(file: BinaryIO) -> list[tuple[int, int, int, Any, bool]]:

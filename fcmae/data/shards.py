@@ -383,6 +383,7 @@ class Parts(Listed):
         super().__init__(names)
         self.shards, self.table, self._storage = tuple(shards), table, storage
         self.stamps, self._seen, self._fingerprint = tuple(stamps), set[int](), known
+        self._whole = set[int]()  # TIFFs from afar that are read at once, as this process has found out
 
     def read(self, i: int) -> bytes:
         number, start, size = self.table[:, i].tolist()
@@ -411,13 +412,15 @@ class Parts(Listed):
     def open(self, i: int) -> BinaryIO:
         name = self.name(i)
         number, _, size = self.table[:, i].tolist()
-        if number < 0 and size == WHOLE and is_remote(name) and name.lower().endswith((".tif", ".tiff")):
+        is_tiff = number < 0 and size == WHOLE and is_remote(name) and name.lower().endswith((".tif", ".tiff"))
+        if is_tiff and i not in self._whole and self._storage.held(name) is None:
             with suppress(OSError):  # a server that tells no size or gives no parts gives the whole
                 file = self._storage.open(name, cached=True)
                 if file.seek(0, os.SEEK_END) > MUCH:
                     file.seek(0)
                     file.peek(1)
                     return file
+            self._whole.add(i)
         return super().open(i)
 
     def _check(self, number: int) -> None:

@@ -163,6 +163,14 @@ class Storage:
             self.cache.put(key, content)
         return content
 
+    def held(self, address: str) -> bytes | None:
+        """The whole of a file from afar, if the cache has it.
+
+        Args:
+            address: of the file.
+        """
+        return None if self.cache is None else self.cache.get(f"{address} 0 None")
+
     def stamp(self, address: str) -> tuple[int, str]:
         """Size of a file in bytes, and what changes when it does.
 
@@ -310,6 +318,12 @@ class _Parts(io.RawIOBase):
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
         return self._at
+
+    def readall(self) -> bytes:
+        size = max(0, self._size - self._at)
+        content = self._read(self._at, size) if size else b""
+        self._at += len(content)
+        return content
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         size = max(0, min(len(buffer), self._size - self._at))

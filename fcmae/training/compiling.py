@@ -34,7 +34,7 @@ def compile_model(net: nn.Module, setting: Setting, step: Callable[[], None], nu
         setting: True and False are what they say; "cudagraphs" also records the kernels of a step and replays them,
             which saves the host's time a kernel; both are tried before training starts; "auto" times a few steps of
             both kinds if the run is long enough.
-        step: forward and backward on a part of a batch as the run will see them; its gradients are dropped.
+        step: forward and backward on a micro-batch as the run will see it; its gradients are dropped.
         num_steps: as many as the run has left.
 
     Raises:
@@ -51,7 +51,7 @@ def compile_model(net: nn.Module, setting: Setting, step: Callable[[], None], nu
         try:
             step()
         except torch.OutOfMemoryError:
-            pass  # the first step is taken again in smaller parts
+            pass  # the first step is taken again in smaller ones
         except torch._dynamo.exc.TorchDynamoException as error:
             raise ValueError(
                 f"model.compile = {str(setting).lower()} fails here ({_one_line(error)}): install a C++ compiler "
@@ -78,7 +78,7 @@ def _pays(net: nn.Module, step: Callable[[], None], num_steps: int) -> bool:
         step()
         net.zero_grad()
 
-    eager = 0.0  # where a part does not fit, which the first step will find too and take smaller ones
+    eager = 0.0  # where a micro-batch does not fit, which the first step will find too and take smaller ones
     with suppress(torch.OutOfMemoryError):
         eager = statistics.median(in_turn({"eager": trial}, TIMED, device=device)["eager"])
     net.zero_grad()
@@ -86,7 +86,7 @@ def _pays(net: nn.Module, step: Callable[[], None], num_steps: int) -> bool:
     broadcast_object_list(tries)
     if not tries[0]:
         why = f"the run takes about {eager * num_steps:.0f} s and compiling a minute or two"
-        logger.info("compile: no, %s", why if eager else "a part does not fit into memory, and it cannot be timed")
+        logger.info("compile: no, %s", why if eager else "a micro-batch does not fit into memory")
         return False
     net.compile()
     compiled_call = net._compiled_call_impl

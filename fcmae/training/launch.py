@@ -73,7 +73,7 @@ def make_accelerator(cfg: RunConfig) -> Accelerator:
     if cpu and cfg.precision in ("fp16", "tf32"):
         raise ValueError(f"precision = {cfg.precision} needs a GPU: use fp32 or bf16 on a CPU")
     AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()  # a loop that was interrupted may have left it between the parts of a step
+    GradientState._reset_state()  # a loop that was interrupted may have left it between the micro-batches of a step
     # Explicit, as torch's own default has TF32 in convolutions and not in matrix products.
     torch.set_float32_matmul_precision("high" if cfg.precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = cfg.precision == "tf32"

@@ -79,7 +79,8 @@ def last_words(what: str, said: str) -> None:
         what: for the log.
         said: for the terminal, which no lock holds up.
     """
-    os.write(2, said.encode(errors="replace"))
+    with suppress(OSError):  # a terminal may be gone
+        os.write(2, said.encode(errors="replace"))
     logging_it = threading.Thread(target=log_failure, args=(what,), daemon=True)
     logging_it.start()
     logging_it.join(1)

@@ -276,7 +276,7 @@ class Steps:
         lack = f"step {number}: the memory of the GPU does not suffice for {micro_batch_size(cfg, processes)} images"
         pools = self.accelerator.unwrap_model(self.model).encoder.spec.has_batch_norm  # model.init may have brought it
         if pools or (smaller := smaller_micro_batch(cfg, processes)) is None:
-            raise ValueError(f"{lack} at once, and the run cannot be computed in smaller parts: try {SMALLER}")
+            raise ValueError(f"{lack} at once, and the run cannot be computed in smaller micro-batches: try {SMALLER}")
         at_once = micro_batch_size(smaller, processes)
         assert cfg.out is not None
         record_images_that_fit(cfg.out, at_once)
