@@ -1,6 +1,6 @@
 """Run the first studies of docs/results.md: pretraining, fine-tuning and probes, each a command that can be typed.
 
-    python studies/run_all.py --tiny20 SHARDS                 # 2 cores, 20 hours
+    python studies/run_all.py --tiny20 SHARDS                 # 2 cores, 21 hours
     python studies/run_all.py --tiny20 SHARDS --scale gpu     # one GPU: hundreds of epochs, five seeds
     python studies/run_all.py --tiny20 SHARDS --list          # the commands, without running them
 
@@ -10,7 +10,7 @@ numbers, small_images.py, recipe.py, all_labels.py and collapse.py run, and stud
 all in OUT/docs, beside the pages and the JSON. --docs names another folder: one whose JSON has other runs is refused.
 
 On 2 cores the commands here took 5.0 hours, two at a time, before controls with few labels were among them, and by the
-seconds in the JSON of docs/ what is run there of small_images.py takes 3 more, of recipe.py 7, of all_labels.py 4 and
+seconds in the JSON of docs/ what is run there of small_images.py takes 3 more, of recipe.py 8, of all_labels.py 4 and
 of collapse.py 1. On a GPU small_images.py takes 1.5 hours, and the rest was not run by us. `make demo-long` and the
 studies of other networks, roadmap.py, container.py and pruning.py, of which docs/results.md also tells, and
 segmentation.py are commands of their own.
@@ -105,6 +105,7 @@ SCALES = {
 RECIPE = (
     *("hog", "again", "batch256", "batch32", "patch16", "four"),
     *("ratio75", "ratio50", "ratio50b", "crop50", "crop50b", "masks2", "rate2", "pixels"),
+    *("ema", "width64"),
 )
 # Of studies/small_images.py, which takes days on two cores.
 PROBES = tuple(f"probe-{name}" for name in ("hog20", "random", *CONTROLS))
