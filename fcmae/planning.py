@@ -183,7 +183,7 @@ def _begun(
     if (saved := _saved(sketch, out)) is not None:
         return out, _resumed(sketch, saved, given, out)
     if _is_settled(sketch, given):
-        return out, _parts(sketch, measure)
+        return out, _grad_accum(sketch, measure)
     _refuse_launcher()
     return out, None
 
@@ -354,7 +354,7 @@ def _measured_s(hours: float) -> float:
     return min(10.0, max(2.0, 72 * hours))  # a fiftieth of a short run
 
 
-def _parts(sketch: RunConfig, measure: Measure) -> dict[str, Any]:
+def _grad_accum(sketch: RunConfig, measure: Measure) -> dict[str, Any]:
     """grad_accum, if nothing else is to be chosen."""
     from fcmae.training.steps import depends_on_micro_batch, micro_batch_size, settle_grad_accum
 

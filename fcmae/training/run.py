@@ -211,9 +211,13 @@ class RunDirectory:
             FloatingPointError: if its numbers stop being finite; it says what to start again from.
         """
         if not is_main:
+            level = logger.level
             logger.setLevel(logging.WARNING)
-            with _telling_of_memory():
-                yield
+            try:
+                with _telling_of_memory():
+                    yield
+            finally:
+                logger.setLevel(level)
             return
         try:
             with self._opened():
