@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fcmae.config import IMAGENET_MEAN, IMAGENET_STD
+from fcmae.config import IMAGENET_MEAN, IMAGENET_STD, FinetuneData
 from fcmae.networks.spec import VARIANTS, ConvNeXtSpec, NetworkSpec, read_spec
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ LARGEST_CROP = {"cpu": 128, "cuda": 512}  # sides of training crops of segmentat
 MAX_EPOCHS = 1600  # the longest that masked autoencoders of images were published with
 LAYER_DECAY = 0.9  # when starting from weights; from scratch there is nothing to preserve
 COMPILED_HOURS = 1.0  # on a GPU
+VAL_SHARE = FinetuneData().val_share
 TRAINING_SHARE = 0.88  # of the hours; the rest is for evaluations, pictures and checkpoints
 
 
@@ -292,7 +293,7 @@ def finetuning_settings(
         choices.take("model.stem_stride", stem_stride, f"{side} pixels")
     num = sum(images.class_counts)
     few = num < 10_000
-    held_out = 0.0 if "data.val_path" in choices.settings else choices.settings.get("data.val_share", 0.2)
+    held_out = 0.0 if "data.val_path" in choices.settings else choices.settings.get("data.val_share", VAL_SHARE)
     to_learn = max(2, int((1 - held_out) * num))
     batch = min(128 if device == "cpu" else 512, max(8, _power_of_two_below(num / 16)), _power_of_two_below(to_learn))
     batch = choices.take("batch_size", batch, f"{num:,} labels: {_count(max(1, to_learn // batch))} an epoch or more")

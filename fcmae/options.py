@@ -93,24 +93,16 @@ def load(
     problems += invalid
     file = None if also is None else also.config
     try:
-        settings = {} if file is None else _recipe(model, file)
+        settings = {} if file is None else read_yaml(find_config(file))
     except ConfigError as error:
         raise ConfigError([*problems, str(error)]) from error
     config = _made(model, settings, values, file is not None, num_processes, complete, wrong, problems)
     if also is not None and also.print_config:
-        print(dump(config.model_copy(update=dict.fromkeys({"overwrite"} & config.model_fields_set, False))), end="")
+        if isinstance(config, RunConfig):  # what is printed may start a run that goes on
+            config = config.model_copy(update={"overwrite": False})
+        print(dump(config), end="")
         raise SystemExit(0)
     return config
-
-
-def _recipe(model: type[Settings], file: str) -> dict[str, Any]:
-    """The settings in a file, or in a shipped one of that name."""
-    settings = read_yaml(find_config(file))
-    # The run would be deleted where it is to go on.
-    off = {"false", "no", "off", "0", "none"} | NONE
-    if issubclass(model, RunConfig) and str(settings.get("overwrite")).lower() not in off:
-        raise ConfigError(["overwrite: it is in a file, and would delete at every start: give --overwrite"])
-    return settings
 
 
 def make(
@@ -132,7 +124,7 @@ def make(
     Raises:
         ConfigError: See `load`.
     """
-    values = {} if config is None else _recipe(model, config)
+    values = {} if config is None else read_yaml(find_config(config))
     return _made(model, values, flattened(model, settings), config is not None, num_processes, complete)
 
 
@@ -164,6 +156,8 @@ def _made(
     config, invalid = _validate(model, settings, wrong, {"num_processes": num_processes})
     if config is None or problems or invalid:
         raise ConfigError([*problems, *invalid])
+    if isinstance(config, RunConfig) and config.overwrite and "overwrite" not in given:
+        raise ConfigError(["overwrite: it is in a file, and would delete the run at every start: give --overwrite"])
     return config if complete is None else settled(config, complete)
 
 

@@ -490,7 +490,7 @@ def time_training(cfg: FinetuneConfig | SegmentConfig, at_once: int, duration_s:
     if isinstance(cfg, SegmentConfig):
         data = segmenting.find_data(cfg)
         net: Classifier | Segmenter = segmenting.build_model(cfg, weights, len(data.classes))
-        reading = starting.reading_for(cfg, weights, crop_pct=1.0)
+        reading = starting.reading_for(cfg, weights)
         train_set: ImageDataset = segmenting.build_train_set(cfg, data, reading)
         loss_of: Callable[[Tensor, Tensor], Tensor] = partial(segmentation_loss, dice=cfg.regularization.dice)
     else:

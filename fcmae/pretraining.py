@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from fcmae.config import PretrainConfig
-from fcmae.data.augment import CenterCrop, CropAndFlip, Reading
+from fcmae.data.augment import CenterCrop, CropAndFlip
 from fcmae.data.dataset import Batch, PretrainDataset, check_values, collate
 from fcmae.data.index import Images, find_images, kept_images
 from fcmae.data.loader import build_loader, choose_num_workers
@@ -90,14 +90,14 @@ def pretrain(cfg: PretrainConfig, net: FCMAE | None = None) -> Run:
         if cfg.monitor.labelled is not None:
             with waiting_for_all(accelerator):
                 if accelerator.is_main_process:
-                    labelled = find_monitored_labels(cfg.monitor.labelled, build_reading(cfg), cfg.seed)
+                    labelled = find_monitored_labels(cfg.monitor.labelled, reading_of(cfg.data), cfg.seed)
         with session.open():
             if accelerator.is_main_process:
                 if are_new:
                     images.save(run.path / "files.json")
                 for note in images.notes:
                     logger.info("%s", note)
-                check_values(build_reading(cfg), images)
+                check_values(reading_of(cfg.data), images)
             for sentence in started:
                 logger.info("start: %s", sentence)
             run.finished = train(session, cfg, net, schedule, train_images, val_images, labelled)
@@ -254,11 +254,6 @@ def mask_grid(cfg: PretrainConfig) -> tuple[int, int]:
     """Rows and columns of mask patches."""
     height, width = cfg.data.image_size
     return height // cfg.model.mask_patch, width // cfg.model.mask_patch
-
-
-def build_reading(cfg: PretrainConfig) -> Reading:
-    """How images are measured: centre crops of the full shorter side, as `read_weights` has it for checkpoints."""
-    return reading_of(cfg.data, crop_pct=1.0)
 
 
 def build_dataset(cfg: PretrainConfig, images: Images, *, augment: bool) -> PretrainDataset:
@@ -445,7 +440,7 @@ def build_evaluation(
     monitor = Monitor(
         monitored_images(val_images, train_images, cfg.monitor.num_images),
         labelled,
-        build_reading(cfg),
+        reading_of(cfg.data),
         device=device,
         # Not more at a time than training has, which also keeps what its backward pass needs.
         batch_size=max(1, min(BATCH_SIZE, at_once)),

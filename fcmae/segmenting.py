@@ -128,7 +128,7 @@ def segment(cfg: SegmentConfig, net: Segmenter | None = None) -> Run:
             net = build_model(cfg, weights, len(data.classes))
         cfg, run.network = run.licensed(cfg, weights.license), describe(net.encoder.spec)
         origin = {} if cfg.model.license is None else {"license": cfg.model.license}
-        reading = kept_reading(run, reading_for(cfg, weights, crop_pct=1.0))
+        reading = kept_reading(run, reading_for(cfg, weights))
         weights = replace(weights, state={}, image=ImageRecord.of(reading), origin=origin)
         check_sides("data.image_size", reading.image_size, weights.architecture.spec.total_stride)
         num_images = (len(data.images), len(data.val_images))

@@ -72,7 +72,7 @@ def starting_weights(cfg: DenseConfig) -> Weights:
     return weights
 
 
-def reading_for(cfg: DenseConfig, weights: Weights, crop_pct: float) -> Reading:
+def reading_for(cfg: DenseConfig, weights: Weights, crop_pct: float = 1.0) -> Reading:
     """How a run's images are read: as its settings say, and where they do not as those of the weights were.
 
     The size of the weights is taken only to evaluate them as they are, as are their channels.
@@ -238,7 +238,7 @@ class Prepared:
     Attributes:
         schedule: when what happens.
         model: as accelerate prepared it.
-        optimizer: likewise.
+        optimizer: as accelerate prepared it.
         ema: moving average of the model, or None.
         best: the best evaluation so far.
     """
@@ -280,7 +280,8 @@ def prepare(
         meta = checkpoint.restore(resumed, net, adamw, renamed, accelerator.scaler)
         with checkpoint.reading_progress(resumed):
             kept = dict(meta.progress["best"])
-            step, (score,) = kept.pop("step"), kept.values()  # under the score's own name, once
+            step = kept.pop("step")
+            (score,) = kept.values()  # under the score's own name, in runs that began before it had one
             best = TypeAdapter(Best).validate_python({"score": score, "step": step})
         if ema is not None:
             ema.module.load_state_dict(checkpoint.read_state(resumed, "ema", net, renamed))

@@ -137,6 +137,13 @@ def tuning(facts: Survey, held: ConvNeXtSpec | None = None, side: int | None = N
     return make(FinetuneConfig, plan.settings | init | {"data.path": "labelled", "out": "out"})
 
 
+def test_a_batch_is_no_more_than_what_is_left_to_learn_from() -> None:
+    few = images(12, class_counts=(6, 6))
+    for given, most in (({}, 9), ({"data.val_share": 0.5}, 6), ({"data.val_path": "held"}, 12)):
+        assert tuning(few, **given).batch_size <= most
+    assert tuning(few, **{"data.val_share": 0.5}).batch_size == 4
+
+
 def test_classes_are_balanced_where_one_has_three_times_the_images_of_another() -> None:
     assert tuning(images(class_counts=(30, 10))).regularization.class_weights == "balanced"
     assert tuning(images(class_counts=(29, 10))).regularization.class_weights is None

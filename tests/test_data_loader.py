@@ -137,6 +137,20 @@ def test_a_worker_that_is_killed_is_told_of_where_a_batch_is_asked_for_and_nowhe
     assert signal.getsignal(signal.SIGCHLD) is before
 
 
+@pytest.mark.parametrize("said", ["DataLoader worker (pid 7) is killed by", "Pin memory thread exited unexpectedly"])
+def test_whatever_torch_says_of_a_worker_that_was_killed_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, said: str
+) -> None:
+    def failing() -> Iterator[Batch]:
+        raise RuntimeError(said)
+        yield
+
+    loader = build_loader(_KillsItself(), [[(0, 0)]], num_workers=1, device_type="cpu")
+    monkeypatch.setattr(loader, "_start", failing)
+    with pytest.raises(ChildProcessError, match="a process that decodes images was killed"):
+        next(iter(loader))
+
+
 class _Large(Dataset[Sample]):
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         return Sample(np.full((1, 1000, 1000), key[1], np.uint8), None, key[1], key[1], True, [])

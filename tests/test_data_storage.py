@@ -286,6 +286,16 @@ def test_of_a_large_tiff_on_a_web_server_only_what_is_asked_for_is_read(
     with find_images([f"{server}/large"]).open(0) as file:
         Handler.asked.clear()
         assert file.read() == (folder / "large/a.tif").read_bytes() and len(Handler.asked) == 1
+    # What the cache has as a whole needs no server.
+    cached = Storage(cache=Cache(folder.parent / "cache", 10**9))
+    monkeypatch.setattr("fcmae.data.shards.MUCH", 1 << 24)
+    images = find_images([f"{server}/large"], storage=cached)
+    for is_asked in (True, False):
+        Handler.asked.clear()
+        with images.open(0) as file:
+            assert file.read() == (folder / "large/a.tif").read_bytes()
+        assert bool(Handler.asked) == is_asked
+    monkeypatch.setattr("fcmae.data.shards.MUCH", 1 << 16)
     Handler.faults["/large/a.tif"] = ["whole"]  # a server that knows no ranges
     assert read() > 0
     Handler.faults["/large/a.tif"] = ["whole"] * 3

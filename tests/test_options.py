@@ -148,12 +148,14 @@ def test_overwrite_is_no_setting_of_a_file(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for text in ("overwrite: true\n", "overwrite: yes please\n"):
-        Path("a.yaml").write_text(text)
-        with pytest.raises(ConfigError, match=r"^overwrite: it is in a file, .*: give --overwrite$"):
-            load("--config", "a.yaml")
-        with pytest.raises(ConfigError, match=r"^overwrite: it is in a file"):
-            options.make(PretrainConfig, {}, "a.yaml")
+    Path("a.yaml").write_text("overwrite: yes\n")
+    with pytest.raises(ConfigError, match=r"^overwrite: it is in a file, .*: give --overwrite$"):
+        load("--config", "a.yaml")
+    assert load("--config", "a.yaml", "--overwrite").overwrite
+    needed = {"data.path": ["photos"], "out": "run"}
+    with pytest.raises(ConfigError, match=r"^overwrite: it is in a file"):
+        options.make(PretrainConfig, needed, "a.yaml")
+    assert options.make(PretrainConfig, needed | {"overwrite": True}, "a.yaml").overwrite
     Path("a.yaml").write_text("overwrite: true\nmodels: [m]\ndata: d\n")  # of a command that deletes nothing else
     assert options.load(EvaluateConfig, ["--config", "a.yaml"], prog="x").overwrite
     with pytest.raises(SystemExit):

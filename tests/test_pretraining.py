@@ -45,6 +45,7 @@ from runs import (
     write_images,
 )
 from safetensors.torch import load_file, save_file
+from torch._dynamo.testing import CompileCounter
 
 import fcmae
 from fcmae import cli, pretraining
@@ -96,6 +97,17 @@ def test_a_run_that_compiles_nothing_does_not_load_the_compiler(uninterrupted: P
 def run(images: Path, out: Path, **changed: Any) -> int:
     """`fcmae pretrain`, in this process; returns its exit status."""
     return cli.main(["pretrain", *flags(images, out, **changed)])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_compiled_model_is_compiled_once(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    """What is tried before training has the autocast of training."""
+    counter, compiled = CompileCounter(), torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda net: compiled(net, backend=counter))
+    assert run(images, tmp_path / "out", model__compile="true", precision=precision, epochs=1) == 0
+    assert counter.frame_count == 1
 
 
 def assert_equal_runs(actual: Path, expected: Path) -> None:

@@ -161,7 +161,7 @@ def test_settings_reach_what_they_are_for(
     cfg = load(SegmentConfig, given, prog="test")
     data = segmenting.find_data(cfg)
     weights = segmenting.starting_weights(cfg)
-    crop = segmenting.build_train_set(cfg, data, reading_for(cfg, weights, crop_pct=1.0))._crop
+    crop = segmenting.build_train_set(cfg, data, reading_for(cfg, weights))._crop
     assert (crop.color_jitter, crop.vflip, crop.hflip, crop.scale) == (0.5, 1.0, 0.25, (0.8, 1.25))
     net = segmenting.build_model(cfg, segmenting.starting_weights(cfg), 3)
     rates = [module.drop_path_rate for module in net.encoder.modules() if hasattr(module, "drop_path_rate")]

@@ -78,6 +78,19 @@ def test_one_of_several_processes_without_a_gpu_is_named_before_the_others_wait(
         make_accelerator(config(Path("photos"), tmp_path, device="auto"))
 
 
+@pytest.mark.parametrize(("there", "here", "is_refused"), [(2, 4, True), (4, 4, False), (1, 4, False)])
+def test_more_processes_than_gpus_are_refused_but_where_each_is_shown_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: int, here: int, is_refused: bool
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(here))
+    cfg = config(Path("photos"), tmp_path, device="auto", precision="fp32", log__trackers="nonsense")
+    sentence = "4 processes on this machine, and torch finds 2 GPUs" if is_refused else "none of accelerate's"
+    with pytest.raises(ValueError, match=sentence):  # trackers are looked at after that
+        make_accelerator(cfg)
+
+
 def gradient(accelerator: Accelerator) -> tuple[torch.Tensor, object, object]:
     """Of a fixed step, and in what it was computed."""
     torch.manual_seed(0)

@@ -33,19 +33,20 @@ View = CenterCrop | CropAndFlip | FinetuneAugment  # file -> (C, H, W), drawing 
 
 
 def check_values(reading: Reading, images: Images) -> None:
-    """Warn if some of the images hold values far from the mean, as images in other units do, of no spread, or pages.
+    """Warn if some of the images hold values far from the mean or of no spread, as in other units, or unread pages.
 
     Args:
         reading: how they are read.
         images: which.
     """
     dataset, looked_at = centre_crops(reading, images), evenly(len(images), 8)
-    for i in looked_at if reading.in_chans in (1, 3) else ():
+    names = {i: images.name(i) for i in looked_at}
+    for i in [i for i in names if reading.in_chans in (1, 3) and names[i].lower().endswith((".tif", ".tiff"))]:
         with suppress(BadImage), images.open(i) as file:
             num, are_channels = num_pages(file)
             if num > 1:
                 remedy = f": in_chans = {num} reads them as channels" if are_channels else ""
-                logger.warning("%s has %d pages, and the first is read%s", printable(images.name(i)), num, remedy)
+                logger.warning("%s has %d pages, and the first is read%s", printable(names[i]), num, remedy)
                 break
     samples = [dataset[(0, i)] for i in looked_at]
     if not (readable := [sample for sample in samples if sample.valid]):

@@ -137,20 +137,14 @@ class Images:
             ends = [min(part), max(part), *([] if shared is None else [shared])]
             shared = os.path.commonprefix(ends)  # noqa: RUF071
         start = 0 if shared is None else shared.rfind("/") + 1
-        known, labels = self.source.fingerprint(), self.labels
-        told = [self.class_names, known] if known else [self.class_names]
-        texts = (  # of one JSON list, which nothing holds as a whole
-            _json_list([name[start:] for name in part] for part in self._names()),
-            ["null"]
-            if labels is None
-            else _json_list(labels[i : i + PART].tolist() for i in range(0, len(self), PART)),
-            [json.dumps(told)[1:-1]],
-        )
-        digest = hashlib.sha256(b"[")
-        for number, text in enumerate(texts):
-            for piece in chain([", "] if number else [], text):
-                digest.update(piece.encode())
-        digest.update(b"]")
+        known, numbers = self.source.fingerprint(), iter(["null"])
+        if self.labels is not None:
+            numbers = _json_list(self.labels[i : i + PART].tolist() for i in range(0, len(self), PART))
+        names = _json_list([name[start:] for name in part] for part in self._names())
+        told = json.dumps([self.class_names, known] if known else [self.class_names])[1:-1]
+        digest = hashlib.sha256()
+        for text in chain("[", names, [", "], numbers, [f", {told}]"]):  # of one list, which nothing holds whole
+            digest.update(text.encode())
         return digest.hexdigest()
 
     def tell_notes(self) -> None:
@@ -732,7 +726,7 @@ def find_mapped(
     """
     maps_key = key.replace("path", "maps")
     if source.lower().endswith(".csv"):
-        address = source if is_remote(source) else str(Path(source))
+        address = source
         beside, folder = _read_csv(address, key, "image", "mask"), os.path.dirname(address)  # noqa: PTH120
         paths = sorted(beside)
         addresses = [joined(folder, beside[image]) for image in paths]
@@ -764,7 +758,7 @@ def find_mapped(
 
 def _by_stem(images: Images, root: str, key: str) -> dict[str, int]:
     """Images by what they are called below a folder or in a tar file, without suffixes."""
-    root = canonical(root) if is_remote(root) else _absolute(Path(root))
+    root = canonical(root) if is_remote(root) else _absolute(root)
     named: dict[str, int] = {}
     for i, name in enumerate(images.names()):
         if is_damage(name) or is_double(name):  # a note tells of them

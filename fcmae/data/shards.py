@@ -413,7 +413,9 @@ class Parts(Listed):
         name = self.name(i)
         number, _, size = self.table[:, i].tolist()
         is_tiff = number < 0 and size == WHOLE and is_remote(name) and name.lower().endswith((".tif", ".tiff"))
-        if is_tiff and i not in self._whole and self._storage.held(name) is None:
+        if is_tiff and i not in self._whole:
+            if (content := self._storage.held(name)) is not None:
+                return io.BytesIO(content)
             with suppress(OSError):  # a server that tells no size or gives no parts gives the whole
                 file = self._storage.open(name, cached=True)
                 if file.seek(0, os.SEEK_END) > MUCH:

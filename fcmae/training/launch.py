@@ -54,7 +54,8 @@ def make_accelerator(cfg: RunConfig) -> Accelerator:
 
     Raises:
         ValueError: for fp16 and tf32 on a CPU, for a tracker that is not there, where the environment asks for shards
-            of the model, and where one of several processes finds no GPU: others that do would wait for it in vain.
+            of the model, for more processes than GPUs, and where one of several processes finds no GPU: others that do
+            would wait for it in vain.
     """
     cpu, num_processes = uses_cpu(cfg), int(os.environ.get("WORLD_SIZE", "1"))
     if cpu and cfg.device != "cpu" and num_processes > 1:

@@ -31,9 +31,10 @@ def showing() -> Iterator[None]:
     if any(isinstance(handler, _Early) for handler in logger.handlers):
         yield
         return
-    level, handlers = logger.level, (_Early(), _TerminalHandler(logging.INFO))
+    level, terminal = logger.level, _TerminalHandler(logging.INFO)
+    terminal.setFormatter(_Printable(*FORM))
+    handlers = (_Early(), terminal)
     for handler in handlers:
-        handler.setFormatter(_Printable(*FORM))
         logger.addHandler(handler)
     logger.setLevel(logging.DEBUG)
     try:

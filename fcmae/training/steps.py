@@ -409,29 +409,20 @@ class Step:
         """
         if not self.saves:
             return
-        with waiting_for_all(accelerator := self._steps.accelerator):
-            if accelerator.is_main_process:
-                self._write(run, net, fingerprint, progress, ema)
-
-    def _write(
-        self,
-        run: RunDirectory,
-        net: FCMAE | Classifier | Segmenter,
-        fingerprint: str,
-        progress: dict[str, Any],
-        ema: nn.Module | None,
-    ) -> None:
-        steps = self._steps
-        cfg, accelerator = steps.cfg, steps.accelerator
-        tensors = {"model": net.state_dict(), "optimizer": checkpoint.optimizer_state(steps.optimizer, net)}
-        if ema is not None:
-            tensors["ema"] = ema.state_dict()
-        progress = {**progress, "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None}
-        spec, config = net.encoder.spec.model_dump(), cfg.model_dump(mode="json")
-        meta = checkpoint.Meta(run.kind, self.number, config, fingerprint, progress, spec)
-        checkpoint.save(run.path, meta, tensors)
-        per_epoch, milestone_epochs = steps.schedule.per_epoch, cfg.checkpoint.milestone_epochs
-        checkpoint.prune(run.path, cfg.checkpoint.keep, per_epoch, milestone_epochs, run.last_good())
+        cfg, accelerator, schedule = self._steps.cfg, self._steps.accelerator, self._steps.schedule
+        with waiting_for_all(accelerator):
+            if not accelerator.is_main_process:
+                return
+            tensors = {"model": net.state_dict(), "optimizer": checkpoint.optimizer_state(self._steps.optimizer, net)}
+            if ema is not None:
+                tensors["ema"] = ema.state_dict()
+            progress = {**progress, "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None}
+            spec, config = net.encoder.spec.model_dump(), cfg.model_dump(mode="json")
+            checkpoint.save(
+                run.path, checkpoint.Meta(run.kind, self.number, config, fingerprint, progress, spec), tensors
+            )
+            own = cfg.checkpoint
+            checkpoint.prune(run.path, own.keep, schedule.per_epoch, own.milestone_epochs, run.last_good())
 
     def settle(self) -> None:
         """Decide whether this step is the last one and is saved, and write the line that is due.

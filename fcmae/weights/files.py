@@ -51,58 +51,6 @@ HEAD = "head.safetensors"  # of a segmentation model, beside its encoder; see `f
 Side = Annotated[int, Field(gt=0, le=8192)]
 
 
-@dataclass(frozen=True)
-class Weights:
-    """Weights under our names, and what is known of them.
-
-    Attributes:
-        state: encoder.*, and decoder.*, norm.*, head.* where present.
-        architecture: the network that they belong to.
-        image: how the images were read that they were trained on.
-        class_names: of the head; numbers if the file names none.
-        origin: what they were made from.
-        expected_output: see `encoder_output`; empty if the file has none.
-        format: the format of the file.
-        names: maps our names to those in the file.
-    """
-
-    state: dict[str, Tensor]
-    architecture: Architecture
-    image: ImageRecord = field(default_factory=lambda: ImageRecord())
-    class_names: tuple[str, ...] = ()
-    origin: dict[str, Any] = field(default_factory=dict)
-    expected_output: tuple[float, ...] = ()
-    format: str = "fcmae"
-    names: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def license(self) -> str | None:
-        """The licence that their files state for them, or for the weights that they were made from."""
-        said = self.origin.get("license")
-        return printable(said)[:200] if isinstance(said, str) and said else None
-
-    def reading(self, source: str, image_size: tuple[int, int] | None = None) -> Reading:
-        """How images are read for the weights: as these state, otherwise as published.
-
-        Args:
-            source: name of the weights in errors.
-            image_size: height and width; None is the weights' own.
-
-        Raises:
-            ValueError: if the mean and std of the channels are unknown.
-        """
-        in_chans, image = self.architecture.in_chans, self.image
-        defaults = FinetuneData(in_chans=in_chans)
-        mean, std = (tuple(a or b) for a, b in zip((image.mean, image.std), defaults.statistics(), strict=True))
-        if len(mean) != in_chans:
-            raise ValueError(
-                f"{source} does not say the mean and std of its {in_chans} channels: pretrain or fine-tune from it "
-                "with --data.mean and --data.std, and give that run"
-            )
-        size = image_size or image.size or defaults.image_size
-        return Reading(in_chans, size, image.crop_pct or defaults.crop_pct, mean, std, nodata=image.nodata)
-
-
 class ImageRecord(BaseModel, frozen=True):
     """How the images were read that weights were trained on, as far as is known.
 
@@ -146,7 +94,59 @@ class ImageRecord(BaseModel, frozen=True):
         return self.model_dump(mode="json", exclude_none=True)
 
 
-def reading_of(data: ImageConfig, crop_pct: float) -> Reading:
+@dataclass(frozen=True)
+class Weights:
+    """Weights under our names, and what is known of them.
+
+    Attributes:
+        state: encoder.*, and decoder.*, norm.*, head.* where present.
+        architecture: the network that they belong to.
+        image: how the images were read that they were trained on.
+        class_names: of the head; numbers if the file names none.
+        origin: what they were made from.
+        expected_output: see `encoder_output`; empty if the file has none.
+        format: the format of the file.
+        names: maps our names to those in the file.
+    """
+
+    state: dict[str, Tensor]
+    architecture: Architecture
+    image: ImageRecord = field(default_factory=ImageRecord)
+    class_names: tuple[str, ...] = ()
+    origin: dict[str, Any] = field(default_factory=dict)
+    expected_output: tuple[float, ...] = ()
+    format: str = "fcmae"
+    names: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def license(self) -> str | None:
+        """The licence that their files state for them, or for the weights that they were made from."""
+        said = self.origin.get("license")
+        return printable(said)[:200] if isinstance(said, str) and said else None
+
+    def reading(self, source: str, image_size: tuple[int, int] | None = None) -> Reading:
+        """How images are read for the weights: as these state, otherwise as published.
+
+        Args:
+            source: name of the weights in errors.
+            image_size: height and width; None is the weights' own.
+
+        Raises:
+            ValueError: if the mean and std of the channels are unknown.
+        """
+        in_chans, image = self.architecture.in_chans, self.image
+        defaults = FinetuneData(in_chans=in_chans)
+        mean, std = (tuple(a or b) for a, b in zip((image.mean, image.std), defaults.statistics(), strict=True))
+        if len(mean) != in_chans:
+            raise ValueError(
+                f"{source} does not say the mean and std of its {in_chans} channels: pretrain or fine-tune from it "
+                "with --data.mean and --data.std, and give that run"
+            )
+        size = image_size or image.size or defaults.image_size
+        return Reading(in_chans, size, image.crop_pct or defaults.crop_pct, mean, std, nodata=image.nodata)
+
+
+def reading_of(data: ImageConfig, crop_pct: float = 1.0) -> Reading:
     """How images are read, from the settings of a run.
 
     Args:
@@ -294,7 +294,7 @@ def _read_checkpoint(path: Path, variant: str | None) -> Weights:
         "config_sha256": hashlib.sha256(json.dumps(meta.config, sort_keys=True).encode()).hexdigest(),
         "version": meta.version,
     } | ({} if cfg.model.license is None else {"license": cfg.model.license})
-    image = ImageRecord.of(reading_of(cfg.data, crop_pct=1.0))
+    image = ImageRecord.of(reading_of(cfg.data))
     state = checkpoint.read_tensors(path, "model")
     if meta.format == checkpoint.FORMAT:
         if cfg.model.target != "pixels":
