@@ -245,7 +245,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(pretraining, "pretrain", found.append)
     monkeypatch.setattr(finetuning, "finetune", found.append)
     monkeypatch.setattr(segmenting, "segment", found.append)
-    monkeypatch.setattr(planning, "_parts", lambda cfg, measure: {"grad_accum": 1})
+    monkeypatch.setattr(planning, "_grad_accum", lambda cfg, measure: {"grad_accum": 1})
     return found
 
 
