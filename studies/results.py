@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import all_labels
+import labels
 import numpy as np
 import small_images
 from study import CONTROLS, K, half_width, in_words, of_probe, percent_of, save
@@ -288,8 +288,8 @@ def page(found: Mapping[str, Json], folder: Path) -> str:
     parts = [HEAD, *([f"Of label maps: {', '.join(links)}.\n"] if links else [])]
     if small := small_images.headline(folder.parent):
         parts.append(f"## Small images, few labels\n\n{small}\n")
-    if labels := all_labels.section(folder.parent):
-        parts.append(f"## All of the labels\n\n{labels}\n")
+    if section := labels.section(folder.parent):
+        parts.append(f"## Every amount of labels\n\n{section}\n")
     if (long := folder.parent / "demo-long" / paired.FILE).exists():
         compared = paired.compare(paired.COMPARISON.validate_json(long.read_text()))
         rows = table(paired.COLUMNS, map(paired.cells, compared), left=2)

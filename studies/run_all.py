@@ -6,11 +6,11 @@
 
 SHARDS: the folder of tiny20's shards (see studies/sets.py). Everything is written below --out; what is finished is
 not done again, and what was cut off resumes. Then, unless --only leaves something out, studies/collect.py takes the
-numbers, small_images.py, recipe.py, all_labels.py and collapse.py run, and studies/results.py writes results.md of it
+numbers, small_images.py, recipe.py, labels.py and collapse.py run, and studies/results.py writes results.md of it
 all in OUT/docs, beside the pages and the JSON. --docs names another folder: one whose JSON has other runs is refused.
 
 On 2 cores the commands here took 5.0 hours, two at a time, before controls with few labels were among them, and by the
-seconds in the JSON of docs/ what is run there of small_images.py takes 3 more, of recipe.py 8, of all_labels.py 4 and
+seconds in the JSON of docs/ what is run there of small_images.py takes 3 more, of recipe.py 8, of labels.py 4 and
 of collapse.py 1. On a GPU small_images.py takes 1.5 hours, and the rest was not run by us. `make demo-long` and the
 studies of other networks, roadmap.py, container.py and pruning.py, of which docs/results.md also tells, and
 segmentation.py are commands of their own.
@@ -26,9 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import all_labels
 import collapse
 import collect
+import labels
 import recipe
 import results
 import small_images
@@ -114,7 +114,7 @@ SMALL = {"cpu": ("--at-once", "1", "--only", "hog20-p", "scratch-5", "hog20-5", 
 OTHERS: tuple[tuple[Callable[[list[str]], None], str, dict[str, tuple[str, ...]]], ...] = (
     (small_images.main, "small_images", SMALL),
     (recipe.main, "recipe", {"cpu": ("--at-once", "2", "--size", "48", "--only", *RECIPE), "gpu": ()}),
-    (all_labels.main, "recipe", {"cpu": (), "gpu": ("--at-once", "12", "--size", "64")}),  # from an encoder of recipe's
+    (labels.main, "recipe", {"cpu": (), "gpu": ("--at-once", "12", "--size", "64")}),  # from an encoder of recipe's
     (collapse.main, "collapse", {"cpu": ("--at-once", "2"), "gpu": ()}),
 )
 

@@ -48,10 +48,10 @@ from fcmae.weights.files import read_weights
 sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
 pytest.importorskip("elpv_dataset")
 import ablated
-import all_labels
 import collapse
 import collect
 import container
+import labels
 import pruning
 import recipe
 import results
@@ -476,9 +476,9 @@ def test_all_of_the_studies_end_with_their_pages(monkeypatch: pytest.MonkeyPatch
     ran: list[str] = []
     for module in (run_all, collapse):
         monkeypatch.setattr(module, "write_images", lambda *_, **__: None)
-    for module in (small_images, recipe, all_labels):
+    for module in (small_images, recipe, labels):
         monkeypatch.setattr(module, "prepare_tiny20", lambda *_, **__: None)
-    for module in (small_images, recipe, all_labels, collapse):
+    for module in (small_images, recipe, labels, collapse):
         monkeypatch.setattr(module, "schedule", lambda jobs, *_: ran.extend(job.name for job in jobs))
     monkeypatch.setattr(run_all, "schedule", lambda *_, **__: None)
     monkeypatch.setattr(collect, "machine", lambda runs: {"CPU": "made up"})
@@ -595,51 +595,72 @@ def test_the_study_of_the_recipe_tells_differences_draw_by_draw(
     assert f"| {shipped} | 5 | 32.0 [30.0, 34.0] | | | |" in page
 
 
-def test_all_labels_are_learnt_from_by_all_arms_alike_and_tested_once(tmp_path: Path) -> None:
-    made = list(all_labels.jobs(tmp_path, 48, at_once=2))
-    assert [job.name for job in made[:3]] == ["again-p", "scratch-0", "tuned8-0"] and len(made) == 1 + 4 * 3 + 5
+def test_labels_are_learnt_from_by_all_arms_alike_and_tested_once(tmp_path: Path) -> None:
+    made = list(labels.jobs(tmp_path, 48, at_once=2))
+    names = [job.name for job in made]
+    assert names[:2] == ["again-p", "long-p"] and len(names) == len(set(names)) == 2 + 6 * 3 + 3 * 8 * 3 + 3 + 5 * 3 + 6
+    assert names[20:23] == ["few-5-0", "short-5-0", "long-5-0"] and "scratch-0" in names and "tuned20-2" in names
     assert made[0] == next(job for job in recipe.jobs(tmp_path, 20, 48, at_once=2) if job.name == "again-p")
-    for job in made[1:13]:
+    long = load(COMMANDS["pretrain"][0], made[1].words[made[1].words.index("pretrain") + 1 :], prog="fcmae")
+    assert long.epochs * 10_000 == 1_500_000 and long.data.image_size == (48, 48) and long.data.val_share == 0
+    for job in made[2:-6]:
         cfg = load(COMMANDS["finetune"][0], job.words[job.words.index("finetune") + 1 :], prog="fcmae")
-        arm, _, seed = job.name.partition("-")
-        assert str(cfg.data.path).endswith(f"train-100-{seed}.csv") and str(cfg.data.val_path).endswith("/test.csv")
+        arm, *percent, seed = job.name.split("-")
         assert cfg.data.image_size == (48, 48) and cfg.seed == int(seed) and cfg.log.eval_epochs >= cfg.epochs
-        assert cfg.optim.warmup_epochs / cfg.epochs == 1 / 8 and (cfg.model.init is None) == (not job.needs)
-        assert cfg.optim.base_lr == {"scratch": 8e-3}.get(arm, 4e-3)
+        assert cfg.optim.warmup_epochs / cfg.epochs == 1 / 8
+        assert (cfg.model.init is None) == (not job.needs) == (cfg.optim.layer_decay == 1)
+        if arm == "tune":
+            assert str(cfg.data.path).endswith(f"/tune-5-{seed}.csv")
+            assert str(cfg.data.val_path).endswith(f"/tune-test-5-{seed}.csv")
+        else:
+            assert str(cfg.data.path).endswith(f"/train-{(percent or ['100'])[0]}-{seed}.csv")
+            assert str(cfg.data.val_path).endswith("/test.csv")
+            assert cfg.optim.base_lr == float(labels.ARMS[arm].rate or 4e-3)
     # A sparse view is half the multiply-adds of a dense one.
-    arms = all_labels.ARMS
-    assert all_labels.PRETRAINING / 2 + arms["tuned8"].epochs <= arms["scratch"].epochs
+    views, arms = labels.VIEWS["again-p"], labels.ARMS
+    assert all(arm.epochs for name, arm in arms.items() if 100 in arm.seeds or name == "few160")
+    assert views / 2 + arms["tuned8"].epochs <= arms["scratch"].epochs
+    assert 10 * views / 2 + 60 <= arms["few160"].epochs  # of 1,000 images
 
 
-def test_the_study_of_all_labels_compares_seeds_that_both_arms_have(
+def test_the_study_of_labels_compares_seeds_that_both_arms_have(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    scores = {"scratch": (0.5, 0.52, 0.51), "tuned8": (0.56, 0.57, 0.575), "lower": (0.51, 0.53)}
+    scores = {
+        **{f"scratch-{seed}": top1 for seed, top1 in enumerate((0.5, 0.52, 0.51))},
+        **{f"tuned8-{seed}": top1 for seed, top1 in enumerate((0.56, 0.57, 0.575))},
+        **{f"lower-{seed}": top1 for seed, top1 in enumerate((0.51, 0.53))},
+        **{f"few-5-{seed}": 0.2 + seed / 100 for seed in range(8)},
+        **{f"short-5-{seed}": 0.3 + seed / 100 for seed in range(8)},
+        **{f"tune-scratch-2e-3-60-{seed}": 0.2 for seed in range(3)},
+    }
 
     def run(jobs: list[study.Job], out: Path, *_: object) -> None:
         (out / "jobs").mkdir(parents=True)
         for job in jobs:
-            arm, _, seed = job.name.partition("-")
-            if seed == "p" or (arm in scores and int(seed) < len(scores.get(arm, ()))):
+            if job.name in scores or job.name == "again-p":
                 study.finish(subprocess.Popen(["true"]), job, out, 1)
                 (out / "runs" / job.name).mkdir(parents=True)
-                line = {"step": 1, "epoch": 1} | ({} if seed == "p" else {"top1": scores[arm][int(seed)]})
+                line = {"step": 1, "epoch": 1} | ({"top1": scores[job.name]} if job.name in scores else {})
                 (out / "runs" / job.name / "metrics.jsonl").write_text(json.dumps(line) + "\n")
 
-    monkeypatch.setattr(all_labels, "schedule", run)
-    monkeypatch.setattr(all_labels, "prepare_tiny20", lambda *_, **__: None)
+    monkeypatch.setattr(labels, "schedule", run)
+    monkeypatch.setattr(labels, "prepare_tiny20", lambda *_, **__: None)
     docs = tmp_path / "docs"
     (docs / "results").mkdir(parents=True)
-    (docs / "results" / "all_labels.md").write_text("**Read this.**\n")
-    all_labels.main(["shards", "--out", str(tmp_path / "out"), "--docs", str(docs)])
+    (docs / "results" / "labels.md").write_text("**Read this.**\n")
+    labels.main(["shards", "--out", str(tmp_path / "out"), "--docs", str(docs)])
     results.main(["--docs", str(docs)])
     page = " ".join((docs / "results.md").read_text().split())
-    assert "## All of the labels **Read this.** Written by" in page
-    low, tuned, scratch = (all_labels.ARMS[name].title for name in ("lower", "tuned8", "scratch"))
-    assert f"| {scratch} | 3 | 51.0 [48.5, 53.5] | | | |" in page
-    assert f"| {tuned} | 3 | 56.8 [54.9, 58.7] | {scratch} | +5.8 [+3.9, +7.7] | better |" in page
-    assert f"| {tuned} | 2 | 56.5 [50.1, 62.9] | {low} |" in page
-    assert f"Seeds that were run: {low}, 2 of 3; pretrained, 20 epochs, 0 of 3." in page
+    assert "## Every amount of labels **Read this.** Written by" in page
+    low, tuned, scratch = (labels.ARMS[name].title for name in ("lower", "tuned8", "scratch"))
+    assert f"| all labels | {scratch} | 3 | 51.0 [48.5, 53.5] | | | |" in page
+    assert f"| all labels | {tuned} | 3 | 56.8 [54.9, 58.7] | {scratch} | +5.8 [+3.9, +7.7] | better |" in page
+    assert f"| all labels | {tuned} | 2 | 56.5 [50.1, 62.9] | {low} |" in page
+    short = labels.ARMS["short"].title
+    assert f"| 5 % of the labels | {short} | 8 | 33.5 [31.5, 35.5] | scratch | +10.0 [+10.0, +10.0] | better |" in page
+    assert f"; {low} (2 of 3 at 100 %);" in page and f"; {short} (0 of 8 at 10 %, 0 of 8 at 1 %);" in page
+    assert "| scratch | 2e-3 | 60 | 3 | 20.0 [20.0, 20.0] |" in page
 
 
 def test_what_is_tried_never_sees_what_it_is_tested_on_nor_the_test_images() -> None:

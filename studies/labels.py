@@ -1,0 +1,286 @@
+"""Does pretraining pay with 1, 5, 10 and 100 % of the labels, as it is shipped and on two cores?
+
+    python studies/labels.py SHARDS --out runs/labels           # 2 cores: 12 h
+    python studies/labels.py SHARDS --out runs/labels --list    # the commands, without running them
+
+SHARDS: the folder of tiny20's shards (see studies/sets.py). Pretraining is `pretrain_small_images`, once for 200,000
+views and once for all its 1,500,000; the first is the arm `again` of studies/recipe.py, and OUT may be that study's
+folder, which has it. Fine-tuning is `finetune_small_images`, with the same labels, order and head for all arms, and is
+tested on the test images once, at its last step. The learning rate of scratch on few labels is the best of those that
+are tried on training images held out. What is finished is not done again, and what was cut off resumes. What is found
+is in OUT/labels.json, and with --docs in labels.json there, which `studies/results.py` puts into docs/results.md, with
+what we read in it, docs/results/labels.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import textwrap
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import recipe
+import small_images
+from study import (
+    CONTROLS,
+    FCMAE,
+    Job,
+    add_arguments,
+    chosen,
+    facts,
+    in_words,
+    last_scores,
+    prepare_tiny20,
+    probe,
+    schedule,
+    write_found,
+)
+
+from fcmae.atomic import write_text
+from fcmae.evaluation.paired import cells
+from fcmae.evaluation.probes import mean_and_interval
+from fcmae.tables import table
+
+FEW, ALL = {5: 8, 10: 8, 1: 8}, {100: 3}  # draws by per cent of the labels, in the order in which they are run
+VIEWS = {"again-p": 20, "long-p": 150}  # epochs of each pretraining, of 10,000 views
+
+
+class Arm(NamedTuple):
+    """A way to start, and to use the labels.
+
+    Attributes:
+        title: as it stands in the table.
+        seeds: their number, by per cent of the labels.
+        start: the job of pretraining; None for scratch.
+        rate: of learning from scratch, for 256 images.
+        epochs: of fine-tuning; None for those of `finetune_small_images`.
+    """
+
+    title: str
+    seeds: Mapping[int, int]
+    start: str | None = None
+    rate: str | None = None
+    epochs: int | None = None
+
+
+# A sparse view costs some .57 of a dense one in seconds on two cores, and half in multiply-adds: 200,000 views and 8
+# epochs on 10,000 images are 20 epochs from scratch, and 200,000 views and 60 epochs on 1,000 images 160.
+ARMS = {
+    "few": Arm("scratch", FEW, rate="2e-3"),
+    "short": Arm("pretrained, 200,000 views", FEW, "again-p"),
+    "long": Arm("pretrained, 1,500,000 views", FEW, "long-p"),
+    "few160": Arm("scratch, 160 epochs", {10: 3}, rate="2e-3", epochs=160),
+    "scratch": Arm("scratch, 20 epochs at 8e-3", ALL, rate="8e-3", epochs=20),
+    "lower": Arm("scratch, 20 epochs at 4e-3", ALL, rate="4e-3", epochs=20),
+    "tuned8": Arm("pretrained, 200,000 views, 8 epochs", ALL, "again-p", epochs=8),
+    "long8": Arm("pretrained, 1,500,000 views, 8 epochs", ALL, "long-p", epochs=8),
+    "tuned20": Arm("pretrained, 200,000 views, 20 epochs", ALL, "again-p", epochs=20),
+}
+PAIRS = (
+    ("few", None),
+    ("short", "few"),
+    ("long", "few"),
+    ("long", "short"),
+    ("few160", "few"),
+    ("short", "few160"),
+    ("scratch", None),
+    ("lower", "scratch"),
+    ("tuned8", "scratch"),
+    ("tuned8", "lower"),
+    ("long8", "lower"),
+    ("long8", "tuned8"),
+    ("tuned20", "lower"),
+    ("tuned20", "tuned8"),
+)
+COLUMNS = ("labels", "start", "seeds", "top-1, %", "against", "difference of each seed", "")
+
+
+class Trial(NamedTuple):
+    """Settings of fine-tuning that are tried on training images that are held out."""
+
+    start: str | None
+    rate: str
+    epochs: int
+
+    def run(self, seed: int) -> str:
+        """Its name."""
+        return f"tune-{self.start or 'scratch'}-{self.rate}-{self.epochs}-{seed}"
+
+
+TRIED_ON, TRIALS = 5, 3  # per cent of the labels; draws
+TRIED = (
+    *(Trial(None, rate, 60) for rate in ("1e-3", "2e-3", "4e-3")),
+    # Until it no longer rises.
+    Trial(None, "2e-3", 120),
+    *(Trial("long-p", "4e-3", epochs) for epochs in (60, 120)),
+)
+
+
+def run_name(arm: str, percent: int, seed: int) -> str:
+    return f"{arm}-{seed}" if percent == 100 else f"{arm}-{percent}-{seed}"
+
+
+def epochs_of(epochs: int) -> tuple[str, ...]:
+    """Flags of fine-tuning for as long; the warm-up is an eighth, as in the config, and the evaluation at the end."""
+    last = (f"--log.eval_epochs={epochs}",) if epochs > 60 else ()
+    return (f"--epochs={epochs}", f"--optim.warmup_epochs={epochs / 8:g}", *last)
+
+
+BUDGETS = {1: ("--batch_size=32", *epochs_of(120))}  # by per cent of the labels, where the config has too few steps
+PROBED = (("pretrained", "again-p"), ("long", "long-p"))  # names of probes, and what they look at
+
+
+def jobs(out: Path, size: int, at_once: int) -> Iterator[Job]:
+    """All commands: pretraining, what is tried, arms seed by seed, and features without fine-tuning."""
+    workers = () if at_once == 1 else ("--data.num_workers=1",)
+
+    def finetune(
+        name: str, draw: str, test: str, seed: int, start: str | None, rate: str | None, budget: tuple[str, ...]
+    ) -> Job:
+        words = (
+            "finetune", "--config=finetune_small_images", f"--data.path={out}/{draw}.csv",
+            f"--data.val_path={out}/{test}.csv", f"--data.image_size={size}", f"--seed={seed}", *budget,
+            f"--out={out}/runs/{name}", *(() if rate is None else (f"--optim.base_lr={rate}",)),
+        )  # fmt: skip
+        if start is None:
+            return Job(name, (*FCMAE, *words, "--optim.layer_decay=1", *workers))
+        return Job(name, (*FCMAE, *words, *workers, f"--init={out}/runs/{start}"), (start,))
+
+    for name, epochs in VIEWS.items():
+        if name == "again-p":
+            yield next(job for job in recipe.jobs(out, epochs, size, at_once) if job.name == name)
+        else:
+            words = (
+                "pretrain", "--config=pretrain_small_images", f"--data.path={out}/tiny20/unlabeled.txt",
+                f"--data.image_size={size}", "--data.val_share=0", f"--epochs={epochs}", f"--out={out}/runs/{name}",
+            )  # fmt: skip
+            yield Job(name, (*FCMAE, *words, *workers))
+    for one in TRIED:
+        for seed in range(TRIALS):
+            draws = (f"tune-{TRIED_ON}-{seed}", f"tune-test-{TRIED_ON}-{seed}")
+            yield finetune(one.run(seed), *draws, seed, one.start, one.rate, epochs_of(one.epochs))
+    for percent, seeds in (FEW | ALL).items():
+        for seed in range(seeds):
+            for name, arm in ARMS.items():
+                if seed < arm.seeds.get(percent, 0):
+                    budget = BUDGETS.get(percent, ()) if arm.epochs is None else epochs_of(arm.epochs)
+                    run, draw = run_name(name, percent, seed), f"train-{percent}-{seed}"
+                    yield finetune(run, draw, "test", seed, arm.start, arm.rate, budget)
+    for name, start in PROBED:
+        yield probe(f"probe-{name}", f"{out}/runs/{start}", out, out, (start,), *small_images.PROBES)
+    yield probe("probe-random", f"random:{out}/runs/again-p", out, out, ("again-p",), *small_images.PROBES)
+    for name, (model, _) in CONTROLS.items():
+        yield probe(f"probe-{name}", model, out, out, (), *small_images.PROBES, "--image-size", str(size))
+
+
+def collect(out: Path, every: list[Job]) -> dict[str, Any]:
+    """What the runs that are done have found."""
+    found = {name: line["top1"] for name, line in last_scores(out, every, "top1").items()}
+    return {
+        "tried": [
+            {**one._asdict(), "seed": seed, "top1": found[run]}
+            for one in TRIED
+            for seed in range(TRIALS)
+            if (run := one.run(seed)) in found
+        ],
+        "scores": [
+            {"arm": name, "percent": percent, "seed": seed, "top1": found[run]}
+            for name, arm in ARMS.items()
+            for percent, seeds in arm.seeds.items()
+            for seed in range(seeds)
+            if (run := run_name(name, percent, seed)) in found
+        ],
+        "probes": small_images.probed(out, every),
+    }
+
+
+def result(found: Mapping[str, Any]) -> str:
+    """The table: by amount of labels each arm against others, seed by seed where both have run."""
+    rows: list[tuple[int, list[str]]] = []
+    for name, other in PAIRS:
+        for row in small_images.differences(found["scores"], [(name, other or name)]):
+            labels, _, num, top1, *difference = cells(row)
+            against = "" if other is None else ARMS[other].title
+            rows.append((int(row.labels[:-1]), [labels, ARMS[name].title, num, top1, against, *difference]))
+    return table(COLUMNS, [row for _, row in sorted(rows, key=lambda row: row[0])], left=2)
+
+
+def trials(found: Mapping[str, Any]) -> str:
+    """The table of what was tried; empty if nothing was."""
+    rows = []
+    for one in TRIED:
+        values = [tried["top1"] for tried in found["tried"] if Trial(*(tried[key] for key in Trial._fields)) == one]
+        if values:
+            mean, interval = mean_and_interval(values)
+            shown = f"{100 * mean:.1f}" + (f" [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]" if interval else "")
+            start = "scratch" if one.start is None else f"pretrained, {10_000 * VIEWS[one.start]:,} views"
+            rows.append([start, one.rate, str(one.epochs), str(len(values)), shown])
+    if not rows:
+        return ""
+    return (
+        "### What was tried on training images that are held out\n\nEach seed is a draw of its own, of "
+        f"{TRIED_ON} % of the labels and of 900 images to test on, which pretraining has seen.\n\n"
+        + table(("start", "rate", "epochs", "seeds", "top-1, %"), rows, left=1)
+    )
+
+
+def section(docs: Path) -> str:
+    """What docs/results.md has of it; empty if nothing was compared yet."""
+    path, words = docs / "labels.json", docs / "results" / "labels.md"
+    found = json.loads(path.read_text()) if path.exists() else {"scores": []}
+    starts = {ARMS[one["arm"]].start for one in found["scores"]}
+    if starts <= {None}:  # scratch alone, or nothing yet
+        return ""
+    took = ", ".join(
+        f"{10_000 * VIEWS[name]:,} views in {found['seconds'][name] / 60:.0f} minutes"
+        for name in VIEWS
+        if name in found["seconds"]
+    )
+    missing = []
+    for name, arm in ARMS.items():
+        num = {
+            percent: sum((s["arm"], s["percent"]) == (name, percent) for s in found["scores"]) for percent in arm.seeds
+        }
+        some = [
+            f"{num[percent]} of {seeds} at {percent} %" for percent, seeds in arm.seeds.items() if num[percent] < seeds
+        ]
+        missing += [f"{arm.title} ({', '.join(some)})"] if some else []
+    left = f"Seeds that were run, where not all were: {'; '.join(missing)}." if missing else ""
+    probes = small_images.frozen(found, {name: f"pretrained, {10_000 * VIEWS[one]:,} views" for name, one in PROBED})
+    parts = [
+        words.read_text().strip() if words.exists() else "",
+        f"""Written by `studies/labels.py`: tiny20 at {found["size"]} pixels, pretrained for {took}, and tested once on
+the 1,000 test images. There is one encoder of each amount of views, so intervals are over draws of the labels, order
+and head, and with 100 % over order and head. On {in_words(found["machine"])}, {found["at_once"]} at a time;
+{sum(found["seconds"].values()) / 3600:.1f} hours of commands.
+""",
+        textwrap.fill(left, 120, break_on_hyphens=False),
+        result(found),
+        trials(found),
+        probes,
+    ]
+    return "\n\n".join(part.strip() for part in parts if part)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shards", type=Path, metavar="SHARDS", help="the folder of tiny20's shards")
+    parser.add_argument("--size", type=int, default=48, help="of the images, in pixels [48]")
+    add_arguments(parser, "runs/labels", at_once=2, has_page=True)
+    args = parser.parse_args(argv)
+    out = args.out.absolute()
+    every = list(jobs(out, args.size, args.at_once))
+    wanted = chosen(args, every)
+    prepare_tiny20(args.shards, out, FEW | ALL, trials=TRIALS)
+    schedule(wanted, out, args.at_once, None if args.at_once == 1 else 1)
+    found = {**facts(out, every), "size": args.size, "at_once": args.at_once, **collect(out, every)}
+    write_text(out / "labels.json", json.dumps(found, indent=1) + "\n")
+    print("\n" + result(found))
+    if args.docs:
+        write_found(args.docs / "labels.json", found)
+
+
+if __name__ == "__main__":
+    main()
