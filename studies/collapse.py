@@ -1,7 +1,7 @@
 """Does fcmae see features collapse? Collapses are provoked, and its warnings compared with those of sound runs.
 
     python studies/collapse.py SHARDS --out runs/collapse                # a GPU with many cores
-    python studies/collapse.py SHARDS --out runs/collapse --at-once 2    # 2 cores: by estimate 90 minutes
+    python studies/collapse.py SHARDS --out runs/collapse --at-once 2    # 2 cores: 1 hour
     python studies/collapse.py SHARDS --out runs/collapse --list         # the commands, without running them
 
 SHARDS: the folder of tiny20's shards (see studies/sets.py). All pretrain the network of `pretrain_small_images` on
