@@ -96,12 +96,13 @@ def finetune(cfg: FinetuneConfig, net: Classifier | None = None) -> Run:
         num_images, images = (len(train_images), len(val_images)), fingerprint(train_images, val_images)
         check_start(cfg, run, net, num_images, images, accelerator.num_processes)
         with session.open():
-            if accelerator.is_main_process:
-                train_images.save(run.path / "files.json")
-                val_images.save(run.path / "val_files.json")
-                for note in dict.fromkeys(train_images.notes + val_images.notes):
-                    logger.info("%s", note)
-                check_values(reading, train_images if len(train_images) else val_images)
+            with waiting_for_all(accelerator):
+                if accelerator.is_main_process:
+                    train_images.save(run.path / "files.json")
+                    val_images.save(run.path / "val_files.json")
+                    for note in dict.fromkeys(train_images.notes + val_images.notes):
+                        logger.info("%s", note)
+                    check_values(reading, train_images if len(train_images) else val_images)
             run.finished = train(session, cfg, net, weights, reading, per_epoch, train_images, val_images)
     return session.result()
 

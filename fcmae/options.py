@@ -144,6 +144,8 @@ def _made(
             _drop(settings, key)
     _put(settings, given)
     sketch, invalid = _validate(model, settings, (), {"sketch": True})
+    if isinstance(sketch, RunConfig) and sketch.overwrite and "overwrite" not in given:
+        raise ConfigError(["overwrite: it is in a file, and would delete the run at every start: give --overwrite"])
     if sketch is not None and not _trains(sketch):
         complete = None
     # Nothing is chosen beside a recipe, unless there are hours for which it was not yet.
@@ -156,8 +158,6 @@ def _made(
     config, invalid = _validate(model, settings, wrong, {"num_processes": num_processes})
     if config is None or problems or invalid:
         raise ConfigError([*problems, *invalid])
-    if isinstance(config, RunConfig) and config.overwrite and "overwrite" not in given:
-        raise ConfigError(["overwrite: it is in a file, and would delete the run at every start: give --overwrite"])
     return config if complete is None else settled(config, complete)
 
 

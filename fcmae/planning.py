@@ -178,13 +178,7 @@ def _begun(
         given: the settings that were given, by dotted key.
         images: the first source of images, after which the directory is named if `out` is not given.
         measure: times a step of a number of images.
-
-    Raises:
-        ValueError: for a tracker that is not there, before anything is measured.
     """
-    from fcmae.training.launch import check_trackers
-
-    check_trackers(sketch.log.trackers)
     out = _run_directory(sketch, given, images)
     if (saved := _saved(sketch, out)) is not None:
         return out, _resumed(sketch, saved, given, out)

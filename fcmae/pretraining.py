@@ -92,12 +92,13 @@ def pretrain(cfg: PretrainConfig, net: FCMAE | None = None) -> Run:
                 if accelerator.is_main_process:
                     labelled = find_monitored_labels(cfg.monitor.labelled, reading_of(cfg.data), cfg.seed)
         with session.open():
-            if accelerator.is_main_process:
-                if are_new:
-                    images.save(run.path / "files.json")
-                for note in images.notes:
-                    logger.info("%s", note)
-                check_values(reading_of(cfg.data), images)
+            with waiting_for_all(accelerator):
+                if accelerator.is_main_process:
+                    if are_new:
+                        images.save(run.path / "files.json")
+                    for note in images.notes:
+                        logger.info("%s", note)
+                    check_values(reading_of(cfg.data), images)
             for sentence in started:
                 logger.info("start: %s", sentence)
             run.finished = train(session, cfg, net, schedule, train_images, val_images, labelled)
@@ -140,13 +141,15 @@ def train(
     normalize = Normalize(*cfg.data.statistics()).to(accelerator.device)
     visible = num_visible(math.prod(mask_grid(cfg)), cfg.model.mask_ratio)
 
-    def trial() -> None:
-        noise = noise_batch(cfg, micro_batch_size(cfg, accelerator.num_processes)).to(accelerator.device)
-        loss = masked_loss(net, normalize(noise.images), noise.given_masks, visible, target=net.target)
-        loss.backward()  # type: ignore[no-untyped-call]
-
     # The optimizer's state is where it has to be, beside the parameters.
     model, optimizer = accelerator.prepare(net, adamw, device_placement=[True, False])
+
+    def trial() -> None:
+        noise = noise_batch(cfg, micro_batch_size(cfg, accelerator.num_processes)).to(accelerator.device)
+        with accelerator.no_sync(model):
+            loss = masked_loss(model, normalize(noise.images), noise.given_masks, visible, target=net.target)
+            loss.backward()  # type: ignore[no-untyped-call]
+
     # With the autocast that the forward pass has by now: without it the first step would compile once more.
     compile_model(net, cfg.model.compile, trial, (schedule.total - schedule.start) * cfg.num_micro_batches)
 

@@ -134,12 +134,13 @@ def segment(cfg: SegmentConfig, net: Segmenter | None = None) -> Run:
         num_images = (len(data.images), len(data.val_images))
         check_start(cfg, run, net, num_images, data.fingerprint(), accelerator.num_processes)
         with session.open():
-            if accelerator.is_main_process:
-                for name, part in zip(FILES, data, strict=True):
-                    part.save(run.path / name)
-                for note in dict.fromkeys(note for part in data for note in part.notes):
-                    logger.info("%s", note)
-                check_values(reading, data.images if len(data.images) else data.val_images)
+            with waiting_for_all(accelerator):
+                if accelerator.is_main_process:
+                    for name, part in zip(FILES, data, strict=True):
+                        part.save(run.path / name)
+                    for note in dict.fromkeys(note for part in data for note in part.notes):
+                        logger.info("%s", note)
+                    check_values(reading, data.images if len(data.images) else data.val_images)
             run.finished = train(session, cfg, net, weights, reading, per_epoch, data)
     return session.result()
 

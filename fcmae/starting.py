@@ -288,12 +288,14 @@ def prepare(
     schedule = schedule_of(cfg, per_epoch, run.resume_step)
     at_once = micro_batch_size(cfg, accelerator.num_processes)
 
-    def trial() -> None:
-        logits = net(torch.randn(at_once, net.encoder.in_chans, *image_size, device=accelerator.device))
-        logits.float().mean().backward()
-
     # The optimizer's state is where it has to be, beside the parameters.
     model, optimizer = accelerator.prepare(net, adamw, device_placement=[True, False])
+
+    def trial() -> None:
+        with accelerator.no_sync(model):
+            logits = model(torch.randn(at_once, net.encoder.in_chans, *image_size, device=accelerator.device))
+            logits.float().mean().backward()
+
     if not cfg.eval_only:  # which computes no step
         # With the autocast that the forward pass has by now: without it the first step would compile once more.
         compile_model(net, cfg.model.compile, trial, (schedule.total - schedule.start) * cfg.num_micro_batches)

@@ -230,6 +230,11 @@ def test_pages_that_are_not_read_are_told(tmp_path: Path, caplog: pytest.LogCapt
     check_values(Reading(3, (16, 16), 1.0, (0.5,) * 3, (0.3,) * 3), images)
     assert caplog.text.endswith("z.tif has 3 pages, and the first is read\n")
     caplog.clear()
+    times = np.stack([values, values])  # (T, Z, Y, X), which are not read as channels
+    tifffile.imwrite(tmp_path / "z.tif", times, imagej=True, metadata={"axes": "TZYX"})
+    check_values(Reading(1, (16, 16), 1.0, (0.5,), (0.3,)), images)
+    assert caplog.text.endswith("z.tif has 10 pages, and the first is read\n")
+    caplog.clear()
     tifffile.imwrite(tmp_path / "z.tif", values[0], photometric="minisblack")
     check_values(Reading(1, (16, 16), 1.0, (0.5,), (0.3,)), images)
     assert not caplog.records

@@ -95,6 +95,17 @@ def test_a_link_that_gives_images_a_second_label_is_refused(tmp_path: Path, link
             find_labelled(str(root))
 
 
+def test_links_may_lead_to_where_no_class_is(tmp_path: Path) -> None:
+    touch(tmp_path, "labelled/.git/annex/1.jpg", "labelled/.git/annex/2.jpg")
+    for name, number in (("cat", 1), ("dog", 2)):
+        (tmp_path / "labelled" / name).mkdir()
+        (tmp_path / "labelled" / name / f"{number}.jpg").symlink_to(f"../.git/annex/{number}.jpg")
+    assert find_labelled(str(tmp_path / "labelled")).class_names == ("cat", "dog")
+    (tmp_path / "labelled/dog/1.jpg").symlink_to("../.git/annex/1.jpg")
+    with pytest.raises(ValueError, match="of the class 'dog' is a link to what the class 'cat' has"):
+        find_labelled(str(tmp_path / "labelled"))
+
+
 def test_lists_hold_paths_relative_to_their_folder(tmp_path: Path) -> None:
     touch(tmp_path, "lists/a.jpg", "b.jpg", "without_suffix")
     text = f"\ufeffa.jpg\r\n\n  ../b.jpg  \n{tmp_path}/without_suffix\n"
@@ -319,7 +330,7 @@ def test_integer_class_names_are_in_numerical_order(tmp_path: Path) -> None:
 
 
 def test_csv_gives_labels_with_paths_relative_to_its_folder(tmp_path: Path) -> None:
-    text = f"\ufeffsplit, path,label\nx,b/2.jpg,dog\nx,{tmp_path}/1.jpg,cat\nx,b/2.jpg,dog\n"
+    text = f"\ufeffsplit, path,label\nx,b/2.jpg,dog,\nx,{tmp_path}/1.jpg,cat\nx,b/2.jpg,dog,,\n"
     (tmp_path / "labels.CSV").write_text(text, encoding="utf-8")
     index = find_labelled(str(tmp_path / "labels.CSV"))
     assert content(index) == ([str(tmp_path / "1.jpg"), str(tmp_path / "b/2.jpg")], [0, 1], ("cat", "dog"))

@@ -282,6 +282,8 @@ def test_of_a_large_tiff_on_a_web_server_only_what_is_asked_for_is_read(
         return sum(int(found[2]) - int(found[1]) + 1 for found in ranges if found)
 
     assert 0 < read() < values.size // 4
+    places = [asked for path, asked in Handler.asked if asked]
+    assert len(places) == len(set(places))  # the header is read once, however often it is looked at
     # What Pillow unpacks it asks for as a whole.
     with find_images([f"{server}/large"]).open(0) as file:
         Handler.asked.clear()
@@ -296,6 +298,16 @@ def test_of_a_large_tiff_on_a_web_server_only_what_is_asked_for_is_read(
             assert file.read() == (folder / "large/a.tif").read_bytes()
         assert bool(Handler.asked) == is_asked
     monkeypatch.setattr("fcmae.data.shards.MUCH", 1 << 16)
+    Handler.faults["/large/a.tif"] = ["503"] * 2  # for a while
+    monkeypatch.setattr(storage, "TRIES", 2)
+    monkeypatch.setattr(storage, "BACKOFF_S", 0.01)
+    images = find_images([f"{server}/large"])
+    with pytest.raises(BadImage, match="503"):
+        images.open(0)
+    Handler.asked.clear()
+    with images.open(0) as file:
+        assert file.read(4) == b"II*\0"
+    assert all(asked for path, asked in Handler.asked[1:] if "a.tif" in path)  # after its size, parts
     Handler.faults["/large/a.tif"] = ["whole"]  # a server that knows no ranges
     assert read() > 0
     Handler.faults["/large/a.tif"] = ["whole"] * 3

@@ -149,8 +149,13 @@ def test_overwrite_is_no_setting_of_a_file(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("a.yaml").write_text("overwrite: yes\n")
-    with pytest.raises(ConfigError, match=r"^overwrite: it is in a file, .*: give --overwrite$"):
-        load("--config", "a.yaml")
+
+    def complete(*_: object) -> dict[str, object]:
+        raise AssertionError("nothing is to be measured")
+
+    for chosen in (None, complete):
+        with pytest.raises(ConfigError, match=r"^overwrite: it is in a file, .*: give --overwrite$"):
+            options.load(PretrainConfig, [*NEEDED, "--config", "a.yaml"], prog="fcmae", complete=chosen)
     assert load("--config", "a.yaml", "--overwrite").overwrite
     needed = {"data.path": ["photos"], "out": "run"}
     with pytest.raises(ConfigError, match=r"^overwrite: it is in a file"):

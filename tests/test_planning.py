@@ -428,13 +428,6 @@ def test_a_launcher_is_told_to_print_the_settings_first(
     assert "print them with it (--print-config > FILE)" in capsys.readouterr().err
 
 
-def test_a_tracker_that_is_not_there_is_told_before_anything_is_measured(
-    photos: Path, measured: list[int], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert cli.main(["pretrain", "photos", "--hours", "1", "--device", "cpu", "--log.trackers", "wandbe"]) == 2
-    assert "log.trackers: wandbe is none of accelerate's" in capsys.readouterr().err and not measured
-
-
 def write_maps(folder: Path) -> None:
     """Label maps of two classes for what `write_images` writes."""
     folder.mkdir()

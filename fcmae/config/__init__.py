@@ -23,7 +23,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from fcmae.config.base import Backend, Conflict, Device, RunText, Section, Settings, Size, Spelling, UserPath, UserText
-from fcmae.data.geometry import MAX_PIXELS
+from fcmae.data.geometry import MAX_CHANNELS, MAX_PIXELS
 from fcmae.masking import num_visible
 from fcmae.networks.spec import (
     LISTED,
@@ -87,7 +87,7 @@ class ImageConfig(Section):
 
     image_size: Size = (224, 224)
     """Height and width of the network's input, in pixels; a single number means a square."""
-    in_chans: int = Field(3, ge=1, le=4096)
+    in_chans: int = Field(3, ge=1, le=MAX_CHANNELS)
     """Channels of the images: 1 grey, 3 RGB, any other number for multi-band TIFF and .npy."""
     mean: list[float] | None = None
     """Per-channel mean, with a format's full range scaled to 1. Default: ImageNet's (3 channels) or its grey average

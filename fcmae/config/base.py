@@ -116,7 +116,8 @@ class FromFile(Section):
     """Prefix of the weights' names in a file, e.g. student. Default: detected."""
 
 
-Size = Annotated[tuple[Annotated[int, Field(ge=8)], Annotated[int, Field(ge=8)]], BeforeValidator(_square)]
+_Side = Annotated[int, Field(ge=8, le=8192)]
+Size = Annotated[tuple[_Side, _Side], BeforeValidator(_square)]
 # A path that a person writes: ~ is their home.
 UserText = Annotated[str, AfterValidator(_expanded)]
 UserPath = Annotated[Path, _of_text(_expanded)]

@@ -460,9 +460,9 @@ def _check_links(root: str, links: Mapping[str, list[str]], key: str) -> None:
     for place, name, link in sorted(places):  # a folder before what is in it
         if f"{top}/".startswith(f"{place}/"):
             owner: str | None = ""
-        elif place.startswith(f"{top}/"):
-            owner = place[len(top) + 1 :].partition("/")[0]
-        else:
+        elif place.startswith(f"{top}/") and (below := place[len(top) + 1 :].partition("/")[0]) in links:
+            owner = below
+        else:  # outside, or in what is no class, such as a hidden folder
             owner = next((owners[up] for up in (place, *map(str, Path(place).parents)) if up in owners), None)
             owners.setdefault(place, name)
         if owner not in (name, None):
@@ -682,7 +682,7 @@ def _read_csv(address: str, key: str, column: str = "path", other: str = "label"
         if twice := [name for name in (column, other) if columns.count(name) > 1]:
             raise ValueError(f"{key}: the header of {address} has {twice[0]} twice: keep one")
         for row in rows:
-            if None in row:
+            if any(field.strip() for field in row.get(None, ())):  # DictReader's key of what is too many
                 raise ValueError(
                     f"{key}: line {rows.line_num} of {address} has more fields than the header's {len(columns)}: put "
                     "quotes round what has a comma"

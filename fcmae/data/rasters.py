@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fcmae.data.arrays import ArrayImage, Pixels, check_channels, nodata_of
-from fcmae.data.geometry import MAX_PIXELS, Box, make_upright
+from fcmae.data.geometry import MAX_CHANNELS, MAX_PIXELS, Box, make_upright
 from fcmae.data.readers import (
     MAX_PAGES,
     PILLOW_FORMATS,
@@ -265,7 +265,8 @@ def num_pages(file: BinaryIO) -> tuple[int, bool]:
     with reading(MAX_PIXELS):
         series = tifffile.TiffFile(file).series[0]
         num = 1 if channel_pages(series) else len(series.pages)
-        return num, num not in (1, 3) and series.keyframe.samplesperpixel == 1
+        are_bands = sum(axis not in "YX" for axis in series.axes) == 1 and series.keyframe.samplesperpixel == 1
+        return num, are_bands and num <= MAX_CHANNELS and num not in (1, 3)
 
 
 def geo_tags(file: BinaryIO) -> list[tuple[int, int, int, Any, bool]]:

@@ -29,8 +29,9 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from fcmae.data.cores import num_cores
+from fcmae.data.geometry import MAX_PIXELS
 from fcmae.data.source import Files, Listed, Names, Source, printable
-from fcmae.data.storage import Storage, is_remote
+from fcmae.data.storage import Storage, Unanswered, is_remote
 from fcmae.data.tables import ARROW, EMPTY, PARQUET, read_row
 from fcmae.data.tables import scan as scan_table
 
@@ -43,7 +44,7 @@ MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f
 BLOCK = 512  # bytes; a member's header is one
 LABELS = (".cls", ".json", ".txt")  # the first that an image has counts
 MAX_LABEL = 1 << 16  # bytes
-MUCH = 1 << 24  # bytes of a TIFF from afar of which no more is read than is asked for
+MUCH = MAX_PIXELS  # bytes of a TIFF from afar above which it is read in parts; below, most are decoded as a whole
 _SHARD = re.compile("(" + "|".join(map(re.escape, SHARDS)) + ")/")
 
 CHANGED = "{} has changed since its index was made: begin another run, or put it back"
@@ -416,12 +417,16 @@ class Parts(Listed):
         if is_tiff and i not in self._whole:
             if (content := self._storage.held(name)) is not None:
                 return io.BytesIO(content)
-            with suppress(OSError):  # a server that tells no size or gives no parts gives the whole
+            try:
                 file = self._storage.open(name, cached=True)
                 if file.seek(0, os.SEEK_END) > MUCH:
                     file.seek(0)
                     file.peek(1)
                     return file
+            except Unanswered:  # the next read asks for parts again
+                raise
+            except OSError:  # a server that tells no size or gives no parts gives the whole
+                pass
             self._whole.add(i)
         return super().open(i)
 

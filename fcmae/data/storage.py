@@ -37,6 +37,10 @@ class CutShort(OSError):  # noqa: N818
     """A file ends before the part that was asked for."""
 
 
+class Unanswered(OSError):  # noqa: N818
+    """A server did not answer, or could not, as often as it was asked: it may, later."""
+
+
 def is_remote(address: str) -> bool:
     """Whether an address is a URL."""
     return "://" in address
@@ -298,16 +302,21 @@ def _tried(call: Callable[[], Found]) -> Found:
             is_final = isinstance(status, int) and 400 <= status < 500 and status not in (408, 429)
             if is_final or number == TRIES - 1:
                 reason = getattr(error, "message", "") or str(error) or type(error).__name__
-                raise OSError(f"{f'{status} ' if status else ''}{reason}") from error
+                kind = OSError if is_final else Unanswered
+                raise kind(f"{f'{status} ' if status else ''}{reason}") from error
             time.sleep(BACKOFF_S * 2**number * random.SystemRandom().uniform(0.5, 1.5))
     raise AssertionError
 
 
 class _Parts(io.RawIOBase):
-    """A file that can seek, of so many bytes, by what reads a part of it."""
+    """A file that can seek, of so many bytes, by what reads a part of it.
+
+    It keeps the first part and the last one that it read: whoever reads a file's header seeks to and fro.
+    """
 
     def __init__(self, read: Callable[[int, int], bytes], size: int) -> None:
         self._read, self._size, self._at = read, size, 0
+        self._first = self._last = (0, b"")  # where each begins, and what it holds
 
     def readable(self) -> bool:
         return True
@@ -327,6 +336,15 @@ class _Parts(io.RawIOBase):
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         size = max(0, min(len(buffer), self._size - self._at))
-        buffer[:size] = self._read(self._at, size) if size else b""
-        self._at += size
-        return size
+        for start, content in (self._first, self._last):
+            if start <= self._at < start + len(content):
+                part = content[self._at - start :][:size]
+                break
+        else:
+            part = self._read(self._at, size) if size else b""
+            if size <= AT_ONCE:
+                self._first = self._first if self._first[1] else (self._at, part)
+                self._last = self._at, part
+        buffer[: len(part)] = part
+        self._at += len(part)
+        return len(part)

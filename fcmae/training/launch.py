@@ -80,7 +80,7 @@ def make_accelerator(cfg: RunConfig) -> Accelerator:
     torch.backends.cudnn.allow_tf32 = cfg.precision == "tf32"
     # DDP remarks on the strides of the gradients of depthwise weights, in their dimension of size 1: they cost nothing.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-    check_trackers(cfg.log.trackers)
+    _check_trackers(cfg.log.trackers)
     for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER"):
         if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
             raise ValueError(
@@ -98,15 +98,8 @@ def make_accelerator(cfg: RunConfig) -> Accelerator:
     )
 
 
-def check_trackers(names: Sequence[str]) -> None:
-    """Refuse trackers that accelerate would leave out without a word, which shows when the run has no curves.
-
-    Args:
-        names: of cfg.log.trackers.
-
-    Raises:
-        ValueError: for a name that is unknown, or whose package is not installed.
-    """
+def _check_trackers(names: Sequence[str]) -> None:
+    """Refuse those that accelerate would leave out without a word, which shows when the run has no curves."""
     if "all" in names:
         return
     there = [str(tracker) for tracker in get_available_trackers()]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Generic
 
 from accelerate import Accelerator
 
 from fcmae.config import check_launch
-from fcmae.training.launch import closing_trackers, ending_together, finish, make_accelerator
+from fcmae.training.launch import closing_trackers, ending_together, finish, make_accelerator, waiting_for_all
 from fcmae.training.messages import showing
 from fcmae.training.run import Run, RunDirectory
 from fcmae.training.signals import StopSignal
@@ -36,7 +36,11 @@ class Session(Generic[Fitting]):
     @contextmanager
     def open(self) -> Iterator[None]:
         """Around all that is written: see `RunDirectory.open`. Signals stop it at a step, and all processes end it."""
-        with self.run.open(self.accelerator.is_main_process), closing_trackers(self.accelerator), self.stop:
+        with ExitStack() as around:
+            with waiting_for_all(self.accelerator):  # the first one may have a run to delete
+                around.enter_context(self.run.open(self.accelerator.is_main_process))
+            around.enter_context(closing_trackers(self.accelerator))
+            around.enter_context(self.stop)
             yield
             finish(self.accelerator, self.stop)
 
