@@ -6,7 +6,7 @@
 SHARDS: the folder of tiny20's shards (see studies/sets.py). Pretraining is `pretrain_small_images`, once for 200,000
 views and once for all its 1,500,000; the first is the arm `again` of studies/recipe.py, and OUT may be that study's
 folder, which has it. Fine-tuning is `finetune_small_images`, with the same labels, order and head for all arms, and is
-tested on the test images once, at its last step. Scratch on few labels has the best learning rate of those that are
+tested on the test images once, at its last step. Scratch on few labels has the best learning rate of those that were
 tried on training images held out (at 5 %, and in docs/small_images.md at 10 %). What is finished is not done again, and
 what was cut off resumes. What is found is in OUT/labels.json, and with --docs in labels.json there, which
 `studies/results.py` puts into docs/results.md, with what we read in it, docs/results/labels.md.
@@ -76,6 +76,7 @@ ARMS = {
     "few810": Arm("scratch, 810 epochs", {10: 3}, rate="2e-3", epochs=810),
     "scratch": Arm("scratch, 20 epochs at 8e-3", ALL, rate="8e-3", epochs=20),
     "lower": Arm("scratch, 20 epochs at 4e-3", ALL, rate="4e-3", epochs=20),
+    "lowest": Arm("scratch, 20 epochs at 2e-3", ALL, rate="2e-3", epochs=20),
     "tuned8": Arm("pretrained, 200,000 views, 8 epochs", ALL, "again-p", epochs=8),
     "long8": Arm("pretrained, 1,500,000 views, 8 epochs", ALL, "long-p", epochs=8),
     "tuned20": Arm("pretrained, 200,000 views, 20 epochs", ALL, "again-p", epochs=20),
@@ -92,6 +93,7 @@ PAIRS = (
     ("long", "few810"),
     ("scratch", None),
     ("lower", "scratch"),
+    ("lowest", "scratch"),
     ("tuned8", "scratch"),
     ("tuned8", "lower"),
     ("long8", "lower"),

@@ -29,6 +29,7 @@ from study import (
     chosen,
     facts,
     in_words,
+    is_done,
     paired,
     prepare_tiny20,
     schedule,
@@ -173,6 +174,9 @@ def main(argv: list[str] | None = None) -> None:
     out = args.out.absolute()
     every = list(jobs(out, args.epochs, args.size, args.at_once))
     wanted = chosen(args, every)
+    for job in wanted:  # what was written by a command whose end was not seen
+        if job.name.endswith("-average") and not is_done(job, out):
+            (out / "runs" / f"{job.name}.safetensors").unlink(missing_ok=True)
     prepare_tiny20(args.shards, out, {PERCENT: 0}, DRAWS)
     schedule(wanted, out, args.at_once, None if args.at_once == 1 else 1)
     found = {

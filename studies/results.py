@@ -255,8 +255,8 @@ the blocks of a stage, at the first and the last checkpoint: .5 is unrelated cha
     (
         "Which loss is normal",
         """Targets are standardised by patch, so a model that predicts each patch's mean has a loss of 1. Of the runs
-named `curve`, which are shipped configurations, that of `pretrain_demo` is whole and that of `pretrain_cpu` stopped
-after 7 of 100 epochs, at the learning rates of the whole run.""",
+named `curve`, which are shipped configurations, that of `pretrain_demo` is whole, and on a CPU that of `pretrain_cpu`
+is stopped after four minutes, of 100 epochs, at the learning rates of the whole run.""",
         losses,
     ),
 )

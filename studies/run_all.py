@@ -301,9 +301,15 @@ def main(argv: list[str] | None = None) -> None:
     if args.only == [""]:
         docs = ("--docs", str(args.docs or out / "docs"))
         collect.main([str(out), "--scale", args.scale, *docs])
+        refused = []
         for study, name, flags in OTHERS:
-            study([str(args.tiny20), "--out", str(out / name), *docs, *flags[args.scale]])
+            try:
+                study([str(args.tiny20), "--out", str(out / name), *docs, *flags[args.scale]])
+            except SystemExit as error:  # such as that --docs has more of it; the others can still run
+                refused.append(str(error))
         results.main([*docs])
+        if refused:
+            sys.exit("\n".join(refused))
 
 
 if __name__ == "__main__":

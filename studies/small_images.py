@@ -8,8 +8,8 @@
 SHARDS: the folder of tiny20's shards (see studies/sets.py). Pretraining is `pretrain_small_images` and what differs
 from it in one thing; fine-tuning is `finetune_small_images` on the same labels, in the same order, with the same head,
 from each of these and from scratch. What is chosen is compared on training images that are held out, the rest of the
-recipe by studies/recipe.py, and the test images are evaluated once, at the last step: they choose nothing but the
-target and the mask ratio, which were chosen by them (docs/small_images.md). Pretrainings come first and alone, as
+recipe by studies/recipe.py, and of the test images only the evaluation at the last step counts: they choose nothing but
+the target and the mask ratio, which were chosen by them (docs/small_images.md). Pretrainings come first and alone, as
 commands on few labels would take the cores from them. What is finished is not done again, and what was cut off resumes.
 Hours are an estimate, by the seconds in docs/small_images_gpu.json and docs/small_images_cpu.json. The part `teacher`
 of studies/objectives.py, which needs the weights of another network, is not compared. What is found is in

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import glob
+import hashlib
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from sets import Labelled, few, folder_rows, write_csv
 
 from fcmae.atomic import write_text
 from fcmae.evaluation.paired import METRIC, Row, compare
+from fcmae.options import find_config, read_yaml
 from fcmae.training.records import cpu_name, read_metrics
 
 STUDIES = Path(__file__).parent
@@ -34,6 +36,7 @@ CONTROLS = {
     "histogram": ("histogram:8", "colour histogram"),
 }
 K = 20  # neighbours
+STOPPED = tuple(end for number in (signal.SIGTERM, signal.SIGINT) for end in (128 + number, -number))  # statuses
 PATTERN = re.compile(r"[\w./*?=-]+")  # of paths, which a shell expands
 
 
@@ -75,7 +78,8 @@ def chosen(args: argparse.Namespace, every: Iterable[Job]) -> list[Job]:
     """The jobs that --only names. With --list their commands are printed, and the program ends.
 
     Raises:
-        SystemExit: if a job was done with other words, named or not: a table would have both.
+        SystemExit: if a job was done with other words, or another --config of the same name, named here or not: a
+            table would have both.
     """
     every, out = list(every), args.out.absolute()
     wanted = [job for job in every if job.name.startswith(tuple(args.only))]
@@ -84,8 +88,15 @@ def chosen(args: argparse.Namespace, every: Iterable[Job]) -> list[Job]:
             print(f"# {job.name}\n{shown(job, out)}")
         raise SystemExit(0)
     for job in every:
-        if is_done(job, out) and (command := record_of(job, out)["command"]) != shown(job, out):
-            sys.exit(f"{out}: {job.name} was done by other settings ({command}): give the same ones, or another --out")
+        if is_done(job, out):
+            record = record_of(job, out)
+            if record["command"] != shown(job, out):
+                sys.exit(
+                    f"{out}: {job.name} was done by other settings ({record['command']}): give the same ones, or "
+                    "another --out"
+                )
+            if record.get("config", digest := config_digest(job)) != digest:  # older records have none
+                sys.exit(f"{out}: {job.name} was done by another version of its --config: give another --out")
     return wanted
 
 
@@ -192,7 +203,7 @@ def finish(process: subprocess.Popen[bytes], job: Job, out: Path, threads: int |
         status = 0 if status == 128 + signal.SIGTERM else status  # fcmae's own, when it was told to stop
     if status:
         print(f"{job.name}: status {status}, see {out / 'jobs' / job.name}.log", file=sys.stderr, flush=True)
-        if status in (128 + signal.SIGTERM, -signal.SIGTERM):
+        if status in STOPPED:
             write_text(before, f"{time.time() - started:.1f}")
         return False
     before.unlink(missing_ok=True)
@@ -202,9 +213,17 @@ def finish(process: subprocess.Popen[bytes], job: Job, out: Path, threads: int |
         "seconds": round(time.time() - started, 1),
         "machine": in_words(this_machine()),
         "threads": threads,
+        "config": config_digest(job),
     }
     write_text(out / "jobs" / f"{job.name}.json", json.dumps(record, indent=1))
     return True
+
+
+def config_digest(job: Job) -> str | None:
+    """What the settings of the job's --config, if it has one, hash to; its comments do not count."""
+    named = [word.removeprefix("--config=") for word in job.words if word.startswith("--config=")]
+    settings = [read_yaml(find_config(name)) for name in named]
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16] if settings else None
 
 
 def expanded(words: Sequence[str]) -> list[str]:
@@ -283,16 +302,25 @@ def write_found(path: Path, found: Mapping[str, Any], runs: str = "commands") ->
         runs: which part of it names them.
 
     Raises:
-        SystemExit: if the file there has runs that are not among these.
+        SystemExit: if the file there has runs that are not among these, or made by other commands.
     """
     if path.is_file():
-        lost = sorted(json.loads(path.read_text())[runs].keys() - found[runs].keys())
-        if lost:
+        there = json.loads(path.read_text())[runs]
+        if lost := sorted(there.keys() - found[runs].keys()):
             sys.exit(
                 f"{path} has {len(lost)} runs that are not among these, {lost[0]} one of them: give the folder "
                 "that they are in, or move the file away"
             )
+        if other := sorted(name for name, run in there.items() if _command(run) != _command(found[runs][name])):
+            sys.exit(
+                f"{path} has {len(other)} runs that were made by other commands, {other[0]} one of them: give the "
+                "study the same settings, or move the file away"
+            )
     write_text(path, json.dumps(found, indent=1) + "\n")
+
+
+def _command(run: str | Mapping[str, Any]) -> str:
+    return run if isinstance(run, str) else str(run["command"])
 
 
 def write_section(docs: Path, name: str, heading: str, section: Callable[[dict[str, Any]], str]) -> None:
@@ -303,7 +331,7 @@ def write_section(docs: Path, name: str, heading: str, section: Callable[[dict[s
     found, words = json.loads((docs / f"{name}.json").read_text()), docs / "results" / f"{name}.md"
     parts = [heading, *([words.read_text().strip()] if words.is_file() else []), section(found).strip()]
     page = docs / f"{name}.md"
-    head, there, _ = page.read_text().partition(heading)
+    head, there, _ = page.read_text().partition(heading) if page.is_file() else ("", heading, "")
     if not there:
         raise ValueError(f"{page} has no line {heading!r}: put it where the section belongs")
     write_text(page, head + "\n\n".join(parts) + "\n")

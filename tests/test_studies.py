@@ -159,6 +159,8 @@ def test_what_was_found_is_not_written_over_more_of_it(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"found.json has 1 runs that are not among these, b one of them: give the"):
         study.write_found(place, {"commands": {"a": "fcmae", "c": "fcmae"}})
     assert "c" not in json.loads(place.read_text())["commands"]
+    with pytest.raises(SystemExit, match=r"found.json has 1 runs that were made by other commands, b one of them: "):
+        study.write_found(place, {"commands": {"a": "fcmae", "b": "fcmae --seed 1"}})
 
 
 def test_an_unfinished_folder_is_not_collected_over_a_whole_one(tmp_path: Path) -> None:
@@ -337,6 +339,20 @@ def test_jobs_run_in_order_once_and_not_without_what_they_need(
     assert said.read_text() == f"first;last;{tmp_path / 'a.txt'};"
 
 
+def test_a_job_of_another_version_of_its_configuration_is_not_taken_for_done(tmp_path: Path) -> None:
+    (tmp_path / "jobs").mkdir()
+    file = tmp_path / "mine.yaml"
+    file.write_text("batch_size: 256\n")
+    job = study.Job("one", ("true", f"--config={file}"))
+    assert study.finish(subprocess.Popen(["true"]), job, tmp_path, 1)
+    args = Namespace(out=tmp_path, only=[""], list=False)
+    file.write_text("batch_size: 256  # measured\n")
+    assert study.chosen(args, [job]) == [job]
+    file.write_text("batch_size: 64\n")
+    with pytest.raises(SystemExit, match=r"one was done by another version of its --config: give another --out"):
+        study.chosen(args, [job])
+
+
 # As a run of fcmae ends when it is told to: it says that it is ready, and exits as after the signal.
 STOPS = (
     "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)); "
@@ -389,6 +405,9 @@ def test_a_study_that_is_stopped_stops_its_jobs_and_they_are_not_done(tmp_path: 
     kept.write_text("1000")
     assert study.finish(subprocess.Popen(["true"]), wanted[0], tmp_path, 1)
     assert 1000 <= study.record_of(wanted[0], tmp_path)["seconds"] < 1060 and not kept.exists()
+    interrupted = subprocess.Popen([sys.executable, "-c", "raise SystemExit(130)"])
+    assert not study.finish(interrupted, wanted[1], tmp_path, 1)
+    assert (tmp_path / "jobs" / "other.seconds").exists()
 
 
 @pytest.mark.parametrize("scale", run_all.SCALES)
@@ -600,7 +619,7 @@ def test_labels_are_learnt_from_by_all_arms_alike_and_tested_once(tmp_path: Path
     names = [job.name for job in made]
     assert (
         names[:2] == ["again-p", "long-p"]
-        and len(names) == len(set(names)) == 2 + 6 * 3 + 3 * 8 * 3 + 2 * 3 + 6 * 3 + 6
+        and len(names) == len(set(names)) == 2 + 6 * 3 + 3 * 8 * 3 + 2 * 3 + 7 * 3 + 6
     )
     assert names[20:23] == ["few-5-0", "short-5-0", "long-5-0"] and "scratch-0" in names and "tuned20-2" in names
     assert made[0] == next(job for job in recipe.jobs(tmp_path, 20, 48, at_once=2) if job.name == "again-p")
@@ -785,6 +804,9 @@ def test_a_section_takes_the_place_of_the_last_one_and_stands_in_the_results_too
     results.main(["--docs", str(tmp_path)])
     _, _, text = (tmp_path / "results.md").read_text().partition("## Other networks\n")
     assert text == "\n### [CONTAINER](container.md): Compared\n\nWhat we read.\n\nFound: 7.\n"
+    (tmp_path / "container.md").unlink()
+    study.write_section(tmp_path, "container", "## Compared", lambda found: f"Found: {found['top1']}.")
+    assert page.endswith((tmp_path / "container.md").read_text())
     with pytest.raises(ValueError, match=r"container\.md has no line '## Elsewhere'"):
         study.write_section(tmp_path, "container", "## Elsewhere", str)
 
