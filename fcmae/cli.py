@@ -201,10 +201,10 @@ def _push(cfg: commands.PushConfig) -> None:
     print(push(cfg))
 
 
-def _predict(cfg: commands.PredictConfig) -> None:
+def _predict(cfg: commands.PredictConfig) -> int:
     from fcmae.prediction import predict
 
-    predict(cfg)
+    return predict(cfg)
 
 
 def _evaluate(cfg: commands.EvaluateConfig) -> None:

@@ -25,7 +25,8 @@ EPS = 1e-6  # added to a target patch's variance
 
 # What is to be predicted
 
-# (images, hidden, patch, known) -> the values to predict for each hidden patch, (N, num_values); see `pixels`.
+# (images, hidden, patch, known) -> the values to predict for each hidden patch, (N, num_values); see `pixels`. No
+# gradient goes through it. NaN, where `known` is given, is what is not to be predicted.
 Target = Callable[[Tensor, Tensor, int, Tensor | None], Tensor]
 
 
@@ -239,7 +240,11 @@ class FCMAE(nn.Module):
         decoder: predicts hidden sites, at the encoder's total stride, from the output of its stages; called like
             `Decoder.forward`.
         make_layout: maps (mask, num_visible) to the layout of the encoder's features; by default packed.
-        target: what the decoder predicts for each site, for `masked_loss`.
+        target: what the decoder predicts for each site, for `masked_loss`. A network, such as a teacher, belongs inside
+            a function: as a module it would be learnt and stored with this one.
+
+    Raises:
+        ValueError: for a target that is a module.
     """
 
     def __init__(
@@ -250,6 +255,11 @@ class FCMAE(nn.Module):
         target: Target = normalized_pixels,
     ) -> None:
         super().__init__()
+        if isinstance(target, nn.Module):
+            raise ValueError(
+                f"target: a module ({type(target).__name__}) would be learnt and stored with the model: give a "
+                "function that calls it"
+            )
         self.encoder = encoder
         self.decoder = decoder
         self.make_layout = make_layout
@@ -265,8 +275,8 @@ class FCMAE(nn.Module):
         Args:
             images: (B, C, H, W) float, normalised; H and W are multiples of the mask patch.
             mask: (B, gh, gw) bool, True = hidden, one element per mask patch.
-            num_visible: visible patches of each image; None counts them, which waits for the device. Leave it None if
-                images differ in that number, which packed refuses.
+            num_visible: visible patches of each image, exactly: it is not checked. None counts them, which waits for
+                the device. Leave it None if images differ in that number, which packed refuses.
             hidden_only: predict hidden sites only, as the loss needs; False predicts every site, for pictures. Every
                 site is also predicted if images differ in their number of visible patches.
 
@@ -339,7 +349,7 @@ def reconstruction_loss(
         A float32 scalar; 0 if no hidden value is known.
 
     Raises:
-        ValueError: if no patch is hidden.
+        ValueError: if no patch is hidden, or the target has other values than are predicted.
     """
     M, pred = pred.shape[1], pred.flatten(0, 1)
     if mask[0].numel() > M:
@@ -349,7 +359,10 @@ def reconstruction_loss(
         pred = pred.index_select(0, hidden)
     if len(hidden) == 0:
         raise ValueError("mask hides no patch: the loss is over hidden patches, so hide at least one")
-    wanted = target(images, hidden, images.shape[2] // mask.shape[1], known)  # (num_hidden, num_values)
+    with torch.no_grad():
+        wanted = target(images, hidden, images.shape[2] // mask.shape[1], known)  # (num_hidden, num_values)
+    if pred.shape != wanted.shape:
+        raise ValueError(f"target: it has the shape {tuple(wanted.shape)}, the predictions have {tuple(pred.shape)}")
     error = at_least_float32(pred) - wanted
     if known is None:
         return error.square().mean()
@@ -388,8 +401,9 @@ def masked_loss(
         model: an FCMAE, as it is, compiled, or wrapped for several processes.
         images: (B, C, H, W) float, normalised.
         masks: (B * n, gh, gw) bool, True = hidden; the n masks of an image follow each other.
-        num_visible: visible patches under each mask; None counts them, which waits for the device.
-        target: what the model is to predict; None takes the model's own (see `FCMAE`), else `normalized_pixels`.
+        num_visible: visible patches under each mask, exactly: it is not checked. None counts them, which waits for the
+            device.
+        target: what the model is to predict; None takes the model's own, see `FCMAE`.
         known: (B, C, H, W) bool, false for missing values, which do not enter the loss; None if none is missing. The
             model sees what `images` holds in their place, ideally 0, the mean.
 
@@ -397,7 +411,8 @@ def masked_loss(
         A float32 scalar with gradients, the mean over all hidden patches, see `reconstruction_loss`.
 
     Raises:
-        ValueError: if the masks hide nothing at all, or everything, or images differ in the number of their masks.
+        ValueError: if the masks hide nothing at all, or everything, images differ in the number of their masks, or no
+            target is given and the model has none.
     """
     if len(masks) % len(images):
         raise ValueError(f"masks: received {len(masks)} for {len(images)} images; give as many of each")
@@ -405,6 +420,8 @@ def masked_loss(
         images = images.repeat_interleave(num_masks, dim=0)  # (B * n, C, H, W)
         known = None if known is None else known.repeat_interleave(num_masks, dim=0)
     if target is None:  # of a model wrapped for several processes, that of the model inside
-        target = getattr(getattr(model, "module", model), "target", normalized_pixels)
+        target = getattr(getattr(model, "module", model), "target", None)
+    if target is None:
+        raise ValueError("target: the model has none of its own: give one, such as fcmae.masked.normalized_pixels")
     pred, site_mask = model(images, masks, num_visible)
     return reconstruction_loss(pred, images, site_mask, target=target, known=known)

@@ -35,18 +35,20 @@ from fcmae.weights.files import read_weights, segmenter_in
 from fcmae.weights.segmenters import read_segmenter
 
 
-def predict(cfg: PredictConfig) -> None:
+def predict(cfg: PredictConfig) -> int:
     """Print path, class and probability of every image as it comes, and write them to a CSV file if one is named.
 
     With a segmentation model, write a label map of every image instead; see `predict_maps`. Files that cannot be read
     are named on stderr.
 
+    Returns:
+        The exit status: 1 if there are such files.
+
     Raises:
         ValueError: if the model has no classifier, cfg.csv exists, or no image can be classified.
     """
     if segmenter_in(cfg.model) is not None:
-        predict_maps(cfg)
-        return
+        return predict_maps(cfg)
     if cfg.out is not None or cfg.probabilities or (cfg.tau, cfg.budget, cfg.limit_ms) != (None, None, None):
         what = "out, probabilities, tau, budget and limit_ms are for label maps"
         raise ValueError(f"{what}, and {cfg.model} is no model of `fcmae segment`")
@@ -103,15 +105,26 @@ def predict(cfg: PredictConfig) -> None:
         if cfg.csv is not None:
             cfg.csv.unlink()
         raise ValueError(f"none of {len(images)} images could be classified: {first_bad}")
+    return _ended(num_done, len(images), "classified")
+
+
+def _ended(num_done: int, num: int, what: str) -> int:
+    """The exit status of so many images that are done of all, which is told if some are not."""
+    if num_done < num:
+        print(f"{num_done} of {num} images were {what}; the others are named above, with the reason", file=sys.stderr)
+    return int(num_done < num)
 
 
 TILE = 256  # side of the tiles of written TIFFs
 
 
-def predict_maps(cfg: PredictConfig) -> None:
+def predict_maps(cfg: PredictConfig) -> int:
     """Write a label map of every image, whole or not at all, and print its path and the shares of its classes.
 
     Files that cannot be read are named on stderr.
+
+    Returns:
+        The exit status: 1 if there are such files.
 
     Raises:
         ValueError: if cfg.out is missing or exists, or no image can be read.
@@ -189,6 +202,7 @@ def predict_maps(cfg: PredictConfig) -> None:
             with suppress(OSError):
                 folder.rmdir()
         raise ValueError(f"none of {len(images)} images could be segmented: {first_bad}")
+    return _ended(num_done, len(names), "segmented")
 
 
 def probabilities_beside(place: Path) -> Path:

@@ -62,14 +62,15 @@ def pretrain(cfg: PretrainConfig, net: FCMAE | None = None) -> Run:
     Args:
         cfg: its settings, with `out` and `data.path`.
         net: a finished model, trained instead of the one that `cfg.model` describes and starts from; the run is then
-            resumed with the same. None builds that one.
+            resumed with the same. It may have an encoder, a decoder and a target of its own, for images of
+            `cfg.data.in_chans` channels. None builds that one.
 
     Returns:
         The run, finished or stopped by a signal.
 
     Raises:
         ValueError: before anything is written, if the run directory holds something else, the images cannot make a
-            batch, or `model.init` or `monitor.labelled` does not fit.
+            batch, or `net`, `model.init` or `monitor.labelled` does not fit.
         FloatingPointError: if the loss or a gradient stops being finite.
     """
     with begin(cfg) as session:
@@ -83,6 +84,10 @@ def pretrain(cfg: PretrainConfig, net: FCMAE | None = None) -> Run:
         if net is None:
             net = build_model(cfg)
             started, found = start(cfg, net) if run.resume_from is None else ([], None)
+        elif net.encoder.in_chans != cfg.data.in_chans:
+            raise ValueError(
+                f"data.in_chans is {cfg.data.in_chans}, and the model's encoder has {net.encoder.in_chans}"
+            )
         cfg, run.network = run.licensed(cfg, found), describe(net.encoder.spec)
         if run.resume_from is None:
             run.needs = checkpoint.check_space(run.path, net, cfg.num_checkpoints)
@@ -269,7 +274,7 @@ def build_dataset(cfg: PretrainConfig, images: Images, *, augment: bool) -> Pret
             that never changes.
     """
     grid, reading = mask_grid(cfg), reading_of(cfg.data, crop_pct=0.875)
-    crop = CropAndFlip(reading, cfg.data.crop_scale, cfg.data.hflip)
+    crop = CropAndFlip(reading, cfg.data.crop_scale, cfg.data.hflip, cfg.data.vflip)
     return PretrainDataset(
         images,
         crop if augment else CenterCrop(reading),

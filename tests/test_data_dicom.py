@@ -177,6 +177,8 @@ def test_frames_are_channels() -> None:
     np.testing.assert_array_equal(read_crop(written(frames), 5, whole, None).values, frames)
     with pytest.raises(BadImage, match="5 channels, in_chans is 3"):
         read_crop(written(frames), 3, whole, None)
+    with pytest.raises(BadImage, match="3 channels, in_chans is 1"):  # which are no colours
+        read_crop(written(frames[:3]), 1, whole, None)
 
 
 def test_what_is_no_image_is_refused_with_the_reason() -> None:
@@ -219,14 +221,13 @@ def test_few_stored_bits_in_many_are_shares_of_their_range() -> None:
 
 @pytest.mark.parametrize("intercept", [0, -10])
 @pytest.mark.parametrize("signed", [False, True])
-def test_where_0_is_white_units_and_signed_values_are_inverted_too(intercept: int, signed: bool) -> None:
+def test_where_0_is_white_unsigned_values_as_stored_are_inverted_and_units_are_not(
+    intercept: int, signed: bool
+) -> None:
     array = DEEP.astype(np.int16) - 2**11 if signed else DEEP
     values = {"BitsStored": 12, "RescaleSlope": "1", "RescaleIntercept": str(intercept)}
     plain, inverted = (
         read_crop(written(array, **values, PhotometricInterpretation=f"MONOCHROME{kind}"), 1, whole, None).values[0]
         for kind in (2, 1)
     )
-    black, white = (-(2**11), 2**11 - 1) if signed else (0, 2**12 - 1)
-    if not signed and not intercept:
-        black, white = 0, 1  # shares of the range
-    np.testing.assert_allclose(inverted, black + white + 2 * intercept - plain, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(inverted, plain if signed or intercept else 1 - plain, rtol=1e-6, atol=1e-6)

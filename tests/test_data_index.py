@@ -403,9 +403,20 @@ def test_what_is_no_file_is_no_image_and_a_pipe_does_not_hang(tmp_path: Path) ->
 
 def test_files_of_other_formats_are_counted_in_a_note_that_parts_keep(tmp_path: Path) -> None:
     touch(tmp_path, "a/0.png", "b/1.gif", "b/2.GIF", "b/3.eps", "b/README", "b/4.png", "b/5.\x1b[2J", "b/6.\x1b[2J")
-    note = "data.path: files that are no images were left out: 2 .gif, 2 .\\x1b[2j, 1 .eps, 1 without a suffix"
+    note = "data.path: 6 files that are no images by their names were left out: 2 .gif, 2 .\\x1b[2j, 1 .eps, "
+    note += "1 without a suffix (a .txt file that lists paths takes any name)"
     assert find_images([str(tmp_path)]).notes == (note,)
     assert [part.notes for part in split(find_labelled(str(tmp_path)), 0.5, seed=0)] == [(note,)] * 2
+
+
+def test_dicom_without_a_suffix_is_found_by_its_first_bytes(tmp_path: Path) -> None:
+    touch(tmp_path, "IM0001", "1.2.840.113.7", "notes.1", "README", "series.x")
+    for name in ("IM0001", "1.2.840.113.7", "series.x"):
+        (tmp_path / name).write_bytes(bytes(128) + b"DICM" + bytes(9))
+    found = find_images([str(tmp_path)])
+    assert [Path(name).name for name in found.names()] == ["1.2.840.113.7", "IM0001"]
+    (note,) = found.notes
+    assert "3 files" in note and "1 without a suffix, 1 .1, 1 .x" in note
 
 
 def test_a_folder_of_splits_is_not_taken_for_classes(tmp_path: Path) -> None:

@@ -356,6 +356,25 @@ def test_target_and_decoder_are_parts_that_see_hidden_patches_and_every_stage() 
     wrapped = nn.Module()  # as for several processes
     wrapped.module, wrapped.forward = model, model.forward
     assert torch.equal(masked_loss(wrapped, torch.randn(2, 2, 24, 16), mask, 1), loss)
+    with pytest.raises(ValueError, match=r"target: the model has none of its own: give one"):
+        masked_loss(model.forward, torch.randn(2, 2, 24, 16), mask, 1)
+
+
+def test_no_gradient_goes_through_a_target_and_no_network_is_one() -> None:
+    teacher = nn.Linear(3, 1)
+
+    def taught(images: Tensor, hidden: Tensor, patch: int, known: Tensor | None) -> Tensor:
+        return teacher(images.mean((2, 3))).repeat_interleave(2, 0)  # of two hidden patches each
+
+    pred = torch.zeros(2, 2, 1, requires_grad=True)
+    mask = torch.tensor([[[True, True]], [[True, True]]])
+    reconstruction_loss(pred, torch.randn(2, 3, 8, 16), mask, target=taught).backward()
+    assert teacher.weight.grad is None and pred.grad is not None
+    encoder = Encoder(ConvNeXtSpec(depths=(1, 1), dims=(4, 6)), 3)
+    with pytest.raises(ValueError, match=r"target: a module \(Linear\) would be learnt and stored"):
+        FCMAE(encoder, nn.Identity(), target=teacher)
+    with pytest.raises(ValueError, match=r"target: it has the shape \(4, 1\), the predictions have \(4, 3\)"):
+        reconstruction_loss(torch.zeros(2, 2, 3), torch.randn(2, 3, 8, 16), mask, target=taught)
 
 
 @pytest.mark.parametrize(

@@ -144,6 +144,11 @@ def test_switches_need_no_value_and_may_have_one() -> None:
     assert config.model.compile and not config.model.normalize_target and config.overwrite
 
 
+def test_results_are_written_on_this_machine() -> None:
+    (problem,) = problems("--out", "s3://bucket/run")
+    assert problem.endswith("s3://bucket/run is a URL, and results are written on this machine: give a local path")
+
+
 def test_overwrite_is_no_setting_of_a_file(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

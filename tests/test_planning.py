@@ -139,6 +139,19 @@ def test_a_survey_finds_channels_depth_and_size(tmp_path: Path, write: Write, in
     assert len(found.mean) == len(found.std) == in_chans
 
 
+def test_a_survey_tells_of_two_units(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    values = np.random.default_rng(0).integers(0, 4000, (4, 40, 40), dtype=np.uint16)
+    tifffile.imwrite(tmp_path / "counts.tif", values, photometric="minisblack", planarconfig="separate")
+    survey(find_images([str(tmp_path)]))
+    assert not caplog.records
+    tifffile.imwrite(
+        tmp_path / "share.tif", values.astype(np.float32) / 10000, photometric="minisblack", planarconfig="separate"
+    )
+    survey(find_images([str(tmp_path)]))
+    sentence = r"two units: 1 of 2, such as .*share.tif, hold values as stored .*, such as .*counts.tif, shares of"
+    assert re.search(sentence, caplog.text)
+
+
 def test_a_survey_passes_over_what_cannot_be_read(tmp_path: Path) -> None:
     write_images(tmp_path, 4)
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff")

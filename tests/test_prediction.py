@@ -115,8 +115,9 @@ def test_an_image_whose_probabilities_are_not_finite_is_named(
         return probabilities
 
     monkeypatch.setattr(prediction, "probabilities_of", broken)
-    assert cli.main(words(classifier, photos, "--csv", str(tmp_path / "a.csv"))) == 0
+    assert cli.main(words(classifier, photos, "--csv", str(tmp_path / "a.csv"))) == 1
     out, err = capsys.readouterr()
+    assert err.endswith("1 of 3 images were classified; the others are named above, with the reason\n")
     assert [line.split("\t")[0] for line in out.splitlines()] == [str(photos / "01.png")]
     assert [row["path"] for row in csv.DictReader((tmp_path / "a.csv").read_text().splitlines())] == [
         str(photos / "01.png")

@@ -272,7 +272,7 @@ def test_the_log_says_what_was_left_out_and_what_is_far_from_the_mean(tmp_path: 
     far = {"data__mean": [0.4] * 3, "data__std": [0.01] * 3}
     assert run(tmp_path / "images", tmp_path / "out", epochs=1, optim__warmup_epochs=0, **far) == 0
     log = (tmp_path / "out" / "train.log").read_text()
-    assert "data.path: files that are no images were left out: 1 .gif" in log
+    assert "data.path: 1 files that are no images by their names were left out: 1 .gif" in log
     assert log.count("far from the mean 0.4 and std 0.01 that") == 1
 
 
@@ -356,13 +356,15 @@ def test_reduced_precision_trains(images: Path, tmp_path: Path) -> None:
 
 def test_settings_reach_what_they_are_for(images: Path, tmp_path: Path) -> None:
     """Those that no other test has at another value than the default."""
-    given = {"data__hflip": 0.25, "data__crop_scale": "0.3,0.6", "model__mask_ratio": 0.25, "model__target": "pixels"}
+    given = {"data__hflip": 0.25, "data__vflip": 0.75, "data__crop_scale": "0.3,0.6"}
+    given |= {"model__mask_ratio": 0.25, "model__target": "pixels"}
     given |= {"model__normalize_target": "false", "model__drop_path_rate": 0.5, "model__decoder_depth": 2}
     given |= {"model__grad_checkpointing": "true", "optim__weight_decay": 0.125, "optim__betas": "0.7,0.8"}
     cfg = config(images, tmp_path, **given)
     data = pretraining.build_dataset(cfg, find_images([str(images)]), augment=True)
     crop = data._view
-    assert isinstance(crop, CropAndFlip) and (crop.hflip, crop.crop_scale) == (0.25, (0.3, 0.6))
+    assert isinstance(crop, CropAndFlip) and (crop.hflip, crop.vflip) == (0.25, 0.75)
+    assert crop.crop_scale == (0.3, 0.6)
     assert data.visible == 3  # of 4 patches
     net = pretraining.build_model(cfg)
     assert net.target is pixels and len(net.decoder.blocks) == 2 and net.encoder.grad_checkpointing

@@ -477,7 +477,7 @@ def test_label_maps_are_written_under_the_images_names(tmp_path: Path, capsys: p
     model = save(tmp_path / "model")
     photos = write_images(tmp_path / "photos", 3)
     (photos / "bad.png").write_bytes(b"broken")
-    assert predict(tmp_path / "model", photos, tmp_path / "maps") == 0
+    assert predict(tmp_path / "model", photos, tmp_path / "maps") == 1
     shown = capsys.readouterr()
     assert "bad.png: it is no JPEG" in shown.err and shown.out.count("\t") == 6
     assert sorted(path.name for path in (tmp_path / "maps").iterdir()) == ["00.png", "01.png", "02.png"]
@@ -705,7 +705,7 @@ def test_an_image_whose_probabilities_are_not_finite_has_no_map(
     for name, values in zip(("good", "holed"), heights, strict=True):
         tifffile.imwrite(tmp_path / "scenes" / f"{name}.tif", values)
     maps = tmp_path / "maps"
-    assert predict(tmp_path / "model", tmp_path / "scenes", maps, "--probabilities", "true") == 0
+    assert predict(tmp_path / "model", tmp_path / "scenes", maps, "--probabilities", "true") == 1
     assert "holed.tif: its probabilities are not finite: " in capsys.readouterr().err
     assert sorted(path.name for path in maps.iterdir()) == ["good.probabilities.tif", "good.tif"]
     again = tmp_path / "again"

@@ -95,7 +95,9 @@ class ImageConfig(Section):
     std: list[Annotated[float, Field(gt=0)]] | None = None
     """Per-channel standard deviation, in the same units."""
     hflip: float = Field(0.5, ge=0, le=1)
-    """Probability of a horizontal flip in training."""
+    """Probability of a horizontal flip in training; 0 where left and right differ in meaning."""
+    vflip: float = Field(0.0, ge=0, le=1)
+    """Probability of a vertical flip in training, such as 0.5 for images seen from above."""
     val_share: float = Field(0.01, ge=0, lt=1)
     """Share of the images held out for validation, drawn with the run's seed."""
     max_bad_share: float = Field(0.01, ge=0, le=1)
@@ -148,8 +150,6 @@ class FinetuneData(ImageConfig):
     """Share of the shorter side that the evaluation's centre crop keeps."""
     auto_augment: str | None = "rand-m9-mstd0.5-inc1"
     """timm's RandAugment policy for 1 and 3 channels, or none."""
-    vflip: float = Field(0.0, ge=0, le=1)
-    """Probability of a vertical flip in training."""
     random_erasing: float = Field(0.25, ge=0, le=1)
     """Probability of erasing a rectangle of a training image."""
 
@@ -178,8 +178,6 @@ class SegmentData(ImageConfig):
     none."""
     val_share: float = Field(0.2, ge=0, lt=1)
     """Share of the images held out when no val_path is given, drawn with the run's seed."""
-    vflip: float = Field(0.0, ge=0, le=1)
-    """Probability of a vertical flip in training."""
     overlap: float = Field(0.5, ge=0, le=0.9)
     """Share of a tile's side by which it overlaps the next, when whole images are evaluated tile by tile."""
 

@@ -95,6 +95,12 @@ def _expanded(text: str) -> str:
     return found
 
 
+def _local(text: str) -> str:
+    if "://" in text:
+        raise ValueError(f"{text} is a URL, and results are written on this machine: give a local path")
+    return _expanded(text)
+
+
 def _of_text(change: Callable[[str], str]) -> BeforeValidator:
     """Changes the text of a path before it is one: ./~name would be ~name, which is somebody's home."""
 
@@ -120,7 +126,7 @@ _Side = Annotated[int, Field(ge=8, le=8192)]
 Size = Annotated[tuple[_Side, _Side], BeforeValidator(_square)]
 # A path that a person writes: ~ is their home.
 UserText = Annotated[str, AfterValidator(_expanded)]
-UserPath = Annotated[Path, _of_text(_expanded)]
+UserPath = Annotated[Path, _of_text(_local)]  # of what is written
 
 
 _OF_RUNS = ("config.yaml", "worth.json")  # of a run, and of a comparison of runs

@@ -224,7 +224,8 @@ class AnalyzeConfig(Source, FromFile):
 class PredictConfig(Reading, FromFile):
     """Classify images with a fine-tuned model, or write their label maps with a model of `fcmae segment`.
 
-    The label map of a TIFF is a TIFF with the same georeferencing; that of any other image is a PNG.
+    The label map of a TIFF is a TIFF with the same georeferencing; that of any other image is a PNG. The exit status is
+    1 if some of the images cannot be read; each is named.
 
     Example: fcmae predict runs/tuned photos --csv labels.csv
     """

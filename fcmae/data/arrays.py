@@ -40,6 +40,7 @@ class OpenImage(Protocol):
         width: likewise.
         channels: that the file has; 3 for colours of any kind where 1 or 3 are asked for.
         is_deep: whether its values are other than 8 bits.
+        is_share: whether its values are shares of a full range, 0..1; others are as stored, or in a modality's units.
         pixel_bytes: that a pixel takes once it is read.
     """
 
@@ -47,6 +48,7 @@ class OpenImage(Protocol):
     width: int
     channels: int
     is_deep: bool
+    is_share: bool
     pixel_bytes: int
 
     def read(self, box: Box, size: tuple[int, int], fill: Sequence[float] | None) -> Pixels:
@@ -152,6 +154,7 @@ class ArrayImage:
             channels, dtype = shown.shape[2], shown.dtype
         self.channels = channels
         self.is_deep = dtype not in (np.uint8, np.bool_)
+        self.is_share = dtype.kind == "b" or (dtype.kind == "u" and self._bits <= 16)
         height, width = (side for i, side in enumerate(shape) if i != channel_axis)
         check_channels(channels, in_chans)
         if dtype.kind not in "buif":

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fcmae.data.arrays import ArrayImage
-from fcmae.data.source import BadImage
+from fcmae.data.source import BadImage, OtherChannels
 
 COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")  # pydicom makes RGB of all
 DEFLATED = b"1.2.840.10008.1.2.1.99"  # a transfer syntax
@@ -26,7 +26,8 @@ def open_dicom(file: BinaryIO, in_chans: int) -> ArrayImage:
     """Read a file's header; several frames are channels.
 
     Values are those of the modality, by RescaleSlope and RescaleIntercept, such as Hounsfield units, in float32;
-    without these, as they are stored.
+    without these, as they are stored. Unsigned ones as stored, of which 0 is white (MONOCHROME1), are inverted; units
+    do not depend on how they are shown.
 
     Args:
         file: at its start.
@@ -63,32 +64,30 @@ def _open(file: BinaryIO, in_chans: int) -> ArrayImage:
     frames = int(found.get("NumberOfFrames") or 1)
     if not (kind.startswith("MONOCHROME") and samples == 1) and not (kind in COLOURS and samples == 3 and frames == 1):
         raise BadImage(f"it is DICOM of {kind} with {frames} frames, and one image of RGB or frames of grey are read")
+    if frames > 1 and in_chans in (1, 3) and frames != in_chans:  # three frames are no colours
+        raise OtherChannels(frames, in_chans)
     shape: tuple[int, ...] = (found.Rows, found.Columns)
     channel_axis = 2 if samples == 3 else 0 if frames > 1 else None
     shape = (*shape, 3) if samples == 3 else (frames, *shape) if frames > 1 else shape
     dtype = np.dtype(f"{'i' if found.PixelRepresentation else 'u'}{max(1, found.BitsAllocated // 8)}")
     slope, intercept = _rescaling(found, frames)
-    padding, inverted = _padding(found, dtype), kind == "MONOCHROME1"
-    load, bits = _bad_lengths()(lambda: found.pixel_array), found.BitsStored
+    padding, load = _padding(found, dtype), _bad_lengths()(lambda: found.pixel_array)
 
     def rescaled(values: NDArray[Any]) -> NDArray[Any]:
-        shown = values.astype(np.float32)
-        if inverted:  # about the middle of what BitsStored can hold
-            shown = (-1 if dtype.kind == "i" else 2**bits - 1) - shown
-        scaled: NDArray[np.float32] = shown * slope + intercept
+        scaled: NDArray[np.float32] = values.astype(np.float32) * slope + intercept
         if padding is not None:
             scaled[(values >= padding[0]) & (values <= padding[1])] = np.nan  # of one frame too
         return scaled
 
-    is_as_stored = (slope == 1).all() and (intercept == 0).all() and not (inverted and dtype.kind == "i")
+    is_as_stored = (slope == 1).all() and (intercept == 0).all()
     return ArrayImage(
         load,
         shape,
         dtype,
         channel_axis,
         in_chans,
-        bits=bits,
-        inverted=inverted,
+        bits=found.BitsStored,
+        inverted=kind == "MONOCHROME1" and is_as_stored,
         nodata=padding,
         show=None if is_as_stored else rescaled,
     )

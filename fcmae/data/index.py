@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from fcmae.atomic import check_file, replacing
 from fcmae.data.shards import COMPRESSED, SHARDS, SUFFIXES, Parts, Shards, is_damage, is_double, is_image, is_shard
-from fcmae.data.source import PART, BadImage, Files, Names, Source, is_unicode, printable
+from fcmae.data.source import PART, BadImage, Files, Names, Source, is_unicode, open_file, printable
 from fcmae.data.storage import Storage, canonical, is_remote, joined, listed
 from fcmae.data.tables import can_read
 
@@ -436,7 +436,8 @@ def _walk(root: Path, key: str, others: Counter[str], links: list[str] | None = 
             links += [entry.path for entry in inner if entry.is_symlink()]
         for entry in shown:
             if entry.is_file():
-                if is_image(entry.name) or (is_shard(entry.name) and (entry.name.endswith(".tar") or can_read())):
+                is_table = is_shard(entry.name) and (entry.name.endswith(".tar") or can_read())
+                if is_image(entry.name) or is_table or _is_unnamed_dicom(entry):
                     if links is not None and entry.is_symlink():
                         links.append(entry.path)
                     yield entry.path
@@ -481,6 +482,18 @@ def _leads_to_itself(entry: os.DirEntry[str]) -> bool:
     return False
 
 
+def _is_unnamed_dicom(entry: os.DirEntry[str]) -> bool:
+    """Whether a file whose name says nothing, as those from archives of hospitals (1.2.840.7), begins as DICOM does."""
+    suffix = os.path.splitext(entry.name)[1]  # noqa: PTH122
+    if suffix and not suffix[1:].isdigit():
+        return False
+    try:
+        with open_file(entry.path) as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
+
+
 def _is_of_run(entry: os.DirEntry[str]) -> bool:
     """Whether a file is the config.yaml of a run; one that cannot be read is somebody else's."""
     try:
@@ -496,7 +509,10 @@ def _left_out(others: Counter[str], key: str) -> tuple[str, ...]:
     if not others:
         return ()
     counts = [f"{number} {printable(suffix) or 'without a suffix'}" for suffix, number in others.most_common(8)]
-    return (f"{key}: files that are no images were left out: {', '.join(counts)}",)
+    return (
+        f"{key}: {others.total()} files that are no images by their names were left out: {', '.join(counts)} (a .txt "
+        "file that lists paths takes any name)",
+    )
 
 
 def _read_list(address: str, key: str) -> Iterator[str]:
@@ -609,7 +625,7 @@ def _inner_folders(root: Path) -> list[Path]:
 
 def _has_class_folders(root: Path, key: str) -> bool:
     """Whether a sub-folder holds an image, and not in a shard alone."""
-    return any(is_image(path) for folder in _inner_folders(root) for path in _walk(folder, key, Counter()))
+    return any(not is_shard(path) for folder in _inner_folders(root) for path in _walk(folder, key, Counter()))
 
 
 def _class_folders(source: str, key: str, others: Counter[str], *, may_be_empty: bool) -> dict[str, str]:

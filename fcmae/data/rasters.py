@@ -139,6 +139,7 @@ class Tiles:
         self.channels = len(self._kept)
         check_channels(self.channels, in_chans)
         self.is_deep = page.dtype not in (np.uint8, np.bool_)
+        self.is_share = page.dtype.kind in "bu" and page.bitspersample <= 16
         self.pixel_bytes = page.samplesperpixel * page.dtype.itemsize
 
     def read(self, box: Box, size: tuple[int, int], fill: Sequence[float] | None) -> Pixels:

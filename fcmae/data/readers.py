@@ -235,6 +235,7 @@ class _PillowImage:
         self.pixel_bytes = len(image.getbands())
         self.channels = _num_channels(image, in_chans)
         self.is_deep = image.mode == "F" or image.mode.startswith("I")
+        self.is_share = image.mode not in ("F", "I")
         check_channels(self.channels, in_chans)
         self._orientation = orientation_of(image)
         self._stored_size = image.height, image.width

@@ -37,7 +37,7 @@ from fcmae.data.tables import scan as scan_table
 
 TAR = ".tar"
 SHARDS = (TAR, PARQUET, ARROW)
-SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".npy", ".dcm", ".dicom")
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".npy", ".dcm", ".dicom", ".ima")
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 ZIP = b"PK"  # begins an .npz, as an index is
 MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 from collections import Counter
 from dataclasses import dataclass
@@ -14,9 +15,11 @@ from fcmae.data.decode import open_any
 from fcmae.data.geometry import MAX_PIXELS
 from fcmae.data.index import Images
 from fcmae.data.rasters import num_bands
-from fcmae.data.source import BadImage, OtherChannels
+from fcmae.data.source import BadImage, OtherChannels, printable
 from fcmae.data.split import evenly
 from fcmae.data.stats import channel_statistics
+
+logger = logging.getLogger("fcmae")
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ def survey(
     """
     sample = images.subset(evenly(len(images), max_images))
     sides, channels, deep = list[int](), Counter[int](), Counter[bool]()
-    reason = ""
+    reason, of_units = "", dict[bool, list[str]]()  # names, by whether values are shares of a full range
     for i in range(len(sample)):
         try:
             with sample.open(i) as file:
@@ -71,10 +74,17 @@ def survey(
                 sides.append(min(image.height, image.width))
                 channels[image.channels] += 1
                 deep[image.is_deep] += 1
+                of_units.setdefault(image.is_share, []).append(sample.name(i))
         except BadImage as error:
             reason = reason or f"{sample.name(i)}: {error}"
     if not sides:
         raise ValueError(f"data.path: none of {len(sample)} images can be read; {reason}")
+    if len(of_units) > 1:
+        logger.warning(
+            "images are in two units: %d of %d, such as %s, hold values as stored or in units of a modality, others, "
+            "such as %s, shares of their full range: convert one kind",
+            *(len(of_units[False]), len(sides), printable(of_units[False][0]), printable(of_units[True][0])),
+        )
     in_chans = in_chans or channels.most_common(1)[0][0]
     mean, std, _ = channel_statistics(sample, in_chans, max_images=max_images, max_pixels=max_pixels, nodata=nodata)
     counts: tuple[int, ...] = ()

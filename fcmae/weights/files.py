@@ -35,7 +35,16 @@ from fcmae.config.base import near_runs
 from fcmae.data.augment import Reading
 from fcmae.data.source import printable
 from fcmae.networks.build import make_encoder
-from fcmae.networks.spec import VARIANTS, ConvNeXtSpec, NetworkSpec, Spec, describe, variant_named, variant_of
+from fcmae.networks.spec import (
+    VARIANTS,
+    ConvNeXtSpec,
+    NetworkSpec,
+    Spec,
+    describe,
+    read_spec,
+    variant_named,
+    variant_of,
+)
 from fcmae.training import checkpoint
 from fcmae.weights.formats import Architecture, from_state, network_in, to_state
 from fcmae.weights.tensors import RECORD, digest, few, load_tensors
@@ -295,19 +304,20 @@ def _read_checkpoint(path: Path, variant: str | None) -> Weights:
         "version": meta.version,
     } | ({} if cfg.model.license is None else {"license": cfg.model.license})
     image = ImageRecord.of(reading_of(cfg.data))
+    spec = read_spec(meta.spec) if meta.spec else cfg.model.spec  # a caller's own model has numbers of its own
     state = checkpoint.read_tensors(path, "model")
     if meta.format == checkpoint.FORMAT:
         if cfg.model.target != "pixels":
             origin["decoder"] = f"left out, as it predicts {cfg.model.target}"
-        state = _described(path, state, cfg)
-    return _weights(path, state, variant, Record(image=image, origin=origin, spec=cfg.model.spec))
+        state = _described(path, state, cfg, spec)
+    return _weights(path, state, variant, Record(image=image, origin=origin, spec=spec))
 
 
-def _described(path: Path, state: Mapping[str, Tensor], cfg: PretrainConfig) -> dict[str, Tensor]:
+def _described(path: Path, state: Mapping[str, Tensor], cfg: PretrainConfig, spec: NetworkSpec) -> dict[str, Tensor]:
     """encoder.*, plus decoder.* only if it is the plain pixel decoder that the settings describe; no format can hold
     another.
     """
-    architecture = Architecture(cfg.model.spec, cfg.data.in_chans, cfg.model.decoder_depth, cfg.model.decoder_dim)
+    architecture = Architecture(spec, cfg.data.in_chans, cfg.model.decoder_depth, cfg.model.decoder_dim)
     plain = {name: shape for name, shape in architecture.shapes().items() if name.startswith("decoder.")}
     decoder = {name: tuple(value.shape) for name, value in state.items() if name.startswith("decoder.")}
     kept = ("encoder.", "decoder.") if decoder == plain else ("encoder.",)
