@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fcmae.data.normalize import Normalize
 from fcmae.evaluation.pictures import (
+    displayable,
     reconstruction_panels,
     save_curves,
     save_heat_map,
@@ -85,6 +86,12 @@ def test_grids_are_readable_files_for_any_number_of_channels_and_range(
     assert pixels.shape[1] > pixels.shape[0] * 1.5  # four columns, two rows
     assert len(np.unique(pixels)) > 50
     assert [p.name for p in path.parent.iterdir()] == ["grid.png"]  # nothing left aside
+
+
+def test_dark_images_are_shown_in_their_own_range() -> None:
+    image = torch.linspace(0, 1, 12).reshape(1, 3, 4)
+    np.testing.assert_allclose(displayable(image, 0.0, 1.0), image[0])
+    np.testing.assert_allclose(displayable(image / 16, 0.0, 1 / 16), image[0], atol=1e-6)  # 12 bits in 16
 
 
 def test_curves_are_drawn_even_of_one_point_or_none(tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ def begun(small: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("cat", "dog"):
         write_images(path / "labelled" / name, 4, (50, 60))
         write_images(path / "tested" / name, 2, (50, 60))
-    rows = [f"{image},{image.parent.name},{int(image.stem) // 2}" for image in (path / "labelled").glob("*/*.png")]
+    rows = [f"{image},{image.parent.name},{image.stem}" for image in (path / "labelled").glob("*/*.png")]
     (path / "cells.csv").write_text("\n".join(["path,label,patient", *rows]))
     write_images(path / "tiles" / "images", 6, (60, 50))
     write_images(path / "tiles" / "maps", 6, (60, 50), "L")

@@ -140,7 +140,7 @@ class Tiles:
         check_channels(self.channels, in_chans)
         self.is_deep = page.dtype not in (np.uint8, np.bool_)
         self.is_share = page.dtype.kind in "bu" and page.bitspersample <= 16
-        self.pixel_bytes = page.samplesperpixel * page.dtype.itemsize
+        self.pixel_bytes = page.samplesperpixel * (max(4, page.dtype.itemsize) if self.is_deep else 1)
 
     def read(self, box: Box, size: tuple[int, int], fill: Sequence[float] | None) -> Pixels:
         page, window = self._page, read_window(self._page, box, self._max_pixels)

@@ -246,12 +246,13 @@ def displayable(image: Tensor, low: float, high: float) -> NDArray[np.float32]:
     Args:
         image: (C, H, W).
         low: least value of the original, which is shown black.
-        high: largest value of the original, which is shown white. If both are in 0..1, black is 0 and white is 1.
+        high: largest value of the original, which is shown white. If both are in 0..1, black is 0 and white is 1,
+            unless all is darker than a fourth, as 12 bits in 16 or reflectances are.
 
     Returns:
         (H, W) or (H, W, 3), in 0..1.
     """
-    if low >= 0 and high <= 1:
+    if low >= 0 and high <= 1 and not low < high <= 0.25:
         low, high = 0.0, 1.0
     channels = image[:3] if image.shape[0] >= 3 else image[:1]
     scaled = ((channels - low) / max(high - low, 1e-6)).clamp(0, 1)
