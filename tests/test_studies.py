@@ -512,7 +512,7 @@ def test_all_of_the_studies_end_with_their_pages(monkeypatch: pytest.MonkeyPatch
         ran[0] == "hog20-p"
         and {"scratch-5-7", "hog20-5-7", "probe-mean"} <= set(ran)
         and {"hog-4", "pixels-4", "batch256-p"} <= set(ran)
-        and not {"probe-hog", "width256-p", "multiscale-0"} & set(ran)
+        and not {"probe-hog", "width256-p", "crop8-0"} & set(ran)
         and {"tuned20-2", "knn-random"} <= set(ran)
     )
     page = (tmp_path / "docs" / "results.md").read_text()
