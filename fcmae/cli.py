@@ -34,9 +34,10 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns:
         The exit status: the command's own, which is 0 unless it says otherwise, as `doctor` does with 1 if nothing can
-        be pretrained here, and `verify` if backends differ; 2 after an error; 130 after an interrupt; 141 if nobody
-        reads on what it prints. Those that train give 143, 130 and 129 after a SIGTERM, SIGINT and SIGHUP that they
-        have saved at; 0 after SIGUSR1, by which schedulers warn that time is up, as the job is then queued again.
+        be pretrained here, `verify` if backends differ, and `predict` if some images cannot be read; 2 after an error;
+        130 after an interrupt; 141 if nobody reads on what it prints. Those that train give 143, 130 and 129 after a
+        SIGTERM, SIGINT and SIGHUP that they have saved at; 0 after SIGUSR1, by which schedulers warn that time is up,
+        as the job is then queued again.
 
     Raises:
         SystemExit: With status 0, after printing for `--help`, `--version` and `--print-config`; with 143 after a

@@ -27,6 +27,7 @@ from fcmae.data.index import find_images
 from fcmae.data.loader import choose_num_workers, evaluation_loader
 from fcmae.data.maps import IGNORED, Classes
 from fcmae.data.rasters import geo_tags
+from fcmae.data.shards import without_suffix
 from fcmae.data.source import BadImage, printable
 from fcmae.data.storage import is_remote
 from fcmae.segmentation import Strip, check_sides, colours, each_image, predictor, probabilities_by_rows
@@ -153,7 +154,10 @@ def predict_maps(cfg: PredictConfig) -> int:
     below = [f"/{name}" if is_remote(name) else name for name in names]  # all of them absolute
     root = os.path.commonpath([os.path.dirname(name) for name in below])  # noqa: PTH120
     out, places = cfg.out, [cfg.out / os.path.relpath(name, root) for name in below]
-    places = [place.with_suffix(".tif" if place.suffix.lower() in (".tif", ".tiff") else ".png") for place in places]
+    suffixes = [".tif" if place.suffix.lower() in (".tif", ".tiff") else ".png" for place in places]
+    places = [
+        place.with_name(without_suffix(place.name) + suffix) for place, suffix in zip(places, suffixes, strict=True)
+    ]
 
     def files_of(place: Path) -> list[Path]:
         return [place, probabilities_beside(place)] if cfg.probabilities else [place]

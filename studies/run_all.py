@@ -306,7 +306,9 @@ def main(argv: list[str] | None = None) -> None:
             try:
                 study([str(args.tiny20), "--out", str(out / name), *docs, *flags[args.scale]])
             except SystemExit as error:  # such as that --docs has more of it; the others can still run
-                refused.append(str(error))
+                if not isinstance(error.code, str):  # a signal
+                    raise
+                refused.append(error.code)
         results.main([*docs])
         if refused:
             sys.exit("\n".join(refused))

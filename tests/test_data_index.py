@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fcmae.data import index
-from fcmae.data.index import Images, find_images, find_labelled
+from fcmae.data.index import Images, find_images, find_labelled, find_mapped
 from fcmae.data.shards import Parts
 from fcmae.data.source import BadImage
 from fcmae.data.split import split
@@ -403,20 +403,30 @@ def test_what_is_no_file_is_no_image_and_a_pipe_does_not_hang(tmp_path: Path) ->
 
 def test_files_of_other_formats_are_counted_in_a_note_that_parts_keep(tmp_path: Path) -> None:
     touch(tmp_path, "a/0.png", "b/1.gif", "b/2.GIF", "b/3.eps", "b/README", "b/4.png", "b/5.\x1b[2J", "b/6.\x1b[2J")
-    note = "data.path: 6 files that are no images by their names were left out: 2 .gif, 2 .\\x1b[2j, 1 .eps, "
-    note += "1 without a suffix (a .txt file that lists paths takes any name)"
+    note = "data.path: files left out, as their names are not those of images: 2 .gif, 2 .\\x1b[2j, 1 .eps, "
+    note += "1 without a suffix (to read them all the same, list their paths in a .txt file)"
     assert find_images([str(tmp_path)]).notes == (note,)
     assert [part.notes for part in split(find_labelled(str(tmp_path)), 0.5, seed=0)] == [(note,)] * 2
 
 
 def test_dicom_without_a_suffix_is_found_by_its_first_bytes(tmp_path: Path) -> None:
-    touch(tmp_path, "IM0001", "1.2.840.113.7", "notes.1", "README", "series.x")
-    for name in ("IM0001", "1.2.840.113.7", "series.x"):
+    touch(tmp_path, "IM0001", "1.2.840.113.7", "notes.1", "README", "series.x", "DICOMDIR")
+    for name in ("IM0001", "1.2.840.113.7", "series.x", "DICOMDIR"):
         (tmp_path / name).write_bytes(bytes(128) + b"DICM" + bytes(9))
     found = find_images([str(tmp_path)])
     assert [Path(name).name for name in found.names()] == ["1.2.840.113.7", "IM0001"]
     (note,) = found.notes
-    assert "3 files" in note and "1 without a suffix, 1 .1, 1 .x" in note
+    assert "images: 2 without a suffix, 1 .1, 1 .x (" in note
+    assert find_images([str(tmp_path / "*")]).names() == found.names()
+
+
+def test_a_number_at_the_end_of_a_name_is_no_suffix(tmp_path: Path) -> None:
+    for number in (7, 8):
+        touch(tmp_path, f"images/1.2.840.{number}", f"maps/1.2.840.{number}.png")
+        (tmp_path / f"images/1.2.840.{number}").write_bytes(bytes(128) + b"DICM")
+    images, maps = find_mapped(str(tmp_path / "images"), str(tmp_path / "maps"))
+    assert [Path(name).name for name in images.names()] == ["1.2.840.7", "1.2.840.8"]
+    assert [Path(name).name for name in maps.names()] == ["1.2.840.7.png", "1.2.840.8.png"]
 
 
 def test_a_folder_of_splits_is_not_taken_for_classes(tmp_path: Path) -> None:

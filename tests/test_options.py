@@ -146,7 +146,7 @@ def test_switches_need_no_value_and_may_have_one() -> None:
 
 def test_results_are_written_on_this_machine() -> None:
     (problem,) = problems("--out", "s3://bucket/run")
-    assert problem.endswith("s3://bucket/run is a URL, and results are written on this machine: give a local path")
+    assert problem.endswith("s3://bucket/run is a URL: give a path on this machine")
 
 
 def test_overwrite_is_no_setting_of_a_file(

@@ -55,7 +55,9 @@ from fcmae.data.index import find_images
 from fcmae.data.normalize import Normalize
 from fcmae.data.sampler import epoch_order
 from fcmae.data.split import split
-from fcmae.masked import masked_loss, pixels
+from fcmae.masked import build_fcmae, masked_loss, pixels
+from fcmae.networks.convnext import Encoder
+from fcmae.networks.spec import ConvNeXtSpec
 from fcmae.options import read
 from fcmae.training import checkpoint, health
 from fcmae.training.records import read_metrics
@@ -272,7 +274,7 @@ def test_the_log_says_what_was_left_out_and_what_is_far_from_the_mean(tmp_path: 
     far = {"data__mean": [0.4] * 3, "data__std": [0.01] * 3}
     assert run(tmp_path / "images", tmp_path / "out", epochs=1, optim__warmup_epochs=0, **far) == 0
     log = (tmp_path / "out" / "train.log").read_text()
-    assert "data.path: 1 files that are no images by their names were left out: 1 .gif" in log
+    assert "data.path: files left out, as their names are not those of images: 1 .gif (" in log
     assert log.count("far from the mean 0.4 and std 0.01 that") == 1
 
 
@@ -352,6 +354,19 @@ def test_reduced_precision_trains(images: Path, tmp_path: Path) -> None:
     rounded, full = ([loss for _, loss in runs.losses(tmp_path / name)] for name in ("out", "full"))
     assert rounded == pytest.approx(full, rel=0.02)
     assert all(value != other for value, other in zip(rounded, full, strict=True))
+
+
+def test_a_model_of_the_caller_s_own_is_read_by_its_own_numbers(images: Path, tmp_path: Path) -> None:
+    own = ConvNeXtSpec(depths=(1, 2), dims=(8, 12), stem_stride=2)
+    cfg = config(
+        images, tmp_path / "run", epochs=1, model__variant="{depths: [1, 1], dims: [8, 8]}", model__stem_stride=2
+    )
+    assert cfg.model.spec.total_stride == own.total_stride
+    pretraining.pretrain(cfg, build_fcmae(Encoder(own, 3), 8))
+    weights = read_weights(tmp_path / "run")
+    assert weights.architecture.spec == own and "encoder.stages.1.1.dwconv.weight" in weights.state
+    with pytest.raises(ValueError, match=r"data\.in_chans is 3, and the model's encoder has 2"):
+        pretraining.pretrain(cfg.model_copy(update={"out": tmp_path / "two"}), build_fcmae(Encoder(own, 2), 8))
 
 
 def test_settings_reach_what_they_are_for(images: Path, tmp_path: Path) -> None:

@@ -720,7 +720,7 @@ def test_no_file_is_written_for_two_images(tmp_path: Path, capsys: pytest.Captur
     for name in ("00.png", "00.tif"):
         Image.new("RGB", (40, 48), "red").save(photos / name)
     maps = tmp_path / "maps"
-    assert predict(tmp_path / "model", photos, maps, "--probabilities", "true") == 0
+    assert predict(tmp_path / "model", photos, maps, "--probabilities", "true") == 1
     assert "00.probabilities.tif is of another image" in capsys.readouterr().err
     assert sorted(path.name for path in maps.iterdir()) == ["00.png", "00.probabilities.tif"]
     assert predict(tmp_path / "model", photos, tmp_path / "both") == 0

@@ -97,7 +97,7 @@ def _expanded(text: str) -> str:
 
 def _local(text: str) -> str:
     if "://" in text:
-        raise ValueError(f"{text} is a URL, and results are written on this machine: give a local path")
+        raise ValueError(f"{text} is a URL: give a path on this machine")
     return _expanded(text)
 
 
@@ -126,7 +126,7 @@ _Side = Annotated[int, Field(ge=8, le=8192)]
 Size = Annotated[tuple[_Side, _Side], BeforeValidator(_square)]
 # A path that a person writes: ~ is their home.
 UserText = Annotated[str, AfterValidator(_expanded)]
-UserPath = Annotated[Path, _of_text(_local)]  # of what is written
+UserPath = Annotated[Path, _of_text(_local)]
 
 
 _OF_RUNS = ("config.yaml", "worth.json")  # of a run, and of a comparison of runs

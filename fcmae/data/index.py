@@ -27,7 +27,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fcmae.atomic import check_file, replacing
-from fcmae.data.shards import COMPRESSED, SHARDS, SUFFIXES, Parts, Shards, is_damage, is_double, is_image, is_shard
+from fcmae.data.shards import (
+    COMPRESSED,
+    SHARDS,
+    SUFFIXES,
+    Parts,
+    Shards,
+    is_damage,
+    is_double,
+    is_image,
+    is_shard,
+    without_suffix,
+)
 from fcmae.data.source import PART, BadImage, Files, Names, Source, is_unicode, open_file, printable
 from fcmae.data.storage import Storage, canonical, is_remote, joined, listed
 from fcmae.data.tables import can_read
@@ -362,7 +373,7 @@ def _expand(source: str, key: str, others: Counter[str]) -> Iterator[str]:
 def _image_or_shard(path: Path, key: str) -> Iterator[str]:
     if path.name.endswith(COMPRESSED):
         raise ValueError(f"{key}: {str(path)!r} is compressed, so that no image can be read alone: unpack it")
-    if is_image(path.name) or is_shard(path.name):
+    if is_image(path.name) or is_shard(path.name) or _is_unnamed_dicom(str(path)):
         yield _absolute(path)
 
 
@@ -437,7 +448,7 @@ def _walk(root: Path, key: str, others: Counter[str], links: list[str] | None = 
         for entry in shown:
             if entry.is_file():
                 is_table = is_shard(entry.name) and (entry.name.endswith(".tar") or can_read())
-                if is_image(entry.name) or is_table or _is_unnamed_dicom(entry):
+                if is_image(entry.name) or is_table or _is_unnamed_dicom(entry.path):
                     if links is not None and entry.is_symlink():
                         links.append(entry.path)
                     yield entry.path
@@ -482,13 +493,13 @@ def _leads_to_itself(entry: os.DirEntry[str]) -> bool:
     return False
 
 
-def _is_unnamed_dicom(entry: os.DirEntry[str]) -> bool:
+def _is_unnamed_dicom(path: str) -> bool:
     """Whether a file whose name says nothing, as those from archives of hospitals (1.2.840.7), begins as DICOM does."""
-    suffix = os.path.splitext(entry.name)[1]  # noqa: PTH122
-    if suffix and not suffix[1:].isdigit():
+    name = os.path.basename(path)  # noqa: PTH119
+    if without_suffix(name) != name or name.upper() == "DICOMDIR":  # which lists the others
         return False
     try:
-        with open_file(entry.path) as file:
+        with open_file(path) as file:
             return file.read(132)[128:] == b"DICM"
     except OSError:
         return False
@@ -510,8 +521,8 @@ def _left_out(others: Counter[str], key: str) -> tuple[str, ...]:
         return ()
     counts = [f"{number} {printable(suffix) or 'without a suffix'}" for suffix, number in others.most_common(8)]
     return (
-        f"{key}: {others.total()} files that are no images by their names were left out: {', '.join(counts)} (a .txt "
-        "file that lists paths takes any name)",
+        f"{key}: files left out, as their names are not those of images: {', '.join(counts)} (to read them all the "
+        "same, list their paths in a .txt file)",
     )
 
 
@@ -779,7 +790,7 @@ def _by_stem(images: Images, root: str, key: str) -> dict[str, int]:
     for i, name in enumerate(images.names()):
         if is_damage(name) or is_double(name):  # a note tells of them
             continue
-        stem = os.path.splitext(os.path.relpath(name, root))[0]  # noqa: PTH122
+        stem = without_suffix(os.path.relpath(name, root))
         if (other := named.setdefault(stem, i)) != i:
             raise ValueError(f"{key}: {images.name(other)} and {name} differ in their suffix only: remove one")
     return named

@@ -64,6 +64,12 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(SUFFIXES) and not name.startswith(".")
 
 
+def without_suffix(name: str) -> str:
+    """A file's name without its suffix; a number is none, as in names of DICOM files (1.2.840.7)."""
+    stem, suffix = os.path.splitext(name)  # noqa: PTH122
+    return name if suffix[1:].isdigit() else stem
+
+
 def is_damage(address: str) -> bool:
     """Whether it stands for bytes of a tar file that are no member: see `scan`."""
     name = os.path.basename(address)  # noqa: PTH119

@@ -81,8 +81,8 @@ def survey(
         raise ValueError(f"data.path: none of {len(sample)} images can be read; {reason}")
     if len(of_units) > 1:
         logger.warning(
-            "images are in two units: %d of %d, such as %s, hold values as stored or in units of a modality, others, "
-            "such as %s, shares of their full range: convert one kind",
+            "images may be in two units: %d of %d, such as %s, hold values as stored or in a modality's units, others, "
+            "such as %s, shares of their full range, 0 to 1: convert one kind, unless both are such shares",
             *(len(of_units[False]), len(sides), printable(of_units[False][0]), printable(of_units[True][0])),
         )
     in_chans = in_chans or channels.most_common(1)[0][0]
