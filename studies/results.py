@@ -266,7 +266,7 @@ HEAD = """# Results
 What pretraining gives on three small sets of images, what its parts give, and which losses are normal.
 Written by `studies/results.py` from the JSON of each study. `studies/run_all.py` makes what is below the heading
 "Scale" from nothing, all labels, the recipe, the collapses, and as much of the small images as 2 cores have time for,
-by estimate in 36 hours there; the other sections name the study that makes them.
+by estimate in 38 hours there; the other sections name the study that makes them.
 Scores are in %; ± is the half width of the 95 % interval of the mean over seeds (Student's t). *Better* and *worse* are
 said of three runs or more, where the interval of the differences excludes 0.
 
