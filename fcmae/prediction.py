@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from itertools import compress
 from pathlib import Path
@@ -150,14 +150,8 @@ def predict_maps(cfg: PredictConfig) -> int:
     images = find_images(cfg.images)
     images.tell_notes()
     check_values(reading, images)
-    names = images.names()
-    below = [f"/{name}" if is_remote(name) else name for name in names]  # all of them absolute
-    root = os.path.commonpath([os.path.dirname(name) for name in below])  # noqa: PTH120
-    out, places = cfg.out, [cfg.out / os.path.relpath(name, root) for name in below]
-    suffixes = [".tif" if place.suffix.lower() in (".tif", ".tiff") else ".png" for place in places]
-    places = [
-        place.with_name(without_suffix(place.name) + suffix) for place, suffix in zip(places, suffixes, strict=True)
-    ]
+    names, out = images.names(), cfg.out
+    places = places_of(names, out)
 
     def files_of(place: Path) -> list[Path]:
         return [place, probabilities_beside(place)] if cfg.probabilities else [place]
@@ -207,6 +201,22 @@ def predict_maps(cfg: PredictConfig) -> int:
                 folder.rmdir()
         raise ValueError(f"none of {len(images)} images could be segmented: {first_bad}")
     return _ended(num_done, len(names), "segmented")
+
+
+def places_of(names: Sequence[str], out: Path) -> list[Path]:
+    """The paths of the label maps of images, which lie below `out` as the images do below what they have in common.
+
+    Args:
+        names: of the images, paths or URLs.
+        out: folder of the maps.
+    """
+    below = [f"/{name}" if is_remote(name) else name for name in names]  # all of them absolute
+    root = os.path.commonpath([os.path.dirname(name) for name in below])  # noqa: PTH120
+    places = [out / os.path.relpath(name, root) for name in below]
+    return [
+        place.with_name(without_suffix(place.name) + (".tif" if place.suffix.lower() in (".tif", ".tiff") else ".png"))
+        for place in places
+    ]
 
 
 def probabilities_beside(place: Path) -> Path:

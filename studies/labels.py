@@ -6,10 +6,11 @@
 SHARDS: the folder of tiny20's shards (see studies/sets.py). Pretraining is `pretrain_small_images`, once for 200,000
 views and once for all its 1,500,000; the first is the arm `again` of studies/recipe.py, and OUT may be that study's
 folder, which has it. Fine-tuning is `finetune_small_images`, with the same labels, order and head for all arms, and is
-tested on the test images once, at its last step. Scratch on few labels has the best learning rate of those that were
-tried on training images held out (at 5 %, and in docs/small_images.md at 10 %). What is finished is not done again, and
-what was cut off resumes. What is found is in OUT/labels.json, and with --docs in labels.json there, which
-`studies/results.py` puts into docs/results.md, with what we read in it, docs/results/labels.md.
+tested on the test images once, at its last step. Scratch on few labels has the learning rate that was the best with
+10 % of them (docs/small_images.md), and TRIED compares it with others at 5 %, on training images held out. What is
+finished is not done again, and what was cut off resumes. What is found is in OUT/labels.json, and with --docs in
+labels.json there, which `studies/results.py` puts into docs/results.md, with what we read in it,
+docs/results/labels.md.
 """
 
 from __future__ import annotations
@@ -158,14 +159,8 @@ def jobs(out: Path, size: int, at_once: int) -> Iterator[Job]:
         return Job(name, (*FCMAE, *words, *workers, f"--init={out}/runs/{start}"), (start,))
 
     for name, epochs in VIEWS.items():
-        if name == "again-p":
-            yield next(job for job in recipe.jobs(out, epochs, size, at_once) if job.name == name)
-        else:
-            words = (
-                "pretrain", "--config=pretrain_small_images", f"--data.path={out}/tiny20/unlabeled.txt",
-                f"--data.image_size={size}", "--data.val_share=0", f"--epochs={epochs}", f"--out={out}/runs/{name}",
-            )  # fmt: skip
-            yield Job(name, (*FCMAE, *words, *workers))
+        flags = recipe.ARMS["again"].flags if name == "again-p" else ()
+        yield recipe.pretraining(out, name, epochs, size, at_once, flags, FCMAE)
     for one in TRIED:
         for seed in range(TRIALS):
             draws = (f"tune-{TRIED_ON}-{seed}", f"tune-test-{TRIED_ON}-{seed}")

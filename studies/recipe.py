@@ -62,6 +62,7 @@ class Arm(NamedTuple):
     masks: int = 1
 
 
+OBJECTIVES = (sys.executable, str(STUDIES / "objectives.py"))
 PIXELS = "--model.target=pixels"
 FOUR = "--model.variant={depths: [2, 2, 6, 2], dims: [40, 80, 160, 320], stem_stride: 2}"
 ARMS = {
@@ -98,24 +99,37 @@ ARMS = {
 COLUMNS = ("pretraining", "draws", "top-1, %", "against", "difference of each draw", "")
 
 
+def pretraining(
+    out: Path, name: str, epochs: float, size: int, at_once: int, flags: tuple[str, ...], program: tuple[str, ...]
+) -> Job:
+    """`pretrain_small_images` and what differs from it.
+
+    Args:
+        out: the study's folder.
+        name: of the job.
+        epochs: of 10,000 images each.
+        size: of the images, in pixels.
+        at_once: commands at a time.
+        flags: what differs.
+        program: that pretrains.
+    """
+    words = (
+        "pretrain", "--config=pretrain_small_images", f"--data.path={out}/tiny20/unlabeled.txt",
+        f"--data.image_size={size}", "--data.val_share=0", f"--epochs={epochs:g}", f"--out={out}/runs/{name}", *flags,
+    )  # fmt: skip
+    return Job(name, (*program, *words, *(() if at_once == 1 else ("--data.num_workers=1",))))  # cores are shared
+
+
 def jobs(out: Path, epochs: float, size: int, at_once: int) -> Iterator[Job]:
     """All commands, arm by arm: what is cut off has whole ones."""
-    # Where the cores are shared.
-    pretraining = () if at_once == 1 else ("--data.num_workers=1",)
-    objectives = (sys.executable, str(STUDIES / "objectives.py"))
     for name, arm in ARMS.items():
-        program = FCMAE if arm.part is None else (*objectives, arm.part)
-        words = (
-            "pretrain", "--config=pretrain_small_images", f"--data.path={out}/tiny20/unlabeled.txt",
-            f"--data.image_size={size}", "--data.val_share=0", f"--epochs={epochs / arm.masks:g}",
-            f"--out={out}/runs/{name}-p", *arm.flags,
-        )  # fmt: skip
-        yield Job(f"{name}-p", (*program, *words, *pretraining))
+        program = FCMAE if arm.part is None else (*OBJECTIVES, arm.part)
+        yield pretraining(out, f"{name}-p", epochs / arm.masks, size, at_once, arm.flags, program)
         start, needs = f"{out}/runs/{name}-p", f"{name}-p"
         network = [flag for flag in arm.flags if flag.startswith("--model.variant=")]  # the config has the shipped one
         if arm.part == "ema":
             start, needs = f"{out}/runs/{name}-average.safetensors", f"{name}-average"
-            yield Job(needs, (*objectives, "ema", "average", f"{out}/runs/{name}-p", start), (f"{name}-p",))
+            yield Job(needs, (*OBJECTIVES, "ema", "average", f"{out}/runs/{name}-p", start), (f"{name}-p",))
         for seed in range(DRAWS):
             draw = (f"{out}/tune-{PERCENT}-{seed}.csv", f"{out}/tune-test-{PERCENT}-{seed}.csv")
             tuning = (

@@ -676,7 +676,7 @@ def test_the_study_of_labels_compares_seeds_that_both_arms_have(
     labels.main(["shards", "--out", str(tmp_path / "out"), "--docs", str(docs)])
     results.main(["--docs", str(docs)])
     page = " ".join((docs / "results.md").read_text().split())
-    assert "## Every amount of labels **Read this.** Written by" in page
+    assert "## All of the labels **Read this.** Written by" in page
     low, tuned, scratch = (labels.ARMS[name].title for name in ("lower", "tuned8", "scratch"))
     assert f"| all labels | {scratch} | 3 | 51.0 [48.5, 53.5] | | | |" in page
     assert f"| all labels | {tuned} | 3 | 56.8 [54.9, 58.7] | {scratch} | +5.8 [+3.9, +7.7] | better |" in page

@@ -22,6 +22,8 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from fcmae.data.geometry import MAX_SIDE
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -122,7 +124,7 @@ class FromFile(Section):
     """Prefix of the weights' names in a file, e.g. student. Default: detected."""
 
 
-_Side = Annotated[int, Field(ge=8, le=8192)]
+_Side = Annotated[int, Field(ge=8, le=MAX_SIDE)]
 Size = Annotated[tuple[_Side, _Side], BeforeValidator(_square)]
 # A path that a person writes: ~ is their home.
 UserText = Annotated[str, AfterValidator(_expanded)]

@@ -154,7 +154,7 @@ class ArrayImage:
             channels, dtype = shown.shape[2], shown.dtype
         self.channels = channels
         self.is_deep = dtype not in (np.uint8, np.bool_)
-        self.is_share = dtype.kind == "b" or (dtype.kind == "u" and self._bits <= 16)
+        self.is_share = not self.is_deep or self._full_range(dtype) > 0
         height, width = (side for i, side in enumerate(shape) if i != channel_axis)
         check_channels(channels, in_chans)
         if dtype.kind not in "buif":

@@ -17,11 +17,6 @@ COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")  # pydicom m
 DEFLATED = b"1.2.840.10008.1.2.1.99"  # a transfer syntax
 
 
-def is_dicom(start: bytes) -> bool:
-    """Whether a file with these first 132 bytes is one."""
-    return start[128:132] == b"DICM"
-
-
 def open_dicom(file: BinaryIO, in_chans: int) -> ArrayImage:
     """Read a file's header; several frames are channels.
 

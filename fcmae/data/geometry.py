@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 MAX_PIXELS = 100_000_000  # of an image that is read, where nothing else is said; a little more than Pillow's own limit
 MAX_CHANNELS = 4096
+MAX_SIDE = 8192  # of what a network is given, in pixels
 PIXEL_BYTES = 12  # that it counts on: three channels of 32 bits
 
 Box = tuple[int, int, int, int]  # top, left, height, width, in pixels of the upright image

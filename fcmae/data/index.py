@@ -39,7 +39,7 @@ from fcmae.data.shards import (
     is_shard,
     without_suffix,
 )
-from fcmae.data.source import PART, BadImage, Files, Names, Source, is_unicode, open_file, printable
+from fcmae.data.source import PART, BadImage, Files, Names, Source, is_dicom, is_unicode, open_file, printable
 from fcmae.data.storage import Storage, canonical, is_remote, joined, listed
 from fcmae.data.tables import can_read
 
@@ -500,7 +500,7 @@ def _is_unnamed_dicom(path: str) -> bool:
         return False
     try:
         with open_file(path) as file:
-            return file.read(132)[128:] == b"DICM"
+            return is_dicom(file.read(132))
     except OSError:
         return False
 

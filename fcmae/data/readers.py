@@ -34,9 +34,9 @@ from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from torch.nn import functional as F
 
 from fcmae.data.arrays import ArrayImage, OpenImage, Pixels, check_channels, match_channels, nodata_of
-from fcmae.data.dicom import is_dicom, open_dicom
+from fcmae.data.dicom import open_dicom
 from fcmae.data.geometry import MAX_PIXELS, PIXEL_BYTES, Box, decode_scale, make_upright, stored_box
-from fcmae.data.source import BadImage
+from fcmae.data.source import BadImage, is_dicom
 
 try:
     import simplejpeg

@@ -29,7 +29,6 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from fcmae.data.cores import num_cores
-from fcmae.data.geometry import MAX_PIXELS
 from fcmae.data.source import Files, Listed, Names, Source, printable
 from fcmae.data.storage import Storage, Unanswered, is_remote
 from fcmae.data.tables import ARROW, EMPTY, PARQUET, read_row
@@ -44,7 +43,7 @@ MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f
 BLOCK = 512  # bytes; a member's header is one
 LABELS = (".cls", ".json", ".txt")  # the first that an image has counts
 MAX_LABEL = 1 << 16  # bytes
-MUCH = MAX_PIXELS  # bytes of a TIFF from afar above which it is read in parts; below, most are decoded as a whole
+MUCH = 100_000_000  # bytes of a TIFF from afar above which it is read in parts; below, most are decoded as a whole
 _SHARD = re.compile("(" + "|".join(map(re.escape, SHARDS)) + ")/")
 
 CHANGED = "{} has changed since its index was made: begin another run, or put it back"

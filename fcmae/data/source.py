@@ -202,6 +202,11 @@ def open_file(path: str) -> BinaryIO:
     return file
 
 
+def is_dicom(start: bytes) -> bool:
+    """Whether a file with these first 132 bytes is a DICOM file, which may have any name."""
+    return start[128:132] == b"DICM"
+
+
 def _open_at_once(path: str, flags: int) -> int:
     """Without waiting for whoever may write to a pipe some day; files know no such waiting."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))

@@ -33,6 +33,7 @@ from fcmae.atomic import read_bytes, replacing
 from fcmae.config import FinetuneData, ImageConfig, PretrainConfig
 from fcmae.config.base import near_runs
 from fcmae.data.augment import Reading
+from fcmae.data.geometry import MAX_SIDE
 from fcmae.data.source import printable
 from fcmae.networks.build import make_encoder
 from fcmae.networks.spec import (
@@ -57,7 +58,7 @@ FILE_SUFFIXES = (".safetensors", ".pth", ".pt")
 MAX_CARD = 2**20  # bytes of a model card
 HEAD = "head.safetensors"  # of a segmentation model, beside its encoder; see `fcmae.weights.segmenters`
 
-Side = Annotated[int, Field(gt=0, le=8192)]
+Side = Annotated[int, Field(gt=0, le=MAX_SIDE)]
 
 
 class ImageRecord(BaseModel, frozen=True):
