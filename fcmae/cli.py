@@ -262,15 +262,20 @@ def _stats(cfg: commands.StatsConfig) -> None:
     workers = min(8, num_cores()) if cfg.num_workers is None else cfg.num_workers
     index = find_images(cfg.path)
     index.tell_notes()
+    in_chans = cfg.in_chans
+    if in_chans is None:
+        from fcmae.data.survey import survey
+
+        in_chans = survey(index, max_pixels=cfg.max_pixels, nodata=cfg.nodata).in_chans
     mean, std, num_images = channel_statistics(
         index,
-        cfg.in_chans,
+        in_chans,
         max_images=cfg.max_images,
         num_workers=workers,
         max_pixels=cfg.max_pixels,
         nodata=cfg.nodata,
     )
-    print(f"# {num_images} images\ndata:\n  in_chans: {cfg.in_chans}")
+    print(f"# {num_images} images\ndata:\n  in_chans: {in_chans}")
     if cfg.nodata is not None:
         print(f"  nodata: {cfg.nodata!r}")
     for name, values in (("mean", mean), ("std", [max(value, 1e-6) for value in std])):

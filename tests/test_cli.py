@@ -14,7 +14,10 @@ from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
+import yaml
+from PIL import Image
 from runs import write_images
 
 import fcmae
@@ -36,6 +39,8 @@ class Recorder(ModuleType):
         self.calls: list[Any] = []
         self.result = result
         setattr(self, function, self._call)
+        for real in (name, "evaluation.status"):  # with what they import, none of which must see the stand-in
+            importlib.import_module(f"fcmae.{real}")
         monkeypatch.setitem(sys.modules, f"fcmae.{name}", self)
         parent, _, leaf = f"fcmae.{name}".rpartition(".")
         monkeypatch.setattr(importlib.import_module(parent), leaf, self, raising=False)
@@ -169,8 +174,9 @@ def test_stats_prints_lines_for_a_configuration(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     index = replace(Images.of_files(["/x.png"]), notes=("1 .gif was left out",))
-    Recorder(monkeypatch, "data.index", "find_images", index)
+    pretrain = Recorder(monkeypatch, "pretraining", "pretrain", Run(Path("run"), "pretrain"))
     stats = Recorder(monkeypatch, "data.stats", "channel_statistics", ([0.123456, 0.5], [1e-5, 0.25], 7))
+    Recorder(monkeypatch, "data.index", "find_images", index)
     assert main(["stats", "a", "b", "--in-chans", "2", "--max-images", "9", "--num-workers", "1"]) == 0
     assert stats.calls == [(index, 2, {"max_images": 9, "num_workers": 1, "max_pixels": 100_000_000, "nodata": None})]
     config, shown = tmp_path / "stats.yaml", capsys.readouterr()
@@ -178,11 +184,25 @@ def test_stats_prints_lines_for_a_configuration(
     assert main(["stats", "a", "b", "--in-chans", "2", "--nodata", "-3.4e38"]) == 0
     config.write_text(capsys.readouterr().out)
     assert config.read_text().startswith("# 7 images\n")
-    pretrain = Recorder(monkeypatch, "pretraining", "pretrain", Run(Path("run"), "pretrain"))
     monkeypatch.setitem(COMPLETE, "pretrain", lambda sketch, given: {"grad_accum": 1})  # as it is no recipe
     assert main(["pretrain", "--config", str(config), "--data.path", "a", "--out", "run"]) == 0
     data = pretrain.calls[0][0].data
     assert (data.in_chans, data.mean, data.std, data.nodata) == (2, [0.1235, 0.5], [1e-5, 0.25], -3.4e38)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_stats_are_of_the_channels_that_the_images_have(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], channels: int
+) -> None:
+    for i in range(2):
+        values = np.full((5, 4, channels), 102 * i, np.uint8)
+        if channels == 4:
+            np.save(tmp_path / f"{i}.npy", values)
+        else:
+            Image.fromarray(values.squeeze()).save(tmp_path / f"{i}.png")
+    assert main(["stats", str(tmp_path), "--num-workers", "0"]) == 0
+    found = yaml.safe_load(capsys.readouterr().out)["data"]
+    assert found == {"in_chans": channels, "mean": [0.2] * channels, "std": [0.2] * channels}
 
 
 @pytest.mark.parametrize("count", ["0", "-1", "x", "1.5"])

@@ -393,13 +393,13 @@ class RoadmapConfig(Settings):
 class StatsConfig(Settings):
     """Print the images' mean and std, as lines for a configuration file.
 
-    Example: fcmae stats photos --in_chans 4
+    Example: fcmae stats photos
     """
 
     path: Annotated[list[UserText], Spelling("IMAGES", commas=False)] = Field(min_length=1, examples=[["photos"]])
     """Folders, lists or glob patterns."""
-    in_chans: int = Field(3, ge=1)
-    """Channels of the images."""
+    in_chans: int | None = Field(None, ge=1)
+    """Channels of the images. Default: those that most of them have."""
     max_images: int = Field(2000, ge=1)
     """Most images to read."""
     num_workers: int | None = Field(None, ge=0)
