@@ -19,6 +19,7 @@ import argparse
 import json
 import textwrap
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -253,14 +254,16 @@ def section(docs: Path) -> str:
         missing += [f"{arm.title} ({', '.join(some)})"] if some else []
     left = f"Seeds that were run, where not all were: {'; '.join(missing)}." if missing else ""
     probes = small_images.frozen(found, {name: f"pretrained, {10_000 * VIEWS[one]:,} views" for name, one in PROBED})
+    filled = partial(textwrap.fill, width=120, break_on_hyphens=False)
     parts = [
         words.read_text().strip() if words.exists() else "",
-        f"""Written by `studies/labels.py`: tiny20 at {found["size"]} pixels, pretrained for {took}, and tested once on
-the 1,000 test images. There is one encoder of each amount of views, so intervals are over draws of the labels, order
-and head, and with 100 % over order and head. On {in_words(found["machine"])}, {found["at_once"]} at a time;
-{sum(found["seconds"].values()) / 3600:.1f} hours of commands.
-""",
-        textwrap.fill(left, 120, break_on_hyphens=False),
+        filled(
+            f"Written by `studies/labels.py`: tiny20 at {found['size']} pixels, pretrained for {took}, and tested once "
+            "on the 1,000 test images. There is one encoder of each amount of views, so intervals are over draws of "
+            f"the labels, order and head, and with 100 % over order and head. On {in_words(found['machine'])}, "
+            f"{found['at_once']} at a time; {sum(found['seconds'].values()) / 3600:.1f} hours of commands."
+        ),
+        filled(left),
         result(found),
         trials(found),
         probes,

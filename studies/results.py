@@ -289,7 +289,7 @@ def page(found: Mapping[str, Json], folder: Path) -> str:
     if small := small_images.headline(folder.parent):
         parts.append(f"## Small images, few labels\n\n{small}\n")
     if section := labels.section(folder.parent):
-        parts.append(f"## All of the labels\n\n{section}\n")
+        parts.append(f"## As shipped, on two cores\n\n{section}\n")
     if (long := folder.parent / "demo-long" / paired.FILE).exists():
         compared = paired.compare(paired.COMPARISON.validate_json(long.read_text()))
         rows = table(paired.COLUMNS, map(paired.cells, compared), left=2)
