@@ -6,7 +6,8 @@ new, smaller packed layout: fewer patches take less time, not only fewer counted
 Source: anytime dense prediction with confidence adaptivity, arXiv 2104.00749. Differences: there a site exits, here a
 whole patch, so that the rest is dense algebra; a patch that has exited is zero to its neighbours, like hidden patches
 in pretraining, where the paper fills it in; and an exit adds to the logits of the one before, as a ConvNeXt's later
-stages are coarse (skips of scores, arXiv 1411.4038).
+stages are coarse (skips of scores, arXiv 1411.4038). The exits have LayerNorm and GELU for BatchNorm and ReLU, one
+nearest expansion for steps of bilinear ones, and the last stage has one, too, where the paper has the network's head.
 """
 
 from __future__ import annotations

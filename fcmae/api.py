@@ -361,7 +361,7 @@ def prune(
     key: str | None = None,
     prefix: str | None = None,
 ) -> None:
-    """Remove hidden channels or whole blocks, compensate for them on images and write the rest, as `fcmae prune` does.
+    """Remove hidden channels, compensated for on images, or whole blocks, and write the rest, as `fcmae prune` does.
 
     Args:
         source: see `load`.

@@ -179,8 +179,9 @@ def pretraining_network(
         held: the network of the starting weights, if there are any.
         smaller: a network to use in place of one that was too slow.
     """
-    side = choices.take("data.image_size", *_image_size(images.short_side, device))
-    side = min(side) if isinstance(side, list) else side
+    size = choices.take("data.image_size", *_image_size(images.short_side, device))
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    side = min(height, width)
     stem_stride, patch = GRIDS[max([known for known in GRIDS if known <= side], default=min(GRIDS))]
     if held is not None:
         spec, why = held, "that of model.init"
@@ -202,7 +203,7 @@ def pretraining_network(
     else:
         stride = choices.take("model.stem_stride", held.stem_stride, "that of model.init")
     total = (stride or spec.stem_stride) << (spec.num_stages - 1)
-    choices.take("model.mask_patch", *_mask_patch(side, total))
+    choices.take("model.mask_patch", *_mask_patch(height, width, total))
     choices.take("model.mask_ratio", 0.6, "as published")
     if held is None and side <= 96 and images.in_chans in (1, 3) and not images.is_deep:
         choices.take(
@@ -227,11 +228,14 @@ def _image_size(short_side: int, device: str) -> tuple[int, str]:
     return side, f"the images' shorter side is {short_side}"
 
 
-def _mask_patch(side: int, total_stride: int) -> tuple[int, str]:
-    """The multiple of the total stride that divides the side into a number of patches nearest to 7, as published."""
-    fitting = [patch for patch in range(total_stride, side, total_stride) if patch >= 8 and side % patch == 0]
-    patch = min(fitting, key=lambda patch: abs(side / patch - 7), default=total_stride)
-    return patch, f"{side // patch} x {side // patch} patches (published: 7 x 7)"
+def _mask_patch(height: int, width: int, total_stride: int) -> tuple[int, str]:
+    """The multiple of the total stride that divides both sides, the shorter one into a number of patches nearest to 7,
+    as published.
+    """
+    side, divided = min(height, width), math.gcd(height, width)
+    fitting = [patch for patch in range(total_stride, side, total_stride) if patch >= 8 and divided % patch == 0]
+    patch = min(fitting, key=lambda patch: abs(math.log(side / patch / 7)), default=total_stride)
+    return patch, f"{height // patch} x {width // patch} patches (published: 7 x 7)"
 
 
 def _written(spec: NetworkSpec) -> Any:
@@ -303,7 +307,8 @@ def finetuning_settings(
         choices.take("optim.layer_decay", LAYER_DECAY, "for few labels and many: layers near the images change less")
     choices.take("model.drop_path_rate", 0.1, "as published for the smallest networks")
     choices.take("data.crop_scale", [0.35, 1.0], "objects are not to be cut off" if few else "many labels")
-    augments = images.in_chans in (1, 3) and not images.is_deep and side >= 96 and num >= 1000
+    is_flat = not images.is_deep and not images.has_deep  # the augmentations refuse a single other image, too
+    augments = images.in_chans in (1, 3) and is_flat and side >= 96 and num >= 1000
     if augments:
         choices.take("data.auto_augment", "rand-m9-mstd0.5-inc1", "as published, 8-bit images of 96 pixels and more")
     else:

@@ -184,5 +184,5 @@ def add_predictions(
     for i, (image, row) in enumerate(zip(image_paths, probabilities, strict=True)):
         best = int(row.argmax())
         label = [class_names[labels[i]]] if labels is not None else []
-        writer.writerow([image, *label, class_names[best], f"{row[best]:.4f}", *(f"{p:.4f}" for p in row)])
+        writer.writerow([image, *label, class_names[best], f"{row[best]:.6g}", *(f"{p:.6g}" for p in row)])
     table.flush()

@@ -1,4 +1,4 @@
-"""Structured pruning of a ConvNeXt: removing hidden channels of its blocks, or whole blocks, and compensating for them.
+"""Structured pruning of a ConvNeXt: removing hidden channels of its blocks, for which the others compensate, or blocks.
 
 A hidden channel is a row of pwconv1 and its bias, GRN's gamma and beta, and a column of pwconv2; nothing else depends
 on it. Its mean is folded into pwconv2's bias; for a dead channel the mean is beta, exactly. GRN divides by the mean

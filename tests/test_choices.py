@@ -123,6 +123,11 @@ def test_statistics_are_those_of_the_images_where_the_usual_ones_are_wrong(
         assert cfg.data.statistics() == (list(facts.mean), list(facts.std))
 
 
+@pytest.mark.parametrize(("size", "patch"), [([448, 544], 32), ([512, 608], 32), ([448, 672], 32), ([448, 896], 64)])
+def test_patches_divide_both_sides_of_oblong_images(size: list[int], patch: int) -> None:
+    assert pretraining(images(), given={"data.image_size": size}).model.mask_patch == patch
+
+
 def test_statistics_that_are_given_are_left_alone() -> None:
     cfg = pretraining(images(is_deep=True), given={"data.mean": [0, 0, 0], "data.std": [1, 1, 1]})
     assert cfg.data.statistics() == ([0, 0, 0], [1, 1, 1])
@@ -198,6 +203,7 @@ def test_evaluations_take_a_tenth_of_the_time_of_training() -> None:
         (images(class_counts=(5000, 5000)), True),
         (images(class_counts=(50, 50)), False),
         (images(class_counts=(5000, 5000), is_deep=True), False),
+        (images(class_counts=(5000, 5000), has_deep=True), False),
         (images(class_counts=(5000, 5000), short_side=64), False),
     ],
 )

@@ -58,11 +58,12 @@ def test_probabilities_that_are_not_finite_reach_the_loss() -> None:
 
 
 def test_predictions_name_classes(tmp_path: Path) -> None:
-    probabilities = np.array([[0.25, 0.75]], np.float32)
-    write_predictions(tmp_path / "p.csv", ["a, b.png"], probabilities, ["cat", "dog"], [0])
+    probabilities = np.array([[0.25, 0.75], [1, 3.2e-7]], np.float32)
+    write_predictions(tmp_path / "p.csv", ["a, b.png", "c.png"], probabilities, ["cat", "dog"], [0, 1])
     with (tmp_path / "p.csv").open(newline="") as file:
         rows = list(csv.reader(file))
     assert rows == [
         ["path", "label", "predicted", "probability", "p(cat)", "p(dog)"],
-        ["a, b.png", "cat", "dog", "0.7500", "0.2500", "0.7500"],
+        ["a, b.png", "cat", "dog", "0.75", "0.25", "0.75"],
+        ["c.png", "dog", "cat", "1", "1", "3.2e-07"],
     ]

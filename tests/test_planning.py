@@ -136,7 +136,15 @@ def test_a_survey_finds_channels_depth_and_size(tmp_path: Path, write: Write, in
         write(tmp_path / f"{number}.x", rng)
     found = survey(find_images([str(tmp_path)]))
     assert (found.in_chans, found.is_deep, found.short_side, found.num) == (in_chans, is_deep, 40, 3)
+    assert found.has_deep == is_deep
     assert len(found.mean) == len(found.std) == in_chans
+
+
+def test_a_survey_tells_of_a_single_deep_image(tmp_path: Path) -> None:
+    for number, write in enumerate((grey, grey, deep)):
+        write(tmp_path / f"{number}.x", np.random.default_rng(number))
+    found = survey(find_images([str(tmp_path)]))
+    assert (found.is_deep, found.has_deep) == (False, True)
 
 
 def test_a_survey_tells_of_two_units(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

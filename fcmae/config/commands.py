@@ -281,7 +281,7 @@ class ConvertConfig(Settings, FromFile):
 
 
 class PruneConfig(Reading, FromFile):
-    """Remove hidden channels or whole blocks of a ConvNeXt, and compensate for them by statistics of images.
+    """Remove hidden channels of a ConvNeXt, and compensate for them by statistics of images, or whole blocks.
 
     Example: fcmae prune runs/tuned pruned.safetensors --data photos --keep .5
     """

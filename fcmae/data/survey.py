@@ -34,6 +34,7 @@ class Survey:
         mean: of each channel, with a format's full range scaled to 1.
         std: of each channel, in the same units.
         class_counts: labelled images of each class; empty without labels.
+        has_deep: whether any has other than 8 bits per channel.
     """
 
     num: int
@@ -43,6 +44,7 @@ class Survey:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     class_counts: tuple[int, ...] = ()
+    has_deep: bool = False
 
 
 def survey(
@@ -91,7 +93,8 @@ def survey(
     if images.labels is not None and images.class_names is not None:
         counts = tuple(np.bincount(images.labels, minlength=len(images.class_names)).tolist())
     is_deep = deep.most_common(1)[0][0]
-    return Survey(len(images), round(statistics.median(sides)), in_chans, is_deep, tuple(mean), tuple(std), counts)
+    side = round(statistics.median(sides))
+    return Survey(len(images), side, in_chans, is_deep, tuple(mean), tuple(std), counts, has_deep=deep[True] > 0)
 
 
 def _open(file: BinaryIO, max_pixels: int) -> OpenImage:
