@@ -307,8 +307,7 @@ def finetuning_settings(
         choices.take("optim.layer_decay", LAYER_DECAY, "for few labels and many: layers near the images change less")
     choices.take("model.drop_path_rate", 0.1, "as published for the smallest networks")
     choices.take("data.crop_scale", [0.35, 1.0], "objects are not to be cut off" if few else "many labels")
-    is_flat = not images.is_deep and not images.has_deep  # the augmentations refuse a single other image, too
-    augments = images.in_chans in (1, 3) and is_flat and side >= 96 and num >= 1000
+    augments = images.in_chans in (1, 3) and not images.has_deep and side >= 96 and num >= 1000
     if augments:
         choices.take("data.auto_augment", "rand-m9-mstd0.5-inc1", "as published, 8-bit images of 96 pixels and more")
     else:

@@ -266,7 +266,8 @@ def _stats(cfg: commands.StatsConfig) -> None:
     if in_chans is None:
         from fcmae.data.survey import survey
 
-        in_chans = survey(index, max_pixels=cfg.max_pixels, nodata=cfg.nodata).in_chans
+        few = min(20, cfg.max_images)  # which are read once more for their statistics
+        in_chans = survey(index, max_images=few, max_pixels=cfg.max_pixels, nodata=cfg.nodata).in_chans
     mean, std, num_images = channel_statistics(
         index,
         in_chans,

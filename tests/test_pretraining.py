@@ -613,7 +613,10 @@ def test_a_signal_to_one_of_two_processes_stops_both_and_they_go_on(tmp_path: Pa
 
 
 def test_the_error_of_one_process_ends_both_with_its_sentence(tmp_path: Path) -> None:
-    """The first alone keeps the list of files that cannot be read."""
+    """The first alone keeps the list of files that cannot be read.
+
+    The launcher may end the other before it says why, too; tests/test_training_launch.py has no launcher.
+    """
     images, out = write_images(tmp_path / "images", 12), tmp_path / "out"
     for path in sorted(images.iterdir())[:6]:
         path.write_bytes(b"not an image")

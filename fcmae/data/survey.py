@@ -31,20 +31,20 @@ class Survey:
         short_side: the median, in pixels.
         in_chans: channels of most of them.
         is_deep: whether most have other than 8 bits per channel.
+        has_deep: whether any has.
         mean: of each channel, with a format's full range scaled to 1.
         std: of each channel, in the same units.
         class_counts: labelled images of each class; empty without labels.
-        has_deep: whether any has other than 8 bits per channel.
     """
 
     num: int
     short_side: int
     in_chans: int
     is_deep: bool
+    has_deep: bool
     mean: tuple[float, ...]
     std: tuple[float, ...]
     class_counts: tuple[int, ...] = ()
-    has_deep: bool = False
 
 
 def survey(
@@ -92,9 +92,8 @@ def survey(
     counts: tuple[int, ...] = ()
     if images.labels is not None and images.class_names is not None:
         counts = tuple(np.bincount(images.labels, minlength=len(images.class_names)).tolist())
-    is_deep = deep.most_common(1)[0][0]
-    side = round(statistics.median(sides))
-    return Survey(len(images), side, in_chans, is_deep, tuple(mean), tuple(std), counts, has_deep=deep[True] > 0)
+    side, is_deep, has_deep = round(statistics.median(sides)), deep.most_common(1)[0][0], deep[True] > 0
+    return Survey(len(images), side, in_chans, is_deep, has_deep, tuple(mean), tuple(std), counts)
 
 
 def _open(file: BinaryIO, max_pixels: int) -> OpenImage:
