@@ -30,7 +30,7 @@ from fcmae.config import FinetuneConfig, PretrainConfig
 from fcmae.evaluation.charts import COLOURS
 from fcmae.evaluation.report import MARK, MOST_PICTURES, command, report, reproduce
 from fcmae.evaluation.runs import CONFIGS, read_run
-from fcmae.training.records import record_end
+from fcmae.training.records import last_state, record_end
 
 HOSTILE = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">'&"
 
@@ -640,10 +640,18 @@ def test_a_page_is_made_of_runs_in_any_state(whole: Path, tmp_path: Path, seed: 
     rng = random.Random(seed)
     runs = [Path(shutil.copytree(path, tmp_path / path.name)) for path in sorted(whole.iterdir())]
     files = sorted(path for run in runs for path in run.rglob("*") if path.is_file())
-    for path in set(rng.choices(files, k=rng.choice([1, 2, 4]))):
+    for path in sorted(set(rng.choices(files, k=rng.choice([1, 2, 4])))):
         damage(path, rng)
     page = text(report(runs, tmp_path / "page.html"))
     assert page.count("<h3>What was run</h3>") == 3 and HOSTILE not in page
+
+
+def test_a_pipe_in_place_of_the_record_of_starts_does_not_hang(whole: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(whole / "run", tmp_path / "run"))
+    (run / "environment.json").unlink(missing_ok=True)
+    os.mkfifo(run / "environment.json")
+    (run / "train.log").write_text("2026-01-02 03:04:05 begun\n")
+    assert last_state(run) == "cut off"
 
 
 def test_a_run_without_its_config_is_shown_by_what_is_left(whole: Path, tmp_path: Path) -> None:

@@ -284,6 +284,7 @@ def test_memory_and_speed_options_change_nothing(options: str) -> None:
     other = small(spec, drop_path_rate=rate, grad_checkpointing="grad_checkpointing" in options)
     other.load_state_dict(plain.state_dict())
     if "compile" in options:
+        torch.compiler.reset()  # as runs do, see compile_model
         # aot_eager traces and differentiates the same graph without waiting for a C++ compiler.
         other.compile(backend="aot_eager", fullgraph=True)
     images, mask = torch.randn(2, 2, 24, 24), masks(2, (3, 3), 4)
@@ -297,6 +298,7 @@ def test_memory_and_speed_options_change_nothing(options: str) -> None:
 def test_a_step_is_one_graph_that_is_compiled_once() -> None:
     model = small(SOON_COMPILED, drop_path_rate=0.3)
     counter = CompileCounterWithBackend("aot_eager")
+    torch.compiler.reset()  # as runs do, see compile_model
     model.compile(backend=counter, fullgraph=True)
     for batch in range(3):
         images = torch.randn(2, 2, 24, 24, generator=torch.Generator().manual_seed(batch))

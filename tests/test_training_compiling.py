@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from fcmae.training import compiling
 from fcmae.training.compiling import Setting, compile_model
@@ -139,3 +141,18 @@ def test_a_trial_that_does_not_fit_into_memory_leaves_that_to_the_first_step(set
 
     compile_model(net, setting, trial, 10**6)
     assert net.weight.grad is None and net.modes == ([None] if setting is True else [])
+
+
+def test_a_second_image_size_in_one_process_is_compiled_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else torch compiles for any size, which takes minutes for an encoder."""
+    sizes: list[object] = []
+
+    def backend(graph: GraphModule, inputs: list[Tensor | torch.SymInt]) -> GraphModule:
+        sizes.extend(value for value in inputs if not isinstance(value, Tensor))  # those that are left open
+        return graph
+
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=backend))
+    for size in (8, 12):
+        net, images = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU()), torch.zeros(2, 1, size, size)
+        compile_model(net, True, lambda net=net, images=images: net(images).sum().backward(), 1)
+        assert not sizes

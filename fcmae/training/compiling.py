@@ -40,6 +40,9 @@ def compile_model(net: nn.Module, setting: Setting, step: Callable[[], None], nu
     Raises:
         ValueError: for "cudagraphs" without a GPU, and for both where compiling fails.
     """
+    if setting:
+        # After a run of another image size in this process torch would compile for any size, for minutes on end.
+        torch.compiler.reset()
     buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}  # which a trial on noise changes
     if setting == "cudagraphs":
         if not torch.cuda.is_available():

@@ -144,7 +144,7 @@ def _lasting(words: Sequence[str]) -> Iterator[str]:
 
 def _starts(path: Path) -> list[dict[str, Any]]:
     with suppress(OSError, ValueError, RecursionError):
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None  # a pipe would wait for ever
         if isinstance(found, list) and all(isinstance(start, dict) for start in found):
             return found
     return []
