@@ -259,12 +259,12 @@ def find_data(cfg: SegmentConfig) -> Mapped:
 
 def _counted(cfg: SegmentConfig, images: Images, maps: Images, val_images: Images, val_maps: Images) -> Mapped:
     data = cfg.data
-    counts = count_values(maps if len(maps) else val_maps, max_pixels=data.max_pixels)
+    found = count_values(maps if len(maps) else val_maps, max_pixels=data.max_pixels)
     if cfg.eval_only:
         classes = known_classes(cfg, read_segmenter(Path(str(cfg.model.init)))[2].classes)
     else:
-        classes = find_classes(counts, data.class_names, data.class_values, data.ignore_value)
-    return Mapped(images, maps, val_images, val_maps, classes, counts[list(classes.values)])
+        classes = find_classes(found, data.class_names, data.class_values, data.ignore_value)
+    return Mapped(images, maps, val_images, val_maps, classes, found.counts[list(classes.values)])
 
 
 def known_classes(cfg: SegmentConfig, known: Classes) -> Classes:

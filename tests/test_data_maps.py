@@ -18,7 +18,8 @@ from fcmae.data.augment import CropBoth, Reading
 from fcmae.data.dataset import SegmentDataset, collate
 from fcmae.data.index import Images, find_images, find_mapped
 from fcmae.data.loader import build_loader
-from fcmae.data.maps import IGNORED, Classes, UnknownClass, count_values, find_classes
+from fcmae.data.maps import IGNORED, Classes, UnknownClass, Values, count_values, find_classes
+from fcmae.data.rasters import LabelMap
 from fcmae.data.source import BadImage
 from fcmae.data.storage import Storage
 
@@ -178,22 +179,23 @@ def test_a_value_of_no_class_ends_the_run(value: int) -> None:
 
 def test_classes_are_found_by_the_values_that_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, labels = find_mapped(*map(str, write_pairs(tmp_path)))
-    counts = count_values(labels)
+    found = count_values(labels)
     everything = np.concatenate([np.asarray(Image.open(name)).ravel() for name in labels.names()])
-    np.testing.assert_array_equal(counts[:256], np.bincount(everything, minlength=256))
+    np.testing.assert_array_equal(found.counts[:256], np.bincount(everything, minlength=256))
     monkeypatch.setattr(maps, "BAND_PIXELS", 56 * 7)  # in bands of rows
-    np.testing.assert_array_equal(count_values(labels), counts)
-    assert find_classes(counts, (), (), 255) == Classes(tuple("01234567"), tuple(range(8)), 255)
-    assert find_classes(counts, ("sea", "other"), (0, 7), None).values == (0, 7)
-    assert find_classes(counts, ("sea", "other"), (), 255).values == (0, 1)
+    np.testing.assert_array_equal(count_values(labels).counts, found.counts)
+    assert find_classes(found, (), (), 255) == Classes(tuple("01234567"), tuple(range(8)), 255)
+    assert find_classes(found, ("sea", "other"), (0, 7), None).values == (0, 7)
+    assert find_classes(found, ("sea", "other"), (), 255).values == (0, 1)
 
 
 def test_black_and_white_maps_are_told_of_the_ignored_value() -> None:
     counts = np.zeros(maps.MAX_VALUE, np.int64)
     counts[[0, 255]] = 1
+    found = Values(counts)
     with pytest.raises(ValueError, match=r"the maps hold 0, 255 and data.ignore_value is 255: set data.class_values"):
-        find_classes(counts, (), (), 255)
-    assert len(find_classes(counts, (), (0, 255), None)) == 2
+        find_classes(found, (), (), 255)
+    assert len(find_classes(found, (), (0, 255), None)) == 2
 
 
 def pair(values: NDArray[np.uint8]) -> tuple[io.BytesIO, io.BytesIO]:
@@ -279,20 +281,42 @@ def test_none_that_can_be_read_is_said(tmp_path: Path) -> None:
 def test_numbers_of_objects_are_not_taken_for_classes_and_some_class_must_be_there() -> None:
     counts = np.zeros(maps.MAX_VALUE, np.int64)
     counts[[0, 7000]] = 1
+    found = Values(counts)
     with pytest.raises(ValueError, match=r"values up to 7000, which would be 7000 classes: .* data.class_values"):
-        find_classes(counts, (), (), 255)
-    assert find_classes(counts, (), (0, 7000), 255).names == ("0", "7000")
+        find_classes(found, (), (), 255)
+    assert find_classes(found, (), (0, 7000), 255).names == ("0", "7000")
     with pytest.raises(ValueError, match="the maps hold 0, 7000, and none of the classes, which have 3, 4"):
-        find_classes(counts, (), (3, 4), 255)
+        find_classes(found, (), (3, 4), 255)
     many = tuple(map(str, range(maps.MAX_CLASSES + 1)))
     with pytest.raises(ValueError, match="there are 32768 classes: give 32767 at most"):
-        find_classes(counts, many, (), None)
+        find_classes(found, many, (), None)
+
+
+@pytest.mark.parametrize("is_semantic", [False, True])
+def test_maps_that_number_their_objects_are_told_from_maps_of_classes(tmp_path: Path, *, is_semantic: bool) -> None:
+    for number, num in enumerate((5, 31, 12)):
+        values = np.arange(num).repeat(4).reshape(num, 4) * (2 if is_semantic else 1)
+        Image.fromarray(values.astype(np.uint8)).save(tmp_path / f"{number}.png")
+    found = count_values(find_images([str(tmp_path)]))
+    assert found.are_objects is not is_semantic
+    if not is_semantic:
+        with pytest.raises(ValueError, match=r"as objects are numbered: .* data.class_values"):
+            find_classes(found, (), (), 255)
+        assert len(find_classes(found, (), (1, 2), 255)) == 2
+
+
+def test_a_map_of_several_pages_is_refused() -> None:
+    file = io.BytesIO()
+    tifffile.imwrite(file, np.zeros((3, 8, 9), np.uint8), photometric="minisblack")
+    file.seek(0)
+    with pytest.raises(BadImage, match="it has 3 pages, and a label map is one"):
+        LabelMap(file)
 
 
 def test_a_map_larger_than_max_pixels_is_counted_in_parts(tmp_path: Path) -> None:
     labels = np.arange(64 * 48, dtype=np.uint8).reshape(64, 48) % 3
     tifffile.imwrite(tmp_path / "map.tif", labels, tile=(16, 16))
-    counts = count_values(find_images([str(tmp_path)]), max_pixels=48 * 20)
+    counts = count_values(find_images([str(tmp_path)]), max_pixels=48 * 20).counts
     np.testing.assert_array_equal(counts[:3], np.bincount(labels.ravel()))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
@@ -15,7 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fcmae.data.decode import read_crop
-from fcmae.data.rasters import LabelMap, Raster
+from fcmae.data.rasters import LabelMap, Raster, num_pages
+from fcmae.data.readers import open_image
 from fcmae.data.source import BadImage
 
 SHAPE = (20, 28)  # no whole tiles
@@ -121,6 +123,37 @@ def test_channels_that_are_stored_as_pages_are_channels(tmp_path: Path, imagej: 
     np.testing.assert_allclose(read(path, 3)[:, 0, 0], np.array([10000, 30000, 60000]) / 65535, rtol=1e-6)
     with pytest.raises(BadImage, match="3 channels as pages"):
         read(path, 1)
+
+
+OME = """<?xml version="1.0" encoding="UTF-8"?>
+<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06" UUID="urn:uuid:{own}"><Image ID="Image:0">
+<Pixels ID="Pixels:0" DimensionOrder="XYCZT" Type="uint8" SizeX="9" SizeY="8" SizeC="2" SizeZ="1" SizeT="1">
+<TiffData FirstC="0" IFD="0" PlaneCount="1"><UUID FileName="0.ome.tif">urn:uuid:0</UUID></TiffData>
+<TiffData FirstC="1" IFD="0" PlaneCount="1"><UUID FileName="1.ome.tif">urn:uuid:1</UUID></TiffData>
+</Pixels></Image></OME>"""
+
+
+@pytest.mark.parametrize("num_files", [1, 2])
+def test_one_of_several_files_of_an_image_is_no_image_of_several_channels(tmp_path: Path, num_files: int) -> None:
+    for number in range(num_files):
+        image = np.full((8, 9), 10 * number + 5, np.uint8)
+        tifffile.imwrite(tmp_path / f"{number}.ome.tif", image, description=OME.format(own=number), metadata=None)
+    assert (read(tmp_path / "0.ome.tif", 1) == 5).all()
+    for file in ((tmp_path / "0.ome.tif").open("rb"), io.BytesIO((tmp_path / "0.ome.tif").read_bytes())):
+        with file, pytest.raises(BadImage, match="it is one of several files that are an image together: save them"):
+            open_image(file, 2)
+
+
+@pytest.mark.parametrize("imagej", [True, False])
+def test_a_stack_under_one_header_is_told_of_and_no_label_map(tmp_path: Path, imagej: bool) -> None:
+    stack = values("uint8", 4)
+    axes = {"metadata": {"axes": "ZYX"}} if imagej else {}
+    tifffile.imwrite(tmp_path / "a.tif", stack, imagej=imagej, truncate=True, photometric="minisblack", **axes)
+    with (tmp_path / "a.tif").open("rb") as file:
+        assert num_pages(file) == (4, True)
+        file.seek(0)
+        with pytest.raises(BadImage, match="it has 4 pages, and a label map is one"):
+            LabelMap(file)
 
 
 def test_a_first_page_that_is_a_thumbnail_is_not_the_image(tmp_path: Path) -> None:

@@ -261,13 +261,25 @@ def test_a_control_beside_a_network_knows_the_range_of_its_images() -> None:
 
 def test_controls_see_what_the_first_network_sees(tmp_path: Path) -> None:
     checkpoint, _ = write_checkpoint(tmp_path)
-    control, network = load_backbones(["pixels:8", str(checkpoint)])
+    control, network = load_backbones(["pixels:8", str(checkpoint)], Images.of_files([]))
     assert control.name == control.kind == "pixels:8" and isinstance(control.model, Control)
     for name in ("in_chans", "image_size", "crop_pct"):
         assert getattr(control.reading, name) == getattr(network.reading, name)
     assert control.reading.normalize.std.flatten().tolist() == [1, 1, 1]
     # What is missing is no feature of the control alone.
     assert tuple(control.reading.filling) == tuple(network.reading.filling)
+
+
+def test_controls_alone_see_the_images_as_they_are(tmp_path: Path) -> None:
+    bands = np.random.default_rng(0).integers(0, 900, (20, 20, 5), np.uint16)  # dark, as 12 bits in 16 are
+    np.save(tmp_path / "dark.npy", bands)
+    images = Images.of_files([str(tmp_path / "dark.npy")])
+    histogram, pixels = load_backbones(["histogram:8", "pixels:1"], images, image_size=(20, 20))
+    values = torch.from_numpy(bands.astype(np.float32) / 65535).permute(2, 0, 1)[None]
+    shares = histogram.model(values).view(5, 8)
+    assert histogram.reading.in_chans == pixels.reading.in_chans == 5
+    assert (shares > 0).all() and shares.max() < 0.5
+    torch.testing.assert_close(pixels.model(values)[0], values.mean((0, 2, 3)))
 
 
 @pytest.mark.parametrize("changed", [{"act_layer": "gelu_tanh"}, {"norm_eps": 1e-5}])

@@ -14,12 +14,14 @@ from torch import Tensor
 from fcmae.data.normalize import Normalize
 from fcmae.evaluation.pictures import (
     displayable,
+    limits,
     reconstruction_panels,
     save_curves,
     save_heat_map,
     save_over_time,
     save_reconstructions,
     save_tiles,
+    with_bands,
 )
 from fcmae.masked import patch_statistics, patchify
 
@@ -69,8 +71,7 @@ def test_visible_patches_are_pasted_and_hidden_ones_greyed() -> None:
     assert torch.equal(pasted[~hidden], shown[~hidden])
     assert torch.equal(pasted[hidden], reconstruction[hidden])
     assert torch.equal(masked[~hidden], shown[~hidden])
-    assert masked[hidden].unique().numel() == 1
-    assert shown.min() < masked[hidden][0] < shown.max()
+    assert masked[hidden].unique().tolist() == [0.5]
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 5])
@@ -90,8 +91,26 @@ def test_grids_are_readable_files_for_any_number_of_channels_and_range(
 
 def test_dark_images_are_shown_in_their_own_range() -> None:
     image = torch.linspace(0, 1, 12).reshape(1, 3, 4)
-    np.testing.assert_allclose(displayable(image, 0.0, 1.0), image[0])
-    np.testing.assert_allclose(displayable(image / 16, 0.0, 1 / 16), image[0], atol=1e-6)  # 12 bits in 16
+    for shown in (image, image / 16):  # 12 bits in 16
+        np.testing.assert_allclose(displayable(shown, *limits(shown)), image[0], atol=1e-6)
+
+
+def test_bands_that_are_not_shown_change_nothing_of_those_that_are() -> None:
+    bands = torch.linspace(0, 800, 60).reshape(5, 3, 4)
+    bands[3:] *= 1e4
+    np.testing.assert_allclose(displayable(bands, *limits(bands)), displayable(bands[:3], *limits(bands[:3])))
+    assert with_bands("grid", 5) == "grid (bands 1 to 3 of 5)"
+    assert with_bands("grid", 2) == "grid (band 1 of 2)"
+    assert with_bands("grid", 3) == with_bands("grid", 1) == "grid"
+
+
+def test_hidden_patches_are_as_grey_in_a_dark_image_as_in_a_bright_one() -> None:
+    images = torch.rand(2, 3, 8, 12) * torch.tensor([1.0, 60_000.0])[:, None, None, None]
+    plain = Normalize([0.0], [1.0])
+    masked = reconstruction_panels(torch.zeros(2, 6, 48), images, MASK, plain)[1]
+    for image, hidden, original in zip(masked, hidden_pixels(), images, strict=True):
+        low, high = limits(original)
+        assert image[hidden].unique().item() == pytest.approx((low + high) / 2)
 
 
 def test_curves_are_drawn_even_of_one_point_or_none(tmp_path: Path) -> None:

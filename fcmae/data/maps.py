@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,8 @@ _UNKNOWN = -2
 MAX_VALUE = 2**16  # above those that a map may hold
 BAND_PIXELS = 2**24  # of a map that are looked at together
 MAX_CLASSES = 2**15 - 1  # numbers of classes are of 16 bits
-MAX_UNNAMED = 1000  # classes that are taken for such though nobody named them: more are numbers of objects
+MAX_UNNAMED = 256  # classes that are taken for such though nobody named them: more are numbers of objects
+MANY_OBJECTS = 20  # in a map: as many classes are hardly all in one
 
 
 class UnknownClass(DataError):  # noqa: N818
@@ -88,25 +90,37 @@ def _few(values: Sequence[int]) -> str:
     return ", ".join(map(str, values[:8])) + (f" and {len(values) - 8} more" if len(values) > 8 else "")
 
 
-def count_values(maps: Images, max_maps: int = 200, max_pixels: int = MAX_PIXELS) -> NDArray[np.int64]:
-    """How many pixels have each value, in a sample of the maps.
+class Values(NamedTuple):
+    """What label maps hold.
+
+    Attributes:
+        counts: (MAX_VALUE,), pixels of each value.
+        are_objects: whether they seem to number objects: up from 1 without a gap in every map, in one to MANY_OBJECTS
+            or more, and not to the same in all.
+    """
+
+    counts: NDArray[np.int64]
+    are_objects: bool = False
+
+
+def count_values(maps: Images, max_maps: int = 200, max_pixels: int = MAX_PIXELS) -> Values:
+    """Look at a sample of the maps.
 
     Args:
         maps: all.
         max_maps: of the sample, which is evenly spread.
         max_pixels: see `LabelMap`.
 
-    Returns:
-        (MAX_VALUE,).
-
     Raises:
         ValueError: if none of the sample can be read, or one holds other numbers.
     """
     counts, reason = np.zeros(MAX_VALUE, np.int64), ""
+    largest, has_gaps = set[int](), False
     for i in evenly(len(maps), max_maps):
         try:
             with maps.open(i) as file:
                 found = LabelMap(file, max_pixels)
+                own = np.zeros(MAX_VALUE, np.int64)
                 for box in bands(found.height, found.width, max_pixels):
                     values = found.read(box)
                     if values.min() < 0 or values.max() >= MAX_VALUE:
@@ -114,12 +128,16 @@ def count_values(maps: Images, max_maps: int = 200, max_pixels: int = MAX_PIXELS
                             f"{printable(maps.name(i))} holds values from {values.min()} to {values.max()}: store "
                             f"classes as 0 to {MAX_VALUE - 1}"
                         )
-                    counts += np.bincount(values.ravel(), minlength=MAX_VALUE)
+                    own += np.bincount(values.ravel(), minlength=MAX_VALUE)
+                held = np.flatnonzero(own[1:])
+                largest.add(len(held))
+                has_gaps = has_gaps or held.max(initial=-1) >= len(held)
+                counts += own
         except BadImage as error:
             reason = reason or f"{printable(maps.name(i))}: {error}"
     if not counts.any():
         raise ValueError(f"data.maps: none of {len(maps)} label maps can be read: {reason}")
-    return counts
+    return Values(counts, not has_gaps and len(largest) > 1 and max(largest) >= MANY_OBJECTS)
 
 
 def bands(height: int, width: int, max_pixels: int = MAX_PIXELS) -> Iterator[Box]:
@@ -135,13 +153,11 @@ def bands(height: int, width: int, max_pixels: int = MAX_PIXELS) -> Iterator[Box
         yield top, 0, min(rows, height - top), width
 
 
-def find_classes(
-    counts: NDArray[np.int64], names: Sequence[str], values: Sequence[int], ignored: int | None
-) -> Classes:
+def find_classes(found: Values, names: Sequence[str], values: Sequence[int], ignored: int | None) -> Classes:
     """The classes of label maps.
 
     Args:
-        counts: see `count_values`.
+        found: what the maps hold.
         names: of the classes; none is by their numbers.
         values: what the maps hold for each; none is 0, 1, 2 and so on, up to the largest that was counted.
         ignored: see `Classes`.
@@ -149,7 +165,13 @@ def find_classes(
     Raises:
         ValueError: if there are fewer than two classes or too many, or the maps hold none of them.
     """
+    counts = found.counts
     if not names and not values:
+        if found.are_objects:
+            raise ValueError(
+                "data.maps: the values count up from 1 without a gap in each map, and not to the same in all, as "
+                "objects are numbered: give maps of classes, or say which values are classes by data.class_values"
+            )
         known = counts.copy()
         if ignored is not None:
             known[ignored] = 0
@@ -163,9 +185,9 @@ def find_classes(
     values = values or range(len(names))
     names = names or [str(value) for value in values]
     if len(names) < 2:
-        found = _few(np.flatnonzero(counts).tolist())
+        held = _few(np.flatnonzero(counts).tolist())
         raise ValueError(
-            f"data.maps: there is one class, {names[0]!r}, as the maps hold {found} and data.ignore_value is "
+            f"data.maps: there is one class, {names[0]!r}, as the maps hold {held} and data.ignore_value is "
             f"{ignored}: set data.class_values (0 255 of black and white maps) or data.ignore_value"
         )
     if len(names) > MAX_CLASSES:

@@ -29,6 +29,7 @@ from fcmae.data.readers import (
     check_size,
     is_sparse,
     map_npy,
+    num_planes,
     open_image,
     orientation_of,
     reading,
@@ -178,12 +179,14 @@ class LabelMap:
         max_pixels: see `Raster`.
 
     Raises:
-        BadImage: if it cannot be read, or has several channels or other numbers.
+        BadImage: if it cannot be read, or has several pages, several channels or other numbers.
     """
 
     def __init__(self, file: BinaryIO, max_pixels: int = MAX_PIXELS) -> None:
         self._max_pixels = max_pixels
         with reading(max_pixels):
+            if (series := _series(file)) is not None and (num := num_planes(series)) > 1:
+                raise BadImage(f"it has {num} pages, and a label map is one: save the page that belongs to the image")
             self._page = _plain_page(file)
             if self._page is not None:
                 self._array, dtype = None, self._page.dtype
@@ -260,14 +263,24 @@ def num_pages(file: BinaryIO) -> tuple[int, bool]:
     Raises:
         BadImage: if it is damaged.
     """
-    if file.read(4) not in TIFF_STARTS:
-        return 1, False
-    file.seek(0)
     with reading(MAX_PIXELS):
-        series = tifffile.TiffFile(file).series[0]
-        num = 1 if channel_pages(series) else len(series.pages)
+        if (series := _series(file)) is None:
+            return 1, False
+        num = 1 if channel_pages(series) else num_planes(series)
         are_bands = sum(axis not in "YX" for axis in series.axes) == 1 and series.keyframe.samplesperpixel == 1
         return num, are_bands and num <= MAX_CHANNELS and num not in (1, 3)
+
+
+def _series(file: BinaryIO) -> Any:
+    """The pages of a TIFF that belong to its first one, as tifffile has them; None of other files.
+
+    file: at its start, as it is after.
+    """
+    is_tiff = file.read(4) in TIFF_STARTS
+    file.seek(0)
+    series = tifffile.TiffFile(file).series[0] if is_tiff else None
+    file.seek(0)
+    return series
 
 
 def geo_tags(file: BinaryIO) -> list[tuple[int, int, int, Any, bool]]:
@@ -371,7 +384,8 @@ def _stored_values(file: BinaryIO, max_pixels: int) -> NDArray[Any]:
     """All values of a map that cannot be read in parts, or are mapped into memory."""
     if file.read(6) == b"\x93NUMPY":
         file.seek(0)
-        return map_npy(file)
+        array = map_npy(file)
+        return array[0] if array.ndim == 3 and array.shape[0] == 1 < array.shape[2] else array  # (1, H, W)
     file.seek(0)
     content = file.read()
     with Image.open(BytesIO(content), formats=PILLOW_FORMATS) as image:

@@ -502,6 +502,16 @@ def channel_pages(series: tifffile.TiffPageSeries) -> int:
     return channels if series.keyframe.samplesperpixel == 1 and channels > 1 else 0
 
 
+def num_planes(series: tifffile.TiffPageSeries) -> int:
+    """How many images of one page's size a series has; one header may stand for them all.
+
+    Args:
+        series: of tifffile.
+    """
+    planes: int = math.prod(series.shape) // math.prod(series.keyframe.shape)
+    return planes
+
+
 def _pillow_reads_all_of(image: Image.Image, in_chans: int) -> bool:
     """Whether Pillow keeps every band and bit of a TIFF that matters for in_chans."""
     tags = image.tag_v2  # type: ignore[attr-defined]
@@ -556,10 +566,14 @@ def _open_tifffile(tiff: tifffile.TiffFile, in_chans: int) -> OpenImage:
     if (channels := channel_pages(series)) and in_chans == 1:
         raise BadImage(f"it has {channels} channels as pages, in_chans is 1")
     source = page if colour and not channels else series
+    if source is series and (series.is_multifile or None in series.pages):
+        raise BadImage("it is one of several files that are an image together: save them as one")
     axes, shape, dtype = source.axes, source.shape, np.dtype(source.dtype)
     band_axes = [i for i, axis in enumerate(axes) if axis not in "YX"]
     if axes.count("Y") != 1 or axes.count("X") != 1 or axes.index("Y") > axes.index("X") or len(band_axes) > 1:
-        raise BadImage(f"it has the axes {axes}, not rows, columns and at most one of bands")
+        raise BadImage(
+            f"it has the axes {axes}, not rows, columns and at most one of bands: save an image of each time and depth"
+        )
     axis = band_axes[0] if band_axes else None
     kept = without_alpha(page, in_chans)
     palette = None
@@ -652,6 +666,8 @@ def _npy_channel_axis(shape: tuple[int, ...], in_chans: int) -> int | None:
     if len(shape) != 3:
         raise BadImage(f"it has the shape {shape}, not (H, W), (H, W, C) or (C, H, W)")
     for channels in (in_chans, 1, 3) if in_chans in (1, 3) else (in_chans,):
+        if shape[0] == shape[2] == channels > 1:
+            raise BadImage(f"it has the shape {shape}, whose first or last side may be its channels: save it as a TIFF")
         for axis in (2, 0):
             if shape[axis] == channels:
                 return axis

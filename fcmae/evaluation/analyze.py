@@ -28,7 +28,7 @@ from fcmae.evaluation.features import batches_of
 from fcmae.evaluation.figures import last_of_stages, save_activations, save_by_layer, save_selectivity
 from fcmae.evaluation.models import Backbone, choose_device, load_backbones
 from fcmae.evaluation.outputs import claim, default_out, tell_unread
-from fcmae.evaluation.pictures import displayable
+from fcmae.evaluation.pictures import displayable, limits, with_bands
 from fcmae.tables import table
 from fcmae.training.own_files import FOUND
 from fcmae.training.records import cpu_name
@@ -70,7 +70,7 @@ def analyze(cfg: AnalyzeConfig) -> str:
     index.tell_notes()
     index = index.subset(evenly(len(index), cfg.max_images))
     where = choose_device(cfg.device)
-    backbones = load_backbones(cfg.models, cfg.image_size, cfg.max_pixels, cfg.key, cfg.prefix, cfg.nodata)
+    backbones = load_backbones(cfg.models, index, cfg.image_size, cfg.max_pixels, cfg.key, cfg.prefix, cfg.nodata)
     for backbone in backbones:
         try:
             as_encoder(backbone.model)
@@ -126,7 +126,7 @@ def _analyze(
         layers=layers,
         num_images=len(index) - len(bad),
         grn=grn_norms(encoder),
-        image=displayable(shown, float(shown.min()), float(shown.max())),
+        image=displayable(shown, *limits(shown)),
         maps=dict(zip(chosen, maps, strict=True)),
     )
 
@@ -179,7 +179,10 @@ def _draw(place: Path, found: Sequence[Analysis], what: str) -> None:
     save_activations(
         place / "activations.png",
         [(a.backbone.name, a.image, a.maps) for a in found],
-        "Channels' activations for one image (dark all over: dead; bright all over: saturated)",
+        with_bands(
+            "Channels' activations for one image (dark all over: dead; bright all over: saturated)",
+            found[0].backbone.reading.in_chans,
+        ),
     )
 
 

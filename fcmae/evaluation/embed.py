@@ -26,9 +26,9 @@ from fcmae.data.augment import CenterCrop
 from fcmae.data.dataset import check_values
 from fcmae.data.index import Images, find_images, find_labelled
 from fcmae.evaluation.features import check_stages, extract
-from fcmae.evaluation.models import Backbone, choose_device, load_backbone
+from fcmae.evaluation.models import Backbone, choose_device, load_backbones
 from fcmae.evaluation.outputs import TEMPORARY, claim, file_name, free, shortened, tell_unread
-from fcmae.evaluation.pictures import displayable, save_figure
+from fcmae.evaluation.pictures import displayable, limits, save_figure, with_bands
 
 FILES = ("features.npy", "paths.csv", "features.parquet", "map.png")
 NEIGHBOURS = "neighbours-"
@@ -53,9 +53,7 @@ def embed(cfg: EmbedConfig) -> str:
         _require("pyarrow.parquet", "parquet needs pyarrow: pip install pyarrow, or leave --parquet out for .npy")
     if cfg.map == "umap":
         _require("umap", "map = umap needs umap-learn: pip install umap-learn, or use --map tsne")
-    backbone = load_backbone(
-        cfg.model, cfg.image_size, max_pixels=cfg.max_pixels, key=cfg.key, prefix=cfg.prefix, nodata=cfg.nodata
-    )
+    [backbone] = load_backbones([cfg.model], index, cfg.image_size, cfg.max_pixels, cfg.key, cfg.prefix, cfg.nodata)
     check_stages(backbone, [cfg.stage])
     claim(out, _is_ours, cfg.overwrite)
     check_values(backbone.reading, index)
@@ -306,7 +304,8 @@ def save_neighbours(
         with images.open(row) as file:
             values = CenterCrop(backbone.reading)(file, np.random.default_rng(0)).values
         pixels = torch.from_numpy(values) / (255 if values.dtype == np.uint8 else 1)
-        axis.imshow(displayable(pixels, float(pixels.min()), float(pixels.max())), cmap="gray", vmin=0, vmax=1)
+        axis.imshow(displayable(pixels, *limits(pixels)), cmap="gray", vmin=0, vmax=1)
         axis.set_title(title, fontsize=9)
-    figure.suptitle(f"Nearest by cosine of the features of {shortened(backbone.name, 80)}", fontsize=10)
+    title = f"Nearest by cosine of the features of {shortened(backbone.name, 80)}"
+    figure.suptitle(with_bands(title, backbone.reading.in_chans), fontsize=10)
     save_figure(figure, path)

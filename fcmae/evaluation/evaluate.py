@@ -66,7 +66,7 @@ def evaluate(cfg: EvaluateConfig) -> str:
             few_shot_counts(label, _labels(train_index))
     for model in cfg.models:
         check_untaught(model, test_index)
-    backbones = load_backbones(cfg.models, cfg.image_size, cfg.max_pixels, cfg.key, cfg.prefix, cfg.nodata)
+    backbones = load_backbones(cfg.models, train_index, cfg.image_size, cfg.max_pixels, cfg.key, cfg.prefix, cfg.nodata)
     for backbone in backbones:
         check_stages(backbone, _stages(backbone, cfg))
     several = len(cfg.models) > 1

@@ -21,6 +21,8 @@ from fcmae.config import FinetuneData
 from fcmae.config.base import near_runs
 from fcmae.data.augment import Reading, seeded
 from fcmae.data.geometry import MAX_PIXELS
+from fcmae.data.index import Images
+from fcmae.data.survey import survey
 from fcmae.networks.build import make_encoder
 from fcmae.networks.encoder import StagedEncoder
 from fcmae.networks.spec import describe
@@ -33,6 +35,7 @@ logger = logging.getLogger("fcmae")
 RANDOM = "random:"  # before a path or timm's name: the same network, untrained
 PIXELS, HISTOGRAM = "pixels:", "histogram:"  # before a number: features that need no network
 MAX_CELLS = 4096  # of a histogram that counts all channels together
+SIZE = (224, 224)  # height and width of the images of a control alone, in pixels
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,7 @@ def is_control(source: str) -> bool:
 
 def load_backbones(
     sources: Sequence[str],
+    images: Images,
     image_size: tuple[int, int] | None = None,
     max_pixels: int = MAX_PIXELS,
     key: str | None = None,
@@ -133,6 +137,7 @@ def load_backbones(
 
     Args:
         sources: see `load_backbone`.
+        images: that controls see; without a network, a sample of them has their channels, mean and std.
         image_size: see `load_backbone`.
         max_pixels: see `load_backbone`.
         key: see `load_backbone`.
@@ -140,11 +145,14 @@ def load_backbones(
         nodata: see `load_backbone`.
 
     Raises:
-        ValueError: see `load_backbone`.
+        ValueError: see `load_backbone`; or if controls are alone and no image can be read.
     """
     load = partial(load_backbone, image_size=image_size, max_pixels=max_pixels, key=key, prefix=prefix, nodata=nodata)
     networks = {source: load(source) for source in sources if not is_control(source)}
     first = next((network.reading for network in networks.values()), None)
+    if first is None:
+        found = survey(images, max_pixels=max_pixels, nodata=nodata)
+        first = Reading(found.in_chans, image_size or SIZE, mean=found.mean, std=found.std)
     return [networks.get(source) or load(source, like=first) for source in sources]
 
 
@@ -167,7 +175,7 @@ def load_backbone(
         in_chans: of a timm model or a control; None is 3.
         max_pixels: of an image, see `read_crop`.
         like: how images are read for a control, except that mean and std only fill missing values and give a histogram
-            its range; None is 224 x 224 pixels, or `image_size`.
+            its range; None is SIZE, or `image_size`.
         key: of a file, see `read_weights`; other sources have none.
         prefix: of a file, see `read_weights`; other sources have none.
         nodata: of the images, see `read_crop`; None is that of the weights.
@@ -180,7 +188,7 @@ def load_backbone(
     name = source.removeprefix(RANDOM)
     path = Path(os.path.expanduser(name))  # noqa: PTH111  # Path's fails of an unknown user
     if is_control(source):
-        read = like or Reading(in_chans or 3, image_size or (224, 224), 1.0, (), ())
+        read = like or Reading(in_chans or 3, image_size or SIZE, mean=(), std=())
         # What is missing is no feature of a control alone.
         plain = replace(read, mean=(0.0,) * read.in_chans, std=(1.0,) * read.in_chans, fill=read.mean or None)
         backbone = Backbone(source, Control(source, read.mean, read.std), plain, {"control": source})

@@ -21,7 +21,7 @@ from fcmae.layouts.sites import refine
 from fcmae.masked import patch_statistics, patchify, unpatchify
 from fcmae.segmentation import colours, overlay
 
-GREY = 0.5  # what hidden patches are shown as, where 0 is black and 1 is white
+SHOWN = 3  # channels of a picture; the first alone of images that have fewer
 TILE = 128  # longest side of an image in a picture over time, in pixels
 MOMENTS = 8  # in such a picture
 LISTED = 12  # classes that are named below a picture
@@ -53,13 +53,14 @@ def reconstruction_panels(
     original = normalize.inverse(images)
     reconstruction = normalize.inverse(unpatchify(pred, patch, size))
     hidden = refine(mask, patch)[:, None]
-    masked = torch.where(hidden, float(original.min()) * (1 - GREY) + float(original.max()) * GREY, original)
+    grey = original.new_tensor([sum(limits(image)) / 2 for image in original])
+    masked = torch.where(hidden, grey[:, None, None, None], original)
     pasted = torch.where(hidden, reconstruction, original)
     return [original, masked, reconstruction, pasted]
 
 
 def save_reconstructions(path: Path, panels: Sequence[Tensor], title: str) -> None:
-    """Draw reconstructions, one image per row. Multi-band images show their first three bands.
+    """Draw reconstructions, one image per row.
 
     Args:
         path: the file.
@@ -74,14 +75,14 @@ def save_reconstructions(path: Path, panels: Sequence[Tensor], title: str) -> No
     figure = Figure(figsize=(4 * 2, rows * 2 * height / width + 0.6), layout="constrained")
     axes = figure.subplots(rows, 4, squeeze=False)
     for row in range(rows):
-        low, high = float(panels[0][row].min()), float(panels[0][row].max())
+        low, high = limits(panels[0][row])
         for column, (panel, name) in enumerate(zip(panels, names, strict=True)):
             axis = axes[row, column]
             axis.imshow(displayable(panel[row], low, high), cmap="gray", vmin=0, vmax=1)
             axis.set_axis_off()
             if row == 0:
                 axis.set_title(name, fontsize=10)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(with_bands(title, panels[0].shape[1]), fontsize=11)
     save_figure(figure, path)
 
 
@@ -108,7 +109,7 @@ def save_overlays(
         axis.set_axis_off()
     for row, (image, *labels) in zip(axes, panels, strict=False):
         values = torch.from_numpy(image).float() / (255 if image.dtype == np.uint8 else 1)
-        picture = displayable(values, float(values.min()), float(values.max()))
+        picture = displayable(values, *limits(values))
         for axis, shown in zip(row, (picture, *(overlay(picture, each) for each in labels)), strict=True):
             axis.imshow(shown, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     for axis, name in zip(axes[0], ("image", "true", "predicted"), strict=True):
@@ -118,7 +119,7 @@ def save_overlays(
         for colour, name in zip(colours(len(class_names)), class_names[:LISTED], strict=False)
     ]
     figure.legend(handles=patches, loc="outside lower center", ncols=min(4, len(patches)), fontsize=9)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(with_bands(title, len(panels[0][0])) if panels else title, fontsize=11)
     save_figure(figure, path)
 
 
@@ -140,10 +141,7 @@ def _tiles(panel: Tensor, originals: Tensor) -> NDArray[np.uint8]:
     size = panel.shape[2:]
     shrink = max(1.0, max(size) / TILE)
     small = F.interpolate(panel, [round(side / shrink) for side in size], mode="area") if shrink > 1 else panel
-    rows = [
-        displayable(image, float(original.min()), float(original.max()))
-        for image, original in zip(small, originals, strict=True)
-    ]
+    rows = [displayable(image, *limits(original)) for image, original in zip(small, originals, strict=True)]
     strip: NDArray[np.uint8] = (np.concatenate(rows) * 255).round().astype(np.uint8)
     return strip
 
@@ -190,7 +188,7 @@ def save_over_time(path: Path, panels: Sequence[Tensor], moments: Sequence[tuple
     axis.tick_params(top=False, bottom=False, labeltop=True, labelbottom=False)
     axis.set_yticks([])
     axis.spines[:].set_visible(False)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(with_bands(title, panels[0].shape[1]), fontsize=11)
     save_figure(figure, path)
 
 
@@ -241,23 +239,49 @@ def save_heat_map(
 
 
 def displayable(image: Tensor, low: float, high: float) -> NDArray[np.float32]:
-    """An image in the form that matplotlib shows: the first three channels, or the first if there are fewer.
+    """The channels of an image that are shown, in the form that matplotlib shows.
 
     Args:
         image: (C, H, W).
-        low: least value of the original, which is shown black.
-        high: largest value of the original, which is shown white. If both are in 0..1, black is 0 and white is 1,
-            unless all is darker than a fourth, as 12 bits in 16 or reflectances are.
+        low: what is shown black, see `limits`.
+        high: what is shown white.
 
     Returns:
         (H, W) or (H, W, 3), in 0..1.
     """
-    if low >= 0 and high <= 1 and not low < high <= 0.25:
-        low, high = 0.0, 1.0
-    channels = image[:3] if image.shape[0] >= 3 else image[:1]
-    scaled = ((channels - low) / max(high - low, 1e-6)).clamp(0, 1)
+    scaled = ((_shown(image) - low) / max(high - low, 1e-6)).clamp(0, 1)
     array: NDArray[np.float32] = scaled.permute(1, 2, 0).squeeze(-1).cpu().numpy()
     return array
+
+
+def limits(image: Tensor) -> tuple[float, float]:
+    """The values of an image that are shown black and white.
+
+    Args:
+        image: (C, H, W).
+
+    Returns:
+        The least and the largest of the channels that are shown; 0 and 1 if they are in that range, unless all are
+        below a fourth, as 12 bits in 16 or reflectances are.
+    """
+    low, high = map(float, _shown(image).aminmax())
+    return (0.0, 1.0) if low >= 0 and high <= 1 and not low < high <= 0.25 else (low, high)
+
+
+def _shown(image: Tensor) -> Tensor:
+    return image[: SHOWN if len(image) >= SHOWN else 1]
+
+
+def with_bands(title: str, num: int) -> str:
+    """A picture's title, and of images of other than 1 or 3 bands which of them are shown.
+
+    Args:
+        title: of the picture.
+        num: bands of the images.
+    """
+    if num in (1, SHOWN):
+        return title
+    return f"{title} (bands 1 to {SHOWN} of {num})" if num > SHOWN else f"{title} (band 1 of {num})"
 
 
 def save_curves(path: Path, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], ylabel: str) -> None:
