@@ -146,6 +146,20 @@ def write_predictions(
         add_predictions(table, image_paths, probabilities, class_names, labels)
 
 
+def write_confusion(path: Path, confusion: NDArray[np.int64], class_names: Sequence[str]) -> None:
+    """Write a CSV file: a line for each true class, with the images or pixels that were given each class.
+
+    Args:
+        path: the file.
+        confusion: (classes, classes), by true and predicted class.
+        class_names: of the classes.
+    """
+    with replacing(path) as aside, aside.open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(["true", *class_names])
+        rows.writerows([name, *line] for name, line in zip(class_names, confusion.tolist(), strict=True))
+
+
 def open_table(path: Path, class_names: Sequence[str], *, labelled: bool) -> TextIO:
     """A new CSV file for `add_predictions`, with its first line.
 

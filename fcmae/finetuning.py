@@ -17,7 +17,7 @@ from timm.data import Mixup
 from timm.utils import ModelEmaV3
 from torch import Tensor
 
-from fcmae.classification import class_probabilities, scores, write_predictions
+from fcmae.classification import class_probabilities, scores, write_confusion, write_predictions
 from fcmae.config import FinetuneConfig
 from fcmae.data.augment import CropAndFlip, FinetuneAugment, Reading
 from fcmae.data.dataset import Batch, FinetuneDataset, check_values
@@ -102,6 +102,7 @@ def finetune(cfg: FinetuneConfig, net: Classifier | None = None) -> Run:
                     val_images.save(run.path / "val_files.json")
                     for note in dict.fromkeys(train_images.notes + val_images.notes):
                         logger.info("%s", note)
+                    tell_missing(train_images, val_images)
                     check_values(reading, train_images if len(train_images) else val_images)
             run.finished = train(session, cfg, net, weights, reading, per_epoch, train_images, val_images)
     return session.result()
@@ -256,9 +257,27 @@ def run_images(cfg: FinetuneConfig, run: RunDirectory, weights: Weights) -> tupl
             check_unlearnt(cfg, val)
         return train, val
     val = find_labelled(cfg.data.val_path, train.class_names, storage=storage)
-    if not cfg.eval_only:
+    if cfg.eval_only:
+        check_unlearnt(cfg, val)
+    else:
         check_apart(train, val)
     return train, val
+
+
+def tell_missing(train_images: Images, val_images: Images) -> None:
+    """Warn of classes without an image to learn from, or held out.
+
+    Args:
+        train_images: to learn from; where there are none, nothing is learnt.
+        val_images: held out.
+    """
+    for images, lack in ((train_images, "to learn from"), (val_images, "held out, and count in no score")):
+        assert images.class_names is not None and images.labels is not None
+        names, counts = images.class_names, np.bincount(images.labels, minlength=len(images.class_names))
+        missing = [name for name, count in zip(names, counts, strict=True) if count == 0]
+        if missing and len(images):
+            some = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+            logger.warning("%d of %d classes have no image %s: %s", len(missing), len(names), lack, some)
 
 
 def build_model(cfg: FinetuneConfig, weights: Weights, num_classes: int) -> Classifier:
@@ -351,13 +370,15 @@ class Evaluation:
             ema: its moving average, or None.
             step: steps that were done.
             epoch: likewise, in epochs.
-            places: folders of the run that the predictions are written to; and the model, but for ".", where it is
-                only evaluated.
+            places: folders of the run that the predictions and the confusion matrix are written to; and the model, but
+                for ".", where it is only evaluated.
 
         Raises:
             FloatingPointError: if the loss is not finite.
             ValueError: if none of the images can be read.
         """
+        from sklearn.metrics import confusion_matrix
+
         assert self.images.labels is not None
         values: dict[str, float] = {}
         for prefix, network in (("", net), ("ema_", None if ema is None else ema.module)):
@@ -385,12 +406,13 @@ class Evaluation:
         if step and found["balanced_accuracy"] > self.best.score:
             self.best.score, self.best.step = found["balanced_accuracy"], step
             places = (*places, "best")
+        classes = self.weights.class_names
+        confusion = confusion_matrix(truth, probabilities.argmax(1), labels=range(len(classes)))
         for place in places:
             folder = self.log.folder / place
             if step:
                 origin = self.weights.origin | {"run": str(self.log.folder), "init": self.init, "step": step, **found}
                 save_classifier(folder, net if ema is None else ema.module, replace(self.weights, origin=origin))
             names = self.images.subset(positions).names()
-            write_predictions(
-                folder / "predictions.csv", names, probabilities, self.weights.class_names, truth.tolist()
-            )
+            write_predictions(folder / "predictions.csv", names, probabilities, classes, truth.tolist())
+            write_confusion(folder / "confusion.csv", confusion, classes)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,7 +19,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from fcmae.anytime import Anytime, build_segmenter
-from fcmae.atomic import replacing
+from fcmae.classification import write_confusion
 from fcmae.config import SegmentConfig
 from fcmae.data.augment import CropBoth, Reading, check_same_size
 from fcmae.data.dataset import SegmentDataset, check_values
@@ -246,7 +245,9 @@ def find_data(cfg: SegmentConfig) -> Mapped:
     images, maps = find(data.path, data.maps) if data.path else (nothing, nothing)
     if data.val_path is not None:
         val_images, val_maps = find(data.val_path, data.val_maps, key="data.val_path")
-        if not cfg.eval_only:
+        if cfg.eval_only:
+            check_unlearnt(cfg, val_images)
+        else:
             check_apart(images, val_images)
         return _counted(cfg, images, maps, val_images, val_maps)
     train, val = split(images, data.val_share, cfg.seed)
@@ -509,17 +510,3 @@ def evaluating(network: nn.Module) -> Iterator[None]:
         yield
     finally:
         network.train(training)
-
-
-def write_confusion(path: Path, confusion: NDArray[np.int64], class_names: Sequence[str]) -> None:
-    """Write a CSV file: a line for each true class, with the pixels that were given each class.
-
-    Args:
-        path: the file.
-        confusion: (classes, classes), by true and predicted class.
-        class_names: of the classes.
-    """
-    with replacing(path) as aside, aside.open("w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file)
-        rows.writerow(["true", *class_names])
-        rows.writerows([name, *line] for name, line in zip(class_names, confusion.tolist(), strict=True))

@@ -170,17 +170,23 @@ def check_apart(train: Images, val: Images) -> None:
 
 
 def check_unlearnt(cfg: DenseConfig, val: Images) -> None:
-    """Refuse to score given weights on images that they learnt from, where these were drawn and not chosen.
+    """Refuse to score given weights on images that they learnt from; where these were chosen, warn.
 
     Args:
         cfg: the settings of a run that only evaluates.
-        val: what it drew from data.path.
+        val: data.val_path's, or what it drew from data.path.
 
     Raises:
-        ValueError: if the run of the weights learnt from one of them.
+        ValueError: if the run of the weights learnt from one that was drawn.
     """
     learnt = images_of_run(Path(str(cfg.model.init)))
-    if learnt is not None and (both := also_in(val, learnt)):
+    both = also_in(val, learnt) if learnt is not None else ()
+    if both and cfg.data.val_path is not None:
+        logger.warning(
+            "model.init = %s learnt from %d of the %d images that it is scored on, such as %s: its scores are too high",
+            *(cfg.model.init, len(both), len(val), printable(min(both))),
+        )
+    elif both:
         raise ValueError(
             f"data.val_share = {cfg.data.val_share:g} with seed = {cfg.seed} holds out {len(both)} of {len(val)} "
             f"images that model.init = {cfg.model.init} learnt from, such as {printable(min(both))}: give the seed and "

@@ -367,6 +367,15 @@ def test_malformed_csv_files_are_errors_that_say_where(tmp_path: Path, text: str
         find_labelled(str(tmp_path / "a.csv"))
 
 
+def test_images_beside_class_folders_are_told_of(tmp_path: Path) -> None:
+    touch(tmp_path, "a/1.jpg", "b/1.jpg", "3.jpg", "2.jpg", "readme.md")
+    found = find_labelled(str(tmp_path))
+    assert len(found) == 2
+    assert found.notes == (
+        f"data.path: {tmp_path}/2.jpg and 1 more images beside the class folders have no label, and were left out",
+    )
+
+
 def test_malformed_class_folders_are_errors(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not exist"):
         find_labelled(str(tmp_path / "missing"))

@@ -19,12 +19,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import file_limit, requires_chromium
 from reported import LAYERS, evaluation, finetune_run, picture, pretrain_run, write_lines
 from runs import flags
 
 from fcmae import options, planning
+from fcmae.classification import write_confusion
 from fcmae.cli import main
 from fcmae.config import FinetuneConfig, PretrainConfig
 from fcmae.evaluation.charts import COLOURS
@@ -150,6 +152,24 @@ def test_scores_of_probes_have_their_spread(tmp_path: Path) -> None:
     assert row.format("linear, 1% (8 labels)", "0.610 [0.580, 0.640]") in page
     assert "<figcaption>Confusion</figcaption>" in page
     assert "800 labelled images to learn from (labelled), 400 to test on (held), 2 classes" in page
+
+
+@pytest.mark.parametrize("num", [2, 120])
+def test_the_classes_that_a_classifier_finds_least_come_first(tmp_path: Path, num: int) -> None:
+    path = finetune_run(tmp_path / "run", 0.7)
+    names = [f"class {number}" for number in range(num)]
+    confusion = np.diag(np.full(num, 8))
+    confusion[1] = 0
+    confusion[1, :2] = 3, 1
+    (path / "last").mkdir()
+    write_confusion(path / "last" / "confusion.csv", confusion, names)
+    page = text(report([path]))
+    row = '<tr><th scope="row">{}</th><td>{}</td><td>{}</td><td>{}</td><td>{}</td></tr>'
+    first = row.format("class 1", 4, "25.0%", "100.0%", "class 0 (3)")
+    second = row.format("class 0", 8, "100.0%", "72.7%", "")
+    assert re.search(rf"{re.escape(first)}\s*{re.escape(second)}", page)
+    assert "Recall and precision of each class (last)" in page
+    assert ("The 100 of 120 with the lowest recall" in page) is (num == 120)
 
 
 def test_figures_and_numbers_of_an_analysis_are_shown(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,13 @@ def test_evaluating_only_and_predicting_repeat_the_last_evaluation(
     with (tuned / "last" / "predictions.csv").open() as file:
         expected = {row["path"]: row for row in csv.DictReader(file)}
     assert len(expected) == 4
+    for place in ("best", "last"):
+        with (tuned / place / "predictions.csv").open() as file, (tuned / place / "confusion.csv").open() as table:
+            pairs = Counter((row["label"], row["predicted"]) for row in csv.DictReader(file))
+            for row in csv.DictReader(table):
+                assert {name: int(row[name]) for name in ("blue", "green")} == {
+                    name: pairs[row["true"], name] for name in ("blue", "green")
+                }
     with (tmp_path / "held_out.csv").open("w") as file:
         file.writelines(["path,label\n", *(f"{row['path']},{row['label']}\n" for row in expected.values())])
     out = tmp_path / "evaluated"
@@ -139,6 +147,16 @@ def test_evaluating_only_and_predicting_repeat_the_last_evaluation(
     assert cli.main(evaluating) == 0
     (line,) = metrics(out)
     assert line["top1"] == pytest.approx(1 - metrics(tuned)[-1]["top1"])
+    assert "its scores are too high" not in (out / "train.log").read_text()
+
+    # What it has learnt from may be scored, with a warning.
+    learnt = json.loads((tuned / "files.json").read_text())["paths"]
+    with (tmp_path / "held_out.csv").open("a") as file:
+        file.write(f"{learnt[0]},green\n")
+    runs.forget_accelerator()
+    assert cli.main([*evaluating, "--overwrite"]) == 0
+    said = "learnt from 1 of the 5 images that it is scored on"
+    assert said in capsys.readouterr().err
 
     # Drawn by another seed they would be among those that it learnt from.
     runs.forget_accelerator()

@@ -566,7 +566,11 @@ def find_labelled(
     elif path.suffix.lower() == ".csv" and (is_remote(source) or path.is_file()):
         label_of = _read_csv(source if is_remote(source) else str(path), key)
     elif path.is_dir() or is_remote(source):
-        label_of = _class_folders(source, key, others, may_be_empty=class_names is not None)
+        label_of, beside = _class_folders(source, key, others, may_be_empty=class_names is not None)
+        if beside:
+            more = f" and {len(beside) - 1} more images" if len(beside) > 1 else ""
+            left = f"{key}: {printable(beside[0])}{more} beside the class folders have no label, and were left out"
+            notes = (*notes, left)
         shards.learn(tar for tar in label_of if is_shard(tar))
         for tar in [tar for tar in label_of if is_shard(tar)]:
             label_of.update(dict.fromkeys(shards.labels(tar), label_of.pop(tar)))
@@ -639,8 +643,10 @@ def _has_class_folders(root: Path, key: str) -> bool:
     return any(not is_shard(path) for folder in _inner_folders(root) for path in _walk(folder, key, Counter()))
 
 
-def _class_folders(source: str, key: str, others: Counter[str], *, may_be_empty: bool) -> dict[str, str]:
-    """The images and shards in each sub-folder, and its name."""
+def _class_folders(
+    source: str, key: str, others: Counter[str], *, may_be_empty: bool
+) -> tuple[dict[str, str], list[str]]:
+    """The images and shards in each sub-folder, and its name; and the images beside the folders."""
     if is_remote(source):
         paths, found = list(_expand_remote(source, key, others)), dict[str, list[str]]()
         root = canonical(source)
@@ -650,11 +656,13 @@ def _class_folders(source: str, key: str, others: Counter[str], *, may_be_empty:
                 name = unquote(name)
             if slash:
                 found.setdefault(name, []).append(path)
+        beside = [path for path in paths if "/" not in path[len(root) + 1 :] and not is_shard(path)]
         _refuse_splits(root, set(found), key)
     else:
         root = str(Path(source))
         folders = _inner_folders(Path(root))
         _refuse_splits(root, {path.name for path in folders}, key)
+        beside = sorted(str(path) for path in Path(root).iterdir() if is_image(path.name) and path.is_file())
         found = {folder.name: [] for folder in folders}
         links = {folder.name: [_absolute(folder)] if folder.is_symlink() else [] for folder in folders}
         for name, path in _told(
@@ -669,7 +677,7 @@ def _class_folders(source: str, key: str, others: Counter[str], *, may_be_empty:
         label_of.update(dict.fromkeys(images, _class_name(name, key)))
     if not label_of:
         raise ValueError(f"{key}: {root!r} has no sub-folder with images: put each class in a folder of its own")
-    return label_of
+    return label_of, beside
 
 
 def _refuse_splits(root: str, names: set[str], key: str) -> None:

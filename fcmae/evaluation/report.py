@@ -17,8 +17,10 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
@@ -47,10 +49,12 @@ from fcmae.training.records import last_state, of_model
 
 MARK = '<meta name="generator" content="fcmae report'
 MOST_PICTURES = 12  # over time
+MOST_CLASSES = 100  # of a classifier
 MAX_PICTURE, MAX_PIXELS = 2**25, 2**26  # bytes and pixels of one
 KINDS = {"pretrain": "pretraining", "finetune": "fine-tuning", "segment": "segmentation"}
 ANALYZED = ("cosine_distance", "effective_rank", "dead_share", "saturated_share", "grn_gamma", "grn_beta")
 SCORES = ("balanced_accuracy", "auroc", "top1", "top5")
+CLASS_COLUMNS = ("class", "images", "recall", "precision", "most often taken for")
 OF_MAPS = ("miou", "pixel_accuracy", "boundary_f1")
 LAST_VALUES = ("epoch", "loss", "val_loss", *SCORES, *OF_MAPS, "knn_balanced_accuracy")
 # Statistics of each layer, each with the least value that the last colour stands for.
@@ -381,8 +385,8 @@ def _scores(run: Run) -> Section:
 
 
 def _classes(run: Run) -> Section:
-    """Results of a segmentation by class: the curve of its IoU, and the confusion matrix."""
-    section = Section("Classes of the held-out pixels")
+    """Results by class: of a segmentation the curve of its IoU, and the confusion matrix; of a classifier recalls."""
+    section = Section(f"Classes of the held-out {'pixels' if run.kind == 'segment' else 'images'}")
     keys = list(dict.fromkeys(key for line in run.lines for key in line if "iou/" in key))
     prefix = "ema_iou/" if any(key.startswith("ema_") for key in keys) else "iou/"
     curves = [c for key in keys if key.startswith(prefix) and (c := curve(run, key, key.removeprefix(prefix)))]
@@ -391,15 +395,39 @@ def _classes(run: Run) -> Section:
     if (file := next((place for place in places if place.is_file()), None)) is not None:
         try:
             columns, *rows = csv.reader(read_bytes(file, MAX_JSON).decode().splitlines())
-            totals = [max(1, sum(map(int, row[1:]))) for row in rows]
-            shares = [[row[0], *(f"{int(n) / of:.1%}" for n in row[1:])] for row, of in zip(rows, totals, strict=True)]
-            caption = (
-                f"Confusion: the share of each true class's pixels that is predicted as each class ({file.parent.name})"
-            )
-            section.tables = [Table(caption, columns, shares)]
+            names, counts = [row[0] for row in rows], np.array([row[1:] for row in rows], np.int64)
+            if counts.shape != (len(names), len(names)):
+                raise ValueError("it is not square")
+            place = "" if file.parent == run.path else f" ({file.parent.name})"
+            if run.kind == "segment":
+                shares = counts / np.maximum(1, counts.sum(1, keepdims=True))
+                caption = f"Confusion: the share of each true class's pixels that is predicted as each class{place}"
+                lines = [[name, *(f"{share:.1%}" for share in row)] for name, row in zip(names, shares, strict=True)]
+                section.tables = [Table(caption, columns, lines)]
+            else:
+                section.tables = [_recalls(names, counts, place)]
+                if len(names) > MOST_CLASSES:
+                    section.notes.append(f"The {MOST_CLASSES} of {len(names)} with the lowest recall; {file} has all.")
         except (OSError, ValueError, csv.Error) as error:
             section.notes.append(f"{file} cannot be shown ({error}).")
     return section
+
+
+def _recalls(names: Sequence[str], counts: NDArray[np.int64], place: str) -> Table:
+    """What becomes of each class's images, the lowest recall first.
+
+    counts: (classes, classes), images by true and predicted class. place: which model's, for the caption.
+    """
+    right, of, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
+    recall = np.where(of > 0, right / np.maximum(1, of), np.inf)
+    rows = []
+    for i in np.argsort(recall, kind="stable")[:MOST_CLASSES]:
+        wrong = counts[i].copy()
+        wrong[i] = 0
+        confused = f"{names[wrong.argmax()]} ({wrong.max()})" if wrong.any() else ""
+        shares = ["" if not num else f"{right[i] / num:.1%}" for num in (of[i], predicted[i])]
+        rows.append([names[i], f"{of[i]:,}", *shares, confused])
+    return Table(f"Recall and precision of each class{place}", CLASS_COLUMNS, rows)
 
 
 def _overlays(run: Run) -> Section:
