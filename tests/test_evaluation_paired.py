@@ -118,7 +118,22 @@ def test_one_gain_among_many_comparisons_may_be_chance() -> None:
         others = [score for score in found["scores"] if score["arm"] == "scratch"]
         found["scores"] += [{**score, "arm": name} for score in others]
     said = paired.verdict(found)
-    assert (said.state, said.answer) == ("attention", "! Only in 1 of 6 comparisons, which may be chance")
+    chance = "! No clear gain: 1 of 6 comparisons differ, which may be chance"  # p = 0.0091 > 0.05 / 6
+    assert (said.state, said.answer) == ("attention", chance)
+
+
+def test_one_loss_that_chance_does_not_explain_is_held_against_gains_that_it_does_not_either() -> None:
+    lost = {("mine", "100%"): [0.78, 0.80, 0.75]}  # -2, 0 and -5 points
+    assert paired.verdict(comparison(GAINED | lost)).answer == "✓ Yes, in 1 of 2 comparisons"
+    rows = {row.labels: row for row in paired.compare(comparison(GAINED)) if row.arm == "mine"}
+    assert rows["10%"].chance == pytest.approx(0.00914, abs=1e-5)  # t = 10.392 of 2 degrees of freedom
+
+
+def test_gains_that_hold_one_by_one_hold_together_as_holm_has_it() -> None:
+    both = GAINED | {("mine", "100%"): [0.84, 0.87, 0.82]}  # 4, 7 and 2 points: p = 0.099, so not
+    assert paired.verdict(comparison(both)).answer == "✓ Yes, in 1 of 2 comparisons"
+    both = GAINED | {("mine", "100%"): [0.84, 0.86, 0.83]}  # 4, 6 and 3 points: p = 0.040, above 0.05 / 2
+    assert paired.verdict(comparison(both)).answer == "✓ Yes"
 
 
 @pytest.mark.parametrize(

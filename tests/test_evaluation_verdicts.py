@@ -132,7 +132,7 @@ def tuned(folder: Path, given: list[float], scratch: list[float]) -> list[Run]:
         ([0.5, 0.5, 0.5], [0.6, 0.7, 0.5], "attention"),
         ([0.8, 0.9], [0.6, 0.7], "unknown"),  # so by chance once in six times
         ([0.8], [0.6], "unknown"),  # seeds may turn it round
-        ([0.5], [0.6], "attention"),
+        ([0.5], [0.6], "unknown"),
     ],
 )
 def test_given_weights_help_if_every_run_beats_every_one_from_scratch(
@@ -143,6 +143,17 @@ def test_given_weights_help_if_every_run_beats_every_one_from_scratch(
     (sentence,) = verdict.sentences
     assert f"{np.mean(given):.3f} (" in sentence and f"{np.mean(scratch):.3f} (" in sentence
     assert ("other seeds" in sentence) == (len(given) < 3)
+
+
+def test_segmentations_are_compared_by_their_mean_iou(tmp_path: Path) -> None:
+    runs = [
+        replace(run, kind="segment", lines=[line | {"miou": line["top1"]} for line in run.lines if "top1" in line])
+        for run in tuned(tmp_path, [0.8, 0.9, 0.85], [0.6, 0.7, 0.65])
+    ]
+    verdict = was_worth_it(runs)
+    assert verdict.state == "good"
+    assert verdict.sentences[0].startswith("Fine-tuned on 20 images, the last mean IoU is 0.850 (0.800, 0.900, 0.850) ")
+    assert was_worth_it([runs[0], *tuned(tmp_path / "other", [], [0.6])], else_how=False).sentences == []
 
 
 def test_what_is_started_from_is_compared_one_by_one_and_other_rates_are_named(tmp_path: Path) -> None:

@@ -143,7 +143,7 @@ def test_a_published_network_is_known_by_its_numbers_at_any_stem_stride(name: st
         ({}, "ConvNeXt V2 of depths 1-2, dims 8-16"),
         ({"use_grn": False}, "ConvNeXt of depths 1-2, dims 8-16"),
         ({"kernel_size": 5, "stem_stride": 2}, "ConvNeXt V2 of depths 1-2, dims 8-16, kernel 5, stem stride 2"),
-        ({"hidden": ((32,), (64, 48))}, "ConvNeXt V2 of depths 1-2, dims 8-16, hidden widths of its own"),
+        ({"hidden": ((32,), (64, 48))}, "ConvNeXt V2 of depths 1-2, dims 8-16, hidden widths of its own, 144 in all"),
     ],
 )
 def test_other_networks_are_described_by_their_numbers(numbers: dict[str, Any], words: str) -> None:

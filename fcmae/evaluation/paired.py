@@ -112,6 +112,7 @@ class Row(NamedTuple):
         gain: mean of the differences to scratch, seed by seed; None for scratch itself, or before there is a pair.
         told: what the differences say, see `tell`.
         num_pairs: number of seeds for which scratch has a score too.
+        chance: how likely differences as large are where there is none (p of the paired t-test); 1 of too few runs.
     """
 
     labels: str
@@ -121,6 +122,7 @@ class Row(NamedTuple):
     gain: Mean | None
     told: str
     num_pairs: int = 0
+    chance: float = 1.0
 
 
 def tell(differences: Sequence[float]) -> str:
@@ -157,8 +159,27 @@ def compare(found: Comparison) -> list[Row]:
                 told = tell(gains) if gains else ""
                 values = list(scores.values())
                 mean = mean_and_interval(values)
-                rows.append(Row(amount["labels"], arm["name"], len(values), mean, gain, told, len(gains)))
+                chance = _chance(gains) if told not in ("", "too few runs") else 1.0
+                rows.append(Row(amount["labels"], arm["name"], len(values), mean, gain, told, len(gains), chance))
     return rows
+
+
+def _chance(differences: Sequence[float]) -> float:
+    from scipy import stats
+
+    if max(differences) - min(differences) < ALIKE:
+        return float(abs(differences[0]) < ALIKE)
+    return float(stats.ttest_1samp(differences, 0).pvalue)
+
+
+def _certain(rows: Sequence[Row]) -> list[Row]:
+    """Rows with a difference that the number of rows does not explain: at 5 % for all together, by Holm's method."""
+    certain = list[Row]()
+    for row in sorted(rows, key=lambda row: row.chance):
+        if row.chance > 0.05 / (len(rows) - len(certain)):
+            break
+        certain.append(row)
+    return certain
 
 
 def _by_arm(found: Comparison, labels: str) -> dict[str, dict[int, float]]:
@@ -222,21 +243,21 @@ def verdict(found: Comparison) -> Verdict:
                 f"any network ({100 * best:.1f}): these labels hardly need one."
             )
     judged = [row for row in rows if row.arm in starts and row.told not in ("", "too few runs")]
-    told = {row.told for row in judged}
-    ahead = [row for row in judged if row.told == "better"]
-    gained, where = {row.labels for row in ahead}, f"in {len(ahead)} of {len(judged)} comparisons"
-    state = "attention"
-    if gained and "worse" in told:
+    certain = _certain(judged)
+    ahead = [row for row in certain if row.told == "better"]
+    gained, state = {row.labels for row in ahead}, "attention"
+    if ahead and len(ahead) < len(certain):
         answer = "! It depends"
-    elif gained and gained <= needless:
+    elif ahead and gained <= needless:
         answer = "! It gains, where no network is needed"
-    elif gained and 2 * len(ahead) < len(judged):
-        answer = f"! Only {where}, which may be chance"
-    elif gained:
-        state, answer = "good", "✓ Yes" if len(ahead) == len(judged) else f"✓ Yes, {where}"
-    elif "worse" in told:
+    elif ahead:
+        where = "" if len(ahead) == len(judged) else f", in {len(ahead)} of {len(judged)} comparisons"
+        state, answer = "good", f"✓ Yes{where}"
+    elif certain:
         answer = "! No, it loses"
-    elif "no difference seen" in told:
+    elif num := sum(row.told != "no difference seen" for row in judged):
+        answer = f"! No clear gain: {num} of {len(judged)} comparisons differ, which may be chance"
+    elif judged:
         answer = "! No clear gain"
     else:
         state, answer = "unknown", "? Too early to tell"
@@ -270,8 +291,9 @@ def notes(found: Comparison) -> list[str]:
         f"{found['num_train']:,} images to draw labels from, {found['num_test']:,} to test on, {found['num_classes']} "
         f"classes; a guess scores {100 / found.get('num_tested', found['num_classes']):.1f}. {labels}.",
         "Scores are of the last step, in %; in brackets the 95 % interval of the mean over the seeds (Student's t), of "
-        "which one in twenty misses by chance. A seed draws the same labels, order and head for every start, and "
-        "all are tested on the same images: what others would give, the interval does not tell.",
+        "which one in twenty misses by chance; the verdict counts what holds for all comparisons together at 5 % (by "
+        "Holm's method). A seed draws the same labels, order and head for every start, and all are tested on the same "
+        "images: what others would give, the interval does not tell.",
     ]
     told += [f"{arm['name']}: {arm['network']}." for arm in found["arms"] if arm["kind"] == "scratch"]
     told += [

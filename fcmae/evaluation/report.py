@@ -196,7 +196,7 @@ def render(
     commands = [Section(name, commands=[found["command"]]) for name, found in compared.items()]
     chapters.append(("Commands to reproduce this", commands + [reproduce(run) for run in runs]))
     verdicts = [*map(paired.verdict, compared.values()), is_working(runs), is_collapsing(runs)]
-    verdicts += [] if compared else [was_worth_it(runs)]
+    verdicts.append(was_worth_it(runs, else_how=not compared))
     names = [*compared, *(run.name for run in runs)]
     loader = PackageLoader("fcmae.evaluation", "")
     environment = Environment(

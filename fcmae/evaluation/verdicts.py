@@ -18,7 +18,9 @@ from fcmae.training.records import of_model
 
 K = 20  # neighbours; taking the best of several numbers would be a choice by the test images
 PROBES = {"linear": "Linear probes", "knn": "Nearest neighbours"}
-BUDGET = ("epochs", "batch_size", "data.image_size")  # what runs must share to be compared, beside the network
+# What runs must share to be compared, beside the network.
+BUDGET = ("epochs", "batch_size", "data.image_size", "model.head")
+COMPARED = {"finetune": ("balanced_accuracy", "balanced accuracy"), "segment": ("miou", "mean IoU")}  # key, in words
 # With 3 runs of each kind, all of one are ahead of all of the other by chance once in 20 times; with 2, once in 6.
 LEAST_RUNS = 3
 LEARNT = 0.97  # a loss below this shows that something was learnt; predicting each patch's mean scores 1
@@ -129,10 +131,15 @@ def _collapsing(run: Run) -> Found:
     return state, sentences
 
 
-def was_worth_it(runs: Sequence[Run]) -> Verdict:
-    """Fine-tuning from given weights against scratch, and probes against an untrained network, if present."""
+def was_worth_it(runs: Sequence[Run], *, else_how: bool = True) -> Verdict:
+    """Runs on labels from given weights against scratch, and probes against an untrained network, if present.
+
+    Args:
+        runs: all.
+        else_how: say how to measure it, where it was not.
+    """
     found = [*_against_scratch(runs), *_named(runs, map(_against_untrained, runs))]
-    if not any(sentences for _, sentences in found):
+    if else_how and not any(sentences for _, sentences in found):
         path = next((shlex.quote(str(run.path)) for run in runs if run.kind == "pretrain"), "RUN")
         remedy = (
             f"Not measured yet. `fcmae evaluate {path} random:{path} --data LABELLED` compares "
@@ -145,15 +152,15 @@ def was_worth_it(runs: Sequence[Run]) -> Verdict:
 
 
 def _against_scratch(runs: Sequence[Run]) -> list[Found]:
-    """Compare fine-tuning runs with equally many training images and the same test images; repetitions count once."""
+    """Compare runs of a kind with equally many training images and the same test images; repetitions count once."""
     groups: dict[tuple[Any, ...], dict[str | None, dict[Any, Run]]] = {}  # by what is started from, by seed
     others: dict[tuple[Any, ...], list[str]] = {}
     for run in runs:
-        scored = [line for line in run.lines if "top1" in line]
-        if run.kind == "finetune" and scored and not run.settings.get("eval_only") and _is_complete(run, scored[-1]):
+        scored = _scored(run)
+        if scored and not run.settings.get("eval_only") and _is_complete(run, scored[-1]):
             network = run.starts[-1].get("network") if run.starts else None
             budget = [str(network), *(str(run.settings.get(key)) for key in BUDGET)]
-            key = (run.counts.get("to learn from", 0), run.held_out, *budget)
+            key = (run.kind, run.counts.get("to learn from", 0), run.held_out, *budget)
             init = run.settings.get("model.init")
             first = groups.setdefault(key, {}).setdefault(init, {}).setdefault(run.settings.get("seed"), run)
             if _own_settings(run) != _own_settings(first):
@@ -166,18 +173,18 @@ def _against_scratch(runs: Sequence[Run]) -> list[Found]:
         if init is not None
     )
     for key, init, started_runs, scratch_runs in pairs:
-        num_images = key[0]
+        metric, words = COMPARED[started_runs[0].kind]
+        num_images = key[1]
         started, scratch = (
-            [_score([line for line in run.lines if "top1" in line][-1]) for run in each]
-            for each in (started_runs, scratch_runs)
+            [float(of_model(_scored(run)[-1], metric)) for run in each] for each in (started_runs, scratch_runs)
         )
         if not scratch:
             continue
         few = min(len(started), len(scratch)) < LEAST_RUNS
-        ahead = np.mean(started) > np.mean(scratch) if few else min(started) > max(scratch)
+        ahead = min(started) > max(scratch)
         each = [f"{np.mean(values):.3f} ({', '.join(f'{v:.3f}' for v in values)})" for values in (started, scratch)]
         sentence = (
-            f"Fine-tuned on {num_images:,} images, the last balanced accuracy is {each[0]} from "
+            f"Fine-tuned on {num_images:,} images, the last {words} is {each[0]} from "
             f"{'given weights' if len(groups[key]) == 2 else init} and {each[1]} from scratch."
         )
         if differing := _differing(started_runs, scratch_runs):
@@ -191,8 +198,13 @@ def _against_scratch(runs: Sequence[Run]) -> list[Found]:
             sentence += (
                 f" Left out, as another run of the same start and seed has other settings: {', '.join(left_out)}."
             )
-        found.append(("attention" if not ahead else "unknown" if few else "good", [sentence]))
+        found.append(("unknown" if few else "good" if ahead else "attention", [sentence]))
     return found
+
+
+def _scored(run: Run) -> list[dict[str, float]]:
+    """The lines that have what runs of its kind are compared by; none of a pretraining."""
+    return [line for line in run.lines if run.kind in COMPARED and COMPARED[run.kind][0] in line]
 
 
 def _own_settings(run: Run) -> dict[str, Any]:

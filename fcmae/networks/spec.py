@@ -153,7 +153,7 @@ class ConvNeXtSpec(NetworkSpec):
     def peculiarities(self) -> list[str]:
         told = {
             f"kernel {self.kernel_size}": self.kernel_size != 7,
-            "hidden widths of its own": self.hidden is not None,
+            f"hidden widths of its own, {sum(map(sum, self.hidden_widths))} in all": self.hidden is not None,
             "a dense stem": self.dense_stem,
         }
         return [words for words, are_so in told.items() if are_so]
