@@ -357,6 +357,7 @@ def _complete(what: str) -> Complete:
 
 COMPLETE = {
     "pretrain": _complete("pretraining"),
+    "bench": _complete("benchmark"),
     "finetune": _complete("finetuning"),
     "segment": _complete("segmentation"),
 }

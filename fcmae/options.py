@@ -482,7 +482,8 @@ def usage(model: type[Settings], prog: str) -> str:
     arguments = {key: field for key, field in fields.items() if _spelling(field).argument}
     if arguments:
         lines += ["", "arguments:", *(_row(_argument(field), field) for field in arguments.values())]
-    for key, field in [*fields.items(), *_fields(_Also).items()]:
+    # What is in no section goes first, in one piece.
+    for key, field in [*sorted(fields.items(), key=lambda item: "." in item[0]), *_fields(_Also).items()]:
         title = "also" if key in _Also.model_fields else key.rpartition(".")[0] or "settings"
         if (key in arguments and "." not in key) or _spelling(field).hidden:
             continue
@@ -492,11 +493,17 @@ def usage(model: type[Settings], prog: str) -> str:
         short = f"--{_spelling(field).short}, " if _spelling(field).short else ""
         shown = key.replace("_", "-") if title == "also" else key
         lines.append(_row(f"{short}--{shown} {_metavar(field.annotation)}", field))
-    notes = (
+    brackets = "In brackets: what a setting is beside a recipe; without one it is chosen. " if _chooses(model) else ""
+    notes = brackets + (
         "A flag's value means the same as in a YAML file. Write a list as 0.2,1 or 0.2 1 or [0.2, 1], or repeat the "
         "flag. To unset an optional setting, give `none`. Dashes and underscores are interchangeable."
     )
     return "\n".join([*lines, "", *textwrap.wrap(notes, 100)])
+
+
+def _chooses(model: type[Settings]) -> bool:
+    """Whether what is not given is chosen for the images and the machine."""
+    return issubclass(model, RunConfig)
 
 
 def _usage(model: type[Settings], prog: str) -> str:

@@ -93,6 +93,21 @@ def pretraining(sketch: PretrainConfig, given: Mapping[str, Any]) -> dict[str, A
     return _chosen(plan) | {"out": out}
 
 
+def benchmark(sketch: BenchConfig, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Choose the settings that `fcmae bench` was not given, as `pretraining` would; no grad_accum, which it finds.
+
+    Args:
+        sketch: see `pretraining`.
+        given: likewise.
+
+    Raises:
+        ValueError: as in `pretraining`.
+    """
+    if _is_settled(sketch, given):
+        return {}
+    return {key: value for key, value in pretraining(sketch, given).items() if key != "out"}
+
+
 def finetuning(sketch: FinetuneConfig, given: Mapping[str, Any]) -> dict[str, Any]:
     """Choose the settings that `fcmae finetune` was not given; by dotted key.
 

@@ -288,6 +288,21 @@ def test_the_command_times_each_candidate_in_a_process(capsys: pytest.CaptureFix
     assert "fastest: --model.backend packed --precision fp32 --grad_accum 2\n" in out
 
 
+def test_without_a_recipe_what_is_timed_is_the_run_that_pretrain_would_choose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    photos = runs.write_images(tmp_path / "photos")
+    seen: list[BenchConfig] = []
+    monkeypatch.setattr(fcmae.bench, "bench", seen.append)
+    assert main(["bench", str(photos), "--hours", "0.01", "--device", "cpu", "--data.num_workers", "0"]) == 0
+    (cfg,) = seen
+    assert {"data.image_size", "model.variant", "batch_size", "epochs"} <= cfg.chosen.keys() and cfg.batch_size < 4096
+    assert cfg.out is None and not (tmp_path / "runs").exists()
+    assert main(["bench", "--config", "pretrain_cpu", "--hours", "2"]) == 2
+    assert "hours = 2: what fits into them is chosen for images" in capsys.readouterr().err
+
+
 def test_an_error_that_ends_the_command_is_the_users_to_mend(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -768,6 +768,8 @@ class BenchConfig(PretrainConfig):
         for keys, sentence in super().conflicts(num_processes):
             if keys not in (("out",), ("data.path",)):
                 yield keys, sentence
+        if self.hours is not None and not (self.data.path or self.chosen):
+            yield ("hours",), f"hours = {self.hours:g}: what fits into them is chosen for images: give some"
 
 
 # Settings that change where or how fast a run computes but not what it computes: a resumed run may change them. (Under
