@@ -297,7 +297,8 @@ def finetuning_settings(
         choices.take("model.stem_stride", stem_stride, f"{side} pixels")
     num = sum(images.class_counts)
     few = num < 10_000
-    held_out = 0.0 if "data.val_path" in choices.settings else choices.settings.get("data.val_share", VAL_SHARE)
+    is_whole = choices.settings.get("data.val_path") is not None
+    held_out = 0.0 if is_whole else choices.settings.get("data.val_share", VAL_SHARE)
     to_learn = max(2, int((1 - held_out) * num))
     batch = min(128 if device == "cpu" else 512, max(8, _power_of_two_below(num / 16)), _power_of_two_below(to_learn))
     batch = choices.take("batch_size", batch, f"{num:,} labels: {_count(max(1, to_learn // batch))} an epoch or more")

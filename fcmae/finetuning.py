@@ -33,6 +33,7 @@ from fcmae.networks.spec import describe
 from fcmae.starting import (
     Best,
     check_apart,
+    check_scored,
     check_start,
     check_unlearnt,
     class_balance,
@@ -95,6 +96,8 @@ def finetune(cfg: FinetuneConfig, net: Classifier | None = None) -> Run:
         )
         num_images, images = (len(train_images), len(val_images)), fingerprint(train_images, val_images)
         check_start(cfg, run, net, num_images, images, accelerator.num_processes)
+        if cfg.eval_only:
+            check_scored(run, {"files.json": train_images, "val_files.json": val_images})
         with session.open():
             with waiting_for_all(accelerator):
                 if accelerator.is_main_process:

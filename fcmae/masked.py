@@ -7,7 +7,7 @@ mask (`fcmae.layouts`) shows it visible patches only.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -329,9 +329,21 @@ def build_fcmae(
 # How the answer is judged
 
 
+class WeightedLoss(NamedTuple):
+    """A loss, and what it counts by beside those of other images.
+
+    Attributes:
+        mean: over the known values of hidden patches, float32.
+        share: of the values of hidden patches that are known, 0 to 1; 1.0 if none is missing.
+    """
+
+    mean: Tensor
+    share: Tensor | float
+
+
 def reconstruction_loss(
     pred: Tensor, images: Tensor, mask: Tensor, *, target: Target = normalized_pixels, known: Tensor | None = None
-) -> Tensor:
+) -> WeightedLoss:
     """Mean squared error over the known values of hidden patches only (arXiv 2301.00808, Sec. 3).
 
     Every known value has the same weight: a patch counts by its share of known values, and one that is missing entirely
@@ -346,7 +358,7 @@ def reconstruction_loss(
         known: (B, C, H, W) bool, false for values that are missing; None if none is.
 
     Returns:
-        A float32 scalar; 0 if no hidden value is known.
+        The mean, 0 if no hidden value is known, and the share that is.
 
     Raises:
         ValueError: if no patch is hidden, or the target has other values than are predicted.
@@ -365,25 +377,11 @@ def reconstruction_loss(
         raise ValueError(f"target: it has the shape {tuple(wanted.shape)}, the predictions have {tuple(pred.shape)}")
     error = at_least_float32(pred) - wanted
     if known is None:
-        return error.square().mean()
+        return WeightedLoss(error.square().mean(), 1.0)
     counts = ~wanted.isnan()
+    num = counts.sum()
     # Masked before the square: its gradient at NaN would be NaN even where it does not count.
-    return error.where(counts, 0).square().sum() / counts.sum().clamp(min=1)
-
-
-def share_known(known: Tensor, masks: Tensor) -> Tensor:
-    """Share of the hidden values that are not missing: the batch's weight when masked_loss is averaged over batches.
-
-    Args:
-        known: (B, C, H, W) bool, false for values that are missing.
-        masks: (B * n, gh, gw) bool, True = hidden.
-
-    Returns:
-        A float32 scalar, 0 to 1.
-    """
-    hidden = refine(masks, known.shape[2] // masks.shape[1])[:, None]  # (B * n, 1, H, W)
-    there = known.repeat_interleave(len(masks) // len(known), dim=0) & hidden
-    return there.sum() / (hidden.sum() * known.shape[1])
+    return WeightedLoss(error.where(counts, 0).square().sum() / num.clamp(min=1), num / counts.numel())
 
 
 def masked_loss(
@@ -396,6 +394,8 @@ def masked_loss(
     known: Tensor | None = None,
 ) -> Tensor:
     """The objective of pretraining: how well `model` predicts what the masks hide.
+
+    Where values are missing, means of parts of a batch make up that of all as `weighted_loss` tells.
 
     Args:
         model: an FCMAE, as it is, compiled, or wrapped for several processes.
@@ -413,6 +413,31 @@ def masked_loss(
     Raises:
         ValueError: if the masks hide nothing at all, or everything, images differ in the number of their masks, or no
             target is given and the model has none.
+    """
+    return weighted_loss(model, images, masks, num_visible, target=target, known=known).mean
+
+
+def weighted_loss(
+    model: Callable[[Tensor, Tensor, int | None], tuple[Tensor, Tensor]],
+    images: Tensor,
+    masks: Tensor,
+    num_visible: int | None = None,
+    *,
+    target: Target | None = None,
+    known: Tensor | None = None,
+) -> WeightedLoss:
+    """`masked_loss` of a part of a batch, and what the part counts by: the mean of all values is the weighted one.
+
+    Args:
+        model: see `masked_loss`.
+        images: likewise.
+        masks: likewise.
+        num_visible: likewise.
+        target: likewise.
+        known: likewise.
+
+    Raises:
+        ValueError: see `masked_loss`.
     """
     if len(masks) % len(images):
         raise ValueError(f"masks: received {len(masks)} for {len(images)} images; give as many of each")

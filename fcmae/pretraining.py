@@ -31,7 +31,7 @@ from fcmae.evaluation.pictures import (
     save_tiles,
 )
 from fcmae.layouts import make_layout
-from fcmae.masked import FCMAE, build_fcmae, hog, masked_loss, normalized_pixels, pixels, share_known
+from fcmae.masked import FCMAE, build_fcmae, hog, masked_loss, normalized_pixels, pixels, weighted_loss
 from fcmae.masking import num_visible, random_mask
 from fcmae.networks.build import make_encoder
 from fcmae.networks.spec import describe
@@ -170,7 +170,7 @@ def train(
                 with step.accumulate():
                     images = normalize(batch.images)  # (B, C, H, W) float32
                     step.backward(
-                        masked_loss(model, images, batch.given_masks, visible, target=net.target, known=batch.known)
+                        *weighted_loss(model, images, batch.given_masks, visible, target=net.target, known=batch.known)
                     )
             step.update()
             step.settle()
@@ -361,7 +361,7 @@ class Evaluation:
 
         Returns:
             val_loss: the mean over the images of all processes that could be read, each counting by the share of its
-                hidden pixels that is known; nothing without any.
+                hidden values that is known; nothing without any.
 
         Raises:
             FloatingPointError: if it is not finite.
@@ -373,7 +373,7 @@ class Evaluation:
             if num := int(batch.valid.sum()):
                 read = batch.select(batch.valid).to(self.accelerator.device)
                 # net.forward, not net: a compiled model would be compiled again for this batch's size.
-                loss = masked_loss(
+                loss, share = weighted_loss(
                     net.forward,
                     self.normalize(read.images),
                     read.given_masks,
@@ -381,9 +381,7 @@ class Evaluation:
                     target=net.target,
                     known=read.known,
                 )
-                weight = loss.new_tensor(num)
-                if read.known is not None:
-                    weight *= share_known(read.known, read.given_masks)
+                weight = loss.new_tensor(num) * share
                 sums += torch.stack([loss * weight, weight, loss.new_tensor(num)])
         loss_sum, weight_sum, num_images = self.accelerator.reduce(sums, reduction="sum").tolist()
         self.log.add_bad_files(bad)

@@ -48,6 +48,7 @@ from fcmae.segmentation import (
 from fcmae.starting import (
     Best,
     check_apart,
+    check_scored,
     check_start,
     check_unlearnt,
     class_balance,
@@ -132,6 +133,8 @@ def segment(cfg: SegmentConfig, net: Segmenter | None = None) -> Run:
         check_sides("data.image_size", reading.image_size, weights.architecture.spec.total_stride)
         num_images = (len(data.images), len(data.val_images))
         check_start(cfg, run, net, num_images, data.fingerprint(), accelerator.num_processes)
+        if cfg.eval_only:
+            check_scored(run, dict(zip(FILES, data, strict=True)))
         with session.open():
             with waiting_for_all(accelerator):
                 if accelerator.is_main_process:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -192,6 +192,24 @@ def check_unlearnt(cfg: DenseConfig, val: Images) -> None:
             f"images that model.init = {cfg.model.init} learnt from, such as {printable(min(both))}: give the seed and "
             "val_share of its run, or the images by data.val_path"
         )
+
+
+def check_scored(run: RunDirectory, parts: Mapping[str, Images]) -> None:
+    """Refuse to put the scores of other images into the place of an evaluation's.
+
+    Args:
+        run: that only evaluates.
+        parts: its images, by the name of the list that it keeps of them.
+
+    Raises:
+        ValueError: if it has been done on others.
+    """
+    for name, images in parts.items():
+        kept = run.path / name
+        if run.exists and kept.is_file() and Images.load(kept).fingerprint() != images.fingerprint():
+            raise ValueError(
+                f"out = {run.path} has the scores of other images: give another --out, or --overwrite to delete them"
+            )
 
 
 def check_start(

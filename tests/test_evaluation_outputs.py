@@ -43,6 +43,18 @@ def run(command: str, words: Sequence[str], out: Path) -> int:
     return cli.main([command, *words, "--out", str(out)])
 
 
+def test_earlier_results_stay_until_the_first_new_one_is_there(tmp_path: Path) -> None:
+    (tmp_path / "old.json").write_text("1")
+    (tmp_path / "model").mkdir()
+    with pytest.raises(ValueError, match="holds earlier results: give another --out, or --overwrite"):
+        claim(tmp_path, lambda path: True, overwrite=False)
+    clear = claim(tmp_path, lambda path: True, overwrite=True)
+    (tmp_path / "new.json").write_text("2")
+    assert len(list(tmp_path.iterdir())) == 3
+    clear()
+    assert [path.name for path in tmp_path.iterdir()] == ["new.json"]
+
+
 def test_a_link_that_leads_nowhere_is_no_place(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "unplugged")
     with pytest.raises(ValueError, match=r"link is a link that leads nowhere: give a directory"):

@@ -139,12 +139,17 @@ def test_evaluating_only_and_predicting_repeat_the_last_evaluation(
     assert (out / "predictions.csv").read_text().splitlines()[0] == "path,label,predicted,probability,p(blue),p(green)"
     assert not (out / "best").exists()
 
-    # Given again, it scores what is there now.
+    # Given again with other labels, it scores them where it may.
     swapped = {"blue": "green", "green": "blue"}
     with (tmp_path / "held_out.csv").open("w") as file:
         file.writelines(["path,label\n", *(f"{path},{swapped[row['label']]}\n" for path, row in expected.items())])
     runs.forget_accelerator()
-    assert cli.main(evaluating) == 0
+    scores = (out / "metrics.jsonl").read_bytes()
+    assert cli.main(evaluating) == 2
+    assert "has the scores of other images: give another --out" in capsys.readouterr().err
+    assert (out / "metrics.jsonl").read_bytes() == scores
+    runs.forget_accelerator()
+    assert cli.main([*evaluating, "--overwrite"]) == 0
     (line,) = metrics(out)
     assert line["top1"] == pytest.approx(1 - metrics(tuned)[-1]["top1"])
     assert "its scores are too high" not in (out / "train.log").read_text()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +27,6 @@ from fcmae.masked import (
     patchify,
     pixels,
     reconstruction_loss,
-    share_known,
     unpatchify,
 )
 from fcmae.masking import random_mask
@@ -36,6 +36,10 @@ from fcmae.networks.spec import VARIANTS, ConvNeXtSpec
 from fcmae.pretraining import build_model
 
 SOON_COMPILED = ConvNeXtSpec(depths=(1, 1, 2, 1), dims=(4, 8, 8, 16), stem_stride=1)
+
+
+def mean_loss(*args: Any, **options: Any) -> Tensor:
+    return reconstruction_loss(*args, **options).mean
 
 
 def masks(batch: int, grid: tuple[int, int], visible: int) -> Tensor:
@@ -61,7 +65,7 @@ def losses_and_gradients(models: list[FCMAE], images: Tensor, mask: Tensor) -> l
     for model in models:
         model.load_state_dict(models[0].state_dict())
         pred, site_mask = model(images, mask)
-        loss = reconstruction_loss(pred, images, site_mask)
+        loss = mean_loss(pred, images, site_mask)
         loss.backward()
         found.append({"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters()}})
     return found
@@ -122,14 +126,14 @@ def test_images_may_differ_in_their_number_of_visible_patches(backend: str) -> N
     randomize(model, std=0.1)
     images = torch.randn(3, 2, 16, 24, dtype=torch.float64)
     pred, site_mask = model(images, UNEVEN)
-    loss = reconstruction_loss(pred, images, site_mask)
+    loss = mean_loss(pred, images, site_mask)
     # One at a time, the two that show something go the usual way; weights are their numbers of hidden patches.
     alone = []
     for i in range(2):
         single, single_mask = model(images[i : i + 1], UNEVEN[i : i + 1])
         assert torch.allclose(single[0], pred[i][UNEVEN[i].flatten()])
-        alone.append(reconstruction_loss(single, images[i : i + 1], single_mask))
-    blind = reconstruction_loss(pred[2:], images[2:], site_mask[2:])
+        alone.append(mean_loss(single, images[i : i + 1], single_mask))
+    blind = mean_loss(pred[2:], images[2:], site_mask[2:])
     torch.testing.assert_close(loss, (4 * alone[0] + 1 * alone[1] + 6 * blind) / 11)
 
 
@@ -175,7 +179,7 @@ def test_every_parameter_gets_a_gradient(variant: str, backend: str) -> None:
     randomize(model, std=0.05)
     images = torch.randn(2, 2, 24, 24)
     pred, site_mask = model(images, masks(2, (3, 3), 4))
-    reconstruction_loss(pred, images, site_mask).backward()
+    mean_loss(pred, images, site_mask).backward()
     without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.ne(0).any()]
     assert without == []
 
@@ -243,7 +247,7 @@ def test_norms_and_loss_are_float32_under_autocast(backend: str) -> None:
     images, mask = torch.randn(1, 2, 16, 16), masks(1, (2, 2), 2)
     with torch.autocast("cpu", dtype=torch.float16):
         pred, site_mask = model(images, mask)
-    loss = reconstruction_loss(pred, images, site_mask)
+    loss = mean_loss(pred, images, site_mask)
     loss.backward()
     assert loss.dtype == torch.float32
     assert torch.isfinite(loss)
@@ -332,7 +336,7 @@ def test_masked_loss_is_the_loss_of_each_image_under_each_of_its_masks(target: T
     for number, mask in enumerate(several):
         image = images[number // 3][None]  # the three masks of an image follow each other
         pred, site_mask = model(image, mask[None])
-        one_by_one.append(reconstruction_loss(pred, image, site_mask, target=target))
+        one_by_one.append(mean_loss(pred, image, site_mask, target=target))
     found = masked_loss(model, images, several, 2, target=target)
     torch.testing.assert_close(found, torch.stack(one_by_one).mean())
     assert torch.equal(masked_loss(model, images, several, target=target), found)  # counted
@@ -370,13 +374,13 @@ def test_no_gradient_goes_through_a_target_and_no_network_is_one() -> None:
 
     pred = torch.zeros(2, 2, 1, requires_grad=True)
     mask = torch.tensor([[[True, True]], [[True, True]]])
-    reconstruction_loss(pred, torch.randn(2, 3, 8, 16), mask, target=taught).backward()
+    mean_loss(pred, torch.randn(2, 3, 8, 16), mask, target=taught).backward()
     assert teacher.weight.grad is None and pred.grad is not None
     encoder = Encoder(ConvNeXtSpec(depths=(1, 1), dims=(4, 6)), 3)
     with pytest.raises(ValueError, match=r"target: a module \(Linear\) would be learnt and stored"):
         FCMAE(encoder, nn.Identity(), target=teacher)
     with pytest.raises(ValueError, match=r"target: it has the shape \(4, 1\), the predictions have \(4, 3\)"):
-        reconstruction_loss(torch.zeros(2, 2, 3), torch.randn(2, 3, 8, 16), mask, target=taught)
+        mean_loss(torch.zeros(2, 2, 3), torch.randn(2, 3, 8, 16), mask, target=taught)
 
 
 @pytest.mark.parametrize(
@@ -455,7 +459,7 @@ def test_the_loss_is_the_mean_over_hidden_patches(normalize: bool) -> None:
             if normalize:
                 target = (target - target.mean()) / np.sqrt(target.var(ddof=1) + 1e-6)
             errors.append(((answer - target) ** 2).mean())
-    loss = reconstruction_loss(pred, images, mask, target=normalized_pixels if normalize else pixels)
+    loss = mean_loss(pred, images, mask, target=normalized_pixels if normalize else pixels)
     assert float(loss) == pytest.approx(np.mean(errors), rel=1e-12)
 
 
@@ -480,12 +484,12 @@ def test_missing_values_are_in_no_loss_and_in_no_statistic(normalize: bool) -> N
         errors.extend(error[is_known] ** 2)
         gradient[number] = np.where(is_known, 2 * error, 0)
     target = normalized_pixels if normalize else pixels
-    loss = reconstruction_loss(pred, images, mask, target=target, known=known)
+    loss = mean_loss(pred, images, mask, target=target, known=known)
     assert float(loss.detach()) == pytest.approx(np.mean(errors), rel=1e-12)
     loss.backward()
     np.testing.assert_allclose(pred.grad[0].numpy(), gradient / len(errors), rtol=1e-9, atol=1e-12)
-    everything = reconstruction_loss(pred, images, mask, target=target, known=torch.ones_like(known))
-    torch.testing.assert_close(everything, reconstruction_loss(pred, images, mask, target=target))
+    everything = mean_loss(pred, images, mask, target=target, known=torch.ones_like(known))
+    torch.testing.assert_close(everything, mean_loss(pred, images, mask, target=target))
     pred.grad = None
     # Apart, images count by what of them is known.
     halves = torch.randn(2, 3, 8, 12, dtype=torch.float64), torch.rand(2, 3, 8, 12) < 0.5
@@ -496,10 +500,12 @@ def test_missing_values_are_in_no_loss_and_in_no_statistic(normalize: bool) -> N
         reconstruction_loss(preds[i : i + 1], halves[0][i : i + 1], mask, target=target, known=halves[1][i : i + 1])
         for i in range(2)
     ]
-    weights = torch.stack([share_known(halves[1][i : i + 1], mask) for i in range(2)]).double()
-    together = reconstruction_loss(preds, halves[0], masks, target=target, known=halves[1])
-    torch.testing.assert_close((torch.stack(parts) * weights).sum() / weights.sum(), together, atol=1e-6, rtol=1e-6)
-    nothing = reconstruction_loss(pred, images, mask, target=target, known=torch.zeros_like(known))
+    weights = torch.stack([torch.as_tensor(part.share) for part in parts]).double()
+    together = mean_loss(preds, halves[0], masks, target=target, known=halves[1])
+    torch.testing.assert_close(
+        (torch.stack([part.mean for part in parts]) * weights).sum() / weights.sum(), together, atol=1e-6, rtol=1e-6
+    )
+    nothing = mean_loss(pred, images, mask, target=target, known=torch.zeros_like(known))
     nothing.backward()
     assert float(nothing.detach()) == 0 and not pred.grad.any()
 
@@ -523,14 +529,14 @@ def test_missing_values_are_those_of_an_image_under_each_of_its_masks() -> None:
     found = masked_loss(model, images, several, 2, known=known)
     pred, site_mask = model(images.repeat_interleave(3, 0), several)
     each = known.repeat_interleave(3, 0)
-    expected = reconstruction_loss(pred, images.repeat_interleave(3, 0), site_mask, known=each)
+    expected = mean_loss(pred, images.repeat_interleave(3, 0), site_mask, known=each)
     torch.testing.assert_close(found, expected)
 
 
 def test_the_loss_of_16_bit_predictions_is_float32() -> None:
     images = torch.randn(1, 1, 4, 4)
     mask = torch.tensor([[[True, False], [False, False]]])
-    loss = reconstruction_loss(torch.full((1, 1, 4), 300.0, dtype=torch.float16), images, mask)
+    loss = mean_loss(torch.full((1, 1, 4), 300.0, dtype=torch.float16), images, mask)
     assert loss.dtype == torch.float32  # 300 squared is infinite in float16
     assert float(loss) == pytest.approx(90000, rel=0.02)
 
@@ -543,7 +549,7 @@ def test_a_constant_patch_has_a_finite_target() -> None:
 
 def test_nothing_hidden_is_refused() -> None:
     with pytest.raises(ValueError, match="hides no patch"):
-        reconstruction_loss(torch.empty(1, 0, 48), torch.randn(1, 3, 8, 8), torch.zeros(1, 2, 2, dtype=torch.bool))
+        mean_loss(torch.empty(1, 0, 48), torch.randn(1, 3, 8, 8), torch.zeros(1, 2, 2, dtype=torch.bool))
 
 
 def hog_by_loops(image: NDArray[np.float64], cell: int) -> NDArray[np.float64]:

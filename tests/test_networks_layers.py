@@ -99,6 +99,18 @@ def test_a_channel_that_fp16_can_hardly_hold_has_a_finite_gradient(sites: int) -
     assert found.isfinite().all()
 
 
+@pytest.mark.parametrize("sites", [2, 8])  # fewer than the Linear's width, and more
+def test_products_that_fp16_cannot_hold_have_a_finite_gradient(sites: int) -> None:
+    grn = parts(4, 6, torch.float32)[0]
+    gamma, beta = (x.detach().clone().requires_grad_() for x in (grn.gamma.flatten(), grn.beta.flatten()))
+    rows = torch.full((1, sites, 6), 60.0, dtype=torch.float16, requires_grad=True)
+    weight, bias = torch.ones(4, 6, dtype=torch.float16), torch.zeros(4, dtype=torch.float16)
+    out = _GRNLinear.apply(rows, gamma, beta, weight, bias)
+    pull = torch.full_like(out, 500.0 if sites == 2 else 5.0)
+    for gradient in torch.autograd.grad(out, [rows, gamma, beta], pull):
+        assert gradient.isfinite().all()
+
+
 @pytest.mark.parametrize("grn_scope", ["image", "batch"])
 @pytest.mark.parametrize("layout", ["packed", "masked"])
 def test_a_block_computes_the_same_with_many_sites_an_image_and_with_few(layout: str, grn_scope: str) -> None:

@@ -55,7 +55,7 @@ from fcmae.data.index import find_images
 from fcmae.data.normalize import Normalize
 from fcmae.data.sampler import epoch_order
 from fcmae.data.split import split
-from fcmae.masked import build_fcmae, masked_loss, pixels
+from fcmae.masked import WeightedLoss, build_fcmae, pixels, weighted_loss
 from fcmae.networks.convnext import Encoder
 from fcmae.networks.spec import ConvNeXtSpec
 from fcmae.options import read
@@ -297,13 +297,13 @@ def test_missing_values_are_in_the_loss_of_no_step_and_no_evaluation(
         np.save(tmp_path / f"images/{number}.npy", image)
     seen = list[bool]()
 
-    def loss(model: Any, images: torch.Tensor, *args: Any, known: torch.Tensor | None, **options: Any) -> torch.Tensor:
+    def loss(model: Any, images: torch.Tensor, *args: Any, known: torch.Tensor | None, **options: Any) -> WeightedLoss:
         assert known is not None and known.any() and not known.all()
         assert images[~known].abs().min() < 1e-6
         seen.append(torch.is_grad_enabled())
-        return masked_loss(model, images, *args, known=known, **options)
+        return weighted_loss(model, images, *args, known=known, **options)
 
-    monkeypatch.setattr(pretraining, "masked_loss", loss)
+    monkeypatch.setattr(pretraining, "weighted_loss", loss)
     other = np.random.default_rng(9).random((24, 24, 2), np.float32)
     other[20:] = -7
     np.save(tmp_path / "images/9.npy", other)
@@ -316,6 +316,27 @@ def test_missing_values_are_in_the_loss_of_no_step_and_no_evaluation(
     }
     assert run(tmp_path / "images", tmp_path / "out", **two, epochs=2, optim__warmup_epochs=0) == 0
     assert any(seen) and not all(seen)
+
+
+@pytest.mark.parametrize("target", ["pixels", "hog"])
+def test_with_missing_values_the_step_is_that_of_the_whole_batch_however_it_is_divided(
+    tmp_path: Path, target: str
+) -> None:
+    (tmp_path / "images").mkdir()
+    for number in range(8):
+        image = np.random.default_rng(number).normal(number % 2, 1, (24, 24, 1)).astype(np.float32)
+        image[:, : 20 * (number % 2)] = np.nan  # of every second one hardly anything is known
+        np.save(tmp_path / f"images/{number}.npy", image)
+    one = {"data__in_chans": 1, "data__mean": "0.5", "data__std": "1", "data__val_share": 0, "model__target": target}
+    found = []
+    for parts in (1, 4):
+        out = tmp_path / str(parts)
+        given = {"batch_size": 8, "epochs": 1, "grad_accum": parts, "optim__warmup_epochs": 0, "optim__weight_decay": 0}
+        assert run(tmp_path / "images", out, **one, **given) == 0
+        runs.forget_accelerator()
+        (line,) = [line for line in read_metrics(out / "metrics.jsonl") if "loss" in line]
+        found.append((line["loss"], line["grad_norm"]))
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
 def test_held_out_images_count_by_what_is_known_of_them_however_they_are_divided(tmp_path: Path) -> None:
@@ -1064,8 +1085,13 @@ def test_an_exploding_run_stops_with_the_step_and_keeps_its_last_good_checkpoint
 def test_the_last_good_checkpoint_is_from_before_the_loss_rose(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out, factor, loss_of = tmp_path / "out", [1.0], pretraining.masked_loss
-    monkeypatch.setattr(pretraining, "masked_loss", lambda *args, **options: loss_of(*args, **options) * factor[0])
+    out, factor, loss_of = tmp_path / "out", [1.0], weighted_loss
+
+    def loss(*args: Any, **options: Any) -> WeightedLoss:
+        found = loss_of(*args, **options)
+        return found._replace(mean=found.mean * factor[0])
+
+    monkeypatch.setattr(pretraining, "weighted_loss", loss)
     for number, value in ((4, 0.5), (6, 0.9), (9, math.nan)):  # step 5's weights already give a high loss
         at_step(monkeypatch, number, lambda value=value: factor.__setitem__(0, value))  # type: ignore[misc]
     every_step = {"checkpoint__every_epochs": 0.1, "checkpoint__keep": 2, "optim__clip_grad": 2}
@@ -1085,13 +1111,12 @@ def test_a_step_read_one_later_is_named_and_neither_of_the_two_is_saved(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, spoiled = tmp_path / "out", [False]
-    loss_of = pretraining.masked_loss
 
-    def loss(*args: Any, **options: Any) -> torch.Tensor:
-        value = loss_of(*args, **options)
-        return value * torch.nan if spoiled[0] else value
+    def loss(*args: Any, **options: Any) -> WeightedLoss:
+        found = weighted_loss(*args, **options)
+        return found._replace(mean=found.mean * torch.nan) if spoiled[0] else found
 
-    monkeypatch.setattr(pretraining, "masked_loss", loss)
+    monkeypatch.setattr(pretraining, "weighted_loss", loss)
     at_step(monkeypatch, 2, lambda: spoiled.__setitem__(0, True))
     # Nothing is logged before step 99, so step 2 is read while step 3 computes.
     seen: list[int] = []

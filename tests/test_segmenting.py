@@ -413,6 +413,27 @@ def test_a_segmenter_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert record.classes == Classes(("sea", "land"), (0, 7), 255) and weights.image.mean == (0.5,) * 3
 
 
+def test_a_segmenter_that_cannot_be_written_whole_leaves_the_one_that_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = save(tmp_path / "model")
+    write, calls = checkpoint.write_tensors, list[Path]()
+
+    def fail(path: Path, *rest: Any) -> None:
+        calls.append(path)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, *rest)
+
+    monkeypatch.setattr(checkpoint, "write_tensors", fail)
+    with pytest.raises(OSError, match="No space left"):
+        save(tmp_path / "model", Classes(("a", "b"), (0, 1), None))
+    found, _, record = read_segmenter(tmp_path / "model")
+    assert_same(found.state_dict(), model.state_dict())
+    assert record.class_names == ("sea", "land")
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["config.json", HEAD, "model.safetensors"]
+
+
 @pytest.mark.parametrize(
     "words",
     [

@@ -462,9 +462,9 @@ class RunConfig(Settings):
 
     @property
     def num_checkpoints(self) -> int:
-        """Checkpoints that the run has at its end."""
+        """Checkpoints that the run has at its end, the last good one among them, if it is older than those it keeps."""
         own = self.checkpoint
-        return own.keep + (int(self.epochs // own.milestone_epochs) if own.milestone_epochs else 0)
+        return own.keep + 1 + (int(self.epochs // own.milestone_epochs) if own.milestone_epochs else 0)
 
     @property
     def num_micro_batches(self) -> int:

@@ -76,7 +76,7 @@ def analyze(cfg: AnalyzeConfig) -> str:
             as_encoder(backbone.model)
         except ValueError as error:
             raise ValueError(f"model = {backbone.name!r}: {error}") from None
-    claim(place, lambda path: path.name in FOUND["analysis"], cfg.overwrite)
+    clear = claim(place, lambda path: path.name in FOUND["analysis"], cfg.overwrite)
     check_values(backbones[0].reading, index)
     found = [_analyze(backbone, index, where, cfg.batch_size, cfg.num_workers) for backbone in backbones]
     record = {
@@ -92,6 +92,7 @@ def analyze(cfg: AnalyzeConfig) -> str:
         },
         "models": [_record(analysis) for analysis in found],
     }
+    clear()
     write_text(place / RECORD, json.dumps(record, indent=1, allow_nan=False) + "\n")
     _draw(place, found, f"{found[0].num_images:,} images")
     lines = [_table(found), f"wrote {place}"]

@@ -55,7 +55,7 @@ def embed(cfg: EmbedConfig) -> str:
         _require("umap", "map = umap needs umap-learn: pip install umap-learn, or use --map tsne")
     [backbone] = load_backbones([cfg.model], index, cfg.image_size, cfg.max_pixels, cfg.key, cfg.prefix, cfg.nodata)
     check_stages(backbone, [cfg.stage])
-    claim(out, _is_ours, cfg.overwrite)
+    clear = claim(out, _is_ours, cfg.overwrite)
     check_values(backbone.reading, index)
     device = choose_device(cfg.device)
     with TemporaryDirectory(prefix=TEMPORARY[0], dir=out) as directory:
@@ -79,6 +79,7 @@ def embed(cfg: EmbedConfig) -> str:
         # First, so that nothing is written if none of them can be read.
         asked = None if queries is None else features_of(queries, "queries")
         index, features = features_of(index, "images")
+        clear()
         if cfg.parquet:
             written = [write_parquet(out / "features.parquet", features, index)]
         else:

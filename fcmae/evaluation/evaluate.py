@@ -71,7 +71,7 @@ def evaluate(cfg: EvaluateConfig) -> str:
         check_stages(backbone, _stages(backbone, cfg))
     several = len(cfg.models) > 1
     folders = [place / name for name in folder_names(cfg.models)] if several else [place]
-    claim(place, _is_ours, cfg.overwrite)
+    clear = claim(place, _is_ours, cfg.overwrite)
     if networks := [backbone for backbone in backbones if not is_control(backbone.name)]:
         check_values(networks[0].reading, train_index)
     records: list[dict[str, Any]] = []
@@ -80,6 +80,8 @@ def evaluate(cfg: EvaluateConfig) -> str:
             record = evaluate_model(backbone, train_index, test_index, cfg, Path(directory))
         # What a control sees is stated by the network beside it.
         alone = not is_control(backbone.name)
+        if not records:
+            clear()
         record["command"] = _command(cfg, [backbone.name] if alone else cfg.models, folder if alone else place)
         folder.mkdir(exist_ok=True)
         if record["confusion"] is not None:

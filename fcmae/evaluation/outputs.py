@@ -39,13 +39,16 @@ def default_out(models: Sequence[str], out: Path | None, name: str) -> Path:
     raise ValueError(f"out is missing: it is RUN/{name} for RUN and random:RUN, anything else needs --out DIR{near}")
 
 
-def claim(out: Path, is_ours: Callable[[Path], bool], overwrite: bool) -> None:
+def claim(out: Path, is_ours: Callable[[Path], bool], overwrite: bool) -> Callable[[], None]:
     """Make a directory, or take one that is empty or holds what an earlier call of the same command wrote.
 
     Args:
         out: the directory.
         is_ours: whether a path in it was written by an earlier call of the same command.
-        overwrite: delete what was.
+        overwrite: what was may be deleted.
+
+    Returns:
+        What deletes it, to be called when the first new result is there.
 
     Raises:
         ValueError: if it holds anything else, or something of ours and overwrite is false.
@@ -63,12 +66,16 @@ def claim(out: Path, is_ours: Callable[[Path], bool], overwrite: bool) -> None:
         raise ValueError(f"out = {out} holds {foreign[0].name!r}, which is not of this command: give another --out")
     if entries and not overwrite:
         raise ValueError(f"out = {out} holds earlier results: give another --out, or --overwrite to replace them")
-    for path in entries:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
     out.mkdir(parents=True, exist_ok=True)
+
+    def clear() -> None:
+        for path in entries:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+    return clear
 
 
 def tell_unread(bad: Sequence[tuple[str, str]], what: str) -> None:

@@ -119,7 +119,7 @@ class _GRNLinear(torch.autograd.Function):
             grad_weight = (products * scale).sum(0) + grad_bias[:, None] * beta
         else:
             grad_rows = grad @ weight
-            grad_scale = (grad_rows * rows).sum(1, keepdim=True, dtype=gamma.dtype)
+            grad_scale = (grad_rows * rows.to(gamma.dtype)).sum(1, keepdim=True)  # fp16 may not hold a product
             scaled = torch.addcmul(beta, rows, scale).to(rows.dtype)
             grad_weight = grad.flatten(0, 1).t() @ scaled.flatten(0, 1)
             grad_rows *= scale

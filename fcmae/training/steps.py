@@ -336,7 +336,7 @@ class Step:
         self.is_last = False
         self.logged_at = 0.0
         self._lacks_memory = False
-        self._loss = torch.zeros((), device=steps.accelerator.device)
+        self._loss, self._share = torch.zeros(2, device=steps.accelerator.device)
 
     def micro_batches(self) -> Iterator[Batch]:
         """Those of the step, each to be computed within `accumulate`; only the last synchronises gradients.
@@ -358,6 +358,7 @@ class Step:
             if self._lacks_memory:
                 steps.shrink_micro_batches(self.number, is_last and steps.accelerator.num_processes > 1)
                 self._loss.zero_()
+                self._share.zero_()
                 self._lacks_memory, done = False, 0
 
     @contextlib.contextmanager
@@ -371,11 +372,17 @@ class Step:
         except torch.OutOfMemoryError:
             self._lacks_memory = True  # what was computed is let go before more is done
 
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradients of a micro-batch's mean loss, a scalar."""
-        loss = loss / self._steps.cfg.num_micro_batches
+    def backward(self, loss: Tensor, share: Tensor | float = 1.0) -> None:
+        """Add the gradients of a micro-batch's loss.
+
+        Args:
+            loss: (), a mean.
+            share: of what the mean could be over that it is over; a micro-batch counts by it.
+        """
+        loss = loss * share / self._steps.cfg.num_micro_batches
         self._steps.accelerator.backward(loss)
         self._loss += loss.detach()
+        self._share += share
 
     def update(self) -> None:
         """Change the weights, on every process at once; see `start_update`."""
@@ -385,6 +392,7 @@ class Step:
             steps.model,
             steps.optimizer,
             self._loss,
+            self._share / steps.cfg.num_micro_batches,
             clip_grad=steps.cfg.optim.clip_grad,
             stop=steps.stop.received is not None,
         )
@@ -517,6 +525,7 @@ def start_update(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     loss: Tensor,
+    share: Tensor | None = None,
     *,
     clip_grad: float | None = None,
     stop: bool = False,
@@ -529,6 +538,7 @@ def start_update(
         optimizer: one of torch's fused ones, which can be told on the device to change nothing: so a loss or a gradient
             that is not finite leaves the weights as they are, and the host reads of it later.
         loss: () of this process, to be reported.
+        share: () by which it was multiplied, which is undone for all processes together; None for 1.
         clip_grad: largest norm of the gradient.
         stop: this process was told to stop.
     """
@@ -538,7 +548,9 @@ def start_update(
     norms = torch.stack(torch._foreach_norm(list(grads.values())))
     norm = torch.linalg.vector_norm(norms)
     # One reduction a step. The norms are the same everywhere: gradients are averaged.
-    shared = accelerator.reduce(torch.stack([loss, torch.full_like(loss, float(stop))]), reduction="mean")
+    share = torch.ones_like(loss) if share is None else share
+    shared = accelerator.reduce(torch.stack([loss, torch.full_like(loss, float(stop)), share]), reduction="mean")
+    shared = torch.stack([shared[0] / shared[2].clamp(min=torch.finfo(shared.dtype).tiny), shared[1]])
     if accelerator.scaler is None:
         # What a GradScaler sets: the fused optimizers change nothing where it is 1.
         raw: Any = getattr(optimizer, "optimizer", optimizer)  # inside accelerate's

@@ -16,8 +16,8 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 import fcmae
-from fcmae.atomic import read_bytes, replacing
+from fcmae.atomic import read_bytes, replacing, sync
 from fcmae.config import FinetuneData, ImageConfig, PretrainConfig
 from fcmae.config.base import near_runs
 from fcmae.data.augment import Reading
@@ -511,6 +511,22 @@ def transformers_holds(spec: NetworkSpec) -> bool:
 def save_weights(dest: Path, weights: Weights, to: str) -> None:
     """Write the weights in a format; parts for which it has no place are left out.
 
+    Args:
+        dest: see `writing_weights`.
+        weights: likewise.
+        to: likewise.
+
+    Raises:
+        ValueError: likewise.
+    """
+    with writing_weights(dest, weights, to):
+        pass
+
+
+@contextmanager
+def writing_weights(dest: Path, weights: Weights, to: str) -> Iterator[dict[Path, Path]]:
+    """Write the weights in a format, beside the places that they take when the block ends, on the disk by then.
+
     A network that timm cannot hold is still written with timm's names and files, for `read_weights`; timm refuses the
     architecture that its config.json names.
 
@@ -519,6 +535,9 @@ def save_weights(dest: Path, weights: Weights, to: str) -> None:
             "model"). Each file is written beside its place and then moved into it, and replaces one that is there.
         weights: what is written.
         to: one of FORMATS.
+
+    Yields:
+        The place and the file beside it of each.
 
     Raises:
         ValueError: if the format cannot hold the network: transformers requires 7x7 kernels, 4C hidden channels and a
@@ -553,15 +572,18 @@ def save_weights(dest: Path, weights: Weights, to: str) -> None:
         if to == "transformers" and reads_alike(weights):
             files[dest / "preprocessor_config.json"] = _processor_config(weights)
         files[dest / "model.safetensors"] = None
+    asides = dict[Path, Path]()
     with ExitStack() as stack:  # all are written before any takes its place
         for path, config in files.items():
-            aside = stack.enter_context(replacing(path))
+            aside = asides[path] = stack.enter_context(replacing(path))
             if config is not None:
                 aside.write_text(json.dumps(config, indent=2), encoding="utf-8")
             elif path.suffix == ".safetensors":
                 checkpoint.write_tensors(aside, state, header)
             else:
                 torch.save({"model": state, RECORD: record}, aside)
+            sync(aside)
+        yield asides
 
 
 def _licensed(weights: Weights) -> dict[str, str]:

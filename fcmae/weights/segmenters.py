@@ -18,12 +18,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from fcmae.anytime import Anytime, build_segmenter
-from fcmae.atomic import replacing, sha256_of
+from fcmae.atomic import replacing, sha256_of, sync
 from fcmae.data.maps import MAX_VALUE, Classes
 from fcmae.heads import Segmenter
 from fcmae.training import checkpoint
 from fcmae.weights.convert import build_encoder
-from fcmae.weights.files import HEAD, Weights, read_weights, save_weights, segmenter_in
+from fcmae.weights.files import HEAD, Weights, read_weights, segmenter_in, writing_weights
 from fcmae.weights.tensors import RECORD, digest
 
 Value = Annotated[int, Field(ge=0, lt=MAX_VALUE)]
@@ -65,7 +65,7 @@ _RECORD = TypeAdapter(HeadRecord)
 
 
 def save_segmenter(dest: Path, model: Segmenter, weights: Weights, kind: str, classes: Classes) -> None:
-    """Write a segmenter.
+    """Write a segmenter; its files take their places when all are on the disk.
 
     Args:
         dest: the directory.
@@ -79,22 +79,21 @@ def save_segmenter(dest: Path, model: Segmenter, weights: Weights, kind: str, cl
     head = {name.removeprefix("head."): value for name, value in state.items() if name.startswith("head.")}
     architecture = replace(weights.architecture, decoder_depth=0, decoder_dim=0, final_norm=False, num_classes=0)
     described = replace(weights, state=encoder, architecture=architecture, class_names=(), expected_output=())
-    save_weights(dest, described, "timm")
-    own = sha256_of(dest / "model.safetensors")
-    record = _RECORD.validate_python(
-        {
-            "kind": kind,
-            "dim": model.head.dim,
-            "class_names": classes.names,
-            "class_values": classes.values,
-            "ignored": classes.ignored,
-            "encoder_sha256": own,
-            **({"tau": model.head.tau, "quantile": model.head.quantile} if isinstance(model, Anytime) else {}),
-        }
-    )
-    record = replace(record, sha256=digest(head, _text(record)))
-    with replacing(dest / HEAD) as aside:
+    with writing_weights(dest, described, "timm") as asides, replacing(dest / HEAD) as aside:
+        record = _RECORD.validate_python(
+            {
+                "kind": kind,
+                "dim": model.head.dim,
+                "class_names": classes.names,
+                "class_values": classes.values,
+                "ignored": classes.ignored,
+                "encoder_sha256": sha256_of(asides[dest / "model.safetensors"]),
+                **({"tau": model.head.tau, "quantile": model.head.quantile} if isinstance(model, Anytime) else {}),
+            }
+        )
+        record = replace(record, sha256=digest(head, _text(record)))
         checkpoint.write_tensors(aside, head, {RECORD: json.dumps(asdict(record))})
+        sync(aside)
 
 
 def _text(record: HeadRecord) -> str:
