@@ -80,14 +80,14 @@ def pretrain(cfg: PretrainConfig, net: FCMAE | None = None) -> Run:
         schedule = build_schedule(cfg, run, train_images)
         if cfg.model.grn_scope == "batch":
             check_pooled(cfg, run, accelerator.num_processes, "model.grn_scope = batch")
-        started, found = ["from the model that was handed in"] if run.resume_from is None else [], None
+        started, found = list[str](), None
         if net is None:
             net = build_model(cfg)
-            started, found = start(cfg, net) if run.resume_from is None else ([], None)
-        elif net.encoder.in_chans != cfg.data.in_chans:
-            raise ValueError(
-                f"data.in_chans is {cfg.data.in_chans}, and the model's encoder has {net.encoder.in_chans}"
-            )
+            if run.resume_from is None:
+                started, found = start(cfg, net)
+        else:
+            check_model(cfg, net)
+            started = ["from the model that was handed in"] if run.resume_from is None else []
         cfg, run.network = run.licensed(cfg, found), describe(net.encoder.spec)
         if run.resume_from is None:
             run.needs = checkpoint.check_space(run.path, net, cfg.num_checkpoints)
@@ -191,6 +191,23 @@ def run_images(cfg: PretrainConfig, run: RunDirectory) -> tuple[Images, bool]:
     if run.kept("data.path") and (kept := kept_images([run.path / "files.json"], storage)) is not None:
         return kept[0], False
     return find_images(cfg.data.path, storage=storage), True
+
+
+def check_model(cfg: PretrainConfig, net: FCMAE) -> None:
+    """Refuse a model that was handed in for other settings.
+
+    Args:
+        cfg: the run's settings.
+        net: the model.
+
+    Raises:
+        ValueError: if its channels or its stride do not fit.
+    """
+    encoder, patch, stride = net.encoder, cfg.model.mask_patch, net.encoder.total_stride
+    if encoder.in_chans != cfg.data.in_chans:
+        raise ValueError(f"data.in_chans is {cfg.data.in_chans}, and the model's encoder has {encoder.in_chans}")
+    if patch % stride:
+        raise ValueError(f"model.mask_patch is {patch}, no multiple of {stride}, the stride of the model's encoder")
 
 
 def build_schedule(cfg: PretrainConfig, run: RunDirectory, images: Images) -> Schedule:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
+from safetensors import SafetensorError, safe_open
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
@@ -32,6 +34,7 @@ from fcmae.training.steps import check_pooled, micro_batch_size, schedule_of
 from fcmae.weights.convert import adapt_in_chans
 from fcmae.weights.files import ImageRecord, Weights, read_init, reading_of, tell_encoder_alone
 from fcmae.weights.formats import Architecture
+from fcmae.weights.tensors import RECORD
 
 logger = logging.getLogger("fcmae")
 
@@ -307,6 +310,8 @@ def prepare(
             step = kept.pop("step")
             (score,) = kept.values()  # under the score's own name, in runs that began before it had one
             best = TypeAdapter(Best).validate_python({"score": score, "step": step})
+        if _step_of(run.path / "best") != best.step:  # it is of a step that was done after the checkpoint
+            best = Best()
         if ema is not None:
             ema.module.load_state_dict(checkpoint.read_state(resumed, "ema", net, renamed))
     schedule = schedule_of(cfg, per_epoch, run.resume_step)
@@ -324,6 +329,15 @@ def prepare(
         # With the autocast that the forward pass has by now: without it the first step would compile once more.
         compile_model(net, cfg.model.compile, trial, (schedule.total - schedule.start) * cfg.num_micro_batches)
     return Prepared(schedule, model, optimizer, ema, best)
+
+
+def _step_of(model: Path) -> int:
+    """After how many steps a run exported a model; 0 if there is none."""
+    try:
+        with safe_open(model / "model.safetensors", "pt") as file:
+            return int(json.loads(file.metadata()[RECORD])["origin"]["step"])
+    except (OSError, SafetensorError, LookupError, TypeError, ValueError):
+        return 0
 
 
 def class_balance(cfg: DenseConfig, counts: Sequence[int] | NDArray[np.int64], device: torch.device) -> Tensor | None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import shlex
 import time
 from collections.abc import Iterator, Sequence
@@ -149,8 +148,6 @@ def worth(cfg: WorthConfig) -> int:
         FloatingPointError: if the loss or a gradient of the pretraining stops being finite. A fine-tuning in which this
             happens has no score, and the others continue.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("worth is one process: start it without a launcher")
     place = cfg.out or Path("runs") / f"{Path(cfg.data).absolute().stem or 'images'}-worth"
     train, test = find_data(cfg.data, cfg.test, cfg.test_share, cfg.seed)
     plan = _saved_plan(place, cfg, train, test)
@@ -162,7 +159,11 @@ def worth(cfg: WorthConfig) -> int:
     jobs = list(_jobs(plan, cfg))
     print(_estimate(plan, jobs, place), flush=True)
     scores = [found for name in cfg.controls for found in _probe(name, place, cfg, plan, train, test)]
-    waiting = [job for job in jobs if last_state(place / "runs" / job.name) != "finished"]
+    done = [job for job in jobs if last_state(place / "runs" / job.name) == "finished"]
+    for job in done:  # of which one may have been cut off when it was done
+        if job.labels is not None:
+            remove_models(place / "runs" / job.name)
+    waiting = [job for job in jobs if job not in done]
     _write(place, cfg, plan, scores, jobs)
     began, computed = time.monotonic(), 0.0
     while waiting:

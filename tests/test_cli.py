@@ -356,6 +356,14 @@ def test_processes_are_counted_before_anything_is_built(
     assert not pretrain.calls
 
 
+def test_commands_of_one_process_are_refused_under_a_launcher(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert main(["predict", "runs/a", "photos", "--csv", "a.csv"]) == 2
+    assert capsys.readouterr().err == "fcmae: error: predict is one process: start it without a launcher\n"
+
+
 @pytest.mark.parametrize(
     "words",
     [

@@ -7,6 +7,7 @@ import importlib.util
 import io
 import os
 import re
+import secrets
 import shutil
 import tarfile
 import threading
@@ -18,6 +19,7 @@ from contextlib import suppress
 from functools import partial
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from random import Random
 from typing import Any, ClassVar
 
 import numpy as np
@@ -494,23 +496,37 @@ def test_what_is_cached_is_read_once(server: str, tmp_path: Path) -> None:
     assert len([asked for _, asked in Handler.asked if asked]) <= 4  # for the index; there are eight images
 
 
-def test_a_cache_keeps_to_its_size_and_forgets_what_was_used_longest_ago(tmp_path: Path) -> None:
+def taken(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*.read"))
+
+
+def test_a_cache_forgets_what_was_used_longest_ago(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(secrets, "randbelow", lambda most: 0)  # it looks each time
     cache = Cache(tmp_path, 64_000)
     for number in range(90):
         cache.put(str(number), bytes(900))
         os.utime(cache._path(str(number)), ns=(number, number))
-        assert cache.get("0") is not None or number > 60
-        assert sum(path.stat().st_size for path in tmp_path.rglob("*.read")) <= 64_000
-    assert cache.get("89") == bytes(900) and cache.get("1") is None
+        if number < 50:
+            assert cache.get("0") is not None  # and is noted as used now
+        assert taken(tmp_path) <= 48_000 + 916
+    assert cache.get("89") == bytes(900) and cache.get("0") == bytes(900) and cache.get("1") is None
     cache.put("large", bytes(2_000))
     assert cache.get("large") is None
 
 
-def test_a_cache_keeps_to_its_size_however_many_processes_fill_it(tmp_path: Path) -> None:
-    caches = [Cache(tmp_path, 64_000, sharers=32) for _ in range(32)]
-    for number in range(320):
+def test_a_cache_keeps_to_its_size_however_many_processes_fill_it_and_looks_rarely(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(secrets, "randbelow", Random(0).randrange)
+    looks, glob = [], Path.glob
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: (looks.append(self), glob(self, pattern))[1])
+    caches = [Cache(tmp_path, 64_000) for _ in range(32)]
+    sizes = []
+    for number in range(640):  # nine times what it holds
         caches[number % 32].put(str(number), bytes(900))
-        assert sum(path.stat().st_size for path in tmp_path.rglob("*.read")) <= 64_000
+        sizes.append(taken(tmp_path))
+    assert max(sizes) <= 72_000 and sizes[-1] > 40_000
+    assert 16 * 9 / 2 < len(looks) < 16 * 9 * 2
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
@@ -549,14 +565,16 @@ def test_what_the_disk_damaged_in_a_cache_is_read_again(tmp_path: Path) -> None:
         assert cache.get("x") is None
 
 
-def test_a_cache_that_cannot_be_trimmed_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_that_another_process_removes_meanwhile_do_not_keep_a_cache_from_being_trimmed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(secrets, "randbelow", lambda most: 0)
+    glob = Path.glob
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: [tmp_path / "gone.read", *glob(self, pattern)])
     cache = Cache(tmp_path, 6400)
-    cache.put("x", b"1")
-    monkeypatch.setattr(Path, "exists", lambda self: True)  # another worker removed it in between
-    monkeypatch.setattr(Path, "glob", lambda self, pattern: [tmp_path / "gone.read"])
-    cache.put("y", bytes(60))
-    cache.put("z", bytes(60))
-    assert cache.get("z") == bytes(60)
+    for number in range(200):
+        cache.put(str(number), bytes(60))
+    assert cache.get("199") == bytes(60) and taken(tmp_path) <= 4800
 
 
 @web

@@ -275,6 +275,62 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert "ema_auroc" in metrics(tmp_path / "cut")[-1]
 
 
+def test_the_best_model_stays_where_later_ones_are_worse(
+    labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut off after each step and resumed: the best is that of the second epoch, however far it is undone."""
+    given, scored = {4: 0.5, 8: 0.9, 12: 0.6, 16: 0.7}, finetuning.Evaluation.evaluate
+
+    def evaluate(self: finetuning.Evaluation, net: Classifier, ema: Any, step: int, *rest: Any) -> None:
+        with monkeypatch.context() as patch:
+            found = finetuning.scores
+            patch.setattr(finetuning, "scores", lambda *args: found(*args) | {"balanced_accuracy": given[step]})
+            scored(self, net, ema, step, *rest)
+
+    monkeypatch.setattr(finetuning.Evaluation, "evaluate", evaluate)
+    settings = {"model__variant": runs.TINY, "model__stem_stride": 1, "epochs": 4, "log__eval_epochs": 1}
+
+    def best(out: Path) -> tuple[Any, ...]:
+        origin = read_weights(out / "best").origin
+        return origin["step"], origin["balanced_accuracy"]
+
+    for cut in (7, 11, 15):
+        out = tmp_path / str(cut)
+        with monkeypatch.context() as patch:
+            at_step(patch, cut, kill_self(signal.SIGTERM))
+            assert finetune(labelled, out, **settings) == 143
+        assert best(out) == ((4, 0.5) if cut == 7 else (8, 0.9))
+        runs.forget_accelerator()
+        assert finetune(labelled, out, **settings) == 0
+        runs.forget_accelerator()
+        assert best(out) == (8, 0.9) and read_weights(out / "last").origin["step"] == 16
+
+
+def test_a_best_model_of_a_step_that_was_undone_is_not_held_for_the_one_before(
+    labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"model__variant": runs.TINY, "model__stem_stride": 1, "epochs": 3, "checkpoint__every_epochs": 0.5}
+    given = {4: 0.5, 8: 0.9, 12: 0.7}
+    scored = finetuning.scores
+    step = list[int]()
+    monkeypatch.setattr(finetuning, "scores", lambda *args: scored(*args) | {"balanced_accuracy": given[step[-1]]})
+    evaluate = finetuning.Evaluation.evaluate
+    monkeypatch.setattr(
+        finetuning.Evaluation,
+        "evaluate",
+        lambda self, net, ema, number, *rest: (step.append(number), evaluate(self, net, ema, number, *rest))[1],
+    )
+    assert finetune(labelled, tmp_path / "run", **settings, checkpoint__keep=99) == 0
+    runs.forget_accelerator()
+    for number, place in checkpoint.steps(tmp_path / "run").items():  # as if it had been killed after step 8
+        if number > 6:
+            shutil.rmtree(place)
+    given |= {8: 0.6}  # as another GPU may round
+    assert finetune(labelled, tmp_path / "run", **settings, checkpoint__keep=99) == 0
+    origin = read_weights(tmp_path / "run" / "best").origin
+    assert (origin["step"], origin["balanced_accuracy"]) == (12, 0.7)
+
+
 def test_a_run_goes_on_reading_images_as_it_began_whatever_its_first_weights_are_by_now(
     pretrained: Path, labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

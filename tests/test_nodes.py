@@ -339,23 +339,46 @@ else:
 """
 
 
+# Begins, and fails when it is warned.
+FAILING = """\
+import os, pathlib, signal, sys, time
+signal.signal(signal.SIGUSR1, lambda *_: sys.exit(2))
+pathlib.Path(os.environ["REQUEUED"] + ".begun" + os.environ["RANK"]).touch()
+time.sleep(60)
+"""
+SCRIPT = str(Path(__file__).parents[1] / "docs" / "pretrain.sbatch")
+
+
+def slurm(folder: Path, **programs: str) -> tuple[dict[str, str], Path]:
+    """The environment of a job of two tasks here, where srun and scontrol are ours; and where requeueing writes."""
+    place, requeued = folder / "bin", folder / "requeued"
+    place.mkdir()
+    for name, text in {"srun": SRUN, "scontrol": SCONTROL, **programs}.items():
+        (place / name).write_text(f"#!{sys.executable}\n{text}")
+        (place / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "4321", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NTASKS": "2", "REQUEUED": str(requeued)}
+    path = f"{place}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return os.environ | job | {"PATH": path, "OMP_NUM_THREADS": "1"}, requeued
+
+
+def test_a_job_under_slurm_that_fails_after_the_warning_is_not_queued_again(tmp_path: Path) -> None:
+    environment, requeued = slurm(tmp_path, fcmae=FAILING)
+    log = tmp_path / "log.txt"
+    with log.open("wb") as file:
+        job = subprocess.Popen(["bash", SCRIPT, "pretrain"], env=environment, stdout=file, stderr=file)
+        try:
+            wait_until(lambda: len(list(tmp_path.glob("requeued.begun*"))) == 2, [job], [log])
+            job.send_signal(signal.SIGUSR1)
+            assert ended(job, log) == 2, log.read_text()
+        finally:
+            Nodes.kill(job)
+    assert not requeued.exists()
+
+
 def test_a_job_under_slurm_that_is_warned_saves_and_goes_back_into_the_queue(images: Path, tmp_path: Path) -> None:
-    """srun and scontrol are ours: two tasks on this machine."""
-    programs, out, requeued = tmp_path / "bin", tmp_path / "out", tmp_path / "requeued"
-    programs.mkdir()
-    for name, text in {"srun": SRUN, "scontrol": SCONTROL}.items():
-        (programs / name).write_text(f"#!{sys.executable}\n{text}")
-        (programs / name).chmod(0o755)
-    slurm = {"SLURM_JOB_ID": "4321", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NTASKS": "2", "REQUEUED": str(requeued)}
-    path = f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = os.environ | slurm | {"PATH": path, "OMP_NUM_THREADS": "1"}
-    script = Path(__file__).parents[1] / "docs" / "pretrain.sbatch"
-    words = [
-        "bash",
-        str(script),
-        "pretrain",
-        *flags(images, out, **OPTIONS | {"epochs": 200, "checkpoint__every_epochs": 999}),
-    ]
+    out, (environment, requeued) = tmp_path / "out", slurm(tmp_path)
+    options = OPTIONS | {"epochs": 200, "checkpoint__every_epochs": 999}
+    words = ["bash", SCRIPT, "pretrain", *flags(images, out, **options)]
     log = tmp_path / "log.txt"
     with log.open("wb") as file:
         job = subprocess.Popen(words, env=environment, stdout=file, stderr=file)

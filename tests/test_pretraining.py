@@ -388,6 +388,10 @@ def test_a_model_of_the_caller_s_own_is_read_by_its_own_numbers(images: Path, tm
     assert weights.architecture.spec == own and "encoder.stages.1.1.dwconv.weight" in weights.state
     with pytest.raises(ValueError, match=r"data\.in_chans is 3, and the model's encoder has 2"):
         pretraining.pretrain(cfg.model_copy(update={"out": tmp_path / "two"}), build_fcmae(Encoder(own, 2), 8))
+    coarse = Encoder(ConvNeXtSpec(depths=(1, 2), dims=(8, 12), stem_stride=3), 3)
+    with pytest.raises(ValueError, match=r"model\.mask_patch is 8, no multiple of 6, the stride of the model's encoder"):
+        pretraining.pretrain(cfg.model_copy(update={"out": tmp_path / "two"}), build_fcmae(coarse, 8))
+    assert not (tmp_path / "two").exists()
 
 
 def test_settings_reach_what_they_are_for(images: Path, tmp_path: Path) -> None:

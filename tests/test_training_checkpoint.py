@@ -270,6 +270,21 @@ def test_moments_that_do_not_fit_are_refused_before_adamw_reads_them(
         checkpoint.load_optimizer_state(optimizer, model, state, tmp_path / "optimizer.safetensors")
 
 
+def test_a_parameter_that_never_got_a_gradient_does_not_keep_a_run_from_going_on(tmp_path: Path) -> None:
+    def made() -> tuple[nn.ModuleDict, torch.optim.AdamW]:
+        model = nn.ModuleDict({"used": nn.Linear(3, 2), "unused": nn.Linear(2, 2)})
+        return model, torch.optim.AdamW(model.parameters(), fused=True)
+
+    model, optimizer = made()
+    model["used"](torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    state = checkpoint.optimizer_state(optimizer, model)
+    again, adamw = made()
+    checkpoint.load_optimizer_state(adamw, again, state, tmp_path / "optimizer.safetensors")
+    found = checkpoint.optimizer_state(adamw, again)
+    assert found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in state)
+
+
 def test_a_disk_without_room_for_the_checkpoints_is_refused_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,7 @@ import io
 import os
 import posixpath
 import random
+import secrets
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,7 +17,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fcmae.atomic import replacing
-from fcmae.data.cores import local_processes, num_cores
 from fcmae.data.source import open_file
 
 INDEX, CACHE = "index", "cache"  # folders of a run directory
@@ -24,6 +24,7 @@ AT_ONCE = 1 << 22  # bytes of a file that is read from its beginning to its end
 TIMEOUT_S = 60.0  # of one request
 TRIES, BACKOFF_S = 5, 0.5  # which doubles each time
 GIGABYTE = 10**9
+LOOKS, USED_S = 16, 600.0  # at a cache while it is filled once; seconds after which a use is noted again
 # What tells versions of an object apart, by what the stores call it.
 VERSIONS = (
     *("ETag", "etag", "md5Hash", "content_md5", "blob_id", "mtime", "LastModified", "last_modified", "created"),
@@ -68,17 +69,18 @@ def _digest(content: bytes) -> bytes:
 
 
 class Cache:
-    """What was read from afar, on this machine; what was used last stays.
+    """What was read from afar; what was used last stays.
+
+    Whoever writes looks by chance at what is there, LOOKS times while the cache is filled once, however many processes
+    fill it: to list and measure thousands of files costs more than to write one.
 
     Args:
         folder: of its files, which several processes may share.
-        most_bytes: that they take.
-        sharers: processes that fill it, at the most.
+        most_bytes: that they take, a few per cent more at times.
     """
 
-    def __init__(self, folder: Path, most_bytes: int, sharers: int = 8) -> None:
-        self._folder, self._most, self._between_looks = folder, most_bytes, most_bytes // (8 * sharers)
-        self._written = most_bytes  # since it was last looked what is there: before the first time, unknown
+    def __init__(self, folder: Path, most_bytes: int) -> None:
+        self._folder, self._most = folder, most_bytes
 
     def _path(self, key: str) -> Path:
         name = hashlib.sha256(os.fsencode(key)).hexdigest()
@@ -87,8 +89,10 @@ class Cache:
     def get(self, key: str) -> bytes | None:
         """What was put there under a key, if it is there still and as it was."""
         try:
-            kept = self._path(key).read_bytes()
-            os.utime(self._path(key))
+            with self._path(key).open("rb") as file:
+                kept = file.read()
+                if time.time() - os.fstat(file.fileno()).st_mtime > USED_S:
+                    os.utime(file.fileno())
         except OSError:
             return None
         content = kept[DIGEST:]
@@ -98,19 +102,20 @@ class Cache:
         """Keep something, or not, if the disk is full or it is a large part of all that may be kept."""
         if len(content) > self._most // 64:
             return
-        self._written += len(content)
         with suppress(OSError):
             with replacing(self._path(key), is_shared=True) as aside:
                 aside.write_bytes(_digest(content) + content)
-            if self._written > self._between_looks:
-                self._written = 0
+            if secrets.randbelow(self._most) < LOOKS * (DIGEST + len(content)):
                 self._trim()
 
     def _trim(self) -> None:
-        found = [(path.stat(), path) for path in self._folder.glob("*/*.read") if path.exists()]
+        found = []
+        for path in self._folder.glob("*/*.read"):
+            with suppress(OSError):  # another process may have removed it
+                found.append((path.stat(), path))
         total = sum(status.st_size for status, _ in found)
         for status, path in sorted(found, key=lambda pair: pair[0].st_mtime_ns):
-            if total <= self._most * 7 // 8:
+            if total <= self._most * 3 // 4:
                 break
             path.unlink(missing_ok=True)
             total -= status.st_size
@@ -142,9 +147,7 @@ class Storage:
         ours = {INDEX, CACHE, "config.yaml"}
         if out is None or (out.exists() and any(out.iterdir()) and not ours & {path.name for path in out.iterdir()}):
             return cls(beside=index == "beside")
-        machines = int(os.environ.get("WORLD_SIZE", "1")) // local_processes()
-        sharers = max(8, num_cores() * machines)  # a worker each
-        cache = Cache(out / CACHE, int(cache_gb * GIGABYTE), sharers) if cache_gb else None
+        cache = Cache(out / CACHE, int(cache_gb * GIGABYTE)) if cache_gb else None
         return cls(out / INDEX, index == "beside", cache)
 
     def read(self, address: str, start: int = 0, size: int | None = None) -> bytes:

@@ -102,9 +102,12 @@ def load_optimizer_state(optimizer: torch.optim.AdamW, model: nn.Module, state: 
     """
     learnt = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter in learnt}
+    # A parameter that gets no gradient has no moments.
+    moved = {flat.rpartition("/")[0] for flat in state} or parameters.keys()
     like = {
         f"{name}/{key}": parameter.new_empty((), dtype=torch.float32) if key == "step" else parameter
         for name, parameter in parameters.items()
+        if name in moved
         for key in ("step", "exp_avg", "exp_avg_sq")
     }
     check_tensors(path, state, like)

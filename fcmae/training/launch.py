@@ -19,7 +19,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import ProjectConfiguration, broadcast, broadcast_object_list, gather_object, parse_flag_from_env
+from accelerate.utils import (
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast,
+    broadcast_object_list,
+    gather_object,
+    parse_flag_from_env,
+)
 from torch import nn
 
 from fcmae.config import RunConfig
@@ -28,6 +35,7 @@ from fcmae.training.messages import last_words
 from fcmae.training.signals import StopSignal
 
 FOREVER = timedelta(days=7)
+PATIENCE = timedelta(hours=1)  # of a collective: others may wait for images of a storage that is down for a while
 STORE_S = 60.0  # that an answer of the store may take on a busy machine
 ENDED = "a process of the run has ended: see what it said"
 # Where torch keeps whether float32 may be computed in TF32.
@@ -63,9 +71,9 @@ def make_accelerator(cfg: RunConfig) -> Accelerator:
             f"device = {cfg.device}: process {os.environ.get('RANK', '0')} of {num_processes} finds no GPU that torch "
             "can use: mend that there, or give all of them --device cpu"
         )
-    there, here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if not cpu and 1 < there < here:  # one is what a launcher may show to each process
-        raise ValueError(f"{here} processes on this machine, and torch finds {there} GPUs: start one for each GPU")
+    there, here = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", "0"))
+    if not cpu and 1 < there <= here:  # one is what a launcher may show to each process
+        raise ValueError(f"process {here} on this machine finds {there} GPUs, from 0 on: start one for each GPU")
     precision = {"fp32": "no", "tf32": "no", "auto": "no"}.get(cfg.precision, cfg.precision)
     # GPUs without bf16 emulate it, slower than float32.
     has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -95,6 +103,7 @@ def make_accelerator(cfg: RunConfig) -> Accelerator:
         mixed_precision=precision,
         log_with=cfg.log.trackers or None,
         project_config=ProjectConfiguration(project_dir=str(cfg.out), logging_dir=f"{cfg.out}/tensorboard"),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
 
 
@@ -263,10 +272,9 @@ def closing_trackers(accelerator: Accelerator) -> Iterator[None]:
 
 
 def finish(accelerator: Accelerator, stop: StopSignal) -> None:
-    """End a run: tell all processes of a signal to one, and let none go before the others.
+    """End a run: tell all processes of a signal to one.
 
-    A launcher that sees one end with a signal's status ends the rest, of which one may still save. The processes stay
-    joined until they end, for another run of the same script: they cannot be joined twice.
+    The processes stay joined until they end, for another run of the same script: they cannot be joined twice.
 
     Args:
         accelerator: of the processes.

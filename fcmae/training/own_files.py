@@ -163,9 +163,13 @@ def remove(run: Path) -> None:
 
 def remove_models(run: Path) -> None:
     """Remove the checkpoints and exported models of a finished run, which is then done and no longer goes on."""
-    shutil.rmtree(run / "checkpoints", ignore_errors=True)
-    for path in [run / place / name for place in ("best", "last") for name in EXPORTED]:
+    models = {f"{place}/{name}" for place in ("best", "last") for name in EXPORTED}
+    patterns = tuple(name for name in RESULTS if name.startswith("checkpoints/") or name in models)
+    for path in written(run, patterns):
         path.unlink(missing_ok=True)
+    for folder in [*(run / "checkpoints").glob("*/"), run / "checkpoints"]:
+        with suppress(OSError):  # not empty
+            folder.rmdir()
 
 
 def remove_aside(run: Path) -> None:

@@ -43,6 +43,9 @@ class Session(Generic[Fitting]):
             around.enter_context(self.stop)
             yield
             finish(self.accelerator, self.stop)
+        # A launcher that sees one end with a signal's status ends the rest, of which the first still writes.
+        with waiting_for_all(self.accelerator):
+            pass
 
     def result(self) -> Run:
         """The run, ended."""
