@@ -29,7 +29,7 @@ from fcmae.config.commands import PruneConfig
 from fcmae.data.normalize import Normalize
 from fcmae.heads import Segmenter
 from fcmae.layouts import DENSE, PACKED
-from fcmae.masked import masked_loss
+from fcmae.masked import FCMAE, masked_loss
 from fcmae.networks.encoder import StagedEncoder
 from fcmae.networks.spec import NetworkSpec
 from fcmae.segmentation import check_sides
@@ -52,6 +52,7 @@ def pretrain(
     variant: str | NetworkSpec | None = None,
     config: PathLike | None = None,
     settings: Mapping[str, Any] | PretrainConfig | None = None,
+    model: FCMAE | None = None,
 ) -> Run:
     """Pretrain an encoder on unlabeled images, or resume the run in `out`, as `fcmae pretrain` does.
 
@@ -64,6 +65,8 @@ def pretrain(
         settings: more settings, which override the file's: a mapping, with sections as mappings or dotted keys,
             {"epochs": 100, "data.image_size": 64}; or a `PretrainConfig`. `fcmae pretrain --help` lists them. The
             arguments above override both.
+        model: of your own, which is trained, and resumed, instead of the one that `variant` and `settings` describe.
+            Beside it nothing is chosen: what you do not give has its default.
 
     Returns:
         The run, finished, or stopped by a signal after a checkpoint (an interrupted notebook sends SIGINT). The same
@@ -75,8 +78,9 @@ def pretrain(
     """
     paths = [images] if isinstance(images, str | os.PathLike) else images
     given = {"data.path": paths, "out": out, "model.variant": variant}
+    complete = planning.pretraining if model is None else None
     with for_a_caller():
-        return pretraining.pretrain(_settings(PretrainConfig, given, config, settings, planning.pretraining))
+        return pretraining.pretrain(_settings(PretrainConfig, given, config, settings, complete), model)
 
 
 def finetune(
@@ -148,7 +152,7 @@ def _settings(
     given: Mapping[str, Any],
     config: PathLike | None,
     settings: Mapping[str, Any] | Config | None,
-    complete: options.Complete,
+    complete: options.Complete | None,
 ) -> Config:
     """The settings of a run: `given` overrides `settings`, which override the file.
 
@@ -166,7 +170,7 @@ def _settings(
     values |= {key: value for key, value in given.items() if value is not None}
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     name = None if config is None else os.fspath(config)
-    if isinstance(settings, model) and (settings.hours is None or settings.chosen):
+    if complete is not None and isinstance(settings, model) and (settings.hours is None or settings.chosen):
         return options.settled(options.make(model, values, name, processes), complete)
     return options.make(model, values, name, processes, complete)
 

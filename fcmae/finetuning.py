@@ -44,6 +44,7 @@ from fcmae.starting import (
     starting_weights,
 )
 from fcmae.training.launch import (
+    giving_back,
     same_everywhere,
     share_buffers,
     waiting_for_all,
@@ -98,7 +99,7 @@ def finetune(cfg: FinetuneConfig, net: Classifier | None = None) -> Run:
         check_start(cfg, run, net, num_images, images, accelerator.num_processes)
         if cfg.eval_only:
             check_scored(run, {"files.json": train_images, "val_files.json": val_images})
-        with session.open():
+        with session.open(), giving_back(net):
             with waiting_for_all(accelerator):
                 if accelerator.is_main_process:
                     train_images.save(run.path / "files.json")

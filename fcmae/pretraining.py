@@ -38,6 +38,7 @@ from fcmae.networks.spec import describe
 from fcmae.training import checkpoint, optim
 from fcmae.training.compiling import compile_model
 from fcmae.training.launch import (
+    giving_back,
     same_everywhere,
     waiting_for_all,
 )
@@ -96,7 +97,7 @@ def pretrain(cfg: PretrainConfig, net: FCMAE | None = None) -> Run:
             with waiting_for_all(accelerator):
                 if accelerator.is_main_process:
                     labelled = find_monitored_labels(cfg.monitor.labelled, reading_of(cfg.data), cfg.seed)
-        with session.open():
+        with session.open(), giving_back(net):
             with waiting_for_all(accelerator):
                 if accelerator.is_main_process:
                     if are_new:

@@ -59,6 +59,7 @@ from fcmae.starting import (
     starting_weights,
 )
 from fcmae.training.launch import (
+    giving_back,
     same_everywhere,
     share_buffers,
     waiting_for_all,
@@ -135,7 +136,7 @@ def segment(cfg: SegmentConfig, net: Segmenter | None = None) -> Run:
         check_start(cfg, run, net, num_images, data.fingerprint(), accelerator.num_processes)
         if cfg.eval_only:
             check_scored(run, dict(zip(FILES, data, strict=True)))
-        with session.open():
+        with session.open(), giving_back(net):
             with waiting_for_all(accelerator):
                 if accelerator.is_main_process:
                     for name, part in zip(FILES, data, strict=True):

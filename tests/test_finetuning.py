@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from fcmae import cli, finetuning, options
 from fcmae.config import FinetuneConfig
 from fcmae.data.augment import FinetuneAugment
-from fcmae.data.index import find_images, find_labelled
+from fcmae.data.index import Images, find_images, find_labelled
 from fcmae.evaluation.models import load_backbone
 from fcmae.finetuning import classification_loss
 from fcmae.heads import Classifier
@@ -273,6 +273,19 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
         assert cut.read_text() == whole.read_text()
     assert any(name.startswith("ema:") for name in final_state(tmp_path / "cut"))
     assert "ema_auroc" in metrics(tmp_path / "cut")[-1]
+
+
+def test_classes_that_nothing_is_learnt_of_or_scored_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    names = tuple("abcdefgh")
+    train, val = Images.of_files(["1", "2"], [0, 1], names), Images.of_files(["3", "4"], list(range(8))[:2], names)
+    finetuning.tell_missing(train, val)
+    assert [record.message for record in caplog.records] == [
+        "6 of 8 classes have no image to learn from: c, d, e, f, g, ...",
+        "6 of 8 classes have no image held out, and count in no score: c, d, e, f, g, ...",
+    ]
+    caplog.clear()
+    finetuning.tell_missing(Images.of_files([], [], names), Images.of_files(list(names), range(8), names))
+    assert not caplog.records
 
 
 def test_the_best_model_stays_where_later_ones_are_worse(

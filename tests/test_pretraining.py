@@ -389,9 +389,24 @@ def test_a_model_of_the_caller_s_own_is_read_by_its_own_numbers(images: Path, tm
     with pytest.raises(ValueError, match=r"data\.in_chans is 3, and the model's encoder has 2"):
         pretraining.pretrain(cfg.model_copy(update={"out": tmp_path / "two"}), build_fcmae(Encoder(own, 2), 8))
     coarse = Encoder(ConvNeXtSpec(depths=(1, 2), dims=(8, 12), stem_stride=3), 3)
-    with pytest.raises(ValueError, match=r"model\.mask_patch is 8, no multiple of 6, the stride of the model's encoder"):
+    with pytest.raises(ValueError, match=r"model\.mask_patch is 8, no multiple of 6, the stride of"):
         pretraining.pretrain(cfg.model_copy(update={"out": tmp_path / "two"}), build_fcmae(coarse, 8))
     assert not (tmp_path / "two").exists()
+
+
+def test_a_model_that_is_trained_twice_has_the_precision_of_each_run(images: Path, tmp_path: Path) -> None:
+    spec = ConvNeXtSpec(depths=(1, 2), dims=(8, 12), stem_stride=2)
+    net = build_fcmae(Encoder(spec, 3), 8)
+    seen = list[torch.dtype]()
+    net.decoder.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    attributes = set(vars(net))
+    options = {"epochs": 1, "model__variant": "{depths: [1, 1], dims: [8, 8]}", "model__stem_stride": 2}
+    for precision, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        seen.clear()
+        out = tmp_path / str(len(list(tmp_path.iterdir())))
+        pretraining.pretrain(config(images, out, precision=precision, **options), net)
+        runs.forget_accelerator()
+        assert set(seen) == {dtype} and set(vars(net)) == attributes
 
 
 def test_settings_reach_what_they_are_for(images: Path, tmp_path: Path) -> None:
@@ -709,15 +724,28 @@ def test_a_second_interrupt_ends_at_once(images: Path, tmp_path: Path, monkeypat
     assert list(checkpoint.steps(tmp_path / "out")) == [3]
 
 
+def _wait_in_step(number: int, path: Path) -> None:
+    """Have this process not go beyond a step before a path is there."""
+
+    def wait() -> None:
+        deadline = time.monotonic() + 60
+        while not path.exists() and time.monotonic() < deadline:
+            time.sleep(0.005)
+
+    at_step(pytest.MonkeyPatch(), number, wait)
+
+
 @pytest.mark.parametrize(("number", "status"), STATUSES)
 def test_a_signal_from_outside_stops_a_process_with_workers(
     uninterrupted: Path, images: Path, tmp_path: Path, number: signal.Signals, status: int
 ) -> None:
     out = tmp_path / "out"
     command = ["pretrain", *flags(images, out, data__num_workers=1)]
-    process = start(command, tmp_path / "log.txt")
+    signalled = tmp_path / "signalled"
+    process = start(command, tmp_path / "log.txt", prepare=partial(_wait_in_step, 5, signalled))
     wait_for(lambda: (out / "metrics.jsonl").exists(), process)
     os.kill(process.pid, number)
+    signalled.touch()
     process.join(60)
     assert process.exitcode == status, (tmp_path / "log.txt").read_text()
     assert max(checkpoint.steps(out)) < STEPS, "it was over before the signal"

@@ -405,6 +405,13 @@ def test_a_pipe_in_place_of_a_file_is_not_waited_for(tmp_path: Path, name: str) 
         read_tensors(place, "model")
 
 
+def test_the_scale_of_fp16_is_restored(tmp_path: Path) -> None:
+    scaler, other = (torch.amp.GradScaler("cpu", init_scale=scale) for scale in (64.0, 1024.0))
+    place = write(tmp_path, progress={"scaler": scaler.state_dict()})
+    restore(place, *trained(), NO_OTHER_NAMES, other)
+    assert other.get_scale() == 64.0
+
+
 def test_progress_that_the_run_cannot_use_is_said_in_a_sentence(tmp_path: Path) -> None:
     place = write(tmp_path, progress={"scaler": {"scale": 3}})
     with pytest.raises(ValueError, match=r"step-00000007/checkpoint.json has no usable progress \(KeyError"):

@@ -11,11 +11,13 @@ from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from hypothesis import given
 from hypothesis import strategies as st
 from runs import config, forget_accelerator, write_images
@@ -245,6 +247,50 @@ def test_a_gradient_that_is_not_finite_is_named_and_no_other(
     with pytest.raises(FloatingPointError, match=r"^the gradient is not finite in 2.bias \(1 parameters in all\)$"):
         start(accelerator, net, net(batch).square().mean(), clip_grad).result()
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def fp16_step(accelerator: Accelerator, net: nn.Module, optimizer: Any, scale: float = 1.0) -> StartedStep:
+    """A step of a loss of which the scaled gradient is `scale` times as large, as a GPU in fp16 would take it."""
+    loss = net(torch.ones(1, 4)).sum() * scale
+    accelerator.scaler.scale(loss).backward()
+    return start_update(accelerator, net, optimizer, loss.detach())
+
+
+def test_fp16_skips_a_step_that_overflows_and_scales_the_next_loss_down(
+    accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = nn.Linear(4, 2)
+    # The largest scale whose gradient of 1 is finite, so that one of 4 is not.
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=1000)
+    monkeypatch.setattr(accelerator, "scaler", scaler)
+    monkeypatch.setattr(
+        accelerator, "unscale_gradients", lambda optimizer: scaler.unscale_(optimizer.optimizer), raising=False
+    )
+    optimizer = AcceleratedOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), device_placement=False, scaler=scaler)
+    before = copy.deepcopy(net.state_dict())
+    found = fp16_step(accelerator, net, optimizer, 4.0).result()
+    assert math.isfinite(found.loss) and not math.isfinite(found.grad_norm)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert scaler.get_scale() == 2.0**126
+    found = fp16_step(accelerator, net, optimizer).result()
+    assert found.grad_norm == pytest.approx(math.sqrt(10)) and scaler.get_scale() == 2.0**126
+    assert not torch.equal(net.weight, before["weight"])
+
+
+def test_fp16_ends_a_run_whose_gradient_no_scale_makes_finite(
+    accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = nn.Linear(4, 2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.5)
+    monkeypatch.setattr(accelerator, "scaler", scaler)
+    monkeypatch.setattr(
+        accelerator, "unscale_gradients", lambda optimizer: scaler.unscale_(optimizer.optimizer), raising=False
+    )
+    optimizer = AcceleratedOptimizer(torch.optim.SGD(net.parameters(), lr=0.1), device_placement=False, scaler=scaler)
+    loss = net(torch.ones(1, 4)).sum()
+    scaler.scale(loss * torch.tensor(3e38) * 10).backward()
+    with pytest.raises(FloatingPointError, match="not finite however far fp16's loss is scaled down"):
+        start_update(accelerator, net, optimizer, loss.detach()).result()
 
 
 @given(st.integers(1, 40), st.sampled_from(["0.1", "0.25", "0.3", "0.7", "1", "1.5", "3"]), st.integers(1, 30))

@@ -14,7 +14,7 @@ import sys
 import time
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
@@ -276,7 +276,10 @@ def also_in(images: Images, others: Images) -> list[str]:
         images: that are looked for.
         others: that they are looked for among; of very many, names alone count.
     """
-    identity = _identity if len(images) + len(others) <= MAX_LOOKED_AT else str
+    identity: Callable[[str], tuple[int, int] | str] = _identity
+    if len(images) + len(others) > MAX_LOOKED_AT:
+        logger.info("of %d images only the names are compared, not links and second names", len(images) + len(others))
+        identity = str
     known = set(map(identity, others.names()))
     return [name for name in images.names() if identity(name) in known]
 

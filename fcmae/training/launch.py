@@ -38,6 +38,8 @@ FOREVER = timedelta(days=7)
 PATIENCE = timedelta(hours=1)  # of a collective: others may wait for images of a storage that is down for a while
 STORE_S = 60.0  # that an answer of the store may take on a busy machine
 ENDED = "a process of the run has ended: see what it said"
+# Attributes of a module that accelerate and `torch.nn.Module.compile` set.
+_PREPARED = ("forward", "_original_forward", "_is_accelerate_prepared", "_compiled_call_impl")
 # Where torch keeps whether float32 may be computed in TF32.
 _PRECISIONS: tuple[Any, ...] = (
     torch.backends.cuda.matmul,
@@ -105,6 +107,23 @@ def make_accelerator(cfg: RunConfig) -> Accelerator:
         project_config=ProjectConfiguration(project_dir=str(cfg.out), logging_dir=f"{cfg.out}/tensorboard"),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
+
+
+@contextmanager
+def giving_back(model: nn.Module) -> Iterator[None]:
+    """Around a run: precision and compilation of its model end with it, so that another run has its own.
+
+    Args:
+        model: that is trained.
+    """
+    own = vars(model)
+    before = {name: own[name] for name in _PREPARED if name in own}
+    try:
+        yield
+    finally:
+        for name in _PREPARED:
+            own.pop(name, None)
+        own |= before
 
 
 def _check_trackers(names: Sequence[str]) -> None:
