@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from timm.models import FeatureInfo
@@ -27,7 +27,7 @@ from fcmae.config import FinetuneConfig, PretrainConfig, RunConfig, SegmentConfi
 from fcmae.config.base import find_run
 from fcmae.config.commands import PruneConfig
 from fcmae.data.normalize import Normalize
-from fcmae.heads import Segmenter
+from fcmae.heads import Classifier, Segmenter
 from fcmae.layouts import DENSE, PACKED
 from fcmae.masked import FCMAE, masked_loss
 from fcmae.networks.encoder import StagedEncoder
@@ -35,14 +35,26 @@ from fcmae.networks.spec import NetworkSpec
 from fcmae.segmentation import check_sides
 from fcmae.training.launch import for_a_caller
 from fcmae.training.run import Run
-from fcmae.weights.convert import build_encoder, convert
+from fcmae.weights.convert import build_classifier, build_encoder, convert
 from fcmae.weights.files import read_weights, segmenter_in
 from fcmae.weights.segmenters import read_segmenter
 
-__all__ = ["Features", "Segmented", "export", "finetune", "load", "masked_loss", "pretrain", "prune", "segment"]
+__all__ = [
+    "Classified",
+    "Features",
+    "Segmented",
+    "export",
+    "finetune",
+    "load",
+    "masked_loss",
+    "pretrain",
+    "prune",
+    "segment",
+]
 
 PathLike = str | os.PathLike[str]
 Config = TypeVar("Config", bound=RunConfig)
+Headed = TypeVar("Headed", Classifier, Segmenter)
 
 
 def pretrain(
@@ -256,24 +268,57 @@ class Features(nn.Module):
         return mask
 
 
-class Segmented(Features):
-    """An encoder with the head of `segment`, which normalises images itself: features, and a class for every pixel.
+class _Headed(Features, Generic[Headed]):
+    """An encoder with a head, which normalises images itself.
 
     Attributes:
-        segmenter: the network, on normalised images.
+        model: the network, on normalised images.
         class_names: names of its outputs.
     """
 
-    def __init__(self, segmenter: Segmenter, normalize: Normalize, class_names: Sequence[str]) -> None:
-        super().__init__(segmenter.encoder, normalize)
+    model: Headed
+
+    def __init__(self, model: Headed, normalize: Normalize, class_names: Sequence[str]) -> None:
+        super().__init__(model.encoder, normalize)
         del self.encoder  # registered twice, its tensors would be twice in a state dict
-        self.segmenter = segmenter
+        self.model = model
         self.class_names = tuple(class_names)
 
     @property
     def encoder(self) -> StagedEncoder:  # type: ignore[override]  # it is not set
-        """The segmenter's encoder."""
-        return self.segmenter.encoder
+        """The network's encoder."""
+        encoder: StagedEncoder = self.model.encoder
+        return encoder
+
+
+class Classified(_Headed[Classifier]):
+    """An encoder with the head of `finetune`, which normalises images itself: features, and a class for every image.
+
+    Attributes:
+        model: the network, on normalised images.
+        class_names: names of its outputs.
+    """
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Class logits, (B, classes), whose softmax are the probabilities that `fcmae predict` writes.
+
+        Args:
+            images: see `forward`. `predict` resizes and crops to the size that the network was trained at.
+
+        Raises:
+            ValueError: see `forward`.
+        """
+        found: Tensor = self.model(self._normalized(images))
+        return found
+
+
+class Segmented(_Headed[Segmenter]):
+    """An encoder with the head of `segment`, which normalises images itself: features, and a class for every pixel.
+
+    Attributes:
+        model: the network, on normalised images.
+        class_names: names of its outputs.
+    """
 
     def maps(self, images: Tensor) -> Tensor:
         """Class logits of every pixel, (B, classes, H, W); with `model.head` anytime they have no gradients.
@@ -286,7 +331,7 @@ class Segmented(Features):
         """
         normalized = self._normalized(images)
         check_sides("images", normalized.shape[2:], self.encoder.total_stride)
-        logits: Tensor = self.segmenter(normalized)
+        logits: Tensor = self.model(normalized)
         return logits
 
     def anytime(
@@ -305,9 +350,9 @@ class Segmented(Features):
         Raises:
             ValueError: see `Anytime.anytime`; or if the model was not trained with `model.head` anytime.
         """
-        if not isinstance(self.segmenter, Anytime):
+        if not isinstance(self.model, Anytime):
             raise ValueError("this model answers once: train one with model.head anytime, or use maps")
-        yield from self.segmenter.anytime(self._normalized(images), tau, budget)
+        yield from self.model.anytime(self._normalized(images), tau, budget)
 
 
 def load(source: PathLike, *, key: str | None = None, prefix: str | None = None) -> Features:
@@ -321,7 +366,7 @@ def load(source: PathLike, *, key: str | None = None, prefix: str | None = None)
 
     Returns:
         The module, on the CPU, in evaluation mode. It normalises images as in the training of the weights. For a model
-        of `segment`, a `Segmented`.
+        of `finetune` a `Classified`, of `segment` a `Segmented`.
 
     Raises:
         ValueError: if `source` holds no such weights, or does not state the mean and std of its channels; for grey and
@@ -332,7 +377,10 @@ def load(source: PathLike, *, key: str | None = None, prefix: str | None = None)
         segmenter, weights, record = read_segmenter(place)
         return Segmented(segmenter, weights.reading(os.fspath(source)).normalize, record.class_names).eval()
     weights = read_weights(place, key=key, prefix=prefix)
-    return Features(build_encoder(weights), weights.reading(os.fspath(source)).normalize).eval()
+    normalize = weights.reading(os.fspath(source)).normalize
+    if weights.architecture.num_classes and weights.class_names:
+        return Classified(build_classifier(weights), normalize, weights.class_names).eval()
+    return Features(build_encoder(weights), normalize).eval()
 
 
 def export(

@@ -52,7 +52,7 @@ from fcmae.training.launch import (
 from fcmae.training.log import Log
 from fcmae.training.run import Run, RunDirectory
 from fcmae.training.session import Session, begin
-from fcmae.training.steps import AT_ONCE, Steps, limit_to_known_memory, micro_batch_size
+from fcmae.training.steps import Steps, evaluated_at_once, limit_to_known_memory
 from fcmae.weights.convert import save_classifier
 from fcmae.weights.files import ImageRecord, Weights
 from fcmae.weights.formats import rename
@@ -146,9 +146,7 @@ def train(
     ready = prepare(cfg, run, accelerator, net, reading.image_size, per_epoch, partial(rename, to="timm"))
     schedule, ema, best = ready.schedule, ready.ema, ready.best
     normalize = reading.normalize.to(accelerator.device)
-    at_once = micro_batch_size(cfg, accelerator.num_processes)
-    if cfg.eval_only:  # batch_size was given for no step
-        at_once = min(at_once, AT_ONCE.get(accelerator.device.type, min(AT_ONCE.values())))
+    at_once = evaluated_at_once(cfg, accelerator.num_processes, accelerator.device.type)
     images_used = fingerprint(train_images, val_images)
     assert train_images.labels is not None
     counts = np.bincount(train_images.labels, minlength=len(weights.class_names))

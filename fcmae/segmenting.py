@@ -67,7 +67,7 @@ from fcmae.training.launch import (
 from fcmae.training.log import Log
 from fcmae.training.run import Run, RunDirectory
 from fcmae.training.session import Session, begin
-from fcmae.training.steps import Steps, limit_to_known_memory, micro_batch_size
+from fcmae.training.steps import Steps, evaluated_at_once, limit_to_known_memory
 from fcmae.weights.files import ImageRecord, Weights
 from fcmae.weights.segmenters import read_segmenter, save_segmenter
 
@@ -180,7 +180,7 @@ def train(
     ready = prepare(cfg, run, accelerator, net, reading.image_size, per_epoch)
     schedule, ema, best = ready.schedule, ready.ema, ready.best
     normalize = reading.normalize.to(accelerator.device)
-    at_once = micro_batch_size(cfg, accelerator.num_processes)
+    at_once = evaluated_at_once(cfg, accelerator.num_processes, accelerator.device.type)
     images_used = data.fingerprint()
     balance, dice = class_balance(cfg, data.counts, accelerator.device), cfg.regularization.dice
 

@@ -31,8 +31,10 @@ from fcmae.config import FinetuneConfig, PretrainConfig
 from fcmae.data.augment import seeded
 from fcmae.data.normalize import Normalize
 from fcmae.layouts import Masked
+from fcmae.masked import build_fcmae
 from fcmae.networks.convnext import Encoder
 from fcmae.networks.spec import VARIANTS, ConvNeXtSpec
+from fcmae.options import read
 from fcmae.training.run import Run
 from fcmae.weights.files import read_weights
 
@@ -235,6 +237,17 @@ def test_a_run_outside_the_main_thread_leaves_signals_alone(photos: Path, tmp_pa
     assert found == [Run(tmp_path / "out", "pretrain")]
 
 
+def test_a_model_of_one_s_own_is_trained_with_default_settings(photos: Path, tmp_path: Path) -> None:
+    net = build_fcmae(Encoder(ConvNeXtSpec(depths=(1, 1), dims=(4, 8), stem_stride=4), 3), 8)
+    before = copy.deepcopy(net.state_dict())
+    settings = {"data.image_size": 64, "epochs": 1, "batch_size": 4, "device": "cpu", "optim.warmup_epochs": 0}
+    run = fcmae.pretrain(photos, tmp_path / "out", model=net, settings=settings)
+    assert run.finished
+    assert not all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert fcmae.load(run).encoder.spec.dims == (4, 8)
+    assert read(PretrainConfig, tmp_path / "out" / "config.yaml").chosen.keys() == {"grad_accum"}
+
+
 # Settings
 
 
@@ -242,7 +255,7 @@ def test_a_run_outside_the_main_thread_leaves_signals_alone(photos: Path, tmp_pa
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The settings that runs would start with."""
     found: list[Any] = []
-    monkeypatch.setattr(pretraining, "pretrain", found.append)
+    monkeypatch.setattr(pretraining, "pretrain", lambda cfg, net: found.append(cfg))
     monkeypatch.setattr(finetuning, "finetune", found.append)
     monkeypatch.setattr(segmenting, "segment", found.append)
     monkeypatch.setattr(planning, "_grad_accum", lambda cfg, measure: {"grad_accum": 1})

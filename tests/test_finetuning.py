@@ -18,9 +18,11 @@ import pytest
 import runs
 import timm
 import torch
+from PIL import Image
 from runs import assert_same, at_step, final_state, flags, kill_self, write_colors, write_images
 from safetensors.torch import load_file
 
+import fcmae
 from fcmae import cli, finetuning, options
 from fcmae.config import FinetuneConfig
 from fcmae.data.augment import FinetuneAugment
@@ -273,6 +275,22 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
         assert cut.read_text() == whole.read_text()
     assert any(name.startswith("ema:") for name in final_state(tmp_path / "cut"))
     assert "ema_auroc" in metrics(tmp_path / "cut")[-1]
+
+
+def test_a_classifier_gives_features_and_the_classes_that_predict_writes(tuned: Path, labelled: Path) -> None:
+    model = fcmae.load(tuned)
+    assert isinstance(model, fcmae.api.Classified) and model.class_names == ("blue", "green")
+    with (tuned / "best" / "predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    # Square images, as large as the network's.
+    pixels = np.stack([np.asarray(Image.open(row["path"]).convert("RGB").resize((32, 32))) for row in rows])
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        found = model.logits(images).softmax(1)
+    assert [model.class_names[i] for i in found.argmax(1)] == [row["predicted"] for row in rows]
+    assert model(images).shape == (len(rows), 1, 1, 320)
+    encoder = fcmae.load(tuned / "best")
+    assert_same(encoder.state_dict(), model.state_dict())
 
 
 def test_classes_that_nothing_is_learnt_of_or_scored_are_told(caplog: pytest.LogCaptureFixture) -> None:

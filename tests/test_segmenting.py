@@ -646,7 +646,7 @@ def test_answers_come_one_by_one_from_python(anytime: Path, segmented: Path) -> 
     images = torch.randint(256, (1, 3, 16, 24), dtype=torch.uint8)
     answers = list(model.anytime(images, tau=1.0))
     assert len(answers) == 4 and [answer.pixels().shape for answer in answers] == [(1, 2, 16, 24)] * 4
-    model.segmenter.head.tau = 1.0
+    model.model.head.tau = 1.0
     assert torch.equal(model.maps(images), answers[-1].pixels())
     plain = fcmae.load(segmented)
     assert isinstance(plain, fcmae.api.Segmented) and plain.maps(images).shape == (1, 2, 16, 24)

@@ -75,6 +75,18 @@ def micro_batch_size(cfg: RunConfig, num_processes: int) -> int:
     return max(1, cfg.batch_size // num_processes // cfg.num_micro_batches)
 
 
+def evaluated_at_once(cfg: DenseConfig, num_processes: int, device_type: str) -> int:
+    """Images that a process computes at once in an evaluation: as in training, for which batch_size was given, if any.
+
+    Args:
+        cfg: of the run.
+        num_processes: of it.
+        device_type: of what computes.
+    """
+    at_once = micro_batch_size(cfg, num_processes)
+    return min(at_once, AT_ONCE.get(device_type, min(AT_ONCE.values()))) if cfg.eval_only else at_once
+
+
 def smaller_micro_batch(cfg: Fitting, num_processes: int) -> Fitting | None:
     """The settings with a smaller micro-batch: half, or the next size that divides the batch.
 
