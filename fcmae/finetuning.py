@@ -37,7 +37,7 @@ from fcmae.starting import (
     check_start,
     check_unlearnt,
     class_balance,
-    kept_reading,
+    kept_weights,
     prepare,
     progress_of,
     reading_for,
@@ -78,7 +78,7 @@ def finetune(cfg: FinetuneConfig, net: Classifier | None = None) -> Run:
     """
     with begin(cfg) as session:
         cfg, run, accelerator = session.cfg, session.run, session.accelerator
-        weights = starting_weights(cfg)
+        weights = kept_weights(run) or starting_weights(cfg)
         if _keeps_head(cfg) and not weights.class_names:
             raise ValueError(f"model.init = {cfg.model.init} has no classifier: give a fine-tuned model")
         train_images, val_images = same_everywhere(accelerator, partial(run_images, cfg, run, weights))
@@ -87,7 +87,7 @@ def finetune(cfg: FinetuneConfig, net: Classifier | None = None) -> Run:
         if net is None:
             net = build_model(cfg, weights, len(val_images.class_names))
         cfg, run.network = run.licensed(cfg, weights.license), describe(net.encoder.spec)
-        reading = kept_reading(run, build_reading(cfg, weights))
+        reading = build_reading(cfg, weights)
         weights = replace(
             weights,
             state={},

@@ -52,7 +52,7 @@ from fcmae.starting import (
     check_start,
     check_unlearnt,
     class_balance,
-    kept_reading,
+    kept_weights,
     prepare,
     progress_of,
     reading_for,
@@ -122,14 +122,14 @@ def segment(cfg: SegmentConfig, net: Segmenter | None = None) -> Run:
     """
     with begin(cfg) as session:
         cfg, run, accelerator = session.cfg, session.run, session.accelerator
-        weights = starting_weights(cfg)
+        weights = kept_weights(run) or starting_weights(cfg)
         data = same_everywhere(accelerator, partial(run_images, cfg, run))
         per_epoch = 0 if cfg.eval_only else steps_per_epoch(len(data.images), cfg.batch_size)
         if net is None:
             net = build_model(cfg, weights, len(data.classes))
         cfg, run.network = run.licensed(cfg, weights.license), describe(net.encoder.spec)
         origin = {} if cfg.model.license is None else {"license": cfg.model.license}
-        reading = kept_reading(run, reading_for(cfg, weights))
+        reading = reading_for(cfg, weights)
         weights = replace(weights, state={}, image=ImageRecord.of(reading), origin=origin)
         check_sides("data.image_size", reading.image_size, weights.architecture.spec.total_stride)
         num_images = (len(data.images), len(data.val_images))

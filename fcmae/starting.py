@@ -25,7 +25,7 @@ from fcmae.data.index import Images, also_in, images_of_run
 from fcmae.data.source import printable
 from fcmae.heads import Classifier, Segmenter
 from fcmae.networks.encoder import layer_of, num_layers
-from fcmae.networks.spec import describe, variant_of
+from fcmae.networks.spec import describe, read_spec, variant_of
 from fcmae.training import checkpoint, optim
 from fcmae.training.compiling import compile_model
 from fcmae.training.optim import Schedule
@@ -105,29 +105,26 @@ def reading_for(cfg: DenseConfig, weights: Weights, crop_pct: float = 1.0) -> Re
     return reading
 
 
-def kept_reading(run: RunDirectory, reading: Reading) -> Reading:
-    """How a run's images are read: as when it began, whatever `model.init` holds by now.
+def kept_weights(run: RunDirectory) -> Weights | None:
+    """What describes the weights of a run that resumes, without tensors, whatever `model.init` holds by now.
 
     Args:
         run: where it stands.
-        reading: what `reading_for` gives.
+
+    Returns:
+        None of a run that starts, or whose checkpoint is of a version that did not keep it.
     """
     if run.resume_from is None:
-        return reading
+        return None
     with checkpoint.reading_progress(run.resume_from):
         meta = checkpoint.read_meta(run.resume_from)
-        image = ImageRecord.model_validate(meta.progress.get("image", ImageRecord.of(reading)))
-    kept = replace(
-        reading,
-        image_size=image.size or reading.image_size,
-        crop_pct=image.crop_pct or reading.crop_pct,
-        mean=image.mean or reading.mean,
-        std=image.std or reading.std,
-        nodata=image.nodata,
-    )
-    if kept != reading:
-        logger.warning("model.init holds other weights than when the run began: images are read as they were then")
-    return kept
+        image = ImageRecord.model_validate(meta.progress.get("image", {}))
+        if not meta.spec or image.in_chans is None:
+            return None
+        architecture = Architecture(read_spec(meta.spec), image.in_chans)
+    held_out = run.path / "val_files.json"
+    names = Images.load(held_out).class_names if held_out.is_file() else None
+    return Weights({}, architecture, image, class_names=names or ())
 
 
 def progress_of(
