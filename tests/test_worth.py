@@ -26,8 +26,9 @@ from fcmae.evaluation import evaluate, paired, probes
 from fcmae.networks.convnext import Encoder
 from fcmae.networks.spec import ConvNeXtSpec
 from fcmae.options import read
-from fcmae.training.records import read_metrics
+from fcmae.training.records import read_metrics, record_end, record_start
 from fcmae.weights.files import read_weights
+from fcmae.worth import Job
 
 SPEC = ConvNeXtSpec(depths=(1, 1), dims=(8, 16), stem_stride=2)
 TUNING = """\
@@ -60,6 +61,23 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in ("_pretraining_step", "_dense_step"):
         monkeypatch.setattr(planning, name, step)
+
+
+def test_the_time_that_is_told_is_that_of_the_runs_that_are_left(tmp_path: Path) -> None:
+    jobs = [Job("pretrained", "pretrained", None, 0, 5400.0)]
+    jobs += [Job(f"scratch-10pct-{seed}", "scratch", "10%", seed, 200.0) for seed in range(3)]
+    jobs += [Job(f"scratch-100pct-{seed}", "scratch", "100%", seed, 20.0) for seed in range(3)]
+    done = tmp_path / "runs" / "scratch-10pct-0"
+    done.mkdir(parents=True)
+    record_start(done / "environment.json", cpu=True)
+    (done / "train.log").touch()
+    record_end(done, "finished")
+    plan: Any = {"amounts": [{"labels": "10%", "epochs": 60.0}, {"labels": "100%", "epochs": 8.5}]}
+    rows = [line.split() for line in worth._estimate(plan, jobs, tmp_path).splitlines()]
+    told = [[cell for cell in row if cell != "|"] for row in rows]
+    assert ["pretrained", "pretraining", "1", "1.5", "h"] in told
+    assert ["scratch", "10%", "3", "60", "10", "min"] in told and ["scratch", "100%", "3", "8.5", "1", "min"] in told
+    assert "6 of 7 runs are to be done, about 1.6 h, and the controls" in " ".join(rows[-1])
 
 
 def write_folder(folder: Path) -> Path:
