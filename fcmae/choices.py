@@ -34,6 +34,7 @@ LARGEST_CROP = {"cpu": 128, "cuda": 512}  # sides of training crops of segmentat
 MAX_EPOCHS = 1600  # the longest that masked autoencoders of images were published with
 LAYER_DECAY = 0.9  # when starting from weights; from scratch there is nothing to preserve
 COMPILED_HOURS = 1.0  # on a GPU
+SHRUNK = 8  # times, from which on it is told
 VAL_SHARE = FinetuneData().val_share
 TRAINING_SHARE = 0.88  # of the hours; the rest is for evaluations, pictures and checkpoints
 
@@ -224,7 +225,10 @@ def _image_size(short_side: int, device: str) -> tuple[int, str]:
     if not fitting:
         return side, f"the images' {short_side} pixels enlarged: 6 patches of 8 pixels a side"
     if side == largest and short_side > largest:
-        return side, f"of {short_side} pixels; {'a CPU has no time for more' if device == 'cpu' else 'as published'}"
+        why = f"of {short_side} pixels; {'a CPU has no time for more' if device == 'cpu' else 'as published'}"
+        if (times := short_side / side) >= SHRUNK:
+            why += f"; shrunk up to {times:.0f} times: for small objects cut the images into chips"
+        return side, why
     return side, f"the images' shorter side is {short_side}"
 
 

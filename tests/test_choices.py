@@ -34,6 +34,14 @@ def pretraining(
     return make(PretrainConfig, plan.settings | {"data.path": ["photos"], "out": "out", "planned_s": plan.planned_s})
 
 
+def test_how_much_large_images_are_shrunk_is_told() -> None:
+    for short_side, told in ((4000, "; shrunk up to 31 times: for small objects cut the images into chips"), (900, "")):
+        plan = Choices({})
+        choices.pretraining_network(plan, images(short_side=short_side), "cpu", None)
+        (why,) = (choice.why for choice in plan.made if choice.key == "data.image_size")
+        assert why == f"of {short_side} pixels; a CPU has no time for more{told}"
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("num", [2, 50, 990, 10_000, 10**7])
 @pytest.mark.parametrize("short_side", [8, 28, 64, 100, 150, 200, 4000])
