@@ -261,11 +261,11 @@ def run_out_of_memory(monkeypatch: pytest.MonkeyPatch, calls: Sequence[int], aft
     backward, tried, losses = fcmae.training.steps.Step.backward, 0, list[weakref.ref[Tensor]]()
     shrink_micro_batches = fcmae.training.steps.Steps.shrink_micro_batches
 
-    def failing(self: fcmae.training.steps.Step, loss: Tensor) -> None:
+    def failing(self: fcmae.training.steps.Step, loss: Tensor, share: Tensor | float = 1.0) -> None:
         nonlocal tried
         tried += 1
         if after_backward or tried not in calls:
-            backward(self, loss)
+            backward(self, loss, share)
         if tried in calls:
             losses.append(weakref.ref(loss))
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
