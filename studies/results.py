@@ -264,7 +264,7 @@ is stopped after four minutes, of 100 epochs, at the learning rates of the whole
 HEAD = """# Results
 
 What pretraining gives on three small sets of images, what its parts give, and which losses are normal.
-Written by `studies/results.py` from the JSON of each study. `python studies/run_all.py` repeats, on 2 cores in 38 hours
+Written by `studies/results.py` from the JSON of each study. `python studies/run_all.py` repeats, on 2 cores in 34 hours
 by estimate, what is as shipped, the recipe, the collapses, all below "Scale", and part of the small images; the other
 sections name the study that makes them. Learning rates are `optim.base_lr`, of 256 images, unless a batch is named.
 Scores are in %; ± is the half width of the 95 % interval of the mean over seeds (Student's t). *Better* and *worse* are

@@ -1,6 +1,6 @@
 """Run the first studies of docs/results.md: pretraining, fine-tuning and probes, each a command that can be typed.
 
-    python studies/run_all.py --tiny20 SHARDS                 # 2 cores, 38 hours
+    python studies/run_all.py --tiny20 SHARDS                 # 2 cores, 34 hours
     python studies/run_all.py --tiny20 SHARDS --scale gpu     # one GPU: hundreds of epochs, five seeds
     python studies/run_all.py --tiny20 SHARDS --list          # the commands, without running them
 
@@ -11,7 +11,7 @@ all in OUT/docs, beside the pages and the JSON. --docs names another folder: one
 
 Hours are an estimate. On 2 cores the commands here took 2.5, two at a time, before controls with few labels were among
 them, and by the seconds in the JSON of docs/ what is run there of small_images.py takes 3 more, of recipe.py 11 and of
-collapse.py 1; of labels.py a part was run, and all of it may take 20. On a GPU small_images.py takes 1.5 hours, and the
+collapse.py 1; of labels.py a part was run, and all of it may take 16. On a GPU small_images.py takes 1.5 hours, and the
 rest was not run by us. `make demo-long` and the studies of other networks, roadmap.py, container.py and pruning.py, of
 which docs/results.md also tells, and segmentation.py are commands of their own.
 """

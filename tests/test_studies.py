@@ -617,15 +617,13 @@ def test_the_study_of_the_recipe_tells_differences_draw_by_draw(
 def test_labels_are_learnt_from_by_all_arms_alike_and_tested_once(tmp_path: Path) -> None:
     made = list(labels.jobs(tmp_path, 48, at_once=2))
     names = [job.name for job in made]
-    assert (
-        names[:2] == ["again-p", "long-p"]
-        and len(names) == len(set(names)) == 2 + 6 * 3 + 3 * 8 * 3 + 2 * 3 + 7 * 3 + 6
-    )
-    assert names[20:23] == ["few-5-0", "short-5-0", "long-5-0"] and "scratch-0" in names and "tuned20-2" in names
+    assert names[:3] == ["again-p", "mid-p", "long-p"]
+    assert len(names) == len(set(names)) == 3 + 6 * 3 + 3 * 8 + (8 + 8 + 4) + 3 * 8 + 6 * 3 + 6
+    assert names[21:24] == ["few-5-0", "short-5-0", "long-5-0"] and "scratch-0" in names and "tuned20-2" in names
     assert made[0] == next(job for job in recipe.jobs(tmp_path, 20, 48, at_once=2) if job.name == "again-p")
-    long = load(COMMANDS["pretrain"][0], made[1].words[made[1].words.index("pretrain") + 1 :], prog="fcmae")
+    long = load(COMMANDS["pretrain"][0], made[2].words[made[2].words.index("pretrain") + 1 :], prog="fcmae")
     assert long.epochs * 10_000 == 1_500_000 and long.data.image_size == (48, 48) and long.data.val_share == 0
-    for job in made[2:-6]:
+    for job in made[3:-6]:
         cfg = load(COMMANDS["finetune"][0], job.words[job.words.index("finetune") + 1 :], prog="fcmae")
         arm, *percent, seed = job.name.split("-")
         assert cfg.data.image_size == (48, 48) and cfg.seed == int(seed) and cfg.log.eval_epochs >= cfg.epochs
@@ -640,11 +638,8 @@ def test_labels_are_learnt_from_by_all_arms_alike_and_tested_once(tmp_path: Path
             assert cfg.optim.base_lr == float(labels.ARMS[arm].rate or 4e-3)
     # A sparse view is half the multiply-adds of a dense one.
     views, arms = labels.VIEWS["again-p"], labels.ARMS
-    assert all(arm.epochs for name, arm in arms.items() if 100 in arm.seeds or name in ("few160", "few810"))
+    assert all(arm.epochs for arm in arms.values() if 100 in arm.seeds)
     assert views / 2 + arms["tuned8"].epochs <= arms["scratch"].epochs
-    assert 10 * views / 2 + 60 <= arms["few160"].epochs  # of 1,000 images
-    views = labels.VIEWS["long-p"]
-    assert views / 2 + arms["long8"].epochs <= arms["lower83"].epochs and 10 * views / 2 + 60 <= arms["few810"].epochs
 
 
 def test_scratch_on_few_labels_has_the_best_of_the_rates_that_were_tried() -> None:
@@ -654,7 +649,7 @@ def test_scratch_on_few_labels_has_the_best_of_the_rates_that_were_tried() -> No
             scores.setdefault((one["rate"], one["epochs"]), []).append(one["top1"])
     assert {len(values) for values in scores.values()} == {labels.TRIALS}
     best = max(scores, key=lambda key: sum(scores[key]))
-    assert {labels.ARMS[name].rate for name in ("few", "few160", "few810")} == {best[0]}
+    assert labels.ARMS["few"].rate == best[0]
 
 
 def test_the_study_of_labels_compares_seeds_that_both_arms_have(
