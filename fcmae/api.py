@@ -78,7 +78,7 @@ def pretrain(
             {"epochs": 100, "data.image_size": 64}; or a `PretrainConfig`. `fcmae pretrain --help` lists them. The
             arguments above override both.
         model: of your own, which is trained, and resumed, instead of the one that `variant` and `settings` describe.
-            Beside it nothing is chosen: what you do not give has its default.
+            Beside it nothing is chosen, for `hours` neither: what you do not give has its default.
 
     Returns:
         The run, finished, or stopped by a signal after a checkpoint (an interrupted notebook sends SIGINT). The same
@@ -89,10 +89,14 @@ def pretrain(
         FloatingPointError: if the loss or a gradient stops being finite.
     """
     paths = [images] if isinstance(images, str | os.PathLike) else images
-    given = {"data.path": paths, "out": out, "model.variant": variant}
-    complete = planning.pretraining if model is None else None
+    given: dict[str, Any] = {"data.path": paths, "out": out, "model.variant": variant}
+    if model is not None:
+        given |= {"model.variant": variant or model.encoder.spec, "model.stem_stride": model.encoder.spec.stem_stride}
     with for_a_caller():
-        return pretraining.pretrain(_settings(PretrainConfig, given, config, settings, complete), model)
+        cfg = _settings(PretrainConfig, given, config, settings, planning.pretraining if model is None else None)
+        if model is not None and cfg.hours is not None:
+            raise ValueError("hours: nothing is chosen for a model of your own: give epochs")
+        return pretraining.pretrain(cfg, model)
 
 
 def finetune(

@@ -90,10 +90,10 @@ def _run(words: list[str]) -> int:
         raise SystemExit(0 if words else 2)
     settings, run = _command(name)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if processes > 1 and name not in COMPLETE and name not in IDLE:
-        raise ValueError(f"{name} is one process: start it without a launcher")
     with _showing() if name in COMPLETE else _ending_tidily():
         given = load(settings, rest, prog=f"fcmae {name}", num_processes=processes, complete=COMPLETE.get(name))
+        if processes > 1 and name not in COMPLETE and name not in IDLE:
+            raise ValueError(f"{name} is one process, and WORLD_SIZE = {processes}: start it without a launcher")
         if name not in IDLE:
             threads.prepare()
         return run(given) or 0

@@ -59,6 +59,8 @@ from fcmae.weights.formats import rename
 
 logger = logging.getLogger("fcmae")
 
+MOST_CONFUSED = 1000  # classes of which all pairs are written down
+
 
 def finetune(cfg: FinetuneConfig, net: Classifier | None = None) -> Run:
     """Run or resume the fine-tuning that `cfg` describes, or evaluate only.
@@ -98,7 +100,7 @@ def finetune(cfg: FinetuneConfig, net: Classifier | None = None) -> Run:
         num_images, images = (len(train_images), len(val_images)), fingerprint(train_images, val_images)
         check_start(cfg, run, net, num_images, images, accelerator.num_processes)
         if cfg.eval_only:
-            check_scored(run, {"files.json": train_images, "val_files.json": val_images})
+            check_scored(run, {"val_files.json": val_images})
         with session.open(), giving_back(net):
             with waiting_for_all(accelerator):
                 if accelerator.is_main_process:
@@ -409,7 +411,6 @@ class Evaluation:
             self.best.score, self.best.step = found["balanced_accuracy"], step
             places = (*places, "best")
         classes = self.weights.class_names
-        confusion = confusion_matrix(truth, probabilities.argmax(1), labels=range(len(classes)))
         for place in places:
             folder = self.log.folder / place
             if step:
@@ -417,4 +418,6 @@ class Evaluation:
                 save_classifier(folder, net if ema is None else ema.module, replace(self.weights, origin=origin))
             names = self.images.subset(positions).names()
             write_predictions(folder / "predictions.csv", names, probabilities, classes, truth.tolist())
-            write_confusion(folder / "confusion.csv", confusion, classes)
+            if len(classes) <= MOST_CONFUSED:
+                confusion = confusion_matrix(truth, probabilities.argmax(1), labels=range(len(classes)))
+                write_confusion(folder / "confusion.csv", confusion, classes)

@@ -105,7 +105,7 @@ def benchmark(sketch: BenchConfig, given: Mapping[str, Any]) -> dict[str, Any]:
     """
     if _is_settled(sketch, given):
         return {}
-    return {key: value for key, value in pretraining(sketch, given).items() if key != "out"}
+    return {key: value for key, value in pretraining(sketch, given).items() if key not in ("out", "grad_accum")}
 
 
 def finetuning(sketch: FinetuneConfig, given: Mapping[str, Any]) -> dict[str, Any]:

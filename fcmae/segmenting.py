@@ -135,7 +135,7 @@ def segment(cfg: SegmentConfig, net: Segmenter | None = None) -> Run:
         num_images = (len(data.images), len(data.val_images))
         check_start(cfg, run, net, num_images, data.fingerprint(), accelerator.num_processes)
         if cfg.eval_only:
-            check_scored(run, dict(zip(FILES, data, strict=True)))
+            check_scored(run, {"val_files.json": data.val_images, "val_maps.json": data.val_maps})
         with session.open(), giving_back(net):
             with waiting_for_all(accelerator):
                 if accelerator.is_main_process:
@@ -231,7 +231,7 @@ def run_images(cfg: SegmentConfig, run: RunDirectory) -> Mapped:
     same = not cfg.eval_only and run.kept("data.path", "data.maps", "data.val_path", "data.val_maps")
     storage = Storage.of_run(run.path, cfg.data.index, cfg.data.cache_gb)
     if same and (kept := kept_images(cached, storage)) is not None:
-        return _counted(cfg, *kept)
+        return _counted(cfg, *kept, is_begun=True)
     return find_data(cfg)
 
 
@@ -262,12 +262,16 @@ def find_data(cfg: SegmentConfig) -> Mapped:
     return _counted(cfg, train, train_maps, val, maps.subset(val.positions))
 
 
-def _counted(cfg: SegmentConfig, images: Images, maps: Images, val_images: Images, val_maps: Images) -> Mapped:
+def _counted(
+    cfg: SegmentConfig, images: Images, maps: Images, val_images: Images, val_maps: Images, *, is_begun: bool = False
+) -> Mapped:
+    """is_begun: the run has taken the maps as they are before."""
     data = cfg.data
     found = count_values(maps if len(maps) else val_maps, max_pixels=data.max_pixels)
     if cfg.eval_only:
         classes = known_classes(cfg, read_segmenter(Path(str(cfg.model.init)))[2].classes)
     else:
+        found = found._replace(are_objects=found.are_objects and not is_begun)
         classes = find_classes(found, data.class_names, data.class_values, data.ignore_value)
     return Mapped(images, maps, val_images, val_maps, classes, found.counts[list(classes.values)])
 

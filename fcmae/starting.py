@@ -29,6 +29,7 @@ from fcmae.networks.spec import describe, read_spec, variant_of
 from fcmae.training import checkpoint, optim
 from fcmae.training.compiling import compile_model
 from fcmae.training.optim import Schedule
+from fcmae.training.records import read_metrics
 from fcmae.training.run import RunDirectory
 from fcmae.training.steps import check_pooled, micro_batch_size, schedule_of
 from fcmae.weights.convert import adapt_in_chans
@@ -112,7 +113,7 @@ def kept_weights(run: RunDirectory) -> Weights | None:
         run: where it stands.
 
     Returns:
-        None of a run that starts, or whose checkpoint is of a version that did not keep it.
+        None of a run that starts, or that does not have all of it, as its checkpoint is of an earlier version.
     """
     if run.resume_from is None:
         return None
@@ -123,8 +124,9 @@ def kept_weights(run: RunDirectory) -> Weights | None:
             return None
         architecture = Architecture(read_spec(meta.spec), image.in_chans)
     held_out = run.path / "val_files.json"
-    names = Images.load(held_out).class_names if held_out.is_file() else None
-    return Weights({}, architecture, image, class_names=names or ())
+    if not held_out.is_file():
+        return None
+    return Weights({}, architecture, image, class_names=Images.load(held_out).class_names or ())
 
 
 def progress_of(
@@ -206,7 +208,8 @@ def check_scored(run: RunDirectory, parts: Mapping[str, Images]) -> None:
     """
     for name, images in parts.items():
         kept = run.path / name
-        if run.exists and kept.is_file() and Images.load(kept).fingerprint() != images.fingerprint():
+        has_scores = run.exists and bool(read_metrics(run.path / "metrics.jsonl"))
+        if has_scores and kept.is_file() and Images.load(kept).fingerprint() != images.fingerprint():
             raise ValueError(
                 f"out = {run.path} has the scores of other images: give another --out, or --overwrite to delete them"
             )

@@ -237,10 +237,17 @@ def test_a_run_outside_the_main_thread_leaves_signals_alone(photos: Path, tmp_pa
     assert found == [Run(tmp_path / "out", "pretrain")]
 
 
+def test_hours_are_refused_beside_a_model_of_one_s_own(photos: Path, tmp_path: Path) -> None:
+    net = build_fcmae(Encoder(ConvNeXtSpec(depths=(1, 1), dims=(4, 8), stem_stride=4), 3), 8)
+    with pytest.raises(ValueError, match="hours: nothing is chosen for a model of your own: give epochs"):
+        fcmae.pretrain(photos, tmp_path / "out", model=net, settings={"hours": 1, "data.image_size": 64})
+
+
 def test_a_model_of_one_s_own_is_trained_with_default_settings(photos: Path, tmp_path: Path) -> None:
     net = build_fcmae(Encoder(ConvNeXtSpec(depths=(1, 1), dims=(4, 8), stem_stride=4), 3), 8)
     before = copy.deepcopy(net.state_dict())
-    settings = {"data.image_size": 64, "epochs": 1, "batch_size": 4, "device": "cpu", "optim.warmup_epochs": 0}
+    settings = {"data.image_size": 48, "epochs": 1, "batch_size": 4, "device": "cpu", "optim.warmup_epochs": 0}
+    settings["model.mask_patch"] = 8  # of a stride that the network of the settings alone does not have
     run = fcmae.pretrain(photos, tmp_path / "out", model=net, settings=settings)
     assert run.finished
     assert not all(torch.equal(value, before[name]) for name, value in net.state_dict().items())

@@ -361,7 +361,10 @@ def test_commands_of_one_process_are_refused_under_a_launcher(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert main(["predict", "runs/a", "photos", "--csv", "a.csv"]) == 2
-    assert capsys.readouterr().err == "fcmae: error: predict is one process: start it without a launcher\n"
+    assert (
+        capsys.readouterr().err
+        == "fcmae: error: predict is one process, and WORLD_SIZE = 3: start it without a launcher\n"
+    )
 
 
 @pytest.mark.parametrize(

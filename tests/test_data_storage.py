@@ -508,7 +508,7 @@ def test_a_cache_forgets_what_was_used_longest_ago(tmp_path: Path, monkeypatch: 
         os.utime(cache._path(str(number)), ns=(number, number))
         if number < 50:
             assert cache.get("0") is not None  # and is noted as used now
-        assert taken(tmp_path) <= 48_000 + 916
+        assert taken(tmp_path) <= 64_000
     assert cache.get("89") == bytes(900) and cache.get("0") == bytes(900) and cache.get("1") is None
     cache.put("large", bytes(2_000))
     assert cache.get("large") is None
@@ -525,7 +525,7 @@ def test_a_cache_keeps_to_its_size_however_many_processes_fill_it_and_looks_rare
     for number in range(640):  # nine times what it holds
         caches[number % 32].put(str(number), bytes(900))
         sizes.append(taken(tmp_path))
-    assert max(sizes) <= 72_000 and sizes[-1] > 40_000
+    assert max(sizes) <= 76_000 and sizes[-1] > 50_000
     assert 16 * 9 / 2 < len(looks) < 16 * 9 * 2
 
 
@@ -574,7 +574,7 @@ def test_files_that_another_process_removes_meanwhile_do_not_keep_a_cache_from_b
     cache = Cache(tmp_path, 6400)
     for number in range(200):
         cache.put(str(number), bytes(60))
-    assert cache.get("199") == bytes(60) and taken(tmp_path) <= 4800
+    assert cache.get("199") == bytes(60) and taken(tmp_path) <= 6400
 
 
 @web

@@ -152,7 +152,7 @@ def test_segmentations_are_compared_by_their_mean_iou(tmp_path: Path) -> None:
     ]
     verdict = was_worth_it(runs)
     assert verdict.state == "good"
-    assert verdict.sentences[0].startswith("Fine-tuned on 20 images, the last mean IoU is 0.850 (0.800, 0.900, 0.850) ")
+    assert verdict.sentences[0].startswith("Trained on 20 images, the last mean IoU is 0.850 (0.800, 0.900, 0.850) ")
     assert was_worth_it([runs[0], *tuned(tmp_path / "other", [], [0.6])], else_how=False).sentences == []
 
 

@@ -339,6 +339,24 @@ def test_with_missing_values_the_step_is_that_of_the_whole_batch_however_it_is_d
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
+@pytest.mark.parametrize("share", [1.0, 0.25])
+def test_the_gradient_is_that_of_the_mean_over_what_is_known(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    loss_of = pretraining.weighted_loss
+    monkeypatch.setattr(
+        pretraining,
+        "weighted_loss",
+        lambda *args, **more: WeightedLoss(loss_of(*args, **more).mean, torch.tensor(share)),
+    )
+    assert run(images, tmp_path / "out", epochs=1, optim__warmup_epochs=0) == 0
+    runs.forget_accelerator()
+    monkeypatch.undo()
+    assert run(images, tmp_path / "whole", epochs=1, optim__warmup_epochs=0) == 0
+    first, whole = (read_metrics(tmp_path / name / "metrics.jsonl")[0] for name in ("out", "whole"))
+    assert (first["loss"], first["grad_norm"]) == pytest.approx((whole["loss"], whole["grad_norm"]), rel=1e-5)
+
+
 def test_held_out_images_count_by_what_is_known_of_them_however_they_are_divided(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     for number in range(8):

@@ -86,7 +86,9 @@ def test_more_processes_than_gpus_are_refused_but_where_each_is_shown_one(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
     monkeypatch.setenv("LOCAL_RANK", str(here - 1))
     cfg = config(Path("photos"), tmp_path, device="auto", precision="fp32", log__trackers="nonsense")
-    sentence = "process 3 on this machine finds 2 GPUs, from 0 on: start one" if is_refused else "none of accelerate's"
+    sentence = (
+        "4 processes or more on this machine, and torch finds 2 GPUs: start 2" if is_refused else "none of accelerate's"
+    )
     with pytest.raises(ValueError, match=sentence):  # trackers are looked at after that
         make_accelerator(cfg)
 

@@ -320,7 +320,7 @@ def test_a_launcher_is_refused(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert run(*WORDS) == 2
-    assert "worth is one process: start it without a launcher" in capsys.readouterr().err
+    assert "worth is one process, and WORLD_SIZE = 2: start it without a launcher" in capsys.readouterr().err
 
 
 # Licences

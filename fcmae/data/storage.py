@@ -114,8 +114,10 @@ class Cache:
             with suppress(OSError):  # another process may have removed it
                 found.append((path.stat(), path))
         total = sum(status.st_size for status, _ in found)
+        if total <= self._most:
+            return
         for status, path in sorted(found, key=lambda pair: pair[0].st_mtime_ns):
-            if total <= self._most * 3 // 4:
+            if total <= self._most * 7 // 8:
                 break
             path.unlink(missing_ok=True)
             total -= status.st_size

@@ -53,6 +53,7 @@ def survey(
     max_images: int = 200,
     max_pixels: int = MAX_PIXELS,
     nodata: float | None = None,
+    key: str = "data.path",
 ) -> Survey:
     """Look at a sample, evenly spread.
 
@@ -62,6 +63,7 @@ def survey(
         max_images: of the sample.
         max_pixels: of an image, see `read_crop`.
         nodata: likewise.
+        key: the setting that the error names.
 
     Raises:
         ValueError: if none of the sample can be read.
@@ -80,7 +82,7 @@ def survey(
         except BadImage as error:
             reason = reason or f"{sample.name(i)}: {error}"
     if not sides:
-        raise ValueError(f"data.path: none of {len(sample)} images can be read; {reason}")
+        raise ValueError(f"{key}: none of {len(sample)} images can be read; {reason}")
     if len(of_units) > 1:
         logger.warning(
             "images may be in two units: %d of %d, such as %s, hold values as stored or in a modality's units, others, "

@@ -151,7 +151,7 @@ def load_backbones(
     networks = {source: load(source) for source in sources if not is_control(source)}
     first = next((network.reading for network in networks.values()), None)
     if first is None:
-        found = survey(images, max_pixels=max_pixels, nodata=nodata)
+        found = survey(images, max_pixels=max_pixels, nodata=nodata, key="data")
         first = Reading(found.in_chans, image_size or SIZE, mean=found.mean, std=found.std)
     return [networks.get(source) or load(source, like=first) for source in sources]
 

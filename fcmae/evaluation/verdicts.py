@@ -173,7 +173,7 @@ def _against_scratch(runs: Sequence[Run]) -> list[Found]:
         if init is not None
     )
     for key, init, started_runs, scratch_runs in pairs:
-        metric, words = COMPARED[started_runs[0].kind]
+        is_classifier, (metric, words) = started_runs[0].kind == "finetune", COMPARED[started_runs[0].kind]
         num_images = key[1]
         started, scratch = (
             [float(of_model(_scored(run)[-1], metric)) for run in each] for each in (started_runs, scratch_runs)
@@ -184,15 +184,15 @@ def _against_scratch(runs: Sequence[Run]) -> list[Found]:
         ahead = min(started) > max(scratch)
         each = [f"{np.mean(values):.3f} ({', '.join(f'{v:.3f}' for v in values)})" for values in (started, scratch)]
         sentence = (
-            f"Fine-tuned on {num_images:,} images, the last {words} is {each[0]} from "
-            f"{'given weights' if len(groups[key]) == 2 else init} and {each[1]} from scratch."
+            f"{'Fine-tuned' if is_classifier else 'Trained'} on {num_images:,} images, the last {words} is {each[0]} "
+            f"from {'given weights' if len(groups[key]) == 2 else init} and {each[1]} from scratch."
         )
         if differing := _differing(started_runs, scratch_runs):
             sentence += f" They differ in {', '.join(differing)} too."
         if few:
             sentence += (
                 f" Fewer than {LEAST_RUNS} runs of a kind show little: other seeds, on the same data.val_path, may "
-                "turn it round; `fcmae worth` runs them."
+                f"turn it round{'; `fcmae worth` runs them' if is_classifier else ''}."
             )
         if left_out := [*others.get((key, init), []), *others.get((key, None), [])]:
             sentence += (

@@ -73,9 +73,10 @@ def make_accelerator(cfg: RunConfig) -> Accelerator:
             f"device = {cfg.device}: process {os.environ.get('RANK', '0')} of {num_processes} finds no GPU that torch "
             "can use: mend that there, or give all of them --device cpu"
         )
-    there, here = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", "0"))
-    if not cpu and 1 < there <= here:  # one is what a launcher may show to each process
-        raise ValueError(f"process {here} on this machine finds {there} GPUs, from 0 on: start one for each GPU")
+    # Not all launchers say how many there are; the last of them knows it by its own number.
+    here = max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1 + int(os.environ.get("LOCAL_RANK", "0")))
+    if not cpu and 1 < (there := torch.cuda.device_count()) < here:  # one is what may be shown to each process
+        raise ValueError(f"{here} processes or more on this machine, and torch finds {there} GPUs: start {there}")
     precision = {"fp32": "no", "tf32": "no", "auto": "no"}.get(cfg.precision, cfg.precision)
     # GPUs without bf16 emulate it, slower than float32.
     has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)

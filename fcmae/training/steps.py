@@ -349,6 +349,7 @@ class Step:
         self.logged_at = 0.0
         self._lacks_memory = False
         self._loss, self._share = torch.zeros(2, device=steps.accelerator.device)
+        self._is_whole = steps.accelerator.num_processes == 1  # others may have a share of theirs
 
     def micro_batches(self) -> Iterator[Batch]:
         """Those of the step, each to be computed within `accumulate`; only the last synchronises gradients.
@@ -389,12 +390,13 @@ class Step:
 
         Args:
             loss: (), a mean.
-            share: of what the mean could be over that it is over; a micro-batch counts by it.
+            share: of what the mean could be over that it is over; a micro-batch counts by it among all of the step.
         """
         loss = loss * share / self._steps.cfg.num_micro_batches
         self._steps.accelerator.backward(loss)
         self._loss += loss.detach()
         self._share += share
+        self._is_whole = self._is_whole and not isinstance(share, Tensor)
 
     def update(self) -> None:
         """Change the weights, on every process at once; see `start_update`."""
@@ -404,7 +406,7 @@ class Step:
             steps.model,
             steps.optimizer,
             self._loss,
-            self._share / steps.cfg.num_micro_batches,
+            None if self._is_whole else self._share / steps.cfg.num_micro_batches,
             clip_grad=steps.cfg.optim.clip_grad,
             stop=steps.stop.received is not None,
         )
@@ -550,19 +552,24 @@ def start_update(
         optimizer: one of torch's fused ones, which can be told on the device to change nothing: so a loss or a gradient
             that is not finite leaves the weights as they are, and the host reads of it later.
         loss: () of this process, to be reported.
-        share: () by which it was multiplied, which is undone for all processes together; None for 1.
+        share: () by which it was multiplied, as the gradients were, which is undone for all processes together; None
+            for 1 in all.
         clip_grad: largest norm of the gradient.
         stop: this process was told to stop.
     """
     accelerator.unscale_gradients(optimizer)
     grads = {n: p.grad for n, p in accelerator.unwrap_model(model).named_parameters() if p.grad is not None}
-    # Not clip_grad_norm_, which would spread a NaN to every gradient and give no norm of each.
+    # One reduction a step.
+    counts = torch.ones_like(loss) if share is None else share
+    shared = accelerator.reduce(torch.stack([loss, torch.full_like(loss, float(stop)), counts]), reduction="mean")
+    counts = shared[2].clamp(min=torch.finfo(shared.dtype).tiny)
+    if share is not None:
+        torch._foreach_div_(list(grads.values()), counts)
+    shared = torch.stack([shared[0] / counts, shared[1]])
+    # Not clip_grad_norm_, which would spread a NaN to every gradient and give no norm of each. The norms are the same
+    # everywhere: gradients are averaged.
     norms = torch.stack(torch._foreach_norm(list(grads.values())))
     norm = torch.linalg.vector_norm(norms)
-    # One reduction a step. The norms are the same everywhere: gradients are averaged.
-    share = torch.ones_like(loss) if share is None else share
-    shared = accelerator.reduce(torch.stack([loss, torch.full_like(loss, float(stop)), share]), reduction="mean")
-    shared = torch.stack([shared[0] / shared[2].clamp(min=torch.finfo(shared.dtype).tiny), shared[1]])
     if accelerator.scaler is None:
         # What a GradScaler sets: the fused optimizers change nothing where it is 1.
         raw: Any = getattr(optimizer, "optimizer", optimizer)  # inside accelerate's
