@@ -346,7 +346,7 @@ signal.signal(signal.SIGUSR1, lambda *_: sys.exit(2))
 pathlib.Path(os.environ["REQUEUED"] + ".begun" + os.environ["RANK"]).touch()
 time.sleep(60)
 """
-SCRIPT = str(Path(__file__).parents[1] / "docs" / "pretrain.sbatch")
+SBATCH = str(Path(__file__).parents[1] / "docs" / "pretrain.sbatch")
 
 
 def slurm(folder: Path, **programs: str) -> tuple[dict[str, str], Path]:
@@ -365,7 +365,7 @@ def test_a_job_under_slurm_that_fails_after_the_warning_is_not_queued_again(tmp_
     environment, requeued = slurm(tmp_path, fcmae=FAILING)
     log = tmp_path / "log.txt"
     with log.open("wb") as file:
-        job = subprocess.Popen(["bash", SCRIPT, "pretrain"], env=environment, stdout=file, stderr=file)
+        job = subprocess.Popen(["bash", SBATCH, "pretrain"], env=environment, stdout=file, stderr=file)
         try:
             wait_until(lambda: len(list(tmp_path.glob("requeued.begun*"))) == 2, [job], [log])
             job.send_signal(signal.SIGUSR1)
@@ -378,7 +378,7 @@ def test_a_job_under_slurm_that_fails_after_the_warning_is_not_queued_again(tmp_
 def test_a_job_under_slurm_that_is_warned_saves_and_goes_back_into_the_queue(images: Path, tmp_path: Path) -> None:
     out, (environment, requeued) = tmp_path / "out", slurm(tmp_path)
     options = OPTIONS | {"epochs": 200, "checkpoint__every_epochs": 999}
-    words = ["bash", SCRIPT, "pretrain", *flags(images, out, **options)]
+    words = ["bash", SBATCH, "pretrain", *flags(images, out, **options)]
     log = tmp_path / "log.txt"
     with log.open("wb") as file:
         job = subprocess.Popen(words, env=environment, stdout=file, stderr=file)
