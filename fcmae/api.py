@@ -273,12 +273,7 @@ class Features(nn.Module):
 
 
 class _Headed(Features, Generic[Headed]):
-    """An encoder with a head, which normalises images itself.
-
-    Attributes:
-        model: the network, on normalised images.
-        class_names: names of its outputs.
-    """
+    """What `Classified` and `Segmented` are: an encoder with a head, `model`, of which it is a part."""
 
     model: Headed
 

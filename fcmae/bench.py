@@ -7,7 +7,6 @@ its own memory peak. Only those processes import torch, as a process on Linux st
 from __future__ import annotations
 
 import math
-import os
 import re
 import resource
 import statistics
@@ -131,10 +130,8 @@ def bench(cfg: BenchConfig) -> None:
     """Time candidates, printing a row for each, then the flags of the fastest and how long the run takes with them.
 
     Raises:
-        ValueError: under a launcher, if the images cannot make a batch, or if no candidate can run.
+        ValueError: if the images cannot make a batch, or if no candidate can run.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("bench times one process: start it without a launcher, with batch_size that of one process")
     cfg = cfg.model_copy(update={"log": cfg.log.model_copy(update={"trackers": []})})
     try:
         machine: Machine = in_process(survey, cfg)

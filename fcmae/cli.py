@@ -90,9 +90,11 @@ def _run(words: list[str]) -> int:
         raise SystemExit(0 if words else 2)
     settings, run = _command(name)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    with _showing() if name in COMPLETE else _ending_tidily():
+    showing = _showing() if name in COMPLETE else contextlib.nullcontext()
+    ending = contextlib.nullcontext() if name in TRAINING else _ending_tidily()
+    with showing, ending:
         given = load(settings, rest, prog=f"fcmae {name}", num_processes=processes, complete=COMPLETE.get(name))
-        if processes > 1 and name not in COMPLETE and name not in IDLE:
+        if processes > 1 and name not in (*TRAINING, *IDLE):
             raise ValueError(f"{name} is one process, and WORLD_SIZE = {processes}: start it without a launcher")
         if name not in IDLE:
             threads.prepare()
@@ -363,6 +365,7 @@ COMPLETE = {
     "finetune": _complete("finetuning"),
     "segment": _complete("segmentation"),
 }
+TRAINING = ("pretrain", "finetune", "segment")  # in several processes, where a signal saves
 IDLE = frozenset(
     {"report", "status", "stats", "doctor", "configs", "schema", "completion"}
 )  # they compute nothing with torch

@@ -493,17 +493,12 @@ def usage(model: type[Settings], prog: str) -> str:
         short = f"--{_spelling(field).short}, " if _spelling(field).short else ""
         shown = key.replace("_", "-") if title == "also" else key
         lines.append(_row(f"{short}--{shown} {_metavar(field.annotation)}", field))
-    brackets = "In brackets: what a setting is beside a recipe; without one it is chosen. " if _chooses(model) else ""
-    notes = brackets + (
+    is_run = issubclass(model, RunConfig)
+    notes = "In brackets: what a setting is beside a recipe; without one it is chosen. " * is_run + (
         "A flag's value means the same as in a YAML file. Write a list as 0.2,1 or 0.2 1 or [0.2, 1], or repeat the "
         "flag. To unset an optional setting, give `none`. Dashes and underscores are interchangeable."
     )
     return "\n".join([*lines, "", *textwrap.wrap(notes, 100)])
-
-
-def _chooses(model: type[Settings]) -> bool:
-    """Whether what is not given is chosen for the images and the machine."""
-    return issubclass(model, RunConfig)
 
 
 def _usage(model: type[Settings], prog: str) -> str:

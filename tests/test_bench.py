@@ -1,4 +1,5 @@
 import math
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -212,6 +213,13 @@ def test_a_candidate_out_of_memory_is_a_row(
     ]
     assert "minkowski: MinkowskiEngine is not installed" in out
     assert "fastest: --model.backend packed --precision fp32 --grad_accum 2\n" in out
+
+
+def test_a_sigterm_ends_it_so_that_it_removes_what_is_temporary(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(fcmae.bench, "bench", lambda cfg: seen.append(signal.getsignal(signal.SIGTERM)))
+    assert main(["bench", "--config", "pretrain_cpu"]) == 0
+    assert callable(seen[0]) and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -117,7 +117,8 @@ def open_tiles(file: BinaryIO, in_chans: int, max_pixels: int = MAX_PIXELS) -> T
         BadImage: if it is damaged.
     """
     with reading(max_pixels):
-        page = _plain_page(file)
+        tiff = _open_tiff(file)
+        page = None if tiff is None else _plain_page(tiff)
     if page is None or page.photometric not in (0, 1, 2) or math.prod(_segments(page)[3:]) > max_pixels:
         return None
     return Tiles(page, in_chans, max_pixels)
@@ -185,9 +186,10 @@ class LabelMap:
     def __init__(self, file: BinaryIO, max_pixels: int = MAX_PIXELS) -> None:
         self._max_pixels = max_pixels
         with reading(max_pixels):
-            if (series := _series(file)) is not None and (num := num_planes(series)) > 1:
+            tiff = _open_tiff(file)
+            if tiff is not None and (num := num_planes(tiff.series[0])) > 1:
                 raise BadImage(f"it has {num} pages, and a label map is one: save the page that belongs to the image")
-            self._page = _plain_page(file)
+            self._page = None if tiff is None else _plain_page(tiff)
             if self._page is not None:
                 self._array, dtype = None, self._page.dtype
                 self.height, self.width = self._page.imagelength, self._page.imagewidth
@@ -264,23 +266,23 @@ def num_pages(file: BinaryIO) -> tuple[int, bool]:
         BadImage: if it is damaged.
     """
     with reading(MAX_PIXELS):
-        if (series := _series(file)) is None:
+        if (tiff := _open_tiff(file)) is None:
             return 1, False
+        series = tiff.series[0]
         num = 1 if channel_pages(series) else num_planes(series)
         are_bands = sum(axis not in "YX" for axis in series.axes) == 1 and series.keyframe.samplesperpixel == 1
         return num, are_bands and num <= MAX_CHANNELS and num not in (1, 3)
 
 
-def _series(file: BinaryIO) -> Any:
-    """The pages of a TIFF that belong to its first one, as tifffile has them; None of other files.
-
-    file: at its start, as it is after.
-    """
-    is_tiff = file.read(4) in TIFF_STARTS
+def _open_tiff(file: BinaryIO) -> Any:
+    """A TIFF of tifffile; None of other files. file: at its start."""
+    if file.read(4) not in TIFF_STARTS:
+        return None
     file.seek(0)
-    series = tifffile.TiffFile(file).series[0] if is_tiff else None
-    file.seek(0)
-    return series
+    tiff = tifffile.TiffFile(file)
+    if len(tiff.pages) > MAX_PAGES:
+        raise BadImage(f"it has {len(tiff.pages)} pages, more than {MAX_PAGES}")
+    return tiff
 
 
 def geo_tags(file: BinaryIO) -> list[tuple[int, int, int, Any, bool]]:
@@ -345,14 +347,8 @@ def read_window(page: Any, box: Box, max_pixels: int) -> NDArray[Any]:
     return window
 
 
-def _plain_page(file: BinaryIO) -> Any:
+def _plain_page(tiff: Any) -> Any:
     """The page of a TIFF that holds one upright image whose strips or tiles can be decoded here; else None."""
-    if file.read(4) not in TIFF_STARTS:
-        return None
-    file.seek(0)
-    tiff = tifffile.TiffFile(file)
-    if len(tiff.pages) > MAX_PAGES:
-        raise BadImage(f"it has {len(tiff.pages)} pages, more than {MAX_PAGES}")
     full = [page for page in tiff.pages if not (page.is_reduced or page.is_mask)]
     if len(full) != 1 or full[0] is not tiff.pages.first:
         return None
