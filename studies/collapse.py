@@ -168,7 +168,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     out = args.out.absolute()
     every = list(jobs(out, args.epochs, args.seeds))
-    wanted = chosen(args, every)
+    wanted = chosen(args, every, "collapse.json")
     write_images("tiny20", out, str(args.shards))
     schedule(wanted, out, args.at_once, None if args.at_once == 1 else 1)
     runs = [

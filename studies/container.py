@@ -186,7 +186,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     out = args.out.absolute()
     every = list(jobs(out, args.epochs, args.seeds, args.full_epochs, args.side, args.at_once))
-    wanted = chosen(args, every)
+    wanted = chosen(args, every, "container.json")
     prepare_tiny20(args.shards, out, dict.fromkeys((10, 100), args.seeds))
     schedule(wanted, out, args.at_once, None if args.at_once == 1 else 1)
     found = collect(out, every, args.epochs, args.full_epochs, args.side)

@@ -259,8 +259,8 @@ def section(docs: Path) -> str:
         words.read_text().strip() if words.exists() else "",
         filled(
             f"Written by `studies/labels.py`: tiny20 at {found['size']} pixels, pretrained for {took}, and tested once "
-            "on the 1,000 test images. There is one encoder of each amount of views, so intervals are over draws of "
-            f"the labels, order and head, and with 100 % over order and head. On {in_words(found['machine'])}, "
+            "on the 1,000 test images. No row has more than one encoder, so intervals are over draws of the labels, "
+            f"order and head, and with 100 % over order and head. On {in_words(found['machine'])}, "
             f"{found['at_once']} at a time; {sum(found['seconds'].values()) / 3600:.1f} hours of commands."
         ),
         filled(left),
@@ -279,7 +279,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     out = args.out.absolute()
     every = list(jobs(out, args.size, args.at_once))
-    wanted = chosen(args, every)
+    wanted = chosen(args, every, "labels.json")
     prepare_tiny20(args.shards, out, FEW | ALL, trials=TRIALS)
     schedule(wanted, out, args.at_once, None if args.at_once == 1 else 1)
     found = {**facts(out, every), "size": args.size, "at_once": args.at_once, **collect(out, every)}

@@ -343,7 +343,7 @@ def main(argv: list[str] | None = None) -> None:
     out, budget = args.out.absolute(), Budget(args.epochs, args.pretraining, args.percent, args.seeds, args.side)
     shapes = [Shape(what, keep) for what in args.what for keep in args.keep]
     every = list(jobs(out, budget, shapes))
-    wanted = chosen(args, every)
+    wanted = chosen(args, every, "pruning.json")
     for job in wanted:  # what was written by a command whose end was not seen
         if not is_done(job, out):
             (out / weights(job.name)).unlink(missing_ok=True)

@@ -187,7 +187,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     out = args.out.absolute()
     every = list(jobs(out, args.epochs, args.size, args.at_once))
-    wanted = chosen(args, every)
+    wanted = chosen(args, every, "recipe.json")
     for job in wanted:  # what was written by a command whose end was not seen
         if job.name.endswith("-average") and not is_done(job, out):
             (out / "runs" / f"{job.name}.safetensors").unlink(missing_ok=True)

@@ -264,11 +264,11 @@ is stopped after four minutes, of 100 epochs, at the learning rates of the whole
 HEAD = """# Results
 
 What pretraining gives on three small sets of images, what its parts give, and which losses are normal.
-Written by `studies/results.py` from the JSON of each study. `python studies/run_all.py` repeats, on 2 cores in 34 hours
-by estimate, what is as shipped, the recipe, the collapses, all below "Scale", and part of the small images; the other
-sections name the study that makes them. Learning rates are `optim.base_lr`, of 256 images, unless a batch is named.
-Scores are in %; ± is the half width of the 95 % interval of the mean over seeds (Student's t). *Better* and *worse* are
-said of three runs or more, where the interval of the differences excludes 0.
+Written by `studies/results.py` from the JSON of each study. `python studies/run_all.py` runs all of them, on 2 cores in
+54 hours by estimate; what was made on a GPU, of small images and CONTAINER, is smaller there. Learning rates are
+`optim.base_lr`, of 256 images, unless a batch is named. Scores are in %; ± is the half width of the 95 % interval of
+the mean over seeds (Student's t). *Better* and *worse* are said of three runs or more, where the interval of the
+differences excludes 0.
 
 - **tiny20**: 20 classes of Tiny ImageNet, 10,000 photographs to learn from, 1,000 to test on, 64 pixels.
 - **CIFAR-10**: 50,000 photographs to learn from, 10,000 to test on, 32 pixels, of ten kinds.
@@ -289,11 +289,13 @@ def page(found: Mapping[str, Json], folder: Path) -> str:
     if small := small_images.headline(folder.parent):
         parts.append(f"## Small images, few labels\n\n{small}\n")
     if section := labels.section(folder.parent):
-        parts.append(f"## As shipped, on two cores\n\n{section}\n")
+        parts.append(f"## By labels and views\n\n{section}\n")
     if (long := folder.parent / "demo-long" / paired.FILE).exists():
         compared = paired.compare(paired.COMPARISON.validate_json(long.read_text()))
         rows = table(paired.COLUMNS, map(paired.cells, compared), left=2)
-        parts.append(f"## CIFAR-10, few labels\n\n{(folder / 'cifar10.md').read_text()}\n{rows}\n")
+        reading = folder / "cifar10.md"
+        text = f"{reading.read_text()}\n" if reading.exists() else ""
+        parts.append(f"## CIFAR-10, few labels\n\n{text}{rows}\n")
     parts += [path.read_text() for name in ("recipe", "collapse") if (path := folder / f"{name}.md").exists()]
     for scale, results in found.items():
         hours = sum(job["seconds"] for job in results["jobs"].values()) / 3600

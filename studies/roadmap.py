@@ -253,7 +253,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     out = args.out.absolute()
     every = list(jobs(out, args.percent, args.epochs, args.seeds, args.rate, args.side, args.at_once))
-    wanted = chosen(args, every)
+    wanted = chosen(args, every, "roadmap.json")
     prepare_tiny20(args.shards, out, {args.percent: args.seeds})
     if not (out / "time.json").exists():
         times = {"machine": this_machine(), "ms_per_image": measure(args.repeats, args.side)}

@@ -1,38 +1,62 @@
-"""Run the first studies of docs/results.md: pretraining, fine-tuning and probes, each a command that can be typed.
+"""Run the studies of docs/results.md: those of pretraining, fine-tuning and probes that are here, and then the others.
 
-    python studies/run_all.py --tiny20 SHARDS                 # 2 cores, 34 hours
+    python studies/run_all.py --tiny20 SHARDS                 # 2 cores, 54 hours
     python studies/run_all.py --tiny20 SHARDS --scale gpu     # one GPU: hundreds of epochs, five seeds
     python studies/run_all.py --tiny20 SHARDS --list          # the commands, without running them
 
 SHARDS: the folder of tiny20's shards (see studies/sets.py). Everything is written below --out; what is finished is
 not done again, and what was cut off resumes. Then, unless --only leaves something out, studies/collect.py takes the
-numbers, small_images.py, recipe.py, labels.py and collapse.py run, and studies/results.py writes results.md of it
-all in OUT/docs, beside the pages and the JSON. --docs names another folder: one whose JSON has other runs is refused.
+numbers, the other studies run, of which OTHERS has the flags, and studies/results.py writes results.md of it all in
+OUT/docs, beside the pages and the JSON. --docs names another folder: one whose JSON has other runs is refused.
+`make demo-long` is one of the others: it needs npm, and runs in the clone.
 
 Hours are an estimate. On 2 cores the commands here took 2.5, two at a time, before controls with few labels were among
-them, and by the seconds in the JSON of docs/ what is run there of small_images.py takes 3 more, of recipe.py 11 and of
-collapse.py 1; of labels.py a part was run, and all of it may take 16. On a GPU small_images.py takes 1.5 hours, and the
-rest was not run by us. `make demo-long` and the studies of other networks, roadmap.py, container.py and pruning.py, of
-which docs/results.md also tells, and segmentation.py are commands of their own.
+them, and by the seconds in the JSON of docs/ the others take 3 (what is run there of small_images.py), 11 (of
+recipe.py), 18 (labels.py, of which a part was run), 1 (collapse.py), 2 (roadmap.py), 3 (pruning.py), 2
+(segmentation.py) and .8 (`make demo-long`); container.py, of which a GPU did the half, may take 10. On a GPU
+small_images.py takes 1.5 hours, and the rest was not run by us.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import collapse
 import collect
+import container
 import labels
+import pruning
 import recipe
 import results
+import roadmap
+import segmentation
 import small_images
-from study import CONTROLS, FCMAE, STUDIES, Job, add_arguments, chosen, probe, schedule, write_images
+from study import (
+    CONTROLS,
+    FCMAE,
+    STUDIES,
+    Job,
+    add_arguments,
+    chosen,
+    is_done,
+    probe,
+    record_of,
+    refuse_others,
+    schedule,
+    shown,
+    write_images,
+)
+
+from fcmae.evaluation import paired
 
 LABELS = (1, 10, 100)  # percent of the training set
 
@@ -110,12 +134,54 @@ RECIPE = (
 # Of studies/small_images.py, which takes days on two cores.
 PROBES = tuple(f"probe-{name}" for name in ("hog20", "random", *CONTROLS))
 SMALL = {"cpu": ("--at-once", "1", "--only", "hog20-p", "scratch-5", "hog20-5", *PROBES), "gpu": ()}
-# The other studies of the same images, their folders below --out, and their flags by scale.
-OTHERS: tuple[tuple[Callable[[list[str]], None], str, dict[str, tuple[str, ...]]], ...] = (
-    (small_images.main, "small_images", SMALL),
-    (recipe.main, "recipe", {"cpu": ("--at-once", "2", "--size", "48", "--only", *RECIPE), "gpu": ()}),
-    (labels.main, "recipe", {"cpu": (), "gpu": ("--at-once", "12", "--size", "64")}),  # from an encoder of recipe's
-    (collapse.main, "collapse", {"cpu": ("--at-once", "2"), "gpu": ()}),
+SMALLER = ("--side", "32", "--epochs", "30", "--pretraining", "20", "--seeds", "3", "--at-once", "2")  # of pruning.py
+
+
+class Other(NamedTuple):
+    """Another study.
+
+    Attributes:
+        run: its main.
+        name: of its folder below --out.
+        flags: by scale.
+        first: its first words; tiny20's shards where there is None.
+    """
+
+    run: Callable[[list[str]], None]
+    name: str
+    flags: dict[str, tuple[str, ...]]
+    first: tuple[str | None, ...] = (None,)
+
+    def words(self, shards: Path, out: Path, docs: Path, scale: str) -> list[str]:
+        """Its command line."""
+        first = [str(shards) if word is None else word for word in self.first]
+        return [*first, "--out", str(out / self.name), "--docs", str(docs), *self.flags[scale]]
+
+
+OTHERS = (
+    Other(small_images.main, "small_images", SMALL),
+    Other(recipe.main, "recipe", {"cpu": ("--at-once", "2", "--size", "48", "--only", *RECIPE), "gpu": ()}),
+    # From an encoder of recipe's.
+    Other(labels.main, "recipe", {"cpu": (), "gpu": ("--at-once", "12", "--size", "64")}),
+    Other(collapse.main, "collapse", {"cpu": ("--at-once", "2"), "gpu": ()}),
+    Other(
+        roadmap.main,
+        "roadmap",
+        {"cpu": ("--side", "48", "--epochs", "3", "--seeds", "3", "--at-once", "2", "--rate", "4e-3"), "gpu": ()},
+    ),
+    Other(
+        container.main,
+        "container",
+        {"cpu": ("--full-epochs", "5", "--seeds", "3", "--at-once", "2"), "gpu": ("--full-epochs", "5")},
+    ),
+    Other(pruning.main, "pruning", {"cpu": SMALLER, "gpu": ()}, ("run", None)),
+    Other(segmentation.main, "landsea", {"cpu": ("--at-once", "2"), "gpu": ()}, ("landsea", "--short", ".5")),
+    Other(
+        segmentation.main,
+        "brain",
+        {"cpu": ("--at-once", "2"), "gpu": ()},
+        ("brain", "--epochs", "900", "--arms", "scratch", "pretrained"),
+    ),
 )
 
 
@@ -282,6 +348,19 @@ def curves(out: Path, scale: Scale) -> Iterator[Job]:
         yield Job(job, command(out, job, "pretrain", flags), minutes=scale.curve_minutes)
 
 
+def photographs(docs: Path) -> None:
+    """`make demo-long`, in the clone.
+
+    Raises:
+        SystemExit: if it fails, such as without npm.
+    """
+    status = subprocess.run(["make", "demo-long"], cwd=STUDIES.parent).returncode
+    if status:
+        sys.exit(f"make demo-long: status {status}, see above")
+    (docs / "demo-long").mkdir(parents=True, exist_ok=True)
+    shutil.copy(STUDIES.parent / "runs" / "demo-long" / "worth" / paired.FILE, docs / "demo-long")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny20", type=Path, required=True, metavar="SHARDS", help="the folder of tiny20's shards")
@@ -291,7 +370,11 @@ def main(argv: list[str] | None = None) -> None:
     add_arguments(parser, "runs/studies")
     args = parser.parse_args(argv)
     out, scale = args.out.absolute(), SCALES[args.scale]
-    wanted = chosen(args, jobs(out, scale))
+    every, docs = jobs(out, scale), args.docs or out / "docs"
+    wanted = chosen(args, every)
+    if args.only == [""]:  # before the hours that it would take to find out
+        commands = {job.name: record_of(job, out)["command"] if is_done(job, out) else shown(job, out) for job in every}
+        refuse_others(docs / "results" / f"{args.scale}.json", commands, "jobs")
     seeds = max(budget.seeds for budget in (*scale.tiny20.values(), *scale.solar.values()))
     write_images("tiny20", out, str(args.tiny20), seeds=seeds)
     write_images("solar", out, seeds=seeds)
@@ -299,17 +382,17 @@ def main(argv: list[str] | None = None) -> None:
     threads = max(1, (os.cpu_count() or 1) // at_once) if args.scale == "cpu" else None
     schedule(wanted, out, at_once, threads)
     if args.only == [""]:
-        docs = ("--docs", str(args.docs or out / "docs"))
-        collect.main([str(out), "--scale", args.scale, *docs])
+        collect.main([str(out), "--scale", args.scale, "--docs", str(docs)])
         refused = []
-        for study, name, flags in OTHERS:
+        starts = [partial(other.run, other.words(args.tiny20, out, docs, args.scale)) for other in OTHERS]
+        for start in (*starts, partial(photographs, docs)):
             try:
-                study([str(args.tiny20), "--out", str(out / name), *docs, *flags[args.scale]])
+                start()
             except SystemExit as error:  # such as that --docs has more of it; the others can still run
                 if not isinstance(error.code, str):  # a signal
                     raise
                 refused.append(error.code)
-        results.main([*docs])
+        results.main(["--docs", str(docs)])
         if refused:
             sys.exit("\n".join(refused))
 

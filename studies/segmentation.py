@@ -329,14 +329,14 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     out = args.out.absolute()
     every = list(jobs(out, args.set, args.epochs, args.percents, args.seeds, args.short, args.at_once, args.arms))
-    wanted = chosen(args, every)
+    name = SETS[args.set].page
+    wanted = chosen(args, every, f"{name}.json")
     write_images(args.set, out, seeds=args.seeds)
     schedule(wanted, out, args.at_once, None if args.at_once == 1 else 1)
     found = collect(out, args.set, every, args.epochs)
     write_text(out / "segmentation.json", json.dumps(found, indent=1) + "\n")
     print("\n" + summary(found))
     if args.docs:
-        name = SETS[args.set].page
         write_found(args.docs / f"{name}.json", found)
         words = args.docs / "results" / f"{name}.md"
         text = page(args.set, found, words.read_text() if words.exists() else "")

@@ -45,6 +45,7 @@ from study import (
     probe,
     save,
     schedule,
+    this_machine,
     write_found,
 )
 
@@ -452,7 +453,8 @@ def main(argv: list[str] | None = None) -> None:
     add_arguments(parser, "runs/small_images", at_once=12, has_page=True)
     args = parser.parse_args(argv)
     out = args.out.absolute()
-    wanted = chosen(args, jobs(out, args.arms, args.at_once))
+    docs_json = f"small_images_{'cpu' if this_machine()['gpu'] == 'none' else 'gpu'}.json"
+    wanted = chosen(args, jobs(out, args.arms, args.at_once), docs_json)
     prepare_tiny20(args.shards, out, MANY, TRIALS)
     pretrainings = [job for job in wanted if job.name.endswith("-p")]
     for some in (pretrainings, [job for job in wanted if job not in pretrainings]):
@@ -461,8 +463,7 @@ def main(argv: list[str] | None = None) -> None:
     write_text(out / "small_images.json", json.dumps(found, indent=1) + "\n")
     print("\n" + result(found))
     if args.docs:
-        name = "cpu" if found["machine"]["gpu"] == "none" else "gpu"
-        write_found(args.docs / f"small_images_{name}.json", found)
+        write_found(args.docs / docs_json, found)
         write_page(args.docs)
 
 

@@ -74,12 +74,14 @@ def add_arguments(
     parser.add_argument("--list", action="store_true", help="print the commands and stop")
 
 
-def chosen(args: argparse.Namespace, every: Iterable[Job]) -> list[Job]:
+def chosen(args: argparse.Namespace, every: Iterable[Job], page: str = "") -> list[Job]:
     """The jobs that --only names. With --list their commands are printed, and the program ends.
+
+    page: the JSON below --docs that will have what they find.
 
     Raises:
         SystemExit: if a job was done with other words, or another --config of the same name, named here or not: a
-            table would have both.
+            table would have both; or if the page has other runs, which `write_found` would refuse after all hours.
     """
     every, out = list(every), args.out.absolute()
     wanted = [job for job in every if job.name.startswith(tuple(args.only))]
@@ -97,6 +99,11 @@ def chosen(args: argparse.Namespace, every: Iterable[Job]) -> list[Job]:
                 )
             if record.get("config", digest := config_digest(job)) != digest:  # older records have none
                 sys.exit(f"{out}: {job.name} was done by another version of its --config: give another --out")
+    if page and args.docs:
+        names = {job.name for job in wanted}
+        refuse_others(
+            args.docs / page, {job.name: shown(job, out) for job in every if job.name in names or is_done(job, out)}
+        )
     return wanted
 
 
@@ -294,29 +301,33 @@ def in_words(machine: Mapping[str, Any]) -> str:
 
 
 def write_found(path: Path, found: Mapping[str, Any], runs: str = "commands") -> None:
-    """Write what was found as JSON.
+    """Write what was found as JSON, unless `refuse_others` refuses; runs: which part of it names them."""
+    refuse_others(path, found[runs], runs)
+    write_text(path, json.dumps(found, indent=1) + "\n")
+
+
+def refuse_others(path: Path, commands: Mapping[str, Any], runs: str = "commands") -> None:
+    """That what others have found is not replaced.
 
     Args:
-        path: of the file.
-        found: what was found.
-        runs: which part of it names them.
+        path: of JSON, or of no file yet.
+        commands: of the runs that it is to have, by name.
+        runs: which part of the JSON names them.
 
     Raises:
-        SystemExit: if the file there has runs that are not among these, or made by other commands.
+        SystemExit: if the file has runs that are not among these, or made by other commands.
     """
-    if path.is_file():
-        there = json.loads(path.read_text())[runs]
-        if lost := sorted(there.keys() - found[runs].keys()):
-            sys.exit(
-                f"{path} has {len(lost)} runs that are not among these, {lost[0]} one of them: give the folder "
-                "that they are in, or move the file away"
-            )
-        if other := sorted(name for name, run in there.items() if _command(run) != _command(found[runs][name])):
-            sys.exit(
-                f"{path} has {len(other)} runs that were made by other commands, {other[0]} one of them: give the "
-                "study the same settings, or move the file away"
-            )
-    write_text(path, json.dumps(found, indent=1) + "\n")
+    there = json.loads(path.read_text())[runs] if path.is_file() else {}
+    if lost := sorted(there.keys() - commands.keys()):
+        sys.exit(
+            f"{path} has {len(lost)} runs that are not among these, {lost[0]} one of them: give the folder that they "
+            "are in, or another --docs"
+        )
+    if other := sorted(name for name, run in there.items() if _command(run) != _command(commands[name])):
+        sys.exit(
+            f"{path} has {len(other)} runs that were made by other commands, {other[0]} one of them: give the study "
+            "the same settings, or another --docs"
+        )
 
 
 def _command(run: str | Mapping[str, Any]) -> str:

@@ -163,6 +163,20 @@ def test_what_was_found_is_not_written_over_more_of_it(tmp_path: Path) -> None:
         study.write_found(place, {"commands": {"a": "fcmae", "b": "fcmae --seed 1"}})
 
 
+def test_a_page_that_has_other_runs_is_refused_before_any_is_made(tmp_path: Path) -> None:
+    job = study.Job("a", ("true",))
+    args = Namespace(out=tmp_path / "out", docs=tmp_path, only=[""], list=False)
+    study.write_found(tmp_path / "found.json", {"commands": {"a": "true"}})
+    assert study.chosen(args, [job], "found.json") == [job]
+    with pytest.raises(SystemExit, match=r"found.json has 1 runs that were made by other commands, a one of them: "):
+        study.chosen(args, [study.Job("a", ("false",))], "found.json")
+    more = [job, study.Job("b", ("true",))]
+    assert study.chosen(args, more, "found.json") == more
+    study.write_found(tmp_path / "found.json", {"commands": {"a": "true", "b": "true"}})
+    with pytest.raises(SystemExit, match=r"has 1 runs that are not among these, b one of them: .* another --docs"):
+        study.chosen(Namespace(**{**vars(args), "only": ["a"]}), more, "found.json")
+
+
 def test_an_unfinished_folder_is_not_collected_over_a_whole_one(tmp_path: Path) -> None:
     (tmp_path / "results").mkdir()
     place = tmp_path / "results" / "cpu.json"
@@ -500,6 +514,9 @@ def test_all_of_the_studies_end_with_their_pages(monkeypatch: pytest.MonkeyPatch
     for module in (small_images, recipe, labels, collapse):
         monkeypatch.setattr(module, "schedule", lambda jobs, *_: ran.extend(job.name for job in jobs))
     monkeypatch.setattr(run_all, "schedule", lambda *_, **__: None)
+    here = [other for other in run_all.OTHERS if other.name in ("small_images", "recipe", "collapse")]
+    monkeypatch.setattr(run_all, "OTHERS", here)
+    monkeypatch.setattr(run_all, "photographs", lambda docs: ran.append(f"{docs}/demo-long"))
     monkeypatch.setattr(collect, "machine", lambda runs: {"CPU": "made up"})
     (tmp_path / "jobs").mkdir()
     words = ["--tiny20", "shards", "--out", str(tmp_path), "--docs", str(tmp_path / "docs")]
@@ -513,12 +530,36 @@ def test_all_of_the_studies_end_with_their_pages(monkeypatch: pytest.MonkeyPatch
         and {"scratch-5-7", "hog20-5-7", "probe-mean"} <= set(ran)
         and {"hog-4", "pixels-4", "batch256-p"} <= set(ran)
         and not {"probe-hog", "width256-p", "crop8-0"} & set(ran)
-        and {"tuned20-2", "knn-random"} <= set(ran)
+        and {"mid20-2", "knn-random"} <= set(ran)
+        and ran[-1] == f"{tmp_path / 'docs'}/demo-long"
     )
     page = (tmp_path / "docs" / "results.md").read_text()
     assert "It pays." in page and "More." not in page and "[small images](small_images.md)" in page
     assert "Scale: cpu" in page and page.index("It pays.") < page.index("Scale: cpu")
     assert (tmp_path / "docs" / "small_images.md").exists()
+
+
+@pytest.mark.parametrize("scale", run_all.SCALES)
+@pytest.mark.parametrize("other", run_all.OTHERS, ids=lambda other: f"{other.run.__module__}-{other.name}")
+def test_all_of_the_studies_are_given_flags_that_they_take(
+    other: run_all.Other, scale: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        other.run([*other.words(Path("shards"), tmp_path, tmp_path / "docs", scale), "--list"])
+    assert ended.value.code == 0
+    assert "fcmae pretrain" in (said := capsys.readouterr().out) or "roadmap" in said
+
+
+def test_nothing_is_run_for_a_page_that_has_other_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ran: list[object] = []
+    monkeypatch.setattr(run_all, "schedule", lambda *args: ran.append(args))
+    monkeypatch.setattr(run_all, "write_images", lambda *args, **__: ran.append(args))
+    place = tmp_path / "docs" / "results" / "cpu.json"
+    place.parent.mkdir(parents=True)
+    place.write_text(json.dumps({"jobs": {"main-tiny20-v2": {"command": "fcmae pretrain --seed 1"}}}))
+    with pytest.raises(SystemExit, match=r"cpu.json has 1 runs that were made by other commands, main-tiny20-v2 one"):
+        run_all.main(["--tiny20", "shards", "--out", str(tmp_path), "--docs", str(tmp_path / "docs")])
+    assert not ran
 
 
 def test_curves_are_thinned_to_means(tmp_path: Path) -> None:
@@ -618,8 +659,8 @@ def test_labels_are_learnt_from_by_all_arms_alike_and_tested_once(tmp_path: Path
     made = list(labels.jobs(tmp_path, 48, at_once=2))
     names = [job.name for job in made]
     assert names[:3] == ["again-p", "mid-p", "long-p"]
-    assert len(names) == len(set(names)) == 3 + 6 * 3 + 3 * 8 + (8 + 8 + 4) + 3 * 8 + 6 * 3 + 6
-    assert names[21:24] == ["few-5-0", "short-5-0", "long-5-0"] and "scratch-0" in names and "tuned20-2" in names
+    assert len(names) == len(set(names)) == 3 + 6 * 3 + (4 * 8 + 5) + (8 + 4 + 8 + 4) + 3 * 8 + 6 * 3 + 6
+    assert names[21:24] == ["few-5-0", "equal-5-0", "short-5-0"] and "scratch-0" in names and "mid20-2" in names
     assert made[0] == next(job for job in recipe.jobs(tmp_path, 20, 48, at_once=2) if job.name == "again-p")
     long = load(COMMANDS["pretrain"][0], made[2].words[made[2].words.index("pretrain") + 1 :], prog="fcmae")
     assert long.epochs * 10_000 == 1_500_000 and long.data.image_size == (48, 48) and long.data.val_share == 0
@@ -640,6 +681,7 @@ def test_labels_are_learnt_from_by_all_arms_alike_and_tested_once(tmp_path: Path
     views, arms = labels.VIEWS["again-p"], labels.ARMS
     assert all(arm.epochs for arm in arms.values() if 100 in arm.seeds)
     assert views / 2 + arms["tuned8"].epochs <= arms["scratch"].epochs
+    assert views / 2 * 10_000 + 60 * 500 <= (arms["equal"].epochs or 0) * 500
 
 
 def test_scratch_on_few_labels_has_the_best_of_the_rates_that_were_tried() -> None:
@@ -681,14 +723,14 @@ def test_the_study_of_labels_compares_seeds_that_both_arms_have(
     labels.main(["shards", "--out", str(tmp_path / "out"), "--docs", str(docs)])
     results.main(["--docs", str(docs)])
     page = " ".join((docs / "results.md").read_text().split())
-    assert "## As shipped, on two cores **Read this.** Written by" in page
+    assert "## By labels and views **Read this.** Written by" in page
     low, tuned, scratch = (labels.ARMS[name].title for name in ("lower", "tuned8", "scratch"))
     assert f"| all labels | {scratch} | 3 | 51.0 [48.5, 53.5] | | | |" in page
     assert f"| all labels | {tuned} | 3 | 56.8 [54.9, 58.7] | {scratch} | +5.8 [+3.9, +7.7] | better |" in page
     assert f"| all labels | {tuned} | 2 | 56.5 [50.1, 62.9] | {low} |" in page
     short = labels.ARMS["short"].title
     assert f"| 5 % of the labels | {short} | 8 | 33.5 [31.5, 35.5] | scratch | +10.0 [+10.0, +10.0] | better |" in page
-    assert f"; {low} (2 of 3 at 100 %);" in page and f"; {short} (0 of 8 at 10 %, 0 of 8 at 1 %);" in page
+    assert f"; {low} (2 of 3 at 100 %);" in page and f"; {short} (0 of 4 at 10 %, 0 of 8 at 1 %);" in page
     assert "| scratch | 2e-3 | 60 | 3 | 20.0 [20.0, 20.0] |" in page
 
 
