@@ -125,8 +125,9 @@ def channel_scores(block: Block, measured: Measured, by: By) -> Tensor:
         block: of the encoder.
         measured: its statistics.
         by: activation is the standard deviation of the channel (its mean is kept) times the norm of its column of
-            pwconv2, as a share of the block's output; norm is the norm of its row of pwconv1 times that of its column,
-            divided by the mean of these products over the block. LayerScale is part of the column.
+            pwconv2, as a share of the block's output, both over all its channels; norm is the norm of its row of
+            pwconv1 times that of its column, divided by the mean of these products over the block. LayerScale is part
+            of the column.
 
     Returns:
         (hidden,) float64, from 0.
@@ -135,7 +136,7 @@ def channel_scores(block: Block, measured: Measured, by: By) -> Tensor:
     if block.gamma is not None:
         columns = columns * block.gamma.detach().double().cpu()[:, None]
     if by == "activation":
-        return measured.std * l2_norm(columns, (0,))[0] / max(measured.output_rms, EPS)
+        return measured.std * l2_norm(columns, (0,))[0] / max(measured.output_rms * len(columns) ** 0.5, EPS)
     scores = l2_norm(rows, (1,))[:, 0] * l2_norm(columns, (0,))[0]
     return scores / scores.mean().clamp(min=torch.finfo(scores.dtype).tiny)
 

@@ -22,7 +22,7 @@ from fcmae.masked import build_fcmae
 from fcmae.networks.convnext import Encoder
 from fcmae.networks.layers import Block
 from fcmae.networks.spec import VARIANTS, ConvNeXtSpec
-from fcmae.pruning import By, How, choose, cut, keep_best, measure, multiply_adds, uniformly
+from fcmae.pruning import By, How, Measured, channel_scores, choose, cut, keep_best, measure, multiply_adds, uniformly
 from fcmae.weights.convert import build_classifier, build_encoder, save_classifier
 from fcmae.weights.files import ImageRecord, Weights, read_weights, save_weights
 from fcmae.weights.formats import Architecture, to_state
@@ -121,6 +121,35 @@ def test_the_best_of_each_group_or_of_all_together_stay() -> None:
     assert [part.tolist() for part in keep_best(groups, 0.5, "global")] == [[0], [0, 1], [0]]
     for how in ("uniform", "global"):
         assert [len(part) for part in keep_best(groups, 1e-6, cast("How", how))] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("spec", [SPEC, V1])
+@torch.no_grad()
+def test_scores_of_channels_are_as_defined_whatever_the_width(spec: ConvNeXtSpec) -> None:
+    """By activation, what a channel adds to the output as a share of it, measured by taking its variation away."""
+    encoder, seen = classifier(spec).encoder, images(8, 1)
+    found = measure(encoder, [seen])
+    for name, block in zip(names(spec), blocks(encoder), strict=True):
+        columns = block.pwconv2.weight if block.gamma is None else block.pwconv2.weight * block.gamma[:, None]
+        output = found[name].output_rms * torch.ones(len(columns))  # as if all channels had it
+        changes = found[name].std.float()[:, None] * columns.T
+        expected = (changes.norm(dim=1) / output.norm()).double()
+        torch.testing.assert_close(channel_scores(block, found[name], "activation"), expected, rtol=1e-5, atol=0)
+        products = block.pwconv1.weight.norm(dim=1) * columns.norm(dim=0)
+        expected = products.double() / products.double().mean()
+        torch.testing.assert_close(channel_scores(block, found[name], "norm"), expected, rtol=1e-5, atol=0)
+
+
+@torch.no_grad()
+def test_as_much_of_the_output_is_as_much_in_stages_of_any_width() -> None:
+    scores = []
+    for dim in (4, 64):
+        block = Block(dim)
+        block.pwconv2.weight.zero_()
+        block.pwconv2.weight[:, 0] = 3.0  # all channels of an output whose values are 10 change by 3
+        measured = Measured(torch.zeros(4 * dim), torch.ones(4 * dim), torch.ones(4 * dim), 10.0, 0.5)
+        scores.append(float(channel_scores(block, measured, "activation")[0]))
+    assert scores == pytest.approx([0.3, 0.3])
 
 
 @pytest.mark.parametrize("spec", [SPEC, V1])
