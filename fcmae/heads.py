@@ -59,7 +59,14 @@ class Segmenter(nn.Module):
         self.head = head
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, num_classes, H, W) of normalised images (B, in_chans, H, W)."""
+        """Logits of every pixel.
+
+        Args:
+            images: (B, in_chans, H, W), normalised, H and W multiples of the total stride, with which the maps align.
+
+        Returns:
+            (B, num_classes, H, W).
+        """
         maps = [f.permute(0, 3, 1, 2) for f in self.encoder.pyramid(images, DENSE)]
         return resized(self.head(maps), images.shape[2:])
 

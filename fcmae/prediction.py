@@ -178,7 +178,7 @@ def predict_maps(cfg: PredictConfig) -> int:
         except BadImage as error:
             return error
 
-    first_bad, num_done = "", 0
+    first_bad, num_done, is_read = "", 0, True
     num_threads = choose_num_workers(cfg.num_workers, accelerator.device.type)
     found = tqdm(each_image(segmented, range(len(names)), num_threads), total=len(names), unit="image", disable=None)
     for name, place, shares in zip(names, places, found, strict=True):
@@ -193,7 +193,11 @@ def predict_maps(cfg: PredictConfig) -> int:
                 for what, share in zip(record.class_names, shares, strict=True)
                 if share
             )
-            print(f"{printable(name)}\t{printable(str(place))}\t{told}")
+            try:
+                if is_read:
+                    print(f"{printable(name)}\t{printable(str(place))}\t{told}")
+            except BrokenPipeError:  # the maps are completed all the same
+                is_read = False
     if not num_done:
         made = {folder for place in places for folder in place.parents if folder == out or out in folder.parents}
         for folder in sorted(made, reverse=True):  # a folder after its contents

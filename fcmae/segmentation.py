@@ -87,7 +87,7 @@ def starts(length: int, tile: int, overlap: float) -> list[int]:
     """
     if length <= tile:
         return [0]
-    step = max(1, round(tile * (1 - overlap)))
+    step = max(1, tile - math.ceil(tile * overlap))
     return [*range(0, length - tile, step), length - tile]
 
 

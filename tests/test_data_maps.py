@@ -47,6 +47,27 @@ def crop(**changes: object) -> CropBoth:
     return CropBoth(Reading(**own), **given)  # type: ignore[arg-type]
 
 
+def test_crops_are_from_everywhere_and_of_every_scale_alike() -> None:
+    """Without flips, of an image in which each pixel says where it is; scales by their logarithm."""
+    values = np.stack([*np.indices((64, 64)), np.zeros((64, 64))], 2).astype(np.float32)
+    image, label = io.BytesIO(), io.BytesIO()
+    np.save(image, values)
+    Image.fromarray(np.zeros((64, 64), np.uint8)).save(label, "PNG")
+    view = crop(in_chans=3, image_size=(16, 16), fill=[0.5] * 3, scale=(0.5, 2.0), hflip=0, vflip=0)
+    corners, scales, rng = [], [], np.random.default_rng(0)
+    for _ in range(500):
+        image.seek(0)
+        label.seek(0)
+        found = view(image, label, "a", rng)[0]
+        rows, columns = found[0, :, 0], found[1, 0, :]
+        corners.append((rows[0], columns[0]))
+        scales.append(15 / (rows[-1] - rows[0]))
+    for found in np.transpose(corners):
+        assert found.min() < 4 and found.max() > 36 and abs(np.mean(found) - 23) < 4
+    # Half of them are below 1, the middle of .5 and 2 by logarithm; those that round to it are half below.
+    assert abs(np.mean(np.sign(np.log(scales)))) < 0.12
+
+
 @pytest.mark.parametrize("bands", [1, 5])
 def test_missing_values_stay_filled_where_the_rest_is_jittered(tmp_path: Path, bands: int) -> None:
     rng = np.random.default_rng(0)
@@ -195,6 +216,10 @@ def test_black_and_white_maps_are_told_of_the_ignored_value() -> None:
     found = Values(counts)
     with pytest.raises(ValueError, match=r"the maps hold 0, 255 and data.ignore_value is 255: set data.class_values"):
         find_classes(found, (), (), 255)
+    with pytest.raises(
+        ValueError, match=r"hold 0, 255, values up to 255, which would be 256 classes: number the class"
+    ):
+        find_classes(found, (), (), None)
     assert len(find_classes(found, (), (0, 255), None)) == 2
 
 

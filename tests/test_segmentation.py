@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import time
 import tracemalloc
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
@@ -86,7 +86,7 @@ def test_the_dice_loss_is_that_of_hard_maps_at_large_logits() -> None:
     assert dice_loss(logits, torch.full_like(truth, IGNORED)) == 0
 
 
-@pytest.mark.parametrize("overlap", [0.0, 0.3, 0.5, 0.9])
+@pytest.mark.parametrize("overlap", [0.0, 0.3, 0.39, 0.5, 0.9])
 @pytest.mark.parametrize("length", [1, 31, 32, 33, 64, 97])
 def test_tiles_cover_a_side_and_overlap_as_asked(length: int, overlap: float) -> None:
     found = starts(length, 32, overlap)
@@ -94,7 +94,8 @@ def test_tiles_cover_a_side_and_overlap_as_asked(length: int, overlap: float) ->
     for start in found:
         covered[start : start + 32] += 1
     assert covered.min() >= 1 and found == sorted(set(found)) and (length < 32 or found[-1] + 32 == length)
-    assert all(b - a <= max(1, round(32 * (1 - overlap))) for a, b in pairwise(found))
+    assert all(32 - (b - a) >= 32 * overlap for a, b in pairwise(found))
+    assert len(found) == 1 or len(found) <= 2 + (length - 32) / max(1, 32 * (1 - overlap) - 1)
 
 
 def test_hann_weights_rise_to_the_middle_and_are_positive() -> None:
@@ -136,6 +137,25 @@ def test_overlapping_tiles_are_weighted_by_hann_windows() -> None:
         sums[start : start + 32] += number * hann(32)
         weights[start : start + 32] += hann(32)
     np.testing.assert_allclose(strip[0, 10], sums / weights, atol=1e-5)
+
+
+def test_overlapping_rows_of_tiles_are_weighted_along_both_sides() -> None:
+    tops, numbers, limits = (0, 16, 32, 48), iter(range(16)), []
+
+    def predict(tiles: NDArray[Any], limit_s: float) -> NDArray[np.float32]:
+        limits.append(limit_s)
+        return np.stack([np.full((1, 32, 32), next(numbers), np.float32) for _ in tiles])
+
+    array = np.zeros((80, 80), np.uint8)
+    strips = probabilities_by_rows(raster(array), predict, (32, 32), 8, 0.5, [0.5], 3, limit_s=8.0)
+    found = np.concatenate([strip.probabilities[0] for strip in strips])
+    sums, weights = np.zeros((80, 80)), np.zeros((80, 80))
+    for number, (top, left) in enumerate(product(tops, tops)):
+        window = np.outer(hann(32), hann(32))
+        sums[top : top + 32, left : left + 32] += number * window
+        weights[top : top + 32, left : left + 32] += window
+    np.testing.assert_allclose(found, sums / weights, atol=1e-4)
+    assert sum(limits) == pytest.approx(8.0) and max(limits) == pytest.approx(3 * 8 / 16)  # 16 tiles, 3 at most at once
 
 
 def test_an_image_smaller_than_a_tile_is_padded_with_the_mean() -> None:
@@ -205,6 +225,26 @@ def test_scores_are_the_same_in_any_strips(rows: int) -> None:
     known = truth != IGNORED
     expected = -np.log(np.take_along_axis(probabilities, np.maximum(truth, 0)[None].astype(int), 0)[0][known]).mean()
     assert whole.values("abc")["val_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_class_that_is_predicted_and_nowhere_true_counts_as_0() -> None:
+    truth = np.zeros((10, 20), np.int16)
+    predicted = truth.copy()
+    predicted[0, 0] = 1
+    scores = Scores(3)
+    scores.add([(confident(predicted, 3), truth)])
+    found = scores.values("abc")
+    assert found["miou"] == pytest.approx((199 / 200 + 0) / 2) and found["iou/b"] == 0 and "iou/c" not in found
+
+
+def test_the_f1_of_boundaries_is_the_harmonic_mean_of_precision_and_recall() -> None:
+    """Two true edges, of which one is found, and nothing more: both classes have precision 1 and recall 1 / 2."""
+    truth, predicted = np.zeros((6, 40), np.int16), np.zeros((6, 40), np.int16)
+    truth[:, 10:30], predicted[:, 10:] = 1, 1
+    scores = Scores(2)
+    scores.add([(confident(predicted, 2), truth)])
+    assert NEAR == 2
+    assert scores.values("ab")["boundary_f1"] == pytest.approx(2 * 1 * 0.5 / 1.5)
 
 
 @pytest.mark.parametrize(("shift", "f1"), [(0, 1.0), (NEAR, 1.0), (NEAR + 2, 0.0)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import io
 import json
 import math
 import os
@@ -33,6 +34,7 @@ import fcmae
 from fcmae import cli, prediction, segmenting
 from fcmae.anytime import Anytime
 from fcmae.config import SegmentConfig
+from fcmae.config.commands import PredictConfig
 from fcmae.data.maps import Classes
 from fcmae.data.normalize import Normalize
 from fcmae.data.rasters import GEO_TAGS, Raster
@@ -42,7 +44,8 @@ from fcmae.heads import Segmenter, build_head
 from fcmae.networks.convnext import Encoder
 from fcmae.networks.spec import ConvNeXtSpec
 from fcmae.options import load
-from fcmae.segmentation import predictor, probabilities_by_rows
+from fcmae.prediction import predict_maps
+from fcmae.segmentation import colours, predictor, probabilities_by_rows
 from fcmae.segmenting import Mapped
 from fcmae.starting import class_balance, reading_for
 from fcmae.training import checkpoint
@@ -326,11 +329,30 @@ def test_images_of_one_channel_are_learnt_and_mapped(head: str, tiles: Path, tmp
     assert len(list((tmp_path / "maps").iterdir())) == 12
 
 
+def test_what_only_held_out_maps_hold_is_a_class_too_or_refused_before_the_run(
+    tiles: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tiles, tmp_path / "held_out")
+    for name in ("00", "01"):
+        with Image.open(place := tmp_path / "held_out" / "maps" / f"{name}.png") as picture:
+            values = np.array(picture)
+        values[-2:] = 2
+        Image.fromarray(values).save(place)
+    given = {"data__val_path": tmp_path / "held_out" / "images", "data__val_maps": tmp_path / "held_out" / "maps"}
+    rename = {"data__class_names": "a,b"}
+    assert segment(tiles, tmp_path / "refused", **given, **rename, epochs=1) == 2
+    assert "data.maps holds the value 2, which is no class" in capsys.readouterr().err
+    assert not (tmp_path / "refused").exists()
+    assert segment(tiles, tmp_path / "run", **given, epochs=1) == 0
+    assert read_segmenter(tmp_path / "run")[2].classes.values == (0, 1, 2)
+
+
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"data__class_names": "a,b,c", "data__class_values": "0,2,3"}, "holds the value 1, which is no class"),
-        ({"data__ignore_value": "none"}, None),
+        ({"data__class_names": "a,b,c", "data__class_values": "0,2,3"}, "data.maps holds the value 1, which is no"),
+        ({"data__ignore_value": "none"}, "data.maps: the maps hold 0, 1, 255, values up to 255, which would be 256"),
+        ({"data__ignore_value": "none", "data__class_values": "0,1,255"}, None),
         ({"data__image_size": 20}, "data.image_size: 20 is not a multiple of the total stride 8: use 16"),
         ({"regularization__class_weights": "1,2,3"}, "class_weights has 3 values for 2 classes"),
         ({"batch_size": 100}, "batch_size: 100 is more than the"),
@@ -507,6 +529,22 @@ def test_label_maps_are_written_under_the_images_names(tmp_path: Path, capsys: p
     with Image.open(tmp_path / "maps" / "01.png") as picture:
         assert picture.mode == "P"
         np.testing.assert_array_equal(np.asarray(picture), expected)
+        palette = np.array(picture.getpalette(), np.uint8).reshape(-1, 3)
+        np.testing.assert_array_equal(palette[[0, 7]], colours(2))
+
+
+def test_all_maps_are_written_when_nobody_reads_what_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    save(tmp_path / "model")
+    photos = write_images(tmp_path / "photos", 3)
+    monkeypatch.setattr("sys.stdout", Gone())
+    assert predict_maps(PredictConfig(model=tmp_path / "model", images=[str(photos)], out=tmp_path / "maps")) == 0
+    assert len(list((tmp_path / "maps").iterdir())) == 3
 
 
 def test_a_geotiff_keeps_its_place_and_has_probabilities_beside_it(tmp_path: Path) -> None:

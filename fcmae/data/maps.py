@@ -163,9 +163,10 @@ def find_classes(found: Values, names: Sequence[str], values: Sequence[int], ign
         ignored: see `Classes`.
 
     Raises:
-        ValueError: if there are fewer than two classes or too many, or the maps hold none of them.
+        ValueError: if there are fewer than two classes or too many, or the maps hold none of them or few of many.
     """
     counts = found.counts
+    held = np.flatnonzero(counts).tolist()
     if not names and not values:
         if found.are_objects:
             raise ValueError(
@@ -177,24 +178,23 @@ def find_classes(found: Values, names: Sequence[str], values: Sequence[int], ign
             known[ignored] = 0
         largest = int(np.flatnonzero(known)[-1]) if known.any() else 0
         values = [value for value in range(largest + 1) if value != ignored]
-        if len(values) > MAX_UNNAMED:
+        if len(values) > MAX_UNNAMED or (len(values) > MANY_OBJECTS and len(values) > 10 * len(held)):
             raise ValueError(
-                f"data.maps: the maps hold values up to {largest}, which would be {len(values)} classes: number the "
-                "classes, or say which values they have by data.class_values"
+                f"data.maps: the maps hold {_few(held)}, values up to {largest}, which would be {len(values)} classes: "
+                "number the classes, or say which values they have by data.class_values"
             )
     values = values or range(len(names))
     names = names or [str(value) for value in values]
     if len(names) < 2:
-        held = _few(np.flatnonzero(counts).tolist())
         raise ValueError(
-            f"data.maps: there is one class, {names[0]!r}, as the maps hold {held} and data.ignore_value is "
-            f"{ignored}: set data.class_values (0 255 of black and white maps) or data.ignore_value"
+            f"data.maps: there is one class, {names[0]!r}, as the maps hold {_few(held)} and data.ignore_value is "
+            f"{ignored}: set data.class_values (0 255 of black and white maps)"
         )
     if len(names) > MAX_CLASSES:
         raise ValueError(f"data.class_names: there are {len(names)} classes: give {MAX_CLASSES} at most")
     if not counts[list(values)].any():
         raise ValueError(
-            f"data.maps: the maps hold {_few(np.flatnonzero(counts).tolist())}, and none of the classes, which have "
-            f"{_few(values)}: set data.class_values"
+            f"data.maps: the maps hold {_few(held)}, and none of the classes, which have {_few(values)}: set "
+            "data.class_values"
         )
     return Classes(tuple(names), tuple(values), ignored)

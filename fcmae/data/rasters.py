@@ -290,6 +290,10 @@ def geo_tags(file: BinaryIO) -> list[tuple[int, int, int, Any, bool]]:
 
     Args:
         file: at its start.
+
+    Raises:
+        BadImage: if its rows are not stored from the top, each from the left, as they are read: the place of what is
+            turned upright would be another.
     """
     if file.read(4) not in TIFF_STARTS:
         return []
@@ -297,6 +301,10 @@ def geo_tags(file: BinaryIO) -> list[tuple[int, int, int, Any, bool]]:
     with reading(MAX_PIXELS):
         tags = tifffile.TiffFile(file).pages.first.tags
         found = [tags[code] for code in GEO_TAGS if code in tags]
+        if found and tags.valueof("Orientation", 1) != 1:
+            raise BadImage(
+                "it has a place on earth and an Orientation other than 1: store it with its rows from the top"
+            )
         return [(tag.code, int(tag.dtype), tag.count, _stored(tag, file), True) for tag in found]
 
 

@@ -363,6 +363,11 @@ def _loss(run: Run) -> Section:
             "The loss is the mean squared error on hidden patches, each standardised: painting every patch in its own "
             "mean colour scores 1."
         )
+    elif run.kind == "segment":
+        section.notes.append(
+            "The two losses are not on one scale: that of training has the weights of the classes, Dice and unknown "
+            "pixels, and of the head anytime all answers; that of held-out images is the mean over known pixels."
+        )
     return section
 
 
