@@ -18,7 +18,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fcmae.config import IMAGENET_MEAN, IMAGENET_STD, FinetuneData
-from fcmae.networks.spec import VARIANTS, ConvNeXtSpec, NetworkSpec, read_spec
+from fcmae.networks.spec import VARIANTS, ConvNeXtSpec, NetworkSpec, read_spec, variant_of
 
 if TYPE_CHECKING:
     from fcmae.data.survey import Survey
@@ -183,7 +183,7 @@ def pretraining_network(
     size = choices.take("data.image_size", *_image_size(images.short_side, device))
     height, width = size if isinstance(size, list | tuple) else (size, size)
     side = min(height, width)
-    stem_stride, patch = GRIDS[max([known for known in GRIDS if known <= side], default=min(GRIDS))]
+    stem_stride, _ = GRIDS[max([known for known in GRIDS if known <= side], default=min(GRIDS))]
     if held is not None:
         spec, why = held, "that of model.init"
     elif smaller is not None:
@@ -200,7 +200,7 @@ def pretraining_network(
     chosen = choices.take("model.variant", _written(spec), why)
     spec = _read(chosen)
     if held is None:
-        stride = choices.take("model.stem_stride", stem_stride, f"{side} pixels: {side // patch} patches a side")
+        stride = choices.take("model.stem_stride", stem_stride, f"{side} pixels")
     else:
         stride = choices.take("model.stem_stride", held.stem_stride, "that of model.init")
     total = (stride or spec.stem_stride) << (spec.num_stages - 1)
@@ -243,9 +243,8 @@ def _mask_patch(height: int, width: int, total_stride: int) -> tuple[int, str]:
 
 
 def _written(spec: NetworkSpec) -> Any:
-    """As in the setting: a name if there is one."""
-    name = next((name for name, known in VARIANTS.items() if known == spec), None)
-    return name or spec.settings()
+    """As in the setting, beside the stem's stride: a name if there is one."""
+    return variant_of(spec) or spec.settings()
 
 
 def _read(variant: Any) -> NetworkSpec:

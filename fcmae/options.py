@@ -71,7 +71,7 @@ def load(
     num_processes: int | None = None,
     complete: Complete | None = None,
 ) -> Config:
-    """Read the settings of a command from its command line and the file that `--config` names.
+    """Read the settings of a command from its command line and the file that `--config` in it names.
 
     Args:
         model: The command's settings.
@@ -82,7 +82,8 @@ def load(
             hours to fill.
 
     Raises:
-        ConfigError: With every unknown key, wrong value and impossible combination in file and command line.
+        ConfigError: With every unknown key and wrong value in file and command line, and, where nothing is left to be
+            chosen, every impossible combination.
         SystemExit: With status 0, after printing for `--help` and for `--print-config`.
     """
     if any(word in HELP for word in argv):
@@ -145,13 +146,15 @@ def _made(
     _put(settings, given)
     sketch, invalid = _validate(model, settings, (), {"sketch": True})
     if isinstance(sketch, RunConfig) and sketch.overwrite and "overwrite" not in given:
-        raise ConfigError(["overwrite: it is in a file, and would delete the run at every start: give --overwrite"])
+        problems = [*problems, "overwrite: it is in a file, and would delete the run at every start: give --overwrite"]
     if sketch is not None and not _trains(sketch):
         complete = None
     # Nothing is chosen beside a recipe, unless there are hours for which it was not yet.
     has_recipe = has_file and not settings.keys().isdisjoint({"epochs", "batch_size"})
     to_fill = given.get("hours") is not None or (getattr(sketch, "hours", None) and not getattr(sketch, "chosen", None))
-    if complete is not None and sketch is not None and not (problems or invalid) and (to_fill or not has_recipe):
+    if complete is not None and (to_fill or not has_recipe):
+        if sketch is None or problems or invalid:  # what is not chosen yet is not missing
+            raise ConfigError([*problems, *invalid])
         keys = {key for key, _ in _pairs(settings, _fields(model))}
         keys -= TO_CHOOSE if flat(sketch).get("grad_accum") == "auto" else set()
         _put(settings, complete(sketch, {key: value for key, value in flat(sketch).items() if key in keys}))
@@ -719,7 +722,7 @@ def _allowed(key: str, details: Sequence[ErrorDetails], fields: Fields) -> str:
 
 def hint(word: str, choices: Iterable[str]) -> str:
     """Name the choices that have all parts of the word, or the one a slip of the keys away; empty if none is near."""
-    last_names = {choice.rpartition(".")[2]: choice for choice in choices}
+    last_names = {choice.rpartition(".")[2]: choice for choice in choices if choice}
     parts = set(re.split(r"[._-]", word))
     near = [choice for choice in last_names.values() if parts <= set(re.split(r"[._]", choice))][:3]
     near = near or [

@@ -9,6 +9,7 @@ channels leaves the function as it was.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shlex
@@ -136,7 +137,7 @@ def channel_scores(block: Block, measured: Measured, by: By) -> Tensor:
     if block.gamma is not None:
         columns = columns * block.gamma.detach().double().cpu()[:, None]
     if by == "activation":
-        return measured.std * l2_norm(columns, (0,))[0] / max(measured.output_rms * len(columns) ** 0.5, EPS)
+        return measured.std * l2_norm(columns, (0,))[0] / max(measured.output_rms * math.sqrt(len(columns)), EPS)
     scores = l2_norm(rows, (1,))[:, 0] * l2_norm(columns, (0,))[0]
     return scores / scores.mean().clamp(min=torch.finfo(scores.dtype).tiny)
 

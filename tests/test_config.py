@@ -205,10 +205,9 @@ def test_which_weights_of_a_file_are_meant_is_said_alike_by_every_command_that_r
         cfg = options.load(model, [*words, *given], prog="fcmae")
         found = cfg.model if isinstance(cfg, PretrainConfig | FinetuneConfig) else cfg
         assert (found.key, found.prefix) == ("model_ema", "student"), model
-    with pytest.raises(
-        ValidationError, match="key, prefix and license tell of the weights that init names: give --init"
-    ):
-        FinetuneModel(variant="atto", key="model_ema")
+    for key in ("key", "prefix", "license"):
+        with pytest.raises(options.ConfigError, match=rf"^model\.{key}: it tells of the weights .*: give --init$"):
+            options.load(FinetuneConfig, ["x", "--out=y", "--model.variant=atto", f"--model.{key}=mit"], prog="fcmae")
 
 
 @pytest.mark.parametrize(("word", "sentence"), [("ato", "use convnextv2_atto"), ("resnet50", "use one of convnextv2_")])

@@ -22,7 +22,7 @@ from runs import flags
 
 from fcmae.cli import main
 from fcmae.data import shards
-from fcmae.data.index import Images, find_images, find_labelled
+from fcmae.data.index import Images, find_images, find_labelled, find_mapped
 from fcmae.data.shards import BLOCK, Members, Parts, scan
 from fcmae.data.source import BadImage
 from fcmae.data.storage import Storage
@@ -169,6 +169,45 @@ def test_shards_appended_to_each_other_are_one_without_damage(tmp_path: Path) ->
     parts = [pack(tmp_path / "x.tar", *labelled(2, first)).read_bytes() for first in (0, 2)]
     (tmp_path / "x.tar").write_bytes(b"".join(parts))
     assert contents(find_images([str(tmp_path)])) == {f"{i:03}.png": image(i) for i in range(4)}
+
+
+@pytest.mark.parametrize("what", ["zeroed header", "behind padding"])
+def test_damage_is_told_of_whatever_it_begins_with(tmp_path: Path, what: str) -> None:
+    parts = [pack(tmp_path / "x.tar", *labelled(2, first)).read_bytes() for first in (0, 2)]
+    content = bytearray(b"".join(parts))
+    if what == "zeroed header":
+        start = int(scan(io.BytesIO(bytes(content))).starts[1]) - BLOCK
+        content[start : start + BLOCK] = bytes(BLOCK)
+        lost, at = 1, start + BLOCK  # the first bytes that say that there was something
+    else:
+        lost, at = 2, len(parts[0])
+        content[at + 148] ^= 1  # its sum
+    (tmp_path / "x.tar").write_bytes(content)
+    images = find_images([str(tmp_path / "x.tar")])
+    found = contents(images)
+    assert f"@{at}" in found and {f"{i:03}.png" for i in range(4)} - found.keys() == {f"{lost:03}.png"}
+    assert images.notes[0].startswith("data.path: 1 places in 1 shards are damaged")
+
+
+def test_folders_of_shards_beside_shards_are_told_of(tmp_path: Path) -> None:
+    for place in ("cats/a.tar", "dogs/b.tar", "extra.tar"):
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        pack(tmp_path / place, *labelled(2))
+    found = find_labelled(str(tmp_path))
+    assert len(found) == 2 and {Path(name).parent.name for name in found.names()} == {"extra.tar"}
+    assert found.notes[0].startswith("data.path: folders of tar files, cats, dogs, beside tar files in")
+    (tmp_path / "extra.tar").unlink()
+    assert find_labelled(str(tmp_path)).class_names == ("cats", "dogs")
+
+
+def test_a_table_of_pairs_tells_of_damaged_shards(tmp_path: Path) -> None:
+    path = pack(tmp_path / "x.tar", *labelled(4))
+    content, starts = bytearray(path.read_bytes()), scanned(path).starts
+    content[starts[1] - BLOCK : starts[1] - BLOCK + 200] = b"?" * 200
+    path.write_bytes(content)
+    (tmp_path / "pairs.csv").write_text("image,mask\nx.tar/000.png,x.tar/002.png\nx.tar/003.png,x.tar/002.png\n")
+    images, _ = find_mapped(str(tmp_path / "pairs.csv"), None)
+    assert len(images) == 2 and "places in 1 shards are damaged" in images.notes[0]
 
 
 def test_the_second_member_of_a_name_is_bad(tmp_path: Path) -> None:

@@ -122,7 +122,23 @@ def test_labels_of_test_images_cannot_influence_what_is_predicted(labelled: Path
     assert matrices[1] == [matrices[0][(row - 1) % 3] for row in range(3)]
 
 
-@pytest.mark.parametrize("folder", ["run", "run/best", "run/last"])
+def test_a_models_name_is_not_taken_for_the_run_that_is_worked_in(
+    labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, held_out = find_data(str(labelled), None, 0.2, seed=0)
+    train.save(tmp_path / "files.json")
+    (tmp_path / "config.yaml").touch()
+    (tmp_path / "best").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for model in ("resnet18", "pixels:32", "random:best"):
+        check_untaught(model, train)
+    for model in (".", "best", str(tmp_path / "best")):
+        check_untaught(model, held_out)
+        with pytest.raises(ValueError, match="has learnt from"):
+            check_untaught(model, train)
+
+
+@pytest.mark.parametrize("folder", ["run", "run/best", "run/best/model.safetensors", "run/last"])
 def test_images_that_chose_the_best_weights_are_warned_of(
     labelled: Path, tmp_path: Path, folder: str, caplog: pytest.LogCaptureFixture
 ) -> None:

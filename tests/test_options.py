@@ -161,6 +161,10 @@ def test_overwrite_is_no_setting_of_a_file(
     for chosen in (None, complete):
         with pytest.raises(ConfigError, match=r"^overwrite: it is in a file, .*: give --overwrite$"):
             options.load(PretrainConfig, [*NEEDED, "--config", "a.yaml"], prog="fcmae", complete=chosen)
+    assert problems("--config", "a.yaml", "--epochs", "x") == [
+        "overwrite: it is in a file, and would delete the run at every start: give --overwrite",
+        "epochs: received x; should be a valid integer or should be a valid number",
+    ]
     assert load("--config", "a.yaml", "--overwrite").overwrite
     needed = {"data.path": ["photos"], "out": "run"}
     with pytest.raises(ConfigError, match=r"^overwrite: it is in a file"):
@@ -230,6 +234,20 @@ def test_everything_wrong_is_reported_at_once(yaml_file: Path) -> None:
     assert found.keys() == expected.keys()
     for key, sentence in expected.items():
         assert found[key].startswith(sentence), key
+
+
+def test_what_would_have_been_chosen_is_not_missing_beside_another_problem() -> None:
+    def complete(*_: object) -> dict[str, object]:
+        raise AssertionError("nothing is to be chosen")
+
+    for flag, problem in (("--bogus=3", "bogus: received 3; no such setting"), ("--seed=x", "seed: received x")):
+        with pytest.raises(ConfigError) as caught:
+            options.load(FinetuneConfig, ["photos", flag], prog="fcmae", complete=complete)
+        assert str(caught.value).startswith(problem) and "\n" not in str(caught.value)
+
+
+def test_an_empty_value_has_nothing_near_it() -> None:
+    assert problems("--epochs=") == ["epochs: received ''; should be a valid integer or should be a valid number"]
 
 
 def test_a_wrong_value_does_not_bring_conflicts_of_the_default_in_its_place() -> None:

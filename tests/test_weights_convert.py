@@ -749,6 +749,7 @@ def test_a_link_that_leads_nowhere_is_not_written_over(tmp_path: Path) -> None:
         ({"architecture": "convnextv2_atto", "model_args": {"patch_size": 8}}, "its patch_size is 8, for which timm"),
         ({"architecture": "convnextv2_atto", "num_classes": 2, "global_pool": "max"}, "its global_pool is max"),
         ({"model_type": "convnextv2", "hidden_act": "relu"}, "its activation is relu"),
+        ({"model_type": "convnextv2", "layer_norm_eps": 0.1}, "its layer_norm_eps is 0.1"),
     ],
 )
 def test_a_directory_of_a_network_that_computes_otherwise_is_refused(

@@ -83,7 +83,7 @@ Betas = tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, 
 
 
 class ImageConfig(Section):
-    """Where the images are and how they are read; shared by pretraining and fine-tuning."""
+    """Where the images are and how they are read; shared by all runs."""
 
     image_size: Size = (224, 224)
     """Height and width of the network's input, in pixels; a single number means a square."""
@@ -121,7 +121,7 @@ class ImageConfig(Section):
     """Processes that decode images, for each training process. Default: 1 on CPU, up to 8 on a GPU."""
 
     def statistics(self) -> tuple[list[float], list[float]]:
-        """Mean and std in effect, per channel."""
+        """Mean and std in effect: one per channel, or one for all."""
         default = (IMAGENET_MEAN, IMAGENET_STD) if self.in_chans == 3 else (GREY_MEAN, GREY_STD)
         return self.mean or default[0], self.std or default[1]
 
@@ -217,12 +217,6 @@ class EncoderConfig(Section):
         if value not in (None, variant.stem_stride):
             raise ValueError(f"the numbers in model.variant say {variant.stem_stride}: leave one of the two out")
         return variant.stem_stride
-
-    @model_validator(mode="after")
-    def _have_a_file(self) -> Self:
-        if self.init is None and (self.key or self.prefix or self.license):
-            raise ValueError("key, prefix and license tell of the weights that init names: give --init")
-        return self
 
     @model_validator(mode="after")
     def _spell_once(self) -> Self:
@@ -480,6 +474,9 @@ class RunConfig(Settings):
             yield ("out",), "missing: the run directory, e.g. --out runs/first"
         if self.device == "cpu" and self.precision in ("fp16", "tf32"):
             yield ("precision", "device"), f"{self.precision} needs a GPU and device is cpu: use auto, fp32 or bf16"
+        for name in ("key", "prefix", "license") if self.model.init is None else ():
+            if getattr(self.model, name):
+                yield (f"model.{name}", "model.init"), "it tells of the weights that init names: give --init"
         processes = num_processes or 1
         parts = processes * self.num_micro_batches
         if self.batch_size < processes:

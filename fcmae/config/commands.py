@@ -111,7 +111,7 @@ class EvaluateConfig(Reading, FromFile):
     """For few-shot: how many times labels are drawn."""
     stages: Stages = (-1,)
     """Encoder stages whose output is used: numbers from 1, last, or all. Default: last."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     """Seed of all random draws."""
     out: UserPath | None = None
     """Where results go. Default: RUN/evaluation, for RUN and random:RUN."""
@@ -162,7 +162,7 @@ class WorthConfig(Settings, FromFile):
     """Processes that decode images. Default: as many as help."""
     device: Device = "auto"
     """auto takes a GPU when there is one."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     """Seed of the draw of test images and of the pretraining, and the first of the fine-tunings' seeds."""
     out: UserPath | None = None
     """Where all runs and results go. Default: runs/NAME-worth, NAME from LABELLED."""
@@ -177,6 +177,11 @@ class WorthConfig(Settings, FromFile):
             yield ("key" if self.key else "prefix", "init"), "it tells of the files that init names: give --init"
         elif self.unlabelled and not (self.hours or self.pretraining):
             yield ("unlabelled", "hours"), "they are for a pretraining: give --hours H, or leave them out"
+        if self.seed + self.seeds > 2**32:
+            yield (
+                ("seed", "seeds"),
+                f"{self.seed} + seeds = {self.seeds} are more than {2**32}: use less",
+            )
 
 
 class EmbedConfig(Source, FromFile):
@@ -197,7 +202,7 @@ class EmbedConfig(Source, FromFile):
     """Write one Parquet file instead of .npy and .csv."""
     stage: Annotated[int, BeforeValidator(_stage)] = -1
     """Encoder stage whose output is used: a number from 1, or last. Default: last."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     """Random seed of the map."""
     overwrite: bool = False
     """Replace earlier results."""

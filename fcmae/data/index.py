@@ -260,7 +260,7 @@ def images_of_run(path: Path) -> Images | None:
         path: the run, or weights in its directory: best/, last/ or a checkpoint.
     """
     with suppress(ValueError, OSError):
-        for run in (path, *path.parents[:2]):
+        for run in (path, *path.parents[:2]) if path.exists() else ():  # a model's name is no path
             if (run / "config.yaml").is_file() and (run / "files.json").is_file():
                 return Images.load(run / "files.json")
     return None
@@ -564,6 +564,11 @@ def find_labelled(
     if tars is not None and path.is_dir() and _has_class_folders(path, key):
         left = f"{key}: {_some([os.path.basename(tar) for tar in tars])} beside the class folders of {source!r} "  # noqa: PTH119
         tars, notes = None, (f"{left}were left out: name them by a pattern to learn from them instead",)
+    elif tars is not None and path.is_dir() and (folders := _folders_of_shards(path, key)):
+        notes = (
+            f"{key}: folders of tar files, {_some(folders)}, beside tar files in {source!r} were left out: move these "
+            "away to learn from them instead",
+        )
     if tars is not None:
         label_of = _labels_of(tars, shards, source, key)
     elif path.suffix.lower() == ".csv" and (is_remote(source) or path.is_file()):
@@ -644,6 +649,11 @@ def _inner_folders(root: Path) -> list[Path]:
 def _has_class_folders(root: Path, key: str) -> bool:
     """Whether a sub-folder holds an image, and not in a shard alone."""
     return any(not is_shard(path) for folder in _inner_folders(root) for path in _walk(folder, key, Counter()))
+
+
+def _folders_of_shards(root: Path, key: str) -> list[str]:
+    """The sub-folders that hold shards, by name."""
+    return [folder.name for folder in _inner_folders(root) if any(map(is_shard, _walk(folder, key, Counter())))]
 
 
 def _class_folders(
@@ -764,11 +774,11 @@ def find_mapped(
     """
     maps_key = key.replace("path", "maps")
     if source.lower().endswith(".csv"):
-        address = source
-        beside, folder = _read_csv(address, key, "image", "mask"), os.path.dirname(address)  # noqa: PTH120
-        paths = sorted(beside)
-        addresses = [joined(folder, beside[image]) for image in paths]
-        return tuple(Images(Shards(storage, key).source(each)) for each in (paths, addresses))  # type: ignore[return-value]
+        beside, folder = _read_csv(source, key, "image", "mask"), os.path.dirname(source)  # noqa: PTH120
+        paths, shards = sorted(beside), Shards(storage, key)
+        found = Images(shards.source(paths))
+        maps_found = Images(shards.source([joined(folder, beside[image]) for image in paths]))
+        return replace(found, notes=shards.notes()), maps_found
     if maps is None:
         raise ValueError(
             f"{key}: {source!r} has no folder of label maps beside it, and is no .csv file: give images and their maps "

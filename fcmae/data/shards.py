@@ -162,12 +162,16 @@ def scan(file: BinaryIO, stop: Event | None = None) -> Members:
     names, places, texts, end = list[str](), list[tuple[int, int]](), dict[str, str](), 0
 
     def skipped(start: int, stop: int) -> None:
-        """Take note of bytes that are neither a member nor said of all of them."""
-        file.seek(start)
-        block = file.read(min(BLOCK, stop - start)) if start < stop else b""
-        if block.strip(b"\0") and not _is_global_header(block, stop - start):
-            names.append(f"@{start}")
-            places.append((start, DAMAGED))
+        """Take note of bytes that are neither a member, nor said of all of them, nor padding."""
+        while start < stop:
+            file.seek(start)
+            block = file.read(min(BLOCK, stop - start))
+            if block.strip(b"\0"):
+                if not _is_global_header(block, stop - start):
+                    names.append(f"@{start}")
+                    places.append((start, DAMAGED))
+                return
+            start += BLOCK
 
     for member in _headers(file, total):
         if stop is not None and stop.is_set():

@@ -190,12 +190,12 @@ class Layer:
     """Statistics of one block over all images, NaN where its features are not finite.
 
     Attributes:
-        num_channels: 4C, of the expanded features.
+        num_channels: of the expanded features; 4C but in a pruned network.
         cosine_distance: see `cosine_distance`; the mean over images.
         dead_share: of the channels.
         saturated_share: of the channels.
         effective_rank: of the block's output (C channels), averaged over each image's sites.
-        selectivity: (4C,), see `class_selectivity`; None without labels, or if only one class occurred.
+        selectivity: (num_channels,), see `class_selectivity`; None without labels, or if only one class occurred.
     """
 
     num_channels: int
@@ -219,7 +219,7 @@ class _Sums:
         self.class_counts = torch.zeros(num_classes, dtype=torch.float64)
 
     def add_expanded(self, features: Tensor, labels: Tensor | None) -> None:
-        """features: (B, h, w, 4C). Sums over the sites of one image are computed on the device of the features."""
+        """features: (B, h, w, num_channels). Sums over the sites of an image are computed on their device."""
         x = at_least_float32(features).flatten(1, 2)
         norms = l2_norm(x, (1,))
         self.num_images += x.shape[0]

@@ -37,7 +37,7 @@ from fcmae.evaluation.features import check_stages, extract
 from fcmae.evaluation.models import PIXELS, RANDOM, Backbone, choose_device, is_control, load_backbones
 from fcmae.evaluation.outputs import TEMPORARY, claim, default_out, file_name, free, shortened, tell_unread
 from fcmae.evaluation.pictures import save_figure
-from fcmae.evaluation.probes import few_shot_counts, fit_linear, knn_probabilities, mean_and_interval
+from fcmae.evaluation.probes import TEMPERATURE, few_shot_counts, fit_linear, knn_probabilities, mean_and_interval
 from fcmae.evaluation.records import COLUMNS, score_rows
 from fcmae.tables import table
 from fcmae.training.own_files import FOUND
@@ -46,7 +46,6 @@ from fcmae.training.records import cpu_name, read_metrics
 logger = logging.getLogger("fcmae")
 
 KS = (10, 20, 100, 200)
-TEMPERATURE = 0.07
 TABLE = "table.md"
 MAX_NAMED_CLASSES = 50  # more names are too small to read
 
@@ -238,9 +237,9 @@ def images_that_chose(path: Path) -> Images | None:
     """The labelled images by which a run chose the weights that are read from a path; None if there are none.
 
     Args:
-        path: a run with labels, whose best weights are read, or its best/.
+        path: a run with labels, whose best weights are read, or its best/, or a file in it.
     """
-    run = path.parent if path.name == "best" else path
+    run = next((place.parent for place in (path, path.parent) if place.name == "best"), path)
     with suppress(ValueError, OSError):
         scored = [line for line in read_metrics(run / "metrics.jsonl") if "balanced_accuracy" in line]
         if (run / "best").is_dir() and len(scored) > 1:  # a run's only evaluation is its best and its last

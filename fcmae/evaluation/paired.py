@@ -139,6 +139,8 @@ def tell(differences: Sequence[float]) -> str:
     alike = max(differences) - min(differences) < ALIKE and abs(differences[0]) >= ALIKE
     if interval is None or (alike and len(differences) < LEAST_ALIKE):
         return "too few runs"
+    if max(map(abs, differences)) < ALIKE:  # rounding
+        return "no difference seen"
     return "better" if interval[0] > 0 else "worse" if interval[1] < 0 else "no difference seen"
 
 

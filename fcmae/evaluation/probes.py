@@ -20,6 +20,7 @@ from tqdm import trange
 from fcmae.data.sampler import epoch_order
 from fcmae.data.split import draw, share_of_each
 
+TEMPERATURE = 0.07  # of kNN's votes, as in DINO (arXiv 2104.14294)
 TEST_ROWS = 2048  # rows of test features, and of training features, in one similarity matrix
 TRAIN_ROWS = 16384
 
@@ -32,7 +33,7 @@ def knn_probabilities(
     num_classes: int,
     *,
     ks: Sequence[int],
-    temperature: float = 0.07,
+    temperature: float = TEMPERATURE,
     centre: NDArray[np.float32] | None = None,
     device: torch.device | str = "cpu",
 ) -> dict[int, NDArray[np.float32]]:

@@ -121,7 +121,7 @@ def report(paths: Sequence[Path], out: Path | None = None) -> Path:
     """Write the page on one run or several; it also lists what could not be read of them.
 
     Args:
-        paths: directories of runs.
+        paths: directories of runs, and of `fcmae worth`.
         out: the page, a new file or an earlier page; by default report.html in the run's directory.
 
     Returns:

@@ -354,6 +354,8 @@ def _read_directory(path: Path, variant: str | None) -> Weights:
             labels = config.get("id2label") or {}
             names = tuple(labels[key] for key in sorted(labels, key=int))
             _check_computes(config.get("hidden_act"), None)
+            if (eps := config.get("layer_norm_eps", 0.0)) > 1e-5:  # of the final norm; published ones have 1e-12
+                raise ValueError(f"its layer_norm_eps is {eps}, and that of a ConvNeXt 1e-6")
             processor = path / "preprocessor_config.json"
             image = _from_processor(_read_json(processor)) if processor.is_file() else ImageRecord()
             record = Record(image=image, class_names=names, origin=record.origin)
