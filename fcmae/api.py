@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
 from timm.models import FeatureInfo
 from torch import Tensor, nn
@@ -26,7 +28,8 @@ from fcmae.anytime import Answer, Anytime
 from fcmae.config import FinetuneConfig, PretrainConfig, RunConfig, SegmentConfig
 from fcmae.config.base import find_run
 from fcmae.config.commands import PruneConfig
-from fcmae.data.normalize import Normalize
+from fcmae.data.augment import CenterCrop, Reading
+from fcmae.data.maps import Classes
 from fcmae.heads import Classifier, Segmenter
 from fcmae.layouts import DENSE, PACKED
 from fcmae.masked import FCMAE, masked_loss
@@ -36,7 +39,7 @@ from fcmae.segmentation import check_sides
 from fcmae.training.launch import for_a_caller
 from fcmae.training.run import Run
 from fcmae.weights.convert import build_classifier, build_encoder, convert
-from fcmae.weights.files import read_weights, segmenter_in
+from fcmae.weights.files import Weights, read_weights, segmenter_in
 from fcmae.weights.segmenters import read_segmenter
 
 __all__ = [
@@ -81,8 +84,9 @@ def pretrain(
             Beside it nothing is chosen, for `hours` neither: what you do not give has its default.
 
     Returns:
-        The run, finished, or stopped by a signal after a checkpoint (an interrupted notebook sends SIGINT). The same
-        call resumes it. It is a path that `finetune`, `load` and `export` accept.
+        The run, finished, or stopped by a signal after a checkpoint (an interrupted notebook sends SIGINT): look at
+        `finished`, or give it to `finetune` or `segment`, which refuse one that was stopped. The same call resumes it.
+        It is a path that `load` and `export` accept too.
 
     Raises:
         ValueError: with a line for each problem with settings or images, before anything is written.
@@ -91,11 +95,17 @@ def pretrain(
     paths = [images] if isinstance(images, str | os.PathLike) else images
     given: dict[str, Any] = {"data.path": paths, "out": out, "model.variant": variant}
     if model is not None:
-        given |= {"model.variant": variant or model.encoder.spec, "model.stem_stride": model.encoder.spec.stem_stride}
+        if not isinstance(model, FCMAE):
+            raise ValueError(f"model: received {type(model).__name__}; give an FCMAE, see fcmae.masked.build_fcmae")
+        if variant is not None:
+            raise ValueError("variant: a model of your own has its network already: leave one of the two out")
+        given |= {"model.variant": model.encoder.spec, "model.stem_stride": model.encoder.spec.stem_stride}
     with for_a_caller():
         cfg = _settings(PretrainConfig, given, config, settings, planning.pretraining if model is None else None)
         if model is not None and cfg.hours is not None:
             raise ValueError("hours: nothing is chosen for a model of your own: give epochs")
+        if model is not None and cfg.model.init is not None:
+            raise ValueError("model.init: a model of your own starts as it is: load its weights yourself, leave it out")
         return pretraining.pretrain(cfg, model)
 
 
@@ -113,7 +123,8 @@ def finetune(
     Args:
         labelled: a folder with one sub-folder per class, or a CSV file with the columns path,label.
         out: the run directory; see `pretrain`.
-        init: starting weights: a run of `pretrain`, or a path to weights in any format that `fcmae convert` reads.
+        init: starting weights: a run that `pretrain` finished, or a path to weights in any format that `fcmae convert`
+            reads, to a run that was stopped too.
         variant: the network; by default that of `init`.
         config: see `pretrain`.
         settings: see `pretrain`; or a `FinetuneConfig`.
@@ -125,7 +136,7 @@ def finetune(
         ValueError: with a line for each problem with settings, images or weights, before anything is written.
         FloatingPointError: if the loss or a gradient stops being finite.
     """
-    given = {"data.path": labelled, "out": out, "model.init": init, "model.variant": variant}
+    given = {"data.path": labelled, "out": out, "model.init": _start(init), "model.variant": variant}
     with for_a_caller():
         return finetuning.finetune(_settings(FinetuneConfig, given, config, settings, planning.finetuning))
 
@@ -158,9 +169,19 @@ def segment(
         ValueError: with a line for each problem with settings, images, maps or weights, before anything is written.
         FloatingPointError: if the loss or a gradient stops being finite.
     """
-    given = {"data.path": images, "data.maps": maps, "out": out, "model.init": init, "model.variant": variant}
+    given = {"data.path": images, "data.maps": maps, "out": out, "model.init": _start(init), "model.variant": variant}
     with for_a_caller():
         return segmenting.segment(_settings(SegmentConfig, given, config, settings, planning.segmentation))
+
+
+def _start(init: PathLike | None) -> PathLike | None:
+    """Starting weights, unless they are of a run of this script that a signal stopped: what follows would not know."""
+    if isinstance(init, Run) and not init.finished:
+        raise ValueError(
+            f"init: {init.path} was stopped by {init.stopped_by} before its end: make the call that began it again, or "
+            "give its path to start from what it has"
+        )
+    return init
 
 
 def _settings(
@@ -197,13 +218,15 @@ class Features(nn.Module):
     Attributes:
         encoder: the network, on normalised images.
         normalize: the normalisation of images, applied first.
+        reading: how `read` reads image files: size, and of which channels.
         feature_info: timm's description of the maps of `pyramid`: channels(), reduction() in pixels per site.
     """
 
-    def __init__(self, encoder: StagedEncoder, normalize: Normalize) -> None:
+    def __init__(self, encoder: StagedEncoder, reading: Reading) -> None:
         super().__init__()
         self.encoder = encoder
-        self.normalize = normalize
+        self.normalize = reading.normalize
+        self.reading = reading
         dims, first = encoder.spec.dims, encoder.spec.stem_stride
         maps = [{"num_chs": d, "reduction": first << i, "module": f"stages.{i}"} for i, d in enumerate(dims)]
         self.feature_info = FeatureInfo(maps, tuple(range(len(maps))))
@@ -230,6 +253,21 @@ class Features(nn.Module):
             features = self.encoder(images, PACKED(self._checked(mask, images), None))
         return features
 
+    def read(self, file: PathLike | bytes) -> Tensor:
+        """An image file as `fcmae predict` gives it to a classifier: its centre, at the size of the training.
+
+        Args:
+            file: a path, or what the file holds.
+
+        Returns:
+            (C, H, W), uint8, or float32 in units of a full range of 1; a batch of such is what `forward` takes.
+
+        Raises:
+            BadImage: if it cannot be read, or has other channels; a ValueError.
+        """
+        content = file if isinstance(file, bytes) else Path(file).expanduser().read_bytes()
+        return torch.tensor(CenterCrop(self.reading)(content, np.random.default_rng(0)).values)
+
     def pyramid(self, images: Tensor) -> list[Tensor]:
         """Feature maps of all stages, first to last, for a detector or a segmenter, as timm's features_only gives them.
 
@@ -245,6 +283,8 @@ class Features(nn.Module):
         return [f.permute(0, 3, 1, 2) for f in self.encoder.pyramid(self._normalized(images), DENSE)]
 
     def _normalized(self, images: Tensor) -> Tensor:
+        if not isinstance(images, Tensor):
+            raise ValueError(f"images: received {type(images).__name__}; give a torch tensor")
         in_chans, least, shape = self.encoder.in_chans, self.encoder.total_stride, tuple(images.shape)
         if len(shape) != 4 or shape[1] != in_chans or min(shape[2:]) < least:
             raise ValueError(f"images: received the shape {shape}; give (B, {in_chans}, H, W), H and W >= {least}")
@@ -269,6 +309,11 @@ class Features(nn.Module):
                 f"mask: received a grid of {gh}x{gw} for images of {H}x{W}; its patches must be squares whose side is "
                 f"a multiple of the total stride {stride}"
             )
+        visible = (~mask).flatten(1).sum(1).tolist()
+        if len(set(visible)) > 1:
+            raise ValueError(
+                f"mask: images have from {min(visible)} to {max(visible)} visible patches; give every image as many"
+            )
         return mask
 
 
@@ -277,8 +322,8 @@ class _Headed(Features, Generic[Headed]):
 
     model: Headed
 
-    def __init__(self, model: Headed, normalize: Normalize, class_names: Sequence[str]) -> None:
-        super().__init__(model.encoder, normalize)
+    def __init__(self, model: Headed, reading: Reading, class_names: Sequence[str]) -> None:
+        super().__init__(model.encoder, reading)
         del self.encoder  # registered twice, its tensors would be twice in a state dict
         self.model = model
         self.class_names = tuple(class_names)
@@ -302,7 +347,7 @@ class Classified(_Headed[Classifier]):
         """Class logits, (B, classes), whose softmax are the probabilities that `fcmae predict` writes.
 
         Args:
-            images: see `forward`. `predict` resizes and crops to the size that the network was trained at.
+            images: see `forward`. `predict` has them from `read`, at the size that the network was trained at.
 
         Raises:
             ValueError: see `forward`.
@@ -317,10 +362,17 @@ class Segmented(_Headed[Segmenter]):
     Attributes:
         model: the network, on normalised images.
         class_names: names of its outputs.
+        classes: these names, what label maps hold for each, and what they hold where the class is unknown.
     """
 
+    def __init__(self, model: Segmenter, reading: Reading, classes: Classes) -> None:
+        super().__init__(model, reading, classes.names)
+        self.classes = classes
+
     def maps(self, images: Tensor) -> Tensor:
-        """Class logits of every pixel, (B, classes, H, W); with `model.head` anytime they have no gradients.
+        """Class logits of every pixel, (B, classes, H, W), in evaluation mode.
+
+        With `model.head` anytime they have no gradients, and in training mode are those of each exit.
 
         Args:
             images: see `forward`; H and W are multiples of the total stride.
@@ -354,7 +406,14 @@ class Segmented(_Headed[Segmenter]):
         yield from self.model.anytime(self._normalized(images), tau, budget)
 
 
-def load(source: PathLike, *, key: str | None = None, prefix: str | None = None) -> Features:
+def load(
+    source: PathLike,
+    *,
+    key: str | None = None,
+    prefix: str | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Features:
     """The encoder of a run or of weights in any format that `fcmae convert` reads, for features.
 
     Args:
@@ -362,29 +421,47 @@ def load(source: PathLike, *, key: str | None = None, prefix: str | None = None)
             best model.
         key: the entry of a .pth file that holds the weights, such as "model_ema"; by default a usual one.
         prefix: the prefix of their names in a file, such as "student"; by default detected.
+        mean: of each channel, in units of a full range of 1, of a file that does not state it, such as a state dict of
+            your own.
+        std: likewise.
 
     Returns:
         The module, on the CPU, in evaluation mode. It normalises images as in the training of the weights. For a model
         of `finetune` a `Classified`, of `segment` a `Segmented`.
 
     Raises:
-        ValueError: if `source` holds no such weights, or does not state the mean and std of its channels; for grey and
-            RGB the published ones are then used.
+        ValueError: if `source` holds no such weights, states another mean and std, or none and none are given; for
+            grey and RGB the published ones are then used.
     """
     place = Path(find_run(os.fspath(source)))
     if key is None and prefix is None and segmenter_in(place) is not None:
         segmenter, weights, record = read_segmenter(place)
-        return Segmented(segmenter, weights.reading(os.fspath(source)).normalize, record.class_names).eval()
+        return Segmented(segmenter, _reading(source, weights, mean, std), record.classes).eval()
     weights = read_weights(place, key=key, prefix=prefix)
-    normalize = weights.reading(os.fspath(source)).normalize
+    reading = _reading(source, weights, mean, std)
     if weights.architecture.num_classes and weights.class_names:
-        return Classified(build_classifier(weights), normalize, weights.class_names).eval()
-    return Features(build_encoder(weights), normalize).eval()
+        return Classified(build_classifier(weights), reading, weights.class_names).eval()
+    return Features(build_encoder(weights), reading).eval()
+
+
+def _reading(source: PathLike, weights: Weights, mean: Sequence[float] | None, std: Sequence[float] | None) -> Reading:
+    """How images are read for weights, by what they state or else by what is given."""
+    given: dict[str, tuple[float, ...]] = {}
+    for name, values in (("mean", mean), ("std", std)):
+        if values is not None:
+            stated, num = getattr(weights.image, name), weights.architecture.in_chans
+            if len(values) != num or (stated is not None and tuple(stated) != tuple(values)):
+                raise ValueError(
+                    f"{name}: received {list(values)}, and {os.fspath(source)} has {num} channels"
+                    + (f", whose {name} it states as {list(stated)}: leave it out" if stated else ": give one each")
+                )
+            given[name] = tuple(values)
+    return replace(weights, image=weights.image.model_copy(update=given)).reading(os.fspath(source))
 
 
 def export(
     source: PathLike, dest: PathLike, to: str = "timm", *, key: str | None = None, prefix: str | None = None
-) -> None:
+) -> str:
     """Write weights in another format, and read them back to be sure, as `fcmae convert` does.
 
     Args:
@@ -394,10 +471,13 @@ def export(
         key: see `load`.
         prefix: see `load`.
 
+    Returns:
+        What was written and what was left out, and how to use it, as the command prints it.
+
     Raises:
         ValueError: if the source cannot be read or is damaged, or `dest` exists or is not a name for that format.
     """
-    convert(Path(find_run(os.fspath(source))), Path(dest).expanduser(), to, key=key, prefix=prefix)
+    return convert(Path(find_run(os.fspath(source))), Path(dest).expanduser(), to, key=key, prefix=prefix)
 
 
 def prune(
@@ -411,7 +491,7 @@ def prune(
     by: pruning.By = "activation",
     key: str | None = None,
     prefix: str | None = None,
-) -> None:
+) -> str:
     """Remove hidden channels, compensated for on images, or whole blocks, and write the rest, as `fcmae prune` does.
 
     Args:
@@ -425,9 +505,12 @@ def prune(
         key: see `load`.
         prefix: see `load`.
 
+    Returns:
+        What was removed, and how to use what was written, as the command prints it.
+
     Raises:
         ValueError: with a line for each problem with settings, weights or images, before anything is written.
     """
     paths = [images] if isinstance(images, str | os.PathLike) else images
     given = {"model": source, "dest": dest, "data": [os.fspath(path) for path in paths], "key": key, "prefix": prefix}
-    pruning.prune(options.make(PruneConfig, {**given, "keep": keep, "what": what, "how": how, "by": by}))
+    return pruning.prune(options.make(PruneConfig, {**given, "keep": keep, "what": what, "how": how, "by": by}))

@@ -408,6 +408,8 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [item if item == "none" else _plain(item) for item in value]
+    if hasattr(value, "tolist"):  # of numpy or torch
+        return _plain(value.tolist())
     return None if value == "none" else os.fspath(value) if isinstance(value, os.PathLike) else value
 
 

@@ -204,11 +204,22 @@ def check_model(cfg: PretrainConfig, net: FCMAE) -> None:
     Raises:
         ValueError: if its channels or its stride do not fit.
     """
+    # What is stored of a network are its numbers and tensors.
     encoder, patch, stride = net.encoder, cfg.model.mask_patch, net.encoder.total_stride
     if encoder.in_chans != cfg.data.in_chans:
-        raise ValueError(f"data.in_chans is {cfg.data.in_chans}, and the model's encoder has {encoder.in_chans}")
+        raise ValueError(
+            f"data.in_chans is {cfg.data.in_chans}, and the model's encoder has {encoder.in_chans}: set it to that"
+        )
     if patch % stride:
         raise ValueError(f"model.mask_patch is {patch}, no multiple of {stride}, the stride of the model's encoder")
+    with torch.device("meta"):
+        plain = make_encoder(encoder.spec, encoder.in_chans)
+    if type(encoder) is not type(plain) or encoder.state_dict().keys() != plain.state_dict().keys():
+        logger.warning(
+            "the encoder is a %s.%s: load, export and init make a plain %s of what is stored of it, which computes as "
+            "that does",
+            *(type(encoder).__module__, type(encoder).__qualname__, describe(encoder.spec)),
+        )
 
 
 def build_schedule(cfg: PretrainConfig, run: RunDirectory, images: Images) -> Schedule:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import csv
 import importlib
 import os
 import pkgutil
@@ -10,6 +11,7 @@ import random
 import subprocess
 import sys
 import threading
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,17 +23,17 @@ import timm
 import torch
 from accelerate import Accelerator
 from conftest import randomize
+from PIL import Image
 from runs import TINY, assert_same, config, final_state, write_images
 from test_weights_convert import write_checkpoint
 
 import fcmae
 from fcmae import api, cli, finetuning, planning, pretraining, segmenting, starting
-from fcmae.api import Features
+from fcmae.api import Classified, Features
 from fcmae.config import FinetuneConfig, PretrainConfig
-from fcmae.data.augment import seeded
-from fcmae.data.normalize import Normalize
+from fcmae.data.augment import Reading, seeded
 from fcmae.layouts import Masked
-from fcmae.masked import build_fcmae
+from fcmae.masked import build_fcmae, patchify
 from fcmae.networks.convnext import Encoder
 from fcmae.networks.spec import VARIANTS, ConvNeXtSpec
 from fcmae.options import read
@@ -255,6 +257,59 @@ def test_a_model_of_one_s_own_is_trained_with_default_settings(photos: Path, tmp
     assert read(PretrainConfig, tmp_path / "out" / "config.yaml").chosen.keys() == {"grad_accum"}
 
 
+def test_a_model_of_one_s_own_has_no_settings_beside_it(photos: Path, tmp_path: Path) -> None:
+    net = build_fcmae(Encoder(SPEC, 3), 8)
+    given = {"settings": {"data.image_size": 64, "epochs": 1, "batch_size": 4, "model.init": "run"}}
+    with pytest.raises(ValueError, match=r"model\.init: a model of your own starts as it is"):
+        fcmae.pretrain(photos, tmp_path / "out", model=net, **given)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="variant: a model of your own has its network already"):
+        fcmae.pretrain(photos, tmp_path / "out", model=net, variant="atto")
+    with pytest.raises(ValueError, match="model: received Linear; give an FCMAE"):
+        fcmae.pretrain(photos, tmp_path / "out", model=torch.nn.Linear(1, 1))  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_encoder_that_is_not_what_its_numbers_say_is_told_of(
+    photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Mine(Encoder):
+        pass
+
+    settings = {"data.image_size": 64, "epochs": 1, "batch_size": 4, "device": "cpu", "data.num_workers": 0}
+    extended = Encoder(SPEC, 3)
+    extended.extra = torch.nn.Parameter(torch.zeros(1))
+    for number, encoder in enumerate((Encoder(SPEC, 3), Mine(SPEC, 3), extended)):
+        caplog.clear()
+        fcmae.pretrain(photos, tmp_path / str(number), model=build_fcmae(encoder, 8), settings=settings)
+        assert ("load, export and init make a plain" in caplog.text) == (number > 0)
+
+
+def test_what_a_signal_stopped_does_not_start_another_run(labelled: Path, tmp_path: Path) -> None:
+    stopped = Run(tmp_path / "run", "pretrain", finished=False, stopped_by="SIGTERM")
+    for start in (fcmae.finetune, partial(fcmae.segment, maps=labelled)):
+        with pytest.raises(ValueError, match=r"init: .*run was stopped by SIGTERM before its end: make the call that"):
+            start(labelled, out=tmp_path / "out", init=stopped)
+    with pytest.raises(ValueError, match="does not exist"):
+        fcmae.finetune(labelled, out=tmp_path / "out", init=stopped.path)  # if one wants it
+
+
+def test_two_runs_at_once_in_a_process_are_refused(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config(photos, tmp_path)
+    filters = list(warnings.filters)
+
+    def second(*_: object) -> None:
+        with pytest.raises(ValueError, match="another run is going on in this process: wait for its end"):
+            fcmae.pretrain(photos, tmp_path / "second", settings=settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretraining, "pretrain", second)
+        fcmae.pretrain(photos, tmp_path / "first", settings=settings)
+    assert fcmae.pretrain(photos, tmp_path / "first", settings=settings).finished
+    assert warnings.filters == filters
+
+
 # Settings
 
 
@@ -280,6 +335,9 @@ def test_arguments_go_before_settings_and_these_before_the_file(asked: list[Any]
         config=runs.DEFAULTS,
         settings={"epochs": 1, "optim.clip_grad": None, "monitor": {"labelled": Path("x")}},
     )
+    arrays = {"epochs": 1, "data": {"mean": np.full(3, 0.5), "std": np.ones(3)}}
+    fcmae.pretrain("e", "out", config=runs.DEFAULTS, settings=arrays)
+    assert asked.pop().data.mean == [0.5] * 3
     first, second, third = asked
     assert (first.data.path, first.out, first.epochs, first.seed) == (["a", "b"], tmp_path, 7, 2)
     assert (first.model.variant, first.model.decoder_depth) == ("convnextv2_femto", 2)
@@ -377,7 +435,7 @@ def test_processes_are_counted(photos: Path, tmp_path: Path, monkeypatch: pytest
 def model() -> Features:
     encoder = Encoder(SPEC, in_chans=2)
     randomize(encoder, std=0.2)
-    return Features(encoder, Normalize([0.3, 0.6], [0.2, 0.4])).eval()
+    return Features(encoder, Reading(2, (32, 64), 1.0, (0.3, 0.6), (0.2, 0.4))).eval()
 
 
 def test_images_are_normalised_as_they_come(model: Features) -> None:
@@ -430,6 +488,8 @@ def test_features_under_a_mask_are_those_of_visible_patches_and_have_gradients(m
 def test_images_that_the_encoder_cannot_take_are_refused(
     model: Features, shape: tuple[int, ...], dtype: torch.dtype, message: str
 ) -> None:
+    with pytest.raises(ValueError, match="images: received ndarray; give a torch tensor"):
+        model(np.zeros(shape))  # type: ignore[arg-type]
     for use in (model, model.pyramid):
         with pytest.raises(ValueError, match=message):
             use(torch.zeros(shape, dtype=dtype))
@@ -454,6 +514,13 @@ def test_masks_that_do_not_fit_are_refused(model: Features, mask: torch.Tensor, 
         model(torch.zeros(1, 2, 64, 64), mask)
 
 
+def test_images_that_see_different_numbers_of_patches_are_refused(model: Features) -> None:
+    mask = torch.zeros(2, 2, 2, dtype=torch.bool)
+    mask[0, 0] = mask[1, 0, 0] = True
+    with pytest.raises(ValueError, match="mask: images have from 2 to 3 visible patches; give every image as many"):
+        model(torch.zeros(2, 2, 64, 64), mask)
+
+
 def test_load_refuses_what_holds_no_weights(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nowhere"):
         fcmae.load(tmp_path / "nowhere")
@@ -466,9 +533,52 @@ def test_load_and_export_take_the_weights_that_are_named(tmp_path: Path) -> None
         fcmae.load(tmp_path / "a.pth")
     with pytest.raises(ValueError, match="name one with --prefix"):
         fcmae.load(tmp_path / "a.pth", key="net")
-    fcmae.export(tmp_path / "a.pth", tmp_path / "out", key="net", prefix="b")
+    told = fcmae.export(tmp_path / "a.pth", tmp_path / "out", key="net", prefix="b")
+    assert str(tmp_path / "out") in told
     for loaded in (fcmae.load(tmp_path / "a.pth", key="net", prefix="a"), fcmae.load(tmp_path / "out")):
         assert all(torch.equal(value, state[name]) for name, value in loaded.encoder.state_dict().items())
+
+
+def test_weights_of_one_s_own_loop_are_loaded_with_the_statistics_that_are_given(tmp_path: Path) -> None:
+    def mean_of_patches(images: torch.Tensor, hidden: torch.Tensor, patch: int, known: None) -> torch.Tensor:
+        return patchify(images, patch).flatten(0, 1)[hidden][:, :5]
+
+    net = build_fcmae(Encoder(SPEC, in_chans=5), 8, target=mean_of_patches)
+    torch.save(net.state_dict(), tmp_path / "net.pth")
+    with pytest.raises(
+        ValueError, match=r"does not predict pixels \(prefix = encoder leaves it out\):\n.*decoder\.pred"
+    ):
+        fcmae.load(tmp_path / "net.pth")
+    with pytest.raises(ValueError, match="does not say the mean and std of its 5 channels"):
+        fcmae.load(tmp_path / "net.pth", prefix="encoder")
+    with pytest.raises(ValueError, match=r"std: received \[1\], and .*net.pth has 5 channels: give one each"):
+        fcmae.load(tmp_path / "net.pth", prefix="encoder", mean=[0] * 5, std=[1])
+    loaded = fcmae.load(tmp_path / "net.pth", prefix="encoder", mean=[0.1] * 5, std=[2] * 5)
+    images = torch.rand(1, 5, 64, 64)
+    torch.testing.assert_close(loaded(images), net.encoder((images - 0.1) / 2))
+
+
+def test_an_image_is_read_as_predict_reads_it(labelled: Path, tmp_path: Path) -> None:
+    """A file of 40 x 56 pixels and a network of 32 x 32: resized, and cropped to .9 of it."""
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (40, 56, 3), dtype=np.uint8)).save(tmp_path / "a.png")
+    data = {"image_size": 32, "crop_pct": 0.9, "num_workers": 0}
+    settings = SMALL | {"data": data, "log.eval_epochs": 1, "model.stem_stride": 1}
+    run = fcmae.finetune(
+        labelled, tmp_path / "run", variant=ConvNeXtSpec.model_validate(TINY_NUMBERS), settings=settings
+    )
+    model = fcmae.load(run)
+    assert isinstance(model, Classified) and model.reading.image_size == (32, 32) and model.reading.crop_pct == 0.9
+    with torch.no_grad():
+        expected = model.logits(model.read(tmp_path / "a.png")[None]).softmax(1)[0]
+    table = tmp_path / "found.csv"
+    assert cli.main(["predict", str(run.path), str(tmp_path / "a.png"), "--csv", str(table), "--device", "cpu"]) == 0
+    (row,) = csv.DictReader(table.read_text().splitlines())
+    found = [float(row[f"p({name})"]) for name in model.class_names]
+    assert found == pytest.approx(expected.tolist(), abs=1e-4)
+    assert torch.equal(model.read((tmp_path / "a.png").read_bytes()), model.read(str(tmp_path / "a.png")))
+    with pytest.raises(ValueError, match=r"mean: received \[0, 0, 0\].* whose mean it states as .*: leave it out"):
+        fcmae.load(run, mean=[0, 0, 0])
 
 
 def test_paths_are_those_that_a_person_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

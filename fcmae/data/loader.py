@@ -81,14 +81,14 @@ class Loader(DataLoader[Batch]):
         in_charge = threading.current_thread() is threading.main_thread()
         previous = signal.getsignal(signal.SIGCHLD)
         # A new worker must not take a signal in this process's stead, before it knows to ignore it.
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
             return super().__iter__()
         finally:
             # DataLoader's handler raises wherever the main thread is, in the middle of saving too.
             if in_charge:
                 signal.signal(signal.SIGCHLD, previous)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def build_loader(

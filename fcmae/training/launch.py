@@ -39,6 +39,7 @@ PATIENCE = timedelta(hours=1)  # of a collective: others may wait for images of 
 STORE_S = 60.0  # that an answer of the store may take on a busy machine
 ENDED = "a process of the run has ended: see what it said"
 # Attributes of a module that accelerate and `torch.nn.Module.compile` set.
+_ALONE = threading.Lock()  # held by a run for a caller
 _PREPARED = ("forward", "_original_forward", "_is_accelerate_prepared", "_compiled_call_impl")
 # Where torch keeps whether float32 may be computed in TF32.
 _PRECISIONS: tuple[Any, ...] = (
@@ -195,7 +196,21 @@ def for_a_caller() -> Iterator[None]:
 
     For a run in a process that trains by itself too. Processes that a launcher joined stay as the run has them: they
     cannot be joined twice.
+
+    Raises:
+        ValueError: if another run is going on in this process, with which it would share all that.
     """
+    if not _ALONE.acquire(blocking=False):
+        raise ValueError("another run is going on in this process: wait for its end, or start a process for each")
+    try:
+        with warnings.catch_warnings(), _left_as_it_was():
+            yield
+    finally:
+        _ALONE.release()
+
+
+@contextmanager
+def _left_as_it_was() -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         yield
         return

@@ -319,6 +319,8 @@ def from_state(
     problems += [f"extra: {printable(name)} {tuple(value.shape)}" for name, value in rest.items()]
     if problems:
         looks = "" if found == spec else f" (they look like {describe(found)})"
+        if all(problem.startswith("shape: decoder.pred.") for problem in problems):
+            looks = ", as the decoder does not predict pixels (prefix = encoder leaves it out)"
         raise ValueError(
             f"the weights, in {source}'s layout, are not those of {describe(spec)}{looks}:\n  " + "\n  ".join(problems)
         )
