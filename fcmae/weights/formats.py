@@ -311,7 +311,8 @@ def from_state(
         if value is None:
             problems.append(f"missing: {theirs} {needed}")
         elif _without_ones(value.shape) != _without_ones(needed):
-            problems.append(f"shape: {theirs} is {tuple(value.shape)}, {describe(spec)} needs {needed}")
+            other = " (prefix = encoder leaves it out)" if name.startswith("decoder.pred.") else ""  # not of pixels
+            problems.append(f"shape: {theirs} is {tuple(value.shape)}, {describe(spec)} needs {needed}{other}")
         else:
             ours[name] = (
                 _from_kernel(value.reshape(needed), shape) if theirs.endswith(".kernel") else value.reshape(shape)
@@ -319,8 +320,6 @@ def from_state(
     problems += [f"extra: {printable(name)} {tuple(value.shape)}" for name, value in rest.items()]
     if problems:
         looks = "" if found == spec else f" (they look like {describe(found)})"
-        if all(problem.startswith("shape: decoder.pred.") for problem in problems):
-            looks = ", as the decoder does not predict pixels (prefix = encoder leaves it out)"
         raise ValueError(
             f"the weights, in {source}'s layout, are not those of {describe(spec)}{looks}:\n  " + "\n  ".join(problems)
         )
