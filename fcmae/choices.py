@@ -106,24 +106,16 @@ def image_settings(choices: Choices, images: Survey) -> None:
     choices.take("data.std", [max(float(f"{value:.4g}"), 1e-6) for value in images.std], why)
 
 
-def learnt_photographs(in_chans: int | None, mean: Sequence[float] | None) -> bool:
-    """Whether published weights were trained on photographs, judged by how their images were read.
+def are_no_photographs(images: Survey, in_chans: int | None, mean: Sequence[float] | None) -> bool:
+    """Whether images cannot be read as published weights read theirs, which were photographs.
 
     Args:
-        in_chans: channels of their images, if known.
+        images: their facts.
+        in_chans: channels of the weights' images, if known.
         mean: means of these channels, if known.
     """
-    return in_chans in (3, None) and (mean is None or list(mean) in (IMAGENET_MEAN, [0.5, 0.5, 0.5]))
-
-
-def may_be_photographs(in_chans: int, is_deep: bool) -> bool:
-    """Whether images can be read like photographs.
-
-    Args:
-        in_chans: their channels.
-        is_deep: whether they have more than 8 bits a channel.
-    """
-    return in_chans in (1, 3) and not is_deep
+    learnt_photographs = in_chans in (3, None) and (mean is None or list(mean) in (IMAGENET_MEAN, [0.5, 0.5, 0.5]))
+    return learnt_photographs and (images.in_chans not in (1, 3) or images.is_deep)
 
 
 def machine_settings(choices: Choices, device: str, num_workers: int, precision: str) -> float:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from fcmae.data.dataset import ImageDataset
     from fcmae.heads import Classifier, Segmenter
-    from fcmae.weights.files import ImageRecord
+    from fcmae.weights.files import Weights
 
 # Settings that may change on resume, but identify the run if `out` is not given.
 WHICH_RUN = {"data.path", "data.val_path", "data.maps", "data.val_maps", "hours"}
@@ -71,12 +71,12 @@ def pretraining(sketch: PretrainConfig, given: Mapping[str, Any]) -> dict[str, A
     began = time.monotonic()  # the first indexing of many tar files, which later starts skip, is not counted
     device = _device(sketch)
     facts = _survey(images, given.get("data.in_chans"), sketch.data)
-    held, *_ = _held(sketch)
+    held = _held(sketch)
     smaller: NetworkSpec | None = None
     while True:
         plan = choices.Choices(given)
         choices.image_settings(plan, facts)
-        choices.pretraining_network(plan, facts, device, held, smaller)
+        choices.pretraining_network(plan, facts, device, held.architecture.spec if held else None, smaller)
         choices.pretraining_batch(plan, facts, device)
         hours = _machine(plan, device)
         draft = {"epochs": 1} | plan.settings | {"out": out, "seconds": _measured_s(hours), "log.trackers": "none"}
@@ -123,15 +123,15 @@ def finetuning(sketch: FinetuneConfig, given: Mapping[str, Any]) -> dict[str, An
     if found is not None:
         return found
     storage = Storage.of_run(out, sketch.data.index, sketch.data.cache_gb)
-    held, image, names, is_published = _held(sketch)
-    images = find_labelled(
-        sketch.data.path, names if sketch.model.keep_head else None, key="data.path", storage=storage
-    )
+    held = _held(sketch)
+    names = held.class_names if held and sketch.model.keep_head else ()
+    images = find_labelled(sketch.data.path, names or None, key="data.path", storage=storage)
     began = time.monotonic()
     device = _device(sketch)
     plan = choices.Choices(given)
-    facts = _image_settings(plan, images, sketch.data, image, is_published)
-    choices.finetuning_settings(plan, facts, device, held, image.size or ())
+    facts = _image_settings(plan, images, sketch.data, held)
+    spec, size = (held.architecture.spec, held.image.size or ()) if held else (None, ())
+    choices.finetuning_settings(plan, facts, device, spec, size)
     hours = _machine(plan, device)
     cfg = options.make(FinetuneConfig, {"epochs": 1} | plan.settings | {"out": out, "log.trackers": "none"})
     result = _fit(plan, cfg, lambda at_once: _dense_step(cfg, at_once, _measured_s(hours)))
@@ -165,14 +165,14 @@ def segmentation(sketch: SegmentConfig, given: Mapping[str, Any]) -> dict[str, A
     began = time.monotonic()
     device = _device(sketch)
     plan = choices.Choices(given)
-    held, image, _, is_published = _held(sketch)
+    held = _held(sketch)
     num_held_out = round(len(images) * sketch.data.val_share)
     if sketch.data.val_path is not None:
         num_held_out = len(find(sketch.data.val_path, sketch.data.val_maps, key="data.val_path")[0])
     else:
         images = images.subset(range(len(images) - num_held_out))
-    facts = _image_settings(plan, images, sketch.data, image, is_published)
-    choices.segmentation_settings(plan, facts, device, held)
+    facts = _image_settings(plan, images, sketch.data, held)
+    choices.segmentation_settings(plan, facts, device, held.architecture.spec if held else None)
     hours = _machine(plan, device)
     cfg = options.make(SegmentConfig, {"epochs": 1} | plan.settings | {"out": out, "log.trackers": "none"})
     result = _fit(plan, cfg, lambda at_once: _dense_step(cfg, at_once, _measured_s(hours)))
@@ -306,17 +306,16 @@ def _survey(images: Images, in_chans: int | None, data: ImageConfig) -> Survey:
     return survey(images, in_chans, max_pixels=data.max_pixels, nodata=data.nodata)
 
 
-def _image_settings(
-    plan: choices.Choices, images: Images, data: ImageConfig, image: ImageRecord, is_published: bool
-) -> Survey:
+def _image_settings(plan: choices.Choices, images: Images, data: ImageConfig, held: Weights | None) -> Survey:
     """The facts, and the choice of channels, mean and std: the weights' own, except where published weights were
     trained on photographs and the images cannot be read like these.
 
-    image: how the images of the weights were read.
+    held: the starting weights, if there are any.
     """
     facts = _survey(images, plan.settings.get("data.in_chans"), data)
-    are_photographs = is_published and choices.learnt_photographs(image.in_chans, image.mean)
-    if not are_photographs or choices.may_be_photographs(facts.in_chans, facts.is_deep):
+    image = None if held is None else held.image
+    is_other = held is not None and held.are_published
+    if image is not None and not (is_other and choices.are_no_photographs(facts, image.in_chans, image.mean)):
         in_chans = facts.in_chans
         if image.in_chans is not None:
             in_chans = plan.take("data.in_chans", image.in_chans, "that of model.init")
@@ -328,18 +327,11 @@ def _image_settings(
     return facts
 
 
-def _held(
-    sketch: PretrainConfig | DenseConfig,
-) -> tuple[NetworkSpec | None, ImageRecord, tuple[str, ...] | None, bool]:
-    """The network of the starting weights, how their images were read, their classes, and whether no run of ours made
-    them.
-    """
-    from fcmae.weights.files import ImageRecord, read_init
+def _held(sketch: PretrainConfig | DenseConfig) -> Weights | None:
+    """The starting weights, if there are any."""
+    from fcmae.weights.files import read_init
 
-    if sketch.model.init is None:
-        return None, ImageRecord(), None, False
-    weights = read_init(str(sketch.model.init), sketch.model.key, sketch.model.prefix)
-    return weights.architecture.spec, weights.image, weights.class_names or None, "run" not in weights.origin
+    return None if sketch.model.init is None else read_init(sketch.model.init, sketch.model.key, sketch.model.prefix)
 
 
 def _device(sketch: RunConfig) -> str:
@@ -394,8 +386,8 @@ def _most_memory(cfg: RunConfig, at_once: int) -> float:
     """
     assert isinstance(cfg, PretrainConfig | DenseConfig)
     spec = cfg.model.spec
-    if cfg.model.init is not None and cfg.model.stem_stride is None:  # which is that of the weights
-        spec = _held(cfg)[0]
+    if cfg.model.stem_stride is None and (held := _held(cfg)):  # which is that of the weights
+        spec = held.architecture.spec
     if not isinstance(spec, ConvNeXtSpec):
         return math.inf
     pixels, sites, weights = math.prod(cfg.data.image_size), 0.0, 0.0

@@ -312,7 +312,7 @@ def _make_plan(place: Path, cfg: WorthConfig, train: Images, test: Images) -> Pl
     tested = tested[tested > 0]  # images of each class that has any
     one = 100 / len(tested) / min(tested)
     notes = [f"The class with the fewest test images has {min(tested)}: one of them is {one:.1f} points."]
-    seconds, epochs, decay = dict[str, float](), dict[str, float](), choices.LAYER_DECAY
+    seconds, epochs = dict[str, float](), dict[str, float]()
     starts = _given_starts(cfg, train)
     notes += [note for start in starts for note in _known(start, train, test)]
     if starts or cfg.hours or cfg.pretraining:
@@ -333,7 +333,7 @@ def _make_plan(place: Path, cfg: WorthConfig, train: Images, test: Images) -> Pl
             scratch[key] = against = "scratch" if not scratch else f"scratch-{len(scratch) + 1}"
             arms.append(_arm(against, "scratch", None, network))
             for labels, num in amounts.items():
-                chosen, decay = _choose_finetuning(place, cfg, _labels_file(place, labels, cfg.seed), num, start)
+                chosen = _choose_finetuning(place, cfg, _labels_file(place, labels, cfg.seed), num, start)
                 write_text(place / "settings" / f"{against}-{_plain(labels)}.yaml", options.dump(chosen))
                 epochs[labels] = chosen.epochs
                 seconds[f"{against} {labels}"] = (chosen.epochs * num + len(test)) / planning.images_per_s(chosen)
@@ -354,7 +354,7 @@ def _make_plan(place: Path, cfg: WorthConfig, train: Images, test: Images) -> Pl
             "num_tested": len(tested),
         },
         "notes": notes,
-        "layer_decay": decay,
+        "layer_decay": float(_recipe(cfg).get("optim.layer_decay", 1.0)),
         "seconds": seconds,
     }
     write_text(place / "plan.json", json.dumps(plan, indent=1) + "\n")
@@ -416,10 +416,9 @@ def _given_starts(cfg: WorthConfig, train: Images) -> list[Start]:
         size = {} if image.size is None else {"image_size": list(image.size)}
         channels = {"mean": image.mean, "std": image.std, "nodata": image.nodata, "in_chans": image.in_chans}
         channels = {key: value for key, value in channels.items() if value is not None}
-        is_published = cfg.finetuning is None and "run" not in weights.origin
-        if is_published and choices.learnt_photographs(image.in_chans, image.mean):
+        if cfg.finetuning is None and weights.are_published:
             seen = seen or survey(train)
-            if not choices.may_be_photographs(seen.in_chans, seen.is_deep):
+            if choices.are_no_photographs(seen, image.in_chans, image.mean):
                 channels = {}
         # A name that another arm has, or may have.
         name = f"init-{name}" if name == PRETRAINED or name.startswith("scratch") or is_control(path) else name
@@ -445,15 +444,18 @@ def _choose_pretraining(place: Path, cfg: WorthConfig) -> tuple[PretrainConfig, 
     return made, views / planning.images_per_s(made)
 
 
-def _choose_finetuning(
-    place: Path, cfg: WorthConfig, labels: Path, num: int, start: Start
-) -> tuple[FinetuneConfig, float]:
-    """Settings to train the network of a start from scratch, and the layer decay for runs from weights."""
-    file = {} if cfg.finetuning is None else options.read_yaml(options.find_config(cfg.finetuning))
+def _recipe(cfg: WorthConfig) -> dict[str, Any]:
+    """The settings of fine-tuning that are given, by dotted key, or what is chosen for runs from weights."""
+    if cfg.finetuning is None:
+        return {"optim.layer_decay": choices.LAYER_DECAY}
+    return options.flattened(FinetuneConfig, options.read_yaml(options.find_config(cfg.finetuning)))
+
+
+def _choose_finetuning(place: Path, cfg: WorthConfig, labels: Path, num: int, start: Start) -> FinetuneConfig:
+    """Settings to train the network of a start from scratch."""
     given = {f"data.{key}": value for key, value in start.reading.items()}
     given |= {"epochs": choices.finetuning_epochs(num)} if cfg.finetuning is None else {}
-    given |= options.flattened(FinetuneConfig, file)
-    decay = given.get("optim.layer_decay", choices.LAYER_DECAY if cfg.finetuning is None else 1.0)
+    given |= _recipe(cfg)
     given |= _machine(cfg) | ({} if cfg.epochs is None else {"epochs": cfg.epochs})
     given |= {
         "data.path": str(labels),
@@ -474,7 +476,7 @@ def _choose_finetuning(
         made = options.make(FinetuneConfig, given | fewer, complete=complete)
     # The only evaluation is the last: the test images choose nothing.
     every = {"log": made.log.model_copy(update={"eval_epochs": made.epochs})}
-    return made.model_copy(update=every), float(decay)
+    return made.model_copy(update=every)
 
 
 def _machine(cfg: WorthConfig) -> dict[str, Any]:

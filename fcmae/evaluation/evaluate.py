@@ -283,8 +283,11 @@ def probe_stage(
         smaller; None if neither was asked for.
     """
     results: list[dict[str, Any]] = []
-    of_stage = "" if stage is None else f", stage {stage}"
-    predicted: dict[str, NDArray[np.float32]] = {}
+    title, predicted = model + ("" if stage is None else f", stage {stage}"), dict[str, NDArray[np.float32]]()
+
+    def add(probe: str, setting: dict[str, Any], found: dict[str, float], **more: Any) -> None:
+        results.append({"probe": probe, "stage": stage, "setting": setting, "scores": found} | more)
+
     if "knn" in cfg.probes:
         ks = [k for k in KS if k <= len(train[0])] or [len(train[0])]
         # Pixels are never below 0, so their plain cosine hardly distinguishes bright from dark.
@@ -293,33 +296,23 @@ def probe_stage(
             *train, test[0], num_classes, ks=ks, temperature=TEMPERATURE, centre=centre, device=device
         )
         for k, probabilities in by_k.items():
-            results.append(_result("knn", stage, {"k": k, "temperature": TEMPERATURE}, score(test[1], probabilities)))
+            add("knn", {"k": k, "temperature": TEMPERATURE}, score(test[1], probabilities))
         predicted["knn"] = by_k[20 if 20 in by_k else ks[0]]
     if "linear" in cfg.probes:
-        title = f"{model}: linear{of_stage}"
-        probe = fit_linear(*train, num_classes, seed=cfg.seed, device=device, title=title)
+        probe = fit_linear(*train, num_classes, seed=cfg.seed, device=device, title=f"{title}: linear")
         predicted["linear"] = probe.probabilities(test[0])
-        results.append(_result("linear", stage, asdict(probe.setting), score(test[1], predicted["linear"])))
+        add("linear", asdict(probe.setting), score(test[1], predicted["linear"]))
     for label in cfg.labels if "few-shot" in cfg.probes else ():
-        counts = few_shot_counts(label, train[1])
-        found = []
-        for number in range(cfg.draws):
-            probe = fit_linear(
-                *train,
-                num_classes,
-                positions=draw(train[1], counts, cfg.seed + number),
-                seed=cfg.seed + number,
-                device=device,
-                title=f"{model}: {label} of the labels, draw {number + 1} of {cfg.draws}{of_stage}",
-            )
-            found.append(score(test[1], probe.probabilities(test[0])))
-        setting = {"labels": label, "num_images": int(counts.sum()), "draws": cfg.draws}
-        means, spread = {}, {}
-        for name in found[0]:
-            means[name], interval = mean_and_interval([scores[name] for scores in found])
-            if interval is not None:
-                spread[name] = list(interval)
-        results.append(_result("few-shot", stage, setting, means) | ({"spread": spread} if spread else {}))
+        num_images, found = _few_shot(f"{title}: {label} of the labels", label, train, test, num_classes, cfg, device)
+        means = {name: mean_and_interval([one[name] for one in found]) for name in found[0]}
+        spread = {name: list(interval) for name, (_, interval) in means.items() if interval is not None}
+        setting = {"labels": label, "num_images": num_images, "draws": cfg.draws}
+        add(
+            "few-shot",
+            setting,
+            {name: mean for name, (mean, _) in means.items()},
+            **({"spread": spread} if spread else {}),
+        )
     if not predicted:
         return results, None
     from sklearn.metrics import confusion_matrix
@@ -329,8 +322,29 @@ def probe_stage(
     return results, {"probe": name, "stage": stage, "matrix": matrix}
 
 
-def _result(probe: str, stage: int | None, setting: dict[str, Any], scores: dict[str, float]) -> dict[str, Any]:
-    return {"probe": probe, "stage": stage, "setting": setting, "scores": scores}
+def _few_shot(
+    title: str,
+    label: str,
+    train: Labelled,
+    test: Labelled,
+    num_classes: int,
+    cfg: EvaluateConfig,
+    device: torch.device,
+) -> tuple[int, list[dict[str, float]]]:
+    """How many labels a probe has, and its scores in each draw of them."""
+    counts, found = few_shot_counts(label, train[1]), []
+    for number in range(cfg.draws):
+        seed = cfg.seed + number
+        probe = fit_linear(
+            *train,
+            num_classes,
+            positions=draw(train[1], counts, seed),
+            seed=seed,
+            device=device,
+            title=f"{title}, draw {number + 1} of {cfg.draws}",
+        )
+        found.append(score(test[1], probe.probabilities(test[0])))
+    return int(counts.sum()), found
 
 
 def score(labels: NDArray[np.int64], probabilities: NDArray[np.float32]) -> dict[str, float]:

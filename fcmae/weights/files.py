@@ -129,6 +129,11 @@ class Weights:
     names: dict[str, str] = field(default_factory=dict)
 
     @property
+    def are_published(self) -> bool:
+        """Whether no run of ours made them."""
+        return "run" not in self.origin
+
+    @property
     def license(self) -> str | None:
         """The licence that their files state for them, or for the weights that they were made from."""
         said = self.origin.get("license")
