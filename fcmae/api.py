@@ -20,6 +20,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from timm.models import FeatureInfo
 from torch import Tensor, nn
 
@@ -39,7 +40,7 @@ from fcmae.segmentation import check_sides
 from fcmae.training.launch import for_a_caller
 from fcmae.training.run import Run
 from fcmae.weights.convert import build_classifier, build_encoder, convert
-from fcmae.weights.files import Weights, read_weights, segmenter_in
+from fcmae.weights.files import ImageRecord, Weights, read_weights, segmenter_in
 from fcmae.weights.segmenters import read_segmenter
 
 __all__ = [
@@ -257,13 +258,14 @@ class Features(nn.Module):
         """An image file as `fcmae predict` gives it to a classifier: its centre, at the size of the training.
 
         Args:
-            file: a path, or what the file holds.
+            file: a local path, or what the file holds.
 
         Returns:
             (C, H, W), uint8, or float32 in units of a full range of 1; a batch of such is what `forward` takes.
 
         Raises:
-            BadImage: if it cannot be read, or has other channels; a ValueError.
+            BadImage: if it cannot be decoded, or has other channels; a ValueError.
+            OSError: if there is no such file.
         """
         content = file if isinstance(file, bytes) else Path(file).expanduser().read_bytes()
         return torch.tensor(CenterCrop(self.reading)(content, np.random.default_rng(0)).values)
@@ -370,9 +372,10 @@ class Segmented(_Headed[Segmenter]):
         self.classes = classes
 
     def maps(self, images: Tensor) -> Tensor:
-        """Class logits of every pixel, (B, classes, H, W), in evaluation mode.
+        """Class logits of every pixel, (B, classes, H, W).
 
-        With `model.head` anytime they have no gradients, and in training mode are those of each exit.
+        With `model.head` anytime they have no gradients in evaluation mode, and in training mode come from each exit,
+        (exits, B, classes, H, W).
 
         Args:
             images: see `forward`; H and W are multiples of the total stride.
@@ -423,7 +426,7 @@ def load(
         prefix: the prefix of their names in a file, such as "student"; by default detected.
         mean: of each channel, in units of a full range of 1, of a file that does not state it, such as a state dict of
             your own.
-        std: likewise.
+        std: likewise; both or neither.
 
     Returns:
         The module, on the CPU, in evaluation mode. It normalises images as in the training of the weights. For a model
@@ -446,7 +449,9 @@ def load(
 
 def _reading(source: PathLike, weights: Weights, mean: Sequence[float] | None, std: Sequence[float] | None) -> Reading:
     """How images are read for weights, by what they state or else by what is given."""
-    given: dict[str, tuple[float, ...]] = {}
+    if (mean is None) != (std is None):
+        raise ValueError("mean and std: received one of the two; give both or neither")
+    given = dict[str, list[float]]()
     for name, values in (("mean", mean), ("std", std)):
         if values is not None:
             stated, num = getattr(weights.image, name), weights.architecture.in_chans
@@ -455,8 +460,12 @@ def _reading(source: PathLike, weights: Weights, mean: Sequence[float] | None, s
                     f"{name}: received {list(values)}, and {os.fspath(source)} has {num} channels"
                     + (f", whose {name} it states as {list(stated)}: leave it out" if stated else ": give one each")
                 )
-            given[name] = tuple(values)
-    return replace(weights, image=weights.image.model_copy(update=given)).reading(os.fspath(source))
+            given[name] = list(values)
+    try:
+        image = ImageRecord.model_validate(weights.image.known() | given)
+    except ValidationError as error:
+        raise ValueError(f"mean and std: received {given}; give finite numbers, and a std above 0") from error
+    return replace(weights, image=image).reading(os.fspath(source))
 
 
 def export(

@@ -12,7 +12,7 @@ import os
 import re
 import textwrap
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from difflib import get_close_matches
 from functools import cache, reduce
@@ -82,8 +82,7 @@ def load(
             hours to fill.
 
     Raises:
-        ConfigError: With every unknown key and wrong value in file and command line, and, where nothing is left to be
-            chosen, every impossible combination.
+        ConfigError: With every unknown key, wrong value and impossible combination in file and command line.
         SystemExit: With status 0, after printing for `--help` and for `--print-config`.
     """
     if any(word in HELP for word in argv):
@@ -152,15 +151,17 @@ def _made(
     # Nothing is chosen beside a recipe, unless there are hours for which it was not yet.
     has_recipe = has_file and not settings.keys().isdisjoint({"epochs", "batch_size"})
     to_fill = given.get("hours") is not None or (getattr(sketch, "hours", None) and not getattr(sketch, "chosen", None))
+    known: set[str] | None = None
     if complete is not None and (to_fill or not has_recipe):
-        if sketch is None or problems or invalid:  # what is not chosen yet is not missing
-            raise ConfigError([*problems, *invalid])
-        keys = {key for key, _ in _pairs(settings, _fields(model))}
-        keys -= TO_CHOOSE if flat(sketch).get("grad_accum") == "auto" else set()
+        known = {key for key, _ in _pairs(settings, _fields(model))}
+    if known is not None and sketch is not None and not (problems or invalid):
+        keys = known - (TO_CHOOSE if flat(sketch).get("grad_accum") == "auto" else set())
+        assert complete is not None
         _put(settings, complete(sketch, {key: value for key, value in flat(sketch).items() if key in keys}))
-    config, invalid = _validate(model, settings, wrong, {"num_processes": num_processes})
-    if config is None or problems or invalid:
-        raise ConfigError([*problems, *invalid])
+        known = None
+    config, wrong_together = _validate(model, settings, wrong, {"num_processes": num_processes}, known)
+    if config is None or problems or wrong_together:
+        raise ConfigError([*problems, *dict.fromkeys([*invalid, *wrong_together])])
     return config if complete is None else settled(config, complete)
 
 
@@ -407,7 +408,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [item if item == "none" else _plain(item) for item in value]
+        return [item if isinstance(item, str) else _plain(item) for item in value]
     if hasattr(value, "tolist"):  # of numpy or torch
         return _plain(value.tolist())
     return None if value == "none" else os.fspath(value) if isinstance(value, os.PathLike) else value
@@ -638,10 +639,12 @@ def _validate(
     settings: Mapping[str, Any],
     wrong: Iterable[str] = (),
     context: dict[str, Any] | None = None,
+    known: Set[str] | None = None,
 ) -> tuple[Model | None, list[str]]:
     """The settings, if they can be used, and what is wrong with them, each key once.
 
-    wrong: keys that are reported already. What is wrong gives way to its default or example, so that the rest is
+    wrong: keys that are reported already. known: keys of which combinations are reported, where others are still to be
+    chosen; None is all. What is wrong gives way to its default or example, so that the rest is
     checked too; a combination that involves it is not reported.
     """
     fields, usable, seen, problems = _fields(model), copy.deepcopy(dict(settings)), set(wrong), list[str]()
@@ -652,9 +655,14 @@ def _validate(
             found = error.errors(include_url=False)
         if all(detail["type"] == "conflict" for detail in found):
             conflicts = [(detail["ctx"]["keys"], detail["msg"]) for detail in found]
-            return None, [*problems, *(f"{keys[0]}: {text}" for keys, text in conflicts if not seen.intersection(keys))]
+            told = [
+                f"{keys[0]}: {text}"
+                for keys, text in conflicts
+                if not seen.intersection(keys) and (known is None or known >= {*keys})
+            ]
+            return None, [*problems, *told]
         groups: dict[tuple[str, ...], list[ErrorDetails]] = {}
-        for detail in found:
+        for detail in [detail for detail in found if detail["type"] != "conflict"]:  # which is found again
             names = tuple(map(str, detail["loc"]))
             ends = [end for end in range(1, len(names)) if ".".join(names[:end]) in fields]
             groups.setdefault(names[: ends[0]] if ends else names, []).append(detail)

@@ -195,7 +195,7 @@ def run_images(cfg: PretrainConfig, run: RunDirectory) -> tuple[Images, bool]:
 
 
 def check_model(cfg: PretrainConfig, net: FCMAE) -> None:
-    """Refuse a model that was handed in for other settings.
+    """Refuse a model that was handed in for other settings; warn of an encoder that is not what its numbers say.
 
     Args:
         cfg: the run's settings.
@@ -204,7 +204,6 @@ def check_model(cfg: PretrainConfig, net: FCMAE) -> None:
     Raises:
         ValueError: if its channels or its stride do not fit.
     """
-    # What is stored of a network are its numbers and tensors.
     encoder, patch, stride = net.encoder, cfg.model.mask_patch, net.encoder.total_stride
     if encoder.in_chans != cfg.data.in_chans:
         raise ValueError(
@@ -216,8 +215,8 @@ def check_model(cfg: PretrainConfig, net: FCMAE) -> None:
         plain = make_encoder(encoder.spec, encoder.in_chans)
     if type(encoder) is not type(plain) or encoder.state_dict().keys() != plain.state_dict().keys():
         logger.warning(
-            "the encoder is a %s.%s: load, export and init make a plain %s of what is stored of it, which computes as "
-            "that does",
+            "the encoder is a %s.%s: load, export and init make a plain %s of what is stored of it, or refuse it where "
+            "its tensors are others",
             *(type(encoder).__module__, type(encoder).__qualname__, describe(encoder.spec)),
         )
 

@@ -25,7 +25,7 @@ from fcmae.data.augment import CropBoth, Reading, check_same_size
 from fcmae.data.dataset import SegmentDataset, check_values
 from fcmae.data.index import Images, find_mapped, kept_images
 from fcmae.data.loader import choose_num_workers
-from fcmae.data.maps import Classes, Values, count_values, find_classes
+from fcmae.data.maps import Classes, count_values, find_classes
 from fcmae.data.rasters import LabelMap, Raster
 from fcmae.data.sampler import steps_per_epoch
 from fcmae.data.source import BadImage
@@ -271,12 +271,13 @@ def _counted(
     if cfg.eval_only:
         classes = known_classes(cfg, read_segmenter(Path(str(cfg.model.init)))[2].classes)
     else:
-        held = found.counts.copy()
-        if len(val_maps):
-            held += count_values(val_maps, max_pixels=data.max_pixels).counts
-        both = Values(held, found.are_objects and not is_begun)
-        classes = find_classes(both, data.class_names, data.class_values, data.ignore_value)
-        classes.numbers(np.flatnonzero(held), "data.maps")  # refuses what is no class, before the run finds it
+        tested = count_values(val_maps, max_pixels=data.max_pixels) if len(val_maps) else found
+        classes = find_classes(
+            found, data.class_names, data.class_values, data.ignore_value, tested.counts, is_begun=is_begun
+        )
+        # Refuse what is no class before the run comes to it.
+        for key, values in (("data.maps", found), ("data.val_maps" if data.val_path else "data.maps", tested)):
+            classes.numbers(np.flatnonzero(values.counts), key)
     return Mapped(images, maps, val_images, val_maps, classes, found.counts[list(classes.values)])
 
 

@@ -8,7 +8,7 @@ SHARDS: the folder of tiny20's shards (see studies/sets.py). Everything is writt
 not done again, and what was cut off resumes. Then, unless --only leaves something out, studies/collect.py takes the
 numbers, the other studies run, of which OTHERS has the flags, and studies/results.py writes results.md of it all in
 OUT/docs, beside the pages and the JSON. --docs names another folder: one whose JSON has other runs is refused.
-`make demo-long` is one of the others: it needs npm, and runs in the clone.
+`make demo-long` is one of the others: it needs npm, and runs in the clone; segmentation.py's brain needs nilearn.
 
 Hours are an estimate. On 2 cores the commands here took 2.5, two at a time, before controls with few labels were among
 them, and by the seconds in the JSON of docs/ the others take 3 (what is run there of small_images.py), 11 (of
@@ -20,11 +20,13 @@ small_images.py takes 1.5 hours, and the rest was not run by us.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -47,9 +49,7 @@ from study import (
     Job,
     add_arguments,
     chosen,
-    is_done,
     probe,
-    record_of,
     refuse_others,
     schedule,
     shown,
@@ -348,17 +348,31 @@ def curves(out: Path, scale: Scale) -> Iterator[Job]:
         yield Job(job, command(out, job, "pretrain", flags), minutes=scale.curve_minutes)
 
 
+@contextmanager
+def listing() -> Iterator[None]:
+    """Around a study that only lists its commands: nothing is shown but why it is refused."""
+    try:
+        with redirect_stdout(io.StringIO()):
+            yield
+    except SystemExit as error:
+        if error.code:
+            raise
+
+
 def photographs(docs: Path) -> None:
     """`make demo-long`, in the clone.
 
     Raises:
-        SystemExit: if it fails, such as without npm.
+        SystemExit: if it fails, such as without npm, or there is another result.
     """
     status = subprocess.run(["make", "demo-long"], cwd=STUDIES.parent).returncode
     if status:
         sys.exit(f"make demo-long: status {status}, see above")
-    (docs / "demo-long").mkdir(parents=True, exist_ok=True)
-    shutil.copy(STUDIES.parent / "runs" / "demo-long" / "worth" / paired.FILE, docs / "demo-long")
+    found, place = STUDIES.parent / "runs" / "demo-long" / "worth" / paired.FILE, docs / "demo-long" / paired.FILE
+    if place.exists() and place.read_bytes() != found.read_bytes():
+        sys.exit(f"{place} has other runs than {found}: give another --docs")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(found, place)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -372,9 +386,12 @@ def main(argv: list[str] | None = None) -> None:
     out, scale = args.out.absolute(), SCALES[args.scale]
     every, docs = jobs(out, scale), args.docs or out / "docs"
     wanted = chosen(args, every)
-    if args.only == [""]:  # before the hours that it would take to find out
-        commands = {job.name: record_of(job, out)["command"] if is_done(job, out) else shown(job, out) for job in every}
-        refuse_others(docs / "results" / f"{args.scale}.json", commands, "jobs")
+    others = [(other.run, other.words(args.tiny20, out, docs, args.scale)) for other in OTHERS]
+    if args.only == [""]:  # what would be refused after hours
+        refuse_others(docs / "results" / f"{args.scale}.json", {job.name: shown(job, out) for job in every}, "jobs")
+        for run, words in others:
+            with listing():
+                run([*words, "--list"])
     seeds = max(budget.seeds for budget in (*scale.tiny20.values(), *scale.solar.values()))
     write_images("tiny20", out, str(args.tiny20), seeds=seeds)
     write_images("solar", out, seeds=seeds)
@@ -384,14 +401,15 @@ def main(argv: list[str] | None = None) -> None:
     if args.only == [""]:
         collect.main([str(out), "--scale", args.scale, "--docs", str(docs)])
         refused = []
-        starts = [partial(other.run, other.words(args.tiny20, out, docs, args.scale)) for other in OTHERS]
-        for start in (*starts, partial(photographs, docs)):
+        for start in (*(partial(run, words) for run, words in others), partial(photographs, docs)):
             try:
                 start()
-            except SystemExit as error:  # such as that --docs has more of it; the others can still run
+            except SystemExit as error:  # such as for want of npm; the others can still run
                 if not isinstance(error.code, str):  # a signal
                     raise
                 refused.append(error.code)
+            except (OSError, subprocess.SubprocessError) as error:  # such as for want of nilearn
+                refused.append(str(error))
         results.main(["--docs", str(docs)])
         if refused:
             sys.exit("\n".join(refused))

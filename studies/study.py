@@ -85,10 +85,6 @@ def chosen(args: argparse.Namespace, every: Iterable[Job], page: str = "") -> li
     """
     every, out = list(every), args.out.absolute()
     wanted = [job for job in every if job.name.startswith(tuple(args.only))]
-    if args.list:
-        for job in wanted:
-            print(f"# {job.name}\n{shown(job, out)}")
-        raise SystemExit(0)
     for job in every:
         if is_done(job, out):
             record = record_of(job, out)
@@ -104,6 +100,10 @@ def chosen(args: argparse.Namespace, every: Iterable[Job], page: str = "") -> li
         refuse_others(
             args.docs / page, {job.name: shown(job, out) for job in every if job.name in names or is_done(job, out)}
         )
+    if args.list:
+        for job in wanted:
+            print(f"# {job.name}\n{shown(job, out)}")
+        raise SystemExit(0)
     return wanted
 
 

@@ -282,6 +282,11 @@ def test_an_encoder_that_is_not_what_its_numbers_say_is_told_of(
         caplog.clear()
         fcmae.pretrain(photos, tmp_path / str(number), model=build_fcmae(encoder, 8), settings=settings)
         assert ("load, export and init make a plain" in caplog.text) == (number > 0)
+        if encoder is extended:
+            with pytest.raises(ValueError, match=r"extra: encoder\.extra"):
+                fcmae.load(tmp_path / str(number))
+        else:
+            assert type(fcmae.load(tmp_path / str(number)).encoder) is Encoder
 
 
 def test_what_a_signal_stopped_does_not_start_another_run(labelled: Path, tmp_path: Path) -> None:
@@ -551,6 +556,11 @@ def test_weights_of_one_s_own_loop_are_loaded_with_the_statistics_that_are_given
         fcmae.load(tmp_path / "net.pth", prefix="encoder")
     with pytest.raises(ValueError, match=r"std: received \[1\], and .*net.pth has 5 channels: give one each"):
         fcmae.load(tmp_path / "net.pth", prefix="encoder", mean=[0] * 5, std=[1])
+    with pytest.raises(ValueError, match="mean and std: received one of the two; give both or neither"):
+        fcmae.load(tmp_path / "net.pth", prefix="encoder", mean=[0.1] * 5)
+    for std in (0.0, float("nan")):
+        with pytest.raises(ValueError, match=r"mean and std: received .*; give finite numbers, and a std above 0"):
+            fcmae.load(tmp_path / "net.pth", prefix="encoder", mean=[0.1] * 5, std=[std] * 5)
     loaded = fcmae.load(tmp_path / "net.pth", prefix="encoder", mean=[0.1] * 5, std=[2] * 5)
     images = torch.rand(1, 5, 64, 64)
     torch.testing.assert_close(loaded(images), net.encoder((images - 0.1) / 2))
@@ -576,7 +586,7 @@ def test_an_image_is_read_as_predict_reads_it(labelled: Path, tmp_path: Path) ->
     assert found == pytest.approx(expected.tolist(), abs=1e-4)
     assert torch.equal(model.read((tmp_path / "a.png").read_bytes()), model.read(str(tmp_path / "a.png")))
     with pytest.raises(ValueError, match=r"mean: received \[0, 0, 0\].* whose mean it states as .*: leave it out"):
-        fcmae.load(run, mean=[0, 0, 0])
+        fcmae.load(run, mean=[0, 0, 0], std=[1, 1, 1])
 
 
 def test_paths_are_those_that_a_person_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

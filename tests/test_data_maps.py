@@ -214,12 +214,13 @@ def test_black_and_white_maps_are_told_of_the_ignored_value() -> None:
     counts = np.zeros(maps.MAX_VALUE, np.int64)
     counts[[0, 255]] = 1
     found = Values(counts)
-    with pytest.raises(ValueError, match=r"the maps hold 0, 255 and data.ignore_value is 255: set data.class_values"):
+    with pytest.raises(ValueError, match=r"hold 0, 255 and data.ignore_value is 255: set data.ignore_value to none"):
         find_classes(found, (), (), 255)
     with pytest.raises(
         ValueError, match=r"hold 0, 255, values up to 255, which would be 256 classes: number the class"
     ):
         find_classes(found, (), (), None)
+    assert len(find_classes(found, (), (), None, is_begun=True)) == 256
     assert len(find_classes(found, (), (0, 255), None)) == 2
 
 

@@ -260,6 +260,7 @@ def test_georeferencing_is_found_and_survives_writing() -> None:
     assert geo_tags(tiff(COLOURS, extratags=found)) == tags
     assert geo_tags(png(Image.fromarray(COLOURS))) == []
     turned = (274, 3, 1, 3, True)
+    assert geo_tags(tiff(COLOURS, extratags=[*tags, (274, 3, 1, 0, True)])) == tags
     assert geo_tags(tiff(COLOURS, extratags=[turned])) == []
     with pytest.raises(BadImage, match="a place on earth and an Orientation other than 1: store it"):
         geo_tags(tiff(COLOURS, extratags=[*tags, turned]))

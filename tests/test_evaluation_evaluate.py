@@ -139,12 +139,15 @@ def test_a_models_name_is_not_taken_for_the_run_that_is_worked_in(
 
 
 @pytest.mark.parametrize("folder", ["run", "run/best", "run/best/model.safetensors", "run/last"])
+@pytest.mark.parametrize("parent", ["runs", "best"])
 def test_images_that_chose_the_best_weights_are_warned_of(
-    labelled: Path, tmp_path: Path, folder: str, caplog: pytest.LogCaptureFixture
+    labelled: Path, tmp_path: Path, folder: str, parent: str, caplog: pytest.LogCaptureFixture
 ) -> None:
+    tmp_path /= parent
     for name in ("best", "last"):
         (tmp_path / "run" / name).mkdir(parents=True)
         write_checkpoint(tmp_path / "run" / name, stem_stride=1)
+        (tmp_path / "run" / name / "model.safetensors").touch()
     train, held_out = find_data(str(labelled), None, 0.2, seed=0)
     train.save(tmp_path / "run" / "files.json")
     held_out.save(tmp_path / "run" / "val_files.json")

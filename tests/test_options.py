@@ -244,6 +244,15 @@ def test_what_would_have_been_chosen_is_not_missing_beside_another_problem() -> 
         with pytest.raises(ConfigError) as caught:
             options.load(FinetuneConfig, ["photos", flag], prog="fcmae", complete=complete)
         assert str(caught.value).startswith(problem) and "\n" not in str(caught.value)
+    with pytest.raises(ConfigError) as caught:  # what was given is looked at all the same
+        options.load(
+            FinetuneConfig, ["photos", "--seed=x", "--device=cpu", "--precision=fp16"], prog="fcmae", complete=complete
+        )
+    assert [line.partition(":")[0] for line in str(caught.value).splitlines()] == ["seed", "precision"]
+    with pytest.raises(ConfigError, match=r"^model\.key: it tells of the weights that init names: give --init$"):
+        options.load(FinetuneConfig, ["photos", "--key=a"], prog="fcmae", complete=complete)
+    with pytest.raises(ConfigError, match=r"^seed: received x.*\nmodel\.key: it tells"):
+        options.load(FinetuneConfig, ["photos", "--key=a", "--seed=x", "--init=y"][:3], prog="fcmae")
 
 
 def test_an_empty_value_has_nothing_near_it() -> None:

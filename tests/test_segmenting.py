@@ -341,10 +341,16 @@ def test_what_only_held_out_maps_hold_is_a_class_too_or_refused_before_the_run(
     given = {"data__val_path": tmp_path / "held_out" / "images", "data__val_maps": tmp_path / "held_out" / "maps"}
     rename = {"data__class_names": "a,b"}
     assert segment(tiles, tmp_path / "refused", **given, **rename, epochs=1) == 2
-    assert "data.maps holds the value 2, which is no class" in capsys.readouterr().err
+    assert "data.val_maps holds the value 2, which is no class" in capsys.readouterr().err
     assert not (tmp_path / "refused").exists()
     assert segment(tiles, tmp_path / "run", **given, epochs=1) == 0
     assert read_segmenter(tmp_path / "run")[2].classes.values == (0, 1, 2)
+    for place in (tmp_path / "held_out" / "maps").iterdir():  # now to learn from, and nothing to be learnt
+        Image.fromarray(np.full_like(np.asarray(Image.open(place)), 255)).save(place)
+    swapped = {"data__path": given["data__val_path"], "data__maps": given["data__val_maps"]}
+    swapped |= {"data__val_path": tiles / "images", "data__val_maps": tiles / "maps"}
+    assert segment(tiles, tmp_path / "nothing", **swapped, epochs=1) == 2
+    assert "data.maps: the maps hold 255, and none of the classes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -557,8 +557,13 @@ def test_nothing_is_run_for_a_page_that_has_other_runs(monkeypatch: pytest.Monke
     place = tmp_path / "docs" / "results" / "cpu.json"
     place.parent.mkdir(parents=True)
     place.write_text(json.dumps({"jobs": {"main-tiny20-v2": {"command": "fcmae pretrain --seed 1"}}}))
+    words = ["--tiny20", "shards", "--out", str(tmp_path), "--docs", str(tmp_path / "docs")]
     with pytest.raises(SystemExit, match=r"cpu.json has 1 runs that were made by other commands, main-tiny20-v2 one"):
-        run_all.main(["--tiny20", "shards", "--out", str(tmp_path), "--docs", str(tmp_path / "docs")])
+        run_all.main(words)
+    place.unlink()
+    (tmp_path / "docs" / "pruning.json").write_text(json.dumps({"commands": {"large": "fcmae pretrain --seed 1"}}))
+    with pytest.raises(SystemExit, match=r"pruning.json has 1 runs that were made by other commands, large one of"):
+        run_all.main(words)
     assert not ran
 
 

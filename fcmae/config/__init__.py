@@ -219,6 +219,14 @@ class EncoderConfig(Section):
         return variant.stem_stride
 
     @model_validator(mode="after")
+    def _have_a_file(self) -> Self:
+        for name in ("key", "prefix", "license"):
+            if self.init is None and getattr(self, name):
+                sentence = "it tells of the weights that init names: give --init"
+                raise PydanticCustomError("conflict", sentence, {"keys": (f"model.{name}", "model.init")})
+        return self
+
+    @model_validator(mode="after")
     def _spell_once(self) -> Self:
         """Give each network one spelling: its name if it has one, and no stride, which is a setting of its own."""
         if isinstance(self.variant, NetworkSpec):
@@ -474,9 +482,6 @@ class RunConfig(Settings):
             yield ("out",), "missing: the run directory, e.g. --out runs/first"
         if self.device == "cpu" and self.precision in ("fp16", "tf32"):
             yield ("precision", "device"), f"{self.precision} needs a GPU and device is cpu: use auto, fp32 or bf16"
-        for name in ("key", "prefix", "license") if self.model.init is None else ():
-            if getattr(self.model, name):
-                yield (f"model.{name}", "model.init"), "it tells of the weights that init names: give --init"
         processes = num_processes or 1
         parts = processes * self.num_micro_batches
         if self.batch_size < processes:

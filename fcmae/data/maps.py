@@ -153,14 +153,24 @@ def bands(height: int, width: int, max_pixels: int = MAX_PIXELS) -> Iterator[Box
         yield top, 0, min(rows, height - top), width
 
 
-def find_classes(found: Values, names: Sequence[str], values: Sequence[int], ignored: int | None) -> Classes:
+def find_classes(
+    found: Values,
+    names: Sequence[str],
+    values: Sequence[int],
+    ignored: int | None,
+    tested: NDArray[np.int64] | None = None,
+    *,
+    is_begun: bool = False,
+) -> Classes:
     """The classes of label maps.
 
     Args:
-        found: what the maps hold.
+        found: what the maps hold that are learnt from.
         names: of the classes; none is by their numbers.
         values: what the maps hold for each; none is 0, 1, 2 and so on, up to the largest that was counted.
         ignored: see `Classes`.
+        tested: (MAX_VALUE,), pixels of each value in the maps that are held out.
+        is_begun: whether a run has taken the maps before: they are not asked again whether they are of classes.
 
     Raises:
         ValueError: if there are fewer than two classes or too many, or the maps hold none of them or few of many.
@@ -168,17 +178,18 @@ def find_classes(found: Values, names: Sequence[str], values: Sequence[int], ign
     counts = found.counts
     held = np.flatnonzero(counts).tolist()
     if not names and not values:
-        if found.are_objects:
+        if found.are_objects and not is_begun:
             raise ValueError(
                 "data.maps: the values count up from 1 without a gap in each map, and not to the same in all, as "
                 "objects are numbered: give maps of classes, or say which values are classes by data.class_values"
             )
-        known = counts.copy()
+        known = counts.copy() if tested is None else counts + tested
         if ignored is not None:
             known[ignored] = 0
         largest = int(np.flatnonzero(known)[-1]) if known.any() else 0
         values = [value for value in range(largest + 1) if value != ignored]
-        if len(values) > MAX_UNNAMED or (len(values) > MANY_OBJECTS and len(values) > 10 * len(held)):
+        is_sparse = len(values) > MANY_OBJECTS and len(values) > 10 * np.count_nonzero(known) and not is_begun
+        if len(values) > MAX_UNNAMED or is_sparse:
             raise ValueError(
                 f"data.maps: the maps hold {_few(held)}, values up to {largest}, which would be {len(values)} classes: "
                 "number the classes, or say which values they have by data.class_values"
@@ -188,7 +199,7 @@ def find_classes(found: Values, names: Sequence[str], values: Sequence[int], ign
     if len(names) < 2:
         raise ValueError(
             f"data.maps: there is one class, {names[0]!r}, as the maps hold {_few(held)} and data.ignore_value is "
-            f"{ignored}: set data.class_values (0 255 of black and white maps)"
+            f"{ignored}: set data.ignore_value to none, and of black and white maps data.class_values to 0 255 too"
         )
     if len(names) > MAX_CLASSES:
         raise ValueError(f"data.class_names: there are {len(names)} classes: give {MAX_CLASSES} at most")

@@ -301,7 +301,7 @@ def geo_tags(file: BinaryIO) -> list[tuple[int, int, int, Any, bool]]:
     with reading(MAX_PIXELS):
         tags = tifffile.TiffFile(file).pages.first.tags
         found = [tags[code] for code in GEO_TAGS if code in tags]
-        if found and tags.valueof("Orientation", 1) != 1:
+        if found and tags.valueof("Orientation", 1) in range(2, 9):
             raise BadImage(
                 "it has a place on earth and an Orientation other than 1: store it with its rows from the top"
             )

@@ -41,6 +41,7 @@ COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 ZIP = b"PK"  # begins an .npz, as an index is
 MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 BLOCK = 512  # bytes; a member's header is one
+GAP = 1 << 16  # bytes between members that are looked at together
 LABELS = (".cls", ".json", ".txt")  # the first that an image has counts
 MAX_LABEL = 1 << 16  # bytes
 MUCH = 100_000_000  # bytes of a TIFF from afar above which it is read in parts; below, most are decoded as a whole
@@ -161,17 +162,18 @@ def scan(file: BinaryIO, stop: Event | None = None) -> Members:
     file.seek(0)
     names, places, texts, end = list[str](), list[tuple[int, int]](), dict[str, str](), 0
 
-    def skipped(start: int, stop: int) -> None:
+    def skipped(start: int, until: int) -> None:
         """Take note of bytes that are neither a member, nor said of all of them, nor padding."""
-        while start < stop:
+        while start < until:
             file.seek(start)
-            block = file.read(min(BLOCK, stop - start))
-            if block.strip(b"\0"):
-                if not _is_global_header(block, stop - start):
-                    names.append(f"@{start}")
-                    places.append((start, DAMAGED))
+            part = file.read(min(GAP, until - start))
+            if rest := part.lstrip(b"\0"):
+                zeros = (len(part) - len(rest)) // BLOCK * BLOCK
+                if not _is_global_header(part[zeros : zeros + BLOCK], until - start - zeros):
+                    names.append(f"@{start + zeros}")
+                    places.append((start + zeros, DAMAGED))
                 return
-            start += BLOCK
+            start += GAP
 
     for member in _headers(file, total):
         if stop is not None and stop.is_set():

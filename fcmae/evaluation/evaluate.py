@@ -239,7 +239,8 @@ def images_that_chose(path: Path) -> Images | None:
     Args:
         path: a run with labels, whose best weights are read, or its best/, or a file in it.
     """
-    run = next((place.parent for place in (path, path.parent) if place.name == "best"), path)
+    folder = path.parent if path.is_file() else path
+    run = folder.parent if folder.name == "best" else folder
     with suppress(ValueError, OSError):
         scored = [line for line in read_metrics(run / "metrics.jsonl") if "balanced_accuracy" in line]
         if (run / "best").is_dir() and len(scored) > 1:  # a run's only evaluation is its best and its last

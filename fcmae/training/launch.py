@@ -38,8 +38,8 @@ FOREVER = timedelta(days=7)
 PATIENCE = timedelta(hours=1)  # of a collective: others may wait for images of a storage that is down for a while
 STORE_S = 60.0  # that an answer of the store may take on a busy machine
 ENDED = "a process of the run has ended: see what it said"
-# Attributes of a module that accelerate and `torch.nn.Module.compile` set.
 _ALONE = threading.Lock()  # held by a run for a caller
+# Attributes of a module that accelerate and `torch.nn.Module.compile` set.
 _PREPARED = ("forward", "_original_forward", "_is_accelerate_prepared", "_compiled_call_impl")
 # Where torch keeps whether float32 may be computed in TF32.
 _PRECISIONS: tuple[Any, ...] = (
@@ -90,8 +90,9 @@ def make_accelerator(cfg: RunConfig) -> Accelerator:
     # Explicit, as torch's own default has TF32 in convolutions and not in matrix products.
     torch.set_float32_matmul_precision("high" if cfg.precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = cfg.precision == "tf32"
-    # DDP remarks on the strides of the gradients of depthwise weights, in their dimension of size 1: they cost nothing.
-    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+    if num_processes > 1:
+        # DDP remarks on the strides of depthwise weights' gradients, in their dimension of size 1: they cost nothing.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     _check_trackers(cfg.log.trackers)
     for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER"):
         if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
@@ -203,7 +204,7 @@ def for_a_caller() -> Iterator[None]:
     if not _ALONE.acquire(blocking=False):
         raise ValueError("another run is going on in this process: wait for its end, or start a process for each")
     try:
-        with warnings.catch_warnings(), _left_as_it_was():
+        with _left_as_it_was():
             yield
     finally:
         _ALONE.release()
