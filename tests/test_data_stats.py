@@ -10,6 +10,7 @@ from PIL import Image
 
 from fcmae.data.index import Images, find_images
 from fcmae.data.stats import channel_statistics
+from fcmae.data.survey import survey
 
 
 def test_statistics_agree_with_numpy_and_skip_broken_files(tmp_path: Path) -> None:
@@ -42,9 +43,10 @@ def test_every_image_counts_the_same_whatever_its_size(tmp_path: Path) -> None:
 
 def test_of_many_images_some_are_drawn_always_the_same(tmp_path: Path) -> None:
     for i in range(20):
-        np.save(tmp_path / f"{i}.npy", np.full((2, 2), i, np.float32))
+        np.save(tmp_path / f"{i:02}.npy", np.full((2, 2), i, np.float32))
     index = find_images([str(tmp_path)])
     drawn = channel_statistics(index, 1, max_images=8)
+    assert drawn[0] != [3.5]  # the mean of the first ones
     assert drawn[2] == 8 and drawn == channel_statistics(index, 1, max_images=8)
 
 
@@ -63,6 +65,22 @@ def test_missing_values_do_not_count(tmp_path: Path) -> None:
     mean, std, _ = channel_statistics(find_images([str(tmp_path)]), 4)
     np.testing.assert_allclose(mean, np.nanmean(known, axis=(0, 1)), rtol=1e-6)
     np.testing.assert_allclose(std, np.nanstd(known, axis=(0, 1)), rtol=1e-5)
+
+
+def test_a_value_that_is_said_to_be_missing_does_not_count(tmp_path: Path) -> None:
+    image = np.full((8, 8), 3, np.float32)
+    image[:4] = -9999
+    np.save(tmp_path / "a.npy", image)
+    images = find_images([str(tmp_path)])
+    assert channel_statistics(images, 1, nodata=-9999)[:2] == ([3.0], [0.0])
+    assert survey(images, nodata=-9999).mean == (3.0,)
+
+
+def test_all_of_a_large_image_counts(tmp_path: Path) -> None:
+    image = np.zeros((300, 300), np.float32)
+    image[150:] = 1
+    np.save(tmp_path / "a.npy", image)
+    assert channel_statistics(find_images([str(tmp_path)]), 1)[:2] == ([0.5], [0.5])
 
 
 def test_a_channel_without_a_value_is_an_error_and_one_image_may_lack_it(tmp_path: Path) -> None:

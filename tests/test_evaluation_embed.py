@@ -79,6 +79,23 @@ def test_pictures_are_drawn_and_replaced_only_when_asked(
     out = tmp_path / "out"
     queries = [labelled / "a" / "1.png", labelled / "b" / "1.png"]
     command = ["--data", labelled, "--out", out, "--neighbours", *queries]
+    maps, pictures = [], []
+    with monkeypatch.context() as patch:
+        patch.setattr(embedding, "save_map", lambda path, points, index, title: maps.append((points, index)))
+        patch.setattr(embedding, "save_neighbours", lambda *args: pictures.append(args[2:4]))
+        assert embed("--data", labelled, "--out", tmp_path / "spied", "--neighbours", *queries) == 0
+    drawn = np.sort(np.random.default_rng(0).choice(12, 8, replace=False))
+    assert list(drawn) != list(range(8))
+    features = np.load(tmp_path / "spied" / "features.npy")
+    with (tmp_path / "spied" / "paths.csv").open(newline="") as file:
+        row_of = {row["path"]: number for number, row in enumerate(csv.DictReader(file))}
+    ((points, shown),) = maps
+    assert [row_of[name] for name in shown.names()] == list(drawn) and len(points) == 8
+    for (found, similarities), query in zip(pictures, queries, strict=True):
+        one = features[row_of[str(query)]]
+        others = features[[row_of[name] for name in found.names()]]
+        cosines = others @ one / np.linalg.norm(others, axis=1) / np.linalg.norm(one)
+        np.testing.assert_allclose(similarities, cosines, atol=1e-4)
     assert embed(*command) == 0
     assert "the map shows 8 of the images, drawn with seed 0" in capsys.readouterr().out
     written = ["features.npy", "map.png", "neighbours-1-2.png", "neighbours-1.png", "paths.csv"]

@@ -15,6 +15,7 @@ from PIL import Image
 from runs import write_colors
 from test_weights_convert import write_checkpoint
 
+import fcmae.evaluation.evaluate as evaluation
 import fcmae.evaluation.probes as probes
 from fcmae import cli
 from fcmae.data.index import find_labelled
@@ -71,6 +72,20 @@ def test_colours_are_told_apart_by_every_probe(evaluated: Path) -> None:
     few = record["results"][3]
     assert few["setting"] == {"labels": "2", "num_images": 6, "draws": 2}
     assert few["spread"] == {"top1": [1.0, 1.0], "balanced_accuracy": [1.0, 1.0], "auroc": [1.0, 1.0]}
+
+
+def test_draws_of_few_labels_differ(labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    positions = []
+    draw = evaluation.draw
+
+    def spy(*args: Any) -> Any:
+        positions.append(tuple(draw(*args)))
+        return draw(*args)
+
+    monkeypatch.setattr(evaluation, "draw", spy)
+    words = ["--probes", "few-shot", "--labels", "2", "--draws", "3", "--stages", "last", "--out", tmp_path / "out"]
+    assert evaluate(ATTO, "--data", labelled, *words) == 0
+    assert len(positions) == len(set(positions)) == 3 and {len(one) for one in positions} == {6}
 
 
 def test_the_file_says_what_was_measured(evaluated: Path, labelled: Path) -> None:

@@ -24,6 +24,7 @@ from fcmae.data.dataset import centre_crops
 from fcmae.data.index import Images, find_images, find_labelled
 from fcmae.data.sampler import EVAL_EPOCH
 from fcmae.data.split import split
+from fcmae.evaluation import monitor
 from fcmae.evaluation.monitor import Monitor, Watch, find_monitored_labels, monitored_images, over_time
 from fcmae.networks.convnext import Encoder
 from fcmae.networks.spec import ConvNeXtSpec
@@ -124,6 +125,22 @@ def test_monitors_give_the_numbers_that_analyze_gives_of_the_checkpoint_of_that_
             for statistic in ("cosine_distance", "effective_rank", "dead_share", "saturated_share"):
                 # The same images, sorted otherwise in their batch.
                 assert line[f"{statistic}/{layer['name']}"] == pytest.approx(layer[statistic], rel=1e-6), statistic
+
+
+def test_neighbours_that_vote_are_as_many_as_evaluate_has(
+    images: Path, labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    probe = monitor.knn_probabilities
+
+    def spy(*args: Any, ks: list[int], **more: Any) -> Any:
+        asked.append(ks)
+        return probe(*args, ks=ks, **more)
+
+    monkeypatch.setattr(monitor, "knn_probabilities", spy)
+    monkeypatch.setattr(monitor, "NEIGHBOURS", 3)
+    assert run(images, tmp_path / "out", monitor__labelled=labelled, epochs=1, optim__warmup_epochs=0) == 0
+    assert asked and all(ks == [3] for ks in asked)
 
 
 def test_neighbours_are_those_of_the_checkpoints_features(monitored: Path, labelled: Path) -> None:
@@ -240,8 +257,9 @@ def test_monitors_change_nothing_in_training(monitored: Path, images: Path, tmp_
 
 
 def test_monitors_leave_the_draws_of_drop_path_alone(images: Path, tmp_path: Path) -> None:
-    for name, num in (("with", 8), ("without", 0)):
-        assert run(images, tmp_path / name, monitor__num_images=num, model__drop_path_rate=0.5) == 0
+    for name, num, every in (("with", 8, 1), ("without", 0, 99)):
+        settings = {"monitor__num_images": num, "log__eval_epochs": every, "model__drop_path_rate": 0.5}
+        assert run(images, tmp_path / name, **settings) == 0
     assert_same(final_state(tmp_path / "with"), final_state(tmp_path / "without"))
 
 

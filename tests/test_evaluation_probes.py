@@ -91,6 +91,22 @@ def test_batches_and_several_settings_at_once_find_the_same_minimum(monkeypatch:
     torch.testing.assert_close(batches[2:], whole[2:])
 
 
+def test_many_images_are_all_learnt_from_and_many_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probes, "BATCH_SIZE", 10)
+    monkeypatch.setattr(probes, "MIN_STEPS", 10)
+    epochs = []
+    order = probes.epoch_order
+
+    def spy(num: int, seed: int, epoch: int) -> Any:
+        epochs.append(epoch)
+        return order(num, seed, epoch)
+
+    monkeypatch.setattr(probes, "epoch_order", spy)
+    train, labels = clusters(105, 0)  # five are left over in each epoch, not always the same
+    probes._train(train, labels, np.arange(105), 3, [Setting(1e-2, 1e-2)], 0, "cpu", None)
+    assert epochs == list(range(20))
+
+
 def test_the_setting_that_predicts_held_out_images_is_chosen() -> None:
     train, labels = clusters(200, 0)
     useless = [Setting(1e-12, 1e-2), Setting(1e-2, 1e3)]  # one never learns, the other may not

@@ -306,6 +306,62 @@ def test_classes_that_nothing_is_learnt_of_or_scored_are_told(caplog: pytest.Log
     assert not caplog.records
 
 
+def test_evaluations_change_nothing_in_training(labelled: Path, tmp_path: Path) -> None:
+    settings = {"model__variant": runs.TINY, "model__stem_stride": 1, "model__drop_path_rate": 0.5, "epochs": 3}
+    states = []
+    for every in (1, 99):
+        assert finetune(labelled, tmp_path / str(every), **settings, log__eval_epochs=every) == 0
+        runs.forget_accelerator()
+        states.append({k: v for k, v in final_state(tmp_path / str(every)).items() if k.startswith("model:")})
+    assert_same(*states)
+
+
+@pytest.mark.parametrize("mixup", [0.0, 0.8])
+def test_the_loss_has_the_weights_of_the_classes_and_smooths_labels_once(
+    labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mixup: float
+) -> None:
+    found, loss = [], finetuning.classification_loss
+
+    def spy(logits: torch.Tensor, target: torch.Tensor, balance: Any, smoothing: float) -> torch.Tensor:
+        found.append((balance.tolist(), smoothing, target.ndim))
+        return loss(logits, target, balance, smoothing)
+
+    monkeypatch.setattr(finetuning, "classification_loss", spy)
+    given = {"class_weights": "1,3", "label_smoothing": 0.2, "mixup": mixup}
+    settings = {"model__variant": runs.TINY, "model__stem_stride": 1, "epochs": 1, "optim__warmup_epochs": 0}
+    settings |= {f"regularization__{key}": value for key, value in given.items()}
+    assert finetune(labelled, tmp_path / "run", **settings) == 0
+    assert set(map(str, found)) == {str(([1.0, 3.0], 0.0, 2) if mixup else ([1.0, 3.0], 0.2, 1))}
+
+
+def test_with_a_moving_average_it_is_what_is_chosen_and_kept(
+    labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights themselves score best after the first epoch, their average after the second."""
+    scored, given = finetuning.scores, iter((0.9, 0.5, 0.1, 0.8))
+    monkeypatch.setattr(finetuning, "scores", lambda *args: scored(*args) | {"balanced_accuracy": next(given)})
+    settings = {"model__variant": runs.TINY, "model__stem_stride": 1, "regularization__ema_decay": 0.9}
+    assert finetune(labelled, tmp_path / "run", **settings, log__eval_epochs=1) == 0
+    assert [key for key in metrics(tmp_path / "run")[-1] if "balanced" in key] == [
+        "balanced_accuracy",
+        "ema_balanced_accuracy",
+    ]
+    best, last = (read_weights(tmp_path / "run" / name) for name in ("best", "last"))
+    assert (best.origin["step"], best.origin["balanced_accuracy"]) == (8, 0.8)
+    latest = checkpoint.latest(tmp_path / "run")
+    assert latest is not None
+    assert_same(dict(last.state), load_file(latest / "ema.safetensors"))
+
+
+def test_only_evaluating_crops_as_the_weights_learnt_unless_told_otherwise() -> None:
+    weights = Weights({}, Architecture(VARIANTS["convnextv2_atto"], 3), ImageRecord(crop_pct=1.0))
+    given: dict[str, Any] = {"out": "o", "model": {"init": "x"}, "data": {"path": "x", "val_path": "y"}}
+    found = []
+    for more in ({"eval_only": True}, {}, {"eval_only": True, "data": given["data"] | {"crop_pct": 0.5}}):
+        found.append(finetuning.build_reading(FinetuneConfig.model_validate(given | more), weights).crop_pct)
+    assert found == [1.0, 0.875, 0.5]
+
+
 def test_the_best_model_stays_where_later_ones_are_worse(
     labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -582,7 +638,22 @@ def test_settings_reach_what_they_are_for(labelled: Path, tmp_path: Path) -> Non
     plain = FinetuneConfig.model_validate(given | {"data": given["data"] | {"vflip": 0.0}})
     flipped, kept = (finetuning.build_train_set(each, images, reading)[(0, 0)].image for each in (cfg, plain))
     np.testing.assert_array_equal(flipped, kept[:, ::-1])
-    assert schedule_of(cfg, 1, 0).min_lr == 0.125
+    view = finetuning.build_train_set(cfg, images, reading)._view  # type: ignore[attr-defined]
+    crop = view.crop
+    assert (crop.crop_scale, crop.hflip, crop.vflip) == ((1, 1), 0.0, 1.0)
+    schedule = schedule_of(cfg, 1, 0)
+    assert schedule.min_lr == schedule.learning_rate(schedule.total) == 0.125
+    other = FinetuneConfig.model_validate(given | {"seed": 1, "data": given["data"] | {"crop_scale": [0.1, 1]}})
+    drawn = [
+        finetuning.build_train_set(each, images, reading)[(0, 0)].image
+        for each in (other, other.model_copy(update={"seed": 0}))
+    ]
+    assert not np.array_equal(*drawn)
+    heads = [
+        finetuning.build_model(cfg.model_copy(update={"seed": seed}), weights, 2).encoder.state_dict()
+        for seed in (0, 1)
+    ]
+    assert any(not torch.equal(value, heads[1][name]) for name, value in heads[0].items())
     net = finetuning.build_model(cfg, weights, 2)
     rates = [module.drop_path_rate for module in net.encoder.modules() if hasattr(module, "drop_path_rate")]
     assert net.encoder.grad_checkpointing and max(rates) == 0.25

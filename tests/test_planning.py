@@ -140,6 +140,13 @@ def test_a_survey_finds_channels_depth_and_size(tmp_path: Path, write: Write, in
     assert len(found.mean) == len(found.std) == in_chans
 
 
+def test_a_survey_goes_by_what_most_images_are(tmp_path: Path) -> None:
+    for number, shape in enumerate(((40, 40, 3), (40, 44, 3), (400, 400))):
+        Image.fromarray(np.zeros(shape, np.uint8)).save(tmp_path / f"{number}.png")
+    found = survey(find_images([str(tmp_path)]))
+    assert (found.in_chans, found.short_side) == (3, 40)
+
+
 def test_a_survey_tells_of_a_single_deep_image(tmp_path: Path) -> None:
     for number, write in enumerate((grey, grey, deep)):
         write(tmp_path / f"{number}.x", np.random.default_rng(number))

@@ -250,8 +250,9 @@ def test_a_run_writes_settings_logs_pictures_and_checkpoints(images: Path, tmp_p
 
 
 def test_the_validation_loss_is_of_the_same_pixels_under_the_same_masks_each_time(images: Path, tmp_path: Path) -> None:
-    # Weights that hardly move: what changes between evaluations could only be the images or the masks.
-    assert run(images, tmp_path / "out", optim__base_lr=1e-30, log__eval_epochs=1, data__val_share=0.3) == 0
+    # Weights that hardly move: what changes between evaluations could only be the images, the masks or what is dropped.
+    settings = {"optim__base_lr": 1e-30, "log__eval_epochs": 1, "data__val_share": 0.3, "model__drop_path_rate": 0.5}
+    assert run(images, tmp_path / "out", **settings) == 0
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     found = [line["val_loss"] for line in lines if "val_loss" in line]
     assert len(found) == 3
@@ -337,6 +338,57 @@ def test_with_missing_values_the_step_is_that_of_the_whole_batch_however_it_is_d
         (line,) = [line for line in read_metrics(out / "metrics.jsonl") if "loss" in line]
         found.append((line["loss"], line["grad_norm"]))
     assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+def test_with_missing_values_two_processes_take_the_step_of_one(tmp_path: Path) -> None:
+    """Of what the second process sees hardly anything is known."""
+    (tmp_path / "images").mkdir()
+    for number in range(8):
+        image = np.random.default_rng(number).normal(0, 1, (24, 24, 1)).astype(np.float32)
+        np.save(tmp_path / f"images/{number}.npy", image)
+    order = epoch_order(8, 0, 0)  # all in one step, of which the second process reads the last four
+    for number in order[4:]:
+        image = np.load(tmp_path / f"images/{number}.npy")
+        image[:, :20] = np.nan
+        np.save(tmp_path / f"images/{number}.npy", image)
+    one = {"data__in_chans": 1, "data__mean": "0.5", "data__std": "1", "data__val_share": 0, "batch_size": 8}
+    one |= {"epochs": 2, "optim__warmup_epochs": 0, "log__every_steps": 1}
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    script = str(Path(fcmae.__file__).parent.parent / "pretrain.py")
+    result = subprocess.run(
+        [sys.executable, *launcher, script, *flags(tmp_path / "images", tmp_path / "two", **one)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert run(tmp_path / "images", tmp_path / "one", **one) == 0
+    found = [
+        [
+            (line["loss"], line["grad_norm"])
+            for line in read_metrics(tmp_path / name / "metrics.jsonl")
+            if "loss" in line
+        ]
+        for name in ("one", "two")
+    ]
+    assert len(found[0]) == 2
+    for line, other in zip(*found, strict=True):
+        assert other == pytest.approx(line, rel=1e-4)
+
+
+def test_seeds_begin_with_other_weights_crops_and_masks(images: Path, tmp_path: Path) -> None:
+    files = find_images([str(images)])
+    nets, samples = [], []
+    for seed in (0, 1):
+        cfg = config(images, tmp_path / "out", seed=seed)
+        nets.append(pretraining.build_model(cfg).encoder.state_dict())
+        samples.append(pretraining.build_dataset(cfg, files, augment=True)[(0, 0)])
+    name = next(name for name, value in nets[0].items() if value.ndim > 1)
+    assert not torch.equal(nets[0][name], nets[1][name])
+    assert not np.array_equal(samples[0].masks, samples[1].masks)
+    assert not np.array_equal(samples[0].image, samples[1].image)
 
 
 @pytest.mark.parametrize("share", [1.0, 0.25])

@@ -8,6 +8,7 @@ import math
 import random
 import weakref
 from collections.abc import Iterator
+from contextlib import closing
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +28,7 @@ from fcmae.config import PretrainConfig
 from fcmae.data.index import find_images
 from fcmae.networks.spec import VARIANTS
 from fcmae.pretraining import build_dataset
+from fcmae.training import steps as training_steps
 from fcmae.training.log import Log
 from fcmae.training.optim import due
 from fcmae.training.signals import StopSignal
@@ -306,6 +308,18 @@ def test_something_is_due_at_each_multiple_rounded_up_and_at_the_end(
 
 def draws() -> tuple[float, float, float]:
     return random.random(), float(np.random.rand()), float(torch.rand(()))  # noqa: NPY002
+
+
+def test_each_process_draws_its_own(
+    accelerator: Accelerator, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, ...]] = []
+    monkeypatch.setattr(training_steps, "seed_step", lambda *key: seen.append(key))
+    steps, log = steps_of(images, tmp_path / "out", accelerator, nn.Linear(1, 1), seed=3)
+    with closing(log):
+        monkeypatch.setattr(Accelerator, "process_index", 1)
+        next(iter(steps))
+    assert seen == [(3, 0, 1)]
 
 
 def test_every_generator_depends_on_seed_step_and_process_alone() -> None:

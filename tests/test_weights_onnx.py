@@ -98,6 +98,7 @@ def test_a_pyramid_has_the_map_of_every_stage(tmp_path: Path) -> None:
     model = write_weights(tmp_path / "model.safetensors", V1)
     session, said = export(tmp_path, model, output="pyramid")
     assert "stage1, stage2 of" in said
+    assert json.loads(session.get_modelmeta().custom_metadata_map["normalizes"]) is False
     assert "made-up images" in said
     images, loaded = torch.rand(2, 3, 24, 40), fcmae.load(model)
     found = session.run(["stage1", "stage2"], {"images": loaded.normalize(images).numpy()})
@@ -158,6 +159,19 @@ def test_an_output_that_is_not_finite_is_refused(
     with pytest.raises(ValueError, match="differ by nan of the largest output"):
         export(tmp_path, classifier / "model.safetensors", normalize=True)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_one_output_of_several_that_differs_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = write_weights(tmp_path / "model.safetensors", V1)
+    run = onnxruntime.InferenceSession.run
+
+    def spoil_the_last(self: Any, *given: Any) -> list[Any]:
+        *others, last = run(self, *given)
+        return [*others, last * np.float32(1.5)]
+
+    monkeypatch.setattr(onnxruntime.InferenceSession, "run", spoil_the_last)
+    with pytest.raises(ValueError, match=r"differ by \S+ of the largest output .*nothing was written"):
+        export(tmp_path, model, output="pyramid")
 
 
 @pytest.mark.parametrize(
