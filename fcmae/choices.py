@@ -27,9 +27,8 @@ SMALL = ConvNeXtSpec(depths=(2, 2, 6), dims=(40, 80, 160))  # three stages: for 
 WIDE = ConvNeXtSpec(depths=(2, 2, 8), dims=(80, 160, 320))  # the same, for many images on a GPU
 # Networks to choose from, the largest first.
 FAMILIES = ([VARIANTS[f"convnextv2_{name}"] for name in ("tiny", "nano", "pico", "femto", "atto")], [WIDE, SMALL])
-# Sides of images that divide into 6, 7 or 8 patches per side, with the stem's stride and the side of a patch.
-GRIDS = {48: (2, 8), 64: (2, 8), 96: (4, 16), 128: (4, 16), 192: (4, 32), 224: (4, 32)}
-LARGEST = {"cpu": 128}  # sides; elsewhere the largest of GRIDS
+STRIDES = {48: 2, 64: 2, 96: 4, 128: 4, 192: 4, 224: 4}  # of the stem, by sides that divide into 6, 7 or 8 patches
+LARGEST = {"cpu": 128}  # sides; elsewhere the largest of STRIDES
 LARGEST_CROP = {"cpu": 128, "cuda": 512}  # sides of training crops of segmentation
 MAX_EPOCHS = 1600  # the longest that masked autoencoders of images were published with
 LAYER_DECAY = 0.9  # when starting from weights; from scratch there is nothing to preserve
@@ -175,7 +174,6 @@ def pretraining_network(
     size = choices.take("data.image_size", *_image_size(images.short_side, device))
     height, width = size if isinstance(size, list | tuple) else (size, size)
     side = min(height, width)
-    stem_stride, _ = GRIDS[max([known for known in GRIDS if known <= side], default=min(GRIDS))]
     if held is not None:
         spec, why = held, "that of model.init"
     elif smaller is not None:
@@ -192,7 +190,7 @@ def pretraining_network(
     chosen = choices.take("model.variant", _written(spec), why)
     spec = _read(chosen)
     if held is None:
-        stride = choices.take("model.stem_stride", stem_stride, f"{side} pixels")
+        stride = choices.take("model.stem_stride", _stem_stride(side), f"{side} pixels")
     else:
         stride = choices.take("model.stem_stride", held.stem_stride, "that of model.init")
     total = (stride or spec.stem_stride) << (spec.num_stages - 1)
@@ -211,9 +209,9 @@ def pretraining_network(
 
 
 def _image_size(short_side: int, device: str) -> tuple[int, str]:
-    largest = LARGEST.get(device, max(GRIDS))
-    fitting = [side for side in GRIDS if side <= min(short_side, largest)]
-    side = max(fitting, default=min(GRIDS))
+    largest = LARGEST.get(device, max(STRIDES))
+    fitting = [side for side in STRIDES if side <= min(short_side, largest)]
+    side = max(fitting, default=min(STRIDES))
     if not fitting:
         return side, f"the images' {short_side} pixels enlarged: 6 patches of 8 pixels a side"
     if side == largest and short_side > largest:
@@ -222,6 +220,10 @@ def _image_size(short_side: int, device: str) -> tuple[int, str]:
             why += f"; shrunk up to {times:.0f} times: for small objects cut the images into chips"
         return side, why
     return side, f"the images' shorter side is {short_side}"
+
+
+def _stem_stride(side: int) -> int:
+    return STRIDES[max([known for known in STRIDES if known <= side], default=min(STRIDES))]
 
 
 def _mask_patch(height: int, width: int, total_stride: int) -> tuple[int, str]:
@@ -286,10 +288,9 @@ def finetuning_settings(
         side = choices.take("data.image_size", *_image_size(images.short_side, device))
     side = min(side) if isinstance(side, list) else side
     if held is None:
-        stem_stride, _ = GRIDS[max([known for known in GRIDS if known <= side], default=min(GRIDS))]
         spec = SMALL if side < 192 else VARIANTS["convnextv2_atto"]
         choices.take("model.variant", _written(spec), "from scratch: small, for few labels")
-        choices.take("model.stem_stride", stem_stride, f"{side} pixels")
+        choices.take("model.stem_stride", _stem_stride(side), f"{side} pixels")
     num = sum(images.class_counts)
     few = num < 10_000
     is_whole = choices.settings.get("data.val_path") is not None

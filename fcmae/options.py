@@ -151,12 +151,10 @@ def _made(
     # Nothing is chosen beside a recipe, unless there are hours for which it was not yet.
     has_recipe = has_file and not settings.keys().isdisjoint({"epochs", "batch_size"})
     to_fill = given.get("hours") is not None or (getattr(sketch, "hours", None) and not getattr(sketch, "chosen", None))
-    known: set[str] | None = None
-    if complete is not None and (to_fill or not has_recipe):
-        known = {key for key, _ in _pairs(settings, _fields(model))}
-    if known is not None and sketch is not None and not (problems or invalid):
+    chooses = complete is not None and (to_fill or not has_recipe)
+    known = {key for key, _ in _pairs(settings, _fields(model))} if chooses else None
+    if complete is not None and known is not None and sketch is not None and not (problems or invalid):
         keys = known - (TO_CHOOSE if flat(sketch).get("grad_accum") == "auto" else set())
-        assert complete is not None
         _put(settings, complete(sketch, {key: value for key, value in flat(sketch).items() if key in keys}))
         known = None
     config, wrong_together = _validate(model, settings, wrong, {"num_processes": num_processes}, known)
@@ -644,8 +642,8 @@ def _validate(
     """The settings, if they can be used, and what is wrong with them, each key once.
 
     wrong: keys that are reported already. known: keys of which combinations are reported, where others are still to be
-    chosen; None is all. What is wrong gives way to its default or example, so that the rest is
-    checked too; a combination that involves it is not reported.
+    chosen; None is all. What is wrong gives way to its default or example, so that the rest is checked too; a
+    combination that involves it is not reported.
     """
     fields, usable, seen, problems = _fields(model), copy.deepcopy(dict(settings)), set(wrong), list[str]()
     while True:

@@ -314,8 +314,9 @@ def _image_settings(plan: choices.Choices, images: Images, data: ImageConfig, he
     """
     facts = _survey(images, plan.settings.get("data.in_chans"), data)
     image = None if held is None else held.image
-    is_other = held is not None and held.are_published
-    if image is not None and not (is_other and choices.are_no_photographs(facts, image.in_chans, image.mean)):
+    if image and held and held.are_published and choices.are_no_photographs(facts, image.in_chans, image.mean):
+        image = None
+    if image is not None:
         in_chans = facts.in_chans
         if image.in_chans is not None:
             in_chans = plan.take("data.in_chans", image.in_chans, "that of model.init")

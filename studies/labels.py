@@ -1,15 +1,15 @@
-"""Does pretraining pay with 1, 5, 10 and 100 % of the labels, as it is shipped and on two cores?
+"""Does pretraining pay with 1, 5, 10 and 100 % of the labels, on two cores?
 
     python studies/labels.py SHARDS --out runs/labels           # 2 cores: 18 h
     python studies/labels.py SHARDS --out runs/labels --list    # the commands, without running them
 
-SHARDS: the folder of tiny20's shards (see studies/sets.py). Pretraining is `pretrain_small_images`, once for 200,000
-views, once for 1,000,000 and once for all its 1,500,000; the first is the arm `again` of studies/recipe.py, and OUT may
-be that study's folder, which has it. Fine-tuning is `finetune_small_images`, with the same labels, order and head for
-all arms, and is tested on the test images once, at its last step. Scratch on few labels has the learning rate that was
-the best with 10 % of them (docs/small_images.md), and TRIED compares it with others at 5 %, on training images held
-out. What is finished is not done again, and what was cut off resumes. What is found is in OUT/labels.json, and with
---docs in labels.json there, which `studies/results.py` puts into docs/results.md, with what we read in it,
+SHARDS: the folder of tiny20's shards (see studies/sets.py). Pretraining is `pretrain_small_images`, at 48 pixels, once
+for 200,000 views, once for 1,000,000 and once for all its 1,500,000; the first is the arm `again` of studies/recipe.py,
+and OUT may be that study's folder, which has it. Fine-tuning is `finetune_small_images`, with the same labels, order
+and head for all arms, and is tested on the test images once, at its last step. Scratch on few labels has the learning
+rate that was the best with 10 % of them (docs/small_images.md), and TRIED compares it with others at 5 %, on training
+images held out. What is finished is not done again, and what was cut off resumes. What is found is in OUT/labels.json,
+and with --docs in labels.json there, which `studies/results.py` puts into docs/results.md, with what we read in it,
 docs/results/labels.md.
 """
 

@@ -340,6 +340,22 @@ def test_with_missing_values_the_step_is_that_of_the_whole_batch_however_it_is_d
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
+def two_processes(images: Path, out: Path, **options: Any) -> str:
+    """The real launcher and script, and what they say."""
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    script = str(Path(fcmae.__file__).parent.parent / "pretrain.py")
+    result = subprocess.run(
+        [sys.executable, *launcher, script, *flags(images, out, **options)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stderr
+
+
 def test_with_missing_values_two_processes_take_the_step_of_one(tmp_path: Path) -> None:
     """Of what the second process sees hardly anything is known."""
     (tmp_path / "images").mkdir()
@@ -353,17 +369,7 @@ def test_with_missing_values_two_processes_take_the_step_of_one(tmp_path: Path) 
         np.save(tmp_path / f"images/{number}.npy", image)
     one = {"data__in_chans": 1, "data__mean": "0.5", "data__std": "1", "data__val_share": 0, "batch_size": 8}
     one |= {"epochs": 2, "optim__warmup_epochs": 0, "log__every_steps": 1}
-    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
-    script = str(Path(fcmae.__file__).parent.parent / "pretrain.py")
-    result = subprocess.run(
-        [sys.executable, *launcher, script, *flags(tmp_path / "images", tmp_path / "two", **one)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
+    two_processes(tmp_path / "images", tmp_path / "two", **one)
     assert run(tmp_path / "images", tmp_path / "one", **one) == 0
     found = [
         [
@@ -657,7 +663,7 @@ def test_a_run_whose_grn_pools_over_the_batch_goes_on_with_as_many_images_at_onc
 
 
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    """The real launcher and script; images that only the second process fails to read are reported too."""
+    """Images that only the second process fails to read are reported too."""
     images = write_images(tmp_path / "images", 12)
     train, held_out = split(find_images([str(images)]), 0.3, seed=0)
     # Of each step's four images the second process reads the last two, and of those held out every second.
@@ -666,19 +672,9 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
         Path(path).write_bytes(b"not an image")
     options = {"epochs": 1, "optim__warmup_epochs": 0, "optim__clip_grad": 0.04, "optim__base_lr": 0.1}
     options |= {"data__max_bad_share": 1, "data__val_share": 0.3, "log__eval_epochs": 1}
-    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
-    script = str(Path(fcmae.__file__).parent.parent / "pretrain.py")
-    result = subprocess.run(
-        [sys.executable, *launcher, script, *flags(images, tmp_path / "two", **options)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    assert "2 steps of 4 images on 2 x cpu in fp32" in result.stderr
-    assert "Warning" not in result.stderr
+    said = two_processes(images, tmp_path / "two", **options)
+    assert "2 steps of 4 images on 2 x cpu in fp32" in said
+    assert "Warning" not in said
     assert run(images, tmp_path / "one", **options) == 0
     one, two = (
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]

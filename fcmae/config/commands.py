@@ -178,10 +178,7 @@ class WorthConfig(Settings, FromFile):
         elif self.unlabelled and not (self.hours or self.pretraining):
             yield ("unlabelled", "hours"), "they are for a pretraining: give --hours H, or leave them out"
         if self.seed + self.seeds > 2**32:
-            yield (
-                ("seed", "seeds"),
-                f"{self.seed} + seeds = {self.seeds} are more than {2**32}: use less",
-            )
+            yield ("seed", "seeds"), f"{self.seed} + seeds = {self.seeds} are more than {2**32}: use less"
 
 
 class EmbedConfig(Source, FromFile):

@@ -212,6 +212,7 @@ def for_a_caller() -> Iterator[None]:
 
 @contextmanager
 def _left_as_it_was() -> Iterator[None]:
+    """See `for_a_caller`."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         yield
         return

@@ -59,9 +59,9 @@ link in its place) and runs one command: the run's own again, `report`, `convert
     ),
     "overwrites": (
         "Files of the user's",
-        """No command deletes or changes a file whose name is none of its own, with or without `--overwrite`; without it,
-no result is replaced either. With it a run deletes, in its directory, what is named as runs name their files, and what
-evaluate and analyze write there.
+        """No command deletes or changes a file whose name is none of its own, with or without `--overwrite`; without
+it, no result is replaced either. With it a run deletes, in its directory, what is named as runs name their files, and
+what evaluate and analyze write there.
 
 Each trial puts files that are named like ours, or lie inside our folders, or behind links, where a command writes, and
 compares their bytes afterwards.""",
