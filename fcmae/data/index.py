@@ -196,8 +196,9 @@ class Images:
                 part |= {"num_images": len(self), "class_names": self.class_names}
             if isinstance(self.source, Parts):
                 if not start:
-                    part |= {"shards": self.source.shards, "stamps": self.source.stamps}
-                    part |= {} if self.positions is None else {"fingerprint": self.source.fingerprint()}
+                    # The fingerprint is of all that were found, of which these may be a part, now or when it was read.
+                    told = {"shards": self.source.shards, "stamps": self.source.stamps}
+                    part |= told | {"fingerprint": self.source.fingerprint()}
                 part["places"] = self.source.table[:, at].tolist()
             yield part
 
