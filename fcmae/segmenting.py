@@ -254,12 +254,11 @@ def find_data(cfg: SegmentConfig) -> Mapped:
         else:
             check_apart(images, val_images)
         return _counted(cfg, images, maps, val_images, val_maps)
-    train, val = split(images, data.val_share, cfg.seed)
+    # The maps are as many, in the same order, and without labels like the images: the same are drawn.
+    (train, val), (train_maps, val_maps) = (split(each, data.val_share, cfg.seed) for each in (images, maps))
     if cfg.eval_only:
         check_unlearnt(cfg, val)
-    assert val.positions is not None
-    train_maps = maps if train.positions is None else maps.subset(train.positions)
-    return _counted(cfg, train, train_maps, val, maps.subset(val.positions))
+    return _counted(cfg, train, train_maps, val, val_maps)
 
 
 def _counted(

@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,19 @@ def words(tiles: Path, out: Path, **settings: Any) -> list[str]:
 
 def segment(tiles: Path, out: Path, **settings: Any) -> int:
     return cli.main(words(tiles, out, **settings))
+
+
+def test_maps_stay_with_their_images_where_a_member_of_their_tar_is_left_out(tiles: Path, tmp_path: Path) -> None:
+    for name in ("images", "maps"):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as archive:
+            for path in sorted((tiles / name).iterdir()):
+                archive.add(path, path.name)
+            archive.add(tiles / name / "03.png", "03.png")  # the second is left out
+    places = {"data__path": tmp_path / "images.tar", "data__maps": tmp_path / "maps.tar"}
+    data = segmenting.find_data(load(SegmentConfig, words(tiles, tmp_path / "out", **places)[1:], prog="x"))
+    for images, maps in ((data.images, data.maps), (data.val_images, data.val_maps)):
+        assert [Path(name).name for name in images.names()] == [Path(name).name for name in maps.names()]
+    assert (len(data.images), len(data.val_images)) == (10, 2)
 
 
 def metrics(run: Path) -> list[dict[str, float]]:
