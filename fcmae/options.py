@@ -149,18 +149,28 @@ def _made(
     if sketch is not None and not _trains(sketch):
         complete = None
     # Nothing is chosen beside a recipe, unless there are hours for which it was not yet.
-    has_recipe = has_file and not settings.keys().isdisjoint({"epochs", "batch_size"})
+    has_recipe = has_file and is_recipe(settings)
     to_fill = given.get("hours") is not None or (getattr(sketch, "hours", None) and not getattr(sketch, "chosen", None))
     chooses = complete is not None and (to_fill or not has_recipe)
     known = {key for key, _ in _pairs(settings, _fields(model))} if chooses else None
     if complete is not None and known is not None and sketch is not None and not (problems or invalid):
         keys = known - (TO_CHOOSE if flat(sketch).get("grad_accum") == "auto" else set())
+        keys |= {"model.stem_stride"} if getattr(getattr(sketch, "model", None), "tells_stride", False) else set()
         _put(settings, complete(sketch, {key: value for key, value in flat(sketch).items() if key in keys}))
         known = None
     config, wrong_together = _validate(model, settings, wrong, {"num_processes": num_processes}, known)
     if config is None or problems or wrong_together:
         raise ConfigError([*problems, *dict.fromkeys([*invalid, *wrong_together])])
     return config if complete is None else settled(config, complete)
+
+
+def is_recipe(settings: Mapping[str, Any]) -> bool:
+    """Whether settings of a file are a whole recipe, beside which nothing is chosen.
+
+    Args:
+        settings: by key, nested or dotted.
+    """
+    return not settings.keys().isdisjoint({"epochs", "batch_size"})
 
 
 def _trains(sketch: Settings) -> bool:

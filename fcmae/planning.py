@@ -29,6 +29,7 @@ from fcmae.config import (
 )
 from fcmae.data.cores import free_memory
 from fcmae.data.index import Images, find_images, find_labelled, find_mapped
+from fcmae.data.split import split
 from fcmae.data.storage import Storage
 from fcmae.data.survey import Survey, survey
 from fcmae.networks.spec import ConvNeXtSpec, NetworkSpec
@@ -166,11 +167,10 @@ def segmentation(sketch: SegmentConfig, given: Mapping[str, Any]) -> dict[str, A
     device = _device(sketch)
     plan = choices.Choices(given)
     held = _held(sketch)
-    num_held_out = round(len(images) * sketch.data.val_share)
     if sketch.data.val_path is not None:
-        num_held_out = len(find(sketch.data.val_path, sketch.data.val_maps, key="data.val_path")[0])
+        held_out, _ = find(sketch.data.val_path, sketch.data.val_maps, key="data.val_path")
     else:
-        images = images.subset(range(len(images) - num_held_out))
+        images, held_out = split(images, sketch.data.val_share, sketch.seed)
     facts = _image_settings(plan, images, sketch.data, held)
     choices.segmentation_settings(plan, facts, device, held.architecture.spec if held else None)
     hours = _machine(plan, device)
@@ -179,7 +179,7 @@ def segmentation(sketch: SegmentConfig, given: Mapping[str, Any]) -> dict[str, A
     hours -= (time.monotonic() - began) / 3600
     tiles = max(1.0, facts.short_side / min(cfg.data.image_size) / (1 - cfg.data.overlap)) ** 2
     most = choices.segmentation_epochs(plan, facts)
-    choices.duration(plan, len(images), hours, result.mean_images_per_s, most, num_held_out * tiles)
+    choices.duration(plan, len(images), hours, result.mean_images_per_s, most, len(held_out) * tiles)
     return _chosen(plan) | {"out": out}
 
 

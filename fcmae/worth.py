@@ -416,7 +416,7 @@ def _given_starts(cfg: WorthConfig, train: Images) -> list[Start]:
         size = {} if image.size is None else {"image_size": list(image.size)}
         channels = {"mean": image.mean, "std": image.std, "nodata": image.nodata, "in_chans": image.in_chans}
         channels = {key: value for key, value in channels.items() if value is not None}
-        if cfg.finetuning is None and weights.are_published:
+        if weights.are_published and not options.is_recipe(_recipe(cfg)):
             seen = seen or survey(train)
             if choices.are_no_photographs(seen, image.in_chans, image.mean):
                 channels = {}
@@ -445,17 +445,18 @@ def _choose_pretraining(place: Path, cfg: WorthConfig) -> tuple[PretrainConfig, 
 
 
 def _recipe(cfg: WorthConfig) -> dict[str, Any]:
-    """The settings of fine-tuning that are given, by dotted key, or what is chosen for runs from weights."""
-    if cfg.finetuning is None:
-        return {"optim.layer_decay": choices.LAYER_DECAY}
-    return options.flattened(FinetuneConfig, options.read_yaml(options.find_config(cfg.finetuning)))
+    """The settings of fine-tuning that are given, by dotted key, and what is chosen for runs from weights."""
+    path = None if cfg.finetuning is None else options.find_config(cfg.finetuning)
+    given = {} if path is None else options.flattened(FinetuneConfig, options.read_yaml(path))
+    return given if options.is_recipe(given) else {"optim.layer_decay": choices.LAYER_DECAY} | given
 
 
 def _choose_finetuning(place: Path, cfg: WorthConfig, labels: Path, num: int, start: Start) -> FinetuneConfig:
     """Settings to train the network of a start from scratch."""
+    recipe = _recipe(cfg)
+    is_whole = options.is_recipe(recipe)
     given = {f"data.{key}": value for key, value in start.reading.items()}
-    given |= {"epochs": choices.finetuning_epochs(num)} if cfg.finetuning is None else {}
-    given |= _recipe(cfg)
+    given |= recipe if is_whole else {"epochs": choices.finetuning_epochs(num)} | recipe
     given |= _machine(cfg) | ({} if cfg.epochs is None else {"epochs": cfg.epochs})
     given |= {
         "data.path": str(labels),
@@ -468,7 +469,7 @@ def _choose_finetuning(place: Path, cfg: WorthConfig, labels: Path, num: int, st
         "log.trackers": [],
         "checkpoint.keep": 1,
     }
-    complete = planning.finetuning if cfg.finetuning is None else None
+    complete = None if is_whole else planning.finetuning
     made = options.make(FinetuneConfig, given, complete=complete)
     if made.batch_size > num:
         # A power of two divides into micro-batches, and into pairs to mix.

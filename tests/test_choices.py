@@ -53,6 +53,12 @@ def test_whatever_the_images_the_settings_fit_together(device: str, num: int, sh
     assert side <= max(48, short_side)
 
 
+@pytest.mark.parametrize(("num", "masks"), [(1000, 3), (13, 2), (1000, 100)])
+def test_a_batch_has_whole_images_of_several_masks_each(num: int, masks: int) -> None:
+    cfg = pretraining(images(num), given={"data.masks_per_image": masks})
+    assert cfg.batch_size % masks == 0 and cfg.batch_size <= max(64, masks)
+
+
 def test_what_is_given_stays_and_the_rest_fits_it() -> None:
     given = {"data.image_size": [160, 160], "batch_size": 7, "optim.base_lr": 1.0, "epochs": 3}
     cfg = pretraining(images(), given=given)

@@ -476,6 +476,28 @@ def test_images_and_label_maps_alone_make_a_run(photos: Path, measured: list[int
         load(SegmentConfig, ["photos"], prog="x", complete=planning.segmentation)
 
 
+def test_a_batch_of_segmentation_is_no_larger_than_what_is_left_to_learn_from(
+    photos: Path, measured: list[int]
+) -> None:
+    write_maps(Path("maps"))
+    for folder in ("photos", "maps"):
+        for path in sorted(Path(folder).iterdir())[2:]:
+            path.unlink()
+    words = ["photos", "--maps", "maps", "--hours", "0.001", "--device", "cpu", *SMALL[:4]]
+    assert load(SegmentConfig, words, prog="x", complete=planning.segmentation).batch_size == 1
+
+
+@pytest.mark.parametrize(("told", "stride"), [(", stem_stride: 1", 1), ("", 2)])
+def test_a_stride_among_the_numbers_of_a_network_is_kept(
+    photos: Path, measured: list[int], told: str, stride: int
+) -> None:
+    numbers = f"{{depths: [1, 1], dims: [8, 16]{told}}}"
+    words = ["photos", "--hours", "0.001", "--device", "cpu", "--model.variant", numbers]
+    cfg = load(PretrainConfig, words, prog="x", complete=planning.pretraining)
+    assert cfg.model.spec.stem_stride == cfg.model.stem_stride == stride
+    assert ("model.stem_stride" in cfg.chosen) == (not told)
+
+
 @requires_time
 def test_steps_are_really_timed_and_their_memory_measured(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("a", "b"):

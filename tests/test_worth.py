@@ -265,6 +265,17 @@ def test_without_files_of_settings_they_are_chosen_as_for_a_run_alone(
     assert "3 of 3" not in capsys.readouterr().out
 
 
+def test_what_a_file_that_is_no_recipe_leaves_out_is_chosen(folder: Path) -> None:
+    write_init(folder / "own.safetensors")
+    (folder / "mine.yaml").write_text("data: {hflip: 0}\n")
+    words = ["worth", "labelled", "--init", "own.safetensors", *TINY, "--seeds", "1", "--finetuning", "mine.yaml"]
+    assert run(*words, "--epochs", "2", "--out", "elsewhere") == 0
+    started = read(FinetuneConfig, Path("elsewhere/runs/own.safetensors-50pct-0/config.yaml"))
+    assert (started.data.hflip, started.optim.layer_decay) == (0, choices.LAYER_DECAY)
+    assert started.optim.base_lr != FinetuneConfig.model_fields["optim"].get_default(call_default_factory=True).base_lr
+    assert "optim.base_lr" in started.chosen and "data.hflip" not in started.chosen
+
+
 def test_what_needs_no_network_is_computed_of_the_labels_that_are_learnt_from_alone(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

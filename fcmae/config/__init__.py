@@ -16,6 +16,7 @@ from pydantic import (
     Field,
     PlainSerializer,
     PlainValidator,
+    PrivateAttr,
     ValidationInfo,
     field_validator,
     model_validator,
@@ -188,8 +189,9 @@ class EncoderConfig(Section):
     variant: Network | None = None
     """The network. Default: that of `init`."""
     init: Annotated[RunText | None, Spelling(short="init")] = Field(None, min_length=1)
-    """Starting weights: a run, a checkpoint, or weights in any format that `fcmae convert` reads. What they lack or
-    what does not fit, such as a decoder or a head, starts from scratch. Default: all from scratch."""
+    """Starting weights: a run, a checkpoint, weights in any format that `fcmae convert` reads, or a model of timm's by
+    name, which is fetched. What they lack or what does not fit, such as a decoder or a head, starts from scratch.
+    Default: all from scratch."""
     key: Annotated[str | None, Spelling(short="key")] = Field(None, min_length=1)
     """The entry that holds the weights in a .pth file given as `init`, e.g. model_ema. Default: model, or another usual
     one."""
@@ -207,6 +209,13 @@ class EncoderConfig(Section):
     compile: bool | Literal["auto", "cudagraphs"] = False
     """Whether to torch.compile the model: true, false, auto (in runs of more than ten minutes, times a few steps both
     ways, also on resume) or cudagraphs (GPU kernels are recorded once and replayed)."""
+
+    _tells_stride: bool = PrivateAttr(False)
+
+    @property
+    def tells_stride(self) -> bool:
+        """Whether the numbers of `variant` had a stem stride, which is a setting of its own."""
+        return self._tells_stride
 
     @field_validator("stem_stride")
     @classmethod
@@ -230,6 +239,7 @@ class EncoderConfig(Section):
     def _spell_once(self) -> Self:
         """Give each network one spelling: its name if it has one, and no stride, which is a setting of its own."""
         if isinstance(self.variant, NetworkSpec):
+            self._tells_stride = "stem_stride" in self.variant.model_fields_set
             # Built again, as it may have been built from the strings of a file.
             plain = read_spec(self.variant.model_dump(exclude={"stem_stride"}))
             self.variant = variant_of(plain) or plain

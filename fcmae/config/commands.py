@@ -143,7 +143,8 @@ class WorthConfig(Settings, FromFile):
     pretraining: str | None = None
     """Settings of the pretraining: a YAML file, or the name of a shipped one (`fcmae configs`). Default: chosen."""
     init: Annotated[list[RunText], Spelling(commas=False)] = Field([])
-    """Weights to start from: runs, checkpoints, or anything that `fcmae convert` reads; the flag may be repeated."""
+    """Weights to start from: runs, checkpoints, anything that `fcmae convert` reads, or names of timm's models; the
+    flag may be repeated."""
     labels: list[str] = Field(["1%", "10%", "100%"], min_length=1)
     """How many labels to train on: shares of the training images, or numbers of images per class."""
     seeds: int = Field(5, ge=1)
@@ -152,7 +153,8 @@ class WorthConfig(Settings, FromFile):
     epochs: int | float | None = Field(None, gt=0)
     """Epochs of each fine-tuning, the same for every start. Default: chosen by the number of labels."""
     finetuning: str | None = None
-    """Settings of the fine-tunings, given like `pretraining`; from scratch, layer_decay is 1. Default: chosen."""
+    """Settings of the fine-tunings, given like `pretraining`: what a file without epochs and batch_size leaves out is
+    chosen. From scratch, layer_decay is 1. Default: chosen."""
     controls: list[str] = Field(["pixels:32", "histogram:8", "pixels:1"])
     """Baselines without a network (see `fcmae evaluate`): linear classifiers on the same labels; or []."""
     image_size: Size | None = None
