@@ -124,8 +124,8 @@ def finetune(
     Args:
         labelled: a folder with one sub-folder per class, or a CSV file with the columns path,label.
         out: the run directory; see `pretrain`.
-        init: starting weights: a run that `pretrain` finished, or a path to weights in any format that `fcmae convert`
-            reads, to a run that was stopped too.
+        init: starting weights: a run that `pretrain` finished, a path to weights in any format that `fcmae convert`
+            reads, to a run that was stopped too, or the name of a model of timm's.
         variant: the network; by default that of `init`.
         config: see `pretrain`.
         settings: see `pretrain`; or a `FinetuneConfig`.

@@ -26,7 +26,7 @@ from fcmae.evaluation.runs import Run, is_untrained, needs_no_network, read_run
 from fcmae.networks.spec import describe
 from fcmae.tables import table
 from fcmae.weights.convert import check_dest, read_sound, write
-from fcmae.weights.files import Weights, segmenter_in, timm_holds
+from fcmae.weights.files import Weights, learnt_bytes, segmenter_in, timm_holds
 
 # Errors of large files, of the system, and of the HTTP library that this huggingface_hub uses.
 FAILURES: tuple[type[Exception], ...] = (RuntimeError, OSError, HfHubHTTPError.__mro__[1])
@@ -203,9 +203,10 @@ def _how_to_load(weights: Weights, name: str, place: str) -> Iterator[str]:
     if timm_holds(weights.architecture.spec):
         auto = "AutoModelForImageClassification" if weights.architecture.num_classes else "AutoModel"
         yield f"```python\nimport timm\n\nmodel = timm.create_model({name!r}, pretrained=True)\n```"
+        # The processor, which divides by 255, is named only where images surely had 8 bits.
+        processor = f"processor = transformers.AutoImageProcessor.from_pretrained({place!r})\n" * learnt_bytes(weights)
         yield (
-            f"```python\nimport transformers\n\nmodel = transformers.{auto}.from_pretrained({place!r})\n"
-            f"processor = transformers.AutoImageProcessor.from_pretrained({place!r})\n```"
+            f"```python\nimport transformers\n\nmodel = transformers.{auto}.from_pretrained({place!r})\n{processor}```"
         )
     if name.startswith("hf-hub:"):
         fetched = f"from huggingface_hub import snapshot_download\n\nencoder = fcmae.load(snapshot_download({place!r}))"

@@ -37,7 +37,7 @@ from fcmae.weights.files import ImageRecord, Weights, read_weights
 from fcmae.weights.formats import Architecture
 
 SPEC = ConvNeXtSpec(depths=(1, 1, 1, 1), dims=(8, 8, 8, 16))
-IMAGE = ImageRecord(mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3), input_size=(3, 64, 64), crop_pct=1.0)
+IMAGE = ImageRecord(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), input_size=(3, 64, 64), crop_pct=1.0)
 NAMES = ("cat", "do|g", "<b>ünï")
 
 
@@ -87,6 +87,13 @@ def test_a_repository_is_loaded_by_timm_transformers_and_fcmae_as_its_card_says(
     assert isinstance(found["processor"], transformers.ImageProcessingMixin)
     torch.testing.assert_close(found["encoder"].normalize.mean.flatten(), torch.tensor(IMAGE.mean))
     assert isinstance(found["timm"], timm.models.ConvNeXt)
+
+
+def test_no_processor_that_divides_by_255_is_named_for_what_may_have_learnt_16_bits(run: Path) -> None:
+    weights = read_weights(run)
+    deep = replace(weights, image=IMAGE.model_copy(update={"mean": (0.1, 0.1, 0.1)}))
+    named = ["AutoImageProcessor" in card(each, None, "hf-hub:me/cells") for each in (weights, deep)]
+    assert named == [True, False]
 
 
 def test_the_card_says_what_the_run_says_and_not_where_it_lies(run: Path, tmp_path: Path) -> None:

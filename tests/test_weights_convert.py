@@ -14,6 +14,7 @@ from conftest import randomize
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from timm.models.convnext import checkpoint_filter_fn
+from torch import nn
 
 import fcmae
 from fcmae.config import PretrainConfig
@@ -33,7 +34,7 @@ from fcmae.weights.convert import (
     save_classifier,
     start_from,
 )
-from fcmae.weights.files import ImageRecord, Weights, encoder_output, read_weights, save_weights
+from fcmae.weights.files import ImageRecord, Weights, encoder_output, read_init, read_weights, save_weights
 from fcmae.weights.formats import FORMATS, MMEARTH, Architecture, to_state
 
 ATTO = VARIANTS["convnextv2_atto"]
@@ -588,6 +589,50 @@ def test_another_entry_of_a_file_is_read_when_named(tmp_path: Path, caplog: pyte
         read_weights(tmp_path, key="ema")
 
 
+def _timm_unfetched(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
+    """timm's pretrained models are untrained ones, which are listed."""
+    create, made = timm.create_model, list[nn.Module]()
+
+    def untrained(name: str, pretrained: bool) -> nn.Module:
+        assert pretrained
+        made.append(create(name))
+        return made[-1]
+
+    monkeypatch.setattr(timm, "create_model", untrained)
+    return made
+
+
+def test_a_run_starts_from_a_model_of_timms_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = _timm_unfetched(monkeypatch)
+    weights = read_init("convnextv2_atto.fcmae_ft_in1k", None, None)
+    assert weights.origin == {"timm": "convnextv2_atto.fcmae_ft_in1k", "license": "cc-by-nc-4.0"}
+    assert weights.are_published and weights.image.size == (224, 224)
+    assert weights.image.mean == pytest.approx((0.485, 0.456, 0.406))
+    images = torch.rand(1, 3, 64, 64)
+    torch.testing.assert_close(build_classifier(weights).eval()(images), made[0].eval()(images))
+
+
+def test_a_model_of_timms_that_cannot_be_a_start_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"init = convnextv2_ato does not exist: .* or a model that timm"):
+        read_init("convnextv2_ato", None, None)
+    with pytest.raises(ValueError, match="convnextv2_atto is a model of timm's, and key and prefix are for a file"):
+        read_init("convnextv2_atto", "model", None)
+    _timm_unfetched(monkeypatch)
+    with pytest.raises(ValueError, match=r"init = resnet18 is no ConvNeXt that fcmae knows \(it") as told:
+        read_init("resnet18", None, None)
+    assert "/tmp" not in str(told.value)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no\nnetwork")
+
+    monkeypatch.setattr(timm, "create_model", fail)
+    with pytest.raises(ValueError, match=r"cannot be had \(ConnectionError: no network\): give a path"):
+        read_init("convnextv2_atto", None, None)
+
+
 @pytest.mark.parametrize("size", [96, {"shortest_edge": 96}, {"height": 96, "width": 96}])
 def test_the_image_processor_of_transformers_is_read(tmp_path: Path, size: object) -> None:
     place, _ = write_checkpoint(tmp_path / "run")
@@ -763,7 +808,13 @@ def test_a_directory_of_a_network_that_computes_otherwise_is_refused(
 
 @pytest.mark.parametrize(
     ("size", "mean", "is_written"),
-    [((64, 64), 0.5, True), ((64, 96), 0.5, False), ((384, 384), 0.5, False), ((64, 64), -600, False)],
+    [
+        ((64, 64), 0.5, True),
+        ((64, 96), 0.5, False),
+        ((384, 384), 0.5, False),
+        ((64, 64), -600, False),
+        ((64, 64), 0.13, False),  # as is measured of 16 bits, which would be divided by 255
+    ],
 )
 def test_transformers_is_told_how_images_are_read_where_it_can_read_them_so(
     tmp_path: Path, size: tuple[int, int], mean: float, is_written: bool

@@ -278,7 +278,8 @@ def write(weights: Weights, dest: Path | None, to: str) -> str:
         raise
     if to == "transformers" and weights.image.mean is not None and not reads_alike(weights):
         lines.append(
-            "no preprocessor_config.json: transformers' processor cannot read images as these weights learnt them"
+            "no preprocessor_config.json: transformers' processor divides by 255 and makes squares, and these weights "
+            "may have learnt other images"
         )
     wrote = f"wrote {dest}, and read the same tensors back"
     return "\n".join([*map(printable, lines), wrote, f"use: {_how_to_use(dest, spec, to)}"])

@@ -18,8 +18,9 @@ import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import timm
@@ -244,20 +245,44 @@ def read_init(init: str, key: str | None, prefix: str | None, setting: str = "mo
     """The weights that a run starts from.
 
     Args:
-        init: path of the weights.
+        init: path of the weights; or the name of a model of timm's, whose pretrained weights may be fetched.
         key: see `read_weights`.
         prefix: see `read_weights`.
         setting: the setting that names them.
 
     Raises:
-        ValueError: see `read_weights`; or if there is nothing at that path.
+        ValueError: see `read_weights`; if there is nothing at that path, and no such model; or if its weights cannot be
+            had.
     """
-    if not Path(init).exists():
+    if Path(init).exists():
+        return read_weights(Path(init), key=key, prefix=prefix)
+    if not timm.is_model(init):
         raise ValueError(
-            f"{setting} = {init} does not exist: give a run, a checkpoint, a directory or a file of weights"
-            f"{near_runs(init)}"
+            f"{setting} = {init} does not exist: give a run, a checkpoint, a directory or a file of weights, or a "
+            f"model that timm.list_pretrained('convnext*') names{near_runs(init)}"
         )
-    return read_weights(Path(init), key=key, prefix=prefix)
+    if key or prefix:
+        raise ValueError(f"{setting} = {init} is a model of timm's, and key and prefix are for a file: leave them out")
+    return _of_timm(init, setting)
+
+
+def _of_timm(name: str, setting: str) -> Weights:
+    """The pretrained weights of a model of timm's, as it exports them."""
+    try:
+        model = timm.create_model(name, pretrained=True)
+    except Exception as error:  # whatever timm, the hub's client and its network library raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise ValueError(f"{setting} = {name}: its weights cannot be had ({reason}): give a path") from error
+    with TemporaryDirectory() as folder:
+        timm.models.save_for_hf(model, folder, safe_serialization=True)
+        try:
+            weights = read_weights(Path(folder))
+        except ValueError as error:
+            reason = str(error).replace(folder, "it")
+            raise ValueError(f"{setting} = {name} is no ConvNeXt that fcmae knows ({reason}): give another") from error
+    found = model.pretrained_cfg
+    stated = {"license": found["license"]} if found.get("license") else {}
+    return replace(weights, origin={"timm": f"{found['architecture']}.{found['tag']}"} | stated)
 
 
 def _weights(
@@ -653,14 +678,27 @@ def _transformers_config(weights: Weights) -> dict[str, Any]:
 def reads_alike(weights: Weights) -> bool:
     """Whether transformers' ConvNeXt processor can read images as in the training of these weights.
 
-    It makes square images, from 384 pixels on by squashing them, and divides 8-bit grey and colours by 255.
+    It makes square images, from 384 pixels on by squashing them, and divides by 255.
 
     Args:
-        weights: with what is known of their images; whether these had 16 bits is not.
+        weights: with what is known of their images.
     """
-    (height, width), mean = weights.image.size or (224, 224), weights.image.mean
-    is_of_bytes = weights.architecture.in_chans in (1, 3) and mean is not None and all(0 <= each <= 1 for each in mean)
-    return is_of_bytes and height == width < 384
+    height, width = weights.image.size or (224, 224)
+    return learnt_bytes(weights) and height == width < 384
+
+
+def learnt_bytes(weights: Weights) -> bool:
+    """Whether the images surely had 8 bits a channel: their mean and std are those usual for photographs.
+
+    Those of deeper images are measured, as are some of 8 bits; how deep images were is not stored.
+
+    Args:
+        weights: with what is known of their images.
+    """
+    in_chans, image = weights.architecture.in_chans, weights.image
+    usual = FinetuneData(in_chans=in_chans).statistics()
+    told = [list(values or ()) for values in (image.mean, image.std)]
+    return in_chans in (1, 3) and told in (list(usual), [[0.5] * in_chans] * 2)
 
 
 def _processor_config(weights: Weights) -> dict[str, Any]:
