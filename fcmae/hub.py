@@ -170,7 +170,7 @@ def card(weights: Weights, run: Run | None, name: str) -> str:
     if pruned := weights.origin.get("pruned"):  # scores and curves of the run are those before pruning
         parts += [f"It was pruned ({_cell(pruned)}), and has not been trained since."]
     elif run is not None:
-        parts += [*_training(run, weights.origin.get("step")), *_results(run)]
+        parts += [*_training(run, weights.origin.get("step")), *_results(run, weights.origin.get("step"))]
     if license_ is None:
         parts += ["## Licence", "None was given. Whoever publishes this names one in the head of this file."]
     else:
@@ -247,12 +247,18 @@ def _training(run: Run, step: object) -> Iterator[str]:
             yield "The best checkpoint is chosen by these scores, so that its own is too high for other images."
 
 
-def _results(run: Run) -> Iterator[str]:
-    last, records = run.lines[-1]["step"] if run.lines else None, list[dict[str, Any]]()
+def _results(run: Run, published: object) -> Iterator[str]:
+    """What probes found of the run's features and others beside them.
+
+    published: the step of the model; None, as it is not known, is the last.
+    """
+    if published is None and run.lines:
+        published = run.lines[-1]["step"]
+    records = list[dict[str, Any]]()
     for folder, found in run.evaluations.items():
         name, step = found["model"], found.get("step")
         if run.is_own(folder, found):
-            name = "this" if step in (None, last) or run.kind != "pretrain" else f"this, at step {step:,}"
+            name = "this" if step in (None, published) else f"this run, at step {step:,}"
         elif is_untrained(found):
             name = "untrained"
         elif not needs_no_network(found):
@@ -260,10 +266,12 @@ def _results(run: Run) -> Iterator[str]:
         records.append({**found, "model": name})
     if not records:
         return
-    data = records[0]["data"]
     yield "## What its features tell"
-    yield (
-        f"Probes on frozen features (`fcmae evaluate`) learnt {len(data['class_names'])} classes from "
-        f"{data['num_train']:,} images and told them apart on {data['num_test']:,} others."
-    )
-    yield table(COLUMNS, [[_cell(cell) for cell in row] for row in score_rows(records)], left=3)
+    every = [record["data"] for record in records]
+    for data in (data for number, data in enumerate(every) if data not in every[:number]):
+        yield (
+            f"Probes on frozen features (`fcmae evaluate`) learnt {len(data['class_names'])} classes from "
+            f"{data['num_train']:,} images and told them apart on {data['num_test']:,} others."
+        )
+        rows = score_rows([record for record in records if record["data"] == data])
+        yield table(COLUMNS, [[_cell(cell) for cell in row] for row in rows], left=3)

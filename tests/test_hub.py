@@ -155,7 +155,20 @@ def test_the_card_tells_whose_features_the_probes_are_of(tmp_path: Path) -> None
         file.write_text(json.dumps(json.loads(file.read_text()) | {"step": step}))
     text = card(Weights({}, Architecture(VARIANTS["convnextv2_atto"]), IMAGE), read_run(path, "first"), "local-dir:f")
     rows = re.findall(r"\| linear +\| +(\S+) +\| +([^|]+?) +\|", text)
-    assert sorted(rows) == [("-", "pixels:32"), ("4", "this, at step 10"), ("4", "untrained")]
+    assert sorted(rows) == [("-", "pixels:32"), ("4", "this run, at step 10"), ("4", "untrained")]
+
+
+def test_scores_of_another_step_or_on_other_images_are_not_told_as_those_of_the_model(run: Path) -> None:
+    for name, step, num in (("best", 2, 400), ("last", 4, 400), ("other", 4, 300)):
+        evaluation(run / "evaluation" / name, str(run), 0.8)
+        file = run / "evaluation" / name / "evaluation.json"
+        found = json.loads(file.read_text())
+        file.write_text(json.dumps(found | {"step": step, "data": found["data"] | {"num_test": num}}))
+    text = card(replace(read_weights(run), origin={"step": 4}), read_run(run, "cells"), "local-dir:f")
+    tables = text.partition("What its features tell")[2].split("told them apart on ")[1:]
+    rows = [re.findall(r"\| linear +\| +4 +\| +([^|]+?) +\|", part) for part in tables]
+    assert [part[:3] for part in tables] == ["400", "300"]
+    assert rows == [["this run, at step 2", "this"], ["this"]]
 
 
 def test_a_pruned_model_has_no_scores_of_the_network_before(run: Path) -> None:
