@@ -339,6 +339,18 @@ def test_a_map_of_several_pages_is_refused() -> None:
         LabelMap(file)
 
 
+@pytest.mark.parametrize(
+    ("mode", "suffix"), [("1", "png"), ("L", "png"), ("P", "png"), ("I;16", "png"), ("1", "tif"), ("L", "tif")]
+)
+def test_a_large_map_of_one_class_is_no_damaged_file(tmp_path: Path, mode: str, suffix: str) -> None:
+    compression = {"compression": "group4" if mode == "1" else "tiff_lzw"} if suffix == "tif" else {}
+    Image.new(mode, (4200, 4200)).save(tmp_path / f"a.{suffix}", **compression)
+    with (tmp_path / f"a.{suffix}").open("rb") as file:
+        found = LabelMap(file)
+        assert (found.height, found.width) == (4200, 4200)
+        assert not found.read((0, 0, 4200, 4200), (2, 2)).any()
+
+
 def test_a_map_larger_than_max_pixels_is_counted_in_parts(tmp_path: Path) -> None:
     labels = np.arange(64 * 48, dtype=np.uint8).reshape(64, 48) % 3
     tifffile.imwrite(tmp_path / "map.tif", labels, tile=(16, 16))

@@ -393,7 +393,9 @@ def _stored_values(file: BinaryIO, max_pixels: int) -> NDArray[Any]:
     file.seek(0)
     content = file.read()
     with Image.open(BytesIO(content), formats=PILLOW_FORMATS) as image:
-        check_size(image.height, image.width, 4, len(content), max_pixels)
+        # Of classes that fill a map nothing is left when it is compressed, and 8 pixels may share a byte before.
+        depth = {"I;16": 2, "I;16B": 2, "I": 4, "F": 4}.get(image.mode, 1 / 8)
+        check_size(image.height, image.width, depth, len(content), max_pixels)
         if image.format == "JPEG":
             raise BadImage("it is a JPEG, which changes the numbers that it stores: give a PNG, TIFF or .npy file")
         if is_sparse(image):

@@ -187,13 +187,13 @@ class _Quiet:
 _QUIET = _Quiet()
 
 
-def check_size(height: int, width: int, depth: int, file_bytes: int, max_pixels: int) -> None:
+def check_size(height: int, width: int, depth: float, file_bytes: int, max_pixels: int) -> None:
     """Refuse what would take more memory than is allowed, or than its file can hold.
 
     Args:
         height: in pixels.
         width: likewise.
-        depth: bytes that a pixel takes once it is read.
+        depth: bytes that a pixel takes once it is read, or less where it may take less before it is compressed.
         file_bytes: of the file.
         max_pixels: see `read_crop`.
 
