@@ -70,6 +70,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "photos/notes.md").write_text("no image")
     (root / "list.txt").write_text("photos/a/0 ü.png\nphotos/b/1 ü.png\nshards/0.tar\n")
     (root / "table.csv").write_text("path,label\nphotos/a/0 ü.png,a\nphotos/b/1 ü.png,b\nshards/0.tar/1.png,b\n")
+    for name in ("a", "b"):
+        shutil.copytree(root / "photos" / name, root / "strays" / name)
     (root / "shards").mkdir()
     for shard in range(2):
         with tarfile.open(root / f"shards/{shard}.tar", "w") as archive:
@@ -78,6 +80,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     info = tarfile.TarInfo(f"{number}{suffix}")
                     info.size = len(content)
                     archive.addfile(info, io.BytesIO(content))
+    # A shard beside class folders is left out, and so is a folder of shards beside shards.
+    shutil.copy(root / "shards/0.tar", root / "strays")
+    shutil.copytree(root / "shards", root / "nested/more")
+    shutil.copy(root / "shards/1.tar", root / "nested")
     return root
 
 
@@ -222,6 +228,8 @@ def assert_same(found: Images, expected: Images) -> None:
     assert contents(found) == contents(expected)
     assert found.fingerprint() == expected.fingerprint() or type(expected.source) is not type(found.source)
     assert found.class_names == expected.class_names
+    kinds = [[note for note in images.notes if ".md" not in note] for images in (found, expected)]
+    assert len(kinds[0]) == len(kinds[1])
     if expected.labels is not None:
         np.testing.assert_array_equal(found.labels, expected.labels)
 
@@ -229,8 +237,8 @@ def assert_same(found: Images, expected: Images) -> None:
 # Sources
 
 
-SOURCES = ["photos", "list.txt", "shards", "shards/*.tar", "shards/1.tar"]
-LABELLED = ["photos", "table.csv", "shards", "shards/*.tar"]
+SOURCES = ["photos", "list.txt", "shards", "shards/*.tar", "shards/1.tar", "photos/*", "photos/[a]", "s*", "photos/**"]
+LABELLED = ["photos", "table.csv", "shards", "shards/*.tar", "strays", "nested"]
 
 
 @bucket
@@ -421,9 +429,9 @@ def test_a_listing_of_many_requests_may_take_longer_than_one(monkeypatch: pytest
     class Large(asyn.AsyncFileSystem):  # type: ignore[misc, name-defined]
         protocol = "large"
 
-        async def _find(self, path: str, **_: object) -> list[str]:
+        async def _find(self, path: str, **_: object) -> dict[str, dict[str, str]]:
             await asyncio.sleep(0.3)
-            return [f"{path}/{i}.png" for i in range(3)]
+            return {f"{path}/{i}.png": {"name": f"{path}/{i}.png", "type": "file"} for i in range(3)}
 
     monkeypatch.setattr(storage, "_filesystem", lambda address: (Large(), address.partition("://")[2]))
     monkeypatch.setattr(storage, "TIMEOUT_S", 0.05)

@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import os
+import re
 import sys
 import time
 import unicodedata
@@ -388,20 +389,34 @@ def _expand_remote(source: str, key: str, others: Counter[str]) -> Iterator[str]
     if name.lower().endswith(".txt"):
         yield from _read_list(source, key)
     elif _is_pattern(source):
-        yield from (path for path in _listed(source, key, "glob") if is_image(os.path.basename(path)) or is_shard(path))  # noqa: PTH119
+        # A dot in a pattern is a dot, as on this machine; what is below a folder that was searched matches `**` too.
+        folder, fixed = "?", re.split(r"[*\[]", canonical(source))[0].count("/")
+        for path in _listed(source, key, "glob"):
+            hides = "/." not in source and any(part.startswith(".") for part in path.split("/")[fixed:])
+            if hides or path.startswith(folder):
+                continue
+            if path.endswith("/"):
+                folder = path
+                yield from _walk_remote(path, key, others)
+            elif is_image(os.path.basename(path)) or is_shard(path):  # noqa: PTH119
+                yield path
     elif is_image(name) or is_shard(name):
         yield source
     else:
-        paths = _listed(source, key, "find")
-        root = canonical(source)
-        for path in paths:
-            *folders, name = path[len(root) + 1 :].split("/")
-            if any(part.startswith(".") or part in SYSTEM_FOLDERS for part in (*folders, name)):
-                continue
-            if is_image(name) or is_shard(name):
-                yield path
-            else:
-                others[os.path.splitext(name)[1].lower()] += 1  # noqa: PTH122
+        yield from _walk_remote(source, key, others)
+
+
+def _walk_remote(source: str, key: str, others: Counter[str]) -> Iterator[str]:
+    """As `_walk`, by one listing."""
+    root = canonical(source)
+    for path in _listed(source, key, "find"):
+        *folders, name = path[len(root) + 1 :].split("/")
+        if any(part.startswith(".") or part in SYSTEM_FOLDERS for part in (*folders, name)):
+            continue
+        if is_image(name) or is_shard(name):
+            yield path
+        else:
+            others[os.path.splitext(name)[1].lower()] += 1  # noqa: PTH122
 
 
 def _is_pattern(url: str) -> bool:
@@ -562,10 +577,11 @@ def find_labelled(
     key = key or ("data.path" if class_names is None else "data.val_path")
     path, shards = Path(source), Shards(storage, key)
     tars = _tars(source, path, key)
-    if tars is not None and path.is_dir() and _has_class_folders(path, key):
+    is_folder = path.is_dir() or (is_remote(source) and not _is_file_or_pattern(source))
+    if tars is not None and is_folder and _has_class_folders(source, key):
         left = f"{key}: {_some([os.path.basename(tar) for tar in tars])} beside the class folders of {source!r} "  # noqa: PTH119
         tars, notes = None, (f"{left}were left out: name them by a pattern to learn from them instead",)
-    elif tars is not None and path.is_dir() and (folders := _folders_of_shards(path, key)):
+    elif tars is not None and is_folder and (folders := _folders_of_shards(source, key)):
         notes = (
             f"{key}: folders of tar files, {_some(folders)}, beside tar files in {source!r} were left out: move these "
             "away to learn from them instead",
@@ -607,7 +623,7 @@ def find_labelled(
 def _tars(source: str, path: Path, key: str) -> list[str] | None:
     """The tar files that a source of labelled images names: itself, those in a folder, or those that match."""
     if is_remote(source):
-        is_file = source.endswith((".csv", *SHARDS, *COMPRESSED)) or _is_pattern(source)
+        is_file = _is_file_or_pattern(source)
         found = list(_expand_remote(source, key, Counter())) if is_file else _listed(source, key, "ls")
     elif path.is_dir():
         found = [_absolute(inner) for inner in path.iterdir()]
@@ -616,6 +632,11 @@ def _tars(source: str, path: Path, key: str) -> list[str] | None:
     else:
         found = list(_image_or_shard(path, key)) if path.is_file() else []
     return sorted(tar for tar in found if is_shard(tar) and not os.path.isdir(tar)) or None  # noqa: PTH112
+
+
+def _is_file_or_pattern(url: str) -> bool:
+    """Whether labelled images at an address are not those of a folder."""
+    return url.endswith((".csv", *SHARDS, *COMPRESSED)) or _is_pattern(url)
 
 
 def _labels_of(tars: list[str], shards: Shards, source: str, key: str) -> dict[str, str]:
@@ -647,14 +668,25 @@ def _inner_folders(root: Path) -> list[Path]:
     return [path for path in folders if path.name not in SYSTEM_FOLDERS]
 
 
-def _has_class_folders(root: Path, key: str) -> bool:
+def _has_class_folders(source: str, key: str) -> bool:
     """Whether a sub-folder holds an image, and not in a shard alone."""
-    return any(not is_shard(path) for folder in _inner_folders(root) for path in _walk(folder, key, Counter()))
+    return any(not is_shard(path) for _, paths in _below(source, key) for path in paths)
 
 
-def _folders_of_shards(root: Path, key: str) -> list[str]:
+def _folders_of_shards(source: str, key: str) -> list[str]:
     """The sub-folders that hold shards, by name."""
-    return [folder.name for folder in _inner_folders(root) if any(map(is_shard, _walk(folder, key, Counter())))]
+    return [name for name, paths in _below(source, key) if any(map(is_shard, paths))]
+
+
+def _below(source: str, key: str) -> Iterator[tuple[str, Iterable[str]]]:
+    """The sub-folders by name, with the images and shards in each."""
+    if not is_remote(source):
+        for folder in _inner_folders(Path(source)):
+            yield folder.name, _walk(folder, key, Counter())
+        return
+    root = canonical(source)
+    names = (path[len(root) + 1 :] for path in _walk_remote(source, key, Counter()))
+    yield from groupby((name for name in names if "/" in name), lambda name: name.partition("/")[0])
 
 
 def _class_folders(

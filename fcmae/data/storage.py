@@ -249,17 +249,21 @@ def _read(address: str, start: int = 0, size: int | None = None) -> bytes:
 
 
 def listed(address: str, method: str) -> list[str]:
-    """The addresses of files elsewhere.
+    """The addresses of files and folders elsewhere, those of folders with a slash at their end.
 
     Args:
         address: a URL.
-        method: of fsspec: find for all below it, ls for all in it, glob for those that match.
+        method: of fsspec: find for all files below it, ls for all in it, glob for those that match.
 
     Raises:
         OSError: if they cannot be listed.
     """
     filesystem, _ = _filesystem(address)
-    return sorted(filesystem.unstrip_protocol(path) for path in _asked(address, method, detail=False))
+    found = _asked(address, method, detail=True)
+    each = found if isinstance(found, list) else found.values()  # of ls a list
+    return sorted(
+        f"{filesystem.unstrip_protocol(one['name']).rstrip('/')}{'/' * (one['type'] == 'directory')}" for one in each
+    )
 
 
 def canonical(address: str) -> str:
