@@ -31,6 +31,7 @@ from fcmae.data.shards import without_suffix
 from fcmae.data.source import BadImage, printable
 from fcmae.data.storage import is_remote
 from fcmae.segmentation import Strip, check_sides, colours, each_image, predictor, probabilities_by_rows
+from fcmae.training.own_files import check_outside
 from fcmae.weights.convert import build_classifier
 from fcmae.weights.files import read_weights, segmenter_in
 from fcmae.weights.segmenters import read_segmenter
@@ -136,6 +137,7 @@ def predict_maps(cfg: PredictConfig) -> int:
         raise ValueError(f"{cfg.model} is a run, and key and prefix name what is inside a file: leave them out")
     if os.path.lexists(cfg.out):
         raise ValueError(f"out = {cfg.out} exists: give a new path, or remove it")
+    check_outside(cfg.out, "images", cfg.images)
     model, weights, record = read_segmenter(cfg.model)
     reading = weights.reading(str(cfg.model), cfg.image_size).told(cfg.max_pixels, cfg.nodata)
     unit = model.encoder.total_stride

@@ -49,7 +49,7 @@ from fcmae.finetuning import finetune, fingerprint
 from fcmae.networks.spec import NetworkSpec, describe
 from fcmae.pretraining import pretrain
 from fcmae.tables import table
-from fcmae.training.own_files import remove_models
+from fcmae.training.own_files import check_outside, remove_models
 from fcmae.training.records import last_state, of_model, read_metrics
 from fcmae.training.run import Run
 from fcmae.weights.files import Weights, read_init, reading_of
@@ -149,6 +149,7 @@ def worth(cfg: WorthConfig) -> int:
             happens has no score, and the others continue.
     """
     place = cfg.out or Path("runs") / f"{Path(cfg.data).absolute().stem or 'images'}-worth"
+    check_outside(place, "images", [cfg.data, *cfg.unlabelled, *([] if cfg.test is None else [cfg.test])])
     train, test = find_data(cfg.data, cfg.test, cfg.test_share, cfg.seed)
     plan = _saved_plan(place, cfg, train, test)
     if plan is None:

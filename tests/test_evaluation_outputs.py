@@ -43,6 +43,15 @@ def run(command: str, words: Sequence[str], out: Path) -> int:
     return cli.main([command, *words, "--out", str(out)])
 
 
+@pytest.mark.parametrize("command", ["evaluate", "embed", "analyze"])
+def test_pictures_are_not_written_where_images_are_searched(
+    labelled: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(command, commands(labelled)[command], labelled / "a" / "found") == 2
+    assert "where images are searched: give another out" in capsys.readouterr().err
+    assert not (labelled / "a" / "found").exists()
+
+
 def test_earlier_results_stay_until_the_first_new_one_is_there(tmp_path: Path) -> None:
     (tmp_path / "old.json").write_text("1")
     (tmp_path / "model").mkdir()

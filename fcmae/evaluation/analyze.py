@@ -30,7 +30,7 @@ from fcmae.evaluation.models import Backbone, choose_device, load_backbones
 from fcmae.evaluation.outputs import claim, default_out, tell_unread
 from fcmae.evaluation.pictures import displayable, limits, with_bands
 from fcmae.tables import table
-from fcmae.training.own_files import FOUND
+from fcmae.training.own_files import FOUND, check_outside
 from fcmae.training.records import cpu_name
 
 RECORD = "analysis.json"
@@ -66,6 +66,7 @@ def analyze(cfg: AnalyzeConfig) -> str:
     """
     began = time.perf_counter()
     place = default_out(cfg.models, cfg.out, "analysis")
+    check_outside(place, "images", [cfg.data] if cfg.data is not None else cfg.images or ())
     index = find_labelled(cfg.data, key="data") if cfg.data is not None else find_images(cfg.images or (), key="images")
     index.tell_notes()
     index = index.subset(evenly(len(index), cfg.max_images))

@@ -40,7 +40,7 @@ from fcmae.evaluation.pictures import save_figure
 from fcmae.evaluation.probes import TEMPERATURE, few_shot_counts, fit_linear, knn_probabilities, mean_and_interval
 from fcmae.evaluation.records import COLUMNS, score_rows
 from fcmae.tables import table
-from fcmae.training.own_files import FOUND
+from fcmae.training.own_files import FOUND, check_outside
 from fcmae.training.records import cpu_name, read_metrics
 
 logger = logging.getLogger("fcmae")
@@ -59,6 +59,7 @@ def evaluate(cfg: EvaluateConfig) -> str:
         ValueError: before anything is computed, for what cannot be read or used together.
     """
     place = default_out(cfg.models, cfg.out, "evaluation")
+    check_outside(place, "data", [path for path in (cfg.data, cfg.test) if path is not None])
     train_index, test_index = find_data(cfg.data, cfg.test, cfg.test_share, cfg.seed)
     if "few-shot" in cfg.probes:
         for label in cfg.labels:

@@ -307,8 +307,8 @@ def _check_inputs(out: Path, inputs: Mapping[str, Sequence[str]], overwrite: boo
                 raise ValueError(
                     f"overwrite would delete {key} = {path}, which lies in out = {out}: give another --out"
                 )
-            if path.is_dir() and place.is_relative_to(path.resolve()) and key != "model.init":
-                raise ValueError(f"out = {out} lies in {key} = {path}, where images are searched: give another out")
+        if key != "model.init":
+            own_files.check_outside(out, key, paths)
 
 
 def _tell_choices(cfg: RunConfig) -> None:
