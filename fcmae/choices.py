@@ -259,8 +259,7 @@ def pretraining_batch(choices: Choices, images: Survey, device: str) -> None:
     # Few views on a CPU: 780 steps of 256 images gain less than 3,120 of 64, in as much time (studies/recipe.py).
     largest = 64 if device == "cpu" else 4096
     batch = min(largest, max(1, _power_of_two_below(num / (8 if device == "cpu" else 20))))
-    masks = choices.settings.get("data.masks_per_image", 1)
-    batch = max(1, batch // masks) * masks
+    batch = _divisible(choices, batch)
     why = "8 steps an epoch or more" if batch < largest else "small, as a CPU has few views"
     batch = choices.take(
         "batch_size", batch, why if device == "cpu" else "20 steps an epoch or more, 4,096 as published"
@@ -269,6 +268,13 @@ def pretraining_batch(choices: Choices, images: Survey, device: str) -> None:
     rate = 1e-3 * max(1.0, batch / 256) ** (math.log(2.4) / math.log(16))
     why = f"a peak of {rate:.2g} at this batch; published: 2.4e-3 at 4,096"
     choices.take("optim.base_lr", float(f"{rate * 256 / batch:.3g}"), why)
+
+
+def _divisible(choices: Choices, batch: int) -> int:
+    """A batch at most as large that has whole images of several masks, and the parts that were given."""
+    parts = choices.settings.get("grad_accum")
+    unit = choices.settings.get("data.masks_per_image", 1) * (parts if isinstance(parts, int) else 1)
+    return max(1, batch // unit) * unit
 
 
 def finetuning_settings(
@@ -299,6 +305,7 @@ def finetuning_settings(
     held_out = 0.0 if is_whole else choices.settings.get("data.val_share", VAL_SHARE)
     to_learn = max(2, int((1 - held_out) * num))
     batch = min(128 if device == "cpu" else 512, max(8, _power_of_two_below(num / 16)), _power_of_two_below(to_learn))
+    batch = _divisible(choices, batch)
     batch = choices.take("batch_size", batch, f"{num:,} labels: {_count(max(1, to_learn // batch))} an epoch or more")
     rate = 1e-3
     choices.take("optim.base_lr", float(f"{rate * 256 / batch:.3g}"), f"a peak of {rate:g}, for few labels and many")
@@ -342,7 +349,8 @@ def segmentation_settings(choices: Choices, images: Survey, device: str, held: N
     else:
         why = f"the images' shorter side is {images.short_side}, the total stride {stride}"
     choices.take("data.image_size", side, why)
-    batch = choices.take("batch_size", min(16, _power_of_two_below(images.num)), "as published, or as there are images")
+    batch = _divisible(choices, min(16, _power_of_two_below(images.num)))
+    batch = choices.take("batch_size", batch, "as published, or as there are images")
     rate, why = (5e-4, "small networks") if max(spec.dims) <= 320 else (1e-4, "as published for tiny and larger")
     choices.take("optim.base_lr", float(f"{rate * 256 / batch:.3g}"), f"a peak of {rate:g} at this batch: {why}")
     if held is not None:

@@ -270,7 +270,8 @@ Written by `studies/results.py` from the JSON of each study. `python studies/run
 the mean over seeds (Student's t). *Better* and *worse* are said of three runs or more, where the interval of the
 differences excludes 0.
 
-- **tiny20**: 20 classes of Tiny ImageNet, 10,000 photographs to learn from, 1,000 to test on, 64 pixels.
+- **tiny20**: 20 classes of Tiny ImageNet (every tenth, sorted by name), 10,000 photographs to learn from, 1,000 to test
+  on, 64 pixels; not part of this project: `studies/sets.py` says how they are packed.
 - **CIFAR-10**: 50,000 photographs to learn from, 10,000 to test on, 32 pixels, of ten kinds.
 - **solar**: 2,624 photographs of solar cells (the package elpv-dataset), 1,968 to learn from, 656 in whole
   blocks of its list to test on, so of other modules but at the blocks' edges, 128 pixels, grey; defective or not.

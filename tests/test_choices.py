@@ -53,10 +53,15 @@ def test_whatever_the_images_the_settings_fit_together(device: str, num: int, sh
     assert side <= max(48, short_side)
 
 
-@pytest.mark.parametrize(("num", "masks"), [(1000, 3), (13, 2), (1000, 100)])
-def test_a_batch_has_whole_images_of_several_masks_each(num: int, masks: int) -> None:
-    cfg = pretraining(images(num), given={"data.masks_per_image": masks})
-    assert cfg.batch_size % masks == 0 and cfg.batch_size <= max(64, masks)
+@pytest.mark.parametrize(
+    ("num", "masks", "parts"), [(1000, 3, "auto"), (13, 2, "auto"), (1000, 100, "auto"), (999, 2, 3)]
+)
+def test_a_batch_has_whole_images_of_several_masks_each_and_the_given_parts(
+    num: int, masks: int, parts: int | str
+) -> None:
+    cfg = pretraining(images(num), given={"data.masks_per_image": masks, "grad_accum": parts})
+    unit = masks * (1 if parts == "auto" else int(parts))
+    assert cfg.batch_size % unit == 0 and cfg.batch_size <= max(64, unit)
 
 
 def test_what_is_given_stays_and_the_rest_fits_it() -> None:
