@@ -30,6 +30,7 @@ from fcmae.config import FinetuneConfig, PretrainConfig, RunConfig, SegmentConfi
 from fcmae.config.base import find_run
 from fcmae.config.commands import PruneConfig
 from fcmae.data.augment import CenterCrop, Reading
+from fcmae.data.cores import all_processes
 from fcmae.data.maps import Classes
 from fcmae.heads import Classifier, Segmenter
 from fcmae.layouts import DENSE, PACKED
@@ -206,7 +207,7 @@ def _settings(
     else:
         raise ValueError(f"settings: received {type(settings).__name__}; give a mapping or a {model.__name__}")
     values |= {key: value for key, value in given.items() if value is not None}
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = all_processes()
     name = None if config is None else os.fspath(config)
     if complete is not None and isinstance(settings, model) and (settings.hours is None or settings.chosen):
         return options.settled(options.make(model, values, name, processes), complete)

@@ -273,7 +273,7 @@ def pretraining_batch(choices: Choices, images: Survey, device: str) -> None:
 def _divisible(choices: Choices, batch: int) -> int:
     """A batch at most as large that has whole images of several masks, and the parts that were given."""
     parts = choices.settings.get("grad_accum")
-    unit = choices.settings.get("data.masks_per_image", 1) * (parts if isinstance(parts, int) else 1)
+    unit = int(choices.settings.get("data.masks_per_image", 1)) * (parts if isinstance(parts, int) else 1)
     return max(1, batch // unit) * unit
 
 

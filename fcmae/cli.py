@@ -19,6 +19,7 @@ import fcmae
 from fcmae import config, threads
 from fcmae.config import commands
 from fcmae.config.base import Settings
+from fcmae.data.cores import all_processes
 from fcmae.data.source import printable
 from fcmae.options import HELP, Complete, hint, load
 
@@ -89,7 +90,7 @@ def _run(words: list[str]) -> int:
         print(f"fcmae {fcmae.__version__}" if name == "--version" else _help())
         raise SystemExit(0 if words else 2)
     settings, run = _command(name)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = all_processes()
     showing = _showing() if name in COMPLETE else contextlib.nullcontext()
     ending = contextlib.nullcontext() if name in TRAINING else _ending_tidily()
     with showing, ending:

@@ -25,6 +25,7 @@ from fcmae.data.index import Images, find_labelled, kept_images
 from fcmae.data.loader import choose_num_workers, evaluation_loader
 from fcmae.data.normalize import Normalize
 from fcmae.data.sampler import steps_per_epoch
+from fcmae.data.source import few
 from fcmae.data.split import split
 from fcmae.data.storage import Storage
 from fcmae.heads import Classifier
@@ -280,8 +281,7 @@ def tell_missing(train_images: Images, val_images: Images) -> None:
         names, counts = images.class_names, np.bincount(images.labels, minlength=len(images.class_names))
         missing = [name for name, count in zip(names, counts, strict=True) if count == 0]
         if missing and len(images):
-            some = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-            logger.warning("%d of %d classes have no image %s: %s", len(missing), len(names), lack, some)
+            logger.warning("%d of %d classes have no image %s: %s", len(missing), len(names), lack, few(missing))
 
 
 def build_model(cfg: FinetuneConfig, weights: Weights, num_classes: int) -> Classifier:

@@ -18,11 +18,11 @@ import fcmae
 from fcmae import options
 from fcmae.config.commands import ExportConfig, PushConfig
 from fcmae.data.index import Images
-from fcmae.data.source import printable
+from fcmae.data.source import one_line, printable
 from fcmae.data.split import evenly
 from fcmae.evaluation.charts import shown
 from fcmae.evaluation.records import COLUMNS, score_rows
-from fcmae.evaluation.runs import Run, is_untrained, needs_no_network, read_run
+from fcmae.evaluation.runs import RunFiles, is_untrained, needs_no_network, read_run
 from fcmae.networks.spec import describe
 from fcmae.tables import table
 from fcmae.weights.convert import check_dest, read_sound, write
@@ -111,8 +111,7 @@ def _refusals(repo: str, endpoint: str) -> Iterator[None]:
             403: "use a token that may write there",
             409: "give another name, or --overwrite to add to it",
         }.get(status or 0, "try again")
-        said = f"{error} {error.__cause__ or ''}"
-        reason = printable(" ".join(said.split())[:300])
+        reason = one_line(f"{error} {error.__cause__ or ''}", 300)
         raise ValueError(f"repo = {repo}: the hub at {endpoint} refused ({reason}): {remedy}") from error
 
 
@@ -138,7 +137,7 @@ def _write(model: Path, dest: Path, name: str, key: str | None, prefix: str | No
     return said.rpartition("\nuse: ")[0]
 
 
-def _run_of(model: Path) -> Run | None:
+def _run_of(model: Path) -> RunFiles | None:
     """The run that a model is of: itself, or the folder that its best/, last/ or checkpoints/step-N is in."""
     for path in (model, *model.parents[:2]):
         if (path / "config.yaml").is_file():
@@ -147,7 +146,7 @@ def _run_of(model: Path) -> Run | None:
     return None
 
 
-def card(weights: Weights, run: Run | None, name: str) -> str:
+def card(weights: Weights, run: RunFiles | None, name: str) -> str:
     """The text of a model card: what the model is, how to load it, how it was trained, and what is known of it.
 
     Args:
@@ -215,7 +214,7 @@ def _how_to_load(weights: Weights, name: str, place: str) -> Iterator[str]:
     yield f"```python\nimport fcmae\n{fetched}\n```"
 
 
-def _training(run: Run, step: object) -> Iterator[str]:
+def _training(run: RunFiles, step: object) -> Iterator[str]:
     """How the run was trained up to a step; up to its end if the step is None, as it is not known."""
     told = [line for line in run.lines if not isinstance(step, int) or line["step"] <= step]
     yield "## How it was trained"
@@ -247,7 +246,7 @@ def _training(run: Run, step: object) -> Iterator[str]:
             yield "The best checkpoint is chosen by these scores, so that its own is too high for other images."
 
 
-def _results(run: Run, published: object) -> Iterator[str]:
+def _results(run: RunFiles, published: object) -> Iterator[str]:
     """What probes found of the run's features and others beside them.
 
     published: the step of the model; None, as it is not known, is the last.

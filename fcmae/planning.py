@@ -7,7 +7,6 @@ written to the run's config.yaml with the reasons, and the same command reads th
 from __future__ import annotations
 
 import math
-import os
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -27,7 +26,7 @@ from fcmae.config import (
     RunConfig,
     SegmentConfig,
 )
-from fcmae.data.cores import free_memory
+from fcmae.data.cores import all_processes, free_memory
 from fcmae.data.index import Images, find_images, find_labelled, find_mapped
 from fcmae.data.split import split
 from fcmae.data.storage import Storage
@@ -271,7 +270,7 @@ def _resumed(sketch: RunConfig, saved: Mapping[str, Any], given: Mapping[str, An
     from fcmae.training.steps import depends_on_micro_batch, micro_batch_size, with_micro_batch
 
     values = {key: value for key, value in saved.items() if key not in given} | {"out": out}
-    cfg, processes = options.make(type(sketch), saved), int(os.environ.get("WORLD_SIZE", "1"))
+    cfg, processes = options.make(type(sketch), saved), all_processes()
     before = processes_before(out) or processes
     if processes != before and "grad_accum" in values and not depends_on_micro_batch(cfg):
         most = micro_batch_size(cfg, before)
@@ -351,7 +350,7 @@ def _machine(plan: choices.Choices, device: str) -> float:
 
 
 def _refuse_launcher() -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if all_processes() > 1:
         raise ValueError(
             "hours: settings are chosen by one process: print them with it (--print-config > FILE), and start the "
             "others with --config FILE"
@@ -366,7 +365,7 @@ def _grad_accum(sketch: RunConfig, measure: Measure) -> dict[str, Any]:
     """grad_accum, if nothing else is to be chosen."""
     from fcmae.training.steps import depends_on_micro_batch, micro_batch_size, settle_grad_accum
 
-    processes, device = int(os.environ.get("WORLD_SIZE", "1")), _device(sketch)
+    processes, device = all_processes(), _device(sketch)
     start = settle_grad_accum(sketch, processes, device)
     if processes > 1 or depends_on_micro_batch(sketch):
         return {"grad_accum": start.grad_accum, "chosen": start.chosen}

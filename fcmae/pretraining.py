@@ -22,7 +22,7 @@ from fcmae.data.sampler import EVAL_EPOCH, evaluation_batches, steps_per_epoch
 from fcmae.data.split import split
 from fcmae.data.storage import Storage
 from fcmae.evaluation.features import BATCH_SIZE
-from fcmae.evaluation.monitor import Labelled, Monitor, Watch, draw_over_time, find_monitored_labels, monitored_images
+from fcmae.evaluation.monitor import Monitor, Watch, draw_over_time, find_monitored_labels, monitored_images
 from fcmae.evaluation.pictures import (
     reconstruction_panels,
     save_curves,
@@ -118,7 +118,7 @@ def train(
     schedule: Schedule,
     train_images: Images,
     val_images: Images,
-    labelled: Labelled | None,
+    labelled: tuple[Images, Images] | None,
 ) -> bool:
     """Train `net` from where the run stands to its end, or to a signal.
 
@@ -337,8 +337,7 @@ class Evaluation:
     """The loss on held-out images under masks that stay the same, what the monitors see, pictures and curves.
 
     Attributes:
-        cfg: the run's settings.
-        accelerator: of its processes.
+        accelerator: of the run's processes.
         normalize: as in training.
         batches: this process's share of the held-out images.
         pictured: images that reconstructions are shown of.
@@ -348,7 +347,6 @@ class Evaluation:
         log: of the run.
     """
 
-    cfg: PretrainConfig
     accelerator: Accelerator
     normalize: Normalize
     batches: Iterable[Batch]
@@ -453,7 +451,7 @@ def build_evaluation(
     normalize: Normalize,
     train_images: Images,
     val_images: Images,
-    labelled: Labelled | None,
+    labelled: tuple[Images, Images] | None,
     log: Log,
 ) -> Evaluation:
     """The evaluation of a run, from its settings and images.
@@ -481,7 +479,6 @@ def build_evaluation(
         num_workers=workers,
     )
     return Evaluation(
-        cfg=cfg,
         accelerator=accelerator,
         normalize=normalize,
         batches=build_loader(val_set, keys, num_workers=workers, device_type=device.type),

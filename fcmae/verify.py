@@ -18,6 +18,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from fcmae.data.source import one_line
 from fcmae.layouts import make_layout
 from fcmae.masked import FCMAE, build_fcmae, masked_loss
 from fcmae.masking import num_visible, random_mask
@@ -160,8 +161,7 @@ def compare(backend: str, device: str, precision: str, references: Sequence[dict
         try:
             found = tensors(case, backend, device, precision)
         except Exception as error:  # torch's, the engine's and the compilers', of a bad build or a full device
-            reason = " ".join(str(error).split())[:200]
-            return Result(backend, precision, math.inf, math.inf, f"{case}: {reason}")
+            return Result(backend, precision, math.inf, math.inf, f"{case}: {one_line(error)}")
         for name, tensor in expected.items():
             # A gradient that is absent is wrong, and so is NaN, which max() would pass over.
             same_shape = name in found and found[name].shape == tensor.shape

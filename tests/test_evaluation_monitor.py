@@ -241,9 +241,9 @@ def test_labelled_images_that_cannot_be_used_are_reported_before_anything_is_wri
 def test_of_many_labelled_images_some_of_each_class_are_drawn(labelled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fcmae.evaluation.monitor.MAX_LABELLED", 8)
     found = find_monitored_labels(str(labelled), READING, seed=0)
-    assert found.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
-    assert found.test.labels.tolist() == [0, 1]
-    assert found.train.names() != find_monitored_labels(str(labelled), READING, seed=1).train.names()
+    assert found[0].labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert found[1].labels.tolist() == [0, 1]
+    assert found[0].names() != find_monitored_labels(str(labelled), READING, seed=1)[0].names()
 
 
 # Training is as without

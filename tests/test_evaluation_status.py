@@ -126,7 +126,7 @@ def test_the_command_of_tensorboard_is_told_where_it_has_something_to_show(
     (run / "tensorboard" / "fcmae").mkdir(parents=True)
     (run / "tensorboard" / "fcmae" / "events.out.tfevents.1").touch()
     assert status(run).endswith(f"\n  tensorboard --logdir {run}/tensorboard")
-    monkeypatch.setattr("fcmae.training.run.find_spec", lambda name: None)
+    monkeypatch.setattr("fcmae.evaluation.status.find_spec", lambda name: None)
     assert "tensorboard" not in status(run)
 
 

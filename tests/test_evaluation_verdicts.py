@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from reported import LAYERS, evaluation, finetune_run, pretrain_run, write_lines
 
-from fcmae.evaluation.runs import Run, read_run
+from fcmae.evaluation.runs import RunFiles, read_run
 from fcmae.evaluation.verdicts import is_collapsing, is_working, standard_error, trend, was_worth_it
 
 
-def read(*paths: Path) -> list[Run]:
+def read(*paths: Path) -> list[RunFiles]:
     return [read_run(path, path.name) for path in paths]
 
 
@@ -119,7 +119,7 @@ def test_collapse_is_no_question_for_classifiers(tmp_path: Path) -> None:
     assert is_collapsing(read(finetune_run(tmp_path / "run", 0.9))).sentences == []
 
 
-def tuned(folder: Path, given: list[float], scratch: list[float]) -> list[Run]:
+def tuned(folder: Path, given: list[float], scratch: list[float]) -> list[RunFiles]:
     runs = [finetune_run(folder / f"given-{i}", s, init="first", seed=i) for i, s in enumerate(given)]
     return read(*runs, *(finetune_run(folder / f"scratch-{i}", s, seed=i) for i, s in enumerate(scratch)))
 

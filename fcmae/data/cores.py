@@ -64,6 +64,11 @@ def local_processes() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+def all_processes() -> int:
+    """Processes that a launcher has started in all; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def free_memory() -> int:
     """Bytes that this process may still take: what the system can give, or what a limit leaves of it."""
     import psutil  # here, as the doctor may have to tell that it is missing

@@ -40,7 +40,7 @@ from fcmae.data.shards import (
     is_shard,
     without_suffix,
 )
-from fcmae.data.source import PART, BadImage, Files, Names, Source, is_dicom, is_unicode, open_file, printable
+from fcmae.data.source import PART, BadImage, Files, Names, Source, few, is_dicom, is_unicode, open_file, printable
 from fcmae.data.storage import Storage, canonical, is_remote, joined, listed
 from fcmae.data.tables import can_read
 
@@ -579,11 +579,11 @@ def find_labelled(
     tars = _tars(source, path, key)
     is_folder = path.is_dir() or (is_remote(source) and not _is_file_or_pattern(source))
     if tars is not None and is_folder and _has_class_folders(source, key):
-        left = f"{key}: {_some([os.path.basename(tar) for tar in tars])} beside the class folders of {source!r} "  # noqa: PTH119
+        left = f"{key}: {few(os.path.basename(tar) for tar in tars)} beside the class folders of {source!r} "  # noqa: PTH119
         tars, notes = None, (f"{left}were left out: name them by a pattern to learn from them instead",)
     elif tars is not None and is_folder and (folders := _folders_of_shards(source, key)):
         notes = (
-            f"{key}: folders of tar files, {_some(folders)}, beside tar files in {source!r} were left out: move these "
+            f"{key}: folders of tar files, {few(folders)}, beside tar files in {source!r} were left out: move these "
             "away to learn from them instead",
         )
     if tars is not None:
@@ -608,7 +608,7 @@ def find_labelled(
     names = _sort_classes(set(label_of.values())) if class_names is None else list(class_names)
     if unknown := sorted(set(label_of.values()) - set(names)):
         raise ValueError(
-            f"{key}: label {unknown[0]!r} of {source!r} is no class of the training images ({_some(names)})"
+            f"{key}: label {unknown[0]!r} of {source!r} is no class of the training images ({few(names, 10)})"
         )
     if len(names) < 2:
         raise ValueError(f"{key}: {source!r} has only the class {names[0]!r}: a classifier needs at least two")
@@ -651,10 +651,6 @@ def _labels_of(tars: list[str], shards: Shards, source: str, key: str) -> dict[s
             ".cls, .json or .txt beside each in its tar file, or a column label into its table"
         )
     return {name: _class_name(label, key) for name, label in label_of.items()}
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
 
 
 def _sort_classes(names: set[str]) -> list[str]:

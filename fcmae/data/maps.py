@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fcmae.data.geometry import MAX_PIXELS, Box
 from fcmae.data.index import Images
 from fcmae.data.rasters import LabelMap
-from fcmae.data.source import BadImage, DataError, printable
+from fcmae.data.source import BadImage, DataError, few, printable
 from fcmae.data.split import evenly
 
 IGNORED = -1  # in place of a class
@@ -71,8 +71,8 @@ class Classes:
         if (unknown := found == _UNKNOWN).any():
             raise UnknownClass(
                 f"{printable(name)} holds the value {stored[unknown][0]}, which is no class: the classes have "
-                f"{_few(self.values)}, and {self.ignored} is ignored; set data.class_names, data.class_values or "
-                "data.ignore_value"
+                f"{few(map(str, self.values), 8)}, and {self.ignored} is ignored; set data.class_names, "
+                "data.class_values or data.ignore_value"
             )
         return found if is_seen is None else np.where(is_seen, found, np.int16(IGNORED))
 
@@ -84,10 +84,6 @@ class Classes:
         """
         values = self.values if self.ignored is None else (*self.values, self.ignored)  # IGNORED is the last
         return np.asarray(values, np.uint8 if max(values) < 2**8 else np.uint16)[numbers]
-
-
-def _few(values: Sequence[int]) -> str:
-    return ", ".join(map(str, values[:8])) + (f" and {len(values) - 8} more" if len(values) > 8 else "")
 
 
 class Values(NamedTuple):
@@ -191,21 +187,22 @@ def find_classes(
         is_sparse = len(values) > MANY_OBJECTS and len(values) > 10 * np.count_nonzero(known) and not is_begun
         if len(values) > MAX_UNNAMED or is_sparse:
             raise ValueError(
-                f"data.maps: the maps hold {_few(held)}, values up to {largest}, which would be {len(values)} classes: "
-                "number the classes, or say which values they have by data.class_values"
+                f"data.maps: the maps hold {few(map(str, held), 8)}, values up to {largest}, which would be "
+                f"{len(values)} classes: number the classes, or say which values they have by data.class_values"
             )
     values = values or range(len(names))
     names = names or [str(value) for value in values]
     if len(names) < 2:
         raise ValueError(
-            f"data.maps: there is one class, {names[0]!r}, as the maps hold {_few(held)} and data.ignore_value is "
-            f"{ignored}: set data.ignore_value to none, and of black and white maps data.class_values to 0 255 too"
+            f"data.maps: there is one class, {names[0]!r}, as the maps hold {few(map(str, held), 8)} and "
+            f"data.ignore_value is {ignored}: set data.ignore_value to none, and of black and white maps data.class_values "
+            "to 0 255 too"
         )
     if len(names) > MAX_CLASSES:
         raise ValueError(f"data.class_names: there are {len(names)} classes: give {MAX_CLASSES} at most")
     if not counts[list(values)].any():
         raise ValueError(
-            f"data.maps: the maps hold {_few(held)}, and none of the classes, which have {_few(values)}: set "
-            "data.class_values"
+            f"data.maps: the maps hold {few(map(str, held), 8)}, and none of the classes, which have "
+            f"{few(map(str, values), 8)}: set data.class_values"
         )
     return Classes(tuple(names), tuple(values), ignored)

@@ -71,6 +71,27 @@ def printable(name: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def one_line(error: object, most: int = 200) -> str:
+    """What an error says, in one line that any terminal can show.
+
+    Args:
+        error: or its text.
+        most: characters.
+    """
+    return printable(" ".join(str(error).split())[:most])
+
+
+def few(names: Iterable[str], most: int = 5) -> str:
+    """The first of some names, and how many more there are.
+
+    Args:
+        names: which any terminal can show once they are in the text.
+        most: how many to name.
+    """
+    shown = [printable(name) for name in names]
+    return ", ".join(shown[:most]) + (f" and {len(shown) - most} more" if len(shown) > most else "")
+
+
 class Source(Protocol):
     """Images in a fixed order, as bytes. It is copied into every worker process: it must pickle, and be small."""
 

@@ -186,7 +186,7 @@ def grn_norms(encoder: StagedEncoder) -> dict[str, tuple[float, float]]:
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerStatistics:
     """Statistics of one block over all images, NaN where its features are not finite.
 
     Attributes:
@@ -241,14 +241,14 @@ class _Sums:
             self.gram = self.gram + gram if len(self.gram) else gram
             self.rows = self.rows[:0]
 
-    def summary(self) -> Layer:
+    def summary(self) -> LayerStatistics:
         mean, rms = self.mean / self.num_sites, (self.square / self.num_sites).sqrt()
         finite = bool(rms.isfinite().all())
         present = self.class_counts > 0
         selectivity = None
         if int(present.sum()) > 1:
             selectivity = class_selectivity(self.class_sums[present] / self.class_counts[present, None]).numpy()
-        return Layer(
+        return LayerStatistics(
             num_channels=len(mean),
             cosine_distance=self.distance / self.num_images,
             dead_share=float(dead_channels(rms).double().mean()) if finite else math.nan,
@@ -287,7 +287,7 @@ class Statistics:
             self._sums[block.name].add_expanded(block.expanded, labels)
             self._sums[block.name].add_output(at_least_float32(block.output).mean((1, 2)))
 
-    def layers(self) -> dict[str, Layer]:
+    def layers(self) -> dict[str, LayerStatistics]:
         """The statistics of each block by name; empty before the first image."""
         return {name: sums.summary() for name, sums in self._sums.items() if sums.num_images}
 
@@ -301,7 +301,7 @@ def measure(
     batch_size: int = BATCH_SIZE,
     num_workers: int | None = None,
     title: str | None = None,
-) -> tuple[dict[str, Layer], list[tuple[str, str]]]:
+) -> tuple[dict[str, LayerStatistics], list[tuple[str, str]]]:
     """Statistics of each block on images; with selectivity, if they have labels.
 
     Args:

@@ -23,7 +23,7 @@ from fcmae.config.commands import AnalyzeConfig
 from fcmae.data.dataset import check_values
 from fcmae.data.index import Images, find_images, find_labelled
 from fcmae.data.split import evenly
-from fcmae.evaluation.analysis import Layer, activation_maps, as_encoder, grn_norms, measure
+from fcmae.evaluation.analysis import LayerStatistics, activation_maps, as_encoder, grn_norms, measure
 from fcmae.evaluation.features import batches_of
 from fcmae.evaluation.figures import last_of_stages, save_activations, save_by_layer, save_selectivity
 from fcmae.evaluation.models import Backbone, choose_device, load_backbones
@@ -51,7 +51,7 @@ class Analysis:
     """
 
     backbone: Backbone
-    layers: dict[str, Layer]
+    layers: dict[str, LayerStatistics]
     num_images: int
     grn: dict[str, tuple[float, float]]
     image: NDArray[Any]

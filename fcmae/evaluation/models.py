@@ -22,6 +22,7 @@ from fcmae.config.base import near_runs
 from fcmae.data.augment import Reading, seeded
 from fcmae.data.geometry import MAX_PIXELS
 from fcmae.data.index import Images
+from fcmae.data.source import one_line
 from fcmae.data.survey import survey
 from fcmae.networks.build import make_encoder
 from fcmae.networks.encoder import StagedEncoder
@@ -250,7 +251,7 @@ def _from_timm(
         with seeded([0]):
             model = timm.create_model(name, pretrained=not is_random, num_classes=0, in_chans=in_chans, **sized)
     except Exception as error:  # whatever timm, the hub's client and its network library raise
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        reason = f"{type(error).__name__}: {one_line(error)}"
         if is_random:
             raise ValueError(f"model = {source!r} cannot be built ({reason}): give another") from error
         raise ValueError(
@@ -319,8 +320,7 @@ def _try(backbone: Backbone) -> None:
     except (RuntimeError, AssertionError, ValueError, IndexError) as error:
         remedy = "give another image size" + ", or a smaller number" * is_control(backbone.name)
         raise ValueError(
-            f"model = {backbone.name!r} cannot take images of {height}x{width} pixels "
-            f"({' '.join(str(error).split())[:200]}): {remedy}"
+            f"model = {backbone.name!r} cannot take images of {height}x{width} pixels ({one_line(error)}): {remedy}"
         ) from error
     if any(0 in found.shape for found in maps):
         raise ValueError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,26 +38,16 @@ HEAT_MAPS = {
 }
 
 
-@dataclass(frozen=True)
-class Labelled:
-    """Labelled images for classification by nearest neighbours.
-
-    Attributes:
-        train: those that vote.
-        test: those that are classified.
-    """
-
-    train: Images
-    test: Images
-
-
-def find_monitored_labels(source: str, reading: Reading, seed: int) -> Labelled:
+def find_monitored_labels(source: str, reading: Reading, seed: int) -> tuple[Images, Images]:
     """The labelled images of `monitor.labelled`: a quarter of each class held out, at most MAX_LABELLED in all.
 
     Args:
         source: see `find_labelled`.
         reading: how images are read for the network.
         seed: of the draw.
+
+    Returns:
+        Those that vote as nearest neighbours, and those that are classified.
 
     Raises:
         ValueError: if there are none or too few to hold any out, or the first cannot be read as the network needs it.
@@ -75,7 +64,7 @@ def find_monitored_labels(source: str, reading: Reading, seed: int) -> Labelled:
     if not sample.valid:
         name, reason = sample.bad[0]
         raise ValueError(f"{key}: {printable(name)} cannot be used: {reason}")
-    return Labelled(train, test)
+    return train, test
 
 
 def monitored_images(held_out: Images, training: Images, num: int) -> Images:
@@ -95,7 +84,7 @@ class Monitor:
 
     Args:
         images: for the statistics of every block; may be empty.
-        labelled: for nearest neighbours, or None.
+        labelled: those that vote as nearest neighbours and those that are classified, or None.
         reading: of the images as the encoder takes them.
         device: the encoder's.
         batch_size: images at a time.
@@ -105,7 +94,7 @@ class Monitor:
     def __init__(
         self,
         images: Images,
-        labelled: Labelled | None,
+        labelled: tuple[Images, Images] | None,
         reading: Reading,
         *,
         device: torch.device,
@@ -135,14 +124,14 @@ class Monitor:
             for statistic in STATISTICS:
                 values |= {f"{statistic}/{name}": getattr(layer, statistic) for name, layer in layers.items()}
         if self._labelled is not None:
-            values |= self._neighbours(encoder, self._labelled)
+            values |= self._neighbours(encoder, *self._labelled)
         return {name: value for name, value in values.items() if math.isfinite(value)}
 
-    def _neighbours(self, encoder: StagedEncoder, labelled: Labelled) -> dict[str, float]:
+    def _neighbours(self, encoder: StagedEncoder, voting: Images, classified: Images) -> dict[str, float]:
         """Scores of the last stage's features, averaged over each image; none if too few files can be read."""
-        assert labelled.train.class_names is not None
-        num_classes = len(labelled.train.class_names)
-        (train, train_labels), (test, test_labels) = (self._pooled(encoder, i) for i in (labelled.train, labelled.test))
+        assert voting.class_names is not None
+        num_classes = len(voting.class_names)
+        (train, train_labels), (test, test_labels) = (self._pooled(encoder, i) for i in (voting, classified))
         if not len(train) or not len(test):
             return {}
         k = min(NEIGHBOURS, len(train))

@@ -35,7 +35,7 @@ from fcmae.evaluation.records import COLUMNS, Evaluation, score_rows
 from fcmae.evaluation.runs import (
     MAX_JSON,
     OF_A_START,
-    Run,
+    RunFiles,
     curve,
     finite,
     processes_of,
@@ -145,7 +145,7 @@ def report(paths: Sequence[Path], out: Path | None = None) -> Path:
     # Directories are named by their last part, or by the whole path if two have the same.
     short = [Path(os.path.realpath(path)).name for path in paths]
     names = short if len(set(short)) == len(paths) else map(str, paths)
-    runs, compared, problems = list[Run](), dict[str, paired.Comparison](), list[str]()
+    runs, compared, problems = list[RunFiles](), dict[str, paired.Comparison](), list[str]()
     for path, name in zip(paths, names, strict=True):
         try:
             if (path / paired.FILE).is_file():
@@ -171,7 +171,7 @@ def _is_report(path: Path) -> bool:
 
 
 def render(
-    runs: Sequence[Run], problems: Sequence[str] = (), compared: Mapping[str, paired.Comparison] | None = None
+    runs: Sequence[RunFiles], problems: Sequence[str] = (), compared: Mapping[str, paired.Comparison] | None = None
 ) -> str:
     """The page. Everything in it that came from the user is escaped, and its policy lets only its own scripts run.
 
@@ -273,7 +273,7 @@ def _words(key: str) -> str:
 # Chapters
 
 
-def describe(run: Run) -> list[Section]:
+def describe(run: RunFiles) -> list[Section]:
     """The sections of a run's chapter, without empty ones."""
     waiting = {"Share of the time that was spent waiting for data": ["data_wait_share"]}
     if not any("data_wait_share" in line for line in run.lines):
@@ -296,7 +296,7 @@ def describe(run: Run) -> list[Section]:
     return [section for section in sections if section]
 
 
-def _what_was_run(run: Run) -> Section:
+def _what_was_run(run: RunFiles) -> Section:
     get, section = run.settings.get, Section("What was run", list(run.problems))
     rows = [["state", _status(run) + (f", {len(run.starts)} starts" if len(run.starts) > 1 else "")]]
     rows += [["model", str(get("model.variant") or f"that of {get('model.init')}")]]
@@ -334,7 +334,7 @@ def _what_was_run(run: Run) -> Section:
     return section
 
 
-def _status(run: Run) -> str:
+def _status(run: RunFiles) -> str:
     if not run.lines:
         return "begun, nothing logged yet"
     epoch, step, epochs = run.lines[-1]["epoch"], run.lines[-1]["step"], run.settings.get("epochs")
@@ -346,13 +346,13 @@ def _status(run: Run) -> str:
     return f"running or stopped at epoch {epoch:.4g} of {epochs}, step {step:,}"
 
 
-def _charts(run: Run, charts: Mapping[str, Sequence[str]], *, may_be_log: bool = True) -> list[Chart]:
+def _charts(run: RunFiles, charts: Mapping[str, Sequence[str]], *, may_be_log: bool = True) -> list[Chart]:
     """Charts of what metrics.jsonl has under some keys, by caption; without empty ones."""
     found = {caption: [c for key in keys if (c := curve(run, key, key))] for caption, keys in charts.items()}
     return [line_chart(curves, caption, may_be_log=may_be_log) for caption, curves in found.items() if curves]
 
 
-def _loss(run: Run) -> Section:
+def _loss(run: RunFiles) -> Section:
     section = Section("Loss and learning rate", charts=_charts(run, {"Loss": ["loss", "val_loss", "ema_val_loss"]}))
     # Not logarithmic: it ends near 0, and the last steps would fill the chart.
     section.charts += _charts(run, {"Learning rate": ["lr"]}, may_be_log=False)
@@ -371,7 +371,7 @@ def _loss(run: Run) -> Section:
     return section
 
 
-def _scores(run: Run) -> Section:
+def _scores(run: RunFiles) -> Section:
     section, scored = Section("Scores on the held-out images"), [line for line in run.lines if "val_loss" in line]
     keys = OF_MAPS if run.kind == "segment" else SCORES
     scored = [line for line in scored if any(key in line for key in keys)]
@@ -389,7 +389,7 @@ def _scores(run: Run) -> Section:
     return section
 
 
-def _classes(run: Run) -> Section:
+def _classes(run: RunFiles) -> Section:
     """Results by class: of a segmentation the curve of its IoU, and the confusion matrix; of a classifier recalls."""
     section = Section(f"Classes of the held-out {'pixels' if run.kind == 'segment' else 'images'}")
     keys = list(dict.fromkeys(key for line in run.lines for key in line if "iou/" in key))
@@ -435,12 +435,12 @@ def _recalls(names: Sequence[str], counts: NDArray[np.int64], place: str) -> Tab
     return Table(f"Recall and precision of each class{place}", CLASS_COLUMNS, rows)
 
 
-def _overlays(run: Run) -> Section:
+def _overlays(run: RunFiles) -> Section:
     alt = "A row an image; from left to right: the image, its true classes, the predicted ones."
     return _over_time(run, "Label maps", "overlays", alt)
 
 
-def _reconstructions(run: Run) -> Section:
+def _reconstructions(run: RunFiles) -> Section:
     alt = (
         "A row an image; from left to right: original, masked, reconstruction, reconstruction with the visible patches."
     )
@@ -451,7 +451,7 @@ def _reconstructions(run: Run) -> Section:
     return section
 
 
-def _over_time(run: Run, title: str, place: str, content: str) -> Section:
+def _over_time(run: RunFiles, title: str, place: str, content: str) -> Section:
     """Pictures of evaluations, one at a time, from a folder of the run."""
     section, folder = Section(title), run.path / place
     files = {int(path.stem[5:]): path for path in folder.glob("step-*.png") if path.stem[5:].isdecimal()}
@@ -464,7 +464,7 @@ def _over_time(run: Run, title: str, place: str, content: str) -> Section:
     return section
 
 
-def _monitors(run: Run) -> Section:
+def _monitors(run: RunFiles) -> Section:
     section = Section("What was watched while training")
     for prefix, top in LAYERED.items():
         keys = dict.fromkeys(key for line in run.lines for key in line if key.startswith(f"{prefix}/"))
@@ -500,7 +500,7 @@ def _comparison(found: paired.Comparison) -> Section:
     return section
 
 
-def _analysis(run: Run) -> Section:
+def _analysis(run: RunFiles) -> Section:
     section, file = Section("Analysis of the features"), run.path / "analysis" / "analysis.json"
     found = read_json(file, ANALYSIS, "run `fcmae analyze` again", section.notes) or {"models": ()}
     rows = [
@@ -524,7 +524,7 @@ def _pictures(folder: Path, problems: list[str]) -> list[Picture]:
 # Comparison and commands
 
 
-def compare(runs: Sequence[Run]) -> list[Section]:
+def compare(runs: Sequence[RunFiles]) -> list[Section]:
     """Curves of runs of one kind in one chart, their scores in one table, and the settings that differ."""
     sections = []
     pretraining, tuning = ("loss", "val_loss", "knn_balanced_accuracy"), ("val_loss", "balanced_accuracy", "auroc")
@@ -553,7 +553,7 @@ def compare(runs: Sequence[Run]) -> list[Section]:
     return sections
 
 
-def reproduce(run: Run) -> Section:
+def reproduce(run: RunFiles) -> Section:
     """The commands that reproduce this run: as typed, and from its settings alone; then those of its evaluations."""
     section, last = Section(run.name), run.starts[-1] if run.starts else {}
     if "command" in last:

@@ -38,7 +38,7 @@ STARTS, EVALUATION = TypeAdapter(list[Start]), TypeAdapter(Evaluation)
 
 
 @dataclass(frozen=True)
-class Run:
+class RunFiles:
     """The content of the files of a run.
 
     Attributes:
@@ -83,7 +83,7 @@ class Run:
         return named and not is_untrained(evaluation) and not needs_no_network(evaluation)
 
 
-def processes_of(run: Run) -> int:
+def processes_of(run: RunFiles) -> int:
     """Number of processes when it last started."""
     given = str(run.starts[-1].get("num_processes")) if run.starts else ""
     return int(given) if given.isdecimal() else 1
@@ -102,7 +102,7 @@ def program(kind: str, num_processes: int) -> list[str]:
     return ["accelerate", "launch", "--multi_gpu", "--num_processes", str(num_processes), f"{kind}.py"]
 
 
-def read_run(path: Path, name: str) -> Run:
+def read_run(path: Path, name: str) -> RunFiles:
     """All that a run's directory holds, except pictures; what cannot be read becomes one of the run's problems.
 
     Args:
@@ -122,7 +122,7 @@ def read_run(path: Path, name: str) -> Run:
     read = {file.parent: read_json(file, EVALUATION, "run `fcmae evaluate` again", problems) for file in files}
     found = sorted(((k, v) for k, v in read.items() if v is not None), key=lambda item: is_untrained(item[1]))
     images = _count_images(path, kind, values, problems)
-    return Run(path, name, kind, version, values, changed, lines, starts, *images, dict(found), problems)
+    return RunFiles(path, name, kind, version, values, changed, lines, starts, *images, dict(found), problems)
 
 
 def _kind(path: Path, problems: list[str]) -> tuple[str, str]:
@@ -244,7 +244,7 @@ def finite(line: Mapping[str, Any], key: str) -> Any:
     return value if type(value) in (int, float) and -HUGE < value < HUGE else None
 
 
-def curve(run: Run, key: str, name: str) -> Curve | None:
+def curve(run: RunFiles, key: str, name: str) -> Curve | None:
     """What metrics.jsonl has under a key, where it is finite; None if there is nothing.
 
     Args:
@@ -256,7 +256,7 @@ def curve(run: Run, key: str, name: str) -> Curve | None:
     return Curve(name, *([line[k] for line in points] for k in ("step", "epoch", key))) if points else None
 
 
-def took_s(run: Run) -> float:
+def took_s(run: RunFiles) -> float:
     """Seconds of the logged windows (images / images per second), plus those of evaluating and saving."""
     seconds, before, batch_size = 0.0, 0.0, run.settings.get("batch_size")
     for line in run.lines:

@@ -7,17 +7,17 @@ import fcntl
 import shlex
 from collections.abc import Iterable, Iterator
 from datetime import datetime, timedelta
+from importlib.util import find_spec
 from pathlib import Path
 
 from fcmae.config.base import near_runs
 from fcmae.data.source import printable
 from fcmae.evaluation import paired
-from fcmae.evaluation.runs import Run, curve, finite, processes_of, program, read_run, took_s
+from fcmae.evaluation.runs import RunFiles, curve, finite, processes_of, program, read_run, took_s
 from fcmae.evaluation.verdicts import is_collapsing, is_working
 from fcmae.tables import table
 from fcmae.training import checkpoint
 from fcmae.training.records import State, last_state
-from fcmae.training.run import curves_commands
 
 DEPTH = 3  # folders below the given one in which runs are looked for
 
@@ -47,13 +47,13 @@ def status(place: Path) -> str:
     return table(("run", "kind", "state", "epoch", "loss", "best score"), rows, left=3)
 
 
-def find_runs(place: Path) -> Iterator[Run]:
+def find_runs(place: Path) -> Iterator[RunFiles]:
     """The runs in and below a folder, as far as they can be read, without those of comparisons."""
     found = [path.parent for depth in range(DEPTH + 1) for path in sorted(place.glob("*/" * depth + "config.yaml"))]
     yield from _readable((path for path in found if not (path.parent.parent / paired.FILE).is_file()), place)
 
 
-def _readable(paths: Iterable[Path], place: Path) -> Iterator[Run]:
+def _readable(paths: Iterable[Path], place: Path) -> Iterator[RunFiles]:
     """Those of the directories that are runs, named relative to `place`."""
     for path in paths:
         try:
@@ -103,7 +103,7 @@ def _is_locked(lock: Path) -> bool:
     return False
 
 
-def _row(run: Run) -> tuple[str, ...]:
+def _row(run: RunFiles) -> tuple[str, ...]:
     epochs = run.settings.get("epochs")
     epoch = f"{run.lines[-1]['epoch']:.4g} of {epochs}" if run.lines else f"0 of {epochs}"
     loss = curve(run, "loss", "")
@@ -118,7 +118,7 @@ def _row(run: Run) -> tuple[str, ...]:
     )
 
 
-def _best_score(run: Run) -> tuple[str, float] | None:
+def _best_score(run: RunFiles) -> tuple[str, float] | None:
     # If there is a moving average, it is the model.
     for key in ("ema_balanced_accuracy", "balanced_accuracy", "ema_miou", "miou", "knn_top1"):
         values = [value for line in run.lines if (value := finite(line, key)) is not None]
@@ -127,7 +127,7 @@ def _best_score(run: Run) -> tuple[str, float] | None:
     return None
 
 
-def _lines(run: Run) -> Iterator[str]:
+def _lines(run: RunFiles) -> Iterator[str]:
     state = state_of(run.path)
     step, epoch = (run.lines[-1][key] for key in ("step", "epoch")) if run.lines else (0, 0)
     yield f"{run.name}: {run.kind}, {state} at step {step}, epoch {epoch:.4g} of {run.settings.get('epochs')}"
@@ -142,10 +142,10 @@ def _lines(run: Run) -> Iterator[str]:
     for problem in run.problems:
         yield f"\nproblem: {problem}"
     yield "\nnext:"
-    yield from (f"  {command}" for command in [*next_commands(run, state), *curves_commands(run.path)])
+    yield from (f"  {command}" for command in [*next_commands(run, state), *_curves_commands(run.path)])
 
 
-def _time(run: Run, state: str) -> Iterator[str]:
+def _time(run: RunFiles, state: str) -> Iterator[str]:
     speeds = curve(run, "images_per_s", "")
     if speeds is None:
         return
@@ -158,7 +158,7 @@ def _time(run: Run, state: str) -> Iterator[str]:
     yield text
 
 
-def _resuming(run: Run, given: str) -> str:
+def _resuming(run: RunFiles, given: str) -> str:
     """The command as it was given, if it can be given again; otherwise one from the run's settings."""
     folder, place = run.starts[-1].get("directory"), run.path
     is_elsewhere = isinstance(folder, str) and Path(folder) != Path.cwd() and Path(folder).is_dir()
@@ -171,7 +171,7 @@ def _resuming(run: Run, given: str) -> str:
     return f"cd {shlex.quote(str(folder))} && {command}" if is_elsewhere else command
 
 
-def next_commands(run: Run, state: str) -> list[str]:
+def next_commands(run: RunFiles, state: str) -> list[str]:
     """What to type next, ready to be copied.
 
     Args:
@@ -199,3 +199,10 @@ def next_commands(run: Run, state: str) -> list[str]:
         f"fcmae convert {path} {export}",
         f"fcmae report {path}",
     ]
+
+
+def _curves_commands(run: Path) -> list[str]:
+    """The command that shows the curves of a run in TensorBoard, where it is installed and they were written for it."""
+    logs = run / "tensorboard"
+    has_curves = find_spec("tensorboard") is not None and any(logs.glob("**/events.*"))
+    return [f"tensorboard --logdir {shlex.quote(str(logs))}"] if has_curves else []

@@ -12,7 +12,7 @@ import numpy as np
 from fcmae.config import FREE_ON_RESUME
 from fcmae.evaluation.charts import shown
 from fcmae.evaluation.records import Evaluation
-from fcmae.evaluation.runs import OF_A_START, Run, curve, is_untrained
+from fcmae.evaluation.runs import OF_A_START, RunFiles, curve, is_untrained
 from fcmae.training import health
 from fcmae.training.records import of_model
 
@@ -44,13 +44,13 @@ class Verdict(NamedTuple):
     sentences: list[str]
 
 
-def is_working(runs: Sequence[Run]) -> Verdict:
+def is_working(runs: Sequence[RunFiles]) -> Verdict:
     """Whether the loss of a pretraining falls, and whether a classifier is better than a guess."""
     answers = {"good": "✓ Yes", "attention": "! Look closer", "unknown": "? Too early to tell"}
     return _verdict("Is it working?", answers, _named(runs, map(_working, runs)))
 
 
-def _working(run: Run) -> Found:
+def _working(run: RunFiles) -> Found:
     loss, val_loss = curve(run, "loss", "loss"), curve(run, "val_loss", "val_loss")
     scored = [line for line in run.lines if "top1" in line]
     sentences = _warnings(run, "loss", "data")
@@ -87,7 +87,7 @@ def _working(run: Run) -> Found:
     return state, sentences or ["Nothing is logged yet."]
 
 
-def _warnings(run: Run, *kinds: str) -> list[str]:
+def _warnings(run: RunFiles, *kinds: str) -> list[str]:
     """What training warned of, or would have warned of, as sentences."""
     texts = [finding.text for finding in health.warnings(run.lines) if finding.kind in kinds]
     return [text[0].upper() + text[1:] for text in texts]
@@ -106,14 +106,14 @@ def trend(values: Sequence[float]) -> str:
     return " and is still falling" if change < 0 else "; of late it has been rising"
 
 
-def is_collapsing(runs: Sequence[Run]) -> Verdict:
+def is_collapsing(runs: Sequence[RunFiles]) -> Verdict:
     """What the monitors of the pretraining runs say about their features."""
     answers = {"good": "✓ No sign of it", "attention": "! Look closer", "unknown": "? Not known"}
     found = (_collapsing(run) if run.kind == "pretrain" else ("unknown", []) for run in runs)
     return _verdict("Are the features collapsing?", answers, _named(runs, found))
 
 
-def _collapsing(run: Run) -> Found:
+def _collapsing(run: RunFiles) -> Found:
     watched = [line for line in run.lines if any(key.startswith("cosine_distance/") for key in line)]
     if not watched:
         remedy = "monitor.num_images turns that on, and `fcmae analyze` looks afterwards"
@@ -131,7 +131,7 @@ def _collapsing(run: Run) -> Found:
     return state, sentences
 
 
-def was_worth_it(runs: Sequence[Run], *, else_how: bool = True) -> Verdict:
+def was_worth_it(runs: Sequence[RunFiles], *, else_how: bool = True) -> Verdict:
     """Runs on labels from given weights against scratch, and probes against an untrained network, if present.
 
     Args:
@@ -151,9 +151,9 @@ def was_worth_it(runs: Sequence[Run], *, else_how: bool = True) -> Verdict:
     return _verdict("Was it worth it?", answers, found)
 
 
-def _against_scratch(runs: Sequence[Run]) -> list[Found]:
+def _against_scratch(runs: Sequence[RunFiles]) -> list[Found]:
     """Compare runs of a kind with equally many training images and the same test images; repetitions count once."""
-    groups: dict[tuple[Any, ...], dict[str | None, dict[Any, Run]]] = {}  # by what is started from, by seed
+    groups: dict[tuple[Any, ...], dict[str | None, dict[Any, RunFiles]]] = {}  # by what is started from, by seed
     others: dict[tuple[Any, ...], list[str]] = {}
     for run in runs:
         scored = _scored(run)
@@ -202,16 +202,16 @@ def _against_scratch(runs: Sequence[Run]) -> list[Found]:
     return found
 
 
-def _scored(run: Run) -> list[dict[str, float]]:
+def _scored(run: RunFiles) -> list[dict[str, float]]:
     """The lines that have what runs of its kind are compared by; none of a pretraining."""
     return [line for line in run.lines if run.kind in COMPARED and COMPARED[run.kind][0] in line]
 
 
-def _own_settings(run: Run) -> dict[str, Any]:
+def _own_settings(run: RunFiles) -> dict[str, Any]:
     return {key: value for key, value in run.settings.items() if key not in OF_A_START | {"out"}}
 
 
-def _differing(runs: Sequence[Run], others: Sequence[Run]) -> list[str]:
+def _differing(runs: Sequence[RunFiles], others: Sequence[RunFiles]) -> list[str]:
     """Settings of the recipe in which two kinds of runs differ, but for the layer decay, which is for weights."""
     recipe = ("data.", "optim.", "regularization.", "model.drop_path_rate", "precision")
     keys = {key for run in (*runs, *others) for key in run.settings if key.startswith(recipe)}
@@ -221,13 +221,13 @@ def _differing(runs: Sequence[Run], others: Sequence[Run]) -> list[str]:
     return sorted(key for key in keys if values[0][key] != values[1][key])
 
 
-def _is_complete(run: Run, line: Mapping[str, Any]) -> bool:
+def _is_complete(run: RunFiles, line: Mapping[str, Any]) -> bool:
     """Whether a line is of the run's last epoch: an unfinished run is not compared with a finished one."""
     epochs = run.settings.get("epochs")
     return not isinstance(epochs, int | float) or line["epoch"] > 0.99 * epochs
 
 
-def _against_untrained(run: Run) -> Found:
+def _against_untrained(run: RunFiles) -> Found:
     """The run's own probe against the one of an untrained network, on the same test images."""
     for folder, evaluation in run.evaluations.items():
         if run.is_own(folder, evaluation) and (best := _best_probe(run, evaluation)) is not None:
@@ -256,7 +256,7 @@ def _against_untrained(run: Run) -> Found:
     return "unknown", [f"{sentence} What an untrained network scores was not measured."]
 
 
-def _neighbours(run: Run) -> list[str]:
+def _neighbours(run: RunFiles) -> list[str]:
     """What was measured on labelled images during training."""
     found = curve(run, "knn_balanced_accuracy", "")
     if found is None:
@@ -276,7 +276,7 @@ def standard_error(score: float, class_counts: Sequence[int]) -> float:
     return math.sqrt(score * (1 - score) * sum(1 / count for count in found)) / max(1, len(found))
 
 
-def _best_probe(run: Run, evaluation: Evaluation, probe: str | None = None) -> tuple[str, float] | None:
+def _best_probe(run: RunFiles, evaluation: Evaluation, probe: str | None = None) -> tuple[str, float] | None:
     """The linear probe of the last stage, else nearest neighbours, and its balanced accuracy."""
     variant = run.settings.get("model.variant")
     num_stages = len(variant["depths"]) if isinstance(variant, Mapping) and "depths" in variant else 4
@@ -296,7 +296,7 @@ def _score(line: Mapping[str, Any]) -> float:
     return float(of_model(line, "balanced_accuracy") or 0)
 
 
-def _named(runs: Sequence[Run], found: Iterable[Found]) -> list[Found]:
+def _named(runs: Sequence[RunFiles], found: Iterable[Found]) -> list[Found]:
     """The sentences with the name of their run, if there are several."""
     start = ["" if len(runs) == 1 else f"{run.name}: " for run in runs]
     return [(state, [name + text for text in texts]) for name, (state, texts) in zip(start, found, strict=True)]

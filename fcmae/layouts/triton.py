@@ -35,6 +35,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fcmae.data.source import one_line
 from fcmae.layouts.packed import Packed
 
 SIZE = 7  # side of the window; the kernels below write 3 for SIZE // 2 and 49 for its square
@@ -84,10 +85,9 @@ def _check_compiler() -> None:
     try:
         triton.runtime.driver.active.get_current_device()
     except Exception as error:  # whatever its build runs into
-        reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"backend = 'triton' cannot compile its kernels ({reason}): install a C compiler and Python's headers (see "
-            "fcmae doctor), or use packed"
+            f"backend = 'triton' cannot compile its kernels ({one_line(error)}): install a C compiler and Python's "
+            "headers (see fcmae doctor), or use packed"
         ) from error
 
 

@@ -331,7 +331,7 @@ class Regime(NamedTuple):
     own_recipe: float | None = None
 
 
-class Step(NamedTuple):
+class RoadmapStep(NamedTuple):
     """A line of the roadmap.
 
     Attributes:
@@ -374,7 +374,7 @@ REGIMES = {
 }
 
 
-def road(regime: Regime) -> list[Step]:
+def road(regime: Regime) -> list[RoadmapStep]:
     """The steps from a ResNet to a ConvNeXt without LayerScale, in the order of the paper.
 
     Args:
@@ -407,7 +407,7 @@ def road(regime: Regime) -> list[Step]:
     specs = {"": RoadmapSpec(depths=resnet, dims=_doubling(MLP_RATIO * narrow))}
     for name, of, change, _ in lines:
         specs[name] = specs[of].model_copy(update=change)
-    return [Step(name, of, line, specs[name]) for name, of, _, line in lines]
+    return [RoadmapStep(name, of, line, specs[name]) for name, of, _, line in lines]
 
 
 def _doubling(dim: int) -> Widths:

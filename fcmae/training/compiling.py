@@ -13,6 +13,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
+from fcmae.data.source import one_line
 from fcmae.timing import in_turn, seconds
 
 logger = logging.getLogger("fcmae")
@@ -57,7 +58,7 @@ def compile_model(net: nn.Module, setting: Setting, step: Callable[[], None], nu
             pass  # the first step is taken again in smaller ones
         except torch._dynamo.exc.TorchDynamoException as error:
             raise ValueError(
-                f"model.compile = {str(setting).lower()} fails here ({_one_line(error)}): install a C++ compiler "
+                f"model.compile = {str(setting).lower()} fails here ({_reason(error)}): install a C++ compiler "
                 "(see fcmae doctor), or set model.compile to false or auto"
             ) from error
         net.zero_grad()
@@ -68,8 +69,8 @@ def compile_model(net: nn.Module, setting: Setting, step: Callable[[], None], nu
             buffer.copy_(buffers[name])
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).partition("\n\n")[0].split())[:200]
+def _reason(error: Exception) -> str:
+    return one_line(str(error).partition("\n\n")[0])
 
 
 def _pays(net: nn.Module, step: Callable[[], None], num_steps: int) -> bool:
@@ -105,7 +106,7 @@ def _pays(net: nn.Module, step: Callable[[], None], num_steps: int) -> bool:
         times = in_turn({"eager": as_it_is, "compiled": trial}, TIMED, warmup=0, device=device)
         eager, compiled = map(statistics.median, times.values())
     except Exception as error:  # whatever the compilers on this machine run into: it is no reason not to train
-        logger.warning("compile: it fails here (%s), see fcmae doctor", _one_line(error))
+        logger.warning("compile: it fails here (%s), see fcmae doctor", _reason(error))
         net.zero_grad()
     net._compiled_call_impl = None  # the way back, which torch does not offer
     pays = [compiled < eager]

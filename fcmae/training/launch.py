@@ -30,6 +30,7 @@ from accelerate.utils import (
 from torch import nn
 
 from fcmae.config import RunConfig
+from fcmae.data.cores import all_processes
 from fcmae.data.loader import end_workers
 from fcmae.training.messages import last_words
 from fcmae.training.signals import StopSignal
@@ -68,7 +69,7 @@ def make_accelerator(cfg: RunConfig) -> Accelerator:
             of the model, for more processes than GPUs, and where one of several processes finds no GPU: others that do
             would wait for it in vain.
     """
-    cpu, num_processes = uses_cpu(cfg), int(os.environ.get("WORLD_SIZE", "1"))
+    cpu, num_processes = uses_cpu(cfg), all_processes()
     if cpu and cfg.device != "cpu" and num_processes > 1:
         raise ValueError(
             f"device = {cfg.device}: process {os.environ.get('RANK', '0')} of {num_processes} finds no GPU that torch "
@@ -213,7 +214,7 @@ def for_a_caller() -> Iterator[None]:
 @contextmanager
 def _left_as_it_was() -> Iterator[None]:
     """See `for_a_caller`."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if all_processes() > 1:
         yield
         return
     states = [state._shared_state for state in (PartialState, AcceleratorState, GradientState)]

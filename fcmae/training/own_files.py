@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from fcmae.config import RunConfig
+from fcmae.data.source import few
 from fcmae.data.storage import CACHE, INDEX
 
 # What evaluate and analyze write, by the folder of a run that they do so in by default.
@@ -145,11 +146,9 @@ def remove(run: Path) -> None:
         ValueError: before anything is removed, if the folders hold something else.
     """
     if others := strangers(run):
-        names = ", ".join(str(path) for path in others[:5]) + (
-            f" and {len(others) - 5} more" if len(others) > 5 else ""
-        )
         raise ValueError(
-            f"out = {run} holds files that no run of fcmae wrote ({names}): move them, or give another --out"
+            f"out = {run} holds files that no run of fcmae wrote ({few(map(str, others))}): move them, or give another "
+            "--out"
         )
     remove_aside(run)
     for name in (SAVED, "train.log"):

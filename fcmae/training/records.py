@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import re
 import shlex
@@ -19,7 +18,7 @@ import torch
 
 import fcmae
 from fcmae.atomic import read_bytes, write_text
-from fcmae.data.cores import num_cores
+from fcmae.data.cores import all_processes, num_cores
 from fcmae.options import SWITCHED
 
 MAX_METRICS = 2**30  # bytes of metrics.jsonl
@@ -81,7 +80,7 @@ def record_start(path: Path, cpu: bool, network: str = "") -> None:
         },
         "device": device.type,
         "device_name": _device_name(device),
-        "num_processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "num_processes": all_processes(),
         "cpu": cpu_name(),
         "cores": num_cores(),
         **({"network": network} if network else {}),

@@ -18,13 +18,11 @@ from __future__ import annotations
 import errno
 import fcntl
 import logging
-import shlex
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
@@ -318,17 +316,6 @@ def _tell_choices(cfg: RunConfig) -> None:
     values = options.flat(cfg)
     rows = [(key, options.text(values[key]), why) for key, why in cfg.chosen.items() if key in values]
     logger.info("not given, so chosen:\n%s", table(("setting", "value", "why"), rows, left=3))
-
-
-def curves_commands(run: Path) -> list[str]:
-    """The command that shows the curves of a run in TensorBoard, where it is installed and they were written for it.
-
-    Args:
-        run: its directory.
-    """
-    logs = run / "tensorboard"
-    has_curves = find_spec("tensorboard") is not None and any(logs.glob("**/events.*"))
-    return [f"tensorboard --logdir {shlex.quote(str(logs))}"] if has_curves else []
 
 
 @dataclass(frozen=True)

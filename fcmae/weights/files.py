@@ -35,7 +35,7 @@ from fcmae.config import FinetuneData, ImageConfig, PretrainConfig
 from fcmae.config.base import near_runs
 from fcmae.data.augment import Reading
 from fcmae.data.geometry import MAX_SIDE
-from fcmae.data.source import printable
+from fcmae.data.source import few, one_line, printable
 from fcmae.networks.build import make_encoder
 from fcmae.networks.spec import (
     VARIANTS,
@@ -49,7 +49,7 @@ from fcmae.networks.spec import (
 )
 from fcmae.training import checkpoint
 from fcmae.weights.formats import Architecture, from_state, network_in, to_state
-from fcmae.weights.tensors import RECORD, digest, few, load_tensors
+from fcmae.weights.tensors import RECORD, digest, load_tensors
 
 logger = logging.getLogger("fcmae")
 
@@ -271,7 +271,7 @@ def _of_timm(name: str, setting: str) -> Weights:
     try:
         model = timm.create_model(name, pretrained=True)
     except Exception as error:  # whatever timm, the hub's client and its network library raise
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        reason = f"{type(error).__name__}: {one_line(error)}"
         raise ValueError(f"{setting} = {name}: its weights cannot be had ({reason}): give a path") from error
     with TemporaryDirectory() as folder:
         timm.models.save_for_hf(model, folder, safe_serialization=True)

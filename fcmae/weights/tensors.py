@@ -11,7 +11,7 @@ import logging
 import pickle
 import re
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fcmae.data.source import printable
+from fcmae.data.source import few, one_line, printable
 
 logger = logging.getLogger("fcmae")
 
@@ -56,12 +56,6 @@ _HARMLESS = [
     *(f"numpy.{name}" for name in _NUMPY),
     "mmengine.logging.history_buffer.HistoryBuffer",  # of losses
 ]
-
-
-def few(names: Iterable[str]) -> str:
-    """The first of some names from a file, and how many more there are."""
-    shown = [printable(name) for name in names]
-    return ", ".join(shown[:5]) + (f" and {len(shown) - 5} more" if len(shown) > 5 else "")
 
 
 def load_tensors(path: Path, key: str | None = None) -> tuple[dict[str, Tensor], str | None]:
@@ -118,7 +112,7 @@ def _open_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
             record = (file.metadata() or {}).get(RECORD)
         return load_file(path), record
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged or no safetensors file ({_line(str(error))}): copy it again") from error
+        raise ValueError(f"{path} is damaged or no safetensors file ({one_line(str(error))}): copy it again") from error
 
 
 def _open_torch(path: Path) -> object:
@@ -155,11 +149,7 @@ def _open_torch(path: Path) -> object:
 def _damaged(path: Path, error: Exception) -> str:
     if not zipfile.is_zipfile(path):
         return f"{path} is damaged or not a file that torch wrote: copy it again"
-    return f"{path} is damaged or holds no weights ({_line(str(error) or type(error).__name__)}): copy it again"
-
-
-def _line(text: str) -> str:
-    return printable(" ".join(text.split())[:200])
+    return f"{path} is damaged or holds no weights ({one_line(str(error) or type(error).__name__)}): copy it again"
 
 
 def _chosen(path: Path, content: object, key: str | None) -> Mapping[Any, Any]:
