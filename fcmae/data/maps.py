@@ -195,8 +195,8 @@ def find_classes(
     if len(names) < 2:
         raise ValueError(
             f"data.maps: there is one class, {names[0]!r}, as the maps hold {few(map(str, held), 8)} and "
-            f"data.ignore_value is {ignored}: set data.ignore_value to none, and of black and white maps data.class_values "
-            "to 0 255 too"
+            f"data.ignore_value is {ignored}: set data.ignore_value to none, and of black and white maps "
+            "data.class_values to 0 255 too"
         )
     if len(names) > MAX_CLASSES:
         raise ValueError(f"data.class_names: there are {len(names)} classes: give {MAX_CLASSES} at most")
