@@ -167,7 +167,10 @@ def main(argv: list[str] | None = None) -> None:
     out: Path = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     facts = timing.machine()
-    found = json.loads(args.json.read_text())["runs"] if args.json and args.json.exists() else {}
+    before = json.loads(args.json.read_text()) if args.json and args.json.exists() else {"runs": {}}
+    found, was = before["runs"], before.get("machine", facts)
+    if any(was.get(key) != value for key, value in facts.items() if key != "load"):
+        sys.exit(f"--json {args.json} is of another machine: give another file")
     for name in args.kinds:
         kind = KINDS[name]
         write_images(out / name, kind, max(8, round(args.share * kind.number)))

@@ -121,13 +121,20 @@ class Session:
                 self.record(part.name, command=self.content["command"], skipped=skipped)
             return True
         # The command and settings of the whole are those of the last call, and parts may be of another.
+        earlier = self.content["parts"].get(part.name, {})
         self.content["parts"][part.name] = {"command": self.content["command"]}
         start = time.monotonic()
         try:
             part.run()
         except (Exception, SystemExit) as error:  # whatever it is, the other parts are worth having
             traceback.print_exc()
-            self.record(part.name, failed=f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
+            failed = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+            if earlier and not {"failed", "skipped"} & earlier.keys():  # a good result is not lost to another try
+                self.content["parts"][part.name] = earlier
+                self.record(part.name, failed_again=failed)
+                free()
+                return False
+            self.record(part.name, failed=failed)
         self.record(part.name, seconds=round(time.monotonic() - start, 1))
         free()
         found = self.content["parts"][part.name]

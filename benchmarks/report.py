@@ -333,10 +333,12 @@ def main(argv: list[str] | None = None) -> None:
             figure="![Milliseconds an image: medians, with quartiles](benchmarks.svg)\n\n" if bars else "",
         )
     ]
+    several = len(set(map(machine, results.values()))) > 1
     for name, result in results.items():
         parts += [f"## {TITLES[name]}\n", f"```bash\n{result['command']}\n```\n"]
         repeats = "Once" if "runs" in result else f"{num_repeats(result)} repeats"
-        parts += [f"{repeats}; load when it started: {result['machine']['load']}.\n", *body(result)]
+        on = f" On {machine(result)}." if several else ""
+        parts += [f"{repeats}; load when it started: {result['machine']['load']}.{on}\n", *body(result)]
     if scaling:
         parts.append("![Time against images, resolution and visible share, with the fitted lines](scaling.svg)\n")
     write_text(docs / "benchmarks.md", "\n".join(parts))

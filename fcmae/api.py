@@ -237,7 +237,7 @@ class Features(nn.Module):
         """Features of the last stage, before any norm.
 
         Args:
-            images: (B, C, H, W), uint8, or float with a full range of 1.
+            images: (B, C, H, W), uint8, or float as `read` has it.
             mask: (B, gh, gw) bool, True = hidden, one element per patch; every image has the same number K of visible
                 patches. None shows the encoder the whole images.
 
@@ -262,7 +262,8 @@ class Features(nn.Module):
             file: a local path, or what the file holds.
 
         Returns:
-            (C, H, W), uint8, or float32 in units of a full range of 1; a batch of such is what `forward` takes.
+            (C, H, W), uint8, or float32: unsigned values divided by their full range, others in the units that the
+            file stores, DICOM's in its own; a batch of such is what `forward` takes.
 
         Raises:
             BadImage: if it cannot be decoded, or has other channels; a ValueError.
@@ -292,7 +293,7 @@ class Features(nn.Module):
         if len(shape) != 4 or shape[1] != in_chans or min(shape[2:]) < least:
             raise ValueError(f"images: received the shape {shape}; give (B, {in_chans}, H, W), H and W >= {least}")
         if images.dtype != torch.uint8 and not images.is_floating_point():
-            raise ValueError(f"images: received {images.dtype}; give uint8, or float in units of a full range of 1")
+            raise ValueError(f"images: received {images.dtype}; give uint8, or float as `read` has it")
         normalized, dtype = self.normalize(images), next(self.encoder.parameters()).dtype
         if dtype in (torch.float16, torch.bfloat16):
             raise ValueError(f"the weights are {dtype}: keep them in float32 and compute in 16 bits by torch.autocast")

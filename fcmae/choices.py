@@ -271,9 +271,10 @@ def pretraining_batch(choices: Choices, images: Survey, device: str) -> None:
 
 
 def _divisible(choices: Choices, batch: int) -> int:
-    """A batch at most as large that has whole images of several masks, and the parts that were given."""
-    parts = choices.settings.get("grad_accum")
-    unit = int(choices.settings.get("data.masks_per_image", 1)) * (parts if isinstance(parts, int) else 1)
+    """A batch about as large that has whole images of several masks, pairs to mix, and the parts that were given."""
+    given = choices.settings
+    parts, pairs = given.get("grad_accum"), given.get("regularization.mixup") or given.get("regularization.cutmix")
+    unit = int(given.get("data.masks_per_image", 1)) * (parts if isinstance(parts, int) else 1) * (2 if pairs else 1)
     return max(1, batch // unit) * unit
 
 

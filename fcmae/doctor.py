@@ -390,8 +390,8 @@ def _imagecodecs() -> Iterator[Finding]:
 def _disk(out: Path) -> Iterator[Finding]:
     path = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     free = shutil.disk_usage(path).free
-    # A run keeps two by default, and writes the third before it deletes one.
-    atto, base = (3 * 3 * 4 * count for count in NUM_PARAMETERS.values())
+    # A run keeps two by default and the last good one, and writes the fourth before it deletes one.
+    atto, base = (4 * 3 * 4 * count for count in NUM_PARAMETERS.values())
     found = f"{_gb(free)} free at {path}; a run's checkpoints take {_gb(atto)} for atto, {_gb(base)} for base"
     is_writable, mend = path.is_dir() and os.access(path, os.W_OK), "free some, or choose another place: --out DIR"
     if not is_writable or free < atto:

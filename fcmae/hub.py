@@ -202,7 +202,7 @@ def _how_to_load(weights: Weights, name: str, place: str) -> Iterator[str]:
     if timm_holds(weights.architecture.spec):
         auto = "AutoModelForImageClassification" if weights.architecture.num_classes else "AutoModel"
         yield f"```python\nimport timm\n\nmodel = timm.create_model({name!r}, pretrained=True)\n```"
-        # The processor, which divides by 255, is named only where images surely had 8 bits.
+        # The processor, which divides by 255, is named only where images had 8 bits, as far as is known.
         processor = f"processor = transformers.AutoImageProcessor.from_pretrained({place!r})\n" * learnt_bytes(weights)
         yield (
             f"```python\nimport transformers\n\nmodel = transformers.{auto}.from_pretrained({place!r})\n{processor}```"

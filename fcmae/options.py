@@ -30,6 +30,7 @@ from pydantic_core import ErrorDetails
 from fcmae.atomic import read_bytes
 from fcmae.config import FREE_ON_RESUME, RunConfig
 from fcmae.config.base import Section, Settings, Spelling
+from fcmae.networks.spec import NetworkSpec
 
 Config = TypeVar("Config", bound=Settings)
 Model = TypeVar("Model", bound=BaseModel)
@@ -155,7 +156,7 @@ def _made(
     known = {key for key, _ in _pairs(settings, _fields(model))} if chooses else None
     if complete is not None and known is not None and sketch is not None and not (problems or invalid):
         keys = known - (TO_CHOOSE if flat(sketch).get("grad_accum") == "auto" else set())
-        keys |= {"model.stem_stride"} if getattr(getattr(sketch, "model", None), "tells_stride", False) else set()
+        keys |= {"model.stem_stride"} if _tells_stride(settings) else set()
         _put(settings, complete(sketch, {key: value for key, value in flat(sketch).items() if key in keys}))
         known = None
     config, wrong_together = _validate(model, settings, wrong, {"num_processes": num_processes}, known)
@@ -171,6 +172,12 @@ def is_recipe(settings: Mapping[str, Any]) -> bool:
         settings: by key, nested or dotted.
     """
     return not settings.keys().isdisjoint({"epochs", "batch_size"})
+
+
+def _tells_stride(settings: Mapping[str, Any]) -> bool:
+    """Whether the numbers of a network are given with its stem's stride, which is a setting of its own."""
+    variant = settings.get("model", {}).get("variant")
+    return "stem_stride" in (variant.model_fields_set if isinstance(variant, NetworkSpec) else str(variant))
 
 
 def _trains(sketch: Settings) -> bool:

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 from fcmae import bench, choices, options
 from fcmae.config import (
-    FREE_ON_RESUME,
     BenchConfig,
     DenseConfig,
     FinetuneConfig,
@@ -233,16 +232,20 @@ def _run_directory(sketch: RunConfig, given: Mapping[str, Any], images: str) -> 
 
 
 def _goes_on(sketch: RunConfig, given: Mapping[str, Any], place: Path) -> bool:
-    """Whether the run there was started by this command and is not finished."""
+    """Whether the run there was started by this command, with no more settings than these, and is not finished."""
     from fcmae.training.records import last_state
 
     saved = _saved(sketch, place, begun=False)
-    if saved is None:
+    if saved is None or last_state(place) == "finished":
         return False
-    wanted = options.flat(sketch)
-    compared = (given.keys() & wanted.keys()) - (FREE_ON_RESUME - WHICH_RUN)
-    same = all(saved.get(key) == wanted[key] for key in compared)
-    return same and last_state(place) != "finished"
+    told = {key: value for key, value in options.flat(sketch).items() if key in given}
+    chosen = {key: saved[key] for key in saved["chosen"] if key in saved and key not in told}
+    try:
+        again = options.make(type(sketch), chosen | told | {"out": place})
+    except ValueError:  # what was chosen there does not go with what is given here
+        return False
+    differs = any(saved[key] != options.flat(again)[key] for key in WHICH_RUN & saved.keys())
+    return not (differs or options.diff(options.make(type(sketch), saved), again))
 
 
 def _saved(sketch: RunConfig, place: Path, begun: bool = True) -> dict[str, Any] | None:

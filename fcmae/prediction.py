@@ -137,7 +137,7 @@ def predict_maps(cfg: PredictConfig) -> int:
         raise ValueError(f"{cfg.model} is a run, and key and prefix name what is inside a file: leave them out")
     if os.path.lexists(cfg.out):
         raise ValueError(f"out = {cfg.out} exists: give a new path, or remove it")
-    check_outside(cfg.out, "images", cfg.images)
+    check_outside(cfg.out, {"images": cfg.images})
     model, weights, record = read_segmenter(cfg.model)
     reading = weights.reading(str(cfg.model), cfg.image_size).told(cfg.max_pixels, cfg.nodata)
     unit = model.encoder.total_stride

@@ -403,7 +403,7 @@ class Evaluation:
         for prefix, network in (("", net), ("ema_", None if ema is None else ema.module)):
             if network is not None:
                 chosen: Segmenter = network
-                scores = self.score(chosen)
+                scores, num_read = self.score(chosen)
                 if not scores.confusion.any():
                     num = len(self.data.val_images)
                     raise ValueError(f"no pixel of the {num} held-out label maps has a class: hold out others")
@@ -413,7 +413,7 @@ class Evaluation:
             raise FloatingPointError(f"step {step}: the validation loss is not finite: {values}")
         self.log.metrics.write(step, epoch, **values)
         text = ", ".join(f"{name} {value:.4f}" for name, value in values.items() if "/" not in name)
-        logger.info("step %d: %s on %d images", step, text, len(self.data.val_images))
+        logger.info("step %d: %s on %d images", step, text, num_read)
         if not self.accelerator.is_main_process:
             return
         self.draw(chosen, step)
@@ -428,8 +428,8 @@ class Evaluation:
                 save_segmenter(folder, chosen, weights, self.cfg.model.head, self.data.classes)
             write_confusion(folder / "confusion.csv", scores.confusion, names)
 
-    def score(self, network: Segmenter) -> Scores:
-        """The scores of all processes together.
+    def score(self, network: Segmenter) -> tuple[Scores, int]:
+        """The scores of all processes together, and the number of images that they could read.
 
         Raises:
             ValueError: if none of the images can be read.
@@ -451,7 +451,8 @@ class Evaluation:
         if num_processes > 1:
             parts = gather_object(parts)
         self.log.note_bad_files([each for _, others, _ in parts for each in others])
-        if not sum(num for _, _, num in parts):
+        num_read = sum(num for _, _, num in parts)
+        if not num_read:
             raise ValueError(
                 f"none of the {len(self.data.val_images)} held-out images can be read: see bad_files.txt in "
                 f"{self.log.folder}"
@@ -459,7 +460,7 @@ class Evaluation:
         total = Scores(len(classes))
         for part, _, _ in parts:
             total.merge(part)
-        return total
+        return total, num_read
 
     def _predictor(self, network: Segmenter) -> Predict:
         return predictor(network, self.reading.normalize.to(self.accelerator.device), self.accelerator)

@@ -149,7 +149,7 @@ def worth(cfg: WorthConfig) -> int:
             happens has no score, and the others continue.
     """
     place = cfg.out or Path("runs") / f"{Path(cfg.data).absolute().stem or 'images'}-worth"
-    check_outside(place, "images", [cfg.data, *cfg.unlabelled, *([] if cfg.test is None else [cfg.test])])
+    check_outside(place, {"data": cfg.data, "unlabelled": cfg.unlabelled, "test": cfg.test})
     train, test = find_data(cfg.data, cfg.test, cfg.test_share, cfg.seed)
     plan = _saved_plan(place, cfg, train, test)
     if plan is None:
@@ -599,6 +599,7 @@ def _write(
             "num_runs": len(jobs),
             "num_done": num_done,
             "command": shlex.join(["fcmae", "worth", cfg.data, *cfg.unlabelled, *options.flags(given)]),
+            "directory": str(Path.cwd()),
         }
     )
     rows = [row._asdict() for row in paired.compare(found)]

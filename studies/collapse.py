@@ -24,6 +24,7 @@ from study import (
     Job,
     add_arguments,
     chosen,
+    end,
     facts,
     is_done,
     of_probe,
@@ -170,7 +171,7 @@ def main(argv: list[str] | None = None) -> None:
     every = list(jobs(out, args.epochs, args.seeds))
     wanted = chosen(args, every, "collapse.json")
     write_images("tiny20", out, str(args.shards))
-    schedule(wanted, out, args.at_once, None if args.at_once == 1 else 1)
+    failed = schedule(wanted, out, args.at_once, None if args.at_once == 1 else 1)
     runs = [
         {
             "run": job.name.rpartition("-")[0],
@@ -188,6 +189,7 @@ def main(argv: list[str] | None = None) -> None:
         write_found(folder / "collapse.json", {**facts(out, every), "runs": runs, "random": random})
     if args.docs:
         write_text(args.docs / "results" / "collapse.md", text(runs, random, VIEWS * args.epochs))
+    end(failed)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from study import (
     Job,
     add_arguments,
     chosen,
+    end,
     facts,
     last_scores,
     paired,
@@ -186,15 +187,16 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     out = args.out.absolute()
     every = list(jobs(out, args.epochs, args.seeds, args.full_epochs, args.side, args.at_once))
-    wanted = chosen(args, every, "container.json")
+    wanted = chosen(args, every, "container.json", tells_machines=True)
     prepare_tiny20(args.shards, out, dict.fromkeys((10, 100), args.seeds))
-    schedule(wanted, out, args.at_once, None if args.at_once == 1 else 1)
+    failed = schedule(wanted, out, args.at_once, None if args.at_once == 1 else 1)
     found = collect(out, every, args.epochs, args.full_epochs, args.side)
     print("\n" + result(found))
     for folder in filter(None, (out, args.docs)):
         write_found(folder / "container.json", found)
     if args.docs:
         write_section(args.docs, "container", HEADING, section)
+    end(failed)
 
 
 if __name__ == "__main__":

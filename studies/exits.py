@@ -114,8 +114,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     wanted = chosen(args, every)
     write_images("landsea", out)
     alone = [job for job in wanted if job.name.startswith("timed")]
-    schedule([job for job in wanted if job not in alone], out, args.at_once, None if args.at_once == 1 else 1)
-    schedule(alone, out, 1, None)
+    failed = schedule([job for job in wanted if job not in alone], out, args.at_once, None if args.at_once == 1 else 1)
+    failed += schedule(alone, out, 1, None)
     found = collect(out, every, args.epochs)
     write_text(out / "exits.json", json.dumps(found, indent=1) + "\n")
     print("\n" + table(COLUMNS, rows(found), left=2))

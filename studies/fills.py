@@ -32,7 +32,7 @@ threads.prepare()  # as the commands do, before torch is loaded
 
 import torch
 import torch.nn.functional as F
-from study import FCMAE, STUDIES, Job, add_arguments, chosen, facts, last_scores, paired, schedule, write_images
+from study import FCMAE, STUDIES, Job, add_arguments, chosen, end, facts, last_scores, paired, schedule, write_images
 from torch import Tensor, nn
 
 from fcmae import segmenting, starting
@@ -138,7 +138,7 @@ def segment(fill: str, flags: Sequence[str]) -> int:
     assert isinstance(plain, Anytime)
     net = Filled(plain.encoder, plain.head, fill)
     run = segmenting.segment(cfg, net)
-    if run.finished:
+    if run.finished and net.computed:  # none of a run that had finished before
         shares = [sum(stage) / len(stage) for stage in zip(*net.computed, strict=True)]
         write_text(run.path / "computed.json", json.dumps(shares) + "\n")
     return run.status
@@ -170,14 +170,14 @@ def segmented(out: Path, name: str, seed: int, tau: float, epochs: float) -> tup
     )
 
 
-def collect(out: Path, wanted: Sequence[Job], epochs: float) -> dict[str, Any]:
+def collect(out: Path, every: Sequence[Job], epochs: float) -> dict[str, Any]:
     """What the finished runs have found."""
     scores = []
-    for name, values in last_scores(out, wanted, "miou").items():
+    for name, values in last_scores(out, every, "miou").items():
         fill, _, seed = name.partition("-")
         computed = json.loads((out / "runs" / name / "computed.json").read_text())
         scores.append({"arm": fill, "labels": "100%", "seed": int(seed), "computed": computed, "scores": values})
-    return {**facts(out, wanted), "epochs": epochs, "scores": scores}
+    return {**facts(out, every), "epochs": epochs, "scores": scores}
 
 
 def rows(found: dict[str, Any]) -> list[list[str]]:
@@ -200,12 +200,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_arguments(parser, "runs/fills", at_once=1)
     args = parser.parse_args(argv)
     out = args.out.absolute()
-    wanted = chosen(args, jobs(out, args.epochs, args.seeds))
+    every = list(jobs(out, args.epochs, args.seeds))
+    wanted = chosen(args, every)
     write_images("landsea", out)
-    schedule(wanted, out, args.at_once, None if args.at_once == 1 else 1)
-    found = collect(out, wanted, args.epochs)
+    failed = schedule(wanted, out, args.at_once, None if args.at_once == 1 else 1)
+    found = collect(out, every, args.epochs)
     write_text(out / "fills.json", json.dumps(found, indent=1) + "\n")
     print("\n" + table(COLUMNS, rows(found), left=2))
+    end(failed)
     return 0
 
 

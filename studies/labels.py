@@ -31,6 +31,7 @@ from study import (
     Job,
     add_arguments,
     chosen,
+    end,
     facts,
     in_words,
     last_scores,
@@ -288,12 +289,13 @@ def main(argv: list[str] | None = None) -> None:
     every = list(jobs(out, args.size, args.at_once))
     wanted = chosen(args, every, "labels.json")
     prepare_tiny20(args.shards, out, FEW | ALL, trials=TRIALS)
-    schedule(wanted, out, args.at_once, None if args.at_once == 1 else 1)
+    failed = schedule(wanted, out, args.at_once, None if args.at_once == 1 else 1)
     found = {**facts(out, every), "size": args.size, "at_once": args.at_once, **collect(out, every)}
     write_text(out / "labels.json", json.dumps(found, indent=1) + "\n")
     print("\n" + result(found))
     if args.docs:
         write_found(args.docs / "labels.json", found)
+    end(failed)
 
 
 if __name__ == "__main__":

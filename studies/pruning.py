@@ -48,6 +48,7 @@ from study import (
     Job,
     add_arguments,
     chosen,
+    end,
     facts,
     in_words,
     is_done,
@@ -348,13 +349,14 @@ def main(argv: list[str] | None = None) -> None:
         if not is_done(job, out):
             (out / weights(job.name)).unlink(missing_ok=True)
     prepare_tiny20(args.shards, out, {budget.percent: budget.seeds})
-    schedule(wanted, out, args.at_once, None if args.at_once == 1 else 1)
+    failed = schedule(wanted, out, args.at_once, None if args.at_once == 1 else 1)
     found = collect(out, every, budget, shapes)
     print("\n" + table(COLUMNS, rows(found), left=2))
     for folder in filter(None, (out, args.docs)):
         write_found(folder / "pruning.json", found)
     if args.docs:
         write_section(args.docs, "pruning", HEADING, section)
+    end(failed)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from study import (
     Job,
     add_arguments,
     chosen,
+    end,
     facts,
     in_words,
     is_done,
@@ -192,7 +193,7 @@ def main(argv: list[str] | None = None) -> None:
         if job.name.endswith("-average") and not is_done(job, out):
             (out / "runs" / f"{job.name}.safetensors").unlink(missing_ok=True)
     prepare_tiny20(args.shards, out, {PERCENT: 0}, DRAWS)
-    schedule(wanted, out, args.at_once, None if args.at_once == 1 else 1)
+    failed = schedule(wanted, out, args.at_once, None if args.at_once == 1 else 1)
     found = {
         **facts(out, every),
         "epochs": args.epochs,
@@ -204,6 +205,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.docs:
         write_found(args.docs / "recipe.json", found)
         write_text(args.docs / "results" / "recipe.md", text(found))
+    end(failed)
 
 
 if __name__ == "__main__":

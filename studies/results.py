@@ -300,10 +300,9 @@ def page(found: Mapping[str, Json], folder: Path) -> str:
     parts += [path.read_text() for name in ("recipe", "collapse") if (path := folder / f"{name}.md").exists()]
     for scale, results in found.items():
         hours = sum(job["seconds"] for job in results["jobs"].values()) / 3600
-        at_once = "two commands at a time, one core each" if scale == "cpu" else "one command at a time"
         on = in_words(results["machine"])
         parts.append(f"## Scale: {scale}\n")
-        parts.append(f"{on}; {hours:.1f} hours of commands, {at_once}.\n")
+        parts.append(f"{on}; {hours:.1f} hours of commands.\n")
         reading = folder / f"{scale}.md"
         if reading.exists():
             parts.append(reading.read_text())
@@ -328,7 +327,7 @@ def others(docs: Path) -> str:
     parts = []
     for name, title in (("roadmap", "From ResNet to ConvNeXt"), ("container", "CONTAINER"), ("pruning", "Pruning")):
         if (docs / f"{name}.json").exists():
-            _, _, section = (docs / f"{name}.md").read_text().rpartition("\n## ")
+            _, _, section = f"\n{(docs / f'{name}.md').read_text()}".rpartition("\n## ")
             heading, _, text = section.partition("\n")
             parts.append(f"### [{title}]({name}.md): {heading}\n{text}")
     return "\n".join(["\n## Other networks\n", *parts]) if parts else ""

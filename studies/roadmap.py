@@ -36,6 +36,7 @@ from study import (
     Job,
     add_arguments,
     chosen,
+    end,
     facts,
     in_words,
     last_scores,
@@ -255,16 +256,18 @@ def main(argv: list[str] | None = None) -> None:
     every = list(jobs(out, args.percent, args.epochs, args.seeds, args.rate, args.side, args.at_once))
     wanted = chosen(args, every, "roadmap.json")
     prepare_tiny20(args.shards, out, {args.percent: args.seeds})
-    if not (out / "time.json").exists():
-        times = {"machine": this_machine(), "ms_per_image": measure(args.repeats, args.side)}
-        write_text(out / "time.json", json.dumps(times))
-    schedule(wanted, out, args.at_once, None if args.at_once == 1 else 1)
+    place, of = out / "time.json", {"side": args.side, "repeats": args.repeats}
+    if not place.exists() or of.items() - json.loads(place.read_text()).items():
+        times = {"machine": this_machine(), "ms_per_image": measure(args.repeats, args.side), **of}
+        write_text(place, json.dumps(times))
+    failed = schedule(wanted, out, args.at_once, None if args.at_once == 1 else 1)
     found = collect(out, every, args.percent, args.epochs, args.rate, args.side)
     print("\n" + table(COLUMNS, rows(found), left=2))
     for folder in filter(None, (out, args.docs)):
         write_found(folder / "roadmap.json", found)
     if args.docs:
         write_page(args.docs)
+    end(failed)
 
 
 if __name__ == "__main__":

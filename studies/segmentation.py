@@ -36,6 +36,7 @@ from study import (
     Job,
     add_arguments,
     chosen,
+    end,
     facts,
     in_words,
     last_scores,
@@ -332,7 +333,7 @@ def main(argv: list[str] | None = None) -> None:
     name = SETS[args.set].page
     wanted = chosen(args, every, f"{name}.json")
     write_images(args.set, out, seeds=args.seeds)
-    schedule(wanted, out, args.at_once, None if args.at_once == 1 else 1)
+    failed = schedule(wanted, out, args.at_once, None if args.at_once == 1 else 1)
     found = collect(out, args.set, every, args.epochs)
     write_text(out / "segmentation.json", json.dumps(found, indent=1) + "\n")
     print("\n" + summary(found))
@@ -342,6 +343,7 @@ def main(argv: list[str] | None = None) -> None:
         text = page(args.set, found, words.read_text() if words.exists() else "")
         write_text(args.docs / f"{name}.md", text)
         results.main(["--docs", str(args.docs)])
+    end(failed)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from study import (
     Job,
     add_arguments,
     chosen,
+    end,
     facts,
     half_width,
     in_words,
@@ -45,7 +46,6 @@ from study import (
     probe,
     save,
     schedule,
-    this_machine,
     write_found,
 )
 
@@ -453,18 +453,21 @@ def main(argv: list[str] | None = None) -> None:
     add_arguments(parser, "runs/small_images", at_once=12, has_page=True)
     args = parser.parse_args(argv)
     out = args.out.absolute()
-    docs_json = f"small_images_{'cpu' if this_machine()['gpu'] == 'none' else 'gpu'}.json"
+    every = list(jobs(out, list(ARMS), args.at_once))
+    docs_json = f"small_images_{'cpu' if facts(out, every)['machine']['gpu'] == 'none' else 'gpu'}.json"
     wanted = chosen(args, jobs(out, args.arms, args.at_once), docs_json)
     prepare_tiny20(args.shards, out, MANY, TRIALS)
     pretrainings = [job for job in wanted if job.name.endswith("-p")]
+    failed = list[str]()
     for some in (pretrainings, [job for job in wanted if job not in pretrainings]):
-        schedule(some, out, args.at_once, None if args.at_once == 1 else 1)
-    found = collect(out, list(jobs(out, list(ARMS), args.at_once)))
+        failed += schedule(some, out, args.at_once, None if args.at_once == 1 else 1)
+    found = collect(out, every)
     write_text(out / "small_images.json", json.dumps(found, indent=1) + "\n")
     print("\n" + result(found))
     if args.docs:
         write_found(args.docs / docs_json, found)
         write_page(args.docs)
+    end(failed)
 
 
 def write_page(docs: Path) -> None:

@@ -6,9 +6,11 @@ import argparse
 import glob
 import hashlib
 import json
+import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,7 +38,8 @@ CONTROLS = {
     "histogram": ("histogram:8", "colour histogram"),
 }
 K = 20  # neighbours
-STOPPED = tuple(end for number in (signal.SIGTERM, signal.SIGINT) for end in (128 + number, -number))  # statuses
+MACHINE = re.compile("gpu (.+), cores (.+), cpu (.+), torch (.+)")  # see `in_words`
+TOLD_TO_STOP = (signal.SIGTERM, signal.SIGHUP)
 PATTERN = re.compile(r"[\w./*?=-]+")  # of paths, which a shell expands
 
 
@@ -74,14 +77,17 @@ def add_arguments(
     parser.add_argument("--list", action="store_true", help="print the commands and stop")
 
 
-def chosen(args: argparse.Namespace, every: Iterable[Job], page: str = "") -> list[Job]:
+def chosen(
+    args: argparse.Namespace, every: Iterable[Job], page: str = "", *, tells_machines: bool = False
+) -> list[Job]:
     """The jobs that --only names. With --list their commands are printed, and the program ends.
 
-    page: the JSON below --docs that will have what they find.
+    page: the JSON below --docs that will have what they find. tells_machines: its tables are told by machine.
 
     Raises:
         SystemExit: if a job was done with other words, or another --config of the same name, named here or not: a
-            table would have both; or if the page has other runs, which `write_found` would refuse after all hours.
+            table would have both; if one was done on another machine than those that are to be run; or if the page has
+            other runs, which `write_found` would refuse after all hours.
     """
     every, out = list(every), args.out.absolute()
     wanted = [job for job in every if job.name.startswith(tuple(args.only))]
@@ -95,6 +101,11 @@ def chosen(args: argparse.Namespace, every: Iterable[Job], page: str = "") -> li
                 )
             if record.get("config", digest := config_digest(job)) != digest:  # older records have none
                 sys.exit(f"{out}: {job.name} was done by another version of its --config: give another --out")
+    done = [job for job in every if is_done(job, out)]
+    others = [job for job in done if record_of(job, out)["machine"] != in_words(this_machine())]
+    if others and len(others) < len(done) + sum(not is_done(job, out) for job in wanted) and not tells_machines:
+        where = record_of(others[0], out)["machine"]
+        sys.exit(f"{out}: {others[0].name} was done on another machine ({where}): go on there, or give another --out")
     if page and args.docs:
         names = {job.name for job in wanted}
         refuse_others(
@@ -151,16 +162,17 @@ def write_images(name: str, out: Path, *source: str, seeds: int = 3) -> None:
     subprocess.run([sys.executable, *words], check=True)
 
 
-def schedule(wanted: Iterable[Job], out: Path, at_once: int, threads: int | None) -> None:
-    """Run the jobs in their order, each as soon as what it needs is done.
+def schedule(wanted: Iterable[Job], out: Path, at_once: int, threads: int | None) -> list[str]:
+    """Run the jobs in their order, each as soon as what it needs is done; the names of those that were not done.
 
-    Stopped by SIGTERM or an interrupt, it stops what runs, which saves what it has, and waits for it.
+    Stopped by SIGTERM, SIGHUP or an interrupt, it stops what runs, which saves what it has, and waits for it.
     """
     (out / "jobs").mkdir(parents=True, exist_ok=True)
     done = {path.stem for path in (out / "jobs").glob("*.json") if not path.name.startswith(".")}
     waiting, running = [job for job in wanted if job.name not in done], dict[Future[bool], Job]()
     total, begun, processes = len(waiting), time.time(), list[subprocess.Popen[bytes]]()
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    failed = list[str]()
+    before = {number: signal.signal(number, lambda number, frame: sys.exit(128 + number)) for number in TOLD_TO_STOP}
     try:
         with ThreadPoolExecutor(at_once) as pool:
             try:
@@ -171,25 +183,41 @@ def schedule(wanted: Iterable[Job], out: Path, at_once: int, threads: int | None
                         processes.append(start(job, out, threads))
                         running[pool.submit(finish, processes[-1], job, out, threads)] = job
                     if not running:
-                        left = ", ".join(job.name for job in waiting)
-                        print(f"not run, as what they need failed: {left}", file=sys.stderr)
-                        return
+                        left = [job.name for job in waiting]
+                        print(f"not run, as what they need failed: {', '.join(left)}", file=sys.stderr)
+                        return failed + left
                     finished, _ = wait(running, return_when=FIRST_COMPLETED)
                     for future in finished:
                         job = running.pop(future)
                         if future.result():
                             done.add(job.name)
+                        else:
+                            failed.append(job.name)
                         minutes, number = (time.time() - begun) / 60, total - len(waiting) - len(running)
                         print(f"{minutes:6.1f} min, {number} of {total}: {job.name}", flush=True)
             finally:
                 for process in processes:
                     process.terminate()
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return failed
+
+
+def end(failed: Sequence[str]) -> None:
+    """End the program, after what is there was written, with the names of the jobs that were not done.
+
+    Raises:
+        SystemExit: if there are any.
+    """
+    if failed:
+        sys.exit(f"not done: {', '.join(failed)}; their logs say why, and the same command tries them again")
 
 
 def start(job: Job, out: Path, threads: int | None) -> subprocess.Popen[bytes]:
     """Start one job, whose output goes to OUT/jobs."""
+    for left in (out / "runs" / job.name).glob(".features-*"):  # of `fcmae evaluate`, when it was killed
+        shutil.rmtree(left)
     environment = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
     with (out / "jobs" / f"{job.name}.log").open("ab") as file:
         return subprocess.Popen(expanded(job.words), stdout=file, stderr=file, env=environment)
@@ -202,16 +230,21 @@ def finish(process: subprocess.Popen[bytes], job: Job, out: Path, threads: int |
     """
     before = out / "jobs" / f"{job.name}.seconds"
     started = time.time() - (float(before.read_text()) if before.exists() else 0)
-    try:
-        status = process.wait(None if job.minutes is None else 60 * job.minutes)
-    except subprocess.TimeoutExpired:
-        process.terminate()
-        status = process.wait()
-        status = 0 if status == 128 + signal.SIGTERM else status  # fcmae's own, when it was told to stop
+    ends = math.inf if job.minutes is None else started + 60 * job.minutes
+    while True:
+        try:
+            status = process.wait(max(0.0, min(60.0, ends - time.time())))
+            break
+        except subprocess.TimeoutExpired:
+            write_text(before, f"{time.time() - started:.1f}")  # this process may be killed
+            if time.time() >= ends:
+                process.terminate()
+                status = process.wait()
+                status = 0 if status == 128 + signal.SIGTERM else status  # fcmae's own, when it was told to stop
+                break
     if status:
         print(f"{job.name}: status {status}, see {out / 'jobs' / job.name}.log", file=sys.stderr, flush=True)
-        if status in STOPPED:
-            write_text(before, f"{time.time() - started:.1f}")
+        write_text(before, f"{time.time() - started:.1f}")
         return False
     before.unlink(missing_ok=True)
     record = {
@@ -282,10 +315,12 @@ def scores_by_seed(out: Path, every: Iterable[Job], arms: Iterable[str], seeds: 
 
 
 def facts(out: Path, every: Iterable[Job]) -> dict[str, Any]:
-    """Where it ran, and of the jobs that are done the commands and seconds."""
+    """Where they ran, and of the jobs that are done the commands and seconds."""
     done = {job.name: record_of(job, out) for job in every if is_done(job, out)}
+    found = MACHINE.fullmatch(next((record["machine"] for record in done.values()), in_words(this_machine())))
+    told = this_machine() if found is None else dict(zip(this_machine(), found.groups(), strict=True))
     return {
-        "machine": this_machine(),
+        "machine": told | {"cores": int(told["cores"])},
         "commands": {name: record["command"] for name, record in done.items()},
         "seconds": {name: record["seconds"] for name, record in done.items()},
     }

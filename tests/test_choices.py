@@ -64,6 +64,12 @@ def test_a_batch_has_whole_images_of_several_masks_each_and_the_given_parts(
     assert cfg.batch_size % unit == 0 and cfg.batch_size <= max(64, unit)
 
 
+def test_a_batch_of_given_parts_has_pairs_to_mix() -> None:
+    plan = Choices({"grad_accum": 5, "regularization.mixup": 0.8})
+    choices.finetuning_settings(plan, images(class_counts=(5000, 5000)), "cpu", None, ())
+    assert plan.settings["batch_size"] == 120
+
+
 def test_what_is_given_stays_and_the_rest_fits_it() -> None:
     given = {"data.image_size": [160, 160], "batch_size": 7, "optim.base_lr": 1.0, "epochs": 3}
     cfg = pretraining(images(), given=given)

@@ -84,6 +84,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(root / "shards/0.tar", root / "strays")
     shutil.copytree(root / "shards", root / "nested/more")
     shutil.copy(root / "shards/1.tar", root / "nested")
+    # The pictures of a run are no images to learn from.
+    shutil.copytree(root / "shards", root / "runs")
+    shutil.copytree(root / "photos/a", root / "runs/first/reconstructions")
+    (root / "runs/first/config.yaml").write_text("# fcmae pretrain 0.1.0\n")
+    (root / "runs/first/environment.json").write_text("[]")
     return root
 
 
@@ -238,7 +243,7 @@ def assert_same(found: Images, expected: Images) -> None:
 
 
 SOURCES = ["photos", "list.txt", "shards", "shards/*.tar", "shards/1.tar", "photos/*", "photos/[a]", "s*", "photos/**"]
-LABELLED = ["photos", "table.csv", "shards", "shards/*.tar", "strays", "nested"]
+LABELLED = ["photos", "table.csv", "shards", "shards/*.tar", "strays", "nested", "n*/*", "runs"]
 
 
 @bucket
@@ -254,9 +259,10 @@ def test_labelled_images_in_a_bucket_are_those_in_a_folder(folder: Path, s3: str
 
 
 @web
-@pytest.mark.parametrize("source", ["shards", "shards/0.tar"])
+@pytest.mark.parametrize("source", ["shards", "shards/0.tar", "table.csv"])
 def test_images_on_a_web_server_are_those_in_a_folder(folder: Path, server: str, source: str) -> None:
-    assert_same(find_images([f"{server}/{source}"]), find_images([str(folder / source)]))
+    if not source.endswith(".csv"):
+        assert_same(find_images([f"{server}/{source}"]), find_images([str(folder / source)]))
     assert_same(find_labelled(f"{server}/{source}"), find_labelled(str(folder / source)))
 
 
@@ -323,6 +329,15 @@ def test_of_a_large_tiff_on_a_web_server_only_what_is_asked_for_is_read(
     Handler.faults["/large/a.tif"] = ["whole"] * 3
     monkeypatch.setattr("fcmae.data.shards.MUCH", 1 << 24)
     read()
+
+
+def test_a_pattern_of_class_folders_afar_is_refused_as_it_is_here(folder: Path) -> None:
+    fsspec = pytest.importorskip("fsspec")
+    for path in (folder / "photos").rglob("*.png"):
+        fsspec.filesystem("memory").pipe_file(f"/p/{path.relative_to(folder)}", path.read_bytes())
+    for place in ("memory://p", str(folder)):
+        with pytest.raises(ValueError, match="give a folder with one sub-folder a class"):
+            find_labelled(f"{place}/photos/*")
 
 
 def test_here_and_afar_may_be_mixed(folder: Path, tmp_path: Path) -> None:

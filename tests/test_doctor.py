@@ -170,7 +170,7 @@ def test_a_disk_must_hold_the_checkpoints_of_atto(
     set_free(monkeypatch, free)
     (found,) = find("disk", tmp_path / "not" / "yet")
     assert (found.state, found.needed) == (state, needed)
-    assert f"{tmp_path}; a run's checkpoints take 0.261 GB for atto, 3.31 GB for base" in found.found
+    assert f"{tmp_path}; a run's checkpoints take 0.348 GB for atto, 4.41 GB for base" in found.found
 
 
 def test_a_place_that_cannot_be_written_to_is_broken(tmp_path: Path) -> None:

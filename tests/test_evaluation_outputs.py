@@ -12,7 +12,8 @@ from PIL import Image
 from runs import write_images
 
 from fcmae import cli
-from fcmae.evaluation.outputs import claim, shortened, tell_unread
+from fcmae.evaluation.outputs import claim, tell_unread
+from fcmae.evaluation.pictures import shortened
 
 ATTO = "random:convnextv2_atto"
 LATIN = os.fsdecode(b"caf\xe9\x1b[31m")  # no UTF-8, and a code that colours a terminal

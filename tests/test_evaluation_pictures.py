@@ -19,6 +19,7 @@ from fcmae.evaluation.pictures import (
     save_curves,
     save_heat_map,
     save_over_time,
+    save_overlays,
     save_reconstructions,
     save_tiles,
     with_bands,
@@ -93,6 +94,12 @@ def test_dark_images_are_shown_in_their_own_range() -> None:
     image = torch.linspace(0, 1, 12).reshape(1, 3, 4)
     for shown in (image, image / 16):  # 12 bits in 16
         np.testing.assert_allclose(displayable(shown, *limits(shown)), image[0], atol=1e-6)
+
+
+def test_names_of_classes_are_no_formulas(tmp_path: Path) -> None:
+    panel = (np.zeros((3, 8, 8), np.uint8), *(np.zeros((8, 8), np.int64) for _ in range(2)))
+    save_overlays(tmp_path / "a.png", [panel], ("$a_1_2$", "other"), "overlays")
+    assert (tmp_path / "a.png").stat().st_size
 
 
 def test_bands_that_are_not_shown_change_nothing_of_those_that_are() -> None:

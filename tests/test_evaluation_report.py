@@ -201,6 +201,15 @@ def test_runs_are_compared_in_curves_scores_and_settings(tmp_path: Path) -> None
     assert re.findall('<th scope="row">(.*?)</th>', different) == ["seed", "data.path"]
 
 
+def test_why_settings_were_chosen_is_no_setting_that_differs(tmp_path: Path) -> None:
+    runs = [
+        pretrain_run(tmp_path / name / "run", planned_s=seconds, chosen={"epochs": why})
+        for name, seconds, why in (("a", 1.0, "at 10 images/s"), ("b", 2.0, "at 20 images/s"))
+    ]
+    different = text(report(runs, tmp_path / "page.html")).partition("Settings that differ")[2].partition("</table>")[0]
+    assert re.findall('<th scope="row">(.*?)</th>', different) == ["data.path"]
+
+
 def test_runs_of_one_name_go_by_their_paths(tmp_path: Path) -> None:
     runs = [pretrain_run(tmp_path / "a" / "run"), pretrain_run(tmp_path / "b" / "run")]
     page = text(report(runs, tmp_path / "page.html"))
@@ -304,7 +313,7 @@ def test_the_command_gives_the_same_settings(words: list[str], tmp_path: Path) -
 
 
 def test_several_processes_are_launched() -> None:
-    line = "accelerate launch --multi_gpu --num_processes 4 pretrain.py --seed 1"
+    line = "accelerate launch --multi_gpu --num_processes 4 -m fcmae.cli pretrain --seed 1"
     assert command("pretrain", {"seed": 1}, 4) == line
 
 

@@ -138,6 +138,28 @@ def test_the_best_score_is_of_the_moving_average_where_that_is_the_model(tmp_pat
     assert "best ema_balanced_accuracy: 0.9000" in status(run)
 
 
+def test_a_run_that_broke_down_is_not_told_to_go_on(tmp_path: Path) -> None:
+    run = pretrain_run(tmp_path / "run")
+    with pytest.raises(FloatingPointError), logging_to(run / "train.log", partial(record_end, run, "failed")):
+        raise FloatingPointError("step 61: the loss is nan; start again from GOOD")
+    said = status(run)
+    assert "Is it working? ! Look closer" in said and "goes on" not in said
+    assert "It broke down, and would again: step 61: the loss is nan; start again from GOOD" in said
+    with pytest.raises(OSError), logging_to(run / "train.log", partial(record_end, run, "failed")):
+        raise OSError("the disk is full")
+    said = status(run)
+    assert "The last start failed: OSError: the disk is full" in said and "# goes on" in said
+
+
+def test_what_is_in_files_moves_no_terminal(tmp_path: Path) -> None:
+    run = ended(pretrain_run(tmp_path / "run"), "stopped")
+    starts = json.loads((run / "environment.json").read_text())
+    starts[-1]["command"] = "fcmae pretrain \x1b[2J"
+    (run / "environment.json").write_text(json.dumps(starts))
+    said = status(run)
+    assert "\x1b" not in said and r"fcmae pretrain \x1b[2J  # goes on" in said
+
+
 def test_a_run_that_was_cut_off_names_its_command(run: Path) -> None:
     said = status(ended(run, None))
     assert "ended without a word, probably for want of memory" in said
@@ -147,7 +169,11 @@ def test_a_run_that_was_cut_off_names_its_command(run: Path) -> None:
 @pytest.mark.parametrize(
     ("command", "processes", "shown"),
     [
-        ("pretrain.py --config a.yaml", 8, "accelerate launch --multi_gpu --num_processes 8 pretrain.py --config {}"),
+        (
+            "pretrain.py --config a.yaml",
+            8,
+            "accelerate launch --multi_gpu --num_processes 8 -m fcmae.cli pretrain --config {}",
+        ),
         ("ipykernel_launcher.py -f x.json", 1, "fcmae pretrain --config {}"),
     ],
 )

@@ -266,6 +266,9 @@ def test_a_run_that_was_cut_off_goes_on_with_what_was_chosen(photos: Path, measu
     assert again == first and len(measured) == 1
     other = load(PretrainConfig, [*words, "--seed", "1"], prog="x", complete=planning.pretraining)
     assert other.out == Path("runs/photos-2")
+    # Nor is it gone on with by a command with less settings: of another length, seed or start.
+    fewer = load(PretrainConfig, ["photos", *SMALL], prog="x", complete=planning.pretraining)
+    assert fewer.out == Path("runs/photos-2")
     # What may change on resume makes no other run of it.
     for more in (["--data.cache_gb", "1"], ["--checkpoint.keep", "3"]):
         assert load(PretrainConfig, [*words, *more], prog="x", complete=planning.pretraining).out == run

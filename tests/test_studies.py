@@ -339,8 +339,11 @@ def test_jobs_run_in_order_once_and_not_without_what_they_need(
         job("never", "never", needs=("broken",)),
         job("first", "first"),
     ]
-    study.schedule(wanted, tmp_path, at_once=1, threads=1)
-    assert said.read_text() == "first;last;"
+    failed = study.schedule(wanted, tmp_path, at_once=1, threads=1)
+    assert failed == ["broken", "never"] and said.read_text() == "first;last;"
+    with pytest.raises(SystemExit, match="not done: broken, never; their logs say why"):
+        study.end(failed)
+    assert (tmp_path / "jobs" / "broken.seconds").exists()
     assert "not run, as what they need failed: never" in capsys.readouterr().err
     record = json.loads((tmp_path / "jobs" / "first.json").read_text())
     assert record["command"].startswith("python -c")
@@ -351,6 +354,27 @@ def test_jobs_run_in_order_once_and_not_without_what_they_need(
             Namespace(out=tmp_path, only=["new"], list=False), [job("new", "new"), job("first", "again")]
         )  # named or not
     assert said.read_text() == f"first;last;{tmp_path / 'a.txt'};"
+
+
+def test_runs_of_several_machines_are_not_paired(tmp_path: Path) -> None:
+    (tmp_path / "jobs").mkdir()
+    done, new = study.Job("done", ("true",)), study.Job("new", ("true",))
+    assert study.finish(subprocess.Popen(["true"]), done, tmp_path, 1)
+    assert study.facts(tmp_path, [done])["machine"] == study.this_machine()
+    record = study.record_of(done, tmp_path) | {"machine": "gpu NVIDIA X, cores 16, cpu Y, torch 2.11"}
+    (tmp_path / "jobs" / "done.json").write_text(json.dumps(record))
+    args = Namespace(out=tmp_path, only=[""], list=False)
+    with pytest.raises(SystemExit, match=r"done was done on another machine \(gpu NVIDIA X, .*\): go on there"):
+        study.chosen(args, [done, new])
+    assert study.chosen(args, [done, new], tells_machines=True) and study.chosen(args, [done]) == [done]
+    assert study.facts(tmp_path, [done])["machine"] == {"gpu": "NVIDIA X", "cores": 16, "cpu": "Y", "torch": "2.11"}
+
+
+def test_what_a_killed_evaluation_left_is_removed(tmp_path: Path) -> None:
+    left = tmp_path / "runs" / "probe" / ".features-x"
+    left.mkdir(parents=True)
+    assert study.schedule([study.Job("probe", ("true",))], tmp_path, at_once=1, threads=None) == []
+    assert not left.exists()
 
 
 def test_a_job_of_another_version_of_its_configuration_is_not_taken_for_done(tmp_path: Path) -> None:
@@ -396,7 +420,8 @@ def test_a_job_is_told_to_stop_when_its_time_is_up(tmp_path: Path) -> None:
     assert study.is_done(job, tmp_path)
 
 
-def test_a_study_that_is_stopped_stops_its_jobs_and_they_are_not_done(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", study.TOLD_TO_STOP)
+def test_a_study_that_is_stopped_stops_its_jobs_and_they_are_not_done(tmp_path: Path, number: signal.Signals) -> None:
     wanted = [study.Job(name, (sys.executable, "-c", STOPS)) for name in ("one", "other", "waiting")]
 
     logs = [tmp_path / "jobs" / f"{job.name}.log" for job in wanted]
@@ -405,11 +430,11 @@ def test_a_study_that_is_stopped_stops_its_jobs_and_they_are_not_done(tmp_path: 
         until = time.monotonic() + 60
         while time.monotonic() < until and not all(log.exists() and log.stat().st_size for log in logs[:2]):
             time.sleep(0.02)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 
     thread = threading.Thread(target=stop)
     thread.start()
-    with pytest.raises(SystemExit, match="143"):
+    with pytest.raises(SystemExit, match=str(128 + number)):
         study.schedule(wanted, tmp_path, at_once=2, threads=None)
     thread.join()
     assert not any(study.is_done(job, tmp_path) for job in wanted)

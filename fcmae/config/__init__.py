@@ -16,7 +16,6 @@ from pydantic import (
     Field,
     PlainSerializer,
     PlainValidator,
-    PrivateAttr,
     ValidationInfo,
     field_validator,
     model_validator,
@@ -210,13 +209,6 @@ class EncoderConfig(Section):
     """Whether to torch.compile the model: true, false, auto (in runs of more than ten minutes, times a few steps both
     ways, also on resume) or cudagraphs (GPU kernels are recorded once and replayed)."""
 
-    _tells_stride: bool = PrivateAttr(False)
-
-    @property
-    def tells_stride(self) -> bool:
-        """Whether the numbers of `variant` had a stem stride, which is a setting of its own."""
-        return self._tells_stride
-
     @field_validator("stem_stride")
     @classmethod
     def _agrees(cls, value: int | None, info: ValidationInfo) -> int | None:
@@ -239,7 +231,6 @@ class EncoderConfig(Section):
     def _spell_once(self) -> Self:
         """Give each network one spelling: its name if it has one, and no stride, which is a setting of its own."""
         if isinstance(self.variant, NetworkSpec):
-            self._tells_stride = "stem_stride" in self.variant.model_fields_set
             # Built again, as it may have been built from the strings of a file.
             plain = read_spec(self.variant.model_dump(exclude={"stem_stride"}))
             self.variant = variant_of(plain) or plain

@@ -407,11 +407,17 @@ def _expand_remote(source: str, key: str, others: Counter[str]) -> Iterator[str]
 
 
 def _walk_remote(source: str, key: str, others: Counter[str]) -> Iterator[str]:
-    """As `_walk`, by one listing."""
-    root = canonical(source)
-    for path in _listed(source, key, "find"):
+    """As `_walk`, by one listing; a run is a folder with the files of its settings and of its machine."""
+    root, found = canonical(source), _listed(source, key, "find")
+    settings, machines = (
+        {path.rpartition("/")[0] for path in found if path.endswith(f"/{name}")}
+        for name in ("config.yaml", "environment.json")
+    )
+    runs = tuple(f"{run}/" for run in settings & machines)
+    for path in found:
         *folders, name = path[len(root) + 1 :].split("/")
-        if any(part.startswith(".") or part in SYSTEM_FOLDERS for part in (*folders, name)):
+        is_hidden = any(part.startswith(".") or part in SYSTEM_FOLDERS for part in (*folders, name))
+        if is_hidden or path.startswith(runs):
             continue
         if is_image(name) or is_shard(name):
             yield path
@@ -590,7 +596,7 @@ def find_labelled(
         label_of = _labels_of(tars, shards, source, key)
     elif path.suffix.lower() == ".csv" and (is_remote(source) or path.is_file()):
         label_of = _read_csv(source if is_remote(source) else str(path), key)
-    elif path.is_dir() or is_remote(source):
+    elif path.is_dir() or (is_remote(source) and not _is_pattern(source)):
         label_of, beside = _class_folders(source, key, others, may_be_empty=class_names is not None)
         if beside:
             more = f" and {len(beside) - 1} more images" if len(beside) > 1 else ""
@@ -623,8 +629,12 @@ def find_labelled(
 def _tars(source: str, path: Path, key: str) -> list[str] | None:
     """The tar files that a source of labelled images names: itself, those in a folder, or those that match."""
     if is_remote(source):
-        is_file = _is_file_or_pattern(source)
-        found = list(_expand_remote(source, key, Counter())) if is_file else _listed(source, key, "ls")
+        if _is_pattern(source):
+            found = _listed(source, key, "glob")
+        elif _is_file_or_pattern(source):
+            found = [] if source.endswith(".csv") else list(_expand_remote(source, key, Counter()))
+        else:
+            found = _listed(source, key, "ls")
     elif path.is_dir():
         found = [_absolute(inner) for inner in path.iterdir()]
     elif glob.has_magic(source) and not path.exists():

@@ -260,9 +260,10 @@ def listed(address: str, method: str) -> list[str]:
     """
     filesystem, _ = _filesystem(address)
     found = _asked(address, method, detail=True)
-    each = found if isinstance(found, list) else found.values()  # of ls a list
+    # Of ls a list; of find nothing may be told of a file that is asked for itself.
+    told = ((one["name"], one) for one in found) if isinstance(found, list) else found.items()
     return sorted(
-        f"{filesystem.unstrip_protocol(one['name']).rstrip('/')}{'/' * (one['type'] == 'directory')}" for one in each
+        f"{filesystem.unstrip_protocol(path).rstrip('/')}{'/' * (one.get('type') == 'directory')}" for path, one in told
     )
 
 

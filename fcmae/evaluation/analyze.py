@@ -66,7 +66,7 @@ def analyze(cfg: AnalyzeConfig) -> str:
     """
     began = time.perf_counter()
     place = default_out(cfg.models, cfg.out, "analysis")
-    check_outside(place, "images", [cfg.data] if cfg.data is not None else cfg.images or ())
+    check_outside(place, {"data": cfg.data, "images": cfg.images})
     index = find_labelled(cfg.data, key="data") if cfg.data is not None else find_images(cfg.images or (), key="images")
     index.tell_notes()
     index = index.subset(evenly(len(index), cfg.max_images))

@@ -27,8 +27,8 @@ from fcmae.data.dataset import check_values
 from fcmae.data.index import Images, find_images, find_labelled
 from fcmae.evaluation.features import check_stages, extract
 from fcmae.evaluation.models import Backbone, choose_device, load_backbones
-from fcmae.evaluation.outputs import TEMPORARY, claim, file_name, free, shortened, tell_unread
-from fcmae.evaluation.pictures import displayable, limits, save_figure, with_bands
+from fcmae.evaluation.outputs import TEMPORARY, claim, file_name, free, tell_unread
+from fcmae.evaluation.pictures import displayable, limits, save_figure, shortened, with_bands
 from fcmae.training.own_files import check_outside
 
 FILES = ("features.npy", "paths.csv", "features.parquet", "map.png")
@@ -47,7 +47,7 @@ def embed(cfg: EmbedConfig) -> str:
         ValueError: before anything is computed, for what cannot be read or is not installed.
     """
     out = cfg.out
-    check_outside(out, "images", [cfg.data] if cfg.data is not None else cfg.images or ())
+    check_outside(out, {"data": cfg.data, "images": cfg.images, "neighbours": cfg.neighbours})
     index = find_labelled(cfg.data, key="data") if cfg.data is not None else find_images(cfg.images or (), key="images")
     index.tell_notes()
     queries = find_images(cfg.neighbours, key="neighbours") if cfg.neighbours else None

@@ -35,8 +35,8 @@ from fcmae.data.source import printable
 from fcmae.data.split import draw, split
 from fcmae.evaluation.features import check_stages, extract
 from fcmae.evaluation.models import PIXELS, RANDOM, Backbone, choose_device, is_control, load_backbones
-from fcmae.evaluation.outputs import TEMPORARY, claim, default_out, file_name, free, shortened, tell_unread
-from fcmae.evaluation.pictures import save_figure
+from fcmae.evaluation.outputs import TEMPORARY, claim, default_out, file_name, free, tell_unread
+from fcmae.evaluation.pictures import save_figure, shortened
 from fcmae.evaluation.probes import TEMPERATURE, few_shot_counts, fit_linear, knn_probabilities, mean_and_interval
 from fcmae.evaluation.records import COLUMNS, score_rows
 from fcmae.tables import table
@@ -59,7 +59,7 @@ def evaluate(cfg: EvaluateConfig) -> str:
         ValueError: before anything is computed, for what cannot be read or used together.
     """
     place = default_out(cfg.models, cfg.out, "evaluation")
-    check_outside(place, "data", [path for path in (cfg.data, cfg.test) if path is not None])
+    check_outside(place, {"data": cfg.data, "test": cfg.test})
     train_index, test_index = find_data(cfg.data, cfg.test, cfg.test_share, cfg.seed)
     if "few-shot" in cfg.probes:
         for label in cfg.labels:

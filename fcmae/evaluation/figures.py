@@ -12,8 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torchvision.utils import make_grid
 
-from fcmae.evaluation.outputs import shortened
-from fcmae.evaluation.pictures import save_figure
+from fcmae.evaluation.pictures import save_figure, shortened
 
 LineOf = Mapping[str, Mapping[str, float]]  # the value of each layer, by model
 

@@ -13,8 +13,6 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import GELU
-from timm.models import ConvNeXt
 from torch import Tensor, nn
 
 from fcmae.config import FinetuneData
@@ -28,7 +26,7 @@ from fcmae.networks.build import make_encoder
 from fcmae.networks.encoder import StagedEncoder
 from fcmae.networks.spec import describe
 from fcmae.weights.convert import build_encoder
-from fcmae.weights.files import Weights, read_weights
+from fcmae.weights.files import Weights, check_timm, read_weights
 from fcmae.weights.formats import from_state
 
 logger = logging.getLogger("fcmae")
@@ -273,17 +271,10 @@ def _from_timm(
 
 def _as_ours(model: nn.Module) -> Any:
     """timm's ConvNeXt as an `Encoder`, if it is one that we know; other networks as they are."""
-    if not isinstance(model, ConvNeXt):
-        return model
     try:
+        check_timm(model, "it")
         architecture, source, state, _ = from_state(model.state_dict())
     except ValueError:  # an overlapping stem, say
-        return model
-    activations = [block.mlp.act for stage in model.stages for block in stage.blocks]
-    is_gelu = all(
-        isinstance(act, nn.GELU | GELU) and getattr(act, "approximate", "none") == "none" for act in activations
-    )
-    if not is_gelu or {module.eps for module in model.modules() if hasattr(module, "eps")} != {1e-6}:
         return model
     return build_encoder(Weights(state, architecture, format=source))
 

@@ -96,22 +96,6 @@ def file_name(text: str) -> str:
     return re.sub(r"[^\w.-]+", "-", text).strip("-.")
 
 
-def shortened(name: str, length: int = 24, *, keep_end: bool = False) -> str:
-    """A name with at most `length` letters, written so that matplotlib shows it literally.
-
-    Args:
-        name: of a class, an image or a model.
-        length: number of letters, at least one.
-        keep_end: keep the end of a longer name, where paths differ, instead of its beginning.
-    """
-    name = printable(name)
-    if len(name) > length:
-        name = f"…{name[1 - length :]}" if keep_end else f"{name[: length - 1]}…"
-    # Dollars would begin a formula, and a leading underscore hides an entry of a legend.
-    name = name.replace("$", r"\$")
-    return f" {name}" if name.startswith("_") else name
-
-
 def free(path: Path, taken: Sequence[Path]) -> Path:
     """The path, with a number after its name if that is taken.
 

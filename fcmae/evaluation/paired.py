@@ -78,6 +78,7 @@ class Comparison(TypedDict):
         num_runs: number of training runs in total.
         num_done: number of those that are done.
         command: the command that made it, or resumes it.
+        directory: where that was typed, if it is known.
     """
 
     num_train: Count
@@ -91,6 +92,7 @@ class Comparison(TypedDict):
     num_runs: Count
     num_done: Count
     command: str
+    directory: NotRequired[str]
 
 
 COMPARISON = TypeAdapter(Comparison)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fcmae.atomic import read_bytes, replacing
 from fcmae.data.normalize import Normalize
+from fcmae.data.source import printable
 from fcmae.data.split import evenly
 from fcmae.layouts.sites import refine
 from fcmae.masked import patch_statistics, patchify, unpatchify
@@ -115,7 +116,7 @@ def save_overlays(
     for axis, name in zip(axes[0], ("image", "true", "predicted"), strict=True):
         axis.set_title(name, fontsize=10)
     patches = [
-        Patch(color=colour / 255, label=name)
+        Patch(color=colour / 255, label=shortened(name))
         for colour, name in zip(colours(len(class_names)), class_names[:LISTED], strict=False)
     ]
     figure.legend(handles=patches, loc="outside lower center", ncols=min(4, len(patches)), fontsize=9)
@@ -310,3 +311,19 @@ def save_figure(figure: object, path: Path) -> None:
     """Write matplotlib's figure as PNG, whole or not at all."""
     with replacing(path) as aside:
         figure.savefig(aside, dpi=110, format="png")  # type: ignore[attr-defined]  # matplotlib is not typed here
+
+
+def shortened(name: str, length: int = 24, *, keep_end: bool = False) -> str:
+    """A name with at most `length` letters, written so that matplotlib shows it literally.
+
+    Args:
+        name: of a class, an image or a model.
+        length: number of letters, at least one.
+        keep_end: keep the end of a longer name, where paths differ, instead of its beginning.
+    """
+    name = printable(name)
+    if len(name) > length:
+        name = f"…{name[1 - length :]}" if keep_end else f"{name[: length - 1]}…"
+    # Dollars would begin a formula, and a leading underscore hides an entry of a legend.
+    name = name.replace("$", r"\$")
+    return f" {name}" if name.startswith("_") else name

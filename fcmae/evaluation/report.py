@@ -543,7 +543,10 @@ def compare(runs: Sequence[RunFiles]) -> list[Section]:
         there = [key for key in LAST_VALUES if any(key in values for values in last)]
         rows = [[run.name, *(shown(values.get(key)) for key in there)] for run, values in zip(same, last, strict=True)]
         section.tables.append(Table("Last values", ["run", *there], rows))
-        values = {key: [run.settings.get(key) for run in same] for run in same for key in run.settings if key != "out"}
+        apart = OF_A_START | {"out"}
+        values = {
+            key: [run.settings.get(key) for run in same] for run in same for key in run.settings if key not in apart
+        }
         differ = [[key, *map(_text, found)] for key, found in values.items() if len(set(map(_text, found))) > 1]
         if differ:
             section.tables.append(Table("Settings that differ", ["setting", *(run.name for run in same)], differ))

@@ -98,8 +98,8 @@ def program(kind: str, num_processes: int) -> list[str]:
     """
     if num_processes == 1:
         return ["fcmae", kind]
-    # Without --multi_gpu accelerate starts one on a CPU.
-    return ["accelerate", "launch", "--multi_gpu", "--num_processes", str(num_processes), f"{kind}.py"]
+    # Without --multi_gpu accelerate starts one on a CPU; pretrain.py is in a clone alone.
+    return ["accelerate", "launch", "--multi_gpu", "--num_processes", str(num_processes), "-m", "fcmae.cli", kind]
 
 
 def read_run(path: Path, name: str) -> RunFiles:

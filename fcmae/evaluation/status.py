@@ -17,7 +17,7 @@ from fcmae.evaluation.runs import RunFiles, curve, finite, processes_of, program
 from fcmae.evaluation.verdicts import is_collapsing, is_working
 from fcmae.tables import table
 from fcmae.training import checkpoint
-from fcmae.training.records import State, last_state
+from fcmae.training.records import NOT_FINITE, State, last_failure, last_state
 
 DEPTH = 3  # folders below the given one in which runs are looked for
 
@@ -32,9 +32,9 @@ def status(place: Path) -> str:
         ValueError: if there is no run.
     """
     if (place / paired.FILE).is_file():
-        return "\n".join(_comparison(place))
+        return _text(_comparison(place))
     if (place / "config.yaml").is_file():
-        return "\n".join(_lines(read_run(place, printable(str(place)))))
+        return _text(_lines(read_run(place, printable(str(place)))))
     runs = list(find_runs(place))
     compared = [file.parent for depth in range(DEPTH) for file in sorted(place.glob("*/" * depth + paired.FILE))]
     if not (runs or compared):
@@ -44,7 +44,12 @@ def status(place: Path) -> str:
         if (found := paired.read(path, [])) is not None:
             state = f"{found['num_done']} of {found['num_runs']} runs"
             rows.append((printable(str(path.relative_to(place))), "worth", state, "", "", ""))
-    return table(("run", "kind", "state", "epoch", "loss", "best score"), rows, left=3)
+    return _text([table(("run", "kind", "state", "epoch", "loss", "best score"), rows, left=3)])
+
+
+def _text(parts: Iterable[str]) -> str:
+    """Lines that any terminal can show, whatever is in the files."""
+    return "\n".join(printable(line) for part in parts for line in part.split("\n"))
 
 
 def find_runs(place: Path) -> Iterator[RunFiles]:
@@ -74,7 +79,7 @@ def _comparison(place: Path) -> Iterator[str]:
     yield from (f"running: {_row(run)[0]}, epoch {_row(run)[3]}" for run in running)
     yield f"\n{paired.summary(found)}\n\nnext:"
     if found["num_done"] < found["num_runs"] and not running:
-        yield f"  {found['command']}  # goes on"
+        yield f"  {_from(found.get('directory'), found['command'])}  # goes on"
     yield f"  fcmae report {shlex.quote(str(place))}"
 
 
@@ -137,6 +142,8 @@ def _lines(run: RunFiles) -> Iterator[str]:
     for verdict in (is_working([run]), *([is_collapsing([run])] if run.kind == "pretrain" else [])):
         yield f"\n{verdict.question} {verdict.answer}"
         yield from (f"  {sentence}" for sentence in verdict.sentences)
+    if state == "failed" and (why := last_failure(run.path)):
+        yield f"\nThe last start failed: {why}"
     if state == "cut off":
         yield "\nThe last start ended without a word, probably for want of memory, or as the machine went off."
     for problem in run.problems:
@@ -160,15 +167,23 @@ def _time(run: RunFiles, state: str) -> Iterator[str]:
 
 def _resuming(run: RunFiles, given: str) -> str:
     """The command as it was given, if it can be given again; otherwise one from the run's settings."""
-    folder, place = run.starts[-1].get("directory"), run.path
-    is_elsewhere = isinstance(folder, str) and Path(folder) != Path.cwd() and Path(folder).is_dir()
-    if is_elsewhere:
-        place = place.absolute()
+    folder = run.starts[-1].get("directory")
+    place = run.path.absolute() if _is_elsewhere(folder) else run.path
     if (num := processes_of(run)) == 1 and given.startswith("fcmae "):
         command = given
     else:
         command = f"{' '.join(program(run.kind, num))} --config {shlex.quote(str(place / 'config.yaml'))}"
-    return f"cd {shlex.quote(str(folder))} && {command}" if is_elsewhere else command
+    return _from(folder, command)
+
+
+def _from(folder: object, command: str) -> str:
+    """The command as it is typed here, where it was typed in a folder."""
+    return f"cd {shlex.quote(str(folder))} && {command}" if _is_elsewhere(folder) else command
+
+
+def _is_elsewhere(folder: object) -> bool:
+    """Whether it is a folder, and another than the current one."""
+    return isinstance(folder, str) and Path(folder) != Path.cwd() and Path(folder).is_dir()
 
 
 def next_commands(run: RunFiles, state: str) -> list[str]:
@@ -182,7 +197,8 @@ def next_commands(run: RunFiles, state: str) -> list[str]:
     if state == "running":
         return [f"fcmae status {path}", f"fcmae report {path}"]
     if state in ("stopped", "cut off", "failed", "not begun") or checkpoint.latest(run.path) is None:
-        if state != "finished" and run.starts and (given := run.starts[-1].get("command")):
+        broke_down = state == "failed" and (last_failure(run.path) or "").startswith(NOT_FINITE)
+        if state != "finished" and not broke_down and run.starts and (given := run.starts[-1].get("command")):
             return [f"{_resuming(run, str(given))}  # goes on", f"fcmae report {path}"]
         return [f"fcmae report {path}"]
     if run.kind == "segment":

@@ -14,7 +14,7 @@ from fcmae.evaluation.charts import shown
 from fcmae.evaluation.records import Evaluation
 from fcmae.evaluation.runs import OF_A_START, RunFiles, curve, is_untrained
 from fcmae.training import health
-from fcmae.training.records import of_model
+from fcmae.training.records import NOT_FINITE, last_failure, last_state, of_model
 
 K = 20  # neighbours; taking the best of several numbers would be a choice by the test images
 PROBES = {"linear": "Linear probes", "knn": "Nearest neighbours"}
@@ -84,6 +84,9 @@ def _working(run: RunFiles) -> Found:
         )
         better = score > guess + 2 * standard_error(guess, run.class_counts)
         state = "good" if better and not worrying else "attention"
+    if last_state(run.path) == "failed" and (why := last_failure(run.path)) and why.startswith(NOT_FINITE):
+        state = "attention"
+        sentences.append(f"It broke down, and would again: {why.removeprefix(NOT_FINITE)}.")
     return state, sentences or ["Nothing is logged yet."]
 
 

@@ -285,13 +285,13 @@ def ending_together(accelerator: Accelerator, out: Path | None) -> Iterator[None
     watching.start()
     try:
         yield
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         left.set()
         # It may be what a collective says where another process has ended.
         if isinstance(error, RuntimeError) and (sentence := told() or (ENDED if "by peer" in str(error) else None)):
             raise ChildProcessError(sentence) from error
         with suppress(RuntimeError):  # as above
-            store.set(key, f"process {accelerator.process_index} failed: {error or type(error).__name__}")
+            store.set(key, f"process {accelerator.process_index} failed: {str(error) or type(error).__name__}")
         raise
     finally:
         left.set()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -69,21 +69,21 @@ UNFINISHED = ".tmp-"  # before the name of a file that is being written, see `fc
 SAVED = ".saved"  # there once a checkpoint was: without one, the run is finished and tidied up, or somebody's loss
 
 
-def check_outside(out: Path, key: str, sources: Iterable[str]) -> None:
+def check_outside(out: Path, images: Mapping[str, Iterable[str] | str | None]) -> None:
     """Refuse to write pictures where images are searched.
 
     Args:
         out: where a command writes.
-        key: the setting that names the images.
-        sources: of the images; only folders on this machine count.
+        images: their sources by the setting that names them; only folders on this machine count.
 
     Raises:
         ValueError: if `out` lies in one of them.
     """
     place = out.resolve()
-    for path in map(Path, sources):
-        if path.is_dir() and place.is_relative_to(path.resolve()):
-            raise ValueError(f"out = {out} lies in {key} = {path}, where images are searched: give another out")
+    for key, sources in images.items():
+        for path in map(Path, [sources] if isinstance(sources, str) else sources or ()):
+            if path.is_dir() and place.is_relative_to(path.resolve()):
+                raise ValueError(f"out = {out} lies in {key} = {path}, where images are searched: give another out")
 
 
 def overwrites(cfg: RunConfig) -> bool:

@@ -22,6 +22,7 @@ from fcmae.data.cores import all_processes, num_cores
 from fcmae.options import SWITCHED
 
 MAX_METRICS = 2**30  # bytes of metrics.jsonl
+NOT_FINITE = "FloatingPointError: "  # begins the failure of a run that breaks down, and would again
 LOG_END = 2**16  # bytes of train.log in which its last line is looked for
 STAMP = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
 
@@ -116,6 +117,19 @@ def last_state(run: Path) -> State:
         return "not begun"
     ended: str | None = starts[-1]["ended"] if starts and "ended" in starts[-1] else _logged_end(log)
     return next((known for known in get_args(Ended) if known == ended), "cut off")
+
+
+def last_failure(run: Path) -> str | None:
+    """The error that a run's latest failure left in its train.log, after its kind; None without one.
+
+    Args:
+        run: its directory.
+    """
+    with suppress(OSError), (run / "train.log").open("rb") as file:
+        file.seek(max(0, (run / "train.log").stat().st_size - LOG_END))
+        found = re.findall(f"(?m){STAMP}failed: (.*)", file.read(LOG_END).decode(errors="replace"))
+        return found[-1] if found else None
+    return None
 
 
 def _logged_end(log: Path) -> Ended | None:

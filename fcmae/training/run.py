@@ -305,8 +305,7 @@ def _check_inputs(out: Path, inputs: Mapping[str, Sequence[str]], overwrite: boo
                 raise ValueError(
                     f"overwrite would delete {key} = {path}, which lies in out = {out}: give another --out"
                 )
-        if key != "model.init":
-            own_files.check_outside(out, key, paths)
+    own_files.check_outside(out, {key: paths for key, paths in inputs.items() if key != "model.init"})
 
 
 def _tell_choices(cfg: RunConfig) -> None:

@@ -18,22 +18,23 @@ import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import timm
 import torch
 from pydantic import BaseModel, Field, FiniteFloat, PositiveInt, ValidationError
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from timm.layers import GELU
+from timm.models import ConvNeXt
+from torch import Tensor, nn
 
 import fcmae
 from fcmae.atomic import read_bytes, replacing, sync
 from fcmae.config import FinetuneData, ImageConfig, PretrainConfig
 from fcmae.config.base import near_runs
-from fcmae.data.augment import Reading
+from fcmae.data.augment import Reading, seeded
 from fcmae.data.geometry import MAX_SIDE
 from fcmae.data.source import few, one_line, printable
 from fcmae.networks.build import make_encoder
@@ -256,10 +257,10 @@ def read_init(init: str, key: str | None, prefix: str | None, setting: str = "mo
     """
     if Path(init).exists():
         return read_weights(Path(init), key=key, prefix=prefix)
-    if not timm.is_model(init):
+    if Path(init).suffix in FILE_SUFFIXES or not timm.is_model(init):
         raise ValueError(
-            f"{setting} = {init} does not exist: give a run, a checkpoint, a directory or a file of weights, or a "
-            f"model that timm.list_pretrained('convnext*') names{near_runs(init)}"
+            f"{setting} = {init} does not exist: give a run, a checkpoint, a directory or a file of weights, or the "
+            f"name of a ConvNeXt of timm's{near_runs(init)}"
         )
     if key or prefix:
         raise ValueError(f"{setting} = {init} is a model of timm's, and key and prefix are for a file: leave them out")
@@ -267,22 +268,42 @@ def read_init(init: str, key: str | None, prefix: str | None, setting: str = "mo
 
 
 def _of_timm(name: str, setting: str) -> Weights:
-    """The pretrained weights of a model of timm's, as it exports them."""
+    """The pretrained weights of a model of timm's."""
+    if not name.startswith("convnext"):  # before it is fetched
+        raise ValueError(f"{setting} = {name} is no ConvNeXt: give one of timm.list_pretrained('convnext*')")
     try:
-        model = timm.create_model(name, pretrained=True)
+        with seeded([0]):
+            model = timm.create_model(name, pretrained=True)
     except Exception as error:  # whatever timm, the hub's client and its network library raise
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise ValueError(f"{setting} = {name}: its weights cannot be had ({reason}): give a path") from error
-    with TemporaryDirectory() as folder:
-        timm.models.save_for_hf(model, folder, safe_serialization=True)
-        try:
-            weights = read_weights(Path(folder))
-        except ValueError as error:
-            reason = str(error).replace(folder, "it")
-            raise ValueError(f"{setting} = {name} is no ConvNeXt that fcmae knows ({reason}): give another") from error
-    found = model.pretrained_cfg
-    stated = {"license": found["license"]} if found.get("license") else {}
-    return replace(weights, origin={"timm": f"{found['architecture']}.{found['tag']}"} | stated)
+    told = model.pretrained_cfg
+    origin = {"timm": f"{told['architecture']}.{told['tag']}"}
+    origin |= {"license": told["license"]} if told.get("license") else {}
+    check_timm(model, f"{setting} = {name}")
+    record = Record(image=ImageRecord.model_validate(told), origin=origin)
+    return _weights(Path(name), model.state_dict(), None, record)
+
+
+def check_timm(model: nn.Module, what: str) -> None:
+    """Refuse a network of timm's that computes something else than ours, though its tensors may have the same names.
+
+    Args:
+        model: of any kind.
+        what: it is, in errors.
+
+    Raises:
+        ValueError: if it is no ConvNeXt, or has other activations or norms.
+    """
+    if not isinstance(model, ConvNeXt):
+        raise ValueError(f"{what} is no ConvNeXt: give another")
+    activations = [block.mlp.act for stage in model.stages for block in stage.blocks]
+    if not all(
+        isinstance(act, nn.GELU | GELU) and getattr(act, "approximate", "none") == "none" for act in activations
+    ):
+        raise ValueError(f"{what} has another activation than GELU: give another")
+    if {module.eps for module in model.modules() if hasattr(module, "eps")} != {1e-6}:
+        raise ValueError(f"{what} has norms that add another number than 1e-6: give another")
 
 
 def _weights(
@@ -688,9 +709,9 @@ def reads_alike(weights: Weights) -> bool:
 
 
 def learnt_bytes(weights: Weights) -> bool:
-    """Whether the images surely had 8 bits a channel: their mean and std are those usual for photographs.
+    """Whether the images had 8 bits a channel, as far as their mean and std tell: those usual for photographs.
 
-    Those of deeper images are measured, as are some of 8 bits; how deep images were is not stored.
+    Those of deeper images are measured, but for a recipe that does not give them; how deep images were is not stored.
 
     Args:
         weights: with what is known of their images.
