@@ -102,7 +102,8 @@ def chosen(
             if record.get("config", digest := config_digest(job)) != digest:  # older records have none
                 sys.exit(f"{out}: {job.name} was done by another version of its --config: give another --out")
     done = [job for job in every if is_done(job, out)]
-    others = [job for job in done if record_of(job, out)["machine"] != in_words(this_machine())]
+    here = in_words(this_machine())
+    others = [job for job in done if record_of(job, out).get("machine", here) != here]  # older records have none
     if others and len(others) < len(done) + sum(not is_done(job, out) for job in wanted) and not tells_machines:
         where = record_of(others[0], out)["machine"]
         sys.exit(f"{out}: {others[0].name} was done on another machine ({where}): go on there, or give another --out")
@@ -317,7 +318,7 @@ def scores_by_seed(out: Path, every: Iterable[Job], arms: Iterable[str], seeds: 
 def facts(out: Path, every: Iterable[Job]) -> dict[str, Any]:
     """Where they ran, and of the jobs that are done the commands and seconds."""
     done = {job.name: record_of(job, out) for job in every if is_done(job, out)}
-    found = MACHINE.fullmatch(next((record["machine"] for record in done.values()), in_words(this_machine())))
+    found = MACHINE.fullmatch(next((record["machine"] for record in done.values() if "machine" in record), ""))
     told = this_machine() if found is None else dict(zip(this_machine(), found.groups(), strict=True))
     return {
         "machine": told | {"cores": int(told["cores"])},

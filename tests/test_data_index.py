@@ -264,8 +264,7 @@ def test_an_index_is_written_and_read_in_lines_of_so_many_images(
         values["labels"] = None if images.labels is None else images.labels.tolist()
         if isinstance(images.source, Parts):
             at = slice(None) if images.positions is None else images.positions
-            part = {} if images.positions is None else {"fingerprint": images.source.fingerprint()}
-            values |= {"shards": [*images.source.shards], "stamps": [], **part}
+            values |= {"shards": [*images.source.shards], "stamps": [], "fingerprint": images.source.fingerprint()}
             values |= {"places": images.source.table[:, at].tolist()}
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         assert len(lines) == -(-len(paths) // size)

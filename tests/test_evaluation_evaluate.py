@@ -324,7 +324,8 @@ def test_images_that_cannot_be_read_are_left_out(
         ([ATTO, ATTO, "--out", "o"], "is given twice"),
         ([ATTO, "--test", "DATA", "--out", "o"], "test: 30 images are in"),
         ([ATTO, "--test", "missing", "--out", "o"], "test: 'missing' does not exist"),
-        ([ATTO, "--test-share", "0.001", "--out", "DATA/blue/0.png"], "is a file: give a directory"),
+        ([ATTO, "--test-share", "0.001", "--out", "o.txt"], "is a file: give a directory"),
+        ([ATTO, "--out", "DATA/blue/o"], "lies in data = DATA, where images are searched"),
         ([ATTO, "--probes", "few-shot", "--labels", "0", "--out", "o"], "labels: '0' is neither a share"),
         ([ATTO, "--stages", "first", "--out", "o"], "'first' is neither a number nor last"),
         ([ATTO, "--stages", "5", "--out", "o"], "stages: 5 is none of the network's 4"),
@@ -340,7 +341,9 @@ def test_what_cannot_be_done_is_said_in_one_sentence(
     message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert evaluate(*(word.replace("DATA", str(labelled)) for word in words), "--data", labelled) == 2
+    Path("o.txt").touch()
+    *words, message = (word.replace("DATA", str(labelled)) for word in (*words, message))
+    assert evaluate(*words, "--data", labelled) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("fcmae: error:") == 1

@@ -202,10 +202,12 @@ def test_runs_are_compared_in_curves_scores_and_settings(tmp_path: Path) -> None
 
 
 def test_why_settings_were_chosen_is_no_setting_that_differs(tmp_path: Path) -> None:
-    runs = [
-        pretrain_run(tmp_path / name / "run", planned_s=seconds, chosen={"epochs": why})
-        for name, seconds, why in (("a", 1.0, "at 10 images/s"), ("b", 2.0, "at 20 images/s"))
-    ]
+    runs = [pretrain_run(tmp_path / name / "run") for name in "ab"]
+    for run, seconds in zip(runs, (1, 2), strict=True):
+        cfg = options.read(PretrainConfig, run / "config.yaml")
+        chosen = cfg.model_copy(update={"planned_s": seconds, "chosen": {"epochs": f"in {seconds} s"}})
+        head = (run / "config.yaml").read_text().partition("\n")[0]
+        (run / "config.yaml").write_text(f"{head}\n{options.dump(chosen)}")
     different = text(report(runs, tmp_path / "page.html")).partition("Settings that differ")[2].partition("</table>")[0]
     assert re.findall('<th scope="row">(.*?)</th>', different) == ["data.path"]
 

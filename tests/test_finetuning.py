@@ -298,8 +298,8 @@ def test_classes_that_nothing_is_learnt_of_or_scored_are_told(caplog: pytest.Log
     train, val = Images.of_files(["1", "2"], [0, 1], names), Images.of_files(["3", "4"], list(range(8))[:2], names)
     finetuning.tell_missing(train, val)
     assert [record.message for record in caplog.records] == [
-        "6 of 8 classes have no image to learn from: c, d, e, f, g, ...",
-        "6 of 8 classes have no image held out, and count in no score: c, d, e, f, g, ...",
+        "6 of 8 classes have no image to learn from: c, d, e, f, g and 1 more",
+        "6 of 8 classes have no image held out, and count in no score: c, d, e, f, g and 1 more",
     ]
     caplog.clear()
     finetuning.tell_missing(Images.of_files([], [], names), Images.of_files(list(names), range(8), names))

@@ -537,8 +537,8 @@ def test_all_of_the_studies_end_with_their_pages(monkeypatch: pytest.MonkeyPatch
     for module in (small_images, recipe, labels):
         monkeypatch.setattr(module, "prepare_tiny20", lambda *_, **__: None)
     for module in (small_images, recipe, labels, collapse):
-        monkeypatch.setattr(module, "schedule", lambda jobs, *_: ran.extend(job.name for job in jobs))
-    monkeypatch.setattr(run_all, "schedule", lambda *_, **__: None)
+        monkeypatch.setattr(module, "schedule", lambda jobs, *_: ran.extend(job.name for job in jobs) or [])
+    monkeypatch.setattr(run_all, "schedule", lambda *_, **__: [])
     here = [other for other in run_all.OTHERS if other.name in ("small_images", "recipe", "collapse")]
     monkeypatch.setattr(run_all, "OTHERS", here)
     monkeypatch.setattr(run_all, "photographs", lambda docs: ran.append(f"{docs}/demo-long"))
@@ -777,7 +777,7 @@ def test_what_is_tried_never_sees_what_it_is_tested_on_nor_the_test_images() -> 
 def test_pretrainings_of_small_images_come_first_and_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     scheduled: list[list[str]] = []
     monkeypatch.setattr(small_images, "prepare_tiny20", lambda *_: None)
-    monkeypatch.setattr(small_images, "schedule", lambda jobs, *_: scheduled.append([job.name for job in jobs]))
+    monkeypatch.setattr(small_images, "schedule", lambda jobs, *_: scheduled.append([job.name for job in jobs]) or [])
     small_images.main(["shards", "--out", str(tmp_path), "--arms", "pixels", "hog"])
     first, then = scheduled
     assert set(first) == {"hog-p", "pixels-p"}

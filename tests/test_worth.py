@@ -174,6 +174,7 @@ def test_what_was_stopped_goes_on_to_the_same_result(
             statuses = [run(*WORDS) for _ in range(len(calls) + 1)]
         assert statuses == [143] * len(calls) + [0]
         found[name] = json.loads((OUT / "worth.json").read_text())
+        assert found[name].pop("directory") == str(Path.cwd())
     assert found["whole"] == found["stopped"]
     assert "stopped by SIGTERM: the same command goes on" in capsys.readouterr().out
     whole = found["whole"]
@@ -311,7 +312,11 @@ def test_what_needs_no_network_is_computed_of_the_labels_that_are_learnt_from_al
         (["--init", "own.safetensors", "--labels", "many"], "labels: 'many' is neither a share such as 1%"),
         (["--init", "own.safetensors", "--controls", "colours"], "model = 'colours': give a number from 1 to 256"),
         (["--init", "own.safetensors", "--finetuning", "none.yaml"], "none.yaml; no such file"),
-        (["--init", "own.safetensors", "--out", "labelled"], "out = labelled is not empty and holds no comparison"),
+        (
+            ["--init", "own.safetensors", "--out", "labelled/w"],
+            "out = labelled/w lies in data = labelled, where images",
+        ),
+        (["--init", "own.safetensors", "--out", "given"], "out = given is not empty and holds no comparison"),
         (["--init", "labelled/cat/0.png"], "0.png"),
         (["photos", "--hours", "1", "--key", "model_ema"], "key: it tells of the files that init names: give --init"),
     ],
@@ -320,6 +325,7 @@ def test_what_cannot_be_compared_is_told_in_a_sentence(
     folder: Path, words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_init(folder / "own.safetensors")
+    (folder / "given" / "mine").mkdir(parents=True)
     assert run("worth", "labelled", *words) == 2
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 1 and sentence in errors[0]

@@ -390,8 +390,9 @@ def _expand_remote(source: str, key: str, others: Counter[str]) -> Iterator[str]
         yield from _read_list(source, key)
     elif _is_pattern(source):
         # A dot in a pattern is a dot, as on this machine; what is below a folder that was searched matches `**` too.
-        folder, fixed = "?", re.split(r"[*\[]", canonical(source))[0].count("/")
-        for path in _listed(source, key, "glob"):
+        found, folder = _listed(source, key, "glob"), "?"
+        fixed = re.split(r"[*\[]", canonical(source))[0].count("/")
+        for path in found:
             hides = "/." not in source and any(part.startswith(".") for part in path.split("/")[fixed:])
             if hides or path.startswith(folder):
                 continue
@@ -408,7 +409,7 @@ def _expand_remote(source: str, key: str, others: Counter[str]) -> Iterator[str]
 
 def _walk_remote(source: str, key: str, others: Counter[str]) -> Iterator[str]:
     """As `_walk`, by one listing; a run is a folder with the files of its settings and of its machine."""
-    root, found = canonical(source), _listed(source, key, "find")
+    found, root = _listed(source, key, "find"), canonical(source)
     settings, machines = (
         {path.rpartition("/")[0] for path in found if path.endswith(f"/{name}")}
         for name in ("config.yaml", "environment.json")
