@@ -169,7 +169,7 @@ def main(argv: list[str] | None = None) -> None:
     facts = timing.machine()
     before = json.loads(args.json.read_text()) if args.json and args.json.exists() else {"runs": {}}
     found, was = before["runs"], before.get("machine", facts)
-    if any(was.get(key) != value for key, value in facts.items() if key != "load"):
+    if {**was, "load": None} != {**facts, "load": None}:
         sys.exit(f"--json {args.json} is of another machine: give another file")
     for name in args.kinds:
         kind = KINDS[name]

@@ -421,8 +421,9 @@ def told(part: Json) -> Iterator[str]:
     for key, what in (("not_run", "not run"), ("no_triton", "without Triton")):
         if part.get(key):
             yield f"{what}: {part[key]}."
-    if "failed" in part:
-        yield f"failed: {part['failed']}."
+    for key, what in (("failed", "failed"), ("failed_again", "**Failed when it was tried again**")):
+        if key in part:
+            yield f"{what}: {part[key]}."
     for side, reason in part.get("left_out", {}).items():
         yield f"{side} left out: {reason}."
     if "batch" in part:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from fills import pretrained, segmented  # first: as the commands do, it settles how threads wait before torch is loaded
-from study import FCMAE, STUDIES, Job, add_arguments, chosen, facts, is_done, paired, schedule, write_images
+from study import FCMAE, STUDIES, Job, add_arguments, chosen, end, facts, is_done, paired, schedule, write_images
 
 from fcmae.atomic import write_text
 from fcmae.evaluation.paired import in_percent
@@ -120,6 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_text(out / "exits.json", json.dumps(found, indent=1) + "\n")
     print("\n" + table(COLUMNS, rows(found), left=2))
     print("\n" + table(("learnt with", "exit", "expected calibration error, %"), errors(found), left=2))
+    end(failed)
     return 0
 
 

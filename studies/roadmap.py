@@ -257,7 +257,8 @@ def main(argv: list[str] | None = None) -> None:
     wanted = chosen(args, every, "roadmap.json")
     prepare_tiny20(args.shards, out, {args.percent: args.seeds})
     place, of = out / "time.json", {"side": args.side, "repeats": args.repeats}
-    if not place.exists() or of.items() - json.loads(place.read_text()).items():
+    there = json.loads(place.read_text()) if place.exists() else {}
+    if any(there.get(key) != value for key, value in of.items()):
         times = {"machine": this_machine(), "ms_per_image": measure(args.repeats, args.side), **of}
         write_text(place, json.dumps(times))
     failed = schedule(wanted, out, args.at_once, None if args.at_once == 1 else 1)

@@ -21,8 +21,8 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -57,6 +57,7 @@ from study import (
     write_images,
 )
 
+from fcmae.atomic import write_text
 from fcmae.evaluation import paired
 
 LABELS = (1, 10, 100)  # percent of the training set
@@ -371,10 +372,12 @@ def photographs(docs: Path) -> None:
     if status:
         sys.exit(f"make demo-long: status {status}, see above")
     found, place = STUDIES.parent / "runs" / "demo-long" / "worth" / paired.FILE, docs / "demo-long" / paired.FILE
-    if place.exists() and place.read_bytes() != found.read_bytes():
+    made, there = (json.loads(path.read_text()) if path.exists() else {} for path in (found, place))
+    made.pop("directory", None)  # in which it was typed
+    if there and there != made:
         sys.exit(f"{place} has other runs than {found}: give another --docs")
     place.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copy(found, place)
+    write_text(place, json.dumps(made, indent=1) + "\n")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -455,7 +455,8 @@ def main(argv: list[str] | None = None) -> None:
     out = args.out.absolute()
     every = list(jobs(out, list(ARMS), args.at_once))
     docs_json = f"small_images_{'cpu' if facts(out, every)['machine']['gpu'] == 'none' else 'gpu'}.json"
-    wanted = chosen(args, jobs(out, args.arms, args.at_once), docs_json)
+    names = {job.name for job in jobs(out, args.arms, args.at_once)}
+    wanted = [job for job in chosen(args, every, docs_json) if job.name in names]
     prepare_tiny20(args.shards, out, MANY, TRIALS)
     pretrainings = [job for job in wanted if job.name.endswith("-p")]
     failed = list[str]()

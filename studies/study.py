@@ -94,7 +94,7 @@ def chosen(
     for job in every:
         if is_done(job, out):
             record = record_of(job, out)
-            if record["command"] != shown(job, out):
+            if _lasting(record["command"]) != _lasting(shown(job, out)):
                 sys.exit(
                     f"{out}: {job.name} was done by other settings ({record['command']}): give the same ones, or "
                     "another --out"
@@ -173,7 +173,11 @@ def schedule(wanted: Iterable[Job], out: Path, at_once: int, threads: int | None
     waiting, running = [job for job in wanted if job.name not in done], dict[Future[bool], Job]()
     total, begun, processes = len(waiting), time.time(), list[subprocess.Popen[bytes]]()
     failed = list[str]()
-    before = {number: signal.signal(number, lambda number, frame: sys.exit(128 + number)) for number in TOLD_TO_STOP}
+    before = {
+        number: signal.signal(number, lambda number, frame: sys.exit(128 + number))
+        for number in TOLD_TO_STOP
+        if signal.getsignal(number) != signal.SIG_IGN  # as `nohup` has it
+    }
     try:
         with ThreadPoolExecutor(at_once) as pool:
             try:
@@ -231,7 +235,8 @@ def finish(process: subprocess.Popen[bytes], job: Job, out: Path, threads: int |
     """
     before = out / "jobs" / f"{job.name}.seconds"
     started = time.time() - (float(before.read_text()) if before.exists() else 0)
-    ends = math.inf if job.minutes is None else started + 60 * job.minutes
+    # Each start has a while at least, in which it can be told to stop.
+    ends = math.inf if job.minutes is None else max(started + 60 * job.minutes, time.time() + min(60, 60 * job.minutes))
     while True:
         try:
             status = process.wait(max(0.0, min(60.0, ends - time.time())))
@@ -367,7 +372,12 @@ def refuse_others(path: Path, commands: Mapping[str, Any], runs: str = "commands
 
 
 def _command(run: str | Mapping[str, Any]) -> str:
-    return run if isinstance(run, str) else str(run["command"])
+    return _lasting(run if isinstance(run, str) else str(run["command"]))
+
+
+def _lasting(command: str) -> str:
+    """The command without what changes no result."""
+    return command.replace(" --overwrite", "")
 
 
 def write_section(docs: Path, name: str, heading: str, section: Callable[[dict[str, Any]], str]) -> None:

@@ -528,6 +528,14 @@ def test_a_part_of_the_gpus_that_fails_or_has_no_time_says_so_and_leaves_the_oth
     path.write_text(json.dumps(written(path) | {"parts": parts | {"pretrain": {"images_per_s": 9}}}))
     assert gpu.main(["--out", str(path), *ON_CPU, "--parts", "pretrain", "--minutes", "0.5"]) == 0
     assert written(path)["parts"]["pretrain"] == {"images_per_s": 9}
+    # Nor does another try that fails take it away.
+    good = parts | {"verify": {"command": "gpu.py", "ok": True}}
+    path.write_text(json.dumps(written(path) | {"parts": good}))
+    assert gpu.main(["--out", str(path), *ON_CPU, "--parts", "verify"]) == 1
+    again = written(path)["parts"]["verify"]
+    assert again == {"command": "gpu.py", "ok": True, "failed_again": "RuntimeError: a kernel was killed"}
+    assert "**Failed when it was tried again**: RuntimeError: a kernel was killed." in list(report.told(again))
+    path.write_text(json.dumps(written(path) | {"parts": parts | {"pretrain": {"images_per_s": 9}}}))
     (tmp_path / "benchmarks").mkdir()
     path.rename(tmp_path / "benchmarks" / "gpu.json")
     report.main(["--docs", str(tmp_path)])

@@ -84,6 +84,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(root / "shards/0.tar", root / "strays")
     shutil.copytree(root / "shards", root / "nested/more")
     shutil.copy(root / "shards/1.tar", root / "nested")
+    shutil.copytree(root / "shards", root / "nested/.trash")
     # The pictures of a run are no images to learn from.
     shutil.copytree(root / "shards", root / "runs")
     shutil.copytree(root / "photos/a", root / "runs/first/reconstructions")
@@ -244,7 +245,7 @@ def assert_same(found: Images, expected: Images) -> None:
 
 
 SOURCES = ["photos", "list.txt", "shards", "shards/*.tar", "shards/1.tar", "photos/*", "photos/[a]", "s*", "photos/**"]
-LABELLED = ["photos", "table.csv", "shards", "shards/*.tar", "strays", "nested", "n*/*", "runs"]
+LABELLED = ["photos", "table.csv", "shards", "shards/*.tar", "strays", "nested", "n*/*", "n*/*/*", "runs"]
 
 
 @bucket

@@ -37,6 +37,18 @@ def test_the_commands_of_the_roadmap_train_every_step_on_the_same_images_by_seed
         assert cfg.model.spec == VARIANTS[f"roadmap-small/{step}"].model_copy(update={"stem_stride": 2})
 
 
+def test_times_are_measured_again_for_images_of_another_size_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(roadmap, "measure", lambda repeats, side: asked.append(side) or {"resnet": 1.0})
+    for name, value in (("prepare_tiny20", None), ("schedule", []), ("collect", {"commands": {}}), ("rows", [])):
+        monkeypatch.setattr(roadmap, name, lambda *_, value=value, **__: value)
+    for side in ("64", "64", "48"):
+        roadmap.main(["shards", "--out", str(tmp_path), "--side", side])
+    assert asked == [64, 48]
+
+
 def test_the_page_of_the_roadmap_compares_each_step_with_the_one_that_it_changes(tmp_path: Path) -> None:
     scores = {"move-up": [0.2, 0.3, 0.25], "kernel-7": [0.3, 0.41, 0.34], "kernel-9": [0.2, 0.31, 0.24], "gelu": [0.5]}
     found = {

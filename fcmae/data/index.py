@@ -376,25 +376,26 @@ def _expand(source: str, key: str, others: Counter[str]) -> Iterator[str]:
 
 
 def _image_or_shard(path: Path, key: str) -> Iterator[str]:
-    if path.name.endswith(COMPRESSED):
-        raise ValueError(f"{key}: {str(path)!r} is compressed, so that no image can be read alone: unpack it")
+    _refuse_compressed(str(path), key)
     if is_image(path.name) or is_shard(path.name) or _is_unnamed_dicom(str(path)):
         yield _absolute(path)
 
 
-def _expand_remote(source: str, key: str, others: Counter[str]) -> Iterator[str]:
-    name = source.rpartition("/")[2]
-    if name.endswith(COMPRESSED):
+def _refuse_compressed(source: str, key: str) -> None:
+    if source.endswith(COMPRESSED):
         raise ValueError(f"{key}: {source!r} is compressed, so that no image can be read alone: unpack it")
+
+
+def _expand_remote(source: str, key: str, others: Counter[str]) -> Iterator[str]:
+    _refuse_compressed(source, key)
+    name = source.rpartition("/")[2]
     if name.lower().endswith(".txt"):
         yield from _read_list(source, key)
     elif _is_pattern(source):
-        # A dot in a pattern is a dot, as on this machine; what is below a folder that was searched matches `**` too.
-        found, folder = _listed(source, key, "glob"), "?"
-        fixed = re.split(r"[*\[]", canonical(source))[0].count("/")
-        for path in found:
-            hides = "/." not in source and any(part.startswith(".") for part in path.split("/")[fixed:])
-            if hides or path.startswith(folder):
+        # What is below a folder that was searched matches `**` too.
+        folder = "?"
+        for path in _matching(source, key):
+            if path.startswith(folder):
                 continue
             if path.endswith("/"):
                 folder = path
@@ -405,6 +406,14 @@ def _expand_remote(source: str, key: str, others: Counter[str]) -> Iterator[str]
         yield source
     else:
         yield from _walk_remote(source, key, others)
+
+
+def _matching(pattern: str, key: str) -> list[str]:
+    """The files and folders that a URL's pattern matches: hidden ones, as on this machine, only if it names a dot."""
+    found = _listed(pattern, key, "glob")
+    fixed = re.split(r"[*\[]", canonical(pattern))[0].count("/")
+    is_hidden = (any(part.startswith(".") for part in path.split("/")[fixed:]) for path in found)
+    return found if "/." in pattern else [path for path, hides in zip(found, is_hidden, strict=True) if not hides]
 
 
 def _walk_remote(source: str, key: str, others: Counter[str]) -> Iterator[str]:
@@ -630,10 +639,13 @@ def find_labelled(
 def _tars(source: str, path: Path, key: str) -> list[str] | None:
     """The tar files that a source of labelled images names: itself, those in a folder, or those that match."""
     if is_remote(source):
+        _refuse_compressed(source, key)
         if _is_pattern(source):
-            found = _listed(source, key, "glob")
-        elif _is_file_or_pattern(source):
-            found = [] if source.endswith(".csv") else list(_expand_remote(source, key, Counter()))
+            found = _matching(source, key)
+        elif source.endswith(SHARDS):
+            found = list(_expand_remote(source, key, Counter()))
+        elif source.endswith(".csv"):
+            found = []
         else:
             found = _listed(source, key, "ls")
     elif path.is_dir():
