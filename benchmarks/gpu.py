@@ -65,6 +65,7 @@ from torch import Tensor
 
 from fcmae import verify
 from fcmae.atomic import write_text
+from fcmae.data.source import one_line
 from fcmae.layouts import Packed, make_layout
 from fcmae.networks.spec import VARIANTS
 from fcmae.timing import wait
@@ -128,7 +129,7 @@ class Session:
             part.run()
         except (Exception, SystemExit) as error:  # whatever it is, the other parts are worth having
             traceback.print_exc()
-            failed = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+            failed = f"{type(error).__name__}: {one_line(error, 500)}"
             if earlier and not {"failed", "skipped"} & earlier.keys():  # a good result is not lost to another try
                 self.content["parts"][part.name] = earlier
                 self.record(part.name, failed_again=failed)

@@ -259,8 +259,8 @@ def pretraining_batch(choices: Choices, images: Survey, device: str) -> None:
     # Few views on a CPU: 780 steps of 256 images gain less than 3,120 of 64, in as much time (studies/recipe.py).
     largest = 64 if device == "cpu" else 4096
     batch = min(largest, max(1, _power_of_two_below(num / (8 if device == "cpu" else 20))))
-    batch = _divisible(choices, batch)
     why = "8 steps an epoch or more" if batch < largest else "small, as a CPU has few views"
+    batch = _divisible(choices, batch)
     batch = choices.take(
         "batch_size", batch, why if device == "cpu" else "20 steps an epoch or more, 4,096 as published"
     )

@@ -169,7 +169,8 @@ def card(weights: Weights, run: RunFiles | None, name: str) -> str:
     if pruned := weights.origin.get("pruned"):  # scores and curves of the run are those before pruning
         parts += [f"It was pruned ({_cell(pruned)}), and has not been trained since."]
     elif run is not None:
-        parts += [*_training(run, weights.origin.get("step")), *_results(run, weights.origin.get("step"))]
+        step = weights.origin.get("step")
+        parts += [*_training(run, step), *_results(run, step)]
     if license_ is None:
         parts += ["## Licence", "None was given. Whoever publishes this names one in the head of this file."]
     else:

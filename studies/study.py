@@ -101,12 +101,12 @@ def chosen(
                 )
             if record.get("config", digest := config_digest(job)) != digest:  # older records have none
                 sys.exit(f"{out}: {job.name} was done by another version of its --config: give another --out")
-    done = [job for job in every if is_done(job, out)]
     here = in_words(this_machine())
-    others = [job for job in done if record_of(job, out).get("machine", here) != here]  # older records have none
-    if others and len(others) < len(done) + sum(not is_done(job, out) for job in wanted) and not tells_machines:
-        where = record_of(others[0], out)["machine"]
-        sys.exit(f"{out}: {others[0].name} was done on another machine ({where}): go on there, or give another --out")
+    machines = {record_of(job, out).get("machine", here): job.name for job in every if is_done(job, out)}  # old: none
+    machines |= {} if all(is_done(job, out) for job in wanted) else {here: "what is to be run"}
+    if len(machines) > 1 and not tells_machines:
+        told = "; ".join(f"{name}: {machine}" for machine, name in machines.items())
+        sys.exit(f"{out} would have runs of several machines ({told}): go on where it began, or give another --out")
     if page and args.docs:
         names = {job.name for job in wanted}
         refuse_others(
@@ -209,14 +209,19 @@ def schedule(wanted: Iterable[Job], out: Path, at_once: int, threads: int | None
     return failed
 
 
-def end(failed: Sequence[str]) -> None:
-    """End the program, after what is there was written, with the names of the jobs that were not done.
+def end(failed: Sequence[str], refused: Sequence[str] = ()) -> None:
+    """End the program, after what is there was written, with what was refused and the names of jobs that failed.
 
     Raises:
         SystemExit: if there are any.
     """
     if failed:
-        sys.exit(f"not done: {', '.join(failed)}; their logs say why, and the same command tries them again")
+        refused = [
+            *refused,
+            f"not done: {', '.join(failed)}; their logs say why, and the same command tries them again",
+        ]
+    if refused:
+        sys.exit("\n".join(refused))
 
 
 def start(job: Job, out: Path, threads: int | None) -> subprocess.Popen[bytes]:

@@ -364,7 +364,7 @@ def test_runs_of_several_machines_are_not_paired(tmp_path: Path) -> None:
     record = study.record_of(done, tmp_path) | {"machine": "gpu NVIDIA X, cores 16, cpu Y, torch 2.11"}
     (tmp_path / "jobs" / "done.json").write_text(json.dumps(record))
     args = Namespace(out=tmp_path, only=[""], list=False)
-    with pytest.raises(SystemExit, match=r"done was done on another machine \(gpu NVIDIA X, .*\): go on there"):
+    with pytest.raises(SystemExit, match=r"several machines \(done: gpu NVIDIA X, .*; what is to be run: "):
         study.chosen(args, [done, new])
     assert study.chosen(args, [done, new], tells_machines=True) and study.chosen(args, [done]) == [done]
     assert study.facts(tmp_path, [done])["machine"] == {"gpu": "NVIDIA X", "cores": 16, "cpu": "Y", "torch": "2.11"}

@@ -411,9 +411,10 @@ def _expand_remote(source: str, key: str, others: Counter[str]) -> Iterator[str]
 def _matching(pattern: str, key: str) -> list[str]:
     """The files and folders that a URL's pattern matches: hidden ones, as on this machine, only if it names a dot."""
     found = _listed(pattern, key, "glob")
+    if "/." in pattern:
+        return found
     fixed = re.split(r"[*\[]", canonical(pattern))[0].count("/")
-    is_hidden = (any(part.startswith(".") for part in path.split("/")[fixed:]) for path in found)
-    return found if "/." in pattern else [path for path, hides in zip(found, is_hidden, strict=True) if not hides]
+    return [path for path in found if not any(part.startswith(".") for part in path.split("/")[fixed:])]
 
 
 def _walk_remote(source: str, key: str, others: Counter[str]) -> Iterator[str]:
@@ -642,12 +643,8 @@ def _tars(source: str, path: Path, key: str) -> list[str] | None:
         _refuse_compressed(source, key)
         if _is_pattern(source):
             found = _matching(source, key)
-        elif source.endswith(SHARDS):
-            found = list(_expand_remote(source, key, Counter()))
-        elif source.endswith(".csv"):
-            found = []
         else:
-            found = _listed(source, key, "ls")
+            found = [source] if _is_file_or_pattern(source) else _listed(source, key, "ls")
     elif path.is_dir():
         found = [_absolute(inner) for inner in path.iterdir()]
     elif glob.has_magic(source) and not path.exists():
@@ -659,7 +656,7 @@ def _tars(source: str, path: Path, key: str) -> list[str] | None:
 
 def _is_file_or_pattern(url: str) -> bool:
     """Whether labelled images at an address are not those of a folder."""
-    return url.endswith((".csv", *SHARDS, *COMPRESSED)) or _is_pattern(url)
+    return url.endswith((".csv", *SHARDS)) or _is_pattern(url)
 
 
 def _labels_of(tars: list[str], shards: Shards, source: str, key: str) -> dict[str, str]:

@@ -85,7 +85,7 @@ def few(names: Iterable[str], most: int = 5) -> str:
     """The first of some names, and how many more there are.
 
     Args:
-        names: which any terminal can show once they are in the text.
+        names: of anything; as any terminal can show them.
         most: how many to name.
     """
     shown = [printable(name) for name in names]

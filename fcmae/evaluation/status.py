@@ -142,7 +142,7 @@ def _lines(run: RunFiles) -> Iterator[str]:
     for verdict in (is_working([run]), *([is_collapsing([run])] if run.kind == "pretrain" else [])):
         yield f"\n{verdict.question} {verdict.answer}"
         yield from (f"  {sentence}" for sentence in verdict.sentences)
-    if state == "failed" and (why := last_failure(run.path)):
+    if state == "failed" and (why := last_failure(run.path)) and not why.startswith(NOT_FINITE):  # told above
         yield f"\nThe last start failed: {why}"
     if state == "cut off":
         yield "\nThe last start ended without a word, probably for want of memory, or as the machine went off."

@@ -86,7 +86,7 @@ def _working(run: RunFiles) -> Found:
         state = "good" if better and not worrying else "attention"
     if last_state(run.path) == "failed" and (why := last_failure(run.path)) and why.startswith(NOT_FINITE):
         state = "attention"
-        sentences.append(f"It broke down, and would again: {why.removeprefix(NOT_FINITE)}.")
+        sentences.append(f"It broke down, and would probably again: {why.removeprefix(NOT_FINITE)}.")
     return state, sentences or ["Nothing is logged yet."]
 
 

@@ -112,7 +112,7 @@ def _open_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
             record = (file.metadata() or {}).get(RECORD)
         return load_file(path), record
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged or no safetensors file ({one_line(str(error))}): copy it again") from error
+        raise ValueError(f"{path} is damaged or no safetensors file ({one_line(error)}): copy it again") from error
 
 
 def _open_torch(path: Path) -> object:
