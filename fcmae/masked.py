@@ -63,9 +63,23 @@ def unpatchify(patches: Tensor, patch: int, size: tuple[int, int]) -> Tensor:
     return x.reshape(B, -1, H, W)
 
 
-def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean, and root of the unbiased variance plus 1e-6, of each patch over all its values: each (..., 1) float32."""
-    var, mean = torch.var_mean(at_least_float32(patches), dim=-1, keepdim=True)
+def patch_statistics(patches: Tensor, *, has_missing: bool = False) -> tuple[Tensor, Tensor]:
+    """Mean, and root of the unbiased variance plus 1e-6, of the values of each patch.
+
+    Args:
+        patches: (..., N).
+        has_missing: NaN are missing values, which do not count; the mean of none is NaN.
+
+    Returns:
+        Each (..., 1), at least float32.
+    """
+    values = at_least_float32(patches)
+    if has_missing:
+        mean = values.nanmean(dim=-1, keepdim=True)
+        num_others = (~values.isnan()).sum(dim=-1, keepdim=True) - 1
+        var = (values - mean).square().nansum(dim=-1, keepdim=True) / num_others.clamp(min=1)
+    else:
+        var, mean = torch.var_mean(values, dim=-1, keepdim=True)
     return mean, (var + EPS).sqrt()
 
 
@@ -102,13 +116,7 @@ def normalized_pixels(images: Tensor, hidden: Tensor, patch: int, known: Tensor 
         See `pixels`.
     """
     values = pixels(images, hidden, patch, known)
-    if known is None:
-        mean, std = patch_statistics(values)
-    else:
-        mean = values.nanmean(dim=-1, keepdim=True)
-        num_others = (~values.isnan()).sum(dim=-1, keepdim=True) - 1
-        var = (values - mean).square().nansum(dim=-1, keepdim=True) / num_others.clamp(min=1)
-        std = (var + EPS).sqrt()
+    mean, std = patch_statistics(values, has_missing=known is not None)
     return (values - mean) / std
 
 

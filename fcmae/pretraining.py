@@ -202,7 +202,7 @@ def check_model(cfg: PretrainConfig, net: FCMAE) -> None:
         net: the model.
 
     Raises:
-        ValueError: if its channels or its stride do not fit.
+        ValueError: if its channels, its stride or what its GRN pools over do not fit.
     """
     encoder, patch, stride = net.encoder, cfg.model.mask_patch, net.encoder.total_stride
     if encoder.in_chans != cfg.data.in_chans:
@@ -211,6 +211,13 @@ def check_model(cfg: PretrainConfig, net: FCMAE) -> None:
         )
     if patch % stride:
         raise ValueError(f"model.mask_patch is {patch}, no multiple of {stride}, the stride of the model's encoder")
+    layout = net.make_layout
+    if isinstance(layout, partial) and layout.func is make_layout:
+        pooled = layout.keywords.get("grn_scope", "image")
+        if pooled != cfg.model.grn_scope:
+            raise ValueError(
+                f"model.grn_scope is {cfg.model.grn_scope!r}, and the model's layout has {pooled!r}: set it to that"
+            )
     with torch.device("meta"):
         plain = make_encoder(encoder.spec, encoder.in_chans)
     if type(encoder) is not type(plain) or encoder.state_dict().keys() != plain.state_dict().keys():
@@ -429,7 +436,9 @@ class Evaluation:
         images = self.normalize(batch.images)
         pred, site_mask = net.forward(images, batch.given_masks, self.pictured.visible, hidden_only=False)
         panels = reconstruction_panels(
-            pred, images, site_mask, self.normalize, normalize_target=net.target is normalized_pixels
+            *(pred, images, site_mask, self.normalize),
+            normalize_target=net.target is normalized_pixels,
+            known=batch.known,
         )
         name, folder = describe(net.encoder.spec), self.log.folder / "reconstructions"
         now, over_time = folder / f"step-{step.number:08d}.png", folder / "over-time.png"

@@ -50,6 +50,22 @@ def test_a_perfect_standardised_prediction_gives_back_the_original() -> None:
         torch.testing.assert_close(panel, original, atol=2e-6, rtol=0)
 
 
+def test_a_perfect_prediction_of_the_known_values_gives_them_back() -> None:
+    original, images = pictures()
+    known = torch.ones_like(images, dtype=torch.bool)
+    known[0, :, :4, 2:4], known[1, :, 4:, 4:8] = False, False  # half a patch, and a whole one
+    images = images.masked_fill(~known, 0)  # as `collate` fills them
+    values = patchify(images.masked_fill(~known, torch.nan), 4)
+    mean, std = patch_statistics(values, has_missing=True)
+    pred = ((values - mean) / std).nan_to_num()
+    reconstruction = reconstruction_panels(pred, images, MASK, NORMALIZE, known=known)[2]
+    torch.testing.assert_close(reconstruction[known], original[known], atol=2e-6, rtol=0)
+    half = (images[0, :, :4, :2].mean() * NORMALIZE.std + NORMALIZE.mean).expand(3, 4, 2)
+    torch.testing.assert_close(reconstruction[0, :, :4, 2:4], half, atol=2e-6, rtol=0)
+    none = NORMALIZE.mean.expand(3, 4, 4)
+    torch.testing.assert_close(reconstruction[1, :, 4:, 4:8], none, atol=2e-6, rtol=0)
+
+
 def test_a_prediction_of_zero_shows_each_patch_s_own_mean() -> None:
     _, images = pictures()
     reconstruction = reconstruction_panels(torch.zeros(2, 6, 48), images, MASK, NORMALIZE)[2]

@@ -279,6 +279,18 @@ def test_a_dense_stem_is_a_3x3_convolution_of_what_is_visible_and_a_depthwise_on
         torch.testing.assert_close(layout.unpack(encoder.stem(images, layout)), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_dense_stem_sees_the_pixels_beyond_the_last_whole_patch() -> None:
+    encoder = Encoder(ConvNeXtSpec(depths=(1, 1), dims=(4, 6), stem_stride=4, dense_stem=True), in_chans=3)
+    randomize(encoder)
+    images = torch.randn(1, 3, 18, 17)
+    with torch.no_grad():
+        found = encoder.stem(images, DENSE)
+        cut = encoder.stem(images[:, :, :16, :16], DENSE)
+    assert found.shape == cut.shape == (1, 4, 4, 4)
+    torch.testing.assert_close(found[:, :3, :3], cut[:, :3, :3])
+    assert not torch.isclose(found[:, 3], cut[:, 3]).all(dim=-1).any()
+
+
 # Layers, for layer decay
 
 

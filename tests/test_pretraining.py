@@ -55,6 +55,7 @@ from fcmae.data.index import find_images
 from fcmae.data.normalize import Normalize
 from fcmae.data.sampler import epoch_order
 from fcmae.data.split import split
+from fcmae.layouts import make_layout
 from fcmae.masked import WeightedLoss, build_fcmae, pixels, weighted_loss
 from fcmae.networks.convnext import Encoder
 from fcmae.networks.spec import ConvNeXtSpec
@@ -467,6 +468,9 @@ def test_a_model_of_the_caller_s_own_is_read_by_its_own_numbers(images: Path, tm
     coarse = Encoder(ConvNeXtSpec(depths=(1, 2), dims=(8, 12), stem_stride=3), 3)
     with pytest.raises(ValueError, match=r"model\.mask_patch is 8, no multiple of 6, the stride of"):
         pretraining.pretrain(cfg.model_copy(update={"out": tmp_path / "two"}), build_fcmae(coarse, 8))
+    pooled = build_fcmae(Encoder(own, 3), 8, make_layout=partial(make_layout, "packed", grn_scope="batch"))
+    with pytest.raises(ValueError, match=r"model\.grn_scope is 'image', and the model's layout has 'batch': set it"):
+        pretraining.pretrain(cfg.model_copy(update={"out": tmp_path / "two"}), pooled)
     assert not (tmp_path / "two").exists()
 
 

@@ -63,6 +63,25 @@ def test_a_restored_model_trains_on_as_the_saved_one(tmp_path: Path) -> None:
     assert float(checkpoint.optimizer_state(other_optimizer, other)["0.weight/step"]) == 7
 
 
+def test_tied_weights_are_stored_and_restored(tmp_path: Path) -> None:
+    def tied() -> nn.Sequential:
+        net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+        net[1].weight = net[0].weight
+        return net
+
+    def adamw(net: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(net.parameters())
+
+    net, other = tied(), tied()
+    optimizer = adamw(net)
+    step(net, optimizer, 1)
+    tensors = {"model": net.state_dict(), "optimizer": checkpoint.optimizer_state(optimizer, net)}
+    place = save(tmp_path, Meta("pretrain", 1, {}, "fingerprint"), tensors)
+    restore(place, other, adamw(other), NO_OTHER_NAMES)
+    assert_same(other.state_dict(), net.state_dict())
+    assert other[1].weight is other[0].weight
+
+
 def test_a_checkpoint_of_format_1_is_restored_under_its_names_and_in_its_shapes(tmp_path: Path) -> None:
     """As earlier versions wrote it: some names were others, and a Linear layer was a 1x1 convolution."""
 

@@ -30,7 +30,13 @@ MAX_TILES = 2**25  # bytes of a file
 
 
 def reconstruction_panels(
-    pred: Tensor, images: Tensor, mask: Tensor, normalize: Normalize, *, normalize_target: bool = True
+    pred: Tensor,
+    images: Tensor,
+    mask: Tensor,
+    normalize: Normalize,
+    *,
+    normalize_target: bool = True,
+    known: Tensor | None = None,
 ) -> list[Tensor]:
     """Original, masked, reconstruction, and reconstruction with the visible patches pasted.
 
@@ -40,7 +46,8 @@ def reconstruction_panels(
         mask: (B, H / p, W / p) bool, True = hidden.
         normalize: the normalisation of the images.
         normalize_target: the model predicts standardised patches; each is given the mean and deviation of its target
-            patch.
+            patch, and a patch of which nothing is known those of the images, 0 and hardly any.
+        known: (B, C, H, W) bool, false for values that are missing; None if none is.
 
     Returns:
         Four (B, C, H, W) float32 tensors in the images' own range.
@@ -49,8 +56,9 @@ def reconstruction_panels(
     patch = size[0] // mask.shape[1]
     pred = pred.float()
     if normalize_target:
-        target_mean, target_std = patch_statistics(patchify(images, patch))
-        pred = pred * target_std + target_mean
+        values = images if known is None else images.masked_fill(~known, torch.nan)
+        target_mean, target_std = patch_statistics(patchify(values, patch), has_missing=known is not None)
+        pred = pred * target_std + target_mean.nan_to_num()
     original = normalize.inverse(images)
     reconstruction = normalize.inverse(unpatchify(pred, patch, size))
     hidden = refine(mask, patch)[:, None]

@@ -8,7 +8,7 @@ from typing import cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fcmae.layouts import Layout
+from fcmae.layouts import Layout, Masked
 from fcmae.networks.encoder import StagedEncoder, drop_path_rates
 from fcmae.networks.layers import GRN, Block, LayerNorm
 from fcmae.networks.spec import ConvNeXtSpec
@@ -57,12 +57,14 @@ class Encoder(StagedEncoder):
     def stem(self, images: Tensor, layout: Layout) -> Tensor:
         if not self.dense_stem:
             return super().stem(images, layout)
-        # The 3x3 convolution sees zeros in the place of hidden pixels, as a sparse one does.
         s = self.spec.stem_stride
-        hidden_zero = layout.unpack(layout.pack(self.patches(images)))  # (B, h, w, C * s * s)
-        pixels = hidden_zero.view(*hidden_zero.shape[:3], -1, s, s).permute(0, 3, 1, 4, 2, 5)  # (B, C, h, s, w, s)
+        if not (isinstance(layout, Masked) and layout.mask is None):
+            # The 3x3 convolution sees zeros in the place of hidden pixels, as a sparse one does.
+            hidden_zero = layout.unpack(layout.pack(self.patches(images)))  # (B, h, w, C * s * s)
+            pixels = hidden_zero.view(*hidden_zero.shape[:3], -1, s, s).permute(0, 3, 1, 4, 2, 5)  # (B, C, h, s, w, s)
+            images = pixels.flatten(4).flatten(2, 3)
         first, first_norm = cast("tuple[nn.Conv2d, LayerNorm]", self.initial_conv)
-        x = first(pixels.flatten(4).flatten(2, 3)).permute(0, 2, 3, 1)  # (B, H, W, dims[0])
+        x = first(images).permute(0, 2, 3, 1)  # (B, H, W, dims[0])
         x = layout.pack(self.patches(F.gelu(first_norm(x)).permute(0, 3, 1, 2)))
         conv, norm = cast("tuple[nn.Conv2d, LayerNorm]", self.downsample_layers[0])
         x = (x.view(*x.shape[:-1], -1, s * s) * conv.weight.flatten(1)).sum(-1) + cast("Tensor", conv.bias)

@@ -170,8 +170,7 @@ def save(run: Path, meta: Meta, tensors: dict[str, dict[str, Tensor]]) -> Path:
     aside.mkdir(parents=True)
     try:
         for name, flat in tensors.items():
-            contiguous = {key: value.detach().contiguous() for key, value in flat.items()}
-            write_tensors(aside / f"{name}.safetensors", contiguous)
+            write_tensors(aside / f"{name}.safetensors", flat)
         meta = replace(meta, checksums={path.name: sha256_of(path) for path in sorted(aside.iterdir())})
         meta.checksums[META] = meta.own_checksum()
         (aside / META).write_text(json.dumps(asdict(meta), indent=2))
@@ -186,21 +185,29 @@ def save(run: Path, meta: Meta, tensors: dict[str, dict[str, Tensor]]) -> Path:
     return place
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a .safetensors file that whoever may read the user's other new files may read.
+
+    Tensors that share memory, as tied weights do, are stored each for itself.
 
     Args:
         path: of the file.
-        tensors: by name, contiguous.
+        tensors: by name.
         metadata: for the file's header, beside the format.
 
     Raises:
         OSError: if it cannot be written.
     """
+    separate, seen = {}, set()
+    for name, tensor in tensors.items():
+        value = tensor.detach().contiguous()
+        memory = value.untyped_storage().data_ptr()
+        separate[name] = value.clone() if memory in seen else value
+        seen.add(memory)
     path.touch()
     mode = path.stat().st_mode
     try:
-        save_file(tensors, path, {"format": "pt"} | (metadata or {}))  # which lets its owner alone read it
+        save_file(separate, path, {"format": "pt"} | (metadata or {}))  # which lets its owner alone read it
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
         code = int(number[1]) if number else errno.EIO

@@ -604,12 +604,7 @@ def writing_weights(dest: Path, weights: Weights, to: str) -> Iterator[dict[Path
         raise ValueError(
             f"{dest}: transformers' ConvNeXts have 7x7 kernels, 4C hidden channels and a plain stem: use --to fcmae"
         )
-    state, seen = {}, set()
-    for name, value in to_state(weights.state, spec, to).items():
-        value = value.detach().cpu().contiguous()
-        # safetensors takes no tensors that share memory.
-        state[name] = value.clone() if value.data_ptr() in seen else value
-        seen.add(value.data_ptr())
+    state = {name: value.detach().cpu().contiguous() for name, value in to_state(weights.state, spec, to).items()}
     fields = {
         "image": weights.image.known(),
         "class_names": weights.class_names,
