@@ -258,14 +258,12 @@ def run_images(cfg: FinetuneConfig, run: RunDirectory, weights: Weights) -> tupl
     train = find_labelled(own, names, key="data.path", storage=storage) if own else Images.of_files((), (), names)
     if cfg.data.val_path is None:
         train, val = split(train, cfg.data.val_share, cfg.seed)
-        if cfg.eval_only:
-            check_unlearnt(cfg, val)
-        return train, val
-    val = find_labelled(cfg.data.val_path, train.class_names, storage=storage)
+    else:
+        val = find_labelled(cfg.data.val_path, train.class_names, storage=storage)
     if cfg.eval_only:
         check_unlearnt(cfg, val)
     else:
-        check_apart(train, val)
+        check_apart(cfg, train, val)
     return train, val
 
 

@@ -28,7 +28,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from fcmae.atomic import read_bytes
-from fcmae.config import FREE_ON_RESUME, RunConfig
+from fcmae.config import FREE_ON_RESUME, DenseConfig, RunConfig
 from fcmae.config.base import Section, Settings, Spelling
 from fcmae.networks.spec import NetworkSpec
 
@@ -234,15 +234,29 @@ class _Dumper(yaml.SafeDumper):
 
 
 def dump(config: Settings) -> str:
-    """The settings as YAML, which loads back equal."""
+    """The settings as YAML, which loads back equal; without those that an evaluation takes from its weights."""
     # ASCII only: PyYAML writes some line breaks of Unicode as they are and reads them as spaces.
-    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, width=120)
+    return yaml.dump(_values(config), Dumper=_Dumper, sort_keys=False, width=120)
 
 
 def flat(config: Settings) -> dict[str, Any]:
-    """The settings by their dotted keys, as JSON values."""
+    """The settings by their dotted keys, as JSON values; without those that an evaluation takes from its weights."""
+    settings = _values(config)
+    found = {}
+    for key in _fields(type(config)):
+        *sections, name = key.split(".")
+        section: dict[str, Any] = reduce(getitem, sections, settings)
+        if name in section:
+            found[key] = section[name]
+    return found
+
+
+def _values(config: Settings) -> dict[str, Any]:
     settings = config.model_dump(mode="json")
-    return {key: reduce(getitem, key.split("."), settings) for key in _fields(type(config))}
+    if isinstance(config, DenseConfig) and config.eval_only:
+        for name in config.of_weights - config.data.model_fields_set:
+            settings["data"].pop(name, None)
+    return settings
 
 
 def changed(config: Settings) -> dict[str, Any]:

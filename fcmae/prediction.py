@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import sys
@@ -117,6 +118,8 @@ def _ended(num_done: int, num: int, what: str) -> int:
     return int(num_done < num)
 
 
+logger = logging.getLogger("fcmae")
+
 TILE = 256  # side of the tiles of written TIFFs
 
 
@@ -158,6 +161,7 @@ def predict_maps(cfg: PredictConfig) -> int:
     def files_of(place: Path) -> list[Path]:
         return [place, probabilities_beside(place)] if cfg.probabilities else [place]
 
+    unplaced = list[Path]()
     first_of = {file: i for i, place in reversed(list(enumerate(places))) for file in files_of(place)}
 
     def segmented(i: int) -> NDArray[np.float64] | BadImage:
@@ -170,6 +174,13 @@ def predict_maps(cfg: PredictConfig) -> int:
                 raise BadImage(f"{another} is of another image: give images whose names differ before the suffix")
             with images.open(i) as file:
                 tags = geo_tags(file)
+                if tags and place.suffix == ".png" and not unplaced:
+                    unplaced.append(place)
+                    logger.warning(
+                        "%s has a place on earth, which a PNG does not keep: for maps that do, give images a name in "
+                        ".tif (told once)",
+                        printable(names[i]),
+                    )
                 file.seek(0)
                 raster = reading.raster(file)
                 strips = probabilities_by_rows(
@@ -216,13 +227,19 @@ def places_of(names: Sequence[str], out: Path) -> list[Path]:
         names: of the images, paths or URLs.
         out: folder of the maps.
     """
-    below = [f"/{name}" if is_remote(name) else name for name in names]  # all of them absolute
+    below = [f"/{_without_query(name)}" if is_remote(name) else name for name in names]  # all of them absolute
     root = os.path.commonpath([os.path.dirname(name) for name in below])  # noqa: PTH120
     places = [out / os.path.relpath(name, root) for name in below]
     return [
         place.with_name(without_suffix(place.name) + (".tif" if place.suffix.lower() in (".tif", ".tiff") else ".png"))
         for place in places
     ]
+
+
+def _without_query(url: str) -> str:
+    """The URL of a file without what is asked of the server, as a signature; one that ends in no suffix as it is."""
+    path, _, _ = url.partition("?")
+    return path if Path(path).suffix else url
 
 
 def probabilities_beside(place: Path) -> Path:

@@ -248,17 +248,15 @@ def find_data(cfg: SegmentConfig) -> Mapped:
     find = partial(find_mapped, storage=Storage.of_run(cfg.out, data.index, data.cache_gb))
     images, maps = find(data.path, data.maps) if data.path else (nothing, nothing)
     if data.val_path is not None:
-        val_images, val_maps = find(data.val_path, data.val_maps, key="data.val_path")
-        if cfg.eval_only:
-            check_unlearnt(cfg, val_images)
-        else:
-            check_apart(images, val_images)
-        return _counted(cfg, images, maps, val_images, val_maps)
-    # The maps are as many, in the same order, and without labels like the images: the same are drawn.
-    (train, val), (train_maps, val_maps) = (split(each, data.val_share, cfg.seed) for each in (images, maps))
+        val, val_maps = find(data.val_path, data.val_maps, key="data.val_path")
+    else:
+        # The maps are as many, in the same order, and without labels like the images: the same are drawn.
+        (images, val), (maps, val_maps) = (split(each, data.val_share, cfg.seed) for each in (images, maps))
     if cfg.eval_only:
         check_unlearnt(cfg, val)
-    return _counted(cfg, train, train_maps, val, val_maps)
+    else:
+        check_apart(cfg, images, val)
+    return _counted(cfg, images, maps, val, val_maps)
 
 
 def _counted(

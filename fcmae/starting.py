@@ -35,6 +35,7 @@ from fcmae.training.steps import check_pooled, micro_batch_size, schedule_of
 from fcmae.weights.convert import adapt_in_chans
 from fcmae.weights.files import ImageRecord, Weights, read_init, reading_of, tell_encoder_alone
 from fcmae.weights.formats import Architecture
+from fcmae.weights.segmenters import fits
 from fcmae.weights.tensors import RECORD
 
 logger = logging.getLogger("fcmae")
@@ -154,20 +155,26 @@ def build_optimizer(cfg: DenseConfig, net: Classifier | Segmenter) -> torch.opti
     return torch.optim.AdamW(groups, lr=0.0, betas=cfg.optim.betas, fused=True)
 
 
-def check_apart(train: Images, val: Images) -> None:
+def check_apart(cfg: DenseConfig, train: Images, val: Images) -> None:
     """Refuse to score a model on images that it learns from.
 
     Args:
+        cfg: the run's settings.
         train: to learn from.
-        val: held out.
+        val: held out: data.val_path's, or drawn from data.path.
 
     Raises:
-        ValueError: if an image is both.
+        ValueError: if an image is both, under another name perhaps.
     """
     if both := also_in(val, train):
+        one = printable(min(both))
+        if cfg.data.val_path is None:
+            raise ValueError(
+                f"data.path: {len(both)} of the {len(val)} images to hold out, such as {one}, are training images too, "
+                "under another name: take such links out"
+            )
         raise ValueError(
-            f"data.val_path: {len(both)} of {len(val)} images are in data.path too, such as {printable(min(both))}: "
-            "take them out of one"
+            f"data.val_path: {len(both)} of {len(val)} images are in data.path too, such as {one}: take them out of one"
         )
 
 
@@ -332,8 +339,10 @@ def prepare(
 
 
 def _step_of(model: Path) -> int:
-    """After how many steps a run exported a model; 0 if there is none."""
+    """After how many steps a run exported a model; 0 if there is none, or one of two halves."""
     try:
+        if not fits(model):
+            return 0
         with safe_open(model / "model.safetensors", "pt") as file:
             return int(json.loads(file.metadata()[RECORD])["origin"]["step"])
     except (OSError, SafetensorError, LookupError, TypeError, ValueError):

@@ -48,6 +48,7 @@ from fcmae.evaluation.records import SCORES
 from fcmae.finetuning import finetune, fingerprint
 from fcmae.networks.spec import NetworkSpec, describe
 from fcmae.pretraining import pretrain
+from fcmae.starting import class_balance
 from fcmae.tables import table
 from fcmae.training.own_files import check_outside, remove_models
 from fcmae.training.records import last_state, of_model, read_metrics
@@ -169,20 +170,23 @@ def worth(cfg: WorthConfig) -> int:
     began, computed = time.monotonic(), 0.0
     while waiting:
         job = waiting.pop(0)
+        to_do = _seconds_left(job, place)
         try:
             run = _run(job, place, plan, cfg)
         except FloatingPointError as error:
             if job.labels is None:
                 raise
             print(f"{job.name} has no score: {error}", flush=True)
+            computed += to_do - _seconds_left(job, place)
             continue
         if run.stopped_by is not None:  # perhaps at its last step, which is not the end of the comparison
             print(f"stopped by {run.stopped_by}: the same command goes on", flush=True)
             return replace(run, finished=False).status
-        computed += job.seconds
+        computed += to_do
         found = _write(place, cfg, plan, scores, jobs)
         # Estimates count steps only, and the machine may have been more or less busy then.
-        seconds = sum(each.seconds for each in waiting) * (time.monotonic() - began) / computed
+        seconds = sum(_seconds_left(each, place) for each in waiting)
+        seconds *= (time.monotonic() - began) / computed if computed else 1
         left = f", about {_hours(seconds)} left" if waiting else ""
         of_job = [each["scores"] for each in found["scores"] if (each["arm"], each["labels"], each["seed"]) == job[1:4]]
         last = f": {of_job[0][paired.METRIC]:.3f}" if of_job else ""
@@ -240,6 +244,14 @@ def _labels_file(place: Path, labels: str, seed: int) -> Path:
     return place / "labels" / f"{_plain(labels)}-{seed}.csv"
 
 
+def _tests_file(place: Path) -> str:
+    return str(place / "labels" / "test.csv")
+
+
+def _unlabelled(place: Path) -> str:
+    return str(place / "labels" / "unlabelled.txt")
+
+
 def _plain(labels: str) -> str:
     return labels.replace("%", "pct")
 
@@ -266,7 +278,7 @@ def _saved_plan(place: Path, cfg: WorthConfig, train: Images, test: Images) -> P
         raise ValueError(
             f"out = {place} holds a comparison on other images than {cfg.data} has now: give another --out"
         )
-    listed = place / "labels" / "test.csv"
+    listed = Path(_tests_file(place))
     if not listed.is_file() or listed.read_text(encoding="utf-8") != _as_list(test):
         raise ValueError(
             f"out = {place} holds a comparison on images that lay elsewhere: move them back, or give another --out"
@@ -306,8 +318,8 @@ def _make_plan(place: Path, cfg: WorthConfig, train: Images, test: Images) -> Pl
     if odd := [name for name in (*train.names(), *test.names()) if not is_unicode(name)]:
         raise ValueError(f"data: {printable(odd[0])} has a name that is no UTF-8, as lists of images need: rename it")
     write_labels(place / "labels" / "train.csv", train)
-    write_labels(place / "labels" / "test.csv", test)
-    write_text(place / "labels" / "unlabelled.txt", "".join(f"{name}\n" for name in train.names()))
+    write_labels(Path(_tests_file(place)), test)
+    write_text(Path(_unlabelled(place)), "".join(f"{name}\n" for name in train.names()))
     assert test.labels is not None
     tested = np.bincount(test.labels)
     tested = tested[tested > 0]  # images of each class that has any
@@ -334,7 +346,8 @@ def _make_plan(place: Path, cfg: WorthConfig, train: Images, test: Images) -> Pl
             scratch[key] = against = "scratch" if not scratch else f"scratch-{len(scratch) + 1}"
             arms.append(_arm(against, "scratch", None, network))
             for labels, num in amounts.items():
-                chosen = _choose_finetuning(place, cfg, _labels_file(place, labels, cfg.seed), num, start)
+                share = (num + len(test)) / (len(train) + len(test))
+                chosen = _choose_finetuning(place, cfg, _labels_file(place, labels, cfg.seed), num, start, share)
                 write_text(place / "settings" / f"{against}-{_plain(labels)}.yaml", options.dump(chosen))
                 epochs[labels] = chosen.epochs
                 seconds[f"{against} {labels}"] = (chosen.epochs * num + len(test)) / planning.images_per_s(chosen)
@@ -431,7 +444,7 @@ def _given_starts(cfg: WorthConfig, train: Images) -> list[Start]:
 def _choose_pretraining(place: Path, cfg: WorthConfig) -> tuple[PretrainConfig, float]:
     """The settings of the pretraining, which are written down, and how long it will take in seconds."""
     given = {
-        "data.path": cfg.unlabelled or [str(place / "labels" / "unlabelled.txt")],
+        "data.path": cfg.unlabelled or [_unlabelled(place)],
         "out": place / "runs" / PRETRAINED,
         "hours": cfg.hours,
         "seed": cfg.seed,
@@ -452,8 +465,13 @@ def _recipe(cfg: WorthConfig) -> dict[str, Any]:
     return given if options.is_recipe(given) else {"optim.layer_decay": choices.LAYER_DECAY} | given
 
 
-def _choose_finetuning(place: Path, cfg: WorthConfig, labels: Path, num: int, start: Start) -> FinetuneConfig:
-    """Settings to train the network of a start from scratch."""
+def _choose_finetuning(
+    place: Path, cfg: WorthConfig, labels: Path, num: int, start: Start, share: float
+) -> FinetuneConfig:
+    """Settings to train the network of a start from scratch, with the labels of `num` images.
+
+    share: of all images that a run has, each of which may be among those that cannot be read.
+    """
     recipe = _recipe(cfg)
     is_whole = options.is_recipe(recipe)
     given = {f"data.{key}": value for key, value in start.reading.items()}
@@ -461,7 +479,7 @@ def _choose_finetuning(place: Path, cfg: WorthConfig, labels: Path, num: int, st
     given |= _machine(cfg) | ({} if cfg.epochs is None else {"epochs": cfg.epochs})
     given |= {
         "data.path": str(labels),
-        "data.val_path": str(place / "labels" / "test.csv"),
+        "data.val_path": _tests_file(place),
         "out": place / "runs" / "scratch",
         "model.variant": start.spec.model_dump(mode="json", exclude={"stem_stride"}),
         "model.stem_stride": start.spec.stem_stride,
@@ -477,8 +495,9 @@ def _choose_finetuning(place: Path, cfg: WorthConfig, labels: Path, num: int, st
         fewer = {"batch_size": 1 << (num.bit_length() - 1), "grad_accum": "auto"}
         made = options.make(FinetuneConfig, given | fewer, complete=complete)
     # The only evaluation is the last: the test images choose nothing.
-    every = {"log": made.log.model_copy(update={"eval_epochs": made.epochs})}
-    return made.model_copy(update=every)
+    log = made.log.model_copy(update={"eval_epochs": made.epochs})
+    data = made.data.model_copy(update={"max_bad_share": min(1.0, made.data.max_bad_share / share)})
+    return made.model_copy(update={"log": log, "data": data})
 
 
 def _machine(cfg: WorthConfig) -> dict[str, Any]:
@@ -504,13 +523,16 @@ def _run(job: Job, place: Path, plan: Plan, cfg: WorthConfig) -> Run:
     """Start or resume a run; the models of a finished fine-tuning are removed."""
     out = place / "runs" / job.name
     if job.labels is None:
-        return pretrain(options.read(PretrainConfig, place / "settings" / f"{PRETRAINED}.yaml"))
+        made = options.read(PretrainConfig, place / "settings" / f"{PRETRAINED}.yaml")
+        data = made.data if cfg.unlabelled else made.data.model_copy(update={"path": [_unlabelled(place)]})
+        return pretrain(made.model_copy(update={"out": out, "data": data}))
     arm = next(arm for arm in plan["arms"] if arm["name"] == job.arm)
     base = options.read(
         FinetuneConfig, place / "settings" / f"{arm['against'] or arm['name']}-{_plain(job.labels)}.yaml"
     )
     given = options.flat(base) | {
         "data.path": str(_labels_file(place, job.labels, job.seed)),
+        "data.val_path": _tests_file(place),
         "out": str(out),
         "seed": job.seed,
     }
@@ -530,15 +552,22 @@ def _run(job: Job, place: Path, plan: Plan, cfg: WorthConfig) -> Run:
     return run
 
 
+def _scratch(place: Path, labels: str) -> FinetuneConfig:
+    return options.read(FinetuneConfig, place / "settings" / f"scratch-{_plain(labels)}.yaml")
+
+
 def _control(name: str, place: Path, cfg: WorthConfig) -> Backbone:
     """A baseline without a network, on images as the runs from scratch see them."""
-    seen = options.read(FinetuneConfig, place / "settings" / f"scratch-{_plain(cfg.labels[0])}.yaml").data
+    seen = _scratch(place, cfg.labels[0]).data
     like = reading_of(seen, seen.crop_pct)
     return load_backbone(name, max_pixels=seen.max_pixels, like=like, nodata=seen.nodata)
 
 
 def _probe(name: str, place: Path, cfg: WorthConfig, plan: Plan, train: Images, test: Images) -> list[paired.Score]:
-    """Scores of linear classifiers on a baseline without a network, for each draw of labels; existing ones are kept."""
+    """Scores of linear classifiers on a baseline without a network, for each draw of labels; existing ones are kept.
+
+    The loss weighs the classes as that of the networks does.
+    """
     file = place / "controls" / f"{file_name(name)}.json"
     found: list[paired.Score] = json.loads(file.read_text()) if file.is_file() else []
     there = {(score["labels"], score["seed"]) for score in found}
@@ -563,8 +592,10 @@ def _probe(name: str, place: Path, cfg: WorthConfig, plan: Plan, train: Images, 
         (features, known, positions), (tested, truth, _) = parts
         for labels, seed in wanted:
             rows = np.flatnonzero(np.isin(learnt[positions], drawn(train, labels, seed)))
+            num_classes = len(train.class_names or ())
+            balance = class_balance(_scratch(place, labels), np.bincount(known[rows], minlength=num_classes), device)
             probe = fit_linear(
-                features, known, len(train.class_names or ()), positions=rows, seed=seed, device=device,
+                features, known, num_classes, positions=rows, balance=balance, seed=seed, device=device,
                 title=f"{name}: {labels}, seed {seed}",
             )  # fmt: skip
             scores = score(truth, probe.probabilities(tested))
@@ -622,9 +653,20 @@ def _estimate(plan: Plan, jobs: Sequence[Job], place: Path) -> str:
     left = [job for job in jobs if last_state(place / "runs" / job.name) != "finished"]
     return (
         f"{table(('start', 'labels', 'runs', 'epochs', 'time'), rows, left=2)}\n{len(left)} of {len(jobs)} runs are to "
-        f"be done, about {_hours(sum(job.seconds for job in left))}, and the controls; the same command goes on with "
-        f"what was stopped: {place}"
+        f"be done, about {_hours(sum(_seconds_left(job, place) for job in left))}, and the controls; the same command "
+        f"goes on with what was stopped: {place}"
     )
+
+
+def _seconds_left(job: Job, place: Path) -> float:
+    """The estimate for what a run has not done yet."""
+    run = place / "runs" / job.name
+    lines, config = read_metrics(run / "metrics.jsonl"), run / "config.yaml"
+    if not lines or not config.is_file():
+        return job.seconds
+    epochs = options.read(PretrainConfig if job.labels is None else FinetuneConfig, config).epochs
+    epoch: float = lines[-1]["epoch"]
+    return job.seconds * max(0.0, 1 - epoch / epochs)
 
 
 def _hours(seconds: float) -> str:

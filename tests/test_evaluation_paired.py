@@ -151,6 +151,9 @@ def test_the_summary_has_the_numbers_the_licence_and_what_is_left() -> None:
     assert "The weights of mine have the licence cc-by-nc-4.0." in text
     assert "10 % of the labels: 20, 100 epochs" in text
     assert "a guess scores 25.0" in text
+    assert "With all labels the seeds differ in order and head alone." in text
+    few = paired.Comparison(**comparison(GAINED) | {"num_train": 400})
+    assert "With all labels" not in paired.summary(few)
     assert "a guess scores 50.0" in paired.notes(paired.Comparison(**comparison(GAINED) | {"num_tested": 2}))[0]
     empty = paired.summary(comparison({}))
     assert "0 of 12 runs are done" in empty and "? Too early to tell" in empty

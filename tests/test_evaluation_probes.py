@@ -67,6 +67,25 @@ def test_knn_by_hand() -> None:
     np.testing.assert_allclose(found[3], [[near / (2 * near + far), (near + far) / (2 * near + far)]], rtol=1e-6)
 
 
+def test_classes_weigh_as_is_said_in_training_and_in_the_choice() -> None:
+    rng = np.random.default_rng(0)
+    labels = np.array([0] * 90 + [1] * 10)
+    train = (rng.normal(size=(100, 3)) + labels[:, None]).astype(np.float32)
+    balance = torch.tensor([100 / 180, 5.0])
+    weights = {0: 100 / 180, 1: 5.0}
+    probe = fit_linear(train, labels, 2, balance=balance, grid=[Setting(1e-2, 1e-1)])
+    mean, std = train.astype(np.float64).mean(0), train.astype(np.float64).std(0)
+    # Of two classes scikit-learn has one vector, ours two, each of half of it: twice the C.
+    reference = LogisticRegression(C=0.2, tol=1e-8, max_iter=1000, class_weight=weights).fit(
+        (train - mean) / std, labels
+    )
+    np.testing.assert_allclose(probe.probabilities(train), reference.predict_proba((train - mean) / std), atol=2e-3)
+    # Of the two the first always says the large class, the second is right of the small one more often.
+    trained = torch.zeros(2, 2, 3), torch.tensor([[2.0, 0.0], [0.0, 0.0]]), torch.zeros(3), torch.ones(3)
+    plain, weighted = (probes._losses(*trained, each, train, labels, np.arange(100)) for each in (None, balance))
+    assert plain[0] < plain[1] and weighted[0] > weighted[1]
+
+
 def test_the_linear_probe_is_scikit_learns_logistic_regression() -> None:
     (train, labels), (test, _) = clusters(300, 0), clusters(200, 1)
     l2 = 1e-2

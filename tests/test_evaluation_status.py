@@ -17,6 +17,7 @@ from reported import finetune_run, pretrain_run
 
 from fcmae import cli
 from fcmae.data.dataset import NoUsableImage
+from fcmae.data.index import Images
 from fcmae.evaluation import paired
 from fcmae.evaluation.status import find_runs, state_of, status
 from fcmae.processes import Failed
@@ -240,6 +241,12 @@ def test_a_comparison_tells_which_of_its_runs_is_running(tmp_path: Path) -> None
         said = status(tmp_path)
         assert "running: scratch-10pct-0, epoch 3 of 3" in said and "goes on" not in said
     assert [found.name for found in find_runs(tmp_path)] == []
+
+
+def test_a_table_of_runs_does_not_read_their_lists_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    finetune_run(tmp_path / "tuned", 0.5)
+    monkeypatch.setattr(Images, "load", None)
+    assert "tuned" in status(tmp_path)
 
 
 def test_what_goes_on_elsewhere_begins_there(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ from fcmae import cli, finetuning, options
 from fcmae.config import FinetuneConfig
 from fcmae.data.augment import FinetuneAugment
 from fcmae.data.index import Images, find_images, find_labelled
+from fcmae.evaluation.evaluate import find_data
 from fcmae.evaluation.models import load_backbone
 from fcmae.finetuning import classification_loss
 from fcmae.heads import Classifier
@@ -113,6 +114,22 @@ def test_timm_loads_the_exports_with_their_class_names(tuned: Path) -> None:
     trained = {k.removeprefix("model:"): v for k, v in final_state(tuned).items() if k.startswith("model:")}
     exported = timm.create_model(f"local-dir:{tuned / 'last'}", pretrained=True).state_dict()
     assert_same(exported, to_state(trained, VARIANTS["convnextv2_atto"], "timm"))
+
+
+def test_a_file_that_has_two_names_is_not_scored_where_it_is_learnt_from(
+    labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    twice = tmp_path / "twice"
+    for file in labelled.glob("*/*"):
+        (twice / file.parent.name).mkdir(parents=True, exist_ok=True)
+        for name in (file.name, f"again-{file.name}"):
+            (twice / file.parent.name / name).hardlink_to(file)
+    assert finetune(twice, tmp_path / "run", model__variant="convnextv2_atto") == 2
+    assert "images to hold out, such as " in (said := capsys.readouterr().err)
+    assert "are training images too, under another name: take such links out" in said
+    with pytest.raises(ValueError, match=r"images to test on, such as .* are training images too, under another name"):
+        find_data(str(twice), None, 0.2, 0)
+    assert not (tmp_path / "run").exists()
 
 
 def test_evaluating_only_and_predicting_repeat_the_last_evaluation(

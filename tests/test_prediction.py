@@ -133,6 +133,12 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path, capsys: pytest.
     assert "the weights are not finite, head.bias among them" in capsys.readouterr().err
 
 
+def test_maps_of_urls_are_named_without_what_is_asked_of_the_server() -> None:
+    names = ["https://there/scenes/a.tif?key=x.y", "https://there/scenes/b.png?size=2", "https://there/c.TIFF"]
+    found = prediction.places_of(names, Path("maps"))
+    assert [place.relative_to("maps").as_posix() for place in found] == ["scenes/a.tif", "scenes/b.png", "c.tif"]
+
+
 def test_a_key_names_the_weights_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"model_ema": Classifier(Encoder(SPEC), 2).state_dict()}, tmp_path / "a.pth")
     photos = write_images(tmp_path / "photos", 1)

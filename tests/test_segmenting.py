@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fcmae
-from fcmae import cli, prediction, segmenting
+from fcmae import cli, prediction, segmenting, starting
 from fcmae.anytime import Anytime
 from fcmae.config import SegmentConfig
 from fcmae.config.commands import PredictConfig
@@ -223,6 +223,33 @@ def test_evaluating_the_best_model_gives_its_scores_again(segmented: Path, tiles
     assert segment(tiles, tmp_path / "run", model__init=segmented, eval_only="true") == 0  # and may be again
     assert (tmp_path / "run" / "confusion.csv").read_text() == (segmented / "best" / "confusion.csv").read_text()
     assert not (tmp_path / "run" / "best").exists()
+
+
+def test_an_evaluation_states_none_of_what_its_weights_decide_and_its_own_settings_repeat_it(
+    segmented: Path, tiles: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    given = words(tiles, out, model__init=segmented, eval_only="true")
+    at = given.index("--data.image_size")
+    assert cli.main(given[:at] + given[at + 2 :]) == 0
+    text = (out / "config.yaml").read_text()
+    assert not any(f"{key}:" in text for key in ("image_size", "in_chans", "crop_pct", "ignore_value"))
+    (line,) = metrics(out)
+    assert cli.main(["segment", "--config", str(out / "config.yaml")]) == 0
+    assert metrics(out)[0]["miou"] == line["miou"]
+    report([out], tmp_path / "report.html")
+    assert "224 × 224" not in (tmp_path / "report.html").read_text()
+
+
+def test_a_best_model_of_two_halves_is_none(segmented: Path, tmp_path: Path) -> None:
+    best = shutil.copytree(segmented / "best", tmp_path / "best")
+    assert starting._step_of(best) == starting._step_of(segmented / "best") > 0
+    with safe_open(best / "model.safetensors", "pt") as file:
+        state = {name: file.get_tensor(name) + 1 for name in file.keys()}  # noqa: SIM118
+        save_file(state, best / "model.safetensors", file.metadata())
+    assert starting._step_of(best) == 0
+    (best / HEAD).write_bytes(b"damaged")
+    assert starting._step_of(best) == 0
 
 
 def test_maps_that_hold_other_numbers_score_the_same_classes(segmented: Path, tiles: Path, tmp_path: Path) -> None:
@@ -567,7 +594,9 @@ def test_all_maps_are_written_when_nobody_reads_what_is_printed(
     assert len(list((tmp_path / "maps").iterdir())) == 3
 
 
-def test_a_geotiff_keeps_its_place_and_has_probabilities_beside_it(tmp_path: Path) -> None:
+def test_a_geotiff_keeps_its_place_and_has_probabilities_beside_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     model = save(tmp_path / "model", Classes(("sea", "land"), (0, 7), None), in_chans=5)
     bands = np.random.default_rng(0).integers(0, 2**16, (300, 270, 5), dtype=np.uint16)
     geo = [(33550, 12, 3, (10.0, 10.0, 0.0), True), (33922, 12, 6, (0.0, 0.0, 0.0, 5e5, 4.6e6, 0.0), True)]
@@ -587,6 +616,13 @@ def test_a_geotiff_keeps_its_place_and_has_probabilities_beside_it(tmp_path: Pat
             np.testing.assert_allclose(file.asarray(), values, atol=1e-6)
             tags = file.pages.first.tags
             assert {code: tags[code].value for code in GEO_TAGS if code in tags} == {t[0]: t[3] for t in geo}
+    # A PNG has no place, as its name says.
+    caplog.clear()
+    scene.rename(tmp_path / "a.gtif")
+    (tmp_path / "list.txt").write_text("a.gtif\n")
+    assert predict(tmp_path / "model", tmp_path / "list.txt", tmp_path / "second") == 0
+    assert "a.gtif has a place on earth, which a PNG does not keep" in caplog.text
+    assert [path.name for path in (tmp_path / "second").iterdir()] == ["a.png"]
 
 
 @pytest.mark.parametrize("ignored", [255, 300, None])

@@ -78,6 +78,13 @@ def test_the_time_that_is_told_is_that_of_the_runs_that_are_left(tmp_path: Path)
     assert ["pretrained", "pretraining", "1", "1.5", "h"] in told
     assert ["scratch", "10%", "3", "60", "10", "min"] in told and ["scratch", "100%", "3", "8.5", "1", "min"] in told
     assert "6 of 7 runs are to be done, about 1.6 h, and the controls" in " ".join(rows[-1])
+    # Of one that was stopped what it has done does not count.
+    begun = tmp_path / "runs" / "pretrained"
+    begun.mkdir()
+    (begun / "config.yaml").write_text("epochs: 8\ndata: {path: [photos]}\nout: there\n")
+    (begun / "metrics.jsonl").write_text(json.dumps({"step": 60, "epoch": 6.0, "loss": 1.0}) + "\n")
+    assert worth._seconds_left(jobs[0], tmp_path) == 5400 / 4
+    assert "about 30 min, and the controls" in worth._estimate(plan, jobs, tmp_path)
 
 
 def write_folder(folder: Path) -> Path:
@@ -565,3 +572,36 @@ def test_fewer_labels_than_a_batch_are_a_batch_that_can_be_mixed_and_divided(fol
     assert run(*words, "--labels", "70%") == 0  # 11 of 16 labels
     made = read(FinetuneConfig, OUT / "settings" / "scratch-70pct.yaml")
     assert made.batch_size == 8
+    # As many files may be bad as of all 20.
+    assert made.data.max_bad_share == pytest.approx(0.01 * 20 / (12 + 4))
+
+
+def test_a_comparison_that_was_moved_goes_on_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        stopping_at(patch, {1}, kill_self(signal.SIGTERM))
+        assert run(*WORDS) == 143
+    (folder / "runs").rename(folder / "elsewhere")
+    place = Path("elsewhere/labelled-worth")
+    begun = len((place / "runs/pretrained/train.log").read_text())
+    assert run(*WORDS, "--out", str(place)) == 0
+    assert json.loads((place / "worth.json").read_text())["num_done"] == 5 and not (folder / "runs").exists()
+    assert len((place / "runs/pretrained/train.log").read_text()) > begun
+
+
+def test_baselines_weigh_the_classes_as_the_networks_do(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_init(folder / "own.safetensors")
+    fit_linear, seen = worth.fit_linear, list[Any]()
+
+    def noted(*given: Any, **more: Any) -> Any:
+        seen.append(more["balance"])
+        return fit_linear(*given, **more)
+
+    monkeypatch.setattr(worth, "fit_linear", noted)
+    for number in range(5, 10):
+        Path(f"labelled/dog/{number}.png").unlink()
+    words = ["worth", "labelled", "--init", "own.safetensors", "--finetuning", "tune.yaml", *TINY[2:], "--seeds", "1"]
+    weighted = TUNING + "regularization: {class_weights: balanced}\n"
+    for number, recipe in enumerate((TUNING, weighted)):
+        (folder / "tune.yaml").write_text(recipe)
+        assert run(*words, "--labels", "100%", "--out", str(number)) == 0
+    assert seen[0] is None and seen[1].tolist() == [0.75, 1.5]  # of 8 cats and 4 dogs to learn from

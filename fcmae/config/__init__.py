@@ -618,6 +618,8 @@ class DenseConfig(RunConfig):
     eval_only: bool = False
     """Evaluate `model.init` on the held-out images and stop."""
 
+    # Of data: what eval_only takes from model.init, where it is not given.
+    of_weights: ClassVar = frozenset({"image_size", "in_chans", "crop_pct", "ignore_value"})
     _images: ClassVar[str] = "a folder of class folders or a CSV file, e.g. --data.path labelled"
 
     if TYPE_CHECKING:

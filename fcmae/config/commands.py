@@ -148,8 +148,8 @@ class WorthConfig(Settings, FromFile):
     labels: list[str] = Field(["1%", "10%", "100%"], min_length=1)
     """How many labels to train on: shares of the training images, or numbers of images per class."""
     seeds: int = Field(5, ge=1)
-    """Repetitions of each fine-tuning, each with other labels, another order and another head, the same for every
-    start."""
+    """Repetitions of each fine-tuning, each with other labels (of all of them, the same), another order and another
+    head, as every start has them."""
     epochs: int | float | None = Field(None, gt=0)
     """Epochs of each fine-tuning, the same for every start. Default: chosen by the number of labels."""
     finetuning: str | None = None
@@ -228,8 +228,8 @@ class AnalyzeConfig(Source, FromFile):
 class PredictConfig(Reading, FromFile):
     """Classify images with a fine-tuned model, or write their label maps with a model of `fcmae segment`.
 
-    The label map of a TIFF is a TIFF with the same georeferencing; that of any other image is a PNG. The exit status is
-    1 if some of the images cannot be read; each is named.
+    The label map of an image named .tif or .tiff is a TIFF with the same georeferencing; that of any other is a PNG.
+    The exit status is 1 if some of the images cannot be read; each is named.
 
     Example: fcmae predict runs/tuned photos --csv labels.csv
     """

@@ -200,6 +200,11 @@ def find_data(data: str, test: str | None, test_share: float, seed: int) -> tupl
         train_index, test_index = split(found, test_share, seed)
         if not len(test_index):
             raise ValueError(f"test_share = {test_share:g} leaves no image of {data} to test on: raise it")
+        if both := also_in(test_index, train_index):
+            raise ValueError(
+                f"data: {len(both)} of the {len(test_index)} images to test on, such as {printable(min(both))}, are "
+                "training images too, under another name: take such links out"
+            )
         return train_index, test_index
     test_index = find_labelled(test, found.class_names, key="test")
     test_index.tell_notes()
@@ -285,7 +290,7 @@ def probe_stage(
         smaller; None if neither was asked for.
     """
     results: list[dict[str, Any]] = []
-    title, predicted = model + ("" if stage is None else f", stage {stage}"), dict[str, NDArray[np.float32]]()
+    title, predicted = model + ("" if stage is None else f", stage {stage}"), dict[str, NDArray[np.int64]]()
 
     def add(probe: str, setting: dict[str, Any], found: dict[str, float], **more: Any) -> None:
         results.append({"probe": probe, "stage": stage, "setting": setting, "scores": found} | more)
@@ -297,13 +302,14 @@ def probe_stage(
         by_k = knn_probabilities(
             *train, test[0], num_classes, ks=ks, temperature=TEMPERATURE, centre=centre, device=device
         )
-        for k, probabilities in by_k.items():
-            add("knn", {"k": k, "temperature": TEMPERATURE}, score(test[1], probabilities))
-        predicted["knn"] = by_k[20 if 20 in by_k else ks[0]]
+        predicted["knn"] = by_k[20 if 20 in by_k else ks[0]].argmax(1)
+        for k in ks:
+            add("knn", {"k": k, "temperature": TEMPERATURE}, score(test[1], by_k.pop(k)))
     if "linear" in cfg.probes:
         probe = fit_linear(*train, num_classes, seed=cfg.seed, device=device, title=f"{title}: linear")
-        predicted["linear"] = probe.probabilities(test[0])
-        add("linear", asdict(probe.setting), score(test[1], predicted["linear"]))
+        probabilities = probe.probabilities(test[0])
+        predicted["linear"] = probabilities.argmax(1)
+        add("linear", asdict(probe.setting), score(test[1], probabilities))
     for label in cfg.labels if "few-shot" in cfg.probes else ():
         num_images, found = _few_shot(f"{title}: {label} of the labels", label, train, test, num_classes, cfg, device)
         means = {name: mean_and_interval([one[name] for one in found]) for name in found[0]}
@@ -319,8 +325,8 @@ def probe_stage(
         return results, None
     from sklearn.metrics import confusion_matrix
 
-    name, probabilities = list(predicted.items())[-1]
-    matrix = confusion_matrix(test[1], probabilities.argmax(1), labels=range(num_classes)).tolist()
+    name, classes = list(predicted.items())[-1]
+    matrix = confusion_matrix(test[1], classes, labels=range(num_classes)).tolist()
     return results, {"probe": name, "stage": stage, "matrix": matrix}
 
 

@@ -299,6 +299,8 @@ def notes(found: Comparison) -> list[str]:
         "Holm's method). A seed draws the same labels, order and head for every start, and all are tested on the same "
         "images: what others would give, the interval does not tell.",
     ]
+    if any(amount["num_labels"] == found["num_train"] for amount in found["amounts"]):
+        told.append("With all labels the seeds differ in order and head alone.")
     told += [f"{arm['name']}: {arm['network']}." for arm in found["arms"] if arm["kind"] == "scratch"]
     told += [
         f"The weights of {arm['name']} have the licence {arm['license']}." for arm in found["arms"] if arm["license"]

@@ -76,7 +76,7 @@ def knn_probabilities(
         for k in ks:
             sums = query.new_zeros((len(query), num_classes)).scatter_add_(1, votes[:, :k], weights[:, :k])
             found[k].append((sums / sums.sum(1, keepdim=True)).cpu().numpy())
-    return {k: np.concatenate(parts) for k, parts in found.items()}
+    return {k: np.concatenate(found.pop(k)) for k in list(found)}  # one at a time is there twice
 
 
 def _chunks(features: NDArray[np.float32], rows: int, device: torch.device | str) -> Iterator[Tensor]:
@@ -142,6 +142,7 @@ def fit_linear(
     num_classes: int,
     *,
     positions: NDArray[np.int64] | None = None,
+    balance: Tensor | None = None,
     grid: Sequence[Setting] = GRID,
     seed: int = 0,
     device: torch.device | str = "cpu",
@@ -158,6 +159,7 @@ def fit_linear(
         labels: (N,) class indices.
         num_classes: of the labels.
         positions: the rows to use; None uses all.
+        balance: (classes,), weight of each class in the cross-entropy, which chooses too; None is 1 for all.
         grid: the settings; a single one is used without a choice.
         seed: of the held-out part and the order.
         device: where it is trained, and where the probe is.
@@ -177,10 +179,10 @@ def fit_linear(
         losses: list[float] = []
         for start in range(0, len(grid), at_once):
             part, progress = grid[start : start + at_once], title and f"{title}, choosing"
-            trained = _train(features, labels, kept, num_classes, part, seed, device, progress)
-            losses += _losses(*trained, features, labels, held).tolist()
+            trained = _train(features, labels, kept, num_classes, part, seed, device, progress, balance)
+            losses += _losses(*trained, balance, features, labels, held).tolist()
         setting = grid[int(np.argmin(np.nan_to_num(losses, nan=np.inf)))]
-    weight, bias, mean, std = _train(features, labels, rows, num_classes, [setting], seed, device, title)
+    weight, bias, mean, std = _train(features, labels, rows, num_classes, [setting], seed, device, title, balance)
     return LinearProbe(weight[0], bias[0], mean, std, setting)
 
 
@@ -193,6 +195,7 @@ def _train(
     seed: int,
     device: torch.device | str,
     title: str | None,
+    balance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Train a classifier for each setting, all on the same batches.
 
@@ -222,7 +225,7 @@ def _train(
         weight, bias = unscaled[..., :-1], unscaled[..., -1]
         logits = F.linear(images, weight.flatten(0, 1), bias.flatten()).view(len(batch), num_settings, num_classes)
         # The sum over the settings, whose gradients are independent.
-        loss = F.cross_entropy(logits.flatten(0, 1), target, reduction="sum")
+        loss = F.cross_entropy(logits.flatten(0, 1), target, weight=balance, reduction="sum")
         loss = loss / len(batch) + (l2 * weight.square().sum((1, 2))).sum() / 2
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -252,11 +255,12 @@ def _losses(
     bias: Tensor,
     mean: Tensor,
     std: Tensor,
+    balance: Tensor | None,
     features: NDArray[np.float32],
     labels: NDArray[np.int64],
     rows: NDArray[np.int64],
 ) -> NDArray[np.float64]:
-    """Mean cross-entropy of each setting's classifier on the rows, (G,)."""
+    """Mean cross-entropy of each setting's classifier on the rows, (G,), with the weights of the classes."""
     total = np.zeros(len(weight))
     for start in range(0, len(rows), TEST_ROWS):
         part = rows[start : start + TEST_ROWS]
@@ -264,7 +268,7 @@ def _losses(
         target = torch.from_numpy(labels[part]).to(weight.device)
         for number in range(len(weight)):
             logits = F.linear(images, weight[number], bias[number])
-            total[number] += float(F.cross_entropy(logits, target, reduction="sum"))
+            total[number] += float(F.cross_entropy(logits, target, weight=balance, reduction="sum"))
     return total / len(rows)
 
 

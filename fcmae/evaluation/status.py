@@ -62,7 +62,7 @@ def _readable(paths: Iterable[Path], place: Path) -> Iterator[RunFiles]:
     """Those of the directories that are runs, named relative to `place`."""
     for path in paths:
         try:
-            yield read_run(path, printable(str(path.relative_to(place))))
+            yield read_run(path, printable(str(path.relative_to(place))), counted=False)
         except (ValueError, OSError):
             continue  # not a run
 

@@ -102,6 +102,23 @@ def _text(record: HeadRecord) -> str:
     return json.dumps({k: v for k, v in told.items() if v is not None or k == "ignored"}, sort_keys=True)
 
 
+def fits(place: Path) -> bool:
+    """Whether the head, if there is one, is of the encoder beside it: a kill may come between their renames.
+
+    Raises:
+        OSError: if they cannot be read.
+        ValueError: likewise, if the head's file is damaged.
+    """
+    if not (place / HEAD).exists():
+        return True
+    try:
+        with safe_open(place / HEAD, framework="pt") as opened:
+            record = _RECORD.validate_json((opened.metadata() or {})[RECORD])
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"{place / HEAD} cannot be read ({error})") from error
+    return sha256_of(place / "model.safetensors") == record.encoder_sha256
+
+
 def read_segmenter(path: Path) -> tuple[Segmenter, Weights, HeadRecord]:
     """A segmenter, on the CPU, with the records of its encoder's file and its head's file.
 
