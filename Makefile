@@ -97,7 +97,7 @@ $(SOLAR)/train-100-0.csv: | $(READY)
 # A process for each core, a file of tests in one of them. One that crashed is not replaced: pytest-xdist can then wait
 # for ever for the rest of its file.
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --max-worker-restart 0
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 # For as long as one likes; counts go into docs/reliability.json, and the page is made from it.
 MINUTES ?= 10

@@ -18,6 +18,7 @@ from fcmae import threads
 if "PYTEST_XDIST_WORKER" in os.environ:  # one process for each core
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 threads.prepare()  # as runs do, before torch is loaded
+threads.busy.__defaults__ = (0.001,)  # hundreds of runs are short
 
 # In the background, or under nohup, a shell has these ignored, by the processes that tests start too.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -59,6 +60,14 @@ requires_time = pytest.mark.skipif(
 )
 CONVNEXTS = [name for name, spec in VARIANTS.items() if isinstance(spec, ConvNeXtSpec)]
 MINKOWSKI = pytest.param("minkowski", marks=requires_minkowski)
+
+
+# The longest files first, so that no process is left alone with one at the end: `make test` keeps this order.
+FIRST = ("test_nodes", "test_readme", "test_pretraining", "test_benchmarks", "test_segmenting", "test_worth")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in FIRST)
 
 
 def randomize(module: nn.Module, seed: int = 0, std: float = 0.3) -> None:

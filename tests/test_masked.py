@@ -46,8 +46,11 @@ def masks(batch: int, grid: tuple[int, int], visible: int) -> Tensor:
     return torch.from_numpy(random_mask(grid, visible, [(1, i) for i in range(batch)]))
 
 
+SMALL = ConvNeXtSpec(depths=(2, 2, 3, 2), dims=(8, 12, 16, 24), stem_stride=1)
+
+
 def small(
-    variant: str | ConvNeXtSpec = "convnextv2_atto",
+    variant: str | ConvNeXtSpec = SMALL,
     backend: str = "packed",
     grn_scope: str = "image",
     decoder_depth: int = 2,

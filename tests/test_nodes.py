@@ -208,7 +208,7 @@ def test_the_nodes_that_are_left_go_on_from_the_last_checkpoint_in_the_same_orde
     nodes: Callable[[int], Nodes], images: Path, alone: Path, tmp_path: Path
 ) -> None:
     three, out = nodes(3), tmp_path / "out"
-    words = flags(images, out, **OPTIONS | {"epochs": 200})
+    words = flags(images, out, **OPTIONS | {"epochs": 40})
     logs = [tmp_path / f"{i}.log" for i in range(3)]
     started = [three.start(i, elastic(2, 3, i), words, logs[i]) for i in range(3)]
     wait_until(lambda: checkpoint.steps(out), started, logs)
@@ -218,9 +218,9 @@ def test_the_nodes_that_are_left_go_on_from_the_last_checkpoint_in_the_same_orde
     assert "on 3 x cpu" in text
     assert "resuming after step" in text
     assert "on 2 x cpu" in text
-    assert [step for step, _ in losses(out)] == list(range(1, 401))
+    assert [step for step, _ in losses(out)] == list(range(1, 81))
     whole = tmp_path / "whole"
-    run(images, whole, **OPTIONS | {"epochs": 200})
+    run(images, whole, **OPTIONS | {"epochs": 40})
     assert dict(losses(out)) == pytest.approx(dict(losses(whole)), rel=1e-3)
 
 
@@ -377,7 +377,7 @@ def test_a_job_under_slurm_that_fails_after_the_warning_is_not_queued_again(tmp_
 
 def test_a_job_under_slurm_that_is_warned_saves_and_goes_back_into_the_queue(images: Path, tmp_path: Path) -> None:
     out, (environment, requeued) = tmp_path / "out", slurm(tmp_path)
-    options = OPTIONS | {"epochs": 200, "checkpoint__every_epochs": 999}
+    options = OPTIONS | {"epochs": 60, "checkpoint__every_epochs": 999}
     words = ["bash", SBATCH, "pretrain", *flags(images, out, **options)]
     log = tmp_path / "log.txt"
     with log.open("wb") as file:
@@ -389,10 +389,10 @@ def test_a_job_under_slurm_that_is_warned_saves_and_goes_back_into_the_queue(ima
         finally:
             Nodes.kill(job)
     assert requeued.read_text() == "4321"
-    assert 2 < max(checkpoint.steps(out)) < 400
+    assert 2 < max(checkpoint.steps(out)) < 120
     requeued.unlink()
     again = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert again.returncode == 0, again.stderr
     assert "on 2 x cpu" in again.stderr
-    assert [step for step, _ in losses(out)] == list(range(1, 401))
+    assert [step for step, _ in losses(out)] == list(range(1, 121))
     assert not requeued.exists()

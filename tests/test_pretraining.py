@@ -341,20 +341,9 @@ def test_with_missing_values_the_step_is_that_of_the_whole_batch_however_it_is_d
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
-def two_processes(images: Path, out: Path, **options: Any) -> str:
-    """The real launcher and script, and what they say."""
-    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
-    script = str(Path(fcmae.__file__).parent.parent / "pretrain.py")
-    result = subprocess.run(
-        [sys.executable, *launcher, script, *flags(images, out, **options)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stderr
+def logs_in(folder: Path) -> list[Path]:
+    """Of the two processes of a run."""
+    return [folder / f"{rank}.log" for rank in range(2)]
 
 
 def test_with_missing_values_two_processes_take_the_step_of_one(tmp_path: Path) -> None:
@@ -370,7 +359,8 @@ def test_with_missing_values_two_processes_take_the_step_of_one(tmp_path: Path) 
         np.save(tmp_path / f"images/{number}.npy", image)
     one = {"data__in_chans": 1, "data__mean": "0.5", "data__std": "1", "data__val_share": 0, "batch_size": 8}
     one |= {"epochs": 2, "optim__warmup_epochs": 0, "log__every_steps": 1}
-    two_processes(tmp_path / "images", tmp_path / "two", **one)
+    started = runs.start_pair(["pretrain", *flags(tmp_path / "images", tmp_path / "two", **one)], logs_in(tmp_path))
+    assert runs.ended(started) == [0, 0], logs_in(tmp_path)[0].read_text()
     assert run(tmp_path / "images", tmp_path / "one", **one) == 0
     found = [
         [
@@ -619,29 +609,23 @@ def test_memory_that_lacks_elsewhere_is_a_sentence_too(
     assert "CUDA out of memory. Tried to allocate 2.00 GiB" in error and "raise grad_accum" in error
 
 
+def _lack_memory(rank: int) -> None:
+    calls = [1, 9] if rank == 1 else []  # the first part of step 1, the last of step 2
+    runs.run_out_of_memory(pytest.MonkeyPatch(), calls, after_backward=False)
+
+
 def test_a_process_that_lacks_memory_while_gradients_are_exchanged_ends_all_and_the_run_goes_on_in_smaller_parts(
     tmp_path: Path,
 ) -> None:
     """A part before the exchange is taken again; within it the others wait."""
     images, out = write_images(tmp_path / "images", 16), tmp_path / "out"
-    script = tmp_path / "train.py"
-    script.write_text(
-        f"import os, sys; sys.path.insert(0, {str(Path(runs.__file__).parent)!r})\n"
-        "import pytest, runs; from fcmae.cli import main\n"
-        "calls = [1, 9] if os.environ['RANK'] == '1' else []\n"  # the first part of step 1, the last of step 2
-        "runs.run_out_of_memory(pytest.MonkeyPatch(), calls, after_backward=False)\n"
-        "sys.exit(main(sys.argv[1:]))\n"
-    )
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     settings = {"batch_size": 16, "data__val_share": 0, "grad_accum": 2, "epochs": 3, "optim__warmup_epochs": 0}
-    command = [sys.executable, *launcher, "pretrain", *flags(images, out, **settings)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert result.returncode == 1
+    logs = logs_in(tmp_path)
+    started = runs.start_pair(["pretrain", *flags(images, out, **settings)], logs, _lack_memory)
+    assert 0 not in (statuses := runs.ended(started)) and None not in statuses
     sentence = "suffice for 2 images, and other processes wait for it: the same command goes on with 1 at once"
-    # The launcher may end the process that waits before it says why, too.
-    errors = [line for line in result.stderr.splitlines() if "fcmae: error" in line]
-    assert any(line.endswith(sentence) for line in errors)
+    for log in logs:
+        assert any(line.startswith("fcmae: error") and line.endswith(sentence) for line in log.read_text().splitlines())
     (before,) = read_metrics(out / "metrics.jsonl")
     assert run(images, out, **settings) == 0
     assert (
@@ -667,7 +651,7 @@ def test_a_run_whose_grn_pools_over_the_batch_goes_on_with_as_many_images_at_onc
 
 
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    """Images that only the second process fails to read are reported too."""
+    """By the real launcher and script. Images that only the second process fails to read are reported too."""
     images = write_images(tmp_path / "images", 12)
     train, held_out = split(find_images([str(images)]), 0.3, seed=0)
     # Of each step's four images the second process reads the last two, and of those held out every second.
@@ -676,7 +660,18 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
         Path(path).write_bytes(b"not an image")
     options = {"epochs": 1, "optim__warmup_epochs": 0, "optim__clip_grad": 0.04, "optim__base_lr": 0.1}
     options |= {"data__max_bad_share": 1, "data__val_share": 0.3, "log__eval_epochs": 1}
-    said = two_processes(images, tmp_path / "two", **options)
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    script = str(Path(fcmae.__file__).parent.parent / "pretrain.py")
+    result = subprocess.run(
+        [sys.executable, *launcher, script, *flags(images, tmp_path / "two", **options)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    said = result.stderr
     assert "2 steps of 4 images on 2 x cpu in fp32" in said
     assert "Warning" not in said
     assert run(images, tmp_path / "one", **options) == 0
@@ -697,21 +692,10 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
 def test_a_signal_to_one_of_two_processes_stops_both_and_they_go_on(tmp_path: Path) -> None:
     images, out = write_images(tmp_path / "images", 12), tmp_path / "out"
     options = {"epochs": 20, "data__val_share": 0, "checkpoint__every_epochs": 999}
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fcmae.cli"]
-    command = [sys.executable, *launcher, "pretrain", *flags(images, out, **options)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with (tmp_path / "log.txt").open("w") as log:
-        launched = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-        try:
-            wait_for(lambda: (out / "metrics.jsonl").exists(), launched)
-            _, second = sorted(psutil.Process(launched.pid).children(), key=lambda process: process.pid)
-            second.send_signal(signal.SIGTERM)
-            assert launched.wait(60) != 0
-        finally:
-            for process in psutil.Process(launched.pid).children() if launched.poll() is None else ():
-                process.kill()
-            launched.kill()
-            launched.wait()
+    started = runs.start_pair(["pretrain", *flags(images, out, **options)], logs_in(tmp_path))
+    wait_for(lambda: (out / "metrics.jsonl").exists(), started[0])
+    started[1].terminate()
+    assert runs.ended(started) == [143, 143]
     ((stopped_at, _),) = checkpoint.steps(out).items()
     assert stopped_at < 60
     assert_whole_checkpoints(out)
@@ -723,25 +707,19 @@ def test_a_signal_to_one_of_two_processes_stops_both_and_they_go_on(tmp_path: Pa
 
 
 def test_the_error_of_one_process_ends_both_with_its_sentence(tmp_path: Path) -> None:
-    """The first alone keeps the list of files that cannot be read.
-
-    The launcher may end the other before it says why, too; tests/test_training_launch.py has no launcher.
-    """
+    """The first alone keeps the list of files that cannot be read."""
     images, out = write_images(tmp_path / "images", 12), tmp_path / "out"
     for path in sorted(images.iterdir())[:6]:
         path.write_bytes(b"not an image")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fcmae.cli"]
-    command = [sys.executable, *launcher, "pretrain", *flags(images, out, epochs=999, data__val_share=0)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert result.returncode == 1
-    lines = [line for line in result.stderr.splitlines() if line.startswith("fcmae: error")]
-    sentence = "data.max_bad_share: "
-    assert any(line.startswith(f"fcmae: error: {sentence}") for line in lines)
-    assert all(
-        line.startswith((f"fcmae: error: {sentence}", f"fcmae: error: process 0 failed: {sentence}")) for line in lines
-    )
-    assert "[rank1]" not in result.stderr
+    logs = logs_in(tmp_path)
+    started = runs.start_pair(["pretrain", *flags(images, out, epochs=999, data__val_share=0)], logs)
+    assert 0 not in (statuses := runs.ended(started)) and None not in statuses
+    # The first keeps what the two tell each other, and may be gone before the other hears why.
+    sentence, ended = "data.max_bad_share: ", "a process of the run has ended: see what it said"
+    for log, said in zip(logs, ((sentence,), (f"process 0 failed: {sentence}", ended)), strict=True):
+        (line,) = [line for line in log.read_text().splitlines() if line.startswith("fcmae: error")]
+        assert line.removeprefix("fcmae: error: ").startswith(said)
+        assert "Traceback" not in log.read_text()
 
 
 def listed_as_bad(out: Path) -> set[str]:

@@ -11,8 +11,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import tarfile
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -342,12 +340,10 @@ def test_two_processes_train_and_score_like_one(head: str, tiles: Path, tmp_path
         settings["model__tau"] = 0.6
     command = words(tiles, tmp_path / "one", **settings)
     assert cli.main(command) == 0
-    script = Path(__file__).parents[1] / "segment.py"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    command = [*launch, *words(tiles, tmp_path / "two", **settings)[1:]]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "2 x cpu" in done.stderr
+    logs = [tmp_path / f"{rank}.log" for rank in range(2)]
+    started = runs.start_pair(words(tiles, tmp_path / "two", **settings), logs)
+    assert runs.ended(started) == [0, 0], logs[0].read_text()
+    assert "2 x cpu" in logs[0].read_text()
     runs.assert_same_metrics(tmp_path / "two", tmp_path / "one", rel=1e-3, abs=1e-5)
     one, two = ((tmp_path / run / "last" / "confusion.csv").read_text().splitlines() for run in ("one", "two"))
     counts = [[int(n) for line in rows[1:] for n in line.split(",")[1:]] for rows in (one, two)]

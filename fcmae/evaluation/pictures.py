@@ -23,7 +23,8 @@ from fcmae.masked import patch_statistics, patchify, unpatchify
 from fcmae.segmentation import colours, overlay
 
 SHOWN = 3  # channels of a picture; the first alone of images that have fewer
-TILE = 128  # longest side of an image in a picture over time, in pixels
+LARGE = 256  # longest side of an image in a picture of reconstructions, in pixels
+TILE = 128  # and in one over time
 MOMENTS = 8  # in such a picture
 LISTED = 12  # classes that are named below a picture
 MAX_TILES = 2**25  # bytes of a file
@@ -76,23 +77,9 @@ def save_reconstructions(path: Path, panels: Sequence[Tensor], title: str) -> No
         panels: of `reconstruction_panels`.
         title: above the rows.
     """
-    from matplotlib.figure import Figure
-
     names = ("original", "masked", "reconstruction", "with visible patches")
-    rows = panels[0].shape[0]
-    height, width = panels[0].shape[2:]
-    figure = Figure(figsize=(4 * 2, rows * 2 * height / width + 0.6), layout="constrained")
-    axes = figure.subplots(rows, 4, squeeze=False)
-    for row in range(rows):
-        low, high = limits(panels[0][row])
-        for column, (panel, name) in enumerate(zip(panels, names, strict=True)):
-            axis = axes[row, column]
-            axis.imshow(displayable(panel[row], low, high), cmap="gray", vmin=0, vmax=1)
-            axis.set_axis_off()
-            if row == 0:
-                axis.set_title(name, fontsize=10)
-    figure.suptitle(with_bands(title, panels[0].shape[1]), fontsize=11)
-    save_figure(figure, path)
+    columns = [(name, _tiles(panel, panels[0], LARGE)) for name, panel in zip(names, panels, strict=True)]
+    _save_columns(path, columns, len(panels[0]), 2.0, with_bands(title, panels[0].shape[1]))
 
 
 def save_overlays(
@@ -142,13 +129,13 @@ def save_tiles(path: Path, panels: Sequence[Tensor]) -> None:
         panels: of `reconstruction_panels`.
     """
     with replacing(path) as aside:
-        Image.fromarray(_tiles(panels[3], panels[0])).save(aside, format="png")
+        Image.fromarray(_tiles(panels[3], panels[0], TILE)).save(aside, format="png")
 
 
-def _tiles(panel: Tensor, originals: Tensor) -> NDArray[np.uint8]:
-    """(B, C, H, W) to (B * h, w) or (B * h, w, 3) uint8, on the scale of the originals."""
+def _tiles(panel: Tensor, originals: Tensor, longest: int) -> NDArray[np.uint8]:
+    """(B, C, H, W) to (B * h, w) or (B * h, w, 3) uint8, on the scale of the originals; no side above `longest`."""
     size = panel.shape[2:]
-    shrink = max(1.0, max(size) / TILE)
+    shrink = max(1.0, max(size) / longest)
     small = F.interpolate(panel, [round(side / shrink) for side in size], mode="area") if shrink > 1 else panel
     rows = [displayable(image, *limits(original)) for image, original in zip(small, originals, strict=True)]
     strip: NDArray[np.uint8] = (np.concatenate(rows) * 255).round().astype(np.uint8)
@@ -173,23 +160,32 @@ def save_over_time(path: Path, panels: Sequence[Tensor], moments: Sequence[tuple
             the last, without those that are damaged or gone.
         title: above the rows.
     """
-    from matplotlib.figure import Figure
-
     moments = [moments[i] for i in evenly(len(moments), MOMENTS)]
-    columns = [("original", _tiles(panels[0], panels[0])), ("masked", _tiles(panels[1], panels[0]))]
+    columns = [
+        (name, _tiles(panel, panels[0], TILE)) for name, panel in zip(("original", "masked"), panels, strict=False)
+    ]
     for name, file in moments:
         tiles = _read_tiles(file)
         if tiles is not None and tiles.shape == columns[0][1].shape:
             columns.append((name, tiles))
+    _save_columns(path, columns, len(panels[0]), 1.3, with_bands(title, panels[0].shape[1]))
+
+
+def _save_columns(
+    path: Path, columns: Sequence[tuple[str, NDArray[np.uint8]]], num: int, inches: float, title: str
+) -> None:
+    """Draw named columns of `num` images below one another, as `_tiles` gives them; inches: the width of one."""
+    from matplotlib.figure import Figure
+
     # One image with white gaps: axes for each of the tiles would take long to lay out.
-    num, (height, width) = panels[0].shape[0], columns[0][1].shape[:2]
+    height, width = columns[0][1].shape[:2]
     side, gap = height // num, max(1, width // 16)
     mosaic = np.full((num * (side + gap), len(columns) * (width + gap), *columns[0][1].shape[2:]), 255, np.uint8)
     for column, (_, strip) in enumerate(columns):
         for row, tile in enumerate(np.split(strip, num)):
             top, left = row * (side + gap), column * (width + gap)
             mosaic[top : top + side, left : left + width] = tile
-    figure = Figure(figsize=(1.3 * len(columns), 1.3 * num * side / width + 0.7), layout="constrained")
+    figure = Figure(figsize=(inches * len(columns), inches * num * side / width + 0.7), layout="constrained")
     axis = figure.subplots()
     axis.imshow(mosaic[:-gap, :-gap], cmap="gray", vmin=0, vmax=255)
     middles = [column * (width + gap) + width / 2 for column in range(len(columns))]
@@ -197,7 +193,7 @@ def save_over_time(path: Path, panels: Sequence[Tensor], moments: Sequence[tuple
     axis.tick_params(top=False, bottom=False, labeltop=True, labelbottom=False)
     axis.set_yticks([])
     axis.spines[:].set_visible(False)
-    figure.suptitle(with_bands(title, panels[0].shape[1]), fontsize=11)
+    figure.suptitle(title, fontsize=11)
     save_figure(figure, path)
 
 
