@@ -59,7 +59,7 @@ class _Also(Section):
     config: str | None = None
     """A YAML file of settings, or the name of a shipped one (`fcmae configs`)."""
     print_config: bool = False
-    """Print all settings as a run would use them, and stop."""
+    """Print all settings as a run would use them, but for those that an evaluation takes from its weights, and stop."""
     debug: bool = False
     """Show the traceback of an error."""
 

@@ -28,7 +28,7 @@ from fcmae.data.index import find_images
 from fcmae.data.loader import choose_num_workers, evaluation_loader
 from fcmae.data.maps import IGNORED, Classes
 from fcmae.data.rasters import geo_tags
-from fcmae.data.shards import without_suffix
+from fcmae.data.shards import is_image, without_suffix
 from fcmae.data.source import BadImage, printable
 from fcmae.data.storage import is_remote
 from fcmae.segmentation import Strip, check_sides, colours, each_image, predictor, probabilities_by_rows
@@ -237,9 +237,9 @@ def places_of(names: Sequence[str], out: Path) -> list[Path]:
 
 
 def _without_query(url: str) -> str:
-    """The URL of a file without what is asked of the server, as a signature; one that ends in no suffix as it is."""
+    """The URL of an image without what is asked of the server, as a signature; that of a program as it is."""
     path, _, _ = url.partition("?")
-    return path if Path(path).suffix else url
+    return path if is_image(path) else url
 
 
 def probabilities_beside(place: Path) -> Path:

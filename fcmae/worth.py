@@ -50,6 +50,7 @@ from fcmae.networks.spec import NetworkSpec, describe
 from fcmae.pretraining import pretrain
 from fcmae.starting import class_balance
 from fcmae.tables import table
+from fcmae.training import checkpoint
 from fcmae.training.own_files import check_outside, remove_models
 from fcmae.training.records import last_state, of_model, read_metrics
 from fcmae.training.run import Run
@@ -539,6 +540,13 @@ def _run(job: Job, place: Path, plan: Plan, cfg: WorthConfig) -> Run:
     if arm["kind"] == "start":
         _check_same(arm, place, cfg)  # a resumed run's own weights have changed by now
         init = arm["init"] or str(place / "runs" / PRETRAINED)
+        if arm["init"] is None and (out / "config.yaml").is_file():
+            begun = str(options.read(FinetuneConfig, out / "config.yaml").model.init)
+            if begun != init:  # the comparison lay elsewhere
+                if checkpoint.latest(out) is None:
+                    given["overwrite"] = True
+                else:
+                    init = begun  # which is not read again
         said = plan["settings"] if Path(init).is_file() else {}
         given |= {
             "model.init": init,
@@ -621,6 +629,7 @@ def _write(
             named = {name: of_model(line, name) for name in SCORES if name in line}
             scores.append({"arm": job.arm, "labels": job.labels, "seed": job.seed, "scores": named})
     given = {key: value for key, value in options.changed(cfg).items() if key not in ("data", "unlabelled")}
+    given["out"] = str(place)
     found: paired.Comparison = paired.COMPARISON.validate_python(
         plan["counts"]
         | {key: plan[key] for key in ("arms", "amounts")}

@@ -9,13 +9,13 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import count
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -41,6 +41,7 @@ TINY = "{depths: [1, 1, 1, 1], dims: [8, 8, 8, 8]}"  # as a command line gives i
 # A server that has imported everything once and forks at each call: a process in a tenth of a second instead of ten,
 # and without the threads that this one has.
 PROCESSES = multiprocessing.get_context("forkserver")
+PORTS = count(20_000 + os.getpid() % 10_000)  # which no other program is given by the system
 PROCESSES.set_forkserver_preload(["fcmae.pretraining", "matplotlib.figure", "torch.utils.tensorboard"])
 
 
@@ -124,10 +125,7 @@ def start_pair(
 
     logs: of each. prepare: called first in each, with its rank.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    shared |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(next(PORTS)), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     return [start(command, log, prepare=partial(_as_one_of, shared, rank, prepare)) for rank, log in enumerate(logs)]
 
 

@@ -240,13 +240,17 @@ def test_a_comparison_tells_which_of_its_runs_is_running(tmp_path: Path) -> None
     with held(run):
         said = status(tmp_path)
         assert "running: scratch-10pct-0, epoch 3 of 3" in said and "goes on" not in said
+    # Where it is, and not where it was begun.
+    (tmp_path / paired.FILE).write_text(json.dumps(found | {"command": "fcmae worth labelled --out runs/x --seeds 2"}))
+    assert f"fcmae worth labelled --out {tmp_path} --seeds 2  # goes on" in status(tmp_path)
     assert [found.name for found in find_runs(tmp_path)] == []
 
 
 def test_a_table_of_runs_does_not_read_their_lists_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     finetune_run(tmp_path / "tuned", 0.5)
-    monkeypatch.setattr(Images, "load", None)
-    assert "tuned" in status(tmp_path)
+    read = list[Path]()
+    monkeypatch.setattr(Images, "load", read.append)
+    assert "tuned" in status(tmp_path) and not read
 
 
 def test_what_goes_on_elsewhere_begins_there(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,6 +137,11 @@ def test_maps_of_urls_are_named_without_what_is_asked_of_the_server() -> None:
     names = ["https://there/scenes/a.tif?key=x.y", "https://there/scenes/b.png?size=2", "https://there/c.TIFF"]
     found = prediction.places_of(names, Path("maps"))
     assert [place.relative_to("maps").as_posix() for place in found] == ["scenes/a.tif", "scenes/b.png", "c.tif"]
+    names = [f"https://there/get.php?file={name}.tif" for name in "ab"]
+    assert [place.name for place in prediction.places_of(names, Path("maps"))] == [
+        "get.php?file=a.tif",
+        "get.php?file=b.tif",
+    ]
 
 
 def test_a_key_names_the_weights_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -583,9 +584,16 @@ def test_a_comparison_that_was_moved_goes_on_there(folder: Path, monkeypatch: py
     (folder / "runs").rename(folder / "elsewhere")
     place = Path("elsewhere/labelled-worth")
     begun = len((place / "runs/pretrained/train.log").read_text())
+    with monkeypatch.context() as patch:
+        stopping_at(patch, {4}, kill_self(signal.SIGTERM))  # of what is pretrained
+        assert run(*WORDS, "--out", str(place)) == 143
+    assert len((place / "runs/pretrained/train.log").read_text()) > begun
+    assert (place / "runs/pretrained-50pct-0/checkpoints").exists()
+    place = place.rename("third")
+    (place / "runs/pretrained-50pct-1").mkdir()  # as of one that had no checkpoint yet
+    shutil.copy(place / "runs/pretrained-50pct-0/config.yaml", place / "runs/pretrained-50pct-1")
     assert run(*WORDS, "--out", str(place)) == 0
     assert json.loads((place / "worth.json").read_text())["num_done"] == 5 and not (folder / "runs").exists()
-    assert len((place / "runs/pretrained/train.log").read_text()) > begun
 
 
 def test_baselines_weigh_the_classes_as_the_networks_do(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

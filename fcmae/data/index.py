@@ -280,6 +280,8 @@ def also_in(images: Images, others: Images) -> list[str]:
     """
     identity: Callable[[str], tuple[int, int] | str] = _identity
     if len(images) + len(others) > MAX_LOOKED_AT:
+        if images.source is others.source and not np.isin(images._positions(), others._positions()).any():
+            return []  # which has each name once
         logger.info("of %d images only the names are compared, not links and second names", len(images) + len(others))
         identity = str
     known = set(map(identity, others.names()))

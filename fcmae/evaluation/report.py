@@ -305,7 +305,8 @@ def _what_was_run(run: RunFiles) -> Section:
     rows += [["images", ", ".join(f"{number:,} {use}" for use, number in run.counts.items())]] if run.counts else []
     rows += [["from", _text(value)] for key in ("data.path", "data.val_path") if (value := get(key))]
     if isinstance(size := get("data.image_size"), list):
-        rows += [["size", f"{' × '.join(map(str, size))} pixels, {get('data.in_chans')} channels"]]
+        channels = f", {get('data.in_chans')} channels" if get("data.in_chans") else ""  # else those of the weights
+        rows += [["size", f"{' × '.join(map(str, size))} pixels{channels}"]]
     if (bad := run.path / "bad_files.txt").is_file():
         with suppress(OSError):
             number = read_bytes(bad, MAX_JSON).count(b"\n")

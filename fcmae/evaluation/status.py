@@ -79,7 +79,10 @@ def _comparison(place: Path) -> Iterator[str]:
     yield from (f"running: {_row(run)[0]}, epoch {_row(run)[3]}" for run in running)
     yield f"\n{paired.summary(found)}\n\nnext:"
     if found["num_done"] < found["num_runs"] and not running:
-        yield f"  {_from(found.get('directory'), found['command'])}  # goes on"
+        words, folder = shlex.split(found["command"]), found.get("directory")
+        if "--out" in words:  # it may have been moved
+            words[words.index("--out") + 1] = str(place.absolute() if _is_elsewhere(folder) else place)
+        yield f"  {_from(folder, shlex.join(words))}  # goes on"
     yield f"  fcmae report {shlex.quote(str(place))}"
 
 

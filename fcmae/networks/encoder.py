@@ -63,7 +63,8 @@ class StagedEncoder(nn.Module):
 
         Args:
             images: (B, in_chans, H, W) float, normalised. Under a mask H and W are multiples of the mask patch;
-                otherwise the last rows and columns that fill no site are left out, as a strided convolution does.
+                otherwise the last rows and columns that fill no site are left out, as a strided convolution does, but
+                for the 3x3 convolution of a dense stem.
             layout: made from the mask; the default sees the whole image.
 
         Returns:

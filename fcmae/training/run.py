@@ -1,7 +1,7 @@
 """The directory of a run: which run it holds, what may be written there, and what became of it.
 
 RUN/
-    config.yaml       the resolved settings
+    config.yaml       the resolved settings, but for what an evaluation takes from its weights
     environment.json  versions, machine and command, an entry for each start
     files.json        the index of the images (val_files.json: of labelled ones held out)
     index/            what lies where in each tar file
