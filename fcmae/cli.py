@@ -265,7 +265,7 @@ def _stats(cfg: commands.StatsConfig) -> None:
     from fcmae.data.stats import channel_statistics
 
     workers = min(8, num_cores()) if cfg.num_workers is None else cfg.num_workers
-    index = find_images(cfg.path)
+    index = find_images(cfg.path, key="path")
     index.tell_notes()
     in_chans = cfg.in_chans
     if in_chans is None:

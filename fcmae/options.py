@@ -528,11 +528,12 @@ def usage(model: type[Settings], prog: str) -> str:
         short = f"--{_spelling(field).short}, " if _spelling(field).short else ""
         shown = key.replace("_", "-") if title == "also" else key
         lines.append(_row(f"{short}--{shown} {_metavar(field.annotation)}", field))
-    is_run = issubclass(model, RunConfig)
-    notes = "In brackets: what a setting is beside a recipe; without one it is chosen. " * is_run + (
+    notes = (
         "A flag's value means the same as in a YAML file. Write a list as 0.2,1 or 0.2 1 or [0.2, 1], or repeat the "
         "flag. To unset an optional setting, give `none`. Dashes and underscores are interchangeable."
     )
+    if issubclass(model, RunConfig):
+        notes = f"In brackets: what a setting is beside a recipe; without one many are chosen (--print-config). {notes}"
     return "\n".join([*lines, "", *textwrap.wrap(notes, 100)])
 
 

@@ -64,7 +64,7 @@ def predict(cfg: PredictConfig) -> int:
     accelerator = Accelerator(cpu=cfg.device == "cpu", mixed_precision="no")  # whatever the environment says
     model = build_classifier(weights).to(accelerator.device).eval()
     reading = weights.reading(str(cfg.model), cfg.image_size).told(cfg.max_pixels, cfg.nodata)
-    images = find_images(cfg.images)
+    images = find_images(cfg.images, key="images")
     images.tell_notes()
     check_values(reading, images)
     loader = evaluation_loader(
@@ -152,7 +152,7 @@ def predict_maps(cfg: PredictConfig) -> int:
         raise ValueError(f"tau, budget and limit_ms are for models with model.head anytime, and {cfg.model} is none")
     limit_s = math.inf if cfg.limit_ms is None else cfg.limit_ms / 1000
     predict_tiles = predictor(model.to(accelerator.device).eval(), normalize, accelerator, cfg.tau, cfg.budget)
-    images = find_images(cfg.images)
+    images = find_images(cfg.images, key="images")
     images.tell_notes()
     check_values(reading, images)
     names, out = images.names(), cfg.out

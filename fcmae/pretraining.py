@@ -187,9 +187,10 @@ def train(
 
 
 def run_images(cfg: PretrainConfig, run: RunDirectory) -> tuple[Images, bool]:
-    """The images: as listed in the run directory, else found, which is told."""
+    """The images: as listed in the run directory where a folder may have changed since, else found, which is told."""
     storage = Storage.of_run(run.path, cfg.data.index, cfg.data.cache_gb)
-    if run.kept("data.path") and (kept := kept_images([run.path / "files.json"], storage)) is not None:
+    listed = [run.path / "files.json"]
+    if run.kept("data.path") and (kept := kept_images(listed, storage, cfg.data.path)) is not None:
         return kept[0], False
     return find_images(cfg.data.path, storage=storage), True
 

@@ -230,7 +230,7 @@ def run_images(cfg: SegmentConfig, run: RunDirectory) -> Mapped:
     cached = [run.path / name for name in FILES]
     same = not cfg.eval_only and run.kept("data.path", "data.maps", "data.val_path", "data.val_maps")
     storage = Storage.of_run(run.path, cfg.data.index, cfg.data.cache_gb)
-    if same and (kept := kept_images(cached, storage)) is not None:
+    if same and (kept := kept_images(cached, storage, (cfg.data.path, cfg.data.val_path))) is not None:
         return _counted(cfg, *kept, is_begun=True)
     return find_data(cfg)
 
@@ -275,6 +275,11 @@ def _counted(
         # Refuse what is no class before the run comes to it.
         for key, values in (("data.maps", found), ("data.val_maps" if data.val_path else "data.maps", tested)):
             classes.numbers(np.flatnonzero(values.counts), key)
+    if stated := sorted(found.nodata & set(classes.values)):
+        logger.warning(
+            "the label maps state GDAL_NODATA = %d, which is a class here: if it is none, give --data.ignore_value %d",
+            *(stated[0], stated[0]),
+        )
     return Mapped(images, maps, val_images, val_maps, classes, found.counts[list(classes.values)])
 
 

@@ -327,6 +327,8 @@ def _make_plan(place: Path, cfg: WorthConfig, train: Images, test: Images) -> Pl
     one = 100 / len(tested) / min(tested)
     notes = [f"The class with the fewest test images has {min(tested)}: one of them is {one:.1f} points."]
     seconds, epochs = dict[str, float](), dict[str, float]()
+    if cfg.test is None:
+        notes.append("The test images were drawn one by one: neighbours of one patient or scene may be on both sides.")
     starts = _given_starts(cfg, train)
     notes += [note for start in starts for note in _known(start, train, test)]
     if starts or cfg.hours or cfg.pretraining:

@@ -333,6 +333,8 @@ def test_csv_gives_labels_with_paths_relative_to_its_folder(tmp_path: Path) -> N
     (tmp_path / "labels.CSV").write_text(text, encoding="utf-8")
     index = find_labelled(str(tmp_path / "labels.CSV"))
     assert content(index) == ([str(tmp_path / "1.jpg"), str(tmp_path / "b/2.jpg")], [0, 1], ("cat", "dog"))
+    (note,) = index.notes
+    assert "only path and label are read, not split: what fcmae holds out it draws image by image" in note
 
 
 def test_held_out_labels_point_into_the_training_classes(tmp_path: Path) -> None:

@@ -579,6 +579,22 @@ def test_a_split_that_holds_out_nothing_is_refused_at_once(
     assert "holds out none of 2 images" in capsys.readouterr().err
 
 
+def test_labels_that_were_corrected_are_not_gone_on_without(
+    labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "labels.csv"
+    rows = [f"{path},{path.parent.name}\n" for path in sorted(labelled.glob("*/*"))]
+    table.write_text("".join(["path,label\n", *rows]))
+    tiny = {"model__variant": runs.TINY, "model__stem_stride": 1}
+    with monkeypatch.context() as patch:
+        at_step(patch, 2, kill_self(signal.SIGTERM))
+        assert finetune(table, tmp_path / "run", **tiny) == 143
+    runs.forget_accelerator()
+    table.write_text("".join(["path,label\n", *rows[:-1], rows[-1].replace(",green", ",blue")]))
+    assert finetune(table, tmp_path / "run", **tiny) == 2
+    assert "no longer gives the images" in capsys.readouterr().err
+
+
 def test_other_held_out_images_are_refused_on_resume(
     labelled: Path, tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -147,6 +147,19 @@ def test_a_survey_goes_by_what_most_images_are(tmp_path: Path) -> None:
     assert (found.in_chans, found.short_side) == (3, 40)
 
 
+def test_a_survey_does_not_take_label_maps_for_images(tmp_path: Path) -> None:
+    for number in range(4):
+        bands = np.zeros((40, 40, 5), np.uint16)
+        tifffile.imwrite(tmp_path / f"{number}.tif", bands, photometric="minisblack", planarconfig="contig")
+        Image.fromarray(np.zeros((40, 40), np.uint8)).save(tmp_path / f"{number}.png")
+    found = find_images([str(tmp_path)])
+    sentence = r"of 8 images 4 have 1 channels, as .*0\.png, 4 have 5 channels, as .*0\.tif: name one kind by a pattern"
+    with pytest.raises(ValueError, match=sentence):
+        survey(found)
+    assert survey(found, in_chans=5).in_chans == 5
+    assert survey(find_images([str(tmp_path / "*.tif")])).in_chans == 5
+
+
 def test_a_survey_tells_of_a_single_deep_image(tmp_path: Path) -> None:
     for number, write in enumerate((grey, grey, deep)):
         write(tmp_path / f"{number}.x", np.random.default_rng(number))

@@ -133,6 +133,13 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path, capsys: pytest.
     assert "the weights are not finite, head.bias among them" in capsys.readouterr().err
 
 
+def test_images_that_are_not_there_are_told_by_the_name_that_the_command_has(
+    classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(words(classifier, tmp_path / "none")) == 2
+    assert capsys.readouterr().err.startswith("fcmae: error: images: ")
+
+
 def test_maps_of_urls_are_named_without_what_is_asked_of_the_server() -> None:
     names = ["https://there/scenes/a.tif?key=x.y", "https://there/scenes/b.png?size=2", "https://there/c.TIFF"]
     found = prediction.places_of(names, Path("maps"))

@@ -1011,6 +1011,21 @@ def test_a_resumed_run_keeps_the_images_it_began_with(uninterrupted: Path, image
     assert_equal_runs(tmp_path / "out", uninterrupted)
 
 
+def test_a_list_that_was_changed_is_not_gone_on_with(
+    uninterrupted: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    listed = tmp_path / "list.txt"
+    text = "".join(f"{path}\n" for path in sorted(images.iterdir()))
+    listed.write_text(text)
+    interrupted(listed, tmp_path / "out")
+    listed.write_text(text.partition("\n")[2])
+    assert run(listed, tmp_path / "out") == 2
+    assert "data.path no longer gives the images of" in capsys.readouterr().err
+    listed.write_text(text)
+    assert run(listed, tmp_path / "out") == 0
+    assert_equal_runs(tmp_path / "out", uninterrupted)
+
+
 def test_a_folder_may_move_between_stop_and_resume(
     uninterrupted: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

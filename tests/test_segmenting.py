@@ -366,6 +366,22 @@ def test_images_of_one_channel_are_learnt_and_mapped(head: str, tiles: Path, tmp
     assert len(list((tmp_path / "maps").iterdir())) == 12
 
 
+def test_nodata_that_maps_state_is_told_where_it_is_a_class(
+    tiles: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for path in (tiles / "maps").iterdir():
+        tag = [(42113, "s", 0, "0", True)]
+        (tmp_path / "maps").mkdir(exist_ok=True)
+        tifffile.imwrite(tmp_path / "maps" / f"{path.stem}.tif", np.asarray(Image.open(path)), extratags=tag)
+    given = {"data__maps": tmp_path / "maps", "data__class_values": "0,1"}
+    segmenting.find_data(load(SegmentConfig, words(tiles, tmp_path / "out", **given)[1:], prog="x"))
+    assert "state GDAL_NODATA = 0, which is a class here: if it is none, give --data.ignore_value 0" in caplog.text
+    caplog.clear()
+    given = {"data__maps": tmp_path / "maps", "data__class_values": "1,255", "data__ignore_value": 0}
+    segmenting.find_data(load(SegmentConfig, words(tiles, tmp_path / "out", **given)[1:], prog="x"))
+    assert not caplog.text
+
+
 def test_what_only_held_out_maps_hold_is_a_class_too_or_refused_before_the_run(
     tiles: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

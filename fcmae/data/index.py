@@ -297,17 +297,21 @@ def _identity(name: str) -> tuple[int, int] | str:
     return found.st_dev, found.st_ino
 
 
-def kept_images(paths: Sequence[Path], storage: Storage) -> list[Images] | None:
-    """What lists of a run hold; None if one is not there, or tables were copied since and are to be read again.
+def kept_images(paths: Sequence[Path], storage: Storage, sources: Iterable[str | None]) -> list[Images] | None:
+    """What lists of a run hold; None if one is not there, or if what they were made from is to be read again.
+
+    Tables that were copied since are, and the user's own lists: where a line was changed, the run does not go on.
 
     Args:
         paths: of the lists.
         storage: that reads the images.
+        sources: that they were made from.
 
     Raises:
         ValueError: if a file is no list.
     """
-    if not all(path.is_file() for path in paths):
+    own = [source for source in sources if source and source.lower().endswith((".txt", ".csv"))]
+    if not all(path.is_file() for path in paths) or any(Path(source).is_file() for source in own):
         return None
     found = [Images.load(path, storage) for path in paths]
     is_copied = any(isinstance(images.source, Parts) and images.source.is_copied() for images in found)
@@ -608,7 +612,7 @@ def find_labelled(
     if tars is not None:
         label_of = _labels_of(tars, shards, source, key)
     elif path.suffix.lower() == ".csv" and (is_remote(source) or path.is_file()):
-        label_of = _read_csv(source if is_remote(source) else str(path), key)
+        label_of, notes = _read_csv(source if is_remote(source) else str(path), key)
     elif path.is_dir() or (is_remote(source) and not _is_pattern(source)):
         label_of, beside = _class_folders(source, key, others, may_be_empty=class_names is not None)
         if beside:
@@ -770,8 +774,10 @@ def _warn_of_names(names: Sequence[str], key: str) -> None:
         logger.warning("%s: the classes %s differ in their case only", key, " and ".join(map(repr, twice[:2])))
 
 
-def _read_csv(address: str, key: str, column: str = "path", other: str = "label") -> dict[str, str]:
-    """What stands beside each image, by its address, in a CSV file."""
+def _read_csv(
+    address: str, key: str, column: str = "path", other: str = "label"
+) -> tuple[dict[str, str], tuple[str, ...]]:
+    """What stands beside each image, by its address, in a CSV file; and a note of columns that are not read."""
     beside, folder = dict[str, str](), os.path.dirname(address)  # noqa: PTH120
     try:
         rows = csv.DictReader(io.StringIO(ANY.read(address).decode("utf-8-sig"), newline=""), skipinitialspace=True)
@@ -803,7 +809,13 @@ def _read_csv(address: str, key: str, column: str = "path", other: str = "label"
         ) from error
     if not beside:
         raise ValueError(f"{key}: {address} lists no image: give one {column},{other} a line")
-    return beside
+    if more := [name for name in columns if name not in (column, other)]:
+        note = (
+            f"{key}: of {address} only {column} and {other} are read, not {few(map(printable, more))}: what fcmae "
+            "holds out it draws image by image, also where several are of one patient or scene"
+        )
+        return beside, (note,)
+    return beside, ()
 
 
 def find_mapped(
@@ -825,11 +837,11 @@ def find_mapped(
     """
     maps_key = key.replace("path", "maps")
     if source.lower().endswith(".csv"):
-        beside, folder = _read_csv(source, key, "image", "mask"), os.path.dirname(source)  # noqa: PTH120
-        paths, shards = sorted(beside), Shards(storage, key)
+        beside, notes = _read_csv(source, key, "image", "mask")
+        folder, paths, shards = os.path.dirname(source), sorted(beside), Shards(storage, key)  # noqa: PTH120
         found = Images(shards.source(paths))
         maps_found = Images(shards.source([joined(folder, beside[image]) for image in paths]))
-        return replace(found, notes=shards.notes()), maps_found
+        return replace(found, notes=notes + shards.notes()), maps_found
     if maps is None:
         raise ValueError(
             f"{key}: {source!r} has no folder of label maps beside it, and is no .csv file: give images and their maps "
@@ -847,7 +859,7 @@ def find_mapped(
     elif absent:
         raise ValueError(
             f"{maps_key}: {maps!r} has no label map for {len(absent)} of {len(image_of)} images, {absent[0]!r} the "
-            "first: give each image a map of its name"
+            "first: give each image a map of its name, or a CSV with columns image,mask"
         )
     if surplus := len(map_of) - len(image_of):
         notes += (f"{maps_key}: {surplus} label maps are of no image and were left out",)
@@ -864,5 +876,8 @@ def _by_stem(images: Images, root: str, key: str) -> dict[str, int]:
             continue
         stem = without_suffix(os.path.relpath(name, root))
         if (other := named.setdefault(stem, i)) != i:
-            raise ValueError(f"{key}: {images.name(other)} and {name} differ in their suffix only: remove one")
+            raise ValueError(
+                f"{key}: {images.name(other)} and {name} differ in their suffix only: if one is the other's map, name "
+                "each kind by a pattern, such as '*.tif' and --data.maps '*.png', or give a CSV with columns image,mask"
+            )
     return named

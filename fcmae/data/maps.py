@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from fcmae.data.geometry import MAX_PIXELS, Box
 from fcmae.data.index import Images
@@ -93,10 +94,12 @@ class Values(NamedTuple):
         counts: (MAX_VALUE,), pixels of each value.
         are_objects: whether they seem to number objects: up from 1 without a gap in every map, in one to MANY_OBJECTS
             or more, and not to the same in all.
+        nodata: what GDAL_NODATA of some states for pixels without a class.
     """
 
     counts: NDArray[np.int64]
     are_objects: bool = False
+    nodata: frozenset[int] = frozenset()
 
 
 def count_values(maps: Images, max_maps: int = 200, max_pixels: int = MAX_PIXELS) -> Values:
@@ -111,11 +114,12 @@ def count_values(maps: Images, max_maps: int = 200, max_pixels: int = MAX_PIXELS
         ValueError: if none of the sample can be read, or one holds other numbers.
     """
     counts, reason = np.zeros(MAX_VALUE, np.int64), ""
-    largest, has_gaps = set[int](), False
-    for i in evenly(len(maps), max_maps):
+    largest, has_gaps, nodata = set[int](), False, set[int]()
+    for i in tqdm(evenly(len(maps), max_maps), "looking at label maps", unit="map", delay=5, disable=None, leave=False):
         try:
             with maps.open(i) as file:
                 found = LabelMap(file, max_pixels)
+                nodata |= set() if found.nodata is None else {found.nodata}
                 own = np.zeros(MAX_VALUE, np.int64)
                 for box in bands(found.height, found.width, max_pixels):
                     values = found.read(box)
@@ -133,7 +137,7 @@ def count_values(maps: Images, max_maps: int = 200, max_pixels: int = MAX_PIXELS
             reason = reason or f"{printable(maps.name(i))}: {error}"
     if not counts.any():
         raise ValueError(f"data.maps: none of {len(maps)} label maps can be read: {reason}")
-    return Values(counts, not has_gaps and len(largest) > 1 and max(largest) >= MANY_OBJECTS)
+    return Values(counts, not has_gaps and len(largest) > 1 and max(largest) >= MANY_OBJECTS, frozenset(nodata))
 
 
 def bands(height: int, width: int, max_pixels: int = MAX_PIXELS) -> Iterator[Box]:

@@ -174,6 +174,7 @@ class LabelMap:
     Attributes:
         height: in pixels.
         width: likewise.
+        nodata: the number that GDAL_NODATA states for pixels without a class, if it does.
 
     Args:
         file: the map, which can seek, at its start; it stays open as long as it is used.
@@ -190,6 +191,8 @@ class LabelMap:
             if tiff is not None and (num := num_planes(tiff.series[0])) > 1:
                 raise BadImage(f"it has {num} pages, and a label map is one: save the page that belongs to the image")
             self._page = None if tiff is None else _plain_page(tiff)
+            stated = None if tiff is None else nodata_of(tiff.pages.first.tags.valueof(42113), tiff.pages.first.dtype)
+            self.nodata = None if stated is None else int(stated)
             if self._page is not None:
                 self._array, dtype = None, self._page.dtype
                 self.height, self.width = self._page.imagelength, self._page.imagewidth

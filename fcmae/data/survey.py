@@ -9,17 +9,19 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 import numpy as np
+from tqdm import tqdm
 
 from fcmae.data.arrays import OpenImage
 from fcmae.data.decode import open_any
 from fcmae.data.geometry import MAX_PIXELS
 from fcmae.data.index import Images
 from fcmae.data.rasters import num_bands
-from fcmae.data.source import BadImage, OtherChannels, printable
+from fcmae.data.source import BadImage, OtherChannels, few, printable
 from fcmae.data.split import evenly
 from fcmae.data.stats import channel_statistics
 
 logger = logging.getLogger("fcmae")
+MAX_OTHERS = 0.1  # share of images with other channels, from which they are no exceptions
 
 
 @dataclass(frozen=True)
@@ -69,14 +71,14 @@ def survey(
         ValueError: if none of the sample can be read.
     """
     sample = images.subset(evenly(len(images), max_images))
-    sides, channels, deep = list[int](), Counter[int](), Counter[bool]()
+    sides, channels, deep = list[int](), dict[int, list[str]](), Counter[bool]()
     reason, of_units = "", dict[bool, list[str]]()  # names, by whether values are shares of a full range
-    for i in range(len(sample)):
+    for i in tqdm(range(len(sample)), "looking at images", unit="image", delay=5, disable=None, leave=False):
         try:
             with sample.open(i) as file:
                 image = _open(file, max_pixels)
                 sides.append(min(image.height, image.width))
-                channels[image.channels] += 1
+                channels.setdefault(image.channels, []).append(sample.name(i))
                 deep[image.is_deep] += 1
                 of_units.setdefault(image.is_share, []).append(sample.name(i))
         except BadImage as error:
@@ -89,7 +91,15 @@ def survey(
             "such as %s, shares of their full range, 0 to 1: convert one kind, unless both are such shares",
             *(len(of_units[False]), len(sides), printable(of_units[False][0]), printable(of_units[True][0])),
         )
-    in_chans = in_chans or channels.most_common(1)[0][0]
+    if in_chans is None:
+        in_chans = max(channels, key=lambda num: len(channels[num]))
+        others = [num for num in channels if not ({num, in_chans} <= {1, 3} or num == in_chans)]
+        if sum(len(channels[num]) for num in others) > MAX_OTHERS * len(sides):
+            kinds = [f"{len(channels[num])} have {num} channels, as {channels[num][0]}" for num in (in_chans, *others)]
+            raise ValueError(
+                f"{key}: of {len(sides)} images {printable(few(kinds, 4))}: name one kind by a pattern, such as "
+                "'photos/**/*.tif', or give data.in_chans, and what cannot be read as that is left out"
+            )
     mean, std, _ = channel_statistics(sample, in_chans, max_images=max_images, max_pixels=max_pixels, nodata=nodata)
     counts: tuple[int, ...] = ()
     if images.labels is not None and images.class_names is not None:
