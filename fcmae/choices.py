@@ -101,8 +101,16 @@ def image_settings(choices: Choices, images: Survey) -> None:
         why = "measured: far from ImageNet's"
     else:
         return
-    choices.take("data.mean", [float(f"{value:.4g}") for value in images.mean], why)
-    choices.take("data.std", [max(float(f"{value:.4g}"), 1e-6) for value in images.std], why)
+    mean, std = rounded(images.mean, images.std)
+    choices.take("data.mean", mean, why)
+    choices.take("data.std", std, why)
+
+
+def rounded(mean: Sequence[float], std: Sequence[float]) -> tuple[list[float], list[float]]:
+    """Means to a thousandth of their deviation, and deviations to four digits and at least 1e-6, as they are shown."""
+    places = [3 - math.floor(math.log10(max(value, 1e-6))) for value in std]
+    means = [round(value, num) for value, num in zip(mean, places, strict=True)]
+    return means, [max(float(f"{value:.4g}"), 1e-6) for value in std]
 
 
 def are_no_photographs(images: Survey, in_chans: int | None, mean: Sequence[float] | None) -> bool:

@@ -260,6 +260,7 @@ def _roadmap(cfg: commands.RoadmapConfig) -> None:
 
 
 def _stats(cfg: commands.StatsConfig) -> None:
+    from fcmae.choices import rounded
     from fcmae.data.cores import num_cores
     from fcmae.data.index import find_images
     from fcmae.data.stats import channel_statistics
@@ -284,8 +285,8 @@ def _stats(cfg: commands.StatsConfig) -> None:
     print(f"# {num_images} images\ndata:\n  in_chans: {in_chans}")
     if cfg.nodata is not None:
         print(f"  nodata: {cfg.nodata!r}")
-    for name, values in (("mean", mean), ("std", [max(value, 1e-6) for value in std])):
-        print(f"  {name}: [{', '.join(f'{value:.4g}' for value in values)}]")
+    for name, values in zip(("mean", "std"), rounded(mean, std), strict=True):
+        print(f"  {name}: [{', '.join(f'{value:.12g}' for value in values)}]")
 
 
 def _doctor(cfg: commands.DoctorConfig) -> int:

@@ -187,7 +187,7 @@ def test_stats_prints_lines_for_a_configuration(
     monkeypatch.setitem(COMPLETE, "pretrain", lambda sketch, given: {"grad_accum": 1})  # as it is no recipe
     assert main(["pretrain", "--config", str(config), "--data.path", "a", "--out", "run"]) == 0
     data = pretrain.calls[0][0].data
-    assert (data.in_chans, data.mean, data.std, data.nodata) == (2, [0.1235, 0.5], [1e-5, 0.25], -3.4e38)
+    assert (data.in_chans, data.mean, data.std, data.nodata) == (2, [0.123456, 0.5], [1e-5, 0.25], -3.4e38)
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])

@@ -291,6 +291,14 @@ def test_a_picture_whose_exif_is_broken_is_read_as_it_lies(tmp_path: Path, suffi
         np.testing.assert_array_equal(found.transpose(1, 2, 0), image)
 
 
+@pytest.mark.parametrize("value", [(6, 6), float("inf")])
+def test_an_orientation_that_is_none_is_upright(value: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Image.new("RGB", (8, 8)) as image:
+        image.format = "JPEG"
+        monkeypatch.setattr(image, "getexif", lambda: {ExifTags.Base.Orientation: value})
+        assert readers.orientation_of(image) == 1
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_stored_box_holds_the_pixels_of_the_upright_box(orientation: int) -> None:
     image = noise(H, W)

@@ -127,6 +127,16 @@ def test_a_long_search_says_how_much_it_has_found(
     assert len(caplog.messages) == 1
 
 
+def test_globs_bring_no_pictures_of_systems_and_runs(tmp_path: Path) -> None:
+    touch(tmp_path, "a/1.jpg", "a/@eaDir/thumb.jpg", "@eaDir/2.jpg", "b.jpg", "runs/x/reconstructions/3.png")
+    run = tmp_path / "runs" / "x"
+    (run / "config.yaml").write_text("# fcmae pretrain 0.1.0\n")
+    (run / "environment.json").write_text("[]")
+    for pattern in ("*", "**", "**/*"):
+        found = find_images([str(tmp_path / pattern)]).names()
+        assert found == [str(tmp_path / "a/1.jpg"), str(tmp_path / "b.jpg")], pattern
+
+
 def test_globs_match_files_and_search_folders(tmp_path: Path) -> None:
     images = touch(tmp_path, "a1/x.jpg", "a2/deep/y.png", "b/z.jpg")
     touch(tmp_path, "a1/x.txt")

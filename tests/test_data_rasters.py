@@ -107,6 +107,37 @@ def test_a_raster_larger_than_max_pixels_is_read_in_parts_and_refused_as_a_whole
         Raster(png(Image.fromarray(COLOURS)), 3, [0.0], max_pixels=2000)
 
 
+@pytest.mark.parametrize("values", [COLOURS, COLOURS[..., 0], BANDS[..., 0], BANDS[..., 0].astype(np.float32)])
+def test_what_pillow_would_not_open_for_its_size_is_read_in_parts(
+    values: NDArray[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_chans = 3 if values.ndim == 3 else 1
+    whole = read_crop(tiff(values, tile=(16, 16)), in_chans, lambda h, w: (0, 0, h, w), None).values
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    found = read_crop(tiff(values, tile=(16, 16)), in_chans, lambda h, w: (9, 5, 20, 30), None, max_pixels=900).values
+    np.testing.assert_array_equal(found, whole[:, 9:29, 5:35])
+
+
+def test_planes_that_share_one_header_are_not_read_as_one(tmp_path: Path) -> None:
+    planes = np.random.default_rng(0).integers(0, 2**16, (3, 32, 48), dtype=np.uint16)
+    tifffile.imwrite(tmp_path / "a.tif", planes, imagej=True, truncate=True, metadata={"axes": "CYX"})
+    with tifffile.TiffFile(tmp_path / "a.tif") as file:
+        assert len(file.pages) == 1
+    content = (tmp_path / "a.tif").read_bytes()
+    whole = read_crop(io.BytesIO(content), 3, lambda h, w: (0, 0, h, w), None).values
+    found = Raster(io.BytesIO(content), 3, [0.0] * 3).read((0, 0, 32, 48)).values
+    np.testing.assert_array_equal(found, whole)
+    assert not np.array_equal(found[0], found[1])
+
+
+def test_a_palette_of_16_bits_shows_its_colours() -> None:
+    numbers, colours = RNG.integers(0, 2**16, (20, 30), dtype=np.uint16), RNG.integers(0, 256, (3, 2**16))
+    file = tiff(numbers, photometric="palette", colormap=(colours * 257).astype(np.uint16))
+    found = read_crop(file, 3, lambda h, w: (0, 0, h, w), None).values
+    shown = found * 255 if found.dtype != np.uint8 else found
+    np.testing.assert_allclose(shown, colours[:, numbers], atol=0.51)
+
+
 def test_bands_that_only_their_bytes_make_too_large_are_read_in_parts() -> None:
     bands = np.random.default_rng(0).random((50, 70, 12), dtype=np.float32)
     found = read_crop(tiff(bands, tile=(16, 16)), 12, lambda h, w: (0, 0, h, w), None, max_pixels=3600).values

@@ -396,6 +396,24 @@ def test_making_an_index_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatc
     assert len(find_images([str(tmp_path)], storage=storage)) == 4 and len(found) == 1
 
 
+def test_an_index_beside_a_shard_that_is_not_its_own_does_not_hide_that_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack(tmp_path / "x.tar", *labelled(2))
+    (tmp_path / "x.tar.index").write_text("block 0: 000.png\n")
+    found, storage = scans(monkeypatch), Storage(tmp_path / "kept")
+    for _ in range(2):
+        assert len(find_images([str(tmp_path)], storage=storage)) == 2 and len(found) == 1
+
+
+def test_an_index_that_cannot_be_read_is_not_taken_for_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pack(tmp_path / "x.tar", *labelled(2))
+    (tmp_path / "x.tar.index").mkdir()
+    with pytest.raises(ValueError, match=r"x\.tar' cannot be used \(Is a directory\)"):
+        find_images([str(tmp_path)], storage=Storage(beside=True))
+    assert len(find_images([str(tmp_path)])) == 2
+
+
 def test_what_another_program_wrote_beside_a_shard_is_not_replaced(tmp_path: Path) -> None:
     pack(tmp_path / "x.tar", *labelled(2))
     (tmp_path / "x.tar.index").write_text("block 0: 000.png\n")  # as GNU tar writes one

@@ -98,6 +98,14 @@ def test_row_groups_from_elsewhere_are_kept_in_the_cache(tmp_path: Path, monkeyp
     assert contents(images) == EXPECTED
 
 
+def test_another_table_of_the_same_name_is_read_in_the_same_process(tmp_path: Path) -> None:
+    storage = Storage(tmp_path / "kept")
+    for names in (list(range(10)), list(range(10, 20))):
+        rows = [image(i) for i in names]
+        pq.write_table(pa.table({"image": pa.array(rows, pa.binary())}), tmp_path / "x.parquet")
+        assert contents(find_images([str(tmp_path / "x.parquet")], storage=storage)) == rows
+
+
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])
 def test_labels_of_a_table_are_those_of_its_column(tmp_path: Path, kind: str) -> None:
     content = table(label=["cat", "dog"] * 5)

@@ -368,12 +368,18 @@ def _expand(source: str, key: str, others: Counter[str]) -> Iterator[str]:
     elif path.is_file():
         yield from _image_or_shard(path, key)
     elif glob.has_magic(source):
-        # Not Path.glob: it takes no absolute pattern.
-        for match in glob.glob(str(path), recursive=True):  # noqa: PTH207
-            if Path(match).is_dir():
-                yield from _walk(Path(match), key, others)
+        searched = set[str]()  # what is below a folder that was searched matches `**` too
+        fixed = next(number for number, part in enumerate(path.parts) if glob.has_magic(part))
+        # Not Path.glob: it takes no absolute pattern. A folder is sorted before what is in it.
+        for match in map(Path, sorted(glob.glob(str(path), recursive=True))):  # noqa: PTH207
+            is_of_system = not SYSTEM_FOLDERS.isdisjoint(match.parts[fixed:])
+            if is_of_system or (searched and not searched.isdisjoint(map(str, match.parents))):
+                continue
+            if match.is_dir():
+                searched.add(str(match))
+                yield from _walk(match, key, others)
             else:
-                yield from _image_or_shard(Path(match), key)
+                yield from _image_or_shard(match, key)
     else:
         raise ValueError(
             f"{key}: {source!r} does not exist: "
@@ -420,7 +426,11 @@ def _matching(pattern: str, key: str) -> list[str]:
     if "/." in pattern:
         return found
     fixed = re.split(r"[*\[]", canonical(pattern))[0].count("/")
-    return [path for path in found if not any(part.startswith(".") for part in path.split("/")[fixed:])]
+    return [
+        path
+        for path in found
+        if not any(part.startswith(".") or part in SYSTEM_FOLDERS for part in path.split("/")[fixed:])
+    ]
 
 
 def _walk_remote(source: str, key: str, others: Counter[str]) -> Iterator[str]:

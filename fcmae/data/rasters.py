@@ -118,7 +118,7 @@ def open_tiles(file: BinaryIO, in_chans: int, max_pixels: int = MAX_PIXELS) -> T
     """
     with reading(max_pixels):
         tiff = _open_tiff(file)
-        page = None if tiff is None else _plain_page(tiff)
+        page = None if tiff is None or num_planes(tiff.series[0]) > 1 else _plain_page(tiff)
     if page is None or page.photometric not in (0, 1, 2) or math.prod(_segments(page)[3:]) > max_pixels:
         return None
     return Tiles(page, in_chans, max_pixels)

@@ -290,7 +290,7 @@ def orientation_of(image: Image.Image) -> int:
         image.load()  # as getexif does: what is wrong with the pixels is no matter of Exif
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except (SyntaxError, struct.error, ValueError):
+    except (SyntaxError, struct.error, ValueError, TypeError, ArithmeticError):
         return 1
 
 
@@ -370,11 +370,11 @@ def _open_deep_png(image: Image.Image, file: BinaryIO, channels: int, in_chans: 
 def _open_tiff(file: BinaryIO, in_chans: int) -> OpenImage:
     try:
         image = Image.open(file, formats=["TIFF"])
-    except UnidentifiedImageError:  # so Pillow calls bands and depths that it does not know
+    except (UnidentifiedImageError, Image.DecompressionBombError):  # bands and depths that it does not know; too many
         image = None
     if image is not None and not _pillow_reads_all_of(image, in_chans):
         image = None
-    if image is not None and not _has_more_pages(image):
+    if image is not None and not _may_have_more_pages(image):
         return _pillow_tiff(image, in_chans)
     file.seek(0)
     tiff = tifffile.TiffFile(file)
@@ -385,7 +385,10 @@ def _open_tiff(file: BinaryIO, in_chans: int) -> OpenImage:
     return _open_tifffile(tiff, in_chans)
 
 
-def _has_more_pages(image: Image.Image) -> bool:
+def _may_have_more_pages(image: Image.Image) -> bool:
+    described = str(image.tag_v2.get(270, ""))  # type: ignore[attr-defined]
+    if described.startswith(("ImageJ=", '{"shape"')):  # whose one header may stand for all
+        return True
     try:
         image.seek(1)
     except EOFError:
@@ -602,7 +605,7 @@ def _open_tifffile(tiff: tifffile.TiffFile, in_chans: int) -> OpenImage:
         axis,
         in_chans,
         orientation=page.tags.valueof(274, 1),
-        bits=page.bitspersample,
+        bits=page.bitspersample if palette is None else 8,  # of what is shown
         inverted=page.photometric == 0,  # 0 = white
         nodata=nodata_of(page.tags.valueof(_NODATA), dtype),
         show=None if palette is None else lambda part: palette[part[..., 0]],

@@ -307,10 +307,13 @@ class Shards:
             _, stamp = self._storage.stamp(shard)
             self._stamps[shard] = stamp
             name = f"{hashlib.sha256(os.fsencode(shard)).hexdigest()[:32]}.index"
-            if (kept := self._storage.recall(shard, name)) and (members := Members.unpacked(kept, stamp)):
-                return members
-            if kept and self._storage.beside and not kept.startswith(ZIP):
-                raise ValueError(f"{shard}.index is there and was not made by fcmae, and data.index is beside: move it")
+            for kept in self._storage.recall(shard, name):
+                if members := Members.unpacked(kept, stamp):
+                    return members
+                if kept and self._storage.beside and not kept.startswith(ZIP):
+                    raise ValueError(
+                        f"{shard}.index is there and was not made by fcmae, and data.index is beside: move it"
+                    )
             if shard.endswith(TAR):
                 with self._storage.open(shard) as file:
                     members = scan(file, stop)
@@ -395,7 +398,7 @@ class Parts(Listed):
         super().__init__(names)
         self.shards, self.table, self._storage = tuple(shards), table, storage
         self.stamps, self._seen, self._fingerprint = tuple(stamps), set[int](), known
-        self._whole = set[int]()  # TIFFs from afar that are read at once, as this process has found out
+        self._whole = bytearray()  # a bit for each image: a TIFF from afar that is read at once, as it was found out
 
     def read(self, i: int) -> bytes:
         number, start, size = self.table[:, i].tolist()
@@ -408,7 +411,8 @@ class Parts(Listed):
         if not shard.endswith(TAR):
             self._check(number)
         if shard.endswith(PARQUET):
-            return read_row(self._storage, shard, start, size)
+            stamp = self.stamps[number] if number < len(self.stamps) else ""
+            return read_row(self._storage, shard, stamp, start, size)
         if shard.endswith(ARROW):
             return self._storage.read(shard, start, size)
         # With its header: that it is there still, as it was when the index was made.
@@ -425,7 +429,7 @@ class Parts(Listed):
         name = self.name(i)
         number, _, size = self.table[:, i].tolist()
         is_tiff = number < 0 and size == WHOLE and is_remote(name) and name.lower().endswith((".tif", ".tiff"))
-        if is_tiff and i not in self._whole:
+        if is_tiff and not (self._whole and self._whole[i >> 3] >> (i & 7) & 1):
             if (content := self._storage.held(name)) is not None:
                 return io.BytesIO(content)
             try:
@@ -438,7 +442,8 @@ class Parts(Listed):
                 raise
             except OSError:  # a server that tells no size or gives no parts gives the whole
                 pass
-            self._whole.add(i)
+            self._whole = self._whole or bytearray(len(self) // 8 + 1)
+            self._whole[i >> 3] |= 1 << (i & 7)
         return super().open(i)
 
     def _check(self, number: int) -> None:

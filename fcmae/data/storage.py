@@ -9,7 +9,7 @@ import posixpath
 import random
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -207,12 +207,24 @@ class Storage:
         read = self.read if cached else _read
         return io.BufferedReader(_Parts(partial(read, address), self.stamp(address)[0]), AT_ONCE)
 
-    def recall(self, address: str, name: str) -> bytes | None:
-        """What `keep` was given for a file, if anything."""
-        for place in [f"{address}.index", *([] if self.kept is None else [str(self.kept / name)])]:
+    def recall(self, address: str, name: str) -> Iterator[bytes]:
+        """What `keep` was given for a file, beside it and in the folder, as far as it is there.
+
+        Raises:
+            OSError: if what is beside the file, where it is to be kept, cannot be read.
+        """
+        beside = f"{address}.index"
+        try:
+            yield _read(beside)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            is_absent = is_remote(beside) and isinstance(error, PermissionError)  # as S3 says of what is not there
+            if self.beside and not is_absent:
+                raise
+        if self.kept is not None and not self.beside:
             with suppress(OSError):
-                return _read(place)
-        return None
+                yield _read(str(self.kept / name))
 
     def keep(self, address: str, name: str, content: bytes) -> None:
         """Keep what was found out about a file, whole or not at all, if anything is to be kept.
@@ -242,7 +254,8 @@ def _read(address: str, start: int = 0, size: int | None = None) -> bytes:
     else:
         with open_file(address) as file:
             most = max(0, os.fstat(file.fileno()).st_size - start)  # a size from a damaged index may be anything
-            content = os.pread(file.fileno(), min(size, most), start) if size is not None else file.read()
+            file.seek(start)  # one pread ends at two gigabytes
+            content = file.read() if size is None else file.read(min(size, most))
     if size is not None and len(content) < size:
         raise CutShort(f"it is cut off: of {size} bytes from byte {start} on there are {len(content)}")
     return content

@@ -105,12 +105,13 @@ def _parquet(storage: Storage, address: str) -> Iterable[tuple[Any, Any, list[st
             yield np.full(group.num_rows, number), np.arange(group.num_rows), labels
 
 
-def read_row(storage: Storage, address: str, group: int, row: int) -> bytes:
+def read_row(storage: Storage, address: str, stamp: str, group: int, row: int) -> bytes:
     """The image of a row of a Parquet file.
 
     Args:
         storage: that reads it.
         address: of the file.
+        stamp: of the file, which another one of its name does not have.
         group: number of the row group.
         row: number of the row within it.
 
@@ -120,7 +121,7 @@ def read_row(storage: Storage, address: str, group: int, row: int) -> bytes:
     import pyarrow as pa
 
     try:
-        content = _group(storage, address, group)[row].as_py()
+        content = _group(storage, address, stamp, group)[row].as_py()
     except (pa.ArrowException, IndexError) as error:
         raise OSError(f"{address} has changed since its index was made") from error
     if content is None:
@@ -129,7 +130,7 @@ def read_row(storage: Storage, address: str, group: int, row: int) -> bytes:
 
 
 @lru_cache(maxsize=2)  # in file order the next image is in the same group
-def _group(storage: Storage, address: str, group: int) -> Any:
+def _group(storage: Storage, address: str, _stamp: str, group: int) -> Any:
     import pyarrow.parquet as pq
 
     with storage.open(address, cached=True) as file, pq.ParquetFile(file) as table:
