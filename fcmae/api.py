@@ -263,7 +263,8 @@ class Features(nn.Module):
 
         Returns:
             (C, H, W), uint8, or float32: unsigned values divided by their full range, others in the units that the
-            file stores, DICOM's in its own; a batch of such is what `forward` takes.
+            file stores, DICOM's in its own; a batch of such of one type is what `forward` takes (uint8 divided by 255
+            is float32).
 
         Raises:
             BadImage: if it cannot be decoded, or has other channels; a ValueError.

@@ -17,7 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 import fcmae
 from fcmae import options
 from fcmae.config.commands import ExportConfig, PushConfig
-from fcmae.data.index import Images
+from fcmae.data.index import Images, run_of
 from fcmae.data.source import one_line, printable
 from fcmae.data.split import evenly
 from fcmae.evaluation.charts import shown
@@ -117,7 +117,7 @@ def _refusals(repo: str, endpoint: str) -> Iterator[None]:
 
 def _write(model: Path, dest: Path, name: str, key: str | None, prefix: str | None) -> str:
     """Write the two files and the card into a new folder; returns what `write` says."""
-    run = _run_of(model)
+    run = _read_run(model)
     if segmenter_in(model) is not None or (run is not None and run.kind == "segment"):
         raise ValueError(
             f"model = {model} makes label maps, and no format of the hub holds its head: `fcmae convert` writes its "
@@ -137,12 +137,10 @@ def _write(model: Path, dest: Path, name: str, key: str | None, prefix: str | No
     return said.rpartition("\nuse: ")[0]
 
 
-def _run_of(model: Path) -> RunFiles | None:
-    """The run that a model is of: itself, or the folder that its best/, last/ or checkpoints/step-N is in."""
-    for path in (model, *model.parents[:2]):
-        if (path / "config.yaml").is_file():
-            with suppress(ValueError):  # others have such files too
-                return read_run(path, path.name)
+def _read_run(model: Path) -> RunFiles | None:
+    """The run that a model is of, if it is of one."""
+    with suppress(ValueError):  # others have such files too
+        return None if (run := run_of(model)) is None else read_run(run, run.name)
     return None
 
 

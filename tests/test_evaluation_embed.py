@@ -143,6 +143,20 @@ def test_neighbours_are_scikit_learns_by_cosine_and_never_the_image_itself(monke
     np.testing.assert_allclose([own, similarities], [1 - distances[0][1:], 1 - distances[1][:5]], atol=1e-6)
 
 
+def test_an_image_by_another_name_is_not_its_own_neighbour_and_may_have_a_long_one(
+    labelled: Path, tmp_path: Path
+) -> None:
+    name = "a" * 240
+    (tmp_path / f"{name}.png").hardlink_to(labelled / "a" / "1.png")
+    features = np.eye(3, dtype=np.float32)
+    paths = [str(labelled / "a" / f"{number}.png") for number in range(3)]
+    ((rows, _),) = neighbours(features[[1]], features, [str(tmp_path / f"{name}.png")], paths)
+    assert sorted(rows) == [0, 2]
+    given = ["--images", labelled / "a", "--map", "none", "--neighbours", tmp_path / f"{name}.png"]
+    assert embed(*given, "--out", tmp_path / "out") == 0
+    assert (tmp_path / "out" / f"neighbours-{name[:200]}.png").is_file()
+
+
 def test_maps_keep_groups_together_and_are_the_same_each_time() -> None:
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(2, 10))

@@ -651,6 +651,24 @@ def test_the_image_processor_of_transformers_is_read(tmp_path: Path, size: objec
     assert (image.input_size, image.std, image.crop_pct) == ((3, 96, 96), (0.5,) * 3, 1.0)
 
 
+def test_a_directory_of_timm_s_older_form_is_read_whole(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    spec = ConvNeXtSpec(depths=(1, 1, 1, 1), dims=(4, 6, 8, 10))
+    known = Weights({}, Architecture(spec), ImageRecord(), class_names=("cat", "dog"))
+    save_classifier(tmp_path / "timm", Classifier(Encoder(spec), 2), known)
+    config = json.loads((tmp_path / "timm" / "config.json").read_text())
+    told = {"mean": [0.5] * 3, "std": [0.25] * 3, "input_size": [3, 96, 96], "crop_pct": 1.0, "crop_mode": "squash"}
+    told |= {"labels": [3, "dog"], "license": "mit"}
+    state = load_file(tmp_path / "timm" / "model.safetensors")
+    save_file(state, tmp_path / "timm" / "model.safetensors")  # without our record
+    for key in ("pretrained_cfg", "label_names"):
+        config.pop(key, None)
+    (tmp_path / "timm" / "config.json").write_text(json.dumps(config | told))
+    found = read_weights(tmp_path / "timm")
+    assert (found.image.mean, found.image.size, found.image.crop_pct) == ((0.5,) * 3, (96, 96), 1.0)
+    assert (found.class_names, found.license) == (("3", "dog"), "mit")
+    assert "its images were made square by squashing them; here and in what is exported their sides" in caplog.text
+
+
 def test_transformers_shards_are_joined_and_stay_in_their_directory(tmp_path: Path) -> None:
     place, net = write_checkpoint(tmp_path / "run")
     convert(place, tmp_path / "hf", "transformers")

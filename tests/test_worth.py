@@ -32,6 +32,7 @@ from fcmae.weights.files import read_weights
 from fcmae.worth import Job
 
 SPEC = ConvNeXtSpec(depths=(1, 1), dims=(8, 16), stem_stride=2)
+CONVNEXT = ConvNeXtSpec(depths=(1, 1, 1, 1), dims=(4, 6, 8, 10))
 TUNING = """\
 epochs: 1
 batch_size: 4
@@ -349,6 +350,15 @@ def test_a_launcher_is_refused(
 
 
 # Licences
+
+
+def test_a_licence_stays_with_what_transformers_saves_again(tmp_path: Path) -> None:
+    state = {f"encoder.{name}": value for name, value in Encoder(CONVNEXT, 3).state_dict().items()}
+    save_file(state, tmp_path / "theirs.safetensors", {"license": "cc-by-nc-4.0"})
+    assert run("convert", str(tmp_path / "theirs.safetensors"), str(tmp_path / "hf"), "--to", "transformers") == 0
+    again = load_file(tmp_path / "hf" / "model.safetensors")
+    save_file(again, tmp_path / "hf" / "model.safetensors")  # without our record, and with what config.json has
+    assert read_weights(tmp_path / "hf").license == "cc-by-nc-4.0"
 
 
 @pytest.mark.parametrize("source", ["config", "tag", "card", "header", "name", "none"])

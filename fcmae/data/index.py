@@ -47,6 +47,7 @@ from fcmae.data.tables import can_read
 logger = logging.getLogger("fcmae")
 
 # What network storage and systems keep in folders beside one's own files: thumbnails, deleted files.
+OF_MODELS = {"best", "last", "checkpoints"}  # folders of a run
 SYSTEM_FOLDERS = {"@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX", "lost+found", "System Volume Information"}
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 MAX_INDEX = 2**37  # bytes of what `Images.save` writes: a thousand million paths
@@ -261,10 +262,24 @@ def images_of_run(path: Path) -> Images | None:
     Args:
         path: the run, or weights in its directory: best/, last/ or a checkpoint.
     """
-    with suppress(ValueError, OSError):
-        for run in (path, *path.parents[:2]) if path.exists() else ():  # a model's name is no path
-            if (run / "config.yaml").is_file() and (run / "files.json").is_file():
-                return Images.load(run / "files.json")
+    if (run := run_of(path)) is not None and (run / "files.json").is_file():
+        with suppress(ValueError, OSError):
+            return Images.load(run / "files.json")
+    return None
+
+
+def run_of(path: Path) -> Path | None:
+    """The run that a path is, or in whose best/, last/ or checkpoints/ it lies; None of others.
+
+    Args:
+        path: of a model; one that is not there is the name of a published one.
+    """
+    if not path.exists():
+        return None
+    place = path.absolute()
+    for run in (place, *place.parents[:3]):
+        if (run / "config.yaml").is_file() and (run == place or place.relative_to(run).parts[0] in OF_MODELS):
+            return run
     return None
 
 
@@ -278,18 +293,22 @@ def also_in(images: Images, others: Images) -> list[str]:
         images: that are looked for.
         others: that they are looked for among; of very many, names alone count.
     """
-    identity: Callable[[str], tuple[int, int] | str] = _identity
+    key: Callable[[str], tuple[int, int] | str] = identity
     if len(images) + len(others) > MAX_LOOKED_AT:
         if images.source is others.source and not np.isin(images._positions(), others._positions()).any():
             return []  # which has each name once
         logger.info("of %d images only the names are compared, not links and second names", len(images) + len(others))
-        identity = str
-    known = set(map(identity, others.names()))
-    return [name for name in images.names() if identity(name) in known]
+        key = str
+    known = set(map(key, others.names()))
+    return [name for name in images.names() if key(name) in known]
 
 
-def _identity(name: str) -> tuple[int, int] | str:
-    """The same for a file that has two names."""
+def identity(name: str) -> tuple[int, int] | str:
+    """The same for a file that has two names.
+
+    Args:
+        name: of an image.
+    """
     try:
         found = Path(name).stat()
     except (OSError, ValueError):  # of an archive, or elsewhere

@@ -119,7 +119,7 @@ def _analyze(
     unread = {name for name, _ in bad}
     first = index.subset([next(i for i in range(len(index)) if index.name(i) not in unread)])
     images, _ = next(iter(batches_of(reading, first, device=device)))
-    shown = reading.normalize.inverse(images[0])
+    shown = reading.normalize.inverse(images[0].cpu())
     chosen = last_of_stages(list(layers))
     maps = activation_maps(encoder, images[0], chosen)
     encoder.cpu()

@@ -10,6 +10,7 @@ OUT/
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -24,7 +25,7 @@ from fcmae.atomic import replacing
 from fcmae.config.commands import EmbedConfig
 from fcmae.data.augment import CenterCrop
 from fcmae.data.dataset import check_values
-from fcmae.data.index import Images, find_images, find_labelled
+from fcmae.data.index import Images, find_images, find_labelled, identity
 from fcmae.evaluation.features import check_stages, extract
 from fcmae.evaluation.models import Backbone, choose_device, load_backbones
 from fcmae.evaluation.outputs import TEMPORARY, claim, file_name, free, tell_unread
@@ -33,6 +34,7 @@ from fcmae.training.own_files import check_outside
 
 FILES = ("features.npy", "paths.csv", "features.parquet", "map.png")
 NEIGHBOURS = "neighbours-"
+MAX_STEM = 200  # bytes of a query's name in that of its picture; a file's may have 255
 NUM_NEIGHBOURS = 8
 MAX_POINTS = 5000  # t-SNE of more takes minutes, and a map of more is a blot
 MIN_POINTS = 5
@@ -108,7 +110,9 @@ def embed(cfg: EmbedConfig) -> str:
             queries, query_features = asked
             nearest = neighbours(query_features, features, queries.names(), index.names())
             for number, (rows, similarities) in enumerate(nearest):
-                picture = free(out / f"{NEIGHBOURS}{file_name(Path(queries.name(number)).stem)}.png", written)
+                stem = file_name(Path(queries.name(number)).stem)
+                short = os.fsencode(stem)[:MAX_STEM].decode(errors="ignore")
+                picture = free(out / f"{NEIGHBOURS}{short}.png", written)
                 save_neighbours(picture, queries.subset([number]), index.subset(rows), similarities, backbone)
                 written.append(picture)
     return "\n".join([*lines, *(f"wrote {path}" for path in written)])
@@ -221,7 +225,7 @@ def neighbours(
         queries: (Q, C).
         features: (N, C), may lie on disk.
         query_names: of the queries' images.
-        names: of the images; a query that is one of them is not its own neighbour.
+        names: of the images; a query that is one of them, by another name too, is not its own neighbour.
         num: neighbours of each query, fewer if there are fewer.
     """
     wanted = _directions(queries)
@@ -230,7 +234,8 @@ def neighbours(
         similarity[:, start : start + ROWS] = wanted @ _directions(features[start : start + ROWS]).T
     found = []
     for values, name in zip(similarity, query_names, strict=True):
-        best = [int(row) for row in np.argsort(-values, kind="stable")[: num + 1] if names[row] != name][:num]
+        rows, own = np.argsort(-values, kind="stable")[: num + 1], identity(name)
+        best = [int(row) for row in rows if identity(names[row]) != own][:num]
         found.append((best, values[best].tolist()))
     return found
 

@@ -53,6 +53,7 @@ from fcmae.weights.formats import Architecture, from_state, network_in, to_state
 from fcmae.weights.tensors import RECORD, digest, load_tensors
 
 logger = logging.getLogger("fcmae")
+NOT_CROPPED = 384  # side from which transformers' processors squash images
 
 NOT_IN_TIMM = "fcmae_convnext"  # what config.json names as the architecture of a network that timm cannot hold
 DIRECTORIES = ("timm", "transformers")  # the formats that are directories
@@ -281,6 +282,7 @@ def _of_timm(name: str, setting: str) -> Weights:
     origin = {"timm": f"{told['architecture']}.{told['tag']}"}
     origin |= {"license": told["license"]} if told.get("license") else {}
     check_timm(model, f"{setting} = {name}")
+    _tell_squashed(name, told.get("crop_mode") == "squash")
     record = Record(image=ImageRecord.model_validate(told), origin=origin)
     return _weights(Path(name), model.state_dict(), None, record)
 
@@ -397,9 +399,12 @@ def _read_directory(path: Path, variant: str | None) -> Weights:
             pool, has_head = arguments.get("global_pool", config.get("global_pool")), config.get("num_classes") != 0
             if has_head and pool not in (None, "", "avg"):
                 raise ValueError(f"its global_pool is {pool}, and that of a classifier is avg here")
-            image = ImageRecord.model_validate(config.get("pretrained_cfg") or {})
-            names = config.get("label_names") or ()
-            names = tuple(names[key] for key in sorted(names, key=int)) if isinstance(names, dict) else tuple(names)
+            told = config.get("pretrained_cfg") or config  # as timm wrote it before
+            image = ImageRecord.model_validate(told)
+            _tell_squashed(path, told.get("crop_mode") == "squash")
+            names = config.get("label_names") or told.get("label_names") or told.get("labels") or ()
+            names = [names[key] for key in sorted(names, key=int)] if isinstance(names, dict) else names
+            names = tuple(map(str, names))
             record = Record(image=image, class_names=names, origin=record.origin)
         elif str(config["model_type"]).startswith("convnext"):  # transformers
             labels = config.get("id2label") or {}
@@ -409,6 +414,7 @@ def _read_directory(path: Path, variant: str | None) -> Weights:
                 raise ValueError(f"its layer_norm_eps is {eps}, and that of a ConvNeXt 1e-6")
             processor = path / "preprocessor_config.json"
             image = _from_processor(_read_json(processor)) if processor.is_file() else ImageRecord()
+            _tell_squashed(path, max(image.size or (0,)) >= NOT_CROPPED)
             record = Record(image=image, class_names=names, origin=record.origin)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
@@ -420,6 +426,14 @@ def _read_directory(path: Path, variant: str | None) -> Weights:
         state |= found
         record = own or record
     return _weights(path, state, variant, record)
+
+
+def _tell_squashed(source: Path | str, is_squashed: bool) -> None:
+    if is_squashed:
+        logger.warning(
+            "%s: its images were made square by squashing them; here and in what is exported their sides are cut off",
+            source,
+        )
 
 
 def _check_computes(activation: Any, norm_eps: Any) -> None:
@@ -440,8 +454,8 @@ def _license(path: Path) -> dict[str, str]:
     with suppress(OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError):
         if path.is_dir():
             config = _read_json(path / "config.json")
-            published = config.get("pretrained_cfg") or {}
-            said = published.get("license") or _in_card(path / "README.md")
+            published = config.get("pretrained_cfg") or config
+            said = published.get("license") or config.get("license") or _in_card(path / "README.md")
             if not said and (tag := published.get("tag")):
                 said = timm.models.get_pretrained_cfg_value(f"{config['architecture']}.{tag}", "license")
         elif path.suffix == ".safetensors":
@@ -478,10 +492,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _from_processor(config: dict[str, Any]) -> ImageRecord:
-    """Read the settings of transformers' image processor: sizes below 384 are cropped, the others are not."""
+    """Read the settings of transformers' image processor: sizes below NOT_CROPPED are cropped, the others squashed."""
     size, mean = config["size"], config["image_mean"]
     side = size if isinstance(size, int) else size.get("shortest_edge") or size["height"]  # as releases have written it
-    crop_pct = config.get("crop_pct") if side < 384 else 1.0
+    crop_pct = config.get("crop_pct") if side < NOT_CROPPED else 1.0
     return ImageRecord(mean=mean, std=config["image_std"], input_size=(len(mean), side, side), crop_pct=crop_pct)
 
 
@@ -700,7 +714,7 @@ def reads_alike(weights: Weights) -> bool:
         weights: with what is known of their images.
     """
     height, width = weights.image.size or (224, 224)
-    return learnt_bytes(weights) and height == width < 384
+    return learnt_bytes(weights) and height == width < NOT_CROPPED
 
 
 def learnt_bytes(weights: Weights) -> bool:
