@@ -378,7 +378,7 @@ def segmentation_epochs(choices: Choices, images: Survey) -> float:
     """
     size, batch = choices.settings["data.image_size"], choices.settings["batch_size"]
     side: int = min(size) if isinstance(size, list | tuple) else size
-    return float(max(100 * max(1.0, images.short_side / side) ** 2, 2000 * batch / images.num))
+    return float(max(100 * max(1.0, images.short_side / side) ** 2, 2000 / max(1, images.num // batch)))
 
 
 def finetuning_epochs(num_labels: int) -> int:
@@ -410,6 +410,7 @@ def duration(
         num_evaluated: images, or tiles of them, that an evaluation computes.
     """
     batch = choices.settings["batch_size"]
+    num_images = max(1, num_images // batch) * batch  # what fills no batch waits for another epoch
     epochs = min(most, max(num_seen(hours, images_per_s), batch) / num_images)
     epochs = float(f"{epochs:.3g}") if epochs < 10 else round(epochs)
     why = f"{epochs * num_images:,.0f} views at {images_per_s:,.0f} images/s"

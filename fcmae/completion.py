@@ -18,6 +18,7 @@ _fcmae() {{
   case "$command $current" in
 {flags}
   esac
+  local IFS=$'\n'  # names may have spaces
   COMPREPLY=($(compgen -f -- "$current"))
 }}
 complete -o filenames -F _fcmae fcmae

@@ -162,6 +162,9 @@ def _made(
     config, wrong_together = _validate(model, settings, wrong, {"num_processes": num_processes}, known)
     if config is None or problems or wrong_together:
         raise ConfigError([*problems, *dict.fromkeys([*invalid, *wrong_together])])
+    if isinstance(config, RunConfig) and has_file and not chooses and (changed := given.keys() - {"out"}):
+        told = {key: why for key, why in config.chosen.items() if key not in changed}  # as another run's file has it
+        config = config.model_copy(update={"chosen": told, "planned_s": None})
     return config if complete is None else settled(config, complete)
 
 
@@ -298,8 +301,14 @@ def diff(saved: RunConfig, new: RunConfig) -> list[str]:
     return [
         f"{key}: the run has {_shown(before.get(key))}, this command {_shown(after.get(key))}"
         for key in {**before, **after}
-        if key not in FREE_ON_RESUME and before.get(key) != after.get(key)
+        if key not in FREE_ON_RESUME and _compared(key, before) != _compared(key, after)
     ]
+
+
+def _compared(key: str, values: Mapping[str, Any]) -> Any:
+    """A name below runs/ is completed only as long as that run is there, which one that goes on no longer needs."""
+    value = values.get(key)
+    return value.removeprefix("runs/") if key == "model.init" and value else value
 
 
 def words_of(model: type[Settings]) -> dict[str, list[str]]:

@@ -141,7 +141,8 @@ def finetuning(sketch: FinetuneConfig, given: Mapping[str, Any]) -> dict[str, An
         num_train, num_held_out = len(images), len(held_out)
     hours -= (time.monotonic() - began) / 3600
     most = choices.finetuning_epochs(sum(facts.class_counts))
-    choices.duration(plan, num_train, hours, result.mean_images_per_s, most, num_held_out)
+    networks = 1 if cfg.regularization.ema_decay is None else 2  # the average is evaluated too
+    choices.duration(plan, num_train, hours, result.mean_images_per_s, most, num_held_out * networks)
     return _chosen(plan) | {"out": out}
 
 
@@ -175,9 +176,10 @@ def segmentation(sketch: SegmentConfig, given: Mapping[str, Any]) -> dict[str, A
     cfg = options.make(SegmentConfig, {"epochs": 1} | plan.settings | {"out": out, "log.trackers": "none"})
     result = _fit(plan, cfg, lambda at_once: _dense_step(cfg, at_once, _measured_s(hours)))
     hours -= (time.monotonic() - began) / 3600
-    tiles = max(1.0, facts.short_side / min(cfg.data.image_size) / (1 - cfg.data.overlap)) ** 2
+    tiles = max(1.0, facts.mean_pixels / math.prod(cfg.data.image_size) / (1 - cfg.data.overlap) ** 2)
+    networks = 1 if cfg.regularization.ema_decay is None else 2  # the average is evaluated too
     most = choices.segmentation_epochs(plan, facts)
-    choices.duration(plan, len(images), hours, result.mean_images_per_s, most, len(held_out) * tiles)
+    choices.duration(plan, len(images), hours, result.mean_images_per_s, most, len(held_out) * tiles * networks)
     return _chosen(plan) | {"out": out}
 
 

@@ -91,7 +91,7 @@ def pretrain(cfg: PretrainConfig, net: FCMAE | None = None) -> Run:
             started = ["from the model that was handed in"] if run.resume_from is None else []
         cfg, run.network = run.licensed(cfg, found), describe(net.encoder.spec)
         if run.resume_from is None:
-            run.needs = checkpoint.check_space(run.path, net, cfg.num_checkpoints)
+            run.needs = checkpoint.check_space(run.path, net, cfg.num_checkpoints, overwrites=run.overwrites)
         labelled = None
         if cfg.monitor.labelled is not None:
             with waiting_for_all(accelerator):

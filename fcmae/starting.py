@@ -254,7 +254,8 @@ def check_start(
     elif not cfg.eval_only:
         # The best and the last model too, which are a third of a checkpoint each.
         num_states = 4 if cfg.regularization.ema_decay else 3
-        run.needs = checkpoint.check_space(run.path, net, cfg.num_checkpoints + 1, num_states)
+        num = cfg.num_checkpoints + 1
+        run.needs = checkpoint.check_space(run.path, net, num, num_states, overwrites=run.overwrites)
 
 
 @dataclass

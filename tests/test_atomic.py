@@ -85,6 +85,19 @@ def test_what_several_write_at_the_same_time_is_that_of_the_last(tmp_path: Path)
     assert [path.name for path in tmp_path.iterdir()] == ["shared.json"]
 
 
+def test_where_folders_cannot_be_synced_files_are_written_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(descriptor: int) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", refused)
+    atomic.sync(tmp_path)
+    (tmp_path / "a").touch()
+    with pytest.raises(OSError, match="Invalid argument"):
+        atomic.sync(tmp_path / "a")
+
+
 def test_a_file_takes_its_name_once_its_content_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
 

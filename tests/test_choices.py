@@ -83,6 +83,19 @@ def test_what_a_run_needs_cannot_be_given_as_nothing() -> None:
     assert Choices(given).settings == {"data.val_path": None}
 
 
+def test_hours_and_steps_are_of_whole_batches() -> None:
+    facts = images(num=31, short_side=64)
+    plan = Choices({})
+    choices.segmentation_settings(plan, facts, "cpu", None)
+    assert plan.settings["batch_size"] == 16
+    most = choices.segmentation_epochs(plan, facts)
+    assert most == 2000  # of one step each
+    choices.duration(plan, facts.num, 1, 10.0, most)
+    seen = plan.settings["epochs"] * 16
+    assert seen == pytest.approx(choices.num_seen(1, 10.0), rel=0.01)
+    assert plan.planned_s == pytest.approx(3600, rel=0.01)
+
+
 def test_means_are_as_exact_as_their_deviation_asks() -> None:
     assert choices.rounded([101349.1234, 0.48512], [50.123456, 0.0]) == ([101349.12, 0.48512], [50.12, 1e-6])
     assert choices.rounded([0.485123, 12345.6], [0.229, 4321.0]) == ([0.4851, 12346.0], [0.229, 4321.0])
@@ -124,7 +137,7 @@ def test_the_hours_are_filled_and_no_more() -> None:
     cfg = pretraining(images(5000), speed=100, hours=2)
     assert cfg.epochs == pytest.approx(2 * 3600 * 100 * choices.TRAINING_SHARE / 5000, rel=0.02)
     assert cfg.planned_s == pytest.approx(2 * 3600, rel=0.01)
-    assert pretraining(images(50), speed=1000, hours=24).planned_s == pytest.approx(1600 * 50 / 1000 / 0.88, rel=0.01)
+    assert pretraining(images(50), speed=1000, hours=24).planned_s == pytest.approx(1600 * 48 / 1000 / 0.88, rel=0.01)
     assert pretraining(images(10**6), speed=100, hours=0.1).epochs < 1
     assert pretraining(images(50), speed=1000, hours=24).epochs == choices.MAX_EPOCHS
 
@@ -218,7 +231,7 @@ def test_label_maps_are_learnt_from_as_long_as_it_is_of_use() -> None:
     assert segmenting(images(480, short_side=128), hours=9).epochs == 100
     assert segmenting(images(480, short_side=1280), hours=99).epochs == 10_000  # a crop is a hundredth of an image
     few = segmenting(images(6, short_side=128))
-    assert (few.batch_size, few.epochs) == (4, 1333)  # 2,000 steps
+    assert (few.batch_size, few.epochs) == (4, 2000)  # steps, as two images wait for the next epoch
     assert few.optim.layer_decay == 1 and segmenting(images(6), held=choices.SMALL).optim.layer_decay == 0.9
 
 

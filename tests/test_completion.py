@@ -37,12 +37,12 @@ def test_bash_completes_commands_flags_and_values(words: list[str], completed: s
 
 
 def test_files_are_completed_elsewhere(tmp_path: Path) -> None:
-    (tmp_path / "photos").mkdir()
-    ask = "COMP_WORDS=(fcmae pretrain pho); COMP_CWORD=2; _fcmae; echo ${COMPREPLY[@]}"
+    (tmp_path / "my photos").mkdir()
+    ask = "COMP_WORDS=(fcmae pretrain my); COMP_CWORD=2; _fcmae; printf '%s\\n' \"${COMPREPLY[@]}\""
     done = subprocess.run(
         ["bash", "-c", script("bash", SETTINGS) + ask], capture_output=True, text=True, check=True, cwd=tmp_path
     )
-    assert done.stdout.split() == ["photos"]
+    assert done.stdout.splitlines() == ["my photos"]
 
 
 def test_zsh_takes_the_script_of_bash_and_fish_has_a_line_a_flag() -> None:

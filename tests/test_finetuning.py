@@ -114,6 +114,13 @@ def test_timm_loads_the_exports_with_their_class_names(tuned: Path) -> None:
     assert_same(exported, to_state(trained, VARIANTS["convnextv2_atto"], "timm"))
 
 
+def test_a_signal_ends_an_evaluation_at_once(tuned: Path, labelled: Path, tmp_path: Path) -> None:
+    given = {"eval_only": True, "model__init": tuned / "last"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetuning, "scores", lambda *_: kill_self(signal.SIGINT)())
+        assert finetune(labelled, tmp_path / "out", **given) == 130
+
+
 def test_a_file_that_has_two_names_is_not_scored_where_it_is_learnt_from(
     labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

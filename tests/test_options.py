@@ -572,6 +572,28 @@ PUBLISHED = {
 }
 
 
+def test_what_was_planned_for_other_settings_is_not_told_of_these(tmp_path: Path) -> None:
+    cfg = make(PretrainConfig, {"data.path": ["a"], "out": "b", "epochs": 100, "batch_size": 8})
+    cfg = cfg.model_copy(update={"planned_s": 7200.0, "chosen": {"epochs": "two hours", "batch_size": "fits"}})
+    (tmp_path / "a.yaml").write_text(options.dump(cfg))
+    words = ["--config", str(tmp_path / "a.yaml")]
+    same = options.load(PretrainConfig, [*words, "--out", "c"], prog="x")
+    assert (same.planned_s, same.chosen) == (cfg.planned_s, cfg.chosen)
+    other = options.load(PretrainConfig, [*words, "--epochs", "5"], prog="x")
+    assert (other.planned_s, other.chosen) == (None, {"batch_size": "fits"})
+
+
+def test_a_name_of_a_run_that_is_gone_and_a_slash_make_no_other_run() -> None:
+    def of(init: str, path: str) -> FinetuneConfig:
+        return make(FinetuneConfig, {"data.path": path, "out": "b", "model.init": init})
+
+    assert of("photos", "a/").data.path == "a" and of("photos/", "/").data.path == "/"
+    assert of("photos", "s3://b/").data.path == "s3://b/"
+    assert not options.diff(of("runs/photos", "a"), of("photos", "a")) and options.diff(
+        of("runs/photos", "a"), of("runs/b", "a")
+    )
+
+
 def test_a_run_of_an_earlier_version_is_resumed_with_the_same_settings(yaml_file: Path) -> None:
     yaml_file.write_text(
         "# fcmae pretrain 0.1.0\nout: run\ndevice: auto\ndata:\n  path: [photos]\n  mean: null\n"

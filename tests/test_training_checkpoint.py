@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -61,6 +62,22 @@ def test_a_restored_model_trains_on_as_the_saved_one(tmp_path: Path) -> None:
     assert_same(other.state_dict(), model.state_dict())
     assert_same(checkpoint.optimizer_state(other_optimizer, other), checkpoint.optimizer_state(optimizer, model))
     assert float(checkpoint.optimizer_state(other_optimizer, other)["0.weight/step"]) == 7
+
+
+def test_names_that_are_no_unicode_are_read_again(tmp_path: Path) -> None:
+    config = {"data": {"path": [os.fsdecode(b"caf\xe9")]}}
+    assert read_meta(write(tmp_path, config=config)).config == config
+
+
+def test_what_is_deleted_first_is_room_for_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Linear(100, 1000)
+    place = tmp_path / checkpoint.DIRECTORY / "step-00000001"
+    place.mkdir(parents=True)
+    (place / "model.safetensors").write_bytes(b"x" * 3_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    with pytest.raises(ValueError, match="do not fit"):
+        checkpoint.check_space(tmp_path, model, 1)
+    assert checkpoint.check_space(tmp_path, model, 1, overwrites=True)
 
 
 def test_tied_weights_are_stored_and_restored(tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def _expanded(text: str) -> str:
     found = os.path.expanduser(text)  # noqa: PTH111  # Path's fails of an unknown user
     if found.startswith("~"):
         raise ValueError(f"there is no such user: write ./{found} for a name that begins so")
-    return found
+    return found if "://" in found else found.rstrip("/") or found[:1]  # as a shell completes a folder's name
 
 
 def _local(text: str) -> str:

@@ -37,6 +37,7 @@ class Survey:
         mean: of each channel, with a format's full range scaled to 1.
         std: of each channel, in the same units.
         class_counts: labelled images of each class; empty without labels.
+        mean_pixels: of an image.
     """
 
     num: int
@@ -47,6 +48,7 @@ class Survey:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     class_counts: tuple[int, ...] = ()
+    mean_pixels: float = 0.0
 
 
 def survey(
@@ -71,13 +73,14 @@ def survey(
         ValueError: if none of the sample can be read.
     """
     sample = images.subset(evenly(len(images), max_images))
-    sides, channels, deep = list[int](), dict[int, list[str]](), Counter[bool]()
+    sides, areas, channels, deep = list[int](), list[int](), dict[int, list[str]](), Counter[bool]()
     reason, of_units = "", dict[bool, list[str]]()  # names, by whether values are shares of a full range
     for i in tqdm(range(len(sample)), "looking at images", unit="image", delay=5, disable=None, leave=False):
         try:
             with sample.open(i) as file:
                 image = _open(file, max_pixels)
                 sides.append(min(image.height, image.width))
+                areas.append(image.height * image.width)
                 channels.setdefault(image.channels, []).append(sample.name(i))
                 deep[image.is_deep] += 1
                 of_units.setdefault(image.is_share, []).append(sample.name(i))
@@ -105,7 +108,8 @@ def survey(
     if images.labels is not None and images.class_names is not None:
         counts = tuple(np.bincount(images.labels, minlength=len(images.class_names)).tolist())
     side, is_deep, has_deep = round(statistics.median(sides)), deep.most_common(1)[0][0], deep[True] > 0
-    return Survey(len(images), side, in_chans, is_deep, has_deep, tuple(mean), tuple(std), counts)
+    area = statistics.fmean(areas)
+    return Survey(len(images), side, in_chans, is_deep, has_deep, tuple(mean), tuple(std), counts, area)
 
 
 def _open(file: BinaryIO, max_pixels: int) -> OpenImage:

@@ -41,6 +41,8 @@ from fcmae.training import own_files
 FORMAT = 2
 READABLE = (1, FORMAT)  # 1: decoder.* beside the encoder; classifiers under timm's names
 DIRECTORY = "checkpoints"
+# Bytes of names that are no Unicode, as Python has them and JSON by pydantic does not; settings may have such paths.
+LONE = re.compile(rb"(?<!\\ud[89ab][0-9a-f]{2})\\udc[89a-f][0-9a-f]")
 META = "checkpoint.json"
 MOST_BYTES = 1 << 24  # of a checkpoint.json: the settings of a run are a few thousand
 
@@ -238,10 +240,13 @@ def read_meta(checkpoint: Path) -> Meta:
     path = checkpoint / META
     try:
         content = read_bytes(path, MOST_BYTES)
-        fields = from_json(content)
+        known = LONE.sub(b"?", content)
+        fields = from_json(known)
         # Looked at first: another format may have other fields.
         number, version = fields["format"], fields["version"]
-        meta = _META.validate_json(content, strict=True, extra="forbid") if number in READABLE else None
+        meta = _META.validate_json(known, strict=True, extra="forbid") if number in READABLE else None
+        if meta is not None and known != content:
+            meta = replace(meta, config=json.loads(content)["config"])
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"]))
@@ -421,7 +426,9 @@ def _milestone_epochs(checkpoint: Path) -> int:
     return 0
 
 
-def check_space(run: Path, model: nn.Module, num_checkpoints: int, num_states: int = 3) -> str:
+def check_space(
+    run: Path, model: nn.Module, num_checkpoints: int, num_states: int = 3, *, overwrites: bool = False
+) -> str:
     """Refuse to start a run whose checkpoints its disk cannot hold, and say what they take.
 
     Args:
@@ -430,6 +437,7 @@ def check_space(run: Path, model: nn.Module, num_checkpoints: int, num_states: i
         num_checkpoints: that the run keeps.
         num_states: tensors saved of each parameter: itself, AdamW's two moments, and the moving average if there is
             one.
+        overwrites: whether the checkpoints that are there are deleted first.
 
     Returns:
         What they take, in words.
@@ -441,6 +449,8 @@ def check_space(run: Path, model: nn.Module, num_checkpoints: int, num_states: i
     own = (run / DIRECTORY).resolve()  # which may be a link, to a bigger disk
     place = next(folder for folder in (own, *own.parents) if folder.exists())
     needed, free = round(size * (num_checkpoints + 1)), shutil.disk_usage(place).free
+    if overwrites:
+        free += sum(file.stat().st_size for file in own.glob("*/*"))
     if needed > free:
         raise ValueError(
             f"out = {run}: {num_checkpoints + 1} checkpoints of {size / 1e6:,.0f} MB do not fit, as the disk has "

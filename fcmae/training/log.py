@@ -59,7 +59,7 @@ class Log:
         self._told = self._told_late = not accelerator.is_main_process
         self._begun, self._planned_s, self._others = time.monotonic(), math.inf, threads.Others()
         # Of one process: more take less, nobody has measured how much.
-        planned_s = cfg.planned_s if accelerator.num_processes == 1 else None
+        planned_s = cfg.planned_s if accelerator.num_processes == 1 and start >= 0 else None
         if planned_s is not None and (steps := schedule.total - schedule.start) > 0:
             self._planned_s = planned_s * steps / schedule.total
             ends = datetime.now() + timedelta(seconds=self._planned_s)

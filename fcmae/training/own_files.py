@@ -81,7 +81,8 @@ def check_outside(out: Path, images: Mapping[str, Iterable[str] | str | None]) -
     """
     place = out.resolve()
     for key, sources in images.items():
-        for path in map(Path, [sources] if isinstance(sources, str) else sources or ()):
+        for source in [sources] if isinstance(sources, str) else sources or ():
+            path = Path(source.partition("**")[0].rpartition("/")[0] or ".") if "**" in source else Path(source)
             if path.is_dir() and place.is_relative_to(path.resolve()):
                 raise ValueError(f"out = {out} lies in {key} = {path}, where images are searched: give another out")
 

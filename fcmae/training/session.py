@@ -35,12 +35,16 @@ class Session(Generic[Fitting]):
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Around all that is written: see `RunDirectory.open`. Signals stop it at a step, and all processes end it."""
+        """Around all that is written: see `RunDirectory.open`. Signals stop it at a step, and all processes end it.
+
+        An evaluation has nothing to save, and ends at once.
+        """
         with ExitStack() as around:
             with waiting_for_all(self.accelerator):  # the first one may have a run to delete
                 around.enter_context(self.run.open(self.accelerator.is_main_process))
             around.enter_context(closing_trackers(self.accelerator))
-            around.enter_context(self.stop)
+            if not getattr(self.cfg, "eval_only", False):  # which has nothing to save
+                around.enter_context(self.stop)
             yield
             finish(self.accelerator, self.stop)
         # A launcher that sees one end with a signal's status ends the rest, of which the first still writes.
