@@ -123,7 +123,8 @@ def test_pooled_features_are_compared_on_the_runs_images_and_large_numbers_have_
 ) -> None:
     whole = torch.onnx.ONNXProgram.save
     monkeypatch.setattr(torch.onnx.ONNXProgram, "save", lambda self, path: whole(self, path, external_data=True))
-    model = write_weights(tmp_path / "model.safetensors", V2)
+    (tmp_path / "best").mkdir()
+    model = write_weights(tmp_path / "best" / "model.safetensors", V2)
     find_images([str(write_images(tmp_path / "photos", 5))]).save(tmp_path / "files.json")
     (tmp_path / "config.yaml").write_text("# fcmae pretrain\n")
     session, said = export(tmp_path, model)
