@@ -33,10 +33,9 @@ from fcmae.networks.build import make_encoder
 from fcmae.networks.spec import describe
 from fcmae.starting import (
     Best,
-    check_apart,
+    check_held_out,
     check_scored,
     check_start,
-    check_unlearnt,
     class_balance,
     kept_weights,
     prepare,
@@ -260,10 +259,7 @@ def run_images(cfg: FinetuneConfig, run: RunDirectory, weights: Weights) -> tupl
         train, val = split(train, cfg.data.val_share, cfg.seed)
     else:
         val = find_labelled(cfg.data.val_path, train.class_names, storage=storage)
-    if cfg.eval_only:
-        check_unlearnt(cfg, val)
-    else:
-        check_apart(cfg, train, val)
+    check_held_out(cfg, train, val)
     return train, val
 
 

@@ -141,8 +141,8 @@ def finetuning(sketch: FinetuneConfig, given: Mapping[str, Any]) -> dict[str, An
         num_train, num_held_out = len(images), len(held_out)
     hours -= (time.monotonic() - began) / 3600
     most = choices.finetuning_epochs(sum(facts.class_counts))
-    networks = 1 if cfg.regularization.ema_decay is None else 2  # the average is evaluated too
-    choices.duration(plan, num_train, hours, result.mean_images_per_s, most, num_held_out * networks)
+    num_evaluated = num_held_out * _num_networks(cfg)
+    choices.duration(plan, num_train, hours, result.mean_images_per_s, most, num_evaluated)
     return _chosen(plan) | {"out": out}
 
 
@@ -177,10 +177,15 @@ def segmentation(sketch: SegmentConfig, given: Mapping[str, Any]) -> dict[str, A
     result = _fit(plan, cfg, lambda at_once: _dense_step(cfg, at_once, _measured_s(hours)))
     hours -= (time.monotonic() - began) / 3600
     tiles = max(1.0, facts.mean_pixels / math.prod(cfg.data.image_size) / (1 - cfg.data.overlap) ** 2)
-    networks = 1 if cfg.regularization.ema_decay is None else 2  # the average is evaluated too
+    num_evaluated = len(held_out) * tiles * _num_networks(cfg)
     most = choices.segmentation_epochs(plan, facts)
-    choices.duration(plan, len(images), hours, result.mean_images_per_s, most, len(held_out) * tiles * networks)
+    choices.duration(plan, len(images), hours, result.mean_images_per_s, most, num_evaluated)
     return _chosen(plan) | {"out": out}
+
+
+def _num_networks(cfg: DenseConfig) -> int:
+    """That are evaluated: the moving average too."""
+    return 1 if cfg.regularization.ema_decay is None else 2
 
 
 def _begun(

@@ -37,6 +37,8 @@ from fcmae.weights.convert import build_classifier
 from fcmae.weights.files import read_weights, segmenter_in
 from fcmae.weights.segmenters import read_segmenter
 
+logger = logging.getLogger("fcmae")
+
 
 def predict(cfg: PredictConfig) -> int:
     """Print path, class and probability of every image as it comes, and write them to a CSV file if one is named.
@@ -117,8 +119,6 @@ def _ended(num_done: int, num: int, what: str) -> int:
         print(f"{num_done} of {num} images were {what}; the others are named above, with the reason", file=sys.stderr)
     return int(num_done < num)
 
-
-logger = logging.getLogger("fcmae")
 
 TILE = 256  # side of the tiles of written TIFFs
 

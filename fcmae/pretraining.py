@@ -187,7 +187,7 @@ def train(
 
 
 def run_images(cfg: PretrainConfig, run: RunDirectory) -> tuple[Images, bool]:
-    """The images: as listed in the run directory where a folder may have changed since, else found, which is told."""
+    """The images: as listed in the run directory, if its sources are no lists of the user's; else found, as is told."""
     storage = Storage.of_run(run.path, cfg.data.index, cfg.data.cache_gb)
     listed = [run.path / "files.json"]
     if run.kept("data.path") and (kept := kept_images(listed, storage, cfg.data.path)) is not None:

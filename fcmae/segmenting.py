@@ -47,10 +47,9 @@ from fcmae.segmentation import (
 )
 from fcmae.starting import (
     Best,
-    check_apart,
+    check_held_out,
     check_scored,
     check_start,
-    check_unlearnt,
     class_balance,
     kept_weights,
     prepare,
@@ -252,10 +251,7 @@ def find_data(cfg: SegmentConfig) -> Mapped:
     else:
         # The maps are as many, in the same order, and without labels like the images: the same are drawn.
         (images, val), (maps, val_maps) = (split(each, data.val_share, cfg.seed) for each in (images, maps))
-    if cfg.eval_only:
-        check_unlearnt(cfg, val)
-    else:
-        check_apart(cfg, images, val)
+    check_held_out(cfg, images, val)
     return _counted(cfg, images, maps, val, val_maps)
 
 

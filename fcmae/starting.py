@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fcmae.config import DenseConfig, RunConfig
 from fcmae.data.augment import Reading
-from fcmae.data.index import Images, also_in, images_of_run
+from fcmae.data.index import Images, also_in, check_apart, images_of_run
 from fcmae.data.source import printable
 from fcmae.heads import Classifier, Segmenter
 from fcmae.networks.encoder import layer_of, num_layers
@@ -155,8 +155,8 @@ def build_optimizer(cfg: DenseConfig, net: Classifier | Segmenter) -> torch.opti
     return torch.optim.AdamW(groups, lr=0.0, betas=cfg.optim.betas, fused=True)
 
 
-def check_apart(cfg: DenseConfig, train: Images, val: Images) -> None:
-    """Refuse to score a model on images that it learns from.
+def check_held_out(cfg: DenseConfig, train: Images, val: Images) -> None:
+    """Refuse to score a model on images that it learns from, or has learnt from; warn of those that were named.
 
     Args:
         cfg: the run's settings.
@@ -164,30 +164,11 @@ def check_apart(cfg: DenseConfig, train: Images, val: Images) -> None:
         val: held out: data.val_path's, or drawn from data.path.
 
     Raises:
-        ValueError: if an image is both, under another name perhaps.
+        ValueError: if an image is both; of a run that only evaluates, if its weights learnt from one that was drawn.
     """
-    if both := also_in(val, train):
-        one = printable(min(both))
-        if cfg.data.val_path is None:
-            raise ValueError(
-                f"data.path: {len(both)} of the {len(val)} images to hold out, such as {one}, are training images too, "
-                "under another name: take such links out"
-            )
-        raise ValueError(
-            f"data.val_path: {len(both)} of {len(val)} images are in data.path too, such as {one}: take them out of one"
-        )
-
-
-def check_unlearnt(cfg: DenseConfig, val: Images) -> None:
-    """Refuse to score given weights on images that they learnt from; where these were chosen, warn.
-
-    Args:
-        cfg: the settings of a run that only evaluates.
-        val: data.val_path's, or what it drew from data.path.
-
-    Raises:
-        ValueError: if the run of the weights learnt from one that was drawn.
-    """
+    if not cfg.eval_only:
+        check_apart(train, val, *(("data.path",) if cfg.data.val_path is None else ("data.val_path", "data.path")))
+        return
     learnt = images_of_run(Path(str(cfg.model.init)))
     both = also_in(val, learnt) if learnt is not None else ()
     if both and cfg.data.val_path is not None:

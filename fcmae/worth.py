@@ -245,12 +245,12 @@ def _labels_file(place: Path, labels: str, seed: int) -> Path:
     return place / "labels" / f"{_plain(labels)}-{seed}.csv"
 
 
-def _tests_file(place: Path) -> str:
-    return str(place / "labels" / "test.csv")
+def _tests_file(place: Path) -> Path:
+    return place / "labels" / "test.csv"
 
 
-def _unlabelled(place: Path) -> str:
-    return str(place / "labels" / "unlabelled.txt")
+def _unlabelled(place: Path) -> Path:
+    return place / "labels" / "unlabelled.txt"
 
 
 def _plain(labels: str) -> str:
@@ -279,7 +279,7 @@ def _saved_plan(place: Path, cfg: WorthConfig, train: Images, test: Images) -> P
         raise ValueError(
             f"out = {place} holds a comparison on other images than {cfg.data} has now: give another --out"
         )
-    listed = Path(_tests_file(place))
+    listed = _tests_file(place)
     if not listed.is_file() or listed.read_text(encoding="utf-8") != _as_list(test):
         raise ValueError(
             f"out = {place} holds a comparison on images that lay elsewhere: move them back, or give another --out"
@@ -319,8 +319,8 @@ def _make_plan(place: Path, cfg: WorthConfig, train: Images, test: Images) -> Pl
     if odd := [name for name in (*train.names(), *test.names()) if not is_unicode(name)]:
         raise ValueError(f"data: {printable(odd[0])} has a name that is no UTF-8, as lists of images need: rename it")
     write_labels(place / "labels" / "train.csv", train)
-    write_labels(Path(_tests_file(place)), test)
-    write_text(Path(_unlabelled(place)), "".join(f"{name}\n" for name in train.names()))
+    write_labels(_tests_file(place), test)
+    write_text(_unlabelled(place), "".join(f"{name}\n" for name in train.names()))
     assert test.labels is not None
     tested = np.bincount(test.labels)
     tested = tested[tested > 0]  # images of each class that has any
@@ -447,7 +447,7 @@ def _given_starts(cfg: WorthConfig, train: Images) -> list[Start]:
 def _choose_pretraining(place: Path, cfg: WorthConfig) -> tuple[PretrainConfig, float]:
     """The settings of the pretraining, which are written down, and how long it will take in seconds."""
     given = {
-        "data.path": cfg.unlabelled or [_unlabelled(place)],
+        "data.path": cfg.unlabelled or [str(_unlabelled(place))],
         "out": place / "runs" / PRETRAINED,
         "hours": cfg.hours,
         "seed": cfg.seed,
@@ -482,7 +482,7 @@ def _choose_finetuning(
     given |= _machine(cfg) | ({} if cfg.epochs is None else {"epochs": cfg.epochs})
     given |= {
         "data.path": str(labels),
-        "data.val_path": _tests_file(place),
+        "data.val_path": str(_tests_file(place)),
         "out": place / "runs" / "scratch",
         "model.variant": start.spec.model_dump(mode="json", exclude={"stem_stride"}),
         "model.stem_stride": start.spec.stem_stride,
@@ -527,7 +527,7 @@ def _run(job: Job, place: Path, plan: Plan, cfg: WorthConfig) -> Run:
     out = place / "runs" / job.name
     if job.labels is None:
         made = options.read(PretrainConfig, place / "settings" / f"{PRETRAINED}.yaml")
-        data = made.data if cfg.unlabelled else made.data.model_copy(update={"path": [_unlabelled(place)]})
+        data = made.data if cfg.unlabelled else made.data.model_copy(update={"path": [str(_unlabelled(place))]})
         return pretrain(made.model_copy(update={"out": out, "data": data}))
     arm = next(arm for arm in plan["arms"] if arm["name"] == job.arm)
     base = options.read(
@@ -535,7 +535,7 @@ def _run(job: Job, place: Path, plan: Plan, cfg: WorthConfig) -> Run:
     )
     given = options.flat(base) | {
         "data.path": str(_labels_file(place, job.labels, job.seed)),
-        "data.val_path": _tests_file(place),
+        "data.val_path": str(_tests_file(place)),
         "out": str(out),
         "seed": job.seed,
     }

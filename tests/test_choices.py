@@ -17,9 +17,8 @@ USUAL = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 def images(num: int = 1000, short_side: int = 224, in_chans: int = 3, **changed: Any) -> Survey:
-    return Survey(
-        num, short_side, in_chans, **({"is_deep": False, "has_deep": changed.get("is_deep", False), **USUAL} | changed)
-    )
+    usual = {"is_deep": False, "has_deep": changed.get("is_deep", False), "mean_pixels": short_side**2, **USUAL}
+    return Survey(num, short_side, in_chans, **(usual | changed))
 
 
 def pretraining(

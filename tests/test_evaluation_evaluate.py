@@ -200,7 +200,7 @@ def test_a_test_image_is_known_by_its_other_name(labelled: Path, tmp_path: Path)
         (tmp_path / folder.name).mkdir()
         for path in sorted(folder.iterdir())[:2]:
             (tmp_path / folder.name / f"copy-{path.name}").symlink_to(path)
-    with pytest.raises(ValueError, match=r"test: 6 images are in .* too"):
+    with pytest.raises(ValueError, match=r"test: 6 of the \d+ images held out, such as .*, are in .* too"):
         find_data(str(labelled), str(tmp_path), 0.2, 0)
 
 
@@ -322,7 +322,7 @@ def test_images_that_cannot_be_read_are_left_out(
     [
         ([ATTO], "out is missing"),
         ([ATTO, ATTO, "--out", "o"], "is given twice"),
-        ([ATTO, "--test", "DATA", "--out", "o"], "test: 30 images are in"),
+        ([ATTO, "--test", "DATA", "--out", "o"], "test: 30 of the 30 images held out, such as"),
         ([ATTO, "--test", "missing", "--out", "o"], "test: 'missing' does not exist"),
         ([ATTO, "--test-share", "0.001", "--out", "o.txt"], "is a file: give a directory"),
         ([ATTO, "--out", "DATA/blue/o"], "lies in data = DATA, where images are searched"),

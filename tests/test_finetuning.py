@@ -130,9 +130,9 @@ def test_a_file_that_has_two_names_is_not_scored_where_it_is_learnt_from(
         for name in (file.name, f"again-{file.name}"):
             (twice / file.parent.name / name).hardlink_to(file)
     assert finetune(twice, tmp_path / "run", model__variant="convnextv2_atto") == 2
-    assert "images to hold out, such as " in (said := capsys.readouterr().err)
+    assert "images held out, such as " in (said := capsys.readouterr().err)
     assert "are training images too, under another name: take such links out" in said
-    with pytest.raises(ValueError, match=r"images to test on, such as .* are training images too, under another name"):
+    with pytest.raises(ValueError, match=r"images held out, such as .* are training images too, under another name"):
         find_data(str(twice), None, 0.2, 0)
     assert not (tmp_path / "run").exists()
 
@@ -783,5 +783,5 @@ def test_images_that_are_learnt_from_are_not_held_out(
     labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert finetune(labelled, tmp_path / "run", model__variant="convnextv2_atto", data__val_path=labelled) == 2
-    assert "images are in data.path too, such as" in capsys.readouterr().err
+    assert "are in data.path too: take them out of one" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

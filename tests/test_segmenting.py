@@ -897,4 +897,4 @@ def test_images_that_are_learnt_from_are_not_held_out(
 ) -> None:
     words = {"data__val_path": tiles / "images", "data__val_maps": tiles / "maps"}
     assert segment(tiles, tmp_path / "run", **words) == 2
-    assert "data.val_path: 12 of 12 images are in data.path too" in capsys.readouterr().err
+    assert "data.val_path: 12 of the 12 images held out, such as" in capsys.readouterr().err

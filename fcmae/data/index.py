@@ -46,8 +46,8 @@ from fcmae.data.tables import can_read
 
 logger = logging.getLogger("fcmae")
 
-# What network storage and systems keep in folders beside one's own files: thumbnails, deleted files.
 OF_MODELS = {"best", "last", "checkpoints"}  # folders of a run
+# What network storage and systems keep in folders beside one's own files: thumbnails, deleted files.
 SYSTEM_FOLDERS = {"@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX", "lost+found", "System Volume Information"}
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 MAX_INDEX = 2**37  # bytes of what `Images.save` writes: a thousand million paths
@@ -301,6 +301,25 @@ def also_in(images: Images, others: Images) -> list[str]:
         key = str
     known = set(map(key, others.names()))
     return [name for name in images.names() if key(name) in known]
+
+
+def check_apart(learnt: Images, tested: Images, key: str, other: str | None = None) -> None:
+    """Refuse to score a model on images that it learns from.
+
+    Args:
+        learnt: to learn from.
+        tested: held out.
+        key: the setting that they are of.
+        other: what gives those to learn from; None if both were drawn from one source.
+
+    Raises:
+        ValueError: if an image is both, under another name perhaps.
+    """
+    if both := also_in(tested, learnt):
+        some = f"{key}: {len(both)} of the {len(tested)} images held out, such as {printable(min(both))}, are"
+        if other is None:
+            raise ValueError(f"{some} training images too, under another name: take such links out")
+        raise ValueError(f"{some} in {other} too: take them out of one")
 
 
 def identity(name: str) -> tuple[int, int] | str:
@@ -840,7 +859,7 @@ def _read_csv(
         raise ValueError(f"{key}: {address} lists no image: give one {column},{other} a line")
     if more := [name for name in columns if name not in (column, other)]:
         note = (
-            f"{key}: of {address} only {column} and {other} are read, not {few(map(printable, more))}: what fcmae "
+            f"{key}: of {address} only {column} and {other} are read, not {few(more)}: what fcmae "
             "holds out it draws image by image, also where several are of one patient or scene"
         )
         return beside, (note,)

@@ -191,8 +191,6 @@ class LabelMap:
             if tiff is not None and (num := num_planes(tiff.series[0])) > 1:
                 raise BadImage(f"it has {num} pages, and a label map is one: save the page that belongs to the image")
             self._page = None if tiff is None else _plain_page(tiff)
-            stated = None if tiff is None else nodata_of(tiff.pages.first.tags.valueof(42113), tiff.pages.first.dtype)
-            self.nodata = None if stated is None else int(stated)
             if self._page is not None:
                 self._array, dtype = None, self._page.dtype
                 self.height, self.width = self._page.imagelength, self._page.imagewidth
@@ -207,6 +205,8 @@ class LabelMap:
                 f"it has {channels} channels of type {dtype}, and a label map one of whole numbers: store the number "
                 "of each pixel's class"
             )
+        stated = None if tiff is None else nodata_of(tiff.pages.first.tags.valueof(42113), dtype)
+        self.nodata = None if stated is None else int(stated)
 
     def read(self, box: Box, size: tuple[int, int] | None = None) -> NDArray[np.int64]:
         """A part of it, by the nearest pixel.

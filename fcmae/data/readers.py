@@ -387,7 +387,7 @@ def _open_tiff(file: BinaryIO, in_chans: int) -> OpenImage:
 
 def _may_have_more_pages(image: Image.Image) -> bool:
     described = str(image.tag_v2.get(270, ""))  # type: ignore[attr-defined]
-    if described.startswith(("ImageJ=", '{"shape"')):  # whose one header may stand for all
+    if described.startswith("ImageJ=") and "\nchannels=" in described:  # one header may stand for all
         return True
     try:
         image.seek(1)

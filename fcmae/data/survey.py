@@ -36,8 +36,8 @@ class Survey:
         has_deep: whether any has.
         mean: of each channel, with a format's full range scaled to 1.
         std: of each channel, in the same units.
-        class_counts: labelled images of each class; empty without labels.
         mean_pixels: of an image.
+        class_counts: labelled images of each class; empty without labels.
     """
 
     num: int
@@ -47,8 +47,8 @@ class Survey:
     has_deep: bool
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    mean_pixels: float
     class_counts: tuple[int, ...] = ()
-    mean_pixels: float = 0.0
 
 
 def survey(
@@ -100,7 +100,7 @@ def survey(
         if sum(len(channels[num]) for num in others) > MAX_OTHERS * len(sides):
             kinds = [f"{len(channels[num])} have {num} channels, as {channels[num][0]}" for num in (in_chans, *others)]
             raise ValueError(
-                f"{key}: of {len(sides)} images {printable(few(kinds, 4))}: name one kind by a pattern, such as "
+                f"{key}: of {len(sides)} images {few(kinds, 4)}: name one kind by a pattern, such as "
                 "'photos/**/*.tif', or give data.in_chans, and what cannot be read as that is left out"
             )
     mean, std, _ = channel_statistics(sample, in_chans, max_images=max_images, max_pixels=max_pixels, nodata=nodata)
@@ -109,7 +109,7 @@ def survey(
         counts = tuple(np.bincount(images.labels, minlength=len(images.class_names)).tolist())
     side, is_deep, has_deep = round(statistics.median(sides)), deep.most_common(1)[0][0], deep[True] > 0
     area = statistics.fmean(areas)
-    return Survey(len(images), side, in_chans, is_deep, has_deep, tuple(mean), tuple(std), counts, area)
+    return Survey(len(images), side, in_chans, is_deep, has_deep, tuple(mean), tuple(std), area, counts)
 
 
 def _open(file: BinaryIO, max_pixels: int) -> OpenImage:

@@ -30,7 +30,7 @@ from fcmae.atomic import write_text
 from fcmae.classification import macro_auroc, scores
 from fcmae.config.commands import EvaluateConfig
 from fcmae.data.dataset import check_values
-from fcmae.data.index import Images, also_in, find_labelled, images_of_run
+from fcmae.data.index import Images, also_in, check_apart, find_labelled, images_of_run
 from fcmae.data.source import printable
 from fcmae.data.split import draw, split
 from fcmae.evaluation.features import check_stages, extract
@@ -200,16 +200,11 @@ def find_data(data: str, test: str | None, test_share: float, seed: int) -> tupl
         train_index, test_index = split(found, test_share, seed)
         if not len(test_index):
             raise ValueError(f"test_share = {test_share:g} leaves no image of {data} to test on: raise it")
-        if both := also_in(test_index, train_index):
-            raise ValueError(
-                f"data: {len(both)} of the {len(test_index)} images to test on, such as {printable(min(both))}, are "
-                "training images too, under another name: take such links out"
-            )
+        check_apart(train_index, test_index, "data")
         return train_index, test_index
     test_index = find_labelled(test, found.class_names, key="test")
     test_index.tell_notes()
-    if both := also_in(test_index, found):
-        raise ValueError(f"test: {len(both)} images are in {data} too, such as {min(both)}: take them out of one")
+    check_apart(found, test_index, "test", data)
     return found, test_index
 
 

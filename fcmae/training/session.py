@@ -43,7 +43,7 @@ class Session(Generic[Fitting]):
             with waiting_for_all(self.accelerator):  # the first one may have a run to delete
                 around.enter_context(self.run.open(self.accelerator.is_main_process))
             around.enter_context(closing_trackers(self.accelerator))
-            if not getattr(self.cfg, "eval_only", False):  # which has nothing to save
+            if not getattr(self.cfg, "eval_only", False):
                 around.enter_context(self.stop)
             yield
             finish(self.accelerator, self.stop)

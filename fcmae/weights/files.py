@@ -282,7 +282,8 @@ def _of_timm(name: str, setting: str) -> Weights:
     origin = {"timm": f"{told['architecture']}.{told['tag']}"}
     origin |= {"license": told["license"]} if told.get("license") else {}
     check_timm(model, f"{setting} = {name}")
-    _tell_squashed(name, told.get("crop_mode") == "squash")
+    if told.get("crop_mode") == "squash":
+        _tell_squashed(name)
     record = Record(image=ImageRecord.model_validate(told), origin=origin)
     return _weights(Path(name), model.state_dict(), None, record)
 
@@ -401,7 +402,8 @@ def _read_directory(path: Path, variant: str | None) -> Weights:
                 raise ValueError(f"its global_pool is {pool}, and that of a classifier is avg here")
             told = config.get("pretrained_cfg") or config  # as timm wrote it before
             image = ImageRecord.model_validate(told)
-            _tell_squashed(path, told.get("crop_mode") == "squash")
+            if told.get("crop_mode") == "squash":
+                _tell_squashed(path)
             names = config.get("label_names") or told.get("label_names") or told.get("labels") or ()
             names = [names[key] for key in sorted(names, key=int)] if isinstance(names, dict) else names
             names = tuple(map(str, names))
@@ -414,7 +416,8 @@ def _read_directory(path: Path, variant: str | None) -> Weights:
                 raise ValueError(f"its layer_norm_eps is {eps}, and that of a ConvNeXt 1e-6")
             processor = path / "preprocessor_config.json"
             image = _from_processor(_read_json(processor)) if processor.is_file() else ImageRecord()
-            _tell_squashed(path, max(image.size or (0,)) >= NOT_CROPPED)
+            if max(image.size or (0,)) >= NOT_CROPPED:
+                _tell_squashed(path)
             record = Record(image=image, class_names=names, origin=record.origin)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
@@ -428,12 +431,9 @@ def _read_directory(path: Path, variant: str | None) -> Weights:
     return _weights(path, state, variant, record)
 
 
-def _tell_squashed(source: Path | str, is_squashed: bool) -> None:
-    if is_squashed:
-        logger.warning(
-            "%s: its images were made square by squashing them; here and in what is exported their sides are cut off",
-            source,
-        )
+def _tell_squashed(source: Path | str) -> None:
+    message = "%s: its images were made square by squashing them; here and in what is exported their sides are cut off"
+    logger.warning(message, source)
 
 
 def _check_computes(activation: Any, norm_eps: Any) -> None:

@@ -106,17 +106,16 @@ def fits(place: Path) -> bool:
     """Whether the head, if there is one, is of the encoder beside it: a kill may come between their renames.
 
     Raises:
-        OSError: if they cannot be read.
-        ValueError: likewise, if the head's file is damaged.
+        OSError, SafetensorError, KeyError, ValueError: if they cannot be read, or the head's file is damaged.
     """
     if not (place / HEAD).exists():
         return True
-    try:
-        with safe_open(place / HEAD, framework="pt") as opened:
-            record = _RECORD.validate_json((opened.metadata() or {})[RECORD])
-    except (SafetensorError, KeyError) as error:
-        raise ValueError(f"{place / HEAD} cannot be read ({error})") from error
-    return sha256_of(place / "model.safetensors") == record.encoder_sha256
+    return sha256_of(place / "model.safetensors") == _read_record(place / HEAD).encoder_sha256
+
+
+def _read_record(file: Path) -> HeadRecord:
+    with safe_open(file, framework="pt") as opened:
+        return _RECORD.validate_json((opened.metadata() or {})[RECORD])
 
 
 def read_segmenter(path: Path) -> tuple[Segmenter, Weights, HeadRecord]:
@@ -133,9 +132,7 @@ def read_segmenter(path: Path) -> tuple[Segmenter, Weights, HeadRecord]:
         raise ValueError(f"{path} holds no segmentation model: give a run of `fcmae segment`, or its best/ or last/")
     weights, file = read_weights(place), place / HEAD
     try:
-        with safe_open(file, framework="pt") as opened:
-            record = _RECORD.validate_json((opened.metadata() or {})[RECORD])
-        state = load_file(file)
+        record, state = _read_record(file), load_file(file)
         if digest(state, _text(record)) != record.sha256:
             raise ValueError("its SHA-256 is another")
         if sha256_of(place / "model.safetensors") != record.encoder_sha256:
