@@ -273,7 +273,7 @@ def _stats(cfg: commands.StatsConfig) -> None:
         from fcmae.data.survey import survey
 
         few = min(20, cfg.max_images)  # which are read once more for their statistics
-        in_chans = survey(index, max_images=few, max_pixels=cfg.max_pixels, nodata=cfg.nodata).in_chans
+        in_chans = survey(index, None, few, cfg.max_pixels, cfg.nodata, key="path").in_chans
     mean, std, num_images = channel_statistics(
         index,
         in_chans,

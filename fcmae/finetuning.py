@@ -251,7 +251,7 @@ def run_images(cfg: FinetuneConfig, run: RunDirectory, weights: Weights) -> tupl
     cached = (run.path / "files.json", run.path / "val_files.json")
     storage = Storage.of_run(run.path, cfg.data.index, cfg.data.cache_gb)
     same = not cfg.eval_only and run.kept("data.path", "data.val_path")
-    if same and (kept := kept_images(cached, storage, (cfg.data.path, cfg.data.val_path))) is not None:
+    if same and (kept := kept_images(cached, storage)) is not None:
         return kept[0], kept[1]
     names, own = weights.class_names if _keeps_head(cfg) else None, cfg.data.path
     train = find_labelled(own, names, key="data.path", storage=storage) if own else Images.of_files((), (), names)

@@ -184,8 +184,8 @@ def segmentation(sketch: SegmentConfig, given: Mapping[str, Any]) -> dict[str, A
 
 
 def _num_networks(cfg: DenseConfig) -> int:
-    """That are evaluated: the moving average too."""
-    return 1 if cfg.regularization.ema_decay is None else 2
+    """That are evaluated: a moving average too."""
+    return 2 if cfg.regularization.ema_decay else 1
 
 
 def _begun(
@@ -321,8 +321,9 @@ def _image_settings(plan: choices.Choices, images: Images, data: ImageConfig, he
 
     held: the starting weights, if there are any.
     """
-    facts = _survey(images, plan.settings.get("data.in_chans"), data)
     image = None if held is None else held.image
+    of_weights = image.in_chans if image and held and not held.are_published else None
+    facts = _survey(images, plan.settings.get("data.in_chans", of_weights), data)
     if image and held and held.are_published and choices.are_no_photographs(facts, image.in_chans, image.mean):
         image = None
     if image is not None:

@@ -187,10 +187,10 @@ def train(
 
 
 def run_images(cfg: PretrainConfig, run: RunDirectory) -> tuple[Images, bool]:
-    """The images: as listed in the run directory, if its sources are no lists of the user's; else found, as is told."""
+    """The images, and whether they were found now: else they are as listed in the run directory."""
     storage = Storage.of_run(run.path, cfg.data.index, cfg.data.cache_gb)
     listed = [run.path / "files.json"]
-    if run.kept("data.path") and (kept := kept_images(listed, storage, cfg.data.path)) is not None:
+    if run.kept("data.path") and (kept := kept_images(listed, storage)) is not None:
         return kept[0], False
     return find_images(cfg.data.path, storage=storage), True
 

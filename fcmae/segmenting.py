@@ -229,7 +229,7 @@ def run_images(cfg: SegmentConfig, run: RunDirectory) -> Mapped:
     cached = [run.path / name for name in FILES]
     same = not cfg.eval_only and run.kept("data.path", "data.maps", "data.val_path", "data.val_maps")
     storage = Storage.of_run(run.path, cfg.data.index, cfg.data.cache_gb)
-    if same and (kept := kept_images(cached, storage, (cfg.data.path, cfg.data.val_path))) is not None:
+    if same and (kept := kept_images(cached, storage)) is not None:
         return _counted(cfg, *kept, is_begun=True)
     return find_data(cfg)
 

@@ -168,26 +168,25 @@ def worth(cfg: WorthConfig) -> int:
             remove_models(place / "runs" / job.name)
     waiting = [job for job in jobs if job not in done]
     _write(place, cfg, plan, scores, jobs)
-    began, computed = time.monotonic(), 0.0
+    # Estimates count steps only, and the machine may have been more or less busy then: seconds that whole runs took.
+    took, estimated = 0.0, 0.0
     while waiting:
-        job = waiting.pop(0)
-        to_do = _seconds_left(job, place)
+        job, began = waiting.pop(0), time.monotonic()
+        is_whole = _seconds_left(job, place) == job.seconds
         try:
             run = _run(job, place, plan, cfg)
         except FloatingPointError as error:
             if job.labels is None:
                 raise
             print(f"{job.name} has no score: {error}", flush=True)
-            computed += to_do - _seconds_left(job, place)
             continue
         if run.stopped_by is not None:  # perhaps at its last step, which is not the end of the comparison
             print(f"stopped by {run.stopped_by}: the same command goes on", flush=True)
             return replace(run, finished=False).status
-        computed += to_do
+        if is_whole:
+            took, estimated = took + time.monotonic() - began, estimated + job.seconds
         found = _write(place, cfg, plan, scores, jobs)
-        # Estimates count steps only, and the machine may have been more or less busy then.
-        seconds = sum(_seconds_left(each, place) for each in waiting)
-        seconds *= (time.monotonic() - began) / computed if computed else 1
+        seconds = sum(_seconds_left(each, place) for each in waiting) * (took / estimated if estimated else 1)
         left = f", about {_hours(seconds)} left" if waiting else ""
         of_job = [each["scores"] for each in found["scores"] if (each["arm"], each["labels"], each["seed"]) == job[1:4]]
         last = f": {of_job[0][paired.METRIC]:.3f}" if of_job else ""

@@ -41,7 +41,7 @@ TINY = "{depths: [1, 1, 1, 1], dims: [8, 8, 8, 8]}"  # as a command line gives i
 # A server that has imported everything once and forks at each call: a process in a tenth of a second instead of ten,
 # and without the threads that this one has.
 PROCESSES = multiprocessing.get_context("forkserver")
-PORTS = count(20_000 + os.getpid() % 10_000)  # which no other program is given by the system
+PORTS = count(20_000 + os.getpid() % 500 * 20)  # which no other program is given by the system
 PROCESSES.set_forkserver_preload(["fcmae.pretraining", "matplotlib.figure", "torch.utils.tensorboard"])
 
 

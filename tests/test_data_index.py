@@ -1,16 +1,19 @@
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 
 from fcmae.data import index
-from fcmae.data.index import Images, find_images, find_labelled, find_mapped, run_of
+from fcmae.data.index import Images, find_images, find_labelled, find_mapped, kept_images, run_of
 from fcmae.data.shards import Parts
 from fcmae.data.source import BadImage
 from fcmae.data.split import split
@@ -143,9 +146,54 @@ def test_globs_bring_no_pictures_of_systems_and_runs(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "x"
     (run / "config.yaml").write_text("# fcmae pretrain 0.1.0\n")
     (run / "environment.json").write_text("[]")
-    for pattern in ("*", "**", "**/*"):
-        found = find_images([str(tmp_path / pattern)]).names()
-        assert found == [str(tmp_path / "a/1.jpg"), str(tmp_path / "b.jpg")], pattern
+    both = [str(tmp_path / "a/1.jpg"), str(tmp_path / "b.jpg")]
+    for pattern in ("*", "**", "**/*", "**/*.*g"):
+        assert find_images([str(tmp_path / pattern)]).names() == both, pattern
+    with pytest.raises(ValueError, match="holds no image"):
+        find_images([str(tmp_path / "**" / "*.png")])
+    assert len(find_images([str(run / "reconstructions" / "*.png")])) == 1  # named, so meant
+
+
+def test_patterns_of_labelled_tar_files_leave_out_what_was_deleted(tmp_path: Path) -> None:
+    for name in ("a.tar", "#recycle/a.tar"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        with tarfile.open(tmp_path / name, "w") as tar:
+            for member, content in (("1.jpg", b"x"), ("1.cls", b"cat"), ("2.jpg", b"y"), ("2.cls", b"dog")):
+                info = tarfile.TarInfo(member)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    assert len(find_labelled(str(tmp_path / "**" / "*.tar"))) == 2
+
+
+def test_of_kept_images_only_lists_that_were_changed_are_read_again(tmp_path: Path) -> None:
+    touch(tmp_path, "photos/a.jpg", "more/b.jpg")
+    listed, index = tmp_path / "more.txt", tmp_path / "files.json"
+    listed.write_text("more/b.jpg\n")
+    sources = [str(tmp_path / "photos"), str(listed)]
+    found = find_images(sources)
+    found.subset([0, 1]).save(index)
+    touch(tmp_path, "photos/c.jpg")
+    (kept,) = kept_images([index], Storage()) or [None]
+    assert kept is not None and kept.names() == found.names() and kept.lists == found.lists
+    listed.write_text("more/b.jpg\nphotos/a.jpg\n")
+    assert kept_images([index], Storage()) is None
+    listed.unlink()
+    assert kept_images([index], Storage()) is not None
+
+
+def test_changed_lists_elsewhere_and_those_of_maps_are_read_again(tmp_path: Path) -> None:
+    index, table = tmp_path / "files.json", fsspec.filesystem("memory")
+    table.pipe("/lists/labels.csv", b"path,label\na.jpg,cat\nb.jpg,dog\n")
+    find_labelled("memory://lists/labels.csv").save(index)
+    assert kept_images([index], Storage()) is not None
+    table.pipe("/lists/labels.csv", b"path,label\na.jpg,dog\nb.jpg,dog\nc.jpg,cat\n")
+    assert kept_images([index], Storage()) is None
+    (tmp_path / "pairs.csv").write_text("image,mask\na.jpg,a.png\n")
+    images, _ = find_mapped(str(tmp_path / "pairs.csv"), None)
+    images.save(index)
+    assert kept_images([index], Storage()) is not None
+    (tmp_path / "pairs.csv").write_text("image,mask\na.jpg,other.png\n")
+    assert kept_images([index], Storage()) is None
 
 
 def test_globs_match_files_and_search_folders(tmp_path: Path) -> None:

@@ -162,6 +162,14 @@ def test_neighbours_are_those_of_the_checkpoints_features(monitored: Path, label
     assert line["knn_top1"] == (votes.argmax(1) == test.labels).mean()
 
 
+def test_an_image_of_two_names_is_not_classified_where_it_votes(labelled: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(labelled, tmp_path / "labelled"))
+    for path in list(copied.glob("*/*")):
+        (path.parent / f"again-{path.name}").hardlink_to(path)
+    with pytest.raises(ValueError, match=r"monitor\.labelled: .* are training images too, under another name"):
+        find_monitored_labels(str(copied), READING, seed=0)
+
+
 def test_watching_leaves_the_encoder_and_the_draws_as_they_are(images: Path, labelled: Path) -> None:
     encoder = Encoder(ConvNeXtSpec(depths=(1, 1), dims=(8, 8), stem_stride=2)).eval()
     randomize(encoder, std=0.1)

@@ -114,11 +114,25 @@ def test_timm_loads_the_exports_with_their_class_names(tuned: Path) -> None:
     assert_same(exported, to_state(trained, VARIANTS["convnextv2_atto"], "timm"))
 
 
-def test_a_signal_ends_an_evaluation_at_once(tuned: Path, labelled: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGUSR1, 0)],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_a_signal_ends_an_evaluation_at_once(
+    number: signal.Signals, status: int, tuned: Path, labelled: Path, tmp_path: Path
+) -> None:
+    before = signal.getsignal(number)
     given = {"eval_only": True, "model__init": tuned / "last"}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finetuning, "scores", lambda *_: kill_self(signal.SIGINT)())
-        assert finetune(labelled, tmp_path / "out", **given) == 130
+        patch.setattr(finetuning, "scores", lambda *_: kill_self(number)())
+        if number == signal.SIGINT:
+            assert finetune(labelled, tmp_path / "out", **given) == status
+        else:
+            with pytest.raises(SystemExit) as end:
+                finetune(labelled, tmp_path / "out", **given)
+            assert end.value.code == status
+    assert last_state(tmp_path / "out") == "failed" and signal.getsignal(number) == before
 
 
 def test_a_file_that_has_two_names_is_not_scored_where_it_is_learnt_from(

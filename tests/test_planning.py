@@ -153,11 +153,20 @@ def test_a_survey_does_not_take_label_maps_for_images(tmp_path: Path) -> None:
         tifffile.imwrite(tmp_path / f"{number}.tif", bands, photometric="minisblack", planarconfig="contig")
         Image.fromarray(np.zeros((40, 40), np.uint8)).save(tmp_path / f"{number}.png")
     found = find_images([str(tmp_path)])
-    sentence = r"of 8 images 4 have 1 channels, as .*0\.png, 4 have 5 channels, as .*0\.tif: name one kind by a pattern"
+    sentence = r"of 8 images 4 have 1 channels, as .*0\.png, 4 have 5 channels, as .*0\.tif: list those of one kind"
     with pytest.raises(ValueError, match=sentence):
         survey(found)
     assert survey(found, in_chans=5).in_chans == 5
     assert survey(find_images([str(tmp_path / "*.tif")])).in_chans == 5
+
+
+def test_bands_behind_colours_are_no_other_kind_of_image(tmp_path: Path) -> None:
+    for number in range(6):
+        shape = (40, 40, 3 + number % 2)
+        tifffile.imwrite(tmp_path / f"{number}.tif", np.zeros(shape, np.uint8), photometric="rgb")
+    write = partial(tifffile.imwrite, photometric="rgb", data=np.zeros((40, 40, 3), np.uint8))
+    write(tmp_path / "6.tif")
+    assert survey(find_images([str(tmp_path)])).in_chans == 3  # which three of seven have one more of
 
 
 def test_a_survey_tells_of_a_single_deep_image(tmp_path: Path) -> None:
@@ -663,7 +672,7 @@ def test_held_out_images_count_among_the_hours_of_a_fine_tuning(
 
     monkeypatch.setattr(choices, "duration", noted)
     words = ["finetune", "labelled", "--print-config", "true", "--device", "cpu"]
-    for more in ([], ["--data.val_path", "tested"]):
+    for more in ([], ["--data.val_path", "tested"], ["--regularization.ema_decay", ".9"]):
         with pytest.raises(SystemExit):  # what was chosen is printed
             cli.main([*words, *more])
-    assert found == [(16, 2 * 4), (20, 2 * 7)]  # by the average too
+    assert found == [(16, 4), (20, 7), (16, 2 * 4)]  # by the average too

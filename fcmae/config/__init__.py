@@ -470,6 +470,11 @@ class RunConfig(Settings):
         return own.keep + 1 + (int(self.epochs // own.milestone_epochs) if own.milestone_epochs else 0)
 
     @property
+    def trains(self) -> bool:
+        """Whether it takes a step; with eval_only it does not."""
+        return True
+
+    @property
     def num_micro_batches(self) -> int:
         """grad_accum as a number: 1 as long as it is auto, which is settled before a run begins."""
         return 1 if self.grad_accum == "auto" else self.grad_accum
@@ -627,6 +632,10 @@ class DenseConfig(RunConfig):
         model: DenseModel
         optim: FinetuneOptim
         regularization: Regularization | SegmentRegularization
+
+    @property
+    def trains(self) -> bool:
+        return not self.eval_only
 
     def inputs(self) -> dict[str, list[str]]:
         single = {"data.path": self.data.path, "data.val_path": self.data.val_path, "model.init": self.model.init}

@@ -17,7 +17,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from itertools import chain, groupby
 from pathlib import Path
@@ -68,6 +68,7 @@ class Images:
         labels: (N,) int64, for each image the position of its class in class_names; None for images without labels.
         class_names: of all classes, those without an image too.
         notes: sentences on how they were found, for whoever runs with them.
+        lists: SHA-256 in hex of each list of the user's that they were found in, by its address.
     """
 
     source: Source
@@ -75,6 +76,7 @@ class Images:
     labels: NDArray[np.int64] | None = None
     class_names: tuple[str, ...] | None = None
     notes: tuple[str, ...] = ()
+    lists: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of_files(
@@ -196,6 +198,7 @@ class Images:
             part: dict[str, Any] = {"paths": self.source.names(at), "labels": labels}
             if not start:
                 part |= {"num_images": len(self), "class_names": self.class_names}
+                part |= {"lists": self.lists} if self.lists else {}
             if isinstance(self.source, Parts):
                 if not start:
                     # The fingerprint is of all that were found, of which these may be a part, now or when it was read.
@@ -242,7 +245,8 @@ class Images:
             numbers = np.concatenate(labels) if labels else None
             if numbers is not None and numbers.shape != (len(found),):
                 raise ValueError(f"{len(numbers)} labels of {len(found)} images")
-            return cls(source, None, numbers, None if classes is None else tuple(classes))
+            names_of_classes = None if classes is None else tuple(classes)
+            return cls(source, None, numbers, names_of_classes, lists=dict(first.get("lists", {})))
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise ValueError(f"{path} is not an index of images ({error}): delete it to have it made anew") from error
 
@@ -335,25 +339,35 @@ def identity(name: str) -> tuple[int, int] | str:
     return found.st_dev, found.st_ino
 
 
-def kept_images(paths: Sequence[Path], storage: Storage, sources: Iterable[str | None]) -> list[Images] | None:
-    """What lists of a run hold; None if one is not there, or if what they were made from is to be read again.
+def kept_images(paths: Sequence[Path], storage: Storage) -> list[Images] | None:
+    """What indexes of a run hold; None if one is not there, or if what they were made from is to be read again.
 
-    Tables that were copied since are, and the user's own lists: where a line was changed, the run does not go on.
+    Tables that were copied since are, and lists of the user's that were changed.
 
     Args:
-        paths: of the lists.
+        paths: of the indexes.
         storage: that reads the images.
-        sources: that they were made from.
 
     Raises:
-        ValueError: if a file is no list.
+        ValueError: if a file is no index.
     """
-    own = [source for source in sources if source and source.lower().endswith((".txt", ".csv"))]
-    if not all(path.is_file() for path in paths) or any(Path(source).is_file() for source in own):
+    if not all(path.is_file() for path in paths):
         return None
     found = [Images.load(path, storage) for path in paths]
     is_copied = any(isinstance(images.source, Parts) and images.source.is_copied() for images in found)
-    return None if is_copied else found
+    is_changed = any({**images.lists, **_lists(images.lists)} != images.lists for images in found)
+    return None if is_copied or is_changed else found
+
+
+def _lists(sources: Iterable[str]) -> dict[str, str]:
+    """Those of the sources that are lists and can be read now: see `Images.lists`."""
+    found = {}
+    for source in sources:
+        if source.lower().endswith((".txt", ".csv")) and (is_remote(source) or Path(source).is_file()):
+            with suppress(OSError, ValueError):
+                address = source if is_remote(source) else _absolute(source)
+                found[address] = hashlib.sha256(ANY.read(source)).hexdigest()
+    return found
 
 
 def find_images(sources: Sequence[str], *, key: str = "data.path", storage: Storage = ANY) -> Images:
@@ -370,7 +384,7 @@ def find_images(sources: Sequence[str], *, key: str = "data.path", storage: Stor
     Raises:
         ValueError: for a source that is missing, cannot be listed, or holds no image.
     """
-    found, others, shards = list[str](), Counter[str](), Shards(storage, key)
+    found, others, shards, lists = list[str](), Counter[str](), Shards(storage, key), _lists(sources)
     expanded = [list(_told(_expand(source, key, others), key)) for source in sources]
     shards.learn(path for paths in expanded for path in paths if is_shard(path))
     for source, paths in zip(sources, expanded, strict=True):
@@ -382,7 +396,7 @@ def find_images(sources: Sequence[str], *, key: str = "data.path", storage: Stor
             )
         found += paths
     names = [name for name, _ in groupby(sorted(found))]  # not a set, which would take half a gigabyte of ten million
-    return Images(shards.source(names), notes=_left_out(others, key) + shards.notes())
+    return Images(shards.source(names), notes=_left_out(others, key) + shards.notes(), lists=lists)
 
 
 def _told(found: Iterable[Found], key: str) -> Iterator[Found]:
@@ -407,11 +421,8 @@ def _expand(source: str, key: str, others: Counter[str]) -> Iterator[str]:
         yield from _image_or_shard(path, key)
     elif glob.has_magic(source):
         searched = set[str]()  # what is below a folder that was searched matches `**` too
-        fixed = next(number for number, part in enumerate(path.parts) if glob.has_magic(part))
-        # Not Path.glob: it takes no absolute pattern. A folder is sorted before what is in it.
-        for match in map(Path, sorted(glob.glob(str(path), recursive=True))):  # noqa: PTH207
-            is_of_system = not SYSTEM_FOLDERS.isdisjoint(match.parts[fixed:])
-            if is_of_system or (searched and not searched.isdisjoint(map(str, match.parents))):
+        for match in _matching_here(path):
+            if searched and not searched.isdisjoint(map(str, match.parents)):
                 continue
             if match.is_dir():
                 searched.add(str(match))
@@ -423,6 +434,20 @@ def _expand(source: str, key: str, others: Counter[str]) -> Iterator[str]:
             f"{key}: {source!r} does not exist: "
             "give a folder of images, a .txt file that lists paths, or a glob pattern"
         )
+
+
+def _matching_here(pattern: Path) -> Iterator[Path]:
+    """The files and folders that match, each folder before what is in it: none of systems, nor of runs."""
+    fixed = next(number for number, part in enumerate(pattern.parts) if glob.has_magic(part))
+
+    @cache
+    def is_in_run(folder: Path) -> bool:
+        return len(folder.parts) > fixed and (_is_of_run(folder / "config.yaml") or is_in_run(folder.parent))
+
+    # Not Path.glob: it takes no absolute pattern.
+    for match in map(Path, sorted(glob.glob(str(pattern), recursive=True))):  # noqa: PTH207
+        if SYSTEM_FOLDERS.isdisjoint(match.parts[fixed:]) and not is_in_run(match.parent):
+            yield match
 
 
 def _image_or_shard(path: Path, key: str) -> Iterator[str]:
@@ -460,14 +485,12 @@ def _expand_remote(source: str, key: str, others: Counter[str]) -> Iterator[str]
 
 def _matching(pattern: str, key: str) -> list[str]:
     """The files and folders that a URL's pattern matches: hidden ones, as on this machine, only if it names a dot."""
-    found = _listed(pattern, key, "glob")
-    if "/." in pattern:
-        return found
-    fixed = re.split(r"[*\[]", canonical(pattern))[0].count("/")
+    fixed, names_hidden = re.split(r"[*\[]", canonical(pattern))[0].count("/"), "/." in pattern
     return [
         path
-        for path in found
-        if not any(part.startswith(".") or part in SYSTEM_FOLDERS for part in path.split("/")[fixed:])
+        for path in _listed(pattern, key, "glob")
+        if SYSTEM_FOLDERS.isdisjoint(parts := path.split("/")[fixed:])
+        and (names_hidden or not any(part.startswith(".") for part in parts))
     ]
 
 
@@ -529,7 +552,7 @@ def _walk(root: Path, key: str, others: Counter[str], links: list[str] | None = 
         except OSError as error:
             where, why = error.filename, error.strerror
             raise ValueError(f"{key}: {where!r} cannot be listed ({why}): make it readable") from error
-        if any(entry.name == "config.yaml" and _is_of_run(entry) for entry in shown):
+        if any(entry.name == "config.yaml" and _is_of_run(Path(entry.path)) for entry in shown):
             continue
         inner = [entry for entry in shown if entry.is_dir() and entry.name not in SYSTEM_FOLDERS]
         folders += [entry.path for entry in inner]
@@ -595,14 +618,12 @@ def _is_unnamed_dicom(path: str) -> bool:
         return False
 
 
-def _is_of_run(entry: os.DirEntry[str]) -> bool:
-    """Whether a file is the config.yaml of a run; one that cannot be read is somebody else's."""
-    try:
-        if entry.is_file():
-            with Path(entry.path).open("rb") as file:
+def _is_of_run(config: Path) -> bool:
+    """Whether a config.yaml is that of a run; one that cannot be read is somebody else's."""
+    with suppress(OSError):
+        if config.is_file():
+            with config.open("rb") as file:
                 return file.read(8) == b"# fcmae "
-    except OSError:
-        pass
     return False
 
 
@@ -644,7 +665,7 @@ def find_labelled(
     Raises:
         ValueError: for a source that is missing or malformed, a label not in class_names, or fewer than two classes.
     """
-    others, notes = Counter[str](), tuple[str, ...]()
+    others, notes, lists = Counter[str](), tuple[str, ...](), _lists([source])
     key = key or ("data.path" if class_names is None else "data.val_path")
     path, shards = Path(source), Shards(storage, key)
     tars = _tars(source, path, key)
@@ -688,7 +709,8 @@ def find_labelled(
     number = {name: i for i, name in enumerate(names)}
     paths = sorted(label_of)
     labels = np.array([number[label_of[path]] for path in paths], dtype=np.int64)
-    return Images(shards.source(paths), None, labels, tuple(names), notes + _left_out(others, key) + shards.notes())
+    notes += _left_out(others, key) + shards.notes()
+    return Images(shards.source(paths), None, labels, tuple(names), notes, lists)
 
 
 def _tars(source: str, path: Path, key: str) -> list[str] | None:
@@ -702,7 +724,7 @@ def _tars(source: str, path: Path, key: str) -> list[str] | None:
     elif path.is_dir():
         found = [_absolute(inner) for inner in path.iterdir()]
     elif glob.has_magic(source) and not path.exists():
-        found = [tar for match in glob.glob(str(path), recursive=True) for tar in _image_or_shard(Path(match), key)]  # noqa: PTH207
+        found = [tar for match in _matching_here(path) for tar in _image_or_shard(match, key)]
     else:
         found = list(_image_or_shard(path, key)) if path.is_file() else []
     return sorted(tar for tar in found if is_shard(tar) and not os.path.isdir(tar)) or None  # noqa: PTH112
@@ -885,9 +907,10 @@ def find_mapped(
     """
     maps_key = key.replace("path", "maps")
     if source.lower().endswith(".csv"):
+        lists = _lists([source])
         beside, notes = _read_csv(source, key, "image", "mask")
         folder, paths, shards = os.path.dirname(source), sorted(beside), Shards(storage, key)  # noqa: PTH120
-        found = Images(shards.source(paths))
+        found = Images(shards.source(paths), lists=lists)
         maps_found = Images(shards.source([joined(folder, beside[image]) for image in paths]))
         return replace(found, notes=notes + shards.notes()), maps_found
     if maps is None:

@@ -70,10 +70,11 @@ def survey(
         key: the setting that the error names.
 
     Raises:
-        ValueError: if none of the sample can be read.
+        ValueError: if none of the sample can be read, or, where nothing says how many channels to read, images of two
+            kinds are in it.
     """
     sample = images.subset(evenly(len(images), max_images))
-    sides, areas, channels, deep = list[int](), list[int](), dict[int, list[str]](), Counter[bool]()
+    sides, areas, channels, deep = list[int](), list[int](), dict[int, list[int]](), Counter[bool]()
     reason, of_units = "", dict[bool, list[str]]()  # names, by whether values are shares of a full range
     for i in tqdm(range(len(sample)), "looking at images", unit="image", delay=5, disable=None, leave=False):
         try:
@@ -81,7 +82,7 @@ def survey(
                 image = _open(file, max_pixels)
                 sides.append(min(image.height, image.width))
                 areas.append(image.height * image.width)
-                channels.setdefault(image.channels, []).append(sample.name(i))
+                channels.setdefault(image.channels, []).append(i)
                 deep[image.is_deep] += 1
                 of_units.setdefault(image.is_share, []).append(sample.name(i))
         except BadImage as error:
@@ -96,12 +97,15 @@ def survey(
         )
     if in_chans is None:
         in_chans = max(channels, key=lambda num: len(channels[num]))
-        others = [num for num in channels if not ({num, in_chans} <= {1, 3} or num == in_chans)]
+        others = [num for num, found in channels.items() if not _reads(sample, found[0], in_chans, max_pixels)]
         if sum(len(channels[num]) for num in others) > MAX_OTHERS * len(sides):
-            kinds = [f"{len(channels[num])} have {num} channels, as {channels[num][0]}" for num in (in_chans, *others)]
+            kinds = [
+                f"{len(channels[num])} have {num} channels, as {sample.name(channels[num][0])}"
+                for num in (in_chans, *others)
+            ]
             raise ValueError(
-                f"{key}: of {len(sides)} images {few(kinds, 4)}: name one kind by a pattern, such as "
-                "'photos/**/*.tif', or give data.in_chans, and what cannot be read as that is left out"
+                f"{key}: of {len(sides)} images {few(kinds, 4)}: list those of one kind in a .txt file (with labels, a "
+                ".csv file), or convert the others"
             )
     mean, std, _ = channel_statistics(sample, in_chans, max_images=max_images, max_pixels=max_pixels, nodata=nodata)
     counts: tuple[int, ...] = ()
@@ -110,6 +114,16 @@ def survey(
     side, is_deep, has_deep = round(statistics.median(sides)), deep.most_common(1)[0][0], deep[True] > 0
     area = statistics.fmean(areas)
     return Survey(len(images), side, in_chans, is_deep, has_deep, tuple(mean), tuple(std), area, counts)
+
+
+def _reads(images: Images, i: int, in_chans: int, max_pixels: int) -> bool:
+    """Whether an image can be read with so many channels."""
+    try:
+        with images.open(i) as file:
+            open_any(file, in_chans, max_pixels)
+    except BadImage:
+        return False
+    return True
 
 
 def _open(file: BinaryIO, max_pixels: int) -> OpenImage:

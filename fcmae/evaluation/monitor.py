@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from fcmae.classification import scores
 from fcmae.data.augment import Reading
 from fcmae.data.dataset import centre_crops
-from fcmae.data.index import Images, find_labelled
+from fcmae.data.index import Images, check_apart, find_labelled
 from fcmae.data.sampler import EVAL_EPOCH
 from fcmae.data.source import printable
 from fcmae.data.split import evenly, split
@@ -50,7 +50,8 @@ def find_monitored_labels(source: str, reading: Reading, seed: int) -> tuple[Ima
         Those that vote as nearest neighbours, and those that are classified.
 
     Raises:
-        ValueError: if there are none or too few to hold any out, or the first cannot be read as the network needs it.
+        ValueError: if there are none or too few to hold any out, if an image is among both under two names, or if the
+            first cannot be read as the network needs it.
     """
     key = "monitor.labelled"
     train, test = split(find_labelled(source, key=key), TEST_SHARE, seed)
@@ -60,6 +61,7 @@ def find_monitored_labels(source: str, reading: Reading, seed: int) -> tuple[Ima
     )
     if not len(test):
         raise ValueError(f"{key}: {source!r} has no class of two images or more: give more of them")
+    check_apart(train, test, key)
     sample = centre_crops(reading, train)[(EVAL_EPOCH, 0)]
     if not sample.valid:
         name, reason = sample.bad[0]

@@ -285,7 +285,7 @@ def ending_together(accelerator: Accelerator, out: Path | None) -> Iterator[None
     watching.start()
     try:
         yield
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
         left.set()
         # It may be what a collective says where another process has ended.
         if isinstance(error, RuntimeError) and (sentence := told() or (ENDED if "by peer" in str(error) else None)):

@@ -48,7 +48,7 @@ class Log:
         assert cfg.out is not None
         self.folder = cfg.out
         # What an evaluation alone said before was of other images perhaps, or of other weights.
-        start = -1 if getattr(cfg, "eval_only", False) else schedule.start
+        start = schedule.start if cfg.trains else -1
         self.metrics = Metrics(self.folder / "metrics.jsonl", accelerator, start)
         self.window = Window(cfg.batch_size, accelerator.device.type)
         self.unread_files: list[tuple[str, str]] = []

@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from fnmatch import fnmatch
 from pathlib import Path
 
 from fcmae.config import RunConfig
@@ -82,7 +83,10 @@ def check_outside(out: Path, images: Mapping[str, Iterable[str] | str | None]) -
     place = out.resolve()
     for key, sources in images.items():
         for source in [sources] if isinstance(sources, str) else sources or ():
-            path = Path(source.partition("**")[0].rpartition("/")[0] or ".") if "**" in source else Path(source)
+            folder, recursive, pattern = source.partition("**")
+            path = Path(os.path.dirname(folder) if recursive else source)  # noqa: PTH120
+            if recursive and not any(fnmatch(name, Path(pattern).name) for name in ("x.png", "x.tif")):
+                continue  # it matches nothing that is written
             if path.is_dir() and place.is_relative_to(path.resolve()):
                 raise ValueError(f"out = {out} lies in {key} = {path}, where images are searched: give another out")
 

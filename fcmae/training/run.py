@@ -96,7 +96,7 @@ class RunDirectory:
         self.saved = self._read_same_run(config, header) if self.exists else None
         self._found = self.resume_from
         if self.exists:
-            if not getattr(cfg, "eval_only", False):
+            if cfg.trains:
                 self._check_not_finished()
         elif not self.overwrites and (results := own_files.written(self.path, own_files.RESULTS)):
             # config.yaml may have been copied here to start the next experiment.

@@ -13,7 +13,7 @@ from fcmae.config import check_launch
 from fcmae.training.launch import closing_trackers, ending_together, finish, make_accelerator, waiting_for_all
 from fcmae.training.messages import showing
 from fcmae.training.run import Run, RunDirectory
-from fcmae.training.signals import StopSignal
+from fcmae.training.signals import StopSignal, ending_at_once
 from fcmae.training.steps import Fitting, settle_grad_accum
 
 
@@ -43,8 +43,7 @@ class Session(Generic[Fitting]):
             with waiting_for_all(self.accelerator):  # the first one may have a run to delete
                 around.enter_context(self.run.open(self.accelerator.is_main_process))
             around.enter_context(closing_trackers(self.accelerator))
-            if not getattr(self.cfg, "eval_only", False):
-                around.enter_context(self.stop)
+            around.enter_context(self.stop if self.cfg.trains else ending_at_once())
             yield
             finish(self.accelerator, self.stop)
         # A launcher that sees one end with a signal's status ends the rest, of which the first still writes.

@@ -1,4 +1,7 @@
-"""Signals to a run: the loop finishes its step; a second interrupt ends it at once, whatever hangs."""
+"""Signals to a run: the loop finishes its step; a second interrupt ends it at once, whatever hangs.
+
+An evaluation alone, which has nothing to save, ends at the first.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,35 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 from fcmae.data.loader import STOP_SIGNALS, end_workers
 from fcmae.training.messages import last_words
+
+
+def _taken() -> list[int]:
+    """The signals that stop a run and whose handlers are ours to set: `nohup` has SIGHUP ignored."""
+    if threading.current_thread() is not threading.main_thread():
+        return []
+    return [n for n in STOP_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+
+
+@contextmanager
+def ending_at_once() -> Iterator[None]:
+    """A signal that would stop a run ends what has nothing to save, with the exit status of `Run.status`."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(0 if number == signal.SIGUSR1 else 128 + number)
+
+    previous = {number: signal.signal(number, end) for number in _taken() if number != signal.SIGINT}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 class StopSignal:
@@ -34,12 +61,9 @@ class StopSignal:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
-        if threading.current_thread() is not threading.main_thread():
+        self._previous = {number: signal.signal(number, self._receive) for number in _taken()}
+        if not self._previous:
             return self
-        for number in STOP_SIGNALS:
-            # `nohup` has SIGHUP ignored.
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-                self._previous[number] = signal.signal(number, self._receive)
         # Python's handlers wait for the main thread, which a read may hold; what is written here does not.
         read_end, self._write_end = os.pipe()
         os.set_blocking(self._write_end, False)

@@ -138,7 +138,7 @@ def settle_grad_accum(cfg: Fitting, num_processes: int, device_type: str, saved:
         if not any(kept.conflicts(num_processes)):
             return kept
     found = cfg.model_copy(update={"grad_accum": 1})
-    if isinstance(cfg, DenseConfig) and cfg.eval_only:
+    if not cfg.trains:
         return found  # nothing is trained
     found = with_micro_batch(found, num_processes, AT_ONCE.get(device_type, min(AT_ONCE.values())), slack=4)
     why = f"{micro_batch_size(found, num_processes)} images at once in each process: not measured"
