@@ -28,6 +28,7 @@ import torch
 from hypothesis import settings
 from torch import nn
 
+from fcmae import planning
 from fcmae.layouts import native
 from fcmae.networks.spec import VARIANTS, ConvNeXtSpec
 
@@ -101,6 +102,17 @@ def forgotten() -> Iterator[None]:
     from runs import forget_accelerator
 
     forget_accelerator()
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps are timed where settings are chosen, for a moment."""
+    import runs
+
+    for name, step in zip(("_pretraining_step", "_dense_step"), runs.TIMED, strict=True):
+        monkeypatch.setattr(planning, name, step)
+    monkeypatch.setattr(planning, "in_process", runs.in_forked)
+    monkeypatch.setattr(planning, "_measured_s", lambda hours: 0.1)
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from functools import partial
 from itertools import count
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -30,6 +31,7 @@ from torch import Tensor
 
 import fcmae.training.checkpoint
 import fcmae.training.steps
+from fcmae import bench, planning, processes
 from fcmae.config import PretrainConfig
 from fcmae.data.index import Images
 from fcmae.options import load
@@ -43,6 +45,28 @@ TINY = "{depths: [1, 1, 1, 1], dims: [8, 8, 8, 8]}"  # as a command line gives i
 PROCESSES = multiprocessing.get_context("forkserver")
 PORTS = count(20_000 + os.getpid() % 500 * 20)  # which no other program is given by the system
 PROCESSES.set_forkserver_preload(["fcmae.pretraining", "matplotlib.figure", "torch.utils.tensorboard"])
+
+TIMED = planning._pretraining_step, planning._dense_step
+
+
+def untimed(cfg: Any, at_once: int, *rest: Any) -> bench.Result:
+    """A step as if it had been timed, which takes up to ten seconds: the fixture `timed` is for the tests of that."""
+    return bench.Result(bench.Candidate("packed", "fp32", at_once), at_once, (at_once / 10,), 0.0, 10**6)
+
+
+planning._pretraining_step = planning._dense_step = untimed
+
+
+def in_forked(function: Callable[..., Any], *args: Any) -> Any:
+    """`fcmae.processes.in_process` by the server above."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "multiprocessing", SimpleNamespace(get_context=lambda kind: PROCESSES))
+        return processes.in_process(function, *args)
+
+
+def in_folder(folder: Path) -> None:
+    """For `prepare` of `start`."""
+    os.chdir(folder)
 
 
 def write_images(folder: Path, num_images: int = 13, seed: int = 0) -> Path:

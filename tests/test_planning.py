@@ -18,7 +18,7 @@ import torch
 from chaos.images import tiff
 from conftest import requires_time
 from PIL import Image
-from runs import TINY, forget_accelerator, start, write_colors, write_images
+from runs import TIMED, TINY, forget_accelerator, start, write_colors, write_images
 
 import fcmae
 from fcmae import api, bench, choices, cli, options, planning
@@ -442,7 +442,7 @@ def test_parts_are_not_measured_where_they_fit_or_must_not_change(
     assert cfg.grad_accum == parts and cfg.chosen.get("grad_accum", "").startswith(why) and not measured
 
 
-def test_no_step_takes_more_memory_than_is_reckoned(photos: Path) -> None:
+def test_no_step_takes_more_memory_than_is_reckoned(photos: Path, timed: None) -> None:
     cfg = load(BenchConfig, [*RECIPE, "--batch_size", "16", "--data.image_size", "96"], prog="x")
     taken = planning._pretraining_step(cfg.model_copy(update={"seconds": 0.01}), 16, False).memory
     assert taken < planning._most_memory(cfg, 16)
@@ -523,8 +523,9 @@ def test_a_stride_among_the_numbers_of_a_network_is_kept(
     assert ("model.stem_stride" in cfg.chosen) == (not told)
 
 
-@requires_time
-def test_steps_are_really_timed_and_their_memory_measured(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_steps_are_really_timed_and_their_memory_measured(
+    photos: Path, timed: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name in ("a", "b"):
         write_images(Path("labelled") / name, 9)
     write_maps(Path("maps"))
@@ -549,7 +550,8 @@ def large_photos(folder: Path) -> Path:
 
 
 def limit_memory(group: Path, num_bytes: int) -> None:
-    """Have this process see a limit, as of a container, of which half a gigabyte is used."""
+    """Have this process see a limit, as of a container, of which half a gigabyte is used, and time steps."""
+    planning._pretraining_step, planning._dense_step = TIMED
     (group / "memory.max").write_text(f"{num_bytes}\n")
     (group / "memory.current").write_text("500000000\n")
     cores.CGROUP = group
@@ -563,13 +565,13 @@ def test_the_first_command_on_large_photographs_keeps_within_four_gigabytes(
     monkeypatch.chdir(tmp_path)
     photos, group, most = large_photos(tmp_path / "photos"), tmp_path / "group", 4 * 10**9
     group.mkdir()
-    command = ["pretrain", str(photos), "--hours", "0.01", "--device", "cpu", "--out", str(tmp_path / "run")]
+    command = ["pretrain", str(photos), "--hours", "0.003", "--device", "cpu", "--out", str(tmp_path / "run")]
     process = start(command, tmp_path / "log", prepare=partial(limit_memory, group, most))
     peak, seen = 0, 0
     while process.is_alive():
         assert process.pid is not None
         peak, seen = max(peak, first_hour.memory_of(process.pid)), seen + 1
-        process.join(0.05)
+        process.join(0.15)
     assert process.exitcode == 0, (tmp_path / "log").read_text()
     assert seen > 20 and 3 * 10**8 < peak < most
 

@@ -2,10 +2,10 @@
 
 README's own commands run first, in one folder, on a few tiny images. Each page has a copy of it, and runs its blocks in
 the order of the page: commands, Python, and YAML, which is written to the file that its comment names. What makes them
-small is SMALL, whose flags take the place of those that a page prints, and of its settings in Python; choices are made
-without timing a step. accelerate starts two processes, which --device cpu keeps on the CPU. Commands that install
-(INSTALLS) are not run: their targets and extras are looked up. Nor is a block below a line that says so, *Not run by
-the tests: why.*, or a page of measurements (MEASURED): their scripts exist and their flags are read.
+small is SMALL, whose flags take the place of those that a page prints, and of its settings in Python; a network that is
+chosen has fewer blocks. accelerate's command is read, and two processes run its script on the CPU. Commands that
+install (INSTALLS) are not run: their targets and extras are looked up. Nor is a block below a line that says so, *Not
+run by the tests: why.*, or a page of measurements (MEASURED): their scripts exist and their flags are read.
 """
 
 import contextlib
@@ -23,22 +23,24 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from accelerate.commands.launch import launch_command_parser
 from accelerate.state import AcceleratorState, GradientState
 from conftest import requires_time
 from PIL import Image
+from runs import ended, in_forked, start_pair
 
-from fcmae import api, bench, planning
+from fcmae import api, bench, choices, roadmap, verify
 from fcmae.cli import COMMANDS, main
+from fcmae.evaluation import probes
 from fcmae.options import load
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 MEASURED = {"benchmarks.md", "performance.md", "results.md"}
 PAGES = sorted(path for path in (ROOT / "docs").glob("*.md") if path.name not in MEASURED)
-SMALL = {"--epochs": "1", "--batch_size": "4", "--device": "cpu", "--data.num_workers": "0"}
+SMALL = {"--epochs": "1", "--batch_size": "4", "--device": "cpu", "--data.num_workers": "0", "--log.eval_epochs": "1"}
 LONG = {"backends", "container", "evaluating", "export", "howto", "segmentation", "sources", "weights"}
 GOES_ON = "# Goes on from the block"  # of Python that has the names of those before it
-LAUNCH = {"--num_processes": "2"}
 # What these commands do in full is for their own tests; these flags keep them short here.
 QUICK = {"doctor": ["--quick"], "verify": ["--backend", "packed"], "bench": ["--vary", "none", "--seconds", "0.1"]}
 ONE = {"--labels": "100%", "--seeds": "1", "--epochs": "1", "--controls": "pixels:4", "--device": "cpu"}
@@ -114,14 +116,13 @@ def small() -> Iterator[None]:
     made = api._settings
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(api, "_settings", lambda model, settings, *rest: made(model, settings | given, *rest))
-        for name in ("_pretraining_step", "_dense_step"):
-            patch.setattr(planning, name, step)
+        patch.setattr(bench, "in_process", in_forked)
+        patch.setattr(choices, "SMALL", choices.SMALL.model_copy(update={"depths": (1, 1, 2)}))
+        patch.setattr(probes, "MIN_STEPS", 20)
+        patch.setattr(verify, "CASES", verify.CASES[:1])
+        patch.setattr(verify, "speeds", lambda *_: {})
+        patch.setattr(roadmap, "cost", lambda spec: roadmap.Cost(0, 0))
         yield
-
-
-def step(cfg: Any, at_once: int, *rest: Any) -> bench.Result:
-    """As if it had been timed."""
-    return bench.Result(bench.Candidate("packed", "fp32", at_once), at_once, (at_once / 10,), 0.0, 10**6)
 
 
 @pytest.fixture(scope="module")
@@ -182,11 +183,12 @@ def run_fcmae(words: list[str]) -> None:
 
 def launch(words: list[str]) -> None:
     """accelerate launch: two CPU processes in place of eight GPUs."""
-    words = with_flags(with_flags(words[1:], LAUNCH), SMALL)
-    line = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *words]
-    done = subprocess.run(line, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "2 x cpu" in done.stderr
+    given = launch_command_parser().parse_args(words[1:])
+    assert given.multi_gpu and Path(given.training_script).exists()
+    logs = [Path(f"{rank}.log").resolve() for rank in range(2)]
+    command = [Path(given.training_script).stem, *with_flags(given.training_script_args, SMALL)]
+    assert ended(start_pair(command, logs), 300) == [0, 0], logs[0].read_text()
+    assert "2 x cpu" in logs[0].read_text()
 
 
 def test_the_commands_of_the_first_page_make_what_it_says(begun: Path) -> None:

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import fcmae.training.steps
-from fcmae import bench, choices, cli, planning, worth
+from fcmae import choices, cli, planning, worth
 from fcmae.config import FinetuneConfig, PretrainConfig
 from fcmae.data.index import Images, find_labelled
 from fcmae.evaluation import evaluate, paired, probes
@@ -55,14 +55,8 @@ OUT = Path("runs/labelled-worth")
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps are not timed, and linear classifiers are hardly trained."""
+    """Linear classifiers are hardly trained."""
     monkeypatch.setattr(probes, "MIN_STEPS", 20)
-
-    def step(cfg: Any, at_once: int, *rest: Any) -> bench.Result:
-        return bench.Result(bench.Candidate("packed", "fp32", at_once), at_once, (at_once / 10,), 0.0, 10**6)
-
-    for name in ("_pretraining_step", "_dense_step"):
-        monkeypatch.setattr(planning, name, step)
 
 
 def test_the_time_that_is_told_is_that_of_the_runs_that_are_left(tmp_path: Path) -> None:
