@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import signal
@@ -10,13 +11,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 from conftest import requires_time
-from runs import assert_same_metrics, flags, forget_accelerator, losses, write_images
+from runs import assert_same_metrics, flags, forget_accelerator, losses, start, write_images
+from runs import ended as all_ended
 
 from fcmae import cli
 from fcmae.training import checkpoint
@@ -57,14 +60,9 @@ class Nodes:
         for name in (*self.names, self.switch):
             subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
 
-    def start(
-        self, node: int, launch: Sequence[str], words: Sequence[str], log: Path, before: Sequence[str] = ()
-    ) -> subprocess.Popen[bytes]:
-        """A launcher on a node.
-
-        before: words of a command that starts another.
-        """
-        inside = ["ip", "netns", "exec", self.names[node], *before, sys.executable, "-m"]
+    def start(self, node: int, launch: Sequence[str], words: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+        """A launcher on a node."""
+        inside = ["ip", "netns", "exec", self.names[node], sys.executable, "-m"]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "eth0", **OWN_STORE}
         words = [*inside, *launch, str(SCRIPT), *words]
         with log.open("wb") as file:
@@ -187,25 +185,17 @@ def alone(images: Path) -> Path:
     return images.parent / "alone"
 
 
-@pytest.mark.parametrize(("launch", "number"), [(fixed, 3), (by_accelerate, 2)], ids=["torchrun", "accelerate"])
-def test_nodes_train_as_one_process(
-    nodes: Callable[[int], Nodes],
-    images: Path,
-    alone: Path,
-    tmp_path: Path,
-    launch: Callable[[int, int], list[str]],
-    number: int,
-) -> None:
-    all_, words = nodes(number), flags(images, tmp_path / "out", **OPTIONS)
-    logs = [tmp_path / f"{i}.log" for i in range(number)]
-    started = [all_.start(i, launch(number, i), words, logs[i]) for i in range(number)]
-    assert [ended(*each) for each in zip(started, logs, strict=True)] == [0] * number
-    assert f"on {number} x cpu" in logs[0].read_text()
+def test_nodes_train_as_one_process(nodes: Callable[[int], Nodes], images: Path, alone: Path, tmp_path: Path) -> None:
+    two, words = nodes(2), flags(images, tmp_path / "out", **OPTIONS)
+    logs = [tmp_path / f"{i}.log" for i in range(2)]
+    started = [two.start(i, by_accelerate(2, i), words, logs[i]) for i in range(2)]
+    assert [ended(*each) for each in zip(started, logs, strict=True)] == [0, 0]
+    assert "on 2 x cpu" in logs[0].read_text()
     assert_same_metrics(tmp_path / "out", alone, rel=1e-4)
 
 
 def test_the_nodes_that_are_left_go_on_from_the_last_checkpoint_in_the_same_order(
-    nodes: Callable[[int], Nodes], images: Path, alone: Path, tmp_path: Path
+    nodes: Callable[[int], Nodes], images: Path, tmp_path: Path
 ) -> None:
     three, out = nodes(3), tmp_path / "out"
     words = flags(images, out, **OPTIONS | {"epochs": 40})
@@ -236,13 +226,30 @@ def test_a_link_that_is_slow_or_away_for_seconds_changes_nothing(
     time.sleep(3)
     ip("-n", two.switch, "link", "set", "port1", "up")
     assert [ended(*each) for each in zip(started, logs, strict=True)] == [0, 0]
+    assert "on 2 x cpu" in logs[0].read_text()
     assert_same_metrics(out, alone, rel=1e-4)
 
 
-def with_own(folder: Path, then: str = "true") -> list[str]:
-    """Words that start a command for which an empty disk is in the folder's place."""
-    script = f'mount -t tmpfs -o size=1m none {folder} && {then} && exec "$@"'
-    return ["unshare", "--mount", "sh", "-c", script, "sh"]
+def one_each(two: Nodes, words: Sequence[str], logs: Sequence[Path], own: tuple[Path, str]) -> list[int | None]:
+    """The exit statuses of a process on each of two nodes, without launchers, of which one would end the other.
+
+    own: a folder in whose place the second node has an empty disk, and what its shell does then.
+    """
+    places = [partial(_on_node, name, rank, own if rank else None) for rank, name in enumerate(two.names)]
+    return all_ended([start(["pretrain", *words], log, prepare=on) for log, on in zip(logs, places, strict=True)], 60)
+
+
+def _on_node(name: str, rank: int, own: tuple[Path, str] | None) -> None:
+    system = ctypes.CDLL(None, use_errno=True)
+    with Path("/var/run/netns", name).open() as space:
+        assert system.setns(space.fileno(), 0) == 0
+    if own is not None:
+        folder, then = own
+        assert system.unshare(0x20000) == 0  # CLONE_NEWNS
+        mounts = f"mount --make-rprivate / && mount -t tmpfs -o size=1m none {folder} && {then}"
+        subprocess.run(["sh", "-c", mounts], check=True)
+    os.environ |= {"MASTER_ADDR": "10.213.0.1", "MASTER_PORT": "29500", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": "0", "GLOO_SOCKET_IFNAME": "eth0"}
 
 
 def test_a_node_without_the_images_ends_all_with_its_sentence(
@@ -255,9 +262,7 @@ def test_a_node_without_the_images_ends_all_with_its_sentence(
     listed.write_text("".join(f"{path}\n" for path in sorted(missing.iterdir())))
     logs = [tmp_path / f"{i}.log" for i in range(2)]
     words = flags(listed, tmp_path / "out", **OPTIONS)
-    first = two.start(0, fixed(2, 0), words, logs[0])
-    second = two.start(1, fixed(2, 1), words, logs[1], before=with_own(missing))
-    assert [ended(first, logs[0]) != 0, ended(second, logs[1]) != 0] == [True, True]
+    assert one_each(two, words, logs, (missing, "true")) == [2, 2]
     sentence = f"data.path: 16 files drawn in a row cannot be used, the first is {missing}"
     assert f"error: process 1 failed: {sentence}" in logs[0].read_text()
     assert f"error: {sentence}" in logs[1].read_text()
@@ -281,10 +286,7 @@ def test_a_run_directory_that_one_node_cannot_use_ends_all_with_the_sentence(
     else:
         out.mkdir()
     logs = [tmp_path / f"{i}.log" for i in range(2)]
-    words, own = flags(images, out, **OPTIONS), with_own(out, then.format(out=out))
-    first = two.start(0, fixed(2, 0), words, logs[0])
-    second = two.start(1, fixed(2, 1), words, logs[1], before=own)
-    assert [ended(first, logs[0], 60) != 0, ended(second, logs[1], 60) != 0] == [True, True]
+    assert one_each(two, flags(images, out, **OPTIONS), logs, (out, then.format(out=out))) == [2, 2]
     for log in logs:
         assert sentence in log.read_text()
         assert str(out) in log.read_text()
@@ -312,8 +314,7 @@ def test_a_batch_that_the_nodes_cannot_share_is_refused_on_each(
     two = nodes(2)
     words = flags(images, tmp_path / "out", **OPTIONS | {"batch_size": 5})
     logs = [tmp_path / f"{i}.log" for i in range(2)]
-    started = [two.start(i, fixed(2, i), words, logs[i]) for i in range(2)]
-    assert all(ended(*each) != 0 for each in zip(started, logs, strict=True))
+    assert one_each(two, words, logs, (images, "true")) == [2, 2]
     for log in logs:
         assert "batch_size" in log.read_text()
     assert not (tmp_path / "out").exists()
