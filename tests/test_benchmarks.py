@@ -10,6 +10,7 @@ import time
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from fcmae.layouts import MakeLayout, Packed, make_layout
 from fcmae.masked import build_fcmae, masked_loss
 from fcmae.masking import random_mask
 from fcmae.networks.build import make_encoder
+from fcmae.networks.convnext import Encoder
 from fcmae.networks.spec import VARIANTS, ConvNeXtSpec
 from fcmae.tables import table
 from fcmae.training import checkpoint
@@ -201,23 +203,28 @@ def test_fine_tuning_steps_of_ours_and_timms_start_from_the_same_weights(tmp_pat
         assert all(weight.grad is None for weight in side.given[1:])
 
 
-@requires_time
 def test_whole_and_pruned_networks_are_counted_and_timed_by_torch_and_onnxruntime(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Without five exports, which tests of their own make."""
+
+    def session_of(encoder: Encoder) -> Any:
+        return SimpleNamespace(run=lambda _, given: encoder(torch.from_numpy(given["images"])))
+
+    monkeypatch.setattr(exported, "session_of", session_of)
     monkeypatch.setitem(VARIANTS, "convnextv2_atto", ConvNeXtSpec(depths=(2, 2), dims=(8, 16)))
     path = tmp_path / "benchmarks" / "pruned.json"
     path.parent.mkdir()
     pruned.main([*TINY, "--keep", "0.5", "0.25", "--json", str(path)])
     found = written(path)
     names = ["whole", "hidden-0.5", "hidden-0.25", "blocks-0.5", "blocks-0.25"]
-    exported = [f"{name}, onnxruntime" for name in names]
-    assert list(found["results"]) == list(found["ratios"]) == names + exported
+    by_onnx = [f"{name}, onnxruntime" for name in names]
+    assert list(found["results"]) == list(found["ratios"]) == names + by_onnx
     for what, share in (("hidden", 0.25), ("blocks", 0.5)):  # a stage keeps a block
         for count in ("multiply_adds", "parameters"):
             counts = [found["results"][name][count] for name in ("whole", f"{what}-0.5", f"{what}-{share:g}")]
             assert counts == sorted(counts, reverse=True) and counts[1] < counts[0]
-    for name, other in zip(names, exported, strict=True):
+    for name, other in zip(names, by_onnx, strict=True):
         assert found["results"][name]["parameters"] == found["results"][other]["parameters"]
     assert all(len(side["seconds"]) == 2 for side in found["results"].values())
     times = {name: side["median_s"] for name, side in found["results"].items()}
@@ -460,9 +467,17 @@ def test_scaling_writes_three_sweeps_and_report_draws_them(tmp_path: Path) -> No
 ON_CPU = ["--device", "cpu", "--variants", "convnextv2_atto", "--batch", "2", "--size", "64", "--repeats", "2"]
 
 
+@pytest.fixture
+def small_atto(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of both libraries."""
+    small, create = {"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 8)}, timing.timm.create_model
+    monkeypatch.setitem(VARIANTS, "convnextv2_atto", ConvNeXtSpec.model_validate(small))
+    monkeypatch.setattr(timing.timm, "create_model", lambda name, **more: create(name, **small, **more))
+
+
 @requires_time
 def test_the_gpus_parts_run_on_a_cpu_and_write_what_they_find(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_atto: None, one_thread: None
 ) -> None:
     monkeypatch.setattr(verify, "CASES", verify.CASES[:1])
     monkeypatch.setattr(verify, "speeds", lambda *_: {})  # takes long, and nobody reads it here
@@ -607,8 +622,9 @@ def test_what_is_compiled_beforehand_is_what_the_parts_use(tmp_path: Path, monke
     assert {(kernels.features, kernels.weights) for kernels in gpu.kernels_of(session, "verify")} == both | plain
 
 
-@requires_time
-def test_what_does_not_fit_into_memory_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_fit_into_memory_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_atto: None
+) -> None:
     step_of = train_step.side
 
     def side(name: str, images: torch.Tensor, *rest: Any) -> Any:
@@ -775,16 +791,31 @@ def test_the_page_on_scale_has_the_table_that_was_counted() -> None:
     assert table(memory.COLUMNS, memory.rows(rows)) in (ROOT / "docs" / "scale.md").read_text()
 
 
+class Forked:
+    """`subprocess.Popen` of `python -m fcmae.cli`, by the server of the tests, which imports nothing anew."""
+
+    def __init__(self, words: list[str], cwd: Path, stdout: Any, **_: object) -> None:
+        assert words[:3] == [sys.executable, "-m", "fcmae.cli"]
+        self.process = runs.start(words[3:], Path(stdout.name), prepare=partial(runs.in_folder, cwd))
+        self.pid = self.process.pid
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    returncode = property(poll)
+
+
 @requires_time
-def test_the_first_hour_runs_each_command_as_it_is_typed(tmp_path: Path) -> None:
+def test_the_first_hour_runs_each_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(first_hour, "subprocess", SimpleNamespace(Popen=Forked))
     path = tmp_path / "first_hour.json"
-    words = ["--out", str(tmp_path), "--kinds", "grey16", "--hours", "0.003", "--share", "0.1", "--json", str(path)]
+    words = ["--out", str(tmp_path), "--kinds", "grey16", "--hours", "0.001", "--share", "0.1", "--json", str(path)]
     first_hour.main(words)
     found = json.loads(path.read_text())["runs"]["grey16"]
     assert [one["command"][0] for one in found] == ["pretrain", "finetune", "report"]
     assert [one["status"] for one in found] == [0, 0, 0], (tmp_path / "pretrain.log").read_text()
     assert all(one["peak_bytes"] > 10**8 for one in found)
-    assert found[0]["of_hours"] == pytest.approx(found[0]["seconds"] / 3600 / 0.003)
+    assert found[0]["of_hours"] == pytest.approx(found[0]["seconds"] / 3600 / 0.001)
     with Image.open(tmp_path / "grey16" / "discs" / "0.tif") as image:
         assert image.mode == "I;16"
     (row, tuned, reported) = first_hour.rows({"grey16": found})
