@@ -6,6 +6,7 @@ import io
 import logging
 import resource
 from contextlib import suppress
+from functools import cache
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -59,6 +60,7 @@ def photo(height: int = 512, width: int = 640) -> Image.Image:
     return Image.fromarray(np.uint8(np.clip(image * 60 + 90, 0, 255)))
 
 
+@cache
 def natural(height: int, width: int) -> Image.Image:
     """Noise with the spectrum of photographs: amplitudes fall as 1 / f."""
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)).clip(1 / width)

@@ -286,7 +286,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings: dict[str, Any] = {
-        "model__variant": "convnextv2_atto",
+        "model__variant": runs.TINY,
+        "model__stem_stride": 1,
         "model__drop_path_rate": 0.2,
         "regularization__mixup": 0.8,
         "regularization__cutmix": 1.0,

@@ -15,6 +15,7 @@ from runs import DEFAULTS, flags
 
 import fcmae
 from fcmae import cli
+from fcmae.evaluation import probes
 from fcmae.networks.container import Encoder
 from fcmae.networks.spec import VARIANTS, ContainerSpec
 from fcmae.weights.files import read_weights
@@ -117,7 +118,7 @@ def test_it_segments_from_its_pretraining_and_labels_images(pretrained: Path, tm
     words = [tiles / "images", "--maps", tiles / "maps", "--config", DEFAULTS, "--init", pretrained, "--out", out]
     words += ["--device", "cpu", "--batch_size", 2, "--optim.warmup_epochs", 0]
     words += ["--data.image_size", 16, "--data.num_workers", 0, "--data.val_share", 0.4, "--epochs", 8]
-    words += ["--optim.base_lr", 0.3, "--log.trackers", "none", "--model.head_dim", 8]
+    words += ["--optim.base_lr", 0.3, "--log.trackers", "none", "--log.eval_epochs", 8, "--model.head_dim", 8]
     assert cli.main(["segment", *map(str, words)]) == 0
     runs.forget_accelerator()
     last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
@@ -128,7 +129,10 @@ def test_it_segments_from_its_pretraining_and_labels_images(pretrained: Path, tm
         assert labels.size == (24, 24) and set(np.unique(np.asarray(labels))) <= {0, 1}
 
 
-def test_it_is_fine_tuned_evaluated_and_predicts(labelled: Path, tuned: Path, tmp_path: Path) -> None:
+def test_it_is_fine_tuned_evaluated_and_predicts(
+    labelled: Path, tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probes, "MIN_STEPS", 20)
     last = json.loads((tuned / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["top1"] == 1.0
     assert cli.main(["predict", str(tuned), str(labelled), "--csv", str(tmp_path / "a.csv"), "--device", "cpu"]) == 0

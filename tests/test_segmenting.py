@@ -732,7 +732,7 @@ def test_images_here_and_elsewhere_are_mapped_together(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def anytime(pretrained: Path, tiles: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "anytime"
-    words = {"model__head": "anytime", "model__tau": 0.9, "optim__base_lr": 0.3, "epochs": 12}
+    words = {"model__head": "anytime", "model__tau": 0.9, "optim__base_lr": 0.3, "epochs": 12, "log__eval_epochs": 4}
     assert segment(tiles, out, model__init=pretrained, model__drop_path_rate=0.1, **words) == 0
     runs.forget_accelerator()
     return out
