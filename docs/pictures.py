@@ -1,6 +1,6 @@
 """Draws images to learn from, and makes the pictures of README.md with them: ours, so that they may be shown.
 
-    python docs/pictures.py                      # trains for 20 minutes; writes docs/reconstructions.png, report.png
+    python docs/pictures.py                      # trains for 18 minutes; writes docs/reconstructions.png, report.png
     python docs/pictures.py --draw photos 2000   # only the images, photos/KIND/NUMBER.png
 
 An image is a heap of shaded shapes of one kind, the small ones on top, as in the dead leaves model of photographs. The

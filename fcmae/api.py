@@ -262,9 +262,9 @@ class Features(nn.Module):
             file: a local path, or what the file holds.
 
         Returns:
-            (C, H, W), uint8, or float32: unsigned values divided by their full range, others in the units that the
-            file stores, DICOM's in its own; a batch of such of one type is what `forward` takes (uint8 divided by 255
-            is float32).
+            (C, H, W), uint8, or float32: unsigned values of up to 16 bits divided by their full range, others in the
+            units that the file stores, DICOM's in its own; a batch of such of one type is what `forward` takes (uint8
+            divided by 255 is float32).
 
         Raises:
             BadImage: if it cannot be decoded, or has other channels; a ValueError.

@@ -4,10 +4,10 @@
 Published recipes are files in configs/, and what a file or a flag gives is never touched.
 
 "Published" is FCMAE (arXiv 2301.00808, ConvNeXt V2): masks, batch, learning rate, augmentation; the longest pretraining
-is that of MAE (arXiv 2111.06377). docs/results.md compared, on photographs of 48 and 64 pixels, targets, networks,
-patches and crops of pretraining, and learning rates and layer decays of fine-tuning. Starting from weights, the latter
-differed by less than their confidence intervals, and they do not depend on the number of labels here. The rest is our
-choice.
+is that of MAE (arXiv 2111.06377). docs/results.md and docs/small_images.md compared, on photographs of 48 and 64
+pixels, targets, networks, patches and crops of pretraining, and learning rates and layer decays of fine-tuning.
+Starting from weights, the latter differed by less than their confidence intervals, and they do not depend on the number
+of labels here. The rest is our choice.
 """
 
 from __future__ import annotations

@@ -321,12 +321,13 @@ def _next(dest: Path, pruned: Weights) -> list[str]:
     head = " --model.keep_head" if architecture.num_classes else ""
     quoted = shlex.quote(str(dest))
     lines = [f"use: fcmae finetune LABELLED --init {quoted}{head}"]
+    pretrain = f"fcmae pretrain IMAGES --init {quoted} --model.variant"
+    pretrain += f" '{architecture.spec.model_dump_json(exclude_defaults=True)}'"
     if architecture.decoder_depth:
-        numbers = architecture.spec.model_dump_json(exclude_defaults=True)
         decoder = f"--model.decoder_depth {architecture.decoder_depth} --model.decoder_dim {architecture.decoder_dim}"
-        lines.append(
-            f"the decoder is as it was: fcmae pretrain IMAGES --init {quoted} --model.variant '{numbers}' {decoder}"
-        )
+        lines.append(f"the decoder is as it was: {pretrain} {decoder}")
+    else:
+        lines.append(f"with a new decoder: {pretrain}")
     if timm_holds(architecture.spec):
         lines.append(f"for timm: fcmae convert {quoted} DIRECTORY")
     elif transformers_holds(architecture.spec):

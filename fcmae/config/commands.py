@@ -216,7 +216,8 @@ class AnalyzeConfig(Source, FromFile):
     """
 
     models: Models
-    """ConvNeXts: runs, checkpoints, exported models, names of timm models, or one of these after random:, untrained."""
+    """Networks with stages: runs, checkpoints, exported models, timm's ConvNeXts, or one of these after random:,
+    untrained."""
     max_images: int = Field(1000, ge=1)
     """Most images to use; of more, this many are taken, evenly spread."""
     out: UserPath | None = None

@@ -21,8 +21,8 @@ def open_dicom(file: BinaryIO, in_chans: int) -> ArrayImage:
     """Read a file's header; several frames are channels.
 
     Values are those of the modality, by RescaleSlope and RescaleIntercept, such as Hounsfield units, in float32;
-    without these, as they are stored. Unsigned ones as stored, of which 0 is white (MONOCHROME1), are inverted; units
-    do not depend on how they are shown.
+    without these, unsigned ones of up to 16 bits are shares of their full range, inverted where 0 is white
+    (MONOCHROME1), and others as stored; units do not depend on how they are shown.
 
     Args:
         file: at its start.

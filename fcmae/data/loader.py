@@ -191,7 +191,7 @@ def evaluation_loader(
 def choose_num_workers(setting: int | None, device_type: str) -> int:
     """Processes that decode for one training process.
 
-    One worker crops some 300 photographs of 500 x 375 pixels a second (benchmarks/input_pipeline.py), about ten
+    One worker crops some 600 photographs of 500 x 375 pixels a second (benchmarks/input_pipeline.py), about twenty
     times what atto trains on two cores.
 
     Args:
