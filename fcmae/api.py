@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from fcmae import finetuning, options, planning, pretraining, pruning, segmenting
 from fcmae.anytime import Answer, Anytime
-from fcmae.config import FinetuneConfig, PretrainConfig, RunConfig, SegmentConfig
+from fcmae.config import AnyRun, FinetuneConfig, PretrainConfig, SegmentConfig
 from fcmae.config.base import find_run
 from fcmae.config.commands import PruneConfig
 from fcmae.data.augment import CenterCrop, Reading
@@ -58,7 +58,6 @@ __all__ = [
 ]
 
 PathLike = str | os.PathLike[str]
-Config = TypeVar("Config", bound=RunConfig)
 Headed = TypeVar("Headed", Classifier, Segmenter)
 
 
@@ -187,12 +186,12 @@ def _start(init: PathLike | None) -> PathLike | None:
 
 
 def _settings(
-    model: type[Config],
+    model: type[AnyRun],
     given: Mapping[str, Any],
     config: PathLike | None,
-    settings: Mapping[str, Any] | Config | None,
+    settings: Mapping[str, Any] | AnyRun | None,
     complete: options.Complete | None,
-) -> Config:
+) -> AnyRun:
     """The settings of a run: `given` overrides `settings`, which override the file.
 
     The rest is chosen if there is neither a file nor a whole configuration, or hours for which nothing was chosen yet.

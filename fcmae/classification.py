@@ -17,6 +17,7 @@ from torch import nn
 from fcmae.atomic import replacing
 from fcmae.data.dataset import Batch
 from fcmae.data.normalize import Normalize
+from fcmae.training.launch import evaluating
 
 MAX_AUROC_CLASSES = 100  # for more, it takes as long as computing the images
 
@@ -58,16 +59,14 @@ def class_probabilities(
         The images' positions (N,), their probabilities (N, classes), and names of those that could not be read, with
         reasons.
     """
-    training = model.training
-    model.eval()
     found: list[tuple[NDArray[np.int64], NDArray[np.float32]]] = []
     bad: list[tuple[str, str]] = []
-    for batch in batches:
-        bad += batch.bad
-        readable = batch.select(batch.valid)
-        if len(readable.index):
-            found.append((readable.index.numpy(), probabilities_of(model, readable, normalize, accelerator)))
-    model.train(training)
+    with evaluating(model):
+        for batch in batches:
+            bad += batch.bad
+            readable = batch.select(batch.valid)
+            if len(readable.index):
+                found.append((readable.index.numpy(), probabilities_of(model, readable, normalize, accelerator)))
     if accelerator.num_processes > 1:
         found, bad = gather_object(found), gather_object(bad)
     if not found:

@@ -50,9 +50,10 @@ from fcmae.training.launch import (
     waiting_for_all,
 )
 from fcmae.training.log import Log
+from fcmae.training.micro_batches import evaluated_at_once
 from fcmae.training.run import Run, RunDirectory
 from fcmae.training.session import Session, begin
-from fcmae.training.steps import Steps, evaluated_at_once, limit_to_known_memory
+from fcmae.training.steps import Steps, limit_to_known_memory
 from fcmae.weights.convert import save_classifier
 from fcmae.weights.files import ImageRecord, Weights
 from fcmae.weights.formats import rename

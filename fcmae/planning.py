@@ -32,6 +32,13 @@ from fcmae.data.storage import Storage
 from fcmae.data.survey import Survey, survey
 from fcmae.networks.spec import ConvNeXtSpec, NetworkSpec
 from fcmae.processes import OUT_OF_MEMORY, Failed, in_process
+from fcmae.training.micro_batches import (
+    depends_on_micro_batch,
+    micro_batch_size,
+    settle_grad_accum,
+    smaller_micro_batch,
+    with_micro_batch,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -277,7 +284,6 @@ def _resumed(sketch: RunConfig, saved: Mapping[str, Any], given: Mapping[str, An
     Its micro-batches keep their size, on any number of processes.
     """
     from fcmae.training.records import processes_before
-    from fcmae.training.steps import depends_on_micro_batch, micro_batch_size, with_micro_batch
 
     values = {key: value for key, value in saved.items() if key not in given} | {"out": out}
     cfg, processes = options.make(type(sketch), saved), all_processes()
@@ -299,7 +305,6 @@ def _cut_off_at(cfg: RunConfig) -> float:
     """Images at once of an earlier start in this directory that was cut off in its first steps; else infinity."""
     from fcmae.training.own_files import overwrites
     from fcmae.training.records import last_state
-    from fcmae.training.steps import micro_batch_size
 
     assert cfg.out is not None
     config = cfg.out / "config.yaml"
@@ -374,8 +379,6 @@ def _measured_s(hours: float) -> float:
 
 def _grad_accum(sketch: RunConfig, measure: Measure) -> dict[str, Any]:
     """grad_accum, if nothing else is to be chosen."""
-    from fcmae.training.steps import depends_on_micro_batch, micro_batch_size, settle_grad_accum
-
     processes, device = all_processes(), _device(sketch)
     start = settle_grad_accum(sketch, processes, device)
     if processes > 1 or depends_on_micro_batch(sketch):
@@ -420,8 +423,6 @@ def _fit(plan: choices.Choices, cfg: RunConfig, measure: Measure) -> bench.Resul
     Raises:
         ValueError: if one image at a time does not, or a step cannot run.
     """
-    from fcmae.training.steps import micro_batch_size, settle_grad_accum, smaller_micro_batch
-
     device = _device(cfg)
     free, cfg = _free_memory(device), settle_grad_accum(cfg, 1, device)
     is_free, limit = "grad_accum" not in plan.settings, _cut_off_at(cfg)
@@ -474,8 +475,6 @@ def images_per_s(cfg: PretrainConfig | FinetuneConfig) -> float:
     Raises:
         ValueError: if a step cannot run.
     """
-    from fcmae.training.steps import micro_batch_size, settle_grad_accum
-
     at_once = micro_batch_size(settle_grad_accum(cfg, 1, _device(cfg)), 1)
     try:
         if isinstance(cfg, FinetuneConfig):

@@ -38,16 +38,18 @@ from fcmae.networks.spec import describe
 from fcmae.training import checkpoint, optim
 from fcmae.training.compiling import compile_model
 from fcmae.training.launch import (
+    evaluating,
     giving_back,
     same_everywhere,
     waiting_for_all,
 )
 from fcmae.training.log import Log
+from fcmae.training.micro_batches import micro_batch_size
 from fcmae.training.optim import Schedule
 from fcmae.training.records import read_metrics
 from fcmae.training.run import Run, RunDirectory
 from fcmae.training.session import Session, begin
-from fcmae.training.steps import Step, Steps, check_pooled, limit_to_known_memory, micro_batch_size, schedule_of
+from fcmae.training.steps import Step, Steps, check_pooled, limit_to_known_memory, schedule_of
 from fcmae.weights.convert import start_from
 from fcmae.weights.files import read_init, reading_of
 from fcmae.weights.formats import OLD, rename
@@ -371,20 +373,20 @@ class Evaluation:
         Raises:
             FloatingPointError: if the loss is not finite.
         """
-        net.eval()
-        values = self.loss(net, step.number)
-        if self.accelerator.is_main_process:
+        with evaluating(net):
+            values = self.loss(net, step.number)
+            if not self.accelerator.is_main_process:
+                return
             values |= self.monitor.measure(net.encoder)
             if "knn_top1" in values:
                 logger.info("step %d: nearest neighbours' accuracy %.4f", step.number, values["knn_top1"])
             if values:
                 self.log.metrics.write(step.number, step.epoch, **values)
             self.picture(net, step)
-            lines = read_metrics(self.log.metrics.path)
-            for name in draw_over_time(self.log.folder, lines):
-                self.log.show(f"over_time/{name}", self.log.folder / f"{name}.png", step.number)
-            self.watch.look(lines)
-        net.train()
+        lines = read_metrics(self.log.metrics.path)
+        for name in draw_over_time(self.log.folder, lines):
+            self.log.show(f"over_time/{name}", self.log.folder / f"{name}.png", step.number)
+        self.watch.look(lines)
 
     def loss(self, net: FCMAE, step: int) -> dict[str, float]:
         """The loss on the held-out images.

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +16,6 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from timm.utils import ModelEmaV3
-from torch import nn
 
 from fcmae.anytime import Anytime, build_segmenter
 from fcmae.classification import write_confusion
@@ -58,15 +57,17 @@ from fcmae.starting import (
     starting_weights,
 )
 from fcmae.training.launch import (
+    evaluating,
     giving_back,
     same_everywhere,
     share_buffers,
     waiting_for_all,
 )
 from fcmae.training.log import Log
+from fcmae.training.micro_batches import evaluated_at_once
 from fcmae.training.run import Run, RunDirectory
 from fcmae.training.session import Session, begin
-from fcmae.training.steps import Steps, evaluated_at_once, limit_to_known_memory
+from fcmae.training.steps import Steps, limit_to_known_memory
 from fcmae.weights.files import ImageRecord, Weights
 from fcmae.weights.segmenters import read_segmenter, save_segmenter
 
@@ -375,8 +376,8 @@ class Evaluation:
     data: Mapped
     weights: Weights
     log: Log
-    best: Best = field(default_factory=Best)
-    at_once: int = 1
+    best: Best
+    at_once: int
 
     def evaluate(
         self, net: Segmenter, ema: ModelEmaV3 | None, step: int, epoch: float, places: tuple[str, ...]
@@ -511,14 +512,3 @@ class Evaluation:
         place = self.log.folder / "overlays" / f"step-{step:08}.png"
         save_overlays(place, panels, self.data.classes.names, f"step {step:,}")
         self.log.show("overlays", place, step)
-
-
-@contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
-    """Have a network in evaluation mode inside the block."""
-    training = network.training
-    network.eval()
-    try:
-        yield
-    finally:
-        network.train(training)

@@ -28,10 +28,11 @@ from fcmae.networks.encoder import layer_of, num_layers
 from fcmae.networks.spec import describe, read_spec, variant_of
 from fcmae.training import checkpoint, optim
 from fcmae.training.compiling import compile_model
+from fcmae.training.micro_batches import micro_batch_size
 from fcmae.training.optim import Schedule
 from fcmae.training.records import read_metrics
 from fcmae.training.run import RunDirectory
-from fcmae.training.steps import check_pooled, micro_batch_size, schedule_of
+from fcmae.training.steps import check_pooled, schedule_of
 from fcmae.weights.convert import adapt_in_chans
 from fcmae.weights.files import ImageRecord, Weights, read_init, reading_of, tell_encoder_alone
 from fcmae.weights.formats import Architecture

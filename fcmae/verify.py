@@ -12,12 +12,13 @@ from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import timm
 import torch
 from torch import Tensor, nn
 
+from fcmae.config.base import Backend
 from fcmae.data.source import one_line
 from fcmae.layouts import make_layout
 from fcmae.masked import FCMAE, build_fcmae, masked_loss
@@ -28,7 +29,7 @@ from fcmae.networks.spec import VARIANTS, ConvNeXtSpec, NetworkSpec, describe, v
 from fcmae.timing import in_turn
 from fcmae.weights.formats import rename
 
-BACKENDS = ("packed", "triton", "masked", "minkowski")
+BACKENDS: tuple[str, ...] = get_args(Backend)
 PATCH = 32  # pixels, side of a mask patch
 
 
@@ -48,7 +49,7 @@ class Case(NamedTuple):
     grid: tuple[int, int]
     ratio: float
     batch: int
-    whole: bool  # the whole model and its loss, or the encoder and its features
+    whole: bool
 
     def __str__(self) -> str:
         part = "model" if self.whole else "encoder"
@@ -88,7 +89,7 @@ class Result:
     precision: str
     values: float
     gradients: float
-    worst: str  # the case and tensor that is farthest off
+    worst: str
 
     @property
     def tolerance(self) -> float:

@@ -67,6 +67,7 @@ ORDER = [
     "fcmae.heads",
     "fcmae.anytime",
     "fcmae.training",
+    "fcmae.training.micro_batches",
     "fcmae.training.optim",
     "fcmae.training.own_files",
     "fcmae.training.checkpoint",

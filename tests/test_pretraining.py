@@ -61,8 +61,8 @@ from fcmae.networks.convnext import Encoder
 from fcmae.networks.spec import ConvNeXtSpec
 from fcmae.options import read
 from fcmae.training import checkpoint, health
+from fcmae.training.micro_batches import settle_grad_accum
 from fcmae.training.records import read_metrics
-from fcmae.training.steps import settle_grad_accum
 from fcmae.weights.files import read_weights
 from fcmae.weights.formats import OLD, rename
 

@@ -20,7 +20,7 @@ from fcmae.config import FinetuneConfig
 from fcmae.networks.roadmap import BatchNorm, Encoder
 from fcmae.networks.spec import VARIANTS, RoadmapSpec, read_spec
 from fcmae.training import checkpoint
-from fcmae.training.steps import settle_grad_accum, smaller_micro_batch
+from fcmae.training.micro_batches import settle_grad_accum, smaller_micro_batch
 from fcmae.weights.convert import build_classifier
 from fcmae.weights.files import read_weights
 

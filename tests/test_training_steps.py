@@ -24,7 +24,6 @@ from hypothesis import strategies as st
 from runs import config, forget_accelerator, write_images
 from torch import Tensor, nn
 
-from fcmae.config import PretrainConfig
 from fcmae.data.index import find_images
 from fcmae.networks.spec import VARIANTS
 from fcmae.pretraining import build_dataset
@@ -36,11 +35,8 @@ from fcmae.training.steps import (
     StartedStep,
     Step,
     Steps,
-    micro_batch_size,
     schedule_of,
     seed_step,
-    settle_grad_accum,
-    smaller_micro_batch,
     start_update,
 )
 
@@ -154,31 +150,6 @@ def test_any_other_error_of_a_part_is_raised(accelerator: Accelerator, images: P
     with pytest.raises(RuntimeError, match="of the model"), step.accumulate():
         raise RuntimeError("of the model")
     log.close()
-
-
-def test_parts_become_the_next_smaller_ones_that_divide_the_batch(images: Path, tmp_path: Path) -> None:
-    def sizes(**settings: object) -> list[int]:
-        cfg: PretrainConfig | None = config(images, tmp_path, **settings)
-        found = []
-        while cfg is not None:
-            found.append(micro_batch_size(cfg, 2))
-            cfg = smaller_micro_batch(cfg, 2)
-        return found
-
-    assert sizes(batch_size=24) == [12, 6, 3, 1]
-    assert sizes(batch_size=24, data__masks_per_image=3) == [12, 6, 3]
-    assert sizes(batch_size=24, model__grn_scope="batch") == [12]
-
-
-@pytest.mark.parametrize(
-    ("batch_size", "device", "at_once"),
-    [(64, "cpu", 64), (96, "cpu", 48), (131, "cpu", 131), (142, "cpu", 71), (521, "cpu", 1), (257, "cuda", 257)],
-)
-def test_a_batch_that_divides_badly_is_computed_in_parts_that_are_somewhat_large(
-    images: Path, tmp_path: Path, batch_size: int, device: str, at_once: int
-) -> None:
-    cfg = config(images, tmp_path, batch_size=batch_size)
-    assert micro_batch_size(settle_grad_accum(cfg, 1, device), 1) == at_once
 
 
 def test_the_numbers_of_a_step_are_read_while_the_next_computes(

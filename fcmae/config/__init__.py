@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 from pydantic import (
     BeforeValidator,
@@ -498,6 +498,9 @@ class RunConfig(Settings):
                 f"{self.batch_size} is not a multiple of processes x grad_accum = {processes} x "
                 f"{self.num_micro_batches}: the nearest is {max(1, round(self.batch_size / parts)) * parts}",
             )
+
+
+AnyRun = TypeVar("AnyRun", bound=RunConfig)
 
 
 def _compile_conflicts(cfg: PretrainConfig | DenseConfig) -> Iterator[Conflict]:

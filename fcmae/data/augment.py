@@ -212,9 +212,8 @@ class CropAndFlip:
             BadImage: as `read_crop` does.
         """
         read = self.reading.crop(file, partial(self.box, rng=rng))
-        flipped = rng.random(2) < (self.hflip, self.vflip)
-        turn = partial(_flipped, columns=flipped[0], rows=flipped[1])
-        return Pixels(turn(read.values), None if read.known is None else turn(read.known))
+        flips = rng.random(2) < (self.hflip, self.vflip)
+        return Pixels(_mirrored(read.values, flips), None if read.known is None else _mirrored(read.known, flips))
 
     def box(self, height: int, width: int, rng: np.random.Generator) -> Box:
         """What is cut out of an image.
@@ -232,9 +231,10 @@ class CropAndFlip:
         return aligned if decode_scale(*aligned[2:], size) == scale else box
 
 
-def _flipped(image: NDArray[Any], columns: bool, rows: bool) -> NDArray[Any]:
-    """(C, H, W) with columns or rows mirrored."""
-    return np.ascontiguousarray(image[:, :: -1 if rows else 1, :: -1 if columns else 1])
+def _mirrored(image: NDArray[Any], flips: NDArray[np.bool_]) -> NDArray[Any]:
+    """(..., H, W) with its columns mirrored if the first of the flips is true, its rows if the second."""
+    axes = tuple(axis for axis, is_mirrored in zip((-1, -2), flips, strict=True) if is_mirrored)
+    return np.ascontiguousarray(np.flip(image, axes))
 
 
 @dataclass(frozen=True)
@@ -297,8 +297,7 @@ class CropBoth:
         image = np.broadcast_to(in_units(own.filling, part.dtype), (own.in_chans, *own.image_size)).copy()
         numbers = np.full(own.image_size, IGNORED, np.int16)
         image[:, ys, xs], numbers[ys, xs] = part, classes
-        axes = tuple(axis for axis, flipped in zip((-1, -2), flips, strict=True) if flipped)
-        return np.ascontiguousarray(np.flip(image, axes)), np.ascontiguousarray(np.flip(numbers, axes))
+        return _mirrored(image, flips), _mirrored(numbers, flips)
 
 
 def check_same_size(raster: Raster, labels: LabelMap) -> None:

@@ -697,8 +697,18 @@ def find_labelled(
             f"{key}: {source!r} {problem}: give a folder with one sub-folder a class, a CSV with columns path,label, "
             "or tar files with labels"
         )
-    names = _sort_classes(set(label_of.values())) if class_names is None else list(class_names)
-    if unknown := sorted(set(label_of.values()) - set(names)):
+    names = _classes_of(set(label_of.values()), class_names, source, key)
+    number = {name: i for i, name in enumerate(names)}
+    paths = sorted(label_of)
+    labels = np.array([number[label_of[path]] for path in paths], dtype=np.int64)
+    notes += _left_out(others, key) + shards.notes()
+    return Images(shards.source(paths), None, labels, tuple(names), notes, lists)
+
+
+def _classes_of(labels: set[str], class_names: Sequence[str] | None, source: str, key: str) -> list[str]:
+    """The classes in their order: see `find_labelled`."""
+    names = _sort_classes(labels) if class_names is None else list(class_names)
+    if unknown := sorted(labels - set(names)):
         raise ValueError(
             f"{key}: label {unknown[0]!r} of {source!r} is no class of the training images ({few(names, 10)})"
         )
@@ -706,11 +716,7 @@ def find_labelled(
         raise ValueError(f"{key}: {source!r} has only the class {names[0]!r}: a classifier needs at least two")
     if class_names is None:
         _warn_of_names(names, key)
-    number = {name: i for i, name in enumerate(names)}
-    paths = sorted(label_of)
-    labels = np.array([number[label_of[path]] for path in paths], dtype=np.int64)
-    notes += _left_out(others, key) + shards.notes()
-    return Images(shards.source(paths), None, labels, tuple(names), notes, lists)
+    return names
 
 
 def _tars(source: str, path: Path, key: str) -> list[str] | None:

@@ -33,10 +33,7 @@ from fcmae.data.sampler import Key, evaluation_batches
 
 logger = logging.getLogger("fcmae")
 
-# What ends a job, and Ctrl-C; not all are there on Windows.
-STOP_SIGNALS = tuple(
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)
-)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # Ctrl-C, and what ends a job
 
 _WORKERS = WeakSet[BaseProcess]()  # those that loaders here have started
 LOST = ("DataLoader worker", "Pin memory thread")  # begins what torch says where a worker was killed
@@ -76,8 +73,6 @@ class Loader(DataLoader[Batch]):
             ) from error
 
     def _start(self) -> Iterator[Batch]:
-        if not hasattr(signal, "pthread_sigmask"):
-            return super().__iter__()
         in_charge = threading.current_thread() is threading.main_thread()
         previous = signal.getsignal(signal.SIGCHLD)
         # A new worker must not take a signal in this process's stead, before it knows to ignore it.
@@ -145,8 +140,7 @@ def _init_worker(worker: int) -> None:
     # its workers; they end with it. DataLoader has set torch to one thread, and Pillow has no more.
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     # DataLoader's workers look for their parent between two batches only: one whose read hangs would stay for ever.
     end_with_parent()
 

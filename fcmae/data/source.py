@@ -230,4 +230,4 @@ def is_dicom(start: bytes) -> bool:
 
 def _open_at_once(path: str, flags: int) -> int:
     """Without waiting for whoever may write to a pipe some day; files know no such waiting."""
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    return os.open(path, flags | os.O_NONBLOCK)

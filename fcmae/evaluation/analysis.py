@@ -73,7 +73,7 @@ def layer_names(encoder: StagedEncoder) -> list[str]:
 
 
 def as_encoder(model: nn.Module) -> StagedEncoder:
-    """The model, if it is one of ours, or a ConvNeXt of timm's.
+    """The model as one of our encoders, which `load_backbone` has made of timm's ConvNeXts too.
 
     Raises:
         ValueError: if it is another network.

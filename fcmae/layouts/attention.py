@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, num_heads: int, seen: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(C / num_heads)) v, one head at a time.
+    """softmax(q k^T / sqrt(C / num_heads)) v, for each head by itself.
 
     Args:
         q: (B, n, C).

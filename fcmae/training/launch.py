@@ -130,6 +130,21 @@ def giving_back(model: nn.Module) -> Iterator[None]:
         own |= before
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Have a model in evaluation mode inside the block.
+
+    Args:
+        model: that is trained, perhaps.
+    """
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
 def _check_trackers(names: Sequence[str]) -> None:
     """Refuse those that accelerate would leave out without a word, which shows when the run has no curves."""
     if "all" in names:

@@ -1,4 +1,4 @@
-"""Parameter groups and the learning rate."""
+"""Parameter groups, the learning rate, and when what happens in a run."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -34,7 +34,7 @@ from accelerate.utils import gather_object
 import fcmae
 from fcmae import options
 from fcmae.atomic import write_text
-from fcmae.config import RunConfig
+from fcmae.config import AnyRun, RunConfig
 from fcmae.tables import table
 from fcmae.training import checkpoint, health, own_files
 from fcmae.training.launch import uses_cpu
@@ -47,8 +47,6 @@ SMALLER = "--model.grad_checkpointing true, a smaller data.image_size or model.v
 
 OF_EACH_PROCESS = frozenset({"chosen", "device", "data.num_workers"})  # settings that may differ between them
 
-AnyConfig = TypeVar("AnyConfig", bound=RunConfig)
-
 
 class RunDirectory:
     """A directory that holds one run. Making the object only looks; `open` writes.
@@ -57,6 +55,7 @@ class RunDirectory:
         needs: what its checkpoints take of the disk, in words, once that is known; told when it is opened.
         network: what it trains, in words, once that is known; kept when it is opened.
         finished: whether it came to its end; kept when it is closed.
+        resume_from: the checkpoint that it goes on from; None for a run that begins.
 
     Args:
         cfg: settings of the run, with `out`.
@@ -88,13 +87,14 @@ class RunDirectory:
         holds_run = header.startswith("# fcmae ")
         if not holds_run and self.path.exists() and not own_files.is_unused(self.path):
             raise ValueError(f"out = {self.path} is not empty and holds no run of fcmae: give another directory")
-        begun = own_files.has_numbers(self.path) or checkpoint.latest(self.path) is not None
+        latest = checkpoint.latest(self.path)
+        begun = own_files.has_numbers(self.path) or latest is not None
         self.overwrites = own_files.overwrites(cfg)
         self.exists = holds_run and begun and not self.overwrites
         if not self.exists:
             _check_inputs(cfg.out, cfg.inputs(), self.overwrites)
         self.saved = self._read_same_run(config, header) if self.exists else None
-        self._found = self.resume_from
+        self.resume_from = latest if self.exists else None
         if self.exists:
             if cfg.trains:
                 self._check_not_finished()
@@ -118,7 +118,7 @@ class RunDirectory:
 
     def _check_not_finished(self) -> None:
         """Refuse to train over a run whose checkpoints are gone, as of one that is finished and tidied up."""
-        if checkpoint.latest(self.path) is not None:
+        if self.resume_from is not None:
             return
         if last_state(self.path) == "finished" or (self.path / own_files.SAVED).exists():
             raise ValueError(
@@ -158,7 +158,7 @@ class RunDirectory:
         """
         return self.saved is not None and attrgetter(*keys)(self.saved) == attrgetter(*keys)(self.cfg)
 
-    def licensed(self, cfg: AnyConfig, found: str | None) -> AnyConfig:
+    def licensed(self, cfg: AnyRun, found: str | None) -> AnyRun:
         """The settings with `model.license`: the given one, else that of the run when it began, else the weights'.
 
         Args:
@@ -169,11 +169,6 @@ class RunDirectory:
         model = cfg.model.model_copy(update={"license": cfg.model.license or kept or found})
         self.cfg = cfg = cfg.model_copy(update={"model": model})
         return cfg
-
-    @property
-    def resume_from(self) -> Path | None:
-        """The checkpoint to go on from."""
-        return checkpoint.latest(self.path) if self.exists else None
 
     @property
     def resume_step(self) -> int:
@@ -250,7 +245,7 @@ class RunDirectory:
                 ) from error
             # Another process may have made, deleted, or gone on with a run here since this one looked.
             now = RunDirectory(self.cfg)
-            if (now.exists, now.resume_from) != (self.exists, self._found):
+            if (now.exists, now.resume_from) != (self.exists, self.resume_from):
                 raise ValueError(in_use)
             own_files.remove_aside(self.path)
             own_files.remove_unfinished(self.path)

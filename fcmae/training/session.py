@@ -9,16 +9,16 @@ from typing import Generic
 
 from accelerate import Accelerator
 
-from fcmae.config import check_launch
+from fcmae.config import AnyRun, check_launch
 from fcmae.training.launch import closing_trackers, ending_together, finish, make_accelerator, waiting_for_all
 from fcmae.training.messages import showing
+from fcmae.training.micro_batches import settle_grad_accum
 from fcmae.training.run import Run, RunDirectory
 from fcmae.training.signals import StopSignal, ending_at_once
-from fcmae.training.steps import Fitting, settle_grad_accum
 
 
 @dataclass(frozen=True)
-class Session(Generic[Fitting]):
+class Session(Generic[AnyRun]):
     """A run that has been called for, on all of its processes.
 
     Attributes:
@@ -28,7 +28,7 @@ class Session(Generic[Fitting]):
         stop: the signals to it, once it is open.
     """
 
-    cfg: Fitting
+    cfg: AnyRun
     run: RunDirectory
     accelerator: Accelerator
     stop: StopSignal
@@ -56,7 +56,7 @@ class Session(Generic[Fitting]):
 
 
 @contextmanager
-def begin(cfg: Fitting) -> Iterator[Session[Fitting]]:
+def begin(cfg: AnyRun) -> Iterator[Session[AnyRun]]:
     """Join the processes of a run and look at its directory; nothing is written, and an error of one ends all.
 
     Args:

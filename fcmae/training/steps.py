@@ -18,7 +18,7 @@ import random
 import time
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from fcmae import threads
-from fcmae.config import DenseConfig, PretrainConfig, RunConfig
+from fcmae.config import AnyRun, RunConfig
 from fcmae.data.dataset import Batch, ImageDataset
 from fcmae.data.loader import build_loader, choose_num_workers, prefetched
 from fcmae.data.sampler import StepSampler
@@ -36,16 +36,17 @@ from fcmae.training import checkpoint
 from fcmae.training.launch import same_everywhere, waiting_for_all
 from fcmae.training.log import Log
 from fcmae.training.messages import same_command
+from fcmae.training.micro_batches import (
+    micro_batch_size,
+    smaller_micro_batch,
+    with_micro_batch,
+)
 from fcmae.training.optim import Schedule, set_learning_rate
 from fcmae.training.records import images_that_fit, record_images_that_fit
 from fcmae.training.run import SMALLER, RunDirectory
 from fcmae.training.signals import StopSignal
 
 logger = logging.getLogger("fcmae")
-
-AT_ONCE = {"cpu": 64, "cuda": 256}  # images that a process computes at once, unless told: more gain little
-
-Fitting = TypeVar("Fitting", bound=RunConfig)
 
 
 def schedule_of(cfg: RunConfig, per_epoch: int, start: int) -> Schedule:
@@ -70,91 +71,6 @@ def schedule_of(cfg: RunConfig, per_epoch: int, start: int) -> Schedule:
     )
 
 
-def micro_batch_size(cfg: RunConfig, num_processes: int) -> int:
-    """Images that a process computes at once in training, each counted as often as it has masks."""
-    return max(1, cfg.batch_size // num_processes // cfg.num_micro_batches)
-
-
-def evaluated_at_once(cfg: DenseConfig, num_processes: int, device_type: str) -> int:
-    """Images that a process computes at once in an evaluation: as in training, for which batch_size was given, if any.
-
-    Args:
-        cfg: of the run.
-        num_processes: of it.
-        device_type: of what computes.
-    """
-    at_once = micro_batch_size(cfg, num_processes)
-    return min(at_once, AT_ONCE.get(device_type, min(AT_ONCE.values()))) if cfg.eval_only else at_once
-
-
-def smaller_micro_batch(cfg: Fitting, num_processes: int) -> Fitting | None:
-    """The settings with a smaller micro-batch: half, or the next size that divides the batch.
-
-    None if it cannot shrink, or if its size changes the result (BatchNorm, grn_scope = batch).
-
-    Args:
-        cfg: of the run.
-        num_processes: of it.
-    """
-    if depends_on_micro_batch(cfg):
-        return None
-    for num in range(2 * cfg.num_micro_batches, cfg.batch_size // num_processes + 1):
-        smaller = cfg.model_copy(update={"grad_accum": num})
-        if not any(smaller.conflicts(num_processes)):
-            return smaller
-    return None
-
-
-def with_micro_batch(cfg: Fitting, num_processes: int, most: float, slack: float = 1) -> Fitting:
-    """The settings with a micro-batch of at most `most` images, or the smallest that they allow.
-
-    Args:
-        cfg: of the run.
-        num_processes: of it.
-        most: images that a process computes at once.
-        slack: a micro-batch up to slack * most is kept if splitting it would go below most / slack.
-    """
-    while (size := micro_batch_size(cfg, num_processes)) > most:
-        smaller = smaller_micro_batch(cfg, num_processes)
-        if smaller is None or (size <= most * slack and micro_batch_size(smaller, num_processes) < most / slack):
-            break
-        cfg = smaller
-    return cfg
-
-
-def settle_grad_accum(cfg: Fitting, num_processes: int, device_type: str, saved: RunConfig | None = None) -> Fitting:
-    """Replace grad_accum = auto by a number without measuring: the saved run's, else the device's default micro-batch.
-
-    Args:
-        cfg: of the run.
-        num_processes: of it.
-        device_type: of what computes.
-        saved: the settings that the run resumes with, whose number stays.
-    """
-    if cfg.grad_accum != "auto":
-        return cfg
-    if saved is not None:
-        kept = cfg.model_copy(update={"grad_accum": saved.num_micro_batches, "chosen": cfg.chosen | saved.chosen})
-        if not any(kept.conflicts(num_processes)):
-            return kept
-    found = cfg.model_copy(update={"grad_accum": 1})
-    if not cfg.trains:
-        return found  # nothing is trained
-    found = with_micro_batch(found, num_processes, AT_ONCE.get(device_type, min(AT_ONCE.values())), slack=4)
-    why = f"{micro_batch_size(found, num_processes)} images at once in each process: not measured"
-    if depends_on_micro_batch(cfg):
-        what = "model.grn_scope = batch" if isinstance(cfg, PretrainConfig) else "BatchNorm"
-        why = f"the whole batch, as {what} pools over what is computed at once"
-    return found.model_copy(update={"chosen": cfg.chosen | {"grad_accum": why}})
-
-
-def depends_on_micro_batch(cfg: RunConfig) -> bool:
-    """Whether GRN or BatchNorm pools over what is computed at once, so that its size changes the result."""
-    if isinstance(cfg, PretrainConfig):
-        return cfg.model.grn_scope == "batch"
-    return isinstance(cfg, DenseConfig) and cfg.model.spec is not None and cfg.model.spec.has_batch_norm
-
-
 def check_pooled(cfg: RunConfig, run: RunDirectory, num_processes: int, what: str) -> None:
     """Refuse to go on with micro-batches of another size than before, where something pools over them.
 
@@ -177,7 +93,7 @@ def check_pooled(cfg: RunConfig, run: RunDirectory, num_processes: int, what: st
         )
 
 
-def limit_to_known_memory(cfg: Fitting, accelerator: Accelerator) -> Fitting:
+def limit_to_known_memory(cfg: AnyRun, accelerator: Accelerator) -> AnyRun:
     """The settings with micro-batches as small as this run was found to need on this device.
 
     Args:
@@ -249,7 +165,7 @@ class Steps:
             step = Step(self, number + 1, lr)
             yield step
             self.log.window.skip_since(step.logged_at)
-            if step.is_last and number + 1 < self.schedule.total:
+            if step.stops and number + 1 < self.schedule.total:
                 signal = self.stop.received or "a signal"
                 logger.info("stopped by %s after step %d; %s resumes", signal, number + 1, same_command(self.cfg))
                 return
@@ -332,7 +248,7 @@ class Step:
         epoch: likewise, in epochs.
         evaluates: whether an evaluation is due after it.
         saves: whether a checkpoint is due after it, as `settle` decides.
-        is_last: whether a process was told to stop, as `settle` decides.
+        stops: whether a process was told to, as `settle` decides.
 
     Args:
         steps: of which it is one.
@@ -345,7 +261,7 @@ class Step:
         self.epoch = number / steps.schedule.per_epoch
         self.evaluates = steps.schedule.evaluates(number)
         self.saves = steps.schedule.saves(number)
-        self.is_last = False
+        self.stops = False
         self.logged_at = 0.0
         self._lacks_memory = False
         self._loss, self._share = torch.zeros(2, device=steps.accelerator.device)
@@ -456,15 +372,15 @@ class Step:
         """
         steps, number = self._steps, self.number
         if steps.unread is not None:
-            self.is_last = self._read(steps.unread, number - 1).stop
+            self.stops = self._read(steps.unread, number - 1).stop
         if steps.accelerator.num_processes == 1 and steps.stop.received is not None:
-            self.is_last = True  # no other process has to hear of it first
+            self.stops = True  # no other process has to hear of it first
         steps.unread = self._started
         logs = steps.schedule.logs(number)
-        if self.saves or self.evaluates or self.is_last or logs:
+        if self.saves or self.evaluates or self.stops or logs:
             result, steps.unread = self._read(self._started, number), None
-            self.is_last = self.is_last or result.stop
-            self.saves = self.saves or self.is_last
+            self.stops = self.stops or result.stop
+            self.saves = self.saves or self.stops
             # A checkpoint ends the window, so that the lines of a resumed run are over the same steps.
             if logs or self.saves:
                 steps.log.write(number, self.lr, result.grad_norm)

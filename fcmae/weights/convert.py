@@ -286,18 +286,14 @@ def write(weights: Weights, dest: Path | None, to: str) -> str:
 
 
 def _how_to_use(dest: Path, spec: NetworkSpec, to: str) -> str:
-    quoted = shlex.quote(str(dest))
-    variant = variant_of(spec)
-    command = "finetune IMAGES" if spec.dense_only else "pretrain IMAGES"
-    use = f"fcmae {command} --init {quoted} --model.variant {variant}"
-    if spec.stem_stride != 4:
-        use += f" --model.stem_stride {spec.stem_stride}"
     if to == "transformers":
-        use = f"transformers.AutoModel.from_pretrained({str(dest)!r})"
-    elif to == "timm" and timm_holds(spec):
-        use = f'timm.create_model("local-dir:{dest}", pretrained=True)'
-    elif to == "timm":
-        use = f"fcmae.load({str(dest)!r})  # timm has no such network"
-    elif variant is None:
-        use = f"fcmae.load({str(dest)!r})"
-    return use
+        return f"transformers.AutoModel.from_pretrained({str(dest)!r})"
+    if to == "timm" and timm_holds(spec):
+        return f'timm.create_model("local-dir:{dest}", pretrained=True)'
+    if to == "timm":
+        return f"fcmae.load({str(dest)!r})  # timm has no such network"
+    if (variant := variant_of(spec)) is None:
+        return f"fcmae.load({str(dest)!r})"
+    stride = f" --model.stem_stride {spec.stem_stride}" if spec.stem_stride != 4 else ""
+    verb = "finetune" if spec.dense_only else "pretrain"
+    return f"fcmae {verb} IMAGES --init {shlex.quote(str(dest))} --model.variant {variant}{stride}"
