@@ -269,7 +269,10 @@ def report(cfg: BenchConfig, machine: Machine, best: Result, fed: Result | None)
     if loader is None or steps is None or fed is None:
         yield "With --data.path this command also times the reading of your images, and tells the hours of the run."
         return
-    speed = min(loader, fed.mean_images_per_s or best.mean_images_per_s)
+    if fed.failure:
+        yield f"with your images it does not run: {fed.failure}"
+        return
+    speed = min(loader, fed.mean_images_per_s)
     yield f"loader alone (data.num_workers = {machine.num_workers}): {loader:.1f} images/s; with the model: {speed:.1f}"
     if loader < best.images_per_s:
         yield "the data are the limit: more workers, if there are cores, or smaller files help"

@@ -52,6 +52,12 @@ def main(argv: list[str] | None = None) -> int:
         status = _run(words[1:] if words[:1] == ["--debug"] else words)
         sys.stdout.flush()
         return status
+    except RuntimeError as error:
+        if debug or type(error).__name__ != "OutOfMemoryError":  # torch's, which many commands never import
+            raise
+        said = str(error).partition("\n")[0].rstrip(".")
+        print(f"fcmae: error: {said}: lower --batch_size, or give --device cpu", file=sys.stderr)
+        return 2
     except (ValueError, OSError, FloatingPointError) as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             return 128 + signal.SIGPIPE
@@ -281,8 +287,9 @@ def _stats(cfg: commands.StatsConfig) -> None:
         num_workers=workers,
         max_pixels=cfg.max_pixels,
         nodata=cfg.nodata,
+        key="path",
     )
-    print(f"# {num_images} images\ndata:\n  in_chans: {in_chans}")
+    print(f"# {num_images} image{'s' * (num_images != 1)}\ndata:\n  in_chans: {in_chans}")
     if cfg.nodata is not None:
         print(f"  nodata: {cfg.nodata!r}")
     for name, values in zip(("mean", "std"), rounded(mean, std), strict=True):

@@ -110,7 +110,7 @@ def finetune(cfg: FinetuneConfig, net: Classifier | None = None) -> Run:
                     for note in dict.fromkeys(train_images.notes + val_images.notes):
                         logger.info("%s", note)
                     tell_missing(train_images, val_images)
-                    check_values(reading, train_images if len(train_images) else val_images)
+                    check_values(reading, train_images if len(train_images) else val_images, trains=cfg.trains)
             run.finished = train(session, cfg, net, weights, reading, per_epoch, train_images, val_images)
     return session.result()
 

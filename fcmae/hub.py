@@ -26,7 +26,7 @@ from fcmae.evaluation.runs import RunFiles, is_untrained, needs_no_network, read
 from fcmae.networks.spec import describe
 from fcmae.tables import table
 from fcmae.weights.convert import check_dest, read_sound, write
-from fcmae.weights.files import Weights, learnt_bytes, segmenter_in, timm_holds
+from fcmae.weights.files import FILE_SUFFIXES, Weights, learnt_bytes, segmenter_in, timm_holds
 
 # Errors of large files, of the system, and of the HTTP library that this huggingface_hub uses.
 FAILURES: tuple[type[Exception], ...] = (RuntimeError, OSError, HfHubHTTPError.__mro__[1])
@@ -64,6 +64,8 @@ def write_repository(cfg: ExportConfig) -> str:
     Raises:
         ValueError: if the model cannot be read, or the folder exists.
     """
+    if cfg.dest.suffix in FILE_SUFFIXES:
+        raise ValueError(f"dest = {cfg.dest}: a repository is a folder: give it a name without {cfg.dest.suffix}")
     written = _write(cfg.model, cfg.dest, f"local-dir:{cfg.dest.name}", cfg.key, cfg.prefix)
     return f"{written}\nwrote its card, {cfg.dest / 'README.md'}: read it before you publish it"
 

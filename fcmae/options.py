@@ -356,8 +356,12 @@ def shipped_configs() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def find_config(name: str) -> Path:
+def find_config(name: str, key: str = "--config") -> Path:
     """A YAML file by its path, or a shipped one by its name, with or without .yaml.
+
+    Args:
+        name: or path.
+        key: the flag that errors name.
 
     Raises:
         ConfigError: If it is neither; it lists the shipped names.
@@ -370,7 +374,7 @@ def find_config(name: str) -> Path:
     if stem in shipped:
         return shipped[stem]
     raise ConfigError(
-        [f"--config: received {name}; no such file, nor one of {', '.join(shipped)}{hint(Path(stem).name, shipped)}"]
+        [f"{key}: received {name}; no such file, nor one of {', '.join(shipped)}{hint(Path(stem).name, shipped)}"]
     )
 
 

@@ -6,6 +6,7 @@ written to the run's config.yaml with the reasons, and the same command reads th
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 import time
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
     from fcmae.data.dataset import ImageDataset
     from fcmae.heads import Classifier, Segmenter
     from fcmae.weights.files import Weights
+
+logger = logging.getLogger("fcmae")
 
 # Settings that may change on resume, but identify the run if `out` is not given.
 WHICH_RUN = {"data.path", "data.val_path", "data.maps", "data.val_maps", "hours"}
@@ -212,6 +215,7 @@ def _begun(
     if _is_settled(sketch, given):
         return out, _grad_accum(sketch, measure)
     _refuse_launcher()
+    logger.info("looking at the images and timing steps, to choose settings")
     return out, None
 
 
@@ -440,8 +444,10 @@ def _fit(plan: choices.Choices, cfg: RunConfig, measure: Measure) -> bench.Resul
             if OUT_OF_MEMORY not in why:
                 raise ValueError(f"a step does not run: {error}") from None
         if not is_free or (smaller := smaller_micro_batch(cfg, 1)) is None:
+            parts = "" if is_free else "raise grad_accum, or "
             raise ValueError(
-                f"a step does not run: {why}; try --model.grad_checkpointing true, a smaller data.image_size or variant"
+                f"a step does not run: {why}; {parts}try --model.grad_checkpointing true, a smaller data.image_size or "
+                "variant"
             )
         cfg = smaller
     why = f"{at_once} images at once take {result.memory / 1e9:.1f} GB of {free / 1e9:.1f} GB free"

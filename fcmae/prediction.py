@@ -96,7 +96,7 @@ def predict(cfg: PredictConfig) -> int:
                 best = probabilities.argmax(axis=1)
                 try:
                     for name, i, row in zip(names, best, probabilities, strict=True) if is_read else ():
-                        print(f"{printable(name)}\t{printable(class_names[i])}\t{row[i]:.4f}")
+                        tqdm.write(f"{printable(name)}\t{printable(class_names[i])}\t{row[i]:.4f}")
                 except BrokenPipeError:  # the table is completed all the same
                     if table is None:
                         raise
@@ -105,7 +105,7 @@ def predict(cfg: PredictConfig) -> int:
             for name, reason in bad:
                 line = f"{printable(name)}: {printable(reason)}"
                 first_bad = first_bad or line
-                print(line, file=sys.stderr)
+                tqdm.write(line, file=sys.stderr)
     if not num_done:
         if cfg.csv is not None:
             cfg.csv.unlink()
@@ -198,7 +198,7 @@ def predict_maps(cfg: PredictConfig) -> int:
         if isinstance(shares, BadImage):
             line = f"{printable(name)}: {printable(str(shares))}"
             first_bad = first_bad or line
-            print(line, file=sys.stderr)
+            tqdm.write(line, file=sys.stderr)
         else:
             num_done += 1
             told = ", ".join(
@@ -208,7 +208,7 @@ def predict_maps(cfg: PredictConfig) -> int:
             )
             try:
                 if is_read:
-                    print(f"{printable(name)}\t{printable(str(place))}\t{told}")
+                    tqdm.write(f"{printable(name)}\t{printable(str(place))}\t{told}")
             except BrokenPipeError:  # the maps are completed all the same
                 is_read = False
     if not num_done:

@@ -106,7 +106,7 @@ def pretrain(cfg: PretrainConfig, net: FCMAE | None = None) -> Run:
                         images.save(run.path / "files.json")
                     for note in images.notes:
                         logger.info("%s", note)
-                    check_values(reading_of(cfg.data), images)
+                    check_values(reading_of(cfg.data), images, trains=True)
             for sentence in started:
                 logger.info("start: %s", sentence)
             run.finished = train(session, cfg, net, schedule, train_images, val_images, labelled)

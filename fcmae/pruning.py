@@ -182,6 +182,11 @@ def keep_best(groups: Sequence[Tensor], keep: float, how: How) -> list[Tensor]:
     return [part.nonzero()[:, 0] for part in torch.split(stays, [len(scores) for scores in groups])]
 
 
+def _check_has_sizes(encoder: Encoder) -> None:
+    if any(module.grn is not None for module in encoder.modules() if isinstance(module, Block)):
+        raise ValueError("by = norm: a block of ConvNeXt V2 has no LayerScale that tells its size: use activation")
+
+
 def choose(encoder: Encoder, measured: Mapping[str, Measured], keep: float, what: What, how: How, by: By) -> Kept:
     """Choose what to keep of an encoder.
 
@@ -202,8 +207,8 @@ def choose(encoder: Encoder, measured: Mapping[str, Measured], keep: float, what
     if what == "hidden":
         scores = [channel_scores(blocks[name], measured[name], by) for name in names]
         return dict(zip(names, keep_best(scores, keep, how), strict=True))
-    if by == "norm" and blocks[names[0]].grn is not None:
-        raise ValueError("by = norm: a block of ConvNeXt V2 has no LayerScale that tells its size: use activation")
+    if by == "norm":
+        _check_has_sizes(encoder)
     stages = [[f"stages.{i}.{j}" for j in range(depth)] for i, depth in enumerate(encoder.spec.depths)]
 
     def score(name: str) -> float:
@@ -283,6 +288,8 @@ def prune(cfg: PruneConfig) -> str:
         raise ValueError(
             f"model = {cfg.model} is {describe(encoder.spec)}, and what is pruned is a ConvNeXt: give one of those"
         )
+    if cfg.what == "blocks" and cfg.by == "norm":
+        _check_has_sizes(encoder)
     reading = weights.reading(f"model = {cfg.model}", cfg.image_size).told(cfg.max_pixels, cfg.nodata)
     images = find_images(cfg.data, key="data")
     images.tell_notes()

@@ -320,14 +320,16 @@ class Scores:
 
         Returns:
             By name: val_loss, the mean cross-entropy in nats; miou, the mean over the classes that are true or
-            predicted somewhere, and iou/NAME for each class; pixel_accuracy; boundary_f1, the mean over the classes
-            that have a boundary.
+            predicted somewhere, and iou/NAME for each class; largest_class_miou, of the largest class everywhere;
+            pixel_accuracy; boundary_f1, the mean over the classes that have a boundary.
         """
         right = np.diag(self.confusion)
         union = self.confusion.sum(0) + self.confusion.sum(1) - right
         num, there = max(1, int(self.confusion.sum())), union > 0
         iou = right[there] / union[there]
         found = {"val_loss": self.loss / num, "miou": float(iou.mean()) if len(iou) else 0.0}
+        true = self.confusion.sum(1)
+        found["largest_class_miou"] = float(true.max() / num / max(1, np.count_nonzero(true)))
         found["pixel_accuracy"] = float(right.sum() / num)
         num_found, close, num_true, met = self.boundaries[self.boundaries[:, [0, 2]].sum(1) > 0].T
         precision, recall = close / np.maximum(num_found, 1), met / np.maximum(num_true, 1)

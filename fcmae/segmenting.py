@@ -143,7 +143,7 @@ def segment(cfg: SegmentConfig, net: Segmenter | None = None) -> Run:
                         part.save(run.path / name)
                     for note in dict.fromkeys(note for part in data for note in part.notes):
                         logger.info("%s", note)
-                    check_values(reading, data.images if len(data.images) else data.val_images)
+                    check_values(reading, data.images if len(data.images) else data.val_images, trains=cfg.trains)
             run.finished = train(session, cfg, net, weights, reading, per_epoch, data)
     return session.result()
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fcmae.config import DenseConfig, RunConfig
 from fcmae.data.augment import Reading
-from fcmae.data.index import Images, also_in, check_apart, images_of_run
+from fcmae.data.index import Images, also_in, check_apart, labelled_images_of_run
 from fcmae.data.source import printable
 from fcmae.heads import Classifier, Segmenter
 from fcmae.networks.encoder import layer_of, num_layers
@@ -102,6 +102,12 @@ def reading_for(cfg: DenseConfig, weights: Weights, crop_pct: float = 1.0) -> Re
         )
     if cfg.eval_only and "image_size" not in cfg.data.model_fields_set and learnt.size is not None:
         reading = replace(reading, image_size=learnt.size)
+    spec = weights.architecture.spec
+    unit = spec.total_stride // spec.stem_stride * (cfg.model.stem_stride or spec.stem_stride)
+    if min(reading.image_size) < unit:
+        raise ValueError(
+            f"data.image_size: {list(reading.image_size)} is smaller than the total stride {unit}: give more"
+        )
     if cfg.data.nodata is None and learnt.nodata is not None:
         logger.info("data.nodata = %g, as the weights were trained", learnt.nodata)
         reading = replace(reading, nodata=learnt.nodata)
@@ -167,14 +173,13 @@ def check_held_out(cfg: DenseConfig, train: Images, val: Images) -> None:
     Raises:
         ValueError: if an image is both; of a run that only evaluates, if its weights learnt from one that was drawn.
     """
-    if not cfg.eval_only:
+    if cfg.trains:
         check_apart(train, val, *(("data.path",) if cfg.data.val_path is None else ("data.val_path", "data.path")))
-        return
-    learnt = images_of_run(Path(str(cfg.model.init)))
+    learnt = None if cfg.model.init is None else labelled_images_of_run(Path(cfg.model.init))
     both = also_in(val, learnt) if learnt is not None else ()
-    if both and cfg.data.val_path is not None:
+    if both and (cfg.trains or cfg.data.val_path is not None):
         logger.warning(
-            "model.init = %s learnt from %d of the %d images that it is scored on, such as %s: its scores are too high",
+            "model.init = %s learnt labels of %d of the %d images held out, such as %s: scores on them are too high",
             *(cfg.model.init, len(both), len(val), printable(min(both))),
         )
     elif both:

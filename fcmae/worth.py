@@ -17,6 +17,7 @@ import csv
 import io
 import json
 import shlex
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -34,7 +35,7 @@ from fcmae import choices, options, planning
 from fcmae.atomic import write_text
 from fcmae.config import FinetuneConfig, PretrainConfig
 from fcmae.config.commands import WorthConfig
-from fcmae.data.index import Images, also_in, find_images, images_of_run
+from fcmae.data.index import Images, also_in, find_images, images_of_run, labelled_images_of_run
 from fcmae.data.source import is_unicode, printable
 from fcmae.data.split import draw
 from fcmae.data.survey import Survey, survey
@@ -152,6 +153,7 @@ def worth(cfg: WorthConfig) -> int:
     """
     place = cfg.out or Path("runs") / f"{Path(cfg.data).absolute().stem or 'images'}-worth"
     check_outside(place, {"data": cfg.data, "unlabelled": cfg.unlabelled, "test": cfg.test})
+    _recipes(cfg)  # before images are looked at
     train, test = find_data(cfg.data, cfg.test, cfg.test_share, cfg.seed)
     plan = _saved_plan(place, cfg, train, test)
     if plan is None:
@@ -180,6 +182,9 @@ def worth(cfg: WorthConfig) -> int:
                 raise
             print(f"{job.name} has no score: {error}", flush=True)
             continue
+        except ValueError as error:
+            files = "settings of the runs go into files (--pretraining, --finetuning), and others need another --out"
+            raise ValueError(f"{error}\n{files}") from error
         if run.stopped_by is not None:  # perhaps at its last step, which is not the end of the comparison
             print(f"stopped by {run.stopped_by}: the same command goes on", flush=True)
             return replace(run, finished=False).status
@@ -307,7 +312,9 @@ def _check_same(arm: PlannedArm, place: Path, cfg: WorthConfig) -> None:
 def _recipes(cfg: WorthConfig) -> dict[str, Any]:
     """The content of the files of settings."""
     named = {key: getattr(cfg, key) for key in ("pretraining", "finetuning")}
-    return {key: options.read_yaml(options.find_config(name)) for key, name in named.items() if name is not None}
+    return {
+        key: options.read_yaml(options.find_config(name, f"--{key}")) for key, name in named.items() if name is not None
+    }
 
 
 def _make_plan(place: Path, cfg: WorthConfig, train: Images, test: Images) -> Plan:
@@ -332,6 +339,7 @@ def _make_plan(place: Path, cfg: WorthConfig, train: Images, test: Images) -> Pl
     notes += [note for start in starts for note in _known(start, train, test)]
     if starts or cfg.hours or cfg.pretraining:
         notes.append("Each start is of one pretraining: intervals are over draws of labels and fine-tuning.")
+    print("timing steps of each network and amount of labels", file=sys.stderr, flush=True)
     if cfg.hours or cfg.pretraining:
         made, seconds[PRETRAINED] = _choose_pretraining(place, cfg)
         seen = len(also_in(test, find_images(made.data.path)))
@@ -386,7 +394,8 @@ def _known(start: Start, train: Images, test: Images) -> Iterator[str]:
     if (learnt := images_of_run(Path(str(start.init)))) is None:
         return
     tested, drawn_from = (len(also_in(images, learnt)) for images in (test, train))
-    if learnt.labels is None:
+    has_labels = labelled_images_of_run(Path(str(start.init))) is not None
+    if not has_labels:
         if tested:
             yield f"{tested} of the test images are among those of the pretraining of {start.name}, without labels."
     elif tested:
@@ -397,7 +406,7 @@ def _known(start: Start, train: Images, test: Images) -> Iterator[str]:
     chose = images_that_chose(Path(str(start.init)))
     if chose is not None and (num := len(also_in(test, chose))):
         yield f"{num} of the test images chose best/ of {start.name}, so that its scores are too high: give its last/."
-    if drawn_from and learnt.labels is not None:
+    if drawn_from and has_labels:
         yield f"{start.name} has learnt from {drawn_from} of the labels already, however few a row of the table says."
 
 
@@ -422,6 +431,8 @@ def _weights(cfg: WorthConfig, init: str) -> Weights:
 
 
 def _given_starts(cfg: WorthConfig, train: Images) -> list[Start]:
+    if (cfg.key or cfg.prefix) and not any(Path(path).is_file() for path in cfg.init):
+        raise ValueError("key, prefix: they name what is inside a file, and init names none: leave them out")
     if twice := [path for number, path in enumerate(cfg.init) if path in cfg.init[:number]]:
         raise ValueError(f"init = {twice[0]} is given twice: give each once")
     starts = list[Start]()

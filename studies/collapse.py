@@ -146,7 +146,7 @@ def text(found: Sequence[Mapping[str, Any]], random: float | None, views: float)
 
     sound = [one for one in found if one["run"] in SOUND]
     provoked = [one for one in found if one["run"] not in SOUND]
-    collapsed = [one for one in provoked if None not in (one["knn"], random) and one["knn"] < random]
+    collapsed = [one for one in provoked if None not in (one["knn"], random) and one["knn"] <= random]
     return f"""## Are collapses seen?
 
 Written by `studies/collapse.py`: tiny20 at 32 pixels, {views:,} views each. Of the sound runs {told(sound)} have a

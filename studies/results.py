@@ -113,7 +113,7 @@ def grn(results: Json) -> Iterator[str]:
         gains = [found[seed]["top1"] - base[seed]["top1"] for seed in seeds]
         losses = results["curves"].get(pretrained, {}).get("val_loss") or [[0, None]]
         loss = "" if losses[-1][1] is None else f"{losses[-1][1]:.4f}"
-        compared = ["", ""] if prefix == WITH_GRN else [number(gains), paired.tell(gains)]
+        compared = ["", ""] if prefix == WITH_GRN or not gains else [number(gains), paired.tell(gains)]
         probe = results["probes"].get(pretrained, []) if prefix not in ("grn-dropped", "grn-new") else []
         linear = percent_of(of_probe(probe, "linear", "top1", 4))
         rows.append([label, loss, linear, number([f["top1"] for f in found.values()]), str(len(found)), *compared])

@@ -95,7 +95,12 @@ def picture(path: Path, seed: int = 0) -> None:
 
 
 def evaluation(
-    path: Path, model: str, score: float, class_names: tuple[str, ...] = ("a", "b"), stage: int | None = 4
+    path: Path,
+    model: str,
+    score: float,
+    class_names: tuple[str, ...] = ("a", "b"),
+    stage: int | None = 4,
+    num_stages: int = 4,
 ) -> None:
     """PATH/evaluation.json and a picture beside it: a linear probe and few labels on 400 test images."""
     probes = [
@@ -110,6 +115,7 @@ def evaluation(
     ]
     data = {"train": "labelled", "test": "held", "num_train": 800, "num_test": 400, "class_names": list(class_names)}
     record = {"model": model, "command": f"fcmae evaluate {model} --data labelled", "data": data, "results": probes}
+    record |= {} if stage is None else {"num_stages": num_stages}
     size = 400 // len(class_names)
     matrix = [[size * (row == column) for column in range(len(class_names))] for row in range(len(class_names))]
     record["confusion"] = {"probe": "linear", "stage": stage, "matrix": matrix}

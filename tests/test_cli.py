@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 from runs import write_images
@@ -178,7 +179,8 @@ def test_stats_prints_lines_for_a_configuration(
     stats = Recorder(monkeypatch, "data.stats", "channel_statistics", ([0.123456, 0.5], [1e-5, 0.25], 7))
     Recorder(monkeypatch, "data.index", "find_images", index)
     assert main(["stats", "a", "b", "--in-chans", "2", "--max-images", "9", "--num-workers", "1"]) == 0
-    assert stats.calls == [(index, 2, {"max_images": 9, "num_workers": 1, "max_pixels": 100_000_000, "nodata": None})]
+    given = {"max_images": 9, "num_workers": 1, "max_pixels": 100_000_000, "nodata": None, "key": "path"}
+    assert stats.calls == [(index, 2, given)]
     config, shown = tmp_path / "stats.yaml", capsys.readouterr()
     assert shown.err == "1 .gif was left out\n" and "nodata" not in shown.out
     assert main(["stats", "a", "b", "--in-chans", "2", "--nodata", "-3.4e38"]) == 0
@@ -188,6 +190,18 @@ def test_stats_prints_lines_for_a_configuration(
     assert main(["pretrain", "--config", str(config), "--data.path", "a", "--out", "run"]) == 0
     data = pretrain.calls[0][0].data
     assert (data.in_chans, data.mean, data.std, data.nodata) == (2, [0.123456, 0.5], [1e-5, 0.25], -3.4e38)
+
+
+def test_memory_of_a_gpu_that_does_not_suffice_is_told_in_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def predict(cfg: Any) -> int:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore")
+
+    monkeypatch.setattr("fcmae.prediction.predict", predict)
+    assert main(["predict", "model", "photos"]) == 2
+    said = "CUDA out of memory. Tried to allocate 2.00 GiB: lower --batch_size, or give --device cpu"
+    assert capsys.readouterr().err == f"fcmae: error: {said}\n"
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])

@@ -163,6 +163,7 @@ def test_a_batch_holds_an_image_for_each_process() -> None:
         ({"data": {"path": "x", "in_chans": 4, "mean": [0.1] * 4, "std": [1] * 4}}, "data.auto_augment"),
         ({"data": {"path": "x", "image_size": 16}}, "data.image_size"),
         ({"batch_size": 6, "grad_accum": 2, "regularization": {"cutmix": 1}}, "batch_size"),
+        ({"regularization": {"class_weights": [0, 0]}}, "regularization.class_weights"),
     ],
 )
 def test_impossible_fine_tuning_is_named(settings: dict[str, object], key: str) -> None:

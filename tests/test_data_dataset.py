@@ -194,8 +194,13 @@ def test_images_far_from_their_mean_are_warned_of_with_the_way_out(
     for i in range(3):
         tifffile.imwrite(tmp_path / f"{i}.tif", np.full((20, 20), -850 + 10 * i, np.int16))
     (tmp_path / "0.tif").write_bytes(b"broken")
-    check_values(Reading(1, (16, 16), 1.0, (mean,), (std,)), find_images([str(tmp_path)]))
-    assert ("values from -840 to -830" in caplog.text and "fcmae stats IMAGES --in_chans 1" in caplog.text) == far
+    reading, found = Reading(1, (16, 16), 1.0, (mean,), (std,), nodata=7), find_images([str(tmp_path)])
+    check_values(reading, found, trains=True)
+    remedy = "fcmae stats IMAGES --in_chans 1 --nodata 7`"
+    assert ("values from -840 to -830" in caplog.text and remedy in caplog.text) == far
+    caplog.clear()
+    check_values(reading, found)  # for weights that are there
+    assert ("in the units that the model was trained on" in caplog.text) == far
 
 
 @pytest.mark.parametrize(("num", "warned"), [(3, False), (4, True)])
@@ -219,7 +224,7 @@ def test_pages_that_are_not_read_are_told(tmp_path: Path, caplog: pytest.LogCapt
     values = np.random.default_rng(0).integers(0, 256, (5, 32, 32), dtype=np.uint8)
     tifffile.imwrite(tmp_path / "z.tif", values, photometric="minisblack")
     images = find_images([str(tmp_path)])
-    check_values(Reading(1, (16, 16), 1.0, (0.5,), (0.3,)), images)
+    check_values(Reading(1, (16, 16), 1.0, (0.5,), (0.3,)), images, trains=True)
     assert "z.tif has 5 pages, and the first is read: in_chans = 5 reads them as channels" in caplog.text
     caplog.clear()
     five = Reading(5, (32, 32), 1.0, (0.5,) * 5, (0.3,) * 5)

@@ -129,6 +129,12 @@ def test_one_loss_that_chance_does_not_explain_is_held_against_gains_that_it_doe
     assert rows["10%"].chance == pytest.approx(0.00914, abs=1e-5)  # t = 10.392 of 2 degrees of freedom
 
 
+def test_gains_that_are_all_the_same_are_as_sure_as_their_signs() -> None:
+    same = {("scratch", "10%"): [0.5] * 6, ("mine", "10%"): [0.6] * 6}
+    rows = {row.labels: row for row in paired.compare(comparison(same)) if row.arm == "mine"}
+    assert (rows["10%"].told, rows["10%"].chance) == ("better", 1 / 32)
+
+
 def test_gains_that_hold_one_by_one_hold_together_as_holm_has_it() -> None:
     both = GAINED | {("mine", "100%"): [0.84, 0.87, 0.82]}  # 4, 7 and 2 points: p = 0.099, so not
     assert paired.verdict(comparison(both)).answer == "✓ Yes, in 1 of 2 comparisons"

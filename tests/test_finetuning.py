@@ -190,7 +190,7 @@ def test_evaluating_only_and_predicting_repeat_the_last_evaluation(
     assert cli.main([*evaluating, "--overwrite"]) == 0
     (line,) = metrics(out)
     assert line["top1"] == pytest.approx(1 - metrics(tuned)[-1]["top1"])
-    assert "its scores are too high" not in (out / "train.log").read_text()
+    assert "are too high" not in (out / "train.log").read_text()
 
     # What it has learnt from may be scored, with a warning.
     learnt = json.loads((tuned / "files.json").read_text())["paths"]
@@ -198,7 +198,7 @@ def test_evaluating_only_and_predicting_repeat_the_last_evaluation(
         file.write(f"{learnt[0]},green\n")
     runs.forget_accelerator()
     assert cli.main([*evaluating, "--overwrite"]) == 0
-    said = "learnt from 1 of the 5 images that it is scored on"
+    said = "learnt labels of 1 of the 5 images held out"
     assert said in capsys.readouterr().err
 
     # Drawn by another seed they would be among those that it learnt from.
@@ -209,6 +209,14 @@ def test_evaluating_only_and_predicting_repeat_the_last_evaluation(
     assert "images that model.init =" in (said := capsys.readouterr().err) and "give the seed and" in said
     runs.forget_accelerator()
     assert cli.main([*drawing, "0"]) == 0
+    # Training from it, too, they choose the best model.
+    given = {"model__init": tuned / "last", "epochs": 1, "optim__warmup_epochs": 0}
+    for seed in (0, 1):
+        runs.forget_accelerator()
+        assert finetune(labelled, tmp_path / f"again-{seed}", **given, seed=seed) == 0
+        said = (tmp_path / f"again-{seed}" / "train.log").read_text()
+        assert ("images held out, such as" in said and "scores on them are too high" in said) == bool(seed)
+    runs.forget_accelerator()
 
     capsys.readouterr()
     (tmp_path / "broken.png").write_bytes(b"no image")

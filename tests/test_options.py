@@ -1,9 +1,11 @@
 import os
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from fcmae import options
 from fcmae.config import FinetuneConfig, PretrainConfig, SegmentConfig
 from fcmae.config.base import Settings
-from fcmae.config.commands import ConvertConfig, EvaluateConfig
+from fcmae.config.commands import ConvertConfig, EvaluateConfig, PredictConfig, WorthConfig
 from fcmae.networks.spec import ConvNeXtSpec
 from fcmae.options import ConfigError, make
 
@@ -494,12 +496,40 @@ def test_help_shows_every_setting_once_with_its_default(capsys: pytest.CaptureFi
     assert max(map(len, shown.splitlines())) <= 100
 
 
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (PretrainConfig, [""]),
+        (PretrainConfig, ["photos", "--out", ""]),
+        (FinetuneConfig, ["labelled", "--data.val_path", ""]),
+        (PredictConfig, ["model", ""]),
+        (WorthConfig, [""]),
+    ],
+)
+def test_an_empty_path_is_not_this_folder(model: Any, words: list[str]) -> None:
+    """As of a shell's variable that is not set."""
+    with pytest.raises(ConfigError, match="it is empty: give a path"):
+        options.load(model, words, prog="x")
+
+
+@pytest.mark.parametrize(
+    ("model", "words", "sentence"),
+    [
+        (SegmentConfig, ["pairs.csv", "--maps", "maps"], "pairs.csv names the maps itself: leave one out"),
+        (EvaluateConfig, ["run", "--data", "labelled", "--labels", "5%"], "it is for few-shot: give --probes"),
+    ],
+)
+def test_what_would_be_left_is_refused(model: Any, words: list[str], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        options.load(model, words, prog="x")
+
+
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20).filter(lambda text: not text.startswith("~"))
 shares = st.floats(0, 1, exclude_min=True, exclude_max=True)
 
 
 @given(
-    paths=st.lists(texts, min_size=1),
+    paths=st.lists(texts.filter(bool), min_size=1),
     ratio=shares.filter(lambda share: share < 0.8),
     mean=st.none() | st.lists(st.floats(-9, 9), min_size=3, max_size=3),
     rate=st.floats(1e-12, 1e3),

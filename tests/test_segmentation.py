@@ -235,6 +235,18 @@ def test_a_class_that_is_predicted_and_nowhere_true_counts_as_0() -> None:
     scores.add([(confident(predicted, 3), truth)])
     found = scores.values("abc")
     assert found["miou"] == pytest.approx((199 / 200 + 0) / 2) and found["iou/b"] == 0 and "iou/c" not in found
+    assert found["largest_class_miou"] == 1
+
+
+def test_what_the_largest_class_everywhere_scores_counts_the_true_classes() -> None:
+    truth = np.zeros((10, 20), np.int16)
+    truth[0], truth[1, :3] = 1, IGNORED
+    predicted = np.full_like(truth, 2)
+    scores, constant = Scores(3), Scores(3)
+    scores.add([(confident(predicted, 3), truth)])
+    constant.add([(confident(np.zeros_like(truth), 3), truth)])
+    assert scores.values("abc")["largest_class_miou"] == pytest.approx(177 / 197 / 2)
+    assert constant.values("abc")["miou"] == pytest.approx(177 / 197 / 2)
 
 
 def test_the_f1_of_boundaries_is_the_harmonic_mean_of_precision_and_recall() -> None:

@@ -661,6 +661,8 @@ class DenseConfig(RunConfig):
                 ("data.val_share", "data.val_path"),
                 "0 leaves nothing to evaluate on: give a share or data.val_path",
             )
+        if isinstance(weights := self.regularization.class_weights, list) and not any(weights):
+            yield ("regularization.class_weights",), "all are 0, so that nothing would be learnt: give one above 0"
         if model.variant is None and model.init is None:
             yield (
                 ("model.variant", "model.init"),
@@ -743,8 +745,11 @@ class SegmentConfig(DenseConfig):
                 yield (f"model.{name}", "model.head"), f"it is for anytime, and model.head is {self.model.head}"
         data = self.data
         for name, maps, images in (("maps", data.maps, data.path), ("val_maps", data.val_maps, data.val_path)):
-            if images and not images.lower().endswith(".csv") and not maps:
+            is_table = bool(images) and str(images).lower().endswith(".csv")
+            if images and not is_table and not maps:
                 yield (f"data.{name}",), f"missing: the folder of the label maps of {images}"
+            if is_table and maps:
+                yield (f"data.{name}",), f"{maps} is left, as {images} names the maps itself: leave one out"
         if data.val_maps and not data.val_path:
             yield ("data.val_path", "data.val_maps"), f"missing: the images of the label maps {data.val_maps}"
         names, values = data.class_names, data.class_values

@@ -91,6 +91,8 @@ def _square(value: Any) -> Any:
 
 
 def _expanded(text: str) -> str:
+    if not text:
+        raise ValueError("it is empty: give a path")
     found = os.path.expanduser(text)  # noqa: PTH111  # Path's fails of an unknown user
     if found.startswith("~"):
         raise ValueError(f"there is no such user: write ./{found} for a name that begins so")

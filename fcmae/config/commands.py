@@ -118,6 +118,11 @@ class EvaluateConfig(Reading, FromFile):
     overwrite: bool = False
     """Replace earlier results."""
 
+    def conflicts(self, num_processes: int | None = None) -> Iterator[Conflict]:
+        yield from super().conflicts(num_processes)
+        for key in {"labels", "draws"} & self.model_fields_set if "few-shot" not in self.probes else ():
+            yield (key, "probes"), "it is for few-shot: give --probes knn linear few-shot too, or leave it out"
+
 
 class WorthConfig(Settings, FromFile):
     """Find out whether pretraining is worth it: fine-tune from each start and from scratch, with paired seeds.

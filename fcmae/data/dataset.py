@@ -32,12 +32,13 @@ MAX_TRIES = 16  # files that a training sample tries before it gives up
 View = CenterCrop | CropAndFlip | FinetuneAugment  # file -> (C, H, W), drawing from the sample's own generator
 
 
-def check_values(reading: Reading, images: Images) -> None:
+def check_values(reading: Reading, images: Images, *, trains: bool = False) -> None:
     """Warn if some of the images hold values far from the mean or of no spread, as in other units, or unread pages.
 
     Args:
         reading: how they are read.
         images: which.
+        trains: whether a network learns from them, for which other channels, mean and std can be given.
     """
     dataset, looked_at = centre_crops(reading, images), evenly(len(images), 8)
     names = {i: images.name(i) for i in looked_at}
@@ -45,7 +46,7 @@ def check_values(reading: Reading, images: Images) -> None:
         with suppress(BadImage), images.open(i) as file:
             num, are_channels = num_pages(file)
             if num > 1:
-                remedy = f": in_chans = {num} reads them as channels" if are_channels else ""
+                remedy = f": in_chans = {num} reads them as channels" if are_channels and trains else ""
                 logger.warning("%s has %d pages, and the first is read%s", printable(names[i]), num, remedy)
                 break
     samples = [dataset[(0, i)] for i in looked_at]
@@ -58,13 +59,16 @@ def check_values(reading: Reading, images: Images) -> None:
     far = torch.maximum((centre - mean).abs(), spread) / std
     is_narrow = len(readable) > 3 and (spread / std).max() < 1 / NARROW
     if far.max() > FAR or is_narrow:
-        i = int(far.argmax())
+        i, remedy = int(far.argmax()), "give them in the units that the model was trained on"
+        if trains:
+            nodata = "" if reading.nodata is None else f" --nodata {reading.nodata:g}"
+            remedy = f"`fcmae stats IMAGES --in_chans {reading.in_chans}{nodata}` prints the right ones"
         logger.warning(
             "the images hold values from %.4g to %.4g, in channel %d of mean %.4g and std %.4g, %s the mean %.4g "
-            "and std %.4g that they are normalised with: `fcmae stats IMAGES --in_chans %d` prints the right ones",
+            "and std %.4g that they are normalised with: %s",
             *(values[:, i].min(), values[:, i].max(), i, centre[i], spread[i]),
             "too narrow for" if is_narrow else "far from",
-            *(mean[i], std[i], reading.in_chans),
+            *(mean[i], std[i], remedy),
         )
 
 

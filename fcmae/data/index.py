@@ -272,6 +272,18 @@ def images_of_run(path: Path) -> Images | None:
     return None
 
 
+def labelled_images_of_run(path: Path) -> Images | None:
+    """Those of `images_of_run`, if the run learnt their labels, or their label maps.
+
+    Args:
+        path: likewise.
+    """
+    run, found = run_of(path), images_of_run(path)
+    if run is None or found is None:
+        return None
+    return found if found.labels is not None or (run / "maps.json").is_file() else None
+
+
 def run_of(path: Path) -> Path | None:
     """The run that a path is, or in whose best/, last/ or checkpoints/ it lies; None of others.
 
@@ -405,7 +417,8 @@ def _told(found: Iterable[Found], key: str) -> Iterator[Found]:
     for count, item in enumerate(found, 1):
         yield item
         if (now := time.monotonic()) - told > TELL_EVERY_S:
-            logger.info("%s: %s images or shards were found so far", key, f"{count:,}")
+            level = logging.INFO if logger.handlers else logging.WARNING  # which is shown of commands that keep no log
+            logger.log(level, "%s: %s images or shards were found so far", key, f"{count:,}")
             told = now
 
 
@@ -827,10 +840,12 @@ def _class_folders(
 def _refuse_splits(root: str, names: set[str], key: str) -> None:
     if len(names) > 1 and {name.lower() for name in names} <= SPLITS:
         held_out = sorted(names - {"train", "training"})
+        example = f"{key} {root}/{sorted(names & {'train', 'training'} or names)[0]}"
+        if (other := {"data.path": "data.val_path", "data": "test"}.get(key)) is not None:
+            example += f" with {other} {root}/{held_out[-1]}"
         raise ValueError(
             f"{key}: {root!r} holds splits ({', '.join(sorted(names))}) and no classes: give the folder of one of "
-            f"them, such as data.path {root}/{sorted(names & {'train', 'training'} or names)[0]} with data.val_path "
-            f"{root}/{held_out[-1]}"
+            f"them, such as {example}"
         )
 
 

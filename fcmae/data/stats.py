@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from fcmae.data.decode import read_crop
 from fcmae.data.geometry import MAX_PIXELS, Box, readable_share
 from fcmae.data.index import Images
 from fcmae.data.source import BadImage, printable
+
+logger = logging.getLogger("fcmae")
 
 AT_ONCE = 1 << 15  # pixels
 
@@ -25,11 +29,12 @@ def channel_statistics(
     num_workers: int = 0,
     max_pixels: int = MAX_PIXELS,
     nodata: float | None = None,
+    key: str = "data.path",
 ) -> tuple[list[float], list[float], int]:
     """Mean and standard deviation of each channel, in units of a full range of 1 (uint8 is divided by 255).
 
     Every image counts the same, whatever its size, because the network sees each at one size. Images that cannot be
-    read are skipped, and so are missing values (see `read_crop`).
+    read are skipped, which is told, and so are missing values (see `read_crop`).
 
     Args:
         images: what to measure.
@@ -38,6 +43,7 @@ def channel_statistics(
         num_workers: processes that decode.
         max_pixels: see `read_crop`.
         nodata: likewise.
+        key: the setting that errors name.
 
     Returns:
         Mean, std, and the number of images used.
@@ -52,20 +58,20 @@ def channel_statistics(
         _Moments(images, in_chans, max_pixels, nodata), batch_size=None, num_workers=num_workers, collate_fn=_unchanged
     )  # batch_size=None: one image at a time, of any size
     total, counts = np.zeros((2, in_chans)), np.zeros(in_chans, np.int64)
-    num_images, first_bad = 0, ""
-    for moments in loader:
+    num_images, bad = 0, list[str]()
+    for moments in tqdm(loader, "mean and std", unit="image", delay=5, disable=None, leave=False):
         if isinstance(moments, str):
-            first_bad = first_bad or moments
+            bad.append(moments)
             continue
         total += np.nan_to_num(moments)
         counts += ~np.isnan(moments[0])
         num_images += 1
     if num_images == 0:
-        raise ValueError(f"data.path: none of {len(images)} files can be read; {first_bad}")
+        raise ValueError(f"{key}: none of {len(images)} files can be read; {bad[0]}")
+    if bad:
+        logger.warning("%s: %d of %d images cannot be read, and do not count; %s", key, len(bad), len(images), bad[0])
     if not counts.all():
-        raise ValueError(
-            f"data.path: of channel {np.argmin(counts)} all values are missing in all images that were read"
-        )
+        raise ValueError(f"{key}: of channel {np.argmin(counts)} all values are missing in all images that were read")
     mean, mean_square = total / counts
     std = np.sqrt(np.maximum(mean_square - mean**2, 0))
     return mean.tolist(), std.tolist(), num_images

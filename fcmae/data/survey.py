@@ -107,7 +107,9 @@ def survey(
                 f"{key}: of {len(sides)} images {few(kinds, 4)}: list those of one kind in a .txt file (with labels, a "
                 ".csv file), or convert the others"
             )
-    mean, std, _ = channel_statistics(sample, in_chans, max_images=max_images, max_pixels=max_pixels, nodata=nodata)
+    mean, std, _ = channel_statistics(
+        sample, in_chans, max_images=max_images, max_pixels=max_pixels, nodata=nodata, key=key
+    )
     counts: tuple[int, ...] = ()
     if images.labels is not None and images.class_names is not None:
         counts = tuple(np.bincount(images.labels, minlength=len(images.class_names)).tolist())

@@ -69,6 +69,7 @@ def analyze(cfg: AnalyzeConfig) -> str:
     check_outside(place, {"data": cfg.data, "images": cfg.images})
     index = find_labelled(cfg.data, key="data") if cfg.data is not None else find_images(cfg.images or (), key="images")
     index.tell_notes()
+    num_found = len(index)
     index = index.subset(evenly(len(index), cfg.max_images))
     where = choose_device(cfg.device)
     backbones = load_backbones(cfg.models, index, cfg.image_size, cfg.max_pixels, cfg.key, cfg.prefix, cfg.nodata)
@@ -101,7 +102,8 @@ def analyze(cfg: AnalyzeConfig) -> str:
     if num_classes and len(index) < FEW * num_classes:
         lines.insert(
             1,
-            f"class selectivity is too high, of {len(index) / num_classes:.3g} images a class: raise --max-images",
+            f"class selectivity is too high, of {len(index) / num_classes:.3g} images a class: "
+            f"{'raise --max-images' if len(index) < num_found else 'give more images'}",
         )
     return "\n".join(lines)
 

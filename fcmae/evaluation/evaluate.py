@@ -30,7 +30,7 @@ from fcmae.atomic import write_text
 from fcmae.classification import macro_auroc, scores
 from fcmae.config.commands import EvaluateConfig
 from fcmae.data.dataset import check_values
-from fcmae.data.index import Images, also_in, check_apart, find_labelled, images_of_run
+from fcmae.data.index import Images, also_in, check_apart, find_labelled, labelled_images_of_run
 from fcmae.data.source import printable
 from fcmae.data.split import draw, split
 from fcmae.evaluation.features import check_stages, extract
@@ -39,6 +39,7 @@ from fcmae.evaluation.outputs import TEMPORARY, claim, default_out, file_name, f
 from fcmae.evaluation.pictures import save_figure, shortened
 from fcmae.evaluation.probes import TEMPERATURE, few_shot_counts, fit_linear, knn_probabilities, mean_and_interval
 from fcmae.evaluation.records import COLUMNS, score_rows
+from fcmae.networks.encoder import StagedEncoder
 from fcmae.tables import table
 from fcmae.training.own_files import FOUND, check_outside
 from fcmae.training.records import cpu_name, read_metrics
@@ -156,6 +157,7 @@ def evaluate_model(
             "class_names": list(names),
         },
         "image_size": list(backbone.reading.image_size),
+        **({"num_stages": len(model.spec.depths)} if isinstance(model := backbone.model, StagedEncoder) else {}),
         "results": results,
         "confusion": confusion,
     }
@@ -218,8 +220,8 @@ def check_untaught(model: str, test_index: Images) -> None:
     Raises:
         ValueError: if it was trained on some of them.
     """
-    learnt = images_of_run(Path(model))
-    if learnt is not None and learnt.labels is not None and (both := also_in(test_index, learnt)):
+    learnt = labelled_images_of_run(Path(model))
+    if learnt is not None and (both := also_in(test_index, learnt)):
         raise ValueError(
             f"{model} has learnt from {len(both)} of the {len(test_index)} test images with their labels, such as "
             f"{printable(min(both))}: give others by test, or the seed and share by which the run held images out"
@@ -387,6 +389,11 @@ def summary(records: Sequence[dict[str, Any]]) -> str:
         f"{data['num_train']} training and {data['num_test']} test images of {len(data['class_names'])} classes. "
         f"To answer always with the largest class has a top-1 of {data['largest_class']:.3f}.",
     ]
+    for record in records[1:]:
+        other = record["data"]
+        if (other["num_train"], other["num_test"]) != (data["num_train"], data["num_test"]):
+            counts = f"{other['num_train']} training and {other['num_test']} test images"
+            lines.append(f"{record['model']} could use {counts}, so that its scores do not compare with the first's.")
     if any("spread" in result for result in records[0]["results"]):
         lines.append("[low, high]: 95 % interval of the mean over the draws of labels.")
     return "\n".join(lines)

@@ -172,7 +172,7 @@ def _chance(differences: Sequence[float]) -> float:
     from scipy import stats
 
     if max(differences) - min(differences) < ALIKE:
-        return float(abs(differences[0]) < ALIKE)
+        return 1.0 if abs(differences[0]) < ALIKE else 2.0 ** (1 - len(differences))  # of one sign by chance
     return float(stats.ttest_1samp(differences, 0).pvalue)
 
 

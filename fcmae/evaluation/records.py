@@ -51,6 +51,7 @@ class Evaluation(TypedDict):
     results: list[Result]
     confusion: Confusion | None
     command: NotRequired[str]
+    num_stages: NotRequired[Count]
     step: NotRequired[Count | None]
 
 

@@ -10,6 +10,7 @@ import math
 import os
 import re
 import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from typing_extensions import TypedDict
 import fcmae
 from fcmae import options
 from fcmae.atomic import read_bytes, write_text
+from fcmae.data.source import printable
 from fcmae.data.split import evenly
 from fcmae.evaluation import paired
 from fcmae.evaluation.charts import Chart, Table, heat_map, line_chart, shown
@@ -159,6 +161,8 @@ def report(paths: Sequence[Path], out: Path | None = None) -> Path:
             problems.append(str(error))
     if not (runs or compared):
         raise ValueError("\n".join(problems))
+    for problem in problems:
+        print(printable(problem), file=sys.stderr)
     write_text(out, render(runs, problems, compared))
     return out
 

@@ -72,8 +72,8 @@ def _working(run: RunFiles) -> Found:
         sentences.insert(0, sentence)
     if run.kind == "segment" and (found := [line for line in run.lines if "miou" in line]):
         miou = of_model(found[-1], "miou")
-        guess = 1 / max(1, sum(key.startswith("iou/") for key in found[-1]))
-        sentences.insert(0, f"Mean IoU is {miou:.3f}; one class everywhere scores {guess:.3f} at most.")
+        guess = found[-1].get("largest_class_miou", 0.0)
+        sentences.insert(0, f"Mean IoU is {miou:.3f}; the largest class everywhere scores {guess:.3f}.")
         state = "good" if miou > guess and not worrying else "attention"
     if scored and run.counts.get("classes"):
         score, guess = _score(scored[-1]), guessed(run.class_counts or [1] * run.counts["classes"])
@@ -233,7 +233,7 @@ def _is_complete(run: RunFiles, line: Mapping[str, Any]) -> bool:
 def _against_untrained(run: RunFiles) -> Found:
     """The run's own probe against the one of an untrained network, on the same test images."""
     for folder, evaluation in run.evaluations.items():
-        if run.is_own(folder, evaluation) and (best := _best_probe(run, evaluation)) is not None:
+        if run.is_own(folder, evaluation) and (best := _best_probe(evaluation)) is not None:
             break
     else:
         return "unknown", []
@@ -249,7 +249,7 @@ def _against_untrained(run: RunFiles) -> Found:
     if late:
         sentence += f" That was at step {step:,} of {last:,}: evaluate it again."
     for other in run.evaluations.values():
-        untrained = _best_probe(run, other, probe)
+        untrained = _best_probe(other, probe)
         if is_untrained(other) and other.get("data") == data and untrained is not None:
             low = untrained[1]
             more = score > low + 2 * math.hypot(standard_error(score, sizes), standard_error(low, sizes))
@@ -279,12 +279,9 @@ def standard_error(score: float, class_counts: Sequence[int]) -> float:
     return math.sqrt(score * (1 - score) * sum(1 / count for count in found)) / max(1, len(found))
 
 
-def _best_probe(run: RunFiles, evaluation: Evaluation, probe: str | None = None) -> tuple[str, float] | None:
+def _best_probe(evaluation: Evaluation, probe: str | None = None) -> tuple[str, float] | None:
     """The linear probe of the last stage, else nearest neighbours, and its balanced accuracy."""
-    variant = run.settings.get("model.variant")
-    num_stages = len(variant["depths"]) if isinstance(variant, Mapping) and "depths" in variant else 4
-    if variant is None:  # that of the weights it started from
-        num_stages = max((result["stage"] or 0 for result in evaluation["results"]), default=4)
+    num_stages = evaluation.get("num_stages")
     for name in (probe,) if probe else PROBES:
         for result in evaluation["results"]:
             found = result["scores"].get("balanced_accuracy")

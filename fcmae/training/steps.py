@@ -230,6 +230,12 @@ class Steps:
         if processes == 1 and (share := threads.busy()) > threads.BUSY:
             message = "other processes use %.0f %% of the cores: steps take longer than on an idle machine (%s)"
             logger.info(message, 100 * share, threads.in_force() or "fcmae doctor says more")
+        if self.schedule.min_lr > self.schedule.peak_lr and self.accelerator.is_main_process:
+            logger.warning(
+                "the learning rate rises from its peak of %.3g to optim.min_lr = %g, which no batch size scales",
+                self.schedule.peak_lr,
+                self.schedule.min_lr,
+            )
         if self.schedule.warmup >= self.schedule.total and self.accelerator.is_main_process:
             logger.warning(
                 "the learning rate never reaches its peak of %.3g: the warm-up takes %g epochs and the run has %g; "

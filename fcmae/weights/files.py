@@ -150,7 +150,7 @@ class Weights:
             image_size: height and width; None is the weights' own.
 
         Raises:
-            ValueError: if the mean and std of the channels are unknown.
+            ValueError: if the mean and std of the channels are unknown, or the size is below the total stride.
         """
         in_chans, image = self.architecture.in_chans, self.image
         defaults = FinetuneData(in_chans=in_chans)
@@ -161,6 +161,8 @@ class Weights:
                 "with --data.mean and --data.std, and give that run"
             )
         size = image_size or image.size or defaults.image_size
+        if min(size) < (unit := self.architecture.spec.total_stride):
+            raise ValueError(f"image_size: {list(size)} is smaller than the total stride {unit} of {source}: give more")
         return Reading(in_chans, size, image.crop_pct or defaults.crop_pct, mean, std, nodata=image.nodata)
 
 
