@@ -174,7 +174,10 @@ def card(weights: Weights, run: RunFiles | None, name: str) -> str:
     if license_ is None:
         parts += ["## Licence", "None was given. Whoever publishes this names one in the head of this file."]
     else:
-        parts += ["## Licence", f"{_cell(license_)}, as the weights that it was made from."]
+        parts += [
+            "## Licence",
+            f"{_cell(license_)}: that of the weights that it was made from, or given by who trained it.",
+        ]
     return "\n\n".join(parts) + "\n"
 
 

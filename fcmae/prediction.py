@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import os
@@ -190,6 +191,10 @@ def predict_maps(cfg: PredictConfig) -> int:
                 return write_map(place, shape, strips, record.classes, tags, cfg.probabilities)
         except BadImage as error:
             return error
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            return BadImage(f"its map's name would be too long: {place.name}")
 
     first_bad, num_done, is_read = "", 0, True
     num_threads = choose_num_workers(cfg.num_workers, accelerator.device.type)

@@ -308,7 +308,9 @@ def prune(cfg: PruneConfig) -> str:
     tell_unread(bad, "images")
     pruned = cut(weights, choose(encoder, measured, cfg.keep, cfg.what, cfg.how, cfg.by), measured)
     said = f"{cfg.keep:g} of {cfg.what} kept, {cfg.how} by {cfg.by}"
-    save_weights(cfg.dest, replace(pruned, origin=weights.origin | {"pruned": said}), "fcmae")
+    # Scores are those of the whole network.
+    origin = {key: value for key, value in weights.origin.items() if key == "epochs" or not isinstance(value, float)}
+    save_weights(cfg.dest, replace(pruned, origin=origin | {"pruned": said}), "fcmae")
     return "\n".join([*_changes(weights, pruned, reading.image_size), f"wrote {cfg.dest}", *_next(cfg.dest, pruned)])
 
 

@@ -9,7 +9,9 @@ import pickle
 import shutil
 import signal
 import tarfile
+import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -627,6 +629,16 @@ def test_shards_that_webdataset_wrote_are_read_and_trained_on_as_they_lie(tiny20
 def test_an_index_whose_names_lead_elsewhere_is_made_anew(tmp_path: Path, name: str) -> None:
     found = scanned(pack(tmp_path / "x.tar", *labelled(1)))
     assert Members.unpacked(Members([name], found.starts, found.sizes, [""]).packed("a"), "a") is None
+
+
+def test_an_index_that_would_fill_the_memory_is_made_anew(tmp_path: Path) -> None:
+    found = scanned(pack(tmp_path / "x.tar", *labelled(1)))
+    assert Members.unpacked(replace(found, starts=np.zeros(10**6, np.int64)).packed("a"), "a") is None  # of one name
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (2**45,)})
+    with zipfile.ZipFile(packed := io.BytesIO(), "w") as made:
+        made.writestr("stamp.npy", file.getvalue())
+    assert Members.unpacked(packed.getvalue(), "a") is None
 
 
 def test_an_index_that_zipfile_cannot_read_is_made_anew(tmp_path: Path) -> None:

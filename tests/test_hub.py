@@ -110,7 +110,7 @@ def test_the_card_says_what_the_run_says_and_not_where_it_lies(run: Path, tmp_pa
     assert Images.load(run / "files.json").fingerprint() in text
     last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
     assert f"{last['epoch']:.4g} epochs, {last['step']:,} steps" in text
-    assert "cc-by-nc-4.0, as the weights that it was made from" in text
+    assert "cc-by-nc-4.0: that of the weights that it was made from" in text
     assert r"cat, do\|g, \<b\>ünï" in text
     assert "secret place" not in text and str(tmp_path) not in text
     places = {"data.maps": "/me/maps", "data.val_maps": "/me/maps", "monitor.labelled": "/me/labels"}

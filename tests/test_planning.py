@@ -359,7 +359,9 @@ def test_images_at_once_are_halved_until_they_fit(
     words = ["photos", "--batch_size", "8", *SMALL]
     cfg = load(PretrainConfig, words, prog="x", complete=planning.pretraining)
     assert (measured, cfg.grad_accum) == ([8, 4, 2], 4)
-    with pytest.raises(ValueError, match=r"a step does not run: 8 images at once: out of memory; raise grad_accum, or try"):
+    with pytest.raises(
+        ValueError, match=r"a step does not run: 8 images at once: out of memory; raise grad_accum, or try"
+    ):
         load(PretrainConfig, [*words, "--grad_accum", "1"], prog="x", complete=planning.pretraining)
 
 

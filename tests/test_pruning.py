@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -348,8 +349,12 @@ def test_what_is_pruned_loads_in_every_command(
 def test_timm_loads_what_lost_blocks(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = classifier(ConvNeXtSpec(depths=(1, 1, 3, 1), dims=(4, 6, 8, 10)))
     weights = weights_of(model, image=IMAGE.model_copy(update={"input_size": (3, 32, 32)}), class_names=("cat", "dog"))
+    weights = replace(weights, origin={"epochs": 2.0, "top1": 0.93})
     save_weights(tmp_path / "whole.pth", weights, "fcmae")
     fcmae.prune(tmp_path / "whole.pth", tmp_path / "pruned.pth", photos, what="blocks", keep=0.67)
+    assert read_weights(tmp_path / "whole.pth").origin["top1"] == 0.93
+    pruned = read_weights(tmp_path / "pruned.pth").origin
+    assert pruned["epochs"] == 2.0 and "top1" not in pruned  # of another network
     fcmae.export(tmp_path / "pruned.pth", tmp_path / "timm")
     theirs = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
     ours = build_classifier(read_weights(tmp_path / "pruned.pth"))

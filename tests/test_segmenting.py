@@ -598,6 +598,17 @@ def test_label_maps_are_written_under_the_images_names(tmp_path: Path, capsys: p
         np.testing.assert_array_equal(palette[[0, 7]], colours(2))
 
 
+def test_an_image_whose_map_could_have_no_name_costs_no_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path / "model")
+    photos = write_images(tmp_path / "photos", 3)
+    shutil.copy(photos / "01.png", photos / f"{'a' * 247}.png")
+    assert predict(tmp_path / "model", photos, tmp_path / "maps") == 1
+    assert "its map's name would be too long" in capsys.readouterr().err
+    assert len(list((tmp_path / "maps").iterdir())) == 3
+
+
 def test_all_maps_are_written_when_nobody_reads_what_is_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

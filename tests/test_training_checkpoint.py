@@ -484,6 +484,15 @@ def test_what_is_not_finite_is_neither_saved_nor_restored(
         restore(place, *trained(), NO_OTHER_NAMES)
 
 
+def test_a_model_of_other_shapes_is_not_taken_for_a_damaged_checkpoint(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    for step in (1, 2):
+        place = save(tmp_path, Meta("pretrain", step, {}, ""), {"model": {"x": torch.zeros(2)}})
+    with pytest.raises(ValueError, match="give the model that the run was trained with") as found:
+        restore(place, model, optimizer, NO_OTHER_NAMES)
+    assert "delete" not in str(found.value)
+
+
 class DiskFullError(OSError):
     """As the system tells it."""
 

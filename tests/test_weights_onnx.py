@@ -17,7 +17,9 @@ from torch import Tensor
 import fcmae
 from fcmae.cli import main
 from fcmae.config.commands import ExportConfig
-from fcmae.data.index import find_images
+from fcmae.data.index import Images, find_images
+from fcmae.data.shards import Parts
+from fcmae.data.storage import Storage
 from fcmae.heads import Classifier
 from fcmae.networks.build import make_encoder
 from fcmae.networks.spec import ContainerSpec, ConvNeXtSpec, NetworkSpec
@@ -147,6 +149,20 @@ def test_features_of_a_pruned_run_are_compared_on_its_images_and_large_numbers_h
     (tmp_path / "model.onnx").unlink()
     with pytest.raises(ValueError, match=r"model\.onnx\.data exists: give a new path"):
         export(tmp_path, model)
+
+
+def test_no_request_goes_to_places_that_a_run_of_somebodys_names(
+    tmp_path: Path, classifier: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "best").mkdir()
+    shutil.copy(classifier / "model.safetensors", tmp_path / "best")
+    images = Images(Parts(["http://10.0.0.1/a.png"], [], np.array([[-1], [0], [-1]]), Storage()))
+    images.save(tmp_path / "files.json")
+    (tmp_path / "config.yaml").write_text("# fcmae finetune\n")
+    monkeypatch.setattr(ours, "_write", lambda path, *_: shutil.copy(classifier / "model.onnx", path))
+    monkeypatch.setattr(Parts, "read", lambda *_: pytest.fail("it was asked for"))
+    _, said = export(tmp_path, tmp_path / "best" / "model.safetensors", normalize=True)
+    assert "made-up images" in said
 
 
 def test_what_computes_something_else_is_refused_and_not_written(

@@ -197,7 +197,7 @@ class EncoderConfig(Section):
     prefix: Annotated[str | None, Spelling(short="prefix")] = None
     """Prefix of the weights' names in the `init` file, e.g. student. Default: detected."""
     license: str | None = Field(None, min_length=1)
-    """Licence of the `init` weights, which is passed on to the run and its exports. Default: the one they state."""
+    """Licence of the weights, which is passed on to the run and its exports. Default: the one that `init` states."""
     stem_stride: int | None = Field(None, ge=1, validate_default=True)
     """Stride of the stem; 1 or 2 for small images. With four stages, the total stride is 8 times this. Default: the
     variant's, which is 4 as published; in fine-tuning, that of `init`."""
@@ -221,7 +221,7 @@ class EncoderConfig(Section):
 
     @model_validator(mode="after")
     def _have_a_file(self) -> Self:
-        for name in ("key", "prefix", "license"):
+        for name in ("key", "prefix"):
             if self.init is None and getattr(self, name):
                 sentence = "it tells of the weights that init names: give --init"
                 raise PydanticCustomError("conflict", sentence, {"keys": (f"model.{name}", "model.init")})

@@ -39,6 +39,7 @@ SHARDS = (TAR, PARQUET, ARROW)
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".npy", ".dcm", ".dicom", ".ima")
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 ZIP = b"PK"  # begins an .npz, as an index is
+MOST_UNPACKED = 100  # times its packed size; of a million members it is some 5
 MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 BLOCK = 512  # bytes; a member's header is one
 GAP = 1 << 16  # bytes between members that are looked at together
@@ -129,10 +130,13 @@ class Members:
     def unpacked(cls, content: bytes, stamp: str) -> Members | None:
         """What `packed` made of a shard of the same stamp; None for anything else."""
         try:
+            with zipfile.ZipFile(io.BytesIO(content)) as packed:
+                if sum(member.file_size for member in packed.infolist()) > MOST_UNPACKED * len(content):
+                    return None
             with np.load(io.BytesIO(content), allow_pickle=False) as found:
                 texts = {key: os.fsdecode(found[key].tobytes()) for key in ("stamp", "names", "labels")}
                 starts, sizes = found["starts"], found["sizes"]
-        except (ValueError, KeyError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error):
+        except (ValueError, KeyError, OSError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error):
             return None
         names, labels = (texts[key].split("\0") if len(starts) else [] for key in ("names", "labels"))
         fits = len(names) == len(labels) == len(starts) == len(sizes) and starts.dtype == sizes.dtype == np.int64

@@ -136,10 +136,10 @@ def check_tensors(path: Path, found: Mapping[str, Tensor], like: Mapping[str, Te
         if (right := like.get(name)) is not None and (value.shape, value.dtype) != (right.shape, right.dtype):
             is_, needed = (f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in (value, right))
             problems.append(f"{name} is {is_} and not {needed}")
-    problems += not_finite(found)
-    if problems:
+    remedy = "give the model that the run was trained with, or another --out" if problems else _instead(path.parent)
+    if problems := problems or not_finite(found):
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ValueError(f"{path} does not fit the run ({', '.join(problems[:3])}{more}): {_instead(path.parent)}")
+        raise ValueError(f"{path} does not fit the run ({', '.join(problems[:3])}{more}): {remedy}")
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
@@ -286,8 +286,11 @@ def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
         if checksum is not None and sha256_of(path) != checksum:
             raise ValueError(f"{path} has changed since it was written: {_instead(checkpoint)}")
         tensors: dict[str, Tensor] = load_file(path)
-    except (OSError, SafetensorError) as error:
+    except SafetensorError as error:
         raise ValueError(f"{path} cannot be read ({error}): {_instead(checkpoint)}") from error
+    except OSError as error:  # which says nothing of what it holds, unless it is not there
+        remedy = _instead(checkpoint) if isinstance(error, FileNotFoundError) else "see to it, and try again"
+        raise ValueError(f"{path} cannot be read ({error}): {remedy}") from error
     return tensors
 
 

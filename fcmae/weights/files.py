@@ -12,10 +12,13 @@ published weights.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
+import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -134,7 +137,7 @@ class Weights:
     @property
     def are_published(self) -> bool:
         """Whether no run of ours made them."""
-        return "run" not in self.origin
+        return not {"run", "step"} & self.origin.keys()  # a page of the hub names no run
 
     @property
     def license(self) -> str | None:
@@ -216,7 +219,7 @@ def read_weights(path: Path, variant: str | None = None, key: str | None = None,
         raise ValueError(f"{path} is a directory, and {given} names what is inside a file: give the file")
     if (path / "best" / "config.json").is_file():
         path = path / "best"  # of a fine-tuning run
-    if (path / "config.yaml").is_file():
+    if (path / "config.yaml").is_file() and not (path / "config.json").is_file():
         newest = checkpoint.latest(path)
         if newest is None:
             raise ValueError(f"{path} is a run without a checkpoint: let it reach its first one")
@@ -412,7 +415,7 @@ def _read_directory(path: Path, variant: str | None) -> Weights:
             record = Record(image=image, class_names=names, origin=record.origin)
         elif str(config["model_type"]).startswith("convnext"):  # transformers
             labels = config.get("id2label") or {}
-            names = tuple(labels[key] for key in sorted(labels, key=int))
+            names = tuple(str(labels[key]) for key in sorted(labels, key=int))
             _check_computes(config.get("hidden_act"), None)
             if (eps := config.get("layer_norm_eps", 0.0)) > 1e-5:  # of the final norm; published ones have 1e-12
                 raise ValueError(f"its layer_norm_eps is {eps}, and that of a ConvNeXt 1e-6")
@@ -429,7 +432,7 @@ def _read_directory(path: Path, variant: str | None) -> Weights:
     for file in _shards(path):
         found, own = _load(file)
         state |= found
-        record = own or record
+        record = record if own is None else own.model_copy(update={"origin": _license(path) | own.origin})
     return _weights(path, state, variant, record)
 
 
@@ -466,6 +469,8 @@ def _license(path: Path) -> dict[str, str]:
         else:
             released = map(timm.get_pretrained_cfg, timm.list_pretrained("convnext*"))
             said = next((each.license for each in released if each and Path(str(each.url)).name == path.name), None)
+        if not said and path.is_file() and path in _shards(path.parent):  # whose licence is beside it
+            return _license(path.parent)
     return {"license": said} if isinstance(said, str) and said else {}
 
 
@@ -645,9 +650,17 @@ def writing_weights(dest: Path, weights: Weights, to: str) -> Iterator[dict[Path
             elif path.suffix == ".safetensors":
                 checkpoint.write_tensors(aside, state, header)
             else:
-                torch.save({"model": state, RECORD: record}, aside)
+                _save_pth(aside, {"model": state, RECORD: record})
             sync(aside)
         yield asides
+
+
+def _save_pth(path: Path, content: dict[str, Any]) -> None:
+    try:
+        torch.save(content, path)
+    except RuntimeError as error:  # torch's for what the system refused it
+        number = errno.EIO if shutil.disk_usage(path.parent).free else errno.ENOSPC
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def _licensed(weights: Weights) -> dict[str, str]:

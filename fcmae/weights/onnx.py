@@ -17,10 +17,12 @@ import fcmae
 from fcmae.config.commands import ExportConfig
 from fcmae.data.augment import Reading
 from fcmae.data.dataset import centre_crops, collate
-from fcmae.data.index import find_images, images_of_run
+from fcmae.data.index import Images, find_images, images_of_run
 from fcmae.data.normalize import Normalize
+from fcmae.data.shards import Parts
 from fcmae.data.source import printable
 from fcmae.data.split import evenly
+from fcmae.data.storage import is_remote
 from fcmae.heads import Classifier
 from fcmae.layouts import DENSE, Layout
 from fcmae.layouts.masked import Masked
@@ -125,9 +127,16 @@ def _data_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.data")
 
 
+def _is_elsewhere(images: Images) -> bool:
+    names = [images.name(i) for i in evenly(len(images), NUM_IMAGES)]
+    return isinstance(images.source, Parts) and any(map(is_remote, (*images.source.shards, *names)))
+
+
 def _images(cfg: ExportConfig, reading: Reading) -> tuple[Tensor, str]:
     """Images as the file takes them, (B, C, H, W) float32, and what they are."""
     found = find_images(cfg.images, key="images") if cfg.images else images_of_run(cfg.model)
+    if found is not None and not cfg.images and _is_elsewhere(found):
+        found = None  # no request goes to places that a run of somebody's names
     if found is not None:
         dataset = centre_crops(reading, found)
         samples = [dataset[(0, i)] for i in evenly(len(found), NUM_IMAGES)]
