@@ -5,4 +5,4 @@ set -euo pipefail
 venv="$(realpath -m "$1")"
 cd "$(dirname "$0")/.."
 "${PYTHON:-python3}" -m venv "$venv"
-"$venv/bin/python" -m pip install --disable-pip-version-check -c constraints.txt '.[dicom,parquet,remote,report,tiff]'
+exec "$venv/bin/python" -m pip install --disable-pip-version-check -c constraints.txt '.[dicom,parquet,remote,report,tiff]'

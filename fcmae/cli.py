@@ -288,6 +288,7 @@ def _stats(cfg: commands.StatsConfig) -> None:
         max_pixels=cfg.max_pixels,
         nodata=cfg.nodata,
         key="path",
+        tells=True,
     )
     print(f"# {num_images} image{'s' * (num_images != 1)}\ndata:\n  in_chans: {in_chans}")
     if cfg.nodata is not None:

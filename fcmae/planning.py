@@ -464,14 +464,20 @@ def _free_memory(device: str) -> int:
     return int(torch.cuda.mem_get_info()[0])
 
 
+def _quietly(function: Callable[..., Any], *args: Any) -> Any:
+    """What this process warns of, too, is not told again."""
+    logger.setLevel(logging.ERROR)
+    return function(*args)
+
+
 def _pretraining_step(cfg: BenchConfig, at_once: int, from_files: bool = True) -> bench.Result:
     candidate = bench.Candidate(cfg.model.backend, cfg.precision, at_once)
-    result: bench.Result = in_process(bench.time_candidate, cfg, candidate, from_files)
+    result: bench.Result = in_process(_quietly, bench.time_candidate, cfg, candidate, from_files)
     return result
 
 
 def _dense_step(cfg: FinetuneConfig | SegmentConfig, at_once: int, measured_s: float) -> bench.Result:
-    result: bench.Result = in_process(time_training, cfg, at_once, measured_s)
+    result: bench.Result = in_process(_quietly, time_training, cfg, at_once, measured_s)
     return result
 
 

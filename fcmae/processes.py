@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import multiprocessing
 import signal
 import sys
@@ -99,7 +98,6 @@ def _returned(function: Callable[..., Any], args: tuple[Any, ...]) -> Iterator[A
 def _answer(told: Connection, function: Callable[..., Iterable[Any]], args: tuple[Any, ...]) -> None:
     """In the new process: leave Ctrl-C to the parent, end with it, and be the one that lack of memory ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    logging.getLogger("fcmae").setLevel(logging.ERROR)  # the other process has warned, or will
     end_with_parent()
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")

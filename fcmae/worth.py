@@ -16,6 +16,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import shlex
 import sys
 import time
@@ -183,6 +184,8 @@ def worth(cfg: WorthConfig) -> int:
             print(f"{job.name} has no score: {error}", flush=True)
             continue
         except ValueError as error:
+            if not re.search(r"\b(data|model|optim)\.\w|grad_accum", str(error)):
+                raise
             files = "settings of the runs go into files (--pretraining, --finetuning), and others need another --out"
             raise ValueError(f"{error}\n{files}") from error
         if run.stopped_by is not None:  # perhaps at its last step, which is not the end of the comparison
@@ -444,7 +447,7 @@ def _given_starts(cfg: WorthConfig, train: Images) -> list[Start]:
         channels = {"mean": image.mean, "std": image.std, "nodata": image.nodata, "in_chans": image.in_chans}
         channels = {key: value for key, value in channels.items() if value is not None}
         if weights.are_published and not options.is_recipe(_recipe(cfg)):
-            seen = seen or survey(train)
+            seen = seen or survey(train, key="data")
             if choices.are_no_photographs(seen, image.in_chans, image.mean):
                 channels = {}
         # A name that another arm has, or may have.

@@ -179,7 +179,7 @@ def test_stats_prints_lines_for_a_configuration(
     stats = Recorder(monkeypatch, "data.stats", "channel_statistics", ([0.123456, 0.5], [1e-5, 0.25], 7))
     Recorder(monkeypatch, "data.index", "find_images", index)
     assert main(["stats", "a", "b", "--in-chans", "2", "--max-images", "9", "--num-workers", "1"]) == 0
-    given = {"max_images": 9, "num_workers": 1, "max_pixels": 100_000_000, "nodata": None, "key": "path"}
+    given = {"max_images": 9, "num_workers": 1, "max_pixels": 100_000_000, "nodata": None, "key": "path", "tells": True}
     assert stats.calls == [(index, 2, given)]
     config, shown = tmp_path / "stats.yaml", capsys.readouterr()
     assert shown.err == "1 .gif was left out\n" and "nodata" not in shown.out

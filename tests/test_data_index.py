@@ -154,6 +154,15 @@ def test_globs_bring_no_pictures_of_systems_and_runs(tmp_path: Path) -> None:
     assert len(find_images([str(run / "reconstructions" / "*.png")])) == 1  # named, so meant
 
 
+def test_patterns_find_a_folder_once_whatever_leads_to_it(tmp_path: Path) -> None:
+    touch(tmp_path, "data/2024/a.jpg", "data/2024/b.jpg", "data/c/d.jpg")
+    (tmp_path / "data" / "latest").symlink_to("2024")
+    (tmp_path / "data" / "c" / "up").symlink_to("..")
+    for pattern in ("**/*.jpg", "*/*.jpg", "*", "**"):
+        found = find_images([str(tmp_path / "data" / pattern)]).names()
+        assert sorted(os.path.basename(name) for name in found) == ["a.jpg", "b.jpg", "d.jpg"], pattern  # noqa: PTH119
+
+
 def test_patterns_of_labelled_tar_files_leave_out_what_was_deleted(tmp_path: Path) -> None:
     for name in ("a.tar", "#recycle/a.tar"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -8,10 +8,10 @@ import os
 import pickle
 import shutil
 import signal
+import subprocess
 import tarfile
 import zipfile
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -625,15 +625,42 @@ def test_shards_that_webdataset_wrote_are_read_and_trained_on_as_they_lie(tiny20
     assert not (tmp_path / "out/bad_files.txt").exists()
 
 
+def test_thumbnails_and_deleted_files_in_a_tar_are_left_out_as_in_its_folder(tmp_path: Path) -> None:
+    names = ("a.png", "@eaDir/a.png/thumb.png", "#recycle/b.png", "__MACOSX/c.png")
+    assert scanned(pack(tmp_path / "x.tar", *((name, image(0)) for name in names))).names == ["a.png"]
+
+
+def test_a_member_that_is_stored_without_its_holes_is_a_bad_image(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(image(0) + bytes(1 << 20))
+    os.truncate(tmp_path / "a.png", 1 << 22)
+    subprocess.run(["tar", "--sparse", "-cf", "x.tar", "a.png"], cwd=tmp_path, check=True)
+    assert "without its holes" in str(contents(find_images([str(tmp_path / "x.tar")]))["a.png"])
+
+
+def test_a_backups_list_of_a_folder_is_no_damage(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").write_bytes(image(0))
+    subprocess.run(["tar", "--listed-incremental=list", "-cf", "x.tar", "photos"], cwd=tmp_path, check=True)
+    (name,) = scanned(tmp_path / "x.tar").names
+    assert name.endswith("photos/a.png")
+
+
+def test_half_a_character_in_a_label_costs_no_other_image(tmp_path: Path) -> None:
+    members = [*labelled(2), ("7.png", image(7)), ("7.json", rb'{"label": "\ud83d"}')]
+    found = find_labelled(str(pack(tmp_path / "x.tar", *members)))
+    assert [found.label_name(i) for i in range(3)] == ["0", "1", "?"]
+
+
 @pytest.mark.parametrize("name", ["../é.png", "/é.png", "a/../../é.png"])
 def test_an_index_whose_names_lead_elsewhere_is_made_anew(tmp_path: Path, name: str) -> None:
     found = scanned(pack(tmp_path / "x.tar", *labelled(1)))
     assert Members.unpacked(Members([name], found.starts, found.sizes, [""]).packed("a"), "a") is None
 
 
-def test_an_index_that_would_fill_the_memory_is_made_anew(tmp_path: Path) -> None:
-    found = scanned(pack(tmp_path / "x.tar", *labelled(1)))
-    assert Members.unpacked(replace(found, starts=np.zeros(10**6, np.int64)).packed("a"), "a") is None  # of one name
+def test_an_index_that_would_fill_the_memory_is_made_anew() -> None:
+    zeros = np.zeros(10**6, np.int64)
+    found = Members(["a"] * 10**6, zeros, zeros, [""] * 10**6)
+    assert len(found.packed("a")) < 10**5 and Members.unpacked(found.packed("a"), "a") is None
     file = io.BytesIO()
     np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (2**45,)})
     with zipfile.ZipFile(packed := io.BytesIO(), "w") as made:

@@ -113,6 +113,12 @@ def test_labels_of_a_table_are_those_of_its_column(tmp_path: Path, kind: str) ->
     pq.write_table(content, path, row_group_size=4) if kind == "parquet" else write_arrow(path, content)
     found = find_labelled(str(path))
     assert [found.label_name(i) for i in range(10)] == ["cat", "dog"] * 5
+    # Of writers that name no text, before the images too.
+    of_bytes = table(label=pa.array([b"cat", b"dog"] * 5, pa.binary()))
+    of_bytes = of_bytes.select(["label", *(name for name in of_bytes.column_names if name != "label")])
+    pq.write_table(of_bytes, tmp_path / "z.parquet")
+    found = find_labelled(str(tmp_path / "z.parquet"))
+    assert [found.label_name(i) for i in range(10)] == ["cat", "dog"] * 5
     pq.write_table(table(label=["cat", None] * 5), tmp_path / "y.parquet")
     with pytest.raises(ValueError, match=r"y\.parquet/000000001 and 4 more of 10 images have no label"):
         find_labelled(str(tmp_path / "y.parquet"))

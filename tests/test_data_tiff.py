@@ -15,6 +15,7 @@ from chaos.images import tiff
 from numpy.typing import NDArray
 from PIL import Image
 
+from fcmae.data import readers
 from fcmae.data.decode import read_crop
 from fcmae.data.rasters import LabelMap, Raster, num_pages
 from fcmae.data.readers import open_image
@@ -252,3 +253,31 @@ def test_a_sparse_label_map_of_few_bits_is_refused_or_read(tmp_path: Path) -> No
             assert "leaves out strips or tiles" in str(error)
         else:  # with imagecodecs
             np.testing.assert_array_equal(found, labels)
+
+
+def test_a_preview_is_not_taken_for_the_image_that_lies_elsewhere_in_the_file(tmp_path: Path) -> None:
+    whole = np.zeros((64, 64, 3), np.uint8)
+    with tifffile.TiffWriter(tmp_path / "a.tif") as tiff:
+        tiff.write(whole[::4, ::4], photometric="rgb", subfiletype=1, subifds=1)
+        tiff.write(whole, photometric="rgb", subfiletype=0)
+    with pytest.raises(BadImage, match="its page is a preview"):
+        read(tmp_path / "a.tif", 3)
+
+
+def test_colours_of_other_kinds_are_not_taken_for_red_green_and_blue(tmp_path: Path) -> None:
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((8, 8, 3), np.uint16), photometric="cielab")
+    with pytest.raises(BadImage, match="save it as RGB"):
+        read(tmp_path / "a.tif", 3)
+
+
+def test_what_tifffile_cannot_read_is_a_bad_image_in_every_version() -> None:
+    assert tifffile.TiffFileError in readers._READ_ERRORS  # which older ones derive from Exception
+
+
+def test_a_label_map_in_jpeg_compression_is_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((16, 16), np.uint8)).save(tmp_path / "a.tif", compression="jpeg")
+    with (
+        (tmp_path / "a.tif").open("rb") as file,
+        pytest.raises(BadImage, match="compressed as JPEG, which changes the numbers"),
+    ):
+        LabelMap(file)

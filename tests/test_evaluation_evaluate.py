@@ -18,8 +18,10 @@ from test_weights_convert import write_checkpoint
 import fcmae.evaluation.evaluate as evaluation
 import fcmae.evaluation.probes as probes
 from fcmae import cli
+from fcmae.config.commands import EvaluateConfig
 from fcmae.data.index import find_labelled
-from fcmae.evaluation.evaluate import check_untaught, find_data, folder_names, save_confusion, score
+from fcmae.evaluation.evaluate import _command, check_untaught, find_data, folder_names, save_confusion, score, summary
+from fcmae.options import load
 
 ATTO = "random:convnextv2_atto"
 COLORS = {"blue": (60, 60, 180), "green": (60, 180, 60), "red": (180, 60, 60)}
@@ -112,6 +114,23 @@ def test_the_recorded_command_gives_the_same_results(evaluated: Path, tmp_path: 
     words[-1] = str(tmp_path / "again")
     assert cli.main(words[1:]) == 0
     assert read(tmp_path / "again")["results"] == read(evaluated)["results"]
+
+
+def test_what_is_printed_and_recorded_of_default_probes_is_taken_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", "run", "--data", "labelled", "--print-config"])
+    (tmp_path / "e.yaml").write_text(capsys.readouterr().out)
+    cfg = load(EvaluateConfig, ["--config", str(tmp_path / "e.yaml")], prog="x")
+    words = shlex.split(_command(cfg, ["run"], tmp_path))
+    assert "--labels" not in words and load(EvaluateConfig, words[2:], prog="x").data == "labelled"
+
+
+def test_models_that_could_use_other_images_are_told(evaluated: Path) -> None:
+    record = read(evaluated)
+    other = record | {"model": "other", "data": record["data"] | {"num_test": 3}}
+    assert "other could use" in summary([record, other]) and "could use" not in summary([record, record])
 
 
 def test_labels_of_test_images_cannot_influence_what_is_predicted(labelled: Path, tmp_path: Path) -> None:

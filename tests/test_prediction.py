@@ -27,6 +27,7 @@ from fcmae.weights.files import ImageRecord, Weights
 from fcmae.weights.formats import Architecture
 
 SPEC = ConvNeXtSpec(depths=(1, 1), dims=(4, 6))
+WIDE = ConvNeXtSpec(depths=(1, 1, 1), dims=(4, 6, 8))
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +124,16 @@ def test_an_image_whose_probabilities_are_not_finite_is_named(
         str(photos / "01.png")
     ]
     assert f"{photos / '02.png'}: its probabilities are not finite" in err
+
+
+def test_images_below_the_total_stride_are_refused_before_anything_is_written(
+    classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos, table = write_images(tmp_path / "photos", 1), tmp_path / "a.csv"
+    wide = tmp_path / "wide"
+    save_classifier(wide, Classifier(Encoder(WIDE), 2), Weights({}, Architecture(WIDE), ImageRecord(), ("cat", "dog")))
+    assert cli.main(words(wide, photos, "--image_size", "8", "--csv", str(table))) == 2
+    assert "image_size: [8, 8] is smaller than the total stride" in capsys.readouterr().err and not table.exists()
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

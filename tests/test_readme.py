@@ -3,7 +3,7 @@
 README's own commands run first, in one folder, on a few tiny images. Each page has a copy of it, and runs its blocks in
 the order of the page: commands, Python, and YAML, which is written to the file that its comment names. What makes them
 small is SMALL, whose flags take the place of those that a page prints, and of its settings in Python; a network that is
-chosen has fewer blocks. accelerate's command is read, and two processes run its script on the CPU. Commands that
+chosen has fewer blocks. accelerate's command is read, and two processes run that of its script. Commands that
 install (INSTALLS) are not run: their targets and extras are looked up. Nor is a block below a line that says so, *Not
 run by the tests: why.*, or a page of measurements (MEASURED): their scripts exist and their flags are read.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 
@@ -179,3 +180,16 @@ def test_files_that_were_being_written_are_the_runs_and_go_at_its_next_start(run
     mine.unlink()
     halves[1].write_text("half")
     assert pretrain(images, run, "--overwrite", "true") == 0
+
+
+@pytest.mark.parametrize(
+    ("source", "is_taken"),
+    [("photos/**", False), ("photos/**/*_sat.tif", False), ("photos/**/*.png", False), ("photos/**/*.jpg", True)],
+)
+def test_nothing_is_written_where_a_pattern_would_find_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, is_taken: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
+    with contextlib.nullcontext() if is_taken else pytest.raises(ValueError, match="where images are searched"):
+        own_files.check_outside(Path("photos/maps"), {"images": [source]})

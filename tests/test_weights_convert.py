@@ -209,6 +209,8 @@ def test_no_export_takes_the_place_of_a_runs_own_model(tmp_path: Path) -> None:
     (tmp_path / "run" / "config.yaml").write_text("# fcmae pretrain 0.1.0\n")
     with pytest.raises(ValueError, match="best is where a run keeps its own: give another path"):
         convert(place, tmp_path / "run" / "best", "timm")
+    (tmp_path / "config.yaml").write_text("lr: 1\n")  # of a project
+    convert(place, tmp_path / "best", "timm")
 
 
 def test_a_model_beside_somebodys_config_yaml_is_a_model(tmp_path: Path) -> None:
@@ -221,7 +223,8 @@ def test_a_licence_beside_our_own_file_is_read_from_the_folder_and_the_file(tmp_
     convert(write_checkpoint(tmp_path / "run")[0], tmp_path / "out", "timm")
     assert read_weights(tmp_path / "out").license is None
     (tmp_path / "out" / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
-    assert read_weights(tmp_path / "out").license == "cc-by-nc-4.0"
+    for path in (tmp_path / "out", tmp_path / "out" / "model.safetensors"):
+        assert read_weights(path).license == "cc-by-nc-4.0"
     save_file(load_file(tmp_path / "out" / "model.safetensors"), tmp_path / "out" / "model.safetensors")  # without ours
     assert read_weights(tmp_path / "out" / "model.safetensors").license == "cc-by-nc-4.0"
 

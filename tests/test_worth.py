@@ -325,6 +325,7 @@ def test_what_needs_no_network_is_computed_of_the_labels_that_are_learnt_from_al
         ),
         (["--init", "own.safetensors", "--out", "given"], "out = given is not empty and holds no comparison"),
         (["--init", "labelled/cat/0.png"], "0.png"),
+        (["--init", "labelled", "--key", "model_ema"], "key, prefix: they name what is inside a file"),
         (["photos", "--hours", "1", "--key", "model_ema"], "key: it tells of the files that init names: give --init"),
     ],
 )

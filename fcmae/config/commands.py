@@ -120,8 +120,10 @@ class EvaluateConfig(Reading, FromFile):
 
     def conflicts(self, num_processes: int | None = None) -> Iterator[Conflict]:
         yield from super().conflicts(num_processes)
-        for key in {"labels", "draws"} & self.model_fields_set if "few-shot" not in self.probes else ():
-            yield (key, "probes"), "it is for few-shot: give --probes knn linear few-shot too, or leave it out"
+        for key in ("labels", "draws"):
+            is_given = getattr(self, key) != type(self).model_fields[key].default
+            if is_given and "few-shot" not in self.probes:
+                yield (key, "probes"), "it is for few-shot: give --probes knn linear few-shot too, or leave it out"
 
 
 class WorthConfig(Settings, FromFile):
@@ -336,8 +338,8 @@ class ExportConfig(Settings, FromFile):
     """Have the ONNX file take images as they are read (8 and 16 bits scaled to 0..1) and normalise them itself.
     Default: it takes normalised images."""
     images: Annotated[list[UserText], Spelling(commas=False)] = Field([])
-    """Images to check an ONNX file on: files, folders, lists or glob patterns. Default: those of the run, or synthetic
-    ones."""
+    """Images to check an ONNX file on: files, folders, lists or glob patterns. Default: those of the run, if
+    they lie on this machine, or synthetic ones."""
 
     def conflicts(self, num_processes: int | None = None) -> Iterator[Conflict]:
         given = [key for key in ("output", "normalize", "images") if getattr(self, key)]

@@ -40,15 +40,25 @@ from fcmae.data.shards import (
     is_shard,
     without_suffix,
 )
-from fcmae.data.source import PART, BadImage, Files, Names, Source, few, is_dicom, is_unicode, open_file, printable
+from fcmae.data.source import (
+    PART,
+    SYSTEM_FOLDERS,
+    BadImage,
+    Files,
+    Names,
+    Source,
+    few,
+    is_dicom,
+    is_unicode,
+    open_file,
+    printable,
+)
 from fcmae.data.storage import Storage, canonical, is_remote, joined, listed
 from fcmae.data.tables import can_read
 
 logger = logging.getLogger("fcmae")
 
 OF_MODELS = {"best", "last", "checkpoints"}  # folders of a run
-# What network storage and systems keep in folders beside one's own files: thumbnails, deleted files.
-SYSTEM_FOLDERS = {"@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX", "lost+found", "System Volume Information"}
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 MAX_INDEX = 2**37  # bytes of what `Images.save` writes: a thousand million paths
 TELL_EVERY_S = 10.0
@@ -433,13 +443,14 @@ def _expand(source: str, key: str, others: Counter[str]) -> Iterator[str]:
     elif path.is_file():
         yield from _image_or_shard(path, key)
     elif glob.has_magic(source):
-        searched = set[str]()  # what is below a folder that was searched matches `**` too
+        # What is below a folder that was searched matches `**` too.
+        searched, seen = set[str](), set[tuple[int, int]]()
         for match in _matching_here(path):
             if searched and not searched.isdisjoint(map(str, match.parents)):
                 continue
             if match.is_dir():
                 searched.add(str(match))
-                yield from _walk(match, key, others)
+                yield from _walk(match, key, others, seen=seen)
             else:
                 yield from _image_or_shard(match, key)
     else:
@@ -450,17 +461,28 @@ def _expand(source: str, key: str, others: Counter[str]) -> Iterator[str]:
 
 
 def _matching_here(pattern: Path) -> Iterator[Path]:
-    """The files and folders that match, each folder before what is in it: none of systems, nor of runs."""
+    """What matches, each folder before what is in it: nothing of systems or runs, nor a folder again by a link."""
     fixed = next(number for number, part in enumerate(pattern.parts) if glob.has_magic(part))
 
     @cache
     def is_in_run(folder: Path) -> bool:
-        return len(folder.parts) > fixed and (_is_of_run(folder / "config.yaml") or is_in_run(folder.parent))
+        return len(folder.parts) > fixed and (is_of_run(folder / "config.yaml") or is_in_run(folder.parent))
+
+    met = dict[tuple[int, int], Path]()
+
+    @cache
+    def has_another_name(folder: Path) -> bool:
+        with suppress(OSError):
+            status = folder.stat()
+            return met.setdefault((status.st_dev, status.st_ino), folder) != folder
+        return False
 
     # Not Path.glob: it takes no absolute pattern.
     for match in map(Path, sorted(glob.glob(str(pattern), recursive=True))):  # noqa: PTH207
         if SYSTEM_FOLDERS.isdisjoint(match.parts[fixed:]) and not is_in_run(match.parent):
-            yield match
+            folder = match if match.is_dir() else match.parent
+            if not has_another_name(folder):
+                yield match
 
 
 def _image_or_shard(path: Path, key: str) -> Iterator[str]:
@@ -542,15 +564,22 @@ def _absolute(path: str | Path) -> str:
     return os.path.abspath(path)  # noqa: PTH100
 
 
-def _walk(root: Path, key: str, others: Counter[str], links: list[str] | None = None) -> Iterator[str]:
+def _walk(
+    root: Path,
+    key: str,
+    others: Counter[str],
+    links: list[str] | None = None,
+    seen: set[tuple[int, int]] | None = None,
+) -> Iterator[str]:
     """The images and shards below a folder; files of other formats are counted in `others`, by suffix.
 
     Hidden files and folders, those of systems, and the directories of runs, whose pictures are no images to learn from,
     are passed over, and so is everything that is no file.
 
-    links: goes on with those to folders and images that are met.
+    links: goes on with those to folders and images that are met. seen: of folders that were searched before, device and
+    inode; goes on with these.
     """
-    seen: set[tuple[int, int]] = set()
+    seen = set() if seen is None else seen
     folders = [_absolute(root)]
     while folders:
         folder = folders.pop()
@@ -565,7 +594,7 @@ def _walk(root: Path, key: str, others: Counter[str], links: list[str] | None = 
         except OSError as error:
             where, why = error.filename, error.strerror
             raise ValueError(f"{key}: {where!r} cannot be listed ({why}): make it readable") from error
-        if any(entry.name == "config.yaml" and _is_of_run(Path(entry.path)) for entry in shown):
+        if any(entry.name == "config.yaml" and is_of_run(Path(entry.path)) for entry in shown):
             continue
         inner = [entry for entry in shown if entry.is_dir() and entry.name not in SYSTEM_FOLDERS]
         folders += [entry.path for entry in inner]
@@ -631,7 +660,7 @@ def _is_unnamed_dicom(path: str) -> bool:
         return False
 
 
-def _is_of_run(config: Path) -> bool:
+def is_of_run(config: Path) -> bool:
     """Whether a config.yaml is that of a run; one that cannot be read is somebody else's."""
     with suppress(OSError):
         if config.is_file():

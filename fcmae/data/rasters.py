@@ -168,6 +168,9 @@ class Tiles:
         return self
 
 
+JPEG = (6, 7, 34892)  # compressions of TIFFs
+
+
 class LabelMap:
     """A map of one channel of whole numbers, as they are stored: of a palette, the numbers of its colours.
 
@@ -190,6 +193,8 @@ class LabelMap:
             tiff = _open_tiff(file)
             if tiff is not None and (num := num_planes(tiff.series[0])) > 1:
                 raise BadImage(f"it has {num} pages, and a label map is one: save the page that belongs to the image")
+            if tiff is not None and tiff.pages[0].compression in JPEG:
+                raise BadImage("it is compressed as JPEG, which changes the numbers that it stores: save it otherwise")
             self._page = None if tiff is None else _plain_page(tiff)
             if self._page is not None:
                 self._array, dtype = None, self._page.dtype

@@ -72,6 +72,7 @@ _READ_ERRORS = (
     zlib.error,
     lzma.LZMAError,
     tokenize.TokenError,  # from numpy's reading of .npy headers
+    tifffile.TiffFileError,  # a ValueError since 2025.9.20, which needs Python 3.11
     Image.DecompressionBombError,
 )
 
@@ -562,9 +563,17 @@ def without_alpha(page: Any, in_chans: int) -> list[int]:
     return others if is_grey or len(others) == in_chans else list(range(samples))
 
 
+LAB = (8, 9, 10)  # photometric interpretations
+
+
 def _open_tifffile(tiff: tifffile.TiffFile, in_chans: int) -> OpenImage:
     colour = in_chans in (1, 3)
-    page = next((page for page in tiff.pages if not page.is_reduced), tiff.pages[0])
+    page = next((page for page in tiff.pages if not page.is_reduced), None)
+    if page is None and tiff.pages[0].subifds:
+        raise BadImage("its page is a preview, and the image elsewhere in it, as of camera raw: develop it")
+    page = page or tiff.pages[0]
+    if colour and page.photometric in LAB:
+        raise BadImage("its colours are L*a*b*: save it as RGB")
     series = next((series for series in tiff.series if page in series.pages), tiff.series[0])
     if (channels := channel_pages(series)) and in_chans == 1:
         raise BadImage(f"it has {channels} channels as pages, in_chans is 1")

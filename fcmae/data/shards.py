@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from fcmae.data.cores import num_cores
-from fcmae.data.source import Files, Listed, Names, Source, printable
+from fcmae.data.source import SYSTEM_FOLDERS, Files, Listed, Names, Source, printable
 from fcmae.data.storage import Storage, Unanswered, is_remote
 from fcmae.data.tables import ARROW, EMPTY, PARQUET, read_row
 from fcmae.data.tables import scan as scan_table
@@ -50,12 +50,13 @@ _SHARD = re.compile("(" + "|".join(map(re.escape, SHARDS)) + ")/")
 
 CHANGED = "{} has changed since its index was made: begin another run, or put it back"
 # In place of a size.
-WHOLE, DAMAGED, TWICE, MISSING, LINK = -1, -2, -3, -4, -6
+WHOLE, DAMAGED, TWICE, MISSING, LINK, SPARSE = -1, -2, -3, -4, -6, -7
 REASONS = {
     DAMAGED: "the shard is damaged here: pack it again",
     TWICE: "the shard has an earlier member of this name: pack it again",
     MISSING: "the shard has no such member",
     LINK: "it is a link to another member: pack it again with the links' files (tar --dereference --hard-dereference)",
+    SPARSE: "it is stored without its holes: pack it again (tar without --sparse)",
     EMPTY: "its row has no bytes of an image",
 }
 
@@ -183,17 +184,18 @@ def scan(file: BinaryIO, stop: Event | None = None) -> Members:
         if stop is not None and stop.is_set():
             raise InterruptedError(errno.EINTR, os.strerror(errno.EINTR))
         skipped(end, member.offset)
-        end = member.offset_data + (-(-member.size // BLOCK) * BLOCK if member.isreg() else 0)
+        has_data = member.isreg() or member.type not in tarfile.SUPPORTED_TYPES  # such as lists of incremental backups
+        end = member.offset_data + (-(-member.size // BLOCK) * BLOCK if has_data else 0)
         path = _plain(member.name)
         name, suffix = str(path), path.suffix.lower()
         is_link = member.islnk() or member.issym()
-        is_file = (member.isreg() or is_link) and not member.issparse()
-        if not is_file or any(part.startswith(".") for part in path.parts):
+        is_hidden = any(part.startswith(".") or part in SYSTEM_FOLDERS for part in path.parts)
+        if is_hidden or not (member.isreg() or is_link):
             continue
         if is_image(path.name):
             names.append(name)
-            places.append((member.offset_data, LINK if is_link else member.size))
-        elif suffix in LABELS and not is_link and member.size <= MAX_LABEL and end <= total:
+            places.append((member.offset_data, LINK if is_link else SPARSE if member.issparse() else member.size))
+        elif suffix in LABELS and not is_link and not member.issparse() and member.size <= MAX_LABEL and end <= total:
             file.seek(member.offset_data)
             texts.setdefault(name, _label(file.read(member.size), suffix))
     if end < total:
@@ -267,6 +269,7 @@ def _label(content: bytes, suffix: str) -> str:
         if isinstance(value, dict):
             value = next((value[key] for key in ("label", "cls", "class") if key in value), None)
         text = str(value) if isinstance(value, str | int) else ""
+    text = text.encode("utf-8", "replace").decode()  # JSON may name half of a character
     return " ".join(text.replace("\0", " ").split())
 
 

@@ -40,6 +40,10 @@ class BadImage(ValueError):  # noqa: N818
         return cls(f"it cannot be read: {text}")
 
 
+# What network storage and systems keep in folders beside one's own files: thumbnails, deleted files.
+SYSTEM_FOLDERS = {"@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX", "lost+found", "System Volume Information"}
+
+
 class OtherChannels(BadImage):
     """An image with another number of channels than was asked for.
 

@@ -30,11 +30,12 @@ def channel_statistics(
     max_pixels: int = MAX_PIXELS,
     nodata: float | None = None,
     key: str = "data.path",
+    tells: bool = False,
 ) -> tuple[list[float], list[float], int]:
     """Mean and standard deviation of each channel, in units of a full range of 1 (uint8 is divided by 255).
 
     Every image counts the same, whatever its size, because the network sees each at one size. Images that cannot be
-    read are skipped, which is told, and so are missing values (see `read_crop`).
+    read are skipped, and so are missing values (see `read_crop`).
 
     Args:
         images: what to measure.
@@ -44,6 +45,7 @@ def channel_statistics(
         max_pixels: see `read_crop`.
         nodata: likewise.
         key: the setting that errors name.
+        tells: whether to warn of images that are skipped.
 
     Returns:
         Mean, std, and the number of images used.
@@ -68,7 +70,7 @@ def channel_statistics(
         num_images += 1
     if num_images == 0:
         raise ValueError(f"{key}: none of {len(images)} files can be read; {bad[0]}")
-    if bad:
+    if bad and tells:
         logger.warning("%s: %d of %d images cannot be read, and do not count; %s", key, len(bad), len(images), bad[0])
     if not counts.all():
         raise ValueError(f"{key}: of channel {np.argmin(counts)} all values are missing in all images that were read")

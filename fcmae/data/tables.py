@@ -145,7 +145,7 @@ def _image_column(schema: Any) -> str | None:
     def is_bytes(kind: Any) -> bool:
         return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
-    for field in schema:
+    for field in (field for field in schema if field.name not in LABELS):
         inner = field.type.field("bytes").type if pa.types.is_struct(field.type) and _has_bytes(field.type) else None
         if is_bytes(field.type) or (inner is not None and is_bytes(inner)):
             return str(field.name)
@@ -179,6 +179,8 @@ def _labels(table: Any) -> list[str]:
     def text(value: Any) -> str:
         if value is None or (classes and value == -1):  # as datasets writes what is not known
             return ""
+        if isinstance(value, bytes):  # of writers that name no text
+            return value.decode("utf-8", "replace")
         return str(classes[value]) if classes and isinstance(value, int) and 0 <= value < len(classes) else str(value)
 
     return list(map(text, table.column(name).to_pylist()))

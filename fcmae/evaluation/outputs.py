@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fcmae.config.base import near_runs
+from fcmae.data.index import is_of_run
 from fcmae.data.source import printable
 from fcmae.evaluation.models import RANDOM, is_control
 
@@ -33,7 +34,7 @@ def default_out(models: Sequence[str], out: Path | None, name: str) -> Path:
         return out
     networks = [model for model in models if not is_control(model)]
     runs = {Path(os.path.expanduser(model.removeprefix(RANDOM))) for model in networks}  # noqa: PTH111
-    if len(runs) == 1 and ((run := runs.pop()) / "config.yaml").is_file():
+    if len(runs) == 1 and is_of_run((run := runs.pop()) / "config.yaml"):
         return run / name
     near = near_runs(networks[0].removeprefix(RANDOM)) if len(networks) == 1 else ""
     raise ValueError(f"out is missing: it is RUN/{name} for RUN and random:RUN, anything else needs --out DIR{near}")

@@ -72,9 +72,11 @@ def _working(run: RunFiles) -> Found:
         sentences.insert(0, sentence)
     if run.kind == "segment" and (found := [line for line in run.lines if "miou" in line]):
         miou = of_model(found[-1], "miou")
-        guess = found[-1].get("largest_class_miou", 0.0)
-        sentences.insert(0, f"Mean IoU is {miou:.3f}; the largest class everywhere scores {guess:.3f}.")
-        state = "good" if miou > guess and not worrying else "attention"
+        if (guess := found[-1].get("largest_class_miou")) is None:  # of an earlier version
+            sentences.insert(0, f"Mean IoU is {miou:.3f}.")
+        else:
+            sentences.insert(0, f"Mean IoU is {miou:.3f}; the largest class everywhere scores {guess:.3f}.")
+            state = "good" if miou > guess and not worrying else "attention"
     if scored and run.counts.get("classes"):
         score, guess = _score(scored[-1]), guessed(run.class_counts or [1] * run.counts["classes"])
         sentences.insert(
@@ -281,7 +283,8 @@ def standard_error(score: float, class_counts: Sequence[int]) -> float:
 
 def _best_probe(evaluation: Evaluation, probe: str | None = None) -> tuple[str, float] | None:
     """The linear probe of the last stage, else nearest neighbours, and its balanced accuracy."""
-    num_stages = evaluation.get("num_stages")
+    # Earlier ones lack it.
+    num_stages = evaluation.get("num_stages") or max((each["stage"] or 0 for each in evaluation["results"]), default=0)
     for name in (probe,) if probe else PROBES:
         for result in evaluation["results"]:
             found = result["scores"].get("balanced_accuracy")

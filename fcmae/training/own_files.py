@@ -7,10 +7,10 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from fnmatch import fnmatch
 from pathlib import Path
 
 from fcmae.config import RunConfig
+from fcmae.data.shards import SUFFIXES
 from fcmae.data.source import few
 from fcmae.data.storage import CACHE, INDEX
 
@@ -65,6 +65,7 @@ RESULTS = (
     *(f"{place}/{name}" for place in ("best", "last") for name in (*EXPORTED, "predictions.csv", "confusion.csv")),
 )
 FOLDERS = ("index", "cache", "checkpoints", "tensorboard", "reconstructions", "overlays", "best", "last")
+WRITTEN = (".png", ".tif", ".tiff")  # pictures and label maps
 ASIDE = ".tmp-checkpoints"
 UNFINISHED = ".tmp-"  # before the name of a file that is being written, see `fcmae.atomic.replacing`
 SAVED = ".saved"  # there once a checkpoint was: without one, the run is finished and tidied up, or somebody's loss
@@ -85,8 +86,9 @@ def check_outside(out: Path, images: Mapping[str, Iterable[str] | str | None]) -
         for source in [sources] if isinstance(sources, str) else sources or ():
             folder, recursive, pattern = source.partition("**")
             path = Path(os.path.dirname(folder) if recursive else source)  # noqa: PTH120
-            if recursive and not any(fnmatch(name, Path(pattern).name) for name in ("x.png", "x.tif")):
-                continue  # it matches nothing that is written
+            suffix = os.path.splitext(pattern)[1].lower()  # noqa: PTH122
+            if recursive and suffix in SUFFIXES and suffix not in WRITTEN:
+                continue
             if path.is_dir() and place.is_relative_to(path.resolve()):
                 raise ValueError(f"out = {out} lies in {key} = {path}, where images are searched: give another out")
 

@@ -26,12 +26,23 @@ def _taken() -> list[int]:
     return [n for n in STOP_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
 
 
+class Stopped(SystemExit):
+    """The end that a signal asks for."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(0 if number == signal.SIGUSR1 else 128 + number)
+        self._name = signal.Signals(number).name
+
+    def __str__(self) -> str:
+        return f"stopped by {self._name}"
+
+
 @contextmanager
 def ending_at_once() -> Iterator[None]:
     """A signal that would stop a run ends what has nothing to save, with the exit status of `Run.status`."""
 
     def end(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(0 if number == signal.SIGUSR1 else 128 + number)
+        raise Stopped(number)
 
     previous = {number: signal.signal(number, end) for number in _taken() if number != signal.SIGINT}
     try:

@@ -13,7 +13,7 @@ import torch
 from timm.models import adapt_input_conv
 from torch import nn
 
-from fcmae.data.index import OF_MODELS
+from fcmae.data.index import OF_MODELS, is_of_run
 from fcmae.data.source import printable
 from fcmae.heads import Classifier
 from fcmae.masked import FCMAE
@@ -207,7 +207,7 @@ def check_dest(dest: Path | None, to: str) -> None:
     if dest is not None:
         if os.path.lexists(dest):  # also a dangling link
             raise ValueError(f"{dest} exists: give a new path, or remove it")
-        if dest.name in OF_MODELS and (dest.parent / "config.yaml").is_file():
+        if dest.name in OF_MODELS and is_of_run(dest.parent / "config.yaml"):
             raise ValueError(f"{dest} is where a run keeps its own: give another path")
         if to in DIRECTORIES and dest.suffix in FILE_SUFFIXES:
             raise ValueError(f"{dest}: the format {to} is a directory: give it another name, or --to fcmae for a file")

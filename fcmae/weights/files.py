@@ -230,7 +230,10 @@ def read_weights(path: Path, variant: str | None = None, key: str | None = None,
         return _read_directory(path, variant)
     if path.is_file():
         state, record = _load(path, key)
-        return _weights(path, state, variant, record or Record(origin={"file": path.name} | _license(path)), prefix)
+        if record is None:
+            record = Record(origin={"file": path.name})
+        record = record.model_copy(update={"origin": _license(path) | record.origin})
+        return _weights(path, state, variant, record, prefix)
     raise ValueError(
         f"{path} is no run, checkpoint, timm or transformers directory, or file of weights: give one of these"
         f"{near_runs(path)}"

@@ -79,8 +79,8 @@ def export_onnx(cfg: ExportConfig) -> str:
     more than 2 GB, they are in a second file beside it, DEST.data.
 
     Args:
-        cfg: what to write of which weights, in float32, and which images to compare on; by default those of the run, or
-            synthetic ones if there is no run.
+        cfg: what to write of which weights, in float32, and which images to compare on; by default those of the run
+            if they lie on this machine, or synthetic ones.
 
     Raises:
         ValueError: if a package is missing, cfg.dest is not a new .onnx file, the weights have no head for logits, none
