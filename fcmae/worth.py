@@ -16,7 +16,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import re
 import shlex
 import sys
 import time
@@ -183,11 +182,6 @@ def worth(cfg: WorthConfig) -> int:
                 raise
             print(f"{job.name} has no score: {error}", flush=True)
             continue
-        except ValueError as error:
-            if not re.search(r"\b(data|model|optim)\.\w|grad_accum", str(error)):
-                raise
-            files = "settings of the runs go into files (--pretraining, --finetuning), and others need another --out"
-            raise ValueError(f"{error}\n{files}") from error
         if run.stopped_by is not None:  # perhaps at its last step, which is not the end of the comparison
             print(f"stopped by {run.stopped_by}: the same command goes on", flush=True)
             return replace(run, finished=False).status
@@ -394,11 +388,11 @@ def _known(start: Start, train: Images, test: Images) -> Iterator[str]:
     Raises:
         ValueError: if they were trained on labels of test images.
     """
-    if (learnt := images_of_run(Path(str(start.init)))) is None:
+    labelled = labelled_images_of_run(Path(str(start.init)))
+    if (learnt := images_of_run(Path(str(start.init))) if labelled is None else labelled) is None:
         return
     tested, drawn_from = (len(also_in(images, learnt)) for images in (test, train))
-    has_labels = labelled_images_of_run(Path(str(start.init))) is not None
-    if not has_labels:
+    if labelled is None:
         if tested:
             yield f"{tested} of the test images are among those of the pretraining of {start.name}, without labels."
     elif tested:
@@ -409,7 +403,7 @@ def _known(start: Start, train: Images, test: Images) -> Iterator[str]:
     chose = images_that_chose(Path(str(start.init)))
     if chose is not None and (num := len(also_in(test, chose))):
         yield f"{num} of the test images chose best/ of {start.name}, so that its scores are too high: give its last/."
-    if drawn_from and has_labels:
+    if drawn_from and labelled is not None:
         yield f"{start.name} has learnt from {drawn_from} of the labels already, however few a row of the table says."
 
 

@@ -230,7 +230,9 @@ def test_a_link_that_is_slow_or_away_for_seconds_changes_nothing(
     assert_same_metrics(out, alone, rel=1e-4)
 
 
-def one_each(two: Nodes, words: Sequence[str], logs: Sequence[Path], own: tuple[Path, str]) -> list[int | None]:
+def one_each(
+    two: Nodes, words: Sequence[str], logs: Sequence[Path], own: tuple[Path, str] | None = None
+) -> list[int | None]:
     """The exit statuses of a process on each of two nodes, without launchers, of which one would end the other.
 
     own: a folder in whose place the second node has an empty disk, and what its shell does then.
@@ -314,7 +316,7 @@ def test_a_batch_that_the_nodes_cannot_share_is_refused_on_each(
     two = nodes(2)
     words = flags(images, tmp_path / "out", **OPTIONS | {"batch_size": 5})
     logs = [tmp_path / f"{i}.log" for i in range(2)]
-    assert one_each(two, words, logs, (images, "true")) == [2, 2]
+    assert one_each(two, words, logs) == [2, 2]
     for log in logs:
         assert "batch_size" in log.read_text()
     assert not (tmp_path / "out").exists()

@@ -745,7 +745,7 @@ class SegmentConfig(DenseConfig):
                 yield (f"model.{name}", "model.head"), f"it is for anytime, and model.head is {self.model.head}"
         data = self.data
         for name, maps, images in (("maps", data.maps, data.path), ("val_maps", data.val_maps, data.val_path)):
-            is_table = bool(images) and str(images).lower().endswith(".csv")
+            is_table = (images or "").lower().endswith(".csv")
             if images and not is_table and not maps:
                 yield (f"data.{name}",), f"missing: the folder of the label maps of {images}"
             if is_table and maps:

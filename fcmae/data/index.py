@@ -461,7 +461,7 @@ def _expand(source: str, key: str, others: Counter[str]) -> Iterator[str]:
 
 
 def _matching_here(pattern: Path) -> Iterator[Path]:
-    """What matches, each folder before what is in it: nothing of systems or runs, nor a folder again by a link."""
+    """What matches, each folder before what is in it: nothing of systems or runs, nor of a folder again by a link."""
     fixed = next(number for number, part in enumerate(pattern.parts) if glob.has_magic(part))
 
     @cache
@@ -479,10 +479,9 @@ def _matching_here(pattern: Path) -> Iterator[Path]:
 
     # Not Path.glob: it takes no absolute pattern.
     for match in map(Path, sorted(glob.glob(str(pattern), recursive=True))):  # noqa: PTH207
-        if SYSTEM_FOLDERS.isdisjoint(match.parts[fixed:]) and not is_in_run(match.parent):
-            folder = match if match.is_dir() else match.parent
-            if not has_another_name(folder):
-                yield match
+        folder = match.parent
+        if SYSTEM_FOLDERS.isdisjoint(match.parts[fixed:]) and not (is_in_run(folder) or has_another_name(folder)):
+            yield match
 
 
 def _image_or_shard(path: Path, key: str) -> Iterator[str]:

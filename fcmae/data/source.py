@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 MAX_REASON = 300  # characters
 PART = 1 << 16  # names that are Python objects at a time, where there are millions
 GROUP = 64  # names that are packed together
+# What network storage and systems keep in folders beside one's own files: thumbnails, deleted files.
+SYSTEM_FOLDERS = {"@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX", "lost+found", "System Volume Information"}
 
 Item = TypeVar("Item")
 
@@ -38,10 +40,6 @@ class BadImage(ValueError):  # noqa: N818
         """That it cannot be read, for the reason that an error of a file, a network or a library gives."""
         text = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
         return cls(f"it cannot be read: {text}")
-
-
-# What network storage and systems keep in folders beside one's own files: thumbnails, deleted files.
-SYSTEM_FOLDERS = {"@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX", "lost+found", "System Volume Information"}
 
 
 class OtherChannels(BadImage):

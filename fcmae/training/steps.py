@@ -36,11 +36,7 @@ from fcmae.training import checkpoint
 from fcmae.training.launch import same_everywhere, waiting_for_all
 from fcmae.training.log import Log
 from fcmae.training.messages import same_command
-from fcmae.training.micro_batches import (
-    micro_batch_size,
-    smaller_micro_batch,
-    with_micro_batch,
-)
+from fcmae.training.micro_batches import micro_batch_size, smaller_micro_batch, with_micro_batch
 from fcmae.training.optim import Schedule, set_learning_rate
 from fcmae.training.records import images_that_fit, record_images_that_fit
 from fcmae.training.run import SMALLER, RunDirectory

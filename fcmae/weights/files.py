@@ -230,10 +230,8 @@ def read_weights(path: Path, variant: str | None = None, key: str | None = None,
         return _read_directory(path, variant)
     if path.is_file():
         state, record = _load(path, key)
-        if record is None:
-            record = Record(origin={"file": path.name})
-        record = record.model_copy(update={"origin": _license(path) | record.origin})
-        return _weights(path, state, variant, record, prefix)
+        record = record or Record(origin={"file": path.name})
+        return _weights(path, state, variant, _with_license(path, record), prefix)
     raise ValueError(
         f"{path} is no run, checkpoint, timm or transformers directory, or file of weights: give one of these"
         f"{near_runs(path)}"
@@ -435,7 +433,7 @@ def _read_directory(path: Path, variant: str | None) -> Weights:
     for file in _shards(path):
         found, own = _load(file)
         state |= found
-        record = record if own is None else own.model_copy(update={"origin": _license(path) | own.origin})
+        record = record if own is None else _with_license(path, own)
     return _weights(path, state, variant, record)
 
 
@@ -450,6 +448,13 @@ def _check_computes(activation: Any, norm_eps: Any) -> None:
         raise ValueError(f"its activation is {activation}, and that of a ConvNeXt is gelu")
     if norm_eps not in (None, 1e-6):
         raise ValueError(f"its norms add {norm_eps}, and those of a ConvNeXt 1e-6")
+
+
+def _with_license(path: Path, record: Record) -> Record:
+    """A record that states no licence, with that of `_license`."""
+    if "license" in record.origin:
+        return record
+    return record.model_copy(update={"origin": _license(path) | record.origin})
 
 
 def _license(path: Path) -> dict[str, str]:
