@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def predict(cfg: PredictConfig) -> int:
         reading, images, cfg.batch_size, num_workers=cfg.num_workers, device_type=accelerator.device.type
     )
     normalize = reading.normalize.to(accelerator.device)
-    num_done, first_bad, is_read = 0, "", True
+    num_done, printer = 0, _Printer(is_all=cfg.csv is None)
     with ExitStack() as stack:
         table = None
         if cfg.csv is not None:
@@ -94,24 +95,42 @@ def predict(cfg: PredictConfig) -> int:
                 names, probabilities = list(compress(names, finite)), probabilities[finite]
                 if table is not None:
                     add_predictions(table, names, probabilities, class_names)
-                best = probabilities.argmax(axis=1)
-                try:
-                    for name, i, row in zip(names, best, probabilities, strict=True) if is_read else ():
-                        tqdm.write(f"{printable(name)}\t{printable(class_names[i])}\t{row[i]:.4f}")
-                except BrokenPipeError:  # the table is completed all the same
-                    if table is None:
-                        raise
-                    is_read = False
+                for name, i, row in zip(names, probabilities.argmax(axis=1), probabilities, strict=True):
+                    printer.done(f"{printable(name)}\t{printable(class_names[i])}\t{row[i]:.4f}")
                 num_done += len(names)
             for name, reason in bad:
-                line = f"{printable(name)}: {printable(reason)}"
-                first_bad = first_bad or line
-                tqdm.write(line, file=sys.stderr)
+                printer.bad(name, reason)
     if not num_done:
         if cfg.csv is not None:
             cfg.csv.unlink()
-        raise ValueError(f"none of {len(images)} images could be classified: {first_bad}")
+        raise ValueError(f"none of {len(images)} images could be classified: {printer.first_bad}")
     return _ended(num_done, len(images), "classified")
+
+
+@dataclass
+class _Printer:
+    """A line for each image, beside the bar: of those that are done, and on stderr of others.
+
+    is_all: whether what is printed is all that the command gives; else it goes on where nobody reads it.
+    """
+
+    is_all: bool = False
+    first_bad: str = ""
+    is_read: bool = True
+
+    def done(self, line: str) -> None:
+        try:
+            if self.is_read:
+                tqdm.write(line)
+        except BrokenPipeError:
+            if self.is_all:
+                raise
+            self.is_read = False
+
+    def bad(self, name: str, reason: str) -> None:
+        line = f"{printable(name)}: {printable(reason)}"
+        self.first_bad = self.first_bad or line
+        tqdm.write(line, file=sys.stderr)
 
 
 def _ended(num_done: int, num: int, what: str) -> int:
@@ -196,14 +215,12 @@ def predict_maps(cfg: PredictConfig) -> int:
                 raise
             return BadImage(f"its map's name would be too long: {place.name}")
 
-    first_bad, num_done, is_read = "", 0, True
+    num_done, printer = 0, _Printer()
     num_threads = choose_num_workers(cfg.num_workers, accelerator.device.type)
     found = tqdm(each_image(segmented, range(len(names)), num_threads), total=len(names), unit="image", disable=None)
     for name, place, shares in zip(names, places, found, strict=True):
         if isinstance(shares, BadImage):
-            line = f"{printable(name)}: {printable(str(shares))}"
-            first_bad = first_bad or line
-            tqdm.write(line, file=sys.stderr)
+            printer.bad(name, str(shares))
         else:
             num_done += 1
             told = ", ".join(
@@ -211,17 +228,13 @@ def predict_maps(cfg: PredictConfig) -> int:
                 for what, share in zip(record.class_names, shares, strict=True)
                 if share
             )
-            try:
-                if is_read:
-                    tqdm.write(f"{printable(name)}\t{printable(str(place))}\t{told}")
-            except BrokenPipeError:  # the maps are completed all the same
-                is_read = False
+            printer.done(f"{printable(name)}\t{printable(str(place))}\t{told}")
     if not num_done:
         made = {folder for place in places for folder in place.parents if folder == out or out in folder.parents}
         for folder in sorted(made, reverse=True):  # a folder after its contents
             with suppress(OSError):
                 folder.rmdir()
-        raise ValueError(f"none of {len(images)} images could be segmented: {first_bad}")
+        raise ValueError(f"none of {len(images)} images could be segmented: {printer.first_bad}")
     return _ended(num_done, len(names), "segmented")
 
 

@@ -38,6 +38,7 @@ MAX_STEM = 200  # bytes of a query's name in that of its picture; a file's may h
 NUM_NEIGHBOURS = 8
 MAX_POINTS = 5000  # t-SNE of more takes minutes, and a map of more is a blot
 MIN_POINTS = 5
+METHODS = {"tsne": "t-SNE", "umap": "UMAP"}  # of maps, and their names
 MAX_LEGEND = 20  # colours that can be told apart
 ROWS = 16384  # of features in memory at once
 
@@ -92,19 +93,7 @@ def embed(cfg: EmbedConfig) -> str:
         if cfg.map is not None and len(features) < MIN_POINTS:
             lines.append(f"no map: {len(features)} images are too few")
         elif cfg.map is not None:
-            shown = np.arange(len(features))
-            if len(features) > MAX_POINTS:
-                shown = np.sort(np.random.default_rng(cfg.seed).choice(len(features), MAX_POINTS, replace=False))
-                lines.append(f"the map shows {MAX_POINTS} of the images, drawn with seed {cfg.seed}")
-            points = project(features[shown], cfg.map, cfg.seed)
-            name = {"tsne": "t-SNE", "umap": "UMAP"}[cfg.map]
-            some = f"{len(shown)} of {len(features)}" if len(shown) < len(features) else f"{len(shown)}"
-            save_map(
-                out / "map.png",
-                points,
-                index.subset(shown),
-                f"{shortened(cfg.model, 80)}\n{name} of {some} images",
-            )
+            lines += _draw_map(cfg, cfg.map, features, index)
             written.append(out / "map.png")
         if asked is not None:
             queries, query_features = asked
@@ -116,6 +105,18 @@ def embed(cfg: EmbedConfig) -> str:
                 save_neighbours(picture, queries.subset([number]), index.subset(rows), similarities, backbone)
                 written.append(picture)
     return "\n".join([*lines, *(f"wrote {path}" for path in written)])
+
+
+def _draw_map(cfg: EmbedConfig, kind: str, features: NDArray[np.float32], index: Images) -> list[str]:
+    """Draw the map of the features (N, C) of images; a sentence, if it shows some of them alone."""
+    shown, some, lines = np.arange(len(features)), f"{len(features)}", list[str]()
+    if len(features) > MAX_POINTS:
+        shown = np.sort(np.random.default_rng(cfg.seed).choice(len(features), MAX_POINTS, replace=False))
+        some = f"{MAX_POINTS} of {len(features)}"
+        lines = [f"the map shows {MAX_POINTS} of the images, drawn with seed {cfg.seed}"]
+    title = f"{shortened(cfg.model, 80)}\n{METHODS[kind]} of {some} images"
+    save_map(cfg.out / "map.png", project(features[shown], kind, cfg.seed), index.subset(shown), title)
+    return lines
 
 
 def _is_ours(path: Path) -> bool:
