@@ -53,13 +53,14 @@ from fcmae.training.log import Log
 from fcmae.training.micro_batches import evaluated_at_once
 from fcmae.training.run import Run, RunDirectory
 from fcmae.training.session import Session, begin
-from fcmae.training.steps import Steps, limit_to_known_memory
+from fcmae.training.steps import Steps, limit_to_known_memory, owes_evaluation
 from fcmae.weights.convert import save_classifier
 from fcmae.weights.files import ImageRecord, Weights
 from fcmae.weights.formats import rename
 
 logger = logging.getLogger("fcmae")
 
+SCORE = "balanced_accuracy"  # by which models are compared
 MOST_CONFUSED = 1000  # classes of which all pairs are written down
 
 
@@ -146,8 +147,8 @@ def train(
     """
     run, accelerator = session.run, session.accelerator
     cfg = limit_to_known_memory(cfg, accelerator)
-    ready = prepare(cfg, run, accelerator, net, reading.image_size, per_epoch, partial(rename, to="timm"))
-    schedule, ema, best = ready.schedule, ready.ema, ready.best
+    ready = prepare(cfg, run, accelerator, net, reading.image_size, per_epoch, SCORE, partial(rename, to="timm"))
+    schedule, ema = ready.schedule, ready.ema
     normalize = reading.normalize.to(accelerator.device)
     at_once = evaluated_at_once(cfg, accelerator.num_processes, accelerator.device.type)
     images_used = fingerprint(train_images, val_images)
@@ -167,7 +168,7 @@ def train(
             rank=accelerator.process_index,
             num_processes=accelerator.num_processes,
         )
-        evaluation = Evaluation(accelerator, normalize, val_images, batches, weights, cfg.model.init, best, log)
+        evaluation = Evaluation(accelerator, normalize, val_images, batches, weights, cfg.model.init, ready.best, log)
         if cfg.eval_only:
             evaluation.evaluate(net, None, 0, 0.0, (".",))
             logger.info("finished evaluating")
@@ -176,6 +177,14 @@ def train(
         name, num_classes = describe(net.encoder.spec), len(weights.class_names)
         logger.info(message, name, len(train_images), num_classes, len(val_images))
         train_set = build_train_set(cfg, train_images, reading)
+
+        def evaluate(step: int) -> None:
+            places = ("last",) if step == schedule.total else ()
+            with waiting_for_all(accelerator):  # the first one writes models
+                evaluation.evaluate(net, ema, step, step / per_epoch, places)
+
+        if owes_evaluation(accelerator, run, schedule):
+            evaluate(schedule.start)
         steps = Steps(cfg, schedule, accelerator, ready.model, ready.optimizer, train_set, log, session.stop)
         for step in steps:
             for batch in step.micro_batches():
@@ -188,12 +197,10 @@ def train(
             if ema is not None:
                 ema.update(net, step.number)
             step.settle()
-            if step.evaluates:
-                places = ("last",) if step.number == schedule.total else ()
-                with waiting_for_all(accelerator):  # the first one writes models
-                    evaluation.evaluate(net, ema, step.number, step.epoch, places)
-            progress = progress_of(steps.cfg, net, reading, best, accelerator.num_processes)
+            progress = progress_of(steps.cfg, net, reading, accelerator.num_processes)
             step.save(run, net, images_used, progress, None if ema is None else ema.module)
+            if step.evaluates:
+                evaluate(step.number)
     if steps.finished:
         logger.info("best and last model: %s, %s", run.path / "best", run.path / "last")
     return steps.finished
@@ -397,13 +404,12 @@ class Evaluation:
                 values |= {prefix + name: value for name, value in found.items()}
         if not all(map(math.isfinite, values.values())):
             raise FloatingPointError(f"step {step}: the validation loss is not finite: {values}")
-        self.log.metrics.write(step, epoch, **values)
         text = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
         logger.info("step %d: %s on %d images", step, text, len(positions))
         if not self.accelerator.is_main_process:
             return
-        if step and found["balanced_accuracy"] > self.best.score:
-            self.best.score, self.best.step = found["balanced_accuracy"], step
+        if step and found[SCORE] > self.best.score:
+            self.best.score, self.best.step = found[SCORE], step
             places = (*places, "best")
         classes = self.weights.class_names
         for place in places:
@@ -416,3 +422,4 @@ class Evaluation:
             if len(classes) <= MOST_CONFUSED:
                 confusion = confusion_matrix(truth, probabilities.argmax(1), labels=range(len(classes)))
                 write_confusion(folder / "confusion.csv", confusion, classes)
+        self.log.metrics.write(step, epoch, **values)  # last: without it the evaluation is owed

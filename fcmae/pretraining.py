@@ -49,7 +49,7 @@ from fcmae.training.optim import Schedule
 from fcmae.training.records import read_metrics
 from fcmae.training.run import Run, RunDirectory
 from fcmae.training.session import Session, begin
-from fcmae.training.steps import Step, Steps, check_pooled, limit_to_known_memory, schedule_of
+from fcmae.training.steps import Steps, check_pooled, limit_to_known_memory, owes_evaluation, schedule_of
 from fcmae.weights.convert import start_from
 from fcmae.weights.files import read_init, reading_of
 from fcmae.weights.formats import OLD, rename
@@ -165,6 +165,13 @@ def train(
     logger.info("%s: %d training images, %d held out", describe(net.encoder.spec), len(train_images), len(val_images))
     with closing(Log(cfg, accelerator, schedule, len(train_images) + len(val_images))) as log:
         evaluation = build_evaluation(cfg, accelerator, normalize, train_images, val_images, labelled, log)
+
+        def evaluate(step: int) -> None:
+            with waiting_for_all(accelerator):  # the first one looks at features and draws pictures
+                evaluation.evaluate(net, step, step / schedule.per_epoch)
+
+        if owes_evaluation(accelerator, run, schedule):
+            evaluate(schedule.start)
         steps = Steps(
             cfg, schedule, accelerator, model, optimizer, train_set, log, session.stop, cfg.data.masks_per_image
         )
@@ -177,11 +184,10 @@ def train(
                     )
             step.update()
             step.settle()
-            if step.evaluates:
-                with waiting_for_all(accelerator):  # the first one looks at features and draws pictures
-                    evaluation.evaluate(net, step)
             at_once = micro_batch_size(steps.cfg, accelerator.num_processes)
             step.save(run, net, fingerprint, {"images_at_once": at_once})
+            if step.evaluates:
+                evaluate(step.number)
     return steps.finished
 
 
@@ -367,25 +373,30 @@ class Evaluation:
     log: Log
 
     @torch.no_grad()
-    def evaluate(self, net: FCMAE, step: Step) -> None:
+    def evaluate(self, net: FCMAE, step: int, epoch: float) -> None:
         """Evaluate `net` after a step, on every process at once.
+
+        Args:
+            net: the model.
+            step: steps that were done.
+            epoch: likewise, in epochs.
 
         Raises:
             FloatingPointError: if the loss is not finite.
         """
         with evaluating(net):
-            values = self.loss(net, step.number)
+            values = self.loss(net, step)
             if not self.accelerator.is_main_process:
                 return
             values |= self.monitor.measure(net.encoder)
             if "knn_top1" in values:
-                logger.info("step %d: nearest neighbours' accuracy %.4f", step.number, values["knn_top1"])
+                logger.info("step %d: nearest neighbours' accuracy %.4f", step, values["knn_top1"])
             if values:
-                self.log.metrics.write(step.number, step.epoch, **values)
-            self.picture(net, step)
+                self.log.metrics.write(step, epoch, **values)
+            self.picture(net, step, epoch)
         lines = read_metrics(self.log.metrics.path)
         for name in draw_over_time(self.log.folder, lines):
-            self.log.show(f"over_time/{name}", self.log.folder / f"{name}.png", step.number)
+            self.log.show(f"over_time/{name}", self.log.folder / f"{name}.png", step)
         self.watch.look(lines)
 
     def loss(self, net: FCMAE, step: int) -> dict[str, float]:
@@ -429,8 +440,14 @@ class Evaluation:
         logger.info("step %d: validation loss %.4f on %d images", step, value, num_images)
         return {"val_loss": value}
 
-    def picture(self, net: FCMAE, step: Step) -> None:
-        """Draw the curves of the loss, and where pixels are predicted reconstructions, and the same over time."""
+    def picture(self, net: FCMAE, step: int, epoch: float) -> None:
+        """Draw the curves of the loss, and where pixels are predicted reconstructions, and the same over time.
+
+        Args:
+            net: the model.
+            step: steps that were done.
+            epoch: likewise, in epochs.
+        """
         save_curves(self.log.folder / "loss.png", self.log.metrics.curves("loss", "val_loss"), "loss")
         if net.target not in (pixels, normalized_pixels):
             return
@@ -444,17 +461,17 @@ class Evaluation:
             known=batch.known,
         )
         name, folder = describe(net.encoder.spec), self.log.folder / "reconstructions"
-        now, over_time = folder / f"step-{step.number:08d}.png", folder / "over-time.png"
-        save_reconstructions(now, panels, f"{name}, epoch {step.epoch:.4g}, {self.title}")
+        now, over_time = folder / f"step-{step:08d}.png", folder / "over-time.png"
+        save_reconstructions(now, panels, f"{name}, epoch {epoch:.4g}, {self.title}")
         save_tiles(folder / "tiles" / now.name, panels)
         # Steps to come may have been seen by a run that was cut off.
         tiles = {path.stem[5:]: path for path in sorted((folder / "tiles").glob("step-*.png"))}
         seen = [(int(number), path) for number, path in tiles.items() if number.isdecimal()]
-        per_epoch = step.number / step.epoch
-        moments = [(f"epoch {number / per_epoch:.4g}", path) for number, path in seen if number <= step.number]
+        per_epoch = step / epoch
+        moments = [(f"epoch {number / per_epoch:.4g}", path) for number, path in seen if number <= step]
         save_over_time(over_time, panels, moments, f"{name}: the same images over time")
-        self.log.show("reconstructions", now, step.number)
-        self.log.show("over_time/reconstructions", over_time, step.number)
+        self.log.show("reconstructions", now, step)
+        self.log.show("over_time/reconstructions", over_time, step)
 
 
 def build_evaluation(

@@ -67,12 +67,13 @@ from fcmae.training.log import Log
 from fcmae.training.micro_batches import evaluated_at_once
 from fcmae.training.run import Run, RunDirectory
 from fcmae.training.session import Session, begin
-from fcmae.training.steps import Steps, limit_to_known_memory
+from fcmae.training.steps import Steps, limit_to_known_memory, owes_evaluation
 from fcmae.weights.files import ImageRecord, Weights
 from fcmae.weights.segmenters import read_segmenter, save_segmenter
 
 logger = logging.getLogger("fcmae")
 
+SCORE = "miou"  # by which models are compared
 SHOWN = 4  # images of an overlay picture
 FILES = ("files.json", "maps.json", "val_files.json", "val_maps.json")
 
@@ -177,15 +178,15 @@ def train(
     """
     run, accelerator = session.run, session.accelerator
     cfg = limit_to_known_memory(cfg, accelerator)
-    ready = prepare(cfg, run, accelerator, net, reading.image_size, per_epoch)
-    schedule, ema, best = ready.schedule, ready.ema, ready.best
+    ready = prepare(cfg, run, accelerator, net, reading.image_size, per_epoch, SCORE)
+    schedule, ema = ready.schedule, ready.ema
     normalize = reading.normalize.to(accelerator.device)
     at_once = evaluated_at_once(cfg, accelerator.num_processes, accelerator.device.type)
     images_used = data.fingerprint()
     balance, dice = class_balance(cfg, data.counts, accelerator.device), cfg.regularization.dice
 
     with closing(Log(cfg, accelerator, schedule, len(data.images) + len(data.val_images))) as log:
-        evaluation = Evaluation(cfg, accelerator, reading, data, weights, log, best, at_once)
+        evaluation = Evaluation(cfg, accelerator, reading, data, weights, log, ready.best, at_once)
         if cfg.eval_only:
             evaluation.evaluate(net, None, 0, 0.0, (".",))
             logger.info("finished evaluating")
@@ -196,6 +197,14 @@ def train(
             message, describe(net.encoder.spec), cfg.model.head, len(data.images), num, names, len(data.val_images)
         )
         train_set = build_train_set(cfg, data, reading)
+
+        def evaluate(step: int) -> None:
+            places = ("last",) if step == schedule.total else ()
+            with waiting_for_all(accelerator):  # the first one writes models
+                evaluation.evaluate(net, ema, step, step / per_epoch, places)
+
+        if owes_evaluation(accelerator, run, schedule):
+            evaluate(schedule.start)
         steps = Steps(cfg, schedule, accelerator, ready.model, ready.optimizer, train_set, log, session.stop)
         for step in steps:
             for batch in step.micro_batches():
@@ -206,12 +215,10 @@ def train(
             if ema is not None:
                 ema.update(net, step.number)
             step.settle()
-            if step.evaluates:
-                places = ("last",) if step.number == schedule.total else ()
-                with waiting_for_all(accelerator):  # the first one writes models
-                    evaluation.evaluate(net, ema, step.number, step.epoch, places)
-            progress = progress_of(steps.cfg, net, reading, best, accelerator.num_processes)
+            progress = progress_of(steps.cfg, net, reading, accelerator.num_processes)
             step.save(run, net, images_used, progress, None if ema is None else ema.module)
+            if step.evaluates:
+                evaluate(step.number)
     if steps.finished:
         logger.info("best and last model: %s, %s", run.path / "best", run.path / "last")
     return steps.finished
@@ -411,14 +418,13 @@ class Evaluation:
                 values |= {prefix + name: value for name, value in found.items()}
         if not all(map(math.isfinite, values.values())):
             raise FloatingPointError(f"step {step}: the validation loss is not finite: {values}")
-        self.log.metrics.write(step, epoch, **values)
         text = ", ".join(f"{name} {value:.4f}" for name, value in values.items() if "/" not in name)
         logger.info("step %d: %s on %d images", step, text, num_read)
         if not self.accelerator.is_main_process:
             return
         self.draw(chosen, step)
-        if step and found["miou"] > self.best.score:
-            self.best.score, self.best.step = found["miou"], step
+        if step and found[SCORE] > self.best.score:
+            self.best.score, self.best.step = found[SCORE], step
             places = (*places, "best")
         for place in places:
             folder = self.log.folder / place
@@ -427,6 +433,7 @@ class Evaluation:
                 weights = replace(self.weights, origin=self.weights.origin | what)
                 save_segmenter(folder, chosen, weights, self.cfg.model.head, self.data.classes)
             write_confusion(folder / "confusion.csv", scores.confusion, names)
+        self.log.metrics.write(step, epoch, **values)  # last: without it the evaluation is owed
 
     def score(self, network: Segmenter) -> tuple[Scores, int]:
         """The scores of all processes together, and the number of images that they could read.

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
-from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from fcmae.training import checkpoint, optim
 from fcmae.training.compiling import compile_model
 from fcmae.training.micro_batches import micro_batch_size
 from fcmae.training.optim import Schedule
-from fcmae.training.records import read_metrics
+from fcmae.training.records import of_model, read_metrics
 from fcmae.training.run import RunDirectory
 from fcmae.training.steps import check_pooled, schedule_of
 from fcmae.weights.convert import adapt_in_chans
@@ -137,20 +137,17 @@ def kept_weights(run: RunDirectory) -> Weights | None:
     return Weights({}, architecture, image, class_names=Images.load(held_out).class_names or ())
 
 
-def progress_of(
-    cfg: RunConfig, net: Classifier | Segmenter, reading: Reading, best: Best, num_processes: int
-) -> dict[str, Any]:
+def progress_of(cfg: RunConfig, net: Classifier | Segmenter, reading: Reading, num_processes: int) -> dict[str, Any]:
     """What the run needs to go on, beside weights.
 
     Args:
         cfg: the run's settings, with the micro-batches that it has by now.
         net: the model.
         reading: how images are read.
-        best: the best evaluation so far.
         num_processes: of the run.
     """
     pooled = {"images_at_once": micro_batch_size(cfg, num_processes)} if net.encoder.spec.has_batch_norm else {}
-    return {"best": vars(best), "image": ImageRecord.of(reading).known(), **pooled}
+    return {"image": ImageRecord.of(reading).known(), **pooled}
 
 
 def build_optimizer(cfg: DenseConfig, net: Classifier | Segmenter) -> torch.optim.AdamW:
@@ -279,6 +276,7 @@ def prepare(
     net: Classifier | Segmenter,
     image_size: tuple[int, int],
     per_epoch: int,
+    score: str,
     renamed: Callable[[str], str] = str,
 ) -> Prepared:
     """Move the model to its device, restore the checkpoint that the run resumes from, and compile it where that pays.
@@ -290,6 +288,7 @@ def prepare(
         net: the model, which starts as it is or is overwritten.
         image_size: height and width of the images.
         per_epoch: steps of an epoch; 0 to evaluate only.
+        score: the name of that by which evaluations are compared.
         renamed: our names to those of checkpoints of the first format.
     """
     net = net.to(accelerator.device)
@@ -299,14 +298,8 @@ def prepare(
     ema = ModelEmaV3(net, decay=ema_decay, **rising) if ema_decay and not cfg.eval_only else None
     adamw, best = build_optimizer(cfg, net), Best()
     if (resumed := run.resume_from) is not None:
-        meta = checkpoint.restore(resumed, net, adamw, renamed, accelerator.scaler)
-        with checkpoint.reading_progress(resumed):
-            kept = dict(meta.progress["best"])
-            step = kept.pop("step")
-            (score,) = kept.values()  # under the score's own name, in runs that began before it had one
-            best = TypeAdapter(Best).validate_python({"score": score, "step": step})
-        if _step_of(run.path / "best") != best.step:  # it is of a step that was done after the checkpoint
-            best = Best()
+        checkpoint.restore(resumed, net, adamw, renamed, accelerator.scaler)
+        best = _best_of(run, score)
         if ema is not None:
             ema.module.load_state_dict(checkpoint.read_state(resumed, "ema", net, renamed))
     schedule = schedule_of(cfg, per_epoch, run.resume_step)
@@ -324,6 +317,14 @@ def prepare(
         # With the autocast that the forward pass has by now: without it the first step would compile once more.
         compile_model(net, cfg.model.compile, trial, (schedule.total - schedule.start) * cfg.num_micro_batches)
     return Prepared(schedule, model, optimizer, ema, best)
+
+
+def _best_of(run: RunDirectory, score: str) -> Best:
+    """The best evaluation before a run goes on; none where `best` is of another, as that was done after it."""
+    lines = [line for line in read_metrics(run.path / "metrics.jsonl") if line["step"] <= run.resume_step]
+    scored = [Best(value, line["step"]) for line in lines if (value := of_model(line, score)) is not None]
+    best = max(scored, key=attrgetter("score"), default=Best())
+    return best if _step_of(run.path / "best") == best.step else Best()
 
 
 def _step_of(model: Path) -> int:

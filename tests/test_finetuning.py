@@ -322,6 +322,27 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert "ema_auroc" in metrics(tmp_path / "cut")[-1]
 
 
+@pytest.mark.parametrize("step", [4, 8])  # the end of an epoch, and of the run
+def test_a_run_that_is_told_to_stop_saves_without_an_evaluation_and_begins_with_it(
+    labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    settings = {"model__variant": runs.TINY, "model__stem_stride": 1, "regularization__ema_decay": 0.5}
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert finetune(labelled, whole, **settings) == 0
+    runs.forget_accelerator()
+    with monkeypatch.context() as patch:
+        at_step(patch, step, kill_self(signal.SIGTERM))
+        assert finetune(labelled, out, **settings) == 143
+    assert max(checkpoint.steps(out)) == step and not (out / "last").exists()
+    runs.forget_accelerator()
+    assert finetune(labelled, out, **settings) == 0
+    expected, found = ([line for line in metrics(path) if "top1" in line] for path in (whole, out))
+    assert found == expected
+    for name in ("best", "last"):
+        assert (out / name / "predictions.csv").read_text() == (whole / name / "predictions.csv").read_text()
+        assert read_weights(out / name).origin["step"] == read_weights(whole / name).origin["step"]
+
+
 def test_a_classifier_gives_features_and_the_classes_that_predict_writes(tuned: Path, labelled: Path) -> None:
     model = fcmae.load(tuned)
     assert isinstance(model, fcmae.api.Classified) and model.class_names == ("blue", "green")

@@ -754,6 +754,46 @@ def test_a_signal_finishes_the_step_and_saves_and_the_status_tells_and_the_run_g
     assert_equal_runs(out, uninterrupted)
 
 
+def evaluated(out: Path) -> list[dict[str, float]]:
+    """The lines of evaluations."""
+    return [line for line in read_metrics(out / "metrics.jsonl") if "lr" not in line]
+
+
+@pytest.mark.parametrize("step", [3, 9])  # the end of an epoch, and of the run
+def test_a_run_that_is_told_to_stop_saves_without_an_evaluation_and_begins_with_it(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert run(images, whole, log__eval_epochs=1) == 0
+    assert [line["step"] for line in evaluated(whole)] == [3, 6, 9]
+    with monkeypatch.context() as patch:
+        at_step(patch, step, kill_self(signal.SIGTERM))
+        assert run(images, out, log__eval_epochs=1) == 143
+    assert max(checkpoint.steps(out)) == step
+    assert evaluated(out) == [line for line in evaluated(whole) if line["step"] < step]
+    for _ in ("it goes on", "there is nothing left to do"):
+        assert run(images, out, log__eval_epochs=1) == 0
+        assert evaluated(out) == evaluated(whole)
+    assert_equal_runs(out, whole)
+
+
+def _break(*_: object) -> None:
+    raise MemoryError
+
+
+def test_what_is_trained_is_kept_where_an_evaluation_breaks_down(
+    uninterrupted: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(pretraining.Monitor, "measure", _break)
+        with pytest.raises(MemoryError):
+            run(images, out)
+    assert max(checkpoint.steps(out)) == 9 and not evaluated(out)
+    assert run(images, out) == 0
+    assert evaluated(out) == evaluated(uninterrupted)
+
+
 def test_losses_logged_after_a_cut_are_over_the_same_steps(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

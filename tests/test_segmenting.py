@@ -131,6 +131,18 @@ def metrics(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def test_a_run_that_is_told_to_stop_at_its_last_step_is_evaluated_when_it_goes_on(
+    tiles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        at_step(patch, 4, kill_self(signal.SIGTERM))
+        assert segment(tiles, tmp_path / "run") == 143
+    assert max(checkpoint.steps(tmp_path / "run")) == 4 and not (tmp_path / "run" / "last").exists()
+    runs.forget_accelerator()
+    assert segment(tiles, tmp_path / "run") == 0
+    assert "miou" in metrics(tmp_path / "run")[-1] and (tmp_path / "run" / "last").exists()
+
+
 @pytest.fixture(scope="module")
 def segmented(tiles: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "segmented"

@@ -6,7 +6,9 @@ for step in steps:
             step.backward(loss of the batch)
     step.update()
     step.settle()
-    ...
+    step.save()
+    if step.evaluates:
+        ...
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ from fcmae.training.log import Log
 from fcmae.training.messages import same_command
 from fcmae.training.micro_batches import micro_batch_size, smaller_micro_batch, with_micro_batch
 from fcmae.training.optim import Schedule, set_learning_rate
-from fcmae.training.records import images_that_fit, record_images_that_fit
+from fcmae.training.records import images_that_fit, read_metrics, record_images_that_fit
 from fcmae.training.run import SMALLER, RunDirectory
 from fcmae.training.signals import StopSignal
 
@@ -106,6 +108,22 @@ def limit_to_known_memory(cfg: AnyRun, accelerator: Accelerator) -> AnyRun:
     return fitting
 
 
+def owes_evaluation(accelerator: Accelerator, run: RunDirectory, schedule: Schedule) -> bool:
+    """Whether the evaluation after the step that a run goes on from was cut off, or left for now by a signal.
+
+    Args:
+        accelerator: of its processes.
+        run: where it stands.
+        schedule: of its steps.
+    """
+
+    def is_missing() -> bool:
+        lines = read_metrics(run.path / "metrics.jsonl")
+        return not any(line["step"] == schedule.start and "lr" not in line for line in lines)
+
+    return schedule.start > 0 and schedule.evaluates(schedule.start) and same_everywhere(accelerator, is_missing)
+
+
 class Steps:
     """The steps of a run from where it starts to its end, or until a signal asks to stop.
 
@@ -161,7 +179,7 @@ class Steps:
             step = Step(self, number + 1, lr)
             yield step
             self.log.window.skip_since(step.logged_at)
-            if step.stops and number + 1 < self.schedule.total:
+            if step.stops:
                 signal = self.stop.received or "a signal"
                 logger.info("stopped by %s after step %d; %s resumes", signal, number + 1, same_command(self.cfg))
                 return
@@ -248,7 +266,7 @@ class Step:
     Attributes:
         number: steps that are done when this one is.
         epoch: likewise, in epochs.
-        evaluates: whether an evaluation is due after it.
+        evaluates: whether an evaluation is due after it; one that is told to stop leaves it for when it goes on.
         saves: whether a checkpoint is due after it, as `settle` decides.
         stops: whether a process was told to, as `settle` decides.
 
@@ -338,7 +356,7 @@ class Step:
         progress: dict[str, Any],
         ema: nn.Module | None = None,
     ) -> None:
-        """Write a checkpoint where one is due, on the main process.
+        """Write a checkpoint where one is due, on the main process: before the evaluation, which may be cut off.
 
         Args:
             run: whose it is.
@@ -383,6 +401,7 @@ class Step:
             result, steps.unread = self._read(self._started, number), None
             self.stops = self.stops or result.stop
             self.saves = self.saves or self.stops
+            self.evaluates = self.evaluates and not self.stops
             # A checkpoint ends the window, so that the lines of a resumed run are over the same steps.
             if logs or self.saves:
                 steps.log.write(number, self.lr, result.grad_norm)
