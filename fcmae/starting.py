@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import attrgetter
@@ -185,6 +186,28 @@ def check_held_out(cfg: DenseConfig, train: Images, val: Images) -> None:
             f"images that model.init = {cfg.model.init} learnt from, such as {printable(min(both))}: give the seed and "
             "val_share of its run, or the images by data.val_path"
         )
+    chose = None if cfg.trains else images_that_chose(Path(str(cfg.model.init)))
+    if chose is not None and (both := also_in(val, chose)):
+        logger.warning(
+            "%d of the %d images held out chose model.init = %s, so that scores are too high: give others, or last/",
+            *(len(both), len(val), cfg.model.init),
+        )
+
+
+def images_that_chose(path: Path) -> Images | None:
+    """The labelled images by which a run chose the weights that are read from a path; None if there are none.
+
+    Args:
+        path: a run with labels, whose best weights are read, or its best/, or a file in it.
+    """
+    folder = path.parent if path.is_file() else path
+    run = folder.parent if folder.name == "best" else folder
+    with suppress(ValueError, OSError):
+        lines = read_metrics(run / "metrics.jsonl")
+        num = sum("balanced_accuracy" in line or "miou" in line for line in lines)
+        if (run / "best").is_dir() and num > 1:  # a run's only evaluation is its best and its last
+            return Images.load(run / "val_files.json")
+    return None
 
 
 def check_scored(run: RunDirectory, parts: Mapping[str, Images]) -> None:

@@ -40,7 +40,7 @@ from fcmae.data.source import is_unicode, printable
 from fcmae.data.split import draw
 from fcmae.data.survey import Survey, survey
 from fcmae.evaluation import paired
-from fcmae.evaluation.evaluate import find_data, folder_names, images_that_chose, score
+from fcmae.evaluation.evaluate import find_data, folder_names, score
 from fcmae.evaluation.features import extract
 from fcmae.evaluation.models import Backbone, Control, choose_device, is_control, load_backbone
 from fcmae.evaluation.outputs import TEMPORARY, file_name, tell_unread
@@ -49,7 +49,7 @@ from fcmae.evaluation.records import SCORES
 from fcmae.finetuning import finetune, fingerprint
 from fcmae.networks.spec import NetworkSpec, describe
 from fcmae.pretraining import pretrain
-from fcmae.starting import class_balance
+from fcmae.starting import class_balance, images_that_chose
 from fcmae.tables import table
 from fcmae.training import checkpoint
 from fcmae.training.own_files import check_outside, remove_models

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from fcmae.data import dicom
 from fcmae.data.decode import read_crop
+from fcmae.data.rasters import LabelMap
 from fcmae.data.source import BadImage
 
 pydicom = pytest.importorskip("pydicom")
@@ -97,6 +98,31 @@ def test_padding_that_is_told_as_unsigned_is_missing_too() -> None:
     told.save_as(file, enforce_file_format=True)
     found = read_crop(file.getvalue(), 1, whole, None, fill=[5.0])
     assert found.known is not None and not found.known[0, :3].any() and (found.values[0, :3] == 5).all()
+
+
+def test_bits_above_those_stored_say_nothing_of_padding_either() -> None:
+    stored = DEEP.copy()
+    stored[stored == 2**16 - 2000 & 2**12 - 1] = 0  # what pydicom makes of the padding
+    stored[:3] = 2**16 - 2000
+    content = written(stored, BitsStored=12, RescaleIntercept=-1024, PixelPaddingValue=2**16 - 2000)
+    found = read_crop(content, 1, whole, None, fill=[5.0])
+    assert found.known is not None
+    np.testing.assert_array_equal(found.known[0], stored != 2**16 - 2000)
+    np.testing.assert_array_equal(found.values[0, 3:], stored[3:] - 1024.0)
+
+
+def test_dicom_without_an_image_is_told_as_such() -> None:
+    report = pydicom.dcmread(io.BytesIO(written(GREY, Modality="SR")))
+    del report.PixelData
+    file = io.BytesIO()
+    report.save_as(file, enforce_file_format=True)
+    with pytest.raises(BadImage, match=r"it is DICOM without an image \(Modality SR\): leave it out"):
+        read_crop(file.getvalue(), 1, whole, None)
+
+
+def test_a_label_map_that_is_dicom_is_told_as_such() -> None:
+    with pytest.raises(BadImage, match="it is DICOM, and label maps are PNG, TIFF or"):
+        LabelMap(io.BytesIO(written(GREY)))
 
 
 def retold(content: bytes, **values: tuple[str, int]) -> bytes:

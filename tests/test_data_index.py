@@ -495,6 +495,11 @@ def test_files_of_other_formats_are_counted_in_a_note_that_parts_keep(tmp_path: 
     note += "1 without a suffix (to read them all the same, list their paths in a .txt file)"
     assert find_images([str(tmp_path)]).notes == (note,)
     assert [part.notes for part in split(find_labelled(str(tmp_path)), 0.5, seed=0)] == [(note,)] * 2
+    with tarfile.open(tmp_path.parent / "x.tar", "w") as archive:
+        archive.add(tmp_path, "x")
+    assert find_images([str(tmp_path.parent / "x.tar")]).notes == (note,)
+    (told,) = find_images([str(tmp_path / "b" / "*")]).notes
+    assert told == note
 
 
 def test_dicom_without_a_suffix_is_found_by_its_first_bytes(tmp_path: Path) -> None:
@@ -506,6 +511,20 @@ def test_dicom_without_a_suffix_is_found_by_its_first_bytes(tmp_path: Path) -> N
     (note,) = found.notes
     assert "images: 2 without a suffix, 1 .1, 1 .x (" in note
     assert find_images([str(tmp_path / "*")]).names() == found.names()
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        for path in sorted(tmp_path.iterdir()):
+            archive.add(path, f"x/{path.name}")
+    packed = find_images([str(tmp_path / "x.tar")])
+    assert [Path(name).name for name in packed.names()] == ["1.2.840.113.7", "IM0001"]
+    assert packed.notes == found.notes
+    with packed.open(0) as file:
+        assert file.read(132)[128:] == b"DICM"
+
+
+def test_dicom_without_a_suffix_beside_class_folders_is_told_of(tmp_path: Path) -> None:
+    touch(tmp_path, "a/0.png", "b/1.png", "IM0001")
+    (tmp_path / "IM0001").write_bytes(bytes(128) + b"DICM")
+    assert any("IM0001" in note for note in find_labelled(str(tmp_path)).notes)
 
 
 def test_a_number_at_the_end_of_a_name_is_no_suffix(tmp_path: Path) -> None:
@@ -515,6 +534,30 @@ def test_a_number_at_the_end_of_a_name_is_no_suffix(tmp_path: Path) -> None:
     images, maps = find_mapped(str(tmp_path / "images"), str(tmp_path / "maps"))
     assert [Path(name).name for name in images.names()] == ["1.2.840.7", "1.2.840.8"]
     assert [Path(name).name for name in maps.names()] == ["1.2.840.7.png", "1.2.840.8.png"]
+
+
+@pytest.mark.parametrize(("images", "maps"), [("*.tif", ""), ("", "*.png"), ("*.tif", "*.png"), ("**/*.tif", "")])
+def test_patterns_of_images_are_paired_with_maps_by_what_is_below_their_folder(
+    tmp_path: Path, images: str, maps: str
+) -> None:
+    touch(tmp_path, "images/a.tif", "images/b.tif", "maps/a.png", "maps/b.png")
+    found = find_mapped(str(tmp_path / "images" / images), str(tmp_path / "maps" / maps))
+    assert [[Path(name).stem for name in part.names()] for part in found] == [["a", "b"]] * 2
+
+
+@pytest.mark.parametrize(
+    ("labels", "ordered"),
+    [
+        (["10", "9", "2"], ["2", "9", "10"]),
+        (["0.0", "10.0", "2.0"], ["0.0", "2.0", "10.0"]),
+        (["-1", "10", "2", "-12"], ["-12", "-1", "2", "10"]),
+        (["10", "9", "b"], ["10", "9", "b"]),
+    ],
+)
+def test_classes_that_are_numbers_are_ordered_by_size(tmp_path: Path, labels: list[str], ordered: list[str]) -> None:
+    touch(tmp_path, *(f"{label}.png" for label in labels))
+    (tmp_path / "table.csv").write_text("path,label\n" + "".join(f"{label}.png,{label}\n" for label in labels))
+    assert find_labelled(str(tmp_path / "table.csv")).class_names == tuple(ordered)
 
 
 def test_a_folder_of_splits_is_not_taken_for_classes(tmp_path: Path) -> None:

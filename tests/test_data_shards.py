@@ -308,11 +308,12 @@ def test_no_bytes_make_the_scan_fail_but_with_a_sentence(noise: bytes, at: int) 
 def test_labels_come_from_beside_the_images(tmp_path: Path) -> None:
     texts = {
         "a.cls": b"7\n", "a.json": b'"no"', "a.txt": b"no", "b.json": b'{"label": "cat"}', "c.json": b'{"cls": 3}',
-        "d.txt": b" a  tabby cat\n", "d.json": b"{broken", "e.seg.cls": b"no", "e.cls": b"7",
+        "d.txt": b"\xef\xbb\xbfa  tabby cat\n", "f.json": b'{"label": 1.0}', "d.json": b"{broken",
+        "e.seg.cls": b"no", "e.cls": b"7",
     }  # fmt: skip
     pack(
         tmp_path / "x.tar",
-        *((f"{name}.png", image(0)) for name in "abcde"),
+        *((f"{name}.png", image(0)) for name in "abcdef"),
         *((name, text) for name, text in texts.items()),
         ("sub/a.png", image(1)),
         ("sub/a.txt", b"cat"),
@@ -325,9 +326,10 @@ def test_labels_come_from_beside_the_images(tmp_path: Path) -> None:
         "c.png": "3",
         "d.png": "a tabby cat",
         "e.png": "7",
+        "f.png": "1.0",
         "sub/a.png": "cat",
     }
-    assert found.class_names == ("3", "7", "a tabby cat", "cat")
+    assert found.class_names == ("1.0", "3", "7", "a tabby cat", "cat")
 
 
 def test_held_out_shards_have_the_classes_of_the_training_shards(tmp_path: Path) -> None:

@@ -367,7 +367,8 @@ class Regularization(Section):
     cutmix: float = Field(0.0, ge=0)
     """Beta parameter of cutmix, 0 for none."""
     class_weights: ClassWeights = None
-    """Weights of the classes in the loss: a list, or balanced (inverse to their frequency)."""
+    """Weights of the classes in the loss: a list (classes in alphabetical order, or by size if all are numbers), or
+    balanced (inverse to their frequency)."""
     ema_decay: float = Field(0.0, ge=0, lt=1)
     """Decay of the weights' moving average (EMA), 0 for none; after n steps, n / (n + 9) as long as that is less. The
     average is evaluated beside the weights themselves."""

@@ -394,7 +394,7 @@ class FinetuneAugment:
                 if image.dtype != np.uint8:
                     raise DeepImageError(
                         "data.auto_augment: timm's policies work on 8-bit images and would clip and round deeper ones, "
-                        "which are among these: set it to none"
+                        "such as this: set it to none"
                     )
                 image = self._augmented(image)
             return Pixels(self._erased(image) if erases else image)

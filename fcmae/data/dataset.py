@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fcmae.data.arrays import Pixels
-from fcmae.data.augment import CenterCrop, CropAndFlip, CropBoth, FinetuneAugment, Reading
+from fcmae.data.augment import CenterCrop, CropAndFlip, CropBoth, DeepImageError, FinetuneAugment, Reading
 from fcmae.data.index import Images
 from fcmae.data.rasters import num_pages
 from fcmae.data.sampler import MASK_STREAM, SAMPLE_STREAM, Key
@@ -311,7 +311,11 @@ class FinetuneDataset(ImageDataset):
 
     def _load(self, i: int, rng: np.random.Generator) -> tuple[Pixels, int | None]:
         with self._images.open(i) as file:
-            return Pixels(self._view(file, rng).values), self._images.label(i)
+            try:
+                pixels = self._view(file, rng)
+            except DeepImageError as error:
+                raise DeepImageError(f"{printable(self._images.name(i))}: {error}") from error
+        return Pixels(pixels.values), self._images.label(i)
 
 
 def centre_crops(reading: Reading, images: Images) -> FinetuneDataset:

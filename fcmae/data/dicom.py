@@ -55,6 +55,8 @@ def _open(file: BinaryIO, in_chans: int) -> ArrayImage:
         raise BadImage("it is DICOM that is deflated as a whole: save it again")
     file.seek(0)
     found = pydicom.dcmread(file)
+    if "PixelData" not in found:  # such as reports and segmentations, beside the images of an archive
+        raise BadImage(f"it is DICOM without an image (Modality {found.get('Modality')}): leave it out")
     kind, samples = found.PhotometricInterpretation, found.SamplesPerPixel
     frames = int(found.get("NumberOfFrames") or 1)
     if not (kind.startswith("MONOCHROME") and samples == 1) and not (kind in COLOURS and samples == 3 and frames == 1):
@@ -93,7 +95,9 @@ def _padding(found: Any, dtype: np.dtype[Any]) -> tuple[float, float] | None:
     ends = [_stored(found.get(key), dtype) for key in ("PixelPaddingValue", "PixelPaddingRangeLimit")]
     if ends[0] is None:
         return None
-    told = [end for end in ends if end is not None]
+    # Stored bits above BitsStored say nothing, and pydicom takes them from the pixels likewise.
+    unused = found.BitsAllocated - found.BitsStored
+    told = [int(np.array(end, dtype) << unused >> unused) for end in ends if end is not None]
     return min(told), max(told)
 
 

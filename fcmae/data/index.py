@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from functools import cache, cached_property
 from itertools import chain, groupby
 from pathlib import Path
@@ -37,7 +38,9 @@ from fcmae.data.shards import (
     is_damage,
     is_double,
     is_image,
+    is_nameless,
     is_shard,
+    left_out,
     without_suffix,
 )
 from fcmae.data.source import (
@@ -418,7 +421,7 @@ def find_images(sources: Sequence[str], *, key: str = "data.path", storage: Stor
             )
         found += paths
     names = [name for name, _ in groupby(sorted(found))]  # not a set, which would take half a gigabyte of ten million
-    return Images(shards.source(names), notes=_left_out(others, key) + shards.notes(), lists=lists)
+    return Images(shards.source(names), notes=left_out(others, key) + shards.notes(), lists=lists)
 
 
 def _told(found: Iterable[Found], key: str) -> Iterator[Found]:
@@ -427,9 +430,13 @@ def _told(found: Iterable[Found], key: str) -> Iterator[Found]:
     for count, item in enumerate(found, 1):
         yield item
         if (now := time.monotonic()) - told > TELL_EVERY_S:
-            level = logging.INFO if logger.handlers else logging.WARNING  # which is shown of commands that keep no log
-            logger.log(level, "%s: %s images or shards were found so far", key, f"{count:,}")
+            _tell("%s: %s images or shards were found so far", key, f"{count:,}")
             told = now
+
+
+def _tell(message: str, *values: str) -> None:
+    level = logging.INFO if logger.handlers else logging.WARNING  # which is shown of commands that keep no log
+    logger.log(level, message, *values)
 
 
 def _expand(source: str, key: str, others: Counter[str]) -> Iterator[str]:
@@ -452,7 +459,10 @@ def _expand(source: str, key: str, others: Counter[str]) -> Iterator[str]:
                 searched.add(str(match))
                 yield from _walk(match, key, others, seen=seen)
             else:
-                yield from _image_or_shard(match, key)
+                found = list(_image_or_shard(match, key))
+                yield from found
+                if not found and not match.name.startswith("."):
+                    others[match.suffix.lower()] += 1
     else:
         raise ValueError(
             f"{key}: {source!r} does not exist: "
@@ -530,6 +540,7 @@ def _matching(pattern: str, key: str) -> list[str]:
 
 def _walk_remote(source: str, key: str, others: Counter[str]) -> Iterator[str]:
     """As `_walk`, by one listing; a run is a folder with the files of its settings and of its machine."""
+    _tell("%s: listing %s; of millions of objects this takes long, and shards or a list in a .txt do not", key, source)
     found, root = _listed(source, key, "find"), canonical(source)
     settings, machines = (
         {path.rpartition("/")[0] for path in found if path.endswith(f"/{name}")}
@@ -647,10 +658,13 @@ def _leads_to_itself(entry: os.DirEntry[str]) -> bool:
     return False
 
 
+def _is_image_file(path: Path) -> bool:
+    return path.is_file() and (is_image(path.name) or _is_unnamed_dicom(str(path)))
+
+
 def _is_unnamed_dicom(path: str) -> bool:
-    """Whether a file whose name says nothing, as those from archives of hospitals (1.2.840.7), begins as DICOM does."""
-    name = os.path.basename(path)  # noqa: PTH119
-    if without_suffix(name) != name or name.upper() == "DICOMDIR":  # which lists the others
+    """Whether a file whose name does not say what it is begins as DICOM does."""
+    if not is_nameless(os.path.basename(path)):  # noqa: PTH119
         return False
     try:
         with open_file(path) as file:
@@ -666,16 +680,6 @@ def is_of_run(config: Path) -> bool:
             with config.open("rb") as file:
                 return file.read(8) == b"# fcmae "
     return False
-
-
-def _left_out(others: Counter[str], key: str) -> tuple[str, ...]:
-    if not others:
-        return ()
-    counts = [f"{number} {printable(suffix) or 'without a suffix'}" for suffix, number in others.most_common(8)]
-    return (
-        f"{key}: files left out, as their names are not those of images: {', '.join(counts)} (to read them all the "
-        "same, list their paths in a .txt file)",
-    )
 
 
 def _read_list(address: str, key: str) -> Iterator[str]:
@@ -699,7 +703,7 @@ def find_labelled(
             relative paths start at its folder, or tar files with labels (see shards.py): one, a folder of them, or a
             glob pattern. Each may be a URL.
         class_names: the classes of the training set, for images held out; labels then point into it. By default the
-            classes are the labels found, in alphabetical order, or in numerical order if all are integers.
+            classes are the labels found, in alphabetical order, or by their size if all are numbers.
         key: the setting that errors name, by default data.path, or data.val_path if class_names are given.
         storage: that reads tar files and images.
 
@@ -742,7 +746,7 @@ def find_labelled(
     number = {name: i for i, name in enumerate(names)}
     paths = sorted(label_of)
     labels = np.array([number[label_of[path]] for path in paths], dtype=np.int64)
-    notes += _left_out(others, key) + shards.notes()
+    notes += left_out(others, key) + shards.notes()
     return Images(shards.source(paths), None, labels, tuple(names), notes, lists)
 
 
@@ -797,8 +801,8 @@ def _labels_of(tars: list[str], shards: Shards, source: str, key: str) -> dict[s
 
 
 def _sort_classes(names: set[str]) -> list[str]:
-    if all(name.isascii() and name.isdigit() for name in names):
-        return sorted(names, key=lambda name: (int(name), name))
+    if all(re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", name) for name in names):  # a column with gaps has 1.0 for 1
+        return sorted(names, key=lambda name: (Decimal(name), name))
     return sorted(names)
 
 
@@ -847,7 +851,7 @@ def _class_folders(
         root = str(Path(source))
         folders = _inner_folders(Path(root))
         _refuse_splits(root, {path.name for path in folders}, key)
-        beside = sorted(str(path) for path in Path(root).iterdir() if is_image(path.name) and path.is_file())
+        beside = sorted(str(path) for path in Path(root).iterdir() if _is_image_file(path))
         found = {folder.name: [] for folder in folders}
         links = {folder.name: [_absolute(folder)] if folder.is_symlink() else [] for folder in folders}
         for name, path in _told(
@@ -987,9 +991,16 @@ def find_mapped(
     return replace(usable, notes=notes), found.subset([map_of[stem] for stem in image_of])
 
 
+def _above(source: str) -> str:
+    """The folder above all that a pattern matches; what is none as it is."""
+    if not (_is_pattern(source) if is_remote(source) else glob.has_magic(source) and not os.path.exists(source)):  # noqa: PTH110
+        return source
+    return re.split(r"[*?\[]", source)[0].rpartition("/")[0] or ("/" if source.startswith("/") else ".")
+
+
 def _by_stem(images: Images, root: str, key: str) -> dict[str, int]:
     """Images by what they are called below a folder or in a tar file, without suffixes."""
-    root = canonical(root) if is_remote(root) else _absolute(root)
+    root = canonical(_above(root)) if is_remote(root) else _absolute(_above(root))
     named: dict[str, int] = {}
     for i, name in enumerate(images.names()):
         if is_damage(name) or is_double(name):  # a note tells of them

@@ -106,6 +106,7 @@ def build_loader(
         batch_sampler=batch_sampler,
         collate_fn=_collate_and_send if num_workers > 0 else collate,
         num_workers=num_workers,
+        multiprocessing_context="fork" if num_workers > 0 else None,  # they share the index with this process
         pin_memory=device_type == "cuda",
         persistent_workers=num_workers > 0,
         prefetch_factor=4 if num_workers > 0 else None,

@@ -37,7 +37,7 @@ from fcmae.data.readers import (
     stored_values,
     without_alpha,
 )
-from fcmae.data.source import BadImage
+from fcmae.data.source import BadImage, is_dicom
 
 # GeoTIFF's: scale, tie points, matrix, keys and their values; and the coefficients of a satellite's camera (RPC).
 GEO_TAGS = (33550, 33922, 34264, 34735, 34736, 34737, 50844)
@@ -400,6 +400,8 @@ def _stored_values(file: BinaryIO, max_pixels: int) -> NDArray[Any]:
         return array[0] if array.ndim == 3 and array.shape[0] == 1 < array.shape[2] else array  # (1, H, W)
     file.seek(0)
     content = file.read()
+    if is_dicom(content[:132]):
+        raise BadImage("it is DICOM, and label maps are PNG, TIFF or .npy files: save it as one")
     with Image.open(BytesIO(content), formats=PILLOW_FORMATS) as image:
         # Of classes that fill a map nothing is left when it is compressed, and 8 pixels may share a byte before.
         depth = {"I;16": 2, "I;16B": 2, "I": 4, "F": 4}.get(image.mode, 1 / 8)

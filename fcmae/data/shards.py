@@ -15,11 +15,13 @@ import re
 import tarfile
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from math import isfinite
 from pathlib import PurePosixPath
 from threading import Event
 from typing import Any, BinaryIO
@@ -29,7 +31,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from fcmae.data.cores import num_cores
-from fcmae.data.source import SYSTEM_FOLDERS, Files, Listed, Names, Source, printable
+from fcmae.data.source import SYSTEM_FOLDERS, Files, Listed, Names, Source, is_dicom, printable
 from fcmae.data.storage import Storage, Unanswered, is_remote
 from fcmae.data.tables import ARROW, EMPTY, PARQUET, read_row
 from fcmae.data.tables import scan as scan_table
@@ -72,6 +74,14 @@ def without_suffix(name: str) -> str:
     return name if suffix[1:].isdigit() else stem
 
 
+def is_nameless(name: str) -> bool:
+    """Whether a file's name does not say what it is, as those from archives of hospitals (1.2.840.7): it may be DICOM.
+
+    DICOMDIR, which lists the others, is none of them.
+    """
+    return without_suffix(name) == name and name.upper() != "DICOMDIR"
+
+
 def is_damage(address: str) -> bool:
     """Whether it stands for bytes of a tar file that are no member: see `scan`."""
     name = os.path.basename(address)  # noqa: PTH119
@@ -103,6 +113,22 @@ def shards_of(addresses: Iterable[str]) -> Iterator[str | None]:
         yield found
 
 
+def left_out(others: Counter[str], key: str) -> tuple[str, ...]:
+    """A sentence on files of other formats, if there are any.
+
+    Args:
+        others: their numbers by suffix.
+        key: the setting that it names.
+    """
+    if not others:
+        return ()
+    counts = [f"{number} {printable(suffix) or 'without a suffix'}" for suffix, number in others.most_common(8)]
+    return (
+        f"{key}: files left out, as their names are not those of images: {', '.join(counts)} (to read them all the "
+        "same, list their paths in a .txt file)",
+    )
+
+
 @dataclass(frozen=True)
 class Members:
     """The images of a tar file.
@@ -112,12 +138,14 @@ class Members:
         starts: (N,) int64, first byte of each.
         sizes: (N,) int64, bytes, or why it cannot be used (REASONS).
         labels: of the images, empty where there is none.
+        others: files of other formats by suffix, where it has just been read.
     """
 
     names: list[str]
     starts: NDArray[np.int64]
     sizes: NDArray[np.int64]
     labels: list[str]
+    others: Counter[str] = field(default_factory=Counter)
 
     def packed(self, stamp: str) -> bytes:
         """As `unpacked` reads them."""
@@ -166,6 +194,7 @@ def scan(file: BinaryIO, stop: Event | None = None) -> Members:
             raise ValueError(f"it is compressed by {name}, so that no image can be read alone: unpack it")
     file.seek(0)
     names, places, texts, end = list[str](), list[tuple[int, int]](), dict[str, str](), 0
+    others = Counter[str]()
 
     def skipped(start: int, until: int) -> None:
         """Take note of bytes that are neither a member, nor said of all of them, nor padding."""
@@ -192,12 +221,14 @@ def scan(file: BinaryIO, stop: Event | None = None) -> Members:
         is_hidden = any(part.startswith(".") or part in SYSTEM_FOLDERS for part in path.parts)
         if is_hidden or not (member.isreg() or is_link):
             continue
-        if is_image(path.name):
+        if is_image(path.name) or (member.isreg() and not member.issparse() and _is_dicom(file, member)):
             names.append(name)
             places.append((member.offset_data, LINK if is_link else SPARSE if member.issparse() else member.size))
         elif suffix in LABELS and not is_link and not member.issparse() and member.size <= MAX_LABEL and end <= total:
             file.seek(member.offset_data)
             texts.setdefault(name, _label(file.read(member.size), suffix))
+        else:
+            others[suffix] += 1
     if end < total:
         skipped(end, total)
     if end == 0 and total:
@@ -209,7 +240,15 @@ def scan(file: BinaryIO, stop: Event | None = None) -> Members:
         counts[name] = counts.get(name, 0) + 1
         if counts[name] > 1:
             names[i], sizes[i] = f"{name}#{counts[name]}", TWICE
-    return Members(names, starts, sizes, labels)
+    return Members(names, starts, sizes, labels, others)
+
+
+def _is_dicom(file: BinaryIO, member: tarfile.TarInfo) -> bool:
+    """Whether a member is DICOM whose name does not say so."""
+    if not is_nameless(PurePosixPath(member.name).name):
+        return False
+    file.seek(member.offset_data)
+    return is_dicom(file.read(min(member.size, 132)))
 
 
 def _is_global_header(block: bytes, size: int) -> bool:
@@ -260,7 +299,7 @@ def _beside(name: str) -> Iterator[str]:
 
 
 def _label(content: bytes, suffix: str) -> str:
-    text = content.decode("utf-8", "replace")
+    text = content.decode("utf-8-sig", "replace")
     if suffix == ".json":
         try:
             value: Any = json.loads(text)
@@ -268,7 +307,7 @@ def _label(content: bytes, suffix: str) -> str:
             return ""
         if isinstance(value, dict):
             value = next((value[key] for key in ("label", "cls", "class") if key in value), None)
-        text = str(value) if isinstance(value, str | int) else ""
+        text = str(value) if isinstance(value, str | int) or (isinstance(value, float) and isfinite(value)) else ""
     text = text.encode("utf-8", "replace").decode()  # JSON may name half of a character
     return " ".join(text.replace("\0", " ").split())
 
@@ -342,7 +381,11 @@ class Shards:
         return {f"{shard}/{name}": label for name, label in zip(members.names, members.labels, strict=True)}
 
     def notes(self) -> tuple[str, ...]:
-        """Sentences on what cannot be used of the tar files that were learnt."""
+        """Sentences on what cannot be used of the tar files that were learnt, and is left out of those just read."""
+        others = sum((found.others for found in self._known.values()), Counter[str]())
+        return (*self._damages(), *left_out(others, self._key))
+
+    def _damages(self) -> tuple[str, ...]:
         counts = {shard: int(np.isin(found.sizes, list(REASONS)).sum()) for shard, found in self._known.items()}
         if not (bad := {shard: count for shard, count in counts.items() if count}):
             return ()

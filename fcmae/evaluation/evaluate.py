@@ -13,7 +13,6 @@ import logging
 import shlex
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -40,9 +39,10 @@ from fcmae.evaluation.pictures import save_figure, shortened
 from fcmae.evaluation.probes import TEMPERATURE, few_shot_counts, fit_linear, knn_probabilities, mean_and_interval
 from fcmae.evaluation.records import COLUMNS, score_rows
 from fcmae.networks.encoder import StagedEncoder
+from fcmae.starting import images_that_chose
 from fcmae.tables import table
 from fcmae.training.own_files import FOUND, check_outside
-from fcmae.training.records import cpu_name, read_metrics
+from fcmae.training.records import cpu_name
 
 logger = logging.getLogger("fcmae")
 
@@ -234,21 +234,6 @@ def check_untaught(model: str, test_index: Images) -> None:
             len(test_index),
             model,
         )
-
-
-def images_that_chose(path: Path) -> Images | None:
-    """The labelled images by which a run chose the weights that are read from a path; None if there are none.
-
-    Args:
-        path: a run with labels, whose best weights are read, or its best/, or a file in it.
-    """
-    folder = path.parent if path.is_file() else path
-    run = folder.parent if folder.name == "best" else folder
-    with suppress(ValueError, OSError):
-        scored = [line for line in read_metrics(run / "metrics.jsonl") if "balanced_accuracy" in line]
-        if (run / "best").is_dir() and len(scored) > 1:  # a run's only evaluation is its best and its last
-            return Images.load(run / "val_files.json")
-    return None
 
 
 def _labels(images: Images) -> NDArray[np.int64]:
