@@ -10,14 +10,13 @@ from typing import TextIO
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from torch import nn
 
 from fcmae.atomic import replacing
 from fcmae.data.dataset import Batch
 from fcmae.data.normalize import Normalize
-from fcmae.training.launch import evaluating
+from fcmae.training.launch import evaluating, sent_to_first
 
 MAX_AUROC_CLASSES = 100  # for more, it takes as long as computing the images
 
@@ -47,7 +46,7 @@ def probabilities_of(
 def class_probabilities(
     model: nn.Module, batches: Iterable[Batch], normalize: Normalize, accelerator: Accelerator
 ) -> tuple[NDArray[np.int64], NDArray[np.float32], list[tuple[str, str]]]:
-    """Softmax outputs for all images that could be read, gathered from all processes, in the order of the images.
+    """Softmax outputs for all images that could be read, in their order: those of all processes, in the first one.
 
     Args:
         model: maps normalised images to logits (B, classes); on the accelerator's device.
@@ -57,7 +56,7 @@ def class_probabilities(
 
     Returns:
         The images' positions (N,), their probabilities (N, classes), and names of those that could not be read, with
-        reasons.
+        reasons; nothing in other processes than the first.
     """
     found: list[tuple[NDArray[np.int64], NDArray[np.float32]]] = []
     bad: list[tuple[str, str]] = []
@@ -67,8 +66,7 @@ def class_probabilities(
             readable = batch.select(batch.valid)
             if len(readable.index):
                 found.append((readable.index.numpy(), probabilities_of(model, readable, normalize, accelerator)))
-    if accelerator.num_processes > 1:
-        found, bad = gather_object(found), gather_object(bad)
+    found, bad = sent_to_first(accelerator, found), sent_to_first(accelerator, bad)
     if not found:
         return np.empty(0, np.int64), np.empty((0, 0), np.float32), bad
     index = np.concatenate([i for i, _ in found])

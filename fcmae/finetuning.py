@@ -393,6 +393,8 @@ class Evaluation:
                 positions, probabilities, bad = class_probabilities(
                     network, self.batches, self.normalize, self.accelerator
                 )
+                if not self.accelerator.is_main_process:
+                    continue
                 self.log.note_bad_files(bad)
                 if len(positions) == 0:
                     raise ValueError(
@@ -402,12 +404,12 @@ class Evaluation:
                 truth = self.images.labels[positions]
                 found = scores(truth, probabilities)
                 values |= {prefix + name: value for name, value in found.items()}
+        if not self.accelerator.is_main_process:
+            return
         if not all(map(math.isfinite, values.values())):
             raise FloatingPointError(f"step {step}: the validation loss is not finite: {values}")
         text = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
         logger.info("step %d: %s on %d images", step, text, len(positions))
-        if not self.accelerator.is_main_process:
-            return
         if step and found[SCORE] > self.best.score:
             self.best.score, self.best.step = found[SCORE], step
             places = (*places, "best")

@@ -177,10 +177,12 @@ def test_a_run_that_was_cut_off_names_its_command(run: Path) -> None:
             "accelerate launch --multi_gpu --num_processes 8 -m fcmae.cli pretrain --config {}",
         ),
         ("ipykernel_launcher.py -f x.json", 1, "fcmae pretrain --config {}"),
+        ("fcmae pretrain photos", 16, "fcmae pretrain photos  # in 16 processes on 2 nodes, as before"),
     ],
 )
 def test_what_goes_on_is_a_command(run: Path, command: str, processes: int, shown: str) -> None:
     start = {"time": "2026-01-01T00:00:00+00:00", "command": command, "num_processes": processes}
+    start["num_nodes"] = 2 if processes == 16 else 1
     (run / "environment.json").write_text(json.dumps([start]))
     said = status(ended(run, None))
     assert f"  {shown.format(run / 'config.yaml')}  # goes on" in said

@@ -209,6 +209,12 @@ def test_evaluating_only_and_predicting_repeat_the_last_evaluation(
     assert "images that model.init =" in (said := capsys.readouterr().err) and "give the seed and" in said
     runs.forget_accelerator()
     assert cli.main([*drawing, "0"]) == 0
+    # They chose the best one.
+    runs.forget_accelerator()
+    capsys.readouterr()
+    best = [str(tuned / "best") if word == str(tuned / "last") else word for word in drawing]
+    assert cli.main([*best, "0", "--overwrite"]) == 0
+    assert "4 of the 4 images held out chose model.init" in capsys.readouterr().err
     # Training from it, too, they choose the best model.
     given = {"model__init": tuned / "last", "epochs": 1, "optim__warmup_epochs": 0}
     for seed in (0, 1):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import shutil
 import signal
@@ -359,7 +360,13 @@ def slurm(folder: Path, **programs: str) -> tuple[dict[str, str], Path]:
     for name, text in {"srun": SRUN, "scontrol": SCONTROL, **programs}.items():
         (place / name).write_text(f"#!{sys.executable}\n{text}")
         (place / name).chmod(0o755)
-    job = {"SLURM_JOB_ID": "4321", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NTASKS": "2", "REQUEUED": str(requeued)}
+    job = {
+        "SLURM_JOB_ID": "4321",
+        "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_NTASKS": "2",
+        "SLURM_NTASKS_PER_NODE": "1",
+        "REQUEUED": str(requeued),
+    }
     path = f"{place}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     return os.environ | job | {"PATH": path, "OMP_NUM_THREADS": "1"}, requeued
 
@@ -393,6 +400,8 @@ def test_a_job_under_slurm_that_is_warned_saves_and_goes_back_into_the_queue(ima
             Nodes.kill(job)
     assert requeued.read_text() == "4321"
     assert 2 < max(checkpoint.steps(out)) < 120
+    (start,) = json.loads((out / "environment.json").read_text())
+    assert (start["num_processes"], start["num_nodes"], start["job"]) == (2, 2, "4321")
     requeued.unlink()
     again = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert again.returncode == 0, again.stderr

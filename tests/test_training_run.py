@@ -108,6 +108,31 @@ def test_what_a_run_left_that_was_killed_before_it_began_is_no_hindrance(tmp_pat
     assert names(tmp_path) == {*OWN, "config.yaml", "environment.json", ".lock"}
 
 
+def test_lists_of_images_go_before_a_run_says_that_they_lie_elsewhere(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    for same, places in ((True, ["photos"]), (False, ["elsewhere"])):
+        (tmp_path / "files.json").touch()
+        cfg = config(Path("photos"), tmp_path)
+        cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update={"path": places})})
+        with RunDirectory(cfg).open(is_main=True):  # cut off before it lists them anew
+            pass
+        assert (tmp_path / "files.json").exists() == same
+
+
+def test_a_directory_that_is_looked_at_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_run(tmp_path)
+    tried = list[object]()
+
+    def lock(*args: object) -> None:
+        tried.append(args)
+        if len(tried) < 3:
+            raise BlockingIOError
+
+    monkeypatch.setattr("fcntl.lockf", lock)
+    with RunDirectory(config(Path("photos"), tmp_path)).open(is_main=True):
+        assert len(tried) == 3
+
+
 def test_another_kind_of_run_is_refused(tmp_path: Path) -> None:
     make_run(tmp_path)
     with pytest.raises(ValueError, match=r"holds another kind of run \(fcmae pretrain .*--overwrite"):
@@ -138,7 +163,7 @@ def test_settings_that_only_say_where_and_how_fast_may_change(tmp_path: Path) ->
     # The settings in force are those in the file.
     assert options.read(PretrainConfig, tmp_path / "config.yaml") == changed
     assert RunDirectory(changed).kept("data.path")
-    assert set(OWN) < names(tmp_path)
+    assert set(OWN) - {"files.json", "val_files.json"} < names(tmp_path)  # they list what lay elsewhere
 
 
 def test_overwrite_deletes_the_run_s_own_files_only(tmp_path: Path) -> None:
@@ -158,6 +183,7 @@ def test_what_is_to_be_deleted_is_deleted_at_the_start_that_said_so_alone(
     tmp_path: Path, restarted: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_run(tmp_path)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setattr("sys.argv", ["fcmae", "pretrain", "photos", "--overwrite", "TRUE", "--out", "x", "-overwrite"])
     cfg = config(Path("photos"), tmp_path, overwrite="true")
     with RunDirectory(cfg).open(is_main=True):
@@ -170,6 +196,21 @@ def test_what_is_to_be_deleted_is_deleted_at_the_start_that_said_so_alone(
     monkeypatch.setenv(restarted, "1")
     assert RunDirectory(cfg).exists
     assert messages.same_command(cfg) == "the same command without --overwrite"
+
+
+def test_a_job_that_was_queued_again_deletes_what_it_has_not_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As its first command took all of its time, and this is the second."""
+    make_run(tmp_path)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    cfg = config(Path("photos"), tmp_path, overwrite="true")
+    assert not RunDirectory(cfg).exists
+    with RunDirectory(cfg).open(is_main=True):
+        pass
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "epoch": 0.5}\n')
+    assert RunDirectory(cfg).exists
 
 
 def test_nothing_is_deleted_under_a_launcher_that_counts_not_all_of_its_starts(

@@ -34,7 +34,9 @@ def status(place: Path) -> str:
     if (place / paired.FILE).is_file():
         return _text(_comparison(place))
     if (place / "config.yaml").is_file():
-        return _text(_lines(read_run(place, printable(str(place)))))
+        run = read_run(place, printable(str(place)), counted=False)
+        # What is said of pretraining needs no count, and its lists may be long.
+        return _text(_lines(run if run.kind == "pretrain" else read_run(place, run.name)))
     runs = list(find_runs(place))
     compared = [file.parent for depth in range(DEPTH) for file in sorted(place.glob("*/" * depth + paired.FILE))]
     if not (runs or compared):
@@ -172,7 +174,9 @@ def _resuming(run: RunFiles, given: str) -> str:
     """The command as it was given, if it can be given again; otherwise one from the run's settings."""
     folder = run.starts[-1].get("directory")
     place = run.path.absolute() if _is_elsewhere(folder) else run.path
-    if (num := processes_of(run)) == 1 and given.startswith("fcmae "):
+    if (nodes := str(run.starts[-1].get("num_nodes", 1))) != "1":
+        command = f"{given}  # in {processes_of(run)} processes on {nodes} nodes, as before"
+    elif (num := processes_of(run)) == 1 and given.startswith("fcmae "):
         command = given
     else:
         command = f"{' '.join(program(run.kind, num))} --config {shlex.quote(str(place / 'config.yaml'))}"

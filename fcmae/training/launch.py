@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,6 +38,7 @@ from fcmae.training.signals import StopSignal
 
 FOREVER = timedelta(days=7)
 PATIENCE = timedelta(hours=1)  # of a collective: others may wait for images of a storage that is down for a while
+AT_A_TIME = 16  # items that a process sends
 STORE_S = 60.0  # that an answer of the store may take on a busy machine
 ENDED = "a process of the run has ended: see what it said"
 _ALONE = threading.Lock()  # held by a run for a caller
@@ -169,6 +171,25 @@ def same_everywhere(accelerator: Accelerator, find: Callable[[], Found]) -> Foun
     broadcast_object_list(found)
     result: Found = found[0]
     return result
+
+
+def sent_to_first(accelerator: Accelerator, own: Sequence[Found]) -> list[Found]:
+    """The items of all processes, in the first one; none in the others.
+
+    Sent some at a time, as NCCL has all that is sent at once on each GPU.
+
+    Args:
+        accelerator: of the processes.
+        own: items of this one.
+    """
+    if accelerator.num_processes == 1:
+        return list(own)
+    found: list[Found] = []
+    for start in range(0, max(gather_object([len(own)])), AT_A_TIME):
+        parts: list[Any] | None = [None] * accelerator.num_processes if accelerator.is_main_process else None
+        torch.distributed.gather_object(list(own[start : start + AT_A_TIME]), parts)
+        found += chain.from_iterable(parts or ())
+    return found
 
 
 @contextmanager

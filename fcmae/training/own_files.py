@@ -13,6 +13,7 @@ from fcmae.config import RunConfig
 from fcmae.data.shards import SUFFIXES
 from fcmae.data.source import few
 from fcmae.data.storage import CACHE, INDEX
+from fcmae.training.records import was_started_by
 
 # What evaluate and analyze write, by the folder of a run that they do so in by default.
 FOUND = {
@@ -27,15 +28,13 @@ FOUND = {
         "activations.png",
     ),
 }
+LISTS = ("files.json", "val_files.json", "maps.json", "val_maps.json")  # of images
 # What a start leaves that ended before its first line of numbers. A star is anything, # the number of a step.
 STARTED = (
     ".lock",
     "config.yaml",
     "environment.json",
-    "files.json",
-    "val_files.json",
-    "maps.json",
-    "val_maps.json",
+    *LISTS,
     "train.log",
     "bad_files.txt",
     "index/*.index",
@@ -99,8 +98,11 @@ def overwrites(cfg: RunConfig) -> bool:
     Raises:
         ValueError: under torchrun on several nodes, which counts no start that it makes as one comes or goes.
     """
-    starts = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
-    if not cfg.overwrite or any(os.environ.get(name, "0").strip("0") for name in starts):
+    restarts = {name: os.environ.get(f"{name}_RESTART_COUNT", "0").strip("0") for name in ("SLURM", "TORCHELASTIC")}
+    # SLURM counts starts of a job, in which this command may come for the first time.
+    job, out = os.environ.get("SLURM_JOB_ID", ""), cfg.out
+    requeued = restarts["SLURM"] and (out is None or was_started_by(out, job))
+    if not cfg.overwrite or restarts["TORCHELASTIC"] or requeued:
         return False
     if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1:
         raise ValueError(

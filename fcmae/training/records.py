@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import shlex
@@ -18,7 +19,7 @@ import torch
 
 import fcmae
 from fcmae.atomic import read_bytes, write_text
-from fcmae.data.cores import all_processes, num_cores
+from fcmae.data.cores import all_processes, local_processes, num_cores
 from fcmae.options import SWITCHED
 
 MAX_METRICS = 2**30  # bytes of metrics.jsonl
@@ -82,15 +83,27 @@ def record_start(path: Path, cpu: bool, network: str = "") -> None:
         "device": device.type,
         "device_name": _device_name(device),
         "num_processes": all_processes(),
+        "num_nodes": all_processes() // local_processes() if "LOCAL_WORLD_SIZE" in os.environ else 1,
         "cpu": cpu_name(),
         "cores": num_cores(),
         **({"network": network} if network else {}),
+        **({"job": os.environ["SLURM_JOB_ID"]} if "SLURM_JOB_ID" in os.environ else {}),
         "ended": "",  # see `record_end`
         "directory": str(Path.cwd()),
         # `python -m fcmae.cli` is another way to say fcmae.
         "command": shlex.join(["fcmae" if program.name == "cli.py" else program.name, *_lasting(sys.argv[1:])]),
     }
     write_text(path, json.dumps([*_starts(path), record], indent=1) + "\n")
+
+
+def was_started_by(run: Path, job: str) -> bool:
+    """Whether a job of SLURM has started a run before.
+
+    Args:
+        run: its directory, which need not be there.
+        job: its number.
+    """
+    return any(start.get("job") == job for start in _starts(run / "environment.json"))
 
 
 def record_end(run: Path, ended: Ended) -> None:

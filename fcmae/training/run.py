@@ -19,13 +19,14 @@ import errno
 import fcntl
 import logging
 import signal
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from accelerate import Accelerator
@@ -45,6 +46,7 @@ logger = logging.getLogger("fcmae")
 
 SMALLER = "--model.grad_checkpointing true, a smaller data.image_size or model.variant"
 
+PATIENCE_S = 2.0  # with what looks whether a directory is locked
 OF_EACH_PROCESS = frozenset({"chosen", "device", "data.num_workers"})  # settings that may differ between them
 
 
@@ -232,7 +234,7 @@ class RunDirectory:
             in_use = f"out = {self.path} is in use by another process: wait for it or give another directory"
             try:
                 # Not flock: the data workers would inherit it, and hold it for seconds after this process is killed.
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock(lock)
             except (BlockingIOError, PermissionError):
                 raise ValueError(in_use) from None
             except OSError as error:
@@ -251,6 +253,9 @@ class RunDirectory:
             own_files.remove_unfinished(self.path)
             if not self.exists and self.overwrites:
                 own_files.remove(self.path)
+            if self.saved is not None and _places(self.saved) != _places(self.cfg):
+                for name in own_files.LISTS:  # before config.yaml says where the images are now
+                    (self.path / name).unlink(missing_ok=True)
             # The settings of the run, which goes on; what is to be deleted is told once.
             kept = self.cfg.model_copy(update={"overwrite": False})
             text = f"# fcmae {self.kind} {fcmae.__version__}\n{options.dump(kept)}"
@@ -279,6 +284,23 @@ class RunDirectory:
                 record_end(self.path, "finished" if self.finished else "stopped")
 
 
+def _lock(file: IO[str]) -> None:
+    """Lock a file, which `fcmae status` may hold for a moment.
+
+    Raises:
+        OSError: if it cannot be locked.
+    """
+    ends = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except (BlockingIOError, PermissionError):
+            if time.monotonic() > ends:
+                raise
+        time.sleep(PATIENCE_S / 20)
+
+
 @contextmanager
 def _telling_of_memory() -> Iterator[None]:
     try:
@@ -301,6 +323,11 @@ def _check_inputs(out: Path, inputs: Mapping[str, Sequence[str]], overwrite: boo
                     f"overwrite would delete {key} = {path}, which lies in out = {out}: give another --out"
                 )
     own_files.check_outside(out, {key: paths for key, paths in inputs.items() if key != "model.init"})
+
+
+def _places(cfg: RunConfig) -> dict[str, Sequence[str]]:
+    """Where a run looks for its images, by setting."""
+    return {key: paths for key, paths in cfg.inputs().items() if key.startswith("data.")}
 
 
 def _tell_choices(cfg: RunConfig) -> None:
