@@ -16,6 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
 from fcmae import bench, choices, options
 from fcmae.config import (
     BenchConfig,
@@ -28,11 +31,13 @@ from fcmae.config import (
 )
 from fcmae.data.cores import all_processes, free_memory
 from fcmae.data.index import Images, find_images, find_labelled, find_mapped
+from fcmae.data.sampler import StepSampler
 from fcmae.data.split import split
 from fcmae.data.storage import Storage
 from fcmae.data.survey import Survey, survey
 from fcmae.networks.spec import ConvNeXtSpec, NetworkSpec
 from fcmae.processes import OUT_OF_MEMORY, Failed, in_process
+from fcmae.timing import for_a_while
 from fcmae.training.micro_batches import (
     depends_on_micro_batch,
     micro_batch_size,
@@ -40,10 +45,11 @@ from fcmae.training.micro_batches import (
     smaller_micro_batch,
     with_micro_batch,
 )
+from fcmae.training.own_files import has_numbers, is_unused, overwrites
+from fcmae.training.records import last_state, processes_before
 
+# These and what functions import load timm, which takes as long as torch: a mistake in a path is told before.
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from fcmae.data.dataset import ImageDataset
     from fcmae.heads import Classifier, Segmenter
     from fcmae.weights.files import Weights
@@ -236,8 +242,6 @@ def _run_directory(sketch: RunConfig, given: Mapping[str, Any], images: str) -> 
     """`out`, by default runs/NAME of the images; with a number if NAME is taken by another run."""
     if sketch.out is not None:
         return sketch.out
-    from fcmae.training.own_files import is_unused
-
     name = re.sub(r"[*?\[\]]", "", Path(images).absolute().stem) or "images"
     name += SUFFIX[sketch.kind]
     number, place = 1, Path("runs") / name
@@ -251,8 +255,6 @@ def _run_directory(sketch: RunConfig, given: Mapping[str, Any], images: str) -> 
 
 def _goes_on(sketch: RunConfig, given: Mapping[str, Any], place: Path) -> bool:
     """Whether the run there was started by this command, with no more settings than these, and is not finished."""
-    from fcmae.training.records import last_state
-
     saved = _saved(sketch, place, begun=False)
     if saved is None or last_state(place) == "finished":
         return False
@@ -271,8 +273,6 @@ def _saved(sketch: RunConfig, place: Path, begun: bool = True) -> dict[str, Any]
 
     begun: only of a run that has something to resume from. One that was cut off in its first steps chooses anew.
     """
-    from fcmae.training.own_files import overwrites
-
     config = place / "config.yaml"
     if overwrites(sketch) or not config.is_file() or (begun and not _has_begun(place)):
         return None
@@ -287,8 +287,6 @@ def _resumed(sketch: RunConfig, saved: Mapping[str, Any], given: Mapping[str, An
 
     Its micro-batches keep their size, on any number of processes.
     """
-    from fcmae.training.records import processes_before
-
     values = {key: value for key, value in saved.items() if key not in given} | {"out": out}
     cfg, processes = options.make(type(sketch), saved), all_processes()
     before = processes_before(out) or processes
@@ -300,16 +298,11 @@ def _resumed(sketch: RunConfig, saved: Mapping[str, Any], given: Mapping[str, An
 
 
 def _has_begun(place: Path) -> bool:
-    from fcmae.training.own_files import has_numbers
-
     return has_numbers(place) or any(place.glob("checkpoints/step-*"))
 
 
 def _cut_off_at(cfg: RunConfig) -> float:
     """Images at once of an earlier start in this directory that was cut off in its first steps; else infinity."""
-    from fcmae.training.own_files import overwrites
-    from fcmae.training.records import last_state
-
     assert cfg.out is not None
     config = cfg.out / "config.yaml"
     if overwrites(cfg) or not config.is_file() or _has_begun(cfg.out) or last_state(cfg.out) != "cut off":
@@ -355,14 +348,10 @@ def _held(sketch: PretrainConfig | DenseConfig) -> Weights | None:
 
 
 def _device(sketch: RunConfig) -> str:
-    import torch
-
     return "cuda" if sketch.device == "auto" and torch.cuda.is_available() else "cpu"
 
 
 def _machine(plan: choices.Choices, device: str) -> float:
-    import torch
-
     from fcmae.data.loader import choose_num_workers
 
     has_bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -459,8 +448,6 @@ def _free_memory(device: str) -> int:
     """Bytes that a step may take: of the GPU, or of the machine."""
     if device == "cpu":
         return free_memory()
-    import torch
-
     return int(torch.cuda.mem_get_info()[0])
 
 
@@ -508,9 +495,7 @@ def time_training(cfg: FinetuneConfig | SegmentConfig, at_once: int, duration_s:
     """
     from fcmae import finetuning, segmenting, starting
     from fcmae.data.loader import build_loader, choose_num_workers, prefetched
-    from fcmae.data.sampler import StepSampler
     from fcmae.segmentation import segmentation_loss
-    from fcmae.timing import for_a_while
     from fcmae.training.launch import make_accelerator
 
     accelerator = make_accelerator(cfg)
