@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from logging.handlers import MemoryHandler
 from pathlib import Path
 
 from tqdm import tqdm
@@ -28,12 +29,12 @@ def same_command(cfg: RunConfig) -> str:
 @contextmanager
 def showing() -> Iterator[None]:
     """Show what is said inside the block, and keep it for the train.log that is opened there."""
-    if any(isinstance(handler, _Early) for handler in logger.handlers):
+    if any(isinstance(handler, _TerminalHandler) for handler in logger.handlers):
         yield
         return
     level, terminal = logger.level, _TerminalHandler(logging.INFO)
     terminal.setFormatter(_Printable(*FORM))
-    handlers = (_Early(), terminal)
+    handlers = (_Early(0), terminal)
     for handler in handlers:
         logger.addHandler(handler)
     logger.setLevel(logging.DEBUG)
@@ -61,7 +62,9 @@ def logging_to(path: Path, failed: Callable[[], object]) -> Iterator[None]:
     with showing():
         logger.addHandler(file)
         for early in [handler for handler in logger.handlers if isinstance(handler, _Early)]:
-            early.hand_over(file)
+            logger.removeHandler(early)
+            early.setTarget(file)
+            early.flush()
         try:
             yield
         except BaseException as error:
@@ -99,22 +102,8 @@ def log_failure(what: str) -> None:
             handler.failed()
 
 
-class _Early(logging.Handler):
-    """What is said before there is a train.log."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._records: list[logging.LogRecord] | None = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if self._records is not None:
-            self._records.append(record)
-
-    def hand_over(self, other: logging.Handler) -> None:
-        """Give it all, and keep no more."""
-        records, self._records = self._records or [], None
-        for record in records:
-            other.handle(record)
+class _Early(MemoryHandler):
+    """What is said before there is a train.log: kept, however much it is, until it has a target."""
 
 
 class _TerminalHandler(logging.Handler):
