@@ -16,13 +16,12 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from fcmae.heads import Exits, Segmenter, add_nearest, build_head, resized
-from fcmae.layouts import DENSE, PACKED, MakeLayout, Masked, Packed
+from fcmae.layouts import DENSE, PACKED, Masked, Packed
 from fcmae.networks.encoder import StagedEncoder
 from fcmae.networks.spec import describe
 from fcmae.timing import wait
@@ -144,11 +143,7 @@ class Anytime(Segmenter):
 
     @torch.no_grad()
     def anytime(
-        self,
-        images: Tensor,
-        tau: float | None = None,
-        budget: float | Sequence[float] | None = None,
-        make_layout: MakeLayout = PACKED,
+        self, images: Tensor, tau: float | None = None, budget: float | Sequence[float] | None = None
     ) -> Iterator[Answer]:
         """Successive answers, each better than the one before; nothing more is computed once you stop iterating.
 
@@ -158,7 +153,6 @@ class Anytime(Segmenter):
             tau: a patch exits when its confidence is above this; None is the head's.
             budget: instead of tau, the share of patches to keep, the least confident ones of each image: one number for
                 all stages after the first, or one for each.
-            make_layout: layout of the remaining patches, packed or triton.
 
         Yields:
             The answer after each stage, up to the first stage for which no patch remains.
@@ -187,7 +181,7 @@ class Anytime(Segmenter):
             num_visible = min(num_visible or num_patches, share)
             return least_sure(confidence, hidden, num_visible), num_visible
 
-        yield from self.answers(images, choose, partial(narrow_packed, make_layout=make_layout))
+        yield from self.answers(images, choose, narrow_packed)
 
     def answers(self, images: Tensor, choose: Choose, narrow: Narrow) -> Iterator[Answer]:
         """The stages one by one: compute, answer, choose what is hidden from the next.
@@ -257,11 +251,7 @@ def least_sure(confidence: Tensor, hidden: Tensor, num_visible: int) -> Tensor:
 
 
 def narrow_packed(
-    hidden: Tensor,
-    num_visible: int | None,
-    layout: Masked | Packed,
-    f: Tensor,
-    make_layout: MakeLayout,
+    hidden: Tensor, num_visible: int | None, layout: Masked | Packed, f: Tensor
 ) -> tuple[Masked | Packed, Tensor]:
     """Packed rows of the remaining patches, by one gather; f as it is while none has exited.
 
@@ -270,7 +260,6 @@ def narrow_packed(
         num_visible: how many patches of each image are not hidden.
         layout: that of f.
         f: a map, or packed rows.
-        make_layout: packed or triton.
 
     Returns:
         The next layout and the features in it.
@@ -278,7 +267,7 @@ def narrow_packed(
     before = layout.num_visible if isinstance(layout, Packed) else hidden[0].numel()
     if num_visible == before:
         return layout, f
-    packed = make_layout(hidden, num_visible)
+    packed = PACKED(hidden, num_visible)
     assert isinstance(packed, Packed)
     return packed, packed.take(f, layout) if isinstance(layout, Packed) else packed.pack(f)
 

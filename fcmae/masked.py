@@ -21,6 +21,8 @@ from fcmae.networks.encoder import StagedEncoder
 from fcmae.networks.layers import Block
 
 EPS = 1e-6  # added to a target patch's variance
+NUM_BINS = 9  # of HOG in 180 degrees
+CELL = 8  # of HOG, side in pixels
 
 
 # What is to be predicted
@@ -120,30 +122,27 @@ def normalized_pixels(images: Tensor, hidden: Tensor, patch: int, known: Tensor 
     return (values - mean) / std
 
 
-def hog(
-    images: Tensor, hidden: Tensor, patch: int, known: Tensor | None = None, *, num_bins: int = 9, cell: int = 8
-) -> Tensor:
+def hog(images: Tensor, hidden: Tensor, patch: int, known: Tensor | None = None) -> Tensor:
     """Histograms of oriented gradients of each cell and channel, scaled to L2 norm 1 (MaskFeat, arXiv 2112.09133).
 
     Gradients are differences of neighbouring pixels of the whole image, so they look across the borders of patches; at
     the image's border they are 0. A pixel counts in one bin, that of its gradient's direction within 180 degrees.
+    A patch smaller than a cell is one cell.
 
     Args:
         images: see `pixels`.
         hidden: see `pixels`.
         patch: see `pixels`.
         known: see `pixels`; a cell that has a missing value or borders on one is not to be predicted.
-        num_bins: number of bins in 180 degrees.
-        cell: side in pixels; a smaller patch is one cell.
 
     Returns:
-        (N, (patch / cell)^2 * C * num_bins) float32, ordered (row, column, channel, bin); NaN for what is not to be
+        (N, (patch / cell)^2 * C * NUM_BINS) float32, ordered (row, column, channel, bin); NaN for what is not to be
         predicted.
 
     Raises:
         ValueError: if cells do not fill a patch.
     """
-    cell = min(cell, patch)
+    cell = min(CELL, patch)
     if patch % cell:
         raise ValueError(f"a patch of {patch} pixels is no multiple of HOG's cells of {cell}: choose another network")
     B, C, H, W = images.shape
@@ -151,17 +150,17 @@ def hog(
     along_x = padded[:, :, 1:-1, 2:] - padded[:, :, 1:-1, :-2]
     along_y = padded[:, :, 2:, 1:-1] - padded[:, :, :-2, 1:-1]
     turn = torch.atan2(along_y, along_x).remainder(torch.pi) / torch.pi  # (B, C, H, W), 0 to 1 for 180 degrees
-    bins = (turn * num_bins).long().clamp_(max=num_bins - 1)
-    votes = padded.new_zeros(B, num_bins, C, H, W)
+    bins = (turn * NUM_BINS).long().clamp_(max=NUM_BINS - 1)
+    votes = padded.new_zeros(B, NUM_BINS, C, H, W)
     votes.scatter_(1, bins[:, None], torch.hypot(along_x, along_y)[:, None])
-    cells = F.avg_pool2d(votes.flatten(0, 1), cell).view(B, num_bins, C, H // cell, W // cell)
+    cells = F.avg_pool2d(votes.flatten(0, 1), cell).view(B, NUM_BINS, C, H // cell, W // cell)
     cells = F.normalize(cells, dim=1)
     if known is not None:
         missing = F.max_pool2d((~known).to(cells.dtype), 3, stride=1, padding=1)  # and their neighbours
         cells = cells.masked_fill(F.max_pool2d(missing, cell)[:, None] > 0, torch.nan)
     n = patch // cell
-    patches = cells.view(B, num_bins, C, H // patch, n, W // patch, n).permute(0, 3, 5, 4, 6, 2, 1)
-    return patches.reshape(-1, n * n * C * num_bins).index_select(0, hidden)
+    patches = cells.view(B, NUM_BINS, C, H // patch, n, W // patch, n).permute(0, 3, 5, 4, 6, 2, 1)
+    return patches.reshape(-1, n * n * C * NUM_BINS).index_select(0, hidden)
 
 
 # How it is predicted

@@ -31,6 +31,7 @@ from fcmae.weights.formats import rename
 
 BACKENDS: tuple[str, ...] = get_args(Backend)
 PATCH = 32  # pixels, side of a mask patch
+REPEATS = 5  # turns of each backend that are timed
 
 
 class Case(NamedTuple):
@@ -250,13 +251,12 @@ def collected(values: Tensor, gradients: Iterable[tuple[str, Tensor | None]]) ->
     return {name: tensor.cpu().double() for name, tensor in named.items()}
 
 
-def speeds(backends: Sequence[str], device: str, repeats: int = 5) -> dict[str, float]:
+def speeds(backends: Sequence[str], device: str) -> dict[str, float]:
     """Median milliseconds of the encoder's forward + backward; backends take turns, so that a load slows them all.
 
     Args:
         backends: names.
         device: where they run.
-        repeats: turns that are counted.
     """
     encoder = make_encoder(ATTO).to(device)
     images = torch.randn(8, 3, 224, 224, device=device)
@@ -266,5 +266,5 @@ def speeds(backends: Sequence[str], device: str, repeats: int = 5) -> dict[str, 
         encoder.zero_grad()
         encoder(images, make_layout(backend, mask, 19)).square().mean().backward()
 
-    times = in_turn({name: partial(step, name) for name in backends}, repeats, device=torch.device(device))
+    times = in_turn({name: partial(step, name) for name in backends}, REPEATS, device=torch.device(device))
     return {backend: 1000 * statistics.median(each) for backend, each in times.items()}

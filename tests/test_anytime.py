@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from itertools import count, pairwise
 from types import SimpleNamespace
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from fcmae import anytime
 from fcmae.anytime import Answer, Anytime, build_segmenter, least_sure, narrow_masked, narrow_packed, unsure
 from fcmae.heads import Exits, FeaturePyramid, Segmenter
-from fcmae.layouts import DENSE, PACKED, Masked, Packed
+from fcmae.layouts import DENSE, Masked, Packed
 from fcmae.networks.build import make_encoder
 from fcmae.networks.spec import ContainerSpec, ConvNeXtSpec, NetworkSpec, RoadmapSpec
 from fcmae.segmentation import segmentation_loss
@@ -149,7 +148,7 @@ def test_a_patch_that_has_left_keeps_its_logits_and_reaches_nothing() -> None:
     f = encoder.stage(0, encoder.stem(images, DENSE), DENSE)
     spoiled = f.clone()
     spoiled[:, 8:16, 16:24] = torch.inf  # the features of a hidden patch
-    for narrow in (narrow_masked, partial(narrow_packed, make_layout=PACKED)):
+    for narrow in (narrow_masked, narrow_packed):
         results = []
         for features in (f, spoiled):
             layout, rows = narrow(mask, 13, DENSE, features)
@@ -204,7 +203,7 @@ def test_gradients_are_those_of_packed_rows() -> None:
         return hidden, int((~hidden).sum())
 
     grads = []
-    for narrow in (narrow_masked, partial(narrow_packed, make_layout=PACKED)):
+    for narrow in (narrow_masked, narrow_packed):
         model.zero_grad()
         torch.stack([answer.logits.square().sum() for answer in model.answers(images, choose, narrow)]).sum().backward()
         grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])

@@ -27,22 +27,16 @@ from fcmae.data.normalize import Normalize
 from fcmae.data.rasters import LabelMap, Raster
 from fcmae.data.source import BadImage, DataError
 
+RATIO = (3 / 4, 4 / 3)  # smallest and largest width / height of a random crop
 
-def random_resized_box(
-    height: int,
-    width: int,
-    scale: tuple[float, float],
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
-    *,
-    rng: np.random.Generator,
-) -> Box:
-    """A random box of an image, as torchvision's RandomResizedCrop draws it.
+
+def random_resized_box(height: int, width: int, scale: tuple[float, float], *, rng: np.random.Generator) -> Box:
+    """A random box of an image, as torchvision's RandomResizedCrop draws it; width / height is log-uniform in RATIO.
 
     Args:
         height: of the image, in pixels.
         width: of the image, in pixels.
         scale: smallest and largest share of the area.
-        ratio: smallest and largest width / height, drawn log-uniformly.
         rng: what it is drawn from.
 
     Returns:
@@ -51,12 +45,12 @@ def random_resized_box(
     """
     for _ in range(10):
         area = height * width * rng.uniform(*scale)
-        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        aspect = math.exp(rng.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
             return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
-    w = min(width, max(1, round(height * ratio[1])))
-    h = min(height, max(1, round(width / ratio[0])))
+    w = min(width, max(1, round(height * RATIO[1])))
+    h = min(height, max(1, round(width / RATIO[0])))
     return (height - h) // 2, (width - w) // 2, h, w
 
 

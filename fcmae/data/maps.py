@@ -19,6 +19,7 @@ from fcmae.data.split import evenly
 
 IGNORED = -1  # in place of a class
 _UNKNOWN = -2
+MAX_MAPS = 200  # that are looked at for their values
 MAX_VALUE = 2**16  # above those that a map may hold
 BAND_PIXELS = 2**24  # of a map that are looked at together
 MAX_CLASSES = 2**15 - 1  # numbers of classes are of 16 bits
@@ -102,12 +103,11 @@ class Values(NamedTuple):
     nodata: frozenset[int] = frozenset()
 
 
-def count_values(maps: Images, max_maps: int = 200, max_pixels: int = MAX_PIXELS) -> Values:
-    """Look at a sample of the maps.
+def count_values(maps: Images, max_pixels: int = MAX_PIXELS) -> Values:
+    """Look at a sample of the maps, evenly spread.
 
     Args:
         maps: all.
-        max_maps: of the sample, which is evenly spread.
         max_pixels: see `LabelMap`.
 
     Raises:
@@ -115,7 +115,7 @@ def count_values(maps: Images, max_maps: int = 200, max_pixels: int = MAX_PIXELS
     """
     counts, reason = np.zeros(MAX_VALUE, np.int64), ""
     largest, has_gaps, nodata = set[int](), False, set[int]()
-    for i in tqdm(evenly(len(maps), max_maps), "looking at label maps", unit="map", delay=5, disable=None, leave=False):
+    for i in tqdm(evenly(len(maps), MAX_MAPS), "looking at label maps", unit="map", delay=5, disable=None, leave=False):
         try:
             with maps.open(i) as file:
                 found = LabelMap(file, max_pixels)
