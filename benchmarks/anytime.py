@@ -34,7 +34,7 @@ from fcmae.data.index import find_mapped
 from fcmae.data.maps import IGNORED
 from fcmae.data.rasters import LabelMap, Raster
 from fcmae.data.split import evenly
-from fcmae.evaluation.pictures import displayable, save_figure
+from fcmae.evaluation.pictures import displayable, new_figure, save_figure
 from fcmae.heads import add_nearest, resized
 from fcmae.networks.build import make_encoder
 from fcmae.networks.spec import VARIANTS
@@ -271,9 +271,7 @@ def reliability(model: Anytime, images: Sequence[Tensor], truths: Sequence[NDArr
 
 def draw_reliability(path: Path, calibration: Sequence[dict[str, Any]]) -> None:
     """A reliability diagram of each exit: accuracy over confidence; the diagonal is perfect."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5, 4), layout="constrained")
+    figure = new_figure(5, 4)
     axis = figure.subplots()
     axis.plot([0, 1], [0, 1], color="grey", linestyle=":")
     for i, each in enumerate(calibration, 1):
@@ -293,13 +291,11 @@ def draw_reliability(path: Path, calibration: Sequence[dict[str, Any]]) -> None:
 
 def draw_curve(path: Path, results: Mapping[str, Any]) -> None:
     """Mean IoU over milliseconds and over multiply-adds, a curve a kind; stopping ends in the whole network."""
-    from matplotlib.figure import Figure
-
     ends = {"exit-": "dense", "against-exit-": "against"}
     curves = {kind: [*names, *filter(None, [ends.get(KINDS[kind])])] for kind, names in _kinds(results).items()}
     if "against" in results and "against-exit-1" not in results:
         curves["against"] = ["against"]
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    figure = new_figure(9, 4)
     left, right = figure.subplots(1, 2, sharey=True)
     for kind, names in curves.items():
         sides = sorted((results[name] for name in names), key=lambda side: float(side["median_s"]))
@@ -318,14 +314,12 @@ def draw(
     path: Path, model: Anytime, images: Sequence[Tensor], truths: Sequence[NDArray[np.int16]], tau: float | None
 ) -> None:
     """Some images, what is known after the first exit, its confidence, and how far each patch was computed."""
-    from matplotlib.figure import Figure
-
     opened = [int(sum(answer.computed.sum() for answer in model.anytime(image, tau))) for image in images]
     chosen = [int(i) for i in np.argsort(opened)][len(opened) // 2 :]  # the harder half
     chosen = [chosen[i] for i in evenly(len(chosen), SHOWN)]
     names = ["image", "true", "after stage 1", "confidence then", "stages computed", "last answer"]
     names = names if truths else [name for name in names if name != "true"]
-    figure = Figure(figsize=(2 * len(names), 2 * len(chosen) + 0.5), layout="constrained")
+    figure = new_figure(2 * len(names), 2 * len(chosen) + 0.5)
     axes = figure.subplots(len(chosen), len(names), squeeze=False)
     for row, i in zip(axes, chosen, strict=True):
         answers = list(model.anytime(images[i], tau))

@@ -29,7 +29,7 @@ from fcmae.data.index import Images, find_images, find_labelled, identity
 from fcmae.evaluation.features import check_stages, extract
 from fcmae.evaluation.models import Backbone, choose_device, load_backbones
 from fcmae.evaluation.outputs import TEMPORARY, claim, file_name, free, tell_unread
-from fcmae.evaluation.pictures import displayable, limits, save_figure, shortened, with_bands
+from fcmae.evaluation.pictures import displayable, limits, new_figure, save_figure, shortened, with_bands
 from fcmae.training.own_files import check_outside
 
 FILES = ("features.npy", "paths.csv", "features.parquet", "map.png")
@@ -256,9 +256,8 @@ def save_map(path: Path, points: NDArray[np.float32], index: Images, title: str)
         title: above the picture.
     """
     from matplotlib import colormaps
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 7), layout="constrained")
+    figure = new_figure(9, 7)
     axis = figure.subplots()
     size = min(max(20000 / len(points), 6), 60)  # square points
     if index.labels is None or index.class_names is None:
@@ -297,9 +296,7 @@ def save_neighbours(
         similarities: of each.
         backbone: the network that the features are of.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4.9), layout="constrained")
+    figure = new_figure(10, 4.9)
     grid = figure.add_gridspec(2, 6)
     axes = [figure.add_subplot(grid[:, :2])]
     axes += [figure.add_subplot(grid[row, column]) for row in range(2) for column in range(2, 6)]

@@ -35,7 +35,7 @@ from fcmae.data.split import draw, split
 from fcmae.evaluation.features import check_stages, extract
 from fcmae.evaluation.models import PIXELS, RANDOM, Backbone, choose_device, is_control, load_backbones
 from fcmae.evaluation.outputs import TEMPORARY, claim, default_out, file_name, free, tell_unread
-from fcmae.evaluation.pictures import save_figure, shortened
+from fcmae.evaluation.pictures import new_figure, save_figure, shortened
 from fcmae.evaluation.probes import TEMPERATURE, few_shot_counts, fit_linear, knn_probabilities, mean_and_interval
 from fcmae.evaluation.records import COLUMNS, score_rows
 from fcmae.networks.encoder import StagedEncoder
@@ -386,8 +386,6 @@ def summary(records: Sequence[dict[str, Any]]) -> str:
 
 def save_confusion(path: Path, record: dict[str, Any]) -> None:
     """Draw the confusion matrix of an evaluation: colours are shares of the true class, numbers are images."""
-    from matplotlib.figure import Figure
-
     confusion, names = record["confusion"], record["data"]["class_names"]
     counts = np.array(confusion["matrix"])
     totals = counts.sum(1)
@@ -395,7 +393,7 @@ def save_confusion(path: Path, record: dict[str, Any]) -> None:
     num_classes = len(names)
     named = num_classes <= MAX_NAMED_CLASSES
     side = min(max(0.36 * num_classes, 2.4), 15) if named else 8
-    figure = Figure(figsize=(side + 3.2, side + 2.2), layout="constrained")
+    figure = new_figure(side + 3.2, side + 2.2)
     axis = figure.subplots()
     image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(image, ax=axis, label="share of the true class", shrink=0.8)

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torchvision.utils import make_grid
 
-from fcmae.evaluation.pictures import save_figure, shortened
+from fcmae.evaluation.pictures import new_figure, save_figure, shortened
 
 LineOf = Mapping[str, Mapping[str, float]]  # the value of each layer, by model
 
@@ -35,11 +35,10 @@ def save_by_layer(
         title: above the panels.
         shares: values are in 0..1 and shown in per cent.
     """
-    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.ticker import PercentFormatter
 
-    figure = Figure(figsize=(1.5 + 5.5 * len(panels), 4.4), layout="constrained")
+    figure = new_figure(1.5 + 5.5 * len(panels), 4.4)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     layouts = {tuple(layers) for lines in panels.values() for layers in lines.values()}
     for axis, (label, lines) in zip(axes, panels.items(), strict=True):
@@ -100,7 +99,6 @@ def save_selectivity(path: Path, values: Mapping[str, Mapping[str, NDArray[np.fl
             each stage, counted from the last stage if their numbers of stages differ.
         title: above the panels.
     """
-    from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     layers_of = {model: list(layers) for model, layers in values.items()}
@@ -113,7 +111,7 @@ def save_selectivity(path: Path, values: Mapping[str, Mapping[str, NDArray[np.fl
     panels = [{model: values[model][layers_of[model][i]] for model in values} for i in range(len(names))]
     columns = min(6, max(4, math.ceil(math.sqrt(len(panels)))), len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(1 + 2.1 * columns, 1.6 + 1.7 * rows), layout="constrained")
+    figure = new_figure(1 + 2.1 * columns, 1.6 + 1.7 * rows)
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat
     edges = np.linspace(0, 1, 26)
     for axis, name, panel in zip(axes, names, panels, strict=False):
@@ -146,10 +144,8 @@ def save_activations(
         rows: for each model its name, the image to show as (H, W) or (H, W, 3), and its maps (channels, h, w) by layer.
         title: above the rows.
     """
-    from matplotlib.figure import Figure
-
     columns = 1 + max(len(maps) for _, _, maps in rows)
-    figure = Figure(figsize=(0.4 + 2.5 * columns, 0.7 + 2.75 * len(rows)), layout="constrained")
+    figure = new_figure(0.4 + 2.5 * columns, 0.7 + 2.75 * len(rows))
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for line, (model, image, maps) in zip(axes, rows, strict=True):
         line[0].imshow(image, cmap="gray", vmin=0, vmax=1)

@@ -96,10 +96,9 @@ def save_overlays(
         class_names: of the classes; the first LISTED are named.
         title: above the rows.
     """
-    from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    figure = Figure(figsize=(7.5, 2.5 * len(panels) + 1), layout="constrained")
+    figure = new_figure(7.5, 2.5 * len(panels) + 1)
     axes = figure.subplots(max(1, len(panels)), 3, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
@@ -175,8 +174,6 @@ def _save_columns(
     path: Path, columns: Sequence[tuple[str, NDArray[np.uint8]]], num: int, inches: float, title: str
 ) -> None:
     """Draw named columns of `num` images below one another, as `_tiles` gives them; inches: the width of one."""
-    from matplotlib.figure import Figure
-
     # One image with white gaps: axes for each of the tiles would take long to lay out.
     height, width = columns[0][1].shape[:2]
     side, gap = height // num, max(1, width // 16)
@@ -185,7 +182,7 @@ def _save_columns(
         for row, tile in enumerate(np.split(strip, num)):
             top, left = row * (side + gap), column * (width + gap)
             mosaic[top : top + side, left : left + width] = tile
-    figure = Figure(figsize=(inches * len(columns), inches * num * side / width + 0.7), layout="constrained")
+    figure = new_figure(inches * len(columns), inches * num * side / width + 0.7)
     axis = figure.subplots()
     axis.imshow(mosaic[:-gap, :-gap], cmap="gray", vmin=0, vmax=255)
     middles = [column * (width + gap) + width / 2 for column in range(len(columns))]
@@ -217,7 +214,6 @@ def save_heat_map(
             which are positive.
     """
     from matplotlib import colors
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
     # A cell reaches half-way to its neighbours.
@@ -225,7 +221,7 @@ def save_heat_map(
     first = middles[0] - epochs[0] if len(epochs) > 1 else 0.5
     last = epochs[-1] - middles[-1] if len(epochs) > 1 else 0.5
     edges = np.concatenate([[epochs[0] - first], middles, [epochs[-1] + last]])
-    figure = Figure(figsize=(8, 1.6 + 0.22 * len(layers)), layout="constrained")
+    figure = new_figure(8, 1.6 + 0.22 * len(layers))
     axis = figure.subplots()
     low, high = np.nanmin(values), np.nanmax(values) * 1.001
     norm = colors.LogNorm(low, high) if limits is None else colors.Normalize(*limits)
@@ -297,9 +293,7 @@ def save_curves(path: Path, curves: Mapping[str, tuple[Sequence[float], Sequence
         curves: (epochs, values) by name; may be empty.
         ylabel: label of the vertical axis.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = new_figure(7, 4)
     axis = figure.subplots()
     for name, (epochs, values) in curves.items():
         axis.plot(epochs, values, label=name, marker="." if len(values) < 30 else None)
@@ -311,10 +305,17 @@ def save_curves(path: Path, curves: Mapping[str, tuple[Sequence[float], Sequence
     save_figure(figure, path)
 
 
-def save_figure(figure: object, path: Path) -> None:
+def new_figure(width: float, height: float) -> Any:
+    """matplotlib's figure of a size in inches, which lays itself out."""
+    from matplotlib.figure import Figure  # which commands without figures do not wait for
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save_figure(figure: Any, path: Path) -> None:
     """Write matplotlib's figure as PNG, whole or not at all."""
     with replacing(path) as aside:
-        figure.savefig(aside, dpi=110, format="png")  # type: ignore[attr-defined]  # matplotlib is not typed here
+        figure.savefig(aside, dpi=110, format="png")
 
 
 def shortened(name: str, length: int = 24, *, keep_end: bool = False) -> str:
