@@ -10,7 +10,6 @@ channels leaves the function as it was.
 from __future__ import annotations
 
 import math
-import os
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
@@ -36,9 +35,8 @@ from fcmae.networks.convnext import Encoder
 from fcmae.networks.encoder import StagedEncoder
 from fcmae.networks.layers import EPS, Block
 from fcmae.networks.spec import ConvNeXtSpec, describe
-from fcmae.weights.convert import build_encoder
+from fcmae.weights.convert import build_encoder, check_dest
 from fcmae.weights.files import (
-    FILE_SUFFIXES,
     Weights,
     read_weights,
     save_weights,
@@ -276,10 +274,7 @@ def prune(cfg: PruneConfig) -> str:
         ValueError: if `cfg.dest` exists or is not a name for a file of weights, the weights or images cannot be read,
             or there is nothing to choose by.
     """
-    if os.path.lexists(cfg.dest):  # also a dangling link
-        raise ValueError(f"dest = {cfg.dest} exists: give a new path, or remove it")
-    if cfg.dest.suffix not in FILE_SUFFIXES:
-        raise ValueError(f"dest = {cfg.dest}: give it a name in {', '.join(FILE_SUFFIXES)}")
+    check_dest(cfg.dest, "fcmae")
     tell_encoder_alone(cfg.model)
     weights = read_weights(cfg.model, key=cfg.key, prefix=cfg.prefix)
     device = choose_device(cfg.device)
