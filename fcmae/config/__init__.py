@@ -499,21 +499,17 @@ class RunConfig(Settings):
                 f"{self.batch_size} is not a multiple of processes x grad_accum = {processes} x "
                 f"{self.num_micro_batches}: the nearest is {max(1, round(self.batch_size / parts)) * parts}",
             )
+        if self.model.compile == "cudagraphs" and self.device == "cpu":
+            yield ("model.compile", "device"), "cudagraphs needs a GPU and device is cpu: use true or auto"
+        if self.model.compile == "cudagraphs" and self.num_micro_batches > 1:
+            # The gradients of one micro-batch lie in memory that the next one's graph overwrites.
+            yield (
+                ("model.compile", "grad_accum"),
+                f"cudagraphs needs grad_accum 1, not {self.num_micro_batches}: use true or auto",
+            )
 
 
 AnyRun = TypeVar("AnyRun", bound=RunConfig)
-
-
-def _compile_conflicts(cfg: PretrainConfig | DenseConfig) -> Iterator[Conflict]:
-    setting = cfg.model.compile
-    if setting == "cudagraphs" and cfg.device == "cpu":
-        yield ("model.compile", "device"), "cudagraphs needs a GPU and device is cpu: use true or auto"
-    if setting == "cudagraphs" and cfg.num_micro_batches > 1:
-        # The gradients of one micro-batch lie in memory that the next one's graph overwrites.
-        yield (
-            ("model.compile", "grad_accum"),
-            f"cudagraphs needs grad_accum 1, not {cfg.num_micro_batches}: use true or auto",
-        )
 
 
 def _total_stride(spec: NetworkSpec) -> str:
@@ -540,11 +536,6 @@ def _image_conflicts(data: ImageConfig, *, known_statistics: bool = False) -> It
 def _nearest_multiples(value: int, unit: int) -> str:
     below = value // unit * unit
     return f"{below} or {below + unit}" if below else f"{unit}"
-
-
-def _floor(share: float) -> str:
-    """Three decimals, rounded down: a limit that may be used as printed."""
-    return f"{int(share * 1000) / 1000:g}"
 
 
 class PretrainConfig(RunConfig):
@@ -579,7 +570,6 @@ class PretrainConfig(RunConfig):
                 f"{self.batch_size} is not a multiple of masks_per_image x processes x grad_accum = {unit}: "
                 f"use {_nearest_multiples(self.batch_size, unit)}",
             )
-        yield from _compile_conflicts(self)
         if self.model.backend == "triton" and self.device == "cpu":
             yield ("model.backend", "device"), "triton needs a GPU and device is cpu: use packed"
         if num_processes and self.model.backend == "minkowski" and find_spec("MinkowskiEngine") is None:
@@ -612,7 +602,7 @@ class PretrainConfig(RunConfig):
             yield (
                 ("model.mask_ratio", "data.image_size", "model.mask_patch"),
                 f"{self.model.mask_ratio} leaves none of {num_patches} patches visible: "
-                f"at most {_floor(1 - 1 / num_patches)}",
+                f"at most {int((1 - 1 / num_patches) * 1000) / 1000:g}",  # rounded down, so that it may be used
             )
         if self.model.freeze_encoder_steps and self.model.init is None:
             yield (
@@ -647,7 +637,6 @@ class DenseConfig(RunConfig):
 
     def conflicts(self, num_processes: int | None = None) -> Iterator[Conflict]:
         yield from super().conflicts(num_processes)
-        yield from _compile_conflicts(self)
         data, model = self.data, self.model
         if not data.path and not (self.eval_only and data.val_path):
             yield ("data.path", "eval_only", "data.val_path"), f"missing: {self._images}"

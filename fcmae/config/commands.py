@@ -119,7 +119,6 @@ class EvaluateConfig(Reading, FromFile):
     """Replace earlier results."""
 
     def conflicts(self, num_processes: int | None = None) -> Iterator[Conflict]:
-        yield from super().conflicts(num_processes)
         for key in ("labels", "draws"):
             is_given = getattr(self, key) != type(self).model_fields[key].default
             if is_given and "few-shot" not in self.probes:
@@ -262,7 +261,6 @@ class PredictConfig(Reading, FromFile):
     """For an anytime model: time limit per image, shared by its tiles, after which only first stages begin."""
 
     def conflicts(self, num_processes: int | None = None) -> Iterator[Conflict]:
-        yield from super().conflicts(num_processes)
         if self.tau is not None and self.budget is not None:
             yield ("tau", "budget"), "give one of them: a budget takes the place of tau"
 
