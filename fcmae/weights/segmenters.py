@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from fcmae.anytime import Anytime, build_segmenter
-from fcmae.atomic import replacing, sha256_of, sync
+from fcmae.atomic import replacing, sha256_of
 from fcmae.data.maps import MAX_VALUE, Classes
 from fcmae.heads import Segmenter
 from fcmae.training import checkpoint
@@ -93,7 +93,6 @@ def save_segmenter(dest: Path, model: Segmenter, weights: Weights, kind: str, cl
         )
         record = replace(record, sha256=digest(head, _text(record)))
         checkpoint.write_tensors(aside, head, {RECORD: json.dumps(asdict(record))})
-        sync(aside)
 
 
 def _text(record: HeadRecord) -> str:
