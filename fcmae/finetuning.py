@@ -55,7 +55,7 @@ from fcmae.training.run import Run, RunDirectory
 from fcmae.training.session import Session, begin
 from fcmae.training.steps import Steps, limit_to_known_memory, owes_evaluation
 from fcmae.weights.convert import save_classifier
-from fcmae.weights.files import ImageRecord, Weights
+from fcmae.weights.files import ImageRecord, Weights, licensed
 from fcmae.weights.formats import rename
 
 logger = logging.getLogger("fcmae")
@@ -97,7 +97,7 @@ def finetune(cfg: FinetuneConfig, net: Classifier | None = None) -> Run:
             state={},
             image=ImageRecord.of(reading),
             class_names=tuple(val_images.class_names),
-            origin={} if cfg.model.license is None else {"license": cfg.model.license},
+            origin=licensed(cfg.model.license),
         )
         num_images, images = (len(train_images), len(val_images)), fingerprint(train_images, val_images)
         check_start(cfg, run, net, num_images, images, accelerator.num_processes)

@@ -68,7 +68,7 @@ from fcmae.training.micro_batches import evaluated_at_once
 from fcmae.training.run import Run, RunDirectory
 from fcmae.training.session import Session, begin
 from fcmae.training.steps import Steps, limit_to_known_memory, owes_evaluation
-from fcmae.weights.files import ImageRecord, Weights
+from fcmae.weights.files import ImageRecord, Weights, licensed
 from fcmae.weights.segmenters import read_segmenter, save_segmenter
 
 logger = logging.getLogger("fcmae")
@@ -129,9 +129,8 @@ def segment(cfg: SegmentConfig, net: Segmenter | None = None) -> Run:
         if net is None:
             net = build_model(cfg, weights, len(data.classes))
         cfg, run.network = run.licensed(cfg, weights.license), describe(net.encoder.spec)
-        origin = {} if cfg.model.license is None else {"license": cfg.model.license}
         reading = reading_for(cfg, weights)
-        weights = replace(weights, state={}, image=ImageRecord.of(reading), origin=origin)
+        weights = replace(weights, state={}, image=ImageRecord.of(reading), origin=licensed(cfg.model.license))
         check_sides("data.image_size", reading.image_size, weights.architecture.spec.total_stride)
         num_images = (len(data.images), len(data.val_images))
         check_start(cfg, run, net, num_images, data.fingerprint(), accelerator.num_processes)

@@ -169,6 +169,11 @@ class Weights:
         return Reading(in_chans, size, image.crop_pct or defaults.crop_pct, mean, std, nodata=image.nodata)
 
 
+def licensed(known: str | None) -> dict[str, str]:
+    """The entry of a record for a licence, or none where none is known."""
+    return {} if known is None else {"license": known}
+
+
 def reading_of(data: ImageConfig, crop_pct: float = 1.0) -> Reading:
     """How images are read, from the settings of a run.
 
@@ -363,7 +368,7 @@ def _read_checkpoint(path: Path, variant: str | None) -> Weights:
         "epochs": cfg.epochs,
         "config_sha256": hashlib.sha256(json.dumps(meta.config, sort_keys=True).encode()).hexdigest(),
         "version": meta.version,
-    } | ({} if cfg.model.license is None else {"license": cfg.model.license})
+    } | licensed(cfg.model.license)
     image = ImageRecord.of(reading_of(cfg.data))
     spec = read_spec(meta.spec) if meta.spec else cfg.model.spec  # a caller's own model has numbers of its own
     state = checkpoint.read_tensors(path, "model")
@@ -642,7 +647,7 @@ def writing_weights(dest: Path, weights: Weights, to: str) -> Iterator[dict[Path
         "spec": spec.model_dump(),
     }
     record = _dumped(fields | {"sha256": digest(state, _dumped(fields))})
-    header = {RECORD: record} | _licensed(weights)
+    header = {RECORD: record} | licensed(weights.license)
     files: dict[Path, dict[str, Any] | None] = {dest: None}  # contents; None: the tensors
     if to in DIRECTORIES:
         files = {dest / "config.json": (_timm_config if to == "timm" else _transformers_config)(weights)}
@@ -671,10 +676,6 @@ def _save_pth(path: Path, content: dict[str, Any]) -> None:
         raise OSError(number, os.strerror(number), str(path)) from error
 
 
-def _licensed(weights: Weights) -> dict[str, str]:
-    return {} if weights.license is None else {"license": weights.license}
-
-
 def _timm_config(weights: Weights) -> dict[str, Any]:
     """Like timm's own writer, which would also add the licence and the origin of its published weights."""
     architecture, spec = weights.architecture, weights.architecture.spec
@@ -696,7 +697,7 @@ def _timm_config(weights: Weights) -> dict[str, Any]:
             "interpolation": "bicubic",
             "crop_mode": "center",
             **weights.image.model_copy(update={"nodata": None}).known(),  # which timm does not know
-            **_licensed(weights),
+            **licensed(weights.license),
             "num_classes": architecture.num_classes,
             "pool_size": None,
             # timm adapts RGB stems to other channel counts; weights of another count are loaded as they are.
@@ -722,7 +723,7 @@ def _transformers_config(weights: Weights) -> dict[str, Any]:
         "hidden_sizes": list(spec.dims),
         "hidden_act": "gelu",
         "layer_norm_eps": 1e-6,  # of the final norm; the others are fixed
-        **_licensed(weights),
+        **licensed(weights.license),
         **({} if weights.image.size is None else {"image_size": weights.image.size[-1]}),
         **(classes if architecture.num_classes else {}),
     }

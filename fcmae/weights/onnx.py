@@ -28,7 +28,7 @@ from fcmae.layouts import DENSE, Layout
 from fcmae.layouts.masked import Masked
 from fcmae.networks.spec import describe
 from fcmae.weights.convert import build_classifier, build_encoder
-from fcmae.weights.files import Weights, read_weights, tell_encoder_alone
+from fcmae.weights.files import Weights, licensed, read_weights, tell_encoder_alone
 
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
 NUM_IMAGES = 4  # on which outputs are compared
@@ -157,8 +157,8 @@ def _described(weights: Weights, normalize: bool) -> dict[str, str]:
         "normalizes": normalize,
         "origin": weights.origin,
     }
-    licensed = {} if weights.license is None else {"license": weights.license}
-    return {key: json.dumps(value) for key, value in said.items()} | licensed | {"fcmae": fcmae.__version__}
+    texts = {key: json.dumps(value) for key, value in said.items()}
+    return texts | licensed(weights.license) | {"fcmae": fcmae.__version__}
 
 
 def _write(path: Path, model: Outputs, names: list[str], described: dict[str, str]) -> None:
