@@ -31,7 +31,7 @@ from fcmae.evaluation.outputs import claim, default_out, tell_unread
 from fcmae.evaluation.pictures import displayable, limits, with_bands
 from fcmae.tables import table
 from fcmae.training.own_files import FOUND, check_outside
-from fcmae.training.records import cpu_name
+from fcmae.training.records import device_name
 
 RECORD = "analysis.json"
 FEW = 10  # images per class, below which the largest of their means is mostly chance
@@ -86,7 +86,7 @@ def analyze(cfg: AnalyzeConfig) -> str:
         "command": _command(cfg, place),
         "created": datetime.now().astimezone().isoformat(timespec="seconds"),
         "seconds": round(time.perf_counter() - began, 1),
-        "machine": torch.cuda.get_device_name() if where.type == "cuda" else cpu_name(),
+        "machine": device_name(where),
         "data": {
             "source": cfg.images if cfg.data is None else cfg.data,
             "num_images": len(index),

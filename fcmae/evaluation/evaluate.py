@@ -42,7 +42,7 @@ from fcmae.networks.encoder import StagedEncoder
 from fcmae.starting import images_that_chose
 from fcmae.tables import table
 from fcmae.training.own_files import FOUND, check_outside
-from fcmae.training.records import cpu_name
+from fcmae.training.records import device_name
 
 logger = logging.getLogger("fcmae")
 
@@ -147,7 +147,7 @@ def evaluate_model(
         "origin": backbone.origin,
         "created": datetime.now().astimezone().isoformat(timespec="seconds"),
         "seconds": round(time.perf_counter() - started, 1),
-        "machine": torch.cuda.get_device_name() if device.type == "cuda" else cpu_name(),
+        "machine": device_name(device),
         "data": {
             "train": cfg.data if cfg.test else f"{cfg.data} without its test images",
             "test": cfg.test or drawn,

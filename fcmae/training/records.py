@@ -81,7 +81,7 @@ def record_start(path: Path, cpu: bool, network: str = "") -> None:
             "python": platform.python_version(),
         },
         "device": device.type,
-        "device_name": _device_name(device),
+        "device_name": device_name(device),
         "num_processes": all_processes(),
         "num_nodes": all_processes() // local_processes() if "LOCAL_WORLD_SIZE" in os.environ else 1,
         "cpu": cpu_name(),
@@ -176,7 +176,8 @@ def _starts(path: Path) -> list[dict[str, Any]]:
     return []
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """The name of a GPU, else of the processor."""
     return torch.cuda.get_device_name() if device.type == "cuda" else cpu_name()
 
 
@@ -205,7 +206,7 @@ def images_that_fit(run: Path, device: torch.device) -> int | None:
         run: its directory.
         device: that is computed on now.
     """
-    name, key = _device_name(device), "images_at_once"
+    name, key = device_name(device), "images_at_once"
     starts = [start for start in _starts(run / "environment.json") if key in start and start.get("device_name") == name]
     return starts[-1][key] if starts and isinstance(starts[-1][key], int) else None
 
