@@ -32,7 +32,7 @@ from fcmae.config import FinetuneConfig, PretrainConfig
 from fcmae.evaluation.charts import COLOURS
 from fcmae.evaluation.report import MARK, MOST_PICTURES, command, report, reproduce
 from fcmae.evaluation.runs import CONFIGS, read_run
-from fcmae.training.records import last_state, record_end
+from fcmae.training.records import Ended, last_state, record_end
 
 HOSTILE = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">'&"
 
@@ -725,6 +725,26 @@ def test_a_page_that_does_not_fit_on_the_disk_leaves_the_last_one(whole: Path, t
     with file_limit(100_000), pytest.raises(OSError, match=r"page\.html"):
         report([whole / "tuned"], out)
     assert text(out) == before and list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("how", ["failed", "stopped", None])
+@pytest.mark.parametrize(("epochs", "where"), [("6", "epoch 6 of 6"), ("9", "epoch 6 of 9")])
+def test_how_a_run_ended_before_its_time_is_told(tmp_path: Path, how: Ended | None, epochs: str, where: str) -> None:
+    path = pretrain_run(tmp_path / "run")
+    config = path / "config.yaml"
+    config.write_text(config.read_text().replace("epochs: 6\n", f"epochs: {epochs}\n", 1))
+    (path / "train.log").touch()
+    if how is not None:
+        record_end(path, how)
+    assert f"{how or 'cut off'} at {where}, step 60" in text(report([path]))
+
+
+def test_a_run_that_has_logged_nothing_is_told(tmp_path: Path) -> None:
+    path = pretrain_run(tmp_path / "run")
+    (path / "metrics.jsonl").unlink()
+    (path / "train.log").touch()
+    record_end(path, "failed")
+    assert "failed, nothing logged yet" in text(report([path]))
 
 
 def test_a_run_of_a_fraction_of_an_epoch_that_has_ended_is_finished(tmp_path: Path) -> None:

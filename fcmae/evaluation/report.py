@@ -46,8 +46,9 @@ from fcmae.evaluation.runs import (
     read_run,
     took_s,
 )
+from fcmae.evaluation.status import state_of
 from fcmae.evaluation.verdicts import guessed, is_collapsing, is_working, was_worth_it
-from fcmae.training.records import last_state, of_model
+from fcmae.training.records import of_model
 
 MARK = '<meta name="generator" content="fcmae report'
 MOST_PICTURES = 12  # over time
@@ -340,15 +341,17 @@ def _what_was_run(run: RunFiles) -> Section:
 
 
 def _status(run: RunFiles) -> str:
+    state = state_of(run.path)
     if not run.lines:
-        return "begun, nothing logged yet"
+        return f"{state}, nothing logged yet"
     epoch, step, epochs = run.lines[-1]["epoch"], run.lines[-1]["step"], run.settings.get("epochs")
     if run.settings.get("eval_only"):
         return "an evaluation"
-    # A fraction of an epoch may end a step before or after it.
-    if last_state(run.path) == "finished" or (isinstance(epochs, int | float) and epoch >= epochs):
+    if state == "not begun":  # it has numbers, so that only its log is not there
+        state = "finished" if isinstance(epochs, int | float) and epoch >= epochs else "stopped"
+    if state == "finished":
         return f"finished after {epochs} epochs, {step:,} steps"
-    return f"running or stopped at epoch {epoch:.4g} of {epochs}, step {step:,}"
+    return f"{state} at epoch {epoch:.4g} of {epochs}, step {step:,}"
 
 
 def _charts(run: RunFiles, charts: Mapping[str, Sequence[str]], *, may_be_log: bool = True) -> list[Chart]:
