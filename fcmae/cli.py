@@ -26,6 +26,8 @@ from fcmae.options import HELP, Complete, hint, load
 if TYPE_CHECKING:
     from fcmae.training.run import Run
 
+DEBUG = frozenset({"--debug", "--debug=true"})
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command line, by default the process's own.
@@ -45,11 +47,11 @@ def main(argv: list[str] | None = None) -> int:
             SIGTERM to a command that does not train, which has removed what is temporary.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    debug = not {"--debug", "--debug=true"}.isdisjoint(words)
+    debug = not DEBUG.isdisjoint(words)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be Unicode
     try:
-        status = _run(words[1:] if words[:1] == ["--debug"] else words)
+        status = _run(words[1:] if DEBUG.issuperset(words[:1]) else words)
         sys.stdout.flush()
         return status
     except RuntimeError as error:

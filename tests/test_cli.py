@@ -79,8 +79,13 @@ def test_errors_a_user_can_mend_show_a_traceback_only_with_debug(
     Recorder(monkeypatch, "weights.convert", "convert", error)
     assert main(["convert", "run", "out"]) == 2
     assert capsys.readouterr().err == "fcmae: error: no image in photos\n"
-    for words in ("--debug convert run out", "convert --debug run out", "convert run out --debug true"):
-        with pytest.raises(type(error)):
+    for words in (
+        "--debug convert run out",
+        "--debug=true convert run out",
+        "convert --debug run out",
+        "convert run out --debug true",
+    ):
+        with pytest.raises(type(error), match="no image in photos"):
             main(words.split())
 
 
