@@ -26,11 +26,17 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import torch
 from hypothesis import settings
+from matplotlib.figure import Figure
+from PIL import Image
 from torch import nn
 
 from fcmae import planning
 from fcmae.layouts import native
 from fcmae.networks.spec import VARIANTS, ConvNeXtSpec
+
+savefig = Figure.savefig
+# A process that is killed leaves what it wrote to the system: only a machine that stops could lose it.
+os.fsync = lambda descriptor: None
 
 settings.register_profile("fcmae", deadline=None)  # no test asserts a time
 settings.load_profile("fcmae")
@@ -113,6 +119,20 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(planning, name, step)
     monkeypatch.setattr(planning, "in_process", runs.in_forked)
     monkeypatch.setattr(planning, "_measured_s", lambda hours: 0.1)
+
+
+@pytest.fixture(scope="module")
+def undrawn() -> Iterator[None]:
+    """Pictures are files without a picture: to draw them takes as long as the training of a tiny network."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda figure, path, **_: Image.new("RGB", (1, 1)).save(path, "PNG"))
+        yield
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures all the same."""
+    monkeypatch.setattr(Figure, "savefig", savefig)
 
 
 @pytest.fixture(scope="module")

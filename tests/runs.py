@@ -44,7 +44,8 @@ TINY = "{depths: [1, 1, 1, 1], dims: [8, 8, 8, 8]}"  # as a command line gives i
 # and without the threads that this one has.
 PROCESSES = multiprocessing.get_context("forkserver")
 PORTS = count(20_000 + os.getpid() % 500 * 20)  # which no other program is given by the system
-PROCESSES.set_forkserver_preload(["fcmae.pretraining", "matplotlib.figure", "torch.utils.tensorboard"])
+PRELOADED = ["fcmae.pretraining", "matplotlib.figure", "torch.utils.tensorboard"]
+PROCESSES.set_forkserver_preload(PRELOADED)
 
 TIMED = planning._pretraining_step, planning._dense_step
 

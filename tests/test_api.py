@@ -40,7 +40,7 @@ from fcmae.options import read
 from fcmae.training.run import Run
 from fcmae.weights.files import read_weights
 
-pytestmark = pytest.mark.usefixtures("one_thread", "forgotten")
+pytestmark = pytest.mark.usefixtures("one_thread", "forgotten", "undrawn")
 TINY_NUMBERS = {"depths": [1, 1, 1, 1], "dims": [8, 8, 8, 8]}
 SPEC = ConvNeXtSpec(depths=(1, 1, 2, 1), dims=(8, 8, 16, 16))
 SMALL: dict[str, Any] = {

@@ -43,7 +43,7 @@ from fcmae.weights.formats import Architecture, to_state
 COLORS = {"blue": (40, 40, 200), "green": (40, 200, 40)}
 
 
-pytestmark = pytest.mark.usefixtures("one_thread", "forgotten")
+pytestmark = pytest.mark.usefixtures("one_thread", "forgotten", "undrawn")
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import CONVNEXTS, MINKOWSKI, randomize, requires_time
+from conftest import CONVNEXTS, MINKOWSKI, randomize
 from timm.layers import DropPath
 from timm.models import ConvNeXt
 from timm.models.convnext import ConvNeXtBlock
@@ -35,12 +35,11 @@ def assert_close(found: Tensor, expected: Tensor, tolerance: float, name: str = 
 # Against timm's
 
 
-@pytest.mark.parametrize(
-    "variant", [pytest.param(v, marks=requires_time if v.endswith(("large", "huge")) else ()) for v in CONVNEXTS]
-)
+# Wider ones, and small, which is as wide as tiny, have no code of their own; test_weights_formats.py has their shapes.
+@pytest.mark.parametrize("variant", [name for name in CONVNEXTS if not name.endswith(("small", "large", "huge"))])
 def test_every_variant_equals_timms_in_values_and_gradients(variant: str) -> None:
     # Larger ones have all widths and few blocks. Neither is initialised twice, and both have the same memory.
-    few = {"depths": (1, 1, 2, 1)} if variant.endswith(("tiny", "small", "base", "large", "huge")) else {}
+    few = {"depths": (1, 1, 2, 1)} if variant.endswith(("tiny", "base")) else {}
     spec = VARIANTS[variant].model_copy(update=few)
     with torch.device("meta"):
         ours, theirs = Classifier(Encoder(spec), 5), timm.create_model(variant, num_classes=5, **few)

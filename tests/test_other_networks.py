@@ -26,7 +26,7 @@ SPEC = ContainerSpec(
 NUMBERS = (
     "{network: container, depths: [1, 1], dims: [8, 16], affinity: [static, mixed], mlp_ratios: [2, 2], num_heads: 4}"
 )
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "undrawn")
 
 
 @pytest.fixture(scope="module")

@@ -69,7 +69,7 @@ from fcmae.weights.formats import OLD, rename
 STEPS = 9  # of runs.flags: 3 epochs of 3 steps
 
 
-pytestmark = pytest.mark.usefixtures("one_thread", "forgotten")
+pytestmark = pytest.mark.usefixtures("one_thread", "forgotten", "undrawn")
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +206,7 @@ def test_a_run_may_switch_its_backend(
 # What a run writes
 
 
+@pytest.mark.usefixtures("drawn")
 def test_a_run_writes_settings_logs_pictures_and_checkpoints(images: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     options = {"log__eval_epochs": 1, "log__trackers": "tensorboard", "data__val_share": 0.3, "epochs": 4}

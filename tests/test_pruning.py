@@ -28,7 +28,7 @@ from fcmae.weights.convert import build_classifier, build_encoder, save_classifi
 from fcmae.weights.files import ImageRecord, Weights, read_weights, save_weights
 from fcmae.weights.formats import Architecture, to_state
 
-pytestmark = pytest.mark.usefixtures("one_thread", "forgotten")
+pytestmark = pytest.mark.usefixtures("one_thread", "forgotten", "undrawn")
 SPEC = ConvNeXtSpec(depths=(2, 1, 2), dims=(4, 6, 8), stem_stride=2)
 V1 = SPEC.model_copy(update={"use_grn": False})
 IMAGE = ImageRecord(input_size=(3, 16, 16), mean=(0.5,) * 3, std=(0.25,) * 3)

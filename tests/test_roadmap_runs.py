@@ -28,7 +28,7 @@ NUMBERS = {
     "resnet": "{network: roadmap, depths: [1, 1], dims: [16, 32]}",  # a stem that does not tell its stride
     "inverted": "{network: roadmap, depths: [1, 2], dims: [8, 16], patchify: true, depthwise: true, inverted: true}",
 }
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "undrawn")
 
 
 @pytest.fixture(scope="module")

@@ -53,6 +53,9 @@ WORDS = ["worth", "labelled", "--pretraining", "pre.yaml", "--finetuning", "tune
 OUT = Path("runs/labelled-worth")
 
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
+
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Linear classifiers are hardly trained."""

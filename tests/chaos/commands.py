@@ -30,7 +30,8 @@ PEAK_MB = 1500  # on small files, of which torch takes 600
 MODULES = ("fcmae.cli", "fcmae.pretraining", "fcmae.finetuning", "fcmae.prediction", "fcmae.evaluation.evaluate")
 MORE = ("fcmae.evaluation.analyze", "fcmae.evaluation.report", "fcmae.evaluation.embed")
 # No module of tests/: the server looks in the current folder, where runs/ is the user's.
-PROCESSES.set_forkserver_preload([*MODULES, *MORE, "matplotlib.figure", "torch.utils.tensorboard"])
+PRELOADED = [*MODULES, *MORE, "matplotlib.figure", "torch.utils.tensorboard"]
+PROCESSES.set_forkserver_preload(PRELOADED)
 
 
 class Outcome(NamedTuple):
