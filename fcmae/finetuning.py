@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -184,7 +185,9 @@ def train(
                 evaluation.evaluate(net, ema, step, step / per_epoch, places)
 
         if owes_evaluation(accelerator, run, schedule):
+            before = time.perf_counter()
             evaluate(schedule.start)
+            log.window.skip_since(before)
         steps = Steps(cfg, schedule, accelerator, ready.model, ready.optimizer, train_set, log, session.stop)
         for step in steps:
             for batch in step.micro_batches():
@@ -410,6 +413,7 @@ class Evaluation:
             raise FloatingPointError(f"step {step}: the validation loss is not finite: {values}")
         text = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
         logger.info("step %d: %s on %d images", step, text, len(positions))
+        self.log.metrics.path.touch()  # which marks a run, before anything that it can go on from or do anew
         if step and found[SCORE] > self.best.score:
             self.best.score, self.best.step = found[SCORE], step
             places = (*places, "best")

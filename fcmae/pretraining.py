@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -43,7 +45,7 @@ from fcmae.training.launch import (
     same_everywhere,
     waiting_for_all,
 )
-from fcmae.training.log import Log
+from fcmae.training.log import Log, curves
 from fcmae.training.micro_batches import micro_batch_size
 from fcmae.training.optim import Schedule
 from fcmae.training.records import read_metrics
@@ -171,7 +173,9 @@ def train(
                 evaluation.evaluate(net, step, step / schedule.per_epoch)
 
         if owes_evaluation(accelerator, run, schedule):
+            before = time.perf_counter()
             evaluate(schedule.start)
+            log.window.skip_since(before)
         steps = Steps(
             cfg, schedule, accelerator, model, optimizer, train_set, log, session.stop, cfg.data.masks_per_image
         )
@@ -391,13 +395,13 @@ class Evaluation:
             values |= self.monitor.measure(net.encoder)
             if "knn_top1" in values:
                 logger.info("step %d: nearest neighbours' accuracy %.4f", step, values["knn_top1"])
-            if values:
-                self.log.metrics.write(step, epoch, **values)
-            self.picture(net, step, epoch)
-        lines = read_metrics(self.log.metrics.path)
+            lines = [*read_metrics(self.log.metrics.path), {"step": step, "epoch": epoch, **values}]
+            self.picture(net, step, epoch, lines)
         for name in draw_over_time(self.log.folder, lines):
             self.log.show(f"over_time/{name}", self.log.folder / f"{name}.png", step)
         self.watch.look(lines)
+        if values:
+            self.log.metrics.write(step, epoch, **values)  # last: without it the evaluation is owed
 
     def loss(self, net: FCMAE, step: int) -> dict[str, float]:
         """The loss on the held-out images.
@@ -440,15 +444,16 @@ class Evaluation:
         logger.info("step %d: validation loss %.4f on %d images", step, value, num_images)
         return {"val_loss": value}
 
-    def picture(self, net: FCMAE, step: int, epoch: float) -> None:
+    def picture(self, net: FCMAE, step: int, epoch: float, lines: Sequence[Mapping[str, Any]]) -> None:
         """Draw the curves of the loss, and where pixels are predicted reconstructions, and the same over time.
 
         Args:
             net: the model.
             step: steps that were done.
             epoch: likewise, in epochs.
+            lines: of metrics.jsonl, this evaluation's too.
         """
-        save_curves(self.log.folder / "loss.png", self.log.metrics.curves("loss", "val_loss"), "loss")
+        save_curves(self.log.folder / "loss.png", curves(lines, "loss", "val_loss"), "loss")
         if net.target not in (pixels, normalized_pixels):
             return
         shown = [self.pictured[(EVAL_EPOCH, i)] for i in range(min(PICTURED, len(self.pictured)))]

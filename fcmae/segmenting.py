@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -203,7 +204,9 @@ def train(
                 evaluation.evaluate(net, ema, step, step / per_epoch, places)
 
         if owes_evaluation(accelerator, run, schedule):
+            before = time.perf_counter()
             evaluate(schedule.start)
+            log.window.skip_since(before)
         steps = Steps(cfg, schedule, accelerator, ready.model, ready.optimizer, train_set, log, session.stop)
         for step in steps:
             for batch in step.micro_batches():
@@ -421,6 +424,7 @@ class Evaluation:
         logger.info("step %d: %s on %d images", step, text, num_read)
         if not self.accelerator.is_main_process:
             return
+        self.log.metrics.path.touch()  # which marks a run, before anything that it can go on from or do anew
         self.draw(chosen, step)
         if step and found[SCORE] > self.best.score:
             self.best.score, self.best.step = found[SCORE], step

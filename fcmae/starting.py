@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -343,11 +342,11 @@ def prepare(
 
 
 def _best_of(run: RunDirectory, score: str) -> Best:
-    """The best evaluation before a run goes on; none where `best` is of another, as that was done after it."""
-    lines = [line for line in read_metrics(run.path / "metrics.jsonl") if line["step"] <= run.resume_step]
-    scored = [Best(value, line["step"]) for line in lines if (value := of_model(line, score)) is not None]
-    best = max(scored, key=attrgetter("score"), default=Best())
-    return best if _step_of(run.path / "best") == best.step else Best()
+    """The evaluation that `best` is of; none where that was done after the step from which a run goes on."""
+    step = _step_of(run.path / "best")
+    lines = [line for line in read_metrics(run.path / "metrics.jsonl") if line["step"] == step <= run.resume_step]
+    scored = [Best(value, step) for line in lines if (value := of_model(line, score)) is not None]
+    return scored[-1] if scored else Best()
 
 
 def _step_of(model: Path) -> int:

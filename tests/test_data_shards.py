@@ -317,6 +317,8 @@ def test_labels_come_from_beside_the_images(tmp_path: Path) -> None:
         *((name, text) for name, text in texts.items()),
         ("sub/a.png", image(1)),
         ("sub/a.txt", b"cat"),
+        *((f"1.2.{number}", bytes(128) + b"DICM") for number in (7, 8)),
+        *((f"1.2{end}.cls", label) for end, label in (("", b"no"), (".7", b"7"), (".8", b"cat"))),
     )
     found = find_labelled(str(tmp_path))
     pairs = {found.name(i).rpartition(".tar/")[2]: found.label_name(i) for i in range(len(found))}
@@ -328,6 +330,8 @@ def test_labels_come_from_beside_the_images(tmp_path: Path) -> None:
         "e.png": "7",
         "f.png": "1.0",
         "sub/a.png": "cat",
+        "1.2.7": "7",
+        "1.2.8": "cat",
     }
     assert found.class_names == ("1.0", "3", "7", "a tabby cat", "cat")
 

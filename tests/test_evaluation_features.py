@@ -29,7 +29,7 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Images:
 
 @pytest.mark.parametrize("stem_stride", [1, 2, 4])
 def test_the_last_stage_is_what_pretraining_saw_with_nothing_masked(tmp_path: Path, stem_stride: int) -> None:
-    checkpoint, net = write_checkpoint(tmp_path, stem_stride=stem_stride)
+    checkpoint, net = write_checkpoint(tmp_path, variant="convnextv2_atto", stem_stride=stem_stride)
     images = torch.randn(2, 3, 64, 32)
     with torch.no_grad():
         maps = stage_maps(load_backbone(str(checkpoint)).model, images)

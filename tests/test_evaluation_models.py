@@ -27,7 +27,7 @@ ATTO = VARIANTS["convnextv2_atto"]
 
 
 def test_a_checkpoint_is_read_as_it_was_trained(tmp_path: Path) -> None:
-    checkpoint, _ = write_checkpoint(tmp_path, stem_stride=2)
+    checkpoint, _ = write_checkpoint(tmp_path, variant="convnextv2_atto", stem_stride=2)
     backbone = load_backbone(str(checkpoint))
     assert isinstance(backbone.model, Encoder)
     assert backbone.model.spec == ATTO.model_copy(update={"stem_stride": 2})

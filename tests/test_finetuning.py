@@ -488,6 +488,37 @@ def test_a_best_model_of_a_step_that_was_undone_is_not_held_for_the_one_before(
     assert finetune(labelled, tmp_path / "run", **settings, checkpoint__keep=99) == 0
     origin = read_weights(tmp_path / "run" / "best").origin
     assert (origin["step"], origin["balanced_accuracy"]) == (12, 0.7)
+    runs.forget_accelerator()
+
+    for number, place in checkpoint.steps(tmp_path / "run").items():  # again, after step 12
+        if number > 6:
+            shutil.rmtree(place)
+    given |= {8: 0.48, 12: 0.4}
+    with monkeypatch.context() as patch:
+        at_step(patch, 10, kill_self(signal.SIGTERM))
+        assert finetune(labelled, tmp_path / "run", **settings, checkpoint__keep=99) == 143
+    runs.forget_accelerator()
+    assert finetune(labelled, tmp_path / "run", **settings, checkpoint__keep=99) == 0
+    # That of step 4 had more, and was written over by one that was undone.
+    assert read_weights(tmp_path / "run" / "best").origin["step"] == 8
+
+
+def test_an_evaluation_that_was_cut_off_is_done_anew(
+    tuned: Path, labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {"eval_only": True, "model__init": tuned / "last"}
+    with monkeypatch.context() as patch:
+        patch.setattr(finetuning, "write_confusion", _break)
+        with pytest.raises(MemoryError):
+            finetune(labelled, tmp_path / "out", **given)
+    assert (tmp_path / "out" / "predictions.csv").exists() and not metrics(tmp_path / "out")
+    runs.forget_accelerator()
+    assert finetune(labelled, tmp_path / "out", **given) == 0
+    assert "top1" in metrics(tmp_path / "out")[-1]
+
+
+def _break(*_: object) -> None:
+    raise MemoryError
 
 
 @pytest.mark.parametrize("is_there", [False, True])

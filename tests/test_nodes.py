@@ -364,7 +364,7 @@ def slurm(folder: Path, **programs: str) -> tuple[dict[str, str], Path]:
         "SLURM_JOB_ID": "4321",
         "SLURM_JOB_NODELIST": "node[1-2]",
         "SLURM_NTASKS": "2",
-        "SLURM_NTASKS_PER_NODE": "1",
+        "SLURM_STEP_NUM_NODES": "2",
         "REQUEUED": str(requeued),
     }
     path = f"{place}:{Path(sys.executable).parent}:{os.environ['PATH']}"

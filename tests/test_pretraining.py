@@ -782,17 +782,19 @@ def _break(*_: object) -> None:
     raise MemoryError
 
 
+@pytest.mark.parametrize("where", [(pretraining.Monitor, "measure"), (pretraining, "save_reconstructions")])
 def test_what_is_trained_is_kept_where_an_evaluation_breaks_down(
-    uninterrupted: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    uninterrupted: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: tuple[Any, str]
 ) -> None:
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(pretraining.Monitor, "measure", _break)
+        patch.setattr(*where, _break)
         with pytest.raises(MemoryError):
             run(images, out)
     assert max(checkpoint.steps(out)) == 9 and not evaluated(out)
     assert run(images, out) == 0
     assert evaluated(out) == evaluated(uninterrupted)
+    assert (out / "reconstructions" / "step-00000009.png").exists()
 
 
 def test_losses_logged_after_a_cut_are_over_the_same_steps(

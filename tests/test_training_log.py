@@ -18,7 +18,7 @@ from runs import config
 
 from fcmae.training import health
 from fcmae.training import log as log_module
-from fcmae.training.log import Log, Metrics, Window
+from fcmae.training.log import Log, Metrics, Window, curves
 from fcmae.training.records import read_metrics
 from fcmae.training.steps import schedule_of
 
@@ -56,12 +56,9 @@ def test_a_resumed_run_drops_what_follows_its_step_and_a_half_written_line(tmp_p
     ]
 
 
-def test_curves_are_the_epochs_and_values_of_each_name_that_was_written(tmp_path: Path) -> None:
-    metrics = metrics_at(tmp_path / "metrics.jsonl", 0)
-    metrics.write(1, 0.5, loss=3.0)
-    metrics.write(2, 1.0, loss=2.0)
-    metrics.write(2, 1.0, val_loss=2.5)
-    assert metrics.curves("loss", "val_loss", "other") == {"loss": ([0.5, 1.0], [3.0, 2.0]), "val_loss": ([1.0], [2.5])}
+def test_curves_are_the_epochs_and_values_of_each_name_that_was_written() -> None:
+    lines = [{"epoch": 0.5, "loss": 3.0}, {"epoch": 1.0, "loss": 2.0}, {"epoch": 1.0, "val_loss": 2.5}]
+    assert curves(lines, "loss", "val_loss", "other") == {"loss": ([0.5, 1.0], [3.0, 2.0]), "val_loss": ([1.0], [2.5])}
 
 
 def test_a_line_says_how_far_the_run_is_and_leaves_out_a_norm_that_is_not_finite(

@@ -203,9 +203,14 @@ def test_a_job_that_was_queued_again_deletes_what_it_has_not_started(
 ) -> None:
     """As its first command took all of its time, and this is the second."""
     make_run(tmp_path)
+    known = (tmp_path / "environment.json").read_text()
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     cfg = config(Path("photos"), tmp_path, overwrite="true")
+    for unknown in ("", known.replace('"job"', '"other"')):  # by whom the run was started
+        (tmp_path / "environment.json").write_text(unknown)
+        assert RunDirectory(cfg).exists
+    (tmp_path / "environment.json").write_text(known)
     assert not RunDirectory(cfg).exists
     with RunDirectory(cfg).open(is_main=True):
         pass

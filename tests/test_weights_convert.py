@@ -40,8 +40,12 @@ from fcmae.weights.formats import FORMATS, MMEARTH, Architecture, to_state
 ATTO = VARIANTS["convnextv2_atto"]
 
 
+SMALL = {"depths": [1, 1, 1, 1], "dims": [8, 12, 16, 20]}
+
+
 def write_checkpoint(out: Path, **model: object) -> tuple[Path, FCMAE]:
     """A pretraining checkpoint as a run leaves it, with random weights."""
+    model.setdefault("variant", SMALL)
     in_chans, size = int(model.pop("in_chans", 3)), int(model.pop("image_size", 64))
     data = {"path": ["x"], "in_chans": in_chans, "image_size": size}
     if in_chans not in (1, 3):
@@ -98,7 +102,7 @@ def test_a_stride_2_stem_comes_back_through_our_loader(tmp_path: Path) -> None:
 
 
 def test_the_fair_file_is_what_timm_takes_for_released_weights(tmp_path: Path) -> None:
-    place, net = write_checkpoint(tmp_path / "run")
+    place, net = write_checkpoint(tmp_path / "run", variant="convnextv2_atto")
     convert(place, tmp_path / "fair.safetensors", "fair")
     state = load_file(tmp_path / "fair.safetensors")
     model = timm.create_model("convnextv2_atto", num_classes=0)
@@ -214,7 +218,7 @@ def test_no_export_takes_the_place_of_a_runs_own_model(tmp_path: Path) -> None:
 
 
 def test_a_model_beside_somebodys_config_yaml_is_a_model(tmp_path: Path) -> None:
-    convert(write_checkpoint(tmp_path / "run")[0], tmp_path / "out", "timm")
+    convert(write_checkpoint(tmp_path / "run", variant="convnextv2_atto")[0], tmp_path / "out", "timm")
     (tmp_path / "out" / "config.yaml").write_text("lr: 1\n")
     assert read_weights(tmp_path / "out").architecture.spec == ATTO
 
@@ -237,7 +241,7 @@ def test_a_classifier_needs_a_head(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("to", FORMATS)
 def test_what_a_file_says_of_itself_survives_every_format(tmp_path: Path, to: str) -> None:
-    place, net = write_checkpoint(tmp_path / "run", in_chans=5)
+    place, net = write_checkpoint(tmp_path / "run", in_chans=5, variant="convnextv2_atto")
     dest = tmp_path / ("out" if to in ("timm", "transformers") else "out.safetensors")
     text = convert(place, dest, to)
     assert "read the same tensors back" in text
@@ -328,7 +332,7 @@ def test_decoders_of_others_start_from_the_maps_that_load_gives(tmp_path: Path) 
 
 
 def test_a_dry_run_prints_the_mapping_and_writes_nothing(tmp_path: Path) -> None:
-    place, _ = write_checkpoint(tmp_path / "run")
+    place, _ = write_checkpoint(tmp_path / "run", variant="convnextv2_atto")
     before = sorted(tmp_path.rglob("*"))
     text = convert(place, None, "timm")
     assert "encoder.stages.0.0.grn.gamma -> stages.0.blocks.0.mlp.grn.weight (160,)" in text
@@ -427,7 +431,7 @@ def test_channels_adapt_where_a_dense_stem_meets_the_image() -> None:
 
 
 def test_a_decoder_of_gradients_is_said_to_be_left_out(tmp_path: Path) -> None:
-    place, _ = write_checkpoint(tmp_path / "run", target="hog")
+    place, _ = write_checkpoint(tmp_path / "run", target="hog", variant="convnextv2_atto")
     weights = read_weights(place)
     text = start_from(build_fcmae(Encoder(ATTO), 16), weights)
     assert text.endswith("; a fresh decoder, as model.init has one that was left out, as it predicts hog")
@@ -436,7 +440,7 @@ def test_a_decoder_of_gradients_is_said_to_be_left_out(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("to", FORMATS)
 def test_pretraining_starts_from_every_format(tmp_path: Path, to: str) -> None:
-    place, net = write_checkpoint(tmp_path / "run")
+    place, net = write_checkpoint(tmp_path / "run", variant="convnextv2_atto")
     dest = tmp_path / ("out" if to in ("timm", "transformers") else "out.pth")
     convert(place, dest, to)
     model = build_fcmae(Encoder(ATTO), 16)
@@ -450,7 +454,7 @@ def test_pretraining_starts_from_every_format(tmp_path: Path, to: str) -> None:
 
 
 def test_a_decoder_that_does_not_fit_starts_fresh(tmp_path: Path) -> None:
-    place, net = write_checkpoint(tmp_path / "run")
+    place, net = write_checkpoint(tmp_path / "run", variant="convnextv2_atto")
     wider = build_fcmae(Encoder(ATTO), 24)
     assert start_from(wider, read_weights(place)).endswith("model.init has one of depth 1 and width 16 for 3 channels")
     grey = build_fcmae(Encoder(ATTO, in_chans=1), 16)

@@ -97,8 +97,8 @@ def _padding(found: Any, dtype: np.dtype[Any]) -> tuple[float, float] | None:
         return None
     # Stored bits above BitsStored say nothing, and pydicom takes them from the pixels likewise.
     unused = found.BitsAllocated - found.BitsStored
-    told = [int(np.array(end, dtype) << unused >> unused) for end in ends if end is not None]
-    return min(told), max(told)
+    told = np.array([end for end in ends if end is not None], dtype) << unused >> unused
+    return int(told.min()), int(told.max())
 
 
 def _stored(value: Any, dtype: np.dtype[Any]) -> int | None:

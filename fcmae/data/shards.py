@@ -44,6 +44,7 @@ ZIP = b"PK"  # begins an .npz, as an index is
 MOST_UNPACKED = 100  # times its packed size; of a million members it is some 5
 MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 BLOCK = 512  # bytes; a member's header is one
+SCAN = 2  # what `scan` finds: an index that is kept of an earlier one is made anew
 GAP = 1 << 16  # bytes between members that are looked at together
 LABELS = (".cls", ".json", ".txt")  # the first that an image has counts
 MAX_LABEL = 1 << 16  # bytes
@@ -149,7 +150,7 @@ class Members:
 
     def packed(self, stamp: str) -> bytes:
         """As `unpacked` reads them."""
-        texts = {"stamp": stamp, "names": "\0".join(self.names), "labels": "\0".join(self.labels)}
+        texts = {"stamp": f"{SCAN} {stamp}", "names": "\0".join(self.names), "labels": "\0".join(self.labels)}
         arrays: dict[str, Any] = {key: np.frombuffer(os.fsencode(text), np.uint8) for key, text in texts.items()}
         file = io.BytesIO()
         np.savez_compressed(file, **arrays, starts=self.starts, sizes=self.sizes)
@@ -170,7 +171,7 @@ class Members:
         names, labels = (texts[key].split("\0") if len(starts) else [] for key in ("names", "labels"))
         fits = len(names) == len(labels) == len(starts) == len(sizes) and starts.dtype == sizes.dtype == np.int64
         fits = fits and all(name == str(_plain(name)) for name in names)  # an index comes with others' shards
-        return cls(names, starts, sizes, labels) if texts["stamp"] == stamp and fits else None
+        return cls(names, starts, sizes, labels) if texts["stamp"] == f"{SCAN} {stamp}" and fits else None
 
 
 def scan(file: BinaryIO, stop: Event | None = None) -> Members:
@@ -294,7 +295,7 @@ def _plain(name: str) -> PurePosixPath:
 def _beside(name: str) -> Iterator[str]:
     """Where an image's label may be: beside it by its name without the suffix, or up to its first dot."""
     folder, slash, last = name.rpartition("/")
-    for stem in (last.rpartition(".")[0], last.partition(".")[0]):
+    for stem in (without_suffix(last), *([last.partition(".")[0]] if is_image(last) else [])):
         yield from (f"{folder}{slash}{stem}{suffix}" for suffix in LABELS)
 
 

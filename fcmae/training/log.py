@@ -8,9 +8,10 @@ import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from fcmae.data.bad_files import BadFiles
 from fcmae.data.dataset import Batch
 from fcmae.training import health
 from fcmae.training.optim import Schedule
-from fcmae.training.records import read_metrics, split_metrics
+from fcmae.training.records import split_metrics
 
 logger = logging.getLogger("fcmae")
 
@@ -195,11 +196,11 @@ class Metrics:
                 file.write(json.dumps({"step": step, "epoch": round(epoch, 4), **values}) + "\n")
             self.accelerator.log(values, step=step)
 
-    def curves(self, *names: str) -> dict[str, tuple[list[float], list[float]]]:
-        """Epochs and values of each name that was written."""
-        lines = read_metrics(self.path)
-        found = {name: [(line["epoch"], line[name]) for line in lines if name in line] for name in names}
-        return {name: ([e for e, _ in points], [v for _, v in points]) for name, points in found.items() if points}
+
+def curves(lines: Sequence[Mapping[str, Any]], *names: str) -> dict[str, tuple[list[float], list[float]]]:
+    """Epochs and values of each name that lines of metrics.jsonl have."""
+    found = {name: [(line["epoch"], line[name]) for line in lines if name in line] for name in names}
+    return {name: ([e for e, _ in points], [v for _, v in points]) for name, points in found.items() if points}
 
 
 class Window:

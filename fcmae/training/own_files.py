@@ -13,7 +13,7 @@ from fcmae.config import RunConfig
 from fcmae.data.shards import SUFFIXES
 from fcmae.data.source import few
 from fcmae.data.storage import CACHE, INDEX
-from fcmae.training.records import was_started_by
+from fcmae.training.records import may_have_started
 
 # What evaluate and analyze write, by the folder of a run that they do so in by default.
 FOUND = {
@@ -101,7 +101,7 @@ def overwrites(cfg: RunConfig) -> bool:
     restarts = {name: os.environ.get(f"{name}_RESTART_COUNT", "0").strip("0") for name in ("SLURM", "TORCHELASTIC")}
     # SLURM counts starts of a job, in which this command may come for the first time.
     job, out = os.environ.get("SLURM_JOB_ID", ""), cfg.out
-    requeued = restarts["SLURM"] and (out is None or was_started_by(out, job))
+    requeued = restarts["SLURM"] and (out is None or may_have_started(job, out))
     if not cfg.overwrite or restarts["TORCHELASTIC"] or requeued:
         return False
     if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1:

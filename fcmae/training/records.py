@@ -83,11 +83,11 @@ def record_start(path: Path, cpu: bool, network: str = "") -> None:
         "device": device.type,
         "device_name": device_name(device),
         "num_processes": all_processes(),
-        "num_nodes": all_processes() // local_processes() if "LOCAL_WORLD_SIZE" in os.environ else 1,
+        "num_nodes": _num_nodes(),
         "cpu": cpu_name(),
         "cores": num_cores(),
         **({"network": network} if network else {}),
-        **({"job": os.environ["SLURM_JOB_ID"]} if "SLURM_JOB_ID" in os.environ else {}),
+        "job": os.environ.get("SLURM_JOB_ID", ""),
         "ended": "",  # see `record_end`
         "directory": str(Path.cwd()),
         # `python -m fcmae.cli` is another way to say fcmae.
@@ -96,14 +96,23 @@ def record_start(path: Path, cpu: bool, network: str = "") -> None:
     write_text(path, json.dumps([*_starts(path), record], indent=1) + "\n")
 
 
-def was_started_by(run: Path, job: str) -> bool:
-    """Whether a job of SLURM has started a run before.
+def _num_nodes() -> int:
+    """Machines that the processes of the run are on, as torchrun says, or SLURM."""
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        return all_processes() // local_processes()
+    nodes = os.environ.get("SLURM_STEP_NUM_NODES") or os.environ.get("SLURM_NNODES") or "1"
+    return min(all_processes(), int(nodes))
+
+
+def may_have_started(job: str, run: Path) -> bool:
+    """Whether a job of SLURM has started a run before, or that is not known.
 
     Args:
-        run: its directory, which need not be there.
         job: its number.
+        run: its directory, which need not be there.
     """
-    return any(start.get("job") == job for start in _starts(run / "environment.json"))
+    starts = _starts(run / "environment.json")
+    return any(start.get("job", job) == job for start in starts) or (not starts and (run / "environment.json").exists())
 
 
 def record_end(run: Path, ended: Ended) -> None:
