@@ -319,13 +319,18 @@ def test_every_command_has_help_and_an_example_that_can_be_used(
     load(settings, [*example[2:], *(["--out", "run"] if command in COMPLETE else [])], prog="test")
 
 
+NEED_NOTHING = ("bench", "status", "roadmap", "doctor", "verify", "configs", "schema", "completion")
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_what_is_missing_is_all_that_is_wrong_with_an_empty_line(command: str) -> None:
     settings, _ = COMMANDS[command]
-    try:
+    if command in NEED_NOTHING:
         load(settings, [], prog="test")
-    except ConfigError as error:
-        assert all("missing" in line or "give either" in line for line in str(error).splitlines())
+        return
+    with pytest.raises(ConfigError) as raised:
+        load(settings, [], prog="test")
+    assert all("missing" in line or "give either" in line for line in str(raised.value).splitlines())
 
 
 def test_the_commands_are_listed_with_what_they_do(capsys: pytest.CaptureFixture[str]) -> None:

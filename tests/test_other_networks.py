@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,12 @@ def pretrained(labelled: Path, tmp_path_factory: pytest.TempPathFactory, one_thr
     out = tmp_path_factory.mktemp("runs") / "pretrained"
     model = {"model__variant": NUMBERS, "model__stem_stride": 4, "monitor__num_images": 4, "log__eval_epochs": 1}
     rates = {"optim__base_lr": 0.01, "data__val_share": 0.2, "epochs": 2}
-    assert cli.main(["pretrain", *flags(labelled, out, **model, **rates)]) == 0
+    words = ["pretrain", *flags(labelled, out, **model, **rates)]
+    with pytest.MonkeyPatch.context() as patch:
+        runs.at_step(patch, 3, runs.kill_self(signal.SIGTERM))
+        assert cli.main(words) == 143
+    runs.forget_accelerator()
+    assert cli.main(words) == 0
     runs.forget_accelerator()
     return out
 
@@ -67,7 +73,9 @@ def test_pretraining_resumes_and_watches_its_blocks(labelled: Path, pretrained: 
     lines = [json.loads(line) for line in (pretrained / "metrics.jsonl").read_text().splitlines()]
     watched = {key for line in lines for key in line if "stages." in key}
     assert {key.rpartition("/")[2] for key in watched} == {"stages.0.0", "stages.1.0"}
-    assert all(np.isfinite(line["loss"]) for line in lines if "loss" in line)
+    trained = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in trained] == list(range(1, len(trained) + 1)) and len(trained) > 4
+    assert all(np.isfinite(line["loss"]) for line in trained)
     saved = (pretrained / "config.yaml").read_text()
     assert "network: container" in saved
     assert read_weights(pretrained).architecture.spec == SPEC

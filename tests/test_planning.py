@@ -447,7 +447,7 @@ def test_parts_are_not_measured_where_they_fit_or_must_not_change(
 def test_no_step_takes_more_memory_than_is_reckoned(photos: Path, timed: None) -> None:
     cfg = load(BenchConfig, [*RECIPE, "--batch_size", "16", "--data.image_size", "96"], prog="x")
     taken = planning._pretraining_step(cfg.model_copy(update={"seconds": 0.01}), 16, False).memory
-    assert taken < planning._most_memory(cfg, 16)
+    assert taken < planning._most_memory(cfg, 16) < 20 * taken
 
 
 @pytest.mark.parametrize("given", [[], ["--model.variant", "nano"], ["--epochs", "0.5"]])
