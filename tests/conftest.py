@@ -103,8 +103,9 @@ def _seed() -> None:
 
 @pytest.fixture
 def forgotten() -> Iterator[None]:
-    """Runs of this process leave no devices and precision for others."""
+    """Runs of this process leave no devices and precision for others, and no patience with a second interrupt."""
     yield
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     from runs import forget_accelerator
 
     forget_accelerator()

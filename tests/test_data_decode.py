@@ -925,3 +925,10 @@ def test_damaged_images_of_every_format_are_read_or_refused() -> None:
             assert read_crop(content, in_chans, whole, (8, 8), fill=(0.0,)).values.shape == (in_chans, 8, 8)
         except BadImage as error:
             assert "\n" not in str(error) and len(str(error)) < 310
+
+
+def test_a_jpeg_of_fill_bytes_is_looked_through_once(tmp_path: Path) -> None:
+    """Each of them may begin a marker: to look for its end at each start takes hours."""
+    (tmp_path / "a.jpg").write_bytes(b"\xff\xd8" + b"\xff" * 10**6 + b"\x00" + b"\xff\xda" * 101)
+    with pytest.raises(BadImage):
+        read(tmp_path / "a.jpg", 3)

@@ -260,6 +260,9 @@ def test_save_and_load_round_trip_and_nothing_else_is_left(tmp_path: Path) -> No
         '{"paths": [3], "labels": null, "num_images": 1, "class_names": null}',
         '{"paths": ["/a.jpg"], "labels": [0, 1], "num_images": 1, "class_names": ["x", "y"]}',
         '{"paths": ["/a.jpg"], "labels": ["x"], "num_images": 1, "class_names": ["x", "y"]}',
+        '{"paths": ["/a.jpg"], "labels": [2], "num_images": 1, "class_names": ["x", "y"]}',
+        '{"paths": ["/a.jpg"], "labels": [-1], "num_images": 1, "class_names": ["x", "y"]}',
+        '{"paths": ["/a.jpg"], "labels": [10000000000], "num_images": 1, "class_names": null}',
     ],
 )
 def test_loading_something_else_is_an_error(tmp_path: Path, text: str) -> None:

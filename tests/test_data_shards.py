@@ -13,6 +13,7 @@ import tarfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -673,6 +674,24 @@ def test_an_index_that_would_fill_the_memory_is_made_anew() -> None:
     with zipfile.ZipFile(packed := io.BytesIO(), "w") as made:
         made.writestr("stamp.npy", file.getvalue())
     assert Members.unpacked(packed.getvalue(), "a") is None
+
+
+@pytest.mark.parametrize("part", ["names", "starts", "labels"])
+@pytest.mark.parametrize(
+    "content", [b"\x93NUMPY\x01\x00v\x00{'descr': (", b"no array", np.zeros(()), np.zeros(10**5, np.uint8)]
+)
+def test_an_index_of_something_else_is_made_anew(tmp_path: Path, part: str, content: Any) -> None:
+    packed = scanned(pack(tmp_path / "x.tar", *labelled(2))).packed("a")
+    with zipfile.ZipFile(io.BytesIO(packed)) as kept, zipfile.ZipFile(made := io.BytesIO(), "w") as spoiled:
+        for name in kept.namelist():
+            if name != f"{part}.npy":
+                spoiled.writestr(name, kept.read(name))
+            elif isinstance(content, bytes):
+                spoiled.writestr(name, content)
+            else:
+                np.save(file := io.BytesIO(), content)
+                spoiled.writestr(name, file.getvalue())
+    assert Members.unpacked(made.getvalue(), "a") is None
 
 
 def test_an_index_that_zipfile_cannot_read_is_made_anew(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import signal
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -247,8 +248,28 @@ def test_a_table_that_was_written_anew_gives_no_image_under_an_old_label(tmp_pat
     assert sum("has changed since its index was made" in str(value) for value in contents(again)) >= 9
 
 
-def test_a_feature_that_is_a_list_is_no_class(tmp_path: Path) -> None:
+def test_offsets_of_a_table_that_lead_out_of_it_are_refused(tmp_path: Path) -> None:
+    path = write_arrow(
+        tmp_path / "x.arrow", pa.table({"image": pa.array([image(0)], pa.binary()), "label": ["x" * 1234]})
+    )
+    true, false = (struct.pack("<ii", 0, end) for end in (1234, 2**31 - 1))
+    before, _, after = path.read_bytes().rpartition(true)  # behind the metadata, which has the length too
+    path.write_bytes(before + false + after)
+    with pytest.raises(ValueError, match=r"x\.arrow' cannot be used \("):
+        find_images([str(path)])
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        '{"info": {"features": {"labels": [{"dtype": "string"}]}}}',
+        '{"info": null}',
+        "[]",
+        '{"info": {"features": {"labels": {"names": 5}}}}',
+    ],
+)
+def test_a_feature_that_is_no_list_of_classes_is_none(tmp_path: Path, kept: str) -> None:
     content = table(labels=[["cat"], ["dog"]] * 5)
-    kept = {b"huggingface": b'{"info": {"features": {"labels": [{"dtype": "string"}]}}}'}
-    pq.write_table(content.replace_schema_metadata(kept), tmp_path / "x.parquet")
+    content = content.replace_schema_metadata({b"huggingface": kept.encode()})
+    pq.write_table(content, tmp_path / "x.parquet")
     assert contents(find_images([str(tmp_path / "x.parquet")])) == EXPECTED

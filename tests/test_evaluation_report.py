@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import os
@@ -170,6 +171,25 @@ def test_the_classes_that_a_classifier_finds_least_come_first(tmp_path: Path, nu
     assert re.search(rf"{re.escape(first)}\s*{re.escape(second)}", page)
     assert "Recall and precision of each class (last)" in page
     assert ("The 100 of 120 with the lowest recall" in page) is (num == 120)
+
+
+@pytest.mark.parametrize("content", ["true,a\n\na,1\n", f"true,a\na,{10**30}\n", "true,a\na,x\n"])
+def test_a_damaged_confusion_matrix_and_odd_settings_spoil_no_report(tmp_path: Path, content: str) -> None:
+    path = finetune_run(tmp_path / "run", 0.7)
+    (path / "last").mkdir()
+    (path / "last" / "confusion.csv").write_text(content)
+    header = (path / "config.yaml").read_text().partition("\n")[0]
+    (path / "config.yaml").write_text(f"{header}\nseed: [1, 2]\nmodel: {{init: [x]}}\n")
+    assert "confusion.csv cannot be shown" in text(report([path]))
+
+
+def test_commands_of_a_file_are_words_alone(tmp_path: Path) -> None:
+    path = pretrain_run(tmp_path / "run")
+    starts = json.loads((path / "environment.json").read_text())
+    starts[-1]["command"] = "fcmae pretrain photos; rm -rf b"
+    (path / "environment.json").write_text(json.dumps(starts))
+    page = html.unescape(text(report([path])))
+    assert "fcmae pretrain 'photos;' rm -rf b" in page and "photos; rm" not in page
 
 
 def test_figures_and_numbers_of_an_analysis_are_shown(tmp_path: Path) -> None:

@@ -159,7 +159,7 @@ def test_what_is_in_files_moves_no_terminal(tmp_path: Path) -> None:
     starts[-1]["command"] = "fcmae pretrain \x1b[2J"
     (run / "environment.json").write_text(json.dumps(starts))
     said = status(run)
-    assert "\x1b" not in said and r"fcmae pretrain \x1b[2J  # goes on" in said
+    assert "\x1b" not in said and f"fcmae pretrain --config {run / 'config.yaml'}  # goes on" in said
 
 
 def test_a_run_that_was_cut_off_names_its_command(run: Path) -> None:
@@ -177,6 +177,11 @@ def test_a_run_that_was_cut_off_names_its_command(run: Path) -> None:
             "accelerate launch --multi_gpu --num_processes 8 -m fcmae.cli pretrain --config {}",
         ),
         ("ipykernel_launcher.py -f x.json", 1, "fcmae pretrain --config {}"),
+        ("fcmae pretrain a; rm -rf b", 1, "fcmae pretrain 'a;' rm -rf b"),
+        ("fcmae pretrain a\n  rm -rf b", 1, "fcmae pretrain --config {}"),
+        ("fcmae pretrain 'a", 1, "fcmae pretrain --config {}"),
+        ("fcmae pretrain a --overwrite", 1, "fcmae pretrain a"),
+        ("bash -c 'rm -rf b'", 1, "fcmae pretrain --config {}"),
         ("fcmae pretrain photos", 16, "fcmae pretrain photos  # in 16 processes on 2 nodes, as before"),
     ],
 )

@@ -133,6 +133,17 @@ def test_a_directory_that_is_looked_at_is_waited_for(tmp_path: Path, monkeypatch
         assert len(tried) == 3
 
 
+@pytest.mark.parametrize("name", [".lock", "train.log", "metrics.jsonl", "bad_files.txt"])
+def test_no_file_elsewhere_is_written_to_by_a_link(tmp_path: Path, name: str) -> None:
+    make_run(tmp_path / "run")
+    (tmp_path / "thesis.csv").write_text("mine")
+    (tmp_path / "run" / name).unlink(missing_ok=True)
+    (tmp_path / "run" / name).symlink_to(tmp_path / "thesis.csv")
+    with pytest.raises(ValueError, match=f"{name} is a link to a file, .*thesis.csv, which the run would change"):
+        RunDirectory(config(Path("photos"), tmp_path / "run"))
+    assert (tmp_path / "thesis.csv").read_text() == "mine"
+
+
 def test_another_kind_of_run_is_refused(tmp_path: Path) -> None:
     make_run(tmp_path)
     with pytest.raises(ValueError, match=r"holds another kind of run \(fcmae pretrain .*--overwrite"):

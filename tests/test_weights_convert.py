@@ -208,6 +208,15 @@ def test_a_classifier_comes_back_with_its_classes_and_image_settings(tmp_path: P
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in back.state_dict().items())
 
 
+def test_weights_of_images_that_would_fill_the_memory_are_refused(tmp_path: Path) -> None:
+    spec = ATTO.model_copy(update={"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 8)})
+    image = ImageRecord(mean=(0.5,) * 40, std=(0.5,) * 40, input_size=(40, 8192, 8192))
+    state = {f"encoder.{name}": value for name, value in Encoder(spec, 40).state_dict().items()}
+    save_weights(tmp_path / "x.safetensors", Weights(state, Architecture(spec, 40), image), "fcmae")
+    with pytest.raises(ValueError, match="images of 40 channels and 8192 pixels a side are not read"):
+        read_weights(tmp_path / "x.safetensors")
+
+
 def test_no_export_takes_the_place_of_a_runs_own_model(tmp_path: Path) -> None:
     place, _ = write_checkpoint(tmp_path / "run")
     (tmp_path / "run" / "config.yaml").write_text("# fcmae pretrain 0.1.0\n")

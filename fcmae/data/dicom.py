@@ -51,7 +51,7 @@ def _bad_lengths() -> Iterator[None]:
 def _open(file: BinaryIO, in_chans: int) -> ArrayImage:
     import pydicom
 
-    if DEFLATED in file.read(1 << 16):  # all of it would be unpacked here, whatever that takes
+    if DEFLATED in file.read():  # all of it would be unpacked here, whatever that takes
         raise BadImage("it is DICOM that is deflated as a whole: save it again")
     file.seek(0)
     found = pydicom.dcmread(file)

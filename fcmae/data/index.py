@@ -259,6 +259,8 @@ class Images:
             if numbers is not None and numbers.shape != (len(found),):
                 raise ValueError(f"{len(numbers)} labels of {len(found)} images")
             names_of_classes = None if classes is None else tuple(classes)
+            if numbers is not None and not -1 < numbers.min(initial=0) <= numbers.max(initial=0) < len(classes or [0]):
+                raise ValueError(f"labels of {len(classes or ())} classes up to {numbers.max()}")
             return cls(source, None, numbers, names_of_classes, lists=dict(first.get("lists", {})))
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise ValueError(f"{path} is not an index of images ({error}): delete it to have it made anew") from error

@@ -19,7 +19,7 @@ import struct
 import tokenize
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from io import SEEK_END, BytesIO, FileIO
@@ -49,7 +49,7 @@ PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _PNG_CHANNELS = {0: 1, 2: 3, 4: 2, 6: 4}  # by colour type, of those that have 16 bits
 _LOGGERS = ("tifffile", "PIL.TiffImagePlugin", "pydicom")  # one file can make them write a hundred thousand lines
-_JPEG_MARKER = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])")
+_JPEG_MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])")
 MAX_SCANS = 100  # of a JPEG; cameras and web sites make up to a dozen
 MAX_PAGES = 10_000  # of a TIFF
 MAX_RATIO = 2000  # of what is stored to the file; deflate gets to 1032
@@ -598,10 +598,12 @@ def _open_tifffile(tiff: tifffile.TiffFile, in_chans: int) -> OpenImage:
         for part in parts:
             if part is not None:
                 check_segments(part)
+                check_unpacked(part, range(len(part.dataoffsets)))
+                part.keyframe.nodata = left_out_of(page)
         array: NDArray[Any] = source.asarray(maxworkers=1)
         # Where a page's only strip or tile is left out, tifffile too reads it from the file's start.
         if empty := [i for i, part in enumerate(parts) if part is not None and not any(part.dataoffsets)]:
-            array.reshape(len(parts), -1)[empty] = page.nodata
+            array.reshape(len(parts), -1)[empty] = left_out_of(page)
         return np.take(array, kept, axis=axis) if extra else array
 
     stored_bands = 1 if axis is None else shape[axis]
@@ -631,19 +633,33 @@ _UNPACKERS: dict[int, Callable[[], Any]] = {
 }
 
 
+def left_out_of(page: Any) -> float:
+    """What strips or tiles hold that a sparse file leaves out, as GDAL reads them: tifffile parses fewer numbers."""
+    return nodata_of(page.tags.valueof(_NODATA), page.dtype) or 0
+
+
+def _bytes_of_tile(frame: Any) -> int:
+    tile = math.prod(frame.tile) if frame.is_tiled else min(frame.rowsperstrip, frame.imagelength) * frame.imagewidth
+    return int(tile * frame.dtype.itemsize * (frame.samplesperpixel if frame.planarconfig == 1 else 1))
+
+
 def check_segments(page: Any) -> None:
     """Refuse a page of tifffile's whose strips or tiles, decoded one by one, would take far more than the image."""
     frame = page.keyframe
-    tile = math.prod(frame.tile) if frame.is_tiled else min(frame.rowsperstrip, frame.imagelength) * frame.imagewidth
-    tile *= frame.dtype.itemsize * (frame.samplesperpixel if frame.planarconfig == 1 else 1)
-    _check_tiles(tile, frame.nbytes)
+    _check_tiles(_bytes_of_tile(frame), frame.nbytes)
     if sum(page.databytecounts) > max(4 * frame.nbytes, SMALL):
         raise BadImage("its strips or tiles are far longer than the image: save it again")
+
+
+def check_unpacked(page: Any, numbers: Iterable[int]) -> None:
+    """Refuse some of these strips or tiles, of a page that `check_segments` passed, if they unpack to far more."""
+    frame = page.keyframe
     if frame.compression not in _UNPACKERS:
         return
-    limit = max(4 * tile, SMALL)
+    limit = max(4 * _bytes_of_tile(frame), SMALL)
     # A file may claim more of the one than of the other; what has no pair is not read.
-    for offset, size in zip(page.dataoffsets, page.databytecounts, strict=False):
+    num = min(len(page.dataoffsets), len(page.databytecounts))
+    for offset, size in ((page.dataoffsets[i], page.databytecounts[i]) for i in numbers if i < num):
         if size * 8000 > limit:  # more than either can have packed
             page.parent.filehandle.seek(offset)
             decoder, rest, total = _UNPACKERS[frame.compression](), page.parent.filehandle.read(size), 0

@@ -14,7 +14,6 @@ import os
 import re
 import tarfile
 import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -165,13 +164,16 @@ class Members:
                     return None
             with np.load(io.BytesIO(content), allow_pickle=False) as found:
                 texts = {key: os.fsdecode(found[key].tobytes()) for key in ("stamp", "names", "labels")}
-                starts, sizes = found["starts"], found["sizes"]
-        except (ValueError, KeyError, OSError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error):
+                starts, sizes = (np.asarray(found[key]) for key in ("starts", "sizes"))
+        except Exception:  # an index comes with others' shards, and each library has its own errors
             return None
-        names, labels = (texts[key].split("\0") if len(starts) else [] for key in ("names", "labels"))
-        fits = len(names) == len(labels) == len(starts) == len(sizes) and starts.dtype == sizes.dtype == np.int64
-        fits = fits and all(name == str(_plain(name)) for name in names)  # an index comes with others' shards
-        return cls(names, starts, sizes, labels) if texts["stamp"] == f"{SCAN} {stamp}" and fits else None
+        fits = starts.dtype == sizes.dtype == np.int64 and starts.ndim == sizes.ndim == 1 and len(starts) == len(sizes)
+        both = [texts[key] for key in ("names", "labels")]
+        if not fits or any(text.count("\0") != max(0, len(starts) - 1) for text in both):
+            return None
+        names, labels = (text.split("\0") if len(starts) else [] for text in both)
+        fits = texts["stamp"] == f"{SCAN} {stamp}" and all(name == str(_plain(name)) for name in names)
+        return cls(names, starts, sizes, labels) if fits else None
 
 
 def scan(file: BinaryIO, stop: Event | None = None) -> Members:

@@ -72,6 +72,7 @@ def _arrow(storage: Storage, address: str) -> Iterable[tuple[Any, Any, list[str]
         reader = pa.ipc.open_file(whole)
         batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
     for batch in batches:
+        batch.validate(full=True)  # nothing else compares offsets with what there is
         if (column := _image_column(batch.schema)) is None:
             return
         images, is_empty = _bytes(batch.column(column))
@@ -170,11 +171,12 @@ def _labels(table: Any) -> list[str]:
     name = next((name for name in LABELS if name in table.schema.names), None)
     if name is None:
         return [""] * int(table.num_rows)
-    features: dict[str, Any] = {}
+    found: Any = None
     if kept := (table.schema.metadata or {}).get(b"huggingface"):
-        features = json.loads(kept).get("info", {}).get("features", {})
-    feature = features.get(name) if isinstance(features, dict) else None
-    classes = feature.get("names") if isinstance(feature, dict) else None
+        found = json.loads(kept)
+    for key in ("info", "features", name, "names"):
+        found = found.get(key) if isinstance(found, dict) else None
+    classes = found if isinstance(found, list) else None
 
     def text(value: Any) -> str:
         if value is None or (classes and value == -1):  # as datasets writes what is not known

@@ -198,7 +198,7 @@ def render(
     chapters += [("Runs that cannot be read", [Section("What is wrong", list(problems))])] if problems else []
     if len(runs) > 1 and (sections := compare(runs)):
         chapters.append(("Comparison of the runs", sections))
-    commands = [Section(name, commands=[found["command"]]) for name, found in compared.items()]
+    commands = [Section(name, commands=[_quoted(found["command"])]) for name, found in compared.items()]
     chapters.append(("Commands to reproduce this", commands + [reproduce(run) for run in runs]))
     verdicts = [*map(paired.verdict, compared.values()), is_working(runs), is_collapsing(runs)]
     verdicts.append(was_worth_it(runs, else_how=not compared))
@@ -421,7 +421,7 @@ def _classes(run: RunFiles) -> Section:
                 section.tables = [_recalls(names, counts, place)]
                 if len(names) > MOST_CLASSES:
                     section.notes.append(f"The {MOST_CLASSES} of {len(names)} with the lowest recall; {file} has all.")
-        except (OSError, ValueError, csv.Error) as error:
+        except (OSError, ValueError, LookupError, ArithmeticError, csv.Error) as error:
             section.notes.append(f"{file} cannot be shown ({error}).")
     return section
 
@@ -568,14 +568,22 @@ def reproduce(run: RunFiles) -> Section:
     """The commands that reproduce this run: as typed, and from its settings alone; then those of its evaluations."""
     section, last = Section(run.name), run.starts[-1] if run.starts else {}
     if "command" in last:
-        section.commands.append(_text(last["command"]))
+        section.commands.append(_quoted(_text(last["command"])))
         section.notes.append(
             f"As typed in {last.get('directory', 'its directory')}; and the same with all settings as flags."
         )
     settings = {key: value for key, value in run.settings.items() if key not in OF_A_START}
     section.commands.append(command(run.kind, settings, processes_of(run)))
-    section.commands += [found["command"] for found in run.evaluations.values() if "command" in found]
+    section.commands += [_quoted(found["command"]) for found in run.evaluations.values() if "command" in found]
     return section
+
+
+def _quoted(command: str) -> str:
+    """A command of a file, which may be a stranger's, with no word that the shell takes for more than a word."""
+    try:
+        return shlex.join(shlex.split(command))
+    except ValueError:  # a quotation that does not end
+        return shlex.quote(command)
 
 
 def command(kind: str, settings: Mapping[str, Any], num_processes: int = 1) -> str:

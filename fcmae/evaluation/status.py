@@ -11,13 +11,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from fcmae.config.base import near_runs
-from fcmae.data.source import printable
+from fcmae.data.source import open_file, printable
 from fcmae.evaluation import paired
 from fcmae.evaluation.runs import RunFiles, curve, finite, processes_of, program, read_run, took_s
 from fcmae.evaluation.verdicts import is_collapsing, is_working
 from fcmae.tables import table
 from fcmae.training import checkpoint
-from fcmae.training.records import NOT_FINITE, State, last_failure, last_state
+from fcmae.training.records import NOT_FINITE, State, last_failure, last_state, typed_again
 
 DEPTH = 3  # folders below the given one in which runs are looked for
 
@@ -81,10 +81,11 @@ def _comparison(place: Path) -> Iterator[str]:
     yield from (f"running: {_row(run)[0]}, epoch {_row(run)[3]}" for run in running)
     yield f"\n{paired.summary(found)}\n\nnext:"
     if found["num_done"] < found["num_runs"] and not running:
-        words, folder = shlex.split(found["command"]), found.get("directory")
-        if "--out" in words:  # it may have been moved
+        words, folder = shlex.split(typed_again(found["command"]) or ""), found.get("directory")
+        if "--out" in words[:-1]:  # it may have been moved
             words[words.index("--out") + 1] = str(place.absolute() if _is_elsewhere(folder) else place)
-        yield f"  {_from(folder, shlex.join(words))}  # goes on"
+        if words:
+            yield f"  {_from(folder, shlex.join(words))}  # goes on"
     yield f"  fcmae report {shlex.quote(str(place))}"
 
 
@@ -102,7 +103,7 @@ def state_of(path: Path) -> State:
 def _is_locked(lock: Path) -> bool:
     """Whether another process holds the lock that a run has as long as it lasts."""
     try:
-        file = lock.open("rb")
+        file = open_file(str(lock))
     except OSError:  # there is none, or nobody may read it here: train.log tells
         return False
     with file:
@@ -170,13 +171,15 @@ def _time(run: RunFiles, state: str) -> Iterator[str]:
     yield text
 
 
-def _resuming(run: RunFiles, given: str) -> str:
+def _resuming(run: RunFiles) -> str:
     """The command as it was given, if it can be given again; otherwise one from the run's settings."""
+    given, num = typed_again(run.starts[-1].get("command")), processes_of(run)
     folder = run.starts[-1].get("directory")
     place = run.path.absolute() if _is_elsewhere(folder) else run.path
-    if (nodes := str(run.starts[-1].get("num_nodes", 1))) != "1":
-        command = f"{given}  # in {processes_of(run)} processes on {nodes} nodes, as before"
-    elif (num := processes_of(run)) == 1 and given.startswith("fcmae "):
+    nodes = str(run.starts[-1].get("num_nodes", 1))
+    if given is not None and nodes.isdecimal() and int(nodes) > 1:
+        command = f"{given}  # in {num} processes on {nodes} nodes, as before"
+    elif given is not None and num == 1:
         command = given
     else:
         command = f"{' '.join(program(run.kind, num))} --config {shlex.quote(str(place / 'config.yaml'))}"
@@ -205,8 +208,8 @@ def next_commands(run: RunFiles, state: str) -> list[str]:
         return [f"fcmae status {path}", f"fcmae report {path}"]
     if state in ("stopped", "cut off", "failed", "not begun") or checkpoint.latest(run.path) is None:
         broke_down = state == "failed" and (last_failure(run.path) or "").startswith(NOT_FINITE)
-        if state != "finished" and not broke_down and run.starts and (given := run.starts[-1].get("command")):
-            return [f"{_resuming(run, str(given))}  # goes on", f"fcmae report {path}"]
+        if state != "finished" and not broke_down and run.starts and run.starts[-1].get("command"):
+            return [f"{_resuming(run)}  # goes on", f"fcmae report {path}"]
         return [f"fcmae report {path}"]
     if run.kind == "segment":
         return [f"fcmae predict {path} IMAGES --out maps", f"fcmae report {path}"]

@@ -167,7 +167,8 @@ def _against_scratch(runs: Sequence[RunFiles]) -> list[Found]:
             budget = [str(network), *(str(run.settings.get(key)) for key in BUDGET)]
             key = (run.kind, run.counts.get("to learn from", 0), run.held_out, *budget)
             init = run.settings.get("model.init")
-            first = groups.setdefault(key, {}).setdefault(init, {}).setdefault(run.settings.get("seed"), run)
+            init = init if init is None else str(init)
+            first = groups.setdefault(key, {}).setdefault(init, {}).setdefault(str(run.settings.get("seed")), run)
             if _own_settings(run) != _own_settings(first):
                 others.setdefault((key, init), []).append(run.name)
     found = []

@@ -168,6 +168,21 @@ def _logged_end(log: Path) -> Ended | None:
     return next((ended for ended, pattern in ends.items() if said and re.match(pattern, said[-1])), None)
 
 
+def typed_again(command: object) -> str | None:
+    """A command of ours that makes a run go on, in one line and with nothing for the shell in it; None for any other.
+
+    Args:
+        command: as a record has it, which may be a stranger's.
+    """
+    if not (isinstance(command, str) and command.isprintable()):
+        return None
+    try:
+        program, *words = shlex.split(command)
+    except ValueError:  # a quotation does not end, or there is no word
+        return None
+    return shlex.join([program, *_lasting(words)]) if program == "fcmae" else None
+
+
 def _lasting(words: Sequence[str]) -> Iterator[str]:
     """The words of a command line without --overwrite, which would delete the run where it is to go on."""
     follows = False

@@ -81,6 +81,9 @@ class RunDirectory:
                 "data.path has too many places to be kept in config.yaml: put quotes round the pattern, so that the "
                 "shell does not expand it, or give a .txt file that lists them"
             )
+        for name in (".lock", "train.log", "metrics.jsonl", "bad_files.txt"):
+            if (path := self.path / name).is_symlink() and path.is_file():  # written to, and not as a whole
+                raise ValueError(f"{path} is a link to a file, {path.resolve()}, which the run would change: remove it")
         config = self.path / "config.yaml"
         header = ""
         if config.is_file():
@@ -230,7 +233,7 @@ class RunDirectory:
     @contextmanager
     def _opened(self) -> Iterator[None]:
         self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("w") as lock:
+        with (self.path / ".lock").open("a") as lock:
             in_use = f"out = {self.path} is in use by another process: wait for it or give another directory"
             try:
                 # Not flock: the data workers would inherit it, and hold it for seconds after this process is killed.

@@ -38,7 +38,7 @@ from fcmae.atomic import read_bytes, replacing, sync
 from fcmae.config import FinetuneData, ImageConfig, PretrainConfig
 from fcmae.config.base import near_runs
 from fcmae.data.augment import Reading, seeded
-from fcmae.data.geometry import MAX_SIDE
+from fcmae.data.geometry import MAX_CHANNELS, MAX_SIDE
 from fcmae.data.source import few, one_line, printable
 from fcmae.networks.build import make_encoder
 from fcmae.networks.spec import (
@@ -61,6 +61,7 @@ NOT_CROPPED = 384  # side from which transformers' processors squash images
 NOT_IN_TIMM = "fcmae_convnext"  # what config.json names as the architecture of a network that timm cannot hold
 DIRECTORIES = ("timm", "transformers")  # the formats that are directories
 FILE_SUFFIXES = (".safetensors", ".pth", ".pt")
+MAX_VALUES = 2**30  # of an image that weights say they were trained on
 MAX_CARD = 2**20  # bytes of a model card
 HEAD = "head.safetensors"  # of a segmentation model, beside its encoder; see `fcmae.weights.segmenters`
 
@@ -336,6 +337,9 @@ def _weights(
         )
     names = {name: inside[theirs] for name, theirs in names.items()}
     image, in_chans = record.image, architecture.in_chans
+    sides = (*(image.size or (0, 0)), 2 * architecture.spec.total_stride)
+    if in_chans > MAX_CHANNELS or in_chans * max(sides) ** 2 > MAX_VALUES:
+        raise ValueError(f"{path}: images of {in_chans} channels and {max(sides)} pixels a side are not read")
     # A model with other channels may still have the statistics of RGB.
     misfits = {key: None for key in ("mean", "std") if len(getattr(image, key) or ()) != in_chans}
     image = image.model_copy(update=misfits | ({} if image.size is None else {"input_size": (in_chans, *image.size)}))

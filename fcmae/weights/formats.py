@@ -231,10 +231,11 @@ def _prefixes(names: Collection[str]) -> list[str]:
     """The prefixes before the names of networks in any format; empty for names without one."""
     known = {rename(name, to) for name in _COMMON for to in _FROM_OURS}
     counts: Counter[str] = Counter()
+    most = max(name.count(".") + 1 for name in known)
     for name in names:
         parts = name.split(".")
         # The longest that is known: "encoder." is part of our own names.
-        start = next((i for i in range(len(parts)) if ".".join(parts[i:]) in known), None)
+        start = next((i for i in range(max(0, len(parts) - most), len(parts)) if ".".join(parts[i:]) in known), None)
         if start is not None:
             counts["".join(f"{part}." for part in parts[:start])] += 1
     found = [prefix for prefix, count in counts.items() if count >= _ENOUGH]
