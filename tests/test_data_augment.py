@@ -62,9 +62,31 @@ def test_random_boxes_are_distributed_as_torchvisions() -> None:
     np.testing.assert_allclose(ours.std(axis=0), theirs.std(axis=0), atol=5)
 
 
-def test_an_image_that_no_box_fits_gives_its_centre() -> None:
-    assert random_resized_box(1000, 10, (1.0, 1.0), rng=rng()) == (493, 0, 13, 10)
-    assert random_resized_box(10, 1000, (1.0, 1.0), rng=rng()) == (0, 493, 10, 13)
+def test_a_strip_that_no_box_fits_is_seen_from_end_to_end() -> None:
+    drawn = [random_resized_box(10, 1000, (0.2, 1.0), rng=rng(seed)) for seed in range(200)]
+    assert {(top, h, w) for top, _, h, w in drawn} == {(0, 10, 13)}
+    lefts = sorted(left for _, left, *_ in drawn)
+    assert 0 <= lefts[0] < 50 and 937 < lefts[-1] <= 987
+    assert {box[1:] for box in (random_resized_box(1000, 10, (1, 1), rng=rng(i)) for i in range(9))} == {(0, 13, 10)}
+
+
+@pytest.mark.parametrize("size", [(32, 32), (32, 128), (128, 32)])
+def test_random_crops_have_the_form_of_the_images_size(size: tuple[int, int]) -> None:
+    crop = CropAndFlip(Reading(3, size), (0.2, 0.4), 0.5)
+    boxes = [crop.box(640, 640, rng(seed)) for seed in range(100)]
+    forms = np.array([w / h for _, _, h, w in boxes]) / (size[1] / size[0])
+    assert 0.7 < forms.min() < 0.85 and 1.2 < forms.max() < 1.42
+
+
+@pytest.mark.parametrize(("height", "width"), [(4000, 16000), (500, 8000), (4000, 4000)])
+def test_the_centre_of_a_large_scene_is_as_large_as_may_be_read(
+    height: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    boxes, reading = list[tuple[int, ...]](), Reading(3, (32, 32), max_pixels=10**6)
+    monkeypatch.setattr(Reading, "crop", lambda own, file, choose_box: boxes.append(choose_box(height, width)))
+    CenterCrop(reading)(b"", rng())
+    most = min(height * width * reading.readable_share(height, width), min(height, width) ** 2)
+    assert boxes[0][2] * boxes[0][3] == pytest.approx(most, rel=0.01)
 
 
 def test_center_box_agrees_with_resize_and_centre_crop() -> None:

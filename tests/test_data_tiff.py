@@ -202,6 +202,27 @@ def test_blocks_that_a_sparse_tiff_leaves_out_are_missing_or_0(
     np.testing.assert_array_equal(parts, expected)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "nodata"), [("f4", "-3.4028234663852886e+38"), ("i2", "32767"), ("i2", "-9999.0"), ("f4", "nan")]
+)
+def test_blocks_that_are_left_out_hold_gdals_nodata(tmp_path: Path, dtype: str, nodata: str) -> None:
+    image = np.arange(32 * 32, dtype=dtype).reshape(32, 32)
+    tags = [(42113, "s", 0, nodata, True)]
+    tifffile.imwrite(tmp_path / "x.tif", image, photometric="minisblack", tile=(16, 16), extratags=tags)
+    with tifffile.TiffFile(tmp_path / "x.tif", mode="r+b") as file:
+        for code in (324, 325):
+            tag = file.pages[0].tags[code]
+            tag.overwrite((tag.value[0], 0, *tag.value[2:]))
+    known = np.ones((1, 32, 32), bool)
+    known[:, :16, 16:] = False
+    with (tmp_path / "x.tif").open("rb") as file:
+        found = read_crop(file, 1, lambda height, width: (0, 0, height, width), None, fill=[0.0]).known
+        file.seek(0)
+        seen = Raster(file, 1, [0.0]).read((0, 0, 32, 32)).is_seen
+    np.testing.assert_array_equal(found, known)
+    np.testing.assert_array_equal(seen, known[0])
+
+
 @pytest.mark.parametrize("rows", [20, 10])
 @pytest.mark.parametrize("kind", ["grey", "bands", "pages"])
 def test_a_tiff_or_a_page_of_which_all_is_left_out_is_empty(tmp_path: Path, kind: str, rows: int) -> None:

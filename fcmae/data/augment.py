@@ -21,7 +21,7 @@ from timm.data.random_erasing import RandomErasing
 
 from fcmae.data.arrays import GREY_WEIGHTS, Pixels, in_units
 from fcmae.data.decode import ChooseBox, read_crop, to_pil
-from fcmae.data.geometry import MAX_PIXELS, Box, align, decode_scale, readable_share
+from fcmae.data.geometry import MAX_PIXELS, Box, align, decode_scale, readable_share, shrunk
 from fcmae.data.maps import IGNORED, Classes
 from fcmae.data.normalize import Normalize
 from fcmae.data.rasters import LabelMap, Raster
@@ -30,28 +30,34 @@ from fcmae.data.source import BadImage, DataError
 RATIO = (3 / 4, 4 / 3)  # smallest and largest width / height of a random crop
 
 
-def random_resized_box(height: int, width: int, scale: tuple[float, float], *, rng: np.random.Generator) -> Box:
+def random_resized_box(
+    height: int, width: int, scale: tuple[float, float], aspect: float = 1.0, *, rng: np.random.Generator
+) -> Box:
     """A random box of an image, as torchvision's RandomResizedCrop draws it; width / height is log-uniform in RATIO.
+
+    But where none fits it is not the centre that is taken: of a strip that would be all that is ever seen.
 
     Args:
         height: of the image, in pixels.
         width: of the image, in pixels.
         scale: smallest and largest share of the area.
+        aspect: width / height that the ratio is relative to.
         rng: what it is drawn from.
 
     Returns:
-        (top, left, height, width) in pixels; after ten boxes that do not fit, the largest centred one whose ratio is
-        allowed.
+        (top, left, height, width) in pixels; after ten boxes that do not fit, the largest whose ratio is allowed.
     """
+    narrowest, widest = (ratio * aspect for ratio in RATIO)
     for _ in range(10):
         area = height * width * rng.uniform(*scale)
-        aspect = math.exp(rng.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
-        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        ratio = math.exp(rng.uniform(math.log(narrowest), math.log(widest)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
-            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
-    w = min(width, max(1, round(height * RATIO[1])))
-    h = min(height, max(1, round(width / RATIO[0])))
-    return (height - h) // 2, (width - w) // 2, h, w
+            break
+    else:
+        w = min(width, max(1, round(height * widest)))
+        h = min(height, max(1, round(width / narrowest)))
+    return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
 
 
 def center_box(height: int, width: int, size: tuple[int, int], crop_pct: float = 1.0) -> Box:
@@ -177,8 +183,8 @@ class CenterCrop:
         own = self.reading
 
         def choose_box(height: int, width: int) -> Box:
-            share = own.readable_share(height, width)
-            return center_box(height, width, own.image_size, own.crop_pct * math.sqrt(share))
+            box = center_box(height, width, own.image_size, own.crop_pct)
+            return shrunk(box, own.readable_share(height, width) * height * width)
 
         return own.crop(file, choose_box)
 
@@ -219,7 +225,7 @@ class CropAndFlip:
         """
         share, size = self.reading.readable_share(height, width), self.reading.image_size
         smallest, largest = self.crop_scale
-        box = random_resized_box(height, width, (smallest * share, largest * share), rng=rng)
+        box = random_resized_box(height, width, (smallest * share, largest * share), size[1] / size[0], rng=rng)
         # Where it is decoded smaller, a box of whole pixels is resized several times as fast (see _resize).
         aligned = align(box, scale := decode_scale(*box[2:], size), height, width)
         return aligned if decode_scale(*aligned[2:], size) == scale else box

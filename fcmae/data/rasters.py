@@ -27,7 +27,9 @@ from fcmae.data.readers import (
     check_finite,
     check_segments,
     check_size,
+    check_unpacked,
     is_sparse,
+    left_out_of,
     map_npy,
     num_planes,
     open_image,
@@ -340,7 +342,7 @@ def read_window(page: Any, box: Box, max_pixels: int) -> NDArray[Any]:
     """
     top, left, height, width = box
     check_size(height, width, page.samplesperpixel * page.dtype.itemsize, page.parent.filehandle.size, max_pixels)
-    window = np.full((height, width, page.samplesperpixel), page.nodata, page.dtype)
+    window = np.full((height, width, page.samplesperpixel), left_out_of(page), page.dtype)
     planes, across_rows, across_columns, rows, columns = _segments(page)
     if rows * columns > max_pixels:
         raise BadImage(f"its strips or tiles have {rows} x {columns} pixels, more than max_pixels = {max_pixels}")
@@ -349,6 +351,7 @@ def read_window(page: Any, box: Box, max_pixels: int) -> NDArray[Any]:
         for row in range(top // rows, min(across_rows, -(-(top + height) // rows))):
             for column in range(left // columns, min(across_columns, -(-(left + width) // columns))):
                 index = (plane * across_rows + row) * across_columns + column
+                check_unpacked(page, [index])
                 file.seek(page.dataoffsets[index])
                 data = file.read(page.databytecounts[index]) or None  # a sparse file leaves out what is empty
                 tables = {"jpegtables": page.jpegtables, "jpegheader": page.jpegheader}
@@ -389,7 +392,8 @@ def _decodes(page: Any) -> bool:
     """Whether tifffile can decode its compression, for which it may need imagecodecs."""
     if page.compression in (1, 8, 32946, 34925) and page.predictor == 1 and page.bitspersample % 8 == 0:
         return True
-    return find_spec("imagecodecs") is not None
+    # Faxes (2 to 4) and the first kind of JPEG (6) not even with it; Pillow reads those.
+    return page.compression not in (2, 3, 4, 6) and find_spec("imagecodecs") is not None
 
 
 def _stored_values(file: BinaryIO, max_pixels: int) -> NDArray[Any]:
