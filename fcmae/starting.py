@@ -109,7 +109,7 @@ def reading_for(cfg: DenseConfig, weights: Weights, crop_pct: float = 1.0) -> Re
             f"data.image_size: {list(reading.image_size)} is smaller than the total stride {unit}: give more"
         )
     if cfg.data.nodata is None and learnt.nodata is not None:
-        logger.info("data.nodata = %r, as the weights were trained", learnt.nodata)
+        logger.info("data.nodata = %s, as the weights were trained", repr(learnt.nodata).removesuffix(".0"))
         reading = replace(reading, nodata=learnt.nodata)
     return reading
 

@@ -61,7 +61,7 @@ def check_values(reading: Reading, images: Images, *, trains: bool = False) -> N
     if far.max() > FAR or is_narrow:
         i, remedy = int(far.argmax()), "give them in the units that the model was trained on"
         if trains:
-            nodata = "" if reading.nodata is None else f" --nodata {reading.nodata!r}"
+            nodata = "" if reading.nodata is None else " --nodata " + repr(reading.nodata).removesuffix(".0")
             remedy = f"`fcmae stats IMAGES --in_chans {reading.in_chans}{nodata}` prints the right ones"
         logger.warning(
             "the images hold values from %.4g to %.4g, in channel %d of mean %.4g and std %.4g, %s the mean %.4g "
