@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -51,7 +50,7 @@ from fcmae.training.optim import Schedule
 from fcmae.training.records import read_metrics
 from fcmae.training.run import Run, RunDirectory
 from fcmae.training.session import Session, begin
-from fcmae.training.steps import Steps, check_pooled, limit_to_known_memory, owes_evaluation, schedule_of
+from fcmae.training.steps import Steps, check_pooled, evaluate_if_owed, limit_to_known_memory, schedule_of
 from fcmae.weights.convert import start_from
 from fcmae.weights.files import read_init, reading_of
 from fcmae.weights.formats import OLD, rename
@@ -172,10 +171,7 @@ def train(
             with waiting_for_all(accelerator):  # the first one looks at features and draws pictures
                 evaluation.evaluate(net, step, step / schedule.per_epoch)
 
-        if owes_evaluation(accelerator, run, schedule):
-            before = time.perf_counter()
-            evaluate(schedule.start)
-            log.window.skip_since(before)
+        evaluate_if_owed(accelerator, run, schedule, log, evaluate)
         steps = Steps(
             cfg, schedule, accelerator, model, optimizer, train_set, log, session.stop, cfg.data.masks_per_image
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -68,7 +67,7 @@ from fcmae.training.log import Log
 from fcmae.training.micro_batches import evaluated_at_once
 from fcmae.training.run import Run, RunDirectory
 from fcmae.training.session import Session, begin
-from fcmae.training.steps import Steps, limit_to_known_memory, owes_evaluation
+from fcmae.training.steps import Steps, evaluate_if_owed, limit_to_known_memory
 from fcmae.weights.files import ImageRecord, Weights, licensed
 from fcmae.weights.segmenters import read_segmenter, save_segmenter
 
@@ -203,10 +202,7 @@ def train(
             with waiting_for_all(accelerator):  # the first one writes models
                 evaluation.evaluate(net, ema, step, step / per_epoch, places)
 
-        if owes_evaluation(accelerator, run, schedule):
-            before = time.perf_counter()
-            evaluate(schedule.start)
-            log.window.skip_since(before)
+        evaluate_if_owed(accelerator, run, schedule, log, evaluate)
         steps = Steps(cfg, schedule, accelerator, ready.model, ready.optimizer, train_set, log, session.stop)
         for step in steps:
             for batch in step.micro_batches():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import multiprocessing
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -151,6 +152,17 @@ def test_a_run_that_broke_down_is_not_told_to_go_on(tmp_path: Path) -> None:
         raise OSError("the disk is full")
     said = status(run)
     assert "The last start failed: OSError: the disk is full" in said and "# goes on" in said
+
+
+def test_a_pipe_in_place_of_the_lock_is_not_waited_for(run: Path) -> None:
+    (run / ".lock").unlink(missing_ok=True)
+    os.mkfifo(run / ".lock")
+    assert state_of(run) == "finished"
+
+
+def test_no_list_of_images_is_read_for_pretraining(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Images, "load", lambda *_: pytest.fail("is read"))
+    assert "pretrain" in status(run)
 
 
 def test_what_is_in_files_moves_no_terminal(tmp_path: Path) -> None:

@@ -432,13 +432,9 @@ def _told(found: Iterable[Found], key: str) -> Iterator[Found]:
     for count, item in enumerate(found, 1):
         yield item
         if (now := time.monotonic()) - told > TELL_EVERY_S:
-            _tell("%s: %s images or shards were found so far", key, f"{count:,}")
+            level = logging.INFO if logger.handlers else logging.WARNING  # which is shown of commands that keep no log
+            logger.log(level, "%s: %s images or shards were found so far", key, f"{count:,}")
             told = now
-
-
-def _tell(message: str, *values: str) -> None:
-    level = logging.INFO if logger.handlers else logging.WARNING  # which is shown of commands that keep no log
-    logger.log(level, message, *values)
 
 
 def _expand(source: str, key: str, others: Counter[str]) -> Iterator[str]:
@@ -542,7 +538,7 @@ def _matching(pattern: str, key: str) -> list[str]:
 
 def _walk_remote(source: str, key: str, others: Counter[str]) -> Iterator[str]:
     """As `_walk`, by one listing; a run is a folder with the files of its settings and of its machine."""
-    _tell("%s: listing %s; of millions of objects this takes long, and shards or a list in a .txt do not", key, source)
+    logger.info("%s: listing %s", key, source)
     found, root = _listed(source, key, "find"), canonical(source)
     settings, machines = (
         {path.rpartition("/")[0] for path in found if path.endswith(f"/{name}")}

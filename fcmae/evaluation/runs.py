@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,13 +102,13 @@ def program(kind: str, num_processes: int) -> list[str]:
     return ["accelerate", "launch", "--multi_gpu", "--num_processes", str(num_processes), "-m", "fcmae.cli", kind]
 
 
-def read_run(path: Path, name: str, *, counted: bool = True) -> RunFiles:
+def read_run(path: Path, name: str, *, counted: Collection[str] = tuple(CONFIGS)) -> RunFiles:
     """All that a run's directory holds, except pictures; what cannot be read becomes one of the run's problems.
 
     Args:
         path: the directory.
         name: of the run, unique in the report.
-        counted: whether its lists of images are read, which takes seconds where they are long.
+        counted: the kinds of run whose lists of images are read, which takes seconds where they are long.
 
     Raises:
         OSError: if the directory cannot be read.
@@ -122,7 +122,7 @@ def read_run(path: Path, name: str, *, counted: bool = True) -> RunFiles:
     files = sorted((path / "evaluation").glob("**/evaluation.json"), key=lambda file: (len(file.parts), file))
     read = {file.parent: read_json(file, EVALUATION, "run `fcmae evaluate` again", problems) for file in files}
     found = sorted(((k, v) for k, v in read.items() if v is not None), key=lambda item: is_untrained(item[1]))
-    images = _count_images(path, kind, values, problems) if counted else ({}, None, [])
+    images = _count_images(path, kind, values, problems) if kind in counted else ({}, None, [])
     return RunFiles(path, name, kind, version, values, changed, lines, starts, *images, dict(found), problems)
 
 

@@ -34,9 +34,7 @@ def status(place: Path) -> str:
     if (place / paired.FILE).is_file():
         return _text(_comparison(place))
     if (place / "config.yaml").is_file():
-        run = read_run(place, printable(str(place)), counted=False)
-        # What is said of pretraining needs no count, and its lists may be long.
-        return _text(_lines(run if run.kind == "pretrain" else read_run(place, run.name)))
+        return _text(_lines(read_run(place, printable(str(place)), counted=("finetune",))))  # of whose scores it tells
     runs = list(find_runs(place))
     compared = [file.parent for depth in range(DEPTH) for file in sorted(place.glob("*/" * depth + paired.FILE))]
     if not (runs or compared):
@@ -64,7 +62,7 @@ def _readable(paths: Iterable[Path], place: Path) -> Iterator[RunFiles]:
     """Those of the directories that are runs, named relative to `place`."""
     for path in paths:
         try:
-            yield read_run(path, printable(str(path.relative_to(place))), counted=False)
+            yield read_run(path, printable(str(path.relative_to(place))), counted=())
         except (ValueError, OSError):
             continue  # not a run
 

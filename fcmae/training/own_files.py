@@ -98,11 +98,11 @@ def overwrites(cfg: RunConfig) -> bool:
     Raises:
         ValueError: under torchrun on several nodes, which counts no start that it makes as one comes or goes.
     """
-    restarts = {name: os.environ.get(f"{name}_RESTART_COUNT", "0").strip("0") for name in ("SLURM", "TORCHELASTIC")}
+    by_slurm, by_torchrun = (os.environ.get(f"{by}_RESTART_COUNT", "0").strip("0") for by in ("SLURM", "TORCHELASTIC"))
+    if not cfg.overwrite or by_torchrun:
+        return False
     # SLURM counts starts of a job, in which this command may come for the first time.
-    job, out = os.environ.get("SLURM_JOB_ID", ""), cfg.out
-    requeued = restarts["SLURM"] and (out is None or may_have_started(job, out))
-    if not cfg.overwrite or restarts["TORCHELASTIC"] or requeued:
+    if by_slurm and (cfg.out is None or may_have_started(os.environ.get("SLURM_JOB_ID", ""), cfg.out)):
         return False
     if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1:
         raise ValueError(

@@ -18,7 +18,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -108,20 +108,27 @@ def limit_to_known_memory(cfg: AnyRun, accelerator: Accelerator) -> AnyRun:
     return fitting
 
 
-def owes_evaluation(accelerator: Accelerator, run: RunDirectory, schedule: Schedule) -> bool:
-    """Whether the evaluation after the step that a run goes on from was cut off, or left for now by a signal.
+def evaluate_if_owed(
+    accelerator: Accelerator, run: RunDirectory, schedule: Schedule, log: Log, evaluate: Callable[[int], None]
+) -> None:
+    """Evaluate after the step that a run goes on from, where that was cut off, or left for now by a signal.
 
     Args:
         accelerator: of its processes.
         run: where it stands.
         schedule: of its steps.
+        log: of the run, which counts none of that as training.
+        evaluate: called with the number of the step, on every process.
     """
 
     def is_missing() -> bool:
         lines = read_metrics(run.path / "metrics.jsonl")
         return not any(line["step"] == schedule.start and "lr" not in line for line in lines)
 
-    return schedule.start > 0 and schedule.evaluates(schedule.start) and same_everywhere(accelerator, is_missing)
+    if schedule.start > 0 and schedule.evaluates(schedule.start) and same_everywhere(accelerator, is_missing):
+        before = time.perf_counter()
+        evaluate(schedule.start)
+        log.window.skip_since(before)
 
 
 class Steps:
@@ -265,8 +272,7 @@ class Step:
 
     Attributes:
         number: steps that are done when this one is.
-        epoch: likewise, in epochs.
-        evaluates: whether an evaluation is due after it; one that is told to stop leaves it for when it goes on.
+        evaluates: whether an evaluation is due after it; a run that is told to stop leaves it for when it goes on.
         saves: whether a checkpoint is due after it, as `settle` decides.
         stops: whether a process was told to, as `settle` decides.
 
@@ -278,7 +284,6 @@ class Step:
 
     def __init__(self, steps: Steps, number: int, lr: float) -> None:
         self._steps, self.number, self.lr = steps, number, lr
-        self.epoch = number / steps.schedule.per_epoch
         self.evaluates = steps.schedule.evaluates(number)
         self.saves = steps.schedule.saves(number)
         self.stops = False
