@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fcmae.anytime import Anytime, build_segmenter
-from fcmae.data.index import find_mapped
+from fcmae.data.find import find_mapped
 from fcmae.data.maps import IGNORED
 from fcmae.data.rasters import LabelMap, Raster
 from fcmae.data.split import evenly

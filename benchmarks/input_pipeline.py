@@ -35,7 +35,7 @@ from fcmae.config import IMAGENET_MEAN, IMAGENET_STD
 from fcmae.data import readers
 from fcmae.data.augment import CropAndFlip, Reading
 from fcmae.data.dataset import Batch, PretrainDataset
-from fcmae.data.index import find_images
+from fcmae.data.find import find_images
 from fcmae.data.loader import build_loader
 from fcmae.data.normalize import Normalize
 from fcmae.tables import table

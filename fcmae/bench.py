@@ -419,7 +419,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def _train_images(cfg: BenchConfig) -> Images:
-    from fcmae.data.index import find_images
+    from fcmae.data.find import find_images
     from fcmae.data.split import split
     from fcmae.data.storage import Storage
 

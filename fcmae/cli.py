@@ -270,7 +270,7 @@ def _roadmap(cfg: commands.RoadmapConfig) -> None:
 def _stats(cfg: commands.StatsConfig) -> None:
     from fcmae.choices import rounded
     from fcmae.data.cores import num_cores
-    from fcmae.data.index import find_images
+    from fcmae.data.find import find_images
     from fcmae.data.stats import channel_statistics
 
     workers = min(8, num_cores()) if cfg.num_workers is None else cfg.num_workers

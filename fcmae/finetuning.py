@@ -21,7 +21,8 @@ from fcmae.classification import class_probabilities, scores, write_confusion, w
 from fcmae.config import FinetuneConfig
 from fcmae.data.augment import CropAndFlip, FinetuneAugment, Reading
 from fcmae.data.dataset import Batch, FinetuneDataset, check_values
-from fcmae.data.index import Images, find_labelled, kept_images
+from fcmae.data.find import find_labelled
+from fcmae.data.index import Images, kept_images
 from fcmae.data.loader import choose_num_workers, evaluation_loader
 from fcmae.data.normalize import Normalize
 from fcmae.data.sampler import steps_per_epoch

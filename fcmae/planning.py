@@ -30,7 +30,8 @@ from fcmae.config import (
     SegmentConfig,
 )
 from fcmae.data.cores import all_processes, free_memory
-from fcmae.data.index import Images, find_images, find_labelled, find_mapped
+from fcmae.data.find import find_images, find_labelled, find_mapped
+from fcmae.data.index import Images
 from fcmae.data.sampler import StepSampler
 from fcmae.data.split import split
 from fcmae.data.storage import Storage

@@ -26,7 +26,7 @@ from fcmae.atomic import replacing
 from fcmae.classification import add_predictions, open_table, probabilities_of
 from fcmae.config.commands import PredictConfig
 from fcmae.data.dataset import check_values
-from fcmae.data.index import find_images
+from fcmae.data.find import find_images
 from fcmae.data.loader import choose_num_workers, evaluation_loader
 from fcmae.data.maps import IGNORED, Classes
 from fcmae.data.rasters import geo_tags

@@ -16,7 +16,8 @@ from accelerate import Accelerator
 from fcmae.config import PretrainConfig
 from fcmae.data.augment import CenterCrop, CropAndFlip
 from fcmae.data.dataset import Batch, PretrainDataset, check_values, collate
-from fcmae.data.index import Images, find_images, kept_images
+from fcmae.data.find import find_images
+from fcmae.data.index import Images, kept_images
 from fcmae.data.loader import build_loader, choose_num_workers
 from fcmae.data.normalize import Normalize
 from fcmae.data.sampler import EVAL_EPOCH, evaluation_batches, steps_per_epoch

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fcmae.config.commands import PruneConfig
 from fcmae.data.dataset import check_values
-from fcmae.data.index import find_images
+from fcmae.data.find import find_images
 from fcmae.data.split import evenly
 from fcmae.evaluation.analysis import layer_names, walk
 from fcmae.evaluation.features import batches_of

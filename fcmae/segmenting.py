@@ -22,7 +22,8 @@ from fcmae.classification import write_confusion
 from fcmae.config import SegmentConfig
 from fcmae.data.augment import CropBoth, Reading, check_same_size
 from fcmae.data.dataset import SegmentDataset, check_values
-from fcmae.data.index import Images, find_mapped, kept_images
+from fcmae.data.find import find_mapped
+from fcmae.data.index import Images, kept_images
 from fcmae.data.loader import choose_num_workers
 from fcmae.data.maps import Classes, count_values, find_classes
 from fcmae.data.rasters import LabelMap, Raster

@@ -35,7 +35,8 @@ from fcmae import choices, options, planning
 from fcmae.atomic import write_text
 from fcmae.config import FinetuneConfig, PretrainConfig
 from fcmae.config.commands import WorthConfig
-from fcmae.data.index import Images, also_in, find_images, images_of_run, labelled_images_of_run
+from fcmae.data.find import find_images
+from fcmae.data.index import Images, also_in, images_of_run, labelled_images_of_run
 from fcmae.data.source import is_unicode, printable
 from fcmae.data.split import draw
 from fcmae.data.survey import Survey, survey

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from fcmae import finetuning, pretraining, starting
 from fcmae.config import FinetuneConfig, PretrainConfig
-from fcmae.data.index import find_labelled
+from fcmae.data.find import find_labelled
 from fcmae.heads import Classifier
 from fcmae.layouts import Masked
 from fcmae.masked import FCMAE

@@ -31,6 +31,8 @@ ORDER = [
     "fcmae.data.tables",
     "fcmae.data.shards",
     "fcmae.data.index",
+    "fcmae.data.walk",
+    "fcmae.data.find",
     "fcmae.data.split",
     "fcmae.data.normalize",
     "fcmae.data.arrays",

@@ -182,7 +182,7 @@ def test_stats_prints_lines_for_a_configuration(
     index = replace(Images.of_files(["/x.png"]), notes=("1 .gif was left out",))
     pretrain = Recorder(monkeypatch, "pretraining", "pretrain", Run(Path("run"), "pretrain"))
     stats = Recorder(monkeypatch, "data.stats", "channel_statistics", ([0.123456, 0.5], [1e-5, 0.25], 7))
-    Recorder(monkeypatch, "data.index", "find_images", index)
+    Recorder(monkeypatch, "data.find", "find_images", index)
     assert main(["stats", "a", "b", "--in-chans", "2", "--max-images", "9", "--num-workers", "1"]) == 0
     given = {"max_images": 9, "num_workers": 1, "max_pixels": 100_000_000, "nodata": None, "key": "path", "tells": True}
     assert stats.calls == [(index, 2, given)]

@@ -20,7 +20,8 @@ from fcmae.data.dataset import (
     check_values,
     collate,
 )
-from fcmae.data.index import Images, find_images
+from fcmae.data.find import find_images
+from fcmae.data.index import Images
 from fcmae.data.sampler import EVAL_EPOCH
 from fcmae.masking import random_mask
 

@@ -12,8 +12,9 @@ import fsspec
 import numpy as np
 import pytest
 
-from fcmae.data import index
-from fcmae.data.index import Images, find_images, find_labelled, find_mapped, kept_images, run_of
+from fcmae.data import index, walk
+from fcmae.data.find import find_images, find_labelled, find_mapped
+from fcmae.data.index import Images, kept_images, run_of
 from fcmae.data.shards import Parts
 from fcmae.data.source import BadImage
 from fcmae.data.split import split
@@ -121,7 +122,7 @@ def test_a_long_search_says_how_much_it_has_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     touch(tmp_path, "a/1.jpg", "a/2.jpg", "b/3.jpg")
-    monkeypatch.setattr(index, "TELL_EVERY_S", 5)
+    monkeypatch.setattr(walk, "TELL_EVERY_S", 5)
     monkeypatch.setattr("time.monotonic", iter([0, 1, 6, 7, 20, 21, 22, 23]).__next__)
     with caplog.at_level("INFO", logger="fcmae"):
         find_images([str(tmp_path)])

@@ -23,7 +23,8 @@ from torch.utils.data import Dataset
 from fcmae.data.augment import CropAndFlip, Reading
 from fcmae.data.cores import core_time, free_memory
 from fcmae.data.dataset import Batch, NoUsableImage, PretrainDataset, Sample
-from fcmae.data.index import Images, find_images
+from fcmae.data.find import find_images
+from fcmae.data.index import Images
 from fcmae.data.loader import STOP_SIGNALS, build_loader, choose_num_workers, end_workers, prefetched
 from fcmae.data.sampler import StepSampler
 

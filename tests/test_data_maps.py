@@ -16,7 +16,8 @@ from PIL import Image
 from fcmae.data import maps
 from fcmae.data.augment import CropBoth, Reading
 from fcmae.data.dataset import SegmentDataset, collate
-from fcmae.data.index import Images, find_images, find_mapped
+from fcmae.data.find import find_images, find_mapped
+from fcmae.data.index import Images
 from fcmae.data.loader import build_loader
 from fcmae.data.maps import IGNORED, Classes, UnknownClass, Values, count_values, find_classes
 from fcmae.data.rasters import LabelMap

@@ -20,7 +20,7 @@ from PIL import ExifTags, Image, ImageOps
 from fcmae.data import rasters
 from fcmae.data.augment import CenterCrop, CropAndFlip, Reading
 from fcmae.data.decode import read_crop
-from fcmae.data.index import find_images
+from fcmae.data.find import find_images
 from fcmae.data.rasters import LabelMap, Raster, geo_tags
 from fcmae.data.readers import reading
 from fcmae.data.source import BadImage

@@ -25,7 +25,8 @@ from runs import flags
 
 from fcmae.cli import main
 from fcmae.data import shards
-from fcmae.data.index import Images, find_images, find_labelled, find_mapped
+from fcmae.data.find import find_images, find_labelled, find_mapped
+from fcmae.data.index import Images
 from fcmae.data.shards import BLOCK, Members, Parts, scan
 from fcmae.data.source import BadImage
 from fcmae.data.storage import Storage

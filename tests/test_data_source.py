@@ -21,8 +21,9 @@ from fcmae.data import readers
 from fcmae.data.augment import CenterCrop, CropAndFlip, FinetuneAugment, Reading
 from fcmae.data.dataset import FinetuneDataset, PretrainDataset, Sample
 from fcmae.data.decode import read_crop
+from fcmae.data.find import find_images
 from fcmae.data.geometry import Box
-from fcmae.data.index import Images, find_images
+from fcmae.data.index import Images
 from fcmae.data.loader import build_loader
 from fcmae.data.sampler import EVAL_EPOCH, StepSampler
 from fcmae.data.source import BadImage, Files, Source
@@ -253,9 +254,9 @@ def test_datasets_of_any_source_reach_the_workers(folder: Path) -> None:
 
 # Who may know of files
 
-# source.py and storage.py open them, shards.py and tables.py look into them, index.py finds them and keeps their names,
-# bad_files.py writes a list, cores.py reads limits.
-KNOW_FILES = {"source", "storage", "shards", "index", "bad_files", "cores"}
+# source.py and storage.py open them, shards.py and tables.py look into them, walk.py and find.py find them, index.py
+# keeps their names, bad_files.py writes a list, cores.py reads limits.
+KNOW_FILES = {"source", "storage", "shards", "index", "walk", "find", "bad_files", "cores"}
 OTHERS = [path for path in Path(fcmae.data.__file__).parent.glob("*.py") if path.stem not in KNOW_FILES]
 
 

@@ -8,7 +8,8 @@ import pytest
 import tifffile
 from PIL import Image
 
-from fcmae.data.index import Images, find_images
+from fcmae.data.find import find_images
+from fcmae.data.index import Images
 from fcmae.data.stats import channel_statistics
 from fcmae.data.survey import survey
 

@@ -30,7 +30,8 @@ from PIL import Image
 
 from fcmae.cli import main
 from fcmae.data import storage
-from fcmae.data.index import Images, find_images, find_labelled
+from fcmae.data.find import find_images, find_labelled
+from fcmae.data.index import Images
 from fcmae.data.rasters import Raster
 from fcmae.data.source import BadImage
 from fcmae.data.storage import Cache, CutShort, Storage, joined

@@ -16,8 +16,9 @@ import runs
 from PIL import Image
 
 from fcmae.cli import main
-from fcmae.data import index, tables
-from fcmae.data.index import Images, find_images, find_labelled
+from fcmae.data import find, tables, walk
+from fcmae.data.find import find_images, find_labelled
+from fcmae.data.index import Images
 from fcmae.data.source import BadImage
 from fcmae.data.storage import Cache, Storage
 
@@ -184,7 +185,7 @@ def test_without_pyarrow_tables_are_left_out_or_the_command_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pq.write_table(table(), tmp_path / "x.parquet")
-    for module in (index, tables):
+    for module in (find, walk, tables):
         monkeypatch.setattr(module, "can_read", lambda: False)
     with pytest.raises(ValueError, match=r"tables need `pip install fcmae\[parquet\]`"):
         find_images([str(tmp_path)])

@@ -14,7 +14,7 @@ from PIL import Image
 
 from fcmae import cli
 from fcmae.config.commands import AnalyzeConfig
-from fcmae.data.index import find_labelled
+from fcmae.data.find import find_labelled
 from fcmae.evaluation.analysis import Statistics
 from fcmae.evaluation.analyze import analyze
 from fcmae.evaluation.figures import last_of_stages, save_activations, save_by_layer, save_selectivity

@@ -14,7 +14,8 @@ from sklearn.neighbors import NearestNeighbors
 
 import fcmae.evaluation.embed as embedding
 from fcmae import cli
-from fcmae.data.index import Images, find_labelled
+from fcmae.data.find import find_labelled
+from fcmae.data.index import Images
 from fcmae.evaluation.embed import neighbours, project, save_map
 from fcmae.evaluation.features import extract
 from fcmae.evaluation.models import load_backbone

@@ -19,7 +19,7 @@ import fcmae.evaluation.evaluate as evaluation
 import fcmae.evaluation.probes as probes
 from fcmae import cli
 from fcmae.config.commands import EvaluateConfig
-from fcmae.data.index import find_labelled
+from fcmae.data.find import find_labelled
 from fcmae.evaluation.evaluate import _command, check_untaught, find_data, folder_names, save_confusion, score, summary
 from fcmae.options import load
 

@@ -10,7 +10,8 @@ from conftest import file_limit
 from test_weights_convert import dense_features, write_checkpoint
 
 from fcmae.data.augment import CenterCrop
-from fcmae.data.index import Images, find_images
+from fcmae.data.find import find_images
+from fcmae.data.index import Images
 from fcmae.evaluation.features import extract
 from fcmae.evaluation.models import Backbone, load_backbone, stage_maps
 

@@ -13,7 +13,8 @@ from timm.models import ConvNeXt
 from torch import nn
 
 from fcmae.data.augment import Reading, seeded
-from fcmae.data.index import Images, find_images
+from fcmae.data.find import find_images
+from fcmae.data.index import Images
 from fcmae.evaluation.features import extract
 from fcmae.evaluation.models import Control, _as_ours, choose_device, load_backbone, load_backbones, stage_maps
 from fcmae.heads import Classifier

@@ -21,7 +21,8 @@ from runs import assert_same, at_step, final_state, flags, kill_self, write_imag
 from fcmae import cli
 from fcmae.data.augment import Reading
 from fcmae.data.dataset import centre_crops
-from fcmae.data.index import Images, find_images, find_labelled
+from fcmae.data.find import find_images, find_labelled
+from fcmae.data.index import Images
 from fcmae.data.sampler import EVAL_EPOCH
 from fcmae.data.split import split
 from fcmae.evaluation import monitor

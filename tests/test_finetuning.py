@@ -24,7 +24,8 @@ import fcmae
 from fcmae import cli, finetuning, options
 from fcmae.config import FinetuneConfig
 from fcmae.data.augment import FinetuneAugment
-from fcmae.data.index import Images, find_images, find_labelled
+from fcmae.data.find import find_images, find_labelled
+from fcmae.data.index import Images
 from fcmae.evaluation.evaluate import find_data
 from fcmae.evaluation.models import load_backbone
 from fcmae.finetuning import classification_loss

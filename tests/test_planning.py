@@ -25,7 +25,7 @@ from fcmae import api, bench, choices, cli, options, planning
 from fcmae.config import IMAGENET_MEAN, IMAGENET_STD, BenchConfig, FinetuneConfig, PretrainConfig, SegmentConfig
 from fcmae.data import cores
 from fcmae.data.decode import read_crop
-from fcmae.data.index import find_images
+from fcmae.data.find import find_images
 from fcmae.data.source import BadImage
 from fcmae.data.survey import survey
 from fcmae.heads import Classifier

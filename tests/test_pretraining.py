@@ -51,7 +51,7 @@ import fcmae
 from fcmae import cli, pretraining
 from fcmae.config import PretrainConfig
 from fcmae.data.augment import CropAndFlip
-from fcmae.data.index import find_images
+from fcmae.data.find import find_images
 from fcmae.data.normalize import Normalize
 from fcmae.data.sampler import epoch_order
 from fcmae.data.split import split

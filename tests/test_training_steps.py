@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from runs import config, forget_accelerator, write_images
 from torch import Tensor, nn
 
-from fcmae.data.index import find_images
+from fcmae.data.find import find_images
 from fcmae.networks.spec import VARIANTS
 from fcmae.pretraining import build_dataset
 from fcmae.training import steps as training_steps

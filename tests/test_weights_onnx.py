@@ -17,7 +17,8 @@ from torch import Tensor
 import fcmae
 from fcmae.cli import main
 from fcmae.config.commands import ExportConfig
-from fcmae.data.index import Images, find_images
+from fcmae.data.find import find_images
+from fcmae.data.index import Images
 from fcmae.data.shards import Parts
 from fcmae.data.storage import Storage
 from fcmae.heads import Classifier

@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 import fcmae.training.steps
 from fcmae import choices, cli, planning, worth
 from fcmae.config import FinetuneConfig, PretrainConfig
-from fcmae.data.index import Images, find_labelled
+from fcmae.data.find import find_labelled
+from fcmae.data.index import Images
 from fcmae.evaluation import evaluate, paired, probes
 from fcmae.networks.convnext import Encoder
 from fcmae.networks.spec import ConvNeXtSpec

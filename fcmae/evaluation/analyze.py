@@ -21,7 +21,8 @@ from fcmae import options
 from fcmae.atomic import write_text
 from fcmae.config.commands import AnalyzeConfig
 from fcmae.data.dataset import check_values
-from fcmae.data.index import Images, find_images, find_labelled
+from fcmae.data.find import find_images, find_labelled
+from fcmae.data.index import Images
 from fcmae.data.split import evenly
 from fcmae.evaluation.analysis import LayerStatistics, activation_maps, as_encoder, grn_norms, measure
 from fcmae.evaluation.features import batches_of

@@ -25,7 +25,8 @@ from fcmae.atomic import replacing
 from fcmae.config.commands import EmbedConfig
 from fcmae.data.augment import CenterCrop
 from fcmae.data.dataset import check_values
-from fcmae.data.index import Images, find_images, find_labelled, identity
+from fcmae.data.find import find_images, find_labelled
+from fcmae.data.index import Images, identity
 from fcmae.evaluation.features import check_stages, extract
 from fcmae.evaluation.models import Backbone, choose_device, load_backbones
 from fcmae.evaluation.outputs import TEMPORARY, claim, file_name, free, tell_unread

@@ -29,7 +29,8 @@ from fcmae.atomic import write_text
 from fcmae.classification import macro_auroc, scores
 from fcmae.config.commands import EvaluateConfig
 from fcmae.data.dataset import check_values
-from fcmae.data.index import Images, also_in, check_apart, find_labelled, labelled_images_of_run
+from fcmae.data.find import find_labelled
+from fcmae.data.index import Images, also_in, check_apart, labelled_images_of_run
 from fcmae.data.source import printable
 from fcmae.data.split import draw, split
 from fcmae.evaluation.features import check_stages, extract

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from fcmae.classification import scores
 from fcmae.data.augment import Reading
 from fcmae.data.dataset import centre_crops
-from fcmae.data.index import Images, check_apart, find_labelled
+from fcmae.data.find import find_labelled
+from fcmae.data.index import Images, check_apart
 from fcmae.data.sampler import EVAL_EPOCH
 from fcmae.data.source import printable
 from fcmae.data.split import evenly, split

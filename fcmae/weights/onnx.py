@@ -17,7 +17,8 @@ import fcmae
 from fcmae.config.commands import ExportConfig
 from fcmae.data.augment import Reading
 from fcmae.data.dataset import centre_crops, collate
-from fcmae.data.index import Images, find_images, images_of_run
+from fcmae.data.find import find_images
+from fcmae.data.index import Images, images_of_run
 from fcmae.data.normalize import Normalize
 from fcmae.data.shards import Parts
 from fcmae.data.source import printable
