@@ -1,6 +1,6 @@
 """Does pretraining pay with 1, 5, 10 and 100 % of the labels, on two cores?
 
-    python studies/labels.py SHARDS --out runs/labels           # 2 cores: 18 h
+    python studies/labels.py SHARDS --out runs/labels           # 2 cores: 24 h
     python studies/labels.py SHARDS --out runs/labels --list    # the commands, without running them
 
 SHARDS: the folder of tiny20's shards (see studies/sets.py). Pretraining is `pretrain_small_images`, at 48 pixels, once
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import textwrap
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -115,6 +116,16 @@ class Trial(NamedTuple):
     start: str | None
     rate: str
     epochs: int
+
+    @property
+    def started(self) -> str:
+        """What it starts from, in words."""
+        return "scratch" if self.start is None else f"pretrained, {10_000 * VIEWS[self.start]:,} views"
+
+    @property
+    def title(self) -> str:
+        """What is tried."""
+        return f"{self.started}, {self.epochs} epochs at {self.rate}"
 
     def run(self, seed: int) -> str:
         """Its name."""
@@ -221,8 +232,7 @@ def trials(found: Mapping[str, Any]) -> str:
         if values:
             mean, interval = mean_and_interval(values)
             shown = f"{100 * mean:.1f}" + (f" [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]" if interval else "")
-            start = "scratch" if one.start is None else f"pretrained, {10_000 * VIEWS[one.start]:,} views"
-            rows.append([start, one.rate, str(one.epochs), str(len(values)), shown])
+            rows.append([one.started, one.rate, str(one.epochs), str(len(values)), shown])
     if not rows:
         return ""
     return (
@@ -253,6 +263,8 @@ def section(docs: Path) -> str:
             f"{num[percent]} of {seeds} at {percent} %" for percent, seeds in arm.seeds.items() if num[percent] < seeds
         ]
         missing += [f"{arm.title} ({', '.join(some)})"] if some else []
+    ran = Counter(Trial(*(tried[key] for key in Trial._fields)) for tried in found["tried"])
+    missing += [f"tried: {one.title} ({ran[one]} of {TRIALS})" for one in TRIED if ran[one] < TRIALS]
     left = f"Seeds that were run, where not all were: {'; '.join(missing)}." if missing else ""
     probes = small_images.frozen(found, {name: f"pretrained, {10_000 * VIEWS[one]:,} views" for name, one in PROBED})
     filled = partial(textwrap.fill, width=120, break_on_hyphens=False)

@@ -176,14 +176,18 @@ def _chance(differences: Sequence[float]) -> float:
     return float(stats.ttest_1samp(differences, 0).pvalue)
 
 
-def _certain(rows: Sequence[Row]) -> list[Row]:
-    """Rows with a difference that the number of rows does not explain: at 5 % for all together, by Holm's method."""
-    certain = list[Row]()
+def certain(rows: Sequence[Row]) -> list[Row]:
+    """Rows with a difference that the number of rows does not explain: at 5 % for all together, by Holm's method.
+
+    Args:
+        rows: each with a difference.
+    """
+    found = list[Row]()
     for row in sorted(rows, key=lambda row: row.chance):
-        if row.chance > 0.05 / (len(rows) - len(certain)):
+        if row.chance > 0.05 / (len(rows) - len(found)):
             break
-        certain.append(row)
-    return certain
+        found.append(row)
+    return found
 
 
 def _by_arm(found: Comparison, labels: str) -> dict[str, dict[int, float]]:
@@ -247,17 +251,17 @@ def verdict(found: Comparison) -> Verdict:
                 f"any network ({100 * best:.1f}): these labels hardly need one."
             )
     judged = [row for row in rows if row.arm in starts and row.told not in ("", "too few runs")]
-    certain = _certain(judged)
-    ahead = [row for row in certain if row.told == "better"]
+    sure = certain(judged)
+    ahead = [row for row in sure if row.told == "better"]
     gained, state = {row.labels for row in ahead}, "attention"
-    if ahead and len(ahead) < len(certain):
+    if ahead and len(ahead) < len(sure):
         answer = "! It depends"
     elif ahead and gained <= needless:
         answer = "! It gains, where no network is needed"
     elif ahead:
         where = "" if len(ahead) == len(judged) else f", in {len(ahead)} of {len(judged)} comparisons"
         state, answer = "good", f"✓ Yes{where}"
-    elif certain:
+    elif sure:
         answer = "! No, it loses"
     elif num := sum(row.told != "no difference seen" for row in judged):
         answer = f"! No clear gain: {num} of {len(judged)} comparisons differ, which may be chance"
