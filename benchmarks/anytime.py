@@ -35,7 +35,7 @@ from fcmae.data.maps import IGNORED
 from fcmae.data.rasters import LabelMap, Raster
 from fcmae.data.split import evenly
 from fcmae.evaluation.pictures import displayable, new_figure, save_figure
-from fcmae.heads import add_nearest, resized
+from fcmae.heads import add_nearest, resize
 from fcmae.networks.build import make_encoder
 from fcmae.networks.spec import VARIANTS
 from fcmae.segmentation import Scores, overlay
@@ -197,7 +197,7 @@ def whole(model: Anytime) -> Run:
 
     def run(image: Tensor) -> Tensor:
         each = [head(f) for head, f in zip(model.head, model.encoder.pyramid(image), strict=True)]
-        return resized(reduce(add_nearest, each).permute(0, 3, 1, 2), image.shape[2:])
+        return resize(reduce(add_nearest, each).permute(0, 3, 1, 2), image.shape[2:])
 
     return run
 

@@ -6,7 +6,6 @@ its own memory peak. Only those processes import torch, as a process on Linux st
 
 from __future__ import annotations
 
-import math
 import re
 import resource
 import statistics
@@ -343,8 +342,7 @@ def time_candidate(cfg: BenchConfig, candidate: Candidate, from_files: bool) -> 
     from fcmae.data.loader import prefetched
     from fcmae.data.normalize import Normalize
     from fcmae.masked import masked_loss
-    from fcmae.masking import num_visible
-    from fcmae.pretraining import build_model, build_optimizer, mask_grid, noise_batch
+    from fcmae.pretraining import build_model, build_optimizer, noise_batch, num_visible_patches
     from fcmae.timing import for_a_while, seconds
     from fcmae.training.compiling import compile_model
     from fcmae.training.launch import make_accelerator
@@ -358,7 +356,7 @@ def time_candidate(cfg: BenchConfig, candidate: Candidate, from_files: bool) -> 
     device = accelerator.device
     net = build_model(cfg).to(device)
     normalize = Normalize(*cfg.data.statistics()).to(device)
-    visible = num_visible(math.prod(mask_grid(cfg)), cfg.model.mask_ratio)
+    visible = num_visible_patches(cfg)
     compile_model(net, candidate.compile, lambda: None, 0)
     model, optimizer = accelerator.prepare(net, build_optimizer(cfg, net), device_placement=[True, False])
     if from_files:

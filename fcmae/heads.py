@@ -68,10 +68,10 @@ class Segmenter(nn.Module):
             (B, num_classes, H, W).
         """
         maps = [f.permute(0, 3, 1, 2) for f in self.encoder.pyramid(images, DENSE)]
-        return resized(self.head(maps), images.shape[2:])
+        return resize(self.head(maps), images.shape[2:])
 
 
-class Layer(nn.Sequential):
+class ConvNormAct(nn.Sequential):
     """Convolution of stride 1 -> LayerNorm over the channels -> GELU, on (B, C, h, w).
 
     The norm looks at one site, so a prediction does not depend on the rest of the batch or tile through it.
@@ -100,8 +100,8 @@ class FeaturePyramid(nn.Module):
     def __init__(self, dims: Sequence[int], num_classes: int, dim: int = 128) -> None:
         super().__init__()
         self.dim = dim
-        self.laterals = nn.ModuleList(Layer(stage_dim, dim) for stage_dim in dims)
-        self.smooth = nn.ModuleList(Layer(dim, dim, 3) for _ in dims)
+        self.laterals = nn.ModuleList(ConvNormAct(stage_dim, dim) for stage_dim in dims)
+        self.smooth = nn.ModuleList(ConvNormAct(dim, dim, 3) for _ in dims)
         self.classify = nn.Conv2d(dim, num_classes, 1)
         self.apply(init_weights)
 
@@ -110,7 +110,7 @@ class FeaturePyramid(nn.Module):
         levels = top_down(maps, self.laterals)
         finest = levels[0].shape[2:]
         summed = torch.stack(
-            [resized(smooth(level), finest) for smooth, level in zip(self.smooth, levels, strict=True)]
+            [resize(smooth(level), finest) for smooth, level in zip(self.smooth, levels, strict=True)]
         ).sum(0)  # (B, dim, h_0, w_0)
         return cast(Tensor, self.classify(summed))
 
@@ -129,11 +129,11 @@ class UPerNet(nn.Module):
     def __init__(self, dims: Sequence[int], num_classes: int, dim: int = 512) -> None:
         super().__init__()
         self.dim = dim
-        self.pooled = nn.ModuleList(Layer(dims[-1], dim) for _ in POOLED)
-        self.bottleneck = Layer(dims[-1] + len(POOLED) * dim, dim, 3)
-        self.laterals = nn.ModuleList([*(Layer(stage_dim, dim) for stage_dim in dims[:-1]), nn.Identity()])
-        self.smooth = nn.ModuleList([*(Layer(dim, dim, 3) for _ in dims[:-1]), nn.Identity()])
-        self.fuse = Layer(len(dims) * dim, dim, 3)
+        self.pooled = nn.ModuleList(ConvNormAct(dims[-1], dim) for _ in POOLED)
+        self.bottleneck = ConvNormAct(dims[-1] + len(POOLED) * dim, dim, 3)
+        self.laterals = nn.ModuleList([*(ConvNormAct(stage_dim, dim) for stage_dim in dims[:-1]), nn.Identity()])
+        self.smooth = nn.ModuleList([*(ConvNormAct(dim, dim, 3) for _ in dims[:-1]), nn.Identity()])
+        self.fuse = ConvNormAct(len(dims) * dim, dim, 3)
         self.classify = nn.Conv2d(dim, num_classes, 1)
         self.apply(init_weights)
 
@@ -141,13 +141,13 @@ class UPerNet(nn.Module):
         """Logits (B, num_classes, h_0, w_0) of the stages' maps (B, C_i, h_i, w_i)."""
         last = maps[-1]
         context = [
-            resized(layer(F.adaptive_avg_pool2d(last, side)), last.shape[2:])
+            resize(layer(F.adaptive_avg_pool2d(last, side)), last.shape[2:])
             for side, layer in zip(POOLED, self.pooled, strict=True)
         ]
         last = self.bottleneck(torch.cat([last, *context], 1))  # (B, dim, h_n, w_n)
         levels = top_down([*maps[:-1], last], self.laterals)
         finest = levels[0].shape[2:]
-        smoothed = [resized(smooth(level), finest) for smooth, level in zip(self.smooth, levels, strict=True)]
+        smoothed = [resize(smooth(level), finest) for smooth, level in zip(self.smooth, levels, strict=True)]
         return cast(Tensor, self.classify(self.fuse(torch.cat(smoothed, 1))))
 
 
@@ -168,9 +168,9 @@ class Exit(nn.Module):
 
     def __init__(self, in_dim: int, dim: int, num_poolings: int, num_classes: int) -> None:
         super().__init__()
-        self.lateral = _layer(in_dim, dim)
-        self.pooled = nn.ModuleList(_layer(dim, dim) for _ in range(num_poolings))
-        self.fuse = _layer(dim, dim)
+        self.lateral = _linear_norm_act(in_dim, dim)
+        self.pooled = nn.ModuleList(_linear_norm_act(dim, dim) for _ in range(num_poolings))
+        self.fuse = _linear_norm_act(dim, dim)
         self.classify = nn.Linear(dim, num_classes)
 
     def forward(self, f: Tensor) -> Tensor:
@@ -182,11 +182,11 @@ class Exit(nn.Module):
         return logits
 
 
-def _layer(in_dim: int, dim: int) -> nn.Sequential:
+def _linear_norm_act(in_dim: int, dim: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(in_dim, dim), LayerNorm(dim), nn.GELU())
 
 
-def _quarters(x: Tensor, side: int = 2) -> Tensor:
+def _windows(x: Tensor, side: int = 2) -> Tensor:
     """(..., h, w, C) to (..., h / side, side, w / side, side, C)."""
     *lead, h, w, channels = x.shape
     return x.reshape(*lead, h // side, side, w // side, side, channels)
@@ -194,8 +194,8 @@ def _quarters(x: Tensor, side: int = 2) -> Tensor:
 
 def _halved(x: Tensor) -> Tensor:
     """(..., h, w, C) to (..., h / 2, w / 2, C), means of four. On a CPU `mean` over these takes eight times as long."""
-    q = _quarters(x)
-    return (q[..., 0, :, 0, :] + q[..., 0, :, 1, :] + q[..., 1, :, 0, :] + q[..., 1, :, 1, :]) / 4
+    x = _windows(x)
+    return (x[..., 0, :, 0, :] + x[..., 0, :, 1, :] + x[..., 1, :, 0, :] + x[..., 1, :, 1, :]) / 4
 
 
 def add_nearest(fine: Tensor, coarse: Tensor) -> Tensor:
@@ -211,7 +211,7 @@ def add_nearest(fine: Tensor, coarse: Tensor) -> Tensor:
     side = fine.shape[-2] // coarse.shape[-2]
     if side == 1:
         return fine + coarse
-    return (_quarters(fine, side) + coarse.unsqueeze(-2).unsqueeze(-4)).view_as(fine)
+    return (_windows(fine, side) + coarse.unsqueeze(-2).unsqueeze(-4)).view_as(fine)
 
 
 class Exits(nn.Module):
@@ -252,7 +252,7 @@ class Exits(nn.Module):
         """
         logits = logits.float()
         sites = (logits.amax(-1, keepdim=True) - logits.logsumexp(-1, keepdim=True)).exp()  # (..., h, w, 1)
-        sites = _quarters(sites, 1 << (len(self) - 1)).transpose(-4, -3).flatten(-3)  # (..., h / b, w / b, b * b)
+        sites = _windows(sites, 1 << (len(self) - 1)).transpose(-4, -3).flatten(-3)  # (..., h / b, w / b, b * b)
         rank = int(self.quantile * (sites.shape[-1] - 1))
         return sites.kthvalue(rank + 1, -1, keepdim=True).values if rank else sites.amin(-1, keepdim=True)
 
@@ -270,11 +270,11 @@ def top_down(maps: Sequence[Tensor], laterals: nn.ModuleList) -> list[Tensor]:
     levels: list[Tensor] = []
     for f, lateral in zip(reversed(maps), reversed(laterals), strict=True):
         level = lateral(f)
-        levels.insert(0, level + resized(levels[0], f.shape[2:]) if levels else level)
+        levels.insert(0, level + resize(levels[0], f.shape[2:]) if levels else level)
     return levels
 
 
-def resized(x: Tensor, size: Sequence[int]) -> Tensor:
+def resize(x: Tensor, size: Sequence[int]) -> Tensor:
     """A map (B, C, h, w) at another height and width, bilinear."""
     return x if tuple(x.shape[2:]) == tuple(size) else F.interpolate(x, tuple(size), mode="bilinear")
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fcmae.layouts import DENSE, PACKED, Layout, MakeLayout
 from fcmae.layouts.norms import at_least_float32
-from fcmae.layouts.sites import refine, true_rows, visible_counts
+from fcmae.layouts.sites import true_rows, upsample_mask, visible_counts
 from fcmae.networks.convnext import init_weights
 from fcmae.networks.encoder import StagedEncoder
 from fcmae.networks.layers import Block
@@ -230,7 +230,7 @@ def _at_sites(block: Block, x: Tensor, rows: Tensor) -> Tensor:
 
     h = block.expand(x, DENSE)  # (B, h, w, hidden)
     assert block.grn is not None
-    branch = block.pwconv2(block.grn(pick(h), DENSE.image_norm(at_least_float32(h))))  # (B, N / B, 1, C)
+    branch = block.pwconv2(block.grn(pick(h), DENSE.image_norm(h)))  # (B, N / B, 1, C)
     return block.add(pick(x), branch, DENSE)
 
 
@@ -303,7 +303,7 @@ class FCMAE(nn.Module):
             )
         if num_visible is None and len(counts := visible_counts(mask)) == 1:
             num_visible = counts[0]
-        site_mask = refine(mask, factor)  # (B, h, w)
+        site_mask = upsample_mask(mask, factor)  # (B, h, w)
         num_hidden = None
         if hidden_only and num_visible is not None:
             num_hidden = site_mask[0].numel() - num_visible * factor**2

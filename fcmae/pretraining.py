@@ -149,7 +149,7 @@ def train(
     if run.resume_from is not None:
         checkpoint.restore(run.resume_from, net, adamw, partial(rename, to=OLD), accelerator.scaler)
     normalize = Normalize(*cfg.data.statistics()).to(accelerator.device)
-    visible = num_visible(math.prod(mask_grid(cfg)), cfg.model.mask_ratio)
+    visible = num_visible_patches(cfg)
 
     # The optimizer's state is where it has to be, beside the parameters.
     model, optimizer = accelerator.prepare(net, adamw, device_placement=[True, False])
@@ -166,11 +166,13 @@ def train(
     train_set = build_dataset(cfg, train_images, augment=True)
     logger.info("%s: %d training images, %d held out", describe(net.encoder.spec), len(train_images), len(val_images))
     with closing(Log(cfg, accelerator, schedule, len(train_images) + len(val_images))) as log:
-        evaluation = build_evaluation(cfg, accelerator, normalize, train_images, val_images, labelled, log)
+        evaluation = build_evaluation(
+            cfg, accelerator, normalize, train_images, val_images, labelled, log, schedule.per_epoch
+        )
 
         def evaluate(step: int) -> None:
             with waiting_for_all(accelerator):  # the first one looks at features and draws pictures
-                evaluation.evaluate(net, step, step / schedule.per_epoch)
+                evaluation.evaluate(net, step)
 
         evaluate_if_owed(accelerator, run, schedule, log, evaluate)
         steps = Steps(
@@ -309,6 +311,11 @@ def mask_grid(cfg: PretrainConfig) -> tuple[int, int]:
     return height // cfg.model.mask_patch, width // cfg.model.mask_patch
 
 
+def num_visible_patches(cfg: PretrainConfig) -> int:
+    """Patches of an image that its mask leaves."""
+    return num_visible(math.prod(mask_grid(cfg)), cfg.model.mask_ratio)
+
+
 def build_dataset(cfg: PretrainConfig, images: Images, *, augment: bool) -> PretrainDataset:
     """Images with masks.
 
@@ -324,7 +331,7 @@ def build_dataset(cfg: PretrainConfig, images: Images, *, augment: bool) -> Pret
         images,
         crop if augment else CenterCrop(reading),
         grid=grid,
-        visible=num_visible(math.prod(grid), cfg.model.mask_ratio),
+        visible=num_visible_patches(cfg),
         seed=cfg.seed,
         masks_per_image=cfg.data.masks_per_image if augment else 1,
     )
@@ -338,10 +345,9 @@ def noise_batch(cfg: PretrainConfig, num: int) -> Batch:
         num: images, each counted as often as it has masks.
     """
     (height, width), grid = cfg.data.image_size, mask_grid(cfg)
-    visible = num_visible(math.prod(grid), cfg.model.mask_ratio)
     num_images = num // cfg.data.masks_per_image
     images = torch.randint(256, (num_images, cfg.data.in_chans, height, width), dtype=torch.uint8)
-    masks = random_mask(grid, visible, [(cfg.seed, i) for i in range(num)])
+    masks = random_mask(grid, num_visible_patches(cfg), [(cfg.seed, i) for i in range(num)])
     index = torch.arange(num_images)
     return Batch(images, torch.from_numpy(masks), None, index, torch.ones_like(index, dtype=torch.bool), [])
 
@@ -362,6 +368,7 @@ class Evaluation:
         monitor: of the encoder's features.
         watch: warns of what the numbers show.
         log: of the run.
+        per_epoch: steps of an epoch.
     """
 
     accelerator: Accelerator
@@ -372,19 +379,20 @@ class Evaluation:
     monitor: Monitor
     watch: Watch
     log: Log
+    per_epoch: int
 
     @torch.no_grad()
-    def evaluate(self, net: FCMAE, step: int, epoch: float) -> None:
+    def evaluate(self, net: FCMAE, step: int) -> None:
         """Evaluate `net` after a step, on every process at once.
 
         Args:
             net: the model.
             step: steps that were done.
-            epoch: likewise, in epochs.
 
         Raises:
             FloatingPointError: if the loss is not finite.
         """
+        epoch = step / self.per_epoch
         with evaluating(net):
             values = self.loss(net, step)
             if not self.accelerator.is_main_process:
@@ -393,7 +401,7 @@ class Evaluation:
             if "knn_top1" in values:
                 logger.info("step %d: nearest neighbours' accuracy %.4f", step, values["knn_top1"])
             lines = [*read_metrics(self.log.metrics.path), {"step": step, "epoch": epoch, **values}]
-            self.picture(net, step, epoch, lines)
+            self.picture(net, step, lines)
         for name in draw_over_time(self.log.folder, lines):
             self.log.show(f"over_time/{name}", self.log.folder / f"{name}.png", step)
         self.watch.look(lines)
@@ -441,13 +449,12 @@ class Evaluation:
         logger.info("step %d: validation loss %.4f on %d images", step, value, num_images)
         return {"val_loss": value}
 
-    def picture(self, net: FCMAE, step: int, epoch: float, lines: Sequence[Mapping[str, Any]]) -> None:
+    def picture(self, net: FCMAE, step: int, lines: Sequence[Mapping[str, Any]]) -> None:
         """Draw the curves of the loss, and where pixels are predicted reconstructions, and the same over time.
 
         Args:
             net: the model.
             step: steps that were done.
-            epoch: likewise, in epochs.
             lines: of metrics.jsonl, this evaluation's too.
         """
         save_curves(self.log.folder / "loss.png", curves(lines, "loss", "val_loss"), "loss")
@@ -464,13 +471,12 @@ class Evaluation:
         )
         name, folder = describe(net.encoder.spec), self.log.folder / "reconstructions"
         now, over_time = folder / f"step-{step:08d}.png", folder / "over-time.png"
-        save_reconstructions(now, panels, f"{name}, epoch {epoch:.4g}, {self.title}")
+        save_reconstructions(now, panels, f"{name}, epoch {step / self.per_epoch:.4g}, {self.title}")
         save_tiles(folder / "tiles" / now.name, panels)
         # Steps to come may have been seen by a run that was cut off.
         tiles = {path.stem[5:]: path for path in sorted((folder / "tiles").glob("step-*.png"))}
         seen = [(int(number), path) for number, path in tiles.items() if number.isdecimal()]
-        per_epoch = step / epoch
-        moments = [(f"epoch {number / per_epoch:.4g}", path) for number, path in seen if number <= step]
+        moments = [(f"epoch {number / self.per_epoch:.4g}", path) for number, path in seen if number <= step]
         save_over_time(over_time, panels, moments, f"{name}: the same images over time")
         self.log.show("reconstructions", now, step)
         self.log.show("over_time/reconstructions", over_time, step)
@@ -484,6 +490,7 @@ def build_evaluation(
     val_images: Images,
     labelled: tuple[Images, Images] | None,
     log: Log,
+    per_epoch: int,
 ) -> Evaluation:
     """The evaluation of a run, from its settings and images.
 
@@ -495,6 +502,7 @@ def build_evaluation(
         val_images: held out; may be empty.
         labelled: for the monitor's nearest neighbours, or None.
         log: of the run.
+        per_epoch: steps of an epoch.
     """
     rank, processes, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     at_once, workers = micro_batch_size(cfg, processes), choose_num_workers(cfg.data.num_workers, device.type)
@@ -518,4 +526,5 @@ def build_evaluation(
         monitor=monitor,
         watch=Watch(read_metrics(log.metrics.path) if accelerator.is_main_process else ()),
         log=log,
+        per_epoch=per_epoch,
     )

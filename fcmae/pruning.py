@@ -96,7 +96,7 @@ def measure(encoder: Encoder, batches: Iterable[Tensor]) -> dict[str, Measured]:
             variance, mean = (each.cpu().double() for each in torch.var_mean(expanded, (1, 2), correction=0))
             norms = torch.ones_like(mean)
             if block.grn is not None:
-                all_norms = DENSE.image_norm(at_least_float32(block.expand(given, DENSE)))  # (B, 1, 1, hidden)
+                all_norms = DENSE.image_norm(block.expand(given, DENSE))  # (B, 1, 1, hidden)
                 norms = (all_norms / (all_norms.mean(-1, keepdim=True) + EPS)).flatten(1)
             power, branch = (x.square().mean((1, 2, 3)) for x in (output, output - given))  # (B,)
             found = (mean, variance + mean.square(), norms, power, (branch / power).nan_to_num().sqrt())

@@ -32,13 +32,13 @@ Result = TypeVar("Result")
 Predict = Callable[[NDArray[np.float32] | NDArray[np.uint8], float], NDArray[np.float32]]
 
 
-def segmentation_loss(logits: Tensor, target: Tensor, balance: Tensor | None = None, dice: float = 0.0) -> Tensor:
+def segmentation_loss(logits: Tensor, target: Tensor, class_weights: Tensor | None = None, dice: float = 0.0) -> Tensor:
     """Cross-entropy of the pixels, plus the Dice loss of the images if it has a weight.
 
     Args:
         logits: (B, classes, H, W); or (exits, B, classes, H, W), whose losses are added up.
         target: (B, H, W) classes by number, IGNORED where they are unknown.
-        balance: (classes,), weights of the classes; None is 1 each.
+        class_weights: (classes,); None is 1 each.
         dice: weight of the Dice loss.
 
     Returns:
@@ -46,9 +46,9 @@ def segmentation_loss(logits: Tensor, target: Tensor, balance: Tensor | None = N
         not depend on the micro-batches and processes into which a batch is divided.
     """
     if logits.ndim == 5:
-        return torch.stack([segmentation_loss(each, target, balance, dice) for each in logits]).sum()
+        return torch.stack([segmentation_loss(each, target, class_weights, dice) for each in logits]).sum()
     target = target.long()
-    total = F.cross_entropy(logits.float(), target, weight=balance, ignore_index=IGNORED, reduction="sum")
+    total = F.cross_entropy(logits.float(), target, weight=class_weights, ignore_index=IGNORED, reduction="sum")
     loss = total / target.numel()
     return loss + dice * dice_loss(logits, target) if dice else loss
 

@@ -42,7 +42,7 @@ from fcmae.config import SegmentConfig
 from fcmae.evaluation.paired import cells
 from fcmae.heads import Exits
 from fcmae.layouts import Masked, Packed
-from fcmae.layouts.sites import refine
+from fcmae.layouts.sites import upsample_mask
 from fcmae.networks.encoder import StagedEncoder
 from fcmae.options import load
 from fcmae.tables import table
@@ -65,7 +65,7 @@ class Carried(Masked):
     def fill(self, f: Tensor) -> Tensor:
         """f, (B, H, W, C), with what is shown at hidden sites."""
         assert self.mask is not None
-        return torch.where(refine(self.mask, f.shape[1] // self.mask.shape[1])[..., None], self.shown, f)
+        return torch.where(upsample_mask(self.mask, f.shape[1] // self.mask.shape[1])[..., None], self.shown, f)
 
     def depthwise_conv(self, f: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         x = self.fill(f).permute(0, 3, 1, 2)
@@ -81,7 +81,7 @@ class Radial(Masked):
 
     def depthwise_conv(self, f: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         assert self.mask is not None
-        hidden = refine(self.mask, f.shape[1] // self.mask.shape[1])[:, None]  # (B, 1, H, W)
+        hidden = upsample_mask(self.mask, f.shape[1] // self.mask.shape[1])[:, None]  # (B, 1, H, W)
         x = torch.where(hidden, 0, f.permute(0, 3, 1, 2))
         steps = torch.arange(WINDOW, device=f.device) - WINDOW // 2
         kernel = torch.exp(-self.decay.square() * (steps[:, None].square() + steps.square()))  # (7, 7)
@@ -134,7 +134,7 @@ def segment(fill: str, flags: Sequence[str]) -> int:
     """`fcmae segment` with a fill."""
     cfg = load(SegmentConfig, flags, prog=f"fills.py {fill}")
     weights = starting.starting_weights(cfg)
-    plain = segmenting.build_model(cfg, weights, len(cfg.data.class_names))
+    plain = segmenting.build_model(cfg, weights, cfg.data.class_names)
     assert isinstance(plain, Anytime)
     net = Filled(plain.encoder, plain.head, fill)
     run = segmenting.segment(cfg, net)

@@ -73,7 +73,7 @@ def test_classes_weigh_as_is_said_in_training_and_in_the_choice() -> None:
     train = (rng.normal(size=(100, 3)) + labels[:, None]).astype(np.float32)
     balance = torch.tensor([100 / 180, 5.0])
     weights = {0: 100 / 180, 1: 5.0}
-    probe = fit_linear(train, labels, 2, balance=balance, grid=[Setting(1e-2, 1e-1)])
+    probe = fit_linear(train, labels, 2, class_weights=balance, grid=[Setting(1e-2, 1e-1)])
     mean, std = train.astype(np.float64).mean(0), train.astype(np.float64).std(0)
     # Of two classes scikit-learn has one vector, ours two, each of half of it: twice the C.
     reference = LogisticRegression(C=0.2, tol=1e-8, max_iter=1000, class_weight=weights).fit(

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from conftest import randomize
 from torch import Tensor
 
-from fcmae.heads import Classifier, FeaturePyramid, Layer, Segmenter, UPerNet, build_head
+from fcmae.heads import Classifier, ConvNormAct, FeaturePyramid, Segmenter, UPerNet, build_head
 from fcmae.networks.convnext import Encoder
 from fcmae.networks.spec import VARIANTS, ConvNeXtSpec
 from fcmae.weights.formats import to_state
@@ -70,7 +70,7 @@ def test_under_autocast_the_norm_is_in_float32_and_the_logits_are_close() -> Non
     assert (logits.float() - exact).abs().max() < 0.05 * exact.abs().max()
 
 
-def by_hand(layer: Layer, x: Tensor) -> Tensor:
+def by_hand(layer: ConvNormAct, x: Tensor) -> Tensor:
     """A layer of a head, site by site in plain operations."""
     conv, norm = layer[0], layer[1]
     y = F.conv2d(x, conv.weight, conv.bias, padding=conv.weight.shape[-1] // 2)

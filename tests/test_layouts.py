@@ -10,7 +10,7 @@ from conftest import CONVNEXTS, MINKOWSKI, randomize
 from torch import Tensor
 
 from fcmae.layouts import Masked, Packed, make_layout
-from fcmae.layouts.sites import count_visible, refine, true_rows
+from fcmae.layouts.sites import count_visible, true_rows, upsample_mask
 from fcmae.masking import num_visible, random_mask
 from fcmae.networks.convnext import Encoder
 from fcmae.networks.layers import Block
@@ -74,7 +74,7 @@ def test_unpack_inverts_pack_and_zeroes_hidden_sites(backend: str) -> None:
     mask = masks(3, (2, 4), 3)
     x = torch.randn(3, 6, 12, 2)
     layout = make_layout(backend, mask)
-    expected = x * refine(~mask, 3)[..., None]
+    expected = x * upsample_mask(~mask, 3)[..., None]
     assert torch.equal(layout.unpack(layout.pack(x)), expected)
     assert torch.equal(Masked(mask).unpack(x), expected)
 
@@ -93,7 +93,7 @@ def test_image_norm_is_over_the_visible_sites_of_an_image_or_of_the_batch(
 ) -> None:
     mask = masks(2, (2, 3), 2)
     x = torch.randn(2, 4, 6, 3, dtype=torch.float64)
-    visible = refine(~mask, 2)[..., None]
+    visible = upsample_mask(~mask, 2)[..., None]
     expected = (x * visible).square().sum(dims, keepdim=True).sqrt() * visible
     torch.testing.assert_close(norms(backend, mask, x, scope), expected)
     alone = [norms(backend, mask[:1], x[:1], scope) for scope in ("image", "batch")]
@@ -121,7 +121,7 @@ def test_drop_path_drops_whole_images_and_scales_the_others(backend: str) -> Non
     layout = make_layout(backend, mask)
     x = torch.ones(64, 2, 6, 5)
     y = layout.unpack(layout.drop_path(layout.pack(x), 0.25))
-    visible = refine(~mask, 2)
+    visible = upsample_mask(~mask, 2)
     images = torch.stack([image[sites].flatten() for image, sites in zip(y, visible, strict=True)])
     kept = images.ne(0).any(1)
     torch.testing.assert_close(images, kept[:, None].expand_as(images) / 0.75)  # one value an image
@@ -212,7 +212,7 @@ def test_hidden_pixels_cannot_reach_visible_features(backend: str) -> None:
     images = torch.randn(2, 3, 64, 96, requires_grad=True)
     features = layout.unpack(encoder(images, layout))
     features.square().sum().backward()
-    hidden = refine(mask, 32)[:, None].expand_as(images)
+    hidden = upsample_mask(mask, 32)[:, None].expand_as(images)
     assert images.grad[hidden].eq(0).all()
     assert images.grad[~hidden].ne(0).any()
     # Not even a NaN comes through.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fcmae.layouts import DENSE, Masked, make_layout
 from fcmae.layouts.attention import attend
-from fcmae.layouts.sites import refine
+from fcmae.layouts.sites import upsample_mask
 
 MASK = torch.tensor([[[0, 1, 0], [1, 0, 1]], [[1, 1, 0], [0, 1, 0]]]).bool()  # three of six patches visible
 
@@ -45,7 +45,7 @@ def test_attention_is_among_the_visible_sites_of_one_image(backend: str) -> None
     q, k, v, _ = maps(2)
     layout = make_layout(backend, MASK)
     found = layout.unpack(layout.attention(layout.pack(q), layout.pack(k), layout.pack(v), 2))
-    hidden = refine(MASK, 2)
+    hidden = upsample_mask(MASK, 2)
     for image in range(2):
         rows = [x[image][~hidden[image]] for x in (q, k, v)]
         torch.testing.assert_close(found[image][~hidden[image]], by_hand(*rows, 2))

@@ -57,8 +57,8 @@ def test_an_encoder_is_made_from_its_numbers() -> None:
     own = convnext.Encoder(SPEC, 2, 0.3, True)
     assert type(made) is convnext.Encoder and made.grad_checkpointing
     assert all(torch.equal(value, own.state_dict()[name]) for name, value in made.state_dict().items())
-    assert [b.drop_path_rate for stage in made.stages for b in stage] == [
-        b.drop_path_rate for s in own.stages for b in s
+    assert [b.drop_path.rate for stage in made.stages for b in stage] == [
+        b.drop_path.rate for s in own.stages for b in s
     ]
 
 

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fcmae.heads import Classifier
 from fcmae.layouts import DENSE, Layout, Masked, make_layout
-from fcmae.layouts.sites import refine
+from fcmae.layouts.sites import upsample_mask
 from fcmae.masked import build_fcmae, masked_loss
 from fcmae.networks.build import make_encoder
 from fcmae.networks.container import Aggregation, Block, Encoder
@@ -260,7 +260,7 @@ def test_every_stage_agrees_in_values_and_gradients(encoder: Encoder, backend: s
 @pytest.mark.parametrize("backend", ["packed", "masked", MINKOWSKI])
 def test_hidden_pixels_reach_no_visible_feature_and_no_gradient(encoder: Encoder, backend: str) -> None:
     images = torch.randn(2, 3, 32, 48, dtype=torch.float64)
-    hidden = refine(MASK, 16)[:, None].expand_as(images)
+    hidden = upsample_mask(MASK, 16)[:, None].expand_as(images)
     plain = features(encoder, images, make_layout(backend, MASK))
     for value in (torch.nan, torch.inf, -3.0):
         other = images.masked_fill(hidden, value).requires_grad_()

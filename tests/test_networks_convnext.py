@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fcmae.heads import Classifier
 from fcmae.layouts import DENSE, Layout, Packed, make_layout
-from fcmae.layouts.sites import refine
+from fcmae.layouts.sites import upsample_mask
 from fcmae.masking import random_mask
 from fcmae.networks.convnext import Encoder
 from fcmae.networks.encoder import layer_of, num_layers
@@ -126,7 +126,7 @@ def test_drop_path_rises_as_timms_does(variant: str) -> None:
     with torch.device("meta"):
         ours = Encoder(VARIANTS[variant], drop_path_rate=0.3)
         theirs = timm.create_model(variant, drop_path_rate=0.3)
-    rates = [block.drop_path_rate for block in ours.modules() if isinstance(block, Block)]
+    rates = [block.drop_path.rate for block in ours.modules() if isinstance(block, Block)]
     blocks = [block for block in theirs.modules() if isinstance(block, ConvNeXtBlock)]
     expected = [b.drop_path.drop_prob if isinstance(b.drop_path, DropPath) else 0.0 for b in blocks]
     assert rates == pytest.approx(expected)
@@ -223,7 +223,7 @@ def test_custom_networks_equal_the_masked_reference(backend: str, spec: ConvNeXt
     expected = run(encoder, images, make_layout("masked", mask))
     for found, masked in zip(run(encoder, images, make_layout(backend, mask)), expected, strict=True):
         torch.testing.assert_close(found, masked, atol=1e-9 * max(1.0, float(masked.abs().max())), rtol=1e-7)
-    hidden = refine(mask, patch)[:, None].expand_as(images)
+    hidden = upsample_mask(mask, patch)[:, None].expand_as(images)
     assert expected[1][hidden].eq(0).all()  # hidden pixels have no influence
     assert expected[1][~hidden].ne(0).any()
 
@@ -236,7 +236,7 @@ def test_hidden_pixels_may_be_anything(backend: str, spec: ConvNeXtSpec) -> None
     mask = torch.from_numpy(random_mask((3, 3), 4, [(3, i) for i in range(2)]))
     patch = spec.total_stride
     images = torch.randn(2, 1, 3 * patch, 3 * patch)
-    poisoned = torch.where(refine(mask, patch)[:, None], torch.nan, images)
+    poisoned = torch.where(upsample_mask(mask, patch)[:, None], torch.nan, images)
     with torch.no_grad():
         outputs = [
             layout.unpack(encoder(x, layout)) for x in (images, poisoned) for layout in [make_layout(backend, mask)]
@@ -265,7 +265,7 @@ def test_a_dense_stem_is_a_3x3_convolution_of_what_is_visible_and_a_depthwise_on
     randomize(encoder)
     state, images = encoder.state_dict(), torch.randn(2, 3, 12, 8)
     mask = torch.from_numpy(random_mask((3, 2), 4, [(5, i) for i in range(2)]))
-    hidden = refine(mask, 4)[:, None]
+    hidden = upsample_mask(mask, 4)[:, None]
 
     def norm(x: Tensor, name: str) -> Tensor:
         weight, bias = (state[f"{name}.1.{p}"] for p in ("weight", "bias"))
@@ -274,7 +274,7 @@ def test_a_dense_stem_is_a_3x3_convolution_of_what_is_visible_and_a_depthwise_on
     name, stem = "initial_conv", "downsample_layers.0"
     x = F.conv2d(images.masked_fill(hidden, 0), state[f"{name}.0.weight"], state[f"{name}.0.bias"], padding=1)
     x = F.conv2d(F.gelu(norm(x, name)), state[f"{stem}.0.weight"], state[f"{stem}.0.bias"], stride=2, groups=4)
-    expected = norm(x, stem).permute(0, 2, 3, 1).masked_fill(refine(mask, 2)[..., None], 0)
+    expected = norm(x, stem).permute(0, 2, 3, 1).masked_fill(upsample_mask(mask, 2)[..., None], 0)
     layout = make_layout("packed", mask)
     with torch.no_grad():
         torch.testing.assert_close(layout.unpack(encoder.stem(images, layout)), expected, rtol=1e-5, atol=1e-5)

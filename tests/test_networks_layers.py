@@ -149,7 +149,7 @@ def test_hooks_see_what_the_layers_give_and_replacements_are_called(layout: str)
     for name, layer in block.named_children():
         layer.register_forward_hook(lambda layer, given, out, name=name: seen.update({name: out}))
     torch.testing.assert_close(block(x, place), expected)
-    assert list(seen) == ["dwconv", "norm", "pwconv1", "grn", "pwconv2"]
+    assert list(seen) == ["dwconv", "norm", "pwconv1", "grn", "pwconv2", "drop_path"]
     torch.testing.assert_close(seen["pwconv1"], nn.functional.linear(seen["norm"], *block.pwconv1.parameters()))
     torch.testing.assert_close(x + seen["pwconv2"], expected)
 

@@ -370,10 +370,10 @@ def test_a_stem_of_any_stride_gives_features_at_the_total_stride(step: str, stri
 def test_stochastic_depth_drops_the_branch_and_keeps_the_shortcut() -> None:
     spec = spec_of("inverted")
     encoder = make_encoder(spec, drop_path_rate=0.5)
-    rates = [block.drop_path_rate for stage in encoder.stages for block in stage]
+    rates = [block.drop_path.rate for stage in encoder.stages for block in stage]
     assert rates == pytest.approx([0, 0.125, 0.25, 0.375, 0.5])
     block = encoder.stages[0][0]
-    block.drop_path_rate = 1 - 1e-9
+    block.drop_path.rate = 1 - 1e-9
     x = torch.randn(2, 4, 4, spec.dims[0])
     torch.testing.assert_close(block.train()(x, DENSE), F.relu(block.shortcut(x)))
 

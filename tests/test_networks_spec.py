@@ -36,6 +36,7 @@ CONTAINER = ContainerSpec(depths=(1, 2), dims=(16, 32), affinity=("static", "mix
         ({"kernel_size": 0}, "greater than or equal to 1"),
         ({"hidden": [[32], [32]]}, r"hidden has \[1, 1\] blocks and depths has \[1, 2\]: one width a block"),
         ({"hidden": [[32], [32, 0]]}, "greater than 0"),
+        ({"depths": [10**12, 1], "hidden": [[32], [32]]}, "less than or equal to 64"),
         ({"hidden": 32}, "valid tuple"),
         ({"hidden": [32, 64]}, "valid tuple"),
         ({"widths": [8]}, "not permitted"),
@@ -55,6 +56,7 @@ def test_numbers_of_no_network_are_refused(numbers: dict[str, Any], sentence: st
         ({"affinity": ["static", "both"]}, "'static', 'dynamic' or 'mixed'"),
         ({"use_grn": True}, "not permitted"),
         ({"network": "resnet"}, "network is 'resnet': use convnext or container"),
+        ({"network": ["container"]}, r"network is \['container'\]: use convnext or container"),
     ],
 )
 def test_numbers_of_no_container_are_refused(numbers: dict[str, Any], sentence: str) -> None:

@@ -58,6 +58,7 @@ from fcmae.data.split import split
 from fcmae.layouts import make_layout
 from fcmae.masked import WeightedLoss, build_fcmae, pixels, weighted_loss
 from fcmae.networks.convnext import Encoder
+from fcmae.networks.layers import DropPath
 from fcmae.networks.spec import ConvNeXtSpec
 from fcmae.options import read
 from fcmae.training import checkpoint, health
@@ -108,7 +109,7 @@ def test_a_compiled_model_is_compiled_once(
 ) -> None:
     """What is tried before training has the autocast of training."""
     counter, compiled = CompileCounter(), torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda net: compiled(net, backend=counter))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda net, mode=None: compiled(net, backend=counter))
     assert run(images, tmp_path / "out", model__compile="true", precision=precision, epochs=1) == 0
     assert counter.frame_count == 1
 
@@ -493,7 +494,7 @@ def test_settings_reach_what_they_are_for(images: Path, tmp_path: Path) -> None:
     assert data.visible == 3  # of 4 patches
     net = pretraining.build_model(cfg)
     assert net.target is pixels and len(net.decoder.blocks) == 2 and net.encoder.grad_checkpointing
-    rates = [module.drop_path_rate for module in net.encoder.modules() if hasattr(module, "drop_path_rate")]
+    rates = [module.rate for module in net.encoder.modules() if isinstance(module, DropPath)]
     assert max(rates) == 0.5
     optimizer = pretraining.build_optimizer(cfg, net)
     assert optimizer.defaults["betas"] == (0.7, 0.8)

@@ -121,7 +121,7 @@ def test_auto_goes_on_eager_where_compiling_fails() -> None:
 def test_a_trial_leaves_the_statistics_of_batches_as_they_were(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nn.Module, "compile", lambda self: None)  # what is compiled computes the same
+    monkeypatch.setattr(nn.Module, "compile", lambda self, mode=None: None)  # what is compiled computes the same
     net = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
     assert isinstance(net[1].running_mean, Tensor)
     net[1].running_mean.fill_(3.0)

@@ -271,7 +271,7 @@ def test_something_is_due_at_each_multiple_rounded_up_and_at_the_end(
     steps_per_epoch: int, epochs: str, num_epochs: int
 ) -> None:
     total = steps_per_epoch * num_epochs
-    # In whole fractions; the loop computes in binary, where .1 * 30 is more than 3.
+    # In whole fractions; the loop computes in binary, where 23 / (.1 * 23) is less than 10.
     every = Fraction(epochs) * steps_per_epoch
     expected = {math.ceil(every * k) for k in range(1, int(total / every) + 1)} | {total}
     assert {step for step in range(1, total + 1) if due(step, float(epochs) * steps_per_epoch, total)} == expected

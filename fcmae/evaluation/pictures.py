@@ -18,7 +18,7 @@ from fcmae.atomic import read_bytes, replacing
 from fcmae.data.normalize import Normalize
 from fcmae.data.source import printable
 from fcmae.data.split import evenly
-from fcmae.layouts.sites import refine
+from fcmae.layouts.sites import upsample_mask
 from fcmae.masked import patch_statistics, patchify, unpatchify
 from fcmae.segmentation import colours, overlay
 
@@ -62,7 +62,7 @@ def reconstruction_panels(
         pred = pred * target_std + target_mean.nan_to_num()
     original = normalize.inverse(images)
     reconstruction = normalize.inverse(unpatchify(pred, patch, size))
-    hidden = refine(mask, patch)[:, None]
+    hidden = upsample_mask(mask, patch)[:, None]
     grey = original.new_tensor([sum(limits(image)) / 2 for image in original])
     masked = torch.where(hidden, grey[:, None, None, None], original)
     pasted = torch.where(hidden, reconstruction, original)

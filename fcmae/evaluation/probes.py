@@ -142,7 +142,7 @@ def fit_linear(
     num_classes: int,
     *,
     positions: NDArray[np.int64] | None = None,
-    balance: Tensor | None = None,
+    class_weights: Tensor | None = None,
     grid: Sequence[Setting] = GRID,
     seed: int = 0,
     device: torch.device | str = "cpu",
@@ -159,7 +159,7 @@ def fit_linear(
         labels: (N,) class indices.
         num_classes: of the labels.
         positions: the rows to use; None uses all.
-        balance: (classes,), weight of each class in the cross-entropy, which chooses too; None is 1 for all.
+        class_weights: (classes,), weight of each class in the cross-entropy, which chooses too; None is 1 for all.
         grid: the settings; a single one is used without a choice.
         seed: of the held-out part and the order.
         device: where it is trained, and where the probe is.
@@ -179,10 +179,10 @@ def fit_linear(
         losses: list[float] = []
         for start in range(0, len(grid), at_once):
             part, progress = grid[start : start + at_once], title and f"{title}, choosing"
-            trained = _train(features, labels, kept, num_classes, part, seed, device, progress, balance)
-            losses += _losses(*trained, balance, features, labels, held).tolist()
+            trained = _train(features, labels, kept, num_classes, part, seed, device, progress, class_weights)
+            losses += _losses(*trained, class_weights, features, labels, held).tolist()
         setting = grid[int(np.argmin(np.nan_to_num(losses, nan=np.inf)))]
-    weight, bias, mean, std = _train(features, labels, rows, num_classes, [setting], seed, device, title, balance)
+    weight, bias, mean, std = _train(features, labels, rows, num_classes, [setting], seed, device, title, class_weights)
     return LinearProbe(weight[0], bias[0], mean, std, setting)
 
 
@@ -195,7 +195,7 @@ def _train(
     seed: int,
     device: torch.device | str,
     title: str | None,
-    balance: Tensor | None = None,
+    class_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Train a classifier for each setting, all on the same batches.
 
@@ -225,7 +225,7 @@ def _train(
         weight, bias = unscaled[..., :-1], unscaled[..., -1]
         logits = F.linear(images, weight.flatten(0, 1), bias.flatten()).view(len(batch), num_settings, num_classes)
         # The sum over the settings, whose gradients are independent.
-        loss = F.cross_entropy(logits.flatten(0, 1), target, weight=balance, reduction="sum")
+        loss = F.cross_entropy(logits.flatten(0, 1), target, weight=class_weights, reduction="sum")
         loss = loss / len(batch) + (l2 * weight.square().sum((1, 2))).sum() / 2
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -255,7 +255,7 @@ def _losses(
     bias: Tensor,
     mean: Tensor,
     std: Tensor,
-    balance: Tensor | None,
+    class_weights: Tensor | None,
     features: NDArray[np.float32],
     labels: NDArray[np.int64],
     rows: NDArray[np.int64],
@@ -268,7 +268,7 @@ def _losses(
         target = torch.from_numpy(labels[part]).to(weight.device)
         for number in range(len(weight)):
             logits = F.linear(images, weight[number], bias[number])
-            total[number] += float(F.cross_entropy(logits, target, weight=balance, reduction="sum"))
+            total[number] += float(F.cross_entropy(logits, target, weight=class_weights, reduction="sum"))
     return total / len(rows)
 
 

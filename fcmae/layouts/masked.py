@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fcmae.layouts.attention import attend
 from fcmae.layouts.norms import l2_norm
-from fcmae.layouts.sites import refine
+from fcmae.layouts.sites import upsample_mask
 
 
 class Masked:
@@ -73,4 +73,4 @@ class Masked:
     def _hidden(self, f: Tensor) -> Tensor:
         """The mask at the sites of f, (B, H, W)."""
         assert self.mask is not None
-        return refine(self.mask, f.shape[1] // self.mask.shape[1])
+        return upsample_mask(self.mask, f.shape[1] // self.mask.shape[1])

@@ -16,7 +16,7 @@ from timm.layers import drop_path
 from torch import Tensor
 
 from fcmae.layouts.masked import Masked
-from fcmae.layouts.norms import l2_norm, refuse_second_derivatives, root
+from fcmae.layouts.norms import at_least_float32, l2_norm, refuse_second_derivatives, root
 from fcmae.layouts.sites import sites_of_a_patch
 
 try:
@@ -106,7 +106,7 @@ class Minkowski:
     def image_norm(self, f: Tensor) -> Tensor:
         if self.grn_scope == "batch":
             return l2_norm(f, (0,))  # (1, C)
-        image = self._level(f).image
+        image, f = self._level(f).image, at_least_float32(f)
         squares = f.new_zeros(self.batch, f.shape[-1]).index_add(0, image, f.square())
         return root(squares).index_select(0, image)  # (N, C)
 

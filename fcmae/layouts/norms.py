@@ -21,10 +21,11 @@ def root(squares: Tensor) -> Tensor:
 
 
 def l2_norm(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """L2 norm over dims, which are kept with size 1.
+    """L2 norm over dims, which are kept with size 1, in float32 at least.
 
     On a CPU torch.linalg.vector_norm takes 2 to 10 times as long over any dimension but the last.
     """
+    x = at_least_float32(x)
     is_large = dims == (1,) and x.is_cpu and x.numel() > LARGE * len(x)
     if is_large and not x.requires_grad and not torch.compiler.is_compiling():
         # By parts: the squares of all would pass through memory, twice.

@@ -81,7 +81,7 @@ def sites_of_a_patch(x: Tensor, batch: int, grid: Sequence[int]) -> int:
     return side
 
 
-def refine(mask: Tensor, factor: int) -> Tensor:
+def upsample_mask(mask: Tensor, factor: int) -> Tensor:
     """Repeat every site along both axes.
 
     Args:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fcmae.layouts import Layout
 from fcmae.networks.convnext import init_weights
 from fcmae.networks.encoder import StagedEncoder, drop_path_rates
-from fcmae.networks.layers import DepthwiseConv, LayerNorm, gelu_of
+from fcmae.networks.layers import DepthwiseConv, DropPath, LayerNorm, gelu_of
 from fcmae.networks.spec import Affinity, ContainerSpec
 
 KERNEL_SIZE, POSITION_SIZE = 5, 3  # of the static affinity and of what stands for a table of positions
@@ -49,7 +49,7 @@ class Aggregation(nn.Module):
         self.values = nn.Linear(dim, dim if affinity == "static" else 3 * dim)  # and queries and keys
         self.static = None if affinity == "dynamic" else static or DepthwiseConv(dim, KERNEL_SIZE)
         self.output = nn.Linear(dim, dim)
-        is_free, is_convex = (affinity == "mixed" and mix == each for each in ("free", "convex"))
+        is_free, is_convex = affinity == "mixed" and mix == "free", affinity == "mixed" and mix == "convex"
         self.alpha = nn.Parameter(torch.tensor(0.5)) if is_free else None
         self.beta = nn.Parameter(torch.tensor(0.5)) if is_free else None
         self.share = nn.Parameter(torch.tensor(0.0)) if is_convex else None  # of the dynamic part, before its sigmoid
@@ -97,7 +97,7 @@ class Block(nn.Module):
         self.norm2 = LayerNorm(dim)
         self.pwconv1 = nn.Linear(dim, hidden)
         self.pwconv2 = nn.Linear(hidden, dim)
-        self.drop_path_rate = drop_path_rate
+        self.drop_path = DropPath(drop_path_rate)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """Features (..., C) in `layout` to features of the same shape."""
@@ -106,12 +106,9 @@ class Block(nn.Module):
     def trace(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         """The expanded features that pwconv2 sees, and the block's output; see `encoder.StageBlock`."""
         x = x + self.position(x, layout)
-        x = x + self._drop_path(self.aggregate(self.norm1(x), layout), layout)
+        x = x + self.drop_path(self.aggregate(self.norm1(x), layout), layout)
         h = gelu_of(self.pwconv1, self.norm2(x))  # (..., hidden)
-        return h, x + self._drop_path(self.pwconv2(h), layout)
-
-    def _drop_path(self, branch: Tensor, layout: Layout) -> Tensor:
-        return layout.drop_path(branch, self.drop_path_rate) if self.training and self.drop_path_rate > 0 else branch
+        return h, x + self.drop_path(self.pwconv2(h), layout)
 
 
 class Encoder(StagedEncoder):

@@ -61,8 +61,7 @@ class Encoder(StagedEncoder):
         if not (isinstance(layout, Masked) and layout.mask is None):
             # The 3x3 convolution sees zeros in the place of hidden pixels, as a sparse one does.
             hidden_zero = layout.unpack(layout.pack(self.patches(images)))  # (B, h, w, C * s * s)
-            pixels = hidden_zero.view(*hidden_zero.shape[:3], -1, s, s).permute(0, 3, 1, 4, 2, 5)  # (B, C, h, s, w, s)
-            images = pixels.flatten(4).flatten(2, 3)
+            images = F.pixel_shuffle(hidden_zero.permute(0, 3, 1, 2), s)  # (B, C, H, W)
         first, first_norm = cast("tuple[nn.Conv2d, LayerNorm]", self.initial_conv)
         x = first(images).permute(0, 2, 3, 1)  # (B, H, W, dims[0])
         x = layout.pack(self.patches(F.gelu(first_norm(x)).permute(0, 3, 1, 2)))

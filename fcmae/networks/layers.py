@@ -98,7 +98,7 @@ class _GRNLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        norm = l2_norm(rows.to(gamma.dtype), (1,))  # (B, 1, C)
+        norm = l2_norm(rows, (1,)).to(gamma.dtype)  # (B, 1, C)
         scale = 1 + gamma * norm / (norm.mean(dim=-1, keepdim=True) + EPS)
         ctx.save_for_backward(rows, gamma, beta, weight, norm, scale)
         if _scales_weight(rows, weight):
@@ -186,7 +186,7 @@ def project(features: Tensor, grn: GRN, linear: nn.Linear, layout: Layout) -> Te
     rows = layout.image_rows(features) if is_plain else None
     if rows is not None:
         return grn_linear(rows, grn, linear).view(*features.shape[:-1], -1)
-    out: Tensor = linear(grn(features, layout.image_norm(at_least_float32(features))))
+    out: Tensor = linear(grn(features, layout.image_norm(features)))
     return out
 
 
@@ -204,6 +204,22 @@ class DepthwiseConv(nn.Conv2d):
     def forward(self, x: Tensor, layout: Layout) -> Tensor:  # type: ignore[override]
         """Features (..., C) in `layout` to features of the same shape."""
         return layout.depthwise_conv(x, self.weight, self.bias)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training, a branch of an image is dropped, or divided by the chance that it is not.
+
+    Args:
+        rate: probability of dropping.
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, branch: Tensor, layout: Layout) -> Tensor:
+        """Features (..., C) in `layout` to features of the same shape."""
+        return layout.drop_path(branch, self.rate) if self.training and self.rate > 0 else branch
 
 
 class Block(nn.Module):
@@ -235,7 +251,7 @@ class Block(nn.Module):
         self.grn = GRN(hidden) if use_grn else None
         self.pwconv2 = nn.Linear(hidden, dim)
         self.gamma = None if use_grn else nn.Parameter(torch.full((dim,), 1e-6))
-        self.drop_path_rate = drop_path_rate
+        self.drop_path = DropPath(drop_path_rate)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """Features (..., C) in `layout` to features of the same shape."""
@@ -247,7 +263,7 @@ class Block(nn.Module):
         """The expanded features that pwconv2 sees (in V2 after GRN), and the output; see `encoder.StageBlock`."""
         h = self.expand(x, layout)  # (..., hidden)
         if self.grn is not None:
-            h = self.grn(h, layout.image_norm(at_least_float32(h)))
+            h = self.grn(h, layout.image_norm(h))
         return h, self.add(x, self.pwconv2(h), layout)
 
     def expand(self, x: Tensor, layout: Layout) -> Tensor:
@@ -267,6 +283,5 @@ class Block(nn.Module):
         """
         if self.gamma is not None:
             branch = self.gamma * branch
-        if self.training and self.drop_path_rate > 0:
-            branch = layout.drop_path(branch, self.drop_path_rate)
-        return x + branch
+        out: Tensor = x + self.drop_path(branch, layout)
+        return out

@@ -18,7 +18,7 @@ from fcmae.layouts import Layout, Masked
 from fcmae.layouts.norms import at_least_float32
 from fcmae.networks.convnext import init_weights
 from fcmae.networks.encoder import StagedEncoder, drop_path_rates
-from fcmae.networks.layers import LayerNorm
+from fcmae.networks.layers import DropPath, LayerNorm
 from fcmae.networks.spec import RoadmapSpec, describe
 
 
@@ -93,7 +93,7 @@ class Block(nn.Module):
         if stride > 1 or in_dim != dim:
             one = Conv(in_dim, dim, 1, stride, bias=has_bias) if stride > 1 else nn.Linear(in_dim, dim, has_bias)
             self.shortcut.extend([one, norm(spec, dim)])
-        self.drop_path_rate = drop_path_rate
+        self.drop_path = DropPath(drop_path_rate)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """Features (..., in_dim) in `layout` to features (..., dim), at half the height and width for a stride of 2."""
@@ -102,10 +102,7 @@ class Block(nn.Module):
     def trace(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         """The features that pwconv2 sees, and the block's output; see `encoder.StageBlock`."""
         h = self._expand(self._look(x, layout)) if self.spec.moved_up else self._look(self._expand(x), layout)
-        branch = self.norm2(self.pwconv2(h))
-        if self.training and self.drop_path_rate > 0:
-            branch = layout.drop_path(branch, self.drop_path_rate)
-        y = self.shortcut(x) + branch
+        y = self.shortcut(x) + self.drop_path(self.norm2(self.pwconv2(h)), layout)
         return h, y if self.spec.fewer_activations else activate(self.spec, y)
 
     def _expand(self, x: Tensor) -> Tensor:
@@ -160,13 +157,14 @@ class Encoder(StagedEncoder):
         rates = drop_path_rates(spec, drop_path_rate)
         self.stages = nn.ModuleList()
         for i, widths in enumerate(spec.hidden_widths):
+            if i > 0 and apart:
+                dim = dims[i]  # the layers before the stage have changed it
+            stride = 1 if i == 0 or apart else 2
             blocks = nn.ModuleList()
-            for j, hidden in enumerate(widths):
-                halves = i > 0 and j == 0 and not apart
-                before = dims[i] if j > 0 or (i > 0 and apart) else dim
-                blocks.append(Block(spec, before, dims[i], hidden, 2 if halves else 1, next(rates)))
+            for hidden in widths:
+                blocks.append(Block(spec, dim, dims[i], hidden, stride, next(rates)))
+                dim, stride = dims[i], 1
             self.stages.append(blocks)
-            dim = dims[i]
         self.apply(init_weights)
 
     def stem(self, images: Tensor, layout: Layout) -> Tensor:

@@ -125,11 +125,12 @@ class ConvNeXtSpec(NetworkSpec):
         """The same network has one spec: hidden widths that are 4 times the stage's are left out."""
         if isinstance(values, dict) and values.get("hidden") is not None:
             try:
-                usual = _usual_widths(values["depths"], values["dims"])
-                given = tuple(tuple(stage) for stage in values["hidden"])
-            except (KeyError, TypeError):
+                stages = zip(values["depths"], values["dims"], values["hidden"], strict=True)
+                # Nothing is made of numbers that are not checked yet, which may be of any size.
+                is_usual = all(len(given) == num and set(given) == {MLP_RATIO * dim} for num, dim, given in stages)
+            except (KeyError, TypeError, ValueError):
                 return values  # refused field by field
-            if given == usual:
+            if is_usual:
                 return {**values, "hidden": None}
         return values
 
@@ -305,7 +306,7 @@ def read_spec(value: Any) -> NetworkSpec:
     if not isinstance(value, Mapping):
         raise ValueError(f"{value!r} are no numbers of a network: give depths and dims")
     name = value.get("network", "convnext")
-    if name not in NETWORKS:
+    if not isinstance(name, str) or name not in NETWORKS:
         raise ValueError(f"network is {name!r}: use {' or '.join(NETWORKS)}")
     network = NETWORKS[name]
     known = "network" in network.model_fields

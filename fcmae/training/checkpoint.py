@@ -136,8 +136,10 @@ def check_tensors(path: Path, found: Mapping[str, Tensor], like: Mapping[str, Te
         if (right := like.get(name)) is not None and (value.shape, value.dtype) != (right.shape, right.dtype):
             is_, needed = (f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in (value, right))
             problems.append(f"{name} is {is_} and not {needed}")
-    remedy = "give the model that the run was trained with, or another --out" if problems else _instead(path.parent)
-    if problems := problems or not_finite(found):
+    remedy = "give the model that the run was trained with, or another --out"
+    if not problems:
+        problems, remedy = not_finite(found), _instead(path.parent)
+    if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise ValueError(f"{path} does not fit the run ({', '.join(problems[:3])}{more}): {remedy}")
 
@@ -321,7 +323,7 @@ def restore(
     optimizer: torch.optim.AdamW,
     from_format_1: Callable[[str], str],
     scaler: torch.amp.GradScaler | None = None,
-) -> Meta:
+) -> None:
     """Load weights and optimizer state.
 
     Args:
@@ -331,20 +333,15 @@ def restore(
         from_format_1: the name in format 1 of a parameter of the model.
         scaler: of fp16, which is restored too.
 
-    Returns:
-        What the checkpoint says of itself.
-
     Raises:
         ValueError: if a file is missing or damaged.
     """
-    meta = read_meta(checkpoint)
     model.load_state_dict(read_state(checkpoint, "model", model, from_format_1))
     moments = _read_named(checkpoint, "optimizer", model, from_format_1)
     load_optimizer_state(optimizer, model, moments, checkpoint / "optimizer.safetensors")
     if scaler is not None:
         with reading_progress(checkpoint):
-            scaler.load_state_dict(meta.progress["scaler"])
-    return meta
+            scaler.load_state_dict(read_meta(checkpoint).progress["scaler"])
 
 
 @contextmanager
@@ -451,7 +448,7 @@ def check_space(
     size = num_states * 4 * sum(tensor.numel() for tensor in model.state_dict().values())
     own = (run / DIRECTORY).resolve()  # which may be a link, to a bigger disk
     place = next(folder for folder in (own, *own.parents) if folder.exists())
-    needed, free = round(size * (num_checkpoints + 1)), shutil.disk_usage(place).free
+    needed, free = size * (num_checkpoints + 1), shutil.disk_usage(place).free
     if overwrites:
         free += sum(file.stat().st_size for file in own.glob("*/*"))
     if needed > free:

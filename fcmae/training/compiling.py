@@ -41,17 +41,18 @@ def compile_model(net: nn.Module, setting: Setting, step: Callable[[], None], nu
     Raises:
         ValueError: for "cudagraphs" without a GPU, and for both where compiling fails.
     """
-    if setting:
-        # After a run of another image size in this process torch would compile for any size, for minutes on end.
-        torch.compiler.reset()
+    if setting is False:
+        return
+    if setting == "cudagraphs" and not torch.cuda.is_available():
+        raise ValueError("model.compile = cudagraphs needs a GPU, and torch finds none: use true or auto")
+    # After a run of another image size in this process torch would compile for any size, for minutes on end.
+    torch.compiler.reset()
     buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}  # which a trial on noise changes
-    if setting == "cudagraphs":
-        if not torch.cuda.is_available():
-            raise ValueError("model.compile = cudagraphs needs a GPU, and torch finds none: use true or auto")
-        net.compile(mode="reduce-overhead")
-    elif setting is True:
-        net.compile()
-    if setting in (True, "cudagraphs"):
+    if setting == "auto":
+        if _pays(net, step, num_steps):
+            net.compile()
+    else:
+        net.compile(mode="reduce-overhead" if setting == "cudagraphs" else None)
         try:
             step()
         except torch.OutOfMemoryError:
@@ -62,8 +63,6 @@ def compile_model(net: nn.Module, setting: Setting, step: Callable[[], None], nu
                 "(see fcmae doctor), or set model.compile to false or auto"
             ) from error
         net.zero_grad()
-    if setting == "auto" and _pays(net, step, num_steps):
-        net.compile()
     with torch.no_grad():
         for name, buffer in net.named_buffers():
             buffer.copy_(buffers[name])

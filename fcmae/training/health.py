@@ -112,7 +112,7 @@ def _first_low(
             highest[name] = max(value, highest.get(name, 0.0))
         if number >= LEAST_EVALUATIONS and (both := low & low_before):
             worst = min(both, key=lambda name: line[name] / max(highest[name], least))
-            others = ("", " and of another layer")[len(both) > 1] if len(both) < 3 else f" and {len(both) - 1} others"
+            others = {1: "", 2: " and of another layer"}.get(len(both), f" and {len(both) - 1} others")
             return worst.partition("/")[2], others, highest[worst], line
         low_before = low
     return None

@@ -68,7 +68,7 @@ class Log:
             took = f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
             logger.info("%s views, about %s, ends about %s", f"{views:,}", took, ends.strftime("%H:%M"))
         # None: where there is no terminal.
-        hidden = None if accelerator.is_main_process and schedule.total else True
+        hidden = None if accelerator.is_main_process and cfg.trains else True
         self._bar = tqdm(total=schedule.total, initial=schedule.start, unit="step", disable=hidden)
 
     def close(self) -> None:

@@ -16,7 +16,7 @@ def micro_batch_size(cfg: RunConfig, num_processes: int) -> int:
     return max(1, cfg.batch_size // num_processes // cfg.num_micro_batches)
 
 
-def evaluated_at_once(cfg: DenseConfig, num_processes: int, device_type: str) -> int:
+def eval_batch_size(cfg: DenseConfig, num_processes: int, device_type: str) -> int:
     """Images that a process computes at once in an evaluation: a micro-batch; of a run that only evaluates, whose
     micro-batch is the whole batch, at most AT_ONCE.
 

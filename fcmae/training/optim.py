@@ -94,10 +94,10 @@ class Schedule:
     peak_lr: float
     min_lr: float
     warmup: int
-    log_every: float
+    log_every: int
     eval_every: float
     save_every: float
-    milestone_every: float
+    milestone_every: int
 
     def learning_rate(self, step: int) -> float:
         """Of the step after `step` steps."""
@@ -127,7 +127,7 @@ def due(done: int, every: float, total: int) -> bool:
         every: steps between, which may be fractional; due where `done` has just reached a multiple of it.
         total: steps of the run.
     """
-    # The small term keeps a multiple that is whole in decimals whole in binary: 3 / (.1 * 30) is just below 1.
+    # The small term keeps a multiple that is whole in decimals whole in binary: 23 / (.1 * 23) is just below 10.
     return done == total or math.floor(done / every + 1e-9) > math.floor((done - 1) / every + 1e-9)
 
 

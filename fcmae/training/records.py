@@ -187,8 +187,11 @@ def _lasting(words: Sequence[str]) -> Iterator[str]:
     """The words of a command line without --overwrite, which would delete the run where it is to go on."""
     follows = False
     for word in words:
-        is_value, follows = follows and word.lower() in SWITCHED, word.lstrip("-") == "overwrite" != word
-        if not (is_value or follows or re.match("--?overwrite=", word)):
+        if follows and word.lower() in SWITCHED:  # its value
+            follows = False
+            continue
+        follows = re.fullmatch("-+overwrite", word) is not None
+        if not (follows or re.match("--?overwrite=", word)):
             yield word
 
 

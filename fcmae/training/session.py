@@ -22,7 +22,7 @@ class Session(Generic[AnyRun]):
     """A run that has been called for, on all of its processes.
 
     Attributes:
-        cfg: its settings, with a number for grad_accum unless that is measured.
+        cfg: its settings, with a number for grad_accum.
         run: its directory, not yet open.
         accelerator: of this process.
         stop: the signals to it, once it is open.
