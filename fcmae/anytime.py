@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fcmae.heads import Exits, Segmenter, add_nearest, build_head, resized
+from fcmae.heads import Exits, Segmenter, add_nearest, build_head, resize
 from fcmae.layouts import DENSE, PACKED, Masked, Packed
 from fcmae.networks.encoder import StagedEncoder
 from fcmae.networks.spec import describe
@@ -68,7 +68,7 @@ class Answer:
 
     def pixels(self) -> Tensor:
         """Logits of every pixel, (B, classes, H, W)."""
-        return resized(self.logits, self.size)
+        return resize(self.logits, self.size)
 
 
 class Anytime(Segmenter):
@@ -158,7 +158,7 @@ class Anytime(Segmenter):
             The answer after each stage, up to the first stage for which no patch remains.
 
         Raises:
-            ValueError: for another size, for several images without a budget, or for an invalid budget.
+            ValueError: for another size, for several images without a budget, or for an invalid budget or tau.
         """
         later = len(self.head) - 1
         if budget is None and len(images) != 1:
@@ -167,6 +167,8 @@ class Anytime(Segmenter):
         if shares is not None and (len(shares) != later or not all(0 < share <= 1 for share in shares)):
             raise ValueError(f"budget = {budget}: give a share above 0 and up to 1, or {later} of them, one a stage")
         threshold = self.head.tau if tau is None else tau
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"tau = {threshold}: give a probability, 0 to 1")
         num_visible: int | None = None
 
         def choose(stage: int, confidence: Tensor, hidden: Tensor) -> tuple[Tensor, int]:

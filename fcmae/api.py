@@ -497,6 +497,7 @@ def prune(
     by: pruning.By = "activation",
     key: str | None = None,
     prefix: str | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> str:
     """Remove hidden channels, compensated for on images, or whole blocks, and write the rest, as `fcmae prune` does.
 
@@ -510,6 +511,7 @@ def prune(
         by: measure of importance: what they add to the features of the images, or the norm of their weights.
         key: see `load`.
         prefix: see `load`.
+        settings: more, by the names of the command's flags, such as {"nodata": -1}.
 
     Returns:
         What was removed, and how to use what was written, as the command prints it.
@@ -518,5 +520,6 @@ def prune(
         ValueError: with a line for each problem with settings, weights or images, before anything is written.
     """
     paths = [images] if isinstance(images, str | os.PathLike) else images
-    given = {"model": source, "dest": dest, "data": [os.fspath(path) for path in paths], "key": key, "prefix": prefix}
-    return pruning.prune(options.make(PruneConfig, {**given, "keep": keep, "what": what, "how": how, "by": by}))
+    given: dict[str, Any] = {"model": source, "dest": dest, "data": [os.fspath(path) for path in paths], "key": key}
+    given |= {"prefix": prefix, "keep": keep, "what": what, "how": how, "by": by}
+    return pruning.prune(options.make(PruneConfig, {**given, **(settings or {})}))

@@ -37,7 +37,7 @@ from fcmae.starting import (
     check_held_out,
     check_scored,
     check_start,
-    class_balance,
+    class_weights_of,
     kept_weights,
     prepare,
     progress_of,
@@ -51,7 +51,7 @@ from fcmae.training.launch import (
     waiting_for_all,
 )
 from fcmae.training.log import Log
-from fcmae.training.micro_batches import evaluated_at_once
+from fcmae.training.micro_batches import eval_batch_size
 from fcmae.training.run import Run, RunDirectory
 from fcmae.training.session import Session, begin
 from fcmae.training.steps import Steps, evaluate_if_owed, limit_to_known_memory
@@ -104,6 +104,10 @@ def finetune(cfg: FinetuneConfig, net: Classifier | None = None) -> Run:
         check_start(cfg, run, net, num_images, images, accelerator.num_processes)
         if cfg.eval_only:
             check_scored(run, {"val_files.json": val_images})
+        train_set = build_train_set(cfg, train_images, reading) if cfg.trains else None
+        assert train_images.labels is not None
+        counts = np.bincount(train_images.labels, minlength=len(val_images.class_names))
+        class_weights = class_weights_of(cfg, counts, accelerator.device)
         with session.open(), giving_back(net):
             with waiting_for_all(accelerator):
                 if accelerator.is_main_process:
@@ -113,7 +117,9 @@ def finetune(cfg: FinetuneConfig, net: Classifier | None = None) -> Run:
                         logger.info("%s", note)
                     tell_missing(train_images, val_images)
                     check_values(reading, train_images if len(train_images) else val_images, trains=cfg.trains)
-            run.finished = train(session, cfg, net, weights, reading, per_epoch, train_images, val_images)
+            run.finished = train(
+                session, cfg, net, weights, reading, per_epoch, train_images, val_images, train_set, class_weights
+            )
     return session.result()
 
 
@@ -126,6 +132,8 @@ def train(
     per_epoch: int,
     train_images: Images,
     val_images: Images,
+    train_set: FinetuneDataset | None,
+    class_weights: Tensor | None,
 ) -> bool:
     """Train `net` from where the run stands to its end, or to a signal; or evaluate only.
 
@@ -138,6 +146,8 @@ def train(
         per_epoch: steps of an epoch; 0 to evaluate only.
         train_images: to learn from.
         val_images: held out.
+        train_set: of train_images; None to evaluate only.
+        class_weights: (classes,), in the loss; None is 1 each.
 
     Returns:
         Whether the end was reached.
@@ -151,11 +161,8 @@ def train(
     ready = prepare(cfg, run, accelerator, net, reading.image_size, per_epoch, SCORE, partial(rename, to="timm"))
     schedule, ema = ready.schedule, ready.ema
     normalize = reading.normalize.to(accelerator.device)
-    at_once = evaluated_at_once(cfg, accelerator.num_processes, accelerator.device.type)
+    at_once = eval_batch_size(cfg, accelerator.num_processes, accelerator.device.type)
     images_used = fingerprint(train_images, val_images)
-    assert train_images.labels is not None
-    counts = np.bincount(train_images.labels, minlength=len(weights.class_names))
-    balance = class_balance(cfg, counts, accelerator.device)
     mixup = build_mixup(cfg, len(weights.class_names))
     smoothing = 0.0 if mixup is not None else cfg.regularization.label_smoothing  # mixup's targets come smoothed
 
@@ -170,14 +177,13 @@ def train(
             num_processes=accelerator.num_processes,
         )
         evaluation = Evaluation(accelerator, normalize, val_images, batches, weights, cfg.model.init, ready.best, log)
-        if cfg.eval_only:
+        if train_set is None:
             evaluation.evaluate(net, None, 0, 0.0, (".",))
             logger.info("finished evaluating")
             return True
         message = "%s: %d training images of %d classes, %d held out"
         name, num_classes = describe(net.encoder.spec), len(weights.class_names)
         logger.info(message, name, len(train_images), num_classes, len(val_images))
-        train_set = build_train_set(cfg, train_images, reading)
 
         def evaluate(step: int) -> None:
             places = ("last",) if step == schedule.total else ()
@@ -186,18 +192,18 @@ def train(
 
         evaluate_if_owed(accelerator, run, schedule, log, evaluate)
         steps = Steps(cfg, schedule, accelerator, ready.model, ready.optimizer, train_set, log, session.stop)
+        progress = progress_of(cfg, net, reading, accelerator.num_processes)
         for step in steps:
             for batch in step.micro_batches():
                 with step.accumulate():
                     images, target = normalize(batch.images), batch.given_labels  # (B, C, H, W) float32, (B,) int64
                     if mixup is not None:
                         images, target = mixup(images, target)  # (B, classes)
-                    step.backward(classification_loss(ready.model(images), target, balance, smoothing))
+                    step.backward(classification_loss(ready.model(images), target, class_weights, smoothing))
             step.update()
             if ema is not None:
                 ema.update(net, step.number)
             step.settle()
-            progress = progress_of(steps.cfg, net, reading, accelerator.num_processes)
             step.save(run, net, images_used, progress, None if ema is None else ema.module)
             if step.evaluates:
                 evaluate(step.number)
@@ -206,21 +212,22 @@ def train(
     return steps.finished
 
 
-def classification_loss(logits: Tensor, target: Tensor, balance: Tensor | None, label_smoothing: float) -> Tensor:
+def classification_loss(logits: Tensor, target: Tensor, class_weights: Tensor | None, label_smoothing: float) -> Tensor:
     """Cross-entropy, the mean over the images.
 
     Args:
         logits: (B, classes).
         target: (B,) class indices, or (B, classes) shares of classes.
-        balance: (classes,), weights of the classes; None is 1 each. It multiplies an image's loss, and the sum is over
-            the number of images, not torch's weighted mean: its divisor would differ between micro-batches and
-            processes.
+        class_weights: (classes,); None is 1 each. An image's loss is multiplied by its class's, and the sum is over the
+            number of images, not torch's weighted mean: its divisor would differ between micro-batches and processes.
         label_smoothing: share of the target spread over all classes.
 
     Returns:
         A float32 scalar.
     """
-    loss = F.cross_entropy(logits.float(), target, weight=balance, label_smoothing=label_smoothing, reduction="sum")
+    loss = F.cross_entropy(
+        logits.float(), target, weight=class_weights, label_smoothing=label_smoothing, reduction="sum"
+    )
     return loss / len(logits)
 
 
@@ -261,7 +268,8 @@ def run_images(cfg: FinetuneConfig, run: RunDirectory, weights: Weights) -> tupl
     same = not cfg.eval_only and run.kept("data.path", "data.val_path")
     if same and (kept := kept_images(cached, storage)) is not None:
         return kept[0], kept[1]
-    names, own = weights.class_names if _keeps_head(cfg) else None, cfg.data.path
+    names = weights.class_names if _keeps_head(cfg) else None
+    own = cfg.data.path
     train = find_labelled(own, names, key="data.path", storage=storage) if own else Images.of_files((), (), names)
     if cfg.data.val_path is None:
         train, val = split(train, cfg.data.val_share, cfg.seed)

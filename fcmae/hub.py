@@ -23,7 +23,7 @@ from fcmae.data.split import evenly
 from fcmae.evaluation.charts import shown
 from fcmae.evaluation.records import COLUMNS, score_rows
 from fcmae.evaluation.runs import RunFiles, is_untrained, needs_no_network, read_run
-from fcmae.networks.spec import describe
+from fcmae.networks.spec import ConvNeXtSpec, describe
 from fcmae.tables import table
 from fcmae.weights.convert import check_dest, read_sound, write
 from fcmae.weights.files import FILE_SUFFIXES, Weights, learnt_bytes, segmenter_in, timm_holds
@@ -161,7 +161,7 @@ def card(weights: Weights, run: RunFiles | None, name: str) -> str:
         license_name=None if known else license_,
         library_name="timm" if timm_holds(weights.architecture.spec) else "fcmae",
         pipeline_tag="image-classification" if num_classes else "image-feature-extraction",
-        tags=["fcmae", "convnext"],
+        tags=["fcmae", *(["convnext"] if isinstance(weights.architecture.spec, ConvNeXtSpec) else [])],
     )
     place = name.partition(":")[2]
     title = os.path.basename(place)  # noqa: PTH119  # of a repository's name too
@@ -192,8 +192,8 @@ def _what(weights: Weights) -> Iterator[str]:
     count = sum(value.numel() for name, value in weights.state.items() if not name.startswith("decoder."))
     what = f"A classifier of {num_classes} classes" if num_classes else "An encoder"
     yield (
-        f"{what}: {_cell(network)}, {count / 1e6:.2f} million parameters, made with fcmae {fcmae.__version__} "
-        "(masked pretraining of ConvNets, arXiv 2301.00808)."
+        f"{what}: {_cell(network)}, {count / 1e6:.2f} million parameters, made with fcmae {fcmae.__version__}"
+        f"{'' if architecture.spec.dense_only else ' (masked pretraining of ConvNets, arXiv 2301.00808)'}."
     )
     if known := weights.image.known():
         yield table(["images", "value"], [[key, _cell(value)] for key, value in known.items()], left=2)

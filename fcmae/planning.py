@@ -504,7 +504,7 @@ def time_training(cfg: FinetuneConfig | SegmentConfig, at_once: int, duration_s:
     weights = starting.starting_weights(cfg)
     if isinstance(cfg, SegmentConfig):
         data = segmenting.find_data(cfg)
-        net: Classifier | Segmenter = segmenting.build_model(cfg, weights, len(data.classes))
+        net: Classifier | Segmenter = segmenting.build_model(cfg, weights, data.classes.names)
         reading = starting.reading_for(cfg, weights)
         train_set: ImageDataset = segmenting.build_train_set(cfg, data, reading)
         loss_of: Callable[[Tensor, Tensor], Tensor] = partial(segmentation_loss, dice=cfg.regularization.dice)
@@ -516,7 +516,7 @@ def time_training(cfg: FinetuneConfig | SegmentConfig, at_once: int, duration_s:
         net = finetuning.build_model(cfg, weights, len(images.class_names))
         reading = finetuning.build_reading(cfg, weights)
         train_set = finetuning.build_train_set(cfg, images, reading)
-        loss_of = partial(finetuning.classification_loss, balance=None, label_smoothing=0.0)
+        loss_of = partial(finetuning.classification_loss, class_weights=None, label_smoothing=0.0)
     net = net.to(device)
     normalize = reading.normalize.to(device)
     model, optimizer = accelerator.prepare(net, starting.build_optimizer(cfg, net), device_placement=[True, False])

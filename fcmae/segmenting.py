@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from timm.utils import ModelEmaV3
+from torch import Tensor
 
 from fcmae.anytime import Anytime, build_segmenter
 from fcmae.classification import write_confusion
@@ -28,7 +29,7 @@ from fcmae.data.loader import choose_num_workers
 from fcmae.data.maps import Classes, count_values, find_classes
 from fcmae.data.rasters import LabelMap, Raster
 from fcmae.data.sampler import steps_per_epoch
-from fcmae.data.source import BadImage
+from fcmae.data.source import BadImage, few
 from fcmae.data.split import evenly, split
 from fcmae.data.storage import Storage
 from fcmae.evaluation.pictures import save_overlays
@@ -50,7 +51,7 @@ from fcmae.starting import (
     check_held_out,
     check_scored,
     check_start,
-    class_balance,
+    class_weights_of,
     kept_weights,
     prepare,
     progress_of,
@@ -65,7 +66,7 @@ from fcmae.training.launch import (
     waiting_for_all,
 )
 from fcmae.training.log import Log
-from fcmae.training.micro_batches import evaluated_at_once
+from fcmae.training.micro_batches import eval_batch_size
 from fcmae.training.run import Run, RunDirectory
 from fcmae.training.session import Session, begin
 from fcmae.training.steps import Steps, evaluate_if_owed, limit_to_known_memory
@@ -128,7 +129,7 @@ def segment(cfg: SegmentConfig, net: Segmenter | None = None) -> Run:
         data = same_everywhere(accelerator, partial(run_images, cfg, run))
         per_epoch = 0 if cfg.eval_only else steps_per_epoch(len(data.images), cfg.batch_size)
         if net is None:
-            net = build_model(cfg, weights, len(data.classes))
+            net = build_model(cfg, weights, data.classes.names)
         cfg, run.network = run.licensed(cfg, weights.license), describe(net.encoder.spec)
         reading = reading_for(cfg, weights)
         weights = replace(weights, state={}, image=ImageRecord.of(reading), origin=licensed(cfg.model.license))
@@ -137,6 +138,7 @@ def segment(cfg: SegmentConfig, net: Segmenter | None = None) -> Run:
         check_start(cfg, run, net, num_images, data.fingerprint(), accelerator.num_processes)
         if cfg.eval_only:
             check_scored(run, {"val_files.json": data.val_images, "val_maps.json": data.val_maps})
+        class_weights = class_weights_of(cfg, data.counts, accelerator.device)
         with session.open(), giving_back(net):
             with waiting_for_all(accelerator):
                 if accelerator.is_main_process:
@@ -145,7 +147,7 @@ def segment(cfg: SegmentConfig, net: Segmenter | None = None) -> Run:
                     for note in dict.fromkeys(note for part in data for note in part.notes):
                         logger.info("%s", note)
                     check_values(reading, data.images if len(data.images) else data.val_images, trains=cfg.trains)
-            run.finished = train(session, cfg, net, weights, reading, per_epoch, data)
+            run.finished = train(session, cfg, net, weights, reading, per_epoch, data, class_weights)
     return session.result()
 
 
@@ -157,6 +159,7 @@ def train(
     reading: Reading,
     per_epoch: int,
     data: Mapped,
+    class_weights: Tensor | None,
 ) -> bool:
     """Train `net` from where the run stands to its end, or to a signal; or evaluate only.
 
@@ -168,6 +171,7 @@ def train(
         reading: how images are read.
         per_epoch: steps of an epoch; 0 to evaluate only.
         data: images and maps.
+        class_weights: (classes,), in the loss; None is 1 each.
 
     Returns:
         Whether the end was reached.
@@ -181,9 +185,8 @@ def train(
     ready = prepare(cfg, run, accelerator, net, reading.image_size, per_epoch, SCORE)
     schedule, ema = ready.schedule, ready.ema
     normalize = reading.normalize.to(accelerator.device)
-    at_once = evaluated_at_once(cfg, accelerator.num_processes, accelerator.device.type)
+    at_once = eval_batch_size(cfg, accelerator.num_processes, accelerator.device.type)
     images_used = data.fingerprint()
-    balance, dice = class_balance(cfg, data.counts, accelerator.device), cfg.regularization.dice
 
     with closing(Log(cfg, accelerator, schedule, len(data.images) + len(data.val_images))) as log:
         evaluation = Evaluation(cfg, accelerator, reading, data, weights, log, ready.best, at_once)
@@ -205,16 +208,18 @@ def train(
 
         evaluate_if_owed(accelerator, run, schedule, log, evaluate)
         steps = Steps(cfg, schedule, accelerator, ready.model, ready.optimizer, train_set, log, session.stop)
+        progress = progress_of(cfg, net, reading, accelerator.num_processes)
         for step in steps:
             for batch in step.micro_batches():
                 with step.accumulate():
                     images, target = normalize(batch.images), batch.given_labels  # (B, C, H, W), (B, H, W)
-                    step.backward(segmentation_loss(ready.model(images), target, balance, dice))
+                    step.backward(
+                        segmentation_loss(ready.model(images), target, class_weights, cfg.regularization.dice)
+                    )
             step.update()
             if ema is not None:
                 ema.update(net, step.number)
             step.settle()
-            progress = progress_of(steps.cfg, net, reading, accelerator.num_processes)
             step.save(run, net, images_used, progress, None if ema is None else ema.module)
             if step.evaluates:
                 evaluate(step.number)
@@ -308,18 +313,18 @@ def known_classes(cfg: SegmentConfig, known: Classes) -> Classes:
     return Classes(known.names, values, ignored)
 
 
-def build_model(cfg: SegmentConfig, weights: Weights, num_classes: int) -> Segmenter:
-    """The encoder of the weights, as far as they have it, and a new head; to evaluate only, all of `model.init`.
+def build_model(cfg: SegmentConfig, weights: Weights, class_names: Sequence[str]) -> Segmenter:
+    """The encoder of the weights, as far as they have it, and a new head, or theirs; to evaluate only, `model.init`.
 
     Everything random is drawn from the run's seed.
 
     Args:
         cfg: the run's settings.
         weights: see `starting_weights`.
-        num_classes: of a pixel.
+        class_names: of a pixel.
 
     Raises:
-        ValueError: if a threshold is given for a model without exits.
+        ValueError: if a threshold is given for a model without exits, or the head to keep is none or another.
     """
     if cfg.eval_only:
         model = read_segmenter(Path(str(cfg.model.init)))[0]
@@ -338,10 +343,20 @@ def build_model(cfg: SegmentConfig, weights: Weights, num_classes: int) -> Segme
         architecture.spec, architecture.in_chans, cfg.model.drop_path_rate, cfg.model.grad_checkpointing
     )
     own = cfg.model
-    model = build_segmenter(encoder, own.head, num_classes, own.head_dim, own.tau, own.quantile)
+    model = build_segmenter(encoder, own.head, len(class_names), own.head_dim, own.tau, own.quantile)
     if found := {name: value for name, value in weights.state.items() if name.startswith("encoder.")}:
         model.load_state_dict(model.state_dict() | found)
         logger.info("loaded %d tensors from %s", len(found), cfg.model.init)
+        if own.keep_head:
+            learnt, _, record = read_segmenter(Path(str(own.init)))
+            kept, made = (record.kind, record.dim, record.class_names), (own.head, model.head.dim, tuple(class_names))
+            if kept != made:
+                heads = [f"{kind} of {dim} channels for {few(names, 10)}" for kind, dim, names in (kept, made)]
+                raise ValueError(
+                    f"model.keep_head: model.init = {own.init} has {heads[0]}, and the settings make {heads[1]}: set "
+                    "model.head, model.head_dim and data.class_names to its own"
+                )
+            model.head.load_state_dict(learnt.head.state_dict())
     return model
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fcmae.config import DenseConfig, RunConfig
 from fcmae.data.augment import Reading
-from fcmae.data.index import Images, also_in, check_apart, labelled_images_of_run
+from fcmae.data.index import Images, also_in, check_apart, labelled_images_of_run, run_of
 from fcmae.data.source import printable
 from fcmae.heads import Classifier, Segmenter
 from fcmae.networks.encoder import layer_of, num_layers
@@ -53,7 +53,7 @@ def starting_weights(cfg: DenseConfig) -> Weights:
         return Weights({}, Architecture(cfg.model.spec, cfg.data.in_chans))
     path = cfg.model.init
     weights = read_init(path, cfg.model.key, cfg.model.prefix)
-    if not cfg.eval_only:
+    if not (cfg.eval_only or cfg.model.keep_head):
         tell_encoder_alone(Path(path))
     held = weights.architecture
     if cfg.model.stem_stride not in (None, held.spec.stem_stride):
@@ -102,8 +102,7 @@ def reading_for(cfg: DenseConfig, weights: Weights, crop_pct: float = 1.0) -> Re
         )
     if cfg.eval_only and "image_size" not in cfg.data.model_fields_set and learnt.size is not None:
         reading = replace(reading, image_size=learnt.size)
-    spec = weights.architecture.spec
-    unit = spec.total_stride // spec.stem_stride * (cfg.model.stem_stride or spec.stem_stride)
+    unit = weights.architecture.spec.total_stride
     if min(reading.image_size) < unit:
         raise ValueError(
             f"data.image_size: {list(reading.image_size)} is smaller than the total stride {unit}: give more"
@@ -172,7 +171,7 @@ def check_held_out(cfg: DenseConfig, train: Images, val: Images) -> None:
     """
     if cfg.trains:
         check_apart(train, val, *(("data.path",) if cfg.data.val_path is None else ("data.val_path", "data.path")))
-    learnt = None if cfg.model.init is None else labelled_images_of_run(Path(cfg.model.init))
+    learnt = None if cfg.model.init is None else learnt_images(cfg.model.init)
     both = also_in(val, learnt) if learnt is not None else ()
     if both and (cfg.trains or cfg.data.val_path is not None):
         logger.warning(
@@ -193,14 +192,32 @@ def check_held_out(cfg: DenseConfig, train: Images, val: Images) -> None:
         )
 
 
+def learnt_images(model: str) -> Images | None:
+    """The images whose labels weights have learnt: those of a run, also of one that they were made from, as by `prune`.
+
+    Args:
+        model: path of the weights.
+
+    Returns:
+        None where they do not say, or learnt none.
+    """
+    learnt, run = labelled_images_of_run(Path(model)), _origin_of(Path(model)).get("run")
+    return labelled_images_of_run(Path(run)) if learnt is None and isinstance(run, str) else learnt
+
+
 def images_that_chose(path: Path) -> Images | None:
     """The labelled images by which a run chose the weights that are read from a path; None if there are none.
 
     Args:
-        path: a run with labels, whose best weights are read, or its best/, or a file in it.
+        path: a run with labels, whose best weights are read, or its best/, or a file in it, or one that was made of it.
     """
     folder = path.parent if path.is_file() else path
     run = folder.parent if folder.name == "best" else folder
+    if run_of(path) is None and not (run / "metrics.jsonl").is_file():
+        origin = _origin_of(path)
+        run = Path(str(origin.get("run")))
+        if origin.get("step") != _step_of(run / "best"):
+            return None
     with suppress(ValueError, OSError):
         lines = read_metrics(run / "metrics.jsonl")
         num = sum("balanced_accuracy" in line or "miou" in line for line in lines)
@@ -219,10 +236,11 @@ def check_scored(run: RunDirectory, parts: Mapping[str, Images]) -> None:
     Raises:
         ValueError: if it has been done on others.
     """
+    if not run.exists or not read_metrics(run.path / "metrics.jsonl"):
+        return
     for name, images in parts.items():
         kept = run.path / name
-        has_scores = run.exists and bool(read_metrics(run.path / "metrics.jsonl"))
-        if has_scores and kept.is_file() and Images.load(kept).fingerprint() != images.fingerprint():
+        if kept.is_file() and Images.load(kept).fingerprint() != images.fingerprint():
             raise ValueError(
                 f"out = {run.path} has the scores of other images: give another --out, or --overwrite to delete them"
             )
@@ -315,7 +333,7 @@ def prepare(
     """
     net = net.to(accelerator.device)
     ema_decay = cfg.regularization.ema_decay
-    # After n steps the decay is n / (n + 9) at the most: .9999 alone would keep a short run's first weights to its end.
+    # After n steps the decay is (n - 1) / (n + 8) at most: .9999 would keep a short run's first weights to its end.
     rising: dict[str, Any] = {"use_warmup": True, "warmup_gamma": 9, "warmup_power": 1}
     ema = ModelEmaV3(net, decay=ema_decay, **rising) if ema_decay and not cfg.eval_only else None
     adamw, best = build_optimizer(cfg, net), Best()
@@ -352,15 +370,24 @@ def _best_of(run: RunDirectory, score: str) -> Best:
 def _step_of(model: Path) -> int:
     """After how many steps a run exported a model; 0 if there is none, or one of two halves."""
     try:
-        if not fits(model):
-            return 0
-        with safe_open(model / "model.safetensors", "pt") as file:
-            return int(json.loads(file.metadata()[RECORD])["origin"]["step"])
+        return int(_origin_of(model)["step"]) if fits(model) else 0
     except (OSError, SafetensorError, LookupError, TypeError, ValueError):
         return 0
 
 
-def class_balance(cfg: DenseConfig, counts: Sequence[int] | NDArray[np.int64], device: torch.device) -> Tensor | None:
+def _origin_of(weights: Path) -> dict[str, Any]:
+    """What a .safetensors file of ours, or a folder with one, was made from; nothing of others."""
+    file = weights / "model.safetensors" if weights.is_dir() else weights
+    with suppress(OSError, SafetensorError, LookupError, TypeError, ValueError, RecursionError):
+        if file.is_file():
+            with safe_open(file, "pt") as opened:
+                return dict(json.loads(opened.metadata()[RECORD])["origin"])
+    return {}
+
+
+def class_weights_of(
+    cfg: DenseConfig, counts: Sequence[int] | NDArray[np.int64], device: torch.device
+) -> Tensor | None:
     """Weights of the classes in the loss, as the settings have them.
 
     Args:

@@ -25,7 +25,7 @@ from fcmae.masked import FCMAE, build_fcmae, masked_loss
 from fcmae.masking import num_visible, random_mask
 from fcmae.networks.build import make_encoder
 from fcmae.networks.encoder import StagedEncoder
-from fcmae.networks.spec import VARIANTS, ConvNeXtSpec, NetworkSpec, describe, variant_of
+from fcmae.networks.spec import VARIANTS, ContainerSpec, ConvNeXtSpec, NetworkSpec, describe, variant_of
 from fcmae.timing import in_turn
 from fcmae.weights.formats import rename
 
@@ -59,7 +59,7 @@ class Case(NamedTuple):
 
 
 ATTO = VARIANTS["convnextv2_atto"]
-# V2, V1 and one of our own; square and not; one image and several; little, much and nothing hidden.
+# V2, V1, one of our own and CONTAINER; square and not; one image and several; little, much and nothing hidden.
 CASES = (
     Case(ATTO, (3, 5), 0.6, 2, whole=False),
     Case(ATTO, (3, 2), 0.6, 3, whole=True),
@@ -67,6 +67,21 @@ CASES = (
     Case(ATTO, (2, 3), 0, 2, whole=False),
     Case(VARIANTS["convnext_tiny"], (1, 3), 0.4, 2, whole=False),  # V1, and an MLP of Linear layers in timm
     Case(ConvNeXtSpec(depths=(1, 2, 1), dims=(16, 24, 40), stem_stride=2), (2, 3), 0.5, 2, whole=True),
+    # Attention, and smaller kernels.
+    Case(
+        ContainerSpec(
+            depths=(1, 1, 1),
+            dims=(16, 24, 40),
+            affinity=("static", "dynamic", "mixed"),
+            mlp_ratios=(4, 4, 4),
+            num_heads=4,
+            stem_stride=2,
+        ),
+        (2, 3),
+        0.5,
+        2,
+        whole=True,
+    ),
 )
 
 # Largest error allowed, relative to the largest element of the tensor that is compared. Rounding grows over some twenty

@@ -36,7 +36,7 @@ from fcmae.atomic import write_text
 from fcmae.config import FinetuneConfig, PretrainConfig
 from fcmae.config.commands import WorthConfig
 from fcmae.data.find import find_images
-from fcmae.data.index import Images, also_in, images_of_run, labelled_images_of_run
+from fcmae.data.index import Images, also_in, images_of_run
 from fcmae.data.source import is_unicode, printable
 from fcmae.data.split import draw
 from fcmae.data.survey import Survey, survey
@@ -50,7 +50,7 @@ from fcmae.evaluation.records import SCORES
 from fcmae.finetuning import finetune, fingerprint
 from fcmae.networks.spec import NetworkSpec, describe
 from fcmae.pretraining import pretrain
-from fcmae.starting import class_balance, images_that_chose
+from fcmae.starting import class_weights_of, images_that_chose, learnt_images
 from fcmae.tables import table
 from fcmae.training import checkpoint
 from fcmae.training.own_files import check_outside, remove_models
@@ -389,7 +389,7 @@ def _known(start: Start, train: Images, test: Images) -> Iterator[str]:
     Raises:
         ValueError: if they were trained on labels of test images.
     """
-    labelled = labelled_images_of_run(Path(str(start.init)))
+    labelled = learnt_images(str(start.init))
     if (learnt := images_of_run(Path(str(start.init))) if labelled is None else labelled) is None:
         return
     tested, drawn_from = (len(also_in(images, learnt)) for images in (test, train))
@@ -611,9 +611,11 @@ def _probe(name: str, place: Path, cfg: WorthConfig, plan: Plan, train: Images, 
         for labels, seed in wanted:
             rows = np.flatnonzero(np.isin(learnt[positions], drawn(train, labels, seed)))
             num_classes = len(train.class_names or ())
-            balance = class_balance(_scratch(place, labels), np.bincount(known[rows], minlength=num_classes), device)
+            class_weights = class_weights_of(
+                _scratch(place, labels), np.bincount(known[rows], minlength=num_classes), device
+            )
             probe = fit_linear(
-                features, known, num_classes, positions=rows, balance=balance, seed=seed, device=device,
+                features, known, num_classes, positions=rows, class_weights=class_weights, seed=seed, device=device,
                 title=f"{name}: {labels}, seed {seed}",
             )  # fmt: skip
             scores = score(truth, probe.probabilities(tested))

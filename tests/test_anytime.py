@@ -270,6 +270,9 @@ def test_what_cannot_be_answered_is_refused() -> None:
     model = model_of()
     with pytest.raises(ValueError, match="received 40x64; give multiples of the total stride 16"):
         model(images_of(1, 40, 64))
+    for tau in (95, -0.1):
+        with pytest.raises(ValueError, match=f"tau = {tau}: give a probability, 0 to 1"):
+            next(model.anytime(images_of(1), tau=tau))
     with pytest.raises(ValueError, match="received 2 of them without a budget"):
         next(model.anytime(images_of(2)))
     for budget in (0, 1.5, (0.5, 0.5)):

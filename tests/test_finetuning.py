@@ -32,8 +32,9 @@ from fcmae.finetuning import classification_loss
 from fcmae.heads import Classifier
 from fcmae.networks.convnext import Encoder
 from fcmae.networks.encoder import num_layers
+from fcmae.networks.layers import DropPath
 from fcmae.networks.spec import VARIANTS, ConvNeXtSpec
-from fcmae.starting import build_optimizer, class_balance
+from fcmae.starting import build_optimizer, class_weights_of
 from fcmae.training import checkpoint
 from fcmae.training.records import last_state
 from fcmae.training.steps import schedule_of
@@ -216,6 +217,17 @@ def test_evaluating_only_and_predicting_repeat_the_last_evaluation(
     best = [str(tuned / "best") if word == str(tuned / "last") else word for word in drawing]
     assert cli.main([*best, "0", "--overwrite"]) == 0
     assert "4 of the 4 images held out chose model.init" in capsys.readouterr().err
+    # A file that was made of its weights says so.
+    for name, source in (("last", tuned / "last"), ("best", tuned)):
+        fcmae.export(source, tmp_path / f"{name}.safetensors", to="fcmae")
+        made = [str(tmp_path / f"{name}.safetensors") if word == str(tuned / "last") else word for word in drawing]
+        runs.forget_accelerator()
+        assert cli.main([*made, "1", "--overwrite"]) == 2
+        assert "learnt from, such as" in capsys.readouterr().err
+        runs.forget_accelerator()
+        assert cli.main([*made, "0", "--overwrite"]) == 0
+        steps = [read_weights(tuned / each).origin["step"] for each in (name, "best")]
+        assert ("4 of the 4 images held out chose model.init" in capsys.readouterr().err) == (steps[0] == steps[1])
     # Training from it, too, they choose the best model.
     given = {"model__init": tuned / "last", "epochs": 1, "optim__warmup_epochs": 0}
     for seed in (0, 1):
@@ -599,6 +611,7 @@ def test_a_step_without_memory_is_taken_again_in_smaller_parts_that_mixup_can_pa
         ({"model__stem_stride": 2}, "model.stem_stride = 2, but model.init"),
         ({"model__init": "nowhere"}, "model.init = nowhere does not exist"),
         ({"regularization__class_weights": "1,2,3"}, "class_weights has 3 values for 2 classes"),
+        ({"data__auto_augment": "nonsense"}, "data.auto_augment: 'nonsense' is no policy"),
         ({"batch_size": 64}, "batch_size: 64 is more than the 16 training images"),
     ],
 )
@@ -612,7 +625,7 @@ def test_what_does_not_fit_is_named(
 ) -> None:
     assert finetune(labelled, tmp_path / "out", **({"model__init": pretrained} | settings)) == 2
     assert message in capsys.readouterr().err
-    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+    assert not (tmp_path / "out").exists()  # nor is a run deleted that --overwrite names
 
 
 def test_a_pretraining_run_is_no_fine_tuning_run(
@@ -773,7 +786,7 @@ def test_settings_reach_what_they_are_for(labelled: Path, tmp_path: Path) -> Non
     ]
     assert any(not torch.equal(value, heads[1][name]) for name, value in heads[0].items())
     net = finetuning.build_model(cfg, weights, 2)
-    rates = [module.drop_path_rate for module in net.encoder.modules() if hasattr(module, "drop_path_rate")]
+    rates = [module.rate for module in net.encoder.modules() if isinstance(module, DropPath)]
     assert net.encoder.grad_checkpointing and max(rates) == 0.25
     mixup = finetuning.build_mixup(cfg, 2)
     assert mixup is not None and (mixup.mixup_alpha, mixup.cutmix_alpha, mixup.label_smoothing) == (0.3, 0.6, 0.2)
@@ -819,7 +832,7 @@ def test_classes_weigh_as_the_settings_say_and_nothing_where_nothing_is_trained(
             "regularization": {"class_weights": weights},
         }
     )
-    found = class_balance(cfg, [3, 1], torch.device("cpu"))
+    found = class_weights_of(cfg, [3, 1], torch.device("cpu"))
     assert (found if found is None else found.tolist()) == (expected if expected is None else pytest.approx(expected))
 
 

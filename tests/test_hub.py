@@ -31,7 +31,7 @@ from fcmae.evaluation.runs import read_run
 from fcmae.heads import Classifier
 from fcmae.hub import card
 from fcmae.networks.convnext import Encoder
-from fcmae.networks.spec import VARIANTS, ConvNeXtSpec
+from fcmae.networks.spec import VARIANTS, ContainerSpec, ConvNeXtSpec
 from fcmae.weights.convert import build_classifier, save_classifier
 from fcmae.weights.files import ImageRecord, Weights, read_weights
 from fcmae.weights.formats import Architecture
@@ -407,3 +407,10 @@ def test_a_segmentation_is_refused_in_a_sentence(run: Path, tmp_path: Path, caps
     assert main(["export", str(tmp_path / "copy"), str(tmp_path / "page"), "--to", "hub"]) == 2
     assert "makes label maps, and no format of the hub holds its head" in capsys.readouterr().err
     assert not (tmp_path / "page").exists()
+
+
+def test_the_card_of_another_network_does_not_call_it_a_convnext() -> None:
+    container = ContainerSpec(depths=(1, 1), dims=(16, 32), affinity=("static", "mixed"), mlp_ratios=(4, 4))
+    for spec, is_masked in ((container, True), (VARIANTS["roadmap/resnet"], False)):
+        text = card(Weights({}, Architecture(spec), IMAGE), None, "local-dir:f")
+        assert ModelCard(text).data.tags == ["fcmae"] and ("masked pretraining of ConvNets" in text) == is_masked

@@ -41,12 +41,13 @@ from fcmae.evaluation.report import report
 from fcmae.evaluation.status import state_of
 from fcmae.heads import Segmenter, build_head
 from fcmae.networks.convnext import Encoder
+from fcmae.networks.layers import DropPath
 from fcmae.networks.spec import ConvNeXtSpec
 from fcmae.options import load
 from fcmae.prediction import predict_maps
 from fcmae.segmentation import colours, predictor, probabilities_by_rows
 from fcmae.segmenting import Mapped
-from fcmae.starting import class_balance, reading_for
+from fcmae.starting import class_weights_of, reading_for
 from fcmae.training import checkpoint
 from fcmae.weights import onnx, segmenters
 from fcmae.weights.files import HEAD, ImageRecord, Weights, read_weights, segmenter_in
@@ -190,8 +191,8 @@ def test_settings_reach_what_they_are_for(
     weights = segmenting.starting_weights(cfg)
     crop = segmenting.build_train_set(cfg, data, reading_for(cfg, weights))._crop
     assert (crop.color_jitter, crop.vflip, crop.hflip, crop.scale) == (0.5, 1.0, 0.25, (0.8, 1.25))
-    net = segmenting.build_model(cfg, segmenting.starting_weights(cfg), 3)
-    rates = [module.drop_path_rate for module in net.encoder.modules() if hasattr(module, "drop_path_rate")]
+    net = segmenting.build_model(cfg, segmenting.starting_weights(cfg), ("a", "b", "c"))
+    rates = [module.rate for module in net.encoder.modules() if isinstance(module, DropPath)]
     assert net.encoder.grad_checkpointing and max(rates) == 0.25
 
 
@@ -305,11 +306,11 @@ def test_it_starts_from_a_pretraining_run(kind: str, pretrained: Path, tiles: Pa
         }
     )  # fmt: skip
     weights = segmenting.starting_weights(cfg)
-    net = segmenting.build_model(cfg, weights, 2)
+    net = segmenting.build_model(cfg, weights, ("0", "1"))
     for name, value in weights.state.items():
         if name.startswith("encoder."):
             assert torch.equal(net.get_parameter(name), value)
-    again = segmenting.build_model(cfg, weights, 2).state_dict()
+    again = segmenting.build_model(cfg, weights, ("0", "1")).state_dict()
     assert all(torch.equal(value, again[name]) for name, value in net.state_dict().items())
     assert segment(tiles, tmp_path / "run", model__init=pretrained, model__head=kind, epochs=1) == 0
 
@@ -442,6 +443,7 @@ def test_what_cannot_be_trained_is_refused_in_a_sentence(
     assert status == (0 if sentence is None else 2)
     if sentence is not None:
         assert re.search(sentence, error), error
+        assert not (tmp_path / "run").exists()  # nor is a run deleted that --overwrite names
 
 
 def test_class_weights_are_inverse_to_the_share_of_the_pixels(tiles: Path) -> None:
@@ -455,12 +457,12 @@ def test_class_weights_are_inverse_to_the_share_of_the_pixels(tiles: Path) -> No
     assert isinstance(data, Mapped) and len(data.images) + len(data.val_images) == 12
     stored = np.concatenate([np.asarray(Image.open(path)).ravel() for path in data.maps.names()])
     assert data.counts.tolist() == [(stored == 0).sum(), (stored == 1).sum()]
-    weights = class_balance(cfg, data.counts, torch.device("cpu"))
+    weights = class_weights_of(cfg, data.counts, torch.device("cpu"))
     assert weights is not None
     torch.testing.assert_close(
         (weights * torch.from_numpy(data.counts)).float(), torch.full((2,), data.counts.sum() / 2)
     )
-    unseen = class_balance(cfg, [*data.counts, 0], torch.device("cpu"))
+    unseen = class_weights_of(cfg, [*data.counts, 0], torch.device("cpu"))
     assert unseen is not None and unseen.tolist() == [*weights.tolist(), weights.max().item()]
     pairs = zip(data.val_images.names(), data.val_maps.names(), strict=True)
     assert all(Path(image).name == Path(label).name for image, label in pairs)
@@ -759,6 +761,27 @@ def anytime(pretrained: Path, tiles: Path, tmp_path_factory: pytest.TempPathFact
     assert segment(tiles, out, model__init=pretrained, model__drop_path_rate=0.1, **words) == 0
     runs.forget_accelerator()
     return out
+
+
+def test_a_head_goes_on_where_it_is_kept(
+    anytime: Path, tiles: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given: dict[str, Any] = {"model__init": anytime, "model__keep_head": True, "epochs": 1, "optim__base_lr": 1e-30}
+    given |= {"optim__min_lr": 0, "model__head": "anytime"}
+    assert segment(tiles, tmp_path / "more", **given) == 0
+    assert "the encoder alone is taken" not in capsys.readouterr().err
+    heads = [read_segmenter(place)[0].head.state_dict() for place in (anytime, tmp_path / "more" / "last")]
+    assert_same(*heads)
+    assert (metrics(tmp_path / "more")[-1]["miou"]) > 0.8
+    for setting, has in (({"model__head": "pyramid"}, "pyramid of 8"), ({"model__head_dim": 16}, "anytime of 16")):
+        runs.forget_accelerator()
+        assert segment(tiles, tmp_path / "other", **given | setting) == 2
+        error = capsys.readouterr().err
+        assert f"has anytime of 8 channels for 0, 1, and the settings make {has} channels for 0, 1: set" in error
+    runs.forget_accelerator()
+    del given["model__init"]
+    assert segment(tiles, tmp_path / "other", **given, model__variant=runs.TINY) == 2
+    assert "model.keep_head: it takes the head that init has: give --init" in capsys.readouterr().err
 
 
 def test_an_anytime_model_learns_and_keeps_its_thresholds(anytime: Path, tiles: Path, tmp_path: Path) -> None:

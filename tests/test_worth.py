@@ -614,7 +614,7 @@ def test_baselines_weigh_the_classes_as_the_networks_do(folder: Path, monkeypatc
     fit_linear, seen = worth.fit_linear, list[Any]()
 
     def noted(*given: Any, **more: Any) -> Any:
-        seen.append(more["balance"])
+        seen.append(more["class_weights"])
         return fit_linear(*given, **more)
 
     monkeypatch.setattr(worth, "fit_linear", noted)

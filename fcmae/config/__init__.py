@@ -289,6 +289,10 @@ class PretrainModel(EncoderConfig):
 class DenseModel(EncoderConfig):
     """An encoder under a head; which encoder may be left to `init`."""
 
+    keep_head: bool = False
+    """Start from the head of `init` too: of a classifier, e.g. after `fcmae prune`, whose classes are then used; of a
+    segmentation model, which must be as these settings make it."""
+
     @property
     def spec(self) -> NetworkSpec | None:
         """The network's numbers, with the stem's stride if it is given; None without a variant."""
@@ -304,8 +308,6 @@ class DenseModel(EncoderConfig):
 class FinetuneModel(DenseModel):
     head_init_scale: float | None = Field(None, gt=0)
     """Factor on the classifier's initial weights. Default: .001 with `init`, 1 from scratch."""
-    keep_head: bool = False
-    """Start from the classifier of `init` too, e.g. after `fcmae prune`; its classes are then used."""
 
 
 class SegmentModel(DenseModel):
@@ -370,8 +372,8 @@ class Regularization(Section):
     """Weights of the classes in the loss: a list (classes in alphabetical order, or by size if all are numbers), or
     balanced (inverse to their frequency)."""
     ema_decay: float = Field(0.0, ge=0, lt=1)
-    """Decay of the weights' moving average (EMA), 0 for none; after n steps, n / (n + 9) as long as that is less. The
-    average is evaluated beside the weights themselves."""
+    """Decay of the weights' moving average (EMA), 0 for none; after n steps, (n - 1) / (n + 8) as long as that is less.
+    The average is evaluated beside the weights themselves."""
 
 
 class SegmentOptim(FinetuneOptim):
@@ -389,8 +391,8 @@ class SegmentRegularization(Section):
     dice: float = Field(0.0, ge=0)
     """Weight of the Dice loss, added to the cross-entropy; 0 for none."""
     ema_decay: float = Field(0.0, ge=0, lt=1)
-    """Decay of the weights' moving average (EMA), 0 for none; after n steps, n / (n + 9) as long as that is less. The
-    average is evaluated beside the weights themselves."""
+    """Decay of the weights' moving average (EMA), 0 for none; after n steps, (n - 1) / (n + 8) as long as that is less.
+    The average is evaluated beside the weights themselves."""
 
 
 class CheckpointConfig(Section):
@@ -730,6 +732,8 @@ class SegmentConfig(DenseConfig):
 
     def conflicts(self, num_processes: int | None = None) -> Iterator[Conflict]:
         yield from super().conflicts(num_processes)
+        if self.model.keep_head and self.model.init is None:
+            yield ("model.keep_head", "model.init"), "it takes the head that init has: give --init"
         for name in ("tau", "quantile"):
             if getattr(self.model, name) is not None and self.model.head != "anytime" and not self.eval_only:
                 yield (f"model.{name}", "model.head"), f"it is for anytime, and model.head is {self.model.head}"

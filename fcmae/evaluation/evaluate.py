@@ -30,7 +30,7 @@ from fcmae.classification import macro_auroc, scores
 from fcmae.config.commands import EvaluateConfig
 from fcmae.data.dataset import check_values
 from fcmae.data.find import find_labelled
-from fcmae.data.index import Images, also_in, check_apart, labelled_images_of_run
+from fcmae.data.index import Images, also_in, check_apart
 from fcmae.data.source import printable
 from fcmae.data.split import draw, split
 from fcmae.evaluation.features import check_stages, extract
@@ -40,7 +40,7 @@ from fcmae.evaluation.pictures import new_figure, save_figure, shortened
 from fcmae.evaluation.probes import TEMPERATURE, few_shot_counts, fit_linear, knn_probabilities, mean_and_interval
 from fcmae.evaluation.records import COLUMNS, score_rows
 from fcmae.networks.encoder import StagedEncoder
-from fcmae.starting import images_that_chose
+from fcmae.starting import images_that_chose, learnt_images
 from fcmae.tables import table
 from fcmae.training.own_files import FOUND, check_outside
 from fcmae.training.records import device_name
@@ -215,13 +215,13 @@ def check_untaught(model: str, test_index: Images) -> None:
     """Refuse to probe a run on images whose labels it was trained on; warn if they chose its best weights.
 
     Args:
-        model: what is probed; nothing is known of a model that is not a run.
+        model: what is probed; nothing is known of one that is no run, nor made of one.
         test_index: the images to test on.
 
     Raises:
         ValueError: if it was trained on some of them.
     """
-    learnt = labelled_images_of_run(Path(model))
+    learnt = learnt_images(model)
     if learnt is not None and (both := also_in(test_index, learnt)):
         raise ValueError(
             f"{model} has learnt from {len(both)} of the {len(test_index)} test images with their labels, such as "
