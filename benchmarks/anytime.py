@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from functools import reduce
+from functools import partial, reduce
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -175,20 +175,14 @@ def read(args: argparse.Namespace) -> tuple[Anytime, list[Tensor], list[NDArray[
 def sides(model: Anytime, args: argparse.Namespace) -> dict[str, Run]:
     """What is timed, by name."""
 
-    def confident(tau: float) -> Run:
-        return lambda image: model.within(image, tau=tau)
-
-    def budgeted(budget: float) -> Run:
-        return lambda image: model.within(image, budget=budget)
-
     num = len(model.head)
     return {
         "dense": whole(model),
         "full": stopped(model, num),
         **{f"exit-{after}": stopped(model, after) for after in range(1, num)},
         # Exits that were not trained are sure of nothing.
-        **{f"tau-{tau:g}": confident(tau) for tau in args.taus if args.model is not None},
-        **{f"budget-{budget:g}": budgeted(budget) for budget in args.budgets},
+        **{f"tau-{tau:g}": partial(model.within, tau=tau) for tau in args.taus if args.model is not None},
+        **{f"budget-{budget:g}": partial(model.within, budget=budget) for budget in args.budgets},
     }
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/input_pipeline.py
     python benchmarks/input_pipeline.py --images FOLDER --quality 75
-    python benchmarks/input_pipeline.py --sizes 500x375 --repeats 50 --stages
+    python benchmarks/input_pipeline.py --sizes 500x375 --repeats 50
 
 Both read the same temporary files, of 4:2:0, in this process and on one thread, and make batches of
 crops of 224 pixels (scale .2 to 1, bicubic, flipped or not). torchvision's are normalised floats; ours are bytes and
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -62,8 +61,6 @@ def main(argv: list[str] | None = None) -> None:
             name = f"{width}x{height}"
             print(f"\n{count} JPEGs of {name}, {num_bytes / count / 1e3:.0f} kB each, {args.repeats} repeats\n")
             results[name] = compare(files, count, args.repeats)
-            if args.stages:
-                results[name]["stages_ms"] = stages(files, count, args.repeats)
     write_json(__file__, argv, args, info, pipeline=results)
 
 
@@ -121,40 +118,6 @@ def without_simplejpeg(run: Callable[[], object]) -> None:
         readers.decode_jpeg = decode
 
 
-def stages(files: Path, count: int, repeats: int) -> dict[str, float]:
-    """Milliseconds an image that fcmae's parts take, medians; without simplejpeg the decoding is part of the resize."""
-    parts = {"header": (readers, "_open"), "decode": (readers._PillowImage, "_decode"), "resize": (readers, "_resize")}
-    spent: dict[str, list[float]] = {name: [] for name in [*parts, "all"]}
-    ours = our_batches(files, count)
-    kept = {name: getattr(owner, function) for name, (owner, function) in parts.items()}
-
-    def timed(name: str) -> Callable[..., Any]:
-        def run(*args: Any) -> Any:
-            start = time.perf_counter()
-            result = kept[name](*args)
-            spent[name][-1] += time.perf_counter() - start
-            return result
-
-        return run
-
-    try:
-        for name, (owner, function) in parts.items():
-            setattr(owner, function, timed(name))
-        for _ in range(repeats):
-            for values in spent.values():
-                values.append(0.0)
-            start = time.perf_counter()
-            next(ours)
-            spent["all"][-1] = time.perf_counter() - start
-    finally:
-        for name, (owner, function) in parts.items():
-            setattr(owner, function, kept[name])
-    medians = {name: 1000 * quartiles(values)[1] / count for name, values in spent.items()}
-    medians["rest"] = 2 * medians["all"] - sum(medians.values())
-    print("\nms an image: " + ", ".join(f"{name} {value:.3f}" for name, value in medians.items()))
-    return medians
-
-
 def photographs(folder: Path | None) -> list[Image.Image]:
     """The folder's images, or the two photographs that come with scikit-learn (640 x 427) where none is given."""
     if folder is None:
@@ -193,7 +156,6 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument("--count", type=int, default=32, help="files of 500x375; of larger ones fewer, at least 4")
     found.add_argument("--repeats", type=int, default=15, help="timings of each loader")
-    found.add_argument("--stages", action="store_true", help="also tell the parts of fcmae's time")
     found.add_argument("--json", type=Path, metavar="FILE", help="write every timing here")
     return found
 

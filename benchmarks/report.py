@@ -59,26 +59,14 @@ class Target(NamedTuple):
         ]
 
 
-def slower(side: str) -> Callable[[Json], Value | None]:
-    """How many times the first side's time the side takes."""
+def slower(side: str, *, inverse: bool = False) -> Callable[[Json], Value | None]:
+    """How many times the first side's time the side takes; or the inverse, the first's as a share of this one's."""
 
     def measure(result: Json) -> Value | None:
         if side not in result["ratios"]:
             return None
-        low, high = result["ratios"][side]["quartiles"]
-        return result["ratios"][side]["time"], low, high
-
-    return measure
-
-
-def share_of_time(side: str) -> Callable[[Json], Value | None]:
-    """The first side's time as a share of this one's."""
-
-    def measure(result: Json) -> Value | None:
-        if side not in result["ratios"]:
-            return None
-        low, high = result["ratios"][side]["quartiles"]
-        return 1 / result["ratios"][side]["time"], 1 / high, 1 / low
+        time, (low, high) = result["ratios"][side]["time"], result["ratios"][side]["quartiles"]
+        return (1 / time, 1 / high, 1 / low) if inverse else (time, low, high)
 
     return measure
 
@@ -176,7 +164,7 @@ TARGETS = [
         "whole step, atto, 48 of 49 patches visible: its time",
         "timm, forward + backward, no optimizer",
         "step-dense",
-        share_of_time("timm-gradients"),
+        slower("timm-gradients", inverse=True),
         1.1,
         False,
     ),
@@ -184,7 +172,7 @@ TARGETS = [
         "fine-tuning step, atto, 128 px, batch 32: its time",
         "timm, same weights, whole step",
         "finetune",
-        share_of_time("timm"),
+        slower("timm", inverse=True),
         1,
         False,
     ),
@@ -336,7 +324,7 @@ def main(argv: list[str] | None = None) -> None:
     several = len(set(map(machine, results.values()))) > 1
     for name, result in results.items():
         parts += [f"## {TITLES[name]}\n", f"```bash\n{result['command']}\n```\n"]
-        repeats = "Once" if "runs" in result else f"{num_repeats(result)} repeats"
+        repeats = "Once" if "runs" in result else f"{result['settings']['repeats']} repeats"
         on = f" On {machine(result)}." if several else ""
         parts += [f"{repeats}; load when it started: {result['machine']['load']}.{on}\n", *body(result)]
     if scaling:
@@ -348,11 +336,6 @@ def main(argv: list[str] | None = None) -> None:
 def machine(result: Json) -> str:
     """The machine without its load, which differs from one benchmark to the next."""
     return ", ".join(f"{key} {value}" for key, value in result["machine"].items() if key != "load")
-
-
-def num_repeats(result: Json) -> int:
-    repeats: int = result["settings"]["repeats"]
-    return repeats
 
 
 def body(result: Json) -> Iterator[str]:

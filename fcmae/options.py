@@ -142,7 +142,10 @@ def _made(
     """What is given goes before the file's, and hours before its epochs; the rest is chosen, and all is checked."""
     if given.get("hours") is not None and "epochs" not in given and "epochs" in settings:
         for key in OF_EPOCHS:
-            _drop(settings, key)
+            section, _, name = key.rpartition(".")
+            place = settings.get(section) if section else settings
+            if isinstance(place, dict):
+                place.pop(name, None)
     _put(settings, given)
     sketch, invalid = _validate(model, settings, (), {"sketch": True})
     if isinstance(sketch, RunConfig) and sketch.overwrite and "overwrite" not in given:
@@ -651,16 +654,6 @@ def _pairs(settings: Mapping[str, Any], fields: Fields, section: str = "") -> It
             yield from _pairs(value, fields, f"{key}.")
         else:
             yield key, _plain(value)
-
-
-def _drop(settings: dict[str, Any], key: str) -> None:
-    """Leave out a setting by dotted key, from its section of `settings`."""
-    *sections, name = key.split(".")
-    place: Any = settings
-    for section in sections:
-        place = place.get(section) if isinstance(place, dict) else None
-    if isinstance(place, dict):
-        place.pop(name, None)
 
 
 def _put(settings: dict[str, Any], values: Mapping[str, Any]) -> None:

@@ -46,7 +46,7 @@ def test_features_lie_beside_the_paths_they_are_of(labelled: Path, tmp_path: Pat
     with (out / "paths.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     index = find_labelled(str(labelled))
-    expected = extract(load_backbone(ATTO, (32, 32)), index, [2], device=torch.device("cpu"))
+    expected = extract(load_backbone(ATTO, (32, 32)), index, [2], device=torch.device("cpu"), directory=tmp_path)
     np.testing.assert_array_equal(features, expected.stages[2])
     assert features.dtype == np.float32 and features.shape == (12, 80)
     assert [row["path"] for row in rows] == [index.name(i) for i in expected.positions]

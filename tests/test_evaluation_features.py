@@ -41,8 +41,10 @@ def test_the_last_stage_is_what_pretraining_saw_with_nothing_masked(tmp_path: Pa
     torch.testing.assert_close(maps[3], expected, atol=1e-5 * float(expected.abs().max()), rtol=1e-4)
 
 
-def test_features_are_means_over_each_image_in_the_order_of_the_index(backbone: Backbone, index: Images) -> None:
-    found = extract(backbone, index, [1, 4], device=CPU, batch_size=3)
+def test_features_are_means_over_each_image_in_the_order_of_the_index(
+    backbone: Backbone, index: Images, tmp_path: Path
+) -> None:
+    found = extract(backbone, index, [1, 4], device=CPU, directory=tmp_path, batch_size=3)
     assert found.positions.tolist() == list(range(7))
     assert not found.bad
     crop = CenterCrop(backbone.reading)
@@ -54,40 +56,34 @@ def test_features_are_means_over_each_image_in_the_order_of_the_index(backbone: 
             np.testing.assert_allclose(found.stages[stage][row], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_features_on_disk_are_those_in_memory(backbone: Backbone, index: Images, tmp_path: Path) -> None:
-    in_memory = extract(backbone, index, None, device=CPU, batch_size=3)
-    on_disk = extract(backbone, index, None, device=CPU, batch_size=3, directory=tmp_path)
-    assert list(on_disk.stages) == [1, 2, 3, 4]
-    for stage, values in on_disk.stages.items():
-        assert isinstance(values, np.memmap)
-        np.testing.assert_array_equal(values, in_memory.stages[stage])
-
-
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_files_that_cannot_be_read_are_left_out_and_named(
     backbone: Backbone, index: Images, tmp_path: Path, num_workers: int
 ) -> None:
+    for name in ("mixed", "whole", "none"):
+        (tmp_path / name).mkdir()
     damaged = tmp_path / "damaged.png"
     damaged.write_bytes(b"no image")
     mixed = Images.of_files([index.name(0), str(damaged), index.name(1)])
-    found = extract(backbone, mixed, [-1], device=CPU, batch_size=2, num_workers=num_workers)
-    whole = extract(backbone, index, [4], device=CPU)
+    found = extract(
+        backbone, mixed, [-1], device=CPU, directory=tmp_path / "mixed", batch_size=2, num_workers=num_workers
+    )
+    whole = extract(backbone, index, [4], device=CPU, directory=tmp_path / "whole")
     assert found.positions.tolist() == [0, 2]
     assert [path for path, _ in found.bad] == [str(damaged)]
     np.testing.assert_allclose(found.stages[4], whole.stages[4][:2], rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match=r"none of 1 images can be read: .*damaged.png"):
-        extract(backbone, mixed.subset([1]), [-1], device=CPU)
+        extract(backbone, mixed.subset([1]), [-1], device=CPU, directory=tmp_path / "none")
 
 
 @pytest.mark.parametrize("stage", [0, 5, -5])
-def test_stages_that_are_not_there_are_refused(backbone: Backbone, index: Images, stage: int) -> None:
+def test_stages_that_are_not_there_are_refused(backbone: Backbone, index: Images, tmp_path: Path, stage: int) -> None:
     with pytest.raises(ValueError, match=f"stages: {stage} is none of the network's 4: use 1 to 4"):
-        extract(backbone, index, [stage], device=CPU)
+        extract(backbone, index, [stage], device=CPU, directory=tmp_path)
 
 
-@pytest.mark.parametrize("on_disk", [False, True])
 def test_images_of_which_features_are_not_finite_are_left_out(
-    backbone: Backbone, index: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_disk: bool
+    backbone: Backbone, index: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = list[int]()
 
@@ -97,7 +93,7 @@ def test_images_of_which_features_are_not_finite_are_left_out(
         return [maps[0], *(found.index_fill(0, torch.tensor([1]), torch.inf) for found in maps[1:])]
 
     monkeypatch.setattr("fcmae.evaluation.features.stage_maps", broken)
-    found = extract(backbone, index.subset(range(3)), None, device=CPU, directory=tmp_path if on_disk else None)
+    found = extract(backbone, index.subset(range(3)), None, device=CPU, directory=tmp_path)
     assert seen == [3] and found.positions.tolist() == [0, 2] and list(found.stages) == [1, 2, 3, 4]
     assert found.bad == [(index.name(1), "its features are not finite")]
     assert all(values.shape[0] == 2 and np.isfinite(values).all() for values in found.stages.values())

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -213,9 +214,10 @@ def pixels_of(photos: Images, mode: str) -> np.ndarray[Any, np.dtype[np.float64]
 
 def features_of(name: str, photos: Images, in_chans: int = 3) -> np.ndarray[Any, np.dtype[np.float32]]:
     backbone = load_backbone(name, (12, 16), in_chans)
-    found = extract(backbone, photos, None, device=torch.device("cpu"), num_workers=0)
-    assert list(found.stages) == [1] and found.positions.tolist() == [0, 1, 2, 3]
-    return found.stages[1]
+    with TemporaryDirectory() as folder:
+        found = extract(backbone, photos, None, device=torch.device("cpu"), directory=Path(folder), num_workers=0)
+        assert list(found.stages) == [1] and found.positions.tolist() == [0, 1, 2, 3]
+        return np.array(found.stages[1])
 
 
 def test_pixels_are_means_of_equal_parts_of_the_image(photos: Images) -> None:

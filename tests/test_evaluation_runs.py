@@ -9,7 +9,7 @@ import pytest
 from reported import evaluation, finetune_run, pretrain_run
 
 import fcmae
-from fcmae.evaluation.runs import curve, flat, read_run, took_s
+from fcmae.evaluation.runs import curve, read_run, took_s
 
 
 def test_settings_are_told_apart_from_their_defaults(tmp_path: Path) -> None:
@@ -19,10 +19,6 @@ def test_settings_are_told_apart_from_their_defaults(tmp_path: Path) -> None:
     assert run.changed["seed"] == 3
     assert run.changed["data.image_size"] == [16, 16]
     assert run.changed["log.trackers"] == []
-
-
-def test_nested_settings_become_dotted_keys() -> None:
-    assert flat({"a": 1, "b": {"c": None, "d": {"e": [2]}}}) == {"a": 1, "b.c": None, "b.d.e": [2]}
 
 
 def test_images_are_counted_as_the_run_divided_them(tmp_path: Path) -> None:
@@ -92,7 +88,7 @@ def test_settings_of_another_version_are_shown_as_they_are(tmp_path: Path) -> No
     config = path / "config.yaml"
     config.write_text(config.read_text() + "warp:\n  speed: 9\n")
     run = read_run(path, "run")
-    assert run.settings["warp.speed"] == run.changed["warp.speed"] == 9
+    assert run.settings["warp"] == run.changed["warp"] == {"speed": 9}
     assert run.settings["seed"] == 0
     assert "warp" in run.problems[0]
     config.write_text(config.read_text() + "  : : [\n")

@@ -71,9 +71,9 @@ def extract(
     stages: Sequence[int] | None,
     *,
     device: torch.device,
+    directory: Path,
     batch_size: int = BATCH_SIZE,
     num_workers: int | None = None,
-    directory: Path | None = None,
     title: str = "features",
 ) -> Features:
     """Pooled features of all images.
@@ -83,10 +83,9 @@ def extract(
         images: images whose features are computed.
         stages: numbers, from 1; negative ones count from the last; None is all.
         device: where the network computes.
+        directory: an empty directory, where the features are written as they come and mapped into memory.
         batch_size: images at a time.
         num_workers: processes that decode; None chooses.
-        directory: an empty directory, where the features are written as they come and mapped into memory; None keeps
-            them in memory.
         title: of the progress bar.
 
     Returns:
@@ -99,7 +98,7 @@ def extract(
     backbone.model.to(device)
     batches = batches_of(backbone.reading, images, device=device, batch_size=batch_size, num_workers=num_workers)
     positions: list[NDArray[np.int64]] = []
-    parts: dict[int, _Rows] = {}
+    widths: dict[int, int] = {}
     bad: list[tuple[str, str]] = []
     total = math.ceil(len(images) / batch_size)
     for pixels, batch in tqdm(batches, total=total, desc=title, unit="batch", disable=None):
@@ -114,32 +113,18 @@ def extract(
         bad += [(images.name(int(i)), "its features are not finite") for i in index[~finite]]
         positions.append(index[finite])
         for number, rows in pooled.items():
-            path = None if directory is None else directory / f"stage{number}.bin"
-            parts.setdefault(number, _Rows(path, rows.shape[1])).append(rows[finite])
+            widths[number] = rows.shape[1]
+            # Written, not mapped: a mapped file that outgrows its disk kills the process.
+            with (directory / f"stage{number}.bin").open("ab") as file:
+                file.write(rows[finite].tobytes())
     found = np.concatenate(positions) if positions else np.empty(0, np.int64)
     if not len(found):
         raise ValueError(f"none of {len(images)} images can be read: {bad[0][0]}: {bad[0][1]}" if bad else "no images")
-    return Features(found, {number: rows.array() for number, rows in parts.items()}, bad)
-
-
-class _Rows:
-    """Rows of numbers that arrive one after the other, written to a file if one is named."""
-
-    def __init__(self, path: Path | None, num_columns: int) -> None:
-        # Written, not mapped: a mapped file that outgrows its disk kills the process.
-        self._path, self._num_columns, self._parts = path, num_columns, list[NDArray[np.float32]]()
-
-    def append(self, rows: NDArray[np.float32]) -> None:
-        if self._path is None:
-            self._parts.append(rows)
-        else:
-            with self._path.open("ab") as file:
-                file.write(rows.tobytes())
-
-    def array(self) -> NDArray[np.float32]:
-        if self._path is None:
-            return np.concatenate(self._parts)
-        return np.memmap(self._path, np.float32, "r").reshape(-1, self._num_columns)
+    mapped: dict[int, NDArray[np.float32]] = {
+        number: np.memmap(directory / f"stage{number}.bin", np.float32, "r").reshape(-1, width)
+        for number, width in widths.items()
+    }
+    return Features(found, mapped, bad)
 
 
 def check_stages(backbone: Backbone, stages: Sequence[int] | None) -> None:

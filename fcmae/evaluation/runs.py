@@ -198,21 +198,16 @@ def _settings(config: Path, kind: str, problems: list[str]) -> tuple[dict[str, A
     except options.ConfigError as error:
         problems.append(f"The settings are not those of this version of fcmae: {'; '.join(str(error).splitlines())}.")
     with suppress(options.ConfigError):
-        values = flat(options.read_yaml(config))
+        found = options.flattened(CONFIGS[kind], options.read_yaml(config))
+        values = {key: _plain(value) for key, value in found.items()}
         return values, values
     return {}, {}
 
 
-def flat(nested: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings by dotted keys, with texts that stand for numbers made numbers."""
-    found: dict[str, Any] = {}
-    for key, value in nested.items():
-        inner = flat(value) if isinstance(value, Mapping) else {"": _plain(value)}
-        found |= {f"{key}.{name}".rstrip("."): item for name, item in inner.items()}
-    return found
-
-
 def _plain(value: Any) -> Any:
+    """A value in which texts that stand for numbers are that."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_plain(item) for item in value]
     with suppress(ValueError):
