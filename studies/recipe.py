@@ -4,11 +4,11 @@
     python studies/recipe.py SHARDS --out runs/recipe --at-once 2 --size 48    # 2 cores
     python studies/recipe.py SHARDS --out runs/recipe --list                   # the commands, without running them
 
-SHARDS: the folder of tiny20's shards (see studies/sets.py). Each arm is `pretrain_small_images` with as many views and
-what differs in one thing, then `finetune_small_images` on draws of few labels, the same for all arms. It is tested on
-training images that are held out of the labels, which pretraining has seen, and not on the test images. What is
-finished is not done again, and what was cut off resumes. What is found is in OUT/recipe.json, and with --docs in
-recipe.json and results/recipe.md there, which `studies/results.py` puts into docs/results.md.
+SHARDS: the folder of tiny20's shards (see studies/sets.py). Each arm is `pretrain_small_images` with as many views, or
+for as much compute, and what differs in one thing, then `finetune_small_images` on draws of few labels, the same for
+all arms. It is tested on training images that are held out of the labels, which pretraining has seen, and not on the
+test images. What is finished is not done again, and what was cut off resumes. What is found is in OUT/recipe.json, and
+with --docs in recipe.json and results/recipe.md there, which `studies/results.py` puts into docs/results.md.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ class Arm(NamedTuple):
         flags: of pretraining.
         part: of studies/objectives.py.
         masks: of each image.
+        cost: of a view in multiply-adds, forward and backward, by that of one as shipped; it has as many fewer views.
     """
 
     title: str
@@ -61,6 +62,7 @@ class Arm(NamedTuple):
     flags: tuple[str, ...] = ()
     part: str | None = None
     masks: int = 1
+    cost: float = 1.0
 
 
 OBJECTIVES = (sys.executable, str(STUDIES / "objectives.py"))
@@ -76,6 +78,9 @@ ARMS = {
     "four": Arm("patches of 16, four stages", "patch16", (FOUR, "--model.mask_patch=16")),
     "ratio75": Arm("75 % hidden", "hog", ("--model.mask_ratio=0.75",)),
     "ratio50": Arm("50 % hidden", "hog", ("--model.mask_ratio=0.5",)),
+    # At 48 pixels, as torch's FlopCounterMode has them.
+    "ratio75c": Arm("75 % hidden, for as much compute", "hog", ("--model.mask_ratio=0.75",), cost=0.722),
+    "ratio50c": Arm("50 % hidden, for as much compute", "hog", ("--model.mask_ratio=0.5",), cost=1.222),
     "ratio50b": Arm("50 % hidden, another seed", "again", ("--model.mask_ratio=0.5", "--seed=1")),
     "crop50": Arm("crops from 50 % of the area", "hog", ("--data.crop_scale=0.5,1",)),
     "crop50b": Arm("crops from 50 % of the area, another seed", "again", ("--data.crop_scale=0.5,1", "--seed=1")),
@@ -90,6 +95,7 @@ ARMS = {
     "rate2": Arm("twice the rate", "hog", ("--optim.base_lr=8e-3",)),
     "pixels": Arm("pixels", "hog", (PIXELS,)),
     "multiscale": Arm("pixels, all stages decoded", "pixels", (PIXELS,), "multiscale"),
+    "multiscale-hog": Arm("HOG, all stages decoded", "hog", (), "multiscale"),
     "lowres": Arm("patches at 4 x 4 pixels", "pixels", (PIXELS,), "lowres"),
     "frequency": Arm("frequencies", "pixels", (PIXELS,), "frequency"),
     "ema": Arm("moving average of the encoder", "hog", (), "ema"),
@@ -125,7 +131,7 @@ def jobs(out: Path, epochs: float, size: int, at_once: int) -> Iterator[Job]:
     """All commands, arm by arm: what is cut off has whole ones."""
     for name, arm in ARMS.items():
         program = FCMAE if arm.part is None else (*OBJECTIVES, arm.part)
-        yield pretraining(out, f"{name}-p", epochs / arm.masks, size, at_once, arm.flags, program)
+        yield pretraining(out, f"{name}-p", epochs / (arm.masks * arm.cost), size, at_once, arm.flags, program)
         start, needs = f"{out}/runs/{name}-p", f"{name}-p"
         network = [flag for flag in arm.flags if flag.startswith("--model.variant=")]  # the config has the shipped one
         if arm.part == "ema":
@@ -171,8 +177,9 @@ def text(found: Mapping[str, Any]) -> str:
     sure = [ARMS[row.arm].title for row in certain(rows)]
     many = (
         f"The intervals are of one comparison each. Of all {len(rows)} together, at 5 % by Holm's method, "
-        f"{'; '.join(sure) or 'none'} {'are' if len(sure) > 1 else 'is'} certain. Views are equal, and compute is not: "
-        "with 50 % hidden a view has a quarter more patches than as shipped, with 75 % a third fewer."
+        f"{'; '.join(sure) or 'none'} {'are' if len(sure) > 1 else 'is'} certain. Where it is not said, views are "
+        "equal, and compute is not: with 50 % hidden a view has a quarter more patches than as shipped, with 75 % a "
+        "third fewer."
     )
     return f"""## The recipe for small images
 

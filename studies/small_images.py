@@ -107,12 +107,13 @@ ARMS = {
     "scratch800": Arm("scratch, 800 epochs", 0, (*RATES, "--epochs=800", "--optim.warmup_epochs=20"), {10: 3}),
     "scratch": Arm("scratch", 0, RATES, MANY),
     "scratch-4e-3": Arm("scratch, half the rate", 0, LOWER, {10: 8, 5: 8}),
-    "hog150": Arm("HOG, 1,500,000 views", 150, (), MANY),
-    "hog": Arm("HOG, 600,000 views", 60, (), {10: 8}),
-    "hog20": Arm("HOG, 200,000 views", 20, (), {10: 8, 5: 8}),
-    "ratio75": Arm("pixels, 75 % hidden", 60, (PIXELS, "--model.mask_ratio=0.75"), FEW),
-    "pixels": Arm("pixels, 60 % hidden", 60, (PIXELS,), FEW),
-    "multiscale": Arm("pixels, 60 % hidden, all stages decoded", 60, (PIXELS,), FEW, "multiscale"),
+    "hog150": Arm("HOG, 1,500,000 views", 150, BATCH, MANY),
+    "hog": Arm("HOG, 600,000 views", 60, BATCH, {10: 8}),
+    "hog20": Arm("HOG, 200,000 views", 20, BATCH, {10: 8, 5: 8}),
+    "shipped20": Arm("HOG, 200,000 views, batches of 64 as shipped", 20, (), {5: 5}),
+    "ratio75": Arm("pixels, 75 % hidden", 60, (*BATCH, PIXELS, "--model.mask_ratio=0.75"), FEW),
+    "pixels": Arm("pixels, 60 % hidden", 60, (*BATCH, PIXELS), FEW),
+    "multiscale": Arm("pixels, 60 % hidden, all stages decoded", 60, (*BATCH, PIXELS), FEW, "multiscale"),
 }
 CURVE = ("hog20", "hog", "hog150")  # one target, more views
 # By per cent of the labels, where it is not as in `finetune_small_images`: 360, 470, 940 and 3,100 steps.
@@ -142,7 +143,9 @@ PAIRS = (
     ("hog", "hog20"),
     ("hog150", "hog20"),
     ("hog150", "hog"),
+    ("shipped20", "hog20"),
     ("hog20", "scratch-4e-3"),
+    ("shipped20", "scratch-4e-3"),
     ("hog", "scratch-4e-3"),
     ("hog150", "scratch-4e-3"),
     ("hog", "scratch350"),
@@ -182,7 +185,7 @@ def jobs(out: Path, arms: list[str], at_once: int) -> Iterator[Job]:
         if arm.epochs:
             program = FCMAE if arm.part is None else (*objectives, arm.part)
             words = ("pretrain", "--config=pretrain_small_images", f"--data.path={out}/tiny20/unlabeled.txt")
-            more = (f"--epochs={arm.epochs}", "--data.val_share=0", f"--out={out}/runs/{name}-p", *BATCH, *arm.flags)
+            more = (f"--epochs={arm.epochs}", "--data.val_share=0", f"--out={out}/runs/{name}-p", *arm.flags)
             yield Job(f"{name}-p", (*program, *words, *more, *pretraining))
     for percent in dict.fromkeys(percent for name in arms for percent in ARMS[name].seeds):
         for seed in range(max(MANY.values())):
