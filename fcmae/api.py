@@ -511,7 +511,7 @@ def prune(
         by: measure of importance: what they add to the features of the images, or the norm of their weights.
         key: see `load`.
         prefix: see `load`.
-        settings: more, by the names of the command's flags, such as {"nodata": -1}.
+        settings: others, by the names of the command's flags, such as {"nodata": -1}.
 
     Returns:
         What was removed, and how to use what was written, as the command prints it.
@@ -522,4 +522,6 @@ def prune(
     paths = [images] if isinstance(images, str | os.PathLike) else images
     given: dict[str, Any] = {"model": source, "dest": dest, "data": [os.fspath(path) for path in paths], "key": key}
     given |= {"prefix": prefix, "keep": keep, "what": what, "how": how, "by": by}
+    if twice := sorted(given.keys() & (settings or {}).keys()):
+        raise ValueError(f"settings: {', '.join(twice)}: leave out what is an argument")
     return pruning.prune(options.make(PruneConfig, {**given, **(settings or {})}))

@@ -426,7 +426,8 @@ class Evaluation:
         for place in places:
             folder = self.log.folder / place
             if step:
-                origin = self.weights.origin | {"run": str(self.log.folder), "init": self.init, "step": step, **found}
+                run = str(self.log.folder.absolute())
+                origin = self.weights.origin | {"run": run, "init": self.init, "step": step, **found}
                 save_classifier(folder, net if ema is None else ema.module, replace(self.weights, origin=origin))
             names = self.images.subset(positions).names()
             write_predictions(folder / "predictions.csv", names, probabilities, classes, truth.tolist())

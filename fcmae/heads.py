@@ -89,7 +89,7 @@ class _ChannelNorm(LayerNorm):
 class FeaturePyramid(nn.Module):
     """A light head: coarser maps are added to each stage's map; all are resized to the finest and summed.
 
-    Source: feature pyramids, arXiv 1612.03144, with the summed levels of arXiv 1901.02446; norms as in `Layer`.
+    Source: feature pyramids, arXiv 1612.03144, with the summed levels of arXiv 1901.02446; norms as in `ConvNormAct`.
 
     Args:
         dims: channels of the stages.
@@ -118,7 +118,7 @@ class FeaturePyramid(nn.Module):
 class UPerNet(nn.Module):
     """Pyramid pooling on the last stage, a feature pyramid, and all levels fused.
 
-    Source: arXiv 1807.10221, the semantic segmentation part; with the norms of `Layer` instead of BatchNorm.
+    Source: arXiv 1807.10221, the semantic segmentation part; with the norms of `ConvNormAct` instead of BatchNorm.
 
     Args:
         dims: channels of the stages.

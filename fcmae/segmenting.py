@@ -353,9 +353,15 @@ def build_model(cfg: SegmentConfig, weights: Weights, class_names: Sequence[str]
             if kept != made:
                 heads = [f"{kind} of {dim} channels for {few(names, 10)}" for kind, dim, names in (kept, made)]
                 raise ValueError(
-                    f"model.keep_head: model.init = {own.init} has {heads[0]}, and the settings make {heads[1]}: set "
-                    "model.head, model.head_dim and data.class_names to its own"
+                    "model.keep_head: set model.head, model.head_dim and data.class_names to those of model.init = "
+                    f"{own.init}, which has {heads[0]}, where the settings make {heads[1]}"
                 )
+            for name in ("tau", "quantile"):
+                known = getattr(record, name)
+                if getattr(own, name) is None and known not in (None, getattr(model.head, name)):
+                    raise ValueError(
+                        f"model.keep_head: model.init = {own.init} has model.{name} = {known:g}: give it, or another"
+                    )
             model.head.load_state_dict(learnt.head.state_dict())
     return model
 
@@ -444,7 +450,8 @@ class Evaluation:
         for place in places:
             folder = self.log.folder / place
             if step:
-                what = {"run": str(self.log.folder), "init": self.cfg.model.init, "step": step, **found}
+                run = str(self.log.folder.absolute())
+                what = {"run": run, "init": self.cfg.model.init, "step": step, **found}
                 weights = replace(self.weights, origin=self.weights.origin | what)
                 save_segmenter(folder, chosen, weights, self.cfg.model.head, self.data.classes)
             write_confusion(folder / "confusion.csv", scores.confusion, names)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
@@ -37,7 +37,7 @@ from fcmae.weights.convert import adapt_in_chans
 from fcmae.weights.files import ImageRecord, Weights, read_init, reading_of, tell_encoder_alone
 from fcmae.weights.formats import Architecture
 from fcmae.weights.segmenters import fits
-from fcmae.weights.tensors import RECORD
+from fcmae.weights.tensors import read_record
 
 logger = logging.getLogger("fcmae")
 
@@ -187,7 +187,8 @@ def check_held_out(cfg: DenseConfig, train: Images, val: Images) -> None:
     chose = None if cfg.trains else images_that_chose(Path(str(cfg.model.init)))
     if chose is not None and (both := also_in(val, chose)):
         logger.warning(
-            "%d of the %d images held out chose model.init = %s, so that scores are too high: give others, or last/",
+            "%d of the %d images held out chose the weights of model.init = %s, so that scores are too high: give "
+            "others, or those of last/",
             *(len(both), len(val), cfg.model.init),
         )
 
@@ -201,8 +202,8 @@ def learnt_images(model: str) -> Images | None:
     Returns:
         None where they do not say, or learnt none.
     """
-    learnt, run = labelled_images_of_run(Path(model)), _origin_of(Path(model)).get("run")
-    return labelled_images_of_run(Path(run)) if learnt is None and isinstance(run, str) else learnt
+    learnt, (run, _) = labelled_images_of_run(Path(model)), _made_of(Path(model))
+    return labelled_images_of_run(run) if learnt is None and run is not None else learnt
 
 
 def images_that_chose(path: Path) -> Images | None:
@@ -214,10 +215,10 @@ def images_that_chose(path: Path) -> Images | None:
     folder = path.parent if path.is_file() else path
     run = folder.parent if folder.name == "best" else folder
     if run_of(path) is None and not (run / "metrics.jsonl").is_file():
-        origin = _origin_of(path)
-        run = Path(str(origin.get("run")))
-        if origin.get("step") != _step_of(run / "best"):
+        made_of, step = _made_of(path)
+        if made_of is None or step != _step_of(made_of / "best"):
             return None
+        run = made_of
     with suppress(ValueError, OSError):
         lines = read_metrics(run / "metrics.jsonl")
         num = sum("balanced_accuracy" in line or "miou" in line for line in lines)
@@ -369,20 +370,23 @@ def _best_of(run: RunDirectory, score: str) -> Best:
 
 def _step_of(model: Path) -> int:
     """After how many steps a run exported a model; 0 if there is none, or one of two halves."""
-    try:
-        return int(_origin_of(model)["step"]) if fits(model) else 0
-    except (OSError, SafetensorError, LookupError, TypeError, ValueError):
-        return 0
+    with suppress(OSError, SafetensorError, LookupError, TypeError, ValueError):
+        return _made_of(model)[1] if fits(model) else 0
+    return 0
 
 
-def _origin_of(weights: Path) -> dict[str, Any]:
-    """What a .safetensors file of ours, or a folder with one, was made from; nothing of others."""
+def _made_of(weights: Path) -> tuple[Path | None, int]:
+    """The run and the step that a file of ours, or a folder with one, was made from; None and 0 where it does not say.
+
+    A relative path may be another run here.
+    """
     file = weights / "model.safetensors" if weights.is_dir() else weights
+    run, step = None, 0
     with suppress(OSError, SafetensorError, LookupError, TypeError, ValueError, RecursionError):
         if file.is_file():
-            with safe_open(file, "pt") as opened:
-                return dict(json.loads(opened.metadata()[RECORD])["origin"])
-    return {}
+            origin = json.loads(read_record(file) or "{}")["origin"]
+            step, run = int(origin["step"]), Path(origin["run"])
+    return (run if run is not None and run.is_absolute() else None), step
 
 
 def class_weights_of(

@@ -403,7 +403,7 @@ def _known(start: Start, train: Images, test: Images) -> Iterator[str]:
         )
     chose = images_that_chose(Path(str(start.init)))
     if chose is not None and (num := len(also_in(test, chose))):
-        yield f"{num} of the test images chose best/ of {start.name}, so that its scores are too high: give its last/."
+        yield f"{num} of the test images chose the weights of {start.name}: its scores are too high; give last/."
     if drawn_from and labelled is not None:
         yield f"{start.name} has learnt from {drawn_from} of the labels already, however few a row of the table says."
 

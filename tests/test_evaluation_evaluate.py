@@ -192,7 +192,7 @@ def test_images_that_chose_the_best_weights_are_warned_of(
     (tmp_path / "run" / "metrics.jsonl").write_text(f"{line}\n{line}\n")
     check_untaught(str(tmp_path / folder), held_out)
     warned = (
-        f"6 of the 6 test images chose best/ of {tmp_path / folder}, so that its scores are too high" in caplog.text
+        f"6 of the 6 test images chose the weights of {tmp_path / folder}, so that its scores are too" in caplog.text
     )
     assert warned == (folder != "run/last")
 

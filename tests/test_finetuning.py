@@ -216,18 +216,20 @@ def test_evaluating_only_and_predicting_repeat_the_last_evaluation(
     capsys.readouterr()
     best = [str(tuned / "best") if word == str(tuned / "last") else word for word in drawing]
     assert cli.main([*best, "0", "--overwrite"]) == 0
-    assert "4 of the 4 images held out chose model.init" in capsys.readouterr().err
+    assert "4 of the 4 images held out chose the weights of model.init" in capsys.readouterr().err
     # A file that was made of its weights says so.
-    for name, source in (("last", tuned / "last"), ("best", tuned)):
-        fcmae.export(source, tmp_path / f"{name}.safetensors", to="fcmae")
-        made = [str(tmp_path / f"{name}.safetensors") if word == str(tuned / "last") else word for word in drawing]
+    for name, source, suffix in (("last", tuned / "last", "safetensors"), ("best", tuned, "pth")):
+        fcmae.export(source, tmp_path / f"{name}.{suffix}", to="fcmae")
+        made = [str(tmp_path / f"{name}.{suffix}") if word == str(tuned / "last") else word for word in drawing]
         runs.forget_accelerator()
         assert cli.main([*made, "1", "--overwrite"]) == 2
         assert "learnt from, such as" in capsys.readouterr().err
         runs.forget_accelerator()
         assert cli.main([*made, "0", "--overwrite"]) == 0
         steps = [read_weights(tuned / each).origin["step"] for each in (name, "best")]
-        assert ("4 of the 4 images held out chose model.init" in capsys.readouterr().err) == (steps[0] == steps[1])
+        assert ("4 of the 4 images held out chose the weights of model.init" in capsys.readouterr().err) == (
+            steps[0] == steps[1]
+        )
     # Training from it, too, they choose the best model.
     given = {"model__init": tuned / "last", "epochs": 1, "optim__warmup_epochs": 0}
     for seed in (0, 1):
@@ -555,7 +557,7 @@ def test_a_run_goes_on_as_it_began_whatever_its_first_weights_are_by_now(
 
 
 def test_the_moving_average_of_a_short_run_has_left_its_first_weights(labelled: Path, tmp_path: Path) -> None:
-    """After n steps of a decay of n / (n + 9) at the most, whatever was asked for."""
+    """After n steps of a decay of (n - 1) / (n + 8) at the most, whatever was asked for."""
     settings: dict[str, Any] = {"model__variant": runs.TINY, "model__stem_stride": 1, "log__every_steps": 1}
     assert finetune(labelled, tmp_path / "run", **settings, regularization__ema_decay=0.9999, checkpoint__keep=99,
                     checkpoint__every_epochs=0.25, epochs=1) == 0  # fmt: skip

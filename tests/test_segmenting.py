@@ -767,17 +767,23 @@ def test_a_head_goes_on_where_it_is_kept(
     anytime: Path, tiles: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given: dict[str, Any] = {"model__init": anytime, "model__keep_head": True, "epochs": 1, "optim__base_lr": 1e-30}
-    given |= {"optim__min_lr": 0, "model__head": "anytime"}
+    given |= {"optim__min_lr": 0, "model__head": "anytime", "model__tau": 0.9}
     assert segment(tiles, tmp_path / "more", **given) == 0
     assert "the encoder alone is taken" not in capsys.readouterr().err
     heads = [read_segmenter(place)[0].head.state_dict() for place in (anytime, tmp_path / "more" / "last")]
     assert_same(*heads)
     assert (metrics(tmp_path / "more")[-1]["miou"]) > 0.8
-    for setting, has in (({"model__head": "pyramid"}, "pyramid of 8"), ({"model__head_dim": 16}, "anytime of 16")):
+    for setting, has in (
+        ({"model__head": "pyramid", "model__tau": "none"}, "pyramid of 8"),
+        ({"model__head_dim": 16}, "anytime of 16"),
+    ):
         runs.forget_accelerator()
         assert segment(tiles, tmp_path / "other", **given | setting) == 2
         error = capsys.readouterr().err
-        assert f"has anytime of 8 channels for 0, 1, and the settings make {has} channels for 0, 1: set" in error
+        assert f"which has anytime of 8 channels for 0, 1, where the settings make {has} channels for 0, 1" in error
+    runs.forget_accelerator()
+    assert segment(tiles, tmp_path / "other", **{k: v for k, v in given.items() if k != "model__tau"}) == 2
+    assert "has model.tau = 0.9: give it, or another" in capsys.readouterr().err
     runs.forget_accelerator()
     del given["model__init"]
     assert segment(tiles, tmp_path / "other", **given, model__variant=runs.TINY) == 2

@@ -505,7 +505,7 @@ def test_test_images_that_chose_the_best_weights_are_told_of(folder: Path, capsy
     words = ["worth", "labelled", "--init", "seen", "--finetuning", "tune.yaml", *TINY, "--seeds", "1"]
     assert run(*words) == 0
     said = capsys.readouterr().out
-    assert f"{len(held_out)} of the test images chose best/ of seen, so that its scores are too high" in said
+    assert f"{len(held_out)} of the test images chose the weights of seen: its scores are too high" in said
     assert "Each start is of one pretraining: intervals are over draws of labels and fine-tuning." in said
 
 

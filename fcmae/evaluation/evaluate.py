@@ -229,8 +229,8 @@ def check_untaught(model: str, test_index: Images) -> None:
         )
     if (chose := images_that_chose(Path(model))) is not None and (both := also_in(test_index, chose)):
         logger.warning(
-            "%d of the %d test images chose best/ of %s, so that its scores are too high: give last/ of it, or others "
-            "by test",
+            "%d of the %d test images chose the weights of %s, so that its scores are too high: give those of "
+            "last/, or others by test",
             len(both),
             len(test_index),
             model,

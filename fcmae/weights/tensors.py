@@ -92,6 +92,22 @@ def load_tensors(path: Path, key: str | None = None) -> tuple[dict[str, Tensor],
     return tensors, record
 
 
+def read_record(path: Path) -> str | None:
+    """Our record of a file of weights, as it stands there; None of files that others wrote.
+
+    Args:
+        path: a .safetensors file, or one that torch wrote.
+
+    Raises:
+        SafetensorError, OSError, ValueError: if the file cannot be read.
+    """
+    if path.suffix == ".safetensors":
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get(RECORD)
+    content = _open_torch(path)
+    return content.get(RECORD) if isinstance(content, dict) else None
+
+
 def digest(tensors: Mapping[str, Tensor], text: str) -> str:
     """A SHA-256, in hexadecimal digits, of named tensors and of a text that goes with them.
 
