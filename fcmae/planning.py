@@ -363,7 +363,7 @@ def _refuse_launcher() -> None:
     if all_processes() > 1:
         raise ValueError(
             "hours: settings are chosen by one process: print them with it (--print-config > FILE), and start the "
-            "others with --config FILE"
+            "others with --config FILE --grad_accum auto"
         )
 
 

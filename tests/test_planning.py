@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -70,7 +71,7 @@ def bands(path: Path, rng: np.random.Generator) -> None:
 )
 @pytest.mark.parametrize("max_pixels", [2400, 2000])
 def test_bands_behind_colours_count_and_alpha_does_not(
-    tmp_path: Path, extra: tuple[int, ...], in_chans: int, max_pixels: int
+    tmp_path: Path, extra: tuple[int, ...], in_chans: int, max_pixels: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Of a TIFF tagged RGB: its samples behind the colours are 0 for a band, 1 and 2 for alpha."""
     pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3 + len(extra)), dtype=np.uint8)
@@ -78,12 +79,31 @@ def test_bands_behind_colours_count_and_alpha_does_not(
     tifffile.imwrite(tmp_path / "a.tif", pixels, **kind)
     found = survey(find_images([str(tmp_path)]), max_pixels=max_pixels)
     assert (found.in_chans, len(found.mean)) == (in_chans, in_chans)
+    assert not caplog.records
     bands = [i for i in range(3 + len(extra)) if i < 3 or not extra[i - 3]]
     with (tmp_path / "a.tif").open("rb") as file:
         for which in (bands, [0, 1, 2], list(range(3 + len(extra)))):
             file.seek(0)
             part = read_crop(file, len(which), lambda *_: (3, 5, 20, 25), None, max_pixels=max_pixels).values
             np.testing.assert_array_equal(part.transpose(1, 2, 0), pixels[3:23, 5:30, which])
+
+
+@pytest.mark.parametrize("shape", [(40, 60, 4), (4, 40, 60)])
+def test_a_channel_of_more_than_8_bits_that_its_writer_calls_alpha_is_told(
+    tmp_path: Path, shape: tuple[int, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    """As tifffile writes an array of four channels where nothing says what they are."""
+    values = np.random.default_rng(0).integers(0, 2**16, shape, dtype=np.uint16)
+    with warnings.catch_warnings(action="ignore"):
+        tifffile.imwrite(tmp_path / "a.tif", values)
+    found = survey(find_images([str(tmp_path)]))
+    assert found.in_chans == 3
+    assert (
+        "a.tif has a channel that it calls alpha, which is not read: if it is data, in_chans = 4 reads" in caplog.text
+    )
+    caplog.clear()
+    assert survey(find_images([str(tmp_path)]), 4).in_chans == 4
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(

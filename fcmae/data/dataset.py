@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from fcmae.data.arrays import Pixels
 from fcmae.data.augment import CenterCrop, CropAndFlip, CropBoth, DeepImageError, FinetuneAugment, Reading
 from fcmae.data.index import Images
-from fcmae.data.rasters import num_pages
+from fcmae.data.rasters import alpha_of_deep, num_pages
 from fcmae.data.sampler import MASK_STREAM, SAMPLE_STREAM, Key
 from fcmae.data.source import BadImage, DataError, printable
 from fcmae.data.split import evenly
@@ -33,23 +33,16 @@ View = CenterCrop | CropAndFlip | FinetuneAugment  # file -> (C, H, W), drawing 
 
 
 def check_values(reading: Reading, images: Images, *, trains: bool = False) -> None:
-    """Warn if some of the images hold values far from the mean or of no spread, as in other units, or unread pages.
+    """Warn if some of the images hold values far from the mean or of no spread, as in other units, or what is not read.
 
     Args:
         reading: how they are read.
         images: which.
         trains: whether a network learns from them, for which other channels, mean and std can be given.
     """
-    dataset, looked_at = centre_crops(reading, images), evenly(len(images), 8)
-    names = {i: images.name(i) for i in looked_at}
-    for i in [i for i in names if reading.in_chans in (1, 3) and names[i].lower().endswith((".tif", ".tiff"))]:
-        with suppress(BadImage), images.open(i) as file:
-            num, are_channels = num_pages(file)
-            if num > 1:
-                remedy = f": in_chans = {num} reads them as channels" if are_channels and trains else ""
-                logger.warning("%s has %d pages, and the first is read%s", printable(names[i]), num, remedy)
-                break
-    samples = [dataset[(0, i)] for i in looked_at]
+    tell_unread(images, reading.in_chans, trains=trains)
+    dataset = centre_crops(reading, images)
+    samples = [dataset[(0, i)] for i in evenly(len(images), 8)]
     if not (readable := [sample for sample in samples if sample.valid]):
         return
     seen = collate(readable).images
@@ -70,6 +63,31 @@ def check_values(reading: Reading, images: Images, *, trains: bool = False) -> N
             "too narrow for" if is_narrow else "far from",
             *(mean[i], std[i], remedy),
         )
+
+
+def tell_unread(images: Images, in_chans: int, *, trains: bool) -> None:
+    """Warn if TIFFs among some of the images have pages, or a channel that they call alpha, that are not read.
+
+    Args:
+        images: which.
+        in_chans: channels that are read.
+        trains: whether others can be.
+    """
+    for i in evenly(len(images), 8):
+        name = images.name(i)
+        if in_chans not in (1, 3) or not name.lower().endswith((".tif", ".tiff")):
+            continue
+        with suppress(BadImage), images.open(i) as file:
+            num, are_channels = num_pages(file)
+            file.seek(0)
+            if num > 1:
+                remedy = f": in_chans = {num} reads them as channels" if are_channels and trains else ""
+                logger.warning("%s has %d pages, and the first is read%s", printable(name), num, remedy)
+                return
+            if in_chans == 3 and (num := alpha_of_deep(file)):
+                remedy = f": if it is data, in_chans = {3 + num} reads it" if trains else ""
+                logger.warning("%s has a channel that it calls alpha, which is not read%s", printable(name), remedy)
+                return
 
 
 @dataclass(frozen=True)

@@ -263,6 +263,23 @@ def num_bands(file: BinaryIO) -> int:
         return grey_or_rgb and grey_or_rgb + page.extrasamples.count(0)  # 0: unspecified
 
 
+def alpha_of_deep(file: BinaryIO) -> int:
+    """How many samples behind its colours a TIFF of more than 8 bits calls alpha, as writers do with any; 0 of others.
+
+    Args:
+        file: at its start.
+
+    Raises:
+        BadImage: if it is damaged.
+    """
+    with reading(MAX_PIXELS):
+        if (tiff := _open_tiff(file)) is None:
+            return 0
+        page = tiff.pages.first
+        is_deep_rgb = page.photometric == 2 and page.dtype is not None and page.dtype.itemsize > 1
+        return page.samplesperpixel - 3 - page.extrasamples.count(0) if is_deep_rgb else 0
+
+
 def num_pages(file: BinaryIO) -> tuple[int, bool]:
     """How many pages a TIFF has that are no channels, of which only the first is read as grey or RGB; 1 of other files.
 

@@ -12,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from fcmae.data.arrays import OpenImage
+from fcmae.data.dataset import tell_unread
 from fcmae.data.decode import open_any
 from fcmae.data.geometry import MAX_PIXELS
 from fcmae.data.index import Images
@@ -107,6 +108,7 @@ def survey(
                 f"{key}: of {len(sides)} images {few(kinds, 4)}: list those of one kind in a .txt file (with labels, a "
                 ".csv file), or convert the others"
             )
+        tell_unread(sample, in_chans, trains=True)
     mean, std, _ = channel_statistics(
         sample, in_chans, max_images=max_images, max_pixels=max_pixels, nodata=nodata, key=key
     )
