@@ -358,9 +358,9 @@ def build_model(cfg: SegmentConfig, weights: Weights, class_names: Sequence[str]
                 )
             for name in ("tau", "quantile"):
                 known = getattr(record, name)
-                if getattr(own, name) is None and known not in (None, getattr(model.head, name)):
+                if known is not None and getattr(own, name) is None and known != getattr(model.head, name):
                     raise ValueError(
-                        f"model.keep_head: model.init = {own.init} has model.{name} = {known:g}: give it, or another"
+                        f"model.keep_head: give model.{name} = {known:g}, which model.init = {own.init} has, or another"
                     )
             model.head.load_state_dict(learnt.head.state_dict())
     return model

@@ -183,10 +183,10 @@ def text(found: Mapping[str, Any]) -> str:
     )
     return f"""## The recipe for small images
 
-Written by `studies/recipe.py`: tiny20 at {found["size"]} pixels, {views} views of pretraining each, fine-tuned on
-{PERCENT} % of the labels. Every draw is of labels and of 900 images to test on, training images all of them, which
-pretraining has seen, and the same for every arm. There is one pretraining of each arm, so intervals are of fine-tuning
-alone: what "another seed of pretraining" differs by is what a difference has to exceed{unknown}.
+Written by `studies/recipe.py`: tiny20 at {found["size"]} pixels, {views} views of pretraining each unless it is said,
+fine-tuned on {PERCENT} % of the labels. Every draw is of labels and of 900 images to test on, training images all of
+them, which pretraining has seen, and the same for every arm. There is one pretraining of each arm, so intervals are of
+fine-tuning alone: what "another seed of pretraining" differs by is what a difference has to exceed{unknown}.
 {textwrap.fill(many, 120, break_on_hyphens=False)}
 {textwrap.fill(last, 120, break_on_hyphens=False)}
 

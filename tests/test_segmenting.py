@@ -763,6 +763,13 @@ def anytime(pretrained: Path, tiles: Path, tmp_path_factory: pytest.TempPathFact
     return out
 
 
+def test_a_pyramid_goes_on_where_it_is_kept(segmented: Path, tiles: Path, tmp_path: Path) -> None:
+    given = {"model__init": segmented, "model__keep_head": True, "data__class_names": "dark,bright", "epochs": 1}
+    assert segment(tiles, tmp_path / "more", **given, optim__base_lr=1e-30, optim__min_lr=0) == 0
+    heads = [read_segmenter(place)[0].head.state_dict() for place in (segmented, tmp_path / "more" / "last")]
+    assert_same(*heads)
+
+
 def test_a_head_goes_on_where_it_is_kept(
     anytime: Path, tiles: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -783,7 +790,7 @@ def test_a_head_goes_on_where_it_is_kept(
         assert f"which has anytime of 8 channels for 0, 1, where the settings make {has} channels for 0, 1" in error
     runs.forget_accelerator()
     assert segment(tiles, tmp_path / "other", **{k: v for k, v in given.items() if k != "model__tau"}) == 2
-    assert "has model.tau = 0.9: give it, or another" in capsys.readouterr().err
+    assert "model.keep_head: give model.tau = 0.9, which model.init =" in capsys.readouterr().err
     runs.forget_accelerator()
     del given["model__init"]
     assert segment(tiles, tmp_path / "other", **given, model__variant=runs.TINY) == 2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,10 +16,10 @@ from torch.utils.data import Dataset
 from fcmae.data.arrays import Pixels
 from fcmae.data.augment import CenterCrop, CropAndFlip, CropBoth, DeepImageError, FinetuneAugment, Reading
 from fcmae.data.index import Images
-from fcmae.data.rasters import alpha_of_deep, num_pages
 from fcmae.data.sampler import MASK_STREAM, SAMPLE_STREAM, Key
 from fcmae.data.source import BadImage, DataError, printable
 from fcmae.data.split import evenly
+from fcmae.data.survey import tell_unread
 from fcmae.masking import random_mask
 
 logger = logging.getLogger("fcmae")
@@ -63,31 +62,6 @@ def check_values(reading: Reading, images: Images, *, trains: bool = False) -> N
             "too narrow for" if is_narrow else "far from",
             *(mean[i], std[i], remedy),
         )
-
-
-def tell_unread(images: Images, in_chans: int, *, trains: bool) -> None:
-    """Warn if TIFFs among some of the images have pages, or a channel that they call alpha, that are not read.
-
-    Args:
-        images: which.
-        in_chans: channels that are read.
-        trains: whether others can be.
-    """
-    for i in evenly(len(images), 8):
-        name = images.name(i)
-        if in_chans not in (1, 3) or not name.lower().endswith((".tif", ".tiff")):
-            continue
-        with suppress(BadImage), images.open(i) as file:
-            num, are_channels = num_pages(file)
-            file.seek(0)
-            if num > 1:
-                remedy = f": in_chans = {num} reads them as channels" if are_channels and trains else ""
-                logger.warning("%s has %d pages, and the first is read%s", printable(name), num, remedy)
-                return
-            if in_chans == 3 and (num := alpha_of_deep(file)):
-                remedy = f": if it is data, in_chans = {3 + num} reads it" if trains else ""
-                logger.warning("%s has a channel that it calls alpha, which is not read%s", printable(name), remedy)
-                return
 
 
 @dataclass(frozen=True)

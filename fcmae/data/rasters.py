@@ -263,8 +263,10 @@ def num_bands(file: BinaryIO) -> int:
         return grey_or_rgb and grey_or_rgb + page.extrasamples.count(0)  # 0: unspecified
 
 
-def alpha_of_deep(file: BinaryIO) -> int:
-    """How many samples behind its colours a TIFF of more than 8 bits calls alpha, as writers do with any; 0 of others.
+def samples_with_alpha(file: BinaryIO) -> int:
+    """Samples of a TIFF of more than 8 bits, some behind its colours, that it does not call data; 0 of others.
+
+    Writers call any fourth channel alpha, also of what is no picture.
 
     Args:
         file: at its start.
@@ -277,7 +279,8 @@ def alpha_of_deep(file: BinaryIO) -> int:
             return 0
         page = tiff.pages.first
         is_deep_rgb = page.photometric == 2 and page.dtype is not None and page.dtype.itemsize > 1
-        return page.samplesperpixel - 3 - page.extrasamples.count(0) if is_deep_rgb else 0
+        num: int = page.samplesperpixel
+        return num if is_deep_rgb and num > 3 + page.extrasamples.count(0) else 0
 
 
 def num_pages(file: BinaryIO) -> tuple[int, bool]:

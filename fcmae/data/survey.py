@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import statistics
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -12,11 +13,10 @@ import numpy as np
 from tqdm import tqdm
 
 from fcmae.data.arrays import OpenImage
-from fcmae.data.dataset import tell_unread
 from fcmae.data.decode import open_any
 from fcmae.data.geometry import MAX_PIXELS
 from fcmae.data.index import Images
-from fcmae.data.rasters import num_bands
+from fcmae.data.rasters import num_bands, num_pages, samples_with_alpha
 from fcmae.data.source import BadImage, OtherChannels, few, printable
 from fcmae.data.split import evenly
 from fcmae.data.stats import channel_statistics
@@ -59,6 +59,7 @@ def survey(
     max_pixels: int = MAX_PIXELS,
     nodata: float | None = None,
     key: str = "data.path",
+    trains: bool = True,
 ) -> Survey:
     """Look at a sample, evenly spread.
 
@@ -69,6 +70,7 @@ def survey(
         max_pixels: of an image, see `read_crop`.
         nodata: likewise.
         key: the setting that the error names.
+        trains: whether channels can be given.
 
     Raises:
         ValueError: if none of the sample can be read, or, where nothing says how many channels to read, images of two
@@ -108,7 +110,7 @@ def survey(
                 f"{key}: of {len(sides)} images {few(kinds, 4)}: list those of one kind in a .txt file (with labels, a "
                 ".csv file), or convert the others"
             )
-        tell_unread(sample, in_chans, trains=True)
+        tell_unread(sample, in_chans, trains=trains)
     mean, std, _ = channel_statistics(
         sample, in_chans, max_images=max_images, max_pixels=max_pixels, nodata=nodata, key=key
     )
@@ -118,6 +120,32 @@ def survey(
     side, is_deep, has_deep = round(statistics.median(sides)), deep.most_common(1)[0][0], deep[True] > 0
     area = statistics.fmean(areas)
     return Survey(len(images), side, in_chans, is_deep, has_deep, tuple(mean), tuple(std), area, counts)
+
+
+def tell_unread(images: Images, in_chans: int, *, trains: bool) -> None:
+    """Warn if TIFFs among some of the images have pages, or a channel that they call alpha, which are not read.
+
+    Args:
+        images: which.
+        in_chans: channels that are read.
+        trains: whether others can be.
+    """
+    for i in evenly(len(images), 8):
+        name = images.name(i)
+        if in_chans not in (1, 3) or not name.lower().endswith((".tif", ".tiff")):
+            continue
+        with suppress(BadImage), images.open(i) as file:
+            num, are_channels = num_pages(file)
+            file.seek(0)
+            if num > 1:
+                remedy = f": in_chans = {num} reads them as channels" if are_channels and trains else ""
+                logger.warning("%s has %d pages, and the first is read%s", printable(name), num, remedy)
+                return
+            if in_chans == 3 and (num := samples_with_alpha(file)):
+                what = "has a channel behind its colours that it calls alpha, or nothing, and that is not read"
+                remedy = f": if it is data, in_chans = {num} reads it" if trains else ""
+                logger.warning("%s %s%s", printable(name), what, remedy)
+                return
 
 
 def _reads(images: Images, i: int, in_chans: int, max_pixels: int) -> bool:

@@ -150,7 +150,7 @@ def load_backbones(
     networks = {source: load(source) for source in sources if not is_control(source)}
     first = next((network.reading for network in networks.values()), None)
     if first is None:
-        found = survey(images, max_pixels=max_pixels, nodata=nodata, key="data")
+        found = survey(images, max_pixels=max_pixels, nodata=nodata, key="data", trains=False)
         first = Reading(found.in_chans, image_size or SIZE, mean=found.mean, std=found.std)
     return [networks.get(source) or load(source, like=first) for source in sources]
 
