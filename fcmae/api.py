@@ -36,12 +36,12 @@ from fcmae.heads import Classifier, Segmenter
 from fcmae.layouts import DENSE, PACKED
 from fcmae.masked import FCMAE, masked_loss
 from fcmae.networks.encoder import StagedEncoder
-from fcmae.networks.spec import NetworkSpec
+from fcmae.networks.spec import NETWORKS, NetworkSpec
 from fcmae.segmentation import check_sides
 from fcmae.training.launch import for_a_caller
 from fcmae.training.run import Run
 from fcmae.weights.convert import build_classifier, build_encoder, convert
-from fcmae.weights.files import ImageRecord, Weights, read_weights, segmenter_in
+from fcmae.weights.files import ImageRecord, Weights, read_init, segmenter_in
 from fcmae.weights.segmenters import read_segmenter
 
 __all__ = [
@@ -83,7 +83,8 @@ def pretrain(
             {"epochs": 100, "data.image_size": 64}; or a `PretrainConfig`. `fcmae pretrain --help` lists them. The
             arguments above override both.
         model: of your own, which is trained, and resumed, instead of the one that `variant` and `settings` describe.
-            Beside it nothing is chosen, for `hours` neither: what you do not give has its default.
+            Beside it nothing is chosen, for `hours` neither: what you do not give has its default. It ends in training
+            mode, and on the device of the run.
 
     Returns:
         The run, finished, or stopped by a signal after a checkpoint (an interrupted notebook sends SIGINT): look at
@@ -99,9 +100,14 @@ def pretrain(
     if model is not None:
         if not isinstance(model, FCMAE):
             raise ValueError(f"model: received {type(model).__name__}; give an FCMAE, see fcmae.masked.build_fcmae")
+        if type(spec := model.encoder.spec) not in NETWORKS.values():
+            raise ValueError(
+                f"model: its encoder's spec is a {type(spec).__name__}, which no file can hold: give one of "
+                f"{', '.join(known.__name__ for known in NETWORKS.values())}, or add the network (CONTRIBUTING.md)"
+            )
         if variant is not None:
             raise ValueError("variant: a model of your own has its network already: leave one of the two out")
-        given |= {"model.variant": model.encoder.spec, "model.stem_stride": model.encoder.spec.stem_stride}
+        given |= {"model.variant": spec, "model.stem_stride": spec.stem_stride}
     with for_a_caller():
         cfg = _settings(PretrainConfig, given, config, settings, planning.pretraining if model is None else None)
         if model is not None and cfg.hours is not None:
@@ -200,6 +206,10 @@ def _settings(
     Raises:
         ValueError: with a line for each problem.
     """
+    if isinstance(settings, Mapping):
+        section = settings.get("model")
+        for init in (settings.get("model.init"), section.get("init") if isinstance(section, Mapping) else None):
+            _start(init)
     if settings is None or isinstance(settings, Mapping):
         values = options.flattened(model, settings or {})
     elif isinstance(settings, model):
@@ -334,6 +344,12 @@ class _Headed(Features, Generic[Headed]):
         encoder: StagedEncoder = self.model.encoder
         return encoder
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "encoder" and "model" in self._modules:  # Module.__setattr__ knows no properties
+            self.model.encoder = value
+        else:
+            super().__setattr__(name, value)
+
 
 class Classified(_Headed[Classifier]):
     """An encoder with the head of `finetune`, which normalises images itself: features, and a class for every image.
@@ -418,8 +434,8 @@ def load(
     """The encoder of a run or of weights in any format that `fcmae convert` reads, for features.
 
     Args:
-        source: a run, also by its name below runs/, a checkpoint, a directory or a file. For a fine-tuning run, its
-            best model.
+        source: a run, also by its name below runs/, a checkpoint, a directory or a file; or the name of a ConvNeXt of
+            timm's, which is fetched. For a fine-tuning run, its best model.
         key: the entry of a .pth file that holds the weights, such as "model_ema"; by default a usual one.
         prefix: the prefix of their names in a file, such as "student"; by default detected.
         mean: of each channel, in units of a full range of 1, of a file that does not state it, such as a state dict of
@@ -438,7 +454,7 @@ def load(
     if key is None and prefix is None and segmenter_in(place) is not None:
         segmenter, weights, record = read_segmenter(place)
         return Segmented(segmenter, _reading(source, weights, mean, std), record.classes).eval()
-    weights = read_weights(place, key=key, prefix=prefix)
+    weights = read_init(str(place), key, prefix, "source")
     reading = _reading(source, weights, mean, std)
     if weights.architecture.num_classes and weights.class_names:
         return Classified(build_classifier(weights), reading, weights.class_names).eval()
@@ -472,7 +488,7 @@ def export(
     """Write weights in another format, and read them back to be sure, as `fcmae convert` does.
 
     Args:
-        source: see `load`.
+        source: see `load`; no name of timm's.
         dest: a new path: a directory for timm and transformers, else a file.
         to: timm, transformers, fair, minkowski or fcmae.
         key: see `load`.

@@ -317,6 +317,7 @@ def build_fcmae(
     decoder_depth: int = 1,
     make_layout: MakeLayout = PACKED,
     target: Target = normalized_pixels,
+    num_values: int | None = None,
 ) -> FCMAE:
     """The paper's model around an encoder: its plain decoder predicts the target of each site at the total stride.
 
@@ -326,9 +327,11 @@ def build_fcmae(
         decoder_depth: number of its blocks.
         make_layout: maps (mask, num_visible) to the layout of the encoder's features; by default packed.
         target: what is predicted for a site.
+        num_values: of it; None calls it on one site of zeros, on the CPU.
     """
-    patch = torch.zeros(1, encoder.in_chans, encoder.total_stride, encoder.total_stride)
-    num_values = target(patch, torch.zeros(1, dtype=torch.int64), encoder.total_stride, None).shape[1]
+    if num_values is None:
+        patch = torch.zeros(1, encoder.in_chans, encoder.total_stride, encoder.total_stride)
+        num_values = target(patch, torch.zeros(1, dtype=torch.int64), encoder.total_stride, None).shape[1]
     decoder = Decoder(encoder.dim, num_values, decoder_dim, decoder_depth)
     return FCMAE(encoder, decoder, make_layout, target)
 

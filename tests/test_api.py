@@ -32,9 +32,11 @@ from fcmae import api, cli, finetuning, planning, pretraining, segmenting, start
 from fcmae.api import Classified, Features
 from fcmae.config import FinetuneConfig, PretrainConfig
 from fcmae.data.augment import Reading, seeded
+from fcmae.heads import Classifier
 from fcmae.layouts import Masked
 from fcmae.masked import build_fcmae, patchify
 from fcmae.networks.convnext import Encoder
+from fcmae.networks.layers import Block
 from fcmae.networks.spec import VARIANTS, ConvNeXtSpec
 from fcmae.options import read
 from fcmae.training.run import Run
@@ -289,11 +291,59 @@ def test_an_encoder_that_is_not_what_its_numbers_say_is_told_of(
             assert type(fcmae.load(tmp_path / str(number)).encoder) is Encoder
 
 
+def test_an_encoder_of_other_widths_and_depths_than_its_numbers_say_is_watched(photos: Path, tmp_path: Path) -> None:
+    encoder = Encoder(SPEC, 3)
+    encoder.stages[0].append(Block(SPEC.dims[0], hidden=5))
+    settings = {"data.image_size": 64, "epochs": 1, "batch_size": 4, "device": "cpu", "data.num_workers": 0}
+    run = fcmae.pretrain(photos, tmp_path / "out", model=build_fcmae(encoder, 8), settings=settings)
+    assert f"cosine_distance/stages.0.{len(encoder.stages[0]) - 1}" in run.metrics()[-1]
+
+
+def test_a_spec_that_no_file_can_hold_is_refused(photos: Path, tmp_path: Path) -> None:
+    class Mine(ConvNeXtSpec):
+        pass
+
+    net = build_fcmae(Encoder(SPEC, 3), 8)
+    net.encoder.spec = Mine.model_validate(SPEC.model_dump())
+    with pytest.raises(ValueError, match="its encoder's spec is a Mine, which no file can hold: give one of Con"):
+        fcmae.pretrain(photos, tmp_path / "out", model=net)
+
+
+def test_a_model_that_is_handed_in_is_trained_as_one_that_is_new(photos: Path, tmp_path: Path) -> None:
+    """Whatever mode it was in, whatever gradients it held, and whatever the notebook has set for all that follows."""
+    settings = {"data.image_size": 64, "epochs": 1, "batch_size": 4, "device": "cpu", "model.drop_path_rate": 0.5}
+    settings |= {"data.num_workers": 0, "optim.warmup_epochs": 0}
+    found = []
+    for name in ("new", "used"):
+        torch.manual_seed(0)
+        net = build_fcmae(Encoder(SPEC, 3, drop_path_rate=0.5), 8)
+        if name == "used":
+            net.eval()
+            for parameter in net.parameters():
+                parameter.grad = torch.full_like(parameter, torch.nan)
+        with torch.set_grad_enabled(name == "new"):
+            fcmae.pretrain(photos, tmp_path / name, model=net, settings=settings)
+            assert torch.is_grad_enabled() == (name == "new")
+        assert net.training
+        found.append(net.state_dict())
+    assert_same(*found)
+
+
+def test_an_encoder_that_replaces_that_of_a_classifier_is_used() -> None:
+    model = Classified(Classifier(Encoder(SPEC), 2), Reading(3, (64, 64)), ("a", "b"))
+    names = list(model.state_dict())
+    model.encoder = other = Encoder(SPEC)
+    assert model.encoder is other and model.model.encoder is other and list(model.state_dict()) == names
+
+
 def test_what_a_signal_stopped_does_not_start_another_run(labelled: Path, tmp_path: Path) -> None:
     stopped = Run(tmp_path / "run", "pretrain", finished=False, stopped_by="SIGTERM")
     for start in (fcmae.finetune, partial(fcmae.segment, maps=labelled)):
         with pytest.raises(ValueError, match=r"init: .*run was stopped by SIGTERM before its end: make the call that"):
             start(labelled, out=tmp_path / "out", init=stopped)
+    for settings in ({"model.init": stopped}, {"model": {"init": stopped}}):
+        with pytest.raises(ValueError, match="was stopped by SIGTERM before its end"):
+            fcmae.finetune(labelled, out=tmp_path / "out", settings=settings)
     with pytest.raises(ValueError, match="does not exist"):
         fcmae.finetune(labelled, out=tmp_path / "out", init=stopped.path)  # if one wants it
 

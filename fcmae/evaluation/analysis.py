@@ -268,12 +268,8 @@ class Statistics:
     """
 
     def __init__(self, encoder: StagedEncoder, num_classes: int = 0) -> None:
-        self._encoder = encoder
-        spec = encoder.spec
-        widths = [(hidden, dim) for dim, stage in zip(spec.dims, spec.hidden_widths, strict=True) for hidden in stage]
-        self._sums = {
-            name: _Sums(*width, num_classes) for name, width in zip(layer_names(encoder), widths, strict=True)
-        }
+        self._encoder, self._num_classes = encoder, num_classes
+        self._sums: dict[str, _Sums] = {}  # of blocks as they are, which need not be as wide as the spec says
 
     @torch.no_grad()
     def add(self, images: Tensor, labels: Tensor | None = None) -> None:
@@ -284,8 +280,11 @@ class Statistics:
             labels: (B,) int64.
         """
         for block in walk(self._encoder, images):
-            self._sums[block.name].add_expanded(block.expanded, labels)
-            self._sums[block.name].add_output(at_least_float32(block.output).mean((1, 2)))
+            if (sums := self._sums.get(block.name)) is None:
+                widths = block.expanded.shape[-1], block.output.shape[-1]
+                sums = self._sums[block.name] = _Sums(*widths, self._num_classes)
+            sums.add_expanded(block.expanded, labels)
+            sums.add_output(at_least_float32(block.output).mean((1, 2)))
 
     def layers(self) -> dict[str, LayerStatistics]:
         """The statistics of each block by name; empty before the first image."""

@@ -20,8 +20,9 @@ class Dense(Masked):
         super().__init__(None)
 
     def depthwise_conv(self, f: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        has_loop = weight.shape[-1] == native.SIZE and f.dtype == weight.dtype and native.available(f.device, f.dtype)
-        if has_loop and not torch.is_autocast_enabled(f.device.type):
+        learns = torch.is_grad_enabled() and weight.requires_grad  # without, no compiler is called
+        fits = learns and weight.shape[-1] == native.SIZE and f.dtype == weight.dtype
+        if fits and native.available(f.device, f.dtype) and not torch.is_autocast_enabled(f.device.type):
             out: Tensor = _DepthwiseConv.apply(f, weight, bias)
             return out
         return super().depthwise_conv(f, weight, bias)

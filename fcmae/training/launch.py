@@ -120,8 +120,10 @@ def giving_back(model: nn.Module) -> Iterator[None]:
     """Around a run: precision and compilation of its model end with it, so that another run has its own.
 
     Args:
-        model: that is trained.
+        model: that is trained, from here on in training mode and without gradients that it was given with.
     """
+    model.train()
+    model.zero_grad()
     own = vars(model)
     before = {name: own[name] for name in _PREPARED if name in own}
     try:
@@ -265,9 +267,16 @@ def _left_as_it_was() -> Iterator[None]:
     drawn = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     has_drawn, seed = torch.cuda.is_initialized(), torch.initial_seed()  # type: ignore[no-untyped-call]
     drawn_there = torch.cuda.get_rng_state_all() if has_drawn else []
+    # A notebook may have these set for all that follows.
+    device = torch.get_default_device()
+    if device.type != "cpu":
+        torch.set_default_device(None)  # what is drawn and read is on the CPU
     try:
-        yield
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
     finally:
+        if device.type != "cpu":
+            torch.set_default_device(device)
         random.setstate(drawn[0])
         np.random.set_state(drawn[1])  # noqa: NPY002
         torch.set_rng_state(drawn[2])
