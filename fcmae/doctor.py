@@ -251,8 +251,11 @@ def _torch() -> Iterator[Finding]:
         device = torch.accelerator.current_accelerator(check_available=True)
         workers = choose_num_workers(None, device.type if device else "cpu")
         yield Finding("loader workers", "ok", f"{workers} for each training process, unless data.num_workers is set")
-        found = f"the loop for the depthwise weight's gradient {'is' if library() else 'cannot be'} compiled"
-        cost, mend = "a training step on a CPU takes about a fifth longer", "install gcc, or name a C compiler in CC"
+        found = f"the loops for the depthwise convolution {'are' if library() else 'cannot be'} compiled"
+        cost, mend = (
+            "a pretraining step on a CPU takes up to three quarters longer",
+            "install gcc, or name a C compiler in CC",
+        )
         yield _judge("C compiler", found, library() is None, cost, mend)
 
 

@@ -25,8 +25,10 @@ def _afresh() -> Iterator[None]:
 
 
 def gradients(layout: Packed, f: Tensor, weight: Tensor, bias: Tensor, pull: Tensor) -> list[Tensor]:
+    """The convolution, and its gradients."""
     leaves = [x.detach().to(pull.dtype).requires_grad_() for x in (f, weight, bias)]
-    return list(torch.autograd.grad(layout.depthwise_conv(*leaves), leaves, pull))
+    out = layout.depthwise_conv(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, pull)]
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -65,6 +67,10 @@ def test_it_is_registered_as_torch_asks() -> None:
     require_native()
     sample = (torch.randn(4, 2, 3), torch.randn(1, 4, 4, 3), torch.tensor([0, 2, 4, 6]))
     torch.library.opcheck(native.weight_gradient, sample)
+    places = torch.tensor([0, 3]), torch.tensor([0, -1, -1, 1])  # of 2 x 2 patches
+    for bias in (None, torch.randn(9)):
+        opted = torch.randn(2, 3, 3, 9), torch.randn(9, 1, 7, 7).squeeze(1).permute(1, 2, 0), bias, *places, 2, 2
+        torch.library.opcheck(native.visible_conv, opted)
 
 
 def test_only_float32_on_a_cpu_takes_it() -> None:

@@ -64,9 +64,11 @@ class Packed:
         Returns:
             (B, K, b, b, C).
         """
-        slots = wider.visible.new_empty(self.batch * self.grid[0] * self.grid[1])
-        slots[wider.visible] = torch.arange(len(wider.visible), device=slots.device)
-        return f.flatten(0, 1).index_select(0, slots[self.visible]).view(self.batch, self.num_visible, *f.shape[2:])
+        return (
+            f.flatten(0, 1)
+            .index_select(0, wider.slots()[self.visible])
+            .view(self.batch, self.num_visible, *f.shape[2:])
+        )
 
     def depthwise_conv(self, f: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         device = f.device.type
@@ -74,8 +76,9 @@ class Packed:
             dtype = torch.get_autocast_dtype(device)
             f, weight, bias = f.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         b = f.shape[-2]
-        size = (self.batch, self.grid[0] * b, self.grid[1] * b)
-        out: Tensor = _DepthwiseConv.apply(f, weight, bias, self._row_indices(b), size)
+        has_loops = weight.shape[-1] == native.SIZE and native.available(f.device, f.dtype)
+        places = self.visible, self.slots() if has_loops else None, self._row_indices(b)
+        out: Tensor = _DepthwiseConv.apply(f, weight, bias, *places, (self.batch, *self.grid))
         return out
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
@@ -97,6 +100,12 @@ class Packed:
     def drop_path(self, f: Tensor, rate: float) -> Tensor:
         out: Tensor = drop_path(f, rate, training=True)
         return out
+
+    def slots(self) -> Tensor:
+        """Of each patch of all images which visible one it is, (B*gh*gw,) int64; -1 if it is hidden."""
+        slots = self.visible.new_full((self.batch * self.grid[0] * self.grid[1],), -1)
+        slots[self.visible] = torch.arange(len(self.visible), device=slots.device)
+        return slots
 
     def _row_indices(self, b: int) -> Tensor:
         """Where the pixel rows of the visible patches lie in a dense map.
@@ -140,40 +149,62 @@ class _Scatter(torch.autograd.Function):
 
 
 class _DepthwiseConv(torch.autograd.Function):
-    """conv2d on the dense map (B, H, W) of which f, (B, K, b, b, C), are the given pixel rows and the rest is zero.
+    """conv2d on the map of which f, (B, K, b, b, C), are the visible patches and the rest is zero.
 
-    For the backward pass it keeps f, not the map, which is gh * gw / K times as large, and lays f out again.
+    With slots, the loops of native.c compute visible sites alone; without them the map is laid out. For the backward
+    pass it keeps f, not the map, which is gh * gw / K times as large.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, f: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, size: tuple[int, int, int]
+        ctx: Any,
+        f: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        visible: Tensor,
+        slots: Tensor | None,
+        rows: Tensor,
+        size: tuple[int, int, int],
     ) -> Tensor:
-        ctx.save_for_backward(f, weight, rows)
+        ctx.save_for_backward(f, weight, visible, slots, rows)
         ctx.has_bias, ctx.size = bias is not None, size
+        if slots is not None:
+            out: Tensor = native.visible_conv(f.flatten(0, 1), _taps(weight), bias, visible, slots, *size[1:])
+            return out.view_as(f)
         y = F.conv2d(_canvas(f, rows, size), weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
         return _rows_of(y, rows, f)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivatives()
-        f, weight, rows = ctx.saved_tensors
+        f, weight, visible, slots, rows = ctx.saved_tensors
         x = _canvas(f, rows, ctx.size)
-        has_loop = weight.shape[-1] == native.SIZE and native.available(f.device, f.dtype)
-        grad_x, grad_weight = native.conv_gradients(_canvas(grad, rows, ctx.size), x, weight, with_weight=not has_loop)
-        if has_loop:
+        if slots is not None:
+            taps = _taps(weight).flip(0, 1)
+            grad_f = native.visible_conv(grad.flatten(0, 1), taps, None, visible, slots, *ctx.size[1:]).view_as(f)
             grad_weight = native.weight_gradient(grad.flatten(0, 2), x.permute(0, 2, 3, 1), rows)
+        else:
+            grad_x, grad_weight = native.conv_gradients(_canvas(grad, rows, ctx.size), x, weight, with_weight=True)
+            grad_f = _rows_of(grad_x, rows, f)
         grad_bias = grad.flatten(0, -2).sum(0) if ctx.has_bias else None
-        return _rows_of(grad_x, rows, f), grad_weight, grad_bias, None, None
+        return grad_f, grad_weight, grad_bias, None, None, None, None
+
+
+def _taps(weight: Tensor) -> Tensor:
+    """A depthwise weight (C, 1, k, k) as (k, k, C)."""
+    return weight.squeeze(1).permute(1, 2, 0)
 
 
 def _canvas(f: Tensor, rows: Tensor, size: tuple[int, int, int]) -> Tensor:
-    """The map (B, C, H, W), channels last in memory, that has f's pixel rows in the given places and zero elsewhere."""
+    """The map (B, C, H, W), channels last in memory, that has f's pixel rows in the given places and zero elsewhere.
+
+    size: images, and rows and columns of patches.
+    """
     b, channels = f.shape[-2:]
     batch, height, width = size
-    canvas = f.new_zeros(batch * height * width // b, b * channels)
+    canvas = f.new_zeros(batch * height * b * width, b * channels)
     canvas.index_copy_(0, rows, f.reshape(-1, b * channels))
-    return canvas.view(batch, height, width, channels).permute(0, 3, 1, 2)
+    return canvas.view(batch, height * b, width * b, channels).permute(0, 3, 1, 2)
 
 
 def _rows_of(x: Tensor, rows: Tensor, f: Tensor) -> Tensor:
