@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import reduce
+from operator import add
 from typing import cast
 
 import torch
@@ -109,10 +111,9 @@ class FeaturePyramid(nn.Module):
         """Logits (B, num_classes, h_0, w_0) of the stages' maps (B, C_i, h_i, w_i)."""
         levels = top_down(maps, self.laterals)
         finest = levels[0].shape[2:]
-        summed = torch.stack(
-            [resize(smooth(level), finest) for smooth, level in zip(self.smooth, levels, strict=True)]
-        ).sum(0)  # (B, dim, h_0, w_0)
-        return cast(Tensor, self.classify(summed))
+        smoothed = (resize(smooth(level), finest) for smooth, level in zip(self.smooth, levels, strict=True))
+        # Not a sum of a stack: that would not be channels last, nor would the gradients of all before it.
+        return cast(Tensor, self.classify(reduce(add, smoothed)))  # (B, num_classes, h_0, w_0)
 
 
 class UPerNet(nn.Module):
