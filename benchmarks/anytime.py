@@ -8,8 +8,9 @@ dense computes every patch at every stage and the last answer alone; full is the
 exit-K stops after stage K, whole; tau-T and budget-B are what their names say; against is another model, whole, and
 against-exit-K is that one stopped, if it has exits: trained with model.tau 1, those of a network that saw no masks.
 Images are seen one at a time, whole. Sides take turns within each repeat, and ratios are to dense. Multiply-adds are
-those that torch's operations executed: the depthwise convolution's on all of the map. Of each kind the fastest side is
-named that loses no more than POINTS to the better of dense and against. Speed is reported, never asserted.
+those that torch's operations executed: the depthwise convolution's on all of the map, or by the loop in C on visible
+sites. Of each kind the fastest side is named that loses no more than POINTS to the better of dense and against. Speed
+is reported, never asserted.
 """
 
 from __future__ import annotations

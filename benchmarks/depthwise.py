@@ -8,7 +8,7 @@
 | way | what it does |
 | --- | --- |
 | canvas | a zero canvas, conv2d, a gather, and what autograd makes of them |
-| packed | what the packed layout does: the same, and on a CPU the weight gradient by the loop in C |
+| packed | what the packed layout does: on a CPU both loops in C, elsewhere the same as canvas |
 | windows | each patch with its halo, (b + 6) x (b + 6), cut out of the canvas; conv2d without padding |
 | table | no canvas: for each of 49 offsets a gather of all sites' neighbours and a multiply-add |
 | matmul | canvas, but the weight gradient is a matrix product for each channel, over the windows' rows |

@@ -79,8 +79,8 @@ ARMS = {
     "ratio75": Arm("75 % hidden", "hog", ("--model.mask_ratio=0.75",)),
     "ratio50": Arm("50 % hidden", "hog", ("--model.mask_ratio=0.5",)),
     # At 48 pixels, as torch's FlopCounterMode has them.
-    "ratio75c": Arm("75 % hidden, for as much compute", "hog", ("--model.mask_ratio=0.75",), cost=0.722),
-    "ratio50c": Arm("50 % hidden, for as much compute", "hog", ("--model.mask_ratio=0.5",), cost=1.222),
+    "ratio75c": Arm("75 % hidden, for as much compute", "hog", ("--model.mask_ratio=0.75",), cost=0.693),
+    "ratio50c": Arm("50 % hidden, for as much compute", "hog", ("--model.mask_ratio=0.5",), cost=1.246),
     "ratio50b": Arm("50 % hidden, another seed", "again", ("--model.mask_ratio=0.5", "--seed=1")),
     "crop50": Arm("crops from 50 % of the area", "hog", ("--data.crop_scale=0.5,1",)),
     "crop50b": Arm("crops from 50 % of the area, another seed", "again", ("--data.crop_scale=0.5,1", "--seed=1")),

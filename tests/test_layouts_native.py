@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import require_native
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from fcmae.layouts import Packed, native
 from fcmae.masking import random_mask
@@ -71,6 +72,27 @@ def test_it_is_registered_as_torch_asks() -> None:
     for bias in (None, torch.randn(9)):
         opted = torch.randn(2, 3, 3, 9), torch.randn(9, 1, 7, 7).squeeze(1).permute(1, 2, 0), bias, *places, 2, 2
         torch.library.opcheck(native.visible_conv, opted)
+    with FlopCounterMode(display=False) as counter:
+        native.visible_conv(*opted)
+    assert counter.get_total_flops() == 2 * 49 * 2 * 3 * 3 * 9
+
+
+@pytest.mark.parametrize(
+    ("weight", "bias"),
+    [
+        (torch.zeros(8, 1, 7, 7, dtype=torch.float64), None),
+        (torch.zeros(4, 1, 7, 7), None),
+        (torch.zeros(8, 1, 7, 7), torch.zeros(4)),
+        (torch.zeros(8, 1, 7, 7), torch.zeros(8, dtype=torch.float16)),
+    ],
+)
+def test_what_does_not_fit_is_left_to_torch(weight: Tensor, bias: Tensor | None) -> None:
+    """Which refuses it: the loops look at bare memory."""
+    layout = Packed(torch.tensor([[[False, True], [True, False]]]), 2)
+    with pytest.raises(RuntimeError):
+        layout.depthwise_conv(torch.zeros(1, 2, 2, 2, 8), weight, bias)
+    with pytest.raises((RuntimeError, IndexError)):  # of a layout of more patches
+        layout.depthwise_conv(torch.zeros(1, 1, 2, 2, 8), torch.zeros(8, 1, 7, 7), None)
 
 
 def test_only_float32_on_a_cpu_takes_it() -> None:

@@ -60,7 +60,11 @@ void weight_gradient(const float *grad, const float *canvas, const int64_t *rows
     }
 }
 
-#define LANES 8 /* channels of a vector; the compiler makes two of it where registers are shorter */
+#ifdef __AVX__
+#define LANES 8 /* channels of a vector: no more than a register has, or sums would be kept in memory */
+#else
+#define LANES 4
+#endif
 #define SITES 4 /* outputs side by side, whose sums stay in registers */
 
 typedef float Lanes __attribute__((vector_size(4 * LANES), aligned(4)));

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import math
 import os
 import platform
 import shlex
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 SOURCE = Path(__file__).with_name("native.c")
 FLAGS = ("-O3", "-march=native", "-fPIC", "-fopenmp")
@@ -99,6 +101,12 @@ def weight_gradient(grad: Tensor, canvas: Tensor, rows: Tensor) -> Tensor:
 @weight_gradient.register_fake
 def _(grad: Tensor, canvas: Tensor, rows: Tensor) -> Tensor:
     return grad.new_empty(grad.shape[-1], 1, SIZE, SIZE)
+
+
+@register_flop_formula([torch.ops.fcmae.visible_depthwise_conv, torch.ops.fcmae.depthwise_weight_gradient])
+def _(shape: tuple[int, ...], *_: object, **__: object) -> int:
+    """Of the first argument's shape: all taps of each site, whichever the loops skip."""
+    return 2 * SIZE * SIZE * math.prod(shape)
 
 
 def conv_gradients(grad: Tensor, x: Tensor, weight: Tensor, *, with_weight: bool) -> tuple[Tensor, Tensor | None]:

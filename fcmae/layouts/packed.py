@@ -76,7 +76,11 @@ class Packed:
             dtype = torch.get_autocast_dtype(device)
             f, weight, bias = f.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         b = f.shape[-2]
-        has_loops = weight.shape[-1] == native.SIZE and native.available(f.device, f.dtype)
+        # The loops look at bare memory; what does not fit is left to torch, which refuses it.
+        own = f.dtype, f.device, f.shape[-1]
+        fits = weight.shape[1:] == (1, native.SIZE, native.SIZE) and f.shape[:2] == (self.batch, self.num_visible)
+        fits = fits and all((x.dtype, x.device, x.shape[0]) == own for x in (weight, bias) if x is not None)
+        has_loops = fits and native.available(f.device, f.dtype)
         places = self.visible, self.slots() if has_loops else None, self._row_indices(b)
         out: Tensor = _DepthwiseConv.apply(f, weight, bias, *places, (self.batch, *self.grid))
         return out

@@ -9,7 +9,7 @@ import secrets
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from itertools import chain
 from pathlib import Path
@@ -267,16 +267,12 @@ def _left_as_it_was() -> Iterator[None]:
     drawn = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     has_drawn, seed = torch.cuda.is_initialized(), torch.initial_seed()  # type: ignore[no-untyped-call]
     drawn_there = torch.cuda.get_rng_state_all() if has_drawn else []
-    # A notebook may have these set for all that follows.
-    device = torch.get_default_device()
-    if device.type != "cpu":
-        torch.set_default_device(None)  # what is drawn and read is on the CPU
+    # A notebook may have other ones for all that follows; what is drawn and read is on the CPU.
+    on_cpu = nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
     try:
-        with torch.inference_mode(False), torch.enable_grad():
+        with on_cpu, torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
-        if device.type != "cpu":
-            torch.set_default_device(device)
         random.setstate(drawn[0])
         np.random.set_state(drawn[1])  # noqa: NPY002
         torch.set_rng_state(drawn[2])
