@@ -543,8 +543,8 @@ def _nearest_multiples(value: int, unit: int) -> str:
 class PretrainConfig(RunConfig):
     """Pretrain a ConvNeXt V2 (or V1) encoder on unlabeled images, by predicting what a mask hides.
 
-    Without a recipe (a file with epochs or batch_size), settings you do not give are chosen for the images, the machine
-    and the hours; --print-config shows them. `fcmae configs` lists recipes.
+    Without a recipe (a file with epochs or batch_size), settings you do not give are chosen for the
+    images, the machine and the hours; --print-config shows them. `fcmae configs` lists recipes.
 
     Example: fcmae pretrain photos --hours 4
     """
@@ -667,8 +667,8 @@ class DenseConfig(RunConfig):
 class FinetuneConfig(DenseConfig):
     """Train a classifier on labelled images, from pretrained weights or from scratch, or evaluate one.
 
-    Without a recipe (a file with epochs or batch_size), settings you do not give are chosen for the images, the machine
-    and the hours; --print-config shows them. `fcmae configs` lists recipes.
+    Without a recipe (a file with epochs or batch_size), settings you do not give are chosen for the
+    images, the machine and the hours; --print-config shows them. `fcmae configs` lists recipes.
 
     Example: fcmae finetune labelled --init runs/photos --hours 1
     """
@@ -708,8 +708,8 @@ class FinetuneConfig(DenseConfig):
 class SegmentConfig(DenseConfig):
     """Train a network that gives every pixel a class, from pretrained weights or from scratch, or evaluate one.
 
-    Without a recipe (a file with epochs or batch_size), settings you do not give are chosen for the images, the machine
-    and the hours; --print-config shows them. `fcmae configs` lists recipes.
+    Without a recipe (a file with epochs or batch_size), settings you do not give are chosen for the
+    images, the machine and the hours; --print-config shows them. `fcmae configs` lists recipes.
 
     Example: fcmae segment tiles/images --maps tiles/maps --init runs/photos --hours 1
     """
