@@ -206,12 +206,12 @@ def _settings(
     Raises:
         ValueError: with a line for each problem.
     """
-    if isinstance(settings, Mapping):
+    if settings is None or isinstance(settings, Mapping):
+        settings = settings or {}
         section = settings.get("model")
         for init in (settings.get("model.init"), section.get("init") if isinstance(section, Mapping) else None):
             _start(init)
-    if settings is None or isinstance(settings, Mapping):
-        values = options.flattened(model, settings or {})
+        values = options.flattened(model, settings)
     elif isinstance(settings, model):
         values = options.flattened(model, settings.model_dump(exclude_unset=True)) | options.changed(settings)
     else:

@@ -252,10 +252,7 @@ def _torch() -> Iterator[Finding]:
         workers = choose_num_workers(None, device.type if device else "cpu")
         yield Finding("loader workers", "ok", f"{workers} for each training process, unless data.num_workers is set")
         found = f"the loops for the depthwise convolution {'are' if library() else 'cannot be'} compiled"
-        cost, mend = (
-            "a pretraining step on a CPU takes up to three quarters longer",
-            "install gcc, or name a C compiler in CC",
-        )
+        cost, mend = "pretraining on a CPU takes up to three quarters longer", "install gcc, or name a compiler in CC"
         yield _judge("C compiler", found, library() is None, cost, mend)
 
 

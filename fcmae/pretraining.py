@@ -166,9 +166,7 @@ def train(
     train_set = build_dataset(cfg, train_images, augment=True)
     logger.info("%s: %d training images, %d held out", describe(net.encoder.spec), len(train_images), len(val_images))
     with closing(Log(cfg, accelerator, schedule, len(train_images) + len(val_images))) as log:
-        evaluation = build_evaluation(
-            cfg, accelerator, normalize, train_images, val_images, labelled, log, schedule.per_epoch
-        )
+        evaluation = build_evaluation(cfg, accelerator, normalize, train_images, val_images, labelled, log)
 
         def evaluate(step: int) -> None:
             with waiting_for_all(accelerator):  # the first one looks at features and draws pictures
@@ -368,7 +366,6 @@ class Evaluation:
         monitor: of the encoder's features.
         watch: warns of what the numbers show.
         log: of the run.
-        per_epoch: steps of an epoch.
     """
 
     accelerator: Accelerator
@@ -379,7 +376,6 @@ class Evaluation:
     monitor: Monitor
     watch: Watch
     log: Log
-    per_epoch: int
 
     @torch.no_grad()
     def evaluate(self, net: FCMAE, step: int) -> None:
@@ -392,7 +388,7 @@ class Evaluation:
         Raises:
             FloatingPointError: if the loss is not finite.
         """
-        epoch = step / self.per_epoch
+        epoch = step / self.log.schedule.per_epoch
         with evaluating(net):
             values = self.loss(net, step)
             if not self.accelerator.is_main_process:
@@ -470,13 +466,14 @@ class Evaluation:
             known=batch.known,
         )
         name, folder = describe(net.encoder.spec), self.log.folder / "reconstructions"
+        per_epoch = self.log.schedule.per_epoch
         now, over_time = folder / f"step-{step:08d}.png", folder / "over-time.png"
-        save_reconstructions(now, panels, f"{name}, epoch {step / self.per_epoch:.4g}, {self.title}")
+        save_reconstructions(now, panels, f"{name}, epoch {step / per_epoch:.4g}, {self.title}")
         save_tiles(folder / "tiles" / now.name, panels)
         # Steps to come may have been seen by a run that was cut off.
         tiles = {path.stem[5:]: path for path in sorted((folder / "tiles").glob("step-*.png"))}
         seen = [(int(number), path) for number, path in tiles.items() if number.isdecimal()]
-        moments = [(f"epoch {number / self.per_epoch:.4g}", path) for number, path in seen if number <= step]
+        moments = [(f"epoch {number / per_epoch:.4g}", path) for number, path in seen if number <= step]
         save_over_time(over_time, panels, moments, f"{name}: the same images over time")
         self.log.show("reconstructions", now, step)
         self.log.show("over_time/reconstructions", over_time, step)
@@ -490,7 +487,6 @@ def build_evaluation(
     val_images: Images,
     labelled: tuple[Images, Images] | None,
     log: Log,
-    per_epoch: int,
 ) -> Evaluation:
     """The evaluation of a run, from its settings and images.
 
@@ -502,7 +498,6 @@ def build_evaluation(
         val_images: held out; may be empty.
         labelled: for the monitor's nearest neighbours, or None.
         log: of the run.
-        per_epoch: steps of an epoch.
     """
     rank, processes, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     at_once, workers = micro_batch_size(cfg, processes), choose_num_workers(cfg.data.num_workers, device.type)
@@ -526,5 +521,4 @@ def build_evaluation(
         monitor=monitor,
         watch=Watch(read_metrics(log.metrics.path) if accelerator.is_main_process else ()),
         log=log,
-        per_epoch=per_epoch,
     )

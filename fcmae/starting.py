@@ -202,8 +202,10 @@ def learnt_images(model: str) -> Images | None:
     Returns:
         None where they do not say, or learnt none.
     """
-    learnt, (run, _) = labelled_images_of_run(Path(model)), _made_of(Path(model))
-    return labelled_images_of_run(run) if learnt is None and run is not None else learnt
+    learnt = labelled_images_of_run(Path(model))
+    if learnt is None and (run := _made_of(Path(model))[0]) is not None:
+        return labelled_images_of_run(run)
+    return learnt
 
 
 def images_that_chose(path: Path) -> Images | None:

@@ -321,7 +321,7 @@ def test_a_model_that_is_handed_in_is_trained_as_one_that_is_new(photos: Path, t
             net.eval()
             for parameter in net.parameters():
                 parameter.grad = torch.full_like(parameter, torch.nan)
-        with torch.set_grad_enabled(name == "new"):
+        with torch.set_grad_enabled(name == "new"), torch.device("cpu" if name == "new" else "meta"):
             fcmae.pretrain(photos, tmp_path / name, model=net, settings=settings)
             assert torch.is_grad_enabled() == (name == "new")
         assert net.training

@@ -53,7 +53,7 @@ class Log:
         self.metrics = Metrics(self.folder / "metrics.jsonl", accelerator, start)
         self.window = Window(cfg.batch_size, accelerator.device.type)
         self.unread_files: list[tuple[str, str]] = []
-        self._accelerator, self._batch_size, self._schedule = accelerator, cfg.batch_size, schedule
+        self._accelerator, self._batch_size, self.schedule = accelerator, cfg.batch_size, schedule
         self._bad_files = BadFiles(self.folder / "bad_files.txt", num_files, cfg.data.max_bad_share)
         self._recent: deque[dict[str, float]] = deque(maxlen=2 * health.STARVED_WINDOWS)
         self._upkeep_s = 0.0  # since this start
@@ -104,7 +104,7 @@ class Log:
         line = self.window.summary() | {"lr": lr}
         if math.isfinite(grad_norm):  # under fp16 it may not be
             line["grad_norm"] = grad_norm
-        epoch, total = step / self._schedule.per_epoch, self._schedule.total
+        epoch, total = step / self.schedule.per_epoch, self.schedule.total
         self.metrics.write(step, epoch, **line)
         self._recent.append({"step": step, "epoch": epoch, **line})
         if not self._told and (starved := health.starved(self._recent)) is not None:
@@ -121,15 +121,15 @@ class Log:
 
     def _left_s(self, step: int, images_per_s: float) -> float:
         """Seconds that the steps after this one take, with as much upkeep a step as so far."""
-        upkeep_s = self._upkeep_s / (step - self._schedule.start)
-        return (self._schedule.total - step) * (self._batch_size / images_per_s + upkeep_s)
+        upkeep_s = self._upkeep_s / (step - self.schedule.start)
+        return (self.schedule.total - step) * (self._batch_size / images_per_s + upkeep_s)
 
     def _tell_late(self, step: int) -> None:
         """Say once that the run falls behind its plan, and why. The median of windows passes over a hiccup."""
         if self._told_late or math.isinf(self._planned_s):
             return
-        others, total = self._others.share(), self._schedule.total
-        done = (step - self._schedule.start) / (total - self._schedule.start)
+        others, total = self._others.share(), self.schedule.total
+        done = (step - self.schedule.start) / (total - self.schedule.start)
         if done < 1 / 20 or len(self._recent) < LEAST_WINDOWS:
             return
         speed = statistics.median(line["images_per_s"] for line in self._recent)

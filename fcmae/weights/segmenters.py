@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, TypeAdapter, ValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from fcmae.anytime import Anytime, build_segmenter
@@ -24,7 +24,7 @@ from fcmae.heads import Segmenter
 from fcmae.training import checkpoint
 from fcmae.weights.convert import build_encoder
 from fcmae.weights.files import HEAD, Weights, read_weights, segmenter_in, writing_weights
-from fcmae.weights.tensors import RECORD, digest
+from fcmae.weights.tensors import RECORD, digest, read_record
 
 Value = Annotated[int, Field(ge=0, lt=MAX_VALUE)]
 
@@ -113,8 +113,7 @@ def fits(place: Path) -> bool:
 
 
 def _read_record(file: Path) -> HeadRecord:
-    with safe_open(file, framework="pt") as opened:
-        return _RECORD.validate_json((opened.metadata() or {})[RECORD])
+    return _RECORD.validate_json(read_record(file) or "null")
 
 
 def read_segmenter(path: Path) -> tuple[Segmenter, Weights, HeadRecord]:
