@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -351,9 +352,12 @@ def test_timm_loads_what_lost_blocks(photos: Path, tmp_path: Path, capsys: pytes
     weights = weights_of(model, image=IMAGE.model_copy(update={"input_size": (3, 32, 32)}), class_names=("cat", "dog"))
     weights = replace(weights, origin={"epochs": 2.0, "top1": 0.93})
     save_weights(tmp_path / "whole.pth", weights, "fcmae")
-    fcmae.prune(
-        tmp_path / "whole.pth", tmp_path / "pruned.pth", photos, what="blocks", keep=0.67, settings={"max_images": 1}
-    )
+    prune = partial(fcmae.prune, tmp_path / "whole.pth", tmp_path / "pruned.pth", photos, what="blocks", keep=0.67)
+    with pytest.raises(ValueError, match="settings: keep: leave out what is an argument"):
+        prune(settings={"keep": 0.5})
+    with pytest.raises(ValueError, match="max_images: received 0"):
+        prune(settings={"max_images": 0})
+    prune()
     assert read_weights(tmp_path / "whole.pth").origin["top1"] == 0.93
     pruned = read_weights(tmp_path / "pruned.pth").origin
     assert pruned["epochs"] == 2.0 and "top1" not in pruned  # of another network
