@@ -70,8 +70,8 @@ def tuning() -> str:
     out = [text(712, y - 6, "Fine-tuning, with labels", 18, INK, "start", bold=True)]
     # The encoder goes down from the stages; everything right of it has done its work.
     out += [f'<path d="M594 {TOP + SIDE + 54}V{y + 14}" {stroke()} marker-end="url(#tip)"/>']
-    out += [box(530, y + 18, 128, 76, STAGE, "convert", "same weights")]
-    out += [arrow(662, y + 56, 706), box(710, y + 18, 150, 76, DENSE, "dense model", "timm's, GRN kept")]
+    out += [box(530, y + 18, 128, 76, STAGE, "encoder", "same weights")]
+    out += [arrow(662, y + 56, 706), box(710, y + 18, 150, 76, DENSE, "dense", "GRN kept")]
     out += [arrow(864, y + 56, 908), box(912, y + 18, 128, 76, "#8b6bb1", "fine-tune", "new classifier")]
     out += [arrow(1044, y + 56, 1076), text(1082, y + 61, "class", 16, INK, "start", bold=True)]
     notes = (

@@ -107,7 +107,8 @@ PAIRS = (
     ("mid20", "mid8"),
     ("mid20", "lower40"),
 )
-COLUMNS = ("labels", "start", "seeds", "top-1, %", "against", "difference of each seed", "")
+COLUMNS = ("labels", "start", "compute", "seeds", "top-1, %", "against", "difference of each seed", "")
+OVERVIEW = ("few", "short", "mid", "long")
 
 
 class Trial(NamedTuple):
@@ -151,7 +152,8 @@ def epochs_of(epochs: int) -> tuple[str, ...]:
     return (f"--epochs={epochs}", f"--optim.warmup_epochs={epochs / 8:g}", *last)
 
 
-BUDGETS = {1: ("--batch_size=32", *epochs_of(120))}  # by per cent of the labels, where the config has too few steps
+EPOCHS = {1: 120, 5: 60, 10: 60}  # of fine-tuning, by per cent of the labels: 60 in the config
+BUDGETS = {1: ("--batch_size=32", *epochs_of(EPOCHS[1]))}  # where the config has too few steps
 PROBED = (("pretrained", "again-p"), ("mid", "mid-p"))  # names of probes, and what they look at
 
 
@@ -213,15 +215,41 @@ def collect(out: Path, every: list[Job]) -> dict[str, Any]:
     }
 
 
+def compute(arm: Arm, percent: int) -> int:
+    """The compute of pretraining and fine-tuning, in that of dense views of one image; a sparse one is half of one."""
+    views = 0 if arm.start is None else 10_000 * VIEWS[arm.start]
+    return views // 2 + 100 * percent * (arm.epochs or EPOCHS[percent])
+
+
+def overview(found: Mapping[str, Any]) -> str:
+    """A table of few labels: accuracy and gain over scratch, by pretraining and amount of labels."""
+    lines = []
+    for name in OVERVIEW:
+        arm, line = ARMS[name], {}
+        for row in small_images.differences(found["scores"], [(name, "few")]):
+            _, _, num, top1, gain, _ = cells(row)
+            few = "" if row.num == FEW[int(row.labels[:-1])] else f", {num} draws"
+            line[row.labels] = f"{top1.partition(' ')[0]}{'' if name == 'few' else f', {gain}'}{few}"
+        seconds = found["seconds"].get(arm.start)
+        minutes = "" if seconds is None else f"{seconds / 60:.0f}"
+        lines.append([arm.title, minutes, *(line.get(f"{percent}%", "not run") for percent in sorted(FEW))])
+    columns = ("start", "minutes", *(f"{100 * percent:,} labels" for percent in sorted(FEW)))
+    return f"Top-1 in %, and the gain over scratch, draw by draw:\n\n{table(columns, lines, left=1)}"
+
+
 def result(found: Mapping[str, Any]) -> str:
     """The table: by amount of labels each arm against others, seed by seed where both have run."""
     rows: list[tuple[int, list[str]]] = []
     for name, other in PAIRS:
         for row in small_images.differences(found["scores"], [(name, other or name)]):
+            percent = int(row.labels[:-1])
             labels, _, num, top1, *difference = cells(row)
+            used = f"{compute(ARMS[name], percent) / 1000:,.0f}"
             against = "" if other is None else ARMS[other].title
-            rows.append((int(row.labels[:-1]), [labels, ARMS[name].title, num, top1, against, *difference]))
-    return table(COLUMNS, [row for _, row in sorted(rows, key=lambda row: row[0])], left=2)
+            rows.append((percent, [labels, ARMS[name].title, used, num, top1, against, *difference]))
+    return "Compute is that of pretraining and fine-tuning, in thousands of dense views.\n\n" + table(
+        COLUMNS, [row for _, row in sorted(rows, key=lambda row: row[0])], left=2
+    )
 
 
 def trials(found: Mapping[str, Any]) -> str:
@@ -268,8 +296,11 @@ def section(docs: Path) -> str:
     left = f"Seeds that were run, where not all were: {'; '.join(missing)}." if missing else ""
     probes = small_images.frozen(found, {name: f"pretrained, {10_000 * VIEWS[one]:,} views" for name, one in PROBED})
     filled = partial(textwrap.fill, width=120, break_on_hyphens=False)
+    first, _, more = words.read_text().strip().partition("\n\n") if words.exists() else ("", "", "")
     parts = [
-        words.read_text().strip() if words.exists() else "",
+        first,
+        overview(found),
+        more,
         filled(
             f"Written by `studies/labels.py`: tiny20 at {found['size']} pixels, pretrained for {took}, and tested once "
             "on the 1,000 test images. No row has more than one encoder, so intervals are over draws of the labels, "

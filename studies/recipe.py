@@ -178,8 +178,8 @@ def text(found: Mapping[str, Any]) -> str:
     many = (
         f"The intervals are of one comparison each. Of all {len(rows)} together, at 5 % by Holm's method, "
         f"{'; '.join(sure) or 'none'} {'are' if len(sure) > 1 else 'is'} certain. Where it is not said, views are "
-        "equal, and compute is not: with 50 % hidden a view has a quarter more patches than as shipped, with 75 % a "
-        "third fewer."
+        "equal, and compute is not: with 50 % hidden a view costs a quarter more than as shipped, with 75 % a "
+        "third less."
     )
     return f"""## The recipe for small images
 
