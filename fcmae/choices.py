@@ -204,7 +204,8 @@ def pretraining_network(
     total = (stride or spec.stem_stride) << (spec.num_stages - 1)
     choices.take("model.mask_patch", *_mask_patch(height, width, total))
     choices.take("model.mask_ratio", 0.6, "as published")
-    if held is None and side <= 96 and images.in_chans in (1, 3) and not images.is_deep:
+    has_cells = total <= 8 or total % 8 == 0  # which HOG counts in, 8 pixels a side
+    if held is None and side <= 96 and images.in_chans in (1, 3) and not images.is_deep and has_cells:
         choices.take(
             "model.target",
             "hog",

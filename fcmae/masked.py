@@ -144,7 +144,10 @@ def hog(images: Tensor, hidden: Tensor, patch: int, known: Tensor | None = None)
     """
     cell = min(CELL, patch)
     if patch % cell:
-        raise ValueError(f"a patch of {patch} pixels is no multiple of HOG's cells of {cell}: choose another network")
+        raise ValueError(
+            f"a patch of {patch} pixels, the total stride of the network, is no multiple of HOG's cells of {cell}: "
+            "give --model.target pixels or another network"
+        )
     B, C, H, W = images.shape
     padded = F.pad(at_least_float32(images), (1, 1, 1, 1), mode="reflect")
     along_x = padded[:, :, 1:-1, 2:] - padded[:, :, 1:-1, :-2]

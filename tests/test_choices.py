@@ -113,6 +113,12 @@ def test_small_photographs_alone_are_pretrained_on_gradients() -> None:
     assert pretraining(images(short_side=64), given={"model.target": "pixels"}).model.target == "pixels"
 
 
+@pytest.mark.parametrize(("stem_stride", "target"), [(1, "hog"), (2, "hog"), (3, "pixels"), (4, "hog")])
+def test_gradients_are_chosen_only_where_their_cells_fill_a_patch(stem_stride: int, target: str) -> None:
+    cfg = pretraining(images(short_side=96), given={"model.stem_stride": stem_stride})
+    assert cfg.model.target == target
+
+
 @pytest.mark.parametrize(
     ("device", "hours", "found"), [("cpu", 9, False), ("cuda", 0.5, False), ("cuda", 9, "auto"), ("cuda", None, "auto")]
 )
