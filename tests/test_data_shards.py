@@ -103,6 +103,14 @@ def test_shards_are_found_as_files_in_folders_lists_and_patterns_beside_images(t
         assert set(contents(images).values()) == {image(1), image(2)}
 
 
+def test_a_file_beside_a_shard_is_opened_and_not_read_into_memory(tmp_path: Path) -> None:
+    pack(tmp_path / "b.tar", ("1.png", image(1)))
+    (tmp_path / "scene.tif").write_bytes(image(2))
+    images = find_images([str(tmp_path)])
+    with images.open(images.names().index(str(tmp_path / "scene.tif"))) as file:
+        assert isinstance(file.raw, io.FileIO)  # type: ignore[attr-defined]
+
+
 def test_a_folder_named_like_a_shard_is_a_folder(tmp_path: Path) -> None:
     (tmp_path / "x.tar").mkdir()
     (tmp_path / "x.tar/1.png").write_bytes(image(1))

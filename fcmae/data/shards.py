@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from fcmae.data.cores import num_cores
-from fcmae.data.source import SYSTEM_FOLDERS, Files, Listed, Names, Source, is_dicom, printable
+from fcmae.data.source import SYSTEM_FOLDERS, Files, Listed, Names, Source, is_dicom, open_file, printable
 from fcmae.data.storage import Storage, Unanswered, is_remote
 from fcmae.data.tables import ARROW, EMPTY, PARQUET, read_row
 from fcmae.data.tables import scan as scan_table
@@ -481,7 +481,10 @@ class Parts(Listed):
     def open(self, i: int) -> BinaryIO:
         name = self.name(i)
         number, _, size = self.table[:, i].tolist()
-        is_tiff = number < 0 and size == WHOLE and is_remote(name) and name.lower().endswith((".tif", ".tiff"))
+        is_file = number < 0 and size == WHOLE
+        if is_file and not is_remote(name):
+            return open_file(name)
+        is_tiff = is_file and name.lower().endswith((".tif", ".tiff"))
         if is_tiff and not (self._whole and self._whole[i >> 3] >> (i & 7) & 1):
             if (content := self._storage.held(name)) is not None:
                 return io.BytesIO(content)
