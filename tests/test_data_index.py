@@ -442,6 +442,8 @@ def test_held_out_labels_point_into_the_training_classes(tmp_path: Path) -> None
         ("path,label\na.jpg,x\n", "has only the class 'x'"),
         ("path,label\na,b.jpg,cat\n", "line 2 of .* has more fields than the header's 2: put quotes round"),
         ("path,label,label\na.jpg,x,y\n", "the header of .* has label twice: keep one"),
+        ('path,label\na.jpg,x\nb.jpg,"y\nc.jpg,x\nd.jpg,y\n', "a quotation mark that is open before line 5 of"),
+        ('path,label\na.jpg,x\n"b.jpg,y\nc.jpg",x\nd.jpg,y\n', "open before line 4 of .* close it on its line"),
     ],
 )
 def test_malformed_csv_files_are_errors_that_say_where(tmp_path: Path, text: str, message: str) -> None:

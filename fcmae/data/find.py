@@ -323,6 +323,11 @@ def _read_csv(
                     "quotes round what has a comma"
                 )
             image, text = (row[column] or "").strip(), (row[other] or "").strip()
+            if any(end in image + text for end in "\r\n"):
+                raise ValueError(
+                    f"{key}: a quotation mark that is open before line {rows.line_num} of {address} makes one "
+                    f"{column},{other} of several lines: close it on its line"
+                )
             if other == "label":
                 text = _class_name(text, key)
             if not image or not text:
