@@ -511,6 +511,25 @@ def test_a_part_that_is_not_there_is_cut_short(tmp_path: Path) -> None:
 
 
 @web
+@pytest.mark.parametrize(
+    ("names", "keeps"),
+    [
+        ([], True),
+        ([".lock", ".tmp-config.yaml"], True),
+        ([".lock", "config.yaml", "mine.txt"], True),
+        (["mine.txt"], False),
+        ([".lock", "mine.txt"], False),
+    ],
+)
+def test_a_run_keeps_indexes_and_a_cache_unless_its_directory_is_somebody_elses(
+    tmp_path: Path, names: list[str], keeps: bool
+) -> None:
+    for name in names:
+        (tmp_path / name).touch()
+    storage = Storage.of_run(tmp_path, "run", 1.0)
+    assert (storage.kept is not None, storage.cache is not None) == (keeps, keeps)
+
+
 def test_what_is_cached_is_read_once(server: str, tmp_path: Path) -> None:
     store = Storage(cache=Cache(tmp_path / "cache", 10**8))
     images = find_images([f"{server}/shards"], storage=store)

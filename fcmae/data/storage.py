@@ -146,8 +146,9 @@ class Storage:
             index: the setting data.index.
             cache_gb: the setting data.cache_gb.
         """
-        ours = {INDEX, CACHE, "config.yaml"}
-        if out is None or (out.exists() and any(out.iterdir()) and not ours & {path.name for path in out.iterdir()}):
+        names = {path.name for path in out.iterdir()} if out is not None and out.exists() else set()
+        strange = {name for name in names if not name.startswith((".lock", ".tmp-"))}  # not of a start that was ended
+        if out is None or (strange and not strange & {INDEX, CACHE, "config.yaml"}):
             return cls(beside=index == "beside")
         cache = Cache(out / CACHE, int(cache_gb * GIGABYTE)) if cache_gb else None
         return cls(out / INDEX, index == "beside", cache)
