@@ -36,6 +36,7 @@ ORDER = [
     "fcmae.data.split",
     "fcmae.data.normalize",
     "fcmae.data.arrays",
+    "fcmae.data.limits",
     "fcmae.data.dicom",
     "fcmae.data.readers",
     "fcmae.data.rasters",

@@ -21,8 +21,8 @@ from fcmae.data import rasters
 from fcmae.data.augment import CenterCrop, CropAndFlip, Reading
 from fcmae.data.decode import read_crop
 from fcmae.data.find import find_images
+from fcmae.data.limits import reading
 from fcmae.data.rasters import LabelMap, Raster, geo_tags
-from fcmae.data.readers import reading
 from fcmae.data.source import BadImage
 from fcmae.data.stats import channel_statistics
 from fcmae.data.survey import survey

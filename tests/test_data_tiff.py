@@ -15,8 +15,8 @@ from chaos.images import tiff
 from numpy.typing import NDArray
 from PIL import Image
 
-from fcmae.data import readers
 from fcmae.data.decode import read_crop
+from fcmae.data.limits import READ_ERRORS
 from fcmae.data.rasters import LabelMap, Raster, num_pages
 from fcmae.data.readers import open_image
 from fcmae.data.source import BadImage
@@ -292,7 +292,7 @@ def test_colours_of_other_kinds_are_not_taken_for_red_green_and_blue(tmp_path: P
 
 
 def test_what_tifffile_cannot_read_is_a_bad_image_in_every_version() -> None:
-    assert tifffile.TiffFileError in readers._READ_ERRORS  # which older ones derive from Exception
+    assert tifffile.TiffFileError in READ_ERRORS  # which older ones derive from Exception
 
 
 def test_a_label_map_in_jpeg_compression_is_refused(tmp_path: Path) -> None:

@@ -19,14 +19,13 @@ from PIL import Image
 
 from fcmae.data.arrays import ArrayImage, Pixels, check_channels, nodata_of
 from fcmae.data.geometry import MAX_CHANNELS, MAX_PIXELS, Box, make_upright
+from fcmae.data.limits import check_finite, check_size, reading
 from fcmae.data.readers import (
     MAX_PAGES,
     PILLOW_FORMATS,
     TIFF_STARTS,
     channel_pages,
-    check_finite,
     check_segments,
-    check_size,
     check_unpacked,
     is_sparse,
     left_out_of,
@@ -34,7 +33,6 @@ from fcmae.data.readers import (
     num_planes,
     open_image,
     orientation_of,
-    reading,
     spread_of,
     stored_values,
     without_alpha,
