@@ -29,10 +29,10 @@ from fcmae.data.dataset import check_values
 from fcmae.data.find import find_images
 from fcmae.data.loader import choose_num_workers, evaluation_loader
 from fcmae.data.maps import IGNORED, Classes
-from fcmae.data.rasters import geo_tags
 from fcmae.data.shards import is_image, without_suffix
 from fcmae.data.source import BadImage, printable
 from fcmae.data.storage import is_remote
+from fcmae.data.tiff import GDAL_NODATA, geo_tags
 from fcmae.segmentation import Strip, check_sides, colours, each_image, predictor, probabilities_by_rows
 from fcmae.training.own_files import check_outside
 from fcmae.weights.convert import build_classifier
@@ -344,7 +344,7 @@ def write_map(
 
 def _with_nodata(tags: list[Any], value: str) -> list[Any]:
     """Tags in tifffile's form, with GDAL_NODATA added."""
-    return [*tags, (42113, "s", 0, value, True)]
+    return [*tags, (GDAL_NODATA, "s", 0, value, True)]
 
 
 def _tiles(strips: Iterator[NDArray[Any]]) -> Iterator[NDArray[Any]]:

@@ -38,6 +38,7 @@ ORDER = [
     "fcmae.data.arrays",
     "fcmae.data.limits",
     "fcmae.data.dicom",
+    "fcmae.data.tiff",
     "fcmae.data.readers",
     "fcmae.data.rasters",
     "fcmae.data.maps",

@@ -17,15 +17,15 @@ import tifffile
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps
 
-from fcmae.data import rasters
 from fcmae.data.augment import CenterCrop, CropAndFlip, Reading
 from fcmae.data.decode import read_crop
 from fcmae.data.find import find_images
 from fcmae.data.limits import reading
-from fcmae.data.rasters import LabelMap, Raster, geo_tags
+from fcmae.data.rasters import LabelMap, Raster
 from fcmae.data.source import BadImage
 from fcmae.data.stats import channel_statistics
 from fcmae.data.survey import survey
+from fcmae.data.tiff import geo_tags, open_tiles
 
 RNG = np.random.default_rng(0)
 COLOURS = RNG.integers(0, 256, (50, 70, 3), dtype=np.uint8)
@@ -298,7 +298,7 @@ def test_georeferencing_is_found_and_survives_writing() -> None:
 
 
 def test_without_a_decoder_for_its_compression_a_tiff_is_read_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rasters, "_decodes", lambda page: False)
+    monkeypatch.setattr("fcmae.data.tiff._decodes", lambda page: False)
     raster = Raster(tiff(COLOURS), 3, [0.0])
     top, left, height, width = BOX
     expected = COLOURS[top : top + height, left : left + width].transpose(2, 0, 1)
@@ -310,7 +310,7 @@ def test_without_a_decoder_for_its_compression_a_tiff_is_read_whole(monkeypatch:
 def test_a_tiff_of_few_bits_keeps_its_numbers_without_a_decoder_of_them(
     bits: int, white_is_zero: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rasters, "_decodes", lambda page: False)
+    monkeypatch.setattr("fcmae.data.tiff._decodes", lambda page: False)
     values = np.arange(8 * 24, dtype=np.uint8).reshape(8, 24) % min(2**bits, 11)
     packed = np.packbits(np.unpackbits(values[..., None], axis=2)[..., -bits:].reshape(8, -1), axis=1)
     file = tiff(packed)
@@ -336,7 +336,7 @@ def test_a_mask_of_missing_pixels_behind_an_image_is_no_second_image(image: NDAr
     found = read_crop(file, channels, lambda height, width: (0, 0, height, width), None).values
     np.testing.assert_array_equal(found, expected)
     file.seek(0)
-    assert rasters.open_tiles(file, channels) is not None
+    assert open_tiles(file, channels) is not None
     file.seek(0)
     top, left, height, width = BOX
     part = Raster(file, channels, [0.0]).read(BOX).values

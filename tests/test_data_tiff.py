@@ -17,9 +17,10 @@ from PIL import Image
 
 from fcmae.data.decode import read_crop
 from fcmae.data.limits import READ_ERRORS
-from fcmae.data.rasters import LabelMap, Raster, num_pages
+from fcmae.data.rasters import LabelMap, Raster
 from fcmae.data.readers import open_image
 from fcmae.data.source import BadImage
+from fcmae.data.tiff import num_pages
 
 SHAPE = (20, 28)  # no whole tiles
 COMPRESSIONS = (None, "zlib", "lzma")

@@ -36,7 +36,8 @@ from fcmae.config import SegmentConfig
 from fcmae.config.commands import PredictConfig
 from fcmae.data.maps import Classes
 from fcmae.data.normalize import Normalize
-from fcmae.data.rasters import GEO_TAGS, Raster
+from fcmae.data.rasters import Raster
+from fcmae.data.tiff import GEO_TAGS
 from fcmae.evaluation.report import report
 from fcmae.evaluation.status import state_of
 from fcmae.heads import Segmenter, build_head

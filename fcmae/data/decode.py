@@ -13,8 +13,8 @@ from PIL import Image
 from fcmae.data.arrays import OpenImage, Pixels
 from fcmae.data.geometry import MAX_PIXELS, PIXEL_BYTES, Box, shrunk
 from fcmae.data.limits import TooLarge, check_finite, reading
-from fcmae.data.rasters import open_tiles
 from fcmae.data.readers import open_image
+from fcmae.data.tiff import open_tiles
 
 ChooseBox = Callable[[int, int], Box]  # (height, width) -> box
 

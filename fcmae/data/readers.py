@@ -8,30 +8,39 @@ the same pixels, sooner.
 
 from __future__ import annotations
 
-import lzma
 import math
 import mmap
 import re
 import struct
-import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from io import SEEK_END, BytesIO, FileIO
 from typing import Any, BinaryIO
 
 import numpy as np
-import tifffile
 import torch
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL.ExifTags import Base as Tag
 from torch.nn import functional as F
 
 from fcmae.data.arrays import ArrayImage, OpenImage, Pixels, check_channels, match_channels, nodata_of
 from fcmae.data.dicom import open_dicom
 from fcmae.data.geometry import MAX_PIXELS, Box, decode_scale, make_upright, stored_box
-from fcmae.data.limits import READ_ERRORS, SMALL, check_size, reading
+from fcmae.data.limits import check_size, reading
 from fcmae.data.source import BadImage, is_dicom
+from fcmae.data.tiff import (
+    GDAL_NODATA,
+    TIFF_STARTS,
+    channel_pages,
+    check_tiles,
+    is_inverted,
+    may_have_more_pages,
+    open_tiff,
+    open_whole,
+    pillow_reads_all_of,
+)
 
 try:
     import simplejpeg
@@ -41,11 +50,9 @@ decode_jpeg: Callable[..., NDArray[np.uint8]] | None = None if simplejpeg is Non
 
 # No format that runs a program or a script (EPS, PDF), whatever the file is called.
 PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
-TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _PNG_CHANNELS = {0: 1, 2: 3, 4: 2, 6: 4}  # by colour type, of those that have 16 bits
 _JPEG_MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])")
 MAX_SCANS = 100  # of a JPEG; cameras and web sites make up to a dozen
-MAX_PAGES = 10_000  # of a TIFF
 
 
 def open_image(file: BinaryIO | bytes, in_chans: int, max_pixels: int = MAX_PIXELS) -> OpenImage:
@@ -83,7 +90,7 @@ def _open(file: BinaryIO, in_chans: int, check: Callable[[int, int, int], None])
         axis = _npy_channel_axis(array.shape, in_chans)
         return ArrayImage(lambda: array, array.shape, array.dtype, axis, in_chans)
     if start[:4] in TIFF_STARTS:
-        return _open_tiff(file, in_chans)
+        return _tiff_image(file, in_chans)
     if is_dicom(start):
         return open_dicom(file, in_chans)
     image = Image.open(file, formats=PILLOW_FORMATS)
@@ -169,7 +176,7 @@ def orientation_of(image: Image.Image) -> int:
     if image.format == "PNG" and image.info.keys().isdisjoint({"exif", "Raw profile type exif"}):
         image.load()  # as getexif does: what is wrong with the pixels is no matter of Exif
     try:
-        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+        return int(image.getexif().get(Tag.Orientation, 1))
     except (SyntaxError, struct.error, ValueError, TypeError, ArithmeticError):
         return 1
 
@@ -247,45 +254,31 @@ def _open_deep_png(image: Image.Image, file: BinaryIO, channels: int, in_chans: 
     return ArrayImage(load, shape, np.dtype(np.uint16), 2, in_chans, orientation=orientation)
 
 
-def _open_tiff(file: BinaryIO, in_chans: int) -> OpenImage:
+def _tiff_image(file: BinaryIO, in_chans: int) -> OpenImage:
+    """A TIFF by Pillow where that keeps all of it that matters, else by tifffile."""
     try:
         image = Image.open(file, formats=["TIFF"])
     except (UnidentifiedImageError, Image.DecompressionBombError):  # bands and depths that it does not know; too many
         image = None
-    if image is not None and not _pillow_reads_all_of(image, in_chans):
+    if image is not None and not pillow_reads_all_of(image, in_chans):
         image = None
-    if image is not None and not _may_have_more_pages(image):
+    if image is not None and not may_have_more_pages(image):
         return _pillow_tiff(image, in_chans)
     file.seek(0)
-    tiff = tifffile.TiffFile(file)
-    if len(tiff.pages) > MAX_PAGES:
-        raise BadImage(f"it has {len(tiff.pages)} pages, more than {MAX_PAGES}")
+    tiff = open_tiff(file)
     if image is not None and not channel_pages(tiff.series[0]):
         return _pillow_tiff(image, in_chans)
-    return _open_tifffile(tiff, in_chans)
-
-
-def _may_have_more_pages(image: Image.Image) -> bool:
-    described = str(image.tag_v2.get(270, ""))  # type: ignore[attr-defined]
-    if described.startswith("ImageJ=") and "\nchannels=" in described:  # one header may stand for all
-        return True
-    try:
-        image.seek(1)
-    except EOFError:
-        return False
-    except READ_ERRORS:  # such as a mask, whose mode Pillow does not know
-        pass
-    image.seek(0)
-    return True
+    return open_whole(tiff, in_chans)
 
 
 def _pillow_tiff(image: ImageFile.ImageFile, in_chans: int) -> OpenImage:
     """A TIFF that Pillow reads: through an array, if it is deep or says which values are missing."""
     tags = image.tag_v2  # type: ignore[attr-defined]
-    _check_tiles(tags.get(322, 0) * tags.get(323, 0) * len(image.getbands()), image.height * image.width)
+    tile_pixels = tags.get(Tag.TileWidth, 0) * tags.get(Tag.TileLength, 0)
+    check_tiles(tile_pixels * len(image.getbands()), image.height * image.width)
     # Pillow divides colours by an alpha that they were multiplied with, which nobody else does here.
     image.tile = [tile._replace(args=_undivided(tile.args)) for tile in image.tile]
-    if image.mode == "F" or image.mode.startswith("I;16") or _NODATA in tags:
+    if image.mode == "F" or image.mode.startswith("I;16") or GDAL_NODATA in tags:
         return _stored_image(image, in_chans, spread_of(image))
     return _PillowImage(image, in_chans)
 
@@ -316,15 +309,6 @@ def stored_values(image: Image.Image, spread: int) -> NDArray[Any]:
     if image.mode in ("1", "L") and is_inverted(image):
         values = ~values
     return values // spread if spread > 1 else values
-
-
-def is_inverted(image: Image.Image) -> bool:
-    """Whether 0 is white in a TIFF, which Pillow inverts where it has up to 8 bits.
-
-    Args:
-        image: of Pillow, in any format.
-    """
-    return bool(getattr(image, "tag_v2", {}).get(262) == 0)
 
 
 def _stored_image(image: Image.Image, in_chans: int, spread: int) -> ArrayImage:
@@ -359,194 +343,11 @@ def _stored_image(image: Image.Image, in_chans: int, spread: int) -> ArrayImage:
         2,
         in_chans,
         orientation=orientation_of(image),
-        bits=max(tags.get(258, (16,))) if is_deep else 8,
+        bits=max(tags.get(Tag.BitsPerSample, (16,))) if is_deep else 8,
         inverted=is_inverted(image),
-        nodata=nodata_of(tags.get(_NODATA), dtype),
+        nodata=nodata_of(tags.get(GDAL_NODATA), dtype),
         show=show if not is_plain else (lambda part: part * np.uint8(spread)) if spread > 1 else None,
     )
-
-
-def _check_tiles(tile: int, image: int) -> None:
-    """tile, image: how large they are, in the same unit."""
-    if tile > max(4 * image, SMALL):
-        raise BadImage("its tiles are far larger than the image: save it again")
-
-
-_NODATA = 42113  # GDAL_NODATA: the number, as text, that stands for missing values
-
-
-def channel_pages(series: tifffile.TiffPageSeries) -> int:
-    """How many channels a series stores as pages, as ImageJ and OME do; 0 if it does not.
-
-    Args:
-        series: of tifffile.
-    """
-    channels: int = series.sizes.get("channel", series.sizes.get("sample", 1))
-    return channels if series.keyframe.samplesperpixel == 1 and channels > 1 else 0
-
-
-def num_planes(series: tifffile.TiffPageSeries) -> int:
-    """How many images of one page's size a series has; one header may stand for them all.
-
-    Args:
-        series: of tifffile.
-    """
-    planes: int = math.prod(series.shape) // math.prod(series.keyframe.shape)
-    return planes
-
-
-def _pillow_reads_all_of(image: Image.Image, in_chans: int) -> bool:
-    """Whether Pillow keeps every band and bit of a TIFF that matters for in_chans."""
-    tags = image.tag_v2  # type: ignore[attr-defined]
-    if tags.get(254, 0) & 1:
-        return False  # the first page is a thumbnail
-    if is_sparse(image):
-        return False
-    if image.mode == "F" and tags.prefix == b"MM" and tags.get(259, 1) != 1:
-        return False  # Pillow swaps the bytes of compressed floats twice
-    if tags.get(284) == 2 and 1 in tags.get(338, ()):
-        return False  # its decoder divides by alpha, see `_pillow_tiff`
-    bits, samples, is_rgb = tags.get(258, (1,)), tags.get(277, 1), tags.get(262) == 2
-    if max(bits) <= 8 and 2 in tags.get(339, ()):
-        return False  # signed
-    if max(bits) > 8 and not (samples == 1 and image.mode in ("I;16", "I;16B", "F")):
-        return False
-    if in_chans in (1, 3):
-        return bool(samples == len(image.getbands()) or is_rgb)
-    return bool(samples == len(image.getbands()) == in_chans)
-
-
-def is_sparse(image: Image.Image) -> bool:
-    """Whether a TIFF leaves out strips or tiles, in whose place Pillow shows bytes from the file's start.
-
-    Args:
-        image: of Pillow, in any format.
-    """
-    tags = getattr(image, "tag_v2", {})
-    return 0 in tags.get(273, ()) or 0 in tags.get(324, ())  # where they would start
-
-
-def without_alpha(page: Any, in_chans: int) -> list[int]:
-    """Which samples of a TIFF's page are read: of colours for 1 and 3 these, and no alpha where that leaves in_chans.
-
-    Args:
-        page: of tifffile.
-        in_chans: see `read_crop`.
-    """
-    samples: int = page.samplesperpixel
-    if in_chans in (1, 3) and page.photometric == 2:  # RGB, and whatever else
-        return list(range(min(3, samples)))
-    first = samples - len(page.extrasamples)
-    others = [i for i in range(samples) if i < first or page.extrasamples[i - first] not in (1, 2)]
-    is_grey = in_chans in (1, 3) and page.photometric in (0, 1)
-    return others if is_grey or len(others) == in_chans else list(range(samples))
-
-
-LAB = (8, 9, 10)  # photometric interpretations
-
-
-def _open_tifffile(tiff: tifffile.TiffFile, in_chans: int) -> OpenImage:
-    colour = in_chans in (1, 3)
-    page = next((page for page in tiff.pages if not page.is_reduced), None)
-    if page is None and tiff.pages[0].subifds:
-        raise BadImage("its page is a preview, and the image elsewhere in it, as of camera raw: develop it")
-    page = page or tiff.pages[0]
-    if colour and page.photometric in LAB:
-        raise BadImage("its colours are L*a*b*: save it as RGB")
-    series = next((series for series in tiff.series if page in series.pages), tiff.series[0])
-    if (channels := channel_pages(series)) and in_chans == 1:
-        raise BadImage(f"it has {channels} channels as pages, in_chans is 1")
-    source = page if colour and not channels else series
-    if source is series and (series.is_multifile or None in series.pages):
-        raise BadImage("it is one of several files that are an image together: save them as one")
-    axes, shape, dtype = source.axes, source.shape, np.dtype(source.dtype)
-    band_axes = [i for i, axis in enumerate(axes) if axis not in "YX"]
-    if axes.count("Y") != 1 or axes.count("X") != 1 or axes.index("Y") > axes.index("X") or len(band_axes) > 1:
-        raise BadImage(
-            f"it has the axes {axes}, not rows, columns and at most one of bands: save an image of each time and depth"
-        )
-    axis = band_axes[0] if band_axes else None
-    kept = without_alpha(page, in_chans)
-    palette = None
-    if colour and source is page and axis is None and page.photometric == 3 and page.colormap is not None:
-        palette = (page.colormap.T >> 8).astype(np.uint8)  # (numbers, 3)
-    extra = axis is not None and shape[axis] == page.samplesperpixel > len(kept)
-
-    def load() -> NDArray[Any]:
-        parts = list(source.pages) if source is series else [page]
-        for part in parts:
-            if part is not None:
-                check_segments(part)
-                check_unpacked(part, range(len(part.dataoffsets)))
-                part.keyframe.nodata = left_out_of(page)
-        array: NDArray[Any] = source.asarray(maxworkers=1)
-        # Where a page's only strip or tile is left out, tifffile too reads it from the file's start.
-        if empty := [i for i, part in enumerate(parts) if part is not None and not any(part.dataoffsets)]:
-            array.reshape(len(parts), -1)[empty] = left_out_of(page)
-        return np.take(array, kept, axis=axis) if extra else array
-
-    stored_bands = 1 if axis is None else shape[axis]
-    if extra:
-        shape = tuple(len(kept) if i == axis else side for i, side in enumerate(shape))
-    image = ArrayImage(
-        load,
-        shape,
-        dtype,
-        axis,
-        in_chans,
-        orientation=page.tags.valueof(274, 1),
-        bits=page.bitspersample if palette is None else 8,  # of what is shown
-        inverted=page.photometric == 0,  # 0 = white
-        nodata=nodata_of(page.tags.valueof(_NODATA), dtype),
-        show=None if palette is None else lambda part: palette[part[..., 0]],
-    )
-    image.pixel_bytes = max(image.pixel_bytes, stored_bands * dtype.itemsize)
-    return image
-
-
-# Of compressions that tifffile unpacks to whatever they hold.
-_UNPACKERS: dict[int, Callable[[], Any]] = {
-    8: zlib.decompressobj,
-    32946: zlib.decompressobj,
-    34925: lzma.LZMADecompressor,
-}
-
-
-def left_out_of(page: Any) -> float:
-    """What strips or tiles hold that a sparse file leaves out, as GDAL reads them: tifffile parses fewer numbers."""
-    return nodata_of(page.tags.valueof(_NODATA), page.dtype) or 0
-
-
-def _bytes_of_tile(frame: Any) -> int:
-    tile = math.prod(frame.tile) if frame.is_tiled else min(frame.rowsperstrip, frame.imagelength) * frame.imagewidth
-    return int(tile * frame.dtype.itemsize * (frame.samplesperpixel if frame.planarconfig == 1 else 1))
-
-
-def check_segments(page: Any) -> None:
-    """Refuse a page of tifffile's whose strips or tiles, decoded one by one, would take far more than the image."""
-    frame = page.keyframe
-    _check_tiles(_bytes_of_tile(frame), frame.nbytes)
-    if sum(page.databytecounts) > max(4 * frame.nbytes, SMALL):
-        raise BadImage("its strips or tiles are far longer than the image: save it again")
-
-
-def check_unpacked(page: Any, numbers: Iterable[int]) -> None:
-    """Refuse some of these strips or tiles, of a page that `check_segments` passed, if they unpack to far more."""
-    frame = page.keyframe
-    if frame.compression not in _UNPACKERS:
-        return
-    limit = max(4 * _bytes_of_tile(frame), SMALL)
-    # A file may claim more of the one than of the other; what has no pair is not read.
-    num = min(len(page.dataoffsets), len(page.databytecounts))
-    for offset, size in ((page.dataoffsets[i], page.databytecounts[i]) for i in numbers if i < num):
-        if size * 8000 > limit:  # more than either can have packed
-            page.parent.filehandle.seek(offset)
-            decoder, rest, total = _UNPACKERS[frame.compression](), page.parent.filehandle.read(size), 0
-            while rest and total <= limit and not decoder.eof:
-                total += len(decoder.decompress(rest, 2**20))
-                rest = decoder.unconsumed_tail if hasattr(decoder, "unconsumed_tail") else b""
-            if total > limit:
-                raise BadImage("its strips or tiles unpack to far more than the image: save it again")
 
 
 def map_npy(file: BinaryIO) -> NDArray[Any]:

@@ -16,10 +16,10 @@ from fcmae.data.arrays import OpenImage
 from fcmae.data.decode import open_any
 from fcmae.data.geometry import MAX_PIXELS
 from fcmae.data.index import Images
-from fcmae.data.rasters import num_bands, num_pages, samples_with_alpha
 from fcmae.data.source import BadImage, OtherChannels, few, printable
 from fcmae.data.split import evenly
 from fcmae.data.stats import channel_statistics
+from fcmae.data.tiff import num_bands, num_pages, samples_with_alpha
 
 logger = logging.getLogger("fcmae")
 MAX_OTHERS = 0.1  # share of images with other channels, from which they are no exceptions
