@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from fcmae.atomic import replacing
 from fcmae.data.dataset import Batch
+from fcmae.data.loader import readable
 from fcmae.data.normalize import Normalize
 from fcmae.training.launch import evaluating, sent_to_first
 
@@ -22,21 +23,17 @@ MAX_AUROC_CLASSES = 100  # for more, it takes as long as computing the images
 
 
 @torch.no_grad()
-def probabilities_of(
-    model: nn.Module, batch: Batch, normalize: Normalize, accelerator: Accelerator
-) -> NDArray[np.float32]:
-    """Softmax outputs for the images of a batch.
+def probabilities_of(model: nn.Module, images: Tensor, accelerator: Accelerator) -> NDArray[np.float32]:
+    """Softmax outputs for images.
 
     Args:
         model: in evaluation mode; see `class_probabilities`.
-        batch: with at least one image.
-        normalize: see `class_probabilities`.
+        images: (B, C, H, W), normalised, at least one.
         accelerator: see `class_probabilities`.
 
     Returns:
         (B, classes).
     """
-    images = normalize(batch.images.to(accelerator.device, non_blocking=True))
     with accelerator.autocast():  # a moving average is not prepared by accelerate
         # forward, as calling a compiled model would compile it again for another batch size
         probabilities: NDArray[np.float32] = model.forward(images).float().softmax(-1).cpu().numpy()
@@ -58,20 +55,19 @@ def class_probabilities(
         The images' positions (N,), their probabilities (N, classes), and names of those that could not be read, with
         reasons; nothing in other processes than the first.
     """
-    found: list[tuple[NDArray[np.int64], NDArray[np.float32]]] = []
+    outputs: list[tuple[NDArray[np.int64], NDArray[np.float32]]] = []
     bad: list[tuple[str, str]] = []
     with evaluating(model):
-        for batch in batches:
+        for images, batch in readable(batches, normalize):
             bad += batch.bad
-            readable = batch.select(batch.valid)
-            if len(readable.index):
-                found.append((readable.index.numpy(), probabilities_of(model, readable, normalize, accelerator)))
-    found, bad = sent_to_first(accelerator, found), sent_to_first(accelerator, bad)
-    if not found:
+            if len(images):
+                outputs.append((batch.index.numpy(), probabilities_of(model, images, accelerator)))
+    outputs, bad = sent_to_first(accelerator, outputs), sent_to_first(accelerator, bad)
+    if not outputs:
         return np.empty(0, np.int64), np.empty((0, 0), np.float32), bad
-    index = np.concatenate([i for i, _ in found])
+    index = np.concatenate([i for i, _ in outputs])
     order = np.argsort(index)
-    return index[order], np.concatenate([p for _, p in found])[order], bad
+    return index[order], np.concatenate([p for _, p in outputs])[order], bad
 
 
 def scores(labels: Sequence[int] | NDArray[np.int64], probabilities: NDArray[np.float32]) -> dict[str, float]:

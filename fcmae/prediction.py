@@ -27,7 +27,7 @@ from fcmae.classification import add_predictions, open_table, probabilities_of
 from fcmae.config.commands import PredictConfig
 from fcmae.data.dataset import check_values
 from fcmae.data.find import find_images
-from fcmae.data.loader import choose_num_workers, evaluation_loader
+from fcmae.data.loader import choose_num_workers, evaluation_loader, readable
 from fcmae.data.maps import IGNORED, Classes
 from fcmae.data.shards import is_image, without_suffix
 from fcmae.data.source import BadImage, printable
@@ -81,11 +81,11 @@ def predict(cfg: PredictConfig) -> int:
         if cfg.csv is not None:
             cfg.csv.parent.mkdir(parents=True, exist_ok=True)
             table = stack.enter_context(open_table(cfg.csv, class_names, labelled=False))
-        for batch in tqdm(loader, unit="batch", disable=None):
-            bad, readable = batch.bad, batch.select(batch.valid)
-            if len(readable.index):
-                names = images.subset(readable.index.numpy()).names()
-                probabilities = probabilities_of(model, readable, normalize, accelerator)
+        for pixels, batch in readable(tqdm(loader, unit="batch", disable=None), normalize):
+            bad = batch.bad
+            if len(pixels):
+                names = images.subset(batch.index.numpy()).names()
+                probabilities = probabilities_of(model, pixels, accelerator)
                 finite = [bool(np.isfinite(row).all()) for row in probabilities]
                 bad = bad + [
                     (names[i], "its probabilities are not finite")

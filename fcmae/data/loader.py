@@ -15,6 +15,7 @@ from multiprocessing.process import BaseProcess
 from weakref import WeakSet
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fcmae.data.augment import Reading
@@ -29,6 +30,7 @@ from fcmae.data.cores import (
 )
 from fcmae.data.dataset import Batch, Sample, centre_crops, collate
 from fcmae.data.index import Images
+from fcmae.data.normalize import Normalize
 from fcmae.data.sampler import Key, evaluation_batches
 
 logger = logging.getLogger("fcmae")
@@ -181,6 +183,22 @@ def evaluation_loader(
     num_workers = 0 if is_single else choose_num_workers(num_workers, device_type)
     keys = evaluation_batches(len(images), batch_size, rank, num_processes)
     return build_loader(centre_crops(reading, images), keys, num_workers=num_workers, device_type=device_type)
+
+
+def readable(batches: Iterable[Batch], normalize: Normalize) -> Iterator[tuple[Tensor, Batch]]:
+    """Batches as a network that is not being trained takes them, without images that could not be read.
+
+    Args:
+        batches: see `evaluation_loader`.
+        normalize: on the device where the images go.
+
+    Yields:
+        The images (B, C, H, W), normalised on the device, and the batch as it was read. Images that could not be read
+        are left out of both, so that B may be 0; the batch lists them in `bad`.
+    """
+    for batch in batches:
+        valid = batch.select(batch.valid)
+        yield normalize(valid.images.to(normalize.mean.device, non_blocking=True)), valid
 
 
 def choose_num_workers(setting: int | None, device_type: str) -> int:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from fcmae.data.augment import Reading
 from fcmae.data.dataset import Batch
 from fcmae.data.index import Images
-from fcmae.data.loader import evaluation_loader
+from fcmae.data.loader import evaluation_loader, readable
 from fcmae.evaluation.models import Backbone, stage_maps
 
 BATCH_SIZE = 64
@@ -39,14 +39,11 @@ def batches_of(
         batch_size: images at a time.
         num_workers: processes that decode; None chooses.
 
-    Yields:
-        The images (B, C, H, W), normalised on the device, and the batch as it was read. Images that could not be read
-        are left out of both; the batch lists them in `bad`.
+    Returns:
+        See `fcmae.data.loader.readable`.
     """
-    normalize = reading.normalize.to(device)
-    for batch in evaluation_loader(reading, images, batch_size, num_workers=num_workers, device_type=device.type):
-        readable = batch.select(batch.valid)
-        yield normalize(readable.images.to(device, non_blocking=True)), readable
+    loader = evaluation_loader(reading, images, batch_size, num_workers=num_workers, device_type=device.type)
+    return readable(loader, reading.normalize.to(device))
 
 
 @dataclass(frozen=True)
@@ -117,14 +114,14 @@ def extract(
             # Written, not mapped: a mapped file that outgrows its disk kills the process.
             with (directory / f"stage{number}.bin").open("ab") as file:
                 file.write(rows[finite].tobytes())
-    found = np.concatenate(positions) if positions else np.empty(0, np.int64)
-    if not len(found):
+    usable = np.concatenate(positions) if positions else np.empty(0, np.int64)
+    if not len(usable):
         raise ValueError(f"none of {len(images)} images can be read: {bad[0][0]}: {bad[0][1]}" if bad else "no images")
     mapped: dict[int, NDArray[np.float32]] = {
         number: np.memmap(directory / f"stage{number}.bin", np.float32, "r").reshape(-1, width)
         for number, width in widths.items()
     }
-    return Features(found, mapped, bad)
+    return Features(usable, mapped, bad)
 
 
 def check_stages(backbone: Backbone, stages: Sequence[int] | None) -> None:
