@@ -429,13 +429,13 @@ def _batches(
     cfg: BenchConfig, images: Images, device_type: str, batch_size: int, grad_accum: int = 1
 ) -> Iterator[Batch]:
     """The user's images, as a run reads them, without end."""
-    from fcmae.data.loader import build_loader, choose_num_workers
+    from fcmae.data.loader import build_loader
     from fcmae.data.sampler import StepSampler
     from fcmae.pretraining import build_dataset
 
-    masks, workers = cfg.data.masks_per_image, choose_num_workers(cfg.data.num_workers, device_type)
+    masks = cfg.data.masks_per_image
     order = StepSampler(
         len(images), batch_size, cfg.seed, end_step=ENDLESS, grad_accum=grad_accum, masks_per_image=masks
     )
     dataset = build_dataset(cfg, images, augment=True)
-    return iter(build_loader(dataset, order, num_workers=workers, device_type=device_type))
+    return iter(build_loader(dataset, order, num_workers=cfg.data.num_workers, device_type=device_type))

@@ -350,6 +350,10 @@ def test_only_cuda_pins(tmp_path: Path) -> None:
     assert not build_loader(dataset, [], num_workers=0, device_type="cpu").pin_memory
 
 
+def test_a_loader_chooses_its_workers() -> None:
+    assert build_loader(_SignalsItself(), [], num_workers=None, device_type="cpu").num_workers == 1
+
+
 def test_processes_that_are_not_ours_outlive_our_workers() -> None:
     theirs = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
     theirs.start()

@@ -89,16 +89,18 @@ class Loader(DataLoader[Batch]):
 
 
 def build_loader(
-    dataset: Dataset[Sample], batch_sampler: Iterable[list[Key]], *, num_workers: int, device_type: str
+    dataset: Dataset[Sample], batch_sampler: Iterable[list[Key]], *, num_workers: int | None, device_type: str
 ) -> DataLoader[Batch]:
     """A loader of Batch objects, one for each list of keys. The global random generators are left alone.
 
     Args:
         dataset: samples by key.
         batch_sampler: lists of keys, in whose order the batches come.
-        num_workers: processes that decode; 0 decodes in this one. The batches are the same for any number.
-        device_type: "cuda" pins the batches.
+        num_workers: processes that decode, as `choose_num_workers` has it; 0 decodes in this one. The batches are the
+            same for any number.
+        device_type: of what computes; "cuda" pins the batches.
     """
+    num_workers = choose_num_workers(num_workers, device_type)
     if num_workers > 0:
         atexit.unregister(end_workers)
         atexit.register(end_workers)
@@ -174,13 +176,13 @@ def evaluation_loader(
         reading: how they are read.
         images: all.
         batch_size: images at a time.
-        num_workers: processes that decode; None is none for a single batch, else as `choose_num_workers` has it.
+        num_workers: see `build_loader`; None is none for a single batch.
         device_type: of what computes.
         rank: of this process.
         num_processes: that share the images.
     """
-    is_single = num_workers is None and len(images) <= batch_size
-    num_workers = 0 if is_single else choose_num_workers(num_workers, device_type)
+    if num_workers is None and len(images) <= batch_size:
+        num_workers = 0
     keys = evaluation_batches(len(images), batch_size, rank, num_processes)
     return build_loader(centre_crops(reading, images), keys, num_workers=num_workers, device_type=device_type)
 
