@@ -180,13 +180,13 @@ class CenterCrop:
         Raises:
             BadImage: as `read_crop` does.
         """
-        own = self.reading
+        reading = self.reading
 
         def choose_box(height: int, width: int) -> Box:
-            box = center_box(height, width, own.image_size, own.crop_pct)
-            return shrunk(box, own.readable_share(height, width) * height * width)
+            box = center_box(height, width, reading.image_size, reading.crop_pct)
+            return shrunk(box, reading.readable_share(height, width) * height * width)
 
-        return own.crop(file, choose_box)
+        return reading.crop(file, choose_box)
 
 
 @dataclass(frozen=True)
@@ -278,12 +278,12 @@ class CropBoth:
             BadImage: if one cannot be read, or their sizes differ.
             UnknownClass: see `Classes.numbers`.
         """
-        own, raster = self.reading, self.reading.raster(file)
-        labels = LabelMap(map_file, own.max_pixels)
+        reading, raster = self.reading, self.reading.raster(file)
+        labels = LabelMap(map_file, reading.max_pixels)
         check_same_size(raster, labels)
         scale = math.exp(rng.uniform(math.log(self.scale[0]), math.log(self.scale[1])))
         sides = (raster.height, raster.width)
-        spans = [_place(side, size, scale, rng) for side, size in zip(sides, own.image_size, strict=True)]
+        spans = [_place(side, size, scale, rng) for side, size in zip(sides, reading.image_size, strict=True)]
         (top, height, above, rows), (left, width, before, columns) = spans
         flips = rng.random(2) < (self.hflip, self.vflip)
         box, size = (top, left, height, width), (rows, columns)
@@ -294,8 +294,8 @@ class CropBoth:
             changed = jittered(part, self.color_jitter, rng)
             part = changed if is_known is None else np.where(is_known, changed, part)  # what is missing stays filled
         ys, xs = slice(above, above + rows), slice(before, before + columns)
-        image = np.broadcast_to(in_units(own.filling, part.dtype), (own.in_chans, *own.image_size)).copy()
-        numbers = np.full(own.image_size, IGNORED, np.int16)
+        image = np.broadcast_to(in_units(reading.filling, part.dtype), (reading.in_chans, *reading.image_size)).copy()
+        numbers = np.full(reading.image_size, IGNORED, np.int16)
         image[:, ys, xs], numbers[ys, xs] = part, classes
         return _mirrored(image, flips), _mirrored(numbers, flips)
 

@@ -21,9 +21,9 @@ def _cgroups(controller: str) -> Iterator[Path]:
     lines = MEMBERSHIP.read_text().splitlines() if MEMBERSHIP.is_file() else []
     paths = {controllers: path for _, controllers, path in (line.split(":", 2) for line in lines)}
     for root, number in ((CGROUP, ""), (CGROUP / controller, controller)):
-        own = next((path for names, path in paths.items() if number in names.split(",")), "/")
+        group = next((path for names, path in paths.items() if number in names.split(",")), "/")
         # In a container the path may be that outside, of which nothing is seen here.
-        place = root / own.strip("/") if ".." not in own else root
+        place = root / group.strip("/") if ".." not in group else root
         yield from (folder for folder in (place, *place.parents) if folder.is_relative_to(root) and folder.is_dir())
 
 

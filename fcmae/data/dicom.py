@@ -54,21 +54,21 @@ def _open(file: BinaryIO, in_chans: int) -> ArrayImage:
     if DEFLATED in file.read():  # all of it would be unpacked here, whatever that takes
         raise BadImage("it is DICOM that is deflated as a whole: save it again")
     file.seek(0)
-    found = pydicom.dcmread(file)
-    if "PixelData" not in found:  # such as reports and segmentations, beside the images of an archive
-        raise BadImage(f"it is DICOM without an image (Modality {found.get('Modality')}): leave it out")
-    kind, samples = found.PhotometricInterpretation, found.SamplesPerPixel
-    frames = int(found.get("NumberOfFrames") or 1)
+    dataset = pydicom.dcmread(file)
+    if "PixelData" not in dataset:  # such as reports and segmentations, beside the images of an archive
+        raise BadImage(f"it is DICOM without an image (Modality {dataset.get('Modality')}): leave it out")
+    kind, samples = dataset.PhotometricInterpretation, dataset.SamplesPerPixel
+    frames = int(dataset.get("NumberOfFrames") or 1)
     if not (kind.startswith("MONOCHROME") and samples == 1) and not (kind in COLOURS and samples == 3 and frames == 1):
         raise BadImage(f"it is DICOM of {kind} with {frames} frames, and one image of RGB or frames of grey are read")
     if frames > 1 and in_chans in (1, 3) and frames != in_chans:  # three frames are no colours
         raise OtherChannels(frames, in_chans)
-    shape: tuple[int, ...] = (found.Rows, found.Columns)
+    shape: tuple[int, ...] = (dataset.Rows, dataset.Columns)
     channel_axis = 2 if samples == 3 else 0 if frames > 1 else None
     shape = (*shape, 3) if samples == 3 else (frames, *shape) if frames > 1 else shape
-    dtype = np.dtype(f"{'i' if found.PixelRepresentation else 'u'}{max(1, found.BitsAllocated // 8)}")
-    slope, intercept = _rescaling(found, frames)
-    padding, load = _padding(found, dtype), _bad_lengths()(lambda: found.pixel_array)
+    dtype = np.dtype(f"{'i' if dataset.PixelRepresentation else 'u'}{max(1, dataset.BitsAllocated // 8)}")
+    slope, intercept = _rescaling(dataset, frames)
+    padding, load = _padding(dataset, dtype), _bad_lengths()(lambda: dataset.pixel_array)
 
     def rescaled(values: NDArray[Any]) -> NDArray[Any]:
         scaled: NDArray[np.float32] = values.astype(np.float32) * slope + intercept
@@ -83,22 +83,22 @@ def _open(file: BinaryIO, in_chans: int) -> ArrayImage:
         dtype,
         channel_axis,
         in_chans,
-        bits=found.BitsStored,
+        bits=dataset.BitsStored,
         inverted=kind == "MONOCHROME1" and is_as_stored,
         nodata=padding,
         show=None if is_as_stored else rescaled,
     )
 
 
-def _padding(found: Any, dtype: np.dtype[Any]) -> tuple[float, float] | None:
+def _padding(dataset: Any, dtype: np.dtype[Any]) -> tuple[float, float] | None:
     """The first and the last of the stored values that stand for missing ones."""
-    ends = [_stored(found.get(key), dtype) for key in ("PixelPaddingValue", "PixelPaddingRangeLimit")]
+    ends = [_stored(dataset.get(key), dtype) for key in ("PixelPaddingValue", "PixelPaddingRangeLimit")]
     if ends[0] is None:
         return None
     # Stored bits above BitsStored say nothing, and pydicom takes them from the pixels likewise.
-    unused = found.BitsAllocated - found.BitsStored
-    told = np.array([end for end in ends if end is not None], dtype) << unused >> unused
-    return int(told.min()), int(told.max())
+    unused = dataset.BitsAllocated - dataset.BitsStored
+    values = np.array([end for end in ends if end is not None], dtype) << unused >> unused
+    return int(values.min()), int(values.max())
 
 
 def _stored(value: Any, dtype: np.dtype[Any]) -> int | None:
@@ -110,16 +110,16 @@ def _stored(value: Any, dtype: np.dtype[Any]) -> int | None:
     return None
 
 
-def _rescaling(found: Any, frames: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def _rescaling(dataset: Any, frames: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Slope and intercept of the stored values: of all of them, or (frames,)."""
-    shared, each = (found.get(f"{which}FunctionalGroupsSequence") or [] for which in ("Shared", "PerFrame"))
+    shared, each = (dataset.get(f"{which}FunctionalGroupsSequence") or [] for which in ("Shared", "PerFrame"))
     if len(each) == frames and all("PixelValueTransformationSequence" in group for group in each):
-        told = [group.PixelValueTransformationSequence[0] for group in each]
+        transforms = [group.PixelValueTransformationSequence[0] for group in each]
     elif shared and "PixelValueTransformationSequence" in shared[0]:
-        told = [shared[0].PixelValueTransformationSequence[0]]
+        transforms = [shared[0].PixelValueTransformationSequence[0]]
     else:
-        told = [found]
+        transforms = [dataset]
     usual = {"RescaleSlope": 1, "RescaleIntercept": 0}  # of a value that is there and empty, too
-    values = ([plain if one.get(key) is None else one.get(key) for one in told] for key, plain in usual.items())
-    slope, intercept = (np.array(found, np.float32).reshape(-1 if len(told) > 1 else ()) for found in values)
+    values = ([plain if one.get(key) is None else one.get(key) for one in transforms] for key, plain in usual.items())
+    slope, intercept = (np.array(row, np.float32).reshape(-1 if len(transforms) > 1 else ()) for row in values)
     return slope, intercept

@@ -59,7 +59,7 @@ def find_images(sources: Sequence[str], *, key: str = "data.path", storage: Stor
     Raises:
         ValueError: for a source that is missing, cannot be listed, or holds no image.
     """
-    found, others, shards, lists = list[str](), Counter[str](), Shards(storage, key), hashed_lists(sources)
+    addresses, others, shards, lists = list[str](), Counter[str](), Shards(storage, key), hashed_lists(sources)
     expanded = [list(told(expand(source, key, others), key)) for source in sources]
     shards.learn(path for paths in expanded for path in paths if is_shard(path))
     for source, paths in zip(sources, expanded, strict=True):
@@ -69,8 +69,9 @@ def find_images(sources: Sequence[str], *, key: str = "data.path", storage: Stor
                 f"{key}: {source!r} holds no image ({' '.join(SUFFIXES)}): give a folder of images, a .txt file that "
                 f"lists paths, or a glob pattern{'' if can_read() else '; tables need `pip install fcmae[parquet]`'}"
             )
-        found += paths
-    names = [name for name, _ in groupby(sorted(found))]  # not a set, which would take half a gigabyte of ten million
+        addresses += paths
+    # Not a set, which would take half a gigabyte of ten million.
+    names = [name for name, _ in groupby(sorted(addresses))]
     return Images(shards.source(names), notes=left_out(others, key) + shards.notes(), lists=lists)
 
 
@@ -150,16 +151,16 @@ def _tars(source: str, path: Path, key: str) -> list[str] | None:
     if is_remote(source):
         refuse_compressed(source, key)
         if is_pattern(source):
-            found = matching(source, key)
+            paths = matching(source, key)
         else:
-            found = [source] if _is_file_or_pattern(source) else listing(source, key, "ls")
+            paths = [source] if _is_file_or_pattern(source) else listing(source, key, "ls")
     elif path.is_dir():
-        found = [absolute(inner) for inner in path.iterdir()]
+        paths = [absolute(inner) for inner in path.iterdir()]
     elif glob.has_magic(source) and not path.exists():
-        found = [tar for match in matching_here(path) for tar in image_or_shard(match, key)]
+        paths = [tar for match in matching_here(path) for tar in image_or_shard(match, key)]
     else:
-        found = list(image_or_shard(path, key)) if path.is_file() else []
-    return sorted(tar for tar in found if is_shard(tar) and not os.path.isdir(tar)) or None  # noqa: PTH112
+        paths = list(image_or_shard(path, key)) if path.is_file() else []
+    return sorted(tar for tar in paths if is_shard(tar) and not os.path.isdir(tar)) or None  # noqa: PTH112
 
 
 def _is_file_or_pattern(url: str) -> bool:
@@ -169,8 +170,8 @@ def _is_file_or_pattern(url: str) -> bool:
 
 def _labels_of(tars: list[str], shards: Shards, source: str, key: str) -> dict[str, str]:
     shards.learn(tars)
-    found = [pair for tar in tars for pair in shards.labels(tar).items()]
-    label_of = {name: label for name, label in found if label or not is_damage(name)}
+    labelled = [pair for tar in tars for pair in shards.labels(tar).items()]
+    label_of = {name: label for name, label in labelled if label or not is_damage(name)}
     if not label_of:
         raise ValueError(f"{key}: {source!r} holds no image ({' '.join(SUFFIXES)}): give tar files of labelled images")
     if without := [name for name, label in label_of.items() if not label]:
@@ -218,30 +219,30 @@ def _class_folders(
 ) -> tuple[dict[str, str], list[str]]:
     """The images and shards in each sub-folder, and its name; and the images beside the folders."""
     if is_remote(source):
-        paths, found = list(expand(source, key, others)), dict[str, list[str]]()
+        paths, paths_of = list(expand(source, key, others)), dict[str, list[str]]()
         root = canonical(source)
         for path in paths:
             name, slash, _ = path[len(root) + 1 :].partition("/")
             if root.startswith(("http://", "https://")):
                 name = unquote(name)
             if slash:
-                found.setdefault(name, []).append(path)
+                paths_of.setdefault(name, []).append(path)
         beside = [path for path in paths if "/" not in path[len(root) + 1 :] and not is_shard(path)]
-        _refuse_splits(root, set(found), key)
+        _refuse_splits(root, set(paths_of), key)
     else:
         root = str(Path(source))
         folders = _inner_folders(Path(root))
         _refuse_splits(root, {path.name for path in folders}, key)
         beside = sorted(str(path) for path in Path(root).iterdir() if is_image_file(path))
-        found = {folder.name: [] for folder in folders}
+        paths_of = {folder.name: [] for folder in folders}
         links = {folder.name: [absolute(folder)] if folder.is_symlink() else [] for folder in folders}
         for name, path in told(
             ((folder.name, path) for folder in folders for path in walk(folder, key, others, links[folder.name])), key
         ):
-            found[name].append(path)
+            paths_of[name].append(path)
         _check_links(root, links, key)
     label_of = dict[str, str]()
-    for name, images in found.items():
+    for name, images in paths_of.items():
         if not images and not may_be_empty:
             raise ValueError(f"{key}: the class folder '{root}/{name}' holds no image: fill or remove it")
         label_of.update(dict.fromkeys(images, _class_name(name, key)))
@@ -375,21 +376,21 @@ def find_mapped(
         lists = hashed_lists([source])
         beside, notes = _read_csv(source, key, "image", "mask")
         folder, paths, shards = os.path.dirname(source), sorted(beside), Shards(storage, key)  # noqa: PTH120
-        found = Images(shards.source(paths), lists=lists)
-        maps_found = Images(shards.source([joined(folder, beside[image]) for image in paths]))
-        return replace(found, notes=notes + shards.notes()), maps_found
+        images = Images(shards.source(paths), lists=lists)
+        label_maps = Images(shards.source([joined(folder, beside[image]) for image in paths]))
+        return replace(images, notes=notes + shards.notes()), label_maps
     if maps is None:
         raise ValueError(
             f"{key}: {source!r} has no folder of label maps beside it, and is no .csv file: give images and their maps "
             "in two folders or tar files, or a CSV with columns image,mask"
         )
-    images, found = (
+    images, label_maps = (
         find_images([each], key=each_key, storage=storage) for each, each_key in ((source, key), (maps, maps_key))
     )
-    image_of, map_of = _by_stem(images, source, key), _by_stem(found, maps, maps_key)
+    image_of, map_of = _by_stem(images, source, key), _by_stem(label_maps, maps, maps_key)
     absent = [stem for stem in image_of if stem not in map_of]
     notes = images.notes
-    if len(absent) < len(image_of) and absent and any(map(is_damage, found.names())):
+    if len(absent) < len(image_of) and absent and any(map(is_damage, label_maps.names())):
         notes += (f"{maps_key}: {len(absent)} images, such as {absent[0]!r}, have no map in what is whole of {maps!r}",)
         image_of = {stem: i for stem, i in image_of.items() if stem in map_of}
     elif absent:
@@ -400,7 +401,7 @@ def find_mapped(
     if surplus := len(map_of) - len(image_of):
         notes += (f"{maps_key}: {surplus} label maps are of no image and were left out",)
     usable = images if len(image_of) == len(images) else images.subset(list(image_of.values()))
-    return replace(usable, notes=notes), found.subset([map_of[stem] for stem in image_of])
+    return replace(usable, notes=notes), label_maps.subset([map_of[stem] for stem in image_of])
 
 
 def _above(source: str) -> str:

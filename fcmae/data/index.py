@@ -126,13 +126,13 @@ class Images:
             ends = [min(part), max(part), *([] if shared is None else [shared])]
             shared = os.path.commonprefix(ends)  # noqa: RUF071
         start = 0 if shared is None else shared.rfind("/") + 1
-        known, numbers = self.source.fingerprint(), iter(["null"])
+        fingerprint, numbers = self.source.fingerprint(), iter(["null"])
         if self.labels is not None:
             numbers = _json_list(self.labels[i : i + PART].tolist() for i in range(0, len(self), PART))
         names = _json_list([name[start:] for name in part] for part in self._names())
-        told = json.dumps([self.class_names, known] if known else [self.class_names])[1:-1]
+        rest = json.dumps([self.class_names, fingerprint] if fingerprint else [self.class_names])[1:-1]
         digest = hashlib.sha256()
-        for text in chain("[", names, [", "], numbers, [f", {told}]"]):  # of one list, which nothing holds whole
+        for text in chain("[", names, [", "], numbers, [f", {rest}]"]):  # of one list, which nothing holds whole
             digest.update(text.encode())
         return digest.hexdigest()
 
@@ -176,8 +176,8 @@ class Images:
             if isinstance(self.source, Parts):
                 if not start:
                     # The fingerprint is of all that were found, of which these may be a part, now or when it was read.
-                    told = {"shards": self.source.shards, "stamps": self.source.stamps}
-                    part |= told | {"fingerprint": self.source.fingerprint()}
+                    part |= {"shards": self.source.shards, "stamps": self.source.stamps}
+                    part |= {"fingerprint": self.source.fingerprint()}
                 part["places"] = self.source.table[:, at].tolist()
             yield part
 
@@ -209,16 +209,16 @@ class Images:
         try:
             check_file(Path(path), MAX_INDEX)
             with Path(path).open(encoding="utf-8", errors="surrogatepass") as file:
-                found, classes = Names(names(file)), first["class_names"]
-            if len(found) != (num := first.get("num_images", len(found))):  # which indexes began to say
-                raise ValueError(f"{len(found)} of {num} images")
-            source: Source = Files(found)
+                addresses, classes = Names(names(file)), first["class_names"]
+            if len(addresses) != (num := first.get("num_images", len(addresses))):  # which indexes began to say
+                raise ValueError(f"{len(addresses)} of {num} images")
+            source: Source = Files(addresses)
             if "shards" in first:
-                known = first.get("stamps", ()), first.get("fingerprint")
-                source = Parts(found, first["shards"], np.concatenate(places, axis=1), storage, *known)
+                table, stamps = np.concatenate(places, axis=1), first.get("stamps", ())
+                source = Parts(addresses, first["shards"], table, storage, stamps, first.get("fingerprint"))
             numbers = np.concatenate(labels) if labels else None
-            if numbers is not None and numbers.shape != (len(found),):
-                raise ValueError(f"{len(numbers)} labels of {len(found)} images")
+            if numbers is not None and numbers.shape != (len(addresses),):
+                raise ValueError(f"{len(numbers)} labels of {len(addresses)} images")
             names_of_classes = None if classes is None else tuple(classes)
             if numbers is not None and not -1 < numbers.min(initial=0) <= numbers.max(initial=0) < len(classes or [0]):
                 raise ValueError(f"labels of {len(classes or ())} classes up to {numbers.max()}")
@@ -254,10 +254,10 @@ def labelled_images_of_run(path: Path) -> Images | None:
     Args:
         path: likewise.
     """
-    run, found = run_of(path), images_of_run(path)
-    if run is None or found is None:
+    run, images = run_of(path), images_of_run(path)
+    if run is None or images is None:
         return None
-    return found if found.labels is not None or (run / "maps.json").is_file() else None
+    return images if images.labels is not None or (run / "maps.json").is_file() else None
 
 
 def run_of(path: Path) -> Path | None:
@@ -297,8 +297,8 @@ def also_in(images: Images, others: Images) -> list[str]:
             return []  # which has each name once
         logger.info("of %d images only the names are compared, not links and second names", len(images) + len(others))
         key = str
-    known = set(map(key, others.names()))
-    return [name for name in images.names() if key(name) in known]
+    keys = set(map(key, others.names()))
+    return [name for name in images.names() if key(name) in keys]
 
 
 def check_apart(learnt: Images, tested: Images, key: str, other: str | None = None) -> None:
@@ -327,10 +327,10 @@ def identity(name: str) -> tuple[int, int] | str:
         name: of an image.
     """
     try:
-        found = Path(name).stat()
+        status = Path(name).stat()
     except (OSError, ValueError):  # of an archive, or elsewhere
         return name
-    return found.st_dev, found.st_ino
+    return status.st_dev, status.st_ino
 
 
 def kept_images(paths: Sequence[Path], storage: Storage) -> list[Images] | None:
@@ -347,10 +347,10 @@ def kept_images(paths: Sequence[Path], storage: Storage) -> list[Images] | None:
     """
     if not all(path.is_file() for path in paths):
         return None
-    found = [Images.load(path, storage) for path in paths]
-    is_copied = any(isinstance(images.source, Parts) and images.source.is_copied() for images in found)
-    is_changed = any({**images.lists, **hashed_lists(images.lists)} != images.lists for images in found)
-    return None if is_copied or is_changed else found
+    indexes = [Images.load(path, storage) for path in paths]
+    is_copied = any(isinstance(images.source, Parts) and images.source.is_copied() for images in indexes)
+    is_changed = any({**images.lists, **hashed_lists(images.lists)} != images.lists for images in indexes)
+    return None if is_copied or is_changed else indexes
 
 
 def hashed_lists(sources: Iterable[str]) -> dict[str, str]:
@@ -359,10 +359,10 @@ def hashed_lists(sources: Iterable[str]) -> dict[str, str]:
     Args:
         sources: as users give them.
     """
-    found = {}
+    hashes = {}
     for source in sources:
         if source.lower().endswith((".txt", ".csv")) and (is_remote(source) or Path(source).is_file()):
             with suppress(OSError, ValueError):
                 address = source if is_remote(source) else os.path.abspath(source)  # noqa: PTH100
-                found[address] = hashlib.sha256(ANY.read(source)).hexdigest()
-    return found
+                hashes[address] = hashlib.sha256(ANY.read(source)).hexdigest()
+    return hashes

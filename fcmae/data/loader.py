@@ -66,8 +66,8 @@ class Loader(DataLoader[Batch]):
                 yield batch.unpacked()
         except (RuntimeError, ConnectionError, EOFError) as error:
             # What DataLoader says of it, or the end of a connection over which a batch was on its way.
-            own = "in DataLoader worker process" in str(error)  # raised by the data
-            if own or (isinstance(error, RuntimeError) and not str(error).startswith(LOST)):
+            raised_by_data = "in DataLoader worker process" in str(error)
+            if raised_by_data or (isinstance(error, RuntimeError) and not str(error).startswith(LOST)):
                 raise
             raise ChildProcessError(
                 "a process that decodes images was killed, most often by the system for want of memory: lower "

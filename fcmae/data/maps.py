@@ -69,14 +69,14 @@ class Classes:
         Raises:
             UnknownClass: if a value is of no class.
         """
-        found = self._number_of[np.clip(stored, -1, MAX_VALUE)]  # -1 is the last entry, which is unknown
-        if (unknown := found == _UNKNOWN).any():
+        numbers = self._number_of[np.clip(stored, -1, MAX_VALUE)]  # -1 is the last entry, which is unknown
+        if (unknown := numbers == _UNKNOWN).any():
             raise UnknownClass(
                 f"{printable(name)} holds the value {stored[unknown][0]}, which is no class: the classes have "
                 f"{few(map(str, self.values), 8)}, and {self.ignored} is ignored; set data.class_names, "
                 "data.class_values or data.ignore_value"
             )
-        return found if is_seen is None else np.where(is_seen, found, np.int16(IGNORED))
+        return numbers if is_seen is None else np.where(is_seen, numbers, np.int16(IGNORED))
 
     def stored(self, numbers: NDArray[np.int64]) -> NDArray[np.unsignedinteger]:
         """What a map holds for classes by number, in the smallest of uint8 and uint16 that can.
@@ -118,21 +118,21 @@ def count_values(maps: Images, max_pixels: int = MAX_PIXELS) -> Values:
     for i in tqdm(evenly(len(maps), MAX_MAPS), "looking at label maps", unit="map", delay=5, disable=None, leave=False):
         try:
             with maps.open(i) as file:
-                found = LabelMap(file, max_pixels)
-                nodata |= set() if found.nodata is None else {found.nodata}
-                own = np.zeros(MAX_VALUE, np.int64)
-                for box in bands(found.height, found.width, max_pixels):
-                    values = found.read(box)
+                label_map = LabelMap(file, max_pixels)
+                nodata |= set() if label_map.nodata is None else {label_map.nodata}
+                pixels = np.zeros(MAX_VALUE, np.int64)
+                for box in bands(label_map.height, label_map.width, max_pixels):
+                    values = label_map.read(box)
                     if values.min() < 0 or values.max() >= MAX_VALUE:
                         raise UnknownClass(
                             f"{printable(maps.name(i))} holds values from {values.min()} to {values.max()}: store "
                             f"classes as 0 to {MAX_VALUE - 1}"
                         )
-                    own += np.bincount(values.ravel(), minlength=MAX_VALUE)
-                held = np.flatnonzero(own[1:])
-                largest.add(len(held))
-                has_gaps = has_gaps or held.max(initial=-1) >= len(held)
-                counts += own
+                    pixels += np.bincount(values.ravel(), minlength=MAX_VALUE)
+                present = np.flatnonzero(pixels[1:])
+                largest.add(len(present))
+                has_gaps = has_gaps or present.max(initial=-1) >= len(present)
+                counts += pixels
         except BadImage as error:
             reason = reason or f"{printable(maps.name(i))}: {error}"
     if not counts.any():
@@ -176,29 +176,29 @@ def find_classes(
         ValueError: if there are fewer than two classes or too many, or the maps hold none of them or few of many.
     """
     counts = found.counts
-    held = np.flatnonzero(counts).tolist()
+    present = np.flatnonzero(counts).tolist()
     if not names and not values:
         if found.are_objects and not is_begun:
             raise ValueError(
                 "data.maps: the values count up from 1 without a gap in each map, and not to the same in all, as "
                 "objects are numbered: give maps of classes, or say which values are classes by data.class_values"
             )
-        known = counts.copy() if tested is None else counts + tested
+        all_counts = counts.copy() if tested is None else counts + tested
         if ignored is not None:
-            known[ignored] = 0
-        largest = int(np.flatnonzero(known)[-1]) if known.any() else 0
+            all_counts[ignored] = 0
+        largest = int(np.flatnonzero(all_counts)[-1]) if all_counts.any() else 0
         values = [value for value in range(largest + 1) if value != ignored]
-        is_sparse = len(values) > MANY_OBJECTS and len(values) > 10 * np.count_nonzero(known) and not is_begun
+        is_sparse = len(values) > MANY_OBJECTS and len(values) > 10 * np.count_nonzero(all_counts) and not is_begun
         if len(values) > MAX_UNNAMED or is_sparse:
             raise ValueError(
-                f"data.maps: the maps hold {few(map(str, held), 8)}, values up to {largest}, which would be "
+                f"data.maps: the maps hold {few(map(str, present), 8)}, values up to {largest}, which would be "
                 f"{len(values)} classes: number the classes, or say which values they have by data.class_values"
             )
     values = values or range(len(names))
     names = names or [str(value) for value in values]
     if len(names) < 2:
         raise ValueError(
-            f"data.maps: there is one class, {names[0]!r}, as the maps hold {few(map(str, held), 8)} and "
+            f"data.maps: there is one class, {names[0]!r}, as the maps hold {few(map(str, present), 8)} and "
             f"data.ignore_value is {ignored}: set data.ignore_value to none, and of black and white maps "
             "data.class_values to 0 255 too"
         )
@@ -206,7 +206,7 @@ def find_classes(
         raise ValueError(f"data.class_names: there are {len(names)} classes: give {MAX_CLASSES} at most")
     if not counts[list(values)].any():
         raise ValueError(
-            f"data.maps: the maps hold {few(map(str, held), 8)}, and none of the classes, which have "
+            f"data.maps: the maps hold {few(map(str, present), 8)}, and none of the classes, which have "
             f"{few(map(str, values), 8)}: set data.class_values"
         )
     return Classes(tuple(names), tuple(values), ignored)

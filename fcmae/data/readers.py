@@ -247,10 +247,10 @@ def _open_deep_png(image: Image.Image, file: BinaryIO, channels: int, in_chans: 
             array = decoded("RGBA").view(">u2")
         else:
             array = decoded(f"{image.mode};16B") * np.uint16(256) + decoded(f"{image.mode};16L")
-        return array[..., :kept]
+        return array[..., :num_read]
 
-    kept = channels - 1 if in_chans in (1, 3) and channels in (2, 4) else channels  # without alpha
-    shape, orientation = (image.height, image.width, kept), orientation_of(image)
+    num_read = channels - 1 if in_chans in (1, 3) and channels in (2, 4) else channels  # without alpha
+    shape, orientation = (image.height, image.width, num_read), orientation_of(image)
     return ArrayImage(load, shape, np.dtype(np.uint16), 2, in_chans, orientation=orientation)
 
 

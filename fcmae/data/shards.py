@@ -102,15 +102,15 @@ def shards_of(addresses: Iterable[str]) -> Iterator[str | None]:
     """For each image's address the tar file or table that it lies in, or None."""
     is_folder = dict[str, bool]()  # a folder may be called so too: each is looked at once
     for address in addresses:
-        found = None
+        shard = None
         for end in _SHARD.finditer(address):
             place = address[: end.end() - 1]
             if place not in is_folder:
                 is_folder[place] = os.path.isdir(place)  # noqa: PTH112
             if not is_folder[place]:
-                found = place
+                shard = place
                 break
-        yield found
+        yield shard
 
 
 def left_out(others: Counter[str], key: str) -> tuple[str, ...]:
@@ -162,9 +162,9 @@ class Members:
             with zipfile.ZipFile(io.BytesIO(content)) as packed:
                 if sum(member.file_size for member in packed.infolist()) > MOST_UNPACKED * len(content):
                     return None
-            with np.load(io.BytesIO(content), allow_pickle=False) as found:
-                texts = {key: os.fsdecode(found[key].tobytes()) for key in ("stamp", "names", "labels")}
-                starts, sizes = (np.asarray(found[key]) for key in ("starts", "sizes"))
+            with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+                texts = {key: os.fsdecode(arrays[key].tobytes()) for key in ("stamp", "names", "labels")}
+                starts, sizes = (np.asarray(arrays[key]) for key in ("starts", "sizes"))
         except Exception:  # an index comes with others' shards, and each library has its own errors
             return None
         fits = starts.dtype == sizes.dtype == np.int64 and starts.ndim == sizes.ndim == 1 and len(starts) == len(sizes)
@@ -283,9 +283,9 @@ def _may_be(header: tarfile.TarInfo, name: str) -> bool:
 
     A long one is cut, in one way or another, and programs write "?" or else for what is not ASCII: the rest is there.
     """
-    if len(os.fsencode(header.name)) >= 99 or (found := str(_plain(header.name))) == name:
+    if len(os.fsencode(header.name)) >= 99 or (plain := str(_plain(header.name))) == name:
         return True
-    left = iter(found)
+    left = iter(plain)
     return not name.isascii() and all(c in left for c in name if c.isascii())
 
 
@@ -337,7 +337,7 @@ class Shards:
         missing, stop = sorted(set(shards) - self._known.keys()), Event()
         with ThreadPoolExecutor(min(32, 4 * num_cores())) as pool:
             try:
-                found = tqdm(
+                members = tqdm(
                     pool.map(partial(self._find, stop), missing),
                     "index",
                     len(missing),
@@ -345,7 +345,7 @@ class Shards:
                     unit="shard",
                     disable=None,
                 )
-                self._known.update(zip(missing, found, strict=True))
+                self._known.update(zip(missing, members, strict=True))
             except BaseException:
                 stop.set()
                 pool.shutdown(cancel_futures=True)
@@ -356,10 +356,10 @@ class Shards:
             _, stamp = self._storage.stamp(shard)
             self._stamps[shard] = stamp
             name = f"{hashlib.sha256(os.fsencode(shard)).hexdigest()[:32]}.index"
-            for kept in self._storage.recall(shard, name):
-                if members := Members.unpacked(kept, stamp):
+            for index in self._storage.recall(shard, name):
+                if members := Members.unpacked(index, stamp):
                     return members
-                if kept and self._storage.beside and not kept.startswith(ZIP):
+                if index and self._storage.beside and not index.startswith(ZIP):
                     raise ValueError(
                         f"{shard}.index is there and was not made by fcmae, and data.index is beside: move it"
                     )
@@ -385,11 +385,11 @@ class Shards:
 
     def notes(self) -> tuple[str, ...]:
         """Sentences on what cannot be used of the tar files that were learnt, and is left out of those just read."""
-        others = sum((found.others for found in self._known.values()), Counter[str]())
+        others = sum((members.others for members in self._known.values()), Counter[str]())
         return (*self._damages(), *left_out(others, self._key))
 
     def _damages(self) -> tuple[str, ...]:
-        counts = {shard: int(np.isin(found.sizes, list(REASONS)).sum()) for shard, found in self._known.items()}
+        counts = {shard: int(np.isin(members.sizes, list(REASONS)).sum()) for shard, members in self._known.items()}
         if not (bad := {shard: count for shard, count in counts.items() if count}):
             return ()
         total, first = sum(bad.values()), printable(next(iter(bad)))

@@ -174,12 +174,12 @@ class Names:
 
     def at(self, positions: NDArray[np.int64]) -> list[str]:
         """The names at some positions; soonest if these rise."""
-        found, unpacked, group = list[str](), -1, list[str]()
+        names, unpacked, group = list[str](), -1, list[str]()
         for number, place in zip(*(part.tolist() for part in np.divmod(positions, GROUP)), strict=True):
             if number != unpacked:
                 group, unpacked = self._group(number), number
-            found.append(group[place])
-        return found
+            names.append(group[place])
+        return names
 
 
 class Listed(Source):

@@ -58,11 +58,11 @@ def split(images: Images, share: float, seed: int) -> tuple[Images, Images]:
         return images, images.subset([])
     counts = np.bincount(labels)
     quota = share * counts
-    held = np.floor(quota).astype(np.int64)
+    num_held = np.floor(quota).astype(np.int64)
     # Largest remainders: the classes that lose most by rounding down get the images that are left of the total.
-    missing = max(1, round(share * len(images))) - int(held.sum())
-    held[np.argsort(held - quota, kind="stable")[: max(0, missing)]] += 1
-    held_out = draw(labels, np.minimum(held, np.maximum(counts - 1, 0)), seed)
+    missing = max(1, round(share * len(images))) - int(num_held.sum())
+    num_held[np.argsort(num_held - quota, kind="stable")[: max(0, missing)]] += 1
+    held_out = draw(labels, np.minimum(num_held, np.maximum(counts - 1, 0)), seed)
     return images.subset(np.delete(np.arange(len(images)), held_out)), images.subset(held_out)
 
 

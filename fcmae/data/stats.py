@@ -107,14 +107,14 @@ class _Moments(Dataset[NDArray[np.float64] | str]):
             return f"{printable(self._images.name(position))}: {error}"
         if np.isinf(image).any():
             return f"{printable(self._images.name(position))}: it holds values too large for float32"
-        pixels, known = image.reshape(self._in_chans, -1), np.zeros(self._in_chans)
+        pixels, num_values = image.reshape(self._in_chans, -1), np.zeros(self._in_chans)
         sums = np.zeros((2, self._in_chans))
         for first in range(0, pixels.shape[1], AT_ONCE):  # in float64 the whole would take eight times its memory
             values = pixels[:, first : first + AT_ONCE].astype(np.float64) / (255 if image.dtype == np.uint8 else 1)
-            known += (~np.isnan(values)).sum(axis=1)
+            num_values += (~np.isnan(values)).sum(axis=1)
             sums += np.nansum(values, axis=1), np.nansum(values**2, axis=1)
         with np.errstate(invalid="ignore"):  # 0 / 0: a channel of which all is missing
-            return sums / known
+            return sums / num_values
 
 
 def _unchanged(item: Any) -> Any:

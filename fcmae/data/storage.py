@@ -90,13 +90,13 @@ class Cache:
         """What was put there under a key, if it is there still and as it was."""
         try:
             with self._path(key).open("rb") as file:
-                kept = file.read()
+                stored = file.read()
                 if time.time() - os.fstat(file.fileno()).st_mtime > USED_S:
                     os.utime(file.fileno())
         except OSError:
             return None
-        content = kept[DIGEST:]
-        return content if kept[:DIGEST] == _digest(content) else None
+        content = stored[DIGEST:]
+        return content if stored[:DIGEST] == _digest(content) else None
 
     def put(self, key: str, content: bytes) -> None:
         """Keep something, or not, if the disk is full or it is a large part of all that may be kept."""
@@ -109,14 +109,14 @@ class Cache:
                 self._trim()
 
     def _trim(self) -> None:
-        found = []
+        files = []
         for path in self._folder.glob("*/*.read"):
             with suppress(OSError):  # another process may have removed it
-                found.append((path.stat(), path))
-        total = sum(status.st_size for status, _ in found)
+                files.append((path.stat(), path))
+        total = sum(status.st_size for status, _ in files)
         if total <= self._most:
             return
-        for status, path in sorted(found, key=lambda pair: pair[0].st_mtime_ns):
+        for status, path in sorted(files, key=lambda pair: pair[0].st_mtime_ns):
             if total <= self._most * 7 // 8:
                 break
             path.unlink(missing_ok=True)
@@ -188,10 +188,10 @@ class Storage:
             OSError: if it is not there.
         """
         if is_remote(address):
-            found = _asked(address, "info")
-            if (size := found.get("size")) is None:
+            info = _asked(address, "info")
+            if (size := info.get("size")) is None:
                 raise OSError("the server does not tell its size")
-            return int(size), "-".join(str(found[key]) for key in ("size", *VERSIONS) if key in found)
+            return int(size), "-".join(str(info[key]) for key in ("size", *VERSIONS) if key in info)
         status = os.stat(address)  # noqa: PTH116
         return status.st_size, f"{status.st_size}-{status.st_mtime_ns}"
 
@@ -273,11 +273,12 @@ def listed(address: str, method: str) -> list[str]:
         OSError: if they cannot be listed.
     """
     filesystem, _ = _filesystem(address)
-    found = _asked(address, method, detail=True)
+    listing = _asked(address, method, detail=True)
     # Of ls a list; of find nothing may be told of a file that is asked for itself.
-    told = ((one["name"], one) for one in found) if isinstance(found, list) else found.items()
+    entries = ((entry["name"], entry) for entry in listing) if isinstance(listing, list) else listing.items()
     return sorted(
-        f"{filesystem.unstrip_protocol(path).rstrip('/')}{'/' * (one.get('type') == 'directory')}" for path, one in told
+        f"{filesystem.unstrip_protocol(path).rstrip('/')}{'/' * (entry.get('type') == 'directory')}"
+        for path, entry in entries
     )
 
 

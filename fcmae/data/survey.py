@@ -100,7 +100,7 @@ def survey(
         )
     if in_chans is None:
         in_chans = max(channels, key=lambda num: len(channels[num]))
-        others = [num for num, found in channels.items() if not _reads(sample, found[0], in_chans, max_pixels)]
+        others = [num for num, positions in channels.items() if not _reads(sample, positions[0], in_chans, max_pixels)]
         if sum(len(channels[num]) for num in others) > MAX_OTHERS * len(sides):
             kinds = [
                 f"{len(channels[num])} have {num} channels, as {sample.name(channels[num][0])}"

@@ -49,12 +49,12 @@ def scan(storage: Storage, address: str) -> tuple[NDArray[np.int64], NDArray[np.
     import pyarrow as pa
 
     try:
-        found = list(_parquet(storage, address) if address.endswith(PARQUET) else _arrow(storage, address))
+        parts = list(_parquet(storage, address) if address.endswith(PARQUET) else _arrow(storage, address))
     except pa.ArrowException as error:
         raise ValueError(str(error)) from error
     none = np.zeros(0, np.int64)
-    starts, sizes = (np.concatenate([none, *(part[i] for part in found)]) for i in range(2))
-    return starts, sizes, [label for part in found for label in part[2]]
+    starts, sizes = (np.concatenate([none, *(part[i] for part in parts)]) for i in range(2))
+    return starts, sizes, [label for part in parts for label in part[2]]
 
 
 def _arrow(storage: Storage, address: str) -> Iterable[tuple[Any, Any, list[str]]]:
@@ -171,12 +171,12 @@ def _labels(table: Any) -> list[str]:
     name = next((name for name in LABELS if name in table.schema.names), None)
     if name is None:
         return [""] * int(table.num_rows)
-    found: Any = None
-    if kept := (table.schema.metadata or {}).get(b"huggingface"):
-        found = json.loads(kept)
+    entry: Any = None
+    if metadata := (table.schema.metadata or {}).get(b"huggingface"):
+        entry = json.loads(metadata)
     for key in ("info", "features", name, "names"):
-        found = found.get(key) if isinstance(found, dict) else None
-    classes = found if isinstance(found, list) else None
+        entry = entry.get(key) if isinstance(entry, dict) else None
+    classes = entry if isinstance(entry, list) else None
 
     def text(value: Any) -> str:
         if value is None or (classes and value == -1):  # as datasets writes what is not known

@@ -74,9 +74,9 @@ def expand(source: str, key: str, others: Counter[str]) -> Iterator[str]:
                 searched.add(str(match))
                 yield from walk(match, key, others, seen=seen)
             else:
-                found = list(image_or_shard(match, key))
-                yield from found
-                if not found and not match.name.startswith("."):
+                addresses = list(image_or_shard(match, key))
+                yield from addresses
+                if not addresses and not match.name.startswith("."):
                     others[match.suffix.lower()] += 1
     else:
         raise ValueError(
@@ -173,13 +173,13 @@ def walk_remote(source: str, key: str, others: Counter[str]) -> Iterator[str]:
         ValueError: if it cannot be listed.
     """
     logger.info("%s: listing %s", key, source)
-    found, root = listing(source, key, "find"), canonical(source)
+    paths, root = listing(source, key, "find"), canonical(source)
     settings, machines = (
-        {path.rpartition("/")[0] for path in found if path.endswith(f"/{name}")}
+        {path.rpartition("/")[0] for path in paths if path.endswith(f"/{name}")}
         for name in ("config.yaml", "environment.json")
     )
     runs = tuple(f"{run}/" for run in settings & machines)
-    for path in found:
+    for path in paths:
         *folders, name = path[len(root) + 1 :].split("/")
         is_hidden = any(part.startswith(".") or part in SYSTEM_FOLDERS for part in (*folders, name))
         if is_hidden or path.startswith(runs):
