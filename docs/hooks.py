@@ -17,7 +17,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 from fcmae.cli import COMMANDS
-from fcmae.options import Setting, described
+from fcmae.options.help import Setting, described
 from fcmae.tables import table
 
 ROOT = Path(__file__).parent.parent

@@ -21,7 +21,9 @@ from fcmae.config import commands
 from fcmae.config.base import Settings
 from fcmae.data.cores import all_processes
 from fcmae.data.source import printable
-from fcmae.options import HELP, Complete, hint, load
+from fcmae.options import Complete, load
+from fcmae.options.line import HELP
+from fcmae.options.problems import hint
 
 if TYPE_CHECKING:
     from fcmae.training.run import Run
@@ -312,7 +314,7 @@ def _verify(cfg: commands.VerifyConfig) -> int:
 
 
 def _configs(cfg: commands.ConfigsConfig) -> None:
-    from fcmae.options import shipped_configs
+    from fcmae.options.files import shipped_configs
 
     shipped = shipped_configs()
     width = max(map(len, shipped), default=0)

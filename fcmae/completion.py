@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from fcmae.config.base import Settings
-from fcmae.options import words_of
+from fcmae.options.help import words_of
 
 _BASH = """\
 _fcmae() {{

@@ -15,7 +15,6 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
 import fcmae
-from fcmae import options
 from fcmae.config.commands import ExportConfig, PushConfig
 from fcmae.data.index import Images, run_of
 from fcmae.data.source import one_line, printable
@@ -24,6 +23,7 @@ from fcmae.evaluation.charts import shown
 from fcmae.evaluation.records import COLUMNS, score_rows
 from fcmae.evaluation.runs import RunFiles, is_untrained, needs_no_network, read_run
 from fcmae.networks.spec import ConvNeXtSpec, describe
+from fcmae.options.problems import text_of
 from fcmae.tables import table
 from fcmae.weights.convert import check_dest, read_sound, write
 from fcmae.weights.files import FILE_SUFFIXES, Weights, learnt_bytes, segmenter_in, timm_holds
@@ -183,7 +183,7 @@ def card(weights: Weights, run: RunFiles | None, name: str) -> str:
 
 def _cell(value: object) -> str:
     """A value from a file, as text that Markdown and a terminal show literally."""
-    return "".join(f"\\{sign}" if sign in "|`*_[]<>\\#" else sign for sign in printable(options.text(value)))
+    return "".join(f"\\{sign}" if sign in "|`*_[]<>\\#" else sign for sign in printable(text_of(value)))
 
 
 def _what(weights: Weights) -> Iterator[str]:

@@ -49,6 +49,8 @@ from fcmae.evaluation.probes import few_shot_counts, fit_linear
 from fcmae.evaluation.records import SCORES
 from fcmae.finetuning import finetune, fingerprint
 from fcmae.networks.spec import NetworkSpec, describe
+from fcmae.options.files import find_config, read_yaml
+from fcmae.options.line import flags
 from fcmae.pretraining import pretrain
 from fcmae.starting import class_weights_of, images_that_chose, learnt_images
 from fcmae.tables import table
@@ -310,9 +312,7 @@ def _check_same(arm: PlannedArm, place: Path, cfg: WorthConfig) -> None:
 def _recipes(cfg: WorthConfig) -> dict[str, Any]:
     """The content of the files of settings."""
     named = {key: getattr(cfg, key) for key in ("pretraining", "finetuning")}
-    return {
-        key: options.read_yaml(options.find_config(name, f"--{key}")) for key, name in named.items() if name is not None
-    }
+    return {key: read_yaml(find_config(name, f"--{key}")) for key, name in named.items() if name is not None}
 
 
 def _make_plan(place: Path, cfg: WorthConfig, train: Images, test: Images) -> Plan:
@@ -471,8 +471,8 @@ def _choose_pretraining(place: Path, cfg: WorthConfig) -> tuple[PretrainConfig, 
 
 def _recipe(cfg: WorthConfig) -> dict[str, Any]:
     """The settings of fine-tuning that are given, by dotted key, and what is chosen for runs from weights."""
-    path = None if cfg.finetuning is None else options.find_config(cfg.finetuning)
-    given = {} if path is None else options.flattened(FinetuneConfig, options.read_yaml(path))
+    path = None if cfg.finetuning is None else find_config(cfg.finetuning)
+    given = {} if path is None else options.flattened(FinetuneConfig, read_yaml(path))
     return given if options.is_recipe(given) else {"optim.layer_decay": choices.LAYER_DECAY} | given
 
 
@@ -650,7 +650,7 @@ def _write(
             "scores": scores,
             "num_runs": len(jobs),
             "num_done": num_done,
-            "command": shlex.join(["fcmae", "worth", cfg.data, *cfg.unlabelled, *options.flags(given)]),
+            "command": shlex.join(["fcmae", "worth", cfg.data, *cfg.unlabelled, *flags(given)]),
             "directory": str(Path.cwd()),
         }
     )

@@ -26,7 +26,7 @@ from sets import Labelled, few, folder_rows, write_csv
 
 from fcmae.atomic import write_text
 from fcmae.evaluation.paired import METRIC, Row, compare
-from fcmae.options import find_config, read_yaml
+from fcmae.options.files import find_config, read_yaml
 from fcmae.training.records import cpu_name, read_metrics
 
 STUDIES = Path(__file__).parent

@@ -26,7 +26,8 @@ from fcmae.bench import (
 )
 from fcmae.cli import main
 from fcmae.config import BenchConfig, PretrainConfig
-from fcmae.options import ConfigError, load
+from fcmae.options import load
+from fcmae.options.problems import ConfigError
 from fcmae.processes import Failed
 
 CPU = Machine("cpu", "cpu (test)", "fp32", ("fp32",))

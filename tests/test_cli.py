@@ -26,7 +26,8 @@ from fcmae.cli import COMMANDS, COMPLETE, main
 from fcmae.config import FinetuneConfig, PretrainConfig
 from fcmae.config.commands import AnalyzeConfig, PredictConfig
 from fcmae.data.index import Images
-from fcmae.options import ConfigError, load
+from fcmae.options import load
+from fcmae.options.problems import ConfigError
 from fcmae.training.run import Run
 
 ROOT = Path(__file__).parent.parent
@@ -418,7 +419,7 @@ def test_a_wheel_brings_the_configurations_and_the_parts_of_the_report(tmp_path:
     installed = tmp_path / "installed"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(installed)
-    code = "import fcmae, fcmae.options as s; print(fcmae.__file__, *s.shipped_configs(), sep='\\n')"
+    code = "import fcmae, fcmae.options.files as s; print(fcmae.__file__, *s.shipped_configs(), sep='\\n')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=installed, check=True)
     package, *names = done.stdout.splitlines()
     assert Path(package).is_relative_to(installed)

@@ -25,6 +25,7 @@ from fcmae.config import (
 )
 from fcmae.config.commands import AnalyzeConfig, ConvertConfig, EmbedConfig, EvaluateConfig, PredictConfig
 from fcmae.networks.spec import VARIANTS, ConvNeXtSpec
+from fcmae.options.problems import ConfigError
 
 
 def pretrain(**sections: Any) -> PretrainConfig:
@@ -207,7 +208,7 @@ def test_which_weights_of_a_file_are_meant_is_said_alike_by_every_command_that_r
         found = cfg.model if isinstance(cfg, PretrainConfig | FinetuneConfig) else cfg
         assert (found.key, found.prefix) == ("model_ema", "student"), model
     for key in ("key", "prefix"):
-        with pytest.raises(options.ConfigError, match=rf"^model\.{key}: it tells of the weights .*: give --init$"):
+        with pytest.raises(ConfigError, match=rf"^model\.{key}: it tells of the weights .*: give --init$"):
             options.load(FinetuneConfig, ["x", "--out=y", "--model.variant=atto", f"--model.{key}=mit"], prog="fcmae")
 
 

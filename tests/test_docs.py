@@ -13,7 +13,7 @@ import pytest
 
 from fcmae.cli import COMMANDS
 from fcmae.config import FinetuneConfig, PretrainConfig
-from fcmae.options import described
+from fcmae.options.help import described
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))

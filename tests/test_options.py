@@ -17,7 +17,11 @@ from fcmae.config import FinetuneConfig, PretrainConfig, SegmentConfig
 from fcmae.config.base import Settings
 from fcmae.config.commands import ConvertConfig, EvaluateConfig, PredictConfig, WorthConfig
 from fcmae.networks.spec import ConvNeXtSpec
-from fcmae.options import ConfigError, make
+from fcmae.options import make
+from fcmae.options.files import shipped_configs
+from fcmae.options.help import described, usage
+from fcmae.options.line import flags
+from fcmae.options.problems import ConfigError
 
 NEEDED = ["--data.path", "photos", "--out", "run"]
 
@@ -476,8 +480,8 @@ def test_print_config_reports_problems_as_a_run_does() -> None:
 
 
 def test_settings_are_described_as_the_help_shows_them() -> None:
-    rows = {row.key: row for row in options.described(PretrainConfig)}
-    shown = " ".join(options.usage(PretrainConfig, "fcmae pretrain").split())
+    rows = {row.key: row for row in described(PretrainConfig)}
+    shown = " ".join(usage(PretrainConfig, "fcmae pretrain").split())
     assert set(rows) == set(options.flat(load())) - {"chosen", "planned_s"}
     assert rows["data.image_size"][1:3] == ("N,N", "224,224")
     assert rows["hours"].default == ""
@@ -554,7 +558,7 @@ def test_dumped_settings_load_back_equal(
     file = tmp_path_factory.getbasetemp() / "dumped.yaml"
     file.write_text(options.dump(config), encoding="utf-8")
     assert options.read(PretrainConfig, file) == config
-    words = options.flags(options.changed(config))
+    words = flags(options.changed(config))
     assert options.load(PretrainConfig, words, prog="fcmae pretrain") == config
 
 
@@ -588,7 +592,7 @@ def test_differences_name_what_changes_the_result_and_nothing_else() -> None:
     ]
 
 
-SHIPPED = options.shipped_configs()
+SHIPPED = shipped_configs()
 # base lr, weight decay, layer decay, mode, warm-up, epochs, label smoothing, mixup, cutmix, drop path
 PUBLISHED = {
     "atto": (2e-4, 0.3, 0.9, "single", 0, 600, 0.2, 0, 0, 0.1),

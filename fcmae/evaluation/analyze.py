@@ -30,6 +30,7 @@ from fcmae.evaluation.figures import last_of_stages, save_activations, save_by_l
 from fcmae.evaluation.models import Backbone, choose_device, load_backbones
 from fcmae.evaluation.outputs import claim, default_out, tell_unread
 from fcmae.evaluation.pictures import displayable, limits, with_bands
+from fcmae.options.line import flags
 from fcmae.tables import table
 from fcmae.training.own_files import FOUND, check_outside
 from fcmae.training.records import device_name
@@ -263,4 +264,4 @@ def _table(found: Sequence[Analysis]) -> str:
 
 def _command(cfg: AnalyzeConfig, place: Path) -> str:
     found = options.changed(cfg.model_copy(update={"out": place, "overwrite": False}))
-    return shlex.join(["fcmae", "analyze", *found.pop("models"), *options.flags(found)])
+    return shlex.join(["fcmae", "analyze", *found.pop("models"), *flags(found)])

@@ -40,6 +40,7 @@ from fcmae.evaluation.pictures import new_figure, save_figure, shortened
 from fcmae.evaluation.probes import TEMPERATURE, few_shot_counts, fit_linear, knn_probabilities, mean_and_interval
 from fcmae.evaluation.records import COLUMNS, score_rows
 from fcmae.networks.encoder import StagedEncoder
+from fcmae.options.line import flags
 from fcmae.starting import images_that_chose, learnt_images
 from fcmae.tables import table
 from fcmae.training.own_files import FOUND, check_outside
@@ -359,7 +360,7 @@ def _command(cfg: EvaluateConfig, models: list[str], out: Path) -> str:
     """The command that evaluates these models with the same result."""
     given = options.changed(cfg.model_copy(update={"models": models, "out": out, "overwrite": False}))
     del given["models"]
-    return shlex.join(["fcmae", "evaluate", *models, *options.flags(given)])
+    return shlex.join(["fcmae", "evaluate", *models, *flags(given)])
 
 
 def summary(records: Sequence[dict[str, Any]]) -> str:

@@ -27,7 +27,6 @@ from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
 import fcmae
-from fcmae import options
 from fcmae.atomic import read_bytes, write_text
 from fcmae.data.source import printable
 from fcmae.data.split import evenly
@@ -48,6 +47,7 @@ from fcmae.evaluation.runs import (
 )
 from fcmae.evaluation.status import state_of
 from fcmae.evaluation.verdicts import guessed, is_collapsing, is_working, was_worth_it
+from fcmae.options.line import flags
 from fcmae.training.records import of_model
 
 MARK = '<meta name="generator" content="fcmae report'
@@ -594,4 +594,4 @@ def command(kind: str, settings: Mapping[str, Any], num_processes: int = 1) -> s
         settings: by dotted key.
         num_processes: of the run.
     """
-    return shlex.join([*program(kind, num_processes), *options.flags(settings)])
+    return shlex.join([*program(kind, num_processes), *flags(settings)])

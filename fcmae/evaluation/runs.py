@@ -20,6 +20,8 @@ from fcmae.data.index import Images
 from fcmae.data.split import split
 from fcmae.evaluation.charts import Curve
 from fcmae.evaluation.records import Evaluation
+from fcmae.options.files import read_yaml
+from fcmae.options.problems import ConfigError
 from fcmae.training import own_files
 from fcmae.training.records import split_metrics
 
@@ -195,10 +197,10 @@ def _settings(config: Path, kind: str, problems: list[str]) -> tuple[dict[str, A
     try:
         saved: PretrainConfig | FinetuneConfig | SegmentConfig = options.read(CONFIGS[kind], config)
         return options.flat(saved), options.changed(saved)
-    except options.ConfigError as error:
+    except ConfigError as error:
         problems.append(f"The settings are not those of this version of fcmae: {'; '.join(str(error).splitlines())}.")
-    with suppress(options.ConfigError):
-        found = options.flattened(CONFIGS[kind], options.read_yaml(config))
+    with suppress(ConfigError):
+        found = options.flattened(CONFIGS[kind], read_yaml(config))
         values = {key: _plain(value) for key, value in found.items()}
         return values, values
     return {}, {}

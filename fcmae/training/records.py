@@ -20,7 +20,7 @@ import torch
 import fcmae
 from fcmae.atomic import read_bytes, write_text
 from fcmae.data.cores import all_processes, local_processes, num_cores
-from fcmae.options import SWITCHED
+from fcmae.options.line import SWITCHED
 
 MAX_METRICS = 2**30  # bytes of metrics.jsonl
 NOT_FINITE = "FloatingPointError: "  # begins the failure of a run that breaks down, and would again

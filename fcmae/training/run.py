@@ -36,6 +36,8 @@ import fcmae
 from fcmae import options
 from fcmae.atomic import write_text
 from fcmae.config import AnyRun, RunConfig
+from fcmae.options.files import MAX_YAML
+from fcmae.options.problems import text_of
 from fcmae.tables import table
 from fcmae.training import checkpoint, health, own_files
 from fcmae.training.launch import uses_cpu
@@ -76,7 +78,7 @@ class RunDirectory:
         self.path = cfg.out
         self.needs = self.network = ""
         self.finished = False
-        if len(options.dump(cfg).encode(errors="surrogateescape")) > options.MAX_YAML - 1000:  # a header and choices
+        if len(options.dump(cfg).encode(errors="surrogateescape")) > MAX_YAML - 1000:  # a header and choices
             raise ValueError(
                 "data.path has too many places to be kept in config.yaml: put quotes round the pattern, so that the "
                 "shell does not expand it, or give a .txt file that lists them"
@@ -338,7 +340,7 @@ def _tell_choices(cfg: RunConfig) -> None:
     if not cfg.chosen:
         return
     values = options.flat(cfg)
-    rows = [(key, options.text(values[key]), why) for key, why in cfg.chosen.items() if key in values]
+    rows = [(key, text_of(values[key]), why) for key, why in cfg.chosen.items() if key in values]
     logger.info("not given, so chosen:\n%s", table(("setting", "value", "why"), rows, left=3))
 
 
