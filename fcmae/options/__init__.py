@@ -17,13 +17,13 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
-from fcmae.config import FREE_ON_RESUME, DenseConfig, RunConfig
+from fcmae.config import FREE_ON_RESUME, AnyRun, DenseConfig, RunConfig
 from fcmae.config.base import Settings
 from fcmae.networks.spec import NetworkSpec
 from fcmae.options.fields import Also, fields_of, pairs, put
 from fcmae.options.files import find_config, read_yaml
 from fcmae.options.help import usage
-from fcmae.options.line import HELP, parse
+from fcmae.options.line import HELP, Given, parse
 from fcmae.options.problems import ConfigError, shown, validate
 
 Config = TypeVar("Config", bound=Settings)
@@ -59,16 +59,16 @@ def load(
     if any(word in HELP for word in argv):
         print(usage(model, prog))
         raise SystemExit(0)
-    values, wrong, problems = parse(model, argv, prog)
-    also, invalid = validate(Also, {name: values.pop(name) for name in Also.model_fields if name in values})
-    problems += invalid
-    file = None if also is None else also.config
+    given = parse(model, argv, prog)
+    also, invalid = validate(Also, {name: given.values.pop(name) for name in Also.model_fields if name in given.values})
+    assert also is not None  # nothing in it conflicts
+    given.problems.extend(invalid)
     try:
-        settings = {} if file is None else read_yaml(find_config(file))
+        file = None if also.config is None else read_yaml(find_config(also.config))
     except ConfigError as error:
-        raise ConfigError([*problems, str(error)]) from error
-    config = _made(model, settings, values, file is not None, num_processes, complete, wrong, problems)
-    if also is not None and also.print_config:
+        raise ConfigError([*given.problems, str(error)]) from error
+    config = _made(model, file, given, num_processes, complete)
+    if also.print_config:
         if isinstance(config, RunConfig):  # what is printed may start a run that goes on
             config = config.model_copy(update={"overwrite": False})
         print(dump(config), end="")
@@ -95,50 +95,79 @@ def make(
     Raises:
         ConfigError: See `load`.
     """
-    values = {} if config is None else read_yaml(find_config(config))
-    return _made(model, values, flattened(model, settings), config is not None, num_processes, complete)
+    file = None if config is None else read_yaml(find_config(config))
+    return _made(model, file, Given(flattened(model, settings), set(), []), num_processes, complete)
 
 
 def _made(
     model: type[Config],
-    settings: dict[str, Any],
-    given: Mapping[str, Any],
-    has_file: bool,
+    file: dict[str, Any] | None,
+    given: Given,
     num_processes: int | None,
     complete: Complete | None,
-    wrong: Iterable[str] = (),
-    problems: Sequence[str] = (),
 ) -> Config:
-    """What is given goes before the file's, and hours before its epochs; the rest is chosen, and all is checked."""
-    if given.get("hours") is not None and "epochs" not in given and "epochs" in settings:
-        for key in OF_EPOCHS:
-            section, _, name = key.rpartition(".")
-            place = settings.get(section) if section else settings
-            if isinstance(place, dict):
-                place.pop(name, None)
-    put(settings, given)
-    sketch, invalid = validate(model, settings, (), {"sketch": True})
-    if isinstance(sketch, RunConfig) and sketch.overwrite and "overwrite" not in given:
+    """The settings of a file, if there is one, and what is given beside it; the rest is chosen, and all is checked."""
+    settings = _merged(file or {}, given.values)
+    sketch, invalid = validate(model, settings, context={"sketch": True})
+    problems, has_recipe = given.problems, file is not None and is_recipe(settings)
+    if isinstance(sketch, RunConfig) and sketch.overwrite and "overwrite" not in given.values:
         problems = [*problems, "overwrite: it is in a file, and would delete the run at every start: give --overwrite"]
-    if sketch is not None and not _trains(sketch):
+    if sketch is not None and not _has_images_to_train_on(sketch):
         complete = None
     # Nothing is chosen beside a recipe, unless there are hours for which it was not yet.
-    has_recipe = has_file and is_recipe(settings)
-    to_fill = given.get("hours") is not None or (getattr(sketch, "hours", None) and not getattr(sketch, "chosen", None))
-    chooses = complete is not None and (to_fill or not has_recipe)
-    known = {key for key, _ in pairs(settings, fields_of(model))} if chooses else None
-    if complete is not None and known is not None and sketch is not None and not (problems or invalid):
-        keys = known - (TO_CHOOSE if flat(sketch).get("grad_accum") == "auto" else set())
-        keys |= {"model.stem_stride"} if _tells_stride(settings) else set()
-        put(settings, complete(sketch, {key: value for key, value in flat(sketch).items() if key in keys}))
-        known = None
-    config, wrong_together = validate(model, settings, wrong, {"num_processes": num_processes}, known)
+    to_complete = None if has_recipe and not _has_hours_to_fill(sketch, given.values) else complete
+    context, known = {"num_processes": num_processes}, None
+    if to_complete is not None:
+        if sketch is None or problems or invalid:  # what is not chosen for that reason conflicts with nothing
+            known = {key for key, _ in pairs(settings, fields_of(model))}
+        else:
+            put(settings, to_complete(sketch, _values_given(sketch, settings)))
+    config, wrong_together = validate(model, settings, given.unread, context, known)
     if config is None or problems or wrong_together:
         raise ConfigError([*problems, *dict.fromkeys([*invalid, *wrong_together])])
-    if isinstance(config, RunConfig) and has_file and not chooses and (changed := given.keys() - {"out"}):
-        told = {key: why for key, why in config.chosen.items() if key not in changed}  # as another run's file has it
-        config = config.model_copy(update={"chosen": told, "planned_s": None})
+    if isinstance(config, RunConfig) and file is not None and to_complete is None:
+        config = _without_reasons_for_others(config, given.values)
     return config if complete is None else settled(config, complete)
+
+
+def _merged(file: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What is given goes before the file's, and hours before its epochs."""
+    if given.get("hours") is not None and "epochs" not in given and "epochs" in file:
+        for key in OF_EPOCHS:
+            section, _, name = key.rpartition(".")
+            place = file.get(section) if section else file
+            if isinstance(place, dict):
+                place.pop(name, None)
+    put(file, given)
+    return file
+
+
+def _has_images_to_train_on(sketch: Settings) -> bool:
+    """Whether it is of a run that trains, and says on what."""
+    return isinstance(sketch, RunConfig) and sketch.trains and bool(sketch.inputs().get("data.path"))
+
+
+def _has_hours_to_fill(sketch: Settings | None, given: Mapping[str, Any]) -> bool:
+    """Whether there are hours for which nothing was chosen yet, as what is in a file may have been."""
+    return given.get("hours") is not None or (
+        isinstance(sketch, RunConfig) and bool(sketch.hours) and not sketch.chosen
+    )
+
+
+def _values_given(sketch: Settings, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of `sketch` that `settings` give, by dotted key."""
+    values = flat(sketch)
+    keys = {key for key, _ in pairs(settings, fields_of(type(sketch)))}
+    keys -= TO_CHOOSE if values.get("grad_accum") == "auto" else set()
+    keys |= {"model.stem_stride"} if _tells_stride(settings) else set()
+    return {key: value for key, value in values.items() if key in keys}
+
+
+def _without_reasons_for_others(config: AnyRun, given: Mapping[str, Any]) -> AnyRun:
+    """The settings of another run's file, without its reasons for what is given beside it, and without its estimate."""
+    changed = given.keys() - {"out"}
+    reasons = {key: why for key, why in config.chosen.items() if key not in changed}
+    return config.model_copy(update={"chosen": reasons, "planned_s": None}) if changed else config
 
 
 def is_recipe(settings: Mapping[str, Any]) -> bool:
@@ -156,12 +185,6 @@ def _tells_stride(settings: Mapping[str, Any]) -> bool:
     return "stem_stride" in (variant.model_fields_set if isinstance(variant, NetworkSpec) else str(variant))
 
 
-def _trains(sketch: Settings) -> bool:
-    """Whether it is of a run that trains, and says on what."""
-    values = flat(sketch)
-    return bool(values.get("data.path")) and not values.get("eval_only")
-
-
 def settled(config: Config, complete: Complete) -> Config:
     """The settings with grad_accum chosen, where it is auto and the run trains.
 
@@ -170,10 +193,10 @@ def settled(config: Config, complete: Complete) -> Config:
         complete: See `load`.
     """
     values = flat(config)
-    if values.get("grad_accum") != "auto" or not _trains(config):
+    if values.get("grad_accum") != "auto" or not _has_images_to_train_on(config):
         return config
-    found = complete(config, {key: value for key, value in values.items() if key not in TO_CHOOSE})
-    return config.model_copy(update=dict(found))  # what else was given and what was not stays to be seen
+    chosen = complete(config, {key: value for key, value in values.items() if key not in TO_CHOOSE})
+    return config.model_copy(update=dict(chosen))  # what else was given and what was not stays to be seen
 
 
 def flattened(model: type[Settings], settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import re
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from pydantic.fields import FieldInfo
@@ -22,8 +22,22 @@ SWITCHED = {"true", "false", "yes", "no", "on", "off", "1", "0"}  # what a switc
 NONE = {"none", "null", "~"}
 
 
-def parse(model: type[Settings], argv: Sequence[str], prog: str) -> tuple[dict[str, Any], set[str], list[str]]:
-    """Read a command line to its end: values by key, the keys that could not be read, and what is wrong.
+class Given(NamedTuple):
+    """What a command line, or a caller, gives.
+
+    Attributes:
+        values: by dotted key, unchecked.
+        unread: keys of the line whose value is missing.
+        problems: what is wrong with the line, a sentence each.
+    """
+
+    values: dict[str, Any]
+    unread: set[str]
+    problems: list[str]
+
+
+def parse(model: type[Settings], argv: Sequence[str], prog: str) -> Given:
+    """Read a command line to its end.
 
     Args:
         model: the command's settings.
@@ -60,7 +74,7 @@ def parse(model: type[Settings], argv: Sequence[str], prog: str) -> tuple[dict[s
             many = is_list(kinds_of(field.annotation))
             values[key], loose = (loose, []) if many else (loose[0], loose[1:])
     unknown += [f"{word}: one argument too many; {usage_line(model, prog)}" for word in loose]
-    return values, set(wrong), [*wrong.values(), *unknown]
+    return Given(values, set(wrong), [*wrong.values(), *unknown])
 
 
 def _value(field: FieldInfo, texts: list[str]) -> Any:
