@@ -109,7 +109,7 @@ def pretrain(
             raise ValueError("variant: a model of your own has its network already: leave one of the two out")
         given |= {"model.variant": spec, "model.stem_stride": spec.stem_stride}
     with for_a_caller():
-        cfg = _settings(PretrainConfig, given, config, settings, planning.pretraining if model is None else None)
+        cfg = _settings(PretrainConfig, given, config, settings, chooses=model is None)
         if model is not None and cfg.hours is not None:
             raise ValueError("hours: nothing is chosen for a model of your own: give epochs")
         if model is not None and cfg.model.init is not None:
@@ -146,7 +146,7 @@ def finetune(
     """
     given = {"data.path": labelled, "out": out, "model.init": _start(init), "model.variant": variant}
     with for_a_caller():
-        return finetuning.finetune(_settings(FinetuneConfig, given, config, settings, planning.finetuning))
+        return finetuning.finetune(_settings(FinetuneConfig, given, config, settings))
 
 
 def segment(
@@ -179,7 +179,7 @@ def segment(
     """
     given = {"data.path": images, "data.maps": maps, "out": out, "model.init": _start(init), "model.variant": variant}
     with for_a_caller():
-        return segmenting.segment(_settings(SegmentConfig, given, config, settings, planning.segmentation))
+        return segmenting.segment(_settings(SegmentConfig, given, config, settings))
 
 
 def _start(init: PathLike | None) -> PathLike | None:
@@ -197,7 +197,7 @@ def _settings(
     given: Mapping[str, Any],
     config: PathLike | None,
     settings: Mapping[str, Any] | AnyRun | None,
-    complete: options.Complete | None,
+    chooses: bool = True,
 ) -> AnyRun:
     """The settings of a run: `given` overrides `settings`, which override the file.
 
@@ -219,9 +219,9 @@ def _settings(
     values |= {key: value for key, value in given.items() if value is not None}
     processes = all_processes()
     name = None if config is None else os.fspath(config)
-    if complete is not None and isinstance(settings, model) and (settings.hours is None or settings.chosen):
-        return options.settled(options.make(model, values, name, processes), complete)
-    return options.make(model, values, name, processes, complete)
+    if chooses and isinstance(settings, model) and (settings.hours is None or settings.chosen):
+        return options.settled(options.make(model, values, name, processes), planning.complete)
+    return options.make(model, values, name, processes, planning.complete if chooses else None)
 
 
 class Features(nn.Module):

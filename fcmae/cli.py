@@ -21,7 +21,7 @@ from fcmae.config import commands
 from fcmae.config.base import Settings
 from fcmae.data.cores import all_processes
 from fcmae.data.source import printable
-from fcmae.options import Complete, load
+from fcmae.options import load
 from fcmae.options.line import HELP
 from fcmae.options.problems import hint
 
@@ -101,10 +101,11 @@ def _run(words: list[str]) -> int:
         raise SystemExit(0 if words else 2)
     settings, run = _command(name)
     processes = all_processes()
-    showing = _showing() if name in COMPLETE else contextlib.nullcontext()
+    complete = _complete if issubclass(settings, config.RunConfig) else None
+    showing = _showing() if complete else contextlib.nullcontext()
     ending = contextlib.nullcontext() if name in TRAINING else _ending_tidily()
     with showing, ending:
-        given = load(settings, rest, prog=f"fcmae {name}", num_processes=processes, complete=COMPLETE.get(name))
+        given = load(settings, rest, prog=f"fcmae {name}", num_processes=processes, complete=complete)
         if processes > 1 and name not in (*TRAINING, *IDLE):
             raise ValueError(f"{name} is one process, and WORLD_SIZE = {processes}: start it without a launcher")
         if name not in IDLE:
@@ -360,25 +361,13 @@ COMMANDS: dict[str, tuple[type[Settings], Callable[[Any], int | None]]] = {
 }
 
 
-def _complete(what: str) -> Complete:
-    """The function of `planning` of this name, for a run that trains: planning loads torch."""
+def _complete(sketch: Any, given: Mapping[str, Any]) -> Mapping[str, Any]:
+    threads.prepare()  # before steps are timed
+    from fcmae import planning
 
-    def complete(sketch: Any, given: Mapping[str, Any]) -> Mapping[str, Any]:
-        threads.prepare()  # before steps are timed
-        from fcmae import planning
-
-        found: Mapping[str, Any] = getattr(planning, what)(sketch, given)
-        return found
-
-    return complete
+    return planning.complete(sketch, given)
 
 
-COMPLETE = {
-    "pretrain": _complete("pretraining"),
-    "bench": _complete("benchmark"),
-    "finetune": _complete("finetuning"),
-    "segment": _complete("segmentation"),
-}
 TRAINING = ("pretrain", "finetune", "segment")  # in several processes, where a signal saves
 IDLE = frozenset(
     {"report", "status", "stats", "doctor", "configs", "schema", "completion"}

@@ -63,10 +63,13 @@ SHORT_S = 0.01  # to measure the memory of a step, not its time
 MEMORY_SHARE = 0.7  # of the free memory, for the run as measured
 SUFFIX = {"pretrain": "", "finetune": "-tuned", "segment": "-segmented"}  # of run directories, by the kind of run
 Measure = Callable[[int], bench.Result]
+AnyKind = PretrainConfig | FinetuneConfig | SegmentConfig
 
 
-def pretraining(sketch: PretrainConfig, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Choose the settings that `fcmae pretrain` was not given; by dotted key.
+def complete(sketch: AnyKind, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Choose the settings that a command on a run was not given; by dotted key.
+
+    `bench` has those of pretraining, without grad_accum, which it finds.
 
     Args:
         sketch: its settings, each checked but not in combination, with `data.path`.
@@ -75,24 +78,47 @@ def pretraining(sketch: PretrainConfig, given: Mapping[str, Any]) -> dict[str, A
     Raises:
         ValueError: if there are no images, none can be read, or a step does not fit into the memory.
     """
+    if isinstance(sketch, BenchConfig):
+        values = {} if _is_settled(sketch, given) else _completed(sketch, given)
+        return {key: value for key, value in values.items() if key not in ("out", "grad_accum")}
+    return _completed(sketch, given)
 
-    def measure(at_once: int) -> bench.Result:
-        settled = options.make(BenchConfig, options.flat(sketch) | {"seconds": SHORT_S})
-        return _pretraining_step(settled, at_once, False)
 
-    out, found = _begun(sketch, given, sketch.data.path[0], measure)
-    if found is not None:
-        return found
+def _completed(sketch: AnyKind, given: Mapping[str, Any]) -> dict[str, Any]:
+    """As `complete`, with the directory of the run, which has its settings already where it resumes."""
+    out = _run_directory(sketch, given)
+    if (saved := _saved(sketch, out)) is not None:
+        return _resumed(sketch, saved, given, out)
+    if _is_settled(sketch, given):
+        return _grad_accum(sketch)
+    _refuse_launcher()
+    logger.info("looking at the images and timing steps, to choose settings")
+    match sketch:
+        case PretrainConfig():
+            plan = _pretraining(sketch, given, out)
+        case FinetuneConfig():
+            plan = _finetuning(sketch, given, out)
+        case SegmentConfig():
+            plan = _segmentation(sketch, given, out)
+    values = {choice.key: choice.value for choice in plan.made}
+    return values | {
+        "chosen": {choice.key: choice.why for choice in plan.made},
+        "planned_s": plan.planned_s,
+        "out": out,
+    }
+
+
+def _pretraining(sketch: PretrainConfig, given: Mapping[str, Any], out: Path) -> choices.Choices:
     images = find_images(sketch.data.path, storage=Storage.of_run(out, sketch.data.index, sketch.data.cache_gb))
     began = time.monotonic()  # the first indexing of many tar files, which later starts skip, is not counted
     device = _device(sketch)
     facts = _survey(images, given.get("data.in_chans"), sketch.data)
-    held = _held(sketch)
+    weights = _starting_weights(sketch)
     smaller: NetworkSpec | None = None
     while True:
         plan = choices.Choices(given)
         choices.image_settings(plan, facts)
-        choices.pretraining_network(plan, facts, device, held.architecture.spec if held else None, smaller)
+        choices.pretraining_network(plan, facts, device, weights.architecture.spec if weights else None, smaller)
         choices.pretraining_batch(plan, facts, device)
         hours = _machine(plan, device)
         draft = {"epochs": 1} | plan.settings | {"out": out, "seconds": _measured_s(hours), "log.trackers": "none"}
@@ -101,52 +127,25 @@ def pretraining(sketch: PretrainConfig, given: Mapping[str, Any]) -> dict[str, A
         num_views = (len(images) - round(len(images) * cfg.data.val_share)) * cfg.data.masks_per_image
         hours -= (time.monotonic() - began) / 3600
         smaller = choices.smaller_network(plan.settings["model.variant"])
-        is_free = held is None and "model.variant" not in given and "epochs" not in given
+        is_free = weights is None and "model.variant" not in given and "epochs" not in given
         if not is_free or smaller is None or choices.num_seen(hours, result.mean_images_per_s) >= num_views:
             break
     num_held_out = round(len(images) * cfg.data.val_share)
     choices.duration(plan, num_views, hours, result.mean_images_per_s, num_evaluated=num_held_out)
-    return _chosen(plan) | {"out": out}
+    return plan
 
 
-def benchmark(sketch: BenchConfig, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Choose the settings that `fcmae bench` was not given, as `pretraining` would; no grad_accum, which it finds.
-
-    Args:
-        sketch: see `pretraining`.
-        given: likewise.
-
-    Raises:
-        ValueError: as in `pretraining`.
-    """
-    if _is_settled(sketch, given):
-        return {}
-    return {key: value for key, value in pretraining(sketch, given).items() if key not in ("out", "grad_accum")}
-
-
-def finetuning(sketch: FinetuneConfig, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Choose the settings that `fcmae finetune` was not given; by dotted key.
-
-    Args:
-        sketch: its settings, each checked but not in combination, with `data.path`.
-        given: those that were given, by dotted key.
-
-    Raises:
-        ValueError: as in `pretraining`.
-    """
+def _finetuning(sketch: FinetuneConfig, given: Mapping[str, Any], out: Path) -> choices.Choices:
     assert sketch.data.path is not None
-    out, found = _begun(sketch, given, sketch.data.path, lambda at_once: _dense_step(sketch, at_once, SHORT_S))
-    if found is not None:
-        return found
     storage = Storage.of_run(out, sketch.data.index, sketch.data.cache_gb)
-    held = _held(sketch)
-    names = held.class_names if held and sketch.model.keep_head else ()
+    weights = _starting_weights(sketch)
+    names = weights.class_names if weights and sketch.model.keep_head else ()
     images = find_labelled(sketch.data.path, names or None, key="data.path", storage=storage)
     began = time.monotonic()
     device = _device(sketch)
     plan = choices.Choices(given)
-    facts = _image_settings(plan, images, sketch.data, held)
-    spec, size = (held.architecture.spec, held.image.size or ()) if held else (None, ())
+    facts = _image_settings(plan, images, sketch.data, weights)
+    spec, size = (weights.architecture.spec, weights.image.size or ()) if weights else (None, ())
     choices.finetuning_settings(plan, facts, device, spec, size)
     hours = _machine(plan, device)
     cfg = options.make(FinetuneConfig, {"epochs": 1} | plan.settings | {"out": out, "log.trackers": "none"})
@@ -160,35 +159,23 @@ def finetuning(sketch: FinetuneConfig, given: Mapping[str, Any]) -> dict[str, An
     most = choices.finetuning_epochs(sum(facts.class_counts))
     num_evaluated = num_held_out * _num_networks(cfg)
     choices.duration(plan, num_train, hours, result.mean_images_per_s, most, num_evaluated)
-    return _chosen(plan) | {"out": out}
+    return plan
 
 
-def segmentation(sketch: SegmentConfig, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Choose the settings that `fcmae segment` was not given; by dotted key.
-
-    Args:
-        sketch: its settings, each checked but not in combination, with `data.path`.
-        given: those that were given, by dotted key.
-
-    Raises:
-        ValueError: as in `pretraining`.
-    """
+def _segmentation(sketch: SegmentConfig, given: Mapping[str, Any], out: Path) -> choices.Choices:
     assert sketch.data.path is not None
-    out, found = _begun(sketch, given, sketch.data.path, lambda at_once: _dense_step(sketch, at_once, SHORT_S))
-    if found is not None:
-        return found
     find = partial(find_mapped, storage=Storage.of_run(out, sketch.data.index, sketch.data.cache_gb))
     images, _ = find(sketch.data.path, sketch.data.maps)
     began = time.monotonic()
     device = _device(sketch)
     plan = choices.Choices(given)
-    held = _held(sketch)
+    weights = _starting_weights(sketch)
     if sketch.data.val_path is not None:
         held_out, _ = find(sketch.data.val_path, sketch.data.val_maps, key="data.val_path")
     else:
         images, held_out = split(images, sketch.data.val_share, sketch.seed)
-    facts = _image_settings(plan, images, sketch.data, held)
-    choices.segmentation_settings(plan, facts, device, held.architecture.spec if held else None)
+    facts = _image_settings(plan, images, sketch.data, weights)
+    choices.segmentation_settings(plan, facts, device, weights.architecture.spec if weights else None)
     hours = _machine(plan, device)
     cfg = options.make(SegmentConfig, {"epochs": 1} | plan.settings | {"out": out, "log.trackers": "none"})
     result = _fit(plan, cfg, lambda at_once: _dense_step(cfg, at_once, _measured_s(hours)))
@@ -197,38 +184,12 @@ def segmentation(sketch: SegmentConfig, given: Mapping[str, Any]) -> dict[str, A
     num_evaluated = len(held_out) * tiles * _num_networks(cfg)
     most = choices.segmentation_epochs(plan, facts)
     choices.duration(plan, len(images), hours, result.mean_images_per_s, most, num_evaluated)
-    return _chosen(plan) | {"out": out}
+    return plan
 
 
 def _num_networks(cfg: DenseConfig) -> int:
     """That are evaluated: a moving average too."""
     return 2 if cfg.regularization.ema_decay else 1
-
-
-def _begun(
-    sketch: RunConfig, given: Mapping[str, Any], images: str, measure: Measure
-) -> tuple[Path, dict[str, Any] | None]:
-    """The run directory, and the settings if they are known already or only grad_accum is to be found, else None.
-
-    Args:
-        sketch: the settings that were given.
-        given: the settings that were given, by dotted key.
-        images: the first source of images, after which the directory is named if `out` is not given.
-        measure: times a step of a number of images.
-    """
-    out = _run_directory(sketch, given, images)
-    if (saved := _saved(sketch, out)) is not None:
-        return out, _resumed(sketch, saved, given, out)
-    if _is_settled(sketch, given):
-        return out, _grad_accum(sketch, measure)
-    _refuse_launcher()
-    logger.info("looking at the images and timing steps, to choose settings")
-    return out, None
-
-
-def _chosen(plan: choices.Choices) -> dict[str, Any]:
-    values = {choice.key: choice.value for choice in plan.made}
-    return values | {"chosen": {choice.key: choice.why for choice in plan.made}, "planned_s": plan.planned_s}
 
 
 def _is_settled(sketch: RunConfig, given: Mapping[str, Any]) -> bool:
@@ -239,10 +200,11 @@ def _is_settled(sketch: RunConfig, given: Mapping[str, Any]) -> bool:
 # Where the run is
 
 
-def _run_directory(sketch: RunConfig, given: Mapping[str, Any], images: str) -> Path:
-    """`out`, by default runs/NAME of the images; with a number if NAME is taken by another run."""
+def _run_directory(sketch: RunConfig, given: Mapping[str, Any]) -> Path:
+    """`out`, by default runs/NAME of the first images; with a number if NAME is taken by another run."""
     if sketch.out is not None:
         return sketch.out
+    images, *_ = sketch.inputs()["data.path"]
     name = re.sub(r"[*?\[\]]", "", Path(images).absolute().stem) or "images"
     name += SUFFIX[sketch.kind]
     number, place = 1, Path("runs") / name
@@ -318,16 +280,16 @@ def _survey(images: Images, in_chans: int | None, data: ImageConfig) -> Survey:
     return survey(images, in_chans, max_pixels=data.max_pixels, nodata=data.nodata)
 
 
-def _image_settings(plan: choices.Choices, images: Images, data: ImageConfig, held: Weights | None) -> Survey:
+def _image_settings(plan: choices.Choices, images: Images, data: ImageConfig, weights: Weights | None) -> Survey:
     """The facts, and the choice of channels, mean and std: the weights' own, except where published weights were
     trained on photographs and the images cannot be read like these.
 
-    held: the starting weights, if there are any.
+    weights: what the run starts from, if anything.
     """
-    image = None if held is None else held.image
-    of_weights = image.in_chans if image and held and not held.are_published else None
+    image = None if weights is None else weights.image
+    of_weights = image.in_chans if image and weights and not weights.are_published else None
     facts = _survey(images, plan.settings.get("data.in_chans", of_weights), data)
-    if image and held and held.are_published and choices.are_no_photographs(facts, image.in_chans, image.mean):
+    if image and weights and weights.are_published and choices.are_no_photographs(facts, image.in_chans, image.mean):
         image = None
     if image is not None:
         in_chans = facts.in_chans
@@ -341,8 +303,7 @@ def _image_settings(plan: choices.Choices, images: Images, data: ImageConfig, he
     return facts
 
 
-def _held(sketch: PretrainConfig | DenseConfig) -> Weights | None:
-    """The starting weights, if there are any."""
+def _starting_weights(sketch: PretrainConfig | DenseConfig) -> Weights | None:
     from fcmae.weights.files import read_init
 
     return None if sketch.model.init is None else read_init(sketch.model.init, sketch.model.key, sketch.model.prefix)
@@ -371,7 +332,7 @@ def _measured_s(hours: float) -> float:
     return min(10.0, max(2.0, 72 * hours))  # a fiftieth of a short run
 
 
-def _grad_accum(sketch: RunConfig, measure: Measure) -> dict[str, Any]:
+def _grad_accum(sketch: AnyKind) -> dict[str, Any]:
     """grad_accum, if nothing else is to be chosen."""
     processes, device = all_processes(), _device(sketch)
     start = settle_grad_accum(sketch, processes, device)
@@ -382,7 +343,7 @@ def _grad_accum(sketch: RunConfig, measure: Measure) -> dict[str, Any]:
         why = f"{at_once} images at once take less than {most / 1e9:.1f} GB of {free / 1e9:.1f} GB free"
         plan.take("grad_accum", start.grad_accum, why)
     else:
-        _fit(plan, sketch, measure)
+        _fit(plan, sketch, lambda at_once: _step(sketch, at_once, SHORT_S, False))
     (choice,) = plan.made
     return {choice.key: choice.value, "chosen": sketch.chosen | {choice.key: choice.why}}
 
@@ -394,21 +355,21 @@ def _most_memory(cfg: RunConfig, at_once: int) -> float:
     """
     assert isinstance(cfg, PretrainConfig | DenseConfig)
     spec = cfg.model.spec
-    if cfg.model.stem_stride is None and (held := _held(cfg)):  # which is that of the weights
-        spec = held.architecture.spec
+    if cfg.model.stem_stride is None and (weights := _starting_weights(cfg)):  # which is that of the weights
+        spec = weights.architecture.spec
     if not isinstance(spec, ConvNeXtSpec):
         return math.inf
-    pixels, sites, weights = math.prod(cfg.data.image_size), 0.0, 0.0
+    pixels, sites, parameters = math.prod(cfg.data.image_size), 0.0, 0.0
     for stage, (depth, dim) in enumerate(zip(spec.depths, spec.dims, strict=True)):
         sites += depth * dim * pixels / (spec.stem_stride << stage) ** 2
-        weights += depth * (8 * dim + spec.kernel_size**2) * dim + 8 * dim**2
+        parameters += depth * (8 * dim + spec.kernel_size**2) * dim + 8 * dim**2
     if isinstance(cfg, PretrainConfig):
         dim, depth = cfg.model.decoder_dim, cfg.model.decoder_depth
         sites += (depth + 1) * dim * pixels / spec.total_stride**2
-        weights += depth * 8 * dim**2 + dim * (spec.dims[-1] + cfg.data.in_chans * cfg.model.mask_patch**2)
+        parameters += depth * 8 * dim**2 + dim * (spec.dims[-1] + cfg.data.in_chans * cfg.model.mask_patch**2)
     else:
         sites += 10 * pixels if isinstance(cfg, SegmentConfig) else 0  # some 400 maps of classes
-    return 1.5e9 + 20 * weights + at_once * (160 * sites + 40 * cfg.data.in_chans * pixels)
+    return 1.5e9 + 20 * parameters + at_once * (160 * sites + 40 * cfg.data.in_chans * pixels)
 
 
 def _fit(plan: choices.Choices, cfg: RunConfig, measure: Measure) -> bench.Result:
@@ -464,6 +425,13 @@ def _pretraining_step(cfg: BenchConfig, at_once: int, from_files: bool = True) -
     return result
 
 
+def _step(cfg: AnyKind, at_once: int, measured_s: float, from_files: bool = True) -> bench.Result:
+    if isinstance(cfg, PretrainConfig):
+        settings = options.flat(cfg) | {"seconds": measured_s}
+        return _pretraining_step(options.make(BenchConfig, settings), at_once, from_files)
+    return _dense_step(cfg, at_once, measured_s)
+
+
 def _dense_step(cfg: FinetuneConfig | SegmentConfig, at_once: int, measured_s: float) -> bench.Result:
     result: bench.Result = in_process(_quietly, time_training, cfg, at_once, measured_s)
     return result
@@ -477,11 +445,7 @@ def images_per_s(cfg: PretrainConfig | FinetuneConfig) -> float:
     """
     at_once = micro_batch_size(settle_grad_accum(cfg, 1, _device(cfg)), 1)
     try:
-        if isinstance(cfg, FinetuneConfig):
-            return _dense_step(cfg, at_once, 2.0).mean_images_per_s
-        return _pretraining_step(
-            options.make(BenchConfig, options.flat(cfg) | {"seconds": 2.0}), at_once
-        ).mean_images_per_s
+        return _step(cfg, at_once, 2.0).mean_images_per_s
     except Failed as error:
         raise ValueError(f"a step does not run: {error}") from None
 

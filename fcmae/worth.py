@@ -461,7 +461,7 @@ def _choose_pretraining(place: Path, cfg: WorthConfig) -> tuple[PretrainConfig, 
         "seed": cfg.seed,
     } | _machine(cfg)
     given = {key: value for key, value in given.items() if value is not None}
-    made = options.make(PretrainConfig, given, cfg.pretraining, complete=planning.pretraining)
+    made = options.make(PretrainConfig, given, cfg.pretraining, complete=planning.complete)
     write_text(place / "settings" / f"{PRETRAINED}.yaml", options.dump(made))
     if cfg.hours:
         return made, 3600 * cfg.hours
@@ -499,7 +499,7 @@ def _choose_finetuning(
         "log.trackers": [],
         "checkpoint.keep": 1,
     }
-    complete = None if is_whole else planning.finetuning
+    complete = None if is_whole else planning.complete
     made = options.make(FinetuneConfig, given, complete=complete)
     if made.batch_size > num:
         # A power of two divides into micro-batches, and into pairs to mix.

@@ -375,7 +375,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(pretraining, "pretrain", lambda cfg, net: found.append(cfg))
     monkeypatch.setattr(finetuning, "finetune", found.append)
     monkeypatch.setattr(segmenting, "segment", found.append)
-    monkeypatch.setattr(planning, "_grad_accum", lambda cfg, measure: {"grad_accum": 1})
+    monkeypatch.setattr(planning, "_grad_accum", lambda cfg: {"grad_accum": 1})
     return found
 
 
@@ -432,7 +432,7 @@ def test_hours_in_whole_settings_have_the_rest_chosen(
         sketches.append(given)
         return {"epochs": 3, "batch_size": 8, "grad_accum": 1, "chosen": {"epochs": "a test"}}
 
-    monkeypatch.setattr("fcmae.planning.pretraining", choose)
+    monkeypatch.setattr("fcmae.planning.complete", choose)
     settings = PretrainConfig.model_validate({"hours": 0.5, "out": "o", "data": {"path": ["x"], "hflip": 0.25}})
     fcmae.pretrain(photos, tmp_path, settings=settings)
     assert (asked[0].epochs, asked[0].batch_size, asked[0].data.hflip) == (3, 8, 0.25)

@@ -22,8 +22,8 @@ from PIL import Image
 from runs import write_images
 
 import fcmae
-from fcmae.cli import COMMANDS, COMPLETE, main
-from fcmae.config import FinetuneConfig, PretrainConfig
+from fcmae.cli import COMMANDS, main
+from fcmae.config import FinetuneConfig, PretrainConfig, RunConfig
 from fcmae.config.commands import AnalyzeConfig, PredictConfig
 from fcmae.data.index import Images
 from fcmae.options import load
@@ -192,7 +192,7 @@ def test_stats_prints_lines_for_a_configuration(
     assert main(["stats", "a", "b", "--in-chans", "2", "--nodata", "-3.4e38"]) == 0
     config.write_text(capsys.readouterr().out)
     assert config.read_text().startswith("# 7 images\n")
-    monkeypatch.setitem(COMPLETE, "pretrain", lambda sketch, given: {"grad_accum": 1})  # as it is no recipe
+    monkeypatch.setattr("fcmae.planning.complete", lambda sketch, given: {"grad_accum": 1})  # as it is no recipe
     assert main(["pretrain", "--config", str(config), "--data.path", "a", "--out", "run"]) == 0
     data = pretrain.calls[0][0].data
     assert (data.in_chans, data.mean, data.std, data.nodata) == (2, [0.123456, 0.5], [1e-5, 0.25], -3.4e38)
@@ -317,7 +317,7 @@ def test_every_command_has_help_and_an_example_that_can_be_used(
     example = shlex.split(shown.partition("Example: ")[2].splitlines()[0])
     assert example[:2] == ["fcmae", command]
     # Where it is left out, the directory is chosen.
-    load(settings, [*example[2:], *(["--out", "run"] if command in COMPLETE else [])], prog="test")
+    load(settings, [*example[2:], *(["--out", "run"] if issubclass(settings, RunConfig) else [])], prog="test")
 
 
 NEED_NOTHING = ("bench", "status", "roadmap", "doctor", "verify", "configs", "schema", "completion")

@@ -268,14 +268,14 @@ def test_a_folder_alone_makes_a_run_that_records_and_keeps_its_choices(
 
 def test_a_run_that_was_killed_in_its_first_step_starts_anew_in_its_place(photos: Path, measured: list[int]) -> None:
     words = ["photos", "--hours", "0.001", *SMALL, "--batch_size", "8"]
-    first = load(PretrainConfig, words, prog="x", complete=planning.pretraining)
+    first = load(PretrainConfig, words, prog="x", complete=planning.complete)
     run = Path("runs/photos")
     start_run(run, first)
     (run / "metrics.jsonl").unlink()
     (run / "environment.json").write_text("[{}]")
     (run / "train.log").write_text("2026-01-01 00:00:00 3 steps of 8 images on 1 x cpu in fp32\n")
-    assert load(PretrainConfig, [*words, "--seed", "1"], prog="x", complete=planning.pretraining).out != run
-    again = load(PretrainConfig, words, prog="x", complete=planning.pretraining)
+    assert load(PretrainConfig, [*words, "--seed", "1"], prog="x", complete=planning.complete).out != run
+    again = load(PretrainConfig, words, prog="x", complete=planning.complete)
     assert again.out == run and (first.grad_accum, again.grad_accum, measured[-1]) == (1, 2, 4)
     assert pretrain(again).finished
     forget_accelerator()
@@ -285,9 +285,9 @@ def test_a_run_that_was_killed_in_its_first_step_starts_anew_in_its_place(photos
 def test_a_start_that_left_an_index_alone_is_gone_on_with_in_its_place(photos: Path, measured: list[int]) -> None:
     words = ["photos", "--hours", "0.001", *SMALL]
     Path("runs/photos/index").mkdir(parents=True)
-    assert load(PretrainConfig, words, prog="x", complete=planning.pretraining).out == Path("runs/photos")
+    assert load(PretrainConfig, words, prog="x", complete=planning.complete).out == Path("runs/photos")
     Path("runs/photos/mine.txt").touch()
-    assert load(PretrainConfig, words, prog="x", complete=planning.pretraining).out == Path("runs/photos-2")
+    assert load(PretrainConfig, words, prog="x", complete=planning.complete).out == Path("runs/photos-2")
 
 
 def start_run(run: Path, cfg: PretrainConfig) -> None:
@@ -300,31 +300,31 @@ def start_run(run: Path, cfg: PretrainConfig) -> None:
 
 def test_a_run_that_was_cut_off_goes_on_with_what_was_chosen(photos: Path, measured: list[int]) -> None:
     words = ["photos", "--hours", "0.001", *SMALL]
-    first = load(PretrainConfig, words, prog="x", complete=planning.pretraining)
+    first = load(PretrainConfig, words, prog="x", complete=planning.complete)
     assert first.out == Path("runs/photos")
     run = Path("runs/photos")
     start_run(run, first)
-    again = load(PretrainConfig, words, prog="x", complete=planning.pretraining)
+    again = load(PretrainConfig, words, prog="x", complete=planning.complete)
     assert again == first and len(measured) == 1
-    other = load(PretrainConfig, [*words, "--seed", "1"], prog="x", complete=planning.pretraining)
+    other = load(PretrainConfig, [*words, "--seed", "1"], prog="x", complete=planning.complete)
     assert other.out == Path("runs/photos-2")
     # Nor is it gone on with by a command with less settings: of another length, seed or start.
-    fewer = load(PretrainConfig, ["photos", *SMALL], prog="x", complete=planning.pretraining)
+    fewer = load(PretrainConfig, ["photos", *SMALL], prog="x", complete=planning.complete)
     assert fewer.out == Path("runs/photos-2")
     # What may change on resume makes no other run of it.
     for more in (["--data.cache_gb", "1"], ["--checkpoint.keep", "3"]):
-        assert load(PretrainConfig, [*words, *more], prog="x", complete=planning.pretraining).out == run
+        assert load(PretrainConfig, [*words, *more], prog="x", complete=planning.complete).out == run
     with pytest.raises(
         ValueError, match=r"^overwrite: runs/photos may be another run: name the one to delete by --out"
     ):
-        load(PretrainConfig, [*words, "--overwrite"], prog="x", complete=planning.pretraining)
+        load(PretrainConfig, [*words, "--overwrite"], prog="x", complete=planning.complete)
 
 
 def test_a_file_of_settings_leaves_nothing_to_choose_unless_hours_are_given(photos: Path, measured: list[int]) -> None:
     words = ["photos", "--config", "pretrain_cpu", "--out", "out"]
-    cfg = load(PretrainConfig, words, prog="x", complete=planning.pretraining)
+    cfg = load(PretrainConfig, words, prog="x", complete=planning.complete)
     assert {*cfg.chosen} == {"grad_accum"} and (cfg.batch_size, cfg.grad_accum) == (64, 1) and not measured
-    cfg = load(PretrainConfig, [*words, "--hours", "1", "--batch_size", "4"], prog="x", complete=planning.pretraining)
+    cfg = load(PretrainConfig, [*words, "--hours", "1", "--batch_size", "4"], prog="x", complete=planning.complete)
     assert "data.val_share" in cfg.chosen and "data.image_size" not in cfg.chosen
     # Flags go before the file: the hours before its epochs.
     assert cfg.epochs == 1600 and "epochs" in cfg.chosen
@@ -333,12 +333,12 @@ def test_a_file_of_settings_leaves_nothing_to_choose_unless_hours_are_given(phot
     file = Path("mine.yaml")
     file.write_text("{epochs: 800, batch_size: 4, optim: {warmup_epochs: 39}, log: {eval_epochs: 7}}")
     mine = ["photos", "--config", "mine.yaml", "--out", "out", "--hours", "1"]
-    cfg = load(PretrainConfig, [*mine, "--log.eval_epochs", "9"], prog="x", complete=planning.pretraining)
+    cfg = load(PretrainConfig, [*mine, "--log.eval_epochs", "9"], prog="x", complete=planning.complete)
     assert (cfg.optim.warmup_epochs, cfg.log.eval_epochs) == (40, 9)
     file.write_text("{batch_size: 4, optim: {warmup_epochs: 39}}")
-    assert load(PretrainConfig, mine, prog="x", complete=planning.pretraining).optim.warmup_epochs == 39
+    assert load(PretrainConfig, mine, prog="x", complete=planning.complete).optim.warmup_epochs == 39
     assert (
-        load(PretrainConfig, [*words, "--hours", "1", "--epochs", "3"], prog="x", complete=planning.pretraining).epochs
+        load(PretrainConfig, [*words, "--hours", "1", "--epochs", "3"], prog="x", complete=planning.complete).epochs
         == 3
     )
 
@@ -347,21 +347,21 @@ def test_the_rest_is_chosen_beside_a_file_that_is_no_recipe(photos: Path, measur
     """As `fcmae stats` writes it."""
     Path("stats.yaml").write_text("data: {in_chans: 3, mean: [0.1, 0.2, 0.3], std: [0.1, 0.1, 0.1]}\n")
     words = ["photos", "--config", "stats.yaml", *SMALL]
-    cfg = load(PretrainConfig, words, prog="x", complete=planning.pretraining)
+    cfg = load(PretrainConfig, words, prog="x", complete=planning.complete)
     assert cfg.data.mean == [0.1, 0.2, 0.3] and "data.mean" not in cfg.chosen and cfg.out == Path("runs/photos")
     assert {"epochs", "batch_size", "data.image_size"} <= cfg.chosen.keys()
-    given = load(PretrainConfig, [*words, "--batch_size", "4", "--out", "o"], prog="x", complete=planning.pretraining)
+    given = load(PretrainConfig, [*words, "--batch_size", "4", "--out", "o"], prog="x", complete=planning.complete)
     assert given.epochs == 800 and given.chosen.keys() == {"grad_accum"}
 
 
 def test_a_file_of_what_was_chosen_is_taken_as_it_is_by_any_number_of_processes(
     photos: Path, measured: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chosen = load(PretrainConfig, ["photos", "--hours", "1", *SMALL], prog="x", complete=planning.pretraining)
+    chosen = load(PretrainConfig, ["photos", "--hours", "1", *SMALL], prog="x", complete=planning.complete)
     (tmp_path / "chosen.yaml").write_text(fcmae.options.dump(chosen))
     monkeypatch.setenv("WORLD_SIZE", "2")
     words = ["--config", str(tmp_path / "chosen.yaml")]
-    assert load(PretrainConfig, words, prog="x", complete=planning.pretraining) == chosen
+    assert load(PretrainConfig, words, prog="x", complete=planning.complete) == chosen
     assert len(measured) == 1
 
 
@@ -377,12 +377,12 @@ def test_images_at_once_are_halved_until_they_fit(
 
     monkeypatch.setattr(planning, "_pretraining_step", step)
     words = ["photos", "--batch_size", "8", *SMALL]
-    cfg = load(PretrainConfig, words, prog="x", complete=planning.pretraining)
+    cfg = load(PretrainConfig, words, prog="x", complete=planning.complete)
     assert (measured, cfg.grad_accum) == ([8, 4, 2], 4)
     with pytest.raises(
         ValueError, match=r"a step does not run: 8 images at once: out of memory; raise grad_accum, or try"
     ):
-        load(PretrainConfig, [*words, "--grad_accum", "1"], prog="x", complete=planning.pretraining)
+        load(PretrainConfig, [*words, "--grad_accum", "1"], prog="x", complete=planning.complete)
 
 
 RECIPE = ["photos", "--config", "pretrain_atto", "--out", "out", "--device", "cpu", "--batch_size", "4096"]
@@ -396,7 +396,7 @@ def test_a_recipe_is_computed_in_parts_that_are_measured_to_fit(
         return bench.Result(bench.Candidate("packed", "fp32", at_once), 1, (1.0,), 0.0, at_once * 10**8)
 
     monkeypatch.setattr(planning, "_pretraining_step", step)
-    cfg = load(PretrainConfig, RECIPE, prog="x", complete=planning.pretraining)
+    cfg = load(PretrainConfig, RECIPE, prog="x", complete=planning.complete)
     assert (measured, cfg.grad_accum) == ([64, 32], 128)
     assert cfg.chosen == {"grad_accum": "32 images at once take 3.2 GB of 8.0 GB free"}
     with pytest.raises(SystemExit):
@@ -405,11 +405,11 @@ def test_a_recipe_is_computed_in_parts_that_are_measured_to_fit(
     # From Python, with settings made by hand.
     made = PretrainConfig(out=Path("out"), batch_size=4096, device="cpu", data={"path": ["photos"]})  # type: ignore[arg-type]
     assert made.grad_accum == "auto"
-    assert api._settings(PretrainConfig, {}, None, made, planning.pretraining).grad_accum == 128
+    assert api._settings(PretrainConfig, {}, None, made).grad_accum == 128
     # A run that is resumed keeps its own.
     start_run(Path("out"), cfg.model_copy(update={"grad_accum": 256}))
     measured.clear()
-    assert load(PretrainConfig, RECIPE, prog="x", complete=planning.pretraining).grad_accum == 256 and not measured
+    assert load(PretrainConfig, RECIPE, prog="x", complete=planning.complete).grad_accum == 256 and not measured
 
 
 @pytest.mark.parametrize(
@@ -436,7 +436,7 @@ def test_a_run_goes_on_in_parts_as_large_as_before_on_any_number_of_processes(
     start_run(Path("out"), cfg.model_copy(update={"grad_accum": kept}))
     (Path("out") / "environment.json").write_text(json.dumps([{"num_processes": processes}]))
     monkeypatch.setenv("WORLD_SIZE", str(now))
-    found = load(PretrainConfig, words, prog="x", num_processes=now, complete=planning.pretraining)
+    found = load(PretrainConfig, words, prog="x", num_processes=now, complete=planning.complete)
     assert found.grad_accum == parts
 
 
@@ -460,7 +460,7 @@ def test_parts_are_not_measured_where_they_fit_or_must_not_change(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     words = [*RECIPE, *settings]
-    cfg = load(PretrainConfig, words, prog="x", num_processes=processes, complete=planning.pretraining)
+    cfg = load(PretrainConfig, words, prog="x", num_processes=processes, complete=planning.complete)
     assert cfg.grad_accum == parts and cfg.chosen.get("grad_accum", "").startswith(why) and not measured
 
 
@@ -488,7 +488,7 @@ def test_a_network_that_would_not_see_each_image_once_gives_way_to_the_next_smal
 
     monkeypatch.setattr(planning, "_pretraining_step", step)
     words = ["photos", "--hours", "1", "--device", "cpu", "--data.val_share", "0.05", *given]
-    cfg = load(PretrainConfig, words, prog="x", complete=planning.pretraining)
+    cfg = load(PretrainConfig, words, prog="x", complete=planning.complete)
     if given:
         assert seen == ["convnextv2_nano"] and cfg.model.variant == "convnextv2_nano"
     else:
@@ -515,12 +515,12 @@ def write_maps(folder: Path) -> None:
 def test_images_and_label_maps_alone_make_a_run(photos: Path, measured: list[int]) -> None:
     write_maps(Path("maps"))
     words = ["photos", "--maps", "maps", "--hours", "0.001", "--device", "cpu", *SMALL[:4]]
-    cfg = load(SegmentConfig, words, prog="x", complete=planning.segmentation)
+    cfg = load(SegmentConfig, words, prog="x", complete=planning.complete)
     assert cfg.out == Path("runs/photos-segmented") and cfg.data.image_size == (16, 16) and cfg.batch_size == 8
     assert cfg.epochs < 4  # .9 * 3.6 s at 10 images/s of 10
     assert {"epochs", "batch_size", "data.image_size"} <= set(cfg.chosen) and "model.variant" not in cfg.chosen
     with pytest.raises(ValueError, match=r"has no folder of label maps beside it"):
-        load(SegmentConfig, ["photos"], prog="x", complete=planning.segmentation)
+        load(SegmentConfig, ["photos"], prog="x", complete=planning.complete)
 
 
 def test_a_batch_of_segmentation_is_no_larger_than_what_is_left_to_learn_from(
@@ -531,7 +531,7 @@ def test_a_batch_of_segmentation_is_no_larger_than_what_is_left_to_learn_from(
         for path in sorted(Path(folder).iterdir())[2:]:
             path.unlink()
     words = ["photos", "--maps", "maps", "--hours", "0.001", "--device", "cpu", *SMALL[:4]]
-    assert load(SegmentConfig, words, prog="x", complete=planning.segmentation).batch_size == 1
+    assert load(SegmentConfig, words, prog="x", complete=planning.complete).batch_size == 1
 
 
 @pytest.mark.parametrize(("told", "stride"), [(", stem_stride: 1", 1), ("", 2)])
@@ -540,7 +540,7 @@ def test_a_stride_among_the_numbers_of_a_network_is_kept(
 ) -> None:
     numbers = f"{{depths: [1, 1], dims: [8, 16]{told}}}"
     words = ["photos", "--hours", "0.001", "--device", "cpu", "--model.variant", numbers]
-    cfg = load(PretrainConfig, words, prog="x", complete=planning.pretraining)
+    cfg = load(PretrainConfig, words, prog="x", complete=planning.complete)
     assert cfg.model.spec.stem_stride == cfg.model.stem_stride == stride
     assert ("model.stem_stride" in cfg.chosen) == (not told)
 
@@ -603,7 +603,7 @@ def test_the_weights_that_a_run_starts_from_are_found_by_their_key(photos: Path,
     state = {f"encoder.{name}": value for name, value in Encoder(spec, 3).state_dict().items()}
     torch.save({"other": {"x": torch.zeros(1)}, "average": state}, "w.pth")
     words = ["photos", "--init", "w.pth", "--model.key", "average", "--device", "cpu"]
-    cfg = load(PretrainConfig, words, prog="x", complete=planning.pretraining)
+    cfg = load(PretrainConfig, words, prog="x", complete=planning.complete)
     assert cfg.model.spec == spec and cfg.chosen["model.variant"] == "that of model.init"
 
 
@@ -624,10 +624,10 @@ def test_a_fine_tuning_has_the_height_and_width_of_its_weights(
     (tmp_path / "labelled").mkdir()
     write_colors(tmp_path / "labelled", {"red": (200, 40, 40), "blue": (40, 40, 200)}, (8, 8))
     words = [str(tmp_path / "labelled"), "--init", str(tuned), "--device", "cpu", "--out", str(tmp_path / "out")]
-    cfg = load(FinetuneConfig, words, prog="x", complete=planning.finetuning)
+    cfg = load(FinetuneConfig, words, prog="x", complete=planning.complete)
     assert cfg.data.image_size == (32, 48) and cfg.data.mean is None
     # The head that is kept has a class that no label here is of.
-    kept = load(FinetuneConfig, [*words, "--model.keep_head"], prog="x", complete=planning.finetuning)
+    kept = load(FinetuneConfig, [*words, "--model.keep_head"], prog="x", complete=planning.complete)
     assert kept.epochs == cfg.epochs
 
 
@@ -641,10 +641,10 @@ def test_grey_images_are_measured_where_the_weights_are_of_colours(
             pixels = rng.integers(0, 4096, (40, 60), dtype=np.uint16)
             tifffile.imwrite(tmp_path / "xray" / name / f"{i}.tif", pixels)
     words = [str(tmp_path / "xray"), "--init", str(tuned), "--device", "cpu", "--out", str(tmp_path / "out")]
-    cfg = load(FinetuneConfig, [*words, "--data.in_chans", "1"], prog="x", complete=planning.finetuning)
+    cfg = load(FinetuneConfig, [*words, "--data.in_chans", "1"], prog="x", complete=planning.complete)
     assert cfg.data.mean is not None and cfg.data.mean[0] == pytest.approx(2048 / 65535, rel=0.1)
     # These weights have learnt images of such values, as three channels.
-    cfg = load(FinetuneConfig, words, prog="x", complete=planning.finetuning)
+    cfg = load(FinetuneConfig, words, prog="x", complete=planning.complete)
     assert (cfg.data.in_chans, cfg.data.mean) == (3, None)
 
 
@@ -665,7 +665,7 @@ def test_what_is_no_photograph_is_read_as_it_is_beside_weights_of_photographs(
                 tmp_path / "xray" / name / f"{i}.tif", pixels, photometric="minisblack", planarconfig="contig"
             )
     words = [str(tmp_path / "xray"), "--init", str(tuned), "--device", "cpu", "--out", str(tmp_path / "out")]
-    cfg = load(FinetuneConfig, words, prog="x", complete=planning.finetuning)
+    cfg = load(FinetuneConfig, words, prog="x", complete=planning.complete)
     if (bands, kind) == (1, "uint8"):  # shades of grey are read as colours
         assert (cfg.data.in_chans, cfg.data.mean) == (3, None)
     else:

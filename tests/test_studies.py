@@ -473,8 +473,7 @@ def test_every_job_needs_jobs_that_are_there_and_its_flags_are_settings(
                 seen.add((verb, of_any_seed))
                 cfg = load(COMMANDS[verb][0], words, prog="test")
                 if verb in ("pretrain", "finetune") and not {"--hours", "ablated.py"} & {*words}:
-                    complete = {"pretrain": planning.pretraining, "finetune": planning.finetuning}[verb]
-                    asked = load(COMMANDS[verb][0], words, prog="test", complete=complete)
+                    asked = load(COMMANDS[verb][0], words, prog="test", complete=planning.complete)
                     assert options.flat(asked) | {"grad_accum": "auto", "chosen": {}} == options.flat(cfg)
     assert given == {"pretrain", "finetune", "evaluate", "analyze"}
 
