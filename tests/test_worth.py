@@ -64,9 +64,9 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_time_that_is_told_is_that_of_the_runs_that_are_left(tmp_path: Path) -> None:
-    jobs = [Job("pretrained", "pretrained", None, 0, 5400.0)]
-    jobs += [Job(f"scratch-10pct-{seed}", "scratch", "10%", seed, 200.0) for seed in range(3)]
-    jobs += [Job(f"scratch-100pct-{seed}", "scratch", "100%", seed, 20.0) for seed in range(3)]
+    jobs = [Job(tmp_path / "runs/pretrained", "pretrained", None, 0, 5400.0)]
+    jobs += [Job(tmp_path / f"runs/scratch-10pct-{seed}", "scratch", "10%", seed, 200.0) for seed in range(3)]
+    jobs += [Job(tmp_path / f"runs/scratch-100pct-{seed}", "scratch", "100%", seed, 20.0) for seed in range(3)]
     done = tmp_path / "runs" / "scratch-10pct-0"
     done.mkdir(parents=True)
     record_start(done / "environment.json", cpu=True)
@@ -83,7 +83,7 @@ def test_the_time_that_is_told_is_that_of_the_runs_that_are_left(tmp_path: Path)
     begun.mkdir()
     (begun / "config.yaml").write_text("epochs: 8\ndata: {path: [photos]}\nout: there\n")
     (begun / "metrics.jsonl").write_text(json.dumps({"step": 60, "epoch": 6.0, "loss": 1.0}) + "\n")
-    assert worth._seconds_left(jobs[0], tmp_path) == 5400 / 4
+    assert jobs[0].seconds_left == 5400 / 4
     assert "about 30 min, and the controls" in worth._estimate(plan, jobs, tmp_path)
 
 
