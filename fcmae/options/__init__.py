@@ -89,8 +89,7 @@ def make(
         model: The command's settings.
         settings: Values by key; sections are mappings, or keys are dotted, as in {"data.image_size": 64}.
         config: A YAML file, or the name of a shipped one, that `settings` goes before.
-        num_processes: See `load`.
-        complete: See `load`.
+        num_processes, complete: See `load`.
 
     Raises:
         ConfigError: See `load`.
