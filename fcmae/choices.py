@@ -18,6 +18,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fcmae.config import IMAGENET_MEAN, IMAGENET_STD, FinetuneData
+from fcmae.data.stats import rounded
 from fcmae.networks.spec import VARIANTS, ConvNeXtSpec, NetworkSpec, read_spec, variant_of
 
 if TYPE_CHECKING:
@@ -104,13 +105,6 @@ def image_settings(choices: Choices, images: Survey) -> None:
     mean, std = rounded(images.mean, images.std)
     choices.take("data.mean", mean, why)
     choices.take("data.std", std, why)
-
-
-def rounded(mean: Sequence[float], std: Sequence[float]) -> tuple[list[float], list[float]]:
-    """Means to a thousandth of their deviation, and deviations to four digits and at least 1e-6, as they are shown."""
-    places = [3 - math.floor(math.log10(max(value, 1e-6))) for value in std]
-    means = [round(value, num) for value, num in zip(mean, places, strict=True)]
-    return means, [max(float(f"{value:.4g}"), 1e-6) for value in std]
 
 
 def are_no_photographs(images: Survey, in_chans: int | None, mean: Sequence[float] | None) -> bool:

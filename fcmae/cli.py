@@ -271,35 +271,9 @@ def _roadmap(cfg: commands.RoadmapConfig) -> None:
 
 
 def _stats(cfg: commands.StatsConfig) -> None:
-    from fcmae.choices import rounded
-    from fcmae.data.cores import num_cores
-    from fcmae.data.find import find_images
-    from fcmae.data.stats import channel_statistics
+    from fcmae.data.survey import statistics_lines
 
-    workers = min(8, num_cores()) if cfg.num_workers is None else cfg.num_workers
-    index = find_images(cfg.path, key="path")
-    index.tell_notes()
-    in_chans = cfg.in_chans
-    if in_chans is None:
-        from fcmae.data.survey import survey
-
-        few = min(20, cfg.max_images)  # which are read once more for their statistics
-        in_chans = survey(index, None, few, cfg.max_pixels, cfg.nodata, key="path").in_chans
-    mean, std, num_images = channel_statistics(
-        index,
-        in_chans,
-        max_images=cfg.max_images,
-        num_workers=workers,
-        max_pixels=cfg.max_pixels,
-        nodata=cfg.nodata,
-        key="path",
-        tells=True,
-    )
-    print(f"# {num_images} image{'s' * (num_images != 1)}\ndata:\n  in_chans: {in_chans}")
-    if cfg.nodata is not None:
-        print(f"  nodata: {cfg.nodata!r}")
-    for name, values in zip(("mean", "std"), rounded(mean, std), strict=True):
-        print(f"  {name}: [{', '.join(f'{value:.12g}' for value in values)}]")
+    print(statistics_lines(cfg.path, cfg.in_chans, cfg.max_images, cfg.num_workers, cfg.max_pixels, cfg.nodata))
 
 
 def _doctor(cfg: commands.DoctorConfig) -> int:

@@ -182,11 +182,17 @@ def test_stats_prints_lines_for_a_configuration(
 ) -> None:
     index = replace(Images.of_files(["/x.png"]), notes=("1 .gif was left out",))
     pretrain = Recorder(monkeypatch, "pretraining", "pretrain", Run(Path("run"), "pretrain"))
-    stats = Recorder(monkeypatch, "data.stats", "channel_statistics", ([0.123456, 0.5], [1e-5, 0.25], 7))
-    Recorder(monkeypatch, "data.find", "find_images", index)
+    measured = list[Any]()
+
+    def statistics(*args: Any, **options: Any) -> Any:
+        measured.append((*args, options))
+        return [0.123456, 0.5], [1e-5, 0.25], 7
+
+    monkeypatch.setattr("fcmae.data.survey.find_images", lambda *_, **__: index)
+    monkeypatch.setattr("fcmae.data.survey.channel_statistics", statistics)
     assert main(["stats", "a", "b", "--in-chans", "2", "--max-images", "9", "--num-workers", "1"]) == 0
     given = {"max_images": 9, "num_workers": 1, "max_pixels": 100_000_000, "nodata": None, "key": "path", "tells": True}
-    assert stats.calls == [(index, 2, given)]
+    assert measured == [(index, 2, given)]
     config, shown = tmp_path / "stats.yaml", capsys.readouterr()
     assert shown.err == "1 .gif was left out\n" and "nodata" not in shown.out
     assert main(["stats", "a", "b", "--in-chans", "2", "--nodata", "-3.4e38"]) == 0

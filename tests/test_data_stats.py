@@ -10,7 +10,7 @@ from PIL import Image
 
 from fcmae.data.find import find_images
 from fcmae.data.index import Images
-from fcmae.data.stats import channel_statistics
+from fcmae.data.stats import channel_statistics, rounded
 from fcmae.data.survey import survey
 
 
@@ -117,3 +117,8 @@ def test_a_large_image_takes_a_few_times_its_pixels_of_memory(tmp_path: Path) ->
     tracemalloc.stop()
     assert mean == pytest.approx([0.2] * 3) and std == pytest.approx([0] * 3, abs=1e-6)
     assert peak < 5 * 1500 * 2000 * 3
+
+
+def test_means_are_as_exact_as_their_deviation_asks() -> None:
+    assert rounded([101349.1234, 0.48512], [50.123456, 0.0]) == ([101349.12, 0.48512], [50.12, 1e-6])
+    assert rounded([0.485123, 12345.6], [0.229, 4321.0]) == ([0.4851, 12346.0], [0.229, 4321.0])

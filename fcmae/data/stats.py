@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -42,8 +43,7 @@ def channel_statistics(
         in_chans: channels that the network sees.
         max_images: of more, that many are drawn, always the same.
         num_workers: processes that decode.
-        max_pixels: see `read_crop`.
-        nodata: likewise.
+        max_pixels, nodata: see `read_crop`.
         key: the setting that errors name.
         tells: whether to warn of images that are skipped.
 
@@ -77,6 +77,13 @@ def channel_statistics(
     mean, mean_square = total / counts
     std = np.sqrt(np.maximum(mean_square - mean**2, 0))
     return mean.tolist(), std.tolist(), num_images
+
+
+def rounded(mean: Sequence[float], std: Sequence[float]) -> tuple[list[float], list[float]]:
+    """Means to a thousandth of their deviation, and deviations to four digits and at least 1e-6, as they are shown."""
+    places = [3 - math.floor(math.log10(max(value, 1e-6))) for value in std]
+    means = [round(value, num) for value, num in zip(mean, places, strict=True)]
+    return means, [max(float(f"{value:.4g}"), 1e-6) for value in std]
 
 
 class _Moments(Dataset[NDArray[np.float64] | str]):

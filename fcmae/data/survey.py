@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import statistics
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -13,12 +14,14 @@ import numpy as np
 from tqdm import tqdm
 
 from fcmae.data.arrays import OpenImage
+from fcmae.data.cores import num_cores
 from fcmae.data.decode import open_any
+from fcmae.data.find import find_images
 from fcmae.data.geometry import MAX_PIXELS
 from fcmae.data.index import Images
 from fcmae.data.source import BadImage, OtherChannels, few, printable
 from fcmae.data.split import evenly
-from fcmae.data.stats import channel_statistics
+from fcmae.data.stats import channel_statistics, rounded
 from fcmae.data.tiff import num_bands, num_pages, samples_with_alpha
 
 logger = logging.getLogger("fcmae")
@@ -67,8 +70,7 @@ def survey(
         images: all.
         in_chans: channels, where they are known; None finds out.
         max_images: of the sample.
-        max_pixels: of an image, see `read_crop`.
-        nodata: likewise.
+        max_pixels, nodata: of an image, see `read_crop`.
         key: the setting that the error names.
         trains: whether channels can be given.
 
@@ -170,3 +172,45 @@ def _open(file: BinaryIO, max_pixels: int) -> OpenImage:
     except OtherChannels as error:
         file.seek(0)
         return open_any(file, error.channels, max_pixels)
+
+
+def statistics_lines(
+    patterns: Sequence[str],
+    in_chans: int | None,
+    max_images: int,
+    num_workers: int | None,
+    max_pixels: int,
+    nodata: float | None,
+) -> str:
+    """The mean and std of images as lines of a configuration file, which are what `fcmae stats` prints.
+
+    Args:
+        patterns: folders, lists or glob patterns.
+        in_chans: channels to read; None is those that most images have.
+        max_images: most images to read.
+        num_workers: processes that decode; None is one per core, up to 8.
+        max_pixels, nodata: see `read_crop`.
+
+    Raises:
+        ValueError: if no image can be read.
+    """
+    images = find_images(patterns, key="path")
+    images.tell_notes()
+    if in_chans is None:
+        at_most = min(20, max_images)  # which are read once more for their statistics
+        in_chans = survey(images, None, at_most, max_pixels, nodata, key="path").in_chans
+    mean, std, num_images = channel_statistics(
+        images,
+        in_chans,
+        max_images=max_images,
+        num_workers=min(8, num_cores()) if num_workers is None else num_workers,
+        max_pixels=max_pixels,
+        nodata=nodata,
+        key="path",
+        tells=True,
+    )
+    lines = [f"# {num_images} image{'s' * (num_images != 1)}", "data:", f"  in_chans: {in_chans}"]
+    lines += [] if nodata is None else [f"  nodata: {nodata!r}"]
+    for name, values in zip(("mean", "std"), rounded(mean, std), strict=True):
+        lines.append(f"  {name}: [{', '.join(f'{value:.12g}' for value in values)}]")
+    return "\n".join(lines)
