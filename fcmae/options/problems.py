@@ -6,6 +6,8 @@ import copy
 import re
 from collections.abc import Iterable, Mapping, Sequence, Set
 from difflib import get_close_matches
+from functools import reduce
+from operator import getitem
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -48,37 +50,43 @@ def validate(
         try:
             return model.model_validate(usable, context=context), problems
         except ValidationError as error:
-            found = error.errors(include_url=False)
-        if all(detail["type"] == "conflict" for detail in found):
-            conflicts = [(detail["ctx"]["keys"], detail["msg"]) for detail in found]
-            told = [
-                f"{keys[0]}: {text}"
-                for keys, text in conflicts
+            errors = error.errors(include_url=False)
+        wrong_alone = [detail for detail in errors if detail["type"] != "conflict"]  # a conflict is found again
+        if not wrong_alone:
+            conflicts = [(detail["ctx"]["keys"], detail["msg"]) for detail in errors]
+            return None, problems + [
+                f"{keys[0]}: {sentence}"
+                for keys, sentence in conflicts
                 if not seen.intersection(keys) and (known is None or known >= {*keys})
             ]
-            return None, [*problems, *told]
-        groups: dict[tuple[str, ...], list[ErrorDetails]] = {}
-        for detail in [detail for detail in found if detail["type"] != "conflict"]:  # which is found again
-            names = tuple(map(str, detail["loc"]))
-            ends = [end for end in range(1, len(names)) if ".".join(names[:end]) in fields]
-            groups.setdefault(names[: ends[0]] if ends else names, []).append(detail)
-        for names, details in groups.items():
-            section: Any = usable
-            for name in names[:-1]:
-                section = section[name]
+        for names, details in _by_setting(wrong_alone, fields).items():
+            section: Any = reduce(getitem, names[:-1], usable)
             key, value = ".".join(names), section.pop(names[-1], None)
             if key in fields and fields[key].is_required():
                 section[names[-1]] = (fields[key].examples or [value])[0]
                 assert value is not section[names[-1]], f"{key} needs a good example"
-            kind = details[0]["type"] if len(details[0]["loc"]) == len(names) else "part"
-            if kind == "extra_forbidden":
-                problem = unknown_setting(key, value, fields)
-            elif kind == "missing":
-                problem = f"{key}: missing: {description_of(fields[key])}"
-            else:
-                problem = f"{key}: received {shown(value)}; {_allowed(key, details, fields)}"
-            problems += [] if key in seen else [problem]
+            if key not in seen:
+                kind = details[0]["type"] if len(details[0]["loc"]) == len(names) else "part"
+                problems.append(_problem(key, value, kind, details, fields))
             seen.add(key)
+
+
+def _by_setting(details: Iterable[ErrorDetails], fields: Fields) -> dict[tuple[str, ...], list[ErrorDetails]]:
+    """What is wrong, by the names of the setting, in its sections, that it is about or inside."""
+    groups: dict[tuple[str, ...], list[ErrorDetails]] = {}
+    for detail in details:
+        names = tuple(map(str, detail["loc"]))
+        ends = [end for end in range(1, len(names)) if ".".join(names[:end]) in fields]
+        groups.setdefault(names[: ends[0]] if ends else names, []).append(detail)
+    return groups
+
+
+def _problem(key: str, value: Any, kind: str, details: Sequence[ErrorDetails], fields: Fields) -> str:
+    if kind == "extra_forbidden":
+        return unknown_setting(key, value, fields)
+    if kind == "missing":
+        return f"{key}: missing: {description_of(fields[key])}"
+    return f"{key}: received {shown(value)}; {_allowed(key, details, fields)}"
 
 
 def unknown_setting(key: str, value: Any, fields: Fields) -> str:
