@@ -31,6 +31,7 @@ from torch import Tensor
 
 import fcmae.training.checkpoint
 import fcmae.training.steps
+import fcmae.weights.tensors
 from fcmae import bench, planning, processes
 from fcmae.config import PretrainConfig
 from fcmae.data.index import Images
@@ -238,7 +239,7 @@ def _kill_in_save(number: int) -> None:
             step()
 
     save_file, save, prune = (
-        fcmae.training.checkpoint.save_file,
+        fcmae.weights.tensors.save_file,
         fcmae.training.checkpoint.save,
         fcmae.training.checkpoint.prune,
     )
@@ -260,7 +261,7 @@ def _kill_in_save(number: int) -> None:
         return run
 
     sys.addaudithook(audit)
-    fcmae.training.checkpoint.save_file = save_half_first
+    fcmae.weights.tensors.save_file = save_half_first
     fcmae.training.checkpoint.save = marked(save)
     fcmae.training.checkpoint.prune = marked(prune)
 

@@ -50,7 +50,7 @@ from fcmae.segmentation import colours, predictor, probabilities_by_rows
 from fcmae.segmenting import Mapped
 from fcmae.starting import class_weights_of, reading_for
 from fcmae.training import checkpoint
-from fcmae.weights import onnx, segmenters
+from fcmae.weights import onnx, segmenters, tensors
 from fcmae.weights.files import HEAD, ImageRecord, Weights, read_weights, segmenter_in
 from fcmae.weights.formats import Architecture
 from fcmae.weights.segmenters import HeadRecord, read_segmenter, save_segmenter
@@ -513,15 +513,15 @@ def test_a_segmenter_that_cannot_be_written_whole_leaves_the_one_that_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = save(tmp_path / "model")
-    write, calls = checkpoint.write_tensors, list[Path]()
+    write, calls = tensors.save_file, list[Path]()
 
-    def fail(path: Path, *rest: Any) -> None:
+    def fail(state: dict[str, torch.Tensor], path: Path, *rest: Any) -> None:
         calls.append(path)
         if len(calls) == 2:
             raise OSError(errno.ENOSPC, "No space left on device")
-        write(path, *rest)
+        write(state, path, *rest)
 
-    monkeypatch.setattr(checkpoint, "write_tensors", fail)
+    monkeypatch.setattr(tensors, "save_file", fail)
     with pytest.raises(OSError, match="No space left"):
         save(tmp_path / "model", Classes(("a", "b"), (0, 1), None))
     found, _, record = read_segmenter(tmp_path / "model")

@@ -23,6 +23,7 @@ from fcmae.atomic import sha256_of
 from fcmae.training import checkpoint
 from fcmae.training.checkpoint import Meta, check_origin, latest, prune, read_meta, read_tensors, restore, save, steps
 from fcmae.training.optim import parameter_groups
+from fcmae.weights import tensors
 
 NO_OTHER_NAMES = str  # of the parameters in format 1
 
@@ -170,7 +171,7 @@ def test_a_save_that_is_cut_off_leaves_no_checkpoint_and_does_not_hinder_the_nex
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str
 ) -> None:
     write(tmp_path, 1)
-    target = Path if operation == "rename" else checkpoint
+    target = {"save_file": tensors, "sync": checkpoint, "rename": Path}[operation]
 
     def cut(*_: object, **__: object) -> None:
         raise Cut
@@ -514,7 +515,8 @@ def test_a_full_disk_leaves_nothing_of_a_checkpoint_and_the_one_before_as_it_is(
         raise DiskFullError
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path if operation == "write_text" else checkpoint, operation, full)
+        target = {"save_file": tensors, "write_text": Path, "sync": checkpoint}[operation]
+        patch.setattr(target, operation, full)
         with pytest.raises(OSError, match="No space left on device") as error:
             write(tmp_path, 2)
     assert error.value.errno == errno.ENOSPC

@@ -513,7 +513,7 @@ def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pyt
         path.write_text("half")
         raise OSError("the disk is full")
 
-    monkeypatch.setattr(checkpoint, "write_tensors", broken)
+    monkeypatch.setattr(files, "write_tensors", broken)
     with pytest.raises(OSError, match="the disk is full"):
         convert(place, tmp_path / ("out" if to == "timm" else "out.safetensors"), to)
     assert sorted(tmp_path.rglob("*")) == before
@@ -521,12 +521,12 @@ def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pyt
 
 def test_what_reads_back_otherwise_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place, _ = write_checkpoint(tmp_path / "run")
-    write = checkpoint.write_tensors
+    write = files.write_tensors
 
     def zeroed(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
         write(path, tensors | {"decoder.pred.weight": torch.zeros_like(tensors["decoder.pred.weight"])}, metadata)
 
-    monkeypatch.setattr(checkpoint, "write_tensors", zeroed)
+    monkeypatch.setattr(files, "write_tensors", zeroed)
     with pytest.raises(ValueError, match=r"has changed since it was written"):
         convert(place, tmp_path / "out.safetensors", "fcmae")
     assert not (tmp_path / "out.safetensors").exists()

@@ -14,10 +14,8 @@ Random states are not stored: everything random is a function of the seed and th
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
 import re
 import shutil
 import sys
@@ -31,12 +29,13 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import from_json
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import fcmae
 from fcmae.atomic import check_file, read_bytes, sha256_of, sync
 from fcmae.training import own_files
+from fcmae.weights.tensors import write_tensors
 
 FORMAT = 2
 READABLE = (1, FORMAT)  # 1: decoder.* beside the encoder; classifiers under timm's names
@@ -187,36 +186,6 @@ def save(run: Path, meta: Meta, tensors: dict[str, dict[str, Tensor]]) -> Path:
     sync(place.parent)
     (run / own_files.SAVED).touch()
     return place
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a .safetensors file that whoever may read the user's other new files may read.
-
-    Tensors that share memory, as tied weights do, are stored each for itself.
-
-    Args:
-        path: of the file.
-        tensors: by name.
-        metadata: for the file's header, beside the format.
-
-    Raises:
-        OSError: if it cannot be written.
-    """
-    separate, seen = {}, set()
-    for name, tensor in tensors.items():
-        value = tensor.detach().contiguous()
-        memory = value.untyped_storage().data_ptr()
-        separate[name] = value.clone() if memory in seen else value
-        seen.add(memory)
-    path.touch()
-    mode = path.stat().st_mode
-    try:
-        save_file(separate, path, {"format": "pt"} | (metadata or {}))  # which lets its owner alone read it
-    except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        code = int(number[1]) if number else errno.EIO
-        raise OSError(code, os.strerror(code), str(path)) from error
-    path.chmod(mode)
 
 
 def steps(run: Path) -> dict[int, Path]:

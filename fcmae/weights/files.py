@@ -53,7 +53,7 @@ from fcmae.networks.spec import (
 )
 from fcmae.training import checkpoint
 from fcmae.weights.formats import Architecture, from_state, network_in, to_state
-from fcmae.weights.tensors import RECORD, digest, load_tensors
+from fcmae.weights.tensors import RECORD, digest, load_tensors, write_tensors
 
 logger = logging.getLogger("fcmae")
 NOT_CROPPED = 384  # side from which transformers' processors squash images
@@ -665,7 +665,7 @@ def writing_weights(dest: Path, weights: Weights, to: str) -> Iterator[dict[Path
             if config is not None:
                 aside.write_text(json.dumps(config, indent=2), encoding="utf-8")
             elif path.suffix == ".safetensors":
-                checkpoint.write_tensors(aside, state, header)
+                write_tensors(aside, state, header)
             else:
                 _save_pth(aside, {"model": state, RECORD: record})
             sync(aside)

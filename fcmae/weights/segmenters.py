@@ -21,10 +21,9 @@ from fcmae.anytime import Anytime, build_segmenter
 from fcmae.atomic import replacing, sha256_of
 from fcmae.data.maps import MAX_VALUE, Classes
 from fcmae.heads import Segmenter
-from fcmae.training import checkpoint
 from fcmae.weights.convert import build_encoder
 from fcmae.weights.files import HEAD, Weights, read_weights, segmenter_in, writing_weights
-from fcmae.weights.tensors import RECORD, digest, read_record
+from fcmae.weights.tensors import RECORD, digest, read_record, write_tensors
 
 Value = Annotated[int, Field(ge=0, lt=MAX_VALUE)]
 
@@ -92,7 +91,7 @@ def save_segmenter(dest: Path, model: Segmenter, weights: Weights, kind: str, cl
             }
         )
         record = replace(record, sha256=digest(head, _text(record)))
-        checkpoint.write_tensors(aside, head, {RECORD: json.dumps(asdict(record))})
+        write_tensors(aside, head, {RECORD: json.dumps(asdict(record))})
 
 
 def _text(record: HeadRecord) -> str:

@@ -1,4 +1,4 @@
-"""Tensors from untrusted files: read without running code, mapped into memory, and no more than the file holds.
+"""Tensors in files: read from untrusted ones without running code, mapped into memory, and no more than they hold.
 
 .pth files are unpickled with weights_only. What training code keeps beside them (flags, paths, numpy's numbers, logs)
 becomes a `_Beside`, which does nothing and holds nothing; every other class is refused.
@@ -6,8 +6,10 @@ becomes a `_Beside`, which does nothing and holds nothing; every other class is 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
+import os
 import pickle
 import re
 import zipfile
@@ -18,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fcmae.data.source import few, one_line, printable
@@ -106,6 +108,36 @@ def read_record(path: Path) -> str | None:
             return (file.metadata() or {}).get(RECORD)
     content = _open_torch(path)
     return content.get(RECORD) if isinstance(content, dict) else None
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a .safetensors file that whoever may read the user's other new files may read.
+
+    Tensors that share memory, as tied weights do, are stored each for itself.
+
+    Args:
+        path: of the file.
+        tensors: by name.
+        metadata: for the file's header, beside the format.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    separate, seen = {}, set()
+    for name, tensor in tensors.items():
+        value = tensor.detach().contiguous()
+        memory = value.untyped_storage().data_ptr()
+        separate[name] = value.clone() if memory in seen else value
+        seen.add(memory)
+    path.touch()
+    mode = path.stat().st_mode
+    try:
+        save_file(separate, path, {"format": "pt"} | (metadata or {}))  # which lets its owner alone read it
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        code = int(number[1]) if number else errno.EIO
+        raise OSError(code, os.strerror(code), str(path)) from error
+    path.chmod(mode)
 
 
 def digest(tensors: Mapping[str, Tensor], text: str) -> str:
