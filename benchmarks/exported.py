@@ -31,9 +31,10 @@ from fcmae.networks.build import make_encoder
 from fcmae.networks.encoder import StagedEncoder
 from fcmae.networks.spec import VARIANTS
 from fcmae.tables import table
-from fcmae.weights.files import Weights, save_weights
+from fcmae.weights.files import save_weights
 from fcmae.weights.formats import Architecture
 from fcmae.weights.onnx import export_onnx
+from fcmae.weights.record import Weights
 
 SIDES = ("torch", "compiled", "onnxruntime")
 

@@ -29,8 +29,8 @@ from fcmae.heads import Segmenter, build_head
 from fcmae.networks.build import make_encoder
 from fcmae.networks.spec import ConvNeXtSpec
 from fcmae.tables import table
-from fcmae.weights.files import ImageRecord, Weights
 from fcmae.weights.formats import Architecture
+from fcmae.weights.record import ImageRecord, Weights
 from fcmae.weights.segmenters import save_segmenter
 
 TILE, NOISY = 512, 4  # pixels; tiles along the side of the block of noise

@@ -41,7 +41,8 @@ from fcmae.segmentation import check_sides
 from fcmae.training.launch import for_a_caller
 from fcmae.training.run import Run
 from fcmae.weights.convert import build_classifier, build_encoder, convert
-from fcmae.weights.files import ImageRecord, Weights, read_init, segmenter_in
+from fcmae.weights.files import read_init, segmenter_in
+from fcmae.weights.record import ImageRecord, Weights
 from fcmae.weights.segmenters import read_segmenter
 
 __all__ = [

@@ -56,8 +56,8 @@ from fcmae.training.run import Run, RunDirectory
 from fcmae.training.session import Session, begin
 from fcmae.training.steps import Steps, evaluate_if_owed, limit_to_known_memory
 from fcmae.weights.convert import save_classifier
-from fcmae.weights.files import ImageRecord, Weights, licensed
 from fcmae.weights.formats import rename
+from fcmae.weights.record import ImageRecord, Weights, licensed
 
 logger = logging.getLogger("fcmae")
 

@@ -26,7 +26,9 @@ from fcmae.networks.spec import ConvNeXtSpec, describe
 from fcmae.options.problems import text_of
 from fcmae.tables import table
 from fcmae.weights.convert import check_dest, read_sound, write
-from fcmae.weights.files import FILE_SUFFIXES, Weights, learnt_bytes, segmenter_in, timm_holds
+from fcmae.weights.directories import learnt_bytes, timm_holds
+from fcmae.weights.files import FILE_SUFFIXES, segmenter_in
+from fcmae.weights.record import Weights
 
 # Errors of large files, of the system, and of the HTTP library that this huggingface_hub uses.
 FAILURES: tuple[type[Exception], ...] = (RuntimeError, OSError, HfHubHTTPError.__mro__[1])

@@ -53,7 +53,7 @@ from fcmae.training.records import last_state, processes_before
 if TYPE_CHECKING:
     from fcmae.data.dataset import ImageDataset
     from fcmae.heads import Classifier, Segmenter
-    from fcmae.weights.files import Weights
+    from fcmae.weights.record import Weights
 
 logger = logging.getLogger("fcmae")
 

@@ -37,6 +37,7 @@ from fcmae.masked import FCMAE, build_fcmae, hog, masked_loss, normalized_pixels
 from fcmae.masking import num_visible, random_mask
 from fcmae.networks.build import make_encoder
 from fcmae.networks.spec import describe
+from fcmae.starting import reading_of
 from fcmae.training import checkpoint, optim
 from fcmae.training.compiling import compile_model
 from fcmae.training.launch import (
@@ -53,7 +54,7 @@ from fcmae.training.run import Run, RunDirectory
 from fcmae.training.session import Session, begin
 from fcmae.training.steps import Steps, check_pooled, evaluate_if_owed, limit_to_known_memory, schedule_of
 from fcmae.weights.convert import start_from
-from fcmae.weights.files import read_init, reading_of
+from fcmae.weights.files import read_init
 from fcmae.weights.formats import OLD, rename
 
 logger = logging.getLogger("fcmae")

@@ -36,14 +36,9 @@ from fcmae.networks.encoder import StagedEncoder
 from fcmae.networks.layers import EPS, Block
 from fcmae.networks.spec import ConvNeXtSpec, describe
 from fcmae.weights.convert import build_encoder, check_dest
-from fcmae.weights.files import (
-    Weights,
-    read_weights,
-    save_weights,
-    tell_encoder_alone,
-    timm_holds,
-    transformers_holds,
-)
+from fcmae.weights.directories import timm_holds, transformers_holds
+from fcmae.weights.files import read_weights, save_weights, tell_encoder_alone
+from fcmae.weights.record import Weights
 
 What = Literal["hidden", "blocks"]
 How = Literal["uniform", "global"]

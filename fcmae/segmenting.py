@@ -70,7 +70,7 @@ from fcmae.training.micro_batches import eval_batch_size
 from fcmae.training.run import Run, RunDirectory
 from fcmae.training.session import Session, begin
 from fcmae.training.steps import Steps, evaluate_if_owed, limit_to_known_memory
-from fcmae.weights.files import ImageRecord, Weights, licensed
+from fcmae.weights.record import ImageRecord, Weights, licensed
 from fcmae.weights.segmenters import read_segmenter, save_segmenter
 
 logger = logging.getLogger("fcmae")

@@ -1,4 +1,4 @@
-"""What runs on labelled images start from: weights, how images are read, model and optimizer, weights of classes."""
+"""What runs start from: how images are read; with labels, weights, model and optimizer, weights of classes too."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from fcmae.config import DenseConfig, RunConfig
+from fcmae.config import DenseConfig, ImageConfig, RunConfig
 from fcmae.data.augment import Reading
 from fcmae.data.index import Images, also_in, check_apart, labelled_images_of_run, run_of
 from fcmae.data.source import printable
@@ -34,8 +34,9 @@ from fcmae.training.records import of_model, read_metrics
 from fcmae.training.run import RunDirectory
 from fcmae.training.steps import check_pooled, schedule_of
 from fcmae.weights.convert import adapt_in_chans
-from fcmae.weights.files import ImageRecord, Weights, read_init, reading_of, tell_encoder_alone
+from fcmae.weights.files import read_init, tell_encoder_alone
 from fcmae.weights.formats import Architecture
+from fcmae.weights.record import ImageRecord, Weights
 from fcmae.weights.segmenters import fits
 from fcmae.weights.tensors import read_record
 
@@ -76,6 +77,17 @@ def starting_weights(cfg: DenseConfig) -> Weights:
         weights = adapt_in_chans(weights, cfg.data.in_chans)
         logger.info("the stem of %s, for 3 channels, was adapted to %d", path, cfg.data.in_chans)
     return weights
+
+
+def reading_of(data: ImageConfig, crop_pct: float = 1.0) -> Reading:
+    """How images are read, from the settings of a run.
+
+    Args:
+        data: the settings.
+        crop_pct: see `fcmae.data.augment.center_box`.
+    """
+    mean, std = map(tuple, data.statistics())
+    return Reading(data.in_chans, data.image_size, crop_pct, mean, std, data.max_pixels, data.nodata)
 
 
 def reading_for(cfg: DenseConfig, weights: Weights, crop_pct: float = 1.0) -> Reading:

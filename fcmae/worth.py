@@ -52,13 +52,14 @@ from fcmae.networks.spec import NetworkSpec, describe
 from fcmae.options.files import find_config, read_yaml
 from fcmae.options.line import flags
 from fcmae.pretraining import pretrain
-from fcmae.starting import class_weights_of, images_that_chose, learnt_images
+from fcmae.starting import class_weights_of, images_that_chose, learnt_images, reading_of
 from fcmae.tables import table
 from fcmae.training import checkpoint
 from fcmae.training.own_files import check_outside, remove_models
 from fcmae.training.records import last_state, of_model, read_metrics
 from fcmae.training.run import Run
-from fcmae.weights.files import Weights, read_init, reading_of
+from fcmae.weights.files import read_init
+from fcmae.weights.record import Weights
 from fcmae.weights.tensors import digest
 
 PRETRAINED = "pretrained"

@@ -58,7 +58,8 @@ from fcmae.networks.encoder import StagedEncoder
 from fcmae.networks.layers import LayerNorm
 from fcmae.options import load
 from fcmae.training import checkpoint
-from fcmae.weights.files import Weights, read_weights, save_weights
+from fcmae.weights.files import read_weights, save_weights
+from fcmae.weights.record import Weights
 from fcmae.weights.tensors import digest
 
 # Decoder

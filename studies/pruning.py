@@ -69,7 +69,8 @@ from fcmae.options import load
 from fcmae.pruning import Kept, What, cut, multiply_adds, uniformly
 from fcmae.starting import starting_weights
 from fcmae.tables import table
-from fcmae.weights.files import Weights, read_weights, save_weights
+from fcmae.weights.files import read_weights, save_weights
+from fcmae.weights.record import Weights
 
 LARGE = ConvNeXtSpec(depths=(2, 2, 6), dims=(40, 80, 160), stem_stride=2)  # that of the two configurations
 STARTS = ("scratch", "pretrained")

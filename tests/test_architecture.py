@@ -93,6 +93,8 @@ ORDER = [
     "fcmae.training.steps",
     "fcmae.training.session",
     "fcmae.weights.formats",
+    "fcmae.weights.record",
+    "fcmae.weights.directories",
     "fcmae.weights.files",
     "fcmae.weights.convert",
     "fcmae.weights.segmenters",

@@ -31,8 +31,8 @@ from fcmae.networks.convnext import Encoder
 from fcmae.networks.spec import VARIANTS, ConvNeXtSpec
 from fcmae.tables import table
 from fcmae.training import checkpoint
-from fcmae.weights.files import ImageRecord, Weights
 from fcmae.weights.formats import Architecture, to_state
+from fcmae.weights.record import ImageRecord, Weights
 from fcmae.weights.segmenters import save_segmenter
 
 ROOT = Path(__file__).parents[1]

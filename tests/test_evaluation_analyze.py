@@ -22,8 +22,8 @@ from fcmae.heads import Classifier
 from fcmae.networks.convnext import Encoder
 from fcmae.networks.spec import VARIANTS
 from fcmae.weights.convert import save_classifier
-from fcmae.weights.files import ImageRecord, Weights
 from fcmae.weights.formats import Architecture
+from fcmae.weights.record import ImageRecord, Weights
 
 FIGURES = {"cosine_distance.png", "channels.png", "effective_rank.png", "activations.png"}
 V2, V1 = "random:convnextv2_atto", "random:convnext_atto"

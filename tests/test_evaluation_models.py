@@ -22,8 +22,9 @@ from fcmae.heads import Classifier
 from fcmae.networks.convnext import Encoder
 from fcmae.networks.spec import VARIANTS, ConvNeXtSpec
 from fcmae.weights.convert import save_classifier
-from fcmae.weights.files import ImageRecord, Weights, save_weights
+from fcmae.weights.files import save_weights
 from fcmae.weights.formats import Architecture
+from fcmae.weights.record import ImageRecord, Weights
 
 ATTO = VARIANTS["convnextv2_atto"]
 

@@ -39,8 +39,9 @@ from fcmae.training import checkpoint
 from fcmae.training.records import last_state
 from fcmae.training.steps import schedule_of
 from fcmae.weights.convert import convert, save_classifier
-from fcmae.weights.files import ImageRecord, Weights, read_weights, save_weights
+from fcmae.weights.files import read_weights, save_weights
 from fcmae.weights.formats import Architecture, to_state
+from fcmae.weights.record import ImageRecord, Weights
 
 COLORS = {"blue": (40, 40, 200), "green": (40, 200, 40)}
 

@@ -33,8 +33,9 @@ from fcmae.hub import card
 from fcmae.networks.convnext import Encoder
 from fcmae.networks.spec import VARIANTS, ContainerSpec, ConvNeXtSpec
 from fcmae.weights.convert import build_classifier, save_classifier
-from fcmae.weights.files import ImageRecord, Weights, read_weights
+from fcmae.weights.files import read_weights
 from fcmae.weights.formats import Architecture
+from fcmae.weights.record import ImageRecord, Weights
 
 SPEC = ConvNeXtSpec(depths=(1, 1, 1, 1), dims=(8, 8, 8, 16))
 IMAGE = ImageRecord(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), input_size=(3, 64, 64), crop_pct=1.0)

@@ -35,8 +35,9 @@ from fcmae.networks.spec import VARIANTS, ConvNeXtSpec
 from fcmae.options import load, read
 from fcmae.pretraining import pretrain
 from fcmae.processes import OUT_OF_MEMORY, Failed
-from fcmae.weights.files import ImageRecord, Weights, read_init, save_weights
+from fcmae.weights.files import read_init, save_weights
 from fcmae.weights.formats import Architecture
+from fcmae.weights.record import ImageRecord, Weights
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import first_hour

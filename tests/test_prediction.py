@@ -23,8 +23,8 @@ from fcmae.networks.convnext import Encoder
 from fcmae.networks.spec import ConvNeXtSpec
 from fcmae.prediction import predict
 from fcmae.weights.convert import save_classifier
-from fcmae.weights.files import ImageRecord, Weights
 from fcmae.weights.formats import Architecture
+from fcmae.weights.record import ImageRecord, Weights
 
 SPEC = ConvNeXtSpec(depths=(1, 1), dims=(4, 6))
 WIDE = ConvNeXtSpec(depths=(1, 1, 1), dims=(4, 6, 8))

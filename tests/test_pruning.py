@@ -26,8 +26,9 @@ from fcmae.networks.layers import Block
 from fcmae.networks.spec import VARIANTS, ConvNeXtSpec
 from fcmae.pruning import By, How, Measured, channel_scores, choose, cut, keep_best, measure, multiply_adds, uniformly
 from fcmae.weights.convert import build_classifier, build_encoder, save_classifier
-from fcmae.weights.files import ImageRecord, Weights, read_weights, save_weights
+from fcmae.weights.files import read_weights, save_weights
 from fcmae.weights.formats import Architecture, to_state
+from fcmae.weights.record import ImageRecord, Weights
 
 pytestmark = pytest.mark.usefixtures("one_thread", "forgotten", "undrawn")
 SPEC = ConvNeXtSpec(depths=(2, 1, 2), dims=(4, 6, 8), stem_stride=2)

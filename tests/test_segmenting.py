@@ -51,8 +51,9 @@ from fcmae.segmenting import Mapped
 from fcmae.starting import class_weights_of, reading_for
 from fcmae.training import checkpoint
 from fcmae.weights import onnx, segmenters, tensors
-from fcmae.weights.files import HEAD, ImageRecord, Weights, read_weights, segmenter_in
+from fcmae.weights.files import HEAD, read_weights, segmenter_in
 from fcmae.weights.formats import Architecture
+from fcmae.weights.record import ImageRecord, Weights
 from fcmae.weights.segmenters import HeadRecord, read_segmenter, save_segmenter
 from fcmae.weights.tensors import RECORD, digest
 

@@ -34,8 +34,9 @@ from fcmae.weights.convert import (
     save_classifier,
     start_from,
 )
-from fcmae.weights.files import ImageRecord, Weights, encoder_output, read_init, read_weights, save_weights
+from fcmae.weights.files import read_init, read_weights, save_weights
 from fcmae.weights.formats import FORMATS, MMEARTH, Architecture, to_state
+from fcmae.weights.record import ImageRecord, Weights, encoder_output
 
 ATTO = VARIANTS["convnextv2_atto"]
 

@@ -26,8 +26,9 @@ from fcmae.networks.build import make_encoder
 from fcmae.networks.spec import ContainerSpec, ConvNeXtSpec, NetworkSpec
 from fcmae.weights import onnx as ours
 from fcmae.weights.convert import build_classifier
-from fcmae.weights.files import ImageRecord, Weights, read_weights, save_weights
+from fcmae.weights.files import read_weights, save_weights
 from fcmae.weights.formats import Architecture
+from fcmae.weights.record import ImageRecord, Weights
 
 V2 = ConvNeXtSpec(depths=(1, 2), dims=(8, 12), stem_stride=2)
 UNEVEN = ConvNeXtSpec(depths=(1, 2), dims=(8, 12), stem_stride=2, hidden=((5,), (7, 30)))

@@ -22,8 +22,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fcmae.networks.spec import ConvNeXtSpec
-from fcmae.weights.files import ImageRecord, Weights, read_weights, save_weights
+from fcmae.weights.files import read_weights, save_weights
 from fcmae.weights.formats import Architecture, to_state
+from fcmae.weights.record import ImageRecord, Weights
 from fcmae.weights.tensors import digest, load_tensors
 
 SPEC = ConvNeXtSpec(depths=(1, 1), dims=(4, 6))

@@ -44,6 +44,11 @@ IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 GREY_MEAN, GREY_STD = [0.449], [0.226]
 
 
+def usual_statistics(in_chans: int) -> tuple[list[float], list[float]]:
+    """Mean and std of photographs: one per channel for 3 channels, else one for all; a full range of values is 1."""
+    return (IMAGENET_MEAN, IMAGENET_STD) if in_chans == 3 else (GREY_MEAN, GREY_STD)
+
+
 def check_launch(cfg: Settings, num_processes: int) -> None:
     """Check what depends on the launch: the number of processes, and what is installed on this machine.
 
@@ -122,8 +127,8 @@ class ImageConfig(Section):
 
     def statistics(self) -> tuple[list[float], list[float]]:
         """Mean and std in effect: one per channel, or one for all."""
-        default = (IMAGENET_MEAN, IMAGENET_STD) if self.in_chans == 3 else (GREY_MEAN, GREY_STD)
-        return self.mean or default[0], self.std or default[1]
+        mean, std = usual_statistics(self.in_chans)
+        return self.mean or mean, self.std or std
 
 
 class PretrainData(ImageConfig):

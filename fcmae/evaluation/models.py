@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fcmae.config import FinetuneData
+from fcmae.config import usual_statistics
 from fcmae.config.base import near_runs
 from fcmae.data.augment import Reading, seeded
 from fcmae.data.geometry import MAX_PIXELS
@@ -26,8 +26,10 @@ from fcmae.networks.build import make_encoder
 from fcmae.networks.encoder import StagedEncoder
 from fcmae.networks.spec import describe
 from fcmae.weights.convert import build_encoder
-from fcmae.weights.files import Weights, check_timm, read_weights
+from fcmae.weights.directories import check_timm
+from fcmae.weights.files import read_weights
 from fcmae.weights.formats import from_state
+from fcmae.weights.record import Weights
 
 logger = logging.getLogger("fcmae")
 
@@ -256,8 +258,7 @@ def _from_timm(
             f"model = {source!r}: its pretrained weights cannot be had ({reason}): give a path, or {RANDOM}{name}"
         ) from error
     settings = model.pretrained_cfg
-    statistics = FinetuneData(in_chans=in_chans).statistics()
-    mean, std = (settings["mean"], settings["std"]) if in_chans == 3 else statistics
+    mean, std = (settings["mean"], settings["std"]) if in_chans == 3 else usual_statistics(in_chans)
     if len(mean) != in_chans:
         raise ValueError(f"in_chans = {in_chans}: timm's models know the mean and std of 1 and 3 channels only")
     size = image_size or tuple(settings["input_size"][1:])

@@ -20,19 +20,10 @@ from fcmae.masked import FCMAE
 from fcmae.networks.build import make_encoder
 from fcmae.networks.encoder import StagedEncoder
 from fcmae.networks.spec import ConvNeXtSpec, NetworkSpec, describe, variant_of
-from fcmae.weights.files import (
-    DIRECTORIES,
-    FILE_SUFFIXES,
-    ImageRecord,
-    Weights,
-    encoder_output,
-    read_weights,
-    reads_alike,
-    save_weights,
-    tell_encoder_alone,
-    timm_holds,
-)
+from fcmae.weights.directories import DIRECTORIES, reads_alike, timm_holds
+from fcmae.weights.files import FILE_SUFFIXES, read_weights, save_weights, tell_encoder_alone
 from fcmae.weights.formats import FORMATS, first_weight, holds, rename, to_state, unwrapped
+from fcmae.weights.record import ImageRecord, Weights, encoder_output
 
 
 def adapt_in_chans(weights: Weights, in_chans: int) -> Weights:

@@ -29,7 +29,8 @@ from fcmae.layouts import DENSE, Layout
 from fcmae.layouts.masked import Masked
 from fcmae.networks.spec import describe
 from fcmae.weights.convert import build_classifier, build_encoder
-from fcmae.weights.files import Weights, licensed, read_weights, tell_encoder_alone
+from fcmae.weights.files import read_weights, tell_encoder_alone
+from fcmae.weights.record import Weights, licensed
 
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
 NUM_IMAGES = 4  # on which outputs are compared

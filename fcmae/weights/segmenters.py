@@ -22,7 +22,8 @@ from fcmae.atomic import replacing, sha256_of
 from fcmae.data.maps import MAX_VALUE, Classes
 from fcmae.heads import Segmenter
 from fcmae.weights.convert import build_encoder
-from fcmae.weights.files import HEAD, Weights, read_weights, segmenter_in, writing_weights
+from fcmae.weights.files import HEAD, read_weights, segmenter_in, writing_weights
+from fcmae.weights.record import Weights
 from fcmae.weights.tensors import RECORD, digest, read_record, write_tensors
 
 Value = Annotated[int, Field(ge=0, lt=MAX_VALUE)]
