@@ -16,7 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
 import fcmae
 from fcmae.config.commands import ExportConfig, PushConfig
-from fcmae.data.index import Images, run_of
+from fcmae.data.index import Images
 from fcmae.data.source import one_line, printable
 from fcmae.data.split import evenly
 from fcmae.evaluation.charts import shown
@@ -24,6 +24,7 @@ from fcmae.evaluation.records import COLUMNS, score_rows
 from fcmae.evaluation.runs import RunFiles, is_untrained, needs_no_network, read_run
 from fcmae.networks.spec import ConvNeXtSpec, describe
 from fcmae.options.problems import text_of
+from fcmae.provenance import run_of
 from fcmae.tables import table
 from fcmae.weights.convert import check_dest, read_sound, write
 from fcmae.weights.directories import learnt_bytes, timm_holds

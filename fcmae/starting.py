@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,17 +13,17 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from fcmae.config import DenseConfig, ImageConfig, RunConfig
 from fcmae.data.augment import Reading
-from fcmae.data.index import Images, also_in, check_apart, labelled_images_of_run, run_of
+from fcmae.data.index import Images, also_in, check_apart
 from fcmae.data.source import printable
 from fcmae.heads import Classifier, Segmenter
 from fcmae.networks.encoder import layer_of, num_layers
 from fcmae.networks.spec import describe, read_spec, variant_of
+from fcmae.provenance import Seen, seen_by, step_of
 from fcmae.training import checkpoint, optim
 from fcmae.training.compiling import compile_model
 from fcmae.training.micro_batches import micro_batch_size
@@ -37,8 +35,6 @@ from fcmae.weights.convert import adapt_in_chans
 from fcmae.weights.files import read_init, tell_encoder_alone
 from fcmae.weights.formats import Architecture
 from fcmae.weights.record import ImageRecord, Weights
-from fcmae.weights.segmenters import fits
-from fcmae.weights.tensors import read_record
 
 logger = logging.getLogger("fcmae")
 
@@ -183,62 +179,25 @@ def check_held_out(cfg: DenseConfig, train: Images, val: Images) -> None:
     """
     if cfg.trains:
         check_apart(train, val, *(("data.path",) if cfg.data.val_path is None else ("data.val_path", "data.path")))
-    learnt = None if cfg.model.init is None else learnt_images(cfg.model.init)
-    both = also_in(val, learnt) if learnt is not None else ()
-    if both and (cfg.trains or cfg.data.val_path is not None):
+    seen = Seen() if cfg.model.init is None else seen_by(cfg.model.init)
+    learnt = also_in(val, seen.labelled)
+    if learnt and (cfg.trains or cfg.data.val_path is not None):
         logger.warning(
             "model.init = %s learnt labels of %d of the %d images held out, such as %s: scores on them are too high",
-            *(cfg.model.init, len(both), len(val), printable(min(both))),
+            *(cfg.model.init, len(learnt), len(val), printable(min(learnt))),
         )
-    elif both:
+    elif learnt:
         raise ValueError(
-            f"data.val_share = {cfg.data.val_share:g} with seed = {cfg.seed} holds out {len(both)} of {len(val)} "
-            f"images that model.init = {cfg.model.init} learnt from, such as {printable(min(both))}: give the seed and "
-            "val_share of its run, or the images by data.val_path"
+            f"data.val_share = {cfg.data.val_share:g} with seed = {cfg.seed} holds out {len(learnt)} of {len(val)} "
+            f"images that model.init = {cfg.model.init} learnt from, such as {printable(min(learnt))}: give the seed "
+            "and val_share of its run, or the images by data.val_path"
         )
-    chose = None if cfg.trains else images_that_chose(Path(str(cfg.model.init)))
-    if chose is not None and (both := also_in(val, chose)):
+    if not cfg.trains and (chose := also_in(val, seen.chose)):
         logger.warning(
             "%d of the %d images held out chose the weights of model.init = %s, so that scores are too high: give "
             "others, or those of last/",
-            *(len(both), len(val), cfg.model.init),
+            *(len(chose), len(val), cfg.model.init),
         )
-
-
-def learnt_images(model: str) -> Images | None:
-    """The images whose labels weights have learnt: those of a run, also of one that they were made from, as by `prune`.
-
-    Args:
-        model: path of the weights.
-
-    Returns:
-        None where they do not say, or learnt none.
-    """
-    learnt = labelled_images_of_run(Path(model))
-    if learnt is None and (run := _made_of(Path(model))[0]) is not None:
-        return labelled_images_of_run(run)
-    return learnt
-
-
-def images_that_chose(path: Path) -> Images | None:
-    """The labelled images by which a run chose the weights that are read from a path; None if there are none.
-
-    Args:
-        path: a run with labels, whose best weights are read, or its best/, or a file in it, or one that was made of it.
-    """
-    folder = path.parent if path.is_file() else path
-    run = folder.parent if folder.name == "best" else folder
-    if run_of(path) is None and not (run / "metrics.jsonl").is_file():
-        made_of, step = _made_of(path)
-        if made_of is None or step != _step_of(made_of / "best"):
-            return None
-        run = made_of
-    with suppress(ValueError, OSError):
-        lines = read_metrics(run / "metrics.jsonl")
-        num = sum("balanced_accuracy" in line or "miou" in line for line in lines)
-        if (run / "best").is_dir() and num > 1:  # a run's only evaluation is its best and its last
-            return Images.load(run / "val_files.json")
-    return None
 
 
 def check_scored(run: RunDirectory, parts: Mapping[str, Images]) -> None:
@@ -376,31 +335,10 @@ def prepare(
 
 def _best_of(run: RunDirectory, score: str) -> Best:
     """The evaluation that `best` is of; none where that was done after the step from which a run goes on."""
-    step = _step_of(run.path / "best")
+    step = step_of(run.path / "best")
     lines = [line for line in read_metrics(run.path / "metrics.jsonl") if line["step"] == step <= run.resume_step]
     scored = [Best(value, step) for line in lines if (value := of_model(line, score)) is not None]
     return scored[-1] if scored else Best()
-
-
-def _step_of(model: Path) -> int:
-    """After how many steps a run exported a model; 0 if there is none, or one of two halves."""
-    with suppress(OSError, SafetensorError, LookupError, TypeError, ValueError):
-        return _made_of(model)[1] if fits(model) else 0
-    return 0
-
-
-def _made_of(weights: Path) -> tuple[Path | None, int]:
-    """The run and the step that a file of ours, or a folder with one, was made from; None and 0 where it does not say.
-
-    A relative path may be another run here.
-    """
-    file = weights / "model.safetensors" if weights.is_dir() else weights
-    run, step = None, 0
-    with suppress(OSError, SafetensorError, LookupError, TypeError, ValueError, RecursionError):
-        if file.is_file():
-            origin = json.loads(read_record(file) or "{}")["origin"]
-            step, run = int(origin["step"]), Path(origin["run"])
-    return (run if run is not None and run.is_absolute() else None), step
 
 
 def class_weights_of(

@@ -36,7 +36,7 @@ from fcmae.atomic import write_text
 from fcmae.config import FinetuneConfig, PretrainConfig
 from fcmae.config.commands import WorthConfig
 from fcmae.data.find import find_images
-from fcmae.data.index import Images, also_in, images_of_run
+from fcmae.data.index import Images, also_in
 from fcmae.data.source import is_unicode, printable
 from fcmae.data.split import draw
 from fcmae.data.survey import Survey, survey
@@ -52,7 +52,8 @@ from fcmae.networks.spec import NetworkSpec, describe
 from fcmae.options.files import find_config, read_yaml
 from fcmae.options.line import flags
 from fcmae.pretraining import pretrain
-from fcmae.starting import class_weights_of, images_that_chose, learnt_images, reading_of
+from fcmae.provenance import seen_by
+from fcmae.starting import class_weights_of, reading_of
 from fcmae.tables import table
 from fcmae.training import checkpoint
 from fcmae.training.own_files import check_outside, remove_models
@@ -502,23 +503,17 @@ class _Study:
         Raises:
             ValueError: if they were trained on labels of test images.
         """
-        init = Path(str(start.init))
-        labelled = learnt_images(str(start.init))
-        if (learnt := images_of_run(init) if labelled is None else labelled) is None:
-            return
-        tested, trained = (len(also_in(images, learnt)) for images in (self.test, self.train))
-        if labelled is None:
-            if tested:
-                yield f"{tested} of the test images are among those of the pretraining of {start.name}, without labels."
-        elif tested:
+        seen = seen_by(str(start.init))
+        if tested := len(also_in(self.test, seen.unlabelled)):
+            yield f"{tested} of the test images are among those of the pretraining of {start.name}, without labels."
+        if tested := len(also_in(self.test, seen.labelled)):
             raise ValueError(
                 f"init = {start.init} has learnt from {tested} of the {len(self.test)} test images with their labels: "
                 "give weights that have not, or other images by --test"
             )
-        chose = images_that_chose(init)
-        if chose is not None and (num := len(also_in(self.test, chose))):
+        if num := len(also_in(self.test, seen.chose)):
             yield f"{num} of the test images chose the weights of {start.name}: its scores are too high; give last/."
-        if trained and labelled is not None:
+        if trained := len(also_in(self.train, seen.labelled)):
             yield f"{start.name} has learnt from {trained} of the labels already, however few a row of the table says."
 
     def _choose_pretraining(self) -> tuple[PretrainConfig, float]:

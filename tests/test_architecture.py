@@ -98,6 +98,7 @@ ORDER = [
     "fcmae.weights.files",
     "fcmae.weights.convert",
     "fcmae.weights.segmenters",
+    "fcmae.provenance",
     "fcmae.weights.onnx",
     "fcmae.starting",
     "fcmae.classification",

@@ -14,7 +14,7 @@ import pytest
 
 from fcmae.data import index, walk
 from fcmae.data.find import find_images, find_labelled, find_mapped
-from fcmae.data.index import Images, kept_images, run_of
+from fcmae.data.index import Images, kept_images
 from fcmae.data.shards import Parts
 from fcmae.data.source import BadImage
 from fcmae.data.split import split
@@ -129,17 +129,6 @@ def test_a_long_search_says_how_much_it_has_found(
         assert caplog.messages == ["data.path: 2 images or shards were found so far"]
         find_labelled(str(tmp_path))
     assert len(caplog.messages) == 1
-
-
-def test_a_model_is_of_the_run_that_made_it_and_of_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    touch(tmp_path, "a/config.yaml", "a/best/model.safetensors", "a/checkpoints/step-1/model.safetensors", "b/x")
-    touch(tmp_path, "a/b-timm/model.safetensors")
-    run = tmp_path / "a"
-    for inside in (".", "best", "best/model.safetensors", "checkpoints/step-1", "checkpoints/step-1/model.safetensors"):
-        assert run_of(run / inside) == run
-    assert run_of(run / "b-timm") is None
-    monkeypatch.chdir(run)
-    assert run_of(Path("../b")) is None and run_of(Path("best")) == run and run_of(Path("convnext_atto")) is None
 
 
 def test_globs_bring_no_pictures_of_systems_and_runs(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fcmae
-from fcmae import cli, prediction, segmenting, starting
+from fcmae import cli, prediction, segmenting
 from fcmae.anytime import Anytime
 from fcmae.config import SegmentConfig
 from fcmae.config.commands import PredictConfig
@@ -46,6 +46,7 @@ from fcmae.networks.layers import DropPath
 from fcmae.networks.spec import ConvNeXtSpec
 from fcmae.options import load
 from fcmae.prediction import predict_maps
+from fcmae.provenance import step_of
 from fcmae.segmentation import colours, predictor, probabilities_by_rows
 from fcmae.segmenting import Mapped
 from fcmae.starting import class_weights_of, reading_for
@@ -256,13 +257,13 @@ def test_an_evaluation_states_none_of_what_its_weights_decide_and_its_own_settin
 
 def test_a_best_model_of_two_halves_is_none(segmented: Path, tmp_path: Path) -> None:
     best = shutil.copytree(segmented / "best", tmp_path / "best")
-    assert starting._step_of(best) == starting._step_of(segmented / "best") > 0
+    assert step_of(best) == step_of(segmented / "best") > 0
     with safe_open(best / "model.safetensors", "pt") as file:
         state = {name: file.get_tensor(name) + 1 for name in file.keys()}  # noqa: SIM118
         save_file(state, best / "model.safetensors", file.metadata())
-    assert starting._step_of(best) == 0
+    assert step_of(best) == 0
     (best / HEAD).write_bytes(b"damaged")
-    assert starting._step_of(best) == 0
+    assert step_of(best) == 0
 
 
 def test_maps_that_hold_other_numbers_score_the_same_classes(segmented: Path, tiles: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The images of a run in a fixed order, kept in its directory; which of them are in another run's too."""
+"""The images of a run in a fixed order, kept in its directory; which of them are among others."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ from fcmae.data.storage import Storage, is_remote
 
 logger = logging.getLogger("fcmae")
 
-OF_MODELS = {"best", "last", "checkpoints"}  # folders of a run
 MAX_LOOKED_AT = 200_000  # files whose second names are looked for: that takes as long as listing them
 MAX_INDEX = 2**37  # bytes of what `Images.save` writes: a thousand million paths
 ANY = Storage()
@@ -236,45 +235,6 @@ def _json_list(parts: Iterable[list[Any]]) -> Iterator[str]:
     yield "[]" if between == "[" else "]"
 
 
-def images_of_run(path: Path) -> Images | None:
-    """The images that a run learnt from, with labels if they had them; None where there is no run that says.
-
-    Args:
-        path: the run, or weights in its directory: best/, last/ or a checkpoint.
-    """
-    if (run := run_of(path)) is not None and (run / "files.json").is_file():
-        with suppress(ValueError, OSError):
-            return Images.load(run / "files.json")
-    return None
-
-
-def labelled_images_of_run(path: Path) -> Images | None:
-    """Those of `images_of_run`, if the run learnt their labels, or their label maps.
-
-    Args:
-        path: likewise.
-    """
-    run, images = run_of(path), images_of_run(path)
-    if run is None or images is None:
-        return None
-    return images if images.labels is not None or (run / "maps.json").is_file() else None
-
-
-def run_of(path: Path) -> Path | None:
-    """The run that a path is, or in whose best/, last/ or checkpoints/ it lies; None of others.
-
-    Args:
-        path: of a model; one that is not there is the name of a published one.
-    """
-    if not path.exists():
-        return None
-    place = path.absolute()
-    for run in (place, *place.parents[:3]):
-        if (run / "config.yaml").is_file() and (run == place or place.relative_to(run).parts[0] in OF_MODELS):
-            return run
-    return None
-
-
 def is_of_run(config: Path) -> bool:
     """Whether a config.yaml is that of a run; one that cannot be read is somebody else's."""
     with suppress(OSError):
@@ -291,6 +251,8 @@ def also_in(images: Images, others: Images) -> list[str]:
         images: that are looked for.
         others: that they are looked for among; of very many, names alone count.
     """
+    if not len(others):
+        return []
     key: Callable[[str], tuple[int, int] | str] = identity
     if len(images) + len(others) > MAX_LOOKED_AT:
         if images.source is others.source and not np.isin(images._positions(), others._positions()).any():

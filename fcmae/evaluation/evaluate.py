@@ -41,7 +41,7 @@ from fcmae.evaluation.probes import TEMPERATURE, few_shot_counts, fit_linear, kn
 from fcmae.evaluation.records import COLUMNS, score_rows
 from fcmae.networks.encoder import StagedEncoder
 from fcmae.options.line import flags
-from fcmae.starting import images_that_chose, learnt_images
+from fcmae.provenance import seen_by
 from fcmae.tables import table
 from fcmae.training.own_files import FOUND, check_outside
 from fcmae.training.records import device_name
@@ -222,17 +222,17 @@ def check_untaught(model: str, test_index: Images) -> None:
     Raises:
         ValueError: if it was trained on some of them.
     """
-    learnt = learnt_images(model)
-    if learnt is not None and (both := also_in(test_index, learnt)):
+    seen = seen_by(model)
+    if learnt := also_in(test_index, seen.labelled):
         raise ValueError(
-            f"{model} has learnt from {len(both)} of the {len(test_index)} test images with their labels, such as "
-            f"{printable(min(both))}: give others by test, or the seed and share by which the run held images out"
+            f"{model} has learnt from {len(learnt)} of the {len(test_index)} test images with their labels, such as "
+            f"{printable(min(learnt))}: give others by test, or the seed and share by which the run held images out"
         )
-    if (chose := images_that_chose(Path(model))) is not None and (both := also_in(test_index, chose)):
+    if chose := also_in(test_index, seen.chose):
         logger.warning(
             "%d of the %d test images chose the weights of %s, so that its scores are too high: give those of "
             "last/, or others by test",
-            len(both),
+            len(chose),
             len(test_index),
             model,
         )

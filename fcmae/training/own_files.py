@@ -63,6 +63,7 @@ RESULTS = (
     ),
     *(f"{place}/{name}" for place in ("best", "last") for name in (*EXPORTED, "predictions.csv", "confusion.csv")),
 )
+OF_MODELS = {"best", "last", "checkpoints"}  # those of its folders that hold models
 FOLDERS = ("index", "cache", "checkpoints", "tensorboard", "reconstructions", "overlays", "best", "last")
 WRITTEN = (".png", ".tif", ".tiff")  # pictures and label maps
 ASIDE = ".tmp-checkpoints"

@@ -13,13 +13,14 @@ import torch
 from timm.models import adapt_input_conv
 from torch import nn
 
-from fcmae.data.index import OF_MODELS, is_of_run
+from fcmae.data.index import is_of_run
 from fcmae.data.source import printable
 from fcmae.heads import Classifier
 from fcmae.masked import FCMAE
 from fcmae.networks.build import make_encoder
 from fcmae.networks.encoder import StagedEncoder
 from fcmae.networks.spec import ConvNeXtSpec, NetworkSpec, describe, variant_of
+from fcmae.training.own_files import OF_MODELS
 from fcmae.weights.directories import DIRECTORIES, reads_alike, timm_holds
 from fcmae.weights.files import FILE_SUFFIXES, read_weights, save_weights, tell_encoder_alone
 from fcmae.weights.formats import FORMATS, first_weight, holds, rename, to_state, unwrapped

@@ -18,7 +18,7 @@ from fcmae.config.commands import ExportConfig
 from fcmae.data.augment import Reading
 from fcmae.data.dataset import centre_crops, collate
 from fcmae.data.find import find_images
-from fcmae.data.index import Images, images_of_run
+from fcmae.data.index import Images
 from fcmae.data.normalize import Normalize
 from fcmae.data.shards import Parts
 from fcmae.data.source import printable
@@ -28,6 +28,7 @@ from fcmae.heads import Classifier
 from fcmae.layouts import DENSE, Layout
 from fcmae.layouts.masked import Masked
 from fcmae.networks.spec import describe
+from fcmae.provenance import images_of_run
 from fcmae.weights.convert import build_classifier, build_encoder
 from fcmae.weights.files import read_weights, tell_encoder_alone
 from fcmae.weights.record import Weights, licensed

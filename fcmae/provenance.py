@@ -1,0 +1,120 @@
+"""Which run made a model, and which images the model has seen there."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from safetensors import SafetensorError
+
+from fcmae.data.index import Images
+from fcmae.training.own_files import OF_MODELS
+from fcmae.training.records import read_metrics
+from fcmae.weights.segmenters import fits
+from fcmae.weights.tensors import read_record
+
+NONE = Images.of_files([])
+
+
+class Seen(NamedTuple):
+    """The images that a model has seen, as far as a run says.
+
+    Attributes:
+        labelled: whose labels, or label maps, it learnt; also of a run that it was made from, as by `prune`.
+        unlabelled: that it learnt from without labels.
+        chose: labelled ones by whose scores its run chose it.
+    """
+
+    labelled: Images = NONE
+    unlabelled: Images = NONE
+    chose: Images = NONE
+
+
+def seen_by(model: str | Path) -> Seen:
+    """What images a model has seen.
+
+    Args:
+        model: path of weights, of which a run's are its best ones; one that is not there is the name of a published
+            model, of which nothing is known.
+    """
+    path = Path(model)
+    run, step = _made_of(path)
+    chose = _images_that_chose(path, run, step)
+    images, are_labelled = _learnt_by(path)
+    if run is not None and not are_labelled and (of_run := _learnt_by(run))[1]:
+        images, are_labelled = of_run
+    return Seen(images, NONE, chose) if are_labelled else Seen(NONE, images, chose)
+
+
+def _learnt_by(path: Path) -> tuple[Images, bool]:
+    """The images of `images_of_run`, and whether their labels, or label maps, were learnt."""
+    run, images = run_of(path), images_of_run(path)
+    if run is None or images is None:
+        return NONE, False
+    return images, images.labels is not None or (run / "maps.json").is_file()
+
+
+def _images_that_chose(path: Path, made_of: Path | None, step: int) -> Images:
+    """The labelled images by which a run chose the weights that are read from a path: its best ones, or of them."""
+    folder = path.parent if path.is_file() else path
+    run = folder.parent if folder.name == "best" else folder
+    if run_of(path) is None and not (run / "metrics.jsonl").is_file():
+        if made_of is None or step != step_of(made_of / "best"):
+            return NONE
+        run = made_of
+    with suppress(ValueError, OSError):
+        lines = read_metrics(run / "metrics.jsonl")
+        num = sum("balanced_accuracy" in line or "miou" in line for line in lines)
+        if (run / "best").is_dir() and num > 1:  # a run's only evaluation is its best and its last
+            return Images.load(run / "val_files.json")
+    return NONE
+
+
+def images_of_run(path: Path) -> Images | None:
+    """The images that a run learnt from, with labels if they had them; None where there is no run that says.
+
+    Args:
+        path: the run, or weights in its directory: best/, last/ or a checkpoint.
+    """
+    if (run := run_of(path)) is not None and (run / "files.json").is_file():
+        with suppress(ValueError, OSError):
+            return Images.load(run / "files.json")
+    return None
+
+
+def run_of(path: Path) -> Path | None:
+    """The run that a path is, or in whose best/, last/ or checkpoints/ it lies; None of others.
+
+    Args:
+        path: of a model; one that is not there is the name of a published one.
+    """
+    if not path.exists():
+        return None
+    place = path.absolute()
+    for run in (place, *place.parents[:3]):
+        if (run / "config.yaml").is_file() and (run == place or place.relative_to(run).parts[0] in OF_MODELS):
+            return run
+    return None
+
+
+def step_of(model: Path) -> int:
+    """After how many steps a run exported a model; 0 if there is none, or one of two halves."""
+    with suppress(OSError, SafetensorError, LookupError, TypeError, ValueError):
+        return _made_of(model)[1] if fits(model) else 0
+    return 0
+
+
+def _made_of(weights: Path) -> tuple[Path | None, int]:
+    """The run and the step that a file of ours, or a folder with one, was made from; None and 0 where it does not say.
+
+    A relative path may be another run here.
+    """
+    file = weights / "model.safetensors" if weights.is_dir() else weights
+    run, step = None, 0
+    with suppress(OSError, SafetensorError, LookupError, TypeError, ValueError, RecursionError):
+        if file.is_file():
+            origin = json.loads(read_record(file) or "{}")["origin"]
+            step, run = int(origin["step"]), Path(origin["run"])
+    return (run if run is not None and run.is_absolute() else None), step
