@@ -139,11 +139,7 @@ def load_backbones(
     Args:
         sources: see `load_backbone`.
         images: that controls see; without a network, a sample of them has their channels, mean and std.
-        image_size: see `load_backbone`.
-        max_pixels: see `load_backbone`.
-        key: see `load_backbone`.
-        prefix: see `load_backbone`.
-        nodata: see `load_backbone`.
+        image_size, max_pixels, key, prefix, nodata: see `load_backbone`.
 
     Raises:
         ValueError: see `load_backbone`; or if controls are alone and no image can be read.

@@ -128,10 +128,7 @@ def check(path: Path, variant: str | None = None, key: str | None = None, prefix
     """Compare the encoder's output on a fixed image with the one recorded in the file, and say how well they agree.
 
     Args:
-        path: see `read_weights`.
-        variant: see `read_weights`.
-        key: see `read_weights`.
-        prefix: see `read_weights`.
+        path, variant, key, prefix: see `read_weights`.
 
     Raises:
         ValueError: if they differ by more than 1e-4 of the largest value (float32 on another machine, summed in another
@@ -169,9 +166,7 @@ def convert(
         source: what `read_weights` reads.
         dest: a new path; None writes nothing and describes which tensor goes where.
         to: one of FORMATS.
-        variant: see `read_weights`.
-        key: see `read_weights`.
-        prefix: see `read_weights`.
+        variant, key, prefix: see `read_weights`.
 
     Returns:
         The description, and how to use what was written.
@@ -188,8 +183,7 @@ def check_dest(dest: Path | None, to: str) -> None:
     """Refuse a path to which weights cannot be written.
 
     Args:
-        dest: see `convert`.
-        to: see `convert`.
+        dest, to: see `convert`.
 
     Raises:
         ValueError: if there is no such format, dest exists or has another kind of name than the format needs.
@@ -212,9 +206,7 @@ def read_sound(source: Path, variant: str | None = None, key: str | None = None,
 
     Args:
         source: what `read_weights` reads.
-        variant: see `read_weights`.
-        key: see `read_weights`.
-        prefix: see `read_weights`.
+        variant, key, prefix: see `read_weights`.
 
     Raises:
         ValueError: if they cannot be read, or are damaged.
@@ -235,8 +227,7 @@ def write(weights: Weights, dest: Path | None, to: str) -> str:
 
     Args:
         weights: of `read_sound`.
-        dest: see `convert`.
-        to: see `convert`.
+        dest, to: see `convert`.
 
     Returns:
         See `convert`.

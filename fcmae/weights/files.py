@@ -103,8 +103,7 @@ def read_init(init: str, key: str | None, prefix: str | None, setting: str = "mo
 
     Args:
         init: path of the weights; or the name of a model of timm's, whose pretrained weights may be fetched.
-        key: see `read_weights`.
-        prefix: see `read_weights`.
+        key, prefix: see `read_weights`.
         setting: the setting that names them.
 
     Raises:
@@ -246,12 +245,10 @@ def save_weights(dest: Path, weights: Weights, to: str) -> None:
     """Write the weights in a format; parts for which it has no place are left out.
 
     Args:
-        dest: see `writing_weights`.
-        weights: likewise.
-        to: likewise.
+        dest, weights, to: see `writing_weights`.
 
     Raises:
-        ValueError: likewise.
+        ValueError: see `writing_weights`.
     """
     with writing_weights(dest, weights, to):
         pass
