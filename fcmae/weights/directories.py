@@ -146,24 +146,24 @@ def license_of(path: Path) -> dict[str, str]:
 
     For released weights it is in timm's table, under their tag or the name of their file.
     """
-    said: object = None
+    license_: object = None
     # Other faults of the files are reported where they are read; timm raises RuntimeError for what it does not know.
     with suppress(OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError):
         if path.is_dir():
             config = _read_json(path / "config.json")
             published = config.get("pretrained_cfg") or config
-            said = published.get("license") or config.get("license") or _in_card(path / "README.md")
-            if not said and (tag := published.get("tag")):
-                said = timm.models.get_pretrained_cfg_value(f"{config['architecture']}.{tag}", "license")
+            license_ = published.get("license") or config.get("license") or _in_card(path / "README.md")
+            if not license_ and (tag := published.get("tag")):
+                license_ = timm.models.get_pretrained_cfg_value(f"{config['architecture']}.{tag}", "license")
         elif path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
-                said = (file.metadata() or {}).get("license")
+                license_ = (file.metadata() or {}).get("license")
         else:
             released = map(timm.get_pretrained_cfg, timm.list_pretrained("convnext*"))
-            said = next((each.license for each in released if each and Path(str(each.url)).name == path.name), None)
-        if not said and path.is_file() and path in shards(path.parent):  # whose licence is beside it
+            license_ = next((each.license for each in released if each and Path(str(each.url)).name == path.name), None)
+        if not license_ and path.is_file() and path in shards(path.parent):  # whose licence is beside it
             return license_of(path.parent)
-    return {"license": said} if isinstance(said, str) and said else {}
+    return {"license": license_} if isinstance(license_, str) and license_ else {}
 
 
 def _in_card(path: Path) -> str | None:
@@ -171,8 +171,8 @@ def _in_card(path: Path) -> str | None:
     if not path.is_file():
         return None
     head = read_bytes(path, MAX_CARD).decode(errors="replace").split("---")[1:2]
-    found = dict(re.findall(r"^(license|license_name): *[\"']?([^\"'\n]+)", "".join(head), re.M))
-    return found.get("license_name") or found.get("license")
+    entries = dict(re.findall(r"^(license|license_name): *[\"']?([^\"'\n]+)", "".join(head), re.M))
+    return entries.get("license_name") or entries.get("license")
 
 
 def pretrained(name: str, setting: str) -> tuple[dict[str, Tensor], Record]:

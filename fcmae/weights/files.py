@@ -155,9 +155,9 @@ def _weights(
 
 def _inside(path: Path, state: Mapping[str, Tensor], prefix: str | None) -> dict[str, str]:
     """Map the names of the network in a file to the names in the file, and warn of what else is there."""
-    found, inside = network_in(state, prefix)
-    if found and prefix is None:
-        logger.warning("%s: reading the network under the prefix %r", path, found)
+    detected, inside = network_in(state, prefix)
+    if detected and prefix is None:
+        logger.warning("%s: reading the network under the prefix %r", path, detected)
     if others := set(state) - set(inside.values()):
         logger.warning("%s: left out, as they are no part of the network: %s", path, few(sorted(others)))
     return inside
@@ -228,11 +228,11 @@ def _load(path: Path, key: str | None = None) -> tuple[dict[str, Tensor], Record
     try:
         fields = json.loads(text)
         record = Record.model_validate(fields)
-        said = fields.pop("sha256", None)
+        sha256 = fields.pop("sha256", None)
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: its record {RECORD!r} is not one of ours: {first_problem(error)}") from error
     # The record describes the weights that we wrote, not others beside them.
-    if key in (None, "model") and said not in (None, digest(state, _dumped(fields))):
+    if key in (None, "model") and sha256 not in (None, digest(state, _dumped(fields))):
         raise ValueError(f"{path} has changed since it was written (its SHA-256 is another): copy or export it again")
     return state, record
 
