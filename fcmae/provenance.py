@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +11,7 @@ from typing import NamedTuple
 from safetensors import SafetensorError
 
 from fcmae.data.index import Images
+from fcmae.options.files import read_yaml
 from fcmae.training.own_files import OF_MODELS
 from fcmae.training.records import read_metrics
 from fcmae.weights.segmenters import fits
@@ -22,8 +24,9 @@ class Seen(NamedTuple):
     """The images that a model has seen, as far as a run says.
 
     Attributes:
-        labelled: whose labels, or label maps, it learnt; also of a run that it was made from, as by `prune`.
-        unlabelled: that it learnt from without labels.
+        labelled: whose labels, or label maps, it learnt; also those of the run that it was made from, as by `prune`,
+            and of runs whose weights that one began with.
+        unlabelled: that its own run learnt from without labels.
         chose: labelled ones by whose scores its run chose it.
     """
 
@@ -40,20 +43,49 @@ def seen_by(model: str | Path) -> Seen:
             model, of which nothing is known.
     """
     path = Path(model)
-    run, step = _made_of(path)
-    chose = _images_that_chose(path, run, step)
-    images, are_labelled = _learnt_by(path)
-    if run is not None and not are_labelled and (of_run := _learnt_by(run))[1]:
-        images, are_labelled = of_run
-    return Seen(images, NONE, chose) if are_labelled else Seen(NONE, images, chose)
+    labelled, unlabelled = list[Images](), NONE
+    for run in _runs_before(path):
+        is_own = run == run_of(path)
+        images = images_of_run(run) if is_own or not _is_pretraining(run) else None
+        if images is not None and (images.labels is not None or (run / "maps.json").is_file()):
+            labelled.append(images)
+        elif images is not None and is_own:
+            unlabelled = images
+    names = dict.fromkeys(name for images in labelled for name in images.names()) if len(labelled) > 1 else ()
+    learnt = Images.of_files(list(names)) if names else labelled[0] if labelled else NONE
+    return Seen(learnt, unlabelled, _images_that_chose(path, *_made_of(path)))
 
 
-def _learnt_by(path: Path) -> tuple[Images, bool]:
-    """The images of `images_of_run`, and whether their labels, or label maps, were learnt."""
-    run, images = run_of(path), images_of_run(path)
-    if run is None or images is None:
-        return NONE, False
-    return images, images.labels is not None or (run / "maps.json").is_file()
+def _runs_before(model: Path) -> Iterator[Path]:
+    """The run that made a model, the run whose weights that one began with, and so on, as far as they are here."""
+    runs, place = set[Path](), model
+    while True:
+        run = run_of(place) or _made_of(place)[0]
+        if run is None or not run.is_dir() or run.resolve() in runs:
+            return
+        runs.add(run.resolve())
+        yield run
+        start = _start_of(run)
+        if start is None:
+            return
+        place = start
+
+
+def _start_of(run: Path) -> Path | None:
+    """What a run's weights began with, a path or a published model's name; None where it does not say."""
+    with suppress(ValueError, OSError, LookupError, TypeError):
+        start = Path(read_yaml(run / "config.yaml")["model"]["init"])
+        if start.is_absolute():
+            return start
+        starts = json.loads((run / "environment.json").read_text())
+        return Path(starts[0]["directory"], start)
+    return None
+
+
+def _is_pretraining(run: Path) -> bool:
+    with suppress(OSError), (run / "config.yaml").open() as file:
+        return file.readline().startswith("# fcmae pretrain ")
+    return False
 
 
 def _images_that_chose(path: Path, made_of: Path | None, step: int) -> Images:

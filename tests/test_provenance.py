@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,35 @@ def test_a_model_is_of_the_run_that_made_it_and_of_no_other(tmp_path: Path, monk
     assert run_of(run / "b-timm") is None
     monkeypatch.chdir(run)
     assert run_of(Path("../b")) is None and run_of(Path("best")) == run and run_of(Path("convnext_atto")) is None
+
+
+def test_labels_that_a_model_began_with_are_among_those_that_it_has_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = {name: touch(tmp_path, f"images/{name}.jpg") for name in "abcp"}
+
+    def run(name: str, kind: str, init: str | None, *, labels: bool = True) -> Path:
+        place = tmp_path / name
+        touch(place, "last/model.safetensors")
+        (place / "config.yaml").write_text(f"# fcmae {kind} 0.1.0\nmodel:\n  init: {init or 'null'}\n")
+        (place / "environment.json").write_text(json.dumps([{"directory": str(tmp_path)}, {"directory": "/"}]))
+        Images.of_files(images[name], *(([0], ["x"]) if labels else ())).save(place / "files.json")
+        return place
+
+    run("a", "finetune", None)
+    run("b", "segment", "a")
+    run("c", "finetune", str(tmp_path / "b" / "last"))
+    run("p", "pretrain", "c", labels=False)
+    monkeypatch.chdir("/")
+    assert sorted(seen_by(tmp_path / "c").labelled.names()) == sorted([*images["c"], *images["b"], *images["a"]])
+    seen = seen_by(tmp_path / "p" / "last")
+    assert sorted(seen.labelled.names()) == sorted([*images["c"], *images["b"], *images["a"]])
+    assert seen.unlabelled.names() == images["p"]
+    run("a", "finetune", "c")  # which cannot be, and ends nevertheless
+    assert len(seen_by(tmp_path / "b").labelled) == 3
+    run("c", "finetune", "p")  # of a pretraining that was begun with only labels count
+    seen = seen_by(tmp_path / "c")
+    assert seen.labelled.names() == images["c"] and len(seen.unlabelled) == 0
 
 
 def test_images_are_seen_with_labels_or_without_or_not_known(tmp_path: Path) -> None:
