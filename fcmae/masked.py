@@ -397,7 +397,7 @@ def reconstruction_loss(
     return WeightedLoss(error.where(counts, 0).square().sum() / num.clamp(min=1), num / counts.numel())
 
 
-def masked_loss(
+def weighted_loss(
     model: Callable[[Tensor, Tensor, int | None], tuple[Tensor, Tensor]],
     images: Tensor,
     masks: Tensor,
@@ -405,10 +405,8 @@ def masked_loss(
     *,
     target: Target | None = None,
     known: Tensor | None = None,
-) -> Tensor:
-    """The objective of pretraining: how well `model` predicts what the masks hide.
-
-    Where values are missing, means of parts of a batch make up that of all as `weighted_loss` tells.
+) -> WeightedLoss:
+    """The objective of pretraining: how well `model` predicts what the masks hide, of a batch or a part of one.
 
     Args:
         model: an FCMAE, as it is, compiled, or wrapped for several processes.
@@ -421,36 +419,12 @@ def masked_loss(
             model sees what `images` holds in their place, ideally 0, the mean.
 
     Returns:
-        A float32 scalar with gradients, the mean over all hidden patches, see `reconstruction_loss`.
+        The mean over all hidden patches, a float32 scalar with gradients, and what it counts by: the mean of a whole
+        batch is that of its parts, weighted by their shares. See `reconstruction_loss`.
 
     Raises:
         ValueError: if the masks hide nothing at all, or everything, images differ in the number of their masks, or no
             target is given and the model has none.
-    """
-    return weighted_loss(model, images, masks, num_visible, target=target, known=known).mean
-
-
-def weighted_loss(
-    model: Callable[[Tensor, Tensor, int | None], tuple[Tensor, Tensor]],
-    images: Tensor,
-    masks: Tensor,
-    num_visible: int | None = None,
-    *,
-    target: Target | None = None,
-    known: Tensor | None = None,
-) -> WeightedLoss:
-    """`masked_loss` of a part of a batch, and what the part counts by: the mean of all values is the weighted one.
-
-    Args:
-        model: see `masked_loss`.
-        images: likewise.
-        masks: likewise.
-        num_visible: likewise.
-        target: likewise.
-        known: likewise.
-
-    Raises:
-        ValueError: see `masked_loss`.
     """
     if len(masks) % len(images):
         raise ValueError(f"masks: received {len(masks)} for {len(images)} images; give as many of each")
@@ -463,3 +437,20 @@ def weighted_loss(
         raise ValueError("target: the model has none of its own: give one, such as fcmae.masked.normalized_pixels")
     pred, site_mask = model(images, masks, num_visible)
     return reconstruction_loss(pred, images, site_mask, target=target, known=known)
+
+
+def masked_loss(
+    model: Callable[[Tensor, Tensor, int | None], tuple[Tensor, Tensor]],
+    images: Tensor,
+    masks: Tensor,
+    num_visible: int | None = None,
+    *,
+    target: Target | None = None,
+    known: Tensor | None = None,
+) -> Tensor:
+    """The objective of pretraining on a whole batch: the mean that `weighted_loss` gives, a float32 scalar.
+
+    Args:
+        model, images, masks, num_visible, target, known: see `weighted_loss`, and for errors.
+    """
+    return weighted_loss(model, images, masks, num_visible, target=target, known=known).mean

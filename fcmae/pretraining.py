@@ -33,7 +33,7 @@ from fcmae.evaluation.pictures import (
     save_tiles,
 )
 from fcmae.layouts import make_layout
-from fcmae.masked import FCMAE, build_fcmae, hog, masked_loss, normalized_pixels, pixels, weighted_loss
+from fcmae.masked import FCMAE, build_fcmae, hog, normalized_pixels, pixels, weighted_loss
 from fcmae.masking import num_visible, random_mask
 from fcmae.networks.build import make_encoder
 from fcmae.networks.spec import describe
@@ -158,8 +158,8 @@ def train(
     def trial() -> None:
         noise = noise_batch(cfg, micro_batch_size(cfg, accelerator.num_processes)).to(accelerator.device)
         with accelerator.no_sync(model):
-            loss = masked_loss(model, normalize(noise.images), noise.given_masks, visible, target=net.target)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss = weighted_loss(model, normalize(noise.images), noise.given_masks, visible, target=net.target)
+            loss.mean.backward()  # type: ignore[no-untyped-call]
 
     # With the autocast that the forward pass has by now: without it the first step would compile once more.
     compile_model(net, cfg.model.compile, trial, (schedule.total - schedule.start) * cfg.num_micro_batches)

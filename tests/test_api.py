@@ -28,7 +28,7 @@ from runs import TINY, assert_same, config, final_state, write_images
 from test_weights_convert import write_checkpoint
 
 import fcmae
-from fcmae import api, cli, finetuning, planning, pretraining, segmenting, starting
+from fcmae import api, cli, finetuning, masked, planning, pretraining, segmenting, starting
 from fcmae.api import Classified, Features
 from fcmae.config import FinetuneConfig, PretrainConfig
 from fcmae.data.augment import Reading, seeded
@@ -87,7 +87,7 @@ def test_everything_it_names_is_there_and_nothing_else() -> None:
         fcmae.train  # noqa: B018
     with pytest.raises(ImportError):
         exec("from fcmae import train")
-    assert fcmae.masked_loss is pretraining.masked_loss
+    assert fcmae.masked_loss is masked.masked_loss
 
 
 def test_no_module_takes_the_place_of_a_function() -> None:
