@@ -40,7 +40,6 @@ from fcmae.starting import (
     class_weights_of,
     kept_weights,
     prepare,
-    progress_of,
     reading_for,
     starting_weights,
 )
@@ -52,9 +51,10 @@ from fcmae.training.launch import (
 )
 from fcmae.training.log import Log
 from fcmae.training.micro_batches import eval_batch_size
+from fcmae.training.optim import Schedule
 from fcmae.training.run import Run, RunDirectory
 from fcmae.training.session import Session, begin
-from fcmae.training.steps import Steps, evaluate_if_owed, limit_to_known_memory
+from fcmae.training.steps import Steps, evaluate_if_owed, schedule_of
 from fcmae.weights.convert import save_classifier
 from fcmae.weights.formats import rename
 from fcmae.weights.record import ImageRecord, Weights, licensed
@@ -82,16 +82,19 @@ def finetune(cfg: FinetuneConfig, net: Classifier | None = None) -> Run:
         FloatingPointError: if the loss or a gradient stops being finite.
     """
     with begin(cfg) as session:
-        cfg, run, accelerator = session.cfg, session.run, session.accelerator
-        weights = kept_weights(run) or starting_weights(cfg)
+        run, accelerator = session.run, session.accelerator
+        weights = kept_weights(run) or starting_weights(session.cfg)
+        session.settle_license(weights.license)
+        cfg = session.cfg
         if _keeps_head(cfg) and not weights.class_names:
             raise ValueError(f"model.init = {cfg.model.init} has no classifier: give a fine-tuned model")
         train_images, val_images = same_everywhere(accelerator, partial(run_images, cfg, run, weights))
         assert val_images.class_names is not None
         per_epoch = 0 if cfg.eval_only else steps_per_epoch(len(train_images), cfg.batch_size)
+        schedule = schedule_of(cfg, per_epoch, run.resume_step)
         if net is None:
             net = build_model(cfg, weights, len(val_images.class_names))
-        cfg, run.network = run.licensed(cfg, weights.license), describe(net.encoder.spec)
+        run.network = describe(net.encoder.spec)
         reading = build_reading(cfg, weights)
         weights = replace(
             weights,
@@ -101,7 +104,7 @@ def finetune(cfg: FinetuneConfig, net: Classifier | None = None) -> Run:
             origin=licensed(cfg.model.license),
         )
         num_images, images = (len(train_images), len(val_images)), fingerprint(train_images, val_images)
-        check_start(cfg, run, net, num_images, images, accelerator.num_processes)
+        check_start(session, net, num_images, images)
         if cfg.eval_only:
             check_scored(run, {"val_files.json": val_images})
         train_set = build_train_set(cfg, train_images, reading) if cfg.trains else None
@@ -118,18 +121,17 @@ def finetune(cfg: FinetuneConfig, net: Classifier | None = None) -> Run:
                     tell_missing(train_images, val_images)
                     check_values(reading, train_images if len(train_images) else val_images, trains=cfg.trains)
             run.finished = train(
-                session, cfg, net, weights, reading, per_epoch, train_images, val_images, train_set, class_weights
+                session, net, weights, reading, schedule, train_images, val_images, train_set, class_weights
             )
     return session.result()
 
 
 def train(
     session: Session[FinetuneConfig],
-    cfg: FinetuneConfig,
     net: Classifier,
     weights: Weights,
     reading: Reading,
-    per_epoch: int,
+    schedule: Schedule,
     train_images: Images,
     val_images: Images,
     train_set: FinetuneDataset | None,
@@ -139,11 +141,10 @@ def train(
 
     Args:
         session: open.
-        cfg: the run's settings, all of them known.
         net: the classifier, which starts as it is or is overwritten by the checkpoint that the run resumes from.
         weights: what describes the exported models, without tensors.
         reading: how images are read.
-        per_epoch: steps of an epoch; 0 to evaluate only.
+        schedule: when what happens.
         train_images: to learn from.
         val_images: held out.
         train_set: of train_images; None to evaluate only.
@@ -156,13 +157,12 @@ def train(
         FloatingPointError: if the loss or a gradient stops being finite.
         ValueError: if none of the held-out images can be read.
     """
-    run, accelerator = session.run, session.accelerator
-    cfg = limit_to_known_memory(cfg, accelerator)
-    ready = prepare(cfg, run, accelerator, net, reading.image_size, per_epoch, SCORE, partial(rename, to="timm"))
-    schedule, ema = ready.schedule, ready.ema
+    session.limit_to_known_memory()
+    cfg, run, accelerator = session.cfg, session.run, session.accelerator
+    ready = prepare(session, net, reading.image_size, schedule, SCORE, partial(rename, to="timm"))
+    ema = ready.ema
     normalize = reading.normalize.to(accelerator.device)
     at_once = eval_batch_size(cfg, accelerator.num_processes, accelerator.device.type)
-    images_used = fingerprint(train_images, val_images)
     mixup = build_mixup(cfg, len(weights.class_names))
     smoothing = 0.0 if mixup is not None else cfg.regularization.label_smoothing  # mixup's targets come smoothed
 
@@ -188,11 +188,19 @@ def train(
         def evaluate(step: int) -> None:
             places = ("last",) if step == schedule.total else ()
             with waiting_for_all(accelerator):  # the first one writes models
-                evaluation.evaluate(net, ema, step, step / per_epoch, places)
+                evaluation.evaluate(net, ema, step, step / schedule.per_epoch, places)
 
-        evaluate_if_owed(accelerator, run, schedule, log, evaluate)
-        steps = Steps(cfg, schedule, accelerator, ready.model, ready.optimizer, train_set, log, session.stop)
-        progress = progress_of(cfg, net, reading, accelerator.num_processes)
+        evaluate_if_owed(session, log, evaluate)
+        steps = Steps(
+            session,
+            log,
+            ready.model,
+            ready.optimizer,
+            train_set,
+            fingerprint=fingerprint(train_images, val_images),
+            progress={"image": ImageRecord.of(reading).known()},
+            ema=None if ema is None else ema.module,
+        )
         for step in steps:
             for batch in step.micro_batches():
                 with step.accumulate():
@@ -203,8 +211,7 @@ def train(
             step.update()
             if ema is not None:
                 ema.update(net, step.number)
-            step.settle()
-            step.save(run, net, images_used, progress, None if ema is None else ema.module)
+            step.save()
             if step.evaluates:
                 evaluate(step.number)
     if steps.finished:

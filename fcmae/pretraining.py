@@ -52,7 +52,7 @@ from fcmae.training.optim import Schedule
 from fcmae.training.records import read_metrics
 from fcmae.training.run import Run, RunDirectory
 from fcmae.training.session import Session, begin
-from fcmae.training.steps import Steps, check_pooled, evaluate_if_owed, limit_to_known_memory, schedule_of
+from fcmae.training.steps import Steps, check_pooled, evaluate_if_owed, schedule_of
 from fcmae.weights.convert import start_from
 from fcmae.weights.files import read_init
 from fcmae.weights.formats import OLD, rename
@@ -80,12 +80,12 @@ def pretrain(cfg: PretrainConfig, net: FCMAE | None = None) -> Run:
         FloatingPointError: if the loss or a gradient stops being finite.
     """
     with begin(cfg) as session:
-        cfg, run, accelerator = session.cfg, session.run, session.accelerator
+        cfg, run, accelerator = session.cfg, session.run, session.accelerator  # all but the licence is known
         images, are_new = same_everywhere(accelerator, partial(run_images, cfg, run))
         train_images, val_images = split(images, cfg.data.val_share, cfg.seed)
         schedule = build_schedule(cfg, run, train_images)
         if cfg.model.grn_scope == "batch":
-            check_pooled(cfg, run, accelerator.num_processes, "model.grn_scope = batch")
+            check_pooled(session, "model.grn_scope = batch")
         started, found = list[str](), None
         if net is None:
             net = build_model(cfg)
@@ -94,7 +94,8 @@ def pretrain(cfg: PretrainConfig, net: FCMAE | None = None) -> Run:
         else:
             check_model(cfg, net)
             started = ["from the model that was handed in"] if run.resume_from is None else []
-        cfg, run.network = run.licensed(cfg, found), describe(net.encoder.spec)
+        session.settle_license(found)
+        run.network = describe(net.encoder.spec)
         if run.resume_from is None:
             run.needs = checkpoint.check_space(run.path, net, cfg.num_checkpoints, overwrites=run.overwrites)
         labelled = None
@@ -112,13 +113,12 @@ def pretrain(cfg: PretrainConfig, net: FCMAE | None = None) -> Run:
                     check_values(reading_of(cfg.data), images, trains=True)
             for sentence in started:
                 logger.info("start: %s", sentence)
-            run.finished = train(session, cfg, net, schedule, train_images, val_images, labelled)
+            run.finished = train(session, net, schedule, train_images, val_images, labelled)
     return session.result()
 
 
 def train(
     session: Session[PretrainConfig],
-    cfg: PretrainConfig,
     net: FCMAE,
     schedule: Schedule,
     train_images: Images,
@@ -129,7 +129,6 @@ def train(
 
     Args:
         session: open.
-        cfg: the run's settings, all of them known.
         net: the model, which starts as it is or is overwritten by the checkpoint that the run resumes from.
         schedule: see `build_schedule`.
         train_images: to learn from.
@@ -142,11 +141,10 @@ def train(
     Raises:
         FloatingPointError: if the loss or a gradient stops being finite.
     """
-    run, accelerator = session.run, session.accelerator
-    cfg = limit_to_known_memory(cfg, accelerator)
+    session.limit_to_known_memory()
+    cfg, run, accelerator = session.cfg, session.run, session.accelerator
     net = net.to(accelerator.device)
     adamw = build_optimizer(cfg, net)
-    fingerprint = train_images.fingerprint()
     if run.resume_from is not None:
         checkpoint.restore(run.resume_from, net, adamw, partial(rename, to=OLD), accelerator.scaler)
     normalize = Normalize(*cfg.data.statistics()).to(accelerator.device)
@@ -173,9 +171,10 @@ def train(
             with waiting_for_all(accelerator):  # the first one looks at features and draws pictures
                 evaluation.evaluate(net, step)
 
-        evaluate_if_owed(accelerator, run, schedule, log, evaluate)
+        evaluate_if_owed(session, log, evaluate)
+        fingerprint, masks_per_image = train_images.fingerprint(), cfg.data.masks_per_image
         steps = Steps(
-            cfg, schedule, accelerator, model, optimizer, train_set, log, session.stop, cfg.data.masks_per_image
+            session, log, model, optimizer, train_set, fingerprint=fingerprint, masks_per_image=masks_per_image
         )
         for step in steps:
             for batch in step.micro_batches():
@@ -185,9 +184,7 @@ def train(
                         *weighted_loss(model, images, batch.given_masks, visible, target=net.target, known=batch.known)
                     )
             step.update()
-            step.settle()
-            at_once = micro_batch_size(steps.cfg, accelerator.num_processes)
-            step.save(run, net, fingerprint, {"images_at_once": at_once})
+            step.save()
             if step.evaluates:
                 evaluate(step.number)
     return steps.finished

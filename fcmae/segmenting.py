@@ -54,7 +54,6 @@ from fcmae.starting import (
     class_weights_of,
     kept_weights,
     prepare,
-    progress_of,
     reading_for,
     starting_weights,
 )
@@ -67,9 +66,10 @@ from fcmae.training.launch import (
 )
 from fcmae.training.log import Log
 from fcmae.training.micro_batches import eval_batch_size
+from fcmae.training.optim import Schedule
 from fcmae.training.run import Run, RunDirectory
 from fcmae.training.session import Session, begin
-from fcmae.training.steps import Steps, evaluate_if_owed, limit_to_known_memory
+from fcmae.training.steps import Steps, evaluate_if_owed, schedule_of
 from fcmae.weights.record import ImageRecord, Weights, licensed
 from fcmae.weights.segmenters import read_segmenter, save_segmenter
 
@@ -124,18 +124,21 @@ def segment(cfg: SegmentConfig, net: Segmenter | None = None) -> Run:
         FloatingPointError: if the loss or a gradient stops being finite.
     """
     with begin(cfg) as session:
-        cfg, run, accelerator = session.cfg, session.run, session.accelerator
-        weights = kept_weights(run) or starting_weights(cfg)
+        run, accelerator = session.run, session.accelerator
+        weights = kept_weights(run) or starting_weights(session.cfg)
+        session.settle_license(weights.license)
+        cfg = session.cfg
         data = same_everywhere(accelerator, partial(run_images, cfg, run))
         per_epoch = 0 if cfg.eval_only else steps_per_epoch(len(data.images), cfg.batch_size)
+        schedule = schedule_of(cfg, per_epoch, run.resume_step)
         if net is None:
             net = build_model(cfg, weights, data.classes.names)
-        cfg, run.network = run.licensed(cfg, weights.license), describe(net.encoder.spec)
+        run.network = describe(net.encoder.spec)
         reading = reading_for(cfg, weights)
         weights = replace(weights, state={}, image=ImageRecord.of(reading), origin=licensed(cfg.model.license))
         check_sides("data.image_size", reading.image_size, weights.architecture.spec.total_stride)
         num_images = (len(data.images), len(data.val_images))
-        check_start(cfg, run, net, num_images, data.fingerprint(), accelerator.num_processes)
+        check_start(session, net, num_images, data.fingerprint())
         if cfg.eval_only:
             check_scored(run, {"val_files.json": data.val_images, "val_maps.json": data.val_maps})
         class_weights = class_weights_of(cfg, data.counts, accelerator.device)
@@ -147,17 +150,16 @@ def segment(cfg: SegmentConfig, net: Segmenter | None = None) -> Run:
                     for note in dict.fromkeys(note for part in data for note in part.notes):
                         logger.info("%s", note)
                     check_values(reading, data.images if len(data.images) else data.val_images, trains=cfg.trains)
-            run.finished = train(session, cfg, net, weights, reading, per_epoch, data, class_weights)
+            run.finished = train(session, net, weights, reading, schedule, data, class_weights)
     return session.result()
 
 
 def train(
     session: Session[SegmentConfig],
-    cfg: SegmentConfig,
     net: Segmenter,
     weights: Weights,
     reading: Reading,
-    per_epoch: int,
+    schedule: Schedule,
     data: Mapped,
     class_weights: Tensor | None,
 ) -> bool:
@@ -165,11 +167,10 @@ def train(
 
     Args:
         session: open.
-        cfg: the run's settings, all of them known.
         net: the model, which starts as it is or is overwritten by the checkpoint that the run resumes from.
         weights: what describes the exported models, without tensors.
         reading: how images are read.
-        per_epoch: steps of an epoch; 0 to evaluate only.
+        schedule: when what happens.
         data: images and maps.
         class_weights: (classes,), in the loss; None is 1 each.
 
@@ -180,13 +181,12 @@ def train(
         FloatingPointError: if the loss or a gradient stops being finite.
         ValueError: if none of the held-out images can be read.
     """
-    run, accelerator = session.run, session.accelerator
-    cfg = limit_to_known_memory(cfg, accelerator)
-    ready = prepare(cfg, run, accelerator, net, reading.image_size, per_epoch, SCORE)
-    schedule, ema = ready.schedule, ready.ema
+    session.limit_to_known_memory()
+    cfg, run, accelerator = session.cfg, session.run, session.accelerator
+    ready = prepare(session, net, reading.image_size, schedule, SCORE)
+    ema = ready.ema
     normalize = reading.normalize.to(accelerator.device)
     at_once = eval_batch_size(cfg, accelerator.num_processes, accelerator.device.type)
-    images_used = data.fingerprint()
 
     with closing(Log(cfg, accelerator, schedule, len(data.images) + len(data.val_images))) as log:
         evaluation = Evaluation(cfg, accelerator, reading, data, weights, log, ready.best, at_once)
@@ -204,11 +204,19 @@ def train(
         def evaluate(step: int) -> None:
             places = ("last",) if step == schedule.total else ()
             with waiting_for_all(accelerator):  # the first one writes models
-                evaluation.evaluate(net, ema, step, step / per_epoch, places)
+                evaluation.evaluate(net, ema, step, step / schedule.per_epoch, places)
 
-        evaluate_if_owed(accelerator, run, schedule, log, evaluate)
-        steps = Steps(cfg, schedule, accelerator, ready.model, ready.optimizer, train_set, log, session.stop)
-        progress = progress_of(cfg, net, reading, accelerator.num_processes)
+        evaluate_if_owed(session, log, evaluate)
+        steps = Steps(
+            session,
+            log,
+            ready.model,
+            ready.optimizer,
+            train_set,
+            fingerprint=data.fingerprint(),
+            progress={"image": ImageRecord.of(reading).known()},
+            ema=None if ema is None else ema.module,
+        )
         for step in steps:
             for batch in step.micro_batches():
                 with step.accumulate():
@@ -219,8 +227,7 @@ def train(
             step.update()
             if ema is not None:
                 ema.update(net, step.number)
-            step.settle()
-            step.save(run, net, images_used, progress, None if ema is None else ema.module)
+            step.save()
             if step.evaluates:
                 evaluate(step.number)
     if steps.finished:

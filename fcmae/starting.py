@@ -7,16 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from numpy.typing import NDArray
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from fcmae.config import DenseConfig, ImageConfig, RunConfig
+from fcmae.config import DenseConfig, ImageConfig
 from fcmae.data.augment import Reading
 from fcmae.data.index import Images, also_in, check_apart
 from fcmae.data.source import printable
@@ -30,13 +29,16 @@ from fcmae.training.micro_batches import micro_batch_size
 from fcmae.training.optim import Schedule
 from fcmae.training.records import of_model, read_metrics
 from fcmae.training.run import RunDirectory
-from fcmae.training.steps import check_pooled, schedule_of
+from fcmae.training.session import Session
+from fcmae.training.steps import check_pooled
 from fcmae.weights.convert import adapt_in_chans
 from fcmae.weights.files import read_init, tell_encoder_alone
 from fcmae.weights.formats import Architecture
 from fcmae.weights.record import ImageRecord, Weights
 
 logger = logging.getLogger("fcmae")
+
+AnyDense = TypeVar("AnyDense", bound=DenseConfig)
 
 
 def starting_weights(cfg: DenseConfig) -> Weights:
@@ -144,19 +146,6 @@ def kept_weights(run: RunDirectory) -> Weights | None:
     return Weights({}, architecture, image, class_names=Images.load(held_out).class_names or ())
 
 
-def progress_of(cfg: RunConfig, net: Classifier | Segmenter, reading: Reading, num_processes: int) -> dict[str, Any]:
-    """What the run needs to go on, beside weights.
-
-    Args:
-        cfg: the run's settings, with the micro-batches that it has by now.
-        net: the model.
-        reading: how images are read.
-        num_processes: of the run.
-    """
-    pooled = {"images_at_once": micro_batch_size(cfg, num_processes)} if net.encoder.spec.has_batch_norm else {}
-    return {"image": ImageRecord.of(reading).known(), **pooled}
-
-
 def build_optimizer(cfg: DenseConfig, net: Classifier | Segmenter) -> torch.optim.AdamW:
     """AdamW on the model's parameters, each layer at its rate."""
     spec, mode = net.encoder.spec, cfg.optim.layer_decay_mode
@@ -221,31 +210,25 @@ def check_scored(run: RunDirectory, parts: Mapping[str, Images]) -> None:
 
 
 def check_start(
-    cfg: DenseConfig,
-    run: RunDirectory,
-    net: Classifier | Segmenter,
-    num_images: tuple[int, int],
-    images: str,
-    num_processes: int,
+    session: Session[AnyDense], net: Classifier | Segmenter, num_images: tuple[int, int], images: str
 ) -> None:
     """Refuse to start where the run could not end, or where a checkpoint is of other images.
 
     Args:
-        cfg: the run's settings.
-        run: where it stands.
+        session: of the run.
         net: what it trains.
         num_images: to learn from, and held out.
         images: the fingerprint of all.
-        num_processes: of the run.
 
     Raises:
         ValueError: in one sentence.
     """
+    cfg, run = session.cfg, session.run
     if num_images[1] == 0:
         remedy = "raise it, or " * (num_images[0] > 1) + "give images to hold out by data.val_path"
         raise ValueError(f"data.val_share = {cfg.data.val_share} holds out none of {num_images[0]} images: {remedy}")
     if net.encoder.spec.has_batch_norm:
-        check_pooled(cfg, run, num_processes, "BatchNorm")
+        check_pooled(session, "BatchNorm")
     if run.resume_from is not None:
         keys = [key for key in cfg.inputs() if key.startswith("data.")]
         checkpoint.check_origin(run.resume_from, run.kind, images, keys)
@@ -269,14 +252,12 @@ class Prepared:
     """What a run trains with.
 
     Attributes:
-        schedule: when what happens.
         model: as accelerate prepared it.
         optimizer: as accelerate prepared it.
         ema: moving average of the model, or None.
         best: the best evaluation so far.
     """
 
-    schedule: Schedule
     model: nn.Module
     optimizer: torch.optim.Optimizer
     ema: ModelEmaV3 | None
@@ -284,27 +265,24 @@ class Prepared:
 
 
 def prepare(
-    cfg: DenseConfig,
-    run: RunDirectory,
-    accelerator: Accelerator,
+    session: Session[AnyDense],
     net: Classifier | Segmenter,
     image_size: tuple[int, int],
-    per_epoch: int,
+    schedule: Schedule,
     score: str,
     renamed: Callable[[str], str] = str,
 ) -> Prepared:
     """Move the model to its device, restore the checkpoint that the run resumes from, and compile it where that pays.
 
     Args:
-        cfg: the run's settings.
-        run: its directory, open.
-        accelerator: of this process.
+        session: open.
         net: the model, which starts as it is or is overwritten.
         image_size: height and width of the images.
-        per_epoch: steps of an epoch; 0 to evaluate only.
+        schedule: of the run.
         score: the name of that by which evaluations are compared.
         renamed: our names to those of checkpoints of the first format.
     """
+    cfg, run, accelerator = session.cfg, session.run, session.accelerator
     net = net.to(accelerator.device)
     ema_decay = cfg.regularization.ema_decay
     # After n steps the decay is (n - 1) / (n + 8) at most: .9999 would keep a short run's first weights to its end.
@@ -316,7 +294,6 @@ def prepare(
         best = _best_of(run, score)
         if ema is not None:
             ema.module.load_state_dict(checkpoint.read_state(resumed, "ema", net, renamed))
-    schedule = schedule_of(cfg, per_epoch, run.resume_step)
     at_once = micro_batch_size(cfg, accelerator.num_processes)
 
     # The optimizer's state is where it has to be, beside the parameters.
@@ -330,7 +307,7 @@ def prepare(
     if not cfg.eval_only:  # which computes no step
         # With the autocast that the forward pass has by now: without it the first step would compile once more.
         compile_model(net, cfg.model.compile, trial, (schedule.total - schedule.start) * cfg.num_micro_batches)
-    return Prepared(schedule, model, optimizer, ema, best)
+    return Prepared(model, optimizer, ema, best)
 
 
 def _best_of(run: RunDirectory, score: str) -> Best:

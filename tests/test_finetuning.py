@@ -270,7 +270,7 @@ def test_it_starts_from_a_run_a_conversion_and_a_fair_file_alike(
     torch.save({"model": {k.removeprefix("encoder."): v for k, v in encoder.items()}}, tmp_path / "fair.pth")
     starts: list[dict[str, torch.Tensor]] = []
 
-    def instead_of_train(session: object, cfg: object, net: torch.nn.Module, *rest: object) -> bool:
+    def instead_of_train(session: object, net: torch.nn.Module, *rest: object) -> bool:
         starts.append(net.state_dict())
         return True
 

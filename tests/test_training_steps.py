@@ -30,6 +30,8 @@ from fcmae.pretraining import build_dataset
 from fcmae.training import steps as training_steps
 from fcmae.training.log import Log
 from fcmae.training.optim import due
+from fcmae.training.run import RunDirectory
+from fcmae.training.session import Session
 from fcmae.training.signals import StopSignal
 from fcmae.training.steps import (
     StartedStep,
@@ -64,13 +66,14 @@ def steps_of(
     rate = {"optim__base_lr": learning_rate * 256 / 8, "optim__warmup_epochs": 0, "data__val_share": 0, "epochs": 1}
     cfg = config(images, out, batch_size=8, **(rate | settings))
     out.mkdir(exist_ok=True)
+    net.encoder = SimpleNamespace(spec=VARIANTS["convnextv2_atto"])  # type: ignore[assignment]  # no BatchNorm
+    session = Session(RunDirectory(cfg), accelerator, StopSignal())
     model, optimizer = accelerator.prepare(net, torch.optim.SGD(net.parameters(), lr=0.0, fused=True))
     for group in optimizer.param_groups:
         group |= {"lr_scale": 1.0, "first_step": 0}
-    schedule = schedule_of(cfg, per_epoch=2, start=0)
-    log = Log(cfg, accelerator, schedule, 16)
+    log = Log(cfg, accelerator, schedule_of(cfg, per_epoch=2, start=0), 16)
     dataset = build_dataset(cfg, find_images(cfg.data.path), augment=True)
-    return Steps(cfg, schedule, accelerator, model, optimizer, dataset, log, StopSignal()), log
+    return Steps(session, log, model, optimizer, dataset, fingerprint="of the images"), log
 
 
 def take(step: Step, net: nn.Module, parts: tuple[Tensor, ...]) -> None:
@@ -80,7 +83,7 @@ def take(step: Step, net: nn.Module, parts: tuple[Tensor, ...]) -> None:
         step.backward(net(part).square().mean())
     assert len(set(seen)) == 8
     step.update()
-    step.settle()
+    step.save()
 
 
 def plain_step(net: nn.Module, batch: Tensor, clip_grad: float | None = None) -> tuple[float, float]:
@@ -119,7 +122,6 @@ def test_what_was_computed_of_a_part_without_memory_is_let_go_before_the_step_is
     accelerator: Accelerator, images: Path, tmp_path: Path
 ) -> None:
     net, _ = model_and_batch()
-    net.encoder = SimpleNamespace(spec=VARIANTS["convnextv2_atto"])  # type: ignore[assignment]  # no BatchNorm
     steps, log = steps_of(images, tmp_path / "out", accelerator, net)
     step = next(iter(steps))
     kept: list[weakref.ref[Tensor]] = []
@@ -140,7 +142,7 @@ def test_what_was_computed_of_a_part_without_memory_is_let_go_before_the_step_is
         if num_micro_batches == 2:
             break
     log.close()
-    assert num_micro_batches == 2 and steps.cfg.grad_accum == 2
+    assert num_micro_batches == 2 and steps.session.cfg.grad_accum == 2
 
 
 def test_any_other_error_of_a_part_is_raised(accelerator: Accelerator, images: Path, tmp_path: Path) -> None:

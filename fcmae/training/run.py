@@ -35,7 +35,7 @@ from accelerate.utils import gather_object
 import fcmae
 from fcmae import options
 from fcmae.atomic import write_text
-from fcmae.config import AnyRun, RunConfig
+from fcmae.config import RunConfig
 from fcmae.options.files import MAX_YAML
 from fcmae.options.problems import text_of
 from fcmae.tables import table
@@ -56,6 +56,7 @@ class RunDirectory:
     """A directory that holds one run. Making the object only looks; `open` writes.
 
     Attributes:
+        cfg: settings of the run, those in force: what becomes known of them later is put here by `Session`.
         needs: what its checkpoints take of the disk, in words, once that is known; told when it is opened.
         network: what it trains, in words, once that is known; kept when it is opened.
         finished: whether it came to its end; kept when it is closed.
@@ -164,18 +165,6 @@ class RunDirectory:
             keys: dotted names of settings.
         """
         return self.saved is not None and attrgetter(*keys)(self.saved) == attrgetter(*keys)(self.cfg)
-
-    def licensed(self, cfg: AnyRun, found: str | None) -> AnyRun:
-        """The settings with `model.license`: the given one, else that of the run when it began, else the weights'.
-
-        Args:
-            cfg: of the run, as far as they are known.
-            found: the licence that the weights name, where they were read.
-        """
-        kept = None if self.saved is None else self.saved.model.license
-        model = cfg.model.model_copy(update={"license": cfg.model.license or kept or found})
-        self.cfg = cfg = cfg.model_copy(update={"model": model})
-        return cfg
 
     @property
     def resume_step(self) -> int:

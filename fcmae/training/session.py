@@ -1,20 +1,32 @@
-"""What every run does before it knows its images, and around all that it writes."""
+"""What every run does before it knows its images, around all that it writes, and with its settings."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Generic
+from functools import partial
+from typing import Generic, cast
 
 from accelerate import Accelerator
 
 from fcmae.config import AnyRun, check_launch
-from fcmae.training.launch import closing_trackers, ending_together, finish, make_accelerator, waiting_for_all
+from fcmae.training.launch import (
+    closing_trackers,
+    ending_together,
+    finish,
+    make_accelerator,
+    same_everywhere,
+    waiting_for_all,
+)
 from fcmae.training.messages import showing
-from fcmae.training.micro_batches import settle_grad_accum
+from fcmae.training.micro_batches import micro_batch_size, settle_grad_accum, with_micro_batch
+from fcmae.training.records import images_that_fit
 from fcmae.training.run import Run, RunDirectory
 from fcmae.training.signals import StopSignal, ending_at_once
+
+logger = logging.getLogger("fcmae")
 
 
 @dataclass(frozen=True)
@@ -22,16 +34,48 @@ class Session(Generic[AnyRun]):
     """A run that has been called for, on all of its processes.
 
     Attributes:
-        cfg: its settings, with a number for grad_accum.
-        run: its directory, not yet open.
+        run: its directory, not yet open; it has the settings.
         accelerator: of this process.
         stop: the signals to it, once it is open.
     """
 
-    cfg: AnyRun
     run: RunDirectory
     accelerator: Accelerator
     stop: StopSignal
+
+    @property
+    def cfg(self) -> AnyRun:
+        """The settings in force, with a number for grad_accum."""
+        return cast("AnyRun", self.run.cfg)
+
+    def replace_cfg(self, cfg: AnyRun) -> None:
+        """Go on with other settings, for the whole run.
+
+        Args:
+            cfg: the settings in force, with what has become known.
+        """
+        self.run.cfg = cfg
+
+    def settle_license(self, found: str | None) -> None:
+        """Settle `model.license`: the given one, else that of the run when it began, else the weights'.
+
+        Args:
+            found: the licence that the weights name, where they were read.
+        """
+        cfg, saved = self.cfg, self.run.saved
+        given = cfg.model.license or (None if saved is None else saved.model.license)
+        model = cfg.model.model_copy(update={"license": given or found})
+        self.replace_cfg(cfg.model_copy(update={"model": model}))
+
+    def limit_to_known_memory(self) -> None:
+        """Have micro-batches as small as this run was found to need on this device."""
+        cfg, processes = self.cfg, self.accelerator.num_processes
+        fits = same_everywhere(self.accelerator, partial(images_that_fit, self.run.path, self.accelerator.device))
+        fitting = cfg if fits is None else with_micro_batch(cfg, processes, fits)
+        if fitting is not cfg:
+            message = "%d images at once, as more did not fit into the memory before: grad_accum = %d"
+            logger.info(message, micro_batch_size(fitting, processes), fitting.grad_accum)
+            self.replace_cfg(fitting)
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -71,5 +115,7 @@ def begin(cfg: AnyRun) -> Iterator[Session[AnyRun]]:
         run = RunDirectory(cfg)
         run.agree(accelerator)
         check_launch(cfg, accelerator.num_processes)
-        cfg = settle_grad_accum(cfg, accelerator.num_processes, accelerator.device.type, run.saved)
-        yield Session(cfg, run, accelerator, StopSignal())
+        session = Session[AnyRun](run, accelerator, StopSignal())
+        device_type = accelerator.device.type
+        session.replace_cfg(settle_grad_accum(cfg, accelerator.num_processes, device_type, run.saved))
+        yield session

@@ -5,7 +5,6 @@ for step in steps:
         with step.accumulate():
             step.backward(loss of the batch)
     step.update()
-    step.settle()
     step.save()
     if step.evaluates:
         ...
@@ -18,8 +17,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,21 +26,19 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from fcmae import threads
-from fcmae.config import AnyRun, RunConfig
+from fcmae.config import RunConfig
 from fcmae.data.dataset import Batch, ImageDataset
 from fcmae.data.loader import build_loader, choose_num_workers, prefetched
 from fcmae.data.sampler import StepSampler
-from fcmae.heads import Classifier, Segmenter
-from fcmae.masked import FCMAE
 from fcmae.training import checkpoint
 from fcmae.training.launch import same_everywhere, waiting_for_all
 from fcmae.training.log import Log
 from fcmae.training.messages import same_command
-from fcmae.training.micro_batches import micro_batch_size, smaller_micro_batch, with_micro_batch
+from fcmae.training.micro_batches import micro_batch_size, smaller_micro_batch
 from fcmae.training.optim import Schedule, set_learning_rate
-from fcmae.training.records import images_that_fit, read_metrics, record_images_that_fit
-from fcmae.training.run import SMALLER, RunDirectory
-from fcmae.training.signals import StopSignal
+from fcmae.training.records import read_metrics, record_images_that_fit
+from fcmae.training.run import SMALLER
+from fcmae.training.session import Session
 
 logger = logging.getLogger("fcmae")
 
@@ -69,63 +65,42 @@ def schedule_of(cfg: RunConfig, per_epoch: int, start: int) -> Schedule:
     )
 
 
-def check_pooled(cfg: RunConfig, run: RunDirectory, num_processes: int, what: str) -> None:
+def check_pooled(session: Session[Any], what: str) -> None:
     """Refuse to go on with micro-batches of another size than before, where something pools over them.
 
     Args:
-        cfg: the run's settings.
-        run: where it stands.
-        num_processes: of the run.
+        session: of the run.
         what: pools.
 
     Raises:
         ValueError: in one sentence.
     """
-    if run.resume_from is None:
+    resumed = session.run.resume_from
+    if resumed is None:
         return
-    now = micro_batch_size(cfg, num_processes)
-    if (before := checkpoint.read_meta(run.resume_from).progress.get("images_at_once", now)) != now:
+    now = micro_batch_size(session.cfg, session.accelerator.num_processes)
+    if (before := checkpoint.read_meta(resumed).progress.get("images_at_once", now)) != now:
         raise ValueError(
             f"{what} pools over {now} images, and the run did over {before}: choose grad_accum and processes so that "
             f"batch_size / (grad_accum * processes) is {before} again"
         )
 
 
-def limit_to_known_memory(cfg: AnyRun, accelerator: Accelerator) -> AnyRun:
-    """The settings with micro-batches as small as this run was found to need on this device.
-
-    Args:
-        cfg: of the run.
-        accelerator: of its processes.
-    """
-    assert cfg.out is not None
-    fits = same_everywhere(accelerator, partial(images_that_fit, cfg.out, accelerator.device))
-    processes = accelerator.num_processes
-    fitting = cfg if fits is None else with_micro_batch(cfg, processes, fits)
-    if fitting is not cfg:
-        message = "%d images at once, as more did not fit into the memory before: grad_accum = %d"
-        logger.info(message, micro_batch_size(fitting, processes), fitting.grad_accum)
-    return fitting
-
-
-def evaluate_if_owed(
-    accelerator: Accelerator, run: RunDirectory, schedule: Schedule, log: Log, evaluate: Callable[[int], None]
-) -> None:
+def evaluate_if_owed(session: Session[Any], log: Log, evaluate: Callable[[int], None]) -> None:
     """Evaluate after the step that a run goes on from, where that was cut off, or left for now by a signal.
 
     Args:
-        accelerator: of its processes.
-        run: where it stands.
-        schedule: of its steps.
+        session: of the run.
         log: of the run, which counts none of that as training.
         evaluate: called with the number of the step, on every process.
     """
+    schedule = log.schedule
 
     def is_missing() -> bool:
-        lines = read_metrics(run.path / "metrics.jsonl")
+        lines = read_metrics(session.run.path / "metrics.jsonl")
         return not any(line["step"] == schedule.start and "lr" not in line for line in lines)
 
-    if schedule.start > 0 and schedule.evaluates(schedule.start) and same_everywhere(accelerator, is_missing):
+    if schedule.start > 0 and schedule.evaluates(schedule.start) and same_everywhere(session.accelerator, is_missing):
         before = time.perf_counter()
         evaluate(schedule.start)
         log.window.skip_since(before)
@@ -135,41 +110,41 @@ class Steps:
     """The steps of a run from where it starts to its end, or until a signal asks to stop.
 
     Attributes:
-        cfg: settings of the run, with smaller micro-batches once its memory did not suffice.
-        schedule, accelerator, model, optimizer, log, stop: as they were given.
-        batches: the micro-batches of the steps that are left.
+        session, log, model, optimizer: as they were given.
+        schedule, accelerator: of these.
         finished: whether the end was reached.
 
     Args:
-        cfg: settings of the run.
-        schedule: what they make of its images.
-        accelerator: of its processes.
+        session: of the run, whose settings get smaller micro-batches once its memory does not suffice.
+        log: what the run says, and when what happens.
         model: as accelerate prepared it.
         optimizer: likewise; one of torch's fused ones.
         dataset: samples by (epoch, index).
-        log: what the run says.
-        stop: the signals that it has had.
+        fingerprint: of the run's images, for its checkpoints, as are the next two.
+        progress: what else the loop needs to go on, as JSON values.
+        ema: the moving average of the model, or None.
         masks_per_image: how often batch_size counts an image.
     """
 
     def __init__(
         self,
-        cfg: RunConfig,
-        schedule: Schedule,
-        accelerator: Accelerator,
+        session: Session[Any],
+        log: Log,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         dataset: ImageDataset,
-        log: Log,
-        stop: StopSignal,
+        *,
+        fingerprint: str,
+        progress: Mapping[str, Any] | None = None,
+        ema: nn.Module | None = None,
         masks_per_image: int = 1,
     ) -> None:
-        self.cfg, self.schedule, self.accelerator = cfg, schedule, accelerator
-        self.model, self.optimizer, self.log, self.stop = model, optimizer, log, stop
+        self.session, self.log, self.model, self.optimizer = session, log, model, optimizer
+        self.schedule, self.accelerator = log.schedule, session.accelerator
         self._dataset, self._masks_per_image = dataset, masks_per_image
-        self.batches = self._read_from(schedule.start)
-        self.unread: StartedStep | None = None
-        self.finished = schedule.start >= schedule.total
+        self._fingerprint, self._progress, self._ema = fingerprint, progress or {}, ema
+        self._batches = self._read_from(self.schedule.start)
+        self.finished = self.schedule.start >= self.schedule.total
 
     def __iter__(self) -> Iterator[Step]:
         """The steps, each with its seed and learning rate set.
@@ -179,23 +154,25 @@ class Steps:
                 weight.
         """
         self._announce()
+        before: Step | None = None
         for number in range(self.schedule.start, self.schedule.total):
-            seed_step(self.cfg.seed, number, self.accelerator.process_index)
+            seed_step(self.session.cfg.seed, number, self.accelerator.process_index)
             lr = self.schedule.learning_rate(number)
             set_learning_rate(self.optimizer, lr, number)
-            step = Step(self, number + 1, lr)
+            step = Step(self, number + 1, lr, before)
             yield step
             self.log.window.skip_since(step.logged_at)
             if step.stops:
-                signal = self.stop.received or "a signal"
-                logger.info("stopped by %s after step %d; %s resumes", signal, number + 1, same_command(self.cfg))
+                signal, command = self.session.stop.received or "a signal", same_command(self.session.cfg)
+                logger.info("stopped by %s after step %d; %s resumes", signal, number + 1, command)
                 return
+            before = step
         self.finished = True
         logger.info("finished %d steps", self.schedule.total)
 
     def _read_from(self, start: int) -> Iterator[Batch]:
         """The micro-batches of the steps from one on."""
-        cfg, device = self.cfg, self.accelerator.device
+        cfg, device = self.session.cfg, self.accelerator.device
         order = StepSampler(
             len(self._dataset),
             cfg.batch_size,
@@ -211,6 +188,12 @@ class Steps:
         loader = build_loader(self._dataset, order, num_workers=workers, device_type=device.type)
         return self.log.window.timed(prefetched(loader, device))
 
+    def next_batch(self) -> Batch:
+        """The next micro-batch; those of its files that could not be read are noted."""
+        batch = next(self._batches)
+        self.log.unread_files.extend(batch.bad)
+        return batch
+
     def shrink_micro_batches(self, number: int, exchanges: bool) -> None:
         """Have this step, of which nothing is kept, and those to come computed in smaller micro-batches.
 
@@ -221,31 +204,56 @@ class Steps:
         Raises:
             ValueError: if it cannot be, or not before the run is started again.
         """
-        cfg, processes, started = self.cfg, self.accelerator.num_processes, number - 1
+        cfg, processes, started = self.session.cfg, self.accelerator.num_processes, number - 1
         lack = f"step {number}: the memory of the GPU does not suffice for {micro_batch_size(cfg, processes)} images"
         pools = self.accelerator.unwrap_model(self.model).encoder.spec.has_batch_norm  # model.init may have brought it
         if pools or (smaller := smaller_micro_batch(cfg, processes)) is None:
             raise ValueError(f"{lack} at once, and the run cannot be computed in smaller micro-batches: try {SMALLER}")
         at_once = micro_batch_size(smaller, processes)
-        assert cfg.out is not None
-        record_images_that_fit(cfg.out, at_once)
+        record_images_that_fit(self.session.run.path, at_once)
         if exchanges:
             raise ValueError(
                 f"{lack}, and other processes wait for it: {same_command(cfg)} goes on with {at_once} at once"
             )
         logger.warning("%s: it is taken again with %d at once, as are those to come", lack, at_once)
-        self.cfg = smaller
+        self.session.replace_cfg(smaller)
         self.optimizer.zero_grad()
         if self.accelerator.device.type == "cuda":
             torch.cuda.empty_cache()  # what is kept there is in pieces of the former sizes
         seed_step(cfg.seed, started, self.accelerator.process_index)
-        self.batches = self._read_from(started)
+        self._batches = self._read_from(started)
+
+    def save(self, number: int) -> None:
+        """Write a checkpoint, on the main process, while the others wait.
+
+        Args:
+            number: steps that are done.
+        """
+        run, cfg, accelerator = self.session.run, self.session.cfg, self.accelerator
+        with waiting_for_all(accelerator):
+            if not accelerator.is_main_process:
+                return
+            net = accelerator.unwrap_model(self.model)
+            tensors = {"model": net.state_dict(), "optimizer": checkpoint.optimizer_state(self.optimizer, net)}
+            if self._ema is not None:
+                tensors["ema"] = self._ema.state_dict()
+            progress = {
+                **self._progress,
+                "images_at_once": micro_batch_size(cfg, accelerator.num_processes),
+                "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
+            }
+            spec, config = net.encoder.spec.model_dump(), cfg.model_dump(mode="json")
+            checkpoint.save(
+                run.path, checkpoint.Meta(run.kind, number, config, self._fingerprint, progress, spec), tensors
+            )
+            keep, milestone_epochs = cfg.checkpoint.keep, cfg.checkpoint.milestone_epochs
+            checkpoint.prune(run.path, keep, self.schedule.per_epoch, milestone_epochs, run.last_good())
 
     def _announce(self) -> None:
-        processes, device = self.accelerator.num_processes, self.accelerator.device.type
+        cfg, processes, device = self.session.cfg, self.accelerator.num_processes, self.accelerator.device.type
         precision = self.accelerator.mixed_precision.replace("no", "fp32")
         message = "%d steps of %d images on %d x %s in %s"
-        logger.info(message, self.schedule.total, self.cfg.batch_size, processes, device, precision)
+        logger.info(message, self.schedule.total, cfg.batch_size, processes, device, precision)
         if self.schedule.start:
             logger.info("resuming after step %d", self.schedule.start)
         if processes == 1 and (share := threads.busy()) > threads.BUSY:
@@ -262,8 +270,8 @@ class Steps:
                 "the learning rate never reaches its peak of %.3g: the warm-up takes %g epochs and the run has %g; "
                 "lower optim.warmup_epochs or raise epochs",
                 self.schedule.peak_lr,
-                self.cfg.optim.warmup_epochs,
-                self.cfg.epochs,
+                cfg.optim.warmup_epochs,
+                cfg.epochs,
             )
 
 
@@ -273,22 +281,23 @@ class Step:
     Attributes:
         number: steps that are done when this one is.
         evaluates: whether an evaluation is due after it; a run that is told to stop leaves it for when it goes on.
-        saves: whether a checkpoint is due after it, as `settle` decides.
-        stops: whether a process was told to, as `settle` decides.
+        stops: whether a process was told to, once it is saved.
+        logged_at: when all of it was done but its checkpoint, by time.perf_counter.
 
     Args:
         steps: of which it is one.
         number: see above.
         lr: its learning rate.
+        before: the step before, whose numbers may not be read yet; None for the first.
     """
 
-    def __init__(self, steps: Steps, number: int, lr: float) -> None:
-        self._steps, self.number, self.lr = steps, number, lr
+    def __init__(self, steps: Steps, number: int, lr: float, before: Step | None = None) -> None:
+        self._steps, self.number, self.lr, self._before = steps, number, lr, before
         self.evaluates = steps.schedule.evaluates(number)
-        self.saves = steps.schedule.saves(number)
         self.stops = False
         self.logged_at = 0.0
         self._lacks_memory = False
+        self._result: StepResult | None = None
         self._loss, self._share = torch.zeros(2, device=steps.accelerator.device)
         self._is_whole = steps.accelerator.num_processes == 1  # others may have a share of theirs
 
@@ -299,15 +308,13 @@ class Step:
             ValueError: if the memory does not suffice for the smallest.
         """
         steps, done = self._steps, 0
-        while done < steps.cfg.num_micro_batches:
-            is_last = done + 1 == steps.cfg.num_micro_batches
+        while done < steps.session.cfg.num_micro_batches:
+            is_last = done + 1 == steps.session.cfg.num_micro_batches
             with contextlib.nullcontext() if is_last else steps.accelerator.no_sync(steps.model):
                 # CUDA graphs may use the memory of the micro-batch before again.
-                if steps.cfg.model.compile == "cudagraphs":  # else it would load the compiler, 3 s of every start
+                if steps.session.cfg.model.compile == "cudagraphs":  # else it loads the compiler, 3 s of every start
                     torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-                batch = next(steps.batches)
-                steps.log.unread_files.extend(batch.bad)
-                yield batch
+                yield steps.next_batch()
             done += 1
             if self._lacks_memory:
                 steps.shrink_micro_batches(self.number, is_last and steps.accelerator.num_processes > 1)
@@ -333,7 +340,7 @@ class Step:
             loss: (), a mean.
             share: of what the mean could be over that it is over; a micro-batch counts by it among all of the step.
         """
-        loss = loss * share / self._steps.cfg.num_micro_batches
+        loss = loss * share / self._steps.session.cfg.num_micro_batches
         self._steps.accelerator.backward(loss)
         self._loss += loss.detach()
         self._share += share
@@ -341,84 +348,59 @@ class Step:
 
     def update(self) -> None:
         """Change the weights, on every process at once; see `start_update`."""
-        steps = self._steps
+        steps, cfg = self._steps, self._steps.session.cfg
         self._started = start_update(
             steps.accelerator,
             steps.model,
             steps.optimizer,
             self._loss,
-            None if self._is_whole else self._share / steps.cfg.num_micro_batches,
-            clip_grad=steps.cfg.optim.clip_grad,
-            stop=steps.stop.received is not None,
+            None if self._is_whole else self._share / cfg.num_micro_batches,
+            clip_grad=cfg.optim.clip_grad,
+            stop=steps.session.stop.received is not None,
         )
         steps.log.advance()
 
-    def save(
-        self,
-        run: RunDirectory,
-        net: FCMAE | Classifier | Segmenter,
-        fingerprint: str,
-        progress: dict[str, Any],
-        ema: nn.Module | None = None,
-    ) -> None:
-        """Write a checkpoint where one is due, on the main process: before the evaluation, which may be cut off.
+    def save(self) -> None:
+        """Write the line and the checkpoint that are due: before the evaluation, which may be cut off.
 
-        Args:
-            run: whose it is.
-            net: the model, without what accelerate puts around it.
-            fingerprint: of the images.
-            progress: what else the loop needs to go on, as JSON values.
-            ema: the moving average of the model, or None.
-        """
-        if not self.saves:
-            return
-        cfg, accelerator, schedule = self._steps.cfg, self._steps.accelerator, self._steps.schedule
-        with waiting_for_all(accelerator):
-            if not accelerator.is_main_process:
-                return
-            tensors = {"model": net.state_dict(), "optimizer": checkpoint.optimizer_state(self._steps.optimizer, net)}
-            if ema is not None:
-                tensors["ema"] = ema.state_dict()
-            progress = {**progress, "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None}
-            spec, config = net.encoder.spec.model_dump(), cfg.model_dump(mode="json")
-            checkpoint.save(
-                run.path, checkpoint.Meta(run.kind, self.number, config, fingerprint, progress, spec), tensors
-            )
-            own = cfg.checkpoint
-            checkpoint.prune(run.path, own.keep, schedule.per_epoch, own.milestone_epochs, run.last_good())
-
-    def settle(self) -> None:
-        """Decide whether this step is the last one and is saved, and write the line that is due.
-
-        While the device computes it, the numbers of the step before are read; where something is due, its own.
+        While the device computes the step, the numbers of the one before are read; where something is due, its own.
+        They say whether it is the last one, which is saved and leaves its evaluation for when the run goes on.
 
         Raises:
             FloatingPointError: see `Steps`.
         """
         steps, number = self._steps, self.number
-        if steps.unread is not None:
-            self.stops = self._read(steps.unread, number - 1).stop
-        if steps.accelerator.num_processes == 1 and steps.stop.received is not None:
+        before, self._before = self._before, None
+        if before is not None:
+            self.stops = before.result().stop
+        if steps.accelerator.num_processes == 1 and steps.session.stop.received is not None:
             self.stops = True  # no other process has to hear of it first
-        steps.unread = self._started
-        logs = steps.schedule.logs(number)
-        if self.saves or self.evaluates or self.stops or logs:
-            result, steps.unread = self._read(self._started, number), None
+        logs, saves = steps.schedule.logs(number), steps.schedule.saves(number)
+        if saves or self.evaluates or self.stops or logs:
+            result = self.result()
             self.stops = self.stops or result.stop
-            self.saves = self.saves or self.stops
+            saves = saves or self.stops
             self.evaluates = self.evaluates and not self.stops
             # A checkpoint ends the window, so that the lines of a resumed run are over the same steps.
-            if logs or self.saves:
+            if logs or saves:
                 steps.log.write(number, self.lr, result.grad_norm)
         self.logged_at = time.perf_counter()
+        if saves:
+            steps.save(number)
 
-    def _read(self, started: StartedStep, number: int) -> StepResult:
-        try:
-            result = started.result()
-        except FloatingPointError as error:
-            raise FloatingPointError(f"step {number}: {error}") from None
-        self._steps.log.window.add(result.loss)
-        return result
+    def result(self) -> StepResult:
+        """Its numbers; the first time, they are waited for and enter the log.
+
+        Raises:
+            FloatingPointError: see `Steps`.
+        """
+        if self._result is None:
+            try:
+                self._result = self._started.result()
+            except FloatingPointError as error:
+                raise FloatingPointError(f"step {self.number}: {error}") from None
+            self._steps.log.window.add(self._result.loss)
+        return self._result
 
 
 class StepResult(NamedTuple):
