@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from numpy.typing import NDArray
 from timm.data import Mixup
-from timm.utils import ModelEmaV3
 from torch import Tensor
 
 from fcmae.classification import class_probabilities, scores, write_confusion, write_predictions
@@ -33,7 +33,7 @@ from fcmae.heads import Classifier
 from fcmae.networks.build import make_encoder
 from fcmae.networks.spec import describe
 from fcmae.starting import (
-    Best,
+    Keeper,
     check_held_out,
     check_scored,
     check_start,
@@ -159,10 +159,8 @@ def train(
     """
     session.limit_to_known_memory()
     cfg, run, accelerator = session.cfg, session.run, session.accelerator
-    ready = prepare(session, net, reading.image_size, schedule, SCORE, partial(rename, to="timm"))
-    ema = ready.ema
+    ready = prepare(session, net, reading.image_size, schedule, partial(rename, to="timm"))
     normalize = reading.normalize.to(accelerator.device)
-    at_once = eval_batch_size(cfg, accelerator.num_processes, accelerator.device.type)
     mixup = build_mixup(cfg, len(weights.class_names))
     smoothing = 0.0 if mixup is not None else cfg.regularization.label_smoothing  # mixup's targets come smoothed
 
@@ -170,27 +168,23 @@ def train(
         batches = evaluation_loader(
             reading,
             val_images,
-            at_once,
+            eval_batch_size(cfg, accelerator.num_processes, accelerator.device.type),
             num_workers=choose_num_workers(cfg.data.num_workers, accelerator.device.type),
             device_type=accelerator.device.type,
             rank=accelerator.process_index,
             num_processes=accelerator.num_processes,
         )
-        evaluation = Evaluation(accelerator, normalize, val_images, batches, weights, cfg.model.init, ready.best, log)
+        keeper = Keeper(session, log, net, ready.ema, weights, SCORE)
+        evaluation = Evaluation(accelerator, normalize, val_images, batches, keeper)
         if train_set is None:
-            evaluation.evaluate(net, None, 0, 0.0, (".",))
+            evaluation.evaluate(0)
             logger.info("finished evaluating")
             return True
         message = "%s: %d training images of %d classes, %d held out"
         name, num_classes = describe(net.encoder.spec), len(weights.class_names)
         logger.info(message, name, len(train_images), num_classes, len(val_images))
 
-        def evaluate(step: int) -> None:
-            places = ("last",) if step == schedule.total else ()
-            with waiting_for_all(accelerator):  # the first one writes models
-                evaluation.evaluate(net, ema, step, step / schedule.per_epoch, places)
-
-        evaluate_if_owed(session, log, evaluate)
+        evaluate_if_owed(session, log, evaluation.evaluate)
         steps = Steps(
             session,
             log,
@@ -199,7 +193,7 @@ def train(
             train_set,
             fingerprint=fingerprint(train_images, val_images),
             progress={"image": ImageRecord.of(reading).known()},
-            ema=None if ema is None else ema.module,
+            ema=None if ready.ema is None else ready.ema.module,
         )
         for step in steps:
             for batch in step.micro_batches():
@@ -209,11 +203,11 @@ def train(
                         images, target = mixup(images, target)  # (B, classes)
                     step.backward(classification_loss(ready.model(images), target, class_weights, smoothing))
             step.update()
-            if ema is not None:
-                ema.update(net, step.number)
+            if ready.ema is not None:
+                ready.ema.update(net, step.number)
             step.save()
             if step.evaluates:
-                evaluate(step.number)
+                evaluation.evaluate(step.number)
     if steps.finished:
         logger.info("best and last model: %s, %s", run.path / "best", run.path / "last")
     return steps.finished
@@ -355,6 +349,22 @@ def build_mixup(cfg: FinetuneConfig, num_classes: int) -> Mixup | None:
 # What is looked at while it trains
 
 
+class Scored(NamedTuple):
+    """What a network answers to the held-out images that could be read; nothing in other processes than the first.
+
+    Attributes:
+        positions: (N,), of the images.
+        truth: (N,), their classes.
+        probabilities: (N, classes).
+        values: the scores, by name.
+    """
+
+    positions: NDArray[np.int64]
+    truth: NDArray[np.int64]
+    probabilities: NDArray[np.float32]
+    values: dict[str, float]
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """Scores on the held-out images, of the moving average too; the best and the last model are exported.
@@ -364,35 +374,20 @@ class Evaluation:
         normalize: as in training.
         images: the held-out ones.
         batches: this process's share of them.
-        weights: what describes the exported models.
-        init: what the run started from.
-        best: so far, which `evaluate` moves on.
-        log: of the run.
+        keeper: of what an evaluation leaves.
     """
 
     accelerator: Accelerator
     normalize: Normalize
     images: Images
     batches: Iterable[Batch]
-    weights: Weights
-    init: str | None
-    best: Best
-    log: Log
+    keeper: Keeper[Classifier]
 
-    def evaluate(
-        self, net: Classifier, ema: ModelEmaV3 | None, step: int, epoch: float, places: tuple[str, ...]
-    ) -> None:
-        """Score `net`, and its moving average if there is one, after a step, on every process at once.
-
-        What is exported and compared is the moving average where there is one, the weights themselves otherwise.
+    def evaluate(self, step: int) -> None:
+        """Score the model and its moving average after a step, on every process at once.
 
         Args:
-            net: the classifier.
-            ema: its moving average, or None.
-            step: steps that were done.
-            epoch: likewise, in epochs.
-            places: folders of the run that the predictions and the confusion matrix are written to; and the model, but
-                for ".", where it is only evaluated.
+            step: steps that were done; 0 where the run only evaluates.
 
         Raises:
             FloatingPointError: if the loss is not finite.
@@ -400,45 +395,38 @@ class Evaluation:
         """
         from sklearn.metrics import confusion_matrix
 
+        with waiting_for_all(self.accelerator):  # the first one writes models
+            results = [self.score(network) for network in self.keeper.networks]
+            if not self.accelerator.is_main_process:
+                return
+            positions, truth, probabilities, _ = results[-1]
+            values = [scored.values for scored in results]
+            with self.keeper.keeping(step, values, len(positions)) as (folders, weights):
+                names, classes = self.images.subset(positions).names(), weights.class_names
+                for folder in folders:
+                    if step:
+                        save_classifier(folder, self.keeper.model, weights)
+                    write_predictions(folder / "predictions.csv", names, probabilities, classes, truth.tolist())
+                    if len(classes) <= MOST_CONFUSED:
+                        confusion = confusion_matrix(truth, probabilities.argmax(1), labels=range(len(classes)))
+                        write_confusion(folder / "confusion.csv", confusion, classes)
+
+    def score(self, network: Classifier) -> Scored:
+        """Score a network, on every process at once.
+
+        Raises:
+            ValueError: on the main process, if none of the images can be read.
+        """
+        share_buffers(network)
+        positions, probabilities, bad = class_probabilities(network, self.batches, self.normalize, self.accelerator)
         assert self.images.labels is not None
-        values: dict[str, float] = {}
-        for prefix, network in (("", net), ("ema_", None if ema is None else ema.module)):
-            if network is not None:
-                share_buffers(network)
-                positions, probabilities, bad = class_probabilities(
-                    network, self.batches, self.normalize, self.accelerator
-                )
-                if not self.accelerator.is_main_process:
-                    continue
-                self.log.note_bad_files(bad)
-                if len(positions) == 0:
-                    raise ValueError(
-                        f"none of the {len(self.images)} held-out images can be read: see bad_files.txt in "
-                        f"{self.log.folder}"
-                    )
-                truth = self.images.labels[positions]
-                found = scores(truth, probabilities)
-                values |= {prefix + name: value for name, value in found.items()}
+        truth = self.images.labels[positions]
         if not self.accelerator.is_main_process:
-            return
-        if not all(map(math.isfinite, values.values())):
-            raise FloatingPointError(f"step {step}: the validation loss is not finite: {values}")
-        text = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
-        logger.info("step %d: %s on %d images", step, text, len(positions))
-        self.log.metrics.path.touch()  # which marks a run, before anything that it can go on from or do anew
-        if step and found[SCORE] > self.best.score:
-            self.best.score, self.best.step = found[SCORE], step
-            places = (*places, "best")
-        classes = self.weights.class_names
-        for place in places:
-            folder = self.log.folder / place
-            if step:
-                run = str(self.log.folder.absolute())
-                origin = self.weights.origin | {"run": run, "init": self.init, "step": step, **found}
-                save_classifier(folder, net if ema is None else ema.module, replace(self.weights, origin=origin))
-            names = self.images.subset(positions).names()
-            write_predictions(folder / "predictions.csv", names, probabilities, classes, truth.tolist())
-            if len(classes) <= MOST_CONFUSED:
-                confusion = confusion_matrix(truth, probabilities.argmax(1), labels=range(len(classes)))
-                write_confusion(folder / "confusion.csv", confusion, classes)
-        self.log.metrics.write(step, epoch, **values)  # last: without it the evaluation is owed
+            return Scored(positions, truth, probabilities, {})
+        self.keeper.log.note_bad_files(bad)
+        if len(positions) == 0:
+            raise ValueError(
+                f"none of the {len(self.images)} held-out images can be read: see bad_files.txt in "
+                f"{self.keeper.log.folder}"
+            )
+        return Scored(positions, truth, probabilities, scores(truth, probabilities))

@@ -12,10 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from numpy.typing import NDArray
-from timm.utils import ModelEmaV3
 from torch import Tensor
 
 from fcmae.anytime import Anytime, build_segmenter
@@ -47,7 +45,7 @@ from fcmae.segmentation import (
     segmentation_loss,
 )
 from fcmae.starting import (
-    Best,
+    Keeper,
     check_held_out,
     check_scored,
     check_start,
@@ -183,15 +181,15 @@ def train(
     """
     session.limit_to_known_memory()
     cfg, run, accelerator = session.cfg, session.run, session.accelerator
-    ready = prepare(session, net, reading.image_size, schedule, SCORE)
-    ema = ready.ema
+    ready = prepare(session, net, reading.image_size, schedule)
     normalize = reading.normalize.to(accelerator.device)
-    at_once = eval_batch_size(cfg, accelerator.num_processes, accelerator.device.type)
 
     with closing(Log(cfg, accelerator, schedule, len(data.images) + len(data.val_images))) as log:
-        evaluation = Evaluation(cfg, accelerator, reading, data, weights, log, ready.best, at_once)
+        keeper = Keeper(session, log, net, ready.ema, weights, SCORE)
+        at_once = eval_batch_size(cfg, accelerator.num_processes, accelerator.device.type)
+        evaluation = Evaluation(session, reading, data, keeper, at_once)
         if cfg.eval_only:
-            evaluation.evaluate(net, None, 0, 0.0, (".",))
+            evaluation.evaluate(0)
             logger.info("finished evaluating")
             return True
         message = "%s under %s: %d training images of %d classes (%s), %d held out"
@@ -201,12 +199,7 @@ def train(
         )
         train_set = build_train_set(cfg, data, reading)
 
-        def evaluate(step: int) -> None:
-            places = ("last",) if step == schedule.total else ()
-            with waiting_for_all(accelerator):  # the first one writes models
-                evaluation.evaluate(net, ema, step, step / schedule.per_epoch, places)
-
-        evaluate_if_owed(session, log, evaluate)
+        evaluate_if_owed(session, log, evaluation.evaluate)
         steps = Steps(
             session,
             log,
@@ -215,7 +208,7 @@ def train(
             train_set,
             fingerprint=data.fingerprint(),
             progress={"image": ImageRecord.of(reading).known()},
-            ema=None if ema is None else ema.module,
+            ema=None if ready.ema is None else ready.ema.module,
         )
         for step in steps:
             for batch in step.micro_batches():
@@ -225,11 +218,11 @@ def train(
                         segmentation_loss(ready.model(images), target, class_weights, cfg.regularization.dice)
                     )
             step.update()
-            if ema is not None:
-                ema.update(net, step.number)
+            if ready.ema is not None:
+                ready.ema.update(net, step.number)
             step.save()
             if step.evaluates:
-                evaluate(step.number)
+                evaluation.evaluate(step.number)
     if steps.finished:
         logger.info("best and last model: %s, %s", run.path / "best", run.path / "last")
     return steps.finished
@@ -394,120 +387,91 @@ class Evaluation:
     """Scores on the held-out images, whole; pictures of some; the best and the last model are exported.
 
     Attributes:
-        cfg: the run's settings.
-        accelerator: of the run's processes.
+        session: of the run.
         reading: how images are read, and the size of a tile.
         data: the held-out images are taken.
-        weights: what describes the exported models.
-        log: of the run.
-        best: so far, which `evaluate` moves on.
+        keeper: of what an evaluation leaves.
         at_once: tiles at a time.
     """
 
-    cfg: SegmentConfig
-    accelerator: Accelerator
+    session: Session[SegmentConfig]
     reading: Reading
     data: Mapped
-    weights: Weights
-    log: Log
-    best: Best
+    keeper: Keeper[Segmenter]
     at_once: int
 
-    def evaluate(
-        self, net: Segmenter, ema: ModelEmaV3 | None, step: int, epoch: float, places: tuple[str, ...]
-    ) -> None:
-        """Score `net`, and its moving average if there is one, after a step, on every process at once.
-
-        What is exported, drawn and compared is the moving average where there is one, the weights themselves otherwise.
+    def evaluate(self, step: int) -> None:
+        """Score the model and its moving average after a step, on every process at once.
 
         Args:
-            net: the model.
-            ema: its moving average, or None.
-            step: steps that were done.
-            epoch: likewise, in epochs.
-            places: folders of the run that the confusion matrix is written to; and the model, but for ".", where it is
-                only evaluated.
+            step: steps that were done; 0 where the run only evaluates.
 
         Raises:
             FloatingPointError: if the loss is not finite.
             ValueError: if none of the images can be read, or no pixel has a class.
         """
-        values: dict[str, float] = {}
-        names = self.data.classes.names
-        for prefix, network in (("", net), ("ema_", None if ema is None else ema.module)):
-            if network is not None:
-                chosen: Segmenter = network
-                scores, num_read = self.score(chosen)
-                if not scores.confusion.any():
-                    num = len(self.data.val_images)
-                    raise ValueError(f"no pixel of the {num} held-out label maps has a class: hold out others")
-                found = scores.values(names)
-                values |= {prefix + name: value for name, value in found.items()}
-        if not all(map(math.isfinite, values.values())):
-            raise FloatingPointError(f"step {step}: the validation loss is not finite: {values}")
-        text = ", ".join(f"{name} {value:.4f}" for name, value in values.items() if "/" not in name)
-        logger.info("step %d: %s on %d images", step, text, num_read)
-        if not self.accelerator.is_main_process:
-            return
-        self.log.metrics.path.touch()  # which marks a run, before anything that it can go on from or do anew
-        self.draw(chosen, step)
-        if step and found[SCORE] > self.best.score:
-            self.best.score, self.best.step = found[SCORE], step
-            places = (*places, "best")
-        for place in places:
-            folder = self.log.folder / place
-            if step:
-                run = str(self.log.folder.absolute())
-                what = {"run": run, "init": self.cfg.model.init, "step": step, **found}
-                weights = replace(self.weights, origin=self.weights.origin | what)
-                save_segmenter(folder, chosen, weights, self.cfg.model.head, self.data.classes)
-            write_confusion(folder / "confusion.csv", scores.confusion, names)
-        self.log.metrics.write(step, epoch, **values)  # last: without it the evaluation is owed
+        head, classes = self.session.cfg.model.head, self.data.classes
+        with waiting_for_all(self.session.accelerator):  # the first one writes models
+            results = [self.score(network) for network in self.keeper.networks]
+            if not self.session.accelerator.is_main_process:
+                return
+            scores, num_read = results[-1]
+            values = [each.values(classes.names) for each, _ in results]
+            with self.keeper.keeping(step, values, num_read) as (folders, weights):
+                self.draw(self.keeper.model, step)
+                for folder in folders:
+                    if step:
+                        save_segmenter(folder, self.keeper.model, weights, head, classes)
+                    write_confusion(folder / "confusion.csv", scores.confusion, classes.names)
 
     def score(self, network: Segmenter) -> tuple[Scores, int]:
         """The scores of all processes together, and the number of images that they could read.
 
         Raises:
-            ValueError: if none of the images can be read.
+            ValueError: if none of the images can be read, or no pixel has a class.
         """
-        classes, rank, num_processes = self.data.classes, self.accelerator.process_index, self.accelerator.num_processes
-        found, bad, num_read = Scores(len(classes)), list[tuple[str, str]](), 0
+        accelerator, classes = self.session.accelerator, self.data.classes
+        rank, num_processes = accelerator.process_index, accelerator.num_processes
+        scores, bad, num_read = Scores(len(classes)), list[tuple[str, str]](), 0
         which = range(rank, len(self.data.val_images), num_processes)
         share_buffers(network)
-        num_threads = choose_num_workers(self.cfg.data.num_workers, self.accelerator.device.type)
-        with waiting_for_all(self.accelerator), evaluating(network):  # images are of many sizes
+        num_threads = choose_num_workers(self.session.cfg.data.num_workers, accelerator.device.type)
+        with waiting_for_all(accelerator), evaluating(network):  # images are of many sizes
             predict = self._predictor(network)
             for i, one in zip(which, each_image(partial(self._score_one, predict), which, num_threads), strict=True):
                 if isinstance(one, BadImage):
                     bad.append((self.data.val_images.name(i), str(one)))
                 else:
-                    found.merge(one)
+                    scores.merge(one)
                     num_read += 1
-        parts = [(found, bad, num_read)]
+        parts = [(scores, bad, num_read)]
         if num_processes > 1:
             parts = gather_object(parts)
-        self.log.note_bad_files([each for _, others, _ in parts for each in others])
+        self.keeper.log.note_bad_files([each for _, others, _ in parts for each in others])
         num_read = sum(num for _, _, num in parts)
         if not num_read:
             raise ValueError(
                 f"none of the {len(self.data.val_images)} held-out images can be read: see bad_files.txt in "
-                f"{self.log.folder}"
+                f"{self.keeper.log.folder}"
             )
         total = Scores(len(classes))
         for part, _, _ in parts:
             total.merge(part)
+        if not total.confusion.any():
+            num = len(self.data.val_images)
+            raise ValueError(f"no pixel of the {num} held-out label maps has a class: hold out others")
         return total, num_read
 
     def _predictor(self, network: Segmenter) -> Predict:
-        return predictor(network, self.reading.normalize.to(self.accelerator.device), self.accelerator)
+        return predictor(network, self.reading.normalize.to(self.session.accelerator.device), self.session.accelerator)
 
     def _score_one(self, predict: Predict, i: int) -> Scores | BadImage:
         scores, name = Scores(len(self.data.classes)), self.data.val_maps.name(i)
-        tile, fill = self.reading.image_size, self.reading.mean
-        unit = self.weights.architecture.spec.total_stride
+        tile, fill, overlap = self.reading.image_size, self.reading.mean, self.session.cfg.data.overlap
+        unit = self.keeper.model.encoder.spec.total_stride
         try:
             with self._opened(i) as (raster, labels):
-                strips = probabilities_by_rows(raster, predict, tile, unit, self.cfg.data.overlap, fill, self.at_once)
+                strips = probabilities_by_rows(raster, predict, tile, unit, overlap, fill, self.at_once)
                 scores.add(
                     (found, self.data.classes.numbers(labels.read((top, 0, *is_seen.shape)), name, is_seen))
                     for top, found, is_seen in strips
@@ -545,6 +509,6 @@ class Evaluation:
                     truth = self.data.classes.numbers(labels.read(box), self.data.val_maps.name(i), pixels.is_seen)
                     predicted = predict(padded(image, size, fill)[None], math.inf)[0, :, :h, :w].argmax(0)
                     panels.append((image, truth, predicted))
-        place = self.log.folder / "overlays" / f"step-{step:08}.png"
+        place = self.keeper.log.folder / "overlays" / f"step-{step:08}.png"
         save_overlays(place, panels, self.data.classes.names, f"step {step:,}")
-        self.log.show("overlays", place, step)
+        self.keeper.log.show("overlays", place, step)

@@ -1,13 +1,15 @@
-"""What runs start from: how images are read; with labels, weights, model and optimizer, weights of classes too."""
+"""What runs start from: how images are read; with labels, weights, model and optimizer; and what evaluations leave."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +27,7 @@ from fcmae.networks.spec import describe, read_spec, variant_of
 from fcmae.provenance import Seen, seen_by, step_of
 from fcmae.training import checkpoint, optim
 from fcmae.training.compiling import compile_model
+from fcmae.training.log import Log
 from fcmae.training.micro_batches import micro_batch_size
 from fcmae.training.optim import Schedule
 from fcmae.training.records import of_model, read_metrics
@@ -39,6 +42,7 @@ from fcmae.weights.record import ImageRecord, Weights
 logger = logging.getLogger("fcmae")
 
 AnyDense = TypeVar("AnyDense", bound=DenseConfig)
+Net = TypeVar("Net", Classifier, Segmenter)
 
 
 def starting_weights(cfg: DenseConfig) -> Weights:
@@ -239,14 +243,6 @@ def check_start(
         run.needs = checkpoint.check_space(run.path, net, num, num_states, overwrites=run.overwrites)
 
 
-@dataclass
-class Best:
-    """The evaluation with the highest score so far: balanced accuracy, or mean IoU."""
-
-    score: float = -1.0
-    step: int = 0
-
-
 @dataclass(frozen=True)
 class Prepared:
     """What a run trains with.
@@ -255,13 +251,11 @@ class Prepared:
         model: as accelerate prepared it.
         optimizer: as accelerate prepared it.
         ema: moving average of the model, or None.
-        best: the best evaluation so far.
     """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     ema: ModelEmaV3 | None
-    best: Best
 
 
 def prepare(
@@ -269,7 +263,6 @@ def prepare(
     net: Classifier | Segmenter,
     image_size: tuple[int, int],
     schedule: Schedule,
-    score: str,
     renamed: Callable[[str], str] = str,
 ) -> Prepared:
     """Move the model to its device, restore the checkpoint that the run resumes from, and compile it where that pays.
@@ -279,19 +272,17 @@ def prepare(
         net: the model, which starts as it is or is overwritten.
         image_size: height and width of the images.
         schedule: of the run.
-        score: the name of that by which evaluations are compared.
         renamed: our names to those of checkpoints of the first format.
     """
-    cfg, run, accelerator = session.cfg, session.run, session.accelerator
+    cfg, accelerator = session.cfg, session.accelerator
     net = net.to(accelerator.device)
     ema_decay = cfg.regularization.ema_decay
     # After n steps the decay is (n - 1) / (n + 8) at most: .9999 would keep a short run's first weights to its end.
     rising: dict[str, Any] = {"use_warmup": True, "warmup_gamma": 9, "warmup_power": 1}
     ema = ModelEmaV3(net, decay=ema_decay, **rising) if ema_decay and not cfg.eval_only else None
-    adamw, best = build_optimizer(cfg, net), Best()
-    if (resumed := run.resume_from) is not None:
+    adamw = build_optimizer(cfg, net)
+    if (resumed := session.run.resume_from) is not None:
         checkpoint.restore(resumed, net, adamw, renamed, accelerator.scaler)
-        best = _best_of(run, score)
         if ema is not None:
             ema.module.load_state_dict(checkpoint.read_state(resumed, "ema", net, renamed))
     at_once = micro_batch_size(cfg, accelerator.num_processes)
@@ -307,15 +298,77 @@ def prepare(
     if not cfg.eval_only:  # which computes no step
         # With the autocast that the forward pass has by now: without it the first step would compile once more.
         compile_model(net, cfg.model.compile, trial, (schedule.total - schedule.start) * cfg.num_micro_batches)
-    return Prepared(model, optimizer, ema, best)
+    return Prepared(model, optimizer, ema)
 
 
-def _best_of(run: RunDirectory, score: str) -> Best:
-    """The evaluation that `best` is of; none where that was done after the step from which a run goes on."""
+class Keeper(Generic[Net]):
+    """What the evaluations of a run leave in it: lines of metrics, the best and the last model.
+
+    The model that is compared and exported is the moving average where there is one, the weights themselves otherwise.
+
+    Attributes:
+        networks: what is scored: the weights themselves, then their moving average if there is one.
+        model: the last of these, the one that is exported.
+        log: as it was given.
+        best: the highest score so far.
+
+    Args:
+        session: open.
+        log: of the run.
+        net: the weights themselves.
+        ema: their moving average, or None.
+        weights: what describes the exported models, without tensors.
+        score: the name of that by which evaluations are compared.
+    """
+
+    def __init__(
+        self, session: Session[AnyDense], log: Log, net: Net, ema: ModelEmaV3 | None, weights: Weights, score: str
+    ) -> None:
+        self.networks: list[Net] = [net] if ema is None else [net, ema.module]
+        self.model: Net = self.networks[-1]
+        self.log, self.best = log, _best_score(session.run, score)
+        self._weights, self._score, self._init = weights, score, session.cfg.model.init
+
+    @contextmanager
+    def keeping(
+        self, step: int, scores: Sequence[Mapping[str, float]], num_images: int
+    ) -> Iterator[tuple[list[Path], Weights]]:
+        """Around the writing of an evaluation's files, on the main process, with their folders and the model's record.
+
+        Args:
+            step: steps that were done; 0 where the run only evaluates, whose model is kept elsewhere.
+            scores: of each of `networks`, by name.
+            num_images: that they are over.
+
+        Raises:
+            FloatingPointError: before anything is written, if a score is not finite.
+        """
+        schedule = self.log.schedule
+        prefixed = zip(("", "ema_"), scores, strict=False)
+        values = {prefix + name: value for prefix, named in prefixed for name, value in named.items()}
+        if not all(map(math.isfinite, values.values())):
+            raise FloatingPointError(f"step {step}: the validation loss is not finite: {values}")
+        text = ", ".join(f"{name} {value:.4f}" for name, value in values.items() if "/" not in name)
+        logger.info("step %d: %s on %d images", step, text, num_images)
+        self.log.metrics.path.touch()  # which marks a run, before anything that it can go on from or do anew
+        places = ["."] if step == 0 else ["last"] if step == schedule.total else []
+        if step and scores[-1][self._score] > self.best:
+            self.best = scores[-1][self._score]
+            places.append("best")
+        origin = {"run": str(self.log.folder.absolute()), "init": self._init, "step": step, **scores[-1]}
+        weights = replace(self._weights, origin=self._weights.origin | origin)
+        yield [self.log.folder / place for place in places], weights
+        epoch = step / schedule.per_epoch if step else 0.0
+        self.log.metrics.write(step, epoch, **values)  # last: without it the evaluation is owed
+
+
+def _best_score(run: RunDirectory, score: str) -> float:
+    """That of the model in `best`; -1 where that was made after the step from which a run goes on, or there is none."""
+    if run.resume_from is None:
+        return -1.0
     step = step_of(run.path / "best")
     lines = [line for line in read_metrics(run.path / "metrics.jsonl") if line["step"] == step <= run.resume_step]
-    scored = [Best(value, step) for line in lines if (value := of_model(line, score)) is not None]
-    return scored[-1] if scored else Best()
+    return next((value for line in reversed(lines) if (value := of_model(line, score)) is not None), -1.0)
 
 
 def class_weights_of(

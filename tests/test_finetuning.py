@@ -456,11 +456,11 @@ def test_the_best_model_stays_where_later_ones_are_worse(
     """Cut off after each step and resumed: the best is that of the second epoch, however far it is undone."""
     given, scored = {4: 0.5, 8: 0.9, 12: 0.6, 16: 0.7}, finetuning.Evaluation.evaluate
 
-    def evaluate(self: finetuning.Evaluation, net: Classifier, ema: Any, step: int, *rest: Any) -> None:
+    def evaluate(self: finetuning.Evaluation, step: int) -> None:
         with monkeypatch.context() as patch:
             found = finetuning.scores
             patch.setattr(finetuning, "scores", lambda *args: found(*args) | {"balanced_accuracy": given[step]})
-            scored(self, net, ema, step, *rest)
+            scored(self, step)
 
     monkeypatch.setattr(finetuning.Evaluation, "evaluate", evaluate)
     settings = {"model__variant": runs.TINY, "model__stem_stride": 1, "epochs": 4, "log__eval_epochs": 1}
@@ -493,7 +493,7 @@ def test_a_best_model_of_a_step_that_was_undone_is_not_held_for_the_one_before(
     monkeypatch.setattr(
         finetuning.Evaluation,
         "evaluate",
-        lambda self, net, ema, number, *rest: (step.append(number), evaluate(self, net, ema, number, *rest))[1],
+        lambda self, number: (step.append(number), evaluate(self, number))[1],
     )
     assert finetune(labelled, tmp_path / "run", **settings, checkpoint__keep=99) == 0
     runs.forget_accelerator()
