@@ -395,6 +395,7 @@ class Evaluation:
             if "knn_top1" in values:
                 logger.info("step %d: nearest neighbours' accuracy %.4f", step, values["knn_top1"])
             lines = [*read_metrics(self.log.metrics.path), {"step": step, "epoch": epoch, **values}]
+            self.log.metrics.path.touch()  # which marks a run, before pictures that would be a stranger's without it
             self.picture(net, step, lines)
         for name in draw_over_time(self.log.folder, lines):
             self.log.show(f"over_time/{name}", self.log.folder / f"{name}.png", step)

@@ -429,6 +429,22 @@ def test_evaluations_may_come_before_the_first_line_of_the_log(images: Path, tmp
     assert (tmp_path / "out" / "reconstructions" / "step-00000002.png").exists()
 
 
+def test_a_run_that_ends_in_its_first_evaluation_begins_anew(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"log__eval_epochs": 0.34, "log__every_steps": 99, "checkpoint__every_epochs": 9}
+    with monkeypatch.context() as patch:
+        patch.setattr(pretraining, "draw_over_time", _is_killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            run(images, tmp_path / "out", epochs=1, **options)
+    assert (tmp_path / "out" / "loss.png").exists()
+    assert run(images, tmp_path / "out", epochs=1, **options) == 0
+
+
+def _is_killed(*_: object) -> None:
+    raise RuntimeError("killed")
+
+
 def test_a_warm_up_as_long_as_the_run_is_warned_of(images: Path, tmp_path: Path) -> None:
     assert run(images, tmp_path / "out", optim__warmup_epochs=3) == 0
     log = (tmp_path / "out" / "train.log").read_text()
