@@ -83,7 +83,7 @@ def finetune(cfg: FinetuneConfig, net: Classifier | None = None) -> Run:
     """
     with begin(cfg) as session:
         run, accelerator = session.run, session.accelerator
-        weights = kept_weights(run) or starting_weights(session.cfg)
+        weights = kept_weights(session) or starting_weights(session.cfg)
         session.settle_license(weights.license)
         cfg = session.cfg
         if _keeps_head(cfg) and not weights.class_names:

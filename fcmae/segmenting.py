@@ -123,7 +123,7 @@ def segment(cfg: SegmentConfig, net: Segmenter | None = None) -> Run:
     """
     with begin(cfg) as session:
         run, accelerator = session.run, session.accelerator
-        weights = kept_weights(run) or starting_weights(session.cfg)
+        weights = kept_weights(session) or starting_weights(session.cfg)
         session.settle_license(weights.license)
         cfg = session.cfg
         data = same_everywhere(accelerator, partial(run_images, cfg, run))

@@ -127,15 +127,16 @@ def reading_for(cfg: DenseConfig, weights: Weights, crop_pct: float = 1.0) -> Re
     return reading
 
 
-def kept_weights(run: RunDirectory) -> Weights | None:
+def kept_weights(session: Session[AnyDense]) -> Weights | None:
     """What describes the weights of a run that resumes, without tensors, whatever `model.init` holds by now.
 
     Args:
-        run: where it stands.
+        session: with the settings and where the run stands.
 
     Returns:
         None of a run that starts, or that does not have all of it, as its checkpoint is of an earlier version.
     """
+    run = session.run
     if run.resume_from is None:
         return None
     with checkpoint.reading_progress(run.resume_from):
@@ -144,9 +145,9 @@ def kept_weights(run: RunDirectory) -> Weights | None:
         if not meta.spec or image.in_chans is None:
             return None
         architecture = Architecture(read_spec(meta.spec), image.in_chans)
-    held_out = run.path / "val_files.json"
+    held_out = run.path / "val_files.json"  # which a start whose images moved had deleted, if it was ended then
     if not held_out.is_file():
-        return None
+        return None if session.cfg.model.keep_head else Weights({}, architecture, image)
     return Weights({}, architecture, image, class_names=Images.load(held_out).class_names or ())
 
 
