@@ -459,7 +459,7 @@ def time_training(cfg: FinetuneConfig | SegmentConfig, at_once: int, duration_s:
         duration_s: how long is timed, after a warm-up.
     """
     from fcmae import finetuning, segmenting, starting
-    from fcmae.data.loader import build_loader, choose_num_workers, prefetched
+    from fcmae.data.loader import build_loader, prefetched
     from fcmae.segmentation import segmentation_loss
     from fcmae.training.launch import make_accelerator
 
@@ -485,8 +485,7 @@ def time_training(cfg: FinetuneConfig | SegmentConfig, at_once: int, duration_s:
     normalize = reading.normalize.to(device)
     model, optimizer = accelerator.prepare(net, starting.build_optimizer(cfg, net), device_placement=[True, False])
     order = StepSampler(len(train_set), min(at_once, len(train_set)), cfg.seed, end_step=bench.ENDLESS)
-    workers = choose_num_workers(cfg.data.num_workers, device.type)
-    loader = build_loader(train_set, order, num_workers=workers, device_type=device.type)
+    loader = build_loader(train_set, order, num_workers=cfg.data.num_workers, device_type=device.type)
     batches = prefetched(loader, device)
 
     def step() -> None:

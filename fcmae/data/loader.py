@@ -96,8 +96,8 @@ def build_loader(
     Args:
         dataset: samples by key.
         batch_sampler: lists of keys, in whose order the batches come.
-        num_workers: processes that decode, as `choose_num_workers` has it; 0 decodes in this one. The batches are the
-            same for any number.
+        num_workers: processes that decode, see `choose_num_workers`; 0 decodes in this one. The batches are the same
+            for any number.
         device_type: of what computes; "cuda" pins the batches.
     """
     num_workers = choose_num_workers(num_workers, device_type)

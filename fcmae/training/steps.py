@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from fcmae import threads
 from fcmae.config import RunConfig
 from fcmae.data.dataset import Batch, ImageDataset
-from fcmae.data.loader import build_loader, choose_num_workers, prefetched
+from fcmae.data.loader import build_loader, prefetched
 from fcmae.data.sampler import StepSampler
 from fcmae.training import checkpoint
 from fcmae.training.launch import same_everywhere, waiting_for_all
@@ -184,8 +184,7 @@ class Steps:
             grad_accum=cfg.num_micro_batches,
             masks_per_image=self._masks_per_image,
         )
-        workers = choose_num_workers(cfg.data.num_workers, device.type)
-        loader = build_loader(self._dataset, order, num_workers=workers, device_type=device.type)
+        loader = build_loader(self._dataset, order, num_workers=cfg.data.num_workers, device_type=device.type)
         return self.log.window.timed(prefetched(loader, device))
 
     def next_batch(self) -> Batch:
