@@ -265,7 +265,8 @@ class Hub(BaseHTTPRequestHandler):
         if self.path == "/api/whoami-v2":
             return self.answer({"type": "user", "name": "me"})
         name = self.path.removeprefix("/api/models/")
-        assert name in self.repos, self.path
+        if name not in self.repos:  # the client may ask for more, by what it finds in the environment
+            return self.answer({"error": "Repository not found"}, 404)
         return self.answer({"id": name, "private": self.visibility.get(name) in (True, "private"), "siblings": []})
 
     def do_PUT(self) -> None:
