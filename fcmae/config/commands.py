@@ -51,7 +51,7 @@ def _repository(name: str) -> str:
 Variant = Annotated[str, AfterValidator(variant_named)]
 
 
-class Reading(Settings):
+class ReadingConfig(Settings):
     """How images are read for a model, and where it computes."""
 
     image_size: Size | None = None
@@ -68,7 +68,7 @@ class Reading(Settings):
     """auto takes a GPU when there is one."""
 
 
-class Source(Reading):
+class ImagesConfig(ReadingConfig):
     """Images with or without labels."""
 
     images: Annotated[list[UserText] | None, Spelling(commas=False)] = Field(None, min_length=1)
@@ -86,7 +86,7 @@ Models = Annotated[list[RunText], Field(min_length=1, examples=[["runs/first"]])
 Stages = Annotated[tuple[int, ...] | None, BeforeValidator(_stages)]
 
 
-class EvaluateConfig(Reading, FromFile):
+class EvaluateConfig(ReadingConfig, FromFile):
     """Measure with kNN, linear and few-label probes how well frozen features separate classes.
 
     Example: fcmae evaluate runs/first random:runs/first pixels:32 --data labelled
@@ -189,7 +189,7 @@ class WorthConfig(Settings, FromFile):
             yield ("seed", "seeds"), f"{self.seed} + seeds = {self.seeds} are more than {2**32}: use less"
 
 
-class EmbedConfig(Source, FromFile):
+class EmbedConfig(ImagesConfig, FromFile):
     """Write features of images, a map of them, and pictures of nearest neighbours.
 
     Example: fcmae embed runs/first --data labelled --neighbours photo.jpg --out embedded
@@ -213,7 +213,7 @@ class EmbedConfig(Source, FromFile):
     """Replace earlier results."""
 
 
-class AnalyzeConfig(Source, FromFile):
+class AnalyzeConfig(ImagesConfig, FromFile):
     """Compare the channels of ConvNeXts: diversity, dead channels, effective rank, GRN, class selectivity.
 
     Only class selectivity needs labels.
@@ -232,7 +232,7 @@ class AnalyzeConfig(Source, FromFile):
     """Replace earlier results."""
 
 
-class PredictConfig(Reading, FromFile):
+class PredictConfig(ReadingConfig, FromFile):
     """Classify images with a fine-tuned model, or write their label maps with a model of `fcmae segment`.
 
     The label map of an image named .tif or .tiff is a TIFF with the same georeferencing; that of any other is a PNG.
@@ -290,7 +290,7 @@ class ConvertConfig(Settings, FromFile):
             yield ("dest", "dry_run", "check"), "DEST is missing: name a new path, or give --dry_run or --check"
 
 
-class PruneConfig(Reading, FromFile):
+class PruneConfig(ReadingConfig, FromFile):
     """Remove hidden channels of a ConvNeXt, and compensate for them by statistics of images, or whole blocks.
 
     Example: fcmae prune runs/tuned pruned.safetensors --data photos --keep .5

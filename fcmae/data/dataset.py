@@ -19,7 +19,7 @@ from fcmae.data.index import Images
 from fcmae.data.sampler import MASK_STREAM, SAMPLE_STREAM, Key
 from fcmae.data.source import BadImage, DataError, printable
 from fcmae.data.split import evenly
-from fcmae.data.survey import tell_unread
+from fcmae.data.survey import warn_of_unread_bands
 from fcmae.masking import random_mask
 
 logger = logging.getLogger("fcmae")
@@ -39,7 +39,7 @@ def check_values(reading: Reading, images: Images, *, trains: bool = False) -> N
         images: which.
         trains: whether a network learns from them, for which other channels, mean and std can be given.
     """
-    tell_unread(images, reading.in_chans, trains=trains)
+    warn_of_unread_bands(images, reading.in_chans, trains=trains)
     dataset = centre_crops(reading, images)
     samples = [dataset[(0, i)] for i in evenly(len(images), 8)]
     if not (readable := [sample for sample in samples if sample.valid]):

@@ -112,7 +112,7 @@ def survey(
                 f"{key}: of {len(sides)} images {few(kinds, 4)}: list those of one kind in a .txt file (with labels, a "
                 ".csv file), or convert the others"
             )
-        tell_unread(sample, in_chans, trains=trains)
+        warn_of_unread_bands(sample, in_chans, trains=trains)
     mean, std, _ = channel_statistics(
         sample, in_chans, max_images=max_images, max_pixels=max_pixels, nodata=nodata, key=key
     )
@@ -124,7 +124,7 @@ def survey(
     return Survey(len(images), side, in_chans, is_deep, has_deep, tuple(mean), tuple(std), area, counts)
 
 
-def tell_unread(images: Images, in_chans: int, *, trains: bool) -> None:
+def warn_of_unread_bands(images: Images, in_chans: int, *, trains: bool) -> None:
     """Warn if TIFFs among some of the images have pages, or a channel that they call alpha, which are not read.
 
     Args:

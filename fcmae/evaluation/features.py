@@ -47,7 +47,7 @@ def batches_of(
 
 
 @dataclass(frozen=True)
-class Features:
+class Extracted:
     """Features of the N images that could be read, in their order.
 
     Attributes:
@@ -72,7 +72,7 @@ def extract(
     batch_size: int = BATCH_SIZE,
     num_workers: int | None = None,
     title: str = "features",
-) -> Features:
+) -> Extracted:
     """Pooled features of all images.
 
     Args:
@@ -121,7 +121,7 @@ def extract(
         number: np.memmap(directory / f"stage{number}.bin", np.float32, "r").reshape(-1, width)
         for number, width in widths.items()
     }
-    return Features(usable, mapped, bad)
+    return Extracted(usable, mapped, bad)
 
 
 def check_stages(backbone: Backbone, stages: Sequence[int] | None) -> None:

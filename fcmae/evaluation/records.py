@@ -43,7 +43,7 @@ class Confusion(TypedDict):
     matrix: list[list[Count]]
 
 
-class Evaluation(TypedDict):
+class EvaluationRecord(TypedDict):
     """What is read from an evaluation.json."""
 
     model: str

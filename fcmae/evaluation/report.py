@@ -32,7 +32,7 @@ from fcmae.data.source import printable
 from fcmae.data.split import evenly
 from fcmae.evaluation import paired
 from fcmae.evaluation.charts import Chart, Table, heat_map, line_chart, shown
-from fcmae.evaluation.records import COLUMNS, Evaluation, score_rows
+from fcmae.evaluation.records import COLUMNS, EvaluationRecord, score_rows
 from fcmae.evaluation.runs import (
     MAX_JSON,
     OF_A_START,
@@ -483,7 +483,7 @@ def _monitors(run: RunFiles) -> Section:
     return section
 
 
-def _evaluation(folder: Path, found: Evaluation) -> Section:
+def _evaluation(folder: Path, found: EvaluationRecord) -> Section:
     """The tables of an evaluation.json."""
     section, data, results = Section(f"Evaluation of {found['model']}"), found["data"], found["results"]
     matrix = (found["confusion"] or {"matrix": []})["matrix"]

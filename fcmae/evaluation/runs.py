@@ -19,7 +19,7 @@ from fcmae.config.base import near_runs
 from fcmae.data.index import Images
 from fcmae.data.split import split
 from fcmae.evaluation.charts import Curve
-from fcmae.evaluation.records import Evaluation
+from fcmae.evaluation.records import EvaluationRecord
 from fcmae.options.files import read_yaml
 from fcmae.options.problems import ConfigError
 from fcmae.training import own_files
@@ -36,7 +36,7 @@ HUGE = 1e100  # no measured number is so large, and its square is finite
 
 Text = Annotated[str, Field(coerce_numbers_to_str=True)]
 Start = dict[str, dict[str, Text] | Text]
-STARTS, EVALUATION = TypeAdapter(list[Start]), TypeAdapter(Evaluation)
+STARTS, EVALUATION = TypeAdapter(list[Start]), TypeAdapter(EvaluationRecord)
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,10 @@ class RunFiles:
     counts: dict[str, int]
     held_out: str | None
     class_counts: list[int]
-    evaluations: dict[Path, Evaluation]
+    evaluations: dict[Path, EvaluationRecord]
     problems: list[str]
 
-    def is_own(self, folder: Path, evaluation: Evaluation) -> bool:
+    def is_own(self, folder: Path, evaluation: EvaluationRecord) -> bool:
         """Whether an evaluation in its directory is of its own trained network, and not of another or of none.
 
         Args:
@@ -159,12 +159,12 @@ def _lines(path: Path, problems: list[str]) -> list[dict[str, Any]]:
     return [line for line in lines if "step" in line and "epoch" in line]
 
 
-def is_untrained(evaluation: Evaluation) -> bool:
+def is_untrained(evaluation: EvaluationRecord) -> bool:
     """Whether the evaluation is of an untrained network."""
     return evaluation["model"].startswith("random:")
 
 
-def needs_no_network(evaluation: Evaluation) -> bool:
+def needs_no_network(evaluation: EvaluationRecord) -> bool:
     """Whether the evaluation is of pixels or colours, which have no stages."""
     return all(result["stage"] is None for result in evaluation["results"])
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from fcmae.config import FREE_ON_RESUME
 from fcmae.evaluation.charts import shown
-from fcmae.evaluation.records import Evaluation
+from fcmae.evaluation.records import EvaluationRecord
 from fcmae.evaluation.runs import OF_A_START, RunFiles, curve, is_untrained
 from fcmae.training import health
 from fcmae.training.records import NOT_FINITE, last_failure, last_state, of_model
@@ -282,7 +282,7 @@ def standard_error(score: float, class_counts: Sequence[int]) -> float:
     return math.sqrt(score * (1 - score) * sum(1 / count for count in found)) / max(1, len(found))
 
 
-def _best_probe(evaluation: Evaluation, probe: str | None = None) -> tuple[str, float] | None:
+def _best_probe(evaluation: EvaluationRecord, probe: str | None = None) -> tuple[str, float] | None:
     """The linear probe of the last stage, else nearest neighbours, and its balanced accuracy."""
     # Earlier ones lack it.
     num_stages = evaluation.get("num_stages") or max((each["stage"] or 0 for each in evaluation["results"]), default=0)
