@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
 from safetensors import SafetensorError
 
-from fcmae.data.index import Images
+from fcmae.data.index import Images, also_in
 from fcmae.options.files import read_yaml
 from fcmae.training.own_files import OF_MODELS
-from fcmae.training.records import read_metrics
+from fcmae.training.records import read_metrics, read_starts
 from fcmae.weights.segmenters import fits
 from fcmae.weights.tensors import read_record
 
@@ -21,18 +22,22 @@ NONE = Images.of_files([])
 
 
 class Seen(NamedTuple):
-    """The images that a model has seen, as far as a run says.
+    """The images that a model has seen, as far as runs say.
 
     Attributes:
-        labelled: whose labels, or label maps, it learnt; also those of the run that it was made from, as by `prune`,
-            and of runs whose weights that one began with.
+        labelled: whose labels, or label maps, were learnt by the run that made it, also as by `prune`, and by the runs
+            whose weights that one began with.
         unlabelled: that its own run learnt from without labels.
         chose: labelled ones by whose scores its run chose it.
     """
 
-    labelled: Images = NONE
+    labelled: tuple[Images, ...] = ()
     unlabelled: Images = NONE
     chose: Images = NONE
+
+    def labels_of(self, images: Images) -> list[str]:
+        """The names of those of some images whose labels were learnt."""
+        return list(dict.fromkeys(name for learnt in self.labelled for name in also_in(images, learnt)))
 
 
 def seen_by(model: str | Path) -> Seen:
@@ -43,48 +48,56 @@ def seen_by(model: str | Path) -> Seen:
             model, of which nothing is known.
     """
     path = Path(model)
-    labelled, unlabelled = list[Images](), NONE
+    own, labelled, unlabelled = run_of(path), list[Images](), NONE
     for run in _runs_before(path):
-        is_own = run == run_of(path)
-        images = images_of_run(run) if is_own or not _is_pretraining(run) else None
+        images = images_of_run(run) if run == own or not _is_pretraining(run) else None
         if images is not None and (images.labels is not None or (run / "maps.json").is_file()):
             labelled.append(images)
-        elif images is not None and is_own:
+        elif images is not None and run == own:
             unlabelled = images
-    names = dict.fromkeys(name for images in labelled for name in images.names()) if len(labelled) > 1 else ()
-    learnt = Images.of_files(list(names)) if names else labelled[0] if labelled else NONE
-    return Seen(learnt, unlabelled, _images_that_chose(path, *_made_of(path)))
+    return Seen(tuple(labelled), unlabelled, _images_that_chose(path, *_made_of(path)))
 
 
 def _runs_before(model: Path) -> Iterator[Path]:
-    """The run that made a model, the run whose weights that one began with, and so on, as far as they are here."""
+    """The run that made a model, the run whose weights that one began with, and so on, as far as they can be read."""
     runs, place = set[Path](), model
-    while True:
-        run = run_of(place) or _made_of(place)[0]
-        if run is None or not run.is_dir() or run.resolve() in runs:
-            return
-        runs.add(run.resolve())
-        yield run
-        start = _start_of(run)
-        if start is None:
-            return
-        place = start
+    with suppress(OSError):
+        while (run := _maker_of(place)) is not None and run.resolve() not in runs:
+            runs.add(run.resolve())
+            yield run
+            start = _start_of(run)
+            if start is None or _began(_maker_of(start)) > _began(run):  # its place was taken by a later one
+                return
+            place = start
+
+
+def _maker_of(model: Path) -> Path | None:
+    """The run that a model lies in, or where that has no list of its images the run that its file names."""
+    own, named = run_of(model), _made_of(model)[0]
+    return next((run for run in (own, named) if run is not None and (run / "files.json").is_file()), own)
 
 
 def _start_of(run: Path) -> Path | None:
     """What a run's weights began with, a path or a published model's name; None where it does not say."""
-    with suppress(ValueError, OSError, LookupError, TypeError):
+    with suppress(ValueError, LookupError, TypeError):
         start = Path(read_yaml(run / "config.yaml")["model"]["init"])
-        if start.is_absolute():
-            return start
-        starts = json.loads((run / "environment.json").read_text())
-        return Path(starts[0]["directory"], start)
+        return start if start.is_absolute() else Path(read_starts(run)[0]["directory"], start)
     return None
 
 
+def _began(run: Path | None) -> float:
+    """When a run was first started, in seconds since 1970; 0 where that is not known."""
+    with suppress(ValueError, LookupError, TypeError):
+        return datetime.fromisoformat(read_starts(run)[0]["time"]).timestamp() if run is not None else 0.0
+    return 0.0
+
+
 def _is_pretraining(run: Path) -> bool:
-    with suppress(OSError), (run / "config.yaml").open() as file:
-        return file.readline().startswith("# fcmae pretrain ")
+    config = run / "config.yaml"
+    with suppress(OSError):
+        if config.is_file():
+            with config.open("rb") as file:
+                return file.readline(99).startswith(b"# fcmae pretrain ")
     return False
 
 

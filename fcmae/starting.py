@@ -174,7 +174,7 @@ def check_held_out(cfg: DenseConfig, train: Images, val: Images) -> None:
     if cfg.trains:
         check_apart(train, val, *(("data.path",) if cfg.data.val_path is None else ("data.val_path", "data.path")))
     seen = Seen() if cfg.model.init is None else seen_by(cfg.model.init)
-    learnt = also_in(val, seen.labelled)
+    learnt = seen.labels_of(val)
     if learnt and (cfg.trains or cfg.data.val_path is not None):
         logger.warning(
             "model.init = %s learnt labels of %d of the %d images held out, such as %s: scores on them are too high",
@@ -184,7 +184,7 @@ def check_held_out(cfg: DenseConfig, train: Images, val: Images) -> None:
         raise ValueError(
             f"data.val_share = {cfg.data.val_share:g} with seed = {cfg.seed} holds out {len(learnt)} of {len(val)} "
             f"images that model.init = {cfg.model.init} learnt from, such as {printable(min(learnt))}: give the seed "
-            "and val_share of its run, or the images by data.val_path"
+            "and val_share of its run, or, if one that it began with learnt them, others by data.val_path"
         )
     if not cfg.trains and (chose := also_in(val, seen.chose)):
         logger.warning(

@@ -46,7 +46,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_keeps_how_its_latest_start_ended(tmp_path: Path, how: Ended | None) -> None:
     run = pretrain_run(tmp_path / "run")
     assert state_of(ended(run, how)) == (how or "cut off")
-    record_start(run / "environment.json", cpu=True)
+    record_start(run, cpu=True)
     assert state_of(run) == "cut off"
     (run / "train.log").unlink()
     assert state_of(run) == "not begun"
@@ -71,7 +71,7 @@ def test_the_log_tells_how_a_run_of_before_ended(tmp_path: Path, lines: list[str
 
 @pytest.mark.parametrize("error", [NoUsableImage("none of 3 files can be read"), KeyboardInterrupt(), Failed("killed")])
 def test_whatever_ends_a_run_is_in_its_log(tmp_path: Path, error: BaseException) -> None:
-    record_start(tmp_path / "environment.json", cpu=True)
+    record_start(tmp_path, cpu=True)
     with (
         pytest.raises(type(error)),
         logging_to(tmp_path / "train.log", partial(record_end, tmp_path, "failed")),

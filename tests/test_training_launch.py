@@ -156,7 +156,7 @@ def test_processes_wait_for_what_the_first_one_finds_and_learn_of_any_error(tmp_
         "torch.distributed.init_process_group('gloo', **given)\n"
         "accelerator = Accelerator(cpu=True)\n"
         "if rank == 0:\n"
-        "    record_start(Path('environment.json'), cpu=True)\n"
+        "    record_start(Path(), cpu=True)\n"
         "    log = logging_to(Path('train.log'), lambda: record_end(Path(), 'failed'))\n"
         "else:\n"
         "    log = nullcontext()\n"

@@ -384,9 +384,8 @@ def test_each_start_says_what_it_ran_with(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("content", ["", "{", "{}", "[1"])
 def test_a_record_of_starts_that_cannot_be_read_is_begun_anew(tmp_path: Path, content: str) -> None:
-    path = tmp_path / "environment.json"
-    path.write_text(content)
-    record_start(path, cpu=True)
+    (tmp_path / "environment.json").write_text(content)
+    record_start(tmp_path, cpu=True)
     assert len(starts(tmp_path)) == 1
 
 

@@ -69,7 +69,7 @@ def test_the_time_that_is_told_is_that_of_the_runs_that_are_left(tmp_path: Path)
     jobs += [Job(tmp_path / f"runs/scratch-100pct-{seed}", "scratch", "100%", seed, 20.0) for seed in range(3)]
     done = tmp_path / "runs" / "scratch-10pct-0"
     done.mkdir(parents=True)
-    record_start(done / "environment.json", cpu=True)
+    record_start(done, cpu=True)
     (done / "train.log").touch()
     record_end(done, "finished")
     plan: Any = {"amounts": [{"labels": "10%", "epochs": 60.0}, {"labels": "100%", "epochs": 8.5}]}

@@ -223,10 +223,10 @@ def check_untaught(model: str, test_index: Images) -> None:
         ValueError: if it was trained on some of them.
     """
     seen = seen_by(model)
-    if learnt := also_in(test_index, seen.labelled):
+    if learnt := seen.labels_of(test_index):
         raise ValueError(
             f"{model} has learnt from {len(learnt)} of the {len(test_index)} test images with their labels, such as "
-            f"{printable(min(learnt))}: give others by test, or the seed and share by which the run held images out"
+            f"{printable(min(learnt))}: give others by test, or the seed and share by which its run held images out"
         )
     if chose := also_in(test_index, seen.chose):
         logger.warning(

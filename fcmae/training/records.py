@@ -61,11 +61,11 @@ def of_model(line: Mapping[str, Any], name: str) -> Any:
     return line.get(f"ema_{name}", line.get(name))
 
 
-def record_start(path: Path, cpu: bool, network: str = "") -> None:
-    """Append to a JSON list what this process runs with: time, versions, machine, command.
+def record_start(run: Path, cpu: bool, network: str = "") -> None:
+    """Append to the list in environment.json what this process runs with: time, versions, machine, command.
 
     Args:
-        path: of the list; a file that holds none is begun anew.
+        run: the directory; a file there that holds no list is begun anew.
         cpu: whether it computes on the CPU whatever else is there.
         network: what it trains, in words.
     """
@@ -93,7 +93,7 @@ def record_start(path: Path, cpu: bool, network: str = "") -> None:
         # `python -m fcmae.cli` is another way to say fcmae.
         "command": shlex.join(["fcmae" if program.name == "cli.py" else program.name, *_lasting(sys.argv[1:])]),
     }
-    write_text(path, json.dumps([*_starts(path), record], indent=1) + "\n")
+    write_text(run / "environment.json", json.dumps([*read_starts(run), record], indent=1) + "\n")
 
 
 def _num_nodes() -> int:
@@ -111,7 +111,7 @@ def may_have_started(job: str, run: Path) -> bool:
         job: its number.
         run: its directory, which need not be there.
     """
-    starts = _starts(run / "environment.json")
+    starts = read_starts(run)
     return any(start.get("job", job) == job for start in starts) or (not starts and (run / "environment.json").exists())
 
 
@@ -122,7 +122,7 @@ def record_end(run: Path, ended: Ended) -> None:
         run: its directory.
         ended: in which way.
     """
-    if starts := _starts(run / "environment.json"):
+    if starts := read_starts(run):
         starts[-1] |= {"ended": ended, "end": datetime.now().astimezone().isoformat(timespec="seconds")}
         with suppress(OSError):
             write_text(run / "environment.json", json.dumps(starts, indent=1) + "\n")
@@ -134,7 +134,7 @@ def last_state(run: Path) -> State:
     Args:
         run: its directory.
     """
-    log, starts = run / "train.log", _starts(run / "environment.json")
+    log, starts = run / "train.log", read_starts(run)
     if not log.is_file():  # made after a start is kept, and removed before
         return "not begun"
     ended: str | None = starts[-1]["ended"] if starts and "ended" in starts[-1] else _logged_end(log)
@@ -195,7 +195,13 @@ def _lasting(words: Sequence[str]) -> Iterator[str]:
             yield word
 
 
-def _starts(path: Path) -> list[dict[str, Any]]:
+def read_starts(run: Path) -> list[dict[str, Any]]:
+    """What environment.json holds of each start of a run, see `record_start`; nothing where it cannot be read.
+
+    Args:
+        run: its directory.
+    """
+    path = run / "environment.json"
     with suppress(OSError, ValueError, RecursionError):
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None  # a pipe would wait for ever
         if isinstance(found, list) and all(isinstance(start, dict) for start in found):
@@ -215,14 +221,14 @@ def record_images_that_fit(run: Path, num: int) -> None:
         run: its directory, of which all processes may find so at the same time.
         num: of a process, each counted as often as it has masks.
     """
-    if starts := _starts(run / "environment.json"):
+    if starts := read_starts(run):
         starts[-1]["images_at_once"] = min(num, starts[-1].get("images_at_once", num))
         write_text(run / "environment.json", json.dumps(starts, indent=1) + "\n", is_shared=True)
 
 
 def processes_before(run: Path) -> int | None:
     """How many processes the run's latest start had, if that is known."""
-    found = [start.get("num_processes") for start in _starts(run / "environment.json")]
+    found = [start.get("num_processes") for start in read_starts(run)]
     return found[-1] if found and isinstance(found[-1], int) else None
 
 
@@ -234,7 +240,7 @@ def images_that_fit(run: Path, device: torch.device) -> int | None:
         device: that is computed on now.
     """
     name, key = device_name(device), "images_at_once"
-    starts = [start for start in _starts(run / "environment.json") if key in start and start.get("device_name") == name]
+    starts = [start for start in read_starts(run) if key in start and start.get("device_name") == name]
     return starts[-1][key] if starts and isinstance(starts[-1][key], int) else None
 
 

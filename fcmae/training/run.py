@@ -255,7 +255,7 @@ class RunDirectory:
             text = f"# fcmae {self.kind} {fcmae.__version__}\n{options.dump(kept)}"
             write_text(self.path / "config.yaml", text)
             before = last_state(self.path)
-            record_start(self.path / "environment.json", uses_cpu(self.cfg), self.network)
+            record_start(self.path, uses_cpu(self.cfg), self.network)
             with logging_to(self.path / "train.log", partial(record_end, self.path, "failed")):
                 if before == "cut off":
                     logger.warning(
