@@ -252,7 +252,13 @@ def write_labels(path: Path, images: Images) -> None:
     Args:
         path: of the file; its folder is created.
         images: with labels.
+
+    Raises:
+        ValueError: if a name has a line break, which `find_labelled` takes for an open quotation.
     """
+    for name in (*images.names(), *(images.class_names or ())):
+        if any(end in name for end in "\r\n"):
+            raise ValueError(f"data: {printable(name)} has a line break in its name, as no list may have: rename it")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, _as_list(images))
 
@@ -447,7 +453,7 @@ class _Study:
                 notes.append(f"{num} of the test images are among those of the pretraining, without labels.")
             starts.insert(0, _pretrained(pretraining))
         arms, settings = self._choose_arms(starts)
-        for name in cfg.controls:  # one that the images are too small for is told before steps are timed
+        for name in cfg.controls:  # one that the images are too small for is told before the rest is timed
             self.control(name)
         for (scratch, labels), chosen in settings.items():
             num_seen = chosen.epochs * self.num_labels(labels) + len(test)
@@ -506,14 +512,14 @@ class _Study:
         seen = seen_by(str(start.init))
         if tested := len(also_in(self.test, seen.unlabelled)):
             yield f"{tested} of the test images are among those of the pretraining of {start.name}, without labels."
-        if tested := len(also_in(self.test, seen.labelled)):
+        if tested := len(seen.labels_of(self.test)):
             raise ValueError(
                 f"init = {start.init} has learnt from {tested} of the {len(self.test)} test images with their labels: "
                 "give weights that have not, or other images by --test"
             )
         if num := len(also_in(self.test, seen.chose)):
             yield f"{num} of the test images chose the weights of {start.name}: its scores are too high; give last/."
-        if trained := len(also_in(self.train, seen.labelled)):
+        if trained := len(seen.labels_of(self.train)):
             yield f"{start.name} has learnt from {trained} of the labels already, however few a row of the table says."
 
     def _choose_pretraining(self) -> tuple[PretrainConfig, float]:

@@ -408,6 +408,17 @@ def test_csv_gives_labels_with_paths_relative_to_its_folder(tmp_path: Path) -> N
     assert "only path and label are read, not split: what fcmae holds out it draws image by image" in note
 
 
+def test_rows_of_a_csv_that_are_one_by_an_open_quotation_are_told_of(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(
+        'path,label,note\na.jpg,x,"first\n\nsecond"\n\nb.jpg,y,"odd\nc.jpg,x,ok\nd.jpg,y,ok\n'
+    )
+    index = find_labelled(str(tmp_path / "a.csv"))
+    assert len(index) == 2
+    assert "lines 2 to 4 of" in index.notes[0] and "close it on its line" in index.notes[0]
+    (tmp_path / "a.csv").write_text("path,label,note\na.jpg,x,ok\n\n\nb.jpg,y,ok\n")
+    assert not any("lines" in note for note in find_labelled(str(tmp_path / "a.csv")).notes)
+
+
 def test_held_out_labels_point_into_the_training_classes(tmp_path: Path) -> None:
     touch(tmp_path, "b/1.jpg", "c/2.jpg")
     (tmp_path / "a").mkdir()  # a class without held-out images is fine

@@ -309,7 +309,7 @@ def _read_csv(
     address: str, key: str, column: str = "path", other: str = "label"
 ) -> tuple[dict[str, str], tuple[str, ...]]:
     """What stands beside each image, by its address, in a CSV file; and a note of columns that are not read."""
-    beside, folder = dict[str, str](), os.path.dirname(address)  # noqa: PTH120
+    beside, folder, notes = dict[str, str](), os.path.dirname(address), list[str]()  # noqa: PTH120
     try:
         rows = csv.DictReader(io.StringIO(ANY.read(address).decode("utf-8-sig"), newline=""), skipinitialspace=True)
         columns = rows.fieldnames or []
@@ -317,7 +317,14 @@ def _read_csv(
             raise ValueError(f"{key}: the header of {address} is {','.join(columns)!r}: it needs {column} and {other}")
         if twice := [name for name in (column, other) if columns.count(name) > 1]:
             raise ValueError(f"{key}: the header of {address} has {twice[0]} twice: keep one")
+        before = rows.line_num
         for row in rows:
+            if rows.line_num > before + 1 and not notes and any("\n" in (field or "") for field in row.values()):
+                notes.append(
+                    f"{key}: lines {before + 1} to {rows.line_num} of {address} are one row, as a quotation mark is "
+                    "open: if each is meant to be one, close it on its line"
+                )
+            before = rows.line_num
             if any(field.strip() for field in row.get(None, ())):  # DictReader's key of what is too many
                 raise ValueError(
                     f"{key}: line {rows.line_num} of {address} has more fields than the header's {len(columns)}: put "
@@ -346,12 +353,11 @@ def _read_csv(
     if not beside:
         raise ValueError(f"{key}: {address} lists no image: give one {column},{other} a line")
     if more := [name for name in columns if name not in (column, other)]:
-        note = (
+        notes.append(
             f"{key}: of {address} only {column} and {other} are read, not {few(more)}: what fcmae "
             "holds out it draws image by image, also where several are of one patient or scene"
         )
-        return beside, (note,)
-    return beside, ()
+    return beside, tuple(notes)
 
 
 def find_mapped(
