@@ -492,7 +492,8 @@ def export(
         source: see `load`; no name of timm's.
         dest: a new path: a directory for timm and transformers, else a file.
         to: timm, transformers, fair, minkowski or fcmae.
-        key, prefix: see `load`.
+        key: see `load`.
+        prefix: see `load`.
 
     Returns:
         What was written and what was left out, and how to use it, as the command prints it.
@@ -526,7 +527,8 @@ def prune(
         what: remove hidden channels of the blocks, or whole blocks.
         how: keep that share of each block (or stage), or of the whole network.
         by: measure of importance: what they add to the features of the images, or the norm of their weights.
-        key, prefix: see `load`.
+        key: see `load`.
+        prefix: see `load`.
         settings: others, by the names of the command's flags, such as {"nodata": -1}.
 
     Returns:

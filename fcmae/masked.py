@@ -451,6 +451,11 @@ def masked_loss(
     """The objective of pretraining on a whole batch: the mean that `weighted_loss` gives, a float32 scalar.
 
     Args:
-        model, images, masks, num_visible, target, known: see `weighted_loss`, and for errors.
+        model: see `fcmae.masked.weighted_loss`, as for the rest, and for errors.
+        images: (B, C, H, W) float, normalised.
+        masks: (B * n, gh, gw) bool, True = hidden; the n masks of an image follow each other.
+        num_visible: visible patches under each mask, exactly; None counts them.
+        target: what the model is to predict; None takes the model's own.
+        known: (B, C, H, W) bool, false for missing values; None if none is missing.
     """
     return weighted_loss(model, images, masks, num_visible, target=target, known=known).mean

@@ -115,7 +115,9 @@ def small() -> Iterator[None]:
     given = {flag.removeprefix("--"): value for flag, value in SMALL.items()}
     made = api._settings
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(api, "_settings", lambda model, settings, *rest: made(model, settings | given, *rest))
+        patch.setattr(
+            api, "_settings", lambda model, settings, *rest, **more: made(model, settings | given, *rest, **more)
+        )
         patch.setattr(bench, "in_process", in_forked)
         patch.setattr(choices, "SMALL", choices.SMALL.model_copy(update={"depths": (1, 1, 2)}))
         patch.setattr(probes, "MIN_STEPS", 20)
