@@ -1,6 +1,6 @@
 """Does pretraining pay with 1, 5, 10 and 100 % of the labels, on two cores?
 
-    python studies/labels.py SHARDS --out runs/labels           # 2 cores: 24 h
+    python studies/labels.py SHARDS --out runs/labels           # 2 cores: 27 h
     python studies/labels.py SHARDS --out runs/labels --list    # the commands, without running them
 
 SHARDS: the folder of tiny20's shards (see studies/sets.py). Pretraining is `pretrain_small_images`, at 48 pixels, once
@@ -70,11 +70,12 @@ class Arm(NamedTuple):
 
 
 # A sparse view costs some .57 of a dense one in seconds on two cores, and half in multiply-adds: with 10,000 labels
-# 200,000 views and 8 epochs are 20 epochs from scratch, and with 500 these views and 60 epochs are 290. The others look
-# whether either side still rises.
+# 200,000 views and 8 epochs are 20 epochs from scratch; with 500 these views and 60 epochs are 290, and 1,000,000 views
+# 1,060. The others look whether either side still rises.
 ARMS = {
     "few": Arm("scratch", FEW, rate="2e-3"),
     "equal": Arm("scratch, 290 epochs", {5: 5}, rate="2e-3", epochs=290),
+    "equalmid": Arm("scratch, 1,060 epochs", {5: 3}, rate="2e-3", epochs=1060),
     "short": Arm("pretrained, 200,000 views", {5: 8, 10: 4, 1: 8}, "again-p"),
     "mid": Arm("pretrained, 1,000,000 views", FEW, "mid-p"),
     "long": Arm("pretrained, 1,500,000 views", {5: 8, 10: 4}, "long-p"),
@@ -88,10 +89,12 @@ ARMS = {
 PAIRS = (
     ("few", None),
     ("equal", "few"),
+    ("equalmid", "few"),
     ("short", "few"),
     ("short", "equal"),
     ("mid", "few"),
     ("mid", "equal"),
+    ("mid", "equalmid"),
     ("mid", "short"),
     ("long", "few"),
     ("long", "short"),
@@ -105,6 +108,7 @@ PAIRS = (
     ("mid8", "lower"),
     ("mid8", "lower40"),
     ("mid20", "mid8"),
+    ("mid20", "lower"),
     ("mid20", "lower40"),
 )
 COLUMNS = ("labels", "start", "compute", "seeds", "top-1, %", "against", "difference of each seed", "")

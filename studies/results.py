@@ -265,7 +265,7 @@ HEAD = """# Results
 
 What pretraining gives on three small sets of images, what its parts give, and which losses are normal.
 Written by `studies/results.py` from the JSON of each study. `python studies/run_all.py` runs all of them, two commands
-at a time, on 2 cores in 60 hours by estimate; what was made on a GPU, of small images and CONTAINER, is smaller there.
+at a time, on 2 cores in 63 hours by estimate; what was made on a GPU, of small images and CONTAINER, is smaller there.
 The numbers of `make demo` are those of the demo, and the words between the tables are ours. Learning rates are
 `optim.base_lr`, of 256 images, unless a batch is named. Scores are in %; ± is the half width of the 95 % interval of
 the mean over seeds (Student's t). *Better* and *worse* are said of three runs or more, where the interval of the

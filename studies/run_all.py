@@ -1,6 +1,6 @@
 """Run the studies of docs/results.md: those of pretraining, fine-tuning and probes that are here, and then the others.
 
-    python studies/run_all.py --tiny20 SHARDS                 # 2 cores, 60 hours
+    python studies/run_all.py --tiny20 SHARDS                 # 2 cores, 63 hours
     python studies/run_all.py --tiny20 SHARDS --scale gpu     # one GPU: hundreds of epochs, five seeds
     python studies/run_all.py --tiny20 SHARDS --list          # the commands, without running them
 
@@ -12,7 +12,7 @@ OUT/docs, beside the pages and the JSON. --docs names another folder: one whose 
 
 Hours are an estimate. On 2 cores the commands here took 2.5, two at a time, before controls with few labels were among
 them, and by the seconds in the JSON of docs/ the others take 3 (what is run there of small_images.py), 11 (of
-recipe.py), 24 (labels.py, of which a part was run), 1 (collapse.py), 2 (roadmap.py), 3 (pruning.py), 2
+recipe.py), 27 (labels.py, of which a part was run), 1 (collapse.py), 2 (roadmap.py), 3 (pruning.py), 2
 (segmentation.py) and .8 (`make demo-long`); container.py, of which a GPU did the half, may take 10. On a GPU
 small_images.py takes 1.5 hours, and the rest was not run by us.
 """
