@@ -6,6 +6,7 @@ import fcntl
 import json
 import multiprocessing
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -20,6 +21,7 @@ from fcmae import cli
 from fcmae.data.dataset import NoUsableImage
 from fcmae.data.index import Images
 from fcmae.evaluation import paired
+from fcmae.evaluation.runs import read_run
 from fcmae.evaluation.status import find_runs, state_of, status
 from fcmae.processes import Failed
 from fcmae.training.messages import logging_to
@@ -263,6 +265,59 @@ def test_a_comparison_tells_which_of_its_runs_is_running(tmp_path: Path) -> None
     (tmp_path / paired.FILE).write_text(json.dumps(found | {"command": "fcmae worth labelled --out runs/x --seeds 2"}))
     assert f"fcmae worth labelled --out {tmp_path} --seeds 2  # goes on" in status(tmp_path)
     assert [found.name for found in find_runs(tmp_path)] == []
+
+
+@pytest.mark.parametrize(
+    ("out", "command", "shown"),
+    [
+        ("runs/photos", "fcmae pretrain photos", "fcmae pretrain photos"),
+        ("runs/old", "fcmae pretrain photos --out runs/old", "fcmae pretrain photos --out runs/{}"),
+        ("runs/old", "fcmae pretrain photos --out=runs/old", "fcmae pretrain photos --out runs/{}"),
+        ("runs/old", "python -c x", "fcmae pretrain --config runs/{0}/config.yaml --out runs/{0}"),
+    ],
+)
+def test_a_run_that_was_moved_goes_on_where_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str, command: str, shown: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("photos", "photos-2"):
+        run = pretrain_run(Path("runs") / name)
+        text = re.sub("(?m)^out: .*$", f"out: {out}", (run / "config.yaml").read_text())
+        (run / "config.yaml").write_text(text)
+        start = {"time": "2026-01-01T00:00:00+00:00", "command": command, "directory": str(tmp_path)}
+        (run / "environment.json").write_text(json.dumps([start]))
+        expected = shown.format(name) if name == "photos" or "--out" in shown else f"{shown} --out runs/photos-2"
+        assert f"  {expected}  # goes on" in status(ended(run, None)), name
+
+
+def test_runs_beside_a_comparison_are_found_from_inside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretrain_run(tmp_path / "first")
+    (tmp_path / "compared").mkdir()
+    (tmp_path / "compared" / paired.FILE).write_text("{}")
+    monkeypatch.chdir(tmp_path / "compared")
+    assert [run.path for run in find_runs(Path(".."))] == [Path("../first")]
+
+
+def test_a_path_that_is_no_utf_8_does_not_hide_how_a_run_was_started(run: Path) -> None:
+    start = {"time": "2026-01-01T00:00:00+00:00", "command": "fcmae pretrain Bilder_gr\udcf6n", "directory": "/"}
+    (run / "environment.json").write_text(json.dumps([start]))
+    found = read_run(run, "run")
+    assert found.starts[0]["command"] == start["command"] and not found.problems
+
+
+def test_the_log_of_another_user_is_no_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = pretrain_run(tmp_path / "run")
+    (run / "environment.json").unlink()
+    (run / "train.log").touch()
+    opened = Path.open
+
+    def refused(path: Path, *args: Any, **options: Any) -> Any:
+        if path.name == "train.log":
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *args, **options)
+
+    monkeypatch.setattr(Path, "open", refused)
+    assert "cut off" in status(tmp_path)
 
 
 def test_a_table_of_runs_does_not_read_their_lists_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

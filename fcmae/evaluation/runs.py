@@ -182,13 +182,17 @@ def read_json(path: Path, shape: TypeAdapter[Any], remedy: str, problems: list[s
         The content, without what the shape does not name; None if there is none.
     """
     try:
-        return shape.validate_json(read_bytes(path, MAX_JSON)) if path.exists() else None
+        if path.exists():
+            # pydantic's own parser refuses what json writes of paths that are no UTF-8.
+            return shape.validate_python(json.loads(read_bytes(path, MAX_JSON)))
     except OSError as error:
         problems.append(f"{path} cannot be read ({error.strerror}): {remedy}.")
     except ValidationError as error:
         first = error.errors()[0]
         where = "".join(f"{part}: " for part in first["loc"])
         problems.append(f"{path} does not hold what it should ({where}{first['msg']}): {remedy}.")
+    except (ValueError, RecursionError) as error:
+        problems.append(f"{path} does not hold what it should ({error}): {remedy}.")
     return None
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import os
+import re
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime, timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -55,7 +57,12 @@ def _text(parts: Iterable[str]) -> str:
 def find_runs(place: Path) -> Iterator[RunFiles]:
     """The runs in and below a folder, as far as they can be read, without those of comparisons."""
     found = [path.parent for depth in range(DEPTH + 1) for path in sorted(place.glob("*/" * depth + "config.yaml"))]
-    yield from _readable((path for path in found if not (path.parent.parent / paired.FILE).is_file()), place)
+    yield from _readable((path for path in found if not (_above(path) / paired.FILE).is_file()), place)
+
+
+def _above(path: Path) -> Path:
+    """The folder of a run's folder; `Path.parent` takes .. for a name."""
+    return Path(os.path.abspath(path)).parents[1]  # noqa: PTH100
 
 
 def _readable(paths: Iterable[Path], place: Path) -> Iterator[RunFiles]:
@@ -80,8 +87,8 @@ def _comparison(place: Path) -> Iterator[str]:
     yield f"\n{paired.summary(found)}\n\nnext:"
     if found["num_done"] < found["num_runs"] and not running:
         words, folder = shlex.split(typed_again(found["command"]) or ""), found.get("directory")
-        if "--out" in words[:-1]:  # it may have been moved
-            words[words.index("--out") + 1] = str(place.absolute() if _is_elsewhere(folder) else place)
+        if _names_out(words):
+            words = _with_out(words, place.absolute() if _is_elsewhere(folder) else place)
         if words:
             yield f"  {_from(folder, shlex.join(words))}  # goes on"
     yield f"  fcmae report {shlex.quote(str(place))}"
@@ -174,14 +181,39 @@ def _resuming(run: RunFiles) -> str:
     given, num = typed_again(run.starts[-1].get("command")), processes_of(run)
     folder = run.starts[-1].get("directory")
     place = run.path.absolute() if _is_elsewhere(folder) else run.path
+    goes_there = _goes_there(run, folder)
+    if given is not None and not goes_there:
+        given = shlex.join(_with_out(shlex.split(given), place))
     nodes = str(run.starts[-1].get("num_nodes", 1))
     if given is not None and nodes.isdecimal() and int(nodes) > 1:
         command = f"{given}  # in {num} processes on {nodes} nodes, as before"
     elif given is not None and num == 1:
         command = given
     else:
-        command = f"{' '.join(program(run.kind, num))} --config {shlex.quote(str(place / 'config.yaml'))}"
+        words = [*program(run.kind, num), "--config", str(place / "config.yaml")]
+        command = shlex.join(words if goes_there else _with_out(words, place))
     return _from(folder, command)
+
+
+def _goes_there(run: RunFiles, folder: object) -> bool:
+    """Whether a run's command and settings lead to it: it may have been moved, or have a number as a name was taken."""
+    out, words = run.settings.get("out"), shlex.split(typed_again(run.starts[-1].get("command")) or "")
+    if not isinstance(out, str) or not isinstance(folder, str):
+        return True
+    is_numbered = re.search(r"-\d+$", run.path.absolute().name) is not None and not _names_out(words)
+    return Path(folder, out).resolve() == run.path.resolve() and not is_numbered
+
+
+def _names_out(words: Sequence[str]) -> bool:
+    return any(word == "--out" or word.startswith("--out=") for word in words)
+
+
+def _with_out(words: Sequence[str], place: Path) -> list[str]:
+    """A command with another --out."""
+    if "--out" in words[:-1]:
+        number = words.index("--out") + 1
+        return [*words[:number], str(place), *words[number + 1 :]]
+    return [*(word for word in words if not word.startswith("--out=")), "--out", str(place)]
 
 
 def _from(folder: object, command: str) -> str:

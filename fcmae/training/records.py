@@ -156,7 +156,8 @@ def last_failure(run: Path) -> str | None:
 
 def _logged_end(log: Path) -> Ended | None:
     """How a run ended that was begun before environment.json kept it, by the last line of its train.log."""
-    with log.open("rb") as file:
+    lines = list[str]()
+    with suppress(OSError), log.open("rb") as file:  # of another user's run
         file.seek(max(0, log.stat().st_size - LOG_END))
         lines = file.read(LOG_END).decode(errors="replace").splitlines()
     said = [match[1] for line in lines if (match := re.match(STAMP + "(?!next: |best and last model: )(.*)", line))]
