@@ -150,7 +150,10 @@ class Job(NamedTuple):
 
     @property
     def is_done(self) -> bool:
-        return last_state(self.path) == "finished"
+        """Whether it is finished, and its score has not been lost, as in a power failure."""
+        if last_state(self.path) != "finished":
+            return False
+        return self.labels is None or any("top1" in line for line in read_metrics(self.path / "metrics.jsonl"))
 
     @property
     def seconds_left(self) -> float:

@@ -73,6 +73,9 @@ def test_the_time_that_is_told_is_that_of_the_runs_that_are_left(tmp_path: Path)
     (done / "train.log").touch()
     record_end(done, "finished")
     plan: Any = {"amounts": [{"labels": "10%", "epochs": 60.0}, {"labels": "100%", "epochs": 8.5}]}
+    assert not jobs[1].is_done  # whose score the disk has lost
+    (done / "metrics.jsonl").write_text(json.dumps({"step": 9, "epoch": 60.0, "top1": 0.5}) + "\n")
+    assert jobs[1].is_done
     rows = [line.split() for line in worth._estimate(plan, jobs, tmp_path).splitlines()]
     told = [[cell for cell in row if cell != "|"] for row in rows]
     assert ["pretrained", "pretraining", "1", "1.5", "h"] in told
