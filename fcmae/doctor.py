@@ -252,7 +252,8 @@ def _torch() -> Iterator[Finding]:
         workers = choose_num_workers(None, device.type if device else "cpu")
         yield Finding("loader workers", "ok", f"{workers} for each training process, unless data.num_workers is set")
         found = f"the loops for the depthwise convolution {'are' if library() else 'cannot be'} compiled"
-        cost, mend = "pretraining on a CPU takes up to three quarters longer", "install gcc, or name a compiler in CC"
+        cost = "pretraining on a CPU takes up to three quarters longer"
+        mend = "install gcc, or name a compiler in CC; TMPDIR must allow programs"
         yield _judge("C compiler", found, library() is None, cost, mend)
 
 
@@ -388,7 +389,8 @@ def _imagecodecs() -> Iterator[Finding]:
 
 
 def _disk(out: Path) -> Iterator[Finding]:
-    path = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    # os.path's says of what may not be looked at that it is not there.
+    path = next(path for path in (out.absolute(), *out.absolute().parents) if os.path.exists(path))  # noqa: PTH110
     free = shutil.disk_usage(path).free
     # A run keeps two by default and the last good one, and writes the fourth before it deletes one.
     atto, base = (4 * 3 * 4 * count for count in NUM_PARAMETERS.values())

@@ -173,6 +173,22 @@ def test_a_disk_must_hold_the_checkpoints_of_atto(
     assert f"{tmp_path}; a run's checkpoints take 0.348 GB for atto, 4.41 GB for base" in found.found
 
 
+def test_a_place_that_may_not_be_looked_at_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked, allowed = os.stat, os.access
+
+    def stat(path: Any, *args: Any, **options: Any) -> os.stat_result:
+        if str(path).startswith(f"{tmp_path}/closed/"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return looked(path, *args, **options)
+
+    (tmp_path / "closed").mkdir()
+    monkeypatch.setattr(os, "stat", stat)
+    monkeypatch.setattr(os, "access", lambda path, mode: "closed" not in str(path) and allowed(path, mode))
+    (found,) = find("disk", tmp_path / "closed" / "runs")
+    assert (found.state, found.needed) == ("broken", True)
+    assert "closed cannot be written to" in found.found
+
+
 def test_a_place_that_cannot_be_written_to_is_broken(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (found,) = find("disk", tmp_path / "file")

@@ -121,18 +121,38 @@ def test_where_it_cannot_be_compiled_torch_computes(
 def test_a_file_that_is_no_library_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     broken = tmp_path / "broken.so"
     broken.write_text("cut off")
-    monkeypatch.setattr(native, "_compiled", lambda compiler: broken)
+    monkeypatch.setattr(native, "_compiled", lambda *_: broken)
     assert native.library() is None
 
 
-def test_without_a_home_directory_torch_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_file_in_the_cache_is_made_elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FCMAE_CACHE", str(tmp_path))
+    require_native()
+    (made,) = tmp_path.rglob("*.so")
+    damaged = tmp_path / "damaged"
+    (damaged / "native").mkdir(parents=True)
+    (damaged / "native" / made.name).touch()
+    monkeypatch.setenv("FCMAE_CACHE", str(damaged))
+    native.library.cache_clear()
+    assert native.library() is not None
+
+
+def test_with_an_open_quotation_for_the_compiler_torch_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "gcc '")
+    assert native.library() is None
+
+
+def test_without_a_home_directory_it_is_compiled_for_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    require_native()
+
     def home() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
     for name in ("FCMAE_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(Path, "home", home)
-    assert native.library() is None
+    native.library.cache_clear()
+    assert native.library() is not None
 
 
 def test_it_is_compiled_once_for_all_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -130,25 +131,34 @@ def conv_gradients(grad: Tensor, x: Tensor, weight: Tensor, *, with_weight: bool
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled loops, or None if there is no compiler or the compiled library does not load."""
-    compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
+    try:
+        compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
+    except ValueError:  # an open quotation
+        return None
     if sys.platform != "linux" or shutil.which(compiler[0]) is None:
         return None
-    try:
-        return ctypes.CDLL(str(_compiled(compiler)))
-    except (OSError, RuntimeError, subprocess.SubprocessError):  # RuntimeError: there is no home directory
-        return None
+    with suppress(OSError, RuntimeError, subprocess.SubprocessError):  # RuntimeError: there is no home directory
+        return ctypes.CDLL(str(_compiled(compiler, _cache())))
+    # Where nothing can be kept, or what was kept is damaged. A file that is loaded may be deleted.
+    with suppress(OSError, subprocess.SubprocessError), tempfile.TemporaryDirectory() as folder:
+        return ctypes.CDLL(str(_compiled(compiler, Path(folder))))
+    return None
 
 
-def _compiled(compiler: list[str]) -> Path:
-    """The library's file, made if it is not there. Raises OSError or SubprocessError if it cannot be."""
+def _cache() -> Path:
+    named = os.environ.get("FCMAE_CACHE")
+    return Path(named or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "fcmae"), "native")
+
+
+def _compiled(compiler: list[str], root: Path) -> Path:
+    """The library's file in a folder, made if it is not there. Raises OSError or SubprocessError if it cannot be."""
     version = subprocess.run([*compiler, "--version"], capture_output=True, timeout=60, check=True).stdout
     # The processor, for which -march=native compiles: machines of several kinds may share a home directory.
     processor = [
         line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Features"))
     ]
     key = repr((SOURCE.read_text(), FLAGS, compiler, version, platform.machine(), processor[:1]))
-    root = os.environ.get("FCMAE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "fcmae")
-    place = Path(root, "native", f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.so")
+    place = root / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if not place.exists():
         place.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=place.parent) as folder:
