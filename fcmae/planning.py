@@ -218,7 +218,10 @@ def _run_directory(sketch: RunConfig, given: Mapping[str, Any]) -> Path:
 
 def _goes_on(sketch: RunConfig, given: Mapping[str, Any], place: Path) -> bool:
     """Whether the run there was started by this command, with no more settings than these, and is not finished."""
-    saved = _saved(sketch, place, begun=False)
+    try:
+        saved = _saved(sketch, place, begun=False)
+    except ValueError:  # another version's, or damaged
+        return False
     if saved is None or last_state(place) == "finished":
         return False
     told = {key: value for key, value in options.flat(sketch).items() if key in given}

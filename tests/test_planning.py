@@ -299,6 +299,14 @@ def start_run(run: Path, cfg: PretrainConfig) -> None:
     (run / "environment.json").write_text("[]")
 
 
+def test_a_run_of_another_version_in_the_place_does_not_stop_a_new_one(photos: Path, measured: list[int]) -> None:
+    words = ["photos", "--hours", "0.001", *SMALL]
+    start_run(Path("runs/photos"), load(PretrainConfig, words, prog="x", complete=planning.complete))
+    with Path("runs/photos/config.yaml").open("a") as file:
+        file.write("setting_of_tomorrow: 1\n")
+    assert load(PretrainConfig, words, prog="x", complete=planning.complete).out == Path("runs/photos-2")
+
+
 def test_a_run_that_was_cut_off_goes_on_with_what_was_chosen(photos: Path, measured: list[int]) -> None:
     words = ["photos", "--hours", "0.001", *SMALL]
     first = load(PretrainConfig, words, prog="x", complete=planning.complete)
