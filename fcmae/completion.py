@@ -37,14 +37,17 @@ def script(shell: str, commands: Mapping[str, type[Settings]]) -> str:
         return "\n".join(_fish(flags)) + "\n"
     head = "autoload -U +X bashcompinit && bashcompinit\n" if shell == "zsh" else ""
     values = [
-        _case(f"{command} {flag}", words) for command, found in flags.items() for flag, words in found.items() if words
+        _case(f"{command} {flag}", words, end="(( ${#COMPREPLY[@]} )) && return")
+        for command, found in flags.items()
+        for flag, words in found.items()
+        if words
     ]
     names = [_case(f"{command} -", found, "*") for command, found in flags.items()]
     return head + _BASH.format(commands=" ".join(flags), values="\n".join(values), flags="\n".join(names))
 
 
-def _case(start: str, words: Iterable[str], more: str = "") -> str:
-    return f'    "{start}"{more}) COMPREPLY=($(compgen -W "{" ".join(words)}" -- "$current")); return ;;'
+def _case(start: str, words: Iterable[str], more: str = "", end: str = "return") -> str:
+    return f'    "{start}"{more}) COMPREPLY=($(compgen -W "{" ".join(words)}" -- "$current")); {end} ;;'
 
 
 def _fish(flags: Mapping[str, Mapping[str, list[str]]]) -> Iterable[str]:
@@ -52,4 +55,8 @@ def _fish(flags: Mapping[str, Mapping[str, list[str]]]) -> Iterable[str]:
     for command, found in flags.items():
         for flag, words in found.items():
             values = f" -x -a '{' '.join(words)}'" if words else " -r"
+            if words == ["true", "false"]:  # a switch, which needs no value
+                values = ""
+            elif flag == "--config":  # a file, or one of these
+                values = values.replace("-x", "-r")
             yield f"complete -c fcmae -n '__fish_seen_subcommand_from {command}' -l {flag.removeprefix('--')}{values}"

@@ -11,12 +11,13 @@ import pytest
 
 from fcmae.cli import COMMANDS
 from fcmae.completion import script
+from fcmae.config import CheckpointConfig
 
 SETTINGS = {name: settings for name, (settings, _) in COMMANDS.items()}
 
 
 @pytest.mark.parametrize(
-    ("words", "completed"),
+    ("words", "expected"),
     [
         (["pre"], {"pretrain", "predict"}),
         (["pretrain", "--device", ""], {"auto", "cpu"}),
@@ -25,29 +26,32 @@ SETTINGS = {name: settings for name, (settings, _) in COMMANDS.items()}
         (["convert", "--to", "ti"], {"timm"}),
         (["pretrain", "--config", "pretrain_cp"], {"pretrain_cpu"}),
         (["pretrain", "--chos"], set()),
+        (["pretrain", "--overwrite", "--chec"], {f"--checkpoint.{name}" for name in CheckpointConfig.model_fields}),
     ],
 )
-def test_bash_completes_commands_flags_and_values(words: list[str], completed: set[str], tmp_path: Path) -> None:
+def test_bash_completes_commands_flags_and_values(words: list[str], expected: set[str], tmp_path: Path) -> None:
+    assert completed(words, tmp_path) == expected
+
+
+def completed(words: list[str], place: Path) -> set[str]:
+    """What bash offers for the last of the words, in a folder."""
     line = " ".join(f"'{word}'" for word in ("fcmae", *words))
     ask = f"COMP_WORDS=({line}); COMP_CWORD={len(words)}; _fcmae; printf '%s\\n' \"${{COMPREPLY[@]}}\""
-    done = subprocess.run(
-        ["bash", "-c", script("bash", SETTINGS) + ask], capture_output=True, text=True, check=True, cwd=tmp_path
-    )
-    assert set(done.stdout.split()) == completed
+    command = ["bash", "-c", script("bash", SETTINGS) + ask]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=place)
+    return set(done.stdout.splitlines()) - {""}
 
 
 def test_files_are_completed_elsewhere(tmp_path: Path) -> None:
     (tmp_path / "my photos").mkdir()
-    ask = "COMP_WORDS=(fcmae pretrain my); COMP_CWORD=2; _fcmae; printf '%s\\n' \"${COMPREPLY[@]}\""
-    done = subprocess.run(
-        ["bash", "-c", script("bash", SETTINGS) + ask], capture_output=True, text=True, check=True, cwd=tmp_path
-    )
-    assert done.stdout.splitlines() == ["my photos"]
+    for words in (["pretrain", "my"], ["predict", "--probabilities", "my"], ["pretrain", "--config", "my"]):
+        assert completed(words, tmp_path) == {"my photos"}
 
 
 def test_zsh_takes_the_script_of_bash_and_fish_has_a_line_a_flag() -> None:
     assert script("zsh", SETTINGS).endswith(script("bash", SETTINGS))
     lines = script("fish", SETTINGS).splitlines()
+    assert "complete -c fcmae -n '__fish_seen_subcommand_from pretrain' -l overwrite" in lines
     assert "complete -c fcmae -n '__fish_seen_subcommand_from pretrain' -l device -x -a 'auto cpu'" in lines
 
 
