@@ -195,7 +195,7 @@ def launch(words: list[str]) -> None:
 
 def test_the_commands_of_the_first_page_make_what_it_says(begun: Path) -> None:
     assert list((begun / "runs" / "photos" / "reconstructions").glob("*.png"))
-    assert (begun / "runs" / "photos" / "report.html").exists()
+    assert (begun / "report.html").exists()
     assert (begun / "runs" / "labelled-tuned" / "best").is_dir()
 
 
