@@ -66,7 +66,7 @@ def _runs_before(model: Path) -> Iterator[Path]:
             runs.add(run.resolve())
             yield run
             start = _start_of(run)
-            if start is None or _began(_maker_of(start)) > _began(run):  # its place was taken by a later one
+            if start is None or _is_younger(_maker_of(start), run):  # which took the place of what the run began with
                 return
             place = start
 
@@ -81,15 +81,18 @@ def _start_of(run: Path) -> Path | None:
     """What a run's weights began with, a path or a published model's name; None where it does not say."""
     with suppress(ValueError, LookupError, TypeError):
         start = Path(read_yaml(run / "config.yaml")["model"]["init"])
-        return start if start.is_absolute() else Path(read_starts(run)[0]["directory"], start)
+        places = [Path(one["directory"], start) for one in read_starts(run)]  # the first may have failed elsewhere
+        return next((place for place in places if place.exists()), start if start.is_absolute() else None)
     return None
 
 
-def _began(run: Path | None) -> float:
-    """When a run was first started, in seconds since 1970; 0 where that is not known."""
+def _is_younger(run: Path | None, other: Path) -> bool:
+    """Whether a run was first started after the latest start of another, as far as both say when."""
     with suppress(ValueError, LookupError, TypeError):
-        return datetime.fromisoformat(read_starts(run)[0]["time"]).timestamp() if run is not None else 0.0
-    return 0.0
+        if run is not None:
+            first, latest = read_starts(run)[0]["time"], read_starts(other)[-1]["time"]
+            return datetime.fromisoformat(first) > datetime.fromisoformat(latest)
+    return False
 
 
 def _is_pretraining(run: Path) -> bool:

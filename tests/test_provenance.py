@@ -32,7 +32,7 @@ def test_labels_that_a_model_began_with_are_among_those_that_it_has_seen(
         place = tmp_path / name
         touch(place, "last/model.safetensors")
         (place / "config.yaml").write_text(f"# fcmae {kind} 0.1.0\nmodel:\n  init: {init or 'null'}\n")
-        starts = [{"directory": str(tmp_path), "time": f"2026-01-0{day}T00:00:00+00:00"}, {"directory": "/"}]
+        starts = [{"directory": str(tmp_path), "time": f"2026-01-0{day}T00:00:00+00:00"}]
         (place / "environment.json").write_text(json.dumps(starts))
         Images.of_files(images[name], *(([0], ["x"]) if labels else ())).save(place / "files.json")
         return place
@@ -51,6 +51,10 @@ def test_labels_that_a_model_began_with_are_among_those_that_it_has_seen(
     assert sorted(seen_by(tmp_path / "b").labels_of(shown)) == every
     run("a", "finetune", None, day=2)  # trained anew, after b began with what was there
     assert sorted(seen_by(tmp_path / "c").labels_of(shown)) == sorted([*images["c"], *images["b"]])
+    (tmp_path / "b" / "environment.json").unlink()
+    run("a", "finetune", None)
+    (tmp_path / "b" / "config.yaml").write_text(f"# fcmae finetune 0.1.0\nmodel:\n  init: {tmp_path / 'a'}\n")
+    assert sorted(seen_by(tmp_path / "c").labels_of(shown)) == every  # as it is not known when b began
     (tmp_path / "b" / "config.yaml").write_bytes(b"# \xe9\n[")  # another program's
     (tmp_path / "b" / "environment.json").write_text("[" * 100_000)
     assert sorted(seen_by(tmp_path / "c").labels_of(shown)) == sorted([*images["c"], *images["b"]])
