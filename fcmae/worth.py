@@ -618,6 +618,8 @@ class _Study:
             "out": str(job.path),
             "seed": job.seed,
         }
+        if last_state(job.path) == "finished" and checkpoint.latest(job.path) is None:  # and its score was lost
+            settings["overwrite"] = True
         if arm["kind"] == "start":
             settings |= self._settings_of_start(arm, job.path, plan)
         run = finetune(options.make(FinetuneConfig, settings))

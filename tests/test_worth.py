@@ -609,7 +609,13 @@ def test_a_comparison_that_was_moved_goes_on_there(folder: Path, monkeypatch: py
     (place / "runs/pretrained-50pct-1").mkdir()  # as of one that had no checkpoint yet
     shutil.copy(place / "runs/pretrained-50pct-0/config.yaml", place / "runs/pretrained-50pct-1")
     assert run(*WORDS, "--out", str(place)) == 0
-    assert json.loads((place / "worth.json").read_text())["num_done"] == 5 and not (folder / "runs").exists()
+    found = json.loads((place / "worth.json").read_text())
+    assert found["num_done"] == 5 and not (folder / "runs").exists()
+    for name in ("pretrained-50pct-1", "scratch-50pct-0"):  # whose last line the disk has lost, after its models
+        (place / "runs" / name / "metrics.jsonl").write_text("")
+    assert run(*WORDS, "--out", str(place)) == 0
+    again = json.loads((place / "worth.json").read_text())
+    assert again["num_done"] == 5 and again["scores"] == found["scores"]
 
 
 def test_baselines_weigh_the_classes_as_the_networks_do(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
