@@ -77,9 +77,9 @@ def pretrain(
         images: folders (searched recursively), text files that list paths, or glob patterns.
         out: the run directory.
         variant: the network; see `model.variant`.
-        config: a YAML file of settings, or the name of a shipped one (`fcmae configs`). Unless it or
-            `settings` has `epochs` or `batch_size`, and always with `hours` in `settings`, what you do not give is
-            chosen for the images, the machine and the hours.
+        config: a YAML file of settings, or the name of a shipped one (`fcmae configs`). If it or
+            `settings` has `epochs` or `batch_size`, the rest has its defaults. Without a file, and always with `hours`
+            in `settings`, what you do not give is chosen for the images, the machine and the hours.
         settings: more settings, which override the file's: a mapping, with sections as mappings or dotted keys,
             {"epochs": 100, "data.image_size": 64}; or a `PretrainConfig`. `fcmae pretrain --help` lists them. The
             arguments above override both.

@@ -220,7 +220,8 @@ def _goes_on(sketch: RunConfig, given: Mapping[str, Any], place: Path) -> bool:
     """Whether the run there was started by this command, with no more settings than these, and is not finished."""
     try:
         saved = _saved(sketch, place, begun=False)
-    except ValueError:  # another version's, or damaged
+    except ValueError as error:  # another version's, or damaged
+        logger.warning("the run in %s cannot go on, and a new one is begun: %s", place, str(error).partition("\n")[0])
         return False
     if saved is None or last_state(place) == "finished":
         return False

@@ -274,6 +274,7 @@ def test_a_comparison_tells_which_of_its_runs_is_running(tmp_path: Path) -> None
         ("runs/old", "fcmae pretrain photos --out runs/old", "fcmae pretrain photos --out runs/{}"),
         ("runs/old", "fcmae pretrain photos --out=runs/old", "fcmae pretrain photos --out runs/{}"),
         ("runs/old", "python -c x", "fcmae pretrain --config runs/{0}/config.yaml --out runs/{0}"),
+        ("runs/old", "fcmae worth labelled --out runs/old-worth", "fcmae worth labelled --out runs/old-worth"),
     ],
 )
 def test_a_run_that_was_moved_goes_on_where_it_is(

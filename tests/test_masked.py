@@ -589,5 +589,5 @@ def test_hog_of_edges_and_of_nothing() -> None:
     assert hog(-ramp, first, 8)[0].tolist() == [1, 0, 0, 0, 0, 0, 0, 0, 0]  # and its sign does not count
     assert hog(ramp.transpose(2, 3), first, 8)[0].tolist() == [0, 0, 0, 0, 1, 0, 0, 0, 0]  # 90 degrees
     assert hog(torch.ones(1, 1, 8, 8), first, 8).eq(0).all()
-    with pytest.raises(ValueError, match="a patch of 12 pixels, .* is no multiple of HOG's cells of 8"):
+    with pytest.raises(ValueError, match=r"a patch of 12 pixels, .* is no multiple of HOG's cells of 8"):
         hog(torch.zeros(1, 1, 12, 12), first, 12)

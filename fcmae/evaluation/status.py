@@ -62,7 +62,7 @@ def find_runs(place: Path) -> Iterator[RunFiles]:
 
 def _above(path: Path) -> Path:
     """The folder of a run's folder; `Path.parent` takes .. for a name."""
-    return Path(os.path.abspath(path)).parents[1]  # noqa: PTH100
+    return Path(os.path.abspath(path)).parent.parent  # noqa: PTH100
 
 
 def _readable(paths: Iterable[Path], place: Path) -> Iterator[RunFiles]:
@@ -198,7 +198,7 @@ def _resuming(run: RunFiles) -> str:
 def _goes_there(run: RunFiles, folder: object) -> bool:
     """Whether a run's command and settings lead to it: it may have been moved, or have a number as a name was taken."""
     out, words = run.settings.get("out"), shlex.split(typed_again(run.starts[-1].get("command")) or "")
-    if not isinstance(out, str) or not isinstance(folder, str):
+    if not isinstance(out, str) or not isinstance(folder, str) or words[1:2] == ["worth"]:
         return True
     is_numbered = re.search(r"-\d+$", run.path.absolute().name) is not None and not _names_out(words)
     return Path(folder, out).resolve() == run.path.resolve() and not is_numbered

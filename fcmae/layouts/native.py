@@ -138,7 +138,11 @@ def library() -> ctypes.CDLL | None:
     if sys.platform != "linux" or shutil.which(compiler[0]) is None:
         return None
     with suppress(OSError, RuntimeError, subprocess.SubprocessError):  # RuntimeError: there is no home directory
-        return ctypes.CDLL(str(_compiled(compiler, _cache())))
+        kept = _compiled(compiler, _cache())
+        try:
+            return ctypes.CDLL(str(kept))
+        except OSError:  # damaged
+            kept.unlink()
     # Where nothing can be kept, or what was kept is damaged. A file that is loaded may be deleted.
     with suppress(OSError, subprocess.SubprocessError), tempfile.TemporaryDirectory() as folder:
         return ctypes.CDLL(str(_compiled(compiler, Path(folder))))
