@@ -6,7 +6,6 @@ import fcntl
 import json
 import multiprocessing
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -173,13 +172,13 @@ def test_what_is_in_files_moves_no_terminal(tmp_path: Path) -> None:
     starts[-1]["command"] = "fcmae pretrain \x1b[2J"
     (run / "environment.json").write_text(json.dumps(starts))
     said = status(run)
-    assert "\x1b" not in said and f"fcmae pretrain --config {run / 'config.yaml'}  # goes on" in said
+    assert "\x1b" not in said and f"fcmae pretrain --config {run / 'config.yaml'} --out {run}  # goes on" in said
 
 
 def test_a_run_that_was_cut_off_names_its_command(run: Path) -> None:
     said = status(ended(run, None))
     assert "ended without a word, probably for want of memory" in said
-    assert "fcmae pretrain --out run  # goes on" in said
+    assert f"fcmae pretrain --out {run}  # goes on" in said
 
 
 @pytest.mark.parametrize(
@@ -188,15 +187,15 @@ def test_a_run_that_was_cut_off_names_its_command(run: Path) -> None:
         (
             "pretrain.py --config a.yaml",
             8,
-            "accelerate launch --multi_gpu --num_processes 8 -m fcmae.cli pretrain --config {}",
+            "accelerate launch --multi_gpu --num_processes 8 -m fcmae.cli pretrain --config {0}/config.yaml --out {0}",
         ),
-        ("ipykernel_launcher.py -f x.json", 1, "fcmae pretrain --config {}"),
-        ("fcmae pretrain a; rm -rf b", 1, "fcmae pretrain 'a;' rm -rf b"),
-        ("fcmae pretrain a\n  rm -rf b", 1, "fcmae pretrain --config {}"),
-        ("fcmae pretrain 'a", 1, "fcmae pretrain --config {}"),
-        ("fcmae pretrain a --overwrite", 1, "fcmae pretrain a"),
-        ("bash -c 'rm -rf b'", 1, "fcmae pretrain --config {}"),
-        ("fcmae pretrain photos", 16, "fcmae pretrain photos  # in 16 processes on 2 nodes, as before"),
+        ("ipykernel_launcher.py -f x.json", 1, "fcmae pretrain --config {0}/config.yaml --out {0}"),
+        ("fcmae pretrain a; rm -rf b", 1, "fcmae pretrain 'a;' rm -rf b --out {0}"),
+        ("fcmae pretrain a\n  rm -rf b", 1, "fcmae pretrain --config {0}/config.yaml --out {0}"),
+        ("fcmae pretrain 'a", 1, "fcmae pretrain --config {0}/config.yaml --out {0}"),
+        ("fcmae pretrain a --overwrite", 1, "fcmae pretrain a --out {0}"),
+        ("bash -c 'rm -rf b'", 1, "fcmae pretrain --config {0}/config.yaml --out {0}"),
+        ("fcmae pretrain photos", 16, "fcmae pretrain photos --out {0}  # in 16 processes on 2 nodes, as before"),
     ],
 )
 def test_what_goes_on_is_a_command(run: Path, command: str, processes: int, shown: str) -> None:
@@ -204,7 +203,7 @@ def test_what_goes_on_is_a_command(run: Path, command: str, processes: int, show
     start["num_nodes"] = 2 if processes == 16 else 1
     (run / "environment.json").write_text(json.dumps([start]))
     said = status(ended(run, None))
-    assert f"  {shown.format(run / 'config.yaml')}  # goes on" in said
+    assert f"  {shown.format(run)}  # goes on" in said
 
 
 def test_the_runs_below_a_folder_are_a_table(
@@ -257,7 +256,7 @@ def test_a_comparison_tells_which_of_its_runs_is_running(tmp_path: Path) -> None
     }  # fmt: skip
     (tmp_path / paired.FILE).write_text(json.dumps(found))
     run = finetune_run(tmp_path / "runs" / "scratch-10pct-0", 0.5)
-    assert "fcmae worth labelled  # goes on" in status(tmp_path)
+    assert f"fcmae worth labelled --out {tmp_path}  # goes on" in status(tmp_path)
     with held(run):
         said = status(tmp_path)
         assert "running: scratch-10pct-0, epoch 3 of 3" in said and "goes on" not in said
@@ -268,27 +267,22 @@ def test_a_comparison_tells_which_of_its_runs_is_running(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("out", "command", "shown"),
+    ("command", "shown"),
     [
-        ("runs/photos", "fcmae pretrain photos", "fcmae pretrain photos"),
-        ("runs/old", "fcmae pretrain photos --out runs/old", "fcmae pretrain photos --out runs/{}"),
-        ("runs/old", "fcmae pretrain photos --out=runs/old", "fcmae pretrain photos --out runs/{}"),
-        ("runs/old", "python -c x", "fcmae pretrain --config runs/{0}/config.yaml --out runs/{0}"),
-        ("runs/old", "fcmae worth labelled --out runs/old-worth", "fcmae worth labelled --out runs/old-worth"),
+        ("fcmae pretrain photos", "fcmae pretrain photos --out runs/photos-2"),
+        ("fcmae pretrain photos --out runs/old --seed 1", "fcmae pretrain photos --out runs/photos-2 --seed 1"),
+        ("fcmae pretrain photos --out=runs/old", "fcmae pretrain photos --out runs/photos-2"),
+        ("fcmae worth labelled --out runs/old-worth", "fcmae worth labelled --out runs/old-worth"),
     ],
 )
-def test_a_run_that_was_moved_goes_on_where_it_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str, command: str, shown: str
+def test_a_run_that_was_moved_or_numbered_goes_on_where_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, shown: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("photos", "photos-2"):
-        run = pretrain_run(Path("runs") / name)
-        text = re.sub("(?m)^out: .*$", f"out: {out}", (run / "config.yaml").read_text())
-        (run / "config.yaml").write_text(text)
-        start = {"time": "2026-01-01T00:00:00+00:00", "command": command, "directory": str(tmp_path)}
-        (run / "environment.json").write_text(json.dumps([start]))
-        expected = shown.format(name) if name == "photos" or "--out" in shown else f"{shown} --out runs/photos-2"
-        assert f"  {expected}  # goes on" in status(ended(run, None)), name
+    run = pretrain_run(Path("runs/photos-2"))
+    start = {"time": "2026-01-01T00:00:00+00:00", "command": command, "directory": str(tmp_path)}
+    (run / "environment.json").write_text(json.dumps([start]))
+    assert f"  {shown}  # goes on" in status(ended(run, None))
 
 
 def test_runs_beside_a_comparison_are_found_from_inside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,8 +325,8 @@ def test_a_table_of_runs_does_not_read_their_lists_of_images(tmp_path: Path, mon
 def test_what_goes_on_elsewhere_begins_there(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for command, shown in (
-        ("fcmae pretrain photos", "fcmae pretrain photos"),
-        ("python -c x", f"fcmae pretrain --config {run / 'config.yaml'}"),
+        ("fcmae pretrain photos", f"fcmae pretrain photos --out {run}"),
+        ("python -c x", f"fcmae pretrain --config {run / 'config.yaml'} --out {run}"),
     ):
         start = {"time": "2026-01-01T00:00:00+00:00", "command": command, "directory": str(run.parent)}
         (run / "environment.json").write_text(json.dumps([start]))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import re
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime, timedelta
@@ -87,10 +86,9 @@ def _comparison(place: Path) -> Iterator[str]:
     yield f"\n{paired.summary(found)}\n\nnext:"
     if found["num_done"] < found["num_runs"] and not running:
         words, folder = shlex.split(typed_again(found["command"]) or ""), found.get("directory")
-        if _names_out(words):
-            words = _with_out(words, place.absolute() if _is_elsewhere(folder) else place)
         if words:
-            yield f"  {_from(folder, shlex.join(words))}  # goes on"
+            command = _with_out(words, place.absolute() if _is_elsewhere(folder) else place)
+            yield f"  {_from(folder, command)}  # goes on"
     yield f"  fcmae report {shlex.quote(str(place))}"
 
 
@@ -181,39 +179,26 @@ def _resuming(run: RunFiles) -> str:
     given, num = typed_again(run.starts[-1].get("command")), processes_of(run)
     folder = run.starts[-1].get("directory")
     place = run.path.absolute() if _is_elsewhere(folder) else run.path
-    goes_there = _goes_there(run, folder)
-    if given is not None and not goes_there:
-        given = shlex.join(_with_out(shlex.split(given), place))
+    if given is not None and shlex.split(given)[1:2] != ["worth"]:
+        given = _with_out(shlex.split(given), place)
     nodes = str(run.starts[-1].get("num_nodes", 1))
     if given is not None and nodes.isdecimal() and int(nodes) > 1:
         command = f"{given}  # in {num} processes on {nodes} nodes, as before"
     elif given is not None and num == 1:
         command = given
     else:
-        words = [*program(run.kind, num), "--config", str(place / "config.yaml")]
-        command = shlex.join(words if goes_there else _with_out(words, place))
+        command = _with_out([*program(run.kind, num), "--config", str(place / "config.yaml")], place)
     return _from(folder, command)
 
 
-def _goes_there(run: RunFiles, folder: object) -> bool:
-    """Whether a run's command and settings lead to it: it may have been moved, or have a number as a name was taken."""
-    out, words = run.settings.get("out"), shlex.split(typed_again(run.starts[-1].get("command")) or "")
-    if not isinstance(out, str) or not isinstance(folder, str) or words[1:2] == ["worth"]:
-        return True
-    is_numbered = re.search(r"-\d+$", run.path.absolute().name) is not None and not _names_out(words)
-    return Path(folder, out).resolve() == run.path.resolve() and not is_numbered
-
-
-def _names_out(words: Sequence[str]) -> bool:
-    return any(word == "--out" or word.startswith("--out=") for word in words)
-
-
-def _with_out(words: Sequence[str], place: Path) -> list[str]:
-    """A command with another --out."""
+def _with_out(words: Sequence[str], place: Path) -> str:
+    """A command on the run that is in a place now: it may have been moved, or be numbered as its name was taken."""
     if "--out" in words[:-1]:
         number = words.index("--out") + 1
-        return [*words[:number], str(place), *words[number + 1 :]]
-    return [*(word for word in words if not word.startswith("--out=")), "--out", str(place)]
+        words = [*words[:number], str(place), *words[number + 1 :]]
+    else:
+        words = [*(word for word in words if not word.startswith("--out=")), "--out", str(place)]
+    return shlex.join(words)
 
 
 def _from(folder: object, command: str) -> str:
