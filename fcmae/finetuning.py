@@ -54,7 +54,7 @@ from fcmae.training.micro_batches import eval_batch_size
 from fcmae.training.optim import Schedule
 from fcmae.training.run import Run, RunDirectory
 from fcmae.training.session import Session, begin
-from fcmae.training.steps import Steps, evaluate_if_owed, schedule_of
+from fcmae.training.steps import evaluate_if_owed, schedule_of
 from fcmae.weights.convert import save_classifier
 from fcmae.weights.formats import rename
 from fcmae.weights.record import ImageRecord, Weights, licensed
@@ -185,16 +185,7 @@ def train(
         logger.info(message, name, len(train_images), num_classes, len(val_images))
 
         evaluate_if_owed(session, log, evaluation.evaluate)
-        steps = Steps(
-            session,
-            log,
-            ready.model,
-            ready.optimizer,
-            train_set,
-            fingerprint=fingerprint(train_images, val_images),
-            progress={"image": ImageRecord.of(reading).known()},
-            ema=None if ready.ema is None else ready.ema.module,
-        )
+        steps = ready.steps(session, log, train_set, fingerprint(train_images, val_images), reading)
         for step in steps:
             for batch in step.micro_batches():
                 with step.accumulate():

@@ -67,7 +67,7 @@ from fcmae.training.micro_batches import eval_batch_size
 from fcmae.training.optim import Schedule
 from fcmae.training.run import Run, RunDirectory
 from fcmae.training.session import Session, begin
-from fcmae.training.steps import Steps, evaluate_if_owed, schedule_of
+from fcmae.training.steps import evaluate_if_owed, schedule_of
 from fcmae.weights.record import ImageRecord, Weights, licensed
 from fcmae.weights.segmenters import read_segmenter, save_segmenter
 
@@ -200,16 +200,7 @@ def train(
         train_set = build_train_set(cfg, data, reading)
 
         evaluate_if_owed(session, log, evaluation.evaluate)
-        steps = Steps(
-            session,
-            log,
-            ready.model,
-            ready.optimizer,
-            train_set,
-            fingerprint=data.fingerprint(),
-            progress={"image": ImageRecord.of(reading).known()},
-            ema=None if ready.ema is None else ready.ema.module,
-        )
+        steps = ready.steps(session, log, train_set, data.fingerprint(), reading)
         for step in steps:
             for batch in step.micro_batches():
                 with step.accumulate():

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fcmae.config import DenseConfig, ImageConfig
 from fcmae.data.augment import Reading
+from fcmae.data.dataset import ImageDataset
 from fcmae.data.index import Images, also_in, check_apart
 from fcmae.data.source import printable
 from fcmae.heads import Classifier, Segmenter
@@ -33,7 +34,7 @@ from fcmae.training.optim import Schedule
 from fcmae.training.records import of_model, read_metrics
 from fcmae.training.run import RunDirectory
 from fcmae.training.session import Session
-from fcmae.training.steps import check_pooled
+from fcmae.training.steps import Steps, check_pooled
 from fcmae.weights.convert import adapt_in_chans
 from fcmae.weights.files import read_init, tell_encoder_alone
 from fcmae.weights.formats import Architecture
@@ -257,6 +258,29 @@ class Prepared:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     ema: ModelEmaV3 | None
+
+    def steps(
+        self, session: Session[AnyDense], log: Log, dataset: ImageDataset, fingerprint: str, reading: Reading
+    ) -> Steps:
+        """The steps of the run, whose checkpoints hold what `kept_weights` reads.
+
+        Args:
+            session: open.
+            log: of the run.
+            dataset: to learn from.
+            fingerprint: of the run's images.
+            reading: how images are read.
+        """
+        return Steps(
+            session,
+            log,
+            self.model,
+            self.optimizer,
+            dataset,
+            fingerprint=fingerprint,
+            progress={"image": ImageRecord.of(reading).known()},
+            ema=None if self.ema is None else self.ema.module,
+        )
 
 
 def prepare(
