@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+UNFINISHED = ".tmp-"  # before the name of what is being written or deleted
+
 
 @contextmanager
 def replacing(path: Path, *, is_shared: bool = False) -> Iterator[Path]:
@@ -26,7 +28,7 @@ def replacing(path: Path, *, is_shared: bool = False) -> Iterator[Path]:
         OSError: if the file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".tmp-{secrets.token_hex(4)}-{path.name}" if is_shared else f".tmp-{path.name}")
+    aside = path.with_name(f"{UNFINISHED}{secrets.token_hex(4) + '-' if is_shared else ''}{path.name}")
     aside.unlink(missing_ok=True)  # what was killed here has left one
     try:
         yield aside

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fcmae.atomic import replacing
+from fcmae.atomic import UNFINISHED, replacing
 from fcmae.data.source import open_file
 
 INDEX, CACHE = "index", "cache"  # folders of a run directory
@@ -147,7 +147,9 @@ class Storage:
             cache_gb: the setting data.cache_gb.
         """
         names = {path.name for path in out.iterdir()} if out is not None and out.exists() else set()
-        strange = {name for name in names if not name.startswith((".lock", ".tmp-"))}  # not of a start that was ended
+        strange = {
+            name for name in names if not name.startswith((".lock", UNFINISHED))
+        }  # not of a start that was ended
         if out is None or (strange and not strange & {INDEX, CACHE, "config.yaml"}):
             return cls(beside=index == "beside")
         cache = Cache(out / CACHE, int(cache_gb * GIGABYTE)) if cache_gb else None

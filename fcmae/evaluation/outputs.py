@@ -9,12 +9,13 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from fcmae.atomic import UNFINISHED
 from fcmae.config.base import near_runs
 from fcmae.data.index import is_of_run
 from fcmae.data.source import printable
 from fcmae.evaluation.models import RANDOM, is_control
 
-TEMPORARY = (".features-", ".tmp-")  # prefixes of what a killed process leaves
+TEMPORARY = (".features-", UNFINISHED)  # prefixes of what a killed process leaves
 
 
 def default_out(models: Sequence[str], out: Path | None, name: str) -> Path:

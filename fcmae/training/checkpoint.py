@@ -33,7 +33,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import fcmae
-from fcmae.atomic import check_file, read_bytes, sha256_of, sync
+from fcmae.atomic import UNFINISHED, check_file, read_bytes, sha256_of, sync
 from fcmae.training import own_files
 from fcmae.weights.tensors import write_tensors
 
@@ -168,7 +168,7 @@ def save(run: Path, meta: Meta, tensors: dict[str, dict[str, Tensor]]) -> Path:
         return place
     if bad := [f"{name}: {what}" for name, flat in tensors.items() for what in not_finite(flat)]:
         raise FloatingPointError(f"step {meta.step}: {bad[0]} ({len(bad)} tensors in all)")
-    aside = place.with_name(f".tmp-{place.name}")
+    aside = place.with_name(UNFINISHED + place.name)
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
@@ -378,12 +378,12 @@ def prune(run: Path, keep: int, steps_per_epoch: int, milestone_epochs: int, goo
             none.
         good: the last one that is known to be good, which stays too.
     """
-    for path in (run / DIRECTORY).glob(".tmp-*"):
+    for path in (run / DIRECTORY).glob(f"{UNFINISHED}*"):
         shutil.rmtree(path, ignore_errors=True)
     for step, path in list(steps(run).items())[:-keep]:
         every = [steps_per_epoch * epochs for epochs in (milestone_epochs, _milestone_epochs(path)) if epochs]
         if path != good and all(step % steps for steps in every):
-            aside = path.with_name(f".tmp-{path.name}")
+            aside = path.with_name(UNFINISHED + path.name)
             path.rename(aside)
             shutil.rmtree(aside, ignore_errors=True)  # NFS keeps what another process reads; the next time it goes
 

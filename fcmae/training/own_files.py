@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from fcmae.atomic import UNFINISHED
 from fcmae.config import RunConfig
 from fcmae.data.shards import SUFFIXES
 from fcmae.data.source import few
@@ -58,7 +59,7 @@ RESULTS = (
     "reconstructions/tiles/step-#.png",
     *(
         f"checkpoints/{folder}/{name}"
-        for folder in ("step-#", ".tmp-step-#")
+        for folder in ("step-#", f"{UNFINISHED}step-#")
         for name in ("model.safetensors", "optimizer.safetensors", "ema.safetensors", "checkpoint.json")
     ),
     *(f"{place}/{name}" for place in ("best", "last") for name in (*EXPORTED, "predictions.csv", "confusion.csv")),
@@ -66,8 +67,7 @@ RESULTS = (
 OF_MODELS = {"best", "last", "checkpoints"}  # those of its folders that hold models
 FOLDERS = ("index", "cache", "checkpoints", "tensorboard", "reconstructions", "overlays", "best", "last")
 WRITTEN = (".png", ".tif", ".tiff")  # pictures and label maps
-ASIDE = ".tmp-checkpoints"
-UNFINISHED = ".tmp-"  # before the name of a file that is being written, see `fcmae.atomic.replacing`
+ASIDE = f"{UNFINISHED}checkpoints"
 SAVED = ".saved"  # there once a checkpoint was: without one, the run is finished and tidied up, or somebody's loss
 
 
@@ -166,7 +166,7 @@ def remove(run: Path) -> None:
     checkpoints = run / "checkpoints"
     if checkpoints.is_symlink():
         for step in sorted(checkpoints.iterdir()):
-            aside = step.with_name(f".tmp-{step.name.removeprefix('.tmp-')}")
+            aside = step.with_name(UNFINISHED + step.name.removeprefix(UNFINISHED))
             step.rename(aside)
             shutil.rmtree(aside)
     elif checkpoints.exists():

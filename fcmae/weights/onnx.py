@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import fcmae
+from fcmae.atomic import UNFINISHED
 from fcmae.config.commands import ExportConfig
 from fcmae.data.augment import Reading
 from fcmae.data.dataset import centre_crops, collate
@@ -107,7 +108,7 @@ def export_onnx(cfg: ExportConfig) -> str:
     inside = reading.normalize if cfg.normalize else None
     names: list[str] = [output] if output != "pyramid" else [f"stage{i + 1}" for i in range(spec.num_stages)]
     cfg.dest.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".tmp-", dir=cfg.dest.parent) as folder:
+    with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=cfg.dest.parent) as folder:
         aside = Path(folder) / cfg.dest.name
         _write(aside, Outputs(weights, output, inside, _Plain()), names, _described(weights, cfg.normalize))
         error = _difference(aside, Outputs(weights, output, inside, DENSE), images)
