@@ -31,7 +31,7 @@ from fcmae.config import (
 )
 from fcmae.data.cores import all_processes, free_memory
 from fcmae.data.find import find_images, find_labelled, find_mapped
-from fcmae.data.index import Images
+from fcmae.data.index import Images, header_of
 from fcmae.data.sampler import StepSampler
 from fcmae.data.split import split
 from fcmae.data.storage import Storage
@@ -88,7 +88,7 @@ def _completed(sketch: AnyKind, given: Mapping[str, Any]) -> dict[str, Any]:
     """As `complete`, with the directory of the run, which has its settings already where it resumes."""
     out = _run_directory(sketch, given)
     if (saved := _saved(sketch, out)) is not None:
-        return _resumed(sketch, saved, given, out)
+        return _resumed(saved, given, out)
     if _is_settled(sketch, given):
         return _grad_accum(sketch)
     _refuse_launcher()
@@ -225,37 +225,36 @@ def _goes_on(sketch: RunConfig, given: Mapping[str, Any], place: Path) -> bool:
         return False
     if saved is None or last_state(place) == "finished":
         return False
+    before = options.flat(saved)
     told = {key: value for key, value in options.flat(sketch).items() if key in given}
-    chosen = {key: saved[key] for key in saved["chosen"] if key in saved and key not in told}
+    chosen = {key: before[key] for key in saved.chosen if key in before and key not in told}
     try:
         again = options.make(type(sketch), chosen | told | {"out": place})
     except ValueError:  # what was chosen there does not go with what is given here
         return False
-    differs = any(saved[key] != options.flat(again)[key] for key in WHICH_RUN & saved.keys())
-    return not (differs or options.diff(options.make(type(sketch), saved), again))
+    after = options.flat(again)
+    differs = any(before[key] != after[key] for key in WHICH_RUN & before.keys())
+    return not (differs or options.diff(saved, again))
 
 
-def _saved(sketch: RunConfig, place: Path, begun: bool = True) -> dict[str, Any] | None:
-    """The settings of the run in a directory, by dotted key; None without one of this kind, or if it is to be deleted.
+def _saved(sketch: RunConfig, place: Path, begun: bool = True) -> RunConfig | None:
+    """The settings of the run in a directory; None without one of this kind, or if it is to be deleted.
 
     begun: only of a run that has something to resume from. One that was cut off in its first steps chooses anew.
     """
     config = place / "config.yaml"
-    if overwrites(sketch) or not config.is_file() or (begun and not _has_begun(place)):
+    if overwrites(sketch) or header_of(config)[0] != sketch.kind or (begun and not _has_begun(place)):
         return None
-    with config.open(encoding="utf-8", errors="replace") as file:
-        if not file.readline().startswith(f"# fcmae {sketch.kind} "):
-            return None
-    return options.flat(options.read(type(sketch), config))
+    return options.read(type(sketch), config)
 
 
-def _resumed(sketch: RunConfig, saved: Mapping[str, Any], given: Mapping[str, Any], out: Path) -> dict[str, Any]:
-    """The settings that `_saved` found of a run that resumes, without those that are given.
+def _resumed(cfg: RunConfig, given: Mapping[str, Any], out: Path) -> dict[str, Any]:
+    """The settings that `_saved` found of a run that resumes, by dotted key, without those that are given.
 
     Its micro-batches keep their size, on any number of processes.
     """
-    values = {key: value for key, value in saved.items() if key not in given} | {"out": out}
-    cfg, processes = options.make(type(sketch), saved), all_processes()
+    values = {key: value for key, value in options.flat(cfg).items() if key not in given} | {"out": out}
+    processes = all_processes()
     before = processes_before(out) or processes
     if processes != before and "grad_accum" in values and not depends_on_micro_batch(cfg):
         most = micro_batch_size(cfg, before)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from safetensors import SafetensorError
 
-from fcmae.data.index import Images, also_in
+from fcmae.data.index import Images, also_in, header_of
 from fcmae.options.files import read_yaml
 from fcmae.training.own_files import OF_MODELS
 from fcmae.training.records import read_metrics, read_starts
@@ -27,12 +27,10 @@ class Seen(NamedTuple):
     Attributes:
         labelled: whose labels, or label maps, were learnt by the run that made it, also as by `prune`, and by the runs
             whose weights that one began with.
-        unlabelled: that its own run learnt from without labels.
         chose: labelled ones by whose scores its run chose it.
     """
 
     labelled: tuple[Images, ...] = ()
-    unlabelled: Images = NONE
     chose: Images = NONE
 
     def labels_of(self, images: Images) -> list[str]:
@@ -47,28 +45,40 @@ def seen_by(model: str | Path) -> Seen:
         model: path of weights, of which a run's are its best ones; one that is not there is the name of a published
             model, of which nothing is known.
     """
-    path = Path(model)
-    own, labelled, unlabelled = run_of(path), list[Images](), NONE
+    path, labelled = Path(model), list[Images]()
     for run in _runs_before(path):
-        images = images_of_run(run) if run == own or not _is_pretraining(run) else None
-        if images is not None and (images.labels is not None or (run / "maps.json").is_file()):
+        images = None if header_of(run / "config.yaml")[0] == "pretrain" else images_of_run(run)
+        if images is not None and _has_labels(run, images):
             labelled.append(images)
-        elif images is not None and run == own:
-            unlabelled = images
-    return Seen(tuple(labelled), unlabelled, _images_that_chose(path, *_made_of(path)))
+    return Seen(tuple(labelled), _images_that_chose(path, *_made_of(path)))
+
+
+def learnt_without_labels(model: str | Path) -> Images:
+    """The images that the run of a model learnt from without labels.
+
+    Args:
+        model: see `seen_by`.
+    """
+    run = run_of(Path(model))
+    images = None if run is None else images_of_run(run)
+    return NONE if run is None or images is None or _has_labels(run, images) else images
+
+
+def _has_labels(run: Path, images: Images) -> bool:
+    return images.labels is not None or (run / "maps.json").is_file()
 
 
 def _runs_before(model: Path) -> Iterator[Path]:
     """The run that made a model, the run whose weights that one began with, and so on, as far as they can be read."""
-    runs, place = set[Path](), model
+    runs = set[Path]()
     with suppress(OSError):
-        while (run := _maker_of(place)) is not None and run.resolve() not in runs:
+        run = _maker_of(model)
+        while run is not None and run.resolve() not in runs:
             runs.add(run.resolve())
             yield run
             start = _start_of(run)
-            if start is None or _is_younger(_maker_of(start), run):  # which took the place of what the run began with
-                return
-            place = start
+            before = None if start is None else _maker_of(start)
+            run = None if before is None or _is_younger(before, run) else before  # else its place was taken later
 
 
 def _maker_of(model: Path) -> Path | None:
@@ -86,21 +96,11 @@ def _start_of(run: Path) -> Path | None:
     return None
 
 
-def _is_younger(run: Path | None, other: Path) -> bool:
+def _is_younger(run: Path, other: Path) -> bool:
     """Whether a run was first started after the latest start of another, as far as both say when."""
     with suppress(ValueError, LookupError, TypeError):
-        if run is not None:
-            first, latest = read_starts(run)[0]["time"], read_starts(other)[-1]["time"]
-            return datetime.fromisoformat(first) > datetime.fromisoformat(latest)
-    return False
-
-
-def _is_pretraining(run: Path) -> bool:
-    config = run / "config.yaml"
-    with suppress(OSError):
-        if config.is_file():
-            with config.open("rb") as file:
-                return file.readline(99).startswith(b"# fcmae pretrain ")
+        first, latest = read_starts(run)[0]["time"], read_starts(other)[-1]["time"]
+        return datetime.fromisoformat(first) > datetime.fromisoformat(latest)
     return False
 
 

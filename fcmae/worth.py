@@ -52,7 +52,7 @@ from fcmae.networks.spec import NetworkSpec, describe
 from fcmae.options.files import find_config, read_yaml
 from fcmae.options.line import flags
 from fcmae.pretraining import pretrain
-from fcmae.provenance import seen_by
+from fcmae.provenance import learnt_without_labels, seen_by
 from fcmae.starting import class_weights_of, reading_of
 from fcmae.tables import table
 from fcmae.training import checkpoint
@@ -198,10 +198,11 @@ def worth(cfg: WorthConfig) -> int:
     jobs = list(study.jobs(plan))
     print(_estimate(plan, jobs, place), flush=True)
     controls = [score for name in cfg.controls for score in study.probe(name)]
-    for job in jobs:
-        if job.is_done and job.labels is not None:  # it may have been cut off before
+    done = [job for job in jobs if job.is_done]
+    for job in done:
+        if job.labels is not None:  # it may have been cut off before
             remove_models(job.path)
-    waiting = [job for job in jobs if not job.is_done]
+    waiting = [job for job in jobs if job not in done]
     study.write(plan, controls, jobs)
     # Estimates count steps only, and the machine may have been more or less busy then: seconds that whole runs took.
     took, estimated = 0.0, 0.0
@@ -260,8 +261,11 @@ def write_labels(path: Path, images: Images) -> None:
         ValueError: if a name has a line break, which `find_labelled` takes for an open quotation.
     """
     for name in (*images.names(), *(images.class_names or ())):
-        if any(end in name for end in "\r\n"):
-            raise ValueError(f"data: {printable(name)} has a line break in its name, as no list may have: rename it")
+        if not is_unicode(name) or any(end in name for end in "\r\n"):
+            raise ValueError(
+                f"data: {printable(name)} has a name that is no UTF-8, or of several lines, as no list of images has: "
+                "rename it"
+            )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, _as_list(images))
 
@@ -485,10 +489,6 @@ class _Study:
         return plan
 
     def _write_lists(self) -> None:
-        if odd := [name for name in (*self.train.names(), *self.test.names()) if not is_unicode(name)]:
-            raise ValueError(
-                f"data: {printable(odd[0])} has a name that is no UTF-8, as lists of images need: rename it"
-            )
         write_labels(self.place / "labels/train.csv", self.train)
         write_labels(self.place / TESTS, self.test)
         write_text(self.place / UNLABELLED, "".join(f"{name}\n" for name in self.train.names()))
@@ -513,7 +513,7 @@ class _Study:
             ValueError: if they were trained on labels of test images.
         """
         seen = seen_by(str(start.init))
-        if tested := len(also_in(self.test, seen.unlabelled)):
+        if tested := len(also_in(self.test, learnt_without_labels(str(start.init)))):
             yield f"{tested} of the test images are among those of the pretraining of {start.name}, without labels."
         if tested := len(seen.labels_of(self.test)):
             raise ValueError(
@@ -701,10 +701,11 @@ class _Study:
     def write(self, plan: Plan, controls: Sequence[paired.Score], jobs: Sequence[Job]) -> paired.Comparison:
         """Write worth.json and table.md of what there is so far."""
         scores, notes = [score for score in controls if score["seed"] in self.seeds], list[str](plan["notes"])
+        done = [job for job in jobs if job.is_done]
         for job in jobs:
             if last_state(job.path) == "failed":
                 notes.append(f"{job.path.name} failed and has no score: see {job.path / 'train.log'}.")
-            if job.is_done and job.labels is not None:
+            if job in done and job.labels is not None:
                 line = [line for line in read_metrics(job.path / "metrics.jsonl") if "top1" in line][-1]
                 named = {name: of_model(line, name) for name in SCORES if name in line}
                 scores.append({"arm": job.arm, "labels": job.labels, "seed": job.seed, "scores": named})
@@ -718,7 +719,7 @@ class _Study:
                 "notes": notes,
                 "scores": scores,
                 "num_runs": len(jobs),
-                "num_done": sum(job.is_done for job in jobs),
+                "num_done": len(done),
                 "command": shlex.join(command),
                 "directory": str(Path.cwd()),
             }

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from test_data_index import touch
 
 from fcmae.data.index import Images
-from fcmae.provenance import Seen, run_of, seen_by
+from fcmae.provenance import Seen, learnt_without_labels, run_of, seen_by
 
 
 def test_a_model_is_of_the_run_that_made_it_and_of_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,7 +46,9 @@ def test_labels_that_a_model_began_with_are_among_those_that_it_has_seen(
     shown = Images.of_files([*every, *images["p"]])
     assert sorted(seen_by(tmp_path / "c").labels_of(shown)) == every
     seen = seen_by(tmp_path / "p" / "last")
-    assert sorted(seen.labels_of(shown)) == every and seen.unlabelled.names() == images["p"]
+    assert (
+        sorted(seen.labels_of(shown)) == every and learnt_without_labels(tmp_path / "p" / "last").names() == images["p"]
+    )
     run("a", "finetune", "c")  # which cannot be, and ends nevertheless
     assert sorted(seen_by(tmp_path / "b").labels_of(shown)) == every
     run("a", "finetune", None, day=2)  # trained anew, after b began with what was there
@@ -60,7 +62,7 @@ def test_labels_that_a_model_began_with_are_among_those_that_it_has_seen(
     assert sorted(seen_by(tmp_path / "c").labels_of(shown)) == sorted([*images["c"], *images["b"]])
     run("c", "finetune", "p")  # of a pretraining that was begun with only labels count
     seen = seen_by(tmp_path / "c")
-    assert seen.labels_of(shown) == images["c"] and len(seen.unlabelled) == 0
+    assert seen.labels_of(shown) == images["c"] and len(learnt_without_labels(tmp_path / "c")) == 0
 
 
 def test_a_model_beside_a_copied_config_is_of_the_run_that_it_names(tmp_path: Path) -> None:
@@ -79,13 +81,19 @@ def test_images_are_seen_with_labels_or_without_or_not_known(tmp_path: Path) -> 
     Images.of_files(names).save(run / "files.json")
     for model in (run, run / "last", run / "last" / "model.safetensors"):
         seen = seen_by(model)
-        assert seen.unlabelled.names() == names and not seen.labelled and len(seen.chose) == 0
+        assert learnt_without_labels(model).names() == names and not seen.labelled and len(seen.chose) == 0
     touch(run, "maps.json")
     seen = seen_by(run / "last")
-    assert seen.labels_of(Images.of_files(names)) == names and len(seen.unlabelled) == len(seen.chose) == 0
+    assert (
+        seen.labels_of(Images.of_files(names)) == names
+        and len(learnt_without_labels(run / "last")) == len(seen.chose) == 0
+    )
     (run / "maps.json").unlink()
     Images.of_files(names, [0, 1], ["x", "y"]).save(run / "files.json")
     seen = seen_by(run / "last")
-    assert seen.labels_of(Images.of_files(names)) == names and len(seen.unlabelled) == len(seen.chose) == 0
+    assert (
+        seen.labels_of(Images.of_files(names)) == names
+        and len(learnt_without_labels(run / "last")) == len(seen.chose) == 0
+    )
     for model in (tmp_path / "elsewhere", tmp_path / "nothing", "convnextv2_atto"):
         assert seen_by(model) == Seen()

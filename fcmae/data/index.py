@@ -235,13 +235,20 @@ def _json_list(parts: Iterable[list[Any]]) -> Iterator[str]:
     yield "[]" if between == "[" else "]"
 
 
-def is_of_run(config: Path) -> bool:
-    """Whether a config.yaml is that of a run; one that cannot be read is somebody else's."""
+def header_of(config: Path) -> tuple[str, str]:
+    """The kind of a run and the version in its config.yaml; empty where that is somebody else's or cannot be read."""
     with suppress(OSError):
         if config.is_file():
             with config.open("rb") as file:
-                return file.read(8) == b"# fcmae "
-    return False
+                match file.readline(200).decode(errors="replace").split():
+                    case ["#", "fcmae", kind, *version]:
+                        return kind, " ".join(version)
+    return "", ""
+
+
+def is_of_run(config: Path) -> bool:
+    """Whether a config.yaml is that of a run."""
+    return header_of(config)[0] != ""
 
 
 def also_in(images: Images, others: Images) -> list[str]:

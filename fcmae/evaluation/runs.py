@@ -16,7 +16,7 @@ from fcmae import options
 from fcmae.atomic import read_bytes
 from fcmae.config import FinetuneConfig, PretrainConfig, SegmentConfig
 from fcmae.config.base import near_runs
-from fcmae.data.index import Images
+from fcmae.data.index import Images, header_of
 from fcmae.data.split import split
 from fcmae.evaluation.charts import Curve
 from fcmae.evaluation.records import EvaluationRecord
@@ -130,13 +130,10 @@ def read_run(path: Path, name: str, *, counted: Collection[str] = tuple(CONFIGS)
 
 def _kind(path: Path, problems: list[str]) -> tuple[str, str]:
     """The kind of run, and the version of fcmae; from other files if config.yaml is lost."""
-    header, config = list[str](), path / "config.yaml"
-    with suppress(OSError):
-        if config.is_file():
-            with config.open("rb") as file:
-                header = file.readline(200).decode(errors="replace").split()
-    if header[:2] == ["#", "fcmae"] and len(header) == 4 and header[2] in CONFIGS:
-        return header[2], header[3]
+    config = path / "config.yaml"
+    kind, version = header_of(config)
+    if version and kind in CONFIGS:
+        return kind, version
     if not own_files.written(path, own_files.RESULTS):
         raise ValueError(f"{path} holds no run of fcmae: give the directory that --out named{near_runs(path)}")
     problems.append(
