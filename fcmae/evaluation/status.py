@@ -85,7 +85,7 @@ def _comparison(place: Path) -> Iterator[str]:
     yield from (f"running: {_row(run)[0]}, epoch {_row(run)[3]}" for run in running)
     yield f"\n{paired.summary(found)}\n\nnext:"
     if found["num_done"] < found["num_runs"] and not running:
-        words, folder = shlex.split(typed_again(found["command"]) or ""), found.get("directory")
+        words, folder = typed_again(found["command"]), found.get("directory")
         if words:
             command = _with_out(words, place.absolute() if _is_elsewhere(folder) else place)
             yield f"  {_from(folder, command)}  # goes on"
@@ -175,20 +175,15 @@ def _time(run: RunFiles, state: str) -> Iterator[str]:
 
 
 def _resuming(run: RunFiles) -> str:
-    """The command as it was given, if it can be given again; otherwise one from the run's settings."""
-    given, num = typed_again(run.starts[-1].get("command")), processes_of(run)
-    folder = run.starts[-1].get("directory")
+    """The command as it was given, for where the run is now; one of its settings where it cannot be given again."""
+    words, num = typed_again(run.starts[-1].get("command")), processes_of(run)
+    folder, nodes = run.starts[-1].get("directory"), str(run.starts[-1].get("num_nodes", 1))
     place = run.path.absolute() if _is_elsewhere(folder) else run.path
-    if given is not None and shlex.split(given)[1:2] != ["worth"]:
-        given = _with_out(shlex.split(given), place)
-    nodes = str(run.starts[-1].get("num_nodes", 1))
-    if given is not None and nodes.isdecimal() and int(nodes) > 1:
-        command = f"{given}  # in {num} processes on {nodes} nodes, as before"
-    elif given is not None and num == 1:
-        command = given
-    else:
-        command = _with_out([*program(run.kind, num), "--config", str(place / "config.yaml")], place)
-    return _from(folder, command)
+    on_nodes = bool(words) and nodes.isdecimal() and int(nodes) > 1
+    if not words or (num != 1 and not on_nodes):
+        words = [*program(run.kind, num), "--config", str(place / "config.yaml")]
+    command = shlex.join(words) if words[1:2] == ["worth"] else _with_out(words, place)
+    return _from(folder, f"{command}  # in {num} processes on {nodes} nodes, as before" if on_nodes else command)
 
 
 def _with_out(words: Sequence[str], place: Path) -> str:

@@ -169,19 +169,19 @@ def _logged_end(log: Path) -> Ended | None:
     return next((ended for ended, pattern in ends.items() if said and re.match(pattern, said[-1])), None)
 
 
-def typed_again(command: object) -> str | None:
-    """A command of ours that makes a run go on, in one line and with nothing for the shell in it; None for any other.
+def typed_again(command: object) -> list[str]:
+    """The words of a command of ours that makes a run go on, of one line; none of any other.
 
     Args:
         command: as a record has it, which may be a stranger's.
     """
     if not (isinstance(command, str) and command.isprintable()):
-        return None
+        return []
     try:
         program, *words = shlex.split(command)
     except ValueError:  # a quotation does not end, or there is no word
-        return None
-    return shlex.join([program, *_lasting(words)]) if program == "fcmae" else None
+        return []
+    return [program, *_lasting(words)] if program == "fcmae" else []
 
 
 def _lasting(words: Sequence[str]) -> Iterator[str]:
