@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from fcmae.data.augment import CropAndFlip, FinetuneAugment, Reading
 from fcmae.data.dataset import Batch, FinetuneDataset, check_values
 from fcmae.data.find import find_labelled
 from fcmae.data.index import Images, kept_images
-from fcmae.data.loader import choose_num_workers, evaluation_loader
+from fcmae.data.loader import evaluation_loader
 from fcmae.data.normalize import Normalize
 from fcmae.data.sampler import steps_per_epoch
 from fcmae.data.source import few
@@ -169,7 +168,7 @@ def train(
             reading,
             val_images,
             eval_batch_size(cfg, accelerator.num_processes, accelerator.device.type),
-            num_workers=choose_num_workers(cfg.data.num_workers, accelerator.device.type),
+            num_workers=cfg.data.num_workers,
             device_type=accelerator.device.type,
             rank=accelerator.process_index,
             num_processes=accelerator.num_processes,
@@ -185,7 +184,7 @@ def train(
         logger.info(message, name, len(train_images), num_classes, len(val_images))
 
         evaluate_if_owed(session, log, evaluation.evaluate)
-        steps = ready.steps(session, log, train_set, fingerprint(train_images, val_images), reading)
+        steps = ready.steps(session, log, train_set, fingerprint(train_images, val_images), weights.image)
         for step in steps:
             for batch in step.micro_batches():
                 with step.accumulate():
@@ -340,22 +339,6 @@ def build_mixup(cfg: FinetuneConfig, num_classes: int) -> Mixup | None:
 # What is looked at while it trains
 
 
-class Scored(NamedTuple):
-    """What a network answers to the held-out images that could be read; nothing in other processes than the first.
-
-    Attributes:
-        positions: (N,), of the images.
-        truth: (N,), their classes.
-        probabilities: (N, classes).
-        values: the scores, by name.
-    """
-
-    positions: NDArray[np.int64]
-    truth: NDArray[np.int64]
-    probabilities: NDArray[np.float32]
-    values: dict[str, float]
-
-
 @dataclass(frozen=True)
 class Evaluation:
     """Scores on the held-out images, of the moving average too; the best and the last model are exported.
@@ -390,10 +373,10 @@ class Evaluation:
             results = [self.score(network) for network in self.keeper.networks]
             if not self.accelerator.is_main_process:
                 return
-            positions, truth, probabilities, _ = results[-1]
-            values = [scored.values for scored in results]
-            with self.keeper.keeping(step, values, len(positions)) as (folders, weights):
-                names, classes = self.images.subset(positions).names(), weights.class_names
+            read, probabilities, _ = results[-1]
+            assert read.labels is not None
+            with self.keeper.keeping(step, [values for *_, values in results], len(read)) as (folders, weights):
+                names, classes, truth = read.names(), weights.class_names, read.labels
                 for folder in folders:
                     if step:
                         save_classifier(folder, self.keeper.model, weights)
@@ -402,22 +385,25 @@ class Evaluation:
                         confusion = confusion_matrix(truth, probabilities.argmax(1), labels=range(len(classes)))
                         write_confusion(folder / "confusion.csv", confusion, classes)
 
-    def score(self, network: Classifier) -> Scored:
+    def score(self, network: Classifier) -> tuple[Images, NDArray[np.float32], dict[str, float]]:
         """Score a network, on every process at once.
+
+        Returns:
+            The N images that could be read, their probabilities (N, classes), and scores by name: on the main process.
 
         Raises:
             ValueError: on the main process, if none of the images can be read.
         """
         share_buffers(network)
         positions, probabilities, bad = class_probabilities(network, self.batches, self.normalize, self.accelerator)
-        assert self.images.labels is not None
-        truth = self.images.labels[positions]
+        read = self.images.subset(positions)
         if not self.accelerator.is_main_process:
-            return Scored(positions, truth, probabilities, {})
+            return read, probabilities, {}
         self.keeper.log.note_bad_files(bad)
-        if len(positions) == 0:
+        if len(read) == 0:
             raise ValueError(
                 f"none of the {len(self.images)} held-out images can be read: see bad_files.txt in "
                 f"{self.keeper.log.folder}"
             )
-        return Scored(positions, truth, probabilities, scores(truth, probabilities))
+        assert read.labels is not None
+        return read, probabilities, scores(read.labels, probabilities)

@@ -18,7 +18,7 @@ from fcmae.data.augment import CenterCrop, CropAndFlip
 from fcmae.data.dataset import Batch, PretrainDataset, check_values, collate
 from fcmae.data.find import find_images
 from fcmae.data.index import Images, kept_images
-from fcmae.data.loader import build_loader, choose_num_workers
+from fcmae.data.loader import build_loader
 from fcmae.data.normalize import Normalize
 from fcmae.data.sampler import EVAL_EPOCH, evaluation_batches, steps_per_epoch
 from fcmae.data.split import split
@@ -386,7 +386,7 @@ class Evaluation:
         Raises:
             FloatingPointError: if the loss is not finite.
         """
-        epoch = step / self.log.schedule.per_epoch
+        epoch = self.log.schedule.epoch(step)
         with evaluating(net):
             values = self.loss(net, step)
             if not self.accelerator.is_main_process:
@@ -465,14 +465,14 @@ class Evaluation:
             known=batch.known,
         )
         name, folder = describe(net.encoder.spec), self.log.folder / "reconstructions"
-        per_epoch = self.log.schedule.per_epoch
+        epoch = self.log.schedule.epoch
         now, over_time = folder / f"step-{step:08d}.png", folder / "over-time.png"
-        save_reconstructions(now, panels, f"{name}, epoch {step / per_epoch:.4g}, {self.title}")
+        save_reconstructions(now, panels, f"{name}, epoch {epoch(step):.4g}, {self.title}")
         save_tiles(folder / "tiles" / now.name, panels)
         # Steps to come may have been seen by a run that was cut off.
         tiles = {path.stem[5:]: path for path in sorted((folder / "tiles").glob("step-*.png"))}
         seen = [(int(number), path) for number, path in tiles.items() if number.isdecimal()]
-        moments = [(f"epoch {number / per_epoch:.4g}", path) for number, path in seen if number <= step]
+        moments = [(f"epoch {epoch(number):.4g}", path) for number, path in seen if number <= step]
         save_over_time(over_time, panels, moments, f"{name}: the same images over time")
         self.log.show("reconstructions", now, step)
         self.log.show("over_time/reconstructions", over_time, step)
@@ -499,7 +499,7 @@ def build_evaluation(
         log: of the run.
     """
     rank, processes, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    at_once, workers = micro_batch_size(cfg, processes), choose_num_workers(cfg.data.num_workers, device.type)
+    at_once, workers = micro_batch_size(cfg, processes), cfg.data.num_workers
     val_set = build_dataset(cfg, val_images, augment=False)
     keys = evaluation_batches(len(val_set), at_once, rank, processes)
     monitor = Monitor(

@@ -200,7 +200,7 @@ def train(
         train_set = build_train_set(cfg, data, reading)
 
         evaluate_if_owed(session, log, evaluation.evaluate)
-        steps = ready.steps(session, log, train_set, data.fingerprint(), reading)
+        steps = ready.steps(session, log, train_set, data.fingerprint(), weights.image)
         for step in steps:
             for batch in step.micro_batches():
                 with step.accumulate():

@@ -260,7 +260,7 @@ class Prepared:
     ema: ModelEmaV3 | None
 
     def steps(
-        self, session: Session[AnyDense], log: Log, dataset: ImageDataset, fingerprint: str, reading: Reading
+        self, session: Session[AnyDense], log: Log, dataset: ImageDataset, fingerprint: str, image: ImageRecord
     ) -> Steps:
         """The steps of the run, whose checkpoints hold what `kept_weights` reads.
 
@@ -269,7 +269,7 @@ class Prepared:
             log: of the run.
             dataset: to learn from.
             fingerprint: of the run's images.
-            reading: how images are read.
+            image: how images are read.
         """
         return Steps(
             session,
@@ -278,7 +278,7 @@ class Prepared:
             self.optimizer,
             dataset,
             fingerprint=fingerprint,
-            progress={"image": ImageRecord.of(reading).known()},
+            progress={"image": image.known()},
             ema=None if self.ema is None else self.ema.module,
         )
 
@@ -383,8 +383,7 @@ class Keeper(Generic[Net]):
         origin = {"run": str(self.log.folder.absolute()), "init": self._init, "step": step, **scores[-1]}
         weights = replace(self._weights, origin=self._weights.origin | origin)
         yield [self.log.folder / place for place in places], weights
-        epoch = step / schedule.per_epoch if step else 0.0
-        self.log.metrics.write(step, epoch, **values)  # last: without it the evaluation is owed
+        self.log.metrics.write(step, schedule.epoch(step), **values)  # last: without it the evaluation is owed
 
 
 def _best_score(run: RunDirectory, score: str) -> float:

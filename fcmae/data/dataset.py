@@ -160,6 +160,8 @@ class Batch:
             keep: (B,) bool, true for those.
         """
         assert self.masks is None or len(self.masks) == len(self.images)
+        if bool(keep.all()):
+            return self  # still pinned
         return self._map(lambda tensor: tensor[keep])
 
     def pin_memory(self) -> Batch:

@@ -91,7 +91,7 @@ class Monitor:
         reading: of the images as the encoder takes them.
         device: the encoder's.
         batch_size: images at a time.
-        num_workers: processes that decode.
+        num_workers: see `fcmae.data.loader.evaluation_loader`.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Monitor:
         *,
         device: torch.device,
         batch_size: int,
-        num_workers: int,
+        num_workers: int | None,
     ) -> None:
         self._images, self._labelled, self._reading = images, labelled, reading
         self._device, self._batch_size, self._num_workers = device, batch_size, num_workers

@@ -104,7 +104,7 @@ class Log:
         line = self.window.summary() | {"lr": lr}
         if math.isfinite(grad_norm):  # under fp16 it may not be
             line["grad_norm"] = grad_norm
-        epoch, total = step / self.schedule.per_epoch, self.schedule.total
+        epoch, total = self.schedule.epoch(step), self.schedule.total
         self.metrics.write(step, epoch, **line)
         self._recent.append({"step": step, "epoch": epoch, **line})
         if not self._told and (starved := health.starved(self._recent)) is not None:

@@ -99,6 +99,10 @@ class Schedule:
     save_every: float
     milestone_every: int
 
+    def epoch(self, step: int) -> float:
+        """After how many epochs so many steps are done; 0 in a run that only evaluates."""
+        return step / self.per_epoch if self.per_epoch else 0.0
+
     def learning_rate(self, step: int) -> float:
         """Of the step after `step` steps."""
         return learning_rate(

@@ -48,14 +48,6 @@ class Session(Generic[AnyRun]):
         """The settings in force, with a number for grad_accum."""
         return cast("AnyRun", self.run.cfg)
 
-    def replace_cfg(self, cfg: AnyRun) -> None:
-        """Go on with other settings, for the whole run.
-
-        Args:
-            cfg: the settings in force, with what has become known.
-        """
-        self.run.cfg = cfg
-
     def settle_license(self, found: str | None) -> None:
         """Settle `model.license`: the given one, else that of the run when it began, else the weights'.
 
@@ -65,7 +57,7 @@ class Session(Generic[AnyRun]):
         cfg, saved = self.cfg, self.run.saved
         given = cfg.model.license or (None if saved is None else saved.model.license)
         model = cfg.model.model_copy(update={"license": given or found})
-        self.replace_cfg(cfg.model_copy(update={"model": model}))
+        self.run.cfg = cfg.model_copy(update={"model": model})
 
     def limit_to_known_memory(self) -> None:
         """Have micro-batches as small as this run was found to need on this device."""
@@ -75,7 +67,7 @@ class Session(Generic[AnyRun]):
         if fitting is not cfg:
             message = "%d images at once, as more did not fit into the memory before: grad_accum = %d"
             logger.info(message, micro_batch_size(fitting, processes), fitting.grad_accum)
-            self.replace_cfg(fitting)
+            self.run.cfg = fitting
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -117,5 +109,5 @@ def begin(cfg: AnyRun) -> Iterator[Session[AnyRun]]:
         check_launch(cfg, accelerator.num_processes)
         session = Session[AnyRun](run, accelerator, StopSignal())
         device_type = accelerator.device.type
-        session.replace_cfg(settle_grad_accum(cfg, accelerator.num_processes, device_type, run.saved))
+        run.cfg = settle_grad_accum(cfg, accelerator.num_processes, device_type, run.saved)
         yield session

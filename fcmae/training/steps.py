@@ -112,6 +112,7 @@ class Steps:
     Attributes:
         session, log, model, optimizer: as they were given.
         schedule, accelerator: of these.
+        batches: the micro-batches that follow.
         finished: whether the end was reached.
 
     Args:
@@ -143,7 +144,7 @@ class Steps:
         self.schedule, self.accelerator = log.schedule, session.accelerator
         self._dataset, self._masks_per_image = dataset, masks_per_image
         self._fingerprint, self._progress, self._ema = fingerprint, progress or {}, ema
-        self._batches = self._read_from(self.schedule.start)
+        self.batches = self._read_from(self.schedule.start)
         self.finished = self.schedule.start >= self.schedule.total
 
     def __iter__(self) -> Iterator[Step]:
@@ -187,12 +188,6 @@ class Steps:
         loader = build_loader(self._dataset, order, num_workers=cfg.data.num_workers, device_type=device.type)
         return self.log.window.timed(prefetched(loader, device))
 
-    def next_batch(self) -> Batch:
-        """The next micro-batch; those of its files that could not be read are noted."""
-        batch = next(self._batches)
-        self.log.unread_files.extend(batch.bad)
-        return batch
-
     def shrink_micro_batches(self, number: int, exchanges: bool) -> None:
         """Have this step, of which nothing is kept, and those to come computed in smaller micro-batches.
 
@@ -215,12 +210,12 @@ class Steps:
                 f"{lack}, and other processes wait for it: {same_command(cfg)} goes on with {at_once} at once"
             )
         logger.warning("%s: it is taken again with %d at once, as are those to come", lack, at_once)
-        self.session.replace_cfg(smaller)
+        self.session.run.cfg = smaller
         self.optimizer.zero_grad()
         if self.accelerator.device.type == "cuda":
             torch.cuda.empty_cache()  # what is kept there is in pieces of the former sizes
         seed_step(cfg.seed, started, self.accelerator.process_index)
-        self._batches = self._read_from(started)
+        self.batches = self._read_from(started)
 
     def save(self, number: int) -> None:
         """Write a checkpoint, on the main process, while the others wait.
@@ -313,7 +308,9 @@ class Step:
                 # CUDA graphs may use the memory of the micro-batch before again.
                 if steps.session.cfg.model.compile == "cudagraphs":  # else it loads the compiler, 3 s of every start
                     torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-                yield steps.next_batch()
+                batch = next(steps.batches)
+                steps.log.unread_files.extend(batch.bad)
+                yield batch
             done += 1
             if self._lacks_memory:
                 steps.shrink_micro_batches(self.number, is_last and steps.accelerator.num_processes > 1)
