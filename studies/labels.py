@@ -43,7 +43,7 @@ from study import (
 )
 
 from fcmae.atomic import write_text
-from fcmae.evaluation.paired import cells
+from fcmae.evaluation.paired import cells, in_percent
 from fcmae.evaluation.probes import mean_and_interval
 from fcmae.tables import table
 
@@ -262,9 +262,8 @@ def trials(found: Mapping[str, Any]) -> str:
     for one in TRIED:
         values = [tried["top1"] for tried in found["tried"] if Trial(*(tried[key] for key in Trial._fields)) == one]
         if values:
-            mean, interval = mean_and_interval(values)
-            shown = f"{100 * mean:.1f}" + (f" [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]" if interval else "")
-            rows.append([one.started, one.rate, str(one.epochs), str(len(values)), shown])
+            top1 = in_percent(mean_and_interval(values), ".1f")
+            rows.append([one.started, one.rate, str(one.epochs), str(len(values)), top1])
     if not rows:
         return ""
     return (

@@ -245,9 +245,9 @@ def differences(scores: Sequence[dict[str, Any]], pairs: Sequence[tuple[str, str
     return sorted(rows, key=lambda row: int(row.labels[:-1]))
 
 
-def compared(scores: Sequence[dict[str, Any]], pairs: Sequence[tuple[str, str]]) -> list[list[str]]:
-    """`differences` as rows of a table."""
-    return [cells(row._replace(arm=ARMS[row.arm].title)) for row in differences(scores, pairs)]
+def titled(rows: Iterable[Row]) -> list[list[str]]:
+    """As rows of a table."""
+    return [cells(row._replace(arm=ARMS[row.arm].title)) for row in rows]
 
 
 def against_each_other(scores: Sequence[dict[str, Any]], pairs: Sequence[tuple[str, str]]) -> str:
@@ -255,18 +255,14 @@ def against_each_other(scores: Sequence[dict[str, Any]], pairs: Sequence[tuple[s
     rows = [
         (row[0], f"{row[1]} - {ARMS[other].title}", row[2], *row[4:])
         for name, other in pairs
-        for row in compared(scores, [(name, other)])
+        for row in titled(differences(scores, [(name, other)]))
     ]
     return table(("labels", "", "seeds", "difference of each seed", ""), rows, left=2) if rows else ""
 
 
 def result(found: dict[str, Any]) -> str:
     """The table of all starts, by the amount of labels."""
-    return table(
-        COLUMNS,
-        [cells(row._replace(arm=ARMS[row.arm].title)) for row in against_scratch(found["scores"], ARMS)],
-        left=2,
-    )
+    return table(COLUMNS, titled(against_scratch(found["scores"], ARMS)), left=2)
 
 
 def against_scratch(scores: Sequence[dict[str, Any]], arms: Iterable[str]) -> list[Row]:
